@@ -1,0 +1,1 @@
+"""EgoHOD: video-language pretraining on the fine-grained dynamics of hands and objects."""

@@ -1,0 +1,88 @@
+"""What the main programs share: arguments, logging, one-line errors, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from egohod.config import UserError, help_text
+from egohod.distributed import Distributed
+
+log = logging.getLogger(__name__)
+
+# Exit codes: the run is done, something broke, the user can mend it.
+DONE, BROKEN, USER_ERROR = 0, 1, 2
+
+
+class _HelpWithKnobs(argparse.ArgumentParser):
+    """``--help`` ends with every knob of the configuration."""
+
+    def format_help(self) -> str:
+        return f"{super().format_help()}\nEvery knob, as section.key=default (type; allowed values) and its reason:\n\n{help_text()}\n"
+
+
+def parser(description: str, default_config: str) -> argparse.ArgumentParser:
+    """The arguments that every main program takes; programs add their own."""
+    made = _HelpWithKnobs(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--config_file", default=default_config, metavar="YAML", help=f"default: {default_config}")
+    made.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single knobs, e.g. train.lr=1e-4")
+    return made
+
+
+def run(program: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> int:
+    """Run a main program; a :class:`UserError` becomes one line per problem on stderr and exit code 2."""
+    set_up_logging()
+    try:
+        return program(sys.argv[1:] if arguments is None else arguments)
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return USER_ERROR
+
+
+def set_up_logging() -> None:
+    """Log lines with time and rank on stderr; only the first process says ordinary things."""
+    rank = int(os.environ.get("RANK", "0"))
+    prefix = "" if int(os.environ.get("WORLD_SIZE", "1")) == 1 else f"[rank {rank}] "
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING,
+        format=f"%(asctime)s {prefix}%(levelname).1s %(message)s",
+        datefmt="%H:%M:%S",
+        force=True,
+    )
+
+
+def lock_run(folder: Path) -> FileLock:
+    """Claim a run folder for this process until it ends, however it ends.
+
+    Raises :class:`UserError` if another process holds it, or if the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"{folder}: another run is writing here; choose another train.output") from error
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be used as run folder: {error.strerror or error}") from error
+    return lock
+
+
+@contextmanager
+def claimed_run(folder: str, dist: Distributed) -> Iterator[None]:
+    """Within, no other process may use the run folder; the first process of a run holds the claim for all."""
+    if not dist.is_main:
+        yield
+        return
+    lock = lock_run(Path(folder))
+    try:
+        yield
+    finally:
+        lock.release()

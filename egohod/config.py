@@ -1,0 +1,498 @@
+"""Every knob of EgoHOD: one dataclass per part, a reason beside each default.
+
+A run is described by one YAML file, read by :func:`load`:
+
+* ``_base_: other.yml`` (or a list) merges other files first, relative to the file that names them;
+* ``${a.b}`` refers to another key and ``${oc.env:EGO4D_ROOT}`` to an environment variable;
+* ``a.b=c`` on the command line overrides both.
+
+Whatever is wrong (unknown key, wrong type, value out of range, missing file) ends in one
+:class:`ConfigError` that names the file, the key, what is allowed and the nearest right name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class UserError(ValueError):
+    """Something the user can mend. Commands print it as one line and exit with code 2."""
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be used."""
+
+
+def knob(
+    default: Any,
+    why: str,
+    *,
+    choices: Sequence[Any] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+) -> Any:
+    """A dataclass field with its reason and its range.
+
+    ``choices`` lists the allowed values; ``low``/``high`` are inclusive bounds, ``above`` an exclusive one.
+    """
+    metadata = {"why": why, "choices": choices, "low": low, "high": high, "above": above}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def part(cls: type) -> Any:
+    """A nested section."""
+    return field(default_factory=cls)
+
+
+# --------------------------------------------------------------------------------------------------
+# The schema
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class WeightsConfig:
+    """Where training starts from."""
+
+    source: str = knob(
+        "scratch",
+        "one explicit choice: random weights, OpenAI's CLIP release, or a checkpoint of this project",
+        choices=("scratch", "openai", "checkpoint"),
+    )
+    path: str | None = knob(None, "local file (openai) or checkpoint folder (checkpoint); nothing is downloaded")
+
+
+@dataclass
+class ModelConfig:
+    """The dual encoder: a space-time ViT and a causal text transformer."""
+
+    name: str = knob("CLIP_VITB16", "geometry, see egohod/model/zoo.py", choices=("CLIP_VITB16", "CLIP_VITL14_336PX", "DEMO"))
+    num_frames: int = knob(4, "frames per clip; the released models train on 4", low=1)
+    activation: str = knob(
+        "gelu",
+        "upstream and AVION run CLIP weights with erf GELU and their checkpoints expect it; quick_gelu is what OpenAI trained",
+        choices=("gelu", "quick_gelu"),
+    )
+    temporal_init: str = knob(
+        "zeros",
+        "zeros is the published start; sinusoidal lets a short training from scratch learn frame order",
+        choices=("zeros", "sinusoidal"),
+    )
+    temporal_scale: float = knob(0.5, "amplitude of the sinusoidal temporal embedding", above=0)
+    patch_dropout: float = knob(0.0, "share of patch tokens left out while training; saves memory at some accuracy", low=0, high=0.95)
+    drop_path: float = knob(0.0, "stochastic depth of the last vision block, growing linearly from 0", low=0, high=0.95)
+    gradient_checkpointing: bool = knob(False, "recompute blocks in the backward pass: far less memory for about a third more time")
+    compile: bool = knob(False, "torch.compile both towers; pays off on GPUs, 3-6 % on CPUs")
+    weights: WeightsConfig = part(WeightsConfig)
+
+
+@dataclass
+class HardNegativesConfig:
+    """Batches in which some clips differ only in the motion."""
+
+    share: float = knob(0.0, "share of each batch filled with groups of alike clips; 0 is the plain sampler", low=0, high=1)
+    group_by: list[str] = knob(
+        ["video"],
+        "what alike clips have in common: video (the same scene), window (the same time window of a video) "
+        "or any column of the annotation file",
+    )
+    group_size: int = knob(4, "alike clips that are put in a batch together", low=2)
+    window_seconds: float = knob(60.0, "length of a time window", above=0)
+
+
+@dataclass
+class SourceConfig:
+    """One annotation file and the videos it speaks of."""
+
+    metadata: str = knob("", "csv with video_id,start_second,end_second,text (or caption) and optional dataset,uid columns")
+    root: str = knob("", "folder of the videos")
+    dataset_roots: dict[str, str] = knob({}, "folders for rows whose dataset column says so, e.g. {ego4d: /data/ego4d}; all others use root")
+    layout: str = knob(
+        "auto",
+        "chunks is root/<video>/<0000>.mp4, whole is root/<video>.mp4; auto looks at what is there",
+        choices=("auto", "chunks", "whole"),
+    )
+    chunk_seconds: float = knob(15.0, "length of a chunk; upstream's Ego4D and HowTo100M chunks have 15 s", above=0)
+    list_text: str = knob(
+        "random", "what to do with a narration that is a list literal: draw one, join all, or take the first", choices=("random", "concat", "first")
+    )
+
+
+@dataclass
+class DataConfig:
+    """From an annotation row to a batch of uint8 clips."""
+
+    train: SourceConfig = part(SourceConfig)
+    decoder: str = knob(
+        "auto", "auto takes the fastest that loads (pyav, then torchcodec, then decord) and says which", choices=("auto", "torchcodec", "pyav", "decord")
+    )
+    workers: int = knob(8, "decoding processes per training process; 0 decodes in the training process", low=0)
+    prefetch: int = knob(2, "batches each worker holds ready", low=1)
+    pin_memory: bool = knob(True, "page-locked batches, so that the copy to a GPU overlaps with computing; ignored on CPU")
+    crop_scale_min: float = knob(0.5, "smallest share of the picture a training crop keeps (upstream: 0.5)", above=0, high=1)
+    flip: float = knob(0.5, "probability of a horizontal flip; left and right change places in the caption too", low=0, high=1)
+    max_bad_fraction: float = knob(0.01, "stop when more than this share of the clips asked for could not be read", low=0, high=1)
+    hard_negatives: HardNegativesConfig = part(HardNegativesConfig)
+
+
+@dataclass
+class LossConfig:
+    """Symmetric InfoNCE over all processes."""
+
+    local_loss: bool = knob(True, "each process computes its own rows only: exact and cheapest together with gather_with_grad")
+    gather_with_grad: bool = knob(True, "gradients flow to the features of other processes; False with local_loss is biased and refused")
+    temperature: float = knob(0.07, "start (and, if not learned, the fixed value) of the softmax temperature", above=0)
+    learn_temperature: bool = knob(False, "upstream keeps 0.07")
+    max_logit_scale: float = knob(100.0, "a learned 1/temperature is clamped here, as in CLIP", above=0)
+
+
+@dataclass
+class TrainConfig:
+    """The run and its optimisation (AdamW)."""
+
+    output: str = knob("runs/pretrain", "run folder: checkpoints, metrics.jsonl, TensorBoard, environment.json")
+    duration: str = knob("15 epochs", "length of the run in steps, epochs or samples")
+    global_batch_size: int = knob(2048, "clips per optimisation step over all processes (upstream: 128 x 16)", low=1)
+    max_batch_per_process: int | None = knob(
+        None, "clips one process holds at a time, the rest is accumulated with an unchanged loss; null takes what fits the memory", low=1
+    )
+    lr: float = knob(4e-5, "upstream's base recipe at a global batch of 2,048", above=0)
+    betas: list[float] = knob([0.9, 0.999], "AdamW's averages")
+    eps: float = knob(1e-8, "AdamW's epsilon", above=0)
+    weight_decay: float = knob(0.01, "upstream's; none on biases, norms and other tensors of one dimension or less", low=0)
+    schedule: str = knob("constant", "upstream trains at a constant rate; cosine falls to lr_end", choices=("constant", "cosine"))
+    warmup: str = knob("0 steps", "linear warm-up from lr_start, in steps, epochs or samples")
+    lr_start: float = knob(1e-6, "rate at the start of the warm-up", low=0)
+    lr_end: float = knob(1e-5, "rate at the end of the cosine", low=0)
+    clip_norm: float | None = knob(None, "largest gradient norm; upstream does not clip", above=0)
+    device: str = knob("auto", "auto is the GPU if there is one; cpu never looks for one", choices=("auto", "cpu", "cuda"))
+    precision: str = knob(
+        "auto", "auto is bf16 where the hardware computes it fast, fp32 elsewhere; fp16 uses a loss scaler", choices=("auto", "fp32", "bf16", "fp16")
+    )
+    seed: int = knob(0, "everything random follows from it", low=0)
+    resume: str = knob("auto", "auto goes on from the newest good checkpoint of the run folder, none starts anew, else the path of a checkpoint")
+    log_every: str = knob("10 steps", "how often metrics are written; between, nothing waits for the device")
+    save_every: str = knob("1 epochs", "how often a checkpoint is written")
+    keep_last: int = knob(2, "newest checkpoints kept", low=1)
+    keep_best: int = knob(1, "best checkpoints kept, by evaluate.best", low=0)
+
+
+@dataclass
+class EvaluateConfig:
+    """Held-out evaluation during and after training."""
+
+    every: str = knob("1 epochs", "how often the val set is evaluated while training")
+    demo_val: str | None = knob(None, "folder of the demo world used for tuning and for choosing the best checkpoint")
+    demo_test: str | None = knob(None, "folder of the demo world that is opened once, at the end, for the reported table")
+    batch_size: int = knob(32, "clips encoded at a time", low=1)
+    best: str = knob("val/choice_across_clips", "metric that keep_best ranks by (higher is better)")
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = part(ModelConfig)
+    data: DataConfig = part(DataConfig)
+    loss: LossConfig = part(LossConfig)
+    train: TrainConfig = part(TrainConfig)
+    evaluate: EvaluateConfig = part(EvaluateConfig)
+
+
+# --------------------------------------------------------------------------------------------------
+# Durations
+# --------------------------------------------------------------------------------------------------
+
+_ENVIRONMENT = re.compile(r"\$\{oc\.env:(\w+)\}")
+_DURATION = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*(step|epoch|sample)s?\s*$", re.IGNORECASE)
+
+
+def duration_in_steps(text: str, *, steps_per_epoch: int, global_batch_size: int, key: str = "duration") -> int:
+    """Number of optimisation steps in ``"500 steps"``, ``"1.5 epochs"`` or ``"4e6 samples"``.
+
+    Anything above zero counts as at least one step. Raises :class:`ConfigError` naming ``key``.
+    """
+    match = _DURATION.match(text)
+    if not match:
+        raise ConfigError(f"{key}: '{text}' is not a duration; write e.g. '500 steps', '1.5 epochs' or '4e6 samples'")
+    amount, unit = float(match.group(1)), match.group(2).lower()
+    steps = amount * {"step": 1.0, "epoch": float(steps_per_epoch), "sample": 1.0 / global_batch_size}[unit]
+    return max(1, round(steps)) if steps > 0 else 0
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading
+# --------------------------------------------------------------------------------------------------
+
+
+def knobs(schema: type = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
+    """All leaf fields under ``schema`` as (dotted name, field, type), in order."""
+    hints = typing.get_type_hints(schema)
+    for entry in dataclasses.fields(schema):
+        kind = hints[entry.name]
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            yield from knobs(kind, f"{prefix}{entry.name}.")
+        else:
+            yield f"{prefix}{entry.name}", entry, kind
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file with its bases, apply ``a.b=c`` overrides and check everything.
+
+    Raises :class:`ConfigError` with one line per problem: file (or override), key, what is allowed.
+    """
+    config, problems = load_leniently(path, overrides)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def load_leniently(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, list[str]]:
+    """As :func:`load`, but values that are missing or out of range are returned as a list of problems.
+
+    For the dry run, which reports everything that is missing at once. An environment variable that is
+    not set stays in its value as ``$NAME``.
+    """
+    tree, origins = OmegaConf.structured(Config), {}
+    for origin, layer in [*_layers(Path(path), ()), *(_override(text) for text in overrides)]:
+        tree = _merge(tree, layer, origin)
+        origins.update(dict.fromkeys(_leaves(OmegaConf.to_container(layer)), origin))
+    problems = []
+    for name, _, _ in knobs():
+        for key, text in _texts(name, _raw(tree, name)):
+            for variable in _ENVIRONMENT.findall(text):
+                if variable not in os.environ:
+                    text = text.replace(f"${{oc.env:{variable}}}", f"${variable}")
+                    OmegaConf.update(tree, key, text)
+                    problems.append(
+                        f"{origins.get(name, path)}: {key} needs the environment variable {variable}, "
+                        f"which is not set; export {variable}=/your/path"
+                    )
+    config = _resolve(tree, str(path))
+    return config, problems + [f"{origins.get(name, path)}: {text}" for name, text in check(config)]
+
+
+def check(config: Config) -> list[tuple[str, str]]:
+    """Everything that is out of range or contradicts itself, as (key, what is wrong with it)."""
+    problems: list[tuple[str, str]] = []
+    tree = OmegaConf.structured(config)
+    for name, entry, _ in knobs():
+        value = OmegaConf.select(tree, name)
+        wrong = None if value is None else _out_of_range(value, entry.metadata)
+        if wrong:
+            problems.append((name, f"{name} is {value!r}, but {wrong}"))
+    if config.loss.local_loss and not config.loss.gather_with_grad:
+        problems.append(
+            (
+                "loss.gather_with_grad",
+                "loss.local_loss=true needs loss.gather_with_grad=true: without it the gradient is biased "
+                "(cosine 0.92 to the true one on two processes)",
+            )
+        )
+    for name in ("train.duration", "train.log_every", "train.save_every", "evaluate.every", "train.warmup"):
+        text = OmegaConf.select(tree, name)
+        try:
+            steps = duration_in_steps(text, steps_per_epoch=1, global_batch_size=1, key=name)
+            if steps == 0 and name != "train.warmup":
+                problems.append((name, f"{name} is '{text}', but must be longer than nothing"))
+        except ConfigError as error:
+            problems.append((name, str(error)))
+    if len(config.train.betas) != 2 or not all(0 <= beta < 1 for beta in config.train.betas):
+        problems.append(("train.betas", f"train.betas is {list(config.train.betas)}, but must be two numbers in [0, 1)"))
+    if config.train.schedule == "cosine" and config.train.lr_end > config.train.lr:
+        problems.append(("train.lr_end", f"train.lr_end is {config.train.lr_end}, but a cosine falls: at most train.lr={config.train.lr}"))
+    if config.model.weights.source != "scratch" and not config.model.weights.path:
+        problems.append(("model.weights.path", f"model.weights.source={config.model.weights.source} needs model.weights.path"))
+    return problems
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML; reading it back gives the same run."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def help_text() -> str:
+    """Every knob with type, default, range and reason, one paragraph per section."""
+    lines, section = [], None
+    for name, entry, kind in knobs():
+        head = name.rpartition(".")[0]
+        if head != section:
+            section = head
+            lines.append(f"\n{head}: {_section_doc(head)}")
+        default = entry.default_factory() if entry.default is dataclasses.MISSING else entry.default  # type: ignore[misc]
+        allowed = _allowed(entry.metadata)
+        lines.append(f"  {name}={_show(default)}  ({_type_name(kind)}{'; ' + allowed if allowed else ''})")
+        lines.append(f"      {entry.metadata['why']}")
+    return "\n".join(lines).lstrip("\n")
+
+
+def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, DictConfig]]:
+    """The file and its bases, the deepest base first."""
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: _base_ leads back to the file itself")
+    if not path.is_file():
+        near = difflib.get_close_matches(str(path), [str(p) for p in path.parent.glob("*.y*ml")], n=1, cutoff=0.5)
+        raise ConfigError(f"{path}: no such config file" + (f"; did you mean {near[0]}?" if near else ""))
+    try:
+        loaded = OmegaConf.load(path)
+    except Exception as error:  # PyYAML and OmegaConf raise many kinds; each is the file's fault
+        raise ConfigError(f"{path}: not readable as YAML: {_one_line(error)}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path}: a config must be a mapping of sections, such as 'train: ...'")
+    bases = OmegaConf.to_container(loaded).pop("_base_", [])  # type: ignore[union-attr,arg-type]
+    if "_base_" in loaded:
+        del loaded["_base_"]
+    below: list[tuple[str, DictConfig]] = []
+    for base in [bases] if isinstance(bases, str) else bases:
+        below += _layers(path.parent / base, (*seen, path.resolve()))
+    return [*below, (str(path), loaded)]
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        yield f"{prefix}{key}"
+
+
+def _raw(tree: DictConfig, name: str) -> Any:
+    """The value of a dotted key before interpolation."""
+    container = OmegaConf.to_container(tree)
+    for key in name.split("."):
+        container = container[key]  # type: ignore[index,call-overload]
+    return container
+
+
+def _texts(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    """The strings in a knob's value, with their keys."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _texts(f"{name}.{key}", inner)
+    elif isinstance(value, str):
+        yield name, value
+
+
+def _override(text: str) -> tuple[str, DictConfig]:
+    name, equals, _ = text.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", name):
+        raise ConfigError(f"'{text}': overrides are written section.key=value, e.g. train.seed=1")
+    try:
+        return f"override '{text}'", OmegaConf.from_dotlist([text])
+    except Exception as error:
+        raise ConfigError(f"override '{text}': {_one_line(error)}") from error
+
+
+def _merge(tree: DictConfig, layer: DictConfig, origin: str) -> DictConfig:
+    unknown = _unknown(OmegaConf.to_container(layer), Config)
+    if unknown:
+        raise ConfigError("\n".join(f"{origin}: {text}" for text in unknown))
+    try:
+        return typing.cast(DictConfig, OmegaConf.merge(tree, layer))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{origin}: {_explain(error)}") from error
+
+
+def _unknown(tree: Any, schema: type, prefix: str = "") -> list[str]:
+    """Keys that no section has; omegaconf would say so too, but without the nearest right name."""
+    hints, problems = typing.get_type_hints(schema), []
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if key not in hints:
+            problems.append(f"unknown key '{name}'{_suggest(name, key, schema, prefix)}")
+        elif dataclasses.is_dataclass(hints[key]):
+            if isinstance(value, dict):
+                problems += _unknown(value, hints[key], f"{name}.")
+            else:
+                keys = ", ".join(e.name for e in dataclasses.fields(hints[key]))
+                problems.append(f"'{name}' is a section with the keys {keys}, not a value")
+    return problems
+
+
+def _suggest(name: str, key: Any, schema: type, prefix: str) -> str:
+    """The nearest sibling, else the nearest knob anywhere."""
+    siblings = [entry.name for entry in dataclasses.fields(schema)]
+    everywhere = {full.rpartition(".")[2]: full for full, _, _ in knobs()}
+    exact = everywhere.get(str(key))
+    near = difflib.get_close_matches(str(key), siblings, n=1, cutoff=0.75)
+    far = difflib.get_close_matches(str(key), everywhere, n=1, cutoff=0.6)
+    # A neighbour is the likelier slip, but 'train.lrr' can only mean 'data.train.root'.
+    best = prefix + near[0] if near else exact or (everywhere[far[0]] if far else None)
+    return f"; did you mean '{best}'?" if best else f"; allowed here: {', '.join(siblings)}"
+
+
+def _resolve(tree: DictConfig, origin: str) -> Config:
+    try:
+        return typing.cast(Config, OmegaConf.to_object(tree))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{origin}: {_explain(error)}") from error
+
+
+def _explain(error: OmegaConfBaseException) -> str:
+    name = getattr(error, "full_key", None) or ""
+    entry = {n: (e, k) for n, e, k in knobs()}.get(name)
+    text = _one_line(error)
+    if entry:
+        allowed = _allowed(entry[0].metadata)
+        text += f" (key {name}: {_type_name(entry[1])}{', ' + allowed if allowed else ''})"
+    elif name:
+        text += f" (key {name})"
+    return text
+
+
+def _out_of_range(value: Any, rule: Any) -> str | None:
+    if rule["choices"] is not None and value not in rule["choices"]:
+        near = difflib.get_close_matches(str(value), [str(c) for c in rule["choices"]], n=1)
+        return f"must be one of {', '.join(map(str, rule['choices']))}" + (f"; did you mean {near[0]}?" if near else "")
+    bad = (
+        (rule["low"] is not None and value < rule["low"])
+        or (rule["high"] is not None and value > rule["high"])
+        or (rule["above"] is not None and value <= rule["above"])
+    )
+    return f"must be {_allowed(rule)}" if bad else None
+
+
+def _allowed(rule: Any) -> str:
+    if rule["choices"] is not None:
+        return "one of " + ", ".join(map(str, rule["choices"]))
+    parts = []
+    if rule["above"] is not None:
+        parts.append(f"above {rule['above']}")
+    if rule["low"] is not None:
+        parts.append(f"at least {rule['low']}")
+    if rule["high"] is not None:
+        parts.append(f"at most {rule['high']}")
+    return " and ".join(parts)
+
+
+def _type_name(kind: Any) -> str:
+    if get_origin(kind) is not None and type(None) in get_args(kind):
+        return " | ".join("null" if part is type(None) else _type_name(part) for part in get_args(kind))
+    return kind.__name__ if isinstance(kind, type) and get_origin(kind) is None else str(kind)
+
+
+def _show(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _section_doc(name: str) -> str:
+    schema: Any = Config
+    for key in filter(None, name.split(".")):
+        schema = typing.get_type_hints(schema)[key]
+    return (schema.__doc__ or "").strip().splitlines()[0]
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split("\n    full_key")[0].split())

@@ -1,0 +1,6 @@
+"""From annotation rows and video files to batches of uint8 clips.
+
+The way of a clip: :mod:`~egohod.data.table` (which clip, which words), :mod:`~egohod.data.frames` (which frames),
+:mod:`~egohod.data.video` (decoding), :mod:`~egohod.data.transforms` (one crop, one flip), :mod:`~egohod.data.clips`
+(row + seed -> sample), :mod:`~egohod.data.loader` (order, workers, resuming).
+"""

@@ -1,0 +1,221 @@
+"""The order of the clips, and the processes that fetch them."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from egohod.config import UserError
+from egohod.data.clips import ClipDataset, Key, collate
+
+_PR_SET_PDEATHSIG = 1
+
+
+class LoaderError(UserError):
+    """A loader process that failed or died."""
+
+
+class BatchPlan:
+    """Which clips stand in which batch: a pure function of (seed, epoch, step).
+
+    Every clip appears at most once an epoch; what does not fill a batch is left out, other clips each epoch.
+    With ``groups`` (int64 [size], see ``ClipTable.group_codes``) about ``share`` of each batch are groups of
+    ``group_size`` clips with equal code, as long as there are enough; the rest is drawn from all other clips.
+
+    Raises :class:`UserError` if there are fewer clips than a batch holds.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        groups: np.ndarray | None = None,
+        share: float = 0.0,
+        group_size: int = 4,
+    ) -> None:
+        if size < batch_size:
+            raise UserError(f"train.global_batch_size={batch_size}, but there are only {size} clips; take fewer")
+        self.size = size
+        self.batch_size = batch_size
+        self._seed = seed
+        self._groups = groups
+        self._group_size = group_size
+        self._groups_per_batch = round(share * batch_size) // group_size if groups is not None else 0
+        self._epoch = lru_cache(maxsize=2)(self._arrange)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in an epoch."""
+        return self.size // self.batch_size
+
+    def batch(self, epoch: int, step: int) -> np.ndarray:
+        """Clip numbers of batch ``step`` (0 .. steps_per_epoch - 1) of ``epoch``, int64 [batch_size]."""
+        if not 0 <= step < self.steps_per_epoch:
+            raise IndexError(step)
+        groups, rest = self._epoch(epoch)
+        # The groups there are are dealt evenly: batch s gets those from first to last.
+        first, last = (len(groups) * s // self.steps_per_epoch for s in (step, step + 1))
+        grouped = groups[first:last].reshape(-1)
+        begin = step * self.batch_size - first * self._group_size
+        return np.concatenate([grouped, rest[begin : begin + self.batch_size - len(grouped)]])
+
+    def _arrange(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The epoch's groups [G, group_size] and all other clips, both shuffled."""
+        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((self._seed, epoch))))
+        order = rng.permutation(self.size)
+        if not self._groups_per_batch or self._groups is None:
+            return np.empty((0, self._group_size), dtype=np.int64), order
+        order = order[np.argsort(self._groups[order], kind="stable")]
+        codes = self._groups[order]
+        starts = np.flatnonzero(np.concatenate([[True], codes[1:] != codes[:-1]]))
+        counts = np.diff(np.append(starts, self.size))
+        place = np.arange(self.size) - np.repeat(starts, counts)
+        full = place < np.repeat(counts // self._group_size * self._group_size, counts)
+        groups = rng.permutation(order[full].reshape(-1, self._group_size))
+        taken = groups[: self._groups_per_batch * self.steps_per_epoch]
+        others = np.ones(self.size, dtype=bool)
+        others[taken] = False
+        return taken, rng.permutation(np.flatnonzero(others))
+
+
+def train_loader(
+    dataset: ClipDataset,
+    plan: BatchPlan,
+    *,
+    start_step: int,
+    total_steps: int,
+    rank: int = 0,
+    world_size: int = 1,
+    accumulation: int = 1,
+    workers: int = 0,
+    prefetch: int = 2,
+    pin_memory: bool = False,
+) -> ClipLoader:
+    """This process's micro-batches of the steps [start_step, total_steps), ``accumulation`` per step, in order.
+
+    Of each step's global batch, micro-batch m of process r holds the positions from (m * world_size + r) * b on, b
+    clips each. Epochs follow one another without a pause; the worker processes live through all of them. Raises
+    :class:`UserError` if the batch cannot be shared evenly.
+    """
+    return ClipLoader(
+        dataset,
+        _TrainBatches(plan, start_step, total_steps, rank, world_size, accumulation),
+        workers=workers,
+        prefetch=prefetch,
+        pin_memory=pin_memory,
+    )
+
+
+def eval_loader(
+    dataset: ClipDataset, indices: Sequence[int], batch_size: int, workers: int, prefetch: int = 2
+) -> ClipLoader:
+    """The clips ``indices``, in that order and each once, ``batch_size`` at a time (the last batch may be smaller)."""
+    numbers = [int(index) for index in indices]
+    batches = [numbers[at : at + batch_size] for at in range(0, len(numbers), batch_size)]
+    return ClipLoader(dataset, batches, workers=workers, prefetch=prefetch, pin_memory=False)
+
+
+class ClipLoader(DataLoader[dict[str, Any]]):
+    """A DataLoader whose workers end with their parent and whose failures are one clear :class:`UserError`."""
+
+    def __init__(self, dataset: ClipDataset, batches: Any, *, workers: int, prefetch: int, pin_memory: bool) -> None:
+        super().__init__(
+            _Guarded(dataset),
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=_collate_or_failure,
+            pin_memory=pin_memory,
+            worker_init_fn=_start_worker,
+            # Forked workers share the table's memory with this process.
+            multiprocessing_context="fork" if workers else None,
+            prefetch_factor=prefetch if workers else None,
+        )
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+        """Batches as of :func:`~egohod.data.clips.collate`; raises :class:`UserError`."""
+        batches = super().__iter__()
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise LoaderError(
+                    f"a loader process died ({str(error).splitlines()[0]}); if memory ran out, lower data.workers or "
+                    "data.prefetch"
+                ) from error
+            if "failure" in batch:
+                raise batch["failure"]
+            yield batch
+
+
+class _TrainBatches:
+    """Keys (epoch, index) of one process's micro-batches."""
+
+    def __init__(
+        self, plan: BatchPlan, start_step: int, total_steps: int, rank: int, world_size: int, accumulation: int
+    ) -> None:
+        if plan.batch_size % (world_size * accumulation):
+            raise UserError(
+                f"train.global_batch_size={plan.batch_size} cannot be shared evenly by {world_size} processes with "
+                f"{accumulation} micro-batches each"
+            )
+        self._plan = plan
+        self._steps = range(start_step, total_steps)
+        self._rank = rank
+        self._world_size = world_size
+        self._accumulation = accumulation
+
+    def __len__(self) -> int:
+        return len(self._steps) * self._accumulation
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        size = self._plan.batch_size // (self._world_size * self._accumulation)
+        for step in self._steps:
+            epoch, within = divmod(step, self._plan.steps_per_epoch)
+            batch = self._plan.batch(epoch, within)
+            for micro in range(self._accumulation):
+                first = (micro * self._world_size + self._rank) * size
+                yield [(epoch, index) for index in batch[first : first + size].tolist()]
+
+
+class _Guarded(Dataset[Any]):
+    """Hands an exception over as a value: torch would wrap it in a traceback within a traceback."""
+
+    def __init__(self, dataset: ClipDataset) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, key: Key) -> dict[str, Any] | UserError:
+        try:
+            return self._dataset[key]
+        except UserError as error:
+            return error
+        except Exception as error:
+            if get_worker_info() is None:
+                raise
+            return LoaderError(f"a loader process failed on clip {key}: {type(error).__name__}: {error}")
+
+
+def _collate_or_failure(samples: Sequence[Any]) -> dict[str, Any]:
+    failure = next((sample for sample in samples if isinstance(sample, UserError)), None)
+    return {"failure": failure} if failure else collate(samples)
+
+
+def _start_worker(_: int) -> None:
+    """The main process alone decides when to stop; a worker goes only when told, or when the parent is gone."""
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    torch.set_num_threads(1)

@@ -1,0 +1,81 @@
+"""Narrations to tokens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from open_clip.tokenizer import SimpleTokenizer
+from torch import Tensor
+
+# Text lengths in a batch are rounded up to this, so that few different shapes reach the device.
+LENGTH_MULTIPLE = 8
+# Narrations repeat within an epoch far less than across; this many per process cost about 20 MB.
+_CACHED_TEXTS = 32768
+
+
+class Tokenizer:
+    """CLIP's byte-pair tokens through open_clip's tokenizer (works offline)."""
+
+    def __init__(self, context_length: int = 77) -> None:
+        self.context_length = context_length
+        self._inner = SimpleTokenizer(context_length=context_length)
+        self._one = lru_cache(_CACHED_TEXTS)(self._encode)
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """int64 [len(texts), context_length]: start, words, end-of-text (the largest id), zeros.
+
+        Longer texts are cut, the end-of-text token stays last.
+        """
+        return torch.from_numpy(np.stack([self._one(text) for text in texts]).astype(np.int64))
+
+    def _encode(self, text: str) -> np.ndarray:
+        return self._inner([text])[0].numpy().astype(np.int32)
+
+
+def trim(tokens: Tensor) -> Tensor:
+    """[B, L] -> [B, l]: the columns after the last end-of-text token of the batch are cut, l a multiple of 8 or L.
+
+    What stands after the end-of-text token of a causal text tower changes nothing. Call it on the CPU: the new
+    length is a number the host must know.
+    """
+    needed = int(tokens.argmax(dim=1).max()) + 1
+    return tokens[:, : -(-needed // LENGTH_MULTIPLE) * LENGTH_MULTIPLE]
+
+
+def choose_text(texts: Sequence[str], mode: str, rng: np.random.Generator) -> str:
+    """One narration out of several: ``random`` draws, ``concat`` joins all, ``first`` takes the first."""
+    if mode == "concat":
+        return " ".join(texts)
+    if mode == "first" or len(texts) == 1:
+        return texts[0]
+    assert mode == "random", mode
+    return texts[int(rng.integers(len(texts)))]
+
+
+_SIDES = re.compile(
+    r"\b(?:(?P<side>left|right)(?P<tail>most|wards?|hand(?:ed)?)?|(?P<counter>counter|anti)?[- ]?clockwise)\b",
+    re.IGNORECASE,
+)
+
+
+def swap_sides(text: str) -> str:
+    """The narration of the mirrored clip: left and right change places, and so do the senses of rotation.
+
+    ``"leftmost"``, ``"right-hand"`` and the like follow; the case of the first letters is kept.
+    """
+    return _SIDES.sub(_mirror, text)
+
+
+def _mirror(match: re.Match[str]) -> str:
+    word = match.group()
+    if match["side"]:
+        mirrored = ("right" if match["side"].lower() == "left" else "left") + (match["tail"] or "")
+    else:
+        mirrored = "clockwise" if match["counter"] else "counter-clockwise"
+    if word.isupper():
+        return mirrored.upper()
+    return mirrored[0].upper() + mirrored[1:] if word[0].isupper() else mirrored

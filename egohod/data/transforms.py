@@ -1,0 +1,84 @@
+"""Crop and flip in the loader, normalise on the device.
+
+Clips stay uint8 until they are on the device: a quarter of the bytes to move, and the integer resize is several
+times faster than the float one.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+# OpenAI CLIP's statistics of RGB in 0..1 (SPEC 3).
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# Aspect ratios of a training crop, torchvision's and upstream's default.
+ASPECT_RATIO = (3 / 4, 4 / 3)
+
+
+def random_crop(frames: np.ndarray, size: int, scale_min: float, rng: np.random.Generator) -> Tensor:
+    """One random box of at least ``scale_min`` of the picture, the same in all frames, resized to ``size`` pixels.
+
+    ``frames`` uint8 [T, H, W, 3] -> uint8 [3, T, size, size]. The box is drawn as by RandomResizedCrop.
+    """
+    top, left, height, width = _random_box(frames.shape[1], frames.shape[2], scale_min, rng)
+    return _resize(frames[:, top : top + height, left : left + width], size, size)
+
+
+def center_crop(frames: np.ndarray, size: int) -> Tensor:
+    """The short side resized to ``size`` and the middle square cut out (SPEC 5).
+
+    ``frames`` uint8 [T, H, W, 3] -> uint8 [3, T, size, size].
+    """
+    height, width = frames.shape[1:3]
+    short = min(height, width)
+    height, width = (int(size * side / short) for side in (height, width))
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return _resize(frames, height, width)[..., top : top + size, left : left + size]
+
+
+def flip(video: Tensor) -> Tensor:
+    """Mirror left and right: [..., W] -> [..., W]. The caption must be mirrored too, see ``text.swap_sides``."""
+    return video.flip(-1)
+
+
+def normalise(video: Tensor) -> Tensor:
+    """uint8 [B, 3, T, H, W] in any memory order -> contiguous float32 in CLIP's statistics, on the same device."""
+    scale, shift = _statistics(video.device)
+    return torch.addcmul(shift, video.to(torch.float32, memory_format=torch.contiguous_format), scale)
+
+
+@cache
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Factor and offset per channel [3, 1, 1, 1]; kept per device, since sending them would wait for it."""
+    mean, std = torch.tensor(CLIP_MEAN, dtype=torch.float64), torch.tensor(CLIP_STD, dtype=torch.float64)
+    scale, shift = 1 / (255 * std), -mean / std
+    return tuple(each.to(torch.float32).view(3, 1, 1, 1).to(device) for each in (scale, shift))  # type: ignore[return-value]
+
+
+def _resize(frames: np.ndarray, height: int, width: int) -> Tensor:
+    """uint8 [T, H, W, 3] -> [3, T, height, width], antialiased bicubic."""
+    # A channels-last view: torchvision's integer kernel works on it as it is, nothing is copied first.
+    video = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    video = F.resize(video, [height, width], interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return video.transpose(0, 1)
+
+
+def _random_box(height: int, width: int, scale_min: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a box with a random share of the area and a random aspect ratio."""
+    low, high = np.log(ASPECT_RATIO)
+    for _ in range(10):
+        area = height * width * rng.uniform(scale_min, 1.0)
+        ratio = np.exp(rng.uniform(low, high))
+        w, h = round(float(np.sqrt(area * ratio))), round(float(np.sqrt(area / ratio)))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    # A very long or tall picture: the largest box of an allowed ratio in its middle.
+    ratio = min(max(width / height, ASPECT_RATIO[0]), ASPECT_RATIO[1])
+    w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
+    return (height - h) // 2, (width - w) // 2, h, w

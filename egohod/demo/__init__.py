@@ -1,0 +1,9 @@
+"""The embedded demo world: a procedural first-person kitchen with narrated hand-object motions.
+
+Frames, narrations, boxes and questions all follow from one seed; nothing is downloaded.
+"""
+
+from egohod.demo.preview import preview
+from egohod.demo.write import DemoError, make_world, plan
+
+__all__ = ["DemoError", "make_world", "plan", "preview"]

@@ -1,0 +1,134 @@
+"""Who am I among the processes of this run: rank, world size, device, backend. Decided here and nowhere else."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from egohod.config import UserError
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """One process and its place in the run."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    backend: str | None
+    # Decisions between processes travel over gloo, so that asking never waits for the GPU.
+    control: dist.ProcessGroup | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the run folder."""
+        return self.rank == 0
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """``value`` of every process, in rank order, on every process."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is true on at least one process; every process gets the same answer."""
+        if self.world_size == 1:
+            return flag
+        answer = torch.tensor([int(flag)])
+        dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=self.control)
+        return bool(answer.item())
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+    def __str__(self) -> str:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
+        return f"{name}, {self.world_size} process{'es over ' + str(self.backend) if self.world_size > 1 else ''}"
+
+
+def setup(device: str = "auto") -> Distributed:
+    """Join the run that torchrun describes in the environment, or be its only process.
+
+    ``device`` is ``auto``, ``cpu`` or ``cuda``. NCCL joins GPUs, gloo CPUs. Raises :class:`UserError` when
+    a GPU was asked for, or is plugged in, but torch cannot use it.
+    """
+    chosen = pick_device(device)
+    world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        torch.set_float32_matmul_precision("high")
+    if world_size == 1:
+        return Distributed(0, 1, chosen, None)
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+    control = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=60))
+    return Distributed(rank, world_size, chosen, backend, control)
+
+
+def pick_device(device: str) -> torch.device:
+    """The device of this process.
+
+    A machine whose GPU torch cannot reach is an error, not a reason to train on the CPU for a week
+    unnoticed; ``device="cpu"`` or an empty ``CUDA_VISIBLE_DEVICES`` says that it is meant.
+    """
+    if device == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"process {local_rank} of this node has no GPU: only {torch.cuda.device_count()} visible")
+        return torch.device("cuda", local_rank)
+    driver = nvidia_driver()
+    if driver and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        raise UserError(
+            f"an NVIDIA device is present (driver {driver}) but torch {torch.__version__} (built for CUDA "
+            f"{torch.version.cuda or 'none: a CPU build'}) cannot use it; install a matching torch or driver, "
+            "or set train.device=cpu"
+        )
+    if device == "cuda":
+        raise UserError("train.device=cuda, but no NVIDIA device was found on this machine; use train.device=auto")
+    return torch.device("cpu")
+
+
+def nvidia_driver(proc: Path = Path("/proc/driver/nvidia/version")) -> str | None:
+    """Version of the NVIDIA driver if a device is plugged in, whatever torch thinks of it."""
+    try:
+        answer = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        ).stdout.split()
+        return answer[0] if answer else None
+    except (OSError, subprocess.SubprocessError):
+        pass
+    if proc.is_file():
+        words = proc.read_text(errors="replace").split()
+        return next((word for word in words if word[:1].isdigit() and "." in word), "unknown")
+    return None
+
+
+def pick_precision(precision: str, device: torch.device) -> torch.dtype:
+    """The autocast type; ``torch.float32`` means no autocast.
+
+    ``auto`` is bf16 where the hardware multiplies it natively: a CPU without AVX512-BF16 or AMX emulates it
+    a hundred times slower than fp32.
+    """
+    if precision != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    capable = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if capable else torch.float32

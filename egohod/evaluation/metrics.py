@@ -1,0 +1,251 @@
+"""The numbers of the field, as fractions in 0..1 (ranks count from 1).
+
+Legend: Q queries, N items of the gallery, C classes or choices.
+
+Every metric settles equal scores by the lower index first, so a result does not depend on a sorting library;
+scores that are not finite are refused, since they would be ranked by accident.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from egohod.config import UserError
+
+FloatArray = NDArray[np.floating[Any]]
+IntArray = NDArray[np.int64]
+
+# Elements of a similarity matrix that are ranked at a time: a few arrays of 8 MB whatever the matrix.
+BLOCK_ELEMENTS = 2**20
+
+
+class MetricError(UserError):
+    """Scores or labels that no metric can be computed from."""
+
+
+@dataclass(frozen=True)
+class Directions:
+    """A metric from video to text, from text to video, and their mean.
+
+    ``left_out`` counts the (video, text) queries without a relevant item; they are in no average.
+    """
+
+    v2t: float
+    t2v: float
+    mean: float
+    left_out: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class GradedScores:
+    """Both graded metrics of EPIC-KITCHENS multi-instance retrieval."""
+
+    mean_average_precision: Directions
+    ndcg: Directions
+
+
+def graded_scores(sim: ArrayLike, rel: ArrayLike) -> GradedScores:
+    """mAP and nDCG of a similarity matrix [videos, texts] against relevancies of the same shape.
+
+    One ranking per query serves both metrics; memory beyond the two matrices is constant.
+    Definitions: :func:`graded_per_query`. Raises :class:`MetricError` on unequal shapes or non-finite scores.
+    """
+    sim, rel = _matrices(sim, rel)
+    (ap_v2t, ndcg_v2t), (ap_t2v, ndcg_t2v) = graded_per_query(sim, rel), graded_per_query(sim.T, rel.T)
+    return GradedScores(_directions(ap_v2t, ap_t2v), _directions(ndcg_v2t, ndcg_t2v))
+
+
+def mean_average_precision(sim: ArrayLike, rel: ArrayLike) -> Directions:
+    """Graded mAP of a similarity matrix [videos, texts], see :func:`graded_scores`."""
+    return graded_scores(sim, rel).mean_average_precision
+
+
+def ndcg(sim: ArrayLike, rel: ArrayLike) -> Directions:
+    """nDCG of a similarity matrix [videos, texts], see :func:`graded_scores`."""
+    return graded_scores(sim, rel).ndcg
+
+
+def graded_per_query(sim: ArrayLike, rel: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Average precision and nDCG of each row: float64 [Q], float64 [Q], NaN for a query without a relevant item.
+
+    ``sim`` [Q, N] scores, ``rel`` [Q, N] relevancies in 0..1, as EPIC-KITCHENS-100 multi-instance retrieval has them:
+
+    * average precision: over the ranks k that hold an item of relevancy 1, the sum of the relevancies of the first
+      k items divided by k, averaged over the items of relevancy 1. Items of lower relevancy count in the sums.
+    * nDCG: gain = relevancy, discount = log2(rank + 1), cut at k = number of items of relevancy above 0.
+    """
+    sim, rel = _matrices(sim, rel)
+    queries, items = sim.shape
+    ap, gain = np.full(queries, np.nan), np.full(queries, np.nan)
+    rank = np.arange(1, items + 1)
+    discount = 1.0 / np.log2(rank + 1.0)
+    step = max(1, BLOCK_ELEMENTS // max(items, 1))
+    for start in range(0, queries, step):
+        rows = slice(start, start + step)
+        relevancy = np.ascontiguousarray(rel[rows], dtype=np.float64)
+        ranked = np.take_along_axis(relevancy, rank_items(sim[rows]), axis=1)
+
+        full = ranked == 1
+        precision = np.cumsum(ranked, axis=1) / rank
+        ap[rows] = _ratio((precision * full).sum(axis=1), full.sum(axis=1))
+
+        positives = (relevancy > 0).sum(axis=1)
+        ranked *= rank <= positives[:, None]
+        ideal = np.sort(relevancy, axis=1)[:, ::-1] @ discount
+        gain[rows] = _ratio(ranked @ discount, ideal)
+    return ap, gain
+
+
+def rank_items(scores: ArrayLike) -> IntArray:
+    """Indices [Q, N] of the items of each row from the highest score to the lowest, equal scores by lower index."""
+    scores = np.ascontiguousarray(scores)
+    _require_finite(scores)
+    if scores.dtype != np.float32:
+        return np.argsort(-scores, axis=1, kind="stable").astype(np.int64, copy=False)
+    # Features are float32, so the large matrices are. Their bits, made monotonous, and the index share one
+    # 64-bit key: sorting keys is half the price of a stable argsort, and no two keys are equal.
+    bits = (scores + np.float32(0)).view(np.int32)  # + 0 turns -0.0 into 0.0, which has other bits
+    falling = np.where(bits < 0, bits & np.int32(0x7FFFFFFF), ~bits)
+    keys = (falling.astype(np.int64) << 32) | np.arange(scores.shape[1])
+    keys.sort(axis=1)
+    return keys & 0xFFFFFFFF
+
+
+def first_relevant_rank(sim: ArrayLike, relevant: ArrayLike) -> IntArray:
+    """Rank [Q], from 1, of the best-placed relevant item of each row; 0 for a query without one.
+
+    ``sim`` [Q, N] scores, ``relevant`` [Q, N] bool.
+    """
+    sim, relevant = _matrices(sim, relevant)
+    relevant = relevant.astype(bool)
+    _require_finite(sim)
+    best = np.where(relevant, sim, -np.inf).max(axis=1, initial=-np.inf)
+    # argmax finds the first of equal items, which is the one that ties are settled for.
+    position = (relevant & (sim == best[:, None])).argmax(axis=1)
+    ahead = (sim > best[:, None]) | ((sim == best[:, None]) & (np.arange(sim.shape[1]) < position[:, None]))
+    return np.where(relevant.any(axis=1), ahead.sum(axis=1) + 1, 0)
+
+
+def recall_at_k(ranks: ArrayLike, k: int) -> float:
+    """Share of the queries whose first relevant item has rank <= k; rank 0 (no such item) is left out."""
+    return _mean(_answerable(ranks) <= k)
+
+
+def median_rank(ranks: ArrayLike) -> float:
+    """Median of the ranks, from 1; rank 0 (no relevant item) is left out."""
+    ranks = _answerable(ranks)
+    return float(np.median(ranks)) if ranks.size else float("nan")
+
+
+def topk_accuracy(scores: ArrayLike, labels: ArrayLike, k: int = 1) -> float:
+    """Share of rows of ``scores`` [Q, C] whose label [Q] is among the k highest."""
+    scores, labels = np.asarray(scores), np.asarray(labels)
+    _require_labels(scores, labels)
+    return recall_at_k(first_relevant_rank(scores, np.arange(scores.shape[1]) == labels[:, None]), k)
+
+
+def mean_class_accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
+    """Accuracy within each class that occurs in ``labels`` [Q], averaged over these classes.
+
+    Classes without a single clip have no accuracy and are left out (LaViLa's helper counts them as 0).
+    """
+    predictions, labels = np.asarray(predictions), np.asarray(labels)
+    _, codes = np.unique(labels, return_inverse=True)
+    return _mean(np.bincount(codes, weights=predictions == labels) / np.bincount(codes))
+
+
+def multiple_choice_accuracy(scores: ArrayLike, answers: ArrayLike, kinds: ArrayLike) -> dict[str, float]:
+    """Accuracy of each kind of question, e.g. EgoMCQ's inter-video and intra-video ones.
+
+    ``scores`` [Q, C], where -inf marks a choice that a question with fewer choices does not have; ``answers`` [Q]
+    index of the right choice; ``kinds`` [Q] any labels, which become the keys as strings.
+    """
+    scores, answers, kinds = np.asarray(scores), np.asarray(answers), np.asarray(kinds).astype(str)
+    _require_labels(scores, answers)
+    # A missing choice is -inf by definition; anything else must be finite, and each question needs a real answer.
+    if np.isnan(scores).any() or np.isposinf(scores).any():
+        raise MetricError("the scores of the choices hold NaN or infinite values: the features are not finite")
+    if answers.size and not np.isfinite(scores[np.arange(len(answers)), answers]).all():
+        raise MetricError("a question names an answer that is not among its choices")
+    right = scores.argmax(axis=1) == answers if answers.size else np.zeros(0, dtype=bool)
+    return {str(kind): _mean(right[kinds == kind]) for kind in np.unique(kinds)}
+
+
+def expected_graded_scores(rel: ArrayLike) -> GradedScores:
+    """mAP and nDCG that random scores reach on average on relevancies [videos, texts]: the chance level, exactly.
+
+    An item of relevancy 1 has each rank k of N with equal probability, and each of the others (relevancies adding up
+    to S - 1) stands before it with (k - 1)/(N - 1); so AP averages ``mean_k((1 + (k - 1) (S - 1)/(N - 1)) / k)``.
+    For nDCG every rank holds the mean relevancy.
+    """
+    rel = np.asarray(rel)
+    (ap_v2t, ndcg_v2t), (ap_t2v, ndcg_t2v) = _expected_per_query(rel), _expected_per_query(rel.T)
+    return GradedScores(_directions(ap_v2t, ap_t2v), _directions(ndcg_v2t, ndcg_t2v))
+
+
+def expected_recall(relevant: ArrayLike, items: int) -> NDArray[np.float64]:
+    """Recall at k = 1 .. ``items`` of random scores: float64 [items].
+
+    ``relevant`` [Q] number of relevant items of each query; queries with 0 are left out.
+    """
+    counts, queries = np.unique(_answerable(relevant), return_counts=True)
+    drawn = np.arange(items)
+    missed = (np.clip(items - counts[:, None] - drawn, 0, None) / (items - drawn)).cumprod(axis=1)
+    return 1 - queries @ missed / max(queries.sum(), 1)
+
+
+def _expected_per_query(rel: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    items = rel.shape[1]
+    rank = np.arange(1, items + 1)
+    discount = 1.0 / np.log2(rank + 1.0)
+    total = rel.sum(axis=1, dtype=np.float64)
+    harmonic = float(np.mean(1.0 / rank))
+    ap = harmonic + (1 - harmonic) * (total - 1) / max(items - 1, 1)
+    positives = (rel > 0).sum(axis=1)
+    gained = total / items * np.concatenate([[0.0], discount.cumsum()])[positives]
+    ideal = np.sort(rel, axis=1)[:, ::-1] @ discount
+    return np.where((rel == 1).any(axis=1), ap, np.nan), _ratio(gained, ideal)
+
+
+def _matrices(sim: ArrayLike, rel: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
+    sim, rel = np.asarray(sim), np.asarray(rel)
+    if sim.ndim != 2 or sim.shape != rel.shape:
+        raise MetricError(f"similarities {list(sim.shape)} and relevancies {list(rel.shape)} must be matrices alike")
+    return sim, rel
+
+
+def _require_finite(scores: NDArray[Any]) -> None:
+    if not np.isfinite(scores).all():
+        raise MetricError("the scores hold NaN or infinite values: the features they come from are not finite")
+
+
+def _require_labels(scores: NDArray[Any], labels: NDArray[Any]) -> None:
+    if scores.ndim != 2 or labels.shape != scores.shape[:1]:
+        raise MetricError(f"scores {list(scores.shape)} need one label per row, not {list(labels.shape)}")
+    if labels.size and (labels.min() < 0 or labels.max() >= scores.shape[1]):
+        raise MetricError(f"labels run from {labels.min()} to {labels.max()}, but there are {scores.shape[1]} columns")
+
+
+def _answerable(ranks: ArrayLike) -> IntArray:
+    ranks = np.asarray(ranks)
+    return ranks[ranks > 0]
+
+
+def _ratio(part: NDArray[Any], whole: NDArray[Any]) -> NDArray[np.float64]:
+    return np.divide(part, whole, out=np.full(len(whole), np.nan), where=whole > 0)
+
+
+def _mean(values: ArrayLike) -> float:
+    values = np.asarray(values, dtype=np.float64)
+    return float(values.mean()) if values.size else float("nan")
+
+
+def _directions(v2t: NDArray[np.float64], t2v: NDArray[np.float64]) -> Directions:
+    kept = [values[~np.isnan(values)] for values in (v2t, t2v)]
+    means = [_mean(values) for values in kept]
+    left_out = (len(v2t) - len(kept[0]), len(t2v) - len(kept[1]))
+    return Directions(means[0], means[1], sum(means) / 2, left_out)

@@ -1,0 +1,1 @@
+"""Objectives over features; no model and no data in here."""

@@ -1,0 +1,101 @@
+"""Contrastive batches larger than memory, with the exact gradient (cached features, GradCache, 2101.06983).
+
+Plain gradient accumulation would contrast each micro-batch only with itself. Here all micro-batches are
+embedded without gradient first, the loss over all features gives the gradient of each feature, and every
+micro-batch is then embedded again, with gradient, and pulled along its features' gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+Batch = TypeVar("Batch")
+Features = Mapping[str, Tensor]
+
+
+def _unscaled(loss: Tensor) -> Tensor:
+    return loss
+
+
+def cached_step(
+    forward: Callable[[Batch], Features],
+    model: nn.Module,
+    micro_batches: Sequence[Batch],
+    loss_fn: Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]],
+    scale: Callable[[Tensor], Tensor] = _unscaled,
+) -> dict[str, Tensor]:
+    """Add the gradient of the loss over all micro-batches (of all processes) to the parameters.
+
+    Args:
+        forward: micro-batch -> ``video_features`` [b, E], ``text_features`` [b, E], ``logit_scale``; enters
+            autocast itself if wanted, so that the loss stays in float32.
+        model: what ``forward`` calls; under DistributedDataParallel gradients are averaged over the processes
+            once, in the last backward pass.
+        micro_batches: chunks of this process's batch, anything ``forward`` takes.
+        loss_fn: e.g. :class:`egohod.loss.contrastive.ContrastiveLoss`.
+        scale: applied to the loss before its backward pass, e.g. ``GradScaler.scale``.
+
+    Returns:
+        ``loss`` (not scaled) and ``accuracy``, detached scalars on the device.
+
+    One micro-batch is a plain forward and backward pass. Several cost one more forward pass each; dropout and
+    the like repeat exactly, because each chunk's random state is kept.
+    """
+    assert micro_batches, "a step needs at least one micro-batch"
+    if len(micro_batches) == 1:
+        output = forward(micro_batches[0])
+        result = loss_fn(output["video_features"], output["text_features"], output["logit_scale"])
+        scale(result["loss"]).backward()
+        return {name: value.detach() for name, value in result.items()}
+
+    videos, texts, states = [], [], []
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        for batch in micro_batches:
+            states.append(_random_state(device))
+            output = forward(batch)
+            videos.append(output["video_features"])
+            texts.append(output["text_features"])
+    sizes = [len(video) for video in videos]
+    video = torch.cat(videos).requires_grad_()
+    text = torch.cat(texts).requires_grad_()
+    logit_scale = output["logit_scale"].detach().requires_grad_()
+    result = loss_fn(video, text, logit_scale)
+    scale(result["loss"]).backward()
+    assert video.grad is not None
+    assert text.grad is not None
+    assert logit_scale.grad is not None
+
+    pulls = zip(video.grad.split(sizes), text.grad.split(sizes), strict=True)
+    for i, (batch, (video_grad, text_grad)) in enumerate(zip(micro_batches, pulls, strict=True)):
+        last = i == len(micro_batches) - 1
+        _set_random_state(device, states[i])
+        with nullcontext() if last else _without_sync(model):
+            output = forward(batch)
+            surrogate = (output["video_features"] * video_grad).sum() + (output["text_features"] * text_grad).sum()
+            if last and output["logit_scale"].requires_grad:
+                # The scale is shared by all chunks: its gradient is already whole and counts once.
+                surrogate = surrogate + output["logit_scale"] * logit_scale.grad
+            surrogate.backward()
+    return {name: value.detach() for name, value in result.items()}
+
+
+def _without_sync(model: nn.Module) -> AbstractContextManager[None]:
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    """States of the generators a forward pass may draw from; read on the host, the device is not waited for."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _set_random_state(device: torch.device, state: list[Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)

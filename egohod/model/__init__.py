@@ -1,0 +1,1 @@
+"""The dual encoder: vision tower, text tower, geometries, weights."""

@@ -1,0 +1,107 @@
+"""The dual encoder: a vision tower and a text tower that meet in one embedding space."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from egohod.config import LossConfig, ModelConfig
+from egohod.model import zoo
+from egohod.model.text import TextTower
+from egohod.model.video import VideoTransformer
+
+
+class DualEncoder(nn.Module):
+    """``visual``, ``textual`` and ``logit_scale`` = log(1 / temperature), named as in published checkpoints."""
+
+    def __init__(
+        self,
+        visual: nn.Module,
+        textual: nn.Module,
+        *,
+        geometry: zoo.Geometry,
+        num_frames: int,
+        temperature: float = 0.07,
+        learn_temperature: bool = False,
+    ) -> None:
+        super().__init__()
+        self.visual, self.textual = visual, textual
+        self.geometry, self.num_frames = geometry, num_frames
+        # A parameter even when fixed, so that it is saved with the weights.
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)), requires_grad=learn_temperature)
+
+    def encode_video(self, video: Tensor, normalize: bool = True) -> Tensor:
+        """``video`` [B, 3, T, H, W], normalised pixels -> float32 [B, E]."""
+        return _finish(self.visual(video), normalize)
+
+    def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:
+        """``tokens`` int64 [B, L], L up to the context length -> float32 [B, E]."""
+        return _finish(self.textual(tokens), normalize)
+
+    def forward(self, video: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+        """Both features, normalised, and the scale of their similarities (1 / temperature)."""
+        return {
+            "video_features": self.encode_video(video),
+            "text_features": self.encode_text(tokens),
+            "logit_scale": self.logit_scale.exp(),
+        }
+
+    def compile_towers(self, backend: str = "inductor") -> None:
+        """torch.compile both towers in place, without graph breaks; names in the state dict stay."""
+        self.visual.compile(fullgraph=True, backend=backend)
+        # The text length changes from batch to batch.
+        self.textual.compile(fullgraph=True, backend=backend, dynamic=True)
+
+
+def _finish(features: Tensor, normalize: bool) -> Tensor:
+    # Similarities need float32 whatever the towers computed in.
+    features = features.float()
+    return F.normalize(features, dim=-1) if normalize else features
+
+
+def create_model(config: ModelConfig, loss: LossConfig | None = None) -> DualEncoder:
+    """A dual encoder with fresh weights (CLIP's initialisation, from torch's global generator).
+
+    ``config.weights`` and ``config.compile`` are left to the caller: weights are read by
+    :mod:`egohod.model.weights`, compiling is :meth:`DualEncoder.compile_towers`.
+    """
+    shape = zoo.geometry(config.name)
+    loss = loss or LossConfig()
+    visual = VideoTransformer(
+        image_size=shape.image_size,
+        patch_size=shape.patch_size,
+        width=shape.vision_width,
+        layers=shape.vision_layers,
+        heads=shape.vision_heads,
+        embed_dim=shape.embed_dim,
+        num_frames=config.num_frames,
+        mlp_ratio=shape.mlp_ratio,
+        activation=config.activation,
+        temporal_init=config.temporal_init,
+        temporal_scale=config.temporal_scale,
+        patch_dropout=config.patch_dropout,
+        drop_path=config.drop_path,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
+    textual = TextTower(
+        width=shape.text_width,
+        layers=shape.text_layers,
+        heads=shape.text_heads,
+        embed_dim=shape.embed_dim,
+        context_length=shape.context_length,
+        vocab_size=shape.vocab_size,
+        mlp_ratio=shape.mlp_ratio,
+        activation=config.activation,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
+    return DualEncoder(
+        visual,
+        textual,
+        geometry=shape,
+        num_frames=config.num_frames,
+        temperature=loss.temperature,
+        learn_temperature=loss.learn_temperature,
+    )

@@ -1,0 +1,190 @@
+"""Checkpoints that survive kills, full disks and half-written files.
+
+    <run>/checkpoints/
+        LAST                          name of the newest complete checkpoint
+        step-00000500/
+            model.safetensors         weights, readable by anything that reads safetensors
+            training.pt               optimizer, loss scaler, progress; loadable with weights_only
+            manifest.json             step, metrics, what the run looks like, SHA-256 of the files above
+
+A checkpoint is written under a temporary name, flushed to the disk, then renamed: it is there as a whole or not
+at all. ``LAST`` is only a hint for people and scripts; loading goes by the manifests.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import pickle
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from egohod.config import UserError
+
+log = logging.getLogger(__name__)
+
+WEIGHTS, TRAINING, MANIFEST, LAST = "model.safetensors", "training.pt", "manifest.json", "LAST"
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be read, or not written."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint read from disk and found whole."""
+
+    path: Path
+    step: int
+    weights: dict[str, torch.Tensor]
+    training: dict[str, Any]
+    manifest: dict[str, Any]
+
+
+class CheckpointStore:
+    """The checkpoints of one run."""
+
+    def __init__(self, run: Path, *, keep_last: int = 2, keep_best: int = 1, best: str = ""):
+        self.folder = run / "checkpoints"
+        self._keep_last, self._keep_best, self._best = keep_last, keep_best, best
+
+    def save(
+        self,
+        step: int,
+        weights: dict[str, torch.Tensor],
+        training: dict[str, Any],
+        *,
+        metrics: dict[str, float],
+        identity: dict[str, Any],
+    ) -> Path:
+        """Write one checkpoint and drop those no longer kept.
+
+        ``identity`` is what a resumed run must agree with (geometry, batch size, seed ...). Raises
+        :class:`CheckpointError` if it cannot be written; older checkpoints are untouched then.
+        """
+        final = self.folder / f"step-{step:08d}"
+        temporary = self.folder / f".tmp-step-{step:08d}-{os.getpid()}"
+        try:
+            temporary.mkdir(parents=True)
+            save_file({name: value.contiguous() for name, value in weights.items()}, temporary / WEIGHTS)
+            torch.save(training, temporary / TRAINING)
+            manifest = {
+                "format": 1,
+                "step": step,
+                "metrics": metrics,
+                "identity": identity,
+                "sha256": {name: _sha256(temporary / name) for name in (WEIGHTS, TRAINING)},
+            }
+            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+            for name in (WEIGHTS, TRAINING, MANIFEST):
+                _flush(temporary / name)
+            _flush(temporary)
+            if final.exists():  # left torn by an earlier crash, or saved twice at the same step
+                shutil.rmtree(final)
+            temporary.rename(final)
+            _flush(self.folder)
+            self._point(final.name)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise CheckpointError(f"{final}: not saved: {_reason(error)}; older checkpoints are untouched") from error
+        self._prune()
+        return final
+
+    def steps(self) -> list[Path]:
+        """Checkpoint folders, oldest first."""
+        return sorted(self.folder.glob("step-*"))
+
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint that is whole; a torn one is passed over with a warning."""
+        for path in reversed(self.steps()):
+            try:
+                return read(path)
+            except CheckpointError as error:
+                log.warning("%s; trying the one before", error)
+        return None
+
+    def _point(self, name: str) -> None:
+        temporary = self.folder / f".{LAST}-{os.getpid()}"
+        temporary.write_text(name + "\n")
+        _flush(temporary)
+        temporary.rename(self.folder / LAST)
+
+    def _prune(self) -> None:
+        """Keep the newest ones and the best ones; also clear what a killed process left half-written."""
+        for path in self.folder.glob(".tmp-step-*"):
+            shutil.rmtree(path, ignore_errors=True)
+        paths = self.steps()
+        ranked = sorted(paths, key=lambda path: _metric(path, self._best), reverse=True)
+        rated = [path for path in ranked if _metric(path, self._best) > float("-inf")]
+        kept = {*paths[-self._keep_last :], *rated[: self._keep_best]}
+        for path in paths:
+            if path not in kept:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def read(path: Path) -> Checkpoint:
+    """Read one checkpoint folder and check it against its manifest.
+
+    Raises :class:`CheckpointError` naming the file and what is wrong with it. Nothing in the files is executed.
+    """
+    manifest = read_manifest(path)
+    for name in (WEIGHTS, TRAINING):
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path}: {name} is missing")
+        if _sha256(path / name) != manifest["sha256"].get(name):
+            raise CheckpointError(f"{path / name}: damaged (its checksum is not the manifest's)")
+    try:
+        weights = load_file(path / WEIGHTS)
+        training = torch.load(path / TRAINING, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
+        raise CheckpointError(f"{path}: {_reason(error)}") from error
+    return Checkpoint(path, int(manifest["step"]), weights, training, manifest)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint folder. Raises :class:`CheckpointError`."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such checkpoint folder")
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / MANIFEST}: {_reason(error)}; is this a checkpoint folder?") from error
+    if not isinstance(manifest, dict) or not {"step", "sha256", "identity", "metrics"} <= manifest.keys():
+        raise CheckpointError(f"{path / MANIFEST}: not a manifest of this project")
+    return manifest
+
+
+def _metric(path: Path, name: str) -> float:
+    try:
+        return float(read_manifest(path)["metrics"].get(name, "-inf"))
+    except CheckpointError:
+        return float("-inf")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Make sure that a file, or a folder's list of names, survives a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC or "No space left" in str(error):
+        return "the disk is full"
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,107 @@
+"""``--dry_run``: build everything, try a little of each part, and explain what a real run would do and what it lacks."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from egohod.config import Config, UserError, load_leniently
+from egohod.data.clips import collate
+from egohod.distributed import Distributed, pick_precision, setup
+from egohod.model.egovideo import DualEncoder, create_model
+from egohod.model.flops import step_flops
+from egohod.training.loop import Schedule
+from egohod.training.setup import build_dataset, build_model, build_plan, bytes_per_clip, largest_batch, split_batch
+from egohod.training.step import TrainStep
+
+log = logging.getLogger(__name__)
+
+CLIPS_TO_OPEN = 3
+
+
+def dry_run(path: str, overrides: Sequence[str]) -> int:
+    """Report on a configuration; returns 0 if a run would start, 2 if something is missing.
+
+    Goes on past what is missing, so that one dry run names everything at once.
+    """
+    cfg, problems = load_leniently(path, overrides)
+    dist = setup(cfg.train.device)
+    say = Report()
+    say("config", f"{path}{' ' + ' '.join(overrides) if overrides else ''}")
+    say("device", f"{dist}, precision {str(pick_precision(cfg.train.precision, dist.device)).removeprefix('torch.')}")
+    model = _report_model(cfg, dist, say, problems)
+    _report_data(cfg, dist, model, say, problems)
+    _report_outputs(cfg, say)
+    for text in problems:
+        print(f"error: {text}", file=sys.stderr)
+    say("verdict", f"{len(problems)} problem(s), see above" if problems else "ready to run")
+    return 2 if problems else 0
+
+
+class Report:
+    """Aligned lines on the console."""
+
+    def __call__(self, name: str, text: str) -> None:
+        """One line."""
+        log.info("%-10s %s", name, text)
+
+
+def _report_model(cfg: Config, dist: Distributed, say: Report, problems: list[str]) -> DualEncoder:
+    try:
+        model = build_model(cfg, dist)
+        start = cfg.model.weights.source
+    except UserError as error:
+        problems.append(str(error))
+        model = create_model(cfg.model, cfg.loss).to(dist.device)
+        start = f"random, because {cfg.model.weights.path} cannot be used"
+    geometry = model.geometry
+    count = {name: sum(p.numel() for p in tower.parameters()) for name, tower in (("vision", model.visual), ("text", model.textual))}
+    say("model", f"{cfg.model.name} from {start}: vision {count['vision'] / 1e6:.1f} M, text {count['text'] / 1e6:.1f} M parameters")
+    tokens = 1 + cfg.model.num_frames * geometry.patches_per_frame
+    say("tokens", f"{tokens} a clip ({cfg.model.num_frames} frames of {geometry.image_size} px in patches of {geometry.patch_size} px, one CLS)")
+    flops = step_flops(geometry, cfg.model.num_frames, geometry.context_length)
+    say("compute", f"{flops / 1e9:.1f} GFLOP a clip for forward and backward, with {geometry.context_length} text tokens")
+    say("memory", f"{bytes_per_clip(cfg, dist, model) / 1e6:.0f} MB a clip kept for the backward pass")
+    return model
+
+
+def _report_data(cfg: Config, dist: Distributed, model: DualEncoder, say: Report, problems: list[str]) -> None:
+    try:
+        dataset = build_dataset(cfg, model.geometry.image_size)
+    except UserError as error:
+        problems.append(str(error))
+        return
+    say("data", f"{cfg.data.train.metadata}: {dataset.table.report}, decoder {dataset.decoder}")
+    clips = []
+    for row in torch.linspace(0, len(dataset) - 1, CLIPS_TO_OPEN).long().tolist():
+        clip = dataset[(0, row)]
+        if clip["fault"]:
+            problems.append(f"{cfg.data.train.metadata}: {clip['fault']}")
+        else:
+            clips.append(clip)
+            say("clip", f"row {row}: video {list(clip['video'].shape)}, '{' / '.join(dataset.table.row(row).texts)[:90]}'")
+    try:
+        plan = build_plan(cfg, dataset)
+        limit = cfg.train.max_batch_per_process or largest_batch(cfg, dist, model)
+        micro_batch, accumulation = split_batch(cfg.train.global_batch_size, dist.world_size, limit)
+        schedule = Schedule.of(cfg, plan.steps_per_epoch)
+    except UserError as error:
+        problems.append(str(error))
+        return
+    say("batch", f"{cfg.train.global_batch_size} = {dist.world_size} process(es) x {micro_batch} clips x {accumulation} accumulated")
+    say("length", f"{plan.steps_per_epoch} steps an epoch, {schedule.total} in all; evaluation every {schedule.evaluate}, checkpoint every {schedule.save}")
+    if clips:
+        step = TrainStep(model, cfg, dist, total_steps=schedule.total, steps_per_epoch=plan.steps_per_epoch)
+        loss = step(1, [collate(clips[:2])])["loss"].item()
+        say("one step", f"forward, backward and update on {len(clips[:2])} clip(s): loss {loss:.4f}")
+
+
+def _report_outputs(cfg: Config, say: Report) -> None:
+    run = Path(cfg.train.output)
+    say("writes", f"{run}/: checkpoints/, metrics.jsonl, tensorboard/, config.yml, environment.json, results.json")
+    if (run / "checkpoints").is_dir():
+        say("resume", f"{run}/checkpoints exists; train.resume={cfg.train.resume}")

@@ -1,0 +1,201 @@
+"""The training loop, from the first step or from a checkpoint to the final table."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from egohod.config import Config, UserError, duration_in_steps
+from egohod.data.clips import FaultLedger
+from egohod.data.loader import train_loader
+from egohod.distributed import Distributed
+from egohod.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore, read
+from egohod.training.preemption import Preemption
+from egohod.training.setup import TrainingData
+from egohod.training.step import TrainStep
+from egohod.training.telemetry import Clock, MetricWindow, Telemetry
+
+log = logging.getLogger(__name__)
+
+
+class Evaluator(Protocol):
+    """Anything that turns a model into numbers; names are prefixed with ``name/``."""
+
+    name: str
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """Metrics by name; leaves the model and the random state as they were."""
+        ...
+
+
+@dataclass
+class Schedule:
+    """The run's durations in steps."""
+
+    total: int
+    log: int
+    save: int
+    evaluate: int
+
+    @classmethod
+    def of(cls, cfg: Config, steps_per_epoch: int) -> Schedule:
+        """Resolve the durations of ``cfg``."""
+
+        def steps(text: str, key: str) -> int:
+            return duration_in_steps(
+                text, steps_per_epoch=steps_per_epoch, global_batch_size=cfg.train.global_batch_size, key=key
+            )
+
+        return cls(
+            total=steps(cfg.train.duration, "train.duration"),
+            log=steps(cfg.train.log_every, "train.log_every"),
+            save=steps(cfg.train.save_every, "train.save_every"),
+            evaluate=steps(cfg.evaluate.every, "evaluate.every"),
+        )
+
+
+def train(
+    cfg: Config, dist: Distributed, model: nn.Module, data: TrainingData, evaluators: Sequence[Evaluator]
+) -> tuple[int, dict[str, float]]:
+    """Train ``model`` on ``data``; returns the last step and the metrics of the last evaluation.
+
+    A request to stop (SIGTERM, SIGUSR1, SIGINT) ends the loop after the step in work, with a checkpoint; the
+    returned step is then smaller than the run's length. Raises :class:`UserError` when too many clips are
+    unreadable or when no step of a whole logging window was finite.
+    """
+    run = Path(cfg.train.output)
+    schedule = Schedule.of(cfg, data.plan.steps_per_epoch)
+    train_step = TrainStep(model, cfg, dist, total_steps=schedule.total, steps_per_epoch=data.plan.steps_per_epoch)
+    store = CheckpointStore(run, keep_last=cfg.train.keep_last, keep_best=cfg.train.keep_best, best=cfg.evaluate.best)
+    ledger, window, clock = FaultLedger(cfg.data.max_bad_fraction), MetricWindow(), Clock()
+
+    start, scores = 0, dict[str, float]()
+    if checkpoint := _resume_from(cfg, store):
+        start, scores = checkpoint.step, checkpoint.manifest["metrics"]
+        train_step.load_state_dict(checkpoint.weights, checkpoint.training)
+        window.load_state_dict(checkpoint.training["window"], dist.device)
+        ledger.load_state_dict(checkpoint.training["ledgers"][dist.rank % len(checkpoint.training["ledgers"])])
+        log.info("resuming %s at step %d of %d", checkpoint.path, start, schedule.total)
+
+    def save(step: int, must_succeed: bool) -> None:
+        ledgers = dist.gather_objects(ledger.state_dict())
+        if dist.is_main:
+            weights, training = train_step.state_dict()
+            training |= {"window": window.state_dict(), "ledgers": ledgers}
+            try:
+                log.info("saved %s", store.save(step, weights, training, metrics=scores, identity=identity(cfg)))
+            except CheckpointError as error:
+                if must_succeed:
+                    raise
+                log.error("%s; training goes on", error)
+
+    telemetry = Telemetry(run, cfg, dist, total_steps=schedule.total, start_step=start)
+    batches = _micro_batches(cfg, dist, data, start, schedule.total)
+    step = start
+    with Preemption(dist) as preemption:
+        for step in range(start + 1, schedule.total + 1):
+            with clock.waiting():
+                micro_batches = list(islice(batches, data.accumulation))
+            for batch in micro_batches:
+                ledger.update(batch)
+            window.add(train_step(step, micro_batches))
+            clock.step()
+            last, stopping = step == schedule.total, preemption.requested()
+            if step % schedule.log == 0:
+                means = _finite(_average(dist.gather_objects(window.means())), schedule.log)
+                telemetry.training(step, means | {"lr": train_step.lr}, clock.lap())
+            if (last or step % schedule.evaluate == 0) and not stopping:
+                with clock.paused():
+                    scores = evaluate(model, evaluators)
+                    telemetry.write(step, scores)
+            if last or stopping or step % schedule.save == 0:
+                with clock.paused():
+                    save(step, must_succeed=last or stopping)
+            if stopping:
+                log.info("stopped after step %d of %d; the same command goes on from there", step, schedule.total)
+                break
+    telemetry.close()
+    return step, scores
+
+
+def evaluate(model: nn.Module, evaluators: Sequence[Evaluator]) -> dict[str, float]:
+    """All evaluators' numbers, each under ``<evaluator>/<metric>``."""
+    return {f"{each.name}/{name}": value for each in evaluators for name, value in each(model).items()}
+
+
+def identity(cfg: Config) -> dict[str, Any]:
+    """What a checkpoint and the run that resumes it must agree on for the trajectory to be the same."""
+    return {
+        "model.name": cfg.model.name,
+        "model.num_frames": cfg.model.num_frames,
+        "model.activation": cfg.model.activation,
+        "train.seed": cfg.train.seed,
+        "train.global_batch_size": cfg.train.global_batch_size,
+        "data.train.metadata": cfg.data.train.metadata,
+    }
+
+
+def _resume_from(cfg: Config, store: CheckpointStore) -> Checkpoint | None:
+    """The checkpoint that ``train.resume`` asks for, checked to belong to this run."""
+    if cfg.train.resume == "none":
+        if store.steps():
+            raise UserError(
+                f"{store.folder} holds checkpoints of an earlier run; go on with --resume auto, "
+                "or choose another train.output, or delete that folder"
+            )
+        return None
+    checkpoint = store.newest() if cfg.train.resume == "auto" else read(Path(cfg.train.resume))
+    if checkpoint is None:
+        if store.steps():
+            raise UserError(f"{store.folder}: none of the checkpoints is readable; --resume none in another train.output starts anew")
+        return None
+    here = identity(cfg)
+    for key, there in checkpoint.manifest["identity"].items():
+        if key in here and here[key] != there:
+            raise UserError(
+                f"{checkpoint.path}: was trained with {key}={there}, this run says {here[key]}; "
+                "use the same value, or another train.output"
+            )
+    return checkpoint
+
+
+def _micro_batches(cfg: Config, dist: Distributed, data: TrainingData, start: int, total: int) -> Iterator[dict[str, Any]]:
+    """This process's micro-batches from step ``start`` on, ``data.accumulation`` per step."""
+    if start >= total:
+        return iter(())
+    return iter(
+        train_loader(
+            data.dataset,
+            data.plan,
+            start_step=start,
+            total_steps=total,
+            rank=dist.rank,
+            world_size=dist.world_size,
+            accumulation=data.accumulation,
+            workers=cfg.data.workers,
+            prefetch=cfg.data.prefetch,
+            pin_memory=cfg.data.pin_memory and dist.device.type == "cuda",
+        )
+    )
+
+
+def _average(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Means over the processes: with a local loss each one scores its own rows only."""
+    return {name: sum(each[name] for each in metrics) / len(metrics) for name in metrics[0]}
+
+
+def _finite(metrics: dict[str, float], steps: int) -> dict[str, float]:
+    """``metrics``, unless not one of the window's ``steps`` had a finite loss and gradient."""
+    if metrics["skipped"] >= steps:
+        raise UserError(
+            f"the last {steps} steps all had a non-finite loss or gradient and were skipped; the weights are those "
+            "of the last good step: lower train.lr, clip gradients (train.clip_norm=1), or look at the data"
+        )
+    return metrics

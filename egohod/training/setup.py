@@ -1,0 +1,148 @@
+"""From a configuration to the parts of a run: model, data, and how a global batch is split."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+
+from egohod.config import Config, UserError
+from egohod.data.clips import ClipDataset
+from egohod.data.loader import BatchPlan
+from egohod.data.table import ClipTable
+from egohod.data.text import Tokenizer
+from egohod.data.transforms import normalise
+from egohod.distributed import Distributed, pick_precision
+from egohod.model.egovideo import DualEncoder, create_model
+from egohod.model.flops import saved_bytes
+from egohod.model.weights import load_openai, load_state
+from egohod.training.checkpoint import read
+
+log = logging.getLogger(__name__)
+
+# What batches may take of the device's memory; the rest is for weights' copies, fragmentation and the loader.
+MEMORY_SHARE = 0.6
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Clips, their order, and how many forward passes make one step."""
+
+    dataset: ClipDataset
+    plan: BatchPlan
+    micro_batch: int
+    accumulation: int
+
+
+def build_model(cfg: Config, dist: Distributed) -> DualEncoder:
+    """The model with its starting weights, on the device."""
+    torch.manual_seed(cfg.train.seed)
+    model = create_model(cfg.model, cfg.loss)
+    weights = cfg.model.weights
+    if weights.source == "openai":
+        log.info("%s", load_openai(model, Path(str(weights.path))))
+    elif weights.source == "checkpoint":
+        log.info("%s", load_state(model, read(Path(str(weights.path))).weights))
+    return model.to(dist.device)
+
+
+def build_dataset(cfg: Config, size: int) -> ClipDataset:
+    """The training clips at ``size`` pixels."""
+    return ClipDataset(
+        ClipTable.read(Path(cfg.data.train.metadata)),
+        cfg.data.train,
+        size=size,
+        num_frames=cfg.model.num_frames,
+        tokenizer=Tokenizer(),
+        decoder=cfg.data.decoder,
+        seed=cfg.train.seed,
+        train=True,
+        crop_scale_min=cfg.data.crop_scale_min,
+        flip=cfg.data.flip,
+    )
+
+
+def build_plan(cfg: Config, dataset: ClipDataset) -> BatchPlan:
+    """The order of the clips."""
+    hard = cfg.data.hard_negatives
+    groups = dataset.table.group_codes(list(hard.group_by), hard.window_seconds) if hard.share > 0 else None
+    return BatchPlan(
+        len(dataset), cfg.train.global_batch_size, cfg.train.seed, groups=groups, share=hard.share, group_size=hard.group_size
+    )
+
+
+def build_data(cfg: Config, dist: Distributed, model: DualEncoder) -> TrainingData:
+    """Everything that feeds the loop."""
+    dataset = build_dataset(cfg, model.geometry.image_size)
+    micro_batch, accumulation = split_batch(
+        cfg.train.global_batch_size, dist.world_size, cfg.train.max_batch_per_process or largest_batch(cfg, dist, model)
+    )
+    return TrainingData(dataset, build_plan(cfg, dataset), micro_batch, accumulation)
+
+
+def split_batch(global_batch_size: int, world_size: int, largest: int) -> tuple[int, int]:
+    """Clips per forward pass of one process, and forward passes per step.
+
+    Raises :class:`UserError` if the processes cannot share the batch evenly.
+    """
+    if global_batch_size % world_size:
+        raise UserError(
+            f"train.global_batch_size={global_batch_size} cannot be shared evenly by {world_size} processes; "
+            f"the nearest sizes are {global_batch_size // world_size * world_size or world_size} and "
+            f"{(global_batch_size // world_size + 1) * world_size}"
+        )
+    share = global_batch_size // world_size
+    micro_batch = next(size for size in range(min(share, largest), 0, -1) if share % size == 0)
+    return micro_batch, share // micro_batch
+
+
+def bytes_per_clip(cfg: Config, dist: Distributed, model: DualEncoder) -> int:
+    """Memory that one clip keeps for the backward pass, measured on two random clips."""
+    size = model.geometry.image_size
+    video = torch.randint(256, (2, 3, cfg.model.num_frames, size, size), dtype=torch.uint8, device=dist.device)
+    tokens = torch.ones(2, model.geometry.context_length, dtype=torch.long, device=dist.device)
+    dtype = pick_precision(cfg.train.precision, dist.device)
+
+    def forward() -> torch.Tensor:
+        with torch.autocast(dist.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            features = model(normalise(video), tokens)
+        return features["video_features"].sum() + features["text_features"].sum()
+
+    return saved_bytes(forward) // 2
+
+
+def largest_batch(cfg: Config, dist: Distributed, model: DualEncoder) -> int:
+    """Clips that fit the smallest device of the run, by the memory they keep for the backward pass."""
+    if dist.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(dist.device).total_memory
+    else:
+        memory = psutil.virtual_memory().total // max(1, dist.world_size)
+    # Weights, gradients and AdamW's two averages, all float32.
+    state = 16 * sum(parameter.numel() for parameter in model.parameters())
+    fits = int((memory * MEMORY_SHARE - state) // bytes_per_clip(cfg, dist, model))
+    smallest = min(dist.gather_objects(fits))
+    if smallest < 1:
+        raise UserError(
+            f"not one clip fits the memory of {dist.device} ({memory / 1e9:.0f} GB): try model.gradient_checkpointing=true, "
+            "fewer model.num_frames or a smaller model.name, or set train.max_batch_per_process=1 to try all the same"
+        )
+    return smallest
+
+
+def describe(cfg: Config, dist: Distributed, data: TrainingData) -> None:
+    """The one line that says what this run computes on."""
+    log.info(
+        "%s, precision %s, decoder %s; %s clips, global batch %d = %d x %d x %d accumulated",
+        dist,
+        str(pick_precision(cfg.train.precision, dist.device)).removeprefix("torch."),
+        data.dataset.decoder,
+        f"{len(data.dataset):,}",
+        cfg.train.global_batch_size,
+        dist.world_size,
+        data.micro_batch,
+        data.accumulation,
+    )

@@ -1,0 +1,98 @@
+"""One optimisation step: batches in, updated weights and device-side scalars out. No I/O, no waiting.
+
+Nothing here reads a number back from the device, so a GPU always has work queued; the loop reads the means of many
+steps at once when it logs. Shapes: B clips, C channels, T frames, H x W pixels, L text tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from egohod.config import Config
+from egohod.data.transforms import normalise
+from egohod.distributed import Distributed, pick_precision
+from egohod.loss.contrastive import ContrastiveLoss
+from egohod.loss.large_batch import cached_step
+from egohod.model.egovideo import DualEncoder
+from egohod.training.optim import build_optimizer, build_schedule
+
+
+class TrainStep:
+    """Owns model, loss, optimizer and schedule of a run."""
+
+    def __init__(self, model: DualEncoder, cfg: Config, dist: Distributed, *, total_steps: int, steps_per_epoch: int):
+        self._inner, self._cfg, self._device = model, cfg.train, dist.device
+        self._dtype = pick_precision(cfg.train.precision, dist.device)
+        self._seed = (cfg.train.seed, dist.rank)
+        self._loss = ContrastiveLoss(cfg.loss, rank=dist.rank, world_size=dist.world_size)
+        self._max_log_scale = math.log(cfg.loss.max_logit_scale)
+        self._optimizer = build_optimizer(model, cfg.train)
+        self._schedule = build_schedule(self._optimizer, cfg.train, total_steps, steps_per_epoch)
+        # Scaling only matters in fp16; the scaler is used in every precision because it also skips steps with
+        # non-finite gradients without asking the device (the optimizer is fused).
+        self._scaler = torch.amp.GradScaler(dist.device.type, init_scale=2.0**16 if self._is_fp16 else 1.0)
+        self._model: nn.Module = model
+        if dist.world_size > 1:
+            ids = [dist.device.index] if dist.device.type == "cuda" else None
+            self._model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the last step."""
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    @property
+    def _is_fp16(self) -> bool:
+        return self._dtype == torch.float16
+
+    def __call__(self, step: int, micro_batches: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Update the weights with one global batch.
+
+        ``step`` counts from 1; each micro-batch holds ``video`` uint8 [B, C, T, H, W] and ``tokens`` int64 [B, L].
+        Returns scalars: loss, accuracy, grad_norm, logit_scale, and skipped (1 where loss or gradient was not finite).
+        """
+        # Dropout and the like depend on (seed, rank, step) alone, so that a resumed run draws the same.
+        torch.manual_seed(int(np.random.SeedSequence((*self._seed, step)).generate_state(1)[0]))
+        self._schedule.step_update(step - 1)
+        self._optimizer.zero_grad(set_to_none=True)
+        result = cached_step(self._forward, self._model, micro_batches, self._loss, self._scaler.scale)
+        self._scaler.unscale_(self._optimizer)
+        trained = [parameter for parameter in self._inner.parameters() if parameter.grad is not None]
+        norm = get_total_norm([parameter.grad for parameter in trained])
+        if self._cfg.clip_norm:
+            clip_grads_with_norm_(trained, self._cfg.clip_norm, norm)
+        self._scaler.step(self._optimizer)
+        self._scaler.update(None if self._is_fp16 else 1.0)
+        with torch.no_grad():
+            self._inner.logit_scale.clamp_(max=self._max_log_scale)
+        return {
+            "loss": result["loss"],
+            "accuracy": result["accuracy"],
+            "grad_norm": norm,
+            "logit_scale": self._inner.logit_scale.detach().exp(),
+            "skipped": 1.0 - torch.isfinite(norm).float(),
+        }
+
+    def _forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        video = batch["video"].to(self._device, non_blocking=True)
+        tokens = batch["tokens"].to(self._device, non_blocking=True)
+        with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
+            return self._model(normalise(video), tokens)
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Weights, and everything else that the next step depends on (waits for the device)."""
+        weights = {name: value.detach().cpu() for name, value in self._inner.state_dict().items()}
+        return weights, {"optimizer": self._optimizer.state_dict(), "scaler": self._scaler.state_dict()}
+
+    def load_state_dict(self, weights: dict[str, Tensor], training: dict[str, Any]) -> None:
+        """Continue from what :meth:`state_dict` returned."""
+        self._inner.load_state_dict(weights)
+        self._optimizer.load_state_dict(training["optimizer"])
+        self._scaler.load_state_dict(training["scaler"])

@@ -1,0 +1,231 @@
+"""What a run says about itself: a console line, metrics.jsonl, TensorBoard, environment.json."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from collections.abc import Iterator
+from datetime import timedelta
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from egohod.config import Config, to_yaml
+from egohod.distributed import Distributed
+
+log = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "decord", "av", "torchcodec", "numpy", "pyarrow", "omegaconf")
+
+
+class Clock:
+    """Training time, with the waiting for data counted apart and pauses (evaluation, saving) left out."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._waited = 0.0
+        self._steps = 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the fetching of a batch."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around anything that is not training."""
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
+
+    def step(self) -> None:
+        """One optimisation step is done."""
+        self._steps += 1
+
+    def lap(self) -> tuple[int, float, float]:
+        """Steps, seconds and seconds waited for data since the last lap; starts a new one."""
+        now = time.perf_counter()
+        answer = self._steps, max(now - self._start, 1e-9), self._waited
+        self._start, self._waited, self._steps = now, 0.0, 0
+        return answer
+
+
+class MetricWindow:
+    """Means over the steps since the last log line, summed on the device so that no step waits for a number."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._count = 0
+
+    def add(self, metrics: dict[str, torch.Tensor]) -> None:
+        """Add one step's scalars."""
+        for name, value in metrics.items():
+            # A skipped step is counted in 'skipped'; its loss would make the mean meaningless.
+            value = torch.nan_to_num(value.detach().float(), nan=0.0, posinf=0.0, neginf=0.0)
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._count += 1
+
+    def means(self) -> dict[str, float]:
+        """The means, read from the device (the only wait of a step), and a fresh window. ``skipped`` is a sum."""
+        names = list(self._sums)
+        values = torch.stack([self._sums[name] for name in names]).tolist() if names else []
+        sums, count = dict(zip(names, values, strict=True)), max(self._count, 1)
+        skipped = sums.pop("skipped", 0.0)
+        self._sums, self._count = {}, 0
+        good = max(count - skipped, 1)
+        return {name: value / good for name, value in sums.items()} | {"skipped": skipped}
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint: a run interrupted within a window logs the same means as one that was not."""
+        return {"sums": {name: value.cpu() for name, value in self._sums.items()}, "count": self._count}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Continue the window of a checkpoint."""
+        self._sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self._count = state["count"]
+
+
+class Telemetry:
+    """Writes metrics of the main process; on others every call does nothing."""
+
+    def __init__(self, run: Path, cfg: Config, dist: Distributed, *, total_steps: int, start_step: int):
+        self._active = dist.is_main
+        self._dist = dist
+        self._total = total_steps
+        self._batch = cfg.train.global_batch_size
+        self._seconds_per_step: float | None = None
+        if not self._active:
+            return
+        run.mkdir(parents=True, exist_ok=True)
+        _truncate(run / "metrics.jsonl", start_step)
+        self._file = (run / "metrics.jsonl").open("a")
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start_step or None)
+        (run / "config.yml").write_text(to_yaml(cfg))
+        (run / "environment.json").write_text(json.dumps(environment(cfg, dist), indent=1))
+
+    def training(self, step: int, metrics: dict[str, float], lap: tuple[int, float, float]) -> None:
+        """Log the means of a window that ended with step ``step`` (counted from 1)."""
+        steps, seconds, waited = lap
+        recent = seconds / max(steps, 1)
+        before = self._seconds_per_step
+        self._seconds_per_step = recent if before is None else 0.7 * before + 0.3 * recent
+        speed = {
+            "clips_per_second": steps * self._batch / seconds,
+            "data_wait": waited / seconds,
+            "memory_gb": memory_gb(self._dist.device),
+        }
+        self.write(step, {f"train/{name}": value for name, value in (metrics | speed).items()})
+        if self._active:
+            eta = timedelta(seconds=round((self._total - step) * self._seconds_per_step))
+            skipped = f"  skipped {metrics['skipped']:.0f}" if metrics.get("skipped") else ""
+            log.info(
+                "step %d/%d  loss %.4f  acc %.3f  lr %.2e  grad %.2f  %.1f clips/s  data wait %.0f %%  %.1f GB  ETA %s%s",
+                step,
+                self._total,
+                metrics["loss"],
+                metrics["accuracy"],
+                metrics["lr"],
+                metrics["grad_norm"],
+                speed["clips_per_second"],
+                100 * speed["data_wait"],
+                speed["memory_gb"],
+                eta,
+                skipped,
+            )
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Append metrics of any kind to metrics.jsonl and TensorBoard."""
+        if not self._active:
+            return
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+        self._board.flush()
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        if self._active:
+            self._file.close()
+            self._board.close()
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory of the GPU, or the present size of this process and its loader workers on the CPU, in GB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    total = 0
+    process = psutil.Process()
+    for member in [process, *process.children(recursive=True)]:
+        try:
+            # USS leaves out what forked workers share with this process.
+            info = member.memory_full_info()
+            total += info.rss if member.pid == process.pid else info.uss
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return total / 1e9
+
+
+def environment(cfg: Config, dist: Distributed) -> dict[str, Any]:
+    """What is needed to say later how a result came about."""
+    return {
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "device": str(dist),
+        "cuda": torch.version.cuda,
+        "processes": dist.world_size,
+        "cpus": os.cpu_count(),
+        "commit": git_commit(),
+        "config_sha256": hashlib.sha256(to_yaml(cfg).encode()).hexdigest(),
+    }
+
+
+def git_commit() -> str | None:
+    """Commit of the code that runs, with ``+changes`` if the working tree differs; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        status = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+changes" if status.stdout.strip() else "")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _truncate(path: Path, step: int) -> None:
+    """Drop the lines that a resumed run will write again, and a last line that a kill cut short."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept))
+    temporary.rename(path)

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# The main job on the embedded demo world: render narrated clips, train, evaluate on held-out kitchens.
+#
+#   bash exps/demo.sh                      about ten minutes on two CPU cores; no download of data or weights
+#   bash exps/demo.sh --short              the same path in about two minutes (its numbers mean nothing)
+#   bash exps/demo.sh train.lr=1e-3        any knob of main_pretrain.py --help
+#
+# Run again, it goes on where it was interrupted; a finished run prints its table again.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+data=demo_data scale=1.0 overrides=()
+if [ "${1:-}" = --short ]; then
+    shift
+    data=demo_data/short scale=0.1
+    overrides=(train.output=runs/demo_short "train.duration=60 steps" "train.save_every=30 steps" "evaluate.every=30 steps")
+fi
+export DEMO_DATA=${DEMO_DATA:-$data}
+"$PYTHON" tools/make_demo_data.py --output "$DEMO_DATA" --scale "$scale"
+exec "$PYTHON" main_pretrain.py --config_file configs/demo.yml "${overrides[@]}" "$@"

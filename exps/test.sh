@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# The checks: lint, types, import direction, fast tests.
+#
+#   bash exps/test.sh               everything that needs minutes at most
+#   bash exps/test.sh -m ci         the slower real parts as well (what .ci/run adds); any pytest argument works
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+install test tests/requirements.txt
+
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+"$PYTHON" -m mypy
+"$_environment/bin/lint-imports" --no-cache
+exec "$PYTHON" -m pytest "$@"

@@ -1,0 +1,52 @@
+"""Train a video and a text encoder on narrated clips.
+
+One process:         python main_pretrain.py --config_file configs/demo.yml
+Several on a node:   torchrun --nproc_per_node=8 main_pretrain.py --config_file configs/config/clip_base.yml
+Look before leaping: python main_pretrain.py --config_file configs/config/clip_base.yml --dry_run
+Change a knob:       python main_pretrain.py --config_file configs/demo.yml train.lr=1e-4 train.output=runs/mine
+
+The same command goes on where a run was interrupted (--resume auto). Exit code 0: done or stopped by a signal after
+saving; 2: something in the configuration or the data that the message names.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from egohod import cli, config
+from egohod.distributed import setup
+from egohod.evaluation.benchmarks import demo_evaluator
+from egohod.evaluation.report import report
+from egohod.training.dry_run import dry_run
+from egohod.training.loop import Schedule, evaluate, train
+from egohod.training.setup import build_data, build_model, describe
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = cli.parser(__doc__, "configs/demo.yml")
+    parser.add_argument("--resume", metavar="auto|none|PATH", help="same as train.resume=...")
+    parser.add_argument("--dry_run", action="store_true", help="build everything, try three clips and one step, explain, leave")
+    args = parser.parse_args(arguments)
+    overrides = [*args.overrides, *([f"train.resume={args.resume}"] if args.resume else [])]
+    if args.dry_run:
+        return dry_run(args.config_file, overrides)
+    cfg = config.load(args.config_file, overrides)
+    dist = setup(cfg.train.device)
+    try:
+        with cli.claimed_run(cfg.train.output, dist):
+            model = build_model(cfg, dist)
+            data = build_data(cfg, dist, model)
+            describe(cfg, dist, data)
+            val = [demo_evaluator(cfg, dist, cfg.evaluate.demo_val, "val")] if cfg.evaluate.demo_val else []
+            step, scores = train(cfg, dist, model, data, val)
+            if step == Schedule.of(cfg, data.plan.steps_per_epoch).total and cfg.evaluate.demo_test:
+                test = demo_evaluator(cfg, dist, cfg.evaluate.demo_test, "test")
+                report(cfg.train.output, dist, scores | evaluate(model, [test]))
+    finally:
+        dist.close()
+    return cli.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

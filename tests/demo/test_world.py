@@ -1,0 +1,214 @@
+"""What the demo world says must be what it shows."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from egohod.demo import motion
+from egohod.demo.render import CANVAS, MARGIN, NO_CONTACT, PORTABLE_OBJECT, SHRINK, Stage, frame_time
+from egohod.demo.world import (
+    ACTIONS,
+    CLIP_FRAMES,
+    CLIPS_PER_VIDEO,
+    EVENT_SECONDS,
+    FPS,
+    SPLITS,
+    VERBS,
+    Clip,
+    make_split,
+    make_video,
+    phrase,
+)
+
+PAIRED = sorted({(verb.name, verb.opposite) for verb in VERBS.values() if verb.opposite and not verb.backwards})
+
+
+def _take(verb: str, noun: str, **changes: object) -> Clip:
+    """A clip of a verb, alike in all but what is changed."""
+    base = make_video(0, "train", 0).clips[0]
+    brief = VERBS[verb].brief
+    plain = {"verb": verb, "noun": noun, "hand": "right", "other": "absent", "distractors": (), "frames": 30}
+    return dataclasses.replace(
+        base, **(plain | {"begin": 0.9 if brief else 0.243, "end": 0.243, "size": 1.0} | changes)
+    )
+
+
+def _states(clip: Clip, times: np.ndarray) -> np.ndarray:
+    """All that a frame shows of the motion, one row a moment."""
+    rows = [motion.pose(clip, float(t)) for t in times]
+    return np.array(
+        [
+            (*p.hand, *p.object, p.depth, p.turn, *(p.lid or (0, 0)), p.height, p.touching, p.grip == "open")
+            for p in rows
+        ]
+    )
+
+
+def test_there_are_as_many_verbs_nouns_and_actions_as_promised() -> None:
+    assert len(VERBS) == 18
+    assert len({noun for _, noun in ACTIONS}) == 12
+    assert 100 <= len(ACTIONS) <= 130
+    assert len(PAIRED) == 8
+
+
+@pytest.mark.parametrize("verbs", [pair for pair in PAIRED if pair[0] != "tap once"])
+def test_the_second_verb_of_a_pair_is_the_first_one_backwards(verbs: tuple[str, str]) -> None:
+    first, second = (_take(verb, VERBS[verb].nouns[0]) for verb in verbs)
+    times = np.array([frame_time(i) for i in range(first.frames)])
+    if VERBS[first.verb].brief:  # the event in the middle, as its mirror image is
+        first, second = (dataclasses.replace(c, begin=(c.seconds - EVENT_SECONDS) / 2) for c in (first, second))
+    forward, backward = _states(first, times), _states(second, times)
+    np.testing.assert_allclose(backward, forward[::-1], atol=1e-9)
+    assert np.abs(forward - backward)[:, :4].max() > 0.2  # and still they differ, by a fifth of the picture or more
+
+
+@pytest.mark.parametrize("verbs", [pair for pair in PAIRED if VERBS[pair[0]].brief])
+def test_a_single_frame_tells_nothing_about_the_direction_of_a_brief_event(verbs: tuple[str, str]) -> None:
+    columns = []
+    for verb in verbs:
+        clip = _take(verb, VERBS[verb].nouns[0])
+        times = clip.begin + (np.arange(20_000) + 0.5) / 20_000 * EVENT_SECONDS
+        columns.append(np.sort(_states(clip, times), axis=0))
+    np.testing.assert_allclose(columns[0][:, :-2], columns[1][:, :-2], atol=2e-3)
+    np.testing.assert_allclose(columns[0].mean(0), columns[1].mean(0), atol=2e-3)  # contact and grip are yes or no
+
+
+@pytest.mark.parametrize("verb", [verb.name for verb in VERBS.values() if verb.brief])
+def test_a_brief_event_ends_where_it_began(verb: str) -> None:
+    clip = _take(verb, VERBS[verb].nouns[0])
+    before, after = _states(clip, np.array([0.0, clip.seconds]))
+    np.testing.assert_allclose(before, after, atol=1e-9)
+
+
+@pytest.mark.parametrize("verb", [verb.name for verb in VERBS.values() if verb.kind != "none"])
+def test_motions_are_large(verb: str) -> None:
+    for noun in VERBS[verb].nouns:
+        clip = _take(verb, noun, size=0.9)
+        hand = _states(clip, np.linspace(0, clip.seconds, 400))[:, :2]
+        assert max(np.ptp(hand, axis=0)) >= 0.24, (verb, noun)
+
+
+def _segments(frames: int, n: int) -> list[int]:
+    """Uniform frames of a clip, as all evaluations take them."""
+    step = (frames - 1) / n
+    return [(round(step * i) + round(step * (i + 1))) // 2 for i in range(n)]
+
+
+@pytest.mark.parametrize("frames", range(CLIP_FRAMES[0], CLIP_FRAMES[1] + 1))
+def test_four_frames_miss_a_brief_event_that_sixteen_see(frames: int) -> None:
+    few, many = ([frame_time(i) for i in _segments(frames, n)] for n in (4, 16))
+    for begin in np.linspace(0.05, frames / FPS - EVENT_SECONDS - 0.05, 97):
+        inside = [sum(begin + 1e-9 < t < begin + EVENT_SECONDS - 1e-9 for t in times) for times in (few, many)]
+        assert inside[0] <= 1
+        assert inside[1] >= 3
+
+
+def test_narrations_tell_the_truth() -> None:
+    vague = total = 0
+    for video in make_split(0, "val", 1.0):
+        for clip in video.clips:
+            verb = VERBS[clip.verb]
+            assert clip.noun in verb.nouns
+            assert clip.hod.startswith("#C C ")
+            assert clip.narration.startswith("#C C ")
+            colour = video.kitchen.nouns[clip.noun]
+            words = phrase(clip.verb, clip.noun).removeprefix("#C C ")
+            assert words in clip.hod.replace(f"the {colour} {clip.noun}", f"the {clip.noun}")
+            assert f"the {clip.hand} hand" in clip.hod
+            assert len(clip.hod.split()) <= 32
+            other = "left" if clip.hand == "right" else "right"
+            if f"the {other} hand" in clip.hod:
+                assert {"rest": "rests", "absent": "stays out of sight"}.get(
+                    clip.other, f"holds the {clip.other}"
+                ) in clip.hod
+            telling = {"left", "right", "clockwise", "counter-clockwise", "away", "back", "once", "twice", "up", "down"}
+            assert not telling & set(clip.narration.split())
+            vague += not clip.narration.startswith("#C C " + verb.coarse.split()[0])
+            total += 1
+    assert 0.35 < vague / total < 0.65
+
+
+def test_splits_share_no_looks_and_no_seed() -> None:
+    looks = {split: [v.kitchen for v in make_split(0, split, 1.0)] for split in SPLITS}
+    for part in ("name", "seed", "counter", "sleeve"):
+        values = [{getattr(kitchen, part) for kitchen in looks[split]} for split in SPLITS]
+        assert not (values[0] & values[1] | values[0] & values[2] | values[1] & values[2]), part
+    hands = [{(kitchen.skin, kitchen.sleeve) for kitchen in looks[split]} for split in SPLITS]
+    assert not (hands[0] & hands[1] | hands[0] & hands[2] | hands[1] & hands[2])
+
+
+@pytest.mark.parametrize(("split", "least"), [("train", 800), ("val", 120), ("test", 200)])
+def test_a_split_has_its_clips_and_enough_of_each_kind(split: str, least: int) -> None:
+    clips = [clip for video in make_split(0, split, 1.0) for clip in video.clips]
+    assert len(clips) == SPLITS[split]
+    kinds = [VERBS[clip.verb].kind for clip in clips]
+    assert kinds.count("state_changing") >= least
+    assert kinds.count("transient") >= least
+    hands = [clip.hand for clip in clips]
+    assert 0.35 < hands.count("left") / len(hands) < 0.65
+    if split == "train":
+        assert {(clip.verb, clip.noun) for clip in clips} == set(ACTIONS)
+
+
+def test_both_verbs_of_a_pair_come_equally_often() -> None:
+    clips = [clip for video in make_split(3, "train", 0.1) for clip in video.clips]
+    assert len(clips) % CLIPS_PER_VIDEO == 0
+    for first, second in PAIRED:
+        assert sum(c.verb == first for c in clips) == sum(c.verb == second for c in clips)
+
+
+def test_frames_follow_from_the_seed() -> None:
+    def first_frames(seed: int) -> np.ndarray:
+        frames = Stage(make_video(seed, "val", 0, 1)).frames()
+        return np.stack([next(frames) for _ in range(3)])
+
+    once, again, other = first_frames(5), first_frames(5), first_frames(6)
+    assert once.shape == (3, CANVAS[1] // SHRINK, CANVAS[0] // SHRINK, 3)
+    np.testing.assert_array_equal(once, again)
+    assert np.abs(once.astype(int) - other).mean() > 5
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_true_boxes_enclose_what_is_drawn(number: int) -> None:
+    """The hands are painted in a colour that nothing else has; its pixels are then the hand."""
+    video, grey = make_video(1, "train", number, 6), (90, 90, 90)
+    looks = {"skin": (255, 0, 255), "sleeve": (0, 90, 0), "counter": grey, "wall": grey}
+    kitchen = dataclasses.replace(video.kitchen, **looks, nouns=dict.fromkeys(video.kitchen.nouns, "green"))
+    clips = tuple(dataclasses.replace(clip, other="absent", distractors=()) for clip in video.clips)
+    stage = Stage(dataclasses.replace(video, kitchen=kitchen, clips=clips))
+    for clip in clips:
+        for t in (0.3, 1.1, 1.9):
+            picture = np.asarray(stage.draw(clip, t)).astype(int)
+            hand = (picture[..., 0] > picture[..., 1] + 50) & (picture[..., 2] > picture[..., 1] + 50)
+            rows, columns = np.nonzero(hand)
+            moment = stage.moment(clip, t)
+            seen = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+            box = np.multiply(moment.box(clip.hand) or np.nan, (*CANVAS, *CANVAS))
+            np.testing.assert_allclose(box, seen, atol=2)
+            assert moment.box("left" if clip.hand == "right" else "right") is None
+
+
+def test_truth_has_a_row_a_frame_and_contact_states() -> None:
+    video = make_video(2, "test", 0)
+    rows = list(Stage(video).truth())
+    assert [row["frame"] for row in rows] == list(range(video.frames))
+    lift = next(clip for clip in video.clips if VERBS[clip.verb].path == "slide" or VERBS[clip.verb].path == "push")
+    states = [rows[lift.start + i][f"{lift.hand}_state"] for i in range(lift.frames)]
+    assert states[0] == NO_CONTACT
+    assert states[lift.frames // 2] == PORTABLE_OBJECT
+    assert states[-1] == NO_CONTACT
+    for row in rows:
+        for edge in ("left", "top", "right", "bottom"):
+            assert 0 <= row[f"object_{edge}"] <= 1
+        for hand in ("left", "right"):
+            assert math.isnan(row[f"{hand}_left"]) == (row[f"{hand}_state"] == -1)
+
+
+def test_the_camera_never_leaves_the_counter() -> None:
+    for number in range(5):
+        for clip in make_video(0, "train", number).clips:
+            assert max(clip.sway[:2]) * CANVAS[0] < MARGIN

@@ -1,0 +1,209 @@
+"""Worlds on disk: what is written, reading it back, interruptions and bad requests."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from egohod.demo import DemoError, make_world, preview
+from egohod.demo.render import PICTURE, Stage
+from egohod.demo.world import ACTIONS, FPS, VERBS, make_split
+from egohod.demo.write import CHUNK_SECONDS, questions, seconds
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOL = [sys.executable, str(ROOT / "tools" / "make_demo_data.py")]
+SEED, SCALE = 4, 0.02  # 40 + 6 + 10 clips
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("demo") / "world"
+    assert make_world(out, SEED, SCALE, workers=1, splits=("val", "test")) == ["val", "test"]
+    return out
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _decode(folder: Path) -> np.ndarray:
+    """All frames of a video, chunk after chunk."""
+    frames = []
+    for chunk in sorted(folder.iterdir()):
+        with av.open(str(chunk)) as container:
+            frames += [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    return np.stack(frames)
+
+
+def _tree(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(p): (p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(folder.rglob("*"))}
+
+
+def test_videos_are_h264_chunks_of_the_rendered_frames(world: Path) -> None:
+    (video,) = make_split(SEED, "test", SCALE)
+    folder = world / "test" / "videos" / video.video_id
+    assert sorted(p.name for p in folder.iterdir()) == ["0000.mp4", "0001.mp4"]
+    with av.open(str(folder / "0000.mp4")) as container:
+        stream = container.streams.video[0]
+        assert stream.codec_context.name == "h264"
+        assert stream.average_rate == FPS
+        assert stream.frames == CHUNK_SECONDS * FPS
+    decoded = _decode(folder)
+    assert decoded.shape == (video.frames, PICTURE[1], PICTURE[0], 3)
+    drawn = np.stack(list(Stage(video).frames()))
+    errors = np.abs(decoded.astype(int) - drawn).mean((1, 2, 3))
+    assert errors.max() < 8  # every frame is there, in its place: a neighbouring clip would be off by far more
+
+
+def test_tables_agree_with_each_other(world: Path) -> None:
+    hod, coarse = _rows(world / "test" / "hod.csv"), _rows(world / "test" / "narrations.csv")
+    assert len(hod) == 10
+    assert [{**row, "text": ""} for row in hod] == [{**row, "text": ""} for row in coarse]
+    clips = [clip for video in make_split(SEED, "test", SCALE) for clip in video.clips]
+    assert [row["text"] for row in hod] == [clip.hod for clip in clips]
+    assert [row["text"] for row in coarse] == [clip.narration for clip in clips]
+    classes = {row["action"]: row for row in _rows(world / "test" / "classes.csv")}
+    assert len(classes) == len(ACTIONS)
+    truth = pyarrow.parquet.read_table(world / "test" / "truth.parquet").to_pandas()
+    assert (truth["second"] * FPS).round().astype(int).tolist() == truth["frame"].tolist()
+    for row in hod:
+        assert classes[row["action"]]["verb"] == row["verb"]
+        assert row["group"] == f"{row['noun']}/{row['hand']}"
+        begin, end = float(row["start_second"]), float(row["end_second"])
+        assert 2.4 < end - begin < 2.7
+        assert set(truth["noun"][int(begin * FPS) : int(end * FPS)]) == {row["noun"]}
+
+
+def test_seconds_lead_back_to_their_frame() -> None:
+    for frame in range(20_000):
+        assert int(seconds(frame) * FPS) == frame
+
+
+def test_questions_have_one_right_answer() -> None:
+    videos = make_split(SEED, "test", 0.2)
+    clips = {clip.uid: (video.video_id, clip) for video in videos for clip in video.clips}
+    asked = list(questions(videos, np.random.default_rng(0)))
+    kinds = [question["kind"] for question in asked]
+    assert kinds.count("across_clips") == len(clips)
+    for question in asked:
+        choices, answer = question["choices"], question["answer"]
+        if question["kind"] == "across_clips":
+            chosen = [clips[choice["clip"]] for choice in choices]
+            assert len({(clip.verb, clip.noun) for _, clip in chosen}) == 5
+            assert len({video for video, _ in chosen}) == 5
+            assert chosen[answer][1].hod == question["query"]["text"]
+        else:
+            clip = clips[question["query"]["clip"]][1]
+            verb = VERBS[clip.verb]
+            assert verb.kind == question["kind"]
+            right, wrong = choices[answer]["text"], choices[1 - answer]["text"]
+            assert verb.phrase.format(o=f"the {clip.noun}") in right
+            assert VERBS[verb.opposite].phrase.format(o=f"the {clip.noun}") in wrong
+            assert right.endswith(f" with the {clip.hand} hand")
+            assert wrong.endswith(f" with the {clip.hand} hand")
+    for kind, count in (("across_clips", 5), ("state_changing", 2), ("transient", 2)):
+        answers = [question["answer"] for question in asked if question["kind"] == kind]
+        assert set(answers) == set(range(count))
+
+
+def test_a_complete_world_is_left_alone(world: Path) -> None:
+    before = _tree(world)
+    assert make_world(world, SEED, SCALE, splits=("val", "test")) == []
+    assert _tree(world) == before
+
+
+def test_other_settings_and_other_folders_are_refused(world: Path, tmp_path: Path) -> None:
+    before = _tree(world)
+    with pytest.raises(DemoError, match=r"seed 4 \(asked: 5\)"):
+        make_world(world, 5, SCALE)
+    with pytest.raises(DemoError, match=r"scale 0.02 \(asked: 1.0\)"):
+        make_world(world, SEED)
+    assert _tree(world) == before
+    (tmp_path / "letter.txt").write_text("keep me")
+    with pytest.raises(DemoError, match="holds no demo world"):
+        make_world(tmp_path)
+    with pytest.raises(DemoError, match="allowed are train, val, test"):
+        make_world(tmp_path / "new", splits=("train", "dev"))
+    with pytest.raises(DemoError, match="scale must be"):
+        make_world(tmp_path / "new", scale=0)
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "world.json").write_text('{"seed": ')
+    with pytest.raises(DemoError, match="not a demo world's description"):
+        make_world(tmp_path / "torn")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["letter.txt", "torn"]
+
+
+def test_two_processes_write_what_one_writes(world: Path, tmp_path: Path) -> None:
+    make_world(tmp_path / "again", SEED, SCALE, workers=2, splits=("val", "train"))
+    once, again = world / "val", tmp_path / "again" / "val"
+    for path in sorted(p for p in once.rglob("*") if p.is_file()):
+        assert path.read_bytes() == (again / path.relative_to(once)).read_bytes(), path
+
+
+def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    out = tmp_path / "world"
+    command = [*TOOL, "--output", str(out), "--scale", "0.04", "--splits", "train", "--workers", "1", "--seed", "9"]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE)
+    videos = out / "train" / "videos"
+    assert run.stdout is not None
+    assert b"train" in run.stdout.readline()  # the first video is there
+    run.send_signal(signal.SIGKILL)
+    run.communicate()
+    done = sorted(p.name for p in videos.iterdir() if not p.name.startswith("."))
+    assert 1 <= len(done) < 4, "killed too late to test anything"
+    assert not json.loads((out / "world.json").read_text())["done"]["train"]
+    assert not (out / "train" / "hod.csv").exists()
+    before = _tree(videos / done[0])
+    assert make_world(out, 9, 0.04, workers=1, splits=("train",)) == ["train"]
+    assert _tree(videos / done[0]) == before
+    assert sorted(p.name for p in videos.iterdir()) == [f"demo_train_{i:04d}" for i in range(4)]
+    assert len(_rows(out / "train" / "hod.csv")) == 80
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_no_half_video(tmp_path: Path) -> None:
+    """A limit on the size of files stands in for a disk without room."""
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000));"
+        f"sys.path.insert(0, {str(ROOT / 'tools')!r}); import make_demo_data; out = {str(tmp_path / 'w')!r};"
+        "sys.exit(make_demo_data.main(['--output', out, '--scale', '0.02', '--splits', 'test', '--workers', '1']))"
+    )
+    run = subprocess.run([sys.executable, "-B", "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: cannot write")
+    assert run.stderr.count("\n") == 1
+    assert not [p for p in (tmp_path / "w" / "test" / "videos").iterdir() if not p.name.startswith(".")]
+
+
+def test_the_tool_explains_itself_and_its_errors(tmp_path: Path) -> None:
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*TOOL, *arguments], capture_output=True, text=True, check=False)
+
+    dry = call("--output", str(tmp_path / "new"), "--dry_run")
+    assert dry.returncode == 0
+    assert "100 videos, 2000 clips" in dry.stdout
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").write_text("")
+    wrong = call("--output", str(tmp_path / "file" / "world"), "--scale", "0.01")
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+    assert wrong.stderr.startswith("error: cannot")
+
+
+def test_preview_is_a_small_picture(tmp_path: Path) -> None:
+    preview(tmp_path / "a" / "sheet.png", seed=1)
+    with Image.open(tmp_path / "a" / "sheet.png") as sheet:
+        assert sheet.width == 6 * PICTURE[0]
+    assert (tmp_path / "a" / "sheet.png").stat().st_size < 400_000
+    with pytest.raises(DemoError, match="cannot write"):
+        preview(tmp_path / "sheet.nothing")

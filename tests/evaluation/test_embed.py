@@ -1,0 +1,132 @@
+"""Features: every clip once on any number of processes, nothing disturbed, nothing broken let through."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from evaluation_cases import FRAMES, benchmark, small_model
+from torch import Tensor, nn
+
+from egohod.config import UserError
+from egohod.data.text import Tokenizer
+from egohod.data.transforms import normalise
+from egohod.distributed import Distributed
+from egohod.evaluation.embed import embed_clips, embed_texts
+
+ALONE = Distributed(0, 1, torch.device("cpu"), None)
+
+
+class Recorder(nn.Module):
+    """Features that are the mean of each frame; remembers how it was called."""
+
+    def __init__(self, bad: float = 0.0) -> None:
+        super().__init__()
+        self.bad = bad
+        self.videos = 0
+        self.token_rows: list[tuple[int, ...]] = []
+        self.modes: set[tuple[bool, bool]] = set()
+
+    def encode_video(self, video: Tensor, normalize: bool = True) -> Tensor:
+        self.videos += len(video)
+        self.modes.add((self.training, torch.is_grad_enabled()))
+        return video.mean(dim=(1, 3, 4)) + self.bad
+
+    def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:
+        self.token_rows += [tuple(row) for row in tokens.tolist()]
+        return tokens.double().sum(dim=1, keepdim=True).float()
+
+
+def run_in_group(rank: int, world_size: int, folder: Path, broken: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=world_size)
+    dist = Distributed(rank, world_size, torch.device("cpu"), "gloo")
+    model = small_model()
+    bench = benchmark(folder, dist, batch_size=4)
+    settings = {"batch_size": 4, "dist": dist, "precision": torch.float32}
+    clips = embed_clips(model, bench.dataset, workers=0, **settings)
+    texts = embed_texts(model, ["one", "a longer text", "one"], bench.tokenizer, **settings)
+    results = bench(model)
+    try:
+        embed_clips(model, benchmark(broken, dist).dataset, workers=0, **settings)
+        fault = ""
+    except UserError as error:
+        fault = str(error)
+    torch.save({"clips": clips, "texts": texts, "results": results, "fault": fault}, out / f"{rank}.pt")
+    dist.close()
+
+
+def test_two_processes_give_the_features_and_results_of_one(world: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(world, broken)
+    victim = sorted(broken.glob("videos/*/*.mp4"))[-1]
+    victim.write_bytes(b"")
+
+    torch.multiprocessing.spawn(run_in_group, (2, world, broken, tmp_path), nprocs=2)
+
+    bench, model = benchmark(world), small_model()
+    assert len(bench.dataset) % 2 == 1, "the shares of the processes should differ in length"
+    alone = embed_clips(model, bench.dataset, batch_size=7, workers=0, dist=ALONE, precision=torch.float32)
+    results = bench(model)
+    for rank in range(2):
+        got = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        torch.testing.assert_close(got["clips"], alone, atol=1e-6, rtol=0)
+        assert torch.equal(got["texts"][0], got["texts"][2])
+        assert got["results"] == pytest.approx(results)
+        # Only one process meets the broken file; both must stop and name it.
+        assert victim.name in got["fault"]
+        assert victim.parent.name in got["fault"]
+
+
+def test_clips_come_in_the_order_of_the_table_with_and_without_workers(world: Path) -> None:
+    dataset = benchmark(world).dataset
+    want = torch.stack([normalise(dataset[i]["video"][None])[0].mean(dim=(0, 2, 3)) for i in range(len(dataset))])
+    for workers, batch_size in ((0, len(dataset)), (2, 3)):
+        model = Recorder()
+        got = embed_clips(model, dataset, batch_size=batch_size, workers=workers, dist=ALONE, precision=torch.float32)
+        assert got.dtype == torch.float32
+        assert got.shape == (len(dataset), FRAMES)
+        assert model.videos == len(dataset)
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+
+
+def test_evaluation_leaves_mode_gradients_and_random_numbers_alone(world: Path) -> None:
+    dataset, model = benchmark(world).dataset, Recorder()
+    state = torch.get_rng_state()
+    embed_clips(model, dataset, batch_size=8, workers=1, dist=ALONE, precision=torch.float32)
+    assert model.modes == {(False, False)}
+    assert model.training
+    assert torch.is_grad_enabled()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_equal_texts_are_encoded_once_and_padding_is_cut() -> None:
+    tokenizer, model = Tokenizer(), Recorder()
+    texts = ["a long narration " * 12, "short", "short", "other", "short"]
+    got = embed_texts(model, texts, tokenizer, batch_size=2, dist=ALONE, precision=torch.float32)
+    assert len(model.token_rows) == 3
+    assert [len(row) for row in model.token_rows][:2] == [8, 8]
+    np.testing.assert_array_equal(got[:, 0], tokenizer(texts).sum(dim=1))
+
+
+def test_text_features_do_not_depend_on_the_batch() -> None:
+    model, tokenizer = small_model(), Tokenizer()
+    texts = [f"#C C moves the {noun} " * count for count in (1, 3, 12) for noun in ("cup", "red pan")]
+    one, many = (
+        embed_texts(model, texts, tokenizer, batch_size=size, dist=ALONE, precision=torch.float32) for size in (1, 6)
+    )
+    torch.testing.assert_close(one, many, atol=1e-6, rtol=0)
+
+
+def test_features_that_are_not_finite_are_refused(world: Path) -> None:
+    dataset = benchmark(world).dataset
+    with pytest.raises(UserError, match=f"{len(dataset)} of {len(dataset)} clips are NaN or infinite, first of clip 0"):
+        embed_clips(Recorder(float("nan")), dataset, batch_size=8, workers=0, dist=ALONE, precision=torch.float32)
+
+
+def test_nothing_to_evaluate_is_an_error() -> None:
+    with pytest.raises(UserError, match="not a single text"):
+        embed_texts(Recorder(), [], Tokenizer(), batch_size=8, dist=ALONE, precision=torch.float32)

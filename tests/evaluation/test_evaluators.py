@@ -1,0 +1,162 @@
+"""The three evaluators and the result table on features whose score is known."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from egohod.config import UserError
+from egohod.distributed import Distributed
+from egohod.evaluation.classification import ClassificationTable, class_features
+from egohod.evaluation.multiple_choice import Question, QuestionTable
+from egohod.evaluation.report import RESULTS_FILE, report, table
+from egohod.evaluation.retrieval import RetrievalTable
+
+
+def random_features(rows: int, seed: int, width: int = 16) -> Tensor:
+    return normalize(torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def retrieval_case(clips: int = 60, texts: int = 40, actions: int = 8) -> RetrievalTable:
+    rng = np.random.default_rng(0)
+    text_of_clip = np.concatenate([np.arange(texts), rng.integers(0, texts, clips - texts)])
+    action = rng.integers(0, actions, texts)
+    return RetrievalTable(
+        [f"text {i}" for i in range(texts)], text_of_clip, (action[text_of_clip][:, None] == action).astype(np.float32)
+    )
+
+
+def test_retrieval_by_an_oracle_is_perfect() -> None:
+    case = retrieval_case()
+    # Texts of one action share a direction, each text has a smaller one of its own; a clip looks like its text.
+    relevancy = torch.from_numpy(case.relevancy[: len(case.texts)])
+    text = normalize(torch.cat([relevancy, 0.5 * torch.eye(len(case.texts))], dim=1), dim=-1)
+    scores = case.evaluate(text[torch.from_numpy(case.text_of_clip)], text)
+    for key in ("map", "map_v2t", "map_t2v", "ndcg", "recall_1_v2t", "recall_5_v2t", "recall_1_t2v", "recall_5_t2v"):
+        assert scores[key] == pytest.approx(100)
+    assert scores["median_rank_v2t"] == scores["median_rank_t2v"] == 1
+
+
+def test_retrieval_by_random_features_is_at_chance() -> None:
+    case = retrieval_case()
+    runs = [case.evaluate(random_features(60, 2 * seed), random_features(40, 2 * seed + 1)) for seed in range(60)]
+    for key in ("map_v2t", "map_t2v", "ndcg_v2t", "ndcg_t2v", "recall_1_v2t", "recall_5_v2t", "recall_5_t2v"):
+        values = np.array([run[key] for run in runs])
+        assert abs(values.mean() - runs[0][f"{key}_chance"]) < 4 * values.std() / np.sqrt(len(runs)), key
+    assert runs[0]["median_rank_v2t_chance"] == 20
+    assert abs(np.mean([run["median_rank_v2t"] for run in runs]) - 20.5) < 2
+
+
+def test_retrieval_tells_what_it_leaves_out(caplog: pytest.LogCaptureFixture) -> None:
+    case = retrieval_case()
+    case.relevancy[3] = 0
+    with caplog.at_level(logging.WARNING):
+        case.evaluate(random_features(60, 0), random_features(40, 1))
+    assert "mAP leaves out 1 clips and 0 texts" in caplog.text
+
+
+def grid(seed: int = 0, clips: int = 200) -> ClassificationTable:
+    """4 verbs x 5 nouns, two prompts each."""
+    verb, noun = (part.ravel() for part in np.indices((4, 5)))
+    classes = np.arange(20)
+    return ClassificationTable(
+        "verb_noun",
+        [f"prompt {i}" for i in range(40)],
+        np.concatenate([classes, classes]),
+        np.random.default_rng(seed).integers(0, 20, clips),
+        {"verb": verb, "noun": noun},
+    )
+
+
+def test_classification_by_an_oracle_is_perfect_and_knows_its_parts() -> None:
+    case = grid()
+    prompts = random_features(40, 5, width=64)
+    video = class_features(prompts, case.class_of_text)[torch.from_numpy(case.labels)]
+    scores = case.evaluate(video, prompts)
+    for key in ("verb_noun_top1", "verb_noun_top5", "verb_noun_mean_class", "verb_top1", "noun_top1"):
+        assert scores[key] == 100
+    assert [scores[f"{key}_top1_chance"] for key in ("verb_noun", "verb", "noun")] == [5, 25, 20]
+    assert scores["verb_noun_top5_chance"] == 25
+
+
+def test_classification_sees_which_part_is_wrong() -> None:
+    case = grid()
+    prompts = torch.eye(20).repeat(2, 1)
+    verb, noun = case.parts["verb"], case.parts["noun"]
+    mistaken = np.array([np.flatnonzero((verb == (verb[c] + 1) % 4) & (noun == noun[c]))[0] for c in case.labels])
+    scores = case.evaluate(torch.eye(20)[torch.from_numpy(mistaken)], prompts)
+    assert (scores["verb_noun_top1"], scores["verb_top1"], scores["noun_top1"]) == (0, 0, 100)
+
+
+def test_parts_are_marginalised_not_taken_from_the_best_class() -> None:
+    # The best class has verb 0, but two nearly as good classes have verb 1: together they outweigh it.
+    case = ClassificationTable("c", ["a", "b", "c"], np.arange(3), np.array([1]), {"verb": np.array([0, 1, 1])})
+    text = torch.eye(3)
+    video = normalize(torch.tensor([[1.0, 0.99, 0.99]]), dim=-1)
+    scores = case.evaluate(video, text)
+    assert (scores["c_top1"], scores["verb_top1"]) == (0, 100)
+
+
+def test_classification_by_random_features_is_at_chance() -> None:
+    runs = [grid(seed).evaluate(random_features(200, seed), random_features(40, 99 + seed)) for seed in range(40)]
+    values = np.array([run["verb_noun_top1"] for run in runs])
+    assert abs(values.mean() - 5) < 4 * values.std() / np.sqrt(len(values))
+
+
+def test_class_features_are_renormalised_means() -> None:
+    text = normalize(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]), dim=-1)
+    features = class_features(text, np.array([0, 0, 1]))
+    torch.testing.assert_close(features, torch.tensor([[0.5**0.5, 0.5**0.5], [0.0, -1.0]]))
+    with pytest.raises(UserError, match="class 1 has no prompt"):
+        class_features(text, np.array([0, 0, 2]))
+
+
+def questions() -> QuestionTable:
+    pairs = [Question("pair", True, clip, (clip, (clip + 1) % 50), 0) for clip in range(50)]
+    steps = (3, 2, 1, 0, 4)
+    clips = [Question("clips", False, text, tuple((text + step) % 50 for step in steps), 3) for text in range(50)]
+    return QuestionTable([f"text {i}" for i in range(50)], pairs + clips)
+
+
+def test_multiple_choice_both_ways() -> None:
+    features = random_features(50, 1, width=64)
+    assert questions().evaluate(features, features) == pytest.approx(
+        {"pair": 100, "pair_chance": 50, "clips": 100, "clips_chance": 20}
+    )
+    opposite = questions().evaluate(-features, features)
+    assert (opposite["pair"], opposite["clips"]) == (0, 0)
+
+
+def test_multiple_choice_by_random_features_is_at_chance() -> None:
+    runs = [questions().evaluate(random_features(50, 2 * s), random_features(50, 2 * s + 1)) for s in range(40)]
+    for kind in ("pair", "clips"):
+        values = np.array([run[kind] for run in runs])
+        assert abs(values.mean() - runs[0][f"{kind}_chance"]) < 4 * values.std() / np.sqrt(len(runs))
+
+
+def test_table_shows_the_chance_beside_each_number() -> None:
+    results = {"test/map": 12.34, "test/map_chance": 1.26, "test/median_rank_v2t": 3.0, "test/other": 2.0}
+    assert table(results, "demo").splitlines() == [
+        "demo                    result    chance",
+        "test/map                 12.3%      1.3%",
+        "test/median_rank_v2t      3.0          -",
+        "test/other                2.0%         -",
+    ]
+
+
+def test_report_is_written_by_the_first_process_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    results = {"test/map": 12.5, "test/none": float("nan")}
+    report(tmp_path, Distributed(1, 2, torch.device("cpu"), "gloo"), results)
+    assert list(tmp_path.iterdir()) == []
+    with caplog.at_level(logging.INFO):
+        report(tmp_path, Distributed(0, 2, torch.device("cpu"), "gloo"), results)
+    assert "12.5%" in caplog.text
+    assert json.loads((tmp_path / RESULTS_FILE).read_text()) == {"test/map": 12.5, "test/none": None}
+    assert [path.name for path in tmp_path.iterdir()] == [RESULTS_FILE]

@@ -1,0 +1,62 @@
+"""The house rules that no linter knows."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+
+
+def test_requirements_and_environment_pin_the_same_versions() -> None:
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    pins = {line for line in lines if line and not line.startswith("#")}
+    tree = yaml.safe_load((ROOT / "environment.yml").read_text())
+    (conda,) = (each["pip"] for each in tree["dependencies"] if isinstance(each, dict))
+    assert pins == set(conda)
+    assert all("==" in pin for pin in pins)
+    assert "python=3.11" in tree["dependencies"]
+
+
+def test_every_pinned_package_is_declared_in_pyproject() -> None:
+    import tomllib
+
+    declared = {
+        re.split(r"[<>=]", each)[0].lower() for each in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    }
+    pinned = {line.split("==")[0].lower() for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line}
+    assert declared == pinned
+
+
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("main_*.py"), *(ROOT / "tools").glob("*.py")]), ids=lambda p: p.name)
+def test_programs_are_not_imported_by_anything(path: Path) -> None:
+    """Programs stand on top: neither the package nor another program imports them."""
+    for other in [*(ROOT / "egohod").rglob("*.py"), *ROOT.glob("main_*.py"), *(ROOT / "tools").glob("*.py")]:
+        for node in ast.walk(ast.parse(other.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert path.stem not in {part for name in names for part in name.split(".")}, f"{other} imports {path.name}"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("main_*.py")), ids=lambda p: p.name)
+def test_main_programs_open_with_their_launch_recipe(path: Path) -> None:
+    doc = ast.get_docstring(ast.parse(path.read_text())) or ""
+    assert f"python {path.name}" in doc
+
+
+@pytest.mark.skipif(not TRACKED, reason="not a git checkout")
+def test_no_large_file_and_no_private_path_in_git() -> None:
+    private = re.compile(r"(^|[^A-Za-z0-9_.])/(work|root|home)/")
+    for name in TRACKED:
+        path = ROOT / name
+        if not path.is_file():
+            continue
+        assert path.stat().st_size < 1_000_000, name
+        if path.suffix in {".py", ".md", ".yml", ".sh", ".toml", ".txt"}:
+            assert not private.search(path.read_text()), f"{name} names a path of somebody's machine"

@@ -1,0 +1,127 @@
+"""Checkpoints: whole or not there, checked on reading, never executed."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from egohod.training.checkpoint import CheckpointError, CheckpointStore, read
+
+WEIGHTS = {"w": torch.arange(6.0).view(2, 3), "scale": torch.tensor(2.5)}
+
+
+def save(store: CheckpointStore, step: int, metric: float = 0.0) -> Path:
+    training = {"optimizer": {"state": {0: {"step": torch.tensor(float(step))}}}, "note": "x"}
+    return store.save(step, WEIGHTS, training, metrics={"val/top1": metric}, identity={"model.name": "DEMO"})
+
+
+def test_what_was_saved_comes_back(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    path = save(store, 7)
+    checkpoint = read(path)
+    assert checkpoint.step == 7
+    assert checkpoint.weights.keys() == WEIGHTS.keys()
+    assert all(torch.equal(checkpoint.weights[name], value) for name, value in WEIGHTS.items())
+    assert checkpoint.training["optimizer"]["state"][0]["step"] == 7
+    assert (tmp_path / "checkpoints" / "LAST").read_text().strip() == path.name
+    assert not list((tmp_path / "checkpoints").glob(".tmp*"))
+
+
+def test_newest_and_best_are_kept(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep_last=2, keep_best=1, best="val/top1")
+    for step, metric in ((1, 0.2), (2, 0.9), (3, 0.3), (4, 0.4), (5, 0.1)):
+        save(store, step, metric)
+    assert [path.name for path in store.steps()] == ["step-00000002", "step-00000004", "step-00000005"]
+
+
+@pytest.mark.parametrize("damage", ["cut weights", "flip a byte", "no training", "no manifest", "half a manifest"])
+def test_a_torn_newest_checkpoint_is_passed_over(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    store = CheckpointStore(tmp_path, keep_last=3)
+    save(store, 1)
+    torn = save(store, 2)
+    weights = torn / "model.safetensors"
+    content = weights.read_bytes()
+    if damage == "cut weights":
+        weights.write_bytes(content[: len(content) // 2])
+    elif damage == "flip a byte":
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "no training":
+        (torn / "training.pt").unlink()
+    elif damage == "no manifest":
+        (torn / "manifest.json").unlink()
+    else:
+        (torn / "manifest.json").write_text((torn / "manifest.json").read_text()[:40])
+    newest = store.newest()
+    assert newest is not None
+    assert newest.step == 1
+    assert "step-00000002" in caplog.text
+    assert "trying the one before" in caplog.text
+
+
+def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.system, (f"touch {tmp_path}/executed",)
+
+    path = save(CheckpointStore(tmp_path), 1)
+    with (path / "training.pt").open("wb") as file:
+        pickle.dump({"optimizer": Evil()}, file)
+    import hashlib
+
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["sha256"]["training.pt"] = hashlib.sha256((path / "training.pt").read_bytes()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"system"):
+        read(path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
+    """A real refusal by the kernel: the process may not write files beyond a size."""
+    store = CheckpointStore(tmp_path)
+    save(store, 1)
+    big = {"w": torch.zeros(300_000)}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match="older checkpoints are untouched"):
+            store.save(2, big, {}, metrics={}, identity={})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    newest = store.newest()
+    assert newest is not None
+    assert newest.step == 1
+    assert sorted(p.name for p in store.folder.iterdir()) == ["LAST", "step-00000001"]
+
+
+def test_killed_in_the_middle_of_a_save(tmp_path: Path) -> None:
+    """SIGKILL at a random moment of saving over and over: whatever is there under a final name is whole."""
+    program = (
+        "import sys, torch\nfrom pathlib import Path\nfrom egohod.training.checkpoint import CheckpointStore\n"
+        "store = CheckpointStore(Path(sys.argv[1]), keep_last=3)\nprint('go', flush=True)\n"
+        "for step in range(1, 10000):\n"
+        "    store.save(step, {'w': torch.full((200_000,), float(step))}, {'step': step}, metrics={}, identity={})\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    store = CheckpointStore(tmp_path)
+    while len(store.steps()) < 3:
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    for path in store.steps():
+        checkpoint = read(path)
+        assert torch.equal(checkpoint.weights["w"], torch.full((200_000,), float(checkpoint.step)))

@@ -1,0 +1,31 @@
+"""Two real processes over gloo train as one process on the joint batch does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import Command
+from tests.training.test_resume import losses, newest
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("variant", [[], ["train.max_batch_per_process=2"]], ids=["plain", "accumulated"])
+def test_two_processes_equal_one(tiny_config: Path, tmp_path: Path, program: Command, variant: list[str]) -> None:
+    settings = ["main_pretrain.py", "--config_file", tiny_config, "model.patch_dropout=0", "loss.learn_temperature=true"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    done = program(*settings, f"train.output={one}")
+    assert done.returncode == 0, done.stderr
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = program(*launcher, *settings, *variant, f"train.output={two}")
+    assert done.returncode == 0, done.stderr
+    assert "2 processes over gloo" in done.stderr
+    for (step, loss, norm), (_, other_loss, other_norm) in zip(losses(one), losses(two), strict=True):
+        # The same arithmetic in another order; AdamW's division by small averages widens it as steps go by.
+        assert loss == pytest.approx(other_loss, abs=1e-5 if step == 1 else 2e-3), step
+        assert norm == pytest.approx(other_norm, rel=1e-5 if step == 1 else 2e-2), step
+    assert len(losses(two)) == 12
+    for name, weight in newest(one).weights.items():
+        torch.testing.assert_close(weight, newest(two).weights[name], atol=5e-3, rtol=0, msg=name)

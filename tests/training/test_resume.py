@@ -1,0 +1,146 @@
+"""Interrupted and resumed equals never interrupted, bit for bit; real processes, real signals."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from egohod.training.checkpoint import Checkpoint, CheckpointStore, read
+from tests.conftest import ROOT, Command, environment
+
+
+def newest(run: Path) -> Checkpoint:
+    checkpoint = CheckpointStore(run).newest()
+    assert checkpoint is not None
+    return checkpoint
+
+
+def losses(run: Path) -> list[tuple[int, float, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(each["step"], each["train/loss"], each["train/grad_norm"]) for each in lines if "train/loss" in each]
+
+
+def assert_same(one: object, other: object, where: str = "") -> None:
+    """Equal bit for bit, down to every tensor."""
+    assert type(one) is type(other), where
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where  # type: ignore[arg-type]
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where  # type: ignore[attr-defined]
+        for key in one:
+            assert_same(one[key], other[key], f"{where}.{key}")  # type: ignore[index]
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), where  # type: ignore[arg-type]
+        for i, pair in enumerate(zip(one, other, strict=True)):  # type: ignore[call-overload]
+            assert_same(*pair, where=f"{where}[{i}]")
+    else:
+        assert one == other, where
+
+
+def start(config: Path, *overrides: str, **more: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "main_pretrain.py", "--config_file", str(config), *overrides],
+        cwd=ROOT,
+        env=environment(**more),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(process: subprocess.Popen[str], text: str) -> str:
+    """Read the log until ``text`` appears."""
+    said = ""
+    assert process.stderr is not None
+    for line in process.stderr:
+        said += line
+        if text in line:
+            return said
+    raise AssertionError(f"'{text}' never came:\n{said}")
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(["data.workers=2"], id="2 workers"),
+        pytest.param(["data.workers=0"], id="0 workers", marks=pytest.mark.ci),
+        pytest.param(["data.workers=2", "train.max_batch_per_process=2"], id="accumulation", marks=pytest.mark.ci),
+        pytest.param(["data.workers=2", "train.log_every=4 steps"], id="save within a log window", marks=pytest.mark.ci),
+    ],
+)
+def test_five_steps_a_kill_and_seven_equal_twelve(tiny_config: Path, tmp_path: Path, program: Command, variant: list[str]) -> None:
+    """The world has 60 clips: seven steps an epoch, so the second part crosses an epoch's edge."""
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    command = ["main_pretrain.py", "--config_file", tiny_config, *variant]
+    done = program(*command, f"train.output={straight}")
+    assert done.returncode == 0, done.stderr
+
+    process = start(tiny_config, *variant, f"train.output={broken}", "train.save_every=5 steps")
+    wait_for(process, "saved")
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert newest(broken).step == 5
+    done = program(*command, f"train.output={broken}")
+    assert done.returncode == 0, done.stderr
+    assert "resuming" in done.stderr
+
+    one, other = newest(straight), newest(broken)
+    assert one.step == other.step == 12
+    assert_same(one.weights, other.weights)
+    assert_same(one.training["optimizer"], other.training["optimizer"])
+    assert losses(straight) == losses(broken)
+    assert len(losses(straight)) in (12, 3)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.ci)])
+def test_a_signal_saves_and_leaves_in_peace(tiny_config: Path, tmp_path: Path, number: signal.Signals) -> None:
+    process = start(tiny_config, "train.duration=100000 steps", "data.workers=2")
+    wait_for(process, "step 2/")
+    process.send_signal(number)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert number.name in said
+    last = newest(tmp_path / "run")
+    assert last.step == losses(tmp_path / "run")[-1][0]
+
+
+def test_a_torn_newest_checkpoint_is_passed_over(tiny_config: Path, tmp_path: Path, program: Command) -> None:
+    run = tmp_path / "run"
+    command = ["main_pretrain.py", "--config_file", tiny_config, "train.duration=4 steps"]
+    assert program(*command, "train.save_every=2 steps").returncode == 0
+    weights = run / "checkpoints" / "step-00000004" / "model.safetensors"
+    good = read(weights.parent).weights
+    weights.write_bytes(weights.read_bytes()[:1000])
+    done = program(*command)
+    assert done.returncode == 0
+    assert "step-00000004" in done.stderr
+    assert "resuming" in done.stderr
+    assert_same(good, newest(run).weights)
+
+
+def test_two_runs_cannot_share_a_folder(tiny_config: Path, program: Command) -> None:
+    process = start(tiny_config, "train.duration=100000 steps")
+    wait_for(process, "step 1/")
+    second = program("main_pretrain.py", "--config_file", tiny_config)
+    process.kill()
+    process.communicate()
+    assert second.returncode == 2
+    assert "another run is writing here" in second.stderr
+    assert "Traceback" not in second.stderr
+
+
+def test_resume_none_never_overwrites(tiny_config: Path, program: Command) -> None:
+    command = ["main_pretrain.py", "--config_file", tiny_config, "train.duration=1 steps"]
+    assert program(*command, "--resume", "none").returncode == 0
+    again = program(*command, "--resume", "none")
+    assert again.returncode == 2
+    assert "holds checkpoints of an earlier run" in again.stderr
+    other = program(*command, "model.num_frames=8")
+    assert other.returncode == 2
+    assert "model.num_frames=4" in other.stderr

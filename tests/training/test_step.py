@@ -1,0 +1,193 @@
+"""One optimisation step: no waiting for the device, non-finite numbers kept out, the schedule, accumulation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from egohod.config import Config, LossConfig, UserError
+from egohod.distributed import Distributed
+from egohod.model.egovideo import DualEncoder, create_model
+from egohod.training.setup import split_batch
+from egohod.training.step import TrainStep
+from egohod.training.telemetry import MetricWindow
+
+HERE = Distributed(0, 1, torch.device("cpu"), None)
+
+
+def config(**train: Any) -> Config:
+    cfg = Config(loss=LossConfig(learn_temperature=True))
+    cfg.model.name, cfg.model.num_frames = "DEMO", 2
+    for name, value in {"lr": 1e-3, **train}.items():
+        assert hasattr(cfg.train, name)
+        setattr(cfg.train, name, value)
+    return cfg
+
+
+def build(cfg: Config, total: int = 10) -> tuple[DualEncoder, TrainStep]:
+    torch.manual_seed(0)
+    model = create_model(cfg.model, cfg.loss)
+    return model, TrainStep(model, cfg, HERE, total_steps=total, steps_per_epoch=10)
+
+
+def batch(size: int = 4, seed: int = 0) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(1, 49000, (size, 8), generator=generator)
+    tokens[:, -1] = 49407
+    return {"video": torch.randint(256, (size, 3, 2, 64, 64), dtype=torch.uint8, generator=generator), "tokens": tokens}
+
+
+class Waits(TorchDispatchMode):
+    """Notes every operation that would make the host wait for a GPU."""
+
+    OPS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in self.OPS:
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_a_step_never_waits_for_the_device(chunks: int, clip_norm: float | None) -> None:
+    _, step = build(config(clip_norm=clip_norm))
+    window = MetricWindow()
+    window.add(step(1, [batch()] * chunks))
+    with Waits() as waits:
+        window.add(step(2, [batch()] * chunks))
+    # On a CPU the optimizer is told of a non-finite gradient on the spot; on a GPU the fused kernel reads the flag
+    # there. Everything else must be free of waits.
+    assert [name for name in waits.seen if name] == []
+    with Waits() as waits:
+        window.means()
+    assert window.means()["skipped"] == 0
+
+
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+def test_a_non_finite_step_changes_nothing(poison: str) -> None:
+    model, step = build(config())
+    step(1, [batch()])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = {k: v.clone() for k, v in step.state_dict()[1]["optimizer"]["state"][3].items()}
+    parameter = model.visual.conv1.weight
+    if poison == "loss":
+        model.visual.image_projection.data[0, 0] = math.nan
+        hook = None
+    else:
+        hook = parameter.register_hook(lambda grad: grad * math.inf)
+    metrics = step(2, [batch()])
+    assert metrics["skipped"] == 1
+    if hook:
+        hook.remove()
+    model.visual.image_projection.data[0, 0] = before["visual.image_projection"][0, 0]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    for key, value in step.state_dict()[1]["optimizer"]["state"][3].items():
+        assert torch.equal(value, optimizer[key]), key
+    assert step(3, [batch()])["skipped"] == 0
+    assert not torch.equal(parameter, before["visual.conv1.weight"])
+
+
+def test_a_run_of_skipped_steps_ends_with_advice() -> None:
+    from egohod.training.loop import _finite
+
+    window = MetricWindow()
+    for _ in range(3):
+        window.add({"loss": torch.tensor(math.nan), "skipped": torch.tensor(1.0)})
+    with pytest.raises(UserError, match="non-finite"):
+        _finite(window.means(), 3)
+
+
+def test_the_window_leaves_skipped_steps_out_of_its_means() -> None:
+    window = MetricWindow()
+    window.add({"loss": torch.tensor(2.0), "skipped": torch.tensor(0.0)})
+    window.add({"loss": torch.tensor(math.nan), "skipped": torch.tensor(1.0)})
+    window.add({"loss": torch.tensor(4.0), "skipped": torch.tensor(0.0)})
+    assert window.means() == {"loss": 3.0, "skipped": 1.0}
+
+
+def test_accumulated_chunks_give_the_step_of_the_whole_batch() -> None:
+    whole, chunks = batch(8), [batch(8), batch(8)]
+    for key in whole:
+        chunks[0][key], chunks[1][key] = whole[key][:4], whole[key][4:]
+    one, step_one = build(config())
+    two, step_two = build(config())
+    first, second = step_one(1, [whole]), step_two(1, chunks)
+    torch.testing.assert_close(first["loss"], second["loss"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(first["grad_norm"], second["grad_norm"], atol=1e-5, rtol=1e-5)
+    for (name, value), other in zip(one.named_parameters(), two.parameters(), strict=True):
+        assert value.grad is not None
+        assert other.grad is not None
+        torch.testing.assert_close(value.grad, other.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_gradients_are_clipped_to_the_norm_that_was_asked_for() -> None:
+    model, step = build(config(clip_norm=0.01))
+    norm = step(1, [batch()])["grad_norm"]
+    assert norm > 0.01
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert torch.nn.utils.get_total_norm(grads).item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_no_decay_on_biases_norms_and_temperature() -> None:
+    model, step = build(config())
+    names = {id(p): name for name, p in model.named_parameters()}
+    for group in step._optimizer.param_groups:
+        for parameter in group["params"]:
+            assert (group["weight_decay"] == 0) == (parameter.ndim <= 1), names[id(parameter)]
+
+
+def test_learning_rates() -> None:
+    rates = {}
+    for schedule in ("constant", "cosine"):
+        _, step = build(config(lr=1e-3, lr_start=1e-5, lr_end=1e-4, warmup="2 steps", schedule=schedule), total=10)
+        rates[schedule] = []
+        for i in range(1, 11):
+            step._schedule.step_update(i - 1)
+            rates[schedule].append(step.lr)
+    assert rates["constant"] == pytest.approx([1e-5, (1e-5 + 1e-3) / 2] + [1e-3] * 8)
+    cosine = [1e-4 + 0.5 * (1e-3 - 1e-4) * (1 + math.cos(math.pi * i / 8)) for i in range(8)]
+    assert rates["cosine"][2:] == pytest.approx(cosine)
+
+
+def test_a_learned_temperature_is_clamped() -> None:
+    cfg = config()
+    cfg.loss.max_logit_scale = 15.0
+    model, step = build(cfg)
+    model.logit_scale.data.fill_(10.0)
+    step(1, [batch()])
+    assert model.logit_scale.exp().item() == pytest.approx(15.0)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_reduced_precision_stays_close_to_float32(precision: str) -> None:
+    """The GPU types, emulated on the CPU: same code path, coarser numbers; fp16 goes through the loss scaler."""
+    losses = []
+    for name in ("fp32", precision):
+        _, step = build(config(precision=name))
+        metrics = step(1, [batch()])
+        assert metrics["skipped"] == 0
+        losses.append(metrics["loss"])
+    torch.testing.assert_close(losses[0], losses[1], atol=0.05, rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "world", "largest", "expected"),
+    [(64, 1, 64, (64, 1)), (64, 2, 64, (32, 1)), (64, 2, 12, (8, 4)), (6, 1, 4, (3, 2)), (7, 1, 4, (1, 7))],
+)
+def test_batches_are_split_evenly(batch_size: int, world: int, largest: int, expected: tuple[int, int]) -> None:
+    assert split_batch(batch_size, world, largest) == expected
+
+
+def test_a_batch_that_processes_cannot_share_is_refused() -> None:
+    with pytest.raises(UserError, match="the nearest sizes are 63 and 66"):
+        split_batch(64, 3, 64)

@@ -1,0 +1,99 @@
+"""Render the embedded demo world: a procedural first-person kitchen in train, val and test.
+
+    python tools/make_demo_data.py                               # demo_data: 2,000 + 300 + 500 clips, 2 to 3 minutes
+    python tools/make_demo_data.py --scale 0.05 --output small   # a twentieth of it
+    python tools/make_demo_data.py --preview world.png           # only a contact sheet to look at
+
+An interrupted run goes on where it stopped; a complete folder is left as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from egohod.config import UserError
+from egohod.demo import make_world, plan, preview
+from egohod.demo.world import FPS, SPLITS
+
+log = logging.getLogger("make_demo_data")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--output", type=Path, default=Path("demo_data"), help="folder of the world (default: demo_data)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="the world follows from it, bit by bit (default: 0)")
+    parser.add_argument("--scale", type=float, default=1.0, help="1 is 2,000 + 300 + 500 clips (default: 1)")
+    parser.add_argument("--workers", type=int, default=None, help="rendering processes (default: one per core)")
+    parser.add_argument(
+        "--splits", default=",".join(SPLITS), help="which of train, val and test, comma-separated (default: all)"
+    )
+    parser.add_argument(
+        "--preview", type=Path, metavar="PNG", help="draw a contact sheet of a few clips instead of a world"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="say what would be written, and write nothing")
+    return parser.parse_args(argv)
+
+
+class Progress:
+    """A line at most every two seconds, with the time left."""
+
+    def __init__(self) -> None:
+        self.split, self.said = "", 0.0
+        self.began = self.last = time.monotonic()
+
+    def __call__(self, split: str, done: int, total: int) -> None:
+        """Say how far a split is."""
+        now = time.monotonic()
+        if split != self.split:
+            self.split, self.began, self.said = split, self.last, 0.0
+        if done == total or now - self.said > 2:
+            left = (now - self.began) / done * (total - done)
+            log.info("%-5s %3d %%  %d of %d frames, %.0f s left", split, 100 * done // total, done, total, left)
+            self.said = now
+        self.last = now
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run; the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    args = parse(argv)
+    splits = [split.strip() for split in args.splits.split(",") if split.strip()]
+    try:
+        if args.preview:
+            if not args.dry_run:
+                preview(args.preview, args.seed)
+            log.info("%s %s", "would draw" if args.dry_run else "drew", args.preview)
+            return 0
+        if args.dry_run:
+            for split, videos in plan(args.output, args.seed, args.scale, splits).items():
+                clips, frames = sum(len(video.clips) for video in videos), sum(video.frames for video in videos)
+                log.info(
+                    "would write %s: %d videos, %d clips, %.0f s", args.output / split, len(videos), clips, frames / FPS
+                )
+            return 0
+        began = time.monotonic()
+        made = make_world(args.output, args.seed, args.scale, args.workers, splits=splits, progress=Progress())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; run again to go on", file=sys.stderr)
+        return 130
+    if made:
+        log.info("%s: wrote %s in %.0f s", args.output, ", ".join(made), time.monotonic() - began)
+    else:
+        log.info("%s is complete, nothing to do", args.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
