@@ -57,7 +57,7 @@ def choose_text(texts: Sequence[str], mode: str, rng: np.random.Generator) -> st
 
 
 _SIDES = re.compile(
-    r"\b(?:(?P<side>left|right)(?P<tail>most|wards?|hand(?:ed)?)?|(?P<counter>counter|anti)?[- ]?clockwise)\b",
+    r"\b(?:(?P<side>left|right)(?P<tail>most|wards?|hand(?:ed)?)?|(?:(?P<counter>counter|anti)[- ]?)?clockwise)\b",
     re.IGNORECASE,
 )
 

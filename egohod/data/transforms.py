@@ -50,7 +50,9 @@ def flip(video: Tensor) -> Tensor:
 def normalise(video: Tensor) -> Tensor:
     """uint8 [B, 3, T, H, W] in any memory order -> contiguous float32 in CLIP's statistics, on the same device."""
     scale, shift = _statistics(video.device)
-    return torch.addcmul(shift, video.to(torch.float32, memory_format=torch.contiguous_format), scale)
+    pixels = video.to(torch.float32, memory_format=torch.contiguous_format)
+    # In place: a second buffer of this size costs more on a CPU than the arithmetic.
+    return torch.addcmul(shift, pixels, scale, out=pixels)
 
 
 @cache

@@ -21,6 +21,7 @@ from egohod.data.frames import frame_times, segment_indices
 ENDINGS = (".mp4", ".MP4")
 # A file whose pictures end this much before its header says was cut off.
 _MISSING_SECONDS = 1.0
+_PEEK_BYTES = 1 << 20
 
 
 class VideoError(UserError):
@@ -71,8 +72,9 @@ class PyavDecoder:
         except (self._av.FFmpegError, OSError) as error:
             raise VideoError(_why_not_a_video(path, error)) from error
         if not self._container.streams.video:
+            sound = bool(self._container.streams.audio)
             self._container.close()
-            raise VideoError(f"{path}: has no picture, only {_kinds(self._container)}")
+            raise VideoError(f"{path}: has no picture, only sound" if sound else f"{path}: has no picture")
         self._stream = self._container.streams.video[0]
         self._codec = self._stream.codec_context
         # One thread: the loader's processes share the cores already.
@@ -84,7 +86,7 @@ class PyavDecoder:
         length = self._stream.duration
         if not rate or not self._codec.width:
             self.close()
-            raise VideoError(f"{path}: damaged, the header tells no frame rate or size")
+            raise VideoError(f"{path}: not a video or damaged: no frame rate or picture size")
         self.fps = float(rate)
         if length is not None:
             self.duration = length * self._tick
@@ -127,14 +129,14 @@ class PyavDecoder:
                     break
                 packets.append(_Packet(pts, data.is_keyframe, data))
             if not packets:
-                raise VideoError(f"{self._path}: holds no pictures" + ("" if first <= self._start else " there"))
+                raise VideoError(f"{self._path}: truncated, no pictures at {(first - self._start) * self._tick:.2f} s")
             if not complete:
                 self._check_end(packets[-1].data)
-            earliest = min(packet.pts for packet in packets)
-            # Some files' indices are by decoding time and lead to a key frame that is shown too late.
-            if earliest <= first or target <= self._start:
+            # Decoding must begin at a key frame shown no later than the first wanted one. The seek goes by decoding
+            # times and may lead to a later one.
+            if packets[0].pts <= first or target <= self._start:
                 return packets
-            target = max(self._start, min(target, earliest) - max(1, round(1 / self._tick)))
+            target = max(self._start, min(target, packets[0].pts) - round(1 / self._tick))
 
     def _check_end(self, last: Any) -> None:
         """Compare the last packet there is with what the header promises."""
@@ -210,7 +212,7 @@ class TorchcodecDecoder:
             raise VideoError(_why_not_a_video(path, error)) from error
         meta = self._decoder.metadata
         if not meta.average_fps or not len(self._decoder):
-            raise VideoError(f"{path}: damaged, the header tells no frame rate or no pictures")
+            raise VideoError(f"{path}: not a video or damaged: no frame rate or no pictures")
         self.fps = float(meta.average_fps)
         self._begin = float(meta.begin_stream_seconds)
         self._end = float(meta.end_stream_seconds)
@@ -319,18 +321,19 @@ def _why_not_a_video(path: Path, error: Exception) -> str:
 
 
 def _has_only_sound(path: Path) -> bool:
-    """Whether an MP4's handlers name sound but no video; some decoders say nothing better than 'cannot open'."""
-    handlers = set(re.findall(rb"hdlr.{8}(vide|soun)", path.read_bytes(), re.DOTALL))
-    return handlers == {b"soun"}
-
-
-def _kinds(container: Any) -> str:
-    return " and ".join(sorted({stream.type for stream in container.streams})) or "an empty container"
+    """Whether an MP4's handlers name sound but no picture; some decoders say nothing better than 'cannot open'."""
+    with path.open("rb") as file:
+        # The table of contents stands at one end of the file or the other.
+        ends = file.read(_PEEK_BYTES)
+        file.seek(max(0, path.stat().st_size - _PEEK_BYTES))
+        ends += file.read()
+    return set(re.findall(rb"hdlr.{8}(vide|soun)", ends, re.DOTALL)) == {b"soun"}
 
 
 def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:200]
+    """What a library has to say, without the places in its source."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return re.sub(r"^.*\.(cpp|cc):\d+[,:]\s*", "", " ".join(text.split()))[:200]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -82,22 +82,12 @@ _TABLE: dict[str, tuple[str, str, str, tuple[tuple[str, str, str], ...]]] = {
               (("shake", "shakes {o}", "quickly from side to side"),)),
 }
 # fmt: on
-VERBS = {
-    name: Verb(
-        name,
-        verbs[1 - i][0] if len(verbs) == 2 else None,
-        path,
-        i == 1,
-        kind,
-        kind == "transient",
-        wording,
-        detail,
-        coarse,
-        tuple(nouns.split()),
-    )
-    for path, (kind, nouns, coarse, verbs) in _TABLE.items()
-    for i, (name, wording, detail) in enumerate(verbs)
-}  # fmt: skip
+VERBS: dict[str, Verb] = {}
+for _path, (_kind, _nouns, _coarse, _verbs) in _TABLE.items():
+    for _i, (_name, _phrase, _detail) in enumerate(_verbs):
+        _opposite = _verbs[1 - _i][0] if len(_verbs) == 2 else None
+        _told = (_phrase, _detail, _coarse, tuple(_nouns.split()))
+        VERBS[_name] = Verb(_name, _opposite, _path, _i == 1, _kind, _kind == "transient", *_told)
 ACTIONS = [(verb.name, noun) for verb in VERBS.values() for noun in verb.nouns]
 VAGUE = ("moves {o}", "touches {o}", "handles {o}", "moves {o} with the hand", "works with {o}")
 
@@ -228,6 +218,17 @@ def _narrations(rng: np.random.Generator, take: tuple[str, str, str], colour: st
     return "#C C " + wording.format(o=f"the {colour} {noun}" if rng.random() < 0.3 else f"the {noun}"), hod
 
 
+def event_range(frames: int) -> tuple[float, float]:
+    """Earliest and latest start of a brief event: wholly between the first and the last of four uniform frames.
+
+    The two frames between then see every phase of it equally often. If one could see its beginning alone, a hand to
+    the left would mean that the event goes left.
+    """
+    step = (frames - 1) / 4
+    first, last = round(step) // 2, (round(3 * step) + frames - 1) // 2
+    return (first + 0.5) / FPS, (last + 0.5) / FPS - EVENT_SECONDS
+
+
 def _clip(rng: np.random.Generator, kitchen: Kitchen, uid: str, start: int, take: tuple[str, str, str]) -> Clip:
     verb, noun, hand = take
     frames = int(rng.integers(CLIP_FRAMES[0], CLIP_FRAMES[1] + 1))
@@ -238,7 +239,7 @@ def _clip(rng: np.random.Generator, kitchen: Kitchen, uid: str, start: int, take
         (spare.pop(), float((0.14, 0.86)[i] + rng.uniform(-0.03, 0.03)), float(rng.uniform(0.16, 0.2))) for i in slots
     )
     if VERBS[verb].brief:
-        begin, end = float(rng.uniform(0.05, frames / FPS - EVENT_SECONDS - 0.05)), 0.0
+        begin, end = float(rng.uniform(*event_range(frames))), 0.0
     else:
         begin, end = map(float, rng.uniform(0.2, 0.32, 2))
     narration, hod = _narrations(rng, take, kitchen.nouns[noun], other)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
 from egohod.config import Config, SourceConfig, UserError
 from egohod.data.clips import ClipDataset
@@ -45,7 +46,7 @@ class Evaluator(Protocol):
 
     name: str
 
-    def __call__(self, model: VideoTextModel) -> dict[str, float]:
+    def __call__(self, model: nn.Module) -> dict[str, float]:
         """Metrics by name, in percent (ranks count from 1); collective over all processes of the run."""
 
 
@@ -77,8 +78,12 @@ class Benchmark:
         self.tokenizer = tokenizer
         self.execution = execution
 
-    def __call__(self, model: VideoTextModel) -> dict[str, float]:
-        """Metrics of all tables. Raises :class:`UserError` when a clip cannot be read or features are not finite."""
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """Metrics of all tables for a :class:`VideoTextModel`.
+
+        Raises :class:`UserError` when a clip cannot be read or features are not finite.
+        """
+        assert isinstance(model, VideoTextModel), f"{type(model).__name__} has no encode_video and encode_text"
         run = self.execution
         video = embed_clips(
             model,
@@ -163,6 +168,17 @@ def demo_evaluator(cfg: Config, dist: Distributed, folder: str | Path, name: str
             precision=pick_precision(cfg.train.precision, dist.device),
         ),
     )
+
+
+def demo_evaluators(cfg: Config, dist: Distributed) -> list[DemoBenchmark]:
+    """The val and test worlds that ``cfg.evaluate`` names.
+
+    Raises :class:`UserError` if it names none.
+    """
+    folders = {"val": cfg.evaluate.demo_val, "test": cfg.evaluate.demo_test}
+    if not any(folders.values()):
+        raise UserError("nothing to evaluate: set evaluate.demo_val or evaluate.demo_test")
+    return [demo_evaluator(cfg, dist, folder, name) for name, folder in folders.items() if folder]
 
 
 def demo_retrieval(clips: ClipTable) -> RetrievalTable:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from egohod.data.transforms import normalise
 from egohod.distributed import Distributed
 
 
+@runtime_checkable
 class VideoTextModel(Protocol):
     """What an evaluation needs of a model: two towers into one space, L2-normalised with ``normalize=True``."""
 

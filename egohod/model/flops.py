@@ -39,7 +39,7 @@ def step_flops(geometry: Geometry, num_frames: int, text_length: int, patch_drop
 def _parts(geometry: Geometry, num_frames: int, text_length: int, patch_dropout: float) -> tuple[float, float, float]:
     """Patch embedding, attention (scores and mixing), all other products."""
     W, M = geometry.vision_width, geometry.mlp_ratio
-    patches = max(1, round(num_frames * geometry.patches * (1 - patch_dropout)))
+    patches = max(1, round(num_frames * geometry.patches_per_frame * (1 - patch_dropout)))
     N = patches + 1
     embedding = 2 * patches * 3 * geometry.patch_size**2 * W
     # The last block computes keys and values of all tokens, but queries and all that follows for CLS only.

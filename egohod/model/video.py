@@ -115,7 +115,7 @@ class Transformer(nn.Module):
         gradient_checkpointing: bool,
     ) -> None:
         super().__init__()
-        rates = torch.linspace(0, drop_path, layers).tolist()
+        rates = [drop_path * i / max(1, layers - 1) for i in range(layers)]
         self.resblocks = nn.ModuleList(Block(width, heads, mlp_ratio, activation, rate, layers) for rate in rates)
         self.gradient_checkpointing = gradient_checkpointing
 

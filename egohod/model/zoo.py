@@ -26,7 +26,7 @@ class Geometry:
     vocab_size: int = 49408
 
     @property
-    def patches(self) -> int:
+    def patches_per_frame(self) -> int:
         """Patch tokens of one frame."""
         return (self.image_size // self.patch_size) ** 2
 

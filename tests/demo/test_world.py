@@ -15,10 +15,10 @@ from egohod.demo.world import (
     CLIP_FRAMES,
     CLIPS_PER_VIDEO,
     EVENT_SECONDS,
-    FPS,
     SPLITS,
     VERBS,
     Clip,
+    event_range,
     make_split,
     make_video,
     phrase,
@@ -101,10 +101,26 @@ def _segments(frames: int, n: int) -> list[int]:
 @pytest.mark.parametrize("frames", range(CLIP_FRAMES[0], CLIP_FRAMES[1] + 1))
 def test_four_frames_miss_a_brief_event_that_sixteen_see(frames: int) -> None:
     few, many = ([frame_time(i) for i in _segments(frames, n)] for n in (4, 16))
-    for begin in np.linspace(0.05, frames / FPS - EVENT_SECONDS - 0.05, 97):
+    for begin in np.linspace(*event_range(frames), 97):
         inside = [sum(begin + 1e-9 < t < begin + EVENT_SECONDS - 1e-9 for t in times) for times in (few, many)]
         assert inside[0] <= 1
         assert inside[1] >= 3
+
+
+@pytest.mark.parametrize("verbs", [pair for pair in PAIRED if VERBS[pair[0]].brief])
+@pytest.mark.parametrize("frames", range(CLIP_FRAMES[0], CLIP_FRAMES[1] + 1))
+def test_none_of_four_frames_hints_at_the_direction(frames: int, verbs: tuple[str, str]) -> None:
+    """Over all moments at which the event may happen, each of the four frames shows the same under both verbs."""
+    noun = VERBS[verbs[0]].nouns[0]
+    begins = np.linspace(*event_range(frames), 401)
+    for index in _segments(frames, 4):
+        seen = []
+        for verb in verbs:
+            clip = _take(verb, noun, frames=frames)
+            clips = (dataclasses.replace(clip, begin=float(begin)) for begin in begins)
+            poses = [motion.pose(clip, frame_time(index)) for clip in clips]
+            seen.append(np.sort([(*pose.hand, *pose.object) for pose in poses], axis=0))
+        np.testing.assert_allclose(seen[0], seen[1], atol=0.01)
 
 
 def test_narrations_tell_the_truth() -> None:

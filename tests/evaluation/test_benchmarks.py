@@ -10,10 +10,10 @@ import pytest
 import torch
 from evaluation_cases import Oracle, benchmark, small_model
 
-from egohod.config import Config
+from egohod.config import Config, UserError
 from egohod.data.text import Tokenizer
 from egohod.distributed import Distributed
-from egohod.evaluation.benchmarks import DEMO_KINDS, BenchmarkError, demo_evaluator, read_questions
+from egohod.evaluation.benchmarks import DEMO_KINDS, BenchmarkError, demo_evaluator, demo_evaluators, read_questions
 from egohod.evaluation.report import table
 
 HEADLINES = {"map", "recall_1_v2t", "recall_5_v2t", "median_rank_v2t", "verb_noun_top1", "verb_top1", "noun_top1"}
@@ -50,6 +50,17 @@ def test_evaluator_follows_the_configuration(world: Path) -> None:
     assert made.dataset[0]["video"].shape == (3, 2, 64, 64)
     assert made.execution.batch_size == 5
     assert made.execution.precision == torch.float32
+
+
+def test_the_worlds_that_a_configuration_names_are_evaluated(demo_world: Path) -> None:
+    cfg, alone = Config(), Distributed(0, 1, torch.device("cpu"), None)
+    cfg.model.name = "DEMO"
+    with pytest.raises(UserError, match="nothing to evaluate: set"):
+        demo_evaluators(cfg, alone)
+    cfg.evaluate.demo_test = str(demo_world / "test")
+    assert [each.name for each in demo_evaluators(cfg, alone)] == ["test"]
+    cfg.evaluate.demo_val = str(demo_world / "val")
+    assert [each.name for each in demo_evaluators(cfg, alone)] == ["val", "test"]
 
 
 @pytest.mark.parametrize("part", ["hod.csv", "classes.csv", "questions.jsonl", "videos"])

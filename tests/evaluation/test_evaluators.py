@@ -44,6 +44,15 @@ def test_retrieval_by_an_oracle_is_perfect() -> None:
     assert scores["median_rank_v2t"] == scores["median_rank_t2v"] == 1
 
 
+def test_the_two_directions_of_retrieval_are_told_apart() -> None:
+    case = RetrievalTable(["a", "b"], np.arange(2), np.eye(2, dtype=np.float32))
+    # Each clip finds its text, but the second text prefers the first clip.
+    scores = case.evaluate(torch.tensor([[3.0, 2.0], [0.0, 1.0]]), torch.eye(2))
+    assert (scores["recall_1_v2t"], scores["recall_1_t2v"]) == (100, 50)
+    assert (scores["median_rank_v2t"], scores["median_rank_t2v"]) == (1, 1.5)
+    assert (scores["map_v2t"], scores["map_t2v"], scores["map"]) == (100, 75, 87.5)
+
+
 def test_retrieval_by_random_features_is_at_chance() -> None:
     case = retrieval_case()
     runs = [case.evaluate(random_features(60, 2 * seed), random_features(40, 2 * seed + 1)) for seed in range(60)]

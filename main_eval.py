@@ -1,0 +1,42 @@
+"""Evaluate a checkpoint on the held-out sets that its configuration names.
+
+After a training:   python main_eval.py --config_file configs/demo.yml --checkpoint runs/demo
+One checkpoint:     python main_eval.py --config_file configs/demo.yml --checkpoint runs/demo/checkpoints/step-00000700
+Several processes:  torchrun --nproc_per_node=2 main_eval.py --config_file configs/demo.yml --checkpoint runs/demo
+
+Prints the table and writes results.json to --output (default: the current folder's results/).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from egohod import cli, config
+from egohod.distributed import setup
+from egohod.evaluation.benchmarks import demo_evaluators
+from egohod.evaluation.report import report
+from egohod.training.loop import evaluate
+from egohod.training.setup import build_model
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = cli.parser(__doc__, "configs/demo.yml")
+    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a checkpoint folder, or a run folder (its newest)")
+    parser.add_argument("--output", default="results", metavar="FOLDER", help="where results.json goes (default: results)")
+    args = parser.parse_args(arguments)
+    weights = ["model.weights.source=checkpoint", f"model.weights.path={args.checkpoint}"]
+    cfg = config.load(args.config_file, [*args.overrides, *weights])
+    dist = setup(cfg.train.device)
+    try:
+        model = build_model(cfg, dist)
+        Path(args.output).mkdir(parents=True, exist_ok=True)
+        report(args.output, dist, evaluate(model, demo_evaluators(cfg, dist)))
+    finally:
+        dist.close()
+    return cli.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

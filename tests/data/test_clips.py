@@ -1,0 +1,200 @@
+"""A sample is a function of (seed, epoch, index); unreadable clips are replaced, counted, and stop the run."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from video_files import encode
+
+from egohod.config import SourceConfig, UserError
+from egohod.data import clips as clips_module
+from egohod.data.clips import ClipDataset, FaultLedger, collate
+from egohod.data.table import ClipTable
+from egohod.data.text import Tokenizer
+from egohod.data.video import VideoError
+
+CLIPS = 12
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three videos, a csv of twelve clips on them, and one with bad rows in it."""
+    root = tmp_path_factory.mktemp("world")
+    for number in range(3):
+        encode(root / "videos" / f"v{number}.mp4", 40, first=10 * number)
+    (root / "videos" / "bad.mp4").write_text("no video")
+    rows = [f"v{i % 3},{i % 3 * 0.5},{i % 3 * 0.5 + 2},#C C moves cup {i} with the left hand" for i in range(CLIPS)]
+    header = "video_id,start_second,end_second,text\n"
+    (root / "clips.csv").write_text(header + "\n".join(rows) + "\n")
+    rows[3], rows[7] = "bad,0,2,damaged", "missing,0,2,absent"
+    (root / "faulty.csv").write_text(header + "\n".join(rows) + "\n")
+    return root
+
+
+def dataset(world: Path, name: str = "clips", **options: Any) -> ClipDataset:
+    source = SourceConfig(metadata=str(world / f"{name}.csv"), root=str(world / "videos"))
+    options = {
+        "size": 32,
+        "num_frames": 4,
+        "tokenizer": Tokenizer(),
+        "decoder": "pyav",
+        "train": True,
+        "flip": 0.5,
+    } | options
+    return ClipDataset(ClipTable.read(source.metadata), source, **options)
+
+
+def equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return torch.equal(a["video"], b["video"]) and torch.equal(a["tokens"], b["tokens"]) and a["index"] == b["index"]
+
+
+def test_a_sample_depends_on_seed_epoch_and_index_alone(world: Path) -> None:
+    one, other = dataset(world), dataset(world)
+    keys = [(epoch, index) for epoch in range(3) for index in range(CLIPS)]
+    first = {key: one[key] for key in keys}
+    assert all(equal(other[key], first[key]) for key in reversed(keys))
+    assert not any(equal(first[0, i], first[1, i]) for i in range(CLIPS))
+    assert not any(equal(dataset(world, seed=1)[0, i], first[0, i]) for i in range(CLIPS))
+
+
+def test_shapes_and_types(world: Path) -> None:
+    sample = dataset(world)[0, 5]
+    assert sample["video"].shape == (3, 4, 32, 32)
+    assert sample["video"].dtype == torch.uint8
+    assert sample["tokens"].shape == (77,)
+    assert sample["fault"] is None
+    assert len(dataset(world)) == CLIPS
+    with pytest.raises(IndexError):
+        dataset(world)[0, CLIPS]
+
+
+def test_evaluation_samples_are_fixed_and_plain(world: Path) -> None:
+    evaluation = dataset(world, train=False, flip=1.0)
+    assert equal(evaluation[2], evaluation[2])
+    assert equal(evaluation[2], dataset(world, train=False, seed=5)[2])
+    expected = Tokenizer()(["#C C moves cup 2 with the left hand"])[0]
+    assert torch.equal(evaluation[2]["tokens"], expected)
+
+
+def test_a_flip_mirrors_picture_and_caption(world: Path) -> None:
+    plain, flipped = dataset(world, flip=0.0), dataset(world, flip=1.0)
+    for index in range(CLIPS):
+        a, b = plain[0, index], flipped[0, index]
+        assert torch.equal(a["video"].flip(-1), b["video"])
+        assert torch.equal(b["tokens"], Tokenizer()([f"#C C moves cup {index} with the right hand"])[0])
+
+
+def test_every_clip_is_decoded_and_cropped_once(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clips = dataset(world)
+    calls = []
+    inner = clips_module.random_crop
+    monkeypatch.setattr(clips_module, "random_crop", lambda *a: calls.append(a[0].shape) or inner(*a))
+    clips[0, 0]
+    assert calls == [(4, 64, 96, 3)]
+
+
+def test_an_unreadable_training_clip_is_replaced_the_same_way_every_time(world: Path) -> None:
+    for index, reason in ((3, "not a video"), (7, "no such file")):
+        sample = dataset(world, "faulty")[0, index]
+        assert equal(sample, dataset(world, "faulty")[0, index])
+        assert sample["index"] not in (3, 7)
+        assert f"row {index + 1}:" in sample["fault"]
+        assert reason in sample["fault"]
+    replacements = {dataset(world, "faulty")[epoch, 3]["index"] for epoch in range(12)}
+    assert len(replacements) > 2
+
+
+def test_an_unreadable_clip_in_an_evaluation_is_an_error_with_its_name(world: Path) -> None:
+    with pytest.raises(VideoError, match=r"bad\.mp4: not a video"):
+        dataset(world, "faulty", train=False)[3]
+
+
+def test_a_folder_without_any_readable_clip_gives_up(world: Path, tmp_path: Path) -> None:
+    clips = ClipDataset(
+        ClipTable.read(world / "clips.csv"),
+        SourceConfig(root=str(tmp_path)),
+        size=32,
+        num_frames=4,
+        tokenizer=Tokenizer(),
+        decoder="pyav",
+        train=True,
+    )
+    with pytest.raises(VideoError, match=r"11 clips in a row could not be read; the last: .*no such file"):
+        clips[0, 0]
+
+
+def test_roots_by_dataset(world: Path, tmp_path: Path) -> None:
+    csv = tmp_path / "two.csv"
+    csv.write_text("video_id,start_second,end_second,text,dataset\nv0,0,2,a,ego4d\nv1,0,2,b,howto\n")
+    encode(tmp_path / "other" / "v1.mp4", 40)
+
+    def build(**roots: Any) -> ClipDataset:
+        options = {"size": 32, "num_frames": 2, "tokenizer": Tokenizer(), "decoder": "pyav"}
+        return ClipDataset(ClipTable.read(csv), SourceConfig(metadata=str(csv), **roots), **options)
+
+    clips = build(root=str(tmp_path / "other"), dataset_roots={"ego4d": str(world / "videos"), "unused": "/none"})
+    assert [clips[i]["index"] for i in range(2)] == [0, 1]
+    with pytest.raises(UserError, match="the rows of dataset 'howto' need a video folder"):
+        build(dataset_roots={"ego4d": str(world / "videos")})
+    with pytest.raises(UserError, match="/none: no such video folder"):
+        build(root="/none")
+
+
+def test_collate(world: Path) -> None:
+    clips = dataset(world, "faulty")
+    batch = collate([clips[0, i] for i in (0, 3, 5)])
+    assert batch["video"].shape == (3, 3, 4, 32, 32)
+    assert torch.equal(batch["video"][2], clips[0, 5]["video"])
+    assert batch["tokens"].shape == (3, 16)
+    assert batch["index"].tolist() == [0, clips[0, 3]["index"], 5]
+    assert len(batch["faults"]) == 1
+
+
+def batch_of(size: int, *faults: str) -> dict[str, Any]:
+    return {"index": torch.arange(size), "faults": list(faults)}
+
+
+def test_the_ledger_logs_once_and_stops_above_the_share(caplog: pytest.LogCaptureFixture) -> None:
+    ledger = FaultLedger(0.01)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(5):
+            ledger.update(batch_of(50, "a: broken", "b: broken"))
+    assert [record.getMessage().count("broken") for record in caplog.records] == [1, 1]
+    with pytest.raises(UserError, match=r"12 of 300 clips could not be read.*max_bad_fraction=0\.01.*c: broken"):
+        ledger.update(batch_of(50, "b: broken", "c: broken"))
+
+
+def test_the_ledger_judges_many_clips_by_their_share() -> None:
+    ledger = FaultLedger(0.01)
+    for _ in range(100):
+        ledger.update(batch_of(100, "a: broken"))
+    ledger.update(batch_of(1100, *("b: broken",) * 11))
+    with pytest.raises(UserError, match="112 of 11100"):
+        ledger.update(batch_of(0, "c: broken"))
+
+
+def test_a_ledger_without_tolerance_and_one_with_all() -> None:
+    with pytest.raises(UserError, match="1 of 10000"):
+        FaultLedger(0.0).update(batch_of(10_000, "a: broken"))
+    FaultLedger(1.0).update(batch_of(3, "a\nb", "c"))
+
+
+def test_the_ledger_goes_on_after_a_resume(caplog: pytest.LogCaptureFixture) -> None:
+    ledger, resumed = FaultLedger(0.01), FaultLedger(0.01)
+    ledger.update(batch_of(100, *(f"clip {i}: broken" for i in range(10))))
+    state = ledger.state_dict()
+    assert all(isinstance(value, (int, list)) for value in state.values())
+    resumed.load_state_dict(state)
+    caplog.clear()
+    with pytest.raises(UserError, match="11 of 110"):
+        resumed.update(batch_of(10, "clip 3: broken"))
+    assert not caplog.records
+
+
+def test_generator_streams_of_neighbours_are_independent(world: Path) -> None:
+    clips = dataset(world, num_frames=1)
+    videos = np.stack([clips[epoch, 0]["video"].numpy().ravel() for epoch in range(20)])
+    assert len(np.unique(videos, axis=0)) == 20

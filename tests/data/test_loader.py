@@ -1,0 +1,253 @@
+"""Order of the clips, resuming, and processes that fail or must end."""
+
+import itertools
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from egohod.config import UserError
+from egohod.data.loader import BatchPlan, ClipLoader, LoaderError, eval_loader, train_loader
+
+
+class Numbers:
+    """Stands in for a ClipDataset: the 'video' says which key was asked for, and in which process."""
+
+    def __init__(self, size: int = 40) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, key: Any) -> dict[str, Any]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        return self.sample(epoch, index)
+
+    def sample(self, epoch: int, index: int) -> dict[str, Any]:
+        video = torch.tensor([epoch, index, os.getpid()]).reshape(3, 1, 1, 1)
+        return {
+            "video": video,
+            "tokens": torch.tensor([49406, index + 1, 49407] + [0] * 74),
+            "index": index,
+            "fault": None,
+        }
+
+
+def clips_of(loader: ClipLoader) -> list[list[tuple[int, int]]]:
+    return [[(int(e), int(i)) for e, i in batch["video"][:, :2, 0, 0, 0]] for batch in loader]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_every_clip_at_most_once_an_epoch(share: float) -> None:
+    plan = BatchPlan(103, 10, seed=3, groups=np.arange(103) % 7, share=share, group_size=3)
+    assert plan.steps_per_epoch == 10
+    for epoch in range(3):
+        batches = np.stack([plan.batch(epoch, step) for step in range(10)])
+        assert batches.shape == (10, 10)
+        assert batches.dtype == np.int64
+        assert len(np.unique(batches)) == 100
+        assert batches.min() >= 0
+        assert batches.max() < 103
+
+
+def test_a_batch_is_a_function_of_seed_epoch_and_step() -> None:
+    def plan(seed: int = 0) -> BatchPlan:
+        return BatchPlan(64, 8, seed, groups=np.arange(64) // 8, share=0.5)
+
+    one = plan()
+    forward = {(e, s): one.batch(e, s).tolist() for e in range(3) for s in range(8)}
+    assert all(plan().batch(e, s).tolist() == forward[e, s] for e, s in reversed(forward))
+    assert one.batch(0, 0).tolist() != one.batch(1, 0).tolist()
+    assert one.batch(0, 0).tolist() != plan(1).batch(0, 0).tolist()
+    with pytest.raises(IndexError):
+        one.batch(0, 8)
+
+
+def test_hard_negatives_fill_their_share_with_groups() -> None:
+    codes = np.random.default_rng(0).integers(0, 60, 600)
+    plan = BatchPlan(600, 32, seed=0, groups=codes, share=0.5, group_size=4)
+    for step in range(plan.steps_per_epoch):
+        batch = codes[plan.batch(5, step)]
+        assert (batch[:16].reshape(4, 4) == batch[:16].reshape(4, 4)[:, :1]).all()
+    # The rest is drawn from everything, not from what is alike.
+    assert np.mean([len(np.unique(codes[plan.batch(5, s)][16:])) for s in range(18)]) > 12
+
+
+def test_too_few_groups_are_dealt_evenly() -> None:
+    codes = np.arange(80)
+    codes[:12] = np.repeat([0, 1, 2], 4)
+    plan = BatchPlan(80, 8, seed=0, groups=codes, share=1.0, group_size=4)
+    alike = [len(np.unique(codes[plan.batch(0, step)])) < 8 for step in range(10)]
+    assert sum(alike) == 3
+    assert not any(a and b for a, b in itertools.pairwise(alike))
+    assert len(np.unique([plan.batch(0, s) for s in range(10)])) == 80
+
+
+def test_groups_change_from_epoch_to_epoch() -> None:
+    plan = BatchPlan(40, 8, seed=0, groups=np.zeros(40, dtype=np.int64), share=1.0, group_size=4)
+    assert {frozenset(plan.batch(0, 0)[:4].tolist())} != {frozenset(plan.batch(1, 0)[:4].tolist())}
+
+
+def test_more_clips_in_a_batch_than_there_are() -> None:
+    with pytest.raises(UserError, match=r"global_batch_size=8, but there are only 7 clips"):
+        BatchPlan(7, 8, 0)
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (2, 1), (1, 2), (2, 4)])
+def test_processes_and_micro_batches_share_the_global_batch(world_size: int, accumulation: int) -> None:
+    plan, size = BatchPlan(40, 16, 0), 16 // (world_size * accumulation)
+    shares = [
+        clips_of(
+            train_loader(
+                Numbers(),
+                plan,
+                start_step=0,
+                total_steps=3,
+                rank=rank,
+                world_size=world_size,
+                accumulation=accumulation,
+            )
+        )
+        for rank in range(world_size)
+    ]
+    for step in range(3):
+        epoch, within = divmod(step, 2)
+        expected = [(epoch, int(i)) for i in plan.batch(epoch, within)]
+        joint = [
+            clip
+            for micro in range(accumulation)
+            for rank in range(world_size)
+            for clip in shares[rank][step * accumulation + micro]
+        ]
+        assert joint == expected
+        assert all(len(batch) == size for batch in shares[0])
+
+
+def test_an_uneven_share_is_refused() -> None:
+    with pytest.raises(UserError, match="cannot be shared evenly by 3 processes"):
+        train_loader(Numbers(), BatchPlan(40, 16, 0), start_step=0, total_steps=1, world_size=3)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resuming_anywhere_goes_on_with_the_same_batches(workers: int) -> None:
+    plan = BatchPlan(40, 8, 0)
+    straight = clips_of(train_loader(Numbers(), plan, start_step=0, total_steps=12, accumulation=2))
+    assert len(straight) == 24
+    for start in (3, 5, 11, 12):
+        loader = train_loader(
+            Numbers(), BatchPlan(40, 8, 0), start_step=start, total_steps=12, accumulation=2, workers=workers
+        )
+        assert len(loader) == 2 * (12 - start)
+        assert clips_of(loader) == straight[2 * start :]
+
+
+def test_workers_live_through_epochs() -> None:
+    loader = train_loader(Numbers(), BatchPlan(40, 8, 0), start_step=0, total_steps=25, workers=2)
+    processes = [int(batch["video"][0, 2, 0, 0, 0]) for batch in loader]
+    assert len(set(processes)) == 2
+    assert os.getpid() not in processes
+
+
+def test_evaluation_visits_each_clip_once_in_order() -> None:
+    for workers in (0, 2):
+        loader = eval_loader(Numbers(), np.array([7, 3, 5, 1, 0]).tolist(), 2, workers)
+        assert [batch["index"].tolist() for batch in loader] == [[7, 3], [5, 1], [0]]
+    assert list(eval_loader(Numbers(), [], 2, 0)) == []
+
+
+def test_a_batch_has_trimmed_tokens_and_faults() -> None:
+    batch = next(iter(eval_loader(Numbers(), [4, 5], 2, 0)))
+    assert batch["tokens"].shape == (2, 8)
+    assert batch["faults"] == []
+
+
+class Failing(Numbers):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def sample(self, epoch: int, index: int) -> dict[str, Any]:
+        if index == 5:
+            if self.how == "user":
+                raise UserError("clip.mp4: is broken")
+            if self.how == "bug":
+                raise ZeroDivisionError("ten\nlines")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().sample(epoch, index)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_user_error_in_a_worker_arrives_as_it_is(workers: int) -> None:
+    batches = iter(eval_loader(Failing("user"), range(8), 2, workers))
+    assert next(batches)["index"].tolist() == [0, 1]
+    with pytest.raises(UserError, match=r"^clip\.mp4: is broken$"):
+        list(batches)
+
+
+def test_a_bug_in_a_worker_is_one_error_with_the_clip() -> None:
+    with pytest.raises(LoaderError, match=r"failed on clip 5: ZeroDivisionError: ten"):
+        list(eval_loader(Failing("bug"), range(8), 2, 1))
+    with pytest.raises(ZeroDivisionError):
+        list(eval_loader(Failing("bug"), range(8), 2, 0))
+
+
+def test_a_killed_worker_is_one_clear_error() -> None:
+    with pytest.raises(LoaderError, match=r"a loader process died .*lower data\.workers"):
+        list(eval_loader(Failing("kill"), range(8), 2, 2))
+
+
+class Signalled(Numbers):
+    """Sends its own process the signals that a terminal or a scheduler sends to the whole group."""
+
+    def sample(self, epoch: int, index: int) -> dict[str, Any]:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+        return super().sample(epoch, index) | {"index": torch.get_num_threads()}
+
+
+def test_workers_leave_signals_to_the_main_process_and_use_one_thread() -> None:
+    batches = list(eval_loader(Signalled(), range(4), 2, 2))
+    assert [batch["index"].tolist() for batch in batches] == [[1, 1], [1, 1]]
+
+
+ORPHANS = """
+import os, signal, sys
+sys.path[:0] = sys.argv[1:3]
+from test_loader import Numbers
+from egohod.data.loader import eval_loader
+
+class Stuck(Numbers):
+    def sample(self, epoch, index):
+        if index:
+            os.write(1, b"stuck\\n")
+            while True:
+                signal.pause()
+        return super().sample(epoch, index)
+
+for batch in eval_loader(Stuck(), range(3), 1, 2):
+    pass
+"""
+
+
+def test_workers_end_with_a_killed_parent() -> None:
+    root, here = Path(__file__).parents[2], Path(__file__).parent
+    parent = subprocess.Popen([sys.executable, "-c", ORPHANS, str(root), str(here)], stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    pipe = parent.stdout.fileno()
+    said = b""
+    while said.count(b"stuck") < 2:
+        said += os.read(pipe, 100)
+    parent.kill()
+    parent.wait()
+    # The pipe ends when the last process that holds it is gone; these would hold it for ever.
+    ready, _, _ = select.select([pipe], [], [], 60)
+    assert ready, "workers outlived their parent"
+    assert os.read(pipe, 100) == b""
+    parent.stdout.close()

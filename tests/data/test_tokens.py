@@ -1,0 +1,80 @@
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from open_clip.tokenizer import SimpleTokenizer
+
+from egohod.data.text import Tokenizer, choose_text, swap_sides, trim
+
+TEXTS = ["#C C moves the red cup", "a", "", "Ümläut & emoji \U0001f600 it's", "word " * 2000]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer()
+
+
+def test_tokens_are_open_clips_twice_in_a_row(tokenizer: Tokenizer) -> None:
+    expected = SimpleTokenizer(context_length=77)(TEXTS)
+    for _ in range(2):
+        tokens = tokenizer(TEXTS)
+        assert tokens.dtype == torch.int64
+        assert torch.equal(tokens, expected)
+
+
+def test_ten_thousand_characters_end_with_end_of_text(tokenizer: Tokenizer) -> None:
+    tokens = tokenizer(["stirs the pot " * 715])
+    assert tokens.shape == (1, 77)
+    assert tokens[0, -1] == tokens.max()
+    assert torch.equal(trim(tokens), tokens)
+
+
+def test_trim_keeps_the_last_end_of_text_of_the_batch(tokenizer: Tokenizer) -> None:
+    tokens = tokenizer(["a", "picks up the knife from the table with the right hand"])
+    trimmed = trim(tokens)
+    assert trimmed.shape == (2, 16)
+    assert torch.equal(trimmed.argmax(1), tokens.argmax(1))
+    assert not tokens[:, 16:].any()
+    assert trim(tokenizer(["a b c d e f"])).shape == (1, 8)  # 1 + 6 + 1 tokens fill the eight exactly
+
+
+def test_choose_text() -> None:
+    rng = np.random.default_rng(0)
+    assert choose_text(("a", "b"), "first", rng) == "a"
+    assert choose_text(("a", "b"), "concat", rng) == "a b"
+    assert {choose_text(("a", "b"), "random", rng) for _ in range(50)} == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("text", "mirrored"),
+    [
+        ("#C C slides the cup to the left with the right hand", "#C C slides the cup to the right with the left hand"),
+        ("Left-hand side, leftmost and RIGHTWARDS", "Right-hand side, rightmost and LEFTWARDS"),
+        ("the left-handed cook", "the right-handed cook"),
+        ("circles clockwise", "circles counter-clockwise"),
+        ("turns it counter-clockwise, then anticlockwise", "turns it clockwise, then clockwise"),
+        ("the bright leftover copyright", "the bright leftover copyright"),
+    ],
+)
+def test_mirrored_captions(text: str, mirrored: str) -> None:
+    assert swap_sides(text) == mirrored
+
+
+def test_mirroring_real_narrations_of_hands(shared: Path) -> None:
+    folder = shared / "annotations"
+    texts = [
+        row["narration_en_hand_prompt"]
+        for path in sorted(folder.rglob("*.csv"))
+        if "narration_en_hand_prompt" in path.open(encoding="utf-8", errors="replace").readline()
+        for row in csv.DictReader(path.open(encoding="utf-8"))
+    ][:5000]
+    if not texts:
+        pytest.skip("no narrations that name hands")
+    assert sum("left hand" in text.lower() for text in texts) > 10
+    for text in texts:
+        lower, mirrored = text.lower(), swap_sides(text).lower()
+        assert mirrored.count("left hand") == lower.count("right hand")
+        assert mirrored.count("right hand") == lower.count("left hand")
+        assert swap_sides(swap_sides(text)).lower().replace("-", "") == lower.replace("-", "")

@@ -1,0 +1,68 @@
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from egohod.data import transforms
+from egohod.data.transforms import center_crop, flip, normalise, random_crop
+
+
+def picture(height: int, width: int, frames: int = 3) -> np.ndarray:
+    """A smooth gradient with a different tint per frame, uint8 [T, H, W, 3]."""
+    y, x = np.mgrid[0:height, 0:width]
+    planes = np.stack([255 * x / width, 255 * y / height, 127 * (1 + np.sin(x / 9) * np.cos(y / 7))], -1)
+    return np.stack([np.roll(planes, t, axis=-1) for t in range(frames)]).astype(np.uint8)
+
+
+def test_random_crop_is_the_float_crop_of_the_same_box(monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = picture(120, 160)
+    monkeypatch.setattr(transforms, "_random_box", lambda *_: (11, 23, 84, 101))
+    ours = random_crop(frames, 64, 0.5, np.random.default_rng(0))
+    assert ours.shape == (3, 3, 64, 64)
+    assert ours.dtype == torch.uint8
+    video = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
+    theirs = F.resized_crop(video, 11, 23, 84, 101, [64, 64], InterpolationMode.BICUBIC, antialias=True)
+    error = (ours.transpose(0, 1).float() - theirs.clamp(0, 255)).abs()
+    assert error.max() <= 2
+    assert error.mean() < 0.5
+
+
+@pytest.mark.parametrize(("height", "width"), [(120, 160), (320, 426), (64, 64), (40, 400)])
+def test_random_boxes_stay_inside_and_cover_the_range(height: int, width: int) -> None:
+    rng = np.random.default_rng(0)
+    boxes = [transforms._random_box(height, width, 0.5, rng) for _ in range(500)]
+    assert len(set(boxes)) > (100 if height * 4 > width else 0)
+    for top, left, h, w in boxes:
+        assert 0 <= top <= top + h <= height
+        assert 0 <= left <= left + w <= width
+        assert 0.7 < w / h < 1.4
+        assert h * w >= 0.48 * height * width or width == 10 * height
+
+
+@pytest.mark.parametrize(("height", "width"), [(120, 160), (160, 120), (321, 427), (64, 64), (48, 100)])
+def test_center_crop_is_short_side_then_middle(height: int, width: int) -> None:
+    frames, size = picture(height, width), 64
+    video = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
+    video = F.resize(video, [size], InterpolationMode.BICUBIC, antialias=True)
+    expected = F.center_crop(video, [size, size]).clamp(0, 255)
+    ours = center_crop(frames, size)
+    assert ours.shape == (3, 3, size, size)
+    assert (ours.transpose(0, 1).float() - expected).abs().max() <= 2
+
+
+def test_flip_mirrors_the_width() -> None:
+    video = torch.arange(6).reshape(1, 1, 1, 2, 3)
+    assert flip(video).tolist() == [[[[[2, 1, 0], [5, 4, 3]]]]]
+
+
+def test_normalise_is_clips_and_contiguous() -> None:
+    video = torch.randint(256, (2, 4, 8, 8, 3), dtype=torch.uint8).permute(0, 4, 1, 2, 3)
+    assert not video.is_contiguous()
+    expected = F.normalize(
+        video.transpose(1, 2).float() / 255, list(transforms.CLIP_MEAN), list(transforms.CLIP_STD)
+    ).transpose(1, 2)
+    ours = normalise(video)
+    assert ours.is_contiguous()
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)

@@ -1,0 +1,168 @@
+"""The main programs as a user meets them: help, dry run, mistakes, real clips."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import Command
+from tests.training.test_resume import losses, newest
+
+
+def test_a_typo_on_the_command_line(program: Command) -> None:
+    done = program("main_pretrain.py", "--config_file", "configs/demo.yml", "train.lrr=1")
+    assert done.returncode == 2
+    assert "did you mean 'train.lr'" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_help_lists_every_knob_with_its_reason(program: Command) -> None:
+    done = program("main_pretrain.py", "--help")
+    assert done.returncode == 0
+    for part in ("train.lr=4e-05", "data.hard_negatives.share=0.0", "--dry_run", "torchrun", "upstream does not clip"):
+        assert part in done.stdout
+
+
+def test_a_dry_run_explains_everything_that_is_missing(program: Command) -> None:
+    blank = dict.fromkeys(("EGO4D_ROOT", "HOD_CSV", "CLIP_WEIGHTS"), "")
+    for name in blank:
+        os.environ.pop(name, None)
+    done = program("main_pretrain.py", "--config_file", "configs/config/clip_base.yml", "--dry_run")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    for part in ("EGO4D_ROOT", "HOD_CSV", "CLIP_WEIGHTS", "785 a clip", "GFLOP", "MB a clip", "149.6 M"):
+        assert part in done.stderr, part
+
+
+def test_a_dry_run_of_a_good_config_tries_it_and_writes_nothing(tiny_config: Path, tmp_path: Path, program: Command) -> None:
+    done = program("main_pretrain.py", "--config_file", tiny_config, "--dry_run")
+    assert done.returncode == 0, done.stderr
+    for part in ("ready to run", "clip ", "one step", "steps an epoch", "checkpoints/"):
+        assert part in done.stderr, part
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.train.root=/nowhere", "/nowhere"),
+        ("data.train.metadata=/nowhere.csv", "/nowhere.csv"),
+        ("train.global_batch_size=1000", "there are only"),
+        ("train.output=/proc/run", "/proc/run"),
+        ("train.device=cuda", "no NVIDIA device"),
+        ("data.hard_negatives.group_by=[nouns]", "nouns"),
+    ],
+)
+def test_what_is_missing_is_said_in_one_line(tiny_config: Path, program: Command, override: str, said: str) -> None:
+    done = program("main_pretrain.py", "--config_file", tiny_config, override)
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_weights_that_do_not_fit_or_bite(tiny_config: Path, tmp_path: Path, program: Command) -> None:
+    command = ["main_pretrain.py", "--config_file", tiny_config, "train.duration=1 steps"]
+    assert program(*command).returncode == 0
+    checkpoint = next((tmp_path / "run" / "checkpoints").glob("step-*"))
+    start_there = ["model.weights.source=checkpoint", f"model.weights.path={checkpoint}", f"train.output={tmp_path}/next"]
+    assert program(*command, *start_there).returncode == 0
+    other = program(*command, *start_there, "model.num_frames=8", f"train.output={tmp_path}/other")
+    assert other.returncode == 2
+    assert "visual.temporal_embedding is [4, 128] there and [8, 128] here" in other.stderr
+
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.system, (f"touch {tmp_path}/executed",)
+
+    for name, content in (("evil.pt", {"state_dict": Evil()}), ("tensor.pt", torch.zeros(3))):
+        path = tmp_path / name
+        if name == "evil.pt":
+            path.write_bytes(pickle.dumps(content, protocol=2))
+        else:
+            torch.save(content, path)
+        done = program(*command, "model.weights.source=openai", f"model.weights.path={path}", f"train.output={tmp_path}/evil")
+        assert done.returncode == 2
+        assert name in done.stderr
+        assert "Traceback" not in done.stderr
+    assert not (tmp_path / "executed").exists()
+
+
+def test_unreadable_clips_are_replaced_counted_and_stop_the_run_when_too_many(
+    demo_world: Path, tiny_config: Path, tmp_path: Path, program: Command
+) -> None:
+    table = (demo_world / "train" / "hod.csv").read_text().splitlines()
+    broken = [line.replace(line.split(",")[0], "no_such_video", 1) for line in table[1:3]]
+    (tmp_path / "hod.csv").write_text("\n".join([table[0], *broken, *table[3:]]) + "\n")
+    command = ["main_pretrain.py", "--config_file", tiny_config, f"data.train.metadata={tmp_path}/hod.csv"]
+    done = program(*command)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("no_such_video") == 2
+    done = program(*command, "data.max_bad_fraction=0", f"train.output={tmp_path}/strict")
+    assert done.returncode == 2
+    assert "data.max_bad_fraction" in done.stderr
+
+
+def test_the_run_folder_holds_what_the_readme_promises(tiny_config: Path, tmp_path: Path, demo_world: Path, program: Command) -> None:
+    run = tmp_path / "run"
+    evaluation = [f"evaluate.demo_val={demo_world}/val", f"evaluate.demo_test={demo_world}/test", "evaluate.every=6 steps"]
+    command = ["main_pretrain.py", "--config_file", tiny_config, *evaluation]
+    done = program(*command)
+    assert done.returncode == 0, done.stderr
+    for name in ("config.yml", "environment.json", "metrics.jsonl", "results.json", "checkpoints/LAST"):
+        assert (run / name).is_file(), name
+    assert list((run / "tensorboard").glob("events*"))
+    snapshot = json.loads((run / "environment.json").read_text())
+    assert snapshot["packages"]["torch"] == torch.__version__.split("+")[0] or snapshot["packages"]["torch"] in torch.__version__
+    results = json.loads((run / "results.json").read_text())
+    for kind in ("choice_across_clips", "verb_noun_top1", "motion_state_changing", "motion_transient"):
+        assert 0 <= results[f"test/{kind}"] <= 100
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "val/verb_noun_top1" in line] == [6, 12]
+    training = next(line for line in lines if "train/loss" in line)
+    for name in ("loss", "accuracy", "lr", "grad_norm", "clips_per_second", "data_wait", "memory_gb"):
+        assert f"train/{name}" in training
+    assert "ETA" in done.stderr
+    assert newest(run).manifest["metrics"]["val/verb_noun_top1"] == lines[-1]["val/verb_noun_top1"]
+    # Started again, a finished run trains nothing and shows its table.
+    again = program(*command)
+    assert again.returncode == 0
+    assert "test/verb_noun_top1" in again.stderr
+    assert losses(run)[-1][0] == 12
+
+
+@pytest.mark.ci
+def test_real_clips_train(shared: Path, tmp_path: Path, program: Command) -> None:
+    """A HOD csv over real egocentric and kitchen clips, at their real sizes, through the real decoder."""
+    captions = {
+        "3c0dffd0-e38e-4643-bc48-d513943dc20b_012_014": "#C C stirs the red sauce with a spatula in the right hand",
+        "cf7c12db-1a9e-46d3-96d6-38174bbe373c": "#C C works in the kitchen",
+        "mixkit-chef-preparing-a-sauce-in-a-blender-43034-medium": "a chef prepares a sauce in a blender",
+        "mixkit-hands-of-a-baker-kneading-a-dough-42467-medium": "both hands knead a dough",
+        "mixkit-pastry-chef-cutting-a-loaf-into-slices-43015-medium": "the right hand cuts a loaf into slices",
+    }
+    lines = ["video_id,start_second,end_second,text"]
+    for name, text in captions.items():
+        assert (shared / "media" / "lavila" / f"{name}.mp4").is_file()
+        lines += [f"{name},0.0,1.6,{text}"]
+    (tmp_path / "hod.csv").write_text("\n".join(lines) + "\n")
+    config = tmp_path / "real.yml"
+    config.write_text(
+        f"""
+model: {{name: DEMO, num_frames: 4}}
+data: {{train: {{metadata: {tmp_path}/hod.csv, root: {shared}/media/lavila}}, workers: 2, flip: 0.0}}
+train: {{output: {tmp_path}/run, duration: 20 steps, global_batch_size: 5, lr: 5e-4, log_every: 1 steps, save_every: 10 steps}}
+"""
+    )
+    done = program("main_pretrain.py", "--config_file", config)
+    assert done.returncode == 0, done.stderr
+    curve = [loss for _, loss, _ in losses(tmp_path / "run")]
+    assert len(curve) == 20
+    assert sum(curve[-5:]) / 5 < 0.6 * sum(curve[:3]) / 3
+    assert newest(tmp_path / "run").step == 20
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
