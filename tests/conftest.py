@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from egohod.demo import make_world
-
-ROOT = Path(__file__).parents[1]
-SHARED = ROOT.parent / "shared"
+from tests.support import ROOT, SHARED, Command, environment
 
 torch.set_num_threads(2)
 
@@ -33,15 +29,6 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs the real data in ../shared")
     return SHARED
-
-
-Command = Callable[..., "subprocess.CompletedProcess[str]"]
-
-
-def environment(**more: str) -> dict[str, str]:
-    """The environment of a child process: this project importable, one thread, no GPU, no foreign ranks."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | more
 
 
 @pytest.fixture

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import Command
-from tests.training.test_resume import losses, newest
+from tests.support import Command, losses, newest
 
 
 def test_a_typo_on_the_command_line(program: Command) -> None:

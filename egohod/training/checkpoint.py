@@ -145,7 +145,9 @@ def read(path: Path) -> Checkpoint:
     try:
         weights = load_file(path / WEIGHTS)
         training = torch.load(path / TRAINING, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path / TRAINING}: refused: holds more than tensors, numbers and text; nothing was run") from error
+    except (SafetensorError, RuntimeError, OSError, EOFError) as error:
         raise CheckpointError(f"{path}: {_reason(error)}") from error
     return Checkpoint(path, int(manifest["step"]), weights, training, manifest)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -75,12 +76,10 @@ def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path: Path) -> None:
     path = save(CheckpointStore(tmp_path), 1)
     with (path / "training.pt").open("wb") as file:
         pickle.dump({"optimizer": Evil()}, file)
-    import hashlib
-
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["sha256"]["training.pt"] = hashlib.sha256((path / "training.pt").read_bytes()).hexdigest()
     (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match=r"system"):
+    with pytest.raises(CheckpointError, match="refused"):
         read(path)
     assert not (tmp_path / "executed").exists()
 

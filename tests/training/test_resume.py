@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -11,19 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from egohod.training.checkpoint import Checkpoint, CheckpointStore, read
-from tests.conftest import ROOT, Command, environment
-
-
-def newest(run: Path) -> Checkpoint:
-    checkpoint = CheckpointStore(run).newest()
-    assert checkpoint is not None
-    return checkpoint
-
-
-def losses(run: Path) -> list[tuple[int, float, float]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(each["step"], each["train/loss"], each["train/grad_norm"]) for each in lines if "train/loss" in each]
+from egohod.training.checkpoint import read
+from tests.support import ROOT, Command, environment, losses, newest
 
 
 def assert_same(one: object, other: object, where: str = "") -> None:

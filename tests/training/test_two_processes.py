@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import Command
-from tests.training.test_resume import losses, newest
+from tests.support import Command, losses, newest
 
 
 @pytest.mark.ci
