@@ -23,8 +23,12 @@ from egohod.training.setup import build_model
 
 def main(arguments: Sequence[str]) -> int:
     parser = cli.parser(__doc__, "configs/demo.yml")
-    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a checkpoint folder, or a run folder (its newest)")
-    parser.add_argument("--output", default="results", metavar="FOLDER", help="where results.json goes (default: results)")
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="PATH", help="a checkpoint folder, or a run folder (its newest)"
+    )
+    parser.add_argument(
+        "--output", default="results", metavar="FOLDER", help="where results.json goes (default: results)"
+    )
     args = parser.parse_args(arguments)
     weights = ["model.weights.source=checkpoint", f"model.weights.path={args.checkpoint}"]
     cfg = config.load(args.config_file, [*args.overrides, *weights])

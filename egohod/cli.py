@@ -25,14 +25,17 @@ class _HelpWithKnobs(argparse.ArgumentParser):
     """``--help`` ends with every knob of the configuration."""
 
     def format_help(self) -> str:
-        return f"{super().format_help()}\nEvery knob, as section.key=default (type; allowed values) and its reason:\n\n{help_text()}\n"
+        explained = "Every knob, as section.key=default (type; allowed values) and its reason:"
+        return f"{super().format_help()}\n{explained}\n\n{help_text()}\n"
 
 
 def parser(description: str, default_config: str) -> argparse.ArgumentParser:
     """The arguments that every main program takes; programs add their own."""
     made = _HelpWithKnobs(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--config_file", default=default_config, metavar="YAML", help=f"default: {default_config}")
-    made.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single knobs, e.g. train.lr=1e-4")
+    made.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="change single knobs, e.g. train.lr=1e-4"
+    )
     return made
 
 

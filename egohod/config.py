@@ -79,11 +79,13 @@ class WeightsConfig:
 class ModelConfig:
     """The dual encoder: a space-time ViT and a causal text transformer."""
 
-    name: str = knob("CLIP_VITB16", "geometry, see egohod/model/zoo.py", choices=("CLIP_VITB16", "CLIP_VITL14_336PX", "DEMO"))
+    name: str = knob(
+        "CLIP_VITB16", "geometry, see egohod/model/zoo.py", choices=("CLIP_VITB16", "CLIP_VITL14_336PX", "DEMO")
+    )
     num_frames: int = knob(4, "frames per clip; the released models train on 4", low=1)
     activation: str = knob(
         "gelu",
-        "upstream and AVION run CLIP weights with erf GELU and their checkpoints expect it; quick_gelu is what OpenAI trained",
+        "upstream and AVION checkpoints expect erf GELU, although OpenAI trained CLIP with quick_gelu",
         choices=("gelu", "quick_gelu"),
     )
     temporal_init: str = knob(
@@ -92,9 +94,13 @@ class ModelConfig:
         choices=("zeros", "sinusoidal"),
     )
     temporal_scale: float = knob(0.5, "amplitude of the sinusoidal temporal embedding", above=0)
-    patch_dropout: float = knob(0.0, "share of patch tokens left out while training; saves memory at some accuracy", low=0, high=0.95)
+    patch_dropout: float = knob(
+        0.0, "share of patch tokens left out while training; saves memory at some accuracy", low=0, high=0.95
+    )
     drop_path: float = knob(0.0, "stochastic depth of the last vision block, growing linearly from 0", low=0, high=0.95)
-    gradient_checkpointing: bool = knob(False, "recompute blocks in the backward pass: far less memory for about a third more time")
+    gradient_checkpointing: bool = knob(
+        False, "recompute blocks in the backward pass: far less memory for about a third more time"
+    )
     compile: bool = knob(False, "torch.compile both towers; pays off on GPUs, 3-6 % on CPUs")
     weights: WeightsConfig = part(WeightsConfig)
 
@@ -103,7 +109,9 @@ class ModelConfig:
 class HardNegativesConfig:
     """Batches in which some clips differ only in the motion."""
 
-    share: float = knob(0.0, "share of each batch filled with groups of alike clips; 0 is the plain sampler", low=0, high=1)
+    share: float = knob(
+        0.0, "share of each batch filled with groups of alike clips; 0 is the plain sampler", low=0, high=1
+    )
     group_by: list[str] = knob(
         ["video"],
         "what alike clips have in common: video (the same scene), window (the same time window of a video) "
@@ -117,9 +125,13 @@ class HardNegativesConfig:
 class SourceConfig:
     """One annotation file and the videos it speaks of."""
 
-    metadata: str = knob("", "csv with video_id,start_second,end_second,text (or caption) and optional dataset,uid columns")
+    metadata: str = knob(
+        "", "csv with video_id,start_second,end_second,text (or caption) and optional dataset,uid columns"
+    )
     root: str = knob("", "folder of the videos")
-    dataset_roots: dict[str, str] = knob({}, "folders for rows whose dataset column says so, e.g. {ego4d: /data/ego4d}; all others use root")
+    dataset_roots: dict[str, str] = knob(
+        {}, "folders for rows whose dataset column says so, e.g. {ego4d: /data/ego4d}; all others use root"
+    )
     layout: str = knob(
         "auto",
         "chunks is root/<video>/<0000>.mp4, whole is root/<video>.mp4; auto looks at what is there",
@@ -127,7 +139,9 @@ class SourceConfig:
     )
     chunk_seconds: float = knob(15.0, "length of a chunk; upstream's Ego4D and HowTo100M chunks have 15 s", above=0)
     list_text: str = knob(
-        "random", "what to do with a narration that is a list literal: draw one, join all, or take the first", choices=("random", "concat", "first")
+        "random",
+        "what to do with a narration that is a list literal: draw one, join all, or take the first",
+        choices=("random", "concat", "first"),
     )
 
 
@@ -137,14 +151,24 @@ class DataConfig:
 
     train: SourceConfig = part(SourceConfig)
     decoder: str = knob(
-        "auto", "auto takes the fastest that loads (pyav, then torchcodec, then decord) and says which", choices=("auto", "torchcodec", "pyav", "decord")
+        "auto",
+        "auto takes the fastest that loads (pyav, then torchcodec, then decord) and says which",
+        choices=("auto", "torchcodec", "pyav", "decord"),
     )
     workers: int = knob(8, "decoding processes per training process; 0 decodes in the training process", low=0)
     prefetch: int = knob(2, "batches each worker holds ready", low=1)
-    pin_memory: bool = knob(True, "page-locked batches, so that the copy to a GPU overlaps with computing; ignored on CPU")
-    crop_scale_min: float = knob(0.5, "smallest share of the picture a training crop keeps (upstream: 0.5)", above=0, high=1)
-    flip: float = knob(0.5, "probability of a horizontal flip; left and right change places in the caption too", low=0, high=1)
-    max_bad_fraction: float = knob(0.01, "stop when more than this share of the clips asked for could not be read", low=0, high=1)
+    pin_memory: bool = knob(
+        True, "page-locked batches, so that the copy to a GPU overlaps with computing; ignored on CPU"
+    )
+    crop_scale_min: float = knob(
+        0.5, "smallest share of the picture a training crop keeps (upstream: 0.5)", above=0, high=1
+    )
+    flip: float = knob(
+        0.5, "probability of a horizontal flip; left and right change places in the caption too", low=0, high=1
+    )
+    max_bad_fraction: float = knob(
+        0.01, "stop when more than this share of the clips asked for could not be read", low=0, high=1
+    )
     hard_negatives: HardNegativesConfig = part(HardNegativesConfig)
 
 
@@ -152,8 +176,12 @@ class DataConfig:
 class LossConfig:
     """Symmetric InfoNCE over all processes."""
 
-    local_loss: bool = knob(True, "each process computes its own rows only: exact and cheapest together with gather_with_grad")
-    gather_with_grad: bool = knob(True, "gradients flow to the features of other processes; False with local_loss is biased and refused")
+    local_loss: bool = knob(
+        True, "each process computes its own rows only: exact and cheapest together with gather_with_grad"
+    )
+    gather_with_grad: bool = knob(
+        True, "gradients flow to the features of other processes; False with local_loss is biased and refused"
+    )
     temperature: float = knob(0.07, "start (and, if not learned, the fixed value) of the softmax temperature", above=0)
     learn_temperature: bool = knob(False, "upstream keeps 0.07")
     max_logit_scale: float = knob(100.0, "a learned 1/temperature is clamped here, as in CLIP", above=0)
@@ -167,23 +195,36 @@ class TrainConfig:
     duration: str = knob("15 epochs", "length of the run in steps, epochs or samples")
     global_batch_size: int = knob(2048, "clips per optimisation step over all processes (upstream: 128 x 16)", low=1)
     max_batch_per_process: int | None = knob(
-        None, "clips one process holds at a time, the rest is accumulated with an unchanged loss; null takes what fits the memory", low=1
+        None,
+        "clips a process holds at a time; the rest is accumulated, the loss unchanged; null takes what fits the memory",
+        low=1,
     )
     lr: float = knob(4e-5, "upstream's base recipe at a global batch of 2,048", above=0)
     betas: list[float] = knob([0.9, 0.999], "AdamW's averages")
     eps: float = knob(1e-8, "AdamW's epsilon", above=0)
-    weight_decay: float = knob(0.01, "upstream's; none on biases, norms and other tensors of one dimension or less", low=0)
-    schedule: str = knob("constant", "upstream trains at a constant rate; cosine falls to lr_end", choices=("constant", "cosine"))
+    weight_decay: float = knob(
+        0.01, "upstream's; none on biases, norms and other tensors of one dimension or less", low=0
+    )
+    schedule: str = knob(
+        "constant", "upstream trains at a constant rate; cosine falls to lr_end", choices=("constant", "cosine")
+    )
     warmup: str = knob("0 steps", "linear warm-up from lr_start, in steps, epochs or samples")
     lr_start: float = knob(1e-6, "rate at the start of the warm-up", low=0)
     lr_end: float = knob(1e-5, "rate at the end of the cosine", low=0)
     clip_norm: float | None = knob(None, "largest gradient norm; upstream does not clip", above=0)
-    device: str = knob("auto", "auto is the GPU if there is one; cpu never looks for one", choices=("auto", "cpu", "cuda"))
+    device: str = knob(
+        "auto", "auto is the GPU if there is one; cpu never looks for one", choices=("auto", "cpu", "cuda")
+    )
     precision: str = knob(
-        "auto", "auto is bf16 where the hardware computes it fast, fp32 elsewhere; fp16 uses a loss scaler", choices=("auto", "fp32", "bf16", "fp16")
+        "auto",
+        "auto is bf16 where the hardware computes it fast, fp32 elsewhere; fp16 uses a loss scaler",
+        choices=("auto", "fp32", "bf16", "fp16"),
     )
     seed: int = knob(0, "everything random follows from it", low=0)
-    resume: str = knob("auto", "auto goes on from the newest good checkpoint of the run folder, none starts anew, else the path of a checkpoint")
+    resume: str = knob(
+        "auto",
+        "auto goes on from the run folder's newest good checkpoint, none starts anew, else the path of a checkpoint",
+    )
     log_every: str = knob("10 steps", "how often metrics are written; between, nothing waits for the device")
     save_every: str = knob("1 epochs", "how often a checkpoint is written")
     keep_last: int = knob(2, "newest checkpoints kept", low=1)
@@ -196,7 +237,9 @@ class EvaluateConfig:
 
     every: str = knob("1 epochs", "how often the val set is evaluated while training")
     demo_val: str | None = knob(None, "folder of the demo world used for tuning and for choosing the best checkpoint")
-    demo_test: str | None = knob(None, "folder of the demo world that is opened once, at the end, for the reported table")
+    demo_test: str | None = knob(
+        None, "folder of the demo world that is opened once, at the end, for the reported table"
+    )
     batch_size: int = knob(32, "clips encoded at a time", low=1)
     best: str = knob("val/choice_across_clips", "metric that keep_best ranks by (higher is better)")
 
@@ -311,11 +354,20 @@ def check(config: Config) -> list[tuple[str, str]]:
         except ConfigError as error:
             problems.append((name, str(error)))
     if len(config.train.betas) != 2 or not all(0 <= beta < 1 for beta in config.train.betas):
-        problems.append(("train.betas", f"train.betas is {list(config.train.betas)}, but must be two numbers in [0, 1)"))
+        problems.append(
+            ("train.betas", f"train.betas is {list(config.train.betas)}, but must be two numbers in [0, 1)")
+        )
     if config.train.schedule == "cosine" and config.train.lr_end > config.train.lr:
-        problems.append(("train.lr_end", f"train.lr_end is {config.train.lr_end}, but a cosine falls: at most train.lr={config.train.lr}"))
+        problems.append(
+            (
+                "train.lr_end",
+                f"train.lr_end is {config.train.lr_end}, but a cosine falls: at most train.lr={config.train.lr}",
+            )
+        )
     if config.model.weights.source != "scratch" and not config.model.weights.path:
-        problems.append(("model.weights.path", f"model.weights.source={config.model.weights.source} needs model.weights.path"))
+        problems.append(
+            ("model.weights.path", f"model.weights.source={config.model.weights.source} needs model.weights.path")
+        )
     return problems
 
 
@@ -332,7 +384,8 @@ def help_text() -> str:
         if head != section:
             section = head
             lines.append(f"\n{head}: {_section_doc(head)}")
-        default = entry.default_factory() if entry.default is dataclasses.MISSING else entry.default  # type: ignore[misc]
+        factory = entry.default_factory
+        default = entry.default if factory is dataclasses.MISSING else factory()
         allowed = _allowed(entry.metadata)
         lines.append(f"  {name}={_show(default)}  ({_type_name(kind)}{'; ' + allowed if allowed else ''})")
         lines.append(f"      {entry.metadata['why']}")
@@ -352,7 +405,7 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, DictConfig]]:
         raise ConfigError(f"{path}: not readable as YAML: {_one_line(error)}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path}: a config must be a mapping of sections, such as 'train: ...'")
-    bases = OmegaConf.to_container(loaded).pop("_base_", [])  # type: ignore[union-attr,arg-type]
+    bases = loaded.get("_base_", [])
     if "_base_" in loaded:
         del loaded["_base_"]
     below: list[tuple[str, DictConfig]] = []

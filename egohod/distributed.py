@@ -24,7 +24,7 @@ class Distributed:
     device: torch.device
     backend: str | None
     # Decisions between processes travel over gloo, so that asking never waits for the GPU.
-    control: dist.ProcessGroup | None = None
+    control: Any = None
 
     @property
     def is_main(self) -> bool:
@@ -53,7 +53,11 @@ class Distributed:
             dist.destroy_process_group()
 
     def __str__(self) -> str:
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
+        name = (
+            torch.cuda.get_device_name(self.device)
+            if self.device.type == "cuda"
+            else f"cpu ({torch.get_num_threads()} threads)"
+        )
         return f"{name}, {self.world_size} process{'es over ' + str(self.backend) if self.world_size > 1 else ''}"
 
 

@@ -28,13 +28,18 @@ def test_every_pinned_package_is_declared_in_pyproject() -> None:
     import tomllib
 
     declared = {
-        re.split(r"[<>=]", each)[0].lower() for each in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+        re.split(r"[<>=]", each)[0].lower()
+        for each in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     }
-    pinned = {line.split("==")[0].lower() for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line}
+    pinned = {
+        line.split("==")[0].lower() for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line
+    }
     assert declared == pinned
 
 
-@pytest.mark.parametrize("path", sorted([*ROOT.glob("main_*.py"), *(ROOT / "tools").glob("*.py")]), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", sorted([*ROOT.glob("main_*.py"), *(ROOT / "tools").glob("*.py")]), ids=lambda p: p.name
+)
 def test_programs_are_not_imported_by_anything(path: Path) -> None:
     """Programs stand on top: neither the package nor another program imports them."""
     for other in [*(ROOT / "egohod").rglob("*.py"), *ROOT.glob("main_*.py"), *(ROOT / "tools").glob("*.py")]:

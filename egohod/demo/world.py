@@ -164,7 +164,7 @@ def _kitchen(rng: np.random.Generator, seed: tuple[int, ...], name: str) -> Kitc
     sleeve, skin_hue = _hue(rng, split), 0.03 + 0.06 * _hue(rng, split)
     # Woods and warm stones, or slates: narrower than the circle, and still another hue for every split
     hue = float(rng.choice([0.02, 0.52])) + 0.13 * _hue(rng, split)
-    nouns = [str(noun) for noun in rng.permutation(list(NOUNS))[:5]]
+    nouns = [str(noun) for noun in rng.permutation(list(NOUNS))]
     return Kitchen(
         name=name,
         seed=seed,

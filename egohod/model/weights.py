@@ -120,7 +120,8 @@ def _read(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise WeightsError(f"{path}: {_explain(error)}") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise WeightsError(f"{path}: not a readable weights file ({str(error).splitlines()[0]})") from error
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise WeightsError(f"{path}: not a readable weights file ({reason})") from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
@@ -137,16 +138,14 @@ def _is_torchscript(path: Path) -> bool:
 
 
 def _explain(error: pickle.UnpicklingError) -> str:
-    """Which class a pickle asked for, if that is why it was refused."""
-    wanted = re.search(
-        r"GLOBAL ([\w.]+) was not an allowed|Unsupported (?:global|class|operand)[^\w]*(?:GLOBAL )?([\w.]+)", str(error)
-    )
+    """Why a pickle was refused. PyTorch's own text advises to load it unsafely, so it is not passed on."""
+    wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
     if wanted:
         return (
-            f"refused: it asks for {wanted.group(1) or wanted.group(2)}, which is no part of plain weights and could "
-            "run code; nothing was run. Only load a state dict of tensors"
+            f"refused: it asks for {wanted.group(1)}, which is no part of plain weights and could run code; "
+            "nothing was run. Save it as a plain state dict of tensors first"
         )
-    return f"not a readable weights file ({str(error).splitlines()[0]})"
+    return "refused: not a weights file, or a pickle of something else than plain tensors; nothing in it was run"
 
 
 def _shape(tensor: Tensor) -> str:

@@ -146,7 +146,9 @@ def read(path: Path) -> Checkpoint:
         weights = load_file(path / WEIGHTS)
         training = torch.load(path / TRAINING, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path / TRAINING}: refused: holds more than tensors, numbers and text; nothing was run") from error
+        raise CheckpointError(
+            f"{path / TRAINING}: refused: holds more than tensors, numbers and text; nothing was run"
+        ) from error
     except (SafetensorError, RuntimeError, OSError, EOFError) as error:
         raise CheckpointError(f"{path}: {_reason(error)}") from error
     return Checkpoint(path, int(manifest["step"]), weights, training, manifest)
@@ -187,6 +189,6 @@ def _flush(path: Path) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC or "No space left" in str(error):
+    if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error):
         return "the disk is full"
     return " ".join(str(error).split()) or type(error).__name__

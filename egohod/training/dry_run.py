@@ -1,4 +1,4 @@
-"""``--dry_run``: build everything, try a little of each part, and explain what a real run would do and what it lacks."""
+"""``--dry_run``: build everything, try a little of each part, explain what a run would do and what it lacks."""
 
 from __future__ import annotations
 
@@ -59,12 +59,26 @@ def _report_model(cfg: Config, dist: Distributed, say: Report, problems: list[st
         model = create_model(cfg.model, cfg.loss).to(dist.device)
         start = f"random, because {cfg.model.weights.path} cannot be used"
     geometry = model.geometry
-    count = {name: sum(p.numel() for p in tower.parameters()) for name, tower in (("vision", model.visual), ("text", model.textual))}
-    say("model", f"{cfg.model.name} from {start}: vision {count['vision'] / 1e6:.1f} M, text {count['text'] / 1e6:.1f} M parameters")
+    count = {
+        name: sum(p.numel() for p in tower.parameters())
+        for name, tower in (("vision", model.visual), ("text", model.textual))
+    }
+    say(
+        "model",
+        f"{cfg.model.name} from {start}: {sum(count.values()) / 1e6:.1f} M parameters "
+        f"(vision {count['vision'] / 1e6:.1f} M, text {count['text'] / 1e6:.1f} M)",
+    )
     tokens = 1 + cfg.model.num_frames * geometry.patches_per_frame
-    say("tokens", f"{tokens} a clip ({cfg.model.num_frames} frames of {geometry.image_size} px in patches of {geometry.patch_size} px, one CLS)")
+    say(
+        "tokens",
+        f"{tokens} a clip: {cfg.model.num_frames} frames of {geometry.patches_per_frame} patches "
+        f"({geometry.image_size} px in steps of {geometry.patch_size}), one CLS",
+    )
     flops = step_flops(geometry, cfg.model.num_frames, geometry.context_length)
-    say("compute", f"{flops / 1e9:.1f} GFLOP a clip for forward and backward, with {geometry.context_length} text tokens")
+    say(
+        "compute",
+        f"{flops / 1e9:.1f} GFLOP a clip for forward and backward, with {geometry.context_length} text tokens",
+    )
     say("memory", f"{bytes_per_clip(cfg, dist, model) / 1e6:.0f} MB a clip kept for the backward pass")
     return model
 
@@ -83,7 +97,10 @@ def _report_data(cfg: Config, dist: Distributed, model: DualEncoder, say: Report
             problems.append(f"{cfg.data.train.metadata}: {clip['fault']}")
         else:
             clips.append(clip)
-            say("clip", f"row {row}: video {list(clip['video'].shape)}, '{' / '.join(dataset.table.row(row).texts)[:90]}'")
+            say(
+                "clip",
+                f"row {row}: video {list(clip['video'].shape)}, '{' / '.join(dataset.table.row(row).texts)[:90]}'",
+            )
     try:
         plan = build_plan(cfg, dataset)
         limit = cfg.train.max_batch_per_process or largest_batch(cfg, dist, model)
@@ -92,8 +109,15 @@ def _report_data(cfg: Config, dist: Distributed, model: DualEncoder, say: Report
     except UserError as error:
         problems.append(str(error))
         return
-    say("batch", f"{cfg.train.global_batch_size} = {dist.world_size} process(es) x {micro_batch} clips x {accumulation} accumulated")
-    say("length", f"{plan.steps_per_epoch} steps an epoch, {schedule.total} in all; evaluation every {schedule.evaluate}, checkpoint every {schedule.save}")
+    say(
+        "batch",
+        f"{cfg.train.global_batch_size} clips = {dist.world_size} process(es) x {micro_batch} x {accumulation}",
+    )
+    say(
+        "length",
+        f"{plan.steps_per_epoch} steps an epoch, {schedule.total} in all; "
+        f"evaluation every {schedule.evaluate}, checkpoint every {schedule.save}",
+    )
     if clips:
         step = TrainStep(model, cfg, dist, total_steps=schedule.total, steps_per_epoch=plan.steps_per_epoch)
         loss = step(1, [collate(clips[:2])])["loss"].item()

@@ -9,13 +9,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import nn
 
 from egohod.config import Config, UserError, duration_in_steps
 from egohod.data.clips import FaultLedger
 from egohod.data.loader import train_loader
 from egohod.distributed import Distributed
+from egohod.model.egovideo import DualEncoder
 from egohod.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore, read
 from egohod.training.preemption import Preemption
 from egohod.training.setup import TrainingData
@@ -62,7 +62,7 @@ class Schedule:
 
 
 def train(
-    cfg: Config, dist: Distributed, model: nn.Module, data: TrainingData, evaluators: Sequence[Evaluator]
+    cfg: Config, dist: Distributed, model: DualEncoder, data: TrainingData, evaluators: Sequence[Evaluator]
 ) -> tuple[int, dict[str, float]]:
     """Train ``model`` on ``data``; returns the last step and the metrics of the last evaluation.
 
@@ -154,7 +154,9 @@ def _resume_from(cfg: Config, store: CheckpointStore) -> Checkpoint | None:
     checkpoint = store.newest() if cfg.train.resume == "auto" else read(Path(cfg.train.resume))
     if checkpoint is None:
         if store.steps():
-            raise UserError(f"{store.folder}: none of the checkpoints is readable; --resume none in another train.output starts anew")
+            raise UserError(
+                f"{store.folder}: no checkpoint is readable; --resume none in another train.output starts anew"
+            )
         return None
     here = identity(cfg)
     for key, there in checkpoint.manifest["identity"].items():
@@ -166,7 +168,9 @@ def _resume_from(cfg: Config, store: CheckpointStore) -> Checkpoint | None:
     return checkpoint
 
 
-def _micro_batches(cfg: Config, dist: Distributed, data: TrainingData, start: int, total: int) -> Iterator[dict[str, Any]]:
+def _micro_batches(
+    cfg: Config, dist: Distributed, data: TrainingData, start: int, total: int
+) -> Iterator[dict[str, Any]]:
     """This process's micro-batches from step ``start`` on, ``data.accumulation`` per step."""
     if start >= total:
         return iter(())

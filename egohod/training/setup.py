@@ -8,7 +8,6 @@ from pathlib import Path
 
 import psutil
 import torch
-from torch import nn
 
 from egohod.config import Config, UserError
 from egohod.data.clips import ClipDataset
@@ -82,7 +81,12 @@ def build_plan(cfg: Config, dataset: ClipDataset) -> BatchPlan:
     hard = cfg.data.hard_negatives
     groups = dataset.table.group_codes(list(hard.group_by), hard.window_seconds) if hard.share > 0 else None
     return BatchPlan(
-        len(dataset), cfg.train.global_batch_size, cfg.train.seed, groups=groups, share=hard.share, group_size=hard.group_size
+        len(dataset),
+        cfg.train.global_batch_size,
+        cfg.train.seed,
+        groups=groups,
+        share=hard.share,
+        group_size=hard.group_size,
     )
 
 
@@ -138,8 +142,9 @@ def largest_batch(cfg: Config, dist: Distributed, model: DualEncoder) -> int:
     smallest = min(dist.gather_objects(fits))
     if smallest < 1:
         raise UserError(
-            f"not one clip fits the memory of {dist.device} ({memory / 1e9:.0f} GB): try model.gradient_checkpointing=true, "
-            "fewer model.num_frames or a smaller model.name, or set train.max_batch_per_process=1 to try all the same"
+            f"not one clip fits the memory of {dist.device} ({memory / 1e9:.0f} GB): try "
+            "model.gradient_checkpointing=true, fewer model.num_frames or a smaller model.name, "
+            "or set train.max_batch_per_process=1 to try all the same"
         )
     return smallest
 

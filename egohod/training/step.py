@@ -64,10 +64,10 @@ class TrainStep:
         self._optimizer.zero_grad(set_to_none=True)
         result = cached_step(self._forward, self._model, micro_batches, self._loss, self._scaler.scale)
         self._scaler.unscale_(self._optimizer)
-        trained = [parameter for parameter in self._inner.parameters() if parameter.grad is not None]
-        norm = get_total_norm([parameter.grad for parameter in trained])
+        parameters = list(self._inner.parameters())
+        norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         if self._cfg.clip_norm:
-            clip_grads_with_norm_(trained, self._cfg.clip_norm, norm)
+            clip_grads_with_norm_(parameters, self._cfg.clip_norm, norm)
         self._scaler.step(self._optimizer)
         self._scaler.update(None if self._is_fp16 else 1.0)
         with torch.no_grad():

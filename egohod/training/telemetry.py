@@ -10,8 +10,8 @@ import platform
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +26,18 @@ from egohod.distributed import Distributed
 
 log = logging.getLogger(__name__)
 
-PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "decord", "av", "torchcodec", "numpy", "pyarrow", "omegaconf")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "open_clip_torch",
+    "decord",
+    "av",
+    "torchcodec",
+    "numpy",
+    "pyarrow",
+    "omegaconf",
+)
 
 
 class Clock:
@@ -132,7 +143,7 @@ class Telemetry:
             eta = timedelta(seconds=round((self._total - step) * self._seconds_per_step))
             skipped = f"  skipped {metrics['skipped']:.0f}" if metrics.get("skipped") else ""
             log.info(
-                "step %d/%d  loss %.4f  acc %.3f  lr %.2e  grad %.2f  %.1f clips/s  data wait %.0f %%  %.1f GB  ETA %s%s",
+                "step %d/%d  loss %.4f  acc %.3f  lr %.2e  grad %.2f  %.1f clips/s  waits %.0f %%  %.1f GB  ETA %s%s",
                 step,
                 self._total,
                 metrics["loss"],

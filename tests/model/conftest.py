@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from egohod.config import ModelConfig
+from egohod.config import LossConfig, ModelConfig
 from egohod.model.egovideo import DualEncoder, create_model
 from egohod.model.weights import load_state
 
@@ -39,7 +39,7 @@ def filled() -> Filled:
     """Makes a model with the recipe's weights, in eval mode."""
 
     def build(config: ModelConfig) -> DualEncoder:
-        model = create_model(config)
+        model = create_model(config, LossConfig(learn_temperature=True))
         load_state(model, {name: golden_value(name, value.shape) for name, value in model.state_dict().items()})
         return model.eval()
 

@@ -58,10 +58,14 @@ def wait_for(process: subprocess.Popen[str], text: str) -> str:
         pytest.param(["data.workers=2"], id="2 workers"),
         pytest.param(["data.workers=0"], id="0 workers", marks=pytest.mark.ci),
         pytest.param(["data.workers=2", "train.max_batch_per_process=2"], id="accumulation", marks=pytest.mark.ci),
-        pytest.param(["data.workers=2", "train.log_every=4 steps"], id="save within a log window", marks=pytest.mark.ci),
+        pytest.param(
+            ["data.workers=2", "train.log_every=4 steps"], id="save within a log window", marks=pytest.mark.ci
+        ),
     ],
 )
-def test_five_steps_a_kill_and_seven_equal_twelve(tiny_config: Path, tmp_path: Path, program: Command, variant: list[str]) -> None:
+def test_five_steps_a_kill_and_seven_equal_twelve(
+    tiny_config: Path, tmp_path: Path, program: Command, variant: list[str]
+) -> None:
     """The world has 60 clips: seven steps an epoch, so the second part crosses an epoch's edge."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     command = ["main_pretrain.py", "--config_file", tiny_config, *variant]

@@ -13,7 +13,13 @@ from tests.support import Command, losses, newest
 @pytest.mark.ci
 @pytest.mark.parametrize("variant", [[], ["train.max_batch_per_process=2"]], ids=["plain", "accumulated"])
 def test_two_processes_equal_one(tiny_config: Path, tmp_path: Path, program: Command, variant: list[str]) -> None:
-    settings = ["main_pretrain.py", "--config_file", tiny_config, "model.patch_dropout=0", "loss.learn_temperature=true"]
+    settings = [
+        "main_pretrain.py",
+        "--config_file",
+        tiny_config,
+        "model.patch_dropout=0",
+        "loss.learn_temperature=true",
+    ]
     one, two = tmp_path / "one", tmp_path / "two"
     done = program(*settings, f"train.output={one}")
     assert done.returncode == 0, done.stderr
