@@ -93,7 +93,12 @@ class ModelConfig:
         "zeros is the published start; sinusoidal lets a short training from scratch learn frame order",
         choices=("zeros", "sinusoidal"),
     )
-    temporal_scale: float = knob(0.5, "amplitude of the sinusoidal temporal embedding", above=0)
+    spatial_init: str = knob(
+        "random",
+        "random is CLIP's start; sinusoidal lets a short training from scratch learn where things are",
+        choices=("random", "sinusoidal"),
+    )
+    sinusoid_scale: float = knob(0.5, "amplitude of sinusoidal embeddings", above=0)
     patch_dropout: float = knob(
         0.0, "share of patch tokens left out while training; saves memory at some accuracy", low=0, high=0.95
     )

@@ -17,4 +17,6 @@ if [ "${1:-}" = --short ]; then
 fi
 export DEMO_DATA=${DEMO_DATA:-$data}
 "$PYTHON" tools/make_demo_data.py --output "$DEMO_DATA" --scale "$scale"
+# Two loader processes share the cores with the training: a thread that waits must not spin (a third faster on two cores).
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 exec "$PYTHON" main_pretrain.py --config_file configs/demo.yml "${overrides[@]}" "$@"

@@ -60,7 +60,7 @@ data:
   train: {{metadata: {demo_world}/train/hod.csv, root: {demo_world}/train/videos}}
   workers: 0
   flip: 0.0
-  hard_negatives: {{share: 0.5, group_by: [group], group_size: 2}}
+  hard_negatives: {{share: 0.5, group_by: [video, noun, hand], group_size: 2}}
 train:
   output: {tmp_path}/run
   duration: 12 steps

@@ -1,6 +1,7 @@
 """Measure the parts of a training run on this machine.
 
 python tools/bench.py loader --json      # file to training-ready batch, against the usual way
+python tools/bench.py step --json        # a training step: clips/s, share of the matmul peak, memory
 """
 
 from __future__ import annotations
@@ -9,15 +10,17 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bench_loader
+import bench_step
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     bench_loader.register(commands)
+    bench_step.register(commands)
     options = parser.parse_args(argv)
     options.run(options)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import signal
 import sys
+import weakref
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
@@ -145,6 +147,7 @@ class ClipLoader(DataLoader[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
         """Batches as of :func:`~egohod.data.clips.collate`; raises :class:`UserError`."""
         batches = super().__iter__()
+        _workers.update(getattr(batches, "_workers", ()))
         while True:
             try:
                 batch = next(batches)
@@ -160,6 +163,17 @@ class ClipLoader(DataLoader[dict[str, Any]]):
             if "failure" in batch:
                 raise batch["failure"]
             yield batch
+
+
+_workers: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Python would ask them with the signal they ignore, and wait; they hold nothing that could be lost."""
+    for worker in _workers:
+        if worker.is_alive():
+            worker.kill()
 
 
 class _TrainBatches:

@@ -36,7 +36,7 @@ from egohod.config import UserError
 from egohod.demo.render import EDGES, PICTURE, Stage
 from egohod.demo.world import ACTIONS, FPS, SPLITS, VERBS, Clip, Video, make_split, phrase
 
-VERSION = 1  # of the world: a change of what is drawn or told raises it
+VERSION = 2  # of the world: a change of what is drawn or told raises it
 MAX_SCALE = 100
 CHUNK_SECONDS = 15
 CHOICES = 5
@@ -138,7 +138,7 @@ def _row(video: Video, clip: Clip) -> dict[str, object]:
         "noun": clip.noun,
         "colour": video.kitchen.nouns[clip.noun],
         "action": action(clip.verb, clip.noun),
-        "group": f"{clip.noun}/{clip.hand}",
+        "motion": VERBS[clip.verb].path,
         "motion_kind": VERBS[clip.verb].kind,
     }
 

@@ -151,7 +151,8 @@ class VideoTransformer(nn.Module):
         mlp_ratio: float = 4.0,
         activation: str = "gelu",
         temporal_init: str = "zeros",
-        temporal_scale: float = 0.5,
+        spatial_init: str = "random",
+        sinusoid_scale: float = 0.5,
         patch_dropout: float = 0.0,
         drop_path: float = 0.0,
         gradient_checkpointing: bool = False,
@@ -167,10 +168,10 @@ class VideoTransformer(nn.Module):
         self.transformer = Transformer(width, layers, heads, mlp_ratio, activation, drop_path, gradient_checkpointing)
         self.ln_post = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.image_projection = nn.Parameter(torch.empty(width, embed_dim))
-        self._initialise(temporal_init, temporal_scale)
+        self._initialise(temporal_init, spatial_init, sinusoid_scale)
 
     @torch.no_grad()
-    def _initialise(self, temporal_init: str, temporal_scale: float) -> None:
+    def _initialise(self, temporal_init: str, spatial_init: str, sinusoid_scale: float) -> None:
         """CLIP's scheme: standard deviations from the width."""
         frames, width = self.temporal_embedding.shape
         nn.init.normal_(self.class_embedding, std=width**-0.5)
@@ -180,7 +181,13 @@ class VideoTransformer(nn.Module):
         if temporal_init == "zeros":
             nn.init.zeros_(self.temporal_embedding)
         else:
-            self.temporal_embedding.copy_(temporal_scale * sinusoids(frames, width))
+            self.temporal_embedding.copy_(sinusoid_scale * sinusoids(frames, width))
+        if spatial_init == "sinusoidal":
+            side = self.image_size // self.patch_size
+            waves = sinusoid_scale * sinusoids(side, width // 2)
+            # Half of the channels tell the row, half the column.
+            rows, columns = waves.repeat_interleave(side, dim=0), waves.repeat(side, 1)
+            self.positional_embedding[1:] = torch.cat((rows, columns), dim=1)
 
     def forward(self, video: Tensor) -> Tensor:
         """``video`` [B, 3, T, H, W], normalised -> [B, E], not normalised.
@@ -224,11 +231,11 @@ class VideoTransformer(nn.Module):
         return (self.positional_embedding[1:] + temporal.unsqueeze(1)).flatten(0, 1)
 
 
-def sinusoids(frames: int, width: int) -> Tensor:
-    """Sine and cosine waves over the frame number: [frames, width], values in [-1, 1].
+def sinusoids(positions: int, width: int) -> Tensor:
+    """Sine and cosine waves over a position (frame, row or column): [positions, width], values in [-1, 1].
 
-    Periods run from two frames (neighbours differ) to four times the clip (it never wraps around).
+    Periods run from two positions (neighbours differ) to four times the range (it never wraps around).
     """
-    rates = torch.logspace(math.log10(math.pi), math.log10(math.pi / (2 * frames)), (width + 1) // 2)
-    angles = torch.arange(frames).unsqueeze(1) * rates
+    rates = torch.logspace(math.log10(math.pi), math.log10(math.pi / (2 * positions)), (width + 1) // 2)
+    angles = torch.arange(positions).unsqueeze(1) * rates
     return torch.stack((angles.sin(), angles.cos()), dim=2).flatten(1)[:, :width]

@@ -15,6 +15,7 @@ import torch
 
 from egohod.config import UserError
 from egohod.data.loader import BatchPlan, ClipLoader, LoaderError, eval_loader, train_loader
+from tests.support import Command
 
 
 class Numbers:
@@ -251,3 +252,18 @@ def test_workers_end_with_a_killed_parent() -> None:
     assert ready, "workers outlived their parent"
     assert os.read(pipe, 100) == b""
     parent.stdout.close()
+
+
+def test_a_program_ends_although_it_never_finished_its_batches(demo_world: Path, program: Command) -> None:
+    """Workers ignore SIGTERM; Python's own way to end them at exit would wait for ever."""
+    code = (
+        "import sys\nfrom egohod.config import SourceConfig\nfrom egohod.data.clips import ClipDataset\n"
+        "from egohod.data.loader import eval_loader\nfrom egohod.data.table import ClipTable\n"
+        "from egohod.data.text import Tokenizer\nfolder = sys.argv[1]\n"
+        "source = SourceConfig(metadata=folder + '/hod.csv', root=folder + '/videos')\n"
+        "clips = ClipDataset(ClipTable.read(source.metadata), source, size=32, num_frames=2, tokenizer=Tokenizer())\n"
+        "kept = iter(eval_loader(clips, range(8), 1, 2))\nnext(kept)\nprint('left in the middle')\n"
+    )
+    done = program("-c", code, str(demo_world / "val"))
+    assert done.returncode == 0, done.stderr
+    assert "left in the middle" in done.stdout

@@ -79,7 +79,7 @@ def test_tables_agree_with_each_other(world: Path) -> None:
     assert (truth["second"] * FPS).round().astype(int).tolist() == truth["frame"].tolist()
     for row in hod:
         assert classes[row["action"]]["verb"] == row["verb"]
-        assert row["group"] == f"{row['noun']}/{row['hand']}"
+        assert row["motion"] == VERBS[row["verb"]].path
         begin, end = float(row["start_second"]), float(row["end_second"])
         assert 2.4 < end - begin < 2.7
         assert set(truth["noun"][int(begin * FPS) : int(end * FPS)]) == {row["noun"]}

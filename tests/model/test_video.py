@@ -66,11 +66,25 @@ def test_one_tower_takes_any_frame_count(demo_model: DualEncoder, clips: Tensor)
 
 def test_temporal_start() -> None:
     zeros = create_model(ModelConfig(name="DEMO", num_frames=16)).visual.temporal_embedding
-    waves = create_model(ModelConfig(name="DEMO", num_frames=16, temporal_init="sinusoidal", temporal_scale=0.3))
+    waves = create_model(ModelConfig(name="DEMO", num_frames=16, temporal_init="sinusoidal", sinusoid_scale=0.3))
     assert zeros.abs().max() == 0
     assert 0.25 < waves.visual.temporal_embedding.abs().max() <= 0.3
     distances = torch.cdist(sinusoids(16, 128), sinusoids(16, 128)) + 100 * torch.eye(16)
     assert distances.min() > 1, "two frames look alike"
+
+
+def test_spatial_start_tells_every_patch_from_every_other() -> None:
+    plain = create_model(ModelConfig(name="DEMO")).visual.positional_embedding[1:]
+    waves = create_model(ModelConfig(name="DEMO", spatial_init="sinusoidal", sinusoid_scale=0.5)).visual
+    placed = waves.positional_embedding[1:]
+    assert plain.std() < 0.2
+    assert 0.4 < placed.abs().max() <= 0.5
+    side = waves.image_size // waves.patch_size
+    grid = placed.view(side, side, -1)
+    half = grid.shape[-1] // 2
+    torch.testing.assert_close(grid[0, :, :half], grid[0, :1, :half].expand(side, -1))
+    torch.testing.assert_close(grid[:, 0, half:], grid[:1, 0, half:].expand(side, -1))
+    assert (torch.cdist(placed, placed) + 100 * torch.eye(side * side)).min() > 0.5
 
 
 @torch.no_grad()

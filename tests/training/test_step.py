@@ -12,10 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from egohod.config import Config, LossConfig, UserError
 from egohod.distributed import Distributed
 from egohod.model.egovideo import DualEncoder, create_model
+from egohod.model.zoo import geometry
 from egohod.training.setup import split_batch
 from egohod.training.step import TrainStep
 from egohod.training.telemetry import MetricWindow
 
+SIDE = geometry("DEMO").image_size
 HERE = Distributed(0, 1, torch.device("cpu"), None)
 
 
@@ -38,7 +40,10 @@ def batch(size: int = 4, seed: int = 0) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(1, 49000, (size, 8), generator=generator)
     tokens[:, -1] = 49407
-    return {"video": torch.randint(256, (size, 3, 2, 64, 64), dtype=torch.uint8, generator=generator), "tokens": tokens}
+    return {
+        "video": torch.randint(256, (size, 3, 2, SIDE, SIDE), dtype=torch.uint8, generator=generator),
+        "tokens": tokens,
+    }
 
 
 class Waits(TorchDispatchMode):

@@ -1,0 +1,48 @@
+"""Symmetric InfoNCE against the original's numbers, and the pair of switches that is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from egohod.config import LossConfig, UserError
+from egohod.loss.contrastive import ContrastiveLoss
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CASES = {
+    name: case for name, case in json.loads((GOLDEN / "loss_metrics.json").read_text()).items() if name[:5] == "loss_"
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("local_loss", [True, False])
+def test_loss_accuracy_and_gradients(name: str, local_loss: bool) -> None:
+    case = CASES[name]
+    batch, width = (int(part[1:]) for part in name.split("_")[1:3])
+    generator = torch.Generator().manual_seed(case["seed"])
+    video, text = (
+        F.normalize(torch.randn(batch, width, generator=generator), dim=-1).requires_grad_() for _ in range(2)
+    )
+    scale = torch.tensor(case["logit_scale"], requires_grad=True)
+    result = ContrastiveLoss(LossConfig(local_loss=local_loss))(video, text, scale)
+    result["loss"].backward()
+    assert result["loss"].item() == pytest.approx(case["loss"], abs=1e-5)
+    assert float(result["accuracy"]) * 100 == pytest.approx(case["clip_acc"], abs=1e-4)
+    assert not result["accuracy"].requires_grad
+    assert float(scale.grad) == pytest.approx(case["grad_scale"], abs=1e-6)
+    with np.load(GOLDEN / "loss_grads.npz") as file:
+        for side, features in (("img", video), ("txt", text)):
+            assert float(features.grad.norm()) == pytest.approx(case[f"grad_{side}_norm"], rel=1e-5)
+            expected = torch.from_numpy(file[f"{name}_grad_{side}_row0"])
+            torch.testing.assert_close(features.grad[0], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_biased_pair_is_refused() -> None:
+    with pytest.raises(UserError, match=r"gather_with_grad=true.*biased"):
+        ContrastiveLoss(LossConfig(local_loss=True, gather_with_grad=False))
+    ContrastiveLoss(LossConfig(local_loss=False, gather_with_grad=False))
