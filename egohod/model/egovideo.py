@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +19,13 @@ from egohod.model.video import VideoTransformer
 class DualEncoder(nn.Module):
     """``visual``, ``textual`` and ``logit_scale`` = log(1 / temperature), named as in published checkpoints."""
 
+    visual: VideoTransformer
+    textual: TextTower
+
     def __init__(
         self,
-        visual: nn.Module,
-        textual: nn.Module,
+        visual: VideoTransformer,
+        textual: TextTower,
         *,
         geometry: zoo.Geometry,
         num_frames: int,
@@ -49,7 +54,7 @@ class DualEncoder(nn.Module):
             "logit_scale": self.logit_scale.exp(),
         }
 
-    def compile_towers(self, backend: str = "inductor") -> None:
+    def compile_towers(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """torch.compile both towers in place, without graph breaks; names in the state dict stay."""
         self.visual.compile(fullgraph=True, backend=backend)
         # The text length changes from batch to batch.

@@ -41,7 +41,10 @@ class TrainStep:
         self._model: nn.Module = model
         if dist.world_size > 1:
             ids = [dist.device.index] if dist.device.type == "cuda" else None
-            self._model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+            # The only buffer is the constant causal mask.
+            self._model = DistributedDataParallel(
+                model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+            )
 
     @property
     def lr(self) -> float:

@@ -78,8 +78,9 @@ def test_patch_embedding_of_a_convolution_means_the_same(demo_model: DualEncoder
     state = openai_state(demo_model)
     torch.save(state, tmp_path / "clip.pt")
     load_openai(demo_model, tmp_path / "clip.pt")
-    frame = torch.randn(1, 3, 64, 64)
-    convolved = torch.nn.functional.conv2d(frame, state["visual.conv1.weight"].float(), stride=16).flatten(2).mT
+    size, stride = demo_model.geometry.image_size, demo_model.geometry.patch_size
+    frame = torch.randn(1, 3, size, size)
+    convolved = torch.nn.functional.conv2d(frame, state["visual.conv1.weight"].float(), stride=stride).flatten(2).mT
     visual = demo_model.visual
     nn.init.zeros_(visual.positional_embedding)
     nn.init.zeros_(visual.temporal_embedding)
@@ -89,17 +90,19 @@ def test_patch_embedding_of_a_convolution_means_the_same(demo_model: DualEncoder
 
 def test_another_geometry_is_named_with_both_shapes(demo_model: DualEncoder, tmp_path: Path) -> None:
     state = openai_state(demo_model)
-    state["visual.positional_embedding"] = torch.zeros(50, 128)
+    places, width = demo_model.visual.positional_embedding.shape
+    state["visual.positional_embedding"] = torch.zeros(places + 1, width)
     torch.save(state, tmp_path / "clip.pt")
     before = demo_model.visual.class_embedding.clone()
-    with pytest.raises(UserError, match=r"clip\.pt.*DEMO.*positional_embedding is \[50, 128\] there and \[17, 128\]"):
+    shapes = rf"positional_embedding is \[{places + 1}, {width}\] there and \[{places}, {width}\] here"
+    with pytest.raises(UserError, match=rf"clip\.pt.*DEMO.*{shapes}"):
         load_openai(demo_model, tmp_path / "clip.pt")
     assert torch.equal(demo_model.visual.class_embedding, before), "half loaded"
 
 
 def test_checkpoint_of_another_frame_count_lacking_or_unknown_tensors(demo_model: DualEncoder) -> None:
     other = create_model(ModelConfig(name="DEMO", num_frames=4)).state_dict()
-    with pytest.raises(UserError, match=r"temporal_embedding is \[4, 128\] there and \[8, 128\] here"):
+    with pytest.raises(UserError, match=r"temporal_embedding is \[4, \d+\] there and \[8, \d+\] here"):
         load_state(demo_model, other)
     state: dict[str, Any] = dict(demo_model.state_dict())
     del state["visual.ln_pre.bias"]
