@@ -29,14 +29,17 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--output", default="results", metavar="FOLDER", help="where results.json goes (default: results)"
     )
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     weights = ["model.weights.source=checkpoint", f"model.weights.path={args.checkpoint}"]
     cfg = config.load(args.config_file, [*args.overrides, *weights])
     dist = setup(cfg.train.device)
     try:
         model = build_model(cfg, dist)
         Path(args.output).mkdir(parents=True, exist_ok=True)
-        report(args.output, dist, evaluate(model, demo_evaluators(cfg, dist)))
+        evaluators = demo_evaluators(cfg, dist, "val", "test")
+        if not evaluators:
+            raise config.UserError("nothing to evaluate: set evaluate.demo_val or evaluate.demo_test")
+        report(args.output, dist, evaluate(model, evaluators))
     finally:
         dist.close()
     return cli.DONE

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from egohod import cli, config
 from egohod.distributed import setup
-from egohod.evaluation.benchmarks import demo_evaluator
+from egohod.evaluation.benchmarks import demo_evaluators
 from egohod.evaluation.report import report
 from egohod.training.dry_run import dry_run
 from egohod.training.loop import Schedule, evaluate, train
@@ -29,10 +29,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--dry_run", action="store_true", help="build everything, try three clips and one step, explain, leave"
     )
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     overrides = [*args.overrides, *([f"train.resume={args.resume}"] if args.resume else [])]
     if args.dry_run:
-        return dry_run(args.config_file, overrides)
+        return dry_run(args.config_file, overrides, demo_evaluators)
     cfg = config.load(args.config_file, overrides)
     dist = setup(cfg.train.device)
     try:
@@ -40,11 +40,11 @@ def main(arguments: Sequence[str]) -> int:
             model = build_model(cfg, dist)
             data = build_data(cfg, dist, model)
             describe(cfg, dist, data)
-            val = [demo_evaluator(cfg, dist, cfg.evaluate.demo_val, "val")] if cfg.evaluate.demo_val else []
+            val, test = (demo_evaluators(cfg, dist, name) for name in ("val", "test"))
             step, scores = train(cfg, dist, model, data, val)
-            if step == Schedule.of(cfg, data.plan.steps_per_epoch).total and cfg.evaluate.demo_test:
-                test = demo_evaluator(cfg, dist, cfg.evaluate.demo_test, "test")
-                report(cfg.train.output, dist, scores | evaluate(model, [test]))
+            # The test worlds are opened once, when all is done.
+            if test and step == Schedule.of(cfg, data.plan.steps_per_epoch).total:
+                report(cfg.train.output, dist, scores | evaluate(model, test))
     finally:
         dist.close()
     return cli.DONE

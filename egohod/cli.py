@@ -48,6 +48,9 @@ def run(program: Callable[[Sequence[str]], int], arguments: Sequence[str] | None
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return USER_ERROR
+    except OSError as error:
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        return BROKEN
 
 
 def set_up_logging() -> None:

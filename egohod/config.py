@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 import typing
@@ -225,7 +226,7 @@ class TrainConfig:
         "auto is bf16 where the hardware computes it fast, fp32 elsewhere; fp16 uses a loss scaler",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
-    seed: int = knob(0, "everything random follows from it", low=0)
+    seed: int = knob(0, "everything random follows from it", low=0, high=2**63 - 1)
     resume: str = knob(
         "auto",
         "auto goes on from the run folder's newest good checkpoint, none starts anew, else the path of a checkpoint",
@@ -277,6 +278,8 @@ def duration_in_steps(text: str, *, steps_per_epoch: int, global_batch_size: int
     if not match:
         raise ConfigError(f"{key}: '{text}' is not a duration; write e.g. '500 steps', '1.5 epochs' or '4e6 samples'")
     amount, unit = float(match.group(1)), match.group(2).lower()
+    if not math.isfinite(amount):
+        raise ConfigError(f"{key}: '{text}' is too long")
     steps = amount * {"step": 1.0, "epoch": float(steps_per_epoch), "sample": 1.0 / global_batch_size}[unit]
     return max(1, round(steps)) if steps > 0 else 0
 
@@ -309,10 +312,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def load_leniently(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, list[str]]:
-    """As :func:`load`, but values that are missing or out of range are returned as a list of problems.
+    """As :func:`load`, but environment variables that are not set are returned as a list of problems.
 
-    For the dry run, which reports everything that is missing at once. An environment variable that is
-    not set stays in its value as ``$NAME``.
+    For the dry run, which reports everything that is missing at once; the variable stays in its value as
+    ``$NAME``. Raises :class:`ConfigError` for anything that is wrong rather than missing.
     """
     tree, origins = OmegaConf.structured(Config), {}
     for origin, layer in [*_layers(Path(path), ()), *(_override(text) for text in overrides)]:
@@ -324,13 +327,21 @@ def load_leniently(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Con
             for variable in _ENVIRONMENT.findall(text):
                 if variable not in os.environ:
                     text = text.replace(f"${{oc.env:{variable}}}", f"${variable}")
-                    OmegaConf.update(tree, key, text)
+                    try:
+                        OmegaConf.update(tree, key, text)
+                    except OmegaConfBaseException:  # a number or a switch: no text can stand in for it
+                        raise ConfigError(
+                            f"{origins.get(name, path)}: {key} needs the environment variable {variable}, not set"
+                        ) from None
                     problems.append(
                         f"{origins.get(name, path)}: {key} needs the environment variable {variable}, "
                         f"which is not set; export {variable}=/your/path"
                     )
     config = _resolve(tree, str(path))
-    return config, problems + [f"{origins.get(name, path)}: {text}" for name, text in check(config)]
+    wrong = [f"{origins.get(name, path)}: {text}" for name, text in check(config)]
+    if wrong:
+        raise ConfigError("\n".join(problems + wrong))
+    return config, problems
 
 
 def check(config: Config) -> list[tuple[str, str]]:
@@ -410,11 +421,14 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, DictConfig]]:
         raise ConfigError(f"{path}: not readable as YAML: {_one_line(error)}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path}: a config must be a mapping of sections, such as 'train: ...'")
-    bases = loaded.get("_base_", [])
+    bases = OmegaConf.to_container(loaded).get("_base_", [])  # type: ignore[union-attr]
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path}: _base_ must be the name of a config file, or a list of names")
     if "_base_" in loaded:
         del loaded["_base_"]
     below: list[tuple[str, DictConfig]] = []
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in bases:
         below += _layers(path.parent / base, (*seen, path.resolve()))
     return [*below, (str(path), loaded)]
 
@@ -514,6 +528,8 @@ def _out_of_range(value: Any, rule: Any) -> str | None:
     if rule["choices"] is not None and value not in rule["choices"]:
         near = difflib.get_close_matches(str(value), [str(c) for c in rule["choices"]], n=1)
         return f"must be one of {', '.join(map(str, rule['choices']))}" + (f"; did you mean {near[0]}?" if near else "")
+    if isinstance(value, float) and not math.isfinite(value):
+        return "must be a finite number"
     bad = (
         (rule["low"] is not None and value < rule["low"])
         or (rule["high"] is not None and value > rule["high"])

@@ -12,11 +12,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 data=demo_data scale=1.0 overrides=()
 if [ "${1:-}" = --short ]; then
     shift
-    data=demo_data/short scale=0.1
+    data=demo_data_short scale=0.1
     overrides=(train.output=runs/demo_short "train.duration=60 steps" "train.save_every=30 steps" "evaluate.every=30 steps")
 fi
 export DEMO_DATA=${DEMO_DATA:-$data}
 "$PYTHON" tools/make_demo_data.py --output "$DEMO_DATA" --scale "$scale"
 # Two loader processes share the cores with the training: a thread that waits must not spin (a third faster on two cores).
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
-exec "$PYTHON" main_pretrain.py --config_file configs/demo.yml "${overrides[@]}" "$@"
+exec "$PYTHON" main_pretrain.py --config_file configs/demo.yml ${overrides[@]+"${overrides[@]}"} "$@"

@@ -5,24 +5,32 @@
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 _environment=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
+# conda activates its base environment by itself; that is nobody's project.
+if [ -z "${VIRTUAL_ENV:-}" ] && [ "${CONDA_DEFAULT_ENV:-}" = base ]; then _environment=; fi
 if [ -z "$_environment" ]; then
     _environment=$PWD/.venv
-    if [ ! -x "$_environment/bin/python" ]; then
+    # Debian without python3-venv leaves an environment without pip behind: make it anew.
+    if ! "$_environment/bin/python" -m pip --version >/dev/null 2>&1; then
         _base=${EGOHOD_PYTHON:-$(command -v python3.11 || command -v python3 || true)}
         if ! "${_base:-false}" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
             echo "error: Python 3.11 or newer is needed (found: ${_base:-none}); set EGOHOD_PYTHON=/path/to/python3.11" >&2
             exit 2
         fi
         echo "making a virtual environment in .venv"
-        "$_base" -m venv "$_environment" || exit 1
+        rm -rf "$_environment"
+        "$_base" -m venv "$_environment" || { rm -rf "$_environment"; echo "error: no venv module (Debian: apt-get install python3-venv)" >&2; exit 2; }
     fi
 fi
 PYTHON=$_environment/bin/python
+if ! "$PYTHON" -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    echo "error: the active environment $_environment has no Python 3.11 with pip; deactivate it, or install pip there" >&2
+    exit 2
+fi
 
 # install NAME FILE...: pip install the files' pins once per content.
 install() {
     local stamp
-    stamp=$_environment/.egohod-$1-$(cat "${@:2}" pyproject.toml | cksum | cut -d' ' -f1)
+    stamp=$_environment/.egohod-$1-$(cat "${@:2}" pyproject.toml <(pwd) | cksum | cut -d' ' -f1)
     [ -e "$stamp" ] && return
     echo "installing $1 packages (once; PyTorch alone is several GB)"
     local files=()

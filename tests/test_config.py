@@ -79,6 +79,11 @@ def test_every_missing_variable_is_named_at_once(tmp_path: Path, monkeypatch: py
         ("- a", None, ["run.yml", "mapping"]),
         ("{}", "train.lr", ["section.key=value"]),
         ("train: {betas: [0.9]}", None, ["train.betas", "two numbers"]),
+        ("{}", "train.lr=nan", ["train.lr", "finite"]),
+        ("{}", "train.seed=99999999999999999999999", ["train.seed", "at most"]),
+        ("train: {duration: 1e400 steps}", None, ["train.duration", "too long"]),
+        ("_base_: 5", None, ["_base_", "name of a config file"]),
+        ("data: {workers: '${oc.env:EGO_UNSET_NUMBER}'}", None, ["data.workers", "EGO_UNSET_NUMBER"]),
     ],
 )
 def test_a_mistake_gets_one_line_with_file_key_and_cure(

@@ -39,6 +39,22 @@ def test_a_dry_run_explains_everything_that_is_missing(program: Command) -> None
         assert part in done.stderr, part
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.num_frames=0", "model.num_frames"),
+        ("train.precision=foo", "train.precision"),
+        ("data.hard_negatives.group_size=0", "group_size"),
+        ("evaluate.demo_test=/nowhere", "/nowhere"),
+    ],
+)
+def test_a_dry_run_finds_what_would_stop_a_run(tiny_config: Path, program: Command, override: str, said: str) -> None:
+    done = program("main_pretrain.py", override, "--config_file", tiny_config, "--dry_run")
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_dry_run_of_a_good_config_tries_it_and_writes_nothing(
     tiny_config: Path, tmp_path: Path, program: Command
 ) -> None:

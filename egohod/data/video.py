@@ -367,10 +367,12 @@ class VideoStore:
         there; one that begins beyond it, or a file that cannot be read, raises :class:`VideoError`.
         """
         folder = self._folder(video_id)
-        chunked = self._layout == "chunks" or (self._layout == "auto" and folder.is_dir())
-        if not chunked:
+        try:
+            if self._layout == "chunks" or (self._layout == "auto" and folder.is_dir()):
+                return self._read_chunks(folder, start, end, num_frames, rng)
             return self._read_file(self._existing(folder), start, end, num_frames, rng)
-        return self._read_chunks(folder, start, end, num_frames, rng)
+        except OSError as error:  # a name too long for the file system, a folder that may not be entered
+            raise VideoError(f"{folder}: cannot be read: {error.strerror or error}") from error
 
     def _folder(self, video_id: str) -> Path:
         parts = Path(video_id).parts

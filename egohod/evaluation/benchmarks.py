@@ -170,15 +170,10 @@ def demo_evaluator(cfg: Config, dist: Distributed, folder: str | Path, name: str
     )
 
 
-def demo_evaluators(cfg: Config, dist: Distributed) -> list[DemoBenchmark]:
-    """The val and test worlds that ``cfg.evaluate`` names.
-
-    Raises :class:`UserError` if it names none.
-    """
+def demo_evaluators(cfg: Config, dist: Distributed, *names: str) -> list[DemoBenchmark]:
+    """The worlds that ``cfg.evaluate`` names, of those in ``names`` (val, test)."""
     folders = {"val": cfg.evaluate.demo_val, "test": cfg.evaluate.demo_test}
-    if not any(folders.values()):
-        raise UserError("nothing to evaluate: set evaluate.demo_val or evaluate.demo_test")
-    return [demo_evaluator(cfg, dist, folder, name) for name, folder in folders.items() if folder]
+    return [demo_evaluator(cfg, dist, folder, name) for name in names if (folder := folders[name])]
 
 
 def demo_retrieval(clips: ClipTable) -> RetrievalTable:

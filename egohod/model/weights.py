@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import re
-import warnings
 import zipfile
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -113,13 +114,13 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{path}: no such file")
     try:
         if _is_torchscript(path):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", (DeprecationWarning, FutureWarning))
-                return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
+            return _read_torchscript(path)
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(f"{path}: {_explain(error)}") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except WeightsError:
+        raise
+    except Exception as error:  # a damaged file can raise anything in its reader
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise WeightsError(f"{path}: not a readable weights file ({reason})") from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
@@ -127,6 +128,64 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise WeightsError(f"{path}: holds no state dict (a mapping of names to tensors)")
     return dict(content)
+
+
+class _Module:
+    """Stands for any class of a TorchScript archive: it holds attributes and does nothing."""
+
+
+class _ArchiveUnpickler(pickle.Unpickler):
+    """Reads the tensors of a TorchScript archive; ``torch.jit.load`` would run code that the file brings along."""
+
+    DTYPES: ClassVar[dict[str, torch.dtype]] = {
+        "FloatStorage": torch.float32,
+        "HalfStorage": torch.float16,
+        "BFloat16Storage": torch.bfloat16,
+        "DoubleStorage": torch.float64,
+        "LongStorage": torch.int64,
+        "IntStorage": torch.int32,
+        "BoolStorage": torch.bool,
+    }
+
+    def __init__(self, path: Path, archive: zipfile.ZipFile, root: str) -> None:
+        super().__init__(io.BytesIO(archive.read(f"{root}/data.pkl")))
+        self._path, self._archive, self._root = path, archive, root
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Attribute holders for the archive's own classes, tensors and ordered dictionaries; nothing else."""
+        if module.split(".")[0] == "__torch__":
+            return _Module
+        if module == "torch" and name in self.DTYPES:
+            return self.DTYPES[name]
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return torch._utils._rebuild_tensor_v2
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module == "torch.jit._pickle" and name.startswith("build_"):
+            return list
+        raise WeightsError(f"{self._path}: refused: it asks for {module}.{name}, which is no part of plain weights")
+
+    def persistent_load(self, pid: Any) -> Any:
+        """A storage: its bytes lie beside the pickle."""
+        _, dtype, key, *_ = pid
+        content = bytearray(self._archive.read(f"{self._root}/data/{key}"))
+        storage = torch.frombuffer(content, dtype=torch.uint8).untyped_storage()
+        return torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
+
+
+def _read_torchscript(path: Path) -> dict[str, Tensor]:
+    with zipfile.ZipFile(path) as archive:
+        root = archive.namelist()[0].split("/")[0]
+        return dict(_tensors(_ArchiveUnpickler(path, archive, root).load(), ""))
+
+
+def _tensors(module: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of nested attribute holders by dotted name."""
+    for name, value in vars(module).items():
+        if isinstance(value, Tensor):
+            yield prefix + name, value
+        elif isinstance(value, _Module):
+            yield from _tensors(value, f"{prefix}{name}.")
 
 
 def _is_torchscript(path: Path) -> bool:

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import logging
 import os
 import pickle
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +28,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from egohod.config import UserError
 
 log = logging.getLogger(__name__)
 
+_NAME = re.compile(r"step-\d{8}")
 WEIGHTS, TRAINING, MANIFEST, LAST = "model.safetensors", "training.pt", "manifest.json", "LAST"
 
 
@@ -74,6 +77,7 @@ class CheckpointStore:
         final = self.folder / f"step-{step:08d}"
         temporary = self.folder / f".tmp-step-{step:08d}-{os.getpid()}"
         try:
+            self._clear_leftovers()
             temporary.mkdir(parents=True)
             save_file({name: value.contiguous() for name, value in weights.items()}, temporary / WEIGHTS)
             torch.save(training, temporary / TRAINING)
@@ -96,12 +100,21 @@ class CheckpointStore:
         except (OSError, SafetensorError, RuntimeError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(f"{final}: not saved: {_reason(error)}; older checkpoints are untouched") from error
-        self._prune()
+        self._prune(final)
         return final
 
     def steps(self) -> list[Path]:
         """Checkpoint folders, oldest first."""
-        return sorted(self.folder.glob("step-*"))
+        return sorted(path for path in self.folder.glob("step-*") if _NAME.fullmatch(path.name))
+
+    def set_aside_after(self, step: int) -> None:
+        """Rename checkpoints of later steps to ``abandoned-*``: a run that went back to ``step`` replaces them."""
+        for path in self.steps():
+            if int(path.name.removeprefix("step-")) > step:
+                log.warning("%s lies after the checkpoint that is resumed: renamed to abandoned-%s", path, path.name)
+                target = path.with_name(f"abandoned-{path.name}")
+                shutil.rmtree(target, ignore_errors=True)
+                path.rename(target)
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole; a torn one is passed over with a warning."""
@@ -118,14 +131,17 @@ class CheckpointStore:
         _flush(temporary)
         temporary.rename(self.folder / LAST)
 
-    def _prune(self) -> None:
-        """Keep the newest ones and the best ones; also clear what a killed process left half-written."""
+    def _clear_leftovers(self) -> None:
+        """Remove what a killed process left half-written (a run folder has one writer at a time)."""
         for path in self.folder.glob(".tmp-step-*"):
             shutil.rmtree(path, ignore_errors=True)
-        paths = self.steps()
+
+    def _prune(self, newest: Path) -> None:
+        """Keep ``newest`` and those before it, and the best ones; what is torn does not count as kept."""
+        paths = [path for path in self.steps() if path == newest or _is_whole(path)]
         ranked = sorted(paths, key=lambda path: _metric(path, self._best), reverse=True)
         rated = [path for path in ranked if _metric(path, self._best) > float("-inf")]
-        kept = {*paths[-self._keep_last :], *rated[: self._keep_best]}
+        kept = {newest, *paths[-self._keep_last :], *rated[: self._keep_best]}
         for path in paths:
             if path not in kept:
                 shutil.rmtree(path, ignore_errors=True)
@@ -137,20 +153,26 @@ def read(path: Path) -> Checkpoint:
     Raises :class:`CheckpointError` naming the file and what is wrong with it. Nothing in the files is executed.
     """
     manifest = read_manifest(path)
+    content = {}
     for name in (WEIGHTS, TRAINING):
-        if not (path / name).is_file():
-            raise CheckpointError(f"{path}: {name} is missing")
-        if _sha256(path / name) != manifest["sha256"].get(name):
+        try:
+            # Read once, into memory: what is checked is what is used, even if the file changes afterwards.
+            content[name] = (path / name).read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{path / name}: {_reason(error)}") from error
+        if hashlib.sha256(content[name]).hexdigest() != manifest["sha256"].get(name):
             raise CheckpointError(f"{path / name}: damaged (its checksum is not the manifest's)")
     try:
-        weights = load_file(path / WEIGHTS)
-        training = torch.load(path / TRAINING, map_location="cpu", weights_only=True)
+        weights = load(content[WEIGHTS])
+        training = torch.load(io.BytesIO(content[TRAINING]), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path / TRAINING}: refused: holds more than tensors, numbers and text; nothing was run"
         ) from error
-    except (SafetensorError, RuntimeError, OSError, EOFError) as error:
+    except Exception as error:  # a damaged file can raise anything in its reader
         raise CheckpointError(f"{path}: {_reason(error)}") from error
+    if not isinstance(training, dict):
+        raise CheckpointError(f"{path / TRAINING}: not the training state of this project")
     return Checkpoint(path, int(manifest["step"]), weights, training, manifest)
 
 
@@ -162,16 +184,25 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / MANIFEST}: {_reason(error)}; is this a checkpoint folder?") from error
-    if not isinstance(manifest, dict) or not {"step", "sha256", "identity", "metrics"} <= manifest.keys():
+    kinds = {"step": int, "sha256": dict, "identity": dict, "metrics": dict}
+    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), kind) for key, kind in kinds.items()):
         raise CheckpointError(f"{path / MANIFEST}: not a manifest of this project")
     return manifest
 
 
 def _metric(path: Path, name: str) -> float:
     try:
-        return float(read_manifest(path)["metrics"].get(name, "-inf"))
-    except CheckpointError:
+        return float(read_manifest(path)["metrics"][name])
+    except (CheckpointError, KeyError, TypeError, ValueError):
         return float("-inf")
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the manifest and the files it names are there at all; reading checks their content."""
+    try:
+        return read_manifest(path) is not None and all((path / name).is_file() for name in (WEIGHTS, TRAINING))
+    except CheckpointError:
+        return False
 
 
 def _sha256(path: Path) -> str:

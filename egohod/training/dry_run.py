@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,10 +24,11 @@ log = logging.getLogger(__name__)
 CLIPS_TO_OPEN = 3
 
 
-def dry_run(path: str, overrides: Sequence[str]) -> int:
+def dry_run(path: str, overrides: Sequence[str], evaluators: Callable[..., Sequence[Any]]) -> int:
     """Report on a configuration; returns 0 if a run would start, 2 if something is missing.
 
-    Goes on past what is missing, so that one dry run names everything at once.
+    Goes on past what is missing, so that one dry run names everything at once. ``evaluators(cfg, dist, name)``
+    builds the benchmarks of a set ("val", "test"); three clips of each are opened, none is evaluated.
     """
     cfg, problems = load_leniently(path, overrides)
     dist = setup(cfg.train.device)
@@ -35,6 +37,7 @@ def dry_run(path: str, overrides: Sequence[str]) -> int:
     say("device", f"{dist}, precision {str(pick_precision(cfg.train.precision, dist.device)).removeprefix('torch.')}")
     model = _report_model(cfg, dist, say, problems)
     _report_data(cfg, dist, model, say, problems)
+    _report_evaluation(cfg, dist, evaluators, say, problems)
     _report_outputs(cfg, say)
     for text in problems:
         print(f"error: {text}", file=sys.stderr)
@@ -74,7 +77,7 @@ def _report_model(cfg: Config, dist: Distributed, say: Report, problems: list[st
         f"{tokens} a clip: {cfg.model.num_frames} frames of {geometry.patches_per_frame} patches "
         f"({geometry.image_size} px in steps of {geometry.patch_size}), one CLS",
     )
-    flops = step_flops(geometry, cfg.model.num_frames, geometry.context_length)
+    flops = step_flops(geometry, cfg.model.num_frames, geometry.context_length, cfg.model.patch_dropout)
     say(
         "compute",
         f"{flops / 1e9:.1f} GFLOP a clip for forward and backward, with {geometry.context_length} text tokens",
@@ -122,6 +125,19 @@ def _report_data(cfg: Config, dist: Distributed, model: DualEncoder, say: Report
         step = TrainStep(model, cfg, dist, total_steps=schedule.total, steps_per_epoch=plan.steps_per_epoch)
         loss = step(1, [collate(clips[:2])])["loss"].item()
         say("one step", f"forward, backward and update on {len(clips[:2])} clip(s): loss {loss:.4f}")
+
+
+def _report_evaluation(
+    cfg: Config, dist: Distributed, evaluators: Callable[..., Sequence[Any]], say: Report, problems: list[str]
+) -> None:
+    for name in ("val", "test"):
+        try:
+            for each in evaluators(cfg, dist, name):
+                for row in torch.linspace(0, len(each.dataset) - 1, CLIPS_TO_OPEN).long().tolist():
+                    each.dataset[row]
+                say("evaluate", f"{name}: {len(each.dataset):,} clips, {CLIPS_TO_OPEN} opened")
+        except UserError as error:
+            problems.append(str(error))
 
 
 def _report_outputs(cfg: Config, say: Report) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +25,9 @@ from egohod.training.step import TrainStep
 from egohod.training.telemetry import Clock, MetricWindow, Telemetry
 
 log = logging.getLogger(__name__)
+
+# A loss scaler skips a few steps while it finds its scale; this many in a row are no such thing.
+FEWEST_SKIPPED = 10
 
 
 class Evaluator(Protocol):
@@ -76,21 +81,33 @@ def train(
     store = CheckpointStore(run, keep_last=cfg.train.keep_last, keep_best=cfg.train.keep_best, best=cfg.evaluate.best)
     ledger, window, clock = FaultLedger(cfg.data.max_bad_fraction), MetricWindow(), Clock()
 
-    start, scores = 0, dict[str, float]()
-    if checkpoint := _resume_from(cfg, store):
-        start, scores = checkpoint.step, checkpoint.manifest["metrics"]
+    start, scores, evaluated = 0, dict[str, float](), 0
+    if checkpoint := _resume_from(cfg, model, data, store):
+        start = evaluated = checkpoint.step
+        scores = checkpoint.manifest["metrics"]
+        if start > schedule.total:
+            raise UserError(
+                f"{checkpoint.path} lies beyond train.duration={cfg.train.duration} ({schedule.total} steps)"
+            )
+        if dist.is_main:
+            store.set_aside_after(start)
         train_step.load_state_dict(checkpoint.weights, checkpoint.training)
         window.load_state_dict(checkpoint.training["window"], dist.device)
         ledger.load_state_dict(checkpoint.training["ledgers"][dist.rank % len(checkpoint.training["ledgers"])])
         log.info("resuming %s at step %d of %d", checkpoint.path, start, schedule.total)
 
     def save(step: int, must_succeed: bool) -> None:
+        """Write a checkpoint; training goes on without one that is not the last."""
         ledgers = dist.gather_objects(ledger.state_dict())
         if dist.is_main:
             weights, training = train_step.state_dict()
+            # A score belongs to the weights it was measured on.
+            known = scores if evaluated == step else {}
             training |= {"window": window.state_dict(), "ledgers": ledgers}
             try:
-                log.info("saved %s", store.save(step, weights, training, metrics=scores, identity=identity(cfg)))
+                log.info(
+                    "saved %s", store.save(step, weights, training, metrics=known, identity=identity(cfg, model, data))
+                )
             except CheckpointError as error:
                 if must_succeed:
                     raise
@@ -108,12 +125,13 @@ def train(
             window.add(train_step(step, micro_batches))
             clock.step()
             last, stopping = step == schedule.total, preemption.requested()
-            if step % schedule.log == 0:
-                means = _finite(_average(dist.gather_objects(window.means())), schedule.log)
+            if last or step % schedule.log == 0:
+                means = _finite(_average(dist.gather_objects(window.means())))
                 telemetry.training(step, means | {"lr": train_step.lr}, clock.lap())
-            if (last or step % schedule.evaluate == 0) and not stopping:
+            if last or step % schedule.evaluate == 0:
                 with clock.paused():
-                    scores = evaluate(model, evaluators)
+                    scores, evaluated = evaluate(model, evaluators), step
+                    _check_best(cfg, scores)
                     telemetry.write(step, scores)
             if last or stopping or step % schedule.save == 0:
                 with clock.paused():
@@ -130,10 +148,14 @@ def evaluate(model: nn.Module, evaluators: Sequence[Evaluator]) -> dict[str, flo
     return {f"{each.name}/{name}": value for each in evaluators for name, value in each(model).items()}
 
 
-def identity(cfg: Config) -> dict[str, Any]:
+def identity(cfg: Config, model: DualEncoder, data: TrainingData) -> dict[str, Any]:
     """What a checkpoint and the run that resumes it must agree on for the trajectory to be the same."""
+    shapes = repr([(name, tuple(value.shape)) for name, value in model.state_dict().items()])
     return {
         "model.name": cfg.model.name,
+        "shapes of the weights": hashlib.sha256(shapes.encode()).hexdigest()[:12],
+        "loss.learn_temperature": cfg.loss.learn_temperature,
+        "clips in data.train.metadata": len(data.dataset),
         "model.num_frames": cfg.model.num_frames,
         "model.activation": cfg.model.activation,
         "train.seed": cfg.train.seed,
@@ -142,7 +164,7 @@ def identity(cfg: Config) -> dict[str, Any]:
     }
 
 
-def _resume_from(cfg: Config, store: CheckpointStore) -> Checkpoint | None:
+def _resume_from(cfg: Config, model: DualEncoder, data: TrainingData, store: CheckpointStore) -> Checkpoint | None:
     """The checkpoint that ``train.resume`` asks for, checked to belong to this run."""
     if cfg.train.resume == "none":
         if store.steps():
@@ -158,11 +180,13 @@ def _resume_from(cfg: Config, store: CheckpointStore) -> Checkpoint | None:
                 f"{store.folder}: no checkpoint is readable; --resume none in another train.output starts anew"
             )
         return None
-    here = identity(cfg)
-    for key, there in checkpoint.manifest["identity"].items():
-        if key in here and here[key] != there:
+    if not checkpoint.training.keys() >= {"optimizer", "scaler", "window", "ledgers"}:
+        raise UserError(f"{checkpoint.path}: training.pt is not the training state of this project")
+    there = checkpoint.manifest["identity"]
+    for key, here in identity(cfg, model, data).items():
+        if there.get(key) != here:
             raise UserError(
-                f"{checkpoint.path}: was trained with {key}={there}, this run says {here[key]}; "
+                f"{checkpoint.path}: was trained with {key}={there.get(key)}, this run says {here}; "
                 "use the same value, or another train.output"
             )
     return checkpoint
@@ -195,11 +219,21 @@ def _average(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: sum(each[name] for each in metrics) / len(metrics) for name in metrics[0]}
 
 
-def _finite(metrics: dict[str, float], steps: int) -> dict[str, float]:
-    """``metrics``, unless not one of the window's ``steps`` had a finite loss and gradient."""
-    if metrics["skipped"] >= steps:
+def _check_best(cfg: Config, scores: dict[str, float]) -> None:
+    """A metric that does not exist would silently keep no best checkpoint."""
+    if scores and cfg.evaluate.best not in scores:
+        near = difflib.get_close_matches(cfg.evaluate.best, scores, n=1, cutoff=0.3)
         raise UserError(
-            f"the last {steps} steps all had a non-finite loss or gradient and were skipped; the weights are those "
-            "of the last good step: lower train.lr, clip gradients (train.clip_norm=1), or look at the data"
+            f"evaluate.best={cfg.evaluate.best}: no such metric" + (f"; did you mean {near[0]}?" if near else "")
+        )
+
+
+def _finite(metrics: dict[str, float]) -> dict[str, float]:
+    """``metrics``, unless the window had at least ``FEWEST_SKIPPED`` steps and not one was finite."""
+    if metrics["skipped"] >= max(metrics["steps"], FEWEST_SKIPPED):
+        raise UserError(
+            f"the last {metrics['steps']:.0f} steps all had a non-finite loss or gradient and were skipped; "
+            "the weights are those of the last good step: lower train.lr, clip gradients (train.clip_norm=1), "
+            "or look at the data"
         )
     return metrics

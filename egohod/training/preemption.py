@@ -15,7 +15,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Preemption:
-    """Remembers that a signal came. A second one of the same kind gets its usual, immediate effect."""
+    """Remembers that a signal came. Repeats change nothing (launchers send several); a second Ctrl-C ends at once."""
 
     def __init__(self, dist: Distributed):
         self._dist = dist
@@ -35,7 +35,8 @@ class Preemption:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = number
-        signal.signal(number, self._before[number])  # type: ignore[arg-type]
+        if number == signal.SIGINT:
+            signal.signal(number, self._before[number])  # type: ignore[arg-type]
 
     def requested(self) -> bool:
         """Whether any process was asked to stop; all processes get the same answer at the same step."""

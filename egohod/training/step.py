@@ -73,8 +73,9 @@ class TrainStep:
             clip_grads_with_norm_(parameters, self._cfg.clip_norm, norm)
         self._scaler.step(self._optimizer)
         self._scaler.update(None if self._is_fp16 else 1.0)
-        with torch.no_grad():
-            self._inner.logit_scale.clamp_(max=self._max_log_scale)
+        if self._inner.logit_scale.requires_grad:
+            with torch.no_grad():
+                self._inner.logit_scale.clamp_(0, self._max_log_scale)
         return {
             "loss": result["loss"],
             "accuracy": result["accuracy"],
@@ -97,5 +98,9 @@ class TrainStep:
     def load_state_dict(self, weights: dict[str, Tensor], training: dict[str, Any]) -> None:
         """Continue from what :meth:`state_dict` returned."""
         self._inner.load_state_dict(weights)
+        wanted = [dict(group, params=None) for group in self._optimizer.param_groups]
         self._optimizer.load_state_dict(training["optimizer"])
+        for group, mine in zip(self._optimizer.param_groups, wanted, strict=True):
+            # Knobs follow the configuration, averages the checkpoint.
+            group.update({name: value for name, value in mine.items() if name != "params"})
         self._scaler.load_state_dict(training["scaler"])

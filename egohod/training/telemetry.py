@@ -97,7 +97,7 @@ class MetricWindow:
         skipped = sums.pop("skipped", 0.0)
         self._sums, self._count = {}, 0
         good = max(count - skipped, 1)
-        return {name: value / good for name, value in sums.items()} | {"skipped": skipped}
+        return {name: value / good for name, value in sums.items()} | {"skipped": skipped, "steps": float(count)}
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint: a run interrupted within a window logs the same means as one that was not."""
@@ -138,7 +138,8 @@ class Telemetry:
             "data_wait": waited / seconds,
             "memory_gb": memory_gb(self._dist.device),
         }
-        self.write(step, {f"train/{name}": value for name, value in (metrics | speed).items()})
+        shown = {name: value for name, value in (metrics | speed).items() if name != "steps"}
+        self.write(step, {f"train/{name}": value for name, value in shown.items()})
         if self._active:
             eta = timedelta(seconds=round((self._total - step) * self._seconds_per_step))
             skipped = f"  skipped {metrics['skipped']:.0f}" if metrics.get("skipped") else ""
@@ -161,11 +162,14 @@ class Telemetry:
         """Append metrics of any kind to metrics.jsonl and TensorBoard."""
         if not self._active:
             return
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
-        self._board.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.flush()
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
+        except OSError as error:
+            log.error("metrics of step %d not written: %s; training goes on", step, error.strerror or error)
 
     def close(self) -> None:
         """Flush and close the files."""

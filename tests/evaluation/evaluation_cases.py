@@ -16,6 +16,7 @@ from egohod.demo.world import NOUNS, VERBS, phrase
 from egohod.distributed import Distributed
 from egohod.evaluation.benchmarks import DemoBenchmark, Execution
 from egohod.model.egovideo import DualEncoder, create_model
+from egohod.model.zoo import geometry
 
 FRAMES = 4
 
@@ -26,7 +27,7 @@ def benchmark(folder: Path, dist: Distributed | None = None, batch_size: int = 7
     return DemoBenchmark(
         folder,
         "test",
-        size=64,
+        size=geometry("DEMO").image_size,
         num_frames=FRAMES,
         tokenizer=Tokenizer(),
         decoder="pyav",

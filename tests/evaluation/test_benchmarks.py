@@ -10,7 +10,7 @@ import pytest
 import torch
 from evaluation_cases import Oracle, benchmark, small_model
 
-from egohod.config import Config, UserError
+from egohod.config import Config
 from egohod.data.text import Tokenizer
 from egohod.distributed import Distributed
 from egohod.evaluation.benchmarks import DEMO_KINDS, BenchmarkError, demo_evaluator, demo_evaluators, read_questions
@@ -47,7 +47,7 @@ def test_evaluator_follows_the_configuration(world: Path) -> None:
     cfg.data.decoder, cfg.train.precision = "pyav", "fp32"
     made = demo_evaluator(cfg, Distributed(0, 1, torch.device("cpu"), None), world, "val")
     assert made.name == "val"
-    assert made.dataset[0]["video"].shape == (3, 2, 64, 64)
+    assert made.dataset[0]["video"].shape == (3, 2, made.dataset.size, made.dataset.size)
     assert made.execution.batch_size == 5
     assert made.execution.precision == torch.float32
 
@@ -55,12 +55,12 @@ def test_evaluator_follows_the_configuration(world: Path) -> None:
 def test_the_worlds_that_a_configuration_names_are_evaluated(demo_world: Path) -> None:
     cfg, alone = Config(), Distributed(0, 1, torch.device("cpu"), None)
     cfg.model.name = "DEMO"
-    with pytest.raises(UserError, match="nothing to evaluate: set"):
-        demo_evaluators(cfg, alone)
+    assert demo_evaluators(cfg, alone, "val", "test") == []
     cfg.evaluate.demo_test = str(demo_world / "test")
-    assert [each.name for each in demo_evaluators(cfg, alone)] == ["test"]
+    assert [each.name for each in demo_evaluators(cfg, alone, "val", "test")] == ["test"]
     cfg.evaluate.demo_val = str(demo_world / "val")
-    assert [each.name for each in demo_evaluators(cfg, alone)] == ["val", "test"]
+    assert [each.name for each in demo_evaluators(cfg, alone, "val", "test")] == ["val", "test"]
+    assert [each.name for each in demo_evaluators(cfg, alone, "val")] == ["val"]
 
 
 @pytest.mark.parametrize("part", ["hod.csv", "classes.csv", "questions.jsonl", "videos"])

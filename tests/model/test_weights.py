@@ -170,3 +170,30 @@ def test_a_file_that_is_no_state_dict(demo_model: DualEncoder, tmp_path: Path) -
     torch.save([torch.zeros(2)], tmp_path / "clip.pt")
     with pytest.raises(UserError, match="no state dict"):
         load_openai(demo_model, tmp_path / "clip.pt")
+
+
+def test_code_in_a_torchscript_archive_is_never_run(demo_model: DualEncoder, tmp_path: Path) -> None:
+    class Loud(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(2))
+
+        def forward(self) -> int:
+            return 0
+
+        @torch.jit.export
+        def __getstate__(self) -> tuple[torch.Tensor, bool]:
+            return self.weight, self.training
+
+        @torch.jit.export
+        def __setstate__(self, state: tuple[torch.Tensor, bool]) -> None:
+            self.weight, self.training = state[0], state[1]
+            assert False, "code of the file was run"  # noqa: B011, PT015
+
+    path = tmp_path / "hostile.pt"
+    torch.jit.script(Loud()).save(str(path))
+    with pytest.raises(Exception, match="code of the file was run"):
+        torch.jit.load(str(path))
+    with pytest.raises(UserError) as caught:
+        load_openai(demo_model, path)
+    assert "code of the file was run" not in str(caught.value)

@@ -124,3 +124,49 @@ def test_killed_in_the_middle_of_a_save(tmp_path: Path) -> None:
     for path in store.steps():
         checkpoint = read(path)
         assert torch.equal(checkpoint.weights["w"], torch.full((200_000,), float(checkpoint.step)))
+
+
+def test_going_back_sets_later_checkpoints_aside_and_deletes_nothing_good(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep_last=2)
+    for step in (800, 900):
+        save(store, step)
+    back = CheckpointStore(tmp_path, keep_last=2)
+    back.set_aside_after(500)
+    saved = save(back, 600)
+    assert saved.is_dir()
+    names = sorted(path.name for path in store.folder.iterdir() if path.is_dir())
+    assert names == ["abandoned-step-00000800", "abandoned-step-00000900", "step-00000600"]
+    newest = back.newest()
+    assert newest is not None
+    assert newest.step == 600
+
+
+def test_a_torn_checkpoint_does_not_push_out_a_good_one(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep_last=1)
+    torn = save(store, 600)
+    (torn / "model.safetensors").unlink()
+    kept = save(store, 550)
+    newest = store.newest()
+    assert newest is not None
+    assert newest.path == kept
+
+
+def test_folders_of_the_user_are_left_alone_and_leftovers_are_cleared(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep_last=1)
+    mine = save(store, 100).rename(store.folder / "step-00000100-good")
+    leftover = store.folder / f".tmp-step-00000200-{os.getpid()}"
+    leftover.mkdir()
+    for step in (200, 300):
+        save(store, step)
+    assert mine.is_dir()
+    assert not leftover.exists()
+    assert [path.name for path in store.steps()] == ["step-00000300"]
+
+
+@pytest.mark.parametrize("field", ["step", "sha256", "metrics", "identity"])
+def test_a_manifest_of_another_kind_is_refused(tmp_path: Path, field: str) -> None:
+    path = save(CheckpointStore(tmp_path), 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | {field: None}))
+    with pytest.raises(CheckpointError, match="not a manifest"):
+        read(path)

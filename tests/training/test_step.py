@@ -103,13 +103,17 @@ def test_a_non_finite_step_changes_nothing(poison: str) -> None:
 
 
 def test_a_run_of_skipped_steps_ends_with_advice() -> None:
-    from egohod.training.loop import _finite
+    from egohod.training.loop import FEWEST_SKIPPED, _finite
 
     window = MetricWindow()
-    for _ in range(3):
-        window.add({"loss": torch.tensor(math.nan), "skipped": torch.tensor(1.0)})
-    with pytest.raises(UserError, match="non-finite"):
-        _finite(window.means(), 3)
+    for skipped, steps, ends in ((FEWEST_SKIPPED, FEWEST_SKIPPED, True), (3, 3, False), (20, 21, False)):
+        for step in range(steps):
+            window.add({"loss": torch.tensor(1.0), "skipped": torch.tensor(float(step < skipped))})
+        if ends:
+            with pytest.raises(UserError, match="non-finite"):
+                _finite(window.means())
+        else:
+            _finite(window.means())
 
 
 def test_the_window_leaves_skipped_steps_out_of_its_means() -> None:
@@ -117,7 +121,7 @@ def test_the_window_leaves_skipped_steps_out_of_its_means() -> None:
     window.add({"loss": torch.tensor(2.0), "skipped": torch.tensor(0.0)})
     window.add({"loss": torch.tensor(math.nan), "skipped": torch.tensor(1.0)})
     window.add({"loss": torch.tensor(4.0), "skipped": torch.tensor(0.0)})
-    assert window.means() == {"loss": 3.0, "skipped": 1.0}
+    assert window.means() == {"loss": 3.0, "skipped": 1.0, "steps": 3.0}
 
 
 def test_accumulated_chunks_give_the_step_of_the_whole_batch() -> None:
