@@ -83,6 +83,7 @@ def test_what_is_missing_is_said_in_one_line(tiny_config: Path, program: Command
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.ci
 def test_weights_that_do_not_fit_or_bite(tiny_config: Path, tmp_path: Path, program: Command) -> None:
     command = ["main_pretrain.py", "--config_file", tiny_config, "train.duration=1 steps"]
     assert program(*command).returncode == 0
@@ -116,6 +117,7 @@ def test_weights_that_do_not_fit_or_bite(tiny_config: Path, tmp_path: Path, prog
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.ci
 def test_unreadable_clips_are_replaced_counted_and_stop_the_run_when_too_many(
     demo_world: Path, tiny_config: Path, tmp_path: Path, program: Command
 ) -> None:

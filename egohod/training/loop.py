@@ -153,7 +153,6 @@ def identity(cfg: Config, model: DualEncoder, data: TrainingData) -> dict[str, A
     shapes = repr([(name, tuple(value.shape)) for name, value in model.state_dict().items()])
     return {
         "model.name": cfg.model.name,
-        "shapes of the weights": hashlib.sha256(shapes.encode()).hexdigest()[:12],
         "loss.learn_temperature": cfg.loss.learn_temperature,
         "clips in data.train.metadata": len(data.dataset),
         "model.num_frames": cfg.model.num_frames,
@@ -161,6 +160,7 @@ def identity(cfg: Config, model: DualEncoder, data: TrainingData) -> dict[str, A
         "train.seed": cfg.train.seed,
         "train.global_batch_size": cfg.train.global_batch_size,
         "data.train.metadata": cfg.data.train.metadata,
+        "shapes of the weights": hashlib.sha256(shapes.encode()).hexdigest()[:12],
     }
 
 

@@ -102,6 +102,7 @@ def test_a_signal_saves_and_leaves_in_peace(tiny_config: Path, tmp_path: Path, n
     assert last.step == losses(tmp_path / "run")[-1][0]
 
 
+@pytest.mark.ci
 def test_a_torn_newest_checkpoint_is_passed_over(tiny_config: Path, tmp_path: Path, program: Command) -> None:
     run = tmp_path / "run"
     command = ["main_pretrain.py", "--config_file", tiny_config, "train.duration=4 steps"]
@@ -127,6 +128,7 @@ def test_two_runs_cannot_share_a_folder(tiny_config: Path, program: Command) -> 
     assert "Traceback" not in second.stderr
 
 
+@pytest.mark.ci
 def test_resume_none_never_overwrites(tiny_config: Path, program: Command) -> None:
     command = ["main_pretrain.py", "--config_file", tiny_config, "train.duration=1 steps"]
     assert program(*command, "--resume", "none").returncode == 0
