@@ -129,10 +129,30 @@ class HardNegativesConfig:
 
 @dataclass
 class SourceConfig:
-    """One annotation file and the videos it speaks of."""
+    """One annotation file and the videos it speaks of; NAME is yours to choose."""
 
-    metadata: str = knob(
-        "", "csv with video_id,start_second,end_second,text (or caption) and optional dataset,uid columns"
+    metadata: str = knob("", "annotation file")
+    format: str = knob(
+        "auto",
+        "hod: csv with video_id,start_second,end_second,text (or caption); egoclip: EgoClip's table; ego4d: "
+        "narration.json; pickle: list of (video, start, end, text) as LaViLa and AVION release; auto looks at the file",
+        choices=("auto", "hod", "egoclip", "ego4d", "pickle"),
+    )
+    columns: dict[str, str] = knob(
+        {}, "what this file calls the columns of its format, e.g. {video_id: vid, text: sentence}"
+    )
+    clip_rule: str = knob(
+        "egoclip",
+        "ego4d: how long a narrated moment lasts. egoclip: mean spacing of the video's narrations over that of all "
+        "videos, as published; neighbours: spacing to the neighbours over the video's mean",
+        choices=("egoclip", "neighbours"),
+    )
+    exclude: str | None = knob(None, "csv of clips to leave out, as tools/verify_dataset.py writes it")
+    weight: float | None = knob(
+        None,
+        "share of every batch relative to the other sources' weights, set for all or none; 0 leaves the source out; "
+        "null: all clips are drawn alike",
+        low=0,
     )
     root: str = knob("", "folder of the videos")
     dataset_roots: dict[str, str] = knob(
@@ -146,7 +166,7 @@ class SourceConfig:
     chunk_seconds: float = knob(15.0, "length of a chunk; upstream's Ego4D and HowTo100M chunks have 15 s", above=0)
     list_text: str = knob(
         "random",
-        "what to do with a narration that is a list literal: draw one, join all, or take the first",
+        "what to do with several narrations of one clip: draw one, join all, or take the first",
         choices=("random", "concat", "first"),
     )
 
@@ -155,7 +175,8 @@ class SourceConfig:
 class DataConfig:
     """From an annotation row to a batch of uint8 clips."""
 
-    train: SourceConfig = part(SourceConfig)
+    train: dict[str, SourceConfig] = knob({}, "sources of clips by name")
+    strict: bool = knob(False, "stop at the first unusable annotation row; false leaves it out and counts it")
     decoder: str = knob(
         "auto",
         "auto takes the fastest that loads (pyav, then torchcodec, then decord) and says which",
@@ -289,15 +310,35 @@ def duration_in_steps(text: str, *, steps_per_epoch: int, global_batch_size: int
 # --------------------------------------------------------------------------------------------------
 
 
-def knobs(schema: type = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
-    """All leaf fields under ``schema`` as (dotted name, field, type), in order."""
+def knobs(
+    tree: Any = None, schema: type = Config, prefix: str = ""
+) -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
+    """All leaf fields under ``schema`` as (dotted name, field, type), in order.
+
+    Sections that a user names himself (``data.train.NAME``) are those of ``tree``, a nested dict; without one they
+    appear once, as NAME.
+    """
     hints = typing.get_type_hints(schema)
     for entry in dataclasses.fields(schema):
-        kind = hints[entry.name]
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            yield from knobs(kind, f"{prefix}{entry.name}.")
+        name, kind = f"{prefix}{entry.name}", hints[entry.name]
+        inner = None if tree is None else tree[entry.name]
+        if section := _section(kind):
+            yield from knobs(inner, section, f"{name}.")
+        elif named := _named_sections(kind):
+            for key in ["NAME"] if inner is None else inner:
+                yield from knobs(None if inner is None else inner[key], named, f"{name}.{key}.")
         else:
-            yield f"{prefix}{entry.name}", entry, kind
+            yield name, entry, kind
+
+
+def _section(kind: Any) -> type | None:
+    """The dataclass of a section."""
+    return kind if isinstance(kind, type) and dataclasses.is_dataclass(kind) else None
+
+
+def _named_sections(kind: Any) -> type | None:
+    """The dataclass of sections whose names the user chooses."""
+    return _section(get_args(kind)[1]) if get_origin(kind) is dict else None
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -322,8 +363,9 @@ def load_leniently(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Con
         tree = _merge(tree, layer, origin)
         origins.update(dict.fromkeys(_leaves(OmegaConf.to_container(layer)), origin))
     problems = []
-    for name, _, _ in knobs():
-        for key, text in _texts(name, _raw(tree, name)):
+    raw = OmegaConf.to_container(tree)
+    for name, _, _ in knobs(raw):
+        for key, text in _texts(name, _raw(raw, name)):
             for variable in _ENVIRONMENT.findall(text):
                 if variable not in os.environ:
                     text = text.replace(f"${{oc.env:{variable}}}", f"${variable}")
@@ -348,7 +390,7 @@ def check(config: Config) -> list[tuple[str, str]]:
     """Everything that is out of range or contradicts itself, as (key, what is wrong with it)."""
     problems: list[tuple[str, str]] = []
     tree = OmegaConf.structured(config)
-    for name, entry, _ in knobs():
+    for name, entry, _ in knobs(OmegaConf.to_container(tree)):
         value = OmegaConf.select(tree, name)
         wrong = None if value is None else _out_of_range(value, entry.metadata)
         if wrong:
@@ -380,6 +422,10 @@ def check(config: Config) -> list[tuple[str, str]]:
                 f"train.lr_end is {config.train.lr_end}, but a cosine falls: at most train.lr={config.train.lr}",
             )
         )
+    weighted = [source.weight is not None for source in config.data.train.values()]
+    if any(weighted) and not all(weighted):
+        name = f"data.train.{list(config.data.train)[weighted.index(False)]}.weight"
+        problems.append((name, f"{name} is not set, but other sources have a weight; set it for all or for none"))
     if config.model.weights.source != "scratch" and not config.model.weights.path:
         problems.append(
             ("model.weights.path", f"model.weights.source={config.model.weights.source} needs model.weights.path")
@@ -440,12 +486,11 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[str]:
         yield f"{prefix}{key}"
 
 
-def _raw(tree: DictConfig, name: str) -> Any:
-    """The value of a dotted key before interpolation."""
-    container = OmegaConf.to_container(tree)
+def _raw(tree: Any, name: str) -> Any:
+    """The value of a dotted key in a nested dict."""
     for key in name.split("."):
-        container = container[key]  # type: ignore[index,call-overload]
-    return container
+        tree = tree[key]
+    return tree
 
 
 def _texts(name: str, value: Any) -> Iterator[tuple[str, str]]:
@@ -484,13 +529,23 @@ def _unknown(tree: Any, schema: type, prefix: str = "") -> list[str]:
         name = f"{prefix}{key}"
         if key not in hints:
             problems.append(f"unknown key '{name}'{_suggest(name, key, schema, prefix)}")
-        elif dataclasses.is_dataclass(hints[key]):
-            if isinstance(value, dict):
-                problems += _unknown(value, hints[key], f"{name}.")
-            else:
-                keys = ", ".join(e.name for e in dataclasses.fields(hints[key]))
-                problems.append(f"'{name}' is a section with the keys {keys}, not a value")
+            continue
+        section, named = _section(hints[key]), _named_sections(hints[key])
+        if section:
+            problems += _unknown_in(value, section, name)
+        elif named and not isinstance(value, dict):
+            problems.append(f"'{name}' holds sections with names of your choice, not a value")
+        elif named:
+            for chosen, inner in value.items():
+                problems += _unknown_in(inner, named, f"{name}.{chosen}")
     return problems
+
+
+def _unknown_in(tree: Any, section: type, name: str) -> list[str]:
+    if isinstance(tree, dict):
+        return _unknown(tree, section, f"{name}.")
+    keys = ", ".join(entry.name for entry in dataclasses.fields(section))
+    return [f"'{name}' is a section with the keys {keys}, not a value"]
 
 
 def _suggest(name: str, key: Any, schema: type, prefix: str) -> str:
@@ -500,7 +555,7 @@ def _suggest(name: str, key: Any, schema: type, prefix: str) -> str:
     exact = everywhere.get(str(key))
     near = difflib.get_close_matches(str(key), siblings, n=1, cutoff=0.75)
     far = difflib.get_close_matches(str(key), everywhere, n=1, cutoff=0.6)
-    # A neighbour is the likelier slip, but 'train.lrr' can only mean 'data.train.root'.
+    # A neighbour is the likelier slip, but 'train.lrr' may look like a knob of another section.
     best = prefix + near[0] if near else exact or (everywhere[far[0]] if far else None)
     return f"; did you mean '{best}'?" if best else f"; allowed here: {', '.join(siblings)}"
 
@@ -514,7 +569,7 @@ def _resolve(tree: DictConfig, origin: str) -> Config:
 
 def _explain(error: OmegaConfBaseException) -> str:
     name = getattr(error, "full_key", None) or ""
-    entry = {n: (e, k) for n, e, k in knobs()}.get(name)
+    entry = next(((e, k) for n, e, k in knobs() if re.fullmatch(re.escape(n).replace("NAME", r"[^.]+"), name)), None)
     text = _one_line(error)
     if entry:
         allowed = _allowed(entry[0].metadata)
@@ -564,7 +619,7 @@ def _show(value: Any) -> str:
 def _section_doc(name: str) -> str:
     schema: Any = Config
     for key in filter(None, name.split(".")):
-        schema = typing.get_type_hints(schema)[key]
+        schema = _named_sections(schema) or typing.get_type_hints(schema)[key]
     return (schema.__doc__ or "").strip().splitlines()[0]
 
 

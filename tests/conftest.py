@@ -57,7 +57,7 @@ def tiny_config(demo_world: Path, tmp_path: Path) -> Path:
         f"""
 model: {{name: DEMO, num_frames: 4, patch_dropout: 0.25}}
 data:
-  train: {{metadata: {demo_world}/train/hod.csv, root: {demo_world}/train/videos}}
+  train: {{demo: {{metadata: {demo_world}/train/hod.csv, root: {demo_world}/train/videos}}}}
   workers: 0
   flip: 0.0
   hard_negatives: {{share: 0.5, group_by: [video, noun, hand], group_size: 2}}

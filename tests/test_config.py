@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -39,21 +40,23 @@ def test_a_base_that_leads_back_is_refused(tmp_path: Path) -> None:
 
 def test_interpolation_reads_keys_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EGO_TEST_ROOT", "/data/ego")
-    path = write(tmp_path, "data: {train: {root: '${oc.env:EGO_TEST_ROOT}/v', metadata: '${data.train.root}/x.csv'}}")
-    source = load(path).data.train
+    path = write(
+        tmp_path, "data: {train: {own: {root: '${oc.env:EGO_TEST_ROOT}/v', metadata: '${data.train.own.root}/x.csv'}}}"
+    )
+    source = load(path).data.train["own"]
     assert (source.root, source.metadata) == ("/data/ego/v", "/data/ego/v/x.csv")
 
 
 def test_every_missing_variable_is_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("EGO_A", "EGO_B"):
         monkeypatch.delenv(name, raising=False)
-    path = write(tmp_path, "data: {train: {root: '${oc.env:EGO_A}', dataset_roots: {ego4d: '${oc.env:EGO_B}'}}}")
+    path = write(tmp_path, "data: {train: {a: {root: '${oc.env:EGO_A}', dataset_roots: {ego4d: '${oc.env:EGO_B}'}}}}")
     cfg, problems = load_leniently(path)
-    assert cfg.data.train.root == "$EGO_A"
+    assert cfg.data.train["a"].root == "$EGO_A"
     assert len(problems) == 2
-    assert "data.train.root" in problems[0]
+    assert "data.train.a.root" in problems[0]
     assert "EGO_A" in problems[0]
-    assert "data.train.dataset_roots.ego4d" in problems[1]
+    assert "data.train.a.dataset_roots.ego4d" in problems[1]
     with pytest.raises(ConfigError, match="EGO_B"):
         load(path)
 
@@ -118,7 +121,8 @@ def test_every_knob_has_a_reason_and_stands_in_the_help() -> None:
 
 
 def test_the_written_config_reads_back_as_the_same_run(tmp_path: Path) -> None:
-    cfg = load(write(tmp_path, "train: {lr: 1e-5, clip_norm: 1.0}\nmodel: {num_frames: 16}"))
+    source = "data: {train: {own: {weight: 2, columns: {text: t}}}}"
+    cfg = load(write(tmp_path, f"train: {{lr: 1e-5, clip_norm: 1.0}}\n{source}"))
     assert load(write(tmp_path, to_yaml(cfg), "again.yml")) == cfg
 
 
@@ -145,3 +149,22 @@ def test_published_recipe() -> None:
         assert (cfg.loss.temperature, cfg.loss.learn_temperature) == (0.07, False)
         assert (cfg.train.betas, cfg.train.weight_decay) == ([0.9, 0.999], 0.01)
         assert (cfg.model.num_frames, cfg.model.activation, cfg.data.crop_scale_min) == (4, "gelu", 0.5)
+
+
+def test_sources_have_names_of_the_users_choice(tmp_path: Path) -> None:
+    path = write(tmp_path, "data: {train: {a: {metadata: a.csv, weight: 1}}}")
+    train = load(path, ["data.train.b.metadata=b.csv", "data.train.b.weight=0.5"]).data.train
+    assert [(name, source.metadata, source.weight) for name, source in train.items()] == [
+        ("a", "a.csv", 1.0),
+        ("b", "b.csv", 0.5),
+    ]
+    for override, said in {
+        "data.train.a.metadat=x": "unknown key 'data.train.a.metadat'; did you mean 'data.train.a.metadata'",
+        "data.train.a=3": "'data.train.a' is a section",
+        "data.train=3": "'data.train' holds sections with names of your choice",
+        "data.train.a.layout=chunk": "did you mean chunks?",
+        "data.train.a.chunk_seconds=long": "key data.train.a.chunk_seconds: float, above 0",
+        "data.train.b.metadata=b.csv": "data.train.b.weight is not set",
+    }.items():
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            load(path, [override])

@@ -68,8 +68,8 @@ def test_a_dry_run_of_a_good_config_tries_it_and_writes_nothing(
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("data.train.root=/nowhere", "/nowhere"),
-        ("data.train.metadata=/nowhere.csv", "/nowhere.csv"),
+        ("data.train.demo.root=/nowhere", "/nowhere"),
+        ("data.train.demo.metadata=/nowhere.csv", "/nowhere.csv"),
         ("train.global_batch_size=1000", "there are only"),
         ("train.output=/proc/run", "/proc/run"),
         ("train.device=cuda", "no NVIDIA device"),
@@ -124,7 +124,7 @@ def test_unreadable_clips_are_replaced_counted_and_stop_the_run_when_too_many(
     table = (demo_world / "train" / "hod.csv").read_text().splitlines()
     broken = [line.replace(line.split(",")[0], "no_such_video", 1) for line in table[1:3]]
     (tmp_path / "hod.csv").write_text("\n".join([table[0], *broken, *table[3:]]) + "\n")
-    command = ["main_pretrain.py", "--config_file", tiny_config, f"data.train.metadata={tmp_path}/hod.csv"]
+    command = ["main_pretrain.py", "--config_file", tiny_config, f"data.train.demo.metadata={tmp_path}/hod.csv"]
     done = program(*command)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("no_such_video") == 2
@@ -189,7 +189,7 @@ def test_real_clips_train(shared: Path, tmp_path: Path, program: Command) -> Non
     config.write_text(
         f"""
 model: {{name: DEMO, num_frames: 4}}
-data: {{train: {{metadata: {tmp_path}/hod.csv, root: {shared}/media/lavila}}, workers: 2, flip: 0.0}}
+data: {{train: {{own: {{metadata: {tmp_path}/hod.csv, root: {shared}/media/lavila}}}}, workers: 2, flip: 0.0}}
 train:
   {{output: {tmp_path}/run, duration: 20 steps, global_batch_size: 5, lr: 5e-4,
     log_every: 1 steps, save_every: 10 steps}}

@@ -75,8 +75,12 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Alternate rounds of both ways; clips/s and the median of the rounds' ratios."""
     rows = make_videos(folder, options.chunks, options.clips)
     dataset = ClipDataset(
-        ClipTable.read(folder / "clips.csv"),
-        SourceConfig(root=str(folder / "videos"), layout="chunks", chunk_seconds=CHUNK_SECONDS),
+        [
+            (
+                ClipTable.read(folder / "clips.csv"),
+                SourceConfig(root=str(folder / "videos"), layout="chunks", chunk_seconds=CHUNK_SECONDS),
+            )
+        ],
         size=options.size,
         num_frames=options.frames,
         tokenizer=Tokenizer(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,8 @@ from torch.utils.data import Dataset
 from egohod.config import SourceConfig, UserError
 from egohod.data.table import ClipRow, ClipTable
 from egohod.data.text import Tokenizer, choose_text, swap_sides, trim
-from egohod.data.transforms import center_crop, flip, random_crop
-from egohod.data.video import VideoError, VideoStore, choose_decoder
+from egohod.data.transforms import Box, center_crop, crop, flip, random_box
+from egohod.data.video import Opener, VideoError, VideoStore, choose_decoder
 
 log = logging.getLogger(__name__)
 
@@ -27,24 +28,69 @@ _GRACE_CLIPS = 1000
 Key = int | tuple[int, int]
 
 
+class ClipSource:
+    """One annotation table with the folders its videos lie in."""
+
+    def __init__(self, table: ClipTable, config: SourceConfig, opener: Opener) -> None:
+        self.table = table
+        self.list_text = config.list_text
+        self._stores = {
+            name: VideoStore(root, config.layout, config.chunk_seconds, opener)
+            for name, root in _roots(table, config).items()
+        }
+
+    def read(self, row: ClipRow, num_frames: int, rng: np.random.Generator | None) -> np.ndarray:
+        """Frames of a clip, uint8 RGB [num_frames, H, W, 3]; see :meth:`VideoStore.read`."""
+        store = self._stores.get(row.dataset) or self._stores[""]
+        return store.read(row.video_id, row.start, row.end, num_frames, rng)
+
+
+def _roots(table: ClipTable, config: SourceConfig) -> dict[str, str]:
+    """Video folder by dataset name; the name '' stands for all others."""
+    datasets = table.datasets()
+    roots = {name: root for name, root in config.dataset_roots.items() if name in datasets}
+    others = [name for name in datasets if name not in roots]
+    if others:
+        if not config.root:
+            what = f"the rows of dataset '{others[0]}'" if others[0] else "its rows"
+            raise UserError(f"{table.path}: {what} need a video folder; set root (or dataset_roots.NAME)")
+        roots[""] = config.root
+    return roots
+
+
+@dataclass(frozen=True)
+class View:
+    """A clip as a model is given it, and where that came from."""
+
+    row: ClipRow
+    frames: np.ndarray
+    """The whole pictures, uint8 [num_frames, H, W, 3]."""
+    box: Box | None
+    """What is cut out of them when training, before any flip; None is the middle square."""
+    flipped: bool
+    video: Tensor
+    """uint8 [3, num_frames, size, size]."""
+    text: str
+
+
 class ClipDataset(Dataset[dict[str, Any]]):
     """Map-style: ``dataset[(epoch, index)]`` when training, ``dataset[index]`` otherwise.
 
-    All randomness of a sample (frames, crop, flip, choice of text) is a function of (seed, epoch, index), so it does
-    not depend on the number of workers, nor on where a run was resumed.
+    The clips of several ``sources`` are numbered one source after the other. All randomness of a sample (frames,
+    crop, flip, choice of text) is a function of (seed, epoch, index), so it does not depend on the number of workers,
+    nor on where a run was resumed.
 
     A sample is a dict: ``video`` uint8 [3, num_frames, size, size], ``tokens`` int64 [context], ``index`` (of the clip
     that is delivered), ``fault`` (``None``, or which clips could not be read and why, one per line). When training, an
-    unreadable clip is replaced by another one, chosen by the same randomness; otherwise its :class:`VideoError` is
-    raised.
+    unreadable clip is replaced by another one of its source, chosen by the same randomness; otherwise its
+    :class:`VideoError` is raised.
 
     Raises :class:`UserError` at once if a video folder or the decoder is missing.
     """
 
     def __init__(
         self,
-        table: ClipTable,
-        source: SourceConfig,
+        sources: Sequence[tuple[ClipTable, SourceConfig]],
         *,
         size: int,
         num_frames: int,
@@ -55,68 +101,74 @@ class ClipDataset(Dataset[dict[str, Any]]):
         crop_scale_min: float = 0.5,
         flip: float = 0.0,
     ) -> None:
-        self.table = table
+        assert sources, "a dataset needs a source"
         self.size = size
         self.num_frames = num_frames
         self.train = train
         self.decoder, opener = choose_decoder(decoder)
+        self.sources = [ClipSource(table, config, opener) for table, config in sources]
+        self.starts = np.cumsum([0, *(len(source.table) for source in self.sources)])
+        """Number of the first clip of each source, and the number of all clips."""
         self._tokenizer = tokenizer
         self._seed = seed
-        self._list_text = source.list_text
         self._crop_scale_min = crop_scale_min
         self._flip = flip
-        self._stores = {
-            name: VideoStore(root, source.layout, source.chunk_seconds, opener)
-            for name, root in _roots(table, source).items()
-        }
 
     def __len__(self) -> int:
-        return len(self.table)
+        return int(self.starts[-1])
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((self._seed, epoch, index))))
-        if not self.train:
-            return self._sample(index, None, rng)
-        faults: list[str] = []
+        rng, faults = self._randomness(epoch, index), list[str]()
         while True:
             try:
-                return self._sample(index, "\n".join(faults) or None, rng)
+                view = self._view(index, rng)
+                break
             except VideoError as error:
-                faults.append(f"{self.table.path} row {self.table.row(index).row}: {error}")
+                if not self.train:
+                    raise
+                faults.append(f"{self.where(index)}: {error}")
             if len(faults) > _MAX_REPLACEMENTS:
                 raise VideoError(f"{len(faults)} clips in a row could not be read; the last: {faults[-1]}")
-            index = int(rng.integers(len(self)))
+            source = self._source(index)
+            index = int(rng.integers(self.starts[source], self.starts[source + 1]))
+        tokens = self._tokenizer([view.text])[0]
+        return {"video": view.video, "tokens": tokens, "index": index, "fault": "\n".join(faults) or None}
 
-    def _sample(self, index: int, fault: str | None, rng: np.random.Generator) -> dict[str, Any]:
-        row = self.table.row(index)
-        frames = self._store(row).read(row.video_id, row.start, row.end, self.num_frames, rng if self.train else None)
-        text = choose_text(row.texts, self._list_text, rng)
-        if self.train:
-            video = random_crop(frames, self.size, self._crop_scale_min, rng)
-            if rng.random() < self._flip:
-                video, text = flip(video), swap_sides(text)
-        else:
-            video = center_crop(frames, self.size)
-        return {"video": video, "tokens": self._tokenizer([text])[0], "index": index, "fault": fault}
+    def view(self, key: Key) -> View:
+        """What ``dataset[key]`` is made of. Raises :class:`VideoError`, also when training."""
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        return self._view(index, self._randomness(epoch, index))
 
-    def _store(self, row: ClipRow) -> VideoStore:
-        return self._stores.get(row.dataset) or self._stores[""]
+    def row(self, index: int) -> ClipRow:
+        """The annotation of a clip."""
+        source = self._source(index)
+        return self.sources[source].table.row(index - int(self.starts[source]))
 
+    def where(self, index: int) -> str:
+        """File and place of a clip's annotation, for messages."""
+        source = self._source(index)
+        return self.sources[source].table.where(index - int(self.starts[source]))
 
-def _roots(table: ClipTable, source: SourceConfig) -> dict[str, str]:
-    """Video folder by dataset name; the name '' stands for all others."""
-    datasets = set(np.unique(table.column("dataset").astype(str))) if "dataset" in table.column_names else {""}
-    roots = {name: root for name, root in source.dataset_roots.items() if name in datasets}
-    others = sorted(datasets - set(roots))
-    if others:
-        if not source.root:
-            what = f"the rows of dataset '{others[0]}'" if others[0] else "its rows"
-            raise UserError(f"{table.path}: {what} need a video folder; set root (or dataset_roots.NAME)")
-        roots[""] = source.root
-    return roots
+    def _source(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return int(np.searchsorted(self.starts, index, side="right")) - 1
+
+    def _randomness(self, epoch: int, index: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence((self._seed, epoch, index))))
+
+    def _view(self, index: int, rng: np.random.Generator) -> View:
+        source, row = self.sources[self._source(index)], self.row(index)
+        frames = source.read(row, self.num_frames, rng if self.train else None)
+        text = choose_text(row.texts, source.list_text, rng)
+        if not self.train:
+            return View(row, frames, None, False, center_crop(frames, self.size), text)
+        box = random_box(*frames.shape[1:3], self._crop_scale_min, rng)
+        video, flipped = crop(frames, box, self.size), rng.random() < self._flip
+        if flipped:
+            video, text = flip(video), swap_sides(text)
+        return View(row, frames, box, flipped, video, text)
 
 
 def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

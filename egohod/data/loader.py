@@ -47,7 +47,9 @@ class BatchPlan:
         group_size: int = 4,
     ) -> None:
         if size < batch_size:
-            raise UserError(f"train.global_batch_size={batch_size}, but there are only {size} clips; take fewer")
+            raise UserError(
+                f"a batch of {batch_size} clips, but there are only {size}; take a smaller train.global_batch_size"
+            )
         self.size = size
         self.batch_size = batch_size
         self._seed = seed
@@ -60,6 +62,12 @@ class BatchPlan:
     def steps_per_epoch(self) -> int:
         """Whole batches in an epoch."""
         return self.size // self.batch_size
+
+    def keys(self, step: int) -> np.ndarray:
+        """(epoch, clip number) of every clip of the run's batch ``step`` (from 0), int64 [batch_size, 2]."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        batch = self.batch(epoch, within)
+        return np.stack([np.full_like(batch, epoch), batch], axis=1)
 
     def batch(self, epoch: int, step: int) -> np.ndarray:
         """Clip numbers of batch ``step`` (0 .. steps_per_epoch - 1) of ``epoch``, int64 [batch_size]."""
@@ -91,9 +99,51 @@ class BatchPlan:
         return taken, rng.permutation(np.flatnonzero(others))
 
 
+class MixedPlan:
+    """Batches that hold a fixed share of every source, whatever their sizes; each source has epochs of its own.
+
+    ``plans`` order the clips of one source each and know its share of the batch; ``starts`` are the numbers of the
+    sources' first clips. A run's epoch is as many steps as all clips would fill if they were drawn alike.
+    """
+
+    def __init__(self, plans: Sequence[BatchPlan], starts: Sequence[int], seed: int) -> None:
+        self.plans = plans
+        self.batch_size = sum(plan.batch_size for plan in plans)
+        self._starts = starts
+        self._seed = seed
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in an epoch."""
+        return max(1, sum(plan.size for plan in self.plans) // self.batch_size)
+
+    def keys(self, step: int) -> np.ndarray:
+        """(epoch of its source, clip number) of every clip of batch ``step``, int64 [batch_size, 2]."""
+        parts = [plan.keys(step) + np.array([0, start]) for plan, start in zip(self.plans, self._starts, strict=True)]
+        # Shuffled, so that no process of a run gets the videos of one source only.
+        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((self._seed, step))))
+        return rng.permutation(np.concatenate(parts))
+
+
+def shares(weights: Sequence[float], batch_size: int) -> list[int]:
+    """``batch_size`` clips divided by ``weights``, in whole clips (largest remainders).
+
+    Raises :class:`UserError` if a weight is too small for a single clip.
+    """
+    exact = np.array(weights) / sum(weights) * batch_size
+    counts = np.floor(exact).astype(int)
+    counts[np.argsort(counts - exact, kind="stable")[: batch_size - counts.sum()]] += 1
+    if (counts == 0).any():
+        raise UserError(
+            f"a source of weight {weights[int(np.argmin(counts))]:g} out of {sum(weights):g} gets no clip of a batch "
+            f"of {batch_size}; give it more, or weight 0 to leave it out"
+        )
+    return counts.tolist()
+
+
 def train_loader(
     dataset: ClipDataset,
-    plan: BatchPlan,
+    plan: BatchPlan | MixedPlan,
     *,
     start_step: int,
     total_steps: int,
@@ -180,7 +230,13 @@ class _TrainBatches:
     """Keys (epoch, index) of one process's micro-batches."""
 
     def __init__(
-        self, plan: BatchPlan, start_step: int, total_steps: int, rank: int, world_size: int, accumulation: int
+        self,
+        plan: BatchPlan | MixedPlan,
+        start_step: int,
+        total_steps: int,
+        rank: int,
+        world_size: int,
+        accumulation: int,
     ) -> None:
         if plan.batch_size % (world_size * accumulation):
             raise UserError(
@@ -199,11 +255,10 @@ class _TrainBatches:
     def __iter__(self) -> Iterator[list[Key]]:
         size = self._plan.batch_size // (self._world_size * self._accumulation)
         for step in self._steps:
-            epoch, within = divmod(step, self._plan.steps_per_epoch)
-            batch = self._plan.batch(epoch, within)
+            keys = self._plan.keys(step)
             for micro in range(self._accumulation):
                 first = (micro * self._world_size + self._rank) * size
-                yield [(epoch, index) for index in batch[first : first + size].tolist()]
+                yield [(epoch, index) for epoch, index in keys[first : first + size].tolist()]
 
 
 class _Guarded(Dataset[Any]):

@@ -1,42 +1,34 @@
-"""Annotation files as columns.
+"""Clips as columns.
 
 A :class:`ClipTable` holds Arrow buffers and numpy arrays only. There is no Python object per row whose reference
-count a worker process could touch, so a million rows are shared with forked workers at no cost.
+count a worker process could touch, so millions of rows are shared with forked workers at no cost.
 """
 
 from __future__ import annotations
 
 import ast
-import csv
-import difflib
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pa_csv
 
-from egohod.config import UserError
+from egohod.config import SourceConfig
+from egohod.data.annotations import Annotations, TableError, nearest, read_annotations, seconds
 
 log = logging.getLogger(__name__)
 
 # A shorter clip, or one that ends before it starts, is widened to this (SPEC 5, as upstream does).
 MIN_SECONDS = 1.0
-TEXT_COLUMNS = ("text", "caption")
-# A row (think of a very long narration) must fit one block of the parser.
-_BLOCK_BYTES = 16 << 20
 # Absolute, climbing or empty ids; a drive letter is absolute too.
 _UNSAFE_ID = r"^\s*$|^[/\\]|^[A-Za-z]:[/\\]|(^|[/\\])\.\.([/\\]|$)|\x00"
 _EMPTY_TEXT = r"""^\s*$|^\s*\[[\s,'"]*\]\s*$"""
 _LIST_TEXT = r"(?s)^\s*\[.*\]\s*$"
-
-
-class TableError(UserError):
-    """An annotation file that cannot be used."""
+EXCLUDE_COLUMNS = ("video_id", "start_second", "end_second")
 
 
 @dataclass(frozen=True)
@@ -57,20 +49,20 @@ class ClipRow:
 
 @dataclass(frozen=True)
 class TableReport:
-    """What reading found: ``rows`` are kept, ``empty`` were dropped, the others were mended or are worth knowing."""
+    """What reading found: ``rows`` are kept, ``left_out`` counts the others by reason, the rest was mended."""
 
     rows: int
-    widened: int
-    negative_start: int
-    empty: int
-    list_literals: int
+    widened: int = 0
+    negative_start: int = 0
+    list_literals: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         notes = [
             (self.widened, f"widened to {MIN_SECONDS:g} s"),
             (self.negative_start, "began before 0 s and were moved there"),
-            (self.empty, "without a narration left out"),
-            (self.list_literals, "with a list of narrations"),
+            (self.list_literals, "with several narrations"),
+            *((count, f"left out: {why}") for why, count in self.left_out.items()),
         ]
         return ", ".join([f"{self.rows:,} clips", *(f"{count:,} {what}" for count, what in notes if count)])
 
@@ -78,54 +70,68 @@ class TableReport:
 class ClipTable:
     """Clips with their narrations, in the order of the file."""
 
-    def __init__(self, path: Path, columns: pa.Table, start: np.ndarray, end: np.ndarray, report: TableReport) -> None:
+    def __init__(
+        self,
+        path: Path,
+        columns: pa.Table,
+        start: np.ndarray,
+        end: np.ndarray,
+        numbers: np.ndarray,
+        unit: str,
+        report: TableReport,
+    ) -> None:
         self.path = path
         self.report = report
-        self._columns = columns
-        self._text_name = next(name for name in TEXT_COLUMNS if name in columns.column_names)
-        # Contiguous arrays: looking up a row of a chunked column costs a search.
-        self._video = columns["video_id"].combine_chunks()
-        self._text = columns[self._text_name].combine_chunks()
-        self._dataset = columns["dataset"].combine_chunks() if "dataset" in columns.column_names else None
-        self._rows = columns["#row"].to_numpy()
+        self._unit = unit
+        # Contiguous arrays: looking up a row of a chunked column costs a search. What repeats is stored once.
+        self._columns = {name: _compact(columns[name]) for name in columns.column_names}
+        self._rows = numbers
         self._start = start
         self._end = end
 
     @classmethod
-    def read(cls, path: str | Path) -> ClipTable:
-        """Read ``video_id,start_second,end_second,text|caption[,dataset,uid,...]``; more columns are kept as strings.
+    def read(
+        cls, source: SourceConfig | str | Path, *, strict: bool = False, extra: Sequence[str] | None = None
+    ) -> ClipTable:
+        """Read an annotation file (a path stands for one with default settings).
 
-        Both the hand-object and the plain narration csv have this form (SPEC 4). Raises :class:`TableError` for
-        a file that cannot be read, a missing column, a time that is not a number, or a video id that leads out of
-        the video folder; each names the row.
+        Entries that cannot be used (no readable time, no narration, an id that leads out of the video folder, a
+        duplicate) are left out and counted; with ``strict`` the first one is an error. ``extra`` names further columns
+        to keep; None keeps all of them.
+
+        Raises :class:`TableError` naming the file and, where one is at fault, the row.
         """
-        path = Path(path)
-        columns = _read_csv(path)
-        start, end = (_seconds(path, columns, name) for name in ("start_second", "end_second"))
-        _refuse_unsafe_ids(path, columns)
+        source = source if isinstance(source, SourceConfig) else SourceConfig(metadata=str(source))
+        path = Path(source.metadata)
+        found = read_annotations(path, source, extra)
+        start, end = (seconds(times) for times in found.times)
+        negative, short = start < 0, end - start < MIN_SECONDS
+        first = np.maximum(start, 0.0)
+        last = np.where(end - first < MIN_SECONDS, first + MIN_SECONDS, end)
 
-        negative = start < 0
-        start = np.maximum(start, 0.0)
-        short = end - start < MIN_SECONDS
-        end = np.where(short, start + MIN_SECONDS, end)
-
-        name = next(name for name in TEXT_COLUMNS if name in columns.column_names)
-        empty = pc.match_substring_regex(columns[name], _EMPTY_TEXT).to_numpy()
-        lists = pc.match_substring_regex(columns[name], _LIST_TEXT).to_numpy()
-        columns = columns.append_column("#row", pa.array(np.arange(1, len(start) + 1)))
-        if empty.any():
-            columns = columns.filter(pa.array(~empty))
-        kept = ~empty
+        kept, left_out = _judge(path, found, start, end, strict)
+        if source.exclude:
+            excluded = _excluded(Path(source.exclude), found.columns["video_id"], first, last) & kept
+            left_out["on the exclude list"] = int(excluded.sum())
+            kept &= ~excluded
+        if not kept.any():
+            raise TableError(
+                f"{path}: no clip with a narration"
+                + "".join(f"; {count:,} left out: {why}" for why, count in left_out.items() if count)
+            )
+        lists = pc.match_substring_regex(found.columns["text"], _LIST_TEXT).to_numpy()
         report = TableReport(
             rows=int(kept.sum()),
             widened=int((short & kept).sum()),
             negative_start=int((negative & kept).sum()),
-            empty=int(empty.sum()),
             list_literals=int((lists & kept).sum()),
+            left_out={why: count for why, count in left_out.items() if count},
         )
-        if not report.rows:
-            raise TableError(f"{path}: no clip with a narration ({report.empty} rows without)")
-        table = cls(path, columns, start[kept], end[kept], report)
+        columns = found.columns if kept.all() else found.columns.filter(pa.array(kept))
+        table = cls(path, columns, first[kept], last[kept], found.numbers[kept], found.unit, report)
+        del found, columns
+        # What was needed only while reading goes back to the system.
+        pa.default_memory_pool().release_unused()
         log.info("%s: %s", path, report)
         return table
 
@@ -134,19 +140,24 @@ class ClipTable:
 
     def row(self, index: int) -> ClipRow:
         """The clip at ``index`` (0 .. len - 1)."""
+        dataset = self._columns.get("dataset")
         return ClipRow(
-            video_id=self._video[index].as_py(),
+            video_id=self._columns["video_id"][index].as_py(),
             start=float(self._start[index]),
             end=float(self._end[index]),
-            texts=_texts(self._text[index].as_py()),
-            dataset="" if self._dataset is None else self._dataset[index].as_py(),
+            texts=_texts(self._columns["text"][index].as_py()),
+            dataset="" if dataset is None else dataset[index].as_py(),
             row=int(self._rows[index]),
         )
 
+    def where(self, index: int) -> str:
+        """File and place of a clip, for messages."""
+        return f"{self.path}: {self._unit} {int(self._rows[index])}"
+
     @property
     def column_names(self) -> list[str]:
-        """The file's columns."""
-        return [name for name in self._columns.column_names if name != "#row"]
+        """What :meth:`column` takes."""
+        return [*self._columns, "start_second", "end_second"]
 
     def column(self, name: str) -> np.ndarray:
         """A whole column: times as float64 [N] (seconds, widened), all others as strings in an object array [N].
@@ -154,10 +165,15 @@ class ClipTable:
         Raises :class:`TableError` if there is no such column.
         """
         if name not in self.column_names:
-            raise TableError(f"{self.path}: no column '{name}'{_nearest(name, self.column_names)}")
+            raise TableError(f"{self.path}: no column '{name}'{nearest(name, self.column_names)}")
         if name in ("start_second", "end_second"):
             return (self._start if name == "start_second" else self._end).copy()
-        return self._columns[name].to_numpy()
+        return self._columns[name].to_numpy(zero_copy_only=False)
+
+    def datasets(self) -> list[str]:
+        """The distinct values of the dataset column; one empty string without it."""
+        column = self._columns.get("dataset")
+        return [""] if column is None else sorted(str(name) for name in column.unique().to_pylist())
 
     def group_codes(self, by: Sequence[str], window_seconds: float = 60.0) -> np.ndarray:
         """One int64 code per clip; clips with equal codes agree in everything that ``by`` names.
@@ -176,21 +192,103 @@ class ClipTable:
 
     def _codes(self, name: str, window_seconds: float) -> list[np.ndarray]:
         if name in ("video", "window"):
-            video = _dictionary_codes(self._video)
+            video = _codes(self._columns["video_id"])
             if name == "video":
                 return [video]
-            window = ((self._start + self._end) / 2 // window_seconds).astype(np.int64)
-            return [video, window]
+            return [video, ((self._start + self._end) / 2 // window_seconds).astype(np.int64)]
         if name not in self.column_names:
             allowed = ["video", "window", *self.column_names]
-            raise TableError(f"{self.path}: cannot group clips by '{name}'{_nearest(name, allowed)}")
+            raise TableError(f"{self.path}: cannot group clips by '{name}'{nearest(name, allowed)}")
         if name in ("start_second", "end_second"):
             return [np.unique(self.column(name), return_inverse=True)[1].astype(np.int64)]
-        return [_dictionary_codes(self._columns[name].combine_chunks())]
+        return [_codes(self._columns[name])]
 
 
-def _dictionary_codes(column: pa.Array) -> np.ndarray:
-    return column.dictionary_encode().indices.to_numpy(zero_copy_only=False).astype(np.int64)
+def _compact(column: pa.ChunkedArray) -> pa.Array:
+    """One contiguous array, as a dictionary where values repeat (a video has many clips)."""
+    coded = column.combine_chunks().dictionary_encode()
+    if len(coded.dictionary) < len(coded) / 2:
+        return coded
+    return coded.dictionary_decode()
+
+
+def _codes(column: pa.Array) -> np.ndarray:
+    coded = column if isinstance(column, pa.DictionaryArray) else column.dictionary_encode()
+    return coded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _judge(
+    path: Path, found: Annotations, start: np.ndarray, end: np.ndarray, strict: bool
+) -> tuple[np.ndarray, dict[str, int]]:
+    """Which entries can be used, bool [N], and how many cannot, by reason."""
+    videos, texts = found.columns["video_id"], found.columns["text"]
+
+    def quoted(times: pa.ChunkedArray | np.ndarray, i: int) -> object:
+        return times[i].as_py() if isinstance(times, pa.ChunkedArray) else times[i]
+
+    complaints: list[tuple[str, np.ndarray, Callable[[int], str]]] = [
+        (
+            "no readable time",
+            np.isnan(values),
+            lambda i, name=name, times=times: f"{name} is '{quoted(times, i)}', not a time in seconds or HH:MM:SS",
+        )
+        for name, times, values in zip(found.time_names, found.times, (start, end), strict=True)
+    ]
+    complaints += [
+        ("before the video begins", (end <= 0) & (start < 0), lambda i: f"the clip ends at {end[i]:g} s"),
+        (
+            "unsafe or empty video id",
+            pc.match_substring_regex(videos, _UNSAFE_ID).to_numpy(),
+            lambda i: (
+                f"video_id '{videos[i].as_py()}' is empty or leads out of the video folder; ids are relative and "
+                "without '..'"
+            ),
+        ),
+        ("no narration", pc.match_substring_regex(texts, _EMPTY_TEXT).to_numpy(), lambda i: "no narration"),
+        (
+            "duplicates",
+            _duplicates(videos, texts, start, end),
+            lambda i: f"video '{videos[i].as_py()}' has the same clip and narration before",
+        ),
+    ]
+    kept, left_out = np.ones(len(start), dtype=bool), {"not in columns": len(found.broken)}
+    faults = [f"{path}: {text}" for text in found.broken[:1]]
+    for why, mask, what in complaints:
+        fresh = mask & kept
+        left_out[why] = left_out.get(why, 0) + int(fresh.sum())
+        if fresh.any():
+            i = int(np.argmax(fresh))
+            faults.append(f"{path}: {found.unit} {found.numbers[i]}: {what(i)}")
+        kept &= ~mask
+    if faults and strict:
+        raise TableError(faults[0])
+    for fault in faults:
+        log.warning("left out %s", fault)
+    return kept, left_out
+
+
+def _duplicates(videos: pa.ChunkedArray, texts: pa.ChunkedArray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Which entries repeat an earlier one in video, times and text, bool [N]."""
+    keys = {"video": _codes(videos.combine_chunks()), "text": _codes(texts.combine_chunks())}
+    return pd.DataFrame(keys | {"start": start, "end": end}).duplicated().to_numpy()
+
+
+def _excluded(path: Path, videos: pa.ChunkedArray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Which clips an exclude list names (by video and times to the millisecond), bool [N]."""
+    try:
+        names = pd.read_csv(path, dtype={"video_id": str}, keep_default_na=False, usecols=list(EXCLUDE_COLUMNS))
+        unwanted = pd.MultiIndex.from_arrays(
+            [names["video_id"], *(_milliseconds(pd.to_numeric(names[name])) for name in EXCLUDE_COLUMNS[1:])]
+        )
+    except (OSError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise TableError(f"{path}: not an exclude list with {', '.join(EXCLUDE_COLUMNS)} ({reason})") from error
+    clips = pd.MultiIndex.from_arrays([videos.to_pandas(), _milliseconds(start), _milliseconds(end)])
+    return clips.isin(unwanted)
+
+
+def _milliseconds(times: np.ndarray | pd.Series) -> np.ndarray:
+    return np.nan_to_num(np.asarray(times) * 1000).round().astype(np.int64)
 
 
 def _texts(text: str) -> tuple[str, ...]:
@@ -206,111 +304,3 @@ def _texts(text: str) -> tuple[str, ...]:
             if texts:
                 return texts
     return (stripped,)
-
-
-def _read_csv(path: Path) -> pa.Table:
-    """All columns as strings; their names checked."""
-    names = _header(path)
-    _check_names(path, names)
-    try:
-        return _parse(path, names, threads=True)
-    except pa.ArrowInvalid as error:
-        raise TableError(f"{path}: {_why_unreadable(path, names, error)}") from error
-    except OSError as error:
-        raise TableError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
-def _parse(path: Path, names: Sequence[str], threads: bool) -> pa.Table:
-    return pa_csv.read_csv(
-        path,
-        read_options=pa_csv.ReadOptions(use_threads=threads, block_size=_BLOCK_BYTES),
-        parse_options=pa_csv.ParseOptions(newlines_in_values=True),
-        # Strings throughout: a column that looks like numbers for a million rows may end in a word.
-        convert_options=pa_csv.ConvertOptions(column_types=dict.fromkeys(names, pa.large_string())),
-    )
-
-
-def _header(path: Path) -> list[str]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            names = next(csv.reader(file), [])
-    except UnicodeDecodeError as error:
-        raise TableError(f"{path}: not UTF-8 text ({_first_bad_line(path)}); save it as UTF-8") from error
-    except FileNotFoundError as error:
-        raise TableError(f"{path}: no such annotation file") from error
-    except OSError as error:
-        raise TableError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except csv.Error as error:
-        raise TableError(f"{path}: not a csv file: {error}") from error
-    if not names:
-        raise TableError(f"{path}: the file is empty")
-    return names
-
-
-def _check_names(path: Path, names: Sequence[str]) -> None:
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise TableError(f"{path}: column '{twice[0]}' appears twice")
-    missing = [name for name in ("video_id", "start_second", "end_second") if name not in names]
-    if not any(name in names for name in TEXT_COLUMNS):
-        missing.append(TEXT_COLUMNS[0])
-    if missing:
-        wrong = "; ".join(f"no column '{name}'{_nearest(name, names)}" for name in missing)
-        raise TableError(f"{path}: {wrong}. Needed are video_id, start_second, end_second and text (or caption)")
-
-
-def _nearest(name: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f" (did you mean '{near[0]}'?)" if near else f" (there are: {', '.join(names)})"
-
-
-def _why_unreadable(path: Path, names: Sequence[str], error: pa.ArrowInvalid) -> str:
-    """Which row is at fault: only the unthreaded parser can tell, and for bad bytes nothing but looking."""
-    if "UTF8" in str(error) or "UTF-8" in str(error):
-        return f"not UTF-8 text ({_first_bad_line(path)}); save it as UTF-8"
-    try:
-        _parse(path, names, threads=False)
-    except pa.ArrowInvalid as precise:
-        error = precise
-    return " ".join(str(error).split())[:300]
-
-
-def _first_bad_line(path: Path) -> str:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                return f"line {number}, byte {line[error.start]:#04x} at column {error.start + 1}"
-    return "somewhere"
-
-
-def _seconds(path: Path, columns: pa.Table, name: str) -> np.ndarray:
-    """A column of times as float64; the first that is no finite number is named."""
-    try:
-        values = pc.cast(pc.utf8_trim_whitespace(columns[name]), pa.float64()).to_numpy()
-        bad = ~np.isfinite(values)
-    except pa.ArrowInvalid:
-        values = np.empty(0)
-        bad = np.array([not _is_number(text) for text in columns[name].to_pylist()])
-    if bad.any():
-        row = int(np.argmax(bad))
-        raise TableError(f"{path}: row {row + 1}: {name} is '{columns[name][row].as_py()}', not a time in seconds")
-    return values
-
-
-def _is_number(text: Any) -> bool:
-    try:
-        return bool(np.isfinite(float(text)))
-    except (TypeError, ValueError):
-        return False
-
-
-def _refuse_unsafe_ids(path: Path, columns: pa.Table) -> None:
-    bad = pc.match_substring_regex(columns["video_id"], _UNSAFE_ID).to_numpy()
-    if bad.any():
-        row = int(np.argmax(bad))
-        raise TableError(
-            f"{path}: row {row + 1}: video_id '{columns['video_id'][row].as_py()}' is empty or leads out of the video "
-            "folder; ids are relative and without '..'"
-        )

@@ -21,12 +21,28 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 ASPECT_RATIO = (3 / 4, 4 / 3)
 
 
-def random_crop(frames: np.ndarray, size: int, scale_min: float, rng: np.random.Generator) -> Tensor:
-    """One random box of at least ``scale_min`` of the picture, the same in all frames, resized to ``size`` pixels.
+Box = tuple[int, int, int, int]
+"""Top, left, height and width in pixels."""
 
-    ``frames`` uint8 [T, H, W, 3] -> uint8 [3, T, size, size]. The box is drawn as by RandomResizedCrop.
-    """
-    top, left, height, width = _random_box(frames.shape[1], frames.shape[2], scale_min, rng)
+
+def random_box(height: int, width: int, scale_min: float, rng: np.random.Generator) -> Box:
+    """A box with at least ``scale_min`` of the picture's area and a random aspect ratio, as RandomResizedCrop draws."""
+    low, high = np.log(ASPECT_RATIO)
+    for _ in range(10):
+        area = height * width * rng.uniform(scale_min, 1.0)
+        ratio = np.exp(rng.uniform(low, high))
+        w, h = round(float(np.sqrt(area * ratio))), round(float(np.sqrt(area / ratio)))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    # A very long or tall picture: the largest box of an allowed ratio in its middle.
+    ratio = min(max(width / height, ASPECT_RATIO[0]), ASPECT_RATIO[1])
+    w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def crop(frames: np.ndarray, box: Box, size: int) -> Tensor:
+    """One box out of all frames, resized: ``frames`` uint8 [T, H, W, 3] -> uint8 [3, T, size, size]."""
+    top, left, height, width = box
     return _resize(frames[:, top : top + height, left : left + width], size, size)
 
 
@@ -69,18 +85,3 @@ def _resize(frames: np.ndarray, height: int, width: int) -> Tensor:
     video = torch.from_numpy(frames).permute(0, 3, 1, 2)
     video = F.resize(video, [height, width], interpolation=InterpolationMode.BICUBIC, antialias=True)
     return video.transpose(0, 1)
-
-
-def _random_box(height: int, width: int, scale_min: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a box with a random share of the area and a random aspect ratio."""
-    low, high = np.log(ASPECT_RATIO)
-    for _ in range(10):
-        area = height * width * rng.uniform(scale_min, 1.0)
-        ratio = np.exp(rng.uniform(low, high))
-        w, h = round(float(np.sqrt(area * ratio))), round(float(np.sqrt(area / ratio)))
-        if 0 < w <= width and 0 < h <= height:
-            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
-    # A very long or tall picture: the largest box of an allowed ratio in its middle.
-    ratio = min(max(width / height, ASPECT_RATIO[0]), ASPECT_RATIO[1])
-    w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
-    return (height - h) // 2, (width - w) // 2, h, w

@@ -134,10 +134,9 @@ class DemoBenchmark(Benchmark):
             chunk_seconds=DEMO_CHUNK_SECONDS,
             list_text="first",
         )
-        clips = ClipTable.read(source.metadata)
+        clips = ClipTable.read(source, strict=True)
         dataset = ClipDataset(
-            clips,
-            source,
+            [(clips, source)],
             size=size,
             num_frames=num_frames,
             tokenizer=tokenizer,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -92,18 +93,18 @@ def _report_data(cfg: Config, dist: Distributed, model: DualEncoder, say: Report
     except UserError as error:
         problems.append(str(error))
         return
-    say("data", f"{cfg.data.train.metadata}: {dataset.table.report}, decoder {dataset.decoder}")
+    for source in dataset.sources:
+        say("data", f"{source.table.path}: {source.table.report}, decoder {dataset.decoder}")
     clips = []
-    for row in torch.linspace(0, len(dataset) - 1, CLIPS_TO_OPEN).long().tolist():
-        clip = dataset[(0, row)]
-        if clip["fault"]:
-            problems.append(f"{cfg.data.train.metadata}: {clip['fault']}")
-        else:
-            clips.append(clip)
-            say(
-                "clip",
-                f"row {row}: video {list(clip['video'].shape)}, '{' / '.join(dataset.table.row(row).texts)[:90]}'",
-            )
+    for first, end in pairwise(dataset.starts.tolist()):
+        for index in torch.linspace(first, end - 1, CLIPS_TO_OPEN).long().tolist():
+            clip = dataset[(0, index)]
+            if clip["fault"]:
+                problems.append(clip["fault"])
+            else:
+                clips.append(clip)
+                texts = " / ".join(dataset.row(index).texts)
+                say("clip", f"{dataset.where(index)}: video {list(clip['video'].shape)}, '{texts[:90]}'")
     try:
         plan = build_plan(cfg, dataset)
         limit = cfg.train.max_batch_per_process or largest_batch(cfg, dist, model)

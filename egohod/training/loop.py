@@ -154,12 +154,12 @@ def identity(cfg: Config, model: DualEncoder, data: TrainingData) -> dict[str, A
     return {
         "model.name": cfg.model.name,
         "loss.learn_temperature": cfg.loss.learn_temperature,
-        "clips in data.train.metadata": len(data.dataset),
+        "clips in data.train": len(data.dataset),
         "model.num_frames": cfg.model.num_frames,
         "model.activation": cfg.model.activation,
         "train.seed": cfg.train.seed,
         "train.global_batch_size": cfg.train.global_batch_size,
-        "data.train.metadata": cfg.data.train.metadata,
+        "data.train": {name: [source.metadata, source.weight] for name, source in cfg.data.train.items()},
         "shapes of the weights": hashlib.sha256(shapes.encode()).hexdigest()[:12],
     }
 

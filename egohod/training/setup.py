@@ -6,12 +6,13 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 
-from egohod.config import Config, UserError
+from egohod.config import Config, SourceConfig, UserError
 from egohod.data.clips import ClipDataset
-from egohod.data.loader import BatchPlan
+from egohod.data.loader import BatchPlan, MixedPlan, shares
 from egohod.data.table import ClipTable
 from egohod.data.text import Tokenizer
 from egohod.data.transforms import normalise
@@ -32,7 +33,7 @@ class TrainingData:
     """Clips, their order, and how many forward passes make one step."""
 
     dataset: ClipDataset
-    plan: BatchPlan
+    plan: BatchPlan | MixedPlan
     micro_batch: int
     accumulation: int
 
@@ -62,9 +63,11 @@ def _checkpoint_weights(model: DualEncoder, path: Path) -> WeightReport:
 
 def build_dataset(cfg: Config, size: int) -> ClipDataset:
     """The training clips at ``size`` pixels."""
+    sources = active_sources(cfg)
+    # Of the columns that training does not read, memory holds those that group clips only.
+    extra = cfg.data.hard_negatives.group_by if cfg.data.hard_negatives.share > 0 else []
     return ClipDataset(
-        ClipTable.read(Path(cfg.data.train.metadata)),
-        cfg.data.train,
+        [(ClipTable.read(source, strict=cfg.data.strict, extra=list(extra)), source) for source in sources.values()],
         size=size,
         num_frames=cfg.model.num_frames,
         tokenizer=Tokenizer(),
@@ -76,18 +79,43 @@ def build_dataset(cfg: Config, size: int) -> ClipDataset:
     )
 
 
-def build_plan(cfg: Config, dataset: ClipDataset) -> BatchPlan:
+def active_sources(cfg: Config) -> dict[str, SourceConfig]:
+    """The sources a run draws from. Raises :class:`UserError` if there is none."""
+    sources = {name: source for name, source in cfg.data.train.items() if source.weight != 0}
+    if not sources:
+        raise UserError("data.train names no source of clips; set data.train.NAME.metadata and data.train.NAME.root")
+    return sources
+
+
+def build_plan(cfg: Config, dataset: ClipDataset) -> BatchPlan | MixedPlan:
     """The order of the clips."""
-    hard = cfg.data.hard_negatives
-    groups = dataset.table.group_codes(list(hard.group_by), hard.window_seconds) if hard.share > 0 else None
-    return BatchPlan(
-        len(dataset),
-        cfg.train.global_batch_size,
-        cfg.train.seed,
-        groups=groups,
-        share=hard.share,
-        group_size=hard.group_size,
-    )
+    hard, batch_size, seed = cfg.data.hard_negatives, cfg.train.global_batch_size, cfg.train.seed
+    tables = [source.table for source in dataset.sources]
+    codes = None
+    if hard.share > 0:
+        codes = [table.group_codes(list(hard.group_by), hard.window_seconds) for table in tables]
+        for table, code in zip(tables, codes, strict=True):
+            if not (np.bincount(code) >= hard.group_size).any():
+                log.warning(
+                    "%s: no %d clips agree in %s, so data.hard_negatives does nothing for it",
+                    table.path, hard.group_size, ", ".join(hard.group_by),
+                )  # fmt: skip
+
+    def plan(size: int, batch_size: int, groups: np.ndarray | None) -> BatchPlan:
+        return BatchPlan(size, batch_size, seed, groups=groups, share=hard.share, group_size=hard.group_size)
+
+    weights = [source.weight for source in active_sources(cfg).values()]
+    if len(tables) == 1 or weights[0] is None:
+        if codes:
+            # Clips of two sources are never alike.
+            codes = [code + first for code, first in zip(codes, dataset.starts, strict=False)]
+        return plan(len(dataset), batch_size, np.concatenate(codes) if codes else None)
+    counts = shares([float(weight or 0) for weight in weights], batch_size)
+    plans = [
+        plan(len(table), count, codes[i] if codes else None)
+        for i, (table, count) in enumerate(zip(tables, counts, strict=True))
+    ]
+    return MixedPlan(plans, dataset.starts[:-1].tolist(), seed)
 
 
 def build_data(cfg: Config, dist: Distributed, model: DualEncoder) -> TrainingData:

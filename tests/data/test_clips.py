@@ -44,7 +44,7 @@ def dataset(world: Path, name: str = "clips", **options: Any) -> ClipDataset:
         "train": True,
         "flip": 0.5,
     } | options
-    return ClipDataset(ClipTable.read(source.metadata), source, **options)
+    return ClipDataset([(ClipTable.read(source), source)], **options)
 
 
 def equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -90,8 +90,8 @@ def test_a_flip_mirrors_picture_and_caption(world: Path) -> None:
 def test_every_clip_is_decoded_and_cropped_once(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clips = dataset(world)
     calls = []
-    inner = clips_module.random_crop
-    monkeypatch.setattr(clips_module, "random_crop", lambda *a: calls.append(a[0].shape) or inner(*a))
+    inner = clips_module.crop
+    monkeypatch.setattr(clips_module, "crop", lambda *a: calls.append(a[0].shape) or inner(*a))
     clips[0, 0]
     assert calls == [(4, 64, 96, 3)]
 
@@ -114,8 +114,7 @@ def test_an_unreadable_clip_in_an_evaluation_is_an_error_with_its_name(world: Pa
 
 def test_a_folder_without_any_readable_clip_gives_up(world: Path, tmp_path: Path) -> None:
     clips = ClipDataset(
-        ClipTable.read(world / "clips.csv"),
-        SourceConfig(root=str(tmp_path)),
+        [(ClipTable.read(world / "clips.csv"), SourceConfig(root=str(tmp_path)))],
         size=32,
         num_frames=4,
         tokenizer=Tokenizer(),
@@ -133,7 +132,7 @@ def test_roots_by_dataset(world: Path, tmp_path: Path) -> None:
 
     def build(**roots: Any) -> ClipDataset:
         options = {"size": 32, "num_frames": 2, "tokenizer": Tokenizer(), "decoder": "pyav"}
-        return ClipDataset(ClipTable.read(csv), SourceConfig(metadata=str(csv), **roots), **options)
+        return ClipDataset([(ClipTable.read(csv), SourceConfig(metadata=str(csv), **roots))], **options)
 
     clips = build(root=str(tmp_path / "other"), dataset_roots={"ego4d": str(world / "videos"), "unused": "/none"})
     assert [clips[i]["index"] for i in range(2)] == [0, 1]

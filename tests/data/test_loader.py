@@ -97,7 +97,7 @@ def test_groups_change_from_epoch_to_epoch() -> None:
 
 
 def test_more_clips_in_a_batch_than_there_are() -> None:
-    with pytest.raises(UserError, match=r"global_batch_size=8, but there are only 7 clips"):
+    with pytest.raises(UserError, match=r"batch needs 8 clips, but there are only 7; lower train.global_batch_size"):
         BatchPlan(7, 8, 0)
 
 
@@ -261,7 +261,7 @@ def test_a_program_ends_although_it_never_finished_its_batches(demo_world: Path,
         "from egohod.data.loader import eval_loader\nfrom egohod.data.table import ClipTable\n"
         "from egohod.data.text import Tokenizer\nfolder = sys.argv[1]\n"
         "source = SourceConfig(metadata=folder + '/hod.csv', root=folder + '/videos')\n"
-        "clips = ClipDataset(ClipTable.read(source.metadata), source, size=32, num_frames=2, tokenizer=Tokenizer())\n"
+        "clips = ClipDataset([(ClipTable.read(source), source)], size=32, num_frames=2, tokenizer=Tokenizer())\n"
         "kept = iter(eval_loader(clips, range(8), 1, 2))\nnext(kept)\nprint('left in the middle')\n"
     )
     done = program("-c", code, str(demo_world / "val"))

@@ -1,4 +1,5 @@
 import csv
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -6,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from egohod.config import UserError
+from egohod.config import SourceConfig, UserError
 from egohod.data.table import ClipTable, TableError
 
 HEADER = "video_id,start_second,end_second,text\n"
@@ -34,7 +35,7 @@ def test_reads_the_released_columns_and_keeps_the_others(tmp_path: Path) -> None
     assert clips.column("uid").tolist() == ["u1", "u2"]
     assert clips.column("verb").tolist() == ["cut", "007"]
     assert clips.column("end_second").tolist() == [4.0, 3.25]
-    assert clips.column_names[-1] == "verb"
+    assert {"uid", "verb", "dataset"} < set(clips.column_names)
 
 
 def test_a_file_without_dataset_column(tmp_path: Path) -> None:
@@ -60,7 +61,7 @@ def test_list_literals(tmp_path: Path) -> None:
         ("only",),
         ("[unsure] stirs [it]",),
     ]
-    assert clips.report.empty == 2
+    assert clips.report.left_out == {"no narration": 2}
 
 
 def test_mends_and_counts(tmp_path: Path) -> None:
@@ -68,7 +69,8 @@ def test_mends_and_counts(tmp_path: Path) -> None:
     clips = table(tmp_path, HEADER + "\n".join(rows) + "\n")
     assert [(clips.row(i).start, clips.row(i).end) for i in range(4)] == [(5, 6), (5, 6), (0, 3), (1, 2)]
     report = clips.report
-    assert (report.rows, report.widened, report.negative_start, report.empty) == (4, 2, 1, 2)
+    assert (report.rows, report.widened, report.negative_start) == (4, 2, 1)
+    assert report.left_out == {"no narration": 2}
     assert "2 widened to 1 s" in str(report)
     assert clips.row(3).row == 6  # counted in the file, not in what is left of it
 
@@ -78,40 +80,104 @@ def test_a_narration_of_ten_thousand_characters(tmp_path: Path) -> None:
     assert table(tmp_path, HEADER + f"v,0,2,{text}\n").row(0).texts == (text.strip(),)
 
 
-BAD: dict[str, tuple[str | bytes, str]] = {
+FILES: dict[str, tuple[str | bytes, str]] = {
     "empty file": ("", "is empty"),
     "no rows": (HEADER, "no clip with a narration"),
-    "only empty narrations": (HEADER + "v,0,2,\n", "no clip with a narration"),
+    "only empty narrations": (HEADER + "v,0,2,\n", "no clip with a narration; 1 left out: no narration"),
     "wrong columns": ("video_uid,start_second,end_second,text\nv,0,2,x\n", "'video_id' (did you mean 'video_uid'?)"),
     "no text": ("video_id,start_second,end_second,narrations\nv,0,2,x\n", "no column 'text'"),
     "column twice": ("video_id,video_id,start_second,end_second,text\nv,v,0,2,x\n", "appears twice"),
-    "tab separated": ("video_id\tstart_second\tend_second\ttext\nv\t0\t2\tx\n", "no column 'video_id'"),
-    "ragged row": (HEADER + "v,0,2,x\nv,0,2,x,y\n", "#3: Expected 4 columns, got 5"),
-    "not a number": (HEADER + "v,0,2,x\nv,zero,2,x\n", "row 2: start_second is 'zero'"),
-    "missing number": (HEADER + "v,0,,x\n", "row 1: end_second is ''"),
-    "nan": (HEADER + "v,0,2,x\nv,nan,2,x\n", "row 2: start_second is 'nan'"),
-    "infinite": (HEADER + "v,0,inf,x\n", "row 1: end_second is 'inf'"),
+    "semicolons": ("video_id;start_second;end_second;text\nv;0;2;x\n", "no column 'video_id'"),
     "not utf-8": ((HEADER + "v,0,2,x\nv,0,2,café\n").encode("latin-1"), "line 3, byte 0xe9 at column 10"),
     "header not utf-8": ("vidéo,start\n".encode("latin-1"), "not UTF-8"),
-    "climbing id": (HEADER + "v,0,2,x\n../secret,0,2,x\n", "row 2: video_id '../secret'"),
-    "climbing inside": (HEADER + "a/../../b,0,2,x\n", "row 1"),
-    "climbing with backslash": (HEADER + "..\\b,0,2,x\n", "row 1"),
-    "absolute id": (HEADER + "/etc/passwd,0,2,x\n", "leads out of the video folder"),
-    "drive letter": (HEADER + "C:\\videos\\a,0,2,x\n", "row 1"),
-    "empty id": (HEADER + ",0,2,x\n", "row 1"),
     "a binary file": (b"\x00\x01\x02\xff" * 100, "clips.csv"),
+}
+ROWS: dict[str, tuple[str, str]] = {
+    "ragged row": ("v,0,2,x,y", "row 2: 5 columns instead of 4"),
+    "short row": ("v,0,2", "row 2: 3 columns instead of 4"),
+    "not a number": ("v,zero,2,x", "row 2: start_second is 'zero', not a time"),
+    "missing number": ("v,0,,x", "row 2: end_second is ''"),
+    "nan": ("v,nan,2,x", "row 2: start_second is 'nan'"),
+    "infinite": ("v,0,inf,x", "row 2: end_second is 'inf'"),
+    "minutes of minutes": ("v,0:1:2:3,9,x", "row 2: start_second is '0:1:2:3'"),
+    "climbing id": ("../secret,0,2,x", "row 2: video_id '../secret' is empty or leads out of the video folder"),
+    "climbing inside": ("a/../../b,0,2,x", "row 2"),
+    "climbing with backslash": ("..\\b,0,2,x", "row 2"),
+    "absolute id": ("/etc/passwd,0,2,x", "leads out of the video folder"),
+    "drive letter": ("C:\\videos\\a,0,2,x", "row 2"),
+    "empty id": (",0,2,x", "row 2"),
+    "before the video": ("v,-7,-3,x", "row 2: the clip ends at -3 s"),
+    "no narration": ("v,4,6, ", "row 2: no narration"),
+    "duplicate": ("first,0,2,x", "row 2: video 'first' has the same clip and narration before"),
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_files_are_refused_with_file_and_row(tmp_path: Path, case: str) -> None:
-    content, said = BAD[case]
+@pytest.mark.parametrize("case", FILES)
+def test_bad_files_are_refused_with_their_name(tmp_path: Path, case: str) -> None:
+    content, said = FILES[case]
     with pytest.raises(TableError) as caught:
         table(tmp_path, content)
     assert said in str(caught.value)
     assert str(tmp_path / "clips.csv") in str(caught.value)
     assert "\n" not in str(caught.value)
     assert isinstance(caught.value, UserError)
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_a_bad_row_is_left_out_and_counted_or_an_error_if_strict(
+    tmp_path: Path, case: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    row, said = ROWS[case]
+    path = write(tmp_path / "clips.csv", HEADER + f"first,0,2,x\n{row}\nlast,0,2,x\n")
+    clips = ClipTable.read(path)
+    assert [(clips.row(i).video_id, clips.row(i).row) for i in range(len(clips))] == [("first", 1), ("last", 3)]
+    assert sum(clips.report.left_out.values()) == 1
+    assert said in caplog.text
+    with pytest.raises(TableError, match=re.escape(said)) as caught:
+        ClipTable.read(path, strict=True)
+    assert str(caught.value).startswith(f"{path}: row 2: ")
+
+
+def test_times_may_be_clock_times(tmp_path: Path) -> None:
+    clips = table(tmp_path, HEADER + "v,00:01:02.5,1:04,x\nv,01:00:00,3602,y\nv, 2.5e0 ,5.,z\n")
+    times = [(clips.row(i).start, clips.row(i).end) for i in range(3)]
+    assert times == [(62.5, 64.0), (3600.0, 3602.0), (2.5, 5.0)]
+
+
+def test_columns_in_any_order_under_any_name_with_odd_contents(tmp_path: Path) -> None:
+    path = tmp_path / "clips.csv"
+    rows = [["2", 'says "cut"\nand waits', "Küche 1/vidéo 2", "0"], ["9", "#C C, stirs", "v2", "7"]]
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file, lineterminator="\r\n").writerows([["fin", "sentence", "vid", "début"], *rows])
+    renamed = {"video_id": "vid", "start_second": "début", "end_second": "fin", "text": "sentence"}
+    clips = ClipTable.read(SourceConfig(metadata=str(path), columns=renamed))
+    assert clips.row(0).video_id == "Küche 1/vidéo 2"
+    assert clips.row(0).texts == ('says "cut"\nand waits',)
+    assert (clips.row(1).start, clips.row(1).end) == (7, 9)
+    with pytest.raises(TableError, match=r"no column 'sentense' .did you mean 'sentence'"):
+        ClipTable.read(SourceConfig(metadata=str(path), columns=renamed | {"text": "sentense"}))
+    with pytest.raises(TableError, match=r"columns name 'txet' .did you mean 'text'"):
+        ClipTable.read(SourceConfig(metadata=str(path), columns={"txet": "sentence"}))
+
+
+def test_only_asked_for_columns_are_kept(tmp_path: Path) -> None:
+    path = write(tmp_path / "clips.csv", "uid,verb,noun," + HEADER + "u,cut,onion,v,0,2,x\n")
+    assert set(ClipTable.read(path).column_names) >= {"uid", "verb", "noun"}
+    assert "noun" not in ClipTable.read(path, extra=["verb"]).column_names
+
+
+def test_an_exclude_list_leaves_clips_out(tmp_path: Path) -> None:
+    path = write(tmp_path / "clips.csv", HEADER + "v,0,2,x\nv,3,3.2,y\nw,0,2,z\n")
+    exclude = write(tmp_path / "bad.csv", "video_id,start_second,end_second,reason\nv,3.0,4.0,no such file\n")
+    clips = ClipTable.read(SourceConfig(metadata=str(path), exclude=str(exclude)))
+    assert [clips.row(i).row for i in range(len(clips))] == [1, 3]
+    assert clips.report.left_out == {"on the exclude list": 1}
+    for content, said in (
+        ("video,start\n", "not an exclude list"),
+        ("video_id,start_second,end_second\nv,x,1\n", 'parse string "x" at position 0'),
+    ):
+        with pytest.raises(TableError, match=said):
+            ClipTable.read(SourceConfig(metadata=str(path), exclude=str(write(exclude, content))))
 
 
 def test_dots_in_ids_are_not_climbing(tmp_path: Path) -> None:
@@ -128,7 +194,7 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
 def test_group_codes_agree_with_tuples(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     rows = [(f"v{rng.integers(5)}", int(rng.integers(100)), f"o{rng.integers(3)}") for _ in range(200)]
-    lines = "".join(f"{v},{s},{s + 2},x,{o}\n" for v, s, o in rows)
+    lines = "".join(f"{v},{s},{s + 2},text {i},{o}\n" for i, (v, s, o) in enumerate(rows))
     clips = table(tmp_path, HEADER.strip() + ",group\n" + lines)
 
     def agree(codes: np.ndarray, keys: list[Any]) -> bool:
@@ -144,7 +210,7 @@ def test_unknown_names_list_the_columns(tmp_path: Path) -> None:
     clips = table(tmp_path, HEADER + "v,0,2,x\n")
     with pytest.raises(TableError, match=r"cannot group clips by 'vidoe' .did you mean 'video"):
         clips.group_codes(["vidoe"])
-    with pytest.raises(TableError, match="there are: video_id, start_second"):
+    with pytest.raises(TableError, match="there are: video_id, text, start_second"):
         clips.column("qqq")
     with pytest.raises(TableError, match="name video, window or a column"):
         clips.group_codes([])

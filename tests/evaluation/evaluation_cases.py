@@ -46,7 +46,7 @@ class Oracle(nn.Module):
 
     def __init__(self, dataset: ClipDataset, tokenizer: Tokenizer) -> None:
         super().__init__()
-        table = dataset.table
+        table = dataset.sources[0].table
         self.of_clip: dict[bytes, tuple[str, str]] = {}
         actions: dict[str, str] = {}
         for row, action in enumerate(table.column("action")):

@@ -1,0 +1,396 @@
+"""Readers: one per annotation format, all ending in the same columns.
+
+==========  ===============================================================================================
+hod         csv or tsv: video_id, start_second, end_second, text (or caption) and any others
+egoclip     EgoClip's table: video_uid, clip_start, clip_end, clip_text, tag_verb, tag_noun
+ego4d       Ego4D's narration.json: {video: {narration_pass_1: {narrations: [{timestamp_sec, narration_text}]}}}
+pickle      LaViLa's and AVION's list of (video, start, end, text or [texts])
+==========  ===============================================================================================
+
+A reader refuses a file that is not of its format. What is wrong with single entries is left to
+:class:`~egohod.data.table.ClipTable`, which sees all formats alike.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gc
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ijson
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
+
+from egohod.config import SourceConfig, UserError
+
+# A row (think of a very long narration) must fit one block of the parser.
+_BLOCK_BYTES = 16 << 20
+_CLOCK = r"^\s*(?:(?P<h>\d+):)?(?P<m>\d+):(?P<s>\d+(?:\.\d*)?)\s*$"
+_NUMBER = r"^\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*$"
+
+
+class TableError(UserError):
+    """An annotation file that cannot be used."""
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """A file's entries in its order, before any is judged.
+
+    ``columns`` holds video_id, text and whatever else was asked for as strings; ``times`` the start and the end as
+    strings where a person may have written them, or as float64; ``numbers`` counts the entries as ``unit`` (row,
+    narration, ...) of the file from 1; ``broken`` are entries that were not even split into columns.
+    """
+
+    columns: pa.Table
+    times: tuple[pa.ChunkedArray | np.ndarray, pa.ChunkedArray | np.ndarray]
+    numbers: np.ndarray
+    unit: str = "row"
+    time_names: tuple[str, str] = ("start_second", "end_second")
+    broken: tuple[str, ...] = ()
+
+
+def read_annotations(path: Path, source: SourceConfig, extra: Sequence[str] | None = None) -> Annotations:
+    """Read ``path`` in ``source.format``; ``extra`` names further columns to keep (None: all there are).
+
+    Raises :class:`TableError` naming the file, and the row where one is at fault.
+    """
+    try:
+        if not path.exists():
+            raise TableError(f"{path}: no such annotation file")
+        name = source.format if source.format != "auto" else _guess(path)
+        return _READERS[name](path, source, extra)
+    except OSError as error:
+        raise TableError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def seconds(times: pa.ChunkedArray | np.ndarray) -> np.ndarray:
+    """Times written as seconds or HH:MM:SS.ss (or MM:SS) -> float64 [N]; NaN where it is neither."""
+    if isinstance(times, np.ndarray):
+        return np.where(np.isfinite(times), times, np.nan)
+    plain = pc.match_substring_regex(times, _NUMBER)
+    numbers = pc.if_else(plain, pc.utf8_trim_whitespace(times), None)
+    values = pc.fill_null(pc.cast(numbers, pa.float64()), np.nan).to_numpy().copy()
+    rest = ~plain.to_numpy()
+    if rest.any():
+        clock = pc.extract_regex(times.filter(pa.array(rest)), _CLOCK)
+        h, m, s = (
+            pc.fill_null(pc.cast(pc.replace_substring_regex(part, r"^$", "0"), pa.float64()), np.nan).to_numpy()
+            for part in (pc.struct_field(clock, i) for i in range(3))
+        )
+        values[rest] = 3600 * h + 60 * m + s
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """The end of a message that says which name was perhaps meant."""
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f" (did you mean '{near[0]}'?)" if near else f" (there are: {', '.join(names)})"
+
+
+def _guess(path: Path) -> str:
+    if path.suffix.lower() == ".json":
+        return "ego4d"
+    if path.suffix.lower() in (".pkl", ".pickle"):
+        return "pickle"
+    return "egoclip" if {"video_uid", "clip_text"} <= set(_header(path)[0]) else "hod"
+
+
+# --------------------------------------------------------------------------------------------------
+# Tables of text
+# --------------------------------------------------------------------------------------------------
+
+# Our names of a format's columns; of several names for one thing the first that is there counts.
+_HOD = {"video_id": ("video_id",), "start_second": ("start_second",), "end_second": ("end_second",)} | {
+    "text": ("text", "caption")
+}
+_EGOCLIP = {"video_id": ("video_uid",), "start_second": ("clip_start",), "end_second": ("clip_end",)} | {
+    "text": ("clip_text",)
+}
+
+
+def _read_hod(path: Path, source: SourceConfig, extra: Sequence[str] | None) -> Annotations:
+    return _read_text(path, source, extra, _HOD)
+
+
+def _read_egoclip(path: Path, source: SourceConfig, extra: Sequence[str] | None) -> Annotations:
+    return _read_text(path, source, extra, _EGOCLIP)
+
+
+def _read_text(
+    path: Path, source: SourceConfig, extra: Sequence[str] | None, wanted: Mapping[str, Sequence[str]]
+) -> Annotations:
+    names, delimiter = _header(path)
+    here = _our_names(path, names, source.columns, wanted)
+    others = [name for name in names if name not in here.values() and name not in wanted]
+    others = others if extra is None else [name for name in others if name in (*extra, "dataset")]
+    try:
+        table, skipped = _parse(path, delimiter, [*here.values(), *others])
+    except pa.ArrowInvalid as error:
+        raise TableError(f"{path}: {_why_unreadable(path, error)}") from error
+    table = table.rename_columns([*here, *others])
+    numbers = np.arange(1, len(table) + len(skipped) + 1)
+    return Annotations(
+        columns=table.drop_columns(["start_second", "end_second"]),
+        times=(table["start_second"], table["end_second"]),
+        numbers=numbers[~np.isin(numbers, [number for number, _ in skipped])],
+        time_names=(here["start_second"], here["end_second"]),
+        broken=tuple(f"row {number}: {what}" for number, what in skipped),
+    )
+
+
+def _header(path: Path) -> tuple[list[str], str]:
+    """Column names and what separates them."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            delimiter = "\t" if "\t" in file.readline() else ","
+            file.seek(0)
+            names = next(csv.reader(file, delimiter=delimiter), [])
+    except UnicodeDecodeError as error:
+        raise TableError(f"{path}: not UTF-8 text ({_first_bad_line(path)}); save it as UTF-8") from error
+    except csv.Error as error:
+        raise TableError(f"{path}: not a csv file: {error}") from error
+    if not names:
+        raise TableError(f"{path}: the file is empty")
+    return names, delimiter
+
+
+def _our_names(
+    path: Path, names: Sequence[str], renamed: Mapping[str, str], wanted: Mapping[str, Sequence[str]]
+) -> dict[str, str]:
+    """Our name -> the file's name of every column that a clip needs."""
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise TableError(f"{path}: column '{twice[0]}' appears twice")
+    unknown = sorted(set(renamed) - {*wanted, "dataset", "uid"})
+    if unknown:
+        raise TableError(f"{path}: the source's columns name '{unknown[0]}'{nearest(unknown[0], list(wanted))}")
+    here, missing = {}, []
+    for ours, usual in wanted.items():
+        candidates = [renamed[ours]] if ours in renamed else usual
+        found = next((name for name in candidates if name in names), None)
+        if found is None:
+            missing.append(f"no column '{candidates[0]}'{nearest(candidates[0], names)}")
+        else:
+            here[ours] = found
+    for ours in ("dataset", "uid"):
+        if ours in renamed:
+            here[ours] = renamed[ours]
+    if missing:
+        needed = ", ".join(" or ".join([renamed[ours]] if ours in renamed else usual) for ours, usual in wanted.items())
+        raise TableError(f"{path}: {'; '.join(missing)}. Needed are {needed}; other names go into the source's columns")
+    return here
+
+
+def _parse(path: Path, delimiter: str, names: Sequence[str]) -> tuple[pa.Table, list[tuple[int, str]]]:
+    """The columns as strings, and rows that have too few or too many (number and what they are)."""
+    skipped: list[tuple[int, str]] = []
+
+    def skip(row: pa_csv.InvalidRow) -> str:
+        # The number counts the header too, and is known to the unthreaded parser only.
+        number = row.number - 1 if row.number is not None else 0
+        skipped.append((number, f"{row.actual_columns} columns instead of {row.expected_columns}"))
+        return "skip"
+
+    def parse(threads: bool) -> pa.Table:
+        skipped.clear()
+        return pa_csv.read_csv(
+            path,
+            read_options=pa_csv.ReadOptions(use_threads=threads, block_size=_BLOCK_BYTES),
+            parse_options=pa_csv.ParseOptions(
+                delimiter=delimiter, newlines_in_values=True, invalid_row_handler=skip, ignore_empty_lines=True
+            ),
+            # Strings throughout: a column that looks like numbers for a million rows may end in a word.
+            convert_options=pa_csv.ConvertOptions(
+                column_types=dict.fromkeys(names, pa.large_string()),
+                include_columns=list(names),
+                strings_can_be_null=False,
+            ),
+        )
+
+    table = parse(threads=True)
+    return (parse(threads=False), skipped) if skipped else (table, skipped)
+
+
+def _why_unreadable(path: Path, error: pa.ArrowInvalid) -> str:
+    if "UTF8" in str(error) or "UTF-8" in str(error):
+        return f"not UTF-8 text ({_first_bad_line(path)}); save it as UTF-8"
+    return " ".join(str(error).split())[:300]
+
+
+def _first_bad_line(path: Path) -> str:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return f"line {number}, byte {line[error.start]:#04x} at column {error.start + 1}"
+    return "somewhere"
+
+
+# --------------------------------------------------------------------------------------------------
+# Ego4D narration.json
+# --------------------------------------------------------------------------------------------------
+
+
+def _read_ego4d(path: Path, source: SourceConfig, extra: Sequence[str] | None) -> Annotations:
+    """Moments become clips around their time stamps.
+
+    ``egoclip`` is the rule of EgoClip (EgoVLP, 2206.01670, section 3.1): a clip is beta / alpha seconds long, beta the
+    mean spacing of consecutive narrations in its video, alpha the mean of all videos' betas. ``neighbours`` takes the
+    mean distance to the narrations before and after instead of beta, and the video's own beta instead of alpha.
+    """
+    videos, counts = list[str](), list[int]()
+    texts, stamps, numbers = list[str](), list[float](), list[int]()
+    broken, seen = list[str](), 0
+    for video, narrations in _narration_passes(path):
+        known = len(texts)
+        for entry in narrations:
+            seen += 1
+            if isinstance(entry, dict) and {"timestamp_sec", "narration_text"} <= entry.keys():
+                texts.append(str(entry["narration_text"]))
+                stamps.append(_stamp(entry["timestamp_sec"]))
+                numbers.append(seen)
+            else:
+                broken.append(f"narration {seen}: video '{video}': has no timestamp_sec and narration_text")
+        videos.append(video)
+        counts.append(len(texts) - known)
+    if not stamps:
+        raise TableError(f"{path}: no narrations; expected {{video: {{narration_pass_1: {{narrations: [...]}}}}}}")
+    times, group = np.array(stamps), np.repeat(np.arange(len(videos)), counts)
+    length = _clip_lengths(times, group, source.clip_rule)
+    columns = pa.table(
+        {
+            "video_id": pa.array(videos, pa.large_string()).take(pa.array(group)),
+            "text": pa.array(texts, pa.large_string()),
+        }
+    )
+    return Annotations(
+        columns=columns,
+        times=(times - length / 2, times + length / 2),
+        numbers=np.array(numbers),
+        unit="narration",
+        time_names=("timestamp_sec", "timestamp_sec"),
+        broken=tuple(broken),
+    )
+
+
+def _narration_passes(path: Path) -> Iterator[tuple[str, list[Any]]]:
+    """(video, narrations) of every annotator's pass, read without holding the whole file."""
+    with path.open("rb") as file:
+        try:
+            for video, content in ijson.kvitems(file, "", use_float=True):
+                # Newer releases put the videos below one more key.
+                below = content if video == "videos" and isinstance(content, dict) else {video: content}
+                for name, passes in below.items():
+                    for key, value in passes.items() if isinstance(passes, dict) else ():
+                        if key.startswith("narration_pass") and isinstance(value, dict):
+                            yield name, value.get("narrations") or []
+        except ijson.JSONError as error:
+            raise TableError(f"{path}: not JSON ({' '.join(str(error).split())[:200]})") from error
+
+
+def _stamp(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else float("nan")
+
+
+def _clip_lengths(times: np.ndarray, group: np.ndarray, rule: str) -> np.ndarray:
+    """Seconds per narration; ``group`` numbers the pass that each belongs to, in contiguous runs."""
+    order = np.lexsort((times, group))
+    sorted_times, sorted_group = times[order], group[order]
+    gaps = np.diff(sorted_times)
+    gaps[sorted_group[1:] != sorted_group[:-1]] = np.nan
+    counts = np.bincount(group)
+    sums = np.bincount(sorted_group[1:], weights=np.nan_to_num(gaps), minlength=len(counts))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        beta = sums / (counts - 1)
+        known = np.isfinite(beta) & (beta > 0)
+        alpha = float(beta[known].mean()) if known.any() else 1.0
+        # A lone narration has no spacing: it gets the length of an average clip.
+        beta[~known] = alpha
+        if rule == "egoclip":
+            return beta[group] / alpha
+        before, after = np.concatenate([[np.nan], gaps]), np.concatenate([gaps, [np.nan]])
+        around = np.where(np.isnan(before), after, np.where(np.isnan(after), before, (before + after) / 2))
+        length = np.where(np.isnan(around), 1.0, around / beta[sorted_group])
+    result = np.empty_like(length)
+    result[order] = length
+    return result
+
+
+# --------------------------------------------------------------------------------------------------
+# Pickles
+# --------------------------------------------------------------------------------------------------
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Lists, tuples, dicts, strings and numbers; NumPy's numbers too. Nothing else, so nothing can run."""
+
+    path: Path
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Refuse whatever is no plain number."""
+        module = module.replace("numpy.core", "numpy._core")
+        if (module, name) in (("numpy._core.multiarray", "scalar"), ("numpy", "dtype")):
+            return super().find_class(module, name)
+        raise TableError(
+            f"{self.path}: refused: it asks for {module}.{name}, which is no part of plain annotations and could run "
+            "code; nothing was run"
+        )
+
+
+def _read_pickle(path: Path, source: SourceConfig, extra: Sequence[str] | None) -> Annotations:
+    collecting = gc.isenabled()
+    # Millions of small tuples: looking for cycles among them takes most of the time.
+    gc.disable()
+    try:
+        with path.open("rb") as file:
+            unpickler = _PlainUnpickler(file)
+            unpickler.path = path
+            entries = unpickler.load()
+    except (TableError, OSError):
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        raise TableError(f"{path}: not a readable pickle ({type(error).__name__}: {error})") from error
+    finally:
+        if collecting:
+            gc.enable()
+    if not isinstance(entries, (list, tuple)) or not entries:
+        raise TableError(f"{path}: holds no list of (video, start, end, text)")
+    good = [isinstance(entry, (list, tuple)) and len(entry) >= 4 for entry in entries]
+    kept = [entry for entry, fine in zip(entries, good, strict=True) if fine]
+    columns = pa.table(
+        {
+            "video_id": pa.array([str(entry[0]) for entry in kept], pa.large_string()),
+            # Several texts are written as in the csv: one list literal.
+            "text": pa.array(
+                [str(list(e[3])) if isinstance(e[3], (list, tuple)) else str(e[3]) for e in kept], pa.large_string()
+            ),
+        }
+    )
+    return Annotations(
+        columns=columns,
+        times=tuple(pa.chunked_array([pa.array([str(e[i]) for e in kept], pa.large_string())]) for i in (1, 2)),  # type: ignore[arg-type]
+        numbers=np.flatnonzero(good) + 1,
+        unit="entry",
+        time_names=("start", "end"),
+        broken=tuple(
+            f"entry {i + 1}: {str(entries[i])[:60]!r} is no (video, start, end, text)"
+            for i in np.flatnonzero(~np.array(good))
+        ),
+    )
+
+
+_READERS: dict[str, Callable[[Path, SourceConfig, Sequence[str] | None], Annotations]] = {
+    "hod": _read_hod,
+    "egoclip": _read_egoclip,
+    "ego4d": _read_ego4d,
+    "pickle": _read_pickle,
+}

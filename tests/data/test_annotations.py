@@ -1,0 +1,155 @@
+"""One test per format on files as they are released, and what happens to bad ones."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from egohod.config import SourceConfig
+from egohod.data.table import ClipTable, TableError
+
+EGOCLIP = (
+    "video_uid\tvideo_dur\tnarration_source\tnarration_time\tclip_start\tclip_end\tclip_text\ttag_verb\ttag_noun\n"
+)
+
+
+def read(path: Path, **options: object) -> ClipTable:
+    return ClipTable.read(SourceConfig(metadata=str(path), **options), strict=True)  # type: ignore[arg-type]
+
+
+def clips(table: ClipTable) -> list[tuple[str, float, float, tuple[str, ...]]]:
+    return [(row.video_id, row.start, row.end, row.texts) for row in map(table.row, range(len(table)))]
+
+
+def test_egoclip(tmp_path: Path) -> None:
+    path = tmp_path / "egoclip.csv"
+    lines = 'a-1\tpass_1\t3.0\t2.0\t4.0\t#C C cuts the "red" onion\t[3]\t[5, 7]\n'
+    path.write_text(EGOCLIP + lines + "a-1\tpass_2\t9.0\t8.5\t9.25\t#C C looks\t[1]\t[]\n")
+    table = read(path)
+    assert clips(table) == [
+        ("a-1", 2.0, 4.0, ('#C C cuts the "red" onion',)),
+        ("a-1", 8.5, 9.5, ("#C C looks",)),  # widened to a second
+    ]
+    assert table.column("tag_noun").tolist() == ["[5, 7]", "[]"]
+
+
+def narrations(*stamps: float, text: str = "#C C stirs") -> dict[str, object]:
+    return {"narrations": [{"timestamp_sec": t, "narration_text": f"{text} {t}"} for t in stamps], "summaries": []}
+
+
+def test_ego4d_clips_by_the_published_rule(tmp_path: Path) -> None:
+    """Video a: spacings 4 and 8, mean 6; video b: one spacing of 12; so alpha is 9, and a's clips last 6/9 s."""
+    path = tmp_path / "narration.json"
+    content = {
+        "a": {"status": "complete", "narration_pass_1": narrations(2.0, 6.0, 14.0)},
+        "b": {"narration_pass_1": narrations(30.0, 18.0), "narration_pass_2": narrations(40.0)},
+    }
+    path.write_text(json.dumps(content))
+    table = read(path)
+    stamps = [2.0, 6.0, 14.0, 30.0, 18.0, 40.0]
+    lengths = np.array([6, 6, 6, 12, 12, 9]) / 9
+    for i, (stamp, length) in enumerate(zip(stamps, lengths, strict=True)):
+        row = table.row(i)
+        assert row.texts == (f"#C C stirs {stamp}",)
+        assert row.start == pytest.approx(stamp - length / 2)
+        assert row.end == pytest.approx(row.start + max(length, 1.0))  # none is shorter than a second
+    assert read(tmp_path / "narration.json").report.widened == 3
+
+
+def test_ego4d_clips_by_the_neighbours(tmp_path: Path) -> None:
+    path = tmp_path / "narration.json"
+    path.write_text(json.dumps({"videos": {"a": {"narration_pass_1": narrations(2.0, 6.0, 14.0)}}}))
+    table = read(path, clip_rule="neighbours")
+    spacing = np.array([4, 6, 8]) / 6
+    assert [table.row(i).start for i in range(3)] == pytest.approx(np.array([2, 6, 14]) - spacing / 2)
+    assert [table.row(i).end for i in (1, 2)] == pytest.approx(np.array([6, 14]) + spacing[1:] / 2)
+
+
+def test_a_narration_that_is_no_narration_is_left_out_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "narration.json"
+    good = narrations(2.0, 6.0)
+    good["narrations"].insert(1, {"timestamp_sec": 3.0})  # type: ignore[attr-defined]
+    path.write_text(json.dumps({"a": {"narration_pass_1": good}}))
+    table = ClipTable.read(path)
+    assert len(table) == 2
+    assert table.where(1) == f"{path}: narration 3"
+    assert "narration 2: video 'a': has no timestamp_sec and narration_text" in caplog.text
+    with pytest.raises(TableError, match="narration 2"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "not JSON"),
+        ("[1, 2]", "no narrations"),
+        ('{"a": {}}', "no narrations"),
+        ('{"a": {"b": 1}, "c', "not JSON"),
+    ],
+)
+def test_json_that_is_no_narration_file(tmp_path: Path, content: str, said: str) -> None:
+    path = tmp_path / "narration.json"
+    path.write_text(content)
+    with pytest.raises(TableError, match=said):
+        read(path)
+
+
+def test_pickle(tmp_path: Path) -> None:
+    path = tmp_path / "ego4d_train.pkl"
+    rows = [
+        ("v1", 1.5, 4.0, "#C C cuts"),
+        ("v2", np.float64(3), np.float32(9.5), ["#C C stirs", "#C C's spoon, turns"]),
+        ["v3", 0, 2, ("one",)],
+    ]
+    path.write_bytes(pickle.dumps(rows))
+    table = read(path)
+    assert clips(table) == [
+        ("v1", 1.5, 4.0, ("#C C cuts",)),
+        ("v2", 3.0, 9.5, ("#C C stirs", "#C C's spoon, turns")),
+        ("v3", 0.0, 2.0, ("one",)),
+    ]
+
+
+class Hostile:
+    def __reduce__(self) -> tuple[object, tuple[str, ...]]:
+        return os.system, ("touch ran",)
+
+
+def test_a_pickle_that_would_run_code_is_refused_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "clips.pkl"
+    path.write_bytes(pickle.dumps([("v", 0, 2, Hostile())]))
+    with pytest.raises(TableError, match=r"refused: it asks for (posix|nt)\.system"):
+        read(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pickles_that_are_no_annotations(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "clips.pkl"
+    for content, said in ((b"nothing", "not a readable pickle"), (pickle.dumps({"a": 1}), "holds no list")):
+        path.write_bytes(content)
+        with pytest.raises(TableError, match=said):
+            read(path)
+    path.write_bytes(pickle.dumps([("v", 0, 2, "x"), ("v", 1), ("v", "soon", 5, "y")]))
+    assert len(ClipTable.read(path)) == 1
+    assert "entry 2: " in caplog.text
+    assert "entry 3: start is 'soon'" in caplog.text
+
+
+def test_the_format_can_be_said_rather_than_guessed(tmp_path: Path) -> None:
+    path = tmp_path / "clips.data"
+    path.write_bytes(pickle.dumps([("v", 0, 2, "x")]))
+    assert len(read(path, format="pickle")) == 1
+    with pytest.raises(TableError):
+        read(path)
+
+
+def test_tabs_separate_columns_as_well(tmp_path: Path) -> None:
+    path = tmp_path / "clips.tsv"
+    path.write_text("video_id\tstart_second\tend_second\ttext\nv\t0\t2\tcuts, slowly\n")
+    assert clips(read(path)) == [("v", 0.0, 2.0, ("cuts, slowly",))]
