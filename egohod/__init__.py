@@ -1,1 +1,19 @@
 """EgoHOD: video-language pretraining on the fine-grained dynamics of hands and objects."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from egohod.api import create_model_and_transforms, load_clip
+
+__all__ = ["create_model_and_transforms", "load_clip"]
+
+
+def __getattr__(name: str) -> Any:
+    """The public functions, imported when first asked for: programs that need no model start fast."""
+    if name not in __all__:
+        raise AttributeError(f"module 'egohod' has no attribute '{name}'")
+    from egohod import api
+
+    return getattr(api, name)

@@ -201,8 +201,14 @@ class DataConfig:
 
 @dataclass
 class LossConfig:
-    """Symmetric InfoNCE over all processes."""
+    """Clips against narrations, over all processes."""
 
+    name: str = knob(
+        "infonce",
+        "infonce: symmetric cross-entropy over the batch, the published recipe; sigmoid: every pair judged by itself "
+        "(SigLIP), less sensitive to the batch size",
+        choices=("infonce", "sigmoid"),
+    )
     local_loss: bool = knob(
         True, "each process computes its own rows only: exact and cheapest together with gather_with_grad"
     )
@@ -211,6 +217,7 @@ class LossConfig:
     )
     temperature: float = knob(0.07, "start (and, if not learned, the fixed value) of the softmax temperature", above=0)
     learn_temperature: bool = knob(False, "upstream keeps 0.07")
+    bias: float = knob(-10.0, "sigmoid: start of the learned offset of all similarities, SigLIP's")
     max_logit_scale: float = knob(100.0, "a learned 1/temperature is clamped here, as in CLIP", above=0)
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from egohod.config import SourceConfig, UserError
+from egohod.data.sides import swap_sides
 from egohod.data.table import ClipRow, ClipTable
-from egohod.data.text import Tokenizer, choose_text, swap_sides, trim
+from egohod.data.text import Tokenizer, choose_text, trim
 from egohod.data.transforms import Box, center_crop, crop, flip, random_box
 from egohod.data.video import Opener, VideoError, VideoStore, choose_decoder
 

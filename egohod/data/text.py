@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -54,28 +53,3 @@ def choose_text(texts: Sequence[str], mode: str, rng: np.random.Generator) -> st
         return texts[0]
     assert mode == "random", mode
     return texts[int(rng.integers(len(texts)))]
-
-
-_SIDES = re.compile(
-    r"\b(?:(?P<side>left|right)(?P<tail>most|wards?|hand(?:ed)?)?|(?:(?P<counter>counter|anti)[- ]?)?clockwise)\b",
-    re.IGNORECASE,
-)
-
-
-def swap_sides(text: str) -> str:
-    """The narration of the mirrored clip: left and right change places, and so do the senses of rotation.
-
-    ``"leftmost"``, ``"right-hand"`` and the like follow; the case of the first letters is kept.
-    """
-    return _SIDES.sub(_mirror, text)
-
-
-def _mirror(match: re.Match[str]) -> str:
-    word = match.group()
-    if match["side"]:
-        mirrored = ("right" if match["side"].lower() == "left" else "left") + (match["tail"] or "")
-    else:
-        mirrored = "clockwise" if match["counter"] else "counter-clockwise"
-    if word.isupper():
-        return mirrored.upper()
-    return mirrored[0].upper() + mirrored[1:] if word[0].isupper() else mirrored

@@ -1,12 +1,28 @@
-"""Symmetric InfoNCE between the clips and the narrations of all processes."""
+"""Losses between the clips and the narrations of all processes."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss
 from torch import Tensor
 
 from egohod.config import LossConfig, UserError
+
+
+class Loss(Protocol):
+    """What the training step calls with the output of the dual encoder."""
+
+    def __call__(self, **output: Tensor) -> dict[str, Tensor]:
+        """Scalars ``loss`` and ``accuracy`` on the features' device."""
+        ...
+
+
+def build_loss(config: LossConfig, *, rank: int = 0, world_size: int = 1) -> Loss:
+    """The loss that ``config.name`` names."""
+    loss = SigmoidLoss if config.name == "sigmoid" else ContrastiveLoss
+    return loss(config, rank=rank, world_size=world_size)
 
 
 class ContrastiveLoss:
@@ -38,4 +54,26 @@ class ContrastiveLoss:
         labels = self._loss.get_ground_truth(by_video.device, by_video.shape[0])
         loss = (F.cross_entropy(by_video, labels) + F.cross_entropy(by_text, labels)) / 2
         accuracy = (by_video.detach().argmax(dim=1) == labels).float().mean()
+        return {"loss": loss, "accuracy": accuracy}
+
+
+class SigmoidLoss:
+    """Every pair of clip and narration judged by itself: belongs together or not (SigLIP, 2303.15343).
+
+    Each process judges its own clips against the narrations of all; the mean over the processes is the loss of the
+    joint batch.
+    """
+
+    def __init__(self, config: LossConfig | None = None, *, rank: int = 0, world_size: int = 1) -> None:
+        self._logits = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)
+
+    def __call__(
+        self, video_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor
+    ) -> dict[str, Tensor]:
+        """As :class:`ContrastiveLoss`, with an offset that all similarities share."""
+        logits, _ = self._logits.get_logits(video_features, text_features, logit_scale)
+        own = self._logits.get_ground_truth(logits.device, logits.shape[0])
+        together = 2 * F.one_hot(own, logits.shape[1]).to(logits.dtype) - 1
+        loss = -F.logsigmoid(together * (logits + logit_bias)).sum() / logits.shape[0]
+        accuracy = (logits.detach().argmax(dim=1) == own).float().mean()
         return {"loss": loss, "accuracy": accuracy}

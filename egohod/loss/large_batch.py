@@ -27,18 +27,18 @@ def cached_step(
     forward: Callable[[Batch], Features],
     model: nn.Module,
     micro_batches: Sequence[Batch],
-    loss_fn: Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]],
+    loss_fn: Callable[..., dict[str, Tensor]],
     scale: Callable[[Tensor], Tensor] = _unscaled,
 ) -> dict[str, Tensor]:
     """Add the gradient of the loss over all micro-batches (of all processes) to the parameters.
 
     Args:
-        forward: micro-batch -> ``video_features`` [b, E], ``text_features`` [b, E], ``logit_scale``; enters
-            autocast itself if wanted, so that the loss stays in float32.
+        forward: micro-batch -> ``video_features`` [b, E], ``text_features`` [b, E] and scalars that all chunks share
+            (``logit_scale``, ``logit_bias``); enters autocast itself if wanted, so that the loss stays in float32.
         model: what ``forward`` calls; under DistributedDataParallel gradients are averaged over the processes
             once, in the last backward pass.
         micro_batches: chunks of this process's batch, anything ``forward`` takes.
-        loss_fn: e.g. :class:`egohod.loss.contrastive.ContrastiveLoss`.
+        loss_fn: takes what ``forward`` gives by name, e.g. :class:`egohod.loss.contrastive.ContrastiveLoss`.
         scale: applied to the loss before its backward pass, e.g. ``GradScaler.scale``.
 
     Returns:
@@ -49,39 +49,37 @@ def cached_step(
     """
     assert micro_batches, "a step needs at least one micro-batch"
     if len(micro_batches) == 1:
-        output = forward(micro_batches[0])
-        result = loss_fn(output["video_features"], output["text_features"], output["logit_scale"])
+        result = loss_fn(**forward(micro_batches[0]))
         scale(result["loss"]).backward()
         return {name: value.detach() for name, value in result.items()}
 
-    videos, texts, states = [], [], []
+    outputs, states = [], []
     device = next(model.parameters()).device
     with torch.no_grad():
         for batch in micro_batches:
             states.append(_random_state(device))
-            output = forward(batch)
-            videos.append(output["video_features"])
-            texts.append(output["text_features"])
-    sizes = [len(video) for video in videos]
-    video = torch.cat(videos).requires_grad_()
-    text = torch.cat(texts).requires_grad_()
-    logit_scale = output["logit_scale"].detach().requires_grad_()
-    result = loss_fn(video, text, logit_scale)
+            outputs.append(forward(batch))
+    sizes = [len(output["video_features"]) for output in outputs]
+    # Features are joined; scalars are the same in every chunk.
+    joint = {
+        name: (torch.cat([output[name] for output in outputs]) if value.ndim else value).detach().requires_grad_()
+        for name, value in outputs[0].items()
+    }
+    result = loss_fn(**joint)
     scale(result["loss"]).backward()
-    assert video.grad is not None
-    assert text.grad is not None
-    assert logit_scale.grad is not None
+    pulls = {name: value.grad.split(sizes) for name, value in joint.items() if value.ndim and value.grad is not None}
+    shared = {name: value.grad for name, value in joint.items() if not value.ndim and value.grad is not None}
 
-    pulls = zip(video.grad.split(sizes), text.grad.split(sizes), strict=True)
-    for i, (batch, (video_grad, text_grad)) in enumerate(zip(micro_batches, pulls, strict=True)):
+    for i, batch in enumerate(micro_batches):
         last = i == len(micro_batches) - 1
         _set_random_state(device, states[i])
         with nullcontext() if last else _without_sync(model):
             output = forward(batch)
-            surrogate = (output["video_features"] * video_grad).sum() + (output["text_features"] * text_grad).sum()
-            if last and output["logit_scale"].requires_grad:
-                # The scale is shared by all chunks: its gradient is already whole and counts once.
-                surrogate = surrogate + output["logit_scale"] * logit_scale.grad
+            surrogate = torch.stack([(output[name] * pull[i]).sum() for name, pull in pulls.items()]).sum()
+            if last:
+                # Shared by all chunks: the gradient is already whole and counts once.
+                for name, gradient in shared.items():
+                    surrogate = surrogate + output[name] * gradient
             surrogate.backward()
     return {name: value.detach() for name, value in result.items()}
 

@@ -17,7 +17,10 @@ from egohod.model.video import VideoTransformer
 
 
 class DualEncoder(nn.Module):
-    """``visual``, ``textual`` and ``logit_scale`` = log(1 / temperature), named as in published checkpoints."""
+    """``visual``, ``textual`` and ``logit_scale`` = log(1 / temperature), named as in published checkpoints.
+
+    ``logit_bias`` exists only for the sigmoid loss.
+    """
 
     visual: VideoTransformer
     textual: TextTower
@@ -31,12 +34,14 @@ class DualEncoder(nn.Module):
         num_frames: int,
         temperature: float = 0.07,
         learn_temperature: bool = False,
+        bias: float | None = None,
     ) -> None:
         super().__init__()
         self.visual, self.textual = visual, textual
         self.geometry, self.num_frames = geometry, num_frames
         # A parameter even when fixed, so that it is saved with the weights.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)), requires_grad=learn_temperature)
+        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
 
     def encode_video(self, video: Tensor, normalize: bool = True) -> Tensor:
         """``video`` [B, 3, T, H, W], normalised pixels -> float32 [B, E]."""
@@ -47,12 +52,13 @@ class DualEncoder(nn.Module):
         return _finish(self.textual(tokens), normalize)
 
     def forward(self, video: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-        """Both features, normalised, and the scale of their similarities (1 / temperature)."""
-        return {
+        """Both features, normalised, and the scale (1 / temperature) and bias, if any, of their similarities."""
+        output = {
             "video_features": self.encode_video(video),
             "text_features": self.encode_text(tokens),
             "logit_scale": self.logit_scale.exp(),
         }
+        return output if self.logit_bias is None else output | {"logit_bias": self.logit_bias}
 
     def compile_towers(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """torch.compile both towers in place, without graph breaks; names in the state dict stay."""
@@ -110,4 +116,5 @@ def create_model(config: ModelConfig, loss: LossConfig | None = None) -> DualEnc
         num_frames=config.num_frames,
         temperature=loss.temperature,
         learn_temperature=loss.learn_temperature,
+        bias=loss.bias if loss.name == "sigmoid" else None,
     )

@@ -147,6 +147,17 @@ class CheckpointStore:
                 shutil.rmtree(path, ignore_errors=True)
 
 
+def open_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint folder, or the newest good checkpoint of a run folder. Raises :class:`CheckpointError`."""
+    store = CheckpointStore(path)
+    if not store.steps():
+        return read(path)
+    checkpoint = store.newest()
+    if checkpoint is None:
+        raise CheckpointError(f"{store.folder}: none of the checkpoints is readable")
+    return checkpoint
+
+
 def read(path: Path) -> Checkpoint:
     """Read one checkpoint folder and check it against its manifest.
 

@@ -19,8 +19,8 @@ from egohod.data.transforms import normalise
 from egohod.distributed import Distributed, pick_precision
 from egohod.model.egovideo import DualEncoder, create_model
 from egohod.model.flops import saved_bytes
-from egohod.model.weights import WeightReport, load_openai, load_state
-from egohod.training.checkpoint import CheckpointStore, read
+from egohod.model.weights import load_openai, load_state
+from egohod.training.checkpoint import open_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -46,19 +46,11 @@ def build_model(cfg: Config, dist: Distributed) -> DualEncoder:
     if weights.source == "openai":
         log.info("%s", load_openai(model, Path(str(weights.path))))
     elif weights.source == "checkpoint":
-        log.info("%s", _checkpoint_weights(model, Path(str(weights.path))))
+        checkpoint = open_checkpoint(Path(str(weights.path)))
+        log.info("%s", load_state(model, checkpoint.weights, str(checkpoint.path)))
     if cfg.model.compile:
         model.compile_towers()
     return model.to(dist.device)
-
-
-def _checkpoint_weights(model: DualEncoder, path: Path) -> WeightReport:
-    """Take over the weights of a checkpoint folder, or of the newest checkpoint of a run folder."""
-    store = CheckpointStore(path)
-    checkpoint = store.newest() if store.steps() else read(path)
-    if checkpoint is None:
-        raise UserError(f"{store.folder}: none of the checkpoints is readable")
-    return load_state(model, checkpoint.weights, str(checkpoint.path))
 
 
 def build_dataset(cfg: Config, size: int) -> ClipDataset:

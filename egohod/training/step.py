@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from egohod.config import Config
 from egohod.data.transforms import normalise
 from egohod.distributed import Distributed, pick_precision
-from egohod.loss.contrastive import ContrastiveLoss
+from egohod.loss.contrastive import build_loss
 from egohod.loss.large_batch import cached_step
 from egohod.model.egovideo import DualEncoder
 from egohod.training.optim import build_optimizer, build_schedule
@@ -31,7 +31,7 @@ class TrainStep:
         self._inner, self._cfg, self._device = model, cfg.train, dist.device
         self._dtype = pick_precision(cfg.train.precision, dist.device)
         self._seed = (cfg.train.seed, dist.rank)
-        self._loss = ContrastiveLoss(cfg.loss, rank=dist.rank, world_size=dist.world_size)
+        self._loss = build_loss(cfg.loss, rank=dist.rank, world_size=dist.world_size)
         self._max_log_scale = math.log(cfg.loss.max_logit_scale)
         self._optimizer = build_optimizer(model, cfg.train)
         self._schedule = build_schedule(self._optimizer, cfg.train, total_steps, steps_per_epoch)

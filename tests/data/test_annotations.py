@@ -11,9 +11,7 @@ import pytest
 from egohod.config import SourceConfig
 from egohod.data.table import ClipTable, TableError
 
-EGOCLIP = (
-    "video_uid\tvideo_dur\tnarration_source\tnarration_time\tclip_start\tclip_end\tclip_text\ttag_verb\ttag_noun\n"
-)
+EGOCLIP = "video_uid\tnarration_source\tnarration_time\tclip_start\tclip_end\tclip_text\ttag_verb\ttag_noun\n"
 
 
 def read(path: Path, **options: object) -> ClipTable:

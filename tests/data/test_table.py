@@ -174,7 +174,7 @@ def test_an_exclude_list_leaves_clips_out(tmp_path: Path) -> None:
     assert clips.report.left_out == {"on the exclude list": 1}
     for content, said in (
         ("video,start\n", "not an exclude list"),
-        ("video_id,start_second,end_second\nv,x,1\n", 'parse string "x" at position 0'),
+        ("video_id,start_second,end_second\nv,x,1\n", "parse string 'x' at position 0"),
     ):
         with pytest.raises(TableError, match=said):
             ClipTable.read(SourceConfig(metadata=str(path), exclude=str(write(exclude, content))))

@@ -1,12 +1,9 @@
-import csv
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from open_clip.tokenizer import SimpleTokenizer
 
-from egohod.data.text import Tokenizer, choose_text, swap_sides, trim
+from egohod.data.text import Tokenizer, choose_text, trim
 
 TEXTS = ["#C C moves the red cup", "a", "", "Ümläut & emoji \U0001f600 it's", "word " * 2000]
 
@@ -45,34 +42,3 @@ def test_choose_text() -> None:
     assert choose_text(("a", "b"), "first", rng) == "a"
     assert choose_text(("a", "b"), "concat", rng) == "a b"
     assert {choose_text(("a", "b"), "random", rng) for _ in range(50)} == {"a", "b"}
-
-
-@pytest.mark.parametrize(
-    ("text", "mirrored"),
-    [
-        ("#C C slides the cup to the left with the right hand", "#C C slides the cup to the right with the left hand"),
-        ("Left-hand side, leftmost and RIGHTWARDS", "Right-hand side, rightmost and LEFTWARDS"),
-        ("the left-handed cook", "the right-handed cook"),
-        ("circles clockwise", "circles counter-clockwise"),
-        ("turns it counter-clockwise, then anticlockwise", "turns it clockwise, then clockwise"),
-        ("the bright leftover copyright", "the bright leftover copyright"),
-    ],
-)
-def test_mirrored_captions(text: str, mirrored: str) -> None:
-    assert swap_sides(text) == mirrored
-
-
-def test_mirroring_real_narrations_of_hands(shared: Path) -> None:
-    folder = shared / "annotations"
-    texts = [
-        row["narration_en_hand_prompt"]
-        for path in sorted(folder.rglob("*.csv"))
-        if "narration_en_hand_prompt" in path.open(encoding="utf-8", errors="replace").readline()
-        for row in csv.DictReader(path.open(encoding="utf-8"))
-    ][:5000]
-    assert sum("left hand" in text.lower() for text in texts) > 10
-    for text in texts:
-        lower, mirrored = text.lower(), swap_sides(text).lower()
-        assert mirrored.count("left hand") == lower.count("right hand")
-        assert mirrored.count("right hand") == lower.count("left hand")
-        assert swap_sides(swap_sides(text)).lower().replace("-", "") == lower.replace("-", "")

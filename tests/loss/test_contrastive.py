@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from open_clip.loss import SigLipLoss
 
 from egohod.config import LossConfig, UserError
-from egohod.loss.contrastive import ContrastiveLoss
+from egohod.loss.contrastive import ContrastiveLoss, SigmoidLoss, build_loss
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = {
@@ -46,3 +47,24 @@ def test_the_biased_pair_is_refused() -> None:
     with pytest.raises(UserError, match=r"gather_with_grad=true.*biased"):
         ContrastiveLoss(LossConfig(local_loss=True, gather_with_grad=False))
     ContrastiveLoss(LossConfig(local_loss=False, gather_with_grad=False))
+
+
+def test_the_sigmoid_loss_is_siglips_with_its_gradients() -> None:
+    generator = torch.Generator().manual_seed(0)
+    video, text = (F.normalize(torch.randn(6, 16, generator=generator), dim=-1) for _ in range(2))
+    gradients = []
+    for loss_fn in (SigmoidLoss(), SigLipLoss()):
+        inputs = [video.clone(), text.clone(), torch.tensor(10.0), torch.tensor(-10.0)]
+        for each in inputs:
+            each.requires_grad_()
+        result = loss_fn(*inputs)
+        loss = result["loss"] if isinstance(result, dict) else result
+        loss.backward()
+        gradients.append([loss.detach(), *(each.grad for each in inputs)])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+def test_the_loss_is_chosen_by_its_name() -> None:
+    assert isinstance(build_loss(LossConfig()), ContrastiveLoss)
+    assert isinstance(build_loss(LossConfig(name="sigmoid")), SigmoidLoss)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from egohod.config import LossConfig
-from egohod.loss.contrastive import ContrastiveLoss
+from egohod.loss.contrastive import ContrastiveLoss, build_loss
 from egohod.loss.large_batch import cached_step
 from egohod.model.egovideo import DualEncoder
 from egohod.model.text import TextTower
@@ -23,9 +23,14 @@ from egohod.model.zoo import Geometry
 BATCH, FRAMES = 8, 2
 TINY = Geometry("TINY", 32, 16, 32, 2, 2, 32, 1, 2, 16, vocab_size=100)
 Batch = tuple[Tensor, Tensor]
+SIGMOID = LossConfig(name="sigmoid")
 
 
-def build(patch_dropout: float = 0.0, drop_path: float = 0.0) -> DualEncoder:
+def bias(config: LossConfig) -> float | None:
+    return config.bias if config.name == "sigmoid" else None
+
+
+def build(patch_dropout: float = 0.0, drop_path: float = 0.0, bias: float | None = None) -> DualEncoder:
     """A model small enough for many steps; the real vocabulary alone has six million weights."""
     torch.manual_seed(0)
     visual = VideoTransformer(
@@ -48,7 +53,7 @@ def build(patch_dropout: float = 0.0, drop_path: float = 0.0) -> DualEncoder:
         context_length=TINY.context_length,
         vocab_size=TINY.vocab_size,
     )
-    return DualEncoder(visual, textual, geometry=TINY, num_frames=FRAMES, learn_temperature=True)
+    return DualEncoder(visual, textual, geometry=TINY, num_frames=FRAMES, learn_temperature=True, bias=bias)
 
 
 def data() -> Batch:
@@ -81,9 +86,11 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
         torch.testing.assert_close(ours[name], gradient, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def joint(model: DualEncoder, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def joint(
+    model: DualEncoder, batch: Batch, loss_fn: Callable[..., dict[str, Tensor]] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Loss, accuracy and gradients of the whole batch in one graph."""
-    result = ContrastiveLoss()(**model(*batch))
+    result = (loss_fn or ContrastiveLoss())(**model(*batch))
     result["loss"].backward()
     return result, gradients(model)
 
@@ -97,6 +104,16 @@ def test_chunks_give_the_gradient_of_the_whole_batch(chunks: int) -> None:
     assert result["accuracy"] == expected["accuracy"]
     assert not result["loss"].requires_grad
     assert "logit_scale" in expected_gradients
+    assert_equal(gradients(model), expected_gradients)
+
+
+def test_the_sigmoid_loss_in_chunks_with_its_bias() -> None:
+    loss_fn = build_loss(SIGMOID)
+    expected, expected_gradients = joint(build(bias=SIGMOID.bias), data(), loss_fn)
+    model = build(bias=SIGMOID.bias)
+    result = cached_step(lambda batch: model(*batch), model, chunked(data(), 4), loss_fn)
+    torch.testing.assert_close(result["loss"], expected["loss"].detach(), atol=1e-5, rtol=0)
+    assert {"logit_scale", "logit_bias"} < expected_gradients.keys()
     assert_equal(gradients(model), expected_gradients)
 
 
@@ -145,19 +162,24 @@ def test_fixed_temperature_has_no_gradient() -> None:
     assert model.logit_scale.grad is None
 
 
-CASES = [(1, True), (2, True), (2, False)]
-"""Micro-batches per process, and whether each scores its own rows only."""
+CASES = {
+    "whole, local": (1, LossConfig()),
+    "chunks, local": (2, LossConfig()),
+    "chunks, global": (2, LossConfig(local_loss=False)),
+    "chunks, sigmoid": (2, SIGMOID),
+}
+"""Micro-batches per process and the loss."""
 
 
 def in_two_processes(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     share = tuple(part.chunk(2)[rank] for part in data())
-    for chunks, local_loss in CASES:
-        model = DistributedDataParallel(build())
-        loss_fn = ContrastiveLoss(LossConfig(local_loss=local_loss), rank=rank, world_size=2)
+    for case, (chunks, config) in CASES.items():
+        model = DistributedDataParallel(build(bias=bias(config)))
+        loss_fn = build_loss(config, rank=rank, world_size=2)
         result = cached_step(lambda batch, model=model: model(*batch), model, chunked(share, chunks), loss_fn)
-        torch.save({"gradients": gradients(model), **result}, folder / f"{chunks}-{local_loss}-{rank}.pt")
+        torch.save({"gradients": gradients(model), **result}, folder / f"{case}-{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -169,10 +191,11 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("chunks", "local_loss"), CASES)
-def test_two_processes_give_loss_and_gradients_of_one(two_processes: Path, chunks: int, local_loss: bool) -> None:
-    expected, expected_gradients = joint(build(), data())
-    results = [torch.load(two_processes / f"{chunks}-{local_loss}-{rank}.pt", weights_only=True) for rank in (0, 1)]
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_give_loss_and_gradients_of_one(two_processes: Path, case: str) -> None:
+    config = CASES[case][1]
+    expected, expected_gradients = joint(build(bias=bias(config)), data(), build_loss(config))
+    results = [torch.load(two_processes / f"{case}-{rank}.pt", weights_only=True) for rank in (0, 1)]
     for name in ("loss", "accuracy"):
         mean = torch.stack([result[name] for result in results]).mean()
         torch.testing.assert_close(mean, expected[name].detach(), atol=1e-5, rtol=0)
