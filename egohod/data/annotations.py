@@ -368,16 +368,14 @@ def _read_pickle(path: Path, source: SourceConfig, extra: Sequence[str] | None) 
     kept = [entry for entry, fine in zip(entries, good, strict=True) if fine]
     columns = pa.table(
         {
-            "video_id": pa.array([str(entry[0]) for entry in kept], pa.large_string()),
+            "video_id": _as_text([entry[0] for entry in kept]),
             # Several texts are written as in the csv: one list literal.
-            "text": pa.array(
-                [str(list(e[3])) if isinstance(e[3], (list, tuple)) else str(e[3]) for e in kept], pa.large_string()
-            ),
+            "text": _as_text([list(e[3]) if isinstance(e[3], (list, tuple)) else e[3] for e in kept]),
         }
     )
     return Annotations(
         columns=columns,
-        times=tuple(pa.chunked_array([pa.array([str(e[i]) for e in kept], pa.large_string())]) for i in (1, 2)),  # type: ignore[arg-type]
+        times=(_as_text([entry[1] for entry in kept]), _as_text([entry[2] for entry in kept])),
         numbers=np.flatnonzero(good) + 1,
         unit="entry",
         time_names=("start", "end"),
@@ -386,6 +384,10 @@ def _read_pickle(path: Path, source: SourceConfig, extra: Sequence[str] | None) 
             for i in np.flatnonzero(~np.array(good))
         ),
     )
+
+
+def _as_text(values: Sequence[Any]) -> pa.ChunkedArray:
+    return pa.chunked_array([pa.array(map(str, values), pa.large_string())])
 
 
 _READERS: dict[str, Callable[[Path, SourceConfig, Sequence[str] | None], Annotations]] = {

@@ -165,7 +165,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         text = choose_text(row.texts, source.list_text, rng)
         if not self.train:
             return View(row, frames, None, False, center_crop(frames, self.size), text)
-        box = random_box(*frames.shape[1:3], self._crop_scale_min, rng)
+        box = random_box(frames.shape[1], frames.shape[2], self._crop_scale_min, rng)
         video, flipped = crop(frames, box, self.size), rng.random() < self._flip
         if flipped:
             video, text = flip(video), swap_sides(text)

@@ -48,7 +48,7 @@ class BatchPlan:
     ) -> None:
         if size < batch_size:
             raise UserError(
-                f"a batch of {batch_size} clips, but there are only {size}; take a smaller train.global_batch_size"
+                f"a batch needs {batch_size} clips, but there are only {size}; lower train.global_batch_size"
             )
         self.size = size
         self.batch_size = batch_size

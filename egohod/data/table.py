@@ -223,18 +223,13 @@ def _judge(
     """Which entries can be used, bool [N], and how many cannot, by reason."""
     videos, texts = found.columns["video_id"], found.columns["text"]
 
-    def quoted(times: pa.ChunkedArray | np.ndarray, i: int) -> object:
-        return times[i].as_py() if isinstance(times, pa.ChunkedArray) else times[i]
+    def time(which: int) -> Callable[[int], str]:
+        name, times = found.time_names[which], found.times[which]
+        return lambda i: f"{name} is '{times[i]}', not a time in seconds or HH:MM:SS"
 
     complaints: list[tuple[str, np.ndarray, Callable[[int], str]]] = [
-        (
-            "no readable time",
-            np.isnan(values),
-            lambda i, name=name, times=times: f"{name} is '{quoted(times, i)}', not a time in seconds or HH:MM:SS",
-        )
-        for name, times, values in zip(found.time_names, found.times, (start, end), strict=True)
-    ]
-    complaints += [
+        ("no readable time", np.isnan(start), time(0)),
+        ("no readable time", np.isnan(end), time(1)),
         ("before the video begins", (end <= 0) & (start < 0), lambda i: f"the clip ends at {end[i]:g} s"),
         (
             "unsafe or empty video id",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss
@@ -10,13 +10,8 @@ from torch import Tensor
 
 from egohod.config import LossConfig, UserError
 
-
-class Loss(Protocol):
-    """What the training step calls with the output of the dual encoder."""
-
-    def __call__(self, **output: Tensor) -> dict[str, Tensor]:
-        """Scalars ``loss`` and ``accuracy`` on the features' device."""
-        ...
+Loss = Callable[..., dict[str, Tensor]]
+"""Takes the output of the dual encoder by name; gives scalars ``loss`` and ``accuracy`` on the features' device."""
 
 
 def build_loss(config: LossConfig, *, rank: int = 0, world_size: int = 1) -> Loss:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from egohod.loss.contrastive import Loss
+
 Batch = TypeVar("Batch")
 Features = Mapping[str, Tensor]
 
@@ -27,7 +29,7 @@ def cached_step(
     forward: Callable[[Batch], Features],
     model: nn.Module,
     micro_batches: Sequence[Batch],
-    loss_fn: Callable[..., dict[str, Tensor]],
+    loss_fn: Loss,
     scale: Callable[[Tensor], Tensor] = _unscaled,
 ) -> dict[str, Tensor]:
     """Add the gradient of the loss over all micro-batches (of all processes) to the parameters.

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from egohod.config import UserError
-from egohod.data.loader import BatchPlan, ClipLoader, LoaderError, eval_loader, train_loader
+from egohod.data.loader import BatchPlan, ClipLoader, LoaderError, MixedPlan, eval_loader, shares, train_loader
 from tests.support import Command
 
 
@@ -99,6 +99,30 @@ def test_groups_change_from_epoch_to_epoch() -> None:
 def test_more_clips_in_a_batch_than_there_are() -> None:
     with pytest.raises(UserError, match=r"batch needs 8 clips, but there are only 7; lower train.global_batch_size"):
         BatchPlan(7, 8, 0)
+
+
+def test_shares_of_a_batch_are_whole_clips_by_weight() -> None:
+    assert shares([3, 1], 8) == [6, 2]
+    assert shares([1, 1, 1], 8) == [3, 3, 2]
+    assert sum(shares([0.613, 0.2, 0.187], 2048)) == 2048
+    with pytest.raises(UserError, match=r"weight 0.01 out of 1.01 gets no clip of a batch of 8"):
+        shares([1, 0.01], 8)
+
+
+def test_a_mixed_batch_holds_its_share_of_each_source_whatever_their_sizes() -> None:
+    plan = MixedPlan([BatchPlan(100, 6, 0), BatchPlan(5, 2, 0)], [0, 100], seed=0)
+    assert (plan.batch_size, plan.steps_per_epoch) == (8, 13)
+    seen: list[tuple[int, int]] = []
+    for step in range(20):
+        keys = plan.keys(step)
+        assert keys.shape == (8, 2)
+        assert (keys[:, 1] >= 100).sum() == 2
+        assert np.array_equal(keys, MixedPlan([BatchPlan(100, 6, 0), BatchPlan(5, 2, 0)], [0, 100], 0).keys(step))
+        seen += [(int(epoch), int(clip)) for epoch, clip in keys if clip >= 100]
+    # The small source goes through epochs of its own, so that its clips are drawn anew each time.
+    assert len(set(seen)) == len(seen) == 40
+    assert {epoch for epoch, _ in seen} == set(range(10))
+    assert any((plan.keys(step)[:6, 1] >= 100).any() for step in range(4)), "sources must be shuffled"
 
 
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (2, 1), (1, 2), (2, 4)])
