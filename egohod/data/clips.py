@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from egohod.config import SourceConfig, UserError
+from egohod.data.decoders import choose_decoder
+from egohod.data.files import LocalCache
 from egohod.data.table import ClipRow, ClipTable
 from egohod.data.text import Tokenizer, choose_text, swap_sides, trim
 from egohod.data.transforms import center_crop, flip, random_crop
-from egohod.data.video import VideoError, VideoStore, choose_decoder
+from egohod.data.video import VideoError, VideoStore
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         num_frames: int,
         tokenizer: Tokenizer,
         decoder: str = "auto",
+        cache: LocalCache | None = None,
         seed: int = 0,
         train: bool = False,
         crop_scale_min: float = 0.5,
@@ -66,7 +69,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         self._crop_scale_min = crop_scale_min
         self._flip = flip
         self._stores = {
-            name: VideoStore(root, source.layout, source.chunk_seconds, opener)
+            name: VideoStore(root, source.layout, source.chunk_seconds, opener, cache)
             for name, root in _roots(table, source).items()
         }
 
