@@ -9,9 +9,10 @@ import numpy as np
 from torch import Tensor
 
 from egohod.config import LossConfig, ModelConfig, UserError
+from egohod.data.decoders import choose_decoder
 from egohod.data.text import Tokenizer
 from egohod.data.transforms import center_crop, normalise
-from egohod.data.video import choose_decoder, read_clip
+from egohod.data.video import read_clip
 from egohod.model.egovideo import DualEncoder, create_model
 from egohod.model.weights import load_openai, load_state
 from egohod.training.checkpoint import open_checkpoint
@@ -69,4 +70,4 @@ def load_clip(path: str | Path, start: float, end: float, frames: int, decoder: 
     """
     if not 0 <= start < end or frames < 1:
         raise UserError(f"{path}: a clip needs 0 <= start < end and a frame, not {start}, {end} and {frames}")
-    return read_clip(choose_decoder(decoder)[1], Path(path), start, end, frames)
+    return read_clip(choose_decoder(decoder)[1], Path(path), str(path), start, end, frames)

@@ -154,14 +154,15 @@ class SourceConfig:
         "null: all clips are drawn alike",
         low=0,
     )
-    root: str = knob("", "folder of the videos")
+    root: str = knob("", "folder of the videos, or an fsspec URI such as s3://bucket/prefix")
     dataset_roots: dict[str, str] = knob(
         {}, "folders for rows whose dataset column says so, e.g. {ego4d: /data/ego4d}; all others use root"
     )
     layout: str = knob(
         "auto",
-        "chunks is root/<video>/<0000>.mp4, whole is root/<video>.mp4; auto looks at what is there",
-        choices=("auto", "chunks", "whole"),
+        "chunks is root/<video>/<0000>.mp4, avion is root/<video>.mp4/<start second>.mp4, whole is root/<video>.mp4; "
+        "auto looks at what is there",
+        choices=("auto", "chunks", "avion", "whole"),
     )
     chunk_seconds: float = knob(15.0, "length of a chunk; upstream's Ego4D and HowTo100M chunks have 15 s", above=0)
     list_text: str = knob(
@@ -182,6 +183,10 @@ class DataConfig:
         "auto takes the fastest that loads (pyav, then torchcodec, then decord) and says which",
         choices=("auto", "torchcodec", "pyav", "decord"),
     )
+    cache: str | None = knob(
+        None, "folder on a local disk that keeps files of remote roots (those up to 64 MB); null keeps none"
+    )
+    cache_gb: float = knob(50.0, "size of data.cache in GB (1e9 bytes); what was used longest ago goes first", above=0)
     workers: int = knob(8, "decoding processes per training process; 0 decodes in the training process", low=0)
     prefetch: int = knob(2, "batches each worker holds ready", low=1)
     pin_memory: bool = knob(

@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from egohod.config import SourceConfig, UserError
+from egohod.data.decoders import Opener, choose_decoder
+from egohod.data.files import LocalCache
 from egohod.data.sides import swap_sides
 from egohod.data.table import ClipRow, ClipTable
 from egohod.data.text import Tokenizer, choose_text, trim
 from egohod.data.transforms import Box, center_crop, crop, flip, random_box
-from egohod.data.video import Opener, VideoError, VideoStore, choose_decoder
+from egohod.data.video import VideoError, VideoStore
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +34,11 @@ Key = int | tuple[int, int]
 class ClipSource:
     """One annotation table with the folders its videos lie in."""
 
-    def __init__(self, table: ClipTable, config: SourceConfig, opener: Opener) -> None:
+    def __init__(self, table: ClipTable, config: SourceConfig, opener: Opener, cache: LocalCache | None) -> None:
         self.table = table
         self.list_text = config.list_text
         self._stores = {
-            name: VideoStore(root, config.layout, config.chunk_seconds, opener)
+            name: VideoStore(root, config.layout, config.chunk_seconds, opener, cache)
             for name, root in _roots(table, config).items()
         }
 
@@ -97,6 +99,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         num_frames: int,
         tokenizer: Tokenizer,
         decoder: str = "auto",
+        cache: LocalCache | None = None,
         seed: int = 0,
         train: bool = False,
         crop_scale_min: float = 0.5,
@@ -107,7 +110,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         self.num_frames = num_frames
         self.train = train
         self.decoder, opener = choose_decoder(decoder)
-        self.sources = [ClipSource(table, config, opener) for table, config in sources]
+        self.sources = [ClipSource(table, config, opener, cache) for table, config in sources]
         self.starts = np.cumsum([0, *(len(source.table) for source in self.sources)])
         """Number of the first clip of each source, and the number of all clips."""
         self._tokenizer = tokenizer

@@ -1,362 +1,92 @@
-"""Opening videos: layouts on disk, chunk stitching, and three decoders behind one protocol.
-
-Times are seconds from a file's first frame. A frame is on display from its own time stamp until the next frame's;
-reading at a time gives the frame on display, so variable frame rates need no special case.
-"""
+"""Videos below a root: where each one lies, and clips that cross the borders of its chunks."""
 
 from __future__ import annotations
 
-import functools
-import importlib
-import re
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 
-from egohod.config import UserError
+from egohod.data.decoders import Decoder, Opener
+from egohod.data.files import LocalCache, Recent, Source, VideoError, open_root
 from egohod.data.frames import frame_times, segment_indices
 
+__all__ = ["VideoError", "VideoStore", "read_clip"]
+
+LAYOUTS = ("chunks", "avion", "whole")
 ENDINGS = (".mp4", ".MP4")
-# A file whose pictures end this much before its header says was cut off.
-_MISSING_SECONDS = 1.0
-_PEEK_BYTES = 1 << 20
 
 
-class VideoError(UserError):
-    """A video, or a part of one, that cannot be read; the message names the file and the reason."""
+class _Place(NamedTuple):
+    """How a video's files are called."""
+
+    layout: str
+    ending: str
+
+    def folder(self, video: str) -> str:
+        """Where the chunks of a video lie."""
+        return f"{video}{self.ending}" if self.layout == "avion" else video
+
+    def key(self, video: str, number: int, seconds: float) -> str:
+        """The file that holds chunk ``number`` of a video, each ``seconds`` long."""
+        if self.layout == "whole":
+            return f"{video}{self.ending}"
+        # Chunks are called by their number, AVION's by the second they start at.
+        name = f"{number:04d}" if self.layout == "chunks" else f"{number * seconds:.10g}"
+        return f"{self.folder(video)}/{name}{self.ending}"
+
+    def number(self, name: str, seconds: float) -> int:
+        """The number of the chunk in the file ``name``, -1 if it is none."""
+        stem, dot, ending = name.rpartition(".")
+        if dot + ending not in ENDINGS:
+            return -1
+        if self.layout == "chunks":
+            return int(stem) if stem.isdecimal() else -1
+        return round(float(stem) / seconds) if stem.replace(".", "", 1).isdecimal() else -1
 
 
-class Decoder(Protocol):
-    """An open video file."""
+def read_clip(
+    opener: Opener,
+    source: Source,
+    name: str,
+    start: float,
+    end: float,
+    num_frames: int,
+    rng: np.random.Generator | None = None,
+) -> np.ndarray:
+    """``num_frames`` frames of [start, end) seconds of one file -> uint8 RGB [num_frames, H, W, 3].
 
-    fps: float
-    """Average frames per second."""
-    duration: float
-    """Seconds from the first frame to the end of the last."""
-
-    def read_at(self, seconds: np.ndarray) -> np.ndarray:
-        """Frames on display at ``seconds`` float64 [n], clamped to the file's ends -> uint8 RGB [n, H, W, 3].
-
-        Raises :class:`VideoError` if they cannot be decoded.
-        """
-        ...
-
-    def close(self) -> None:
-        """Let the file go."""
-        ...
-
-
-Opener = Callable[[Path], Decoder]
-
-
-# --------------------------------------------------------------------------------------------------
-# Decoders
-# --------------------------------------------------------------------------------------------------
-
-
-class PyavDecoder:
-    """PyAV: FFmpeg from a wheel. Decodes only what the wanted frames need, which makes it the fastest here.
-
-    Packets are read first and decoded second. So it is known which frames are wanted before any is decoded, and
-    FFmpeg can leave out frames that no other frame refers to (most B-frames), the rest of a group of pictures after
-    its last wanted frame, and whole groups without one. The frames that remain are the same, bit for bit.
+    ``name`` is what messages call the file; see :meth:`VideoStore.read`.
     """
-
-    def __init__(self, path: Path) -> None:
-        self._av = importlib.import_module("av")
-        self._path = path
-        try:
-            self._container = self._av.open(str(path))
-        except (self._av.FFmpegError, OSError) as error:
-            raise VideoError(_why_not_a_video(path, error)) from error
-        if not self._container.streams.video:
-            sound = bool(self._container.streams.audio)
-            self._container.close()
-            raise VideoError(f"{path}: has no picture, only sound" if sound else f"{path}: has no picture")
-        self._stream = self._container.streams.video[0]
-        self._codec = self._stream.codec_context
-        # One thread: the loader's processes share the cores already.
-        self._codec.thread_count = 1
-        self._reformatter = importlib.import_module("av.video.reformatter").VideoReformatter()
-        self._start = self._stream.start_time or 0
-        self._tick = float(self._stream.time_base)
-        rate = self._stream.average_rate or self._stream.guessed_rate
-        length = self._stream.duration
-        if not rate or not self._codec.width:
-            self.close()
-            raise VideoError(f"{path}: not a video or damaged: no frame rate or picture size")
-        self.fps = float(rate)
-        if length is not None:
-            self.duration = length * self._tick
-        else:
-            self.duration = (self._container.duration or 0) / 1e6
-
-    def read_at(self, seconds: np.ndarray) -> np.ndarray:
-        """See :class:`Decoder`."""
-        # The small step up keeps a time that equals a time stamp from falling before it by rounding.
-        ticks = np.floor(np.maximum(seconds, 0) / self._tick + 1e-3).astype(np.int64) + self._start
-        try:
-            packets = self._packets(int(ticks.min()), int(ticks.max()))
-            shown = np.sort([packet.pts for packet in packets])
-            wanted = shown[np.maximum(np.searchsorted(shown, ticks, side="right") - 1, 0)].tolist()
-            frames = self._decode(packets, set(wanted))
-        except (self._av.FFmpegError, OSError) as error:
-            raise VideoError(f"{self._path}: cannot be decoded: {_one_line(error)}") from error
-        missing = [pts for pts in wanted if pts not in frames]
-        if missing:
-            raise VideoError(f"{self._path}: damaged, no picture at {(missing[0] - self._start) * self._tick:.2f} s")
-        return np.stack([frames[pts] for pts in wanted])
-
-    def close(self) -> None:
-        """See :class:`Decoder`."""
-        self._container.close()
-
-    def _packets(self, first: int, last: int) -> list[_Packet]:
-        """The packets, in the order of decoding, that hold all frames shown from ``first`` to ``last``."""
-        target = first
-        while True:
-            self._container.seek(target, stream=self._stream, backward=True)
-            packets, complete = [], False
-            for data in self._container.demux(self._stream):
-                pts, dts = data.pts, data.dts
-                if pts is None or not data.size:
-                    continue
-                # Decoding times ascend and are never after the time of display: nothing further can be shown in time.
-                if dts is not None and dts > last:
-                    complete = True
-                    break
-                packets.append(_Packet(pts, data.is_keyframe, data))
-            if not packets:
-                raise VideoError(f"{self._path}: truncated, no pictures at {(first - self._start) * self._tick:.2f} s")
-            if not complete:
-                self._check_end(packets[-1].data)
-            # Decoding must begin at a key frame shown no later than the first wanted one. The seek goes by decoding
-            # times and may lead to a later one.
-            if packets[0].pts <= first or target <= self._start:
-                return packets
-            target = max(self._start, min(target, packets[0].pts) - round(1 / self._tick))
-
-    def _check_end(self, last: Any) -> None:
-        """Compare the last packet there is with what the header promises."""
-        end = (last.pts + (last.duration or 0) - self._start) * self._tick
-        if end < self.duration - _MISSING_SECONDS:
-            raise VideoError(f"{self._path}: truncated, the pictures end at {end:.2f} s of {self.duration:.2f} s")
-
-    def _decode(self, packets: Sequence[_Packet], wanted: set[int]) -> dict[int, np.ndarray]:
-        """The frames with the time stamps ``wanted``, as RGB."""
-        frames: dict[int, np.ndarray] = {}
-        codec, skipping = self._codec, None
-        codec.flush_buffers()
-        for group, whole in _needed_groups(packets, wanted):
-            left = sum(packet.pts in wanted for packet in group)
-            for packet in group:
-                hit = packet.pts in wanted
-                if skipping is not (not hit):
-                    skipping = not hit
-                    codec.skip_frame = "NONREF" if skipping else "DEFAULT"
-                for frame in codec.decode(packet.data):
-                    if frame.pts in wanted:
-                        frames[frame.pts] = self._rgb(frame)
-                left -= hit
-                if not left and not whole:
-                    break
-            if not whole:
-                # Empties the decoder and makes it ready for a new start, as after a seek.
-                frames |= {frame.pts: self._rgb(frame) for frame in codec.decode(None) if frame.pts in wanted}
-                codec.flush_buffers()
-        return frames
-
-    def _rgb(self, frame: Any) -> np.ndarray:
-        """A view of the converted picture [H, W, 3]; it keeps the picture alive."""
-        plane = self._reformatter.reformat(frame, format="rgb24", threads=1).planes[0]
-        rows = np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)
-        return rows[:, : plane.width * 3].reshape(plane.height, plane.width, 3)
-
-
-class _Packet(NamedTuple):
-    """A compressed picture with its time of display in ticks."""
-
-    pts: int
-    is_key: bool
-    data: Any
-
-
-def _needed_groups(packets: Sequence[_Packet], wanted: set[int]) -> list[tuple[Sequence[_Packet], bool]]:
-    """Groups of pictures (key frame first) that hold a wanted frame, or lead into one that needs them.
-
-    The flag says that a group must be decoded to its end: the next group has wanted frames that are shown before
-    its key frame, and those refer back (open groups of pictures).
-    """
-    starts = [0, *(i for i, packet in enumerate(packets) if packet.is_key and i)]
-    groups = [packets[a:b] for a, b in zip(starts, [*starts[1:], len(packets)], strict=True)]
-    needed: list[tuple[Sequence[_Packet], bool]] = []
-    whole = False
-    for group in reversed(groups):
-        if whole or any(packet.pts in wanted for packet in group):
-            needed.append((group, whole))
-            whole = any(packet.pts in wanted and packet.pts < group[0].pts for packet in group)
-    return needed[::-1]
-
-
-class TorchcodecDecoder:
-    """torchcodec: needs FFmpeg's shared libraries on the machine."""
-
-    def __init__(self, path: Path) -> None:
-        decoders = importlib.import_module("torchcodec.decoders")
-        self._path = path
-        try:
-            self._decoder = decoders.VideoDecoder(str(path), dimension_order="NHWC", num_ffmpeg_threads=1)
-        except (RuntimeError, ValueError, TypeError, OSError) as error:
-            raise VideoError(_why_not_a_video(path, error)) from error
-        meta = self._decoder.metadata
-        if not meta.average_fps or not len(self._decoder):
-            raise VideoError(f"{path}: not a video or damaged: no frame rate or no pictures")
-        self.fps = float(meta.average_fps)
-        self._begin = float(meta.begin_stream_seconds)
-        self._end = float(meta.end_stream_seconds)
-        self.duration = self._end - self._begin
-        header = meta.duration_seconds_from_header
-        if header is not None and self.duration < header - _MISSING_SECONDS:
-            raise VideoError(f"{path}: truncated, the pictures end at {self.duration:.2f} s of {header:.2f} s")
-
-    def read_at(self, seconds: np.ndarray) -> np.ndarray:
-        """See :class:`Decoder`."""
-        times = np.clip(seconds + self._begin, self._begin, np.nextafter(self._end, 0))
-        try:
-            return self._decoder.get_frames_played_at(times.tolist()).data.numpy()
-        except (RuntimeError, IndexError, ValueError) as error:
-            raise VideoError(f"{self._path}: cannot be decoded: {_one_line(error)}") from error
-
-    def close(self) -> None:
-        """See :class:`Decoder`."""
-        del self._decoder
-
-
-class DecordDecoder:
-    """decord: what this field used first; kept for machines that have it."""
-
-    def __init__(self, path: Path) -> None:
-        decord = importlib.import_module("decord")
-        self._path = path
-        self._error = decord.DECORDError
-        try:
-            self._reader = decord.VideoReader(str(path), num_threads=1)
-            self.fps = float(self._reader.get_avg_fps())
-            self._starts = self._reader.get_frame_timestamp(range(len(self._reader)))[:, 0].astype(np.float64)
-        except (self._error, RuntimeError, IndexError, OSError) as error:
-            raise VideoError(_why_not_a_video(path, error)) from error
-        if not len(self._starts):
-            raise VideoError(f"{path}: holds no pictures")
-        self._starts -= self._starts[0]
-        self.duration = float(self._starts[-1]) + 1 / self.fps
-
-    def read_at(self, seconds: np.ndarray) -> np.ndarray:
-        """See :class:`Decoder`."""
-        # decord's time stamps are float32: a millisecond up keeps a frame's own time from falling before it.
-        places = np.maximum(np.searchsorted(self._starts, seconds + 1e-3, side="right") - 1, 0)
-        try:
-            return self._reader.get_batch(places.tolist()).asnumpy()
-        except (self._error, RuntimeError, IndexError) as error:
-            raise VideoError(f"{self._path}: cannot be decoded: {_one_line(error)}") from error
-
-    def close(self) -> None:
-        """See :class:`Decoder`."""
-        del self._reader
-
-
-# Fastest first, see docs/benchmarks.md.
-_DECODERS: dict[str, tuple[Opener, str, str]] = {
-    "pyav": (PyavDecoder, "av", "pip install av"),
-    "torchcodec": (
-        TorchcodecDecoder,
-        "torchcodec.decoders",
-        "pip install torchcodec, and FFmpeg's shared libraries: apt-get install ffmpeg",
-    ),
-    "decord": (DecordDecoder, "decord", "pip install decord"),
-}
-
-
-def choose_decoder(name: str = "auto") -> tuple[str, Opener]:
-    """The decoder called ``name``, or for ``auto`` the fastest that loads, as (name, function that opens a file).
-
-    Raises :class:`UserError` with the command that installs what is missing.
-    """
-    missing = []
-    for candidate in _DECODERS if name == "auto" else [name]:
-        if candidate not in _DECODERS:
-            raise UserError(f"data.decoder is '{name}', but must be auto, {', '.join(_DECODERS)}")
-        opener, module, cure = _DECODERS[candidate]
-        why = _cannot_import(module)
-        if why is None:
-            return candidate, opener
-        missing.append(f"{candidate} does not load ({why}); cure: {cure}")
-    raise UserError("data.decoder=" + name + ": " + "; ".join(missing))
-
-
-@functools.cache
-def _cannot_import(module: str) -> str | None:
+    decoder = opener(source, name)
     try:
-        importlib.import_module(module)
-    except Exception as error:  # a library that fails to load raises many kinds
-        return _one_line(error)
-    return None
-
-
-def _why_not_a_video(path: Path, error: Exception) -> str:
-    try:
-        if not path.is_file():
-            return f"{path}: no such file"
-        with path.open("rb") as file:
-            head = file.read(12)
-        if not head:
-            return f"{path}: the file has zero bytes"
-    except OSError as problem:
-        return f"{path}: cannot be opened: {problem.strerror}"
-    if head[4:8] == b"ftyp" and _has_only_sound(path):
-        return f"{path}: has no picture, only sound"
-    what = "truncated or damaged video" if head[4:8] == b"ftyp" else "not a video"
-    return f"{path}: {what} ({_one_line(error)})"
-
-
-def _has_only_sound(path: Path) -> bool:
-    """Whether an MP4's handlers name sound but no picture; some decoders say nothing better than 'cannot open'."""
-    with path.open("rb") as file:
-        # The table of contents stands at one end of the file or the other.
-        ends = file.read(_PEEK_BYTES)
-        file.seek(max(0, path.stat().st_size - _PEEK_BYTES))
-        ends += file.read()
-    return set(re.findall(rb"hdlr.{8}(vide|soun)", ends, re.DOTALL)) == {b"soun"}
-
-
-def _one_line(error: BaseException) -> str:
-    """What a library has to say, without the places in its source."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return re.sub(r"^.*\.(cpp|cc):\d+[,:]\s*", "", " ".join(text.split()))[:200]
-
-
-# --------------------------------------------------------------------------------------------------
-# Videos on disk
-# --------------------------------------------------------------------------------------------------
+        if start >= decoder.duration:
+            raise VideoError(f"{name}: the clip begins at {start:.2f} s, the video ends at {decoder.duration:.2f} s")
+        return decoder.read_at(_times(start, min(end, decoder.duration), num_frames, decoder.fps, rng))
+    finally:
+        decoder.close()
 
 
 class VideoStore:
-    """The videos under one folder.
+    """The videos below ``root``, a local folder or an fsspec URI (see :func:`~egohod.data.files.open_root`).
 
-    Layouts: ``whole`` is ``root/<video>.mp4``; ``chunks`` is ``root/<video>/<0000>.mp4`` with the number of the chunk,
-    each ``chunk_seconds`` long; ``auto`` takes for each video what is there. Raises :class:`UserError` if ``root`` is
-    no folder.
+    Layouts: ``whole`` is ``root/<video>.mp4``; ``chunks`` is ``root/<video>/<0000>.mp4`` with the number of the chunk;
+    ``avion`` is ``root/<video>.mp4/<0>.mp4`` with the second at which the chunk starts; chunks are ``chunk_seconds``
+    long. ``auto`` takes for each video what is there. ``cache`` keeps files of a remote root. Raises
+    :class:`~egohod.config.UserError` if ``root`` is no folder.
     """
 
-    def __init__(self, root: str | Path, layout: str, chunk_seconds: float, opener: Opener) -> None:
-        assert layout in ("auto", "chunks", "whole"), layout
-        self.root = Path(root)
-        if not str(root) or not self.root.is_dir():
-            raise UserError(f"{root or '(empty)'}: no such video folder")
-        self._layout = layout
+    def __init__(
+        self, root: str | Path, layout: str, chunk_seconds: float, opener: Opener, cache: LocalCache | None = None
+    ) -> None:
+        assert layout in ("auto", *LAYOUTS), layout
+        self.root = root
+        self._files = open_root(root, cache)
         self._chunk_seconds = chunk_seconds
         self._opener = opener
+        layouts = LAYOUTS if layout == "auto" else (layout,)
+        self._places = [_Place(name, ending) for name in layouts for ending in ENDINGS]
+        self._place_of: Recent[str, _Place] = Recent(65536)
 
     def read(
         self, video_id: str, start: float, end: float, num_frames: int, rng: np.random.Generator | None = None
@@ -364,61 +94,90 @@ class VideoStore:
         """``num_frames`` frames of [start, end) seconds, one per equal segment -> uint8 RGB [num_frames, H, W, 3].
 
         See :func:`~egohod.data.frames.segment_indices` for ``rng``. A clip that runs beyond the video's end is cut
-        there; one that begins beyond it, or a file that cannot be read, raises :class:`VideoError`.
+        there; one that begins beyond it, or a file that cannot be read, raises :class:`VideoError`. Storage that
+        cannot be used at all raises :class:`~egohod.data.files.StorageError`.
         """
-        folder = self._folder(video_id)
+        video = self._checked(video_id)
+        first = int(start // self._chunk_seconds)
         try:
-            if self._layout == "chunks" or (self._layout == "auto" and folder.is_dir()):
-                return self._read_chunks(folder, start, end, num_frames, rng)
-            return self._read_file(self._existing(folder), start, end, num_frames, rng)
+            place, source = self._find(video, first)
+            if place.layout == "whole":
+                return read_clip(self._opener, source, self._name(place, video, 0), start, end, num_frames, rng)
+            return self._read_chunks(place, video, first, source, start, end, num_frames, rng)
         except OSError as error:  # a name too long for the file system, a folder that may not be entered
-            raise VideoError(f"{folder}: cannot be read: {error.strerror or error}") from error
+            raise VideoError(f"{self._files.name_of(video)}: cannot be read: {error.strerror or error}") from error
 
-    def _folder(self, video_id: str) -> Path:
-        parts = Path(video_id).parts
-        if not parts or Path(video_id).is_absolute() or ".." in parts or "\0" in video_id:
+    def _checked(self, video_id: str) -> str:
+        path = PurePosixPath(video_id)
+        if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in video_id:
             raise VideoError(f"video id '{video_id}' leads out of {self.root}")
-        return self.root / video_id
+        return str(path)
 
-    def _existing(self, stem: Path) -> Path:
-        for ending in ENDINGS:
-            path = stem.with_name(stem.name + ending)
-            if path.is_file():
-                return path
-        raise VideoError(f"{stem}{ENDINGS[0]}: no such file")
+    def _name(self, place: _Place, video: str, number: int) -> str:
+        return self._files.name_of(place.key(video, number, self._chunk_seconds))
 
-    def _read_file(
-        self, path: Path, start: float, end: float, num_frames: int, rng: np.random.Generator | None
-    ) -> np.ndarray:
-        decoder = self._opener(path)
-        try:
-            if start >= decoder.duration:
-                raise VideoError(
-                    f"{path}: the clip begins at {start:.2f} s, the video ends at {decoder.duration:.2f} s"
-                )
-            return decoder.read_at(_times(start, min(end, decoder.duration), num_frames, decoder.fps, rng))
-        finally:
-            decoder.close()
+    def _open(self, place: _Place, video: str, number: int) -> Source:
+        key = place.key(video, number, self._chunk_seconds)
+        return self._files.open(key, size_first=place.layout == "whole")
+
+    def _find(self, video: str, number: int) -> tuple[_Place, Source]:
+        """Where the video lies, and its chunk ``number``."""
+        known = self._place_of.get(video)
+        for place in self._places if known is None else [known, *(each for each in self._places if each != known)]:
+            try:
+                source = self._open(place, video, number)
+            except FileNotFoundError:
+                continue
+            # On a disk the order stays fixed; elsewhere a wrong guess costs a round trip, and the next video most
+            # likely lies as this one does.
+            if self._files.costly:
+                self._place_of.put(video, place)
+                self._places.sort(key=lambda each: each != place)
+            return place, source
+        chunked = [place for place in self._places if place.layout != "whole"]
+        # The file to name: the chunk, if the video has others.
+        whole = [place for place in self._places if place.layout == "whole"]
+        likely = [place for place in chunked if self._last(place, video) >= 0] + whole + chunked
+        raise VideoError(f"{self._name(likely[0], video, number)}: no such file")
+
+    def _last(self, place: _Place, video: str) -> int:
+        """The number of the last chunk there is, -1 if there is none."""
+        names = self._files.names(place.folder(video))
+        return max((place.number(name, self._chunk_seconds) for name in names), default=-1)
 
     def _read_chunks(
-        self, folder: Path, start: float, end: float, num_frames: int, rng: np.random.Generator | None
+        self,
+        place: _Place,
+        video: str,
+        first: int,
+        source: Source,
+        start: float,
+        end: float,
+        num_frames: int,
+        rng: np.random.Generator | None,
     ) -> np.ndarray:
+        """A clip that begins in chunk ``first``, which is open as ``source``."""
         length = self._chunk_seconds
-        first = int(start // length)
         # A clip that ends where a chunk begins does not touch that chunk.
         last = max(first, int(np.ceil(end / length)) - 1)
         if first == last:
             offset = first * length
-            return self._read_file(self._chunk(folder, first), start - offset, end - offset, num_frames, rng)
+            name = self._name(place, video, first)
+            return read_clip(self._opener, source, name, start - offset, end - offset, num_frames, rng)
         decoders: dict[int, Decoder] = {}
         try:
             for number in range(first, last + 1):
-                if number > first and self._is_beyond_end(folder, number):
-                    break
-                decoders[number] = self._opener(self._chunk(folder, number))
+                try:
+                    part = source if number == first else self._open(place, video, number)
+                except FileNotFoundError:
+                    if number > self._last(place, video):
+                        break
+                    raise VideoError(f"{self._name(place, video, number)}: no such file") from None
+                decoders[number] = self._opener(part, self._name(place, video, number))
             final = max(decoders)
             end = min(end, final * length + decoders[final].duration)
             if start >= end:
+                folder = self._files.name_of(place.folder(video))
                 raise VideoError(f"{folder}: the clip begins at {start:.2f} s, the video ends at {end:.2f} s")
             times = _times(start, end, num_frames, decoders[first].fps, rng)
             chunk_of = np.clip(times // length, first, final).astype(np.int64)
@@ -430,16 +189,9 @@ class VideoStore:
             for decoder in decoders.values():
                 decoder.close()
         if len({part.shape[1:] for part in parts}) > 1:
+            folder = self._files.name_of(place.folder(video))
             raise VideoError(f"{folder}: chunks {first} to {final} differ in picture size")
         return np.concatenate(parts)
-
-    def _chunk(self, folder: Path, number: int) -> Path:
-        return self._existing(folder / f"{number:04d}")
-
-    def _is_beyond_end(self, folder: Path, number: int) -> bool:
-        """Whether no chunk from ``number`` on exists; a gap is something else, and an error."""
-        present = [int(path.stem) for path in folder.iterdir() if path.suffix in ENDINGS and path.stem.isdigit()]
-        return max(present, default=-1) < number
 
 
 def _times(start: float, end: float, num_frames: int, fps: float, rng: np.random.Generator | None) -> np.ndarray:

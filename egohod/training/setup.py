@@ -12,6 +12,7 @@ import torch
 
 from egohod.config import Config, SourceConfig, UserError
 from egohod.data.clips import ClipDataset
+from egohod.data.files import open_cache
 from egohod.data.loader import BatchPlan, MixedPlan, shares
 from egohod.data.table import ClipTable
 from egohod.data.text import Tokenizer
@@ -64,6 +65,7 @@ def build_dataset(cfg: Config, size: int) -> ClipDataset:
         num_frames=cfg.model.num_frames,
         tokenizer=Tokenizer(),
         decoder=cfg.data.decoder,
+        cache=open_cache(cfg.data.cache, cfg.data.cache_gb),
         seed=cfg.train.seed,
         train=True,
         crop_scale_min=cfg.data.crop_scale_min,

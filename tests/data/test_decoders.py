@@ -8,9 +8,9 @@ import pytest
 from video_files import DECODERS, encode, opener, reference
 
 from egohod.config import UserError
-from egohod.data import video
+from egohod.data import decoders
+from egohod.data.decoders import choose_decoder
 from egohod.data.frames import frame_times, segment_indices
-from egohod.data.video import choose_decoder
 
 # Streams that need different care: what may be left out, and where decoding may begin.
 STREAMS: dict[str, dict[str, Any]] = {
@@ -76,8 +76,8 @@ def test_real_clips(shared: Path, decoder: str) -> None:
 def test_the_fast_decoder_leaves_out_what_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = opener("pyav")(encode(tmp_path / "v.mp4", 40, x264="keyint=10:bframes=3:b-adapt=0:b-pyramid=none"))
     groups = []
-    inner = video._needed_groups
-    monkeypatch.setattr(video, "_needed_groups", lambda *a: groups.append(inner(*a)) or groups[-1])
+    inner = decoders._needed_groups
+    monkeypatch.setattr(decoders, "_needed_groups", lambda *a: groups.append(inner(*a)) or groups[-1])
     opened.read_at(np.array([0.05, 2.55]))
     # Two of the four groups hold a wanted frame, and neither is needed by the next.
     assert [(group[0].pts, whole) for group, whole in groups[0]] == [
@@ -89,7 +89,7 @@ def test_the_fast_decoder_leaves_out_what_it_can(tmp_path: Path, monkeypatch: py
 
 def test_auto_takes_the_first_that_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = {"av"}
-    monkeypatch.setattr(video, "_cannot_import", lambda module: "No module" if module in missing else None)
+    monkeypatch.setattr(decoders, "_cannot_import", lambda module: "No module" if module in missing else None)
     assert choose_decoder("auto")[0] == "torchcodec"
     missing.add("torchcodec.decoders")
     assert choose_decoder("auto")[0] == "decord"
@@ -99,7 +99,7 @@ def test_auto_takes_the_first_that_loads(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_an_absent_decoder_is_said_with_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video, "_cannot_import", lambda module: "libavutil.so.56: no such file")
+    monkeypatch.setattr(decoders, "_cannot_import", lambda module: "libavutil.so.56: no such file")
     with pytest.raises(UserError, match=r"torchcodec does not load .libavutil.*apt-get install ffmpeg"):
         choose_decoder("torchcodec")
 

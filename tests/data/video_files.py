@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from egohod.config import UserError
-from egohod.data.video import Opener, choose_decoder
+from egohod.data.decoders import Opener, choose_decoder
 
 DECODERS = ("pyav", "torchcodec", "decord")
 FPS = 10

@@ -1,0 +1,202 @@
+"""Clips from a real S3 server and other remote roots: layouts, requests, forked workers."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from servers import FaultyS3, moto_server, point_to
+from video_files import DECODERS, encode, numbers, opener
+
+from egohod.config import SourceConfig
+from egohod.data import files
+from egohod.data.clips import ClipDataset
+from egohod.data.files import LocalCache, StorageError
+from egohod.data.frames import segment_indices
+from egohod.data.loader import eval_loader
+from egohod.data.table import ClipTable
+from egohod.data.text import Tokenizer
+from egohod.data.video import VideoError, VideoStore
+
+ROOT = "s3://videos/some/prefix"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same 5.5 s in every layout."""
+    root = tmp_path_factory.mktemp("videos")
+    for chunk, count in enumerate((20, 20, 15)):
+        path = encode(root / "cut" / f"{chunk:04d}.mp4", count, first=20 * chunk)
+        (root / "avion.mp4").mkdir(exist_ok=True)
+        (root / "avion.mp4" / f"{2 * chunk}.mp4").write_bytes(path.read_bytes())
+    encode(root / "P01" / "whole.MP4", 55)
+    return root
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[str]:
+    """A moto server with the folder in its bucket ``videos``."""
+    with moto_server() as address, pytest.MonkeyPatch.context() as patch:
+        point_to(patch, address)
+        system = fsspec.filesystem("s3", skip_instance_cache=True)
+        system.mkdir("videos")
+        for path in folder.rglob("*.[mM]*4"):
+            if path.is_file():
+                system.pipe_file(f"videos/some/prefix/{path.relative_to(folder)}", path.read_bytes())
+        yield address
+
+
+@pytest.fixture
+def s3(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_PAUSE", 0.001)
+    point_to(monkeypatch, server)
+
+
+def store(root: str = ROOT, layout: str = "auto", decoder: str = "pyav", cache: LocalCache | None = None) -> VideoStore:
+    return VideoStore(root, layout, 2.0, opener(decoder), cache)
+
+
+@pytest.mark.usefixtures("s3")
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("large", [False, True])
+def test_clips_are_those_of_the_disk(folder: Path, decoder: str, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if large:  # read in parts instead of whole
+        monkeypatch.setattr(files, "_WHOLE_BYTES", 2000)
+        monkeypatch.setattr(files, "_AHEAD_BYTES", 3000)
+    remote = store(decoder=decoder)
+    for video in ("cut", "avion", "P01/whole"):
+        for start, end in ((0.3, 1.4), (1.2, 4.8), (5.0, 9.0)):
+            frames = remote.read(video, start, end, 6)
+            last = min(round(end * 10), 55)
+            assert numbers(frames) == segment_indices(round(start * 10), last, 6).tolist()
+            assert np.array_equal(frames, store(str(folder), decoder=decoder).read(video, start, end, 6))
+
+
+@pytest.mark.usefixtures("s3")
+def test_what_is_missing() -> None:
+    for video, start, text in (
+        ("none", 0, r"^s3://videos/some/prefix/none\.mp4: no such file$"),
+        ("cut", 80, r"^s3://videos/some/prefix/cut/0040\.mp4: no such file$"),
+        ("avion", 80, r"^s3://videos/some/prefix/avion\.mp4/80\.mp4: no such file$"),
+        ("cut", 5.6, "the clip begins at"),
+        ("P01/whole", 5.6, "the clip begins at"),
+    ):
+        with pytest.raises(VideoError, match=text):
+            store().read(video, start, start + 1, 4)
+    for layout in ("auto", "whole", "chunks"):
+        with pytest.raises(StorageError, match=r"s3://nowhere/cut.*: no such bucket"):
+            store("s3://nowhere", layout).read("cut", 0, 1, 4)
+
+
+def dataset(tmp_path: Path, cache: LocalCache | None = None) -> ClipDataset:
+    rows = [f"{video},{start},{start + 1.5},text {start}" for video in ("cut", "avion") for start in range(4)]
+    (tmp_path / "clips.csv").write_text("video_id,start_second,end_second,text\n" + "\n".join(rows) + "\n")
+    return ClipDataset(
+        [(ClipTable.read(tmp_path / "clips.csv"), SourceConfig(root=ROOT, chunk_seconds=2.0))],
+        size=32,
+        num_frames=4,
+        tokenizer=Tokenizer(),
+        cache=cache,
+    )
+
+
+@pytest.mark.usefixtures("s3")
+def test_forked_workers_have_connections_of_their_own(tmp_path: Path) -> None:
+    clips = dataset(tmp_path, LocalCache(tmp_path / "cache", 1))
+    # The parent has a connection and its thread already; the workers must not use them.
+    before = [clips[index]["video"] for index in range(8)]
+    for cached in (True, False):
+        clips = clips if cached else dataset(tmp_path)
+        if not cached:
+            clips[0]
+        batches = list(eval_loader(clips, range(8), 2, 2))
+        after = [video for batch in batches for video in batch["video"]]
+        assert all((one == other).all() for one, other in zip(before, after, strict=True))
+    assert len(list((tmp_path / "cache").glob("*/*"))) == 6
+
+
+def test_a_refused_root_ends_the_run_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not with eleven clips in a row; and also when it happens in a worker."""
+    caplog.set_level(logging.INFO)
+    server = FaultyS3()
+    try:
+        point_to(monkeypatch, server.address)
+        server.script = [(400, "ExpiredToken")] * 100
+        with pytest.raises(StorageError, match=r"^s3://videos/.*the credentials have expired or are not valid"):
+            list(eval_loader(dataset(tmp_path), range(8), 2, 1))
+        clips = dataset(tmp_path)
+        clips.train = True
+        with pytest.raises(StorageError, match="the credentials have expired"):
+            clips[0, 0]
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def counting(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
+    server = FaultyS3()
+    for name in ("one", "two"):
+        for path in (folder / "avion.mp4").iterdir():
+            server.objects[f"/videos/{name}.mp4/{path.name}"] = path.read_bytes()
+    point_to(monkeypatch, server.address)
+    yield server
+    server.close()
+
+
+def test_auto_costs_nothing_once_it_knows(counting: FaultyS3) -> None:
+    reader = store("s3://videos")
+    reader.read("one", 0, 1, 4)
+    assert len(counting.requests) == 3  # no chunk called 0000.mp4 nor 0000.MP4
+    assert all(request.startswith("GET /videos/one") for request in counting.requests)
+    counting.requests.clear()
+    reader.read("one", 2, 3, 4)
+    reader.read("two", 0, 1, 4)  # laid out as the last one
+    assert len(counting.requests) == 2
+    reader.read("two", 1, 3, 4)
+    assert len(counting.requests) == 4
+
+
+def test_the_cache_spares_requests(counting: FaultyS3, tmp_path: Path) -> None:
+    for _ in range(3):
+        store("s3://videos", "avion", cache=LocalCache(tmp_path, 1)).read("one", 0.5, 2.5, 4)
+    assert len(counting.requests) == 2
+
+
+def test_server_errors_in_the_middle_of_a_large_file(counting: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_PAUSE", 0.001)
+    monkeypatch.setattr(files, "_WHOLE_BYTES", 1000)
+    monkeypatch.setattr(files, "_AHEAD_BYTES", 1000)
+    for decoder in DECODERS:
+        reader = store("s3://videos", "avion", decoder)
+        reader.read("one", 0, 2, 4)  # from here on the size is known
+        counting.requests.clear()
+        expected = reader.read("one", 0, 2, 4)
+        needed = len(counting.requests)
+        counting.script = [(503, "SlowDown"), "half", "ok", "drop"]
+        assert np.array_equal(reader.read("one", 0, 2, 4), expected)
+        # Whenever it happens: what the storage says, and not what a decoder makes of it.
+        for position in range(needed):
+            counting.script = ["ok"] * position + [(400, "ExpiredToken")] * 50
+            with pytest.raises(StorageError, match=r"s3://videos/one\.mp4/0\.mp4: the credentials have expired"):
+                reader.read("one", 0, 2, 4)
+        counting.script = []
+
+
+def test_any_other_file_system(folder: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    try:
+        for path in (folder / "cut").iterdir():
+            memory.pipe_file(f"/box/v/{path.name}", path.read_bytes())
+        memory.pipe_file("/box/empty.mp4", b"")
+        reader = store("memory://box")
+        assert numbers(reader.read("v", 1, 3, 4)) == segment_indices(10, 30, 4).tolist()
+        with pytest.raises(VideoError, match=r"memory://box/empty\.mp4: the file has zero bytes"):
+            reader.read("empty", 0, 1, 4)
+        with pytest.raises(VideoError, match="leads out of memory://box"):
+            reader.read("../secret", 0, 1, 4)
+    finally:
+        memory.rm("/box", recursive=True)
