@@ -188,7 +188,7 @@ class ClipLoader(DataLoader[dict[str, Any]]):
             num_workers=workers,
             collate_fn=_collate_or_failure,
             pin_memory=pin_memory,
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             # Forked workers share the table's memory with this process.
             multiprocessing_context="fork" if workers else None,
             prefetch_factor=prefetch if workers else None,
@@ -283,7 +283,7 @@ def _collate_or_failure(samples: Sequence[Any]) -> dict[str, Any]:
     return {"failure": failure} if failure else collate(samples)
 
 
-def _start_worker(_: int) -> None:
+def start_worker(_: int) -> None:
     """The main process alone decides when to stop; a worker goes only when told, or when the parent is gone."""
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)

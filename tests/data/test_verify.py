@@ -1,0 +1,116 @@
+"""The tools that look at a dataset before a training: what is broken, and what a batch looks like."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from egohod.config import SourceConfig, UserError
+from egohod.data import verify
+from egohod.data.clips import ClipSource
+from egohod.data.decoders import choose_decoder
+from egohod.data.table import ClipTable
+from egohod.data.verify import Verifier
+from tests.data.video_files import encode
+from tests.support import Command
+
+HEADER = "video_id,start_second,end_second,text\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two good videos, one that is none and one that is missing; every fault in a row of its own."""
+    for name in ("v0", "v1"):
+        encode(tmp_path / "videos" / f"{name}.mp4", 40)
+    (tmp_path / "videos" / "fake.mp4").write_bytes(b"no video at all")
+    rows = ["v0,0,2,a", "fake,0,2,b", "v1,0,2,c", "none,3,5,d", "v0,99,101,e", "v1,1,3,f"]
+    (tmp_path / "clips.csv").write_text(HEADER + "\n".join(rows) + "\n")
+    (tmp_path / "config.yml").write_text(
+        f"data: {{train: {{own: {{metadata: {tmp_path}/clips.csv, root: {tmp_path}/videos}}}}, workers: 0}}\n"
+        "model: {name: DEMO}\ntrain: {global_batch_size: 2}\n"
+    )
+    return tmp_path
+
+
+def source(folder: Path, **options: object) -> tuple[SourceConfig, ClipSource]:
+    config = SourceConfig(metadata=str(folder / "clips.csv"), root=str(folder / "videos"), **options)  # type: ignore[arg-type]
+    return config, ClipSource(ClipTable.read(config), config, choose_decoder("pyav")[1], None)
+
+
+def nothing(*_: int) -> None:
+    pass
+
+
+def test_what_is_missing_or_broken_is_listed_and_then_left_out(folder: Path, program: Command) -> None:
+    done = program("tools/verify_dataset.py", "--config_file", folder / "config.yml", "--output", folder / "out")
+    assert done.returncode == 1, done.stderr
+    with (folder / "out" / "own_exclude.csv").open(newline="") as file:
+        listed = {row["video_id"]: row for row in csv.DictReader(file)}
+    assert {name: row["row"] for name, row in listed.items()} == {"fake": "2", "none": "4", "v0": "5"}
+    assert "not a video" in listed["fake"]["reason"]
+    assert "no such file" in listed["none"]["reason"]
+    assert "the video ends at" in listed["v0"]["reason"]
+    report = json.loads((folder / "out" / "report.json").read_text())["own"]
+    assert (report["clips"], report["unreadable"]) == (6, 3)
+    assert sorted(report["reasons"].values()) == [1, 1, 1]
+    exclude = f"data.train.own.exclude={folder}/out/own_exclude.csv"
+    done = program("tools/verify_dataset.py", "--config_file", folder / "config.yml", "--output", folder / "2", exclude)
+    assert done.returncode == 0, done.stderr
+    assert "3 left out: on the exclude list" in done.stderr
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "BLOCK", 2)
+    whole = Verifier("own", source(folder)[1], folder)
+    expected = whole.run(0, nothing)
+    assert len(expected.faults) == 3
+    notes = folder / "own_progress.jsonl"
+    lines = notes.read_text().splitlines(keepends=True)
+    assert len(lines) == 4
+    notes.write_text("".join(lines[:2]) + lines[2][:5])  # killed while writing
+    read: list[int] = []
+    inner = ClipSource.read
+    monkeypatch.setattr(ClipSource, "read", lambda self, row, *more: read.append(row.row) or inner(self, row, *more))
+    assert Verifier("own", source(folder)[1], folder).run(0, nothing) == expected
+    assert len(read) == 4
+    with (folder / "clips.csv").open("a") as file:
+        file.write("v1,2,3,g\n")
+    read.clear()
+    Verifier("own", source(folder)[1], folder).run(0, nothing)
+    assert len(read) == 7, "another table is another task"
+
+
+def test_several_processes_find_the_same(folder: Path) -> None:
+    one, two = (Verifier(name, source(folder)[1], folder).run(n, nothing) for name, n in (("one", 0), ("two", 2)))
+    assert one == two
+
+
+def test_strict_stops_at_the_first_and_a_dry_run_writes_nothing(folder: Path, program: Command) -> None:
+    with pytest.raises(UserError, match=r"clips\.csv: row \d: "):
+        Verifier("own", source(folder)[1], folder).run(0, nothing, strict=True)
+    done = program(
+        "tools/verify_dataset.py", "--config_file", folder / "config.yml", "--output", folder / "no", "--dry_run"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "6 clips of 4 videos" in done.stderr
+    assert not (folder / "no").exists()
+
+
+def test_a_picture_of_a_batch(folder: Path, program: Command) -> None:
+    command = ["tools/show_batch.py", "--config_file", folder / "config.yml", "--output", folder / "batch.png"]
+    done = program(*command, "data.flip=1", "train.global_batch_size=6", "model.num_frames=3")
+    assert done.returncode == 0, done.stderr
+    picture = np.asarray(Image.open(folder / "batch.png"))
+    assert 3 * 112 < picture.shape[0] < 4 * 150  # the three clips that can be read
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
+    done = program(*command[:-1], folder / "batch.xyz")
+    assert done.returncode == 2
+    assert "cannot write" in done.stderr
+    done = program(*command[:-1], folder / "none.png", "--dry_run")
+    assert done.returncode == 0
+    assert not (folder / "none.png").exists()
