@@ -2,6 +2,8 @@
 
 python tools/bench.py loader --json      # file to training-ready batch, against the usual way
 python tools/bench.py step --json        # a training step: clips/s, share of the matmul peak, memory
+python tools/bench.py memory             # batch, frames, checkpointing, accumulation -> peak memory
+python tools/bench.py table              # four million rows: start to first batch, memory of all processes
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bench_loader
+import bench_memory
 import bench_step
+import bench_table
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -21,6 +25,8 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(required=True)
     bench_loader.register(commands)
     bench_step.register(commands)
+    bench_memory.register(commands)
+    bench_table.register(commands)
     options = parser.parse_args(argv)
     options.run(options)
 

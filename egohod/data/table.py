@@ -28,6 +28,7 @@ MIN_SECONDS = 1.0
 _UNSAFE_ID = r"^\s*$|^[/\\]|^[A-Za-z]:[/\\]|(^|[/\\])\.\.([/\\]|$)|\x00"
 _EMPTY_TEXT = r"""^\s*$|^\s*\[[\s,'"]*\]\s*$"""
 _LIST_TEXT = r"(?s)^\s*\[.*\]\s*$"
+_SAMPLE = 65536
 EXCLUDE_COLUMNS = ("video_id", "start_second", "end_second")
 
 
@@ -206,10 +207,10 @@ class ClipTable:
 
 def _compact(column: pa.ChunkedArray) -> pa.Array:
     """One contiguous array, as a dictionary where values repeat (a video has many clips)."""
-    coded = column.combine_chunks().dictionary_encode()
-    if len(coded.dictionary) < len(coded) / 2:
-        return coded
-    return coded.dictionary_decode()
+    whole = column.combine_chunks()
+    # Telling by the first ones spares encoding millions of different narrations in vain.
+    sample = whole.slice(0, _SAMPLE)
+    return whole.dictionary_encode() if len(sample.unique()) <= len(sample) / 2 else whole
 
 
 def _codes(column: pa.Array) -> np.ndarray:
@@ -264,8 +265,12 @@ def _judge(
 
 def _duplicates(videos: pa.ChunkedArray, texts: pa.ChunkedArray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
     """Which entries repeat an earlier one in video, times and text, bool [N]."""
-    keys = {"video": _codes(videos.combine_chunks()), "text": _codes(texts.combine_chunks())}
-    return pd.DataFrame(keys | {"start": start, "end": end}).duplicated().to_numpy()
+    clips = pd.DataFrame({"video": _codes(videos.combine_chunks()), "start": start, "end": end})
+    # Few clips appear twice at all: only their texts need a look.
+    alike = clips.duplicated(keep=False).to_numpy()
+    repeated = np.zeros(len(clips), dtype=bool)
+    repeated[alike] = clips[alike].assign(text=texts.filter(pa.array(alike)).to_pandas().to_numpy()).duplicated()
+    return repeated
 
 
 def _excluded(path: Path, videos: pa.ChunkedArray, start: np.ndarray, end: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
@@ -150,7 +151,7 @@ class Verifier:
         part.replace(self.exclude)
 
 
-def _as_they_are(found: tuple[int, list[Fault]]) -> tuple[int, list[Fault]]:
+def _as_they_are(found: Any) -> Any:
     return found
 
 

@@ -87,7 +87,7 @@ def saved_bytes(run: Callable[[], Any]) -> int:
     def pack(tensor: Tensor) -> Tensor:
         # Transposed weights and the like are views that share the parameter's storage.
         if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

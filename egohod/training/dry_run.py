@@ -17,7 +17,7 @@ from egohod.distributed import Distributed, pick_precision, setup
 from egohod.model.egovideo import DualEncoder, create_model
 from egohod.model.flops import step_flops
 from egohod.training.loop import Schedule
-from egohod.training.setup import build_dataset, build_model, build_plan, bytes_per_clip, largest_batch, split_batch
+from egohod.training.setup import build_dataset, build_model, build_plan, largest_batch, predict_memory, split_batch
 from egohod.training.step import TrainStep
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,12 @@ def _report_model(cfg: Config, dist: Distributed, say: Report, problems: list[st
         "compute",
         f"{flops / 1e9:.1f} GFLOP a clip for forward and backward, with {geometry.context_length} text tokens",
     )
-    say("memory", f"{bytes_per_clip(cfg, dist, model) / 1e6:.0f} MB a clip kept for the backward pass")
+    memory = predict_memory(cfg, dist)
+    say(
+        "memory",
+        f"{memory.per_clip / 1e6:.0f} MB a clip kept for the backward pass, "
+        f"{memory.state / 1e9:.1f} GB for weights, gradients and AdamW",
+    )
     return model
 
 
@@ -107,7 +112,7 @@ def _report_data(cfg: Config, dist: Distributed, model: DualEncoder, say: Report
                 say("clip", f"{dataset.where(index)}: video {list(clip['video'].shape)}, '{texts[:90]}'")
     try:
         plan = build_plan(cfg, dataset)
-        limit = cfg.train.max_batch_per_process or largest_batch(cfg, dist, model)
+        limit = cfg.train.max_batch_per_process or largest_batch(cfg, dist)
         micro_batch, accumulation = split_batch(cfg.train.global_batch_size, dist.world_size, limit)
         schedule = Schedule.of(cfg, plan.steps_per_epoch)
     except UserError as error:

@@ -16,17 +16,13 @@ from egohod.data.files import open_cache
 from egohod.data.loader import BatchPlan, MixedPlan, shares
 from egohod.data.table import ClipTable
 from egohod.data.text import Tokenizer
-from egohod.data.transforms import normalise
 from egohod.distributed import Distributed, pick_precision
 from egohod.model.egovideo import DualEncoder, create_model
-from egohod.model.flops import saved_bytes
 from egohod.model.weights import load_openai, load_state
 from egohod.training.checkpoint import open_checkpoint
+from egohod.training.memory import Memory, predict
 
 log = logging.getLogger(__name__)
-
-# What batches may take of the device's memory; the rest is for weights' copies, fragmentation and the loader.
-MEMORY_SHARE = 0.6
 
 
 @dataclass(frozen=True)
@@ -116,7 +112,7 @@ def build_data(cfg: Config, dist: Distributed, model: DualEncoder) -> TrainingDa
     """Everything that feeds the loop."""
     dataset = build_dataset(cfg, model.geometry.image_size)
     micro_batch, accumulation = split_batch(
-        cfg.train.global_batch_size, dist.world_size, cfg.train.max_batch_per_process or largest_batch(cfg, dist, model)
+        cfg.train.global_batch_size, dist.world_size, cfg.train.max_batch_per_process or largest_batch(cfg, dist)
     )
     return TrainingData(dataset, build_plan(cfg, dataset), micro_batch, accumulation)
 
@@ -137,31 +133,18 @@ def split_batch(global_batch_size: int, world_size: int, largest: int) -> tuple[
     return micro_batch, share // micro_batch
 
 
-def bytes_per_clip(cfg: Config, dist: Distributed, model: DualEncoder) -> int:
-    """Memory that one clip keeps for the backward pass, measured on two random clips."""
-    size = model.geometry.image_size
-    video = torch.randint(256, (2, 3, cfg.model.num_frames, size, size), dtype=torch.uint8, device=dist.device)
-    tokens = torch.ones(2, model.geometry.context_length, dtype=torch.long, device=dist.device)
-    dtype = pick_precision(cfg.train.precision, dist.device)
-
-    def forward() -> torch.Tensor:
-        with torch.autocast(dist.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            features = model(normalise(video), tokens)
-        return features["video_features"].sum() + features["text_features"].sum()
-
-    return saved_bytes(forward) // 2
+def predict_memory(cfg: Config, dist: Distributed) -> Memory:
+    """What a step of this run takes of a device's memory."""
+    return predict(cfg.model, dtype=pick_precision(cfg.train.precision, dist.device), loss=cfg.loss)
 
 
-def largest_batch(cfg: Config, dist: Distributed, model: DualEncoder) -> int:
-    """Clips that fit the smallest device of the run, by the memory they keep for the backward pass."""
+def largest_batch(cfg: Config, dist: Distributed) -> int:
+    """Clips at a time that fit the smallest device of the run."""
     if dist.device.type == "cuda":
         memory = torch.cuda.get_device_properties(dist.device).total_memory
     else:
-        memory = psutil.virtual_memory().total // max(1, dist.world_size)
-    # Weights, gradients and AdamW's two averages, all float32.
-    state = 16 * sum(parameter.numel() for parameter in model.parameters())
-    fits = int((memory * MEMORY_SHARE - state) // bytes_per_clip(cfg, dist, model))
-    smallest = min(dist.gather_objects(fits))
+        memory = _main_memory() // max(1, dist.world_size)
+    smallest = min(dist.gather_objects(predict_memory(cfg, dist).fits(memory)))
     if smallest < 1:
         raise UserError(
             f"not one clip fits the memory of {dist.device} ({memory / 1e9:.0f} GB): try "
@@ -169,6 +152,15 @@ def largest_batch(cfg: Config, dist: Distributed, model: DualEncoder) -> int:
             "or set train.max_batch_per_process=1 to try all the same"
         )
     return smallest
+
+
+def _main_memory() -> int:
+    """Bytes of main memory, or what a container is allowed of it."""
+    total = int(psutil.virtual_memory().total)
+    try:
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no limit, which reads "max"
+        return total
 
 
 def describe(cfg: Config, dist: Distributed, data: TrainingData) -> None:

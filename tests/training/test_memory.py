@@ -1,0 +1,60 @@
+"""Predicted memory is what autograd keeps, and the presets fit the devices they are named after."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from egohod.config import ModelConfig, load
+from egohod.model.egovideo import create_model
+from egohod.model.flops import saved_bytes
+from egohod.training.memory import Memory, predict
+from egohod.training.setup import split_batch
+from tests.support import ROOT
+
+PRESETS = sorted((ROOT / "configs" / "presets").glob("*.yml"))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_prediction_is_what_a_real_forward_pass_keeps(checkpointing: bool) -> None:
+    config = ModelConfig(name="DEMO", num_frames=3, gradient_checkpointing=checkpointing)
+    memory, model = predict(config), create_model(config)
+    size = model.geometry.image_size
+
+    def kept(clips: int) -> int:
+        video, tokens = torch.zeros(clips, 3, 3, size, size), torch.zeros(clips, 77, dtype=torch.long)
+        return saved_bytes(lambda: model(video, tokens))
+
+    assert kept(3) - kept(1) == 2 * memory.per_clip
+    assert (memory.working > 0) == checkpointing
+    assert memory.state >= 16 * sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_peak_and_fit_agree() -> None:
+    memory = Memory(state=1000, per_clip=80, working=20)
+    assert memory.peak(5) == 1500
+    assert memory.fits(2000) == 6  # 1,600 of them are used
+    assert memory.fits(1000) < 1
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_presets_fit_and_say_so(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("EGO4D_ROOT", "HOD_CSV", "CLIP_WEIGHTS"):
+        monkeypatch.setenv(name, "/data")
+    cfg = load(path)
+    processes, gigabytes = map(int, re.fullmatch(r"(\d+)x(\d+)gb", path.stem).groups())  # type: ignore[union-attr]
+    memory = predict(cfg.model, dtype=torch.bfloat16)
+    assert cfg.train.max_batch_per_process is not None
+    peak = memory.peak(cfg.train.max_batch_per_process) / 1e9
+    assert peak < 0.9 * gigabytes
+    batch, passes = split_batch(cfg.train.global_batch_size, processes, cfg.train.max_batch_per_process)
+    head = path.read_text().partition("_base_")[0]
+    assert f"= {processes} processes x {batch} clips at a time x {passes} pass" in head
+    assert float(re.search(r"= ([\d.]+) GB", head)[1]) == pytest.approx(peak, abs=0.3)  # type: ignore[index]
+
+
+def test_three_presets() -> None:
+    assert [path.stem for path in PRESETS] == ["1x24gb", "4x24gb", "8x80gb"]
