@@ -39,21 +39,6 @@ log = logging.getLogger(__name__)
 ENDINGS = frozenset(
     (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".mts", ".m2ts", ".ts", ".wmv", ".flv", ".3gp")
 )
-    ".mp4",
-    ".m4v",
-    ".mov",
-    ".mkv",
-    ".webm",
-    ".avi",
-    ".mpg",
-    ".mpeg",
-    ".mts",
-    ".m2ts",
-    ".ts",
-    ".wmv",
-    ".flv",
-    ".3gp",
-)
 _OWN_FOLDER = ".chunk_videos"
 # Work is handed out in ranges of about this length: short enough to share out, long enough that seeking is free.
 _RANGE_SECONDS = 300.0
