@@ -172,7 +172,7 @@ class Source:
         try:
             yield from self._frames(start)
         except (av.FFmpegError, OSError) as error:
-            raise VideoError(f"{self._path}: cannot be decoded: {_reason(error)}") from error
+            raise VideoError(f"{self._path}: truncated or damaged, cannot be decoded: {_reason(error)}") from error
 
     def _frames(self, start: int) -> Iterator[Shown]:
         pictures = self._pictures(self._container.demux())
@@ -332,9 +332,10 @@ def chunk_size(width: int, height: int, aspect: Fraction, short_side: int) -> tu
 
     Even numbers; the short side becomes ``short_side``, or stays if it is shorter.
     """
-    wide = width * aspect
-    scale = min(Fraction(1), short_side / min(wide, Fraction(height)))
-    sides = [max(2, min(2 * round(side * scale / 2), 2 * math.floor(side / 2))) for side in (wide, Fraction(height))]
+    # The side that square pixels make longer; the other way round would lose detail.
+    square = (width * aspect, Fraction(height)) if aspect >= 1 else (Fraction(width), height / aspect)
+    scale = min(Fraction(1), short_side / min(square))
+    sides = [max(2, min(2 * round(side * scale / 2), 2 * math.floor(side / 2))) for side in square]
     return sides[0], sides[1]
 
 
@@ -393,7 +394,11 @@ def encoder_options(settings: ChunkSettings) -> dict[str, str]:
     So a decoder that knows which frames are wanted leaves two of three out; measured in docs/data.md.
     """
     private = {"scenecut": "0", "open-gop": "0", "ref": "1", "b-adapt": "0"}
-    private |= {"b-pyramid": "none"} if settings.codec == "libx264" else {"b-pyramid": "0", "log-level": "none"}
+    if settings.codec == "libx264":
+        # The stream then states the frame rate, not our unit of time: FFmpeg before 6 derives frame lengths from it.
+        private |= {"b-pyramid": "none", "force-cfr": "1"}
+    else:
+        private |= {"b-pyramid": "0", "log-level": "none"}
     tune = {"tune": "fastdecode"} if settings.fastdecode else {}
     return tune | {
         "preset": settings.preset,
