@@ -4,6 +4,9 @@ Both ways read the same clips (2 s, 16 frames at 224 px) of the same chunks (426
 15 frames) with the same number of processes, in alternating rounds. The usual way is what the field's loaders do for
 one stream: decord to float32 full frames, one bicubic random resized crop and the normalisation, all in the worker.
 Ours is ``egohod.data``: uint8 to the main process and normalised there, which is part of the time measured.
+
+With ``--chunked`` the usual way reads the original instead, a key frame every 250 frames, and ours what
+``tools/chunk_videos.py`` makes of it at a short side of 256.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from egohod.config import SourceConfig
 from egohod.data import transforms
+from egohod.data.chunking import ChunkSettings, write_chunks
 from egohod.data.clips import ClipDataset
 from egohod.data.frames import segment_indices
 from egohod.data.loader import BatchPlan, train_loader
@@ -37,6 +41,8 @@ from egohod.data.text import Tokenizer
 WIDTH, HEIGHT, FPS, CHUNK_SECONDS, KEYFRAME_EVERY = 426, 320, 30, 15, 15
 CLIP_SECONDS = 2.0
 CROP_SCALE_MIN = 0.5
+# Of the original that is chunked: what cameras and archives have.
+ORIGINAL_KEYFRAME_EVERY, CHUNKED_SHORT_SIDE = 250, 256
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -49,6 +55,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--clips", type=int, default=64, help="clips per round (default: 64)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each way (default: 3)")
     parser.add_argument("--chunks", type=int, default=4, help="chunks of 15 s to draw clips from (default: 4)")
+    parser.add_argument("--chunked", action="store_true", help="ours on chunks made of the original by chunk_videos")
     parser.add_argument("--decoder", default="auto", help="our decoder (default: auto)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.set_defaults(run=run)
@@ -64,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
         return
     print(
         f"{options.workers} workers, {options.frames} frames at {options.size} px, batches of {options.batch_size}, "
-        f"{result['kilobits_per_second']:.0f} kbit/s\n"
+        f"{result['baseline_kilobits_per_second']:.0f} kbit/s, ours {result['kilobits_per_second']:.0f} kbit/s\n"
         f"usual way (decord, float32 in the worker) {result['baseline_clips_per_second']:6.1f} clips/s\n"
         f"egohod.data ({result['decoder']}, uint8){'':13}{result['clips_per_second']:6.1f} clips/s\n"
         f"ratio {result['ratio']:.2f} (rounds: {', '.join(f'{ratio:.2f}' for ratio in result['ratios'])})"
@@ -73,12 +80,15 @@ def run(options: argparse.Namespace) -> None:
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Alternate rounds of both ways; clips/s and the median of the rounds' ratios."""
-    rows = make_videos(folder, options.chunks, options.clips)
+    rows = make_videos(
+        folder, options.chunks, options.clips, ORIGINAL_KEYFRAME_EVERY if options.chunked else KEYFRAME_EVERY
+    )
+    videos = chunked(folder, options.chunks) if options.chunked else folder / "videos"
     dataset = ClipDataset(
         [
             (
                 ClipTable.read(folder / "clips.csv"),
-                SourceConfig(root=str(folder / "videos"), layout="chunks", chunk_seconds=CHUNK_SECONDS),
+                SourceConfig(root=str(videos), layout="chunks", chunk_seconds=CHUNK_SECONDS),
             )
         ],
         size=options.size,
@@ -102,16 +112,21 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     # The first round warms the page cache and the imports.
     ours, theirs = ours[1:], theirs[1:]
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-    size = sum(path.stat().st_size for path in (folder / "videos").rglob("*.mp4"))
     return {
         "clips_per_second": statistics.median(ours),
         "baseline_clips_per_second": statistics.median(theirs),
         "ratio": statistics.median(ratios),
         "ratios": ratios,
         "decoder": dataset.decoder,
-        "kilobits_per_second": size * 8 / 1000 / (options.chunks * CHUNK_SECONDS),
-        **{name: getattr(options, name) for name in ("workers", "frames", "size", "batch_size", "clips")},
+        "kilobits_per_second": kilobits(videos) / (options.chunks * CHUNK_SECONDS),
+        "baseline_kilobits_per_second": kilobits(folder / "videos") / (options.chunks * CHUNK_SECONDS),
+        **{name: getattr(options, name) for name in ("workers", "frames", "size", "batch_size", "clips", "chunked")},
     }
+
+
+def kilobits(folder: Path) -> float:
+    """Size of all chunks below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*.mp4")) * 8 / 1000
 
 
 def rate(loader: DataLoader[Any]) -> float:
@@ -153,10 +168,21 @@ class UsualDataset(Dataset[dict[str, torch.Tensor]]):
         return {"video": (video - mean) / std, "tokens": self.tokenizer([text])[0]}
 
 
-def make_videos(folder: Path, chunks: int, clips: int) -> list[tuple[str, float, str]]:
+def chunked(folder: Path, chunks: int) -> Path:
+    """What the chunking makes of each file of ``make_videos``; the folder that holds it."""
+    settings = ChunkSettings(seconds=CHUNK_SECONDS, short_side=CHUNKED_SHORT_SIDE)
+    for name in ("one", "chunked/v"):
+        (folder / name).mkdir(parents=True)
+    for number in range(chunks):
+        write_chunks(folder / "videos" / "v" / f"{number:04d}.mp4", folder / "one", settings)
+        (folder / "one" / settings.name(0)).rename(folder / "chunked" / "v" / settings.name(number))
+    return folder / "chunked"
+
+
+def make_videos(folder: Path, chunks: int, clips: int, keyframe_every: int) -> list[tuple[str, float, str]]:
     """One video of ``chunks`` chunks, and clips that lie within a chunk (the usual way reads one file a clip)."""
     for number in range(chunks):
-        write_chunk(folder / "videos" / "v" / f"{number:04d}.mp4", number)
+        write_chunk(folder / "videos" / "v" / f"{number:04d}.mp4", number, keyframe_every)
     rng = np.random.default_rng(0)
     starts = rng.integers(chunks, size=clips) * CHUNK_SECONDS + rng.uniform(0, CHUNK_SECONDS - CLIP_SECONDS, clips)
     rows = [("v", float(start), f"#C C moves cup {i} with the left hand") for i, start in enumerate(starts)]
@@ -167,7 +193,7 @@ def make_videos(folder: Path, chunks: int, clips: int) -> list[tuple[str, float,
     return rows
 
 
-def write_chunk(path: Path, seed: int) -> None:
+def write_chunk(path: Path, seed: int, keyframe_every: int) -> None:
     """A textured scene under a moving camera with sensor noise, by libx264 with its default settings."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rng, margin = np.random.default_rng(seed), 64
@@ -176,7 +202,7 @@ def write_chunk(path: Path, seed: int) -> None:
     scene = np.asarray(Image.fromarray(coarse).resize((wide, high), Image.Resampling.BICUBIC)).astype(np.int16)
     scene = scene + rng.normal(0, 8, scene.shape).astype(np.int16)
     with av.open(str(path), "w") as container:
-        options = {"g": str(KEYFRAME_EVERY), "threads": "1"}
+        options = {"g": str(keyframe_every), "threads": "1"}
         stream = container.add_stream("libx264", rate=FPS, options=options)
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         for number in range(FPS * CHUNK_SECONDS):

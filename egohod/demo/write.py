@@ -17,11 +17,8 @@ import itertools
 import json
 import math
 import multiprocessing
-import multiprocessing.connection
 import os
 import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -33,6 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from egohod.config import UserError
+from egohod.data.pool import follow_parent
 from egohod.demo.render import EDGES, PICTURE, Stage
 from egohod.demo.world import ACTIONS, FPS, SPLITS, VERBS, Clip, Video, make_split, phrase
 
@@ -83,25 +81,12 @@ def write_video(video: Video, folder: Path) -> tuple[str, pa.Table]:
     return video.video_id, pa.Table.from_pylist(list(stage.truth()), TRUTH)
 
 
-def _follow_parent() -> None:
-    """Leave interrupts to the main process, and leave when it is gone, however it went."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def _written(videos: Sequence[Video], folder: Path, workers: int) -> Iterator[tuple[str, pa.Table]]:
     """Write videos in any order, over ``workers`` processes."""
     if workers <= 1:
         yield from (write_video(video, folder) for video in videos)
         return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _follow_parent)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), follow_parent)
     try:
         for future in as_completed([pool.submit(write_video, video, folder) for video in videos]):
             yield future.result()

@@ -1,0 +1,560 @@
+"""One camera file to chunks of equal length that are cheap to read clips from.
+
+Chunk k holds the frames on display in [k * seconds, (k + 1) * seconds), counted from the first frame, each at its own
+time. A frame on display when a chunk begins opens that chunk, so a moment shows the same picture in the chunks as in
+the source whatever the frame rate. Rotation is applied, pixels are made square, sound is left out.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+
+from egohod.config import UserError
+from egohod.data.video import VideoError
+
+# All times within are integers in this unit; every common frame rate, 30000/1001 too, is a whole number of them.
+TICKS = 240_000
+# A frame this close to a chunk's border is meant to be on it: some containers round times to milliseconds.
+_SNAP = TICKS // 1000
+# A pause between frames beyond this, or a step back beyond a second, is damage and not a recording.
+_LONGEST_FRAME = 600 * TICKS
+_LARGEST_STEP_BACK = TICKS
+# A file whose pictures end this much before its header says was cut off.
+_MISSING_SECONDS = 1.0
+# Only these write the true length in their header; elsewhere it is guessed from the bit rate.
+_FORMATS_WITH_LENGTH = ("mov", "matroska", "avi", "asf")
+LAYOUTS = ("chunks", "avion")
+CODECS = ("libx264", "libx265")
+_RGB, _UNSPECIFIED = 0, 2  # matrix coefficients, ITU-T H.273
+
+
+class ChunkError(UserError):
+    """A request that cannot be met, or an output that cannot be written."""
+
+
+@dataclass(frozen=True)
+class ChunkSettings:
+    """How chunks are cut and encoded; raises :class:`ChunkError` for values that make no sense.
+
+    ``fps`` None keeps the source's timing; ``fastdecode`` leaves out what costs time at decoding (CABAC, deblocking,
+    weighted prediction). The reasons for the defaults are in docs/data.md.
+    """
+
+    seconds: float = 15.0
+    short_side: int = 288
+    keyint: int = 16
+    fps: float | None = None
+    crf: float = 23.0
+    preset: str = "veryfast"
+    codec: str = "libx264"
+    fastdecode: bool = True
+    layout: str = "chunks"
+
+    def __post_init__(self) -> None:
+        for name, good, rule in (
+            ("seconds", 0.5 <= self.seconds <= 3600, "from 0.5 to 3600"),
+            ("short_side", 16 <= self.short_side <= 8192 and self.short_side % 2 == 0, "even, from 16 to 8192"),
+            ("keyint", 1 <= self.keyint <= 10_000, "from 1 to 10000"),
+            ("fps", self.fps is None or 0.1 <= self.fps <= 240, "from 0.1 to 240"),
+            ("crf", 0 <= self.crf <= 51, "from 0 to 51"),
+            ("codec", self.codec in CODECS, " or ".join(CODECS)),
+            ("layout", self.layout in LAYOUTS, " or ".join(LAYOUTS)),
+        ):
+            if not good:
+                raise ChunkError(f"--{name} is {getattr(self, name)}, but must be {rule}")
+        if self.layout == "avion" and self.seconds != int(self.seconds):
+            raise ChunkError(f"--seconds is {self.seconds:g}, but the avion layout names chunks by whole seconds")
+
+    @property
+    def length(self) -> int:
+        """A chunk's length in ticks."""
+        return round(self.seconds * TICKS)
+
+    def folder(self, video_id: str) -> str:
+        """Where the chunks of a video lie, below the output folder."""
+        return video_id if self.layout == "chunks" else f"{video_id}.mp4"
+
+    def name(self, number: int) -> str:
+        """File name of chunk ``number``."""
+        return f"{number:04d}.mp4" if self.layout == "chunks" else f"{round(number * self.seconds)}.mp4"
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a file's header says; ``seconds`` is 0 where it does not say its length. Sizes are as stored."""
+
+    seconds: float
+    bytes: int
+    codec: str
+    width: int
+    height: int
+    fps: float
+
+
+class Shown(NamedTuple):
+    """A picture and when it is on display, in ticks from the first frame."""
+
+    picture: Any
+    begin: int
+    end: int
+
+
+class Source:
+    """An open camera file. Raises :class:`VideoError`, naming the file and the reason, for one that is no video."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._open()
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._container.close()
+
+    def _open(self) -> None:
+        try:
+            if not self._path.stat().st_size:
+                raise VideoError(f"{self._path}: the file has zero bytes")
+            # Cameras write titles and makers in all kinds of encodings.
+            self._container = av.open(str(self._path), metadata_errors="replace")
+        except av.InvalidDataError as error:
+            raise VideoError(f"{self._path}: not a video, or a truncated one ({_reason(error)})") from error
+        except (av.FFmpegError, OSError) as error:
+            raise VideoError(f"{self._path}: cannot be opened: {_reason(error)}") from error
+        # The best one: a cover picture is a video stream, too.
+        self._stream = self._container.streams.best("video")
+        if self._stream is None or not self._stream.codec_context or not self._stream.width:
+            self._container.close()
+            raise VideoError(f"{self._path}: has no picture")
+        # One thread: there is a process for every core already.
+        self._stream.codec_context.thread_count = 1
+        self._tick = self._stream.time_base * TICKS
+        self.rate = Fraction(self._stream.average_rate or self._stream.guessed_rate or 30)
+        self._other_end = 0.0
+
+    @property
+    def aspect(self) -> Fraction | None:
+        """Width by height of a stored pixel; None where the file does not say."""
+        return self._stream.sample_aspect_ratio or None
+
+    def probe(self) -> Probe:
+        """What the header says."""
+        stream = self._stream
+        return Probe(
+            seconds=self._stream_seconds() or (self._container.duration or 0) / av.time_base,
+            bytes=self._path.stat().st_size,
+            codec=stream.codec_context.name,
+            width=stream.width,
+            height=stream.height,
+            fps=float(self.rate),
+        )
+
+    def frames(self, start: int = 0) -> Iterator[Shown]:
+        """The frames on display from ``start`` (ticks) on. Raises :class:`VideoError` where the file is damaged."""
+        try:
+            yield from self._frames(start)
+        except (av.FFmpegError, OSError) as error:
+            raise VideoError(f"{self._path}: truncated or damaged, cannot be decoded: {_reason(error)}") from error
+
+    def _frames(self, start: int) -> Iterator[Shown]:
+        pictures = self._pictures(self._container.demux())
+        first = next(pictures, None)
+        if first is None:
+            raise VideoError(f"{self._path}: truncated or damaged, holds no picture")
+        origin = first.pts or 0
+        later = self._from_key_frame(origin, start) if start else None
+        if later is not None:
+            pictures = later
+        elif start:  # cannot be sought in
+            self._container.close()
+            self._open()
+            pictures = self._pictures(self._container.demux())
+        else:
+            pictures = chain([first], pictures)
+
+        held, begin = None, 0
+        for picture in pictures:
+            if picture.pts is not None:
+                time = round((picture.pts - origin) * self._tick)
+            else:  # a bare stream
+                time = begin + self._length(held) if held is not None else 0
+            if held is not None:
+                if time - begin > _LONGEST_FRAME or begin - time > _LARGEST_STEP_BACK:
+                    raise VideoError(
+                        f"{self._path}: damaged, its time stamps jump from {begin / TICKS:.2f} to {time / TICKS:.2f} s"
+                    )
+                if time <= begin:
+                    continue  # never on display
+                if time > start:
+                    yield Shown(held, begin, time)
+            held, begin = picture, time
+        end = begin + self._length(held) if held is not None else 0
+        self._check_end(max(end, 0) / TICKS)
+        if end > start:
+            yield Shown(held, begin, end)
+
+    def _pictures(self, packets: Iterable[Any]) -> Iterator[Any]:
+        """Decoded frames in the order of display. Packets of other streams tell how far the file goes."""
+        codec, start = self._stream.codec_context, (self._container.start_time or 0) / av.time_base
+        for packet in packets:
+            if packet.pts is not None and packet.size:
+                self._other_end = max(self._other_end, float(packet.pts * packet.time_base) - start)
+            if packet.stream_index == self._stream.index and packet.size:
+                yield from codec.decode(packet)
+        yield from codec.decode(None)
+
+    def _from_key_frame(self, origin: int, start: int) -> Iterator[Any] | None:
+        """Frames from a key frame on that is shown no later than ``start``; None if there is no way to one."""
+        wanted = origin + math.floor(start / self._tick)
+        second = math.ceil(1 / self._stream.time_base)
+        back = 0
+        while wanted - back > origin:
+            try:
+                self._container.seek(wanted - back, stream=self._stream, backward=True)
+                packets = self._container.demux()
+                head = next((p for p in packets if p.stream_index == self._stream.index and p.size), None)
+            except av.FFmpegError:
+                return None
+            if head is not None and head.pts is None:
+                return None
+            # A seek goes by decoding times and may lead to a later key frame, or to none.
+            if head is not None and head.is_keyframe and head.pts <= wanted:
+                return self._pictures(chain([head], packets))
+            back = 2 * back or second
+        return None
+
+    def _length(self, picture: Any) -> int:
+        """How long a picture without a successor is on display, in ticks."""
+        return max(1, round((picture.duration or 0) * self._tick) or round(TICKS / self.rate))
+
+    def _stream_seconds(self) -> float | None:
+        """Length of the picture stream, which may be shorter than that of the sound."""
+        if self._stream.duration:
+            return float(self._stream.duration * self._stream.time_base)
+        match = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", self._stream.metadata.get("DURATION", ""))
+        return (
+            sum(float(part) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True)) if match else None
+        )
+
+    def _check_end(self, end: float) -> None:
+        """Compare where the pictures end with what the header promises."""
+        if self._container.format.name.split(",")[0] not in _FORMATS_WITH_LENGTH:
+            return
+        promised = self._stream_seconds()
+        if promised is None:
+            # Only the whole file's length is known, and sound may be longer.
+            promised, end = (self._container.duration or 0) / av.time_base, max(end, self._other_end)
+        if end < promised - _MISSING_SECONDS:
+            raise VideoError(f"{self._path}: truncated, the pictures end at {end:.2f} s of {promised:.2f} s")
+
+
+def probe(path: Path) -> Probe:
+    """What a file's header says. Raises :class:`VideoError` for a file that is no video."""
+    with Source(path) as source:
+        return source.probe()
+
+
+def at_rate(frames: Iterable[Shown], fps: float, start: int = 0) -> Iterator[Shown]:
+    """Frames at the constant rate ``fps``: each moment's frame on display, repeated or left out as needed.
+
+    ``start`` (ticks) is where ``frames`` begin; the moments are those of the whole video whatever it is.
+    """
+    step = TICKS / _fraction(fps)
+    number = start // step
+    held: Shown | None = None
+    end = 0
+    for picture, _, end in frames:
+        while (begin := round(number * step)) < end - _SNAP:
+            number += 1
+            if held is not None:
+                yield held
+            held = Shown(picture, begin, round(number * step))
+    if held is not None:
+        yield held._replace(end=max(held.begin + 1, min(held.end, end)))
+
+
+def grid_start(start: int, fps: float) -> int:
+    """The last moment of ``fps`` at or before ``start``, in ticks."""
+    step = TICKS / _fraction(fps)
+    return round(start // step * step)
+
+
+def _fraction(fps: float) -> Fraction:
+    """The rate that is meant: 29.97 is 30000/1001."""
+    ntsc = Fraction(round(fps * 1.001) * 1000, 1001)
+    return ntsc if abs(fps - ntsc) < 0.005 and fps != round(fps) else Fraction(fps).limit_denominator(1000)
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures
+# --------------------------------------------------------------------------------------------------
+
+
+class Orientation(NamedTuple):
+    """How stored pixels become upright ones: change rows and columns, then mirror."""
+
+    transpose: bool = False
+    mirror_x: bool = False
+    mirror_y: bool = False
+
+
+def orientation(picture: Any) -> Orientation:
+    """From a frame's display matrix (ISO 14496-12, 8.3.2), to quarter turns."""
+    data = picture.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return Orientation()
+    a, b, _, c, d = np.frombuffer(bytes(data), "<i4")[:5].tolist()
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        return Orientation(True, c < 0, b < 0)
+    return Orientation(False, a < 0, d < 0)
+
+
+def chunk_size(width: int, height: int, aspect: Fraction, short_side: int) -> tuple[int, int]:
+    """Width and height of the chunks of an upright picture whose pixels are ``aspect`` times as wide as high.
+
+    Even numbers; the short side becomes ``short_side``, or stays if it is shorter.
+    """
+    # The side that square pixels make longer; the other way round would lose detail.
+    square = (width * aspect, Fraction(height)) if aspect >= 1 else (Fraction(width), height / aspect)
+    scale = min(Fraction(1), short_side / min(square))
+    sides = [max(2, min(2 * round(side * scale / 2), 2 * math.floor(side / 2))) for side in square]
+    return sides[0], sides[1]
+
+
+class _Scaler:
+    """Makes frames upright, small, 8 bit 4:2:0, in the usual range. The size follows from the first frame."""
+
+    def __init__(self, first: Any, aspect: Fraction | None, short_side: int) -> None:
+        self._turn = orientation(first)
+        width, height, aspect = first.width, first.height, Fraction(aspect or 1)
+        if self._turn.transpose:
+            width, height, aspect = height, width, 1 / aspect
+        self.size = chunk_size(width, height, aspect, short_side)
+        self._stored = self.size[::-1] if self._turn.transpose else self.size
+        self._reformatter = VideoReformatter()
+
+    def __call__(self, picture: Any) -> Any:
+        width, height = self._stored
+        # Bicubic: as sharp as the crops that follow it in the loader, and swscale widens it when it makes smaller, so
+        # it does not alias. Area would blur; Lanczos costs half as much again and rings.
+        small = self._reformatter.reformat(
+            picture,
+            width=width,
+            height=height,
+            format="yuv420p",
+            interpolation="BICUBIC",
+            dst_color_range="MPEG",
+            threads=1,
+        )
+        return small if self._turn == Orientation() else self._upright(small)
+
+    def _upright(self, picture: Any) -> Any:
+        width, height = self._stored
+        pixels = picture.to_ndarray()
+        quarter = width * height // 4
+        planes = [
+            pixels[:height],
+            *(part.reshape(height // 2, width // 2) for part in pixels[height:].reshape(2, quarter)),
+        ]
+        turned = []
+        for plane in planes:
+            plane = plane.T if self._turn.transpose else plane
+            plane = plane[:, ::-1] if self._turn.mirror_x else plane
+            turned.append((plane[::-1] if self._turn.mirror_y else plane).reshape(-1))
+        rows = np.concatenate(turned).reshape(self.size[1] * 3 // 2, self.size[0])
+        return av.VideoFrame.from_ndarray(rows, format="yuv420p")
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing
+# --------------------------------------------------------------------------------------------------
+
+
+def encoder_options(settings: ChunkSettings) -> dict[str, str]:
+    """FFmpeg's options: closed groups of pictures, and B-frames that no other frame refers to.
+
+    So a decoder that knows which frames are wanted leaves two of three out; measured in docs/data.md.
+    """
+    private = {"scenecut": "0", "open-gop": "0", "ref": "1", "b-adapt": "0"}
+    if settings.codec == "libx264":
+        # The stream then states the frame rate, not our unit of time: FFmpeg before 6 derives frame lengths from it.
+        private |= {"b-pyramid": "none", "force-cfr": "1"}
+    else:
+        private |= {"b-pyramid": "0", "log-level": "none"}
+    tune = {"tune": "fastdecode"} if settings.fastdecode else {}
+    return tune | {
+        "preset": settings.preset,
+        "crf": f"{settings.crf:g}",
+        "g": str(settings.keyint),
+        "bf": "2",
+        "threads": "1",
+        settings.codec.removeprefix("lib") + "-params": ":".join(f"{k}={v}" for k, v in private.items()),
+    }
+
+
+class _Encoder:
+    """One chunk, encoded in memory: the file is then written in one go, and an error of the disk is a plain one."""
+
+    def __init__(self, size: tuple[int, int], rate: Fraction, colours: tuple[int, int, int], settings: ChunkSettings):
+        self._buffer = io.BytesIO()
+        self._container = av.open(self._buffer, "w", format="mp4")
+        self._stream = self._container.add_stream(settings.codec, rate=rate, options=encoder_options(settings))
+        self._stream.width, self._stream.height = size
+        self._stream.pix_fmt = "yuv420p"
+        codec = self._stream.codec_context
+        codec.time_base = Fraction(1, TICKS)
+        codec.color_primaries, codec.color_trc, codec.colorspace = colours
+        codec.color_range = 1  # MPEG: 16 to 235
+        if settings.codec == "libx265":
+            codec.codec_tag = "hvc1"  # the tag that all players take
+        self._lengths: dict[int, int] = {}
+        self._pictures = 0
+
+    def add(self, picture: Any, begin: int, length: int) -> None:
+        """Append a picture, on display from ``begin`` for ``length`` ticks of the chunk."""
+        picture.pts, picture.time_base, picture.duration = begin, Fraction(1, TICKS), length
+        # Key frames where they are due, not where the source had some.
+        picture.pict_type = 0
+        self._lengths[begin] = length
+        self._pictures += 1
+        self._mux(picture)
+
+    def content(self) -> bytes:
+        """The finished file."""
+        self._mux(None)
+        self._container.close()
+        return self._buffer.getvalue()
+
+    def _mux(self, picture: Any) -> None:
+        for packet in self._stream.encode(picture):
+            packet.duration = self._lengths.pop(packet.pts)
+            if self._pictures == 1:
+                packet.dts = packet.pts  # x265 forgets it
+            self._container.mux(packet)
+
+
+def try_encoder(settings: ChunkSettings) -> None:
+    """Encode one black picture. Raises :class:`ChunkError` if the encoder refuses the settings."""
+    try:
+        encoder = _Encoder((64, 64), Fraction(30), (_UNSPECIFIED,) * 3, settings)
+        encoder.add(av.VideoFrame(64, 64, "yuv420p"), 0, TICKS // 30)
+        encoder.content()
+    except (av.FFmpegError, ValueError) as error:
+        raise ChunkError(
+            f"{settings.codec} cannot be used with preset '{settings.preset}' and these settings: {_reason(error)}"
+        ) from error
+
+
+class Written(NamedTuple):
+    """What was made: seconds of video, chunks, bytes."""
+
+    seconds: float
+    chunks: int
+    bytes: int
+
+
+def write_chunks(
+    path: Path,
+    folder: Path,
+    settings: ChunkSettings,
+    first: int = 0,
+    last: int | None = None,
+    tell: Callable[[float], None] | None = None,
+) -> Written:
+    """Write chunks ``first`` up to, not including, ``last`` (None: to the end) of the file at ``path`` to ``folder``.
+
+    The same bytes come out whether a video is cut as a whole or in several ranges. ``tell`` is called with the seconds
+    of each frame as it is done, and may raise to stop.
+
+    Raises:
+        VideoError: the source is damaged; files written so far are left to the caller.
+        ChunkError: a chunk cannot be written.
+    """
+    length, scaler = settings.length, None
+    stop: float = math.inf if last is None else last * length
+    done, chunks, size = 0, 0, 0
+    encoder: _Encoder | None = None
+    number = first
+
+    def finish() -> None:
+        nonlocal chunks, size
+        assert encoder is not None
+        size += _save(folder / settings.name(number), encoder)
+        chunks += 1
+
+    with Source(path) as source:
+        rate = _fraction(settings.fps) if settings.fps else source.rate
+        for picture, begin, end in _timeline(source, settings, first * length):
+            if scaler is None:
+                scaler = _Scaler(picture, source.aspect, settings.short_side)
+                matrix = _UNSPECIFIED if picture.colorspace == _RGB else int(picture.colorspace)
+                colours = (int(picture.color_primaries), int(picture.color_trc), matrix)
+            begin, end = max(_snap(begin, length), first * length), _snap(end, length)
+            if begin >= stop:
+                break
+            small = scaler(picture) if end > begin else None
+            end = int(min(end, stop))
+            while begin < end:
+                if encoder is None or begin // length != number:
+                    if encoder is not None:
+                        finish()
+                    number = begin // length
+                    encoder = _Encoder(scaler.size, rate, colours, settings)
+                until = min(end, (number + 1) * length)
+                encoder.add(small, begin - number * length, until - begin)
+                done += until - begin
+                if tell:
+                    tell((until - begin) / TICKS)
+                begin = until
+    if encoder is None or (last is not None and done < stop - first * length):
+        raise VideoError(f"{path}: truncated, its pictures end at {first * settings.seconds + done / TICKS:.2f} s")
+    finish()
+    return Written(done / TICKS, chunks, size)
+
+
+def _timeline(source: Source, settings: ChunkSettings, start: int) -> Iterator[Shown]:
+    """The frames on display from ``start`` on, at the rate that is asked for."""
+    if settings.fps is None:
+        return source.frames(start)
+    start = grid_start(start, settings.fps)
+    return at_rate(source.frames(start), settings.fps, start)
+
+
+def _snap(time: int, length: int) -> int:
+    """A time, moved onto a chunk's border if it is all but there."""
+    border = round(time / length) * length
+    return border if abs(time - border) <= _SNAP else time
+
+
+def _save(path: Path, encoder: _Encoder) -> int:
+    """Write a chunk; its bytes."""
+    content = encoder.content()
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise ChunkError(
+            f"cannot write {path}: {error.strerror or error}; what is done is kept, run again once that is mended"
+        ) from error
+    return len(content)
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())[:200]

@@ -1,0 +1,323 @@
+"""Folders of camera files: what is found, what is refused, interruptions, damage, full disks, estimates."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from video_files import encode, numbers, reference
+
+from egohod.data import chunk_folder
+from egohod.data.chunk_folder import Output, Video, find_videos, split
+from egohod.data.chunking import ChunkError, ChunkSettings
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOL = [sys.executable, str(ROOT / "tools" / "chunk_videos.py")]
+
+
+def tool(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*TOOL, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=300)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every visible file below a folder."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    names = {path.relative_to(folder).as_posix(): path for path in files}
+    return {name: path.read_bytes() for name, path in names.items() if not name.startswith(".")}
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five files of 2 to 4 s in sub-folders, with spaces and unicode, among things that are none."""
+    root = tmp_path_factory.mktemp("recordings")
+    encode(root / "a.mp4", 40)
+    encode(root / "day 1" / "küche 2.MP4", 20)
+    encode(root / "day 1" / "台所.mov", 25)
+    encode(root / "b.c" / "d.e.mkv", 30)
+    encode(root / "z.avi", 20)
+    encode(root / ".hidden.mp4", 10)
+    (root / "._a.mp4").write_bytes(b"what Macs leave behind")
+    (root / "notes.txt").write_text("no video")
+    return root
+
+
+IDS = ["a", "b.c/d.e", "day 1/küche 2", "day 1/台所", "z"]
+
+
+def test_ids_are_paths_without_ending(recordings: Path, tmp_path: Path) -> None:
+    assert [video.video_id for video in find_videos(recordings)] == IDS
+    assert [video.video_id for video in find_videos(recordings, "day 1/*")] == IDS[2:4]
+    names = tmp_path / "names.txt"
+    names.write_text("z.avi\r\n\n./day 1/küche 2.MP4\n", encoding="utf-8-sig")
+    assert [video.video_id for video in find_videos(recordings, names=names)] == ["day 1/küche 2", "z"]
+    for line, said in (
+        ("nothing.mp4", "no such file"),
+        ("../a.mp4", "not a path below"),
+        ("/etc/passwd", "not a path"),
+    ):
+        names.write_text(f"a.mp4\n{line}\n")
+        with pytest.raises(ChunkError, match=f"line 2: .*{said}"):
+            find_videos(recordings, names=names)
+    with pytest.raises(ChunkError, match=r"no videos that match '\*\.wmv'"):
+        find_videos(recordings, "*.wmv")
+    with pytest.raises(ChunkError, match="no such folder"):
+        find_videos(recordings / "nothing")
+
+
+def test_files_that_would_be_in_each_others_way(tmp_path: Path) -> None:
+    for name in ("v.mp4", "v.mov"):
+        (tmp_path / name).touch()
+    with pytest.raises(ChunkError, match=r"v\.mov and .*v\.mp4 would both become 'v'"):
+        find_videos(tmp_path)
+    (tmp_path / "v.mov").unlink()
+    (tmp_path / "v" / "w").mkdir(parents=True)
+    (tmp_path / "v" / "w" / "x.mp4").touch()
+    with pytest.raises(ChunkError, match=r"v\.mp4: its chunks would lie in one folder with those of .*x\.mp4"):
+        find_videos(tmp_path)
+
+
+def test_links_out_of_the_folder_are_followed_only_when_asked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    for path in (root / "in.mp4", outside / "out.mp4", outside / "deep" / "x.mp4"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (root / "file.mp4").symlink_to(outside / "out.mp4")
+    (root / "same.mp4").symlink_to(root / "in.mp4")
+    (root / "folder").symlink_to(outside / "deep")
+    (outside / "deep" / "circle").symlink_to(root)
+    assert [video.video_id for video in find_videos(root)] == ["in", "same"]
+    assert "1 links lead out of" in caplog.text
+    assert [video.video_id for video in find_videos(root, follow_links=True)] == ["file", "folder/x", "in", "same"]
+
+
+def test_long_videos_are_shared_out() -> None:
+    settings = ChunkSettings(seconds=15)
+    assert split(0, settings) == [(0, None)]
+    assert split(599, settings) == [(0, None)]
+    assert split(3600, settings)[:2] == [(0, 20), (20, 40)]
+    assert split(3600, settings)[-1] == (220, None)
+    assert split(7000, ChunkSettings(seconds=3600))[-1] == (0, None)
+
+
+def test_a_folder_becomes_chunks_whatever_the_number_of_processes(recordings: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = tool(recordings, out, "--seconds", 1, "--short_side", 48, "--workers", 2)
+    assert done.returncode == 0, done.stderr
+    assert "5 videos" in done.stdout
+    assert "wrote 5 videos" in done.stdout
+    files = tree(out)
+    assert {name.rsplit("/", 1)[0] for name in files} == set(IDS)
+    assert sorted(path.name for path in (out / "day 1" / "台所").iterdir()) == ["0000.mp4", "0001.mp4", "0002.mp4"]
+    assert numbers(reference(out / "b.c" / "d.e" / "0001.mp4")[1]) == list(range(10, 20))
+    assert not (out / ".chunk_videos" / "parts").exists()
+    lines = [json.loads(line) for line in (out / ".chunk_videos" / "done.jsonl").read_text().splitlines()]
+    assert {line["video_id"]: line["chunks"] for line in lines}["a"] == 4
+
+    again = tool(recordings, out, "--seconds", 1, "--short_side", 48)
+    assert (again.returncode, tree(out)) == (0, files)
+    assert "nothing to do" in again.stdout
+    other = tool(recordings, out, "--seconds", 1, "--short_side", 64)
+    assert (other.returncode, tree(out)) == (2, files)
+    assert other.stderr.startswith("error: ")
+    assert "short_side 48 (asked: 64)" in other.stderr
+
+    # What is missing is made again, by one process this time, and is the same.
+    shutil.rmtree(out / "day 1")
+    one = tool(recordings, out, "--seconds", 1, "--short_side", 48, "--workers", 1)
+    assert (one.returncode, tree(out)) == (0, files)
+    assert "3 of 5 videos are there already" in one.stdout
+
+
+def test_one_long_video_in_ranges(recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunk_folder, "_RANGE_SECONDS", 1.0)
+    settings = ChunkSettings(seconds=1.0, short_side=48)
+    output = Output(tmp_path / "out", settings, recordings)
+    with output.claim(), chunk_folder.Workers(2) as workers:
+        probes, faults = workers.probe(find_videos(recordings, "a.mp4"), lambda number: None)
+        assert not faults
+        summary = chunk_folder.write_videos(probes, output, settings, workers)
+        assert workers.seconds == pytest.approx(4)
+    assert (summary.videos, summary.seconds) == (1, 4)
+    chunks = sorted((tmp_path / "out" / "a").iterdir())
+    assert [numbers(reference(path)[1])[0] for path in chunks] == [0, 10, 20, 30]
+
+
+def test_damaged_files_are_named_and_the_others_go_on(recordings: Path, tmp_path: Path) -> None:
+    root, out = tmp_path / "root", tmp_path / "out"
+    shutil.copytree(recordings / "b.c", root / "good")
+    content = encode(root / "cut.mp4", 60, x264="keyint=10:qp=1", faststart=True).read_bytes()
+    (root / "cut.mp4").write_bytes(content[: len(content) // 2])
+    (root / "none.mp4").write_text("no video")
+    done = tool(root, out, "--seconds", 1, "--workers", 2)
+    assert done.returncode == 1
+    lines = sorted(done.stderr.splitlines())
+    assert lines[0] == "2 files could not be read"
+    assert [
+        f"could not be read: {root}/{name}.mp4: " in line for name, line in zip(("cut", "none"), lines[1:], strict=True)
+    ]
+    assert {path.name for path in out.iterdir()} == {"good", ".chunk_videos"}
+    assert "wrote 1 videos" in done.stdout
+    strict = tool(root, tmp_path / "strict", "--seconds", 1, "--strict")
+    assert strict.returncode == 2
+    assert strict.stderr.startswith("error: ")
+    assert strict.stderr.count("\n") == 1
+
+
+def test_folders_that_are_no_output(recordings: Path, tmp_path: Path) -> None:
+    settings = ChunkSettings()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").touch()
+    with pytest.raises(ChunkError, match="not empty and not made by"):
+        Output(tmp_path / "full", settings, recordings)
+    with pytest.raises(ChunkError, match="lies in the input folder"):
+        Output(recordings / "chunks", settings, recordings)
+    with pytest.raises(ChunkError, match="not a folder"):
+        Output(tmp_path / "full" / "letter.txt", settings, recordings)
+    with Output(tmp_path / "out", settings, recordings).claim(), pytest.raises(ChunkError, match="another process"):  # noqa: SIM117
+        with Output(tmp_path / "out", settings, recordings).claim():
+            pass
+    (tmp_path / "out" / ".chunk_videos" / "settings.json").write_text('{"seconds": ')
+    with pytest.raises(ChunkError, match="damaged"):
+        Output(tmp_path / "out", settings, recordings)
+
+
+def test_another_file_under_the_same_id_is_not_taken_for_done(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    encode(tmp_path / "one" / "v.mp4", 10)
+    encode(tmp_path / "two" / "v.mp4", 12)
+    assert tool(tmp_path / "one", out, "--workers", 1).returncode == 0
+    done = tool(tmp_path / "two", out, "--workers", 1)
+    assert done.returncode == 2
+    assert "made of another file" in done.stderr
+    assert Output(out, ChunkSettings(), tmp_path / "one").is_done(Video("v", tmp_path / "one" / "v.mp4"))
+
+
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGTERM, 130, marks=pytest.mark.ci),
+        pytest.param(signal.SIGKILL, -9, marks=pytest.mark.ci),
+    ],
+)
+def test_an_interrupted_run_goes_on_and_ends_as_any_other(tmp_path: Path, sent: signal.Signals, code: int) -> None:
+    root, out, straight = tmp_path / "root", tmp_path / "out", tmp_path / "straight"
+    encode(root / "a.mp4", 10)
+    encode(root / "b.mp4", 120, size=(320, 240), x264="keyint=250:qp=30:bframes=0")
+    options = ("--seconds", "1", "--preset", "slow", "--workers", "1")
+    run = subprocess.Popen([*TOOL, str(root), str(out), *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    parts = out / ".chunk_videos" / "parts" / "b"
+    while run.poll() is None and not ((parts / "0001.mp4").exists() and (out / "a").exists()):
+        time.sleep(0.01)
+    run.send_signal(sent)
+    _, said = run.communicate()
+    assert run.returncode == code
+    assert b"Traceback" not in said
+    assert [path.name for path in out.iterdir() if not path.name.startswith(".")] == ["a"]
+    if sent != signal.SIGKILL:
+        assert said == b"interrupted; run again to go on\n"
+        assert not parts.exists()
+    else:  # its process leaves too, and then the folder is free
+        while (out / ".chunk_videos" / "lock").exists() and not free(out):
+            time.sleep(0.05)
+    first = (out / "a" / "0000.mp4").stat().st_mtime_ns
+    assert tool(root, out, *options).returncode == 0
+    assert (out / "a" / "0000.mp4").stat().st_mtime_ns == first
+    assert tool(root, straight, *options[:-1], "2").returncode == 0
+    assert tree(out) == tree(straight)
+
+
+def free(out: Path) -> bool:
+    """Whether no process claims the folder."""
+    from filelock import FileLock, Timeout
+
+    try:
+        with FileLock(out / ".chunk_videos" / "lock", timeout=0):
+            return True
+    except Timeout:
+        return False
+
+
+def test_a_full_disk_ends_in_one_line_and_loses_nothing(tmp_path: Path) -> None:
+    """A limit on the size of files stands in for a disk without room."""
+    root, out = tmp_path / "root", tmp_path / "out"
+    encode(root / "a.mp4", 2)
+    encode(root / "b.mp4", 60, size=(320, 240), x264="qp=10")
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); sys.argv[0] = sys.argv[1];"
+        f"sys.path.insert(0, {str(ROOT / 'tools')!r}); import chunk_videos;"
+        f"sys.exit(chunk_videos.main([{str(root)!r}, {str(out)!r}, '--crf', '1', '--workers', '1']))"
+    )
+    run = subprocess.run([sys.executable, "-B", "-c", code, "-c"], capture_output=True, text=True, check=False)
+    assert run.returncode == 2, run.stderr
+    assert run.stderr.startswith("error: cannot write ")
+    assert run.stderr.count("\n") == 1
+    assert [path.name for path in out.iterdir() if not path.name.startswith(".")] == ["a"]
+    assert not (out / ".chunk_videos" / "parts").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_output_that_may_not_be_written(recordings: Path, tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    done = tool(recordings, tmp_path / "locked" / "out")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+def test_a_dry_run_estimates_and_writes_nothing(recordings: Path, tmp_path: Path) -> None:
+    root, out = tmp_path / "root", tmp_path / "new" / "out"
+    shutil.copytree(recordings, root)
+    (root / "none.mp4").write_text("no video")
+    (root / "._a.mp4").unlink()
+    done = tool(root, out, "--dry_run", "--seconds", 1, "--workers", 2)
+    assert done.returncode == 1, done.stderr
+    assert "1 files could not be read" in done.stderr
+    for part in ("5 videos", "h264 96x64 10 fps: 5 files", "hours with 2 workers", "TB", "free at"):
+        assert part in done.stdout, part
+    assert not out.parent.exists()
+
+    # The estimate holds: the chunks of a file of the same kind are about as large as said.
+    (root / "none.mp4").unlink()
+    settings = ChunkSettings()
+    with chunk_folder.Workers(1) as workers:
+        probes, _ = workers.probe(find_videos(root), lambda number: None)
+        estimate = chunk_folder.estimate(probes, settings, workers)
+    assert not estimate.faults
+    assert tool(root, out, "--workers", 1).returncode == 0
+    assert estimate.bytes == pytest.approx(sum(map(len, tree(out).values())), rel=0.35)
+    assert 0 < estimate.hours < 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--short_side", "225"], "--short_side is 225"),
+        (["--preset", "swift"], "preset 'swift'"),
+        (["--workers", "0"], "--workers is 0"),
+        (["--list", "/nowhere.txt"], "/nowhere.txt"),
+    ],
+)
+def test_mistakes_are_one_line_and_write_nothing(
+    recordings: Path, tmp_path: Path, options: list[str], said: str
+) -> None:
+    done = tool(recordings, tmp_path / "out", *options)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_gives_a_reason_for_every_option() -> None:
+    done = tool("--help")
+    assert done.returncode == 0
+    for option in [*vars(ChunkSettings()), "workers", "pattern", "list", "strict", "follow_links", "dry_run"]:
+        option = option.replace("fastdecode", "no_fastdecode")
+        assert f"--{option} " in done.stdout, option
