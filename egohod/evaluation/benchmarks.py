@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -41,15 +41,6 @@ class BenchmarkError(UserError):
     """Annotations that do not make a benchmark."""
 
 
-class Evaluator(Protocol):
-    """Anything that scores a model; the training loop is handed a list of these."""
-
-    name: str
-
-    def __call__(self, model: nn.Module) -> dict[str, float]:
-        """Metrics by name, in percent (ranks count from 1); collective over all processes of the run."""
-
-
 @dataclass(frozen=True)
 class Execution:
     """How features are computed: clips at a time, decoding processes, this process, autocast type."""
@@ -79,8 +70,9 @@ class Benchmark:
         self.execution = execution
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """Metrics of all tables for a :class:`VideoTextModel`.
+        """Metrics of all tables for a :class:`VideoTextModel`: in percent, ranks counted from 1.
 
+        Collective over all processes of the run; what the training loop calls an evaluator.
         Raises :class:`UserError` when a clip cannot be read or features are not finite.
         """
         assert isinstance(model, VideoTextModel), f"{type(model).__name__} has no encode_video and encode_text"

@@ -36,7 +36,7 @@ class Evaluator(Protocol):
     name: str
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """Metrics by name; leaves the model and the random state as they were."""
+        """Metrics by name, collective over all processes; leaves the model and the random state as they were."""
         ...
 
 
@@ -58,8 +58,11 @@ class Schedule:
                 text, steps_per_epoch=steps_per_epoch, global_batch_size=cfg.train.global_batch_size, key=key
             )
 
+        total, warmup = steps(cfg.train.duration, "train.duration"), steps(cfg.train.warmup, "train.warmup")
+        if warmup > total:
+            log.warning("train.warmup=%s is longer than the run: train.lr is never reached", cfg.train.warmup)
         return cls(
-            total=steps(cfg.train.duration, "train.duration"),
+            total=total,
             log=steps(cfg.train.log_every, "train.log_every"),
             save=steps(cfg.train.save_every, "train.save_every"),
             evaluate=steps(cfg.evaluate.every, "evaluate.every"),
