@@ -4,22 +4,32 @@ Both ways read the same clips (2 s, 16 frames at 224 px) of the same chunks (426
 15 frames) with the same number of processes, in alternating rounds. The usual way is what the field's loaders do for
 one stream: decord to float32 full frames, one bicubic random resized crop and the normalisation, all in the worker.
 Ours is ``egohod.data``: uint8 to the main process and normalised there, which is part of the time measured.
+
+With ``--s3`` ours also reads the same chunks, in the same rounds, from an S3 server on loopback (moto, a process of its
+own on the same cores) without a cache.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import av
 import decord
+import fsspec
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 from open_clip.tokenizer import SimpleTokenizer
@@ -37,6 +47,15 @@ from egohod.data.text import Tokenizer
 WIDTH, HEIGHT, FPS, CHUNK_SECONDS, KEYFRAME_EVERY = 426, 320, 30, 15, 15
 CLIP_SECONDS = 2.0
 CROP_SCALE_MIN = 0.5
+BUCKET = "egohod-bench"
+MOTO = """
+import sys
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+sys.stdin.read()  # until the benchmark closes the pipe or is gone
+"""
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -50,6 +69,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each way (default: 3)")
     parser.add_argument("--chunks", type=int, default=4, help="chunks of 15 s to draw clips from (default: 4)")
     parser.add_argument("--decoder", default="auto", help="our decoder (default: auto)")
+    parser.add_argument("--s3", action="store_true", help="also read from an S3 server on loopback, without a cache")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.set_defaults(run=run)
 
@@ -62,21 +82,37 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(result))
         return
+    s3 = ""
+    if options.s3:
+        each_round = ", ".join(f"{ratio:.2f}" for ratio in result["s3_ratios"])
+        s3 = (
+            f"\negohod.data from S3 on loopback{'':13}{result['s3_clips_per_second']:6.1f} clips/s\n"
+            f"disk to S3 {result['s3_ratio']:.2f} (rounds: {each_round}); "
+            f"the server's CPU {result['server_milliseconds_per_clip']:.1f} ms a clip"
+        )
     print(
         f"{options.workers} workers, {options.frames} frames at {options.size} px, batches of {options.batch_size}, "
         f"{result['kilobits_per_second']:.0f} kbit/s\n"
         f"usual way (decord, float32 in the worker) {result['baseline_clips_per_second']:6.1f} clips/s\n"
         f"egohod.data ({result['decoder']}, uint8){'':13}{result['clips_per_second']:6.1f} clips/s\n"
-        f"ratio {result['ratio']:.2f} (rounds: {', '.join(f'{ratio:.2f}' for ratio in result['ratios'])})"
+        f"ratio {result['ratio']:.2f} (rounds: {', '.join(f'{ratio:.2f}' for ratio in result['ratios'])})" + s3
     )
 
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Alternate rounds of both ways; clips/s and the median of the rounds' ratios."""
+    """Alternate rounds of all ways; clips/s and the median of the rounds' ratios."""
     rows = make_videos(folder, options.chunks, options.clips)
-    dataset = ClipDataset(
+    if options.s3:
+        with s3_server(folder / "videos") as server:
+            return compare(folder, rows, options, server)
+    return compare(folder, rows, options, None)
+
+
+def our_dataset(folder: Path, root: str, options: argparse.Namespace) -> ClipDataset:
+    """Our dataset over the videos below ``root``."""
+    return ClipDataset(
         ClipTable.read(folder / "clips.csv"),
-        SourceConfig(root=str(folder / "videos"), layout="chunks", chunk_seconds=CHUNK_SECONDS),
+        SourceConfig(root=root, layout="chunks", chunk_seconds=CHUNK_SECONDS),
         size=options.size,
         num_frames=options.frames,
         tokenizer=Tokenizer(),
@@ -85,29 +121,78 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         crop_scale_min=CROP_SCALE_MIN,
         flip=0.5,
     )
+
+
+def compare(
+    folder: Path, rows: list[tuple[str, float, str]], options: argparse.Namespace, server: psutil.Process | None
+) -> dict[str, Any]:
+    """See :func:`measure`."""
+    dataset = our_dataset(folder, str(folder / "videos"), options)
+    remote = our_dataset(folder, f"s3://{BUCKET}", options) if server else None
     plan = BatchPlan(len(dataset), options.batch_size, seed=0)
     usual = UsualDataset(folder / "videos", rows, options.frames, options.size)
-    ours, theirs = [], []
+    ours, theirs, from_s3, busy = [], [], [], []
     for number in range(options.rounds + 1):
         start = number * plan.steps_per_epoch
-        batches = train_loader(
-            dataset, plan, start_step=start, total_steps=start + plan.steps_per_epoch, workers=options.workers
-        )
+        when = {"start_step": start, "total_steps": start + plan.steps_per_epoch, "workers": options.workers}
         theirs.append(rate(DataLoader(usual, options.batch_size, shuffle=True, num_workers=options.workers)))
-        ours.append(rate(batches))
+        ours.append(rate(train_loader(dataset, plan, **when)))
+        if remote and server:
+            before = sum(server.cpu_times()[:2])
+            from_s3.append(rate(train_loader(remote, plan, **when)))
+            busy.append((sum(server.cpu_times()[:2]) - before) / (plan.steps_per_epoch * plan.batch_size))
     # The first round warms the page cache and the imports.
-    ours, theirs = ours[1:], theirs[1:]
+    ours, theirs, from_s3 = ours[1:], theirs[1:], from_s3[1:]
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    s3_ratios = [a / b for a, b in zip(ours, from_s3, strict=False)]
+    s3 = (
+        {
+            "s3_clips_per_second": statistics.median(from_s3),
+            "s3_ratio": statistics.median(s3_ratios),
+            "s3_ratios": s3_ratios,
+            "server_milliseconds_per_clip": 1000 * statistics.median(busy[1:]),
+        }
+        if remote
+        else {}
+    )
     size = sum(path.stat().st_size for path in (folder / "videos").rglob("*.mp4"))
     return {
         "clips_per_second": statistics.median(ours),
         "baseline_clips_per_second": statistics.median(theirs),
         "ratio": statistics.median(ratios),
         "ratios": ratios,
+        **s3,
         "decoder": dataset.decoder,
         "kilobits_per_second": size * 8 / 1000 / (options.chunks * CHUNK_SECONDS),
         **{name: getattr(options, name) for name in ("workers", "frames", "size", "batch_size", "clips")},
     }
+
+
+@contextlib.contextmanager
+def s3_server(folder: Path) -> Iterator[psutil.Process]:
+    """A moto server with the files of ``folder``, to which this process's S3 requests go."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", MOTO], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            port = process.stdout.readline()
+            if not port:
+                sys.exit("error: --s3 needs a server: pip install -r tests/requirements.txt")
+            os.environ.update(
+                AWS_ENDPOINT_URL=f"http://127.0.0.1:{int(port)}",
+                AWS_ACCESS_KEY_ID="bench",
+                AWS_SECRET_ACCESS_KEY="bench",
+                AWS_DEFAULT_REGION="us-east-1",
+            )
+            system = fsspec.filesystem("s3", skip_instance_cache=True)
+            system.mkdir(BUCKET)
+            for path in folder.rglob("*.mp4"):
+                system.pipe_file(f"{BUCKET}/{path.relative_to(folder)}", path.read_bytes())
+            yield psutil.Process(process.pid)
+        finally:
+            process.stdin.close()
+            process.kill()
 
 
 def rate(loader: DataLoader[Any]) -> float:
