@@ -86,15 +86,17 @@ def run(options: argparse.Namespace) -> None:
     if options.s3:
         each_round = ", ".join(f"{ratio:.2f}" for ratio in result["s3_ratios"])
         s3 = (
-            f"\negohod.data from S3 on loopback{'':13}{result['s3_clips_per_second']:6.1f} clips/s\n"
-            f"disk to S3 {result['s3_ratio']:.2f} (rounds: {each_round}); "
-            f"the server's CPU {result['server_milliseconds_per_clip']:.1f} ms a clip"
+            f"\negohod.data from S3 on loopback           {result['s3_clips_per_second']:6.1f} clips/s, "
+            f"{result['s3_milliseconds_per_clip']:.0f} ms CPU each and {result['server_milliseconds_per_clip']:.1f} ms "
+            f"in the server\ndisk to S3 {result['s3_ratio']:.2f} (rounds: {each_round})"
         )
     print(
         f"{options.workers} workers, {options.frames} frames at {options.size} px, batches of {options.batch_size}, "
         f"{result['kilobits_per_second']:.0f} kbit/s\n"
-        f"usual way (decord, float32 in the worker) {result['baseline_clips_per_second']:6.1f} clips/s\n"
-        f"egohod.data ({result['decoder']}, uint8){'':13}{result['clips_per_second']:6.1f} clips/s\n"
+        f"usual way (decord, float32 in the worker) {result['baseline_clips_per_second']:6.1f} clips/s, "
+        f"{result['baseline_milliseconds_per_clip']:.0f} ms CPU each\n"
+        f"egohod.data ({result['decoder']}, uint8){'':13}{result['clips_per_second']:6.1f} clips/s, "
+        f"{result['milliseconds_per_clip']:.0f} ms CPU each\n"
         f"ratio {result['ratio']:.2f} (rounds: {', '.join(f'{ratio:.2f}' for ratio in result['ratios'])})" + s3
     )
 
@@ -140,27 +142,28 @@ def compare(
         if remote and server:
             before = sum(server.cpu_times()[:2])
             from_s3.append(rate(train_loader(remote, plan, **when)))
-            busy.append((sum(server.cpu_times()[:2]) - before) / (plan.steps_per_epoch * plan.batch_size))
+            busy.append(1000 * (sum(server.cpu_times()[:2]) - before) / (plan.steps_per_epoch * plan.batch_size))
     # The first round warms the page cache and the imports.
-    ours, theirs, from_s3 = ours[1:], theirs[1:], from_s3[1:]
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-    s3_ratios = [a / b for a, b in zip(ours, from_s3, strict=False)]
-    s3 = (
-        {
-            "s3_clips_per_second": statistics.median(from_s3),
+    ours, theirs, from_s3, busy = ours[1:], theirs[1:], from_s3[1:], busy[1:]
+    ratios = [a / b for (a, _), (b, _) in zip(ours, theirs, strict=True)]
+    s3 = {}
+    if remote:
+        s3_ratios = [a / b for (a, _), (b, _) in zip(ours, from_s3, strict=True)]
+        s3 = {
+            "s3_clips_per_second": statistics.median(each for each, _ in from_s3),
             "s3_ratio": statistics.median(s3_ratios),
             "s3_ratios": s3_ratios,
-            "server_milliseconds_per_clip": 1000 * statistics.median(busy[1:]),
+            "s3_milliseconds_per_clip": statistics.median(each for _, each in from_s3),
+            "server_milliseconds_per_clip": statistics.median(busy),
         }
-        if remote
-        else {}
-    )
     size = sum(path.stat().st_size for path in (folder / "videos").rglob("*.mp4"))
     return {
-        "clips_per_second": statistics.median(ours),
-        "baseline_clips_per_second": statistics.median(theirs),
+        "clips_per_second": statistics.median(each for each, _ in ours),
+        "baseline_clips_per_second": statistics.median(each for each, _ in theirs),
         "ratio": statistics.median(ratios),
         "ratios": ratios,
+        "milliseconds_per_clip": statistics.median(each for _, each in ours),
+        "baseline_milliseconds_per_clip": statistics.median(each for _, each in theirs),
         **s3,
         "decoder": dataset.decoder,
         "kilobits_per_second": size * 8 / 1000 / (options.chunks * CHUNK_SECONDS),
@@ -195,15 +198,22 @@ def s3_server(folder: Path) -> Iterator[psutil.Process]:
             process.kill()
 
 
-def rate(loader: DataLoader[Any]) -> float:
-    """Clips/s until the last batch is ready to be trained on."""
-    clips, began = 0, time.perf_counter()
+def rate(loader: DataLoader[Any]) -> tuple[float, float]:
+    """Clips/s until the last batch is ready to be trained on, and CPU milliseconds per clip, those of workers too."""
+    clips, began, busy = 0, time.perf_counter(), cpu_seconds()
     for batch in loader:
         video = batch["video"]
         if video.dtype == torch.uint8:
             video = transforms.normalise(video)
         clips += len(video)
-    return clips / (time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    # The workers have ended with the loop, so that their time is known.
+    return clips / seconds, 1000 * (cpu_seconds() - busy) / clips
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of its children that have ended."""
+    return sum(os.times()[:4])
 
 
 class UsualDataset(Dataset[dict[str, torch.Tensor]]):
