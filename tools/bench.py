@@ -1,6 +1,7 @@
 """Measure the parts of a training run on this machine.
 
 python tools/bench.py loader --json      # file to training-ready batch, against the usual way
+python tools/bench.py loader --s3        # also from an S3 server on loopback, without a cache
 python tools/bench.py step --json        # a training step: clips/s, share of the matmul peak, memory
 python tools/bench.py memory             # batch, frames, checkpointing, accumulation -> peak memory
 python tools/bench.py table              # four million rows: start to first batch, memory of all processes

@@ -6,23 +6,31 @@ one stream: decord to float32 full frames, one bicubic random resized crop and t
 Ours is ``egohod.data``: uint8 to the main process and normalised there, which is part of the time measured.
 
 With ``--chunked`` the usual way reads the original instead, a key frame every 250 frames, and ours what
-``tools/chunk_videos.py`` makes of it at a short side of 256.
+``tools/chunk_videos.py`` makes of it at a short side of 256. With ``--s3`` ours also reads the same chunks, in the same rounds, from an S3 server on loopback (moto, a process of its
+own on the same cores) without a cache.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import av
 import decord
+import fsspec
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 from open_clip.tokenizer import SimpleTokenizer
@@ -43,6 +51,15 @@ CLIP_SECONDS = 2.0
 CROP_SCALE_MIN = 0.5
 # Of the original that is chunked: what cameras and archives have.
 ORIGINAL_KEYFRAME_EVERY, CHUNKED_SHORT_SIDE = 250, 256
+BUCKET = "egohod-bench"
+MOTO = """
+import sys
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+sys.stdin.read()  # until the benchmark closes the pipe or is gone
+"""
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -55,8 +72,9 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--clips", type=int, default=64, help="clips per round (default: 64)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each way (default: 3)")
     parser.add_argument("--chunks", type=int, default=4, help="chunks of 15 s to draw clips from (default: 4)")
-    parser.add_argument("--chunked", action="store_true", help="ours on chunks made of the original by chunk_videos")
     parser.add_argument("--decoder", default="auto", help="our decoder (default: auto)")
+    parser.add_argument("--chunked", action="store_true", help="ours on chunks made of the original by chunk_videos")
+    parser.add_argument("--s3", action="store_true", help="also read from an S3 server on loopback, without a cache")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.set_defaults(run=run)
 
@@ -69,26 +87,44 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(result))
         return
+    s3 = ""
+    if options.s3:
+        each_round = ", ".join(f"{ratio:.2f}" for ratio in result["s3_ratios"])
+        s3 = (
+            f"\negohod.data from S3 on loopback           {result['s3_clips_per_second']:6.1f} clips/s, "
+            f"{result['s3_milliseconds_per_clip']:.0f} ms CPU each and {result['server_milliseconds_per_clip']:.1f} ms "
+            f"in the server\ndisk to S3 {result['s3_ratio']:.2f} (rounds: {each_round})"
+        )
     print(
         f"{options.workers} workers, {options.frames} frames at {options.size} px, batches of {options.batch_size}, "
         f"{result['baseline_kilobits_per_second']:.0f} kbit/s, ours {result['kilobits_per_second']:.0f} kbit/s\n"
-        f"usual way (decord, float32 in the worker) {result['baseline_clips_per_second']:6.1f} clips/s\n"
-        f"egohod.data ({result['decoder']}, uint8){'':13}{result['clips_per_second']:6.1f} clips/s\n"
-        f"ratio {result['ratio']:.2f} (rounds: {', '.join(f'{ratio:.2f}' for ratio in result['ratios'])})"
+        f"usual way (decord, float32 in the worker) {result['baseline_clips_per_second']:6.1f} clips/s, "
+        f"{result['baseline_milliseconds_per_clip']:.0f} ms CPU each\n"
+        f"egohod.data ({result['decoder']}, uint8){'':13}{result['clips_per_second']:6.1f} clips/s, "
+        f"{result['milliseconds_per_clip']:.0f} ms CPU each\n"
+        f"ratio {result['ratio']:.2f} (rounds: {', '.join(f'{ratio:.2f}' for ratio in result['ratios'])})" + s3
     )
 
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Alternate rounds of both ways; clips/s and the median of the rounds' ratios."""
+    """Alternate rounds of all ways; clips/s and the median of the rounds' ratios."""
     rows = make_videos(
         folder, options.chunks, options.clips, ORIGINAL_KEYFRAME_EVERY if options.chunked else KEYFRAME_EVERY
     )
     videos = chunked(folder, options.chunks) if options.chunked else folder / "videos"
-    dataset = ClipDataset(
+    if options.s3:
+        with s3_server(videos) as server:
+            return compare(folder, videos, rows, options, server)
+    return compare(folder, videos, rows, options, None)
+
+
+def our_dataset(folder: Path, root: str, options: argparse.Namespace) -> ClipDataset:
+    """Our dataset over the videos below ``root``."""
+    return ClipDataset(
         [
             (
                 ClipTable.read(folder / "clips.csv"),
-                SourceConfig(root=str(videos), layout="chunks", chunk_seconds=CHUNK_SECONDS),
+                SourceConfig(root=root, layout="chunks", chunk_seconds=CHUNK_SECONDS),
             )
         ],
         size=options.size,
@@ -99,24 +135,51 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         crop_scale_min=CROP_SCALE_MIN,
         flip=0.5,
     )
+
+
+def compare(
+    folder: Path,
+    videos: Path,
+    rows: list[tuple[str, float, str]],
+    options: argparse.Namespace,
+    server: psutil.Process | None,
+) -> dict[str, Any]:
+    """See :func:`measure`; ``videos`` holds what our loader reads."""
+    dataset = our_dataset(folder, str(videos), options)
+    remote = our_dataset(folder, f"s3://{BUCKET}", options) if server else None
     plan = BatchPlan(len(dataset), options.batch_size, seed=0)
     usual = UsualDataset(folder / "videos", rows, options.frames, options.size)
-    ours, theirs = [], []
+    ours, theirs, from_s3, busy = [], [], [], []
     for number in range(options.rounds + 1):
         start = number * plan.steps_per_epoch
-        batches = train_loader(
-            dataset, plan, start_step=start, total_steps=start + plan.steps_per_epoch, workers=options.workers
-        )
+        when = {"start_step": start, "total_steps": start + plan.steps_per_epoch, "workers": options.workers}
         theirs.append(rate(DataLoader(usual, options.batch_size, shuffle=True, num_workers=options.workers)))
-        ours.append(rate(batches))
+        ours.append(rate(train_loader(dataset, plan, **when)))
+        if remote and server:
+            before = sum(server.cpu_times()[:2])
+            from_s3.append(rate(train_loader(remote, plan, **when)))
+            busy.append(1000 * (sum(server.cpu_times()[:2]) - before) / (plan.steps_per_epoch * plan.batch_size))
     # The first round warms the page cache and the imports.
-    ours, theirs = ours[1:], theirs[1:]
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    ours, theirs, from_s3, busy = ours[1:], theirs[1:], from_s3[1:], busy[1:]
+    ratios = [a / b for (a, _), (b, _) in zip(ours, theirs, strict=True)]
+    s3 = {}
+    if remote:
+        s3_ratios = [a / b for (a, _), (b, _) in zip(ours, from_s3, strict=True)]
+        s3 = {
+            "s3_clips_per_second": statistics.median(each for each, _ in from_s3),
+            "s3_ratio": statistics.median(s3_ratios),
+            "s3_ratios": s3_ratios,
+            "s3_milliseconds_per_clip": statistics.median(each for _, each in from_s3),
+            "server_milliseconds_per_clip": statistics.median(busy),
+        }
     return {
-        "clips_per_second": statistics.median(ours),
-        "baseline_clips_per_second": statistics.median(theirs),
+        "clips_per_second": statistics.median(each for each, _ in ours),
+        "baseline_clips_per_second": statistics.median(each for each, _ in theirs),
         "ratio": statistics.median(ratios),
         "ratios": ratios,
+        "milliseconds_per_clip": statistics.median(each for _, each in ours),
+        "baseline_milliseconds_per_clip": statistics.median(each for _, each in theirs),
+        **s3,
         "decoder": dataset.decoder,
         "kilobits_per_second": kilobits(videos) / (options.chunks * CHUNK_SECONDS),
         "baseline_kilobits_per_second": kilobits(folder / "videos") / (options.chunks * CHUNK_SECONDS),
@@ -129,15 +192,49 @@ def kilobits(folder: Path) -> float:
     return sum(path.stat().st_size for path in folder.rglob("*.mp4")) * 8 / 1000
 
 
-def rate(loader: DataLoader[Any]) -> float:
-    """Clips/s until the last batch is ready to be trained on."""
-    clips, began = 0, time.perf_counter()
+@contextlib.contextmanager
+def s3_server(folder: Path) -> Iterator[psutil.Process]:
+    """A moto server with the files of ``folder``, to which this process's S3 requests go."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", MOTO], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            port = process.stdout.readline()
+            if not port:
+                sys.exit("error: --s3 needs a server: pip install -r tests/requirements.txt")
+            os.environ.update(
+                AWS_ENDPOINT_URL=f"http://127.0.0.1:{int(port)}",
+                AWS_ACCESS_KEY_ID="bench",
+                AWS_SECRET_ACCESS_KEY="bench",
+                AWS_DEFAULT_REGION="us-east-1",
+            )
+            system = fsspec.filesystem("s3", skip_instance_cache=True)
+            system.mkdir(BUCKET)
+            for path in folder.rglob("*.mp4"):
+                system.pipe_file(f"{BUCKET}/{path.relative_to(folder)}", path.read_bytes())
+            yield psutil.Process(process.pid)
+        finally:
+            process.stdin.close()
+            process.kill()
+
+
+def rate(loader: DataLoader[Any]) -> tuple[float, float]:
+    """Clips/s until the last batch is ready to be trained on, and CPU milliseconds per clip, those of workers too."""
+    clips, began, busy = 0, time.perf_counter(), cpu_seconds()
     for batch in loader:
         video = batch["video"]
         if video.dtype == torch.uint8:
             video = transforms.normalise(video)
         clips += len(video)
-    return clips / (time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    # The workers have ended with the loop, so that their time is known.
+    return clips / seconds, 1000 * (cpu_seconds() - busy) / clips
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of its children that have ended."""
+    return sum(os.times()[:4])
 
 
 class UsualDataset(Dataset[dict[str, torch.Tensor]]):
@@ -159,7 +256,7 @@ class UsualDataset(Dataset[dict[str, torch.Tensor]]):
         last = min(len(reader), first + round(CLIP_SECONDS * reader.get_avg_fps()))
         frames = reader.get_batch(segment_indices(first, last, self.frames, rng).tolist()).asnumpy()
         video = torch.from_numpy(frames.astype(np.float32)).permute(3, 0, 1, 2)
-        top, left, height, width = transforms._random_box(HEIGHT, WIDTH, CROP_SCALE_MIN, rng)
+        top, left, height, width = transforms.random_box(HEIGHT, WIDTH, CROP_SCALE_MIN, rng)
         video = video[:, :, top : top + height, left : left + width]
         video = F.interpolate(video, (self.size, self.size), mode="bicubic", align_corners=False)
         if rng.random() < 0.5:

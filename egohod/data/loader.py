@@ -210,8 +210,14 @@ class ClipLoader(DataLoader[dict[str, Any]]):
                     f"a loader process died ({str(error).splitlines()[0]}); if memory ran out, lower data.workers or "
                     "data.prefetch"
                 ) from error
-            if "failure" in batch:
-                raise batch["failure"]
+            failure = batch.pop("failure", None)
+            if failure is not None:
+                try:
+                    raise failure
+                finally:
+                    # An exception that its own frame holds waits for the garbage collector, which closes the queues
+                    # to the workers before they could be told to end: 10 s of waiting.
+                    del failure
             yield batch
 
 

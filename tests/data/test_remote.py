@@ -10,7 +10,7 @@ import pytest
 from servers import FaultyS3, moto_server, point_to
 from video_files import DECODERS, encode, numbers, opener
 
-from egohod.config import SourceConfig
+from egohod.config import Config, SourceConfig
 from egohod.data import files
 from egohod.data.clips import ClipDataset
 from egohod.data.files import LocalCache, StorageError
@@ -19,6 +19,7 @@ from egohod.data.loader import eval_loader
 from egohod.data.table import ClipTable
 from egohod.data.text import Tokenizer
 from egohod.data.video import VideoError, VideoStore
+from egohod.training.setup import build_dataset
 
 ROOT = "s3://videos/some/prefix"
 
@@ -164,6 +165,21 @@ def test_the_cache_spares_requests(counting: FaultyS3, tmp_path: Path) -> None:
     for _ in range(3):
         store("s3://videos", "avion", cache=LocalCache(tmp_path, 1)).read("one", 0.5, 2.5, 4)
     assert len(counting.requests) == 2
+
+
+def test_the_cache_of_the_settings_is_used(counting: FaultyS3, tmp_path: Path) -> None:
+    (tmp_path / "clips.csv").write_text("video_id,start_second,end_second,text\none,0,1,a\none,2,3,b\none,4,5,c\n")
+    config = Config()
+    config.data.train = SourceConfig(metadata=str(tmp_path / "clips.csv"), root="s3://videos", chunk_seconds=2)
+    config.data.cache = str(tmp_path / "cache")
+    for gigabytes, kept in ((1.0, 3), (1e-7, 0)):
+        config.data.cache_gb = gigabytes
+        clips = build_dataset(config, 32)
+        for index in range(3):
+            clips[0, index]
+        assert len(list((tmp_path / "cache").glob("*/*"))) == kept
+        for path in (tmp_path / "cache").glob("*/*"):
+            path.unlink()
 
 
 def test_server_errors_in_the_middle_of_a_large_file(counting: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,11 +18,15 @@ def store(root: Path, layout: str = "auto", decoder: str = "pyav", chunk: float 
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``whole``: 4 s in one file. ``cut``: the same frames in chunks of 2 s, and 1.5 s more."""
+    """``whole``: 4 s in one file. ``cut``: the same frames in chunks of 2 s, and 1.5 s more. ``avion``: as AVION's."""
     root = tmp_path_factory.mktemp("videos")
     encode(root / "whole.mp4", 40)
     for chunk, count in enumerate((20, 20, 15)):
-        encode(root / "cut" / f"{chunk:04d}.mp4", count, first=20 * chunk)
+        path = encode(root / "cut" / f"{chunk:04d}.mp4", count, first=20 * chunk)
+        (root / "avion.mp4").mkdir(exist_ok=True)
+        (root / "avion.mp4" / f"{2 * chunk}.mp4").write_bytes(path.read_bytes())
+    (root / "P02_03.MP4").mkdir()
+    (root / "P02_03.MP4" / "0.MP4").write_bytes((root / "cut" / "0000.mp4").read_bytes())
     (root / "upper").mkdir()
     (root / "upper" / "0000.MP4").write_bytes((root / "cut" / "0000.mp4").read_bytes())
     (root / "P01").mkdir()
@@ -31,15 +35,27 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-@pytest.mark.parametrize("video", ["whole", "cut"])
+@pytest.mark.parametrize("video", ["whole", "cut", "avion"])
 @pytest.mark.parametrize(("start", "end"), [(0, 1), (0.5, 1.9), (1.2, 2.6), (2.0, 4.0), (1.9, 2.1), (0.1, 4.0)])
 def test_the_sampled_frames(videos: Path, video: str, start: float, end: float, decoder: str) -> None:
     expected = segment_indices(round(start * 10), round(end * 10), 8).tolist()
     assert numbers(store(videos, decoder=decoder).read(video, start, end, 8)) == expected
 
 
-def test_a_clip_over_three_chunks(videos: Path) -> None:
-    assert numbers(store(videos).read("cut", 1.5, 5.0, 12)) == segment_indices(15, 50, 12).tolist()
+@pytest.mark.parametrize(
+    ("video", "layout"), [("cut", "auto"), ("cut", "chunks"), ("avion", "auto"), ("avion", "avion")]
+)
+def test_a_clip_over_three_chunks(videos: Path, video: str, layout: str) -> None:
+    assert numbers(store(videos, layout).read(video, 1.5, 5.0, 12)) == segment_indices(15, 50, 12).tolist()
+
+
+def test_chunks_that_start_between_seconds(videos: Path, tmp_path: Path) -> None:
+    (tmp_path / "v.mp4").mkdir()
+    for number, start in enumerate(("0", "1.5", "3")):
+        encode(tmp_path / "v.mp4" / f"{start}.mp4", 15, first=15 * number)
+    reader = store(tmp_path, chunk=1.5)
+    assert numbers(reader.read("v", 1.0, 4.0, 6)) == segment_indices(10, 40, 6).tolist()
+    assert numbers(reader.read("v", 4.0, 9.0, 2)) == segment_indices(40, 45, 2).tolist()
 
 
 def test_jittered_frames_come_from_the_generator(videos: Path) -> None:
@@ -49,6 +65,7 @@ def test_jittered_frames_come_from_the_generator(videos: Path) -> None:
 
 def test_endings_and_folders_in_ids(videos: Path) -> None:
     assert numbers(store(videos).read("upper", 0, 1, 1)) == [4]
+    assert numbers(store(videos).read("P02_03", 0, 1, 1)) == [4]
     assert numbers(store(videos).read("P01/P01_01", 3, 4, 1)) == [34]
 
 
@@ -57,9 +74,11 @@ def test_a_given_layout_is_believed(videos: Path) -> None:
         store(videos, "whole").read("cut", 0, 1, 1)
     with pytest.raises(VideoError, match=r"whole/0000\.mp4: no such file"):
         store(videos, "chunks").read("whole", 0, 1, 1)
+    with pytest.raises(VideoError, match=r"cut\.mp4/0\.mp4: no such file"):
+        store(videos, "avion").read("cut", 0, 1, 1)
 
 
-@pytest.mark.parametrize(("video", "last"), [("whole", 39), ("cut", 54)])
+@pytest.mark.parametrize(("video", "last"), [("whole", 39), ("cut", 54), ("avion", 54)])
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_a_clip_beyond_the_end_is_cut_there(videos: Path, video: str, last: int, decoder: str) -> None:
     start = (last - 3) / 10
@@ -67,7 +86,7 @@ def test_a_clip_beyond_the_end_is_cut_there(videos: Path, video: str, last: int,
     assert numbers(store(videos, decoder=decoder).read(video, start, start + 30, 4)) == expected
 
 
-@pytest.mark.parametrize(("video", "start"), [("whole", 4.0), ("whole", 99.0), ("cut", 5.6)])
+@pytest.mark.parametrize(("video", "start"), [("whole", 4.0), ("whole", 99.0), ("cut", 5.6), ("avion", 5.6)])
 def test_a_clip_wholly_beyond_the_end(videos: Path, video: str, start: float) -> None:
     with pytest.raises(VideoError, match="the clip begins at"):
         store(videos).read(video, start, start + 1, 4)
@@ -76,6 +95,8 @@ def test_a_clip_wholly_beyond_the_end(videos: Path, video: str, start: float) ->
 def test_a_chunk_beyond_the_last_and_a_gap(videos: Path, tmp_path: Path) -> None:
     with pytest.raises(VideoError, match=r"0040\.mp4: no such file"):
         store(videos).read("cut", 80, 81, 4)
+    with pytest.raises(VideoError, match=r"avion\.mp4/80\.mp4: no such file"):
+        store(videos).read("avion", 80, 81, 4)
     for chunk in (0, 2):
         encode(tmp_path / "gap" / f"{chunk:04d}.mp4", 20)
     with pytest.raises(VideoError, match=r"0001\.mp4: no such file"):

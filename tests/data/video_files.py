@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from egohod.data.decoders import Opener, choose_decoder
 
 DECODERS = ("pyav", "torchcodec", "decord")
 FPS = 10
+RATE = 16000
 WIDTH, HEIGHT = 96, 64
 # Bars repeat after so many frames.
 DISTINCT = 55
@@ -47,37 +49,72 @@ def encode(
     first: int = 0,
     size: tuple[int, int] = (WIDTH, HEIGHT),
     codec: str = "libx264",
+    pixels: str = "yuv420p",
     x264: str = "keyint=10",
     milliseconds: list[int] | None = None,
     faststart: bool = False,
+    sound: float = 0.0,
 ) -> Path:
-    """Write the frames ``first`` .. ``first + frames - 1``, evenly or at the given times."""
+    """Write the frames ``first`` .. ``first + frames - 1``, evenly or at the given times; ``sound`` in seconds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    settings = {"preset": "veryfast", "threads": "1", "x264-params": x264} if codec == "libx264" else {"bf": "2"}
+    settings = {
+        "libx264": {"preset": "veryfast", "threads": "1", "x264-params": x264},
+        "libx265": {"preset": "ultrafast", "x265-params": f"{x264}:log-level=none:pools=none:frame-threads=1"},
+    }.get(codec, {"bf": "2"})
     base = Fraction(1, FPS) if milliseconds is None else Fraction(1, 1000)
     with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"} if faststart else {}) as container:
         stream = container.add_stream(codec, rate=FPS, options=settings)
         stream.width, stream.height = size
-        stream.pix_fmt, stream.bit_rate = "yuv420p", 2_000_000
+        stream.pix_fmt, stream.bit_rate = pixels, 2_000_000
         if milliseconds is not None:
             stream.codec_context.time_base = base
+        audio = container.add_stream("aac", rate=RATE, layout="mono") if sound else None
         for i in range(frames):
             frame = av.VideoFrame.from_ndarray(picture(first + i, *size), format="rgb24")
             frame.pts, frame.time_base = (i if milliseconds is None else milliseconds[i]), base
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+        if audio:
+            silence(container, audio, sound)
     return path
+
+
+def silence(container: av.container.OutputContainer, stream: av.AudioStream, seconds: float) -> None:
+    """Write silence."""
+    for i in range(round(seconds * RATE / 1024)):
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate, frame.pts = RATE, i * 1024
+        container.mux(stream.encode(frame))
+    container.mux(stream.encode(None))
 
 
 def encode_sound(path: Path) -> Path:
     """A second of silence in an MP4 without pictures."""
     with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("aac", rate=16000, layout="mono")
-        for i in range(16):
-            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-            frame.sample_rate, frame.pts = 16000, i * 1024
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+        silence(container, container.add_stream("aac", rate=RATE, layout="mono"), 1.0)
+    return path
+
+
+def turn(path: Path, degrees: int) -> Path:
+    """Have the file say that its pictures are shown turned clockwise, as a camera held upright does."""
+    content = bytearray(path.read_bytes())
+    cos, sin = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
+    # The matrix of the track header box, version 0: 40 bytes behind its name, 16.16 (the last column 2.30) fixed point.
+    matrix = struct.pack(">9i", cos << 16, sin << 16, 0, -sin << 16, cos << 16, 0, 0, 0, 1 << 30)
+    at = content.index(b"tkhd") + 4 + 40
+    content[at : at + 36] = matrix
+    path.write_bytes(content)
+    return path
+
+
+def skip_start(path: Path, frames: int) -> Path:
+    """Have the file's edit list leave out the first ``frames``, as a lossless cut does."""
+    content = bytearray(path.read_bytes())
+    ticks = struct.unpack_from(">I", content, content.index(b"mdhd") + 4 + 12)[0] // FPS * frames
+    at = content.index(b"elst") + 4 + 8
+    duration, media_time = struct.unpack_from(">Ii", content, at)
+    struct.pack_into(">Ii", content, at, duration - frames * 1000 // FPS, media_time + ticks)
+    path.write_bytes(content)
     return path
 
 
