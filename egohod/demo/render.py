@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import cached_property
 
@@ -34,13 +35,13 @@ class Moment:
         self.placed: list[tuple[Sprite, tuple[int, int], str]] = []  # view, its top left canvas pixel, role
 
     def put(self, sprite: Sprite, at: XY, scale: float = 1.0, turn: float = 0.0, role: str = "") -> None:
-        """Place a sprite in front; ``role`` names what the truth calls it (left, right, object or nothing)."""
+        """Place a sprite in front; ``role`` is the hand or the object whose box it gives, if any."""
         view = sprite.at(scale, turn)
         x, y = (round((at[i] + self.shift[i]) * CANVAS[0] - view.anchor[i]) for i in (0, 1))
         self.placed.append((view, (x, y), role))
 
     def box(self, role: str) -> tuple[float, ...] | None:
-        """The visible part of a hand or the object: left, top, right, bottom as shares of the picture, if any."""
+        """The visible part of a hand or an object: left, top, right, bottom as shares of the picture, if any."""
         for view, (x, y), found in self.placed:
             seen = view.marked.crop((-x, -y, CANVAS[0] - x, CANVAS[1] - y)).getbbox() if found == role else None
             if seen and min(seen[2] - seen[0], seen[3] - seen[1]) >= 2 * SHRINK:
@@ -73,11 +74,10 @@ class Stage:
         turn: float = 0.0,
         lid: XY | None = None,
         height: float = 0.0,
-        role: str = "",
     ) -> None:
         """Place an object with its shadow and, where it has one, its lid."""
         moment.put(self.shadow, (at[0] + 0.3 * height, at[1] + 0.06 * depth + height), depth * 1.1)
-        moment.put(self.objects[noun], at, depth, turn, role)
+        moment.put(self.objects[noun], at, depth, turn, noun)
         if noun in self.lids:
             moment.put(self.lids[noun], lid or (at[0], at[1] - LID_HEIGHT * depth), depth, turn)
 
@@ -96,7 +96,7 @@ class Stage:
             self._put(moment, clip.other, at, 0.85)
             moment.put(self.hands["grip", other], grip_point(other, at), 0.9, role=other)
             moment.contact[other] = PORTABLE_OBJECT
-        self._put(moment, clip.noun, now.object, now.depth, now.turn, now.lid, now.height, "object")
+        self._put(moment, clip.noun, now.object, now.depth, now.turn, now.lid, now.height)
         moment.put(self.hands[now.grip, clip.hand], now.hand, 0.5 + 0.5 * now.depth, role=clip.hand)
         return moment
 
@@ -120,11 +120,10 @@ class Stage:
         for clip in self.video.clips:
             for i in range(clip.frames):
                 moment, frame = self.moment(clip, frame_time(i)), clip.start + i
-                row: dict[str, object] = {"video_id": self.video.video_id, "frame": frame, "second": frame / FPS}
-                row["noun"] = clip.noun
-                for role in (*SIDE, "object"):
+                row = {"video_id": self.video.video_id, "frame": frame, "second": frame / FPS, "noun": clip.noun}
+                for name, role in (("left", "left"), ("right", "right"), ("object", clip.noun)):
                     box = moment.box(role)
-                    row |= {f"{role}_{edge}": v for edge, v in zip(EDGES, box or (float("nan"),) * 4, strict=True)}
-                    if role in SIDE:
-                        row[f"{role}_state"] = moment.contact[role] if box else OUT_OF_SIGHT
+                    row |= {f"{name}_{edge}": v for edge, v in zip(EDGES, box or (math.nan,) * 4, strict=True)}
+                    if role in moment.contact:
+                        row[f"{name}_state"] = moment.contact[role] if box else OUT_OF_SIGHT
                 yield row

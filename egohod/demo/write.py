@@ -144,13 +144,13 @@ def questions(videos: Sequence[Video], rng: np.random.Generator) -> Iterator[dic
     clips = [(video.video_id, clip) for video in videos for clip in video.clips]
     for place, clip in clips:
         others = [clips[i] for i in rng.permutation(len(clips))]
-        chosen = {(clip.verb, clip.noun): (place, clip.uid)}  # a clip for each of five actions
-        for only_new_places in (True, False):
-            for at, other in others:
-                fits = (other.verb, other.noun) not in chosen and len(chosen) < CHOICES
-                if fits and not (only_new_places and at in dict(chosen.values())):
-                    chosen[other.verb, other.noun] = (at, other.uid)
-        yield ask("across_clips", {"text": clip.hod}, *({"clip": uid} for _, uid in chosen.values()))
+        places, chosen = {place}, {(clip.verb, clip.noun): clip.uid}
+        for anywhere, (at, other) in itertools.product((False, True), others):  # first those from further videos
+            new = (other.verb, other.noun) not in chosen and (anywhere or at not in places)
+            if new and len(chosen) < CHOICES:
+                places.add(at)
+                chosen[other.verb, other.noun] = other.uid
+        yield ask("across_clips", {"text": clip.hod}, *({"clip": uid} for uid in chosen.values()))
         verb = VERBS[clip.verb]
         if verb.opposite:
             texts = ({"text": phrase(name, clip.noun, clip.hand)} for name in (verb.name, verb.opposite))
