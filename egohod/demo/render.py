@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import cached_property
 
 import numpy as np
 from PIL import Image
@@ -58,28 +57,16 @@ class Stage:
         self.objects = {noun: draw_object(strokes, colours[noun]) for noun, strokes in OBJECTS.items()}
         self.lids = {noun: draw_object(strokes, colours[noun]) for noun, strokes in LIDS.items()}
         self.hands = {(grip, hand): draw_hand(grip, hand, kitchen) for grip in TIPS for hand in SIDE}
-        self.shadow = shadow()
-
-    @cached_property
-    def counter(self) -> Image.Image:
-        """What everything stands on."""
-        return draw_counter(self.video.kitchen, CANVAS)
+        self.shadow, self.counter = shadow(), draw_counter(kitchen, CANVAS)
 
     def _put(
-        self,
-        moment: Moment,
-        noun: str,
-        at: XY,
-        depth: float,
-        turn: float = 0.0,
-        lid: XY | None = None,
-        height: float = 0.0,
+        self, to: Moment, noun: str, at: XY, depth: float, turn: float = 0.0, lid: XY | None = None, height: float = 0.0
     ) -> None:
         """Place an object with its shadow and, where it has one, its lid."""
-        moment.put(self.shadow, (at[0] + 0.3 * height, at[1] + 0.06 * depth + height), depth * 1.1)
-        moment.put(self.objects[noun], at, depth, turn, noun)
+        to.put(self.shadow, (at[0] + 0.3 * height, at[1] + 0.06 * depth + height), depth * 1.1)
+        to.put(self.objects[noun], at, depth, turn, noun)
         if noun in self.lids:
-            moment.put(self.lids[noun], lid or (at[0], at[1] - LID_HEIGHT * depth), depth, turn)
+            to.put(self.lids[noun], lid or (at[0], at[1] - LID_HEIGHT * depth), depth, turn)
 
     def moment(self, clip: Clip, t: float) -> Moment:
         """What is where ``t`` seconds into the clip."""

@@ -192,22 +192,17 @@ def _schedule(rng: np.random.Generator, number: int) -> list[Take]:
     return [takes[i] for i in rng.permutation(len(takes))]
 
 
-def _the(noun: str, colour: str | None = None) -> str:
-    return f"the {colour} {noun}" if colour else f"the {noun}"
-
-
-def phrase(verb: str, noun: str, hand: str | None = None, colour: str | None = None) -> str:
+def phrase(verb: str, noun: str, hand: str | None = None) -> str:
     """The canonical wording: ``#C C wipes the sponge to the left with the right hand``."""
-    text = "#C C " + VERBS[verb].phrase.format(o=_the(noun, colour))
+    text = "#C C " + VERBS[verb].phrase.format(o=f"the {noun}")
     return f"{text} with the {hand} hand" if hand else text
 
 
 def _narrations(rng: np.random.Generator, take: Take, colour: str, other: str) -> tuple[str, str]:
     """(coarse narration, hand-object narration) of a take."""
     verb, noun, hand = take
-    shown = colour if rng.random() < 0.4 else None
-    text, detail = phrase(verb, noun, hand, shown), VERBS[verb].detail
-    acts = phrase(verb, noun, colour=shown).removeprefix("#C C ")
+    shown = f"{colour} {noun}" if rng.random() < 0.4 else noun
+    text, acts, detail = phrase(verb, shown, hand), phrase(verb, shown).removeprefix("#C C "), VERBS[verb].detail
     rests = {"rest": "rests on the counter", "absent": "stays out of sight"}.get(other, f"holds the {other} still")
     idle = f"the {OTHER_HAND[hand]} hand {rests}"
     hod = (
@@ -218,7 +213,8 @@ def _narrations(rng: np.random.Generator, take: Take, colour: str, other: str) -
         f"#C C uses the {hand} hand and {acts}, {detail}; {idle}",
     )[rng.integers(5)]
     wording = str(rng.choice(VAGUE)) if rng.random() < 0.5 else VERBS[verb].coarse
-    return "#C C " + wording.format(o=_the(noun, colour if rng.random() < 0.3 else None)), hod
+    shown = f"{colour} {noun}" if rng.random() < 0.3 else noun
+    return "#C C " + wording.format(o=f"the {shown}"), hod
 
 
 def event_range(frames: int) -> tuple[float, float]:
@@ -243,14 +239,11 @@ def _clip(rng: np.random.Generator, kitchen: Kitchen, uid: str, start: int, take
         begin, end = rng.uniform(*event_range(frames)), 0.0
     else:
         begin, end = rng.uniform(0.2, 0.32, 2).tolist()
-    narration, hod = _narrations(rng, take, kitchen.nouns[noun], other)
-    return Clip(
-        uid, start, frames, verb, noun, hand, other, distractors,
-        centre=0.5 + (0.03 if hand == "right" else -0.03) + rng.uniform(-0.05, 0.05),
-        tilt=rng.uniform(-10, 10), begin=begin, end=end, size=rng.uniform(0.9, 1.1),
-        sway=tuple(rng.uniform((0.004, 0.004, 0.15, 0.15, 0, 0), (0.012, 0.012, 0.45, 0.45, 6.28, 6.28)).tolist()),
-        narration=narration, hod=hod,
-    )  # fmt: skip
+    told = _narrations(rng, take, kitchen.nouns[noun], other)
+    centre = 0.5 + (0.03 if hand == "right" else -0.03) + rng.uniform(-0.05, 0.05)
+    tilt, size = rng.uniform(-10, 10), rng.uniform(0.9, 1.1)
+    sway = rng.uniform((0.004, 0.004, 0.15, 0.15, 0, 0), (0.012, 0.012, 0.45, 0.45, 6.28, 6.28)).tolist()
+    return Clip(uid, start, frames, *take, other, distractors, centre, tilt, begin, end, size, tuple(sway), *told)
 
 
 def make_video(seed: int, split: str, number: int, clips: int = CLIPS_PER_VIDEO) -> Video:

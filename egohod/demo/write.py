@@ -30,7 +30,6 @@ from typing import Any
 
 import av
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet
 
@@ -158,6 +157,8 @@ def questions(videos: Sequence[Video], rng: np.random.Generator) -> Iterator[dic
 
 
 def _write_tables(folder: Path, seed: int, videos: Sequence[Video], truth: list[pa.Table]) -> None:
+    import pandas as pd  # not needed by the rendering processes, and slow to load
+
     hod = pd.DataFrame([_row(video, clip) for video in videos for clip in video.clips])
     coarse = hod.assign(text=[clip.narration for video in videos for clip in video.clips])
     classes = pd.DataFrame([{"action": f"{v} {n}", "verb": v, "noun": n, "text": phrase(v, n)} for v, n in ACTIONS])
