@@ -6,8 +6,8 @@ one stream: decord to float32 full frames, one bicubic random resized crop and t
 Ours is ``egohod.data``: uint8 to the main process and normalised there, which is part of the time measured.
 
 With ``--chunked`` the usual way reads the original instead, a key frame every 250 frames, and ours what
-``tools/chunk_videos.py`` makes of it at a short side of 256. With ``--s3`` ours also reads the same chunks, in the same rounds, from an S3 server on loopback (moto, a process of its
-own on the same cores) without a cache.
+``tools/chunk_videos.py`` makes of it at a short side of 256. With ``--s3`` ours also reads the same chunks, in the same
+rounds, from an S3 server on loopback (moto, a process of its own on the same cores) without a cache.
 """
 
 from __future__ import annotations

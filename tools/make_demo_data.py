@@ -27,19 +27,14 @@ log = logging.getLogger("make_demo_data")
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--output", type=Path, default=Path("demo_data"), help="folder of the world (default: demo_data)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="the world follows from it, bit by bit (default: 0)")
-    parser.add_argument("--scale", type=float, default=1.0, help="1 is 2,000 + 300 + 500 clips (default: 1)")
-    parser.add_argument("--workers", type=int, default=None, help="rendering processes (default: one per core)")
-    parser.add_argument(
-        "--splits", default=",".join(SPLITS), help="which of train, val and test, comma-separated (default: all)"
-    )
-    parser.add_argument(
-        "--preview", type=Path, metavar="PNG", help="draw a contact sheet of a few clips instead of a world"
-    )
-    parser.add_argument("--dry_run", action="store_true", help="say what would be written, and write nothing")
+    add = parser.add_argument
+    add("--output", type=Path, default=Path("demo_data"), help="folder of the world (default: demo_data)")
+    add("--seed", type=int, default=0, help="the world follows from it, bit by bit (default: 0)")
+    add("--scale", type=float, default=1.0, help="1 is 2,000 + 300 + 500 clips (default: 1)")
+    add("--workers", type=int, default=None, help="rendering processes (default: one per core)")
+    add("--splits", default=",".join(SPLITS), help="which of train, val and test, comma-separated (default: all)")
+    add("--preview", type=Path, metavar="PNG", help="draw a contact sheet of a few clips instead of a world")
+    add("--dry_run", action="store_true", help="say what would be written, and write nothing")
     return parser.parse_args(argv)
 
 
@@ -47,19 +42,17 @@ class Progress:
     """A line at most every two seconds, with the time left."""
 
     def __init__(self) -> None:
-        self.split, self.said = "", 0.0
-        self.began = self.last = time.monotonic()
+        self.began, self.said = time.monotonic(), 0.0
 
     def __call__(self, split: str, done: int, total: int) -> None:
         """Say how far a split is."""
         now = time.monotonic()
-        if split != self.split:
-            self.split, self.began, self.said = split, self.last, 0.0
         if done == total or now - self.said > 2:
             left = (now - self.began) / done * (total - done)
             log.info("%-5s %3d %%  %d of %d frames, %.0f s left", split, 100 * done // total, done, total, left)
             self.said = now
-        self.last = now
+        if done == total:
+            self.began, self.said = now, 0.0  # for the next split
 
 
 def main(argv: list[str] | None = None) -> int:

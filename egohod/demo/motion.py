@@ -6,46 +6,37 @@ Lengths and positions are in picture widths (x from 0 to 1, y from 0 at the top 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from egohod.demo.world import EVENT_SECONDS, VERBS, XY, Clip
 
-GRIP_OFFSET: XY = (0.05, 0.095)  # from an object's centre to the right hand's grip; mirrored for the left hand
-LID_TOP: XY = (0.0, -0.075)  # from a body's centre to its closed lid
+SIDE = {"left": -1, "right": 1}
+REST: dict[str, XY] = {"left": (0.2, 0.68), "right": (0.8, 0.68)}  # where an idle hand lies
+LID_HEIGHT = 0.075  # from a body's centre to its closed lid
+REACH = 0.2  # share of a clip in which the hand reaches an object or leaves it
 
 
-@dataclass(frozen=True)
-class Pose:
+class Pose(NamedTuple):
     """Where the acting hand and its object are at one moment."""
 
     hand: XY
     touching: bool
     grip: str
     object: XY
-    depth: float  # size relative to the resting object
-    turn: float  # degrees
-    lid: XY | None  # only while a lid is off
-    height: float  # above the counter, in widths
-
-
-def side(hand: str) -> int:
-    """1 to the right, -1 to the left."""
-    return 1 if hand == "right" else -1
-
-
-def rest_point(hand: str) -> XY:
-    """Where an idle hand lies."""
-    return 0.5 + 0.3 * side(hand), 0.68
-
-
-def _smooth(x: float) -> float:
-    x = min(max(x, 0.0), 1.0)
-    return x * x * (3 - 2 * x)
+    depth: float = 1.0  # size relative to the resting object
+    turn: float = 0.0  # degrees
+    lid: XY | None = None  # only while a lid is off
+    height: float = 0.0  # above the counter, in widths
 
 
 def mix(a: XY, b: XY, s: float) -> XY:
     """The point that far from a to b."""
     return a[0] + (b[0] - a[0]) * s, a[1] + (b[1] - a[1]) * s
+
+
+def grip_point(hand: str, at: XY, depth: float = 1.0) -> XY:
+    """Where a hand takes hold of what is there."""
+    return at[0] + SIDE[hand] * 0.05 * depth, at[1] + 0.095 * depth
 
 
 def sway(clip: Clip, t: float) -> XY:
@@ -63,26 +54,27 @@ def pose(clip: Clip, t: float) -> Pose:
     verb = VERBS[clip.verb]
     if verb.kind == "state_changing":
         u = t / clip.seconds
-        return _state_changing(clip, 1 - u if verb.backwards else u)
+        return _state_changing(clip, verb.path, 1 - u if verb.backwards else u)
     p = min(max((t - clip.begin) / EVENT_SECONDS, 0.0), 1.0) if verb.brief else t
     if verb.path == "tap":
         return _tap(clip, abs(math.sin(math.pi * p * (2 if verb.backwards else 1))))
     return _carry(clip, verb.path, 1 - p if verb.backwards else p)
 
 
-def _grip(clip: Clip, at: XY, depth: float = 1.0) -> XY:
-    return at[0] + side(clip.hand) * GRIP_OFFSET[0] * depth, at[1] + GRIP_OFFSET[1] * depth
+def _smooth(x: float) -> float:
+    x = min(max(x, 0.0), 1.0)
+    return x * x * (3 - 2 * x)
 
 
-def _state_changing(clip: Clip, u: float) -> Pose:
+def _state_changing(clip: Clip, path: str, u: float) -> Pose:
     """Reach, act, withdraw: ``u`` from 0 to 1."""
-    path, s, reach = VERBS[clip.verb].path, _smooth((u - clip.begin) / (1 - clip.begin - clip.end)), 0.2
-    near = _smooth((u - clip.begin + reach) / reach) * (
-        1.0 if path == "lift" else 1 - _smooth((u - 1 + clip.end) / reach)
-    )
-    rest, c, depth, lid, height = rest_point(clip.hand), clip.centre, 1.0, None, 0.0
+    s = _smooth((u - clip.begin) / (1 - clip.begin - clip.end))
+    near = _smooth((u - clip.begin + REACH) / REACH)
+    if path != "lift":
+        near *= 1 - _smooth((u - 1 + clip.end) / REACH)
+    c, sign, depth, turn, lid, height = clip.centre, SIDE[clip.hand], 1.0, clip.tilt, None, 0.0
     if path == "lift":
-        at = mix((c, 0.5), (c + 0.06 * side(clip.hand), 0.5 - 0.27 * clip.size), s)
+        at = mix((c, 0.5), (c + 0.06 * sign, 0.5 - 0.27 * clip.size), s)
         depth, height = 1 + 0.35 * s, 0.2 * s
     elif path == "push":
         at = mix((c, 0.38 + 0.15 * clip.size), (c, 0.38 - 0.15 * clip.size), s)
@@ -90,20 +82,17 @@ def _state_changing(clip: Clip, u: float) -> Pose:
     elif path == "slide":
         at = mix((c + 0.2 * clip.size, 0.4), (c - 0.2 * clip.size, 0.4), s)
     else:
-        at = (c - 0.1 * side(clip.hand), 0.38)
-        x, y = mix((at[0] + LID_TOP[0], at[1] + LID_TOP[1]), (at[0] + 0.3 * side(clip.hand), 0.46), s)
+        at, turn = (c - 0.1 * sign, 0.38), 0.0
+        x, y = mix((at[0], at[1] - LID_HEIGHT), (at[0] + 0.3 * sign, 0.46), s)
         lid = (x, y - 0.1 * math.sin(math.pi * s))
     # A hand on a lid covers it as little as a hand on an object does
-    hand = mix(rest, _grip(clip, lid or at, depth), near)
-    return Pose(
-        hand, near > 0.98, "grip" if near > 0.5 else "open", at, depth, clip.tilt * (path != "open"), lid, height
-    )
+    hand = mix(REST[clip.hand], grip_point(clip.hand, lid or at, depth), near)
+    return Pose(hand, near > 0.98, "grip" if near > 0.5 else "open", at, depth, turn, lid, height)
 
 
 def _carry(clip: Clip, path: str, p: float) -> Pose:
     """An object that stays in the hand and makes one loop: ``p`` from 0 to 1 (for a shake, seconds)."""
-    wave, turn, depth = math.sin(2 * math.pi * p), clip.tilt, 1.0
-    x, y = clip.centre, 0.4
+    wave, x, y, depth, turn = math.sin(2 * math.pi * p), clip.centre, 0.4, 1.0, clip.tilt
     if path == "wipe":
         x -= 0.2 * clip.size * wave
     elif path == "flick":
@@ -115,11 +104,11 @@ def _carry(clip: Clip, path: str, p: float) -> Pose:
     elif path == "shake":
         shake = math.sin(2 * math.pi * 2.4 * p)
         x, turn = x + 0.07 * shake, turn + 18 * shake
-    return Pose(_grip(clip, (x, y), depth), True, "grip", (x, y), depth, turn, None, 0.02)
+    return Pose(grip_point(clip.hand, (x, y), depth), True, "grip", (x, y), depth, turn, height=0.02)
 
 
 def _tap(clip: Clip, s: float) -> Pose:
-    at = (clip.centre, 0.27)
-    touch = (at[0] + 0.02 * side(clip.hand), at[1] + 0.06)
-    hand = mix((touch[0] + 0.04 * side(clip.hand), touch[1] + 0.28 * clip.size), touch, s)
-    return Pose(hand, s > 0.9, "point", at, 1.0, clip.tilt, None, 0.0)
+    x, y, sign = clip.centre, 0.27, SIDE[clip.hand]
+    touch = (x + 0.02 * sign, y + 0.06)
+    hand = mix((touch[0] + 0.04 * sign, touch[1] + 0.28 * clip.size), touch, s)
+    return Pose(hand, s > 0.9, "point", (x, y), turn=clip.tilt)

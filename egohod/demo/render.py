@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from egohod.demo.motion import GRIP_OFFSET, LID_TOP, pose, rest_point, side, sway
-from egohod.demo.sprites import LIDS, MARGIN, OBJECTS, Sprite, draw_counter, draw_hand, draw_object, shadow
-from egohod.demo.world import COLOURS, FPS, XY, Clip, Video
+from egohod.demo.motion import LID_HEIGHT, REST, SIDE, grip_point, pose, sway
+from egohod.demo.sprites import LIDS, MARGIN, OBJECTS, TIPS, Sprite, draw_counter, draw_hand, draw_object, shadow
+from egohod.demo.world import COLOURS, FPS, OTHER_HAND, XY, Clip, Video
 
 CANVAS = (320, 240)  # drawn at this size
 SHRINK = 2  # and written at half of it, which smooths edges and halves the step of a moving sprite
@@ -19,7 +19,6 @@ PICTURE = (CANVAS[0] // SHRINK, CANVAS[1] // SHRINK)
 # Contact states of the EPIC-KITCHENS hand-object schema; -1 where no hand is in the picture
 OUT_OF_SIGHT, NO_CONTACT, PORTABLE_OBJECT, STATIONARY_OBJECT = -1, 0, 3, 4
 EDGES = ("left", "top", "right", "bottom")
-Box = tuple[float, float, float, float]  # left, top, right, bottom as shares of the picture
 
 
 def frame_time(frame: int) -> float:
@@ -27,43 +26,25 @@ def frame_time(frame: int) -> float:
     return (frame + 0.5) / FPS
 
 
-@dataclass(frozen=True)
-class Placed:
-    """A sprite somewhere in the picture; ``role`` names what the truth calls it (left, right, object or nothing)."""
-
-    sprite: Sprite
-    at: XY
-    scale: float = 1.0
-    turn: float = 0.0
-    role: str = ""
-
-
-@dataclass(frozen=True)
 class Moment:
-    """All that is seen at one time."""
+    """All that is seen at one time, the farthest first, and what the hands touch."""
 
-    placed: list[Placed]
-    shift: XY
-    contact: dict[str, int]
+    def __init__(self, shift: XY, contact: dict[str, int]) -> None:
+        self.shift, self.contact = shift, contact
+        self.placed: list[tuple[Sprite, tuple[int, int], str]] = []  # view, its top left canvas pixel, role
 
-    def corner(self, thing: Placed) -> tuple[int, int]:
-        """Canvas pixel of a sprite's top left corner."""
-        x, y = (at + shift for at, shift in zip(thing.at, self.shift, strict=True))
-        anchor = thing.sprite.at(thing.scale, thing.turn).anchor
-        return round(x * CANVAS[0] - anchor[0]), round(y * CANVAS[0] - anchor[1])
+    def put(self, sprite: Sprite, at: XY, scale: float = 1.0, turn: float = 0.0, role: str = "") -> None:
+        """Place a sprite in front; ``role`` is the hand or the object whose box it gives, if any."""
+        view = sprite.at(scale, turn)
+        x, y = (round((at[i] + self.shift[i]) * CANVAS[0] - view.anchor[i]) for i in (0, 1))
+        self.placed.append((view, (x, y), role))
 
-    def box(self, role: str) -> Box | None:
-        """The box of the visible part of a hand or the object; None when it is outside the picture."""
-        for thing in self.placed:
-            if thing.role == role:
-                x, y = self.corner(thing)
-                seen = (
-                    thing.sprite.at(thing.scale, thing.turn)
-                    .marked.crop((-x, -y, CANVAS[0] - x, CANVAS[1] - y))
-                    .getbbox()
-                )
-                if seen and seen[2] - seen[0] >= 2 * SHRINK and seen[3] - seen[1] >= 2 * SHRINK:
-                    return seen[0] / CANVAS[0], seen[1] / CANVAS[1], seen[2] / CANVAS[0], seen[3] / CANVAS[1]
+    def box(self, role: str) -> tuple[float, ...] | None:
+        """The visible part of a hand or an object: left, top, right, bottom as shares of the picture, if any."""
+        for view, (x, y), found in self.placed:
+            seen = view.marked.crop((-x, -y, CANVAS[0] - x, CANVAS[1] - y)).getbbox() if found == role else None
+            if seen and min(seen[2] - seen[0], seen[3] - seen[1]) >= 2 * SHRINK:
+                return tuple(edge / CANVAS[i % 2] for i, edge in enumerate(seen))
         return None
 
 
@@ -71,66 +52,48 @@ class Stage:
     """A video's kitchen with its sprites; :meth:`frames` draws, :meth:`truth` only computes."""
 
     def __init__(self, video: Video) -> None:
-        self.video = video
-        kitchen = video.kitchen
-        self.objects = {noun: draw_object(OBJECTS[noun], COLOURS[colour]) for noun, colour in kitchen.nouns.items()}
-        self.lids = {
-            noun: draw_object(LIDS[noun], COLOURS[kitchen.nouns[noun]]) for noun in kitchen.nouns if noun in LIDS
-        }
-        self.hands = {
-            (grip, hand): draw_hand(grip, hand, kitchen)
-            for grip in ("open", "grip", "point")
-            for hand in ("left", "right")
-        }
-        self.shadow = shadow()
-        self.counter: Image.Image | None = None
+        self.video, kitchen = video, video.kitchen
+        colours = {noun: COLOURS[colour] for noun, colour in kitchen.nouns.items()}
+        self.objects = {noun: draw_object(strokes, colours[noun]) for noun, strokes in OBJECTS.items()}
+        self.lids = {noun: draw_object(strokes, colours[noun]) for noun, strokes in LIDS.items()}
+        self.hands = {(grip, hand): draw_hand(grip, hand, kitchen) for grip in TIPS for hand in SIDE}
+        self.shadow, self.counter = shadow(), draw_counter(kitchen, CANVAS)
 
-    def _thing(
-        self, noun: str, at: XY, depth: float, turn: float, lid: XY | None, role: str = "", height: float = 0.0
-    ) -> Iterator[Placed]:
-        """An object with its shadow and, where it has one, its lid."""
-        yield Placed(self.shadow, (at[0] + 0.3 * height, at[1] + 0.06 * depth + height), depth * 1.1)
-        yield Placed(self.objects[noun], at, depth, turn, role)
+    def _put(
+        self, to: Moment, noun: str, at: XY, depth: float, turn: float = 0.0, lid: XY | None = None, height: float = 0.0
+    ) -> None:
+        """Place an object with its shadow and, where it has one, its lid."""
+        to.put(self.shadow, (at[0] + 0.3 * height, at[1] + 0.06 * depth + height), depth * 1.1)
+        to.put(self.objects[noun], at, depth, turn, noun)
         if noun in self.lids:
-            if lid is not None:
-                yield Placed(self.lids[noun], lid, depth)
-            else:
-                yield Placed(self.lids[noun], (at[0] + LID_TOP[0] * depth, at[1] + LID_TOP[1] * depth), depth, turn)
+            to.put(self.lids[noun], lid or (at[0], at[1] - LID_HEIGHT * depth), depth, turn)
 
     def moment(self, clip: Clip, t: float) -> Moment:
         """What is where ``t`` seconds into the clip."""
-        now, other, shift = pose(clip, t), "left" if clip.hand == "right" else "right", sway(clip, t)
-        placed: list[Placed] = []
+        now, other = pose(clip, t), OTHER_HAND[clip.hand]
+        touch = PORTABLE_OBJECT if now.touching else NO_CONTACT
+        moment = Moment(sway(clip, t), {clip.hand: touch, other: OUT_OF_SIGHT})
         for noun, x, y in clip.distractors:
-            placed += self._thing(noun, (x, y), 0.75, 0.0, None)
-        contact = {clip.hand: PORTABLE_OBJECT if now.touching else NO_CONTACT, other: OUT_OF_SIGHT}
-        idle = None
+            self._put(moment, noun, (x, y), 0.75)
         if clip.other == "rest":
-            idle, contact[other] = (
-                Placed(self.hands["open", other], rest_point(other), 0.9, role=other),
-                STATIONARY_OBJECT,
-            )
+            moment.put(self.hands["open", other], REST[other], 0.9, role=other)
+            moment.contact[other] = STATIONARY_OBJECT
         elif clip.other != "absent":
-            at = (0.5 + 0.36 * side(other), 0.52)
-            placed += self._thing(clip.other, at, 0.85, 0.0, None)
-            grip = (at[0] + side(other) * GRIP_OFFSET[0], at[1] + GRIP_OFFSET[1])
-            idle, contact[other] = Placed(self.hands["grip", other], grip, 0.9, role=other), PORTABLE_OBJECT
-        if idle:
-            placed.append(idle)
-        placed += self._thing(clip.noun, now.object, now.depth, now.turn, now.lid, "object", now.height)
-        placed.append(Placed(self.hands[now.grip, clip.hand], now.hand, 0.5 + 0.5 * now.depth, role=clip.hand))
-        return Moment(placed, shift, contact)
+            at = (0.5 + 0.36 * SIDE[other], 0.52)
+            self._put(moment, clip.other, at, 0.85)
+            moment.put(self.hands["grip", other], grip_point(other, at), 0.9, role=other)
+            moment.contact[other] = PORTABLE_OBJECT
+        self._put(moment, clip.noun, now.object, now.depth, now.turn, now.lid, now.height)
+        moment.put(self.hands[now.grip, clip.hand], now.hand, 0.5 + 0.5 * now.depth, role=clip.hand)
+        return moment
 
     def draw(self, clip: Clip, t: float) -> Image.Image:
         """The picture ``t`` seconds into the clip, at canvas size."""
-        if self.counter is None:
-            self.counter = draw_counter(self.video.kitchen, CANVAS)
         moment = self.moment(clip, t)
-        x, y = (round(v * CANVAS[0]) for v in moment.shift)
-        canvas = self.counter.crop((MARGIN - x, MARGIN - y, MARGIN - x + CANVAS[0], MARGIN - y + CANVAS[1]))
-        for thing in moment.placed:
-            view = thing.sprite.at(thing.scale, thing.turn)
-            canvas.paste(view.picture, moment.corner(thing), view.mask)
+        x, y = (MARGIN - round(v * CANVAS[0]) for v in moment.shift)
+        canvas = self.counter.crop((x, y, x + CANVAS[0], y + CANVAS[1]))
+        for view, corner, _ in moment.placed:
+            canvas.paste(view.image, corner, view.image)
         return canvas
 
     def frames(self) -> Iterator[np.ndarray]:
@@ -144,15 +107,10 @@ class Stage:
         for clip in self.video.clips:
             for i in range(clip.frames):
                 moment, frame = self.moment(clip, frame_time(i)), clip.start + i
-                row: dict[str, object] = {
-                    "video_id": self.video.video_id,
-                    "frame": frame,
-                    "second": frame / FPS,
-                    "noun": clip.noun,
-                }
-                for role in ("left", "right", "object"):
+                row = {"video_id": self.video.video_id, "frame": frame, "second": frame / FPS, "noun": clip.noun}
+                for name, role in (("left", "left"), ("right", "right"), ("object", clip.noun)):
                     box = moment.box(role)
-                    row |= {f"{role}_{edge}": v for edge, v in zip(EDGES, box or (float("nan"),) * 4, strict=True)}
-                    if role != "object":
-                        row[f"{role}_state"] = moment.contact[role] if box else OUT_OF_SIGHT
+                    row |= {f"{name}_{edge}": v for edge, v in zip(EDGES, box or (math.nan,) * 4, strict=True)}
+                    if role in moment.contact:
+                        row[f"{name}_state"] = moment.contact[role] if box else OUT_OF_SIGHT
                 yield row

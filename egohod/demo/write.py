@@ -12,7 +12,6 @@ A video's folder appears under its name only when it is complete, so an interrup
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
 import math
@@ -20,9 +19,11 @@ import multiprocessing
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -34,7 +35,7 @@ from egohod.data.pool import follow_parent
 from egohod.demo.render import EDGES, PICTURE, Stage
 from egohod.demo.world import ACTIONS, FPS, SPLITS, VERBS, Clip, Video, make_split, phrase
 
-VERSION = 2  # of the world: a change of what is drawn or told raises it
+VERSION = 3  # of the world: a change of what is drawn or told raises it
 MAX_SCALE = 100
 CHUNK_SECONDS = 15
 CHOICES = 5
@@ -50,11 +51,6 @@ class DemoError(UserError):
     """A demo world that cannot be made as asked."""
 
 
-# --------------------------------------------------------------------------------------------------
-# One video
-# --------------------------------------------------------------------------------------------------
-
-
 def encode(frames: Iterable[np.ndarray], path: Path) -> None:
     """Write uint8 [H, W, 3] frames as one H.264 file."""
     with av.open(str(path), "w") as container:
@@ -66,42 +62,31 @@ def encode(frames: Iterable[np.ndarray], path: Path) -> None:
         container.mux(stream.encode(None))
 
 
-def write_video(video: Video, folder: Path) -> tuple[str, pa.Table]:
-    """Render one video below ``folder`` unless it is there; its id and its truth, a row a frame."""
+def write_video(video: Video, folder: Path) -> pa.Table:
+    """Render one video below ``folder`` unless it is there; its truth, a row a frame."""
     stage, final = Stage(video), folder / video.video_id
     if not final.exists():
         part = folder / f".{video.video_id}.part"
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        frames = stage.frames()
-        size = CHUNK_SECONDS * FPS
+        frames, size = stage.frames(), CHUNK_SECONDS * FPS
         for chunk in range(math.ceil(video.frames / size)):
             encode(itertools.islice(frames, size), part / f"{chunk:04d}.mp4")
         part.rename(final)
-    return video.video_id, pa.Table.from_pylist(list(stage.truth()), TRUTH)
+    return pa.Table.from_pylist(list(stage.truth()), TRUTH)
 
 
-def _written(videos: Sequence[Video], folder: Path, workers: int) -> Iterator[tuple[str, pa.Table]]:
-    """Write videos in any order, over ``workers`` processes."""
+def _written(videos: Sequence[Video], folder: Path, workers: int) -> Iterator[pa.Table]:
+    """Write videos over ``workers`` processes; their truths in the order of the videos."""
+    write = partial(write_video, folder=folder)
     if workers <= 1:
-        yield from (write_video(video, folder) for video in videos)
+        yield from map(write, videos)
         return
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), follow_parent)
     try:
-        for future in as_completed([pool.submit(write_video, video, folder) for video in videos]):
-            yield future.result()
+        yield from pool.map(write, videos)
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-# --------------------------------------------------------------------------------------------------
-# Tables
-# --------------------------------------------------------------------------------------------------
-
-
-def action(verb: str, noun: str) -> str:
-    """Name of an action class."""
-    return f"{verb} {noun}"
 
 
 def seconds(frame: int) -> float:
@@ -122,17 +107,10 @@ def _row(video: Video, clip: Clip) -> dict[str, object]:
         "verb": clip.verb,
         "noun": clip.noun,
         "colour": video.kitchen.nouns[clip.noun],
-        "action": action(clip.verb, clip.noun),
+        "action": f"{clip.verb} {clip.noun}",
         "motion": VERBS[clip.verb].path,
         "motion_kind": VERBS[clip.verb].kind,
     }
-
-
-def _write_csv(path: Path, rows: Sequence[dict[str, object]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def questions(videos: Sequence[Video], rng: np.random.Generator) -> Iterator[dict[str, object]]:
@@ -142,78 +120,65 @@ def questions(videos: Sequence[Video], rng: np.random.Generator) -> Iterator[dic
     narration tell of. ``state_changing`` and ``transient``: which of two texts that differ in the motion alone does a
     clip show.
     """
+
+    def ask(kind: str, query: dict[str, str], right: dict[str, str], *wrong: dict[str, str]) -> dict[str, object]:
+        answer = int(rng.integers(len(wrong) + 1))
+        return {"kind": kind, "query": query, "choices": [*wrong[:answer], right, *wrong[answer:]], "answer": answer}
+
     clips = [(video.video_id, clip) for video in videos for clip in video.clips]
     for place, clip in clips:
-        wrong: list[Clip] = []
-        actions, places = {(clip.verb, clip.noun)}, {place}
-        order = [clips[int(i)] for i in rng.permutation(len(clips))]
-        for new_place_only in (True, False):
-            for at, candidate in order:
-                unlike = (candidate.verb, candidate.noun) not in actions and not (new_place_only and at in places)
-                if unlike and len(wrong) < CHOICES - 1:
-                    wrong.append(candidate)
-                    actions.add((candidate.verb, candidate.noun))
-                    places.add(at)
-        answer = int(rng.integers(len(wrong) + 1))
-        uids = [other.uid for other in wrong]
-        choices = [{"clip": uid} for uid in (*uids[:answer], clip.uid, *uids[answer:])]
-        yield {"kind": "across_clips", "query": {"text": clip.hod}, "choices": choices, "answer": answer}
-        opposite = VERBS[clip.verb].opposite
-        if opposite:
-            answer = int(rng.integers(2))
-            verbs = (clip.verb, opposite) if answer == 0 else (opposite, clip.verb)
-            texts = [{"text": phrase(verb, clip.noun, clip.hand)} for verb in verbs]
-            yield {"kind": VERBS[clip.verb].kind, "query": {"clip": clip.uid}, "choices": texts, "answer": answer}
+        others = [clips[i] for i in rng.permutation(len(clips))]
+        places, chosen = {place}, {(clip.verb, clip.noun): clip.uid}
+        for anywhere, (at, other) in itertools.product((False, True), others):  # first those from further videos
+            new = (other.verb, other.noun) not in chosen and (anywhere or at not in places)
+            if new and len(chosen) < CHOICES:
+                places.add(at)
+                chosen[other.verb, other.noun] = other.uid
+        yield ask("across_clips", {"text": clip.hod}, *({"clip": uid} for uid in chosen.values()))
+        verb = VERBS[clip.verb]
+        if verb.opposite:
+            texts = ({"text": phrase(name, clip.noun, clip.hand)} for name in (verb.name, verb.opposite))
+            yield ask(verb.kind, {"clip": clip.uid}, *texts)
 
 
-def _write_tables(folder: Path, split: str, seed: int, videos: Sequence[Video], truth: dict[str, pa.Table]) -> None:
-    rows = [_row(video, clip) for video in videos for clip in video.clips]
-    coarse = [
-        row | {"text": clip.narration} for row, clip in zip(rows, (c for v in videos for c in v.clips), strict=True)
-    ]
-    _write_csv(folder / "hod.csv", rows)
-    _write_csv(folder / "narrations.csv", coarse)
-    _write_csv(
-        folder / "classes.csv",
-        [{"action": action(v, n), "verb": v, "noun": n, "text": phrase(v, n)} for v, n in ACTIONS],
-    )
-    pa.parquet.write_table(pa.concat_tables([truth[video.video_id] for video in videos]), folder / "truth.parquet")
-    if split != "train":
-        rng = np.random.default_rng((seed, list(SPLITS).index(split), len(videos), 2))
-        with (folder / "questions.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(question) + "\n" for question in questions(videos, rng))
+def _write_tables(folder: Path, seed: int, videos: Sequence[Video], truth: list[pa.Table]) -> None:
+    import pandas as pd  # not needed by the rendering processes, and slow to load
+
+    hod = pd.DataFrame([_row(video, clip) for video in videos for clip in video.clips])
+    coarse = hod.assign(text=[clip.narration for video in videos for clip in video.clips])
+    classes = pd.DataFrame([{"action": f"{v} {n}", "verb": v, "noun": n, "text": phrase(v, n)} for v, n in ACTIONS])
+    for name, table in (("hod", hod), ("narrations", coarse), ("classes", classes)):
+        table.to_csv(folder / f"{name}.csv", index=False, lineterminator="\r\n")
+    pa.parquet.write_table(pa.concat_tables(truth), folder / "truth.parquet")
+    if folder.name != "train":
+        rng = np.random.default_rng((seed, list(SPLITS).index(folder.name), len(videos), 2))
+        lines = [json.dumps(question) + "\n" for question in questions(videos, rng)]
+        (folder / "questions.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-# --------------------------------------------------------------------------------------------------
-# The world
-# --------------------------------------------------------------------------------------------------
-
-
-def _done(out: Path, settings: dict[str, object]) -> dict[str, bool]:
-    """Which splits are done; an error when the folder holds anything but a world of these settings."""
+def _world(out: Path, seed: int, scale: float) -> dict[str, Any]:
+    """What is or will be in ``world.json``; an error when the folder holds anything but a world of these settings."""
+    asked: dict[str, Any] = {"seed": seed, "scale": scale, "version": VERSION}
     file = out / "world.json"
-    if file.exists():
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            done = {split: bool(found["done"].get(split)) for split in SPLITS}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DemoError(
-                f"{file}: not a demo world's description ({error}); remove it or choose another folder"
-            ) from error
-        other = [
-            f"{key} {found.get(key)} (asked: {value})" for key, value in settings.items() if found.get(key) != value
-        ]
-        if other:
-            raise DemoError(f"{out} holds a demo world with {', '.join(other)}; choose another folder or remove it")
-        return done
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DemoError(f"{out} is not an empty folder and holds no demo world; choose another folder")
-    return dict.fromkeys(SPLITS, False)
+    if not file.exists():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise DemoError(f"{out} is not an empty folder and holds no demo world; choose another folder")
+        return asked | {"done": dict.fromkeys(SPLITS, False)}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        done = {split: bool(found["done"].get(split)) for split in SPLITS}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"not a demo world's description ({error})"
+        raise DemoError(f"{file}: {reason}; remove it or choose another folder") from error
+    other = [f"{key} {found.get(key)} (asked: {value})" for key, value in asked.items() if found.get(key) != value]
+    if other:
+        raise DemoError(f"{out} holds a demo world with {', '.join(other)}; choose another folder or remove it")
+    return asked | {"done": done}
 
 
-def _save_world(out: Path, settings: dict[str, object], done: dict[str, bool]) -> None:
+def _save(out: Path, world: dict[str, Any]) -> None:
     part = out / "world.json.part"
-    part.write_text(json.dumps(settings | {"done": done}, indent=1) + "\n", encoding="utf-8")
+    part.write_text(json.dumps(world, indent=1) + "\n", encoding="utf-8")
     part.replace(out / "world.json")
 
 
@@ -227,18 +192,13 @@ def plan(out: Path, seed: int = 0, scale: float = 1.0, splits: Sequence[str] = t
     if unknown or not splits:
         raise DemoError(f"splits: {', '.join(unknown) or 'none'}; allowed are {', '.join(SPLITS)}")
     if not 0 < scale <= MAX_SCALE or seed < 0:
-        raise DemoError(
-            f"scale must be above 0 and at most {MAX_SCALE}, seed 0 or more; got scale {scale}, seed {seed}"
-        )
+        allowed = f"scale must be above 0 and at most {MAX_SCALE}, seed 0 or more"
+        raise DemoError(f"{allowed}; got scale {scale}, seed {seed}")
     try:
-        done = _done(out, _settings(seed, scale))
+        done = _world(out, seed, scale)["done"]
     except OSError as error:
         raise DemoError(f"cannot read {out}: {error}") from error
     return {split: make_split(seed, split, scale) for split in splits if not done[split]}
-
-
-def _settings(seed: int, scale: float) -> dict[str, object]:
-    return {"seed": seed, "scale": scale, "version": VERSION}
 
 
 def make_world(
@@ -259,24 +219,21 @@ def make_world(
         DemoError: what :func:`plan` raises, and a folder that is not writable or whose disk is full.
     """
     todo = plan(out, seed, scale, splits)
-    settings = _settings(seed, scale)
     try:
-        out.mkdir(parents=True, exist_ok=True)
         for split, videos in todo.items():
-            done = _done(out, settings)
-            _save_world(out, settings, done)
-            (out / split / "videos").mkdir(parents=True, exist_ok=True)
-            truth: dict[str, pa.Table] = {}
-            finished, total = 0, sum(video.frames for video in videos)
-            for video_id, table in _written(
-                videos, out / split / "videos", min(workers or os.cpu_count() or 1, len(videos))
-            ):
-                truth[video_id] = table
-                finished += table.num_rows
+            folder = out / split
+            world = _world(out, seed, scale)
+            out.mkdir(parents=True, exist_ok=True)
+            _save(out, world)
+            (folder / "videos").mkdir(parents=True, exist_ok=True)
+            truth: list[pa.Table] = []
+            for table in _written(videos, folder / "videos", min(workers or os.cpu_count() or 1, len(videos))):
+                truth.append(table)
                 if progress:
-                    progress(split, finished, total)
-            _write_tables(out / split, split, seed, videos, truth)
-            _save_world(out, settings, done | {split: True})
+                    progress(split, sum(map(len, truth)), sum(video.frames for video in videos))
+            _write_tables(folder, seed, videos, truth)
+            world["done"][split] = True
+            _save(out, world)
     except (OSError, av.FFmpegError, pa.ArrowException) as error:
         raise DemoError(f"cannot write {out}: {error}; run again to go on once that is mended") from error
     except BrokenProcessPool as error:

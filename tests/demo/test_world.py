@@ -141,7 +141,7 @@ def test_narrations_tell_the_truth() -> None:
                 assert {"rest": "rests", "absent": "stays out of sight"}.get(
                     clip.other, f"holds the {clip.other}"
                 ) in clip.hod
-            telling = {"left", "right", "clockwise", "counter-clockwise", "away", "back", "once", "twice", "up", "down"}
+            telling = {"left", "right", "clockwise", "counterclockwise", "away", "back", "once", "twice", "up", "down"}
             assert not telling & set(clip.narration.split())
             vague += not clip.narration.startswith("#C C " + verb.coarse.split()[0])
             total += 1
