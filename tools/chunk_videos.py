@@ -132,7 +132,7 @@ class Progress:
         speed = at.seconds / (now - self.began)
         left = clock((at.total_seconds - at.seconds) / speed) if speed else "unknown"
         log.info(
-            "%3d %%  %s of %s of video, %d of %d videos, %.1f x real time, ETA %s",
+            "%3.0f %%  %s of %s of video, %d of %d videos, %.1f x real time, ETA %s",
             100 * at.seconds / max(at.total_seconds, 1e-9),
             clock(at.seconds),
             clock(at.total_seconds),
