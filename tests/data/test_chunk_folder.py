@@ -295,6 +295,21 @@ def test_a_dry_run_estimates_and_writes_nothing(recordings: Path, tmp_path: Path
     assert 0 < estimate.hours < 0.1
 
 
+def test_progress_is_told_by_seconds_of_video(recordings: Path, tmp_path: Path) -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import chunk_videos; chunk_videos.SAY_EVERY = 0;"
+        f"sys.exit(chunk_videos.main([{str(recordings)!r}, {str(tmp_path / 'out')!r}, '--workers', '1']))"
+    )
+    done = subprocess.run([sys.executable, "-B", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if "ETA" in line]
+    assert lines[-1].startswith("100 %  0:00:1")
+    assert "of 0:00:14 of video, 5 of 5 videos" in lines[-1]
+    shares = [int(line.split("%")[0]) for line in lines]
+    assert shares == sorted(shares)
+    assert len(set(shares)) > 2
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -170,7 +170,8 @@ def test_the_cache_spares_requests(counting: FaultyS3, tmp_path: Path) -> None:
 def test_the_cache_of_the_settings_is_used(counting: FaultyS3, tmp_path: Path) -> None:
     (tmp_path / "clips.csv").write_text("video_id,start_second,end_second,text\none,0,1,a\none,2,3,b\none,4,5,c\n")
     config = Config()
-    config.data.train = SourceConfig(metadata=str(tmp_path / "clips.csv"), root="s3://videos", chunk_seconds=2)
+    source = SourceConfig(metadata=str(tmp_path / "clips.csv"), root="s3://videos", chunk_seconds=2)
+    config.data.train = {"bucket": source}
     config.data.cache = str(tmp_path / "cache")
     for gigabytes, kept in ((1.0, 3), (1e-7, 0)):
         config.data.cache_gb = gigabytes
