@@ -130,7 +130,7 @@ def test_shipped_configs_are_valid_and_say_how_to_run_them(monkeypatch: pytest.M
     paths = sorted((ROOT / "configs").rglob("*.yml"))
     assert len(paths) >= 5
     for path in paths:
-        for variable in ("EGO4D_ROOT", "HOWTO_ROOT", "HOD_CSV", "CLIP_WEIGHTS"):
+        for variable in ("EGO4D_ROOT", "HOWTO_ROOT", "HOD_CSV", "CLIP_WEIGHTS", "CLIPS", "VIDEOS"):
             monkeypatch.setenv(variable, "/somewhere")
         assert check(load(path)) == []
         header = path.read_text().splitlines()[:8]
