@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
         with cli.claimed_run(cfg.train.output, dist):
             model = build_model(cfg, dist)
             data = build_data(cfg, dist, model)
-            describe(cfg, dist, data)
+            describe(cfg, dist, model, data)
             val, test = (demo_evaluators(cfg, dist, name) for name in ("val", "test"))
             step, scores = train(cfg, dist, model, data, val)
             # The test worlds are opened once, when all is done.

@@ -17,8 +17,8 @@ from egohod.distributed import Distributed
 
 log = logging.getLogger(__name__)
 
-# Exit codes: the run is done, something broke, the user can mend it.
-DONE, BROKEN, USER_ERROR = 0, 1, 2
+# Exit codes: the run is done, something broke, the user can mend it, the user stopped it.
+DONE, BROKEN, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
 
 class _HelpWithKnobs(argparse.ArgumentParser):
@@ -48,6 +48,9 @@ def run(program: Callable[[Sequence[str]], int], arguments: Sequence[str] | None
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted; run again to go on", file=sys.stderr)
+        return INTERRUPTED
     except OSError as error:
         print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         return BROKEN

@@ -77,13 +77,38 @@ class WeightsConfig:
 
 
 @dataclass
+class FastPathConfig:
+    """The two paths of a ..._Slowfast model; other models have one and ignore this."""
+
+    slow_frames: int = knob(4, "frames of the slow path, taken evenly from model.num_frames", low=1)
+    position: str = knob(
+        "before",
+        "where a motion adapter stands: before its block, whose attention then reads it, or after, as published",
+        choices=("before", "after"),
+    )
+    pool: str = knob(
+        "cls",
+        "what the fast path projects: CLS, the mean of the patch tokens, or the mean of both; published is cls, "
+        "which with position=after leaves the last adapter without effect",
+        choices=("cls", "mean", "both"),
+    )
+    spatial: bool = knob(False, "a 3x3 convolution over each frame in front of the temporal one")
+
+
+@dataclass
 class ModelConfig:
     """The dual encoder: a space-time ViT and a causal text transformer."""
 
     name: str = knob(
-        "CLIP_VITB16", "geometry, see egohod/model/zoo.py", choices=("CLIP_VITB16", "CLIP_VITL14_336PX", "DEMO")
+        "CLIP_VITB16",
+        "geometry, see egohod/model/zoo.py; ..._Slowfast has a fast path with motion adapters",
+        choices=(
+            *("CLIP_VITB16", "CLIP_VITL14_336PX", "DEMO"),
+            *("CLIP_VITB16_Slowfast", "CLIP_VITL14_336PX_Slowfast", "DEMO_Slowfast"),
+        ),
     )
-    num_frames: int = knob(4, "frames per clip; the released models train on 4", low=1)
+    num_frames: int = knob(4, "frames per clip; the released models train on 4, slow-fast ones on 16", low=1)
+    fast: FastPathConfig = part(FastPathConfig)
     activation: str = knob(
         "gelu",
         "upstream and AVION checkpoints expect erf GELU, although OpenAI trained CLIP with quick_gelu",
@@ -102,6 +127,9 @@ class ModelConfig:
     sinusoid_scale: float = knob(0.5, "amplitude of sinusoidal embeddings", above=0)
     patch_dropout: float = knob(
         0.0, "share of patch tokens left out while training; saves memory at some accuracy", low=0, high=0.95
+    )
+    patch_dropout_tubes: bool = knob(
+        False, "leave out the same places in all frames, so that the motion in the others stays whole"
     )
     drop_path: float = knob(0.0, "stochastic depth of the last vision block, growing linearly from 0", low=0, high=0.95)
     gradient_checkpointing: bool = knob(
@@ -237,6 +265,11 @@ class TrainConfig:
         None,
         "clips a process holds at a time; the rest is accumulated, the loss unchanged; null takes what fits the memory",
         low=1,
+    )
+    trainable: str = knob(
+        "all",
+        "adapters trains only the motion adapters, the temporal embedding and the projections of a slow-fast model",
+        choices=("all", "adapters"),
     )
     lr: float = knob(4e-5, "upstream's base recipe at a global batch of 2,048", above=0)
     betas: list[float] = knob([0.9, 0.999], "AdamW's averages")

@@ -52,11 +52,14 @@ class Progress:
 def main(arguments: Sequence[str]) -> int:
     parser = cli.parser(__doc__ or "", "configs/demo.yml")
     parser.add_argument("--output", type=Path, default=Path("verified"), help="folder of the lists (default: verified)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--workers", type=int, default=cores, help="processes (default: one per core)")
     parser.add_argument("--frames", type=int, default=4, help="frames read of each clip (default: 4)")
     parser.add_argument("--strict", action="store_true", help="stop at the first clip or row that cannot be used")
     parser.add_argument("--dry_run", action="store_true", help="say how much there is to do, and write nothing")
     args = parser.parse_intermixed_args(arguments)
+    if args.workers < 1 or args.frames < 1:
+        raise config.UserError("--workers and --frames count from 1")
     strict = ["data.strict=true"] if args.strict else []
     cfg = config.load(args.config_file, [*args.overrides, *strict])
     dataset = build_dataset(cfg, size=1)

@@ -13,6 +13,7 @@ A reader refuses a file that is not of its format. What is wrong with single ent
 
 from __future__ import annotations
 
+import codecs
 import csv
 import difflib
 import gc
@@ -32,6 +33,9 @@ from egohod.config import SourceConfig, UserError
 
 # A row (think of a very long narration) must fit one block of the parser.
 _BLOCK_BYTES = 16 << 20
+# A shorter clip, or one that ends before it starts, is widened to this (SPEC 5, as upstream does).
+MIN_SECONDS = 1.0
+_NARRATION = ("narration_text", "timestamp_sec")
 _CLOCK = r"^\s*(?:(?P<h>\d+):)?(?P<m>\d+):(?P<s>\d+(?:\.\d*)?)\s*$"
 _NUMBER = r"^\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*$"
 
@@ -129,7 +133,7 @@ def _read_text(
 ) -> Annotations:
     names, delimiter = _header(path)
     here = _our_names(path, names, source.columns, wanted)
-    others = [name for name in names if name not in here.values() and name not in wanted]
+    others = [name for name in names if name not in here.values() and name not in here]
     others = others if extra is None else [name for name in others if name in (*extra, "dataset")]
     try:
         table, skipped = _parse(path, delimiter, [*here.values(), *others])
@@ -181,8 +185,10 @@ def _our_names(
         else:
             here[ours] = found
     for ours in ("dataset", "uid"):
-        if ours in renamed:
+        if ours in renamed and renamed[ours] in names:
             here[ours] = renamed[ours]
+        elif ours in renamed:
+            missing.append(f"no column '{renamed[ours]}'{nearest(renamed[ours], names)}")
     if missing:
         needed = ", ".join(" or ".join([renamed[ours]] if ours in renamed else usual) for ours, usual in wanted.items())
         raise TableError(f"{path}: {'; '.join(missing)}. Needed are {needed}; other names go into the source's columns")
@@ -248,15 +254,16 @@ def _read_ego4d(path: Path, source: SourceConfig, extra: Sequence[str] | None) -
     mean distance to the narrations before and after instead of beta, and the video's own beta instead of alpha.
     """
     videos, counts = list[str](), list[int]()
-    texts, stamps, numbers = list[str](), list[float](), list[int]()
+    texts, stamps, numbers = list[str](), list[str](), list[int]()
     broken, seen = list[str](), 0
     for video, narrations in _narration_passes(path):
         known = len(texts)
         for entry in narrations:
             seen += 1
-            if isinstance(entry, dict) and {"timestamp_sec", "narration_text"} <= entry.keys():
-                texts.append(str(entry["narration_text"]))
-                stamps.append(_stamp(entry["timestamp_sec"]))
+            said, stamp = (entry.get(key) for key in _NARRATION) if isinstance(entry, dict) else (None, None)
+            if isinstance(said, str) and isinstance(stamp, (int, float, str)) and not isinstance(stamp, bool):
+                texts.append(said)
+                stamps.append(str(stamp))
                 numbers.append(seen)
             else:
                 broken.append(f"narration {seen}: video '{video}': has no timestamp_sec and narration_text")
@@ -264,8 +271,12 @@ def _read_ego4d(path: Path, source: SourceConfig, extra: Sequence[str] | None) -
         counts.append(len(texts) - known)
     if not stamps:
         raise TableError(f"{path}: no narrations; expected {{video: {{narration_pass_1: {{narrations: [...]}}}}}}")
-    times, group = np.array(stamps), np.repeat(np.arange(len(videos)), counts)
-    length = _clip_lengths(times, group, source.clip_rule)
+    times, group = seconds(_as_text(stamps)), np.repeat(np.arange(len(videos)), counts)
+    known_times = np.isfinite(times)
+    length = np.full(len(times), np.nan)
+    length[known_times] = _clip_lengths(times[known_times], group[known_times], source.clip_rule)
+    # Widened here, to stay centred on the moment; tables widen at the end.
+    length = np.maximum(length, MIN_SECONDS)
     columns = pa.table(
         {
             "video_id": pa.array(videos, pa.large_string()).take(pa.array(group)),
@@ -285,20 +296,19 @@ def _read_ego4d(path: Path, source: SourceConfig, extra: Sequence[str] | None) -
 def _narration_passes(path: Path) -> Iterator[tuple[str, list[Any]]]:
     """(video, narrations) of every annotator's pass, read without holding the whole file."""
     with path.open("rb") as file:
+        if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+            file.seek(0)
         try:
             for video, content in ijson.kvitems(file, "", use_float=True):
                 # Newer releases put the videos below one more key.
                 below = content if video == "videos" and isinstance(content, dict) else {video: content}
                 for name, passes in below.items():
                     for key, value in passes.items() if isinstance(passes, dict) else ():
-                        if key.startswith("narration_pass") and isinstance(value, dict):
-                            yield name, value.get("narrations") or []
+                        found = value.get("narrations") if isinstance(value, dict) else None
+                        if key.startswith("narration_pass") and isinstance(found, list):
+                            yield name, found
         except ijson.JSONError as error:
             raise TableError(f"{path}: not JSON ({' '.join(str(error).split())[:200]})") from error
-
-
-def _stamp(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) else float("nan")
 
 
 def _clip_lengths(times: np.ndarray, group: np.ndarray, rule: str) -> np.ndarray:
@@ -364,7 +374,7 @@ def _read_pickle(path: Path, source: SourceConfig, extra: Sequence[str] | None) 
             gc.enable()
     if not isinstance(entries, (list, tuple)) or not entries:
         raise TableError(f"{path}: holds no list of (video, start, end, text)")
-    good = [isinstance(entry, (list, tuple)) and len(entry) >= 4 for entry in entries]
+    good = [_is_clip(entry) for entry in entries]
     kept = [entry for entry, fine in zip(entries, good, strict=True) if fine]
     columns = pa.table(
         {
@@ -384,6 +394,22 @@ def _read_pickle(path: Path, source: SourceConfig, extra: Sequence[str] | None) 
             for i in np.flatnonzero(~np.array(good))
         ),
     )
+
+
+def _is_clip(entry: Any) -> bool:
+    """Whether an entry is (video, start, end, text or [texts])."""
+    if not isinstance(entry, (list, tuple)) or len(entry) < 4:
+        return False
+    texts = entry[3] if isinstance(entry[3], (list, tuple)) else [entry[3]]
+    return isinstance(entry[0], str) and _is_utf8(entry[0]) and all(isinstance(text, str) and _is_utf8(text) for text in texts)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return True
 
 
 def _as_text(values: Sequence[Any]) -> pa.ChunkedArray:

@@ -36,6 +36,7 @@ class ClipSource:
 
     def __init__(self, table: ClipTable, config: SourceConfig, opener: Opener, cache: LocalCache | None) -> None:
         self.table = table
+        self.config = config
         self.list_text = config.list_text
         self._stores = {
             name: VideoStore(root, config.layout, config.chunk_seconds, opener, cache)

@@ -18,16 +18,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from egohod.config import SourceConfig
-from egohod.data.annotations import Annotations, TableError, nearest, read_annotations, seconds
+from egohod.data.annotations import MIN_SECONDS, Annotations, TableError, nearest, read_annotations, seconds
 
 log = logging.getLogger(__name__)
 
-# A shorter clip, or one that ends before it starts, is widened to this (SPEC 5, as upstream does).
-MIN_SECONDS = 1.0
 # Absolute, climbing or empty ids; a drive letter is absolute too.
 _UNSAFE_ID = r"^\s*$|^[/\\]|^[A-Za-z]:[/\\]|(^|[/\\])\.\.([/\\]|$)|\x00"
 _EMPTY_TEXT = r"""^\s*$|^\s*\[[\s,'"]*\]\s*$"""
 _LIST_TEXT = r"(?s)^\s*\[.*\]\s*$"
+# A line break, and what looks like a further row: an id, two times and their separators.
+_SWALLOWED = r"[\r\n][^,\t\r\n]+[,\t]\s*[\d.:]+\s*[,\t]\s*[\d.:]+\s*[,\t]"
 _SAMPLE = 65536
 EXCLUDE_COLUMNS = ("video_id", "start_second", "end_second")
 
@@ -114,6 +114,8 @@ class ClipTable:
         if source.exclude:
             excluded = _excluded(Path(source.exclude), found.columns["video_id"], first, last) & kept
             left_out["on the exclude list"] = int(excluded.sum())
+            if not excluded.any():
+                log.warning("%s: names no clip of %s", source.exclude, path)
             kept &= ~excluded
         if not kept.any():
             raise TableError(
@@ -241,6 +243,11 @@ def _judge(
             ),
         ),
         ("no narration", pc.match_substring_regex(texts, _EMPTY_TEXT).to_numpy(), lambda i: "no narration"),
+        (
+            "several rows in one narration",
+            pc.match_substring_regex(texts, _SWALLOWED).to_numpy(),
+            lambda i: f"a quote that is not closed swallows the rows after it: '{texts[i].as_py()[:60]}...'",
+        ),
         (
             "duplicates",
             _duplicates(videos, texts, start, end),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 import re
 import time
@@ -11,16 +12,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
 
 from egohod.config import UserError
 from egohod.data.clips import ClipSource
 from egohod.data.files import VideoError
-from egohod.data.loader import start_worker
+from egohod.data.pool import ForkedPool
 from egohod.data.table import EXCLUDE_COLUMNS
+
+log = logging.getLogger(__name__)
 
 # Clips that are looked at, noted and reported together.
 BLOCK = 64
@@ -58,7 +59,8 @@ class Verifier:
         # By video and time: neighbours share files, which the system then still has in memory.
         self._order = np.lexsort((table.column("start_second"), table.group_codes(["video"])))
         status = table.path.stat()
-        self._identity = [str(table.path.resolve()), status.st_size, status.st_mtime_ns, len(table), frames]
+        # What a finding depends on; when it changes, all is looked at again.
+        self._identity = [repr(source.config), status.st_size, status.st_mtime_ns, len(table), frames]
 
     @property
     def blocks(self) -> int:
@@ -89,6 +91,8 @@ class Verifier:
         Writes the exclude list. With ``strict`` the first fault is raised as :class:`UserError`.
         """
         known = self._read_notes()
+        if known:
+            log.info("%s: %d of %d blocks are known from an interrupted run", self.name, len(known), self.blocks)
         faults = [fault for block in known.values() for fault in block]
         todo = [block for block in range(self.blocks) if block not in known]
         done = len(self._order) - sum(min(BLOCK, len(self._order) - block * BLOCK) for block in todo)
@@ -107,21 +111,19 @@ class Verifier:
                         raise UserError(f"{self.source.table.where(found[0][0])}: {found[0][1]}")
             verdict = Verdict(len(self._order), sorted(faults))
             self._write_exclude(verdict)
+            # The next run looks anew: files may have been mended since.
+            self._notes.unlink()
         except OSError as error:
             raise UserError(f"cannot write {self.exclude.parent}: {error.strerror or error}; run again") from error
         return verdict
 
     def _results(self, todo: list[int], workers: int) -> Iterator[tuple[int, list[Fault]]]:
-        loader = DataLoader(
-            _Blocks(self),
-            batch_size=None,
-            sampler=todo,
-            num_workers=workers,
-            collate_fn=_as_they_are,
-            worker_init_fn=start_worker,
-            multiprocessing_context="fork" if workers else None,
-        )
-        yield from loader
+        if workers <= 1:
+            yield from ((block, self.check(block)) for block in todo)
+            return
+        # Workers are forked, so that they share the table's memory, and follow this process.
+        with ForkedPool(workers, self.check) as pool:
+            yield from pool.unordered(todo)
 
     def _read_notes(self) -> dict[int, list[Fault]]:
         """Faults by block, of an earlier run over the same table."""
@@ -149,20 +151,6 @@ class Verifier:
                 row = self.source.table.row(index)
                 writer.writerow([row.video_id, f"{row.start:.3f}", f"{row.end:.3f}", row.row, reason])
         part.replace(self.exclude)
-
-
-def _as_they_are(found: Any) -> Any:
-    return found
-
-
-class _Blocks(Dataset[tuple[int, list[Fault]]]):
-    """What a worker process is asked for."""
-
-    def __init__(self, verifier: Verifier) -> None:
-        self._verifier = verifier
-
-    def __getitem__(self, block: int) -> tuple[int, list[Fault]]:
-        return block, self._verifier.check(block)
 
 
 def _kind(reason: str) -> str:

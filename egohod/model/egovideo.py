@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from egohod.config import LossConfig, ModelConfig
 from egohod.model import zoo
+from egohod.model.slowfast import SlowFastTransformer, slow_frames
 from egohod.model.text import TextTower
 from egohod.model.video import VideoTransformer
 
@@ -67,6 +68,42 @@ class DualEncoder(nn.Module):
         self.textual.compile(fullgraph=True, backend=backend, dynamic=True)
 
 
+class EgoVideo(DualEncoder):
+    """The dual encoder with a slow and a fast path, merged by ``slowfast_projection`` [2 E, E].
+
+    It starts as the mean of both paths, so that co-training from a dual encoder begins where that one ended.
+    """
+
+    def __init__(self, visual: SlowFastTransformer, textual: TextTower, *, slow: int, **options: Any) -> None:
+        super().__init__(visual, textual, **options)
+        embed_dim = self.geometry.embed_dim
+        self.slow = slow
+        slow_frames(self.num_frames, slow)
+        self.slowfast_projection = nn.Parameter(torch.eye(embed_dim).repeat(2, 1) / 2)
+
+    def encode_video(self, video: Tensor, normalize: bool = True) -> Tensor:
+        """``video`` [B, 3, T, H, W] holds the fast frames, the slow ones are taken from them -> float32 [B, E]."""
+        tower = self.visual
+        assert isinstance(tower, SlowFastTransformer)
+        slow = video[:, :, slow_frames(video.shape[2], self.slow).to(video.device)]
+        both = torch.cat((tower(slow), tower.fast(video)), dim=1)
+        return _finish(both @ self.slowfast_projection, normalize)
+
+    def freeze_all_but_adapters(self) -> None:
+        """Leave the adapters, the temporal embedding and the projections to learn, as upstream's class does."""
+        learning = (".adapter.", "temporal_embedding", "_projection", "logit_")
+        for name, parameter in self.named_parameters():
+            if not any(part in name for part in learning):
+                parameter.requires_grad_(False)
+
+    def compile_towers(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """See :meth:`DualEncoder.compile_towers`; both paths."""
+        super().compile_towers(backend)
+        tower = self.visual
+        assert isinstance(tower, SlowFastTransformer)
+        tower.fast = torch.compile(tower.fast, fullgraph=True, backend=backend)  # type: ignore[method-assign]
+
+
 def _finish(features: Tensor, normalize: bool) -> Tensor:
     # Similarities need float32 whatever the towers computed in.
     features = features.float()
@@ -81,23 +118,24 @@ def create_model(config: ModelConfig, loss: LossConfig | None = None) -> DualEnc
     """
     shape = zoo.geometry(config.name)
     loss = loss or LossConfig()
-    visual = VideoTransformer(
-        image_size=shape.image_size,
-        patch_size=shape.patch_size,
-        width=shape.vision_width,
-        layers=shape.vision_layers,
-        heads=shape.vision_heads,
-        embed_dim=shape.embed_dim,
-        num_frames=config.num_frames,
-        mlp_ratio=shape.mlp_ratio,
-        activation=config.activation,
-        temporal_init=config.temporal_init,
-        spatial_init=config.spatial_init,
-        sinusoid_scale=config.sinusoid_scale,
-        patch_dropout=config.patch_dropout,
-        drop_path=config.drop_path,
-        gradient_checkpointing=config.gradient_checkpointing,
-    )
+    vision: dict[str, Any] = {
+        "image_size": shape.image_size,
+        "patch_size": shape.patch_size,
+        "width": shape.vision_width,
+        "layers": shape.vision_layers,
+        "heads": shape.vision_heads,
+        "embed_dim": shape.embed_dim,
+        "num_frames": config.num_frames,
+        "mlp_ratio": shape.mlp_ratio,
+        "activation": config.activation,
+        "temporal_init": config.temporal_init,
+        "spatial_init": config.spatial_init,
+        "sinusoid_scale": config.sinusoid_scale,
+        "patch_dropout": config.patch_dropout,
+        "patch_dropout_tubes": config.patch_dropout_tubes or shape.slowfast,
+        "drop_path": config.drop_path,
+        "gradient_checkpointing": config.gradient_checkpointing,
+    }
     textual = TextTower(
         width=shape.text_width,
         layers=shape.text_layers,
@@ -109,12 +147,15 @@ def create_model(config: ModelConfig, loss: LossConfig | None = None) -> DualEnc
         activation=config.activation,
         gradient_checkpointing=config.gradient_checkpointing,
     )
-    return DualEncoder(
-        visual,
-        textual,
-        geometry=shape,
-        num_frames=config.num_frames,
-        temperature=loss.temperature,
-        learn_temperature=loss.learn_temperature,
-        bias=loss.bias if loss.name == "sigmoid" else None,
-    )
+    options: dict[str, Any] = {
+        "geometry": shape,
+        "num_frames": config.num_frames,
+        "temperature": loss.temperature,
+        "learn_temperature": loss.learn_temperature,
+        "bias": loss.bias if loss.name == "sigmoid" else None,
+    }
+    if not shape.slowfast:
+        return DualEncoder(VideoTransformer(**vision), textual, **options)
+    fast = config.fast
+    visual = SlowFastTransformer(position=fast.position, pool=fast.pool, spatial=fast.spatial, **vision)
+    return EgoVideo(visual, textual, slow=fast.slow_frames, **options)

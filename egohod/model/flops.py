@@ -9,12 +9,27 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from egohod.config import FastPathConfig
 from egohod.model.zoo import Geometry
 
 _aten = torch.ops.aten
 
 
-def forward_flops(geometry: Geometry, num_frames: int, text_length: int, patch_dropout: float = 0.0) -> int:
+Part = tuple[float, float]
+"""Operations forward, and how many times as many the backward pass takes."""
+
+PIXELS, ATTENTION, TRAINED, FROZEN = 1.0, 2.5, 2.0, 1.0
+"""Pixels need no gradient; attention computes its scores again (five products for two); a product with trained weights
+has two gradients, one with frozen weights only that of its input."""
+
+
+def forward_flops(
+    geometry: Geometry,
+    num_frames: int,
+    text_length: int,
+    patch_dropout: float = 0.0,
+    fast: FastPathConfig | None = None,
+) -> int:
     """Operations (2 per multiply-add) of the matrix products of one clip and one text, forward.
 
     Args:
@@ -22,35 +37,71 @@ def forward_flops(geometry: Geometry, num_frames: int, text_length: int, patch_d
         num_frames: frames per clip.
         text_length: tokens computed per text, padding included.
         patch_dropout: share of patch tokens left out.
+        fast: the paths of a slow-fast geometry (default: as the configuration's).
     """
-    return round(sum(_parts(geometry, num_frames, text_length, patch_dropout)))
+    return round(sum(work for work, _ in _parts(geometry, num_frames, text_length, patch_dropout, fast)))
 
 
-def step_flops(geometry: Geometry, num_frames: int, text_length: int, patch_dropout: float = 0.0) -> int:
-    """Operations of one clip and one text, forward and backward; without recomputation of blocks.
+def step_flops(
+    geometry: Geometry,
+    num_frames: int,
+    text_length: int,
+    patch_dropout: float = 0.0,
+    fast: FastPathConfig | None = None,
+) -> int:
+    """Operations of one clip and one text, forward and backward; without recomputation of blocks."""
+    parts = _parts(geometry, num_frames, text_length, patch_dropout, fast)
+    return round(sum(work * (1 + backward) for work, backward in parts))
 
-    The backward pass costs twice the forward pass, but pixels need no gradient, and attention recomputes
-    its scores (five products for two).
-    """
-    embedding, attention, rest = _parts(geometry, num_frames, text_length, patch_dropout)
-    return round(2 * embedding + 3.5 * attention + 3 * rest)
+
+def _parts(
+    geometry: Geometry, num_frames: int, text_length: int, patch_dropout: float, fast: FastPathConfig | None
+) -> list[Part]:
+    V, L, E = geometry.text_width, text_length, geometry.embed_dim
+    text = [
+        (4.0 * L * L * V * geometry.text_layers, ATTENTION),
+        (L * 2.0 * V * V * (4 + 2 * geometry.mlp_ratio) * geometry.text_layers + 2 * V * E, TRAINED),
+    ]
+    if not geometry.slowfast:
+        return [*text, *_path(geometry, num_frames, patch_dropout)]
+    fast = fast or FastPathConfig()
+    return [
+        *text,
+        *_path(geometry, fast.slow_frames, patch_dropout),
+        *_fast_path(geometry, num_frames, patch_dropout, fast),
+        (2.0 * 2 * E * E, TRAINED),
+    ]
 
 
-def _parts(geometry: Geometry, num_frames: int, text_length: int, patch_dropout: float) -> tuple[float, float, float]:
-    """Patch embedding, attention (scores and mixing), all other products."""
-    W, M = geometry.vision_width, geometry.mlp_ratio
-    patches = max(1, round(num_frames * geometry.patches_per_frame * (1 - patch_dropout)))
-    N = patches + 1
-    embedding = 2 * patches * 3 * geometry.patch_size**2 * W
-    # The last block computes keys and values of all tokens, but queries and all that follows for CLS only.
-    full = geometry.vision_layers - 1
-    attention = 4.0 * N * N * W * full + 4 * N * W
-    linear = 2 * W * W * (4 + 2 * M)
-    rest = N * linear * full + N * 4 * W * W + linear - 4 * W * W + 2 * W * geometry.embed_dim
-    V, L = geometry.text_width, text_length
-    attention += 4 * L * L * V * geometry.text_layers
-    rest += L * 2 * V * V * (4 + 2 * M) * geometry.text_layers + 2 * V * geometry.embed_dim
-    return embedding, attention, rest
+def _patches(geometry: Geometry, frames: int, patch_dropout: float) -> int:
+    if geometry.slowfast:  # whose dropout leaves the same places in all frames
+        return frames * max(1, round(geometry.patches_per_frame * (1 - patch_dropout)))
+    return max(1, round(frames * geometry.patches_per_frame * (1 - patch_dropout)))
+
+
+def _path(geometry: Geometry, frames: int, patch_dropout: float) -> list[Part]:
+    """The plain tower, whose last block computes keys and values of all tokens, but all else for CLS only."""
+    W, patches = geometry.vision_width, _patches(geometry, frames, patch_dropout)
+    N, full, linear = patches + 1, geometry.vision_layers - 1, 2.0 * W * W * (4 + 2 * geometry.mlp_ratio)
+    return [
+        (patches * 6.0 * geometry.patch_size**2 * W, PIXELS),
+        (4.0 * N * N * W * full + 4 * N * W, ATTENTION),
+        (N * linear * full + N * 4 * W * W + linear - 4 * W * W + 2 * W * geometry.embed_dim, TRAINED),
+    ]
+
+
+def _fast_path(geometry: Geometry, frames: int, patch_dropout: float, fast: FastPathConfig) -> list[Part]:
+    """The tower with frozen blocks and trained adapters."""
+    W, patches, layers = geometry.vision_width, _patches(geometry, frames, patch_dropout), geometry.vision_layers
+    N, linear = patches + 1, 2.0 * W * W * (4 + 2 * geometry.mlp_ratio)
+    pixels, attention, blocks = _path(geometry, frames, patch_dropout)
+    projection = 2.0 * W * geometry.embed_dim
+    if fast.pool == "cls" and fast.position == "before":
+        frozen = blocks[0] - projection
+    else:
+        attention, frozen = (4.0 * N * N * W * layers, ATTENTION), N * linear * layers
+    adapter = patches * (2.5 + (4.5 if fast.spatial else 0)) * W * W
+    return [pixels, attention, (frozen, FROZEN), (adapter * layers, TRAINED), (projection, TRAINED)]
 
 
 def count_flops(run: Callable[[], Any]) -> int:

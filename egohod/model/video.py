@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 LAYER_NORM_EPS = 1e-6
@@ -84,6 +85,8 @@ class Block(nn.Module):
         self.ln_2 = norm(width)
         self.mlp = MLP(width, hidden, activation)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.adapter: nn.Module | None = None
+        """Of the fast path, see :mod:`egohod.model.slowfast`; the block itself does not use it."""
         residual_std = width**-0.5 * (2 * depth) ** -0.5
         self._initialise(self.attn.in_proj_weight, self.attn.in_proj_bias, width**-0.5)
         self._initialise(self.attn.out_proj.weight, self.attn.out_proj.bias, residual_std)
@@ -154,12 +157,14 @@ class VideoTransformer(nn.Module):
         spatial_init: str = "random",
         sinusoid_scale: float = 0.5,
         patch_dropout: float = 0.0,
+        patch_dropout_tubes: bool = False,
         drop_path: float = 0.0,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         assert image_size % patch_size == 0, "the image must be whole patches"
-        self.image_size, self.patch_size, self.patch_dropout = image_size, patch_size, patch_dropout
+        self.image_size, self.patch_size = image_size, patch_size
+        self.patch_dropout, self.patch_dropout_tubes = patch_dropout, patch_dropout_tubes
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty(1 + (image_size // patch_size) ** 2, width))
         self.temporal_embedding = nn.Parameter(torch.empty(num_frames, width))
@@ -201,34 +206,52 @@ class VideoTransformer(nn.Module):
         """All tokens behind the last block, CLS first, then frame by frame: [B, 1 + N, D]."""
         return self.transformer(self.embed(video))
 
-    def embed(self, video: Tensor) -> Tensor:
+    def embed(self, video: Tensor, frozen: bool = False) -> Tensor:
         """Tokens in front of the first block: [B, 1 + N, D], fewer with patch dropout while training.
 
-        Any frame count is taken; the temporal embedding is interpolated to it.
+        Any frame count is taken; the temporal embedding is interpolated to it. ``frozen`` (of the fast path, see
+        :mod:`egohod.model.slowfast`) takes the class and spatial embedding and ``ln_pre`` as constants.
         """
         B, C, T, H, W = video.shape
         P = self.patch_size
         assert H == W == self.image_size, f"expected {self.image_size} px frames, got {H} x {W}"
         patches = video.view(B, C, T, H // P, P, W // P, P).permute(0, 2, 3, 5, 1, 4, 6).reshape(B, -1, C * P * P)
-        positions = self.positions(T)
+        positions = self.positions(T, frozen)
         if self.training and self.patch_dropout > 0:
             # Dropping pixels instead of embedded tokens spares their embedding too.
-            N = patches.shape[1]
-            kept = max(1, round(N * (1 - self.patch_dropout)))
-            chosen = torch.rand(B, N, device=video.device).topk(kept, dim=1, sorted=False).indices
+            chosen = self._chosen(B, T, patches.shape[1] // T, video.device)
             patches = patches.gather(1, chosen.unsqueeze(2).expand(-1, -1, patches.shape[2]))
             placed = self.conv1(patches) + F.embedding(chosen, positions)
         else:
             placed = self.conv1(patches) + positions
         first = (self.class_embedding + self.positional_embedding[0]).expand(B, 1, -1)
+        if frozen:
+            x = torch.cat((first.detach().to(placed.dtype), placed), dim=1)
+            return functional_call(self.ln_pre, detached(self.ln_pre), x)
         return self.ln_pre(torch.cat((first.to(placed.dtype), placed), dim=1))
 
-    def positions(self, frames: int) -> Tensor:
+    def _chosen(self, B: int, T: int, P: int, device: torch.device) -> Tensor:
+        """Numbers of the patches that dropout leaves of T frames with P patches each: int64 [B, kept]."""
+        share = 1 - self.patch_dropout
+        if not self.patch_dropout_tubes:
+            return torch.rand(B, T * P, device=device).topk(max(1, round(T * P * share)), dim=1, sorted=False).indices
+        # The same places in all frames, so that what moves there can be followed.
+        places = torch.rand(B, P, device=device).topk(max(1, round(P * share)), dim=1, sorted=False).indices
+        frames = P * torch.arange(T, device=device)
+        return (frames.view(1, T, 1) + places.unsqueeze(1)).flatten(1)
+
+    def positions(self, frames: int, frozen: bool = False) -> Tensor:
         """Spatial plus temporal embedding of every patch of ``frames`` frames: [N, D]."""
         temporal: Tensor = self.temporal_embedding
         if frames != temporal.shape[0]:
             temporal = F.interpolate(temporal.T[None], size=frames, mode="linear", align_corners=False)[0].T
-        return (self.positional_embedding[1:] + temporal.unsqueeze(1)).flatten(0, 1)
+        spatial = self.positional_embedding[1:]
+        return ((spatial.detach() if frozen else spatial) + temporal.unsqueeze(1)).flatten(0, 1)
+
+
+def detached(module: nn.Module) -> dict[str, Tensor]:
+    """A module's own weights as constants, for ``functional_call``: gradients pass through, none is theirs."""
+    return {name: value.detach() for name, value in module.named_parameters() if not name.startswith("adapter.")}
 
 
 def sinusoids(positions: int, width: int) -> Tensor:

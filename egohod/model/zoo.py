@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from egohod.config import UserError
 
@@ -22,6 +22,8 @@ class Geometry:
     text_heads: int
     embed_dim: int
     mlp_ratio: float = 4.0
+    slowfast: bool = False
+    """Two paths with motion adapters, see :mod:`egohod.model.slowfast`."""
     context_length: int = 77
     vocab_size: int = 49408
 
@@ -31,15 +33,14 @@ class Geometry:
         return (self.image_size // self.patch_size) ** 2
 
 
-GEOMETRIES = {
-    geometry.name: geometry
-    for geometry in (
-        Geometry("CLIP_VITB16", 224, 16, 768, 12, 12, 512, 12, 8, 512),
-        Geometry("CLIP_VITL14_336PX", 336, 14, 1024, 24, 16, 768, 12, 12, 512),
-        # Small enough to learn the demo world from scratch on two CPU cores in minutes.
-        Geometry("DEMO", 40, 8, 128, 4, 4, 128, 2, 4, 128),
-    )
-}
+_PLAIN = (
+    Geometry("CLIP_VITB16", 224, 16, 768, 12, 12, 512, 12, 8, 512),
+    Geometry("CLIP_VITL14_336PX", 336, 14, 1024, 24, 16, 768, 12, 12, 512),
+    # Small enough to learn the demo world from scratch on two CPU cores in minutes.
+    Geometry("DEMO", 40, 8, 128, 4, 4, 128, 2, 4, 128),
+)
+_SLOWFAST = (replace(plain, name=f"{plain.name}_Slowfast", slowfast=True) for plain in _PLAIN)
+GEOMETRIES = {geometry.name: geometry for geometry in (*_PLAIN, *_SLOWFAST)}
 
 
 def geometry(name: str) -> Geometry:

@@ -17,7 +17,15 @@ from egohod.distributed import Distributed, pick_precision, setup
 from egohod.model.egovideo import DualEncoder, create_model
 from egohod.model.flops import step_flops
 from egohod.training.loop import Schedule
-from egohod.training.setup import build_dataset, build_model, build_plan, largest_batch, predict_memory, split_batch
+from egohod.training.setup import (
+    build_dataset,
+    build_model,
+    build_plan,
+    largest_batch,
+    predict_memory,
+    split_batch,
+    trainable,
+)
 from egohod.training.step import TrainStep
 
 log = logging.getLogger(__name__)
@@ -72,13 +80,14 @@ def _report_model(cfg: Config, dist: Distributed, say: Report, problems: list[st
         f"{cfg.model.name} from {start}: {sum(count.values()) / 1e6:.1f} M parameters "
         f"(vision {count['vision'] / 1e6:.1f} M, text {count['text'] / 1e6:.1f} M)",
     )
+    say("training", trainable(model))
     tokens = 1 + cfg.model.num_frames * geometry.patches_per_frame
     say(
         "tokens",
         f"{tokens} a clip: {cfg.model.num_frames} frames of {geometry.patches_per_frame} patches "
         f"({geometry.image_size} px in steps of {geometry.patch_size}), one CLS",
     )
-    flops = step_flops(geometry, cfg.model.num_frames, geometry.context_length, cfg.model.patch_dropout)
+    flops = step_flops(geometry, cfg.model.num_frames, geometry.context_length, cfg.model.patch_dropout, cfg.model.fast)
     say(
         "compute",
         f"{flops / 1e9:.1f} GFLOP a clip for forward and backward, with {geometry.context_length} text tokens",

@@ -17,7 +17,7 @@ from egohod.data.loader import BatchPlan, MixedPlan, shares
 from egohod.data.table import ClipTable
 from egohod.data.text import Tokenizer
 from egohod.distributed import Distributed, pick_precision
-from egohod.model.egovideo import DualEncoder, create_model
+from egohod.model.egovideo import DualEncoder, EgoVideo, create_model
 from egohod.model.weights import load_openai, load_state
 from egohod.training.checkpoint import open_checkpoint
 from egohod.training.memory import Memory, predict
@@ -45,9 +45,20 @@ def build_model(cfg: Config, dist: Distributed) -> DualEncoder:
     elif weights.source == "checkpoint":
         checkpoint = open_checkpoint(Path(str(weights.path)))
         log.info("%s", load_state(model, checkpoint.weights, str(checkpoint.path)))
+    if cfg.train.trainable == "adapters":
+        if not isinstance(model, EgoVideo):
+            raise UserError(f"train.trainable=adapters needs a ..._Slowfast model; model.name is {cfg.model.name}")
+        model.freeze_all_but_adapters()
     if cfg.model.compile:
         model.compile_towers()
     return model.to(dist.device)
+
+
+def trainable(model: DualEncoder) -> str:
+    """How many parameters learn, for people."""
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    total, learning = sum(count for count, _ in counts), sum(count for count, learns in counts if learns)
+    return f"{learning / 1e6:.1f} of {total / 1e6:.1f} M parameters learn"
 
 
 def build_dataset(cfg: Config, size: int) -> ClipDataset:
@@ -163,13 +174,14 @@ def _main_memory() -> int:
         return total
 
 
-def describe(cfg: Config, dist: Distributed, data: TrainingData) -> None:
+def describe(cfg: Config, dist: Distributed, model: DualEncoder, data: TrainingData) -> None:
     """The one line that says what this run computes on."""
     log.info(
-        "%s, precision %s, decoder %s; %s clips, global batch %d = %d x %d x %d accumulated",
+        "%s, precision %s, decoder %s; %s; %s clips, global batch %d = %d x %d x %d accumulated",
         dist,
         str(pick_precision(cfg.train.precision, dist.device)).removeprefix("torch."),
         data.dataset.decoder,
+        trainable(model),
         f"{len(data.dataset):,}",
         cfg.train.global_batch_size,
         dist.world_size,

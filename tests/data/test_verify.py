@@ -14,6 +14,7 @@ from egohod.config import SourceConfig, UserError
 from egohod.data import verify
 from egohod.data.clips import ClipSource
 from egohod.data.decoders import choose_decoder
+from egohod.data.files import StorageError
 from egohod.data.table import ClipTable
 from egohod.data.verify import Verifier
 from tests.data.video_files import encode
@@ -37,8 +38,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def source(folder: Path, **options: object) -> tuple[SourceConfig, ClipSource]:
-    config = SourceConfig(metadata=str(folder / "clips.csv"), root=str(folder / "videos"), **options)  # type: ignore[arg-type]
+def source(folder: Path, root: str = "") -> tuple[SourceConfig, ClipSource]:
+    config = SourceConfig(metadata=str(folder / "clips.csv"), root=root or str(folder / "videos"))
     return config, ClipSource(ClipTable.read(config), config, choose_decoder("pyav")[1], None)
 
 
@@ -66,33 +67,58 @@ def test_what_is_missing_or_broken_is_listed_and_then_left_out(folder: Path, pro
 
 def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "BLOCK", 2)
-    whole = Verifier("own", source(folder)[1], folder)
-    expected = whole.run(0, nothing)
-    assert len(expected.faults) == 3
-    notes = folder / "own_progress.jsonl"
-    lines = notes.read_text().splitlines(keepends=True)
-    assert len(lines) == 4
-    notes.write_text("".join(lines[:2]) + lines[2][:5])  # killed while writing
     read: list[int] = []
     inner = ClipSource.read
     monkeypatch.setattr(ClipSource, "read", lambda self, row, *more: read.append(row.row) or inner(self, row, *more))
-    assert Verifier("own", source(folder)[1], folder).run(0, nothing) == expected
-    assert len(read) == 4
-    with (folder / "clips.csv").open("a") as file:
-        file.write("v1,2,3,g\n")
+    expected = Verifier("own", source(folder)[1], folder).run(1, nothing)
+    assert len(expected.faults) == 3
+    assert len(read) == 6
+
+    def interrupt(done: int, *_: int) -> None:
+        if done >= 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Verifier("own", source(folder)[1], folder).run(1, interrupt)
+    with (folder / "own_progress.jsonl").open("a") as notes:
+        notes.write("[2, [[")  # killed while writing
     read.clear()
-    Verifier("own", source(folder)[1], folder).run(0, nothing)
-    assert len(read) == 7, "another table is another task"
+    assert Verifier("own", source(folder)[1], folder).run(1, nothing) == expected
+    assert len(read) == 2
+    read.clear()
+    (folder / "videos" / "fake.mp4").write_bytes((folder / "videos" / "v0.mp4").read_bytes())
+    assert len(Verifier("own", source(folder)[1], folder).run(1, nothing).faults) == 2, "a finished run begins anew"
+    assert len(read) == 6
+
+
+def test_other_settings_are_another_task(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: int) -> None:
+        raise KeyboardInterrupt
+
+    (folder / "empty").mkdir()
+    config, wrong = source(folder, root=str(folder / "empty"))
+    with pytest.raises(KeyboardInterrupt):
+        Verifier("own", wrong, folder).run(1, interrupt)
+    assert len(Verifier("own", source(folder)[1], folder).run(1, nothing).faults) == 3
+
+
+def test_what_stops_a_run_stops_it_at_once_in_several_processes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise StorageError("s3://videos: the credentials have expired")
+
+    monkeypatch.setattr(ClipSource, "read", refuse)
+    with pytest.raises(StorageError, match=r"^s3://videos: the credentials have expired$"):
+        Verifier("own", source(folder)[1], folder).run(2, nothing)
 
 
 def test_several_processes_find_the_same(folder: Path) -> None:
-    one, two = (Verifier(name, source(folder)[1], folder).run(n, nothing) for name, n in (("one", 0), ("two", 2)))
+    one, two = (Verifier(name, source(folder)[1], folder).run(n, nothing) for name, n in (("one", 1), ("two", 2)))
     assert one == two
 
 
 def test_strict_stops_at_the_first_and_a_dry_run_writes_nothing(folder: Path, program: Command) -> None:
     with pytest.raises(UserError, match=r"clips\.csv: row \d: "):
-        Verifier("own", source(folder)[1], folder).run(0, nothing, strict=True)
+        Verifier("own", source(folder)[1], folder).run(1, nothing, strict=True)
     done = program(
         "tools/verify_dataset.py", "--config_file", folder / "config.yml", "--output", folder / "no", "--dry_run"
     )

@@ -31,6 +31,8 @@ def golden_value(name: str, shape: torch.Size) -> Tensor:
     if name == "logit_scale":
         return torch.tensor(math.log(1 / 0.07))
     module = name.split(".")[-2] if "." in name else ""
+    if name.endswith(".gamma"):
+        return 1 + noise
     return 1 + noise if module.startswith("ln_") and name.endswith(".weight") else noise
 
 

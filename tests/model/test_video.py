@@ -97,8 +97,8 @@ def test_patch_dropout_keeps_cls_and_a_share_of_the_patches_while_training(
     assert part.shape[1] - 1 == (whole.shape[1] - 1) // 4
     torch.testing.assert_close(part[:, 0], whole[:, 0])
     for some, every in zip(part, whole, strict=True):
-        distances, source = torch.cdist(some, every).min(dim=1)
-        assert distances.max() < 1e-2, "a token that is no patch of the clip"
+        distances, source = torch.cdist(some, every, compute_mode="donot_use_mm_for_euclid_dist").min(dim=1)
+        assert distances.max() < 1e-5, "a token that is no patch of the clip"
         assert len(source.unique()) == len(some), "a patch came twice"
     assert not torch.equal(part, visual.embed(clips)), "every step draws anew"
 

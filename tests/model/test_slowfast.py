@@ -1,0 +1,281 @@
+"""The slow-fast model: published numbers, and gradients that reach what they should and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from egohod.config import FastPathConfig, ModelConfig, UserError
+from egohod.loss.contrastive import ContrastiveLoss
+from egohod.model.adapter import MotionAdapter
+from egohod.model.egovideo import DualEncoder, EgoVideo, create_model
+from egohod.model.flops import count_flops, saved_bytes, step_flops
+from egohod.model.slowfast import slow_frames
+
+Golden = Callable[[str], dict[str, Tensor]]
+Filled = Callable[[ModelConfig], DualEncoder]
+POOLED, DENSE = 2e-5, 1e-4
+PLACES = [("before", "cls"), ("before", "both"), ("after", "mean"), ("after", "both")]
+"""Arrangements in which every adapter counts."""
+
+
+def build(position: str = "before", pool: str = "cls", frames: int = 8, **options: Any) -> EgoVideo:
+    torch.manual_seed(0)
+    fast = FastPathConfig(slow_frames=4, position=position, pool=pool, spatial=options.pop("spatial", False))
+    model = create_model(
+        ModelConfig(name="DEMO_Slowfast", num_frames=frames, temporal_init="sinusoidal", fast=fast, **options)
+    )
+    assert isinstance(model, EgoVideo)
+    return model
+
+
+def wake(model: EgoVideo) -> EgoVideo:
+    """Adapters that do something."""
+    for block in model.visual.transformer.resblocks:
+        torch.nn.init.normal_(block.adapter.up_proj.weight, std=0.02)
+    return model
+
+
+def clips(frames: int = 8) -> Tensor:
+    return torch.randn(3, 3, frames, 40, 40, generator=torch.Generator().manual_seed(1))
+
+
+def backward(model: EgoVideo, tokens: Tensor, frames: int = 8) -> dict[str, Tensor]:
+    ContrastiveLoss()(**model(clips(frames), tokens))["loss"].backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_fresh_adapter_changes_nothing_and_a_woken_one_does() -> None:
+    adapter, x = MotionAdapter(32), torch.randn(2, 1 + 4 * 9, 32)
+    assert torch.equal(adapter(x, 4), x)
+    torch.nn.init.normal_(adapter.up_proj.weight)
+    y = adapter(x, 4)
+    assert torch.equal(y[:, 0], x[:, 0]), "CLS passes untouched"
+    assert (y[:, 1:] - x[:, 1:]).abs().min() > 0
+
+
+def test_the_temporal_convolution_is_pytorchs() -> None:
+    """At each location by itself, over time, whatever the number of patches."""
+    adapter, h = MotionAdapter(16), torch.randn(2, 5, 7, 8)
+    expected = adapter.dwconv(h.permute(0, 2, 3, 1).reshape(14, 8, 5)).view(2, 7, 8, 5).permute(0, 3, 1, 2)
+    torch.testing.assert_close(adapter._over_time(h), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_adapter_sizes_are_the_published_ones() -> None:
+    for width, layers, millions in ((768, 12, 8.88), (1024, 24, 31.56)):
+        count = layers * sum(p.numel() for p in MotionAdapter(width).parameters())
+        assert count / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+def test_a_fresh_model_is_the_mean_of_the_plain_tower_on_both_paths() -> None:
+    model, video = build().eval(), clips()
+    with torch.no_grad():
+        slow, fast = (model.visual(each) for each in (video[:, :, [1, 3, 5, 7]], video))
+        expected = F.normalize((slow + fast) / 2, dim=-1)
+        torch.testing.assert_close(model.encode_video(video), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("position", "pool"), PLACES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_adapter_parameter_of_every_block_learns(
+    position: str, pool: str, checkpointing: bool, tokens: Tensor
+) -> None:
+    model = wake(build(position, pool, gradient_checkpointing=checkpointing))
+    gradients = backward(model, tokens)
+    for name, parameter in model.named_parameters():
+        if ".adapter." in name:
+            assert gradients[name].abs().max() > 0, name
+        assert not parameter.requires_grad or name in gradients, f"{name}: DDP would wait for it"
+
+
+def test_at_the_identity_start_only_up_projections_differ_from_zero(tokens: Tensor) -> None:
+    gradients = backward(build(), tokens)
+    for name, gradient in gradients.items():
+        if ".adapter." in name:
+            assert (gradient.abs().max() > 0) == ("up_proj" in name), name
+
+
+def test_the_published_arrangement_has_one_dead_adapter_which_is_frozen(tokens: Tensor) -> None:
+    model = wake(build("after", "cls"))
+    gradients = backward(model, tokens)
+    last = f"resblocks.{len(model.visual.transformer.resblocks) - 1}.adapter."
+    for name, parameter in model.named_parameters():
+        if ".adapter." in name:
+            assert parameter.requires_grad == (last not in name)
+            assert (name in gradients) == (last not in name)
+
+
+@pytest.mark.parametrize(("position", "pool"), PLACES)
+def test_the_backbone_learns_from_the_slow_path_only(position: str, pool: str, tokens: Tensor) -> None:
+    """Compared with the gradient of the same loss through the slow path alone."""
+    whole = backward(wake(build(position, pool)), tokens)
+    model = wake(build(position, pool))
+    video = clips()
+    with torch.no_grad():
+        fast = model.visual.fast(video)
+    slow = model.visual(video[:, :, slow_frames(8, 4)])
+    features = F.normalize(torch.cat((slow, fast), dim=1) @ model.slowfast_projection, dim=-1)
+    ContrastiveLoss()(features, model.encode_text(tokens), model.logit_scale.exp())["loss"].backward()
+    shared = ("conv1.", "temporal_embedding", "image_projection", ".adapter.")
+    for name, parameter in model.visual.named_parameters():
+        if not any(part in name for part in shared):
+            assert parameter.grad is not None
+            torch.testing.assert_close(whole[f"visual.{name}"], parameter.grad, atol=1e-7, rtol=1e-4, msg=name)
+        elif parameter.grad is not None:
+            assert not torch.allclose(whole[f"visual.{name}"], parameter.grad, atol=1e-9), name
+
+
+def test_without_the_fast_branch_gradients_are_the_plain_models(tokens: Tensor) -> None:
+    plain = create_model(ModelConfig(name="DEMO", num_frames=8, temporal_init="sinusoidal"))
+    model = wake(build())
+    plain.load_state_dict({name: value for name, value in model.state_dict().items() if name in plain.state_dict()})
+    with torch.no_grad():  # the slow half alone reaches the shared space
+        model.slowfast_projection[:128] = torch.eye(128)
+        model.slowfast_projection[128:] = 0
+    gradients = backward(model, tokens)
+    ContrastiveLoss()(**plain(clips()[:, :, slow_frames(8, 4)], tokens))["loss"].backward()
+    for name, parameter in plain.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-7, rtol=1e-4, msg=name)
+
+
+class Products(TorchDispatchMode):
+    """Shapes of the results of all matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.shapes.append(tuple(result.shape))
+        return result
+
+
+def test_frozen_blocks_cost_no_weight_gradient() -> None:
+    model = wake(build())
+    features = model.visual.fast(clips())
+    with Products() as products:
+        features.sum().backward()
+    width = model.geometry.vision_width
+    weights = {(3 * width, width), (4 * width, width), (width, 4 * width), (2 * width, width)}
+    assert not weights & set(products.shapes)
+    assert (width, width // 2) in products.shapes, "the adapters' own are computed"
+    with Products() as products:
+        model.visual(clips()).sum().backward()
+    assert weights - {(2 * width, width)} <= set(products.shapes), "else the first assertion could not fail"
+
+
+@pytest.mark.parametrize(("position", "pool"), PLACES)
+def test_flops_are_counted_as_they_happen(position: str, pool: str, tokens: Tensor) -> None:
+    model = wake(build(position, pool))
+    fast = FastPathConfig(position=position, pool=pool)
+    video, texts = clips()[:2], tokens[:2]
+    counted = count_flops(lambda: ContrastiveLoss()(**model(video, texts))["loss"].backward()) / 2
+    assert counted == pytest.approx(step_flops(model.geometry, 8, texts.shape[1], fast=fast), rel=0.03)
+
+
+def test_frozen_weights_keep_less_for_the_backward_pass() -> None:
+    model = wake(build())
+
+    def trained(video: Tensor) -> Tensor:
+        x = model.visual.embed(video)
+        for block in model.visual.transformer.resblocks:
+            x = block(block.adapter(x, video.shape[2]))
+        return x
+
+    assert saved_bytes(lambda: model.visual.fast(clips())) < 0.85 * saved_bytes(lambda: trained(clips()))
+
+
+def test_any_grid_any_frames_and_patch_dropout(tokens: Tensor) -> None:
+    model = wake(build(frames=12, patch_dropout=0.5, spatial=False))
+    assert len(backward(model, tokens, frames=12)) > 0
+    model = wake(build(frames=4, spatial=True))
+    assert backward(model, tokens, frames=4)["visual.transformer.resblocks.0.adapter.conv2d.weight"].abs().max() > 0
+    model.eval()
+    with torch.no_grad():
+        assert model.encode_video(clips(16)).shape == (3, 128)
+
+
+def test_frames_that_do_not_divide_are_named() -> None:
+    with pytest.raises(UserError, match=r"model.num_frames=10 is no multiple of model.fast.slow_frames=4"):
+        build(frames=10)
+    assert slow_frames(16, 4).tolist() == [2, 6, 10, 14]
+    assert slow_frames(4, 4).tolist() == [0, 1, 2, 3]
+
+
+def test_both_paths_compile_without_a_break(tokens: Tensor) -> None:
+    model, video = wake(build()), clips()
+    expected = model(video, tokens)["video_features"]
+    model.compile_towers(backend="eager")
+    torch.testing.assert_close(model(video, tokens)["video_features"], expected, atol=1e-6, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def published(filled: Filled) -> EgoVideo:
+    """The published arrangement with the recipe's weights."""
+    return _published(filled, 16, "gelu")
+
+
+def _published(filled: Filled, frames: int, activation: str) -> EgoVideo:
+    fast = FastPathConfig(position="after", pool="cls")
+    model = filled(ModelConfig(name="CLIP_VITB16_Slowfast", num_frames=frames, activation=activation, fast=fast))
+    assert isinstance(model, EgoVideo)
+    return model
+
+
+def video(frames: int) -> Tensor:
+    return torch.randn(1, 3, frames, 224, 224, generator=torch.Generator().manual_seed(1234))
+
+
+def assert_close(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(ours, theirs.to(ours.dtype), atol=tolerance, rtol=0)
+
+
+@torch.no_grad()
+def test_published_adapter(published: EgoVideo, golden: Golden) -> None:
+    expected, adapter = golden("adapter_b16"), published.visual.transformer.resblocks[0].adapter
+    ours = adapter(torch.randn(1, 3137, 768, generator=torch.Generator().manual_seed(1234)), 16)
+    assert_close(ours[:, expected["token_index"].long()], expected["out_tokens"], POOLED)
+    assert_close(ours.mean(1), expected["out_mean"], POOLED)
+
+
+@torch.no_grad()
+def test_published_fast_path(published: EgoVideo, golden: Golden) -> None:
+    expected, tower = golden("slowfast_b16_T16_in16"), published.visual
+    assert_close(tower.fast(video(16)), expected["pooled"], POOLED)
+    tokens = tower.fast_tokens(video(16))
+    projected = tokens @ tower.image_projection
+    index = expected["token_index"].long()
+    assert_close(projected[:, index], expected["dense_tokens"], DENSE)
+    assert_close(projected.mean(1), expected["dense_mean"], DENSE)
+    patches = tower.ln_post(tokens)[:, 1:]
+    assert_close(patches[:, index[1:] - 1], expected["return_dense_tokens"], DENSE)
+    assert_close(patches.mean(1), expected["return_dense_mean"], DENSE)
+
+
+@torch.no_grad()
+def test_published_slow_path_and_merge(published: EgoVideo, golden: Golden) -> None:
+    tower, whole = published.visual, golden("clip_slowfast_b16")
+    slow = tower(video(4))
+    assert_close(slow, golden("slowfast_b16_T16_in4")["pooled"], POOLED)
+    # Upstream samples the slow frames apart; ours are taken from the fast ones.
+    merged = torch.cat((slow, tower.fast(video(16))), dim=1) @ published.slowfast_projection
+    assert_close(F.normalize(merged, dim=-1), whole["image"], POOLED)
+    assert_close(published.encode_text(golden("text_b")["tokens"].long()), whole["text"], POOLED)
+
+
+@pytest.mark.ci
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "frames", "activation"), [("T4params", 4, "gelu"), ("quickgelu", 16, "quick_gelu")])
+def test_published_variants(filled: Filled, golden: Golden, name: str, frames: int, activation: str) -> None:
+    tower, expected = _published(filled, frames, activation).visual, golden(f"slowfast_b16_{name}")
+    assert_close(tower.fast(video(16)), expected["pooled_in16"], POOLED)
+    assert_close(tower(video(4)), expected["pooled_in4"], POOLED)
