@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from egohod.config import LossConfig, ModelConfig, UserError
+from egohod.config import FastPathConfig, LossConfig, ModelConfig, UserError
 from egohod.data.decoders import choose_decoder
 from egohod.data.text import Tokenizer
 from egohod.data.transforms import center_crop, normalise
 from egohod.data.video import read_clip
 from egohod.model.egovideo import DualEncoder, create_model
+from egohod.model.video import ACTIVATIONS
 from egohod.model.weights import load_openai, load_state
 from egohod.training.checkpoint import open_checkpoint
 
@@ -40,6 +41,11 @@ def create_model_and_transforms(
     Raises:
         UserError: unknown name, or weights that are missing, unreadable or of another geometry.
     """
+    if num_frames < 1 or activation not in ACTIVATIONS:
+        raise UserError(
+            f"num_frames={num_frames}, activation={activation}: frames count from 1, activations are "
+            f"{', '.join(ACTIVATIONS)}"
+        )
     config = ModelConfig(name=name, num_frames=num_frames, activation=activation)
     checkpoint = open_checkpoint(Path(weights)) if weights is not None and Path(weights).is_dir() else None
     if checkpoint:
@@ -47,7 +53,8 @@ def create_model_and_transforms(
         if identity.get("model.name") != name:
             raise UserError(f"{checkpoint.path}: holds a {identity.get('model.name')}, not a {name}")
         config.num_frames, config.activation = identity["model.num_frames"], identity["model.activation"]
-    model = create_model(config, LossConfig())
+        config.fast = FastPathConfig(**identity["model.fast"])
+    model = create_model(config, LossConfig(name=identity["loss.name"] if checkpoint else "infonce"))
     if checkpoint:
         load_state(model, checkpoint.weights, str(checkpoint.path))
     elif weights is not None:
@@ -66,6 +73,7 @@ def load_clip(path: str | Path, start: float, end: float, frames: int, decoder: 
     Returns uint8 RGB [frames, H, W, 3], upright. A clip that runs beyond the video's end is cut there.
 
     Raises:
+        UserError: an empty or negative stretch of time, or no frames.
         VideoError: no such file, not a video, damaged, or a clip that begins beyond its end.
     """
     if not 0 <= start < end or frames < 1:

@@ -243,7 +243,7 @@ class LossConfig:
         choices=("infonce", "sigmoid"),
     )
     local_loss: bool = knob(
-        True, "each process computes its own rows only: exact and cheapest together with gather_with_grad"
+        True, "infonce: each process computes its own rows only: exact and cheapest together with gather_with_grad"
     )
     gather_with_grad: bool = knob(
         True, "gradients flow to the features of other processes; False with local_loss is biased and refused"

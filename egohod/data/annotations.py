@@ -272,21 +272,24 @@ def _read_ego4d(path: Path, source: SourceConfig, extra: Sequence[str] | None) -
     if not stamps:
         raise TableError(f"{path}: no narrations; expected {{video: {{narration_pass_1: {{narrations: [...]}}}}}}")
     times, group = seconds(_as_text(stamps)), np.repeat(np.arange(len(videos)), counts)
-    known_times = np.isfinite(times)
-    length = np.full(len(times), np.nan)
-    length[known_times] = _clip_lengths(times[known_times], group[known_times], source.clip_rule)
+    good = np.isfinite(times)
+    broken += [
+        f"narration {numbers[i]}: timestamp_sec is '{stamps[i]}', not a time in seconds or HH:MM:SS"
+        for i in np.flatnonzero(~good)
+    ]
+    times, group = times[good], group[good]
     # Widened here, to stay centred on the moment; tables widen at the end.
-    length = np.maximum(length, MIN_SECONDS)
+    length = np.maximum(_clip_lengths(times, group, source.clip_rule), MIN_SECONDS)
     columns = pa.table(
         {
             "video_id": pa.array(videos, pa.large_string()).take(pa.array(group)),
-            "text": pa.array(texts, pa.large_string()),
+            "text": pa.array(texts, pa.large_string()).filter(pa.array(good)),
         }
     )
     return Annotations(
         columns=columns,
         times=(times - length / 2, times + length / 2),
-        numbers=np.array(numbers),
+        numbers=np.array(numbers)[good],
         unit="narration",
         time_names=("timestamp_sec", "timestamp_sec"),
         broken=tuple(broken),
@@ -401,7 +404,11 @@ def _is_clip(entry: Any) -> bool:
     if not isinstance(entry, (list, tuple)) or len(entry) < 4:
         return False
     texts = entry[3] if isinstance(entry[3], (list, tuple)) else [entry[3]]
-    return isinstance(entry[0], str) and _is_utf8(entry[0]) and all(isinstance(text, str) and _is_utf8(text) for text in texts)
+    return (
+        isinstance(entry[0], str)
+        and _is_utf8(entry[0])
+        and all(isinstance(text, str) and _is_utf8(text) for text in texts)
+    )
 
 
 def _is_utf8(text: str) -> bool:

@@ -134,7 +134,9 @@ class RemoteFolder:
     def __init__(self, uri: str, cache: LocalCache | None = None) -> None:
         self._uri = uri.rstrip("/")
         self._protocol, _, rest = uri.partition("://")
-        if "?" in rest or ":" in rest.partition("/")[0].rpartition("@")[0]:
+        # abfs://container@account names no secret; a user or password before an "@" elsewhere may be one.
+        named = rest.partition("/")[0].rpartition("@")[0] and self._protocol not in ("abfs", "abfss", "az")
+        if "?" in rest or named or ":" in rest.rpartition("@")[0]:
             raise StorageError(
                 f"{self._protocol}://... holds a password or a query; give credentials by the service's environment "
                 "variables or files instead"

@@ -24,11 +24,12 @@ class Tokenizer:
         self._inner = SimpleTokenizer(context_length=context_length)
         self._one = lru_cache(_CACHED_TEXTS)(self._encode)
 
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        """int64 [len(texts), context_length]: start, words, end-of-text (the largest id), zeros.
+    def __call__(self, texts: str | Sequence[str]) -> Tensor:
+        """Tokens of texts, int64 [len(texts), context_length]: start, words, end-of-text (the largest id), zeros.
 
         Longer texts are cut, the end-of-text token stays last.
         """
+        texts = [texts] if isinstance(texts, str) else texts
         return torch.from_numpy(np.stack([self._one(text) for text in texts]).astype(np.int64))
 
     def _encode(self, text: str) -> np.ndarray:

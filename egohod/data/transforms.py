@@ -59,7 +59,7 @@ def center_crop(frames: np.ndarray, size: int) -> Tensor:
 
 
 def flip(video: Tensor) -> Tensor:
-    """Mirror left and right: [..., W] -> [..., W]. The caption must be mirrored too, see ``text.swap_sides``."""
+    """Mirror left and right: [..., W] -> [..., W]. The caption must be mirrored too, see ``sides.swap_sides``."""
     return video.flip(-1)
 
 

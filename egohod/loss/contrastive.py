@@ -16,8 +16,9 @@ Loss = Callable[..., dict[str, Tensor]]
 
 def build_loss(config: LossConfig, *, rank: int = 0, world_size: int = 1) -> Loss:
     """The loss that ``config.name`` names."""
-    loss = SigmoidLoss if config.name == "sigmoid" else ContrastiveLoss
-    return loss(config, rank=rank, world_size=world_size)
+    if config.name == "sigmoid":
+        return SigmoidLoss(rank=rank, world_size=world_size)
+    return ContrastiveLoss(config, rank=rank, world_size=world_size)
 
 
 class ContrastiveLoss:
@@ -59,7 +60,7 @@ class SigmoidLoss:
     joint batch.
     """
 
-    def __init__(self, config: LossConfig | None = None, *, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, *, rank: int = 0, world_size: int = 1) -> None:
         self._logits = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)
 
     def __call__(

@@ -156,6 +156,8 @@ def identity(cfg: Config, model: DualEncoder, data: TrainingData) -> dict[str, A
     shapes = repr([(name, tuple(value.shape)) for name, value in model.state_dict().items()])
     return {
         "model.name": cfg.model.name,
+        "model.fast": dict(vars(cfg.model.fast)),
+        "loss.name": cfg.loss.name,
         "loss.learn_temperature": cfg.loss.learn_temperature,
         "clips in data.train": len(data.dataset),
         "model.num_frames": cfg.model.num_frames,

@@ -105,13 +105,19 @@ def build_plan(cfg: Config, dataset: ClipDataset) -> BatchPlan | MixedPlan:
     def plan(size: int, batch_size: int, groups: np.ndarray | None) -> BatchPlan:
         return BatchPlan(size, batch_size, seed, groups=groups, share=hard.share, group_size=hard.group_size)
 
-    weights = [source.weight for source in active_sources(cfg).values()]
+    names, weights = zip(*((name, source.weight) for name, source in active_sources(cfg).items()), strict=True)
     if len(tables) == 1 or weights[0] is None:
         if codes:
             # Clips of two sources are never alike.
             codes = [code + first for code, first in zip(codes, dataset.starts, strict=False)]
         return plan(len(dataset), batch_size, np.concatenate(codes) if codes else None)
     counts = shares([float(weight or 0) for weight in weights], batch_size)
+    for name, table, count in zip(names, tables, counts, strict=True):
+        if len(table) < count:
+            raise UserError(
+                f"data.train.{name} has {len(table)} clips, but its weight asks for {count} in each batch of "
+                f"{batch_size}; lower data.train.{name}.weight"
+            )
     plans = [
         plan(len(table), count, codes[i] if codes else None)
         for i, (table, count) in enumerate(zip(tables, counts, strict=True))

@@ -52,9 +52,8 @@ def test_ego4d_clips_by_the_published_rule(tmp_path: Path) -> None:
     for i, (stamp, length) in enumerate(zip(stamps, lengths, strict=True)):
         row = table.row(i)
         assert row.texts == (f"#C C stirs {stamp}",)
-        assert row.start == pytest.approx(stamp - length / 2)
-        assert row.end == pytest.approx(row.start + max(length, 1.0))  # none is shorter than a second
-    assert read(tmp_path / "narration.json").report.widened == 3
+        half = max(length, 1.0) / 2  # none is shorter than a second
+        assert (row.start, row.end) == pytest.approx((stamp - half, stamp + half))
 
 
 def test_ego4d_clips_by_the_neighbours(tmp_path: Path) -> None:
@@ -62,8 +61,9 @@ def test_ego4d_clips_by_the_neighbours(tmp_path: Path) -> None:
     path.write_text(json.dumps({"videos": {"a": {"narration_pass_1": narrations(2.0, 6.0, 14.0)}}}))
     table = read(path, clip_rule="neighbours")
     spacing = np.array([4, 6, 8]) / 6
-    assert [table.row(i).start for i in range(3)] == pytest.approx(np.array([2, 6, 14]) - spacing / 2)
-    assert [table.row(i).end for i in (1, 2)] == pytest.approx(np.array([6, 14]) + spacing[1:] / 2)
+    half = np.maximum(spacing, 1) / 2
+    assert [table.row(i).start for i in range(3)] == pytest.approx(np.array([2, 6, 14]) - half)
+    assert [table.row(i).end for i in range(3)] == pytest.approx(np.array([2, 6, 14]) + half)
 
 
 def test_a_narration_that_is_no_narration_is_left_out_and_named(
@@ -78,6 +78,16 @@ def test_a_narration_that_is_no_narration_is_left_out_and_named(
     assert table.where(1) == f"{path}: narration 3"
     assert "narration 2: video 'a': has no timestamp_sec and narration_text" in caplog.text
     with pytest.raises(TableError, match="narration 2"):
+        read(path)
+
+
+def test_times_of_narrations_may_be_text_and_the_file_may_have_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "narration.json"
+    entries = [{"timestamp_sec": t, "narration_text": f"{t}"} for t in (4.5, "00:00:09", "13.5", "soon")]
+    path.write_text("\ufeff" + json.dumps({"a": {"narration_pass_1": {"narrations": entries}}}), encoding="utf-8")
+    table = ClipTable.read(path)
+    assert [(table.row(i).start + table.row(i).end) / 2 for i in range(len(table))] == pytest.approx([4.5, 9.0, 13.5])
+    with pytest.raises(TableError, match="narration 4: timestamp_sec is 'soon'"):
         read(path)
 
 
@@ -133,7 +143,9 @@ def test_pickles_that_are_no_annotations(tmp_path: Path, caplog: pytest.LogCaptu
         path.write_bytes(content)
         with pytest.raises(TableError, match=said):
             read(path)
-    path.write_bytes(pickle.dumps([("v", 0, 2, "x"), ("v", 1), ("v", "soon", 5, "y")]))
+    path.write_bytes(
+        pickle.dumps([("v", 0, 2, "x"), ("v", 1), ("v", "soon", 5, "y"), ("v", 1, 3, None), ("\ud800", 1, 3, "z")])
+    )
     assert len(ClipTable.read(path)) == 1
     assert "entry 2: " in caplog.text
     assert "entry 3: start is 'soon'" in caplog.text

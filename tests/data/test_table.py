@@ -138,6 +138,13 @@ def test_a_bad_row_is_left_out_and_counted_or_an_error_if_strict(
     assert str(caught.value).startswith(f"{path}: row 2: ")
 
 
+def test_a_quote_that_is_never_closed_is_found(tmp_path: Path) -> None:
+    path = write(tmp_path / "clips.csv", HEADER + 'u,0,2,x\nv,0,2,"open the door\nw,3,5,cut\nx,6,8,stir\n')
+    with pytest.raises(TableError, match=r"row 2: a quote that is not closed swallows .*: 'open the door"):
+        ClipTable.read(path, strict=True)
+    assert len(ClipTable.read(path)) == 1
+
+
 def test_times_may_be_clock_times(tmp_path: Path) -> None:
     clips = table(tmp_path, HEADER + "v,00:01:02.5,1:04,x\nv,01:00:00,3602,y\nv, 2.5e0 ,5.,z\n")
     times = [(clips.row(i).start, clips.row(i).end) for i in range(3)]

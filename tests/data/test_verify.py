@@ -96,7 +96,7 @@ def test_other_settings_are_another_task(folder: Path, monkeypatch: pytest.Monke
         raise KeyboardInterrupt
 
     (folder / "empty").mkdir()
-    config, wrong = source(folder, root=str(folder / "empty"))
+    wrong = source(folder, root=str(folder / "empty"))[1]
     with pytest.raises(KeyboardInterrupt):
         Verifier("own", wrong, folder).run(1, interrupt)
     assert len(Verifier("own", source(folder)[1], folder).run(1, nothing).faults) == 3

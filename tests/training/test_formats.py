@@ -85,7 +85,8 @@ def test_clips_are_the_truth_and_two_steps_train(
         video, clip = clips[index]
         row, (start, end) = dataset.row(index), span(clip)
         assert (row.video_id, row.texts) == (video.video_id, (clip.hod,))
-        assert (row.start + row.end) / 2 == pytest.approx((start + end) / 2, abs=0.51 if name == "ego4d" else 1e-6)
+        if row.start > 0:  # a moment at the very beginning is cut there
+            assert (row.start + row.end) / 2 == pytest.approx((start + end) / 2, abs=1e-3)
         if name != "ego4d":  # whose clips have a length by rule
             assert (row.start, row.end) == pytest.approx((start, end))
         # One frame, from the middle: the picture that the renderer draws there.
