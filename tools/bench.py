@@ -1,5 +1,6 @@
 """Measure the parts of a training run on this machine.
 
+python tools/bench.py decode             # CPU time to read a clip, by decoder and kind of file
 python tools/bench.py loader --json      # file to training-ready batch, against the usual way
 python tools/bench.py loader --s3        # also from an S3 server on loopback, without a cache
 python tools/bench.py step --json        # a training step: clips/s, share of the matmul peak, memory
@@ -15,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import bench_decode
 import bench_loader
 import bench_memory
 import bench_step
@@ -24,6 +26,7 @@ import bench_table
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
+    bench_decode.register(commands)
     bench_loader.register(commands)
     bench_step.register(commands)
     bench_memory.register(commands)

@@ -27,7 +27,8 @@ class MotionAdapter(nn.Module):
         self.conv = nn.Conv1d(hidden, hidden, 1)
         self.conv2d = nn.Conv2d(hidden, hidden, 3, padding=1) if spatial else None
         self.up_proj = nn.Linear(hidden, width)
-        nn.init.trunc_normal_(self.down_proj.weight, std=0.02)
+        # Upstream says truncated normal, whose default bounds lie a hundred standard deviations away.
+        nn.init.normal_(self.down_proj.weight, std=0.02)
         nn.init.normal_(self.dwconv.weight, std=(2 / KERNEL) ** 0.5)
         nn.init.normal_(self.conv.weight, std=(2 / hidden) ** 0.5)
         nn.init.zeros_(self.up_proj.weight)

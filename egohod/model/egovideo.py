@@ -85,7 +85,7 @@ class EgoVideo(DualEncoder):
         """``video`` [B, 3, T, H, W] holds the fast frames, the slow ones are taken from them -> float32 [B, E]."""
         tower = self.visual
         assert isinstance(tower, SlowFastTransformer)
-        slow = video[:, :, slow_frames(video.shape[2], self.slow).to(video.device)]
+        slow = video[:, :, slow_frames(video.shape[2], self.slow)]
         both = torch.cat((tower(slow), tower.fast(video)), dim=1)
         return _finish(both @ self.slowfast_projection, normalize)
 

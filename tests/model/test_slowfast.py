@@ -207,8 +207,8 @@ def test_any_grid_any_frames_and_patch_dropout(tokens: Tensor) -> None:
 def test_frames_that_do_not_divide_are_named() -> None:
     with pytest.raises(UserError, match=r"model.num_frames=10 is no multiple of model.fast.slow_frames=4"):
         build(frames=10)
-    assert slow_frames(16, 4).tolist() == [2, 6, 10, 14]
-    assert slow_frames(4, 4).tolist() == [0, 1, 2, 3]
+    assert list(range(16))[slow_frames(16, 4)] == [2, 6, 10, 14]
+    assert list(range(4))[slow_frames(4, 4)] == [0, 1, 2, 3]
 
 
 def test_both_paths_compile_without_a_break(tokens: Tensor) -> None:
