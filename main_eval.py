@@ -24,14 +24,18 @@ from egohod.training.setup import build_model
 def main(arguments: Sequence[str]) -> int:
     parser = cli.parser(__doc__, "configs/demo.yml")
     parser.add_argument(
-        "--checkpoint", required=True, metavar="PATH", help="a checkpoint folder, or a run folder (its newest)"
+        "--checkpoint",
+        required=True,
+        metavar="PATH",
+        help="a checkpoint folder, a run folder (its newest), or a file of upstream EgoHOD or AVION",
     )
     parser.add_argument(
         "--output", default="results", metavar="FOLDER", help="where results.json goes (default: results)"
     )
     args = parser.parse_intermixed_args(arguments)
-    weights = ["model.weights.source=checkpoint", f"model.weights.path={args.checkpoint}"]
-    cfg = config.load(args.config_file, [*args.overrides, *weights])
+    # A CLIP file can be measured too: model.weights.source=clip model.weights.projections=keep.
+    weights = ["model.weights.source=checkpoint", *args.overrides, f"model.weights.path={args.checkpoint}"]
+    cfg = config.load(args.config_file, weights)
     dist = setup(cfg.train.device)
     try:
         model = build_model(cfg, dist)

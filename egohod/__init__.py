@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from egohod.api import create_model_and_transforms, load_clip
+    from egohod.api import create_model, create_model_and_transforms, load_clip, load_weights
 
-__all__ = ["create_model_and_transforms", "load_clip"]
+__all__ = ["create_model", "create_model_and_transforms", "load_clip", "load_weights"]
 
 
 def __getattr__(name: str) -> Any:

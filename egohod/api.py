@@ -4,34 +4,82 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from torch import Tensor
+from omegaconf import OmegaConf
+from torch import Tensor, nn
 
-from egohod.config import FastPathConfig, LossConfig, ModelConfig, UserError
+from egohod.config import LossConfig, UserError, model_config
 from egohod.data.decoders import choose_decoder
 from egohod.data.text import Tokenizer
 from egohod.data.transforms import center_crop, normalise
 from egohod.data.video import read_clip
-from egohod.model.egovideo import DualEncoder, create_model
-from egohod.model.video import ACTIVATIONS
-from egohod.model.weights import load_openai, load_state
-from egohod.training.checkpoint import open_checkpoint
+from egohod.model import egovideo
+from egohod.model import weights as weights_of_files
+from egohod.model.egovideo import DualEncoder
+from egohod.model.weights import WeightFile, WeightReport
+from egohod.model.zoo import geometry
+from egohod.training.checkpoint import open_weights
 
 Preprocess = Callable[[np.ndarray], Tensor]
 
 
+def create_model(name: str, **overrides: Any) -> DualEncoder:
+    """A model with fresh weights from torch's global generator, in training mode on the CPU.
+
+    Args:
+        name: a geometry of :mod:`egohod.model.zoo`, e.g. ``CLIP_VITB16``.
+        overrides: knobs of the section ``model``, e.g. ``num_frames=16, activation="quick_gelu"``.
+
+    Raises:
+        UserError: unknown name or knob, or a value out of range.
+    """
+    return egovideo.create_model(model_config(name, **overrides), LossConfig())
+
+
+def load_weights(
+    model: nn.Module, path: str | Path, *, adapt: bool = False, projections: str = "auto", download: bool = False
+) -> WeightReport:
+    """Put weights of any family into ``model``: strictly, all or nothing (docs/checkpoints.md).
+
+    Args:
+        model: what :func:`create_model` returns.
+        path: a file of OpenAI CLIP, open_clip, upstream EgoHOD, AVION or this project, a run or checkpoint folder of
+            this project, or an open_clip tag such as ``ViT-B-16:laion2b_s34b_b88k``.
+        adapt: resize position embeddings, and start parts anew that the file does not have; else these are errors.
+        projections: ``fresh`` keeps the model's output projections and temperature, ``keep`` takes the file's; ``auto``
+            is fresh for CLIP models, as published, and keep for trained video models.
+        download: let open_clip fetch what a tag names; otherwise nothing is downloaded.
+
+    Returns:
+        Every key: taken, resized, dropped, missing.
+
+    Raises:
+        UserError: missing, cut-off or hostile files, and weights that do not fit; the model is untouched then.
+    """
+    content = open_weights(path, download=download)
+    return weights_of_files.load_weights(model, content, adapt=adapt, projections=projections)
+
+
 def create_model_and_transforms(
-    name: str, weights: str | Path | None = None, *, num_frames: int = 4, activation: str = "gelu"
+    name: str,
+    weights: str | Path | None = None,
+    *,
+    adapt: bool = False,
+    projections: str = "auto",
+    download: bool = False,
+    **overrides: Any,
 ) -> tuple[DualEncoder, Preprocess, Tokenizer]:
     """A dual encoder ready to embed, in evaluation mode on the CPU.
 
     Args:
         name: a geometry of :mod:`egohod.model.zoo`, e.g. ``CLIP_VITB16``.
-        weights: a run or checkpoint folder of this project (which then knows ``num_frames`` and ``activation``),
-            OpenAI's CLIP file, or None for random weights.
-        num_frames: frames the temporal embedding has; other counts are interpolated.
-        activation: ``gelu`` or ``quick_gelu`` (what OpenAI trained with).
+        weights: whatever :func:`load_weights` reads, or None for random weights. Frame count and shared space are the
+            file's unless given; a folder of this project also knows the activation.
+        adapt, projections, download: see :func:`load_weights`.
+        overrides: see :func:`create_model`. Any number of frames can be embedded whatever ``num_frames`` is: the
+            temporal embedding is interpolated.
 
     Returns:
         model: ``encode_video(video [B, 3, T, S, S])`` and ``encode_text(tokens [B, L])`` give unit vectors [B, E].
@@ -41,30 +89,40 @@ def create_model_and_transforms(
     Raises:
         UserError: unknown name, or weights that are missing, unreadable or of another geometry.
     """
-    if num_frames < 1 or activation not in ACTIVATIONS:
-        raise UserError(
-            f"num_frames={num_frames}, activation={activation}: frames count from 1, activations are "
-            f"{', '.join(ACTIVATIONS)}"
-        )
-    config = ModelConfig(name=name, num_frames=num_frames, activation=activation)
-    checkpoint = open_checkpoint(Path(weights)) if weights is not None and Path(weights).is_dir() else None
-    if checkpoint:
-        identity = checkpoint.manifest["identity"]
-        if identity.get("model.name") != name:
-            raise UserError(f"{checkpoint.path}: holds a {identity.get('model.name')}, not a {name}")
-        config.num_frames, config.activation = identity["model.num_frames"], identity["model.activation"]
-        config.fast = FastPathConfig(**identity["model.fast"])
-    model = create_model(config, LossConfig(name=identity["loss.name"] if checkpoint else "infonce"))
-    if checkpoint:
-        load_state(model, checkpoint.weights, str(checkpoint.path))
-    elif weights is not None:
-        load_openai(model, weights)
+    if weights is None:
+        model = create_model(name, **overrides)
+    else:
+        embed_dim = geometry(name).embed_dim
+        content = open_weights(weights, download=download)
+        known = _settings(name, content)
+        if weights_of_files.starts_projections_anew(content, projections) or known.get("embed_dim") == embed_dim:
+            known.pop("embed_dim", None)
+        config = model_config(name, **OmegaConf.to_container(OmegaConf.merge(known, overrides)))  # type: ignore[arg-type]
+        loss = LossConfig(name=content.settings.get("loss.name", LossConfig().name))
+        model = egovideo.create_model(config, loss)
+        weights_of_files.load_weights(model, content, adapt=adapt, projections=projections)
     size = model.geometry.image_size
 
     def preprocess(frames: np.ndarray) -> Tensor:
         return normalise(center_crop(frames, size).unsqueeze(0))[0]
 
     return model.eval(), preprocess, Tokenizer(model.geometry.context_length)
+
+
+def _settings(name: str, content: WeightFile) -> dict[str, Any]:
+    """Knobs of the section ``model`` that a file tells."""
+    held = content.settings.get("model.name", name)
+    if held != name:
+        raise UserError(f"{content.source}: holds a {held}, not a {name}")
+    known = OmegaConf.create({})
+    if shape := content.shape:
+        known.embed_dim = shape.embed_dim
+        if shape.num_frames:
+            known.num_frames = shape.num_frames
+    for key, value in content.settings.items():
+        if key.startswith("model.") and key != "model.name":
+            OmegaConf.update(known, key.removeprefix("model."), value, force_add=True)
+    return OmegaConf.to_container(known)  # type: ignore[return-value]
 
 
 def load_clip(path: str | Path, start: float, end: float, frames: int, decoder: str = "auto") -> np.ndarray:

@@ -70,10 +70,27 @@ class WeightsConfig:
 
     source: str = knob(
         "scratch",
-        "one explicit choice: random weights, OpenAI's CLIP release, or a checkpoint of this project",
-        choices=("scratch", "openai", "checkpoint"),
+        "one explicit choice: random weights; an image-text model of OpenAI or open_clip (clip); or a trained video "
+        "model of this project, upstream EgoHOD or AVION (checkpoint). docs/checkpoints.md",
+        choices=("scratch", "clip", "checkpoint"),
     )
-    path: str | None = knob(None, "local file (openai) or checkpoint folder (checkpoint); nothing is downloaded")
+    path: str | None = knob(
+        None, "a file, a run or checkpoint folder, or an open_clip tag such as ViT-B-16:laion2b_s34b_b88k"
+    )
+    adapt: bool = knob(
+        False,
+        "resize position embeddings to this model's frames, patches and text length, and start parts anew that the "
+        "file does not have (motion adapters); false makes each of these an error",
+    )
+    projections: str = knob(
+        "auto",
+        "both output projections and the temperature: fresh, as the published recipe starts from CLIP, or keep; auto "
+        "is fresh for clip and keep for checkpoint",
+        choices=("auto", "fresh", "keep"),
+    )
+    download: bool = knob(
+        False, "let open_clip download what a tag names; false looks at its local cache only, nothing is downloaded"
+    )
 
 
 @dataclass
@@ -103,12 +120,15 @@ class ModelConfig:
         "CLIP_VITB16",
         "geometry, see egohod/model/zoo.py; ..._Slowfast has a fast path with motion adapters",
         choices=(
-            *("CLIP_VITB16", "CLIP_VITL14_336PX", "DEMO"),
-            *("CLIP_VITB16_Slowfast", "CLIP_VITL14_336PX_Slowfast", "DEMO_Slowfast"),
+            *("CLIP_VITB16", "CLIP_VITL14", "CLIP_VITL14_336PX", "DEMO"),
+            *("CLIP_VITB16_Slowfast", "CLIP_VITL14_Slowfast", "CLIP_VITL14_336PX_Slowfast", "DEMO_Slowfast"),
         ),
     )
     num_frames: int = knob(4, "frames per clip; the released models train on 4, slow-fast ones on 16", low=1)
     fast: FastPathConfig = part(FastPathConfig)
+    embed_dim: int | None = knob(
+        None, "dimensions of the shared space; null is the geometry's, AVION's released models have 256", low=1
+    )
     activation: str = knob(
         "gelu",
         "upstream and AVION checkpoints expect erf GELU, although OpenAI trained CLIP with quick_gelu",
@@ -429,6 +449,17 @@ def load_leniently(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Con
     if wrong:
         raise ConfigError("\n".join(problems + wrong))
     return config, problems
+
+
+def model_config(name: str, **overrides: Any) -> ModelConfig:
+    """The model section from Python, checked like a file. Raises :class:`ConfigError`."""
+    origin = "create_model"
+    layer = OmegaConf.create({"model": {"name": name, **overrides}})
+    config = _resolve(_merge(OmegaConf.structured(Config), layer, origin), origin)
+    wrong = [f"{origin}: {text}" for _, text in check(config)]
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+    return config.model
 
 
 def check(config: Config) -> list[tuple[str, str]]:

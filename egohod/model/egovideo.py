@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -117,6 +118,8 @@ def create_model(config: ModelConfig, loss: LossConfig | None = None) -> DualEnc
     :mod:`egohod.model.weights`, compiling is :meth:`DualEncoder.compile_towers`.
     """
     shape = zoo.geometry(config.name)
+    if config.embed_dim:
+        shape = replace(shape, embed_dim=config.embed_dim)
     loss = loss or LossConfig()
     vision: dict[str, Any] = {
         "image_size": shape.image_size,

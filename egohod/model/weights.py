@@ -1,214 +1,272 @@
-"""Reading weights: OpenAI's CLIP files and state dicts of this project. Nothing a file says is ever executed."""
+"""Putting weights into a model: strictly, with a report, and all or nothing."""
 
 from __future__ import annotations
 
-import io
-import pickle
 import re
-import zipfile
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from egohod.config import UserError
-from egohod.model.egovideo import DualEncoder
+from egohod.model.weight_files import WeightFile, read_weights
+from egohod.model.weight_names import Family, WeightsError, upstreams
 
-TEXT_KEYS = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection")
-"""How names of OpenAI's text tower begin; ours carry ``textual.`` in front."""
+__all__ = ["Family", "WeightFile", "WeightReport", "WeightsError", "load_state", "load_weights", "read_weights"]
 
-NOT_TAKEN_OVER = ("visual.image_projection", "textual.text_projection", "logit_scale")
-"""The published recipe starts both output projections and the temperature anew."""
+PROJECTIONS = ("visual.image_projection", "textual.text_projection", "logit_scale")
+"""What the published recipe starts anew from CLIP: both output projections and the temperature."""
 
-NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")
-"""Numbers that OpenAI stores among the weights."""
+TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-class WeightsError(UserError):
-    """Weights that cannot be used: unreadable, hostile or of another geometry."""
+@dataclass(frozen=True)
+class _Part:
+    """A part that not every model has."""
+
+    name: str
+    pattern: str
+    only_trains: bool = False
+    """Whether it shapes the loss and no feature, so that it may come and go without being asked."""
+
+
+PARTS = (
+    _Part("temporal embedding", r"visual\.temporal_embedding"),
+    _Part("spatial branch of the motion adapters", r"visual\..*\.adapter\.conv2d\..*"),
+    _Part("motion adapters", r"visual\..*\.adapter\..*"),
+    _Part("merge of the two paths", r"slowfast_projection"),
+    _Part("offset of the sigmoid loss", r"logit_bias", only_trains=True),
+)
 
 
 @dataclass
 class WeightReport:
-    """What happened to the weights of a file."""
+    """What happened to every weight of a file and of the model, under our names."""
 
     source: str
-    loaded: int
-    fresh: list[str] = field(default_factory=list)
-    """Parameters of the model that kept their initial values."""
-    dropped: list[str] = field(default_factory=list)
-    """Tensors of the file that the model has no use for."""
+    family: Family
+    taken: list[str] = field(default_factory=list)
+    """Copied as they are."""
+    resized: dict[str, str] = field(default_factory=dict)
+    """Adapted to the model, with both shapes."""
+    dropped: dict[str, str] = field(default_factory=dict)
+    """Tensors of the file that were not used, with the reason."""
+    missing: dict[str, str] = field(default_factory=dict)
+    """Parameters of the model that kept their initial values, with the reason."""
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        text = f"{self.source}: {self.loaded} tensors loaded"
-        for name, keys in (("kept their initial values", self.fresh), ("not taken over", self.dropped)):
-            if keys:
-                text += f"; {len(keys)} {name}: {', '.join(keys[:6])}{' ...' if len(keys) > 6 else ''}"
-        return text
+        parts = [f"{self.source} ({self.family}): {len(self.taken)} tensors taken over"]
+        if self.resized:
+            parts.append("resized: " + ", ".join(f"{name} {shapes}" for name, shapes in self.resized.items()))
+        parts += [f"not taken over: {text}" for text in _by_reason(self.dropped)]
+        parts += [f"kept their initial values: {text}" for text in _by_reason(self.missing)]
+        return "; ".join(parts + self.notes)
 
 
-def load_openai(model: DualEncoder, path: str | Path) -> WeightReport:
-    """Start ``model`` from OpenAI's CLIP weights: a TorchScript archive as released, or a plain state dict.
+def _by_reason(names: Mapping[str, str]) -> list[str]:
+    reasons: dict[str, list[str]] = {}
+    for name, reason in names.items():
+        reasons.setdefault(reason, []).append(name)
+    return [f"{_list(found, 6)} ({reason})" for reason, found in reasons.items()]
 
-    Everything is taken over but the output projections and the temperature; the temporal embedding, which
-    images do not have, keeps its initial values. Weights become float32.
+
+def load_weights(
+    model: nn.Module, weights: WeightFile, *, adapt: bool = False, projections: str = "auto"
+) -> WeightReport:
+    """Put the weights of a file into ``model``; they become the model's type. All is checked before anything is copied.
+
+    Args:
+        model: any module whose parameters have this project's names.
+        weights: what :func:`read_weights` returns.
+        adapt: whether to resize the temporal, spatial and text position embeddings (linearly, bicubic, by cutting) to
+            the model's, and to start parts that a trained model does not have, such as motion adapters, anew.
+        projections: ``keep`` takes over both output projections and the temperature, ``fresh`` leaves the model's, as
+            the published recipe does; ``auto`` is fresh for CLIP models and keep for trained video models.
 
     Raises:
-        WeightsError: no such file, not readable, a pickle that would run code, or another geometry.
+        WeightsError: one line that names tensors, both shapes, and the knob that would help.
     """
-    path = Path(path)
-    state = {_ours(name): value for name, value in _read(path).items() if name not in NOT_WEIGHTS}
-    if "visual.conv1.weight" in state:
-        state["visual.conv1.weight"] = state["visual.conv1.weight"].flatten(1)
-    dropped = [name for name in NOT_TAKEN_OVER if state.pop(name, None) is not None]
-    fresh = [*NOT_TAKEN_OVER, "visual.temporal_embedding"]
-    _assign(model, state, str(path), fresh)
-    return WeightReport(str(path), len(state), fresh, dropped)
+    own = model.state_dict()
+    report = WeightReport(weights.source, weights.family, dropped=dict(weights.dropped))
+    theirs = dict(weights.tensors)
+    fresh = starts_projections_anew(weights, projections)
+    if fresh:
+        for name in PROJECTIONS:
+            if theirs.pop(name, None) is not None:
+                report.dropped[name] = "model.weights.projections=fresh"
+    fitting = _Fitting(own, theirs, report, adapt, weights.family.is_clip, fresh)
+    new = fitting.run()
+    if fitting.complaints:
+        geometry = getattr(model, "geometry", None)
+        here = f"{geometry.name}, {getattr(model, 'num_frames', '?')} frames" if geometry else type(model).__name__
+        raise WeightsError(
+            f"{weights.source} ({weights.family}): these weights do not fit the model ({here}): "
+            f"{'; '.join(fitting.complaints)}"
+        )
+    if "logit_scale" in new and not own["logit_scale"].isclose(new["logit_scale"].to(own["logit_scale"]), atol=1e-3):
+        old_and_new = [f"{(-value.float()).exp().item():.4f}" for value in (own["logit_scale"], new["logit_scale"])]
+        report.notes.append("temperature {} gave way to the file's {}".format(*old_and_new))
+    with torch.no_grad():
+        for name, value in new.items():
+            own[name].copy_(value)
+    return report
+
+
+def starts_projections_anew(weights: WeightFile, projections: str) -> bool:
+    """Whether the model keeps its own projections and temperature. Raises :class:`WeightsError` for a wrong choice."""
+    if projections not in ("auto", "fresh", "keep"):
+        raise WeightsError(f"projections is '{projections}', but must be auto, fresh or keep")
+    return projections == "fresh" or (projections == "auto" and weights.family.is_clip)
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str = "checkpoint") -> WeightReport:
-    """Put a complete state dict into ``model``.
+    """Put a complete state dict under our names into ``model``: :func:`load_weights` without any adapting."""
+    return load_weights(model, WeightFile(source, Family.OURS, "memory", "plain", dict(state)))
 
-    Raises:
-        WeightsError: names or shapes differ; the message shows the first of each kind.
+
+def upstream_state(weights: WeightFile) -> dict[str, Tensor]:
+    """The weights under upstream's names, as its released configs save them (flash spelling, matrix ``conv1``).
+
+    Left out is what upstream has no name for: parts that shape the loss alone.
     """
-    _assign(model, state, source, fresh=[])
-    return WeightReport(source, len(state))
-
-
-def _assign(model: nn.Module, state: Mapping[str, Tensor], source: str, fresh: list[str]) -> None:
-    """Copy ``state`` into ``model``; only ``fresh`` may be absent. All is checked before anything is copied."""
-    own = model.state_dict()
-    complaints = []
-    shapes = [name for name in state if name in own and state[name].shape != own[name].shape]
-    if shapes:
-        pairs = [f"{name} is {_shape(state[name])} there and {_shape(own[name])} here" for name in shapes[:3]]
-        complaints.append("; ".join(pairs) + _more(shapes, 3))
-    for what, names in (
-        ("it lacks", [name for name in own if name not in state and name not in fresh]),
-        ("it has unknown tensors", [name for name in state if name not in own]),
-    ):
-        if names:
-            complaints.append(f"{what} {', '.join(names[:3])}{_more(names, 3)}")
-    if complaints:
-        geometry = getattr(model, "geometry", None)
-        here = f"{geometry.name}, {getattr(model, 'num_frames', '?')} frames" if geometry else type(model).__name__
-        raise WeightsError(f"{source}: these weights do not fit the model ({here}): {'; '.join(complaints)}")
-    model.load_state_dict({**own, **{name: value.float() for name, value in state.items()}})
-
-
-def _ours(name: str) -> str:
-    """OpenAI's name -> ours; already ours stays."""
-    if name == "visual.proj":
-        return "visual.image_projection"
-    return f"textual.{name}" if name.startswith(TEXT_KEYS) else name
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name."""
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such file")
-    try:
-        if _is_torchscript(path):
-            return _read_torchscript(path)
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(f"{path}: {_explain(error)}") from error
-    except WeightsError:
-        raise
-    except Exception as error:  # a damaged file can raise anything in its reader
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise WeightsError(f"{path}: not a readable weights file ({reason})") from error
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise WeightsError(f"{path}: holds no state dict (a mapping of names to tensors)")
-    return dict(content)
-
-
-class _Module:
-    """Stands for any class of a TorchScript archive: it holds attributes and does nothing."""
-
-
-class _ArchiveUnpickler(pickle.Unpickler):
-    """Reads the tensors of a TorchScript archive; ``torch.jit.load`` would run code that the file brings along."""
-
-    DTYPES: ClassVar[dict[str, torch.dtype]] = {
-        "FloatStorage": torch.float32,
-        "HalfStorage": torch.float16,
-        "BFloat16Storage": torch.bfloat16,
-        "DoubleStorage": torch.float64,
-        "LongStorage": torch.int64,
-        "IntStorage": torch.int32,
-        "BoolStorage": torch.bool,
+    unknown = [part.pattern for part in PARTS if part.only_trains]
+    return {
+        upstreams(name): value
+        for name, value in weights.tensors.items()
+        if not any(re.fullmatch(pattern, name) for pattern in unknown)
     }
 
-    def __init__(self, path: Path, archive: zipfile.ZipFile, root: str) -> None:
-        super().__init__(io.BytesIO(archive.read(f"{root}/data.pkl")))
-        self._path, self._archive, self._root = path, archive, root
 
-    def find_class(self, module: str, name: str) -> Any:
-        """Attribute holders for the archive's own classes, tensors and ordered dictionaries; nothing else."""
-        if module.split(".")[0] == "__torch__":
-            return _Module
-        if module == "torch" and name in self.DTYPES:
-            return self.DTYPES[name]
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return torch._utils._rebuild_tensor_v2
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if module == "torch.jit._pickle" and name.startswith("build_"):
-            return list
-        raise WeightsError(f"{self._path}: refused: it asks for {module}.{name}, which is no part of plain weights")
+class _Fitting:
+    """Compares what a file holds with what a model wants."""
 
-    def persistent_load(self, pid: Any) -> Any:
-        """A storage: its bytes lie beside the pickle."""
-        _, dtype, key, *_ = pid
-        content = bytearray(self._archive.read(f"{self._root}/data/{key}"))
-        storage = torch.frombuffer(content, dtype=torch.uint8).untyped_storage()
-        return torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
+    def __init__(
+        self,
+        own: Mapping[str, Tensor],
+        theirs: dict[str, Tensor],
+        report: WeightReport,
+        adapt: bool,
+        is_clip: bool,
+        fresh: bool,
+    ) -> None:
+        self._own, self._theirs, self._report = own, theirs, report
+        self._adapt, self._is_clip, self._fresh = adapt, is_clip, fresh
+        self.complaints: list[str] = []
+
+    def run(self) -> dict[str, Tensor]:
+        """What is to be copied, by name; ``complaints`` and the report say the rest."""
+        self._drop_parts()
+        self._leave_parts()
+        self._complain("it has unknown tensors", [name for name in self._theirs if name not in self._own])
+        absent = [name for name in self._own if name not in self._theirs and name not in self._report.missing]
+        self._complain("it lacks", absent)
+        new, shapes = {}, []
+        for name, value in self._theirs.items():
+            if name not in self._own:
+                continue
+            wanted = self._own[name]
+            if value.dtype not in TYPES:
+                shapes.append(f"{name} holds {str(value.dtype).removeprefix('torch.')}, no floating-point numbers")
+            elif value.shape == wanted.shape:
+                new[name] = value
+                self._report.taken.append(name)
+            else:
+                resized, reason = self._resize(name, value, wanted)
+                there_and_here = f"{name} is {list(value.shape)} there and {list(wanted.shape)} here"
+                if resized is None:
+                    shapes.append(f"{there_and_here}{reason}")
+                else:
+                    new[name] = resized
+                    self._report.resized[name] = f"{list(value.shape)} -> {list(wanted.shape)}"
+        broken = [name for name, value in new.items() if not value.isfinite().all()]
+        self._complain("it holds numbers that are not finite in", broken)
+        if shapes:
+            self.complaints.insert(0, "; ".join(shapes[:3]) + _more(shapes, 3))
+        return new
+
+    def _drop_parts(self) -> None:
+        """Whole parts that the file has and the model has not."""
+        for part in PARTS:
+            there = [name for name in self._theirs if re.fullmatch(part.pattern, name)]
+            if there and not any(re.fullmatch(part.pattern, name) for name in self._own):
+                if part.only_trains or self._adapt:
+                    for name in there:
+                        del self._theirs[name]
+                        self._report.dropped[name] = f"the model has no {part.name}"
+                else:
+                    self._ask(f"it has a part that the model has not, {part.name} ({_list(there)})", "leaves it out")
+                    for name in there:
+                        del self._theirs[name]
+
+    def _leave_parts(self) -> None:
+        """Whole parts that the model has and the file has not; half a part is not excused."""
+        if self._fresh:
+            self._report.missing |= {name: "started anew" for name in PROJECTIONS if name in self._own}
+        for part in PARTS:
+            here = [name for name in self._own if re.fullmatch(part.pattern, name) and name not in self._report.missing]
+            if not here or any(re.fullmatch(part.pattern, name) for name in self._theirs):
+                continue
+            if not (part.only_trains or self._is_clip or self._adapt):
+                self._ask(f"it lacks the {part.name} ({_list(here)})", "starts them anew")
+            self._report.missing |= dict.fromkeys(here, f"the file has no {part.name}")
+
+    def _resize(self, name: str, value: Tensor, wanted: Tensor) -> tuple[Tensor | None, str]:
+        """``value`` in the shape of ``wanted``; or None and what would help."""
+        if name in PROJECTIONS:
+            cure = ", or model.weights.projections=fresh starts it anew"
+            if value.dim() == 2 and value.shape[0] == wanted.shape[0]:
+                return None, f" (model.embed_dim={value.shape[1]} builds the model of the file{cure})"
+            return None, ""
+        resize = _RESIZERS.get(name)
+        if resize is None or value.dim() != 2 or value.shape[1] != wanted.shape[1] or 0 in value.shape:
+            return None, ""
+        if name == "visual.positional_embedding" and not (_is_square(len(value) - 1) and _is_square(len(wanted) - 1)):
+            return None, " (one of them is no square of patches and CLS, so it cannot be adapted)"
+        if not self._adapt:
+            return None, " (model.weights.adapt=true resizes it)"
+        return resize(value.float(), wanted), ""
+
+    def _ask(self, what: str, effect: str) -> None:
+        self.complaints.append(f"{what}; model.weights.adapt=true {effect}")
+
+    def _complain(self, what: str, names: list[str]) -> None:
+        if names:
+            self.complaints.append(f"{what} {_list(names)}")
 
 
-def _read_torchscript(path: Path) -> dict[str, Tensor]:
-    with zipfile.ZipFile(path) as archive:
-        root = archive.namelist()[0].split("/")[0]
-        return dict(_tensors(_ArchiveUnpickler(path, archive, root).load(), ""))
+def _resize_frames(value: Tensor, wanted: Tensor) -> Tensor:
+    """[T, D] -> [T', D], linearly, as the model itself does for clips of another length."""
+    return F.interpolate(value.T[None], size=len(wanted), mode="linear", align_corners=False)[0].T
 
 
-def _tensors(module: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of nested attribute holders by dotted name."""
-    for name, value in vars(module).items():
-        if isinstance(value, Tensor):
-            yield prefix + name, value
-        elif isinstance(value, _Module):
-            yield from _tensors(value, f"{prefix}{name}.")
+def _resize_grid(value: Tensor, wanted: Tensor) -> Tensor:
+    """[1 + S S, D] -> [1 + S' S', D], bicubic; CLS stays."""
+    side = round((len(wanted) - 1) ** 0.5)
+    return resample_abs_pos_embed(value[None], [side, side])[0]
 
 
-def _is_torchscript(path: Path) -> bool:
-    """TorchScript archives are zip files with a ``code`` folder."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.split("/")[1:2] == ["code"] for name in archive.namelist())
+def _resize_text(value: Tensor, wanted: Tensor) -> Tensor:
+    """[L, D] -> [L', D]: the first positions keep their meaning, further ones their initial values."""
+    kept = value[: len(wanted)].to(wanted)
+    return torch.cat((kept, wanted[len(kept) :]))
 
 
-def _explain(error: pickle.UnpicklingError) -> str:
-    """Why a pickle was refused. PyTorch's own text advises to load it unsafely, so it is not passed on."""
-    wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if wanted:
-        return (
-            f"refused: it asks for {wanted.group(1)}, which is no part of plain weights and could run code; "
-            "nothing was run. Save it as a plain state dict of tensors first"
-        )
-    return "refused: not a weights file, or a pickle of something else than plain tensors; nothing in it was run"
+_RESIZERS = {
+    "visual.temporal_embedding": _resize_frames,
+    "visual.positional_embedding": _resize_grid,
+    "textual.positional_embedding": _resize_text,
+}
 
 
-def _shape(tensor: Tensor) -> str:
-    return str(list(tensor.shape))
+def _is_square(number: int) -> bool:
+    return number > 0 and round(number**0.5) ** 2 == number
+
+
+def _list(names: list[str], shown: int = 3) -> str:
+    return f"{', '.join(names[:shown])}{_more(names, shown)}"
 
 
 def _more(names: list[str], shown: int) -> str:

@@ -35,6 +35,7 @@ class Geometry:
 
 _PLAIN = (
     Geometry("CLIP_VITB16", 224, 16, 768, 12, 12, 512, 12, 8, 512),
+    Geometry("CLIP_VITL14", 224, 14, 1024, 24, 16, 768, 12, 12, 512),
     Geometry("CLIP_VITL14_336PX", 336, 14, 1024, 24, 16, 768, 12, 12, 512),
     # Small enough to learn the demo world from scratch on two CPU cores in minutes.
     Geometry("DEMO", 40, 8, 128, 4, 4, 128, 2, 4, 128),

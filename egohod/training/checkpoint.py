@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
 from egohod.config import UserError
+from egohod.model.weight_files import WeightFile, from_tensors, read_weights
 
 log = logging.getLogger(__name__)
 
@@ -156,6 +157,21 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if checkpoint is None:
         raise CheckpointError(f"{store.folder}: none of the checkpoints is readable")
     return checkpoint
+
+
+def open_weights(source: str | Path, *, download: bool = False) -> WeightFile:
+    """The weights of a file of any family, or of a run or checkpoint folder of this project.
+
+    Raises :class:`UserError` as :func:`open_checkpoint` and :func:`egohod.model.weight_files.read_weights` do.
+    """
+    if not Path(source).is_dir():
+        return read_weights(source, download=download)
+    checkpoint = open_checkpoint(Path(source))
+    weights = from_tensors(str(checkpoint.path), checkpoint.weights)
+    identity = checkpoint.manifest["identity"]
+    weights.beside = {name: str(value) for name, value in identity.items()}
+    weights.settings = {name: value for name, value in identity.items() if name.startswith(("model.", "loss."))}
+    return weights
 
 
 def read(path: Path) -> Checkpoint:

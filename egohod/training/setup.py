@@ -18,8 +18,8 @@ from egohod.data.table import ClipTable
 from egohod.data.text import Tokenizer
 from egohod.distributed import Distributed, pick_precision
 from egohod.model.egovideo import DualEncoder, EgoVideo, create_model
-from egohod.model.weights import load_openai, load_state
-from egohod.training.checkpoint import open_checkpoint
+from egohod.model.weights import load_weights
+from egohod.training.checkpoint import open_weights
 from egohod.training.memory import Memory, predict
 
 log = logging.getLogger(__name__)
@@ -40,11 +40,19 @@ def build_model(cfg: Config, dist: Distributed) -> DualEncoder:
     torch.manual_seed(cfg.train.seed)
     model = create_model(cfg.model, cfg.loss)
     weights = cfg.model.weights
-    if weights.source == "openai":
-        log.info("%s", load_openai(model, Path(str(weights.path))))
-    elif weights.source == "checkpoint":
-        checkpoint = open_checkpoint(Path(str(weights.path)))
-        log.info("%s", load_state(model, checkpoint.weights, str(checkpoint.path)))
+    if weights.source == "scratch":
+        ignored = [name for name in ("adapt", "download") if getattr(weights, name)]
+        if ignored:
+            log.warning("model.weights.source=scratch reads no weights, so model.weights.%s does nothing", ignored[0])
+    else:
+        content = open_weights(str(weights.path), download=weights.download)
+        if content.family.is_clip != (weights.source == "clip"):
+            right = "clip" if content.family.is_clip else "checkpoint"
+            raise UserError(
+                f"{weights.path}: is {content.family}, which model.weights.source={weights.source} does not mean; "
+                f"set model.weights.source={right}"
+            )
+        log.info("%s", load_weights(model, content, adapt=weights.adapt, projections=weights.projections))
     if cfg.train.trainable == "adapters":
         if not isinstance(model, EgoVideo):
             raise UserError(f"train.trainable=adapters needs a ..._Slowfast model; model.name is {cfg.model.name}")

@@ -1,86 +1,122 @@
-"""Reading weights: OpenAI's two file kinds, strictness, and files that mean harm."""
+"""Putting weights into a model: what is taken, resized, dropped and missing, and all or nothing."""
 
 from __future__ import annotations
 
-import os
-import pickle
 from pathlib import Path
-from typing import Any
 
 import pytest
+import timm.layers
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from egohod.config import ModelConfig, UserError
+from egohod.config import LossConfig, ModelConfig, UserError
+from egohod.model import zoo
 from egohod.model.egovideo import DualEncoder, create_model
-from egohod.model.weights import load_openai, load_state
+from egohod.model.weight_files import from_tensors, read_weights
+from egohod.model.weight_names import Family, upstreams
+from egohod.model.weights import PROJECTIONS, WeightReport, load_state, load_weights, upstream_state
+from tests.model.field_files import (
+    SCHEMA,
+    State,
+    open_clip_state,
+    openai_state,
+    plain,
+    two_blocks,
+    write_archive,
+    write_avion,
+    write_safetensors,
+    write_upstream,
+)
+from tests.model.field_files import upstream_state as of_upstream
+
+DEMO = zoo.geometry("DEMO")
+TEMPORAL, SPATIAL = "visual.temporal_embedding", "visual.positional_embedding"
 
 
-def openai_state(model: DualEncoder) -> dict[str, Tensor]:
-    """Random weights under OpenAI's names and shapes, in half precision, with its odd extra entries."""
-    state: dict[str, Tensor] = {}
-    for number, (name, value) in enumerate(model.state_dict().items()):
-        noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(number)).half()
-        if name == "visual.temporal_embedding":
-            continue
-        if name == "visual.conv1.weight":
-            noise = noise.view(len(noise), 3, model.geometry.patch_size, -1)
-        name = name.replace("visual.image_projection", "visual.proj").removeprefix("textual.")
-        state[name] = noise
-    return state | {key: torch.tensor(1) for key in ("input_resolution", "context_length", "vocab_size")}
+def copy(model: nn.Module) -> State:
+    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-class Holder(nn.Module):
-    """A module tree with the given dotted names, so that they can be scripted into an archive."""
-
-    def __init__(self, state: dict[str, Tensor]) -> None:
-        super().__init__()
-        for name, value in state.items():
-            head, _, rest = name.partition(".")
-            if not rest:
-                self.register_buffer(name, value)
-            elif head not in self._modules:
-                inside = {key.partition(".")[2]: each for key, each in state.items() if key.startswith(f"{head}.")}
-                self.add_module(head, Holder(inside))
-
-    def forward(self) -> int:
-        return 0
+def refuse(model: nn.Module, state: State, said: str, **options: object) -> None:
+    """Loading fails with ``said`` in one line, and the model stays as it was."""
+    before = copy(model)
+    with pytest.raises(UserError, match=said) as caught:
+        load_weights(model, from_tensors("x.safetensors", state), **options)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), f"half loaded: {name}"
 
 
-@pytest.mark.parametrize("kind", ["archive", "state dict", "state dict in a mapping"])
-def test_openai_weights_are_taken_over_but_for_projections_and_temperature(
+def accounted(report: WeightReport, model: nn.Module, file: int) -> None:
+    """Every tensor of the file and of the model is in exactly one list."""
+    used = [*report.taken, *report.resized]
+    assert sorted([*used, *report.missing]) == sorted(model.state_dict())
+    assert len(used) + len(report.dropped) == file
+
+
+# --------------------------------------------------------------------------------------------------
+# Starting from CLIP
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["OpenAI's archive", "OpenAI's state dict", "open_clip's safetensors"])
+def test_the_published_start_leaves_projections_and_temperature(
     demo_model: DualEncoder, tmp_path: Path, kind: str
 ) -> None:
-    path, state = tmp_path / "clip.pt", openai_state(demo_model)
-    if kind == "archive":
-        torch.jit.script(Holder(state)).save(str(path))
+    path = tmp_path / "clip.pt"
+    state = open_clip_state(DEMO) if "open_clip" in kind else openai_state(DEMO)
+    if kind == "OpenAI's archive":
+        write_archive(path, state)
+    elif kind == "OpenAI's state dict":
+        torch.save({"state_dict": state}, path)
     else:
-        torch.save(state if kind == "state dict" else {"state_dict": state}, path)
-    before = {name: value.clone() for name, value in demo_model.state_dict().items()}
-    report = load_openai(demo_model, path)
+        write_safetensors(path, state)
+    before = copy(demo_model)
+    report = load_weights(demo_model, read_weights(path))
     after = demo_model.state_dict()
     kept = {name for name in after if torch.equal(after[name], before[name])}
-    assert kept == set(report.fresh)
-    assert kept == {
-        "visual.image_projection",
-        "textual.text_projection",
-        "logit_scale",
-        "visual.temporal_embedding",
-    }
-    assert report.loaded == len(after) - len(kept)
+    assert kept == set(report.missing) == {*PROJECTIONS, TEMPORAL}
+    accounted(report, demo_model, len(state))
     torch.testing.assert_close(after["visual.conv1.weight"], state["visual.conv1.weight"].flatten(1).float())
     torch.testing.assert_close(after["textual.ln_final.bias"], state["ln_final.bias"].float())
-    assert str(path) in str(report)
-    assert "visual.temporal_embedding" in str(report)
+    text = str(report)
+    assert text.startswith(f"{path} ({report.family}): {len(report.taken)} tensors taken over")
+    assert f"{TEMPORAL} (the file has no temporal embedding)" in text
+    assert "visual.image_projection, textual.text_projection, logit_scale (started anew)" in text
+
+
+def test_projections_can_be_kept(demo_model: DualEncoder, tmp_path: Path) -> None:
+    state = open_clip_state(DEMO) | {"logit_scale": torch.tensor(4.6052)}
+    weights = read_weights(write_safetensors(tmp_path / "clip.safetensors", state))
+    report = load_weights(demo_model, weights, projections="keep")
+    assert set(report.missing) == {TEMPORAL}
+    assert torch.equal(demo_model.visual.image_projection, state["visual.proj"])
+    assert torch.equal(demo_model.textual.text_projection, state["text_projection"])
+    assert demo_model.logit_scale.item() == pytest.approx(4.6052)
+    assert report.notes == ["temperature 0.0700 gave way to the file's 0.0100"]
+    with pytest.raises(UserError, match="projections is 'yes', but must be auto, fresh or keep"):
+        load_weights(demo_model, weights, projections="yes")
+
+
+def test_projections_of_another_space_name_both_ways_out(demo_model: DualEncoder, tmp_path: Path) -> None:
+    weights = read_weights(write_safetensors(tmp_path / "clip.safetensors", open_clip_state(DEMO, embed_dim=96)))
+    with pytest.raises(UserError, match=r"image_projection is \[128, 96\] there and \[128, 128\] here \(model\.embed_dim=96 .*projections=fresh"):  # fmt: skip # noqa: E501
+        load_weights(demo_model, weights, projections="keep")
+    assert load_weights(demo_model, weights).family is Family.OPEN_CLIP
+    wide = create_model(ModelConfig(name="DEMO", embed_dim=96))
+    load_weights(wide, weights, projections="keep")
+    assert wide.encode_text(torch.ones(1, 4, dtype=torch.long)).shape == (1, 96)
+    assert wide.geometry.embed_dim == 96
 
 
 def test_patch_embedding_of_a_convolution_means_the_same(demo_model: DualEncoder, tmp_path: Path) -> None:
-    state = openai_state(demo_model)
+    state = openai_state(DEMO)
     torch.save(state, tmp_path / "clip.pt")
-    load_openai(demo_model, tmp_path / "clip.pt")
-    size, stride = demo_model.geometry.image_size, demo_model.geometry.patch_size
+    load_weights(demo_model, read_weights(tmp_path / "clip.pt"))
+    size, stride = DEMO.image_size, DEMO.patch_size
     frame = torch.randn(1, 3, size, size)
-    convolved = torch.nn.functional.conv2d(frame, state["visual.conv1.weight"].float(), stride=stride).flatten(2).mT
+    convolved = F.conv2d(frame, state["visual.conv1.weight"].float(), stride=stride).flatten(2).mT
     visual = demo_model.visual
     nn.init.zeros_(visual.positional_embedding)
     nn.init.zeros_(visual.temporal_embedding)
@@ -88,112 +124,277 @@ def test_patch_embedding_of_a_convolution_means_the_same(demo_model: DualEncoder
     torch.testing.assert_close(ours, visual.ln_pre(convolved), atol=1e-4, rtol=1e-4)
 
 
-def test_another_geometry_is_named_with_both_shapes(demo_model: DualEncoder, tmp_path: Path) -> None:
-    state = openai_state(demo_model)
-    places, width = demo_model.visual.positional_embedding.shape
-    state["visual.positional_embedding"] = torch.zeros(places + 1, width)
-    torch.save(state, tmp_path / "clip.pt")
-    before = demo_model.visual.class_embedding.clone()
-    shapes = rf"positional_embedding is \[{places + 1}, {width}\] there and \[{places}, {width}\] here"
-    with pytest.raises(UserError, match=rf"clip\.pt.*DEMO.*{shapes}"):
-        load_openai(demo_model, tmp_path / "clip.pt")
-    assert torch.equal(demo_model.visual.class_embedding, before), "half loaded"
+def test_it_computes_what_open_clip_computes(tmp_path: Path) -> None:
+    """One frame through a model that took everything, beside the library that the weights come from."""
+    import open_clip
+
+    torch.manual_seed(0)
+    theirs = open_clip.CLIP(
+        64,
+        {"image_size": 40, "patch_size": 8, "width": 128, "layers": 4, "head_width": 32},
+        {"width": 128, "layers": 2, "heads": 4},
+    ).eval()
+    for module in theirs.visual.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = 1e-6
+    torch.save(theirs.state_dict(), tmp_path / "open_clip.pt")
+    model = create_model(ModelConfig(name="DEMO", embed_dim=64, num_frames=1)).eval()
+    load_weights(model, read_weights(tmp_path / "open_clip.pt"), projections="keep")
+    frame, tokens = torch.randn(2, 3, 40, 40), torch.randint(1, 49000, (2, 77))
+    tokens[:, 9] = 49407
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model.encode_video(frame.unsqueeze(2)), theirs.encode_image(frame, normalize=True), atol=1e-5, rtol=1e-4
+        )
+        torch.testing.assert_close(
+            model.encode_text(tokens), theirs.encode_text(tokens, normalize=True), atol=1e-5, rtol=1e-4
+        )
 
 
-def test_checkpoint_of_another_frame_count_lacking_or_unknown_tensors(demo_model: DualEncoder) -> None:
-    other = create_model(ModelConfig(name="DEMO", num_frames=4)).state_dict()
-    with pytest.raises(UserError, match=r"temporal_embedding is \[4, \d+\] there and \[8, \d+\] here"):
-        load_state(demo_model, other)
-    state: dict[str, Any] = dict(demo_model.state_dict())
-    del state["visual.ln_pre.bias"]
-    with pytest.raises(UserError, match=r"it lacks visual\.ln_pre\.bias"):
-        load_state(demo_model, state)
-    state = {**demo_model.state_dict(), "visual.adapter.gamma": torch.ones(1)}
-    with pytest.raises(UserError, match=r"unknown tensors visual\.adapter\.gamma"):
-        load_state(demo_model, state)
+# --------------------------------------------------------------------------------------------------
+# Trained video models
+# --------------------------------------------------------------------------------------------------
 
 
-def test_state_round_trip(demo_model: DualEncoder) -> None:
-    other = create_model(ModelConfig(name="DEMO", num_frames=8))
-    assert load_state(other, demo_model.state_dict()).loaded == len(demo_model.state_dict())
-    for name, value in demo_model.state_dict().items():
-        assert torch.equal(other.state_dict()[name], value)
+@pytest.mark.parametrize("kind", ["b16_flash", "b16_plain", "b16_plain_conv"])
+def test_upstreams_files_give_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    state = of_upstream(kind)
+    model = create_model(ModelConfig(name=two_blocks(monkeypatch, "CLIP_VITB16"), num_frames=4))
+    report = load_weights(model, read_weights(write_upstream(tmp_path / "base_best.pt", state)))
+    assert (report.family, report.missing, report.dropped, report.resized) == (Family.UPSTREAM, {}, {}, {})
+    accounted(report, model, len(state))
+    loaded = model.state_dict()
+    for name, value in plain(state).items():
+        assert torch.equal(loaded[name], value.float().view_as(loaded[name])), name
 
 
-class Trap:
-    """Unpickling it creates a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.path),)
-
-
-@pytest.mark.parametrize("kind", ["zip", "old pickle", "bare pickle"])
-def test_hostile_pickle_is_refused_by_name_and_never_run(demo_model: DualEncoder, tmp_path: Path, kind: str) -> None:
-    path, sprung = tmp_path / "clip.pt", tmp_path / "sprung"
-    content = {"visual.proj": torch.zeros(2), "trap": Trap(sprung)}
-    if kind == "bare pickle":
-        path.write_bytes(pickle.dumps(content["trap"], protocol=2))
-    else:
-        torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
-    with pytest.raises(UserError, match=r"posix\.mkdir") as caught:
-        load_openai(demo_model, path)
-    assert "\n" not in str(caught.value)
-    assert not sprung.exists()
-
-
-def test_pickle_of_another_protocol_is_not_run_either(demo_model: DualEncoder, tmp_path: Path) -> None:
-    path, sprung = tmp_path / "clip.pt", tmp_path / "sprung"
-    path.write_bytes(pickle.dumps(Trap(sprung), protocol=4))
-    with pytest.raises(UserError, match=r"clip\.pt: refused") as caught:
-        load_openai(demo_model, path)
-    assert "weights_only" not in str(caught.value), "advice to load it unsafely"
-    assert not sprung.exists()
+def test_upstreams_large_model_equals_its_own_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ViT-L/14 at 336 px with the real names and shapes, two blocks deep: read, written again, read again."""
+    state = of_upstream("l14_336_flash")
+    weights = read_weights(write_upstream(tmp_path / "large_best.pt", state))
+    again = upstream_state(weights)
+    assert again.keys() == state.keys()
+    for name, value in state.items():
+        assert torch.equal(again[name], value), name
+    name = two_blocks(monkeypatch, "CLIP_VITL14_336PX")
+    model = create_model(ModelConfig(name=name, num_frames=4)).eval()
+    load_weights(model, weights)
+    exported = read_weights(write_safetensors(tmp_path / "again.safetensors", again))
+    assert exported.spelling == "flash"
+    features = []
+    video, tokens = torch.randn(1, 3, 1, 336, 336), torch.tensor([[49406, 320, 49407]])
+    with torch.no_grad():
+        for each in (weights, exported):
+            load_state(model, {key: torch.zeros_like(value) for key, value in model.state_dict().items()})
+            load_weights(model, each)
+            features.append(torch.cat((model.encode_video(video), model.encode_text(tokens))))
+    assert torch.equal(*features)
+    assert features[0].norm() > 1
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"not weights at all", b"PK\x03\x04 a torn archive"], ids=["empty", "text", "torn"]
+@pytest.mark.parametrize("kind", ["slowfast_b16_flash", "slowfast_l14_336_flash"])
+def test_slow_fast_names_are_ours_but_for_the_spelling(tmp_path: Path, kind: str) -> None:
+    """A stand-in for the slow-fast model: every live name and shape of upstream's, in the plain spelling."""
+    state = of_upstream(kind)
+    live = {name: value for name, value in plain(state).items() if ".adapter_2." not in name and ".conv2d." not in name}
+    model = named(live)
+    report = load_weights(model, read_weights(write_upstream(tmp_path / "slowfast.pt", state)))
+    assert not report.missing
+    assert not report.resized
+    accounted(report, model, len(state))
+    for name, value in live.items():
+        assert torch.equal(model.state_dict()[name], value.float()), name
+    assert set(upstream_state(from_tensors("x", copy(model)))) == set(state) - set(report.dropped)
+
+
+def named(state: State) -> nn.Module:
+    """A module with parameters of these names."""
+    module = nn.Module()
+    for name, value in state.items():
+        *path, last = name.split(".")
+        inner = module
+        for part in path:
+            if part not in inner._modules:
+                inner.add_module(part, nn.Module())
+            inner = inner.get_submodule(part)
+        inner.register_parameter(last, nn.Parameter(torch.zeros(value.shape)))
+    return module
+
+
+def test_avions_space_of_256_dimensions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = of_upstream("b16_flash")
+    for name in ("visual.image_projection", "textual.text_projection"):
+        state[name] = state[name][:, :256].clone()
+    weights = read_weights(write_avion(tmp_path / "avion.pt", state))
+    name = two_blocks(monkeypatch, "CLIP_VITB16")
+    with pytest.raises(UserError, match=r"\[768, 256\] there and \[768, 512\] here \(model\.embed_dim=256"):
+        load_weights(create_model(ModelConfig(name=name)), weights)
+    report = load_weights(create_model(ModelConfig(name=name, embed_dim=256)), weights)
+    assert (report.family, report.missing) == (Family.AVION, {})
+    # Training on in a space of one's own.
+    assert set(load_weights(create_model(ModelConfig(name=name)), weights, projections="fresh").missing) == {
+        *PROJECTIONS
+    }
+
+
+def test_the_two_spellings_are_inverse() -> None:
+    for kind in ("b16_flash", "l14_336_flash", "slowfast_b16_flash"):
+        names = SCHEMA[kind]["first_two_blocks"]
+        assert [upstreams(name) for name in plain(dict.fromkeys(names, torch.zeros(0)))] == list(names)
+
+
+# --------------------------------------------------------------------------------------------------
+# Strictness
+# --------------------------------------------------------------------------------------------------
+
+
+OFF_BY_ONE = (
+    *("visual.class_embedding", "visual.conv1.weight", "visual.ln_pre.bias", "visual.image_projection"),
+    *(f"visual.transformer.resblocks.3.{name}" for name in ("attn.in_proj_weight", "mlp.c_fc.bias", "ln_2.weight")),
+    *("textual.token_embedding.weight", "textual.text_projection"),
 )
-def test_unreadable_files_are_named(demo_model: DualEncoder, tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "clip.pt"
-    with pytest.raises(UserError, match=r"clip\.pt: no such file"):
-        load_openai(demo_model, path)
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=r"clip\.pt: ") as caught:
-        load_openai(demo_model, path)
-    assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_no_state_dict(demo_model: DualEncoder, tmp_path: Path) -> None:
-    torch.save([torch.zeros(2)], tmp_path / "clip.pt")
-    with pytest.raises(UserError, match="no state dict"):
-        load_openai(demo_model, tmp_path / "clip.pt")
+def test_a_shape_off_by_one_is_named_with_both_shapes(demo_model: DualEncoder) -> None:
+    for name in OFF_BY_ONE:
+        value = demo_model.get_parameter(name)
+        rows = len(value)
+        wrong = dict(demo_model.state_dict()) | {name: torch.zeros(rows + 1, *value.shape[1:])}
+        refuse(demo_model, wrong, rf"{name} is \[{rows + 1}.*\] there and \[{rows}.*\] here", adapt=True)
+    grid = dict(demo_model.state_dict()) | {SPATIAL: torch.zeros(27, 128)}
+    refuse(
+        demo_model, grid, r"x\.safetensors.*DEMO, 8 frames.*positional_embedding is \[27, 128\] there and \[26, 128\]"
+    )
 
 
-def test_code_in_a_torchscript_archive_is_never_run(demo_model: DualEncoder, tmp_path: Path) -> None:
-    class Loud(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.zeros(2))
+def test_lacking_and_unknown_tensors(demo_model: DualEncoder) -> None:
+    whole = dict(demo_model.state_dict())
+    lacking = {name: value for name, value in whole.items() if name != "visual.ln_pre.bias"}
+    refuse(demo_model, lacking, r"it lacks visual\.ln_pre\.bias", adapt=True)
+    unknown = whole | {"visual.head.weight": torch.ones(1)}
+    refuse(demo_model, unknown, r"unknown tensors visual\.head\.weight", adapt=True)
+    last = {name: value for name, value in whole.items() if name.startswith("visual.transformer.resblocks.3.")}
+    deeper = whole | {name.replace(".3.", ".4."): value for name, value in last.items()}
+    refuse(demo_model, deeper, r"unknown tensors visual\.transformer\.resblocks\.4\..* and 9 more")
 
-        def forward(self) -> int:
-            return 0
 
-        @torch.jit.export
-        def __getstate__(self) -> tuple[torch.Tensor, bool]:
-            return self.weight, self.training
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn])
+def test_weights_that_are_no_weights(demo_model: DualEncoder, tmp_path: Path, dtype: torch.dtype) -> None:
+    state = copy(demo_model) | {"visual.ln_pre.bias": torch.zeros(128).to(dtype)}
+    path = write_safetensors(tmp_path / "x.safetensors", state)
+    with pytest.raises(UserError, match=rf"ln_pre\.bias holds {str(dtype).removeprefix('torch.')}, no floating-point"):
+        load_weights(demo_model, read_weights(path))
 
-        @torch.jit.export
-        def __setstate__(self, state: tuple[torch.Tensor, bool]) -> None:
-            self.weight, self.training = state[0], state[1]
-            assert False, "code of the file was run"  # noqa: B011, PT015
 
-    path = tmp_path / "hostile.pt"
-    torch.jit.script(Loud()).save(str(path))
-    with pytest.raises(Exception, match="code of the file was run"):
-        torch.jit.load(str(path))
-    with pytest.raises(UserError) as caught:
-        load_openai(demo_model, path)
-    assert "code of the file was run" not in str(caught.value)
+def test_numbers_that_are_not_finite(demo_model: DualEncoder) -> None:
+    state = copy(demo_model)
+    state["visual.ln_pre.bias"][3] = float("nan")
+    refuse(demo_model, state, r"not finite in visual\.ln_pre\.bias")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_floating_point_types_become_the_models(demo_model: DualEncoder, dtype: torch.dtype) -> None:
+    state = {name: value.to(dtype) for name, value in copy(demo_model).items()}
+    load_state(demo_model, state)
+    for name, value in demo_model.state_dict().items():
+        assert value.dtype is torch.float32
+        assert torch.equal(value, state[name].float())
+
+
+def test_the_offset_of_the_sigmoid_loss_may_come_and_go(demo_model: DualEncoder) -> None:
+    sigmoid = create_model(ModelConfig(name="DEMO", num_frames=8), LossConfig(name="sigmoid", bias=-3.0))
+    report = load_state(sigmoid, copy(demo_model))
+    assert list(report.missing) == ["logit_bias"]
+    assert sigmoid.logit_bias is not None
+    assert sigmoid.logit_bias.item() == -3.0
+    assert list(load_state(demo_model, copy(sigmoid)).dropped) == ["logit_bias"]
+    assert "logit_bias" not in upstream_state(from_tensors("x", copy(sigmoid)))
+
+
+# --------------------------------------------------------------------------------------------------
+# Adapting
+# --------------------------------------------------------------------------------------------------
+
+
+def adapted(model: nn.Module, state: State, name: str) -> tuple[Tensor, WeightReport]:
+    """Without the knob it is an error that names it; with it, the resized tensor."""
+    refuse(model, state, rf"{name} is \[.*\] there and \[.*\] here \(model\.weights\.adapt=true resizes it\)")
+    report = load_weights(model, from_tensors("x", state), adapt=True)
+    assert list(report.resized) == [name]
+    accounted(report, model, len(state))
+    return model.state_dict()[name], report
+
+
+def test_another_frame_count_is_interpolated(demo_model: DualEncoder, clips: Tensor) -> None:
+    model = create_model(ModelConfig(name="DEMO", num_frames=4)).eval()
+    value, report = adapted(model, copy(demo_model), TEMPORAL)
+    assert report.resized[TEMPORAL] == "[8, 128] -> [4, 128]"
+    own = copy(demo_model)[TEMPORAL]
+    torch.testing.assert_close(value, own.view(4, 2, 128).mean(1))
+    # The same as when the file's own model is shown four frames.
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode_video(clips[:, :, :4]), demo_model.eval().encode_video(clips[:, :, :4]))
+
+
+@pytest.mark.parametrize("size", [24, 64])
+def test_another_patch_grid_is_resized_bicubically(
+    demo_model: DualEncoder, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    monkeypatch.setitem(zoo.GEOMETRIES, "SIZED", zoo.Geometry("SIZED", size, 8, 128, 4, 4, 128, 2, 4, 128))
+    model = create_model(ModelConfig(name="SIZED", num_frames=8))
+    own = copy(demo_model)
+    value, _ = adapted(model, own, SPATIAL)
+    expected = timm.layers.resample_abs_pos_embed(own[SPATIAL][None], [size // 8, size // 8])[0]
+    torch.testing.assert_close(value, expected)
+    assert torch.equal(value[0], own[SPATIAL][0]), "CLS stays"
+
+
+def test_a_grid_that_is_no_square_cannot_be_adapted(demo_model: DualEncoder) -> None:
+    for places in (1, 25, 31):
+        state = copy(demo_model) | {SPATIAL: torch.zeros(places, 128)}
+        refuse(demo_model, state, rf"\[{places}, 128\] there .*no square of patches and CLS", adapt=True)
+    refuse(demo_model, copy(demo_model) | {SPATIAL: torch.zeros(37, 64)}, r"\[37, 64\] there", adapt=True)
+    refuse(demo_model, copy(demo_model) | {TEMPORAL: torch.zeros(0, 128)}, r"\[0, 128\] there", adapt=True)
+
+
+@pytest.mark.parametrize("length", [32, 120])
+def test_another_text_length_keeps_the_first_positions(
+    demo_model: DualEncoder, monkeypatch: pytest.MonkeyPatch, tokens: Tensor, length: int
+) -> None:
+    longer = zoo.Geometry("TEXT", 40, 8, 128, 4, 4, 128, 2, 4, 128, context_length=length)
+    monkeypatch.setitem(zoo.GEOMETRIES, "TEXT", longer)
+    model = create_model(ModelConfig(name="TEXT", num_frames=8)).eval()
+    fresh = copy(model)["textual.positional_embedding"]
+    value, _ = adapted(model, copy(demo_model), "textual.positional_embedding")
+    own = copy(demo_model)["textual.positional_embedding"]
+    assert torch.equal(value[:77], own[:length])
+    assert torch.equal(value[77:], fresh[77:])
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode_text(tokens), demo_model.eval().encode_text(tokens))
+
+
+def test_parts_start_anew_or_are_left_out_only_when_asked(demo_model: DualEncoder) -> None:
+    own = copy(demo_model)
+    parts = {
+        **{f"visual.transformer.resblocks.{i}.adapter.gamma": torch.ones(1) for i in range(4)},
+        "slowfast_projection": torch.ones(256, 128),
+    }
+    slowfast = named(own | parts)
+    refuse(slowfast, own, r"it lacks the motion adapters \(.*and 1 more\); model\.weights\.adapt=true starts them anew")
+    report = load_weights(slowfast, from_tensors("x", own), adapt=True)
+    assert report.missing.keys() == parts.keys()
+    refuse(
+        demo_model, own | parts, r"a part that the model has not, motion adapters .*; model\.weights\.adapt=true leaves"
+    )
+    report = load_weights(demo_model, from_tensors("x", own | parts), adapt=True)
+    assert report.dropped.keys() == parts.keys()
+    # Half a part is damage, whatever is asked.
+    half = own | {name: value for name, value in parts.items() if ".2." not in name}
+    refuse(slowfast, half, r"it lacks visual\.transformer\.resblocks\.2\.adapter\.gamma", adapt=True)
+
+
+def test_an_image_model_has_no_order_to_lose(demo_model: DualEncoder) -> None:
+    """AVION saves no temporal embedding for one frame; that is a missing part, said and asked for."""
+    state = {name: value for name, value in copy(demo_model).items() if name != TEMPORAL}
+    refuse(demo_model, state, r"it lacks the temporal embedding .*adapt=true")
+    assert list(load_weights(demo_model, from_tensors("x", state), adapt=True).missing) == [TEMPORAL]

@@ -1,0 +1,192 @@
+"""The names that projects give the same weights, and what the shapes say about the model.
+
+Two layouts: ``clip`` (OpenAI and open_clip; the text tower at the top level or under ``text.``) and ``dual`` (upstream
+EgoHOD, AVION and this project; ``visual.`` and ``textual.``). Two spellings of a block: plain
+(``attn.in_proj_weight``, ``mlp.c_fc``, ``mlp.c_proj``; OpenAI's and ours) and flash (``attn.Wqkv.weight``, ``mlp.fc1``,
+``mlp.fc2``; what upstream and AVION save with flash attention).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from torch import Tensor
+
+from egohod.config import UserError
+from egohod.model import zoo
+
+
+class WeightsError(UserError):
+    """Weights that cannot be used: unreadable, hostile or of another geometry."""
+
+
+class Family(StrEnum):
+    """Whose checkpoint a file is."""
+
+    OPENAI = "OpenAI CLIP"
+    OPEN_CLIP = "open_clip"
+    UPSTREAM = "upstream EgoHOD"
+    AVION = "AVION"
+    OURS = "EgoHOD (this project)"
+
+    @property
+    def is_clip(self) -> bool:
+        """An image-text model, which trainings start from; the others are trained video models."""
+        return self in (Family.OPENAI, Family.OPEN_CLIP)
+
+
+NUMBERS = ("input_resolution", "context_length", "vocab_size")
+"""Numbers that OpenAI stores among the weights."""
+
+_TEXT = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection")
+"""How names of a clip layout's text tower begin; ours carry ``textual.`` in front."""
+
+_FLASH_TO_PLAIN = ((".attn.Wqkv.", ".attn.in_proj_"), (".mlp.fc1.", ".mlp.c_fc."), (".mlp.fc2.", ".mlp.c_proj."))
+
+_STRANGERS = (
+    ("vision_model.", "the transformers library's CLIP; take the file of open_clip or OpenAI instead"),
+    ("visual.trunk.", "an open_clip model with a timm tower, another architecture"),
+    ("visual.blocks.", "a TimeSformer (LaViLa, EgoVLP), another architecture"),
+    ("visual.layer", "a CLIP with a ResNet, another architecture"),
+    ("fc_cls.", "a classifier without text tower"),
+)
+
+
+def without_prefix(names: Iterable[str]) -> dict[str, str]:
+    """Names as they are -> names without what DistributedDataParallel and torch.compile put in front."""
+    names = list(names)
+    short = dict(zip(names, names, strict=True))
+    for prefix in ("module.", "_orig_mod.", "module."):
+        if short and all(name.startswith(prefix) for name in short.values()):
+            short = {full: name.removeprefix(prefix) for full, name in short.items()}
+    return short
+
+
+def layout(names: Iterable[str]) -> str:
+    """``clip`` or ``dual``. Raises :class:`WeightsError` for names of neither, without the file's name in front."""
+    names = list(names)
+    for start, whose in _STRANGERS:
+        if any(name.startswith(start) for name in names):
+            raise WeightsError(f"holds the weights of {whose}")
+    has_vision = any(name.startswith("visual.transformer.resblocks.") for name in names)
+    if has_vision and any(name.startswith("textual.") for name in names):
+        return "dual"
+    if has_vision and any(re.match(r"(text\.)?transformer\.resblocks\.", name) for name in names):
+        return "clip"
+    raise WeightsError(
+        f"its names ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}) are those of no known model: "
+        "OpenAI CLIP, open_clip, upstream EgoHOD, AVION or this project"
+    )
+
+
+def useless(names: Iterable[str]) -> dict[str, str]:
+    """Tensors that no model needs, with the reason."""
+    names = list(names)
+    # In upstream's slow-fast files the spatial convolution is dead weight too; in ours it is a part that can be on.
+    upstream = any(".adapter_2." in name for name in names)
+    found = {}
+    for name in names:
+        if name in NUMBERS:
+            found[name] = "numbers, no weights"
+        elif name.rpartition(".")[2] in ("attn_mask", "position_ids"):
+            found[name] = "constants"
+        elif ".adapter_2." in name or (upstream and ".adapter.conv2d." in name):
+            found[name] = "never used by upstream"
+    return found
+
+
+def ours(name: str, layout: str) -> str:
+    """The name of a weight in this project."""
+    if layout == "clip":
+        if name == "visual.proj":
+            name = "visual.image_projection"
+        elif name.startswith("text."):
+            name = f"textual.{name.removeprefix('text.')}"
+        elif name.startswith(_TEXT):
+            name = f"textual.{name}"
+    for flash, plain in _FLASH_TO_PLAIN:
+        name = name.replace(flash, plain)
+    return name
+
+
+def upstreams(name: str) -> str:
+    """Our name -> upstream's, as its released configs save it: vision blocks in the flash spelling."""
+    if name.startswith("visual."):
+        for flash, plain in _FLASH_TO_PLAIN:
+            name = name.replace(plain, flash)
+    return name
+
+
+def spelling(names: Iterable[str]) -> str:
+    """``flash`` or ``plain``."""
+    return "flash" if any(flash in name for name in names for flash, _ in _FLASH_TO_PLAIN) else "plain"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the shapes of weights under our names say about their model."""
+
+    image_size: int
+    patch_size: int
+    vision_width: int
+    vision_layers: int
+    text_width: int
+    text_layers: int
+    embed_dim: int
+    context_length: int
+    vocab_size: int
+    num_frames: int | None
+    """Rows of the temporal embedding; None for an image model."""
+    slowfast: bool
+    """Whether there are motion adapters or a merge of two paths."""
+
+    @property
+    def name(self) -> str | None:
+        """The geometry of :mod:`egohod.model.zoo`, whatever its shared space; None if there is none."""
+        fields = ("image_size", "patch_size", "vision_width", "vision_layers", "text_width", "text_layers")
+        for geometry in zoo.GEOMETRIES.values():
+            same = all(getattr(geometry, field) == getattr(self, field) for field in fields)
+            if same and self.slowfast == geometry.name.endswith("_Slowfast"):
+                return geometry.name
+        return None
+
+    def __str__(self) -> str:
+        return (
+            f"ViT of {self.vision_layers} blocks x {self.vision_width}, {self.image_size} px in patches of "
+            f"{self.patch_size}; text {self.text_layers} blocks x {self.text_width}, {self.context_length} tokens of "
+            f"{self.vocab_size:,}; shared space {self.embed_dim}"
+        )
+
+
+def shape_of(tensors: Mapping[str, Tensor]) -> Shape | None:
+    """The shape of a model, from weights under our names; None if they are not those of a whole model."""
+    try:
+        width, pixels = tensors["visual.conv1.weight"].shape
+        places, _ = tensors["visual.positional_embedding"].shape
+        context_length, text_width = tensors["textual.positional_embedding"].shape
+        vocab_size, _ = tensors["textual.token_embedding.weight"].shape
+        embed_dim = tensors["visual.image_projection"].shape[1]
+    except (KeyError, ValueError, IndexError):
+        return None
+    patch, side = round((pixels / 3) ** 0.5), round((places - 1) ** 0.5)
+    temporal = tensors.get("visual.temporal_embedding")
+    return Shape(
+        image_size=side * patch,
+        patch_size=patch,
+        vision_width=width,
+        vision_layers=_blocks(tensors, "visual"),
+        text_width=text_width,
+        text_layers=_blocks(tensors, "textual"),
+        embed_dim=embed_dim,
+        context_length=context_length,
+        vocab_size=vocab_size,
+        num_frames=None if temporal is None else len(temporal),
+        slowfast="slowfast_projection" in tensors or any(".adapter." in name for name in tensors),
+    )
+
+
+def _blocks(names: Iterable[str], tower: str) -> int:
+    return len({name.split(".")[3] for name in names if name.startswith(f"{tower}.transformer.resblocks.")})

@@ -1,0 +1,391 @@
+"""Opening files: five families, three containers, files that mean harm, and half-downloaded ones."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from egohod.config import UserError
+from egohod.model import zoo
+from egohod.model.weight_files import read_weights
+from egohod.model.weight_names import Family
+from tests.model.field_files import (
+    SCHEMA,
+    State,
+    noise,
+    open_clip_state,
+    openai_state,
+    plain,
+    upstream_state,
+    write_archive,
+    write_avion,
+    write_safetensors,
+    write_upstream,
+)
+
+DEMO = zoo.geometry("DEMO")
+
+
+def avion_state() -> State:
+    """Released AVION models share a space of 256 dimensions."""
+    names = SCHEMA["b16_flash"]["first_two_blocks"]
+    cut = {name: [shape[0], 256] for name, shape in names.items() if name.endswith("_projection")}
+    return noise(names | cut)
+
+
+def save(path: Path, content: Any) -> Path:
+    torch.save(content, path)
+    return path
+
+
+WRITERS: dict[str, tuple[Family, Callable[[Path], Path]]] = {
+    "OpenAI's archive": (Family.OPENAI, lambda path: write_archive(path, openai_state(DEMO))),
+    "OpenAI's state dict": (Family.OPENAI, lambda path: save(path, openai_state(DEMO))),
+    "open_clip, pickle": (Family.OPEN_CLIP, lambda path: save(path, open_clip_state(DEMO))),
+    "open_clip, training": (Family.OPEN_CLIP, lambda path: write_upstream(path, open_clip_state(DEMO))),
+    "open_clip, safetensors": (Family.OPEN_CLIP, lambda path: write_safetensors(path, open_clip_state(DEMO))),
+    "open_clip, text apart": (Family.OPEN_CLIP, lambda path: save(path, open_clip_state(DEMO, custom_text=True))),
+    "upstream, flash": (Family.UPSTREAM, lambda path: write_upstream(path, upstream_state("b16_flash"))),
+    "upstream, plain": (Family.UPSTREAM, lambda path: write_upstream(path, upstream_state("b16_plain"))),
+    "upstream, convolution": (Family.UPSTREAM, lambda path: write_upstream(path, upstream_state("b16_plain_conv"))),
+    "upstream, older format": (
+        Family.UPSTREAM,
+        lambda path: write_upstream(path, upstream_state("b16_flash"), zipped=False),
+    ),
+    "upstream, slow-fast": (Family.UPSTREAM, lambda path: write_upstream(path, upstream_state("slowfast_b16_flash"))),
+    "AVION": (Family.AVION, lambda path: write_avion(path, avion_state())),
+    "AVION, weights alone": (Family.AVION, lambda path: save(path, avion_state())),
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_families_are_told_apart_and_speak_our_names(tmp_path: Path, kind: str) -> None:
+    family, write = WRITERS[kind]
+    weights = read_weights(write(tmp_path / "weights.pt"))
+    assert weights.family is family
+    ours = set(SCHEMA["b16_plain"]["first_two_blocks"])
+    blocks = {name for name in weights.tensors if ".resblocks.0." in name and ".adapter." not in name}
+    assert blocks == {name for name in ours if ".resblocks.0." in name}
+    assert {name for name in weights.tensors if ".resblocks." not in name} - {"slowfast_projection"} == {
+        name
+        for name in ours
+        if ".resblocks." not in name and (name != "visual.temporal_embedding" or not family.is_clip)
+    }
+    assert weights.tensors["visual.conv1.weight"].dim() == 2
+    shape = weights.shape
+    assert shape is not None
+    if family.is_clip:
+        assert (shape.name, shape.num_frames) == ("DEMO", None)
+    else:
+        assert (shape.image_size, shape.patch_size, shape.vision_width, shape.vision_layers) == (224, 16, 768, 2)
+        assert shape.num_frames == (16 if "slow-fast" in kind else 4)
+        assert shape.embed_dim == (256 if family is Family.AVION else 512)
+        assert shape.slowfast == ("slow-fast" in kind)
+
+
+def test_what_lies_beside_the_weights_is_described(tmp_path: Path) -> None:
+    beside = read_weights(write_upstream(tmp_path / "large_best.pt", upstream_state("b16_flash"))).beside
+    assert beside["epoch"] == "7"
+    assert beside["best_acc1"] == "0.418"
+    assert beside["scores"] == "array (3,)"
+    assert beside["args"].startswith("omegaconf.dictconfig.DictConfig: model={2 values}, lr=1e-05, betas=[0.9, 0.999]")
+    assert "state={1 values}" in beside["optimizer"]
+    beside = read_weights(write_avion(tmp_path / "avion.pt", avion_state())).beside
+    assert beside["args"].startswith("argparse.Namespace: model=CLIP_VITB16, pretrain_zoo=openai")
+
+
+@pytest.mark.parametrize("name", ["slowfast_b16_flash", "slowfast_l14_336_flash"])
+def test_dead_weights_of_upstreams_slow_fast_files_are_dropped(tmp_path: Path, name: str) -> None:
+    state = upstream_state(name)
+    weights = read_weights(write_upstream(tmp_path / "slowfast.pt", state))
+    dead = {key for key in state if ".adapter_2." in key or ".adapter.conv2d." in key}
+    assert set(weights.dropped) == dead
+    assert len(dead) == 2 * (11 + 2)
+    adapter = {key.rpartition("adapter.")[2] for key in weights.tensors if ".adapter." in key}
+    layers = ("dwconv", "conv", "down_proj", "up_proj")
+    assert adapter == {"gamma", *(f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias"))}
+
+
+def test_a_spatial_branch_of_our_own_is_no_dead_weight(tmp_path: Path) -> None:
+    state = {name: value for name, value in upstream_state("slowfast_b16_flash").items() if ".adapter_2." not in name}
+    assert not read_weights(write_safetensors(tmp_path / "own.safetensors", plain(state))).dropped
+
+
+# --------------------------------------------------------------------------------------------------
+# Harm
+# --------------------------------------------------------------------------------------------------
+
+
+class Reduced:
+    """Unpickling it calls a function."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.call
+
+
+class Stateful:
+    """Unpickling it calls a method of a class that the reader may know."""
+
+    def __init__(self) -> None:
+        self.kept = 1
+
+    def __setstate__(self, state: Any) -> None:
+        raise AssertionError("code of the file was run")
+
+
+def write_gadget(path: Path, module: str, name: str, archive_of_code: bool) -> None:
+    """A file of torch.save, or a TorchScript archive, whose pickle asks for a dotted name and calls it with a text."""
+    torch.save({}, path)
+    with zipfile.ZipFile(path) as archive:
+        parts = {each: archive.read(each) for each in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for each, content in parts.items():
+            asks = b"\x80\x02c" + f"{module}\n{name}\n".encode() + b"X\x01\x00\x00\x00x\x85R."
+            archive.writestr(each, asks if each.endswith("data.pkl") else content)
+        if archive_of_code:
+            archive.writestr(f"{next(iter(parts)).split('/')[0]}/code/model.py", "")
+
+
+TRAPS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "os.system": (lambda mark: Reduced(os.system, f"touch {mark}"), "posix.system"),
+    "a made folder": (lambda mark: Reduced(os.mkdir, str(mark)), "posix.mkdir"),
+    "a class with __setstate__": (lambda mark: Stateful(), "Stateful"),
+    "eval": (lambda mark: Reduced(eval, f"open({str(mark)!r}, 'w')"), "eval"),
+    "getattr": (lambda mark: Reduced(getattr, argparse.Namespace(), "__class__"), "getattr"),
+    "a path": (lambda mark: mark, "pathlib"),
+}
+
+
+@pytest.mark.parametrize("place", ["alone", "beside", "deep beside", "in an argparse object", "among the weights"])
+@pytest.mark.parametrize("trap", TRAPS)
+def test_whatever_asks_for_more_is_refused_by_name_and_never_run(tmp_path: Path, trap: str, place: str) -> None:
+    make, named = TRAPS[trap]
+    mark, path = tmp_path / "sprung", tmp_path / "weights.pt"
+    evil, state = make(mark), {"visual.proj": torch.zeros(2)}
+    content: Any = {
+        "alone": evil,
+        "beside": {"state_dict": state, "args": evil},
+        "deep beside": {"state_dict": state, "args": OmegaConf.create({"a": 1}), "more": [{"deep": (1, evil)}]},
+        "in an argparse object": {"state_dict": state, "args": argparse.Namespace(model="x", evil=evil)},
+        "among the weights": {"state_dict": state | {"evil": evil}},
+    }[place]
+    torch.save(content, path)
+    with pytest.raises(UserError, match=rf"weights\.pt: refused: it asks for .*{named}.*nothing was run") as caught:
+        read_weights(path)
+    assert "\n" not in str(caught.value)
+    assert "weights_only" not in str(caught.value), "advice to load it unsafely"
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("argparse", "Namespace.__init__.__globals__"),
+        ("argparse", "_sys.modules"),
+        ("omegaconf.dictconfig", "DictConfig.__init__.__globals__"),
+        ("numpy", "core.multiarray.os.system"),
+        ("collections", "defaultdict.fromkeys"),
+        ("builtins", "getattr"),
+        ("builtins", "exec"),
+        ("torch.serialization", "load"),
+        ("importlib", "import_module"),
+        ("posix", "system"),
+        ("collections", "OrderedDict.__init__"),
+    ],
+)
+@pytest.mark.parametrize("archive_of_code", [False, True], ids=["pickle", "TorchScript archive"])
+def test_dotted_ways_around_the_list_are_refused(tmp_path: Path, module: str, name: str, archive_of_code: bool) -> None:
+    path = tmp_path / "weights.pt"
+    write_gadget(path, module, name, archive_of_code)
+    with pytest.raises(UserError, match=r"weights\.pt: refused: it asks for") as caught:
+        read_weights(path)
+    assert name.rpartition(".")[2] in str(caught.value)
+
+
+def test_listed_objects_are_held_and_never_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even the classes on the list are stand-ins: their own code is not run."""
+    path = write_upstream(tmp_path / "weights.pt", upstream_state("b16_flash"))
+
+    def run(*_: Any) -> None:
+        raise AssertionError("code of the real class was run")
+
+    monkeypatch.setattr(type(OmegaConf.create({})), "__setstate__", run)
+    monkeypatch.setattr(argparse.Namespace, "__setstate__", run, raising=False)
+    assert read_weights(path).family is Family.UPSTREAM
+    write_avion(path, avion_state())
+    assert read_weights(path).family is Family.AVION
+
+
+def test_stand_ins_hold_whatever_they_are_given(tmp_path: Path) -> None:
+    """A numpy scalar that claims a strange type, and an object that holds itself."""
+    loop = argparse.Namespace()
+    loop.again = loop
+    content = {"state_dict": open_clip_state(DEMO), "loop": loop, "odd": np.float32(0.5), "none": np.bool_(True)}
+    torch.save(content, tmp_path / "weights.pt")
+    beside = read_weights(tmp_path / "weights.pt").beside
+    assert beside["odd"] == "0.5"
+    assert beside["loop"].startswith("argparse.Namespace: again=")
+
+
+def test_a_pickle_of_another_protocol_is_not_run_either(tmp_path: Path) -> None:
+    path, mark = tmp_path / "weights.pt", tmp_path / "sprung"
+    for protocol in (0, 4):
+        path.write_bytes(pickle.dumps(Reduced(os.mkdir, str(mark)), protocol=protocol))
+        with pytest.raises(UserError, match=r"weights\.pt: refused"):
+            read_weights(path)
+        assert not mark.exists()
+
+
+def test_code_in_a_torchscript_archive_is_never_run(tmp_path: Path) -> None:
+    class Loud(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(2))
+
+        def forward(self) -> int:
+            return 0
+
+        @torch.jit.export
+        def __getstate__(self) -> tuple[torch.Tensor, bool]:
+            return self.weight, self.training
+
+        @torch.jit.export
+        def __setstate__(self, state: tuple[torch.Tensor, bool]) -> None:
+            self.weight, self.training = state[0], state[1]
+            assert False, "code of the file was run"  # noqa: B011, PT015
+
+    path = tmp_path / "hostile.pt"
+    torch.jit.script(Loud()).save(str(path))
+    with pytest.raises(Exception, match="code of the file was run"):
+        torch.jit.load(str(path))
+    with pytest.raises(UserError) as caught:
+        read_weights(path)
+    assert "code of the file was run" not in str(caught.value)
+
+
+# --------------------------------------------------------------------------------------------------
+# Damage, and what is no checkpoint
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["OpenAI's archive", "open_clip, pickle", "open_clip, safetensors", "older format"])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.999])
+def test_half_downloaded_files_say_so(tmp_path: Path, kind: str, share: float) -> None:
+    path = tmp_path / "weights.pt"
+    if kind == "older format":
+        write_upstream(path, openai_state(DEMO), zipped=False)
+    else:
+        WRITERS[kind][1](path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(UserError, match=r"weights\.pt: (cut off after .* not complete|the file is empty)") as caught:
+        read_weights(path)
+    assert "\n" not in str(caught.value)
+    if kind == "open_clip, safetensors" and share:
+        assert f"of {len(whole):,} bytes" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "Git LFS pointer"),
+        (b"<!DOCTYPE html><html>404</html>", "web page"),
+        (b"not weights at all", "refused: not a weights file"),
+        (b"PK\x03\x04 a torn archive", "cut off"),
+    ],
+)
+def test_what_is_no_weights_file(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "weights.pt"
+    with pytest.raises(UserError, match=r"weights\.pt: no such file"):
+        read_weights(path)
+    with pytest.raises(UserError, match="not a file of weights"):
+        read_weights(tmp_path)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"weights\.pt: .*{said}"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ([torch.zeros(2)], "no state dict"),
+        ({}, "no state dict"),
+        ({"state_dict": {"visual.proj": 3.0}}, "'visual.proj' is no tensor"),
+        ({"a.weight": torch.zeros(2)}, "a.weight.* are those of no known model"),
+        ({"vision_model.embeddings.class_embedding": torch.zeros(2)}, "transformers library"),
+        ({"visual.trunk.cls_token": torch.zeros(2)}, "timm tower"),
+        ({"module.visual.blocks.0.norm1.weight": torch.zeros(2)}, "TimeSformer"),
+        ({"visual.transformer.resblocks.0.ln_1.bias": torch.zeros(2)}, "no known model"),
+    ],
+)
+def test_what_is_no_checkpoint_of_these_families(tmp_path: Path, content: Any, said: str) -> None:
+    torch.save(content, tmp_path / "weights.pt")
+    with pytest.raises(UserError, match=rf"weights\.pt: .*{said}"):
+        read_weights(tmp_path / "weights.pt")
+
+
+def test_the_same_weight_in_two_spellings(tmp_path: Path) -> None:
+    state = upstream_state("b16_flash")
+    twice = state | {"visual.transformer.resblocks.0.mlp.c_fc.bias": torch.zeros(3072)}
+    with pytest.raises(UserError, match=r"visual\.transformer\.resblocks\.0\.mlp\.c_fc\.bias twice"):
+        read_weights(save(tmp_path / "weights.pt", twice))
+
+
+# --------------------------------------------------------------------------------------------------
+# Tags of open_clip
+# --------------------------------------------------------------------------------------------------
+
+
+def test_a_tag_is_found_in_the_local_cache_and_never_downloaded_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    asked: list[dict[str, Any]] = []
+
+    def download(entry: dict[str, Any]) -> str:
+        asked.append(entry)
+        return str(write_safetensors(tmp_path / "fetched.safetensors", open_clip_state(DEMO)))
+
+    monkeypatch.setattr(open_clip.pretrained, "download_pretrained", download)
+    tag = "ViT-B-16:laion2b_s34b_b88k"
+    with pytest.raises(
+        UserError, match=rf"not in its local cache \({tmp_path}\), and nothing is downloaded unless asked"
+    ):
+        read_weights(tag)
+    assert not asked
+    # A plain file, under the names that the hub's client gives a cache.
+    repository = open_clip.pretrained.get_pretrained_cfg(*tag.split(":"))["hf_hub"].rstrip("/")
+    folder = tmp_path / f"models--{repository.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0123")
+    (folder / "snapshots" / "0123").mkdir(parents=True)
+    cached = write_safetensors(folder / "snapshots" / "0123" / "open_clip_model.safetensors", open_clip_state(DEMO))
+    weights = read_weights(tag)
+    assert (weights.source, weights.family) == (tag, Family.OPEN_CLIP)
+    assert not asked
+    cached.unlink()
+    assert read_weights(tag, download=True).family is Family.OPEN_CLIP
+    assert len(asked) == 1
+
+
+def test_unknown_tags_are_named_with_those_there_are() -> None:
+    with pytest.raises(UserError, match=r"knows no such tag; its tags are .*laion2b_s34b_b88k"):
+        read_weights("ViT-B-16:laion2b")
+    with pytest.raises(UserError, match="knows no model 'ViT-Q-16' either"):
+        read_weights("ViT-Q-16:openai")

@@ -1,0 +1,153 @@
+"""Say what a checkpoint is, or write its weights as safetensors under this project's or upstream's names.
+
+    python tools/convert_checkpoint.py --inspect large_best.pt
+    python tools/convert_checkpoint.py large_best.pt large_best.safetensors
+    python tools/convert_checkpoint.py runs/clip_large upstream.safetensors --to upstream
+
+INPUT is a file of OpenAI CLIP, open_clip, upstream EgoHOD, AVION or this project, a run or checkpoint folder of this
+project, or an open_clip tag such as ViT-B-16:laion2b_s34b_b88k that is in open_clip's local cache. Nothing in a file is
+executed, and nothing is downloaded without --download. Numbers keep the type they are stored in.
+
+--to egohod   this project's names (plain blocks: attn.in_proj_weight, mlp.c_fc, mlp.c_proj); upstream reads these too
+              where it runs without flash attention
+--to upstream as upstream's released configs save them (vision blocks: attn.Wqkv.weight, mlp.fc1, mlp.fc2)
+
+Exit code 2: something with the input or the output that the message names. docs/checkpoints.md says more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from safetensors.torch import save_file
+
+from egohod import cli
+from egohod.config import UserError
+from egohod.model.weights import Family, WeightFile, upstream_state
+from egohod.model.zoo import geometry
+from egohod.training.checkpoint import open_weights
+
+log = logging.getLogger("convert_checkpoint")
+
+CONFIGS = {
+    "CLIP_VITB16": "configs/config/clip_base.yml",
+    "CLIP_VITL14": "configs/config/clip_large.yml",
+    "CLIP_VITL14_336PX": "configs/config/clip_large.yml",
+    "CLIP_VITB16_Slowfast": "configs/config/egovideo_base.yml",
+    "CLIP_VITL14_336PX_Slowfast": "configs/config/egovideo_large.yml",
+    "DEMO": "configs/demo.yml",
+    "DEMO_Slowfast": "configs/demo_egovideo.yml",
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("input", metavar="INPUT", help="file, folder or open_clip tag")
+    parser.add_argument("output", metavar="OUTPUT", nargs="?", type=Path, help="safetensors file to write")
+    parser.add_argument("--to", choices=("egohod", "upstream"), default="egohod", help="whose names (default: egohod)")
+    parser.add_argument("--inspect", action="store_true", help="say what INPUT is; write nothing")
+    parser.add_argument("--download", action="store_true", help="let open_clip download what a tag names")
+    parser.add_argument("--force", action="store_true", help="replace OUTPUT if it exists")
+    args = parser.parse_args(arguments)
+    if args.inspect == (args.output is not None):
+        raise UserError("give either --inspect or an OUTPUT file; see --help")
+    if args.output:
+        _check_output(args.output, args.force)
+    weights = open_weights(args.input, download=args.download)
+    if args.inspect:
+        for name, text in inspect(weights).items():
+            print(f"{name:<12} {text}")
+    else:
+        convert(weights, args.output, args.to)
+    return cli.DONE
+
+
+def inspect(weights: WeightFile) -> dict[str, str]:
+    """What a file is, as lines of (name, text)."""
+    shape = weights.shape
+    types = sorted({str(value.dtype).removeprefix("torch.") for value in weights.tensors.values()})
+    count = sum(value.numel() for value in weights.tensors.values())
+    said = {
+        "file": weights.source,
+        "family": f"{weights.family} ({weights.container}, {weights.spelling} spelling)",
+        "parameters": f"{count / 1e6:.1f} M in {len(weights.tensors)} tensors, {' and '.join(types)}",
+    }
+    if weights.dropped:
+        reasons = {reason: list(weights.dropped.values()).count(reason) for reason in weights.dropped.values()}
+        said["of no use"] = ", ".join(f"{number} tensors ({reason})" for reason, number in reasons.items())
+    for name, text in weights.beside.items():
+        said[f"  {name}"] = text
+    if shape is None:
+        said["model"] = "not a whole dual encoder, so no config loads it"
+        return said
+    said["model"] = f"{shape.name or 'no geometry of this project'}: {shape}"
+    said["frames"] = f"{shape.num_frames}" if shape.num_frames else "an image model: no temporal embedding"
+    said["motion"] = "motion adapters (slow-fast)" if shape.slowfast else "none: a dual encoder without adapters"
+    if shape.name:
+        said |= _commands(weights, shape.name)
+    return said
+
+
+def _commands(weights: WeightFile, name: str) -> dict[str, str]:
+    """What to type to use a file."""
+    shape = weights.shape
+    assert shape is not None
+    knobs = [f"model.name={name}"]
+    if shape.num_frames:
+        knobs.append(f"model.num_frames={shape.num_frames}")
+    knobs += [
+        f"{key}={value}" for key, value in weights.settings.items() if key not in ("model.name", "model.num_frames")
+    ]
+    own_space = [] if shape.embed_dim == geometry(name).embed_dim else [f"model.embed_dim={shape.embed_dim}"]
+    config = CONFIGS.get(name, "a config of your own")
+    said = {}
+    if weights.family.is_clip:
+        said["train"] = f"main_pretrain.py --config_file {config} model.weights.source=clip " + (
+            f"model.weights.path={weights.source} {' '.join(knobs)}"
+        )
+        knobs += ["model.weights.source=clip", "model.weights.projections=keep"]
+        if weights.family is Family.OPENAI:
+            knobs.append("model.activation=quick_gelu")
+    elif "model.activation" not in weights.settings:
+        knobs.append("model.activation=gelu")
+    said["evaluate"] = (
+        f"main_eval.py --config_file {config} --checkpoint {weights.source} {' '.join(knobs + own_space)}"
+    )
+    return said
+
+
+def convert(weights: WeightFile, output: Path, to: str) -> None:
+    """Write ``weights`` to ``output``, under a temporary name first."""
+    tensors = upstream_state(weights) if to == "upstream" else weights.tensors
+    metadata = {"format": "pt", "family": str(weights.family), "settings": json.dumps(weights.settings)}
+    temporary = output.with_name(f".{output.name}-{os.getpid()}")
+    try:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, metadata=metadata)
+        temporary.rename(output)
+    finally:
+        temporary.unlink(missing_ok=True)
+    log.info("%s: %d tensors of %s, %s's names", output, len(tensors), weights.family, to)
+    left_out = len(weights.tensors) - len(tensors)
+    if weights.dropped or left_out:
+        log.info("left out: %s", ", ".join([*weights.dropped, *([f"{left_out} of the loss"] if left_out else [])]))
+
+
+def _check_output(output: Path, force: bool) -> None:
+    if output.suffix != ".safetensors":
+        raise UserError(f"{output}: is written as safetensors, so call it {output.with_suffix('.safetensors').name}")
+    if not output.parent.is_dir():
+        raise UserError(f"{output}: the folder {output.parent} does not exist")
+    if output.exists() and not force:
+        raise UserError(f"{output}: exists already; --force replaces it")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
