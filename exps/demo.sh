@@ -13,7 +13,7 @@ data=demo_data scale=1.0 overrides=()
 if [ "${1:-}" = --short ]; then
     shift
     data=demo_data_short scale=0.1
-    overrides=(train.output=runs/demo_short "train.duration=60 steps" "train.save_every=30 steps" "evaluate.every=30 steps")
+    overrides=(train.output=runs/demo_short "train.duration=40 steps" "train.save_every=20 steps" "evaluate.every=20 steps")
 fi
 export DEMO_DATA=${DEMO_DATA:-$data}
 "$PYTHON" tools/make_demo_data.py --output "$DEMO_DATA" --scale "$scale"

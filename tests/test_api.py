@@ -49,7 +49,7 @@ def test_a_run_of_this_project_knows_its_frames(tiny_config: Path, tmp_path: Pat
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no geometry 'VITB'; there are CLIP_VITB16"):
+    with pytest.raises(UserError, match="'VITB', but must be one of CLIP_VITB16"):
         egohod.create_model_and_transforms("VITB")
     with pytest.raises(UserError, match=r"none\.pt: no such file"):
         egohod.create_model_and_transforms("DEMO", tmp_path / "none.pt")

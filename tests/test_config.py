@@ -76,7 +76,7 @@ def test_every_missing_variable_is_named_at_once(tmp_path: Path, monkeypatch: py
         ("train: {save_every: 0 steps}", None, ["train.save_every", "longer"]),
         ("loss: {gather_with_grad: false}", None, ["loss.gather_with_grad", "biased"]),
         ("train: {schedule: cosine, lr: 1e-6, lr_end: 1e-5}", None, ["train.lr_end", "at most"]),
-        ("model: {weights: {source: openai}}", None, ["model.weights.path"]),
+        ("model: {weights: {source: clip}}", None, ["model.weights.path"]),
         ("train: [", None, ["run.yml", "YAML"]),
         ("train: {seed: 1, seed: 2}", None, ["run.yml", "seed"]),
         ("- a", None, ["run.yml", "mapping"]),
@@ -130,7 +130,7 @@ def test_shipped_configs_are_valid_and_say_how_to_run_them(monkeypatch: pytest.M
     paths = sorted((ROOT / "configs").rglob("*.yml"))
     assert len(paths) >= 5
     for path in paths:
-        for variable in ("EGO4D_ROOT", "HOWTO_ROOT", "HOD_CSV", "CLIP_WEIGHTS", "CLIPS", "VIDEOS"):
+        for variable in ("EGO4D_ROOT", "HOWTO_ROOT", "HOD_CSV", "CLIP_WEIGHTS", "CLIPS", "VIDEOS", "DUAL_ENCODER"):
             monkeypatch.setenv(variable, "/somewhere")
         assert check(load(path)) == []
         header = path.read_text().splitlines()[:8]

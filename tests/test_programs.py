@@ -109,7 +109,7 @@ def test_weights_that_do_not_fit_or_bite(tiny_config: Path, tmp_path: Path, prog
         else:
             torch.save(content, path)
         done = program(
-            *command, "model.weights.source=openai", f"model.weights.path={path}", f"train.output={tmp_path}/evil"
+            *command, "model.weights.source=clip", f"model.weights.path={path}", f"train.output={tmp_path}/evil"
         )
         assert done.returncode == 2
         assert name in done.stderr
