@@ -136,4 +136,4 @@ def load_clip(path: str | Path, start: float, end: float, frames: int, decoder: 
     """
     if not 0 <= start < end or frames < 1:
         raise UserError(f"{path}: a clip needs 0 <= start < end and a frame, not {start}, {end} and {frames}")
-    return read_clip(choose_decoder(decoder)[1], Path(path), str(path), start, end, frames)
+    return read_clip(choose_decoder(decoder)[1], Path(path), str(path), start, end, frames).pictures

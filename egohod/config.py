@@ -213,6 +213,11 @@ class SourceConfig:
         choices=("auto", "chunks", "avion", "whole"),
     )
     chunk_seconds: float = knob(15.0, "length of a chunk; upstream's Ego4D and HowTo100M chunks have 15 s", above=0)
+    detections: str | None = knob(
+        None,
+        "hands and objects in these videos for loss.boxes: a parquet file, or a folder of them, in the schema of "
+        "egohod/data/detections.py (EPIC-KITCHENS' one)",
+    )
     list_text: str = knob(
         "random",
         "what to do with several narrations of one clip: draw one, join all, or take the first",
@@ -272,6 +277,12 @@ class LossConfig:
     learn_temperature: bool = knob(False, "upstream keeps 0.07")
     bias: float = knob(-10.0, "sigmoid: start of the learned offset of all similarities, SigLIP's")
     max_logit_scale: float = knob(100.0, "a learned 1/temperature is clamped here, as in CLIP", above=0)
+    boxes: float = knob(
+        0.0,
+        "weight of an auxiliary loss: boxes of hands and active object in every frame, read off the patch tokens (the "
+        "fast path's, if there is one); needs data.train.NAME.detections; 0 leaves it out, as published",
+        low=0,
+    )
 
 
 @dataclass
@@ -502,6 +513,9 @@ def check(config: Config) -> list[tuple[str, str]]:
     if any(weighted) and not all(weighted):
         name = f"data.train.{list(config.data.train)[weighted.index(False)]}.weight"
         problems.append((name, f"{name} is not set, but other sources have a weight; set it for all or for none"))
+    if config.loss.boxes and config.data.train and not any(each.detections for each in config.data.train.values()):
+        name = f"data.train.{next(iter(config.data.train))}.detections"
+        problems.append((name, f"loss.boxes={config.loss.boxes} needs boxes to learn from; set {name}"))
     if config.model.weights.source != "scratch" and not config.model.weights.path:
         problems.append(
             ("model.weights.path", f"model.weights.source={config.model.weights.source} needs model.weights.path")

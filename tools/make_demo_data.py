@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from egohod.config import UserError
 from egohod.demo import make_world, plan, preview
-from egohod.demo.world import FPS, SPLITS
+from egohod.demo.world import DEFAULT, FPS, SPLITS, Variant
 
 log = logging.getLogger("make_demo_data")
 
@@ -31,6 +31,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output", type=Path, default=Path("demo_data"), help="folder of the world (default: demo_data)")
     add("--seed", type=int, default=0, help="the world follows from it, bit by bit (default: 0)")
     add("--scale", type=float, default=1.0, help="1 is 2,000 + 300 + 500 clips (default: 1)")
+    add("--objects", type=int, default=DEFAULT.objects, help="how many objects there are (default: all 12)")
+    add("--reach", type=float, default=DEFAULT.reach, help="how far motions go (default: 1)")
     add("--workers", type=int, default=None, help="rendering processes (default: one per core)")
     add("--splits", default=",".join(SPLITS), help="which of train, val and test, comma-separated (default: all)")
     add("--preview", type=Path, metavar="PNG", help="draw a contact sheet of a few clips instead of a world")
@@ -59,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run; the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     args = parse(argv)
+    variant = Variant(args.objects, args.reach)
     splits = [split.strip() for split in args.splits.split(",") if split.strip()]
     try:
         if args.preview:
@@ -67,14 +70,16 @@ def main(argv: list[str] | None = None) -> int:
             log.info("%s %s", "would draw" if args.dry_run else "drew", args.preview)
             return 0
         if args.dry_run:
-            for split, videos in plan(args.output, args.seed, args.scale, splits).items():
+            for split, videos in plan(args.output, args.seed, args.scale, splits, variant).items():
                 clips, frames = sum(len(video.clips) for video in videos), sum(video.frames for video in videos)
                 log.info(
                     "would write %s: %d videos, %d clips, %.0f s", args.output / split, len(videos), clips, frames / FPS
                 )
             return 0
         began = time.monotonic()
-        made = make_world(args.output, args.seed, args.scale, args.workers, splits=splits, progress=Progress())
+        made = make_world(
+            args.output, args.seed, args.scale, args.workers, splits=splits, variant=variant, progress=Progress()
+        )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -14,12 +14,13 @@ from torch.utils.data import Dataset
 
 from egohod.config import SourceConfig, UserError
 from egohod.data.decoders import Opener, choose_decoder
+from egohod.data.detections import EDGES, ROLES, BoxTable
 from egohod.data.files import LocalCache
 from egohod.data.sides import swap_sides
 from egohod.data.table import ClipRow, ClipTable
 from egohod.data.text import Tokenizer, choose_text, trim
-from egohod.data.transforms import Box, center_crop, crop, flip, random_box
-from egohod.data.video import VideoError, VideoStore
+from egohod.data.transforms import Box, center_crop, crop, crop_boxes, flip, flip_boxes, random_box
+from egohod.data.video import Frames, VideoError, VideoStore
 
 log = logging.getLogger(__name__)
 
@@ -34,19 +35,36 @@ Key = int | tuple[int, int]
 class ClipSource:
     """One annotation table with the folders its videos lie in."""
 
-    def __init__(self, table: ClipTable, config: SourceConfig, opener: Opener, cache: LocalCache | None) -> None:
+    def __init__(
+        self,
+        table: ClipTable,
+        config: SourceConfig,
+        opener: Opener,
+        cache: LocalCache | None = None,
+        boxes: bool = False,
+    ) -> None:
         self.table = table
         self.config = config
         self.list_text = config.list_text
+        self._with_boxes = boxes
+        self._boxes = BoxTable.read(config.detections) if boxes and config.detections else None
         self._stores = {
             name: VideoStore(root, config.layout, config.chunk_seconds, opener, cache)
             for name, root in _roots(table, config).items()
         }
 
-    def read(self, row: ClipRow, num_frames: int, rng: np.random.Generator | None) -> np.ndarray:
-        """Frames of a clip, uint8 RGB [num_frames, H, W, 3]; see :meth:`VideoStore.read`."""
+    def read(self, row: ClipRow, num_frames: int, rng: np.random.Generator | None) -> Frames:
+        """``num_frames`` frames of a clip; see :meth:`VideoStore.read`."""
         store = self._stores.get(row.dataset) or self._stores[""]
         return store.read(row.video_id, row.start, row.end, num_frames, rng)
+
+    def boxes(self, row: ClipRow, seconds: np.ndarray) -> np.ndarray | None:
+        """Boxes at ``seconds`` [T] of the row's video, float32 [T, 3, 4]; None if none were asked for."""
+        if not self._with_boxes:
+            return None
+        if self._boxes is None:
+            return np.full((len(seconds), len(ROLES), len(EDGES)), np.nan, dtype=np.float32)
+        return self._boxes.at(row.video_id, seconds)
 
 
 def _roots(table: ClipTable, config: SourceConfig) -> dict[str, str]:
@@ -75,6 +93,9 @@ class View:
     video: Tensor
     """uint8 [3, num_frames, size, size]."""
     text: str
+    boxes: np.ndarray | None
+    """Hands and active object in ``video``, float32 [num_frames, 3, 4], see :class:`~egohod.data.detections.BoxTable`;
+    None where no boxes are asked for."""
 
 
 class ClipDataset(Dataset[dict[str, Any]]):
@@ -85,7 +106,8 @@ class ClipDataset(Dataset[dict[str, Any]]):
     nor on where a run was resumed.
 
     A sample is a dict: ``video`` uint8 [3, num_frames, size, size], ``tokens`` int64 [context], ``index`` (of the clip
-    that is delivered), ``fault`` (``None``, or which clips could not be read and why, one per line). When training, an
+    that is delivered), ``fault`` (``None``, or which clips could not be read and why, one per line), and with ``boxes``
+    (training only) the ``boxes`` of :class:`View`, all NaN where a source has no detections. When training, an
     unreadable clip is replaced by another one of its source, chosen by the same randomness; otherwise its
     :class:`VideoError` is raised.
 
@@ -105,13 +127,14 @@ class ClipDataset(Dataset[dict[str, Any]]):
         train: bool = False,
         crop_scale_min: float = 0.5,
         flip: float = 0.0,
+        boxes: bool = False,
     ) -> None:
         assert sources, "a dataset needs a source"
         self.size = size
         self.num_frames = num_frames
         self.train = train
         self.decoder, opener = choose_decoder(decoder)
-        self.sources = [ClipSource(table, config, opener, cache) for table, config in sources]
+        self.sources = [ClipSource(table, config, opener, cache, boxes) for table, config in sources]
         self.starts = np.cumsum([0, *(len(source.table) for source in self.sources)])
         """Number of the first clip of each source, and the number of all clips."""
         self._tokenizer = tokenizer
@@ -138,7 +161,8 @@ class ClipDataset(Dataset[dict[str, Any]]):
             source = self._source(index)
             index = int(rng.integers(self.starts[source], self.starts[source + 1]))
         tokens = self._tokenizer([view.text])[0]
-        return {"video": view.video, "tokens": tokens, "index": index, "fault": "\n".join(faults) or None}
+        sample = {"video": view.video, "tokens": tokens, "index": index, "fault": "\n".join(faults) or None}
+        return sample if view.boxes is None else sample | {"boxes": torch.from_numpy(view.boxes)}
 
     def view(self, key: Key) -> View:
         """What ``dataset[key]`` is made of. Raises :class:`VideoError`, also when training."""
@@ -165,31 +189,40 @@ class ClipDataset(Dataset[dict[str, Any]]):
 
     def _view(self, index: int, rng: np.random.Generator) -> View:
         source, row = self.sources[self._source(index)], self.row(index)
-        frames = source.read(row, self.num_frames, rng if self.train else None)
+        frames, seconds = source.read(row, self.num_frames, rng if self.train else None)
         text = choose_text(row.texts, source.list_text, rng)
         if not self.train:
-            return View(row, frames, None, False, center_crop(frames, self.size), text)
-        box = random_box(frames.shape[1], frames.shape[2], self._crop_scale_min, rng)
+            return View(row, frames, None, False, center_crop(frames, self.size), text, None)
+        height, width = frames.shape[1:3]
+        box = random_box(height, width, self._crop_scale_min, rng)
         video, flipped = crop(frames, box, self.size), rng.random() < self._flip
+        boxes = source.boxes(row, seconds)
+        if boxes is not None:
+            boxes = crop_boxes(boxes, box, height, width)
+            boxes = flip_boxes(boxes) if flipped else boxes
         if flipped:
             video, text = flip(video), swap_sides(text)
-        return View(row, frames, box, flipped, video, text)
+        return View(row, frames, box, flipped, video, text, boxes)
 
 
 def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Samples -> ``video`` uint8 [B, 3, T, H, W], ``tokens`` int64 [B, L] trimmed, ``index`` int64 [B], ``faults``.
+    """Samples -> ``video`` uint8 [B, 3, T, H, W], ``tokens`` int64 [B, L] trimmed, ``index`` int64 [B], ``faults``,
+    and ``boxes`` float32 [B, T, 3, 4] if there are any.
 
     Trimming happens here, on the CPU, so that the device never has to be asked for a length.
     """
     # Frames come out of the decoder channels-last; stacking them that way is a plain copy of memory.
     video = torch.stack([sample["video"].permute(1, 2, 3, 0) for sample in samples]).permute(0, 4, 1, 2, 3)
     tokens: Tensor = trim(torch.stack([sample["tokens"] for sample in samples]))
-    return {
+    batch = {
         "video": video,
         "tokens": tokens.contiguous(),
         "index": torch.tensor([sample["index"] for sample in samples]),
         "faults": [sample["fault"] for sample in samples if sample["fault"]],
     }
+    if "boxes" in samples[0]:
+        batch["boxes"] = torch.stack([sample["boxes"] for sample in samples])
+    return batch
 
 
 class FaultLedger:

@@ -63,6 +63,25 @@ def flip(video: Tensor) -> Tensor:
     return video.flip(-1)
 
 
+def crop_boxes(boxes: np.ndarray, box: Box, height: int, width: int) -> np.ndarray:
+    """Boxes of a ``height`` x ``width`` picture -> what is left of them in the crop ``box``.
+
+    ``boxes`` float32 [..., 4]: left, top, right, bottom as shares of the picture, NaN where there is none; the answer
+    is in shares of the crop, NaN also where nothing is left.
+    """
+    top, left, rows, columns = box
+    corner, size = np.array([left, top] * 2), np.array([columns, rows] * 2)
+    kept = ((boxes * np.array([width, height] * 2) - corner) / size).clip(0, 1)
+    gone = (kept[..., 2:] <= kept[..., :2]).any(axis=-1)
+    return np.where(gone[..., None], np.nan, kept).astype(np.float32)
+
+
+def flip_boxes(boxes: np.ndarray) -> np.ndarray:
+    """Boxes [T, 3, 4] of left hand, right hand and object in the mirrored picture: the hands change places too."""
+    mirrored = boxes[:, [1, 0, 2]]
+    return np.stack((1 - mirrored[..., 2], mirrored[..., 1], 1 - mirrored[..., 0], mirrored[..., 3]), axis=-1)
+
+
 def normalise(video: Tensor) -> Tensor:
     """uint8 [B, 3, T, H, W] in any memory order -> contiguous float32 in CLIP's statistics, on the same device."""
     scale, shift = _statistics(video.device)

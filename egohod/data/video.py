@@ -17,6 +17,15 @@ LAYOUTS = ("chunks", "avion", "whole")
 ENDINGS = (".mp4", ".MP4")
 
 
+class Frames(NamedTuple):
+    """Pictures of a clip and when each is on display."""
+
+    pictures: np.ndarray
+    """uint8 RGB [T, H, W, 3]."""
+    seconds: np.ndarray
+    """float64 [T], from the start of the video."""
+
+
 class _Place(NamedTuple):
     """How a video's files are called."""
 
@@ -53,8 +62,8 @@ def read_clip(
     end: float,
     num_frames: int,
     rng: np.random.Generator | None = None,
-) -> np.ndarray:
-    """``num_frames`` frames of [start, end) seconds of one file -> uint8 RGB [num_frames, H, W, 3].
+) -> Frames:
+    """``num_frames`` frames of [start, end) seconds of one file.
 
     ``name`` is what messages call the file; see :meth:`VideoStore.read`.
     """
@@ -62,7 +71,8 @@ def read_clip(
     try:
         if start >= decoder.duration:
             raise VideoError(f"{name}: the clip begins at {start:.2f} s, the video ends at {decoder.duration:.2f} s")
-        return decoder.read_at(_times(start, min(end, decoder.duration), num_frames, decoder.fps, rng))
+        seconds = _times(start, min(end, decoder.duration), num_frames, decoder.fps, rng)
+        return Frames(decoder.read_at(seconds), seconds)
     finally:
         decoder.close()
 
@@ -90,8 +100,8 @@ class VideoStore:
 
     def read(
         self, video_id: str, start: float, end: float, num_frames: int, rng: np.random.Generator | None = None
-    ) -> np.ndarray:
-        """``num_frames`` frames of [start, end) seconds, one per equal segment -> uint8 RGB [num_frames, H, W, 3].
+    ) -> Frames:
+        """``num_frames`` frames of [start, end) seconds, one per equal segment.
 
         See :func:`~egohod.data.frames.segment_indices` for ``rng``. A clip that runs beyond the video's end is cut
         there; one that begins beyond it, or a file that cannot be read, raises :class:`VideoError`. Storage that
@@ -155,7 +165,7 @@ class VideoStore:
         end: float,
         num_frames: int,
         rng: np.random.Generator | None,
-    ) -> np.ndarray:
+    ) -> Frames:
         """A clip that begins in chunk ``first``, which is open as ``source``."""
         length = self._chunk_seconds
         # A clip that ends where a chunk begins does not touch that chunk.
@@ -163,7 +173,8 @@ class VideoStore:
         if first == last:
             offset = first * length
             name = self._name(place, video, first)
-            return read_clip(self._opener, source, name, start - offset, end - offset, num_frames, rng)
+            found = read_clip(self._opener, source, name, start - offset, end - offset, num_frames, rng)
+            return Frames(found.pictures, found.seconds + offset)
         decoders: dict[int, Decoder] = {}
         try:
             for number in range(first, last + 1):
@@ -191,7 +202,7 @@ class VideoStore:
         if len({part.shape[1:] for part in parts}) > 1:
             folder = self._files.name_of(place.folder(video))
             raise VideoError(f"{folder}: chunks {first} to {final} differ in picture size")
-        return np.concatenate(parts)
+        return Frames(np.concatenate(parts), times)
 
 
 def _times(start: float, end: float, num_frames: int, fps: float, rng: np.random.Generator | None) -> np.ndarray:

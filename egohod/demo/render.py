@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
 
+from egohod.data.detections import EDGES, NO_CONTACT, PORTABLE_OBJECT, SCHEMA, STATIONARY_OBJECT
 from egohod.demo.motion import LID_HEIGHT, REST, SIDE, grip_point, pose, sway
 from egohod.demo.sprites import LIDS, MARGIN, OBJECTS, TIPS, Sprite, draw_counter, draw_hand, draw_object, shadow
 from egohod.demo.world import COLOURS, FPS, OTHER_HAND, XY, Clip, Video
@@ -16,9 +16,7 @@ CANVAS = (320, 240)  # drawn at this size
 SHRINK = 2  # and written at half of it, which smooths edges and halves the step of a moving sprite
 PICTURE = (CANVAS[0] // SHRINK, CANVAS[1] // SHRINK)
 
-# Contact states of the EPIC-KITCHENS hand-object schema; -1 where no hand is in the picture
-OUT_OF_SIGHT, NO_CONTACT, PORTABLE_OBJECT, STATIONARY_OBJECT = -1, 0, 3, 4
-EDGES = ("left", "top", "right", "bottom")
+HANDS = ("left", "right")  # in the order of the detections' sides
 
 
 def frame_time(frame: int) -> float:
@@ -54,8 +52,8 @@ class Stage:
     def __init__(self, video: Video) -> None:
         self.video, kitchen = video, video.kitchen
         colours = {noun: COLOURS[colour] for noun, colour in kitchen.nouns.items()}
-        self.objects = {noun: draw_object(strokes, colours[noun]) for noun, strokes in OBJECTS.items()}
-        self.lids = {noun: draw_object(strokes, colours[noun]) for noun, strokes in LIDS.items()}
+        self.objects = {noun: draw_object(OBJECTS[noun], colour) for noun, colour in colours.items()}
+        self.lids = {noun: draw_object(LIDS[noun], colour) for noun, colour in colours.items() if noun in LIDS}
         self.hands = {(grip, hand): draw_hand(grip, hand, kitchen) for grip in TIPS for hand in SIDE}
         self.shadow, self.counter = shadow(), draw_counter(kitchen, CANVAS)
 
@@ -72,7 +70,7 @@ class Stage:
         """What is where ``t`` seconds into the clip."""
         now, other = pose(clip, t), OTHER_HAND[clip.hand]
         touch = PORTABLE_OBJECT if now.touching else NO_CONTACT
-        moment = Moment(sway(clip, t), {clip.hand: touch, other: OUT_OF_SIGHT})
+        moment = Moment(sway(clip, t), {clip.hand: touch})
         for noun, x, y in clip.distractors:
             self._put(moment, noun, (x, y), 0.75)
         if clip.other == "rest":
@@ -103,14 +101,22 @@ class Stage:
                 yield np.asarray(self.draw(clip, frame_time(i)).reduce(SHRINK))
 
     def truth(self) -> Iterator[dict[str, object]]:
-        """A row a frame: the true boxes and contact states, NaN where nothing is seen."""
+        """The true boxes of both hands and the acted object, in the schema of detections."""
         for clip in self.video.clips:
             for i in range(clip.frames):
                 moment, frame = self.moment(clip, frame_time(i)), clip.start + i
-                row = {"video_id": self.video.video_id, "frame": frame, "second": frame / FPS, "noun": clip.noun}
-                for name, role in (("left", "left"), ("right", "right"), ("object", clip.noun)):
-                    box = moment.box(role)
-                    row |= {f"{name}_{edge}": v for edge, v in zip(EDGES, box or (math.nan,) * 4, strict=True)}
+                boxes = {role: box for role in (*SIDE, clip.noun) if (box := moment.box(role))}
+                for role, box in boxes.items():
+                    row = dict.fromkeys(SCHEMA.names) | {"video_id": self.video.video_id, "frame_number": frame}
+                    row |= {"second": frame / FPS, "kind": "object", "side": -1, "state": -1, "score": 1.0}
+                    row |= dict(zip(EDGES, box, strict=True))
                     if role in moment.contact:
-                        row[f"{name}_state"] = moment.contact[role] if box else OUT_OF_SIGHT
-                yield row
+                        row |= {"kind": "hand", "side": HANDS.index(role), "state": moment.contact[role]}
+                    if role == clip.hand and moment.contact[role] == PORTABLE_OBJECT and clip.noun in boxes:
+                        (x, y), (to_x, to_y) = _centre(box), _centre(boxes[clip.noun])
+                        row |= {"offset_x": to_x - x, "offset_y": to_y - y}
+                    yield row
+
+
+def _centre(box: tuple[float, ...]) -> XY:
+    return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2

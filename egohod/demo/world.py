@@ -94,7 +94,31 @@ def _verbs() -> Iterator[Verb]:
 
 
 VERBS = {verb.name: verb for verb in _verbs()}
-ACTIONS = [(verb.name, noun) for verb in VERBS.values() for noun in verb.nouns]
+FEW = ("jar", "box", "sponge", "spoon")  # with these alone every verb still has something to act on
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What may differ between demo worlds of one seed; the default is the world that the README reports."""
+
+    objects: int = len(NOUNS)
+    """How many of the objects there are, at least four."""
+    reach: float = 1.0
+    """How far motions go, relative to the default."""
+
+    @property
+    def nouns(self) -> list[str]:
+        """The objects there are, in the order of ``NOUNS``."""
+        ranked = [*FEW, *(noun for noun in NOUNS if noun not in FEW)]
+        return [noun for noun in NOUNS if noun in ranked[: self.objects]]
+
+    @property
+    def actions(self) -> list[tuple[str, str]]:
+        """All (verb, noun) classes."""
+        return [(verb.name, noun) for verb in VERBS.values() for noun in verb.nouns if noun in self.nouns]
+
+
+DEFAULT = Variant()
 
 
 @dataclass(frozen=True)
@@ -157,7 +181,7 @@ def _rgb(hue: float, saturation: float, value: float) -> RGB:
     return tuple(round(255 * v) for v in colorsys.hsv_to_rgb(hue % 1.0, saturation, value))
 
 
-def _kitchen(rng: np.random.Generator, seed: tuple[int, ...], name: str) -> Kitchen:
+def _kitchen(rng: np.random.Generator, seed: tuple[int, ...], name: str, nouns: list[str]) -> Kitchen:
     def hue() -> float:
         """From the split's own arcs: of every six sixtieths of the circle train has four, val and test one each."""
         slot = int(rng.integers(4)) if seed[1] == 0 else 3 + seed[1]
@@ -165,7 +189,7 @@ def _kitchen(rng: np.random.Generator, seed: tuple[int, ...], name: str) -> Kitc
 
     sleeve, skin = hue(), 0.03 + 0.06 * hue()
     counter = rng.choice([0.02, 0.52]) + 0.13 * hue()  # woods and warm stones, or slates
-    nouns = rng.permutation(list(NOUNS)).tolist()
+    nouns = rng.permutation(nouns).tolist()
     return Kitchen(
         name=name,
         seed=seed,
@@ -179,14 +203,14 @@ def _kitchen(rng: np.random.Generator, seed: tuple[int, ...], name: str) -> Kitc
     )
 
 
-def _schedule(rng: np.random.Generator, number: int) -> list[Take]:
+def _schedule(rng: np.random.Generator, number: int, variant: Variant) -> list[Take]:
     """A video's takes: pairs of opposite verbs with the same object and hand, and two takes without a pair."""
     takes: list[Take] = []
     pairs, odd = (CLIPS_PER_VIDEO - 2) // 2, number % 2
     for kind, count in (("state_changing", (pairs + odd) // 2), ("transient", (pairs + 1 - odd) // 2), ("none", 2)):
-        options = [(v, noun) for v in VERBS.values() if v.kind == kind and not v.backwards for noun in v.nouns]
+        options = [(v, n) for v, n in variant.actions if VERBS[v].kind == kind and not VERBS[v].backwards]
         for i in rng.choice(len(options), count, replace=len(options) < count):
-            verb, noun = options[i]
+            verb, noun = VERBS[options[i][0]], options[i][1]
             hand = str(rng.choice(["left", "right"]))
             takes += [(name, noun, hand) for name in (verb.name, verb.opposite) if name]
     return [takes[i] for i in rng.permutation(len(takes))]
@@ -228,7 +252,7 @@ def event_range(frames: int) -> tuple[float, float]:
     return (first + 0.5) / FPS, (last + 0.5) / FPS - EVENT_SECONDS
 
 
-def _clip(rng: np.random.Generator, kitchen: Kitchen, uid: str, start: int, take: Take) -> Clip:
+def _clip(rng: np.random.Generator, kitchen: Kitchen, uid: str, start: int, take: Take, reach: float) -> Clip:
     verb, noun, hand = take
     frames = int(rng.integers(CLIP_FRAMES[0], CLIP_FRAMES[1] + 1))
     spare = rng.permutation([name for name in kitchen.nouns if name != noun]).tolist()
@@ -241,26 +265,26 @@ def _clip(rng: np.random.Generator, kitchen: Kitchen, uid: str, start: int, take
         begin, end = rng.uniform(0.2, 0.32, 2).tolist()
     told = _narrations(rng, take, kitchen.nouns[noun], other)
     centre = 0.5 + (0.03 if hand == "right" else -0.03) + rng.uniform(-0.05, 0.05)
-    tilt, size = rng.uniform(-10, 10), rng.uniform(0.9, 1.1)
+    tilt, size = rng.uniform(-10, 10), reach * rng.uniform(0.9, 1.1)
     sway = rng.uniform((0.004, 0.004, 0.15, 0.15, 0, 0), (0.012, 0.012, 0.45, 0.45, 6.28, 6.28)).tolist()
     return Clip(uid, start, frames, *take, other, distractors, centre, tilt, begin, end, size, tuple(sway), *told)
 
 
-def make_video(seed: int, split: str, number: int, clips: int = CLIPS_PER_VIDEO) -> Video:
+def make_video(seed: int, split: str, number: int, clips: int = CLIPS_PER_VIDEO, variant: Variant = DEFAULT) -> Video:
     """Video ``number`` of a split with its first ``clips`` takes; a pure function of its arguments."""
     key = (seed, list(SPLITS).index(split), number)
     rng = np.random.default_rng(key)
     name = f"{split}_{number:04d}"
-    kitchen = _kitchen(rng, key, f"kitchen_{name}")
+    kitchen = _kitchen(rng, key, f"kitchen_{name}", variant.nouns)
     done: list[Clip] = []
-    for i, take in enumerate(_schedule(rng, number)[:clips]):
+    for i, take in enumerate(_schedule(rng, number, variant)[:clips]):
         start = done[-1].start + done[-1].frames if done else 0
-        done.append(_clip(rng, kitchen, f"demo_{name}_{i:02d}", start, take))
+        done.append(_clip(rng, kitchen, f"demo_{name}_{i:02d}", start, take, variant.reach))
     return Video(f"demo_{name}", kitchen, tuple(done))
 
 
-def make_split(seed: int, split: str, scale: float) -> list[Video]:
+def make_split(seed: int, split: str, scale: float, variant: Variant = DEFAULT) -> list[Video]:
     """All videos of a split; at scale 1 they hold ``SPLITS[split]`` clips."""
     clips = max(2, round(SPLITS[split] * scale))
-    starts = range(0, clips, CLIPS_PER_VIDEO)
-    return [make_video(seed, split, n, min(CLIPS_PER_VIDEO, clips - start)) for n, start in enumerate(starts)]
+    starts = enumerate(range(0, clips, CLIPS_PER_VIDEO))
+    return [make_video(seed, split, n, min(CLIPS_PER_VIDEO, clips - start), variant) for n, start in starts]

@@ -3,7 +3,7 @@
     world.json                         seed, scale, version and which splits are done (changed last)
     <split>/videos/<video>/0000.mp4    chunks of 15 s
     <split>/hod.csv, narrations.csv    the same clips, told with the hands' motion or as coarsely as Ego4D
-    <split>/truth.parquet              per frame: boxes of both hands and the object, contact states
+    <split>/detections.parquet         the true boxes of both hands and the object, with contact states
     <split>/classes.csv                one prompt per action class
     <split>/questions.jsonl            multiple choice, val and test only
 
@@ -21,6 +21,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,19 +32,16 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from egohod.config import UserError
+from egohod.data import detections
 from egohod.data.pool import follow_parent
-from egohod.demo.render import EDGES, PICTURE, Stage
-from egohod.demo.world import ACTIONS, FPS, SPLITS, VERBS, Clip, Video, make_split, phrase
+from egohod.demo.render import PICTURE, Stage
+from egohod.demo.world import DEFAULT, FEW, FPS, NOUNS, SPLITS, VERBS, Clip, Variant, Video, make_split, phrase
 
-VERSION = 3  # of the world: a change of what is drawn or told raises it
+VERSION = 4  # of the world: a change of what is drawn or told raises it
 MAX_SCALE = 100
+MAX_REACH = 1.6  # beyond, motions leave the picture
 CHUNK_SECONDS = 15
 CHOICES = 5
-TRUTH = pa.schema(
-    [("video_id", pa.string()), ("frame", pa.int32()), ("second", pa.float64()), ("noun", pa.string())]
-    + [(f"{side}_state", pa.int8()) for side in ("left", "right")]
-    + [(f"{role}_{edge}", pa.float32()) for role in ("left", "right", "object") for edge in EDGES]
-)
 CODEC_OPTIONS = {"preset": "veryfast", "tune": "fastdecode", "crf": "20", "g": "12", "bf": "0", "threads": "1"}
 
 
@@ -63,7 +61,7 @@ def encode(frames: Iterable[np.ndarray], path: Path) -> None:
 
 
 def write_video(video: Video, folder: Path) -> pa.Table:
-    """Render one video below ``folder`` unless it is there; its truth, a row a frame."""
+    """Render one video below ``folder`` unless it is there; its true boxes."""
     stage, final = Stage(video), folder / video.video_id
     if not final.exists():
         part = folder / f".{video.video_id}.part"
@@ -73,7 +71,7 @@ def write_video(video: Video, folder: Path) -> pa.Table:
         for chunk in range(math.ceil(video.frames / size)):
             encode(itertools.islice(frames, size), part / f"{chunk:04d}.mp4")
         part.rename(final)
-    return pa.Table.from_pylist(list(stage.truth()), TRUTH)
+    return pa.Table.from_pylist(list(stage.truth()), detections.SCHEMA)
 
 
 def _written(videos: Sequence[Video], folder: Path, workers: int) -> Iterator[pa.Table]:
@@ -141,24 +139,26 @@ def questions(videos: Sequence[Video], rng: np.random.Generator) -> Iterator[dic
             yield ask(verb.kind, {"clip": clip.uid}, *texts)
 
 
-def _write_tables(folder: Path, seed: int, videos: Sequence[Video], truth: list[pa.Table]) -> None:
+def _write_tables(
+    folder: Path, seed: int, videos: Sequence[Video], truth: list[pa.Table], actions: Sequence[tuple[str, str]]
+) -> None:
     import pandas as pd  # not needed by the rendering processes, and slow to load
 
     hod = pd.DataFrame([_row(video, clip) for video in videos for clip in video.clips])
     coarse = hod.assign(text=[clip.narration for video in videos for clip in video.clips])
-    classes = pd.DataFrame([{"action": f"{v} {n}", "verb": v, "noun": n, "text": phrase(v, n)} for v, n in ACTIONS])
+    classes = pd.DataFrame([{"action": f"{v} {n}", "verb": v, "noun": n, "text": phrase(v, n)} for v, n in actions])
     for name, table in (("hod", hod), ("narrations", coarse), ("classes", classes)):
         table.to_csv(folder / f"{name}.csv", index=False, lineterminator="\r\n")
-    pa.parquet.write_table(pa.concat_tables(truth), folder / "truth.parquet")
+    detections.write(pa.concat_tables(truth), folder / "detections.parquet")
     if folder.name != "train":
         rng = np.random.default_rng((seed, list(SPLITS).index(folder.name), len(videos), 2))
         lines = [json.dumps(question) + "\n" for question in questions(videos, rng)]
         (folder / "questions.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def _world(out: Path, seed: int, scale: float) -> dict[str, Any]:
+def _world(out: Path, seed: int, scale: float, variant: Variant) -> dict[str, Any]:
     """What is or will be in ``world.json``; an error when the folder holds anything but a world of these settings."""
-    asked: dict[str, Any] = {"seed": seed, "scale": scale, "version": VERSION}
+    asked: dict[str, Any] = {"seed": seed, "scale": scale, **asdict(variant), "version": VERSION}
     file = out / "world.json"
     if not file.exists():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -182,11 +182,17 @@ def _save(out: Path, world: dict[str, Any]) -> None:
     part.replace(out / "world.json")
 
 
-def plan(out: Path, seed: int = 0, scale: float = 1.0, splits: Sequence[str] = tuple(SPLITS)) -> dict[str, list[Video]]:
+def plan(
+    out: Path,
+    seed: int = 0,
+    scale: float = 1.0,
+    splits: Sequence[str] = tuple(SPLITS),
+    variant: Variant = DEFAULT,
+) -> dict[str, list[Video]]:
     """The videos of the splits that ``out`` does not hold yet; writes nothing.
 
     Raises:
-        DemoError: unknown split, bad scale or seed, a folder that holds something else or cannot be read.
+        DemoError: unknown split, bad scale, seed or variant, a folder that holds something else or cannot be read.
     """
     unknown = [split for split in splits if split not in SPLITS]
     if unknown or not splits:
@@ -194,11 +200,14 @@ def plan(out: Path, seed: int = 0, scale: float = 1.0, splits: Sequence[str] = t
     if not 0 < scale <= MAX_SCALE or seed < 0:
         allowed = f"scale must be above 0 and at most {MAX_SCALE}, seed 0 or more"
         raise DemoError(f"{allowed}; got scale {scale}, seed {seed}")
+    if not len(FEW) <= variant.objects <= len(NOUNS) or not 0.5 <= variant.reach <= MAX_REACH:
+        allowed = f"there must be {len(FEW)} to {len(NOUNS)} objects and a reach from 0.5 to {MAX_REACH}"
+        raise DemoError(f"{allowed}; got {variant.objects} objects, reach {variant.reach}")
     try:
-        done = _world(out, seed, scale)["done"]
+        done = _world(out, seed, scale, variant)["done"]
     except OSError as error:
         raise DemoError(f"cannot read {out}: {error}") from error
-    return {split: make_split(seed, split, scale) for split in splits if not done[split]}
+    return {split: make_split(seed, split, scale, variant) for split in splits if not done[split]}
 
 
 def make_world(
@@ -208,6 +217,7 @@ def make_world(
     workers: int | None = None,
     *,
     splits: Sequence[str] = tuple(SPLITS),
+    variant: Variant = DEFAULT,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[str]:
     """Write a demo world; the splits that were made now (none when all were there).
@@ -218,20 +228,22 @@ def make_world(
     Raises:
         DemoError: what :func:`plan` raises, and a folder that is not writable or whose disk is full.
     """
-    todo = plan(out, seed, scale, splits)
+    todo = plan(out, seed, scale, splits, variant)
     try:
         for split, videos in todo.items():
             folder = out / split
-            world = _world(out, seed, scale)
+            world = _world(out, seed, scale, variant)
             out.mkdir(parents=True, exist_ok=True)
             _save(out, world)
             (folder / "videos").mkdir(parents=True, exist_ok=True)
-            truth: list[pa.Table] = []
-            for table in _written(videos, folder / "videos", min(workers or os.cpu_count() or 1, len(videos))):
-                truth.append(table)
+            truth, done, total = list[pa.Table](), 0, sum(video.frames for video in videos)
+            written = _written(videos, folder / "videos", min(workers or os.cpu_count() or 1, len(videos)))
+            for video, boxes in zip(videos, written, strict=True):
+                truth.append(boxes)
+                done += video.frames
                 if progress:
-                    progress(split, sum(map(len, truth)), sum(video.frames for video in videos))
-            _write_tables(folder, seed, videos, truth)
+                    progress(split, done, total)
+            _write_tables(folder, seed, videos, truth, variant.actions)
             world["done"][split] = True
             _save(out, world)
     except (OSError, av.FFmpegError, pa.ArrowException) as error:

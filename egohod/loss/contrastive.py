@@ -14,13 +14,6 @@ Loss = Callable[..., dict[str, Tensor]]
 """Takes the output of the dual encoder by name; gives scalars ``loss`` and ``accuracy`` on the features' device."""
 
 
-def build_loss(config: LossConfig, *, rank: int = 0, world_size: int = 1) -> Loss:
-    """The loss that ``config.name`` names."""
-    if config.name == "sigmoid":
-        return SigmoidLoss(rank=rank, world_size=world_size)
-    return ContrastiveLoss(config, rank=rank, world_size=world_size)
-
-
 class ContrastiveLoss:
     """Every clip against all narrations and every narration against all clips, of all processes.
 

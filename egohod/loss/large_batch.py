@@ -35,8 +35,9 @@ def cached_step(
     """Add the gradient of the loss over all micro-batches (of all processes) to the parameters.
 
     Args:
-        forward: micro-batch -> ``video_features`` [b, E], ``text_features`` [b, E] and scalars that all chunks share
-            (``logit_scale``, ``logit_bias``); enters autocast itself if wanted, so that the loss stays in float32.
+        forward: micro-batch -> ``video_features`` [b, E], ``text_features`` [b, E], other values of each clip
+            (``box_errors`` [b]) and scalars that all chunks share (``logit_scale``, ``logit_bias``); enters autocast
+            itself if wanted, so that the loss stays in float32.
         model: what ``forward`` calls; under DistributedDataParallel gradients are averaged over the processes
             once, in the last backward pass.
         micro_batches: chunks of this process's batch, anything ``forward`` takes.
@@ -44,7 +45,7 @@ def cached_step(
         scale: applied to the loss before its backward pass, e.g. ``GradScaler.scale``.
 
     Returns:
-        ``loss`` (not scaled) and ``accuracy``, detached scalars on the device.
+        What ``loss_fn`` gives (``loss`` not scaled), detached scalars on the device.
 
     One micro-batch is a plain forward and backward pass. Several cost one more forward pass each; dropout and
     the like repeat exactly, because each chunk's random state is kept.

@@ -54,17 +54,26 @@ class DualEncoder(nn.Module):
         return _finish(self.textual(tokens), normalize)
 
     def forward(self, video: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-        """Both features, normalised, and the scale (1 / temperature) and bias, if any, of their similarities."""
-        output = {
-            "video_features": self.encode_video(video),
-            "text_features": self.encode_text(tokens),
-            "logit_scale": self.logit_scale.exp(),
-        }
+        """Both features, normalised, and the scale (1 / temperature) and bias, if any, of their similarities.
+
+        With a box head also ``boxes`` [B, T, 3, 4]: left hand, right hand and active object of each frame.
+        """
+        output = {"text_features": self.encode_text(tokens), "logit_scale": self.logit_scale.exp()}
+        if self.visual.box_head is None:
+            output["video_features"] = self.encode_video(video)
+        else:
+            features, output["boxes"] = self._video_with_boxes(video)
+            output["video_features"] = _finish(features, normalize=True)
         return output if self.logit_bias is None else output | {"logit_bias": self.logit_bias}
+
+    def _video_with_boxes(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        return self.visual.forward_with_boxes(video)
 
     def compile_towers(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """torch.compile both towers in place, without graph breaks; names in the state dict stay."""
         self.visual.compile(fullgraph=True, backend=backend)
+        if self.visual.box_head is not None:
+            _compile(self.visual, "forward_with_boxes", backend)
         # The text length changes from batch to batch.
         self.textual.compile(fullgraph=True, backend=backend, dynamic=True)
 
@@ -84,15 +93,24 @@ class EgoVideo(DualEncoder):
 
     def encode_video(self, video: Tensor, normalize: bool = True) -> Tensor:
         """``video`` [B, 3, T, H, W] holds the fast frames, the slow ones are taken from them -> float32 [B, E]."""
-        tower = self.visual
-        assert isinstance(tower, SlowFastTransformer)
-        slow = video[:, :, slow_frames(video.shape[2], self.slow)]
-        both = torch.cat((tower(slow), tower.fast(video)), dim=1)
-        return _finish(both @ self.slowfast_projection, normalize)
+        return _finish(self._merged(video, self._tower.fast(video)), normalize)
+
+    def _video_with_boxes(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        features, boxes = self._tower.fast_with_boxes(video)
+        return self._merged(video, features), boxes
+
+    def _merged(self, video: Tensor, fast: Tensor) -> Tensor:
+        slow = self._tower(video[:, :, slow_frames(video.shape[2], self.slow)])
+        return torch.cat((slow, fast), dim=1) @ self.slowfast_projection
+
+    @property
+    def _tower(self) -> SlowFastTransformer:
+        assert isinstance(self.visual, SlowFastTransformer)
+        return self.visual
 
     def freeze_all_but_adapters(self) -> None:
         """Leave the adapters, the temporal embedding and the projections to learn, as upstream's class does."""
-        learning = (".adapter.", "temporal_embedding", "_projection", "logit_")
+        learning = (".adapter.", "temporal_embedding", "_projection", "logit_", ".box_head.")
         for name, parameter in self.named_parameters():
             if not any(part in name for part in learning):
                 parameter.requires_grad_(False)
@@ -100,9 +118,13 @@ class EgoVideo(DualEncoder):
     def compile_towers(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """See :meth:`DualEncoder.compile_towers`; both paths."""
         super().compile_towers(backend)
-        tower = self.visual
-        assert isinstance(tower, SlowFastTransformer)
-        tower.fast = torch.compile(tower.fast, fullgraph=True, backend=backend)  # type: ignore[method-assign]
+        _compile(self._tower, "fast", backend)
+        if self.visual.box_head is not None:
+            _compile(self._tower, "fast_with_boxes", backend)
+
+
+def _compile(tower: nn.Module, method: str, backend: str | Callable[..., Any]) -> None:
+    setattr(tower, method, torch.compile(getattr(tower, method), fullgraph=True, backend=backend))
 
 
 def _finish(features: Tensor, normalize: bool) -> Tensor:
@@ -113,6 +135,8 @@ def _finish(features: Tensor, normalize: bool) -> Tensor:
 
 def create_model(config: ModelConfig, loss: LossConfig | None = None) -> DualEncoder:
     """A dual encoder with fresh weights (CLIP's initialisation, from torch's global generator).
+
+    ``loss`` says what else the model needs: the temperature, the sigmoid loss's offset, a head for boxes.
 
     ``config.weights`` and ``config.compile`` are left to the caller: weights are read by
     :mod:`egohod.model.weights`, compiling is :meth:`DualEncoder.compile_towers`.
@@ -138,6 +162,7 @@ def create_model(config: ModelConfig, loss: LossConfig | None = None) -> DualEnc
         "patch_dropout_tubes": config.patch_dropout_tubes or shape.slowfast,
         "drop_path": config.drop_path,
         "gradient_checkpointing": config.gradient_checkpointing,
+        "boxes": loss.boxes > 0,
     }
     textual = TextTower(
         width=shape.text_width,

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from egohod.config import FastPathConfig
+from egohod.model.boxes import ROLES
+from egohod.model.video import SHORT
 from egohod.model.zoo import Geometry
 
 _aten = torch.ops.aten
@@ -18,9 +20,9 @@ _aten = torch.ops.aten
 Part = tuple[float, float]
 """Operations forward, and how many times as many the backward pass takes."""
 
-PIXELS, ATTENTION, TRAINED, FROZEN = 1.0, 2.5, 2.0, 1.0
-"""Pixels need no gradient; attention computes its scores again (five products for two); a product with trained weights
-has two gradients, one with frozen weights only that of its input."""
+PIXELS, FUSED, TRAINED, FROZEN = 1.0, 2.5, 2.0, 1.0
+"""Pixels need no gradient; fused attention computes its scores again (five products for two); a product with trained
+weights has two gradients, as has one of two activations; one with frozen weights has only that of its input."""
 
 
 def forward_flops(
@@ -29,6 +31,7 @@ def forward_flops(
     text_length: int,
     patch_dropout: float = 0.0,
     fast: FastPathConfig | None = None,
+    boxes: bool = False,
 ) -> int:
     """Operations (2 per multiply-add) of the matrix products of one clip and one text, forward.
 
@@ -38,8 +41,9 @@ def forward_flops(
         text_length: tokens computed per text, padding included.
         patch_dropout: share of patch tokens left out.
         fast: the paths of a slow-fast geometry (default: as the configuration's).
+        boxes: whether there is a box head, which reads all tokens behind the last block.
     """
-    return round(sum(work for work, _ in _parts(geometry, num_frames, text_length, patch_dropout, fast)))
+    return round(sum(work for work, _ in _parts(geometry, num_frames, text_length, patch_dropout, fast, boxes)))
 
 
 def step_flops(
@@ -48,28 +52,36 @@ def step_flops(
     text_length: int,
     patch_dropout: float = 0.0,
     fast: FastPathConfig | None = None,
+    boxes: bool = False,
 ) -> int:
     """Operations of one clip and one text, forward and backward; without recomputation of blocks."""
-    parts = _parts(geometry, num_frames, text_length, patch_dropout, fast)
+    parts = _parts(geometry, num_frames, text_length, patch_dropout, fast, boxes)
     return round(sum(work * (1 + backward) for work, backward in parts))
 
 
 def _parts(
-    geometry: Geometry, num_frames: int, text_length: int, patch_dropout: float, fast: FastPathConfig | None
+    geometry: Geometry,
+    num_frames: int,
+    text_length: int,
+    patch_dropout: float,
+    fast: FastPathConfig | None,
+    boxes: bool,
 ) -> list[Part]:
     V, L, E = geometry.text_width, text_length, geometry.embed_dim
     text = [
-        (4.0 * L * L * V * geometry.text_layers, ATTENTION),
+        (4.0 * L * L * V * geometry.text_layers, FUSED),
         (L * 2.0 * V * V * (4 + 2 * geometry.mlp_ratio) * geometry.text_layers + 2 * V * E, TRAINED),
     ]
+    head = [(_patches(geometry, num_frames, patch_dropout) * 2.0 * geometry.vision_width * 5 * ROLES, TRAINED)]
     if not geometry.slowfast:
-        return [*text, *_path(geometry, num_frames, patch_dropout)]
+        return [*text, *_path(geometry, num_frames, patch_dropout, boxes), *(head if boxes else [])]
     fast = fast or FastPathConfig()
     return [
         *text,
-        *_path(geometry, fast.slow_frames, patch_dropout),
-        *_fast_path(geometry, num_frames, patch_dropout, fast),
+        *_path(geometry, fast.slow_frames, patch_dropout, whole=False),
+        *_fast_path(geometry, num_frames, patch_dropout, fast, boxes),
         (2.0 * 2 * E * E, TRAINED),
+        *(head if boxes else []),
     ]
 
 
@@ -79,29 +91,29 @@ def _patches(geometry: Geometry, frames: int, patch_dropout: float) -> int:
     return max(1, round(frames * geometry.patches_per_frame * (1 - patch_dropout)))
 
 
-def _path(geometry: Geometry, frames: int, patch_dropout: float) -> list[Part]:
-    """The plain tower, whose last block computes keys and values of all tokens, but all else for CLS only."""
+def _path(geometry: Geometry, frames: int, patch_dropout: float, whole: bool) -> list[Part]:
+    """The plain tower; unless it is ``whole``, its last block computes all but keys and values for CLS only."""
     W, patches = geometry.vision_width, _patches(geometry, frames, patch_dropout)
-    N, full, linear = patches + 1, geometry.vision_layers - 1, 2.0 * W * W * (4 + 2 * geometry.mlp_ratio)
+    N, linear = patches + 1, 2.0 * W * W * (4 + 2 * geometry.mlp_ratio)
+    attention, blocks = 4.0 * N * N * W * geometry.vision_layers, N * linear * geometry.vision_layers
+    if not whole:
+        attention -= 4.0 * N * (N - 1) * W
+        blocks -= (N - 1) * (linear - 4.0 * W * W)
     return [
         (patches * 6.0 * geometry.patch_size**2 * W, PIXELS),
-        (4.0 * N * N * W * full + 4 * N * W, ATTENTION),
-        (N * linear * full + N * 4 * W * W + linear - 4 * W * W + 2 * W * geometry.embed_dim, TRAINED),
+        (attention, FUSED if N > SHORT else TRAINED),
+        (blocks + 2.0 * W * geometry.embed_dim, TRAINED),
     ]
 
 
-def _fast_path(geometry: Geometry, frames: int, patch_dropout: float, fast: FastPathConfig) -> list[Part]:
+def _fast_path(geometry: Geometry, frames: int, patch_dropout: float, fast: FastPathConfig, boxes: bool) -> list[Part]:
     """The tower with frozen blocks and trained adapters."""
     W, patches, layers = geometry.vision_width, _patches(geometry, frames, patch_dropout), geometry.vision_layers
-    N, linear = patches + 1, 2.0 * W * W * (4 + 2 * geometry.mlp_ratio)
-    pixels, attention, blocks = _path(geometry, frames, patch_dropout)
+    whole = boxes or fast.pool != "cls" or fast.position != "before"
+    pixels, attention, (blocks, _) = _path(geometry, frames, patch_dropout, whole)
     projection = 2.0 * W * geometry.embed_dim
-    if fast.pool == "cls" and fast.position == "before":
-        frozen = blocks[0] - projection
-    else:
-        attention, frozen = (4.0 * N * N * W * layers, ATTENTION), N * linear * layers
     adapter = patches * (2.5 + (4.5 if fast.spatial else 0)) * W * W
-    return [pixels, attention, (frozen, FROZEN), (adapter * layers, TRAINED), (projection, TRAINED)]
+    return [pixels, attention, (blocks - projection, FROZEN), (adapter * layers, TRAINED), (projection, TRAINED)]
 
 
 def count_flops(run: Callable[[], Any]) -> int:

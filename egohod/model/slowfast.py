@@ -45,7 +45,21 @@ class SlowFastTransformer(VideoTransformer):
 
     def fast(self, video: Tensor) -> Tensor:
         """``video`` [B, 3, T, H, W], normalised -> [B, E], not normalised."""
-        x = self._tokens(video)
+        x, _ = self._tokens(video, whole=False)
+        return self._pooled(x)
+
+    def fast_with_boxes(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`fast`, and the boxes of all frames from the same tokens: [B, E] and [B, T, 3, 4]."""
+        assert self.box_head is not None, "the tower was built without boxes"
+        x, chosen = self._tokens(video, whole=True)
+        boxes: Tensor = self.box_head(x[:, 1:], chosen, video.shape[2])
+        return self._pooled(x), boxes
+
+    def fast_tokens(self, video: Tensor) -> Tensor:
+        """All tokens behind the fast path's last block, CLS first, then frame by frame: [B, 1 + T * P, D]."""
+        return self._tokens(video, whole=True)[0]
+
+    def _pooled(self, x: Tensor) -> Tensor:
         if self.pool == "cls":
             x = x[:, 0]
         elif self.pool == "mean":
@@ -54,13 +68,10 @@ class SlowFastTransformer(VideoTransformer):
             x = (x[:, 0] + x[:, 1:].mean(dim=1)) / 2
         return _frozen(self.ln_post, x) @ self.image_projection
 
-    def fast_tokens(self, video: Tensor) -> Tensor:
-        """All tokens behind the fast path's last block, CLS first, then frame by frame: [B, 1 + T * P, D]."""
-        return self._tokens(video, whole=True)
-
-    def _tokens(self, video: Tensor, whole: bool = False) -> Tensor:
+    def _tokens(self, video: Tensor, whole: bool) -> tuple[Tensor, Tensor | None]:
+        """Tokens behind the last block and which patches they are; without ``whole`` only those that are pooled."""
         frames = video.shape[2]
-        x = self.embed(video, frozen=True)
+        x, chosen = self.embed(video, frozen=True)
         blocks = self.transformer.resblocks
         for i, block in enumerate(blocks):
             # Where only CLS is read in the end, only CLS needs the last block.
@@ -70,7 +81,7 @@ class SlowFastTransformer(VideoTransformer):
                 x = checkpoint(self._adapted, block, x, frames, keep, use_reentrant=False)
             else:
                 x = self._adapted(block, x, frames, keep)
-        return x
+        return x, chosen
 
     def _adapted(self, block: nn.Module, x: Tensor, frames: int, keep: int | None) -> Tensor:
         adapter = block.adapter

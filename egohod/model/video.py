@@ -17,8 +17,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from egohod.model.boxes import BoxHead
+
 LAYER_NORM_EPS = 1e-6
 """Of every LayerNorm in the vision tower; the text tower keeps PyTorch's 1e-5."""
+
+SHORT = 256
+"""Tokens up to which a CPU attends by plain matrix products (docs/benchmarks.md)."""
 
 
 class QuickGELU(nn.Module):
@@ -55,8 +60,17 @@ class Attention(nn.Module):
             query = F.linear(x[:, :keep], query_weight, query_bias).view(B, keep, self.heads, -1).transpose(1, 2)
             memory = F.linear(x, memory_weight, memory_bias).view(B, N, 2, self.heads, -1)
             key, value = memory.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(query, key, value)
+        mixed = attend(query, key, value)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Softmax attention: ``query`` [B, heads, Q, d], ``key`` and ``value`` [B, heads, N, d] -> [B, heads, Q, d]."""
+    if query.device.type == "cpu" and key.shape[2] <= SHORT:
+        # A third of a small model's step: PyTorch's fused kernel for CPUs is slow on few tokens going backward.
+        scores = (query * query.shape[3] ** -0.5) @ key.transpose(2, 3)
+        return scores.softmax(dim=3) @ value
+    return F.scaled_dot_product_attention(query, key, value)
 
 
 class MLP(nn.Module):
@@ -160,6 +174,7 @@ class VideoTransformer(nn.Module):
         patch_dropout_tubes: bool = False,
         drop_path: float = 0.0,
         gradient_checkpointing: bool = False,
+        boxes: bool = False,
     ) -> None:
         super().__init__()
         assert image_size % patch_size == 0, "the image must be whole patches"
@@ -173,6 +188,7 @@ class VideoTransformer(nn.Module):
         self.transformer = Transformer(width, layers, heads, mlp_ratio, activation, drop_path, gradient_checkpointing)
         self.ln_post = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.image_projection = nn.Parameter(torch.empty(width, embed_dim))
+        self.box_head = BoxHead(width, (image_size // patch_size) ** 2) if boxes else None
         self._initialise(temporal_init, spatial_init, sinusoid_scale)
 
     @torch.no_grad()
@@ -199,15 +215,26 @@ class VideoTransformer(nn.Module):
 
         Only CLS is pooled, so only CLS passes the last block; that is exact and spares most of a block.
         """
-        x = self.transformer(self.embed(video), keep=1)
-        return self.ln_post(x[:, 0]) @ self.image_projection
+        x, _ = self.embed(video)
+        return self.ln_post(self.transformer(x, keep=1)[:, 0]) @ self.image_projection
+
+    def forward_with_boxes(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        """As calling it, and the boxes of all frames from the same tokens: [B, E] and [B, T, 3, 4]."""
+        assert self.box_head is not None, "the tower was built without boxes"
+        x, chosen = self.embed(video)
+        x = self.transformer(x)
+        boxes: Tensor = self.box_head(x[:, 1:], chosen, video.shape[2])
+        return self.ln_post(x[:, 0]) @ self.image_projection, boxes
 
     def tokens(self, video: Tensor) -> Tensor:
         """All tokens behind the last block, CLS first, then frame by frame: [B, 1 + N, D]."""
-        return self.transformer(self.embed(video))
+        x: Tensor = self.transformer(self.embed(video)[0])
+        return x
 
-    def embed(self, video: Tensor, frozen: bool = False) -> Tensor:
+    def embed(self, video: Tensor, frozen: bool = False) -> tuple[Tensor, Tensor | None]:
         """Tokens in front of the first block: [B, 1 + N, D], fewer with patch dropout while training.
+
+        The second value tells which of the T * P patches they are, int64 [B, N], None for all.
 
         Any frame count is taken; the temporal embedding is interpolated to it. ``frozen`` (of the fast path, see
         :mod:`egohod.model.slowfast`) takes the class and spatial embedding and ``ln_pre`` as constants.
@@ -216,7 +243,7 @@ class VideoTransformer(nn.Module):
         P = self.patch_size
         assert H == W == self.image_size, f"expected {self.image_size} px frames, got {H} x {W}"
         patches = video.view(B, C, T, H // P, P, W // P, P).permute(0, 2, 3, 5, 1, 4, 6).reshape(B, -1, C * P * P)
-        positions = self.positions(T, frozen)
+        positions, chosen = self.positions(T, frozen), None
         if self.training and self.patch_dropout > 0:
             # Dropping pixels instead of embedded tokens spares their embedding too.
             chosen = self._chosen(B, T, patches.shape[1] // T, video.device)
@@ -227,8 +254,8 @@ class VideoTransformer(nn.Module):
         first = (self.class_embedding + self.positional_embedding[0]).expand(B, 1, -1)
         if frozen:
             x = torch.cat((first.detach().to(placed.dtype), placed), dim=1)
-            return functional_call(self.ln_pre, detached(self.ln_pre), x)
-        return self.ln_pre(torch.cat((first.to(placed.dtype), placed), dim=1))
+            return functional_call(self.ln_pre, detached(self.ln_pre), x), chosen
+        return self.ln_pre(torch.cat((first.to(placed.dtype), placed), dim=1)), chosen
 
     def _chosen(self, B: int, T: int, P: int, device: torch.device) -> Tensor:
         """Numbers of the patches that dropout leaves of T frames with P patches each: int64 [B, kept]."""

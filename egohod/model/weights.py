@@ -38,6 +38,7 @@ PARTS = (
     _Part("motion adapters", r"visual\..*\.adapter\..*"),
     _Part("merge of the two paths", r"slowfast_projection"),
     _Part("offset of the sigmoid loss", r"logit_bias", only_trains=True),
+    _Part("head of the box loss", r"visual\.box_head\..*", only_trains=True),
 )
 
 

@@ -87,7 +87,8 @@ def _report_model(cfg: Config, dist: Distributed, say: Report, problems: list[st
         f"{tokens} a clip: {cfg.model.num_frames} frames of {geometry.patches_per_frame} patches "
         f"({geometry.image_size} px in steps of {geometry.patch_size}), one CLS",
     )
-    flops = step_flops(geometry, cfg.model.num_frames, geometry.context_length, cfg.model.patch_dropout, cfg.model.fast)
+    sizes = geometry, cfg.model.num_frames, geometry.context_length, cfg.model.patch_dropout
+    flops = step_flops(*sizes, cfg.model.fast, boxes=cfg.loss.boxes > 0)
     say(
         "compute",
         f"{flops / 1e9:.1f} GFLOP a clip for forward and backward, with {geometry.context_length} text tokens",

@@ -158,6 +158,7 @@ def identity(cfg: Config, model: DualEncoder, data: TrainingData) -> dict[str, A
         "model.name": cfg.model.name,
         "model.fast": dict(vars(cfg.model.fast)),
         "loss.name": cfg.loss.name,
+        "loss.boxes": cfg.loss.boxes,
         "loss.learn_temperature": cfg.loss.learn_temperature,
         "clips in data.train": len(data.dataset),
         "model.num_frames": cfg.model.num_frames,

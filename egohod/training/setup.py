@@ -74,6 +74,9 @@ def build_dataset(cfg: Config, size: int) -> ClipDataset:
     sources = active_sources(cfg)
     # Of the columns that training does not read, memory holds those that group clips only.
     extra = cfg.data.hard_negatives.group_by if cfg.data.hard_negatives.share > 0 else []
+    for name, source in sources.items():
+        if source.detections and not cfg.loss.boxes:
+            log.warning("data.train.%s.detections does nothing while loss.boxes is 0", name)
     return ClipDataset(
         [(ClipTable.read(source, strict=cfg.data.strict, extra=list(extra)), source) for source in sources.values()],
         size=size,
@@ -85,6 +88,7 @@ def build_dataset(cfg: Config, size: int) -> ClipDataset:
         train=True,
         crop_scale_min=cfg.data.crop_scale_min,
         flip=cfg.data.flip,
+        boxes=cfg.loss.boxes > 0,
     )
 
 

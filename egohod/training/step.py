@@ -18,7 +18,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from egohod.config import Config
 from egohod.data.transforms import normalise
 from egohod.distributed import Distributed, pick_precision
-from egohod.loss.contrastive import build_loss
+from egohod.loss import build_loss
+from egohod.loss.boxes import box_errors
 from egohod.loss.large_batch import cached_step
 from egohod.model.egovideo import DualEncoder
 from egohod.training.optim import build_optimizer, build_schedule
@@ -58,8 +59,9 @@ class TrainStep:
     def __call__(self, step: int, micro_batches: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Update the weights with one global batch.
 
-        ``step`` counts from 1; each micro-batch holds ``video`` uint8 [B, C, T, H, W] and ``tokens`` int64 [B, L].
-        Returns scalars: loss, accuracy, grad_norm, logit_scale, and skipped (1 where loss or gradient was not finite).
+        ``step`` counts from 1; each micro-batch holds ``video`` uint8 [B, C, T, H, W], ``tokens`` int64 [B, L] and,
+        for the box loss, ``boxes`` [B, T, 3, 4]. Returns scalars: what the loss tells (loss, accuracy, box_error),
+        grad_norm, logit_scale, and skipped (1 where loss or gradient was not finite).
         """
         # Dropout and the like depend on (seed, rank, step) alone, so that a resumed run draws the same.
         torch.manual_seed(int(np.random.SeedSequence((*self._seed, step)).generate_state(1)[0]))
@@ -76,9 +78,7 @@ class TrainStep:
         if self._inner.logit_scale.requires_grad:
             with torch.no_grad():
                 self._inner.logit_scale.clamp_(0, self._max_log_scale)
-        return {
-            "loss": result["loss"],
-            "accuracy": result["accuracy"],
+        return result | {
             "grad_norm": norm,
             "logit_scale": self._inner.logit_scale.detach().exp(),
             "skipped": 1.0 - torch.isfinite(norm).float(),
@@ -88,7 +88,11 @@ class TrainStep:
         video = batch["video"].to(self._device, non_blocking=True)
         tokens = batch["tokens"].to(self._device, non_blocking=True)
         with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
-            return self._model(normalise(video), tokens)
+            output: dict[str, Tensor] = self._model(normalise(video), tokens)
+        if "boxes" in output:
+            target = batch["boxes"].to(self._device, non_blocking=True)
+            output["box_errors"] = box_errors(output.pop("boxes"), target)
+        return output
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Weights, and everything else that the next step depends on (waits for the device)."""

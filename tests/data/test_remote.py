@@ -72,7 +72,7 @@ def test_clips_are_those_of_the_disk(folder: Path, decoder: str, large: bool, mo
             frames = remote.read(video, start, end, 6)
             last = min(round(end * 10), 55)
             assert numbers(frames) == segment_indices(round(start * 10), last, 6).tolist()
-            assert np.array_equal(frames, store(str(folder), decoder=decoder).read(video, start, end, 6))
+            assert np.array_equal(frames, store(str(folder), decoder=decoder).read(video, start, end, 6).pictures)
 
 
 @pytest.mark.usefixtures("s3")

@@ -39,14 +39,14 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("start", "end"), [(0, 1), (0.5, 1.9), (1.2, 2.6), (2.0, 4.0), (1.9, 2.1), (0.1, 4.0)])
 def test_the_sampled_frames(videos: Path, video: str, start: float, end: float, decoder: str) -> None:
     expected = segment_indices(round(start * 10), round(end * 10), 8).tolist()
-    assert numbers(store(videos, decoder=decoder).read(video, start, end, 8)) == expected
+    assert numbers(store(videos, decoder=decoder).read(video, start, end, 8).pictures) == expected
 
 
 @pytest.mark.parametrize(
     ("video", "layout"), [("cut", "auto"), ("cut", "chunks"), ("avion", "auto"), ("avion", "avion")]
 )
 def test_a_clip_over_three_chunks(videos: Path, video: str, layout: str) -> None:
-    assert numbers(store(videos, layout).read(video, 1.5, 5.0, 12)) == segment_indices(15, 50, 12).tolist()
+    assert numbers(store(videos, layout).read(video, 1.5, 5.0, 12).pictures) == segment_indices(15, 50, 12).tolist()
 
 
 def test_chunks_that_start_between_seconds(videos: Path, tmp_path: Path) -> None:
@@ -54,19 +54,19 @@ def test_chunks_that_start_between_seconds(videos: Path, tmp_path: Path) -> None
     for number, start in enumerate(("0", "1.5", "3")):
         encode(tmp_path / "v.mp4" / f"{start}.mp4", 15, first=15 * number)
     reader = store(tmp_path, chunk=1.5)
-    assert numbers(reader.read("v", 1.0, 4.0, 6)) == segment_indices(10, 40, 6).tolist()
-    assert numbers(reader.read("v", 4.0, 9.0, 2)) == segment_indices(40, 45, 2).tolist()
+    assert numbers(reader.read("v", 1.0, 4.0, 6).pictures) == segment_indices(10, 40, 6).tolist()
+    assert numbers(reader.read("v", 4.0, 9.0, 2).pictures) == segment_indices(40, 45, 2).tolist()
 
 
 def test_jittered_frames_come_from_the_generator(videos: Path) -> None:
     expected = segment_indices(5, 35, 4, np.random.default_rng(7)).tolist()
-    assert numbers(store(videos).read("cut", 0.5, 3.5, 4, np.random.default_rng(7))) == expected
+    assert numbers(store(videos).read("cut", 0.5, 3.5, 4, np.random.default_rng(7)).pictures) == expected
 
 
 def test_endings_and_folders_in_ids(videos: Path) -> None:
-    assert numbers(store(videos).read("upper", 0, 1, 1)) == [4]
-    assert numbers(store(videos).read("P02_03", 0, 1, 1)) == [4]
-    assert numbers(store(videos).read("P01/P01_01", 3, 4, 1)) == [34]
+    assert numbers(store(videos).read("upper", 0, 1, 1).pictures) == [4]
+    assert numbers(store(videos).read("P02_03", 0, 1, 1).pictures) == [4]
+    assert numbers(store(videos).read("P01/P01_01", 3, 4, 1).pictures) == [34]
 
 
 def test_a_given_layout_is_believed(videos: Path) -> None:
@@ -83,7 +83,7 @@ def test_a_given_layout_is_believed(videos: Path) -> None:
 def test_a_clip_beyond_the_end_is_cut_there(videos: Path, video: str, last: int, decoder: str) -> None:
     start = (last - 3) / 10
     expected = segment_indices(last - 3, last + 1, 4).tolist()
-    assert numbers(store(videos, decoder=decoder).read(video, start, start + 30, 4)) == expected
+    assert numbers(store(videos, decoder=decoder).read(video, start, start + 30, 4).pictures) == expected
 
 
 @pytest.mark.parametrize(("video", "start"), [("whole", 4.0), ("whole", 99.0), ("cut", 5.6), ("avion", 5.6)])

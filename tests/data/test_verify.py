@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
 
 def source(folder: Path, root: str = "") -> tuple[SourceConfig, ClipSource]:
     config = SourceConfig(metadata=str(folder / "clips.csv"), root=root or str(folder / "videos"))
-    return config, ClipSource(ClipTable.read(config), config, choose_decoder("pyav")[1], None)
+    return config, ClipSource(ClipTable.read(config), config, choose_decoder("pyav")[1])
 
 
 def nothing(*_: int) -> None:

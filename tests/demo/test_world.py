@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import numpy as np
+import pandas as pd
 import pytest
 
+from egohod.data.detections import NO_CONTACT, PORTABLE_OBJECT
 from egohod.demo import motion
-from egohod.demo.render import CANVAS, MARGIN, NO_CONTACT, PORTABLE_OBJECT, SHRINK, Stage, frame_time
+from egohod.demo.render import CANVAS, MARGIN, SHRINK, Stage, frame_time
 from egohod.demo.world import (
-    ACTIONS,
     CLIP_FRAMES,
     CLIPS_PER_VIDEO,
+    DEFAULT,
     EVENT_SECONDS,
+    FEW,
     SPLITS,
     VERBS,
     Clip,
+    Variant,
     event_range,
     make_split,
     make_video,
@@ -50,8 +53,8 @@ def _states(clip: Clip, times: np.ndarray) -> np.ndarray:
 
 def test_there_are_as_many_verbs_nouns_and_actions_as_promised() -> None:
     assert len(VERBS) == 18
-    assert len({noun for _, noun in ACTIONS}) == 12
-    assert 100 <= len(ACTIONS) <= 130
+    assert len({noun for _, noun in DEFAULT.actions}) == 12
+    assert 100 <= len(DEFAULT.actions) <= 130
     assert len(PAIRED) == 8
 
 
@@ -167,7 +170,7 @@ def test_a_split_has_its_clips_and_enough_of_each_kind(split: str, least: int) -
     hands = [clip.hand for clip in clips]
     assert 0.35 < hands.count("left") / len(hands) < 0.65
     if split == "train":
-        assert {(clip.verb, clip.noun) for clip in clips} == set(ACTIONS)
+        assert {(clip.verb, clip.noun) for clip in clips} == set(DEFAULT.actions)
 
 
 def test_both_verbs_of_a_pair_come_equally_often() -> None:
@@ -208,20 +211,38 @@ def test_true_boxes_enclose_what_is_drawn(number: int) -> None:
             assert moment.box("left" if clip.hand == "right" else "right") is None
 
 
-def test_truth_has_a_row_a_frame_and_contact_states() -> None:
+def test_truth_tells_boxes_contact_and_what_is_touched() -> None:
     video = make_video(2, "test", 0)
-    rows = list(Stage(video).truth())
-    assert [row["frame"] for row in rows] == list(range(video.frames))
-    lift = next(clip for clip in video.clips if VERBS[clip.verb].path == "slide" or VERBS[clip.verb].path == "push")
-    states = [rows[lift.start + i][f"{lift.hand}_state"] for i in range(lift.frames)]
-    assert states[0] == NO_CONTACT
-    assert states[lift.frames // 2] == PORTABLE_OBJECT
-    assert states[-1] == NO_CONTACT
-    for row in rows:
-        for edge in ("left", "top", "right", "bottom"):
-            assert 0 <= row[f"object_{edge}"] <= 1
-        for hand in ("left", "right"):
-            assert math.isnan(row[f"{hand}_left"]) == (row[f"{hand}_state"] == -1)
+    truth = pd.DataFrame(Stage(video).truth())
+    clip = next(clip for clip in video.clips if VERBS[clip.verb].path in ("slide", "push"))
+    of_clip = truth[truth["frame_number"].between(clip.start, clip.start + clip.frames - 1)]
+    acting = of_clip[(of_clip["kind"] == "hand") & (of_clip["side"] == ("left", "right").index(clip.hand))]
+    states = dict(zip(acting["frame_number"] - clip.start, acting["state"], strict=True))
+    assert states[0] == states[clip.frames - 1] == NO_CONTACT
+    assert states[clip.frames // 2] == PORTABLE_OBJECT
+    touching = acting[acting["state"] == PORTABLE_OBJECT].set_index("frame_number")
+    assert touching[["offset_x", "offset_y"]].notna().all(axis=None)
+    objects = of_clip[of_clip["kind"] == "object"].set_index("frame_number").loc[touching.index]
+    for offset, low, high in (("offset_x", "left", "right"), ("offset_y", "top", "bottom")):
+        pointed = (touching[low] + touching[high]) / 2 + touching[offset]
+        np.testing.assert_allclose(pointed, (objects[low] + objects[high]) / 2)
+    assert (truth.groupby("frame_number")["kind"].value_counts().unstack()["object"] == 1).all()
+    assert truth[["left", "top", "right", "bottom"]].stack().between(0, 1).all()
+
+
+def test_a_variant_has_fewer_objects_and_longer_motions() -> None:
+    few, far = Variant(objects=4), Variant(reach=1.5)
+    assert {noun for clip in clips_of(few) for noun in (clip.noun, *(name for name, *_ in clip.distractors))} == set(
+        FEW
+    )
+    assert {verb for verb, _ in few.actions} == set(VERBS)
+    assert [(clip.verb, clip.noun) for clip in clips_of(far)] == [(clip.verb, clip.noun) for clip in clips_of(DEFAULT)]
+    for short, long in zip(clips_of(DEFAULT), clips_of(far), strict=True):
+        assert long.size == pytest.approx(1.5 * short.size)
+
+
+def clips_of(variant: Variant) -> list[Clip]:
+    return [clip for number in range(4) for clip in make_video(0, "train", number, variant=variant).clips]
 
 
 def test_the_camera_never_leaves_the_counter() -> None:

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import av
 import numpy as np
-import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from egohod.data.detections import BoxTable
 from egohod.demo import DemoError, make_world, preview
 from egohod.demo.render import PICTURE, Stage
-from egohod.demo.world import ACTIONS, FPS, VERBS, make_split
+from egohod.demo.world import DEFAULT, FPS, VERBS, make_split
 from egohod.demo.write import CHUNK_SECONDS, questions, seconds
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,15 +74,17 @@ def test_tables_agree_with_each_other(world: Path) -> None:
     assert [row["text"] for row in hod] == [clip.hod for clip in clips]
     assert [row["text"] for row in coarse] == [clip.narration for clip in clips]
     classes = {row["action"]: row for row in _rows(world / "test" / "classes.csv")}
-    assert len(classes) == len(ACTIONS)
-    truth = pyarrow.parquet.read_table(world / "test" / "truth.parquet").to_pandas()
-    assert (truth["second"] * FPS).round().astype(int).tolist() == truth["frame"].tolist()
+    assert len(classes) == len(DEFAULT.actions)
+    boxes = BoxTable.read(world / "test" / "detections.parquet")
+    assert len(boxes) == sum(clip.frames for clip in clips)
     for row in hod:
         assert classes[row["action"]]["verb"] == row["verb"]
         assert row["motion"] == VERBS[row["verb"]].path
         begin, end = float(row["start_second"]), float(row["end_second"])
         assert 2.4 < end - begin < 2.7
-        assert set(truth["noun"][int(begin * FPS) : int(end * FPS)]) == {row["noun"]}
+        seen = np.isfinite(boxes.at(row["video_id"], np.arange(begin, end, 1 / FPS))).all(axis=2)
+        assert seen[:, ("left", "right").index(row["hand"])].any()
+        assert seen[:, 2].all()
 
 
 def test_seconds_lead_back_to_their_frame() -> None:

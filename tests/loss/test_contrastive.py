@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from open_clip.loss import SigLipLoss
 
 from egohod.config import LossConfig, UserError
-from egohod.loss.contrastive import ContrastiveLoss, SigmoidLoss, build_loss
+from egohod.loss import build_loss
+from egohod.loss.contrastive import ContrastiveLoss, SigmoidLoss
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = {

@@ -186,7 +186,7 @@ def test_frozen_weights_keep_less_for_the_backward_pass() -> None:
     model = wake(build())
 
     def trained(video: Tensor) -> Tensor:
-        x = model.visual.embed(video)
+        x, _ = model.visual.embed(video)
         for block in model.visual.transformer.resblocks:
             x = block(block.adapter(x, video.shape[2]))
         return x

@@ -120,7 +120,7 @@ def test_patch_embedding_of_a_convolution_means_the_same(demo_model: DualEncoder
     visual = demo_model.visual
     nn.init.zeros_(visual.positional_embedding)
     nn.init.zeros_(visual.temporal_embedding)
-    ours = visual.embed(frame.unsqueeze(2))[:, 1:]
+    ours = visual.embed(frame.unsqueeze(2))[0][:, 1:]
     torch.testing.assert_close(ours, visual.ln_pre(convolved), atol=1e-4, rtol=1e-4)
 
 

@@ -90,7 +90,7 @@ def test_clips_are_the_truth_and_two_steps_train(
         if name != "ego4d":  # whose clips have a length by rule
             assert (row.start, row.end) == pytest.approx((start, end))
         # One frame, from the middle: the picture that the renderer draws there.
-        picture = dataset.sources[0].read(row, 1, None)[0]
+        picture = dataset.sources[0].read(row, 1, None).pictures[0]
         number = round((row.start + row.end) / 2 * FPS - 0.5)
         drawn = [
             np.asarray(stages[video.video_id].draw(clip, frame_time(n - clip.start)).reduce(2))

@@ -1,0 +1,144 @@
+"""Boxes of hands and objects, in the schema of EPIC-KITCHENS' hand-object detections, as a table.
+
+One row a box, in a parquet file (or a folder of them). The names are those of the published protobuf messages;
+``second`` stands beside ``frame_number``, since a training clip asks for times. Coordinates are shares of the picture.
+
+    video_id, frame_number, second     where the box was seen
+    kind                               hand or object
+    side, state                        of hands: LEFT or RIGHT, and the contact state below; -1 for objects
+    score                              the detector's confidence
+    left, top, right, bottom           the box
+    offset_x, offset_y                 of hands that touch something: from their centre to that object's, else NaN
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet
+
+from egohod.config import UserError
+
+LEFT, RIGHT = 0, 1
+NO_CONTACT, SELF_CONTACT, OTHER_PERSON, PORTABLE_OBJECT, STATIONARY_OBJECT = range(5)
+EDGES = ("left", "top", "right", "bottom")
+ROLES = ("left hand", "right hand", "active object")
+"""What :meth:`BoxTable.at` tells of each moment, in this order."""
+
+SCHEMA = pa.schema(
+    [
+        ("video_id", pa.string()),
+        ("frame_number", pa.int64()),
+        ("second", pa.float64()),
+        ("kind", pa.string()),
+        ("side", pa.int8()),
+        ("state", pa.int8()),
+        ("score", pa.float32()),
+        *((edge, pa.float32()) for edge in EDGES),
+        ("offset_x", pa.float32()),
+        ("offset_y", pa.float32()),
+    ]
+)
+# A clip's frame takes the boxes of the nearest picture that was looked at, if it is no farther than this.
+NEAREST_SECONDS = 0.1
+
+
+class DetectionError(UserError):
+    """A file of detections that cannot be used."""
+
+
+class BoxTable:
+    """Both hands and the active object at any time of any video; numpy arrays only, so workers share them."""
+
+    def __init__(self, detections: pd.DataFrame) -> None:
+        """``detections`` has the columns of ``SCHEMA``; see :meth:`read` for files."""
+        moments = ["video_id", "second"]
+        index = pd.MultiIndex.from_frame(detections[moments]).unique().sort_values()
+        boxes = np.full((len(index), len(ROLES), len(EDGES)), np.nan, dtype=np.float32)
+        best = detections.sort_values("score", kind="stable", ascending=False)
+        hands = best[best["kind"] == "hand"].drop_duplicates([*moments, "side"])
+        for role, found in enumerate(
+            (hands[hands["side"] == LEFT], hands[hands["side"] == RIGHT], _active(best, hands))
+        ):
+            boxes[index.get_indexer(pd.MultiIndex.from_frame(found[moments])), role] = found[list(EDGES)].to_numpy()
+        self._boxes = boxes
+        self._seconds = index.get_level_values("second").to_numpy(np.float64)
+        videos = index.get_level_values("video_id").to_numpy()
+        self._videos, self._first = np.unique(videos.astype(str), return_index=True)
+        self._end = np.append(self._first[1:], len(index))
+
+    @classmethod
+    def read(cls, path: str | Path) -> BoxTable:
+        """Read a parquet file, or all parquet files of a folder. Raises :class:`DetectionError` naming the file."""
+        path = Path(path)
+        files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+        if not files:
+            raise DetectionError(f"{path}: the folder holds no parquet file")
+        return cls(pd.concat([_read(file) for file in files], ignore_index=True))
+
+    def __len__(self) -> int:
+        """Moments with a box."""
+        return len(self._seconds)
+
+    def at(self, video_id: str, seconds: np.ndarray) -> np.ndarray:
+        """``seconds`` [T] -> boxes float32 [T, 3, 4]: left hand, right hand, active object; NaN where none is known."""
+        boxes = np.full((len(seconds), len(ROLES), len(EDGES)), np.nan, dtype=np.float32)
+        video = int(np.searchsorted(self._videos, video_id))
+        if video == len(self._videos) or self._videos[video] != video_id:
+            return boxes
+        known = slice(self._first[video], self._end[video])
+        times = self._seconds[known]
+        after = np.searchsorted(times, seconds).clip(max=len(times) - 1)
+        before = (after - 1).clip(min=0)
+        nearest = np.where(np.abs(times[before] - seconds) <= np.abs(times[after] - seconds), before, after)
+        near = np.abs(times[nearest] - seconds) <= NEAREST_SECONDS
+        boxes[near] = self._boxes[known][nearest[near]]
+        return boxes
+
+
+def write(detections: pa.Table, path: Path) -> None:
+    """Write a table of ``SCHEMA``."""
+    pa.parquet.write_table(detections.cast(SCHEMA), path)
+
+
+def _read(path: Path) -> pd.DataFrame:
+    try:
+        table = pa.parquet.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise DetectionError(f"{path}: not readable as parquet: {' '.join(str(error).split())}") from error
+    missing = [name for name in SCHEMA.names if name not in table.column_names]
+    if missing:
+        raise DetectionError(f"{path}: lacks the columns {', '.join(missing)}; there are {', '.join(SCHEMA.names)}")
+    try:
+        frame = table.select(SCHEMA.names).cast(SCHEMA).to_pandas()
+    except (pa.ArrowException, ValueError) as error:
+        raise DetectionError(f"{path}: a column is of another type: {' '.join(str(error).split())}") from error
+    edges = frame[list(EDGES)].to_numpy()
+    wrong = ~((edges >= 0) & (edges <= 1)).all(axis=1) | (edges[:, :2] > edges[:, 2:]).any(axis=1)
+    wrong |= ~frame["kind"].isin(["hand", "object"]) | frame["second"].isna()
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise DetectionError(
+            f"{path}: row {row + 1} is no box of a hand or an object with edges from 0 to 1: "
+            f"{frame.iloc[row].to_dict()}"
+        )
+    return frame
+
+
+def _active(best: pd.DataFrame, hands: pd.DataFrame) -> pd.DataFrame:
+    """One object a moment: where a touching hand points to, else the surest. Rows come the surest first."""
+    moments = ["video_id", "second"]
+    objects = best[best["kind"] == "object"]
+    pointing = hands[hands["offset_x"].notna() & (hands["state"] > NO_CONTACT)].drop_duplicates(moments)
+    target = pointing[moments].assign(
+        x=(pointing["left"] + pointing["right"]) / 2 + pointing["offset_x"],
+        y=(pointing["top"] + pointing["bottom"]) / 2 + pointing["offset_y"],
+    )
+    both = objects.merge(target, on=moments, how="left")
+    x, y = (both["left"] + both["right"]) / 2, (both["top"] + both["bottom"]) / 2
+    # Where no hand points all distances are alike, and a stable sort leaves the surest in front.
+    both["distance"] = np.nan_to_num(np.hypot(x - both["x"], y - both["y"]))
+    return both.sort_values("distance", kind="stable").drop_duplicates(moments)
