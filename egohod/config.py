@@ -490,6 +490,10 @@ def check(config: Config) -> list[tuple[str, str]]:
                 "(cosine 0.92 to the true one on two processes)",
             )
         )
+    if config.model.fast.spatial and config.model.patch_dropout > 0:
+        problems.append(
+            ("model.fast.spatial", "model.fast.spatial=true looks at whole frames, so it needs model.patch_dropout=0")
+        )
     for name in ("train.duration", "train.log_every", "train.save_every", "evaluate.every", "train.warmup"):
         text = OmegaConf.select(tree, name)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import main_pretrain
+from egohod import cli
 from egohod.demo import make_world
-from tests.support import ROOT, SHARED, Command, environment
+from tests.support import ROOT, SHARED, Command, ShortRun, environment, write_tiny_config
 
 torch.set_num_threads(2)
 
@@ -50,28 +53,30 @@ def program() -> Command:
 
 
 @pytest.fixture
+def inside(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """The same in this process, for what needs none of its own: starting one costs seconds."""
+    monkeypatch.chdir(ROOT)
+
+    def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        main = importlib.import_module(name.removesuffix(".py")).main
+        code = cli.run(main, [str(each) for each in arguments])
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess([name, *map(str, arguments)], code, said.out, said.err)
+
+    return run
+
+
+@pytest.fixture
 def tiny_config(demo_world: Path, tmp_path: Path) -> Path:
     """A configuration that trains the demo model on the small world for twelve steps of eight clips."""
-    path = tmp_path / "tiny.yml"
-    path.write_text(
-        f"""
-model: {{name: DEMO, num_frames: 4, patch_dropout: 0.25}}
-data:
-  train: {{demo: {{metadata: {demo_world}/train/hod.csv, root: {demo_world}/train/videos}}}}
-  workers: 0
-  flip: 0.0
-  hard_negatives: {{share: 0.5, group_by: [video, noun, hand], group_size: 2}}
-train:
-  output: {tmp_path}/run
-  duration: 12 steps
-  global_batch_size: 8
-  lr: 1e-3
-  warmup: 3 steps
-  schedule: cosine
-  log_every: 1 steps
-  save_every: 1000 steps
-  keep_last: 10
-evaluate: {{every: 1000 steps}}
-"""
-    )
-    return path
+    return write_tiny_config(tmp_path, demo_world)
+
+
+@pytest.fixture(scope="session")
+def short_run(demo_world: Path, tmp_path_factory: pytest.TempPathFactory) -> ShortRun:
+    """One step of training that differs from the defaults in frames and activation; not to be changed."""
+    folder = tmp_path_factory.mktemp("short")
+    command = ["--config_file", str(write_tiny_config(folder, demo_world)), "train.duration=1 steps"]
+    command += ["model.num_frames=5", "model.activation=quick_gelu"]
+    assert main_pretrain.main(command) == 0
+    return ShortRun(folder / "run", command)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from egohod.training.checkpoint import Checkpoint, CheckpointStore
@@ -20,6 +21,42 @@ def environment(**more: str) -> dict[str, str]:
     """The environment of a child process: this project importable, one thread, no GPU, no foreign ranks."""
     kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | more
+
+
+def write_tiny_config(folder: Path, world: Path) -> Path:
+    """See the fixture ``tiny_config``. The same arithmetic on every machine, whatever it computes fast."""
+    path = folder / "tiny.yml"
+    path.write_text(
+        f"""
+model: {{name: DEMO, num_frames: 4, patch_dropout: 0.25}}
+data:
+  train: {{demo: {{metadata: {world}/train/hod.csv, root: {world}/train/videos}}}}
+  workers: 0
+  flip: 0.0
+  hard_negatives: {{share: 0.5, group_by: [video, noun, hand], group_size: 2}}
+train:
+  output: {folder}/run
+  duration: 12 steps
+  global_batch_size: 8
+  precision: fp32
+  lr: 1e-3
+  warmup: 3 steps
+  schedule: cosine
+  log_every: 1 steps
+  save_every: 1000 steps
+  keep_last: 10
+evaluate: {{every: 1000 steps}}
+"""
+    )
+    return path
+
+
+@dataclass(frozen=True)
+class ShortRun:
+    """See the fixture ``short_run``."""
+
+    folder: Path
+    command: list[str]
 
 
 def newest(run: Path) -> Checkpoint:

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import egohod
-import main_pretrain
 from egohod.config import UserError
 from egohod.data.video import VideoError
-from tests.support import ROOT, environment
+from egohod.model.video import QuickGELU
+from tests.support import ROOT, ShortRun, environment
 
 
 def video_of(world: Path) -> Path:
@@ -37,15 +37,47 @@ def test_a_clip_and_sentences_become_unit_vectors(demo_world: Path) -> None:
     assert not model.training
 
 
-def test_a_run_of_this_project_knows_its_frames(tiny_config: Path, tmp_path: Path) -> None:
-    overrides = ["train.duration=1 steps", "model.num_frames=5", "model.activation=quick_gelu"]
-    assert main_pretrain.main(["--config_file", str(tiny_config), *overrides]) == 0
-    for weights in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-00000001"):
+def test_a_slow_fast_model_takes_the_fast_frames_and_derives_the_slow_ones() -> None:
+    model = egohod.create_model("DEMO_Slowfast", num_frames=8, fast={"slow_frames": 2, "pool": "both"}).eval()
+    assert (model.num_frames, model.geometry.name) == (8, "DEMO_Slowfast")
+    video, tokens = torch.randn(2, 3, 8, 40, 40), torch.tensor([[49406, 320, 49407]])
+    with torch.no_grad():
+        unit, plain = model.encode_video(video), model.encode_video(video, normalize=False)
+        expected = torch.cat((model.visual(video[:, :, [2, 6]]), model.visual.fast(video)), 1)
+        torch.testing.assert_close(plain, expected @ model.slowfast_projection)
+        torch.testing.assert_close(unit, torch.nn.functional.normalize(plain))
+        text, plain = model.encode_text(tokens), model.encode_text(tokens, normalize=False)
+        torch.testing.assert_close(text, torch.nn.functional.normalize(plain))
+    assert (unit.shape, text.shape) == ((2, 128), (1, 128))
+    with pytest.raises(UserError, match="num_frame"):
+        egohod.create_model("DEMO", num_frame=8)
+
+
+def test_weights_go_into_a_model_with_a_report(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    source, model = egohod.create_model("DEMO", num_frames=4), egohod.create_model("DEMO_Slowfast", num_frames=8)
+    state = {f"module.{name}": value for name, value in source.state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "model.pt")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(UserError, match=r"temporal_embedding is \[4, 128\] there and \[8, 128\] here"):
+        egohod.load_weights(model, tmp_path / "model.pt")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    report = egohod.load_weights(model, tmp_path / "model.pt", adapt=True)
+    assert list(report.resized) == ["visual.temporal_embedding"]
+    assert len(report.taken) + 1 == len(state)
+    assert report.missing.keys() == model.state_dict().keys() - source.state_dict().keys()
+    assert not report.dropped
+    assert torch.equal(model.visual.conv1.weight, source.visual.conv1.weight)
+
+
+def test_a_run_of_this_project_knows_its_frames(short_run: ShortRun) -> None:
+    for weights in (short_run.folder, short_run.folder / "checkpoints" / "step-00000001"):
         model, _, _ = egohod.create_model_and_transforms("DEMO", weights)
         assert model.num_frames == 5
         assert model.visual.temporal_embedding.shape[0] == 5
+        assert isinstance(model.visual.transformer.resblocks[0].mlp.gelu, QuickGELU)
     with pytest.raises(UserError, match="holds a DEMO, not a CLIP_VITB16"):
-        egohod.create_model_and_transforms("CLIP_VITB16", tmp_path / "run")
+        egohod.create_model_and_transforms("CLIP_VITB16", short_run.folder)
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:

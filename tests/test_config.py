@@ -77,6 +77,7 @@ def test_every_missing_variable_is_named_at_once(tmp_path: Path, monkeypatch: py
         ("loss: {gather_with_grad: false}", None, ["loss.gather_with_grad", "biased"]),
         ("train: {schedule: cosine, lr: 1e-6, lr_end: 1e-5}", None, ["train.lr_end", "at most"]),
         ("model: {weights: {source: clip}}", None, ["model.weights.path"]),
+        ("model: {fast: {spatial: true}, patch_dropout: 0.5}", None, ["model.fast.spatial", "model.patch_dropout=0"]),
         ("train: [", None, ["run.yml", "YAML"]),
         ("train: {seed: 1, seed: 2}", None, ["run.yml", "seed"]),
         ("- a", None, ["run.yml", "mapping"]),

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import main_eval
-import main_pretrain
 from egohod import cli
 from egohod.model import zoo
 from egohod.model.weight_files import read_weights
@@ -28,7 +27,7 @@ from tests.model.field_files import (
     write_safetensors,
     write_upstream,
 )
-from tests.support import Command
+from tests.support import Command, ShortRun
 from tools import convert_checkpoint
 
 DEMO = zoo.geometry("DEMO")
@@ -44,9 +43,9 @@ def inspected(capsys: pytest.CaptureFixture[str], path: Path) -> str:
 
 
 def test_all_five_families_are_named(
-    tmp_path: Path, tiny_config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, short_run: ShortRun, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("CLIP_VITB16", "CLIP_VITL14_336PX"):
+    for name in ("CLIP_VITB16", "CLIP_VITL14_336PX", "CLIP_VITB16_Slowfast"):
         monkeypatch.setitem(convert_checkpoint.CONFIGS, two_blocks(monkeypatch, name), f"{name}.yml")
     said = inspected(capsys, write_archive(tmp_path / "ViT.pt", openai_state(DEMO)))
     assert "OpenAI CLIP (TorchScript archive, plain spelling)" in said
@@ -77,11 +76,10 @@ def test_all_five_families_are_named(
     said = inspected(capsys, write_upstream(tmp_path / "slowfast.pt", upstream_state("slowfast_b16_flash")))
     assert "motion adapters (slow-fast)" in said
     assert "26 tensors (never used by upstream)" in said
+    assert "model.fast.position=after model.fast.pool=cls" in said
     assert "16" in next(line for line in said.splitlines() if line.startswith("frames"))
 
-    options = ["train.duration=1 steps", "model.activation=quick_gelu"]
-    assert main_pretrain.main(["--config_file", str(tiny_config), *options]) == 0
-    said = inspected(capsys, tmp_path / "run")
+    said = inspected(capsys, short_run.folder)
     assert "EgoHOD (this project) (safetensors, plain spelling)" in said
     assert "checkpoints/step-00000001" in said
     assert "model.activation=quick_gelu" in said
@@ -125,17 +123,16 @@ def test_a_converted_clip_stays_a_clip(tmp_path: Path) -> None:
 
 
 def test_a_converted_run_evaluates_as_the_run_does(
-    tmp_path: Path, tiny_config: Path, demo_world: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, short_run: ShortRun, demo_world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["--config_file", str(tiny_config), "train.duration=1 steps"]
-    assert main_pretrain.main(command) == 0
-    for to in ("egohod", "upstream"):
-        assert run(tmp_path / "run", tmp_path / f"{to}.safetensors", "--to", to) == 0
+    converted = [tmp_path / f"{to}.safetensors" for to in ("egohod", "upstream")]
+    for path in converted:
+        assert run(short_run.folder, path, "--to", path.stem) == 0
     results = []
-    for checkpoint in ("run", "egohod.safetensors", "upstream.safetensors"):
-        output = tmp_path / f"results-{checkpoint}"
-        arguments = ["--checkpoint", str(tmp_path / checkpoint), "--output", str(output)]
-        assert main_eval.main([*command, *arguments, f"evaluate.demo_test={demo_world}/test"]) == 0
+    for checkpoint in (short_run.folder, *converted):
+        output = tmp_path / f"results-{checkpoint.name}"
+        arguments = ["--checkpoint", str(checkpoint), "--output", str(output)]
+        assert main_eval.main([*short_run.command, *arguments, f"evaluate.demo_test={demo_world}/test"]) == 0
         results.append((output / "results.json").read_text())
     assert results[0] == results[1] == results[2]
 

@@ -4,6 +4,7 @@ python tools/bench.py decode             # CPU time to read a clip, by decoder a
 python tools/bench.py loader --json      # file to training-ready batch, against the usual way
 python tools/bench.py loader --s3        # also from an S3 server on loopback, without a cache
 python tools/bench.py step --json        # a training step: clips/s, share of the matmul peak, memory
+python tools/bench.py slowfast           # a co-training step of both paths, against one with all weights trained
 python tools/bench.py memory             # batch, frames, checkpointing, accumulation -> peak memory
 python tools/bench.py table              # four million rows: start to first batch, memory of all processes
 """
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import bench_decode
 import bench_loader
 import bench_memory
+import bench_slowfast
 import bench_step
 import bench_table
 
@@ -29,6 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     bench_decode.register(commands)
     bench_loader.register(commands)
     bench_step.register(commands)
+    bench_slowfast.register(commands)
     bench_memory.register(commands)
     bench_table.register(commands)
     options = parser.parse_args(argv)

@@ -50,7 +50,9 @@ class MotionAdapter(nn.Module):
         h = F.gelu(self.down_proj(patches)).view(B, frames, P, -1)
         # A point-wise convolution is a product with a matrix.
         mixed = F.linear(self._over_time(self._over_space(h)), self.conv.weight.squeeze(2), self.conv.bias)
-        return torch.cat((cls, patches + self.gamma * self.up_proj((h + mixed).flatten(1, 2))), dim=1)
+        # Scaling the few weights instead of all tokens spares keeping the tokens for gamma's gradient.
+        up = F.linear((h + mixed).flatten(1, 2), self.gamma * self.up_proj.weight, self.gamma * self.up_proj.bias)
+        return torch.cat((cls, patches + up), dim=1)
 
     def _over_space(self, h: Tensor) -> Tensor:
         if self.conv2d is None:

@@ -140,17 +140,19 @@ def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *rest: Any,
     return int(sdpa_backward_flop_count(grad, query, key, value))
 
 
-def saved_bytes(run: Callable[[], Any]) -> int:
-    """Bytes that autograd keeps for the backward pass of what ``run()`` computes, parameters left out.
+def saved_bytes(run: Callable[[], Any], model: nn.Module) -> int:
+    """Bytes that autograd keeps for the backward pass of what ``run()`` computes, the weights of ``model`` left out.
 
     Each storage counts once. A measure of memory that is the same on every machine.
     """
+    # By storage, because transposed and frozen weights are other tensors.
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        # Transposed weights and the like are views that share the parameter's storage.
-        if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
-            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            storages[storage._cdata] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

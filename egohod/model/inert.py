@@ -8,7 +8,6 @@ of their classes is imported to read it. Each is replaced by a stand-in, which c
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any, ClassVar
@@ -105,7 +104,7 @@ def describe(value: Any) -> str:
     """What lies beside the weights, in one line."""
     kind = f"{value.name}: " if isinstance(value, Inert) and "numpy" not in value.name else ""
     value = plain(value)
-    if isinstance(value, (dict, OrderedDict)):
+    if isinstance(value, dict):
         shown = [f"{key}={_short(inner)}" for key, inner in islice(value.items(), 12)]
         more = f", ... ({len(value)} in all)" if len(value) > 12 else ""
         return f"{kind}{', '.join(shown)}{more}" if value else f"{kind}empty"

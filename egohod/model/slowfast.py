@@ -102,8 +102,8 @@ def slow_frames(fast: int, slow: int) -> slice:
     """
     if fast % slow:
         raise UserError(
-            f"model.num_frames={fast} is no multiple of model.fast.slow_frames={slow}; the slow path takes every "
-            "(num_frames / slow_frames)-th frame"
+            f"{fast} frames (model.num_frames, or those of a clip) are no multiple of model.fast.slow_frames={slow}; "
+            "the slow path takes one of each so many"
         )
     step = fast // slow
     return slice(step // 2, None, step)

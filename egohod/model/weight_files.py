@@ -47,7 +47,8 @@ class WeightFile:
     beside: dict[str, str] = field(default_factory=dict)
     """What else the file holds, described."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Knobs of the section ``model`` that the file knows (``model.activation``, ...); only files of this project do."""
+    """Knobs that give the weights their meaning and that no shape tells (``model.activation``, ...). Files of this
+    project know them; of upstream's slow-fast files the arrangement is known."""
 
     @property
     def shape(self) -> Shape | None:
@@ -125,6 +126,8 @@ def _named(source: str, container: str, content: Any, metadata: Mapping[str, str
     family = _family(kind, container, tensors, dropped, beside, metadata)
     described = {name: inert.describe(value) for name, value in beside.items()}
     settings = json.loads(metadata.get("settings", "{}"))
+    if family is Family.UPSTREAM and any(".adapter." in name for name in tensors):
+        settings = UPSTREAM_ARRANGEMENT | settings
     return WeightFile(source, family, container, spelling(short.values()), tensors, dropped, described, settings)
 
 
@@ -156,6 +159,9 @@ def _family(
 
 _OPENAI_TYPES = {torch.float16, torch.float32}
 """OpenAI's own code holds projections in half precision and norms in single."""
+
+UPSTREAM_ARRANGEMENT = {"model.fast.position": "after", "model.fast.pool": "cls"}
+"""Where upstream's motion adapters stand, and what is projected."""
 
 AVION_EMBED_DIM = 256
 """AVION's released models share a space of 256 dimensions, the default of its training script; upstream's have 512."""

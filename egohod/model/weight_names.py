@@ -149,7 +149,7 @@ class Shape:
         fields = ("image_size", "patch_size", "vision_width", "vision_layers", "text_width", "text_layers")
         for geometry in zoo.GEOMETRIES.values():
             same = all(getattr(geometry, field) == getattr(self, field) for field in fields)
-            if same and self.slowfast == geometry.name.endswith("_Slowfast"):
+            if same and self.slowfast == geometry.slowfast:
                 return geometry.name
         return None
 

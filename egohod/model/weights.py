@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from egohod.model.egovideo import DualEncoder
+from egohod.model.slowfast import SlowFastTransformer
+from egohod.model.video import ACTIVATIONS, Block
 from egohod.model.weight_files import WeightFile, read_weights
 from egohod.model.weight_names import Family, WeightsError, upstreams
 
@@ -100,6 +103,9 @@ def load_weights(
                 report.dropped[name] = "model.weights.projections=fresh"
     fitting = _Fitting(own, theirs, report, adapt, weights.family.is_clip, fresh)
     new = fitting.run()
+    for key, here in _meaning(model).items():
+        if weights.settings.get(key, here) != here:
+            fitting.complaints.append(f"they were trained with {key}={weights.settings[key]}, not {here}")
     if fitting.complaints:
         geometry = getattr(model, "geometry", None)
         here = f"{geometry.name}, {getattr(model, 'num_frames', '?')} frames" if geometry else type(model).__name__
@@ -114,6 +120,18 @@ def load_weights(
         for name, value in new.items():
             own[name].copy_(value)
     return report
+
+
+def _meaning(model: nn.Module) -> dict[str, str]:
+    """Knobs under which the same weights would be another model without any shape to tell."""
+    if not isinstance(model, DualEncoder):
+        return {}
+    block = model.visual.transformer.resblocks[0]
+    assert isinstance(block, Block)
+    known = {"model.activation": next(name for name, kind in ACTIVATIONS.items() if isinstance(block.mlp.gelu, kind))}
+    if isinstance(model.visual, SlowFastTransformer):
+        known |= {"model.fast.position": model.visual.position, "model.fast.pool": model.visual.pool}
+    return known
 
 
 def starts_projections_anew(weights: WeightFile, projections: str) -> bool:

@@ -170,7 +170,13 @@ def open_weights(source: str | Path, *, download: bool = False) -> WeightFile:
     weights = from_tensors(str(checkpoint.path), checkpoint.weights)
     identity = checkpoint.manifest["identity"]
     weights.beside = {name: str(value) for name, value in identity.items()}
-    weights.settings = {name: value for name, value in identity.items() if name.startswith(("model.", "loss."))}
+    # Of a model with one path, the knobs of the other say nothing.
+    fast = identity.get("model.fast", {}) if weights.shape and weights.shape.slowfast else {}
+    weights.settings = {
+        **{name: value for name, value in identity.items() if name.startswith(("model.", "loss."))},
+        **{f"model.fast.{name}": value for name, value in fast.items()},
+    }
+    weights.settings.pop("model.fast", None)
     return weights
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from egohod.config import LossConfig, ModelConfig
-from egohod.model.egovideo import create_model
+from egohod.model.egovideo import EgoVideo, create_model
 from egohod.model.flops import saved_bytes
+from egohod.model.video import Block
 
 # What batches may take of a device: the rest is for copies of weights, fragmentation and the next batch.
 SHARE = 0.8
@@ -21,7 +23,8 @@ class Memory:
     """Bytes of one process."""
 
     state: int
-    """Weights, gradients and AdamW's two averages in float32, and what else does not depend on the batch."""
+    """Weights, and of those that learn gradients and AdamW's two averages, in float32; and what else does not depend on
+    the batch."""
     per_clip: int
     """Kept for the backward pass of one clip with its text."""
     working: int
@@ -36,30 +39,42 @@ class Memory:
         return int((memory * SHARE - self.state) // (self.per_clip + self.working))
 
 
-def predict(config: ModelConfig, *, dtype: torch.dtype = torch.float32, loss: LossConfig | None = None) -> Memory:
-    """Memory of training the model of ``config`` under autocast to ``dtype``.
+def predict(
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    loss: LossConfig | None = None,
+    adapters_alone: bool = False,
+) -> Memory:
+    """Memory of training the model of ``config``, or its motion adapters alone, under autocast to ``dtype``.
 
     Autograd is asked what it keeps, on tensors without content; nothing is allocated and no device is touched.
     """
     with FakeTensorMode():
         model = create_model(config, loss)
+        if adapters_alone and isinstance(model, EgoVideo):
+            model.freeze_all_but_adapters()
         geometry = model.geometry
         frame, length = (geometry.image_size, geometry.image_size), 1 + config.num_frames * geometry.patches_per_frame
 
-        def saved(module: nn.Module, *inputs: Tensor) -> int:
+        def saved(run: Callable[[], Any]) -> int:
             with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-                return saved_bytes(lambda: module(*inputs))
+                return saved_bytes(run, model)
 
         def whole(clips: int) -> int:
             video = torch.empty(clips, 3, config.num_frames, *frame)
-            return saved(model, video, torch.zeros(clips, geometry.context_length, dtype=torch.long))
+            tokens = torch.zeros(clips, geometry.context_length, dtype=torch.long)
+            return saved(lambda: model(video, tokens))
 
         def block(clips: int) -> int:
-            x = torch.empty(clips, length, geometry.vision_width).requires_grad_()
-            return saved(model.visual.transformer.resblocks[0], x)
+            x, first = torch.empty(clips, length, geometry.vision_width), model.visual.transformer.resblocks[0]
+            x.requires_grad_()
+            assert isinstance(first, Block)
+            adapter = first.adapter
+            return saved(lambda: first(x if adapter is None else adapter(x, config.num_frames)))
 
-        # Two clips less one: what is kept only once are autocast's copies of the weights.
-        one, two = whole(1), whole(2)
-        working = block(2) - block(1) if config.gradient_checkpointing else 0
-    state = 16 * sum(parameter.numel() for parameter in model.parameters())
-    return Memory(state + 2 * one - two, two - one, working)
+        # Of the difference nothing is shared, such as autocast's copies of the weights; one clip alone spares copies.
+        two, three = whole(2), whole(3)
+        working = block(3) - block(2) if config.gradient_checkpointing else 0
+    state = sum((16 if parameter.requires_grad else 4) * parameter.numel() for parameter in model.parameters())
+    return Memory(state + 3 * two - 2 * three, three - two, working)

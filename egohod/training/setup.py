@@ -164,7 +164,12 @@ def split_batch(global_batch_size: int, world_size: int, largest: int) -> tuple[
 
 def predict_memory(cfg: Config, dist: Distributed) -> Memory:
     """What a step of this run takes of a device's memory."""
-    return predict(cfg.model, dtype=pick_precision(cfg.train.precision, dist.device), loss=cfg.loss)
+    return predict(
+        cfg.model,
+        dtype=pick_precision(cfg.train.precision, dist.device),
+        loss=cfg.loss,
+        adapters_alone=cfg.train.trainable == "adapters",
+    )
 
 
 def largest_batch(cfg: Config, dist: Distributed) -> int:

@@ -41,4 +41,4 @@ def test_cost_grows_with_frames_and_text(demo_model: DualEncoder) -> None:
 def test_saved_bytes_count_each_activation_once_and_no_parameter() -> None:
     linear, x = nn.Linear(8, 8), torch.randn(4, 8)
     # The product keeps its input (4 x 8), exp its output; squaring keeps exp's output again, which costs nothing.
-    assert saved_bytes(lambda: linear(x).exp().square()) == 2 * 4 * 8 * 4
+    assert saved_bytes(lambda: linear(x).exp().square(), linear) == 2 * 4 * 8 * 4

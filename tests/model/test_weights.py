@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from egohod.config import LossConfig, ModelConfig, UserError
+from egohod.config import FastPathConfig, LossConfig, ModelConfig, UserError
 from egohod.model import zoo
 from egohod.model.egovideo import DualEncoder, create_model
 from egohod.model.weight_files import from_tensors, read_weights
@@ -205,6 +205,18 @@ def test_slow_fast_names_are_ours_but_for_the_spelling(tmp_path: Path, kind: str
     for name, value in live.items():
         assert torch.equal(model.state_dict()[name], value.float()), name
     assert set(upstream_state(from_tensors("x", copy(model)))) == set(state) - set(report.dropped)
+
+
+def test_upstreams_adapters_stand_where_they_were_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the default arrangement the same weights would be another model, and no shape would tell."""
+    weights = read_weights(write_upstream(tmp_path / "slowfast.pt", of_upstream("slowfast_b16_flash")))
+    name = two_blocks(monkeypatch, "CLIP_VITB16_Slowfast")
+    with pytest.raises(UserError, match=r"trained with model\.fast\.position=after, not before"):
+        load_weights(create_model(ModelConfig(name=name, num_frames=16)), weights)
+    fast = FastPathConfig(position="after", pool="cls")
+    report = load_weights(create_model(ModelConfig(name=name, num_frames=16, fast=fast)), weights)
+    assert not report.missing
+    assert not report.resized
 
 
 def named(state: State) -> nn.Module:

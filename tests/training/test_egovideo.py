@@ -1,15 +1,24 @@
-"""Co-training of both paths as a run: it trains, resumes, and can train the adapters alone."""
+"""Co-training of both paths as a run: it trains, resumes, in two stages, in two processes, and the adapters alone."""
 
 from __future__ import annotations
 
+import csv
+import json
 import logging
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 import main_pretrain
-from tests.support import losses, newest
+from egohod.config import FastPathConfig, ModelConfig, UserError, load
+from egohod.model.egovideo import EgoVideo, create_model
+from egohod.training.setup import build_dataset
+from tests.support import ROOT, losses, newest
 
 SLOWFAST = ["model.name=DEMO_Slowfast", "model.num_frames=8", "model.patch_dropout=0"]
 
@@ -41,3 +50,113 @@ def test_adapters_alone(tiny_config: Path, tmp_path: Path, caplog: pytest.LogCap
     assert all(any(kind in name for kind in kinds) for name in learned), learned
     with pytest.raises(ValueError, match=r"trainable=adapters needs a \.\.\._Slowfast model; model.name is DEMO"):
         main_pretrain.main([*command, "model.name=DEMO"])
+
+
+def test_two_stages(tiny_config: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Co-training starts from a dual encoder's run, and says what it took and what starts anew."""
+    command = ["--config_file", str(tiny_config), "train.duration=1 steps", "model.patch_dropout=0"]
+    assert main_pretrain.main(command) == 0
+    start = ["model.weights.source=checkpoint", f"model.weights.path={tmp_path}/run", f"train.output={tmp_path}/two"]
+    with pytest.raises(UserError, match=r"it lacks the motion adapters .*; model\.weights\.adapt=true starts them"):
+        main_pretrain.main([*command, *SLOWFAST, *start])
+    assert not list((tmp_path / "two").glob("checkpoints/*")), "nothing of a run that did not start"
+    caplog.set_level(logging.INFO)
+    assert main_pretrain.main([*command, *SLOWFAST, *start, "model.weights.adapt=true"]) == 0
+    assert "resized: visual.temporal_embedding [4, 128] -> [8, 128]" in caplog.text
+    assert "(the file has no motion adapters)" in caplog.text
+    assert "slowfast_projection (the file has no merge of the two paths)" in caplog.text
+    first, second = (newest(tmp_path / name).weights for name in ("run", "two"))
+    name = "visual.transformer.resblocks.0.mlp.c_fc.weight"
+    assert (first[name] - second[name]).abs().max() < 2e-3, "one step away from where the first stage ended"
+    again = [*command, *SLOWFAST, *start[:1], f"model.weights.path={tmp_path}/two", f"train.output={tmp_path}/three"]
+    for knob in ("model.activation=quick_gelu", "model.fast.position=after", "model.fast.pool=both"):
+        key, _, here = knob.partition("=")
+        with pytest.raises(UserError, match=rf"they were trained with {key}=\w+, not {here}"):
+            main_pretrain.main([*again, knob])
+
+
+def test_the_demo_config_trains_and_ends_with_the_table(
+    demo_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEMO_DATA", str(demo_world))
+    small = ["train.duration=2 steps", "train.global_batch_size=8", "train.warmup=1 steps", "data.workers=0"]
+    config = str(ROOT / "configs" / "demo_egovideo.yml")
+    assert main_pretrain.main(["--config_file", config, *small, f"train.output={tmp_path}/run"]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert {"test/motion_state_changing", "test/motion_transient", "test/choice_across_clips"} <= results.keys()
+
+
+def test_a_clip_shorter_than_the_fast_frames_shows_some_twice(
+    demo_world: Path, tiny_config: Path, tmp_path: Path
+) -> None:
+    with (demo_world / "train" / "hod.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row["end_second"] = str(float(row["start_second"]) + 0.2)
+    with (tmp_path / "short.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    overrides = [*SLOWFAST, f"data.train.demo.metadata={tmp_path}/short.csv", "train.duration=1 steps"]
+    video = build_dataset(load(tiny_config, overrides), 40)[(0, 0)]["video"]
+    assert video.shape[1] == 8
+    assert len(video.transpose(0, 1).flatten(1).unique(dim=0)) < 8
+    assert main_pretrain.main(["--config_file", str(tiny_config), *overrides]) == 0
+
+
+CASES = {"before cls": False, "after both": False, "after cls": False, "before mean": True}
+"""Arrangement, and whether only the adapters learn."""
+
+
+def slowfast(case: str) -> EgoVideo:
+    position, pool = case.split()
+    torch.manual_seed(0)
+    fast = FastPathConfig(slow_frames=2, position=position, pool=pool)
+    # Recomputing blocks under DistributedDataParallel is part of what is tested.
+    config = ModelConfig(name="DEMO_Slowfast", num_frames=4, fast=fast, gradient_checkpointing=pool == "both")
+    model = create_model(config)
+    assert isinstance(model, EgoVideo)
+    for block in model.visual.transformer.resblocks:
+        torch.nn.init.normal_(block.adapter.up_proj.weight, std=0.02)
+    if CASES[case]:
+        model.freeze_all_but_adapters()
+    return model
+
+
+def share(rank: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    tokens = torch.tensor([[49406, 320 + rank, 49407]])
+    return torch.randn(1, 3, 4, 40, 40, generator=generator), tokens
+
+
+def loss(output: dict[str, Tensor]) -> Tensor:
+    return (output["video_features"] * output["text_features"]).sum(dim=1).mean()
+
+
+def in_two_processes(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    for case in CASES:
+        model = slowfast(case)
+        parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+        for _ in range(2):  # a parameter that waits for a gradient in vain is noticed in the second step
+            parallel.zero_grad()
+            loss(parallel(*share(rank))).backward()
+        torch.save(
+            {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, folder / f"{case}{rank}"
+        )
+    dist.destroy_process_group()
+
+
+@pytest.mark.ci
+def test_two_processes_give_the_mean_gradient_and_no_parameter_is_unused(tmp_path: Path) -> None:
+    mp.spawn(in_two_processes, (tmp_path,), nprocs=2)
+    for case in CASES:
+        model = slowfast(case)
+        sum(loss(model(*share(rank))) / 2 for rank in (0, 1)).backward()  # type: ignore[union-attr]
+        for rank in (0, 1):
+            gradients = torch.load(tmp_path / f"{case}{rank}", weights_only=True)
+            assert gradients.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+            for name, gradient in gradients.items():
+                expected = model.get_parameter(name).grad
+                torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-4, msg=f"{case}: {name}")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from egohod.config import ModelConfig, load
-from egohod.model.egovideo import create_model
+from egohod.model.egovideo import EgoVideo, create_model
 from egohod.model.flops import saved_bytes
 from egohod.training.memory import Memory, predict
 from egohod.training.setup import split_batch
@@ -19,18 +19,31 @@ PRESETS = sorted((ROOT / "configs" / "presets").glob("*.yml"))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_prediction_is_what_a_real_forward_pass_keeps(checkpointing: bool) -> None:
-    config = ModelConfig(name="DEMO", num_frames=3, gradient_checkpointing=checkpointing)
+@pytest.mark.parametrize("name", ["DEMO", "DEMO_Slowfast"])
+def test_the_prediction_is_what_a_real_forward_pass_keeps(name: str, checkpointing: bool) -> None:
+    config = ModelConfig(name=name, num_frames=4, gradient_checkpointing=checkpointing)
     memory, model = predict(config), create_model(config)
     size = model.geometry.image_size
 
     def kept(clips: int) -> int:
-        video, tokens = torch.zeros(clips, 3, 3, size, size), torch.zeros(clips, 77, dtype=torch.long)
-        return saved_bytes(lambda: model(video, tokens))
+        video, tokens = torch.zeros(clips, 3, 4, size, size), torch.zeros(clips, 77, dtype=torch.long)
+        return saved_bytes(lambda: model(video, tokens), model)
 
-    assert kept(3) - kept(1) == 2 * memory.per_clip
+    assert kept(4) - kept(2) == 2 * memory.per_clip
     assert (memory.working > 0) == checkpointing
     assert memory.state >= 16 * sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_adapters_alone_take_less() -> None:
+    config = ModelConfig(name="DEMO_Slowfast", num_frames=4)
+    whole, adapters = predict(config), predict(config, adapters_alone=True)
+    model = create_model(config)
+    assert isinstance(model, EgoVideo)
+    model.freeze_all_but_adapters()
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert adapters.state >= 4 * sum(p.numel() for p in model.parameters()) + 12 * learning
+    assert adapters.state < whole.state / 3
+    assert adapters.per_clip < whole.per_clip
 
 
 def test_peak_and_fit_agree() -> None:

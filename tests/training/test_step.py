@@ -24,7 +24,7 @@ HERE = Distributed(0, 1, torch.device("cpu"), None)
 def config(**train: Any) -> Config:
     cfg = Config(loss=LossConfig(learn_temperature=True))
     cfg.model.name, cfg.model.num_frames = "DEMO", 2
-    for name, value in {"lr": 1e-3, **train}.items():
+    for name, value in {"lr": 1e-3, "precision": "fp32", **train}.items():
         assert hasattr(cfg.train, name)
         setattr(cfg.train, name, value)
     return cfg
