@@ -50,7 +50,7 @@ class Annotations:
 
     ``columns`` holds video_id, text and whatever else was asked for as strings; ``times`` the start and the end as
     strings where a person may have written them, or as float64; ``numbers`` counts the entries as ``unit`` (row,
-    narration, ...) of the file from 1; ``broken`` are entries that were not even split into columns.
+    narration, ...) of the file from 1; ``broken`` are entries that do not even have the parts of one.
     """
 
     columns: pa.Table

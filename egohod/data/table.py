@@ -254,7 +254,7 @@ def _judge(
             lambda i: f"video '{videos[i].as_py()}' has the same clip and narration before",
         ),
     ]
-    kept, left_out = np.ones(len(start), dtype=bool), {"not in columns": len(found.broken)}
+    kept, left_out = np.ones(len(start), dtype=bool), {"malformed": len(found.broken)}
     faults = [f"{path}: {text}" for text in found.broken[:1]]
     for why, mask, what in complaints:
         fresh = mask & kept
