@@ -67,6 +67,9 @@ def read_annotations(path: Path, source: SourceConfig, extra: Sequence[str] | No
     Raises :class:`TableError` naming the file, and the row where one is at fault.
     """
     try:
+        protocol, remote, _ = source.metadata.partition("://")
+        if remote:  # not named in full: an address may be signed
+            raise TableError(f"{protocol}://...: annotations are read from a local disk only; copy the file there")
         if not path.exists():
             raise TableError(f"{path}: no such annotation file")
         name = source.format if source.format != "auto" else _guess(path)
