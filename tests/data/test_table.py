@@ -236,3 +236,30 @@ def test_no_python_object_per_row(tmp_path: Path) -> None:
     clips = ClipTable.read(path)
     assert sys.getallocatedblocks() - before < rows / 10
     assert clips.row(rows - 1).texts == (f"text {rows - 1}",)
+
+
+def test_real_annotations_with_columns_of_their_own(shared: Path) -> None:
+    """EPIC-KITCHENS (clock times, lists in further columns) and EgoExoLearn (commas, quotes, two languages)."""
+    path = shared / "annotations" / "epic-kitchens-100" / "EPIC_100_validation.csv"
+    names = {"start_second": "start_timestamp", "end_second": "stop_timestamp", "text": "narration"}
+    epic = ClipTable.read(SourceConfig(metadata=str(path), columns=names), strict=True)
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(epic) == len(rows) == 9668
+    starts = [
+        sum(60**i * float(part) for i, part in enumerate(reversed(r["start_timestamp"].split(":")))) for r in rows
+    ]
+    assert epic.column("start_second").tolist() == pytest.approx(starts)
+    for name in ("video_id", "all_nouns"):
+        assert epic.column(name).tolist() == [row[name] for row in rows]
+
+    path = shared / "annotations" / "egoexolearn" / "association_exo_train.csv"
+    names = {"video_id": "video_uid", "start_second": "start_sec", "end_second": "end_sec", "text": "narration_en"}
+    exo = ClipTable.read(SourceConfig(metadata=str(path), columns=names))
+    assert (len(exo), exo.report.left_out) == (6268, {"duplicates": 2})
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for i in range(0, len(exo), 100):
+        row = exo.row(i)
+        assert row.texts == (rows[row.row - 1]["narration_en"].strip(),)
+        assert row.start == float(rows[row.row - 1]["start_sec"])
