@@ -224,6 +224,7 @@ def test_pickle(tmp_path: Path) -> None:
         ("v1", 1.5, 4.0, "#C C cuts"),
         ("v2", np.float64(3), np.float32(9.5), ["#C C stirs", "#C C's spoon, turns"]),
         ["v3", 0, 2, ("one",)],
+        (np.str_("küche"), np.int16(7), np.array(9.5, ">f8")[()], np.str_("台所")),
     ]
     path.write_bytes(pickle.dumps(rows))
     table = read(path)
@@ -231,6 +232,7 @@ def test_pickle(tmp_path: Path) -> None:
         ("v1", 1.5, 4.0, ("#C C cuts",)),
         ("v2", 3.0, 9.5, ("#C C stirs", "#C C's spoon, turns")),
         ("v3", 0.0, 2.0, ("one",)),
+        ("küche", 7.0, 9.5, ("台所",)),
     ]
 
 
@@ -246,6 +248,16 @@ def test_a_pickle_that_would_run_code_is_refused_and_named(tmp_path: Path, monke
     with pytest.raises(TableError, match=r"refused: it asks for (posix|nt)\.system"):
         read(path)
     assert not (tmp_path / "ran").exists()
+
+
+def test_numbers_of_made_up_types_are_refused(tmp_path: Path) -> None:
+    """NumPy itself would build them, and with them read and write where it should not."""
+    path = tmp_path / "clips.pkl"
+    odd = np.zeros(1, np.dtype([("a", "f8"), ("b", "f8")]))[0]
+    for value in (odd, np.datetime64("2020-01-01"), np.longdouble(1)):
+        path.write_bytes(pickle.dumps([("v", 0, value, "x")]))
+        with pytest.raises(TableError, match=r"not a readable pickle .*is no plain number or text"):
+            read(path)
 
 
 def test_pickles_that_are_no_annotations(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
