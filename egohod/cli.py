@@ -39,6 +39,11 @@ def parser(description: str, default_config: str) -> argparse.ArgumentParser:
     return made
 
 
+def overrides(args: argparse.Namespace) -> list[str]:
+    """The knobs set on the command line, ``--strict`` being one of them."""
+    return [*args.overrides, *(["data.strict=true"] if args.strict else [])]
+
+
 def run(program: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> int:
     """Run a main program; a :class:`UserError` becomes one line per problem on stderr and exit code 2."""
     set_up_logging()

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import main_pretrain
+from egohod.config import UserError
 from tests.support import Command, losses, newest
 
 
@@ -84,6 +86,16 @@ def test_what_is_missing_is_said_in_one_line(tiny_config: Path, inside: Command,
 
 
 @pytest.mark.ci
+def test_strict_stops_a_run_at_the_first_bad_row(demo_world: Path, tiny_config: Path, tmp_path: Path) -> None:
+    table = (demo_world / "train" / "hod.csv").read_text().splitlines()
+    columns = table[1].split(",")
+    (tmp_path / "hod.csv").write_text("\n".join([table[0], ",".join([*columns, "one", "more"]), *table[1:]]) + "\n")
+    with pytest.raises(UserError, match=r"hod\.csv: row 1: \d+ columns instead of"):
+        main_pretrain.main(
+            ["--config_file", str(tiny_config), "--strict", f"data.train.demo.metadata={tmp_path}/hod.csv"]
+        )
+
+
 def test_weights_that_do_not_fit_or_bite(tiny_config: Path, tmp_path: Path, program: Command) -> None:
     command = ["main_pretrain.py", "--config_file", tiny_config, "train.duration=1 steps"]
     assert program(*command).returncode == 0

@@ -7,7 +7,8 @@ Ours is ``egohod.data``: uint8 to the main process and normalised there, which i
 
 With ``--chunked`` the usual way reads the original instead, a key frame every 250 frames, and ours what
 ``tools/chunk_videos.py`` makes of it at a short side of 256. With ``--s3`` ours also reads the same chunks, in the same
-rounds, from an S3 server on loopback (moto, a process of its own on the same cores) without a cache.
+rounds, from an S3 server on loopback (moto, a process of its own on the same cores) without a cache; and then once
+more in turns within one process, where neither starting workers nor connecting counts.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ CROP_SCALE_MIN = 0.5
 # Of the original that is chunked: what cameras and archives have.
 ORIGINAL_KEYFRAME_EVERY, CHUNKED_SHORT_SIDE = 250, 256
 BUCKET = "egohod-bench"
+WARM_TURNS, WARM_CLIPS = 12, 16
 MOTO = """
 import sys
 from moto.server import ThreadedMotoServer
@@ -93,7 +95,9 @@ def run(options: argparse.Namespace) -> None:
         s3 = (
             f"\negohod.data from S3 on loopback           {result['s3_clips_per_second']:6.1f} clips/s, "
             f"{result['s3_milliseconds_per_clip']:.0f} ms CPU each and {result['server_milliseconds_per_clip']:.1f} ms "
-            f"in the server\ndisk to S3 {result['s3_ratio']:.2f} (rounds: {each_round})"
+            f"in the server\ndisk to S3 {result['s3_ratio']:.2f} (rounds: {each_round})\n"
+            f"in one process that is connected {result['warm_s3_ratio']:.2f}: "
+            f"{result['warm_milliseconds_per_clip']:.0f} and {result['warm_s3_milliseconds_per_clip']:.0f} ms CPU each"
         )
     print(
         f"{options.workers} workers, {options.frames} frames at {options.size} px, batches of {options.batch_size}, "
@@ -171,6 +175,7 @@ def compare(
             "s3_ratios": s3_ratios,
             "s3_milliseconds_per_clip": statistics.median(each for _, each in from_s3),
             "server_milliseconds_per_clip": statistics.median(busy),
+            **warm(dataset, remote),
         }
     return {
         "clips_per_second": statistics.median(each for each, _ in ours),
@@ -184,6 +189,25 @@ def compare(
         "kilobits_per_second": kilobits(videos) / (options.chunks * CHUNK_SECONDS),
         "baseline_kilobits_per_second": kilobits(folder / "videos") / (options.chunks * CHUNK_SECONDS),
         **{name: getattr(options, name) for name in ("workers", "frames", "size", "batch_size", "clips", "chunked")},
+    }
+
+
+def warm(dataset: ClipDataset, remote: ClipDataset) -> dict[str, float]:
+    """One process that has its connection already, as in the middle of a long run: a few clips of each in turns."""
+    wall, busy = [], []
+    for turn in range(WARM_TURNS + 1):
+        keys = [(turn, i % len(dataset)) for i in range(turn * WARM_CLIPS, (turn + 1) * WARM_CLIPS)]
+        for source in (dataset, remote):
+            began, before = time.perf_counter(), time.process_time()
+            for key in keys:
+                source[key]
+            wall.append(time.perf_counter() - began)
+            busy.append(1000 * (time.process_time() - before) / WARM_CLIPS)
+    # The first turn connects.
+    return {
+        "warm_s3_ratio": statistics.median(s3 / disk for disk, s3 in zip(wall[2::2], wall[3::2], strict=True)),
+        "warm_milliseconds_per_clip": statistics.median(busy[2::2]),
+        "warm_s3_milliseconds_per_clip": statistics.median(busy[3::2]),
     }
 
 

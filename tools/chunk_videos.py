@@ -191,8 +191,8 @@ def say_estimate(found: Estimate, output: Path, workers: int) -> None:
     place = next(path for path in (output.resolve(), *output.resolve().parents) if path.exists())
     free = shutil.disk_usage(place).free
     log.info(
-        "about %.2g hours with %d workers, about %s on disk (%.4g TB); %s free at %s",
-        found.hours, workers, size(found.bytes), found.bytes / 1e12, size(free), place,
+        "about %s (%.3g hours) with %d workers, about %s (%.3g TB) on disk; %s free at %s",
+        clock(3600 * found.hours), found.hours, workers, size(found.bytes), found.bytes / 1e12, size(free), place,
     )  # fmt: skip
     if found.bytes > free:
         log.warning("that does not fit: a smaller --short_side, a higher --crf or a lower --fps make it smaller")

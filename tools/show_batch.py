@@ -30,11 +30,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, default=Path("batch.png"), help="picture (default: batch.png)")
     parser.add_argument("--step", type=int, default=1, help="the batch of this training step (default: 1)")
     parser.add_argument("--clips", type=int, default=8, help="how many of its clips (default: 8)")
+    parser.add_argument("--strict", action="store_true", help="stop at the first clip or row that cannot be used")
     parser.add_argument("--dry_run", action="store_true", help="say which clips, and draw nothing")
     args = parser.parse_intermixed_args(arguments)
     if args.step < 1 or args.clips < 1:
         raise config.UserError("--step and --clips count from 1")
-    cfg = config.load(args.config_file, args.overrides)
+    cfg = config.load(args.config_file, cli.overrides(args))
     dataset = build_dataset(cfg, geometry(cfg.model.name).image_size)
     keys = build_plan(cfg, dataset).keys(args.step - 1)[: args.clips].tolist()
     views = []
@@ -45,6 +46,8 @@ def main(arguments: Sequence[str]) -> int:
         try:
             views.append((dataset.where(index), dataset.view((epoch, index))))
         except VideoError as error:
+            if args.strict:
+                raise config.UserError(f"{dataset.where(index)}: {error}") from error
             log.warning("left out, a training would put another clip in its place: %s", error)
     if args.dry_run:
         return cli.DONE

@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -42,9 +43,9 @@ class Progress:
         self._first = done if self._first is None else self._first
         if done == total or now - self._said > 2:
             rate = (done - self._first) / max(now - self._begin, 1e-9)
-            left = f"{(total - done) / rate:.0f} s left" if rate else "..."
+            left = timedelta(seconds=round((total - done) / max(rate, 1e-9))) if rate or done == total else "unknown"
             log.info(
-                "%s: %s of %s clips, %s unreadable, %s", self._name, f"{done:,}", f"{total:,}", f"{faults:,}", left
+                "%s: %s of %s clips, %s unreadable, ETA %s", self._name, f"{done:,}", f"{total:,}", f"{faults:,}", left
             )
             self._said = now
 
@@ -60,8 +61,7 @@ def main(arguments: Sequence[str]) -> int:
     args = parser.parse_intermixed_args(arguments)
     if args.workers < 1 or args.frames < 1:
         raise config.UserError("--workers and --frames count from 1")
-    strict = ["data.strict=true"] if args.strict else []
-    cfg = config.load(args.config_file, [*args.overrides, *strict])
+    cfg = config.load(args.config_file, cli.overrides(args))
     dataset = build_dataset(cfg, size=1)
     verifiers = [
         Verifier(name, source, args.output, args.frames)
@@ -73,8 +73,9 @@ def main(arguments: Sequence[str]) -> int:
             videos = len(set(table.group_codes(["video"]).tolist()))
             hours = verifier.estimate() / max(1, args.workers) / 3600
             log.info(
-                "%s: %s clips of %s videos, about %.2f hours", verifier.name, f"{len(table):,}", f"{videos:,}", hours
-            )
+                "%s: %s clips of %s videos, about %s (%.3g hours)",
+                verifier.name, f"{len(table):,}", f"{videos:,}", timedelta(seconds=round(3600 * hours)), hours,
+            )  # fmt: skip
         return cli.DONE
     args.output.mkdir(parents=True, exist_ok=True)
     verdicts: dict[str, Verdict] = {}

@@ -18,6 +18,7 @@ import csv
 import difflib
 import gc
 import pickle
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,7 @@ class Annotations:
 
     ``columns`` holds video_id, text and whatever else was asked for as strings; ``times`` the start and the end as
     strings where a person may have written them, or as float64; ``numbers`` counts the entries as ``unit`` (row,
-    narration, ...) of the file from 1; ``broken`` are entries that were not even split into columns.
+    narration, ...) of the file from 1; ``broken`` are entries that do not even have the parts of one.
     """
 
     columns: pa.Table
@@ -67,6 +68,9 @@ def read_annotations(path: Path, source: SourceConfig, extra: Sequence[str] | No
     Raises :class:`TableError` naming the file, and the row where one is at fault.
     """
     try:
+        protocol, remote, _ = source.metadata.partition("://")
+        if remote:  # not named in full: an address may be signed
+            raise TableError(f"{protocol}://...: annotations are read from a local disk only; copy the file there")
         if not path.exists():
             raise TableError(f"{path}: no such annotation file")
         name = source.format if source.format != "auto" else _guess(path)
@@ -343,6 +347,22 @@ def _clip_lengths(times: np.ndarray, group: np.ndarray, rule: str) -> np.ndarray
 # --------------------------------------------------------------------------------------------------
 
 
+class _Dtype:
+    """Stands in for NumPy's, which a made-up state turns into a way to any memory."""
+
+    def __init__(self, code: str, *_: object) -> None:
+        if not re.fullmatch(r"[iuf][1248]|b1|U\d{1,6}", str(code)):
+            raise ValueError(f"NumPy's type '{str(code)[:20]}' is no plain number or text")
+        self._code = code
+
+    def __setstate__(self, state: Sequence[Any]) -> None:
+        self._code = ("" if state[1] not in ("<", ">") else state[1]) + self._code
+
+    def value(self, data: bytes) -> Any:
+        """The number or text that ``data`` holds, as Python's own."""
+        return np.frombuffer(data, self._code, count=1)[0].item()
+
+
 class _PlainUnpickler(pickle.Unpickler):
     """Lists, tuples, dicts, strings and numbers; NumPy's numbers too. Nothing else, so nothing can run."""
 
@@ -350,9 +370,10 @@ class _PlainUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Refuse whatever is no plain number."""
-        module = module.replace("numpy.core", "numpy._core")
-        if (module, name) in (("numpy._core.multiarray", "scalar"), ("numpy", "dtype")):
-            return super().find_class(module, name)
+        if (module.replace("numpy.core", "numpy._core"), name) == ("numpy._core.multiarray", "scalar"):
+            return _Dtype.value
+        if (module, name) == ("numpy", "dtype"):
+            return _Dtype
         raise TableError(
             f"{self.path}: refused: it asks for {module}.{name}, which is no part of plain annotations and could run "
             "code; nothing was run"

@@ -361,7 +361,9 @@ class Workers:
                     running[self._pool.submit(function, *task[1:])] = task
                 if not running:
                     return
-                for future in wait(running, _TELL_EVERY, FIRST_COMPLETED).done:
+                done = wait(running, _TELL_EVERY, FIRST_COMPLETED).done
+                # What failed last: the others' work is then not lost with it.
+                for future in sorted(done, key=lambda each: each.exception() is not None):
                     yield running.pop(future), future.result()
                 wake()
         except BrokenProcessPool as error:
@@ -379,7 +381,8 @@ class Workers:
                 bad[video] = result
             else:
                 good[video] = result
-        return good, bad
+        # In the order of the videos, not in that of the answers: what is made first is then the same every time.
+        return {video: good[video] for video in videos if video in good}, bad
 
 
 @dataclass

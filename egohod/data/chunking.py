@@ -396,7 +396,8 @@ def encoder_options(settings: ChunkSettings) -> dict[str, str]:
     private = {"scenecut": "0", "open-gop": "0", "ref": "1", "b-adapt": "0"}
     if settings.codec == "libx264":
         # The stream then states the frame rate, not our unit of time: FFmpeg before 6 derives frame lengths from it.
-        private |= {"b-pyramid": "none", "force-cfr": "1"}
+        # The same bytes on every machine: x264's AVX-512 code gives others even from run to run.
+        private |= {"b-pyramid": "none", "force-cfr": "1", "cpu-independent": "1"}
     else:
         private |= {"b-pyramid": "0", "log-level": "none"}
     tune = {"tune": "fastdecode"} if settings.fastdecode else {}

@@ -250,7 +250,8 @@ class FaultLedger:
         if self._bad > self._max_fraction * max(self._seen, _GRACE_CLIPS):
             raise UserError(
                 f"{self._bad} of {self._seen} clips could not be read, more than data.max_bad_fraction="
-                f"{self._max_fraction:g} allows; the last: {faults[-1] if faults else 'before the resume'}"
+                f"{self._max_fraction:g} allows; tools/verify_dataset.py lists them all for the source's "
+                f"exclude; the last: {faults[-1] if faults else 'before the resume'}"
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -280,7 +280,7 @@ _DECODERS: dict[str, tuple[Opener, str, str]] = {
     "pyav": (PyavDecoder, "av", "pip install av"),
     "torchcodec": (
         TorchcodecDecoder,
-        "torchcodec.decoders",
+        "torchcodec",
         "pip install torchcodec, and FFmpeg's shared libraries: apt-get install ffmpeg",
     ),
     "decord": (DecordDecoder, "decord", "pip install decord"),
@@ -307,10 +307,11 @@ def choose_decoder(name: str = "auto") -> tuple[str, Opener]:
 @functools.cache
 def _cannot_import(module: str) -> str | None:
     try:
-        importlib.import_module(module)
+        loaded = importlib.import_module(module)
     except Exception as error:  # a library that fails to load raises many kinds
         return _one_line(error)
-    return None
+    # torchcodec can be imported without FFmpeg, for the sake of its still pictures; it then knows no version.
+    return "FFmpeg is not there" if getattr(loaded, "ffmpeg_major_version", 0) is None else None
 
 
 def _plain(source: Source) -> Any:

@@ -114,8 +114,6 @@ class ClipTable:
         if source.exclude:
             excluded = _excluded(Path(source.exclude), found.columns["video_id"], first, last) & kept
             left_out["on the exclude list"] = int(excluded.sum())
-            if not excluded.any():
-                log.warning("%s: names no clip of %s", source.exclude, path)
             kept &= ~excluded
         if not kept.any():
             raise TableError(
@@ -254,7 +252,7 @@ def _judge(
             lambda i: f"video '{videos[i].as_py()}' has the same clip and narration before",
         ),
     ]
-    kept, left_out = np.ones(len(start), dtype=bool), {"not in columns": len(found.broken)}
+    kept, left_out = np.ones(len(start), dtype=bool), {"malformed": len(found.broken)}
     faults = [f"{path}: {text}" for text in found.broken[:1]]
     for why, mask, what in complaints:
         fresh = mask & kept
@@ -291,7 +289,10 @@ def _excluded(path: Path, videos: pa.ChunkedArray, start: np.ndarray, end: np.nd
         reason = " ".join(str(error).split())
         raise TableError(f"{path}: not an exclude list with {', '.join(EXCLUDE_COLUMNS)} ({reason})") from error
     clips = pd.MultiIndex.from_arrays([videos.to_pandas(), _milliseconds(start), _milliseconds(end)])
-    return clips.isin(unwanted)
+    found = clips.isin(unwanted)
+    if len(unwanted) and not found.any():
+        log.warning("%s: names no clip of this table; is it another one's?", path)
+    return found
 
 
 def _milliseconds(times: np.ndarray | pd.Series) -> np.ndarray:

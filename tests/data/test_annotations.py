@@ -1,8 +1,11 @@
 """One test per format on files as they are released, and what happens to bad ones."""
 
+import csv
 import json
 import os
 import pickle
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +35,114 @@ def test_egoclip(tmp_path: Path) -> None:
         ("a-1", 8.5, 9.5, ("#C C looks",)),  # widened to a second
     ]
     assert table.column("tag_noun").tolist() == ["[5, 7]", "[]"]
+
+
+# --------------------------------------------------------------------------------------------------
+# What every format must bear
+# --------------------------------------------------------------------------------------------------
+
+Entry = tuple[str, float | str, float | str, str]
+NAMES = {
+    "hod": ["video_id", "start_second", "end_second", "text"],
+    "egoclip": ["video_uid", "clip_start", "clip_end", "clip_text"],
+}
+
+
+def write_text(path: Path, name: str, entries: Sequence[Entry], names: Sequence[str] | None = None) -> None:
+    """With a byte order mark, CRLF, a further column in front, and all others in reverse."""
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.writer(file, delimiter="\t" if name == "egoclip" else ",", lineterminator="\r\n")
+        writer.writerow(["more", *reversed(names or NAMES[name])])
+        writer.writerows(["...", *reversed(entry)] for entry in entries)
+
+
+def write_hod(path: Path, entries: Sequence[Entry]) -> None:
+    write_text(path, "hod", entries)
+
+
+def write_egoclip(path: Path, entries: Sequence[Entry]) -> None:
+    write_text(path, "egoclip", entries)
+
+
+def write_pickle(path: Path, entries: Sequence[Entry]) -> None:
+    path.write_bytes(pickle.dumps([(*entry, {"more": 1.0}) for entry in entries]))
+
+
+def write_ego4d(path: Path, entries: Sequence[Entry]) -> None:
+    """The start is the moment; the end follows from the rule."""
+    content: dict[str, dict[str, dict[str, list[dict[str, object]]]]] = {}
+    for video, stamp, _, text in entries:
+        said = {"timestamp_sec": stamp, "narration_text": text, "more": 1}
+        content.setdefault(video, {"narration_pass_1": {"narrations": []}})["narration_pass_1"]["narrations"] += [said]
+    path.write_text("\ufeff" + json.dumps(content), encoding="utf-8")
+
+
+FORMATS: dict[str, tuple[str, str, Callable[[Path, Sequence[Entry]], None]]] = {
+    "hod": ("clips.csv", "row", write_hod),
+    "egoclip": ("egoclip.csv", "row", write_egoclip),
+    "pickle": ("clips.pkl", "entry", write_pickle),
+    "ego4d": ("narration.json", "narration", write_ego4d),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_odd_but_good_entries(name: str, tmp_path: Path) -> None:
+    file, _, write = FORMATS[name]
+    entries: list[Entry] = [
+        ("Küche 1/vidéo 2", "00:01:02.5", "1:04", 'says "cut",\nthen\twaits'),
+        ("Küche 1/vidéo 2", 3.5, "5", "台所 #C C's"),
+        ("a b", "1e1", 12.25, "#C C stirs"),
+        ("a b", -0.25, 2, "#C C begins before the video"),
+    ]
+    write(tmp_path / file, entries)
+    table = read(tmp_path / file)
+    assert [(row.video_id, row.texts) for row in map(table.row, range(4))] == [(v, (t,)) for v, _, _, t in entries]
+    assert table.report.left_out == {}
+    assert table.report.negative_start == 1
+    assert table.row(3).start == 0
+    times = [(row.start, row.end) for row in map(table.row, range(3))]
+    if name == "ego4d":
+        assert [(start + end) / 2 for start, end in times] == [62.5, 3.5, 10.0]
+    else:
+        assert times == [(62.5, 64.0), (3.5, 5.0), (10.0, 12.25)]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_bad_entries_are_left_out_counted_and_named_or_stop_if_strict(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file, unit, write = FORMATS[name]
+    path = tmp_path / file
+    bad: list[tuple[Entry, str]] = [
+        (("v", "soon", 5, "y"), "is 'soon', not a time in seconds or HH:MM:SS"),
+        (("v", -9, -5, "y"), "the clip ends at -"),
+        (("v", 10, 12, "x"), "video 'v' has the same clip and narration before"),
+        (("v", 30, 32, " "), "no narration"),
+        (("../v", 20, 22, "y"), "video_id '../v' is empty or leads out of the video folder"),
+    ]
+    write(path, [("v", 10, 12, "x"), *(entry for entry, _ in bad)])
+    table = ClipTable.read(path)
+    assert [row.texts for row in map(table.row, range(len(table)))] == [("x",)]
+    assert sum(table.report.left_out.values()) == 5
+    for number, (_, said) in enumerate(bad, 2):
+        assert re.search(rf"{re.escape(str(path))}: {unit} {number}: .*{re.escape(said)}", caplog.text)
+    for entry, said in bad:
+        write(path, [("v", 10, 12, "x"), entry])
+        with pytest.raises(TableError, match=rf"^{re.escape(str(path))}: {unit} 2: .*{re.escape(said)}[^\n]*$"):
+            read(path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_columns_may_be_renamed_but_not_be_missing(name: str, tmp_path: Path) -> None:
+    path, entries = tmp_path / "clips.csv", [("v", 1, 3, "x")]
+    renamed = dict(zip(NAMES["hod"], ["clip", "begin", "finish", "said"], strict=True))
+    write_text(path, name, entries, list(renamed.values()))
+    assert clips(read(path, format=name, columns=renamed)) == [("v", 1.0, 3.0, ("x",))]
+    for missing in range(4):
+        names = [f"other_{i}" if i == missing else column for i, column in enumerate(NAMES[name])]
+        write_text(path, name, entries, names)
+        with pytest.raises(TableError, match=rf"^{re.escape(str(path))}: no column '{NAMES[name][missing]}'"):
+            read(path, format=name)
 
 
 def narrations(*stamps: float, text: str = "#C C stirs") -> dict[str, object]:
@@ -113,6 +224,7 @@ def test_pickle(tmp_path: Path) -> None:
         ("v1", 1.5, 4.0, "#C C cuts"),
         ("v2", np.float64(3), np.float32(9.5), ["#C C stirs", "#C C's spoon, turns"]),
         ["v3", 0, 2, ("one",)],
+        (np.str_("küche"), np.int16(7), np.array(9.5, ">f8")[()], np.str_("台所")),
     ]
     path.write_bytes(pickle.dumps(rows))
     table = read(path)
@@ -120,6 +232,7 @@ def test_pickle(tmp_path: Path) -> None:
         ("v1", 1.5, 4.0, ("#C C cuts",)),
         ("v2", 3.0, 9.5, ("#C C stirs", "#C C's spoon, turns")),
         ("v3", 0.0, 2.0, ("one",)),
+        ("küche", 7.0, 9.5, ("台所",)),
     ]
 
 
@@ -135,6 +248,16 @@ def test_a_pickle_that_would_run_code_is_refused_and_named(tmp_path: Path, monke
     with pytest.raises(TableError, match=r"refused: it asks for (posix|nt)\.system"):
         read(path)
     assert not (tmp_path / "ran").exists()
+
+
+def test_numbers_of_made_up_types_are_refused(tmp_path: Path) -> None:
+    """NumPy itself would build them, and with them read and write where it should not."""
+    path = tmp_path / "clips.pkl"
+    odd = np.zeros(1, np.dtype([("a", "f8"), ("b", "f8")]))[0]
+    for value in (odd, np.datetime64("2020-01-01"), np.longdouble(1)):
+        path.write_bytes(pickle.dumps([("v", 0, value, "x")]))
+        with pytest.raises(TableError, match=r"not a readable pickle .*is no plain number or text"):
+            read(path)
 
 
 def test_pickles_that_are_no_annotations(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -279,7 +279,7 @@ def test_a_dry_run_estimates_and_writes_nothing(recordings: Path, tmp_path: Path
     done = tool(root, out, "--dry_run", "--seconds", 1, "--workers", 2)
     assert done.returncode == 1, done.stderr
     assert "1 files could not be read" in done.stderr
-    for part in ("5 videos", "h264 96x64 10 fps: 5 files", "hours with 2 workers", "TB", "free at"):
+    for part in ("5 videos", "h264 96x64 10 fps: 5 files", "hours) with 2 workers", "TB", "free at"):
         assert part in done.stdout, part
     assert not out.parent.exists()
 

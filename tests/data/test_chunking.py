@@ -328,6 +328,7 @@ def test_time_stamps_that_jump(tmp_path: Path) -> None:
     assert [numbers(reference(path)[1]) for path in sorted(folder.iterdir())] == [[0, 1, 2], [2], [2], [2, 3]]
 
 
+@pytest.mark.ci
 def test_real_clips(shared: Path, tmp_path: Path) -> None:
     for source in sorted((shared / "media").glob("*/*.mp4")):
         folder = cut(source, tmp_path / source.stem, ChunkSettings(seconds=1.0, short_side=2000, crf=14))

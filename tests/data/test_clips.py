@@ -17,6 +17,7 @@ from egohod.data.text import Tokenizer
 from egohod.data.video import VideoError
 
 CLIPS = 12
+TOKENIZER = Tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def dataset(world: Path, name: str = "clips", **options: Any) -> ClipDataset:
     options = {
         "size": 32,
         "num_frames": 4,
-        "tokenizer": Tokenizer(),
+        "tokenizer": TOKENIZER,
         "decoder": "pyav",
         "train": True,
         "flip": 0.5,
@@ -75,7 +76,7 @@ def test_evaluation_samples_are_fixed_and_plain(world: Path) -> None:
     evaluation = dataset(world, train=False, flip=1.0)
     assert equal(evaluation[2], evaluation[2])
     assert equal(evaluation[2], dataset(world, train=False, seed=5)[2])
-    expected = Tokenizer()(["#C C moves cup 2 with the left hand"])[0]
+    expected = TOKENIZER(["#C C moves cup 2 with the left hand"])[0]
     assert torch.equal(evaluation[2]["tokens"], expected)
 
 
@@ -84,7 +85,7 @@ def test_a_flip_mirrors_picture_and_caption(world: Path) -> None:
     for index in range(CLIPS):
         a, b = plain[0, index], flipped[0, index]
         assert torch.equal(a["video"].flip(-1), b["video"])
-        assert torch.equal(b["tokens"], Tokenizer()([f"#C C moves cup {index} with the right hand"])[0])
+        assert torch.equal(b["tokens"], TOKENIZER([f"#C C moves cup {index} with the right hand"])[0])
 
 
 def test_every_clip_is_decoded_and_cropped_once(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +118,7 @@ def test_a_folder_without_any_readable_clip_gives_up(world: Path, tmp_path: Path
         [(ClipTable.read(world / "clips.csv"), SourceConfig(root=str(tmp_path)))],
         size=32,
         num_frames=4,
-        tokenizer=Tokenizer(),
+        tokenizer=TOKENIZER,
         decoder="pyav",
         train=True,
     )
@@ -131,7 +132,7 @@ def test_roots_by_dataset(world: Path, tmp_path: Path) -> None:
     encode(tmp_path / "other" / "v1.mp4", 40)
 
     def build(**roots: Any) -> ClipDataset:
-        options = {"size": 32, "num_frames": 2, "tokenizer": Tokenizer(), "decoder": "pyav"}
+        options = {"size": 32, "num_frames": 2, "tokenizer": TOKENIZER, "decoder": "pyav"}
         return ClipDataset([(ClipTable.read(csv), SourceConfig(metadata=str(csv), **roots))], **options)
 
     clips = build(root=str(tmp_path / "other"), dataset_roots={"ego4d": str(world / "videos"), "unused": "/none"})

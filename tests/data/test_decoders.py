@@ -190,7 +190,7 @@ def test_auto_takes_the_first_that_loads(monkeypatch: pytest.MonkeyPatch) -> Non
     missing = {"av"}
     monkeypatch.setattr(decoders, "_cannot_import", lambda module: "No module" if module in missing else None)
     assert choose_decoder("auto")[0] == "torchcodec"
-    missing.add("torchcodec.decoders")
+    missing.add("torchcodec")
     assert choose_decoder("auto")[0] == "decord"
     missing.add("decord")
     with pytest.raises(UserError, match=r"pip install av.*apt-get install ffmpeg.*pip install decord"):
@@ -201,6 +201,18 @@ def test_an_absent_decoder_is_said_with_its_cure(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(decoders, "_cannot_import", lambda module: "libavutil.so.56: no such file")
     with pytest.raises(UserError, match=r"torchcodec does not load .libavutil.*apt-get install ffmpeg"):
         choose_decoder("torchcodec")
+
+
+def test_torchcodec_without_ffmpeg_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It can be imported all the same, and would fail on every clip."""
+    torchcodec = pytest.importorskip("torchcodec")
+    monkeypatch.setattr(torchcodec, "ffmpeg_major_version", None)
+    decoders._cannot_import.cache_clear()
+    try:
+        with pytest.raises(UserError, match=r"torchcodec does not load .FFmpeg is not there.*apt-get install"):
+            choose_decoder("torchcodec")
+    finally:
+        decoders._cannot_import.cache_clear()
 
 
 def test_an_unknown_decoder() -> None:

@@ -173,12 +173,16 @@ def test_only_asked_for_columns_are_kept(tmp_path: Path) -> None:
     assert "noun" not in ClipTable.read(path, extra=["verb"]).column_names
 
 
-def test_an_exclude_list_leaves_clips_out(tmp_path: Path) -> None:
+def test_an_exclude_list_leaves_clips_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path / "clips.csv", HEADER + "v,0,2,x\nv,3,3.2,y\nw,0,2,z\n")
     exclude = write(tmp_path / "bad.csv", "video_id,start_second,end_second,reason\nv,3.0,4.0,no such file\n")
     clips = ClipTable.read(SourceConfig(metadata=str(path), exclude=str(exclude)))
     assert [clips.row(i).row for i in range(len(clips))] == [1, 3]
     assert clips.report.left_out == {"on the exclude list": 1}
+    for content, warned in (("", False), ("x,3.0,4.0\n", True)):
+        write(exclude, "video_id,start_second,end_second\n" + content)
+        assert len(ClipTable.read(SourceConfig(metadata=str(path), exclude=str(exclude)))) == 3
+        assert ("names no clip of this table" in caplog.text) == warned
     for content, said in (
         ("video,start\n", "not an exclude list"),
         ("video_id,start_second,end_second\nv,x,1\n", "parse string 'x' at position 0"),
@@ -196,6 +200,8 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
         ClipTable.read(tmp_path / "none.csv")
     with pytest.raises(TableError, match="cannot be read"):
         ClipTable.read(tmp_path)
+    with pytest.raises(TableError, match=r"^s3://\.\.\.: annotations are read from a local disk only"):
+        ClipTable.read("s3://bucket/clips.csv?X-Amz-Signature=secret")
 
 
 def test_group_codes_agree_with_tuples(tmp_path: Path) -> None:
@@ -230,3 +236,30 @@ def test_no_python_object_per_row(tmp_path: Path) -> None:
     clips = ClipTable.read(path)
     assert sys.getallocatedblocks() - before < rows / 10
     assert clips.row(rows - 1).texts == (f"text {rows - 1}",)
+
+
+def test_real_annotations_with_columns_of_their_own(shared: Path) -> None:
+    """EPIC-KITCHENS (clock times, lists in further columns) and EgoExoLearn (commas, quotes, two languages)."""
+    path = shared / "annotations" / "epic-kitchens-100" / "EPIC_100_validation.csv"
+    names = {"start_second": "start_timestamp", "end_second": "stop_timestamp", "text": "narration"}
+    epic = ClipTable.read(SourceConfig(metadata=str(path), columns=names), strict=True)
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(epic) == len(rows) == 9668
+    starts = [
+        sum(60**i * float(part) for i, part in enumerate(reversed(r["start_timestamp"].split(":")))) for r in rows
+    ]
+    assert epic.column("start_second").tolist() == pytest.approx(starts)
+    for name in ("video_id", "all_nouns"):
+        assert epic.column(name).tolist() == [row[name] for row in rows]
+
+    path = shared / "annotations" / "egoexolearn" / "association_exo_train.csv"
+    names = {"video_id": "video_uid", "start_second": "start_sec", "end_second": "end_sec", "text": "narration_en"}
+    exo = ClipTable.read(SourceConfig(metadata=str(path), columns=names))
+    assert (len(exo), exo.report.left_out) == (6268, {"duplicates": 2})
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for i in range(0, len(exo), 100):
+        row = exo.row(i)
+        assert row.texts == (rows[row.row - 1]["narration_en"].strip(),)
+        assert row.start == float(rows[row.row - 1]["start_sec"])

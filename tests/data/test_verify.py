@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
+import show_batch
+import verify_dataset
 from PIL import Image
 
 from egohod.config import SourceConfig, UserError
@@ -47,9 +50,12 @@ def nothing(*_: int) -> None:
     pass
 
 
-def test_what_is_missing_or_broken_is_listed_and_then_left_out(folder: Path, program: Command) -> None:
+def test_what_is_missing_or_broken_is_listed_and_then_left_out(
+    folder: Path, program: Command, caplog: pytest.LogCaptureFixture
+) -> None:
     done = program("tools/verify_dataset.py", "--config_file", folder / "config.yml", "--output", folder / "out")
     assert done.returncode == 1, done.stderr
+    assert "6 of 6 clips, 3 unreadable, ETA 0:00:00" in done.stderr
     with (folder / "out" / "own_exclude.csv").open(newline="") as file:
         listed = {row["video_id"]: row for row in csv.DictReader(file)}
     assert {name: row["row"] for name, row in listed.items()} == {"fake": "2", "none": "4", "v0": "5"}
@@ -60,9 +66,9 @@ def test_what_is_missing_or_broken_is_listed_and_then_left_out(folder: Path, pro
     assert (report["clips"], report["unreadable"]) == (6, 3)
     assert sorted(report["reasons"].values()) == [1, 1, 1]
     exclude = f"data.train.own.exclude={folder}/out/own_exclude.csv"
-    done = program("tools/verify_dataset.py", "--config_file", folder / "config.yml", "--output", folder / "2", exclude)
-    assert done.returncode == 0, done.stderr
-    assert "3 left out: on the exclude list" in done.stderr
+    caplog.set_level(logging.INFO)
+    assert verify_dataset.main(["--config_file", f"{folder}/config.yml", "--output", f"{folder}/2", exclude]) == 0
+    assert "3 left out: on the exclude list" in caplog.text
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,27 +122,29 @@ def test_several_processes_find_the_same(folder: Path) -> None:
     assert one == two
 
 
-def test_strict_stops_at_the_first_and_a_dry_run_writes_nothing(folder: Path, program: Command) -> None:
+def test_strict_stops_at_the_first_and_a_dry_run_writes_nothing(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(UserError, match=r"clips\.csv: row \d: "):
         Verifier("own", source(folder)[1], folder).run(1, nothing, strict=True)
-    done = program(
-        "tools/verify_dataset.py", "--config_file", folder / "config.yml", "--output", folder / "no", "--dry_run"
-    )
-    assert done.returncode == 0, done.stderr
-    assert "6 clips of 4 videos" in done.stderr
+    command = ["--config_file", f"{folder}/config.yml", "--output", f"{folder}/no", "--workers", "1"]
+    caplog.set_level(logging.INFO)
+    assert verify_dataset.main([*command, "--dry_run"]) == 0
+    assert "6 clips of 4 videos, about 0:00:00" in caplog.text
     assert not (folder / "no").exists()
+    with pytest.raises(UserError, match=r"clips\.csv: row \d: "):
+        verify_dataset.main([*command, "--strict"])
 
 
 def test_a_picture_of_a_batch(folder: Path, program: Command) -> None:
-    command = ["tools/show_batch.py", "--config_file", folder / "config.yml", "--output", folder / "batch.png"]
-    done = program(*command, "data.flip=1", "train.global_batch_size=6", "model.num_frames=3")
+    options = ["data.flip=1", "train.global_batch_size=6", "model.num_frames=3", "--config_file"]
+    options.append(f"{folder}/config.yml")
+    done = program("tools/show_batch.py", *options, "--output", folder / "batch.png")
     assert done.returncode == 0, done.stderr
     picture = np.asarray(Image.open(folder / "batch.png"))
     assert 3 * 112 < picture.shape[0] < 4 * 150  # the three clips that can be read
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
-    done = program(*command[:-1], folder / "batch.xyz")
-    assert done.returncode == 2
-    assert "cannot write" in done.stderr
-    done = program(*command[:-1], folder / "none.png", "--dry_run")
-    assert done.returncode == 0
+    with pytest.raises(UserError, match=r"cannot write .*batch\.xyz"):
+        show_batch.main([*options, "--output", f"{folder}/batch.xyz"])
+    with pytest.raises(UserError, match=r"clips\.csv: row [245]: .*videos/"):
+        show_batch.main([*options, "--output", f"{folder}/none.png", "--strict"])
+    assert show_batch.main([*options, "--output", f"{folder}/none.png", "--dry_run"]) == 0
     assert not (folder / "none.png").exists()
