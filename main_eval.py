@@ -2,6 +2,7 @@
 
 After a training:   python main_eval.py --config_file configs/demo.yml --checkpoint runs/demo
 One checkpoint:     python main_eval.py --config_file configs/demo.yml --checkpoint runs/demo/checkpoints/step-00000700
+Does time matter?   python main_eval.py --checkpoint runs/demo evaluate.controls=[shuffle,reverse,freeze]
 Several processes:  torchrun --nproc_per_node=2 main_eval.py --config_file configs/demo.yml --checkpoint runs/demo
 
 Prints the table and writes results.json to --output (default: the current folder's results/).
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         model = build_model(cfg, dist)
         Path(args.output).mkdir(parents=True, exist_ok=True)
-        evaluators = demo_evaluators(cfg, dist, "val", "test")
+        evaluators = demo_evaluators(cfg, dist, "val", "test", controls=cfg.evaluate.controls)
         if not evaluators:
             raise config.UserError("nothing to evaluate: set evaluate.demo_val or evaluate.demo_test")
         report(args.output, dist, evaluate(model, evaluators))

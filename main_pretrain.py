@@ -40,7 +40,8 @@ def main(arguments: Sequence[str]) -> int:
             model = build_model(cfg, dist)
             data = build_data(cfg, dist, model)
             describe(cfg, dist, model, data)
-            val, test = (demo_evaluators(cfg, dist, name) for name in ("val", "test"))
+            val = demo_evaluators(cfg, dist, "val")
+            test = demo_evaluators(cfg, dist, "test", controls=cfg.evaluate.controls)
             step, scores = train(cfg, dist, model, data, val)
             # The test worlds are opened once, when all is done.
             if test and step == Schedule.of(cfg, data.plan.steps_per_epoch).total:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 
@@ -334,6 +334,12 @@ class EvaluateConfig:
     )
     batch_size: int = knob(32, "clips encoded at a time", low=1)
     best: str = knob("val/choice_across_clips", "metric that keep_best ranks by (higher is better)")
+    controls: list[str] = knob(
+        [],
+        "temporal controls of the final evaluation, each the same clips with their time destroyed: shuffle puts the "
+        "frames of a clip in a fixed random order, reverse plays them backwards, freeze repeats the middle one",
+        choices=("shuffle", "reverse", "freeze"),
+    )
 
 
 @dataclass
@@ -487,6 +493,10 @@ def check(config: Config) -> list[tuple[str, str]]:
                 problems.append((name, f"{name} is '{text}', but must be longer than nothing"))
         except ConfigError as error:
             problems.append((name, str(error)))
+    if config.evaluate.controls and config.model.num_frames < 2:
+        problems.append(
+            ("evaluate.controls", "evaluate.controls destroy the order of frames, but model.num_frames is 1")
+        )
     if len(config.train.betas) != 2 or not all(0 <= beta < 1 for beta in config.train.betas):
         problems.append(
             ("train.betas", f"train.betas is {list(config.train.betas)}, but must be two numbers in [0, 1)")
@@ -656,6 +666,8 @@ def _explain(error: OmegaConfBaseException) -> str:
 
 
 def _out_of_range(value: Any, rule: Any) -> str | None:
+    if isinstance(value, (list, ListConfig)):
+        return next((wrong for each in value if (wrong := _out_of_range(each, rule))), None)
     if rule["choices"] is not None and value not in rule["choices"]:
         near = difflib.get_close_matches(str(value), [str(c) for c in rule["choices"]], n=1)
         return f"must be one of {', '.join(map(str, rule['choices']))}" + (f"; did you mean {near[0]}?" if near else "")

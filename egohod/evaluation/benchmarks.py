@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from egohod.config import Config, SourceConfig, UserError
 from egohod.data.clips import ClipDataset
@@ -22,10 +22,10 @@ from egohod.data.table import ClipTable
 from egohod.data.text import Tokenizer
 from egohod.distributed import Distributed, pick_precision
 from egohod.evaluation.classification import ClassificationTable
-from egohod.evaluation.embed import VideoTextModel, embed_clips, embed_texts
+from egohod.evaluation.embed import PLAIN, VideoTextModel, embed_clips, embed_texts
 from egohod.evaluation.multiple_choice import Question, QuestionTable
 from egohod.evaluation.retrieval import RetrievalTable
-from egohod.evaluation.tables import EvaluationTable
+from egohod.evaluation.tables import EvaluationTable, with_controls
 from egohod.model.zoo import geometry
 
 # What the kinds of questions of the demo world are called in results.
@@ -62,16 +62,20 @@ class Benchmark:
         *,
         tokenizer: Tokenizer,
         execution: Execution,
+        controls: Sequence[str] = (),
     ) -> None:
         self.name = name
         self.dataset = dataset
         self.tables = tables
         self.tokenizer = tokenizer
         self.execution = execution
+        self.controls = controls
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Metrics of all tables for a :class:`VideoTextModel`: in percent, ranks counted from 1.
 
+        Those under a temporal control are called ``<control>/<metric>``, and what it took away
+        ``<control>/<metric>_drop``.
         Collective over all processes of the run; what the training loop calls an evaluator.
         Raises :class:`UserError` when a clip cannot be read or features are not finite.
         """
@@ -84,13 +88,20 @@ class Benchmark:
             workers=run.workers,
             dist=run.dist,
             precision=run.precision,
+            controls=self.controls,
         )
         texts = [text for table in self.tables for text in table.texts]
         features = embed_texts(
             model, texts, self.tokenizer, batch_size=run.batch_size, dist=run.dist, precision=run.precision
         )
+        by_table = features.split([len(table.texts) for table in self.tables])
+        results = {name: self._evaluate(clips, by_table) for name, clips in video.items()}
+        return with_controls(results.pop(PLAIN), results)
+
+    def _evaluate(self, video: Tensor, texts: Sequence[Tensor]) -> dict[str, float]:
+        """Metrics of all tables, of which each has its own features of texts."""
         results: dict[str, float] = {}
-        for table, text in zip(self.tables, features.split([len(table.texts) for table in self.tables]), strict=True):
+        for table, text in zip(self.tables, texts, strict=True):
             scores = table.evaluate(video, text)
             assert not results.keys() & scores.keys(), "two tables of a benchmark use one metric name"
             results |= scores
@@ -114,6 +125,7 @@ class DemoBenchmark(Benchmark):
         tokenizer: Tokenizer,
         decoder: str,
         execution: Execution,
+        controls: Sequence[str] = (),
     ) -> None:
         folder = Path(folder)
         for part in ("hod.csv", "classes.csv", "questions.jsonl", "videos"):
@@ -140,10 +152,12 @@ class DemoBenchmark(Benchmark):
             demo_classification(clips, folder / "classes.csv"),
             read_questions(folder / "questions.jsonl", uids),
         ]
-        super().__init__(name, dataset, tables, tokenizer=tokenizer, execution=execution)
+        super().__init__(name, dataset, tables, tokenizer=tokenizer, execution=execution, controls=controls)
 
 
-def demo_evaluator(cfg: Config, dist: Distributed, folder: str | Path, name: str) -> DemoBenchmark:
+def demo_evaluator(
+    cfg: Config, dist: Distributed, folder: str | Path, name: str, controls: Sequence[str] = ()
+) -> DemoBenchmark:
     """The demo world in ``folder``, evaluated as the run ``cfg`` describes the model, the decoder and the batches."""
     return DemoBenchmark(
         folder,
@@ -158,13 +172,14 @@ def demo_evaluator(cfg: Config, dist: Distributed, folder: str | Path, name: str
             dist=dist,
             precision=pick_precision(cfg.train.precision, dist.device),
         ),
+        controls=controls,
     )
 
 
-def demo_evaluators(cfg: Config, dist: Distributed, *names: str) -> list[DemoBenchmark]:
+def demo_evaluators(cfg: Config, dist: Distributed, *names: str, controls: Sequence[str] = ()) -> list[DemoBenchmark]:
     """The worlds that ``cfg.evaluate`` names, of those in ``names`` (val, test)."""
     folders = {"val": cfg.evaluate.demo_val, "test": cfg.evaluate.demo_test}
-    return [demo_evaluator(cfg, dist, folder, name) for name in names if (folder := folders[name])]
+    return [demo_evaluator(cfg, dist, folder, name, controls) for name in names if (folder := folders[name])]
 
 
 def demo_retrieval(clips: ClipTable) -> RetrievalTable:

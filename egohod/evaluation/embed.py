@@ -17,6 +17,10 @@ from egohod.data.loader import eval_loader
 from egohod.data.text import Tokenizer, trim
 from egohod.data.transforms import normalise
 from egohod.distributed import Distributed
+from egohod.evaluation.temporal import apply_control
+
+# What the clips as they are are called among the temporal controls.
+PLAIN = "plain"
 
 
 @runtime_checkable
@@ -43,20 +47,25 @@ def embed_clips(
     workers: int,
     dist: Distributed,
     precision: torch.dtype,
-) -> Tensor:
+    controls: Sequence[str] = (),
+) -> dict[str, Tensor]:
     """Features of every clip of ``dataset``: float32 [N, D] on the CPU, row i is clip i, the same on every process.
 
-    Each process encodes every ``world_size``-th clip, so each clip counts exactly once on any number of processes.
+    The result holds those of the clips as they are (``plain``) and those under each temporal control; every clip is
+    decoded once for all of them. Each process encodes every ``world_size``-th clip, so each clip counts exactly once
+    on any number of processes.
     ``precision`` is the autocast type (``torch.float32``: none). Raises :class:`UserError` on every process when
     one of them cannot read a clip; nothing is ever replaced.
     """
 
     def encode(mine: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
         for batch in eval_loader(dataset, mine.tolist(), batch_size, workers):
-            video = normalise(batch["video"].to(dist.device, non_blocking=True))
-            yield batch["index"].numpy(), model.encode_video(video, normalize=True)
+            video, index = normalise(batch["video"].to(dist.device, non_blocking=True)), batch["index"].numpy()
+            orders = [video, *(apply_control(name, video, index) for name in controls)]
+            yield index, torch.stack([model.encode_video(order, normalize=True) for order in orders], dim=1)
 
-    return _encode_shards(model, encode, len(dataset), "clip", dist, precision)
+    features = _encode_shards(model, encode, len(dataset), "clip", dist, precision)
+    return dict(zip((PLAIN, *controls), features.unbind(dim=1), strict=True))
 
 
 def embed_texts(
@@ -121,7 +130,7 @@ def _assemble(rows: list[NDArray[np.int64]], features: list[NDArray[np.float32]]
     order = np.argsort(index, kind="stable")
     assert np.array_equal(index[order], np.arange(total)), f"each {what} must be encoded exactly once"
     values = values[order]
-    broken = np.flatnonzero(~np.isfinite(values).all(axis=1))
+    broken = np.flatnonzero(~np.isfinite(values).reshape(total, -1).all(axis=1))
     if broken.size:
         raise UserError(
             f"the features of {broken.size} of {total} {what}s are NaN or infinite, first of {what} {broken[0]}: "

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from egohod.distributed import Distributed
-from egohod.evaluation.tables import CHANCE
+from egohod.evaluation.tables import CHANCE, DROP, is_rank
+from egohod.evaluation.temporal import CONTROLS
 
 log = logging.getLogger(__name__)
 
@@ -33,13 +34,22 @@ def report(folder: str | Path, dist: Distributed, results: Mapping[str, float]) 
 
 
 def table(results: Mapping[str, float], title: str = "") -> str:
-    """Results as a console table, the chance level beside each number."""
-    shown = [(key, value) for key, value in results.items() if not key.endswith(CHANCE)]
+    """Results as a console table; beside each number its chance level and the scores under the temporal controls."""
+    controls = [name for name in CONTROLS if any(_control(key) == name for key in results)]
+    shown = [(key, value) for key, value in results.items() if not key.endswith((CHANCE, DROP)) and not _control(key)]
     width = max([len(key) for key, _ in shown] + [len(title)])
-    lines = [f"{title:<{width}}  {'result':>8}  {'chance':>8}"]
+    lines = ["  ".join([f"{title:<{width}}", *(f"{name:>8}" for name in ("result", "chance", *controls))])]
     for key, value in shown:
-        unit = " " if "rank" in key else "%"
-        chance = results.get(key + CHANCE)
-        beside = "-" if chance is None else f"{chance:.1f}{unit}"
-        lines.append(f"{key:<{width}}  {value:7.1f}{unit}  {beside:>8}")
+        group, slash, metric = key.rpartition("/")
+        beside = [results.get(key + CHANCE), *(results.get(f"{group}{slash}{name}/{metric}") for name in controls)]
+        cells = [value, *beside]
+        unit = " " if is_rank(key) else "%"
+        lines.append(
+            "  ".join([f"{key:<{width}}", *(f"{'-' if cell is None else f'{cell:.1f}{unit}':>8}" for cell in cells)])
+        )
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _control(key: str) -> str | None:
+    """The temporal control that a result was measured under."""
+    return next((part for part in key.split("/")[:-1] if part in CONTROLS), None)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 # A metric's chance level stands beside it under its name and this ending.
 CHANCE = "_chance"
+# What a temporal control took away stands beside the score under it.
+DROP = "_drop"
 
 
 class EvaluationTable(Protocol):
@@ -33,3 +35,24 @@ def with_chance(metrics: Mapping[str, float], chance: Mapping[str, float]) -> di
         if key in chance:
             both[key + CHANCE] = chance[key]
     return both
+
+
+def with_controls(plain: Mapping[str, float], controls: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """``plain`` metrics and ``<control>/<metric>`` of each temporal control, with the drop where more is better.
+
+    Chance levels are the same under every control and are not repeated.
+    """
+    both = dict(plain)
+    for control, metrics in controls.items():
+        for key, value in metrics.items():
+            if key.endswith(CHANCE):
+                continue
+            both[f"{control}/{key}"] = value
+            if not is_rank(key):
+                both[f"{control}/{key}{DROP}"] = plain[key] - value
+    return both
+
+
+def is_rank(metric: str) -> bool:
+    """Whether a metric counts ranks from 1, where less is better; all others are percent."""
+    return "rank" in metric

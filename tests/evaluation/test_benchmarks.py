@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from evaluation_cases import Oracle, benchmark, small_model
+from evaluation_cases import FRAMES, Oracle, benchmark, small_model
 
 from egohod.config import Config
 from egohod.data.text import Tokenizer
@@ -39,6 +39,21 @@ def test_untrained_model_is_far_from_it_and_every_number_has_a_chance_level(worl
     assert results["verb_noun_top1"] < 30
     assert results["choice_across_clips"] < 60
     assert all(f"{results[key]:.1f}" in table(results) for key in metrics)
+
+
+def test_controls_are_reported_beside_the_plain_numbers(world: Path) -> None:
+    cfg = Config()
+    cfg.model.name, cfg.model.num_frames, cfg.data.workers, cfg.evaluate.demo_test = "DEMO", FRAMES, 0, str(world)
+    alone = Distributed(0, 1, torch.device("cpu"), None)
+    (bench,) = demo_evaluators(cfg, alone, "test", controls=["reverse", "freeze"])
+    (plain,) = demo_evaluators(cfg, alone, "test")
+    model, results = small_model(), bench(small_model())
+    assert {key: value for key, value in results.items() if "/" not in key} == plain(model)
+    for control in ("reverse", "freeze"):
+        for key in ("map", "verb_noun_top1", "motion_transient"):
+            drop = results[key] - results[f"{control}/{key}"]
+            assert results[f"{control}/{key}_drop"] == pytest.approx(drop)
+    assert not any(key.startswith("shuffle/") for key in results)
 
 
 def test_evaluator_follows_the_configuration(world: Path) -> None:

@@ -18,6 +18,7 @@ from egohod.evaluation.classification import ClassificationTable, class_features
 from egohod.evaluation.multiple_choice import Question, QuestionTable
 from egohod.evaluation.report import RESULTS_FILE, report, table
 from egohod.evaluation.retrieval import RetrievalTable
+from egohod.evaluation.tables import with_controls
 
 
 def random_features(rows: int, seed: int, width: int = 16) -> Tensor:
@@ -157,6 +158,24 @@ def test_table_shows_the_chance_beside_each_number() -> None:
         "test/map                 12.3%      1.3%",
         "test/median_rank_v2t      3.0          -",
         "test/other                2.0%         -",
+    ]
+
+
+def test_table_shows_the_temporal_controls_as_columns() -> None:
+    plain = {"map": 12.34, "map_chance": 1.26, "median_rank": 3.0}
+    under = {"freeze": {"map": 10.0, "map_chance": 1.26, "median_rank": 7.0}, "shuffle": {"map": 12.5}}
+    results = with_controls(plain, under)
+    assert results == plain | {
+        "freeze/map": 10.0,
+        "freeze/map_drop": pytest.approx(2.34),
+        "freeze/median_rank": 7.0,
+        "shuffle/map": 12.5,
+        "shuffle/map_drop": pytest.approx(-0.16),
+    }
+    assert table({f"test/{key}": value for key, value in results.items()}).splitlines() == [
+        "                    result    chance   shuffle    freeze",
+        "test/map             12.3%      1.3%     12.5%     10.0%",
+        "test/median_rank      3.0          -         -      7.0",
     ]
 
 
