@@ -6,6 +6,7 @@ python tools/bench.py loader --s3        # also from an S3 server on loopback, w
 python tools/bench.py step --json        # a training step: clips/s, share of the matmul peak, memory
 python tools/bench.py memory             # batch, frames, checkpointing, accumulation -> peak memory
 python tools/bench.py table              # four million rows: start to first batch, memory of all processes
+python tools/bench.py eval               # mAP and nDCG of a full benchmark, against full-matrix sorting
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bench_decode
+import bench_eval
 import bench_loader
 import bench_memory
 import bench_step
@@ -31,6 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     bench_step.register(commands)
     bench_memory.register(commands)
     bench_table.register(commands)
+    bench_eval.register(commands)
     options = parser.parse_args(argv)
     options.run(options)
 
