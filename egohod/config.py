@@ -324,6 +324,26 @@ class TrainConfig:
 
 
 @dataclass
+class BenchmarkConfig:
+    """A benchmark of main_eval.py and where its data lies; NAME is one of the known ones or yours to choose."""
+
+    kind: str = knob(
+        "auto",
+        "how the annotations are read, docs/evaluation.md; auto is what NAME says, and own for any other name",
+        choices=("auto", "own", "ek100_mir", "ek100_cls", "egtea", "egomcq", "charades_ego"),
+    )
+    metadata: str | None = knob(None, "folder of the benchmark's annotation files; for own, the csv of its clips")
+    root: str | None = knob(None, "folder of its videos, or an fsspec URI")
+    layout: str = knob("auto", "as data.train.NAME.layout", choices=("auto", "chunks", "avion", "whole"))
+    chunk_seconds: float = knob(15.0, "length of a chunk", above=0)
+    protocol: str = knob(
+        "auto",
+        "frames, views and class prompts by name, docs/evaluation.md; auto is whole_clip for egtea, clean for others",
+        choices=("auto", "clean", "upstream", "upstream_4", "whole_clip", "lavila_10x3"),
+    )
+
+
+@dataclass
 class EvaluateConfig:
     """Held-out evaluation during and after training."""
 
@@ -334,6 +354,11 @@ class EvaluateConfig:
     )
     batch_size: int = knob(32, "clips encoded at a time", low=1)
     best: str = knob("val/choice_across_clips", "metric that keep_best ranks by (higher is better)")
+    benchmarks: dict[str, BenchmarkConfig] = knob({}, "what main_eval.py --benchmark can be asked for")
+    num_frames: int | None = knob(None, "frames a benchmark shows of each clip; null is the protocol's number", low=1)
+    cache: str | None = knob(
+        "features", "folder in which main_eval.py keeps features, by checkpoint, clip and protocol; null keeps none"
+    )
     controls: list[str] = knob(
         [],
         "temporal controls of the final evaluation, each the same clips with their time destroyed: shuffle puts the "

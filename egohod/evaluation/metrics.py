@@ -162,9 +162,14 @@ def median_rank(ranks: ArrayLike) -> float:
 
 def topk_accuracy(scores: ArrayLike, labels: ArrayLike, k: int = 1) -> float:
     """Share of rows of ``scores`` [Q, C] whose label [Q] is among the k highest."""
+    return recall_at_k(label_ranks(scores, labels), k)
+
+
+def label_ranks(scores: ArrayLike, labels: ArrayLike) -> IntArray:
+    """Rank [Q], from 1, of the label [Q] of each row of ``scores`` [Q, C]."""
     scores, labels = np.asarray(scores), np.asarray(labels)
     _require_labels(scores, labels)
-    return recall_at_k(first_relevant_rank(scores, np.arange(scores.shape[1]) == labels[:, None]), k)
+    return first_relevant_rank(scores, np.arange(scores.shape[1]) == labels[:, None])
 
 
 def mean_class_accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
@@ -198,15 +203,20 @@ def multiple_choice_accuracy(scores: ArrayLike, answers: ArrayLike, kinds: Array
     ``scores`` [Q, C], where -inf marks a choice that a question with fewer choices does not have; ``answers`` [Q]
     index of the right choice; ``kinds`` [Q] any labels, which become the keys as strings.
     """
-    scores, answers, kinds = np.asarray(scores), np.asarray(answers), np.asarray(kinds).astype(str)
+    right, kinds = multiple_choice_right(scores, answers), np.asarray(kinds).astype(str)
+    return {str(kind): _mean(right[kinds == kind]) for kind in np.unique(kinds)}
+
+
+def multiple_choice_right(scores: ArrayLike, answers: ArrayLike) -> NDArray[np.bool_]:
+    """Whether each question is answered rightly, bool [Q]; arguments as of :func:`multiple_choice_accuracy`."""
+    scores, answers = np.asarray(scores), np.asarray(answers)
     _require_labels(scores, answers)
     # A missing choice is -inf by definition; anything else must be finite, and each question needs a real answer.
     if np.isnan(scores).any() or np.isposinf(scores).any():
         raise MetricError("the scores of the choices hold NaN or infinite values: the features are not finite")
     if answers.size and not np.isfinite(scores[np.arange(len(answers)), answers]).all():
         raise MetricError("a question names an answer that is not among its choices")
-    right = scores.argmax(axis=1) == answers if answers.size else np.zeros(0, dtype=bool)
-    return {str(kind): _mean(right[kinds == kind]) for kind in np.unique(kinds)}
+    return scores.argmax(axis=1) == answers if answers.size else np.zeros(0, dtype=bool)
 
 
 def expected_graded_scores(rel: ArrayLike) -> GradedScores:
@@ -219,6 +229,11 @@ def expected_graded_scores(rel: ArrayLike) -> GradedScores:
     rel = np.asarray(rel)
     (ap_v2t, ndcg_v2t), (ap_t2v, ndcg_t2v) = _expected_per_query(rel), _expected_per_query(rel.T)
     return GradedScores(_directions(ap_v2t, ap_t2v), _directions(ndcg_v2t, ndcg_t2v))
+
+
+def expected_average_precision(labels: ArrayLike) -> NDArray[np.float64]:
+    """Average precision of each class that random scores reach on average: float64 [C] from ``labels`` [N, C] bool."""
+    return _expected_per_query(np.asarray(labels, dtype=np.float64).T)[0]
 
 
 def expected_recall(relevant: ArrayLike, items: int) -> NDArray[np.float64]:

@@ -83,7 +83,7 @@ def test_clips_are_decoded_once_for_the_plain_order_and_all_controls(
     dataset, decoded = benchmark(world).dataset, list[int]()
     plain_getitem = type(dataset).__getitem__
     monkeypatch.setattr(type(dataset), "__getitem__", lambda self, key: decoded.append(key) or plain_getitem(self, key))
-    features = embed_clips(
+    features, _ = embed_clips(
         Frames(),
         dataset,
         batch_size=4,
