@@ -356,6 +356,11 @@ class EvaluateConfig:
     best: str = knob("val/choice_across_clips", "metric that keep_best ranks by (higher is better)")
     benchmarks: dict[str, BenchmarkConfig] = knob({}, "what main_eval.py --benchmark can be asked for")
     num_frames: int | None = knob(None, "frames a benchmark shows of each clip; null is the protocol's number", low=1)
+    precision: str = knob(
+        "fp32",
+        "autocast type of features, as train.precision; fp32 makes numbers independent of batches and processes",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
     cache: str | None = knob(
         "features", "folder in which main_eval.py keeps features, by checkpoint, clip and protocol; null keeps none"
     )

@@ -161,7 +161,7 @@ def execution_of(cfg: Config, dist: Distributed) -> Execution:
         batch_size=cfg.evaluate.batch_size,
         workers=cfg.data.workers,
         dist=dist,
-        precision=pick_precision(cfg.train.precision, dist.device),
+        precision=pick_precision(cfg.evaluate.precision, dist.device),
     )
 
 

@@ -73,17 +73,18 @@ def embed_clips(
     """Features of every clip of ``dataset``: float32 [N, D] on the CPU, row i is clip i, the same on every process.
 
     The result holds those of the clips as they are (``plain``) and those under each temporal control; every clip is
-    decoded once for all of them. The features of several views are averaged, which averages their similarities. Each
-    process encodes every ``world_size``-th clip that is not in ``cache``, so each clip counts exactly once on any
-    number of processes.
+    decoded once for all of them. The features of several views are averaged, which averages their similarities. What
+    is not in ``cache`` is cut into the same batches on any number of processes, which take turns: each clip counts
+    exactly once, and stands in the same company.
 
     ``precision`` is the autocast type (``torch.float32``: none). Raises :class:`UserError` on every process, naming
     all clips that cannot be read; with ``allow_missing`` their rows are NaN and the report names them.
     """
     orders, views, report = (PLAIN, *controls), dataset.protocol.views, Report(clips=len(dataset))
+    at_a_time = max(1, batch_size // views)
 
     def encode(mine: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
-        batches = iter(eval_loader(dataset, mine.tolist(), max(1, batch_size // views), workers, collate=collate_views))
+        batches = iter(eval_loader(dataset, mine.tolist(), at_a_time, workers, collate=collate_views))
         while (batch := _next(batches, report)) is not None:
             report.faults |= batch["faults"]
             if batch["video"] is None:
@@ -100,7 +101,7 @@ def embed_clips(
             yield index, torch.stack(features, dim=1).float().unflatten(0, (-1, views)).mean(dim=1)
 
     keys = [[feature_key("clip", clip, order) for order in orders] for clip in dataset.identities] if cache else None
-    features = _encode_shards(model, encode, len(dataset), "clip", dist, precision, cache, keys, report)
+    features = _encode_shards(model, encode, len(dataset), at_a_time, "clip", dist, precision, cache, keys, report)
     if not allow_missing:
         require_all(report.faults, len(dataset))
     return dict(zip(orders, features.unbind(dim=1), strict=True)), report
@@ -131,7 +132,7 @@ def embed_texts(
             yield rows, model.encode_text(tokens.to(dist.device), normalize=True)[:, None]
 
     keys = [[feature_key("text", text)] for text in ordered] if cache else None
-    features = _encode_shards(model, encode, len(ordered), "text", dist, precision, cache, keys, Report())
+    features = _encode_shards(model, encode, len(ordered), batch_size, "text", dist, precision, cache, keys, Report())
     return features[torch.from_numpy(np.argsort(by_length)[place]), 0]
 
 
@@ -146,6 +147,7 @@ def _encode_shards(
     model: VideoTextModel,
     encode: Callable[[NDArray[np.int64]], Iterator[tuple[NDArray[np.int64], Tensor]]],
     total: int,
+    batch_size: int,
     what: str,
     dist: Distributed,
     precision: torch.dtype,
@@ -164,7 +166,8 @@ def _encode_shards(
     fault: str | None = None
     try:
         with _inference(model, dist.device, precision):
-            for index, encoded in encode(todo[dist.rank :: dist.world_size]):
+            batches = np.arange(len(todo)) // batch_size
+            for index, encoded in encode(todo[batches % dist.world_size == dist.rank]):
                 rows.append(index)
                 features.append(encoded.float().cpu().numpy())
                 if cache and keys:

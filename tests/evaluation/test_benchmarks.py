@@ -62,12 +62,12 @@ def test_controls_are_reported_beside_the_plain_numbers(world: Path) -> None:
 def test_evaluator_follows_the_configuration(world: Path) -> None:
     cfg = Config()
     cfg.model.name, cfg.model.num_frames, cfg.evaluate.batch_size, cfg.data.workers = "DEMO", 2, 5, 0
-    cfg.data.decoder, cfg.train.precision = "pyav", "fp32"
+    cfg.data.decoder, cfg.evaluate.precision = "pyav", "bf16"
     made = demo_evaluator(cfg, Distributed(0, 1, torch.device("cpu"), None), world, "val")
     assert made.name == "val"
     assert made.dataset[0]["video"].shape == (1, 3, 2, made.dataset.size, made.dataset.size)
     assert made.execution.batch_size == 5
-    assert made.execution.precision == torch.float32
+    assert made.execution.precision == torch.bfloat16
 
 
 def test_the_worlds_that_a_configuration_names_are_evaluated(demo_world: Path) -> None:
