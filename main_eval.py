@@ -1,52 +1,106 @@
-"""Evaluate a checkpoint on the held-out sets that its configuration names.
+"""Zero-shot evaluation: a checkpoint on a benchmark, or on the held-out worlds that its configuration names.
 
-After a training:   python main_eval.py --config_file configs/demo.yml --checkpoint runs/demo
-One checkpoint:     python main_eval.py --config_file configs/demo.yml --checkpoint runs/demo/checkpoints/step-00000700
+The demo worlds:    python main_eval.py --config_file configs/demo.yml --checkpoint runs/demo
+A benchmark:        python main_eval.py --config_file configs/config/clip_base_eval.yml --benchmark ek100_mir \\
+                        --checkpoint base_best.pt --metadata epic-kitchens-100 --root EK100_320p_15sec
+What data there is: python main_eval.py --config_file configs/config/clip_base_eval.yml --benchmark all --checkpoint ...
+Does time matter?   python main_eval.py --checkpoint runs/demo --controls shuffle,reverse,freeze
+An outside model:   python main_eval.py --checkpoint open_clip:ViT-B-16:weights.pt --benchmark ek100_cls ...
 Several processes:  torchrun --nproc_per_node=2 main_eval.py --config_file configs/demo.yml --checkpoint runs/demo
 
-Prints the table and writes results.json to --output (default: the current folder's results/).
+Prints the table and writes results.json and details/ to --output. Clips are decoded and encoded once: features are kept
+in evaluate.cache for other benchmarks and for the next try after an interruption.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from egohod import cli, config
-from egohod.distributed import setup
-from egohod.evaluation.benchmarks import demo_evaluators
+from egohod.config import Config, UserError
+from egohod.data.text import Tokenizer
+from egohod.distributed import Distributed, setup
+from egohod.evaluation.baseline import FrameAverage, open_clip_baseline
+from egohod.evaluation.benchmarks import Benchmark, asked, benchmark, demo_evaluators, execution_of
+from egohod.evaluation.feature_cache import fingerprint
+from egohod.evaluation.published import PUBLISHED
 from egohod.evaluation.report import report
-from egohod.training.loop import evaluate
 from egohod.training.setup import build_model
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = cli.parser(__doc__, "configs/demo.yml")
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--checkpoint",
         required=True,
         metavar="PATH",
-        help="a checkpoint folder, a run folder (its newest), or a file of upstream EgoHOD or AVION",
+        help="a checkpoint or run folder, a file of upstream EgoHOD or AVION, or open_clip:NAME:FILE",
     )
-    parser.add_argument(
-        "--output", default="results", metavar="FOLDER", help="where results.json goes (default: results)"
-    )
+    add("--benchmark", default="demo", metavar="NAME", help="demo (default), one of evaluate.benchmarks, or all")
+    add("--metadata", metavar="PATH", help="the benchmark's annotations (evaluate.benchmarks.NAME.metadata)")
+    add("--root", metavar="FOLDER", help="the benchmark's videos (evaluate.benchmarks.NAME.root)")
+    add("--controls", metavar="LIST", help="shuffle,reverse,freeze: same as evaluate.controls=[...]")
+    add("--allow_missing", action="store_true", help="leave out clips that cannot be read; marks numbers as partial")
+    add("--published", choices=list(PUBLISHED), metavar="MODEL", help=f"compare with {', '.join(PUBLISHED)}")
+    add("--output", default="results", metavar="FOLDER", help="where results.json goes (default: results)")
     args = parser.parse_intermixed_args(arguments)
     # A CLIP file can be measured too: model.weights.source=clip model.weights.projections=keep.
-    weights = ["model.weights.source=checkpoint", *args.overrides, f"model.weights.path={args.checkpoint}"]
-    cfg = config.load(args.config_file, weights)
+    overrides = ["model.weights.source=checkpoint", *args.overrides, f"model.weights.path={args.checkpoint}"]
+    overrides += [f"evaluate.controls=[{args.controls}]"] if args.controls else []
+    cfg = config.load(args.config_file, overrides)
     dist = setup(cfg.train.device)
     try:
-        model = build_model(cfg, dist)
+        outside = args.checkpoint.startswith("open_clip:")
+        model: Any = open_clip_baseline(args.checkpoint).to(dist.device) if outside else build_model(cfg, dist)
         Path(args.output).mkdir(parents=True, exist_ok=True)
-        evaluators = demo_evaluators(cfg, dist, "val", "test")
-        if not evaluators:
-            raise config.UserError("nothing to evaluate: set evaluate.demo_val or evaluate.demo_test")
-        report(args.output, dist, evaluate(model, evaluators))
+        checkpoint = {"path": args.checkpoint, "sha256": fingerprint(model)}
+        benchmarks = _benchmarks(cfg, dist, model, args, checkpoint["sha256"])
+        found = [(each, each.measure(model)) for each in benchmarks]
+        report(args.output, cfg, dist, found, checkpoint=checkpoint, published=args.published)
     finally:
         dist.close()
     return cli.DONE
+
+
+def _benchmarks(cfg: Config, dist: Distributed, model: nn.Module, args: Any, weights: str) -> list[Benchmark]:
+    """What ``--benchmark`` asks for, for this model."""
+    # The same weights give other features with another activation or another path.
+    architecture = {key: value for key, value in vars(cfg.model).items() if key != "weights"}
+    execution = dataclasses.replace(
+        execution_of(cfg, dist),
+        cache=Path(cfg.evaluate.cache) if cfg.evaluate.cache else None,
+        identity={"weights": weights, "model": str(architecture)},
+        allow_missing=args.allow_missing,
+    )
+    outside = model if isinstance(model, FrameAverage) else None
+    if args.benchmark == "demo":
+        if args.root or args.metadata:
+            raise UserError("--root and --metadata need --benchmark; the demo worlds are evaluate.demo_val, demo_test")
+        if outside:
+            raise UserError("--benchmark demo is for models of this project; name a benchmark for open_clip")
+        made = demo_evaluators(cfg, dist, "val", "test", controls=cfg.evaluate.controls, execution=execution)
+        if not made:
+            raise UserError("nothing to evaluate: set evaluate.demo_val or evaluate.demo_test, or give --benchmark")
+        return made
+    return [
+        benchmark(
+            cfg,
+            name,
+            each,
+            execution,
+            size=outside.size if outside else None,
+            tokenizer=outside.tokenizer if outside else Tokenizer(model.geometry.context_length),  # type: ignore[union-attr, arg-type]
+            controls=cfg.evaluate.controls,
+        )
+        for name, each in asked(cfg, args.benchmark, args.root, args.metadata).items()
+    ]
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from egohod import cli, config
 from egohod.distributed import setup
 from egohod.evaluation.benchmarks import demo_evaluators
+from egohod.evaluation.feature_cache import fingerprint
 from egohod.evaluation.report import report
 from egohod.training.dry_run import dry_run
-from egohod.training.loop import Schedule, evaluate, train
+from egohod.training.loop import Schedule, train
 from egohod.training.setup import build_data, build_model, describe
 
 
@@ -41,11 +42,14 @@ def main(arguments: Sequence[str]) -> int:
             model = build_model(cfg, dist)
             data = build_data(cfg, dist, model)
             describe(cfg, dist, model, data)
-            val, test = (demo_evaluators(cfg, dist, name) for name in ("val", "test"))
+            val = demo_evaluators(cfg, dist, "val")
+            test = demo_evaluators(cfg, dist, "test", controls=cfg.evaluate.controls)
             step, scores = train(cfg, dist, model, data, val)
             # The test worlds are opened once, when all is done.
             if test and step == Schedule.of(cfg, data.plan.steps_per_epoch).total:
-                report(cfg.train.output, dist, scores | evaluate(model, test))
+                found = [(each, each.measure(model)) for each in test]
+                checkpoint = {"path": cfg.train.output, "sha256": fingerprint(model)}
+                report(cfg.train.output, cfg, dist, found, checkpoint=checkpoint, also=scores)
     finally:
         dist.close()
     return cli.DONE

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 
@@ -335,6 +335,26 @@ class TrainConfig:
 
 
 @dataclass
+class BenchmarkConfig:
+    """A benchmark of main_eval.py and where its data lies; NAME is one of the known ones or yours to choose."""
+
+    kind: str = knob(
+        "auto",
+        "how the annotations are read, docs/evaluation.md; auto is what NAME says, and own for any other name",
+        choices=("auto", "own", "ek100_mir", "ek100_cls", "egtea", "egomcq", "charades_ego"),
+    )
+    metadata: str | None = knob(None, "folder of the benchmark's annotation files; for own, the csv of its clips")
+    root: str | None = knob(None, "folder of its videos, or an fsspec URI")
+    layout: str = knob("auto", "as data.train.NAME.layout", choices=("auto", "chunks", "avion", "whole"))
+    chunk_seconds: float = knob(15.0, "length of a chunk", above=0)
+    protocol: str = knob(
+        "auto",
+        "frames, views and class prompts by name, docs/evaluation.md; auto is whole_clip for egtea, clean for others",
+        choices=("auto", "clean", "upstream", "upstream_4", "whole_clip", "lavila_10x3"),
+    )
+
+
+@dataclass
 class EvaluateConfig:
     """Held-out evaluation during and after training."""
 
@@ -345,6 +365,22 @@ class EvaluateConfig:
     )
     batch_size: int = knob(32, "clips encoded at a time", low=1)
     best: str = knob("val/choice_across_clips", "metric that keep_best ranks by (higher is better)")
+    benchmarks: dict[str, BenchmarkConfig] = knob({}, "what main_eval.py --benchmark can be asked for")
+    num_frames: int | None = knob(None, "frames a benchmark shows of each clip; null is the protocol's number", low=1)
+    precision: str = knob(
+        "fp32",
+        "autocast type of features, as train.precision; fp32 makes numbers independent of batches and processes",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
+    cache: str | None = knob(
+        "features", "folder in which main_eval.py keeps features, by checkpoint, clip and protocol; null keeps none"
+    )
+    controls: list[str] = knob(
+        [],
+        "temporal controls of the final evaluation, each the same clips with their time destroyed: shuffle puts the "
+        "frames of a clip in a fixed random order, reverse plays them backwards, freeze repeats the middle one",
+        choices=("shuffle", "reverse", "freeze"),
+    )
 
 
 @dataclass
@@ -502,6 +538,10 @@ def check(config: Config) -> list[tuple[str, str]]:
                 problems.append((name, f"{name} is '{text}', but must be longer than nothing"))
         except ConfigError as error:
             problems.append((name, str(error)))
+    if config.evaluate.controls and config.model.num_frames < 2:
+        problems.append(
+            ("evaluate.controls", "evaluate.controls destroy the order of frames, but model.num_frames is 1")
+        )
     if len(config.train.betas) != 2 or not all(0 <= beta < 1 for beta in config.train.betas):
         problems.append(
             ("train.betas", f"train.betas is {list(config.train.betas)}, but must be two numbers in [0, 1)")
@@ -674,6 +714,8 @@ def _explain(error: OmegaConfBaseException) -> str:
 
 
 def _out_of_range(value: Any, rule: Any) -> str | None:
+    if isinstance(value, (list, ListConfig)):
+        return next((wrong for each in value if (wrong := _out_of_range(each, rule))), None)
     if rule["choices"] is not None and value not in rule["choices"]:
         near = difflib.get_close_matches(str(value), [str(c) for c in rule["choices"]], n=1)
         return f"must be one of {', '.join(map(str, rule['choices']))}" + (f"; did you mean {near[0]}?" if near else "")

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from egohod.config import ConfigError, check, duration_in_steps, help_text, knobs, load, load_leniently, to_yaml
+from egohod.evaluation.temporal import CONTROLS
 
 ROOT = Path(__file__).parents[1]
 
@@ -169,3 +170,17 @@ def test_sources_have_names_of_the_users_choice(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(ConfigError, match=re.escape(said)):
             load(path, [override])
+
+
+def test_temporal_controls_are_checked_one_by_one(tmp_path: Path) -> None:
+    path = write(tmp_path, "{}")
+    assert load(path, ["evaluate.controls=[freeze,shuffle]"]).evaluate.controls == ["freeze", "shuffle"]
+    with pytest.raises(ConfigError, match=r"evaluate.controls .* one of shuffle, reverse, freeze; did you mean freeze"):
+        load(path, ["evaluate.controls=[shuffle,frozen]"])
+    with pytest.raises(ConfigError, match=r"model\.num_frames is 1"):
+        load(path, ["evaluate.controls=[reverse]", "model.num_frames=1"])
+
+
+def test_every_temporal_control_can_be_asked_for() -> None:
+    choices = {name: field.metadata["choices"] for name, field, _ in knobs()}
+    assert choices["evaluate.controls"] == tuple(CONTROLS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -132,8 +133,10 @@ def test_a_converted_run_evaluates_as_the_run_does(
     for checkpoint in (short_run.folder, *converted):
         output = tmp_path / f"results-{checkpoint.name}"
         arguments = ["--checkpoint", str(checkpoint), "--output", str(output)]
-        assert main_eval.main([*short_run.command, *arguments, f"evaluate.demo_test={demo_world}/test"]) == 0
-        results.append((output / "results.json").read_text())
+        knobs = [f"evaluate.demo_test={demo_world}/test", "evaluate.cache=null"]
+        assert main_eval.main([*short_run.command, *arguments, *knobs]) == 0
+        found = json.loads((output / "results.json").read_text())
+        results.append((found["metrics"], found["checkpoint"]["sha256"]))
     assert results[0] == results[1] == results[2]
 
 

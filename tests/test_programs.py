@@ -165,7 +165,7 @@ def test_the_run_folder_holds_what_the_readme_promises(
         snapshot["packages"]["torch"] == torch.__version__.split("+")[0]
         or snapshot["packages"]["torch"] in torch.__version__
     )
-    results = json.loads((run / "results.json").read_text())
+    results = json.loads((run / "results.json").read_text())["metrics"]
     for kind in ("choice_across_clips", "verb_noun_top1", "motion_state_changing", "motion_transient"):
         assert 0 <= results[f"test/{kind}"] <= 100
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

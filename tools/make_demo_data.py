@@ -2,6 +2,7 @@
 
     python tools/make_demo_data.py                               # demo_data: 2,000 + 300 + 500 clips, 2 to 3 minutes
     python tools/make_demo_data.py --scale 0.05 --output small   # a twentieth of it
+    python tools/make_demo_data.py --benchmarks                  # and the test world as EK100, EGTEA, EgoMCQ, ...
     python tools/make_demo_data.py --preview world.png           # only a contact sheet to look at
 
 An interrupted run goes on where it stopped; a complete folder is left as it is.
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from egohod.config import UserError
 from egohod.demo import make_world, plan, preview
+from egohod.demo.benchmarks import write_benchmarks
 from egohod.demo.world import DEFAULT, FPS, SPLITS, Variant
 
 log = logging.getLogger("make_demo_data")
@@ -36,6 +38,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=int, default=None, help="rendering processes (default: one per core)")
     add("--splits", default=",".join(SPLITS), help="which of train, val and test, comma-separated (default: all)")
     add("--preview", type=Path, metavar="PNG", help="draw a contact sheet of a few clips instead of a world")
+    add("--benchmarks", action="store_true", help="also write the test world in the formats of the field's benchmarks")
     add("--dry_run", action="store_true", help="say what would be written, and write nothing")
     return parser.parse_args(argv)
 
@@ -80,12 +83,15 @@ def main(argv: list[str] | None = None) -> int:
         made = make_world(
             args.output, args.seed, args.scale, args.workers, splits=splits, variant=variant, progress=Progress()
         )
+        written = args.benchmarks and write_benchmarks(args.output)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; run again to go on", file=sys.stderr)
         return 130
+    if written:
+        log.info("%s: wrote the benchmarks of the test world", args.output)
     if made:
         log.info("%s: wrote %s in %.0f s", args.output, ", ".join(made), time.monotonic() - began)
     else:

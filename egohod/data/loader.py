@@ -7,8 +7,8 @@ import ctypes
 import signal
 import sys
 import weakref
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,10 @@ from egohod.data.clips import ClipDataset, Key, collate
 # Constants of <sys/prctl.h> and <malloc.h>.
 _PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+Collate = Callable[[Sequence[Any]], dict[str, Any]]
+"""Samples to a batch."""
 
 
 class LoaderError(UserError):
@@ -170,23 +174,37 @@ def train_loader(
 
 
 def eval_loader(
-    dataset: ClipDataset, indices: Sequence[int], batch_size: int, workers: int, prefetch: int = 2
+    dataset: Dataset[dict[str, Any]],
+    indices: Sequence[int],
+    batch_size: int,
+    workers: int,
+    prefetch: int = 2,
+    collate: Collate = collate,
 ) -> ClipLoader:
     """The clips ``indices``, in that order and each once, ``batch_size`` at a time (the last batch may be smaller)."""
     numbers = [int(index) for index in indices]
     batches = [numbers[at : at + batch_size] for at in range(0, len(numbers), batch_size)]
-    return ClipLoader(dataset, batches, workers=workers, prefetch=prefetch, pin_memory=False)
+    return ClipLoader(dataset, batches, workers=workers, prefetch=prefetch, pin_memory=False, collate=collate)
 
 
 class ClipLoader(DataLoader[dict[str, Any]]):
     """A DataLoader whose workers end with their parent and whose failures are one clear :class:`UserError`."""
 
-    def __init__(self, dataset: ClipDataset, batches: Any, *, workers: int, prefetch: int, pin_memory: bool) -> None:
+    def __init__(
+        self,
+        dataset: Dataset[dict[str, Any]],
+        batches: Any,
+        *,
+        workers: int,
+        prefetch: int,
+        pin_memory: bool,
+        collate: Collate = collate,
+    ) -> None:
         super().__init__(
             _Guarded(dataset),
             batch_sampler=batches,
             num_workers=workers,
-            collate_fn=_collate_or_failure,
+            collate_fn=partial(_collate_or_failure, collate=collate),
             pin_memory=pin_memory,
             worker_init_fn=start_worker,
             # Forked workers share the table's memory with this process.
@@ -270,10 +288,10 @@ class _TrainBatches:
 class _Guarded(Dataset[Any]):
     """Hands an exception over as a value: torch would wrap it in a traceback within a traceback."""
 
-    def __init__(self, dataset: ClipDataset) -> None:
+    def __init__(self, dataset: Dataset[dict[str, Any]]) -> None:
         self._dataset = dataset
 
-    def __getitem__(self, key: Key) -> dict[str, Any] | UserError:
+    def __getitem__(self, key: Any) -> dict[str, Any] | UserError:
         try:
             return self._dataset[key]
         except UserError as error:
@@ -284,7 +302,7 @@ class _Guarded(Dataset[Any]):
             return LoaderError(f"a loader process failed on clip {key}: {type(error).__name__}: {error}")
 
 
-def _collate_or_failure(samples: Sequence[Any]) -> dict[str, Any]:
+def _collate_or_failure(samples: Sequence[Any], collate: Collate) -> dict[str, Any]:
     failure = next((sample for sample in samples if isinstance(sample, UserError)), None)
     return {"failure": failure} if failure else collate(samples)
 

@@ -51,11 +51,21 @@ def center_crop(frames: np.ndarray, size: int) -> Tensor:
 
     ``frames`` uint8 [T, H, W, 3] -> uint8 [3, T, size, size].
     """
+    return spatial_crops(frames, size, 1)[0]
+
+
+def spatial_crops(frames: np.ndarray, size: int, count: int) -> Tensor:
+    """The short side resized to ``size``; ``count`` squares spread evenly along the long side, or the middle one.
+
+    ``frames`` uint8 [T, H, W, 3] -> uint8 [count, 3, T, size, size].
+    """
     height, width = frames.shape[1:3]
     short = min(height, width)
     height, width = (int(size * side / short) for side in (height, width))
-    top, left = round((height - size) / 2), round((width - size) / 2)
-    return _resize(frames, height, width)[..., top : top + size, left : left + size]
+    shares = [0.5] if count == 1 else np.linspace(0, 1, count).tolist()
+    places = [(round((height - size) * share), round((width - size) * share)) for share in shares]
+    resized = _resize(frames, height, width)
+    return torch.stack([resized[..., top : top + size, left : left + size] for top, left in places])
 
 
 def flip(video: Tensor) -> Tensor:

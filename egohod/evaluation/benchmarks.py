@@ -1,54 +1,63 @@
-"""Benchmarks: thin readers that turn annotation files into evaluation tables.
-
-``Benchmark`` is the one place where features are computed; a reader only opens files and fills tables.
-"""
+"""A benchmark: tables over clips, the one place where features are computed; and benchmarks as a configuration asks."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from egohod.config import Config, SourceConfig, UserError
-from egohod.data.clips import ClipDataset
-from egohod.data.table import ClipTable
+from egohod.config import BenchmarkConfig, Config, UserError
+from egohod.data.files import open_cache
 from egohod.data.text import Tokenizer
 from egohod.distributed import Distributed, pick_precision
-from egohod.evaluation.classification import ClassificationTable
-from egohod.evaluation.embed import VideoTextModel, embed_clips, embed_texts
-from egohod.evaluation.multiple_choice import Question, QuestionTable
-from egohod.evaluation.retrieval import RetrievalTable
+from egohod.evaluation.clips import EvaluationDataset, require_all
+from egohod.evaluation.embed import PLAIN, Report, TokenizerLike, VideoTextModel, embed_clips, embed_texts
+from egohod.evaluation.feature_cache import FeatureCache
+from egohod.evaluation.protocols import PROTOCOLS, Protocol
+from egohod.evaluation.readers import READERS
+from egohod.evaluation.scores import Score, flat_with_controls
 from egohod.evaluation.tables import EvaluationTable
 from egohod.model.zoo import geometry
 
-# What the kinds of questions of the demo world are called in results.
-DEMO_KINDS = {
-    "across_clips": "choice_across_clips",
-    "state_changing": "motion_state_changing",
-    "transient": "motion_transient",
-}
-DEMO_CHUNK_SECONDS = 15.0
-
-
-class BenchmarkError(UserError):
-    """Annotations that do not make a benchmark."""
+DEFAULT_PROTOCOLS = {"egtea": "whole_clip"}
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How features are computed: clips at a time, decoding processes, this process, autocast type."""
+    """How features are computed: clips at a time, decoding processes, this process, autocast type.
+
+    ``cache`` is the folder of features of earlier evaluations, ``identity`` what they depend on beside the clips and
+    the protocol: above all the checksum of the weights. ``allow_missing`` leaves out clips that cannot be read.
+    """
 
     batch_size: int
     workers: int
     dist: Distributed
     precision: torch.dtype = torch.float32
+    cache: Path | None = None
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    allow_missing: bool = False
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a benchmark found: scores by order of frames and metric, details by table, and how it came about."""
+
+    scores: Mapping[str, Mapping[str, Score]]
+    details: Sequence[Mapping[str, Any]]
+    kept: Sequence[int]
+    """Indices of the clips that the numbers are about."""
+    report: Report
+
+    def flat(self) -> dict[str, float]:
+        """Numbers by name; those under a control are ``<control>/<metric>``, what it took away ends in ``_drop``."""
+        return flat_with_controls(self.scores, PLAIN)
 
 
 class Benchmark:
@@ -57,182 +66,209 @@ class Benchmark:
     def __init__(
         self,
         name: str,
-        dataset: ClipDataset,
+        dataset: EvaluationDataset,
         tables: Sequence[EvaluationTable],
         *,
-        tokenizer: Tokenizer,
+        tokenizer: TokenizerLike,
         execution: Execution,
+        controls: Sequence[str] = (),
+        notes: Sequence[str] = (),
     ) -> None:
         self.name = name
         self.dataset = dataset
         self.tables = tables
         self.tokenizer = tokenizer
         self.execution = execution
+        self.controls = controls
+        self.notes = notes
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """Metrics of all tables for a :class:`VideoTextModel`: in percent, ranks counted from 1.
+        """Numbers as of :meth:`Measured.flat`, percent or ranks from 1: what the training loop calls an evaluator."""
+        return self.measure(model).flat()
 
-        Collective over all processes of the run; what the training loop calls an evaluator.
-        Raises :class:`UserError` when a clip cannot be read or features are not finite.
+    def measure(self, model: nn.Module) -> Measured:
+        """Scores of all tables for a :class:`VideoTextModel`. Collective over all processes of the run.
+
+        Raises :class:`UserError` when clips cannot be read (naming all of them) or features are not finite.
         """
         assert isinstance(model, VideoTextModel), f"{type(model).__name__} has no encode_video and encode_text"
-        run = self.execution
-        video = embed_clips(
+        run, dataset, kept = self.execution, self.dataset, np.ones(len(self.dataset), dtype=bool)
+        # Looked for first: nobody wants to hear of a missing file after an hour of decoding.
+        missing = run.dist.gather_objects(dataset.missing() if run.dist.is_main else None)[0]
+        if not run.allow_missing:
+            require_all(missing, len(dataset))
+        kept[list(missing)] = False
+        if not kept.any():
+            require_all(missing, len(dataset))
+        dataset = dataset if kept.all() else dataset.restricted(kept)
+        cache = FeatureCache(run.cache, self._shared()) if run.cache else None
+        video, report = embed_clips(
             model,
-            self.dataset,
+            dataset,
             batch_size=run.batch_size,
             workers=run.workers,
             dist=run.dist,
             precision=run.precision,
+            controls=self.controls,
+            cache=cache,
+            allow_missing=run.allow_missing,
         )
-        texts = [text for table in self.tables for text in table.texts]
+        numbers = np.flatnonzero(kept)
+        if report.faults:
+            readable = np.setdiff1d(np.arange(len(numbers)), list(report.faults))
+            kept[np.setdiff1d(numbers, numbers[readable])] = False
+            video = {order: features[torch.from_numpy(readable)] for order, features in video.items()}
+            if not kept.any():
+                require_all(report.faults, len(self.dataset))
+        report.faults = missing | {int(numbers[i]): text for i, text in report.faults.items()}
+        report.clips = len(self.dataset)
+        tables = self.tables if kept.all() else [table.restricted(kept) for table in self.tables]
+        texts = [text for table in tables for text in table.texts]
         features = embed_texts(
-            model, texts, self.tokenizer, batch_size=run.batch_size, dist=run.dist, precision=run.precision
-        )
-        results: dict[str, float] = {}
-        for table, text in zip(self.tables, features.split([len(table.texts) for table in self.tables]), strict=True):
-            scores = table.evaluate(video, text)
-            assert not results.keys() & scores.keys(), "two tables of a benchmark use one metric name"
-            results |= scores
-        return results
+            model, texts, self.tokenizer, batch_size=run.batch_size, dist=run.dist, precision=run.precision, cache=cache
+        ).split([len(table.texts) for table in tables])
+        scores = {order: _measure(tables, clips, features) for order, clips in video.items()}
+        details = [table.details(video[PLAIN], text) for table, text in zip(tables, features, strict=True)]
+        return Measured(scores, details, np.flatnonzero(kept).tolist(), report)
+
+    def _shared(self) -> dict[str, Any]:
+        """What all features of this benchmark depend on; class prompts and names of presets do not matter."""
+        protocol = dataclasses.asdict(self.dataset.protocol)
+        for name in ("name", "source", "prompts"):
+            del protocol[name]
+        return {
+            "identity": dict(self.execution.identity),
+            "protocol": protocol,
+            "size": self.dataset.size,
+            "precision": str(self.execution.precision),
+        }
 
 
-class DemoBenchmark(Benchmark):
-    """A world of the demo: retrieval, zero-shot verb-noun, 5-way choice across clips, and motion pairs.
-
-    ``folder`` is one split (``hod.csv``, ``classes.csv``, ``questions.jsonl``, ``videos/``); ``size`` in pixels and
-    ``num_frames`` are those of the model. Everything but the clips is read here, so mistakes surface before training.
-    """
-
-    def __init__(
-        self,
-        folder: str | Path,
-        name: str,
-        *,
-        size: int,
-        num_frames: int,
-        tokenizer: Tokenizer,
-        decoder: str,
-        execution: Execution,
-    ) -> None:
-        folder = Path(folder)
-        for part in ("hod.csv", "classes.csv", "questions.jsonl", "videos"):
-            if not (folder / part).exists():
-                raise BenchmarkError(f"{folder}: no {part} there; expected the val or test folder of a demo world")
-        source = SourceConfig(
-            metadata=str(folder / "hod.csv"),
-            root=str(folder / "videos"),
-            layout="chunks",
-            chunk_seconds=DEMO_CHUNK_SECONDS,
-            list_text="first",
-        )
-        clips = ClipTable.read(source, strict=True)
-        dataset = ClipDataset(
-            [(clips, source)],
-            size=size,
-            num_frames=num_frames,
-            tokenizer=tokenizer,
-            decoder=decoder,
-        )
-        uids = [str(uid) for uid in clips.column("uid")]
-        tables: list[EvaluationTable] = [
-            demo_retrieval(clips),
-            demo_classification(clips, folder / "classes.csv"),
-            read_questions(folder / "questions.jsonl", uids),
-        ]
-        super().__init__(name, dataset, tables, tokenizer=tokenizer, execution=execution)
+def _measure(tables: Sequence[EvaluationTable], video: Tensor, texts: Sequence[Tensor]) -> dict[str, Score]:
+    """Scores of all tables, of which each has its own features of texts."""
+    results: dict[str, Score] = {}
+    for table, text in zip(tables, texts, strict=True):
+        scores = table.measure(video, text)
+        if twice := results.keys() & scores.keys():
+            raise UserError(f"two tables of a benchmark use the metric name '{min(twice)}'")
+        results |= scores
+    return results
 
 
-def demo_evaluator(cfg: Config, dist: Distributed, folder: str | Path, name: str) -> DemoBenchmark:
-    """The demo world in ``folder``, evaluated as the run ``cfg`` describes the model, the decoder and the batches."""
-    return DemoBenchmark(
-        folder,
-        name,
-        size=geometry(cfg.model.name).image_size,
-        num_frames=cfg.model.num_frames,
-        tokenizer=Tokenizer(),
-        decoder=cfg.data.decoder,
-        execution=Execution(
-            batch_size=cfg.evaluate.batch_size,
-            workers=cfg.data.workers,
-            dist=dist,
-            precision=pick_precision(cfg.train.precision, dist.device),
-        ),
+def execution_of(cfg: Config, dist: Distributed) -> Execution:
+    """How the run ``cfg`` computes features; nothing is kept."""
+    return Execution(
+        batch_size=cfg.evaluate.batch_size,
+        workers=cfg.data.workers,
+        dist=dist,
+        precision=pick_precision(cfg.evaluate.precision, dist.device),
     )
 
 
-def demo_evaluators(cfg: Config, dist: Distributed, *names: str) -> list[DemoBenchmark]:
+def benchmark(
+    cfg: Config,
+    name: str,
+    config: BenchmarkConfig,
+    execution: Execution,
+    *,
+    size: int | None = None,
+    tokenizer: TokenizerLike | None = None,
+    controls: Sequence[str] = (),
+    protocol: Protocol | None = None,
+) -> Benchmark:
+    """The benchmark that ``config`` describes, at the resolution (pixels) and with the tokenizer of a model.
+
+    Everything but the clips is read here, so mistakes surface before anything is computed. Raises :class:`UserError`.
+    """
+    kind = _kind(name, config)
+    if protocol is None:
+        chosen = config.protocol if config.protocol != "auto" else DEFAULT_PROTOCOLS.get(kind, "clean")
+        protocol = PROTOCOLS[chosen]
+        if protocol.sampling != "segments" and kind not in ("egtea", "charades_ego"):
+            raise UserError(f"evaluate.benchmarks.{name}.protocol={chosen} is for clips that are files of their own")
+        if cfg.evaluate.num_frames:
+            protocol = dataclasses.replace(protocol, frames=cfg.evaluate.num_frames)
+    if not config.metadata or not config.root:
+        lacking = "metadata" if not config.metadata else "root"
+        raise UserError(
+            f"benchmark {name}: evaluate.benchmarks.{name}.{lacking} is not set; give --{lacking}, or set it in the "
+            "configuration"
+        )
+    content = READERS[kind](config, protocol, Path(cfg.evaluate.cache) if cfg.evaluate.cache else None)
+    dataset = EvaluationDataset(
+        content.clips,
+        protocol,
+        size=size or geometry(cfg.model.name).image_size,
+        decoder=cfg.data.decoder,
+        cache=open_cache(cfg.data.cache, cfg.data.cache_gb),
+    )
+    return Benchmark(
+        name,
+        dataset,
+        content.tables,
+        tokenizer=tokenizer or Tokenizer(geometry(cfg.model.name).context_length),
+        execution=execution,
+        controls=controls,
+        notes=content.notes,
+    )
+
+
+def _kind(name: str, config: BenchmarkConfig) -> str:
+    if config.kind != "auto":
+        return config.kind
+    return name if name in READERS else "own"
+
+
+def demo_evaluator(
+    cfg: Config,
+    dist: Distributed,
+    folder: str | Path,
+    name: str,
+    controls: Sequence[str] = (),
+    execution: Execution | None = None,
+) -> Benchmark:
+    """The split of a demo world in ``folder``, shown as many frames as the run ``cfg`` trains with."""
+    folder = Path(folder)
+    for part in ("hod.csv", "classes.csv", "questions.jsonl", "videos"):
+        if not (folder / part).exists():
+            raise UserError(f"{folder}: no {part} there; expected the val or test folder of a demo world")
+    return benchmark(
+        cfg,
+        name,
+        BenchmarkConfig(kind="own", metadata=str(folder / "hod.csv"), root=str(folder / "videos"), layout="chunks"),
+        execution or execution_of(cfg, dist),
+        controls=controls,
+        protocol=Protocol("demo", "this project: frames as in training, one centre crop", frames=cfg.model.num_frames),
+    )
+
+
+def demo_evaluators(
+    cfg: Config,
+    dist: Distributed,
+    *names: str,
+    controls: Sequence[str] = (),
+    execution: Execution | None = None,
+) -> list[Benchmark]:
     """The worlds that ``cfg.evaluate`` names, of those in ``names`` (val, test)."""
     folders = {"val": cfg.evaluate.demo_val, "test": cfg.evaluate.demo_test}
-    return [demo_evaluator(cfg, dist, folder, name) for name in names if (folder := folders[name])]
+    return [demo_evaluator(cfg, dist, folder, name, controls, execution) for name in names if (folder := folders[name])]
 
 
-def demo_retrieval(clips: ClipTable) -> RetrievalTable:
-    """Clips against distinct hand-object narrations; relevant (1) is every narration of the same action."""
-    texts, text_of_clip = np.unique([clips.row(i).texts[0] for i in range(len(clips))], return_inverse=True)
-    _, action = np.unique(clips.column("action").astype(str), return_inverse=True)
-    # Narrations name hands and places too, so each belongs to one action; the first clip that has it tells which.
-    first = np.unique(text_of_clip, return_index=True)[1]
-    relevancy = (action[:, None] == action[first]).astype(np.float32)
-    return RetrievalTable(texts.tolist(), text_of_clip, relevancy)
+def asked(cfg: Config, name: str, root: str | None = None, metadata: str | None = None) -> dict[str, BenchmarkConfig]:
+    """The benchmarks that ``--benchmark name`` means, with ``--root`` and ``--metadata`` put in.
 
-
-def demo_classification(clips: ClipTable, path: Path) -> ClassificationTable:
-    """All verb-noun classes of the world generator, one prompt each, marginalised to verbs and nouns.
-
-    Raises :class:`BenchmarkError` naming the file when a column is missing or a clip has an unlisted action.
+    ``all`` are those of the configuration whose annotations are there. Raises :class:`UserError`.
     """
-    classes = pd.read_csv(path, dtype=str)
-    missing = {"action", "verb", "noun", "text"} - set(classes.columns)
-    if missing:
-        raise BenchmarkError(f"{path}: column '{min(missing)}' is missing; it has {', '.join(classes.columns)}")
-    code = {action: number for number, action in enumerate(classes["action"])}
-    actions = clips.column("action").astype(str)
-    unlisted = [action for action in actions if action not in code]
-    if unlisted:
-        raise BenchmarkError(f"{path}: no class '{unlisted[0]}', but a clip of hod.csv has this action")
-    parts = {part: np.unique(classes[part], return_inverse=True)[1] for part in ("verb", "noun")}
-    labels = np.array([code[action] for action in actions], dtype=np.int64)
-    return ClassificationTable("verb_noun", classes["text"].tolist(), np.arange(len(classes)), labels, parts)
-
-
-def read_questions(path: Path, uids: Sequence[str]) -> QuestionTable:
-    """Multiple-choice questions of a demo world, one JSON object a line; clips are named by their uid.
-
-    Raises :class:`BenchmarkError` naming file, line and field.
-    """
-    rows = {uid: row for row, uid in enumerate(uids)}
-    texts: dict[str, int] = {}
-
-    def place(item: Any, where: str) -> tuple[bool, int]:
-        """Whether it is a clip, and its row among the clips or the texts."""
-        if not isinstance(item, dict) or set(item) not in ({"clip"}, {"text"}):
-            raise BenchmarkError(f'{where} must be {{"clip": uid}} or {{"text": "..."}}, not {json.dumps(item)}')
-        if "text" in item:
-            return False, texts.setdefault(str(item["text"]), len(texts))
-        if str(item["clip"]) not in rows:
-            raise BenchmarkError(f"{where} is clip '{item['clip']}', which hod.csv does not have")
-        return True, rows[str(item["clip"])]
-
-    questions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        where = f"{path}: line {number}"
-        try:
-            entry = json.loads(line)
-            kind, query, choices, answer = (entry[key] for key in ("kind", "query", "choices", "answer"))
-        except (ValueError, KeyError, TypeError) as error:
-            raise BenchmarkError(f"{where}: not a question with kind, query, choices and answer ({error})") from error
-        if kind not in DEMO_KINDS:
-            raise BenchmarkError(f"{where}: kind is '{kind}', but must be one of {', '.join(DEMO_KINDS)}")
-        if not isinstance(choices, list) or len(choices) < 2:
-            raise BenchmarkError(f"{where}: choices must be a list of at least two")
-        if type(answer) is not int or not 0 <= answer < len(choices):
-            raise BenchmarkError(f"{where}: answer is {answer!r}, but there are {len(choices)} choices, counted from 0")
-        query_is_clip, row = place(query, f"{where}: query")
-        placed = [place(choice, f"{where}: choice {i}") for i, choice in enumerate(choices)]
-        if any(is_clip == query_is_clip for is_clip, _ in placed):
-            raise BenchmarkError(f"{where}: a clip asks for texts and a text for clips, never for its own kind")
-        questions.append(Question(DEMO_KINDS[kind], query_is_clip, row, tuple(row for _, row in placed), answer))
-    if not questions:
-        raise BenchmarkError(f"{path}: not a single question")
-    return QuestionTable(list(texts), questions)
+    there = dict(cfg.evaluate.benchmarks)
+    if name == "all":
+        if root or metadata:
+            raise UserError("--root and --metadata belong to one benchmark; for all of them use evaluate.benchmarks")
+        found = {key: each for key, each in there.items() if each.metadata and Path(each.metadata).exists()}
+        if not found:
+            raise UserError("no benchmark's data is found: set metadata and root in evaluate.benchmarks")
+        return found
+    if name not in there and name not in READERS:
+        known = dict.fromkeys([*there, *(key for key in READERS if key != "own")])
+        raise UserError(f"--benchmark {name}: there are demo, all, {', '.join(known)}")
+    config = there.get(name, BenchmarkConfig())
+    return {name: dataclasses.replace(config, root=root or config.root, metadata=metadata or config.metadata)}

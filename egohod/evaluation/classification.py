@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from egohod.config import UserError
-from egohod.evaluation.metrics import IntArray, mean_class_accuracy, topk_accuracy
-from egohod.evaluation.tables import with_chance
+from egohod.evaluation.metrics import (
+    IntArray,
+    expected_average_precision,
+    label_ranks,
+    multilabel_average_precision,
+    rank_items,
+)
+from egohod.evaluation.scores import RESAMPLES, Score, percent
+from egohod.evaluation.tables import EvaluationTable
 
 # Classes are marginalised as probabilities at the temperature that the released models are trained with.
 TEMPERATURE = 0.07
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
-class ClassificationTable:
+class ClassificationTable(EvaluationTable):
     """C classes described by prompts, and the class of every clip.
 
     ``texts`` P prompts; ``class_of_text`` [P] in 0..C-1, at least one prompt for each class; ``labels`` [N] true
     classes; ``parts`` maps the name of a coarser label (verb, noun) to its code for each class, [C]: a part's
-    probability is the sum over its classes. Metrics are called ``<name>_top1`` and so on.
+    probability is the sum over its classes. Metrics are called ``<name>_top1`` and so on. ``class_names`` [C] are for
+    people. ``splits`` are rows of clips: with them, metrics are those of the first split, and ``<metric>_splits`` is
+    the mean of all.
     """
 
     name: str
@@ -31,23 +44,125 @@ class ClassificationTable:
     class_of_text: IntArray
     labels: IntArray
     parts: Mapping[str, IntArray] = field(default_factory=dict)
+    class_names: Sequence[str] = ()
+    splits: Sequence[IntArray] = ()
 
-    def evaluate(self, video: Tensor, text: Tensor) -> dict[str, float]:
+    def measure(self, video: Tensor, text: Tensor) -> dict[str, Score]:
         """Top-1, top-5 and mean class accuracy of the classes and top-1 of their parts, in percent."""
-        logits = video @ class_features(text, self.class_of_text).T
-        scores, classes = logits.numpy(), logits.shape[1]
-        metrics = {
-            f"{self.name}_top1": topk_accuracy(scores, self.labels),
-            f"{self.name}_top5": topk_accuracy(scores, self.labels, k=5),
-            f"{self.name}_mean_class": mean_class_accuracy(scores.argmax(axis=1), self.labels),
+        logits = self._logits(video, text)
+        ranks, classes = label_ranks(logits.numpy(), self.labels), logits.shape[1]
+        splits = self.splits or [np.arange(len(ranks))]
+        first = splits[0]
+        scores = {
+            f"{self.name}_top1": percent([ranks[first] <= 1], 100 / classes),
+            f"{self.name}_top5": percent([ranks[first] <= 5], 100 * min(1, 5 / classes)),
+            f"{self.name}_mean_class": self._mean_class(ranks, splits[:1], 100 / classes),
         }
-        chance = dict(zip(metrics, (1 / classes, min(1, 5 / classes), 1 / classes), strict=True))
-        probability = (logits.double() / TEMPERATURE).softmax(dim=1).numpy()
+        if len(splits) > 1:
+            scores[f"{self.name}_top1_splits"] = percent([ranks[rows] <= 1 for rows in splits], 100 / classes)
+            scores[f"{self.name}_mean_class_splits"] = self._mean_class(ranks, splits, 100 / classes)
         for part, code in self.parts.items():
             count = int(code.max()) + 1
-            metrics[f"{part}_top1"] = topk_accuracy(probability @ np.eye(count)[code], code[self.labels])
-            chance[f"{part}_top1"] = 1 / count
-        return with_chance({k: 100 * v for k, v in metrics.items()}, {k: 100 * v for k, v in chance.items()})
+            right = np.concatenate(
+                [
+                    label_ranks(rows.double().div(TEMPERATURE).softmax(dim=1).numpy() @ np.eye(count)[code], labels)
+                    <= 1
+                    for rows, labels in zip(
+                        logits[first].split(1000), _pieces(code[self.labels[first]], 1000), strict=True
+                    )
+                ]
+            )
+            scores[f"{part}_top1"] = percent([right], 100 / count)
+        return scores
+
+    def _mean_class(self, ranks: IntArray, splits: Sequence[IntArray], chance: float) -> Score:
+        """Accuracy within each class that occurs in a split, averaged over these classes and then over the splits."""
+        parts, weights = [], []
+        for rows in splits:
+            order = rows[np.argsort(self.labels[rows], kind="stable")]
+            borders = np.flatnonzero(np.diff(self.labels[order])) + 1
+            parts += [ranks[part] <= 1 for part in np.split(order, borders)]
+            weights += [1 / (len(borders) + 1) / len(splits)] * (len(borders) + 1)
+        return percent(parts, chance, weights)
+
+    def details(self, video: Tensor, text: Tensor) -> Mapping[str, Any]:
+        """The best classes of each clip; per class: clips and accuracy; confusions as [true, predicted, clips]."""
+        logits = self._logits(video, text).numpy()
+        best = np.concatenate(
+            [rank_items(rows)[:, :_SHOWN] for rows in np.array_split(logits, len(logits) // 1000 + 1)]
+        )
+        right = best[:, 0] == self.labels
+        clips = np.bincount(self.labels, minlength=logits.shape[1])
+        correct = np.bincount(self.labels, weights=right, minlength=logits.shape[1])
+        pairs, counts = np.unique(np.stack([self.labels, best[:, 0]], axis=1), axis=0, return_counts=True)
+        names = list(self.class_names) or [
+            self.texts[int(np.argmax(self.class_of_text == c))] for c in range(len(clips))
+        ]
+        return {
+            "kind": "classification",
+            "classes": names,
+            "labels": self.labels.tolist(),
+            "best_classes": best.tolist(),
+            "similarity": logits[np.arange(len(best))[:, None], best].round(4).tolist(),
+            "per_class": [
+                {"class": int(c), "clips": int(clips[c]), "accuracy": round(100 * correct[c] / clips[c], 2)}
+                for c in np.flatnonzero(clips)
+            ],
+            "confusion": [[int(true), int(told), int(n)] for (true, told), n in zip(pairs, counts, strict=True)],
+        }
+
+    def restricted(self, kept: NDArray[Any]) -> ClassificationTable:
+        """See :class:`EvaluationTable`; all classes stay."""
+        number = np.cumsum(kept) - 1
+        splits = [number[rows[kept[rows]]] for rows in self.splits]
+        return dataclasses.replace(self, labels=self.labels[kept], splits=splits)
+
+    def _logits(self, video: Tensor, text: Tensor) -> Tensor:
+        return video @ class_features(text, self.class_of_text).T
+
+
+@dataclass(frozen=True)
+class MultiLabelTable(EvaluationTable):
+    """C classes, each told by one text, and which of them occur in every clip: ``labels`` [N, C] bool (Charades)."""
+
+    name: str
+    texts: Sequence[str]
+    labels: NDArray[np.bool_]
+
+    def measure(self, video: Tensor, text: Tensor) -> dict[str, Score]:
+        """Mean over the classes of the average precision over the clips, in percent; resampled by clips."""
+        scores = (video @ text.T).numpy()
+
+        def value(rows: IntArray) -> float:
+            precision = multilabel_average_precision(scores[rows], self.labels[rows])
+            return 100 * float(np.nanmean(precision)) if not np.isnan(precision).all() else float("nan")
+
+        def draw(rng: np.random.Generator) -> NDArray[np.float64]:
+            return np.array([value(rng.integers(0, len(scores), len(scores))) for _ in range(RESAMPLES)])
+
+        told = self.labels[self.labels.any(axis=1)]
+        chance = 100 * float(np.nanmean(expected_average_precision(told))) if told.size else None
+        return {self.name: Score(value(np.arange(len(scores))), chance, draw)}
+
+    def details(self, video: Tensor, text: Tensor) -> Mapping[str, Any]:
+        """The best classes of each clip, and the average precision of each class."""
+        scores = (video @ text.T).numpy()
+        precision = multilabel_average_precision(scores, self.labels)
+        return {
+            "kind": "multilabel",
+            "classes": list(self.texts),
+            "labels": [np.flatnonzero(row).tolist() for row in self.labels],
+            "best_classes": rank_items(scores)[:, :_SHOWN].tolist(),
+            "per_class": [
+                {"class": int(c), "clips": int(self.labels[:, c].sum()), "average_precision": round(100 * value, 2)}
+                for c, value in enumerate(precision.tolist())
+                if value == value
+            ],
+        }
+
+    def restricted(self, kept: NDArray[Any]) -> MultiLabelTable:
+        """See :class:`EvaluationTable`."""
+        return dataclasses.replace(self, labels=self.labels[kept])
 
 
 def class_features(text: Tensor, class_of_text: IntArray) -> Tensor:
@@ -61,3 +176,7 @@ def class_features(text: Tensor, class_of_text: IntArray) -> Tensor:
         raise UserError(f"class {int((counts == 0).nonzero()[0, 0])} has no prompt")
     mean = torch.zeros(len(counts), text.shape[1]).index_add_(0, codes, text) / counts[:, None]
     return torch.nn.functional.normalize(mean, dim=-1)
+
+
+def _pieces(values: IntArray, size: int) -> list[IntArray]:
+    return [values[start : start + size] for start in range(0, len(values), size)]

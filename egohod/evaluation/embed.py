@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -12,11 +14,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from egohod.config import UserError
-from egohod.data.clips import ClipDataset
 from egohod.data.loader import eval_loader
-from egohod.data.text import Tokenizer, trim
+from egohod.data.text import trim
 from egohod.data.transforms import normalise
 from egohod.distributed import Distributed
+from egohod.evaluation.clips import EvaluationDataset, collate_views, require_all
+from egohod.evaluation.feature_cache import FeatureCache, feature_key
+from egohod.evaluation.temporal import apply_control
+
+# What the clips as they are are called among the temporal controls.
+PLAIN = "plain"
+
+TokenizerLike = Callable[[Sequence[str]], Tensor]
+"""Texts to int64 [B, L]: start, words, end-of-text (the largest id), zeros."""
 
 
 @runtime_checkable
@@ -29,44 +39,83 @@ class VideoTextModel(Protocol):
         """Switch dropout and the like on or off."""
 
     def encode_video(self, video: Tensor, normalize: bool = ...) -> Tensor:
-        """Normalised frames [B, 3, T, H, W] to features [B, D]."""
+        """Frames in CLIP's statistics [B, 3, T, H, W] to features [B, D]."""
 
     def encode_text(self, tokens: Tensor, normalize: bool = ...) -> Tensor:
         """Token ids [B, L] to features [B, D]."""
 
 
+@dataclass
+class Report:
+    """How the features of a benchmark came about."""
+
+    clips: int = 0
+    from_cache: int = 0
+    seconds: float = 0.0
+    waiting: float = 0.0
+    """Seconds of them in which the first process waited for decoded clips."""
+    faults: dict[int, str] = field(default_factory=dict)
+    """Clips that could not be read, by index."""
+
+
 def embed_clips(
     model: VideoTextModel,
-    dataset: ClipDataset,
+    dataset: EvaluationDataset,
     *,
     batch_size: int,
     workers: int,
     dist: Distributed,
     precision: torch.dtype,
-) -> Tensor:
+    controls: Sequence[str] = (),
+    cache: FeatureCache | None = None,
+    allow_missing: bool = False,
+) -> tuple[dict[str, Tensor], Report]:
     """Features of every clip of ``dataset``: float32 [N, D] on the CPU, row i is clip i, the same on every process.
 
-    Each process encodes every ``world_size``-th clip, so each clip counts exactly once on any number of processes.
-    ``precision`` is the autocast type (``torch.float32``: none). Raises :class:`UserError` on every process when
-    one of them cannot read a clip; nothing is ever replaced.
+    The result holds those of the clips as they are (``plain``) and those under each temporal control; every clip is
+    decoded once for all of them. The features of several views are averaged, which averages their similarities. What
+    is not in ``cache`` is cut into the same batches on any number of processes, which take turns: each clip counts
+    exactly once, and stands in the same company.
+
+    ``precision`` is the autocast type (``torch.float32``: none). Raises :class:`UserError` on every process, naming
+    all clips that cannot be read; with ``allow_missing`` their rows are NaN and the report names them.
     """
+    orders, views, report = (PLAIN, *controls), dataset.protocol.views, Report(clips=len(dataset))
+    at_a_time = max(1, batch_size // views)
 
     def encode(mine: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
-        for batch in eval_loader(dataset, mine.tolist(), batch_size, workers):
-            video = normalise(batch["video"].to(dist.device, non_blocking=True))
-            yield batch["index"].numpy(), model.encode_video(video, normalize=True)
+        batches = iter(eval_loader(dataset, mine.tolist(), at_a_time, workers, collate=collate_views))
+        while (batch := _next(batches, report)) is not None:
+            report.faults |= batch["faults"]
+            if batch["video"] is None:
+                continue
+            index = batch["index"]
+            video = normalise(batch["video"].to(dist.device, non_blocking=True).flatten(0, 1))
+            of_view = np.repeat(index, views)
+            features = [
+                model.encode_video(
+                    apply_control(name, video, of_view.tolist()) if name != PLAIN else video, normalize=True
+                )
+                for name in orders
+            ]
+            yield index, torch.stack(features, dim=1).float().unflatten(0, (-1, views)).mean(dim=1)
 
-    return _encode_shards(model, encode, len(dataset), "clip", dist, precision)
+    keys = [[feature_key("clip", clip, order) for order in orders] for clip in dataset.identities] if cache else None
+    features = _encode_shards(model, encode, len(dataset), at_a_time, "clip", dist, precision, cache, keys, report)
+    if not allow_missing:
+        require_all(report.faults, len(dataset))
+    return dict(zip(orders, features.unbind(dim=1), strict=True)), report
 
 
 def embed_texts(
     model: VideoTextModel,
     texts: Sequence[str],
-    tokenizer: Tokenizer,
+    tokenizer: TokenizerLike,
     *,
     batch_size: int,
     dist: Distributed,
     precision: torch.dtype,
+    cache: FeatureCache | None = None,
 ) -> Tensor:
     """Features of ``texts``: float32 [len(texts), D] on the CPU, the same on every process.
 
@@ -74,60 +123,119 @@ def embed_texts(
     """
     distinct, place = np.unique(np.asarray(texts, dtype=object).astype(str), return_inverse=True)
     by_length = np.argsort([len(text) for text in distinct], kind="stable")
+    ordered = [str(distinct[row]) for row in by_length]
 
     def encode(mine: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
         for start in range(0, len(mine), batch_size):
-            rows = by_length[mine[start : start + batch_size]]
-            tokens = trim(tokenizer([str(distinct[row]) for row in rows]))
-            yield rows, model.encode_text(tokens.to(dist.device), normalize=True)
+            rows = mine[start : start + batch_size]
+            tokens = trim(tokenizer([ordered[row] for row in rows]))
+            yield rows, model.encode_text(tokens.to(dist.device), normalize=True)[:, None]
 
-    features = _encode_shards(model, encode, len(distinct), "text", dist, precision)
-    return features[torch.from_numpy(place)]
+    keys = [[feature_key("text", text)] for text in ordered] if cache else None
+    features = _encode_shards(model, encode, len(ordered), batch_size, "text", dist, precision, cache, keys, Report())
+    return features[torch.from_numpy(np.argsort(by_length)[place]), 0]
+
+
+def _next(batches: Iterator[dict[str, Any]], report: Report) -> dict[str, Any] | None:
+    start = time.perf_counter()
+    batch = next(batches, None)
+    report.waiting += time.perf_counter() - start
+    return batch
 
 
 def _encode_shards(
     model: VideoTextModel,
     encode: Callable[[NDArray[np.int64]], Iterator[tuple[NDArray[np.int64], Tensor]]],
     total: int,
+    batch_size: int,
     what: str,
     dist: Distributed,
     precision: torch.dtype,
+    cache: FeatureCache | None,
+    keys: list[list[str]] | None,
+    report: Report,
 ) -> Tensor:
-    """Run ``encode`` on this process's share of ``range(total)`` and put the shares of all processes together."""
+    """Run ``encode`` on this process's share of what is not in the cache; the shares of all together [N, orders, D]."""
     if total == 0:
         raise UserError(f"nothing to evaluate: there is not a single {what}")
+    start = time.perf_counter()
+    known = _known(dist, cache, keys)
+    todo = np.setdiff1d(np.arange(total), np.fromiter(known, dtype=np.int64, count=len(known)))
     rows: list[NDArray[np.int64]] = []
     features: list[NDArray[np.float32]] = []
     fault: str | None = None
     try:
         with _inference(model, dist.device, precision):
-            for index, encoded in encode(np.arange(dist.rank, total, dist.world_size)):
+            batches = np.arange(len(todo)) // batch_size
+            for index, encoded in encode(todo[batches % dist.world_size == dist.rank]):
                 rows.append(index)
                 features.append(encoded.float().cpu().numpy())
+                if cache and keys:
+                    for i, orders in zip(index.tolist(), features[-1], strict=True):
+                        # What is not finite is refused below and must not come back from the cache.
+                        if np.isfinite(orders).all():
+                            for key, feature in zip(keys[i], orders, strict=True):
+                                cache.add(key, feature)
     except UserError as error:  # told to all, or the other processes would wait for this one for ever
         fault = str(error)
-    shares = dist.gather_objects((rows, features, fault))
-    faults = [text for _, _, text in shares if text is not None]
-    if faults:
-        raise UserError("\n".join(faults))
-    return _assemble(
-        [row for share, _, _ in shares for row in share], [row for _, share, _ in shares for row in share], total, what
-    )
+    finally:
+        if cache:
+            cache.flush()
+    shares = dist.gather_objects((rows, features, fault, report.faults))
+    failed = [text for _, _, text, _ in shares if text is not None]
+    if failed:
+        raise UserError("\n".join(failed))
+    for _, _, _, faults in shares:
+        report.faults |= faults
+    report.from_cache, report.seconds = len(known), time.perf_counter() - start
+    if known:
+        rows, features = [np.fromiter(known, dtype=np.int64)], [np.stack(list(known.values()))]
+    else:
+        rows, features = [], []
+    rows += [row for share, _, _, _ in shares for row in share]
+    features += [row for _, share, _, _ in shares for row in share]
+    return _assemble(rows, features, total, what, report.faults)
 
 
-def _assemble(rows: list[NDArray[np.int64]], features: list[NDArray[np.float32]], total: int, what: str) -> Tensor:
-    """Features in the order of their rows. Raises :class:`UserError` naming rows whose features are not finite."""
+def _known(
+    dist: Distributed, cache: FeatureCache | None, keys: list[list[str]] | None
+) -> dict[int, NDArray[np.float32]]:
+    """Rows whose features the cache holds in all orders; the first process decides for all."""
+    if cache is None or keys is None:
+        return {}
+    found = None
+    if dist.is_main:
+        kept = cache.read([key for orders in keys for key in orders])
+        found = {
+            row: np.stack([kept[key] for key in orders])
+            for row, orders in enumerate(keys)
+            if all(key in kept for key in orders)
+        }
+    return dist.gather_objects(found)[0]
+
+
+def _assemble(
+    rows: list[NDArray[np.int64]], features: list[NDArray[np.float32]], total: int, what: str, faults: dict[int, str]
+) -> Tensor:
+    """Features in the order of their rows, NaN where one could not be read.
+
+    Raises :class:`UserError` naming rows whose features are not finite.
+    """
+    if not rows:
+        require_all(faults, total)
     index, values = np.concatenate(rows), np.concatenate(features)
-    order = np.argsort(index, kind="stable")
-    assert np.array_equal(index[order], np.arange(total)), f"each {what} must be encoded exactly once"
-    values = values[order]
-    broken = np.flatnonzero(~np.isfinite(values).all(axis=1))
+    counts = np.bincount(index, minlength=total)
+    counts[list(faults)] += 1
+    assert (counts == 1).all(), f"each {what} must be encoded exactly once"
+    broken = np.sort(index[~np.isfinite(values).reshape(len(values), -1).all(axis=1)])
     if broken.size:
         raise UserError(
             f"the features of {broken.size} of {total} {what}s are NaN or infinite, first of {what} {broken[0]}: "
             "the model's weights are broken or the precision is too low"
         )
-    return torch.from_numpy(values)
+    ordered = np.full((total, *values.shape[1:]), np.nan, dtype=np.float32)
+    ordered[index] = values
+    return torch.from_numpy(ordered)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,9 @@ scores that are not finite are refused, since they would be ranked by accident.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +24,8 @@ IntArray = NDArray[np.int64]
 
 # Elements of a similarity matrix that are ranked at a time: a few arrays of 8 MB whatever the matrix.
 BLOCK_ELEMENTS = 2**20
+# Blocks that are ranked at the same time.
+THREADS = min(8, os.cpu_count() or 1)
 
 
 class MetricError(UserError):
@@ -38,6 +43,10 @@ class Directions:
     t2v: float
     mean: float
     left_out: tuple[int, int]
+
+    def __iter__(self) -> Iterator[float]:
+        """V->T, T->V and their mean."""
+        return iter((self.v2t, self.t2v, self.mean))
 
 
 @dataclass(frozen=True)
@@ -84,19 +93,26 @@ def graded_per_query(sim: ArrayLike, rel: ArrayLike) -> tuple[NDArray[np.float64
     rank = np.arange(1, items + 1)
     discount = 1.0 / np.log2(rank + 1.0)
     step = max(1, BLOCK_ELEMENTS // max(items, 1))
-    for start in range(0, queries, step):
+
+    def block(start: int) -> None:
         rows = slice(start, start + step)
-        relevancy = np.ascontiguousarray(rel[rows], dtype=np.float64)
+        relevancy = np.array(rel[rows], dtype=np.float64, order="C")  # a copy, which is sorted below
         ranked = np.take_along_axis(relevancy, rank_items(sim[rows]), axis=1)
 
-        full = ranked == 1
-        precision = np.cumsum(ranked, axis=1) / rank
-        ap[rows] = _ratio((precision * full).sum(axis=1), full.sum(axis=1))
+        # Few items are fully relevant: the precision is computed where it counts only.
+        query, place = np.nonzero(ranked == 1)
+        precision = np.cumsum(ranked, axis=1)[query, place] / rank[place]
+        count = len(relevancy)
+        ap[rows] = _ratio(np.bincount(query, precision, count), np.bincount(query, minlength=count))
 
-        positives = (relevancy > 0).sum(axis=1)
+        positives = np.count_nonzero(relevancy > 0, axis=1)
         ranked *= rank <= positives[:, None]
-        ideal = np.sort(relevancy, axis=1)[:, ::-1] @ discount
-        gain[rows] = _ratio(ranked @ discount, ideal)
+        relevancy.sort(axis=1)
+        gain[rows] = _ratio(ranked @ discount, relevancy[:, ::-1] @ discount)
+
+    # Sorting lets go of Python's lock, so threads share the blocks.
+    with ThreadPoolExecutor(THREADS) as threads:
+        list(threads.map(block, range(0, queries, step)))
     return ap, gain
 
 
@@ -109,10 +125,13 @@ def rank_items(scores: ArrayLike) -> IntArray:
     # Features are float32, so the large matrices are. Their bits, made monotonous, and the index share one
     # 64-bit key: sorting keys is half the price of a stable argsort, and no two keys are equal.
     bits = (scores + np.float32(0)).view(np.int32)  # + 0 turns -0.0 into 0.0, which has other bits
-    falling = np.where(bits < 0, bits & np.int32(0x7FFFFFFF), ~bits)
-    keys = (falling.astype(np.int64) << 32) | np.arange(scores.shape[1])
+    bits ^= (bits >> 31) & np.int32(0x7FFFFFFF)  # rising, as integers
+    keys = np.invert(bits, out=bits).astype(np.int64)
+    keys <<= 32
+    keys |= np.arange(scores.shape[1])
     keys.sort(axis=1)
-    return keys & 0xFFFFFFFF
+    keys &= 0xFFFFFFFF
+    return keys
 
 
 def first_relevant_rank(sim: ArrayLike, relevant: ArrayLike) -> IntArray:
@@ -143,9 +162,14 @@ def median_rank(ranks: ArrayLike) -> float:
 
 def topk_accuracy(scores: ArrayLike, labels: ArrayLike, k: int = 1) -> float:
     """Share of rows of ``scores`` [Q, C] whose label [Q] is among the k highest."""
+    return recall_at_k(label_ranks(scores, labels), k)
+
+
+def label_ranks(scores: ArrayLike, labels: ArrayLike) -> IntArray:
+    """Rank [Q], from 1, of the label [Q] of each row of ``scores`` [Q, C]."""
     scores, labels = np.asarray(scores), np.asarray(labels)
     _require_labels(scores, labels)
-    return recall_at_k(first_relevant_rank(scores, np.arange(scores.shape[1]) == labels[:, None]), k)
+    return first_relevant_rank(scores, np.arange(scores.shape[1]) == labels[:, None])
 
 
 def mean_class_accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
@@ -158,21 +182,41 @@ def mean_class_accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
     return _mean(np.bincount(codes, weights=predictions == labels) / np.bincount(codes))
 
 
+def multilabel_average_precision(scores: ArrayLike, labels: ArrayLike) -> NDArray[np.float64]:
+    """Average precision of each class, float64 [C], NaN for one without a positive video; Charades' mAP averages it.
+
+    ``scores`` [N, C], ``labels`` [N, C] bool: which classes occur in each video. As in the challenge's own program,
+    videos in which no class occurs rank behind all others.
+    """
+    scores, labels = _matrices(scores, labels)
+    labels = labels.astype(bool)
+    _require_finite(scores)
+    told = labels.any(axis=1)
+    ranked = np.take_along_axis(labels[told].T, rank_items(scores[told].T), axis=1)
+    precision = np.cumsum(ranked, axis=1) / np.arange(1, ranked.shape[1] + 1)
+    return _ratio((precision * ranked).sum(axis=1), ranked.sum(axis=1))
+
+
 def multiple_choice_accuracy(scores: ArrayLike, answers: ArrayLike, kinds: ArrayLike) -> dict[str, float]:
     """Accuracy of each kind of question, e.g. EgoMCQ's inter-video and intra-video ones.
 
     ``scores`` [Q, C], where -inf marks a choice that a question with fewer choices does not have; ``answers`` [Q]
     index of the right choice; ``kinds`` [Q] any labels, which become the keys as strings.
     """
-    scores, answers, kinds = np.asarray(scores), np.asarray(answers), np.asarray(kinds).astype(str)
+    right, kinds = multiple_choice_right(scores, answers), np.asarray(kinds).astype(str)
+    return {str(kind): _mean(right[kinds == kind]) for kind in np.unique(kinds)}
+
+
+def multiple_choice_right(scores: ArrayLike, answers: ArrayLike) -> NDArray[np.bool_]:
+    """Whether each question is answered rightly, bool [Q]; arguments as of :func:`multiple_choice_accuracy`."""
+    scores, answers = np.asarray(scores), np.asarray(answers)
     _require_labels(scores, answers)
     # A missing choice is -inf by definition; anything else must be finite, and each question needs a real answer.
     if np.isnan(scores).any() or np.isposinf(scores).any():
         raise MetricError("the scores of the choices hold NaN or infinite values: the features are not finite")
     if answers.size and not np.isfinite(scores[np.arange(len(answers)), answers]).all():
         raise MetricError("a question names an answer that is not among its choices")
-    right = scores.argmax(axis=1) == answers if answers.size else np.zeros(0, dtype=bool)
-    return {str(kind): _mean(right[kinds == kind]) for kind in np.unique(kinds)}
+    return scores.argmax(axis=1) == answers if answers.size else np.zeros(0, dtype=bool)
 
 
 def expected_graded_scores(rel: ArrayLike) -> GradedScores:
@@ -185,6 +229,11 @@ def expected_graded_scores(rel: ArrayLike) -> GradedScores:
     rel = np.asarray(rel)
     (ap_v2t, ndcg_v2t), (ap_t2v, ndcg_t2v) = _expected_per_query(rel), _expected_per_query(rel.T)
     return GradedScores(_directions(ap_v2t, ap_t2v), _directions(ndcg_v2t, ndcg_t2v))
+
+
+def expected_average_precision(labels: ArrayLike) -> NDArray[np.float64]:
+    """Average precision of each class that random scores reach on average: float64 [C] from ``labels`` [N, C] bool."""
+    return _expected_per_query(np.asarray(labels, dtype=np.float64).T)[0]
 
 
 def expected_recall(relevant: ArrayLike, items: int) -> NDArray[np.float64]:

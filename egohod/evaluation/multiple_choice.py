@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
-from egohod.evaluation.metrics import FloatArray, multiple_choice_accuracy
-from egohod.evaluation.tables import with_chance
+from egohod.evaluation.metrics import FloatArray, multiple_choice_right
+from egohod.evaluation.scores import Score, percent
+from egohod.evaluation.tables import EvaluationTable
 
 
 @dataclass(frozen=True)
@@ -27,25 +31,57 @@ class Question:
 
 
 @dataclass(frozen=True)
-class QuestionTable:
+class QuestionTable(EvaluationTable):
     """Questions over the clips of a dataset and ``texts``; metrics are called as the kinds of the questions."""
 
     texts: Sequence[str]
     questions: Sequence[Question]
 
-    def evaluate(self, video: Tensor, text: Tensor) -> dict[str, float]:
+    def measure(self, video: Tensor, text: Tensor) -> dict[str, Score]:
         """Accuracy and chance level of each kind, in percent."""
         kinds = np.array([question.kind for question in self.questions])
         answers = np.array([question.answer for question in self.questions], dtype=np.int64)
-        accuracy = multiple_choice_accuracy(_scores(self.questions, video.numpy(), text.numpy()), answers, kinds)
+        right = multiple_choice_right(_scores(self.questions, video.numpy(), text.numpy()), answers)
         guess = np.array([1 / len(question.choices) for question in self.questions])
-        chance = {kind: 100 * float(guess[kinds == kind].mean()) for kind in accuracy}
-        return with_chance({kind: 100 * value for kind, value in accuracy.items()}, chance)
+        return {
+            str(kind): percent([right[kinds == kind]], 100 * float(guess[kinds == kind].mean()))
+            for kind in np.unique(kinds)
+        }
+
+    def details(self, video: Tensor, text: Tensor) -> Mapping[str, Any]:
+        """Each question with the choice that was taken and the similarity to all choices."""
+        scores = _scores(self.questions, video.numpy(), text.numpy())
+        return {
+            "kind": "multiple_choice",
+            "texts": list(self.texts),
+            "questions": [
+                dataclasses.asdict(question)
+                | {
+                    "taken": int(row.argmax()),
+                    "similarity": [round(float(value), 4) for value in row[: len(question.choices)]],
+                }
+                for question, row in zip(self.questions, scores, strict=True)
+            ],
+        }
+
+    def restricted(self, kept: NDArray[Any]) -> QuestionTable:
+        """See :class:`EvaluationTable`; a question that needs a clip that is not kept is left out."""
+        number = np.cumsum(kept) - 1
+
+        def renumbered(question: Question) -> Question | None:
+            clips = [question.query] if question.query_is_clip else list(question.choices)
+            if not kept[clips].all():
+                return None
+            new = tuple(int(number[clip]) for clip in clips)
+            return dataclasses.replace(question, **({"query": new[0]} if question.query_is_clip else {"choices": new}))
+
+        return dataclasses.replace(self, questions=[q for each in self.questions if (q := renumbered(each))])
 
 
 def _scores(questions: Sequence[Question], video: FloatArray, text: FloatArray) -> FloatArray:
     """Similarity of each query to each of its choices [Q, largest number of choices], -inf behind the last."""
-    scores = np.full((len(questions), max(len(question.choices) for question in questions)), -np.inf, dtype=np.float32)
+    widest = max((len(question.choices) for question in questions), default=1)
+    scores = np.full((len(questions), widest), -np.inf, dtype=np.float32)
     for row, question in zip(scores, questions, strict=True):
         source, target = (video, text) if question.query_is_clip else (text, video)
         row[: len(question.choices)] = target[list(question.choices)] @ source[question.query]

@@ -1,45 +1,209 @@
-"""What is shown of the results: a console table and a JSON file."""
+"""What is shown of the results: a console table, results.json and its sidecars.
+
+<output>/results.json            every number with interval, chance, protocol, checksums and versions
+<output>/details/<name>.json     what they are made of, clip by clip, for galleries and plots
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import importlib.metadata
 import json
 import logging
 import os
-from collections.abc import Mapping
+import platform
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from egohod.config import Config, to_yaml
 from egohod.distributed import Distributed
-from egohod.evaluation.tables import CHANCE
+from egohod.evaluation.benchmarks import Benchmark, Measured
+from egohod.evaluation.embed import PLAIN
+from egohod.evaluation.published import PUBLISHED
+from egohod.evaluation.scores import CHANCE, DROP, Score
+from egohod.evaluation.temporal import CONTROLS
 
 log = logging.getLogger(__name__)
 
-RESULTS_FILE = "results.json"
+RESULTS_FILE, DETAILS_FOLDER = "results.json", "details"
+FORMAT = 1
+_PACKAGES = ("egohod", "torch", "numpy", "torchvision", "open_clip_torch")
 
 
-def report(folder: str | Path, dist: Distributed, results: Mapping[str, float]) -> None:
-    """Log the table of ``results`` and write them to ``folder/results.json``; only the first process does.
+def report(
+    folder: str | Path,
+    cfg: Config,
+    dist: Distributed,
+    found: Sequence[tuple[Benchmark, Measured]],
+    *,
+    checkpoint: Mapping[str, Any],
+    also: Mapping[str, float] | None = None,
+    published: str | None = None,
+) -> None:
+    """Log the table and write ``results.json`` and the sidecars to ``folder``; only the first process does.
 
-    Raises :class:`OSError` when the file cannot be written; an older file is then untouched.
+    ``checkpoint`` says what was evaluated (path, sha256). ``also`` are numbers by name that were measured elsewhere,
+    such as those on the val world while training. ``published`` is a model of :mod:`~egohod.evaluation.published`
+    whose numbers stand beside ours. Raises :class:`OSError` when a file cannot be written; an older one is then
+    untouched.
     """
     if not dist.is_main:
         return
-    log.info("results\n%s", table(results))
-    path = Path(folder) / RESULTS_FILE
-    # A number that is not one (a metric without a single query) has no spelling in JSON but null.
-    clean = {key: value if value == value else None for key, value in results.items()}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(clean, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    flat = dict(also or {})
+    for benchmark, measured in found:
+        flat |= {f"{benchmark.name}/{name}": value for name, value in measured.flat().items()}
+    log.info("results\n%s", table(flat))
+    for benchmark, measured in found:
+        for note in [*benchmark.notes, *_coverage(measured)]:
+            log.info("%s: %s", benchmark.name, note)
+    described = {
+        benchmark.name: describe(benchmark, measured, PUBLISHED.get(published or "", {}))
+        for benchmark, measured in found
+    }
+    if published:
+        log.info("beside %s, as published\n%s", published, comparison(described))
+    settings = to_yaml(cfg)
+    results = {
+        "format": FORMAT,
+        "checkpoint": dict(checkpoint),
+        "config": {"sha256": hashlib.sha256(settings.encode()).hexdigest(), "model": cfg.model.name},
+        "versions": _versions(),
+        "device": str(dist),
+        "metrics": flat,
+        "benchmarks": described,
+    }
+    for benchmark, measured in found:
+        write_json(Path(folder) / DETAILS_FOLDER / f"{benchmark.name}.json", details(benchmark, measured))
+    write_json(Path(folder) / RESULTS_FILE, results)
+
+
+def describe(benchmark: Benchmark, measured: Measured, published: Mapping[str, float]) -> dict[str, Any]:
+    """A benchmark in ``results.json``: protocol, coverage, notes, timing and every metric."""
+    plain, protocol = measured.scores[PLAIN], benchmark.dataset.protocol
+    metrics = {}
+    for name, score in plain.items():
+        controls = {
+            control: _number(scores[name]) | _drop(score, scores[name])
+            for control, scores in measured.scores.items()
+            if control != PLAIN
+        }
+        metrics[name] = _number(score) | {"chance": score.chance, "controls": controls}
+        if (known := published.get(f"{benchmark.name}/{name}")) is not None:
+            metrics[name] |= {"published": known, "difference": score.value - known}
+    report, seconds = measured.report, measured.report.seconds
+    encoded = report.clips - report.from_cache - len(report.faults)
+    return {
+        "protocol": dataclasses.asdict(protocol) | {"size": benchmark.dataset.size},
+        "clips": report.clips,
+        "evaluated": len(measured.kept),
+        "partial": len(measured.kept) < report.clips,
+        "missing": [report.faults[i] for i in sorted(report.faults)],
+        "notes": [*benchmark.notes, *_coverage(measured)],
+        "timing": {
+            "seconds": seconds,
+            "clips_per_second": encoded / seconds if seconds and encoded else None,
+            "waiting_for_clips": report.waiting / seconds if seconds and encoded else None,
+            "from_cache": report.from_cache,
+            "decoder": benchmark.dataset.decoder,
+            "precision": str(benchmark.execution.precision).removeprefix("torch."),
+        },
+        "metrics": metrics,
+        "details": f"{DETAILS_FOLDER}/{benchmark.name}.json",
+    }
+
+
+def details(benchmark: Benchmark, measured: Measured) -> dict[str, Any]:
+    """The sidecar of a benchmark: its clips, and what each table says about every one of them."""
+    clips, rows = benchmark.dataset.clips, measured.kept
+    ends = [float(clips.end[i]) for i in rows]
+    return {
+        "format": FORMAT,
+        "clips": {
+            "root": clips.root,
+            "layout": clips.layout,
+            "chunk_seconds": clips.chunk_seconds,
+            "id": [clips.ids[i] for i in rows],
+            "video": [clips.videos[i] for i in rows],
+            "start": [float(clips.start[i]) for i in rows],
+            "end": [end if end != float("inf") else None for end in ends],
+        },
+        "tables": list(measured.details),
+    }
 
 
 def table(results: Mapping[str, float], title: str = "") -> str:
-    """Results as a console table, the chance level beside each number."""
-    shown = [(key, value) for key, value in results.items() if not key.endswith(CHANCE)]
+    """Results as a console table; beside each number its chance level and the scores under the temporal controls."""
+    controls = [name for name in CONTROLS if any(_control(key) == name for key in results)]
+    shown = [(key, value) for key, value in results.items() if not key.endswith((CHANCE, DROP)) and not _control(key)]
     width = max([len(key) for key, _ in shown] + [len(title)])
-    lines = [f"{title:<{width}}  {'result':>8}  {'chance':>8}"]
+    lines = ["  ".join([f"{title:<{width}}", *(f"{name:>8}" for name in ("result", "chance", *controls))])]
     for key, value in shown:
+        group, slash, metric = key.rpartition("/")
+        beside = [results.get(key + CHANCE), *(results.get(f"{group}{slash}{name}/{metric}") for name in controls)]
+        cells = [value, *beside]
         unit = " " if "rank" in key else "%"
-        chance = results.get(key + CHANCE)
-        beside = "-" if chance is None else f"{chance:.1f}{unit}"
-        lines.append(f"{key:<{width}}  {value:7.1f}{unit}  {beside:>8}")
+        lines.append(
+            "  ".join([f"{key:<{width}}", *(f"{'-' if cell is None else f'{cell:.1f}{unit}':>8}" for cell in cells)])
+        )
     return "\n".join(line.rstrip() for line in lines)
+
+
+def comparison(described: Mapping[str, Mapping[str, Any]]) -> str:
+    """Our number, the published one and the difference, a line each."""
+    lines = [f"{'':<28}  {'ours':>8}  {'published':>9}  {'difference':>10}"]
+    for name, each in described.items():
+        for metric, number in each["metrics"].items():
+            if "published" in number:
+                lines.append(
+                    f"{name + '/' + metric:<28}  {number['value']:7.1f}%  {number['published']:8.1f}%  "
+                    f"{number['difference']:+10.1f}"
+                )
+    return "\n".join(lines) if len(lines) > 1 else "no number of these benchmarks is published for it"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(_plain(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _number(score: Score) -> dict[str, Any]:
+    return {"value": score.value, "unit": "rank" if score.is_rank else "percent", "interval": list(score.interval())}
+
+
+def _drop(plain: Score, under: Score) -> dict[str, Any]:
+    value, interval = plain.drop_to(under)
+    return {"drop": value, "drop_interval": list(interval)}
+
+
+def _coverage(measured: Measured) -> list[str]:
+    total, kept = measured.report.clips, len(measured.kept)
+    return [] if kept == total else [f"PARTIAL: {kept} of {total} clips ({100 * kept / total:.1f} %) could be read"]
+
+
+def _control(key: str) -> str | None:
+    """The temporal control that a result was measured under."""
+    return next((part for part in key.split("/")[:-1] if part in CONTROLS), None)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with null for numbers that are none (a metric without a single query), which JSON cannot spell."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and value != value else value

@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any
 
+from numpy.typing import NDArray
 from torch import Tensor
 
-# A metric's chance level stands beside it under its name and this ending.
-CHANCE = "_chance"
+from egohod.evaluation.scores import Score, flat
 
 
-class EvaluationTable(Protocol):
-    """One evaluation over the clips of a dataset: retrieval, classification or multiple choice."""
+class EvaluationTable(ABC):
+    """One evaluation over the clips of a dataset: retrieval, classification, multiple choice or several labels."""
 
-    @property
-    def texts(self) -> Sequence[str]:
-        """The texts to embed, in the order in which ``evaluate`` takes their features."""
+    texts: Sequence[str]
+    """The texts to embed, in the order in which ``measure`` takes their features."""
+
+    @abstractmethod
+    def measure(self, video: Tensor, text: Tensor) -> dict[str, Score]:
+        """Metrics from features of all clips [N, D] and of ``texts`` [M, D], both L2-normalised float32 on the CPU."""
+
+    @abstractmethod
+    def details(self, video: Tensor, text: Tensor) -> Mapping[str, Any]:
+        """What the numbers are made of, clip by clip, in plain values that JSON can hold."""
+
+    @abstractmethod
+    def restricted(self, kept: NDArray[Any]) -> EvaluationTable:
+        """The same over the clips where ``kept`` [N] is true, renumbered."""
 
     def evaluate(self, video: Tensor, text: Tensor) -> dict[str, float]:
-        """Metrics from features of all clips [N, D] and of ``texts`` [M, D], both L2-normalised float32 on the CPU.
-
-        Percent, except ranks, which count from 1. ``<metric>_chance`` is what guessing reaches.
-        """
-
-
-def with_chance(metrics: Mapping[str, float], chance: Mapping[str, float]) -> dict[str, float]:
-    """``metrics`` with the chance level of each one that has one right behind it."""
-    both: dict[str, float] = {}
-    for key, value in metrics.items():
-        both[key] = value
-        if key in chance:
-            both[key + CHANCE] = chance[key]
-    return both
+        """Percent, except ranks, which count from 1; ``<metric>_chance`` is what guessing reaches."""
+        return flat(self.measure(video, text))

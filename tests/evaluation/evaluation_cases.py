@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from egohod.config import ModelConfig
-from egohod.data.clips import ClipDataset
+from egohod.config import Config, ModelConfig
+from egohod.data.table import ClipTable
 from egohod.data.text import Tokenizer
 from egohod.data.transforms import normalise
 from egohod.demo.world import NOUNS, VERBS, phrase
 from egohod.distributed import Distributed
-from egohod.evaluation.benchmarks import DemoBenchmark, Execution
+from egohod.evaluation.benchmarks import Benchmark, Execution, demo_evaluator
+from egohod.evaluation.clips import EvaluationDataset
 from egohod.model.egovideo import DualEncoder, create_model
-from egohod.model.zoo import geometry
 
 FRAMES = 4
 
 
-def benchmark(folder: Path, dist: Distributed | None = None, batch_size: int = 7, workers: int = 0) -> DemoBenchmark:
+ALONE = Distributed(0, 1, torch.device("cpu"), None)
+
+
+def config(**evaluate: Any) -> Config:
+    """The demo model at few frames, decoded in this process."""
+    cfg = Config()
+    cfg.model.name, cfg.model.num_frames, cfg.data.decoder, cfg.data.workers = "DEMO", FRAMES, "pyav", 0
+    cfg.evaluate.cache, cfg.evaluate.num_frames = None, FRAMES
+    vars(cfg.evaluate).update(evaluate)
+    return cfg
+
+
+def benchmark(folder: Path, dist: Distributed = ALONE, batch_size: int = 7, workers: int = 0) -> Benchmark:
     """The demo benchmark at the size of the demo model, in this process alone unless told otherwise."""
-    dist = dist or Distributed(0, 1, torch.device("cpu"), None)
-    return DemoBenchmark(
-        folder,
-        "test",
-        size=geometry("DEMO").image_size,
-        num_frames=FRAMES,
-        tokenizer=Tokenizer(),
-        decoder="pyav",
-        execution=Execution(batch_size=batch_size, workers=workers, dist=dist),
-    )
+    execution = Execution(batch_size=batch_size, workers=workers, dist=dist)
+    return demo_evaluator(config(), dist, folder, "test", execution=execution)
 
 
 def small_model() -> DualEncoder:
@@ -44,14 +49,13 @@ def small_model() -> DualEncoder:
 class Oracle(nn.Module):
     """Knows each clip by its pixels and each text by its tokens; features tell the action and the exact text."""
 
-    def __init__(self, dataset: ClipDataset, tokenizer: Tokenizer) -> None:
+    def __init__(self, dataset: EvaluationDataset, table: ClipTable, tokenizer: Tokenizer) -> None:
         super().__init__()
-        table = dataset.sources[0].table
         self.of_clip: dict[bytes, tuple[str, str]] = {}
         actions: dict[str, str] = {}
         for row, action in enumerate(table.column("action")):
             text = table.row(row).texts[0]
-            self.of_clip[_key(normalise(dataset[row]["video"][None])[0])] = (text, action)
+            self.of_clip[_key(normalise(dataset[row]["video"])[0])] = (text, action)
             actions[text] = action
         for verb in VERBS:
             for noun in NOUNS:

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from evaluation_cases import Oracle, benchmark, small_model
+from evaluation_cases import FRAMES, Oracle, benchmark, small_model
 
-from egohod.config import Config
+from egohod.config import Config, UserError
+from egohod.data.table import ClipTable
 from egohod.data.text import Tokenizer
 from egohod.distributed import Distributed
-from egohod.evaluation.benchmarks import DEMO_KINDS, BenchmarkError, demo_evaluator, demo_evaluators, read_questions
+from egohod.evaluation.benchmarks import demo_evaluator, demo_evaluators
+from egohod.evaluation.csv_files import AnnotationError
+from egohod.evaluation.readers import KIND_NAMES, read_questions
 from egohod.evaluation.report import table
 
 HEADLINES = {"map", "recall_1_v2t", "recall_5_v2t", "median_rank_v2t", "verb_noun_top1", "verb_top1", "noun_top1"}
@@ -21,12 +24,12 @@ HEADLINES = {"map", "recall_1_v2t", "recall_5_v2t", "median_rank_v2t", "verb_nou
 
 def test_oracle_reaches_everything(world: Path) -> None:
     bench = benchmark(world)
-    results = bench(Oracle(bench.dataset, Tokenizer()))
-    assert {*HEADLINES, *DEMO_KINDS.values()} <= results.keys()
+    results = bench(Oracle(bench.dataset, ClipTable.read(world / "hod.csv"), Tokenizer()))
+    assert {*HEADLINES, *KIND_NAMES.values()} <= results.keys()
     for key, value in results.items():
         if not key.endswith("_chance"):
             assert value == (1 if "rank" in key else pytest.approx(100)), key
-    chances = [results[f"{kind}_chance"] for kind in DEMO_KINDS.values()]
+    chances = [results[f"{kind}_chance"] for kind in KIND_NAMES.values()]
     assert chances == pytest.approx([20, 50, 50])
     assert results["verb_noun_top1_chance"] < 2
 
@@ -41,15 +44,30 @@ def test_untrained_model_is_far_from_it_and_every_number_has_a_chance_level(worl
     assert all(f"{results[key]:.1f}" in table(results) for key in metrics)
 
 
+def test_controls_are_reported_beside_the_plain_numbers(world: Path) -> None:
+    cfg = Config()
+    cfg.model.name, cfg.model.num_frames, cfg.data.workers, cfg.evaluate.demo_test = "DEMO", FRAMES, 0, str(world)
+    alone = Distributed(0, 1, torch.device("cpu"), None)
+    (bench,) = demo_evaluators(cfg, alone, "test", controls=["reverse", "freeze"])
+    (plain,) = demo_evaluators(cfg, alone, "test")
+    model, results = small_model(), bench(small_model())
+    assert {key: value for key, value in results.items() if "/" not in key} == plain(model)
+    for control in ("reverse", "freeze"):
+        for key in ("map", "verb_noun_top1", "motion_transient"):
+            drop = results[key] - results[f"{control}/{key}"]
+            assert results[f"{control}/{key}_drop"] == pytest.approx(drop)
+    assert not any(key.startswith("shuffle/") for key in results)
+
+
 def test_evaluator_follows_the_configuration(world: Path) -> None:
     cfg = Config()
     cfg.model.name, cfg.model.num_frames, cfg.evaluate.batch_size, cfg.data.workers = "DEMO", 2, 5, 0
-    cfg.data.decoder, cfg.train.precision = "pyav", "fp32"
+    cfg.data.decoder, cfg.evaluate.precision = "pyav", "bf16"
     made = demo_evaluator(cfg, Distributed(0, 1, torch.device("cpu"), None), world, "val")
     assert made.name == "val"
-    assert made.dataset[0]["video"].shape == (3, 2, made.dataset.size, made.dataset.size)
+    assert made.dataset[0]["video"].shape == (1, 3, 2, made.dataset.size, made.dataset.size)
     assert made.execution.batch_size == 5
-    assert made.execution.precision == torch.float32
+    assert made.execution.precision == torch.bfloat16
 
 
 def test_the_worlds_that_a_configuration_names_are_evaluated(demo_world: Path) -> None:
@@ -68,7 +86,7 @@ def test_a_folder_that_is_no_demo_world_is_refused(world: Path, tmp_path: Path, 
     for entry in world.iterdir():
         if entry.name != part:
             (tmp_path / entry.name).symlink_to(entry)
-    with pytest.raises(BenchmarkError, match=f"no {part} there"):
+    with pytest.raises(UserError, match=f"no {part} there"):
         benchmark(tmp_path)
 
 
@@ -78,11 +96,11 @@ def test_classes_that_do_not_fit_are_refused(world: Path, tmp_path: Path) -> Non
     classes = tmp_path / "classes.csv"
     text = classes.read_text()
     classes.unlink()
-    classes.write_text(text.replace("action,verb", "action,werb", 1))
-    with pytest.raises(BenchmarkError, match=r"classes\.csv: column 'verb' is missing"):
+    classes.write_text(text.replace("action,verb", "actor,verb", 1))
+    with pytest.raises(AnnotationError, match=r"classes\.csv: column 'action' is missing"):
         benchmark(tmp_path)
     classes.write_text(text.splitlines()[0] + "\nfly cup,fly,cup,#C C flies the cup\n")
-    with pytest.raises(BenchmarkError, match=r"classes\.csv: no class '.+', but a clip of hod\.csv"):
+    with pytest.raises(AnnotationError, match=r"classes\.csv: no class '.+', but a clip has"):
         benchmark(tmp_path)
 
 
@@ -114,8 +132,8 @@ def test_questions_are_read_with_shared_texts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "quick"}, "kind is 'quick', but must be one of across_clips, state_changing, transient"),
-        ({"query": {"clip": "u7"}}, "query is clip 'u7', which hod.csv does not have"),
+        ({"kind": "very quick"}, 'kind is "very quick", but becomes a metric'),
+        ({"query": {"clip": "u7"}}, "query is clip 'u7', which is not among the clips"),
         ({"query": "u1"}, 'query must be {"clip": uid} or'),
         ({"choices": [{"text": "a"}]}, "choices must be a list of at least two"),
         ({"choices": [{"text": "a"}, {"clip": "u0"}]}, "a clip asks for texts"),
@@ -127,7 +145,7 @@ def test_questions_are_read_with_shared_texts(tmp_path: Path) -> None:
 def test_a_bad_question_is_refused_with_its_line(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     path = tmp_path / "questions.jsonl"
     path.write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD | change) + "\n")
-    with pytest.raises(BenchmarkError) as error:
+    with pytest.raises(AnnotationError) as error:
         read_questions(path, ["u0", "u1"])
     assert f"{path}: line 2: {message}" in str(error.value)
 
@@ -136,12 +154,12 @@ def test_a_bad_question_is_refused_with_its_line(tmp_path: Path, change: dict[st
 def test_a_line_that_is_no_question_is_refused(tmp_path: Path, line: str) -> None:
     path = tmp_path / "questions.jsonl"
     path.write_text(line)
-    with pytest.raises(BenchmarkError, match="line 1: not a question with kind, query, choices and answer"):
+    with pytest.raises(AnnotationError, match="line 1: not a question with kind, query, choices and answer"):
         read_questions(path, ["u0"])
 
 
 def test_a_file_without_questions_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "questions.jsonl"
     path.write_text("")
-    with pytest.raises(BenchmarkError, match="not a single question"):
+    with pytest.raises(AnnotationError, match="not a single question"):
         read_questions(path, ["u0"])

@@ -47,7 +47,7 @@ def run_in_group(rank: int, world_size: int, folder: Path, broken: Path, out: Pa
     model = small_model()
     bench = benchmark(folder, dist, batch_size=4)
     settings = {"batch_size": 4, "dist": dist, "precision": torch.float32}
-    clips = embed_clips(model, bench.dataset, workers=0, **settings)
+    clips, _ = embed_clips(model, bench.dataset, workers=0, controls=["shuffle"], **settings)
     texts = embed_texts(model, ["one", "a longer text", "one"], bench.tokenizer, **settings)
     results = bench(model)
     try:
@@ -69,11 +69,13 @@ def test_two_processes_give_the_features_and_results_of_one(world: Path, tmp_pat
 
     bench, model = benchmark(world), small_model()
     assert len(bench.dataset) % 2 == 1, "the shares of the processes should differ in length"
-    alone = embed_clips(model, bench.dataset, batch_size=7, workers=0, dist=ALONE, precision=torch.float32)
+    settings = {"batch_size": 7, "workers": 0, "dist": ALONE, "precision": torch.float32}
+    alone, _ = embed_clips(model, bench.dataset, controls=["shuffle"], **settings)
     results = bench(model)
     for rank in range(2):
         got = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        torch.testing.assert_close(got["clips"], alone, atol=1e-6, rtol=0)
+        for order in ("plain", "shuffle"):
+            torch.testing.assert_close(got["clips"][order], alone[order], atol=1e-6, rtol=0)
         assert torch.equal(got["texts"][0], got["texts"][2])
         assert got["results"] == pytest.approx(results)
         # Only one process meets the broken file; both must stop and name it.
@@ -83,10 +85,11 @@ def test_two_processes_give_the_features_and_results_of_one(world: Path, tmp_pat
 
 def test_clips_come_in_the_order_of_the_table_with_and_without_workers(world: Path) -> None:
     dataset = benchmark(world).dataset
-    want = torch.stack([normalise(dataset[i]["video"][None])[0].mean(dim=(0, 2, 3)) for i in range(len(dataset))])
+    want = torch.stack([normalise(dataset[i]["video"])[0].mean(dim=(0, 2, 3)) for i in range(len(dataset))])
     for workers, batch_size in ((0, len(dataset)), (2, 3)):
         model = Recorder()
-        got = embed_clips(model, dataset, batch_size=batch_size, workers=workers, dist=ALONE, precision=torch.float32)
+        settings = {"batch_size": batch_size, "workers": workers, "dist": ALONE, "precision": torch.float32}
+        got = embed_clips(model, dataset, **settings)[0]["plain"]
         assert got.dtype == torch.float32
         assert got.shape == (len(dataset), FRAMES)
         assert model.videos == len(dataset)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +11,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from egohod.config import UserError
-from egohod.distributed import Distributed
 from egohod.evaluation.classification import ClassificationTable, class_features
 from egohod.evaluation.multiple_choice import Question, QuestionTable
-from egohod.evaluation.report import RESULTS_FILE, report, table
+from egohod.evaluation.report import table
 from egohod.evaluation.retrieval import RetrievalTable
+from egohod.evaluation.scores import RESAMPLES, Score, flat_with_controls, median, percent
 
 
 def random_features(rows: int, seed: int, width: int = 16) -> Tensor:
@@ -68,7 +66,7 @@ def test_retrieval_tells_what_it_leaves_out(caplog: pytest.LogCaptureFixture) ->
     case.relevancy[3] = 0
     with caplog.at_level(logging.WARNING):
         case.evaluate(random_features(60, 0), random_features(40, 1))
-    assert "mAP leaves out 1 clips and 0 texts" in caplog.text
+    assert "map leaves out 1 clips and 0 texts" in caplog.text
 
 
 def grid(seed: int = 0, clips: int = 200) -> ClassificationTable:
@@ -160,12 +158,54 @@ def test_table_shows_the_chance_beside_each_number() -> None:
     ]
 
 
-def test_report_is_written_by_the_first_process_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    results = {"test/map": 12.5, "test/none": float("nan")}
-    report(tmp_path, Distributed(1, 2, torch.device("cpu"), "gloo"), results)
-    assert list(tmp_path.iterdir()) == []
-    with caplog.at_level(logging.INFO):
-        report(tmp_path, Distributed(0, 2, torch.device("cpu"), "gloo"), results)
-    assert "12.5%" in caplog.text
-    assert json.loads((tmp_path / RESULTS_FILE).read_text()) == {"test/map": 12.5, "test/none": None}
-    assert [path.name for path in tmp_path.iterdir()] == [RESULTS_FILE]
+def number(value: float, chance: float | None = None, is_rank: bool = False) -> Score:
+    return Score(value, chance, lambda _: np.full(RESAMPLES, value), is_rank)
+
+
+def test_table_shows_the_temporal_controls_as_columns() -> None:
+    scores = {
+        "plain": {"map": number(12.34, 1.26), "median_rank": number(3.0, is_rank=True)},
+        "freeze": {"map": number(10.0, 1.26), "median_rank": number(7.0, is_rank=True)},
+        "shuffle": {"map": number(12.5)},
+    }
+    results = flat_with_controls(scores, "plain")
+    assert results == {
+        "map": 12.34,
+        "map_chance": 1.26,
+        "median_rank": 3.0,
+        "freeze/map": 10.0,
+        "freeze/map_drop": pytest.approx(2.34),
+        "freeze/median_rank": 7.0,
+        "shuffle/map": 12.5,
+        "shuffle/map_drop": pytest.approx(-0.16),
+    }
+    assert table({f"test/{key}": value for key, value in results.items()}).splitlines() == [
+        "                    result    chance   shuffle    freeze",
+        "test/map             12.3%      1.3%     12.5%     10.0%",
+        "test/median_rank      3.0          -         -      7.0",
+    ]
+
+
+def test_intervals_hold_the_true_value_about_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(200):
+        low, high = percent([rng.random(80) < 0.3], None).interval()
+        inside += low <= 30 <= high
+    assert 178 <= inside <= 199
+
+
+def test_a_drop_is_judged_on_the_same_clips() -> None:
+    right = np.random.default_rng(1).random(300) < 0.5
+    worse = right.copy()
+    worse[np.flatnonzero(right)[:30]] = False
+    value, (low, high) = percent([right], None).drop_to(percent([worse], None))
+    assert value == pytest.approx(10)
+    # Were the two resampled apart, the interval would be about 16 wide.
+    assert 6 < low < 10 < high < 14
+    assert high - low < 8
+
+
+def test_a_number_without_a_query_has_no_interval() -> None:
+    for score in (percent([[np.nan]], None), percent([], None), median([0, 0], None)):
+        assert np.isnan([score.value, *score.interval()]).all()

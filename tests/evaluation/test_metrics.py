@@ -21,6 +21,7 @@ from egohod.evaluation.metrics import (
     mean_average_precision,
     mean_class_accuracy,
     median_rank,
+    multilabel_average_precision,
     multiple_choice_accuracy,
     ndcg,
     rank_items,
@@ -213,6 +214,30 @@ def test_multiple_choice_equals_the_reference_numbers(scores: str, key: str) -> 
     accuracy = multiple_choice_accuracy(ARRAYS[scores], ARRAYS["mcq_labels"], ARRAYS["mcq_types"])
     want = {"1": NUMBERS[key]["Inter-video"], "2": NUMBERS[key]["Intra-video"]}
     assert {kind: 100 * value for kind, value in accuracy.items()} == pytest.approx(want)
+
+
+def test_a_metric_unpacks_into_both_directions_and_their_mean() -> None:
+    sim, rel = some_case(2, ties=False)
+    v2t, t2v, mean = mean_average_precision(sim, rel)
+    want = [np.nanmean(graded_per_query(sim, rel)[0]), np.nanmean(graded_per_query(sim.T, rel.T)[0])]
+    assert [v2t, t2v] == pytest.approx(want)
+    assert mean == (v2t + t2v) / 2
+
+
+def test_multilabel_average_precision_equals_its_definition() -> None:
+    rng = np.random.default_rng(4)
+    scores, labels = np.round(rng.standard_normal((40, 6)), 1), rng.random((40, 6)) < 0.2
+    labels[:, 3] = False
+    told = labels.any(axis=1)
+    assert not told.all()
+    got = multilabel_average_precision(scores, labels)
+    want = [ap_by_definition(s, label.astype(float)) for s, label in zip(scores[told].T, labels[told].T, strict=True)]
+    np.testing.assert_allclose(got, want, atol=1e-12)
+    assert np.isnan(got[3])
+    assert np.nanmean(multilabel_average_precision(labels * 1.0, labels)) == 1
+    # A video without any class ranks behind all others, however high its scores are.
+    scores[~told] = 100
+    np.testing.assert_array_equal(multilabel_average_precision(scores, labels), got)
 
 
 def test_multiple_choice_with_fewer_choices() -> None:

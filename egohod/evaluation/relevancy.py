@@ -1,0 +1,141 @@
+"""How well a sentence tells a clip, from the classes of verbs and nouns (EPIC-KITCHENS-100 retrieval)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from egohod.evaluation.csv_files import AnnotationError, integer_lists, integers, read_csv
+
+CLIP_COLUMNS = ("narration_id", "narration", "verb_class", "all_noun_classes")
+
+
+def class_relevancy(
+    verbs: tuple[np.ndarray, np.ndarray], nouns: tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]]
+) -> NDArray[np.float32]:
+    """Relevancy of M sentences to N clips, float32 [N, M] in 0..1.
+
+    Half of it is for the same verb class, half the intersection over union of the sets of noun classes (SPEC 5, as
+    the challenge defines it). ``verbs`` and ``nouns`` hold those of the clips and those of the sentences.
+    """
+    count = 1 + max((noun for side in nouns for each in side for noun in each), default=0)
+    clips, texts = (_indicator(side, count) for side in nouns)
+    common = clips @ texts.T
+    union = clips.sum(axis=1)[:, None] + texts.sum(axis=1) - common
+    # Two empty sets have nothing in common.
+    np.divide(common, np.maximum(union, 1), out=common)
+    common += verbs[0][:, None] == verbs[1]
+    common /= 2
+    return common
+
+
+def csv_relevancy(clips: Path, sentences: Path, cache: Path | None = None) -> NDArray[np.float32]:
+    """Relevancy [N, M] of the rows of an EK100-like sentence csv to those of a clip csv.
+
+    A sentence has the classes of the clip that its narration_id names, or its own where the csv has the columns
+    verb_class and noun_classes. ``cache`` is a folder that keeps the matrix under the checksum of both files.
+
+    Raises :class:`AnnotationError` naming file, row and column.
+    """
+    kept = None
+    if cache is not None:
+        content = b"".join(hashlib.sha256(_bytes(path)).digest() for path in (clips, sentences))
+        kept = cache / f"relevancy-{hashlib.sha256(content).hexdigest()[:24]}.npy"
+        if kept.exists():
+            return np.load(kept, allow_pickle=False)
+    matrix = _relevancy(clips, sentences)
+    if kept is not None:
+        save(matrix, kept)
+    return matrix
+
+
+def save(matrix: NDArray[np.float32], path: Path) -> None:
+    """Write a matrix as npy, as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}-{os.getpid()}")
+    with part.open("wb") as file:
+        np.save(file, matrix)
+    part.replace(path)
+
+
+def read_relevancy(path: Path) -> NDArray[Any]:
+    """A relevancy matrix from an npy file, or from the pickle that EPIC-KITCHENS publishes; nothing in it can run.
+
+    Raises :class:`AnnotationError`.
+    """
+    try:
+        if path.suffix == ".npy":
+            matrix = np.load(path, allow_pickle=False)
+        else:
+            with path.open("rb") as file:
+                matrix = _ArrayUnpickler(file, path).load()
+    except AnnotationError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        raise AnnotationError(f"{path}: not a readable matrix ({type(error).__name__}: {error})") from error
+    if not isinstance(matrix, np.ndarray) or matrix.ndim != 2 or matrix.dtype.kind != "f":
+        raise AnnotationError(f"{path}: holds no matrix of numbers")
+    return matrix
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Arrays of numbers and nothing else."""
+
+    ALLOWED = (
+        ("numpy._core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "scalar"),
+        ("numpy._core.numeric", "_frombuffer"),
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+    )
+
+    def __init__(self, file: Any, path: Path) -> None:
+        super().__init__(file)
+        self._path = path
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Refuse whatever is no part of an array."""
+        module = module.replace("numpy.core", "numpy._core")
+        if (module, name) == ("_codecs", "encode"):
+            return lambda text, _: text.encode("latin1")  # how older protocols spell bytes
+        if (module, name) not in self.ALLOWED:
+            raise AnnotationError(f"{self._path}: refused: it asks for {module}.{name}, which is no part of a matrix")
+        return super().find_class(module, name)
+
+
+def _relevancy(clips: Path, sentences: Path) -> NDArray[np.float32]:
+    rows = read_csv(clips, CLIP_COLUMNS, unique="narration_id")
+    texts = read_csv(sentences, ("narration_id", "narration"), unique="narration_id")
+    verbs, nouns = integers(rows, "verb_class", clips), integer_lists(rows, "all_noun_classes", clips)
+    if {"verb_class", "noun_classes"} <= set(texts.columns):
+        own = integers(texts, "verb_class", sentences), integer_lists(texts, "noun_classes", sentences)
+        return class_relevancy((verbs, own[0]), (nouns, own[1]))
+    # Some sentences are shifted against their ids; the ids are right.
+    row_of = {name: row for row, name in enumerate(rows["narration_id"])}
+    strange = [name for name in texts["narration_id"] if name not in row_of]
+    if strange:
+        row = int(np.argmax(texts["narration_id"] == strange[0]))
+        raise AnnotationError(f"{sentences}: row {row + 1}: narration_id '{strange[0]}' is not in {clips}")
+    named = [row_of[name] for name in texts["narration_id"]]
+    return class_relevancy((verbs, verbs[named]), (nouns, [nouns[row] for row in named]))
+
+
+def _indicator(sets: Sequence[Sequence[int]], count: int) -> NDArray[np.float32]:
+    matrix = np.zeros((len(sets), count), dtype=np.float32)
+    for row, each in zip(matrix, sets, strict=True):
+        row[list(each)] = 1
+    return matrix
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise AnnotationError(f"{path}: cannot be read: {error.strerror}") from error

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# A released checkpoint on every benchmark whose data is found: our number, the published one and the difference.
+#
+#   EK100_ANNOTATIONS=... EK100_VIDEOS=... bash exps/reproduce_released.sh CHECKPOINT [MODEL] [main_eval.py arguments]
+#
+# MODEL is a row of the published table (default EgoVideo-L); CONFIG is configs/config/clip_large_eval.yml unless set.
+# configs/benchmarks.yml lists the variables that say where the benchmarks lie.
+set -euo pipefail
+if [ "$#" = 0 ]; then
+    sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+    exit 2
+fi
+checkpoint=$1 model=${2:-EgoVideo-L}
+shift "$(($# > 1 ? 2 : 1))"
+BENCHMARK=all
+set -- --config_file "${CONFIG:-configs/config/clip_large_eval.yml}" --checkpoint "$checkpoint" --published "$model" \
+    --output "results/$model" "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/eval.sh"

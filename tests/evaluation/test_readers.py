@@ -1,0 +1,257 @@
+"""Every benchmark on the demo world in its own format: what is read, what an oracle reaches, what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from evaluation_cases import ALONE, config, small_model
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from egohod.config import BenchmarkConfig, UserError
+from egohod.evaluation.benchmarks import Benchmark, asked, benchmark, execution_of
+from egohod.evaluation.classification import ClassificationTable, MultiLabelTable
+from egohod.evaluation.csv_files import AnnotationError
+from egohod.evaluation.multiple_choice import QuestionTable
+from egohod.evaluation.protocols import PROTOCOLS
+from egohod.evaluation.readers import READERS, Content, read_ek100_cls, read_own
+from egohod.evaluation.retrieval import RetrievalTable
+from egohod.evaluation.tables import EvaluationTable
+
+KINDS = ["ek100_mir", "ek100_cls", "egtea", "egomcq", "charades_ego", "own"]
+
+
+def settings(test: Path, kind: str) -> BenchmarkConfig:
+    """Where a benchmark of the demo world lies."""
+    folder = test / "benchmarks"
+    own_videos = {"egtea": folder / "egtea/videos", "charades_ego": folder / "charades_ego/videos"}
+    metadata = {"ek100_mir": "ek100", "ek100_cls": "ek100"}.get(kind, kind)
+    path = test / "hod.csv" if kind == "own" else folder / metadata
+    return BenchmarkConfig(kind=kind, metadata=str(path), root=str(own_videos.get(kind, test / "videos")))
+
+
+def read(test: Path, kind: str, protocol: str = "clean") -> Content:
+    return READERS[kind](settings(test, kind), PROTOCOLS[protocol], None)
+
+
+def made(test: Path, kind: str, **evaluate: object) -> Benchmark:
+    cfg = config(**evaluate)
+    return benchmark(cfg, kind, settings(test, kind), execution_of(cfg, ALONE), controls=cfg.evaluate.controls)
+
+
+def oracle(table: EvaluationTable, clips: int) -> tuple[Tensor, Tensor]:
+    """Features of clips and texts made from the labels; the similarities of a retrieval are its relevancies."""
+    if isinstance(table, RetrievalTable):
+        own = 0 if table.text_of_clip is None else table.text_of_clip[:, None] == np.arange(len(table.texts))
+        return torch.from_numpy((table.relevancy + 0.5 * own).astype(np.float32)), torch.eye(len(table.texts))
+    if isinstance(table, ClassificationTable):
+        classes = torch.eye(int(table.class_of_text.max()) + 1)
+        return classes[torch.from_numpy(table.labels)], classes[torch.from_numpy(table.class_of_text)]
+    if isinstance(table, MultiLabelTable):
+        return torch.from_numpy(table.labels).float(), torch.eye(len(table.texts))
+    assert isinstance(table, QuestionTable)
+    video, text = torch.zeros(clips, len(table.texts)), torch.eye(len(table.texts))
+    for question in table.questions:
+        right = question.choices[question.answer]
+        video[(question.query, right) if question.query_is_clip else (right, question.query)] = 1
+    return video, text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_oracle_reaches_everything(formats: Path, kind: str) -> None:
+    content = read(formats, kind)
+    for table in content.tables:
+        video, text = oracle(table, len(content.clips))
+        for name, score in table.measure(video, text).items():
+            assert score.value == (1 if score.is_rank else pytest.approx(100)), name
+            assert score.interval() == (pytest.approx(score.value), pytest.approx(score.value))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_features_are_at_chance_within_their_interval(formats: Path, kind: str) -> None:
+    content = read(formats, kind)
+    for number, table in enumerate(content.tables):
+        inside, asked_for = 0, 0
+        for seed in range(3):
+            draw = torch.Generator().manual_seed(100 * number + seed)
+            video, text = (
+                normalize(torch.randn(n, 16, generator=draw), dim=-1) for n in (len(content.clips), len(table.texts))
+            )
+            for score in table.measure(video, text).values():
+                if score.chance is not None and not score.is_rank:
+                    low, high = score.interval()
+                    asked_for += 1
+                    # Few clips: an interval of width zero says that no clip was right, not that none ever is.
+                    inside += low - 5 <= score.chance <= high + 5
+        assert inside >= 0.7 * asked_for
+
+
+def test_every_format_tells_of_the_same_world(formats: Path) -> None:
+    hod = pd.read_csv(formats / "hod.csv")
+    contents = {kind: read(formats, kind) for kind in KINDS}
+    for kind in ("ek100_mir", "ek100_cls", "own"):
+        clips = contents[kind].clips
+        np.testing.assert_allclose(clips.start, hod["start_second"], atol=1e-5)
+        assert clips.videos == hod["video_id"].tolist()
+    assert len(contents["egtea"].clips) == len(hod)
+    assert set(contents["egomcq"].clips.videos) <= set(hod["video_id"])
+    charades = contents["charades_ego"].tables[0]
+    assert isinstance(charades, MultiLabelTable)
+    assert charades.labels.sum() == 2 * len(contents["charades_ego"].clips)
+    mir = contents["ek100_mir"].tables[0]
+    assert isinstance(mir, RetrievalTable)
+    assert len(mir.texts) == len(set(mir.texts))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_benchmark_runs_from_its_files(formats: Path, kind: str) -> None:
+    measured = made(formats, kind).measure(small_model())
+    assert measured.kept == list(range(measured.report.clips))
+    for name, value in measured.flat().items():
+        assert np.isfinite(value), name
+
+
+def test_class_prompts_follow_the_protocol(formats: Path, tmp_path: Path) -> None:
+    clean, upstream = (read(formats, "ek100_cls", name) for name in ("clean", "upstream"))
+    assert len(clean.tables[0].texts) <= len(upstream.tables[0].texts)
+    assert not upstream.notes
+    # Without the training csv the classes are those of actions.csv, told by their names or by validation.
+    shutil.copytree(formats / "benchmarks/ek100", tmp_path / "ek100")
+    (tmp_path / "ek100/EPIC_100_train.csv").unlink()
+    cfg = BenchmarkConfig(metadata=str(tmp_path / "ek100"), root="x")
+    with pytest.raises(AnnotationError, match=r"neither EPIC_100_train\.csv nor actions\.csv"):
+        read_ek100_cls(cfg, PROTOCOLS["clean"], None)
+    (tmp_path / "ek100/actions.csv").write_text("id,verb,noun,action\n0,90,91,juggle anvil\n")
+    content = read_ek100_cls(cfg, PROTOCOLS["clean"], None)
+    assert "classes are those of actions.csv" in content.notes[0]
+    assert "have no narration and are told by their names" in content.notes[1]
+    assert "juggle anvil" in content.tables[0].texts
+
+
+def test_a_test_class_that_train_lacks_is_told_by_its_name_and_counted(formats: Path, tmp_path: Path) -> None:
+    shutil.copytree(formats / "benchmarks/ek100", tmp_path / "ek100")
+    path = tmp_path / "ek100/EPIC_100_validation.csv"
+    table = pd.read_csv(path, dtype=str)
+    table.loc[3, ["verb", "verb_class", "noun", "noun_class"]] = ["juggle", "77", "anvil:iron", "78"]
+    # Other order, extra columns, CRLF: none of it matters.
+    table[table.columns[::-1]].assign(extra="x").to_csv(path, index=False, lineterminator="\r\n")
+    content = read_ek100_cls(BenchmarkConfig(metadata=str(tmp_path / "ek100"), root="x"), PROTOCOLS["clean"], None)
+    assert "juggle anvil iron" in content.tables[0].texts
+    assert len(content.notes) == 1
+
+
+def replace(name: str, old: str, new: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new, 1))
+
+    return change
+
+
+def first_row_twice(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        lines = (folder / name).read_text().splitlines()
+        (folder / name).write_text("\n".join([*lines[:2], *lines[1:]]) + "\n")
+
+    return change
+
+
+def emptied(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text((folder / name).read_text().splitlines()[0] + "\n") and None
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "said"),
+    [
+        ("ek100_cls", replace("EPIC_100_validation.csv", "start_timestamp", "begin"), "'start_timestamp' is missing"),
+        ("ek100_cls", replace("EPIC_100_validation.csv", ".000000,00", ".000000,xx"), "row 1: .*'xx:.*', not HH:MM:SS"),
+        ("ek100_cls", first_row_twice("EPIC_100_validation.csv"), "row 2: narration_id 'demo_.*' occurs twice"),
+        ("ek100_mir", first_row_twice("EPIC_100_retrieval_test_sentence.csv"), "row 2: narration_id .* occurs twice"),
+        ("ek100_mir", emptied("EPIC_100_retrieval_test.csv"), "not a single row"),
+        ("egtea", replace("action_idx.txt", " 2\n", " two\n"), "line 2: .* is not a new class"),
+        ("egtea", replace("test_split1.txt", "DEMO", "broken line DEMO"), "line 1: .* is not '<clip> <action"),
+        ("egomcq", lambda folder: (folder / "egomcq.json").write_text("{}") and None, "not a single question"),
+        ("egomcq", replace("egomcq.json", '"answer": ', '"answer": 1'), "question '0': answer is 1"),
+        ("egomcq", replace("egomcq.json", '"0": {"video_uid"', '"0": {"video"'), "question '0': KeyError 'video_uid'"),
+        ("charades_ego", replace("CharadesEgo_v1_test_only1st.csv", "hen,c", "hen,d"), "row 1: actions names class 'd"),
+    ],
+)  # fmt: skip
+def test_bad_annotations_are_refused_with_file_and_place(
+    formats: Path, tmp_path: Path, kind: str, change: Callable[[Path], None], said: str
+) -> None:
+    source = settings(formats, kind)
+    folder = tmp_path / "annotations"
+    shutil.copytree(str(source.metadata), folder, ignore=shutil.ignore_patterns("videos"))
+    change(folder)
+    with pytest.raises(AnnotationError, match=said) as error:
+        READERS[kind](BenchmarkConfig(metadata=str(folder), root=source.root), PROTOCOLS["clean"], None)
+    assert str(error.value).startswith(str(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_anyones_csv_is_a_benchmark(tmp_path: Path) -> None:
+    (tmp_path / "clips.csv").write_text(
+        "text,video_id,end_second,start_second,uid,action\n"
+        "cuts an onion,v1,3,1,a,cut\nstirs soup,v1,6,4,b,stir\nslices a leek,v2,2,0,c,cut\n"
+    )
+    config = BenchmarkConfig(metadata=str(tmp_path / "clips.csv"), root=str(tmp_path))
+    (table,) = read_own(config, PROTOCOLS["clean"], None).tables
+    assert isinstance(table, RetrievalTable)
+    assert list(table.texts) == ["cuts an onion", "slices a leek", "stirs soup"]
+    assert table.relevancy.tolist() == [[1, 1, 0], [0, 0, 1], [1, 1, 0]]
+    (tmp_path / "relevancy.csv").write_text("uid,text,relevancy\na,cuts an onion,1\na,slices a leek,0.5\n")
+    (tmp_path / "classes.csv").write_text("action,text\ncut,a person cuts\nstir,a person stirs\ncut,cutting\n")
+    (tmp_path / "questions.jsonl").write_text(
+        '{"kind": "mine", "query": {"clip": "a"}, "choices": [{"text": "x"}, {"text": "y"}], "answer": 0}\n'
+    )
+    retrieval, classes, questions = read_own(config, PROTOCOLS["clean"], None).tables
+    assert retrieval.relevancy.tolist() == [[1, 0.5, 0], [0, 0, 0], [0, 0, 0]]
+    assert classes.labels.tolist() == [0, 1, 0]
+    assert classes.class_of_text.tolist() == [0, 1, 0]
+    assert questions.questions[0].kind == "mine"
+    (tmp_path / "relevancy.csv").write_text("uid,text,relevancy\na,cuts an onion,2\n")
+    with pytest.raises(AnnotationError, match=r"relevancy\.csv: row 1: relevancy is '2', not a number from 0 to 1"):
+        read_own(config, PROTOCOLS["clean"], None)
+    (tmp_path / "relevancy.csv").write_text("uid,text,relevancy\nz,cuts an onion,1\n")
+    with pytest.raises(AnnotationError, match=r"row 1: uid 'z' is not among the clips"):
+        read_own(config, PROTOCOLS["clean"], None)
+
+
+def test_what_can_be_asked_for(formats: Path) -> None:
+    cfg = config()
+    assert asked(cfg, "egtea", root="r", metadata="m") == {"egtea": BenchmarkConfig(root="r", metadata="m")}
+    with pytest.raises(UserError, match="--benchmark mri: there are demo, all, ek100_mir, ek100_cls"):
+        asked(cfg, "mri")
+    with pytest.raises(UserError, match="no benchmark's data is found"):
+        asked(cfg, "all")
+    cfg.evaluate.benchmarks = {"mine": settings(formats, "own"), "gone": BenchmarkConfig(metadata="/nowhere")}
+    assert list(asked(cfg, "all")) == ["mine"]
+    with pytest.raises(
+        UserError, match=r"benchmark egtea: evaluate.benchmarks.egtea.metadata is not set; give --metadata"
+    ):
+        benchmark(cfg, "egtea", BenchmarkConfig(root="x"), execution_of(cfg, ALONE))
+    with pytest.raises(UserError, match="protocol=lavila_10x3 is for clips that are files of their own"):
+        benchmark(
+            cfg, "mine", BenchmarkConfig(metadata="x", root="x", protocol="lavila_10x3"), execution_of(cfg, ALONE)
+        )
+
+
+def test_details_name_every_clip_with_plain_values(formats: Path) -> None:
+    for kind in KINDS:
+        content = read(formats, kind)
+        for table in content.tables:
+            video, text = oracle(table, len(content.clips))
+            found = json.loads(json.dumps(table.details(video, text)))
+            assert found["kind"] in ("retrieval", "classification", "multilabel", "multiple_choice")
+            if found["kind"] == "classification":
+                assert [row[0] for row in found["best_classes"]] == found["labels"]
+                assert all(each["accuracy"] == 100 for each in found["per_class"])
+                assert sum(count for *_, count in found["confusion"]) == len(content.clips)

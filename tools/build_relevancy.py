@@ -1,0 +1,51 @@
+"""Build the relevancy matrix of an EK100-like retrieval split from its csvs, or look at a published one.
+
+    python tools/build_relevancy.py --clips EPIC_100_retrieval_test.csv \
+        --sentences EPIC_100_retrieval_test_sentence.csv --output relevancy.npy
+    python tools/build_relevancy.py ... --compare caption_relevancy_EPIC_100_retrieval_test.pkl
+
+main_eval.py builds and caches the matrix by itself; this tool shows it, and says whether a published pickle agrees.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+
+from egohod.config import UserError
+from egohod.evaluation.relevancy import csv_relevancy, read_relevancy, save
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clips", type=Path, required=True, help="csv of the clips with verb_class, all_noun_classes")
+    parser.add_argument("--sentences", type=Path, required=True, help="csv of the sentences: narration_id, narration")
+    parser.add_argument("--output", type=Path, help="npy file to write")
+    parser.add_argument("--compare", type=Path, help="a published matrix (pkl or npy)")
+    args = parser.parse_args(argv)
+    try:
+        matrix = csv_relevancy(args.clips, args.sentences)
+        print(
+            f"{matrix.shape[0]:,} clips x {matrix.shape[1]:,} sentences, {len(np.unique(matrix))} distinct values, "
+            f"{100 * np.mean(matrix == 1):.3f} % exactly 1, sum {matrix.sum(dtype=np.float64):,.2f}"
+        )
+        if args.output:
+            save(matrix, args.output)
+        if args.compare:
+            other = read_relevancy(args.compare)
+            if other.shape != matrix.shape:
+                raise UserError(f"{args.compare}: is {list(other.shape)}, not {list(matrix.shape)}")
+            print(f"largest difference to {args.compare.name}: {np.abs(other - matrix).max():.1e}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
