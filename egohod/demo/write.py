@@ -115,8 +115,8 @@ def questions(videos: Sequence[Video], rng: np.random.Generator) -> Iterator[dic
     """Multiple choice over the clips of ``videos``.
 
     ``across_clips``: which of five clips of five actions, from as many videos as there are, does a hand-object
-    narration tell of. ``state_changing`` and ``transient``: which of two texts that differ in the motion alone does a
-    clip show.
+    narration tell of. ``object``, ``state_changing`` and ``transient``: which of two texts that differ in the object,
+    or in the motion alone, does a clip show.
     """
 
     def ask(kind: str, query: dict[str, str], right: dict[str, str], *wrong: dict[str, str]) -> dict[str, object]:
@@ -124,6 +124,7 @@ def questions(videos: Sequence[Video], rng: np.random.Generator) -> Iterator[dic
         return {"kind": kind, "query": query, "choices": [*wrong[:answer], right, *wrong[answer:]], "answer": answer}
 
     clips = [(video.video_id, clip) for video in videos for clip in video.clips]
+    nouns = {noun for video in videos for noun in video.kitchen.nouns}
     for place, clip in clips:
         others = [clips[i] for i in rng.permutation(len(clips))]
         places, chosen = {place}, {(clip.verb, clip.noun): clip.uid}
@@ -134,6 +135,9 @@ def questions(videos: Sequence[Video], rng: np.random.Generator) -> Iterator[dic
                 chosen[other.verb, other.noun] = other.uid
         yield ask("across_clips", {"text": clip.hod}, *({"clip": uid} for uid in chosen.values()))
         verb = VERBS[clip.verb]
+        elsewhere = [noun for noun in verb.nouns if noun in nouns and noun != clip.noun]
+        texts = ({"text": phrase(clip.verb, noun, clip.hand)} for noun in (clip.noun, str(rng.choice(elsewhere))))
+        yield ask("object", {"clip": clip.uid}, *texts)
         if verb.opposite:
             texts = ({"text": phrase(name, clip.noun, clip.hand)} for name in (verb.name, verb.opposite))
             yield ask(verb.kind, {"clip": clip.uid}, *texts)

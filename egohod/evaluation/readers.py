@@ -35,6 +35,7 @@ from egohod.evaluation.tables import EvaluationTable
 # What the kinds of questions of the demo world are called in results; others keep their names.
 KIND_NAMES = {
     "across_clips": "choice_across_clips",
+    "object": "object",
     "state_changing": "motion_state_changing",
     "transient": "motion_transient",
 }

@@ -97,7 +97,7 @@ def test_questions_have_one_right_answer() -> None:
     clips = {clip.uid: (video.video_id, clip) for video in videos for clip in video.clips}
     asked = list(questions(videos, np.random.default_rng(0)))
     kinds = [question["kind"] for question in asked]
-    assert kinds.count("across_clips") == len(clips)
+    assert kinds.count("across_clips") == kinds.count("object") == len(clips)
     for question in asked:
         choices, answer = question["choices"], question["answer"]
         if question["kind"] == "across_clips":
@@ -108,13 +108,16 @@ def test_questions_have_one_right_answer() -> None:
         else:
             clip = clips[question["query"]["clip"]][1]
             verb = VERBS[clip.verb]
-            assert verb.kind == question["kind"]
             right, wrong = choices[answer]["text"], choices[1 - answer]["text"]
             assert verb.phrase.format(o=f"the {clip.noun}") in right
-            assert VERBS[verb.opposite].phrase.format(o=f"the {clip.noun}") in wrong
+            if question["kind"] == "object":
+                assert any(verb.phrase.format(o=f"the {noun}") in wrong for noun in verb.nouns if noun != clip.noun)
+            else:
+                assert verb.kind == question["kind"]
+                assert VERBS[verb.opposite].phrase.format(o=f"the {clip.noun}") in wrong
             assert right.endswith(f" with the {clip.hand} hand")
             assert wrong.endswith(f" with the {clip.hand} hand")
-    for kind, count in (("across_clips", 5), ("state_changing", 2), ("transient", 2)):
+    for kind, count in (("across_clips", 5), ("object", 2), ("state_changing", 2), ("transient", 2)):
         answers = [question["answer"] for question in asked if question["kind"] == kind]
         assert set(answers) == set(range(count))
 

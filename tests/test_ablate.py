@@ -1,0 +1,91 @@
+"""The study: its runs, its tables from what the runs left, and a tiny one for real."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from egohod.config import UserError
+from egohod.evaluation.temporal import CONTROLS
+from tests.support import ROOT, Command
+from tools import ablate
+
+CONFIG = ROOT / "configs" / "ablation_demo.yml"
+
+
+def test_the_shipped_study_has_its_five_rows_and_three_seeds() -> None:
+    study = ablate.read_study(CONFIG)
+    runs = ablate.plan(study, CONFIG, tune=False, only=[], seeds=[])
+    assert [run.seed for run in runs] == [seed for seed in (0, 1, 2) for _ in range(5)]
+    assert {run.cfg.train.duration for run in runs} == {runs[0].cfg.train.duration}
+    cost = {run.row: ablate.cost(run.cfg) for run in runs}
+    assert cost["plain_4"] == cost["hod_4"]
+    assert cost["egovideo"]["million_trainable"] > cost["hod_16"]["million_trainable"]
+    assert all(run.cfg.evaluate.demo_test for run in runs)
+    tuning = ablate.plan(study, CONFIG, tune=True, only=["egovideo"], seeds=[7])
+    assert [run.cfg.evaluate.demo_test for run in tuning] == [None]
+    assert not {run.folder for run in tuning} & {run.folder for run in runs}
+
+
+def test_mistakes_are_named(tmp_path: Path) -> None:
+    study = ablate.read_study(CONFIG)
+    with pytest.raises(UserError, match="no row 'egovidoe'; there are plain_4"):
+        ablate.plan(study, CONFIG, tune=False, only=["egovidoe"], seeds=[])
+    path = tmp_path / "study.yml"
+    path.write_text("base: x.yml\nrow: {}\n")
+    with pytest.raises(UserError, match=f"{path}: not a study: Key 'row'"):
+        ablate.read_study(path)
+
+
+def test_tables_say_means_spreads_and_equal_flops(tmp_path: Path) -> None:
+    def seed(last: float) -> dict[str, object]:
+        val = {step: dict.fromkeys(ablate.METRICS, float(step)) for step in (10, 20, 30)}
+        test = dict.fromkeys(ablate.METRICS, last)
+        controls = {name: dict.fromkeys(ablate.METRICS, 50.0) for name in CONTROLS}
+        return {"steps": 30, "seconds_per_step": 0.5, "val": val, "test": test, "controls": controls}
+
+    cheap = {"title": "cheap", "gflop_per_step": 10.0, "million_trainable": 1.0}
+    dear = {"title": "dear", "gflop_per_step": 30.0, "million_trainable": 1.0}
+    rows = {"cheap": cheap | {"seeds": {0: seed(60.0), 1: seed(64.0)}}, "dear": dear | {"seeds": {0: seed(70.0)}}}
+    ablate.at_equal_flops(rows)
+    found = {"rows": rows, "note": "note", "world_of_the_numbers": "test", "equal_flops": "0.3 TFLOP"}
+    text = ablate.tables(found)
+    assert "| cheap | 62.0 ± 2.8 | 62.0 ± 2.8 | 62.0 ± 2.8 | 62.0 ± 2.8 | 10 | 0.50 ± 0.00 | 1.0 | 2 |" in text
+    assert "| dear | 10.0 | 10.0 | 10.0 | 10.0 |" in text, "thirty cheap steps buy ten dear ones"
+    assert "| dear | transient pairs | 70.0 | 50.0 | 50.0 | 50.0 |" in text
+    ablate.plot(found, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+@pytest.mark.ci
+def test_a_tiny_study_runs_resumes_and_reports(
+    tiny_config: Path, tmp_path: Path, demo_world: Path, program: Command
+) -> None:
+    study = tmp_path / "study.yml"
+    base = tmp_path / "base.yml"
+    base.write_text(
+        f"_base_: {tiny_config.name}\n"
+        f"evaluate: {{every: 2 steps, demo_val: {demo_world}/val, demo_test: {demo_world}/test}}\n"
+        "train: {duration: 4 steps}\nmodel: {patch_dropout: 0.0}\n"
+    )
+    study.write_text(
+        f"base: base.yml\noutput: {tmp_path}/study\nseeds: [0]\n"
+        f"world: {{folder: {demo_world}, scale: 0.03}}\n"
+        "rows:\n  four: {title: four frames, overrides: [model.num_frames=4]}\n"
+        "  both: {title: both paths, overrides: [model.num_frames=8, model.name=DEMO_Slowfast]}\n"
+    )
+    command = ["tools/ablate.py", "--config_file", study]
+    done = program(*command, "--only", "four")
+    assert done.returncode == 0, done.stderr
+    before = (tmp_path / "study" / "final" / "four-0" / "results.json").stat().st_mtime_ns
+    done = program(*command)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "study" / "final" / "four-0" / "results.json").stat().st_mtime_ns == before
+    found = json.loads((tmp_path / "study" / "final.json").read_text())
+    assert set(found["rows"]) == {"four", "both"}
+    for row in found["rows"].values():
+        assert set(row["seeds"]["0"]["val"]) == {"2", "4"}
+        assert set(row["seeds"]["0"]["controls"]) == set(CONTROLS)
+        assert 0 <= row["seeds"]["0"]["test"]["motion_transient"] <= 100

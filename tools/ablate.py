@@ -1,0 +1,318 @@
+"""Train the rows of a study, each with several seeds, and write its tables, its plot and its result file.
+
+    python tools/ablate.py --config_file configs/ablation_demo.yml --dry_run    what there is to do
+    python tools/ablate.py --config_file configs/ablation_demo.yml              all runs, then the tables
+    python tools/ablate.py --config_file configs/ablation_demo.yml --tables     only the tables, of what is there
+
+Every run is a folder of its own. An interrupted study goes on with the run it was in, so it may span several sittings;
+``--only egovideo --seeds 0`` does a part of it. ``--tune`` never opens the test world and keeps its runs apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from egohod import cli, config
+from egohod.config import Config, UserError
+from egohod.demo import make_world
+from egohod.demo.world import Variant
+from egohod.evaluation.report import RESULTS_FILE, write_json
+from egohod.evaluation.temporal import CONTROLS
+from egohod.model.egovideo import create_model
+from egohod.model.flops import step_flops
+
+ROOT = Path(__file__).resolve().parents[1]
+log = logging.getLogger("ablate")
+
+# Text tokens of a typical batch of the demo's narrations, for the operations of a step.
+TEXT_LENGTH = 40
+METRICS = {
+    "motion_state_changing": "state-changing pairs",
+    "motion_transient": "transient pairs",
+    "object": "objects",
+    "verb_noun_top1": "verb-noun",
+}
+CHANCE = {"motion_state_changing": 50.0, "motion_transient": 50.0, "object": 50.0}
+
+
+@dataclass
+class World:
+    """The demo world that all rows share; it is rendered if it is not there."""
+
+    folder: str = "demo_motion"
+    objects: int = 12
+    reach: float = 1.0
+    scale: float = 1.0
+
+
+@dataclass
+class Row:
+    """One row of the tables."""
+
+    title: str = "???"
+    overrides: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Study:
+    """What a study's YAML holds."""
+
+    base: str = "???"
+    output: str = "???"
+    world: World = field(default_factory=World)
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    rows: dict[str, Row] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a row with a seed."""
+
+    row: str
+    seed: int
+    folder: Path
+    command: list[str]
+    cfg: Config
+
+    @property
+    def done(self) -> bool:
+        """Whether it was trained and evaluated to the end."""
+        return (self.folder / RESULTS_FILE).exists()
+
+
+def read_study(path: Path) -> Study:
+    """Raises :class:`UserError` naming the file."""
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Study), OmegaConf.load(path)))  # type: ignore[return-value]
+    except (OSError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: not a study: {' '.join(str(error).split())}") from error
+
+
+def plan(study: Study, path: Path, tune: bool, only: Sequence[str], seeds: Sequence[int]) -> list[Run]:
+    """All runs, seed by seed, so that every row has its first before any has its second."""
+    unknown = [name for name in only if name not in study.rows]
+    if unknown:
+        raise UserError(f"{path}: no row '{unknown[0]}'; there are {', '.join(study.rows)}")
+    base, output = path.parent / study.base, Path(study.output) / ("tune" if tune else "final")
+    made = []
+    for seed in seeds or study.seeds:
+        for name in only or study.rows:
+            folder = output / f"{name}-{seed}"
+            overrides = [*study.rows[name].overrides, f"train.seed={seed}", f"train.output={folder}"]
+            overrides += ["evaluate.demo_test=null"] if tune else [f"evaluate.controls=[{','.join(CONTROLS)}]"]
+            command = [sys.executable, "main_pretrain.py", "--config_file", str(base), *overrides]
+            made.append(Run(name, seed, folder, command, config.load(base, overrides)))
+    return made
+
+
+def cost(cfg: Config) -> dict[str, float]:
+    """What a step of a run costs, whatever the machine."""
+    model = create_model(cfg.model, cfg.loss)
+    sizes = model.geometry, cfg.model.num_frames, TEXT_LENGTH, cfg.model.patch_dropout, cfg.model.fast
+    return {
+        "gflop_per_step": cfg.train.global_batch_size * step_flops(*sizes, boxes=cfg.loss.boxes > 0) / 1e9,
+        "million_trainable": sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6,
+    }
+
+
+def train(run: Run) -> float:
+    """Run it to its end; seconds it took. Raises :class:`UserError` if it did not get there."""
+    begin = time.monotonic()
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with (run.folder / "log.txt").open("a") as out:
+        code = subprocess.run(run.command, cwd=ROOT, stdout=out, stderr=out, check=False).returncode
+    if code or not (run.folder / "metrics.jsonl").exists():
+        raise UserError(f"{run.folder}: the run ended with exit code {code}; see {run.folder}/log.txt")
+    return time.monotonic() - begin
+
+
+def steps_of(run: Run) -> list[dict[str, float]]:
+    """The lines of a run's metrics.jsonl."""
+    path = run.folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def gather(study: Study, runs: Sequence[Run], tuned: bool) -> dict[str, Any]:
+    """Everything that is known of the runs that are done."""
+    rows: dict[str, Any] = {}
+    for name, row in study.rows.items():
+        mine = [run for run in runs if run.row == name]
+        if not mine:
+            continue
+        of_seed = {run.seed: one for run in mine if (one := _of_run(run, tuned))}
+        rows[name] = {"title": row.title, "overrides": row.overrides, **cost(mine[0].cfg), "seeds": of_seed}
+    least = at_equal_flops(rows)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    dirty = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return {
+        "commit": commit.strip() + ("+" if dirty.stdout.strip() else ""),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "world": vars(study.world),
+        "note": "tuned on the val world alone"
+        + ("" if tuned else "; the test world was opened once for every run, when its training was over"),
+        "world_of_the_numbers": "val" if tuned else "test",
+        "equal_flops": f"val world, at the step nearest to {least / 1e3:.0f} TFLOP, rates not yet at their end",
+        "rows": rows,
+    }
+
+
+def at_equal_flops(rows: dict[str, Any]) -> float:
+    """Tell each run what it knew when it had computed as much as the cheapest whole run; that run's operations."""
+    spent = [row["gflop_per_step"] * one["steps"] for row in rows.values() for one in row["seeds"].values()]
+    least = min(spent, default=0.0)
+    for row in rows.values():
+        for one in row["seeds"].values():
+            one["at_equal_flops"] = _nearest(one["val"], least / row["gflop_per_step"])
+    return least
+
+
+def _of_run(run: Run, tuned: bool) -> dict[str, Any] | None:
+    lines = steps_of(run)
+    val = {int(line["step"]): _metrics(line, "val/") for line in lines if "val/motion_transient" in line}
+    speeds = [line["train/clips_per_second"] for line in lines if "train/clips_per_second" in line]
+    if not (val if tuned else run.done):
+        return None
+    found = {"steps": max(val), "seconds_per_step": run.cfg.train.global_batch_size / float(np.median(speeds))}
+    found |= {"val": val}
+    if not tuned:
+        metrics = json.loads((run.folder / RESULTS_FILE).read_text())["metrics"]
+        found["test"] = _metrics(metrics, "test/")
+        found["controls"] = {name: _metrics(metrics, f"test/{name}/") for name in CONTROLS}
+    return found
+
+
+def _metrics(line: dict[str, float], prefix: str) -> dict[str, float]:
+    return {name: line[prefix + name] for name in METRICS if prefix + name in line}
+
+
+def _nearest(val: dict[int, dict[str, float]], step: float) -> dict[str, float]:
+    return val[min(val, key=lambda each: abs(each - step))]
+
+
+def tables(found: dict[str, Any]) -> str:
+    """The study as Markdown."""
+    world = found["world_of_the_numbers"]
+    head = ["row", *METRICS.values(), "GFLOP a step", "s a step", "M trainable", "seeds"]
+    lines = [f"{found['note']}; mean ± standard deviation over seeds, {world} world, equal steps:", "", *_header(head)]
+    for row in found["rows"].values():
+        seeds = list(row["seeds"].values())
+        last = [one["test"] if world == "test" else one["val"][one["steps"]] for one in seeds]
+        cells = [_spread([each[name] for each in last if name in each]) for name in METRICS]
+        seconds = _spread([one["seconds_per_step"] for one in seeds], "{:.2f}")
+        costs = [f"{row['gflop_per_step']:.0f}", seconds, f"{row['million_trainable']:.1f}", str(len(seeds))]
+        lines.append(_line([row["title"], *cells, *costs]))
+    lines += ["", f"At equal training FLOPs ({found['equal_flops']}):", "", *_header(["row", *METRICS.values()])]
+    for row in found["rows"].values():
+        equal = [one["at_equal_flops"] for one in row["seeds"].values()]
+        lines.append(_line([row["title"], *(_spread([e[name] for e in equal if name in e]) for name in METRICS)]))
+    if world == "test":
+        lines += ["", "With time destroyed (test world, both paths alike):", ""]
+        lines += _header(["row", "questions", "as filmed", *CONTROLS])
+        for row in found["rows"].values():
+            for name in CHANCE:
+                seeds = list(row["seeds"].values())
+                under = [[one["controls"][control][name] for one in seeds] for control in CONTROLS]
+                cells = [_spread(values) for values in ([one["test"][name] for one in seeds], *under)]
+                lines.append(_line([row["title"], METRICS[name], *cells]))
+    return "\n".join(lines) + "\n"
+
+
+def _header(cells: Sequence[str]) -> list[str]:
+    return [_line(cells), "|" + "---|" * len(cells)]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _spread(values: Sequence[float], form: str = "{:.1f}") -> str:
+    if not values:
+        return "-"
+    mean = form.format(float(np.mean(values)))
+    return f"{mean} ± {form.format(float(np.std(values, ddof=1)))}" if len(values) > 1 else mean
+
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    """Motion questions over the training, a line a row with the range of its seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), sharey=True)
+    for axis, name in zip(axes, CHANCE, strict=True):
+        for row in found["rows"].values():
+            curves = [one["val"] for one in row["seeds"].values()]
+            steps = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
+            values = np.array([[curve[step].get(name, np.nan) for step in steps] for curve in curves])
+            if steps:
+                (line,) = axis.plot(steps, values.mean(axis=0), label=row["title"])
+                axis.fill_between(steps, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.15)
+        axis.axhline(CHANCE[name], color="grey", linestyle=":", linewidth=1)
+        axis.set(title=METRICS[name], xlabel="steps")
+    axes[0].set_ylabel("right answers, val world (%)")
+    axes[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--config_file", type=Path, default=Path("configs/ablation_demo.yml"), metavar="YAML")
+    add("--only", default="", metavar="ROW,ROW", help="these rows only")
+    add("--seeds", default="", metavar="N,N", help="these seeds only")
+    add("--tune", action="store_true", help="never open the test world; runs of their own under OUTPUT/tune")
+    add("--tables", action="store_true", help="train nothing")
+    add("--dry_run", action="store_true", help="say what there is to do, and do nothing")
+    args = parser.parse_args(argv)
+    study, only = read_study(args.config_file), [name for name in args.only.split(",") if name]
+    world = study.world
+    os.environ.setdefault("DEMO_MOTION", world.folder)
+    runs = plan(study, args.config_file, args.tune, only, [int(seed) for seed in args.seeds.split(",") if seed])
+    todo = [run for run in runs if not run.done]
+    log.info("%d of %d runs are done", len(runs) - len(todo), len(runs))
+    if args.dry_run:
+        for run in todo:
+            print(f"{run.row}, seed {run.seed}: {cost(run.cfg)['gflop_per_step']:.0f} GFLOP a step, {run.folder}")
+        return cli.DONE
+    if not args.tables:
+        make_world(Path(world.folder), scale=world.scale, variant=Variant(world.objects, world.reach))
+        taken = []
+        for number, run in enumerate(todo):
+            left = f", {timedelta(seconds=round(np.mean(taken) * (len(todo) - number)))} left" if taken else ""
+            log.info("run %d of %d: %s, seed %d%s", number + 1, len(todo), run.row, run.seed, left)
+            taken.append(train(run))
+    found = gather(study, runs, args.tune)
+    output = Path(study.output)
+    output.mkdir(parents=True, exist_ok=True)
+    name = "tune" if args.tune else "final"
+    write_json(output / f"{name}.json", found)
+    (output / f"{name}.md").write_text(tables(found))
+    plot(found, output / f"{name}.png")
+    print(tables(found))
+    log.info("wrote %s/%s.json, .md and .png", output, name)
+    return cli.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
