@@ -14,6 +14,10 @@ from evaluation_cases import FRAMES, small_model
 from test_readers import settings
 
 import main_eval
+from egohod.config import ModelConfig
+from egohod.model.egovideo import create_model
+from egohod.model.zoo import geometry
+from egohod.training.checkpoint import CheckpointStore
 from tests.support import ROOT, environment
 
 
@@ -40,6 +44,26 @@ def test_a_benchmark_is_asked_for_on_the_command_line(formats: Path, tmp_path: P
     assert {"egtea/action_top1", "egtea/freeze/action_top1_drop"} <= results["metrics"].keys()
     assert results["benchmarks"]["egtea"]["protocol"]["name"] == "whole_clip"
     assert (tmp_path / "details/egtea.json").exists()
+
+
+def test_the_model_is_what_the_checkpoint_says(formats: Path, tmp_path: Path) -> None:
+    """The configuration names another geometry, activation and number of frames; the checkpoint knows better."""
+    identity = {
+        "model.name": "DEMO",
+        "model.num_frames": FRAMES,
+        "model.activation": "quick_gelu",
+        "loss.name": "infonce",
+    }
+    weights = create_model(ModelConfig(name="DEMO", num_frames=FRAMES)).state_dict()
+    CheckpointStore(tmp_path / "run").save(1, weights, {}, metrics={}, identity=identity)
+    (tmp_path / "eval.yml").write_text("data: {workers: 0, decoder: pyav}\nevaluate: {cache: null}")
+    command = ["--config_file", f"{tmp_path}/eval.yml", "--checkpoint", f"{tmp_path}/run", "--output", str(tmp_path)]
+    assert main_eval.main([*command, *where(formats, "ek100_mir")]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["config"]["model"] == "DEMO"
+    assert results["benchmarks"]["ek100_mir"]["protocol"]["size"] == geometry("DEMO").image_size
+    said = main_eval._known(f"{tmp_path}/run")
+    assert {"model.activation=quick_gelu", f"model.num_frames={FRAMES}"} <= set(said)
 
 
 @pytest.mark.parametrize(
