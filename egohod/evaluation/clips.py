@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -123,6 +124,16 @@ class EvaluationDataset(Dataset[dict[str, Any]]):
         """
         return [self._identity(index) for index in range(len(self))]
 
+    @cached_property
+    def numbers(self) -> list[int]:
+        """A number for each clip that follows from its video and times alone, for what is random about it.
+
+        It is the same in every benchmark and whichever other clips there are, as features that are kept must be.
+        """
+        clips = self.clips
+        told = zip(clips.videos, clips.start.tolist(), clips.end.tolist(), strict=True)
+        return [zlib.crc32(f"{video} {start:.3f} {end:.3f}".encode()) for video, start, end in told]
+
     def _identity(self, index: int) -> str:
         video, start, end = self.clips.videos[index], self.clips.start[index], self.clips.end[index]
         said = [self.clips.root, video, repr(float(start)), repr(float(end)), repr(self.clips.chunk_seconds)]
@@ -139,7 +150,9 @@ class EvaluationDataset(Dataset[dict[str, Any]]):
     def restricted(self, kept: NDArray[np.bool_]) -> EvaluationDataset:
         """The clips where ``kept`` [N] is true."""
         made = EvaluationDataset.__new__(EvaluationDataset)
-        made.__dict__.update({name: value for name, value in vars(self).items() if name != "identities"})
+        made.__dict__.update(
+            {name: value for name, value in vars(self).items() if name not in ("identities", "numbers")}
+        )
         made.clips = self.clips.restricted(kept)
         return made
 

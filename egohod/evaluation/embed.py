@@ -91,11 +91,9 @@ def embed_clips(
                 continue
             index = batch["index"]
             video = normalise(batch["video"].to(dist.device, non_blocking=True).flatten(0, 1))
-            of_view = np.repeat(index, views)
+            of_view = [dataset.numbers[i] for i in np.repeat(index, views)]
             features = [
-                model.encode_video(
-                    apply_control(name, video, of_view.tolist()) if name != PLAIN else video, normalize=True
-                )
+                model.encode_video(apply_control(name, video, of_view) if name != PLAIN else video, normalize=True)
                 for name in orders
             ]
             yield index, torch.stack(features, dim=1).float().unflatten(0, (-1, views)).mean(dim=1)

@@ -14,23 +14,23 @@ from torch import Tensor
 
 from egohod.config import UserError
 
-# The shuffled order of a clip follows from this and from the clip's index.
+# The shuffled order of a clip follows from this and from the clip's number.
 SEED = 0
 
 
-def shuffle(video: Tensor, index: Sequence[int]) -> Tensor:
-    """Frames in an order that depends on the clip's index alone, never their own."""
+def shuffle(video: Tensor, numbers: Sequence[int]) -> Tensor:
+    """Frames in an order that depends on the clip's number alone, never their own."""
     frames = video.shape[2]
-    order = torch.from_numpy(np.stack([shuffled_order(int(i), frames) for i in index])).to(video.device)
+    order = torch.from_numpy(np.stack([shuffled_order(int(i), frames) for i in numbers])).to(video.device)
     return video.gather(2, order[:, None, :, None, None].expand_as(video))
 
 
-def reverse(video: Tensor, index: Sequence[int]) -> Tensor:
+def reverse(video: Tensor, numbers: Sequence[int]) -> Tensor:
     """The last frame first."""
     return video.flip(2)
 
 
-def freeze(video: Tensor, index: Sequence[int]) -> Tensor:
+def freeze(video: Tensor, numbers: Sequence[int]) -> Tensor:
     """The middle frame (of an even number the later one), over and over."""
     middle = video.shape[2] // 2
     return video[:, :, middle : middle + 1].expand_as(video).contiguous()
@@ -43,23 +43,23 @@ CONTROLS: Mapping[str, Callable[[Tensor, Sequence[int]], Tensor]] = {
 }
 
 
-def apply_control(name: str, video: Tensor, index: Sequence[int]) -> Tensor:
+def apply_control(name: str, video: Tensor, numbers: Sequence[int]) -> Tensor:
     """``video`` [B, 3, T, H, W], uint8 or normalised, with the time of each clip destroyed as ``name`` says.
 
-    ``index`` [B] numbers the clips in their dataset. Raises :class:`UserError` for an unknown name, and for clips of
+    ``numbers`` [B] tell the clips apart. Raises :class:`UserError` for an unknown name, and for clips of
     one frame, which have no time that could be destroyed.
     """
     if name not in CONTROLS:
         raise UserError(f"no temporal control '{name}'; there are {', '.join(CONTROLS)}")
     if video.shape[2] < 2:
         raise UserError(f"the temporal control '{name}' needs clips of at least two frames")
-    return CONTROLS[name](video, index)
+    return CONTROLS[name](video, numbers)
 
 
-def shuffled_order(index: int, frames: int, seed: int = SEED) -> np.ndarray:
+def shuffled_order(number: int, frames: int, seed: int = SEED) -> np.ndarray:
     """A permutation of ``frames`` >= 2 frames that is not the identity, int64 [frames]; a function of its arguments."""
     assert frames > 1
-    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, index))))
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, number))))
     own = np.arange(frames)
     while True:
         order = rng.permutation(frames)

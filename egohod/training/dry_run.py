@@ -149,8 +149,8 @@ def _report_evaluation(
     for name in ("val", "test"):
         try:
             for each in evaluators(cfg, dist, name):
-                for row in torch.linspace(0, len(each.dataset) - 1, CLIPS_TO_OPEN).long().tolist():
-                    each.dataset[row]
+                rows = torch.linspace(0, len(each.dataset) - 1, CLIPS_TO_OPEN).long().tolist()
+                problems += [fault for row in rows if (fault := each.dataset[row]["fault"])]
                 say("evaluate", f"{name}: {len(each.dataset):,} clips, {CLIPS_TO_OPEN} opened")
         except UserError as error:
             problems.append(str(error))

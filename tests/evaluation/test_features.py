@@ -21,6 +21,7 @@ from egohod.config import UserError
 from egohod.evaluation.baseline import FrameAverage
 from egohod.evaluation.benchmarks import Benchmark, benchmark, execution_of
 from egohod.evaluation.clips import frame_numbers
+from egohod.evaluation.embed import embed_clips
 from egohod.evaluation.feature_cache import FeatureCache, fingerprint
 from egohod.evaluation.protocols import PROTOCOLS, Protocol
 from egohod.evaluation.report import RESULTS_FILE, report
@@ -63,6 +64,17 @@ def test_a_later_benchmark_finds_the_features_of_an_earlier_one(formats: Path, t
     texts = model.texts
     cached(formats, "ek100_cls", tmp_path).measure(model)
     assert model.texts == texts
+
+
+def test_controls_do_not_depend_on_which_benchmark_computed_them(formats: Path, tmp_path: Path) -> None:
+    def features(kind: str, cache: Path | None) -> Tensor:
+        bench = made(formats, kind)
+        kept = FeatureCache(cache, {}) if cache else None
+        settings = {"batch_size": 8, "workers": 0, "dist": ALONE, "precision": torch.float32, "cache": kept}
+        return embed_clips(small_model(), bench.dataset, controls=["shuffle"], **settings)[0]["shuffle"]
+
+    features("ek100_mir", tmp_path)
+    torch.testing.assert_close(features("egomcq", tmp_path), features("egomcq", None), atol=1e-6, rtol=0)
 
 
 def test_features_are_never_mixed_up(formats: Path, tmp_path: Path) -> None:

@@ -97,4 +97,5 @@ def test_clips_are_decoded_once_for_the_plain_order_and_all_controls(
     assert torch.equal(features["reverse"], plain.flip(1))
     torch.testing.assert_close(features["freeze"], plain[:, 2:3].expand_as(plain))
     for index, row in enumerate(features["shuffle"]):
-        assert torch.equal(row, plain[index, torch.from_numpy(shuffled_order(index, plain.shape[1]))])
+        order = shuffled_order(dataset.numbers[index], plain.shape[1])
+        assert torch.equal(row, plain[index, torch.from_numpy(order)])

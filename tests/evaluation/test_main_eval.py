@@ -1,0 +1,118 @@
+"""The program: two processes as one, what it refuses, and the scripts around it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from evaluation_cases import FRAMES, small_model
+from test_readers import settings
+
+import main_eval
+from egohod.config import ModelConfig
+from egohod.model.egovideo import create_model
+from egohod.model.zoo import geometry
+from egohod.training.checkpoint import CheckpointStore
+from tests.support import ROOT, environment
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A checkpoint of the small model, and a configuration that fits it."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.save({"state_dict": small_model().state_dict()}, folder / "model.pt")
+    knobs = ["model.name=DEMO", f"model.num_frames={FRAMES}", f"evaluate.num_frames={FRAMES}", "data.workers=0"]
+    (folder / "eval.yml").write_text("{}")
+    command = ["--config_file", f"{folder}/eval.yml", "--checkpoint", f"{folder}/model.pt", *knobs]
+    return [*command, "data.decoder=pyav", "evaluate.batch_size=4", "evaluate.cache=null"]
+
+
+def where(formats: Path, kind: str) -> list[str]:
+    source = settings(formats, kind)
+    return ["--benchmark", kind, "--metadata", str(source.metadata), "--root", str(source.root)]
+
+
+def test_a_benchmark_is_asked_for_on_the_command_line(formats: Path, tmp_path: Path, arguments: list[str]) -> None:
+    more = ["--controls", "freeze", "--output", str(tmp_path), "--published", "EgoVideo-L"]
+    assert main_eval.main([*arguments, *where(formats, "egtea"), *more]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {"egtea/action_top1", "egtea/freeze/action_top1_drop"} <= results["metrics"].keys()
+    assert results["benchmarks"]["egtea"]["protocol"]["name"] == "whole_clip"
+    assert (tmp_path / "details/egtea.json").exists()
+
+
+def test_the_model_is_what_the_checkpoint_says(formats: Path, tmp_path: Path) -> None:
+    """The configuration names another geometry, activation and number of frames; the checkpoint knows better."""
+    identity = {
+        "model.name": "DEMO",
+        "model.num_frames": FRAMES,
+        "model.activation": "quick_gelu",
+        "loss.name": "infonce",
+    }
+    weights = create_model(ModelConfig(name="DEMO", num_frames=FRAMES)).state_dict()
+    CheckpointStore(tmp_path / "run").save(1, weights, {}, metrics={}, identity=identity)
+    (tmp_path / "eval.yml").write_text("data: {workers: 0, decoder: pyav}\nevaluate: {cache: null}")
+    command = ["--config_file", f"{tmp_path}/eval.yml", "--checkpoint", f"{tmp_path}/run", "--output", str(tmp_path)]
+    assert main_eval.main([*command, *where(formats, "ek100_mir")]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["config"]["model"] == "DEMO"
+    assert results["benchmarks"]["ek100_mir"]["protocol"]["size"] == geometry("DEMO").image_size
+    said = main_eval._known(f"{tmp_path}/run")
+    assert {"model.activation=quick_gelu", f"model.num_frames={FRAMES}"} <= set(said)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--benchmark", "mri"], "--benchmark mri: there are demo, all, ek100_mir"),
+        (["--benchmark", "egtea"], "evaluate.benchmarks.egtea.metadata is not set; give --metadata"),
+        (["--benchmark", "egtea", "--metadata", "/nowhere", "--root", "."], "/nowhere: no action_idx.txt there"),
+        (["--root", "x"], "--root and --metadata need --benchmark"),
+        (["--controls", "blur"], "must be one of shuffle, reverse, freeze"),
+        (["--benchmark", "all"], "no benchmark's data is found"),
+        (["--checkpoint", "none.pt"], "none.pt: no such file"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: list[str], more: list[str], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main_eval.cli.run(main_eval.main, [*arguments, *more, "--output", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert said in message
+    assert len([line for line in message.splitlines() if line.startswith("error: ")]) == 1
+
+
+@pytest.mark.ci
+def test_two_processes_give_the_numbers_of_one(formats: Path, tmp_path: Path, arguments: list[str]) -> None:
+    found = []
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        command = [
+            *("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "main_eval.py"),
+            *arguments,
+            *where(formats, "own"),
+            *("--controls", "shuffle,reverse,freeze", "--output", str(output)),
+        ]
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads((output / "results.json").read_text())["metrics"])
+    assert found[1] == pytest.approx(found[0], abs=1e-6)
+
+
+def test_every_script_names_a_benchmark_that_there_is() -> None:
+    asked = {
+        path.name: re.search(r"^BENCHMARK=(\w+)$", path.read_text(), re.MULTILINE)
+        for path in (ROOT / "exps").glob("eval_*.sh")
+    }
+    assert {match[1] for match in asked.values() if match} == {
+        "ek100_mir", "ek100_cls", "egtea", "egomcq", "charades_ego", "all",
+    }  # fmt: skip
+    for path in (ROOT / "exps").glob("*.sh"):
+        subprocess.run(["bash", "-n", path], check=True)
