@@ -79,6 +79,7 @@ def test_every_missing_variable_is_named_at_once(tmp_path: Path, monkeypatch: py
         ("train: {schedule: cosine, lr: 1e-6, lr_end: 1e-5}", None, ["train.lr_end", "at most"]),
         ("model: {weights: {source: clip}}", None, ["model.weights.path"]),
         ("model: {fast: {spatial: true}, patch_dropout: 0.5}", None, ["model.fast.spatial", "model.patch_dropout=0"]),
+        ("loss: {boxes: 1}\ndata: {train: {mine: {root: x}}}", None, ["data.train.mine.detections", "loss.boxes"]),
         ("train: [", None, ["run.yml", "YAML"]),
         ("train: {seed: 1, seed: 2}", None, ["run.yml", "seed"]),
         ("- a", None, ["run.yml", "mapping"]),

@@ -160,3 +160,20 @@ def test_two_processes_give_the_mean_gradient_and_no_parameter_is_unused(tmp_pat
             for name, gradient in gradients.items():
                 expected = model.get_parameter(name).grad
                 torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-4, msg=f"{case}: {name}")
+
+
+def test_boxes_are_learned_as_part_of_a_run_and_go_without_notice(
+    tiny_config: Path, demo_world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    detections = f"data.train.demo.detections={demo_world}/train/detections.parquet"
+    command = ["--config_file", str(tiny_config), *SLOWFAST, detections]
+    assert main_pretrain.main([*command, "loss.boxes=5", "train.duration=12 steps"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    errors = [line["train/box_error"] for line in lines if "train/box_error" in line]
+    assert sum(errors[-3:]) < 0.8 * sum(errors[:3])
+    # The head only trains: a model without one takes the rest over.
+    weights = ["model.weights.source=checkpoint", f"model.weights.path={tmp_path}/run"]
+    caplog.set_level(logging.INFO)
+    assert main_pretrain.main([*command, *weights, "train.duration=1 steps", f"train.output={tmp_path}/after"]) == 0
+    assert "the model has no head of the box loss" in caplog.text
+    assert "data.train.demo.detections does nothing while loss.boxes is 0" in caplog.text

@@ -139,6 +139,24 @@ def test_accumulated_chunks_give_the_step_of_the_whole_batch() -> None:
         torch.testing.assert_close(value.grad, other.grad, atol=1e-5, rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("name", ["DEMO", "DEMO_Slowfast"])
+def test_the_box_loss_in_chunks_is_that_of_the_whole_batch(name: str) -> None:
+    whole, boxes = batch(8), torch.rand(8, 4, 3, 4)
+    boxes[0], boxes[3, 1] = math.nan, math.nan
+    whole |= {"video": whole["video"].repeat_interleave(2, dim=2), "boxes": boxes}
+    results = []
+    for chunks in (1, 4):
+        cfg = config()
+        cfg.model.name, cfg.model.num_frames, cfg.loss.boxes = name, 4, 2.0
+        model, step = build(cfg)
+        parts = [{key: value.chunk(chunks)[i] for key, value in whole.items()} for i in range(chunks)]
+        metrics = step(1, parts)
+        results.append((metrics["loss"], metrics["box_error"], model.visual.box_head.box.weight.detach()))  # type: ignore[union-attr]
+    assert 0 < results[0][1] < 1
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
 def test_gradients_are_clipped_to_the_norm_that_was_asked_for() -> None:
     model, step = build(config(clip_norm=0.01))
     norm = step(1, [batch()])["grad_norm"]
