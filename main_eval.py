@@ -8,8 +8,8 @@ Does time matter?   python main_eval.py --checkpoint runs/demo --controls shuffl
 An outside model:   python main_eval.py --checkpoint open_clip:ViT-B-16:weights.pt --benchmark ek100_cls ...
 Several processes:  torchrun --nproc_per_node=2 main_eval.py --config_file configs/demo.yml --checkpoint runs/demo
 
-Prints the table and writes results.json and details/ to --output. Clips are decoded and encoded once: features are kept
-in evaluate.cache for other benchmarks and for the next try after an interruption.
+Prints the table and writes results.json, details/ and report.html, the page to look at, to --output. Clips are decoded
+and encoded once: features are kept in evaluate.cache for other benchmarks and for the next try after an interruption.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from egohod.evaluation.benchmarks import Benchmark, asked, benchmark, demo_evalu
 from egohod.evaluation.feature_cache import fingerprint
 from egohod.evaluation.published import PUBLISHED
 from egohod.evaluation.report import report
+from egohod.evaluation.result_page import write_report
 from egohod.training.checkpoint import open_weights
 from egohod.training.setup import build_model
 
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     add("--controls", metavar="LIST", help="shuffle,reverse,freeze: same as evaluate.controls=[...]")
     add("--allow_missing", action="store_true", help="leave out clips that cannot be read; marks numbers as partial")
     add("--published", choices=list(PUBLISHED), metavar="MODEL", help=f"compare with {', '.join(PUBLISHED)}")
-    add("--output", default="results", metavar="FOLDER", help="where results.json goes (default: results)")
+    add("--output", default="results", metavar="FOLDER", help="where results.json, report.html go (default: results)")
     args = parser.parse_intermixed_args(arguments)
     # A CLIP file can be measured too: model.weights.source=clip model.weights.projections=keep.
     outside = args.checkpoint.startswith("open_clip:")
@@ -65,6 +66,8 @@ def main(arguments: Sequence[str]) -> int:
         benchmarks = _benchmarks(cfg, dist, model, args, checkpoint["sha256"])
         found = [(each, each.measure(model)) for each in benchmarks]
         report(args.output, cfg, dist, found, checkpoint=checkpoint, published=args.published)
+        if dist.is_main:
+            write_report(args.output, decoder=cfg.data.decoder)
     finally:
         dist.close()
     return cli.DONE

@@ -83,7 +83,7 @@ def lock_run(folder: Path) -> FileLock:
         lock = FileLock(folder / ".lock")
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise UserError(f"{folder}: another run is writing here; choose another train.output") from error
+        raise UserError(f"{folder}: another run is writing here; choose another folder") from error
     except OSError as error:
         raise UserError(f"{folder}: cannot be used as run folder: {error.strerror or error}") from error
     return lock

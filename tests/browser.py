@@ -1,0 +1,126 @@
+"""A headless Chromium, spoken to over a pipe in its debugging protocol: no driver and no package between."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import select
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+_PATIENCE = 60.0
+
+
+class Page:
+    """One tab. ``requests`` are the addresses it asked for, ``complaints`` what it put on the console as wrong."""
+
+    def __init__(self, incoming: int, outgoing: int) -> None:
+        self._in, self._out, self._rest, self._number = incoming, outgoing, b"", 0
+        self._session: str | None = None
+        self.requests: list[str] = []
+        self.complaints: list[str] = []
+        self._events: list[str] = []
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Network", "Runtime", "Log"):
+            self.send(f"{domain}.enable")
+
+    def send(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """A command of the protocol, and its answer."""
+        self._number += 1
+        message = {"id": self._number, "method": method, "params": parameters}
+        if self._session:
+            message["sessionId"] = self._session
+        os.write(self._out, json.dumps(message).encode() + b"\0")
+        while True:
+            told = self._read()
+            if told.get("id") == self._number:
+                assert "error" not in told, told
+                return told["result"]
+
+    def open(self, path: Path) -> None:
+        """Load a file and wait until it is all there."""
+        self._events.clear()
+        self.send("Page.navigate", url=path.resolve().as_uri())
+        while "Page.loadEventFired" not in self._events:
+            self._read()
+
+    def run(self, script: str) -> Any:
+        """What a JavaScript expression gives."""
+        told = self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in told, told
+        return told["result"].get("value")
+
+    def size(self, width: int, height: int, scale: float = 1, mobile: bool = False) -> None:
+        """As if on a screen of that many CSS pixels."""
+        self.send(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=mobile
+        )
+
+    def picture(self, whole: bool = False) -> bytes:
+        """What is seen, or the page in its whole length, as PNG."""
+        return base64.b64decode(self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"])
+
+    def _read(self) -> dict[str, Any]:
+        until = time.monotonic() + _PATIENCE
+        while b"\0" not in self._rest:
+            ready, _, _ = select.select([self._in], [], [], max(0, until - time.monotonic()))
+            assert ready, "Chromium says nothing"
+            more = os.read(self._in, 1 << 20)
+            assert more, "Chromium has ended"
+            self._rest += more
+        message, _, self._rest = self._rest.partition(b"\0")
+        told = json.loads(message)
+        self._note(told.get("method", ""), told.get("params", {}))
+        return told
+
+    def _note(self, method: str, said: dict[str, Any]) -> None:
+        self._events.append(method)
+        if method == "Network.requestWillBeSent":
+            self.requests.append(said["request"]["url"])
+        elif method == "Runtime.exceptionThrown":
+            self.complaints.append(json.dumps(said["exceptionDetails"]))
+        elif method == "Runtime.consoleAPICalled" and said["type"] in ("error", "warning", "assert"):
+            self.complaints.append(json.dumps(said["args"]))
+        elif method == "Log.entryAdded" and said["entry"]["level"] in ("error", "warning"):
+            self.complaints.append(said["entry"]["text"])
+
+
+@contextlib.contextmanager
+def browser(profile: Path) -> Iterator[Page]:
+    """A page of a fresh Chromium that keeps its files in ``profile``."""
+    assert CHROMIUM
+    to_us, from_it = os.pipe()
+    to_it, from_us = os.pipe()
+    command = [CHROMIUM, "--headless=new", "--remote-debugging-pipe", f"--user-data-dir={profile}", "--disable-gpu"]
+    # A container has neither the rights for the sandbox nor much shared memory.
+    command += ["--no-sandbox", "--disable-dev-shm-usage", "--no-first-run", "--hide-scrollbars", "about:blank"]
+    # Chromium reads from its descriptor 3 and writes to 4. First out of the way of both numbers.
+    shell = f'exec 8<&{to_it} 9>&{from_it}; exec 3<&8 4>&9; exec "$@" 8<&- 9>&-'
+    process = subprocess.Popen(
+        ["bash", "-c", shell, "chromium", *command],
+        pass_fds=(to_it, from_it),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"HOME": str(profile)},
+    )
+    os.close(to_it)
+    os.close(from_it)
+    try:
+        yield Page(to_us, from_us)
+    finally:
+        # The end of its input is its sign to go.
+        os.close(from_us)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        os.close(to_us)

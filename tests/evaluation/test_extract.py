@@ -1,0 +1,271 @@
+"""Features of anyone's clips: which clips, files that go on after an interruption, search and its contact sheet."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from evaluation_cases import small_model
+from PIL import Image
+
+from egohod.config import UserError
+from egohod.data.transforms import normalise
+from egohod.evaluation import extract as extraction
+from egohod.evaluation.clips import EvaluationDataset
+from egohod.evaluation.csv_files import AnnotationError
+from egohod.evaluation.extract import Progress, extract, remaining
+from egohod.evaluation.feature_index import Features, open_index, read_features, read_index
+from egohod.evaluation.listing import Listing, rows_of_csv, spans, whole_files, windows
+from egohod.evaluation.protocols import Protocol
+from egohod.evaluation.search import clock, search
+from tests.support import Command, ShortRun
+
+
+@pytest.fixture
+def videos(formats: Path, tmp_path: Path) -> Path:
+    """Three files of some 2.5 s in two folders."""
+    folder = tmp_path / "videos"
+    found = sorted((formats / "benchmarks" / "egtea" / "videos").rglob("*.mp4"))
+    (folder / "b").mkdir(parents=True)
+    for path, name in zip(found, ("a.mp4", "b/c.MP4", "b/d.mp4"), strict=False):
+        shutil.copy(path, folder / name)
+    return folder
+
+
+def dataset_of(listing: Listing, frames: int = 4) -> EvaluationDataset:
+    return EvaluationDataset(listing.clips, Protocol("features", "", frames=frames), size=40, decoder="pyav")
+
+
+def run(listing: Listing, folder: Path, **more: object) -> extraction.Extracted:
+    dataset = dataset_of(listing)
+    settings = {"batch_size": 2, "workers": 0, "device": torch.device("cpu")} | more
+    return extract(small_model(), listing, dataset, folder, remaining(listing, dataset, folder), **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("duration", "expected"),
+    [
+        (5.0, [(0, 2), (1, 3), (2, 4), (3, 5)]),
+        (4.5, [(0, 2), (1, 3), (2, 4), (3, 4.5)]),
+        (5.0004, [(0, 2), (1, 3), (2, 4), (3, 5)]),
+        (1.5, [(0, 1.5)]),
+    ],
+)
+def test_windows_cover_a_video_to_its_end(duration: float, expected: list[tuple[float, float]]) -> None:
+    assert spans(duration, 2, 1) == expected
+    with pytest.raises(UserError, match="--window and --stride"):
+        spans(duration, 2, 0)
+
+
+def test_every_file_of_a_folder_is_a_clip(videos: Path) -> None:
+    listing = whole_files(str(videos))
+    assert list(listing.clips.videos) == ["a", "b/c", "b/d"]
+    assert np.isinf(listing.clips.end).all()
+    shutil.copy(videos / "a.mp4", videos / "a.MP4")
+    with pytest.raises(UserError, match="is there as well"):
+        whole_files(str(videos))
+
+
+def test_a_csv_may_mix_videos_and_orders(tmp_path: Path) -> None:
+    path = tmp_path / "clips.csv"
+    path.write_bytes(
+        b"text,end_second,extra,video_id,start_second\r\none,2,x,b,1\r\ntwo,00:00:03.5,x,a,0\r\n,1,x,b,0.5\r\n"
+    )
+    listing = rows_of_csv(path, "videos")
+    assert list(listing.clips.videos) == ["b", "b", "a"]
+    assert listing.clips.end.tolist() == [2, 1, 3.5]
+    assert list(listing.texts) == ["one", "", "two"]
+    assert listing.videos() == {"b": range(2), "a": range(2, 3)}
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("../../x,0,1", r"clips\.csv: row 1: video_id '\.\./\.\./x' leads out"),
+        ("/etc/x,0,1", "leads out"),
+        ("a,2,1", "row 1: '2' to '1' is no stretch of time"),
+        ("a,soon,1", "row 1: 'soon' to '1'"),
+        ("a,-1,1", "row 1: '-1' to '1'"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path: Path, row: str, said: str) -> None:
+    (tmp_path / "clips.csv").write_text(f"video_id,start_second,end_second\n{row}\n")
+    with pytest.raises(AnnotationError, match=said):
+        rows_of_csv(tmp_path / "clips.csv", "videos")
+
+
+def test_features_are_those_of_the_clip_alone_and_in_order(videos: Path, tmp_path: Path) -> None:
+    listing = windows(str(videos), 1.0, 0.5)
+    assert run(listing, tmp_path / "features").videos == 3
+    model, dataset = small_model().eval(), dataset_of(listing)
+    with torch.no_grad():
+        alone = torch.cat([model.encode_video(normalise(dataset[row]["video"])) for row in range(len(dataset))])
+    for video, rows in listing.videos().items():
+        with np.load(tmp_path / "features" / f"{video}.npz") as content:
+            np.testing.assert_allclose(content["features"], alone[list(rows)], atol=1e-5)
+            np.testing.assert_allclose(np.linalg.norm(content["features"], axis=1), 1, atol=1e-5)
+            assert content["start"].tolist() == listing.clips.start[list(rows)].tolist()
+
+
+def test_an_interrupted_run_goes_on_and_what_changed_is_embedded_again(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, listing = tmp_path / "features", windows(str(videos), 1.0, 1.0)
+    written: list[str] = []
+
+    def stop(where: Path, video: str, *rest: object) -> None:
+        if len(written) == 1:
+            raise KeyboardInterrupt
+        written.append(video)
+        real(where, video, *rest)  # type: ignore[arg-type]
+
+    real = extraction.write_video
+    monkeypatch.setattr(extraction, "write_video", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(listing, folder)
+    monkeypatch.setattr(extraction, "write_video", real)
+    assert list(remaining(listing, dataset_of(listing), folder)) == ["b/c", "b/d"]
+    assert run(listing, folder).videos == 2
+    assert run(listing, folder).clips == 0
+    other = windows(str(videos), 1.0, 0.5)
+    assert len(remaining(other, dataset_of(other), folder)) == 3
+    shutil.copy(videos / "b" / "d.mp4", videos / "a.mp4")
+    assert list(remaining(listing, dataset_of(listing), folder)) == ["a"]
+    (folder / "b" / "c.npz").write_bytes(b"cut off")
+    assert list(remaining(listing, dataset_of(listing), folder)) == ["a", "b/c"]
+
+
+def test_a_clip_that_cannot_be_read_stops_the_run_or_is_left_out_and_tried_again(videos: Path, tmp_path: Path) -> None:
+    csv, folder = tmp_path / "clips.csv", tmp_path / "features"
+    csv.write_text("video_id,start_second,end_second\na,0,1\na,90,91\na,1,2\nb/d,0,1\n")
+    listing = rows_of_csv(csv, str(videos))
+    with pytest.raises(UserError, match=r"(?s)a 90\.00-91\.00 s.*--allow_missing"):
+        run(listing, folder)
+    done = run(listing, folder, allow_missing=True)
+    assert (done.videos, done.clips, len(done.faults)) == (2, 3, 1)
+    with np.load(folder / "a.npz") as content:
+        assert content["start"].tolist() == [0, 1]
+    assert list(remaining(listing, dataset_of(listing), folder)) == ["a"]
+
+
+def test_features_of_two_models_never_share_a_folder(tmp_path: Path) -> None:
+    said = {
+        "format": 1,
+        "weights": "a",
+        "protocol": {"frames": 4},
+        "root": "r",
+        "layout": "whole",
+        "chunk_seconds": 15.0,
+    }
+    open_index(tmp_path, said | {"videos": {"x": "x.npz"}})
+    open_index(tmp_path, said | {"videos": {"y": "y.npz"}})
+    assert list(read_index(tmp_path)["videos"]) == ["x", "y"]
+    for change, named in (
+        ({"weights": "b"}, "weights"),
+        ({"protocol": {"frames": 5}}, "protocol"),
+        ({"root": "s"}, "in r"),
+    ):
+        with pytest.raises(UserError, match=named):
+            open_index(tmp_path, said | {"videos": {}} | change)
+    with pytest.raises(UserError, match="no video of the index has features yet"):
+        read_features(tmp_path)
+
+
+def test_search_ranks_and_passes_over_what_overlaps() -> None:
+    features = np.array([[1.0, 0.0], [0.9, 0.1], [0.8, 0.2], [0.0, 1.0]], dtype=np.float32)
+    found = Features(
+        features, ["v", "v", "v", "w"], np.array([0.0, 1.0, 2.0, 0.0]), np.array([2.0, 3.0, 4.0, np.inf]), [""] * 4
+    )
+    query = np.array([1.0, 0.0], dtype=np.float32)
+    assert [(hit.video, hit.start) for hit in search(query, found, 3)] == [("v", 0), ("v", 2), ("w", 0)]
+    assert [hit.start for hit in search(query, found, 2, overlapping=True)] == [0, 1]
+    assert clock(3725.26) == "1:02:05.3"
+
+
+def test_progress_tells_the_time_left(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    Progress(10)(10)
+    assert "10 of 10 clips" in caplog.text
+    assert "ETA 0:00:00" in caplog.text
+
+
+def test_from_files_to_a_contact_sheet(videos: Path, tmp_path: Path, inside: Command, short_run: ShortRun) -> None:
+    features = tmp_path / "features"
+    model = [*short_run.command, "data.decoder=pyav", "--checkpoint", short_run.folder]
+    command = ["extract_features.py", *model, "--videos", videos, "--output", features, "--window", "1"]
+    done = inside(*command, "--dry_run")
+    assert done.returncode == 0, done.stderr
+    assert "of 3 videos are to be embedded (5 frames, 40 px)" in done.stderr
+    assert not features.exists()
+    done = inside(*command)
+    assert done.returncode == 0, done.stderr
+    assert "ETA" in done.stderr
+    assert "0 clips of 0 videos are to be embedded" in inside(*command).stderr
+    assert inside(*command, "--frames", "6").returncode == 2
+
+    sheet = tmp_path / "sheet.png"
+    done = inside("search.py", "opens the jar", "--index", features, "--top", "4", "--sheet", sheet, "--json")
+    assert done.returncode == 0, done.stderr
+    hits = json.loads(done.stdout)
+    assert [hit["similarity"] for hit in hits] == sorted((hit["similarity"] for hit in hits), reverse=True)
+    found, lacking = read_features(features)
+    assert lacking == 0
+    assert {hit["video"] for hit in hits} <= set(found.videos)
+    with Image.open(sheet) as picture:
+        assert picture.width > 400
+        assert picture.height > 200
+    done = inside("search.py", "opens the jar", "--index", features, "--top", "2")
+    assert len(done.stdout.splitlines()) == 2
+    assert "0:00:0" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--videos", "/nowhere"], "/nowhere: no such video folder"),
+        (["--videos", ".", "--stride", "1"], "--stride needs --window"),
+        (["--videos", ".", "--clips", "x.csv", "--window", "1"], "give one of them"),
+        (["--videos", "configs"], "not a single mp4"),
+        (["--videos", "tests", "--clips", "/nowhere.csv"], "/nowhere.csv: cannot be read"),
+    ],
+)
+def test_mistakes_are_one_line(inside: Command, tmp_path: Path, arguments: list[str], said: str) -> None:
+    done = inside("extract_features.py", "--checkpoint", "x", "--output", tmp_path / "f", *arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_files_that_are_missing_or_broken_are_named_at_once(videos: Path, tmp_path: Path, inside: Command) -> None:
+    command = ["extract_features.py", "--checkpoint", "x", "--output", tmp_path / "f", "--videos", videos, "--dry_run"]
+    (tmp_path / "clips.csv").write_text("video_id,start_second,end_second\nno,0,1\na,0,1\nnope,0,1\n")
+    done = inside(*command, "--clips", tmp_path / "clips.csv")
+    assert done.returncode == 2
+    assert "no.mp4" in done.stderr
+    assert "nope.mp4" in done.stderr
+    assert inside(*command, "--clips", tmp_path / "clips.csv", "--allow_missing").returncode == 0
+    (videos / "a.mp4").write_bytes(b"no video")
+    done = inside(*command, "--window", "1")
+    assert done.returncode == 2
+    assert "a.mp4" in done.stderr
+
+
+def test_search_refuses_what_is_no_index_and_other_weights(
+    videos: Path, tmp_path: Path, inside: Command, short_run: ShortRun
+) -> None:
+    done = inside("search.py", "x", "--index", tmp_path)
+    assert done.returncode == 2
+    assert "tools/extract_features.py makes such folders" in done.stderr
+    model = [*short_run.command, "data.decoder=pyav", "--checkpoint", short_run.folder]
+    assert inside("extract_features.py", *model, "--videos", videos, "--output", tmp_path / "f").returncode == 0
+    index = read_index(tmp_path / "f")
+    (tmp_path / "f" / "index.json").write_text(json.dumps(index | {"weights": "other"}))
+    done = inside("search.py", "x", "--index", tmp_path / "f")
+    assert done.returncode == 2
+    assert "not the weights that made" in done.stderr
+    assert inside("search.py", " ", "--index", tmp_path / "f").returncode == 2

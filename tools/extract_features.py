@@ -1,0 +1,152 @@
+"""Embed anyone's clips: features to search in, or for a model of your own.
+
+    python tools/extract_features.py --videos my/videos --checkpoint runs/demo --output features
+    python tools/extract_features.py --videos my/videos --clips clips.csv --checkpoint ... --output ...
+    python tools/extract_features.py --videos long --window 2 --stride 1 --checkpoint ... --output ...
+
+Without more, every mp4 of the folder is one clip. --clips is a csv with video_id,start_second,end_second and perhaps
+text. --window and --stride, in seconds, slide over long videos, as methods for EgoNLQ and EgoMQ want their features.
+--output gets one .npz a video (features [n, D] of unit length, start, end, text) and index.json, which tools/search.py
+reads. The model is that of --config_file. An interrupted run goes on where it stopped; a video or clip that changed is
+embedded again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+
+from egohod import cli, config
+from egohod.config import Config, UserError, to_yaml
+from egohod.data.files import open_cache
+from egohod.distributed import pick_precision, setup
+from egohod.evaluation.clips import EvaluationDataset
+from egohod.evaluation.extract import extract, remaining
+from egohod.evaluation.feature_cache import fingerprint
+from egohod.evaluation.feature_index import CONFIG_FILE, FORMAT, file_of, open_index
+from egohod.evaluation.listing import Listing, rows_of_csv, whole_files, windows
+from egohod.evaluation.protocols import Protocol
+from egohod.model.zoo import geometry
+from egohod.training.setup import build_model
+
+log = logging.getLogger("extract_features")
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = cli.parser(__doc__ or "", "configs/demo.yml")
+    add = parser.add_argument
+    add("--videos", required=True, metavar="FOLDER", help="folder of mp4 files (with --clips also s3://... or chunks)")
+    add("--checkpoint", required=True, metavar="PATH", help="checkpoint or run folder, or a file of trained weights")
+    add("--output", required=True, type=Path, metavar="FOLDER", help="where the features go")
+    add("--clips", type=Path, metavar="CSV", help="embed these clips: video_id,start_second,end_second[,text]")
+    add("--window", type=float, metavar="SECONDS", help="embed windows of this length")
+    add("--stride", type=float, metavar="SECONDS", help="from one window's start to the next (default: half a window)")
+    add("--frames", type=int, metavar="N", help="frames of each clip (default: model.num_frames)")
+    add("--layout", default="auto", choices=("auto", "chunks", "avion", "whole"), help="how the videos of --clips lie")
+    add("--chunk_seconds", type=float, default=15.0, metavar="SECONDS", help="length of chunks (default: 15)")
+    add("--allow_missing", action="store_true", help="leave out what cannot be read")
+    add("--dry_run", action="store_true", help="say what there is to do, and write nothing")
+    args = parser.parse_intermixed_args(arguments)
+    knobs = ["model.weights.source=checkpoint", *args.overrides, f"model.weights.path={args.checkpoint}"]
+    cfg = config.load(args.config_file, knobs)
+    listing = _listing(args, cfg)
+    protocol = Protocol("features", "this project: one centre crop", frames=_frames(args, cfg))
+    dataset = EvaluationDataset(
+        listing.clips,
+        protocol,
+        size=geometry(cfg.model.name).image_size,
+        decoder=cfg.data.decoder,
+        cache=open_cache(cfg.data.cache, cfg.data.cache_gb),
+    )
+    listing, dataset = _readable(listing, dataset, args.allow_missing)
+    todo, rows_of = remaining(listing, dataset, args.output), listing.videos()
+    clips = sum(len(rows_of[video]) for video in todo)
+    log.info(
+        "%s clips of %s videos, of which %s clips of %s videos are to be embedded (%d frames, %d px); about %.3g MB",
+        f"{len(listing.clips):,}", f"{len(rows_of):,}", f"{clips:,}", f"{len(todo):,}", protocol.frames, dataset.size,
+        4e-6 * clips * (cfg.model.embed_dim or geometry(cfg.model.name).embed_dim),
+    )  # fmt: skip
+    if args.dry_run:
+        return cli.DONE
+    dist = setup(cfg.train.device)
+    if dist.world_size > 1:
+        raise UserError("runs as one process; give each process a part of the videos and an --output of its own")
+    model = build_model(cfg, dist)
+    args.output.mkdir(parents=True, exist_ok=True)
+    with cli.lock_run(args.output):
+        said = {
+            "format": FORMAT,
+            "model": cfg.model.name,
+            "weights": fingerprint(model),
+            "protocol": {"frames": protocol.frames, "size": dataset.size, "crop": "centre"},
+            "root": str(args.videos) if "://" in args.videos else str(Path(args.videos).resolve()),
+            "layout": listing.clips.layout,
+            "chunk_seconds": listing.clips.chunk_seconds,
+            "videos": {video: file_of(video) for video in rows_of},
+        }
+        open_index(args.output, said)
+        (args.output / CONFIG_FILE).write_text(to_yaml(cfg), encoding="utf-8")
+        done = extract(
+            model,
+            listing,
+            dataset,
+            args.output,
+            todo,
+            batch_size=cfg.evaluate.batch_size,
+            workers=cfg.data.workers,
+            device=dist.device,
+            precision=pick_precision(cfg.evaluate.precision, dist.device),
+            allow_missing=args.allow_missing,
+        )
+    log.info("%s: embedded %s clips of %s videos", args.output, f"{done.clips:,}", f"{done.videos:,}")
+    if done.faults:
+        log.warning("%d clips could not be read and were left out", len(done.faults))
+    return cli.DONE
+
+
+def _listing(args: argparse.Namespace, cfg: Config) -> Listing:
+    if args.clips and args.window is not None:
+        raise UserError("--clips and --window are two ways to say which clips; give one of them")
+    if args.stride is not None and args.window is None:
+        raise UserError("--stride needs --window")
+    if args.clips:
+        return rows_of_csv(args.clips, args.videos, args.layout, args.chunk_seconds)
+    if args.window is not None:
+        return windows(
+            args.videos, args.window, args.window / 2 if args.stride is None else args.stride, cfg.data.decoder
+        )
+    return whole_files(args.videos)
+
+
+def _frames(args: argparse.Namespace, cfg: Config) -> int:
+    if args.frames is None:
+        return cfg.model.num_frames
+    if args.frames < 1:
+        raise UserError(f"--frames must be at least 1, not {args.frames}")
+    return int(args.frames)
+
+
+def _readable(listing: Listing, dataset: EvaluationDataset, allow_missing: bool) -> tuple[Listing, EvaluationDataset]:
+    """What is there; all that is not is named at once."""
+    missing = dataset.missing()
+    lines = list(dict.fromkeys([*listing.faults, *missing.values()]))
+    if lines and not allow_missing:
+        raise UserError("\n".join([*lines, f"{len(lines)} videos cannot be read; --allow_missing leaves them out"]))
+    for line in lines:
+        log.warning("left out: %s", line)
+    kept = np.ones(len(dataset), dtype=bool)
+    kept[list(missing)] = False
+    if not kept.any():
+        raise UserError(f"{dataset.clips.root}: not a single clip can be read")
+    return listing.restricted(kept), dataset.restricted(kept)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

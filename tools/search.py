@@ -1,0 +1,82 @@
+"""Find the clips that show what a sentence says, in features of tools/extract_features.py.
+
+    python tools/search.py "cut an onion" --index features
+    python tools/search.py "#C C opens the jar" --index features --top 20 --sheet out.png
+
+Prints rank, similarity, video and times, the best first; --sheet draws a few moments of each. The text tower is that of
+the checkpoint which embedded the clips. Sentences are best written like the narrations it was trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from egohod import cli, config
+from egohod.config import UserError
+from egohod.data.text import Tokenizer
+from egohod.distributed import setup
+from egohod.evaluation.embed import embed_texts
+from egohod.evaluation.feature_cache import fingerprint
+from egohod.evaluation.feature_index import CONFIG_FILE, read_features, read_index
+from egohod.evaluation.search import contact_sheet, search, span
+from egohod.training.setup import build_model
+
+log = logging.getLogger("search")
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("sentence", help='what to look for, e.g. "cut an onion"')
+    add("--index", required=True, type=Path, metavar="FOLDER", help="--output of tools/extract_features.py")
+    add("--top", type=int, default=10, metavar="N", help="how many clips (default: 10)")
+    add("--overlapping", action="store_true", help="show windows that overlap a better one, too")
+    add("--sheet", type=Path, metavar="PNG", help="draw a contact sheet of the clips found")
+    add("--videos", metavar="FOLDER", help="where the videos lie now, for --sheet (default: where they lay)")
+    add("--checkpoint", metavar="PATH", help="where the checkpoint lies now (default: where it lay)")
+    add("--json", action="store_true", help="print JSON instead of a table")
+    args = parser.parse_args(arguments)
+    if args.top < 1:
+        raise UserError(f"--top must be at least 1, not {args.top}")
+    if not args.sentence.strip():
+        raise UserError("the sentence is empty")
+    index = read_index(args.index)
+    found, lacking = read_features(args.index)
+    if lacking:
+        log.warning("%d of %d videos have no features yet", lacking, len(index["videos"]))
+    cfg = config.load(args.index / CONFIG_FILE, [f"model.weights.path={args.checkpoint}"] if args.checkpoint else [])
+    dist = setup(cfg.train.device)
+    model = build_model(cfg, dist)
+    if fingerprint(model) != index["weights"]:
+        raise UserError(f"{cfg.model.weights.path}: not the weights that made {args.index}; give --checkpoint")
+    tokenizer = Tokenizer(model.geometry.context_length)
+    query = embed_texts(model, [args.sentence], tokenizer, batch_size=1, dist=dist, precision=torch.float32)[0].numpy()
+    hits = search(query, found, args.top, args.overlapping)
+    if args.json:
+        print(json.dumps([dataclasses.asdict(hit) | {"end": hit.end if hit.end < 1e18 else None} for hit in hits]))
+    else:
+        width = max(len(hit.video) for hit in hits)
+        for rank, hit in enumerate(hits, start=1):
+            print(f"{rank:3d}  {hit.similarity:6.3f}  {hit.video:<{width}}  {span(hit):<25}  {hit.text}".rstrip())
+    if args.sheet:
+        sheet = contact_sheet(hits, index, cfg.data.decoder, args.videos)
+        try:
+            sheet.save(args.sheet)
+        except (OSError, ValueError) as error:  # ValueError: an ending that names no picture format
+            raise UserError(f"cannot write {args.sheet}: {error}") from error
+        log.info("drew %s", args.sheet)
+    return cli.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
