@@ -30,7 +30,7 @@ def test_oracle_reaches_everything(world: Path) -> None:
         if not key.endswith("_chance"):
             assert value == (1 if "rank" in key else pytest.approx(100)), key
     chances = [results[f"{kind}_chance"] for kind in KIND_NAMES.values()]
-    assert chances == pytest.approx([20, 50, 50])
+    assert chances == pytest.approx([20, 50, 50, 50])
     assert results["verb_noun_top1_chance"] < 2
 
 
