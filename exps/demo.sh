@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The main job on the embedded demo world: render narrated clips, train, evaluate on held-out kitchens.
 #
-#   bash exps/demo.sh                      about eleven minutes on two CPU cores; no download of data or weights
+#   bash exps/demo.sh                      about ten minutes on two CPU cores; no download of data or weights
 #   bash exps/demo.sh --short              the same path in about two minutes (its numbers mean nothing)
 #   bash exps/demo.sh train.lr=1e-3        any knob of main_pretrain.py --help
 #
