@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import UndefinedError
+
 from egohod.config import UserError
 from egohod.evaluation.gallery import Gallery, gallery
 from egohod.evaluation.page import data_uri, render, write_page
@@ -50,15 +52,18 @@ def write_report(folder: str | Path, *, decoder: str = "auto") -> Path:
     :class:`UserError` if the folder holds no results, or such as cannot be read.
     """
     folder = Path(folder)
-    results = _read(folder / RESULTS_FILE)
+    results, path = _read(folder / RESULTS_FILE), folder / RESULTS_FILE
     sections = []
-    for name, said in results["benchmarks"].items():
-        path = folder / said["details"]
-        try:
+    try:
+        for name, said in results["benchmarks"].items():
+            path = folder / said["details"]
             sections.append(_section(name, said, _read(path) if path.is_file() else None, decoder))
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path}: not the details of an evaluation ({type(error).__name__}: {error})") from error
-    html = render("report.html.jinja", results=results, sections=sections, shown_classes=SHOWN_CLASSES)
+            path = folder / RESULTS_FILE
+        html = render("report.html.jinja", results=results, sections=sections, shown_classes=SHOWN_CLASSES)
+    except UserError:  # which is a ValueError, and clear already
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, UndefinedError) as error:
+        raise UserError(f"{path}: not what an evaluation writes ({type(error).__name__}: {error})") from error
     write_page(folder / PAGE_FILE, html)
     log.info("wrote %s (%.1f MB)", folder / PAGE_FILE, (folder / PAGE_FILE).stat().st_size / 1e6)
     return folder / PAGE_FILE

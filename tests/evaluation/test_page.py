@@ -142,7 +142,9 @@ def test_the_tool_makes_the_page_again(copy: Path, inside: Command) -> None:
         ("results.json", None, "No such file"),
         ("results.json", "{", "not readable as JSON"),
         ("results.json", '{"format": 99}', "not of format 1"),
-        ("details/own.json", '{"format": 1, "tables": [{"kind": "retrieval"}], "clips": {}}', "not the details"),
+        ("results.json", '{"format": 1}', "not what an evaluation writes"),
+        ("results.json", '{"format": 1, "benchmarks": {}}', "not what an evaluation writes"),
+        ("details/own.json", '{"format": 1, "tables": [{"kind": "retrieval"}], "clips": {}}', "not what an evaluation"),
     ],
 )
 def test_a_folder_without_results_is_said_in_one_line(
