@@ -134,8 +134,8 @@ def test_the_loader_reads_the_same_clip_from_chunks_and_source(
 ) -> None:
     source = camera(tmp_path / "v.mp4", options={"x264-params": "keyint=250:bframes=3"})
     cut(source, tmp_path / "chunks" / "v")
-    whole = VideoStore(tmp_path, "whole", 1.0, opener(decoder)).read("v", start, end, 8)
-    chunks = VideoStore(tmp_path / "chunks", "chunks", 1.0, opener(decoder)).read("v", start, end, 8)
+    whole = VideoStore(tmp_path, "whole", 1.0, opener(decoder)).read("v", start, end, 8).pictures
+    chunks = VideoStore(tmp_path / "chunks", "chunks", 1.0, opener(decoder)).read("v", start, end, 8).pictures
     expected = segment_indices(round(start * 10), min(34, round(end * 10)), 8).tolist()
     assert numbers(whole) == numbers(chunks) == expected
     with pytest.raises(VideoError, match=r"the clip begins at|no such file"):

@@ -69,7 +69,7 @@ def test_clips_are_those_of_the_disk(folder: Path, decoder: str, large: bool, mo
     remote = store(decoder=decoder)
     for video in ("cut", "avion", "P01/whole"):
         for start, end in ((0.3, 1.4), (1.2, 4.8), (5.0, 9.0)):
-            frames = remote.read(video, start, end, 6)
+            frames = remote.read(video, start, end, 6).pictures
             last = min(round(end * 10), 55)
             assert numbers(frames) == segment_indices(round(start * 10), last, 6).tolist()
             assert np.array_equal(frames, store(str(folder), decoder=decoder).read(video, start, end, 6).pictures)
@@ -191,10 +191,10 @@ def test_server_errors_in_the_middle_of_a_large_file(counting: FaultyS3, monkeyp
         reader = store("s3://videos", "avion", decoder)
         reader.read("one", 0, 2, 4)  # from here on the size is known
         counting.requests.clear()
-        expected = reader.read("one", 0, 2, 4)
+        expected = reader.read("one", 0, 2, 4).pictures
         needed = len(counting.requests)
         counting.script = [(503, "SlowDown"), "half", "ok", "drop"]
-        assert np.array_equal(reader.read("one", 0, 2, 4), expected)
+        assert np.array_equal(reader.read("one", 0, 2, 4).pictures, expected)
         # Whenever it happens: what the storage says, and not what a decoder makes of it.
         for position in range(needed):
             counting.script = ["ok"] * position + [(400, "ExpiredToken")] * 50
@@ -210,7 +210,7 @@ def test_any_other_file_system(folder: Path) -> None:
             memory.pipe_file(f"/box/v/{path.name}", path.read_bytes())
         memory.pipe_file("/box/empty.mp4", b"")
         reader = store("memory://box")
-        assert numbers(reader.read("v", 1, 3, 4)) == segment_indices(10, 30, 4).tolist()
+        assert numbers(reader.read("v", 1, 3, 4).pictures) == segment_indices(10, 30, 4).tolist()
         with pytest.raises(VideoError, match=r"memory://box/empty\.mp4: the file has zero bytes"):
             reader.read("empty", 0, 1, 4)
         with pytest.raises(VideoError, match="leads out of memory://box"):

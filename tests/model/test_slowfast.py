@@ -335,7 +335,7 @@ def fast_tokens(published: EgoVideo) -> Tensor:
 
 def pooled(published: EgoVideo, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """The fast path's feature of these tokens, which need not be computed again."""
-    monkeypatch.setattr(published.visual, "_tokens", lambda _: tokens)
+    monkeypatch.setattr(published.visual, "_tokens", lambda _, whole: (tokens, None))
     return published.visual.fast(video(16))
 
 
