@@ -32,7 +32,6 @@ from egohod.evaluation.feature_cache import fingerprint
 from egohod.evaluation.published import PUBLISHED
 from egohod.evaluation.report import report
 from egohod.evaluation.result_page import write_report
-from egohod.training.checkpoint import open_weights
 from egohod.training.setup import build_model
 
 
@@ -55,7 +54,11 @@ def main(arguments: Sequence[str]) -> int:
     args = parser.parse_intermixed_args(arguments)
     # A CLIP file can be measured too: model.weights.source=clip model.weights.projections=keep.
     outside = args.checkpoint.startswith("open_clip:")
-    overrides = ["model.weights.source=checkpoint", *([] if outside else _known(args.checkpoint)), *args.overrides]
+    overrides = [
+        "model.weights.source=checkpoint",
+        *([] if outside else cli.model_of(args.checkpoint)),
+        *args.overrides,
+    ]
     overrides += [f"evaluate.controls=[{args.controls}]"] if args.controls else []
     cfg = config.load(args.config_file, [*overrides, f"model.weights.path={args.checkpoint}"])
     dist = setup(cfg.train.device)
@@ -71,25 +74,6 @@ def main(arguments: Sequence[str]) -> int:
     finally:
         dist.close()
     return cli.DONE
-
-
-def _known(checkpoint: str) -> list[str]:
-    """What a checkpoint says about its model, which counts more than the configuration file."""
-    content = open_weights(checkpoint)
-    if content.family.is_clip:
-        return []
-    known = {name: value for name, value in content.settings.items() if not isinstance(value, dict)}
-    for name, value in content.settings.items():
-        known |= {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {}
-    if content.shape:
-        known["model.embed_dim"] = content.shape.embed_dim
-        known |= {"model.num_frames": content.shape.num_frames} if content.shape.num_frames else {}
-    allowed = {name for name, _, _ in config.knobs()}
-    return [
-        f"{name}={str(value).lower() if isinstance(value, bool) else value}"
-        for name, value in known.items()
-        if name in allowed
-    ]
 
 
 def _benchmarks(cfg: Config, dist: Distributed, model: nn.Module, args: Any, weights: str) -> list[Benchmark]:

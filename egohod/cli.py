@@ -12,8 +12,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from egohod.config import UserError, help_text
+from egohod.config import UserError, help_text, knobs
 from egohod.distributed import Distributed
+from egohod.training.checkpoint import open_weights
 
 log = logging.getLogger(__name__)
 
@@ -100,3 +101,25 @@ def claimed_run(folder: str, dist: Distributed) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def model_of(checkpoint: str) -> list[str]:
+    """What a checkpoint says about its model, as overrides: it counts more than a configuration file.
+
+    Raises :class:`UserError` if it cannot be read.
+    """
+    content = open_weights(checkpoint)
+    if content.family.is_clip:
+        return []
+    known = {name: value for name, value in content.settings.items() if not isinstance(value, dict)}
+    for name, value in content.settings.items():
+        known |= {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {}
+    if content.shape:
+        known["model.embed_dim"] = content.shape.embed_dim
+        known |= {"model.num_frames": content.shape.num_frames} if content.shape.num_frames else {}
+    allowed = {name for name, _, _ in knobs()}
+    return [
+        f"{name}={str(value).lower() if isinstance(value, bool) else value}"
+        for name, value in known.items()
+        if name in allowed
+    ]

@@ -8,6 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+# Before torch is imported. A thread that waits must not spin: tests share the cores with the processes they start, and
+# small models wait more than they compute (a third of the processor time on two busy cores).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 

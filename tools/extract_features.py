@@ -54,7 +54,8 @@ def main(arguments: Sequence[str]) -> int:
     add("--allow_missing", action="store_true", help="leave out what cannot be read")
     add("--dry_run", action="store_true", help="say what there is to do, and write nothing")
     args = parser.parse_intermixed_args(arguments)
-    knobs = ["model.weights.source=checkpoint", *args.overrides, f"model.weights.path={args.checkpoint}"]
+    known = cli.model_of(args.checkpoint)
+    knobs = ["model.weights.source=checkpoint", *known, *args.overrides, f"model.weights.path={args.checkpoint}"]
     cfg = config.load(args.config_file, knobs)
     listing = _listing(args, cfg)
     protocol = Protocol("features", "this project: one centre crop", frames=_frames(args, cfg))

@@ -25,10 +25,10 @@ SLOWFAST = ["model.name=DEMO_Slowfast", "model.num_frames=8", "model.patch_dropo
 
 def test_a_run_trains_every_adapter_and_resumes(tiny_config: Path, tmp_path: Path) -> None:
     command = ["--config_file", str(tiny_config), *SLOWFAST]
-    assert main_pretrain.main([*command, "train.duration=4 steps", f"train.output={tmp_path}/straight"]) == 0
+    assert main_pretrain.main([*command, "train.duration=3 steps", f"train.output={tmp_path}/straight"]) == 0
     assert main_pretrain.main([*command, "train.duration=2 steps"]) == 0
     before = newest(tmp_path / "run").weights
-    assert main_pretrain.main([*command, "train.duration=4 steps"]) == 0
+    assert main_pretrain.main([*command, "train.duration=3 steps"]) == 0
     assert losses(tmp_path / "run")[2:] == losses(tmp_path / "straight")[2:]
     after = newest(tmp_path / "run").weights
     adapters = [name for name in after if ".adapter." in name]
