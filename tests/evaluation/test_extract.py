@@ -234,15 +234,20 @@ def test_from_files_to_a_contact_sheet(videos: Path, tmp_path: Path, inside: Com
         (["--videos", "tests", "--clips", "/nowhere.csv"], "/nowhere.csv: cannot be read"),
     ],
 )
-def test_mistakes_are_one_line(inside: Command, tmp_path: Path, arguments: list[str], said: str) -> None:
-    done = inside("extract_features.py", "--checkpoint", "x", "--output", tmp_path / "f", *arguments)
+def test_mistakes_are_one_line(
+    inside: Command, short_run: ShortRun, tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    done = inside("extract_features.py", "--checkpoint", short_run.folder, "--output", tmp_path / "f", *arguments)
     assert done.returncode == 2
     assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_files_that_are_missing_or_broken_are_named_at_once(videos: Path, tmp_path: Path, inside: Command) -> None:
-    command = ["extract_features.py", "--checkpoint", "x", "--output", tmp_path / "f", "--videos", videos, "--dry_run"]
+def test_files_that_are_missing_or_broken_are_named_at_once(
+    videos: Path, tmp_path: Path, inside: Command, short_run: ShortRun
+) -> None:
+    command = ["extract_features.py", "--checkpoint", short_run.folder, "--videos", videos, "--dry_run"]
+    command += ["--output", tmp_path / "f"]
     (tmp_path / "clips.csv").write_text("video_id,start_second,end_second\nno,0,1\na,0,1\nnope,0,1\n")
     done = inside(*command, "--clips", tmp_path / "clips.csv")
     assert done.returncode == 2
