@@ -210,9 +210,15 @@ def test_another_file_under_the_same_id_is_not_taken_for_done(tmp_path: Path) ->
 def test_an_interrupted_run_goes_on_and_ends_as_any_other(tmp_path: Path, sent: signal.Signals, code: int) -> None:
     root, out, straight = tmp_path / "root", tmp_path / "out", tmp_path / "straight"
     encode(root / "a.mp4", 10)
-    encode(root / "b.mp4", 300, size=(320, 240), x264="keyint=250:qp=30:bframes=0")
+    encode(root / "b.mp4", 120, size=(320, 240), x264="keyint=250:qp=30:bframes=0")
     options = ("--seconds", "1", "--preset", "slow", "--workers", "1")
-    run = subprocess.Popen([*TOOL, str(root), str(out), *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run = subprocess.Popen(
+        [*TOOL, str(root), str(out), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # A shell in the background has its children ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     parts = out / ".chunk_videos" / "parts" / "b"
     while run.poll() is None and not ((parts / "0001.mp4").exists() and (out / "a").exists()):
         time.sleep(0.01)
