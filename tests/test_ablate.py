@@ -17,22 +17,28 @@ CONFIG = ROOT / "configs" / "ablation_demo.yml"
 
 def test_the_shipped_study_has_its_five_rows_and_three_seeds() -> None:
     study = ablate.read_study(CONFIG)
-    runs = ablate.plan(study, CONFIG, tune=False, only=[], seeds=[])
+    runs = ablate.plan(study, CONFIG, tune=False)
     assert [run.seed for run in runs] == [seed for seed in (0, 1, 2) for _ in range(5)]
     assert {run.cfg.train.duration for run in runs} == {runs[0].cfg.train.duration}
     cost = {run.row: ablate.cost(run.cfg) for run in runs}
     assert cost["plain_4"] == cost["hod_4"]
     assert cost["egovideo"]["million_trainable"] > cost["hod_16"]["million_trainable"]
     assert all(run.cfg.evaluate.demo_test for run in runs)
-    tuning = ablate.plan(study, CONFIG, tune=True, only=["egovideo"], seeds=[7])
-    assert [run.cfg.evaluate.demo_test for run in tuning] == [None]
+    assert [(run.row, run.seed) for run in ablate.select(runs, ["egovideo"], ["0", "2"])] == [
+        ("egovideo", 0),
+        ("egovideo", 2),
+    ]
+    tuning = ablate.plan(study, CONFIG, tune=True)
+    assert {run.cfg.evaluate.demo_test for run in tuning} == {None}
     assert not {run.folder for run in tuning} & {run.folder for run in runs}
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
-    study = ablate.read_study(CONFIG)
+    runs = ablate.plan(ablate.read_study(CONFIG), CONFIG, tune=False)
     with pytest.raises(UserError, match="no row 'egovidoe'; there are plain_4"):
-        ablate.plan(study, CONFIG, tune=False, only=["egovidoe"], seeds=[])
+        ablate.select(runs, ["egovidoe"], [])
+    with pytest.raises(UserError, match="no seed '7'; there are 0, 1, 2"):
+        ablate.select(runs, [], ["7"])
     path = tmp_path / "study.yml"
     path.write_text("base: x.yml\nrow: {}\n")
     with pytest.raises(UserError, match=f"{path}: not a study: Key 'row'"):
@@ -60,7 +66,7 @@ def test_tables_say_means_spreads_and_equal_flops(tmp_path: Path) -> None:
 
 
 @pytest.mark.ci
-def test_a_tiny_study_runs_resumes_and_reports(
+def test_a_tiny_study_runs_in_parts_and_refuses_to_mix_recipes(
     tiny_config: Path, tmp_path: Path, demo_world: Path, program: Command
 ) -> None:
     study = tmp_path / "study.yml"
@@ -80,7 +86,7 @@ def test_a_tiny_study_runs_resumes_and_reports(
     done = program(*command, "--only", "four")
     assert done.returncode == 0, done.stderr
     before = (tmp_path / "study" / "final" / "four-0" / "results.json").stat().st_mtime_ns
-    done = program(*command)
+    done = program(*command, "--only", "both")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "study" / "final" / "four-0" / "results.json").stat().st_mtime_ns == before
     found = json.loads((tmp_path / "study" / "final.json").read_text())
@@ -89,3 +95,7 @@ def test_a_tiny_study_runs_resumes_and_reports(
         assert set(row["seeds"]["0"]["val"]) == {"2", "4"}
         assert set(row["seeds"]["0"]["controls"]) == set(CONTROLS)
         assert 0 <= row["seeds"]["0"]["test"]["motion_transient"] <= 100
+    study.write_text(study.read_text().replace("model.num_frames=4", "model.num_frames=2"))
+    done = program(*command, "--tables")
+    assert done.returncode == 2
+    assert "four-0: holds a run of another configuration" in done.stderr

@@ -38,10 +38,14 @@ from egohod.evaluation.report import RESULTS_FILE, write_json
 from egohod.evaluation.temporal import CONTROLS
 from egohod.model.egovideo import create_model
 from egohod.model.flops import step_flops
+from egohod.training.loop import Schedule
+from egohod.training.telemetry import git_commit
 
 ROOT = Path(__file__).resolve().parents[1]
 log = logging.getLogger("ablate")
 
+# Written into a run's folder when it is over.
+DONE_FILE = "done"
 # Text tokens of a typical batch of the demo's narrations, for the operations of a step.
 TEXT_LENGTH = 40
 METRICS = {
@@ -94,8 +98,14 @@ class Run:
 
     @property
     def done(self) -> bool:
-        """Whether it was trained and evaluated to the end."""
-        return (self.folder / RESULTS_FILE).exists()
+        """Whether it was trained, and evaluated if it is to be, to the end.
+
+        Raises :class:`UserError` if the folder holds a run of another recipe: rows of two recipes are no table.
+        """
+        recipe = self.folder / "config.yml"
+        if recipe.exists() and recipe.read_text() != config.to_yaml(self.cfg):
+            raise UserError(f"{self.folder}: holds a run of another configuration; move it away to train this one")
+        return (self.folder / DONE_FILE).exists()
 
 
 def read_study(path: Path) -> Study:
@@ -106,21 +116,32 @@ def read_study(path: Path) -> Study:
         raise UserError(f"{path}: not a study: {' '.join(str(error).split())}") from error
 
 
-def plan(study: Study, path: Path, tune: bool, only: Sequence[str], seeds: Sequence[int]) -> list[Run]:
-    """All runs, seed by seed, so that every row has its first before any has its second."""
-    unknown = [name for name in only if name not in study.rows]
-    if unknown:
-        raise UserError(f"{path}: no row '{unknown[0]}'; there are {', '.join(study.rows)}")
+def plan(study: Study, path: Path, tune: bool) -> list[Run]:
+    """All runs, seed by seed, so that every row has its first before any has its second.
+
+    Raises :class:`UserError` for a configuration that cannot be used or whose length is not in steps.
+    """
     base, output = path.parent / study.base, Path(study.output) / ("tune" if tune else "final")
     made = []
-    for seed in seeds or study.seeds:
-        for name in only or study.rows:
+    for seed in study.seeds:
+        for name in study.rows:
             folder = output / f"{name}-{seed}"
             overrides = [*study.rows[name].overrides, f"train.seed={seed}", f"train.output={folder}"]
             overrides += ["evaluate.demo_test=null"] if tune else [f"evaluate.controls=[{','.join(CONTROLS)}]"]
-            command = [sys.executable, "main_pretrain.py", "--config_file", str(base), *overrides]
-            made.append(Run(name, seed, folder, command, config.load(base, overrides)))
+            cfg = config.load(base, overrides)
+            if not cfg.train.duration.endswith("steps"):
+                raise UserError(f"{base}: train.duration is '{cfg.train.duration}'; rows are compared by their steps")
+            command = [sys.executable, str(ROOT / "main_pretrain.py"), "--config_file", str(base), *overrides]
+            made.append(Run(name, seed, folder, command, cfg))
     return made
+
+
+def select(runs: Sequence[Run], rows: Sequence[str], seeds: Sequence[str]) -> list[Run]:
+    """Those of some rows and seeds, of all if none is named. Raises :class:`UserError` for names that there are not."""
+    for asked, known, what in ((rows, [run.row for run in runs], "row"), (seeds, [str(r.seed) for r in runs], "seed")):
+        if unknown := [name for name in asked if name not in known]:
+            raise UserError(f"no {what} '{unknown[0]}'; there are {', '.join(dict.fromkeys(known))}")
+    return [run for run in runs if run.row in (rows or [run.row]) and str(run.seed) in (seeds or [str(run.seed)])]
 
 
 def cost(cfg: Config) -> dict[str, float]:
@@ -138,9 +159,10 @@ def train(run: Run) -> float:
     begin = time.monotonic()
     run.folder.mkdir(parents=True, exist_ok=True)
     with (run.folder / "log.txt").open("a") as out:
-        code = subprocess.run(run.command, cwd=ROOT, stdout=out, stderr=out, check=False).returncode
-    if code or not (run.folder / "metrics.jsonl").exists():
-        raise UserError(f"{run.folder}: the run ended with exit code {code}; see {run.folder}/log.txt")
+        code = subprocess.run(run.command, stdout=out, stderr=out, check=False).returncode
+    if code or int(steps_of(run)[-1]["step"]) < Schedule.of(run.cfg, steps_per_epoch=1).total:
+        raise UserError(f"{run.folder}: the run ended early (exit code {code}); see {run.folder}/log.txt")
+    (run.folder / DONE_FILE).touch()
     return time.monotonic() - begin
 
 
@@ -155,15 +177,11 @@ def gather(study: Study, runs: Sequence[Run], tuned: bool) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for name, row in study.rows.items():
         mine = [run for run in runs if run.row == name]
-        if not mine:
-            continue
-        of_seed = {run.seed: one for run in mine if (one := _of_run(run, tuned))}
+        of_seed = {run.seed: _of_run(run, tuned) for run in mine if run.done}
         rows[name] = {"title": row.title, "overrides": row.overrides, **cost(mine[0].cfg), "seeds": of_seed}
     least = at_equal_flops(rows)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
-    dirty = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False)
     return {
-        "commit": commit.strip() + ("+" if dirty.stdout.strip() else ""),
+        "commit": git_commit(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "world": vars(study.world),
         "note": "tuned on the val world alone"
@@ -184,14 +202,16 @@ def at_equal_flops(rows: dict[str, Any]) -> float:
     return least
 
 
-def _of_run(run: Run, tuned: bool) -> dict[str, Any] | None:
+def _of_run(run: Run, tuned: bool) -> dict[str, Any]:
     lines = steps_of(run)
     val = {int(line["step"]): _metrics(line, "val/") for line in lines if "val/motion_transient" in line}
     speeds = [line["train/clips_per_second"] for line in lines if "train/clips_per_second" in line]
-    if not (val if tuned else run.done):
-        return None
-    found = {"steps": max(val), "seconds_per_step": run.cfg.train.global_batch_size / float(np.median(speeds))}
-    found |= {"val": val}
+    found = {
+        "commit": json.loads((run.folder / "environment.json").read_text())["commit"],
+        "steps": max(val),
+        "seconds_per_step": run.cfg.train.global_batch_size / float(np.median(speeds)),
+        "val": val,
+    }
     if not tuned:
         metrics = json.loads((run.folder / RESULTS_FILE).read_text())["metrics"]
         found["test"] = _metrics(metrics, "test/")
@@ -285,12 +305,11 @@ def main(argv: Sequence[str]) -> int:
     add("--tables", action="store_true", help="train nothing")
     add("--dry_run", action="store_true", help="say what there is to do, and do nothing")
     args = parser.parse_args(argv)
-    study, only = read_study(args.config_file), [name for name in args.only.split(",") if name]
-    world = study.world
-    os.environ.setdefault("DEMO_MOTION", world.folder)
-    runs = plan(study, args.config_file, args.tune, only, [int(seed) for seed in args.seeds.split(",") if seed])
-    todo = [run for run in runs if not run.done]
-    log.info("%d of %d runs are done", len(runs) - len(todo), len(runs))
+    study = read_study(args.config_file)
+    world, runs = study.world, plan(study, args.config_file, args.tune)
+    chosen = select(runs, *([name for name in text.split(",") if name] for text in (args.only, args.seeds)))
+    todo = [run for run in chosen if not run.done]
+    log.info("%d of %d runs are done", len(chosen) - len(todo), len(chosen))
     if args.dry_run:
         for run in todo:
             print(f"{run.row}, seed {run.seed}: {cost(run.cfg)['gflop_per_step']:.0f} GFLOP a step, {run.folder}")
