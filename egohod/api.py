@@ -115,13 +115,9 @@ def _settings(name: str, content: WeightFile) -> dict[str, Any]:
     if held != name:
         raise UserError(f"{content.source}: holds a {held}, not a {name}")
     known = OmegaConf.create({})
-    if shape := content.shape:
-        known.embed_dim = shape.embed_dim
-        if shape.num_frames:
-            known.num_frames = shape.num_frames
-    for key, value in content.settings.items():
-        if key.startswith("model.") and key != "model.name":
-            OmegaConf.update(known, key.removeprefix("model."), value, force_add=True)
+    for key, value in content.model_knobs.items():
+        if key != "name":
+            OmegaConf.update(known, key, value, force_add=True)
     return OmegaConf.to_container(known)  # type: ignore[return-value]
 
 

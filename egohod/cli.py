@@ -111,15 +111,6 @@ def model_of(checkpoint: str) -> list[str]:
     content = open_weights(checkpoint)
     if content.family.is_clip:
         return []
-    known = {name: value for name, value in content.settings.items() if not isinstance(value, dict)}
-    for name, value in content.settings.items():
-        known |= {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {}
-    if content.shape:
-        known["model.embed_dim"] = content.shape.embed_dim
-        known |= {"model.num_frames": content.shape.num_frames} if content.shape.num_frames else {}
+    known = {f"model.{name}": value for name, value in content.model_knobs.items()}
     allowed = {name for name, _, _ in knobs()}
-    return [
-        f"{name}={str(value).lower() if isinstance(value, bool) else value}"
-        for name, value in known.items()
-        if name in allowed
-    ]
+    return [f"{name}={value}" for name, value in known.items() if name in allowed]

@@ -55,6 +55,15 @@ class WeightFile:
         """What the shapes say about the model; None if it is not a whole one."""
         return shape_of(self.tensors)
 
+    @property
+    def model_knobs(self) -> dict[str, Any]:
+        """What is known of the model, as knobs of the section ``model`` (``activation``, ``fast.position``, ...)."""
+        known = {name.removeprefix("model."): each for name, each in self.settings.items() if name.startswith("model.")}
+        if shape := self.shape:
+            known["embed_dim"] = shape.embed_dim
+            known |= {"num_frames": shape.num_frames} if shape.num_frames else {}
+        return known
+
 
 def read_weights(source: str | Path, *, download: bool = False) -> WeightFile:
     """Open a weight file of any family.

@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+import main_eval
 import main_pretrain
 from egohod.config import FastPathConfig, ModelConfig, UserError, load
 from egohod.model.egovideo import EgoVideo, create_model
@@ -178,3 +179,6 @@ def test_boxes_are_learned_as_part_of_a_run_and_go_without_notice(
     assert main_pretrain.main([*command, *weights, "train.duration=1 steps", f"train.output={tmp_path}/after"]) == 0
     assert "the model has no head of the box loss" in caplog.text
     assert "data.train.demo.detections does nothing while loss.boxes is 0" in caplog.text
+    # And so does an evaluation, whose configuration has no boxes to learn from.
+    evaluation = ["--config_file", str(tiny_config), "--checkpoint", f"{tmp_path}/run", "--output", f"{tmp_path}/found"]
+    assert main_eval.main([*evaluation, f"evaluate.demo_test={demo_world}/test", "evaluate.cache=null"]) == 0
