@@ -66,8 +66,10 @@ class BoxTable:
             boxes[index.get_indexer(pd.MultiIndex.from_frame(found[moments])), role] = found[list(EDGES)].to_numpy()
         self._boxes = boxes
         self._seconds = index.get_level_values("second").to_numpy(np.float64)
-        videos = index.get_level_values("video_id").to_numpy()
-        self._videos, self._first = np.unique(videos.astype(str), return_index=True)
+        codes, videos = pd.factorize(index.get_level_values("video_id"))
+        # Sorted, as the moments are; one name a video, so that millions of moments hold no text.
+        self._videos = videos.to_numpy().astype(str)
+        self._first = np.searchsorted(codes, np.arange(len(videos)))
         self._end = np.append(self._first[1:], len(index))
 
     @classmethod
