@@ -74,7 +74,7 @@ def test_a_dry_run_of_a_good_config_tries_it_and_writes_nothing(
         ("train.output=/proc/run", "/proc/run"),
         pytest.param(
             *("train.device=cuda", "no NVIDIA device"),
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="the message is about a machine without a GPU"),
         ),
         ("data.hard_negatives.group_by=[nouns]", "nouns"),
     ],

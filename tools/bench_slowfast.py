@@ -27,22 +27,13 @@ from egohod.model import slowfast
 from egohod.model.egovideo import DualEncoder, create_model
 from egohod.model.flops import count_flops, saved_bytes
 from egohod.model.video import VideoTransformer
-from egohod.model.zoo import GEOMETRIES
-from tools.bench_step import prepare, seconds
+from tools.bench_step import add_options, prepare, seconds
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    names = [name for name, geometry in GEOMETRIES.items() if geometry.slowfast]
     parser = commands.add_parser("slowfast", help="a co-training step against one with all weights trained")
-    parser.add_argument("--model", default="CLIP_VITB16_Slowfast", choices=names, help="geometry")
-    parser.add_argument("--frames", type=int, default=16, help="frames of the fast path; 4 of them are slow (16)")
-    parser.add_argument("--batch_size", type=int, default=2, help="clips per step (default: 2)")
-    parser.add_argument("--text_length", type=int, default=77, help="text tokens computed (default: 77, no cutting)")
-    parser.add_argument("--rounds", type=int, default=3, help="timed steps of each, after one to warm up (default: 3)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
+    add_options(parser, model="CLIP_VITB16_Slowfast", frames=16, batch_size=2)
     parser.add_argument("--no_time", action="store_true", help="only count")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.set_defaults(run=run)
 
 

@@ -35,19 +35,25 @@ START_OF_TEXT, END_OF_TEXT = 49406, 49407
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("step", help="a training step: speed, share of the matmul peak, memory")
-    plain = [name for name, geometry in GEOMETRIES.items() if not geometry.slowfast]
-    parser.add_argument("--model", default="CLIP_VITB16", choices=plain, help="geometry")
-    parser.add_argument("--frames", type=int, default=4, help="frames per clip (default: 4)")
-    parser.add_argument("--batch_size", type=int, default=4, help="clips per step (default: 4)")
-    parser.add_argument("--text_length", type=int, default=77, help="text tokens computed (default: 77, no cutting)")
-    parser.add_argument("--rounds", type=int, default=3, help="timed steps, after one to warm up (default: 3)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
+    add_options(parser, model="CLIP_VITB16", frames=4, batch_size=4)
     parser.add_argument("--compile", action="store_true", help="torch.compile both towers")
     parser.add_argument("--no_memory", action="store_true", help="leave the memory variants out")
     parser.add_argument("--memory_of", choices=("plain", "checkpointed"), help=argparse.SUPPRESS)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.set_defaults(run=run)
+
+
+def add_options(parser: argparse.ArgumentParser, *, model: str, frames: int, batch_size: int) -> None:
+    """What every benchmark of a training step asks for; geometries are those of the kind of ``model``."""
+    alike = [name for name, geometry in GEOMETRIES.items() if geometry.slowfast == GEOMETRIES[model].slowfast]
+    add = parser.add_argument
+    add("--model", default=model, choices=alike, help=f"geometry (default: {model})")
+    add("--frames", type=int, default=frames, help=f"frames per clip (default: {frames})")
+    add("--batch_size", type=int, default=batch_size, help=f"clips per step (default: {batch_size})")
+    add("--text_length", type=int, default=77, help="text tokens computed (default: 77, no cutting)")
+    add("--rounds", type=int, default=3, help="timed steps, after one to warm up (default: 3)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
+    add("--json", action="store_true", help="print one JSON object instead of text")
 
 
 def run(options: argparse.Namespace) -> None:

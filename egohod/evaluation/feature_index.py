@@ -10,7 +10,6 @@ Each file appears as a whole or not at all; ``identity`` tells whether clips or 
 
 from __future__ import annotations
 
-import json
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from egohod.config import UserError
-from egohod.evaluation.report import write_json
+from egohod.evaluation.report import read_json, write_json
 
 FORMAT = 1
 INDEX_FILE, CONFIG_FILE = "index.json", "config.yml"
@@ -64,14 +63,9 @@ def open_index(folder: Path, said: Mapping[str, Any]) -> None:
 def read_index(folder: Path) -> dict[str, Any]:
     """What ``index.json`` says. Raises :class:`UserError`."""
     path = folder / INDEX_FILE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; tools/extract_features.py makes such folders") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("videos"), dict):
-        raise UserError(f"{path}: not an index of format {FORMAT}")
+    content = read_json(path, FORMAT, "tools/extract_features.py makes such folders")
+    if not isinstance(content.get("videos"), dict):
+        raise UserError(f"{path}: names no videos")
     return content
 
 

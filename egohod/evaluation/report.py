@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from egohod.config import Config, to_yaml
+from egohod.config import Config, UserError, to_yaml
 from egohod.distributed import Distributed
 from egohod.evaluation.benchmarks import Benchmark, Measured
 from egohod.evaluation.embed import PLAIN
@@ -169,6 +169,22 @@ def write_json(path: Path, content: Any) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(_plain(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def read_json(path: Path, version: int, cure: str) -> dict[str, Any]:
+    """A file of :func:`write_json` with ``format`` ``version``.
+
+    Raises :class:`UserError` naming the file; ``cure`` says what helps if it is not there.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; {cure}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != version:
+        raise UserError(f"{path}: not of format {version}; make it again with this version")
+    return content
 
 
 def _number(score: Score) -> dict[str, Any]:

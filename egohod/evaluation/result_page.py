@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from egohod.config import UserError
 from egohod.evaluation.gallery import Gallery, gallery
 from egohod.evaluation.page import data_uri, render, write_page
 from egohod.evaluation.plots import SHOWN_CLASSES, confusion_plot
-from egohod.evaluation.report import FORMAT, RESULTS_FILE
+from egohod.evaluation.report import FORMAT, RESULTS_FILE, read_json
 from egohod.evaluation.thumbnails import Thumbnails
 
 log = logging.getLogger(__name__)
@@ -96,12 +95,4 @@ def _classes(table: Mapping[str, Any]) -> Classes:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; give the --output folder of main_eval.py") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path}: not of format {FORMAT}; evaluate again with this version")
-    return content
+    return read_json(path, FORMAT, "give the --output folder of main_eval.py")

@@ -191,7 +191,7 @@ def test_the_most_confused_classes_are_plotted_whatever_they_are_called() -> Non
     assert confusion_plot(confusion, ["$x", "a$\\frac{", "\n", "ü" * 100]).startswith(b"\x89PNG")
 
 
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not there (package chromium)")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs a real browser (Debian: apt-get install chromium)")
 
 
 @pytest.mark.ci
