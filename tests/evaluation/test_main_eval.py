@@ -62,7 +62,7 @@ def test_the_model_is_what_the_checkpoint_says(formats: Path, tmp_path: Path) ->
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["config"]["model"] == "DEMO"
     assert results["benchmarks"]["ek100_mir"]["protocol"]["size"] == geometry("DEMO").image_size
-    said = main_eval._known(f"{tmp_path}/run")
+    said = main_eval.cli.model_of(f"{tmp_path}/run")
     assert {"model.activation=quick_gelu", f"model.num_frames={FRAMES}"} <= set(said)
 
 
