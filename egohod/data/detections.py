@@ -1,7 +1,8 @@
 """Boxes of hands and objects, in the schema of EPIC-KITCHENS' hand-object detections, as a table.
 
 One row a box, in a parquet file (or a folder of them). The names are those of the published protobuf messages;
-``second`` stands beside ``frame_number``, since a training clip asks for times. Coordinates are shares of the picture.
+``second`` stands beside ``frame_number``, since a training clip asks for times: it is the middle of the time that the
+frame is on display, (frame + 1/2) / fps, so that neighbours are never confused. Coordinates are shares of the picture.
 
     video_id, frame_number, second     where the box was seen
     kind                               hand or object

@@ -108,7 +108,7 @@ class Stage:
                 boxes = {role: box for role in (*SIDE, clip.noun) if (box := moment.box(role))}
                 for role, box in boxes.items():
                     row = dict.fromkeys(SCHEMA.names) | {"video_id": self.video.video_id, "frame_number": frame}
-                    row |= {"second": frame / FPS, "kind": "object", "side": -1, "state": -1, "score": 1.0}
+                    row |= {"second": frame_time(frame), "kind": "object", "side": -1, "state": -1, "score": 1.0}
                     row |= dict(zip(EDGES, box, strict=True))
                     if role in moment.contact:
                         row |= {"kind": "hand", "side": HANDS.index(role), "state": moment.contact[role]}

@@ -37,7 +37,7 @@ from egohod.data.pool import follow_parent
 from egohod.demo.render import PICTURE, Stage
 from egohod.demo.world import DEFAULT, FEW, FPS, NOUNS, SPLITS, VERBS, Clip, Variant, Video, make_split, phrase
 
-VERSION = 4  # of the world: a change of what is drawn or told raises it
+VERSION = 5  # of the world: a change of what is drawn or told raises it
 MAX_SCALE = 100
 MAX_REACH = 1.6  # beyond, motions leave the picture
 CHUNK_SECONDS = 15

@@ -16,7 +16,7 @@ from PIL import Image
 
 from egohod.data.detections import BoxTable
 from egohod.demo import DemoError, make_world, preview
-from egohod.demo.render import PICTURE, Stage
+from egohod.demo.render import PICTURE, Stage, frame_time
 from egohod.demo.world import DEFAULT, FPS, VERBS, make_split
 from egohod.demo.write import CHUNK_SECONDS, questions, seconds
 
@@ -77,6 +77,12 @@ def test_tables_agree_with_each_other(world: Path) -> None:
     assert len(classes) == len(DEFAULT.actions)
     boxes = BoxTable.read(world / "test" / "detections.parquet")
     assert len(boxes) == sum(clip.frames for clip in clips)
+    # Each frame finds its own boxes, not those of a neighbour.
+    video = make_split(SEED, "test", SCALE)[0]
+    found = boxes.at(video.video_id, (np.arange(video.frames) + 0.5) / FPS)[:, 2]
+    stage = Stage(video)
+    own = [stage.moment(c, frame_time(i)).box(c.noun) for c in video.clips for i in range(c.frames)]
+    np.testing.assert_allclose(found, own, atol=1e-6)
     for row in hod:
         assert classes[row["action"]]["verb"] == row["verb"]
         assert row["motion"] == VERBS[row["verb"]].path
