@@ -13,6 +13,7 @@ from egohod.data.clips import View
 CELL = 112
 GAP, CAPTION = 4, 30
 PAPER, INK, FRAME = (250, 250, 247), (20, 20, 20), (230, 60, 30)
+ROLE_COLOURS = ((40, 120, 230), (240, 160, 20), (40, 180, 80))  # left hand, right hand, active object
 
 
 def sheet(views: Sequence[tuple[str, View]], columns: int = 16) -> Image.Image:
@@ -36,8 +37,17 @@ def sheet(views: Sequence[tuple[str, View]], columns: int = 16) -> Image.Image:
         for column, frame in enumerate(np.linspace(0, view.video.shape[1] - 1, count).round().astype(int)):
             fed = Image.fromarray(view.video[:, frame].permute(1, 2, 0).numpy())
             fed = fed.resize((CELL, CELL), Image.Resampling.NEAREST if fed.width < CELL else Image.Resampling.BICUBIC)
+            if view.boxes is not None:
+                _draw_boxes(fed, view.boxes[frame])
             image.paste(fed, (2 * GAP + wide + column * (CELL + GAP), top + CAPTION))
     return image
+
+
+def _draw_boxes(picture: Image.Image, boxes: np.ndarray) -> None:
+    """Left hand, right hand and active object, those that are known: shares of the picture [3, 4]."""
+    for box, colour in zip(boxes, ROLE_COLOURS, strict=True):
+        if np.isfinite(box).all():
+            ImageDraw.Draw(picture).rectangle((box * (CELL - 1)).round().tolist(), outline=colour, width=2)
 
 
 def _with_box(view: View) -> Image.Image:

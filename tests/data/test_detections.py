@@ -14,6 +14,7 @@ from egohod.config import SourceConfig
 from egohod.data import detections
 from egohod.data.clips import ClipDataset, collate
 from egohod.data.detections import LEFT, NO_CONTACT, PORTABLE_OBJECT, RIGHT, SCHEMA, BoxTable, DetectionError
+from egohod.data.show import ROLE_COLOURS, sheet
 from egohod.data.table import ClipTable
 from egohod.data.text import Tokenizer
 from egohod.data.transforms import crop_boxes, flip_boxes
@@ -109,3 +110,18 @@ def test_training_clips_carry_the_boxes_of_their_frames(demo_world: Path) -> Non
     without = SourceConfig(metadata=source.metadata, root=source.root)
     assert ClipDataset([(clips, without)], boxes=True, **options)[0, 0]["boxes"].isnan().all()
     assert "boxes" not in ClipDataset([(clips, source)], **options)[0, 0]
+
+
+def test_the_picture_of_a_batch_shows_the_boxes(demo_world: Path) -> None:
+    source = SourceConfig(
+        metadata=str(demo_world / "train" / "hod.csv"),
+        root=str(demo_world / "train" / "videos"),
+        detections=str(demo_world / "train" / "detections.parquet"),
+    )
+    options = {"size": 40, "num_frames": 4, "tokenizer": Tokenizer(), "train": True}
+    seen = []
+    for boxes in (True, False):
+        view = ClipDataset([(ClipTable.read(source), source)], boxes=boxes, **options).view((0, 0))
+        colours = {colour for _, colour in sheet([("one", view)]).getcolors(1 << 24)}
+        seen.append(ROLE_COLOURS[2] in colours)
+    assert seen == [True, False]
