@@ -120,8 +120,9 @@ class ModelConfig:
         "CLIP_VITB16",
         "geometry, see egohod/model/zoo.py; ..._Slowfast has a fast path with motion adapters",
         choices=(
-            *("CLIP_VITB16", "CLIP_VITL14", "CLIP_VITL14_336PX", "DEMO"),
-            *("CLIP_VITB16_Slowfast", "CLIP_VITL14_Slowfast", "CLIP_VITL14_336PX_Slowfast", "DEMO_Slowfast"),
+            *("CLIP_VITB16", "CLIP_VITL14", "CLIP_VITL14_336PX", "DEMO", "DEMO_SMALL"),
+            *("CLIP_VITB16_Slowfast", "CLIP_VITL14_Slowfast", "CLIP_VITL14_336PX_Slowfast"),
+            *("DEMO_Slowfast", "DEMO_SMALL_Slowfast"),
         ),
     )
     num_frames: int = knob(4, "frames per clip; the released models train on 4, slow-fast ones on 16", low=1)

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -62,9 +62,8 @@ class World:
     """The demo world that all rows share; it is rendered if it is not there."""
 
     folder: str = "demo_motion"
-    objects: int = 12
-    reach: float = 1.0
     scale: float = 1.0
+    variant: Variant = field(default_factory=Variant)
 
 
 @dataclass
@@ -183,7 +182,7 @@ def gather(study: Study, runs: Sequence[Run], tuned: bool) -> dict[str, Any]:
     return {
         "commit": git_commit(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "world": vars(study.world),
+        "world": asdict(study.world),
         "note": "tuned on the val world alone"
         + ("" if tuned else "; the test world was opened once for every run, when its training was over"),
         "world_of_the_numbers": "val" if tuned else "test",
@@ -315,7 +314,7 @@ def main(argv: Sequence[str]) -> int:
             print(f"{run.row}, seed {run.seed}: {cost(run.cfg)['gflop_per_step']:.0f} GFLOP a step, {run.folder}")
         return cli.DONE
     if not args.tables:
-        make_world(Path(world.folder), scale=world.scale, variant=Variant(world.objects, world.reach))
+        make_world(Path(world.folder), scale=world.scale, variant=world.variant)
         taken = []
         for number, run in enumerate(todo):
             left = f", {timedelta(seconds=round(np.mean(taken) * (len(todo) - number)))} left" if taken else ""

@@ -35,6 +35,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--scale", type=float, default=1.0, help="1 is 2,000 + 300 + 500 clips (default: 1)")
     add("--objects", type=int, default=DEFAULT.objects, help="how many objects there are (default: all 12)")
     add("--reach", type=float, default=DEFAULT.reach, help="how far motions go (default: 1)")
+    spread = "where brief events lie: anywhere in a clip (1) to its very middle (0); default: 1"
+    add("--event_spread", type=float, default=DEFAULT.event_spread, help=spread)
+    add("--idle_rests", action="store_true", help="the other hand always rests, so only the motion tells takes apart")
     add("--workers", type=int, default=None, help="rendering processes (default: one per core)")
     add("--splits", default=",".join(SPLITS), help="which of train, val and test, comma-separated (default: all)")
     add("--preview", type=Path, metavar="PNG", help="draw a contact sheet of a few clips instead of a world")
@@ -64,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run; the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     args = parse(argv)
-    variant = Variant(args.objects, args.reach)
+    variant = Variant(args.objects, args.reach, args.event_spread, args.idle_rests)
     splits = [split.strip() for split in args.splits.split(",") if split.strip()]
     try:
         if args.preview:

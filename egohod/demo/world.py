@@ -105,6 +105,10 @@ class Variant:
     """How many of the objects there are, at least four."""
     reach: float = 1.0
     """How far motions go, relative to the default."""
+    event_spread: float = 1.0
+    """Where brief events may lie: from anywhere in the clip (1) to between the middle two of four frames (0)."""
+    idle_rests: bool = False
+    """Whether the other hand always rests in sight, so that no word about it tells takes apart."""
 
     @property
     def nouns(self) -> list[str]:
@@ -241,7 +245,7 @@ def _narrations(rng: np.random.Generator, take: Take, colour: str, other: str) -
     return "#C C " + wording.format(o=f"the {shown}"), hod
 
 
-def event_range(frames: int) -> tuple[float, float]:
+def event_range(frames: int, spread: float = 1.0) -> tuple[float, float]:
     """Earliest and latest start of a brief event: wholly between the first and the last of four uniform frames.
 
     The two frames between then see every phase of it equally often. If one could see its beginning alone, a hand to
@@ -249,23 +253,27 @@ def event_range(frames: int) -> tuple[float, float]:
     """
     step = (frames - 1) / 4
     first, last = round(step) // 2, (round(3 * step) + frames - 1) // 2
-    return (first + 0.5) / FPS, (last + 0.5) / FPS - EVENT_SECONDS
+    earliest, latest = (first + 0.5) / FPS, (last + 0.5) / FPS - EVENT_SECONDS
+    second, third = ((round(i * step) + round((i + 1) * step)) // 2 for i in (1, 2))
+    between = ((second + third) / 2 + 0.5) / FPS - EVENT_SECONDS / 2
+    return between + spread * (earliest - between), between + spread * (latest - between)
 
 
-def _clip(rng: np.random.Generator, kitchen: Kitchen, uid: str, start: int, take: Take, reach: float) -> Clip:
+def _clip(rng: np.random.Generator, kitchen: Kitchen, uid: str, start: int, take: Take, variant: Variant) -> Clip:
     verb, noun, hand = take
     frames = int(rng.integers(CLIP_FRAMES[0], CLIP_FRAMES[1] + 1))
     spare = rng.permutation([name for name in kitchen.nouns if name != noun]).tolist()
     other = str(rng.choice(["rest", "absent", spare.pop()], p=[0.5, 0.3, 0.2]))
+    other = "rest" if variant.idle_rests else other
     places = [(0.14, 0.86)[i] for i in rng.permutation(2)[: rng.integers(3)]]
     distractors = tuple((spare.pop(), x + rng.uniform(-0.03, 0.03), rng.uniform(0.16, 0.2)) for x in places)
     if VERBS[verb].brief:
-        begin, end = rng.uniform(*event_range(frames)), 0.0
+        begin, end = rng.uniform(*event_range(frames, variant.event_spread)), 0.0
     else:
         begin, end = rng.uniform(0.2, 0.32, 2).tolist()
     told = _narrations(rng, take, kitchen.nouns[noun], other)
     centre = 0.5 + (0.03 if hand == "right" else -0.03) + rng.uniform(-0.05, 0.05)
-    tilt, size = rng.uniform(-10, 10), reach * rng.uniform(0.9, 1.1)
+    tilt, size = rng.uniform(-10, 10), variant.reach * rng.uniform(0.9, 1.1)
     sway = rng.uniform((0.004, 0.004, 0.15, 0.15, 0, 0), (0.012, 0.012, 0.45, 0.45, 6.28, 6.28)).tolist()
     return Clip(uid, start, frames, *take, other, distractors, centre, tilt, begin, end, size, tuple(sway), *told)
 
@@ -279,7 +287,7 @@ def make_video(seed: int, split: str, number: int, clips: int = CLIPS_PER_VIDEO,
     done: list[Clip] = []
     for i, take in enumerate(_schedule(rng, number, variant)[:clips]):
         start = done[-1].start + done[-1].frames if done else 0
-        done.append(_clip(rng, kitchen, f"demo_{name}_{i:02d}", start, take, variant.reach))
+        done.append(_clip(rng, kitchen, f"demo_{name}_{i:02d}", start, take, variant))
     return Video(f"demo_{name}", kitchen, tuple(done))
 
 

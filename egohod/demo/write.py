@@ -136,8 +136,9 @@ def questions(videos: Sequence[Video], rng: np.random.Generator) -> Iterator[dic
         yield ask("across_clips", {"text": clip.hod}, *({"clip": uid} for uid in chosen.values()))
         verb = VERBS[clip.verb]
         elsewhere = [noun for noun in verb.nouns if noun in nouns and noun != clip.noun]
-        texts = ({"text": phrase(clip.verb, noun, clip.hand)} for noun in (clip.noun, str(rng.choice(elsewhere))))
-        yield ask("object", {"clip": clip.uid}, *texts)
+        if elsewhere:
+            texts = ({"text": phrase(clip.verb, noun, clip.hand)} for noun in (clip.noun, str(rng.choice(elsewhere))))
+            yield ask("object", {"clip": clip.uid}, *texts)
         if verb.opposite:
             texts = ({"text": phrase(name, clip.noun, clip.hand)} for name in (verb.name, verb.opposite))
             yield ask(verb.kind, {"clip": clip.uid}, *texts)
@@ -174,6 +175,8 @@ def _world(out: Path, seed: int, scale: float, variant: Variant) -> dict[str, An
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"not a demo world's description ({error})"
         raise DemoError(f"{file}: {reason}; remove it or choose another folder") from error
+    # What a world's file does not tell yet was not to be chosen when it was made.
+    found = asdict(DEFAULT) | found
     other = [f"{key} {found.get(key)} (asked: {value})" for key, value in asked.items() if found.get(key) != value]
     if other:
         raise DemoError(f"{out} holds a demo world with {', '.join(other)}; choose another folder or remove it")
@@ -207,6 +210,8 @@ def plan(
     if not len(FEW) <= variant.objects <= len(NOUNS) or not 0.5 <= variant.reach <= MAX_REACH:
         allowed = f"there must be {len(FEW)} to {len(NOUNS)} objects and a reach from 0.5 to {MAX_REACH}"
         raise DemoError(f"{allowed}; got {variant.objects} objects, reach {variant.reach}")
+    if not 0 <= variant.event_spread <= 1:
+        raise DemoError(f"the spread of brief events must be from 0 to 1; got {variant.event_spread}")
     try:
         done = _world(out, seed, scale, variant)["done"]
     except OSError as error:

@@ -22,7 +22,7 @@ from egohod.model.boxes import BoxHead
 LAYER_NORM_EPS = 1e-6
 """Of every LayerNorm in the vision tower; the text tower keeps PyTorch's 1e-5."""
 
-SHORT = 256
+SHORT = 320
 """Tokens up to which a CPU attends by plain matrix products (docs/benchmarks.md)."""
 
 

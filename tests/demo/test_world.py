@@ -26,6 +26,7 @@ from egohod.demo.world import (
     make_video,
     phrase,
 )
+from egohod.demo.write import questions
 
 PAIRED = sorted({(verb.name, verb.opposite) for verb in VERBS.values() if verb.opposite and not verb.backwards})
 
@@ -239,6 +240,29 @@ def test_a_variant_has_fewer_objects_and_longer_motions() -> None:
     assert [(clip.verb, clip.noun) for clip in clips_of(far)] == [(clip.verb, clip.noun) for clip in clips_of(DEFAULT)]
     for short, long in zip(clips_of(DEFAULT), clips_of(far), strict=True):
         assert long.size == pytest.approx(1.5 * short.size)
+
+
+@pytest.mark.parametrize("frames", range(CLIP_FRAMES[0], CLIP_FRAMES[1] + 1))
+def test_without_spread_four_frames_see_nothing_of_a_brief_event(frames: int) -> None:
+    begin, latest = event_range(frames, spread=0)
+    assert begin == latest
+    few, many = (np.array([frame_time(i) for i in _segments(frames, n)]) - begin for n in (4, 16))
+    assert not ((few > 1e-9) & (few < EVENT_SECONDS - 1e-9)).any()
+    assert ((many > 0) & (many < EVENT_SECONDS)).sum() >= 3
+
+
+def test_a_variant_can_leave_nothing_but_the_motion_to_tell_of() -> None:
+    assert {clip.other for clip in clips_of(Variant(idle_rests=True))} == {"rest"}
+    assert len({clip.other for clip in clips_of(DEFAULT)}) > 2
+
+
+def test_few_objects_ask_no_object_question_without_an_alternative() -> None:
+    """With four objects there is a verb that only one of them suits."""
+    videos = [make_video(0, "val", number, variant=Variant(objects=4)) for number in range(10)]
+    asked = [question["kind"] for question in questions(videos, np.random.default_rng(0))]
+    holding = sum(clip.verb == "hold" for video in videos for clip in video.clips)
+    assert holding > 0
+    assert asked.count("object") == sum(len(video.clips) for video in videos) - holding
 
 
 def clips_of(variant: Variant) -> list[Clip]:
