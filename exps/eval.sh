@@ -11,12 +11,13 @@ if [ -n "${SLURM_STEP_ID:-}" ] && [ "${SLURM_NTASKS:-1}" != 1 ]; then
 fi
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
+# Loader processes share the cores with the model: a thread that waits must not spin.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 arguments=("$@")
 if [ "$#" = 0 ]; then
     export DEMO_DATA=${DEMO_DATA:-demo_data}
     checkpoint=${DEMO_CHECKPOINT:-runs/demo}
     "$PYTHON" tools/make_demo_data.py --output "$DEMO_DATA" --scale "${DEMO_SCALE:-1.0}" --benchmarks
-    export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
     if ! ls "$checkpoint"/checkpoints/step-* >/dev/null 2>&1; then
         echo "no checkpoint in $checkpoint yet: training one (DEMO_CHECKPOINT=... names another)"
         "$PYTHON" main_pretrain.py --config_file configs/demo.yml train.output="$checkpoint"
