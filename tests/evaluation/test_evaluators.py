@@ -238,6 +238,18 @@ def test_intervals_hold_the_true_value_about_as_often_as_they_say() -> None:
     assert 178 <= inside <= 199
 
 
+def test_the_interval_of_a_mean_class_accuracy_is_wide_when_classes_have_one_clip() -> None:
+    labels = np.arange(20)
+    case = ClassificationTable("c", [f"prompt {i}" for i in range(20)], labels, labels)
+    video = torch.eye(20)[torch.from_numpy(np.where(labels < 8, labels, 19 - labels))]
+    score = case.measure(video, torch.eye(20))["c_mean_class"]
+    low, high = score.interval()
+    assert score.value == 40
+    # About two standard errors of 8 in 20 to either side.
+    assert 12 <= low <= 28
+    assert 52 <= high <= 68
+
+
 def test_a_drop_is_judged_on_the_same_clips() -> None:
     right = np.random.default_rng(1).random(300) < 0.5
     worse = right.copy()
