@@ -2,4 +2,6 @@
 # Zero-shot evaluation: EPIC-KITCHENS-100 multi-instance retrieval. Without arguments on the demo world; see exps/eval.sh.
 set -euo pipefail
 BENCHMARK=ek100_mir
-source "$(dirname "${BASH_SOURCE[0]}")/eval.sh"
+exps=$(dirname "${BASH_SOURCE[0]}")
+[ -e "$exps/eval.sh" ] || exps=${SLURM_SUBMIT_DIR:-.}/exps # sbatch runs a copy of this file, elsewhere
+source "$exps/eval.sh"

@@ -15,4 +15,6 @@ shift "$(($# > 1 ? 2 : 1))"
 BENCHMARK=all
 set -- --config_file "${CONFIG:-configs/config/clip_large_eval.yml}" --checkpoint "$checkpoint" --published "$model" \
     --output "results/$model" "$@"
-source "$(dirname "${BASH_SOURCE[0]}")/eval.sh"
+exps=$(dirname "${BASH_SOURCE[0]}")
+[ -e "$exps/eval.sh" ] || exps=${SLURM_SUBMIT_DIR:-.}/exps # sbatch runs a copy of this file, elsewhere
+source "$exps/eval.sh"

@@ -8,7 +8,7 @@ Without more, every mp4 of the folder is one clip. --clips is a csv with video_i
 text. --window and --stride, in seconds, slide over long videos, as methods for EgoNLQ and EgoMQ want their features.
 --output gets one .npz a video (features [n, D] of unit length, start, end, text) and index.json, which tools/search.py
 reads. The model is that of --config_file. An interrupted run goes on where it stopped; a video or clip that changed is
-embedded again.
+embedded again. The processes of torchrun --nproc_per_node=N tools/extract_features.py ... share the videos.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy as np
 from egohod import cli, config
 from egohod.config import Config, UserError, to_yaml
 from egohod.data.files import open_cache
-from egohod.distributed import pick_precision, setup
+from egohod.distributed import Distributed, pick_precision, setup
 from egohod.evaluation.clips import EvaluationDataset
 from egohod.evaluation.extract import extract, remaining
 from egohod.evaluation.feature_cache import fingerprint
@@ -67,33 +67,45 @@ def main(arguments: Sequence[str]) -> int:
         cache=open_cache(cfg.data.cache, cfg.data.cache_gb),
     )
     listing, dataset = _readable(listing, dataset, args.allow_missing)
-    todo, rows_of = remaining(listing, dataset, args.output), listing.videos()
+    dist = setup(cfg.train.device)
+    try:
+        _embed(args, cfg, dist, listing, dataset)
+    finally:
+        dist.close()
+    return cli.DONE
+
+
+def _embed(
+    args: argparse.Namespace, cfg: Config, dist: Distributed, listing: Listing, dataset: EvaluationDataset
+) -> None:
+    """What is not in --output yet; with --dry_run only say so."""
+    rows_of, frames = listing.videos(), dataset.protocol.frames
+    # What the first process finds is to be done counts for all: others may look when it has begun to write.
+    todo = dist.gather_objects(remaining(listing, dataset, args.output) if dist.is_main else None)[0]
     clips = sum(len(rows_of[video]) for video in todo)
     log.info(
         "%s clips of %s videos, of which %s clips of %s videos are to be embedded (%d frames, %d px); about %.3g MB",
-        f"{len(listing.clips):,}", f"{len(rows_of):,}", f"{clips:,}", f"{len(todo):,}", protocol.frames, dataset.size,
+        f"{len(listing.clips):,}", f"{len(rows_of):,}", f"{clips:,}", f"{len(todo):,}", frames, dataset.size,
         4e-6 * clips * (cfg.model.embed_dim or geometry(cfg.model.name).embed_dim),
     )  # fmt: skip
     if args.dry_run:
-        return cli.DONE
-    dist = setup(cfg.train.device)
-    if dist.world_size > 1:
-        raise UserError("runs as one process; give each process a part of the videos and an --output of its own")
+        return
     model = build_model(cfg, dist)
-    args.output.mkdir(parents=True, exist_ok=True)
-    with cli.lock_run(args.output):
-        said = {
-            "format": FORMAT,
-            "model": cfg.model.name,
-            "weights": fingerprint(model),
-            "protocol": {"frames": protocol.frames, "size": dataset.size, "crop": "centre"},
-            "root": str(args.videos) if "://" in args.videos else str(Path(args.videos).resolve()),
-            "layout": listing.clips.layout,
-            "chunk_seconds": listing.clips.chunk_seconds,
-            "videos": {video: file_of(video) for video in rows_of},
-        }
-        open_index(args.output, said)
-        (args.output / CONFIG_FILE).write_text(to_yaml(cfg), encoding="utf-8")
+    with cli.claimed_run(str(args.output), dist):
+        if dist.is_main:
+            said = {
+                "format": FORMAT,
+                "model": cfg.model.name,
+                "weights": fingerprint(model),
+                "protocol": {"frames": frames, "size": dataset.size, "crop": "centre"},
+                "root": str(args.videos) if "://" in args.videos else str(Path(args.videos).resolve()),
+                "layout": listing.clips.layout,
+                "chunk_seconds": listing.clips.chunk_seconds,
+                "videos": {video: file_of(video) for video in rows_of},
+            }
+            open_index(args.output, said)
+            (args.output / CONFIG_FILE).write_text(to_yaml(cfg), encoding="utf-8")
+        dist.gather_objects(None)  # nobody writes before the index takes these features
         done = extract(
             model,
             listing,
@@ -102,14 +114,13 @@ def main(arguments: Sequence[str]) -> int:
             todo,
             batch_size=cfg.evaluate.batch_size,
             workers=cfg.data.workers,
-            device=dist.device,
+            dist=dist,
             precision=pick_precision(cfg.evaluate.precision, dist.device),
             allow_missing=args.allow_missing,
         )
     log.info("%s: embedded %s clips of %s videos", args.output, f"{done.clips:,}", f"{done.videos:,}")
     if done.faults:
         log.warning("%d clips could not be read and were left out", len(done.faults))
-    return cli.DONE
 
 
 def _listing(args: argparse.Namespace, cfg: Config) -> Listing:

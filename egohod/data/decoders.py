@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -273,6 +274,69 @@ class DecordDecoder:
     def close(self) -> None:
         """See :class:`Decoder`."""
         del self._reader
+
+
+class KeptOpen:
+    """Opens local videos through ``opener`` and keeps the last one open: the next clip often lies in the same file.
+
+    Opening costs as much as decoding ten small pictures, and more for a long video with its long table of contents.
+    A file that changed, and one that could not be read, is opened anew.
+    """
+
+    def __init__(self, opener: Opener) -> None:
+        self._opener = opener
+        self._kept: _Kept | None = None
+
+    def __call__(self, source: Source, name: str = "") -> Decoder:
+        """See :class:`Opener`."""
+        if not isinstance(source, Path):
+            return self._opener(source, name)
+        # Two processes that share an open file would move each other's place in it.
+        state = (os.getpid(), source, *_changed(source))
+        kept, self._kept = self._kept, None
+        if kept is not None and kept.state == state:
+            return kept
+        if kept is not None:
+            kept.decoder.close()
+        return _Kept(self, state, self._opener(source, name))
+
+    def take_back(self, kept: _Kept) -> None:
+        """Keep this one for the next call instead of the one that was kept."""
+        if self._kept is not None:
+            self._kept.decoder.close()
+        self._kept = kept
+
+
+class _Kept:
+    """A decoder that goes back to its keeper when it is closed, unless it failed."""
+
+    def __init__(self, keeper: KeptOpen, state: tuple[Any, ...], decoder: Decoder) -> None:
+        self.keeper, self.state, self.decoder = keeper, state, decoder
+        self.fps, self.duration = decoder.fps, decoder.duration
+        self._failed = False
+
+    def read_at(self, seconds: np.ndarray) -> np.ndarray:
+        """See :class:`Decoder`."""
+        self._failed = True
+        frames = self.decoder.read_at(seconds)
+        self._failed = False
+        return frames
+
+    def close(self) -> None:
+        """See :class:`Decoder`."""
+        if self._failed:
+            self.decoder.close()
+        else:
+            self.keeper.take_back(self)
+
+
+def _changed(path: Path) -> tuple[int, int]:
+    """What changes when a file does; zeros for one that is not there, which its opener will say."""
+    try:
+        state = path.stat()
+    except OSError:
+        return 0, 0
+    return state.st_mtime_ns, state.st_size
 
 
 # Fastest first, see docs/benchmarks.md.

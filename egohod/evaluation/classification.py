@@ -17,6 +17,7 @@ from egohod.evaluation.metrics import (
     IntArray,
     expected_average_precision,
     label_ranks,
+    mean_class_accuracy,
     multilabel_average_precision,
     rank_items,
 )
@@ -76,14 +77,19 @@ class ClassificationTable(EvaluationTable):
         return scores
 
     def _mean_class(self, ranks: IntArray, splits: Sequence[IntArray], chance: float) -> Score:
-        """Accuracy within each class that occurs in a split, averaged over these classes and then over the splits."""
-        parts, weights = [], []
-        for rows in splits:
-            order = rows[np.argsort(self.labels[rows], kind="stable")]
-            borders = np.flatnonzero(np.diff(self.labels[order])) + 1
-            parts += [ranks[part] <= 1 for part in np.split(order, borders)]
-            weights += [1 / (len(borders) + 1) / len(splits)] * (len(borders) + 1)
-        return percent(parts, chance, weights)
+        """Accuracy within each class that occurs in a split, averaged over these classes and then over the splits.
+
+        Whole splits are resampled, not the clips of each class: of a class with one clip nothing could vary.
+        """
+        told = np.where(ranks <= 1, self.labels, -1)
+
+        def value(samples: Sequence[IntArray]) -> float:
+            return 100 * float(np.mean([mean_class_accuracy(told[rows], self.labels[rows]) for rows in samples]))
+
+        def draw(rng: np.random.Generator) -> NDArray[np.float64]:
+            return np.array([value([rng.choice(rows, len(rows)) for rows in splits]) for _ in range(RESAMPLES)])
+
+        return Score(value(splits), chance, draw)
 
     def details(self, video: Tensor, text: Tensor) -> Mapping[str, Any]:
         """The best classes of each clip; per class: clips and accuracy; confusions as [true, predicted, clips]."""

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from egohod.config import UserError
 from egohod.data.annotations import MIN_SECONDS
-from egohod.data.decoders import choose_decoder
+from egohod.data.decoders import KeptOpen, choose_decoder
 from egohod.data.files import LocalCache, Source, VideoError, open_root
 from egohod.data.frames import frame_times
 from egohod.data.transforms import spatial_crops
@@ -93,7 +93,8 @@ class EvaluationDataset(Dataset[dict[str, Any]]):
         self.protocol = protocol
         self.size = size
         self.num_frames = protocol.frames
-        self.decoder, self._opener = choose_decoder(decoder)
+        self.decoder, opener = choose_decoder(decoder)
+        self._opener = KeptOpen(opener)
         self._store = _Store(clips.root, clips.layout, clips.chunk_seconds, self._opener, cache)
         self._files = open_root(clips.root, cache)
 

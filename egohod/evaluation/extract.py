@@ -6,7 +6,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from egohod.config import UserError
 from egohod.data.loader import eval_loader
 from egohod.data.transforms import normalise
+from egohod.distributed import Distributed
 from egohod.evaluation.clips import EvaluationDataset, collate_views
 from egohod.evaluation.embed import VideoTextModel
 from egohod.evaluation.feature_index import is_written, write_video
@@ -32,9 +33,9 @@ _EVERY = 2.0
 class Extracted:
     """How many videos and clips were embedded, and what could not be read."""
 
-    videos: int
-    clips: int
-    faults: list[str]
+    videos: int = 0
+    clips: int = 0
+    faults: list[str] = field(default_factory=list)
 
 
 class Progress:
@@ -63,6 +64,16 @@ def remaining(listing: Listing, dataset: EvaluationDataset, folder: Path) -> dic
     return {video: identity for video, identity in identities.items() if not is_written(folder, video, identity)}
 
 
+def shares(sizes: Mapping[str, int], count: int) -> list[list[str]]:
+    """Videos with ``sizes`` clips each, dealt out to ``count`` processes: each video once, the work about even."""
+    dealt, load = [list[str]() for _ in range(count)], [0] * count
+    for video in sorted(sizes, key=lambda name: -sizes[name]):
+        least = load.index(min(load))
+        dealt[least].append(video)
+        load[least] += sizes[video]
+    return dealt
+
+
 def extract(
     model: VideoTextModel,
     listing: Listing,
@@ -72,21 +83,46 @@ def extract(
     *,
     batch_size: int,
     workers: int,
-    device: torch.device,
+    dist: Distributed,
     precision: torch.dtype = torch.float32,
     allow_missing: bool = False,
 ) -> Extracted:
-    """Embed the videos ``todo`` (see :func:`remaining`) into ``folder``, a file each.
+    """Embed the videos ``todo`` (see :func:`remaining`) into ``folder``, a file each. Collective over all processes.
 
-    A clip that cannot be read raises :class:`UserError`, or is left out of its video's file with ``allow_missing``.
+    Each process embeds and writes its share of the videos; the answer counts those of all. A clip that cannot be read
+    raises :class:`UserError` on every process once the other shares are done, or is left out of its video's file with
+    ``allow_missing``.
     """
+    sizes = {video: len(listing.videos()[video]) for video in todo}
+    mine = set(shares(sizes, dist.world_size)[dist.rank])
+    share = {video: identity for video, identity in todo.items() if video in mine}
+    done, fault = Extracted(), None
+    try:
+        encoded = _Encoder(model, dataset, batch_size, workers, dist.device, precision)
+        done = _extract_share(encoded, listing, folder, share, allow_missing)
+    except UserError as error:  # told to all, or the other processes would wait for this one for ever
+        fault = str(error)
+    told = dist.gather_objects((done, fault))
+    faults = [line for _, text in told if text is not None for line in text.splitlines()]
+    if faults:
+        raise UserError("\n".join(dict.fromkeys(faults)))
+    return Extracted(
+        sum(each.videos for each, _ in told),
+        sum(each.clips for each, _ in told),
+        [line for each, _ in told for line in each.faults],
+    )
+
+
+def _extract_share(
+    encoded: _Encoder, listing: Listing, folder: Path, todo: Mapping[str, str], allow_missing: bool
+) -> Extracted:
     rows_of = listing.videos()
     rows = [row for video in todo for row in rows_of[video]]
     progress, done, written, faults = Progress(len(rows)), 0, 0, list[str]()
     kept: dict[int, NDArray[np.float32]] = {}
     waiting = list(todo)
     seen = 0
-    for index, features, failed in _encoded(model, dataset, rows, batch_size, workers, device, precision):
+    for index, features, failed in encoded(rows):
         if failed and not allow_missing:
             raise UserError(
                 "\n".join([*failed, "--allow_missing leaves such clips out; what is done is kept, run again to go on"])
@@ -113,25 +149,29 @@ def extract(
     return Extracted(written, done - len(faults), faults)
 
 
-def _encoded(
-    model: VideoTextModel,
-    dataset: EvaluationDataset,
-    rows: list[int],
-    batch_size: int,
-    workers: int,
-    device: torch.device,
-    precision: torch.dtype,
-) -> Iterator[tuple[list[int], NDArray[np.float32], list[str]]]:
-    """Per batch: rows that could be read, their features [n, D], and what is wrong with the others."""
-    model.train(False)
-    with torch.inference_mode(), torch.autocast(device.type, precision, enabled=precision != torch.float32):
-        for batch in eval_loader(dataset, rows, batch_size, workers, collate=collate_views):
-            faults = [batch["faults"][row] for row in sorted(batch["faults"])]
-            if batch["video"] is None:
-                yield [], np.zeros((0, 0), np.float32), faults
-                continue
-            video = normalise(batch["video"].to(device, non_blocking=True).flatten(0, 1))
-            features = model.encode_video(video, normalize=True).float().cpu().numpy()
-            if not np.isfinite(features).all():
-                raise UserError("features are NaN or infinite: the weights are broken or the precision is too low")
-            yield batch["index"].tolist(), features, faults
+@dataclass(frozen=True)
+class _Encoder:
+    """Features of rows of a dataset, batch by batch."""
+
+    model: VideoTextModel
+    dataset: EvaluationDataset
+    batch_size: int
+    workers: int
+    device: torch.device
+    precision: torch.dtype
+
+    def __call__(self, rows: list[int]) -> Iterator[tuple[list[int], NDArray[np.float32], list[str]]]:
+        """Per batch: rows that could be read, their features [n, D], and what is wrong with the others."""
+        autocast = torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
+        self.model.train(False)
+        with torch.inference_mode(), autocast:
+            for batch in eval_loader(self.dataset, rows, self.batch_size, self.workers, collate=collate_views):
+                faults = [batch["faults"][row] for row in sorted(batch["faults"])]
+                if batch["video"] is None:
+                    yield [], np.zeros((0, 0), np.float32), faults
+                    continue
+                video = normalise(batch["video"].to(self.device, non_blocking=True).flatten(0, 1))
+                features = self.model.encode_video(video, normalize=True).float().cpu().numpy()
+                if not np.isfinite(features).all():
+                    raise UserError("features are NaN or infinite: the weights are broken or the precision is too low")
+                yield batch["index"].tolist(), features, faults

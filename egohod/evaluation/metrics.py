@@ -22,8 +22,8 @@ from egohod.config import UserError
 FloatArray = NDArray[np.floating[Any]]
 IntArray = NDArray[np.int64]
 
-# Elements of a similarity matrix that are ranked at a time: a few arrays of 8 MB whatever the matrix.
-BLOCK_ELEMENTS = 2**20
+# Elements of a similarity matrix that are ranked at a time: a few arrays of 1 MB, which stay in a core's cache.
+BLOCK_ELEMENTS = 2**17
 # Blocks that are ranked at the same time.
 THREADS = min(8, os.cpu_count() or 1)
 
@@ -90,30 +90,46 @@ def graded_per_query(sim: ArrayLike, rel: ArrayLike) -> tuple[NDArray[np.float64
     sim, rel = _matrices(sim, rel)
     queries, items = sim.shape
     ap, gain = np.full(queries, np.nan), np.full(queries, np.nan)
-    rank = np.arange(1, items + 1)
-    discount = 1.0 / np.log2(rank + 1.0)
     step = max(1, BLOCK_ELEMENTS // max(items, 1))
 
     def block(start: int) -> None:
         rows = slice(start, start + step)
-        relevancy = np.array(rel[rows], dtype=np.float64, order="C")  # a copy, which is sorted below
-        ranked = np.take_along_axis(relevancy, rank_items(sim[rows]), axis=1)
-
-        # Few items are fully relevant: the precision is computed where it counts only.
-        query, place = np.nonzero(ranked == 1)
-        precision = np.cumsum(ranked, axis=1)[query, place] / rank[place]
-        count = len(relevancy)
-        ap[rows] = _ratio(np.bincount(query, precision, count), np.bincount(query, minlength=count))
-
-        positives = np.count_nonzero(relevancy > 0, axis=1)
-        ranked *= rank <= positives[:, None]
-        relevancy.sort(axis=1)
-        gain[rows] = _ratio(ranked @ discount, relevancy[:, ::-1] @ discount)
+        ap[rows], gain[rows] = _graded_block(sim[rows], np.ascontiguousarray(rel[rows]))
 
     # Sorting lets go of Python's lock, so threads share the blocks.
     with ThreadPoolExecutor(THREADS) as threads:
         list(threads.map(block, range(0, queries, step)))
     return ap, gain
+
+
+def _graded_block(sim: NDArray[Any], rel: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """:func:`graded_per_query` of a few rows, ``rel`` contiguous.
+
+    Items of relevancy 0 add nothing to any sum, and they are nine in ten: behind the ranking only the P positives of
+    the richest query are looked at, as matrices [Q, P] in ranked order that end in zeros.
+    """
+    queries, items = rel.shape
+    positive = rel > 0
+    counts = np.count_nonzero(positive, axis=1)
+    place = rank_items(sim)
+    place += np.arange(queries)[:, None] * items  # flat: several times faster to look up than row by row
+    found = np.flatnonzero(positive.reshape(-1).take(place))
+    query = np.repeat(np.arange(queries), counts)
+    rank = found - query * items + 1
+    gains = rel.reshape(-1)[place.reshape(-1)[found]].astype(np.float64)
+
+    slots = np.arange(counts.max(initial=0)) < counts[:, None]
+    packed = np.zeros(slots.shape)
+    packed[slots] = gains
+    full = gains == 1
+    precision = np.cumsum(packed, axis=1)[slots][full] / rank[full]
+    ap = _ratio(np.bincount(query[full], precision, queries), np.bincount(query[full], minlength=queries))
+
+    discount = 1.0 / np.log2(np.arange(items) + 2.0)
+    counted = rank <= counts[query]
+    gained = np.bincount(query[counted], (gains * discount[rank - 1])[counted], queries)
+    packed.sort(axis=1)
+    return ap, _ratio(gained, packed[:, ::-1] @ discount[: packed.shape[1]])
 
 
 def rank_items(scores: ArrayLike) -> IntArray:

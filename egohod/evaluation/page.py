@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -27,14 +25,6 @@ def render(template: str, **content: Any) -> str:
     script = loader.get_source(environment, _SCRIPT)[0]
     checksum = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template(template).render(script=script, script_checksum=checksum, **content)
-
-
-def write_page(path: Path, html: str) -> None:
-    """Write a page as a whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    # Annotations may hold half a character (a lone surrogate), which no encoding can spell.
-    temporary.write_text(html, encoding="utf-8", errors="replace")
-    os.replace(temporary, path)
 
 
 def data_uri(content: bytes, kind: str) -> str:

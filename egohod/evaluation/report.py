@@ -1,6 +1,7 @@
-"""What is shown of the results: a console table, results.json and its sidecars.
+"""What is shown of the results: a console table, results.json and its sidecars, and results.md.
 
 <output>/results.json            every number with interval, chance, protocol, checksums and versions
+<output>/results.md              a row for each benchmark, to be pasted into a README
 <output>/details/<name>.json     what they are made of, clip by clip, for galleries and plots
 """
 
@@ -21,13 +22,14 @@ from egohod.config import Config, UserError, to_yaml
 from egohod.distributed import Distributed
 from egohod.evaluation.benchmarks import Benchmark, Measured
 from egohod.evaluation.embed import PLAIN
+from egohod.evaluation.markdown import markdown
 from egohod.evaluation.published import PUBLISHED
 from egohod.evaluation.scores import CHANCE, DROP, Score
 from egohod.evaluation.temporal import CONTROLS
 
 log = logging.getLogger(__name__)
 
-RESULTS_FILE, DETAILS_FOLDER = "results.json", "details"
+RESULTS_FILE, MARKDOWN_FILE, DETAILS_FOLDER = "results.json", "results.md", "details"
 FORMAT = 1
 _PACKAGES = ("egohod", "torch", "numpy", "torchvision", "open_clip_torch")
 
@@ -42,7 +44,7 @@ def report(
     also: Mapping[str, float] | None = None,
     published: str | None = None,
 ) -> None:
-    """Log the table and write ``results.json`` and the sidecars to ``folder``; only the first process does.
+    """Log the table and write ``results.json``, its sidecars and ``results.md``; only the first process does.
 
     ``checkpoint`` says what was evaluated (path, sha256). ``also`` are numbers by name that were measured elsewhere,
     such as those on the val world while training. ``published`` is a model of :mod:`~egohod.evaluation.published`
@@ -77,6 +79,10 @@ def report(
     for benchmark, measured in found:
         write_json(Path(folder) / DETAILS_FOLDER / f"{benchmark.name}.json", details(benchmark, measured))
     write_json(Path(folder) / RESULTS_FILE, results)
+    if found:
+        rows = markdown(results)
+        write_text(Path(folder) / MARKDOWN_FILE, rows)
+        log.info("for a README (%s)\n%s", Path(folder) / MARKDOWN_FILE, rows.rstrip())
 
 
 def describe(benchmark: Benchmark, measured: Measured, published: Mapping[str, float]) -> dict[str, Any]:
@@ -164,10 +170,16 @@ def comparison(described: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
+    """Write a file of :func:`read_json` as a whole or not at all."""
+    write_text(path, json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
     """Write a file as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(_plain(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    # Annotations may hold half a character (a lone surrogate), which no encoding can spell.
+    temporary.write_text(content, encoding="utf-8", errors="replace")
     os.replace(temporary, path)
 
 

@@ -12,9 +12,9 @@ from jinja2 import UndefinedError
 
 from egohod.config import UserError
 from egohod.evaluation.gallery import Gallery, gallery
-from egohod.evaluation.page import data_uri, render, write_page
+from egohod.evaluation.page import data_uri, render
 from egohod.evaluation.plots import SHOWN_CLASSES, confusion_plot
-from egohod.evaluation.report import FORMAT, RESULTS_FILE, read_json
+from egohod.evaluation.report import FORMAT, RESULTS_FILE, read_json, write_text
 from egohod.evaluation.thumbnails import Thumbnails
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def write_report(folder: str | Path, *, decoder: str = "auto") -> Path:
         raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, UndefinedError) as error:
         raise UserError(f"{path}: not what an evaluation writes ({type(error).__name__}: {error})") from error
-    write_page(folder / PAGE_FILE, html)
+    write_text(folder / PAGE_FILE, html)
     log.info("wrote %s (%.1f MB)", folder / PAGE_FILE, (folder / PAGE_FILE).stat().st_size / 1e6)
     return folder / PAGE_FILE
 

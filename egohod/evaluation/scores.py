@@ -38,22 +38,19 @@ class Score:
         return self.value - other.value, _percentiles(here - there)
 
 
-def percent(parts: Sequence[ArrayLike], chance: float | None, weights: Sequence[float] | None = None) -> Score:
-    """The mean of the parts' means (or ``weights`` times them), as percent; each part is resampled by itself.
+def percent(parts: Sequence[ArrayLike], chance: float | None) -> Score:
+    """The mean of the parts' means, as percent; each part is resampled by itself.
 
-    A part holds a fraction per query: directions of retrieval, classes of a mean class accuracy. NaN is left out.
+    A part holds a fraction per query: directions of retrieval, splits of a benchmark. NaN is left out.
     """
     values = [part[~np.isnan(part)] for part in (np.asarray(part, dtype=np.float64) for part in parts)]
-    shares = np.full(len(values), 1 / max(len(values), 1)) if weights is None else np.asarray(weights, dtype=np.float64)
     if not values or any(not len(part) for part in values):
         return Score(float("nan"), chance, lambda _: np.full(RESAMPLES, np.nan))
 
     def draw(rng: np.random.Generator) -> NDArray[np.float64]:
-        return 100 * sum(share * _resampled(part, rng) for share, part in zip(shares, values, strict=True))
+        return 100 * np.mean([_resampled(part, rng) for part in values], axis=0)
 
-    # Divided by what the shares add up to, or a perfect score would miss 100 by a rounding error.
-    mean = (shares * [part.mean() for part in values]).sum() / shares.sum()
-    return Score(100 * float(mean), chance, draw)
+    return Score(100 * float(np.mean([part.mean() for part in values])), chance, draw)
 
 
 def median(ranks: ArrayLike, chance: float | None) -> Score:

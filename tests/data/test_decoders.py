@@ -11,7 +11,7 @@ from video_files import DECODERS, encode, encode_sound, opener, picture, referen
 
 from egohod.config import UserError
 from egohod.data import decoders
-from egohod.data.decoders import choose_decoder
+from egohod.data.decoders import KeptOpen, choose_decoder
 from egohod.data.files import VideoError
 from egohod.data.frames import frame_times, segment_indices
 
@@ -218,3 +218,52 @@ def test_torchcodec_without_ffmpeg_is_absent(monkeypatch: pytest.MonkeyPatch) ->
 def test_an_unknown_decoder() -> None:
     with pytest.raises(UserError, match="must be auto, pyav, torchcodec, decord"):
         choose_decoder("gstreamer")
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_file_that_is_kept_open_gives_the_same_frames(tmp_path: Path, name: str) -> None:
+    plain, opened = opener(name), list[Path]()
+
+    def counting(source: Any, called: str = "") -> Any:
+        opened.append(source)
+        return plain(source, called)
+
+    kept = KeptOpen(counting)
+    paths = [encode(tmp_path / f"{i}.mp4", x264="keyint=12:bframes=2") for i in range(2)]
+    for path, start in ((paths[0], 0.5), (paths[0], 2.0), (paths[0], 0.1), (paths[1], 1.0), (paths[0], 2.0)):
+        seconds = start + np.arange(4) / 10
+        fresh, decoder = plain(path), kept(path)
+        assert (decoder.fps, decoder.duration) == (fresh.fps, fresh.duration)
+        np.testing.assert_array_equal(decoder.read_at(seconds), fresh.read_at(seconds))
+        fresh.close()
+        decoder.close()
+    assert opened == [paths[0], paths[1], paths[0]]
+
+
+def test_what_changed_failed_or_is_in_use_is_opened_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, path = KeptOpen(opener("pyav")), encode(tmp_path / "a.mp4")
+    seconds = np.zeros(1)
+    first, second = kept(path), kept(path)
+    assert first is not second
+    np.testing.assert_array_equal(first.read_at(seconds), second.read_at(seconds))
+    first.close()
+    second.close()
+    third = kept(path)
+    assert third is second
+    with pytest.raises(TypeError):
+        third.read_at(None)  # type: ignore[arg-type]
+    third.close()
+    fourth = kept(path)
+    assert fourth is not third
+    fourth.close()
+    monkeypatch.setattr(decoders.os, "getpid", lambda: -1)  # a forked process
+    fifth = kept(path)
+    assert fifth is not fourth
+    fifth.close()
+    encode(path, frames=7)
+    sixth = kept(path)
+    assert sixth.duration < fifth.duration
+    sixth.close()
+    path.unlink()
+    with pytest.raises(VideoError, match="no such file"):
+        kept(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -44,6 +45,23 @@ def small_model() -> DualEncoder:
     """The demo model with seeded random weights."""
     torch.manual_seed(0)
     return create_model(ModelConfig(name="DEMO", num_frames=FRAMES))
+
+
+def random_features(rows: int, seed: int, width: int = 16) -> Tensor:
+    return normalize(torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def assert_at_chance(values: list[float], chance: float | None, *wrong: float, said: str = "") -> None:
+    """Independent runs without knowledge average ``chance``, and would not pass for any of ``wrong``.
+
+    The interval is four standard errors to either side. What is wrong must lie outside whichever way the runs fell,
+    so the test cannot pass by being blunt.
+    """
+    assert chance is not None
+    error = 4 * float(np.std(values, ddof=1)) / len(values) ** 0.5
+    assert abs(np.mean(values) - chance) < error, f"{said}: {np.mean(values):.2f} is not {chance:.2f} +- {error:.2f}"
+    for other in wrong:
+        assert abs(other - chance) > 2 * error, f"{said}: cannot tell {chance:.2f} from {other:.2f} +- {error:.2f}"
 
 
 class Oracle(nn.Module):

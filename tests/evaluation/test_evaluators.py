@@ -7,19 +7,16 @@ import logging
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from evaluation_cases import assert_at_chance, random_features
 from torch.nn.functional import normalize
 
 from egohod.config import UserError
-from egohod.evaluation.classification import ClassificationTable, class_features
+from egohod.evaluation.classification import ClassificationTable, MultiLabelTable, class_features
+from egohod.evaluation.metrics import expected_average_precision, expected_graded_scores
 from egohod.evaluation.multiple_choice import Question, QuestionTable
 from egohod.evaluation.report import table
 from egohod.evaluation.retrieval import RetrievalTable
 from egohod.evaluation.scores import RESAMPLES, Score, flat_with_controls, median, percent
-
-
-def random_features(rows: int, seed: int, width: int = 16) -> Tensor:
-    return normalize(torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
 def retrieval_case(clips: int = 60, texts: int = 40, actions: int = 8) -> RetrievalTable:
@@ -51,14 +48,32 @@ def test_the_two_directions_of_retrieval_are_told_apart() -> None:
     assert (scores["map_v2t"], scores["map_t2v"], scores["map"]) == (100, 75, 87.5)
 
 
-def test_retrieval_by_random_features_is_at_chance() -> None:
-    case = retrieval_case()
-    runs = [case.evaluate(random_features(60, 2 * seed), random_features(40, 2 * seed + 1)) for seed in range(60)]
-    for key in ("map_v2t", "map_t2v", "ndcg_v2t", "ndcg_t2v", "recall_1_v2t", "recall_5_v2t", "recall_5_t2v"):
-        values = np.array([run[key] for run in runs])
-        assert abs(values.mean() - runs[0][f"{key}_chance"]) < 4 * values.std() / np.sqrt(len(runs)), key
-    assert runs[0]["median_rank_v2t_chance"] == 20
-    assert abs(np.mean([run["median_rank_v2t"] for run in runs]) - 20.5) < 2
+@pytest.mark.parametrize("direction", ["v2t", "t2v"])
+def test_retrieval_by_random_features_is_at_chance(direction: str) -> None:
+    # 24 queries search 6 items, one of which is theirs.
+    own = np.arange(24) % 6
+    relevancy = np.eye(6)[own]
+    if direction == "v2t":
+        case = RetrievalTable([f"text {i}" for i in range(6)], own, relevancy)
+    else:
+        case = RetrievalTable([f"text {i}" for i in range(24)], np.arange(6), relevancy.T)
+    clips, texts = case.relevancy.shape
+    runs = [
+        case.evaluate(random_features(clips, 2 * seed), random_features(texts, 2 * seed + 1)) for seed in range(500)
+    ]
+    # Beside each chance level that of an item too few, for the queries that have theirs among the others.
+    fewer = expected_graded_scores(relevancy[:, 1:])
+    for key, other in (("map", fewer.mean_average_precision.v2t), ("ndcg", fewer.ndcg.v2t)):
+        key = f"{key}_{direction}"
+        assert_at_chance([run[key] for run in runs], runs[0][f"{key}_chance"], 100 * other, said=key)
+    if direction == "v2t":
+        assert runs[0]["recall_1_v2t_chance"] == pytest.approx(100 / 6)
+        assert_at_chance([run["recall_1_v2t"] for run in runs], 100 / 6, 100 / 5)
+        assert_at_chance([run["recall_5_v2t"] for run in runs], 500 / 6, 100, 500 / 7)
+
+
+def test_the_median_rank_of_chance_is_the_middle() -> None:
+    assert retrieval_case().evaluate(random_features(60, 0), random_features(40, 1))["median_rank_v2t_chance"] == 20
 
 
 def test_retrieval_tells_what_it_leaves_out(caplog: pytest.LogCaptureFixture) -> None:
@@ -112,9 +127,35 @@ def test_parts_are_marginalised_not_taken_from_the_best_class() -> None:
 
 
 def test_classification_by_random_features_is_at_chance() -> None:
-    runs = [grid(seed).evaluate(random_features(200, seed), random_features(40, 99 + seed)) for seed in range(40)]
-    values = np.array([run["verb_noun_top1"] for run in runs])
-    assert abs(values.mean() - 5) < 4 * values.std() / np.sqrt(len(values))
+    verb, noun = (part.ravel() for part in np.indices((2, 3)))
+    classes = np.arange(6)
+    prompts = [f"prompt {i}" for i in range(12)]
+    case = ClassificationTable("c", prompts, np.tile(classes, 2), np.tile(classes, 50), {"verb": verb, "noun": noun})
+    runs = [case.evaluate(random_features(300, 2 * seed), random_features(12, 2 * seed + 1)) for seed in range(150)]
+    # Beside each chance level those of a class (a verb, a noun) too few and too many.
+    for key, chance, *wrong in (
+        ("c_top1", 100 / 6, 100 / 5, 100 / 7),
+        ("c_mean_class", 100 / 6, 100 / 5, 100 / 7),
+        ("c_top5", 500 / 6, 100, 500 / 7),
+        ("verb_top1", 50, 100, 100 / 3),
+        ("noun_top1", 100 / 3, 50, 25),
+    ):
+        assert runs[0][f"{key}_chance"] == pytest.approx(chance)
+        assert_at_chance([run[key] for run in runs], chance, *wrong, said=key)
+
+
+def test_multilabel_map_of_random_features_is_at_chance() -> None:
+    labels = np.zeros((10, 4), dtype=bool)
+    for name in range(4):
+        labels[name : name + 3 + name, name] = True
+    case = MultiLabelTable("map", [f"class {i}" for i in range(4)], labels)
+    runs = [case.evaluate(random_features(10, 2 * seed), random_features(4, 2 * seed + 1)) for seed in range(1500)]
+    told = labels[labels.any(axis=1)]
+    wrong = told.copy()
+    wrong[np.arange(4), np.arange(4)] = False  # each class with a video too few
+    chances = [100 * float(np.nanmean(expected_average_precision(each))) for each in (told, wrong)]
+    assert runs[0]["map_chance"] == pytest.approx(chances[0])
+    assert_at_chance([run["map"] for run in runs], *chances)
 
 
 def test_class_features_are_renormalised_means() -> None:
@@ -142,10 +183,12 @@ def test_multiple_choice_both_ways() -> None:
 
 
 def test_multiple_choice_by_random_features_is_at_chance() -> None:
-    runs = [questions().evaluate(random_features(50, 2 * s), random_features(50, 2 * s + 1)) for s in range(40)]
-    for kind in ("pair", "clips"):
-        values = np.array([run[kind] for run in runs])
-        assert abs(values.mean() - runs[0][f"{kind}_chance"]) < 4 * values.std() / np.sqrt(len(runs))
+    table = questions()
+    runs = [table.evaluate(random_features(50, 2 * s), random_features(50, 2 * s + 1)) for s in range(300)]
+    # A choice too few or too many.
+    for kind, chance, *wrong in (("pair", 50, 100 / 3), ("clips", 20, 25, 100 / 6)):
+        assert runs[0][f"{kind}_chance"] == pytest.approx(chance)
+        assert_at_chance([run[kind] for run in runs], chance, *wrong, said=kind)
 
 
 def test_table_shows_the_chance_beside_each_number() -> None:
@@ -193,6 +236,18 @@ def test_intervals_hold_the_true_value_about_as_often_as_they_say() -> None:
         low, high = percent([rng.random(80) < 0.3], None).interval()
         inside += low <= 30 <= high
     assert 178 <= inside <= 199
+
+
+def test_the_interval_of_a_mean_class_accuracy_is_wide_when_classes_have_one_clip() -> None:
+    labels = np.arange(20)
+    case = ClassificationTable("c", [f"prompt {i}" for i in range(20)], labels, labels)
+    video = torch.eye(20)[torch.from_numpy(np.where(labels < 8, labels, 19 - labels))]
+    score = case.measure(video, torch.eye(20))["c_mean_class"]
+    low, high = score.interval()
+    assert score.value == 40
+    # About two standard errors of 8 in 20 to either side.
+    assert 12 <= low <= 28
+    assert 52 <= high <= 68
 
 
 def test_a_drop_is_judged_on_the_same_clips() -> None:

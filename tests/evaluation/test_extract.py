@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evaluation_cases import small_model
+from evaluation_cases import ALONE, small_model
 from PIL import Image
 
 from egohod.config import UserError
@@ -18,7 +18,7 @@ from egohod.data.transforms import normalise
 from egohod.evaluation import extract as extraction
 from egohod.evaluation.clips import EvaluationDataset
 from egohod.evaluation.csv_files import AnnotationError
-from egohod.evaluation.extract import Progress, extract, remaining
+from egohod.evaluation.extract import Progress, extract, remaining, shares
 from egohod.evaluation.feature_index import Features, open_index, read_features, read_index
 from egohod.evaluation.listing import Listing, rows_of_csv, spans, whole_files, windows
 from egohod.evaluation.protocols import Protocol
@@ -43,7 +43,7 @@ def dataset_of(listing: Listing, frames: int = 4) -> EvaluationDataset:
 
 def run(listing: Listing, folder: Path, **more: object) -> extraction.Extracted:
     dataset = dataset_of(listing)
-    settings = {"batch_size": 2, "workers": 0, "device": torch.device("cpu")} | more
+    settings = {"batch_size": 2, "workers": 0, "dist": ALONE} | more
     return extract(small_model(), listing, dataset, folder, remaining(listing, dataset, folder), **settings)  # type: ignore[arg-type]
 
 
@@ -151,6 +151,39 @@ def test_a_clip_that_cannot_be_read_stops_the_run_or_is_left_out_and_tried_again
     with np.load(folder / "a.npz") as content:
         assert content["start"].tolist() == [0, 1]
     assert list(remaining(listing, dataset_of(listing), folder)) == ["a"]
+
+
+def test_shares_hold_every_video_once_and_are_about_even() -> None:
+    sizes = {"a": 5, "b": 1, "c": 9, "d": 4, "e": 1}
+    dealt = shares(sizes, 2)
+    assert sorted([*dealt[0], *dealt[1]]) == sorted(sizes)
+    assert [sum(sizes[video] for video in share) for share in dealt] == [10, 10]
+    assert shares({"a": 1}, 3) == [["a"], [], []]
+
+
+def test_two_processes_write_what_one_writes(
+    videos: Path, tmp_path: Path, program: Command, inside: Command, short_run: ShortRun
+) -> None:
+    arguments = ["--config_file", short_run.command[1], "data.decoder=pyav", "--checkpoint", short_run.folder]
+    arguments += ["--videos", videos, "--window", "1", "evaluate.batch_size=2"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert inside("extract_features.py", *arguments, "--output", one).returncode == 0
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = program(*launcher, "tools/extract_features.py", *arguments, "--output", two)
+    assert done.returncode == 0, done.stderr
+    alone, (shared, lacking) = read_features(one)[0], read_features(two)
+    assert lacking == 0
+    assert f"embedded {len(alone.videos)} clips of 3 videos" in done.stderr
+    assert (shared.videos, shared.start.tolist()) == (alone.videos, alone.start.tolist())
+    np.testing.assert_allclose(shared.features, alone.features, atol=1e-6)
+
+    # Only one process meets the broken clip; the other's work is kept, and the run fails.
+    (tmp_path / "clips.csv").write_text("video_id,start_second,end_second\na,90,91\nb/d,0,1\n")
+    arguments[arguments.index("--window") :] = ["--clips", tmp_path / "clips.csv", "--output", tmp_path / "three"]
+    done = program(*launcher, "tools/extract_features.py", *arguments)
+    assert done.returncode != 0
+    assert "a 90.00-91.00 s" in done.stderr
+    assert (tmp_path / "three" / "b" / "d.npz").exists()
 
 
 def test_features_of_two_models_never_share_a_folder(tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from evaluation_cases import ALONE, config, small_model
+from evaluation_cases import ALONE, FRAMES, config, small_model
 from test_readers import settings
 
 from egohod.evaluation import gallery as galleries
 from egohod.evaluation.benchmarks import benchmark, execution_of
+from egohod.evaluation.markdown import markdown
 from egohod.evaluation.plots import confusion_plot, most_confused
 from egohod.evaluation.report import report
 from egohod.evaluation.result_page import write_report
@@ -69,6 +70,35 @@ def change(folder: Path, name: str, how: Any) -> None:
 
 def html(folder: Path) -> str:
     return (folder / "report.html").read_text()
+
+
+def test_a_readme_gets_a_row_for_each_benchmark(evaluated: Path) -> None:
+    results = json.loads((evaluated / "results.json").read_text())
+    header, rule, *rows = (evaluated / "results.md").read_text().splitlines()
+    assert {line.count("|") for line in (header, rule, *rows)} == {6}
+    cells = {(row := [cell.strip() for cell in line.strip("|").split("|")])[0]: row[1:] for line in rows}
+    assert list(cells) == list(results["benchmarks"])
+    numbers, protocol, clips, weights = cells["ek100_mir"]
+    told = [results["benchmarks"]["ek100_mir"]["metrics"][name] for name in ("map", "ndcg")]
+    assert numbers == ", ".join(
+        f"{title} {metric['value']:.1f} [{metric['interval'][0]:.1f}, {metric['interval'][1]:.1f}]"
+        for title, metric in zip(("mAP", "nDCG"), told, strict=True)
+    )
+    assert protocol == f"clean: {FRAMES} frames, 40 px"
+    assert clips == str(results["benchmarks"]["ek100_mir"]["clips"])
+    assert weights == "DEMO `0f0f0f0f0f0f`"
+    assert "intra " in cells["egomcq"][0]
+
+
+def test_a_row_says_what_is_partial_and_names_no_number_that_there_is_not() -> None:
+    metrics = {"order|of": {"value": float("nan"), "interval": [float("nan")] * 2}}
+    protocol = {"name": "lavila_10x3", "frames": 16, "size": 224, "windows": 10, "crops": 3}
+    each = {"protocol": protocol, "partial": True, "evaluated": 900, "clips": 1000, "metrics": metrics}
+    table = markdown({"config": {"model": "B"}, "checkpoint": {"sha256": "ab" * 32}, "benchmarks": {"mine": each}})
+    assert table.splitlines()[2] == (
+        "| mine | order\\|of - | lavila_10x3: 16 frames, 224 px, 30 views | **partial**: 900 of 1,000 "
+        "| B `abababababab` |"
+    )
 
 
 def test_every_number_stands_on_the_page(evaluated: Path) -> None:

@@ -11,9 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from evaluation_cases import ALONE, config, small_model
+from evaluation_cases import ALONE, assert_at_chance, config, random_features, small_model
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from egohod.config import BenchmarkConfig, UserError
 from egohod.evaluation.benchmarks import Benchmark, asked, benchmark, execution_of
@@ -75,22 +74,20 @@ def test_an_oracle_reaches_everything(formats: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_random_features_are_at_chance_within_their_interval(formats: Path, kind: str) -> None:
+def test_random_features_are_at_chance(formats: Path, kind: str) -> None:
     content = read(formats, kind)
-    for number, table in enumerate(content.tables):
-        inside, asked_for = 0, 0
-        for seed in range(3):
-            draw = torch.Generator().manual_seed(100 * number + seed)
-            video, text = (
-                normalize(torch.randn(n, 16, generator=draw), dim=-1) for n in (len(content.clips), len(table.texts))
+    for table in content.tables:
+        runs = [
+            table.measure(
+                random_features(len(content.clips), 2 * seed), random_features(len(table.texts), 2 * seed + 1)
             )
-            for score in table.measure(video, text).values():
-                if score.chance is not None and not score.is_rank:
-                    low, high = score.interval()
-                    asked_for += 1
-                    # Few clips: an interval of width zero says that no clip was right, not that none ever is.
-                    inside += low - 5 <= score.chance <= high + 5
-        assert inside >= 0.7 * asked_for
+            for seed in range(150)
+        ]
+        # Verbs and nouns have unequally many classes: nobody guesses them evenly (docs/evaluation.md).
+        parts = {f"{part}_top1" for part in getattr(table, "parts", {})}
+        for name, score in runs[0].items():
+            if not score.is_rank and name not in parts:
+                assert_at_chance([run[name].value for run in runs], score.chance, said=name)
 
 
 def test_every_format_tells_of_the_same_world(formats: Path) -> None:
