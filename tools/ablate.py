@@ -177,12 +177,12 @@ def gather(study: Study, runs: Sequence[Run], tuned: bool) -> dict[str, Any]:
     for name, row in study.rows.items():
         mine = [run for run in runs if run.row == name]
         of_seed = {run.seed: _of_run(run, tuned) for run in mine if run.done}
-        rows[name] = {"title": row.title, "overrides": row.overrides, **cost(mine[0].cfg), "seeds": of_seed}
+        rows[name] = {"title": row.title, **cost(mine[0].cfg), "seeds": of_seed}
     least = at_equal_flops(rows)
     return {
         "commit": git_commit(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "world": asdict(study.world),
+        "world": {"scale": study.world.scale, **asdict(study.world.variant)},
         "note": "tuned on the val world alone"
         + ("" if tuned else "; the test world was opened once for every run, when its training was over"),
         "world_of_the_numbers": "val" if tuned else "test",
