@@ -265,9 +265,17 @@ class LossConfig:
     name: str = knob(
         "infonce",
         "infonce: symmetric cross-entropy over the batch, the published recipe; sigmoid: every pair judged by itself "
-        "(SigLIP), less sensitive to the batch size",
-        choices=("infonce", "sigmoid"),
+        "(SigLIP), less sensitive to the batch size. For data.labels.target=relevancy: max_margin (AVION), "
+        "adaptive_max_margin (EgoVLP), sms (best known on EK100-MIR), soft_infonce; docs/finetuning.md",
+        choices=("infonce", "sigmoid", "max_margin", "adaptive_max_margin", "sms", "soft_infonce"),
     )
+    margin: float | None = knob(
+        None,
+        "of the three losses with a margin, in cosines; null is what their sources use: 0.2 for max_margin, 0.4 for "
+        "adaptive_max_margin, 0.6 for sms",
+        above=0,
+    )
+    tau: float = knob(0.1, "sms: by how much two equally relevant items may differ, in cosines; its source's", low=0)
     local_loss: bool = knob(
         True, "infonce: each process computes its own rows only: exact and cheapest together with gather_with_grad"
     )
