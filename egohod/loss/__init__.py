@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from egohod.config import LossConfig
 from egohod.loss.boxes import WithBoxes
+from egohod.loss.classification import ClassificationLoss
 from egohod.loss.contrastive import ContrastiveLoss, Loss, SigmoidLoss
 from egohod.loss.retrieval import (
     AdaptiveMaxMarginLoss,
@@ -12,10 +13,8 @@ from egohod.loss.retrieval import (
     SymmetricMultiSimilarityLoss,
 )
 
-__all__ = ["RELEVANCY_LOSSES", "Loss", "build_loss"]
+__all__ = ["Loss", "build_loss"]
 
-# Losses that need to know how relevant each text is to each clip.
-RELEVANCY_LOSSES = ("max_margin", "adaptive_max_margin", "sms", "soft_infonce")
 _MARGINS = {"max_margin": 0.2, "adaptive_max_margin": 0.4, "sms": 0.6}
 
 
@@ -26,6 +25,8 @@ def build_loss(config: LossConfig, *, rank: int = 0, world_size: int = 1) -> Los
 
 
 def _of_features(config: LossConfig, rank: int, world_size: int) -> Loss:
+    if config.name == "classes":
+        return ClassificationLoss(config.label_smoothing)
     margin = config.margin or _MARGINS.get(config.name, 0.0)
     if config.name == "sigmoid":
         return SigmoidLoss(rank=rank, world_size=world_size)

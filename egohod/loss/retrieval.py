@@ -94,9 +94,9 @@ class _Pairs(RetrievalLoss):
 
 
 class MaxMarginLoss(_Pairs):
-    """The own item must be more alike than any other by ``margin`` (Miech et al. 1804.02516; MIR: Wray et al. 1908.03477).
+    """The own item must be more alike than any other by ``margin`` (Miech et al., 1804.02516).
 
-    AVION's fine-tuning: what makes it multi-instance is that a clip's text is drawn anew among the relevant ones.
+    As Wray et al. (1908.03477) and AVION's fine-tuning use it: a clip's text is drawn anew among the relevant ones.
     """
 
     def pairs(self, lead: Tensor, own: Tensor, graded: Tensor) -> Tensor:

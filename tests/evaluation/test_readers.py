@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from egohod.config import BenchmarkConfig, UserError
+from egohod.data.csv_files import AnnotationError
 from egohod.evaluation.benchmarks import Benchmark, asked, benchmark, execution_of
 from egohod.evaluation.classification import ClassificationTable, MultiLabelTable
-from egohod.evaluation.csv_files import AnnotationError
 from egohod.evaluation.multiple_choice import QuestionTable
 from egohod.evaluation.protocols import PROTOCOLS
 from egohod.evaluation.readers import READERS, Content, read_ek100_cls, read_own
