@@ -159,8 +159,8 @@ def class_space(tables: Sequence[ClipTable], columns: Sequence[str], further: Se
         spelled = [table.column(name) for name in told] if len(told) == len(columns) else values
         if NAME_COLUMN in table.column_names:
             spelled = [table.column(NAME_COLUMN)]
-        for key, name in zip(zip(*values, strict=True), zip(*spelled, strict=True), strict=True):
-            trained.setdefault(key, " ".join(str(each) for each in name).replace("-", " "))
+        for key, words in zip(zip(*values, strict=True), zip(*spelled, strict=True), strict=True):
+            trained.setdefault(key, " ".join(str(each) for each in words).replace("-", " "))
     named: dict[tuple[str, ...], str] = dict(trained)
     for path in further:
         rows = read_csv(Path(path), ())

@@ -32,6 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
 from egohod.config import UserError
+from egohod.data.labels import ClassSpace
 from egohod.model.base import Base, checksum
 from egohod.model.weight_files import WeightFile, from_tensors, read_weights
 
@@ -187,6 +188,20 @@ def open_weights(source: str | Path, *, download: bool = False, base: str | None
     }
     weights.settings.pop("model.fast", None)
     return weights
+
+
+def classes_of(path: Path) -> tuple[str, ClassSpace]:
+    """The kind of heads (``model.heads``) of a checkpoint or run folder, and their classes.
+
+    Raises :class:`CheckpointError` if it has none.
+    """
+    identity = open_checkpoint(path).manifest["identity"]
+    try:
+        keys = tuple(tuple(str(value) for value in key) for key in identity["classes"])
+        names = tuple(str(name) for name in identity["names of the classes"])
+        return str(identity["heads"]), ClassSpace(tuple(identity["data.labels.columns"]), keys, names)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: has no classification heads; give sentences to compare with") from error
 
 
 def _of_base(checkpoint: Checkpoint, download: bool, elsewhere: str | None) -> dict[str, torch.Tensor]:

@@ -167,7 +167,7 @@ def identity(cfg: Config, model: DualEncoder, data: TrainingData) -> dict[str, A
         more["what is not trained"] = model.base.sha256
     if cfg.model.heads != "none":
         classes = build_classes(cfg)
-        more |= {"model.heads": cfg.model.heads, "data.labels.columns": list(classes.columns)}
+        more |= {"heads": cfg.model.heads, "data.labels.columns": list(classes.columns)}
         more |= {"classes": [list(key) for key in classes.keys], "names of the classes": list(classes.names)}
     shapes = repr([(name, tuple(value.shape)) for name, value in model.state_dict().items()])
     return {

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from egohod.config import ModelConfig, SourceConfig, TrainConfig, UserError
+from egohod.config import ModelConfig, SourceConfig, TrainConfig, UserError, load
 from egohod.data.labels import ClassLabels, ClassSpace, RelevantTexts, class_space
 from egohod.data.table import ClipTable
 from egohod.demo.benchmarks import write_benchmarks
@@ -24,7 +24,7 @@ from egohod.loss.classification import ClassificationLoss
 from egohod.model.egovideo import create_model
 from egohod.training.checkpoint import open_weights
 from egohod.training.mixing import ClipMixer
-from tests.support import Command, ShortRun, losses, newest
+from tests.support import ROOT, Command, ShortRun, losses, newest
 
 
 @pytest.fixture(scope="module")
@@ -331,6 +331,22 @@ def test_own_labels_train_and_are_evaluated(mir: list[str], demo_world: Path, tm
     assert 0 <= metrics["mir/action_top1"] <= 100
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "finetune").glob("*.yml")), ids=lambda path: path.stem)
+def test_the_configurations_can_be_used(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for benchmark in ("EK100", "EGTEA", "CHARADES"):
+        monkeypatch.setenv(f"{benchmark}_ANNOTATIONS", "annotations")
+        monkeypatch.setenv(f"{benchmark}_VIDEOS", "videos")
+    for name in ("LABELS", "TEST_LABELS", "VIDEOS", "EGO4D_ROOT", "EGOMCQ_ANNOTATIONS", "CLIP_WEIGHTS"):
+        monkeypatch.setenv(name, "there")
+    if path.stem.startswith("default_"):
+        return  # a part of a configuration
+    cfg = load(path, ["model.weights.path=runs/start"])
+    assert cfg.evaluate.final
+    assert cfg.data.train
+    for line in ("Command:", "Hardware:", "Time:", "Result:"):
+        assert line in path.read_text()
+
+
 def test_the_formats_of_egtea_and_charades(tmp_path: Path) -> None:
     (tmp_path / "action_idx.txt").write_text("Take bowl 1\nCut_onion 2\n")
     split = tmp_path / "train_split1.txt"
@@ -346,6 +362,38 @@ def test_the_formats_of_egtea_and_charades(tmp_path: Path) -> None:
     clips = table(tmp_path / "train.csv")
     assert [clips.row(i).texts[0] for i in range(2)] == ["Opening a door", "Holding clothes"]
     assert RelevantTexts(clips, 0.9).relevancy([0, 1]).tolist() == [[0.0, 1.0], [1.0, 0.0]]
+
+
+def test_predict_names_classes_and_writes_a_timeline(
+    mir: list[str], short_run: ShortRun, demo_world: Path, tmp_path: Path, inside: Command
+) -> None:
+    command = [*classes(mir, "verb_class", "noun_class", heads="parts"), "evaluate.final=[]", "train.duration=1 steps"]
+    assert inside("main_finetune.py", *command).returncode == 0
+    chunk = next((demo_world / "test" / "videos").rglob("*.mp4"))
+    run = ["--checkpoint", tmp_path / "run", "--output", tmp_path / "told", "train.device=cpu"]
+    done = inside("predict.py", chunk, *run)
+    assert done.returncode == 0, done.stderr
+    timeline = pd.read_csv(tmp_path / "told" / "timeline.csv")
+    assert (timeline.groupby("start")["rank"].max() == 5).all()
+    assert timeline["score"].between(0, 1).all()
+    assert (tmp_path / "told" / "timeline.png").stat().st_size > 1000
+    done = inside("predict.py", chunk, *run, "--window", "1000")
+    assert len(done.stdout.splitlines()) == 5
+    # The text tower is still there.
+    done = inside("predict.py", chunk, *run, "--window", "1000", "--sentences", "opens the drawer", "cuts")
+    assert sorted(line.split("  ")[1] for line in done.stdout.splitlines()) == ["cuts", "opens the drawer"]
+    done = inside("predict.py", chunk, "--checkpoint", short_run.folder)
+    assert done.returncode == 2
+    assert "has no classification heads" in done.stderr
+
+
+@pytest.mark.ci
+def test_predict_on_a_real_clip(shared: Path, short_run: ShortRun, inside: Command) -> None:
+    clip = next((shared / "media" / "lavila").glob("3c0dffd0*.mp4"))
+    said = ["--sentences", "stirs the sauce", "opens a car", "--window", "1000"]
+    done = inside("predict.py", clip, "--checkpoint", short_run.folder, *said)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 2
 
 
 @pytest.mark.ci
