@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
     args = parser.parse_intermixed_args(arguments)
     # A CLIP file can be measured too: model.weights.source=clip model.weights.projections=keep.
     outside = args.checkpoint.startswith("open_clip:")
-    known = [] if outside else cli.model_of(args.checkpoint)
+    known = [] if outside else cli.model_of(args.checkpoint, args.overrides)
     overrides = ["model.weights.source=checkpoint", *known, *args.overrides]
     overrides += [f"evaluate.controls=[{args.controls}]"] if args.controls else []
     cfg = config.load(args.config_file, [*overrides, f"model.weights.path={args.checkpoint}"])

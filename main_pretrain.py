@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from egohod import cli, config
 from egohod.distributed import setup
-from egohod.evaluation.benchmarks import demo_evaluators
+from egohod.evaluation.benchmarks import named_evaluators
 from egohod.evaluation.feature_cache import fingerprint
 from egohod.evaluation.report import report
 from egohod.training.dry_run import dry_run
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     args = parser.parse_intermixed_args(arguments)
     overrides = [*cli.overrides(args), *([f"train.resume={args.resume}"] if args.resume else [])]
     if args.dry_run:
-        return dry_run(args.config_file, overrides, demo_evaluators)
+        return dry_run(args.config_file, overrides, named_evaluators)
     cfg = config.load(args.config_file, overrides)
     dist = setup(cfg.train.device)
     try:
@@ -42,8 +42,8 @@ def main(arguments: Sequence[str]) -> int:
             model = build_model(cfg, dist)
             data = build_data(cfg, dist, model)
             describe(cfg, dist, model, data)
-            val = demo_evaluators(cfg, dist, "val")
-            test = demo_evaluators(cfg, dist, "test", controls=cfg.evaluate.controls)
+            val = named_evaluators(cfg, dist, "val")
+            test = named_evaluators(cfg, dist, "test", controls=cfg.evaluate.controls)
             step, scores = train(cfg, dist, model, data, val)
             # The test worlds are opened once, when all is done.
             if test and step == Schedule.of(cfg, data.plan.steps_per_epoch).total:

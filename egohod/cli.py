@@ -103,12 +103,15 @@ def claimed_run(folder: str, dist: Distributed) -> Iterator[None]:
         lock.release()
 
 
-def model_of(checkpoint: str) -> list[str]:
+def model_of(checkpoint: str, overrides: Sequence[str] = ()) -> list[str]:
     """What a checkpoint says about its model, as overrides: it counts more than a configuration file.
+
+    ``overrides`` are the command line's, of which ``model.weights.base`` counts.
 
     Raises :class:`UserError` if it cannot be read.
     """
-    content = open_weights(checkpoint)
+    base = [text.partition("=")[2] for text in overrides if text.startswith("model.weights.base=")]
+    content = open_weights(checkpoint, base=base[-1] if base else None)
     if content.family.is_clip:
         return []
     known = {f"model.{name}": value for name, value in content.model_knobs.items()}

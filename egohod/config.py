@@ -77,6 +77,11 @@ class WeightsConfig:
     path: str | None = knob(
         None, "a file, a run or checkpoint folder, or an open_clip tag such as ViT-B-16:laion2b_s34b_b88k"
     )
+    base: str | None = knob(
+        None,
+        "where the file lies that a small checkpoint (train.trainable other than all) was started from; null is where "
+        "it lay then",
+    )
     adapt: bool = knob(
         False,
         "resize position embeddings to this model's frames, patches and text length, and start parts anew that the "
@@ -153,6 +158,13 @@ class ModelConfig:
         False, "leave out the same places in all frames, so that the motion in the others stays whole"
     )
     drop_path: float = knob(0.0, "stochastic depth of the last vision block, growing linearly from 0", low=0, high=0.95)
+    heads: str = knob(
+        "none",
+        "classification heads on the clip's feature in the shared space: one for all classes (joint) or one for each "
+        "of data.labels.columns, such as verb and noun (parts); none for pretraining and retrieval",
+        choices=("none", "joint", "parts"),
+    )
+    head_dropout: float = knob(0.0, "dropout in front of the heads; AVION fine-tunes with 0.5", low=0, high=0.95)
     gradient_checkpointing: bool = knob(
         False, "recompute blocks in the backward pass: far less memory for about a third more time"
     )
@@ -184,8 +196,9 @@ class SourceConfig:
     format: str = knob(
         "auto",
         "hod: csv with video_id,start_second,end_second,text (or caption); egoclip: EgoClip's table; ego4d: "
-        "narration.json; pickle: list of (video, start, end, text) as LaViLa and AVION release; auto looks at the file",
-        choices=("auto", "hod", "egoclip", "ego4d", "pickle"),
+        "narration.json; pickle: list of (video, start, end, text) as LaViLa and AVION release; ek100, egtea, "
+        "charades: these benchmarks' files; labels: csv with video,start,end,label; auto looks at the file",
+        choices=("auto", "hod", "egoclip", "ego4d", "pickle", "ek100", "egtea", "charades", "labels"),
     )
     columns: dict[str, str] = knob(
         {}, "what this file calls the columns of its format, e.g. {video_id: vid, text: sentence}"
@@ -227,10 +240,37 @@ class SourceConfig:
 
 
 @dataclass
+class LabelsConfig:
+    """What training clips are matched with: their own narration, a relevant text, or a class."""
+
+    target: str = knob(
+        "narration",
+        "narration: what is said of the clip itself (pretraining); relevancy: a text drawn among all that are relevant "
+        "by the classes of verb and nouns; class: the classes of model.heads",
+        choices=("narration", "relevancy", "class"),
+    )
+    threshold: float = knob(
+        0.1, "relevancy: a text above it may be drawn for a clip (EPIC-KITCHENS MIR)", low=0, high=1
+    )
+    sentences: str | None = knob(
+        None,
+        "relevancy: csv of the texts to draw from (EPIC_100_retrieval_train_sentence.csv); null takes the distinct "
+        "narrations of the clips",
+    )
+    columns: list[str] = knob(
+        ["label"], "class: the columns whose values together are a clip's class, such as verb_class and noun_class"
+    )
+    classes: list[str] = knob(
+        [], "class: further annotation files that name classes, such as EPIC_100_validation.csv and actions.csv"
+    )
+
+
+@dataclass
 class DataConfig:
     """From an annotation row to a batch of uint8 clips."""
 
     train: dict[str, SourceConfig] = knob({}, "sources of clips by name")
+    labels: LabelsConfig = part(LabelsConfig)
     strict: bool = knob(False, "stop at the first unusable annotation row; false leaves it out and counts it")
     decoder: str = knob(
         "auto",
@@ -258,6 +298,10 @@ class DataConfig:
     hard_negatives: HardNegativesConfig = part(HardNegativesConfig)
 
 
+# Losses that need to know how relevant each text is to each clip.
+RELEVANCY_LOSSES = ("max_margin", "adaptive_max_margin", "sms", "soft_infonce")
+
+
 @dataclass
 class LossConfig:
     """Clips against narrations, over all processes."""
@@ -265,8 +309,23 @@ class LossConfig:
     name: str = knob(
         "infonce",
         "infonce: symmetric cross-entropy over the batch, the published recipe; sigmoid: every pair judged by itself "
-        "(SigLIP), less sensitive to the batch size",
-        choices=("infonce", "sigmoid"),
+        "(SigLIP), less sensitive to the batch size. For data.labels.target=relevancy: max_margin (AVION), "
+        "adaptive_max_margin (EgoVLP), sms (best known on EK100-MIR), soft_infonce; docs/finetuning.md. "
+        "For data.labels.target=class: classes, cross-entropy of the heads",
+        choices=("infonce", "sigmoid", *RELEVANCY_LOSSES, "classes"),
+    )
+    margin: float | None = knob(
+        None,
+        "of the three losses with a margin, in cosines; null is what their sources use: 0.2 for max_margin, 0.4 for "
+        "adaptive_max_margin, 0.6 for sms",
+        above=0,
+    )
+    tau: float = knob(0.1, "sms: by how much two equally relevant items may differ, in cosines; its source's", low=0)
+    label_smoothing: float = knob(
+        0.0,
+        "classes: share of a label that all classes have in equal parts; AVION fine-tunes with 0.1",
+        low=0,
+        high=0.9,
     )
     local_loss: bool = knob(
         True, "infonce: each process computes its own rows only: exact and cheapest together with gather_with_grad"
@@ -288,7 +347,7 @@ class LossConfig:
 
 @dataclass
 class TrainConfig:
-    """The run and its optimisation (AdamW)."""
+    """The run and its optimisation."""
 
     output: str = knob("runs/pretrain", "run folder: checkpoints, metrics.jsonl, TensorBoard, environment.json")
     duration: str = knob("15 epochs", "length of the run in steps, epochs or samples")
@@ -300,8 +359,29 @@ class TrainConfig:
     )
     trainable: str = knob(
         "all",
-        "adapters trains only the motion adapters, the temporal embedding and the projections of a slow-fast model",
-        choices=("all", "adapters"),
+        "what learns: adapters is the motion adapters, the temporal embedding and the projections of a slow-fast "
+        "model; last_blocks the last train.last_blocks blocks of the vision tower and what follows; vision all but the "
+        "text tower; heads the classification heads alone",
+        choices=("all", "adapters", "last_blocks", "vision", "heads"),
+    )
+    last_blocks: int = knob(4, "for train.trainable=last_blocks", low=1)
+    optimizer: str = knob("adamw", "adamw; sgd as AVION fine-tunes for classes", choices=("adamw", "sgd"))
+    momentum: float = knob(0.9, "SGD's", low=0, high=0.999)
+    layer_decay: float = knob(
+        1.0,
+        "each block of the vision tower learns at this share of the rate of the one after it; 1: all alike",
+        above=0,
+        high=1,
+    )
+    mixup: float = knob(0.0, "classes: mixup's alpha; AVION fine-tunes with 0.8; 0 mixes no clips", low=0)
+    cutmix: float = knob(
+        0.0, "classes: cutmix's alpha; AVION fine-tunes with 1.0; with mixup, one of both by turns", low=0
+    )
+    ema: float = knob(
+        0.0,
+        "moving average of the weights, by its decay per step; it is what is evaluated and saved; 0 keeps none",
+        low=0,
+        high=0.99999,
     )
     lr: float = knob(4e-5, "upstream's base recipe at a global batch of 2,048", above=0)
     betas: list[float] = knob([0.9, 0.999], "AdamW's averages")
@@ -342,12 +422,18 @@ class BenchmarkConfig:
     kind: str = knob(
         "auto",
         "how the annotations are read, docs/evaluation.md; auto is what NAME says, and own for any other name",
-        choices=("auto", "own", "ek100_mir", "ek100_cls", "egtea", "egomcq", "charades_ego"),
+        choices=("auto", "own", "labels", "ek100_mir", "ek100_cls", "egtea", "egomcq", "charades_ego"),
     )
     metadata: str | None = knob(None, "folder of the benchmark's annotation files; for own, the csv of its clips")
     root: str | None = knob(None, "folder of its videos, or an fsspec URI")
     layout: str = knob("auto", "as data.train.NAME.layout", choices=("auto", "chunks", "avion", "whole"))
     chunk_seconds: float = knob(15.0, "length of a chunk", above=0)
+    test_split: int | None = knob(
+        None,
+        "egtea: the only split to test, as a model fine-tuned on its training part needs; null is all",
+        low=1,
+        high=3,
+    )
     protocol: str = knob(
         "auto",
         "frames, views and class prompts by name, docs/evaluation.md; auto is whole_clip for egtea, clean for others",
@@ -367,6 +453,8 @@ class EvaluateConfig:
     batch_size: int = knob(32, "clips encoded at a time", low=1)
     best: str = knob("val/choice_across_clips", "metric that keep_best ranks by (higher is better)")
     benchmarks: dict[str, BenchmarkConfig] = knob({}, "what main_eval.py --benchmark can be asked for")
+    during: list[str] = knob([], "benchmarks of evaluate.benchmarks that are measured while training, as demo_val is")
+    final: list[str] = knob([], "benchmarks that are measured once, when training is done, as demo_test is")
     num_frames: int | None = knob(None, "frames a benchmark shows of each clip; null is the protocol's number", low=1)
     precision: str = knob(
         "fp32",
@@ -554,6 +642,28 @@ def check(config: Config) -> list[tuple[str, str]]:
                 f"train.lr_end is {config.train.lr_end}, but a cosine falls: at most train.lr={config.train.lr}",
             )
         )
+    if config.loss.name in RELEVANCY_LOSSES and config.data.labels.target != "relevancy":
+        problems.append(
+            (
+                "loss.name",
+                f"loss.name={config.loss.name} grades texts by relevancy, so it needs data.labels.target=relevancy",
+            )
+        )
+    classes = (config.model.heads != "none", config.data.labels.target == "class", config.loss.name == "classes")
+    if any(classes) and not all(classes):
+        problems.append(
+            ("model.heads", "model.heads=joint or parts, data.labels.target=class and loss.name=classes go together")
+        )
+    for knob_name in ("mixup", "cutmix"):
+        if getattr(config.train, knob_name) and config.loss.name != "classes":
+            problems.append((f"train.{knob_name}", f"train.{knob_name} mixes labels, so it needs loss.name=classes"))
+    if config.train.trainable == "heads" and config.model.heads == "none":
+        problems.append(("train.trainable", "train.trainable=heads needs heads to train; set model.heads"))
+    for name in (*config.evaluate.during, *config.evaluate.final):
+        if name not in config.evaluate.benchmarks:
+            key = "evaluate.during" if name in config.evaluate.during else "evaluate.final"
+            known = ", ".join(config.evaluate.benchmarks) or "none"
+            problems.append((key, f"{key} names the benchmark '{name}', but evaluate.benchmarks has {known}"))
     weighted = [source.weight is not None for source in config.data.train.values()]
     if any(weighted) and not all(weighted):
         name = f"data.train.{list(config.data.train)[weighted.index(False)]}.weight"

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
+from torch import Tensor
 
 from egohod.config import UserError
 
@@ -78,6 +80,20 @@ def setup(device: str = "auto") -> Distributed:
     dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
     control = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=60))
     return Distributed(rank, world_size, chosen, backend, control)
+
+
+def gather_with_grad(value: Tensor, world_size: int) -> Tensor:
+    """``value`` [B, ...] of all processes, in rank order: [world_size * B, ...].
+
+    Gradients of the answer flow back to the process that each part came from, summed over the processes.
+    """
+    if world_size == 1:
+        return value
+    if not value.is_floating_point():
+        parts = [torch.empty_like(value) for _ in range(world_size)]
+        dist.all_gather(parts, value.contiguous())
+        return torch.cat(parts)
+    return torch.cat(dist_nn.all_gather(value.contiguous()))
 
 
 def pick_device(device: str) -> torch.device:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from egohod.config import UserError
+from egohod.config import RELEVANCY_LOSSES, UserError
 from egohod.evaluation.temporal import CONTROLS
 from tests.support import ROOT, Command
 from tools import ablate
@@ -33,6 +33,16 @@ def test_the_shipped_study_has_its_five_rows_and_three_seeds() -> None:
     assert not {run.folder for run in tuning} & {run.folder for run in runs}
 
 
+def test_the_study_of_losses_fine_tunes_and_leaves_the_test_world_closed_while_tuning() -> None:
+    path = ROOT / "configs" / "ablation_finetune.yml"
+    study = ablate.read_study(path)
+    runs = ablate.plan(study, path, tune=False)
+    assert {run.cfg.loss.name for run in runs} == set(RELEVANCY_LOSSES)
+    assert len(runs) == 12
+    assert all(run.command[1].endswith("main_finetune.py") and list(run.cfg.evaluate.final) == ["test"] for run in runs)
+    assert not any(run.cfg.evaluate.final for run in ablate.plan(study, path, tune=True))
+
+
 def test_mistakes_are_named(tmp_path: Path) -> None:
     runs = ablate.plan(ablate.read_study(CONFIG), CONFIG, tune=False)
     with pytest.raises(UserError, match="no row 'egovidoe'; there are plain_4"):
@@ -56,7 +66,8 @@ def test_tables_say_means_spreads_and_equal_flops(tmp_path: Path) -> None:
     dear = {"title": "dear", "gflop_per_step": 30.0, "million_trainable": 1.0}
     rows = {"cheap": cheap | {"seeds": {0: seed(60.0), 1: seed(64.0)}}, "dear": dear | {"seeds": {0: seed(70.0)}}}
     ablate.at_equal_flops(rows)
-    found = {"rows": rows, "note": "note", "world_of_the_numbers": "test", "equal_flops": "0.3 TFLOP"}
+    told = {"metrics": ablate.METRICS, "chance": ablate.CHANCE}
+    found = {"rows": rows, **told, "note": "note", "world_of_the_numbers": "test", "equal_flops": "0.3 TFLOP"}
     text = ablate.tables(found)
     assert "| cheap | 62.0 ± 2.8 | 62.0 ± 2.8 | 62.0 ± 2.8 | 62.0 ± 2.8 | 10 | 0.50 ± 0.00 | 1.0 | 2 |" in text
     assert "| dear | 10.0 | 10.0 | 10.0 | 10.0 |" in text, "thirty cheap steps buy ten dear ones"

@@ -18,7 +18,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -33,6 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 from egohod import cli, config
 from egohod.config import Config, UserError
 from egohod.demo import make_world
+from egohod.demo.benchmarks import write_benchmarks
 from egohod.demo.world import Variant
 from egohod.evaluation.report import RESULTS_FILE, write_json
 from egohod.evaluation.temporal import CONTROLS
@@ -83,6 +84,12 @@ class Study:
     world: World = field(default_factory=World)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     rows: dict[str, Row] = field(default_factory=dict)
+    # What the runs start, and what all of them have in common.
+    program: str = "main_pretrain.py"
+    overrides: list[str] = field(default_factory=list)
+    # Metrics of the val and the test world with their titles; those drawn and told under controls, with their chance.
+    metrics: dict[str, str] = field(default_factory=lambda: dict(METRICS))
+    chance: dict[str, float] = field(default_factory=lambda: dict(CHANCE))
 
 
 @dataclass(frozen=True)
@@ -125,12 +132,13 @@ def plan(study: Study, path: Path, tune: bool) -> list[Run]:
     for seed in study.seeds:
         for name in study.rows:
             folder = output / f"{name}-{seed}"
-            overrides = [*study.rows[name].overrides, f"train.seed={seed}", f"train.output={folder}"]
-            overrides += ["evaluate.demo_test=null"] if tune else [f"evaluate.controls=[{','.join(CONTROLS)}]"]
+            overrides = [*study.overrides, *study.rows[name].overrides, f"train.seed={seed}", f"train.output={folder}"]
+            unopened = ["evaluate.demo_test=null", "evaluate.final=[]"]
+            overrides += unopened if tune else [f"evaluate.controls=[{','.join(CONTROLS)}]"]
             cfg = config.load(base, overrides)
             if not cfg.train.duration.endswith("steps"):
                 raise UserError(f"{base}: train.duration is '{cfg.train.duration}'; rows are compared by their steps")
-            command = [sys.executable, str(ROOT / "main_pretrain.py"), "--config_file", str(base), *overrides]
+            command = [sys.executable, str(ROOT / study.program), "--config_file", str(base), *overrides]
             made.append(Run(name, seed, folder, command, cfg))
     return made
 
@@ -176,7 +184,7 @@ def gather(study: Study, runs: Sequence[Run], tuned: bool) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for name, row in study.rows.items():
         mine = [run for run in runs if run.row == name]
-        of_seed = {run.seed: _of_run(run, tuned) for run in mine if run.done}
+        of_seed = {run.seed: _of_run(run, tuned, study.metrics) for run in mine if run.done}
         rows[name] = {"title": row.title, **cost(mine[0].cfg), "seeds": of_seed}
     least = at_equal_flops(rows)
     return {
@@ -187,6 +195,8 @@ def gather(study: Study, runs: Sequence[Run], tuned: bool) -> dict[str, Any]:
         + ("" if tuned else "; the test world was opened once for every run, when its training was over"),
         "world_of_the_numbers": "val" if tuned else "test",
         "equal_flops": f"val world, at the step nearest to {least / 1e3:.0f} TFLOP, rates not yet at their end",
+        "metrics": study.metrics,
+        "chance": study.chance,
         "rows": rows,
     }
 
@@ -201,9 +211,9 @@ def at_equal_flops(rows: dict[str, Any]) -> float:
     return least
 
 
-def _of_run(run: Run, tuned: bool) -> dict[str, Any]:
+def _of_run(run: Run, tuned: bool, names: Iterable[str]) -> dict[str, Any]:
     lines = steps_of(run)
-    val = {int(line["step"]): _metrics(line, "val/") for line in lines if "val/motion_transient" in line}
+    val = {int(line["step"]): told for line in lines if (told := _metrics(line, "val/", names))}
     speeds = [line["train/clips_per_second"] for line in lines if "train/clips_per_second" in line]
     found = {
         "commit": json.loads((run.folder / "environment.json").read_text())["commit"],
@@ -213,13 +223,13 @@ def _of_run(run: Run, tuned: bool) -> dict[str, Any]:
     }
     if not tuned:
         metrics = json.loads((run.folder / RESULTS_FILE).read_text())["metrics"]
-        found["test"] = _metrics(metrics, "test/")
-        found["controls"] = {name: _metrics(metrics, f"test/{name}/") for name in CONTROLS}
+        found["test"] = _metrics(metrics, "test/", names)
+        found["controls"] = {name: _metrics(metrics, f"test/{name}/", names) for name in CONTROLS}
     return found
 
 
-def _metrics(line: dict[str, float], prefix: str) -> dict[str, float]:
-    return {name: line[prefix + name] for name in METRICS if prefix + name in line}
+def _metrics(line: dict[str, float], prefix: str, names: Iterable[str]) -> dict[str, float]:
+    return {name: line[prefix + name] for name in names if prefix + name in line}
 
 
 def _nearest(val: dict[int, dict[str, float]], step: float) -> dict[str, float]:
@@ -228,29 +238,29 @@ def _nearest(val: dict[int, dict[str, float]], step: float) -> dict[str, float]:
 
 def tables(found: dict[str, Any]) -> str:
     """The study as Markdown."""
-    world = found["world_of_the_numbers"]
-    head = ["row", *METRICS.values(), "GFLOP a step", "s a step", "M trainable", "seeds"]
+    world, metrics, chance = found["world_of_the_numbers"], found["metrics"], found["chance"]
+    head = ["row", *metrics.values(), "GFLOP a step", "s a step", "M trainable", "seeds"]
     lines = [f"{found['note']}; mean ± standard deviation over seeds, {world} world, equal steps:", "", *_header(head)]
     for row in found["rows"].values():
         seeds = list(row["seeds"].values())
         last = [one["test"] if world == "test" else one["val"][one["steps"]] for one in seeds]
-        cells = [_spread([each[name] for each in last if name in each]) for name in METRICS]
+        cells = [_spread([each[name] for each in last if name in each]) for name in metrics]
         seconds = _spread([one["seconds_per_step"] for one in seeds], "{:.2f}")
         costs = [f"{row['gflop_per_step']:.0f}", seconds, f"{row['million_trainable']:.1f}", str(len(seeds))]
         lines.append(_line([row["title"], *cells, *costs]))
-    lines += ["", f"At equal training FLOPs ({found['equal_flops']}):", "", *_header(["row", *METRICS.values()])]
+    lines += ["", f"At equal training FLOPs ({found['equal_flops']}):", "", *_header(["row", *metrics.values()])]
     for row in found["rows"].values():
         equal = [one["at_equal_flops"] for one in row["seeds"].values()]
-        lines.append(_line([row["title"], *(_spread([e[name] for e in equal if name in e]) for name in METRICS)]))
+        lines.append(_line([row["title"], *(_spread([e[name] for e in equal if name in e]) for name in metrics)]))
     if world == "test":
         lines += ["", "With time destroyed (test world, both paths alike):", ""]
         lines += _header(["row", "questions", "as filmed", *CONTROLS])
         for row in found["rows"].values():
-            for name in CHANCE:
+            for name in chance:
                 seeds = list(row["seeds"].values())
                 under = [[one["controls"][control][name] for one in seeds] for control in CONTROLS]
                 cells = [_spread(values) for values in ([one["test"][name] for one in seeds], *under)]
-                lines.append(_line([row["title"], METRICS[name], *cells]))
+                lines.append(_line([row["title"], metrics[name], *cells]))
     return "\n".join(lines) + "\n"
 
 
@@ -276,8 +286,9 @@ def plot(found: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), sharey=True)
-    for axis, name in zip(axes, CHANCE, strict=True):
+    metrics, chance = found["metrics"], found["chance"]
+    figure, ((*axes,),) = plt.subplots(1, len(chance), figsize=(13, 4), sharey=True, squeeze=False)
+    for axis, name in zip(axes, chance, strict=True):
         for row in found["rows"].values():
             curves = [one["val"] for one in row["seeds"].values()]
             steps = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
@@ -285,9 +296,9 @@ def plot(found: dict[str, Any], path: Path) -> None:
             if steps:
                 (line,) = axis.plot(steps, values.mean(axis=0), label=row["title"])
                 axis.fill_between(steps, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.15)
-        axis.axhline(CHANCE[name], color="grey", linestyle=":", linewidth=1)
-        axis.set(title=METRICS[name], xlabel="steps")
-    axes[0].set_ylabel("right answers, val world (%)")
+        axis.axhline(chance[name], color="grey", linestyle=":", linewidth=1)
+        axis.set(title=metrics[name], xlabel="steps")
+    axes[0].set_ylabel("val world (%)")
     axes[0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
@@ -315,6 +326,9 @@ def main(argv: Sequence[str]) -> int:
         return cli.DONE
     if not args.tables:
         make_world(Path(world.folder), scale=world.scale, variant=world.variant)
+        if study.program != Study.program:
+            # Fine-tuning reads the benchmarks' formats.
+            write_benchmarks(Path(world.folder))
         taken = []
         for number, run in enumerate(todo):
             left = f", {timedelta(seconds=round(np.mean(taken) * (len(todo) - number)))} left" if taken else ""

@@ -5,6 +5,10 @@ hod         csv or tsv: video_id, start_second, end_second, text (or caption) an
 egoclip     EgoClip's table: video_uid, clip_start, clip_end, clip_text, tag_verb, tag_noun
 ego4d       Ego4D's narration.json: {video: {narration_pass_1: {narrations: [{timestamp_sec, narration_text}]}}}
 pickle      LaViLa's and AVION's list of (video, start, end, text or [texts])
+ek100       EPIC_100_*.csv: video_id, start_timestamp, stop_timestamp, narration and the classes
+egtea       a split of EGTEA: <clip> <action> <verb> <noun>, with action_idx.txt beside it; a clip is a file
+charades    CharadesEgo_v1_*.csv with Charades_v1_classes.txt beside it; a clip for each action of a video
+labels      csv: video, start, end, label
 ==========  ===============================================================================================
 
 A reader refuses a file that is not of its format. What is wrong with single entries is left to
@@ -15,6 +19,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import dataclasses
 import difflib
 import gc
 import pickle
@@ -108,7 +113,12 @@ def _guess(path: Path) -> str:
         return "ego4d"
     if path.suffix.lower() in (".pkl", ".pickle"):
         return "pickle"
-    return "egoclip" if {"video_uid", "clip_text"} <= set(_header(path)[0]) else "hod"
+    if path.suffix.lower() == ".txt" and _SPLIT_LINE.match(_first_line(path)):
+        return "egtea"
+    names = set(_header(path)[0])
+    marks = {"egoclip": ("video_uid", "clip_text"), "ek100": ("narration_id", "start_timestamp")}
+    marks |= {"charades": ("id", "actions"), "labels": ("video", "label")}
+    return next((format for format, columns in marks.items() if names.issuperset(columns)), "hod")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -444,9 +454,116 @@ def _as_text(values: Sequence[Any]) -> pa.ChunkedArray:
     return pa.chunked_array([pa.array(map(str, values), pa.large_string())])
 
 
+# --------------------------------------------------------------------------------------------------
+# Labelled clips
+# --------------------------------------------------------------------------------------------------
+
+_EK100 = {"video_id": ("video_id",), "start_second": ("start_timestamp",), "end_second": ("stop_timestamp",)} | {
+    "text": ("narration",)
+}
+_LABELS = {"video_id": ("video",), "start_second": ("start",), "end_second": ("end",)} | {"text": ("label",)}
+# EGTEA's clips are named <person>-<recipe>-<part>-<first ms>-<last ms>-F<first frame>-F<last frame>.
+_SPLIT_LINE = re.compile(r"^\s*(?P<clip>[^\s-]+-[^\s-]+-[^\s-]+-(?P<start>\d+)-(?P<end>\d+)\S*)\s+(?P<action>\d+)\b")
+
+
+def _read_ek100(path: Path, source: SourceConfig, extra: Sequence[str] | None) -> Annotations:
+    return _read_text(path, source, extra, _EK100)
+
+
+def _read_labels(path: Path, source: SourceConfig, extra: Sequence[str] | None) -> Annotations:
+    known = {name for usual in _LABELS.values() for name in usual} | set(source.columns.values())
+    strange = [name for name in _header(path)[0] if name not in known]
+    if strange:
+        raise TableError(
+            f"{path}: unknown column '{strange[0]}'; a csv of labelled clips has video,start,end,label "
+            "(the source's columns can name others)"
+        )
+    found = _read_text(path, source, (), _LABELS)
+    return dataclasses.replace(found, columns=found.columns.append_column("label", found.columns["text"]))
+
+
+def _read_egtea(path: Path, source: SourceConfig, extra: Sequence[str] | None) -> Annotations:
+    names = _egtea_classes(path.with_name("action_idx.txt"))
+    rows: list[tuple[str, float, float, str, str]] = []
+    numbers, broken = [], []
+    for number, line in enumerate(_text_lines(path), start=1):
+        if not line.strip():
+            continue
+        match = _SPLIT_LINE.match(line)
+        if not match or match["action"] not in names:
+            broken.append(f"line {number}: '{line.strip()}' is not '<clip> <action of action_idx.txt> ...'")
+            continue
+        clip, seconds = match["clip"], (int(match["end"]) - int(match["start"])) / 1000
+        # The clip is a file of its own.
+        rows.append((f"{'-'.join(clip.split('-')[:3])}/{clip}", 0.0, seconds, names[match["action"]], match["action"]))
+        numbers.append(number)
+    found = _labelled(rows, numbers, broken, "line", "action")
+    return dataclasses.replace(found, columns=found.columns.append_column("class_name", found.columns["text"]))
+
+
+def _egtea_classes(path: Path) -> dict[str, str]:
+    """Names of the actions by their number, as the file spells it."""
+    pairs = [line.strip().rpartition(" ") for line in _text_lines(path) if line.strip()]
+    return {code: name.lower().replace("_", " ") for name, _, code in pairs}
+
+
+def _read_charades(path: Path, source: SourceConfig, extra: Sequence[str] | None) -> Annotations:
+    lines = _text_lines(path.with_name("Charades_v1_classes.txt"))
+    names = {code: name for code, _, name in (line.strip().partition(" ") for line in lines if line.strip())}
+    codes = {code: str(number) for number, code in enumerate(names)}
+    rows: list[tuple[str, float, float, str, str]] = []
+    numbers, broken = [], []
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        for number, row in enumerate(csv.DictReader(file), start=1):
+            for action in filter(None, (part.strip() for part in (row.get("actions") or "").split(";"))):
+                code, *times = action.split()
+                try:
+                    start, end = (float(time) for time in times)
+                    rows.append((row["id"], start, end, names[code], codes[code]))
+                    numbers.append(number)
+                except (ValueError, KeyError):
+                    broken.append(f"row {number}: '{action}' is not '<class> <start> <end>'")
+    found = _labelled(rows, numbers, broken, "row", "verb_class")
+    # One set of classes in both roles: equal classes are relevant wholly, others not at all.
+    nouns = pa.chunked_array([pa.array([f"[{code}]" for *_, code in rows], pa.large_string())])
+    return dataclasses.replace(found, columns=found.columns.append_column("all_noun_classes", nouns))
+
+
+def _labelled(
+    rows: Sequence[tuple[str, float, float, str, str]], numbers: list[int], broken: list[str], unit: str, label: str
+) -> Annotations:
+    """Entries (video, start, end, text, class), the class in a column called ``label``."""
+    video, start, end, text, code = zip(*rows, strict=True) if rows else ((), (), (), (), ())
+    columns = {"video_id": video, "text": text, label: code}
+    return Annotations(
+        columns=pa.table({name: pa.array(list(values), pa.large_string()) for name, values in columns.items()}),
+        times=(np.array(start, dtype=np.float64), np.array(end, dtype=np.float64)),
+        numbers=np.array(numbers, dtype=np.int64),
+        unit=unit,
+        broken=tuple(broken),
+    )
+
+
+def _text_lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise TableError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise TableError(f"{path}: not UTF-8 text") from error
+
+
+def _first_line(path: Path) -> str:
+    return next((line for line in _text_lines(path) if line.strip()), "")
+
+
 _READERS: dict[str, Callable[[Path, SourceConfig, Sequence[str] | None], Annotations]] = {
     "hod": _read_hod,
     "egoclip": _read_egoclip,
     "ego4d": _read_ego4d,
     "pickle": _read_pickle,
+    "ek100": _read_ek100,
+    "egtea": _read_egtea,
+    "charades": _read_charades,
+    "labels": _read_labels,
 }

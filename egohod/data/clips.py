@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -96,6 +96,16 @@ class View:
     boxes: np.ndarray | None
     """Hands and active object in ``video``, float32 [num_frames, 3, 4], see :class:`~egohod.data.detections.BoxTable`;
     None where no boxes are asked for."""
+    labels: Mapping[str, Tensor] | None = None
+    """What is known of the clip's classes, see :class:`Labels`; None where nothing is asked for."""
+
+
+class Labels(Protocol):
+    """What the clips of a source are matched with when training."""
+
+    def draw(self, index: int, rng: np.random.Generator) -> tuple[str, dict[str, Tensor]]:
+        """The text for clip ``index`` of the source, and values of the same shapes for every clip, by name."""
+        ...
 
 
 class ClipDataset(Dataset[dict[str, Any]]):
@@ -107,7 +117,8 @@ class ClipDataset(Dataset[dict[str, Any]]):
 
     A sample is a dict: ``video`` uint8 [3, num_frames, size, size], ``tokens`` int64 [context], ``index`` (of the clip
     that is delivered), ``fault`` (``None``, or which clips could not be read and why, one per line), and with ``boxes``
-    (training only) the ``boxes`` of :class:`View`, all NaN where a source has no detections. When training, an
+    (training only) the ``boxes`` of :class:`View`, all NaN where a source has no detections; with ``labels`` (training
+    only), one for each source, what they draw. When training, an
     unreadable clip is replaced by another one of its source, chosen by the same randomness; otherwise its
     :class:`VideoError` is raised.
 
@@ -128,8 +139,10 @@ class ClipDataset(Dataset[dict[str, Any]]):
         crop_scale_min: float = 0.5,
         flip: float = 0.0,
         boxes: bool = False,
+        labels: Sequence[Labels] | None = None,
     ) -> None:
         assert sources, "a dataset needs a source"
+        assert labels is None or len(labels) == len(sources), "each source has labels, or none has"
         self.size = size
         self.num_frames = num_frames
         self.train = train
@@ -141,6 +154,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         self._seed = seed
         self._crop_scale_min = crop_scale_min
         self._flip = flip
+        self._labels = labels
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -162,6 +176,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
             index = int(rng.integers(self.starts[source], self.starts[source + 1]))
         tokens = self._tokenizer([view.text])[0]
         sample = {"video": view.video, "tokens": tokens, "index": index, "fault": "\n".join(faults) or None}
+        sample |= {} if view.labels is None else {"labels": view.labels}
         return sample if view.boxes is None else sample | {"boxes": torch.from_numpy(view.boxes)}
 
     def view(self, key: Key) -> View:
@@ -188,9 +203,13 @@ class ClipDataset(Dataset[dict[str, Any]]):
         return np.random.Generator(np.random.Philox(np.random.SeedSequence((self._seed, epoch, index))))
 
     def _view(self, index: int, rng: np.random.Generator) -> View:
-        source, row = self.sources[self._source(index)], self.row(index)
+        number, row = self._source(index), self.row(index)
+        source = self.sources[number]
         frames, seconds = source.read(row, self.num_frames, rng if self.train else None)
-        text = choose_text(row.texts, source.list_text, rng)
+        if self._labels and self.train:
+            text, labels = self._labels[number].draw(index - int(self.starts[number]), rng)
+        else:
+            text, labels = choose_text(row.texts, source.list_text, rng), None
         if not self.train:
             return View(row, frames, None, False, center_crop(frames, self.size), text, None)
         height, width = frames.shape[1:3]
@@ -202,12 +221,12 @@ class ClipDataset(Dataset[dict[str, Any]]):
             boxes = flip_boxes(boxes) if flipped else boxes
         if flipped:
             video, text = flip(video), swap_sides(text)
-        return View(row, frames, box, flipped, video, text, boxes)
+        return View(row, frames, box, flipped, video, text, boxes, labels)
 
 
 def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Samples -> ``video`` uint8 [B, 3, T, H, W], ``tokens`` int64 [B, L] trimmed, ``index`` int64 [B], ``faults``,
-    and ``boxes`` float32 [B, T, 3, 4] if there are any.
+    and ``boxes`` float32 [B, T, 3, 4] and ``labels`` (values by name, each stacked) if there are any.
 
     Trimming happens here, on the CPU, so that the device never has to be asked for a length.
     """
@@ -222,6 +241,9 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
     if "boxes" in samples[0]:
         batch["boxes"] = torch.stack([sample["boxes"] for sample in samples])
+    if "labels" in samples[0]:
+        each = [sample["labels"] for sample in samples]
+        batch["labels"] = {name: torch.stack([labels[name] for labels in each]) for name in each[0]}
     return batch
 
 

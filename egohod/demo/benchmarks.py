@@ -2,7 +2,7 @@
 
 <split>/benchmarks/
     ek100/          EPIC_100_*.csv over the split's own chunks, training rows from the train world
-    egtea/          action_idx.txt, test_split1.txt (2, 3); videos/<session>/<clip>.mp4
+    egtea/          action_idx.txt, train_split1.txt and test_split1.txt (2, 3); videos/<session>/<clip>.mp4
     egomcq/         egomcq.json over the split's own chunks
     charades_ego/   CharadesEgo_v1_test_only1st.csv, Charades_v1_classes.txt; videos/<id>.mp4, two actions each
 """
@@ -99,6 +99,8 @@ def _write_egtea(folder: Path, table: pd.DataFrame, frames: Sequence[np.ndarray]
     code = {f"{verb} {noun}": number for number, (verb, noun) in enumerate(_ACTIONS, start=1)}
     index = [f"{verb.replace(' ', '_').capitalize()} {noun} {code[f'{verb} {noun}']}" for verb, noun in _ACTIONS]
     (folder / "action_idx.txt").write_text("\n".join(index) + "\n")
+    rows = [f"{number},{verb} {noun}" for number, (verb, noun) in enumerate(_ACTIONS, start=1)]
+    (folder / "classes.csv").write_text("\n".join(["action,class_name", *rows]) + "\n")
     splits: list[list[str]] = [[], [], []]
     for row, clip in enumerate(frames):
         action, video = table["action"][row], int(table["video_id"][row].rpartition("_")[2])
@@ -110,8 +112,12 @@ def _write_egtea(folder: Path, table: pd.DataFrame, frames: Sequence[np.ndarray]
             splits[split].append(f"{name} {code[action]} {verb} {noun}")
         (folder / "videos" / session).mkdir(parents=True, exist_ok=True)
         encode(clip, folder / "videos" / session / f"{name}.mp4")
+    everything = list(dict.fromkeys(line for lines in splits for line in lines))
     for number, lines in enumerate(splits, start=1):
-        (folder / f"test_split{number}.txt").write_text("".join(f"{line} \n" for line in lines))
+        # As in the original, a split trains on the clips that it does not test.
+        rest = [line for line in everything if line not in set(lines)]
+        for name, some in (("test", lines), ("train", rest)):
+            (folder / f"{name}_split{number}.txt").write_text("".join(f"{line} \n" for line in some))
 
 
 def _write_egomcq(folder: Path, table: pd.DataFrame, coarse: pd.Series) -> None:

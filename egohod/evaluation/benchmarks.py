@@ -14,15 +14,18 @@ from torch import Tensor, nn
 
 from egohod.config import BenchmarkConfig, Config, UserError
 from egohod.data.files import open_cache
+from egohod.data.labels import ClassSpace
 from egohod.data.text import Tokenizer
 from egohod.distributed import Distributed, pick_precision
 from egohod.evaluation.clips import EvaluationDataset, require_all
 from egohod.evaluation.embed import PLAIN, Report, TokenizerLike, VideoTextModel, embed_clips, embed_texts
 from egohod.evaluation.feature_cache import FeatureCache
+from egohod.evaluation.heads import ClassProbabilities, head_tables
 from egohod.evaluation.protocols import PROTOCOLS, Protocol
 from egohod.evaluation.readers import READERS
 from egohod.evaluation.scores import Score, flat_with_controls
 from egohod.evaluation.tables import EvaluationTable
+from egohod.model.egovideo import DualEncoder
 from egohod.model.zoo import geometry
 
 DEFAULT_PROTOCOLS = {"egtea": "whole_clip"}
@@ -73,8 +76,10 @@ class Benchmark:
         execution: Execution,
         controls: Sequence[str] = (),
         notes: Sequence[str] = (),
+        classes: ClassSpace | None = None,
     ) -> None:
         self.name = name
+        self.classes = classes
         self.dataset = dataset
         self.tables = tables
         self.tokenizer = tokenizer
@@ -91,6 +96,9 @@ class Benchmark:
 
         Raises :class:`UserError` when clips cannot be read (naming all of them) or features are not finite.
         """
+        if self.classes is not None:
+            assert isinstance(model, DualEncoder), f"{type(model).__name__} has no heads"
+            model = ClassProbabilities(model, self.classes)
         assert isinstance(model, VideoTextModel), f"{type(model).__name__} has no encode_video and encode_text"
         run, dataset, kept = self.execution, self.dataset, np.ones(len(self.dataset), dtype=bool)
         # Looked for first: nobody wants to hear of a missing file after an hour of decoding.
@@ -124,9 +132,21 @@ class Benchmark:
         report.clips = len(self.dataset)
         tables = self.tables if kept.all() else [table.restricted(kept) for table in self.tables]
         texts = [text for table in tables for text in table.texts]
-        features = embed_texts(
-            model, texts, self.tokenizer, batch_size=run.batch_size, dist=run.dist, precision=run.precision, cache=cache
-        ).split([len(table.texts) for table in tables])
+        # Heads need no text.
+        embedded = (
+            torch.zeros(0, next(iter(video.values())).shape[1])
+            if not texts
+            else embed_texts(
+                model,
+                texts,
+                self.tokenizer,
+                batch_size=run.batch_size,
+                dist=run.dist,
+                precision=run.precision,
+                cache=cache,
+            )
+        )
+        features = embedded.split([len(table.texts) for table in tables])
         scores = {order: _measure(tables, clips, features) for order, clips in video.items()}
         details = [table.details(video[PLAIN], text) for table, text in zip(tables, features, strict=True)]
         return Measured(scores, details, np.flatnonzero(kept).tolist(), report)
@@ -175,8 +195,11 @@ def benchmark(
     tokenizer: TokenizerLike | None = None,
     controls: Sequence[str] = (),
     protocol: Protocol | None = None,
+    classes: ClassSpace | None = None,
 ) -> Benchmark:
     """The benchmark that ``config`` describes, at the resolution (pixels) and with the tokenizer of a model.
+
+    With ``classes`` it measures the heads of a model instead of its texts.
 
     Everything but the clips is read here, so mistakes surface before anything is computed. Raises :class:`UserError`.
     """
@@ -205,11 +228,12 @@ def benchmark(
     return Benchmark(
         name,
         dataset,
-        content.tables,
+        head_tables(content.tables, classes, f"benchmark {name}") if classes else content.tables,
         tokenizer=tokenizer or Tokenizer(geometry(cfg.model.name).context_length),
         execution=execution,
         controls=controls,
         notes=content.notes,
+        classes=classes,
     )
 
 
@@ -252,6 +276,25 @@ def demo_evaluators(
     """The worlds that ``cfg.evaluate`` names, of those in ``names`` (val, test)."""
     folders = {"val": cfg.evaluate.demo_val, "test": cfg.evaluate.demo_test}
     return [demo_evaluator(cfg, dist, folder, name, controls, execution) for name in names if (folder := folders[name])]
+
+
+def named_evaluators(
+    cfg: Config, dist: Distributed, *names: str, controls: Sequence[str] = (), classes: ClassSpace | None = None
+) -> list[Benchmark]:
+    """What the configuration names to be measured while training (``val``) and when it is done (``test``).
+
+    The demo worlds of :func:`demo_evaluators` and the benchmarks of ``evaluate.during`` and ``evaluate.final``; with
+    ``classes`` the latter measure a model's heads.
+    """
+    chosen = {"val": cfg.evaluate.during, "test": cfg.evaluate.final}
+    made = demo_evaluators(cfg, dist, *names, controls=controls)
+    for name in (each for part in names for each in chosen[part]):
+        made.append(
+            benchmark(
+                cfg, name, cfg.evaluate.benchmarks[name], execution_of(cfg, dist), controls=controls, classes=classes
+            )
+        )
+    return made
 
 
 def asked(cfg: Config, name: str, root: str | None = None, metadata: str | None = None) -> dict[str, BenchmarkConfig]:

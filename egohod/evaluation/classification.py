@@ -36,8 +36,8 @@ class ClassificationTable(EvaluationTable):
     ``texts`` P prompts; ``class_of_text`` [P] in 0..C-1, at least one prompt for each class; ``labels`` [N] true
     classes; ``parts`` maps the name of a coarser label (verb, noun) to its code for each class, [C]: a part's
     probability is the sum over its classes. Metrics are called ``<name>_top1`` and so on. ``class_names`` [C] are for
-    people. ``splits`` are rows of clips: with them, metrics are those of the first split, and ``<metric>_splits`` is
-    the mean of all.
+    people, ``class_keys`` [C] what tells them apart in annotation files. ``splits`` are rows of clips: with them,
+    metrics are those of the first split, and ``<metric>_splits`` is the mean of all.
     """
 
     name: str
@@ -47,6 +47,7 @@ class ClassificationTable(EvaluationTable):
     parts: Mapping[str, IntArray] = field(default_factory=dict)
     class_names: Sequence[str] = ()
     splits: Sequence[IntArray] = ()
+    class_keys: Sequence[tuple[str, ...]] = ()
 
     def measure(self, video: Tensor, text: Tensor) -> dict[str, Score]:
         """Top-1, top-5 and mean class accuracy of the classes and top-1 of their parts, in percent."""
@@ -66,8 +67,7 @@ class ClassificationTable(EvaluationTable):
             count = int(code.max()) + 1
             right = np.concatenate(
                 [
-                    label_ranks(rows.double().div(TEMPERATURE).softmax(dim=1).numpy() @ np.eye(count)[code], labels)
-                    <= 1
+                    label_ranks(self._probabilities(rows).numpy() @ np.eye(count)[code], labels) <= 1
                     for rows, labels in zip(
                         logits[first].split(1000), _pieces(code[self.labels[first]], 1000), strict=True
                     )
@@ -122,6 +122,9 @@ class ClassificationTable(EvaluationTable):
         number = np.cumsum(kept) - 1
         splits = [number[rows[kept[rows]]] for rows in self.splits]
         return dataclasses.replace(self, labels=self.labels[kept], splits=splits)
+
+    def _probabilities(self, logits: Tensor) -> Tensor:
+        return logits.double().div(TEMPERATURE).softmax(dim=1)
 
     def _logits(self, video: Tensor, text: Tensor) -> Tensor:
         return video @ class_features(text, self.class_of_text).T

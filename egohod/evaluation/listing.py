@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from egohod.config import UserError
 from egohod.data.annotations import seconds
+from egohod.data.csv_files import AnnotationError, read_csv
 from egohod.data.decoders import choose_decoder
 from egohod.data.files import VideoError
 from egohod.data.video import ENDINGS
 from egohod.evaluation.clips import ClipList
-from egohod.evaluation.csv_files import AnnotationError, read_csv
 
 CLIP_COLUMNS = ("video_id", "start_second", "end_second")
 

@@ -1,6 +1,7 @@
 """Benchmarks as thin readers: annotation files in, clips and tables out. What the files say is data, never code.
 
 own           a csv of clips with what lies beside it: classes.csv, relevancy.csv, questions.jsonl (docs/evaluation.md)
+labels        a csv of labelled clips: video, start, end, label
 ek100_mir     EPIC_100_retrieval_test.csv and EPIC_100_retrieval_test_sentence.csv
 ek100_cls     EPIC_100_validation.csv with EPIC_100_train.csv or actions.csv or both
 egtea         action_idx.txt and test_split1.txt (2, 3)
@@ -22,10 +23,10 @@ import pyarrow as pa
 
 from egohod.config import BenchmarkConfig, SourceConfig
 from egohod.data.annotations import seconds
+from egohod.data.csv_files import AnnotationError, integers, read_csv
 from egohod.data.table import ClipTable
 from egohod.evaluation.classification import ClassificationTable, MultiLabelTable
 from egohod.evaluation.clips import ClipList, widened
-from egohod.evaluation.csv_files import AnnotationError, integers, read_csv
 from egohod.evaluation.multiple_choice import Question, QuestionTable
 from egohod.evaluation.protocols import Protocol
 from egohod.evaluation.relevancy import csv_relevancy
@@ -62,6 +63,27 @@ class Content:
 
 Reader = Callable[[BenchmarkConfig, Protocol, Path | None], Content]
 """Settings, protocol, folder for what is costly to build."""
+
+
+def read_labels(config: BenchmarkConfig, protocol: Protocol, cache: Path | None) -> Content:
+    """A csv of labelled clips (video, start, end, label): classification, each class told by its name."""
+    path = Path(config.metadata or "")
+    source = SourceConfig(metadata=str(path), root=config.root or "", format="labels")
+    table = ClipTable.read(source, strict=True)
+    names, labels = np.unique(table.column("label").astype(str), return_inverse=True)
+    clips = ClipList(
+        [str(i + 1) for i in range(len(table))],
+        [str(video) for video in table.column("video_id")],
+        table.column("start_second"),
+        table.column("end_second"),
+        config.root or "",
+        config.layout,
+        config.chunk_seconds,
+    )
+    texts = names.tolist()
+    keys = [(name,) for name in texts]
+    made = ClassificationTable("action", texts, np.arange(len(texts)), labels, {}, texts, class_keys=keys)
+    return Content(clips, [made], [f"{table.report.widened} clips were widened to 1 s"] if table.report.widened else [])
 
 
 def read_own(config: BenchmarkConfig, protocol: Protocol, cache: Path | None) -> Content:
@@ -149,7 +171,8 @@ def _own_classes(actions: np.ndarray, path: Path) -> ClassificationTable:
     name = "_".join(parts) or "action"
     labels = np.array([code[action] for action in actions], dtype=np.int64)
     class_of_text = np.array([code[action] for action in prompts["action"]], dtype=np.int64)
-    return ClassificationTable(name, prompts["text"].tolist(), class_of_text, labels, parts, names)
+    keys = [tuple(str(value) for value in row) for row in first[list(parts) or ["action"]].to_numpy()]
+    return ClassificationTable(name, prompts["text"].tolist(), class_of_text, labels, parts, names, class_keys=keys)
 
 
 def read_questions(path: Path, uids: Sequence[str]) -> QuestionTable:
@@ -262,6 +285,7 @@ def read_ek100_cls(config: BenchmarkConfig, protocol: Protocol, cache: Path | No
                 labels,
                 {"verb": verbs, "noun": nouns},
                 [names[pair] for pair in pairs_in_order],
+                class_keys=[(str(verb), str(noun)) for verb, noun in pairs_in_order],
             )
         ],
         notes,
@@ -310,9 +334,9 @@ def read_egtea(config: BenchmarkConfig, protocol: Protocol, cache: Path | None) 
         raise AnnotationError(f"{index}: classes must be numbered from 1 to {len(classes)} without a gap")
     labels: dict[str, int] = {}
     splits: list[list[str]] = []
-    for split in (1, 2, 3):
-        name = f"test_split{split}.txt"
-        if (path := _look(config, name) if split > 1 else _find(config, name)) is None:
+    for split in [config.test_split] if config.test_split else [1, 2, 3]:
+        name, optional = f"test_split{split}.txt", config.test_split is None and split > 1
+        if (path := _look(config, name) if optional else _find(config, name)) is None:
             continue
         splits.append([])
         for number, line in _lines(path):
@@ -330,9 +354,17 @@ def read_egtea(config: BenchmarkConfig, protocol: Protocol, cache: Path | None) 
     texts = [classes[code] for code in sorted(classes)]
     rows = [np.array([row_of[name] for name in split], dtype=np.int64) for split in splits]
     table = ClassificationTable(
-        "action", texts, np.arange(len(texts)), np.array(list(labels.values()), dtype=np.int64), {}, texts, rows
+        "action",
+        texts,
+        np.arange(len(texts)),
+        np.array(list(labels.values()), dtype=np.int64),
+        {},
+        texts,
+        rows,
+        class_keys=[(str(code),) for code in sorted(classes)],
     )
-    return Content(clips, [table], [] if len(splits) == 3 else [f"{len(splits)} of 3 splits are there"])
+    said = f"split {config.test_split} of 3" if config.test_split else f"{len(splits)} of 3 splits are there"
+    return Content(clips, [table], [] if len(splits) == 3 else [said])
 
 
 def read_egomcq(config: BenchmarkConfig, protocol: Protocol, cache: Path | None) -> Content:
@@ -390,6 +422,7 @@ def read_charades_ego(config: BenchmarkConfig, protocol: Protocol, cache: Path |
 
 READERS: dict[str, Reader] = {
     "own": read_own,
+    "labels": read_labels,
     "ek100_mir": read_ek100_mir,
     "ek100_cls": read_ek100_cls,
     "egtea": read_egtea,

@@ -5,35 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from egohod.evaluation.csv_files import AnnotationError, integer_lists, integers, read_csv
+from egohod.data.csv_files import AnnotationError, integer_lists, integers, read_csv
+from egohod.data.relevancy import class_relevancy
 
 CLIP_COLUMNS = ("narration_id", "narration", "verb_class", "all_noun_classes")
-
-
-def class_relevancy(
-    verbs: tuple[np.ndarray, np.ndarray], nouns: tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]]
-) -> NDArray[np.float32]:
-    """Relevancy of M sentences to N clips, float32 [N, M] in 0..1.
-
-    Half of it is for the same verb class, half the intersection over union of the sets of noun classes (SPEC 5, as
-    the challenge defines it). ``verbs`` and ``nouns`` hold those of the clips and those of the sentences.
-    """
-    count = 1 + max((noun for side in nouns for each in side for noun in each), default=0)
-    clips, texts = (_indicator(side, count) for side in nouns)
-    common = clips @ texts.T
-    union = clips.sum(axis=1)[:, None] + texts.sum(axis=1) - common
-    # Two empty sets have nothing in common.
-    np.divide(common, np.maximum(union, 1), out=common)
-    common += verbs[0][:, None] == verbs[1]
-    common /= 2
-    return common
 
 
 def csv_relevancy(clips: Path, sentences: Path, cache: Path | None = None) -> NDArray[np.float32]:
@@ -125,13 +106,6 @@ def _relevancy(clips: Path, sentences: Path) -> NDArray[np.float32]:
         raise AnnotationError(f"{sentences}: row {row + 1}: narration_id '{strange[0]}' is not in {clips}")
     named = [row_of[name] for name in texts["narration_id"]]
     return class_relevancy((verbs, verbs[named]), (nouns, [nouns[row] for row in named]))
-
-
-def _indicator(sets: Sequence[Sequence[int]], count: int) -> NDArray[np.float32]:
-    matrix = np.zeros((len(sets), count), dtype=np.float32)
-    for row, each in zip(matrix, sets, strict=True):
-        row[list(each)] = 1
-    return matrix
 
 
 def _bytes(path: Path) -> bytes:

@@ -35,9 +35,9 @@ def cached_step(
     """Add the gradient of the loss over all micro-batches (of all processes) to the parameters.
 
     Args:
-        forward: micro-batch -> ``video_features`` [b, E], ``text_features`` [b, E], other values of each clip
-            (``box_errors`` [b]) and scalars that all chunks share (``logit_scale``, ``logit_bias``); enters autocast
-            itself if wanted, so that the loss stays in float32.
+        forward: micro-batch -> values of each clip (``video_features`` [b, E], ``text_features`` [b, E], ``box_errors``
+            [b], classes of which the loss takes no gradient) and scalars that all chunks share (``logit_scale``,
+            ``logit_bias``); enters autocast itself if wanted, so that the loss stays in float32.
         model: what ``forward`` calls; under DistributedDataParallel gradients are averaged over the processes
             once, in the last backward pass.
         micro_batches: chunks of this process's batch, anything ``forward`` takes.
@@ -62,12 +62,14 @@ def cached_step(
         for batch in micro_batches:
             states.append(_random_state(device))
             outputs.append(forward(batch))
-    sizes = [len(output["video_features"]) for output in outputs]
+    sizes = [next(len(value) for value in output.values() if value.ndim) for output in outputs]
     # Features are joined; scalars are the same in every chunk.
     joint = {
-        name: (torch.cat([output[name] for output in outputs]) if value.ndim else value).detach().requires_grad_()
+        name: (torch.cat([output[name] for output in outputs]) if value.ndim else value).detach()
         for name, value in outputs[0].items()
     }
+    for value in joint.values():
+        value.requires_grad_(value.is_floating_point())
     result = loss_fn(**joint)
     scale(result["loss"]).backward()
     pulls = {name: value.grad.split(sizes) for name, value in joint.items() if value.ndim and value.grad is not None}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from egohod.config import LossConfig, ModelConfig
 from egohod.model import zoo
+from egohod.model.base import Base
 from egohod.model.slowfast import SlowFastTransformer, slow_frames
 from egohod.model.text import TextTower
 from egohod.model.video import VideoTransformer
@@ -44,6 +45,29 @@ class DualEncoder(nn.Module):
         # A parameter even when fixed, so that it is saved with the weights.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)), requires_grad=learn_temperature)
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
+        self.heads: nn.ModuleDict | None = None
+        self.base: Base | None = None
+        """Weights that are not trained and stay in the file they came from."""
+
+    def add_heads(self, outputs: Mapping[str, int], dropout: float = 0.0) -> None:
+        """Give it classification heads, by name with their classes; it then trains them instead of the text tower."""
+        self.heads = nn.ModuleDict()
+        for name, classes in outputs.items():
+            linear = nn.Linear(self.geometry.embed_dim, classes)
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+            self.heads[name] = nn.Sequential(nn.Dropout(dropout), linear)
+        self.textual.requires_grad_(False)
+        self.logit_scale.requires_grad_(False)
+        if self.logit_bias is not None:
+            self.logit_bias.requires_grad_(False)
+
+    def classify(self, video: Tensor) -> dict[str, Tensor]:
+        """``video`` [B, 3, T, H, W] -> logits of each head by name, float32 [B, C]."""
+        assert self.heads is not None, "the model was built without heads"
+        # The scale of a unit vector's entries would make the heads learn slowly.
+        features = self.encode_video(video) * self.geometry.embed_dim**0.5
+        return {name: head(features).float() for name, head in self.heads.items()}
 
     def encode_video(self, video: Tensor, normalize: bool = True) -> Tensor:
         """``video`` [B, 3, T, H, W], normalised pixels -> float32 [B, E]."""
@@ -56,8 +80,11 @@ class DualEncoder(nn.Module):
     def forward(self, video: Tensor, tokens: Tensor) -> dict[str, Tensor]:
         """Both features, normalised, and the scale (1 / temperature) and bias, if any, of their similarities.
 
-        With a box head also ``boxes`` [B, T, 3, 4]: left hand, right hand and active object of each frame.
+        With a box head also ``boxes`` [B, T, 3, 4]: left hand, right hand and active object of each frame. With
+        classification heads only ``<head>_logits`` [B, C].
         """
+        if self.heads is not None:
+            return {f"{name}_logits": logits for name, logits in self.classify(video).items()}
         output = {"text_features": self.encode_text(tokens), "logit_scale": self.logit_scale.exp()}
         if self.visual.box_head is None:
             output["video_features"] = self.encode_video(video)
@@ -68,6 +95,31 @@ class DualEncoder(nn.Module):
 
     def _video_with_boxes(self, video: Tensor) -> tuple[Tensor, Tensor]:
         return self.visual.forward_with_boxes(video)
+
+    def freeze_all_but_last_blocks(self, count: int) -> None:
+        """Leave the last ``count`` blocks of the vision tower and what follows them to learn."""
+        blocks = len(self.visual.transformer.resblocks)
+        kept = [f"visual.transformer.resblocks.{i}." for i in range(max(0, blocks - count), blocks)]
+        kept += ["visual.ln_post.", "visual.image_projection", "slowfast_projection", "heads."]
+        self._freeze(lambda name: not name.startswith(tuple(kept)))
+
+    def freeze_text(self) -> None:
+        """Leave everything but the text tower to learn."""
+        self._freeze(lambda name: name.startswith("textual."))
+
+    def freeze_all_but_heads(self) -> None:
+        """Leave the classification heads to learn."""
+        self._freeze(lambda name: not name.startswith("heads."))
+
+    def _freeze(self, frozen: Callable[[str], bool]) -> None:
+        for name, parameter in self.named_parameters():
+            if frozen(name):
+                parameter.requires_grad_(False)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Which layer a parameter is of, as timm's layer-wise decay asks; the text tower counts as the last."""
+        stem = r"^visual\.(?:conv1|class_embedding|positional_embedding|temporal_embedding|ln_pre)"
+        return {"stem": stem, "blocks": r"^visual\.transformer\.resblocks\.(\d+)"}
 
     def compile_towers(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """torch.compile both towers in place, without graph breaks; names in the state dict stay."""
@@ -110,10 +162,8 @@ class EgoVideo(DualEncoder):
 
     def freeze_all_but_adapters(self) -> None:
         """Leave the adapters, the temporal embedding and the projections to learn, as upstream's class does."""
-        learning = (".adapter.", "temporal_embedding", "_projection", "logit_", ".box_head.")
-        for name, parameter in self.named_parameters():
-            if not any(part in name for part in learning):
-                parameter.requires_grad_(False)
+        learning = (".adapter.", "temporal_embedding", "_projection", "logit_", ".box_head.", "heads.")
+        self._freeze(lambda name: not any(part in name for part in learning))
 
     def compile_towers(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """See :meth:`DualEncoder.compile_towers`; both paths."""
@@ -133,10 +183,13 @@ def _finish(features: Tensor, normalize: bool) -> Tensor:
     return F.normalize(features, dim=-1) if normalize else features
 
 
-def create_model(config: ModelConfig, loss: LossConfig | None = None) -> DualEncoder:
+def create_model(
+    config: ModelConfig, loss: LossConfig | None = None, classes: Mapping[str, int] | None = None
+) -> DualEncoder:
     """A dual encoder with fresh weights (CLIP's initialisation, from torch's global generator).
 
-    ``loss`` says what else the model needs: the temperature, the sigmoid loss's offset, a head for boxes.
+    ``loss`` says what else the model needs: the temperature, the sigmoid loss's offset, a head for boxes. ``classes``
+    are the outputs of its classification heads by name.
 
     ``config.weights`` and ``config.compile`` are left to the caller: weights are read by
     :mod:`egohod.model.weights`, compiling is :meth:`DualEncoder.compile_towers`.
@@ -182,8 +235,13 @@ def create_model(config: ModelConfig, loss: LossConfig | None = None) -> DualEnc
         "learn_temperature": loss.learn_temperature,
         "bias": loss.bias if loss.name == "sigmoid" else None,
     }
-    if not shape.slowfast:
-        return DualEncoder(VideoTransformer(**vision), textual, **options)
-    fast = config.fast
-    visual = SlowFastTransformer(position=fast.position, pool=fast.pool, spatial=fast.spatial, **vision)
-    return EgoVideo(visual, textual, slow=fast.slow_frames, **options)
+    model: DualEncoder
+    if shape.slowfast:
+        fast = config.fast
+        visual = SlowFastTransformer(position=fast.position, pool=fast.pool, spatial=fast.spatial, **vision)
+        model = EgoVideo(visual, textual, slow=fast.slow_frames, **options)
+    else:
+        model = DualEncoder(VideoTransformer(**vision), textual, **options)
+    if classes:
+        model.add_heads(classes, config.head_dropout)
+    return model

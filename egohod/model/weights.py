@@ -41,6 +41,7 @@ PARTS = (
     _Part("motion adapters", r"visual\..*\.adapter\..*"),
     _Part("merge of the two paths", r"slowfast_projection"),
     _Part("offset of the sigmoid loss", r"logit_bias", only_trains=True),
+    _Part("classification heads", r"heads\..*", only_trains=True),
     _Part("head of the box loss", r"visual\.box_head\..*", only_trains=True),
 )
 
@@ -239,6 +240,8 @@ class _Fitting:
             if value.dim() == 2 and value.shape[0] == wanted.shape[0]:
                 return None, f" (model.embed_dim={value.shape[1]} builds the model of the file{cure})"
             return None, ""
+        if name.startswith("heads."):
+            return None, " (a head for other classes: train it on data with the same ones)"
         resize = _RESIZERS.get(name)
         if resize is None or value.dim() != 2 or value.shape[1] != wanted.shape[1] or 0 in value.shape:
             return None, ""

@@ -13,6 +13,7 @@ at all. ``LAST`` is only a hint for people and scripts; loading goes by the mani
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import io
@@ -31,6 +32,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
 from egohod.config import UserError
+from egohod.data.labels import ClassSpace
+from egohod.model.base import Base, checksum
 from egohod.model.weight_files import WeightFile, from_tensors, read_weights
 
 log = logging.getLogger(__name__)
@@ -69,11 +72,13 @@ class CheckpointStore:
         *,
         metrics: dict[str, float],
         identity: dict[str, Any],
+        base: Base | None = None,
     ) -> Path:
         """Write one checkpoint and drop those no longer kept.
 
-        ``identity`` is what a resumed run must agree with (geometry, batch size, seed ...). Raises
-        :class:`CheckpointError` if it cannot be written; older checkpoints are untouched then.
+        With ``base`` the weights that it names are left out. ``identity`` is what a resumed run must agree with
+        (geometry, batch size, seed ...). Raises :class:`CheckpointError` if it cannot be written; older checkpoints
+        are untouched then.
         """
         final = self.folder / f"step-{step:08d}"
         temporary = self.folder / f".tmp-step-{step:08d}-{os.getpid()}"
@@ -88,6 +93,8 @@ class CheckpointStore:
                 "metrics": metrics,
                 "identity": identity,
                 "sha256": {name: _sha256(temporary / name) for name in (WEIGHTS, TRAINING)},
+                # A checkpoint without one is whole.
+                **({"base": dataclasses.asdict(base)} if base else {}),
             }
             (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
             for name in (WEIGHTS, TRAINING, MANIFEST):
@@ -159,15 +166,18 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def open_weights(source: str | Path, *, download: bool = False) -> WeightFile:
+def open_weights(source: str | Path, *, download: bool = False, base: str | None = None) -> WeightFile:
     """The weights of a file of any family, or of a run or checkpoint folder of this project.
+
+    A checkpoint that holds only what was trained is completed from the file it was started from, or from ``base`` if
+    that lies elsewhere now; a file of other weights is refused.
 
     Raises :class:`UserError` as :func:`open_checkpoint` and :func:`egohod.model.weight_files.read_weights` do.
     """
     if not Path(source).is_dir():
         return read_weights(source, download=download)
     checkpoint = open_checkpoint(Path(source))
-    weights = from_tensors(str(checkpoint.path), checkpoint.weights)
+    weights = from_tensors(str(checkpoint.path), {**_of_base(checkpoint, download, base), **checkpoint.weights})
     identity = checkpoint.manifest["identity"]
     weights.beside = {name: str(value) for name, value in identity.items()}
     # Of a model with one path, the knobs of the other say nothing.
@@ -178,6 +188,41 @@ def open_weights(source: str | Path, *, download: bool = False) -> WeightFile:
     }
     weights.settings.pop("model.fast", None)
     return weights
+
+
+def classes_of(path: Path) -> tuple[str, ClassSpace]:
+    """The kind of heads (``model.heads``) of a checkpoint or run folder, and their classes.
+
+    Raises :class:`CheckpointError` if it has none.
+    """
+    identity = open_checkpoint(path).manifest["identity"]
+    try:
+        keys = tuple(tuple(str(value) for value in key) for key in identity["classes"])
+        names = tuple(str(name) for name in identity["names of the classes"])
+        return str(identity["heads"]), ClassSpace(tuple(identity["data.labels.columns"]), keys, names)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: has no classification heads; give sentences to compare with") from error
+
+
+def _of_base(checkpoint: Checkpoint, download: bool, elsewhere: str | None) -> dict[str, torch.Tensor]:
+    """What a checkpoint leaves in the file it was started from. Raises :class:`CheckpointError`."""
+    said = checkpoint.manifest.get("base")
+    if said is None:
+        return {}
+    where = elsewhere or said["path"]
+    try:
+        tensors = open_weights(where, download=download).tensors
+    except UserError as error:
+        raise CheckpointError(
+            f"{checkpoint.path}: holds only what was trained; the rest is in {where}, which cannot be used ({error}); "
+            "model.weights.base tells where it lies now"
+        ) from error
+    if not all(name in tensors for name in said["names"]) or checksum(tensors, said["names"]) != said["sha256"]:
+        raise CheckpointError(
+            f"{checkpoint.path}: was trained from other weights than {where} holds now (the checksum differs); "
+            "model.weights.base names the right file"
+        )
+    return {name: tensors[name] for name in said["names"]}
 
 
 def read(path: Path) -> Checkpoint:

@@ -137,7 +137,8 @@ def _report_data(cfg: Config, dist: Distributed, model: DualEncoder, say: Report
         f"{plan.steps_per_epoch} steps an epoch, {schedule.total} in all; "
         f"evaluation every {schedule.evaluate}, checkpoint every {schedule.save}",
     )
-    if clips:
+    # Without its classes the model has no heads to try.
+    if clips and (cfg.model.heads == "none" or model.heads is not None):
         step = TrainStep(model, cfg, dist, total_steps=schedule.total, steps_per_epoch=plan.steps_per_epoch)
         loss = step(1, [collate(clips[:2])])["loss"].item()
         say("one step", f"forward, backward and update on {len(clips[:2])} clip(s): loss {loss:.4f}")

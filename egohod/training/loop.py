@@ -20,7 +20,7 @@ from egohod.distributed import Distributed
 from egohod.model.egovideo import DualEncoder
 from egohod.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore, read
 from egohod.training.preemption import Preemption
-from egohod.training.setup import TrainingData
+from egohod.training.setup import TrainingData, build_classes
 from egohod.training.step import TrainStep
 from egohod.training.telemetry import Clock, MetricWindow, Telemetry
 
@@ -109,7 +109,10 @@ def train(
             training |= {"window": window.state_dict(), "ledgers": ledgers}
             try:
                 log.info(
-                    "saved %s", store.save(step, weights, training, metrics=known, identity=identity(cfg, model, data))
+                    "saved %s",
+                    store.save(
+                        step, weights, training, metrics=known, identity=identity(cfg, model, data), base=model.base
+                    ),
                 )
             except CheckpointError as error:
                 if must_succeed:
@@ -133,7 +136,7 @@ def train(
                 telemetry.training(step, means | {"lr": train_step.lr}, clock.lap())
             if last or step % schedule.evaluate == 0:
                 with clock.paused():
-                    scores, evaluated = evaluate(model, evaluators), step
+                    scores, evaluated = evaluate(train_step.averaged, evaluators), step
                     _check_best(cfg, scores)
                     telemetry.write(step, scores)
             if last or stopping or step % schedule.save == 0:
@@ -143,6 +146,7 @@ def train(
                 log.info("stopped after step %d of %d; the same command goes on from there", step, schedule.total)
                 break
     telemetry.close()
+    train_step.settle()
     return step, scores
 
 
@@ -153,6 +157,18 @@ def evaluate(model: nn.Module, evaluators: Sequence[Evaluator]) -> dict[str, flo
 
 def identity(cfg: Config, model: DualEncoder, data: TrainingData) -> dict[str, Any]:
     """What a checkpoint and the run that resumes it must agree on for the trajectory to be the same."""
+    # What pretraining does not have is left out, so that its older checkpoints still agree.
+    more: dict[str, Any] = {}
+    if cfg.data.labels.target != "narration":
+        more["data.labels.target"] = cfg.data.labels.target
+    if cfg.train.ema:
+        more["train.ema"] = cfg.train.ema
+    if model.base:
+        more["what is not trained"] = model.base.sha256
+    if cfg.model.heads != "none":
+        classes = build_classes(cfg)
+        more |= {"heads": cfg.model.heads, "data.labels.columns": list(classes.columns)}
+        more |= {"classes": [list(key) for key in classes.keys], "names of the classes": list(classes.names)}
     shapes = repr([(name, tuple(value.shape)) for name, value in model.state_dict().items()])
     return {
         "model.name": cfg.model.name,
@@ -167,6 +183,7 @@ def identity(cfg: Config, model: DualEncoder, data: TrainingData) -> dict[str, A
         "train.global_batch_size": cfg.train.global_batch_size,
         "data.train": {name: [source.metadata, source.weight] for name, source in cfg.data.train.items()},
         "shapes of the weights": hashlib.sha256(shapes.encode()).hexdigest()[:12],
+        **more,
     }
 
 

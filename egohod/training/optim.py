@@ -1,9 +1,9 @@
-"""AdamW and the learning-rate schedule, from the configuration."""
+"""The optimizer and the learning-rate schedule, from the configuration."""
 
 from __future__ import annotations
 
 import torch
-from timm.optim import param_groups_weight_decay
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.scheduler.scheduler import Scheduler
 
@@ -11,12 +11,17 @@ from egohod.config import TrainConfig, duration_in_steps
 
 
 def build_optimizer(model: torch.nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters; no decay on tensors of one dimension or less.
+    """AdamW or SGD over the trainable parameters; no decay on tensors of one dimension or less.
 
     The fused implementation skips a step with a non-finite gradient on the device itself, so that nothing
     has to wait for the answer (see :mod:`egohod.training.step`).
     """
-    groups = param_groups_weight_decay(model, weight_decay=cfg.weight_decay)
+    if cfg.layer_decay < 1:
+        groups = param_groups_layer_decay(model, weight_decay=cfg.weight_decay, layer_decay=cfg.layer_decay)
+    else:
+        groups = param_groups_weight_decay(model, weight_decay=cfg.weight_decay)
+    if cfg.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, fused=True)
     first, second = cfg.betas
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(first, second), eps=cfg.eps, fused=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +12,20 @@ import psutil
 import torch
 
 from egohod.config import Config, SourceConfig, UserError
-from egohod.data.clips import ClipDataset
+from egohod.data.clips import ClipDataset, Labels
 from egohod.data.files import open_cache
+from egohod.data.labels import (
+    RELEVANCY_COLUMNS,
+    ClassLabels,
+    ClassSpace,
+    RelevantTexts,
+    class_space,
+)
 from egohod.data.loader import BatchPlan, MixedPlan, shares
 from egohod.data.table import ClipTable
 from egohod.data.text import Tokenizer
 from egohod.distributed import Distributed, pick_precision
+from egohod.model.base import base_of
 from egohod.model.egovideo import DualEncoder, EgoVideo, create_model
 from egohod.model.weights import load_weights
 from egohod.training.checkpoint import open_weights
@@ -35,17 +44,19 @@ class TrainingData:
     accumulation: int
 
 
-def build_model(cfg: Config, dist: Distributed) -> DualEncoder:
-    """The model with its starting weights, on the device."""
+def build_model(cfg: Config, dist: Distributed, classes: ClassSpace | None = None) -> DualEncoder:
+    """The model with its starting weights, on the device; its heads are for ``classes``, or those of the data."""
+    if cfg.model.heads != "none" and classes is None:
+        classes = build_classes(cfg)
     torch.manual_seed(cfg.train.seed)
-    model = create_model(cfg.model, cfg.loss)
+    model = create_model(cfg.model, cfg.loss, classes.heads(cfg.model.heads) if classes else None)
     weights = cfg.model.weights
     if weights.source == "scratch":
         ignored = [name for name in ("adapt", "download") if getattr(weights, name)]
         if ignored:
             log.warning("model.weights.source=scratch reads no weights, so model.weights.%s does nothing", ignored[0])
     else:
-        content = open_weights(str(weights.path), download=weights.download)
+        content = open_weights(str(weights.path), download=weights.download, base=weights.base)
         if content.family.is_clip != (weights.source == "clip"):
             right = "clip" if content.family.is_clip else "checkpoint"
             raise UserError(
@@ -57,6 +68,14 @@ def build_model(cfg: Config, dist: Distributed) -> DualEncoder:
         if not isinstance(model, EgoVideo):
             raise UserError(f"train.trainable=adapters needs a ..._Slowfast model; model.name is {cfg.model.name}")
         model.freeze_all_but_adapters()
+    elif cfg.train.trainable == "last_blocks":
+        model.freeze_all_but_last_blocks(cfg.train.last_blocks)
+    elif cfg.train.trainable == "vision":
+        model.freeze_text()
+    elif cfg.train.trainable == "heads":
+        model.freeze_all_but_heads()
+    if cfg.train.trainable != "all" and weights.source != "scratch":
+        model.base = base_of(model, content)
     if cfg.model.compile:
         model.compile_towers()
     return model.to(dist.device)
@@ -69,16 +88,32 @@ def trainable(model: DualEncoder) -> str:
     return f"{learning / 1e6:.1f} of {total / 1e6:.1f} M parameters learn"
 
 
+def trainable_table(model: DualEncoder) -> str:
+    """Parameters by part of the model, in millions: all and those that learn."""
+    rows: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        tower, _, rest = name.partition(".")
+        part = "motion adapters" if ".adapter." in name else f"{tower} blocks" if ".resblocks." in name else tower
+        part = f"{tower}, rest" if part == tower and rest and tower != "heads" else part
+        counts = rows.setdefault(part, [0, 0])
+        counts[0] += parameter.numel()
+        counts[1] += parameter.numel() if parameter.requires_grad else 0
+    lines = [f"{part:<22}{total / 1e6:>10.3f}{learning / 1e6:>10.3f}" for part, (total, learning) in rows.items()]
+    return "\n".join([f"{'M parameters':<22}{'all':>10}{'learning':>10}", *lines])
+
+
 def build_dataset(cfg: Config, size: int) -> ClipDataset:
     """The training clips at ``size`` pixels."""
     sources = active_sources(cfg)
     # Of the columns that training does not read, memory holds those that group clips only.
-    extra = cfg.data.hard_negatives.group_by if cfg.data.hard_negatives.share > 0 else []
+    extra = list(cfg.data.hard_negatives.group_by) if cfg.data.hard_negatives.share > 0 else []
+    extra += label_columns(cfg)
     for name, source in sources.items():
         if source.detections and not cfg.loss.boxes:
             log.warning("data.train.%s.detections does nothing while loss.boxes is 0", name)
+    tables = [ClipTable.read(source, strict=cfg.data.strict, extra=extra) for source in sources.values()]
     return ClipDataset(
-        [(ClipTable.read(source, strict=cfg.data.strict, extra=list(extra)), source) for source in sources.values()],
+        list(zip(tables, sources.values(), strict=True)),
         size=size,
         num_frames=cfg.model.num_frames,
         tokenizer=Tokenizer(),
@@ -89,7 +124,40 @@ def build_dataset(cfg: Config, size: int) -> ClipDataset:
         crop_scale_min=cfg.data.crop_scale_min,
         flip=cfg.data.flip,
         boxes=cfg.loss.boxes > 0,
+        labels=build_labels(cfg, tables),
     )
+
+
+def label_columns(cfg: Config) -> list[str]:
+    """Columns of the annotation files that the labels are made of."""
+    if cfg.data.labels.target == "class":
+        columns = cfg.data.labels.columns
+        return [*columns, *(name.removesuffix("_class") for name in columns if name.endswith("_class"))]
+    return list(RELEVANCY_COLUMNS) if cfg.data.labels.target == "relevancy" else []
+
+
+def build_classes(cfg: Config) -> ClassSpace:
+    """The classes of the training clips and of ``data.labels.classes``."""
+    sources, extra = active_sources(cfg).values(), label_columns(cfg)
+    return class_space([ClipTable.read(source, extra=extra) for source in sources], *_told(cfg))
+
+
+def _told(cfg: Config) -> tuple[list[str], list[str]]:
+    return list(cfg.data.labels.columns), list(cfg.data.labels.classes)
+
+
+def build_labels(cfg: Config, tables: Sequence[ClipTable]) -> list[Labels] | None:
+    """What the clips of each source are matched with; None for their own narrations."""
+    config = cfg.data.labels
+    if config.target == "relevancy":
+        made = [RelevantTexts(table, config.threshold, config.sentences) for table in tables]
+        # Clips of all sources stand in one batch, so they count noun classes alike.
+        most = max(each.noun_classes for each in made)
+        return [each.widened(most) for each in made]
+    if config.target == "class":
+        space = class_space(tables, *_told(cfg))
+        return [ClassLabels(table, space, cfg.model.heads) for table in tables]
+    return None
 
 
 def active_sources(cfg: Config) -> dict[str, SourceConfig]:

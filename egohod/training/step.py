@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -22,6 +23,7 @@ from egohod.loss import build_loss
 from egohod.loss.boxes import box_errors
 from egohod.loss.large_batch import cached_step
 from egohod.model.egovideo import DualEncoder
+from egohod.training.mixing import ClipMixer
 from egohod.training.optim import build_optimizer, build_schedule
 
 
@@ -39,6 +41,9 @@ class TrainStep:
         # Scaling only matters in fp16; the scaler is used in every precision because it also skips steps with
         # non-finite gradients without asking the device (the optimizer is fused).
         self._scaler = torch.amp.GradScaler(dist.device.type, init_scale=2.0**16 if self._is_fp16 else 1.0)
+        self._mixer = ClipMixer(cfg.train) if cfg.train.mixup or cfg.train.cutmix else None
+        self._average = ModelEmaV3(model, decay=cfg.train.ema) if cfg.train.ema else None
+        self._base_names = frozenset(model.base.names if model.base else ())
         self._model: nn.Module = model
         if dist.world_size > 1:
             ids = [dist.device.index] if dist.device.type == "cuda" else None
@@ -50,18 +55,30 @@ class TrainStep:
     @property
     def lr(self) -> float:
         """Learning rate of the last step."""
-        return float(self._optimizer.param_groups[0]["lr"])
+        group = self._optimizer.param_groups[0]
+        return float(group["lr"] / group.get("lr_scale", 1.0))
+
+    @property
+    def averaged(self) -> DualEncoder:
+        """The model to evaluate: the moving average of the weights if there is one."""
+        return self._inner if self._average is None else self._average.module
 
     @property
     def _is_fp16(self) -> bool:
         return self._dtype == torch.float16
 
+    def settle(self) -> None:
+        """Leave the model with the weights that are to be evaluated."""
+        if self._average is not None:
+            self._inner.load_state_dict(self._average.module.state_dict())
+
     def __call__(self, step: int, micro_batches: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Update the weights with one global batch.
 
         ``step`` counts from 1; each micro-batch holds ``video`` uint8 [B, C, T, H, W], ``tokens`` int64 [B, L] and,
-        for the box loss, ``boxes`` [B, T, 3, 4]. Returns scalars: what the loss tells (loss, accuracy, box_error),
-        grad_norm, logit_scale, and skipped (1 where loss or gradient was not finite).
+        for the box loss, ``boxes`` [B, T, 3, 4], and ``labels`` by name for losses that know classes. Returns scalars:
+        what the loss tells (loss, accuracy, box_error), grad_norm, logit_scale, and skipped (1 where loss or gradient
+        was not finite).
         """
         # Dropout and the like depend on (seed, rank, step) alone, so that a resumed run draws the same.
         torch.manual_seed(int(np.random.SeedSequence((*self._seed, step)).generate_state(1)[0]))
@@ -78,6 +95,8 @@ class TrainStep:
         if self._inner.logit_scale.requires_grad:
             with torch.no_grad():
                 self._inner.logit_scale.clamp_(0, self._max_log_scale)
+        if self._average is not None:
+            self._average.update(self._inner)
         return result | {
             "grad_norm": norm,
             "logit_scale": self._inner.logit_scale.detach().exp(),
@@ -87,24 +106,40 @@ class TrainStep:
     def _forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         video = batch["video"].to(self._device, non_blocking=True)
         tokens = batch["tokens"].to(self._device, non_blocking=True)
+        video, mixing = normalise(video), None
+        if self._mixer is not None:
+            video, mixing = self._mixer(video)
         with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
-            output: dict[str, Tensor] = self._model(normalise(video), tokens)
+            output: dict[str, Tensor] = self._model(video, tokens)
+        output |= {name: value.to(self._device, non_blocking=True) for name, value in batch.get("labels", {}).items()}
+        output |= {} if mixing is None else {"mixing": mixing}
         if "boxes" in output:
             target = batch["boxes"].to(self._device, non_blocking=True)
             output["box_errors"] = box_errors(output.pop("boxes"), target)
         return output
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Weights, and everything else that the next step depends on (waits for the device)."""
-        weights = {name: value.detach().cpu() for name, value in self._inner.state_dict().items()}
-        return weights, {"optimizer": self._optimizer.state_dict(), "scaler": self._scaler.state_dict()}
+        """Weights (a base's left out), and everything else that the next step depends on (waits for the device)."""
+        training: dict[str, Any] = {"optimizer": self._optimizer.state_dict(), "scaler": self._scaler.state_dict()}
+        if self._average is not None:
+            # The average is what the checkpoint is for; training goes on with the weights themselves.
+            training["weights"] = self._trained(self._inner)
+        return self._trained(self.averaged), training
 
     def load_state_dict(self, weights: dict[str, Tensor], training: dict[str, Any]) -> None:
         """Continue from what :meth:`state_dict` returned."""
-        self._inner.load_state_dict(weights)
+        kept = {name: value for name, value in self._inner.state_dict().items() if name in self._base_names}
+        self._inner.load_state_dict(kept | training.get("weights", weights))
+        if self._average is not None:
+            self._average.module.load_state_dict(kept | weights)
         wanted = [dict(group, params=None) for group in self._optimizer.param_groups]
         self._optimizer.load_state_dict(training["optimizer"])
         for group, mine in zip(self._optimizer.param_groups, wanted, strict=True):
             # Knobs follow the configuration, averages the checkpoint.
             group.update({name: value for name, value in mine.items() if name != "params"})
         self._scaler.load_state_dict(training["scaler"])
+
+    def _trained(self, model: nn.Module) -> dict[str, Tensor]:
+        return {
+            name: value.detach().cpu() for name, value in model.state_dict().items() if name not in self._base_names
+        }

@@ -14,10 +14,10 @@ from evaluation_cases import ALONE, small_model
 from PIL import Image
 
 from egohod.config import UserError
+from egohod.data.csv_files import AnnotationError
 from egohod.data.transforms import normalise
 from egohod.evaluation import extract as extraction
 from egohod.evaluation.clips import EvaluationDataset
-from egohod.evaluation.csv_files import AnnotationError
 from egohod.evaluation.extract import Progress, extract, remaining, shares
 from egohod.evaluation.feature_index import Features, open_index, read_features, read_index
 from egohod.evaluation.listing import Listing, rows_of_csv, spans, whole_files, windows

@@ -15,9 +15,9 @@ from evaluation_cases import ALONE, assert_at_chance, config, random_features, s
 from torch import Tensor
 
 from egohod.config import BenchmarkConfig, UserError
+from egohod.data.csv_files import AnnotationError
 from egohod.evaluation.benchmarks import Benchmark, asked, benchmark, execution_of
 from egohod.evaluation.classification import ClassificationTable, MultiLabelTable
-from egohod.evaluation.csv_files import AnnotationError
 from egohod.evaluation.multiple_choice import QuestionTable
 from egohod.evaluation.protocols import PROTOCOLS
 from egohod.evaluation.readers import READERS, Content, read_ek100_cls, read_own

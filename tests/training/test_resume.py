@@ -31,9 +31,9 @@ def assert_same(one: object, other: object, where: str = "") -> None:
         assert one == other, where
 
 
-def start(config: Path, *overrides: str, **more: str) -> subprocess.Popen[str]:
+def start(config: Path, *overrides: str, main: str = "main_pretrain.py", **more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "main_pretrain.py", "--config_file", str(config), *overrides],
+        [sys.executable, main, "--config_file", str(config), *overrides],
         cwd=ROOT,
         env=environment(**more),
         stderr=subprocess.PIPE,

@@ -1,0 +1,236 @@
+"""What training clips are matched with besides their own narration: relevant texts, and classes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from egohod.config import UserError
+from egohod.data.csv_files import integer_lists, integers, read_csv
+from egohod.data.relevancy import graded, indicator
+from egohod.data.table import ClipTable
+
+log = logging.getLogger(__name__)
+
+# What relevancy is made of; EPIC-KITCHENS-100's names.
+RELEVANCY_COLUMNS = ("verb_class", "all_noun_classes", "narration_id")
+# How a file whose classes are numbers tells their names.
+NAME_COLUMN = "class_name"
+_CHECKED_AT_ONCE = 256
+
+
+class RelevantTexts:
+    """Draws a text for a clip among all whose relevancy is above ``threshold``, each alike (EPIC-KITCHENS-100 MIR).
+
+    The texts are those of ``sentences`` (narration_id, narration and, or else by the clip of that id, verb_class and
+    noun_classes), or the distinct narrations of the clips. ``noun_classes`` K is how many noun classes they have.
+
+    Raises :class:`UserError` naming the file and the row: no such column, no number, or a clip without a relevant text.
+    """
+
+    def __init__(self, table: ClipTable, threshold: float, sentences: str | None = None) -> None:
+        for name in RELEVANCY_COLUMNS[:2]:
+            if name not in table.column_names:
+                raise UserError(
+                    f"{table.path}: data.labels.target=relevancy needs the column '{name}', as EPIC_100_train.csv has"
+                )
+        verbs, nouns = clip_classes(table)
+        if sentences:
+            self.texts, text_verbs, text_nouns = _sentences(Path(sentences), table, verbs, nouns)
+        else:
+            told = [table.row(i).texts[0] for i in range(len(table))]
+            self.texts, first = (each.tolist() for each in np.unique(told, return_index=True))
+            text_verbs, text_nouns = verbs[first], [nouns[i] for i in first]
+        known = max((noun for side in (nouns, text_nouns) for each in side for noun in each), default=0)
+        self.noun_classes = known + 1
+        self._verbs, self._text_verbs = verbs, text_verbs
+        # Ragged, and not a list of lists: there is no object per row for a worker to touch.
+        self._nouns = np.array([noun for each in nouns for noun in each], dtype=np.int64)
+        self._starts = np.cumsum([0, *(len(each) for each in nouns)])
+        self._text_nouns = indicator(text_nouns, self.noun_classes)
+        self._threshold = threshold
+        self._check(table)
+
+    def draw(self, index: int, rng: np.random.Generator) -> tuple[str, dict[str, Tensor]]:
+        """A relevant text of clip ``index``; ``clip_verbs``, ``text_verbs`` int64 [], their nouns float32 [K]."""
+        relevant = np.flatnonzero(self.relevancy([index])[0] > self._threshold)
+        text = int(relevant[rng.integers(len(relevant))])
+        values = {
+            "clip_verbs": torch.tensor(int(self._verbs[index])),
+            "clip_nouns": torch.from_numpy(self._indicator([index])[0]),
+            "text_verbs": torch.tensor(int(self._text_verbs[text])),
+            "text_nouns": torch.from_numpy(self._text_nouns[text].copy()),
+        }
+        return self.texts[text], values
+
+    def widened(self, noun_classes: int) -> RelevantTexts:
+        """Itself with values for ``noun_classes`` classes, those it knows and others."""
+        more = noun_classes - self.noun_classes
+        self._text_nouns = np.pad(self._text_nouns, ((0, 0), (0, more)))
+        self.noun_classes = noun_classes
+        return self
+
+    def relevancy(self, rows: Sequence[int]) -> np.ndarray:
+        """Of all texts to some clips, float32 [len(rows), texts]."""
+        verbs = self._verbs[list(rows)], self._text_verbs
+        return graded(verbs, (self._indicator(rows), self._text_nouns))
+
+    def _indicator(self, rows: Sequence[int]) -> np.ndarray:
+        return indicator([self._nouns[self._starts[i] : self._starts[i + 1]].tolist() for i in rows], self.noun_classes)
+
+    def _check(self, table: ClipTable) -> None:
+        """Every clip must have a relevant text; clips of equal classes are looked at once."""
+        kinds: dict[tuple[int, ...], int] = {}
+        for i, verb in enumerate(self._verbs.tolist()):
+            kinds.setdefault((verb, *sorted(self._nouns[self._starts[i] : self._starts[i + 1]].tolist())), i)
+        rows = list(kinds.values())
+        for at in range(0, len(rows), _CHECKED_AT_ONCE):
+            some = rows[at : at + _CHECKED_AT_ONCE]
+            lonely = np.flatnonzero(~(self.relevancy(some) > self._threshold).any(axis=1))
+            if len(lonely):
+                row = some[int(lonely[0])]
+                raise UserError(
+                    f"{table.where(row)}: no text is relevant to it (above data.labels.threshold={self._threshold:g}); "
+                    "leave the clip out, or lower the threshold"
+                )
+
+
+@dataclass(frozen=True)
+class ClassSpace:
+    """C classes, each a combination of values of ``columns``: ``keys[c]`` are the values of class c, as text.
+
+    ``names`` [C] are for people.
+    """
+
+    columns: tuple[str, ...]
+    keys: tuple[tuple[str, ...], ...]
+    names: tuple[str, ...]
+
+    @cached_property
+    def numbers(self) -> dict[tuple[str, ...], int]:
+        """The class of each combination of values."""
+        return {key: number for number, key in enumerate(self.keys)}
+
+    @cached_property
+    def parts(self) -> dict[str, tuple[list[str], np.ndarray]]:
+        """By column without ``_class``: its values in order, and which of them each class has, int64 [C]."""
+        found = {}
+        for place, column in enumerate(self.columns):
+            values = sorted({key[place] for key in self.keys}, key=_order)
+            code = {value: number for number, value in enumerate(values)}
+            found[column.removesuffix("_class")] = values, np.array([code[key[place]] for key in self.keys])
+        return found
+
+    def heads(self, kind: str) -> dict[str, int]:
+        """Outputs of each head: one for all classes (``joint``), or one for each column (``parts``)."""
+        if kind == "joint":
+            return {"action": len(self.keys)}
+        return {name: len(values) for name, (values, _) in self.parts.items()} if kind == "parts" else {}
+
+    def number(self, key: Sequence[str], where: str) -> int:
+        """The class of some values. Raises :class:`UserError` naming ``where`` if there is none."""
+        found = self.numbers.get(tuple(key))
+        if found is None:
+            text = ":".join(key)
+            raise UserError(f"{where}: class '{text}' has no training clip and is in no file of data.labels.classes")
+        return found
+
+
+def class_space(tables: Sequence[ClipTable], columns: Sequence[str], further: Sequence[str] = ()) -> ClassSpace:
+    """The classes of the training clips, and of ``further`` files with the same columns (``_class`` may be missing).
+
+    Raises :class:`UserError` for a column that is not there and where there is only one class; says what has no clip.
+    """
+    trained: dict[tuple[str, ...], str] = {}
+    for table in tables:
+        if missing := [name for name in columns if name not in table.column_names]:
+            have = ", ".join(table.column_names)
+            raise UserError(f"{table.path}: no column '{missing[0]}' for data.labels.columns; there are {have}")
+        values = [table.column(name).astype(str) for name in columns]
+        told = [name for column in columns if (name := column.removesuffix("_class")) in table.column_names]
+        spelled = [table.column(name) for name in told] if len(told) == len(columns) else values
+        if NAME_COLUMN in table.column_names:
+            spelled = [table.column(NAME_COLUMN)]
+        for key, words in zip(zip(*values, strict=True), zip(*spelled, strict=True), strict=True):
+            trained.setdefault(key, " ".join(str(each) for each in words).replace("-", " "))
+    named: dict[tuple[str, ...], str] = dict(trained)
+    for path in further:
+        rows = read_csv(Path(path), ())
+        here = [name if name in rows.columns else name.removesuffix("_class") for name in columns]
+        if missing := [name for name in here if name not in rows.columns]:
+            raise UserError(f"{path}: no column '{missing[0]}' for data.labels.columns")
+        spelling = next((name for name in (NAME_COLUMN, "action") if name in rows.columns), None)
+        for row in range(len(rows)):
+            parts = tuple(str(rows[name][row]) for name in here)
+            named.setdefault(parts, str(rows[spelling][row]) if spelling else ":".join(parts))
+    if len(named) < 2:
+        only = next(iter(named.values()))
+        raise UserError(f"{tables[0].path}: all clips are of one class, '{only}'; there is nothing to tell apart")
+    keys = sorted(named, key=lambda key: [_order(value) for value in key])
+    if untrained := [named[key] for key in keys if key not in trained]:
+        log.warning("%d of %d classes have no training clip, such as '%s'", len(untrained), len(keys), untrained[0])
+    for place, column in enumerate(columns):
+        _warn_of_gaps(column, {key[place] for key in keys})
+    return ClassSpace(tuple(columns), tuple(keys), tuple(named[key] for key in keys))
+
+
+class ClassLabels:
+    """The class of every clip of a source."""
+
+    def __init__(self, table: ClipTable, space: ClassSpace, heads: str) -> None:
+        keys = zip(*(table.column(name).astype(str) for name in space.columns), strict=True)
+        classes = np.array([space.number(key, table.where(i)) for i, key in enumerate(keys)], dtype=np.int64)
+        parts = {name: code[classes] for name, (_, code) in space.parts.items()}
+        self._labels = {"action": classes} if heads == "joint" else parts
+        self._names, self._classes = space.names, classes
+
+    def draw(self, index: int, rng: np.random.Generator) -> tuple[str, dict[str, Tensor]]:
+        """The name of the class of clip ``index``, and ``<head>_label`` int64 [] of each head."""
+        labels = {f"{name}_label": torch.tensor(int(label[index])) for name, label in self._labels.items()}
+        return self._names[self._classes[index]], labels
+
+
+def _order(value: str) -> tuple[int, int, str]:
+    """Numbers as numbers, before words."""
+    return (0, int(value), "") if value.isdecimal() else (1, 0, value)
+
+
+def _warn_of_gaps(column: str, values: set[str]) -> None:
+    if all(value.isdecimal() for value in values):
+        ids = sorted(int(value) for value in values)
+        if gaps := sorted(set(range(ids[0], ids[-1] + 1)) - set(ids)):
+            log.warning(
+                "%s: the ids run from %d to %d, but %d of them never occur, such as %d; classes are numbered anew",
+                column, ids[0], ids[-1], len(gaps), gaps[0],
+            )  # fmt: skip
+
+
+def clip_classes(table: ClipTable) -> tuple[np.ndarray, list[list[int]]]:
+    """Verb class of every clip, int64 [N], and its noun classes. Raises :class:`UserError` naming the row."""
+    columns = pd.DataFrame({name: table.column(name).astype(str) for name in RELEVANCY_COLUMNS[:2]})
+    return integers(columns, "verb_class", table.path), integer_lists(columns, "all_noun_classes", table.path)
+
+
+def _sentences(
+    path: Path, table: ClipTable, verbs: np.ndarray, nouns: list[list[int]]
+) -> tuple[list[str], np.ndarray, list[list[int]]]:
+    """Texts of a sentence csv with their verb and noun classes."""
+    rows = read_csv(path, ("narration_id", "narration"), unique="narration_id")
+    texts = [str(text) for text in rows["narration"]]
+    if {"verb_class", "noun_classes"} <= set(rows.columns):
+        return texts, integers(rows, "verb_class", path), integer_lists(rows, "noun_classes", path)
+    row_of = {str(name): row for row, name in enumerate(table.column("narration_id"))}
+    named = []
+    for number, name in enumerate(rows["narration_id"], start=1):
+        if name not in row_of:
+            raise UserError(f"{path}: row {number}: narration_id '{name}' is not in {table.path}")
+        named.append(row_of[name])
+    return texts, verbs[named], [nouns[row] for row in named]

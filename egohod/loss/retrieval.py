@@ -1,0 +1,140 @@
+"""Losses for multi-instance retrieval: a text belongs to many clips, and to some only in part.
+
+Legend: B clips of this process with the text drawn for each, N those of all processes, E the shared space, K noun
+classes. Each process scores its own B rows, clips against all texts and texts against all clips; the mean over the
+processes, which DistributedDataParallel forms, is loss and gradient of the joint batch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from egohod.distributed import gather_with_grad
+
+# Relevancies are sums of halves and small fractions: what differs, differs by more than this.
+EQUAL = 1e-3
+
+
+def relevancy(verbs: tuple[Tensor, Tensor], nouns: tuple[Tensor, Tensor]) -> Tensor:
+    """Relevancy of M items to B others by the classes of both, float [B, M] in 0..1.
+
+    As :func:`egohod.data.relevancy.class_relevancy`, on the device: ``verbs`` int64 [B] and [M], ``nouns`` [B, K] and
+    [M, K], 1 for each class of an item.
+    """
+    (own, other), common = nouns, nouns[0] @ nouns[1].T
+    union = own.sum(dim=1)[:, None] + other.sum(dim=1) - common
+    return ((verbs[0][:, None] == verbs[1]).to(common.dtype) + common / union.clamp(min=1)) / 2
+
+
+class RetrievalLoss(ABC):
+    """What the losses have in common; each defines :meth:`rows`."""
+
+    def __init__(self, *, rank: int = 0, world_size: int = 1) -> None:
+        self._rank, self._world_size = rank, world_size
+
+    def __call__(
+        self,
+        video_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        clip_verbs: Tensor,
+        clip_nouns: Tensor,
+        text_verbs: Tensor,
+        text_nouns: Tensor,
+    ) -> dict[str, Tensor]:
+        """Features [B, E], normalised, and the classes of clips and texts -> scalars ``loss`` and ``accuracy``.
+
+        ``*_verbs`` int64 [B], ``*_nouns`` [B, K]. ``accuracy`` is the share (0 to 1) of the clips whose own text wins.
+        """
+        clips, texts = (clip_verbs, clip_nouns), (text_verbs, text_nouns)
+        own = torch.arange(len(video_features), device=video_features.device) + self._rank * len(video_features)
+        losses, by_video = [], None
+        for mine, others, my_classes, other_classes in (
+            (video_features, text_features, clips, texts),
+            (text_features, video_features, texts, clips),
+        ):
+            similarity = mine @ self._all(others).T
+            by_video = similarity.detach() if by_video is None else by_video
+            verbs, nouns = (self._all(each) for each in other_classes)
+            graded = relevancy((my_classes[0], verbs), (my_classes[1].detach(), nouns.detach()))
+            losses.append(self.rows(similarity, graded, own, logit_scale))
+        assert by_video is not None
+        accuracy = (by_video.argmax(dim=1) == own).float().mean()
+        return {"loss": (losses[0] + losses[1]) / 2, "accuracy": accuracy}
+
+    def _all(self, value: Tensor) -> Tensor:
+        return gather_with_grad(value, self._world_size)
+
+    @abstractmethod
+    def rows(self, similarity: Tensor, graded: Tensor, own: Tensor, logit_scale: Tensor) -> Tensor:
+        """The mean loss of B queries: cosines and relevancies of all items [B, N], the number of each one's own [B]."""
+
+
+class _Pairs(RetrievalLoss):
+    """Losses over the pairs of a query's own item and every other one."""
+
+    def __init__(self, margin: float, *, rank: int = 0, world_size: int = 1) -> None:
+        super().__init__(rank=rank, world_size=world_size)
+        self.margin = margin
+
+    def rows(self, similarity: Tensor, graded: Tensor, own: Tensor, logit_scale: Tensor) -> Tensor:
+        """See :class:`RetrievalLoss`: the mean over B (N - 1) pairs."""
+        lead = similarity.gather(1, own[:, None]) - similarity
+        lost = self.pairs(lead, graded.gather(1, own[:, None]), graded)
+        others = torch.arange(similarity.shape[1], device=own.device) != own[:, None]
+        return (lost * others).sum() / max(1, len(own) * (similarity.shape[1] - 1))
+
+    @abstractmethod
+    def pairs(self, lead: Tensor, own: Tensor, graded: Tensor) -> Tensor:
+        """Loss of each pair [B, N]: by how much the own item is more alike, relevancy of the own [B, 1] and of all."""
+
+
+class MaxMarginLoss(_Pairs):
+    """The own item must be more alike than any other by ``margin`` (Miech et al., 1804.02516).
+
+    As Wray et al. (1908.03477) and AVION's fine-tuning use it: a clip's text is drawn anew among the relevant ones.
+    """
+
+    def pairs(self, lead: Tensor, own: Tensor, graded: Tensor) -> Tensor:
+        """See :class:`_Pairs`."""
+        return F.relu(self.margin - lead)
+
+
+class AdaptiveMaxMarginLoss(_Pairs):
+    """Max-margin whose margin is scaled by the relevancy of the drawn text (EgoVLP's MIR report, 2207.01334)."""
+
+    def pairs(self, lead: Tensor, own: Tensor, graded: Tensor) -> Tensor:
+        """See :class:`_Pairs`."""
+        return F.relu(self.margin * own - lead)
+
+
+class SymmetricMultiSimilarityLoss(_Pairs):
+    """SMS (2406.12256): the lead of one item over another follows the difference of their relevancies, both ways.
+
+    A more relevant item must lead by ``margin`` times the difference, a less relevant one must trail by it, and items
+    that are equally relevant may differ by ``tau``.
+    """
+
+    def __init__(self, margin: float, tau: float, *, rank: int = 0, world_size: int = 1) -> None:
+        super().__init__(margin, rank=rank, world_size=world_size)
+        self.tau = tau
+
+    def pairs(self, lead: Tensor, own: Tensor, graded: Tensor) -> Tensor:
+        """See :class:`_Pairs`."""
+        difference = own - graded
+        lacking = self.margin * difference - lead
+        uneven = F.relu(torch.where(difference > 0, lacking, -lacking))
+        return torch.where(difference.abs() < EQUAL, F.relu(lead.abs() - self.tau), uneven)
+
+
+class SoftInfoNCELoss(RetrievalLoss):
+    """Cross-entropy to the relevancies of all items, each row scaled to sum 1 (soft targets as in 2303.17561)."""
+
+    def rows(self, similarity: Tensor, graded: Tensor, own: Tensor, logit_scale: Tensor) -> Tensor:
+        """See :class:`RetrievalLoss`."""
+        target = graded / graded.sum(dim=1, keepdim=True).clamp(min=EQUAL)
+        return F.cross_entropy(logit_scale * similarity, target)

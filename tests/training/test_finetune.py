@@ -1,0 +1,413 @@
+"""Fine-tuning from annotation files to the report, and what is said about labels that cannot be learned from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from egohod.config import ModelConfig, SourceConfig, TrainConfig, UserError, load
+from egohod.data.labels import ClassLabels, ClassSpace, RelevantTexts, class_space
+from egohod.data.table import ClipTable
+from egohod.demo.benchmarks import write_benchmarks
+from egohod.demo.world import NOUNS
+from egohod.loss.classification import ClassificationLoss
+from egohod.model.egovideo import create_model
+from egohod.training.checkpoint import open_weights
+from egohod.training.mixing import ClipMixer
+from tests.support import ROOT, Command, ShortRun, losses, newest
+
+
+@pytest.fixture(scope="module")
+def ek100(demo_world: Path) -> Path:
+    """The demo world in EPIC-KITCHENS' formats."""
+    if not (demo_world / "test" / "benchmarks").exists():
+        write_benchmarks(demo_world)
+    return demo_world / "test" / "benchmarks" / "ek100"
+
+
+def table(path: Path) -> ClipTable:
+    return ClipTable.read(SourceConfig(metadata=str(path)))
+
+
+def test_texts_are_drawn_by_relevancy(ek100: Path) -> None:
+    clips = table(ek100 / "EPIC_100_train.csv")
+    labels = RelevantTexts(clips, 0.1)
+    rng = np.random.default_rng(0)
+    relevancy = labels.relevancy([3])[0]
+    drawn = [labels.draw(3, rng) for _ in range(300)]
+    assert {text for text, _ in drawn} == {labels.texts[i] for i in np.flatnonzero(relevancy > 0.1)}
+    assert clips.row(3).texts[0] in {text for text, _ in drawn}
+    for text, values in drawn[:20]:
+        verbs = values["clip_verbs"] == values["text_verbs"]
+        nouns = values["clip_nouns"] @ values["text_nouns"]
+        # In this world a clip has one noun.
+        assert relevancy[labels.texts.index(text)] == (float(verbs) + float(nouns)) / 2
+    strict = RelevantTexts(clips, 0.9)
+    assert {strict.draw(3, rng)[0] for _ in range(50)} == {clips.row(3).texts[0]}
+
+
+def test_a_sentence_csv_names_classes_itself_or_through_its_clips(ek100: Path, tmp_path: Path) -> None:
+    clips = pd.read_csv(ek100 / "EPIC_100_train.csv", dtype=str).drop_duplicates("narration")
+    (told := clips[["narration_id", "narration"]]).to_csv(tmp_path / "ids.csv", index=False)
+    told.assign(verb_class=clips["verb_class"], noun_classes=clips["all_noun_classes"]).to_csv(
+        tmp_path / "classes.csv", index=False
+    )
+    both = [
+        RelevantTexts(table(ek100 / "EPIC_100_train.csv"), 0.1, str(tmp_path / name))
+        for name in ("ids.csv", "classes.csv")
+    ]
+    np.testing.assert_array_equal(*(each.relevancy(range(9)) for each in both))
+    told.assign(narration_id="nowhere_" + told["narration_id"]).to_csv(tmp_path / "ids.csv", index=False)
+    with pytest.raises(UserError, match=r"ids\.csv: row 1: narration_id 'nowhere_"):
+        RelevantTexts(table(ek100 / "EPIC_100_train.csv"), 0.1, str(tmp_path / "ids.csv"))
+
+
+def test_a_clip_without_a_relevant_text_is_named(ek100: Path, tmp_path: Path) -> None:
+    clips = pd.read_csv(ek100 / "EPIC_100_train.csv", dtype=str)
+    alone = clips.assign(noun_classes=clips["all_noun_classes"]).drop_duplicates("narration")
+    alone = alone[alone["verb_class"] != clips["verb_class"][0]]
+    alone = alone[alone["all_noun_classes"] != clips["all_noun_classes"][0]]
+    alone.to_csv(tmp_path / "sentences.csv", index=False)
+    with pytest.raises(UserError, match=r"EPIC_100_train\.csv: row 1: no text is relevant"):
+        RelevantTexts(table(ek100 / "EPIC_100_train.csv"), 0.1, str(tmp_path / "sentences.csv"))
+    clips.drop(columns="verb_class").to_csv(tmp_path / "plain.csv", index=False)
+    with pytest.raises(UserError, match=r"plain\.csv: data\.labels\.target=relevancy needs the column 'verb_class'"):
+        RelevantTexts(table(tmp_path / "plain.csv"), 0.1)
+
+
+@pytest.fixture
+def mir(ek100: Path, demo_world: Path, short_run: ShortRun, tmp_path: Path) -> list[str]:
+    """A command that fine-tunes the short run's model for retrieval, four steps of eight clips."""
+    path = tmp_path / "mir.yml"
+    path.write_text(
+        f"""
+model:
+  {{name: DEMO, num_frames: 5, activation: quick_gelu, weights: {{source: checkpoint, path: {short_run.folder}}}}}
+data:
+  train: {{demo: {{metadata: {ek100}/EPIC_100_train.csv, root: {demo_world}/train/videos}}}}
+  labels: {{target: relevancy}}
+  workers: 0
+loss: {{name: sms}}
+train:
+  {{output: {tmp_path}/run, duration: 4 steps, global_batch_size: 8, precision: fp32, lr: 1e-4, log_every: 1 steps,
+    save_every: 1000 steps}}
+evaluate:
+  benchmarks: {{mir: {{kind: ek100_mir, metadata: {ek100}, root: {demo_world}/test/videos}}}}
+  num_frames: 5
+  final: [mir]
+  every: 1000 steps
+"""
+    )
+    return ["--config_file", str(path)]
+
+
+def test_retrieval_from_the_csv_to_the_report(mir: list[str], tmp_path: Path, inside: Command) -> None:
+    done = inside("main_finetune.py", *mir)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]
+    assert 0 < metrics["mir/map"] <= 100
+    assert (tmp_path / "run" / "report.html").stat().st_size > 1000
+    chunks = inside("main_finetune.py", *mir, "train.max_batch_per_process=4", f"train.output={tmp_path}/chunks")
+    assert chunks.returncode == 0, chunks.stderr
+    # The loss over all clips of the batch does not depend on how many are held at a time.
+    assert losses(tmp_path / "chunks")[0][1] == pytest.approx(losses(tmp_path / "run")[0][1], abs=1e-5)
+
+
+def test_a_relevancy_loss_needs_relevancies(mir: list[str], inside: Command) -> None:
+    done = inside("main_finetune.py", *mir, "data.labels.target=narration")
+    assert done.returncode == 2
+    assert "needs data.labels.target=relevancy" in done.stderr
+    done = inside("main_finetune.py", *mir, "evaluate.final=[mri]")
+    assert "evaluate.final names the benchmark 'mri'" in done.stderr
+
+
+def classes(mir: list[str], *columns: str, heads: str = "joint") -> list[str]:
+    """The same command for action classes."""
+    return [
+        *mir,
+        *("loss.name=classes", "data.labels.target=class", f"data.labels.columns=[{','.join(columns)}]"),
+        *(f"model.heads={heads}", "evaluate.benchmarks.mir.kind=ek100_cls", "data.flip=0"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("heads", "recipe"),
+    [
+        ("joint", ["train.optimizer=sgd", "train.mixup=0.8", "train.cutmix=1.0", "loss.label_smoothing=0.1"]),
+        ("parts", ["train.ema=0.9", "train.layer_decay=0.7", "model.head_dropout=0.5", "model.drop_path=0.1"]),
+    ],
+)
+def test_classification_from_the_csv_to_the_report(
+    mir: list[str], ek100: Path, tmp_path: Path, inside: Command, heads: str, recipe: list[str]
+) -> None:
+    command = classes(mir, "verb_class", "noun_class", heads=heads)
+    further = f"data.labels.classes=[{ek100}/EPIC_100_validation.csv]"
+    done = inside("main_finetune.py", *command, *recipe, further, "train.max_batch_per_process=4")
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]
+    for name in ("action_top1", "action_top5", "verb_top1", "noun_top1", "action_mean_class"):
+        assert 0 <= metrics[f"mir/{name}"] <= 100
+    for line in ("M parameters", "textual blocks", "heads"):
+        assert line in done.stderr
+    last = newest(tmp_path / "run")
+    assert last.manifest["identity"]["data.labels.columns"] == ["verb_class", "noun_class"]
+    assert "heads.action.1.weight" in last.weights if heads == "joint" else "heads.verb.1.weight" in last.weights
+    again = inside("main_finetune.py", *command, *recipe, further, "train.max_batch_per_process=4")
+    assert again.returncode == 0, again.stderr
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["metrics"] == metrics
+
+
+def test_heads_labels_and_loss_go_together(mir: list[str], inside: Command) -> None:
+    for override, said in (
+        ("model.heads=joint", "go together"),
+        ("train.mixup=0.8", "mixes labels"),
+        ("train.trainable=heads", "needs heads to train"),
+    ):
+        done = inside("main_finetune.py", *mir, override)
+        assert done.returncode == 2
+        assert said in done.stderr
+
+
+def labelled(folder: Path, labels: list[str], columns: str = "video,start,end,label") -> Path:
+    path = folder / "labels.csv"
+    rows = [f"clip,{i},{i + 2},{label}" for i, label in enumerate(labels)]
+    path.write_text("\n".join([columns, *rows]) + "\n")
+    return path
+
+
+def space_of(path: Path, *columns: str, further: tuple[str, ...] = ()) -> ClassSpace:
+    return class_space([table(path)], columns or ("label",), further)
+
+
+def test_own_labels_are_classes_in_order(tmp_path: Path) -> None:
+    space = space_of(labelled(tmp_path, ["pour", "cut", "pour", "10", "9"]))
+    assert space.names == ("9", "10", "cut", "pour")
+    labels = ClassLabels(table(tmp_path / "labels.csv"), space, "joint")
+    text, values = labels.draw(1, np.random.default_rng(0))
+    assert text == "cut"
+    assert values["action_label"] == 2
+
+
+def test_verb_and_noun_are_marginals(ek100: Path) -> None:
+    space = class_space([table(ek100 / "EPIC_100_train.csv")], ["verb_class", "noun_class"])
+    verbs, code = space.parts["verb"]
+    assert space.heads("joint") == {"action": len(space.keys)}
+    assert space.heads("parts") == {"verb": len(verbs), "noun": len(space.parts["noun"][0])}
+    assert all(verbs[code[i]] == key[0] for i, key in enumerate(space.keys))
+    assert space.names[0].split()[-1] in NOUNS
+
+
+def test_labels_that_cannot_be_learned_from(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(UserError, match=r"labels\.csv: all clips are of one class, 'cut'"):
+        space_of(labelled(tmp_path, ["cut", "cut"]))
+    with pytest.raises(UserError, match=r"labels\.csv: no column 'verb_class' for data\.labels\.columns"):
+        space_of(labelled(tmp_path, ["cut", "pour"]), "verb_class")
+    with pytest.raises(UserError, match=r"labels\.csv: unknown column 'weight'"):
+        table(labelled(tmp_path, ["cut,1", "pour,2"], "video,start,end,label,weight"))
+    space_of(labelled(tmp_path, ["1", "2", "5"]))
+    assert "the ids run from 1 to 5, but 2 of them never occur, such as 3" in caplog.text
+    (tmp_path / "more.csv").write_text("label\ncut\nstir\n")
+    space = space_of(labelled(tmp_path, ["cut", "pour"]), further=(str(tmp_path / "more.csv"),))
+    assert "1 of 3 classes have no training clip, such as 'stir'" in caplog.text
+    with pytest.raises(UserError, match="class 'boil' has no training clip"):
+        space.number(("boil",), "here")
+
+
+def test_a_cut_takes_the_share_of_pixels_that_its_label_says() -> None:
+    torch.manual_seed(0)
+    mixer = ClipMixer(TrainConfig(cutmix=1.0))
+    for _ in range(20):
+        video = torch.arange(4.0).view(4, 1, 1, 1, 1).expand(4, 3, 5, 12, 16).clone()
+        mixed, shares = mixer(video)
+        for clip in range(4):
+            pixels = torch.stack([(mixed[clip] == other).float().mean() for other in range(4)])
+            torch.testing.assert_close(pixels, shares[clip], atol=1e-6, rtol=0)
+        # The same box in every frame.
+        assert (mixed == mixed[:, :, :1]).all()
+
+
+def test_what_is_mixed_follows_from_torchs_generator_alone() -> None:
+    mixer, mixed = ClipMixer(TrainConfig(mixup=0.8, cutmix=1.0)), []
+    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    for _ in range(2):
+        torch.manual_seed(3)
+        mixed.append(mixer(torch.rand(4, 3, 2, 8, 8)))
+    assert torch.equal(mixed[0][0], mixed[1][0])
+    assert torch.equal(mixed[0][1], mixed[1][1])
+    assert (np.random.get_state()[1] == before).all()  # noqa: NPY002
+    with pytest.raises(UserError, match="an even"):
+        mixer(torch.rand(3, 3, 2, 8, 8))
+
+
+def test_the_loss_of_heads_is_cross_entropy_with_smoothing_and_mixing() -> None:
+    torch.manual_seed(0)
+    logits, label = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
+    values = {"verb_logits": logits, "verb_label": label}
+    expected = F.cross_entropy(logits, label, label_smoothing=0.1)
+    torch.testing.assert_close(ClassificationLoss(0.1)(**values)["loss"], expected)
+    shares = torch.eye(4) * 0.7 + torch.eye(4).flip(0) * 0.3
+    mixed = 0.7 * F.cross_entropy(logits, label) + 0.3 * F.cross_entropy(logits, label.flip(0))
+    torch.testing.assert_close(ClassificationLoss()(**values, mixing=shares)["loss"], mixed)
+    # Of two chunks each mixes its own clips.
+    chunks = torch.cat([shares[:2, :2] / 0.7, shares[:2, :2] / 0.7])
+    torch.testing.assert_close(ClassificationLoss()(**values, mixing=chunks)["loss"], F.cross_entropy(logits, label))
+
+
+@pytest.mark.parametrize(
+    ("kind", "learning"),
+    [
+        ("heads", {"heads."}),
+        ("last_blocks", {"heads.", "visual.transformer.resblocks.1.", "visual.ln_post.", "visual.image_projection"}),
+    ],
+)
+def test_what_is_trained(kind: str, learning: set[str]) -> None:
+    model = create_model(ModelConfig(name="DEMO_SMALL", num_frames=2), classes={"action": 3})
+    if kind == "heads":
+        model.freeze_all_but_heads()
+    else:
+        model.freeze_all_but_last_blocks(len(model.visual.transformer.resblocks) - 1)
+        learning = learning | {"visual.transformer.resblocks.2."}
+    found = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert found == {name for name, _ in model.named_parameters() if name.startswith(tuple(learning))}
+
+
+def test_a_small_checkpoint_holds_what_was_trained_and_knows_its_base(
+    mir: list[str], short_run: ShortRun, tmp_path: Path, inside: Command
+) -> None:
+    command = [*classes(mir, "verb_class", "noun_class"), "train.trainable=heads", "evaluate.final=[]"]
+    done = inside("main_finetune.py", *command, "train.duration=2 steps", "train.save_every=1 steps")
+    assert done.returncode == 0, done.stderr
+    last = newest(tmp_path / "run")
+    assert set(last.weights) >= {"heads.action.1.weight", "heads.action.1.bias"}
+    assert not [name for name in last.weights if name.startswith(("visual.", "textual."))]
+    # It goes on, and it is whole again for whoever opens it.
+    assert inside("main_finetune.py", *command, "train.duration=4 steps").returncode == 0
+    whole, base = open_weights(tmp_path / "run"), newest(short_run.folder).weights
+    assert torch.equal(whole.tensors["visual.conv1.weight"], base["visual.conv1.weight"])
+    other = tmp_path / "other"
+    shutil.copytree(short_run.folder, other)
+    (weights,) = other.glob("checkpoints/*/model.safetensors")
+    changed = load_file(weights)
+    changed["visual.conv1.weight"][0, 0] += 1
+    save_file(changed, weights)
+    manifest = json.loads((weights.parent / "manifest.json").read_text())
+    manifest["sha256"]["model.safetensors"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    (weights.parent / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="was trained from other weights than"):
+        open_weights(tmp_path / "run", base=str(other))
+    with pytest.raises(UserError, match=r"/nowhere, which cannot be used .* model\.weights\.base tells where"):
+        open_weights(tmp_path / "run", base="/nowhere")
+    resumed = inside("main_finetune.py", *command, "train.duration=6 steps", f"model.weights.path={other}")
+    assert resumed.returncode == 2
+    assert "was trained with what is not trained=" in resumed.stderr
+    # A head for other classes than the data has.
+    fewer = [*classes(mir, "verb_class"), f"train.output={tmp_path}/fewer", f"model.weights.path={tmp_path}/run"]
+    done = inside("main_finetune.py", *fewer, "evaluate.final=[]")
+    assert done.returncode == 2
+    assert "a head for other classes" in done.stderr
+
+
+def test_own_labels_train_and_are_evaluated(mir: list[str], demo_world: Path, tmp_path: Path, inside: Command) -> None:
+    for split in ("train", "test"):
+        clips = pd.read_csv(demo_world / split / "hod.csv")
+        clips = clips[clips["noun"].isin(pd.read_csv(demo_world / "train" / "hod.csv")["noun"])]
+        renamed = {"video_id": "video", "start_second": "start", "end_second": "end", "noun": "label"}
+        clips.rename(columns=renamed)[list(renamed.values())].to_csv(tmp_path / f"{split}.csv", index=False)
+    command = [*classes(mir, "label"), f"data.train.demo.metadata={tmp_path}/train.csv"]
+    command += ["evaluate.benchmarks.mir.kind=labels", f"evaluate.benchmarks.mir.metadata={tmp_path}/test.csv"]
+    done = inside("main_finetune.py", *command, "train.duration=2 steps")
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]
+    assert 0 <= metrics["mir/action_top1"] <= 100
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "finetune").glob("*.yml")), ids=lambda path: path.stem)
+def test_the_configurations_can_be_used(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for benchmark in ("EK100", "EGTEA", "CHARADES"):
+        monkeypatch.setenv(f"{benchmark}_ANNOTATIONS", "annotations")
+        monkeypatch.setenv(f"{benchmark}_VIDEOS", "videos")
+    for name in ("LABELS", "TEST_LABELS", "VIDEOS", "EGO4D_ROOT", "EGOMCQ_ANNOTATIONS", "CLIP_WEIGHTS"):
+        monkeypatch.setenv(name, "there")
+    if path.stem.startswith("default_"):
+        return  # a part of a configuration
+    cfg = load(path, ["model.weights.path=runs/start"])
+    assert cfg.evaluate.final
+    assert cfg.data.train
+    for line in ("Command:", "Hardware:", "Time:", "Result:"):
+        assert line in path.read_text()
+
+
+def test_the_formats_of_egtea_and_charades(tmp_path: Path) -> None:
+    (tmp_path / "action_idx.txt").write_text("Take bowl 1\nCut_onion 2\n")
+    split = tmp_path / "train_split1.txt"
+    split.write_text("P01-R01-Salad-1000-3500-F000024-F000084 2 1 1 \nnonsense\nP01-R01-Salad-1-2-F0-F1 9 1 1\n")
+    clips = table(split)
+    assert len(clips) == 1
+    row = clips.row(0)
+    assert (row.video_id, row.start, row.end) == ("P01-R01-Salad/P01-R01-Salad-1000-3500-F000024-F000084", 0.0, 2.5)
+    assert row.texts == ("cut onion",)
+    assert clips.column("action").tolist() == ["2"]
+    (tmp_path / "Charades_v1_classes.txt").write_text("c000 Holding clothes\nc001 Opening a door\n")
+    (tmp_path / "train.csv").write_text("id,actions\nABC,c001 1.50 4.20;c000 0 3\nDEF,\n")
+    clips = table(tmp_path / "train.csv")
+    assert [clips.row(i).texts[0] for i in range(2)] == ["Opening a door", "Holding clothes"]
+    assert RelevantTexts(clips, 0.9).relevancy([0, 1]).tolist() == [[0.0, 1.0], [1.0, 0.0]]
+
+
+def test_predict_names_classes_and_writes_a_timeline(
+    mir: list[str], short_run: ShortRun, demo_world: Path, tmp_path: Path, inside: Command
+) -> None:
+    command = [*classes(mir, "verb_class", "noun_class", heads="parts"), "evaluate.final=[]", "train.duration=1 steps"]
+    assert inside("main_finetune.py", *command).returncode == 0
+    chunk = next((demo_world / "test" / "videos").rglob("*.mp4"))
+    run = ["--checkpoint", tmp_path / "run", "--output", tmp_path / "told", "train.device=cpu"]
+    done = inside("predict.py", chunk, *run)
+    assert done.returncode == 0, done.stderr
+    timeline = pd.read_csv(tmp_path / "told" / "timeline.csv")
+    assert (timeline.groupby("start")["rank"].max() == 5).all()
+    assert timeline["score"].between(0, 1).all()
+    assert (tmp_path / "told" / "timeline.png").stat().st_size > 1000
+    done = inside("predict.py", chunk, *run, "--window", "1000")
+    assert len(done.stdout.splitlines()) == 5
+    # The text tower is still there.
+    done = inside("predict.py", chunk, *run, "--window", "1000", "--sentences", "opens the drawer", "cuts")
+    assert sorted(line.split("  ")[1] for line in done.stdout.splitlines()) == ["cuts", "opens the drawer"]
+    done = inside("predict.py", chunk, "--checkpoint", short_run.folder)
+    assert done.returncode == 2
+    assert "has no classification heads" in done.stderr
+
+
+@pytest.mark.ci
+def test_predict_on_a_real_clip(shared: Path, short_run: ShortRun, inside: Command) -> None:
+    clip = next((shared / "media" / "lavila").glob("3c0dffd0*.mp4"))
+    said = ["--sentences", "stirs the sauce", "opens a car", "--window", "1000"]
+    done = inside("predict.py", clip, "--checkpoint", short_run.folder, *said)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 2
+
+
+@pytest.mark.ci
+def test_a_killed_fine_tuning_goes_on_exactly(mir: list[str], tmp_path: Path, program: Command) -> None:
+    from tests.training.test_resume import assert_same, start, wait_for
+
+    straight, broken = (f"train.output={tmp_path}/{name}" for name in ("straight", "broken"))
+    assert program("main_finetune.py", *mir, straight).returncode == 0
+    process = start(Path(mir[1]), broken, "train.save_every=2 steps", main="main_finetune.py")
+    wait_for(process, "saved")
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert program("main_finetune.py", *mir, broken).returncode == 0
+    one, other = newest(tmp_path / "straight"), newest(tmp_path / "broken")
+    assert_same(one.weights, other.weights)
+    assert_same(one.training["optimizer"], other.training["optimizer"])
+    assert losses(tmp_path / "straight") == losses(tmp_path / "broken")

@@ -1,0 +1,47 @@
+"""The mean of several evaluations, such as EGTEA's three splits.
+
+    python tools/mean_results.py runs/egtea_split1 runs/egtea_split2 runs/egtea_split3
+
+Prints a table of every metric that all of them have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+
+from egohod import cli
+from egohod.config import UserError
+from egohod.evaluation.report import FORMAT, RESULTS_FILE, read_json
+from egohod.evaluation.scores import CHANCE
+
+
+def table(folders: Sequence[Path]) -> str:
+    """Every common metric: of each folder, and the mean. Raises :class:`UserError` if there is none."""
+    found = [read_json(each / RESULTS_FILE, FORMAT, "main_eval.py and main_finetune.py write it") for each in folders]
+    metrics = [{name: value for name, value in one["metrics"].items() if value is not None} for one in found]
+    common = [name for name in metrics[0] if all(name in one for one in metrics) and not name.endswith(CHANCE)]
+    if not common:
+        raise UserError(f"{', '.join(map(str, folders))}: have no metric in common")
+    lines = [f"{'metric':<32}" + "".join(f"{each.name[-14:]:>16}" for each in folders) + f"{'mean':>10}"]
+    for name in common:
+        values = [one[name] for one in metrics]
+        lines.append(f"{name:<32}" + "".join(f"{value:>16.2f}" for value in values) + f"{np.mean(values):>10.2f}")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="output folders of evaluations")
+    print(table(parser.parse_args(arguments).folders))
+    return cli.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,142 @@
+"""What happens in a video: the likeliest classes of a fine-tuned model, or how well sentences fit.
+
+    python tools/predict.py clip.mp4 --checkpoint runs/ek100_cls
+    python tools/predict.py clip.mp4 --checkpoint runs/demo --sentences "cuts an onion" "opens the fridge"
+    python tools/predict.py long.mp4 --checkpoint runs/ek100_cls --window 2      writes timeline.csv and timeline.png
+
+A video of more than two windows is told window by window: every row of the csv is a window with its best five, and the
+picture shows the classes that are likeliest over time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+
+from egohod import cli, config
+from egohod.api import load_clip
+from egohod.config import Config
+from egohod.data.decoders import choose_decoder
+from egohod.data.text import Tokenizer
+from egohod.data.transforms import center_crop, normalise
+from egohod.distributed import setup
+from egohod.evaluation.heads import ClassProbabilities
+from egohod.evaluation.listing import spans
+from egohod.model.egovideo import DualEncoder
+from egohod.model.zoo import geometry
+from egohod.training.checkpoint import classes_of
+from egohod.training.setup import build_model
+
+log = logging.getLogger("predict")
+
+SHOWN, DRAWN = 5, 10
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("video", type=Path, metavar="VIDEO", help="a video file")
+    add("overrides", nargs="*", metavar="section.key=value", help="change single knobs, e.g. train.device=cpu")
+    add("--config_file", default="configs/demo.yml", metavar="YAML", help="what the checkpoint does not tell")
+    add(
+        "--checkpoint",
+        required=True,
+        metavar="PATH",
+        help="run or checkpoint folder; with --sentences any weights file",
+    )
+    add("--sentences", nargs="+", metavar="TEXT", help="rank these instead of classes")
+    add("--window", type=float, default=2.0, metavar="SECONDS", help="length of a window of a long video (default: 2)")
+    add("--output", type=Path, default=Path(), metavar="FOLDER", help="where a timeline goes (default: here)")
+    args = parser.parse_intermixed_args(arguments)
+    known = cli.model_of(args.checkpoint, args.overrides)
+    knobs = ["model.weights.source=checkpoint", *known, *args.overrides, f"model.weights.path={args.checkpoint}"]
+    cfg = config.load(args.config_file, knobs)
+    windows = _windows(args.video, args.window, cfg.data.decoder)
+    names, scores = _scores(cfg, args, windows)
+    best = np.argsort(-scores, axis=1, kind="stable")[:, : min(SHOWN, len(names))]
+    if len(windows) == 1:
+        for number in best[0]:
+            print(f"{scores[0, number]:.3f}  {names[number]}")
+        return cli.DONE
+    args.output.mkdir(parents=True, exist_ok=True)
+    _write_csv(args.output / "timeline.csv", windows, names, scores, best)
+    _draw(args.output / "timeline.png", windows, names, scores)
+    for (start, end), row, order in zip(windows, scores, best, strict=True):
+        print(f"{start:8.1f} - {end:.1f} s  {row[order[0]]:.3f}  {names[order[0]]}")
+    log.info("wrote %s and timeline.png", args.output / "timeline.csv")
+    return cli.DONE
+
+
+def _windows(video: Path, window: float, decoder: str) -> list[tuple[float, float]]:
+    """The whole video, or windows of a long one."""
+    opened = choose_decoder(decoder)[1](video, str(video))
+    duration = opened.duration
+    opened.close()
+    return spans(duration, window, window) if duration > 2 * window else [(0.0, duration)]
+
+
+def _scores(
+    cfg: Config, args: argparse.Namespace, windows: Sequence[tuple[float, float]]
+) -> tuple[Sequence[str], np.ndarray]:
+    """What can be said, and how much it is the case in every window [windows, said]: probabilities, or cosines."""
+    dist = setup(cfg.train.device)
+    if args.sentences:
+        encoder: DualEncoder | ClassProbabilities = build_model(cfg, dist).eval()
+        tokens = Tokenizer(encoder.geometry.context_length)(args.sentences).to(dist.device)
+        with torch.inference_mode():
+            names, columns = args.sentences, encoder.encode_text(tokens).T
+    else:
+        cfg.model.heads, classes = classes_of(Path(args.checkpoint))
+        encoder = ClassProbabilities(build_model(cfg, dist, classes), classes).eval()
+        names, columns = classes.names, torch.eye(len(classes.names), device=dist.device)
+    size = geometry(cfg.model.name).image_size
+    rows = []
+    with torch.inference_mode():
+        for start, end in windows:
+            frames = load_clip(args.video, start, end, cfg.model.num_frames, cfg.data.decoder)
+            video = normalise(center_crop(frames, size)[None].to(dist.device))
+            rows.append((encoder.encode_video(video) @ columns)[0].float().cpu().numpy())
+    return names, np.stack(rows)
+
+
+def _write_csv(
+    path: Path, windows: Sequence[tuple[float, float]], names: Sequence[str], scores: np.ndarray, best: np.ndarray
+) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["start", "end", "rank", "label", "score"])
+        for (start, end), row, order in zip(windows, scores, best, strict=True):
+            for rank, number in enumerate(order, start=1):
+                writer.writerow([f"{start:.2f}", f"{end:.2f}", rank, names[number], f"{row[number]:.4f}"])
+
+
+def _draw(path: Path, windows: Sequence[tuple[float, float]], names: Sequence[str], scores: np.ndarray) -> None:
+    """The likeliest classes over time, a row each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = np.argsort(-scores.max(axis=0), kind="stable")[:DRAWN]
+    edges = [start for start, _ in windows] + [windows[-1][1]]
+    figure, axis = plt.subplots(figsize=(12, 1 + 0.35 * len(shown)))
+    mesh = axis.pcolormesh(edges, np.arange(len(shown) + 1), scores[:, shown].T, cmap="viridis")
+    axis.set(yticks=np.arange(len(shown)) + 0.5, yticklabels=[names[i] for i in shown], xlabel="seconds")
+    axis.invert_yaxis()
+    figure.colorbar(mesh, label="score")
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

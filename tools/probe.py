@@ -1,0 +1,70 @@
+"""Linear and k-nearest-neighbour probes: how much do the features of a frozen model know about classes?
+
+    python tools/extract_features.py ... --output features/train      (and features/test; docs/evaluation.md)
+    python tools/probe.py --train features/train --test features/test
+
+The class of a clip is its text in the index. Prints top-1 and mean class accuracy of both probes on the test clips;
+weight decay and k are chosen on a tenth of the training clips, never on the test clips.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+
+from egohod import cli
+from egohod.config import UserError
+from egohod.evaluation.feature_index import Features, read_features
+from egohod.evaluation.probes import knn_probe, linear_probe
+
+
+def classes(train: Features, test: Features) -> tuple[np.ndarray, np.ndarray, int]:
+    """Class numbers of both, from their texts. Raises :class:`UserError` where there is nothing to tell apart."""
+    names = sorted(set(train.texts))
+    if len(names) < 2:
+        raise UserError(f"all training clips are of one class, '{names[0]}'; there is nothing to tell apart")
+    number = {name: i for i, name in enumerate(names)}
+    if unknown := [text for text in test.texts if text not in number]:
+        raise UserError(f"class '{unknown[0]}' has test clips, but no training clip")
+    return np.array([number[t] for t in train.texts]), np.array([number[t] for t in test.texts]), len(names)
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add(
+        "--train",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="features of tools/extract_features.py to learn from",
+    )
+    add("--test", type=Path, required=True, metavar="FOLDER", help="features to be told the class of")
+    add("--seed", type=int, default=0)
+    args = parser.parse_args(arguments)
+    train, test = (read_features(folder)[0] for folder in (args.train, args.test))
+    train_labels, test_labels, count = classes(train, test)
+    features, asked = torch.from_numpy(train.features), torch.from_numpy(test.features)
+    print(f"{len(features):,} training clips, {len(asked):,} test clips, {count} classes")
+    for name, probe in (("linear", linear_probe), ("k-NN", knn_probe)):
+        begin = time.monotonic()
+        found = probe(features, torch.from_numpy(train_labels), asked, count, seed=args.seed)
+        right = (found.classes.numpy() == test_labels).astype(float)
+        mean = np.mean([right[test_labels == c].mean() for c in np.unique(test_labels)])
+        seconds = time.monotonic() - begin
+        print(
+            f"{name:<7} top-1 {100 * right.mean():.2f}, mean class {100 * mean:.2f}  ({found.chosen}; {seconds:.1f} s)"
+        )
+    return cli.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
