@@ -189,7 +189,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
 
     def _view(self, index: int, rng: np.random.Generator) -> View:
         source, row = self.sources[self._source(index)], self.row(index)
-        frames, seconds = source.read(row, self.num_frames, rng if self.train else None)
+        frames, seconds, _ = source.read(row, self.num_frames, rng if self.train else None)
         text = choose_text(row.texts, source.list_text, rng)
         if not self.train:
             return View(row, frames, None, False, center_crop(frames, self.size), text, None)
