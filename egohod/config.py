@@ -184,9 +184,10 @@ class SourceConfig:
     metadata: str = knob("", "annotation file")
     format: str = knob(
         "auto",
-        "hod: csv with video_id,start_second,end_second,text (or caption); egoclip: EgoClip's table; ego4d: "
-        "narration.json; pickle: list of (video, start, end, text) as LaViLa and AVION release; auto looks at the file",
-        choices=("auto", "hod", "egoclip", "ego4d", "pickle"),
+        "hod: csv with video_id,start_second,end_second,text (or caption); ek100: EPIC-KITCHENS-100's csv; egoclip: "
+        "EgoClip's table; ego4d: narration.json; pickle: list of (video, start, end, text) as LaViLa and AVION release "
+        "it; auto looks at the file",
+        choices=("auto", "hod", "ek100", "egoclip", "ego4d", "pickle"),
     )
     columns: dict[str, str] = knob(
         {}, "what this file calls the columns of its format, e.g. {video_id: vid, text: sentence}"

@@ -2,6 +2,7 @@
 
 ==========  ===============================================================================================
 hod         csv or tsv: video_id, start_second, end_second, text (or caption) and any others
+ek100       EPIC-KITCHENS-100's csv: video_id, start_timestamp, stop_timestamp, narration, narration_id (the uid)
 egoclip     EgoClip's table: video_uid, clip_start, clip_end, clip_text, tag_verb, tag_noun
 ego4d       Ego4D's narration.json: {video: {narration_pass_1: {narrations: [{timestamp_sec, narration_text}]}}}
 pickle      LaViLa's and AVION's list of (video, start, end, text or [texts])
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import dataclasses
 import difflib
 import gc
 import pickle
@@ -108,7 +110,10 @@ def _guess(path: Path) -> str:
         return "ego4d"
     if path.suffix.lower() in (".pkl", ".pickle"):
         return "pickle"
-    return "egoclip" if {"video_uid", "clip_text"} <= set(_header(path)[0]) else "hod"
+    names = set(_header(path)[0])
+    if {"video_uid", "clip_text"} <= names:
+        return "egoclip"
+    return "ek100" if {"narration_id", "start_timestamp", "stop_timestamp", "narration"} <= names else "hod"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -122,6 +127,9 @@ _HOD = {"video_id": ("video_id",), "start_second": ("start_second",), "end_secon
 _EGOCLIP = {"video_id": ("video_uid",), "start_second": ("clip_start",), "end_second": ("clip_end",)} | {
     "text": ("clip_text",)
 }
+_EK100 = {"video_id": ("video_id",), "start_second": ("start_timestamp",), "end_second": ("stop_timestamp",)} | {
+    "text": ("narration",)
+}
 
 
 def _read_hod(path: Path, source: SourceConfig, extra: Sequence[str] | None) -> Annotations:
@@ -130,6 +138,11 @@ def _read_hod(path: Path, source: SourceConfig, extra: Sequence[str] | None) -> 
 
 def _read_egoclip(path: Path, source: SourceConfig, extra: Sequence[str] | None) -> Annotations:
     return _read_text(path, source, extra, _EGOCLIP)
+
+
+def _read_ek100(path: Path, source: SourceConfig, extra: Sequence[str] | None) -> Annotations:
+    columns = {"uid": "narration_id"} | source.columns
+    return _read_text(path, dataclasses.replace(source, columns=columns), extra, _EK100)
 
 
 def _read_text(
@@ -446,6 +459,7 @@ def _as_text(values: Sequence[Any]) -> pa.ChunkedArray:
 
 _READERS: dict[str, Callable[[Path, SourceConfig, Sequence[str] | None], Annotations]] = {
     "hod": _read_hod,
+    "ek100": _read_ek100,
     "egoclip": _read_egoclip,
     "ego4d": _read_ego4d,
     "pickle": _read_pickle,

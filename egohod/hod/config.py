@@ -1,0 +1,75 @@
+"""Every knob of the HOD pipeline, with the reason for each default."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from egohod.config import SourceConfig, knob, load_as, out_of_range, part
+
+# Settings of a training's source that this pipeline has no use for.
+_IDLE = ("weight", "detections")
+
+
+@dataclass
+class WindowsConfig:
+    """Videos without narrations, cut into clips; used where source.metadata is empty."""
+
+    seconds: float = knob(4.0, "length of a window", above=0)
+    stride: float = knob(4.0, "from one window's start to the next; less than the length overlaps them", above=0)
+
+
+@dataclass
+class DemoConfig:
+    """The demo world, rendered before anything else if it is not there."""
+
+    folder: str | None = knob(None, "where it lies; null is no demo")
+    scale: float = knob(1.0, "its size; 1 has 2,000 clips to train on", above=0, high=100)
+
+
+@dataclass
+class HodConfig:
+    """The pipeline as a whole."""
+
+    output: str = knob("hod.csv", "the narrations; what the stages found out lies beside, in OUTPUT.work")
+    source: SourceConfig = part(SourceConfig)
+    windows: WindowsConfig = part(WindowsConfig)
+    demo: DemoConfig = part(DemoConfig)
+    frames: int = knob(16, "frames looked at in each clip, as published", low=1)
+    decoder: str = knob("auto", "as data.decoder of a training", choices=("auto", "torchcodec", "pyav", "decord"))
+    workers: int = knob(2, "processes that decode and detect; 0 does so in the main process", low=0)
+    keep: list[str] = knob(
+        [], "further columns of the metadata that the output has too, for instance to group hard negatives by"
+    )
+    dataset: str = knob("", "dataset column of rows whose metadata has none; a training chooses the video root by it")
+    seed: int = knob(0, "draws one of several narrations of a clip, where source.list_text=random", low=0)
+    block: int = knob(
+        256,
+        "clips whose results share a file, and the least that a shard has; another value does not find what is done",
+        low=1,
+    )
+    max_bad_fraction: float = knob(
+        0.05,
+        "stop when more than this share of the rows, or of the clips a stage was tried on, fails; fewer than a "
+        "thousand are judged as a thousand",
+        low=0,
+        high=1,
+    )
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> HodConfig:
+    """Read a file as :func:`egohod.config.load` does. Raises :class:`~egohod.config.ConfigError`."""
+    return load_as(HodConfig, path, overrides, check)
+
+
+def check(config: HodConfig) -> list[tuple[str, str]]:
+    """Everything that is out of range or contradicts itself, as (key, what is wrong with it)."""
+    problems = out_of_range(config)
+    unused = SourceConfig()
+    problems += [
+        (f"source.{name}", f"source.{name} is a setting of trainings, the pipeline has no use for it")
+        for name in _IDLE
+        if getattr(config.source, name) != getattr(unused, name)
+    ]
+    return problems
