@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -135,6 +136,27 @@ class Pipeline:
         with Block(self.work.block(index // self._block)) as block:
             found = {name: block.get(name, key) for name, key in self.keys(index).items()}
         return {name: each for name, each in found.items() if each is not None}
+
+    def count_known(self, shard: Shard) -> dict[str, int]:
+        """Clips of a shard that each stage has been through."""
+        counts = dict.fromkeys(self._settings, 0)
+        for number in shard.blocks(len(self.table), self._block):
+            with Block(self.work.block(number)) as block:
+                for index in self.indices(number):
+                    for name, key in self.keys(index).items():
+                        counts[name] += block.get(name, key) is not None
+        return counts
+
+    def try_out(self, index: int) -> Iterator[tuple[str, Found, float]]:
+        """Take one clip through the stages up to a failure, and write nothing: (stage, what came out, seconds)."""
+        before: dict[str, Any] = {}
+        for stage in self.stages:
+            began = time.perf_counter()
+            ((_, found),) = stage.run([Task(index, "", before)])
+            yield stage.name, found, time.perf_counter() - began
+            if found.fault:
+                return
+            before = before | {stage.name: found.value}
 
     def run(self, name: str, shard: Shard) -> Progress:
         """Run one stage over a shard. Raises :class:`UserError` if too many clips fail."""
