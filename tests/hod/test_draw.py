@@ -22,9 +22,9 @@ def motion(path: Any) -> Motion:
 
 def seen(**changes: Any) -> draw.Seen:
     times = np.arange(FRAMES) / FRAMES
-    across = np.stack([np.linspace(0.2, 0.8, FRAMES), np.full(FRAMES, 0.5)], axis=1)
+    across: np.ndarray = np.stack([np.linspace(0.2, 0.8, FRAMES), np.full(FRAMES, 0.5)], axis=1)
     hand = HandFacts("right", 1.0, motion(across), 0.0, None, None, "object")
-    thing = ObjectFacts("cup", False, motion(across + (0, 0.3)))
+    thing = ObjectFacts("cup", False, motion(across + np.array([0, 0.3])))
     facts = ClipFacts("v", 0.0, 1.0, times, {"right": hand}, thing, "right", None)
     box = {"kind": "hand", "side": 1, "state": 3, "score": 1.0, "second": 0.0, "offset_x": 0.0, "offset_y": 0.3}
     box |= {"left": 0.25, "top": 0.25, "right": 0.5, "bottom": 0.5}
