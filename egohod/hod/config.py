@@ -29,6 +29,17 @@ class DemoConfig:
 
 
 @dataclass
+class SlurmConfig:
+    """What --submit asks of a Slurm for each shard; null leaves it to the cluster."""
+
+    partition: str | None = knob(None, "where the jobs go")
+    minutes: int | None = knob(None, "longest time of a job; one that was cut off goes on when it is run again", low=1)
+    memory_gb: float | None = knob(None, "memory of a job", above=0)
+    gpus: int | None = knob(None, "for a torchvision detector", low=0)
+    at_once: int | None = knob(None, "jobs that run side by side", low=1)
+
+
+@dataclass
 class HodConfig:
     """The pipeline as a whole."""
 
@@ -36,8 +47,11 @@ class HodConfig:
     source: SourceConfig = part(SourceConfig)
     windows: WindowsConfig = part(WindowsConfig)
     demo: DemoConfig = part(DemoConfig)
+    slurm: SlurmConfig = part(SlurmConfig)
     frames: int = knob(16, "frames looked at in each clip, as published", low=1)
     decoder: str = knob("auto", "as data.decoder of a training", choices=("auto", "torchcodec", "pyav", "decord"))
+    cache: str | None = knob(None, "as data.cache of a training: a folder that keeps files of remote roots")
+    cache_gb: float = knob(50.0, "size of cache in GB (1e9 bytes)", above=0)
     workers: int = knob(2, "processes that decode and detect; 0 does so in the main process", low=0)
     keep: list[str] = knob(
         [], "further columns of the metadata that the output has too, for instance to group hard negatives by"

@@ -65,8 +65,11 @@ def frame(seen: Seen, number: int, height: int, until: int | None = None) -> Ima
 
 
 def tracks(seen: Seen, height: int) -> Image.Image:
-    """The middle frame under the tracks of hands (circles left, squares right) and object (a thin line)."""
-    image = _sized(seen.pictures[len(seen.pictures) // 2], height)
+    """The first frame under the tracks of hands (circles left, squares right) and object (a thin line).
+
+    The first, since tracks are told in its place: the camera's motion since then is taken out of them.
+    """
+    image = _sized(seen.pictures[0], height)
     # Paler, so that lines of any colour stand out.
     image = Image.blend(image, Image.new("RGB", image.size, PAPER), 0.35)
     _draw_tracks(image, seen.facts, len(seen.pictures) - 1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from egohod.data.clips import ClipSource
@@ -50,7 +52,10 @@ class Looking:
 
 
 class Thinking:
-    """A stage without frames: ``think`` makes a value of a clip's number and what is known of it."""
+    """A stage that works on what is known: ``think`` makes a value of a clip's number and the values so far.
+
+    With ``at_once`` above 1 so many threads do, for a ``think`` that waits for others.
+    """
 
     def __init__(
         self,
@@ -58,11 +63,27 @@ class Thinking:
         think: Callable[[int, Mapping[str, Any]], Found],
         settings: Mapping[str, Any],
         of_text: bool = False,
+        at_once: int = 1,
     ) -> None:
         self.name, self.settings, self.of_text = name, settings, of_text
-        self._think = think
+        self._think, self._at_once = think, at_once
 
     def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Found]]:
         """See :class:`~egohod.hod.pipeline.Stage`."""
-        for task in tasks:
-            yield task, self._think(task.index, task.before)
+        if self._at_once == 1:
+            yield from ((task, self._think(task.index, task.before)) for task in tasks)
+            return
+        todo, running = iter(tasks), dict[Future[Found], Task]()
+        pool = ThreadPoolExecutor(self._at_once)
+        try:
+            while True:
+                for task in itertools.islice(todo, self._at_once - len(running)):
+                    running[pool.submit(self._think, task.index, task.before)] = task
+                if not running:
+                    return
+                done = wait(running, return_when=FIRST_COMPLETED).done
+                # What failed last: the others' work is then not lost with it.
+                for future in sorted(done, key=lambda each: each.exception() is not None):
+                    yield running.pop(future), future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)

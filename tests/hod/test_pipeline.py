@@ -6,6 +6,8 @@ import csv
 import errno
 import json
 import os
+import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from egohod.hod.blocks import Block, CacheError, Found, key_of
 from egohod.hod.clips import narrated
 from egohod.hod.pipeline import COLUMNS, Pipeline, Task, uid_of
 from egohod.hod.shards import Shard, Work
+from egohod.hod.stages import Thinking
 
 
 class Straw:
@@ -270,3 +273,37 @@ def test_a_broken_line_is_counted_and_many_are_refused(tmp_path: Path, caplog: p
         narrated(SourceConfig(metadata=str(path)), [], 0.05)
     with pytest.raises(UserError, match="no column 'noun' to keep"):
         narrated(SourceConfig(metadata=str(path)), ["noun"], 1.0)
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_a_waiting_stage_works_on_several_clips_and_never_on_more_than_it_may(
+    table: ClipTable, tmp_path: Path, at_once: int
+) -> None:
+    lock, busy, most = threading.Lock(), [0], [0]
+
+    def think(index: int, before: Mapping[str, Any]) -> Found:
+        with lock:
+            busy[0] += 1
+            most[0] = max(most[0], busy[0])
+        time.sleep(0.02)
+        with lock:
+            busy[0] -= 1
+        return Found({"text": str(index)})
+
+    made = pipeline(table, tmp_path, Thinking("narrate", think, {}, at_once=at_once))
+    assert made.run("narrate", WHOLE).done == 11
+    assert most[0] == at_once
+    assert finish(made).narrations == 11
+
+
+def test_an_error_of_one_clip_keeps_the_others(table: ClipTable, tmp_path: Path) -> None:
+    def think(index: int, before: Mapping[str, Any]) -> Found:
+        if index == 5:
+            raise UserError("the endpoint is down")
+        return Found({"text": str(index)})
+
+    made = pipeline(table, tmp_path, Thinking("narrate", think, {}, at_once=3))
+    with pytest.raises(UserError, match="the endpoint is down"):
+        made.run("narrate", WHOLE)
+    healed = pipeline(table, tmp_path, Thinking("narrate", lambda *_: Found({"text": ""}), {}))
+    assert healed.run("narrate", WHOLE).known >= 5
