@@ -82,10 +82,56 @@ class Plan:
 
     def described(self) -> dict[str, str]:
         """What a page says about the run."""
-        raise NotImplementedError
+        cfg = self.cfg
+        known = {
+            "metadata": cfg.source.metadata or f"none: windows of {cfg.windows.seconds:g} s",
+            "videos": cfg.source.root,
+            "detector": cfg.detector.kind,
+            "narrator": cfg.narrator.kind,
+            "frames a clip": str(cfg.frames),
+        }
+        return {name: value for name, value in known.items() if value}
 
     def _row(self, index: int, value: Any) -> Sequence[str]:
         table = self.pipeline.table
         row = table.row(index)
         cells = [row.video_id, number(row.start), number(row.end), value["text"], row.dataset or self.cfg.dataset]
         return [*cells, uid_of(table, index, row), *(table.value(name, index) for name in self.cfg.keep)]
+
+
+def build(
+    cfg: HodConfig, *, again: bool = False, tell: Callable[[Progress], None] = lambda _: None
+) -> Plan:
+    """Read the clips, and set up the stages; nothing is written, no video opened but to find windows.
+
+    Raises :class:`UserError` for whatever is missing.
+    """
+    table = clips_of(cfg)
+    opener = choose_decoder(cfg.decoder)[1]
+    source = ClipSource(table, cfg.source, opener, open_cache(cfg.cache, cfg.cache_gb))
+    work = Work(Path(cfg.output))
+    stages = make_stages(cfg, source)
+    pipeline = Pipeline(
+        table, stages, work, block=cfg.block, max_bad_fraction=cfg.max_bad_fraction, again=again, tell=tell
+    )
+    settings = [(stage.name, stage.settings) for stage in stages]
+    fingerprint = key_of(checksum(cfg.source, table), settings, cfg.keep, cfg.dataset, cfg.seed, cfg.block)
+    return Plan(cfg, source, pipeline, fingerprint)
+
+
+def clips_of(cfg: HodConfig) -> ClipTable:
+    """The clips that are to be narrated. Raises :class:`UserError`."""
+    if cfg.source.metadata:
+        return narrated(cfg.source, cfg.keep, cfg.max_bad_fraction)
+    if cfg.narrator.kind != "vlm":
+        raise UserError(
+            "no narrations to start from: give --metadata (source.metadata), or narrator.kind=vlm to narrate windows "
+            "of the videos of --root"
+        )
+    return windows(cfg.source.root, cfg.windows.seconds, cfg.windows.stride, cfg.decoder)
+
+
+def source_text(cfg: HodConfig, table: ClipTable, index: int) -> str:
+    """What was said about a clip before; of several narrations the one that ``source.list_text`` chooses."""
+    texts = table.row(index).texts
+    return choose_text(texts, cfg.source.list_text, np.random.default_rng((cfg.seed, index)))
