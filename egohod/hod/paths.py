@@ -171,8 +171,8 @@ def _corners(points: np.ndarray, tolerance: float) -> list[int]:
     chord = points[-1] - points[0]
     length = float(np.hypot(*chord))
     off = points - points[0]
-    share = np.clip(off @ chord / length**2, 0, 1) if length > 1e-9 else np.zeros(len(points))
-    distance = np.hypot(*(off - share[:, None] * chord).T)
+    share = off @ chord / length**2 if length > 1e-9 else np.zeros(len(points))
+    distance = np.hypot(*(off - np.clip(share, 0, 1)[:, None] * chord).T)
     split = int(np.argmax(distance))
     if distance[split] <= tolerance:
         back = np.maximum.accumulate(share) - share

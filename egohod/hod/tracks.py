@@ -5,6 +5,7 @@ T sampled times; positions are shares of the picture, from the left and from the
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -208,7 +209,7 @@ def _filled(values: np.ndarray, seconds: np.ndarray, max_gap: float) -> np.ndarr
     """``values`` [T, 2] with gaps of at most ``max_gap`` seconds bridged by straight lines."""
     known = np.flatnonzero(np.isfinite(values[:, 0]))
     filled = values.copy()
-    for before, after in zip(known[:-1], known[1:], strict=True):
+    for before, after in itertools.pairwise(known):
         if after - before > 1 and seconds[after] - seconds[before] <= max_gap:
             share = (seconds[before + 1 : after] - seconds[before]) / max(seconds[after] - seconds[before], 1e-9)
             filled[before + 1 : after] = values[before] + share[:, None] * (values[after] - values[before])
