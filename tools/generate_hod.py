@@ -20,7 +20,6 @@ Exit code 0: done; 2: something that the last line names and you can mend; 130: 
 from __future__ import annotations
 
 import argparse
-import itertools
 import logging
 import signal
 import sys
@@ -35,7 +34,7 @@ from egohod.config import UserError, to_yaml
 from egohod.demo import make_world
 from egohod.hod import config
 from egohod.hod.config import HodConfig
-from egohod.hod.pipeline import Pipeline, Progress
+from egohod.hod.pipeline import Progress
 from egohod.hod.setup import Plan, build
 from egohod.hod.shards import Shard, written
 from egohod.hod.stages import STAGES

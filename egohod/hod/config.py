@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from egohod.config import SourceConfig, knob, load_as, out_of_range, part
+from egohod.hod.detect import DETECTORS
+from egohod.hod.settings import CheckSettings, NarratorSettings
 
 # Settings of a training's source that this pipeline has no use for.
 _IDLE = ("weight", "detections")
@@ -29,6 +32,32 @@ class DemoConfig:
 
 
 @dataclass
+class DetectorConfig:
+    """Who finds hands and objects."""
+
+    kind: str = knob(
+        "mediapipe",
+        "mediapipe: hands, on any CPU; detections: files made elsewhere; torchvision: your own checkpoint; oracle: "
+        "files again, spoiled on purpose to see what the rest bears",
+        choices=DETECTORS,
+    )
+    options: dict[str, Any] = knob({}, "arguments of the detector, docs/hod.md; e.g. {path: detections.parquet}")
+
+
+@dataclass
+class TracksConfig:
+    """How boxes become tracks."""
+
+    camera: bool = knob(True, "take the camera's own motion out, told from what lies outside of the boxes")
+    min_score: float = knob(0.3, "boxes of which the detector is less sure are not looked at", low=0, high=1)
+    max_gap: float = knob(
+        0.6, "seconds without a box that are bridged; a hand that is longer unseen may be anywhere", low=0
+    )
+    smooth: float = knob(0.04, "seconds that jitter is smoothed over; a quick tap lasts a quarter of one", low=0)
+    max_jump: float = knob(0.35, "share of the picture that a box moves at most between two frames", above=0)
+
+
+@dataclass
 class SlurmConfig:
     """What --submit asks of a Slurm for each shard; null leaves it to the cluster."""
 
@@ -47,6 +76,10 @@ class HodConfig:
     source: SourceConfig = part(SourceConfig)
     windows: WindowsConfig = part(WindowsConfig)
     demo: DemoConfig = part(DemoConfig)
+    detector: DetectorConfig = part(DetectorConfig)
+    tracks: TracksConfig = part(TracksConfig)
+    narrator: NarratorSettings = part(NarratorSettings)
+    check: CheckSettings = part(CheckSettings)
     slurm: SlurmConfig = part(SlurmConfig)
     frames: int = knob(16, "frames looked at in each clip, as published", low=1)
     decoder: str = knob("auto", "as data.decoder of a training", choices=("auto", "torchcodec", "pyav", "decord"))

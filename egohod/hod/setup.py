@@ -13,6 +13,7 @@ import numpy as np
 from egohod.config import UserError
 from egohod.data.clips import ClipSource
 from egohod.data.decoders import choose_decoder
+from egohod.data.files import open_cache
 from egohod.data.table import ClipTable
 from egohod.data.text import choose_text
 from egohod.data.video import VideoError
@@ -22,9 +23,10 @@ from egohod.hod.clips import checksum, narrated, windows
 from egohod.hod.config import HodConfig
 from egohod.hod.draw import Seen
 from egohod.hod.facts import ClipFacts
+from egohod.hod.parts import make_stages
 from egohod.hod.pipeline import COLUMNS, Pipeline, Progress, Result, number, uid_of
 from egohod.hod.shards import Shard, Work
-from egohod.hod.stages import CHECK, DETECT, NARRATE, TRACK
+from egohod.hod.stages import CHECK, DETECT, TRACK
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +78,11 @@ class Plan:
             boxes=[dict(zip(boxes, each, strict=True)) for each in zip(*boxes.values(), strict=True)],
             facts=facts,
             source=source_text(self.cfg, self.pipeline.table, index),
+            text=values[CHECK]["text"] if CHECK in values else fault or "not narrated yet",
+            narrator=values[CHECK]["narrator"] if CHECK in values else self.cfg.narrator.kind,
+            verdict="failed" if fault else _verdict(values.get(CHECK)),
             sides=tuple(sorted(facts.hands)) if facts else (),
-            **_said(values, fault),
+            note="; ".join(values[CHECK]["refusals"]) if CHECK in values else "",
         )
 
     def described(self) -> dict[str, str]:
@@ -99,9 +104,7 @@ class Plan:
         return [*cells, uid_of(table, index, row), *(table.value(name, index) for name in self.cfg.keep)]
 
 
-def build(
-    cfg: HodConfig, *, again: bool = False, tell: Callable[[Progress], None] = lambda _: None
-) -> Plan:
+def build(cfg: HodConfig, *, again: bool = False, tell: Callable[[Progress], None] = lambda _: None) -> Plan:
     """Read the clips, and set up the stages; nothing is written, no video opened but to find windows.
 
     Raises :class:`UserError` for whatever is missing.
@@ -110,7 +113,7 @@ def build(
     opener = choose_decoder(cfg.decoder)[1]
     source = ClipSource(table, cfg.source, opener, open_cache(cfg.cache, cfg.cache_gb))
     work = Work(Path(cfg.output))
-    stages = make_stages(cfg, source)
+    stages = make_stages(cfg, source, lambda index: source_text(cfg, table, index))
     pipeline = Pipeline(
         table, stages, work, block=cfg.block, max_bad_fraction=cfg.max_bad_fraction, again=again, tell=tell
     )
@@ -135,3 +138,12 @@ def source_text(cfg: HodConfig, table: ClipTable, index: int) -> str:
     """What was said about a clip before; of several narrations the one that ``source.list_text`` chooses."""
     texts = table.row(index).texts
     return choose_text(texts, cfg.source.list_text, np.random.default_rng((cfg.seed, index)))
+
+
+def _verdict(checked: Any) -> str:
+    """What became of the narrator's words."""
+    if checked is None:
+        return "unchecked"
+    if not checked["refusals"]:
+        return "passed"
+    return "replaced" if checked["narrator"] == "template" else "asked again"

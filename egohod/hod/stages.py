@@ -1,11 +1,10 @@
-"""How the stages do their work: in processes that decode and detect, or one clip after the other."""
+"""How the stages do their work: in processes that decode and detect, or on several clips at a time."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 from egohod.data.clips import ClipSource
 from egohod.data.pool import ForkedPool
@@ -14,6 +13,18 @@ from egohod.hod.blocks import Found
 from egohod.hod.pipeline import Task
 
 DETECT, TRACK, NARRATE, CHECK = STAGES = ("detect", "track", "narrate", "check")
+
+
+class Looker(Protocol):
+    """Makes a value of the frames of a clip."""
+
+    def begin(self) -> None:
+        """Called once, before there are workers: what they can share is made here."""
+        ...
+
+    def __call__(self, frames: Frames, video_id: str) -> Any:
+        """The value."""
+        ...
 
 
 class Looking:
@@ -25,18 +36,19 @@ class Looking:
     name, of_text = DETECT, False
 
     def __init__(
-        self,
-        source: ClipSource,
-        frames: int,
-        look: Callable[[Frames, str], Any],
-        settings: Mapping[str, Any],
-        workers: int,
+        self, source: ClipSource, frames: int, look: Looker, settings: Mapping[str, Any], workers: int
     ) -> None:
         self.settings = {"frames": frames, **settings}
         self._source, self._frames, self._look, self._workers = source, frames, look, workers
 
     def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Found]]:
         """See :class:`~egohod.hod.pipeline.Stage`."""
+        todo = iter(tasks)
+        first = next(todo, None)
+        if first is None:
+            return
+        tasks = itertools.chain([first], todo)
+        self._look.begin()
         if not self._workers:
             yield from ((task, self._one(task)) for task in tasks)
             return
@@ -52,38 +64,25 @@ class Looking:
 
 
 class Thinking:
-    """A stage that works on what is known: ``think`` makes a value of a clip's number and the values so far.
+    """A stage that works on what is known: ``think`` gives (place, what is made of it) of each of some tasks.
 
-    With ``at_once`` above 1 so many threads do, for a ``think`` that waits for others.
+    It is handed ``group`` tasks at a time.
     """
 
     def __init__(
         self,
         name: str,
-        think: Callable[[int, Mapping[str, Any]], Found],
+        think: Callable[[Sequence[Task]], Iterable[tuple[int, Found]]],
         settings: Mapping[str, Any],
         of_text: bool = False,
-        at_once: int = 1,
+        group: int = 256,
     ) -> None:
         self.name, self.settings, self.of_text = name, settings, of_text
-        self._think, self._at_once = think, at_once
+        self._think, self._group = think, group
 
     def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Found]]:
         """See :class:`~egohod.hod.pipeline.Stage`."""
-        if self._at_once == 1:
-            yield from ((task, self._think(task.index, task.before)) for task in tasks)
-            return
-        todo, running = iter(tasks), dict[Future[Found], Task]()
-        pool = ThreadPoolExecutor(self._at_once)
-        try:
-            while True:
-                for task in itertools.islice(todo, self._at_once - len(running)):
-                    running[pool.submit(self._think, task.index, task.before)] = task
-                if not running:
-                    return
-                done = wait(running, return_when=FIRST_COMPLETED).done
-                # What failed last: the others' work is then not lost with it.
-                for future in sorted(done, key=lambda each: each.exception() is not None):
-                    yield running.pop(future), future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        todo = iter(tasks)
+        while some := list(itertools.islice(todo, self._group)):
+            for place, found in self._think(some):
+                yield some[place], found
