@@ -31,7 +31,7 @@ class MediapipeHands:
     """Starts one child process, which :meth:`close` ends.
 
     ``folder`` holds MediaPipe and what it needs (None: the environment variable EGOHOD_MEDIAPIPE, else ``.mediapipe``);
-    ``confidence`` is the least that its palm detector asks for; ``margin`` is added around the landmarks, which lie
+    ``confidence`` is the least that its palm detector and its follower ask for; ``margin`` is added around the landmarks, which lie
     inside the hand, as a share of their box. Raises :class:`DetectorError` where MediaPipe is not or does not start.
     """
 
