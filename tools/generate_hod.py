@@ -95,7 +95,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _overrides(args: argparse.Namespace) -> list[str]:
     named = {"source.metadata": args.metadata, "source.root": args.root, "output": args.output}
-    return [*args.overrides, *(f"{name}={value}" for name, value in named.items() if value is not None)]
+    return [*(f"{name}={value}" for name, value in named.items() if value is not None), *args.overrides]
 
 
 def _render(cfg: HodConfig, dry: bool) -> None:
@@ -110,10 +110,12 @@ def _render(cfg: HodConfig, dry: bool) -> None:
 
 
 def _merge(plan: Plan, shards: int | None) -> int:
-    known = plan.work.divisions()
+    known = plan.work.divisions(plan.fingerprint)
     if shards is None and len(known) != 1:
-        there = f"finished shards of divisions by {', '.join(map(str, known))}" if known else "no finished shard"
-        raise UserError(f"{plan.work.folder}: holds {there}; say with --shard 0/N which N is meant")
+        there = f"shards of divisions by {', '.join(map(str, known))}" if known else "no shard"
+        raise UserError(
+            f"{plan.work.folder}: holds {there} that is finished with these settings; --shard 0/N says which N is meant"
+        )
     total = plan.merge(shards or known[0])
     log.info("%s: %s narrations", plan.work.output, f"{total['narrations']:,}")
     if total["failures"]:
@@ -183,6 +185,7 @@ class Teller:
         self._stage, self._began, self._said = "", 0.0, 0.0
 
     def __call__(self, at: Progress) -> None:
+        """Say how far a stage is, if it is time to."""
         now = time.monotonic()
         if at.stage != self._stage:
             self._stage, self._began, self._said = at.stage, now, now

@@ -42,8 +42,8 @@ def main(arguments: Sequence[str]) -> int:
     if not (args.sheet or args.film or args.page):
         raise UserError("nothing to draw: give --page, --sheet or --film")
     named = {"source.metadata": args.metadata, "source.root": args.root, "output": args.output}
-    overrides = [*args.overrides, *(f"{name}={value}" for name, value in named.items() if value is not None)]
-    cfg = config.load(args.config_file, overrides)
+    knobs = [f"{name}={value}" for name, value in named.items() if value is not None]
+    cfg = config.load(args.config_file, [*knobs, *args.overrides])
     plan = build(cfg)
     chosen = _chosen(plan, args)
     clips = [plan.seen(index) for index in chosen]

@@ -150,10 +150,11 @@ class Work:
                     )
         return total
 
-    def divisions(self) -> list[int]:
-        """Into how many shards the finished ones were divided."""
-        names = (self.folder / "parts").glob("*-of-*.json")
-        return sorted({int(path.stem.rpartition("-")[2]) for path in names})
+    def divisions(self, fingerprint: str) -> list[int]:
+        """Into how many shards the clips were divided, of which at least one is finished and made of this."""
+        names = [path.stem.split("-of-") for path in (self.folder / "parts").glob("*-of-*.json")]
+        shards = [Shard(int(number), int(of)) for number, of in names]
+        return sorted({each.of for each in shards if (self.summary(each) or {}).get("fingerprint") == fingerprint})
 
 
 def _all(shards: int) -> list[Shard]:
