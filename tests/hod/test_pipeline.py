@@ -6,9 +6,7 @@ import csv
 import errno
 import json
 import os
-import threading
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -275,35 +273,20 @@ def test_a_broken_line_is_counted_and_many_are_refused(tmp_path: Path, caplog: p
         narrated(SourceConfig(metadata=str(path)), ["noun"], 1.0)
 
 
-@pytest.mark.parametrize("at_once", [1, 4])
-def test_a_waiting_stage_works_on_several_clips_and_never_on_more_than_it_may(
-    table: ClipTable, tmp_path: Path, at_once: int
-) -> None:
-    lock, busy, most = threading.Lock(), [0], [0]
+def test_a_group_that_breaks_off_keeps_what_was_ready(table: ClipTable, tmp_path: Path) -> None:
+    sizes = []
 
-    def think(index: int, before: Mapping[str, Any]) -> Found:
-        with lock:
-            busy[0] += 1
-            most[0] = max(most[0], busy[0])
-        time.sleep(0.02)
-        with lock:
-            busy[0] -= 1
-        return Found({"text": str(index)})
+    def think(tasks: Sequence[Task]) -> Iterator[tuple[int, Found]]:
+        sizes.append(len(tasks))
+        for place in reversed(range(len(tasks))):
+            if tasks[place].index == 5:
+                raise UserError("the endpoint is down")
+            yield place, Found({"text": str(tasks[place].index)})
 
-    made = pipeline(table, tmp_path, Thinking("narrate", think, {}, at_once=at_once))
-    assert made.run("narrate", WHOLE).done == 11
-    assert most[0] == at_once
-    assert finish(made).narrations == 11
-
-
-def test_an_error_of_one_clip_keeps_the_others(table: ClipTable, tmp_path: Path) -> None:
-    def think(index: int, before: Mapping[str, Any]) -> Found:
-        if index == 5:
-            raise UserError("the endpoint is down")
-        return Found({"text": str(index)})
-
-    made = pipeline(table, tmp_path, Thinking("narrate", think, {}, at_once=3))
+    made = pipeline(table, tmp_path, Thinking("narrate", think, {}, group=4))
     with pytest.raises(UserError, match="the endpoint is down"):
         made.run("narrate", WHOLE)
-    healed = pipeline(table, tmp_path, Thinking("narrate", lambda *_: Found({"text": ""}), {}))
-    assert healed.run("narrate", WHOLE).known >= 5
+    assert sizes == [4, 4]
+    healed = pipeline(table, tmp_path, Straw("narrate"))
+    assert healed.run("narrate", WHOLE).known == 6
+    assert sorted(healed.stages[0].asked) == [4, 5, 8, 9, 10]  # type: ignore[attr-defined]

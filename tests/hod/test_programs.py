@@ -106,7 +106,7 @@ def test_a_dry_run_writes_nothing(few: list[str], tmp_path: Path, inside: Comman
         (["--shard", "4/4"], "0/64 is the first of 64"),
         (["--root", "/nowhere"], "/nowhere: no such video folder"),
         (["--metadata", "/nowhere.csv"], "/nowhere.csv: no such annotation file"),
-        (["source.metadata="], "no narrations to start from"),
+        (["source.metadata=''"], "no narrations to start from"),
         (["detector.options.path=/nowhere"], "/nowhere: no such file or folder of detections"),
         (["detector.options.jiter=1"], "jiter"),
         (["output=/proc/hod.csv"], "/proc"),

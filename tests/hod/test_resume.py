@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +18,35 @@ from egohod.data.decoders import choose_decoder
 from egohod.data.table import ClipTable
 from egohod.data.video import Frames
 from egohod.hod.blocks import Found
-from egohod.hod.pipeline import COLUMNS, Pipeline, uid_of
+from egohod.hod.pipeline import COLUMNS, Pipeline, Task, uid_of
 from egohod.hod.shards import Shard, Work
 from egohod.hod.stages import DETECT, TRACK, Looking, Thinking
 
 WHOLE = Shard()
 
 
-def look(frames: Frames, video_id: str) -> dict[str, Any]:
-    time.sleep(0.005)
-    assert len(frames.pictures) == len(frames.seconds) == len(frames.numbers) == 4
-    return {"mean": frames.pictures.mean(axis=(1, 2, 3)).round(3).tolist(), "numbers": frames.numbers.tolist()}
+class Mean:
+    """How bright each frame is."""
+
+    def begin(self) -> None:
+        pass
+
+    def __call__(self, frames: Frames, video_id: str) -> dict[str, Any]:
+        time.sleep(0.005)
+        assert len(frames.pictures) == len(frames.seconds) == len(frames.numbers) == 4
+        return {"mean": frames.pictures.mean(axis=(1, 2, 3)).round(3).tolist(), "numbers": frames.numbers.tolist()}
+
+
+def think(tasks: Sequence[Task]) -> Iterator[tuple[int, Found]]:
+    for place, task in enumerate(tasks):
+        yield place, Found({"text": str(task.before[DETECT]["mean"])})
 
 
 def made(metadata: Path, videos: Path, output: Path, workers: int) -> Pipeline:
     settings = SourceConfig(metadata=str(metadata), root=str(videos))
     table = ClipTable.read(settings)
-    looking = Looking(ClipSource(table, settings, choose_decoder()[1]), 4, look, {}, workers)
-    thinking = Thinking(TRACK, lambda index, before: Found({"text": str(before[DETECT]["mean"])}), {})
+    looking = Looking(ClipSource(table, settings, choose_decoder()[1]), 4, Mean(), {}, workers)
+    thinking = Thinking(TRACK, think, {}, group=7)
     return Pipeline(table, [looking, thinking], Work(output), block=5)
 
 
