@@ -32,9 +32,9 @@ class MediapipeHands:
 
     ``folder`` holds MediaPipe and what it needs (None: the environment variable EGOHOD_MEDIAPIPE, else ``.mediapipe``);
     ``confidence`` is the least that its palm detector asks for and ``following`` the least that there still is a hand
-    where one was in the picture before: the first proposes, the second checks. ``margin`` is added around the landmarks,
-    which lie inside the hand, as a share of their box. Raises :class:`DetectorError` where MediaPipe is not or does not
-    start.
+    where one was in the picture before: the first proposes, the second checks. ``margin`` is added around the
+    landmarks, which lie inside the hand, as a share of their box. Raises :class:`DetectorError` where MediaPipe is not
+    or does not start.
     """
 
     needs_pictures = True

@@ -199,10 +199,7 @@ def test_mediapipe_sees_the_right_hand_stir_and_the_left_hold(mediapipe_hands: M
     pictures, seconds = read_clip(choose_decoder()[1], path, path.name, 0, 2, 16)
     found = mediapipe_hands.detect("v", np.round(seconds * 30 - 0.5), seconds, pictures)
     detections.check(found, "found")
-    boxes = np.full((len(seconds), 2, 4), np.nan)
-    for row in found.to_pylist():
-        boxes[np.argmin(np.abs(seconds - row["second"])), row["side"]] = [row[edge] for edge in EDGES]
-    facts = facts_of(found, seconds, video_id="v", start=0, end=2, shifts=camera.shifts(pictures, boxes))
+    facts = facts_of(found, seconds, video_id="v", start=0, end=2, shifts=camera.shifts(pictures, seconds, found))
     left, right = facts.hands["left"], facts.hands["right"]
     assert left.seen >= 0.9
     assert right.seen >= 0.5
