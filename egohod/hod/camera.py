@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 
 WIDTH = 96
@@ -10,15 +11,19 @@ WIDTH = 96
 REACH = 0.25
 """Largest motion between two samples that is looked for, in shares of the picture."""
 _LEAST_SHARED = 0.2  # of the picture must be free of boxes in both, and overlap
+_MUCH_ALIKE = 0.7
+_FARNESS = 0.1  # correlation that a motion of REACH must be better by than none
 _LEAST_LIKENESS = 0.3  # correlation below is chance: the pictures show different things, or nothing
 
 
-def shifts(pictures: np.ndarray, boxes: np.ndarray | None = None) -> np.ndarray:
-    """Pictures uint8 [T, H, W, 3] and boxes [T, N, 4] to leave out -> place of the scene since the first one [T, 2].
+def shifts(pictures: np.ndarray, seconds: np.ndarray, rows: pa.Table) -> np.ndarray:
+    """Pictures uint8 [T, H, W, 3] seen at ``seconds`` [T] -> place of the scene since the first one [T, 2].
 
-    Shares of width and height; subtract them from positions to take the camera's motion out. Between neighbours the
-    translation is where their masked normalised cross-correlation is largest (Padfield, "Masked object registration in
-    the Fourier domain", 2012), over shifts up to ``REACH``; pictures that nowhere correlate count as not moved.
+    Shares of width and height; subtract them from positions to take the camera's motion out. ``rows``, in the schema of
+    detections, tell what is left out: objects, hands, and the arms below them. The translation between two pictures is
+    where their masked normalised cross-correlation is largest (Padfield, "Masked object registration in the Fourier
+    domain", 2012), over shifts up to ``REACH``; pictures that nowhere correlate count as not moved. Each picture is
+    compared with the same earlier one as long as that is much alike, so that errors do not add up.
     """
     height = max(8, round(WIDTH * pictures.shape[1] / pictures.shape[2]))
     small = [
@@ -26,15 +31,26 @@ def shifts(pictures: np.ndarray, boxes: np.ndarray | None = None) -> np.ndarray:
         for each in pictures
     ]
     masks = [np.ones((height, WIDTH)) for _ in small]
-    for mask, each in zip(masks, [] if boxes is None else boxes, strict=False):
-        for left, top, right, bottom in each[np.isfinite(each).all(axis=1)] * (WIDTH, height, WIDTH, height):
-            mask[int(top) : int(np.ceil(bottom)), int(left) : int(np.ceil(right))] = 0
-    steps = [_translation(*each) for each in zip(small[:-1], masks[:-1], small[1:], masks[1:], strict=True)]
-    return np.cumsum([np.zeros(2), *steps], axis=0)
+    for row in rows.to_pylist():
+        mask = masks[int(np.argmin(np.abs(seconds - row["second"])))]
+        left, right = row["left"] * WIDTH, row["right"] * WIDTH
+        # Arms come from below, and are about as wide as hands.
+        bottom = height if row["kind"] == "hand" else row["bottom"] * height
+        mask[int(row["top"] * height) : int(np.ceil(bottom)), int(left) : int(np.ceil(right))] = 0
+    places, reference = np.zeros((len(small), 2)), 0
+    for i in range(1, len(small)):
+        moved, likeness = _translation(small[reference], masks[reference], small[i], masks[i])
+        if reference < i - 1 and (likeness < _MUCH_ALIKE or np.abs(moved).max() > REACH / 2):
+            reference = i - 1
+            moved, likeness = _translation(small[reference], masks[reference], small[i], masks[i])
+        places[i] = places[reference] + (moved if likeness >= _LEAST_LIKENESS else 0)
+    return places
 
 
-def _translation(one: np.ndarray, one_mask: np.ndarray, two: np.ndarray, two_mask: np.ndarray) -> np.ndarray:
-    """How far ``two`` [h, w] lies from ``one``, in shares of width and height [2]."""
+def _translation(
+    one: np.ndarray, one_mask: np.ndarray, two: np.ndarray, two_mask: np.ndarray
+) -> tuple[np.ndarray, float]:
+    """How far ``two`` [h, w] lies from ``one``, in shares of width and height [2], and their correlation there."""
     size = np.array(one.shape)
     reach = np.floor(REACH * size).astype(int)
     padded = [int(each) for each in size + reach]
@@ -58,11 +74,11 @@ def _translation(one: np.ndarray, one_mask: np.ndarray, two: np.ndarray, two_mas
     spread = (sums(first[1], second[2]) - mean_one**2 / shared) * (sums(first[2], second[1]) - mean_two**2 / shared)
     enough = (count >= _LEAST_SHARED * one.size) & (spread > 1e-6 * max(float(spread.max()), 1.0))
     likeness = np.where(enough, cross / np.sqrt(np.maximum(spread, 1e-12)), -1.0)
-    row, column = np.unravel_index(int(np.argmax(likeness)), likeness.shape)
-    if likeness[row, column] < _LEAST_LIKENESS:
-        return np.zeros(2)
+    # Of two places that are much alike the nearer one: tiles and grain repeat.
+    far = np.hypot(*np.meshgrid(*(np.linspace(-1, 1, n) for n in likeness.shape), indexing="ij"))
+    row, column = (int(each) for each in np.unravel_index(int(np.argmax(likeness - _FARNESS * far)), likeness.shape))
     peak = np.array([column + _vertex(likeness[row], column), row + _vertex(likeness[:, column], row)])
-    return (peak - reach[::-1]) / size[::-1]
+    return (peak - reach[::-1]) / size[::-1], float(likeness[row, column])
 
 
 def _vertex(values: np.ndarray, peak: int) -> float:

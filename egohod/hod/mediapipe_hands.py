@@ -31,13 +31,17 @@ class MediapipeHands:
     """Starts one child process, which :meth:`close` ends.
 
     ``folder`` holds MediaPipe and what it needs (None: the environment variable EGOHOD_MEDIAPIPE, else ``.mediapipe``);
-    ``confidence`` is the least that its palm detector and its follower ask for; ``margin`` is added around the landmarks, which lie
-    inside the hand, as a share of their box. Raises :class:`DetectorError` where MediaPipe is not or does not start.
+    ``confidence`` is the least that its palm detector asks for and ``following`` the least that there still is a hand
+    where one was in the picture before: the first proposes, the second checks. ``margin`` is added around the
+    landmarks, which lie inside the hand, as a share of their box. Raises :class:`DetectorError` where MediaPipe is not
+    or does not start.
     """
 
     needs_pictures = True
 
-    def __init__(self, folder: str | None = None, confidence: float = 0.3, margin: float = 0.15) -> None:
+    def __init__(
+        self, folder: str | None = None, confidence: float = 0.1, following: float = 0.3, margin: float = 0.15
+    ) -> None:
         place = Path(folder or os.environ.get("EGOHOD_MEDIAPIPE") or FOLDER).resolve()
         if not (place / "mediapipe").is_dir():
             raise DetectorError(f"MediaPipe is not in {place}; cure: {INSTALL} (or set EGOHOD_MEDIAPIPE to its folder)")
@@ -46,7 +50,7 @@ class MediapipeHands:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
         paths = [str(place), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
-            [sys.executable, mediapipe_worker.__file__, str(confidence)],
+            [sys.executable, mediapipe_worker.__file__, str(confidence), str(following)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -1,6 +1,6 @@
 """Finds hands with MediaPipe in a process of its own, which needs nothing of this project.
 
-    python mediapipe_worker.py CONFIDENCE
+    python mediapipe_worker.py CONFIDENCE FOLLOWING
 
 MediaPipe 0.10.21 needs protobuf below 5, the rest of the project's environment a newer one; one process cannot hold
 both. Standard input brings, again and again, a line ``T H W`` and T * H * W * 3 bytes of pictures; standard output
@@ -14,7 +14,7 @@ import os
 import sys
 
 
-def main(confidence: float) -> None:
+def main(confidence: float, following: float) -> None:
     """Answer until standard input ends."""
     # MediaPipe's C++ code may write to standard output: it is sent to standard error, and answers keep the old one.
     answers = os.fdopen(os.dup(1), "w")
@@ -24,7 +24,7 @@ def main(confidence: float) -> None:
 
     # A hand that was seen in one picture is looked for there in the next: on a real clip this finds half as many again.
     hands = mediapipe.solutions.hands.Hands(
-        max_num_hands=2, min_detection_confidence=confidence, min_tracking_confidence=confidence
+        max_num_hands=2, min_detection_confidence=confidence, min_tracking_confidence=following
     )
     print(json.dumps("ready"), file=answers, flush=True)
     while line := sys.stdin.buffer.readline():
@@ -44,4 +44,4 @@ def main(confidence: float) -> None:
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]))
+    main(float(sys.argv[1]), float(sys.argv[2]))

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from egohod.data.clips import ClipSource
-from egohod.data.detections import EDGES
 from egohod.data.video import Frames, VideoError
 from egohod.hod import camera, detect, records
 from egohod.hod.blocks import Found
@@ -76,22 +75,11 @@ class _Look:
         if self._detector is None:
             self._detector = detect.make(self._kind, self._options)
         found = self._detector.detect(video_id, numbers, seconds, pictures)
-        boxes = records.boxes_to_plain(found)
         height, width = pictures.shape[1:3]
-        shifts = camera.shifts(pictures, _by_frame(boxes, seconds)) if self._camera else None
-        return records.plain({"seconds": seconds, "aspect": width / height, "boxes": boxes, "shifts": shifts})
-
-
-def _by_frame(boxes: dict[str, list[Any]], seconds: np.ndarray) -> np.ndarray:
-    """All boxes of each frame [T, N, 4], NaN where a frame has fewer than N."""
-    nearest = [int(np.argmin(np.abs(seconds - second))) for second in boxes["second"]]
-    most = max((nearest.count(t) for t in set(nearest)), default=0)
-    found = np.full((len(seconds), most, len(EDGES)), np.nan)
-    taken = [0] * len(seconds)
-    for row, t in enumerate(nearest):
-        found[t, taken[t]] = [boxes[edge][row] for edge in EDGES]
-        taken[t] += 1
-    return found
+        shifts = camera.shifts(pictures, seconds, found) if self._camera else None
+        return records.plain(
+            {"seconds": seconds, "aspect": width / height, "boxes": records.boxes_to_plain(found), "shifts": shifts}
+        )
 
 
 class _Tracking:

@@ -18,7 +18,7 @@ import pandas as pd
 import pyarrow as pa
 
 from egohod.data import detections
-from egohod.data.detections import EDGES, SCHEMA
+from egohod.data.detections import SCHEMA
 from egohod.data.frames import frame_times, segment_indices
 from egohod.demo.render import Stage
 from egohod.demo.world import FPS, VERBS, Video, make_video
@@ -88,10 +88,7 @@ def measure_swaying(video: Video, sway: float, compensate: bool = True) -> Itera
         numbers = np.arange(clip.start, clip.start + clip.frames)
         seconds = frame_times(numbers, FPS)
         rows = oracle.detect(video.video_id, numbers, seconds, None)
-        boxes = np.full((len(numbers), 3, len(EDGES)), np.nan)
-        for row in rows.to_pylist():
-            boxes[row["frame_number"] - clip.start, row["side"]] = [row[edge] for edge in EDGES]
-        moved = camera.shifts(pictures[numbers], boxes) if compensate else None
+        moved = camera.shifts(pictures[numbers], seconds, rows) if compensate else None
         start, end = clip.start / FPS, (clip.start + clip.frames) / FPS
         found = facts_of(rows, seconds, video_id=video.video_id, start=start, end=end, shifts=moved)
         yield clip.verb, disagreement(found, clip.verb, clip.hand)

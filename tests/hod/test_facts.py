@@ -69,11 +69,14 @@ def test_camera_shifts_are_found_to_parts_of_a_pixel_beside_boxes() -> None:
     true = np.array([(0, 0), (9, 4), (30, -2), (12, 10)])
     pictures = np.stack([scene[100 - y : 340 - y, 100 - x : 420 - x] for x, y in true])
     pictures[:, 80:160, 120:220] = 255  # what moves with the camera: a hand that is held still before it
-    hand = np.tile([120 / 320, 80 / 240, 220 / 320, 160 / 240], (4, 1, 1))
-    found = camera.shifts(pictures, hand) * (320, 240)
+    rows = boxes(np.full(24, 170 / 320), np.full(24, 120 / 240))
+    edges = {"left": 120 / 320, "top": 80 / 240, "right": 220 / 320, "bottom": 160 / 240}
+    hand = pa.Table.from_pylist([each | edges for each in rows[:4]], SCHEMA)
+    found = camera.shifts(pictures, TIMES[:4], hand) * (320, 240)
     np.testing.assert_allclose(found, true, atol=1.0)
-    assert not camera.shifts(np.zeros((3, 24, 32, 3), np.uint8)).any()
-    assert camera.shifts(pictures[:1]).shape == (1, 2)
+    nothing = SCHEMA.empty_table()
+    assert not camera.shifts(np.zeros((3, 24, 32, 3), np.uint8), TIMES[:3], nothing).any()
+    assert camera.shifts(pictures[:1], TIMES[:1], nothing).shape == (1, 2)
 
 
 def test_shifts_are_subtracted_from_paths() -> None:
