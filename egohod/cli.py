@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from egohod.config import UserError, help_text, knobs
+from egohod.config import Config, UserError, help_text, knobs
 from egohod.distributed import Distributed
 from egohod.training.checkpoint import open_weights
 
@@ -25,14 +25,17 @@ DONE, BROKEN, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 class _HelpWithKnobs(argparse.ArgumentParser):
     """``--help`` ends with every knob of the configuration."""
 
+    schema: type = Config
+
     def format_help(self) -> str:
         explained = "Every knob, as section.key=default (type; allowed values) and its reason:"
-        return f"{super().format_help()}\n{explained}\n\n{help_text()}\n"
+        return f"{super().format_help()}\n{explained}\n\n{help_text(self.schema)}\n"
 
 
-def parser(description: str, default_config: str) -> argparse.ArgumentParser:
-    """The arguments that every main program takes; programs add their own."""
+def parser(description: str, default_config: str, schema: type = Config) -> argparse.ArgumentParser:
+    """The arguments that every main program takes; programs add their own. ``schema`` holds the knobs."""
     made = _HelpWithKnobs(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.schema = schema
     made.add_argument("--config_file", default=default_config, metavar="YAML", help=f"default: {default_config}")
     made.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="change single knobs, e.g. train.lr=1e-4"

@@ -18,13 +18,15 @@ import math
 import os
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+Schema = typing.TypeVar("Schema")
 
 
 class UserError(ValueError):
@@ -547,7 +549,20 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises :class:`ConfigError` with one line per problem: file (or override), key, what is allowed.
     """
-    config, problems = load_leniently(path, overrides)
+    return load_as(Config, path, overrides, check)
+
+
+def load_as(
+    schema: type[Schema],
+    path: str | Path,
+    overrides: Sequence[str],
+    check: Callable[[Schema], list[tuple[str, str]]],
+) -> Schema:
+    """As :func:`load`, for a dataclass of :func:`knob` fields other than :class:`Config`.
+
+    ``check`` says what is wrong with values, as :func:`check` does.
+    """
+    config, problems = _load(schema, path, overrides, check)
     if problems:
         raise ConfigError("\n".join(problems))
     return config
@@ -559,13 +574,22 @@ def load_leniently(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Con
     For the dry run, which reports everything that is missing at once; the variable stays in its value as
     ``$NAME``. Raises :class:`ConfigError` for anything that is wrong rather than missing.
     """
-    tree, origins = OmegaConf.structured(Config), {}
+    return _load(Config, path, overrides, check)
+
+
+def _load(
+    schema: type[Schema],
+    path: str | Path,
+    overrides: Sequence[str],
+    check: Callable[[Schema], list[tuple[str, str]]],
+) -> tuple[Schema, list[str]]:
+    tree, origins = OmegaConf.structured(schema), {}
     for origin, layer in [*_layers(Path(path), ()), *(_override(text) for text in overrides)]:
-        tree = _merge(tree, layer, origin)
+        tree = _merge(tree, layer, origin, schema)
         origins.update(dict.fromkeys(_leaves(OmegaConf.to_container(layer)), origin))
     problems = []
     raw = OmegaConf.to_container(tree)
-    for name, _, _ in knobs(raw):
+    for name, _, _ in knobs(raw, schema):
         for key, text in _texts(name, _raw(raw, name)):
             for variable in _ENVIRONMENT.findall(text):
                 if variable not in os.environ:
@@ -580,7 +604,7 @@ def load_leniently(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Con
                         f"{origins.get(name, path)}: {key} needs the environment variable {variable}, "
                         f"which is not set; export {variable}=/your/path"
                     )
-    config = _resolve(tree, str(path))
+    config = _resolve(tree, str(path), schema)
     wrong = [f"{origins.get(name, path)}: {text}" for name, text in check(config)]
     if wrong:
         raise ConfigError("\n".join(problems + wrong))
@@ -591,7 +615,7 @@ def model_config(name: str, **overrides: Any) -> ModelConfig:
     """The model section from Python, checked like a file. Raises :class:`ConfigError`."""
     origin = "create_model"
     layer = OmegaConf.create({"model": {"name": name, **overrides}})
-    config = _resolve(_merge(OmegaConf.structured(Config), layer, origin), origin)
+    config = _resolve(_merge(OmegaConf.structured(Config), layer, origin, Config), origin, Config)
     wrong = [f"{origin}: {text}" for _, text in check(config)]
     if wrong:
         raise ConfigError("\n".join(wrong))
@@ -600,13 +624,8 @@ def model_config(name: str, **overrides: Any) -> ModelConfig:
 
 def check(config: Config) -> list[tuple[str, str]]:
     """Everything that is out of range or contradicts itself, as (key, what is wrong with it)."""
-    problems: list[tuple[str, str]] = []
+    problems = out_of_range(config)
     tree = OmegaConf.structured(config)
-    for name, entry, _ in knobs(OmegaConf.to_container(tree)):
-        value = OmegaConf.select(tree, name)
-        wrong = None if value is None else _out_of_range(value, entry.metadata)
-        if wrong:
-            problems.append((name, f"{name} is {value!r}, but {wrong}"))
     if config.loss.local_loss and not config.loss.gather_with_grad:
         problems.append(
             (
@@ -678,19 +697,31 @@ def check(config: Config) -> list[tuple[str, str]]:
     return problems
 
 
-def to_yaml(config: Config) -> str:
+def out_of_range(config: Any) -> list[tuple[str, str]]:
+    """Every knob of a dataclass of knobs whose value is not allowed, as (key, what is wrong with it)."""
+    problems: list[tuple[str, str]] = []
+    tree = OmegaConf.structured(config)
+    for name, entry, _ in knobs(OmegaConf.to_container(tree), type(config)):
+        value = OmegaConf.select(tree, name)
+        wrong = None if value is None else _out_of_range(value, entry.metadata)
+        if wrong:
+            problems.append((name, f"{name} is {value!r}, but {wrong}"))
+    return problems
+
+
+def to_yaml(config: Any) -> str:
     """The resolved configuration as YAML; reading it back gives the same run."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def help_text() -> str:
+def help_text(schema: type = Config) -> str:
     """Every knob with type, default, range and reason, one paragraph per section."""
     lines, section = [], None
-    for name, entry, kind in knobs():
+    for name, entry, kind in knobs(None, schema):
         head = name.rpartition(".")[0]
         if head != section:
             section = head
-            lines.append(f"\n{head}: {_section_doc(head)}")
+            lines.append(f"\n{head or 'on top'}: {_section_doc(head, schema)}")
         factory = entry.default_factory
         default = entry.default if factory is dataclasses.MISSING else factory()
         allowed = _allowed(entry.metadata)
@@ -757,46 +788,46 @@ def _override(text: str) -> tuple[str, DictConfig]:
         raise ConfigError(f"override '{text}': {_one_line(error)}") from error
 
 
-def _merge(tree: DictConfig, layer: DictConfig, origin: str) -> DictConfig:
-    unknown = _unknown(OmegaConf.to_container(layer), Config)
+def _merge(tree: DictConfig, layer: DictConfig, origin: str, schema: type) -> DictConfig:
+    unknown = _unknown(OmegaConf.to_container(layer), schema, schema)
     if unknown:
         raise ConfigError("\n".join(f"{origin}: {text}" for text in unknown))
     try:
         return typing.cast(DictConfig, OmegaConf.merge(tree, layer))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{origin}: {_explain(error)}") from error
+        raise ConfigError(f"{origin}: {_explain(error, schema)}") from error
 
 
-def _unknown(tree: Any, schema: type, prefix: str = "") -> list[str]:
+def _unknown(tree: Any, schema: type, whole: type, prefix: str = "") -> list[str]:
     """Keys that no section has; omegaconf would say so too, but without the nearest right name."""
     hints, problems = typing.get_type_hints(schema), []
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if key not in hints:
-            problems.append(f"unknown key '{name}'{_suggest(name, key, schema, prefix)}")
+            problems.append(f"unknown key '{name}'{_suggest(key, schema, whole, prefix)}")
             continue
         section, named = _section(hints[key]), _named_sections(hints[key])
         if section:
-            problems += _unknown_in(value, section, name)
+            problems += _unknown_in(value, section, whole, name)
         elif named and not isinstance(value, dict):
             problems.append(f"'{name}' holds sections with names of your choice, not a value")
         elif named:
             for chosen, inner in value.items():
-                problems += _unknown_in(inner, named, f"{name}.{chosen}")
+                problems += _unknown_in(inner, named, whole, f"{name}.{chosen}")
     return problems
 
 
-def _unknown_in(tree: Any, section: type, name: str) -> list[str]:
+def _unknown_in(tree: Any, section: type, whole: type, name: str) -> list[str]:
     if isinstance(tree, dict):
-        return _unknown(tree, section, f"{name}.")
+        return _unknown(tree, section, whole, f"{name}.")
     keys = ", ".join(entry.name for entry in dataclasses.fields(section))
     return [f"'{name}' is a section with the keys {keys}, not a value"]
 
 
-def _suggest(name: str, key: Any, schema: type, prefix: str) -> str:
+def _suggest(key: Any, schema: type, whole: type, prefix: str) -> str:
     """The nearest sibling, else the nearest knob anywhere."""
     siblings = [entry.name for entry in dataclasses.fields(schema)]
-    everywhere = {full.rpartition(".")[2]: full for full, _, _ in knobs()}
+    everywhere = {full.rpartition(".")[2]: full for full, _, _ in knobs(None, whole)}
     exact = everywhere.get(str(key))
     near = difflib.get_close_matches(str(key), siblings, n=1, cutoff=0.75)
     far = difflib.get_close_matches(str(key), everywhere, n=1, cutoff=0.6)
@@ -805,16 +836,18 @@ def _suggest(name: str, key: Any, schema: type, prefix: str) -> str:
     return f"; did you mean '{best}'?" if best else f"; allowed here: {', '.join(siblings)}"
 
 
-def _resolve(tree: DictConfig, origin: str) -> Config:
+def _resolve(tree: DictConfig, origin: str, schema: type[Schema]) -> Schema:
     try:
-        return typing.cast(Config, OmegaConf.to_object(tree))
+        return typing.cast(Schema, OmegaConf.to_object(tree))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{origin}: {_explain(error)}") from error
+        raise ConfigError(f"{origin}: {_explain(error, schema)}") from error
 
 
-def _explain(error: OmegaConfBaseException) -> str:
+def _explain(error: OmegaConfBaseException, schema: type) -> str:
     name = getattr(error, "full_key", None) or ""
-    entry = next(((e, k) for n, e, k in knobs() if re.fullmatch(re.escape(n).replace("NAME", r"[^.]+"), name)), None)
+    entry = next(
+        ((e, k) for n, e, k in knobs(None, schema) if re.fullmatch(re.escape(n).replace("NAME", r"[^.]+"), name)), None
+    )
     text = _one_line(error)
     if entry:
         allowed = _allowed(entry[0].metadata)
@@ -863,8 +896,7 @@ def _show(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _section_doc(name: str) -> str:
-    schema: Any = Config
+def _section_doc(name: str, schema: Any) -> str:
     for key in filter(None, name.split(".")):
         schema = _named_sections(schema) or typing.get_type_hints(schema)[key]
     return (schema.__doc__ or "").strip().splitlines()[0]

@@ -7,6 +7,7 @@ python tools/bench.py step --json        # a training step: clips/s, share of th
 python tools/bench.py slowfast           # a co-training step of both paths, against one with all weights trained
 python tools/bench.py memory             # batch, frames, checkpointing, accumulation -> peak memory
 python tools/bench.py table              # four million rows: start to first batch, memory of all processes
+python tools/bench.py hod                # the HOD pipeline by stage, memory of a worker
 python tools/bench.py eval               # mAP and nDCG of a full benchmark, against full-matrix sorting
 """
 
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bench_decode
 import bench_eval
+import bench_hod
 import bench_loader
 import bench_memory
 import bench_slowfast
@@ -37,6 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     bench_memory.register(commands)
     bench_table.register(commands)
     bench_eval.register(commands)
+    bench_hod.register(commands)
     options = parser.parse_args(argv)
     options.run(options)
 

@@ -2,6 +2,7 @@
 
 ==========  ===============================================================================================
 hod         csv or tsv: video_id, start_second, end_second, text (or caption) and any others
+ek100       EPIC-KITCHENS-100's csv: video_id, start_timestamp, stop_timestamp, narration, narration_id (the uid)
 egoclip     EgoClip's table: video_uid, clip_start, clip_end, clip_text, tag_verb, tag_noun
 ego4d       Ego4D's narration.json: {video: {narration_pass_1: {narrations: [{timestamp_sec, narration_text}]}}}
 pickle      LaViLa's and AVION's list of (video, start, end, text or [texts])
@@ -116,7 +117,8 @@ def _guess(path: Path) -> str:
     if path.suffix.lower() == ".txt" and _SPLIT_LINE.match(_first_line(path)):
         return "egtea"
     names = set(_header(path)[0])
-    marks = {"egoclip": ("video_uid", "clip_text"), "ek100": ("narration_id", "start_timestamp")}
+    marks = {"egoclip": ("video_uid", "clip_text")}
+    marks |= {"ek100": ("narration_id", "start_timestamp", "stop_timestamp", "narration")}
     marks |= {"charades": ("id", "actions"), "labels": ("video", "label")}
     return next((format for format, columns in marks.items() if names.issuperset(columns)), "hod")
 
@@ -132,6 +134,9 @@ _HOD = {"video_id": ("video_id",), "start_second": ("start_second",), "end_secon
 _EGOCLIP = {"video_id": ("video_uid",), "start_second": ("clip_start",), "end_second": ("clip_end",)} | {
     "text": ("clip_text",)
 }
+_EK100 = {"video_id": ("video_id",), "start_second": ("start_timestamp",), "end_second": ("stop_timestamp",)} | {
+    "text": ("narration",)
+}
 
 
 def _read_hod(path: Path, source: SourceConfig, extra: Sequence[str] | None) -> Annotations:
@@ -140,6 +145,11 @@ def _read_hod(path: Path, source: SourceConfig, extra: Sequence[str] | None) -> 
 
 def _read_egoclip(path: Path, source: SourceConfig, extra: Sequence[str] | None) -> Annotations:
     return _read_text(path, source, extra, _EGOCLIP)
+
+
+def _read_ek100(path: Path, source: SourceConfig, extra: Sequence[str] | None) -> Annotations:
+    columns = {"uid": "narration_id"} | source.columns
+    return _read_text(path, dataclasses.replace(source, columns=columns), extra, _EK100)
 
 
 def _read_text(
@@ -458,16 +468,9 @@ def _as_text(values: Sequence[Any]) -> pa.ChunkedArray:
 # Labelled clips
 # --------------------------------------------------------------------------------------------------
 
-_EK100 = {"video_id": ("video_id",), "start_second": ("start_timestamp",), "end_second": ("stop_timestamp",)} | {
-    "text": ("narration",)
-}
 _LABELS = {"video_id": ("video",), "start_second": ("start",), "end_second": ("end",)} | {"text": ("label",)}
 # EGTEA's clips are named <person>-<recipe>-<part>-<first ms>-<last ms>-F<first frame>-F<last frame>.
 _SPLIT_LINE = re.compile(r"^\s*(?P<clip>[^\s-]+-[^\s-]+-[^\s-]+-(?P<start>\d+)-(?P<end>\d+)\S*)\s+(?P<action>\d+)\b")
-
-
-def _read_ek100(path: Path, source: SourceConfig, extra: Sequence[str] | None) -> Annotations:
-    return _read_text(path, source, extra, _EK100)
 
 
 def _read_labels(path: Path, source: SourceConfig, extra: Sequence[str] | None) -> Annotations:
@@ -559,10 +562,10 @@ def _first_line(path: Path) -> str:
 
 _READERS: dict[str, Callable[[Path, SourceConfig, Sequence[str] | None], Annotations]] = {
     "hod": _read_hod,
+    "ek100": _read_ek100,
     "egoclip": _read_egoclip,
     "ego4d": _read_ego4d,
     "pickle": _read_pickle,
-    "ek100": _read_ek100,
     "egtea": _read_egtea,
     "charades": _read_charades,
     "labels": _read_labels,

@@ -205,7 +205,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
     def _view(self, index: int, rng: np.random.Generator) -> View:
         number, row = self._source(index), self.row(index)
         source = self.sources[number]
-        frames, seconds = source.read(row, self.num_frames, rng if self.train else None)
+        frames, seconds, _ = source.read(row, self.num_frames, rng if self.train else None)
         if self._labels and self.train:
             text, labels = self._labels[number].draw(index - int(self.starts[number]), rng)
         else:

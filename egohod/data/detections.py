@@ -6,10 +6,12 @@ frame is on display, (frame + 1/2) / fps, so that neighbours are never confused.
 
     video_id, frame_number, second     where the box was seen
     kind                               hand or object
-    side, state                        of hands: LEFT or RIGHT, and the contact state below; -1 for objects
+    side, state                        of hands: LEFT or RIGHT, and the contact state below; -1 for objects, and as
+                                       the state where a detector tells none
     score                              the detector's confidence
     left, top, right, bottom           the box
     offset_x, offset_y                 of hands that touch something: from their centre to that object's, else NaN
+    name                               of objects: their class, where a detector tells one; files may lack this column
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import pyarrow.parquet
 from egohod.config import UserError
 
 LEFT, RIGHT = 0, 1
+UNKNOWN_STATE = -1
 NO_CONTACT, SELF_CONTACT, OTHER_PERSON, PORTABLE_OBJECT, STATIONARY_OBJECT = range(5)
 EDGES = ("left", "top", "right", "bottom")
 ROLES = ("left hand", "right hand", "active object")
@@ -41,8 +44,10 @@ SCHEMA = pa.schema(
         *((edge, pa.float32()) for edge in EDGES),
         ("offset_x", pa.float32()),
         ("offset_y", pa.float32()),
+        ("name", pa.string()),
     ]
 )
+OPTIONAL = "name"  # not of the published schema; files made before it was told do without
 # A clip's frame takes the boxes of the nearest picture that was looked at, if it is no farther than this.
 NEAREST_SECONDS = 0.1
 
@@ -75,12 +80,8 @@ class BoxTable:
 
     @classmethod
     def read(cls, path: str | Path) -> BoxTable:
-        """Read a parquet file, or all parquet files of a folder. Raises :class:`DetectionError` naming the file."""
-        path = Path(path)
-        files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-        if not files:
-            raise DetectionError(f"{path}: the folder holds no parquet file")
-        return cls(pd.concat([_read(file) for file in files], ignore_index=True))
+        """See :func:`read`."""
+        return cls(read(path).to_pandas())
 
     def __len__(self) -> int:
         """Moments with a box."""
@@ -107,28 +108,47 @@ def write(detections: pa.Table, path: Path) -> None:
     pa.parquet.write_table(detections.cast(SCHEMA), path)
 
 
-def _read(path: Path) -> pd.DataFrame:
+def read(path: str | Path) -> pa.Table:
+    """A parquet file, or all parquet files of a folder -> table of ``SCHEMA``. Raises :class:`DetectionError`."""
+    path = Path(path)
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not files:
+        raise DetectionError(f"{path}: the folder holds no parquet file")
+    return pa.concat_tables([_read(file) for file in files])
+
+
+def check(detections: pa.Table, name: str) -> None:
+    """Raise :class:`DetectionError` with the first row of ``name`` that holds no box as ``SCHEMA`` means it."""
+    column = {each: detections.column(each).to_numpy(zero_copy_only=False) for each in (*EDGES, "second", "side")}
+    edges = np.stack([column[edge] for edge in EDGES], axis=1)
+    kind = np.asarray(detections.column("kind").to_pylist(), dtype=object)
+    wrong = ~((edges >= 0) & (edges <= 1)).all(axis=1) | (edges[:, :2] > edges[:, 2:]).any(axis=1)
+    wrong |= ~np.isin(kind, ("hand", "object")) | ~np.isfinite(column["second"])
+    wrong |= (kind == "hand") & ~np.isin(column["side"], (LEFT, RIGHT))
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise DetectionError(
+            f"{name}: row {row + 1} is no box of a hand or an object with edges from 0 to 1: "
+            f"{detections.slice(row, 1).to_pylist()[0]}"
+        )
+
+
+def _read(path: Path) -> pa.Table:
     try:
         table = pa.parquet.read_table(path)
     except (OSError, pa.ArrowException) as error:
         raise DetectionError(f"{path}: not readable as parquet: {' '.join(str(error).split())}") from error
+    if OPTIONAL not in table.column_names:
+        table = table.append_column(OPTIONAL, pa.nulls(len(table), pa.string()))
     missing = [name for name in SCHEMA.names if name not in table.column_names]
     if missing:
         raise DetectionError(f"{path}: lacks the columns {', '.join(missing)}; there are {', '.join(SCHEMA.names)}")
     try:
-        frame = table.select(SCHEMA.names).cast(SCHEMA).to_pandas()
+        table = table.select(SCHEMA.names).cast(SCHEMA)
     except (pa.ArrowException, ValueError) as error:
         raise DetectionError(f"{path}: a column is of another type: {' '.join(str(error).split())}") from error
-    edges = frame[list(EDGES)].to_numpy()
-    wrong = ~((edges >= 0) & (edges <= 1)).all(axis=1) | (edges[:, :2] > edges[:, 2:]).any(axis=1)
-    wrong |= ~frame["kind"].isin(["hand", "object"]) | frame["second"].isna()
-    if wrong.any():
-        row = int(np.argmax(wrong))
-        raise DetectionError(
-            f"{path}: row {row + 1} is no box of a hand or an object with edges from 0 to 1: "
-            f"{frame.iloc[row].to_dict()}"
-        )
-    return frame
+    check(table, str(path))
+    return table
 
 
 def _active(best: pd.DataFrame, hands: pd.DataFrame) -> pd.DataFrame:

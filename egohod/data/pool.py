@@ -8,7 +8,7 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
 from egohod.config import UserError
@@ -59,8 +59,8 @@ class ForkedPool(Generic[Task, Result]):
         for process in self._processes:
             process.join()
 
-    def unordered(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Result]]:
-        """(task, result) of every task, in any order."""
+    def unordered(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Result]]:
+        """(task, result) of every task, in any order. Tasks are taken as there is room for them."""
         todo = iter(tasks)
         # Twice as many as there are processes keeps all of them busy.
         waiting = sum(self._give(task) for task in itertools.islice(todo, 2 * len(self._processes)))

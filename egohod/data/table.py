@@ -155,6 +155,10 @@ class ClipTable:
         """File and place of a clip, for messages."""
         return f"{self.path}: {self._unit} {int(self._rows[index])}"
 
+    def value(self, name: str, index: int) -> str:
+        """The clip's entry in a column other than the times."""
+        return str(self._columns[name][index].as_py())
+
     @property
     def column_names(self) -> list[str]:
         """What :meth:`column` takes."""

@@ -23,7 +23,9 @@ class Frames(NamedTuple):
     pictures: np.ndarray
     """uint8 RGB [T, H, W, 3]."""
     seconds: np.ndarray
-    """float64 [T], from the start of the video."""
+    """float64 [T], from the start of the video: the middle of the time that each is on display."""
+    numbers: np.ndarray
+    """int64 [T], counted from the start of the video at the file's average rate."""
 
 
 class _Place(NamedTuple):
@@ -71,8 +73,8 @@ def read_clip(
     try:
         if start >= decoder.duration:
             raise VideoError(f"{name}: the clip begins at {start:.2f} s, the video ends at {decoder.duration:.2f} s")
-        seconds = _times(start, min(end, decoder.duration), num_frames, decoder.fps, rng)
-        return Frames(decoder.read_at(seconds), seconds)
+        seconds, numbers = _times(start, min(end, decoder.duration), num_frames, decoder.fps, rng)
+        return Frames(decoder.read_at(seconds), seconds, numbers)
     finally:
         decoder.close()
 
@@ -174,7 +176,8 @@ class VideoStore:
             offset = first * length
             name = self._name(place, video, first)
             found = read_clip(self._opener, source, name, start - offset, end - offset, num_frames, rng)
-            return Frames(found.pictures, found.seconds + offset)
+            fps = (found.numbers[0] + 0.5) / found.seconds[0]
+            return Frames(found.pictures, found.seconds + offset, found.numbers + round(offset * fps))
         decoders: dict[int, Decoder] = {}
         try:
             for number in range(first, last + 1):
@@ -190,7 +193,7 @@ class VideoStore:
             if start >= end:
                 folder = self._files.name_of(place.folder(video))
                 raise VideoError(f"{folder}: the clip begins at {start:.2f} s, the video ends at {end:.2f} s")
-            times = _times(start, end, num_frames, decoders[first].fps, rng)
+            times, numbers = _times(start, end, num_frames, decoders[first].fps, rng)
             chunk_of = np.clip(times // length, first, final).astype(np.int64)
             parts = [
                 decoders[number].read_at(times[chunk_of == number] - number * length)
@@ -202,9 +205,12 @@ class VideoStore:
         if len({part.shape[1:] for part in parts}) > 1:
             folder = self._files.name_of(place.folder(video))
             raise VideoError(f"{folder}: chunks {first} to {final} differ in picture size")
-        return Frames(np.concatenate(parts), times)
+        return Frames(np.concatenate(parts), times, numbers)
 
 
-def _times(start: float, end: float, num_frames: int, fps: float, rng: np.random.Generator | None) -> np.ndarray:
-    """Seconds of the sampled frames, float64 [num_frames]."""
-    return frame_times(segment_indices(round(start * fps), round(end * fps), num_frames, rng), fps)
+def _times(
+    start: float, end: float, num_frames: int, fps: float, rng: np.random.Generator | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds of the sampled frames, float64 [num_frames], and their numbers, int64 [num_frames]."""
+    numbers = segment_indices(round(start * fps), round(end * fps), num_frames, rng)
+    return frame_times(numbers, fps), numbers

@@ -10,12 +10,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from egohod.config import UserError
 from egohod.data.annotations import seconds
 from egohod.data.csv_files import AnnotationError, read_csv
-from egohod.data.decoders import choose_decoder
-from egohod.data.files import VideoError
-from egohod.data.video import ENDINGS
+from egohod.data.windows import sliding, video_files
 from egohod.evaluation.clips import ClipList
 
 CLIP_COLUMNS = ("video_id", "start_second", "end_second")
@@ -49,7 +46,7 @@ class Listing:
 
 def whole_files(root: str) -> Listing:
     """Every mp4 below a local folder as one clip. Raises :class:`UserError` if there is none."""
-    return _listed(root, [(video, 0.0, np.inf) for video in _files(root)], "whole", 15.0)
+    return _listed(root, [(video, 0.0, np.inf) for video in video_files(root)], "whole", 15.0)
 
 
 def windows(root: str, window: float, stride: float, decoder: str = "auto") -> Listing:
@@ -58,27 +55,8 @@ def windows(root: str, window: float, stride: float, decoder: str = "auto") -> L
     They start at 0, stride, 2 x stride, ... until one reaches the end of the video, where it is cut. Raises
     :class:`UserError` if there is no mp4.
     """
-    _, opener = choose_decoder(decoder)
-    clips, faults = list[tuple[str, float, float]](), []
-    for video, path in _files(root).items():
-        try:
-            opened = opener(path, str(path))
-        except VideoError as error:
-            faults.append(str(error))
-            continue
-        duration = opened.duration
-        opened.close()
-        clips += [(video, *each) for each in spans(duration, window, stride)]
+    clips, faults = sliding(root, window, stride, decoder)
     return _listed(root, clips, "whole", 15.0, faults=faults)
-
-
-def spans(duration: float, window: float, stride: float) -> list[tuple[float, float]]:
-    """The windows over a video of that many seconds: (start, end)."""
-    if not (window > 0 and stride > 0):
-        raise UserError(f"--window and --stride must be above 0, not {window:g} and {stride:g}")
-    # A frame's rounding must not add a window of next to nothing.
-    count = 1 + max(0, int(np.ceil((duration - window) / stride - 1e-3)))
-    return [(k * stride, min(k * stride + window, duration)) for k in range(count)]
 
 
 def rows_of_csv(path: Path, root: str, layout: str = "auto", chunk_seconds: float = 15.0) -> Listing:
@@ -121,20 +99,3 @@ def _listed(
     ]
     made = ClipList(ids, videos, np.array(starts, float), np.array(ends, float), root, layout, chunk_seconds)
     return Listing(made, [texts[row] for row in order] if texts else [""] * len(clips), list(faults))
-
-
-def _files(root: str) -> dict[str, Path]:
-    """Videos below a folder by their id, which is the path without its ending."""
-    folder = Path(root)
-    if not folder.is_dir():
-        raise UserError(f"{root}: no such video folder" + ("; a remote one needs --clips" if "://" in root else ""))
-    paths = sorted(path for path in folder.rglob("*") if path.suffix in ENDINGS and path.is_file())
-    if not paths:
-        raise UserError(f"{root}: not a single mp4 file in it or below")
-    found: dict[str, Path] = {}
-    for path in paths:
-        video = path.relative_to(folder).with_suffix("").as_posix()
-        if video in found:
-            raise UserError(f"{path}: {found[video].name} is there as well; rename one")
-        found[video] = path
-    return found

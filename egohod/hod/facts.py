@@ -53,7 +53,8 @@ class HandFacts:
     approach: float | None
     """When it starts to move towards what it then touches."""
     touches: str | None
-    """``object`` (the clip's active object), ``other object``, ``surface`` or ``other hand``; None where nothing."""
+    """``object`` (the clip's active object), ``other object``, ``surface``, ``other hand`` or ``other person``; None
+    where nothing is touched, and where the detector tells no contact and finds no objects."""
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ from PIL import Image
 from egohod.config import UserError
 from egohod.data.csv_files import AnnotationError
 from egohod.data.transforms import normalise
+from egohod.data.windows import spans
 from egohod.evaluation import extract as extraction
 from egohod.evaluation.clips import EvaluationDataset
 from egohod.evaluation.extract import Progress, extract, remaining, shares
 from egohod.evaluation.feature_index import Features, open_index, read_features, read_index
-from egohod.evaluation.listing import Listing, rows_of_csv, spans, whole_files, windows
+from egohod.evaluation.listing import Listing, rows_of_csv, whole_files, windows
 from egohod.evaluation.protocols import Protocol
 from egohod.evaluation.search import clock, search
 from tests.support import Command, ShortRun

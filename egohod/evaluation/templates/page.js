@@ -15,3 +15,20 @@ for (const field of document.querySelectorAll("input[data-filters]")) {
     told.textContent = `${shown} of ${rows.length}`;
   });
 }
+// A group of fields shows the cards that fit all of them: every word typed, every choice made.
+for (const group of document.querySelectorAll("[data-cards]")) {
+  const cards = [...document.getElementById(group.dataset.cards).children];
+  const told = group.querySelector("output");
+  group.addEventListener("input", () => {
+    const words = group.querySelector("input").value.toLowerCase().split(/\s+/).filter(Boolean);
+    const choices = [...group.querySelectorAll("select")].filter((each) => each.value);
+    let shown = 0;
+    for (const card of cards) {
+      const text = card.textContent.toLowerCase();
+      const fits = choices.every((each) => card.dataset[each.name].split(" ").includes(each.value));
+      card.hidden = !(fits && words.every((word) => text.includes(word)));
+      shown += card.hidden ? 0 : 1;
+    }
+    told.textContent = `${shown} of ${cards.length}`;
+  });
+}

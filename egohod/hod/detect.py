@@ -1,0 +1,116 @@
+"""Detectors: pictures of a clip in, boxes of hands and objects in the schema of detections out.
+
+mediapipe     hands from MediaPipe's landmarks; no objects, no contact
+detections    files made elsewhere: our parquet, or EPIC-KITCHENS' protobuf files
+torchvision   your own Faster R-CNN checkpoint with a label map
+oracle        files again, spoiled on purpose: jitter and dropped frames, to see what the rest bears
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from egohod.config import UserError
+from egohod.data.detections import EDGES, SCHEMA, UNKNOWN_STATE
+
+DETECTORS = ("mediapipe", "detections", "torchvision", "oracle")
+_SAME_HAND = 0.5  # two boxes that share more than this (intersection over union) are one hand found twice
+_SIDE_BY_SIDE = 0.1  # in picture widths: hands closer than this are not told apart by place
+
+
+class DetectorError(UserError):
+    """A detector that cannot be used."""
+
+
+class Detector(Protocol):
+    """What finds the boxes."""
+
+    needs_pictures: bool
+    """Whether it looks at the pictures; who has boxes already need not decode any."""
+
+    def detect(
+        self, video_id: str, frame_numbers: np.ndarray, seconds: np.ndarray, pictures: np.ndarray | None
+    ) -> pa.Table:
+        """Boxes in ``pictures`` uint8 [T, H, W, 3] of a video, seen at ``seconds`` [T], as a table of ``SCHEMA``.
+
+        ``pictures`` may be None where they are not needed. No box is no error: the table is then empty.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of processes and memory."""
+        ...
+
+
+def make(name: str, options: Mapping[str, Any]) -> Detector:
+    """The detector called ``name``, of ``DETECTORS``; ``options`` are the arguments of its class.
+
+    Raises :class:`DetectorError` for unknown names and options, and what the detector itself raises.
+    """
+    # Imported where they are wanted: each brings packages of its own.
+    detector: Any
+    if name == "mediapipe":
+        from egohod.hod.mediapipe_hands import MediapipeHands as detector
+    elif name == "torchvision":
+        from egohod.hod.torchvision_boxes import TorchvisionBoxes as detector
+    elif name == "detections":
+        from egohod.hod.detection_files import DetectionFiles as detector
+    elif name == "oracle":
+        from egohod.hod.detection_files import Oracle as detector
+    else:
+        raise DetectorError(f"detector is '{name}', but must be one of {', '.join(DETECTORS)}")
+    allowed = inspect.signature(detector).parameters
+    unknown = [each for each in options if each not in allowed]
+    lacking = [key for key, each in allowed.items() if each.default is each.empty and key not in options]
+    if unknown or lacking:
+        what = f"does not know {', '.join(unknown)}" if unknown else f"needs {', '.join(lacking)}"
+        raise DetectorError(f"detector {name} {what}; its options are {', '.join(allowed)}")
+    return detector(**options)
+
+
+def row(
+    video_id: str, frame_number: int, second: float, box: np.ndarray, score: float, *, side: int = -1, name: str = ""
+) -> dict[str, Any]:
+    """One row of ``SCHEMA`` with no contact state: a hand of ``side``, or an object if that is -1."""
+    edges = dict(zip(EDGES, np.clip(box, 0, 1).tolist(), strict=True))
+    kind = "object" if side < 0 else "hand"
+    where = {"video_id": video_id, "frame_number": int(frame_number), "second": float(second), "kind": kind}
+    what = {"side": side, "state": UNKNOWN_STATE, "score": float(score), "name": name or None}
+    return dict.fromkeys(SCHEMA.names) | where | what | edges
+
+
+def table(rows: list[dict[str, Any]]) -> pa.Table:
+    """Rows -> table of ``SCHEMA``."""
+    return pa.Table.from_pylist(rows, SCHEMA)
+
+
+def settle_sides(boxes: np.ndarray, scores: np.ndarray, sides: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most one hand a side in one picture: which boxes to keep [K], and the sides of those [K].
+
+    ``boxes`` [N, 4], ``scores`` [N] and ``sides`` [N] (0 left, 1 right, -1 unknown) are what a detector found. Of one
+    hand found twice the surer box stays, and never more than two. Two of one side are told apart by their place: the
+    wearer's left hand is the one further left. Where they lie one above the other the surer keeps its side.
+    """
+    kept: list[int] = []
+    for i in np.argsort(-scores, kind="stable").tolist():
+        if len(kept) < 2 and all(_iou(boxes[i], boxes[j]) < _SAME_HAND for j in kept):
+            kept.append(i)
+    middle = (boxes[:, 0] + boxes[:, 2]) / 2
+    found = np.array([sides[i] if sides[i] >= 0 else int(middle[i] > 0.5) for i in kept], dtype=np.int64)
+    if len(kept) == 2 and found[0] == found[1]:
+        first, second = middle[kept]
+        if abs(first - second) >= _SIDE_BY_SIDE:
+            found = np.array([0, 1] if first < second else [1, 0])
+        else:
+            found[1] = 1 - found[0]
+    return np.array(kept, dtype=np.int64), found
+
+
+def _iou(one: np.ndarray, other: np.ndarray) -> float:
+    common = np.clip(np.minimum(one[2:], other[2:]) - np.maximum(one[:2], other[:2]), 0, None).prod()
+    return float(common / max((one[2:] - one[:2]).prod() + (other[2:] - other[:2]).prod() - common, 1e-9))

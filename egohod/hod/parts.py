@@ -1,0 +1,170 @@
+"""The four stages of a configuration: detector, tracks, narrator and check, each as the pipeline runs it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from egohod.data.clips import ClipSource
+from egohod.data.video import Frames, VideoError
+from egohod.hod import camera, detect, records
+from egohod.hod.blocks import Found
+from egohod.hod.config import HodConfig
+from egohod.hod.facts import ClipFacts
+from egohod.hod.motion import FactsParams, facts_of
+from egohod.hod.narrate import make_narrator, narrate_checked
+from egohod.hod.narrator import Narration, Narrator, Request
+from egohod.hod.pipeline import Stage, Task
+from egohod.hod.stages import CHECK, DETECT, NARRATE, TRACK, Looking, Thinking
+from egohod.hod.tracks import TrackParams
+
+PROMPTS = Path(__file__).resolve().parents[2] / "configs" / "hod" / "prompts"
+# What changes how long a narrator takes, or whom it asks, but not what it is asked.
+_ROUTE = ("endpoint", "api_key_env", "concurrency", "timeout_seconds", "retries", "give_up_seconds", "prompt")
+# Files are read once and shared by the workers; models are loaded by each.
+_SHARED = ("detections", "oracle")
+
+
+def make_stages(cfg: HodConfig, source: ClipSource, text_of: Callable[[int], str]) -> list[Stage]:
+    """Detect, track, narrate, check. ``text_of`` is what was said about a clip before."""
+    narrating = _Narrating(cfg, source, text_of)
+    # Enough that no request waits for another at the end of a group; frames of so many clips must fit the memory.
+    at_once = cfg.narrator.batch * cfg.narrator.concurrency
+    group = 256 if cfg.narrator.kind == "template" else 2 * at_once if cfg.narrator.kind == "vlm" else 8 * at_once
+    detector = {"detector": cfg.detector.kind, "options": dict(cfg.detector.options), "camera": cfg.tracks.camera}
+    tracks = {name: value for name, value in vars(cfg.tracks).items() if name != "camera"}
+    return [
+        Looking(source, cfg.frames, _Look(cfg), detector, cfg.workers),
+        Thinking(TRACK, _Tracking(cfg, source), tracks),
+        Thinking(NARRATE, narrating, narrator_settings(cfg), of_text=True, group=group),
+        Thinking(CHECK, narrating.check, vars(cfg.check), of_text=True, group=group),
+    ]
+
+
+def narrator_settings(cfg: HodConfig) -> dict[str, Any]:
+    """All that a narrator's words depend on; the text of its prompt stands for the file."""
+    narrator = cfg.narrator
+    if narrator.kind == "template":
+        return {"kind": narrator.kind, "seed": narrator.seed}
+    prompt = Path(narrator.prompt or PROMPTS / f"{narrator.kind}.jinja")
+    kept = {name: value for name, value in vars(narrator).items() if name not in _ROUTE}
+    # A prompt that is not there is the narrator's complaint.
+    return kept | {"prompt": prompt.read_text(encoding="utf-8") if prompt.is_file() else str(prompt)}
+
+
+class _Look:
+    """Boxes of a clip's frames, and how the camera moved between them."""
+
+    def __init__(self, cfg: HodConfig) -> None:
+        self._kind, self._options = cfg.detector.kind, dict(cfg.detector.options)
+        self._camera = cfg.tracks.camera
+        self._detector: detect.Detector | None = None
+
+    def begin(self) -> None:
+        if self._kind in _SHARED and self._detector is None:
+            self._detector = detect.make(self._kind, self._options)
+
+    def __call__(self, frames: Frames, video_id: str) -> dict[str, Any]:
+        # A clip of fewer frames shows some of them twice.
+        seconds, kept = np.unique(frames.seconds, return_index=True)
+        numbers, pictures = frames.numbers[kept], frames.pictures[kept]
+        if self._detector is None:
+            self._detector = detect.make(self._kind, self._options)
+        found = self._detector.detect(video_id, numbers, seconds, pictures)
+        height, width = pictures.shape[1:3]
+        shifts = camera.shifts(pictures, seconds, found) if self._camera else None
+        return records.plain(
+            {"seconds": seconds, "aspect": width / height, "boxes": records.boxes_to_plain(found), "shifts": shifts}
+        )
+
+
+class _Tracking:
+    """Facts from boxes."""
+
+    def __init__(self, cfg: HodConfig, source: ClipSource) -> None:
+        track = TrackParams(**{each.name: getattr(cfg.tracks, each.name) for each in dataclasses.fields(TrackParams)})
+        self._params, self._table = FactsParams(track=track), source.table
+
+    def __call__(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Found]]:
+        for place, task in enumerate(tasks):
+            row, seen = self._table.row(task.index), task.before[DETECT]
+            facts = facts_of(
+                records.boxes_from_plain(seen["boxes"], row.video_id),
+                np.array(seen["seconds"]),
+                video_id=row.video_id,
+                start=row.start,
+                end=row.end,
+                aspect=seen["aspect"],
+                shifts=None if seen["shifts"] is None else np.array(seen["shifts"]),
+                params=self._params,
+            )
+            yield place, Found(records.plain(facts))
+
+
+class _Narrating:
+    """Narrations from facts, and the check of them; the narrator is made when it is first needed."""
+
+    def __init__(self, cfg: HodConfig, source: ClipSource, text_of: Callable[[int], str]) -> None:
+        self._cfg, self._source, self._text_of = cfg, source, text_of
+        self._narrator: Narrator | None = None
+
+    def __call__(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Found]]:
+        requests, faults = self._requests(tasks)
+        for place, answer in self._made().narrate(list(requests.values())):
+            yield list(requests)[place], Found(records.plain(answer))
+        yield from faults
+
+    def check(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Found]]:
+        """Judge what was narrated; what is refused is narrated once more, or by the template."""
+        requests, faults = self._requests(tasks)
+        places = list(requests)
+        first = [records.read(Narration, tasks[place].before[NARRATE]) for place in places]
+        narrator = _Remembering(self._made(), first)
+        settings, seed = self._cfg.check, self._cfg.narrator.seed
+        for number, checked in narrate_checked(narrator, list(requests.values()), settings, seed):
+            if checked.text is None:
+                reasons = "; ".join(dict.fromkeys((*checked.refusals, *checked.verdict.reasons)))
+                yield places[number], Found(None, f"nothing true to say: {reasons}")
+            else:
+                yield places[number], Found(records.plain(checked) | {"text": " ".join(checked.text.split())})
+        yield from faults
+
+    def _made(self) -> Narrator:
+        if self._narrator is None:
+            self._narrator = make_narrator(self._cfg.narrator, PROMPTS)
+        return self._narrator
+
+    def _requests(self, tasks: Sequence[Task]) -> tuple[dict[int, Request], list[tuple[int, Found]]]:
+        """What to ask of each task by its place, and of which it cannot be asked."""
+        requests, faults = dict[int, Request](), list[tuple[int, Found]]()
+        for place, task in enumerate(tasks):
+            try:
+                facts = records.read(ClipFacts, task.before[TRACK])
+                requests[place] = Request(self._text_of(task.index), facts, task.index, self._frames(task.index))
+            except VideoError as error:
+                faults.append((place, Found(None, str(error))))
+        return requests, faults
+
+    def _frames(self, index: int) -> np.ndarray | None:
+        if self._cfg.narrator.kind != "vlm":
+            return None
+        return self._source.read(self._source.table.row(index), self._cfg.narrator.frames, None).pictures
+
+
+class _Remembering:
+    """A narrator whose first answers are known."""
+
+    def __init__(self, narrator: Narrator, first: Sequence[Narration]) -> None:
+        self.name = narrator.name
+        self.instructions = getattr(narrator, "instructions", "")
+        self._narrator, self._first = narrator, first
+
+    def narrate(self, requests: Sequence[Request]) -> Iterable[tuple[int, Narration]]:
+        """See :class:`~egohod.hod.narrator.Narrator`."""
+        if any(request.complaints for request in requests):
+            return self._narrator.narrate(requests)
+        return enumerate(self._first)

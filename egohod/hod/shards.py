@@ -1,0 +1,194 @@
+"""Which clips a machine works on, that nobody else does at the same time, and how the parts become one file.
+
+hod.csv                          the narrations, once every shard is finished
+hod.csv.failures.csv             clips without one, with the stage and the reason
+hod.csv.work/blocks/             what the stages found out, see egohod/hod/blocks.py
+hod.csv.work/parts/3-of-64.csv   the rows of a finished shard, and its .failures.csv
+hod.csv.work/parts/3-of-64.json  what it was made of, written last: then the shard is finished
+hod.csv.work/locks/3-of-64       held while a process works on the shard
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from filelock import FileLock, Timeout
+
+from egohod.config import UserError
+from egohod.hod.blocks import CacheError
+
+# Seconds: the processes of a run that was killed a moment ago are still on their way out.
+_PATIENCE = 3.0
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part ``number`` of ``of``, counted from 0."""
+
+    number: int = 0
+    of: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """``3/64``. Raises :class:`UserError`."""
+        match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+        shard = cls(int(match.group(1)), int(match.group(2))) if match else cls(0, 0)
+        if shard.number >= shard.of:
+            raise UserError(f"--shard is '{text}', but must be i/n with i from 0 to n - 1: 0/64 is the first of 64")
+        return shard
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.of}"
+
+    @property
+    def name(self) -> str:
+        """How its files are called."""
+        return f"{self.number}-of-{self.of}"
+
+    def blocks(self, clips: int, size: int) -> range:
+        """Its blocks of ``size`` clips: a range, so that neighbouring clips of a video stay on one machine."""
+        blocks = -(-clips // size)
+        return range(self.number * blocks // self.of, (self.number + 1) * blocks // self.of)
+
+
+class Work:
+    """The folder beside an output file."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.folder = output.with_name(output.name + ".work")
+
+    def block(self, number: int) -> Path:
+        """The file of a block; a thousand to a folder."""
+        return self.folder / "blocks" / f"{number // 1000:04d}" / f"{number:07d}.jsonl"
+
+    def part(self, shard: Shard, ending: str) -> Path:
+        """A file of a finished shard."""
+        return self.folder / "parts" / f"{shard.name}{ending}"
+
+    @property
+    def failures(self) -> Path:
+        """The ledger of a merged output."""
+        return self.output.with_name(self.output.name + ".failures.csv")
+
+    def summary(self, shard: Shard) -> dict[str, Any] | None:
+        """What a finished shard was made of; None if it is not finished."""
+        try:
+            content = json.loads(self.part(shard, ".json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return content if isinstance(content, dict) else None
+
+    @contextlib.contextmanager
+    def claim(self, shard: Shard) -> Iterator[None]:
+        """Within, no other process works on the shard, nor on clips that it has in common with other divisions.
+
+        Raises :class:`UserError` if one does.
+        """
+        folder = self.folder / "locks"
+        with contextlib.ExitStack() as held:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(FileLock(folder / shard.name, timeout=_PATIENCE))
+                for path in folder.iterdir():
+                    if not path.name.endswith(f"-of-{shard.of}"):
+                        with FileLock(path, timeout=0):
+                            pass
+            except Timeout as error:
+                name = Path(error.lock_file).name.replace("-of-", "/")
+                raise UserError(f"{self.output}: another run is writing here (shard {name}); wait for it") from error
+            except OSError as error:
+                raise CacheError(f"{folder}: cannot be written: {error.strerror or error}") from error
+            yield
+
+    def finish(self, shard: Shard, summary: dict[str, Any]) -> None:
+        """Mark a shard as finished; its other files are there."""
+        with written(self.part(shard, ".json")) as file:
+            json.dump(summary, file, indent=1)
+
+    def merge(self, shards: int, fingerprint: str, clips: int, size: int) -> dict[str, int]:
+        """Put the parts of all shards into the output; how many narrations and failures it has.
+
+        ``fingerprint`` is what each shard must have been made of. Raises :class:`UserError` naming what is missing, or
+        what does not fit together; the output is then as it was.
+        """
+        unfinished = [shard for shard in _all(shards) if (self.summary(shard) or {}).get("fingerprint") != fingerprint]
+        if unfinished:
+            names = ", ".join(map(str, unfinished[:10])) + (", ..." if len(unfinished) > 10 else "")
+            raise UserError(
+                f"{self.output}: {len(unfinished)} of {shards} shards are not finished with these settings: "
+                f"--shard {names}"
+            )
+        total = {"narrations": 0, "failures": 0}
+        for shard in _all(shards):
+            said, blocks = self.summary(shard) or {}, shard.blocks(clips, size)
+            due = min(blocks.stop * size, clips) - min(blocks.start * size, clips)
+            if said["narrations"] + said["failures"] != due:
+                raise UserError(
+                    f"{self.part(shard, '.json')}: tells of {said['narrations']} narrations and {said['failures']} "
+                    f"failures, but the shard has {due} clips; remove the file and run the shard again"
+                )
+            for name in total:
+                total[name] += said[name]
+        for path, ending, name in (
+            (self.failures, ".failures.csv", "failures"),
+            (self.output, ".csv", "narrations"),
+        ):
+            with written(path) as file:
+                lines = sum(_append(self.part(shard, ending), file, shard.number == 0) for shard in _all(shards))
+                if lines != total[name]:
+                    raise UserError(
+                        f"{self.folder / 'parts'}: the files hold {lines} {name}, {total[name]} are told of; a shard "
+                        "must be run again"
+                    )
+        return total
+
+    def divisions(self, fingerprint: str) -> list[int]:
+        """Into how many shards the clips were divided, of which at least one is finished and made of this."""
+        names = [path.stem.split("-of-") for path in (self.folder / "parts").glob("*-of-*.json")]
+        shards = [Shard(int(number), int(of)) for number, of in names]
+        return sorted({each.of for each in shards if (self.summary(each) or {}).get("fingerprint") == fingerprint})
+
+
+def _all(shards: int) -> list[Shard]:
+    return [Shard(number, shards) for number in range(shards)]
+
+
+def _append(part: Path, file: TextIO, header: bool) -> int:
+    """Copy a part; its rows. Each row is a line: the fields hold no line breaks."""
+    rows = -1
+    try:
+        with part.open(encoding="utf-8", newline="") as lines:
+            for line in lines:
+                rows += 1
+                if rows or header:
+                    file.write(line)
+    except OSError as error:
+        raise UserError(f"{part}: cannot be read: {error.strerror or error}; run the shard again") from error
+    return rows
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[TextIO]:
+    """A text file that appears as a whole or not at all. Raises :class:`CacheError` if it cannot be written."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8", errors="replace", newline="") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise CacheError(
+            f"cannot write {path}: {error.strerror or error}; what is done is kept, run again to go on"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Hand-object narrations from videos; the arguments are those of tools/generate_hod.py.
+#
+#   bash exps/generate_hod.sh                                                       the demo world
+#   bash exps/generate_hod.sh --metadata narrations.csv --root videos --output hod.csv
+#   SHARDS=64 bash exps/generate_hod.sh --metadata ... --root ... --output ...      64 jobs where there is a Slurm
+#
+# Without a Slurm SHARDS is ignored: one run on this machine, in as many processes as the knob workers says. Run again,
+# it goes on where it stopped. MediaPipe is installed into .mediapipe (or EGOHOD_MEDIAPIPE) if it is the detector.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+arguments=("$@")
+[ "$#" -gt 0 ] || arguments=(--config_file configs/hod/demo.yml)
+detector=mediapipe
+for argument in "${arguments[@]}"; do
+    case $argument in
+        *.yml | *.yaml)
+            named=$(sed -n '/^detector:/,/^[^ ]/s/^ \+kind: *\([a-z]*\).*/\1/p' "${argument#*=}" 2>/dev/null || true)
+            detector=${named:-$detector}
+            ;;
+        detector.kind=*) detector=${argument#*=} ;;
+        --help) detector= ;;
+    esac
+done
+folder=${EGOHOD_MEDIAPIPE:-.mediapipe}
+if [ "$detector" = mediapipe ] && [ ! -d "$folder/mediapipe" ]; then
+    echo "installing MediaPipe into $folder (once)"
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --target "$folder" -r exps/mediapipe_requirements.txt
+fi
+if [ "${SHARDS:-1}" -gt 1 ] && command -v sbatch >/dev/null; then arguments+=(--submit "$SHARDS"); fi
+exec "$PYTHON" tools/generate_hod.py "${arguments[@]}"

@@ -1,0 +1,233 @@
+"""Detectors: files, noise, a real (untrained) Faster R-CNN, and MediaPipe on real clips where it is installed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+from torchvision.models import detection
+
+from egohod.data import detections, epic_protobuf
+from egohod.data.decoders import choose_decoder
+from egohod.data.detections import EDGES, LEFT, RIGHT, SCHEMA
+from egohod.data.video import read_clip
+from egohod.hod import camera
+from egohod.hod.detect import DetectorError, make, settle_sides
+from egohod.hod.detection_files import DetectionFiles, Oracle
+from egohod.hod.mediapipe_hands import FOLDER, MediapipeHands
+from egohod.hod.motion import facts_of
+from egohod.hod.torchvision_boxes import TorchvisionBoxes
+from tests.support import ROOT
+
+FPS = 12
+
+
+@pytest.fixture(scope="module")
+def truth(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 frames of one hand and one object, at 12 frames a second."""
+    rows = []
+    for frame in range(40):
+        where = {"video_id": "v", "frame_number": frame, "second": (frame + 0.5) / FPS, "score": 1.0, "state": 0}
+        box = {"left": 0.1 + frame / 100, "top": 0.2, "right": 0.3 + frame / 100, "bottom": 0.4}
+        for kind, side in (("hand", RIGHT), ("object", -1)):
+            rows.append(dict.fromkeys(SCHEMA.names) | where | box | {"kind": kind, "side": side})
+    path = tmp_path_factory.mktemp("truth") / "boxes.parquet"
+    detections.write(pa.Table.from_pylist(rows, SCHEMA), path)
+    return path
+
+
+def frames(numbers: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    return np.array(numbers), (np.array(numbers) + 0.5) / FPS
+
+
+def test_files_give_each_moment_once_to_the_nearest_picture(truth: Path, tmp_path: Path) -> None:
+    files = DetectionFiles(str(truth))
+    assert not files.needs_pictures
+    found = files.detect("v", *frames([0, 4, 8, 39])).to_pandas()
+    assert found["frame_number"].tolist() == [0, 0, 4, 4, 8, 8, 39, 39]
+    assert len(files.detect("elsewhere", *frames([0]))) == 0
+    assert len(files.detect("v", *frames([100]))) == 0
+    # Where frames lack boxes the neighbours' boxes are not told twice.
+    thin = detections.read(truth).to_pandas().query("frame_number % 3 == 0")
+    detections.write(pa.Table.from_pandas(thin, preserve_index=False), tmp_path / "thin.parquet")
+    found = DetectionFiles(str(tmp_path)).detect("v", *frames(list(range(12)))).to_pandas()
+    assert found["frame_number"].tolist() == [0, 0, 3, 3, 6, 6, 9, 9]
+
+
+def test_epic_files_are_found_by_video_and_take_the_rate_of_the_frames(truth: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "P01"
+    epic_protobuf.write(detections.read(truth), folder)
+    one, other = (DetectionFiles(str(path)).detect("v", *frames([3, 4, 5])) for path in (truth, tmp_path))
+    pd.testing.assert_frame_equal(one.to_pandas()[list(EDGES)], other.to_pandas()[list(EDGES)])
+    np.testing.assert_allclose(one.column("second").to_numpy(), other.column("second").to_numpy())
+    (folder / "v.pkl").write_bytes(b"\x80\x04cut")
+    with pytest.raises(detections.DetectionError, match=r"v\.pkl"):
+        DetectionFiles(str(tmp_path)).detect("v", *frames([3]))
+
+
+def test_noise_follows_from_the_seed_and_the_frame_alone(truth: Path) -> None:
+    def boxes(numbers: list[int], **noise: float) -> pd.DataFrame:
+        return Oracle(str(truth), **noise).detect("v", *frames(numbers)).to_pandas()
+
+    every = list(range(40))
+    spoiled = boxes(every, jitter=0.05, drop=0.2)
+    assert 20 <= spoiled["frame_number"].nunique() < 40
+    pd.testing.assert_frame_equal(spoiled, boxes(every, jitter=0.05, drop=0.2))
+    assert not spoiled[list(EDGES)].equals(boxes(every, jitter=0.05, drop=0.2, seed=1)[list(EDGES)])
+    some = boxes([10, 11, 12], jitter=0.05, drop=0.2)
+    expected = spoiled[spoiled["frame_number"].between(10, 12)].reset_index(drop=True)
+    pd.testing.assert_frame_equal(some.reset_index(drop=True), expected)
+    jittered, true = boxes(every, jitter=0.05), boxes(every)
+    # 5 % of a box of 0.2: 0.01 for its middle, and half of that for the width's part.
+    assert np.std(jittered["left"] - true["left"]) == pytest.approx(0.2 * 0.05 * 1.12, rel=0.35)
+    assert boxes(every, drop=1.0).empty
+
+
+def test_two_hands_of_one_side_are_told_apart() -> None:
+    box = np.array([[0.1, 0.5, 0.3, 0.8], [0.6, 0.5, 0.8, 0.8], [0.61, 0.5, 0.8, 0.8]])
+    kept, sides = settle_sides(box, np.array([0.6, 0.9, 0.8]), np.array([RIGHT, RIGHT, LEFT]))
+    assert dict(zip(kept.tolist(), sides.tolist(), strict=True)) == {1: RIGHT, 0: LEFT}
+    above = box[:2] * (0, 1, 0, 1) + [[0.4, 0, 0.6, 0], [0.41, -0.4, 0.61, -0.4]]
+    assert settle_sides(above, np.array([0.6, 0.9]), np.array([LEFT, LEFT]))[1].tolist() == [LEFT, RIGHT]
+    kept, sides = settle_sides(np.zeros((0, 4)), np.zeros(0), np.zeros(0, dtype=np.int64))
+    assert len(kept) == len(sides) == 0
+
+
+def test_unknown_detectors_and_options(truth: Path) -> None:
+    assert isinstance(make("oracle", {"path": str(truth), "drop": 0.5}), Oracle)
+    for name, options, pattern in (
+        ("yolo", {}, "must be one of mediapipe, detections"),
+        ("oracle", {"path": str(truth), "jiter": 1}, "does not know jiter; its options are path, fps, jitter"),
+        ("torchvision", {"weights": "w.pth"}, "needs labels"),
+        ("detections", {"path": str(truth) + ".absent"}, "no such file or folder"),
+        ("oracle", {"path": str(truth), "drop": 2}, "from 0 to 1"),
+        ("detections", {"path": str(ROOT / "exps")}, "neither parquet files nor"),
+    ):
+        with pytest.raises(DetectorError, match=pattern):
+            make(name, options)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real Faster R-CNN of three classes with random weights, as training scripts save it."""
+    torch.manual_seed(0)
+    model = detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None, num_classes=4)
+    with torch.no_grad():  # all classes are then equally likely, so that each one is found
+        model.roi_heads.box_predictor.cls_score.weight.zero_()
+        model.roi_heads.box_predictor.cls_score.bias.zero_()
+    path = tmp_path_factory.mktemp("weights") / "model.pth"
+    torch.save({"model": {f"module.{name}": value for name, value in model.state_dict().items()}, "epoch": 3}, path)
+    return path
+
+
+SMALL = {"architecture": "fasterrcnn_mobilenet_v3_large_320_fpn", "min_score": 0.0}
+
+
+def test_a_faster_rcnn_gives_rows_of_the_schema(checkpoint: Path) -> None:
+    labels = {1: "hand", "2": "cup", 3: "object"}
+    detector = TorchvisionBoxes(str(checkpoint), labels, **SMALL)
+    pictures = np.random.default_rng(0).integers(0, 255, (3, 60, 80, 3), dtype=np.uint8)
+    found = detector.detect("v", *frames([0, 1, 2]), pictures)
+    detections.check(found, "found")
+    rows = found.to_pandas()
+    assert len(rows) > 3
+    assert rows[rows["kind"] == "hand"].groupby(["frame_number", "side"]).size().max() <= 1
+    assert rows[rows["kind"] == "hand"]["frame_number"].nunique() == 3
+    assert set(rows[rows["kind"] == "object"]["name"].dropna()) == {"cup"}
+    assert rows[rows["kind"] == "object"]["name"].isna().any()
+    # A quarter each: nothing is sure.
+    assert (
+        len(
+            TorchvisionBoxes(str(checkpoint), labels, **SMALL | {"min_score": 0.9}).detect(
+                "v", *frames([0]), pictures[:1]
+            )
+        )
+        == 0
+    )
+
+
+def test_checkpoints_and_label_maps_that_do_not_fit(checkpoint: Path, tmp_path: Path) -> None:
+    def refuses(path: Path, labels: dict[object, str], pattern: str, **more: object) -> None:
+        with pytest.raises(DetectorError, match=pattern):
+            TorchvisionBoxes(str(path), labels, **SMALL | more)
+
+    refuses(checkpoint, {1: "hand", 4: "cup"}, r"classes 1 to 3, not 4 \(cup\)")
+    refuses(checkpoint, {0: "hand"}, "classes 1 to 3, not 0")
+    refuses(checkpoint, {"one": "hand"}, "not one")
+    refuses(checkpoint, {1: "person"}, "none is called left hand, right hand, hand; there are person")
+    refuses(checkpoint, {1: "hand"}, "is no fasterrcnn_resnet50_fpn", architecture="fasterrcnn_resnet50_fpn")
+    refuses(checkpoint, {1: "hand"}, "must be one of", architecture="maskrcnn")
+    refuses(tmp_path / "absent.pth", {1: "hand"}, "no such file")
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
+    refuses(tmp_path / "other.pth", {1: "hand"}, "no Faster R-CNN")
+    torch.save({"model": Path("x")}, tmp_path / "objects.pth")
+    refuses(tmp_path / "objects.pth", {1: "hand"}, "nothing was run")
+    (tmp_path / "cut.pth").write_bytes(checkpoint.read_bytes()[:5000])
+    refuses(tmp_path / "cut.pth", {1: "hand"}, "cut.pth")
+
+
+def test_mediapipe_that_is_not_there_or_does_not_start_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(DetectorError, match="pip install --no-deps --target"):
+        MediapipeHands(str(tmp_path))
+    (tmp_path / "mediapipe").mkdir()
+    (tmp_path / "mediapipe" / "__init__.py").write_text("raise ImportError('no libGL')")
+    with pytest.raises(DetectorError, match="ImportError: no libGL; cure: "):
+        MediapipeHands(str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def mediapipe_hands() -> Iterator[MediapipeHands]:
+    folder = Path(os.environ.get("EGOHOD_MEDIAPIPE") or ROOT / FOLDER)
+    if not (folder / "mediapipe").is_dir():
+        pytest.skip("needs MediaPipe, see exps/mediapipe_requirements.txt")
+    hands = MediapipeHands(str(folder))
+    yield hands
+    hands.close()
+
+
+@pytest.mark.ci
+def test_mediapipe_sees_the_right_hand_stir_and_the_left_hold(mediapipe_hands: MediapipeHands, shared: Path) -> None:
+    """The real Ego4D clip: the left hand holds the pan below, the right one stirs on the right side of the picture."""
+    path = shared / "media" / "lavila" / "3c0dffd0-e38e-4643-bc48-d513943dc20b_012_014.mp4"
+    pictures, seconds = read_clip(choose_decoder()[1], path, path.name, 0, 2, 16)
+    found = mediapipe_hands.detect("v", np.round(seconds * 30 - 0.5), seconds, pictures)
+    detections.check(found, "found")
+    facts = facts_of(found, seconds, video_id="v", start=0, end=2, shifts=camera.shifts(pictures, seconds, found))
+    left, right = facts.hands["left"], facts.hands["right"]
+    assert left.seen >= 0.9
+    assert right.seen >= 0.5
+    assert left.motion.directions == ("still",)
+    assert (facts.acting, facts.hands_together) == ("right", "apart")
+    assert right.motion.speed > 0.2
+    spread = np.nanmax(right.motion.path, axis=0) - np.nanmin(right.motion.path, axis=0)
+    assert (spread > 0.15).all(), "stirring goes both across and along"
+    assert np.nanmean(right.motion.path[:, 0]) > np.nanmean(left.motion.path[:, 0]) + 0.2
+
+
+@pytest.mark.ci
+def test_mediapipe_finds_hands_in_epic_frames_and_none_in_the_dark(
+    mediapipe_hands: MediapipeHands, shared: Path
+) -> None:
+    files = sorted((shared / "media" / "hoi-forecast" / "P01_01").glob("*.jpg"))
+    pictures = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
+    numbers = np.array([int(file.stem.removeprefix("frame_")) for file in files])
+    found = mediapipe_hands.detect("P01_01", numbers, numbers / 60, pictures)
+    assert len(set(found.column("frame_number").to_pylist())) >= 8
+    dark = np.zeros((2, 240, 320, 3), dtype=np.uint8)
+    assert len(mediapipe_hands.detect("dark", *frames([0, 1]), dark)) == 0
+
+
+@pytest.mark.ci
+def test_a_mediapipe_that_dies_is_told(mediapipe_hands: MediapipeHands) -> None:
+    other = MediapipeHands(str(Path(os.environ.get("EGOHOD_MEDIAPIPE") or ROOT / FOLDER)))
+    other._process.kill()
+    with pytest.raises(DetectorError, match="MediaPipe does not run"):
+        other.detect("v", *frames([0]), np.zeros((1, 240, 320, 3), dtype=np.uint8))
+    other.close()

@@ -1,0 +1,292 @@
+"""The frame of the pipeline with stages of straw: what is remembered, who may write, what a kill or full disk costs."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from egohod.config import SourceConfig, UserError
+from egohod.data.table import ClipTable
+from egohod.hod.blocks import Block, CacheError, Found, key_of
+from egohod.hod.clips import narrated
+from egohod.hod.pipeline import COLUMNS, Pipeline, Task, uid_of
+from egohod.hod.shards import Shard, Work
+from egohod.hod.stages import Thinking
+
+
+class Straw:
+    """A stage that counts what it is asked, and fails where it is told to."""
+
+    def __init__(
+        self, name: str, fails: Mapping[int, str] | None = None, of_text: bool = False, **settings: Any
+    ) -> None:
+        self.name, self.settings, self.of_text = name, settings, of_text
+        self.fails, self.asked = fails or {}, list[int]()
+
+    def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Found]]:
+        for task in tasks:
+            self.asked.append(task.index)
+            if task.index in self.fails:
+                yield task, Found(None, self.fails[task.index])
+            else:
+                yield task, Found({"of": task.index, "before": sorted(task.before)})
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> ClipTable:
+    return write_table(tmp_path, 11)
+
+
+def write_table(folder: Path, rows: int) -> ClipTable:
+    path = folder / "clips.csv"
+    lines = [f"video_{i // 4},{i},{i + 1.5},the hand moves thing {i}" for i in range(rows)]
+    path.write_text("\n".join(["video_id,start_second,end_second,text", *lines]) + "\n")
+    return ClipTable.read(path)
+
+
+def pipeline(table: ClipTable, folder: Path, *stages: Any, **more: Any) -> Pipeline:
+    chosen = stages or (Straw("detect"), Straw("track"))
+    return Pipeline(table, chosen, Work(folder / "out" / "hod.csv"), **{"block": 3, **more})
+
+
+WHOLE = Shard()
+
+
+def finish(made: Pipeline, shard: Shard = WHOLE) -> Any:
+    def row(index: int, value: Any) -> list[str]:
+        clip = made.table.row(index)
+        return [clip.video_id, str(clip.start), str(clip.end), clip.texts[0], "", uid_of(made.table, index, clip)]
+
+    return made.finish(shard, "print", row, COLUMNS)
+
+
+def rows(path: Path) -> list[list[str]]:
+    with path.open(newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_every_stage_sees_every_clip_once(table: ClipTable, tmp_path: Path) -> None:
+    one, two = Straw("detect"), Straw("track")
+    made = pipeline(table, tmp_path, one, two)
+    for name in ("detect", "track", "detect", "track"):
+        made.run(name, WHOLE)
+    assert one.asked == two.asked == list(range(11))
+    assert made.known(5)["track"].value == {"of": 5, "before": ["detect"]}
+
+
+def test_other_settings_are_other_work_and_old_ones_are_remembered(table: ClipTable, tmp_path: Path) -> None:
+    for depth, asked in ((1, 11), (2, 11), (1, 0)):
+        first, second = Straw("detect"), Straw("track", depth=depth)
+        made = pipeline(table, tmp_path, first, second)
+        made.run("detect", WHOLE)
+        made.run("track", WHOLE)
+        assert len(second.asked) == asked
+        assert len(first.asked) == (11 if depth == 1 and asked else 0)
+
+
+def test_a_change_early_on_changes_all_that_follows(table: ClipTable, tmp_path: Path) -> None:
+    one, other = (pipeline(table, tmp_path, Straw("detect", size=size), Straw("track")) for size in (1, 2))
+    assert all(one.keys(3)[name] != other.keys(3)[name] for name in ("detect", "track"))
+    again = pipeline(table, tmp_path, Straw("detect", size=1), Straw("track", more=True))
+    assert one.keys(3)["detect"] == again.keys(3)["detect"]
+
+
+def test_only_stages_that_read_the_narration_depend_on_it(tmp_path: Path) -> None:
+    table = write_table(tmp_path, 3)
+    before = pipeline(table, tmp_path, Straw("detect"), Straw("narrate", of_text=True)).keys(0)
+    path = tmp_path / "clips.csv"
+    path.write_text(path.read_text().replace("thing 0", "spoon"))
+    after = pipeline(ClipTable.read(path), tmp_path, Straw("detect"), Straw("narrate", of_text=True)).keys(0)
+    assert before["detect"] == after["detect"]
+    assert before["narrate"] != after["narrate"]
+
+
+def test_failures_are_in_the_ledger_and_tried_again_when_asked(table: ClipTable, tmp_path: Path) -> None:
+    bad = Straw("detect", {4: "no such\nfile", 9: "cut off"})
+    made = pipeline(table, tmp_path, bad, Straw("track"))
+    made.run("detect", WHOLE)
+    at = made.run("track", WHOLE)
+    assert (at.done, at.lacking) == (9, 2)
+    result = finish(made)
+    assert (result.narrations, result.failures, result.reasons) == (9, 2, {"detect": 2})
+    ledger = rows(made.work.part(WHOLE, ".failures.csv"))
+    assert ledger[1] == ["5", "video_1", "4", "5.5", "video_1_4_5.5", "detect", "no such file"]
+    assert made.run("detect", WHOLE).done == 0
+    healed = pipeline(table, tmp_path, Straw("detect"), Straw("track"), again=True)
+    assert healed.run("detect", WHOLE).done == 2
+    assert healed.run("track", WHOLE).done == 2
+    assert finish(healed).narrations == 11
+
+
+def test_too_many_failures_stop_a_stage(tmp_path: Path) -> None:
+    table = write_table(tmp_path, 120)
+    made = pipeline(table, tmp_path, Straw("detect", dict.fromkeys(range(120), "gone")))
+    with pytest.raises(UserError, match=r"detect: 51 of 51 clips failed.*max_bad_fraction=0.05.*row 51: gone"):
+        made.run("detect", WHOLE)
+
+
+def test_a_stage_that_was_left_out_is_named(table: ClipTable, tmp_path: Path) -> None:
+    made = pipeline(table, tmp_path)
+    made.run("detect", WHOLE)
+    with pytest.raises(UserError, match="row 1: has not been through the stage track"):
+        finish(made)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 4, 9])
+def test_shards_merge_to_what_a_single_run_writes(table: ClipTable, tmp_path: Path, shards: int) -> None:
+    made = pipeline(table, tmp_path, Straw("detect", {7: "gone"}))
+    for number in reversed(range(shards)):
+        made.run("detect", Shard(number, shards))
+        finish(made, Shard(number, shards))
+    total = made.work.merge(shards, "print", len(table), 3)
+    assert total == {"narrations": 10, "failures": 1}
+    told = rows(made.work.output)
+    assert told[0] == list(COLUMNS)
+    assert [row[1] for row in told[1:]] == [str(float(i)) for i in range(11) if i != 7]
+    assert [row[0] for row in rows(made.work.failures)] == ["row", "8"]
+    assert sum(len(made.clips(Shard(number, shards))) for number in range(shards)) == 11
+
+
+def test_a_merge_says_what_is_missing(table: ClipTable, tmp_path: Path) -> None:
+    made = pipeline(table, tmp_path, Straw("detect"))
+    made.run("detect", Shard(0, 2))
+    finish(made, Shard(0, 2))
+    with pytest.raises(UserError, match=r"1 of 2 shards are not finished with these settings: --shard 1/2"):
+        made.work.merge(2, "print", len(table), 3)
+    made.run("detect", Shard(1, 2))
+    finish(made, Shard(1, 2))
+    with pytest.raises(UserError, match="2 of 2 shards are not finished"):
+        made.work.merge(2, "other settings", len(table), 3)
+    part = made.work.part(Shard(1, 2), ".csv")
+    part.write_text("\n".join(part.read_text().splitlines()[:-1]) + "\n")
+    with pytest.raises(UserError, match="the files hold 10 narrations, 11 are told of"):
+        made.work.merge(2, "print", len(table), 3)
+    assert not made.work.output.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("3", "i/n"), ("4/4", "0/64 is the first"), ("-1/4", "i/n"), ("0/0", "i/n")]
+)
+def test_a_shard_that_is_none(text: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        Shard.parse(text)
+
+
+def test_two_runs_on_one_shard(table: ClipTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("egohod.hod.shards._PATIENCE", 0.1)
+    work = Work(tmp_path / "hod.csv")
+    with work.claim(Shard(0, 2)):
+        with work.claim(Shard(1, 2)):
+            pass
+        for other in (Shard(0, 2), Shard(0, 1), Shard(2, 3)):
+            with (
+                pytest.raises(UserError, match=r"hod\.csv: another run is writing here \(shard 0/2"),
+                work.claim(other),
+            ):
+                pass
+    with work.claim(Shard(0, 1)):
+        pass
+
+
+def test_a_line_cut_short_is_done_again_and_the_file_goes_on_behind_the_last_whole_one(tmp_path: Path) -> None:
+    path = tmp_path / "0.jsonl"
+    with Block(path, write=True) as block:
+        for key in "abc":
+            block.put("detect", key, Found({"key": key}))
+    whole = path.read_bytes()
+    for cut in (1, 5, 30):
+        path.write_bytes(whole[:-cut])
+        with Block(path, write=True) as block:
+            assert block.get("detect", "b") == Found({"key": "b"})
+            assert block.get("detect", "c") is None
+            block.put("detect", "c", Found({"key": "c"}))
+        assert path.read_bytes() == whole
+
+
+def test_a_damaged_line_costs_its_clip_alone(tmp_path: Path) -> None:
+    path = tmp_path / "0.jsonl"
+    path.write_bytes(
+        b'{"stage":"detect","key":"a","value":1}\n\x00\x00garbage\n{"stage":"detect","key":"b","fault":"no"}\n'
+    )
+    with Block(path) as block:
+        assert block.get("detect", "a") == Found(1)
+        assert block.get("detect", "b") == Found(None, "no")
+
+
+def test_a_full_disk_is_said_once_and_loses_nothing(
+    table: ClipTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, budget = os.write, [400]
+
+    def write(file: int, content: Any) -> int:
+        if len(content) > budget[0]:
+            if budget[0] <= 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            content = bytes(content[: budget[0]])
+        budget[0] -= len(content)
+        return real(file, content)
+
+    made = pipeline(table, tmp_path)
+    monkeypatch.setattr(os, "write", write)
+    with pytest.raises(CacheError, match=r"cannot write .*\.jsonl: No space left on device; what is done is kept"):
+        made.run("detect", WHOLE)
+    monkeypatch.undo()
+    done = sum(
+        len([json.loads(line) for line in path.read_text().splitlines()])
+        for path in made.work.folder.rglob("*.jsonl")
+    )  # fmt: skip
+    assert 0 < done < 11
+    at = made.run("detect", WHOLE)
+    assert (at.known, at.done) == (done, 11 - done)
+
+
+def test_keys_tell_apart(tmp_path: Path) -> None:
+    assert key_of("a", 1.0) == key_of("a", 1.0)
+    assert (
+        len({key_of(*each) for each in (("a", "b"), ("ab",), ("a", 1), ("a", 1.5), ("a", None), ("half \ud800",))}) == 6
+    )
+
+
+def test_a_broken_line_is_counted_and_many_are_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_table(tmp_path, 40)
+    path = tmp_path / "clips.csv"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:20], "one,two", *lines[20:], 'v,never,2,"text"', "v,1,2,"]) + "\n")
+    caplog.set_level("INFO")
+    table = narrated(SourceConfig(metadata=str(path)), [], 0.05)
+    assert len(table) == 40
+    assert "1 left out: malformed" in caplog.text
+    assert "1 left out: no narration" in caplog.text
+    path.write_text("\n".join([*lines, *["one,two"] * 60]) + "\n")
+    with pytest.raises(
+        UserError, match=r"60 of 100 rows cannot be used \(60 malformed\), more than max_bad_fraction=0.05"
+    ):
+        narrated(SourceConfig(metadata=str(path)), [], 0.05)
+    with pytest.raises(UserError, match="no column 'noun' to keep"):
+        narrated(SourceConfig(metadata=str(path)), ["noun"], 1.0)
+
+
+def test_a_group_that_breaks_off_keeps_what_was_ready(table: ClipTable, tmp_path: Path) -> None:
+    sizes = []
+
+    def think(tasks: Sequence[Task]) -> Iterator[tuple[int, Found]]:
+        sizes.append(len(tasks))
+        for place in reversed(range(len(tasks))):
+            if tasks[place].index == 5:
+                raise UserError("the endpoint is down")
+            yield place, Found({"text": str(tasks[place].index)})
+
+    made = pipeline(table, tmp_path, Thinking("narrate", think, {}, group=4))
+    with pytest.raises(UserError, match="the endpoint is down"):
+        made.run("narrate", WHOLE)
+    assert sizes == [4, 4]
+    healed = pipeline(table, tmp_path, Straw("narrate"))
+    assert healed.run("narrate", WHOLE).known == 6
+    assert sorted(healed.stages[0].asked) == [4, 5, 8, 9, 10]  # type: ignore[attr-defined]

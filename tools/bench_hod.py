@@ -1,0 +1,83 @@
+"""The ``hod`` part of ``tools/bench.py``: what each stage of the HOD pipeline costs a clip, and what a worker holds.
+
+The baseline is a loop that reads, detects, tracks, narrates and checks one clip after the other and keeps nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from egohod.hod import config
+from egohod.hod.setup import Plan, build
+from egohod.hod.shards import Shard
+from egohod.hod.stages import STAGES
+
+
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("hod", help="clips a second of the HOD pipeline by stage, and memory of a worker")
+    parser.add_argument("--config_file", default="configs/hod/demo.yml", help="default: configs/hod/demo.yml")
+    parser.add_argument("--clips", type=int, default=60, help="of the first clips of the metadata (default: 60)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="knobs of the pipeline")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Alternate both, so that a noisy machine disturbs both."""
+    spent: dict[str, list[float]] = {stage: [] for stage in (*STAGES, "loop")}
+    for _ in range(options.rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            # A shard of one block is the first clips.
+            plan = _plan(options, Path(folder))
+            shard = Shard(0, -(-len(plan.pipeline.table) // options.clips))
+            clips = plan.pipeline.clips(shard)
+            for stage in STAGES:
+                began = time.perf_counter()
+                plan.pipeline.run(stage, shard)
+                spent[stage].append(time.perf_counter() - began)
+            began = time.perf_counter()
+            alone = _plan(options, Path(folder), "workers=0")
+            for index in clips:
+                for _ in alone.pipeline.try_out(index):
+                    pass
+            spent["loop"].append(time.perf_counter() - began)
+    ours = [sum(spent[stage][i] for stage in STAGES) for i in range(options.rounds)]
+    result: dict[str, Any] = {
+        "clips": len(clips),
+        "workers": plan.cfg.workers,
+        "clips_per_second": len(clips) / statistics.median(ours),
+        "share": {
+            stage: statistics.median(part / whole for part, whole in zip(spent[stage], ours, strict=True))
+            for stage in STAGES
+        },
+        "milliseconds": {stage: 1000 * statistics.median(spent[stage]) / len(clips) for stage in STAGES},
+        "ratio_to_a_loop": statistics.median(slow / fast for slow, fast in zip(spent["loop"], ours, strict=True)),
+        # The largest of the workers, shared pages of the main process included.
+        "worker_mb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3,
+        "main_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+    }
+    print(json.dumps(result) if options.json else text(result))
+
+
+def text(result: dict[str, Any]) -> str:
+    stages = ", ".join(
+        f"{stage} {result['milliseconds'][stage]:.1f} ms ({result['share'][stage]:.0%})" for stage in STAGES
+    )
+    return (
+        f"{result['clips']} clips, {result['workers']} workers: {result['clips_per_second']:.1f} clips/s, "
+        f"{result['ratio_to_a_loop']:.2f} x a loop in one process\na clip: {stages}\n"
+        f"peak memory: a worker {result['worker_mb']:.0f} MB, the main process {result['main_mb']:.0f} MB"
+    )
+
+
+def _plan(options: argparse.Namespace, folder: Path, *more: str) -> Plan:
+    knobs = [*options.overrides, f"block={options.clips}", f"output={folder / 'hod.csv'}", *more]
+    return build(config.load(options.config_file, knobs))
