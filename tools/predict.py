@@ -28,9 +28,9 @@ from egohod.config import Config
 from egohod.data.decoders import choose_decoder
 from egohod.data.text import Tokenizer
 from egohod.data.transforms import center_crop, normalise
+from egohod.data.windows import spans
 from egohod.distributed import setup
 from egohod.evaluation.heads import ClassProbabilities
-from egohod.evaluation.listing import spans
 from egohod.model.egovideo import DualEncoder
 from egohod.model.zoo import geometry
 from egohod.training.checkpoint import classes_of

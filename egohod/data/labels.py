@@ -21,7 +21,7 @@ from egohod.data.table import ClipTable
 log = logging.getLogger(__name__)
 
 # What relevancy is made of; EPIC-KITCHENS-100's names.
-RELEVANCY_COLUMNS = ("verb_class", "all_noun_classes", "narration_id")
+RELEVANCY_COLUMNS = ("verb_class", "all_noun_classes", "uid")
 # How a file whose classes are numbers tells their names.
 NAME_COLUMN = "class_name"
 _CHECKED_AT_ONCE = 256
@@ -227,7 +227,7 @@ def _sentences(
     texts = [str(text) for text in rows["narration"]]
     if {"verb_class", "noun_classes"} <= set(rows.columns):
         return texts, integers(rows, "verb_class", path), integer_lists(rows, "noun_classes", path)
-    row_of = {str(name): row for row, name in enumerate(table.column("narration_id"))}
+    row_of = {str(name): row for row, name in enumerate(table.column("uid"))}
     named = []
     for number, name in enumerate(rows["narration_id"], start=1):
         if name not in row_of:
