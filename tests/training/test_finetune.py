@@ -28,11 +28,12 @@ from tests.support import ROOT, Command, ShortRun, losses, newest
 
 
 @pytest.fixture(scope="module")
-def ek100(demo_world: Path) -> Path:
-    """The demo world in EPIC-KITCHENS' formats."""
-    if not (demo_world / "test" / "benchmarks").exists():
-        write_benchmarks(demo_world)
-    return demo_world / "test" / "benchmarks" / "ek100"
+def ek100(demo_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo world in EPIC-KITCHENS' formats, in a copy of its own."""
+    copy = tmp_path_factory.mktemp("formats") / "world"
+    shutil.copytree(demo_world, copy)
+    write_benchmarks(copy)
+    return copy / "test" / "benchmarks" / "ek100"
 
 
 def table(path: Path) -> ClipTable:
