@@ -28,7 +28,8 @@ import numpy as np
 from egohod import cli
 from egohod.config import UserError
 from egohod.data.show import ROLE_COLOURS
-from egohod.evaluation.page import data_uri, render, write_page
+from egohod.evaluation.page import data_uri, render
+from egohod.evaluation.report import write_text
 from egohod.evaluation.thumbnails import jpeg
 from egohod.hod import config, draw
 from egohod.hod.config import HodConfig
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
     chosen = _chosen(plan, args)
     clips = [plan.seen(index) for index in chosen]
     if args.page:
-        write_page(args.page, _page(cfg, plan, clips, args.seed))
+        write_text(args.page, _page(cfg, plan, clips, args.seed))
     if args.sheet or args.film:
         clips = [seen for seen in clips if len(seen.pictures)]
         if not clips:

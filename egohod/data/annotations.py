@@ -117,7 +117,7 @@ def _guess(path: Path) -> str:
     if path.suffix.lower() == ".txt" and _SPLIT_LINE.match(_first_line(path)):
         return "egtea"
     names = set(_header(path)[0])
-    marks = {"egoclip": ("video_uid", "clip_text")}
+    marks: dict[str, tuple[str, ...]] = {"egoclip": ("video_uid", "clip_text")}
     marks |= {"ek100": ("narration_id", "start_timestamp", "stop_timestamp", "narration")}
     marks |= {"charades": ("id", "actions"), "labels": ("video", "label")}
     return next((format for format, columns in marks.items() if names.issuperset(columns)), "hod")

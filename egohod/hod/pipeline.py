@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from egohod.config import UserError
 from egohod.data.table import ClipRow, ClipTable
@@ -30,7 +30,8 @@ _GRACE_CLIPS = 1000
 _SAID = 20
 
 
-class Task(NamedTuple):
+@dataclass(frozen=True)
+class Task:
     """A clip that a stage is to work on."""
 
     index: int

@@ -38,7 +38,7 @@ class Looking:
     def __init__(
         self, source: ClipSource, frames: int, look: Looker, settings: Mapping[str, Any], workers: int
     ) -> None:
-        self.settings = {"frames": frames, **settings}
+        self.settings: Mapping[str, Any] = {"frames": frames, **settings}
         self._source, self._frames, self._look, self._workers = source, frames, look, workers
 
     def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Found]]:
