@@ -167,10 +167,12 @@ def class_space(tables: Sequence[ClipTable], columns: Sequence[str], further: Se
         here = [name if name in rows.columns else name.removesuffix("_class") for name in columns]
         if missing := [name for name in here if name not in rows.columns]:
             raise UserError(f"{path}: no column '{missing[0]}' for data.labels.columns")
-        spelling = next((name for name in (NAME_COLUMN, "action") if name in rows.columns), None)
+        plain = [name.removesuffix("_class") for name in columns]
+        spelling = next(([name] for name in (NAME_COLUMN, "action") if name in rows.columns), plain)
+        spelling = spelling if all(name in rows.columns for name in spelling) else here
         for row in range(len(rows)):
             parts = tuple(str(rows[name][row]) for name in here)
-            named.setdefault(parts, str(rows[spelling][row]) if spelling else ":".join(parts))
+            named.setdefault(parts, " ".join(str(rows[name][row]) for name in spelling).replace("-", " "))
     if len(named) < 2:
         only = next(iter(named.values()))
         raise UserError(f"{tables[0].path}: all clips are of one class, '{only}'; there is nothing to tell apart")

@@ -311,7 +311,7 @@ def asked(cfg: Config, name: str, root: str | None = None, metadata: str | None 
             raise UserError("no benchmark's data is found: set metadata and root in evaluate.benchmarks")
         return found
     if name not in there and name not in READERS:
-        known = dict.fromkeys([*there, *(key for key in READERS if key != "own")])
+        known = dict.fromkeys([*there, *(key for key in READERS if key not in ("own", "labels"))])
         raise UserError(f"--benchmark {name}: there are demo, all, {', '.join(known)}")
     config = there.get(name, BenchmarkConfig())
     return {name: dataclasses.replace(config, root=root or config.root, metadata=metadata or config.metadata)}
