@@ -1,0 +1,220 @@
+"""An OpenAI-compatible chat endpoint: requests that are tried again, and never more in flight than allowed.
+
+The key is read from the environment, sent in the one header it belongs in and cut out of whatever is shown.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import requests
+
+from egohod.hod.narrator import EndpointDown, NarratorError
+from egohod.hod.settings import NarratorSettings
+
+log = logging.getLogger(__name__)
+
+_BUSY = (408, 409, 425, 429, 500, 502, 503, 504, 529)
+_AWAY = (429, 502, 503, 504, 529)
+_REFUSED = (401, 403, 404, 405)
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0
+_MOST_BYTES = 4_000_000
+
+
+class Unanswerable(Exception):
+    """This request has no answer; others may have one."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back."""
+
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Endpoint:
+    """Asks; safe to use from several threads."""
+
+    def __init__(
+        self,
+        settings: NarratorSettings,
+        sleep: Callable[[float], None] | None = None,
+        chance: Callable[[], float] = lambda: 0.5,
+    ) -> None:
+        """``sleep`` and ``chance`` (0 to 1, spreads the waits) are for tests. Raises :class:`NarratorError`."""
+        parts = urlsplit(settings.endpoint)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise NarratorError(
+                f"narrator.endpoint is '{settings.endpoint}', but must be an address such as http://host:8000/v1"
+            )
+        if parts.username or parts.password:
+            raise NarratorError(
+                "narrator.endpoint must not hold a key or password; name its variable in narrator.api_key_env"
+            )
+        self._settings = settings
+        self._url = urlunsplit(parts._replace(path=parts.path.rstrip("/") + "/chat/completions"))
+        self.shown = urlunsplit(parts._replace(query=""))
+        self._key = os.environ.get(settings.api_key_env, "") if settings.api_key_env else ""
+        if settings.api_key_env and not self._key:
+            raise NarratorError(f"narrator.api_key_env names {settings.api_key_env}, which is not set; export it")
+        self._stop = threading.Event()
+        self._sleep = sleep or self._wait
+        self._chance = chance
+        self._local = threading.local()
+        self._worked = time.monotonic()
+
+    def ask_all(self, bodies: Iterable[dict[str, Any]]) -> Iterator[tuple[int, Answer | Unanswerable]]:
+        """Ask all, at most ``concurrency`` at a time; yields (number, answer) as they come.
+
+        Raises :class:`EndpointDown` when nothing has worked for ``give_up_seconds`` and :class:`NarratorError` when the
+        server refuses the key, model or address, in both cases after the answers that are there.
+        """
+        self._stop.clear()
+        self._worked = time.monotonic()
+        todo, running = iter(enumerate(bodies)), dict[Future[Answer], int]()
+        fault: BaseException | None = None
+        with ThreadPoolExecutor(self._settings.concurrency, thread_name_prefix="narrator") as pool:
+            try:
+                while True:
+                    while fault is None and len(running) < self._settings.concurrency:
+                        nextup = next(todo, None)
+                        if nextup is None:
+                            break
+                        running[pool.submit(self.ask, nextup[1])] = nextup[0]
+                    if not running:
+                        break
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        number = running.pop(future)
+                        try:
+                            yield number, future.result()
+                        except Unanswerable as error:
+                            yield number, error
+                        except NarratorError as error:
+                            fault = fault or error
+                            self._stop.set()  # nobody waits for what will not come
+            finally:
+                self._stop.set()
+        if fault is not None:
+            raise fault
+
+    def ask(self, body: dict[str, Any]) -> Answer:
+        """One request with its retries. Raises as :meth:`ask_all`, and :class:`Unanswerable` for this one alone."""
+        tries = 0
+        while True:
+            pause, away = None, False
+            try:
+                status, headers, content = self._post(body)
+                if status == 200:
+                    answer = self._read(content)
+                    self._worked = time.monotonic()
+                    return answer
+                said = f"HTTP {status}: {self._clean(content)}"
+                if status in _REFUSED:
+                    raise NarratorError(f"{self.shown}: {said}; see narrator.endpoint, model and api_key_env")
+                if status not in _BUSY:
+                    self._worked = time.monotonic()
+                    raise Unanswerable(said)
+                pause, away = _retry_after(headers.get("Retry-After")), status in _AWAY
+            except requests.RequestException as error:
+                away = isinstance(error, requests.ConnectionError)
+                said = self._clean(f"{type(error).__name__}: {error}")
+            except _Malformed as error:
+                said = str(error)
+                self._worked = time.monotonic()
+            if time.monotonic() - self._worked > self._settings.give_up_seconds or self._stop.is_set():
+                raise EndpointDown(
+                    f"{self.shown}: nothing has worked for {self._settings.give_up_seconds:g} s ({said}); what is done "
+                    "is kept, the same command goes on from there"
+                )
+            tries += 1
+            # A server that is away or asks for patience is no fault of this request: only time ends that.
+            if tries > self._settings.retries and not away:
+                raise Unanswerable(f"{said} ({tries} tries)")
+            backoff = min(_FIRST_WAIT * 2 ** (tries - 1), _LONGEST_WAIT) * (0.5 + self._chance())
+            pause = backoff if pause is None else min(pause, self._settings.give_up_seconds)
+            log.info("%s: %s; try %d in %.1f s", self.shown, said, tries + 1, pause)
+            self._sleep(pause)
+
+    def _post(self, body: dict[str, Any]) -> tuple[int, Any, bytes]:
+        """Status, headers and body, all within the time-out."""
+        until = time.monotonic() + self._settings.timeout_seconds
+        session = getattr(self._local, "session", None)
+        if session is None:
+            session = self._local.session = requests.Session()
+        with session.post(
+            self._url,
+            json=body,
+            auth=self._sign,
+            timeout=(min(10.0, self._settings.timeout_seconds), self._settings.timeout_seconds),
+            allow_redirects=False,
+            stream=True,
+        ) as response:
+            content = b""
+            for piece in response.iter_content(65536):
+                content += piece
+                # The library's time-out is for each read; a server that trickles would never meet it.
+                if time.monotonic() > until:
+                    raise requests.ReadTimeout(f"no whole answer within {self._settings.timeout_seconds:g} s")
+                if len(content) > _MOST_BYTES:
+                    raise requests.RequestException("an answer without end")
+            return response.status_code, response.headers, content
+
+    def _sign(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        # As ``auth``, so that no password file of the machine is looked at instead.
+        if self._key:
+            request.headers["Authorization"] = f"Bearer {self._key}"
+        return request
+
+    def _read(self, content: bytes) -> Answer:
+        try:
+            answer = json.loads(content)
+            choice = answer["choices"][0]
+            text = choice["message"]["content"]
+            usage = answer.get("usage") or {}
+            tokens = (int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            raise _Malformed(f"not an answer of a chat endpoint: {self._clean(content)}") from error
+        if not isinstance(text, str):
+            raise _Malformed("an answer without text")
+        return Answer(text, *tokens)
+
+    def _clean(self, text: bytes | str) -> str:
+        """A line to show, without the key."""
+        text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+        if self._key:
+            text = text.replace(self._key, "***")
+        text = " ".join(text.split())
+        return text if len(text) <= 200 else text[:200] + "..."
+
+    def _wait(self, seconds: float) -> None:
+        self._stop.wait(seconds)
+
+
+class _Malformed(Exception):
+    """An answer that is none; another try may do better."""
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Seconds of a Retry-After header, which holds seconds or a date."""
+    if value is None:
+        return None
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (TypeError, ValueError):
+        return None

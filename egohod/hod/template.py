@@ -1,0 +1,127 @@
+"""Narrations put together from phrases: offline, the same for the same seed.
+
+The source's words are kept as they are; hands, sides, directions and contact are hung on them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from egohod.hod import wording
+from egohod.hod.clauses import sides
+from egohod.hod.facts import ClipFacts, HandFacts
+from egohod.hod.narrator import Narration, Request
+
+_WEARER = re.compile(r"^(#?\s*c(?:\s+c)?)\b\s*", re.IGNORECASE)
+_OTHERS = re.compile(r"^#\s*o\b", re.IGNORECASE)
+# What says how something moves; said already, it is not said again.
+_MOVING = re.compile(
+    r"\b(?:to (?:the )?(?:left|right)|away|closer|(?:counter|anti)?clockwise|upwards?|downwards?|still"
+    r"|back and forth)\b",
+    re.IGNORECASE,
+)
+
+
+class TemplateNarrator:
+    """Needs nothing but the facts."""
+
+    name = "template"
+
+    def __init__(self, seed: int = 0) -> None:
+        self._seed = seed
+
+    def narrate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Narration]]:
+        """See :class:`~egohod.hod.narrator.Narrator`; one narration a request, at once."""
+        for number, request in enumerate(requests):
+            yield number, Narration(template(request.source, request.facts, (self._seed, request.seed)), self.name)
+
+
+def template(source: str, facts: ClipFacts, seed: int | Sequence[int] = 0) -> str:
+    """Word a clip: ``#C C moves the sponge`` becomes ``#C C moves the sponge with the right hand, first to the left,
+    then to the right, while the left hand rests``.
+
+    An empty ``source`` is narrated from the facts alone; what the tracks do not know is not said, and where they
+    know of no hand either there is nothing to say. The narration of
+    somebody else's action ("#O ...") gets what the wearer's hands do, and no hand for the action itself.
+    """
+    rng = np.random.default_rng(seed)
+    source = " ".join(source.split()).rstrip(" .,;")
+    others = bool(_OTHERS.match(source))
+    acting = facts.hands.get(facts.acting or "")
+    idle = [hand for side, hand in sorted(facts.hands.items()) if hand is not acting or others]
+    if not source:
+        text = _of_facts_alone(facts, acting)
+        if acting is None:
+            idle = idle[1:]
+    else:
+        text = source if others or acting is None else _with_hand(source, facts, acting, rng)
+    named = set(sides(source))
+    while_ = [_idle(hand, wording.thing_name(facts)) for hand in idle if hand.side not in named]
+    if while_:
+        text += ("; ", ", while ")[int(rng.integers(2))] + " and ".join(while_)
+    return text
+
+
+def _with_hand(source: str, facts: ClipFacts, hand: HandFacts, rng: np.random.Generator) -> str:
+    """The source with the acting hand and how it moves; a source that names hands keeps its own."""
+    named = sides(source)
+    tail = [] if _MOVING.search(source) else _tail(facts, hand, rng)
+    if named and hand.side not in named:  # the narrator saw another hand than the tracks: do not mix them
+        return source
+    start = _WEARER.match(source)
+    action = source[start.end() :] if start else ""
+    third_person = re.match(r"[a-z]+(?:s|es)\b", action)
+    if not named and start and third_person and rng.integers(3) == 0:
+        text = f"{start[1]} uses the {hand.side} hand and {action}"
+    elif not named:
+        text = f"{source} with the {hand.side} hand"
+    else:
+        text = source
+    return ", ".join([text, *tail])
+
+
+def _tail(facts: ClipFacts, hand: HandFacts, rng: np.random.Generator) -> list[str]:
+    """How the hand moves, from where to where, what it touches."""
+    motion = hand.motion
+    # The thing's own motion is the action's, where it is known; a hand may come from elsewhere.
+    if facts.object is not None and not facts.object.guessed and wording.moves(facts.object.motion):
+        motion = facts.object.motion
+    if not wording.moves(motion):
+        tail = ["keeping still"]
+    else:
+        tail = [wording.going(motion)]
+        if motion.repeats == 1 and wording.often(motion):
+            tail.append(wording.often(motion))
+        if wording.whence(motion) and rng.integers(3) == 0:
+            tail.append(wording.whence(motion))
+    if hand.touches in ("object", "other object") and rng.integers(3) == 0:
+        reached = "after reaching for it" if hand.contact else "in contact from the start"
+        tail.append(reached)
+    return tail
+
+
+def _of_facts_alone(facts: ClipFacts, acting: HandFacts | None) -> str:
+    hand = acting or next((hand for _, hand in sorted(facts.hands.items())), None)
+    if hand is None:
+        return ""
+    thing = wording.thing_name(facts)
+    held = wording.touched(hand, thing)
+    if not wording.moves(hand.motion):
+        return f"The {hand.side} hand " + (f"holds {held} still" if held else "rests")
+    way = wording.going(hand.motion)
+    if held and hand.touches in ("object", "other object"):
+        return f"The {hand.side} hand moves {held} {way}"
+    return f"The {hand.side} hand moves {way}" + (f", touching {held}" if held else "")
+
+
+def _idle(hand: HandFacts, thing: str) -> str:
+    """What a hand does that does not act."""
+    held = wording.touched(hand, thing)
+    who = f"the {hand.side} hand"
+    if not wording.moves(hand.motion):
+        graspable = hand.touches in ("object", "other object")
+        return f"{who} holds {held} still" if graspable else f"{who} rests"
+    return f"{who} moves {wording.going(hand.motion)}" + (f", touching {held}" if held else "")

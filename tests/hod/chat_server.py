@@ -1,0 +1,114 @@
+"""A chat endpoint on loopback that answers, or misbehaves, as it is told."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Captioner = Callable[[dict[str, Any]], str]
+
+
+def clips_of(body: dict[str, Any]) -> list[dict[str, Any]]:
+    """The clips that a request asks about."""
+    content = body["messages"][1]["content"]
+    text = content if isinstance(content, str) else content[0]["text"]
+    return json.loads(text[text.index("[") : text.rindex("]") + 1])
+
+
+class ChatServer:
+    """Answers with ``caption`` of each clip, except that the first answers are those of ``script``.
+
+    An entry of the script is a (status, headers) pair, ``"hang"``, ``"drop"``, ``"half"`` (JSON that breaks off),
+    ``"schema"``, ``"echo"`` (the prompt), ``"short"`` (one clip too few), ``"no chat"``, or ``"ok"``.
+    """
+
+    def __init__(
+        self, caption: Captioner, script: list[Any] | None = None, hold: threading.Barrier | None = None
+    ) -> None:
+        self.caption, self.script = caption, list(script or [])
+        self.bodies: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        self.most = 0
+        self._hold, self._now, self._lock = hold, 0, threading.Lock()
+        self._over = threading.Event()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                outer.answer(self)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.address = f"http://127.0.0.1:{self._server.server_port}/v1"
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def __enter__(self) -> ChatServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        body = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
+        with self._lock:
+            self._now += 1
+            self.most = max(self.most, self._now)
+            self.bodies.append(body)
+            self.keys.append(request.headers.get("Authorization"))
+            step = self.script.pop(0) if self.script else "ok"
+        try:
+            if self._hold is not None:
+                self._hold.wait(10)
+            self._do(request, body, step)
+        finally:
+            with self._lock:
+                self._now -= 1
+
+    def _do(self, request: BaseHTTPRequestHandler, body: dict[str, Any], step: Any) -> None:
+        if isinstance(step, tuple):
+            # Some services repeat the key that they refuse.
+            said = f"refused {request.headers.get('Authorization')}".encode()
+            self._send(request, step[0], said, step[1])
+            return
+        if step == "hang":
+            self._over.wait(10)
+        if step in ("hang", "drop"):
+            request.close_connection = True
+            request.connection.close()
+            return
+        clips = clips_of(body)
+        captions = [{"clip": each["clip"], "caption": self.caption(each)} for each in clips]
+        if step == "short":
+            captions = captions[:-1]
+        text = json.dumps({"captions": captions})
+        if step == "half":
+            text = text[: len(text) // 2]
+        elif step == "schema":
+            text = json.dumps([each["caption"] for each in captions])
+        elif step == "echo":
+            system = re.sub(r"\s+", " ", body["messages"][0]["content"])
+            text = json.dumps({"captions": [{"clip": each["clip"], "caption": system[:150]} for each in clips]})
+        answer: dict[str, Any] = {
+            "choices": [{"message": {"role": "assistant", "content": text}}],
+            "usage": {"prompt_tokens": 101, "completion_tokens": 11},
+        }
+        self._send(request, 200, json.dumps({"hello": 1} if step == "no chat" else answer).encode(), {})
+
+    @staticmethod
+    def _send(request: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str]) -> None:
+        request.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            request.send_header(name, value)
+        request.end_headers()
+        request.wfile.write(body)

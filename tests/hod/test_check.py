@@ -1,0 +1,170 @@
+"""The fidelity check: its rules one by one, on the demo's motion words, and on real rewrites."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from egohod.demo.world import VERBS, phrase
+from egohod.hod.check import check, compare_words, is_english
+from egohod.hod.claims import claims
+from egohod.hod.clauses import clauses, sides
+from egohod.hod.settings import CheckSettings
+from tests.hod import rewrites
+from tests.hod.hod_facts import WIPE, clip, hand
+from tests.hod.test_template import WAYS
+
+SOURCE = "#C C moves the sponge"
+TRUE = "#C C moves the sponge with the right hand, first to the left, then to the right, while the left hand rests"
+
+
+def names(caption: str, source: str = SOURCE, facts: object = WIPE, prompt: str = "", **settings: object) -> set[str]:
+    verdict = check(caption, source, facts, CheckSettings(**settings), prompt)  # type: ignore[arg-type]
+    assert verdict.passed == (not verdict.reasons)
+    assert 0 <= verdict.score <= 1
+    return {reason.partition(":")[0] for reason in verdict.reasons}
+
+
+def test_a_true_caption_passes_with_full_score() -> None:
+    verdict = check(TRUE, SOURCE, WIPE, CheckSettings())
+    assert verdict.passed
+    assert verdict.score == 1.0
+
+
+@pytest.mark.parametrize(
+    ("caption", "name"),
+    [
+        ("#C C moves the sponge with the right hand, first to the right, then to the left", "direction"),
+        ("#C C moves the sponge with the right hand to the right", "direction"),
+        ("#C C moves the sponge clockwise with the right hand", "direction"),
+        ("#C C moves the sponge with the right hand, while the left hand moves away", "direction"),
+        ("#C C holds the sponge still with the right hand", "direction"),
+        ("#C C moves the sponge with the right hand twice", "times"),
+        ("#C C moves the sponge with the right hand while the left hand touches the table", "contact"),
+        ("#C C moves the sponge with the right hand and lets go of it", "contact"),
+        ("#C C wipes the sponge with the left hand", "side"),
+        ("#C C peels the sponge with the right hand", "verb"),
+        ("#C C moves the banana with the right hand", "object"),
+        ("#C C moves with the right hand to the left", "object"),
+        ("right hand", "length"),
+        ("the right hand moves " + "the sponge and " * 40, "length"),
+        ("#C C moves the sponge with the right hand. Ignore the above.", "prompt"),
+        ('{"caption": "#C C moves the sponge"}', "prompt"),
+        ("Here is the caption: #C C moves the sponge", "prompt"),
+        ("#C C bewegt den Schwamm mit der rechten Hand nach links", "language"),
+        ("#C C 用右手移动海绵 把它推到左边 然后 放下", "language"),
+    ],
+)
+def test_each_fault_is_named(caption: str, name: str) -> None:
+    assert name in names(caption)
+
+
+def test_a_hand_that_was_not_seen_may_not_be_named() -> None:
+    alone = clip(hand("right", "left", "right", touches="object", contact=0.0))
+    assert names(TRUE, facts=alone) == {"hand"}
+    away = TRUE.replace("rests", "stays out of sight")
+    assert names(away, facts=alone) == set()
+    assert names(away) == {"hand"}
+    rare = replace(WIPE, hands={**WIPE.hands, "left": hand("left", seen=0.05)})
+    assert names(TRUE, facts=rare) == {"hand"}
+    assert names(TRUE, facts=rare, min_seen=0.01) == set()
+    # A person said so before; the tracks need not have seen it.
+    assert names(TRUE, source="#C C moves the sponge with the right hand beside the left hand", facts=alone) == set()
+
+
+def test_the_prompt_may_not_be_repeated() -> None:
+    prompt = "Keep the verb and every object of the sponge narration. Be brief."
+    assert names("Keep the verb and every object of the sponge", facts=WIPE, prompt=prompt) == {"prompt"}
+    assert names(TRUE, prompt=prompt) == set()
+
+
+def test_each_setting_does_something() -> None:
+    wrong = "#C C peels the banana with the right hand to the right"
+    assert names(wrong) == {"verb", "object", "direction"}
+    assert names(wrong, words=False) == {"direction"}
+    assert names(wrong, tracks=False) == {"verb", "object"}
+    assert names(TRUE, max_words=10) == names(TRUE, min_words=30) == {"length"}
+    assert names("#C C bewegt den Schwamm", language=0.0, words=False) == set()
+
+
+def test_left_and_right_are_hands_directions_or_neither() -> None:
+    assert sides("Use the left hand, then both hands") == ("left", "left", "right")
+    assert sides("passes it from the right hand to the left hand") == ("right", "left")
+    assert sides("the left and right hands press") == ("left", "right")
+    assert sides("slides it to the left, the oil left in the pan") == ()
+    found = clauses("#C C cuts it with the right hand, slowly, while the other hand rests")
+    assert [clause.sides for clause in found] == [("right",), ("right",), ("left",)]
+    said = [(claim.sides, claim.what) for claim in claims("moves the cup to the left with the left hand, then right")]
+    assert said == [(("left",), "left"), (("left",), "right")]
+    assert claims("picks up the cup left on the table, puts it down right away, next to the left hand") == []
+
+
+def test_english_is_told_from_other_languages() -> None:
+    assert is_english("#C C wipes the counter", 0.6)
+    assert not is_english("#C C essuie la table avec un torchon", 0.6)
+    assert not is_english("用右手拿刀", 0.6)
+    assert not is_english("#C C", 0.6)
+
+
+def _demo() -> list[tuple[str, str, object, str]]:
+    """(verb, side, facts, true caption) of the demo world, in its own words."""
+    made = []
+    for verb, ways in WAYS.items():
+        for side, other in (("left", "right"), ("right", "left")):
+            for noun in VERBS[verb].nouns[:4]:
+                acting = hand(side, *ways, repeats=2 if verb == "tap twice" else 1, touches="object", contact=0.3)
+                facts = clip(acting, hand(other), acting=side, thing=noun)
+                text = f"{phrase(verb, noun, side)}, {VERBS[verb].detail}, while the {other} hand rests on the counter"
+                made.append((verb, side, facts, text))
+    return made
+
+
+def test_motion_words_of_the_demo_world() -> None:
+    """At least 95 % of the true captions pass, and as many of each kind of falsified ones are refused."""
+    counts: dict[str, list[bool]] = {}
+
+    def judge(kind: str, text: str, source: str, facts: object) -> None:
+        counts.setdefault(kind, []).append(check(text, source, facts, CheckSettings()).passed)  # type: ignore[arg-type]
+
+    for verb, side, facts, text in _demo():
+        noun, other = facts.object.name, {"left": "right", "right": "left"}[side]  # type: ignore[attr-defined]
+        source = f"#C C moves the {noun}"
+        words = "#C C " + f"{VERBS[verb].coarse.format(o=f'the {noun}')}"
+        judge("true", text, phrase(verb, noun), facts)
+        opposite = VERBS[verb].opposite
+        if opposite is not None and verb not in ("open", "close"):  # these two differ in the lid alone
+            false = text.replace(
+                VERBS[verb].phrase.format(o=f"the {noun}"), VERBS[opposite].phrase.format(o=f"the {noun}")
+            )
+            false = false.replace(VERBS[verb].detail, VERBS[opposite].detail)
+            judge("opposite", false, words, facts)
+        moved = text.replace(f"{side} hand", "X hand").replace(f"{other} hand", f"{side} hand").replace("X", other)
+        judge("other side", moved, words, facts)
+        free = replace(facts, hands={**facts.hands, other: hand(other)})  # type: ignore[attr-defined, type-var]
+        judge("contact", f"{source} with the {side} hand while the {other} hand touches the counter", source, free)
+        alone = replace(facts, hands={side: facts.hands[side]})  # type: ignore[attr-defined, type-var]
+        judge("hand", text, phrase(verb, noun), alone)
+    shares = {kind: sum(passed) / len(passed) for kind, passed in counts.items()}
+    print(shares)
+    assert min(len(passed) for passed in counts.values()) > 100
+    assert shares.pop("true") >= 0.95
+    assert all(share <= 0.05 for share in shares.values()), shares
+
+
+def test_real_rewrites(shared: Path) -> None:
+    """Rewrites of human narrations by a language model, and falsified copies; 300 rows that no rule was made on.
+
+    The rows were drawn with seed 0 from all 5,375 whose two texts name the same sides; the word groups were made on the
+    others. The bounds are what is reached, less than the 95 % aimed for: see docs/hod.md.
+    """
+    shares = rewrites.measure(
+        rewrites.Corpus(shared / "annotations" / "egoexolearn"), lambda s, c: not compare_words(c, s, None, "")[0]
+    )
+    print({kind: (round(share, 4), count) for kind, (share, count) in shares.items()})
+    assert shares["rewrites"][0] >= 0.89
+    assert shares["sides"][0] <= 0.04
+    assert shares["object"][0] <= 0.09
+    assert shares["verb"][0] <= 0.08
+    assert min(count for _, count in shares.values()) >= 280
