@@ -9,12 +9,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
 from egohod.config import Config, UserError, help_text, knobs
-from egohod.distributed import Distributed
-from egohod.training.checkpoint import open_weights
+
+if TYPE_CHECKING:
+    from egohod.distributed import Distributed
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +115,9 @@ def model_of(checkpoint: str, overrides: Sequence[str] = ()) -> list[str]:
 
     Raises :class:`UserError` if it cannot be read.
     """
+    # Not above: programs that need no model start in a third of the time without PyTorch.
+    from egohod.training.checkpoint import open_weights
+
     base = [text.partition("=")[2] for text in overrides if text.startswith("model.weights.base=")]
     content = open_weights(checkpoint, base=base[-1] if base else None)
     if content.family.is_clip:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from egohod.hod import config
 from egohod.hod.setup import Plan, build
@@ -33,16 +35,18 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def run(options: argparse.Namespace) -> None:
     """Alternate both, so that a noisy machine disturbs both."""
     spent: dict[str, list[float]] = {stage: [] for stage in (*STAGES, "loop")}
+    memory = Memory()
     for _ in range(options.rounds):
         with tempfile.TemporaryDirectory() as folder:
             # A shard of one block is the first clips.
             plan = _plan(options, Path(folder))
             shard = Shard(0, -(-len(plan.pipeline.table) // options.clips))
             clips = plan.pipeline.clips(shard)
-            for stage in STAGES:
-                began = time.perf_counter()
-                plan.pipeline.run(stage, shard)
-                spent[stage].append(time.perf_counter() - began)
+            with memory:
+                for stage in STAGES:
+                    began = time.perf_counter()
+                    plan.pipeline.run(stage, shard)
+                    spent[stage].append(time.perf_counter() - began)
             began = time.perf_counter()
             alone = _plan(options, Path(folder), "workers=0")
             for index in clips:
@@ -60,11 +64,37 @@ def run(options: argparse.Namespace) -> None:
         },
         "milliseconds": {stage: 1000 * statistics.median(spent[stage]) / len(clips) for stage in STAGES},
         "ratio_to_a_loop": statistics.median(slow / fast for slow, fast in zip(spent["loop"], ours, strict=True)),
-        # The largest of the workers, shared pages of the main process included.
-        "worker_mb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3,
-        "main_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+        "worker_mb": memory.worker,
+        "main_mb": memory.main,
     }
     print(json.dumps(result) if options.json else text(result))
+
+
+class Memory:
+    """Within, looks now and then at how much memory (MB) this process has, and each of its workers for itself alone."""
+
+    def __init__(self) -> None:
+        self.main = self.worker = 0.0
+
+    def __enter__(self) -> Memory:
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        this = psutil.Process()
+        while not self._over.wait(0.1):
+            self.main = max(self.main, this.memory_info().rss / 1e6)
+            for each in this.children():
+                try:
+                    self.worker = max(self.worker, each.memory_full_info().uss / 1e6)
+                except psutil.NoSuchProcess:
+                    continue
 
 
 def text(result: dict[str, Any]) -> str:
@@ -74,7 +104,7 @@ def text(result: dict[str, Any]) -> str:
     return (
         f"{result['clips']} clips, {result['workers']} workers: {result['clips_per_second']:.1f} clips/s, "
         f"{result['ratio_to_a_loop']:.2f} x a loop in one process\na clip: {stages}\n"
-        f"peak memory: a worker {result['worker_mb']:.0f} MB, the main process {result['main_mb']:.0f} MB"
+        f"peak memory: a worker {result['worker_mb']:.0f} MB of its own, the main process {result['main_mb']:.0f} MB"
     )
 
 

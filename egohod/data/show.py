@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from egohod.data.clips import View
+if TYPE_CHECKING:  # the constants are wanted where nothing needs PyTorch
+    from egohod.data.clips import View
 
 CELL = 112
 GAP, CAPTION = 4, 30

@@ -209,6 +209,16 @@ class ClipTable:
         return [_codes(self._columns[name])]
 
 
+def choose_text(texts: Sequence[str], mode: str, rng: np.random.Generator) -> str:
+    """One narration out of several: ``random`` draws, ``concat`` joins all, ``first`` takes the first."""
+    if mode == "concat":
+        return " ".join(texts)
+    if mode == "first" or len(texts) == 1:
+        return texts[0]
+    assert mode == "random", mode
+    return texts[int(rng.integers(len(texts)))]
+
+
 def _compact(column: pa.ChunkedArray) -> pa.Array:
     """One contiguous array, as a dictionary where values repeat (a video has many clips)."""
     whole = column.combine_chunks()

@@ -44,13 +44,3 @@ def trim(tokens: Tensor) -> Tensor:
     """
     needed = int(tokens.argmax(dim=1).max()) + 1
     return tokens[:, : -(-needed // LENGTH_MULTIPLE) * LENGTH_MULTIPLE]
-
-
-def choose_text(texts: Sequence[str], mode: str, rng: np.random.Generator) -> str:
-    """One narration out of several: ``random`` draws, ``concat`` joins all, ``first`` takes the first."""
-    if mode == "concat":
-        return " ".join(texts)
-    if mode == "first" or len(texts) == 1:
-        return texts[0]
-    assert mode == "random", mode
-    return texts[int(rng.integers(len(texts)))]

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from egohod.config import UserError
-from egohod.data.clips import ClipSource
 from egohod.data.files import VideoError
 from egohod.data.pool import ForkedPool
+from egohod.data.source import ClipSource
 from egohod.data.table import EXCLUDE_COLUMNS
 
 log = logging.getLogger(__name__)

@@ -18,8 +18,8 @@ import numpy as np
 import pandas as pd
 
 from egohod.config import SourceConfig
-from egohod.data.clips import ClipSource
 from egohod.data.decoders import choose_decoder
+from egohod.data.source import ClipSource
 from egohod.data.table import ClipTable
 from egohod.demo.world import DEFAULT, FPS, NOUNS, VERBS
 from egohod.demo.write import encode

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from egohod.data.clips import ClipSource
+from egohod.data.source import ClipSource
 from egohod.data.video import Frames, VideoError
 from egohod.hod import camera, detect, records
 from egohod.hod.blocks import Found

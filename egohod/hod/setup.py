@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 
 from egohod.config import UserError
-from egohod.data.clips import ClipSource
 from egohod.data.decoders import choose_decoder
 from egohod.data.files import open_cache
-from egohod.data.table import ClipTable
-from egohod.data.text import choose_text
+from egohod.data.source import ClipSource
+from egohod.data.table import ClipTable, choose_text
 from egohod.data.video import VideoError
 from egohod.hod import records
 from egohod.hod.blocks import key_of

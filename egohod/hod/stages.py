@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from egohod.data.clips import ClipSource
 from egohod.data.pool import ForkedPool
+from egohod.data.source import ClipSource
 from egohod.data.video import Frames, VideoError
 from egohod.hod.blocks import Found
 from egohod.hod.pipeline import Task

@@ -15,9 +15,9 @@ from PIL import Image
 
 from egohod.config import SourceConfig, UserError
 from egohod.data import verify
-from egohod.data.clips import ClipSource
 from egohod.data.decoders import choose_decoder
 from egohod.data.files import StorageError
+from egohod.data.source import ClipSource
 from egohod.data.table import ClipTable
 from egohod.data.verify import Verifier
 from tests.data.video_files import encode

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from egohod.config import SourceConfig
-from egohod.data.clips import ClipSource
 from egohod.data.decoders import choose_decoder
+from egohod.data.source import ClipSource
 from egohod.data.table import ClipTable
 from egohod.data.video import Frames
 from egohod.hod.blocks import Found
