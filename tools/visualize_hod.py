@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
     chosen = _chosen(plan, args)
     clips = [plan.seen(index) for index in chosen]
     if args.page:
-        write_text(args.page, _page(cfg, plan, clips, args.seed))
+        write_text(args.page, _page(cfg, plan, clips, None if args.clips else args.seed))
     if args.sheet or args.film:
         clips = [seen for seen in clips if len(seen.pictures)]
         if not clips:
@@ -97,7 +97,7 @@ def _chosen(plan: Plan, args: argparse.Namespace) -> list[int]:
     return sorted(chosen)
 
 
-def _page(cfg: HodConfig, plan: Plan, clips: Sequence[draw.Seen], seed: int) -> str:
+def _page(cfg: HodConfig, plan: Plan, clips: Sequence[draw.Seen], seed: int | None) -> str:
     cards: list[dict[str, Any]] = []
     for seen in clips:
         picture = data_uri(jpeg(draw.card(seen)), "image/jpeg") if len(seen.pictures) else None

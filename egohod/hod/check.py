@@ -63,8 +63,9 @@ def check(caption: str, source: str, facts: ClipFacts | None, settings: CheckSet
         return Verdict(0.0, tuple(reasons))
     kept = supported = 1.0
     if settings.words and source.strip() and is_english(source, settings.language):
-        thing = facts.object.name if facts is not None and facts.object is not None else None
-        reasons, kept = compare_words(caption, source, facts, thing or "")
+        # What the tracks have no name for is an object, as in "the left hand holds another object".
+        name = facts.object.name if facts is not None and facts.object is not None else None
+        reasons, kept = compare_words(caption, source, facts, f"{name or ''} object" if facts is not None else "")
     if settings.tracks and facts is not None:
         wrong, statements = unsupported(caption, source, facts, settings.min_seen)
         reasons += wrong

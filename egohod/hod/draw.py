@@ -170,19 +170,21 @@ def _draw_tracks(image: Image.Image, facts: ClipFacts | None, until: int) -> Non
 def _draw_track(image: Image.Image, motion: Motion, until: int, side: str) -> None:
     pen, last = ImageDraw.Draw(image), max(1, len(motion.path) - 1)
     points = motion.path[: until + 1] * (image.width - 1, image.height - 1)
-    width = max(2, image.height // 90)
+    width = max(2, image.height // 80)
     thick = width if side else max(1, width // 2)
-    for number in range(1, len(points)):
-        if np.isfinite(points[number - 1 : number + 1]).all():
-            ends = points[number - 1 : number + 1].reshape(-1).tolist()
-            pen.line(ends, fill=_HALO, width=thick + 2)
-            pen.line(ends, fill=time_colour(number / last), width=thick)
-    if not side:
-        return
-    for number, (x, y) in enumerate(points):
+    legs = [
+        (points[number - 1 : number + 1].reshape(-1).tolist(), time_colour(number / last))
+        for number in range(1, len(points))
+        if np.isfinite(points[number - 1 : number + 1]).all()
+    ]
+    for ends, _ in legs:
+        pen.line(ends, fill=_HALO, width=thick + 2)
+    for ends, colour in legs:
+        pen.line(ends, fill=colour, width=thick)
+    mark = pen.ellipse if side == "left" else pen.rectangle
+    for number, (x, y) in enumerate(points if side else ()):
         if np.isfinite([x, y]).all():
-            mark = pen.ellipse if side == "left" else pen.rectangle
-            mark((x - width, y - width, x + width, y + width), fill=time_colour(number / last), outline=_HALO)
+            mark((x - width, y - width, x + width, y + width), fill=time_colour(number / last))
 
 
 def _legend(image: Image.Image, top: int) -> None:
