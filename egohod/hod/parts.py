@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +163,7 @@ class _Remembering:
         self.instructions = getattr(narrator, "instructions", "")
         self._narrator, self._first = narrator, first
 
-    def narrate(self, requests: Sequence[Request]) -> Iterable[tuple[int, Narration]]:
+    def narrate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Narration]]:
         """See :class:`~egohod.hod.narrator.Narrator`."""
         if any(request.complaints for request in requests):
             return self._narrator.narrate(requests)

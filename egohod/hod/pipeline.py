@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from egohod.config import UserError
 from egohod.data.table import ClipRow, ClipTable
@@ -30,7 +30,8 @@ _GRACE_CLIPS = 1000
 _SAID = 20
 
 
-class Task(NamedTuple):
+@dataclass(frozen=True)
+class Task:
     """A clip that a stage is to work on."""
 
     index: int
@@ -43,11 +44,20 @@ class Task(NamedTuple):
 class Stage(Protocol):
     """One of the stages."""
 
-    name: str
-    settings: Mapping[str, Any]
-    """All that its results depend on, apart from the clip and the stages before."""
-    of_text: bool
-    """Whether its results depend on the clip's narration too."""
+    @property
+    def name(self) -> str:
+        """How it is called."""
+        ...
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """All that its results depend on, apart from the clip and the stages before."""
+        ...
+
+    @property
+    def of_text(self) -> bool:
+        """Whether its results depend on the clip's narration too."""
+        ...
 
     def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Found]]:
         """What is made of each task, in any order, each as soon as it is done.
