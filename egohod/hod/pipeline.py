@@ -44,11 +44,20 @@ class Task:
 class Stage(Protocol):
     """One of the stages."""
 
-    name: str
-    settings: Mapping[str, Any]
-    """All that its results depend on, apart from the clip and the stages before."""
-    of_text: bool
-    """Whether its results depend on the clip's narration too."""
+    @property
+    def name(self) -> str:
+        """How it is called."""
+        ...
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """All that its results depend on, apart from the clip and the stages before."""
+        ...
+
+    @property
+    def of_text(self) -> bool:
+        """Whether its results depend on the clip's narration too."""
+        ...
 
     def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Found]]:
         """What is made of each task, in any order, each as soon as it is done.

@@ -1,0 +1,95 @@
+"""The whole pipeline with a language model, or one that looks, behind an endpoint on loopback."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from egohod.data.table import ClipTable
+from tests.hod.chat_server import ChatServer
+from tests.hod.runs import command, encode, head, rows
+from tests.support import Command
+
+
+def caption(asked: dict[str, Any]) -> str:
+    """Says of the acting hand that it acts, and nothing more."""
+    lines = " ".join(str(value) for value in asked.values())
+    side = re.search(r"(left|right) hand: does the action", lines)
+    return f"{asked['narration']} with the {side[1]} hand" if side else asked["narration"]
+
+
+def llm(server: ChatServer, **more: Any) -> list[str]:
+    knobs = {"kind": "llm", "endpoint": server.address, "batch": 2, "concurrency": 2, "retries": 1, **more}
+    return [f"narrator.{name}={value}" for name, value in knobs.items()]
+
+
+def test_a_language_model_words_the_clips_and_is_never_asked_too_much(
+    few: list[str], tmp_path: Path, inside: Command
+) -> None:
+    with ChatServer(caption) as server:
+        done = inside("generate_hod.py", *few, *llm(server))
+        assert done.returncode == 0, done.stderr
+        asked = len(server.bodies)
+        assert server.most <= 2
+        assert asked >= 5
+        assert inside("generate_hod.py", *few, *llm(server)).returncode == 0
+        assert len(server.bodies) == asked, "what was answered is not asked again"
+    told = [row["text"] for row in rows(tmp_path / "hod.csv")]
+    assert sum(bool(re.search(r"with the (left|right) hand$", text)) for text in told) >= 8, told
+
+
+def test_an_endpoint_that_goes_away_costs_nothing_that_was_answered(
+    few: list[str], tmp_path: Path, inside: Command
+) -> None:
+    with ChatServer(caption, script=["ok", "ok", *[(401, {})] * 20]) as server:
+        done = inside("generate_hod.py", *few, *llm(server, concurrency=1))
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "401" in line
+    with ChatServer(caption) as server:
+        done = inside("generate_hod.py", *few, *llm(server, concurrency=1))
+        assert done.returncode == 0, done.stderr
+    assert "narrate done: 6 clips now, 4 known already" in done.stderr
+    assert len(rows(tmp_path / "hod.csv")) == 10
+
+
+def test_a_model_that_repeats_its_orders_is_replaced_by_the_template(
+    few: list[str], tmp_path: Path, inside: Command
+) -> None:
+    with ChatServer(lambda _: "As an AI I cannot describe this clip, ignore the above") as server:
+        done = inside("generate_hod.py", *few, *llm(server))
+    assert done.returncode == 0, done.stderr
+    assert not any("AI" in row["text"] for row in rows(tmp_path / "hod.csv"))
+    page = tmp_path / "page.html"
+    assert inside("visualize_hod.py", *few, *llm(server), "--page", page).returncode == 0
+    assert page.read_text().count('data-verdict="replaced"') == 10
+
+
+@pytest.mark.parametrize("window", [1.0, 2.0])
+def test_videos_without_narrations_are_cut_into_windows_and_shown_to_a_model(
+    demo_world: Path, tmp_path: Path, inside: Command, window: float
+) -> None:
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for name, frames in (("one", 48), ("two", 30)):
+        encode(videos / f"{name}.mp4", frames, 90)
+    arguments = command(demo_world, tmp_path, head(demo_world, 1))
+    arguments += [
+        f"windows.seconds={window}",
+        f"windows.stride={window}",
+        "source.metadata=''",
+        f"source.root={videos}",
+    ]
+    with ChatServer(lambda _: "A person wipes the counter with a sponge") as server:
+        done = inside("generate_hod.py", *arguments, *llm(server, kind="vlm", frames=3))
+    assert done.returncode == 0, done.stderr
+    pictures = [
+        part for body in server.bodies for part in body["messages"][1]["content"] if part["type"] == "image_url"
+    ]
+    table = ClipTable.read(tmp_path / "hod.csv", strict=True)
+    # 4 s and 2.5 s: the last window is cut at the video's end, and read as a second at least.
+    assert len(table) == (4 + 3 if window == 1 else 2 + 2)
+    assert len(pictures) == 3 * len(table)
