@@ -196,7 +196,7 @@ def mediapipe_hands() -> Iterator[MediapipeHands]:
 def test_mediapipe_sees_the_right_hand_stir_and_the_left_hold(mediapipe_hands: MediapipeHands, shared: Path) -> None:
     """The real Ego4D clip: the left hand holds the pan below, the right one stirs on the right side of the picture."""
     path = shared / "media" / "lavila" / "3c0dffd0-e38e-4643-bc48-d513943dc20b_012_014.mp4"
-    pictures, seconds = read_clip(choose_decoder()[1], path, path.name, 0, 2, 16)
+    pictures, seconds, _ = read_clip(choose_decoder()[1], path, path.name, 0, 2, 16)
     found = mediapipe_hands.detect("v", np.round(seconds * 30 - 0.5), seconds, pictures)
     detections.check(found, "found")
     facts = facts_of(found, seconds, video_id="v", start=0, end=2, shifts=camera.shifts(pictures, seconds, found))
