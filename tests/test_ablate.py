@@ -43,6 +43,16 @@ def test_the_study_of_losses_fine_tunes_and_leaves_the_test_world_closed_while_t
     assert not any(run.cfg.evaluate.final for run in ablate.plan(study, path, tune=True))
 
 
+def test_the_study_of_generated_narrations_differs_in_the_narrations_alone() -> None:
+    path = ROOT / "configs" / "ablation_hod.yml"
+    runs = ablate.plan(ablate.read_study(path), path, tune=False)
+    assert [run.row for run in runs] == ["plain", "generated", "own"] * 3
+    sources = {run.row: run.cfg.data.train["demo"] for run in runs}
+    assert len({source.metadata for source in sources.values()}) == 3
+    assert len({source.root for source in sources.values()}) == 1
+    assert len({(run.cfg.train.duration, run.cfg.model.num_frames) for run in runs}) == 1
+
+
 def test_mistakes_are_named(tmp_path: Path) -> None:
     runs = ablate.plan(ablate.read_study(CONFIG), CONFIG, tune=False)
     with pytest.raises(UserError, match="no row 'egovidoe'; there are plain_4"):

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
     plan = build(cfg, again=args.retry, tell=Teller())
     if args.dry_run:
         return _dry_run(cfg, plan, shard)
-    if args.submit:
+    if args.submit is not None:
         return _submit(cfg, plan, args)
     if args.merge:
         return _merge(plan, args.shard and shard.of)
