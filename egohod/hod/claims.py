@@ -105,6 +105,7 @@ def _of_clause(clause: Clause) -> Iterator[Claim]:
 def unsupported(caption: str, source: str, facts: ClipFacts, min_seen: float) -> tuple[list[str], int]:
     """What the tracks do not say, as reasons; and how many statements there were.
 
+    A caption that names no hand although one acts is no hand-object narration.
     What the source says of a hand's motion or contact stands without the tracks.
     """
     said = {claim.what for claim in claims(source)}
@@ -114,6 +115,8 @@ def unsupported(caption: str, source: str, facts: ClipFacts, min_seen: float) ->
     absent = {side for claim in given if claim.what == ABSENT for side in claim.sides}
     in_source = {side for clause in clauses(source) if clause.named for side in clause.sides}
     hands = {side: hand for side, hand in facts.hands.items() if hand.seen >= min_seen}
+    if facts.acting in hands and not named:
+        reasons.append(f"hand: nothing is said of the {facts.acting} hand")
     for side in sorted(named - in_source):
         if side in absent and side in hands and hands[side].seen > 0.5:
             reasons.append(f"hand: the {side} hand is in sight")

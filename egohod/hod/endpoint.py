@@ -29,6 +29,8 @@ _AWAY = (429, 502, 503, 504, 529)
 _REFUSED = (401, 403, 404, 405)
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0
 _MOST_BYTES = 4_000_000
+# So many requests that fail before the first one works: the settings are wrong, not the requests.
+_HOPELESS = 5
 
 
 class Unanswerable(Exception):
@@ -74,12 +76,13 @@ class Endpoint:
         self._chance = chance
         self._local = threading.local()
         self._worked = time.monotonic()
+        self._proven, self._failed = False, 0
 
     def ask_all(self, bodies: Iterable[dict[str, Any]]) -> Iterator[tuple[int, Answer | Unanswerable]]:
         """Ask all, at most ``concurrency`` at a time; yields (number, answer) as they come.
 
         Raises :class:`EndpointDown` when nothing has worked for ``give_up_seconds`` and :class:`NarratorError` when the
-        server refuses the key, model or address, in both cases after the answers that are there.
+        server refuses the key, model or address or fails the first requests one and all; after the answers there are.
         """
         self._stop.clear()
         self._worked = time.monotonic()
@@ -98,8 +101,14 @@ class Endpoint:
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         number = running.pop(future)
                         try:
-                            yield number, future.result()
+                            answer = future.result()
+                            self._proven = True
+                            yield number, answer
                         except Unanswerable as error:
+                            self._failed += 1
+                            if not self._proven and self._failed >= _HOPELESS:
+                                fault = fault or NarratorError(f"{self.shown}: no request has worked; {error}")
+                                self._stop.set()
                             yield number, error
                         except NarratorError as error:
                             fault = fault or error

@@ -94,6 +94,8 @@ class LanguageModelNarrator:
         if self._settings.answer_format == "json_schema":
             schema = {"name": "captions", "strict": True, "schema": SCHEMA}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        elif self._settings.answer_format == "json_object_schema":
+            body["response_format"] = {"type": "json_object", "schema": SCHEMA}
         elif self._settings.answer_format == "json_object":
             body["response_format"] = {"type": "json_object"}
         return body

@@ -50,9 +50,10 @@ class NarratorSettings:
     max_tokens: int = knob(128, "tokens of the answer a clip", low=16)
     answer_format: str = knob(
         "json_schema",
-        "how the server is asked to keep to the schema: json_schema (vLLM, llama.cpp, Ollama, OpenAI), json_object for "
-        "older ones, none to say it in the prompt alone; the answer is held to it in any case",
-        choices=("json_schema", "json_object", "none"),
+        "how the server is asked to keep to the schema: json_schema (vLLM, llama.cpp, Ollama, OpenAI), "
+        "json_object_schema (llama-cpp-python), json_object for those that know no schema, none to say it in the "
+        "prompt alone; the answer is held to it in any case",
+        choices=("json_schema", "json_object_schema", "json_object", "none"),
     )
     frames: int = knob(4, "vlm: frames of a clip that are sent, evenly spaced", low=1)
     frame_size: int = knob(448, "vlm: longer side of a sent frame in pixels; tokens grow with its square", low=32)

@@ -105,6 +105,14 @@ def test_one_request_that_never_works_is_not_the_end() -> None:
     assert "3 tries" in str(answers[0].problem)
 
 
+def test_a_server_that_fails_every_request_is_no_reason_to_fall_back_forever() -> None:
+    with ChatServer(caption, [(400, {})] * 100) as server:
+        answers = []
+        with pytest.raises(NarratorError, match="no request has worked; HTTP 400"):
+            answers += _each(narrator(server, batch=1, concurrency=1).narrate(requests(50)), [])
+    assert len(server.bodies) == 5
+
+
 @pytest.mark.parametrize(
     ("step", "problem"), [("half", "not JSON"), ("schema", "$: type"), ("short", "leaves this clip out")]
 )
@@ -216,7 +224,9 @@ def test_what_is_asked_follows_the_settings(monkeypatch: pytest.MonkeyPatch) -> 
         texts(narrator(server, batch=3, **settings), requests(3))
         texts(narrator(server, answer_format="json_object"), requests(1))
         texts(narrator(server, answer_format="none"), requests(1))
-    body, loose, free = server.bodies
+        texts(narrator(server, answer_format="json_object_schema"), requests(1))
+    body, loose, free, other = server.bodies
+    assert other["response_format"] == {"type": "json_object", "schema": SCHEMA}
     assert (body["model"], body["temperature"], body["max_tokens"], body["seed"]) == ("m", 0.1, 150, 7)
     assert body["response_format"]["json_schema"]["schema"] == SCHEMA
     assert loose["response_format"] == {"type": "json_object"}

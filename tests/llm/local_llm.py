@@ -48,7 +48,14 @@ def main(endpoint: str, output: Path) -> None:
     """Narrate one clip a request, so that the small model is not asked to count; print and write what came out."""
     _wait(endpoint)
     settings = NarratorSettings(
-        kind="llm", endpoint=endpoint, batch=1, concurrency=1, timeout_seconds=900, temperature=0.2, retries=1
+        kind="llm",
+        endpoint=endpoint,
+        batch=1,
+        concurrency=1,
+        timeout_seconds=900,
+        temperature=0.2,
+        retries=1,
+        answer_format="json_object_schema",
     )
     narrator = LanguageModelNarrator(settings, ROOT / "configs" / "hod" / "prompts" / "llm.jinja")
     asked = clips()
