@@ -25,14 +25,8 @@ from egohod.training.setup import build_data, build_model, describe
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = cli.parser(__doc__, "configs/demo.yml")
-    parser.add_argument("--resume", metavar="auto|none|PATH", help="same as train.resume=...")
-    parser.add_argument("--strict", action="store_true", help="same as data.strict=true")
-    parser.add_argument(
-        "--dry_run", action="store_true", help="build everything, try three clips and one step, explain, leave"
-    )
-    args = parser.parse_intermixed_args(arguments)
-    overrides = [*cli.overrides(args), *([f"train.resume={args.resume}"] if args.resume else [])]
+    args = cli.training_parser(__doc__, "configs/demo.yml").parse_intermixed_args(arguments)
+    overrides = cli.training_overrides(args)
     if args.dry_run:
         return dry_run(args.config_file, overrides, named_evaluators)
     cfg = config.load(args.config_file, overrides)

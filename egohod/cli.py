@@ -45,9 +45,25 @@ def parser(description: str, default_config: str, schema: type = Config) -> argp
     return made
 
 
+def training_parser(description: str, default_config: str) -> argparse.ArgumentParser:
+    """The arguments of the programs that train; :func:`training_overrides` reads them."""
+    made = parser(description, default_config)
+    made.add_argument("--resume", metavar="auto|none|PATH", help="same as train.resume=...")
+    made.add_argument("--strict", action="store_true", help="same as data.strict=true")
+    made.add_argument(
+        "--dry_run", action="store_true", help="build everything, try three clips and one step, explain, leave"
+    )
+    return made
+
+
 def overrides(args: argparse.Namespace) -> list[str]:
     """The knobs set on the command line, ``--strict`` being one of them."""
     return [*args.overrides, *(["data.strict=true"] if args.strict else [])]
+
+
+def training_overrides(args: argparse.Namespace) -> list[str]:
+    """As :func:`overrides`, ``--resume`` being another one."""
+    return [*overrides(args), *([f"train.resume={args.resume}"] if args.resume else [])]
 
 
 def run(program: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> int:

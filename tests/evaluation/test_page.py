@@ -19,7 +19,7 @@ from egohod.evaluation.markdown import markdown
 from egohod.evaluation.plots import confusion_plot, most_confused
 from egohod.evaluation.report import report
 from egohod.evaluation.result_page import write_report
-from tests.browser import CHROMIUM, browser
+from tests.browser import browser, needs_chromium
 from tests.support import Command
 
 HOSTILE = (
@@ -219,9 +219,6 @@ def test_the_most_confused_classes_are_plotted_whatever_they_are_called() -> Non
     assert most_confused(confusion, 2) == [1, 2]
     assert most_confused(confusion) == [0, 1, 2, 3]
     assert confusion_plot(confusion, ["$x", "a$\\frac{", "\n", "ü" * 100]).startswith(b"\x89PNG")
-
-
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs a real browser (Debian: apt-get install chromium)")
 
 
 @pytest.mark.ci

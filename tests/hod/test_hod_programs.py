@@ -18,7 +18,7 @@ from PIL import Image
 
 from egohod.data.table import ClipTable
 from egohod.hod.shards import Shard, Work
-from tests.browser import CHROMIUM, browser
+from tests.browser import browser, needs_chromium
 from tests.hod.narrated import disagreements, pipeline
 from tests.hod.runs import command, encode, head, rows
 from tests.support import ROOT, Command, environment
@@ -200,7 +200,7 @@ def test_pictures_and_films(few: list[str], tmp_path: Path, inside: Command) -> 
 
 
 @pytest.mark.ci
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@needs_chromium
 def test_the_page_in_a_browser(few: list[str], tmp_path: Path, inside: Command) -> None:
     assert inside("generate_hod.py", *few).returncode == 0
     page = tmp_path / "page.html"
