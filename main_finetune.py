@@ -45,8 +45,9 @@ def main(arguments: Sequence[str]) -> int:
             val = named_evaluators(cfg, dist, "val", classes=classes)
             test = named_evaluators(cfg, dist, "test", controls=cfg.evaluate.controls, classes=classes)
             step, scores = train(cfg, dist, model, data, val)
+            finished = step == Schedule.of(cfg, data.plan.steps_per_epoch).total
             # Opened once, when all is done.
-            if test and step == Schedule.of(cfg, data.plan.steps_per_epoch).total:
+            if test and finished:
                 found = [(each, each.measure(model)) for each in test]
                 checkpoint = {"path": cfg.train.output, "sha256": fingerprint(model)}
                 report(cfg.train.output, cfg, dist, found, checkpoint=checkpoint, also=scores)
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
                     write_report(cfg.train.output, decoder=cfg.data.decoder)
     finally:
         dist.close()
-    return cli.DONE
+    return cli.DONE if finished else cli.STOPPED
 
 
 if __name__ == "__main__":

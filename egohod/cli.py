@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from egohod.config import Config, UserError, help_text, knobs
+from egohod.place import Place, find_place
 
 if TYPE_CHECKING:
     from egohod.distributed import Distributed
@@ -22,6 +24,12 @@ log = logging.getLogger(__name__)
 
 # Exit codes: the run is done, something broke, the user can mend it, the user stopped it.
 DONE, BROKEN, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+# What a program returns that saved and left before its end because a signal asked it to. It exits with DONE, and
+# creates the file that this variable names: launchers (exps/launch.sh, tools/submit.py) then start it again.
+STOPPED = -1
+UNFINISHED = "EGOHOD_UNFINISHED"
+# A user's mistake is mostly the same in all processes: the first one speaks, and by then the launcher has ended others.
+SPEAK_AFTER_SECONDS = 5
 
 
 class _HelpWithKnobs(argparse.ArgumentParser):
@@ -68,27 +76,42 @@ def training_overrides(args: argparse.Namespace) -> list[str]:
 
 def run(program: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> int:
     """Run a main program; a :class:`UserError` becomes one line per problem on stderr and exit code 2."""
-    set_up_logging()
+    place = Place()
     try:
-        return program(sys.argv[1:] if arguments is None else arguments)
+        place = find_place()
+        set_up_logging(place)
+        code = program(sys.argv[1:] if arguments is None else arguments)
+        return _leave_unfinished(place) if code == STOPPED else code
     except UserError as error:
+        if place.rank != 0:
+            time.sleep(SPEAK_AFTER_SECONDS)
         for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+            print(f"{_prefix(place)}error: {line}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted; run again to go on", file=sys.stderr)
         return INTERRUPTED
     except OSError as error:
-        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        print(f"{_prefix(place)}error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         return BROKEN
 
 
-def set_up_logging() -> None:
+def _leave_unfinished(place: Place) -> int:
+    """Tell the launcher, if it wants to know, that there is more to do."""
+    if UNFINISHED in os.environ and place.rank == 0:
+        Path(os.environ[UNFINISHED]).touch()
+    return DONE
+
+
+def _prefix(place: Place) -> str:
+    return f"[rank {place.rank}] " if place.rank else ""
+
+
+def set_up_logging(place: Place) -> None:
     """Log lines with time and rank on stderr; only the first process says ordinary things."""
-    rank = int(os.environ.get("RANK", "0"))
-    prefix = "" if int(os.environ.get("WORLD_SIZE", "1")) == 1 else f"[rank {rank}] "
+    prefix = f"[rank {place.rank}] " if place.world_size > 1 else ""
     logging.basicConfig(
-        level=logging.INFO if rank == 0 else logging.WARNING,
+        level=logging.INFO if place.rank == 0 else logging.WARNING,
         format=f"%(asctime)s {prefix}%(levelname).1s %(message)s",
         datefmt="%H:%M:%S",
         force=True,

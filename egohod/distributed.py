@@ -1,9 +1,13 @@
-"""Who am I among the processes of this run: rank, world size, device, backend. Decided here and nowhere else."""
+"""Joins the processes of a run: device, backend and how they meet are decided here and nowhere else.
+
+Rank and world size come from :mod:`egohod.place`, which programs ask before they load PyTorch.
+"""
 
 from __future__ import annotations
 
 import datetime
 import os
+import platform
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +17,14 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from egohod.config import UserError
+from egohod.place import Place, find_place
+
+# How long the first process waits for the others to start, and they for it. A node that loads PyTorch from a busy
+# shared disk takes minutes.
+MEETING_SECONDS = 600
 
 
 @dataclass(frozen=True)
@@ -64,22 +74,49 @@ class Distributed:
 
 
 def setup(device: str = "auto") -> Distributed:
-    """Join the run that torchrun describes in the environment, or be its only process.
+    """Join the run that torchrun or Slurm describes in the environment, or be its only process.
 
     ``device`` is ``auto``, ``cpu`` or ``cuda``. NCCL joins GPUs, gloo CPUs. Raises :class:`UserError` when
-    a GPU was asked for, or is plugged in, but torch cannot use it.
+    a GPU was asked for, or is plugged in, but torch cannot use it, and when the processes do not meet within
+    ``EGOHOD_MEETING_SECONDS`` (ten minutes).
     """
-    chosen = pick_device(device)
-    world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    place = find_place()
+    chosen = pick_device(device, place)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")
-    if world_size == 1:
+    if place.world_size == 1:
         return Distributed(0, 1, chosen, None)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+    dist.init_process_group(
+        backend,
+        store=_meet(place),
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=datetime.timedelta(minutes=30),
+    )
     control = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=60))
-    return Distributed(rank, world_size, chosen, backend, control)
+    return Distributed(place.rank, place.world_size, chosen, backend, control)
+
+
+def _meet(place: Place) -> dist.Store:
+    """The store through which the processes find each other; returns when all are there."""
+    seconds = int(os.environ.get("EGOHOD_MEETING_SECONDS", MEETING_SECONDS))
+    where = f"{place.address}:{place.port}"
+    # Where torchrun reads them; Slurm sets neither.
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = place.address, str(place.port)
+    try:
+        store, _, _ = next(
+            rendezvous("env://", place.rank, place.world_size, timeout=datetime.timedelta(seconds=seconds))
+        )
+    except dist.DistError as error:
+        if "EADDRINUSE" in str(error):
+            raise UserError(f"port {place.port} of {place.address} is taken; set MASTER_PORT to a free one") from error
+        raise UserError(
+            f"process {place.rank} of {place.world_size} did not meet the others at {where} within {seconds} s "
+            f"(MASTER_ADDR, MASTER_PORT, EGOHOD_MEETING_SECONDS): {str(error).splitlines()[0]}"
+        ) from error
+    return store
 
 
 def gather_with_grad(value: Tensor, world_size: int) -> Tensor:
@@ -96,8 +133,8 @@ def gather_with_grad(value: Tensor, world_size: int) -> Tensor:
     return torch.cat(dist_nn.all_gather(value.contiguous()))
 
 
-def pick_device(device: str) -> torch.device:
-    """The device of this process.
+def pick_device(device: str, place: Place | None = None) -> torch.device:
+    """The device of the process at ``place`` (default: the only one).
 
     A machine whose GPU torch cannot reach is an error, not a reason to train on the CPU for a week
     unnoticed; ``device="cpu"`` or an empty ``CUDA_VISIBLE_DEVICES`` says that it is meant.
@@ -105,20 +142,35 @@ def pick_device(device: str) -> torch.device:
     if device == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"process {local_rank} of this node has no GPU: only {torch.cuda.device_count()} visible")
-        return torch.device("cuda", local_rank)
+        place, visible = place or Place(), torch.cuda.device_count()
+        if place.owns_gpus:
+            return torch.device("cuda", place.local_rank % visible)
+        if place.local_rank >= visible:
+            raise UserError(f"process {place.local_rank} of this node has no GPU: only {visible} visible")
+        return torch.device("cuda", place.local_rank)
     driver = nvidia_driver()
     if driver and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
         raise UserError(
             f"an NVIDIA device is present (driver {driver}) but torch {torch.__version__} (built for CUDA "
-            f"{torch.version.cuda or 'none: a CPU build'}) cannot use it; install a matching torch or driver, "
-            "or set train.device=cpu"
+            f"{torch.version.cuda or 'none: a CPU build'}) cannot use it{_asked_slurm()}; install a matching torch or "
+            "driver, or set train.device=cpu"
         )
     if device == "cuda":
-        raise UserError("train.device=cuda, but no NVIDIA device was found on this machine; use train.device=auto")
+        raise UserError(
+            f"train.device=cuda, but no NVIDIA device was found on {host_name()}{_asked_slurm()}; use train.device=auto"
+        )
     return torch.device("cpu")
+
+
+def host_name() -> str:
+    """What people call the node of this process."""
+    return os.environ.get("SLURMD_NODENAME") or platform.node()
+
+
+def _asked_slurm() -> str:
+    """A job that asked for no GPU sees none, whatever its node has."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return f": Slurm job {job} may have asked for none (--gpus-per-node)" if job else ""
 
 
 def nvidia_driver(proc: Path = Path("/proc/driver/nvidia/version")) -> str | None:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Zero-shot evaluation: Charades-Ego. Without arguments on the demo world; see exps/eval.sh.
+#SBATCH --signal=B:USR1@120 --requeue --open-mode=append
 set -euo pipefail
 BENCHMARK=charades_ego
 exps=$(dirname "${BASH_SOURCE[0]}")

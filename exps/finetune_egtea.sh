@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
 # Fine-tuning for EGTEA Gaze+: its three splits one after the other, then the mean. Without arguments on the demo world;
 # see exps/finetune.sh. The configuration's train.output must depend on SPLIT.
+#SBATCH --signal=B:USR1@120 --requeue --open-mode=append
 set -euo pipefail
 NAME=egtea DEMO=demo_egtea
-source "$(dirname "${BASH_SOURCE[0]}")/finetune.sh"
+exps=$(dirname "${BASH_SOURCE[0]}")
+[ -e "$exps/finetune.sh" ] || exps=${SLURM_SUBMIT_DIR:-.}/exps # sbatch runs a copy of this file, elsewhere
+source "$exps/finetune.sh"
 folders=()
 RUNS=runs/$(basename "$config" .yml)
 for split in 1 2 3; do
-    SPLIT=$split "${launch[@]}" main_finetune.py --config_file "$config" "$@"
+    export SPLIT=$split
+    launch main_finetune.py --config_file "$config" "$@"
     folders+=("${RUNS}_split$split")
 done
 exec "$PYTHON" tools/mean_results.py "${folders[@]}"

@@ -1,21 +1,14 @@
 #!/usr/bin/env bash
-# Stage two on one machine: co-train both paths of EgoVideo from a trained dual encoder.
+# Stage two: co-train both paths of EgoVideo from a trained dual encoder.
 #
+#   bash exps/pretrain_adapter.sh                                                 the demo world, no GPU needed
 #   EGO4D_ROOT=... HOD_CSV=... DUAL_ENCODER=runs/clip_base bash exps/pretrain_adapter.sh
-#   CONFIG=configs/demo_egovideo.yml bash exps/pretrain_adapter.sh                the demo world, no GPU needed
-#   bash exps/pretrain_adapter.sh train.trainable=adapters                        only the adapters, for small GPUs
-#   bash exps/pretrain_adapter.sh --dry_run                                       look first
+#   ... bash exps/pretrain_adapter.sh train.trainable=adapters                    only the adapters, for small GPUs
 #
-# PROCESSES is one per GPU unless set. Run again, it goes on where it stopped. The demo world is rendered if it is not
-# there (DEMO_DATA, default demo_data).
+# All else is as in exps/pretrain.sh.
+#SBATCH --signal=B:USR1@120 --requeue --open-mode=append
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-
-config=${CONFIG:-configs/config/egovideo_base.yml}
-data=${DEMO_DATA:-demo_data}
-if [[ $config == configs/demo* && ! -e $data/test ]]; then "$PYTHON" tools/make_demo_data.py --output "$data"; fi
-processes=${PROCESSES:-$("$PYTHON" -c "import torch; print(max(1, torch.cuda.device_count()))")}
-launch=("$PYTHON")
-# One process needs no launcher, which would hide the exit code.
-[ "$processes" = 1 ] || launch+=(-m torch.distributed.run --standalone --nproc_per_node="$processes")
-exec "${launch[@]}" main_pretrain.py --config_file "$config" "$@"
+RECIPE=configs/config/egovideo_base.yml DEMO=configs/demo_egovideo.yml
+exps=$(dirname "${BASH_SOURCE[0]}")
+[ -e "$exps/pretrain.sh" ] || exps=${SLURM_SUBMIT_DIR:-.}/exps # sbatch runs a copy of this file, elsewhere
+source "$exps/pretrain.sh"

@@ -5,6 +5,7 @@
 #
 # MODEL is a row of the published table (default EgoVideo-L); CONFIG is configs/config/clip_large_eval.yml unless set.
 # configs/benchmarks.yml lists the variables that say where the benchmarks lie.
+#SBATCH --signal=B:USR1@120 --requeue --open-mode=append
 set -euo pipefail
 if [ "$#" = 0 ]; then
     sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2

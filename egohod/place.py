@@ -1,0 +1,84 @@
+"""Which process of the run this one is, from what torchrun or Slurm say in the environment; PyTorch is not loaded.
+
+In this order: ``RANK`` and ``WORLD_SIZE`` (torchrun, also inside a Slurm task); a step of several Slurm tasks (``srun
+python main_pretrain.py ...``); else one process, which is also what a plain ``python`` in an allocation's shell is.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from egohod.config import UserError
+
+# Below the ports that Linux gives to outgoing connections.
+_FIRST_PORT, _PORTS = 20000, 12000
+
+
+@dataclass(frozen=True)
+class Place:
+    """One process among those of its run; the first one listens at ``address``:``port`` for the others."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    address: str = "127.0.0.1"
+    port: int = 29500
+    owns_gpus: bool = False
+    """The visible GPUs are this process's alone, not those of its node."""
+
+
+def find_place(environment: Mapping[str, str] = os.environ) -> Place:
+    """The place that ``environment`` describes. Raises :class:`UserError` if it describes only half of one."""
+    if _number(environment, "WORLD_SIZE", 1) > 1:
+        for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if name not in environment:
+                raise UserError(
+                    f"WORLD_SIZE={environment['WORLD_SIZE']} is set, but {name} is not: start with torchrun or srun, "
+                    "or unset WORLD_SIZE"
+                )
+        return Place(
+            rank=_number(environment, "RANK"),
+            world_size=_number(environment, "WORLD_SIZE"),
+            local_rank=_number(environment, "LOCAL_RANK", 0),
+            address=environment["MASTER_ADDR"],
+            port=_number(environment, "MASTER_PORT"),
+        )
+    # The shell of an allocation has variables of Slurm, but no step; a step's own number of tasks is what counts.
+    if "WORLD_SIZE" in environment or "SLURM_STEP_ID" not in environment:
+        return Place()
+    if _number(environment, "SLURM_STEP_NUM_TASKS", 1) == 1:
+        return Place()
+    job, step = _number(environment, "SLURM_JOB_ID"), _number(environment, "SLURM_STEP_ID")
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
+    return Place(
+        rank=_number(environment, "SLURM_PROCID"),
+        world_size=_number(environment, "SLURM_STEP_NUM_TASKS"),
+        local_rank=_number(environment, "SLURM_LOCALID"),
+        address=environment.get("MASTER_ADDR") or first_host(nodes),
+        # Steps and jobs that run side by side on a node get different ones.
+        port=_number(environment, "MASTER_PORT", _FIRST_PORT + (8 * job + step) % _PORTS),
+        owns_gpus=_gpus_are_bound(environment),
+    )
+
+
+def first_host(nodes: str) -> str:
+    """The first name of a Slurm host list: ``ego[07-09,12],gpu3`` -> ``ego07``, as ``scontrol show hostnames`` says."""
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", nodes).partition(",")[0]
+
+
+def _gpus_are_bound(environment: Mapping[str, str]) -> bool:
+    """Whether Slurm shows a task its own GPUs only (``--gpus-per-task``, ``--gpu-bind``)."""
+    binding = environment.get("SLURM_GPU_BIND") or environment.get("SLURM_TRES_BIND") or ""
+    if "none" in binding:
+        return False
+    return bool(binding) or "SLURM_GPUS_PER_TASK" in environment
+
+
+def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environment.get(name, "" if default is None else str(default))
+    if not text.isdecimal():
+        raise UserError(f"{name}={text!r} in the environment is not a number")
+    return int(text)

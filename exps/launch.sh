@@ -1,0 +1,120 @@
+# Sourced by the scripts that run a program: `launch PROGRAM ARGUMENTS...` starts it on the processors there are.
+#
+#   in a Slurm job                      every task is one process: sbatch -N2 --ntasks-per-node=8 --gpus-per-node=8
+#                                       --cpus-per-task=12 exps/pretrain.sh ..., from this project's folder, or the
+#                                       script with bash in salloc. Partition, account and time are sbatch's flags.
+#   NODES=4 MASTER_ADDR=node1           torchrun, this machine being one of four on which the same is started
+#   PROCESSES=8                         torchrun with so many processes on this machine; one per GPU unless set
+#
+# RESTARTS=3 lets torchrun start all again from the last checkpoint when one process dies. A Slurm job whose time is
+# up, or that is preempted, saves and goes back to the queue (sbatch --no-requeue: it ends). docs/launching.md
+if [ -n "${SLURM_STEP_ID:-}" ] && [ "${SLURM_STEP_NUM_TASKS:-1}" != 1 ]; then
+    echo "error: this script starts the tasks itself: sbatch it, or run it with bash in salloc, but not with srun" >&2
+    exit 2
+fi
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+# Loader processes share the cores with the model: a thread that waits must not spin.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+
+# launch PROGRAM ARGUMENTS...: returns when the program has done its work. A script whose program fails, or was stopped
+# before its end, ends with it.
+launch() {
+    export EGOHOD_UNFINISHED=$PWD/.unfinished-${SLURM_JOB_ID:-$$}
+    rm -f "$EGOHOD_UNFINISHED"
+    if _in_allocation; then
+        _slurm_step "$@"
+    else
+        _command "$@"
+        "${command[@]}"
+    fi
+    if [ -e "$EGOHOD_UNFINISHED" ]; then
+        rm -f "$EGOHOD_UNFINISHED"
+        ! _in_allocation || _requeue
+        echo "not finished; the same command goes on from the last checkpoint"
+        exit 0
+    fi
+}
+
+# launch_and_leave PROGRAM ARGUMENTS...: the same as the last act of a script; signals to the script reach the program.
+launch_and_leave() {
+    if ! _in_allocation; then
+        _command "$@"
+        exec "${command[@]}"
+    fi
+    launch "$@"
+    exit
+}
+
+_in_allocation() { [ -n "${SLURM_JOB_ID:-}" ] && [ -z "${SLURM_STEP_ID:-}" ]; }
+
+# _command PROGRAM ARGUMENTS...: sets $command, what starts them outside Slurm.
+_command() {
+    local processes=${PROCESSES:-}
+    [ -n "$processes" ] || processes=$("$PYTHON" -c "import torch; print(max(1, torch.cuda.device_count()))")
+    command=("$PYTHON")
+    # One process needs no launcher, which would hide the exit code.
+    if [ "${NODES:-1}" != 1 ]; then
+        command+=(-m torch.distributed.run --nnodes="$NODES" --rdzv_backend=c10d
+            --rdzv_endpoint="${MASTER_ADDR:?names the first of the NODES}:${MASTER_PORT:-29500}")
+    elif [ "$processes" != 1 ] || [ -n "${RESTARTS:-}" ]; then
+        command+=(-m torch.distributed.run --standalone)
+    fi
+    [ "${#command[@]}" = 1 ] || command+=(--nproc_per_node="$processes" --max_restarts="${RESTARTS:-0}")
+    command+=("$@")
+}
+
+# _slurm_step PROGRAM ARGUMENTS...: as a step of this job.
+_slurm_step() {
+    local step status=0 asked=
+    if ! command -v srun >/dev/null; then
+        echo "error: this is Slurm job $SLURM_JOB_ID, but there is no srun on the PATH of $(hostname)" >&2
+        exit 2
+    fi
+    if [ "${SLURM_GPUS_ON_NODE:-0}" -gt 1 ] && [[ ${SLURM_TASKS_PER_NODE:-1} =~ ^1($|\() ]]; then
+        echo "warning: $SLURM_GPUS_ON_NODE GPUs a node but one task, which uses one: --ntasks-per-node=$SLURM_GPUS_ON_NODE" >&2
+    fi
+    # srun no longer takes this over from sbatch by itself.
+    [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+    srun --kill-on-bad-exit=1 "$PYTHON" "$@" &
+    step=$!
+    # sbatch --signal=B:USR1@120 tells this shell alone; scancel --signal tells the step alone.
+    trap 'asked=yes; kill -USR1 $step 2>/dev/null || true' USR1 TERM
+    # A signal ends a wait early.
+    while wait "$step" || true; kill -0 "$step" 2>/dev/null; do :; done
+    wait "$step" || status=$?
+    trap - USR1 TERM
+    [ "$status" != 0 ] || return 0
+    # A program that does not know the signal dies of it; what it has kept so far counts.
+    [ -n "$asked" ] || exit "$status"
+    touch "$EGOHOD_UNFINISHED"
+}
+
+# _requeue: back to the queue, unless there is none to return to or the job was cancelled.
+_requeue() {
+    local job
+    if ! command -v scontrol >/dev/null; then
+        echo "error: cannot return to the queue: no scontrol on the PATH of $(hostname); submit this again" >&2
+        exit 2
+    fi
+    job=$(scontrol show job --oneliner "$SLURM_JOB_ID")
+    if [[ $job == *" BatchFlag=1 "* && $job == *" JobState=RUNNING "* && $job == *" Requeue=1 "* ]]; then
+        echo "not finished: job $SLURM_JOB_ID returns to the queue"
+        scontrol requeue "$SLURM_JOB_ID"
+        # Slurm ends this shell.
+        sleep 60
+    fi
+}
+
+# demo_world [make_demo_data.py ARGUMENTS...]: render it if it is absent.
+demo_world() {
+    export DEMO_DATA=${DEMO_DATA:-demo_data}
+    "$PYTHON" tools/make_demo_data.py --output "$DEMO_DATA" --scale "${DEMO_SCALE:-1.0}" "$@"
+}
+
+# demo_checkpoint: train the one that all scripts share if it is absent.
+demo_checkpoint() {
+    export DEMO_CHECKPOINT=${DEMO_CHECKPOINT:-runs/demo}
+    ls "$DEMO_CHECKPOINT"/checkpoints/step-* >/dev/null 2>&1 && return
+    echo "no checkpoint in $DEMO_CHECKPOINT yet: training one (DEMO_CHECKPOINT=... names another)"
+    "$PYTHON" main_pretrain.py --config_file configs/demo.yml train.output="$DEMO_CHECKPOINT"
+}
