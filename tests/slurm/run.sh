@@ -1,0 +1,97 @@
+#!/usr/bin/env bash
+# The launchers on a real Slurm: two virtual nodes on this machine, trainings over gloo on a small demo world.
+#
+#   bash tests/slurm/run.sh            everything
+#   bash tests/slurm/run.sh --short    the first two parts: a job on both nodes; stopped, requeued, the same weights
+#
+# Debian's slurm-wlm and munge are installed if they are absent. All else stays in a temporary folder (kept, and named,
+# when something fails), and everything started here is ended by pid. Needs root; exit code 77 when it cannot run here.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+source "$here/../../exps/setup.sh"
+install test tests/requirements.txt
+source "$here/cluster.sh"
+
+if [ "$(id -u)" != 0 ]; then
+    echo "skipped: tests/slurm/run.sh starts Slurm's daemons and has to be root" >&2
+    exit 77
+fi
+if ! command -v slurmctld munged slurmd >/dev/null; then
+    if ! command -v apt-get >/dev/null; then
+        echo "skipped: no Slurm here, and no apt-get to install slurm-wlm and munge with" >&2
+        exit 77
+    fi
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge >/dev/null
+fi
+
+work=$(mktemp -d)
+chmod 755 "$work"
+began=$SECONDS
+finish() {
+    local status=$?
+    trap - EXIT
+    cluster_down
+    if [ "$status" = 0 ]; then rm -rf "$work"; else echo "FAILED; what was said is in $work" >&2; fi
+    exit "$status"
+}
+trap finish EXIT
+trap 'exit 130' INT TERM
+
+part() { echo "[$((SECONDS - began)) s] $*"; }
+fail() {
+    echo "error: $1" >&2
+    [ -z "${2:-}" ] || tail -n 40 "$2" >&2
+    exit 1
+}
+
+# wait_until WHAT FILE CONDITION...: within ten minutes, which is for machines that do other things as well.
+wait_until() {
+    local what=$1 file=$2 end=$((SECONDS + 600))
+    shift 2
+    until "$@"; do
+        [ "$SECONDS" -lt "$end" ] || fail "$what never came" "$file"
+        sleep 0.2
+    done
+}
+said() { grep -q -e "$1" "$2" 2>/dev/null; }
+state() { timeout 20 scontrol show job --oneliner "$1" | grep -o " $2=[^ ]*" | cut -d= -f2; }
+# over JOB: it has ended. One that waits in the queue because it was sent back starts at once instead of in two minutes.
+over() {
+    case $(state "$1" JobState) in
+        PENDING) timeout 20 scontrol update JobId="$1" StartTime=now 2>/dev/null || true ;;
+        COMPLETED | FAILED | CANCELLED | TIMEOUT | NODE_FAIL | OUT_OF_MEMORY) return 0 ;;
+    esac
+    return 1
+}
+# ends JOB STATE RESTARTS FILE: wait for it, and see how it ended.
+ends() {
+    wait_until "the end of job $1" "$4" over "$1"
+    [ "$(state "$1" JobState)" = "$2" ] || fail "job $1 ended as $(state "$1" JobState)" "$4"
+    [ "$(state "$1" Restarts)" = "$3" ] || fail "job $1 was restarted $(state "$1" Restarts) times, not $3" "$4"
+}
+submit() { sbatch --parsable -N2 --ntasks-per-node=2 --cpus-per-task=1 --output="$work/job-%j.out" "$@"; }
+newest_step() { "$PYTHON" -c "import sys; from tests.support import *; print(newest(Path(sys.argv[1])).step)" "$1"; }
+export PYTHONPATH=$PWD OMP_NUM_THREADS=1 EGOHOD_MEETING_SECONDS=300
+unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT
+
+cluster_up "$work/slurm"
+part "a Slurm of two nodes (${NODE_NAMES[*]}) is up"
+"$PYTHON" tools/make_demo_data.py --output "$work/world" --scale 0.03 --workers 2 2>/dev/null
+"$PYTHON" -c "import sys; from tests.support import *; write_tiny_config(*map(Path, sys.argv[1:]))" "$work" "$work/world"
+training=(exps/pretrain.sh --config_file "$work/tiny.yml" "train.duration=60 steps" data.workers=1)
+
+straight=$(submit "${training[@]}" train.output="$work/straight")
+ends "$straight" COMPLETED 0 "$work/job-$straight.out"
+said "4 processes over gloo" "$work/job-$straight.out" || fail "not four processes" "$work/job-$straight.out"
+part "sbatch exps/pretrain.sh: two nodes, two tasks each, trained to step $(newest_step "$work/straight")"
+
+broken=$(submit "${training[@]}" train.output="$work/broken")
+wait_until "step 5" "$work/job-$broken.out" said "step 5/60" "$work/job-$broken.out"
+scancel --signal=USR1 "$broken"
+ends "$broken" COMPLETED 1 "$work/job-$broken.out"
+said "SIGUSR1 received" "$work/job-$broken.out" || fail "no signal came" "$work/job-$broken.out"
+said "resuming .* at step" "$work/job-$broken.out" || fail "it did not go on" "$work/job-$broken.out"
+"$PYTHON" tests/slurm/same_runs.py "$work/straight" "$work/broken"
+part "scancel --signal=USR1: saved, returned to the queue, went on, and ended the same"
+[ "${1:-}" != --short ] || exit 0

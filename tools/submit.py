@@ -1,0 +1,279 @@
+"""Submit a training through submitit: to a Slurm, where it returns to the queue until it is done, or on this machine.
+
+    python tools/submit.py configs/config/clip_base.yml --nodes 2 --gpus 8 --cpus 12 --partition NAME --time 4h
+    python tools/submit.py configs/config/clip_base.yml train.lr=1e-4 train.output=runs/mine --nodes 4 --gpus 8 --time 1d
+    python tools/submit.py configs/finetune/ek100_mir.yml --program finetune --gpus 4 --time 8h
+    python tools/submit.py configs/demo.yml --cluster local --processes 2            here, as a rehearsal
+    python tools/submit.py configs/config/clip_base.yml --nodes 2 --gpus 8 --dry_run      what sbatch would be given
+    python tools/submit.py --status runs/clip_base                                        state, step, time left
+
+--signal_before seconds before the time is up, or when it is preempted, a job saves after the step in work, returns to
+the queue and goes on from there; it ends when the training does. What it says is in RUN/submitted. The configuration is
+read before anything is submitted, so that a mistake shows here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from egohod import cli, config
+from egohod.config import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAMS = {"pretrain": "main_pretrain.py", "finetune": "main_finetune.py"}
+FOLDER = "submitted"
+# By itself: a task unpickles what it runs before this project can be imported.
+UNFINISHED = cli.UNFINISHED
+UNITS = {"m": 1, "h": 60, "d": 24 * 60}
+STATUS_SECONDS = 10
+
+
+class Training:
+    """One process of a training, as submitit runs it in every task."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        self.command, self.environment = list(command), dict(environment)
+        self._child: subprocess.Popen[bytes] | None = None
+        self._codes: list[int] = []
+
+    def __call__(self) -> int:
+        """Run the program to its end. Raises RuntimeError if it fails."""
+        with tempfile.TemporaryDirectory() as folder:
+            unfinished = Path(folder) / "unfinished"
+            ours = self.environment | _local_place() | {UNFINISHED: str(unfinished)}
+            # Slurm sends its signals to all processes of a job; this one tells the program, in its own time.
+            self._child = subprocess.Popen(
+                self.command,
+                cwd=ROOT,
+                env=os.environ | ours,
+                preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
+            )
+            threading.Thread(target=lambda: self._codes.append(self._child.wait()), daemon=True).start()
+            code = self._wait()
+            if code == 0 and unfinished.exists() and _may_requeue():
+                # A preemption that came as SIGTERM, of which submitit takes no notice.
+                signal.raise_signal(signal.SIGUSR2)
+        if code != 0:
+            raise RuntimeError(f"exit code {code}")
+        return code
+
+    def checkpoint(self) -> Any:
+        """Called by submitit in the first task when it is to requeue the job: have the program save and leave."""
+        from submitit.helpers import DelayedSubmission
+
+        if self._child is not None and not self._codes:
+            self._child.send_signal(signal.SIGUSR1)
+            self._wait()
+        return DelayedSubmission(Training(self.command, self.environment))
+
+    def _wait(self) -> int:
+        # In small steps, with no lock, since a signal handler waits in the midst of another wait.
+        while not self._codes:
+            time.sleep(0.1)
+        return self._codes[0]
+
+
+def _local_place() -> dict[str, str]:
+    """Without Slurm this is the launcher: what torchrun would say."""
+    if "SUBMITIT_LOCAL_NTASKS" not in os.environ:
+        return {}
+    names = {"RANK": "GLOBALID", "LOCAL_RANK": "LOCALID", "WORLD_SIZE": "NTASKS"}
+    return {name: os.environ[f"SUBMITIT_LOCAL_{its}"] for name, its in names.items()}
+
+
+def _may_requeue() -> bool:
+    """False for a job that was cancelled, which Slurm would requeue as well."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return True
+    asked = ["squeue", "--noheader", "--jobs", job, "--format=%T"]
+    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() == "RUNNING"
+
+
+def main(arguments: Sequence[str]) -> int:
+    args = _parser().parse_intermixed_args(arguments)
+    if args.status:
+        print(status(Path(args.status)))
+        return cli.DONE
+    if not args.config:
+        raise UserError("which configuration? python tools/submit.py --help shows examples")
+    cfg = config.load(args.config, args.overrides)
+    folder = Path(cfg.train.output).resolve() / FOLDER
+    command = [sys.executable, str(ROOT / PROGRAMS[args.program]), "--config_file", str(Path(args.config).resolve())]
+    command += [*args.overrides, f"train.output={Path(cfg.train.output).resolve()}"]
+    asked = _asked(args)
+    if args.dry_run:
+        print(_sbatch_file(folder, asked))
+        print("# in every task: " + " ".join(command))
+        return cli.DONE
+    return _submit(folder, command, asked, args)
+
+
+def _submit(folder: Path, command: list[str], asked: dict[str, Any], args: argparse.Namespace) -> int:
+    import submitit
+
+    environment = {}
+    if args.cluster == "local":
+        if args.nodes > 1:
+            raise UserError("--cluster local is one node; --processes says how many processes")
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    try:
+        executor = submitit.AutoExecutor(
+            folder, cluster=args.cluster, **{f"{args.cluster}_max_num_timeout": args.requeues}
+        )
+    except RuntimeError as error:
+        raise UserError(f"no Slurm here ({error}); --cluster local runs on this machine") from error
+    executor.update_parameters(**asked)
+    try:
+        job = executor.submit(Training(command, environment))
+    except (submitit.core.utils.FailedSubmissionError, submitit.core.utils.FailedJobError) as error:
+        raise UserError(f"sbatch refused: {str(error).strip()}") from error
+    (folder / "job").write_text(f"{args.cluster} {job.job_id}")
+    print(f"job {job.job_id}; {job.paths.stderr} holds what it says")
+    if args.cluster == "local" or args.watch:
+        return _watch(folder.parent, job)
+    print(f"python tools/submit.py --status {folder.parent}")
+    return cli.DONE
+
+
+def _watch(run: Path, job: Any) -> int:
+    said, due = "", 0.0
+    while not job.done():
+        time.sleep(0.5)
+        if time.monotonic() > due:
+            due, now = time.monotonic() + STATUS_SECONDS, status(run)
+            if now != said:
+                print(now, flush=True)
+            said = now
+    print(status(run))
+    return cli.DONE if job.exception() is None else cli.BROKEN
+
+
+def status(run: Path) -> str:
+    """One line: the job, its state, and the last that the training said of its progress.
+
+    Raises :class:`UserError` if ``run`` was not submitted.
+    """
+    folder = run / FOLDER
+    try:
+        cluster, job = (folder / "job").read_text().split()
+    except OSError as error:
+        raise UserError(f"{run}: nothing was submitted with this run folder") from error
+    log = folder / f"{job}_0_log.err"
+    text = log.read_text(errors="replace") if log.exists() else ""
+    steps = re.findall(r"step \d+/\d+ .*", text)
+    state = _state(cluster, job, folder)
+    told = f"{steps[-1]}  ({time.time() - log.stat().st_mtime:.0f} s ago)" if steps else "no step yet"
+    return f"{run}  job {job} {state}  {told}"
+
+
+def _state(cluster: str, job: str, folder: Path) -> str:
+    if cluster == "slurm":
+        asked = ["squeue", "--noheader", "--jobs", job, "--format=%T %r"]
+        found = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split()
+        if found:
+            return found[0] if found[-1] == "None" else f"{found[0]} ({found[-1]})"
+    elif Path(f"/proc/{job}").exists() and not _is_zombie(job):
+        return "RUNNING"
+    result = folder / f"{job}_0_result.pkl"
+    if not result.exists():
+        return "GONE"
+    # A pickled pair that begins with this word, or with "error".
+    return "FINISHED" if b"success" in result.read_bytes()[:40] else "FAILED"
+
+
+def _is_zombie(pid: str) -> bool:
+    return ") Z" in Path(f"/proc/{pid}/stat").read_text()
+
+
+def _asked(args: argparse.Namespace) -> dict[str, Any]:
+    """What submitit calls the things that were asked for."""
+    processes = args.processes or args.gpus or 1
+    asked = {
+        "name": args.name,
+        "nodes": args.nodes,
+        "tasks_per_node": processes,
+        "gpus_per_node": args.gpus,
+        "cpus_per_task": args.cpus,
+        "mem_gb": args.mem,
+        "timeout_min": _minutes(args.time),
+        "slurm_partition": args.partition,
+        "slurm_account": args.account,
+        "slurm_qos": args.qos,
+        "slurm_constraint": args.constraint,
+        "slurm_signal_delay_s": args.signal_before,
+        # A task that fails ends the others; srun no longer takes the processors over from sbatch by itself.
+        "slurm_srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={args.cpus}"],
+        "slurm_additional_parameters": {"requeue": True},
+    }
+    return {name: value for name, value in asked.items() if value}
+
+
+def _sbatch_file(folder: Path, asked: dict[str, Any]) -> str:
+    """What submitit would give to sbatch, also where there is none."""
+    from submitit.slurm import slurm
+
+    its = slurm.SlurmExecutor._equivalence_dict() | {"mem_gb": "mem"}
+    named = {name.removeprefix("slurm_"): value for name, value in asked.items()}
+    named = {its.get(name, name): value for name, value in named.items()}
+    if "mem" in named:
+        named["mem"] = slurm._convert_mem(named["mem"])
+    return slurm._make_sbatch_string(f"{sys.executable} -u -m submitit.core._submit {folder}", folder, **named)
+
+
+def _minutes(text: str) -> int:
+    match = re.fullmatch(r"(\d+)([mhd])", text)
+    if not match:
+        raise UserError(f"--time {text}: write 90m, 4h or 2d")
+    return int(match[1]) * UNITS[match[2]]
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("config", nargs="?", metavar="CONFIG", help="the configuration, a YAML file")
+    add("overrides", nargs="*", metavar="section.key=value", help="change single knobs, e.g. train.lr=1e-4")
+    add("--program", choices=list(PROGRAMS), default="pretrain", help="what to run (default: pretrain)")
+    add("--cluster", choices=("slurm", "local"), default="slurm", help="where (default: slurm)")
+    add("--nodes", type=int, default=1, metavar="N", help="machines (default: 1)")
+    add("--gpus", type=int, default=0, metavar="N", help="GPUs of each machine (default: none)")
+    add("--processes", type=int, metavar="N", help="processes on each machine (default: one per GPU)")
+    add("--cpus", type=int, default=4, metavar="N", help="processor cores of each process (default: 4)")
+    add("--mem", type=float, metavar="GB", help="memory of each machine (default: the cluster's)")
+    add("--time", default="4h", metavar="4h", help="after which it returns to the queue: 90m, 4h, 2d (default: 4h)")
+    add("--partition", metavar="NAME", help="Slurm's; so are the next three")
+    add("--account", metavar="NAME")
+    add("--qos", metavar="NAME")
+    add("--constraint", metavar="FEATURE")
+    add("--name", default="egohod", help="of the job (default: egohod)")
+    add("--requeues", type=int, default=1000, metavar="N", help="how often it may run out of time (default: 1000)")
+    before = "from the signal to the end of the time: a step and a checkpoint must fit (default: 120)"
+    add("--signal_before", type=int, default=120, metavar="SECONDS", help=before)
+    add("--watch", action="store_true", help="stay and print the status line until the end (local: always)")
+    add("--status", metavar="RUN", help="print the status line of a submitted run, and leave")
+    add("--dry_run", action="store_true", help="print what sbatch would be given, submit nothing")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
