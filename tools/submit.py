@@ -1,7 +1,7 @@
 """Submit a training through submitit: to a Slurm, where it returns to the queue until it is done, or on this machine.
 
     python tools/submit.py configs/config/clip_base.yml --nodes 2 --gpus 8 --cpus 12 --partition NAME --time 4h
-    python tools/submit.py configs/config/clip_base.yml train.lr=1e-4 train.output=runs/mine --nodes 4 --gpus 8 --time 1d
+    python tools/submit.py configs/own.yml train.lr=1e-4 train.output=runs/mine --nodes 4 --gpus 8 --time 1d
     python tools/submit.py configs/finetune/ek100_mir.yml --program finetune --gpus 4 --time 8h
     python tools/submit.py configs/demo.yml --cluster local --processes 2            here, as a rehearsal
     python tools/submit.py configs/config/clip_base.yml --nodes 2 --gpus 8 --dry_run      what sbatch would be given
@@ -47,6 +47,7 @@ class Training:
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         self.command, self.environment = list(command), dict(environment)
+        self.folder = Path.cwd()
         self._child: subprocess.Popen[bytes] | None = None
         self._codes: list[int] = []
 
@@ -58,7 +59,7 @@ class Training:
             # Slurm sends its signals to all processes of a job; this one tells the program, in its own time.
             self._child = subprocess.Popen(
                 self.command,
-                cwd=ROOT,
+                cwd=self.folder,
                 env=os.environ | ours,
                 preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
             )
@@ -78,7 +79,9 @@ class Training:
         if self._child is not None and not self._codes:
             self._child.send_signal(signal.SIGUSR1)
             self._wait()
-        return DelayedSubmission(Training(self.command, self.environment))
+        again = Training(self.command, self.environment)
+        again.folder = self.folder
+        return DelayedSubmission(again)
 
     def _wait(self) -> int:
         # In small steps, with no lock, since a signal handler waits in the midst of another wait.
