@@ -44,6 +44,7 @@ class TrainStep:
         self._mixer = ClipMixer(cfg.train) if cfg.train.mixup or cfg.train.cutmix else None
         self._average = ModelEmaV3(model, decay=cfg.train.ema) if cfg.train.ema else None
         self._base_names = frozenset(model.base.names if model.base else ())
+        self._is_first = True
         self._model: nn.Module = model
         if dist.world_size > 1:
             ids = [dist.device.index] if dist.device.type == "cuda" else None
@@ -81,7 +82,14 @@ class TrainStep:
         was not finite).
         """
         # Dropout and the like depend on (seed, rank, step) alone, so that a resumed run draws the same.
-        torch.manual_seed(int(np.random.SeedSequence((*self._seed, step)).generate_state(1)[0]))
+        seed = int(np.random.SeedSequence((*self._seed, step)).generate_state(1)[0])
+        torch.manual_seed(seed)
+        if self._is_first and isinstance(self._model, DistributedDataParallel):
+            # After its first backward pass it lays its buckets out anew, and sums over more than two processes round
+            # differently: once in vain, so that the first step of a resumed run adds up as if it were not the first.
+            cached_step(self._forward, self._model, micro_batches, self._loss, self._scaler.scale)
+            torch.manual_seed(seed)
+        self._is_first = False
         self._schedule.step_update(step - 1)
         self._optimizer.zero_grad(set_to_none=True)
         result = cached_step(self._forward, self._model, micro_batches, self._loss, self._scaler.scale)
