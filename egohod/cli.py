@@ -7,13 +7,14 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
 from egohod.config import Config, UserError, help_text, knobs
+from egohod.stopping import Interrupted, RunFailed
 
 if TYPE_CHECKING:
     from egohod.distributed import Distributed
@@ -75,6 +76,13 @@ def run(program: Callable[[Sequence[str]], int], arguments: Sequence[str] | None
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return USER_ERROR
+    except Interrupted as reason:
+        log.info("%s: stopped; the same command goes on", reason)
+        return DONE
+    except RunFailed as failure:
+        if not failure.quiet:
+            print(f"error: {failure}", file=sys.stderr)
+        return failure.code
     except KeyboardInterrupt:
         print("interrupted; run again to go on", file=sys.stderr)
         return INTERRUPTED
@@ -112,6 +120,28 @@ def lock_run(folder: Path) -> FileLock:
 
 
 @contextmanager
+def joined(cfg: Config, *, stops_cleanly: bool = False) -> Iterator[Distributed]:
+    """This process's place in the run, which ends for all processes when it ends for one.
+
+    With ``stops_cleanly`` the signals that ask a run to stop raise :class:`Interrupted`, or are left to the training
+    loop. Raises :class:`UserError` on every process if the processes do not run the same code and configuration.
+    """
+    # Not above: programs that need no model start in a third of the time without PyTorch.
+    from egohod.distributed import setup
+    from egohod.peers import watched
+    from egohod.training.agreement import require_agreement
+    from egohod.training.preemption import Preemption
+
+    dist = setup(cfg.train.device)
+    try:
+        with Preemption(dist.stop) if stops_cleanly else nullcontext(), watched(dist, cfg.train.peer_timeout):
+            require_agreement(cfg, dist)
+            yield dist
+    finally:
+        dist.close()
+
+
+@contextmanager
 def claimed_run(folder: str, dist: Distributed) -> Iterator[None]:
     """Within, no other process may use the run folder; the first process of a run holds the claim for all."""
     if not dist.is_main:
@@ -131,7 +161,7 @@ def model_of(checkpoint: str, overrides: Sequence[str] = ()) -> list[str]:
 
     Raises :class:`UserError` if it cannot be read.
     """
-    # Not above: programs that need no model start in a third of the time without PyTorch.
+    # Not above, as in joined.
     from egohod.training.checkpoint import open_weights
 
     base = [text.partition("=")[2] for text in overrides if text.startswith("model.weights.base=")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch.distributed.nn.functional as dist_nn
 from torch import Tensor
 
 from egohod.config import UserError
+from egohod.stopping import StopRequest
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Distributed:
     backend: str | None
     # Decisions between processes travel over gloo, so that asking never waits for the GPU.
     control: Any = None
+    stop: StopRequest = field(default_factory=StopRequest, compare=False)
 
     @property
     def is_main(self) -> bool:

@@ -112,7 +112,16 @@ class MetricWindow:
 class Telemetry:
     """Writes metrics of the main process; on others every call does nothing."""
 
-    def __init__(self, run: Path, cfg: Config, dist: Distributed, *, total_steps: int, start_step: int):
+    def __init__(
+        self,
+        run: Path,
+        cfg: Config,
+        dist: Distributed,
+        *,
+        total_steps: int,
+        start_step: int,
+        evaluates_first: bool = False,
+    ) -> None:
         self._active = dist.is_main
         self._dist = dist
         self._total = total_steps
@@ -121,7 +130,7 @@ class Telemetry:
         if not self._active:
             return
         run.mkdir(parents=True, exist_ok=True)
-        _truncate(run / "metrics.jsonl", start_step)
+        _truncate(run / "metrics.jsonl", start_step, evaluates_first)
         self._file = (run / "metrics.jsonl").open("a")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start_step or None)
         (run / "config.yml").write_text(to_yaml(cfg))
@@ -230,14 +239,19 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _truncate(path: Path, step: int) -> None:
-    """Drop the lines that a resumed run will write again, and a last line that a kill cut short."""
+def _truncate(path: Path, step: int, evaluates_first: bool) -> None:
+    """Drop the lines that a resumed run will write again, and a last line that a kill cut short.
+
+    With ``evaluates_first`` the evaluation of ``step`` is among them.
+    """
     if not path.is_file():
         return
     kept = []
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            told = json.loads(line)
+            again = evaluates_first and told["step"] == step and "train/loss" not in told
+            if told["step"] <= step and not again:
                 kept.append(line)
         except (ValueError, KeyError):
             continue
