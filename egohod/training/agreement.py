@@ -52,6 +52,5 @@ def _few(places: list[str], shown: int = 3) -> str:
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {prefix: tree}
-    return {
-        name: value for key, each in tree.items() for name, value in _flat(each, f"{prefix}.{key}".lstrip(".")).items()
-    }
+    parts = (_flat(each, f"{prefix}.{key}".lstrip(".")) for key, each in tree.items())
+    return {name: value for part in parts for name, value in part.items()}

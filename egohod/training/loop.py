@@ -272,7 +272,7 @@ def _window_of(windows: Any, dist: Distributed) -> dict[str, Any]:
 
 
 def _ledger_of(ledgers: list[dict[str, Any]], dist: Distributed) -> dict[str, Any]:
-    """This process's count of clips; what other processes than those that saved had counted, the first one takes over."""
+    """This process's count of clips; if other processes saved, the first one takes over what all of them had counted."""
     if len(ledgers) == dist.world_size:
         return ledgers[dist.rank]
     counted = ledgers if dist.is_main else []
