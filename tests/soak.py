@@ -135,7 +135,10 @@ def wait_for_phase(ranks: Ranks, run: Path, phase: str, rng: random.Random) -> s
         text, longest = f"step {rng.randrange(1, STEPS)}/", 0.5
         ranks.wait_for(text)
     elif phase == "evaluation":
-        text, longest = f"evaluating the model of step {rng.randrange(EVALUATE_EVERY, STEPS + 1, EVALUATE_EVERY)}\n", 1.0
+        text, longest = (
+            f"evaluating the model of step {rng.randrange(EVALUATE_EVERY, STEPS + 1, EVALUATE_EVERY)}\n",
+            1.0,
+        )
         ranks.wait_for(text)
     else:
         text, longest = f".tmp-step-{rng.randrange(SAVE_EVERY, STEPS + 1, SAVE_EVERY):08d}", 0.5

@@ -19,11 +19,12 @@ from egohod.data.clips import FaultLedger
 from egohod.data.loader import train_loader
 from egohod.distributed import Distributed
 from egohod.model.egovideo import DualEncoder
+from egohod.peers import host_name
 from egohod.stopping import Interrupted
 from egohod.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore, read
 from egohod.training.setup import TrainingData, build_classes
 from egohod.training.step import TrainStep
-from egohod.training.telemetry import Clock, MetricWindow, Telemetry
+from egohod.training.telemetry import Clock, MetricWindow, Share, Telemetry, memory_gb
 
 log = logging.getLogger(__name__)
 
@@ -152,8 +153,11 @@ def train(
             clock.step()
             last, stopping = step == schedule.total, dist.any(bool(dist.stop))
             if last or step % schedule.log == 0:
-                means = _finite(_average(dist.gather_objects(window.means())))
-                telemetry.training(step, means | {"lr": train_step.lr}, clock.lap())
+                means = window.means()
+                lap = clock.lap(train_step.forward_seconds())
+                share = Share(host_name(), lap, memory_gb(dist.device), ledger.bad)
+                told, shares = zip(*dist.gather_objects((means, share)), strict=True)
+                telemetry.training(step, _finite(_average(told)) | {"lr": train_step.lr}, shares)
             if is_due(step) and not stopping:
                 with clock.paused():
                     try:
@@ -272,7 +276,7 @@ def _window_of(windows: Any, dist: Distributed) -> dict[str, Any]:
 
 
 def _ledger_of(ledgers: list[dict[str, Any]], dist: Distributed) -> dict[str, Any]:
-    """This process's count of clips; if other processes saved, the first one takes over what all of them had counted."""
+    """This process's count of clips; if others saved, the first one takes over what all of them had counted."""
     if len(ledgers) == dist.world_size:
         return ledgers[dist.rank]
     counted = ledgers if dist.is_main else []
