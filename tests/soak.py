@@ -80,6 +80,7 @@ def start(config: Path, run: Path) -> Ranks:
         "train.output": run,
         "train.duration": f"{STEPS} steps",
         "train.global_batch_size": 4,
+        "train.max_batch_per_process": 4,
         "train.save_every": f"{SAVE_EVERY} steps",
         "evaluate.every": f"{EVALUATE_EVERY} steps",
         "evaluate.demo_val": run.parent / "world" / "val",

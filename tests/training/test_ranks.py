@@ -24,7 +24,9 @@ def ranks(tiny_config: Path, tmp_path: Path):  # type: ignore[no-untyped-def]
     """``ranks(2, knob=value, ...)`` starts a training on two processes into the folder ``run``."""
 
     def start(world_size: int, *knobs: str, run: str = "run") -> Ranks:
+        # Saying how many clips fit the memory spares the run to find out.
         small = ["model.num_frames=2", "model.patch_dropout=0", "train.global_batch_size=4"]
+        small += ["train.max_batch_per_process=8"]
         settings = ["--config_file", tiny_config, *small, f"train.output={tmp_path / run}", *knobs]
         return Ranks(world_size, "main_pretrain.py", settings, tmp_path / f"{run}_logs")
 
