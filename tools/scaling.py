@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -69,22 +70,40 @@ class Plan:
     hours: float
 
 
-def plan(recipe: Recipe, gpus: int, peak: float, utilisation: float) -> Plan:
-    """The arithmetic of docs/scaling.md. ``peak`` in operations a second; ``utilisation``: the share of it reached."""
-    # Where the data lies need not be said: nothing is read.
+@dataclass(frozen=True)
+class Cost:
+    """What a recipe takes wherever it runs: operations of a clip, parameters that learn, and sizes of its features."""
+
+    work: float
+    trained: int
+    batch: int
+    frames: int
+    width: int
+
+
+@lru_cache
+def cost(recipe: Recipe) -> Cost:
+    """From the recipe's configuration; where its data lies need not be said, since nothing is read."""
     cfg, _ = load_leniently(recipe.config)
-    sizes = geometry(cfg.model.name), cfg.model.num_frames, geometry(cfg.model.name).context_length
-    work = float(step_flops(*sizes, cfg.model.patch_dropout, cfg.model.fast))
+    towers = geometry(cfg.model.name)
+    sizes = towers, cfg.model.num_frames, towers.context_length, cfg.model.patch_dropout, cfg.model.fast
+    work = float(step_flops(*sizes))
     if cfg.model.gradient_checkpointing:  # blocks are computed again in the backward pass
-        work += forward_flops(*sizes, cfg.model.patch_dropout, cfg.model.fast)
+        work += forward_flops(*sizes)
     with torch.device("meta"):
         model = create_model(cfg.model, cfg.loss)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    batch, frames, others = cfg.train.global_batch_size, cfg.model.num_frames, (gpus - 1) / gpus
-    speed = peak * utilisation / work
+    return Cost(work, trained, cfg.train.global_batch_size, cfg.model.num_frames, towers.embed_dim)
+
+
+def plan(recipe: Recipe, gpus: int, peak: float, utilisation: float) -> Plan:
+    """The arithmetic of docs/scaling.md. ``peak`` in operations a second; ``utilisation``: the share of it reached."""
+    each = cost(recipe)
+    batch, frames, others = each.batch, each.frames, (gpus - 1) / gpus
+    speed = peak * utilisation / each.work
     compute = batch / gpus / speed
-    gathered = 2 * 2 * batch * geometry(cfg.model.name).embed_dim * 4 * others
-    reduced = 2 * trained * 4 * others
+    gathered = 2 * 2 * batch * each.width * 4 * others
+    reduced = 2 * each.trained * 4 * others
     # Within a node links are ten times as fast: only what crosses between nodes counts.
     network = (gathered * 8 + reduced) / LINK if gpus > 8 else 0.0
     step = max(compute, network)
