@@ -25,7 +25,7 @@ from torch import nn
 from egohod import cli, config
 from egohod.config import Config, UserError
 from egohod.data.text import Tokenizer
-from egohod.distributed import Distributed, setup
+from egohod.distributed import Distributed
 from egohod.evaluation.baseline import FrameAverage, open_clip_baseline
 from egohod.evaluation.benchmarks import Benchmark, asked, benchmark, demo_evaluators, execution_of
 from egohod.evaluation.feature_cache import fingerprint
@@ -58,8 +58,7 @@ def main(arguments: Sequence[str]) -> int:
     overrides = ["model.weights.source=checkpoint", *known, *args.overrides]
     overrides += [f"evaluate.controls=[{args.controls}]"] if args.controls else []
     cfg = config.load(args.config_file, [*overrides, f"model.weights.path={args.checkpoint}"])
-    dist = setup(cfg.train.device)
-    try:
+    with cli.joined(cfg) as dist:
         model: Any = open_clip_baseline(args.checkpoint).to(dist.device) if outside else build_model(cfg, dist)
         Path(args.output).mkdir(parents=True, exist_ok=True)
         checkpoint = {"path": args.checkpoint, "sha256": fingerprint(model)}
@@ -68,8 +67,6 @@ def main(arguments: Sequence[str]) -> int:
         report(args.output, cfg, dist, found, checkpoint=checkpoint, published=args.published)
         if dist.is_main:
             write_report(args.output, decoder=cfg.data.decoder)
-    finally:
-        dist.close()
     return cli.DONE
 
 

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from egohod.config import Config, UserError, help_text, knobs
 from egohod.place import Place, find_place
+from egohod.stopping import Interrupted, RunFailed
 
 if TYPE_CHECKING:
     from egohod.distributed import Distributed
@@ -24,9 +25,8 @@ log = logging.getLogger(__name__)
 
 # Exit codes: the run is done, something broke, the user can mend it, the user stopped it.
 DONE, BROKEN, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
-# What a program returns that saved and left before its end because a signal asked it to. It exits with DONE, and
-# creates the file that this variable names: launchers (exps/launch.sh, tools/submit.py) then start it again.
-STOPPED = -1
+# A program that saved and left before its end because a signal asked it to exits with DONE, and creates the file that
+# this variable names: launchers (exps/launch.sh, tools/submit.py) then start it again.
 UNFINISHED = "EGOHOD_UNFINISHED"
 # A user's mistake is mostly the same in all processes: the first one speaks, and by then the launcher has ended others.
 SPEAK_AFTER_SECONDS = 5
@@ -80,14 +80,20 @@ def run(program: Callable[[Sequence[str]], int], arguments: Sequence[str] | None
     try:
         place = find_place()
         set_up_logging(place)
-        code = program(sys.argv[1:] if arguments is None else arguments)
-        return _leave_unfinished(place) if code == STOPPED else code
+        return program(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
         if place.rank != 0:
             time.sleep(SPEAK_AFTER_SECONDS)
         for line in str(error).splitlines():
             print(f"{_prefix(place)}error: {line}", file=sys.stderr)
         return USER_ERROR
+    except Interrupted as reason:
+        log.info("%s: stopped; the same command goes on", reason)
+        return _leave_unfinished(place)
+    except RunFailed as failure:
+        if not failure.quiet:
+            print(f"{_prefix(place)}error: {failure}", file=sys.stderr)
+        return failure.code
     except KeyboardInterrupt:
         print("interrupted; run again to go on", file=sys.stderr)
         return INTERRUPTED
@@ -135,6 +141,28 @@ def lock_run(folder: Path) -> FileLock:
 
 
 @contextmanager
+def joined(cfg: Config, *, stops_cleanly: bool = False) -> Iterator[Distributed]:
+    """This process's place in the run, which ends for all processes when it ends for one.
+
+    With ``stops_cleanly`` the signals that ask a run to stop raise :class:`Interrupted`, or are left to the training
+    loop. Raises :class:`UserError` on every process if the processes do not run the same code and configuration.
+    """
+    # Not above: programs that need no model start in a third of the time without PyTorch.
+    from egohod.distributed import setup
+    from egohod.peers import watched
+    from egohod.training.agreement import require_agreement
+    from egohod.training.preemption import Preemption
+
+    dist = setup(cfg.train.device)
+    try:
+        with Preemption(dist.stop) if stops_cleanly else nullcontext(), watched(dist, cfg.train.peer_timeout):
+            require_agreement(cfg, dist)
+            yield dist
+    finally:
+        dist.close()
+
+
+@contextmanager
 def claimed_run(folder: str, dist: Distributed) -> Iterator[None]:
     """Within, no other process may use the run folder; the first process of a run holds the claim for all."""
     if not dist.is_main:
@@ -154,7 +182,7 @@ def model_of(checkpoint: str, overrides: Sequence[str] = ()) -> list[str]:
 
     Raises :class:`UserError` if it cannot be read.
     """
-    # Not above: programs that need no model start in a third of the time without PyTorch.
+    # Not above, as in joined.
     from egohod.training.checkpoint import open_weights
 
     base = [text.partition("=")[2] for text in overrides if text.startswith("model.weights.base=")]

@@ -411,6 +411,12 @@ class TrainConfig:
         "auto",
         "auto goes on from the run folder's newest good checkpoint, none starts anew, else the path of a checkpoint",
     )
+    peer_timeout: float = knob(
+        120.0,
+        "seconds after which a process that says nothing counts as dead and ends the run; longer than the file system "
+        "ever stands still. A process that is killed is noticed at once",
+        low=1,
+    )
     log_every: str = knob("10 steps", "how often metrics are written; between, nothing waits for the device")
     save_every: str = knob("1 epochs", "how often a checkpoint is written")
     keep_last: int = knob(2, "newest checkpoints kept", low=1)

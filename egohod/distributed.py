@@ -9,7 +9,7 @@ import datetime
 import os
 import platform
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from egohod.config import UserError
 from egohod.place import Place, find_place
+from egohod.stopping import StopRequest
 
 # How long the first process waits for the others to start, and they for it. A node that loads PyTorch from a busy
 # shared disk takes minutes.
@@ -37,6 +38,7 @@ class Distributed:
     backend: str | None
     # Decisions between processes travel over gloo, so that asking never waits for the GPU.
     control: Any = None
+    stop: StopRequest = field(default_factory=StopRequest, compare=False)
 
     @property
     def is_main(self) -> bool:

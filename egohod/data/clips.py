@@ -212,6 +212,11 @@ class FaultLedger:
         self._bad = 0
         self._logged: set[str] = set()
 
+    @property
+    def bad(self) -> int:
+        """Clips that could not be read."""
+        return self._bad
+
     def update(self, batch: Mapping[str, Any]) -> None:
         """Take note of a batch of :func:`collate`. Raises :class:`UserError` above the tolerated share."""
         faults = [line for fault in batch["faults"] for line in fault.splitlines()]

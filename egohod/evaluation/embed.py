@@ -21,6 +21,7 @@ from egohod.distributed import Distributed
 from egohod.evaluation.clips import EvaluationDataset, collate_views, require_all
 from egohod.evaluation.feature_cache import FeatureCache, feature_key
 from egohod.evaluation.temporal import apply_control
+from egohod.stopping import Interrupted
 
 # What the clips as they are are called among the temporal controls.
 PLAIN = "plain"
@@ -162,10 +163,12 @@ def _encode_shards(
     rows: list[NDArray[np.int64]] = []
     features: list[NDArray[np.float32]] = []
     fault: str | None = None
+    interrupted: str | None = None
     try:
         with _inference(model, dist.device, precision):
             batches = np.arange(len(todo)) // batch_size
             for index, encoded in encode(todo[batches % dist.world_size == dist.rank]):
+                dist.stop.check()
                 rows.append(index)
                 features.append(encoded.float().cpu().numpy())
                 if cache and keys:
@@ -176,9 +179,13 @@ def _encode_shards(
                                 cache.add(key, feature)
     except UserError as error:  # told to all, or the other processes would wait for this one for ever
         fault = str(error)
+    except Interrupted as request:  # processes have more or fewer batches: here they all meet
+        interrupted = str(request)
     finally:
         if cache:
             cache.flush()
+    if reasons := [text for text in dist.gather_objects(interrupted) if text is not None]:
+        raise Interrupted(reasons[0])
     shares = dist.gather_objects((rows, features, fault, report.faults))
     failed = [text for _, _, text, _ in shares if text is not None]
     if failed:

@@ -83,8 +83,10 @@ class CheckpointStore:
         final = self.folder / f"step-{step:08d}"
         temporary = self.folder / f".tmp-step-{step:08d}-{os.getpid()}"
         try:
+            # Not with its parents: a shared folder that is lost would come back on the disk below its mount point.
+            self.folder.mkdir(exist_ok=True)
             self._clear_leftovers()
-            temporary.mkdir(parents=True)
+            temporary.mkdir()
             save_file({name: value.contiguous() for name, value in weights.items()}, temporary / WEIGHTS)
             torch.save(training, temporary / TRAINING)
             manifest = {
@@ -110,6 +112,19 @@ class CheckpointStore:
             raise CheckpointError(f"{final}: not saved: {_reason(error)}; older checkpoints are untouched") from error
         self._prune(final)
         return final
+
+    def rate(self, step: int, metrics: dict[str, float]) -> None:
+        """Add the metrics that a checkpoint was saved without. Raises :class:`CheckpointError`."""
+        path = self.folder / f"step-{step:08d}"
+        manifest, temporary = read_manifest(path), path / f".{MANIFEST}"
+        try:
+            temporary.write_text(json.dumps(manifest | {"metrics": metrics}, indent=1))
+            _flush(temporary)
+            temporary.rename(path / MANIFEST)
+            _flush(path)
+        except OSError as error:
+            raise CheckpointError(f"{path / MANIFEST}: metrics not written: {_reason(error)}") from error
+        self._prune(self.steps()[-1])
 
     def steps(self) -> list[Path]:
         """Checkpoint folders, oldest first."""

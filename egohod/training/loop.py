@@ -11,18 +11,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from egohod.config import Config, UserError, duration_in_steps
 from egohod.data.clips import FaultLedger
 from egohod.data.loader import train_loader
-from egohod.distributed import Distributed
+from egohod.distributed import Distributed, host_name
 from egohod.model.egovideo import DualEncoder
+from egohod.stopping import Interrupted
 from egohod.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore, read
-from egohod.training.preemption import Preemption
 from egohod.training.setup import TrainingData, build_classes
 from egohod.training.step import TrainStep
-from egohod.training.telemetry import Clock, MetricWindow, Telemetry
+from egohod.training.telemetry import Clock, MetricWindow, Share, Telemetry, memory_gb
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,10 @@ class Evaluator(Protocol):
     name: str
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """Metrics by name, collective over all processes; leaves the model and the random state as they were."""
+        """Metrics by name, collective over all processes; leaves the model and the random state as they were.
+
+        Raises :class:`~egohod.stopping.Interrupted` on all of them if the run is asked to stop meanwhile.
+        """
         ...
 
 
@@ -71,12 +75,13 @@ class Schedule:
 
 def train(
     cfg: Config, dist: Distributed, model: DualEncoder, data: TrainingData, evaluators: Sequence[Evaluator]
-) -> tuple[int, dict[str, float]]:
-    """Train ``model`` on ``data``; returns the last step and the metrics of the last evaluation.
+) -> dict[str, float]:
+    """Train ``model`` on ``data`` to the end; returns the metrics of the last evaluation.
 
-    A request to stop (SIGTERM, SIGUSR1, SIGINT) ends the loop after the step in work, with a checkpoint; the
-    returned step is then smaller than the run's length. Raises :class:`UserError` when too many clips are
-    unreadable or when no step of a whole logging window was finite.
+    A request to stop (``dist.stop``) ends the loop after the step in work, or the evaluation after the batch in work,
+    with a checkpoint and :class:`Interrupted`; an evaluation that it cut short is the first thing that a resumed run
+    does. Raises :class:`UserError` when too many clips are unreadable or when no step of a whole logging window was
+    finite.
     """
     run = Path(cfg.train.output)
     schedule = Schedule.of(cfg, data.plan.steps_per_epoch)
@@ -95,18 +100,18 @@ def train(
         if dist.is_main:
             store.set_aside_after(start)
         train_step.load_state_dict(checkpoint.weights, checkpoint.training)
-        window.load_state_dict(checkpoint.training["window"], dist.device)
-        ledger.load_state_dict(checkpoint.training["ledgers"][dist.rank % len(checkpoint.training["ledgers"])])
+        window.load_state_dict(_window_of(checkpoint.training["window"], dist), dist.device)
+        ledger.load_state_dict(_ledger_of(checkpoint.training["ledgers"], dist))
         log.info("resuming %s at step %d of %d", checkpoint.path, start, schedule.total)
 
     def save(step: int, must_succeed: bool) -> None:
         """Write a checkpoint; training goes on without one that is not the last."""
-        ledgers = dist.gather_objects(ledger.state_dict())
+        windows, ledgers = zip(*dist.gather_objects((window.state_dict(), ledger.state_dict())), strict=True)
         if dist.is_main:
             weights, training = train_step.state_dict()
             # A score belongs to the weights it was measured on.
             known = scores if evaluated == step else {}
-            training |= {"window": window.state_dict(), "ledgers": ledgers}
+            training |= {"window": list(windows), "ledgers": list(ledgers)}
             try:
                 log.info(
                     "saved %s",
@@ -119,10 +124,25 @@ def train(
                     raise
                 log.error("%s; training goes on", error)
 
-    telemetry = Telemetry(run, cfg, dist, total_steps=schedule.total, start_step=start)
-    batches = _micro_batches(cfg, dist, data, start, schedule.total)
-    step = start
-    with Preemption(dist) as preemption:
+    def is_due(step: int) -> bool:
+        """Whether the model of ``step`` is to be evaluated."""
+        return bool(evaluators) and step > 0 and (step == schedule.total or step % schedule.evaluate == 0)
+
+    def evaluate_now(step: int) -> None:
+        nonlocal scores, evaluated
+        log.info("evaluating the model of step %d", step)
+        scores, evaluated = evaluate(train_step.averaged, evaluators), step
+        _check_best(cfg, scores)
+        telemetry.write(step, scores)
+
+    owed = is_due(start) and not scores
+    telemetry = Telemetry(run, cfg, dist, total_steps=schedule.total, start_step=start, evaluates_first=owed)
+    with dist.stop.polled():
+        if owed:
+            evaluate_now(start)
+            if dist.is_main:
+                store.rate(start, scores)
+        batches = _micro_batches(cfg, dist, data, start, schedule.total)
         for step in range(start + 1, schedule.total + 1):
             with clock.waiting():
                 micro_batches = list(islice(batches, data.accumulation))
@@ -130,24 +150,28 @@ def train(
                 ledger.update(batch)
             window.add(train_step(step, micro_batches))
             clock.step()
-            last, stopping = step == schedule.total, preemption.requested()
+            last, stopping = step == schedule.total, dist.any(bool(dist.stop))
             if last or step % schedule.log == 0:
-                means = _finite(_average(dist.gather_objects(window.means())))
-                telemetry.training(step, means | {"lr": train_step.lr}, clock.lap())
-            if last or step % schedule.evaluate == 0:
+                means = window.means()
+                lap = clock.lap(train_step.forward_seconds())
+                share = Share(host_name(), lap, memory_gb(dist.device), ledger.bad)
+                told, shares = zip(*dist.gather_objects((means, share)), strict=True)
+                telemetry.training(step, _finite(_average(told)) | {"lr": train_step.lr}, shares)
+            if is_due(step) and not stopping:
                 with clock.paused():
-                    scores, evaluated = evaluate(train_step.averaged, evaluators), step
-                    _check_best(cfg, scores)
-                    telemetry.write(step, scores)
+                    try:
+                        evaluate_now(step)
+                    except Interrupted:
+                        stopping = True
             if last or stopping or step % schedule.save == 0:
                 with clock.paused():
                     save(step, must_succeed=last or stopping)
             if stopping:
-                log.info("stopped after step %d of %d; the same command goes on from there", step, schedule.total)
-                break
+                reason = dist.stop.reason or "another process was asked to stop"
+                raise Interrupted(f"{reason}; step {step} of {schedule.total} is saved")
     telemetry.close()
     train_step.settle()
-    return step, scores
+    return scores
 
 
 def evaluate(model: nn.Module, evaluators: Sequence[Evaluator]) -> dict[str, float]:
@@ -235,6 +259,31 @@ def _micro_batches(
             pin_memory=cfg.data.pin_memory and dist.device.type == "cuda",
         )
     )
+
+
+def _window_of(windows: Any, dist: Distributed) -> dict[str, Any]:
+    """This process's part of an unfinished logging window; other processes than those that saved share its mean."""
+    # Earlier checkpoints hold that of the first process alone.
+    windows = windows if isinstance(windows, list) else [windows]
+    if len(windows) == dist.world_size:
+        return dict(windows[dist.rank])
+    names = windows[0]["sums"]
+    return {
+        "sums": {name: torch.stack([each["sums"][name] for each in windows]).mean(dim=0) for name in names},
+        "count": windows[0]["count"],
+    }
+
+
+def _ledger_of(ledgers: list[dict[str, Any]], dist: Distributed) -> dict[str, Any]:
+    """This process's count of clips; if others saved, the first one takes over what all of them had counted."""
+    if len(ledgers) == dist.world_size:
+        return ledgers[dist.rank]
+    counted = ledgers if dist.is_main else []
+    return {
+        "seen": sum(each["seen"] for each in counted),
+        "bad": sum(each["bad"] for each in counted),
+        "logged": sorted({fault for each in ledgers for fault in each["logged"]}),
+    }
 
 
 def _average(metrics: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -207,6 +207,8 @@ def build_plan(cfg: Config, dataset: ClipDataset) -> BatchPlan | MixedPlan:
 
 def build_data(cfg: Config, dist: Distributed, model: DualEncoder) -> TrainingData:
     """Everything that feeds the loop."""
+    # Before anything is read: whether the processes can share the batch at all.
+    split_batch(cfg.train.global_batch_size, dist.world_size, largest=1)
     dataset = build_dataset(cfg, model.geometry.image_size)
     micro_batch, accumulation = split_batch(
         cfg.train.global_batch_size, dist.world_size, cfg.train.max_batch_per_process or largest_batch(cfg, dist)

@@ -7,6 +7,7 @@ steps at once when it logs. Shapes: B clips, C channels, T frames, H x W pixels,
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,33 @@ from egohod.training.mixing import ClipMixer
 from egohod.training.optim import build_optimizer, build_schedule
 
 
+class Stopwatch:
+    """Seconds between starts and stops on a device, which is not waited for until they are read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: list[Any] = []
+
+    def _mark(self) -> None:
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    start = stop = _mark
+
+    def seconds(self) -> float:
+        """The sum since the last call."""
+        pairs = list(zip(self._marks[::2], self._marks[1::2], strict=True))
+        self._marks = []
+        if self._cuda and pairs:
+            pairs[-1][1].synchronize()
+            return float(sum(begin.elapsed_time(end) for begin, end in pairs)) / 1000
+        return float(sum(end - begin for begin, end in pairs))
+
+
 class TrainStep:
     """Owns model, loss, optimizer and schedule of a run."""
 
@@ -43,6 +71,7 @@ class TrainStep:
         self._scaler = torch.amp.GradScaler(dist.device.type, init_scale=2.0**16 if self._is_fp16 else 1.0)
         self._mixer = ClipMixer(cfg.train) if cfg.train.mixup or cfg.train.cutmix else None
         self._average = ModelEmaV3(model, decay=cfg.train.ema) if cfg.train.ema else None
+        self._stopwatch = Stopwatch(dist.device)
         self._base_names = frozenset(model.base.names if model.base else ())
         self._is_first = True
         self._model: nn.Module = model
@@ -92,7 +121,8 @@ class TrainStep:
         self._is_first = False
         self._schedule.step_update(step - 1)
         self._optimizer.zero_grad(set_to_none=True)
-        result = cached_step(self._forward, self._model, micro_batches, self._loss, self._scaler.scale)
+        self._stopwatch.start()
+        result = cached_step(self._forward, self._model, micro_batches, self._timed_loss, self._scaler.scale)
         self._scaler.unscale_(self._optimizer)
         parameters = list(self._inner.parameters())
         norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
@@ -110,6 +140,18 @@ class TrainStep:
             "logit_scale": self._inner.logit_scale.detach().exp(),
             "skipped": 1.0 - torch.isfinite(norm).float(),
         }
+
+    def forward_seconds(self) -> float:
+        """How long forward passes took since the last call, until losses met the other processes' features.
+
+        Asks the device: for the steps that read numbers from it anyway.
+        """
+        return self._stopwatch.seconds()
+
+    def _timed_loss(self, **features: Tensor) -> dict[str, Tensor]:
+        # The first collective of a step is the loss's: until here no process waits for another.
+        self._stopwatch.stop()
+        return self._loss(**features)
 
     def _forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         video = batch["video"].to(self._device, non_blocking=True)

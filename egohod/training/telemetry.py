@@ -7,11 +7,13 @@ import json
 import logging
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
@@ -66,12 +68,73 @@ class Clock:
         """One optimisation step is done."""
         self._steps += 1
 
-    def lap(self) -> tuple[int, float, float]:
-        """Steps, seconds and seconds waited for data since the last lap; starts a new one."""
+    def lap(self, forward: float) -> Lap:
+        """What passed since the last lap, ``forward`` being the seconds of :meth:`TrainStep.forward_seconds`."""
         now = time.perf_counter()
-        answer = self._steps, max(now - self._start, 1e-9), self._waited
+        answer = Lap(self._steps, max(now - self._start, 1e-9), self._waited, forward)
         self._start, self._waited, self._steps = now, 0.0, 0
         return answer
+
+
+@dataclass(frozen=True)
+class Lap:
+    """A logging window of one process, in seconds."""
+
+    steps: int
+    seconds: float
+    waited: float
+    """For data."""
+    forward: float
+    """From the start of a step to its first collective."""
+
+    @property
+    def own(self) -> float:
+        """What a step takes this process before it meets the others; the rest it may spend waiting for them."""
+        return (self.waited + self.forward) / max(self.steps, 1)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process adds to a line of the log."""
+
+    host: str
+    lap: Lap
+    memory_gb: float
+    clips_lost: int
+
+
+class Stragglers:
+    """Warns of a process that keeps the others waiting, not of one that was late once.
+
+    Synchronous training takes every process the same time, so whole steps tell nothing: what is compared is the time
+    until a process meets the others for the first time in a step, waiting for its clips and forward pass.
+    """
+
+    def __init__(self, ratio: float = 1.5, windows: int = 3) -> None:
+        self._ratio, self._windows = ratio, windows
+        self._slowest, self._times = -1, 0
+
+    def update(self, shares: Sequence[Share]) -> dict[str, float]:
+        """Smallest, median and largest own seconds of a step, and whose the largest is."""
+        own = [share.lap.own for share in shares]
+        rank = max(range(len(own)), key=own.__getitem__)
+        others = statistics.median(own[:rank] + own[rank + 1 :])
+        slow = rank if own[rank] > self._ratio * others else -1
+        self._times = self._times + 1 if slow == self._slowest else 1
+        self._slowest = slow
+        if slow >= 0 and self._times % self._windows == 0:
+            share = shares[rank]
+            cause = "waiting for clips" if share.lap.waited > share.lap.forward else "computing"
+            log.warning(
+                "rank %d on %s is the slowest for %d windows: %.2f s of its own a step, mostly %s; others need %.2f s",
+                rank, share.host, self._times, own[rank], cause, others,
+            )  # fmt: skip
+        return {
+            "own_seconds_min": min(own),
+            "own_seconds_median": statistics.median(own),
+            "own_seconds_max": own[rank],
+            "slowest_rank": float(rank),
+        }
 
 
 class MetricWindow:
@@ -112,39 +175,54 @@ class MetricWindow:
 class Telemetry:
     """Writes metrics of the main process; on others every call does nothing."""
 
-    def __init__(self, run: Path, cfg: Config, dist: Distributed, *, total_steps: int, start_step: int):
+    def __init__(
+        self,
+        run: Path,
+        cfg: Config,
+        dist: Distributed,
+        *,
+        total_steps: int,
+        start_step: int,
+        evaluates_first: bool = False,
+    ) -> None:
         self._active = dist.is_main
         self._dist = dist
         self._total = total_steps
         self._batch = cfg.train.global_batch_size
         self._seconds_per_step: float | None = None
+        self._stragglers = Stragglers()
         if not self._active:
             return
         run.mkdir(parents=True, exist_ok=True)
-        _truncate(run / "metrics.jsonl", start_step)
+        _truncate(run / "metrics.jsonl", start_step, evaluates_first)
         self._file = (run / "metrics.jsonl").open("a")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start_step or None)
         (run / "config.yml").write_text(to_yaml(cfg))
         (run / "environment.json").write_text(json.dumps(environment(cfg, dist), indent=1))
 
-    def training(self, step: int, metrics: dict[str, float], lap: tuple[int, float, float]) -> None:
-        """Log the means of a window that ended with step ``step`` (counted from 1)."""
-        steps, seconds, waited = lap
+    def training(self, step: int, metrics: dict[str, float], shares: Sequence[Share]) -> None:
+        """Log the means of a window that ended with step ``step`` (counted from 1); ``shares`` in rank order."""
+        steps, seconds = shares[0].lap.steps, shares[0].lap.seconds
         recent = seconds / max(steps, 1)
         before = self._seconds_per_step
         self._seconds_per_step = recent if before is None else 0.7 * before + 0.3 * recent
         speed = {
             "clips_per_second": steps * self._batch / seconds,
-            "data_wait": waited / seconds,
-            "memory_gb": memory_gb(self._dist.device),
+            # Of the process that waits longest, and that holds most: nothing runs faster than these.
+            "data_wait": max(share.lap.waited / share.lap.seconds for share in shares),
+            "memory_gb": max(share.memory_gb for share in shares),
+            "clips_lost": float(sum(share.clips_lost for share in shares)),
         }
+        if self._active and len(shares) > 1:
+            speed |= self._stragglers.update(shares)
         shown = {name: value for name, value in (metrics | speed).items() if name != "steps"}
         self.write(step, {f"train/{name}": value for name, value in shown.items()})
         if self._active:
             eta = timedelta(seconds=round((self._total - step) * self._seconds_per_step))
+            lost = f"  {speed['clips_lost']:.0f} clips lost" if speed["clips_lost"] else ""
             skipped = f"  skipped {metrics['skipped']:.0f}" if metrics.get("skipped") else ""
             log.info(
-                "step %d/%d  loss %.4f  acc %.3f  lr %.2e  grad %.2f  %.1f clips/s  waits %.0f %%  %.1f GB  ETA %s%s",
+                "step %d/%d  loss %.4f  acc %.3f  lr %.2e  grad %.2f  %.1f clips/s  waits %.0f %%  %.1f GB  ETA %s%s%s",
                 step,
                 self._total,
                 metrics["loss"],
@@ -156,6 +234,7 @@ class Telemetry:
                 speed["memory_gb"],
                 eta,
                 skipped,
+                lost,
             )
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
@@ -230,14 +309,19 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _truncate(path: Path, step: int) -> None:
-    """Drop the lines that a resumed run will write again, and a last line that a kill cut short."""
+def _truncate(path: Path, step: int, evaluates_first: bool) -> None:
+    """Drop the lines that a resumed run will write again, and a last line that a kill cut short.
+
+    With ``evaluates_first`` the evaluation of ``step`` is among them.
+    """
     if not path.is_file():
         return
     kept = []
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            told = json.loads(line)
+            again = evaluates_first and told["step"] == step and "train/loss" not in told
+            if told["step"] <= step and not again:
                 kept.append(line)
         except (ValueError, KeyError):
             continue

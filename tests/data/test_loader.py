@@ -58,6 +58,25 @@ def test_every_clip_at_most_once_an_epoch(share: float) -> None:
         assert batches.max() < 103
 
 
+def test_every_clip_once_an_epoch_whatever_the_number_of_processes() -> None:
+    """Started again in the middle of an epoch, with other processes and another accumulation: 1, then 2, then 4 x 2."""
+    plan = BatchPlan(40, 8, seed=1)
+    seen: list[tuple[int, int]] = []
+    for first, last, world_size, accumulation in ((0, 2, 1, 1), (2, 3, 2, 1), (3, 5, 4, 2)):
+        for rank in range(world_size):
+            loader = train_loader(
+                Numbers(),  # type: ignore[arg-type]
+                plan,
+                start_step=first,
+                total_steps=last,
+                rank=rank,
+                world_size=world_size,
+                accumulation=accumulation,
+            )
+            seen += [key for batch in clips_of(loader) for key in batch]
+    assert sorted(seen) == [(0, index) for index in range(40)]
+
+
 def test_a_batch_is_a_function_of_seed_epoch_and_step() -> None:
     def plan(seed: int = 0) -> BatchPlan:
         return BatchPlan(64, 8, seed, groups=np.arange(64) // 8, share=0.5)

@@ -1,0 +1,84 @@
+"""The processes of a run as srun starts them: each is told its rank, and no agent watches over them."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.support import ROOT
+
+# Forked from a server that has imported everything: importing costs more than such small runs compute.
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["main_pretrain", "main_eval"])
+_SECONDS = 1800
+
+
+class Ranks:
+    """``world_size`` processes of a main program in the project's folder; rank r says what it says in ``log(r)``."""
+
+    def __init__(self, world_size: int, program: str, arguments: Sequence[object], folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._logs = [folder / f"rank_{rank}.log" for rank in range(world_size)]
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        before = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = str(ROOT)
+        self.processes = []
+        for rank, log in enumerate(self._logs):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+            told = {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+            words = [str(each) for each in arguments]
+            log.unlink(missing_ok=True)
+            self.processes.append(_SERVER.Process(target=_be_rank, args=(program, words, told, log)))
+            self.processes[-1].start()
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+    def log(self, rank: int = 0) -> str:
+        """What a rank has said so far."""
+        return self._logs[rank].read_text() if self._logs[rank].exists() else ""
+
+    def wait_for(self, text: str, rank: int = 0) -> None:
+        """Until a rank has said ``text``."""
+        while text not in self.log(rank):
+            assert self.processes[rank].is_alive(), f"'{text}' never came:\n{self.log(rank)}"
+            time.sleep(0.01)
+
+    def send(self, number: signal.Signals, *ranks: int) -> None:
+        """A signal to some ranks."""
+        for rank in ranks:
+            if self.processes[rank].is_alive():
+                os.kill(self.processes[rank].pid or 0, number)
+
+    def wait(self) -> list[int]:
+        """Exit codes, in rank order; of a rank that a signal killed, the signal's number below zero."""
+        for process in self.processes:
+            process.join(_SECONDS)
+        hanging = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
+        self.send(signal.SIGKILL, *hanging)
+        assert not hanging, f"ranks {hanging} hang:\n" + "\n".join(self.log(rank) for rank in hanging)
+        return [process.exitcode for process in self.processes]
+
+
+def _be_rank(program: str, arguments: list[str], told: dict[str, str], log: Path) -> None:
+    import torch
+
+    from egohod import cli
+
+    os.environ.update(told, CUDA_VISIBLE_DEVICES="")
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    main = importlib.import_module(program.removesuffix(".py")).main
+    sys.exit(cli.run(main, arguments))

@@ -1,0 +1,190 @@
+"""What becomes of a run when one of its processes dies, hangs, cannot go on, is told to stop, or differs; and how many
+processes there are does not matter. Real processes, real signals, nobody who watches over them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ranks import Ranks
+from tests.support import Command, losses, newest
+
+pytestmark = pytest.mark.ci
+ENDLESS = "train.duration=100000 steps"
+
+
+@pytest.fixture
+def ranks(tiny_config: Path, tmp_path: Path):  # type: ignore[no-untyped-def]
+    """``ranks(2, knob=value, ...)`` starts a training on two processes into the folder ``run``."""
+
+    def start(world_size: int, *knobs: str, run: str = "run") -> Ranks:
+        # Saying how many clips fit the memory spares the run to find out.
+        small = ["model.num_frames=2", "model.patch_dropout=0", "train.global_batch_size=4"]
+        small += ["train.max_batch_per_process=8"]
+        settings = ["--config_file", tiny_config, *small, f"train.output={tmp_path / run}", *knobs]
+        return Ranks(world_size, "main_pretrain.py", settings, tmp_path / f"{run}_logs")
+
+    return start
+
+
+def evaluating(demo_world: Path) -> list[str]:
+    return [f"evaluate.demo_val={demo_world}/val", "evaluate.every=2 steps", "evaluate.batch_size=1"]
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_rank_ends_the_others_with_its_name(ranks, killed: int) -> None:  # type: ignore[no-untyped-def]
+    run = ranks(2, ENDLESS)
+    run.wait_for("step 2/")
+    run.send(signal.SIGKILL, killed)
+    codes, said = run.wait(), run.log(1 - killed)
+    assert codes[killed] == -signal.SIGKILL
+    assert codes[1 - killed] == 1
+    assert f"error: rank {killed} on {socket.gethostname()} is gone" in said
+    assert "Traceback" not in said
+
+
+def test_a_rank_that_stands_still_ends_the_others(ranks) -> None:  # type: ignore[no-untyped-def]
+    run = ranks(2, ENDLESS, "train.peer_timeout=15")
+    run.wait_for("step 2/")
+    run.send(signal.SIGSTOP, 1)
+    run.processes[0].join(600)
+    run.send(signal.SIGCONT, 1)
+    codes = run.wait()
+    assert codes == [1, 1]
+    assert f"rank 1 on {socket.gethostname()} has not answered for" in run.log(0)
+
+
+def test_what_one_rank_cannot_do_ends_all_with_one_line(ranks, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "run").write_text("no folder")
+    run = ranks(2)
+    assert run.wait() == [2, 2]
+    assert f"error: {tmp_path / 'run'}: cannot be used as run folder" in run.log(0)
+    for text in ("error:", "Traceback"):
+        assert text not in run.log(1)
+
+
+def test_processes_that_cannot_share_the_batch_say_so_once(ranks) -> None:  # type: ignore[no-untyped-def]
+    run = ranks(2, "train.global_batch_size=5")
+    assert run.wait() == [2, 2]
+    assert "train.global_batch_size=5 cannot be shared evenly by 2 processes" in run.log(0)
+    assert "error:" not in run.log(1)
+
+
+def test_a_lost_run_folder_ends_all(ranks, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    run = ranks(2, "train.duration=12 steps", "train.save_every=3 steps")
+    run.wait_for("saved")
+    shutil.move(tmp_path / "run", tmp_path / "gone")
+    assert run.wait() == [2, 2]
+    assert "training goes on" in run.log(0)
+    assert f"error: {tmp_path / 'run' / 'checkpoints' / 'step-00000012'}: not saved" in run.log(0)
+    assert "Traceback" not in run.log(0) + run.log(1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_during_set_up_ends_all_in_peace(ranks, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    run = ranks(2, ENDLESS)
+    run.wait_for("hod.csv")
+    run.send(signal.SIGTERM, 1)
+    assert run.wait() == [0, 0]
+    assert "SIGTERM" in run.log(0)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_signal_during_an_evaluation_costs_nothing(ranks, demo_world: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    settings = [*evaluating(demo_world), "train.duration=4 steps"]
+    assert ranks(2, *settings, run="straight").wait() == [0, 0]
+    run = ranks(2, *settings)
+    run.wait_for("evaluating the model of step 2")
+    run.send(signal.SIGTERM, 1)
+    assert run.wait() == [0, 0]
+    assert "step 2 of 4 is saved" in run.log(0)
+    assert newest(tmp_path / "run").manifest["metrics"] == {}
+    again = ranks(2, *settings)
+    assert again.wait() == [0, 0]
+    assert again.log(0).index("evaluating the model of step 2") < again.log(0).index("step 3/4")
+    told = [metrics(tmp_path / name) for name in ("straight", "run")]
+    assert told[0] == told[1]
+    assert len(told[0]) == 6
+    for name, weight in newest(tmp_path / "straight").weights.items():
+        assert torch.equal(weight, newest(tmp_path / "run").weights[name]), name
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    """What metrics.jsonl says about the model."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kept = ("step", "train/loss", "train/grad_norm")
+    return [{name: line[name] for name in line if name in kept or name.startswith("val/")} for line in lines]
+
+
+def test_torchrun_goes_on_from_the_last_checkpoint(tiny_config: Path, tmp_path: Path, program: Command) -> None:
+    """The second rank kills itself once, in the fifth step; the agent starts all ranks again."""
+    saboteur = tmp_path / "sabotage.py"
+    saboteur.write_text(
+        "import os, pathlib, signal, sys\n"
+        "sys.path.insert(0, os.getcwd())\n"
+        "import main_pretrain\n"
+        "from egohod import cli\n"
+        "from egohod.training.step import TrainStep\n"
+        "inner, mark = TrainStep.__call__, pathlib.Path(sys.argv.pop(1))\n"
+        "def step(self, number, batches):\n"
+        "    if number == 5 and os.environ['RANK'] == '1' and not mark.exists():\n"
+        "        mark.touch()\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return inner(self, number, batches)\n"
+        "TrainStep.__call__ = step\n"
+        "sys.exit(cli.run(main_pretrain.main))\n"
+    )
+    knobs = ["model.num_frames=2", "train.global_batch_size=4", "train.duration=7 steps", "train.save_every=3 steps"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=2", saboteur]
+    for name in ("straight", "killed"):
+        mark = tmp_path / "mark"
+        if name == "straight":
+            mark.touch()
+        else:
+            mark.unlink()
+        done = program(*launcher, mark, "--config_file", tiny_config, *knobs, f"train.output={tmp_path / name}")
+        assert done.returncode == 0, done.stderr
+    assert "resuming" in done.stderr
+    assert "rank 1 on" in done.stderr
+    assert losses(tmp_path / "straight") == losses(tmp_path / "killed")
+    for name, weight in newest(tmp_path / "straight").weights.items():
+        assert torch.equal(weight, newest(tmp_path / "killed").weights[name]), name
+
+
+def test_the_number_of_processes_does_not_change_the_losses(ranks, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """One, two and four; and one that is started again with two, then with one."""
+    knobs = ["train.duration=20 steps", "train.lr=1e-4", "train.lr_end=0", "train.save_every=7 steps"]
+    for world_size in (1, 2, 4):
+        assert ranks(world_size, *knobs, run=str(world_size)).wait() == [0] * world_size
+    for world_size, step in ((1, 7), (2, 14)):
+        run = ranks(world_size, *knobs, run="changing")
+        run.wait_for(f"step-{step:08d}")
+        run.send(signal.SIGKILL, *range(world_size))
+        run.wait()
+        # Saves may have followed before the kill came.
+        assert newest(tmp_path / "changing").step >= step
+    last = ranks(1, *knobs, run="changing")
+    assert last.wait() == [0]
+    assert "resuming" in last.log()
+    one = losses(tmp_path / "1")
+    assert len(one) == 20
+    for name in ("2", "4", "changing"):
+        for (step, loss, _), (_, other, _) in zip(one, losses(tmp_path / name), strict=True):
+            assert loss == pytest.approx(other, abs=1e-4), (name, step)
+
+
+def test_the_slowest_rank_is_told(ranks, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    run = ranks(2, "train.duration=4 steps", "train.log_every=2 steps")
+    assert run.wait() == [0, 0]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        low, middle, high = (line[f"train/own_seconds_{name}"] for name in ("min", "median", "max"))
+        assert 0 < low <= middle <= high
+        assert line["train/slowest_rank"] in (0, 1)
+        assert line["train/clips_lost"] == 0
