@@ -64,6 +64,16 @@ def build_model(cfg: Config, dist: Distributed, classes: ClassSpace | None = Non
                 f"set model.weights.source={right}"
             )
         log.info("%s", load_weights(model, content, adapt=weights.adapt, projections=weights.projections))
+    freeze(model, cfg)
+    if cfg.train.trainable != "all" and weights.source != "scratch":
+        model.base = base_of(model, content)
+    if cfg.model.compile:
+        model.compile_towers()
+    return model.to(dist.device)
+
+
+def freeze(model: DualEncoder, cfg: Config) -> None:
+    """Leave to learn what ``train.trainable`` says. Raises :class:`UserError` if the model has no such part."""
     if cfg.train.trainable == "adapters":
         if not isinstance(model, EgoVideo):
             raise UserError(f"train.trainable=adapters needs a ..._Slowfast model; model.name is {cfg.model.name}")
@@ -74,11 +84,6 @@ def build_model(cfg: Config, dist: Distributed, classes: ClassSpace | None = Non
         model.freeze_text()
     elif cfg.train.trainable == "heads":
         model.freeze_all_but_heads()
-    if cfg.train.trainable != "all" and weights.source != "scratch":
-        model.base = base_of(model, content)
-    if cfg.model.compile:
-        model.compile_towers()
-    return model.to(dist.device)
 
 
 def trainable(model: DualEncoder) -> str:
