@@ -20,6 +20,7 @@ from egohod.data.labels import (
     ClassSpace,
     RelevantTexts,
     class_space,
+    warn_of_sides,
 )
 from egohod.data.loader import BatchPlan, MixedPlan, shares
 from egohod.data.table import ClipTable
@@ -62,6 +63,10 @@ def build_model(cfg: Config, dist: Distributed, classes: ClassSpace | None = Non
             raise UserError(
                 f"{weights.path}: is {content.family}, which model.weights.source={weights.source} does not mean; "
                 f"set model.weights.source={right}"
+            )
+        if classes and (there := content.beside.get("classes")) and there != str([list(key) for key in classes.keys]):
+            raise UserError(
+                f"{weights.path}: has a head for other classes than the data; train it on data with the same ones"
             )
         log.info("%s", load_weights(model, content, adapt=weights.adapt, projections=weights.projections))
     freeze(model, cfg)
@@ -144,7 +149,8 @@ def label_columns(cfg: Config) -> list[str]:
 def build_classes(cfg: Config) -> ClassSpace:
     """The classes of the training clips and of ``data.labels.classes``."""
     sources, extra = active_sources(cfg).values(), label_columns(cfg)
-    return class_space([ClipTable.read(source, extra=extra) for source in sources], *_told(cfg))
+    # What is odd about them is said when the training clips get their labels.
+    return class_space([ClipTable.read(source, extra=extra) for source in sources], *_told(cfg), say=False)
 
 
 def _told(cfg: Config) -> tuple[list[str], list[str]]:
@@ -161,6 +167,8 @@ def build_labels(cfg: Config, tables: Sequence[ClipTable]) -> list[Labels] | Non
         return [each.widened(most) for each in made]
     if config.target == "class":
         space = class_space(tables, *_told(cfg))
+        if cfg.data.flip > 0:
+            warn_of_sides(space, cfg.data.flip)
         return [ClassLabels(table, space, cfg.model.heads) for table in tables]
     return None
 
@@ -214,7 +222,7 @@ def build_data(cfg: Config, dist: Distributed, model: DualEncoder) -> TrainingDa
     """Everything that feeds the loop."""
     dataset = build_dataset(cfg, model.geometry.image_size)
     micro_batch, accumulation = split_batch(
-        cfg.train.global_batch_size, dist.world_size, cfg.train.max_batch_per_process or largest_batch(cfg, dist)
+        cfg.train.global_batch_size, dist.world_size, cfg.train.max_batch_per_process or largest_batch(cfg, dist, model)
     )
     return TrainingData(dataset, build_plan(cfg, dataset), micro_batch, accumulation)
 
@@ -235,23 +243,27 @@ def split_batch(global_batch_size: int, world_size: int, largest: int) -> tuple[
     return micro_batch, share // micro_batch
 
 
-def predict_memory(cfg: Config, dist: Distributed) -> Memory:
+def predict_memory(cfg: Config, dist: Distributed, model: DualEncoder) -> Memory:
     """What a step of this run takes of a device's memory."""
+    heads = {name: int(head[-1].out_features) for name, head in (model.heads or {}).items()}
     return predict(
         cfg.model,
         dtype=pick_precision(cfg.train.precision, dist.device),
         loss=cfg.loss,
-        adapters_alone=cfg.train.trainable == "adapters",
+        heads=heads,
+        learning={name for name, parameter in model.named_parameters() if parameter.requires_grad},
+        averages={"adamw": 2, "sgd": 1}[cfg.train.optimizer],
+        ema=cfg.train.ema > 0,
     )
 
 
-def largest_batch(cfg: Config, dist: Distributed) -> int:
+def largest_batch(cfg: Config, dist: Distributed, model: DualEncoder) -> int:
     """Clips at a time that fit the smallest device of the run."""
     if dist.device.type == "cuda":
         memory = torch.cuda.get_device_properties(dist.device).total_memory
     else:
         memory = _main_memory() // max(1, dist.world_size)
-    smallest = min(dist.gather_objects(predict_memory(cfg, dist).fits(memory)))
+    smallest = min(dist.gather_objects(predict_memory(cfg, dist, model).fits(memory)))
     if smallest < 1:
         raise UserError(
             f"not one clip fits the memory of {dist.device} ({memory / 1e9:.0f} GB): try "

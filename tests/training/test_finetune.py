@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from egohod.config import ModelConfig, SourceConfig, TrainConfig, UserError
+from egohod.config import Config, ModelConfig, SourceConfig, TrainConfig, UserError
 from egohod.data.labels import ClassLabels, ClassSpace, RelevantTexts, class_space
 from egohod.data.table import ClipTable
 from egohod.demo.benchmarks import write_benchmarks
@@ -24,6 +24,7 @@ from egohod.loss.classification import ClassificationLoss
 from egohod.model.egovideo import create_model
 from egohod.training.checkpoint import open_weights
 from egohod.training.mixing import ClipMixer
+from egohod.training.setup import build_labels
 from tests.support import Command, ShortRun, losses, newest
 
 
@@ -226,6 +227,42 @@ def test_labels_that_cannot_be_learned_from(tmp_path: Path, caplog: pytest.LogCa
         space.number(("boil",), "here")
 
 
+def test_slips_of_the_pen_in_labels(ek100: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    # Blanks around a label make no class of its own; what is missing is no class called "None".
+    assert space_of(labelled(tmp_path, ["cut", "cut ", " pour"])).names == ("cut", "pour")
+    clips = pd.read_csv(ek100 / "EPIC_100_train.csv", dtype=str)
+    clips.loc[1, "verb_class"] = ""
+    clips.to_csv(tmp_path / "holes.csv", index=False)
+    with pytest.raises(UserError, match=r"holes\.csv: row 2: verb_class is empty"):
+        space_of(tmp_path / "holes.csv", "verb_class", "noun_class")
+    (tmp_path / "more.csv").write_text("label,other\nstir,1\n,2\n")
+    with pytest.raises(UserError, match=r"more\.csv: row 2: label is empty"):
+        space_of(labelled(tmp_path, ["cut", "pour"]), further=(str(tmp_path / "more.csv"),))
+    # Neither asks for the memory that its number names.
+    space_of(labelled(tmp_path, ["1", "999999999999"]))
+    assert "999999999997 of them never occur, such as 2" in caplog.text
+    clips = pd.read_csv(ek100 / "EPIC_100_train.csv", dtype=str)
+    clips.loc[2, "all_noun_classes"] = "[4000000000]"
+    clips.to_csv(tmp_path / "far.csv", index=False)
+    with pytest.raises(UserError, match=r"far\.csv: row 3: all_noun_classes is '\[4000000000\]', but classes are"):
+        RelevantTexts(table(tmp_path / "far.csv"), 0.1)
+
+
+def test_labels_that_tell_left_from_right_are_named_when_clips_are_mirrored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ["left hand pick", "pick_right", "take leftovers", "leave room", "turn clockwise", "pick"]
+    labelled(tmp_path, names)
+    cfg = Config()
+    cfg.data.train["own"] = SourceConfig(metadata=str(tmp_path / "labels.csv"))
+    cfg.data.labels.target = "class"
+    for flip in (0.0, 0.5):
+        cfg.data.flip = flip
+        build_labels(cfg, [table(tmp_path / "labels.csv")])
+        said = "3 of 6 classes tell left from right ('left hand pick', 'pick_right', 'turn clockwise')" in caplog.text
+        assert said == (flip > 0)
+
+
 def test_a_cut_takes_the_share_of_pixels_that_its_label_says() -> None:
     torch.manual_seed(0)
     mixer = ClipMixer(TrainConfig(cutmix=1.0))
@@ -285,7 +322,7 @@ def test_what_is_trained(kind: str, learning: set[str]) -> None:
 
 
 def test_a_small_checkpoint_holds_what_was_trained_and_knows_its_base(
-    mir: list[str], short_run: ShortRun, tmp_path: Path, inside: Command
+    mir: list[str], ek100: Path, short_run: ShortRun, tmp_path: Path, inside: Command
 ) -> None:
     command = [*classes(mir, "verb_class", "noun_class"), "train.trainable=heads", "evaluate.final=[]"]
     done = inside("main_finetune.py", *command, "train.duration=2 steps", "train.save_every=1 steps")
@@ -316,6 +353,14 @@ def test_a_small_checkpoint_holds_what_was_trained_and_knows_its_base(
     # A head for other classes than the data has.
     fewer = [*classes(mir, "verb_class"), f"train.output={tmp_path}/fewer", f"model.weights.path={tmp_path}/run"]
     done = inside("main_finetune.py", *fewer, "evaluate.final=[]")
+    assert done.returncode == 2
+    assert "a head for other classes" in done.stderr
+    # As many classes, but others.
+    clips = pd.read_csv(ek100 / "EPIC_100_train.csv", dtype=str)
+    clips.assign(noun_class=(clips["noun_class"].astype(int) + 1000).astype(str)).to_csv(
+        tmp_path / "o.csv", index=False
+    )
+    done = inside("main_finetune.py", *command, *fewer[-2:], f"data.train.demo.metadata={tmp_path}/o.csv")
     assert done.returncode == 2
     assert "a head for other classes" in done.stderr
 
@@ -398,3 +443,26 @@ def test_a_killed_fine_tuning_goes_on_exactly(mir: list[str], tmp_path: Path, pr
     assert_same(one.weights, other.weights)
     assert_same(one.training["optimizer"], other.training["optimizer"])
     assert losses(tmp_path / "straight") == losses(tmp_path / "broken")
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("kind", ["sms", "classes"])
+def test_two_processes_fine_tune_as_one_does(mir: list[str], tmp_path: Path, program: Command, kind: str) -> None:
+    command = mir if kind == "sms" else classes(mir, "verb_class", "noun_class", heads="parts")
+    command = ["main_finetune.py", *command]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for name, start in (("one", []), ("two", launcher)):
+        done = program(*start, *command, f"train.output={tmp_path}/{name}")
+        assert done.returncode == 0, done.stderr
+    assert "2 processes over gloo" in done.stderr
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert [step for step, *_ in two] == [1, 2, 3, 4]
+    for (step, *values), (_, *others) in zip(one, two, strict=True):
+        # The same arithmetic in another order; AdamW's division by small averages widens it as steps go by.
+        assert values == pytest.approx(others, rel=1e-5 if step == 1 else 2e-3), step
+    for name, weight in newest(tmp_path / "one").weights.items():
+        torch.testing.assert_close(weight, newest(tmp_path / "two").weights[name], atol=4e-4, rtol=0, msg=name)
+    first, second = (json.loads((tmp_path / n / "results.json").read_text())["metrics"] for n in ("one", "two"))
+    assert first.keys() == second.keys()
+    # Of fifteen clips a near tie may fall to the other side.
+    assert all(abs(first[name] - second[name]) <= 100 / 15 + 1e-6 for name in first if "rank" not in name)
