@@ -167,7 +167,7 @@ def class_space(
         if NAME_COLUMN in table.column_names:
             spelled = [table.column(NAME_COLUMN)]
         for key, words in zip(zip(*values, strict=True), zip(*spelled, strict=True), strict=True):
-            trained.setdefault(key, " ".join(str(each) for each in words).replace("-", " "))
+            trained.setdefault(key, " ".join(str(each).strip() for each in words).replace("-", " "))
     named: dict[tuple[str, ...], str] = dict(trained)
     for path in further:
         rows = read_csv(Path(path), ())
@@ -181,7 +181,7 @@ def class_space(
             parts = tuple(str(rows[name][row]).strip() for name in here)
             if "" in parts:
                 raise UserError(f"{path}: row {row + 1}: {here[parts.index('')]} is empty, but tells a class")
-            named.setdefault(parts, " ".join(str(rows[name][row]) for name in spelling).replace("-", " "))
+            named.setdefault(parts, " ".join(str(rows[name][row]).strip() for name in spelling).replace("-", " "))
     if len(named) < 2:
         only = next(iter(named.values()))
         raise UserError(f"{tables[0].path}: all clips are of one class, '{only}'; there is nothing to tell apart")

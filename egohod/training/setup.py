@@ -245,12 +245,11 @@ def split_batch(global_batch_size: int, world_size: int, largest: int) -> tuple[
 
 def predict_memory(cfg: Config, dist: Distributed, model: DualEncoder) -> Memory:
     """What a step of this run takes of a device's memory."""
-    heads = {name: int(head[-1].out_features) for name, head in (model.heads or {}).items()}
     return predict(
         cfg.model,
         dtype=pick_precision(cfg.train.precision, dist.device),
         loss=cfg.loss,
-        heads=heads,
+        heads=model.classes,
         learning={name for name, parameter in model.named_parameters() if parameter.requires_grad},
         averages={"adamw": 2, "sgd": 1}[cfg.train.optimizer],
         ema=cfg.train.ema > 0,

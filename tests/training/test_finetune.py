@@ -15,16 +15,18 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from egohod.config import Config, ModelConfig, SourceConfig, TrainConfig, UserError
+from egohod.config import Config, LossConfig, ModelConfig, SourceConfig, TrainConfig, UserError
 from egohod.data.labels import ClassLabels, ClassSpace, RelevantTexts, class_space
 from egohod.data.table import ClipTable
 from egohod.demo.benchmarks import write_benchmarks
 from egohod.demo.world import NOUNS
+from egohod.distributed import Distributed
 from egohod.loss.classification import ClassificationLoss
 from egohod.model.egovideo import create_model
 from egohod.training.checkpoint import open_weights
 from egohod.training.mixing import ClipMixer
 from egohod.training.setup import build_labels
+from egohod.training.step import TrainStep
 from tests.support import Command, ShortRun, losses, newest
 
 
@@ -301,6 +303,84 @@ def test_the_loss_of_heads_is_cross_entropy_with_smoothing_and_mixing() -> None:
     # Of two chunks each mixes its own clips.
     chunks = torch.cat([shares[:2, :2] / 0.7, shares[:2, :2] / 0.7])
     torch.testing.assert_close(ClassificationLoss()(**values, mixing=chunks)["loss"], F.cross_entropy(logits, label))
+
+
+def stepped(steps: int = 1, **train: object) -> tuple[dict[str, torch.Tensor], TrainStep, float]:
+    """Weights before and the state after some steps of a small model with heads, and the first loss."""
+    cfg = Config(loss=LossConfig(name="classes"))
+    for name, value in {"lr": 1e-2, "precision": "fp32", "optimizer": "sgd", **train}.items():
+        section = cfg.train if hasattr(cfg.train, name) else cfg.model
+        assert hasattr(section, name)
+        setattr(section, name, value)
+    cfg.model.name, cfg.model.num_frames = "DEMO_SMALL", 2
+    torch.manual_seed(0)
+    model = create_model(cfg.model, cfg.loss, {"action": 3})
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    step = TrainStep(model, cfg, Distributed(0, 1, torch.device("cpu"), None), total_steps=10, steps_per_epoch=10)
+    side, generator = model.geometry.image_size, torch.Generator().manual_seed(0)
+    batch = {
+        "video": torch.randint(256, (4, 3, 2, side, side), dtype=torch.uint8, generator=generator),
+        "tokens": torch.ones(4, 4, dtype=torch.long),
+        "labels": {"action_label": torch.tensor([0, 1, 2, 0])},
+    }
+    found = [float(step(number, [batch])["loss"]) for number in range(1, steps + 1)]
+    return before, step, found[0]
+
+
+def test_the_average_of_the_weights_is_what_is_evaluated_and_saved() -> None:
+    name = "heads.action.1.weight"
+    before, step, _ = stepped(ema=0.75)
+    (saved, training), moved = step.state_dict(), step._inner.state_dict()[name]
+    assert not torch.equal(moved, before[name])
+    torch.testing.assert_close(step.averaged.state_dict()[name], 0.75 * before[name] + 0.25 * moved)
+    assert torch.equal(saved[name], step.averaged.state_dict()[name])
+    assert torch.equal(training["weights"][name], moved)
+    step.settle()
+    assert torch.equal(step._inner.state_dict()[name], saved[name])
+
+
+def test_earlier_blocks_learn_slower_by_layer_decay() -> None:
+    def moved(decay: float) -> dict[str, float]:
+        before, step, _ = stepped(layer_decay=decay, momentum=0.0, weight_decay=0.0)
+        after = step._inner.state_dict()
+        return {name: float((after[name] - before[name]).norm()) for name in before if "causal" not in name}
+
+    plain, decayed = moved(1.0), moved(0.5)
+    blocks = len({name.split(".")[3] for name in plain if name.startswith("visual.transformer.resblocks.")})
+    assert plain["heads.action.1.weight"] > 0
+    for name, share in (
+        ("heads.action.1.weight", 1.0),
+        *((f"visual.transformer.resblocks.{i}.mlp.c_fc.weight", 0.5 ** (blocks - i)) for i in range(blocks)),
+        ("visual.conv1.weight", 0.5 ** (blocks + 1)),
+    ):
+        assert decayed[name] == pytest.approx(share * plain[name], rel=1e-3), name
+
+
+@pytest.mark.parametrize(
+    "knob",
+    [{"mixup": 0.8}, {"cutmix": 1.0}, {"drop_path": 0.9}, {"head_dropout": 0.9}, {"optimizer": "adamw"}],
+    ids=str,
+)
+def test_a_recipe_is_chosen_by_the_configuration(knob: dict[str, object]) -> None:
+    _, plain, loss = stepped(2)
+    _, other, changed = stepped(2, **knob)
+    # The optimizer shows in the weights only.
+    assert (changed == loss) == ("optimizer" in knob)
+    name = "visual.conv1.weight"
+    assert not torch.equal(plain.state_dict()[0][name], other.state_dict()[0][name])
+
+
+def test_the_mean_of_three_splits(tmp_path: Path, inside: Command) -> None:
+    for number, top1 in ((1, 70.0), (2, 80.0), (3, 93.0)):
+        (tmp_path / f"split{number}").mkdir()
+        found = {"format": 1, "metrics": {"egtea/action_top1": top1, f"only/{number}": 1.0}}
+        (tmp_path / f"split{number}" / "results.json").write_text(json.dumps(found))
+    done = inside("mean_results.py", *(tmp_path / f"split{number}" for number in (1, 2, 3)))
+    (_, line) = done.stdout.splitlines()
+    assert line.split() == ["egtea/action_top1", "70.00", "80.00", "93.00", "81.00"]
+    done = inside("mean_results.py", tmp_path / "split1", tmp_path / "split4")
+    assert done.returncode == 2
+    assert "split4" in done.stderr
 
 
 @pytest.mark.parametrize(
