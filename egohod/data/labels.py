@@ -75,6 +75,19 @@ class RelevantTexts:
         }
         return self.texts[text], values
 
+    def warn_of_sides(self, flip: float) -> None:
+        """Say which texts are of other classes when mirrored: a mirrored clip keeps the classes that grade it."""
+        row_of = {text: row for row, text in enumerate(self.texts)}
+        wrong = []
+        for row, text in enumerate(self.texts):
+            other = row_of.get(swap_sides(text), row)
+            if other != row and self._kind(other) != self._kind(row):
+                wrong.append(text)
+        _say_sides(wrong, "texts", len(self.texts), flip)
+
+    def _kind(self, text: int) -> tuple[int, bytes]:
+        return int(self._text_verbs[text]), self._text_nouns[text].tobytes()
+
     def widened(self, noun_classes: int) -> RelevantTexts:
         """Itself with values for ``noun_classes`` classes, those it knows and others."""
         more = noun_classes - self.noun_classes
@@ -196,11 +209,16 @@ def class_space(
 
 def warn_of_sides(space: ClassSpace, flip: float) -> None:
     """Say which classes name a left or a right: a mirrored clip keeps its class, which is then a wrong one."""
-    if sided := [name for name in space.names if swap_sides(plain := name.replace("_", " ")) != plain]:
+    sided = [name for name in space.names if swap_sides(plain := name.replace("_", " ")) != plain]
+    _say_sides(sided, "classes", len(space.names), flip)
+
+
+def _say_sides(sided: Sequence[str], what: str, count: int, flip: float) -> None:
+    if sided:
         log.warning(
-            "%d of %d classes tell left from right (%s%s), but data.flip=%g mirrors clips and keeps their class; "
+            "%d of %d %s tell left from right (%s%s), but data.flip=%g mirrors clips and keeps their class; "
             "set data.flip=0",
-            len(sided), len(space.names), ", ".join(f"'{name}'" for name in sided[:_NAMED]),
+            len(sided), count, what, ", ".join(f"'{name}'" for name in sided[:_NAMED]),
             ", ..." if len(sided) > _NAMED else "", flip,
         )  # fmt: skip
 

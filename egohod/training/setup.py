@@ -162,6 +162,9 @@ def build_labels(cfg: Config, tables: Sequence[ClipTable]) -> list[Labels] | Non
     config = cfg.data.labels
     if config.target == "relevancy":
         made = [RelevantTexts(table, config.threshold, config.sentences) for table in tables]
+        if cfg.data.flip > 0:
+            for each in made:
+                each.warn_of_sides(cfg.data.flip)
         # Clips of all sources stand in one batch, so they count noun classes alike.
         most = max(each.noun_classes for each in made)
         return [each.widened(most) for each in made]

@@ -265,6 +265,25 @@ def test_labels_that_tell_left_from_right_are_named_when_clips_are_mirrored(
         assert said == (flip > 0)
 
 
+def test_texts_whose_mirror_image_is_graded_otherwise_are_named(
+    ek100: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    clips = pd.read_csv(ek100 / "EPIC_100_train.csv", dtype=str).iloc[:5]
+    clips["narration"] = ["turn cup clockwise", "turn cup counterclockwise", "put left glove", "put right glove", "cut"]
+    clips["verb_class"] = ["1", "2", "3", "3", "4"]
+    clips["all_noun_classes"] = "[1]"
+    clips.to_csv(tmp_path / "sides.csv", index=False)
+    cfg = Config()
+    cfg.data.train["own"] = SourceConfig(metadata=str(tmp_path / "sides.csv"))
+    cfg.data.labels.target = "relevancy"
+    for flip in (0.0, 0.5):
+        cfg.data.flip = flip
+        build_labels(cfg, [table(tmp_path / "sides.csv")])
+        # Both gloves are of one class, so a mirrored clip is graded rightly.
+        said = "2 of 5 texts tell left from right ('turn cup clockwise', 'turn cup counterclockwise')" in caplog.text
+        assert said == (flip > 0)
+
+
 def test_a_cut_takes_the_share_of_pixels_that_its_label_says() -> None:
     torch.manual_seed(0)
     mixer = ClipMixer(TrainConfig(cutmix=1.0))
