@@ -478,6 +478,30 @@ def test_own_labels_train_and_are_evaluated(mir: list[str], demo_world: Path, tm
     assert 0 <= metrics["mir/action_top1"] <= 100
 
 
+@pytest.mark.ci
+@pytest.mark.parametrize(
+    ("name", "metric"), [("demo_charades", "charades_ego/map"), ("demo_custom", "test/action_top1")]
+)
+def test_the_demo_in_other_formats(
+    ek100: Path,
+    short_run: ShortRun,
+    tmp_path: Path,
+    inside: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    metric: str,
+) -> None:
+    monkeypatch.setenv("DEMO_DATA", str(ek100.parents[2]))
+    monkeypatch.setenv("DEMO_CHECKPOINT", str(short_run.folder))
+    small = ["train.duration=2 steps", "train.global_batch_size=8", "data.workers=0", "evaluate.num_frames=5"]
+    small += ["model.num_frames=5", "model.activation=quick_gelu", f"train.output={tmp_path}/run"]
+    done = inside("main_finetune.py", "--config_file", f"configs/finetune/{name}.yml", *small)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]
+    assert 0 <= metrics[metric] <= 100
+    assert "tell left from right" not in done.stderr
+
+
 def test_the_formats_of_egtea_and_charades(tmp_path: Path) -> None:
     (tmp_path / "action_idx.txt").write_text("Take bowl 1\nCut_onion 2\n")
     split = tmp_path / "train_split1.txt"
