@@ -33,14 +33,29 @@ def test_the_shipped_study_has_its_five_rows_and_three_seeds() -> None:
     assert not {run.folder for run in tuning} & {run.folder for run in runs}
 
 
-def test_the_study_of_losses_fine_tunes_and_leaves_the_test_world_closed_while_tuning() -> None:
-    path = ROOT / "configs" / "ablation_finetune.yml"
+@pytest.mark.parametrize("name", ["ablation_finetune", "ablation_finetune_cls"])
+def test_the_studies_of_fine_tuning_leave_the_test_world_closed_while_tuning(name: str) -> None:
+    path = ROOT / "configs" / f"{name}.yml"
     study = ablate.read_study(path)
-    runs = ablate.plan(study, path, tune=False)
-    assert {run.cfg.loss.name for run in runs} == set(RELEVANCY_LOSSES)
-    assert len(runs) == 12
-    assert all(run.command[1].endswith("main_finetune.py") and list(run.cfg.evaluate.final) == ["test"] for run in runs)
-    assert not any(run.cfg.evaluate.final for run in ablate.plan(study, path, tune=True))
+    runs, tuning = ablate.plan(study, path, tune=False), ablate.plan(study, path, tune=True)
+    # The start is measured once; all else is trained with every seed.
+    assert len(runs) == 3 * (len(study.rows) - 1) + 1
+    for run in runs + tuning:
+        assert list(run.cfg.evaluate.during) == ["val"]
+        assert {run.cfg.evaluate.demo_val, run.cfg.evaluate.demo_test} == {None}
+        assert run.command[1].endswith("main_finetune.py" if run.trains else "main_eval.py")
+    assert {tuple(run.cfg.evaluate.final) for run in runs} == {("test",)}
+    assert {tuple(run.cfg.evaluate.final) for run in tuning} == {()}
+    for starts, world in ((runs, "test"), (tuning, "val")):
+        (start,) = (run for run in starts if not run.trains)
+        assert start.command[start.command.index("--benchmark") + 1] == world
+        assert start.command[start.command.index("--checkpoint") + 1] == start.cfg.model.weights.path
+    # Both worlds are measured alike, and the start like what is trained.
+    (kind,) = {run.cfg.evaluate.benchmarks[world].kind for run in runs for world in ("val", "test")}
+    losses = {run.cfg.loss.name for run in runs if run.trains}
+    assert (kind, losses) in (("ek100_mir", set(RELEVANCY_LOSSES)), ("ek100_cls", {"classes"}))
+    for run in runs:
+        assert run.cfg.evaluate.num_frames is runs[0].cfg.evaluate.num_frames
 
 
 def test_the_study_of_generated_narrations_differs_in_the_narrations_alone() -> None:
@@ -74,11 +89,22 @@ def test_tables_say_means_spreads_and_equal_flops(tmp_path: Path) -> None:
 
     cheap = {"title": "cheap", "gflop_per_step": 10.0, "million_trainable": 1.0}
     dear = {"title": "dear", "gflop_per_step": 30.0, "million_trainable": 1.0}
-    rows = {"cheap": cheap | {"seeds": {0: seed(60.0), 1: seed(64.0)}}, "dear": dear | {"seeds": {0: seed(70.0)}}}
+    start = {
+        "title": "start",
+        "start": True,
+        "seeds": {0: {"test": seed(40.0)["test"], "controls": seed(0.0)["controls"]}},
+    }
+    rows = {
+        "start": start,
+        "cheap": cheap | {"seeds": {0: seed(60.0), 1: seed(64.0)}},
+        "dear": dear | {"seeds": {0: seed(70.0)}},
+    }
     ablate.at_equal_flops(rows)
     told = {"metrics": ablate.METRICS, "chance": ablate.CHANCE}
     found = {"rows": rows, **told, "note": "note", "world_of_the_numbers": "test", "equal_flops": "0.3 TFLOP"}
     text = ablate.tables(found)
+    assert "| start | 40.0 | 40.0 | 40.0 | 40.0 | - | - | - | 1 |" in text
+    assert text.count("| start |") == 1 + len(ablate.CHANCE), "there is nothing to spend on it"
     assert "| cheap | 62.0 ± 2.8 | 62.0 ± 2.8 | 62.0 ± 2.8 | 62.0 ± 2.8 | 10 | 0.50 ± 0.00 | 1.0 | 2 |" in text
     assert "| dear | 10.0 | 10.0 | 10.0 | 10.0 |" in text, "thirty cheap steps buy ten dear ones"
     assert "| dear | transient pairs | 70.0 | 50.0 | 50.0 | 50.0 |" in text

@@ -12,6 +12,7 @@ import torch
 from egohod import cli, distributed
 from egohod.config import UserError
 from egohod.place import Place, find_place, first_host
+from egohod.stopping import Interrupted
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29400"}
 # As Slurm 22.05 sets them: in the shell of a job, and in a task of one of its steps.
@@ -155,5 +156,9 @@ def test_a_program_that_was_stopped_tells_its_launcher(tmp_path: Path, monkeypat
     monkeypatch.setenv(cli.UNFINISHED, str(file))
     assert cli.run(lambda _: cli.DONE, []) == 0
     assert not file.exists()
-    assert cli.run(lambda _: cli.STOPPED, []) == 0
+
+    def stopped(_: object) -> int:
+        raise Interrupted("SIGTERM received")
+
+    assert cli.run(stopped, []) == 0
     assert file.exists()

@@ -40,6 +40,7 @@ from egohod.evaluation.temporal import CONTROLS
 from egohod.model.egovideo import create_model
 from egohod.model.flops import step_flops
 from egohod.training.loop import Schedule
+from egohod.training.setup import freeze
 from egohod.training.telemetry import git_commit
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,6 +74,8 @@ class Row:
 
     title: str = "???"
     overrides: list[str] = field(default_factory=list)
+    # Not trained: what the other rows start from (model.weights.path), measured once, as they are.
+    start: bool = False
 
 
 @dataclass
@@ -94,13 +97,14 @@ class Study:
 
 @dataclass(frozen=True)
 class Run:
-    """One training: a row with a seed."""
+    """One training, or the measuring of a start: a row with a seed."""
 
     row: str
     seed: int
     folder: Path
     command: list[str]
     cfg: Config
+    trains: bool = True
 
     @property
     def done(self) -> bool:
@@ -130,16 +134,24 @@ def plan(study: Study, path: Path, tune: bool) -> list[Run]:
     base, output = path.parent / study.base, Path(study.output) / ("tune" if tune else "final")
     made = []
     for seed in study.seeds:
-        for name in study.rows:
+        for name, row in study.rows.items():
+            if row.start and seed != study.seeds[0]:
+                continue
             folder = output / f"{name}-{seed}"
-            overrides = [*study.overrides, *study.rows[name].overrides, f"train.seed={seed}", f"train.output={folder}"]
+            overrides = [*study.overrides, *row.overrides, f"train.seed={seed}", f"train.output={folder}"]
             unopened = ["evaluate.demo_test=null", "evaluate.final=[]"]
             overrides += unopened if tune else [f"evaluate.controls=[{','.join(CONTROLS)}]"]
             cfg = config.load(base, overrides)
             if not cfg.train.duration.endswith("steps"):
                 raise UserError(f"{base}: train.duration is '{cfg.train.duration}'; rows are compared by their steps")
-            command = [sys.executable, str(ROOT / study.program), "--config_file", str(base), *overrides]
-            made.append(Run(name, seed, folder, command, cfg))
+            program = "main_eval.py" if row.start else study.program
+            command = [sys.executable, str(ROOT / program), "--config_file", str(base), *overrides]
+            if row.start:
+                if not cfg.model.weights.path:
+                    raise UserError(f"{path}: row '{name}' is a start, but model.weights.path is not set")
+                command += ["--checkpoint", cfg.model.weights.path, "--benchmark", "val" if tune else "test"]
+                command += ["--output", str(folder)]
+            made.append(Run(name, seed, folder, command, cfg, trains=not row.start))
     return made
 
 
@@ -153,8 +165,12 @@ def select(runs: Sequence[Run], rows: Sequence[str], seeds: Sequence[str]) -> li
 
 def cost(cfg: Config) -> dict[str, float]:
     """What a step of a run costs, whatever the machine."""
-    model = create_model(cfg.model, cfg.loss)
-    sizes = model.geometry, cfg.model.num_frames, TEXT_LENGTH, cfg.model.patch_dropout, cfg.model.fast
+    heads = cfg.model.heads != "none"
+    # How many classes there are weighs next to nothing, and is not known before the data is there.
+    model = create_model(cfg.model, cfg.loss, {"action": 1} if heads else None)
+    freeze(model, cfg)
+    text = 0 if heads else TEXT_LENGTH
+    sizes = model.geometry, cfg.model.num_frames, text, cfg.model.patch_dropout, cfg.model.fast
     return {
         "gflop_per_step": cfg.train.global_batch_size * step_flops(*sizes, boxes=cfg.loss.boxes > 0) / 1e9,
         "million_trainable": sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6,
@@ -167,8 +183,10 @@ def train(run: Run) -> float:
     run.folder.mkdir(parents=True, exist_ok=True)
     with (run.folder / "log.txt").open("a") as out:
         code = subprocess.run(run.command, stdout=out, stderr=out, check=False).returncode
-    if code or int(steps_of(run)[-1]["step"]) < Schedule.of(run.cfg, steps_per_epoch=1).total:
+    if code or (run.trains and int(steps_of(run)[-1]["step"]) < Schedule.of(run.cfg, steps_per_epoch=1).total):
         raise UserError(f"{run.folder}: the run ended early (exit code {code}); see {run.folder}/log.txt")
+    if not run.trains:
+        (run.folder / "config.yml").write_text(config.to_yaml(run.cfg))
     (run.folder / DONE_FILE).touch()
     return time.monotonic() - begin
 
@@ -185,7 +203,8 @@ def gather(study: Study, runs: Sequence[Run], tuned: bool) -> dict[str, Any]:
     for name, row in study.rows.items():
         mine = [run for run in runs if run.row == name]
         of_seed = {run.seed: _of_run(run, tuned, study.metrics) for run in mine if run.done}
-        rows[name] = {"title": row.title, **cost(mine[0].cfg), "seeds": of_seed}
+        spent = {"start": True} if row.start else cost(mine[0].cfg)
+        rows[name] = {"title": row.title, **spent, "seeds": of_seed}
     least = at_equal_flops(rows)
     return {
         "commit": git_commit(),
@@ -203,15 +222,21 @@ def gather(study: Study, runs: Sequence[Run], tuned: bool) -> dict[str, Any]:
 
 def at_equal_flops(rows: dict[str, Any]) -> float:
     """Tell each run what it knew when it had computed as much as the cheapest whole run; that run's operations."""
-    spent = [row["gflop_per_step"] * one["steps"] for row in rows.values() for one in row["seeds"].values()]
+    trained = [row for row in rows.values() if not row.get("start")]
+    spent = [row["gflop_per_step"] * one["steps"] for row in trained for one in row["seeds"].values()]
     least = min(spent, default=0.0)
-    for row in rows.values():
+    for row in trained:
         for one in row["seeds"].values():
             one["at_equal_flops"] = _nearest(one["val"], least / row["gflop_per_step"])
     return least
 
 
 def _of_run(run: Run, tuned: bool, names: Iterable[str]) -> dict[str, Any]:
+    if not run.trains:
+        metrics = json.loads((run.folder / RESULTS_FILE).read_text())["metrics"]
+        if tuned:
+            return {"steps": 0, "val": {0: _metrics(metrics, "val/", names)}}
+        return _test(metrics, names)
     lines = steps_of(run)
     val = {int(line["step"]): told for line in lines if (told := _metrics(line, "val/", names))}
     speeds = [line["train/clips_per_second"] for line in lines if "train/clips_per_second" in line]
@@ -222,10 +247,13 @@ def _of_run(run: Run, tuned: bool, names: Iterable[str]) -> dict[str, Any]:
         "val": val,
     }
     if not tuned:
-        metrics = json.loads((run.folder / RESULTS_FILE).read_text())["metrics"]
-        found["test"] = _metrics(metrics, "test/", names)
-        found["controls"] = {name: _metrics(metrics, f"test/{name}/", names) for name in CONTROLS}
+        found |= _test(json.loads((run.folder / RESULTS_FILE).read_text())["metrics"], names)
     return found
+
+
+def _test(metrics: dict[str, float], names: Iterable[str]) -> dict[str, Any]:
+    controls = {name: _metrics(metrics, f"test/{name}/", names) for name in CONTROLS}
+    return {"test": _metrics(metrics, "test/", names), "controls": controls}
 
 
 def _metrics(line: dict[str, float], prefix: str, names: Iterable[str]) -> dict[str, float]:
@@ -245,11 +273,14 @@ def tables(found: dict[str, Any]) -> str:
         seeds = list(row["seeds"].values())
         last = [one["test"] if world == "test" else one["val"][one["steps"]] for one in seeds]
         cells = [_spread([each[name] for each in last if name in each]) for name in metrics]
-        seconds = _spread([one["seconds_per_step"] for one in seeds], "{:.2f}")
-        costs = [f"{row['gflop_per_step']:.0f}", seconds, f"{row['million_trainable']:.1f}", str(len(seeds))]
+        if row.get("start"):
+            costs = ["-", "-", "-", str(len(seeds))]
+        else:
+            seconds = _spread([one["seconds_per_step"] for one in seeds], "{:.2f}")
+            costs = [f"{row['gflop_per_step']:.0f}", seconds, f"{row['million_trainable']:.1f}", str(len(seeds))]
         lines.append(_line([row["title"], *cells, *costs]))
     lines += ["", f"At equal training FLOPs ({found['equal_flops']}):", "", *_header(["row", *metrics.values()])]
-    for row in found["rows"].values():
+    for row in (each for each in found["rows"].values() if not each.get("start")):
         equal = [one["at_equal_flops"] for one in row["seeds"].values()]
         lines.append(_line([row["title"], *(_spread([e[name] for e in equal if name in e]) for name in metrics)]))
     if world == "test":
@@ -289,7 +320,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
     metrics, chance = found["metrics"], found["chance"]
     figure, ((*axes,),) = plt.subplots(1, len(chance), figsize=(13, 4), sharey=True, squeeze=False)
     for axis, name in zip(axes, chance, strict=True):
-        for row in found["rows"].values():
+        for row in (each for each in found["rows"].values() if not each.get("start")):
             curves = [one["val"] for one in row["seeds"].values()]
             steps = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
             values = np.array([[curve[step].get(name, np.nan) for step in steps] for curve in curves])
@@ -322,13 +353,15 @@ def main(argv: Sequence[str]) -> int:
     log.info("%d of %d runs are done", len(chosen) - len(todo), len(chosen))
     if args.dry_run:
         for run in todo:
-            print(f"{run.row}, seed {run.seed}: {cost(run.cfg)['gflop_per_step']:.0f} GFLOP a step, {run.folder}")
+            what = f"{cost(run.cfg)['gflop_per_step']:.0f} GFLOP a step" if run.trains else "measured, not trained"
+            print(f"{run.row}, seed {run.seed}: {what}, {run.folder}")
         return cli.DONE
     if not args.tables:
         make_world(Path(world.folder), scale=world.scale, variant=world.variant)
         if study.program != Study.program:
             # Fine-tuning reads the benchmarks' formats.
-            write_benchmarks(Path(world.folder))
+            for split in ("val", "test"):
+                write_benchmarks(Path(world.folder), split)
         taken = []
         for number, run in enumerate(todo):
             left = f", {timedelta(seconds=round(np.mean(taken) * (len(todo) - number)))} left" if taken else ""

@@ -9,6 +9,7 @@ python tools/bench.py memory             # batch, frames, checkpointing, accumul
 python tools/bench.py table              # four million rows: start to first batch, memory of all processes
 python tools/bench.py hod                # the HOD pipeline by stage, memory of a worker
 python tools/bench.py eval               # mAP and nDCG of a full benchmark, against full-matrix sorting
+python tools/bench.py probe              # linear and k-NN probes on cached features
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import bench_eval
 import bench_hod
 import bench_loader
 import bench_memory
+import bench_probe
 import bench_slowfast
 import bench_step
 import bench_table
@@ -40,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     bench_table.register(commands)
     bench_eval.register(commands)
     bench_hod.register(commands)
+    bench_probe.register(commands)
     options = parser.parse_args(argv)
     options.run(options)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,8 @@ from egohod.config import UserError
 from egohod.data.annotations import nearest
 
 _INTEGERS = re.compile(r"\[\s*(\d+(\s*,\s*\d+)*)?\s*\]")
+# Sets of classes become columns of a matrix: a slip of the pen must not ask for gigabytes.
+_LARGEST_CLASS = 9999
 
 
 class AnnotationError(UserError):
@@ -41,20 +43,31 @@ def read_csv(path: Path, columns: Sequence[str], *, unique: str | None = None) -
     return table
 
 
-def integers(table: pd.DataFrame, column: str, path: Path) -> np.ndarray:
-    """A column of whole numbers, int64 [N]. Raises :class:`AnnotationError` naming the row."""
-    good = table[column].str.fullmatch(r"\s*-?\d+\s*").to_numpy(dtype=bool)
+def integers(table: pd.DataFrame, column: str, source: Path | Callable[[int], str]) -> np.ndarray:
+    """A column of whole numbers, int64 [N]. Raises :class:`AnnotationError` naming the row.
+
+    ``source`` is the file that the rows are of, or tells where a row stands.
+    """
+    good = table[column].str.fullmatch(r"\s*-?\d{1,18}\s*").to_numpy(dtype=bool)
     if not good.all():
         row = int(np.argmin(good))
-        raise AnnotationError(f"{path}: row {row + 1}: {column} is '{table[column][row]}', not a whole number")
+        raise AnnotationError(f"{_place(source, row)}: {column} is '{table[column][row]}', not a whole number")
     return table[column].astype(np.int64).to_numpy()
 
 
-def integer_lists(table: pd.DataFrame, column: str, path: Path) -> list[list[int]]:
-    """A column of lists such as ``[2, 14]``. Raises :class:`AnnotationError` naming the row."""
+def integer_lists(table: pd.DataFrame, column: str, source: Path | Callable[[int], str]) -> list[list[int]]:
+    """A column of lists of classes such as ``[2, 14]``. Raises :class:`AnnotationError` naming the row."""
     lists = []
     for row, cell in enumerate(table[column]):
         if not _INTEGERS.fullmatch(cell.strip()):
-            raise AnnotationError(f"{path}: row {row + 1}: {column} is '{cell}', not a list of whole numbers")
+            raise AnnotationError(f"{_place(source, row)}: {column} is '{cell}', not a list of whole numbers")
         lists.append([int(number) for number in re.findall(r"\d+", cell)])
+        if max(lists[-1], default=0) > _LARGEST_CLASS:
+            raise AnnotationError(
+                f"{_place(source, row)}: {column} is '{cell}', but classes are numbered up to {_LARGEST_CLASS:,}"
+            )
     return lists
+
+
+def _place(source: Path | Callable[[int], str], row: int) -> str:
+    return f"{source}: row {row + 1}" if isinstance(source, Path) else source(row)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from egohod.config import UserError
 from egohod.data.csv_files import integer_lists, integers, read_csv
 from egohod.data.relevancy import graded, indicator
+from egohod.data.sides import swap_sides
 from egohod.data.table import ClipTable
 
 log = logging.getLogger(__name__)
@@ -25,6 +27,8 @@ RELEVANCY_COLUMNS = ("verb_class", "all_noun_classes", "uid")
 # How a file whose classes are numbers tells their names.
 NAME_COLUMN = "class_name"
 _CHECKED_AT_ONCE = 256
+# Classes that a warning names.
+_NAMED = 5
 
 
 class RelevantTexts:
@@ -70,6 +74,19 @@ class RelevantTexts:
             "text_nouns": torch.from_numpy(self._text_nouns[text].copy()),
         }
         return self.texts[text], values
+
+    def warn_of_sides(self, flip: float) -> None:
+        """Say which texts are of other classes when mirrored: a mirrored clip keeps the classes that grade it."""
+        row_of = {text: row for row, text in enumerate(self.texts)}
+        wrong = []
+        for row, text in enumerate(self.texts):
+            other = row_of.get(swap_sides(text), row)
+            if other != row and self._kind(other) != self._kind(row):
+                wrong.append(text)
+        _say_sides(wrong, "texts", len(self.texts), flip)
+
+    def _kind(self, text: int) -> tuple[int, bytes]:
+        return int(self._text_verbs[text]), self._text_nouns[text].tobytes()
 
     def widened(self, noun_classes: int) -> RelevantTexts:
         """Itself with values for ``noun_classes`` classes, those it knows and others."""
@@ -144,23 +161,26 @@ class ClassSpace:
         return found
 
 
-def class_space(tables: Sequence[ClipTable], columns: Sequence[str], further: Sequence[str] = ()) -> ClassSpace:
+def class_space(
+    tables: Sequence[ClipTable], columns: Sequence[str], further: Sequence[str] = (), say: bool = True
+) -> ClassSpace:
     """The classes of the training clips, and of ``further`` files with the same columns (``_class`` may be missing).
 
-    Raises :class:`UserError` for a column that is not there and where there is only one class; says what has no clip.
+    Raises :class:`UserError` for a column that is not there and where there is only one class; unless ``say`` is false,
+    warns of classes without a clip and of gaps in their numbers.
     """
     trained: dict[tuple[str, ...], str] = {}
     for table in tables:
         if missing := [name for name in columns if name not in table.column_names]:
             have = ", ".join(table.column_names)
             raise UserError(f"{table.path}: no column '{missing[0]}' for data.labels.columns; there are {have}")
-        values = [table.column(name).astype(str) for name in columns]
+        values = [_values(table, name) for name in columns]
         told = [name for column in columns if (name := column.removesuffix("_class")) in table.column_names]
         spelled = [table.column(name) for name in told] if len(told) == len(columns) else values
         if NAME_COLUMN in table.column_names:
             spelled = [table.column(NAME_COLUMN)]
         for key, words in zip(zip(*values, strict=True), zip(*spelled, strict=True), strict=True):
-            trained.setdefault(key, " ".join(str(each) for each in words).replace("-", " "))
+            trained.setdefault(key, " ".join(str(each).strip() for each in words).replace("-", " "))
     named: dict[tuple[str, ...], str] = dict(trained)
     for path in further:
         rows = read_csv(Path(path), ())
@@ -171,24 +191,43 @@ def class_space(tables: Sequence[ClipTable], columns: Sequence[str], further: Se
         spelling = next(([name] for name in (NAME_COLUMN, "action") if name in rows.columns), plain)
         spelling = spelling if all(name in rows.columns for name in spelling) else here
         for row in range(len(rows)):
-            parts = tuple(str(rows[name][row]) for name in here)
-            named.setdefault(parts, " ".join(str(rows[name][row]) for name in spelling).replace("-", " "))
+            parts = tuple(str(rows[name][row]).strip() for name in here)
+            if "" in parts:
+                raise UserError(f"{path}: row {row + 1}: {here[parts.index('')]} is empty, but tells a class")
+            named.setdefault(parts, " ".join(str(rows[name][row]).strip() for name in spelling).replace("-", " "))
     if len(named) < 2:
         only = next(iter(named.values()))
         raise UserError(f"{tables[0].path}: all clips are of one class, '{only}'; there is nothing to tell apart")
     keys = sorted(named, key=lambda key: [_order(value) for value in key])
-    if untrained := [named[key] for key in keys if key not in trained]:
-        log.warning("%d of %d classes have no training clip, such as '%s'", len(untrained), len(keys), untrained[0])
-    for place, column in enumerate(columns):
-        _warn_of_gaps(column, {key[place] for key in keys})
+    if say:
+        if untrained := [named[key] for key in keys if key not in trained]:
+            log.warning("%d of %d classes have no training clip, such as '%s'", len(untrained), len(keys), untrained[0])
+        for place, column in enumerate(columns):
+            _warn_of_gaps(column, {key[place] for key in keys})
     return ClassSpace(tuple(columns), tuple(keys), tuple(named[key] for key in keys))
+
+
+def warn_of_sides(space: ClassSpace, flip: float) -> None:
+    """Say which classes name a left or a right: a mirrored clip keeps its class, which is then a wrong one."""
+    sided = [name for name in space.names if swap_sides(plain := name.replace("_", " ")) != plain]
+    _say_sides(sided, "classes", len(space.names), flip)
+
+
+def _say_sides(sided: Sequence[str], what: str, count: int, flip: float) -> None:
+    if sided:
+        log.warning(
+            "%d of %d %s tell left from right (%s%s), but data.flip=%g mirrors clips and keeps their class; "
+            "set data.flip=0",
+            len(sided), count, what, ", ".join(f"'{name}'" for name in sided[:_NAMED]),
+            ", ..." if len(sided) > _NAMED else "", flip,
+        )  # fmt: skip
 
 
 class ClassLabels:
     """The class of every clip of a source."""
 
     def __init__(self, table: ClipTable, space: ClassSpace, heads: str) -> None:
-        keys = zip(*(table.column(name).astype(str) for name in space.columns), strict=True)
+        keys = zip(*(_values(table, name) for name in space.columns), strict=True)
         classes = np.array([space.number(key, table.where(i)) for i, key in enumerate(keys)], dtype=np.int64)
         parts = {name: code[classes] for name, (_, code) in space.parts.items()}
         self._labels = {"action": classes} if heads == "joint" else parts
@@ -200,6 +239,14 @@ class ClassLabels:
         return self._names[self._classes[index]], labels
 
 
+def _values(table: ClipTable, column: str) -> list[str]:
+    """What stands in a column of labels, without blanks around it. Raises :class:`UserError` naming an empty row."""
+    values = [str(value).strip() if value is not None else "" for value in table.column(column)]
+    if "" in values:
+        raise UserError(f"{table.where(values.index(''))}: {column} is empty, but tells the class of the clip")
+    return values
+
+
 def _order(value: str) -> tuple[int, int, str]:
     """Numbers as numbers, before words."""
     return (0, int(value), "") if value.isdecimal() else (1, 0, value)
@@ -208,17 +255,20 @@ def _order(value: str) -> tuple[int, int, str]:
 def _warn_of_gaps(column: str, values: set[str]) -> None:
     if all(value.isdecimal() for value in values):
         ids = sorted(int(value) for value in values)
-        if gaps := sorted(set(range(ids[0], ids[-1] + 1)) - set(ids)):
+        # Counted, not listed: one slip of the pen makes a gap of millions.
+        if gaps := ids[-1] - ids[0] + 1 - len(ids):
+            first = next(one + 1 for one, other in pairwise(ids) if other > one + 1)
             log.warning(
                 "%s: the ids run from %d to %d, but %d of them never occur, such as %d; classes are numbered anew",
-                column, ids[0], ids[-1], len(gaps), gaps[0],
+                column, ids[0], ids[-1], gaps, first,
             )  # fmt: skip
 
 
 def clip_classes(table: ClipTable) -> tuple[np.ndarray, list[list[int]]]:
     """Verb class of every clip, int64 [N], and its noun classes. Raises :class:`UserError` naming the row."""
     columns = pd.DataFrame({name: table.column(name).astype(str) for name in RELEVANCY_COLUMNS[:2]})
-    return integers(columns, "verb_class", table.path), integer_lists(columns, "all_noun_classes", table.path)
+    where = table.where
+    return integers(columns, "verb_class", where), integer_lists(columns, "all_noun_classes", where)
 
 
 def _sentences(

@@ -4,7 +4,9 @@
     ek100/          EPIC_100_*.csv over the split's own chunks, training rows from the train world
     egtea/          action_idx.txt, train_split1.txt and test_split1.txt (2, 3); videos/<session>/<clip>.mp4
     egomcq/         egomcq.json over the split's own chunks
-    charades_ego/   CharadesEgo_v1_test_only1st.csv, Charades_v1_classes.txt; videos/<id>.mp4, two actions each
+    charades_ego/   CharadesEgo_v1_test_only1st.csv, Charades_v1_classes.txt; videos/<id>.mp4, two actions each;
+                    CharadesEgo_v1_train_only1st.csv over the train world's chunks
+    labels/         train.csv, test.csv (video,start,end,label) over the chunks of the train world and of the split
 """
 
 from __future__ import annotations
@@ -38,12 +40,14 @@ def write_benchmarks(world: Path, split: str = "test") -> bool:
         return False
     part = final.with_name(".benchmarks.part")
     shutil.rmtree(part, ignore_errors=True)
-    table, frames = pd.read_csv(world / split / "hod.csv"), _frames(world / split)
+    train, table = (pd.read_csv(world / name / "hod.csv") for name in ("train", split))
+    frames = _frames(world / split)
     coarse = pd.read_csv(world / split / "narrations.csv")["text"].str.removeprefix("#C C ")
-    _write_ek100(part / "ek100", pd.read_csv(world / "train" / "hod.csv"), table)
+    _write_ek100(part / "ek100", train, table)
     _write_egtea(part / "egtea", table, frames)
     _write_egomcq(part / "egomcq", table, coarse)
-    _write_charades(part / "charades_ego", table, frames)
+    _write_charades(part / "charades_ego", train, table, frames)
+    _write_labels(part / "labels", train, table)
     part.rename(final)
     return True
 
@@ -154,11 +158,25 @@ def _egomcq_clip(table: pd.DataFrame, coarse: pd.Series, row: int) -> dict[str, 
     }
 
 
-def _write_charades(folder: Path, table: pd.DataFrame, frames: Sequence[np.ndarray]) -> None:
+def _write_labels(folder: Path, train: pd.DataFrame, test: pd.DataFrame) -> None:
+    folder.mkdir(parents=True)
+    for name, table in (("train", train), ("test", test)):
+        named = {"video_id": "video", "start_second": "start", "end_second": "end", "action": "label"}
+        table[list(named)].rename(columns=named).to_csv(folder / f"{name}.csv", index=False)
+
+
+def _write_charades(folder: Path, train: pd.DataFrame, table: pd.DataFrame, frames: Sequence[np.ndarray]) -> None:
     (folder / "videos").mkdir(parents=True)
     code = {f"{verb} {noun}": f"c{number:03d}" for number, (verb, noun) in enumerate(_ACTIONS)}
     classes = [f"{code[f'{verb} {noun}']} {VERBS[verb].phrase.format(o=noun)}" for verb, noun in _ACTIONS]
     (folder / "Charades_v1_classes.txt").write_text("\n".join(classes) + "\n")
+    # The train world's videos are whole already, with many actions each.
+    told = [
+        f"{code[a]} {start:.2f} {end:.2f}" for a, start, end in train[["action", "start_second", "end_second"]].values
+    ]
+    actions_of = train.assign(told=told).groupby("video_id")["told"].agg(";".join)
+    trained = pd.DataFrame({"id": actions_of.index, "scene": "Kitchen", "actions": actions_of.to_numpy()})
+    trained.to_csv(folder / "CharadesEgo_v1_train_only1st.csv", index=False)
     rows = []
     for first in range(0, len(table) - 1, 2):
         pair, at, actions = (first, first + 1), 0.0, []

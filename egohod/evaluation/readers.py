@@ -70,7 +70,7 @@ def read_labels(config: BenchmarkConfig, protocol: Protocol, cache: Path | None)
     path = Path(config.metadata or "")
     source = SourceConfig(metadata=str(path), root=config.root or "", format="labels")
     table = ClipTable.read(source, strict=True)
-    names, labels = np.unique(table.column("label").astype(str), return_inverse=True)
+    names, labels = np.unique([str(label).strip() for label in table.column("label")], return_inverse=True)
     clips = ClipList(
         [str(i + 1) for i in range(len(table))],
         [str(video) for video in table.column("video_id")],

@@ -18,7 +18,7 @@ class ClassificationLoss:
         self._smoothing, self._loss = smoothing, SoftTargetCrossEntropy()
 
     def __call__(self, mixing: Tensor | None = None, **values: Tensor) -> dict[str, Tensor]:
-        """``<head>_logits`` [B, C] and ``<head>_label`` int64 [B]; scalars ``loss`` and ``accuracy`` (of all heads).
+        """``<head>_logits`` [B, C], ``<head>_label`` int64 [B]; scalars ``loss`` and ``accuracy`` (of all heads).
 
         ``mixing`` [B, b] tells what share of each clip's pixels is of which clip, within chunks of b clips; None if
         none is mixed. ``accuracy`` counts a clip as the one it is made of most.
@@ -26,13 +26,13 @@ class ClassificationLoss:
         heads = [name.removesuffix("_logits") for name in values if name.endswith("_logits")]
         loss, right = torch.zeros((), device=values[f"{heads[0]}_logits"].device), None
         for head in heads:
-            logits, label = values[f"{head}_logits"].float(), values[f"{head}_label"]
+            logits, label = values[f"{head}_logits"], values[f"{head}_label"]
             even = self._smoothing / logits.shape[1]
-            target = one_hot(label, logits.shape[1], 1 - self._smoothing + even, even)
+            target = one_hot(label, logits.shape[1], 1 - self._smoothing + even, even).to(logits)
             if mixing is not None:
                 chunk = mixing.shape[1]
                 target = torch.bmm(
-                    mixing.detach().view(-1, chunk, chunk), target.view(-1, chunk, logits.shape[1])
+                    mixing.detach().to(logits).view(-1, chunk, chunk), target.view(-1, chunk, logits.shape[1])
                 ).flatten(0, 1)
             loss = loss + self._loss(logits, target)
             hit = logits.detach().argmax(dim=1) == target.argmax(dim=1)

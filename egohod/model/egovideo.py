@@ -46,12 +46,14 @@ class DualEncoder(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)), requires_grad=learn_temperature)
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
         self.heads: nn.ModuleDict | None = None
+        self.classes: dict[str, int] = {}
+        """How many classes each head tells apart."""
         self.base: Base | None = None
         """Weights that are not trained and stay in the file they came from."""
 
     def add_heads(self, outputs: Mapping[str, int], dropout: float = 0.0) -> None:
         """Give it classification heads, by name with their classes; it then trains them instead of the text tower."""
-        self.heads = nn.ModuleDict()
+        self.heads, self.classes = nn.ModuleDict(), dict(outputs)
         for name, classes in outputs.items():
             linear = nn.Linear(self.geometry.embed_dim, classes)
             nn.init.normal_(linear.weight, std=0.02)

@@ -73,12 +73,13 @@ def _report_model(cfg: Config, dist: Distributed, say: Report, problems: list[st
     geometry = model.geometry
     count = {
         name: sum(p.numel() for p in tower.parameters())
-        for name, tower in (("vision", model.visual), ("text", model.textual))
+        for name, tower in (("vision", model.visual), ("text", model.textual), ("heads", model.heads))
+        if tower is not None
     }
     say(
         "model",
         f"{cfg.model.name} from {start}: {sum(count.values()) / 1e6:.1f} M parameters "
-        f"(vision {count['vision'] / 1e6:.1f} M, text {count['text'] / 1e6:.1f} M)",
+        f"({', '.join(f'{part} {number / 1e6:.1f} M' for part, number in count.items())})",
     )
     say("training", trainable(model))
     tokens = 1 + cfg.model.num_frames * geometry.patches_per_frame
@@ -87,17 +88,19 @@ def _report_model(cfg: Config, dist: Distributed, say: Report, problems: list[st
         f"{tokens} a clip: {cfg.model.num_frames} frames of {geometry.patches_per_frame} patches "
         f"({geometry.image_size} px in steps of {geometry.patch_size}), one CLS",
     )
-    sizes = geometry, cfg.model.num_frames, geometry.context_length, cfg.model.patch_dropout
+    # With heads the text tower computes nothing.
+    text_tokens = geometry.context_length if model.heads is None else 0
+    sizes = geometry, cfg.model.num_frames, text_tokens, cfg.model.patch_dropout
     flops = step_flops(*sizes, cfg.model.fast, boxes=cfg.loss.boxes > 0)
     say(
         "compute",
-        f"{flops / 1e9:.1f} GFLOP a clip for forward and backward, with {geometry.context_length} text tokens",
+        f"{flops / 1e9:.1f} GFLOP a clip for forward and backward, with {text_tokens} text tokens",
     )
-    memory = predict_memory(cfg, dist)
+    memory = predict_memory(cfg, dist, model)
     say(
         "memory",
         f"{memory.per_clip / 1e6:.0f} MB a clip kept for the backward pass, "
-        f"{memory.state / 1e9:.1f} GB for weights, gradients and AdamW",
+        f"{memory.state / 1e9:.1f} GB for weights, gradients and averages",
     )
     return model
 
@@ -122,7 +125,7 @@ def _report_data(cfg: Config, dist: Distributed, model: DualEncoder, say: Report
                 say("clip", f"{dataset.where(index)}: video {list(clip['video'].shape)}, '{texts[:90]}'")
     try:
         plan = build_plan(cfg, dataset)
-        limit = cfg.train.max_batch_per_process or largest_batch(cfg, dist)
+        limit = cfg.train.max_batch_per_process or largest_batch(cfg, dist, model)
         micro_batch, accumulation = split_batch(cfg.train.global_batch_size, dist.world_size, limit)
         schedule = Schedule.of(cfg, plan.steps_per_epoch)
     except UserError as error:

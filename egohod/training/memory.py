@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from egohod.config import LossConfig, ModelConfig
-from egohod.model.egovideo import EgoVideo, create_model
+from egohod.model.egovideo import create_model
 from egohod.model.flops import saved_bytes
 from egohod.model.video import Block
 
@@ -23,8 +23,8 @@ class Memory:
     """Bytes of one process."""
 
     state: int
-    """Weights, and of those that learn gradients and AdamW's two averages, in float32; and what else does not depend on
-    the batch."""
+    """Weights, and of those that learn gradients and the optimizer's averages, in float32; and what else does not
+    depend on the batch."""
     per_clip: int
     """Kept for the backward pass of one clip with its text."""
     working: int
@@ -44,16 +44,23 @@ def predict(
     *,
     dtype: torch.dtype = torch.float32,
     loss: LossConfig | None = None,
-    adapters_alone: bool = False,
+    heads: Mapping[str, int] | None = None,
+    learning: Container[str] | None = None,
+    averages: int = 2,
+    ema: bool = False,
 ) -> Memory:
-    """Memory of training the model of ``config``, or its motion adapters alone, under autocast to ``dtype``.
+    """Memory of training the model of ``config`` with classification ``heads`` under autocast to ``dtype``.
+
+    Of its parameters, ``learning`` are trained (None: all that the model trains by itself), with ``averages`` of the
+    optimizer for each (AdamW's two), and ``ema`` says whether there is a moving average of all.
 
     Autograd is asked what it keeps, on tensors without content; nothing is allocated and no device is touched.
     """
     with FakeTensorMode():
-        model = create_model(config, loss)
-        if adapters_alone and isinstance(model, EgoVideo):
-            model.freeze_all_but_adapters()
+        model = create_model(config, loss, heads)
+        if learning is not None:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name in learning)
         geometry = model.geometry
         frame, length = (geometry.image_size, geometry.image_size), 1 + config.num_frames * geometry.patches_per_frame
 
@@ -76,5 +83,9 @@ def predict(
         # Of the difference nothing is shared, such as autocast's copies of the weights; one clip alone spares copies.
         two, three = whole(2), whole(3)
         working = block(3) - block(2) if config.gradient_checkpointing else 0
-    state = sum((16 if parameter.requires_grad else 4) * parameter.numel() for parameter in model.parameters())
+    held, trained = (2 if ema else 1), 1 + averages
+    copies = (
+        (held + trained if parameter.requires_grad else held, parameter.numel()) for parameter in model.parameters()
+    )
+    state = 4 * sum(count * size for count, size in copies)
     return Memory(state + 3 * two - 2 * three, three - two, working)

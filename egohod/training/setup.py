@@ -20,6 +20,7 @@ from egohod.data.labels import (
     ClassSpace,
     RelevantTexts,
     class_space,
+    warn_of_sides,
 )
 from egohod.data.loader import BatchPlan, MixedPlan, shares
 from egohod.data.table import ClipTable
@@ -63,7 +64,21 @@ def build_model(cfg: Config, dist: Distributed, classes: ClassSpace | None = Non
                 f"{weights.path}: is {content.family}, which model.weights.source={weights.source} does not mean; "
                 f"set model.weights.source={right}"
             )
+        if classes and (there := content.beside.get("classes")) and there != str([list(key) for key in classes.keys]):
+            raise UserError(
+                f"{weights.path}: has a head for other classes than the data; train it on data with the same ones"
+            )
         log.info("%s", load_weights(model, content, adapt=weights.adapt, projections=weights.projections))
+    freeze(model, cfg)
+    if cfg.train.trainable != "all" and weights.source != "scratch":
+        model.base = base_of(model, content)
+    if cfg.model.compile:
+        model.compile_towers()
+    return model.to(dist.device)
+
+
+def freeze(model: DualEncoder, cfg: Config) -> None:
+    """Leave to learn what ``train.trainable`` says. Raises :class:`UserError` if the model has no such part."""
     if cfg.train.trainable == "adapters":
         if not isinstance(model, EgoVideo):
             raise UserError(f"train.trainable=adapters needs a ..._Slowfast model; model.name is {cfg.model.name}")
@@ -74,11 +89,6 @@ def build_model(cfg: Config, dist: Distributed, classes: ClassSpace | None = Non
         model.freeze_text()
     elif cfg.train.trainable == "heads":
         model.freeze_all_but_heads()
-    if cfg.train.trainable != "all" and weights.source != "scratch":
-        model.base = base_of(model, content)
-    if cfg.model.compile:
-        model.compile_towers()
-    return model.to(dist.device)
 
 
 def trainable(model: DualEncoder) -> str:
@@ -139,7 +149,8 @@ def label_columns(cfg: Config) -> list[str]:
 def build_classes(cfg: Config) -> ClassSpace:
     """The classes of the training clips and of ``data.labels.classes``."""
     sources, extra = active_sources(cfg).values(), label_columns(cfg)
-    return class_space([ClipTable.read(source, extra=extra) for source in sources], *_told(cfg))
+    # What is odd about them is said when the training clips get their labels.
+    return class_space([ClipTable.read(source, extra=extra) for source in sources], *_told(cfg), say=False)
 
 
 def _told(cfg: Config) -> tuple[list[str], list[str]]:
@@ -151,11 +162,16 @@ def build_labels(cfg: Config, tables: Sequence[ClipTable]) -> list[Labels] | Non
     config = cfg.data.labels
     if config.target == "relevancy":
         made = [RelevantTexts(table, config.threshold, config.sentences) for table in tables]
+        if cfg.data.flip > 0:
+            for each in made:
+                each.warn_of_sides(cfg.data.flip)
         # Clips of all sources stand in one batch, so they count noun classes alike.
         most = max(each.noun_classes for each in made)
         return [each.widened(most) for each in made]
     if config.target == "class":
         space = class_space(tables, *_told(cfg))
+        if cfg.data.flip > 0:
+            warn_of_sides(space, cfg.data.flip)
         return [ClassLabels(table, space, cfg.model.heads) for table in tables]
     return None
 
@@ -211,7 +227,7 @@ def build_data(cfg: Config, dist: Distributed, model: DualEncoder) -> TrainingDa
     split_batch(cfg.train.global_batch_size, dist.world_size, largest=1)
     dataset = build_dataset(cfg, model.geometry.image_size)
     micro_batch, accumulation = split_batch(
-        cfg.train.global_batch_size, dist.world_size, cfg.train.max_batch_per_process or largest_batch(cfg, dist)
+        cfg.train.global_batch_size, dist.world_size, cfg.train.max_batch_per_process or largest_batch(cfg, dist, model)
     )
     return TrainingData(dataset, build_plan(cfg, dataset), micro_batch, accumulation)
 
@@ -232,23 +248,26 @@ def split_batch(global_batch_size: int, world_size: int, largest: int) -> tuple[
     return micro_batch, share // micro_batch
 
 
-def predict_memory(cfg: Config, dist: Distributed) -> Memory:
+def predict_memory(cfg: Config, dist: Distributed, model: DualEncoder) -> Memory:
     """What a step of this run takes of a device's memory."""
     return predict(
         cfg.model,
         dtype=pick_precision(cfg.train.precision, dist.device),
         loss=cfg.loss,
-        adapters_alone=cfg.train.trainable == "adapters",
+        heads=model.classes,
+        learning={name for name, parameter in model.named_parameters() if parameter.requires_grad},
+        averages={"adamw": 2, "sgd": 1}[cfg.train.optimizer],
+        ema=cfg.train.ema > 0,
     )
 
 
-def largest_batch(cfg: Config, dist: Distributed) -> int:
+def largest_batch(cfg: Config, dist: Distributed, model: DualEncoder) -> int:
     """Clips at a time that fit the smallest device of the run."""
     if dist.device.type == "cuda":
         memory = torch.cuda.get_device_properties(dist.device).total_memory
     else:
         memory = _main_memory() // max(1, dist.world_size)
-    smallest = min(dist.gather_objects(predict_memory(cfg, dist).fits(memory)))
+    smallest = min(dist.gather_objects(predict_memory(cfg, dist, model).fits(memory)))
     if smallest < 1:
         raise UserError(
             f"not one clip fits the memory of {dist.device} ({memory / 1e9:.0f} GB): try "

@@ -36,14 +36,40 @@ def test_the_prediction_is_what_a_real_forward_pass_keeps(name: str, checkpointi
 
 def test_adapters_alone_take_less() -> None:
     config = ModelConfig(name="DEMO_Slowfast", num_frames=4)
-    whole, adapters = predict(config), predict(config, adapters_alone=True)
     model = create_model(config)
     assert isinstance(model, EgoVideo)
     model.freeze_all_but_adapters()
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    whole, adapters = predict(config), predict(config, learning=names)
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert adapters.state >= 4 * sum(p.numel() for p in model.parameters()) + 12 * learning
     assert adapters.state < whole.state / 3
     assert adapters.per_clip < whole.per_clip
+
+
+def test_heads_and_what_they_do_without_are_counted() -> None:
+    config, heads = ModelConfig(name="DEMO", num_frames=4, head_dropout=0.5), {"verb": 97, "noun": 300}
+    memory, model = predict(config, heads=heads), create_model(config, classes=heads)
+    size = model.geometry.image_size
+
+    def kept(clips: int) -> int:
+        video, tokens = torch.zeros(clips, 3, 4, size, size), torch.zeros(clips, 77, dtype=torch.long)
+        return saved_bytes(lambda: model(video, tokens), model)
+
+    assert kept(4) - kept(2) == 2 * memory.per_clip
+    # The text tower is kept, but neither trained nor computed.
+    without = predict(config)
+    assert memory.per_clip < without.per_clip
+    whole = sum(p.numel() for p in model.parameters())
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    weights = 4 * whole + 12 * learning
+    assert weights <= memory.state < weights + 0.1 * without.state
+    sgd, averaged = predict(config, heads=heads, averages=1), predict(config, heads=heads, ema=True)
+    assert memory.state - sgd.state == 4 * learning
+    assert averaged.state - memory.state == 4 * whole
+    model.freeze_all_but_heads()
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert predict(config, heads=heads, learning=names).per_clip < memory.per_clip / 20
 
 
 def test_peak_and_fit_agree() -> None:
