@@ -28,7 +28,7 @@ from egohod.stopping import Interrupted, RunFailed
 # How long a process may take to leave by itself (to finish a checkpoint, say) before it is ended.
 GRACE_SECONDS = 20.0
 _TICK_SECONDS = 0.5
-_CONNECT_SECONDS = 60.0
+_CONNECT_SECONDS = 120.0
 # How errors of collectives read when a process at the other end has left.
 _OF_COLLECTIVES = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "tcpstore", "processgroup")
 BROKEN, USER_ERROR = 1, 2
@@ -68,6 +68,17 @@ class _Connection:
     left: bool = False
 
 
+def _who(peer: socket.socket, token: str) -> int | None:
+    """The rank of the process that connected; None if it does not know the word, as whoever else finds the port."""
+    peer.settimeout(10.0)
+    with suppress(OSError):
+        # Unbuffered: what follows the line is read by the watch.
+        said = peer.makefile("rb", buffering=0).readline(100).split()
+        if len(said) == 2 and said[0] == token.encode():
+            return int(said[1])
+    return None
+
+
 class _Peers:
     def __init__(self, dist: Distributed, patience: float) -> None:
         self._dist, self._patience = dist, patience
@@ -98,15 +109,18 @@ class _Peers:
             self._hosts = [host for host, _, _ in self._dist.gather_objects((host_name(), port, token))]
             found: dict[int, _Connection] = {}
             while len(found) < self._dist.world_size - 1:
-                peer, _ = server.accept()
-                peer.settimeout(_CONNECT_SECONDS)
-                # Whoever else finds the port does not know the word.
-                said = peer.makefile("rb").readline(100).split()
-                if len(said) == 2 and said[0] == token.encode():
-                    rank = int(said[1])
-                    found[rank] = _Connection(peer, rank, time.monotonic())
-                else:
+                try:
+                    peer, _ = server.accept()
+                except TimeoutError:
+                    late = [
+                        f"rank {rank} on {host}" for rank, host in enumerate(self._hosts) if rank not in (0, *found)
+                    ]
+                    raise UserError(f"{host_name()}, port {port}, was not reached by {', '.join(late)}") from None
+                rank = _who(peer, token)
+                if rank is None:
                     peer.close()
+                else:
+                    found[rank] = _Connection(peer, rank, time.monotonic())
         return [found[rank] for rank in sorted(found)]
 
     def _connect(self) -> list[_Connection]:

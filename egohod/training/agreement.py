@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import yaml
 
-import egohod
 from egohod.config import Config, UserError, to_yaml
 from egohod.distributed import Distributed, host_name
 
@@ -35,7 +34,7 @@ def require_agreement(cfg: Config, dist: Distributed) -> None:
         raise UserError("\n".join(problems))
 
 
-def source_hash(package: Path = Path(egohod.__file__).parent) -> str:
+def source_hash(package: Path = Path(__file__).parents[1]) -> str:
     """A fingerprint of the package's files, for code that is not in a git checkout too."""
     content = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):

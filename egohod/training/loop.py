@@ -140,7 +140,8 @@ def train(
     with dist.stop.polled():
         if owed:
             evaluate_now(start)
-            if dist.is_main:
+            # One from elsewhere stays as it is.
+            if dist.is_main and checkpoint and checkpoint.path.parent == store.folder:
                 store.rate(start, scores)
         batches = _micro_batches(cfg, dist, data, start, schedule.total)
         for step in range(start + 1, schedule.total + 1):
@@ -167,6 +168,7 @@ def train(
                 with clock.paused():
                     save(step, must_succeed=last or stopping)
             if stopping:
+                telemetry.close()
                 reason = dist.stop.reason or "another process was asked to stop"
                 raise Interrupted(f"{reason}; step {step} of {schedule.total} is saved")
     telemetry.close()

@@ -33,26 +33,33 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._marks: list[Any] = []
+        self._begin: Any = None
+        self._spans: list[tuple[Any, Any]] = []
 
-    def _mark(self) -> None:
-        if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append(event)
-        else:
-            self._marks.append(time.perf_counter())
+    def start(self) -> None:
+        """Begin to measure."""
+        self._begin = self._now()
 
-    start = stop = _mark
+    def stop(self) -> None:
+        """End what was begun, if anything was."""
+        if self._begin is not None:
+            self._spans.append((self._begin, self._now()))
+            self._begin = None
 
     def seconds(self) -> float:
         """The sum since the last call."""
-        pairs = list(zip(self._marks[::2], self._marks[1::2], strict=True))
-        self._marks = []
-        if self._cuda and pairs:
-            pairs[-1][1].synchronize()
-            return float(sum(begin.elapsed_time(end) for begin, end in pairs)) / 1000
-        return float(sum(end - begin for begin, end in pairs))
+        spans, self._spans = self._spans, []
+        if self._cuda and spans:
+            spans[-1][1].synchronize()
+            return float(sum(begin.elapsed_time(end) for begin, end in spans)) / 1000
+        return float(sum(end - begin for begin, end in spans))
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 class TrainStep:

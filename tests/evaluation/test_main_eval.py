@@ -55,6 +55,7 @@ def test_the_model_is_what_the_checkpoint_says(formats: Path, tmp_path: Path) ->
         "loss.name": "infonce",
     }
     weights = create_model(ModelConfig(name="DEMO", num_frames=FRAMES)).state_dict()
+    (tmp_path / "run").mkdir()
     CheckpointStore(tmp_path / "run").save(1, weights, {}, metrics={}, identity=identity)
     (tmp_path / "eval.yml").write_text("data: {workers: 0, decoder: pyav}\nevaluate: {cache: null}")
     command = ["--config_file", f"{tmp_path}/eval.yml", "--checkpoint", f"{tmp_path}/run", "--output", str(tmp_path)]

@@ -44,6 +44,24 @@ def test_newest_and_best_are_kept(tmp_path: Path) -> None:
     assert [path.name for path in store.steps()] == ["step-00000002", "step-00000004", "step-00000005"]
 
 
+def test_a_score_that_comes_later_is_kept_and_counts(tmp_path: Path) -> None:
+    """As when an evaluation was cut short and the resumed run made up for it."""
+    store = CheckpointStore(tmp_path, keep_last=1, keep_best=1, best="val/top1")
+    save(store, 1, 0.5)
+    path = store.save(2, WEIGHTS, {"note": "x"}, metrics={}, identity={"model.name": "DEMO"})
+    assert [each.name for each in store.steps()] == ["step-00000001", "step-00000002"]
+    store.rate(2, {"val/top1": 0.9})
+    assert [each.name for each in store.steps()] == ["step-00000002"]
+    assert read(path).manifest["metrics"] == {"val/top1": 0.9}
+    assert {each.name for each in path.iterdir()} == {"model.safetensors", "training.pt", "manifest.json"}
+
+
+def test_a_lost_run_folder_is_not_made_anew(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="not saved"):
+        save(CheckpointStore(tmp_path / "gone"), 1)
+    assert not (tmp_path / "gone").exists()
+
+
 @pytest.mark.parametrize("damage", ["cut weights", "flip a byte", "no training", "no manifest", "half a manifest"])
 def test_a_torn_newest_checkpoint_is_passed_over(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     store = CheckpointStore(tmp_path, keep_last=3)
