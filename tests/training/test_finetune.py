@@ -537,6 +537,9 @@ def test_predict_names_classes_and_writes_a_timeline(
     # The text tower is still there.
     done = inside("predict.py", chunk, *run, "--window", "1000", "--sentences", "opens the drawer", "cuts")
     assert sorted(line.split("  ")[1] for line in done.stdout.splitlines()) == ["cuts", "opens the drawer"]
+    done = inside("predict.py", chunk, *run, "--window", "0")
+    assert done.returncode == 2
+    assert "--window must be above 0" in done.stderr
     done = inside("predict.py", chunk, "--checkpoint", short_run.folder)
     assert done.returncode == 2
     assert "has no classification heads" in done.stderr
