@@ -121,7 +121,8 @@ def test_a_tiny_study_runs_in_parts_and_refuses_to_mix_recipes(
     base.write_text(
         f"_base_: {tiny_config.name}\n"
         f"evaluate: {{every: 2 steps, demo_val: {demo_world}/val, demo_test: {demo_world}/test,\n"
-        f"  num_frames: 4, benchmarks: {{test: {{metadata: {demo_world}/test/hod.csv, root: {demo_world}/test/videos}}}}}}\n"
+        f"  num_frames: 4, benchmarks: {{test: {{metadata: {demo_world}/test/hod.csv,"
+        f" root: {demo_world}/test/videos}}}}}}\n"
         "train: {duration: 4 steps}\nmodel: {patch_dropout: 0.0}\n"
     )
     study.write_text(
