@@ -79,11 +79,14 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _windows(video: Path, window: float, decoder: str) -> list[tuple[float, float]]:
-    """The whole video, or windows of a long one."""
+    """The whole video, or windows of a long one; what is left at its end is a window from half a length on."""
     opened = choose_decoder(decoder)[1](video, str(video))
     duration = opened.duration
     opened.close()
-    return spans(duration, window, window) if duration > 2 * window else [(0.0, duration)]
+    if duration <= 2 * window:
+        return [(0.0, duration)]
+    *before, (start, end) = spans(duration, window, window)
+    return [*before, (start, end)] if end - start >= window / 2 else [*before[:-1], (before[-1][0], end)]
 
 
 def _scores(
