@@ -120,25 +120,34 @@ def test_a_tiny_study_runs_in_parts_and_refuses_to_mix_recipes(
     base = tmp_path / "base.yml"
     base.write_text(
         f"_base_: {tiny_config.name}\n"
-        f"evaluate: {{every: 2 steps, demo_val: {demo_world}/val, demo_test: {demo_world}/test}}\n"
+        f"evaluate: {{every: 2 steps, demo_val: {demo_world}/val, demo_test: {demo_world}/test,\n"
+        f"  num_frames: 4, benchmarks: {{test: {{metadata: {demo_world}/test/hod.csv,"
+        f" root: {demo_world}/test/videos}}}}}}\n"
         "train: {duration: 4 steps}\nmodel: {patch_dropout: 0.0}\n"
     )
     study.write_text(
         f"base: base.yml\noutput: {tmp_path}/study\nseeds: [0]\n"
         f"world: {{folder: {demo_world}, scale: 0.03}}\n"
         "rows:\n  four: {title: four frames, overrides: [model.num_frames=4]}\n"
+        "  start: {title: what four frames know, start: true, overrides: [model.num_frames=4, "
+        f"model.weights.path={tmp_path}/study/final/four-0]}}\n"
         "  both: {title: both paths, overrides: [model.num_frames=8, model.name=DEMO_Slowfast]}\n"
     )
     command = ["tools/ablate.py", "--config_file", study]
     done = program(*command, "--only", "four")
     assert done.returncode == 0, done.stderr
     before = (tmp_path / "study" / "final" / "four-0" / "results.json").stat().st_mtime_ns
-    done = program(*command, "--only", "both")
+    assert (tmp_path / "study" / "final" / "four-0" / "report.html").stat().st_size > 1000
+    done = program(*command, "--only", "start,both")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "study" / "final" / "four-0" / "results.json").stat().st_mtime_ns == before
     found = json.loads((tmp_path / "study" / "final.json").read_text())
-    assert set(found["rows"]) == {"four", "both"}
-    for row in found["rows"].values():
+    assert set(found["rows"]) == {"four", "start", "both"}
+    four, start = (found["rows"][name]["seeds"]["0"] for name in ("four", "start"))
+    # The same weights, frames and questions.
+    assert start["test"] == pytest.approx(four["test"])
+    assert start["controls"]["freeze"] == pytest.approx(four["controls"]["freeze"])
+    for row in (found["rows"][name] for name in ("four", "both")):
         assert set(row["seeds"]["0"]["val"]) == {"2", "4"}
         assert set(row["seeds"]["0"]["controls"]) == set(CONTROLS)
         assert 0 <= row["seeds"]["0"]["test"]["motion_transient"] <= 100

@@ -24,7 +24,7 @@ import torch
 
 from egohod import cli, config
 from egohod.api import load_clip
-from egohod.config import Config
+from egohod.config import Config, UserError
 from egohod.data.decoders import choose_decoder
 from egohod.data.text import Tokenizer
 from egohod.data.transforms import center_crop, normalise
@@ -57,6 +57,8 @@ def main(arguments: Sequence[str]) -> int:
     add("--window", type=float, default=2.0, metavar="SECONDS", help="length of a window of a long video (default: 2)")
     add("--output", type=Path, default=Path(), metavar="FOLDER", help="where a timeline goes (default: here)")
     args = parser.parse_intermixed_args(arguments)
+    if not args.window > 0:
+        raise UserError(f"--window must be above 0, not {args.window:g}")
     known = cli.model_of(args.checkpoint, args.overrides)
     knobs = ["model.weights.source=checkpoint", *known, *args.overrides, f"model.weights.path={args.checkpoint}"]
     cfg = config.load(args.config_file, knobs)
@@ -77,11 +79,14 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _windows(video: Path, window: float, decoder: str) -> list[tuple[float, float]]:
-    """The whole video, or windows of a long one."""
+    """The whole video, or windows of a long one; what is left at its end is a window from half a length on."""
     opened = choose_decoder(decoder)[1](video, str(video))
     duration = opened.duration
     opened.close()
-    return spans(duration, window, window) if duration > 2 * window else [(0.0, duration)]
+    if duration <= 2 * window:
+        return [(0.0, duration)]
+    *before, (start, end) = spans(duration, window, window)
+    return [*before, (start, end)] if end - start >= window / 2 else [*before[:-1], (before[-1][0], end)]
 
 
 def _scores(

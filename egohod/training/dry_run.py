@@ -162,6 +162,9 @@ def _report_evaluation(
 
 def _report_outputs(cfg: Config, say: Report) -> None:
     run = Path(cfg.train.output)
-    say("writes", f"{run}/: checkpoints/, metrics.jsonl, tensorboard/, config.yml, environment.json, results.json")
+    say(
+        "writes",
+        f"{run}/: checkpoints/, metrics.jsonl, tensorboard/, config.yml, environment.json, results.json, report.html",
+    )
     if (run / "checkpoints").is_dir():
         say("resume", f"{run}/checkpoints exists; train.resume={cfg.train.resume}")

@@ -530,6 +530,8 @@ def test_predict_names_classes_and_writes_a_timeline(
     assert done.returncode == 0, done.stderr
     timeline = pd.read_csv(tmp_path / "told" / "timeline.csv")
     assert (timeline.groupby("start")["rank"].max() == 5).all()
+    # No scrap of a window at the end.
+    assert (timeline["end"] - timeline["start"] >= 1).all()
     assert timeline["score"].between(0, 1).all()
     assert (tmp_path / "told" / "timeline.png").stat().st_size > 1000
     done = inside("predict.py", chunk, *run, "--window", "1000")
@@ -537,6 +539,9 @@ def test_predict_names_classes_and_writes_a_timeline(
     # The text tower is still there.
     done = inside("predict.py", chunk, *run, "--window", "1000", "--sentences", "opens the drawer", "cuts")
     assert sorted(line.split("  ")[1] for line in done.stdout.splitlines()) == ["cuts", "opens the drawer"]
+    done = inside("predict.py", chunk, *run, "--window", "0")
+    assert done.returncode == 2
+    assert "--window must be above 0" in done.stderr
     done = inside("predict.py", chunk, "--checkpoint", short_run.folder)
     assert done.returncode == 2
     assert "has no classification heads" in done.stderr
