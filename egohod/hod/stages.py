@@ -13,6 +13,9 @@ from egohod.hod.blocks import Found
 from egohod.hod.pipeline import Task
 
 DETECT, TRACK, NARRATE, CHECK = STAGES = ("detect", "track", "narrate", "check")
+# Part of what results are called by. Raise a stage's when its code makes something else of the same clip and settings:
+# what older code made is then done again.
+VERSIONS = {DETECT: 1, TRACK: 1, NARRATE: 2, CHECK: 2}
 
 
 class Looker(Protocol):
@@ -38,7 +41,7 @@ class Looking:
     def __init__(
         self, source: ClipSource, frames: int, look: Looker, settings: Mapping[str, Any], workers: int
     ) -> None:
-        self.settings: Mapping[str, Any] = {"frames": frames, **settings}
+        self.settings: Mapping[str, Any] = {"version": VERSIONS[DETECT], "frames": frames, **settings}
         self._source, self._frames, self._look, self._workers = source, frames, look, workers
 
     def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Found]]:
@@ -77,7 +80,8 @@ class Thinking:
         of_text: bool = False,
         group: int = 256,
     ) -> None:
-        self.name, self.settings, self.of_text = name, settings, of_text
+        self.name, self.of_text = name, of_text
+        self.settings: Mapping[str, Any] = {"version": VERSIONS[name], **settings}
         self._think, self._group = think, group
 
     def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Found]]:
