@@ -25,7 +25,7 @@ GOING = {
     AWAY: ("away",), CLOSER: ("closer", "back towards the body"), CLOCKWISE: ("clockwise",),
     COUNTERCLOCKWISE: ("counterclockwise",), SHAKING: ("back and forth",),
 }  # fmt: skip
-_CARRYING = {UP: "lifting it", DOWN: "putting it"}
+_CARRYING = {UP: "lifting it up", DOWN: "putting it down"}
 _TIMES = {2: "twice", 3: "three times", 4: "four times"}
 _TOUCHED = {
     "object": "the {o}", "other object": "another object", "surface": "the surface", "other hand": "the other hand",
@@ -51,7 +51,7 @@ def going(motion: Motion, variant: int = 0) -> str:
 
 def carrying(motion: Motion, variant: int = 0) -> str:
     """``putting it down``, ``moving it to the left``: what a hand does with a thing that goes one way."""
-    return f"{_CARRYING.get(motion.directions[0], 'moving it')} {going(motion, variant)}"
+    return _CARRYING.get(motion.directions[0], f"moving it {going(motion, variant)}")
 
 
 def often(motion: Motion) -> str:
