@@ -49,9 +49,7 @@ def measure(world: Path, split: str, frames: int, jitter: float, drop: float) ->
         numbers = segment_indices(round(row.start_second * FPS), round(row.end_second * FPS), frames)
         seconds = frame_times(numbers, FPS)
         boxes = oracle.detect(row.video_id, numbers, seconds, None)
-        facts: ClipFacts = facts_of(
-            boxes, seconds, video_id=row.video_id, start=row.start_second, end=row.end_second
-        )
+        facts: ClipFacts = facts_of(boxes, seconds, video_id=row.video_id, start=row.start_second, end=row.end_second)
         for kind, text in captions(row.verb, row.noun, row.hand):
             passed[kind].append(check(text, "", facts, _ONLY_TRACKS).passed)
     return passed
