@@ -402,9 +402,16 @@ TOOLS = _words(
     """
 )
 """What actions are done with or on: narrators add and drop it as understood."""
-_STIRRING = _words("stir stirfry fry mix flip turn toss scoop add put pour cook serve take spread")
+_STIRRING = _words(
+    "stir stirfry fry saute sear mix beat whisk blend flip turn toss scoop dig fish skim add put place pour drain "
+    "cook boil simmer blanch serve plate take pick spread press push scrape break separate season taste eat "
+    "transfer sprinkle"
+)
 UNDERSTOOD = {
-    "knife": _words("cut slice chop mince dice peel carve shred smash scoop scrape take put"),
+    "knife": _words(
+        "cut slice chop mince dice peel carve trim shred julienne cube halve split divide section smash crush flatten "
+        "pat scoop scrape"
+    ),
     "spatula": _STIRRING,
     "ladle": _STIRRING,
     "spoon": _STIRRING,

@@ -197,7 +197,7 @@ def telling(thing: str) -> bool:
 def _made_up(thing: str, source: Named) -> bool:
     """Whether it is a tool, and none that goes with what is done without saying."""
     deeds = known.UNDERSTOOD.get(thing)
-    return deeds is not None and not any(_like(word, deeds, known.VERBS) for word in source.all)
+    return deeds is not None and not deeds.intersection(source.all)
 
 
 def crossed(source: str, caption: str) -> bool:
