@@ -16,6 +16,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ def main(arguments: Sequence[str]) -> int:
     plan = build(cfg)
     chosen = _chosen(plan, args)
     clips = [plan.seen(index) for index in chosen]
+    if args.no_frames:
+        clips = [replace(seen, pictures=np.full_like(seen.pictures, 255)) for seen in clips]
     if args.page:
         write_text(args.page, _page(cfg, plan, clips, None if args.clips else args.seed))
     if args.sheet or args.film:
@@ -74,6 +77,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--film", type=Path, metavar="MP4", help="write a film of the first clip")
     add("--clips", metavar="ROWS", help="these rows of the metadata, e.g. 3,17,204")
     add("--number", type=int, default=24, metavar="N", help="so many clips at random (default: 24)")
+    add("--no_frames", action="store_true", help="draw on white paper, where the pictures may not be shown")
     add("--seed", type=int, default=0, help="which ones (default: 0)")
     return parser.parse_intermixed_args(arguments)
 

@@ -5,10 +5,10 @@ stage of each clip of a block:
 
     {"stage": "detect", "key": "5f0c...", "value": {...}}       or "fault": "why there is no value"
 
-A key says what the value was made of: the clip, the stage's settings and those of all stages before it
-(:func:`key_of`). So other settings find nothing and write their own lines, and going back to the old ones finds theirs
-again. A line is written with one call as soon as its clip is done; a line that a kill or a full disk cut short is not
-counted and makes room for the next one.
+A key says what the value was made of: the clip, the stage's settings with the version of its code, and those of all
+stages before it (:func:`key_of`). So other settings find nothing and write their own lines, and going back to the old
+ones finds theirs again. A line is written with one call as soon as its clip is done; a line that a kill or a full disk
+cut short is not counted and makes room for the next one.
 """
 
 from __future__ import annotations

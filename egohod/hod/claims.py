@@ -144,11 +144,13 @@ def _of_hand(own: list[Claim], hand: HandFacts, facts: ClipFacts, said: set[str]
         if motions and rest and not any(_goes(each, motion) for motion in motions for each in ways_said):
             yield f'direction: "{", ".join(claim.words for claim in group)}", but {who} goes {ways}'
     for claim in (each for each in own if each.what not in said):
-        if claim.what == STILL and motions and not any(motion.directions == (STILL,) for motion in motions):
+        # A hand rests by itself, whatever it touches does.
+        resting = motions[:1] if claim.words.startswith("rest") else motions
+        if claim.what == STILL and resting and not any(motion.directions == (STILL,) for motion in resting):
             yield f'direction: "{claim.words}", but {who} goes {ways}'
         elif claim.what in (ONCE, TWICE) and motions:
             times = 2 if claim.what == TWICE else 1
-            if all(motion.repeats != times for motion in motions):
+            if all(motion.repeats != times or motion.directions == (STILL,) for motion in motions):
                 yield f'times: "{claim.words}", but it was {motions[0].repeats}'
         elif claim.what == CONTACT and not touching:
             yield f'contact: "{claim.words}", but {who} touches nothing'

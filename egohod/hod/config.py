@@ -85,7 +85,14 @@ class HodConfig:
     decoder: str = knob("auto", "as data.decoder of a training", choices=("auto", "torchcodec", "pyav", "decord"))
     cache: str | None = knob(None, "as data.cache of a training: a folder that keeps files of remote roots")
     cache_gb: float = knob(50.0, "size of cache in GB (1e9 bytes)", above=0)
-    workers: int = knob(2, "processes that decode and detect; 0 does so in the main process", low=0)
+    workers: int = knob(
+        2,
+        "processes that decode and detect; 0 does so in the main process, which a clip that makes it crash ends",
+        low=0,
+    )
+    clip_seconds: float = knob(
+        600.0, "a clip that a worker is at for longer is a failure: a damaged video may hang its decoder", above=0
+    )
     keep: list[str] = knob(
         [], "further columns of the metadata that the output has too, for instance to group hard negatives by"
     )

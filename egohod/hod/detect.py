@@ -27,6 +27,10 @@ class DetectorError(UserError):
     """A detector that cannot be used."""
 
 
+class Undetectable(Exception):
+    """A clip that a detector cannot look at; others it can."""
+
+
 class Detector(Protocol):
     """What finds the boxes."""
 

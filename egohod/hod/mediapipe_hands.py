@@ -20,11 +20,15 @@ import pyarrow as pa
 
 from egohod.data.detections import LEFT, RIGHT
 from egohod.hod import mediapipe_worker
-from egohod.hod.detect import DetectorError, row, settle_sides, table
+from egohod.hod.detect import DetectorError, Undetectable, row, settle_sides, table
 
 FOLDER = ".mediapipe"
 INSTALL = f"python -m pip install --no-deps --target {FOLDER} -r exps/mediapipe_requirements.txt"
 _WEARERS = {"Left": RIGHT, "Right": LEFT}
+
+
+class _Died(Exception):
+    """The child process is gone, with its last words."""
 
 
 class MediapipeHands:
@@ -46,32 +50,37 @@ class MediapipeHands:
         if not (place / "mediapipe").is_dir():
             raise DetectorError(f"MediaPipe is not in {place}; cure: {INSTALL} (or set EGOHOD_MEDIAPIPE to its folder)")
         self._margin = margin
+        self._command = [sys.executable, mediapipe_worker.__file__, str(confidence), str(following)]
+        paths = [str(place), *filter(None, [os.environ.get("PYTHONPATH")])]
+        self._environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
+        self._start()
+
+    def _start(self) -> None:
         # Its log is told only if it dies.
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
-        paths = [str(place), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
-            [sys.executable, mediapipe_worker.__file__, str(confidence), str(following)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""},
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env=self._environment
         )
-        self._answer()
+        try:
+            self._answer()
+        except _Died as died:
+            raise DetectorError(f"MediaPipe does not run: {died}; cure: {INSTALL}") from died
 
     def detect(
         self, video_id: str, frame_numbers: np.ndarray, seconds: np.ndarray, pictures: np.ndarray | None
     ) -> pa.Table:
-        """See :class:`~egohod.hod.detect.Detector`. Raises :class:`DetectorError` if MediaPipe died."""
+        """See :class:`~egohod.hod.detect.Detector`.
+
+        Raises :class:`Undetectable` if MediaPipe died of the pictures, :class:`DetectorError` if it does not come back.
+        """
         assert pictures is not None, "MediaPipe looks at pictures"
-        assert self._process.stdin is not None
         try:
-            self._process.stdin.write(b"%d %d %d\n" % pictures.shape[:3])
-            self._process.stdin.write(np.ascontiguousarray(pictures).tobytes())
-            self._process.stdin.flush()
-        except OSError as error:
-            raise self._died() from error
+            answer = self._ask(pictures)
+        except _Died as died:
+            self._start()
+            raise Undetectable(f"MediaPipe died: {died}") from died
         rows = []
-        for number, second, hands in zip(frame_numbers, seconds, self._answer(), strict=True):
+        for number, second, hands in zip(frame_numbers, seconds, answer, strict=True):
             if not hands:
                 continue
             boxes = np.array([self._box(np.array(marks)) for _, _, marks in hands])
@@ -103,6 +112,16 @@ class MediapipeHands:
         margin = self._margin * (high - low)
         return np.clip(np.concatenate([low - margin, high + margin]), 0, 1)
 
+    def _ask(self, pictures: np.ndarray) -> Any:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(b"%d %d %d\n" % pictures.shape[:3])
+            self._process.stdin.write(np.ascontiguousarray(pictures).tobytes())
+            self._process.stdin.flush()
+        except OSError as error:
+            raise self._died() from error
+        return self._answer()
+
     def _answer(self) -> Any:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
@@ -110,10 +129,9 @@ class MediapipeHands:
             raise self._died()
         return json.loads(line)
 
-    def _died(self) -> DetectorError:
+    def _died(self) -> _Died:
         self._process.wait()
         self._log.seek(0)
         said = self._log.read().decode(errors="replace").strip().splitlines()
         self._log.close()
-        reason = said[-1] if said else f"exit code {self._process.returncode}"
-        return DetectorError(f"MediaPipe does not run: {reason}; cure: {INSTALL}")
+        return _Died(said[-1] if said else f"exit code {self._process.returncode}")

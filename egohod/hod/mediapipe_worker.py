@@ -9,13 +9,20 @@ answers with a line of JSON: for each picture a list of [label, score, [[x, y], 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
+
+_PR_SET_PDEATHSIG = 1
 
 
 def main(confidence: float, following: float) -> None:
     """Answer until standard input ends."""
+    if sys.platform == "linux":
+        # Whoever asked may be killed while this process hangs.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # MediaPipe's C++ code may write to standard output: it is sent to standard error, and answers keep the old one.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -168,11 +168,11 @@ def _relation(hands: dict[str, Track], aspect: float, near: float) -> str | None
     if len(hands) < 2:
         return None
     left, right = hands[LEFT], hands[RIGHT]
-    distance = np.hypot(*((left.centre - right.centre) / (1, aspect)).T)
-    distance /= np.nanmedian(np.sqrt((left.extent.prod(axis=1) + right.extent.prod(axis=1)) / 2 / aspect))
-    distance = distance[np.isfinite(distance)]
-    if not len(distance):
+    both = np.isfinite(left.centre[:, 0] + right.centre[:, 0])
+    if not both.any():
         return None
+    distance = np.hypot(*((left.centre - right.centre)[both] / (1, aspect)).T)
+    distance /= np.median(np.sqrt((left.extent[both].prod(axis=1) + right.extent[both].prod(axis=1)) / 2 / aspect))
     third = max(1, len(distance) // 3)
     first, last = float(np.median(distance[:third])), float(np.median(distance[-third:]))
     if abs(last - first) > 0.5:

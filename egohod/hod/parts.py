@@ -38,7 +38,7 @@ def make_stages(cfg: HodConfig, source: ClipSource, text_of: Callable[[int], str
     detector = {"detector": cfg.detector.kind, "options": dict(cfg.detector.options), "camera": cfg.tracks.camera}
     tracks = {name: value for name, value in vars(cfg.tracks).items() if name != "camera"}
     return [
-        Looking(source, cfg.frames, _Look(cfg), detector, cfg.workers),
+        Looking(source, cfg.frames, _Look(cfg), detector, cfg.workers, cfg.clip_seconds),
         Thinking(TRACK, _Tracking(cfg, source), tracks),
         Thinking(NARRATE, narrating, narrator_settings(cfg), of_text=True, group=group),
         Thinking(CHECK, narrating.check, vars(cfg.check), of_text=True, group=group),

@@ -6,13 +6,17 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from egohod.data.pool import ForkedPool
 from egohod.data.source import ClipSource
 from egohod.data.video import Frames, VideoError
 from egohod.hod.blocks import Found
+from egohod.hod.detect import Undetectable
 from egohod.hod.pipeline import Task
+from egohod.hod.workers import Lost, Workers
 
 DETECT, TRACK, NARRATE, CHECK = STAGES = ("detect", "track", "narrate", "check")
+# Part of what results are called by. Raise a stage's when its code makes something else of the same clip and settings:
+# what older code made is then done again.
+VERSIONS = {DETECT: 1, TRACK: 1, NARRATE: 3, CHECK: 3}
 
 
 class Looker(Protocol):
@@ -30,16 +34,24 @@ class Looker(Protocol):
 class Looking:
     """The stage that reads frames: ``look`` makes a value of those of a clip, in ``workers`` processes.
 
-    A clip whose video cannot be read is a failure; storage that cannot be used at all ends the run.
+    A clip whose video cannot be read is a failure, and so is one at which a process dies or takes longer than
+    ``patience`` seconds; storage that cannot be used at all ends the run.
     """
 
     name, of_text = DETECT, False
 
     def __init__(
-        self, source: ClipSource, frames: int, look: Looker, settings: Mapping[str, Any], workers: int
+        self,
+        source: ClipSource,
+        frames: int,
+        look: Looker,
+        settings: Mapping[str, Any],
+        workers: int,
+        patience: float = 600.0,
     ) -> None:
-        self.settings: Mapping[str, Any] = {"frames": frames, **settings}
-        self._source, self._frames, self._look, self._workers = source, frames, look, workers
+        self.settings: Mapping[str, Any] = {"version": VERSIONS[DETECT], "frames": frames, **settings}
+        self._source, self._frames, self._look = source, frames, look
+        self._workers, self._patience = workers, patience
 
     def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Found]]:
         """See :class:`~egohod.hod.pipeline.Stage`."""
@@ -52,14 +64,15 @@ class Looking:
         if not self._workers:
             yield from ((task, self._one(task)) for task in tasks)
             return
-        with ForkedPool(self._workers, self._one) as pool:
-            yield from pool.unordered(tasks)
+        with Workers(self._workers, self._one, self._patience) as workers:
+            for task, found in workers.unordered(tasks):
+                yield task, Found(None, found.reason) if isinstance(found, Lost) else found
 
     def _one(self, task: Task) -> Found:
         row = self._source.table.row(task.index)
         try:
             return Found(self._look(self._source.read(row, self._frames, None), row.video_id))
-        except VideoError as error:
+        except (VideoError, Undetectable) as error:
             return Found(None, str(error))
 
 
@@ -77,7 +90,8 @@ class Thinking:
         of_text: bool = False,
         group: int = 256,
     ) -> None:
-        self.name, self.settings, self.of_text = name, settings, of_text
+        self.name, self.of_text = name, of_text
+        self.settings: Mapping[str, Any] = {"version": VERSIONS[name], **settings}
         self._think, self._group = think, group
 
     def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Found]]:

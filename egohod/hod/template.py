@@ -17,6 +17,9 @@ from egohod.hod.narrator import Narration, Request
 
 _WEARER = re.compile(r"^(#?\s*c(?:\s+c)?)\b\s*", re.IGNORECASE)
 _OTHERS = re.compile(r"^#\s*o\b", re.IGNORECASE)
+# "with his hand" says no side yet; of several hands none is the one.
+_A_HAND = re.compile(r"\b(with|using|by) (?:an?|one|the|his|her|their|your|my)(?: one)? hand\b", re.IGNORECASE)
+_HANDS = re.compile(r"\b(?:with|using|by) (?:\w+ ){0,2}hands\b", re.IGNORECASE)
 # What says how something moves; said already, it is not said again.
 _MOVING = re.compile(
     r"\b(?:to (?:the )?(?:left|right)|away|closer|(?:counter|anti)?clockwise|upwards?|downwards?|still"
@@ -49,7 +52,9 @@ def template(source: str, facts: ClipFacts, seed: int | Sequence[int] = 0) -> st
     """
     rng = np.random.default_rng(seed)
     source = " ".join(source.split()).rstrip(" .,;")
-    others = bool(_OTHERS.match(source))
+    named = set(sides(source))
+    # Whose hands do it is said, and not as one hand's deed.
+    others = bool(_OTHERS.match(source)) or bool(not named and _HANDS.search(source))
     acting = facts.hands.get(facts.acting or "")
     idle = [hand for side, hand in sorted(facts.hands.items()) if hand is not acting or others]
     if not source:
@@ -58,7 +63,6 @@ def template(source: str, facts: ClipFacts, seed: int | Sequence[int] = 0) -> st
             idle = idle[1:]
     else:
         text = source if others or acting is None else _with_hand(source, facts, acting, rng)
-    named = set(sides(source))
     while_ = [_idle(hand, wording.thing_name(facts)) for hand in idle if hand.side not in named]
     if while_:
         text += ("; ", ", while ")[int(rng.integers(2))] + " and ".join(while_)
@@ -74,7 +78,9 @@ def _with_hand(source: str, facts: ClipFacts, hand: HandFacts, rng: np.random.Ge
     start = _WEARER.match(source)
     action = source[start.end() :] if start else ""
     third_person = re.match(r"[a-z]+(?:s|es)\b", action)
-    if not named and start and third_person and rng.integers(3) == 0:
+    if not named and _A_HAND.search(source):
+        text = _A_HAND.sub(rf"\1 the {hand.side} hand", source, count=1)
+    elif not named and start and third_person and rng.integers(3) == 0:
         text = f"{start[1]} uses the {hand.side} hand and {action}"
     elif not named:
         text = f"{source} with the {hand.side} hand"
@@ -85,14 +91,14 @@ def _with_hand(source: str, facts: ClipFacts, hand: HandFacts, rng: np.random.Ge
 
 def _tail(facts: ClipFacts, hand: HandFacts, rng: np.random.Generator) -> list[str]:
     """How the hand moves, from where to where, what it touches."""
-    motion = hand.motion
+    motion, variant, carried = hand.motion, int(rng.integers(2)), False
     # The thing's own motion is the action's, where it is known; a hand may come from elsewhere.
     if facts.object is not None and not facts.object.guessed and wording.moves(facts.object.motion):
-        motion = facts.object.motion
+        motion, carried = facts.object.motion, hand.touches == "object" and len(facts.object.motion.directions) == 1
     if not wording.moves(motion):
         tail = ["keeping still"]
     else:
-        tail = [wording.going(motion)]
+        tail = [(wording.carrying if carried and rng.integers(2) else wording.going)(motion, variant)]
         if motion.repeats == 1 and wording.often(motion):
             tail.append(wording.often(motion))
         if wording.whence(motion) and rng.integers(3) == 0:

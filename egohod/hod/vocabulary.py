@@ -39,7 +39,7 @@ VERBS = _index(
     move shift slide push pull drag lift lower carry turn pass transfer handle swing use touch wipe work
     work use touch operate move
     scoop ladle skim dig fish
-    scoop take lift
+    scoop take lift pick
     scoop transfer shovel
     stir mix beat whisk blend combine scramble toss swirl spread shake loosen
     stirfry fry saute sear cook stir toss flip turn brown mix
@@ -61,7 +61,7 @@ VERBS = _index(
     scrape scratch rub shave push
     scrape clear clean wipe brush
     push scrape move shove slide
-    wash rinse clean scrub
+    wash rinse clean scrub flush
     clean wipe mop brush sweep dust polish rub
     wipe rub erase dry
     marinate pickle season soak rub cure
@@ -132,6 +132,7 @@ VERBS = _index(
     mix knead
     sift sieve shake
     boil heat
+    heat hot warm
     tear remove break scatter
     catch receive take
     smooth spread flatten
@@ -155,6 +156,36 @@ VERBS = _index(
     serve plate put
     """
 )
+APART = frozenset(
+    frozenset((first, second))
+    for line in """
+    inject add squeeze move bring drain empty tip scoop
+    aspirate transfer
+    squeeze crush smash push flatten
+    pull move lift lower turn push take draw separate
+    scrape peel clear clean move put shove
+    tap beat shake flick
+    cut smash separate break
+    move lower turn pass put
+    drain pour filter sieve strain empty
+    separate crack crush take remove tear break
+    spread mix beat blend scramble cover stir
+    shake beat blend mix sprinkle scatter spread
+    scatter add season
+    sprinkle put season spread
+    season put add
+    insert pour add move
+    leave put place add
+    smash press cut
+    release drop leave
+    change put lower
+    open light start
+    cover attach set put marinate
+    """.strip().splitlines()
+    for first, *others in (line.split(),)
+    for second in others
+)
+"""A first word and others that share a group with it by way of a third, and yet are different deeds."""
 THINGS = _index(
     """
     pan pot wok frypan saucepan skillet
@@ -173,9 +204,9 @@ THINGS = _index(
     lid cap cover top plug stopper
     knife blade cleaver cutter
     board cuttingboard block
-    counter countertop table surface worktop desk bench
+    counter countertop table tabletop surface worktop desk desktop bench
     fire heat flame stove burner stovetop hob induction cooker switch
-    cloth towel rag napkin tissue dishcloth
+    cloth towel rag napkin tissue dishcloth fabric blanket
     tap faucet sink
     bin trash garbage can dustbin bucket
     fridge refrigerator
@@ -370,7 +401,34 @@ TOOLS = _words(
     spoon starch table water
     """
 )
-"""What actions are done with: narrators add and drop it as understood."""
+"""What actions are done with or on: narrators add and drop it as understood."""
+_STIRRING = _words(
+    "stir stirfry fry saute sear mix beat whisk blend flip turn toss scoop dig fish skim add put place pour drain "
+    "cook boil simmer blanch serve plate take pick spread press push scrape break separate season taste eat "
+    "transfer sprinkle"
+)
+UNDERSTOOD = {
+    "knife": _words(
+        "cut slice chop mince dice peel carve trim shred julienne cube halve split divide section smash crush flatten "
+        "pat scoop scrape"
+    ),
+    "spatula": _STIRRING,
+    "ladle": _STIRRING,
+    "spoon": _STIRRING,
+    "chopstick": _STIRRING,
+    "oil": _words("fry stirfry cook heat pour add"),
+    "water": _words("wash rinse clean boil cook blanch soak drain pour add steam"),
+    "sauce": _words("season add pour stir cook marinate"),
+    "starch": _words("add pour thicken stir cook marinate"),
+}
+"""Of these, the deeds with which they go without saying; elsewhere whoever names them has made them up."""
+GENERIC = _words(
+    """
+    aroma bag condiment container content food fragrance ingredient item liquid mixture object part piece portion
+    reagent scent seasoning smell solution spice thing vegetable
+    """
+)
+"""Words for many things: where nothing is missing, they name nothing new."""
 MOTION = _words(
     """
     anticlockwise approach away backward begin circle circular clockwise closer come contact counterclockwise
@@ -388,11 +446,18 @@ LIGHT = _words(
 """Verbs of any action: that they are dropped, or stand for one another, says nothing."""
 PLAIN = _words(
     """
-    allow assist become begin come complete contain continue demonstrate display ensure explain finish go help let
+    allow assist avoid become begin cause come complete contain continue create demonstrate display enhance ensure
+    explain finish give go help include let prevent provide
     make need place prepare present proceed process put rest season serve set show start stop try use want work
     """
 )
 """Verbs of no action in particular: that they are put in says nothing."""
+PLACING = _words(
+    """
+    place put
+    """
+)
+"""Plain verbs that may be dropped, but stand for no other deed: "cracks it into the pot" is no putting."""
 BEFORE_THINGS = _words(
     """
     a all an another any at both by each eight every few five for four from half her his in inside into its little
@@ -400,6 +465,12 @@ BEFORE_THINGS = _words(
     """
 )
 """What a thing may follow."""
+AFTER_THINGS = _words(
+    """
+    and as at by for from held in inside into is of on onto or so that then to until using which while with
+    """
+)
+"""What may follow a thing, and hardly what says how a thing is."""
 ACTORS = _words(
     """
     c hand hands

@@ -19,10 +19,13 @@ from egohod.hod.facts import (
 )
 
 OTHER = {LEFT: RIGHT, RIGHT: LEFT}
+# Each in the words of which narrators use now these, now those.
 GOING = {
-    LEFT: "to the left", RIGHT: "to the right", UP: "upward", DOWN: "downward", AWAY: "away", CLOSER: "closer",
-    CLOCKWISE: "clockwise", COUNTERCLOCKWISE: "counterclockwise", SHAKING: "back and forth",
+    LEFT: ("to the left",), RIGHT: ("to the right",), UP: ("upward", "up"), DOWN: ("downward", "down"),
+    AWAY: ("away",), CLOSER: ("closer", "back towards the body"), CLOCKWISE: ("clockwise",),
+    COUNTERCLOCKWISE: ("counterclockwise",), SHAKING: ("back and forth",),
 }  # fmt: skip
+_CARRYING = {UP: "lifting it up", DOWN: "putting it down"}
 _TIMES = {2: "twice", 3: "three times", 4: "four times"}
 _TOUCHED = {
     "object": "the {o}", "other object": "another object", "surface": "the surface", "other hand": "the other hand",
@@ -35,15 +38,20 @@ def moves(motion: Motion) -> bool:
     return motion.directions != (STILL,) and bool(motion.directions)
 
 
-def going(motion: Motion) -> str:
-    """``first to the left, then to the right``, or nothing for a thing at rest."""
-    legs = [GOING[each] for each in motion.directions if each != STILL]
+def going(motion: Motion, variant: int = 0) -> str:
+    """``first to the left, then to the right``, or nothing for a thing at rest; ``variant`` chooses among synonyms."""
+    legs = [GOING[each][variant % len(GOING[each])] for each in motion.directions if each != STILL]
     if not legs:
         return ""
     text = legs[0] if len(legs) == 1 else f"first {legs[0]}, then " + " and then ".join(legs[1:])
     if motion.repeats > 1:
         return f"{text}, {often(motion)}"
     return text
+
+
+def carrying(motion: Motion, variant: int = 0) -> str:
+    """``putting it down``, ``moving it to the left``: what a hand does with a thing that goes one way."""
+    return _CARRYING.get(motion.directions[0], f"moving it {going(motion, variant)}")
 
 
 def often(motion: Motion) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import simplemma
@@ -25,8 +26,10 @@ def lemma(word: str) -> str:
     """The dictionary form of a lower-case English word."""
     found = word if word == "dice" else simplemma.lemmatize(word, lang="en").lower()
     found = known.ODD_LEMMAS.get(found, found)
-    if found.endswith("ing") and found[:-3] in known.VERBS:  # "the heating of the oil"
-        return found[:-3]
+    if found.endswith("ing"):  # "the heating of the oil", "cutting it in half"
+        stem = found[:-3]
+        single = stem[:-1] if stem[-1:] == stem[-2:-1] else stem
+        return next((verb for verb in (stem, stem + "e", single) if verb in known.VERBS), found)
     return found
 
 
@@ -38,6 +41,8 @@ class Named:
     things: tuple[str, ...]
     deeds: tuple[str, ...]
     """The verbs, and what says how something is or was done: "the sliced meat", "stirring"."""
+    heads: tuple[str, ...]
+    """What stands where a thing stands, though it is a degree, a shape or a kind: "holds the light"."""
     all: tuple[str, ...]
     """Every word, for whether something is named at all."""
 
@@ -49,6 +54,7 @@ def named(text: str) -> Named:
     verbs: list[str] = []
     things: list[str] = []
     deeds: list[str] = []
+    heads: list[str] = []
     every: list[str] = []
     before = "."
     tokens = re.findall(r"[^\W\d_]+(?:[-'][^\W\d_]+)*|[.,;:()]", text)
@@ -64,11 +70,14 @@ def named(text: str) -> Named:
                     deeds.append(base)
                 if kind:
                     (verbs if kind == "verb" else things).append(base)
+                elif before in known.BEFORE_THINGS and (after in known.AFTER_THINGS or not after[0].isalpha()):
+                    heads.append(base)
             before = word
     return Named(
         tuple(dict.fromkeys(verbs)),
         tuple(dict.fromkeys(things)),
         tuple(dict.fromkeys(deeds)),
+        tuple(dict.fromkeys(heads)),
         tuple(dict.fromkeys(every)),
     )
 
@@ -88,6 +97,8 @@ def _kind(word: str, base: str, before: str, after: str) -> str | None:
     # "pork slices", "the spring onion leaves": what may be a thing is done only where something does it
     free = base in known.SHAPES or base in known.KINDS
     noun_like = noun_like or ((is_thing or free) and before not in known.LICENCE and not before.endswith("ly"))
+    # "which have been seasoned"
+    noun_like = noun_like and not (before in known.BEING and base != word and word.endswith("ed"))
     if acts or (is_verb and not noun_like and not participle):
         return "verb"
     last = after in known.SOFT or not after[0].isalpha()  # nothing follows that it could be the kind of
@@ -104,6 +115,8 @@ def alike(first: str, second: str, groups: dict[str, frozenset[int]] | None = No
     """Whether narrators use two lemmas for one another; by the groups of verbs, things or (None) either."""
     if first == second:
         return True
+    if frozenset((first, second)) in known.APART:
+        return False
     for some in (known.VERBS, known.THINGS) if groups is None else (groups,):
         if some.get(first, frozenset()) & some.get(second, frozenset()):
             return True
@@ -121,49 +134,70 @@ class Comparison:
     new_things: tuple[str, ...]
     lost_things: tuple[str, ...]
     invented: tuple[str, ...]
-    """Of the new things those that no narrator takes as understood."""
+    """Of the new things those that no narrator takes as understood, tools that the deed does not need among them."""
     kept: float
     """Share of the source's verbs and things that the caption still names; 1.0 where there are none."""
 
 
 def compare(source: str, caption: str, thing: str = "") -> Comparison:
-    """Hold a caption's verbs and things against its source's; ``thing`` may be named besides."""
+    """Hold a caption's verbs and things against its source's; ``thing`` may be named besides.
+
+    A word stands for another only where that other is not named itself: next to "cuts", "peels" is no word for it.
+    """
     old, new = named(source), named(caption)
     pool = (*old.all, *named(thing).all)
-
-    def undone(some: tuple[str, ...], other: Named) -> tuple[str, ...]:
-        return tuple(
-            word
-            for word in some
-            if word not in light
-            and word not in other.all
-            and not any(alike(word, each, known.VERBS) for each in other.deeds)
-        )
-
-    def missing(some: tuple[str, ...], pool: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(word for word in some if not any(alike(word, each, known.THINGS) for each in pool))
-
     light = known.LIGHT | known.PLAIN
-    lost_verbs = undone(old.verbs, new)
-    lost_things = missing(old.things, new.all)
+
+    # verbs
+    fresh = tuple(word for word in new.verbs if word not in light and word not in old.all)
+    gone = tuple(word for word in old.verbs if word not in new.all)
+    strange = tuple(word for word in fresh if not _like(word, old.all, known.VERBS))
+    more = tuple(word for word in fresh if word not in strange and not _like(word, gone, known.VERBS))
+    lost_verbs = tuple(word for word in gone if word not in light and not _like(word, new.all, known.VERBS))
+    told = light - known.PLACING
+    replaced = tuple(word for word in gone if word not in told and not _like(word, fresh, known.VERBS))
+    if more and replaced:
+        strange, lost_verbs = (*strange, *more), tuple(dict.fromkeys((*lost_verbs, *replaced)))
+    # things
+    fresh = tuple(word for word in new.things if word not in pool)
+    gone = tuple(word for word in old.things if word not in new.all)
+    lost_things = tuple(word for word in gone if not _like(word, new.all, known.THINGS))
+    new_things = tuple(word for word in fresh if not _like(word, pool, known.THINGS))
+    more = tuple(
+        word
+        for word in (*fresh, *new.heads)
+        if word not in (*pool, *new_things, *known.GENERIC) and not _like(word, gone, known.THINGS)
+    )
+    replaced = tuple(word for word in gone if not _like(word, fresh, known.THINGS))
+    if more and replaced:
+        new_things, lost_things = (*new_things, *more), tuple(dict.fromkeys((*lost_things, *replaced)))
     total = sum(word not in light for word in (*old.verbs, *old.things))
-    new_things = missing(new.things, pool)
     if not any(word in known.THINGS for word in (*new_things, *lost_things)) and lost_things:
         # Turns of phrase ("halfway" for "50 % hot"): what counts is how much is kept.
         new_things = ()
     return Comparison(
-        undone(new.verbs, old),
+        strange,
         lost_verbs,
         new_things,
         lost_things,
-        tuple(word for word in new_things if telling(word)),
+        tuple(word for word in new_things if telling(word) or _made_up(word, old)),
         1 - (len(lost_verbs) + len(lost_things)) / total if total else 1.0,
     )
 
 
+def _like(word: str, others: Iterable[str], groups: dict[str, frozenset[int]]) -> bool:
+    return any(alike(word, other, groups) for other in others)
+
+
 def telling(thing: str) -> bool:
-    """Whether it is a known thing, and none that actions are done with as a matter of course."""
-    return thing in known.THINGS and thing not in known.TOOLS
+    """Whether it is a known thing, none that actions are done with as a matter of course, and no word for many."""
+    return thing in known.THINGS and thing not in known.TOOLS and thing not in known.GENERIC
+
+
+def _made_up(thing: str, source: Named) -> bool:
+    """Whether it is a tool, and none that goes with what is done without saying."""
+    deeds = known.UNDERSTOOD.get(thing)
+    return deeds is not None and not deeds.intersection(source.all)
 
 
 def crossed(source: str, caption: str) -> bool:

@@ -26,6 +26,8 @@ from egohod.hod.stages import STAGES
 _WAYS = re.compile(
     r"\b(?:left|right|upward|downward|away|closer|counterclockwise|clockwise|still|back (?:and )?forth)\b"
 )
+# The same way in other words
+_SYNONYMS = {r"\bback towards the body\b": "closer", r"\bup\b": "upward", r"\bdown\b": "downward"}
 _PLACES = re.compile(r"\bfrom the [\w ]+? to the [\w ]+")
 _HANDS = re.compile(r"\b(?:left|right) hand")
 _EXPECTED = {
@@ -73,6 +75,8 @@ def _disagreement(text: str, verb: str, hand: str, states: dict[str, list[int]])
     if parts[0].sides != (hand,):
         return f"side {parts[0].sides}"
     acting = _PLACES.sub(" ", " ".join(part.text for part in parts if part.sides == (hand,)))
+    for other, word in _SYNONYMS.items():
+        acting = re.sub(other, word, acting)
     ways = _WAYS.findall(_HANDS.sub(" ", acting))
     path = VERBS[verb].path
     if path == "open":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from egohod.data.decoders import choose_decoder
 from egohod.data.detections import EDGES, LEFT, RIGHT, SCHEMA
 from egohod.data.video import read_clip
 from egohod.hod import camera
-from egohod.hod.detect import DetectorError, make, settle_sides
+from egohod.hod.detect import DetectorError, Undetectable, make, settle_sides
 from egohod.hod.detection_files import DetectionFiles, Oracle
 from egohod.hod.mediapipe_hands import FOLDER, MediapipeHands
 from egohod.hod.motion import facts_of
@@ -225,9 +226,17 @@ def test_mediapipe_finds_hands_in_epic_frames_and_none_in_the_dark(
 
 
 @pytest.mark.ci
-def test_a_mediapipe_that_dies_is_told(mediapipe_hands: MediapipeHands) -> None:
+def test_a_mediapipe_that_dies_costs_one_clip_and_comes_back(
+    mediapipe_hands: MediapipeHands, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = MediapipeHands(str(Path(os.environ.get("EGOHOD_MEDIAPIPE") or ROOT / FOLDER)))
+    dark = np.zeros((1, 240, 320, 3), dtype=np.uint8)
     other._process.kill()
-    with pytest.raises(DetectorError, match="MediaPipe does not run"):
-        other.detect("v", *frames([0]), np.zeros((1, 240, 320, 3), dtype=np.uint8))
+    with pytest.raises(Undetectable, match="MediaPipe died"):
+        other.detect("v", *frames([0]), dark)
+    assert len(other.detect("v", *frames([0]), dark)) == 0
+    monkeypatch.setattr(other, "_command", [sys.executable, "-c", "raise SystemExit('no MediaPipe')"])
+    other._process.kill()
+    with pytest.raises(DetectorError, match="MediaPipe does not run: no MediaPipe"):
+        other.detect("v", *frames([0]), dark)
     other.close()

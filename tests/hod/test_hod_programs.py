@@ -191,6 +191,13 @@ def test_pictures_and_films(few: list[str], tmp_path: Path, inside: Command) -> 
     done = inside("visualize_hod.py", *few, "--sheet", sheet, "--film", film, "--clips", "2,5")
     assert done.returncode == 0, done.stderr
     assert Image.open(sheet).height > 480
+    bare = tmp_path / "bare.png"
+    assert inside("visualize_hod.py", *few, "--sheet", bare, "--clips", "2,5", "--no_frames").returncode == 0
+    # Nothing of the kitchen, and the tracks still: three colours of paper, and those of lines, boxes and letters.
+    colours = [sorted((n for n, _ in Image.open(path).getcolors(1 << 24)), reverse=True) for path in (sheet, bare)]
+    assert sum(colours[1][:3]) > 0.9 * sum(colours[1])
+    assert sum(colours[0][:3]) < 0.9 * sum(colours[0])
+    assert len(colours[1]) > 50
     with av.open(str(film)) as container:
         assert sum(1 for _ in container.decode(video=0)) == 8
         assert float(container.duration / av.time_base) == pytest.approx(2.5, abs=0.3)

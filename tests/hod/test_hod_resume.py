@@ -20,7 +20,7 @@ from egohod.data.video import Frames
 from egohod.hod.blocks import Found
 from egohod.hod.pipeline import COLUMNS, Pipeline, Task, uid_of
 from egohod.hod.shards import Shard, Work
-from egohod.hod.stages import DETECT, TRACK, Looking, Thinking
+from egohod.hod.stages import DETECT, TRACK, VERSIONS, Looking, Thinking
 
 WHOLE = Shard()
 
@@ -117,6 +117,66 @@ def test_clips_that_cannot_be_read_are_failures_with_a_reason(demo_world: Path, 
     assert "no such file" in ledger[0]
     assert "no such file" in ledger[1] or "the video ends" in ledger[1]
     assert len(pipeline.work.output.read_text().splitlines()) == 3
+
+
+def test_what_older_code_made_is_made_anew(demo_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = demo_world / "train"
+    lines = (train / "narrations.csv").read_text().splitlines()[:4]
+    (tmp_path / "clips.csv").write_text("\n".join(lines) + "\n")
+
+    def done() -> tuple[int, int]:
+        pipeline = made(tmp_path / "clips.csv", train / "videos", tmp_path / "hod.csv", 0)
+        return pipeline.run(DETECT, WHOLE).done, pipeline.run(TRACK, WHOLE).done
+
+    assert done() == (3, 3)
+    assert done() == (0, 0)
+    monkeypatch.setitem(VERSIONS, TRACK, VERSIONS[TRACK] + 1)
+    assert done() == (0, 3)
+    monkeypatch.setitem(VERSIONS, DETECT, VERSIONS[DETECT] + 1)
+    assert done() == (3, 3)
+
+
+class Poison(Mean):
+    """A decoder that one clip makes die, and another hang."""
+
+    def __init__(self, dies: float, hangs: float, log: Path) -> None:
+        """``dies`` and ``hangs`` are moments within those clips."""
+        self.dies, self.hangs, self.log = dies, hangs, log
+
+    def __call__(self, frames: Frames, video_id: str) -> dict[str, Any]:
+        with self.log.open("a") as file:
+            file.write(f"{video_id}\n")
+        if frames.seconds[0] < self.dies < frames.seconds[-1]:
+            os._exit(7)
+        if frames.seconds[0] < self.hangs < frames.seconds[-1]:
+            signal.pause()
+        return super().__call__(frames, video_id)
+
+
+def test_a_clip_that_kills_or_hangs_its_worker_is_a_failure_and_left_alone_by_the_next_run(
+    demo_world: Path, tmp_path: Path
+) -> None:
+    train = demo_world / "train"
+    lines = (train / "narrations.csv").read_text().splitlines()[:9]
+    (tmp_path / "clips.csv").write_text("\n".join(lines) + "\n")
+    middles = [sum(map(float, line.split(",")[1:3])) / 2 for line in lines[1:]]
+    log = tmp_path / "log"
+
+    def poisoned() -> Pipeline:
+        pipeline = made(tmp_path / "clips.csv", train / "videos", tmp_path / "hod.csv", 2)
+        look = Poison(middles[2], middles[5], log)
+        pipeline.stages[0] = Looking(pipeline.stages[0]._source, 4, look, {}, 2, patience=3)  # type: ignore[attr-defined]
+        return pipeline
+
+    run(poisoned())
+    ledger = (tmp_path / "hod.csv.failures.csv").read_text()
+    assert "died (exit code 7)" in ledger
+    assert "longer than 3 s" in ledger
+    assert len(ledger.splitlines()) == 3
+    assert len((tmp_path / "hod.csv").read_text().splitlines()) == 7
+    assert len(log.read_text().splitlines()) == 8, "each clip was looked at once"
+    run(poisoned())
+    assert len(log.read_text().splitlines()) == 8, "nothing is tried a second time"
 
 
 def test_frames_tell_their_numbers_in_the_video(demo_world: Path, tmp_path: Path) -> None:

@@ -70,6 +70,24 @@ def test_what_the_source_says_stays(source: str, keeps: str, lacks: str) -> None
     assert lacks not in text
 
 
+@pytest.mark.parametrize("hand_words", ["with the hand", "with his hand", "using one hand", "with a hand"])
+def test_a_hand_without_a_side_gets_its_side(hand_words: str) -> None:
+    source = f"#C C moves the sponge {hand_words}"
+    for said in wordings(source, WIPE):
+        assert len(re.findall(r"right hand", said)) == 1, said
+        assert hand_words not in said
+        assert check(said, source, WIPE, CheckSettings()).passed, said
+
+
+def test_hands_without_a_side_stay_and_both_are_told() -> None:
+    source = "#C C moves the sponge with her hands"
+    for said in wordings(source, WIPE):
+        assert said.startswith(source)
+        assert "the right hand moves first to the left, then to the right" in said
+        assert "with the right hand" not in said
+        assert check(said, source, WIPE, CheckSettings()).passed, said
+
+
 def test_narrated_from_the_facts_alone() -> None:
     assert template("", WIPE, 1).startswith("The right hand moves the sponge first to the left, then to the right")
     assert template("", clip(acting=None, thing=None), 0) == ""

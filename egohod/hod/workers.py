@@ -1,0 +1,128 @@
+"""Processes that work on clips; one that dies or hangs costs the clip that it was at, and nothing else."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import multiprocessing
+import multiprocessing.connection
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from egohod.data.pool import follow_parent
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+_CONTEXT = multiprocessing.get_context("fork")
+# The next one waits at the worker, so that it is never idle.
+_AT_ONCE = 2
+_LOOK = 1.0
+
+
+class Lost(NamedTuple):
+    """Why there is no result."""
+
+    reason: str
+
+
+class Workers(Generic[Task, Result]):
+    """``count`` processes that call one function on tasks, and share this process's memory as it is when they start.
+
+    An exception in a task is raised here as it is. A process that dies, or is at one task for longer than ``patience``
+    seconds and is killed for it, is replaced. Leaving the context ends the processes.
+    """
+
+    def __init__(self, count: int, function: Callable[[Task], Result], patience: float) -> None:
+        self._count, self._function, self._patience = count, function, patience
+        self._workers: list[_Worker[Task, Result]] = []
+
+    def __enter__(self) -> Workers[Task, Result]:
+        self._workers = [_Worker(self._function) for _ in range(self._count)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
+            worker.end()
+
+    def unordered(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Result | Lost]]:
+        """(task, result) of every task, in any order. Tasks are taken as there is room for them."""
+        todo = iter(tasks)
+        for worker in self._workers:
+            worker.give(itertools.islice(todo, _AT_ONCE))
+        while busy := [worker for worker in self._workers if worker.tasks]:
+            multiprocessing.connection.wait([worker.pipe for worker in busy], timeout=_LOOK)
+            for worker in busy:
+                result = worker.answer(self._patience)
+                if result is None:
+                    continue
+                task = worker.tasks.popleft()
+                if isinstance(result, Lost):
+                    self._workers[self._workers.index(worker)] = replacement = _Worker(self._function)
+                    replacement.give(worker.tasks)
+                    worker = replacement
+                worker.give(itertools.islice(todo, 1))
+                yield task, result
+
+
+class _Worker(Generic[Task, Result]):
+    def __init__(self, function: Callable[[Task], Result]) -> None:
+        self.pipe, theirs = _CONTEXT.Pipe()
+        self.tasks = collections.deque[Task]()
+        self._process = _CONTEXT.Process(target=_work, args=(theirs, function), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._since = time.monotonic()
+
+    def give(self, tasks: Iterable[Task]) -> None:
+        for task in tasks:
+            if not self.tasks:
+                self._since = time.monotonic()
+            self.tasks.append(task)
+            try:
+                self.pipe.send(task)
+            except OSError:
+                return  # it is dead, which is seen when its answer is asked for
+
+    def answer(self, patience: float) -> Result | Lost | None:
+        """Of its first task; None if it is still at it. Raises what the task raised."""
+        try:
+            if self.pipe.poll():
+                result, error = self.pipe.recv()
+                self._since = time.monotonic()
+                if error is not None:
+                    raise error
+                return result
+        except (EOFError, ConnectionError):
+            self._process.join()
+            self.pipe.close()
+            return Lost(f"the process that worked on it died ({_told(self._process.exitcode)})")
+        if time.monotonic() - self._since > patience:
+            self.end()
+            return Lost(f"it took longer than {patience:g} s")
+        return None
+
+    def end(self) -> None:
+        self._process.kill()  # it holds nothing that could be lost
+        self._process.join()
+        self.pipe.close()
+
+
+def _work(pipe: Any, function: Callable[[Any], Any]) -> None:
+    follow_parent()
+    while True:
+        task = pipe.recv()
+        try:
+            answer = function(task), None
+        except Exception as error:
+            answer = None, error
+        pipe.send(answer)
+
+
+def _told(code: int | None) -> str:
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        return f"{name}; too little memory?" if -code == signal.SIGKILL else name
+    return f"exit code {code}"
