@@ -1,0 +1,102 @@
+"""Ask a demo world's questions in the words of the HOD pipeline, for the study configs/ablation_hod.yml.
+
+    for split in val test; do SPLIT=$split python tools/generate_hod.py --config_file configs/hod/demo_words.yml; done
+    python tools/reword_demo.py --world demo_motion --narrations runs/hod_demo_words --output demo_motion_words
+
+The world says "picks up the jar", the pipeline "moves the jar upward": a model that learned from the pipeline cannot
+know the world's words. Here the two texts of a question about motion are what the pipeline says of the clip itself and
+of the clip of the same video in which the same hand does the opposite with the same object. Questions about objects
+name another object in the first of them; those across clips ask with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import pandas as pd
+
+from egohod import cli
+from egohod.config import UserError
+from egohod.demo.motion import VERBS
+
+SPLITS = ("val", "test")
+
+
+def reworded(questions: Sequence[dict], clips: pd.DataFrame, narrations: pd.Series) -> list[dict]:
+    """``questions`` in the words of ``narrations`` (by uid); those whose clips it lacks are left out.
+
+    ``clips`` has the columns of the world's hod.csv, with the uids as its index.
+    """
+    opposite = {uid: _opposite(uid, row, clips) for uid, row in clips.iterrows()}
+    made = []
+    for question in questions:
+        right = question["choices"][question["answer"]]
+        uid = right["clip"] if question["kind"] == "across_clips" else question["query"]["clip"]
+        if uid not in narrations:
+            continue
+        if question["kind"] == "across_clips":
+            made.append({**question, "query": {"text": narrations[uid]}})
+            continue
+        wrong = question["choices"][1 - question["answer"]]["text"]
+        if question["kind"] == "object":
+            (noun,) = set(wrong.split()) - set(right["text"].split())
+            other = narrations[uid].replace(clips.loc[uid, "noun"], noun)
+        elif opposite[uid] in narrations:
+            other = narrations[opposite[uid]]
+        else:
+            continue
+        choices = [{"text": other}, {"text": other}]
+        choices[question["answer"]] = {"text": narrations[uid]}
+        made.append({**question, "choices": choices})
+    return made
+
+
+def _opposite(uid: str, row: pd.Series, clips: pd.DataFrame) -> str | None:
+    """The clip of the same video with the opposite verb, the same object and the same hand; the first, if several."""
+    same = clips[(clips.video_id == row.video_id) & (clips.noun == row.noun) & (clips.hand == row.hand)]
+    found = same.index[same.verb == VERBS[row.verb].opposite]
+    return str(found[0]) if len(found) else None
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--world", type=Path, required=True, metavar="FOLDER", help="the demo world")
+    add(
+        "--narrations", type=Path, required=True, metavar="FOLDER", help="val.csv and test.csv of tools/generate_hod.py"
+    )
+    add("--output", type=Path, required=True, metavar="FOLDER", help="val and test with other questions, videos linked")
+    args = parser.parse_args(argv)
+    for split in SPLITS:
+        there, here = args.world / split, args.output / split
+        for path in (there / "hod.csv", args.narrations / f"{split}.csv"):
+            if not path.is_file():
+                raise UserError(f"{path}: not found")
+        clips = pd.read_csv(there / "hod.csv").set_index("uid")
+        narrations = pd.read_csv(args.narrations / f"{split}.csv").set_index("uid")["text"]
+        # Some narrations tell the object's colour: of two texts about one object not the one that does is right.
+        narrations = pd.Series(
+            {
+                uid: text.replace(f"{clips.colour[uid]} {clips.noun[uid]}", clips.noun[uid])
+                for uid, text in narrations.items()
+            }
+        )
+        questions = [json.loads(line) for line in (there / "questions.jsonl").read_text().splitlines()]
+        asked = reworded(questions, clips, narrations)
+        here.mkdir(parents=True, exist_ok=True)
+        for name in ("hod.csv", "classes.csv", "videos"):
+            (here / name).unlink(missing_ok=True)
+            (here / name).symlink_to((there / name).resolve())
+        (here / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in asked))
+        print(f"{split}: {len(asked)} of {len(questions)} questions in the pipeline's words")
+    return cli.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
