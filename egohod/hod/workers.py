@@ -114,6 +114,7 @@ def _work(pipe: Any, function: Callable[[Any], Any]) -> None:
     follow_parent()
     while True:
         task = pipe.recv()
+        answer: tuple[Any, Exception | None]
         try:
             answer = function(task), None
         except Exception as error:
