@@ -9,6 +9,8 @@ import datetime
 import os
 import platform
 import subprocess
+import sys
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,14 @@ def _meet(place: Place) -> dist.Store:
     where = f"{place.address}:{place.port}"
     # Where torchrun reads them; Slurm sets neither.
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = place.address, str(place.port)
+    missed = (
+        f"process {place.rank} of {place.world_size} did not meet the others at {where} within {seconds} s "
+        "(MASTER_ADDR, MASTER_PORT, EGOHOD_MEETING_SECONDS)"
+    )
+    # At a port where a stranger listens and says nothing, torch waits for ever.
+    watch = threading.Timer(seconds + 5, _give_up, [missed])
+    watch.daemon = True
+    watch.start()
     try:
         store, _, _ = next(
             rendezvous("env://", place.rank, place.world_size, timeout=datetime.timedelta(seconds=seconds))
@@ -114,11 +124,17 @@ def _meet(place: Place) -> dist.Store:
     except dist.DistError as error:
         if "EADDRINUSE" in str(error):
             raise UserError(f"port {place.port} of {place.address} is taken; set MASTER_PORT to a free one") from error
-        raise UserError(
-            f"process {place.rank} of {place.world_size} did not meet the others at {where} within {seconds} s "
-            f"(MASTER_ADDR, MASTER_PORT, EGOHOD_MEETING_SECONDS): {str(error).splitlines()[0]}"
-        ) from error
+        raise UserError(f"{missed}: {str(error).splitlines()[0]}") from error
+    finally:
+        watch.cancel()
     return store
+
+
+def _give_up(message: str) -> None:
+    """End the process although its main thread does not return from torch."""
+    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.flush()
+    os._exit(2)
 
 
 def gather_with_grad(value: Tensor, world_size: int) -> Tensor:

@@ -13,6 +13,7 @@ from egohod import cli, distributed
 from egohod.config import UserError
 from egohod.place import Place, find_place, first_host
 from egohod.stopping import Interrupted
+from tests.support import Command
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29400"}
 # As Slurm 22.05 sets them: in the shell of a job, and in a task of one of its steps.
@@ -131,6 +132,15 @@ def test_processes_that_do_not_meet_say_where(rank: int) -> None:
         port = free.getsockname()[1]
     with pytest.raises(UserError, match=rf"process {rank} of 2 did not meet the others at 127\.0\.0\.1:{port}"):
         distributed._meet(Place(rank, 2, rank, "127.0.0.1", port))
+
+
+def test_a_stranger_at_the_port_holds_nobody_up(program: Command) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        ranks = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"}
+        ranks |= {"MASTER_PORT": str(stranger.getsockname()[1]), "EGOHOD_MEETING_SECONDS": "1"}
+        done = program("-c", "from egohod.distributed import setup; setup()", **ranks)
+    assert done.returncode == 2
+    assert "process 1 of 2 did not meet the others" in done.stderr
 
 
 def test_an_error_carries_the_rank(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,7 +53,7 @@ GresTypes=gpu
 ReturnToService=2
 # A job that was sent back to the queue, and every other, starts at once.
 SchedulerParameters=sched_interval=1,sched_min_interval=0,bf_interval=1
-KillWait=20
+KillWait=60
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 CONF
     touch "$_cluster/gres.conf" "$_cluster/gpu0" "$_cluster/gpu1"

@@ -1,4 +1,4 @@
-"""Two real processes over gloo train as one process on the joint batch does."""
+"""Real processes over gloo train as one process on the joint batch does, and go on from a checkpoint exactly."""
 
 from __future__ import annotations
 
@@ -34,3 +34,20 @@ def test_two_processes_equal_one(tiny_config: Path, tmp_path: Path, program: Com
     assert len(losses(two)) == 12
     for name, weight in newest(one).weights.items():
         torch.testing.assert_close(weight, newest(two).weights[name], atol=5e-3, rtol=0, msg=name)
+
+
+@pytest.mark.ci
+def test_four_processes_go_on_exactly(tiny_config: Path, tmp_path: Path, program: Command) -> None:
+    """Sums over more than two processes depend on the layout of what is summed, also in the first step of a start."""
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", "main_pretrain.py"]
+    command += ["--config_file", tiny_config, "train.save_every=5 steps"]
+    done = program(*command, f"train.output={straight}")
+    assert done.returncode == 0, done.stderr
+    middle = straight / "checkpoints" / "step-00000005"
+    done = program(*command, f"train.output={resumed}", "--resume", middle)
+    assert done.returncode == 0, done.stderr
+    assert [step for step, _, _ in losses(resumed)] == list(range(6, 13))
+    assert losses(resumed) == losses(straight)[5:]
+    for name, weight in newest(straight).weights.items():
+        assert torch.equal(weight, newest(resumed).weights[name]), name
