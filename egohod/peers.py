@@ -48,6 +48,8 @@ def watched(dist: Distributed, patience: float) -> Iterator[None]:
     peers = _Peers(dist, patience)
     try:
         yield
+        # Nobody goes before the first process has written what comes last: if it cannot, all have failed.
+        dist.gather_objects(None)
     except BaseException as error:
         dist.stop.at_once = False
         cause = peers.leave(error)
