@@ -166,6 +166,12 @@ class ModelConfig:
         "of data.labels.columns, such as verb and noun (parts); none for pretraining and retrieval",
         choices=("none", "joint", "parts"),
     )
+    head_start: str = knob(
+        "random",
+        "the heads' first weights: random, or text, the features of each class's training narrations, with which they "
+        "begin as good as zero-shot",
+        choices=("random", "text"),
+    )
     head_dropout: float = knob(0.0, "dropout in front of the heads; AVION fine-tunes with 0.5", low=0, high=0.95)
     gradient_checkpointing: bool = knob(
         False, "recompute blocks in the backward pass: far less memory for about a third more time"
@@ -682,6 +688,10 @@ def check(config: Config) -> list[tuple[str, str]]:
     for knob_name in ("mixup", "cutmix"):
         if getattr(config.train, knob_name) and config.loss.name != "classes":
             problems.append((f"train.{knob_name}", f"train.{knob_name} mixes labels, so it needs loss.name=classes"))
+    if config.model.head_start == "text" and (config.model.heads == "none" or config.model.weights.source == "scratch"):
+        problems.append(
+            ("model.head_start", "model.head_start=text needs model.heads and a text tower that was trained")
+        )
     if config.train.trainable == "heads" and config.model.heads == "none":
         problems.append(("train.trainable", "train.trainable=heads needs heads to train; set model.heads"))
     for name in (*config.evaluate.during, *config.evaluate.final):

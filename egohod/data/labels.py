@@ -223,12 +223,17 @@ def _say_sides(sided: Sequence[str], what: str, count: int, flip: float) -> None
         )  # fmt: skip
 
 
+def class_numbers(table: ClipTable, space: ClassSpace) -> np.ndarray:
+    """The class of every clip, int64 [N]. Raises :class:`UserError` naming a row whose class ``space`` lacks."""
+    keys = zip(*(_values(table, name) for name in space.columns), strict=True)
+    return np.array([space.number(key, table.where(i)) for i, key in enumerate(keys)], dtype=np.int64)
+
+
 class ClassLabels:
     """The class of every clip of a source."""
 
     def __init__(self, table: ClipTable, space: ClassSpace, heads: str) -> None:
-        keys = zip(*(_values(table, name) for name in space.columns), strict=True)
-        classes = np.array([space.number(key, table.where(i)) for i, key in enumerate(keys)], dtype=np.int64)
+        classes = class_numbers(table, space)
         parts = {name: code[classes] for name, (_, code) in space.parts.items()}
         self._labels = {"action": classes} if heads == "joint" else parts
         self._names, self._classes = space.names, classes

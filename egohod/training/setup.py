@@ -30,6 +30,7 @@ from egohod.model.base import base_of
 from egohod.model.egovideo import DualEncoder, EgoVideo, create_model
 from egohod.model.weights import load_weights
 from egohod.training.checkpoint import open_weights
+from egohod.training.head_start import class_texts, start_from_text
 from egohod.training.memory import Memory, predict
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,8 @@ def build_model(cfg: Config, dist: Distributed, classes: ClassSpace | None = Non
                 f"{weights.path}: has a head for other classes than the data; train it on data with the same ones"
             )
         log.info("%s", load_weights(model, content, adapt=weights.adapt, projections=weights.projections))
+        if classes and cfg.model.head_start == "text" and not content.beside.get("classes"):
+            start_from_text(model, classes, class_texts(_label_tables(cfg), classes))
     freeze(model, cfg)
     if cfg.train.trainable != "all" and weights.source != "scratch":
         model.base = base_of(model, content)
@@ -148,9 +151,12 @@ def label_columns(cfg: Config) -> list[str]:
 
 def build_classes(cfg: Config) -> ClassSpace:
     """The classes of the training clips and of ``data.labels.classes``."""
-    sources, extra = active_sources(cfg).values(), label_columns(cfg)
     # What is odd about them is said when the training clips get their labels.
-    return class_space([ClipTable.read(source, extra=extra) for source in sources], *_told(cfg), say=False)
+    return class_space(_label_tables(cfg), *_told(cfg), say=False)
+
+
+def _label_tables(cfg: Config) -> list[ClipTable]:
+    return [ClipTable.read(source, extra=label_columns(cfg)) for source in active_sources(cfg).values()]
 
 
 def _told(cfg: Config) -> tuple[list[str], list[str]]:
