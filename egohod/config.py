@@ -680,7 +680,8 @@ def check(config: Config) -> list[tuple[str, str]]:
                 f"loss.name={config.loss.name} grades texts by relevancy, so it needs data.labels.target=relevancy",
             )
         )
-    classes = (config.model.heads != "none", config.data.labels.target == "class", config.loss.name == "classes")
+    heads = config.model.heads != "none"
+    classes = (heads, config.data.labels.target == "class", config.loss.name == "classes")
     if any(classes) and not all(classes):
         problems.append(
             ("model.heads", "model.heads=joint or parts, data.labels.target=class and loss.name=classes go together")
@@ -688,11 +689,11 @@ def check(config: Config) -> list[tuple[str, str]]:
     for knob_name in ("mixup", "cutmix"):
         if getattr(config.train, knob_name) and config.loss.name != "classes":
             problems.append((f"train.{knob_name}", f"train.{knob_name} mixes labels, so it needs loss.name=classes"))
-    if config.model.head_start == "text" and (config.model.heads == "none" or config.model.weights.source == "scratch"):
+    if heads and config.model.head_start == "text" and config.model.weights.source == "scratch":
         problems.append(
-            ("model.head_start", "model.head_start=text needs model.heads and a text tower that was trained")
+            ("model.head_start", "model.head_start=text needs a text tower that was trained; set model.weights")
         )
-    if config.train.trainable == "heads" and config.model.heads == "none":
+    if config.train.trainable == "heads" and not heads:
         problems.append(("train.trainable", "train.trainable=heads needs heads to train; set model.heads"))
     for name in (*config.evaluate.during, *config.evaluate.final):
         if name not in config.evaluate.benchmarks:

@@ -11,6 +11,7 @@ import platform
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,13 +122,41 @@ def _meet(place: Place) -> dist.Store:
         store, _, _ = next(
             rendezvous("env://", place.rank, place.world_size, timeout=datetime.timedelta(seconds=seconds))
         )
+        return _own_store(store, place, seconds) if _is_kept_by_torchrun() else store
     except dist.DistError as error:
         if "EADDRINUSE" in str(error):
             raise UserError(f"port {place.port} of {place.address} is taken; set MASTER_PORT to a free one") from error
         raise UserError(f"{missed}: {str(error).splitlines()[0]}") from error
     finally:
         watch.cancel()
-    return store
+
+
+def _is_kept_by_torchrun() -> bool:
+    """Whether the store outlives the processes, with all that they wrote into it."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _own_store(kept: dist.Store, place: Place, seconds: float) -> dist.Store:
+    """A store of these processes alone, which the first one serves and announces in the ``kept`` one.
+
+    After a restart torchrun's still holds the addresses of processes that are dead, and gloo waits for these. Here
+    what is announced by a dead process is noticed, since nobody answers at its port, and looked up again.
+    """
+    timeout = datetime.timedelta(seconds=seconds)
+    if place.rank == 0:
+        own = dist.TCPStore(place.address, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        kept.set("egohod/port", str(own.port))
+        return own
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            own = dist.TCPStore(place.address, int(kept.get("egohod/port")), timeout=datetime.timedelta(seconds=2))
+        except dist.DistError:
+            if time.monotonic() > end:
+                raise
+            continue
+        own.set_timeout(timeout)
+        return own
 
 
 def _give_up(message: str) -> None:

@@ -58,4 +58,7 @@ def test_heads_begin_as_the_zero_shot_classifier(tmp_path: Path, kind: str) -> N
 
 def test_a_text_tower_that_was_never_trained_starts_no_head() -> None:
     with pytest.raises(UserError, match=r"model\.head_start=text needs"):
-        config.load("configs/demo.yml", ["model.head_start=text"])
+        config.load(
+            "configs/demo.yml",
+            ["model.head_start=text", "model.heads=joint", "data.labels.target=class", "loss.name=classes"],
+        )
