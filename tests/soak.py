@@ -172,10 +172,8 @@ def unreadable(run: Path) -> list[str]:
 
 def compare(one: Path, other: Path) -> list[str]:
     """How two finished runs differ: weights and averages to the bit, losses and scores to the last digit."""
-    problems = []
-    for name, weight in newest(one).weights.items():
-        if not torch.equal(weight, newest(other).weights[name]):
-            problems.append(f"{name} differs")
+    expected, found = newest(one).weights, newest(other).weights
+    problems = [f"{name} differs" for name, weight in expected.items() if not torch.equal(weight, found[name])]
     if _told(one) != _told(other):
         problems.append("metrics.jsonl differs")
     return problems

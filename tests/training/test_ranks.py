@@ -154,8 +154,9 @@ def test_torchrun_goes_on_from_the_last_checkpoint(tiny_config: Path, tmp_path: 
     assert "resuming" in done.stderr
     assert "rank 1 on" in done.stderr
     assert losses(tmp_path / "straight") == losses(tmp_path / "killed")
+    found = newest(tmp_path / "killed").weights
     for name, weight in newest(tmp_path / "straight").weights.items():
-        assert torch.equal(weight, newest(tmp_path / "killed").weights[name]), name
+        assert torch.equal(weight, found[name]), name
 
 
 def test_the_number_of_processes_does_not_change_the_losses(ranks, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
