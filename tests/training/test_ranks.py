@@ -112,8 +112,9 @@ def test_a_signal_during_an_evaluation_costs_nothing(ranks, demo_world: Path, tm
     told = [metrics(tmp_path / name) for name in ("straight", "run")]
     assert told[0] == told[1]
     assert len(told[0]) == 6
+    found = newest(tmp_path / "run").weights
     for name, weight in newest(tmp_path / "straight").weights.items():
-        assert torch.equal(weight, newest(tmp_path / "run").weights[name]), name
+        assert torch.equal(weight, found[name]), name
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
