@@ -593,8 +593,9 @@ def test_two_processes_fine_tune_as_one_does(
     for (step, *values), (_, *others) in zip(one, two, strict=True):
         # The same arithmetic in another order; AdamW's division by small averages widens it as steps go by.
         assert values == pytest.approx(others, rel=1e-5 if step == 1 else 2e-3), step
+    found = newest(tmp_path / "two").weights
     for name, weight in newest(tmp_path / "one").weights.items():
-        torch.testing.assert_close(weight, newest(tmp_path / "two").weights[name], atol=4e-4, rtol=0, msg=name)
+        torch.testing.assert_close(weight, found[name], atol=4e-4, rtol=0, msg=name)
     first, second = (json.loads((tmp_path / n / "results.json").read_text())["metrics"] for n in ("one", "two"))
     assert first.keys() == second.keys()
     # Of fifteen clips a near tie may fall to the other side.
