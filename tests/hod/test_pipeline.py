@@ -18,7 +18,7 @@ from egohod.hod.blocks import Block, CacheError, Found, key_of
 from egohod.hod.clips import narrated
 from egohod.hod.pipeline import COLUMNS, Pipeline, Task, uid_of
 from egohod.hod.shards import Shard, Work
-from egohod.hod.stages import Thinking
+from egohod.hod.stages import VERSIONS, Thinking
 
 
 class Straw:
@@ -287,6 +287,6 @@ def test_a_group_that_breaks_off_keeps_what_was_ready(table: ClipTable, tmp_path
     with pytest.raises(UserError, match="the endpoint is down"):
         made.run("narrate", WHOLE)
     assert sizes == [4, 4]
-    healed = pipeline(table, tmp_path, Straw("narrate"))
+    healed = pipeline(table, tmp_path, Straw("narrate", version=VERSIONS["narrate"]))
     assert healed.run("narrate", WHOLE).known == 6
     assert sorted(healed.stages[0].asked) == [4, 5, 8, 9, 10]  # type: ignore[attr-defined]
