@@ -45,7 +45,8 @@ launch_and_leave() {
     exit
 }
 
-_in_allocation() { [ -n "${SLURM_JOB_ID:-}" ] && [ -z "${SLURM_STEP_ID:-}" ]; }
+# 4294967290 is the step in which salloc itself runs the shell on some clusters.
+_in_allocation() { [ -n "${SLURM_JOB_ID:-}" ] && [ "${SLURM_STEP_ID:-4294967290}" = 4294967290 ]; }
 
 # _command PROGRAM ARGUMENTS...: sets $command, what starts them outside Slurm.
 _command() {
@@ -59,6 +60,8 @@ _command() {
     elif [ "$processes" != 1 ] || [ -n "${RESTARTS:-}" ]; then
         command+=(-m torch.distributed.run --standalone)
     fi
+    # Its own default leaves this one out, and dies of it.
+    export TORCHELASTIC_SIGNALS_TO_HANDLE=${TORCHELASTIC_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
     [ "${#command[@]}" = 1 ] || command+=(--nproc_per_node="$processes" --max_restarts="${RESTARTS:-0}")
     command+=("$@")
 }
@@ -70,6 +73,8 @@ _slurm_step() {
         echo "error: this is Slurm job $SLURM_JOB_ID, but there is no srun on the PATH of $(hostname)" >&2
         exit 2
     fi
+    command -v scontrol >/dev/null ||
+        echo "warning: no scontrol on the PATH of $(hostname): this job cannot return to the queue by itself" >&2
     if [ "${SLURM_GPUS_ON_NODE:-0}" -gt 1 ] && [[ ${SLURM_TASKS_PER_NODE:-1} =~ ^1($|\() ]]; then
         echo "warning: $SLURM_GPUS_ON_NODE GPUs a node but one task, which uses one: --ntasks-per-node=$SLURM_GPUS_ON_NODE" >&2
     fi
@@ -84,8 +89,8 @@ _slurm_step() {
     wait "$step" || status=$?
     trap - USR1 TERM
     [ "$status" != 0 ] || return 0
-    # A program that does not know the signal dies of it; what it has kept so far counts.
-    [ -n "$asked" ] || exit "$status"
+    # A program that does not know the signal dies of it; what it has kept so far counts. An error stays one.
+    [ -n "$asked" ] && [ "$status" -gt 128 ] || exit "$status"
     touch "$EGOHOD_UNFINISHED"
 }
 

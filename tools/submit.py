@@ -76,9 +76,13 @@ class Training:
         """Called by submitit in the first task when it is to requeue the job: have the program save and leave."""
         from submitit.helpers import DelayedSubmission
 
-        if self._child is not None and not self._codes:
-            self._child.send_signal(signal.SIGUSR1)
-            self._wait()
+        if self._child is not None:
+            if not self._codes:
+                self._child.send_signal(signal.SIGUSR1)
+            code = self._wait()
+            # Before it knows the signal it dies of it, and nothing is lost; an error is no reason to try again.
+            if code not in (0, -signal.SIGUSR1):
+                raise RuntimeError(f"exit code {code}")
         again = Training(self.command, self.environment)
         again.folder = self.folder
         return DelayedSubmission(again)

@@ -90,7 +90,9 @@ def train(
     ledger, window, clock = FaultLedger(cfg.data.max_bad_fraction), MetricWindow(), Clock()
 
     start, scores, evaluated = 0, dict[str, float](), 0
-    if checkpoint := _resume_from(cfg, model, data, store):
+    checkpoint = _resume_from(cfg, model, data, store)
+    _require_same(checkpoint, store.folder, dist)
+    if checkpoint:
         start = evaluated = checkpoint.step
         scores = checkpoint.manifest["metrics"]
         if start > schedule.total:
@@ -168,6 +170,8 @@ def train(
                 with clock.paused():
                     save(step, must_succeed=last or stopping)
             if stopping:
+                # Nobody leaves in peace before the first process has saved.
+                dist.gather_objects(None)
                 telemetry.close()
                 reason = dist.stop.reason or "another process was asked to stop"
                 raise Interrupted(f"{reason}; step {step} of {schedule.total} is saved")
@@ -239,6 +243,15 @@ def _resume_from(cfg: Config, model: DualEncoder, data: TrainingData, store: Che
                 "use the same value, or another train.output"
             )
     return checkpoint
+
+
+def _require_same(checkpoint: Checkpoint | None, folder: Path, dist: Distributed) -> None:
+    """Raise the same :class:`UserError` on every process unless all go on from the same checkpoint."""
+    mine = (checkpoint.step, checkpoint.manifest["sha256"]) if checkpoint else (0, {})
+    told = dist.gather_objects((host_name(), mine))
+    if any(theirs != told[0][1] for _, theirs in told):
+        seen = "; ".join(f"rank {rank} on {host}: step {step}" for rank, (host, (step, _)) in enumerate(told))
+        raise UserError(f"{folder}: the processes do not see the same checkpoint ({seen}); is it a shared folder?")
 
 
 def _micro_batches(

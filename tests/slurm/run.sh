@@ -56,10 +56,11 @@ wait_until() {
 }
 said() { grep -q -e "$1" "$2" 2>/dev/null; }
 state() { timeout 20 scontrol show job --oneliner "$1" | grep -o " $2=[^ ]*" | cut -d= -f2; }
-# over JOB: it has ended. One that waits in the queue because it was sent back starts at once instead of in two minutes.
+# over JOB: it has ended. One that waits in the queue because it was sent back starts at once instead of in two minutes,
+# but not in the same second: Slurm then takes its credential for the one that it has just revoked.
 over() {
     case $(state "$1" JobState) in
-        PENDING) timeout 20 scontrol update JobId="$1" StartTime=now 2>/dev/null || true ;;
+        PENDING) sleep 3 && timeout 20 scontrol update JobId="$1" StartTime=now 2>/dev/null || true ;;
         COMPLETED | FAILED | CANCELLED | TIMEOUT | NODE_FAIL | OUT_OF_MEMORY) return 0 ;;
     esac
     return 1
