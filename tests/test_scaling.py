@@ -29,7 +29,7 @@ def test_a_plan_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made.per_gpu == 32
     assert made.gathered == 2 * 2 * 2048 * 512 * 4 * 63 / 64
     assert made.reduced == 2 * cost(base).trained * 4 * 63 / 64
-    assert made.network_seconds == pytest.approx((8 * made.gathered + made.reduced) / LINK)
+    assert made.network_seconds == pytest.approx((made.gathered + made.reduced) / LINK)
     step = max(made.compute_seconds, made.network_seconds)
     assert made.hours == pytest.approx(15 * 4e6 / 2048 * step / 3600)
     assert made.storage == pytest.approx(2048 / step * 1.3e6)

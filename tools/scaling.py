@@ -104,8 +104,8 @@ def plan(recipe: Recipe, gpus: int, peak: float, utilisation: float) -> Plan:
     compute = batch / gpus / speed
     gathered = 2 * 2 * batch * each.width * 4 * others
     reduced = 2 * each.trained * 4 * others
-    # Within a node links are ten times as fast: only what crosses between nodes counts.
-    network = (gathered * 8 + reduced) / LINK if gpus > 8 else 0.0
+    # Within a node links are ten times as fast: only what crosses between nodes counts, and in a ring all crosses once.
+    network = (gathered + reduced) / LINK if gpus > 8 else 0.0
     step = max(compute, network)
     return Plan(
         gpus,

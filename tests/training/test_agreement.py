@@ -14,7 +14,11 @@ from egohod.config import UserError
 from egohod.distributed import Distributed
 from egohod.training import agreement
 from egohod.training.agreement import require_agreement, source_hash
+from egohod.training.checkpoint import Checkpoint
+from egohod.training.loop import _require_same
 from egohod.training.telemetry import Lap, Share, Stragglers
+
+HOST = "node-b"
 
 
 class Pair(Distributed):
@@ -100,3 +104,13 @@ def test_a_process_that_is_late_again_and_again_is_named(caplog: pytest.LogCaptu
     assert told["slowest_rank"] == 2
     assert told["own_seconds_median"] == pytest.approx(0.6)
     assert told["own_seconds_max"] == pytest.approx(1.4)
+
+
+def test_processes_that_see_other_checkpoints_do_not_train(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    _require_same(None, folder, pair((HOST, (0, {}))))
+    mine = Checkpoint(folder / "step-00000500", 500, {}, {}, {"sha256": {"model.safetensors": "ab"}})
+    _require_same(mine, folder, pair((HOST, (500, {"model.safetensors": "ab"}))))
+    for other in ((0, {}), (500, {"model.safetensors": "cd"})):
+        with pytest.raises(UserError, match=r"do not see the same checkpoint .*rank 1 on node-b: step \d"):
+            _require_same(mine, folder, pair((HOST, other)))
