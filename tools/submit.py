@@ -107,8 +107,16 @@ def _may_requeue() -> bool:
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return True
-    asked = ["squeue", "--noheader", "--jobs", job, "--format=%T"]
-    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() == "RUNNING"
+    return _queue(job)[:1] == ["RUNNING"]
+
+
+def _queue(job: str) -> list[str]:
+    """Slurm's state of a job and its reason; empty for one that it no longer knows. Raises :class:`UserError`."""
+    asked = ["squeue", "--noheader", "--jobs", job, "--format=%T %r"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split()
+    except FileNotFoundError as error:
+        raise UserError("there is no squeue on the PATH, so Slurm cannot be asked about its jobs") from error
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -190,9 +198,7 @@ def status(run: Path) -> str:
 
 def _state(cluster: str, job: str, folder: Path) -> str:
     if cluster == "slurm":
-        asked = ["squeue", "--noheader", "--jobs", job, "--format=%T %r"]
-        found = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split()
-        if found:
+        if found := _queue(job):
             return found[0] if found[-1] == "None" else f"{found[0]} ({found[-1]})"
     elif Path(f"/proc/{job}").exists() and not _is_zombie(job):
         return "RUNNING"

@@ -38,20 +38,23 @@ def start_from_text(model: DualEncoder, space: ClassSpace, texts: Sequence[Seque
     A head for a part, such as the verb, takes the mean over the classes that share it.
     """
     assert model.heads is not None, "the model was built without heads"
-    features = torch.stack([_mean(model, each) for each in texts])
+    features = _means(model, texts)
     scale = model.logit_scale.exp() / model.geometry.embed_dim**0.5
     for name, head in model.heads.items():
         # One head for all classes is no part of them.
         values, code = space.parts.get(name, (space.keys, np.arange(len(space.keys))))
-        member = F.one_hot(torch.from_numpy(code), len(values)).T.to(features)
+        member = F.one_hot(torch.from_numpy(code).to(features.device), len(values)).T.to(features)
         assert isinstance(head, nn.Sequential)
         linear = head[-1]
         assert isinstance(linear, nn.Linear)
         linear.weight.copy_(scale * F.normalize(member @ features, dim=1))
 
 
-def _mean(model: DualEncoder, texts: Sequence[str]) -> Tensor:
-    """The mean of the texts' features, normalised: [E]."""
-    tokens = Tokenizer()(texts)
-    parts = [model.encode_text(trim(part)) for part in tokens.split(BATCH)]
-    return F.normalize(torch.cat(parts).mean(dim=0), dim=0)
+def _means(model: DualEncoder, texts: Sequence[Sequence[str]]) -> Tensor:
+    """The mean of the texts' features of each class, normalised: [C, E]."""
+    device = model.logit_scale.device
+    of_class = torch.tensor([number for number, each in enumerate(texts) for _ in each], device=device)
+    tokens = Tokenizer()([text for each in texts for text in each])
+    features = torch.cat([model.encode_text(trim(part).to(device)) for part in tokens.split(BATCH)])
+    # Of unit length in the end, so a sum is as good as a mean.
+    return F.normalize(features.new_zeros(len(texts), features.shape[1]).index_add(0, of_class, features), dim=1)

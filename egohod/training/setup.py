@@ -70,14 +70,16 @@ def build_model(cfg: Config, dist: Distributed, classes: ClassSpace | None = Non
                 f"{weights.path}: has a head for other classes than the data; train it on data with the same ones"
             )
         log.info("%s", load_weights(model, content, adapt=weights.adapt, projections=weights.projections))
-        if classes and cfg.model.head_start == "text" and not content.beside.get("classes"):
-            start_from_text(model, classes, class_texts(_label_tables(cfg), classes))
     freeze(model, cfg)
     if cfg.train.trainable != "all" and weights.source != "scratch":
         model.base = base_of(model, content)
+    model = model.to(dist.device)
+    # A file whose heads were trained already keeps them.
+    if classes and cfg.model.head_start == "text" and not content.beside.get("classes"):
+        start_from_text(model, classes, class_texts(_label_tables(cfg), classes))
     if cfg.model.compile:
         model.compile_towers()
-    return model.to(dist.device)
+    return model
 
 
 def freeze(model: DualEncoder, cfg: Config) -> None:
