@@ -10,7 +10,9 @@ from egohod.hod.check import Verdict, check
 from egohod.hod.llm import LanguageModelNarrator
 from egohod.hod.narrator import Narrator, Request
 from egohod.hod.settings import CheckSettings, NarratorSettings, warn_of_unused
-from egohod.hod.template import TemplateNarrator, template
+from egohod.hod.template import TemplateNarrator
+
+_TEMPLATE = TemplateNarrator()
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,15 @@ class Checked:
 
 
 def narrate_checked(
-    narrator: Narrator, requests: Sequence[Request], settings: CheckSettings, seed: int = 0
+    narrator: Narrator,
+    requests: Sequence[Request],
+    settings: CheckSettings,
+    template: TemplateNarrator = _TEMPLATE,
 ) -> Iterator[tuple[int, Checked]]:
     """Narrate and check; the policy for what is refused, in one place.
 
     A refused caption is asked for once more, with the reasons (``settings.ask_again``; never of the template, which
-    would say the same); if that is refused too, the template words the source, and if its check fails, the facts alone.
+    would say the same); if that is refused too, ``template`` words the source, and if its check fails, the facts alone.
     Each request is answered once, as (its number, result), as soon as it is settled. Raises what the narrator raises.
     """
 
@@ -74,7 +79,7 @@ def narrate_checked(
         request = requests[number]
         verdict = Verdict(0.0, refusals[number])
         for source in dict.fromkeys((request.source, "")):
-            text = template(source, request.facts, (seed, request.seed))
+            text = template.word(source, request)
             verdict = (
                 judged(request, text, None) if source == request.source else check(text, "", request.facts, settings)
             )
@@ -92,5 +97,10 @@ def make_narrator(settings: NarratorSettings, prompts: Path) -> Narrator:
     """
     warn_of_unused(settings)
     if settings.kind == "template":
-        return TemplateNarrator(settings.seed)
+        return make_template(settings)
     return LanguageModelNarrator(settings, Path(settings.prompt or prompts / f"{settings.kind}.jinja"))
+
+
+def make_template(settings: NarratorSettings) -> TemplateNarrator:
+    """The narrator that stands in where another's words are refused."""
+    return TemplateNarrator(settings.seed, settings.varied)

@@ -16,9 +16,10 @@ from egohod.hod.blocks import Found
 from egohod.hod.config import HodConfig
 from egohod.hod.facts import ClipFacts
 from egohod.hod.motion import FactsParams, facts_of
-from egohod.hod.narrate import make_narrator, narrate_checked
+from egohod.hod.narrate import make_narrator, make_template, narrate_checked
 from egohod.hod.narrator import Narration, Narrator, Request
 from egohod.hod.pipeline import Stage, Task
+from egohod.hod.settings import used
 from egohod.hod.stages import CHECK, DETECT, NARRATE, TRACK, Looking, Thinking
 from egohod.hod.tracks import TrackParams
 
@@ -48,10 +49,10 @@ def make_stages(cfg: HodConfig, source: ClipSource, text_of: Callable[[int], str
 def narrator_settings(cfg: HodConfig) -> dict[str, Any]:
     """All that a narrator's words depend on; the text of its prompt stands for the file."""
     narrator = cfg.narrator
+    kept = {name: value for name, value in used(narrator).items() if name not in _ROUTE}
     if narrator.kind == "template":
-        return {"kind": narrator.kind, "seed": narrator.seed}
+        return kept
     prompt = Path(narrator.prompt or PROMPTS / f"{narrator.kind}.jinja")
-    kept = {name: value for name, value in vars(narrator).items() if name not in _ROUTE}
     # A prompt that is not there is the narrator's complaint.
     return kept | {"prompt": prompt.read_text(encoding="utf-8") if prompt.is_file() else str(prompt)}
 
@@ -124,8 +125,8 @@ class _Narrating:
         places = list(requests)
         first = [records.read(Narration, tasks[place].before[NARRATE]) for place in places]
         narrator = _Remembering(self._made(), first)
-        settings, seed = self._cfg.check, self._cfg.narrator.seed
-        for number, checked in narrate_checked(narrator, list(requests.values()), settings, seed):
+        template = make_template(self._cfg.narrator)
+        for number, checked in narrate_checked(narrator, list(requests.values()), self._cfg.check, template):
             if checked.text is None:
                 reasons = "; ".join(dict.fromkeys((*checked.refusals, *checked.verdict.reasons)))
                 yield places[number], Found(None, f"nothing true to say: {reasons}")

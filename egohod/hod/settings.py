@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 from egohod.config import knob
 
@@ -15,7 +16,8 @@ _ENDPOINT = (
     *("give_up_seconds", "temperature", "max_tokens", "answer_format"),
 )
 _FRAMES = ("frames", "frame_size", "jpeg_quality")
-_USED = {"template": ("seed",), "llm": ("seed", *_ENDPOINT), "vlm": ("seed", *_ENDPOINT, *_FRAMES)}
+_TEMPLATE = ("seed", "varied")
+_USED = {"template": _TEMPLATE, "llm": (*_TEMPLATE, *_ENDPOINT), "vlm": (*_TEMPLATE, *_ENDPOINT, *_FRAMES)}
 
 
 @dataclass
@@ -29,6 +31,11 @@ class NarratorSettings:
         choices=("template", "llm", "vlm"),
     )
     seed: int = knob(0, "varies the template's wording, and is handed to the model", low=0)
+    varied: bool = knob(
+        True,
+        "template: say the same in several ways; false keeps to one and to what moves where, which a text tower that "
+        "starts from nothing learns sooner",
+    )
     endpoint: str = knob(
         "http://127.0.0.1:8000/v1", "base address of any OpenAI-compatible server (vLLM, Ollama, llama.cpp, a service)"
     )
@@ -75,14 +82,18 @@ class CheckSettings:
     ask_again: bool = knob(True, "a refused caption is asked for once more, with the reasons, before the template")
 
 
+def used(settings: NarratorSettings) -> dict[str, Any]:
+    """The knobs that the chosen narrator looks at, and which it is."""
+    return {name: getattr(settings, name) for name in ("kind", *_USED[settings.kind])}
+
+
 def warn_of_unused(settings: NarratorSettings) -> list[str]:
     """Say which knobs differ from their default though the chosen narrator does not look at them; their names."""
-    used = _USED[settings.kind]
-    plain = NarratorSettings()
+    plain, heeded = NarratorSettings(), used(settings)
     unused = [
         each.name
         for each in dataclasses.fields(settings)
-        if each.name not in ("kind", *used) and getattr(settings, each.name) != getattr(plain, each.name)
+        if each.name not in heeded and getattr(settings, each.name) != getattr(plain, each.name)
     ]
     for name in unused:
         log.warning("narrator.%s is ignored: narrator.kind=%s has no use for it", name, settings.kind)

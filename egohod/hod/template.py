@@ -33,24 +33,30 @@ class TemplateNarrator:
 
     name = "template"
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, varied: bool = True) -> None:
         self._seed = seed
+        self._varied = varied
 
     def narrate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Narration]]:
         """See :class:`~egohod.hod.narrator.Narrator`; one narration a request, at once."""
         for number, request in enumerate(requests):
-            yield number, Narration(template(request.source, request.facts, (self._seed, request.seed)), self.name)
+            yield number, Narration(self.word(request.source, request), self.name)
+
+    def word(self, source: str, request: Request) -> str:
+        """What it says of a request whose narration were ``source``."""
+        return template(source, request.facts, (self._seed, request.seed) if self._varied else None)
 
 
-def template(source: str, facts: ClipFacts, seed: int | Sequence[int] = 0) -> str:
+def template(source: str, facts: ClipFacts, seed: int | Sequence[int] | None = 0) -> str:
     """Word a clip: ``#C C moves the sponge`` becomes ``#C C moves the sponge with the right hand, first to the left,
     then to the right, while the left hand rests``.
 
     An empty ``source`` is narrated from the facts alone; what the tracks do not know is not said, and where they
     know of no hand either there is nothing to say. The narration of
     somebody else's action ("#O ...") gets what the wearer's hands do, and no hand for the action itself.
+    Without a ``seed`` the same facts are always said in the same few words.
     """
-    rng = np.random.default_rng(seed)
+    rng = None if seed is None else np.random.default_rng(seed)
     source = " ".join(source.split()).rstrip(" .,;")
     named = set(sides(source))
     # Whose hands do it is said, and not as one hand's deed.
@@ -65,11 +71,11 @@ def template(source: str, facts: ClipFacts, seed: int | Sequence[int] = 0) -> st
         text = source if others or acting is None else _with_hand(source, facts, acting, rng)
     while_ = [_idle(hand, wording.thing_name(facts)) for hand in idle if hand.side not in named]
     if while_:
-        text += ("; ", ", while ")[int(rng.integers(2))] + " and ".join(while_)
+        text += (", while " if rng is None or rng.integers(2) else "; ") + " and ".join(while_)
     return text
 
 
-def _with_hand(source: str, facts: ClipFacts, hand: HandFacts, rng: np.random.Generator) -> str:
+def _with_hand(source: str, facts: ClipFacts, hand: HandFacts, rng: np.random.Generator | None) -> str:
     """The source with the acting hand and how it moves; a source that names hands keeps its own."""
     named = sides(source)
     tail = [] if _MOVING.search(source) else _tail(facts, hand, rng)
@@ -80,7 +86,7 @@ def _with_hand(source: str, facts: ClipFacts, hand: HandFacts, rng: np.random.Ge
     third_person = re.match(r"[a-z]+(?:s|es)\b", action)
     if not named and _A_HAND.search(source):
         text = _A_HAND.sub(rf"\1 the {hand.side} hand", source, count=1)
-    elif not named and start and third_person and rng.integers(3) == 0:
+    elif not named and start and third_person and _at_times(rng):
         text = f"{start[1]} uses the {hand.side} hand and {action}"
     elif not named:
         text = f"{source} with the {hand.side} hand"
@@ -89,24 +95,29 @@ def _with_hand(source: str, facts: ClipFacts, hand: HandFacts, rng: np.random.Ge
     return ", ".join([text, *tail])
 
 
-def _tail(facts: ClipFacts, hand: HandFacts, rng: np.random.Generator) -> list[str]:
+def _tail(facts: ClipFacts, hand: HandFacts, rng: np.random.Generator | None) -> list[str]:
     """How the hand moves, from where to where, what it touches."""
-    motion, variant, carried = hand.motion, int(rng.integers(2)), False
+    motion, variant, carried = hand.motion, 0 if rng is None else int(rng.integers(2)), False
     # The thing's own motion is the action's, where it is known; a hand may come from elsewhere.
     if facts.object is not None and not facts.object.guessed and wording.moves(facts.object.motion):
         motion, carried = facts.object.motion, hand.touches == "object" and len(facts.object.motion.directions) == 1
     if not wording.moves(motion):
         tail = ["keeping still"]
     else:
-        tail = [(wording.carrying if carried and rng.integers(2) else wording.going)(motion, variant)]
+        worded = wording.carrying if carried and rng is not None and rng.integers(2) else wording.going
+        tail = [worded(motion, variant)]
         if motion.repeats == 1 and wording.often(motion):
             tail.append(wording.often(motion))
-        if wording.whence(motion) and rng.integers(3) == 0:
+        if wording.whence(motion) and _at_times(rng):
             tail.append(wording.whence(motion))
-    if hand.touches in ("object", "other object") and rng.integers(3) == 0:
+    if hand.touches in ("object", "other object") and _at_times(rng):
         reached = "after reaching for it" if hand.contact else "in contact from the start"
         tail.append(reached)
     return tail
+
+
+def _at_times(rng: np.random.Generator | None) -> bool:
+    return rng is not None and rng.integers(3) == 0
 
 
 def _of_facts_alone(facts: ClipFacts, acting: HandFacts | None) -> str:

@@ -45,6 +45,15 @@ def test_the_same_seed_says_the_same() -> None:
     assert other != first
 
 
+def test_without_variety_the_same_facts_are_said_in_the_same_words() -> None:
+    asked = [Request("#C C moves the sponge", WIPE, seed=seed) for seed in range(20)]
+    texts = {each.text for _, each in make_narrator(NarratorSettings(varied=False), PROMPTS).narrate(asked)}
+    assert texts == {
+        "#C C moves the sponge with the right hand, first to the left, then to the right, while the left hand rests"
+    }
+    assert "upward," in template("#C C moves the sponge", clip(hand("right", "up"), hand("left")), None)
+
+
 def test_opposite_motions_are_told_apart() -> None:
     for one, other in (("left", "right"), ("away", "closer"), ("clockwise", "counterclockwise"), ("up", "down")):
         texts = [template("#C C moves the cup", clip(hand("right", way)), 0) for way in (one, other)]
