@@ -5,6 +5,8 @@ A benchmark:        python main_eval.py --config_file configs/config/clip_base_e
                         --checkpoint base_best.pt --metadata epic-kitchens-100 --root EK100_320p_15sec
 What data there is: python main_eval.py --config_file configs/config/clip_base_eval.yml --benchmark all --checkpoint ...
 Does time matter?   python main_eval.py --checkpoint runs/demo --controls shuffle,reverse,freeze
+A fine-tuned model:  python main_eval.py --config_file configs/finetune/ek100_cls.yml --checkpoint runs/ek100_cls \\
+                        --benchmark ek100_cls --heads
 An outside model:   python main_eval.py --checkpoint open_clip:ViT-B-16:weights.pt --benchmark ek100_cls ...
 Several processes:  torchrun --nproc_per_node=2 main_eval.py --config_file configs/demo.yml --checkpoint runs/demo
 
@@ -24,6 +26,7 @@ from torch import nn
 
 from egohod import cli, config
 from egohod.config import Config, UserError
+from egohod.data.labels import ClassSpace
 from egohod.data.text import Tokenizer
 from egohod.distributed import Distributed
 from egohod.evaluation.baseline import FrameAverage, open_clip_baseline
@@ -32,6 +35,7 @@ from egohod.evaluation.feature_cache import fingerprint
 from egohod.evaluation.published import PUBLISHED
 from egohod.evaluation.report import report
 from egohod.evaluation.result_page import write_report
+from egohod.training.checkpoint import classes_of
 from egohod.training.setup import build_model
 
 
@@ -48,6 +52,9 @@ def main(arguments: Sequence[str]) -> int:
     add("--metadata", metavar="PATH", help="the benchmark's annotations (evaluate.benchmarks.NAME.metadata)")
     add("--root", metavar="FOLDER", help="the benchmark's videos (evaluate.benchmarks.NAME.root)")
     add("--controls", metavar="LIST", help="shuffle,reverse,freeze: same as evaluate.controls=[...]")
+    add(
+        "--heads", action="store_true", help="measure the classes that the checkpoint was fine-tuned for, not its texts"
+    )
     add("--allow_missing", action="store_true", help="leave out clips that cannot be read; marks numbers as partial")
     add("--published", choices=list(PUBLISHED), metavar="MODEL", help=f"compare with {', '.join(PUBLISHED)}")
     add("--output", default="results", metavar="FOLDER", help="where results.json, report.html go (default: results)")
@@ -58,11 +65,12 @@ def main(arguments: Sequence[str]) -> int:
     overrides = ["model.weights.source=checkpoint", *known, *args.overrides]
     overrides += [f"evaluate.controls=[{args.controls}]"] if args.controls else []
     cfg = config.load(args.config_file, [*overrides, f"model.weights.path={args.checkpoint}"])
+    classes = _classes(cfg, args) if args.heads else None
     with cli.joined(cfg) as dist:
-        model: Any = open_clip_baseline(args.checkpoint).to(dist.device) if outside else build_model(cfg, dist)
+        model: Any = open_clip_baseline(args.checkpoint).to(dist.device) if outside else build_model(cfg, dist, classes)
         Path(args.output).mkdir(parents=True, exist_ok=True)
         checkpoint = {"path": args.checkpoint, "sha256": fingerprint(model)}
-        benchmarks = _benchmarks(cfg, dist, model, args, checkpoint["sha256"])
+        benchmarks = _benchmarks(cfg, dist, model, args, checkpoint["sha256"], classes)
         found = [(each, each.measure(model)) for each in benchmarks]
         report(args.output, cfg, dist, found, checkpoint=checkpoint, published=args.published)
         if dist.is_main:
@@ -70,7 +78,19 @@ def main(arguments: Sequence[str]) -> int:
     return cli.DONE
 
 
-def _benchmarks(cfg: Config, dist: Distributed, model: nn.Module, args: Any, weights: str) -> list[Benchmark]:
+def _classes(cfg: Config, args: Any) -> ClassSpace:
+    """The classes of the checkpoint's heads, which ``cfg`` gets too. Raises :class:`UserError` if it has none."""
+    if not Path(args.checkpoint).is_dir():
+        raise UserError(f"--heads: {args.checkpoint} is not a run or checkpoint folder of main_finetune.py")
+    if args.benchmark == "demo":
+        raise UserError("--heads needs --benchmark: the demo worlds' questions are asked in words")
+    cfg.model.heads, classes = classes_of(Path(args.checkpoint))
+    return classes
+
+
+def _benchmarks(
+    cfg: Config, dist: Distributed, model: nn.Module, args: Any, weights: str, classes: ClassSpace | None
+) -> list[Benchmark]:
     """What ``--benchmark`` asks for, for this model."""
     # The same weights give other features with another activation or another path.
     architecture = {key: value for key, value in vars(cfg.model).items() if key != "weights"}
@@ -99,6 +119,7 @@ def _benchmarks(cfg: Config, dist: Distributed, model: nn.Module, args: Any, wei
             size=outside.size if outside else None,
             tokenizer=outside.tokenizer if outside else Tokenizer(model.geometry.context_length),  # type: ignore[union-attr, arg-type]
             controls=cfg.evaluate.controls,
+            classes=classes,
         )
         for name, each in asked(cfg, args.benchmark, args.root, args.metadata).items()
     ]

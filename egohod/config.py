@@ -87,7 +87,7 @@ class WeightsConfig:
     adapt: bool = knob(
         False,
         "resize position embeddings to this model's frames, patches and text length, and start parts anew that the "
-        "file does not have (motion adapters); false makes each of these an error",
+        "file does not have (motion adapters) or has for other classes (heads); false makes each of these an error",
     )
     projections: str = knob(
         "auto",

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,8 +31,10 @@ import bench_slowfast
 import bench_step
 import bench_table
 
+from egohod import cli
 
-def main(argv: list[str] | None = None) -> None:
+
+def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     bench_decode.register(commands)
@@ -45,7 +48,8 @@ def main(argv: list[str] | None = None) -> None:
     bench_probe.register(commands)
     options = parser.parse_args(argv)
     options.run(options)
+    return cli.DONE
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main))

@@ -391,7 +391,7 @@ def _require_video(source: Source, name: str) -> None:
     try:
         if isinstance(source, Path):
             if not source.is_file():
-                raise VideoError(f"{name}: no such file")
+                raise VideoError(f"{name}: {'is a folder, not a video' if source.is_dir() else 'no such file'}")
             with source.open("rb") as file:
                 head = file.read(_TRANSPORT_PACKET + 1)
         else:

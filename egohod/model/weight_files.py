@@ -6,6 +6,7 @@ EgoHOD, AVION), TorchScript archives (OpenAI's releases) and safetensors (open_c
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import pickle
@@ -63,6 +64,13 @@ class WeightFile:
             known["embed_dim"] = shape.embed_dim
             known |= {"num_frames": shape.num_frames} if shape.num_frames else {}
         return known
+
+    def without_heads(self) -> WeightFile:
+        """The same without classification heads and the classes that they are for."""
+        tensors = {name: each for name, each in self.tensors.items() if not name.startswith("heads.")}
+        return dataclasses.replace(
+            self, tensors=tensors, beside={k: v for k, v in self.beside.items() if k != "classes"}
+        )
 
 
 def read_weights(source: str | Path, *, download: bool = False) -> WeightFile:

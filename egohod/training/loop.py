@@ -194,7 +194,7 @@ def identity(cfg: Config, model: DualEncoder, data: TrainingData) -> dict[str, A
     if cfg.train.ema:
         more["train.ema"] = cfg.train.ema
     if model.base:
-        more["what is not trained"] = model.base.sha256
+        more["checksum of the weights that are not trained"] = model.base.sha256
     if cfg.model.heads != "none":
         classes = build_classes(cfg)
         more |= {"heads": cfg.model.heads, "data.labels.columns": list(classes.columns)}

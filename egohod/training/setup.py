@@ -66,9 +66,13 @@ def build_model(cfg: Config, dist: Distributed, classes: ClassSpace | None = Non
                 f"set model.weights.source={right}"
             )
         if classes and (there := content.beside.get("classes")) and there != str([list(key) for key in classes.keys]):
-            raise UserError(
-                f"{weights.path}: has a head for other classes than the data; train it on data with the same ones"
-            )
+            if not weights.adapt:
+                raise UserError(
+                    f"{weights.path}: has a head for other classes than the data; train it on data with the same ones, "
+                    "or let model.weights.adapt=true start the head anew"
+                )
+            log.warning("%s: its heads are for other classes than the data and start anew", weights.path)
+            content = content.without_heads()
         log.info("%s", load_weights(model, content, adapt=weights.adapt, projections=weights.projections))
     freeze(model, cfg)
     if cfg.train.trainable != "all" and weights.source != "scratch":

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+import main_eval
 from egohod.config import Config, LossConfig, ModelConfig, SourceConfig, TrainConfig, UserError
 from egohod.data.labels import ClassLabels, ClassSpace, RelevantTexts, class_space
 from egohod.data.table import ClipTable
@@ -448,7 +449,7 @@ def test_a_small_checkpoint_holds_what_was_trained_and_knows_its_base(
         open_weights(tmp_path / "run", base="/nowhere")
     resumed = inside("main_finetune.py", *command, "train.duration=6 steps", f"model.weights.path={other}")
     assert resumed.returncode == 2
-    assert "was trained with what is not trained=" in resumed.stderr
+    assert "was trained with checksum of the weights that are not trained=" in resumed.stderr
     # A head for other classes than the data has.
     fewer = [*classes(mir, "verb_class"), f"train.output={tmp_path}/fewer", f"model.weights.path={tmp_path}/run"]
     done = inside("main_finetune.py", *fewer, "evaluate.final=[]")
@@ -459,9 +460,17 @@ def test_a_small_checkpoint_holds_what_was_trained_and_knows_its_base(
     clips.assign(noun_class=(clips["noun_class"].astype(int) + 1000).astype(str)).to_csv(
         tmp_path / "o.csv", index=False
     )
-    done = inside("main_finetune.py", *command, *fewer[-2:], f"data.train.demo.metadata={tmp_path}/o.csv")
+    others = [*command, *fewer[-2:], f"data.train.demo.metadata={tmp_path}/o.csv"]
+    done = inside("main_finetune.py", *others)
     assert done.returncode == 2
     assert "a head for other classes" in done.stderr
+    for number, heads in enumerate((others, fewer)):
+        anew = [*heads, "evaluate.final=[]", "model.weights.adapt=true", f"train.output={tmp_path}/anew{number}"]
+        done = inside("main_finetune.py", *anew)
+        assert done.returncode == 0, done.stderr
+        assert "are for other classes than the data and start anew" in done.stderr
+    with pytest.raises(UserError, match="not a run or checkpoint folder"):
+        main_eval.main(["--checkpoint", str(weights), "--heads", "--benchmark", "mir"])
 
 
 def test_own_labels_train_and_are_evaluated(mir: list[str], demo_world: Path, tmp_path: Path, inside: Command) -> None:
@@ -476,6 +485,12 @@ def test_own_labels_train_and_are_evaluated(mir: list[str], demo_world: Path, tm
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]
     assert 0 <= metrics["mir/action_top1"] <= 100
+    # The same heads, measured once more by the program that only evaluates.
+    asked = ["--checkpoint", str(tmp_path / "run"), "--benchmark", "mir", "--output", str(tmp_path / "again")]
+    done = inside("main_eval.py", *command[:2], *command[-2:], *asked, "--heads")
+    assert done.returncode == 0, done.stderr
+    again = json.loads((tmp_path / "again" / "results.json").read_text())["metrics"]
+    assert again == pytest.approx(metrics)
 
 
 @pytest.mark.ci
