@@ -55,6 +55,9 @@ class HandFacts:
     touches: str | None
     """``object`` (the clip's active object), ``other object``, ``surface``, ``other hand`` or ``other person``; None
     where nothing is touched, and where the detector tells no contact and finds no objects."""
+    relation: str | None = None
+    """Of the acting hand, while it touches something: ``onto`` or ``off`` the active object, as with a lid; None where
+    it stays with it."""
 
 
 @dataclass(frozen=True)

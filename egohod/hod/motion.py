@@ -25,6 +25,8 @@ class FactsParams:
     held: float = 0.3
     """Who touches something for this share of the clip handles it: what its hand does meanwhile is the motion that is
     told. A briefer touch (a tap) is part of a motion, and the whole clip is told."""
+    off: float = 0.5
+    """Least way, in their mean size, by which a hand that touches a thing moves onto or off it."""
     near: float = 1.2
     """Hands closer than this many of their sizes are together."""
 
@@ -67,10 +69,11 @@ def facts_of(
     hands = {}
     for side, hand in found.hands.items():
         thing = active if side == acting and not guessed else None
+        relation = _on_or_off(hand, thing, touched[side], aspect, params) if thing and holds[side].any() else None
         moved = _motion(hand, thing, windows[side], times, aspect, params.motion)
         when = _times(hand.centre, touched[side], times, aspect, params.motion.least)
         what = _touches(hand, touched[side], holds[side])
-        hands[side] = HandFacts(side, float(hand.seen.mean()), moved, *when, touches=what)
+        hands[side] = HandFacts(side, float(hand.seen.mean()), moved, *when, touches=what, relation=relation)
     thing_facts = None
     if active is not None:
         # An object is told of over the whole clip: it does nothing before it is touched.
@@ -165,16 +168,29 @@ def _touches(hand: Track, touched: np.ndarray, holds: np.ndarray) -> str | None:
 
 def _relation(hands: dict[str, Track], aspect: float, near: float) -> str | None:
     """How the two hands lie to each other, from the first to the last third of the time that both are known."""
-    if len(hands) < 2:
+    ends = _distances(hands[LEFT], hands[RIGHT], True, aspect) if len(hands) == 2 else None
+    if ends is None:
         return None
-    left, right = hands[LEFT], hands[RIGHT]
-    both = np.isfinite(left.centre[:, 0] + right.centre[:, 0])
+    if abs(ends[1] - ends[0]) > 0.5:
+        return "closing" if ends[1] < ends[0] else "parting"
+    return "together" if max(ends) < near else "apart"
+
+
+def _on_or_off(hand: Track, thing: Track, touched: np.ndarray, aspect: float, params: FactsParams) -> str | None:
+    """Whether a hand moves onto or off the thing while it is ``touched`` [T]."""
+    ends = _distances(hand, thing, touched, aspect)
+    if ends is None or abs(ends[1] - ends[0]) < params.off:
+        return None
+    return "onto" if ends[1] < ends[0] else "off"
+
+
+def _distances(one: Track, other: Track, where: np.ndarray | bool, aspect: float) -> tuple[float, float] | None:
+    """How far two things are from each other in the first and in the last third of the samples ``where`` both are
+    known, in their mean size; None if they never are."""
+    both = where & np.isfinite(one.centre[:, 0] + other.centre[:, 0])
     if not both.any():
         return None
-    distance = np.hypot(*((left.centre - right.centre)[both] / (1, aspect)).T)
-    distance /= np.median(np.sqrt((left.extent[both].prod(axis=1) + right.extent[both].prod(axis=1)) / 2 / aspect))
+    distance = np.hypot(*((one.centre - other.centre)[both] / (1, aspect)).T)
+    distance /= np.median(np.sqrt((one.extent[both].prod(axis=1) + other.extent[both].prod(axis=1)) / 2 / aspect))
     third = max(1, len(distance) // 3)
-    first, last = float(np.median(distance[:third])), float(np.median(distance[-third:]))
-    if abs(last - first) > 0.5:
-        return "closing" if last < first else "parting"
-    return "together" if max(first, last) < near else "apart"
+    return float(np.median(distance[:third])), float(np.median(distance[-third:]))

@@ -54,7 +54,7 @@ def template(source: str, facts: ClipFacts, seed: int | Sequence[int] | None = 0
     An empty ``source`` is narrated from the facts alone; what the tracks do not know is not said, and where they
     know of no hand either there is nothing to say. The narration of
     somebody else's action ("#O ...") gets what the wearer's hands do, and no hand for the action itself.
-    Without a ``seed`` the same facts are always said in the same few words.
+    Without a ``seed`` the same facts are always said in the same few words, and no word is lost on hands that rest.
     """
     rng = None if seed is None else np.random.default_rng(seed)
     source = " ".join(source.split()).rstrip(" .,;")
@@ -63,6 +63,8 @@ def template(source: str, facts: ClipFacts, seed: int | Sequence[int] | None = 0
     others = bool(_OTHERS.match(source)) or bool(not named and _HANDS.search(source))
     acting = facts.hands.get(facts.acting or "")
     idle = [hand for side, hand in sorted(facts.hands.items()) if hand is not acting or others]
+    if rng is None:
+        idle = [hand for hand in idle if not _rests(hand)]
     if not source:
         text = _of_facts_alone(facts, acting)
         if acting is None:
@@ -110,6 +112,8 @@ def _tail(facts: ClipFacts, hand: HandFacts, rng: np.random.Generator | None) ->
             tail.append(wording.often(motion))
         if wording.whence(motion) and _at_times(rng):
             tail.append(wording.whence(motion))
+    if hand.relation:
+        tail.append(wording.relation(hand, wording.thing_name(facts)))
     if hand.touches in ("object", "other object") and _at_times(rng):
         reached = "after reaching for it" if hand.contact else "in contact from the start"
         tail.append(reached)
@@ -129,6 +133,8 @@ def _of_facts_alone(facts: ClipFacts, acting: HandFacts | None) -> str:
     if not wording.moves(hand.motion):
         return f"The {hand.side} hand " + (f"holds {held} still" if held else "rests")
     way = wording.going(hand.motion)
+    if hand.relation:
+        return f"The {hand.side} hand moves {way}, {wording.relation(hand, thing)}"
     if held and hand.touches in ("object", "other object"):
         return f"The {hand.side} hand moves {held} {way}"
     return f"The {hand.side} hand moves {way}" + (f", touching {held}" if held else "")
@@ -139,6 +145,9 @@ def _idle(hand: HandFacts, thing: str) -> str:
     held = wording.touched(hand, thing)
     who = f"the {hand.side} hand"
     if not wording.moves(hand.motion):
-        graspable = hand.touches in ("object", "other object")
-        return f"{who} holds {held} still" if graspable else f"{who} rests"
+        return f"{who} rests" if _rests(hand) else f"{who} holds {held} still"
     return f"{who} moves {wording.going(hand.motion)}" + (f", touching {held}" if held else "")
+
+
+def _rests(hand: HandFacts) -> bool:
+    return not wording.moves(hand.motion) and hand.touches not in ("object", "other object")

@@ -78,6 +78,11 @@ def touched(hand: HandFacts, thing: str) -> str | None:
     return None if hand.touches is None else _TOUCHED[hand.touches].format(o=thing)
 
 
+def relation(hand: HandFacts, thing: str) -> str:
+    """``off the box``, ``onto the box`` for a hand that moves so while it touches something; else nothing."""
+    return f"{hand.relation} the {thing}" if hand.relation else ""
+
+
 def thing_name(facts: ClipFacts) -> str:
     """The active object's name, or ``object``."""
     return facts.object.name if facts.object is not None and facts.object.name else "object"
@@ -94,6 +99,8 @@ def describe(facts: ClipFacts) -> list[str]:
             continue
         parts = ["does the action" if side == facts.acting else "does not do the action"]
         parts.append(f"moves {going(hand.motion)}" if moves(hand.motion) else "rests")
+        if hand.relation:
+            parts.append(relation(hand, thing))
         if whence(hand.motion):
             parts.append(whence(hand.motion))
         held = touched(hand, thing)

@@ -46,6 +46,8 @@ def disagreement(found: ClipFacts, verb: str, hand: str) -> str:
     said, times = acting.motion.directions, acting.motion.repeats
     if acting.contact is None:
         return "no contact"
+    if acting.relation != {"open": "off", "close": "onto"}.get(verb):
+        return f"relation {acting.relation}"
     if verb in ("open", "close"):
         # The lid goes aside to the hand's own side, over an arc.
         out = (hand == "right") == (verb == "open")

@@ -95,6 +95,8 @@ def _disagreement(text: str, verb: str, hand: str, states: dict[str, list[int]])
         return "contact from the start"
     if "after reaching" in acting and all(states[hand][:3]):
         return "contact after reaching"
+    if ("off" in acting, "onto" in acting) != (verb == "open", verb == "close"):
+        return "off or onto"
     other = states[OTHER_HAND[hand]]
     idle = " ".join(part.text for part in parts if part.sides == (OTHER_HAND[hand],))
     if idle and not other:

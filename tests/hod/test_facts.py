@@ -164,6 +164,19 @@ def test_contact_and_release_follow_the_states() -> None:
     assert hand.touches == "other object"
 
 
+def test_a_hand_moves_off_and_onto_what_it_touches() -> None:
+    thing = boxes(np.full(24, 0.5), np.full(24, 0.5), kind="object")
+    for way, relation in ((1, "off"), (-1, "onto")):
+        x = np.linspace(0.5, 0.9, 24)[::way]
+        rows = boxes(x, np.full(24, 0.5))
+        rows = [each | {"state": PORTABLE_OBJECT, "offset_x": 0.5 - at} for each, at in zip(rows, x, strict=True)]
+        rows = [each | {"offset_y": 0.0} for each in rows]
+        assert facts(rows + thing).hands["right"].relation == relation
+        # What goes along is neither left nor reached.
+        along = boxes(x, np.full(24, 0.5), kind="object")
+        assert facts([each | {"offset_x": 0.0} for each in rows] + along).hands["right"].relation is None
+
+
 @pytest.mark.filterwarnings("error")
 def test_detections_that_hold_little_or_nothing() -> None:
     nothing = facts([])

@@ -48,10 +48,12 @@ def test_the_same_seed_says_the_same() -> None:
 def test_without_variety_the_same_facts_are_said_in_the_same_words() -> None:
     asked = [Request("#C C moves the sponge", WIPE, seed=seed) for seed in range(20)]
     texts = {each.text for _, each in make_narrator(NarratorSettings(varied=False), PROMPTS).narrate(asked)}
-    assert texts == {
-        "#C C moves the sponge with the right hand, first to the left, then to the right, while the left hand rests"
-    }
-    assert "upward," in template("#C C moves the sponge", clip(hand("right", "up"), hand("left")), None)
+    assert texts == {"#C C moves the sponge with the right hand, first to the left, then to the right"}
+    held = clip(hand("right", "up"), hand("left", touches="other object"))
+    assert (
+        template("#C C moves the sponge", held, None)
+        == "#C C moves the sponge with the right hand, upward, while the left hand holds another object still"
+    )
 
 
 def test_opposite_motions_are_told_apart() -> None:
@@ -95,6 +97,15 @@ def test_hands_without_a_side_stay_and_both_are_told() -> None:
         assert "the right hand moves first to the left, then to the right" in said
         assert "with the right hand" not in said
         assert check(said, source, WIPE, CheckSettings()).passed, said
+
+
+def test_a_hand_that_moves_off_what_it_touches() -> None:
+    lid = clip(hand("right", "right", touches="object", contact=0.0, relation="off"), thing="jar")
+    for said in wordings("#C C opens the jar", lid):
+        assert ", off the jar" in said
+        assert check(said, "#C C opens the jar", lid, CheckSettings()).passed, said
+    assert template("", lid, 0) == "The right hand moves to the right, off the jar"
+    assert "off the jar" in describe(lid)[1]
 
 
 def test_narrated_from_the_facts_alone() -> None:
