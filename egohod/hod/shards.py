@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import re
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,7 +179,8 @@ def _append(part: Path, file: TextIO, header: bool) -> int:
 @contextlib.contextmanager
 def written(path: Path) -> Iterator[TextIO]:
     """A text file that appears as a whole or not at all. Raises :class:`CacheError` if it cannot be written."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    # Of its own: all shards of an array write the settings, in the same second.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("w", encoding="utf-8", errors="replace", newline="") as file:

@@ -106,7 +106,7 @@ def _tail(facts: ClipFacts, hand: HandFacts, rng: np.random.Generator | None) ->
     if not wording.moves(motion):
         tail = ["keeping still"]
     else:
-        worded = wording.carrying if carried and rng is not None and rng.integers(2) else wording.going
+        worded = wording.carrying if carried and (rng is None or rng.integers(2)) else wording.going
         tail = [worded(motion, variant)]
         if motion.repeats == 1 and wording.often(motion):
             tail.append(wording.often(motion))

@@ -19,7 +19,7 @@ from egohod.data.table import ClipTable
 from egohod.data.video import Frames
 from egohod.hod.blocks import Found
 from egohod.hod.pipeline import COLUMNS, Pipeline, Task, uid_of
-from egohod.hod.shards import Shard, Work
+from egohod.hod.shards import Shard, Work, written
 from egohod.hod.stages import DETECT, TRACK, VERSIONS, Looking, Thinking
 
 WHOLE = Shard()
@@ -40,6 +40,15 @@ class Mean:
 def think(tasks: Sequence[Task]) -> Iterator[tuple[int, Found]]:
     for place, task in enumerate(tasks):
         yield place, Found({"text": str(task.before[DETECT]["mean"])})
+
+
+def test_shards_that_write_the_same_settings_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "config.yml"
+    with written(path) as first, written(path) as second:
+        first.write("frames: 16\n")
+        second.write("frames: 16\n")
+    assert [each.name for each in tmp_path.iterdir()] == ["config.yml"]
+    assert path.read_text() == "frames: 16\n"
 
 
 def made(metadata: Path, videos: Path, output: Path, workers: int) -> Pipeline:
