@@ -1,4 +1,4 @@
-"""Zero-shot evaluation: a checkpoint on a benchmark, or on the held-out worlds that its configuration names.
+"""Evaluation, zero-shot or of fine-tuned heads, on a benchmark or the held-out worlds that the configuration names.
 
 The demo worlds:    python main_eval.py --config_file configs/demo.yml --checkpoint runs/demo
 A benchmark:        python main_eval.py --config_file configs/config/clip_base_eval.yml --benchmark ek100_mir \\

@@ -387,7 +387,8 @@ class TrainConfig:
     )
     ema: float = knob(
         0.0,
-        "moving average of the weights, by its decay per step; it is what is evaluated and saved; 0 keeps none",
+        "moving average of the weights, by its decay per step, to which it rises in the first steps (timm's warm-up); "
+        "it is what is evaluated and saved; 0 keeps none",
         low=0,
         high=0.99999,
     )
@@ -440,6 +441,7 @@ class BenchmarkConfig:
     )
     metadata: str | None = knob(None, "folder of the benchmark's annotation files; for own, the csv of its clips")
     root: str | None = knob(None, "folder of its videos, or an fsspec URI")
+    columns: dict[str, str] = knob({}, "labels: as data.train.NAME.columns")
     layout: str = knob("auto", "as data.train.NAME.layout", choices=("auto", "chunks", "avion", "whole"))
     chunk_seconds: float = knob(15.0, "length of a chunk", above=0)
     test_split: int | None = knob(
@@ -693,6 +695,8 @@ def check(config: Config) -> list[tuple[str, str]]:
         problems.append(
             ("model.head_start", "model.head_start=text needs a text tower that was trained; set model.weights")
         )
+    if heads and config.loss.boxes:
+        problems.append(("loss.boxes", "loss.boxes does not go with model.heads: a model with heads tells no boxes"))
     if config.train.trainable == "heads" and not heads:
         problems.append(("train.trainable", "train.trainable=heads needs heads to train; set model.heads"))
     for name in (*config.evaluate.during, *config.evaluate.final):
@@ -791,6 +795,9 @@ def _texts(name: str, value: Any) -> Iterator[tuple[str, str]]:
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _texts(f"{name}.{key}", inner)
+    elif isinstance(value, list):
+        for place, inner in enumerate(value):
+            yield from _texts(f"{name}[{place}]", inner)
     elif isinstance(value, str):
         yield name, value
 

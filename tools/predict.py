@@ -33,7 +33,7 @@ from egohod.distributed import setup
 from egohod.evaluation.heads import ClassProbabilities
 from egohod.model.egovideo import DualEncoder
 from egohod.model.zoo import geometry
-from egohod.training.checkpoint import classes_of
+from egohod.training.checkpoint import CheckpointError, classes_of
 from egohod.training.setup import build_model
 
 log = logging.getLogger("predict")
@@ -100,7 +100,10 @@ def _scores(
         with torch.inference_mode():
             names, columns = args.sentences, encoder.encode_text(tokens).T
     else:
-        cfg.model.heads, classes = classes_of(Path(args.checkpoint))
+        try:
+            cfg.model.heads, classes = classes_of(Path(args.checkpoint))
+        except CheckpointError as error:
+            raise UserError(f"{error}; --sentences ranks sentences instead") from error
         encoder = ClassProbabilities(build_model(cfg, dist, classes), classes).eval()
         names, columns = classes.names, torch.eye(len(classes.names), device=dist.device)
     size = geometry(cfg.model.name).image_size

@@ -2,11 +2,10 @@
 
 ==========  ===============================================================================================
 hod         csv or tsv: video_id, start_second, end_second, text (or caption) and any others
-ek100       EPIC-KITCHENS-100's csv: video_id, start_timestamp, stop_timestamp, narration, narration_id (the uid)
+ek100       EPIC-KITCHENS-100's csv: video_id, start_timestamp, stop_timestamp, narration, narration_id (uid), classes
 egoclip     EgoClip's table: video_uid, clip_start, clip_end, clip_text, tag_verb, tag_noun
 ego4d       Ego4D's narration.json: {video: {narration_pass_1: {narrations: [{timestamp_sec, narration_text}]}}}
 pickle      LaViLa's and AVION's list of (video, start, end, text or [texts])
-ek100       EPIC_100_*.csv: video_id, start_timestamp, stop_timestamp, narration and the classes
 egtea       a split of EGTEA: <clip> <action> <verb> <noun>, with action_idx.txt beside it; a clip is a file
 charades    CharadesEgo_v1_*.csv with Charades_v1_classes.txt beside it; a clip for each action of a video
 labels      csv: video, start, end, label
@@ -482,6 +481,10 @@ def _read_labels(path: Path, source: SourceConfig, extra: Sequence[str] | None) 
             "(the source's columns can name others)"
         )
     found = _read_text(path, source, (), _LABELS)
+    for number, label in zip(found.numbers, found.columns["text"].to_pylist(), strict=True):
+        # "nan" is what a missing one becomes on its way through many programs.
+        if label is None or label.strip().lower() in ("", "nan"):
+            raise TableError(f"{path}: {found.unit} {number}: the label is '{label or ''}', which is none")
     return dataclasses.replace(found, columns=found.columns.append_column("label", found.columns["text"]))
 
 

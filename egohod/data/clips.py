@@ -106,7 +106,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         self._seed = seed
         self._crop_scale_min = crop_scale_min
         self._flip = flip
-        self._labels = labels
+        self.labels = labels
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -158,8 +158,8 @@ class ClipDataset(Dataset[dict[str, Any]]):
         number, row = self._source(index), self.row(index)
         source = self.sources[number]
         frames, seconds, _ = source.read(row, self.num_frames, rng if self.train else None)
-        if self._labels and self.train:
-            text, labels = self._labels[number].draw(index - int(self.starts[number]), rng)
+        if self.labels and self.train:
+            text, labels = self.labels[number].draw(index - int(self.starts[number]), rng)
         else:
             text, labels = choose_text(row.texts, source.list_text, rng), None
         if not self.train:

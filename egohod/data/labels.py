@@ -235,13 +235,14 @@ class ClassLabels:
     def __init__(self, table: ClipTable, space: ClassSpace, heads: str) -> None:
         classes = class_numbers(table, space)
         parts = {name: code[classes] for name, (_, code) in space.parts.items()}
+        self.space = space
         self._labels = {"action": classes} if heads == "joint" else parts
-        self._names, self._classes = space.names, classes
+        self._classes = classes
 
     def draw(self, index: int, rng: np.random.Generator) -> tuple[str, dict[str, Tensor]]:
         """The name of the class of clip ``index``, and ``<head>_label`` int64 [] of each head."""
         labels = {f"{name}_label": torch.tensor(int(label[index])) for name, label in self._labels.items()}
-        return self._names[self._classes[index]], labels
+        return self.space.names[self._classes[index]], labels
 
 
 def _values(table: ClipTable, column: str) -> list[str]:

@@ -24,7 +24,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     """
     model = f"{results['config']['model']} `{results['checkpoint']['sha256'][:12]}`"
     lines = [
-        "| benchmark | zero-shot, % [95 % interval] | protocol | clips | weights |",
+        "| benchmark | result, % [95 % interval] | protocol | clips | weights |",
         "|---|---|---|---|---|",
     ]
     for name, each in results["benchmarks"].items():
@@ -32,6 +32,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         views = protocol["windows"] * protocol["crops"]
         shown = f"{protocol['name']}: {protocol['frames']} frames, {protocol['size']} px"
         shown += f", {views} views" if views > 1 else ""
+        shown += ", classification heads" if each["heads"] else ""
         clips = (
             f"{each['clips']:,}" if not each["partial"] else f"**partial**: {each['evaluated']:,} of {each['clips']:,}"
         )

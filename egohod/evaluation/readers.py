@@ -68,7 +68,7 @@ Reader = Callable[[BenchmarkConfig, Protocol, Path | None], Content]
 def read_labels(config: BenchmarkConfig, protocol: Protocol, cache: Path | None) -> Content:
     """A csv of labelled clips (video, start, end, label): classification, each class told by its name."""
     path = Path(config.metadata or "")
-    source = SourceConfig(metadata=str(path), root=config.root or "", format="labels")
+    source = SourceConfig(metadata=str(path), root=config.root or "", format="labels", columns=config.columns)
     table = ClipTable.read(source, strict=True)
     names, labels = np.unique([str(label).strip() for label in table.column("label")], return_inverse=True)
     clips = ClipList(

@@ -102,6 +102,7 @@ def describe(benchmark: Benchmark, measured: Measured, published: Mapping[str, f
     encoded = report.clips - report.from_cache - len(report.faults)
     return {
         "protocol": dataclasses.asdict(protocol) | {"size": benchmark.dataset.size},
+        "heads": benchmark.classes is not None,
         "clips": report.clips,
         "evaluated": len(measured.kept),
         "partial": len(measured.kept) < report.clips,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -33,7 +34,9 @@ def base_of(model: nn.Module, content: WeightFile) -> Base | None:
     # A fixed temperature is not worth a second file.
     if all(content.tensors[name].dim() == 0 for name in kept):
         return None
-    return Base(content.source, tuple(kept), checksum(content.tensors, kept))
+    # Whoever opens the checkpoint may stand in another folder.
+    file = Path(content.source)
+    return Base(str(file.resolve() if file.exists() else file), tuple(kept), checksum(content.tensors, kept))
 
 
 def checksum(tensors: Mapping[str, Tensor], names: Iterable[str]) -> str:

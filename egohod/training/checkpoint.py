@@ -216,7 +216,7 @@ def classes_of(path: Path) -> tuple[str, ClassSpace]:
         names = tuple(str(name) for name in identity["names of the classes"])
         return str(identity["heads"]), ClassSpace(tuple(identity["data.labels.columns"]), keys, names)
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: has no classification heads; give sentences to compare with") from error
+        raise CheckpointError(f"{path}: has no classification heads") from error
 
 
 def _of_base(checkpoint: Checkpoint, download: bool, elsewhere: str | None) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -13,11 +14,15 @@ import torch
 
 from egohod.config import Config, UserError, load_leniently
 from egohod.data.clips import collate
+from egohod.data.labels import ClassSpace
 from egohod.distributed import Distributed, pick_precision, setup
 from egohod.model.egovideo import DualEncoder, create_model
 from egohod.model.flops import step_flops
 from egohod.training.loop import Schedule
+from egohod.training.mixing import require_pairs
 from egohod.training.setup import (
+    active_sources,
+    build_classes,
     build_dataset,
     build_model,
     build_plan,
@@ -36,18 +41,22 @@ CLIPS_TO_OPEN = 3
 def dry_run(path: str, overrides: Sequence[str], evaluators: Callable[..., Sequence[Any]]) -> int:
     """Report on a configuration; returns 0 if a run would start, 2 if something is missing.
 
-    Goes on past what is missing, so that one dry run names everything at once. ``evaluators(cfg, dist, name)``
-    builds the benchmarks of a set ("val", "test"); three clips of each are opened, none is evaluated.
+    Goes on past what is missing, so that one dry run names everything at once. ``evaluators(cfg, dist, name,
+    classes=...)`` builds the benchmarks of a set ("val", "test"), for heads of these classes if there are any; three
+    clips of each are opened, none is evaluated.
     """
     cfg, problems = load_leniently(path, overrides)
     dist = setup(cfg.train.device)
     say = Report()
     say("config", f"{path}{' ' + ' '.join(overrides) if overrides else ''}")
     say("device", f"{dist}, precision {str(pick_precision(cfg.train.precision, dist.device)).removeprefix('torch.')}")
-    model = _report_model(cfg, dist, say, problems)
+    classes = _classes(cfg, problems)
+    model = _report_model(cfg, dist, classes, say, problems)
     _report_data(cfg, dist, model, say, problems)
-    _report_evaluation(cfg, dist, evaluators, say, problems)
+    _report_evaluation(cfg, dist, evaluators, classes, say, problems)
     _report_outputs(cfg, say)
+    # Several parts miss the same file.
+    problems = list(dict.fromkeys(problems))
     for text in problems:
         print(f"error: {text}", file=sys.stderr)
     say("verdict", f"{len(problems)} problem(s), see above" if problems else "ready to run")
@@ -62,10 +71,25 @@ class Report:
         log.info("%-10s %s", name, text)
 
 
-def _report_model(cfg: Config, dist: Distributed, say: Report, problems: list[str]) -> DualEncoder:
+def _classes(cfg: Config, problems: list[str]) -> ClassSpace | None:
     try:
-        model = build_model(cfg, dist)
-        start = cfg.model.weights.source
+        return build_classes(cfg) if cfg.model.heads != "none" else None
+    except UserError as error:
+        problems.append(str(error))
+        return None
+
+
+def _report_model(
+    cfg: Config, dist: Distributed, classes: ClassSpace | None, say: Report, problems: list[str]
+) -> DualEncoder:
+    start = cfg.model.weights.source
+    if cfg.model.heads != "none" and classes is None:
+        # Whether the start can be used is known without them.
+        cfg = copy.deepcopy(cfg)
+        cfg.model.heads, cfg.model.head_start, cfg.train.trainable = "none", "random", "all"
+        start += ", without the heads of unknown classes"
+    try:
+        model = build_model(cfg, dist, classes)
     except UserError as error:
         problems.append(str(error))
         model = create_model(cfg.model, cfg.loss).to(dist.device)
@@ -110,6 +134,11 @@ def _report_data(cfg: Config, dist: Distributed, model: DualEncoder, say: Report
         dataset = build_dataset(cfg, model.geometry.image_size)
     except UserError as error:
         problems.append(str(error))
+        problems += [
+            f"{source.root}: no such folder of videos"
+            for source in active_sources(cfg).values()
+            if "://" not in source.root and not Path(source.root).is_dir()
+        ]
         return
     for source in dataset.sources:
         say("data", f"{source.table.path}: {source.table.report}, decoder {dataset.decoder}")
@@ -127,6 +156,7 @@ def _report_data(cfg: Config, dist: Distributed, model: DualEncoder, say: Report
         plan = build_plan(cfg, dataset)
         limit = cfg.train.max_batch_per_process or largest_batch(cfg, dist, model)
         micro_batch, accumulation = split_batch(cfg.train.global_batch_size, dist.world_size, limit)
+        require_pairs(cfg.train, micro_batch)
         schedule = Schedule.of(cfg, plan.steps_per_epoch)
     except UserError as error:
         problems.append(str(error))
@@ -148,11 +178,16 @@ def _report_data(cfg: Config, dist: Distributed, model: DualEncoder, say: Report
 
 
 def _report_evaluation(
-    cfg: Config, dist: Distributed, evaluators: Callable[..., Sequence[Any]], say: Report, problems: list[str]
+    cfg: Config,
+    dist: Distributed,
+    evaluators: Callable[..., Sequence[Any]],
+    classes: ClassSpace | None,
+    say: Report,
+    problems: list[str],
 ) -> None:
     for name in ("val", "test"):
         try:
-            for each in evaluators(cfg, dist, name):
+            for each in evaluators(cfg, dist, name, classes=classes):
                 rows = torch.linspace(0, len(each.dataset) - 1, CLIPS_TO_OPEN).long().tolist()
                 problems += [fault for row in rows if (fault := each.dataset[row]["fault"])]
                 say("evaluate", f"{name}: {len(each.dataset):,} clips, {CLIPS_TO_OPEN} opened")

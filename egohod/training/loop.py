@@ -14,14 +14,14 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from egohod.config import Config, UserError, duration_in_steps
+from egohod.config import Config, TrainConfig, UserError, duration_in_steps
 from egohod.data.clips import FaultLedger
 from egohod.data.loader import train_loader
 from egohod.distributed import Distributed, host_name
 from egohod.model.egovideo import DualEncoder
 from egohod.stopping import Interrupted
 from egohod.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore, read
-from egohod.training.setup import TrainingData, build_classes
+from egohod.training.setup import TrainingData
 from egohod.training.step import TrainStep
 from egohod.training.telemetry import Clock, MetricWindow, Share, Telemetry, memory_gb
 
@@ -195,8 +195,10 @@ def identity(cfg: Config, model: DualEncoder, data: TrainingData) -> dict[str, A
         more["train.ema"] = cfg.train.ema
     if model.base:
         more["checksum of the weights that are not trained"] = model.base.sha256
-    if cfg.model.heads != "none":
-        classes = build_classes(cfg)
+    for name in ("trainable", "last_blocks", "optimizer", "layer_decay"):
+        if getattr(cfg.train, name) != getattr(TrainConfig(), name):
+            more[f"train.{name}"] = getattr(cfg.train, name)
+    if (classes := data.classes) is not None:
         more |= {"heads": cfg.model.heads, "data.labels.columns": list(classes.columns)}
         more |= {"classes": [list(key) for key in classes.keys], "names of the classes": list(classes.names)}
     shapes = repr([(name, tuple(value.shape)) for name, value in model.state_dict().items()])
@@ -235,11 +237,12 @@ def _resume_from(cfg: Config, model: DualEncoder, data: TrainingData, store: Che
         return None
     if not checkpoint.training.keys() >= {"optimizer", "scaler", "window", "ledgers"}:
         raise UserError(f"{checkpoint.path}: training.pt is not the training state of this project")
-    there = checkpoint.manifest["identity"]
-    for key, here in identity(cfg, model, data).items():
-        if there.get(key) != here:
+    there, here = checkpoint.manifest["identity"], identity(cfg, model, data)
+    for key in {**here, **there}:
+        if there.get(key) != here.get(key):
+            was, now = (each.get(key, "its default") for each in (there, here))
             raise UserError(
-                f"{checkpoint.path}: was trained with {key}={there.get(key)}, this run says {here}; "
+                f"{checkpoint.path}: was trained with {key}={was}, this run says {now}; "
                 "use the same value, or another train.output"
             )
     return checkpoint

@@ -10,6 +10,15 @@ from torch import Tensor
 from egohod.config import TrainConfig, UserError
 
 
+def require_pairs(cfg: TrainConfig, micro_batch: int) -> None:
+    """Raise :class:`UserError` if clips are to be mixed in pairs, but an odd number of them is held at a time."""
+    if (cfg.mixup or cfg.cutmix) and micro_batch % 2:
+        raise UserError(
+            f"train.mixup and train.cutmix mix pairs, but {micro_batch} clips are held at a time; choose a "
+            "train.max_batch_per_process (or train.global_batch_size) that makes it an even number"
+        )
+
+
 class ClipMixer:
     """Mixup (1710.09412) or cutmix (1905.04899) of a batch of clips, timm's; a cut is the same box in all frames."""
 
@@ -19,14 +28,9 @@ class ClipMixer:
     def __call__(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """``video`` float [B, C, T, H, W], changed in place, and whose share of pixels is whose: float32 [B, B].
 
-        What is drawn follows from torch's generator, so that a step that is repeated mixes alike. Raises
-        :class:`UserError` for an odd number of clips.
+        What is drawn follows from torch's generator, so that a step that is repeated mixes alike. The number of clips
+        is even (:func:`require_pairs`).
         """
-        if len(video) % 2:
-            raise UserError(
-                f"train.mixup and train.cutmix mix pairs, but {len(video)} clips are held at a time; choose an even "
-                "train.max_batch_per_process"
-            )
         # timm draws from numpy's global generator.
         before = np.random.get_state()  # noqa: NPY002
         np.random.seed(int(torch.randint(2**31, ()).item()))  # noqa: NPY002

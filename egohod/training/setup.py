@@ -32,6 +32,7 @@ from egohod.model.weights import load_weights
 from egohod.training.checkpoint import open_weights
 from egohod.training.head_start import class_texts, start_from_text
 from egohod.training.memory import Memory, predict
+from egohod.training.mixing import require_pairs
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,12 @@ class TrainingData:
     plan: BatchPlan | MixedPlan
     micro_batch: int
     accumulation: int
+
+    @property
+    def classes(self) -> ClassSpace | None:
+        """What the clips are labelled with, if it is classes; all sources share them."""
+        first = self.dataset.labels[0] if self.dataset.labels else None
+        return first.space if isinstance(first, ClassLabels) else None
 
 
 def build_model(cfg: Config, dist: Distributed, classes: ClassSpace | None = None) -> DualEncoder:
@@ -77,6 +84,8 @@ def build_model(cfg: Config, dist: Distributed, classes: ClassSpace | None = Non
     freeze(model, cfg)
     if cfg.train.trainable != "all" and weights.source != "scratch":
         model.base = base_of(model, content)
+        if model.base and Path(model.base.path).parent.name == "checkpoints":
+            log.warning("%s is part of this run's checkpoints: keep it when its own run goes on", model.base.path)
     model = model.to(dist.device)
     # A file whose heads were trained already keeps them.
     if classes and cfg.model.head_start == "text" and not content.beside.get("classes"):
@@ -241,6 +250,7 @@ def build_data(cfg: Config, dist: Distributed, model: DualEncoder) -> TrainingDa
     micro_batch, accumulation = split_batch(
         cfg.train.global_batch_size, dist.world_size, cfg.train.max_batch_per_process or largest_batch(cfg, dist, model)
     )
+    require_pairs(cfg.train, micro_batch)
     return TrainingData(dataset, build_plan(cfg, dataset), micro_batch, accumulation)
 
 

@@ -77,7 +77,7 @@ class TrainStep:
         # non-finite gradients without asking the device (the optimizer is fused).
         self._scaler = torch.amp.GradScaler(dist.device.type, init_scale=2.0**16 if self._is_fp16 else 1.0)
         self._mixer = ClipMixer(cfg.train) if cfg.train.mixup or cfg.train.cutmix else None
-        self._average = ModelEmaV3(model, decay=cfg.train.ema) if cfg.train.ema else None
+        self._average = ModelEmaV3(model, decay=cfg.train.ema, use_warmup=True) if cfg.train.ema else None
         self._stopwatch = Stopwatch(dist.device)
         self._base_names = frozenset(model.base.names if model.base else ())
         self._is_first = True
@@ -141,7 +141,7 @@ class TrainStep:
             with torch.no_grad():
                 self._inner.logit_scale.clamp_(0, self._max_log_scale)
         if self._average is not None:
-            self._average.update(self._inner)
+            self._average.update(self._inner, step=step)
         return result | {
             "grad_norm": norm,
             "logit_scale": self._inner.logit_scale.detach().exp(),
