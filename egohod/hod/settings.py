@@ -33,8 +33,8 @@ class NarratorSettings:
     seed: int = knob(0, "varies the template's wording, and is handed to the model", low=0)
     varied: bool = knob(
         True,
-        "template: say the same in several ways; false keeps to one, and to the hands that do something, which a text "
-        "tower that starts from nothing learns sooner",
+        "template: say the same in several ways; false keeps to one, and to what moves where, which a text tower that "
+        "starts from nothing learns sooner",
     )
     endpoint: str = knob(
         "http://127.0.0.1:8000/v1", "base address of any OpenAI-compatible server (vLLM, Ollama, llama.cpp, a service)"

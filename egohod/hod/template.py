@@ -54,7 +54,7 @@ def template(source: str, facts: ClipFacts, seed: int | Sequence[int] | None = 0
     An empty ``source`` is narrated from the facts alone; what the tracks do not know is not said, and where they
     know of no hand either there is nothing to say. The narration of
     somebody else's action ("#O ...") gets what the wearer's hands do, and no hand for the action itself.
-    Without a ``seed`` the same facts are always said in the same few words, and no word is lost on hands that rest.
+    Without a ``seed`` the same facts are always said in the same few words.
     """
     rng = None if seed is None else np.random.default_rng(seed)
     source = " ".join(source.split()).rstrip(" .,;")
@@ -63,8 +63,6 @@ def template(source: str, facts: ClipFacts, seed: int | Sequence[int] | None = 0
     others = bool(_OTHERS.match(source)) or bool(not named and _HANDS.search(source))
     acting = facts.hands.get(facts.acting or "")
     idle = [hand for side, hand in sorted(facts.hands.items()) if hand is not acting or others]
-    if rng is None:
-        idle = [hand for hand in idle if not _rests(hand)]
     if not source:
         text = _of_facts_alone(facts, acting)
         if acting is None:
@@ -106,7 +104,7 @@ def _tail(facts: ClipFacts, hand: HandFacts, rng: np.random.Generator | None) ->
     if not wording.moves(motion):
         tail = ["keeping still"]
     else:
-        worded = wording.carrying if carried and (rng is None or rng.integers(2)) else wording.going
+        worded = wording.carrying if carried and rng is not None and rng.integers(2) else wording.going
         tail = [worded(motion, variant)]
         if motion.repeats == 1 and wording.often(motion):
             tail.append(wording.often(motion))
@@ -145,9 +143,6 @@ def _idle(hand: HandFacts, thing: str) -> str:
     held = wording.touched(hand, thing)
     who = f"the {hand.side} hand"
     if not wording.moves(hand.motion):
-        return f"{who} rests" if _rests(hand) else f"{who} holds {held} still"
+        graspable = hand.touches in ("object", "other object")
+        return f"{who} holds {held} still" if graspable else f"{who} rests"
     return f"{who} moves {wording.going(hand.motion)}" + (f", touching {held}" if held else "")
-
-
-def _rests(hand: HandFacts) -> bool:
-    return not wording.moves(hand.motion) and hand.touches not in ("object", "other object")

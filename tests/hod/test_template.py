@@ -48,11 +48,13 @@ def test_the_same_seed_says_the_same() -> None:
 def test_without_variety_the_same_facts_are_said_in_the_same_words() -> None:
     asked = [Request("#C C moves the sponge", WIPE, seed=seed) for seed in range(20)]
     texts = {each.text for _, each in make_narrator(NarratorSettings(varied=False), PROMPTS).narrate(asked)}
-    assert texts == {"#C C moves the sponge with the right hand, first to the left, then to the right"}
+    assert texts == {
+        "#C C moves the sponge with the right hand, first to the left, then to the right, while the left hand rests"
+    }
     held = clip(hand("right", "up", touches="object"), hand("left", touches="other object"))
     assert (
         template("#C C moves the sponge", held, None)
-        == "#C C moves the sponge with the right hand, lifting it up, while the left hand holds another object still"
+        == "#C C moves the sponge with the right hand, upward, while the left hand holds another object still"
     )
 
 
