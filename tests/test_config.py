@@ -103,6 +103,16 @@ def test_a_mistake_gets_one_line_with_file_key_and_cure(
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "finetune").glob("[!d]*.yml")), ids=lambda path: path.stem)
+def test_a_recipe_names_every_variable_that_it_needs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for recipe in path.parent.glob("*.yml"):
+        for name in re.findall(r"oc\.env:(\w+)}", recipe.read_text()):
+            monkeypatch.delenv(name, raising=False)
+    _, problems = load_leniently(path)
+    assert any("model.weights.path needs the environment variable START_WEIGHTS" in text for text in problems)
+    assert len(problems) >= 3
+
+
 def test_a_missing_file_suggests_its_neighbour(tmp_path: Path) -> None:
     write(tmp_path, "{}", "demo.yml")
     with pytest.raises(ConfigError, match=r"demos\.yml: no such config file; did you mean .*demo\.yml"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -169,6 +169,12 @@ def class_space(
     Raises :class:`UserError` for a column that is not there and where there is only one class; unless ``say`` is false,
     warns of classes without a clip and of gaps in their numbers.
     """
+
+    def name_of(words: Iterable[object]) -> str:
+        name = " ".join(str(each).strip() for each in words)
+        # EPIC-KITCHENS spells "turn-on"; a label of the user's stays as it is.
+        return name.replace("-", " ") if all(column.endswith("_class") for column in columns) else name
+
     trained: dict[tuple[str, ...], str] = {}
     for table in tables:
         if missing := [name for name in columns if name not in table.column_names]:
@@ -180,7 +186,7 @@ def class_space(
         if NAME_COLUMN in table.column_names:
             spelled = [table.column(NAME_COLUMN)]
         for key, words in zip(zip(*values, strict=True), zip(*spelled, strict=True), strict=True):
-            trained.setdefault(key, " ".join(str(each).strip() for each in words).replace("-", " "))
+            trained.setdefault(key, name_of(words))
     named: dict[tuple[str, ...], str] = dict(trained)
     for path in further:
         rows = read_csv(Path(path), ())
@@ -194,7 +200,7 @@ def class_space(
             parts = tuple(str(rows[name][row]).strip() for name in here)
             if "" in parts:
                 raise UserError(f"{path}: row {row + 1}: {here[parts.index('')]} is empty, but tells a class")
-            named.setdefault(parts, " ".join(str(rows[name][row]).strip() for name in spelling).replace("-", " "))
+            named.setdefault(parts, name_of(rows[name][row] for name in spelling))
     if len(named) < 2:
         only = next(iter(named.values()))
         raise UserError(f"{tables[0].path}: all clips are of one class, '{only}'; there is nothing to tell apart")

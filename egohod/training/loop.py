@@ -193,11 +193,11 @@ def identity(cfg: Config, model: DualEncoder, data: TrainingData) -> dict[str, A
         more["data.labels.target"] = cfg.data.labels.target
     if cfg.train.ema:
         more["train.ema"] = cfg.train.ema
-    if model.base:
-        more["checksum of the weights that are not trained"] = model.base.sha256
     for name in ("trainable", "last_blocks", "optimizer", "layer_decay"):
         if getattr(cfg.train, name) != getattr(TrainConfig(), name):
             more[f"train.{name}"] = getattr(cfg.train, name)
+    if model.base:
+        more["checksum of the weights that are not trained"] = model.base.sha256
     if (classes := data.classes) is not None:
         more |= {"heads": cfg.model.heads, "data.labels.columns": list(classes.columns)}
         more |= {"classes": [list(key) for key in classes.keys], "names of the classes": list(classes.names)}

@@ -72,13 +72,17 @@ def build_model(cfg: Config, dist: Distributed, classes: ClassSpace | None = Non
                 f"{weights.path}: is {content.family}, which model.weights.source={weights.source} does not mean; "
                 f"set model.weights.source={right}"
             )
-        if classes and (there := content.beside.get("classes")) and there != str([list(key) for key in classes.keys]):
+        there = content.beside.get("heads"), content.beside.get("classes")
+        if classes and there[0] and there != (cfg.model.heads, str([list(key) for key in classes.keys])):
+            what = (
+                f"model.heads={there[0]}" if there[0] != cfg.model.heads else "a head for other classes than the data"
+            )
             if not weights.adapt:
                 raise UserError(
-                    f"{weights.path}: has a head for other classes than the data; train it on data with the same ones, "
-                    "or let model.weights.adapt=true start the head anew"
+                    f"{weights.path}: has {what}; train it with the same, or let model.weights.adapt=true start the "
+                    "heads anew"
                 )
-            log.warning("%s: its heads are for other classes than the data and start anew", weights.path)
+            log.warning("%s: has %s; they start anew", weights.path, what)
             content = content.without_heads()
         log.info("%s", load_weights(model, content, adapt=weights.adapt, projections=weights.projections))
     freeze(model, cfg)

@@ -232,7 +232,10 @@ def test_labels_that_cannot_be_learned_from(tmp_path: Path, caplog: pytest.LogCa
 
 def test_slips_of_the_pen_in_labels(ek100: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     # Blanks around a label make no class of its own; what is missing is no class called "None".
-    assert space_of(labelled(tmp_path, ["cut", "cut ", " pour"])).names == ("cut", "pour")
+    assert space_of(labelled(tmp_path, ["cut", "cut ", " t-shirt"])).names == ("cut", "t-shirt")
+    for nothing in ("", "NaN"):
+        with pytest.raises(UserError, match=rf"labels\.csv: row 2: the label is '{nothing}', which is none"):
+            table(labelled(tmp_path, ["cut", nothing, "pour"]))
     clips = pd.read_csv(ek100 / "EPIC_100_train.csv", dtype=str)
     clips.loc[1, "verb_class"] = ""
     clips.to_csv(tmp_path / "holes.csv", index=False)
@@ -453,6 +456,9 @@ def test_a_small_checkpoint_holds_what_was_trained_and_knows_its_base(
     resumed = inside("main_finetune.py", *command, "train.duration=6 steps", f"model.weights.path={other}")
     assert resumed.returncode == 2
     assert "was trained with checksum of the weights that are not trained=" in resumed.stderr
+    resumed = inside("main_finetune.py", *command, "train.duration=6 steps", "train.trainable=all")
+    assert resumed.returncode == 2
+    assert "was trained with train.trainable=heads, this run says its default" in resumed.stderr
     # A head for other classes than the data has.
     fewer = [*classes(mir, "verb_class"), f"train.output={tmp_path}/fewer", f"model.weights.path={tmp_path}/run"]
     done = inside("main_finetune.py", *fewer, "evaluate.final=[]")
@@ -467,13 +473,38 @@ def test_a_small_checkpoint_holds_what_was_trained_and_knows_its_base(
     done = inside("main_finetune.py", *others)
     assert done.returncode == 2
     assert "a head for other classes" in done.stderr
-    for number, heads in enumerate((others, fewer)):
+    parts = [*classes(mir, "verb_class", "noun_class", heads="parts"), *fewer[-2:]]
+    done = inside("main_finetune.py", *parts)
+    assert done.returncode == 2
+    assert "has model.heads=joint; train it with the same" in done.stderr
+    for number, heads in enumerate((others, parts)):
         anew = [*heads, "evaluate.final=[]", "model.weights.adapt=true", f"train.output={tmp_path}/anew{number}"]
         done = inside("main_finetune.py", *anew)
         assert done.returncode == 0, done.stderr
-        assert "are for other classes than the data and start anew" in done.stderr
+        assert "they start anew" in done.stderr
     with pytest.raises(UserError, match="not a run or checkpoint folder"):
         main_eval.main(["--checkpoint", str(weights), "--heads", "--benchmark", "mir"])
+
+
+def test_a_dry_run_names_all_that_is_missing_once_and_tries_the_heads(
+    mir: list[str], ek100: Path, tmp_path: Path, inside: Command
+) -> None:
+    command = [*classes(mir, "verb_class", "noun_class"), "--dry_run"]
+    gone = ["data.train.demo.metadata=/gone/train.csv", "data.train.demo.root=/gone/videos"]
+    gone += ["model.weights.path=/gone/weights.pt", "evaluate.benchmarks.mir.metadata=/gone/test"]
+    done = inside("main_finetune.py", *command, *gone)
+    assert done.returncode == 2
+    problems = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    for what in ("train.csv", "videos", "weights.pt", "test"):
+        assert len([line for line in problems if f"/gone/{what}" in line]) == 1, problems
+    # No head for a class of the test clips, and pairs of one clip.
+    clips = pd.read_csv(ek100 / "EPIC_100_train.csv", dtype=str)
+    clips[clips["verb_class"] == clips["verb_class"].mode()[0]].to_csv(tmp_path / "few.csv", index=False)
+    few = [f"data.train.demo.metadata={tmp_path}/few.csv", "train.global_batch_size=4"]
+    done = inside("main_finetune.py", *command, *few, "train.mixup=0.8", "train.max_batch_per_process=1")
+    assert done.returncode == 2
+    assert "benchmark mir: class '" in done.stderr
+    assert "mix pairs, but 1 clips are held at a time" in done.stderr
 
 
 def test_own_labels_train_and_are_evaluated(mir: list[str], demo_world: Path, tmp_path: Path, inside: Command) -> None:
@@ -494,6 +525,7 @@ def test_own_labels_train_and_are_evaluated(mir: list[str], demo_world: Path, tm
     assert done.returncode == 0, done.stderr
     again = json.loads((tmp_path / "again" / "results.json").read_text())["metrics"]
     assert again == pytest.approx(metrics)
+    assert ", classification heads |" in (tmp_path / "again" / "results.md").read_text()
 
 
 @pytest.mark.ci
