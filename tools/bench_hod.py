@@ -71,7 +71,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 class Memory:
-    """Within, looks now and then at how much memory (MB) this process has, and each of its workers for itself alone."""
+    """Within, looks now and then at how much memory (MB) this process has, and each of its workers for itself alone.
+
+    What a worker starts, such as MediaPipe, counts as its own.
+    """
 
     def __init__(self) -> None:
         self.main = self.worker = 0.0
@@ -92,7 +95,8 @@ class Memory:
             self.main = max(self.main, this.memory_info().rss / 1e6)
             for each in this.children():
                 try:
-                    self.worker = max(self.worker, each.memory_full_info().uss / 1e6)
+                    own = [each, *each.children(recursive=True)]
+                    self.worker = max(self.worker, sum(one.memory_full_info().uss for one in own) / 1e6)
                 except psutil.NoSuchProcess:
                     continue
 
