@@ -36,7 +36,14 @@ def make_stages(cfg: HodConfig, source: ClipSource, text_of: Callable[[int], str
     # Enough that no request waits for another at the end of a group; frames of so many clips must fit the memory.
     at_once = cfg.narrator.batch * cfg.narrator.concurrency
     group = 256 if cfg.narrator.kind == "template" else 2 * at_once if cfg.narrator.kind == "vlm" else 8 * at_once
-    detector = {"detector": cfg.detector.kind, "options": dict(cfg.detector.options), "camera": cfg.tracks.camera}
+    detector = {
+        "detector": cfg.detector.kind,
+        "options": dict(cfg.detector.options),
+        "camera": cfg.tracks.camera,
+        # Which files a clip's frames lie in, and where in them. The folders are left out: they differ by machine.
+        "layout": cfg.source.layout,
+        "chunk_seconds": cfg.source.chunk_seconds,
+    }
     tracks = {name: value for name, value in vars(cfg.tracks).items() if name != "camera"}
     return [
         Looking(source, cfg.frames, _Look(cfg), detector, cfg.workers, cfg.clip_seconds),

@@ -97,7 +97,7 @@ class Result:
 class Pipeline:
     """The stages over the clips of a table, in blocks of ``block`` clips, within a claimed ``work`` folder.
 
-    ``max_bad_fraction`` is the largest tolerated share of clips at which a stage fails. ``again`` tries those anew
+    ``text_of`` is what was said about a clip before. ``max_bad_fraction`` is the largest tolerated share of clips at which a stage fails. ``again`` tries those anew
     that failed in an earlier run.
     """
 
@@ -106,6 +106,7 @@ class Pipeline:
         table: ClipTable,
         stages: Sequence[Stage],
         work: Work,
+        text_of: Callable[[int], str],
         *,
         block: int = 256,
         max_bad_fraction: float = 0.05,
@@ -116,6 +117,7 @@ class Pipeline:
         self.stages = list(stages)
         self._settings = {stage.name: key_of(stage.settings) for stage in stages}
         self.work = work
+        self._text_of = text_of
         self._block = block
         self._max_bad_fraction = max_bad_fraction
         self._again = again
@@ -134,9 +136,10 @@ class Pipeline:
         """The key of each stage for a clip."""
         row, keys, before = self.table.row(index), dict[str, str](), ""
         for stage in self.stages:
-            texts = (row.texts, index) if stage.of_text else ()
+            # The clip's number too: it varies the wording.
+            text = (self._text_of(index), index) if stage.of_text else ()
             before = key_of(
-                before, row.video_id, row.start, row.end, row.dataset, stage.name, self._settings[stage.name], texts
+                before, row.video_id, row.start, row.end, row.dataset, stage.name, self._settings[stage.name], text
             )
             keys[stage.name] = before
         return keys

@@ -112,9 +112,13 @@ def build(cfg: HodConfig, *, again: bool = False, tell: Callable[[Progress], Non
     opener = choose_decoder(cfg.decoder)[1]
     source = ClipSource(table, cfg.source, opener, open_cache(cfg.cache, cfg.cache_gb))
     work = Work(Path(cfg.output))
-    stages = make_stages(cfg, source, lambda index: source_text(cfg, table, index))
+
+    def text_of(index: int) -> str:
+        return source_text(cfg, table, index)
+
+    stages = make_stages(cfg, source, text_of)
     pipeline = Pipeline(
-        table, stages, work, block=cfg.block, max_bad_fraction=cfg.max_bad_fraction, again=again, tell=tell
+        table, stages, work, text_of, block=cfg.block, max_bad_fraction=cfg.max_bad_fraction, again=again, tell=tell
     )
     settings = [(stage.name, stage.settings) for stage in stages]
     fingerprint = key_of(checksum(cfg.source, table), settings, cfg.keep, cfg.dataset, cfg.seed, cfg.block)

@@ -55,6 +55,26 @@ def test_a_run_its_stages_its_shards_and_a_second_run(few: list[str], tmp_path: 
     assert (tmp_path / "parted.csv").read_bytes() == whole
 
 
+def test_what_is_read_and_which_narration_is_chosen_are_part_of_what_is_remembered(
+    demo_world: Path, tmp_path: Path, inside: Command
+) -> None:
+    two = "\"['#C C moves the cup', '#C C lifts the jar']\""
+    clips = [",".join([*line.split(",")[:3], two]) for line in head(demo_world, 4)[1:]]
+    few = command(demo_world, tmp_path, ["video_id,start_second,end_second,text", *clips])
+
+    def done(*more: str) -> str:
+        return inside("generate_hod.py", *few, *more).stderr
+
+    assert "detect  done: 4 clips now" in done("source.list_text=first")
+    told = [row["text"] for row in rows(tmp_path / "hod.csv")]
+    assert all("cup" in text for text in told)
+    said = done("source.list_text=concat")
+    assert "detect  done: 0 clips now, 4 known already" in said
+    assert "narrate done: 4 clips now" in said
+    assert "detect  done: 4 clips now" in done("source.chunk_seconds=5")
+    assert "detect  done: 4 clips now" in done("source.layout=chunks")
+
+
 def test_a_merge_before_its_time_and_stages_out_of_order(few: list[str], inside: Command) -> None:
     done = inside("generate_hod.py", *few, "--merge")
     assert done.returncode == 2

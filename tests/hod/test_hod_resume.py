@@ -56,7 +56,7 @@ def made(metadata: Path, videos: Path, output: Path, workers: int) -> Pipeline:
     table = ClipTable.read(settings)
     looking = Looking(ClipSource(table, settings, choose_decoder()[1]), 4, Mean(), {}, workers)
     thinking = Thinking(TRACK, think, {}, group=7)
-    return Pipeline(table, [looking, thinking], Work(output), block=5)
+    return Pipeline(table, [looking, thinking], Work(output), lambda index: table.row(index).texts[0], block=5)
 
 
 def run(pipeline: Pipeline) -> bytes:

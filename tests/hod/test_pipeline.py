@@ -53,7 +53,9 @@ def write_table(folder: Path, rows: int) -> ClipTable:
 
 def pipeline(table: ClipTable, folder: Path, *stages: Any, **more: Any) -> Pipeline:
     chosen = stages or (Straw("detect"), Straw("track"))
-    return Pipeline(table, chosen, Work(folder / "out" / "hod.csv"), **{"block": 3, **more})
+    return Pipeline(
+        table, chosen, Work(folder / "out" / "hod.csv"), lambda index: table.row(index).texts[0], **{"block": 3, **more}
+    )
 
 
 WHOLE = Shard()
