@@ -63,6 +63,8 @@ def main(arguments: Sequence[str]) -> int:
         summary = plan.finished(shard)
         if summary and not (args.retry and summary["failures"]):
             log.info("shard %s is finished: %s narrations; nothing to do", shard, f"{summary['narrations']:,}")
+            if summary["failures"]:
+                log.warning("%s clips failed; --retry tries them again", f"{summary['failures']:,}")
         else:
             with written(plan.work.folder / "config.yml") as file:
                 file.write(to_yaml(cfg))
@@ -119,7 +121,9 @@ def _merge(plan: Plan, shards: int | None) -> int:
     total = plan.merge(shards or known[0])
     log.info("%s: %s narrations", plan.work.output, f"{total['narrations']:,}")
     if total["failures"]:
-        log.warning("%s clips have none, %s says why", f"{total['failures']:,}", plan.work.failures)
+        log.warning(
+            "%s clips have none, %s says why; --retry tries them again", f"{total['failures']:,}", plan.work.failures
+        )
     return cli.DONE
 
 
@@ -193,7 +197,7 @@ class Teller:
             return
         self._said = now
         speed = at.done / (now - self._began)
-        ready = at.known + at.done + at.lacking
+        ready = at.known + at.done + at.lacking + at.unready
         log.info(
             "%-7s %3.0f %%  %s of %s clips, %.1f clips/s, ETA %s%s",
             at.stage, 100 * ready / max(1, at.total), f"{ready:,}", f"{at.total:,}", speed,
@@ -206,10 +210,15 @@ def _say(at: Progress) -> None:
     notes = [
         (at.known, "known already"),
         (at.failed, "failed"),
-        (at.lacking, "without the stages before"),
+        (at.failed_before, "failed before and are left alone without --retry"),
+        (at.lacking, "failed at a stage before"),
     ]
     said = "".join(f", {count:,} {what}" for count, what in notes if count)
     log.info("%-7s done: %s clips now%s", at.stage, f"{at.done:,}", said)
+    if at.unready:
+        log.warning(
+            "%s: %s clips have not been through the stages before; run those first", at.stage, f"{at.unready:,}"
+        )
 
 
 def _clock(seconds: float) -> str:

@@ -79,9 +79,13 @@ class Progress:
     done: int = 0
     """Done by this one, failures included."""
     failed: int = 0
-    """Of both."""
+    """Of those done by this run."""
+    failed_before: int = 0
+    """Of those done by an earlier one."""
     lacking: int = 0
-    """Nothing to work on: an earlier stage has failed, or was not run."""
+    """Nothing to work on: an earlier stage has failed."""
+    unready: int = 0
+    """Nothing to work on yet: an earlier stage was not run."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,8 @@ class Result:
 class Pipeline:
     """The stages over the clips of a table, in blocks of ``block`` clips, within a claimed ``work`` folder.
 
-    ``text_of`` is what was said about a clip before. ``max_bad_fraction`` is the largest tolerated share of clips at which a stage fails. ``again`` tries those anew
-    that failed in an earlier run.
+    ``text_of`` is what was said about a clip before. ``max_bad_fraction`` is the largest tolerated share of clips at
+    which a stage fails. ``again`` tries those anew that failed in an earlier run.
     """
 
     def __init__(
@@ -172,7 +176,10 @@ class Pipeline:
             before = before | {stage.name: found.value}
 
     def run(self, name: str, shard: Shard) -> Progress:
-        """Run one stage over a shard. Raises :class:`UserError` if too many clips fail."""
+        """Run one stage over a shard.
+
+        Raises :class:`UserError` if too many clips fail, or if the stages before were not run on any of them.
+        """
         number = [stage.name for stage in self.stages].index(name)
         stage, before = self.stages[number], [each.name for each in self.stages[:number]]
         at, due = Progress(name, len(self.clips(shard))), _Due(self, shard, stage, before)
@@ -187,15 +194,20 @@ class Pipeline:
                     self._complain(at, task, found.fault)
                 self._tell(at)
         self._tell(at)
+        if at.unready and at.unready == at.total:
+            raise UserError(
+                f"{name}: not one of {at.total:,} clips has been through {', '.join(before)}; run that first"
+            )
         return at
 
     def _complain(self, at: Progress, task: Task, fault: str) -> None:
         if at.failed <= _SAID:
             more = "; further ones are only counted" if at.failed == _SAID else ""
             log.warning("%s failed: %s: %s%s", at.stage, self.table.where(task.index), fault, more)
-        if at.failed > self._max_bad_fraction * max(at.known + at.done, _GRACE_CLIPS):
+        # Those of earlier runs do not count: what they died of may be mended.
+        if at.failed > self._max_bad_fraction * max(at.done, _GRACE_CLIPS):
             raise UserError(
-                f"{at.stage}: {at.failed} of {at.known + at.done} clips failed, more than max_bad_fraction="
+                f"{at.stage}: {at.failed} of {at.done} clips failed, more than max_bad_fraction="
                 f"{self._max_bad_fraction:g} allows; the last: {self.table.where(task.index)}: {fault}"
             )
 
@@ -260,13 +272,14 @@ class _Due:
                 found = block.get(self._stage.name, key)
                 if found is not None and not (found.fault and again):
                     at.known += 1
-                    at.failed += found.fault is not None
+                    at.failed_before += found.fault is not None
                     continue
-                before = {
-                    name: each for name in self._before if (each := block.get(name, keys[name])) and not each.fault
-                }
-                if len(before) < len(self._before):
+                before = {name: each for name in self._before if (each := block.get(name, keys[name]))}
+                if any(each.fault for each in before.values()):
                     at.lacking += 1
+                    continue
+                if len(before) < len(self._before):
+                    at.unready += 1
                     continue
                 self._waiting[number] += 1
                 yield Task(index, key, {name: each.value for name, each in before.items()})

@@ -118,7 +118,7 @@ class Work:
         """Put the parts of all shards into the output; how many narrations and failures it has.
 
         ``fingerprint`` is what each shard must have been made of. Raises :class:`UserError` naming what is missing, or
-        what does not fit together; the output is then as it was.
+        what does not fit together, or if there is no narration at all; the output is then as it was.
         """
         unfinished = [shard for shard in _all(shards) if (self.summary(shard) or {}).get("fingerprint") != fingerprint]
         if unfinished:
@@ -138,6 +138,11 @@ class Work:
                 )
             for name in total:
                 total[name] += said[name]
+        if not total["narrations"]:
+            raise UserError(
+                f"{self.output}: not one of {total['failures']:,} clips has a narration; {self.folder / 'parts'} says "
+                "why in the .failures.csv, and --retry tries them again"
+            )
         for path, ending, name in (
             (self.failures, ".failures.csv", "failures"),
             (self.output, ".csv", "narrations"),

@@ -81,8 +81,23 @@ def test_a_merge_before_its_time_and_stages_out_of_order(few: list[str], inside:
     assert "holds no shard that is finished" in done.stderr
     done = inside("generate_hod.py", *few, "--stage", "check")
     assert done.returncode == 2
-    assert "10 without the stages before" in done.stderr
-    assert "has not been through the stage detect; run it first" in done.stderr
+    assert "check: not one of 10 clips has been through detect, track, narrate; run that first" in done.stderr
+
+
+def test_a_wrong_root_ends_with_an_error_and_the_right_one_with_retry_mends_it(
+    few: list[str], tmp_path: Path, inside: Command
+) -> None:
+    (tmp_path / "empty").mkdir()
+    wrong = [*few, f"source.root={tmp_path}/empty"]
+    for _ in range(2):
+        done = inside("generate_hod.py", *wrong)
+        assert done.returncode == 2
+        assert "hod.csv: not one of 10 clips has a narration" in done.stderr
+        assert "--retry tries them again" in done.stderr
+        assert not (tmp_path / "hod.csv").exists()
+    assert "10 clips failed; --retry tries them again" in inside("generate_hod.py", *few).stderr
+    assert inside("generate_hod.py", *few, "--retry").returncode == 0
+    assert len(rows(tmp_path / "hod.csv")) == 10
 
 
 def test_a_dry_run_writes_nothing(few: list[str], tmp_path: Path, inside: Command) -> None:

@@ -134,6 +134,22 @@ def test_too_many_failures_stop_a_stage(tmp_path: Path) -> None:
         made.run("detect", WHOLE)
 
 
+def test_failures_of_an_earlier_run_do_not_stop_a_stage(tmp_path: Path) -> None:
+    table = write_table(tmp_path, 120)
+    with pytest.raises(UserError):
+        pipeline(table, tmp_path, Straw("detect", dict.fromkeys(range(120), "gone"))).run("detect", WHOLE)
+    at = pipeline(table, tmp_path, Straw("detect", {60: "damaged"})).run("detect", WHOLE)
+    assert (at.failed_before, at.failed, at.done) == (51, 1, 69)
+
+
+def test_a_stage_before_its_time_is_an_error_if_so_for_all_clips(table: ClipTable, tmp_path: Path) -> None:
+    made = pipeline(table, tmp_path)
+    with pytest.raises(UserError, match="track: not one of 11 clips has been through detect; run that first"):
+        made.run("track", WHOLE)
+    made.run("detect", Shard(0, 2))
+    assert made.run("track", WHOLE).unready == 5
+
+
 def test_a_stage_that_was_left_out_is_named(table: ClipTable, tmp_path: Path) -> None:
     made = pipeline(table, tmp_path)
     made.run("detect", WHOLE)
