@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
         return _merge(plan, args.shard and shard.of)
     with plan.work.claim(shard):
         summary = plan.finished(shard)
-        if summary and not (args.retry and summary["failures"]):
+        if summary and not (args.retry and (summary["failures"] or summary["makeshift"])):
             log.info("shard %s is finished: %s narrations; nothing to do", shard, f"{summary['narrations']:,}")
             if summary["failures"]:
                 log.warning("%s clips failed; --retry tries them again", f"{summary['failures']:,}")
@@ -89,7 +89,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--stage", default="all", choices=("all", *STAGES), help="run one stage only (default: all)")
     add("--shard", metavar="I/N", help="only part I of N, counted from 0")
     add("--merge", action="store_true", help="put the parts of finished shards together")
-    add("--retry", action="store_true", help="try the clips again that failed")
+    add("--retry", action="store_true", help="try the clips again that failed, or that a model left unanswered")
     add("--submit", type=int, metavar="N", help="submit N shards and a merge to Slurm, and leave")
     add("--dry_run", action="store_true", help="say what there is to do, try a few clips, and write nothing")
     return parser.parse_intermixed_args(arguments)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
+from egohod.config import UserError
 from egohod.data.source import ClipSource
+from egohod.data.table import ClipTable
 from egohod.data.video import Frames, VideoError
 from egohod.hod import camera, detect, records
 from egohod.hod.blocks import Found
 from egohod.hod.config import HodConfig
+from egohod.hod.detection_files import DetectionFiles
 from egohod.hod.facts import ClipFacts
 from egohod.hod.motion import FactsParams, facts_of
 from egohod.hod.narrate import make_narrator, make_template, narrate_checked
@@ -22,6 +27,8 @@ from egohod.hod.pipeline import Stage, Task
 from egohod.hod.settings import used
 from egohod.hod.stages import CHECK, DETECT, NARRATE, TRACK, Looking, Thinking
 from egohod.hod.tracks import TrackParams
+
+log = logging.getLogger(__name__)
 
 PROMPTS = Path(__file__).resolve().parents[2] / "configs" / "hod" / "prompts"
 # What changes how long a narrator takes, or whom it asks, but not what it is asked.
@@ -46,7 +53,7 @@ def make_stages(cfg: HodConfig, source: ClipSource, text_of: Callable[[int], str
     }
     tracks = {name: value for name, value in vars(cfg.tracks).items() if name != "camera"}
     return [
-        Looking(source, cfg.frames, _Look(cfg), detector, cfg.workers, cfg.clip_seconds),
+        Looking(source, cfg.frames, _Look(cfg, source.table), detector, cfg.workers, cfg.clip_seconds),
         Thinking(TRACK, _Tracking(cfg, source), tracks),
         Thinking(NARRATE, narrating, narrator_settings(cfg), of_text=True, group=group),
         Thinking(CHECK, narrating.check, vars(cfg.check), of_text=True, group=group),
@@ -67,7 +74,8 @@ def narrator_settings(cfg: HodConfig) -> dict[str, Any]:
 class _Look:
     """Boxes of a clip's frames, and how the camera moved between them."""
 
-    def __init__(self, cfg: HodConfig) -> None:
+    def __init__(self, cfg: HodConfig, table: ClipTable) -> None:
+        self._table = table
         self._kind, self._options = cfg.detector.kind, dict(cfg.detector.options)
         self._camera = cfg.tracks.camera
         self._detector: detect.Detector | None = None
@@ -75,6 +83,8 @@ class _Look:
     def begin(self) -> None:
         if self._kind in _SHARED and self._detector is None:
             self._detector = detect.make(self._kind, self._options)
+            assert isinstance(self._detector, DetectionFiles)
+            _require_detections(self._options["path"], self._detector.videos(), self._table)
 
     def __call__(self, frames: Frames, video_id: str) -> dict[str, Any]:
         # A clip of fewer frames shows some of them twice.
@@ -87,6 +97,22 @@ class _Look:
         shifts = camera.shifts(pictures, seconds, found) if self._camera else None
         return records.plain(
             {"seconds": seconds, "aspect": width / height, "boxes": records.boxes_to_plain(found), "shifts": shifts}
+        )
+
+
+def _require_detections(path: str, videos: set[str], table: ClipTable) -> None:
+    """Say how many videos have no detections: their clips would get their plain narrations back without a word."""
+    wanted = pd.unique(table.column("video_id"))
+    lacking = [each for each in wanted if each not in videos]
+    if len(lacking) == len(wanted):
+        raise UserError(
+            f"{path}: has detections of none of the {len(wanted):,} videos of {table.path}, such as '{lacking[0]}'; "
+            "the video_id must be the same in both"
+        )
+    if lacking:
+        log.warning(
+            "%s: %s of %s videos have no detections, such as '%s'; no hand is told of in their clips",
+            *(path, f"{len(lacking):,}", f"{len(wanted):,}", lacking[0]),
         )
 
 
@@ -122,8 +148,9 @@ class _Narrating:
 
     def __call__(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Found]]:
         requests, faults = self._requests(tasks)
-        for place, answer in self._made().narrate(list(requests.values())):
-            yield list(requests)[place], Found(records.plain(answer))
+        places = list(requests)
+        for number, answer in self._made().narrate(list(requests.values())):
+            yield places[number], Found(records.plain(answer), makeshift=answer.problem is not None)
         yield from faults
 
     def check(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Found]]:
@@ -138,7 +165,8 @@ class _Narrating:
                 reasons = "; ".join(dict.fromkeys((*checked.refusals, *checked.verdict.reasons)))
                 yield places[number], Found(None, f"nothing true to say: {reasons}")
             else:
-                yield places[number], Found(records.plain(checked) | {"text": " ".join(checked.text.split())})
+                value = records.plain(checked) | {"text": " ".join(checked.text.split())}
+                yield places[number], Found(value, makeshift=checked.unanswered)
         yield from faults
 
     def _made(self) -> Narrator:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -102,7 +103,8 @@ class Pipeline:
     """The stages over the clips of a table, in blocks of ``block`` clips, within a claimed ``work`` folder.
 
     ``text_of`` is what was said about a clip before. ``max_bad_fraction`` is the largest tolerated share of clips at
-    which a stage fails. ``again`` tries those anew that failed in an earlier run.
+    which a stage fails. ``again`` tries those anew that failed in an earlier run, or
+    have a makeshift value.
     """
 
     def __init__(
@@ -218,7 +220,7 @@ class Pipeline:
 
         Raises :class:`UserError` if a clip has neither a value nor a failure, so that a stage must be run first.
         """
-        narrations, reasons = 0, dict[str, int]()
+        narrations, makeshift, reasons = 0, 0, dict[str, int]()
         rows, ledger = self.work.part(shard, ".csv"), self.work.part(shard, ".failures.csv")
         with written(rows) as good, written(ledger) as bad:
             told, failed = (csv.writer(file, lineterminator="\n") for file in (good, bad))
@@ -229,15 +231,15 @@ class Pipeline:
                     for index in self.indices(number):
                         stage, found = self._outcome(index, block)
                         if found.fault is None:
-                            told.writerow(row(index, found.value))
+                            told.writerow(map(_flat, row(index, found.value)))
                             narrations += 1
+                            makeshift += found.makeshift
                         else:
-                            failed.writerow([*_place(self.table, index), stage, _line(found.fault)])
+                            failed.writerow(map(_flat, [*_place(self.table, index), stage, _line(found.fault)]))
                             reasons[stage] = reasons.get(stage, 0) + 1
         failures = sum(reasons.values())
-        self.work.finish(
-            shard, {"fingerprint": fingerprint, "narrations": narrations, "failures": failures, "by_stage": reasons}
-        )
+        counts = {"narrations": narrations, "failures": failures, "makeshift": makeshift, "by_stage": reasons}
+        self.work.finish(shard, {"fingerprint": fingerprint} | counts)
         return Result(narrations, failures, reasons)
 
     def _outcome(self, index: int, block: Block) -> tuple[str, Found]:
@@ -264,13 +266,13 @@ class _Due:
     def tasks(self, at: Progress, again: bool) -> Iterator[Task]:
         pipeline = self._pipeline
         for number in self._shard.blocks(len(pipeline.table), pipeline._block):
-            block = Block(pipeline.work.block(number), write=True)
+            block = Block(pipeline.work.block(number))
             self._blocks[number], self._waiting[number] = block, 1
             for index in pipeline.indices(number):
                 keys = pipeline.keys(index)
                 key = keys[self._stage.name]
                 found = block.get(self._stage.name, key)
-                if found is not None and not (found.fault and again):
+                if found is not None and not (again and (found.fault or found.makeshift)):
                     at.known += 1
                     at.failed_before += found.fault is not None
                     continue
@@ -315,6 +317,11 @@ def uid_of(table: ClipTable, index: int, row: ClipRow) -> str:
 def number(seconds: float) -> str:
     """Seconds as they are written to a table: to the microsecond."""
     return f"{seconds:.6f}".rstrip("0").rstrip(".")
+
+
+def _flat(cell: str) -> str:
+    """Without line breaks: each row is a line, which readers of tables split at and a merge counts."""
+    return re.sub(r"[\r\n]+", " ", cell)
 
 
 def _line(text: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -53,6 +54,22 @@ def test_a_run_its_stages_its_shards_and_a_second_run(few: list[str], tmp_path: 
         assert not (tmp_path / "parted.csv").exists()
     assert inside("generate_hod.py", *parted, "--merge").returncode == 0
     assert (tmp_path / "parted.csv").read_bytes() == whole
+
+
+def test_videos_without_detections_are_said(demo_world: Path, tmp_path: Path, inside: Command) -> None:
+    lines = (demo_world / "train" / "narrations.csv").read_text().splitlines()
+    second = [line for line in lines if line.startswith("demo_train_0001")]
+    few = command(demo_world, tmp_path, [*lines[:3], *second[:3]])
+    boxes = pd.read_parquet(demo_world / "train" / "detections.parquet")
+    boxes.query("video_id == 'demo_train_0000'").to_parquet(tmp_path / "half.parquet")
+    done = inside("generate_hod.py", *few, f"detector.options.path={tmp_path}/half.parquet")
+    assert done.returncode == 0
+    assert "half.parquet: 1 of 2 videos have no detections, such as 'demo_train_0001'" in done.stderr
+    assert re.search(r" W 3 of 5 narrations name no hand", done.stderr)
+    boxes.assign(video_id="other").to_parquet(tmp_path / "other.parquet")
+    done = inside("generate_hod.py", *few, f"detector.options.path={tmp_path}/other.parquet")
+    assert done.returncode == 2
+    assert "other.parquet: has detections of none of the 2 videos" in done.stderr
 
 
 def test_what_is_read_and_which_narration_is_chosen_are_part_of_what_is_remembered(
@@ -121,6 +138,7 @@ def test_a_dry_run_writes_nothing(few: list[str], tmp_path: Path, inside: Comman
         (["detector.options.path=/nowhere"], "/nowhere: no such file or folder of detections"),
         (["detector.options.jiter=1"], "jiter"),
         (["output=/proc/hod.csv"], "/proc"),
+        (["output=/tmp"], "output is '/tmp', which is a folder"),
         (["keep=[noun, nouns]"], "no column 'nouns' to keep"),
     ],
 )
