@@ -19,7 +19,7 @@ from egohod.hod import camera, detect, records
 from egohod.hod.blocks import Found
 from egohod.hod.config import HodConfig
 from egohod.hod.detection_files import DetectionFiles
-from egohod.hod.facts import ClipFacts
+from egohod.hod.facts import ClipFacts, without_rare
 from egohod.hod.motion import FactsParams, facts_of
 from egohod.hod.narrate import make_narrator, make_template, narrate_checked
 from egohod.hod.narrator import Narration, Narrator, Request
@@ -64,6 +64,7 @@ def narrator_settings(cfg: HodConfig) -> dict[str, Any]:
     """All that a narrator's words depend on; the text of its prompt stands for the file."""
     narrator = cfg.narrator
     kept = {name: value for name, value in used(narrator).items() if name not in _ROUTE}
+    kept["min_seen"] = cfg.check.min_seen
     if narrator.kind == "template":
         return kept
     prompt = Path(narrator.prompt or PROMPTS / f"{narrator.kind}.jinja")
@@ -179,7 +180,7 @@ class _Narrating:
         requests, faults = dict[int, Request](), list[tuple[int, Found]]()
         for place, task in enumerate(tasks):
             try:
-                facts = records.read(ClipFacts, task.before[TRACK])
+                facts = without_rare(records.read(ClipFacts, task.before[TRACK]), self._cfg.check.min_seen)
                 requests[place] = Request(self._text_of(task.index), facts, task.index, self._frames(task.index))
             except VideoError as error:
                 faults.append((place, Found(None, str(error))))
