@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import logging
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -134,19 +135,23 @@ def _dry_run(cfg: HodConfig, plan: Plan, shard: Shard) -> int:
     known = pipeline.count_known(shard)
     for stage in STAGES:
         log.info("  %-8s %s to do", stage, f"{len(clips) - known[stage]:,}")
-    spent = dict.fromkeys(STAGES, 0.0)
+    spent: dict[str, list[float]] = {stage: [] for stage in STAGES}
     for index in clips[:: max(1, len(clips) // TRIED)][:TRIED]:
         log.info("%s: %s", pipeline.table.where(index), " / ".join(pipeline.table.row(index).texts))
         for stage, found, seconds in pipeline.try_out(index):
-            spent[stage] += seconds
+            spent[stage].append(seconds)
             if found.fault:
                 log.warning("  %s: %s", stage, found.fault)
         if not found.fault:
             log.info("  -> %s", found.value["text"])
-    tried = min(TRIED, len(clips)) or 1
-    left = sum(spent[stage] / tried * (len(clips) - known[stage]) for stage in STAGES)
+    left = sum(_usual(spent[stage]) * (len(clips) - known[stage]) for stage in STAGES)
     log.info("about %s with one process; would write %s", _clock(left), plan.work.output)
     return cli.DONE
+
+
+def _usual(spent: Sequence[float]) -> float:
+    """Seconds a clip. The first one waits for models to load too, which no other does."""
+    return statistics.mean(spent[1:] or spent or [0.0])
 
 
 def _submit(cfg: HodConfig, plan: Plan, args: argparse.Namespace) -> int:
@@ -154,20 +159,30 @@ def _submit(cfg: HodConfig, plan: Plan, args: argparse.Namespace) -> int:
     if args.submit < 1:
         raise UserError(f"--submit must be at least 1, not {args.submit}")
     import submitit
+    from submitit.core.utils import FailedJobError
     from submitit.helpers import CommandFunction
 
-    executor = submitit.AutoExecutor(folder=plan.work.folder / "slurm", cluster="slurm")
+    try:
+        executor = submitit.AutoExecutor(folder=plan.work.folder / "slurm", cluster="slurm")
+    except RuntimeError as error:
+        raise UserError(f"--submit: there is no Slurm here: {error}") from error
     executor.update_parameters(name="generate_hod", cpus_per_task=max(1, cfg.workers), **_slurm(cfg))
     settings = plan.work.folder / "slurm" / "config.yml"
     with written(settings) as file:
         file.write(to_yaml(cfg))
     command = [sys.executable, str(Path(__file__).resolve()), "--config_file", str(settings.resolve())]
+    asked = ["--stage", args.stage, *(["--retry"] if args.retry else [])]
     shards = [str(Shard(number, args.submit)) for number in range(args.submit)]
-    jobs = executor.map_array(lambda shard: CommandFunction([*command, "--shard", shard])(), shards)
-    array = jobs[0].job_id.partition("_")[0]
-    executor.update_parameters(cpus_per_task=1, slurm_additional_parameters={"dependency": f"afterok:{array}"})
-    last = executor.submit(CommandFunction([*command, "--merge", "--shard", shards[0]]))
-    log.info("submitted %d shards as job %s and the merge as job %s", args.submit, array, last.job_id)
+    try:
+        jobs = executor.map_array(lambda shard: CommandFunction([*command, *asked, "--shard", shard])(), shards)
+        array = jobs[0].job_id.partition("_")[0]
+        log.info("submitted %d shards as job %s", args.submit, array)
+        if args.stage in ("all", STAGES[-1]):
+            executor.update_parameters(cpus_per_task=1, slurm_additional_parameters={"dependency": f"afterok:{array}"})
+            last = executor.submit(CommandFunction([*command, "--merge", "--shard", shards[0]]))
+            log.info("submitted the merge as job %s", last.job_id)
+    except FailedJobError as error:
+        raise UserError(f"--submit: Slurm does not take the jobs: {' '.join(str(error).split())}") from error
     return cli.DONE
 
 
@@ -186,17 +201,20 @@ class Teller:
     """A line every few seconds, with the time left."""
 
     def __init__(self) -> None:
-        self._stage, self._began, self._said = "", 0.0, 0.0
+        self._stage, self._began, self._said, self._first = "", 0.0, 0.0, 0
 
     def __call__(self, at: Progress) -> None:
         """Say how far a stage is, if it is time to."""
         now = time.monotonic()
         if at.stage != self._stage:
-            self._stage, self._began, self._said = at.stage, now, now
+            self._stage, self._said, self._first = at.stage, now, 0
+        if not self._first:
+            # Models load before the first clip is done, and never again.
+            self._began, self._first = now, at.done
         if now - self._said < SAY_EVERY:
             return
         self._said = now
-        speed = at.done / (now - self._began)
+        speed = (at.done - self._first) / max(now - self._began, 1e-9)
         ready = at.known + at.done + at.lacking + at.unready
         log.info(
             "%-7s %3.0f %%  %s of %s clips, %.1f clips/s, ETA %s%s",

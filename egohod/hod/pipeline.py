@@ -156,6 +156,15 @@ class Pipeline:
             found = {name: block.get(name, key) for name, key in self.keys(index).items()}
         return {name: each for name, each in found.items() if each is not None}
 
+    def begun(self, number: int) -> set[int]:
+        """The clips of a block that a stage has been through."""
+        with Block(self.work.block(number)) as block:
+            return {
+                index
+                for index in self.indices(number)
+                if any(block.get(name, key) for name, key in self.keys(index).items())
+            }
+
     def count_known(self, shard: Shard) -> dict[str, int]:
         """Clips of a shard that each stage has been through."""
         counts = dict.fromkeys(self._settings, 0)

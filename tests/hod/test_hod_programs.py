@@ -228,19 +228,37 @@ def test_shards_are_submitted_as_an_array_and_a_merge_that_waits_for_it(
     done = inside("generate_hod.py", *few, "--submit", "3", "slurm.at_once=2", "slurm.partition=short")
     assert done.returncode == 0, done.stderr
     assert "submitted 3 shards as job 12" in done.stderr
+    assert "submitted the merge as job 12" in done.stderr
     sent = (tmp_path / "sent").read_text()
     assert "#SBATCH --array=0-2%2" in sent
     assert sent.count("#SBATCH --partition=short") == 2
     assert sent.count("--dependency=afterok:12") == 1
+    (tmp_path / "sent").unlink()
+    done = inside("generate_hod.py", *few, "--submit", "2", "--stage", "detect", "--retry")
+    assert (done.returncode, "merge" in done.stderr) == (0, False)
+    sent = [path.read_bytes() for path in (tmp_path / "hod.csv.work" / "slurm").glob("*.pkl")]
+    assert sum(b"--retry" in each and b"detect" in each for each in sent) == 2
     assert inside("generate_hod.py", *few, "--submit", "0").returncode == 2
+    (tools / "sbatch").write_text("#!/bin/sh\necho no such cluster >&2; exit 1\n")
+    done = inside("generate_hod.py", *few, "--submit", "2")
+    assert done.returncode == 2
+    assert "error: --submit: Slurm does not take the jobs: " in done.stderr
+    assert "no such cluster" in done.stderr
 
 
 def test_pictures_and_films(few: list[str], tmp_path: Path, inside: Command) -> None:
     assert inside("visualize_hod.py", *few).returncode == 2
     done = inside("visualize_hod.py", *few, "--page", tmp_path / "page.html")
     assert "no clip has been through a stage" in done.stderr
+    for option, said in (
+        (("--sheet", "x.xyz"), "--sheet is 'x.xyz'"),
+        (("--film", "x"), "--film is 'x', but must end"),
+    ):
+        done = inside("visualize_hod.py", *few, *option)
+        assert done.returncode == 2
+        assert said in done.stderr
     assert inside("generate_hod.py", *few).returncode == 0
-    sheet, film = tmp_path / "sheet.png", tmp_path / "film.mp4"
+    sheet, film = tmp_path / "sheet.png", tmp_path / "deep" / "er" / "film.mp4"
     done = inside("visualize_hod.py", *few, "--sheet", sheet, "--film", film, "--clips", "2,5")
     assert done.returncode == 0, done.stderr
     assert Image.open(sheet).height > 480
