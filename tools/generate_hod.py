@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import logging
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -61,8 +62,10 @@ def main(arguments: Sequence[str]) -> int:
         return _merge(plan, args.shard and shard.of)
     with plan.work.claim(shard):
         summary = plan.finished(shard)
-        if summary and not (args.retry and summary["failures"]):
+        if summary and not (args.retry and (summary["failures"] or summary["makeshift"])):
             log.info("shard %s is finished: %s narrations; nothing to do", shard, f"{summary['narrations']:,}")
+            if summary["failures"]:
+                log.warning("%s clips failed; --retry tries them again", f"{summary['failures']:,}")
         else:
             with written(plan.work.folder / "config.yml") as file:
                 file.write(to_yaml(cfg))
@@ -87,7 +90,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--stage", default="all", choices=("all", *STAGES), help="run one stage only (default: all)")
     add("--shard", metavar="I/N", help="only part I of N, counted from 0")
     add("--merge", action="store_true", help="put the parts of finished shards together")
-    add("--retry", action="store_true", help="try the clips again that failed")
+    add("--retry", action="store_true", help="try the clips again that failed, or that a model left unanswered")
     add("--submit", type=int, metavar="N", help="submit N shards and a merge to Slurm, and leave")
     add("--dry_run", action="store_true", help="say what there is to do, try a few clips, and write nothing")
     return parser.parse_intermixed_args(arguments)
@@ -119,7 +122,9 @@ def _merge(plan: Plan, shards: int | None) -> int:
     total = plan.merge(shards or known[0])
     log.info("%s: %s narrations", plan.work.output, f"{total['narrations']:,}")
     if total["failures"]:
-        log.warning("%s clips have none, %s says why", f"{total['failures']:,}", plan.work.failures)
+        log.warning(
+            "%s clips have none, %s says why; --retry tries them again", f"{total['failures']:,}", plan.work.failures
+        )
     return cli.DONE
 
 
@@ -130,19 +135,23 @@ def _dry_run(cfg: HodConfig, plan: Plan, shard: Shard) -> int:
     known = pipeline.count_known(shard)
     for stage in STAGES:
         log.info("  %-8s %s to do", stage, f"{len(clips) - known[stage]:,}")
-    spent = dict.fromkeys(STAGES, 0.0)
+    spent: dict[str, list[float]] = {stage: [] for stage in STAGES}
     for index in clips[:: max(1, len(clips) // TRIED)][:TRIED]:
         log.info("%s: %s", pipeline.table.where(index), " / ".join(pipeline.table.row(index).texts))
         for stage, found, seconds in pipeline.try_out(index):
-            spent[stage] += seconds
+            spent[stage].append(seconds)
             if found.fault:
                 log.warning("  %s: %s", stage, found.fault)
         if not found.fault:
             log.info("  -> %s", found.value["text"])
-    tried = min(TRIED, len(clips)) or 1
-    left = sum(spent[stage] / tried * (len(clips) - known[stage]) for stage in STAGES)
+    left = sum(_usual(spent[stage]) * (len(clips) - known[stage]) for stage in STAGES)
     log.info("about %s with one process; would write %s", _clock(left), plan.work.output)
     return cli.DONE
+
+
+def _usual(spent: Sequence[float]) -> float:
+    """Seconds a clip. The first one waits for models to load too, which no other does."""
+    return statistics.mean(spent[1:] or spent or [0.0])
 
 
 def _submit(cfg: HodConfig, plan: Plan, args: argparse.Namespace) -> int:
@@ -150,20 +159,30 @@ def _submit(cfg: HodConfig, plan: Plan, args: argparse.Namespace) -> int:
     if args.submit < 1:
         raise UserError(f"--submit must be at least 1, not {args.submit}")
     import submitit
+    from submitit.core.utils import FailedJobError
     from submitit.helpers import CommandFunction
 
-    executor = submitit.AutoExecutor(folder=plan.work.folder / "slurm", cluster="slurm")
+    try:
+        executor = submitit.AutoExecutor(folder=plan.work.folder / "slurm", cluster="slurm")
+    except RuntimeError as error:
+        raise UserError(f"--submit: there is no Slurm here: {error}") from error
     executor.update_parameters(name="generate_hod", cpus_per_task=max(1, cfg.workers), **_slurm(cfg))
     settings = plan.work.folder / "slurm" / "config.yml"
     with written(settings) as file:
         file.write(to_yaml(cfg))
     command = [sys.executable, str(Path(__file__).resolve()), "--config_file", str(settings.resolve())]
+    asked = ["--stage", args.stage, *(["--retry"] if args.retry else [])]
     shards = [str(Shard(number, args.submit)) for number in range(args.submit)]
-    jobs = executor.map_array(lambda shard: CommandFunction([*command, "--shard", shard])(), shards)
-    array = jobs[0].job_id.partition("_")[0]
-    executor.update_parameters(cpus_per_task=1, slurm_additional_parameters={"dependency": f"afterok:{array}"})
-    last = executor.submit(CommandFunction([*command, "--merge", "--shard", shards[0]]))
-    log.info("submitted %d shards as job %s and the merge as job %s", args.submit, array, last.job_id)
+    try:
+        jobs = executor.map_array(lambda shard: CommandFunction([*command, *asked, "--shard", shard])(), shards)
+        array = jobs[0].job_id.partition("_")[0]
+        log.info("submitted %d shards as job %s", args.submit, array)
+        if args.stage in ("all", STAGES[-1]):
+            executor.update_parameters(cpus_per_task=1, slurm_additional_parameters={"dependency": f"afterok:{array}"})
+            last = executor.submit(CommandFunction([*command, "--merge", "--shard", shards[0]]))
+            log.info("submitted the merge as job %s", last.job_id)
+    except FailedJobError as error:
+        raise UserError(f"--submit: Slurm does not take the jobs: {' '.join(str(error).split())}") from error
     return cli.DONE
 
 
@@ -182,18 +201,21 @@ class Teller:
     """A line every few seconds, with the time left."""
 
     def __init__(self) -> None:
-        self._stage, self._began, self._said = "", 0.0, 0.0
+        self._stage, self._began, self._said, self._first = "", 0.0, 0.0, 0
 
     def __call__(self, at: Progress) -> None:
         """Say how far a stage is, if it is time to."""
         now = time.monotonic()
         if at.stage != self._stage:
-            self._stage, self._began, self._said = at.stage, now, now
+            self._stage, self._said, self._first = at.stage, now, 0
+        if not self._first:
+            # Models load before the first clip is done, and never again.
+            self._began, self._first = now, at.done
         if now - self._said < SAY_EVERY:
             return
         self._said = now
-        speed = at.done / (now - self._began)
-        ready = at.known + at.done + at.lacking
+        speed = (at.done - self._first) / max(now - self._began, 1e-9)
+        ready = at.known + at.done + at.lacking + at.unready
         log.info(
             "%-7s %3.0f %%  %s of %s clips, %.1f clips/s, ETA %s%s",
             at.stage, 100 * ready / max(1, at.total), f"{ready:,}", f"{at.total:,}", speed,
@@ -206,10 +228,15 @@ def _say(at: Progress) -> None:
     notes = [
         (at.known, "known already"),
         (at.failed, "failed"),
-        (at.lacking, "without the stages before"),
+        (at.failed_before, "failed before and are left alone without --retry"),
+        (at.lacking, "failed at a stage before"),
     ]
     said = "".join(f", {count:,} {what}" for count, what in notes if count)
     log.info("%-7s done: %s clips now%s", at.stage, f"{at.done:,}", said)
+    if at.unready:
+        log.warning(
+            "%s: %s clips have not been through the stages before; run those first", at.stage, f"{at.unready:,}"
+        )
 
 
 def _clock(seconds: float) -> str:

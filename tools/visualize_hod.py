@@ -13,6 +13,7 @@ are drawn at random by --seed.
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import av
 import numpy as np
+from PIL import Image
 
 from egohod import cli
 from egohod.config import UserError
@@ -38,11 +40,14 @@ from egohod.hod.setup import Plan, build
 
 log = logging.getLogger("visualize_hod")
 
+_FILMS = (".mp4", ".mkv", ".mov")
+
 
 def main(arguments: Sequence[str]) -> int:
     args = _parse(arguments)
     if not (args.sheet or args.film or args.page):
         raise UserError("nothing to draw: give --page, --sheet or --film")
+    _require_places(args)
     named = {"source.metadata": args.metadata, "source.root": args.root, "output": args.output}
     knobs = [f"{name}={value}" for name, value in named.items() if value is not None]
     cfg = config.load(args.config_file, [*knobs, *args.overrides])
@@ -82,6 +87,24 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
+def _require_places(args: argparse.Namespace) -> None:
+    """Make the folders, and find out now what would else be said after all the work."""
+    pictures = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.SAVE}
+    for name, path, endings in (
+        ("sheet", args.sheet, pictures),
+        ("film", args.film, _FILMS),
+        ("page", args.page, None),
+    ):
+        if path is None:
+            continue
+        if endings is not None and path.suffix.lower() not in endings:
+            raise UserError(f"--{name} is '{path}', but must end in one of {', '.join(sorted(endings))}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--{name}: {path.parent} cannot be made: {error.strerror or error}") from error
+
+
 def _chosen(plan: Plan, args: argparse.Namespace) -> list[int]:
     """Clips by their place in the table, those that went through the detection."""
     table = plan.pipeline.table
@@ -94,7 +117,8 @@ def _chosen(plan: Plan, args: argparse.Namespace) -> list[int]:
     if args.number < 1:
         raise UserError(f"--number must be at least 1, not {args.number}")
     order = np.random.default_rng(args.seed).permutation(len(table)).tolist()
-    known = (index for index in order if plan.pipeline.known(index))
+    begun = functools.cache(plan.pipeline.begun)  # a block is read once, not for each of its clips
+    known = (index for index in order if index in begun(index // plan.cfg.block))
     chosen = [index for index, _ in zip(known, range(args.number), strict=False)]
     if not chosen:
         raise UserError(f"{plan.work.folder}: no clip has been through a stage with these settings")

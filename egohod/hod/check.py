@@ -21,16 +21,23 @@ from egohod.hod.settings import CheckSettings
 NAMES = ("length", "prompt", "language", "side", "verb", "object", "hand", "direction", "times", "contact")
 """What reasons begin with, followed by a colon and the words at fault."""
 
-# Said by models about their task, never of a clip.
+# Orders to a model, whoever gives them.
+_ORDER = re.compile(
+    r"\b(?:ignore|disregard|forget)\b.{0,30}\b(?:above|previous|instructions?|prompt|rules)\b"
+    r"|\b(?:system|user) prompt\b",
+    re.IGNORECASE,
+)
+# Said by models about their task; of a clip only if the narration has it, as in "reads the instructions".
 _TALK = re.compile(
     r"\bas an ai\b|\bi(?:'m| am) sorry\b|\bi can(?:'t|not)\b|\bhere (?:is|are)\b|\bsure[,!]|\bcertainly\b"
-    r"|\b(?:caption|narration|output|answer|rewritten|facts?|clip \d+) ?:|\b(?:ignore|disregard|forget)\b.{0,30}"
-    r"\b(?:above|previous|instructions?|prompt|rules)\b|\b(?:system|user) prompt\b|\binstructions?\b|\bjson\b"
+    r"|\b(?:caption|narration|output|answer|rewritten|facts?|clip \d+) ?:|\binstructions?\b|\bjson\b"
     r"|https?://|```|[{}<>\[\]]",
     re.IGNORECASE,
 )
 _WITH = re.compile(r"\b(?:with|using|uses?|by) (?:the |his |her |their |your |my )?(left|right) hand\b")
 _ECHO_WORDS = 6
+# A source of so few words tells no language: "open tupperware" is English.
+_SHORT = 2
 # Of the source's verbs and things, the least share that a caption names
 _KEPT = 0.6
 # Of more verbs or things than this one may go missing
@@ -75,12 +82,17 @@ def check(caption: str, source: str, facts: ClipFacts | None, settings: CheckSet
 
 def is_english(text: str, least: float) -> bool:
     """Whether at least this share of a text's words are English; names and numbers aside."""
-    found = re.findall(r"[^\W\d_]{2,}", re.sub(r"^#\s*\w+|#\w+", " ", text))
+    found = _spelled(text)
     if not found:
         return False
     if sum(word.isascii() for word in found) < least * len(found):
         return False
     return simplemma.in_target_language(" ".join(found), lang="en") >= least
+
+
+def _spelled(text: str) -> list[str]:
+    """Words of two letters and more, those of marks such as #C aside."""
+    return re.findall(r"[^\W\d_]{2,}", re.sub(r"^#\s*\w+|#\w+", " ", text))
 
 
 def compare_words(caption: str, source: str, facts: ClipFacts | None, thing: str) -> tuple[list[str], float]:
@@ -131,15 +143,25 @@ def _form(caption: str, source: str, settings: CheckSettings, prompt: str) -> li
     said = re.findall(r"[\w'-]+", caption)
     if not settings.min_words <= len(said) <= settings.max_words:
         return [f"length: {len(said)} words, not {settings.min_words} to {settings.max_words}"]
-    talk = _TALK.search(caption)
+    talk = [each.group() for each in _ORDER.finditer(caption)]
+    talk += [each.group() for each in _TALK.finditer(caption) if each.group().lower() not in source.lower()]
     if talk:
-        return [f"prompt: {talk.group()!r}"]
+        return [f"prompt: {talk[0]!r}"]
     repeated = (_runs(caption) & _runs(prompt)) - _runs(source)
     if repeated:
         return [f"prompt: {' '.join(min(repeated))!r}"]
-    if settings.language and not is_english(caption, settings.language):
-        return ["language: not English"]
+    if settings.language:
+        if not is_english(caption, settings.language):
+            return ["language: not English"]
+        if _copies(caption, source) and not is_english(source, settings.language):
+            return ["language: the narration's own words, which are not English"]
     return []
+
+
+def _copies(caption: str, source: str) -> bool:
+    """Whether a caption has most of the source's words; hung on with English ones, they would pass as English."""
+    own = set(_spelled(source))
+    return len(own) > _SHORT and len(own & set(_spelled(caption))) > len(own) / 2
 
 
 def _runs(text: str) -> set[tuple[str, ...]]:

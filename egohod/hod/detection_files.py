@@ -10,8 +10,8 @@ import pandas as pd
 import pyarrow as pa
 
 from egohod.data import detections, epic_protobuf
-from egohod.data.detections import EDGES, NEAREST_SECONDS, SCHEMA
-from egohod.hod.detect import DetectorError
+from egohod.data.detections import EDGES, NEAREST_SECONDS, SCHEMA, DetectionError
+from egohod.hod.detect import DetectorError, Undetectable
 
 EPIC_ENDINGS = (".pkl", ".pickle")
 
@@ -39,14 +39,22 @@ class DetectionFiles:
         else:
             self._videos = _by_video(detections.read(path))
 
+    def videos(self) -> set[str]:
+        """Those of which there are detections."""
+        return {*self._epic, *self._videos}
+
     def detect(
         self, video_id: str, frame_numbers: np.ndarray, seconds: np.ndarray, pictures: np.ndarray | None = None
     ) -> pa.Table:
-        """See :class:`~egohod.hod.detect.Detector`. Raises :class:`~egohod.data.detections.DetectionError`."""
+        """See :class:`~egohod.hod.detect.Detector`. Raises :class:`Undetectable` for a video whose file is damaged."""
         if video_id in self._epic and video_id not in self._videos:
             fps = self._fps or float((frame_numbers[-1] + 0.5) / seconds[-1])
+            try:
+                found = epic_protobuf.read(self._epic[video_id], fps)
+            except DetectionError as error:
+                raise Undetectable(str(error)) from error
             # Clips come video by video: the last one is enough.
-            self._videos = {video_id: _sorted(epic_protobuf.read(self._epic[video_id], fps).to_pandas())}
+            self._videos = {video_id: _sorted(found.to_pandas())}
         rows = self._videos.get(video_id)
         if rows is None or not len(seconds):
             return SCHEMA.empty_table()

@@ -6,18 +6,21 @@ The key is read from the environment, sent in the one header it belongs in and c
 from __future__ import annotations
 
 import email.utils
+import http.client
 import json
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import requests
+from requests.adapters import HTTPAdapter
+from urllib3.exceptions import NewConnectionError
 
 from egohod.hod.narrator import EndpointDown, NarratorError
 from egohod.hod.settings import NarratorSettings
@@ -25,7 +28,7 @@ from egohod.hod.settings import NarratorSettings
 log = logging.getLogger(__name__)
 
 _BUSY = (408, 409, 425, 429, 500, 502, 503, 504, 529)
-_AWAY = (429, 502, 503, 504, 529)
+_AWAY = (429, 503, 529)
 _REFUSED = (401, 403, 404, 405)
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0
 _MOST_BYTES = 4_000_000
@@ -74,7 +77,8 @@ class Endpoint:
         self._stop = threading.Event()
         self._sleep = sleep or self._wait
         self._chance = chance
-        self._local = threading.local()
+        self._session = requests.Session()
+        self._session.mount(f"{parts.scheme}://", HTTPAdapter(pool_maxsize=settings.concurrency))
         self._worked = time.monotonic()
         self._proven, self._failed = False, 0
 
@@ -88,35 +92,47 @@ class Endpoint:
         self._worked = time.monotonic()
         todo, running = iter(enumerate(bodies)), dict[Future[Answer], int]()
         fault: BaseException | None = None
-        with ThreadPoolExecutor(self._settings.concurrency, thread_name_prefix="narrator") as pool:
-            try:
-                while True:
-                    while fault is None and len(running) < self._settings.concurrency:
-                        nextup = next(todo, None)
-                        if nextup is None:
-                            break
-                        running[pool.submit(self.ask, nextup[1])] = nextup[0]
-                    if not running:
+        try:
+            while True:
+                while fault is None and len(running) < self._settings.concurrency:
+                    nextup = next(todo, None)
+                    if nextup is None:
                         break
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        number = running.pop(future)
-                        try:
-                            answer = future.result()
-                            self._proven = True
-                            yield number, answer
-                        except Unanswerable as error:
-                            self._failed += 1
-                            if not self._proven and self._failed >= _HOPELESS:
-                                fault = fault or NarratorError(f"{self.shown}: no request has worked; {error}")
-                                self._stop.set()
-                            yield number, error
-                        except NarratorError as error:
-                            fault = fault or error
-                            self._stop.set()  # nobody waits for what will not come
-            finally:
-                self._stop.set()
+                    running[self._begin(nextup[1])] = nextup[0]
+                if not running:
+                    break
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    number = running.pop(future)
+                    try:
+                        answer = future.result()
+                        self._proven = True
+                        yield number, answer
+                    except Unanswerable as error:
+                        self._failed += 1
+                        if not self._proven and self._failed >= _HOPELESS:
+                            fault = fault or NarratorError(f"{self.shown}: no request has worked; {error}")
+                            self._stop.set()
+                        yield number, error
+                    except NarratorError as error:
+                        fault = fault or error
+                        self._stop.set()  # nobody waits for what will not come
+        finally:
+            self._stop.set()
         if fault is not None:
             raise fault
+
+    def _begin(self, body: dict[str, Any]) -> Future[Answer]:
+        """Ask in a thread that does not keep the program from ending: an answer may be minutes away."""
+        future = Future[Answer]()
+
+        def work() -> None:
+            try:
+                future.set_result(self.ask(body))
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=work, name="narrator", daemon=True).start()
+        return future
 
     def ask(self, body: dict[str, Any]) -> Answer:
         """One request with its retries. Raises as :meth:`ask_all`, and :class:`Unanswerable` for this one alone."""
@@ -137,8 +153,8 @@ class Endpoint:
                     raise Unanswerable(said)
                 pause, away = _retry_after(headers.get("Retry-After")), status in _AWAY
             except requests.RequestException as error:
-                away = isinstance(error, requests.ConnectionError)
-                said = self._clean(f"{type(error).__name__}: {error}")
+                away = _unreached(error)
+                said = self._clean(_why(error))
             except _Malformed as error:
                 said = str(error)
                 self._worked = time.monotonic()
@@ -148,7 +164,8 @@ class Endpoint:
                     "is kept, the same command goes on from there"
                 )
             tries += 1
-            # A server that is away or asks for patience is no fault of this request: only time ends that.
+            # A server that is away or asks for patience is no fault of this request: only time ends that. A connection
+            # that breaks off may well be: a prompt can be what a server crashes at, or never gets done with.
             if tries > self._settings.retries and not away:
                 raise Unanswerable(f"{said} ({tries} tries)")
             backoff = min(_FIRST_WAIT * 2 ** (tries - 1), _LONGEST_WAIT) * (0.5 + self._chance())
@@ -159,10 +176,7 @@ class Endpoint:
     def _post(self, body: dict[str, Any]) -> tuple[int, Any, bytes]:
         """Status, headers and body, all within the time-out."""
         until = time.monotonic() + self._settings.timeout_seconds
-        session = getattr(self._local, "session", None)
-        if session is None:
-            session = self._local.session = requests.Session()
-        with session.post(
+        with self._session.post(
             self._url,
             json=body,
             auth=self._sign,
@@ -213,6 +227,26 @@ class Endpoint:
 
 class _Malformed(Exception):
     """An answer that is none; another try may do better."""
+
+
+def _unreached(error: requests.RequestException) -> bool:
+    """Whether there was no connection at all."""
+    reason = getattr(error.args[0], "reason", None) if error.args else None
+    return isinstance(error, requests.ConnectTimeout) or isinstance(reason, NewConnectionError)
+
+
+def _why(error: BaseException) -> str:
+    """What the system said, without the libraries' wrapping."""
+    if isinstance(error, requests.Timeout):
+        return "no connection in time" if isinstance(error, requests.ConnectTimeout) else "no answer in time"
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, http.client.RemoteDisconnected):
+            return "the connection broke off"
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror[0].lower() + cause.strerror[1:]
+        cause = cause.__cause__ or cause.__context__
+    return f"{type(error).__name__}: {error}"
 
 
 def _retry_after(value: str | None) -> float | None:

@@ -6,7 +6,7 @@ seconds from the clip's start; speeds are picture widths a second. Sides are the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -88,3 +88,11 @@ class ClipFacts:
     """Side of the hand that does the action: the one that touches the active object, else the one that moves most."""
     hands_together: str | None
     """Relation of the two hands where both are seen: ``apart``, ``together``, ``closing`` or ``parting``."""
+
+
+def without_rare(facts: ClipFacts, min_seen: float) -> ClipFacts:
+    """The facts without hands that were found in a smaller share of the frames: of those nothing may be said."""
+    hands = {side: hand for side, hand in facts.hands.items() if hand.seen >= min_seen}
+    if len(hands) == len(facts.hands):
+        return facts
+    return replace(facts, hands=hands, acting=facts.acting if facts.acting in hands else None, hands_together=None)

@@ -30,6 +30,8 @@ class Checked:
     """Reasons for which its captions were refused, if it was asked twice or replaced."""
     prompt_tokens: int
     completion_tokens: int
+    unanswered: bool
+    """Whether the narrator had no usable answer, at least once: asked another day it may have one."""
 
 
 def narrate_checked(
@@ -53,9 +55,12 @@ def narrate_checked(
     spent = dict.fromkeys(range(len(requests)), (0, 0))
     attempts = dict.fromkeys(spent, 0)
     refusals: dict[int, tuple[str, ...]] = dict.fromkeys(spent, ())
+    unanswered = set[int]()
 
     def settle(number: int, text: str | None, who: str, verdict: Verdict) -> tuple[int, Checked]:
-        return number, Checked(text, who, verdict, attempts[number], refusals[number], *spent[number])
+        return number, Checked(
+            text, who, verdict, attempts[number], refusals[number], *spent[number], number in unanswered
+        )
 
     open_, asked = list(requests), list(spent)
     rounds = 2 if settings.ask_again and narrator.name != "template" else 1
@@ -66,6 +71,8 @@ def narrate_checked(
             before = spent[number]
             spent[number] = (before[0] + answer.prompt_tokens, before[1] + answer.completion_tokens)
             attempts[number] += 1
+            if answer.problem is not None:
+                unanswered.add(number)
             verdict = judged(requests[number], answer.text, answer.problem)
             if verdict.passed:
                 yield settle(number, answer.text, answer.narrator, verdict)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
+from egohod.config import UserError
 from egohod.data.source import ClipSource
+from egohod.data.table import ClipTable
 from egohod.data.video import Frames, VideoError
 from egohod.hod import camera, detect, records
 from egohod.hod.blocks import Found
 from egohod.hod.config import HodConfig
-from egohod.hod.facts import ClipFacts
+from egohod.hod.detection_files import DetectionFiles
+from egohod.hod.facts import ClipFacts, without_rare
 from egohod.hod.motion import FactsParams, facts_of
 from egohod.hod.narrate import make_narrator, make_template, narrate_checked
 from egohod.hod.narrator import Narration, Narrator, Request
@@ -22,6 +27,8 @@ from egohod.hod.pipeline import Stage, Task
 from egohod.hod.settings import used
 from egohod.hod.stages import CHECK, DETECT, NARRATE, TRACK, Looking, Thinking
 from egohod.hod.tracks import TrackParams
+
+log = logging.getLogger(__name__)
 
 PROMPTS = Path(__file__).resolve().parents[2] / "configs" / "hod" / "prompts"
 # What changes how long a narrator takes, or whom it asks, but not what it is asked.
@@ -36,10 +43,17 @@ def make_stages(cfg: HodConfig, source: ClipSource, text_of: Callable[[int], str
     # Enough that no request waits for another at the end of a group; frames of so many clips must fit the memory.
     at_once = cfg.narrator.batch * cfg.narrator.concurrency
     group = 256 if cfg.narrator.kind == "template" else 2 * at_once if cfg.narrator.kind == "vlm" else 8 * at_once
-    detector = {"detector": cfg.detector.kind, "options": dict(cfg.detector.options), "camera": cfg.tracks.camera}
+    detector = {
+        "detector": cfg.detector.kind,
+        "options": dict(cfg.detector.options),
+        "camera": cfg.tracks.camera,
+        # Which files a clip's frames lie in, and where in them. The folders are left out: they differ by machine.
+        "layout": cfg.source.layout,
+        "chunk_seconds": cfg.source.chunk_seconds,
+    }
     tracks = {name: value for name, value in vars(cfg.tracks).items() if name != "camera"}
     return [
-        Looking(source, cfg.frames, _Look(cfg), detector, cfg.workers, cfg.clip_seconds),
+        Looking(source, cfg.frames, _Look(cfg, source.table), detector, cfg.workers, cfg.clip_seconds),
         Thinking(TRACK, _Tracking(cfg, source), tracks),
         Thinking(NARRATE, narrating, narrator_settings(cfg), of_text=True, group=group),
         Thinking(CHECK, narrating.check, vars(cfg.check), of_text=True, group=group),
@@ -50,6 +64,7 @@ def narrator_settings(cfg: HodConfig) -> dict[str, Any]:
     """All that a narrator's words depend on; the text of its prompt stands for the file."""
     narrator = cfg.narrator
     kept = {name: value for name, value in used(narrator).items() if name not in _ROUTE}
+    kept["min_seen"] = cfg.check.min_seen
     if narrator.kind == "template":
         return kept
     prompt = Path(narrator.prompt or PROMPTS / f"{narrator.kind}.jinja")
@@ -60,7 +75,8 @@ def narrator_settings(cfg: HodConfig) -> dict[str, Any]:
 class _Look:
     """Boxes of a clip's frames, and how the camera moved between them."""
 
-    def __init__(self, cfg: HodConfig) -> None:
+    def __init__(self, cfg: HodConfig, table: ClipTable) -> None:
+        self._table = table
         self._kind, self._options = cfg.detector.kind, dict(cfg.detector.options)
         self._camera = cfg.tracks.camera
         self._detector: detect.Detector | None = None
@@ -68,6 +84,8 @@ class _Look:
     def begin(self) -> None:
         if self._kind in _SHARED and self._detector is None:
             self._detector = detect.make(self._kind, self._options)
+            assert isinstance(self._detector, DetectionFiles)
+            _require_detections(self._options["path"], self._detector.videos(), self._table)
 
     def __call__(self, frames: Frames, video_id: str) -> dict[str, Any]:
         # A clip of fewer frames shows some of them twice.
@@ -80,6 +98,22 @@ class _Look:
         shifts = camera.shifts(pictures, seconds, found) if self._camera else None
         return records.plain(
             {"seconds": seconds, "aspect": width / height, "boxes": records.boxes_to_plain(found), "shifts": shifts}
+        )
+
+
+def _require_detections(path: str, videos: set[str], table: ClipTable) -> None:
+    """Say how many videos have no detections: their clips would get their plain narrations back without a word."""
+    wanted = pd.unique(table.column("video_id"))
+    lacking = [each for each in wanted if each not in videos]
+    if len(lacking) == len(wanted):
+        raise UserError(
+            f"{path}: has detections of none of the {len(wanted):,} videos of {table.path}, such as '{lacking[0]}'; "
+            "the video_id must be the same in both"
+        )
+    if lacking:
+        log.warning(
+            "%s: %s of %s videos have no detections, such as '%s'; no hand is told of in their clips",
+            *(path, f"{len(lacking):,}", f"{len(wanted):,}", lacking[0]),
         )
 
 
@@ -115,8 +149,9 @@ class _Narrating:
 
     def __call__(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Found]]:
         requests, faults = self._requests(tasks)
-        for place, answer in self._made().narrate(list(requests.values())):
-            yield list(requests)[place], Found(records.plain(answer))
+        places = list(requests)
+        for number, answer in self._made().narrate(list(requests.values())):
+            yield places[number], Found(records.plain(answer), makeshift=answer.problem is not None)
         yield from faults
 
     def check(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Found]]:
@@ -131,7 +166,8 @@ class _Narrating:
                 reasons = "; ".join(dict.fromkeys((*checked.refusals, *checked.verdict.reasons)))
                 yield places[number], Found(None, f"nothing true to say: {reasons}")
             else:
-                yield places[number], Found(records.plain(checked) | {"text": " ".join(checked.text.split())})
+                value = records.plain(checked) | {"text": " ".join(checked.text.split())}
+                yield places[number], Found(value, makeshift=checked.unanswered)
         yield from faults
 
     def _made(self) -> Narrator:
@@ -144,7 +180,7 @@ class _Narrating:
         requests, faults = dict[int, Request](), list[tuple[int, Found]]()
         for place, task in enumerate(tasks):
             try:
-                facts = records.read(ClipFacts, task.before[TRACK])
+                facts = without_rare(records.read(ClipFacts, task.before[TRACK]), self._cfg.check.min_seen)
                 requests[place] = Request(self._text_of(task.index), facts, task.index, self._frames(task.index))
             except VideoError as error:
                 faults.append((place, Found(None, str(error))))

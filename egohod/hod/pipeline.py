@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -79,9 +80,13 @@ class Progress:
     done: int = 0
     """Done by this one, failures included."""
     failed: int = 0
-    """Of both."""
+    """Of those done by this run."""
+    failed_before: int = 0
+    """Of those done by an earlier one."""
     lacking: int = 0
-    """Nothing to work on: an earlier stage has failed, or was not run."""
+    """Nothing to work on: an earlier stage has failed."""
+    unready: int = 0
+    """Nothing to work on yet: an earlier stage was not run."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +102,9 @@ class Result:
 class Pipeline:
     """The stages over the clips of a table, in blocks of ``block`` clips, within a claimed ``work`` folder.
 
-    ``max_bad_fraction`` is the largest tolerated share of clips at which a stage fails. ``again`` tries those anew
-    that failed in an earlier run.
+    ``text_of`` is what was said about a clip before. ``max_bad_fraction`` is the largest tolerated share of clips at
+    which a stage fails. ``again`` tries those anew that failed in an earlier run, or
+    have a makeshift value.
     """
 
     def __init__(
@@ -106,6 +112,7 @@ class Pipeline:
         table: ClipTable,
         stages: Sequence[Stage],
         work: Work,
+        text_of: Callable[[int], str],
         *,
         block: int = 256,
         max_bad_fraction: float = 0.05,
@@ -116,6 +123,7 @@ class Pipeline:
         self.stages = list(stages)
         self._settings = {stage.name: key_of(stage.settings) for stage in stages}
         self.work = work
+        self._text_of = text_of
         self._block = block
         self._max_bad_fraction = max_bad_fraction
         self._again = again
@@ -134,9 +142,10 @@ class Pipeline:
         """The key of each stage for a clip."""
         row, keys, before = self.table.row(index), dict[str, str](), ""
         for stage in self.stages:
-            texts = (row.texts, index) if stage.of_text else ()
+            # The clip's number too: it varies the wording.
+            text = (self._text_of(index), index) if stage.of_text else ()
             before = key_of(
-                before, row.video_id, row.start, row.end, row.dataset, stage.name, self._settings[stage.name], texts
+                before, row.video_id, row.start, row.end, row.dataset, stage.name, self._settings[stage.name], text
             )
             keys[stage.name] = before
         return keys
@@ -146,6 +155,15 @@ class Pipeline:
         with Block(self.work.block(index // self._block)) as block:
             found = {name: block.get(name, key) for name, key in self.keys(index).items()}
         return {name: each for name, each in found.items() if each is not None}
+
+    def begun(self, number: int) -> set[int]:
+        """The clips of a block that a stage has been through."""
+        with Block(self.work.block(number)) as block:
+            return {
+                index
+                for index in self.indices(number)
+                if any(block.get(name, key) for name, key in self.keys(index).items())
+            }
 
     def count_known(self, shard: Shard) -> dict[str, int]:
         """Clips of a shard that each stage has been through."""
@@ -169,7 +187,10 @@ class Pipeline:
             before = before | {stage.name: found.value}
 
     def run(self, name: str, shard: Shard) -> Progress:
-        """Run one stage over a shard. Raises :class:`UserError` if too many clips fail."""
+        """Run one stage over a shard.
+
+        Raises :class:`UserError` if too many clips fail, or if the stages before were not run on any of them.
+        """
         number = [stage.name for stage in self.stages].index(name)
         stage, before = self.stages[number], [each.name for each in self.stages[:number]]
         at, due = Progress(name, len(self.clips(shard))), _Due(self, shard, stage, before)
@@ -184,15 +205,20 @@ class Pipeline:
                     self._complain(at, task, found.fault)
                 self._tell(at)
         self._tell(at)
+        if at.unready and at.unready == at.total:
+            raise UserError(
+                f"{name}: not one of {at.total:,} clips has been through {', '.join(before)}; run that first"
+            )
         return at
 
     def _complain(self, at: Progress, task: Task, fault: str) -> None:
         if at.failed <= _SAID:
             more = "; further ones are only counted" if at.failed == _SAID else ""
             log.warning("%s failed: %s: %s%s", at.stage, self.table.where(task.index), fault, more)
-        if at.failed > self._max_bad_fraction * max(at.known + at.done, _GRACE_CLIPS):
+        # Those of earlier runs do not count: what they died of may be mended.
+        if at.failed > self._max_bad_fraction * max(at.done, _GRACE_CLIPS):
             raise UserError(
-                f"{at.stage}: {at.failed} of {at.known + at.done} clips failed, more than max_bad_fraction="
+                f"{at.stage}: {at.failed} of {at.done} clips failed, more than max_bad_fraction="
                 f"{self._max_bad_fraction:g} allows; the last: {self.table.where(task.index)}: {fault}"
             )
 
@@ -203,7 +229,7 @@ class Pipeline:
 
         Raises :class:`UserError` if a clip has neither a value nor a failure, so that a stage must be run first.
         """
-        narrations, reasons = 0, dict[str, int]()
+        narrations, makeshift, reasons = 0, 0, dict[str, int]()
         rows, ledger = self.work.part(shard, ".csv"), self.work.part(shard, ".failures.csv")
         with written(rows) as good, written(ledger) as bad:
             told, failed = (csv.writer(file, lineterminator="\n") for file in (good, bad))
@@ -214,15 +240,15 @@ class Pipeline:
                     for index in self.indices(number):
                         stage, found = self._outcome(index, block)
                         if found.fault is None:
-                            told.writerow(row(index, found.value))
+                            told.writerow(map(_flat, row(index, found.value)))
                             narrations += 1
+                            makeshift += found.makeshift
                         else:
-                            failed.writerow([*_place(self.table, index), stage, _line(found.fault)])
+                            failed.writerow(map(_flat, [*_place(self.table, index), stage, _line(found.fault)]))
                             reasons[stage] = reasons.get(stage, 0) + 1
         failures = sum(reasons.values())
-        self.work.finish(
-            shard, {"fingerprint": fingerprint, "narrations": narrations, "failures": failures, "by_stage": reasons}
-        )
+        counts = {"narrations": narrations, "failures": failures, "makeshift": makeshift, "by_stage": reasons}
+        self.work.finish(shard, {"fingerprint": fingerprint} | counts)
         return Result(narrations, failures, reasons)
 
     def _outcome(self, index: int, block: Block) -> tuple[str, Found]:
@@ -249,21 +275,22 @@ class _Due:
     def tasks(self, at: Progress, again: bool) -> Iterator[Task]:
         pipeline = self._pipeline
         for number in self._shard.blocks(len(pipeline.table), pipeline._block):
-            block = Block(pipeline.work.block(number), write=True)
+            block = Block(pipeline.work.block(number))
             self._blocks[number], self._waiting[number] = block, 1
             for index in pipeline.indices(number):
                 keys = pipeline.keys(index)
                 key = keys[self._stage.name]
                 found = block.get(self._stage.name, key)
-                if found is not None and not (found.fault and again):
+                if found is not None and not (again and (found.fault or found.makeshift)):
                     at.known += 1
-                    at.failed += found.fault is not None
+                    at.failed_before += found.fault is not None
                     continue
-                before = {
-                    name: each for name in self._before if (each := block.get(name, keys[name])) and not each.fault
-                }
-                if len(before) < len(self._before):
+                before = {name: each for name in self._before if (each := block.get(name, keys[name]))}
+                if any(each.fault for each in before.values()):
                     at.lacking += 1
+                    continue
+                if len(before) < len(self._before):
+                    at.unready += 1
                     continue
                 self._waiting[number] += 1
                 yield Task(index, key, {name: each.value for name, each in before.items()})
@@ -299,6 +326,11 @@ def uid_of(table: ClipTable, index: int, row: ClipRow) -> str:
 def number(seconds: float) -> str:
     """Seconds as they are written to a table: to the microsecond."""
     return f"{seconds:.6f}".rstrip("0").rstrip(".")
+
+
+def _flat(cell: str) -> str:
+    """Without line breaks: each row is a line, which readers of tables split at and a merge counts."""
+    return re.sub(r"[\r\n]+", " ", cell)
 
 
 def _line(text: str) -> str:

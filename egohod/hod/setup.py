@@ -26,6 +26,7 @@ from egohod.hod.parts import make_stages
 from egohod.hod.pipeline import COLUMNS, Pipeline, Progress, Result, number, uid_of
 from egohod.hod.shards import Shard, Work
 from egohod.hod.stages import CHECK, DETECT, TRACK
+from egohod.hod.tally import Tally
 
 log = logging.getLogger(__name__)
 
@@ -47,12 +48,19 @@ class Plan:
 
     def finished(self, shard: Shard) -> dict[str, Any] | None:
         """What a shard that is finished with these settings holds."""
-        summary = self.work.summary(shard)
-        return summary if summary and summary.get("fingerprint") == self.fingerprint else None
+        return self.work.finished(shard, self.fingerprint)
 
     def finish(self, shard: Shard) -> Result:
-        """See :meth:`Pipeline.finish`."""
-        return self.pipeline.finish(shard, self.fingerprint, self._row, [*COLUMNS, *self.cfg.keep])
+        """See :meth:`Pipeline.finish`; says what the narrations are like."""
+        tally = Tally(self.cfg.narrator.kind)
+
+        def row(index: int, value: Any) -> Sequence[str]:
+            tally.add(value)
+            return self._row(index, value)
+
+        result = self.pipeline.finish(shard, self.fingerprint, row, [*COLUMNS, *self.cfg.keep])
+        tally.say()
+        return result
 
     def merge(self, shards: int) -> dict[str, int]:
         """See :meth:`Work.merge`."""
@@ -108,13 +116,19 @@ def build(cfg: HodConfig, *, again: bool = False, tell: Callable[[Progress], Non
 
     Raises :class:`UserError` for whatever is missing.
     """
+    if Path(cfg.output).is_dir():
+        raise UserError(f"output is '{cfg.output}', which is a folder; it must be a file, such as {cfg.output}/hod.csv")
     table = clips_of(cfg)
     opener = choose_decoder(cfg.decoder)[1]
     source = ClipSource(table, cfg.source, opener, open_cache(cfg.cache, cfg.cache_gb))
     work = Work(Path(cfg.output))
-    stages = make_stages(cfg, source, lambda index: source_text(cfg, table, index))
+
+    def text_of(index: int) -> str:
+        return source_text(cfg, table, index)
+
+    stages = make_stages(cfg, source, text_of)
     pipeline = Pipeline(
-        table, stages, work, block=cfg.block, max_bad_fraction=cfg.max_bad_fraction, again=again, tell=tell
+        table, stages, work, text_of, block=cfg.block, max_bad_fraction=cfg.max_bad_fraction, again=again, tell=tell
     )
     settings = [(stage.name, stage.settings) for stage in stages]
     fingerprint = key_of(checksum(cfg.source, table), settings, cfg.keep, cfg.dataset, cfg.seed, cfg.block)

@@ -80,12 +80,20 @@ class Work:
         return self.output.with_name(self.output.name + ".failures.csv")
 
     def summary(self, shard: Shard) -> dict[str, Any] | None:
-        """What a finished shard was made of; None if it is not finished."""
+        """What is told of a shard that was finished once; None if it was not."""
         try:
             content = json.loads(self.part(shard, ".json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
         return content if isinstance(content, dict) else None
+
+    def finished(self, shard: Shard, fingerprint: str) -> dict[str, Any] | None:
+        """What a shard holds that was made of this, and whose files are all there with all their rows; else None."""
+        said = self.summary(shard)
+        if said is None or said.get("fingerprint") != fingerprint:
+            return None
+        told = {".csv": said["narrations"], ".failures.csv": said["failures"]}
+        return said if all(_rows(self.part(shard, ending)) == rows for ending, rows in told.items()) else None
 
     @contextlib.contextmanager
     def claim(self, shard: Shard) -> Iterator[None]:
@@ -100,7 +108,8 @@ class Work:
                 held.enter_context(FileLock(folder / shard.name, timeout=_PATIENCE))
                 for path in folder.iterdir():
                     if not path.name.endswith(f"-of-{shard.of}"):
-                        with FileLock(path, timeout=0):
+                        # The neighbours look too, and hold it for a moment.
+                        with FileLock(path, timeout=_PATIENCE):
                             pass
             except Timeout as error:
                 name = Path(error.lock_file).name.replace("-of-", "/")
@@ -118,9 +127,9 @@ class Work:
         """Put the parts of all shards into the output; how many narrations and failures it has.
 
         ``fingerprint`` is what each shard must have been made of. Raises :class:`UserError` naming what is missing, or
-        what does not fit together; the output is then as it was.
+        what does not fit together, or if there is no narration at all; the output is then as it was.
         """
-        unfinished = [shard for shard in _all(shards) if (self.summary(shard) or {}).get("fingerprint") != fingerprint]
+        unfinished = [shard for shard in _all(shards) if self.finished(shard, fingerprint) is None]
         if unfinished:
             names = ", ".join(map(str, unfinished[:10])) + (", ..." if len(unfinished) > 10 else "")
             raise UserError(
@@ -138,17 +147,15 @@ class Work:
                 )
             for name in total:
                 total[name] += said[name]
-        for path, ending, name in (
-            (self.failures, ".failures.csv", "failures"),
-            (self.output, ".csv", "narrations"),
-        ):
+        if not total["narrations"]:
+            raise UserError(
+                f"{self.output}: not one of {total['failures']:,} clips has a narration; {self.folder / 'parts'} says "
+                "why in the .failures.csv, and --retry tries them again"
+            )
+        for path, ending in ((self.failures, ".failures.csv"), (self.output, ".csv")):
             with written(path) as file:
-                lines = sum(_append(self.part(shard, ending), file, shard.number == 0) for shard in _all(shards))
-                if lines != total[name]:
-                    raise UserError(
-                        f"{self.folder / 'parts'}: the files hold {lines} {name}, {total[name]} are told of; a shard "
-                        "must be run again"
-                    )
+                for shard in _all(shards):
+                    _append(self.part(shard, ending), file, shard.number == 0)
         return total
 
     def divisions(self, fingerprint: str) -> list[int]:
@@ -162,18 +169,24 @@ def _all(shards: int) -> list[Shard]:
     return [Shard(number, shards) for number in range(shards)]
 
 
-def _append(part: Path, file: TextIO, header: bool) -> int:
-    """Copy a part; its rows. Each row is a line: the fields hold no line breaks."""
-    rows = -1
+def _rows(part: Path) -> int | None:
+    """Of a part that can be read. Each is a line: the fields hold no line breaks."""
+    try:
+        with part.open("rb") as lines:
+            return sum(1 for _ in lines) - 1
+    except OSError:
+        return None
+
+
+def _append(part: Path, file: TextIO, header: bool) -> None:
+    """Copy a part."""
     try:
         with part.open(encoding="utf-8", newline="") as lines:
-            for line in lines:
-                rows += 1
-                if rows or header:
-                    file.write(line)
+            if not header:
+                next(lines)
+            file.writelines(lines)
     except OSError as error:
         raise UserError(f"{part}: cannot be read: {error.strerror or error}; run the shard again") from error
-    return rows
 
 
 @contextlib.contextmanager

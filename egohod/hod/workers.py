@@ -6,6 +6,7 @@ import collections
 import itertools
 import multiprocessing
 import multiprocessing.connection
+import pickle
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -118,8 +119,17 @@ def _work(pipe: Any, function: Callable[[Any], Any]) -> None:
         try:
             answer = function(task), None
         except Exception as error:
-            answer = None, error
+            answer = None, _sendable(error)
         pipe.send(answer)
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error, or one that says the same where it does not come through a pipe as it is."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _told(code: int | None) -> str:

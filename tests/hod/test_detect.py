@@ -69,7 +69,7 @@ def test_epic_files_are_found_by_video_and_take_the_rate_of_the_frames(truth: Pa
     pd.testing.assert_frame_equal(one.to_pandas()[list(EDGES)], other.to_pandas()[list(EDGES)])
     np.testing.assert_allclose(one.column("second").to_numpy(), other.column("second").to_numpy())
     (folder / "v.pkl").write_bytes(b"\x80\x04cut")
-    with pytest.raises(detections.DetectionError, match=r"v\.pkl"):
+    with pytest.raises(Undetectable, match=r"v\.pkl"):
         DetectionFiles(str(tmp_path)).detect("v", *frames([3]))
 
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from egohod.data.table import ClipTable
@@ -63,9 +64,26 @@ def test_a_model_that_repeats_its_orders_is_replaced_by_the_template(
         done = inside("generate_hod.py", *few, *llm(server))
     assert done.returncode == 0, done.stderr
     assert not any("AI" in row["text"] for row in rows(tmp_path / "hod.csv"))
+    assert re.search(r"10 narrations: worded by template 10; refused for prompt 10; [\d,]+ tokens asked", done.stderr)
+    assert "the template stands in for llm in 10 of 10 narrations" in done.stderr
     page = tmp_path / "page.html"
     assert inside("visualize_hod.py", *few, *llm(server), "--page", page).returncode == 0
     assert page.read_text().count('data-verdict="replaced"') == 10
+
+
+def test_clips_without_an_answer_are_asked_for_again_with_retry(
+    few: list[str], tmp_path: Path, inside: Command
+) -> None:
+    with ChatServer(caption, script=["ok", (500, {})]) as server:
+        arguments = [*few, *llm(server, concurrency=1, retries=0), "check.ask_again=false"]
+        done = inside("generate_hod.py", *arguments)
+        assert "worded by llm 8, template 2; refused for no answer 2" in done.stderr
+        assert len(server.bodies) == 5
+        assert inside("generate_hod.py", *arguments).returncode == 0
+        assert len(server.bodies) == 5
+        done = inside("generate_hod.py", *arguments, "--retry")
+        assert len(server.bodies) == 6
+        assert "worded by llm 10;" in done.stderr
 
 
 @pytest.mark.parametrize("window", [1.0, 2.0])
@@ -82,7 +100,10 @@ def test_videos_without_narrations_are_cut_into_windows_and_shown_to_a_model(
         f"windows.stride={window}",
         "source.metadata=''",
         f"source.root={videos}",
+        f"detector.options.path={tmp_path}/boxes.parquet",
     ]
+    boxes = pd.read_parquet(demo_world / "train" / "detections.parquet")
+    boxes.assign(video_id="one", second=boxes["second"] + 100).to_parquet(tmp_path / "boxes.parquet")
     with ChatServer(lambda _: "A person wipes the counter with a sponge") as server:
         done = inside("generate_hod.py", *arguments, *llm(server, kind="vlm", frames=3))
     assert done.returncode == 0, done.stderr

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -55,14 +56,65 @@ def test_a_run_its_stages_its_shards_and_a_second_run(few: list[str], tmp_path: 
     assert (tmp_path / "parted.csv").read_bytes() == whole
 
 
+def test_videos_without_detections_are_said(demo_world: Path, tmp_path: Path, inside: Command) -> None:
+    lines = (demo_world / "train" / "narrations.csv").read_text().splitlines()
+    second = [line for line in lines if line.startswith("demo_train_0001")]
+    few = command(demo_world, tmp_path, [*lines[:3], *second[:3]])
+    boxes = pd.read_parquet(demo_world / "train" / "detections.parquet")
+    boxes.query("video_id == 'demo_train_0000'").to_parquet(tmp_path / "half.parquet")
+    done = inside("generate_hod.py", *few, f"detector.options.path={tmp_path}/half.parquet")
+    assert done.returncode == 0
+    assert "half.parquet: 1 of 2 videos have no detections, such as 'demo_train_0001'" in done.stderr
+    assert re.search(r" W 3 of 5 narrations name no hand", done.stderr)
+    boxes.assign(video_id="other").to_parquet(tmp_path / "other.parquet")
+    done = inside("generate_hod.py", *few, f"detector.options.path={tmp_path}/other.parquet")
+    assert done.returncode == 2
+    assert "other.parquet: has detections of none of the 2 videos" in done.stderr
+
+
+def test_what_is_read_and_which_narration_is_chosen_are_part_of_what_is_remembered(
+    demo_world: Path, tmp_path: Path, inside: Command
+) -> None:
+    two = "\"['#C C moves the cup', '#C C lifts the jar']\""
+    clips = [",".join([*line.split(",")[:3], two]) for line in head(demo_world, 4)[1:]]
+    few = command(demo_world, tmp_path, ["video_id,start_second,end_second,text", *clips])
+
+    def done(*more: str) -> str:
+        return inside("generate_hod.py", *few, *more).stderr
+
+    assert "detect  done: 4 clips now" in done("source.list_text=first")
+    told = [row["text"] for row in rows(tmp_path / "hod.csv")]
+    assert all("cup" in text for text in told)
+    said = done("source.list_text=concat")
+    assert "detect  done: 0 clips now, 4 known already" in said
+    assert "narrate done: 4 clips now" in said
+    assert "detect  done: 4 clips now" in done("source.chunk_seconds=5")
+    assert "detect  done: 4 clips now" in done("source.layout=chunks")
+
+
 def test_a_merge_before_its_time_and_stages_out_of_order(few: list[str], inside: Command) -> None:
     done = inside("generate_hod.py", *few, "--merge")
     assert done.returncode == 2
     assert "holds no shard that is finished" in done.stderr
     done = inside("generate_hod.py", *few, "--stage", "check")
     assert done.returncode == 2
-    assert "10 without the stages before" in done.stderr
-    assert "has not been through the stage detect; run it first" in done.stderr
+    assert "check: not one of 10 clips has been through detect, track, narrate; run that first" in done.stderr
+
+
+def test_a_wrong_root_ends_with_an_error_and_the_right_one_with_retry_mends_it(
+    few: list[str], tmp_path: Path, inside: Command
+) -> None:
+    (tmp_path / "empty").mkdir()
+    wrong = [*few, f"source.root={tmp_path}/empty"]
+    for _ in range(2):
+        done = inside("generate_hod.py", *wrong)
+        assert done.returncode == 2
+        assert "hod.csv: not one of 10 clips has a narration" in done.stderr
+        assert "--retry tries them again" in done.stderr
+        assert not (tmp_path / "hod.csv").exists()
+    assert "10 clips failed; --retry tries them again" in inside("generate_hod.py", *few).stderr
+    assert inside("generate_hod.py", *few, "--retry").returncode == 0
+    assert len(rows(tmp_path / "hod.csv")) == 10
 
 
 def test_a_dry_run_writes_nothing(few: list[str], tmp_path: Path, inside: Command) -> None:
@@ -86,6 +138,7 @@ def test_a_dry_run_writes_nothing(few: list[str], tmp_path: Path, inside: Comman
         (["detector.options.path=/nowhere"], "/nowhere: no such file or folder of detections"),
         (["detector.options.jiter=1"], "jiter"),
         (["output=/proc/hod.csv"], "/proc"),
+        (["output=/tmp"], "output is '/tmp', which is a folder"),
         (["keep=[noun, nouns]"], "no column 'nouns' to keep"),
     ],
 )
@@ -175,19 +228,37 @@ def test_shards_are_submitted_as_an_array_and_a_merge_that_waits_for_it(
     done = inside("generate_hod.py", *few, "--submit", "3", "slurm.at_once=2", "slurm.partition=short")
     assert done.returncode == 0, done.stderr
     assert "submitted 3 shards as job 12" in done.stderr
+    assert "submitted the merge as job 12" in done.stderr
     sent = (tmp_path / "sent").read_text()
     assert "#SBATCH --array=0-2%2" in sent
     assert sent.count("#SBATCH --partition=short") == 2
     assert sent.count("--dependency=afterok:12") == 1
+    (tmp_path / "sent").unlink()
+    done = inside("generate_hod.py", *few, "--submit", "2", "--stage", "detect", "--retry")
+    assert (done.returncode, "merge" in done.stderr) == (0, False)
+    sent = [path.read_bytes() for path in (tmp_path / "hod.csv.work" / "slurm").glob("*.pkl")]
+    assert sum(b"--retry" in each and b"detect" in each for each in sent) == 2
     assert inside("generate_hod.py", *few, "--submit", "0").returncode == 2
+    (tools / "sbatch").write_text("#!/bin/sh\necho no such cluster >&2; exit 1\n")
+    done = inside("generate_hod.py", *few, "--submit", "2")
+    assert done.returncode == 2
+    assert "error: --submit: Slurm does not take the jobs: " in done.stderr
+    assert "no such cluster" in done.stderr
 
 
 def test_pictures_and_films(few: list[str], tmp_path: Path, inside: Command) -> None:
     assert inside("visualize_hod.py", *few).returncode == 2
     done = inside("visualize_hod.py", *few, "--page", tmp_path / "page.html")
     assert "no clip has been through a stage" in done.stderr
+    for option, said in (
+        (("--sheet", "x.xyz"), "--sheet is 'x.xyz'"),
+        (("--film", "x"), "--film is 'x', but must end"),
+    ):
+        done = inside("visualize_hod.py", *few, *option)
+        assert done.returncode == 2
+        assert said in done.stderr
     assert inside("generate_hod.py", *few).returncode == 0
-    sheet, film = tmp_path / "sheet.png", tmp_path / "film.mp4"
+    sheet, film = tmp_path / "sheet.png", tmp_path / "deep" / "er" / "film.mp4"
     done = inside("visualize_hod.py", *few, "--sheet", sheet, "--film", film, "--clips", "2,5")
     assert done.returncode == 0, done.stderr
     assert Image.open(sheet).height > 480

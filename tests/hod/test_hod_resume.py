@@ -21,6 +21,7 @@ from egohod.hod.blocks import Found
 from egohod.hod.pipeline import COLUMNS, Pipeline, Task, uid_of
 from egohod.hod.shards import Shard, Work, written
 from egohod.hod.stages import DETECT, TRACK, VERSIONS, Looking, Thinking
+from egohod.hod.workers import Workers
 
 WHOLE = Shard()
 
@@ -56,7 +57,7 @@ def made(metadata: Path, videos: Path, output: Path, workers: int) -> Pipeline:
     table = ClipTable.read(settings)
     looking = Looking(ClipSource(table, settings, choose_decoder()[1]), 4, Mean(), {}, workers)
     thinking = Thinking(TRACK, think, {}, group=7)
-    return Pipeline(table, [looking, thinking], Work(output), block=5)
+    return Pipeline(table, [looking, thinking], Work(output), lambda index: table.row(index).texts[0], block=5)
 
 
 def run(pipeline: Pipeline) -> bytes:
@@ -186,6 +187,22 @@ def test_a_clip_that_kills_or_hangs_its_worker_is_a_failure_and_left_alone_by_th
     assert len(log.read_text().splitlines()) == 8, "each clip was looked at once"
     run(poisoned())
     assert len(log.read_text().splitlines()) == 8, "nothing is tried a second time"
+
+
+class Odd(Exception):
+    """Does not come back from a pickle."""
+
+    def __init__(self, what: str, why: str) -> None:
+        super().__init__(f"{what}: {why}")
+
+
+def odd(task: int) -> int:
+    raise Odd("task", str(task))
+
+
+def test_an_error_that_cannot_be_pickled_is_told_and_no_dead_process() -> None:
+    with Workers(1, odd, 10.0) as workers, pytest.raises(RuntimeError, match="Odd: task: 7"):
+        list(workers.unordered([7]))
 
 
 def test_frames_tell_their_numbers_in_the_video(demo_world: Path, tmp_path: Path) -> None:

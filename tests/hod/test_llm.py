@@ -7,6 +7,8 @@ import email.utils
 import io
 import json
 import logging
+import os
+import signal
 import threading
 import time
 from dataclasses import replace
@@ -163,14 +165,51 @@ def test_an_order_in_a_narration_stays_a_quotation() -> None:
 def test_an_endpoint_that_is_down_stops_the_run_and_keeps_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(endpoint_module.time, "monotonic", lambda: clock[0])
+    with ChatServer(caption) as server:
+        made = narrator(server, batch=1, concurrency=1, retries=1)
+        made._endpoint._sleep = lambda seconds: clock.__setitem__(0, clock[0] + seconds)
+        done = []
+
+        def ask() -> None:
+            for number, _ in made.narrate(requests(3)):
+                done.append(number)
+                made._endpoint._session.close()
+                server.__exit__()
+
+        with pytest.raises(EndpointDown, match=r"nothing has worked for 600 s \(connection refused\); .* goes on from"):
+            ask()
+    assert done == [0]
+    assert clock[0] > 600
+
+
+@pytest.mark.parametrize("step", ["drop", (502, {}), (504, {})])
+def test_one_request_that_always_breaks_off_costs_its_clips_alone(step: Any) -> None:
+    with ChatServer(caption, ["ok", *[step] * 3]) as server:
+        answers = dict(narrator(server, batch=1, concurrency=1, retries=2).narrate(requests(3)))
+    assert [answers[i].text is None for i in range(3)] == [False, True, False]
+    assert "(3 tries)" in str(answers[1].problem)
+
+
+def test_a_server_that_breaks_every_connection_off_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(endpoint_module.time, "monotonic", lambda: clock[0])
     with ChatServer(caption, ["ok"] + ["drop"] * 1000) as server:
         made = narrator(server, batch=1, concurrency=1)
         made._endpoint._sleep = lambda seconds: clock.__setitem__(0, clock[0] + seconds)
-        done = []
-        with pytest.raises(EndpointDown, match=r"nothing has worked for 600 s .* goes on from there"):
-            done += [number for number, _ in _each(made.narrate(requests(3)), done)]
-    assert done == [0]
-    assert clock[0] > 600
+        with pytest.raises(EndpointDown, match=r"nothing has worked for 600 s \(the connection broke off\)"):
+            list(made.narrate(requests(100)))
+
+
+def test_whoever_leaves_does_not_wait_for_answers() -> None:
+    with ChatServer(caption, ["ok", "hang", "hang"]) as server:
+        answers = narrator(server, batch=1, concurrency=1).narrate(requests(3))
+        assert next(iter(answers))[0] == 0
+        leaver = threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT])
+        leaver.start()
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            next(iter(answers))
+        assert time.monotonic() - began < 3
 
 
 def _each(answers: Any, done: list[int]) -> Any:

@@ -6,11 +6,13 @@ import csv
 import errno
 import json
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from egohod.config import SourceConfig, UserError
 from egohod.data.table import ClipTable
@@ -53,7 +55,9 @@ def write_table(folder: Path, rows: int) -> ClipTable:
 
 def pipeline(table: ClipTable, folder: Path, *stages: Any, **more: Any) -> Pipeline:
     chosen = stages or (Straw("detect"), Straw("track"))
-    return Pipeline(table, chosen, Work(folder / "out" / "hod.csv"), **{"block": 3, **more})
+    return Pipeline(
+        table, chosen, Work(folder / "out" / "hod.csv"), lambda index: table.row(index).texts[0], **{"block": 3, **more}
+    )
 
 
 WHOLE = Shard()
@@ -132,6 +136,22 @@ def test_too_many_failures_stop_a_stage(tmp_path: Path) -> None:
         made.run("detect", WHOLE)
 
 
+def test_failures_of_an_earlier_run_do_not_stop_a_stage(tmp_path: Path) -> None:
+    table = write_table(tmp_path, 120)
+    with pytest.raises(UserError):
+        pipeline(table, tmp_path, Straw("detect", dict.fromkeys(range(120), "gone"))).run("detect", WHOLE)
+    at = pipeline(table, tmp_path, Straw("detect", {60: "damaged"})).run("detect", WHOLE)
+    assert (at.failed_before, at.failed, at.done) == (51, 1, 69)
+
+
+def test_a_stage_before_its_time_is_an_error_if_so_for_all_clips(table: ClipTable, tmp_path: Path) -> None:
+    made = pipeline(table, tmp_path)
+    with pytest.raises(UserError, match="track: not one of 11 clips has been through detect; run that first"):
+        made.run("track", WHOLE)
+    made.run("detect", Shard(0, 2))
+    assert made.run("track", WHOLE).unready == 5
+
+
 def test_a_stage_that_was_left_out_is_named(table: ClipTable, tmp_path: Path) -> None:
     made = pipeline(table, tmp_path)
     made.run("detect", WHOLE)
@@ -166,8 +186,11 @@ def test_a_merge_says_what_is_missing(table: ClipTable, tmp_path: Path) -> None:
         made.work.merge(2, "other settings", len(table), 3)
     part = made.work.part(Shard(1, 2), ".csv")
     part.write_text("\n".join(part.read_text().splitlines()[:-1]) + "\n")
-    with pytest.raises(UserError, match="the files hold 10 narrations, 11 are told of"):
-        made.work.merge(2, "print", len(table), 3)
+    for damage in (lambda: None, part.unlink):
+        damage()
+        assert made.work.finished(Shard(1, 2), "print") is None
+        with pytest.raises(UserError, match=r"1 of 2 shards are not finished with these settings: --shard 1/2"):
+            made.work.merge(2, "print", len(table), 3)
     assert not made.work.output.exists()
 
 
@@ -197,13 +220,13 @@ def test_two_runs_on_one_shard(table: ClipTable, tmp_path: Path, monkeypatch: py
 
 def test_a_line_cut_short_is_done_again_and_the_file_goes_on_behind_the_last_whole_one(tmp_path: Path) -> None:
     path = tmp_path / "0.jsonl"
-    with Block(path, write=True) as block:
+    with Block(path) as block:
         for key in "abc":
             block.put("detect", key, Found({"key": key}))
     whole = path.read_bytes()
     for cut in (1, 5, 30):
         path.write_bytes(whole[:-cut])
-        with Block(path, write=True) as block:
+        with Block(path) as block:
             assert block.get("detect", "b") == Found({"key": "b"})
             assert block.get("detect", "c") is None
             block.put("detect", "c", Found({"key": "c"}))
@@ -218,6 +241,58 @@ def test_a_damaged_line_costs_its_clip_alone(tmp_path: Path) -> None:
     with Block(path) as block:
         assert block.get("detect", "a") == Found(1)
         assert block.get("detect", "b") == Found(None, "no")
+
+
+def test_a_block_is_touched_only_to_add_to_it(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "0.jsonl"
+    with Block(path) as block:
+        assert block.get("detect", "a") is None
+    assert not path.parent.exists()
+    with Block(path) as block:
+        block.put("detect", "a", Found(1, makeshift=True))
+    with Block(path) as block:
+        assert block.get("detect", "a") == Found(1, makeshift=True)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(CacheError, match=r"cannot read .*0\.jsonl: Is a directory"):
+        Block(path)
+
+
+def test_line_breaks_in_cells_do_not_make_rows(tmp_path: Path) -> None:
+    path = tmp_path / "clips.csv"
+    path.write_text(
+        'video_id,start_second,end_second,text,uid\nv,1,2,moves a cup,"one\r\ntwo"\nv,3,4,takes a cup,"a\nb"\n'
+    )
+    made = pipeline(ClipTable.read(path), tmp_path, Straw("detect", {1: "gone"}))
+    made.run("detect", WHOLE)
+    finish(made)
+    assert made.work.merge(1, "print", 2, 3) == {"narrations": 1, "failures": 1}
+    assert rows(made.work.output)[1][-1] == "one two"
+    assert rows(made.work.failures)[1][4] == "a b"
+
+
+def test_makeshift_values_are_made_again_when_asked(table: ClipTable, tmp_path: Path) -> None:
+    first = pipeline(table, tmp_path, Straw("narrate"), block=11)
+    with Block(first.work.block(0)) as block:
+        block.put("narrate", first.keys(3)["narrate"], Found({"text": "no answer"}, makeshift=True))
+    first.run("narrate", WHOLE)
+    assert 3 not in first.stages[0].asked  # type: ignore[attr-defined]
+    assert finish(first).narrations == 11
+    assert (first.work.summary(WHOLE) or {})["makeshift"] == 1
+    again = pipeline(table, tmp_path, Straw("narrate"), block=11, again=True)
+    again.run("narrate", WHOLE)
+    assert again.stages[0].asked == [3]  # type: ignore[attr-defined]
+
+
+def test_shards_that_look_at_older_locks_at_once(tmp_path: Path) -> None:
+    work = Work(tmp_path / "hod.csv")
+    with work.claim(Shard(0, 1)):
+        pass
+    lock = FileLock(work.folder / "locks" / "0-of-1", thread_local=False)
+    lock.acquire()
+    threading.Timer(0.3, lock.release).start()
+    with work.claim(Shard(1, 2)):
+        pass
 
 
 def test_a_full_disk_is_said_once_and_loses_nothing(

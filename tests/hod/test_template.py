@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
 from egohod.demo.world import VERBS, phrase
 from egohod.hod.check import check
+from egohod.hod.facts import without_rare
 from egohod.hod.narrate import make_narrator, narrate_checked
 from egohod.hod.narrator import Request
 from egohod.hod.settings import CheckSettings, NarratorSettings
@@ -177,3 +179,14 @@ def test_nothing_is_said_where_nothing_is_known() -> None:
     assert results[1].text == "#C C opens the jar"
     assert results[0].text is None
     assert not results[0].verdict.passed
+
+
+def test_a_hand_that_was_hardly_seen_is_not_spoken_of() -> None:
+    rare = replace(WIPE, hands={**WIPE.hands, "left": hand("left", seen=0.05)}, hands_together="closing")
+    facts = without_rare(rare, 0.1)
+    assert (set(facts.hands), facts.acting, facts.hands_together) == ({"right"}, "right", None)
+    for source in ("#C C moves the sponge", ""):
+        assert check(template(source, rare), source, rare, CheckSettings()).reasons == ("hand: no left hand was found",)
+        assert check(template(source, facts), source, rare, CheckSettings()).passed
+    assert without_rare(replace(rare, acting="left"), 0.1).acting is None
+    assert without_rare(WIPE, 0.1) is WIPE
