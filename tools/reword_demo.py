@@ -80,6 +80,8 @@ def main(argv: Sequence[str]) -> int:
                 raise UserError(f"{path}: not found")
         clips = pd.read_csv(there / "hod.csv").set_index("uid")
         narrations = pd.read_csv(args.narrations / f"{split}.csv").set_index("uid")["text"]
+        if strange := sorted(set(narrations.index) - set(clips.index)):
+            raise UserError(f"{args.narrations / split}.csv: uid '{strange[0]}' is of no clip of {there / 'hod.csv'}")
         # Some narrations tell the object's colour: of two texts about one object not the one that does is right.
         narrations = pd.Series(
             {
