@@ -32,7 +32,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         views = protocol["windows"] * protocol["crops"]
         shown = f"{protocol['name']}: {protocol['frames']} frames, {protocol['size']} px"
         shown += f", {views} views" if views > 1 else ""
-        shown += ", classification heads" if each["heads"] else ""
+        shown += ", classification heads" if each.get("heads") else ""
         clips = (
             f"{each['clips']:,}" if not each["partial"] else f"**partial**: {each['evaluated']:,} of {each['clips']:,}"
         )
