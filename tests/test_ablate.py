@@ -155,3 +155,10 @@ def test_a_tiny_study_runs_in_parts_and_refuses_to_mix_recipes(
     done = program(*command, "--tables")
     assert done.returncode == 2
     assert "four-0: holds a run of another configuration" in done.stderr
+
+
+def test_a_study_is_told_by_its_own_numbers_or_the_demos() -> None:
+    assert ablate.read_study(ROOT / "configs" / "ablation_demo.yml").metrics == ablate.METRICS
+    study = ablate.read_study(ROOT / "configs" / "ablation_finetune.yml")
+    assert set(study.metrics) == {"map", "ndcg", "map_v2t", "map_t2v"}
+    assert set(study.chance) == {"map"}

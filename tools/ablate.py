@@ -18,6 +18,7 @@ import platform
 import subprocess
 import sys
 import time
+import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -91,8 +92,9 @@ class Study:
     program: str = "main_pretrain.py"
     overrides: list[str] = field(default_factory=list)
     # Metrics of the val and the test world with their titles; those drawn and told under controls, with their chance.
-    metrics: dict[str, str] = field(default_factory=lambda: dict(METRICS))
-    chance: dict[str, float] = field(default_factory=lambda: dict(CHANCE))
+    # Those of the demo's questions unless a study names its own, which then stand alone.
+    metrics: dict[str, str] = field(default_factory=dict)
+    chance: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -121,9 +123,12 @@ class Run:
 def read_study(path: Path) -> Study:
     """Raises :class:`UserError` naming the file."""
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Study), OmegaConf.load(path)))  # type: ignore[return-value]
+        study: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Study), OmegaConf.load(path)))
     except (OSError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: not a study: {' '.join(str(error).split())}") from error
+    if not study.metrics:
+        study.metrics, study.chance = dict(METRICS), dict(CHANCE)
+    return typing.cast(Study, study)
 
 
 def plan(study: Study, path: Path, tune: bool) -> list[Run]:
