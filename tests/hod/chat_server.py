@@ -33,7 +33,8 @@ class ChatServer:
         self.bodies: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.most = 0
-        self._hold, self._now, self._lock = hold, 0, threading.Lock()
+        self.now = 0
+        self._hold, self._lock = hold, threading.Lock()
         self._over = threading.Event()
         outer = self
 
@@ -62,8 +63,8 @@ class ChatServer:
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         body = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
         with self._lock:
-            self._now += 1
-            self.most = max(self.most, self._now)
+            self.now += 1
+            self.most = max(self.most, self.now)
             self.bodies.append(body)
             self.keys.append(request.headers.get("Authorization"))
             step = self.script.pop(0) if self.script else "ok"
@@ -73,7 +74,7 @@ class ChatServer:
             self._do(request, body, step)
         finally:
             with self._lock:
-                self._now -= 1
+                self.now -= 1
 
     def _do(self, request: BaseHTTPRequestHandler, body: dict[str, Any], step: Any) -> None:
         if isinstance(step, tuple):
