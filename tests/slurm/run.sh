@@ -147,7 +147,7 @@ part "sbatch exps/eval_mir.sh: the numbers of four tasks on two nodes are those 
 narrating=(exps/generate_hod.sh --config_file configs/hod/demo.yml demo.folder=null block=16 workers=1 slurm.memory_gb=1)
 bash "${narrating[@]}" output="$work/alone.csv" >"$work/narrated.log" 2>&1 || fail "no narrations" "$work/narrated.log"
 SHARDS=3 bash "${narrating[@]}" output="$work/sharded.csv" >"$work/sharded.log" 2>&1 || fail "not submitted" "$work/sharded.log"
-merge=$(sed -n 's/.* and the merge as job \([0-9]*\).*/\1/p' "$work/sharded.log")
+merge=$(sed -n 's/.* submitted the merge as job \([0-9]*\).*/\1/p' "$work/sharded.log")
 ends "$merge" COMPLETED 0 "$work/sharded.log"
 cmp "$work/alone.csv" "$work/sharded.csv"
 part "SHARDS=3 exps/generate_hod.sh: an array and a merge wrote the $(wc -l <"$work/alone.csv") lines of one run"
