@@ -38,6 +38,8 @@ _WITH = re.compile(r"\b(?:with|using|uses?|by) (?:the |his |her |their |your |my
 _ECHO_WORDS = 6
 # A source of so few words tells no language: "open tupperware" is English.
 _SHORT = 2
+# The hand that does not act may do this as well; whether it does, the tracks say.
+_SHARED = frozenset({"hold", "keep"})
 # Of the source's verbs and things, the least share that a caption names
 _KEPT = 0.6
 # Of more verbs or things than this one may go missing
@@ -128,14 +130,17 @@ def compare_words(caption: str, source: str, facts: ClipFacts | None, thing: str
 
 def _done_by_another(caption: str, verbs: tuple[str, ...], acting: str) -> str | None:
     """The deed that a caption gives to the hand that does not act."""
+    own, others = set[str](), list[str]()
     for clause in clauses(caption):
         means = _WITH.search(clause.text)
         if means and means[1] != acting:
             return means.group()
         did = [each for each in words.named(clause.text).verbs if any(words.alike(each, verb) for verb in verbs)]
-        if did and clause.sides and acting not in clause.sides:
-            return did[0]
-    return None
+        if clause.sides and acting not in clause.sides:
+            others += did
+        else:
+            own.update(did)
+    return next((deed for deed in others if deed not in _SHARED & own), None)
 
 
 def _form(caption: str, source: str, settings: CheckSettings, prompt: str) -> list[str]:

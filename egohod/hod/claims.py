@@ -106,9 +106,10 @@ def unsupported(caption: str, source: str, facts: ClipFacts, min_seen: float) ->
     """What the tracks do not say, as reasons; and how many statements there were.
 
     A caption that names no hand although one acts is no hand-object narration.
-    What the source says of a hand's motion or contact stands without the tracks.
+    What the source says of a hand's motion or contact stands without the tracks; where it names no hand it speaks of
+    the one that acts.
     """
-    said = {claim.what for claim in claims(source)}
+    before = claims(source)
     given = claims(caption)
     reasons: list[str] = []
     named = {side for clause in clauses(caption) if clause.named for side in clause.sides}
@@ -126,6 +127,7 @@ def unsupported(caption: str, source: str, facts: ClipFacts, min_seen: float) ->
         own = [claim for claim in given if claim.sides == sides]
         for side in sides or ((facts.acting,) if facts.acting else ()):
             if side in hands:
+                said = {claim.what for claim in before if side in (claim.sides or (facts.acting or side,))}
                 reasons += _of_hand(own, hands[side], facts, said)
     return list(dict.fromkeys(reasons)), len(given) + len(named)
 

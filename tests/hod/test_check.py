@@ -103,6 +103,18 @@ def test_a_hand_that_was_not_seen_may_not_be_named() -> None:
     assert names(TRUE, source="#C C moves the sponge with the right hand beside the left hand", facts=alone) == set()
 
 
+def test_both_hands_may_hold_what_the_source_says_is_held() -> None:
+    both = clip(hand("right", touches="object", contact=0.0), hand("left", touches="other", contact=0.0))
+    source = "#C C holds the sponge"
+    told = f"{source} with the right hand, while the left hand holds another object still"
+    assert names(told, source, facts=both) == set()
+    assert names(f"{source} with the left hand, while the right hand rests", source, facts=both) == {"side"}
+    alone = clip(hand("right", touches="object", contact=0.0), hand("left"))
+    assert names(told, source, facts=alone) == {"contact"}
+    wiped = "The right hand wipes the sponge and the left hand wipes the sponge"
+    assert names(wiped, "#C C wipes the sponge", facts=both) == {"side"}
+
+
 def test_the_prompt_may_not_be_repeated() -> None:
     prompt = "Keep the verb and every object of the sponge narration. Be brief."
     assert names("Keep the verb and every object of the sponge", facts=WIPE, prompt=prompt) == {"prompt"}
