@@ -17,7 +17,7 @@ import numpy as np
 
 from egohod.config import UserError
 from egohod.data.files import VideoError
-from egohod.data.pool import ForkedPool
+from egohod.data.pool import Lost, Workers
 from egohod.data.source import ClipSource
 from egohod.data.table import EXCLUDE_COLUMNS
 
@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 # Clips that are looked at, noted and reported together.
 BLOCK = 64
+# Seconds for a block, or for one clip of a block that took longer
+_PATIENCE = 600.0
 
 Fault = tuple[int, str]
 """Number of a clip, and why it cannot be read."""
@@ -69,13 +71,19 @@ class Verifier:
 
     def check(self, block: int) -> list[Fault]:
         """Read the clips of a block; those that cannot be read."""
-        faults = []
-        for index in self._order[block * BLOCK : (block + 1) * BLOCK].tolist():
-            try:
-                self.source.read(self.source.table.row(index), self._frames, None)
-            except VideoError as error:
-                faults.append((index, str(error)))
-        return faults
+        found = ((index, self._fault(index)) for index in self._clips(block))
+        return [(index, reason) for index, reason in found if reason is not None]
+
+    def _clips(self, block: int) -> list[int]:
+        return self._order[block * BLOCK : (block + 1) * BLOCK].tolist()
+
+    def _fault(self, index: int) -> str | None:
+        """Why a clip cannot be read."""
+        try:
+            self.source.read(self.source.table.row(index), self._frames, None)
+        except VideoError as error:
+            return str(error)
+        return None
 
     def estimate(self, blocks: int = 3) -> float:
         """Seconds that one process needs for all clips, measured on a few blocks."""
@@ -88,7 +96,9 @@ class Verifier:
     def run(self, workers: int, progress: Callable[[int, int, int], None], strict: bool = False) -> Verdict:
         """Check what is not checked yet; ``progress(clips done, clips in all, faults)`` is called after each block.
 
-        Writes the exclude list. With ``strict`` the first fault is raised as :class:`UserError`.
+        Without ``workers`` it is this process that reads, and a video that makes a decoder crash ends it; with them the
+        crash is that clip's fault. Writes the exclude list. With ``strict`` the first fault is raised as
+        :class:`UserError`.
         """
         known = self._read_notes()
         if known:
@@ -118,12 +128,22 @@ class Verifier:
         return verdict
 
     def _results(self, todo: list[int], workers: int) -> Iterator[tuple[int, list[Fault]]]:
-        if workers <= 1:
+        if not workers:
             yield from ((block, self.check(block)) for block in todo)
             return
         # Workers are forked, so that they share the table's memory, and follow this process.
-        with ForkedPool(workers, self.check) as pool:
-            yield from pool.unordered(todo)
+        with Workers(workers, self.check, _PATIENCE) as pool:
+            for block, found in pool.unordered(todo):
+                yield block, self._one_by_one(block) if isinstance(found, Lost) else found
+
+    def _one_by_one(self, block: int) -> list[Fault]:
+        """The faults of a block at which a process died or took too long: the clip to blame is among them."""
+        with Workers(1, self._fault, _PATIENCE) as pool:
+            found = [
+                (index, f"{self.source.table.row(index).video_id}: {told.reason}" if isinstance(told, Lost) else told)
+                for index, told in pool.unordered(self._clips(block))
+            ]
+        return [(index, reason) for index, reason in found if reason is not None]
 
     def _read_notes(self) -> dict[int, list[Fault]]:
         """Faults by block, of an earlier run over the same table."""

@@ -6,12 +6,12 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from egohod.data.pool import Lost, Workers
 from egohod.data.source import ClipSource
 from egohod.data.video import Frames, VideoError
 from egohod.hod.blocks import Found
 from egohod.hod.detect import Undetectable
 from egohod.hod.pipeline import Task
-from egohod.hod.workers import Lost, Workers
 
 DETECT, TRACK, NARRATE, CHECK = STAGES = ("detect", "track", "narrate", "check")
 # Part of what results are called by. Raise a stage's when its code makes something else of the same clip and settings:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import os
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +21,7 @@ from egohod.data import verify
 from egohod.data.decoders import choose_decoder
 from egohod.data.files import StorageError
 from egohod.data.source import ClipSource
-from egohod.data.table import ClipTable
+from egohod.data.table import ClipRow, ClipTable
 from egohod.data.verify import Verifier
 from tests.data.video_files import encode
 from tests.support import Command
@@ -76,7 +79,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: 
     read: list[int] = []
     inner = ClipSource.read
     monkeypatch.setattr(ClipSource, "read", lambda self, row, *more: read.append(row.row) or inner(self, row, *more))
-    expected = Verifier("own", source(folder)[1], folder).run(1, nothing)
+    expected = Verifier("own", source(folder)[1], folder).run(0, nothing)
     assert len(expected.faults) == 3
     assert len(read) == 6
 
@@ -85,15 +88,15 @@ def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: 
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Verifier("own", source(folder)[1], folder).run(1, interrupt)
+        Verifier("own", source(folder)[1], folder).run(0, interrupt)
     with (folder / "own_progress.jsonl").open("a") as notes:
         notes.write("[2, [[")  # killed while writing
     read.clear()
-    assert Verifier("own", source(folder)[1], folder).run(1, nothing) == expected
+    assert Verifier("own", source(folder)[1], folder).run(0, nothing) == expected
     assert len(read) == 2
     read.clear()
     (folder / "videos" / "fake.mp4").write_bytes((folder / "videos" / "v0.mp4").read_bytes())
-    assert len(Verifier("own", source(folder)[1], folder).run(1, nothing).faults) == 2, "a finished run begins anew"
+    assert len(Verifier("own", source(folder)[1], folder).run(0, nothing).faults) == 2, "a finished run begins anew"
     assert len(read) == 6
 
 
@@ -104,8 +107,8 @@ def test_other_settings_are_another_task(folder: Path, monkeypatch: pytest.Monke
     (folder / "empty").mkdir()
     wrong = source(folder, root=str(folder / "empty"))[1]
     with pytest.raises(KeyboardInterrupt):
-        Verifier("own", wrong, folder).run(1, interrupt)
-    assert len(Verifier("own", source(folder)[1], folder).run(1, nothing).faults) == 3
+        Verifier("own", wrong, folder).run(0, interrupt)
+    assert len(Verifier("own", source(folder)[1], folder).run(0, nothing).faults) == 3
 
 
 def test_what_stops_a_run_stops_it_at_once_in_several_processes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,14 +120,33 @@ def test_what_stops_a_run_stops_it_at_once_in_several_processes(folder: Path, mo
         Verifier("own", source(folder)[1], folder).run(2, nothing)
 
 
+def test_a_video_that_makes_its_process_crash_or_hang_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As decoders do on some damaged files."""
+    inner = ClipSource.read
+
+    def read(self: ClipSource, row: ClipRow, *more: Any) -> Any:
+        if row.video_id == "v1" and row.start < 1:
+            os._exit(7)
+        if row.video_id == "fake":
+            time.sleep(600)
+        return inner(self, row, *more)
+
+    monkeypatch.setattr(ClipSource, "read", read)
+    monkeypatch.setattr(verify, "_PATIENCE", 3.0)
+    faults = dict(Verifier("own", source(folder)[1], folder).run(1, nothing).faults)
+    assert faults[2] == "v1: the process that worked on it died (exit code 7)"
+    assert faults[1] == "fake: it took longer than 3 s"
+    assert sorted(faults) == [1, 2, 3, 4]
+
+
 def test_several_processes_find_the_same(folder: Path) -> None:
-    one, two = (Verifier(name, source(folder)[1], folder).run(n, nothing) for name, n in (("one", 1), ("two", 2)))
+    one, two = (Verifier(name, source(folder)[1], folder).run(n, nothing) for name, n in (("one", 0), ("two", 2)))
     assert one == two
 
 
 def test_strict_stops_at_the_first_and_a_dry_run_writes_nothing(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(UserError, match=r"clips\.csv: row \d: "):
-        Verifier("own", source(folder)[1], folder).run(1, nothing, strict=True)
+        Verifier("own", source(folder)[1], folder).run(0, nothing, strict=True)
     command = ["--config_file", f"{folder}/config.yml", "--output", f"{folder}/no", "--workers", "1"]
     caplog.set_level(logging.INFO)
     assert verify_dataset.main([*command, "--dry_run"]) == 0

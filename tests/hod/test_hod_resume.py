@@ -14,6 +14,7 @@ import pytest
 
 from egohod.config import SourceConfig
 from egohod.data.decoders import choose_decoder
+from egohod.data.pool import Workers
 from egohod.data.source import ClipSource
 from egohod.data.table import ClipTable
 from egohod.data.video import Frames
@@ -21,7 +22,6 @@ from egohod.hod.blocks import Found
 from egohod.hod.pipeline import COLUMNS, Pipeline, Task, uid_of
 from egohod.hod.shards import Shard, Work, written
 from egohod.hod.stages import DETECT, TRACK, VERSIONS, Looking, Thinking
-from egohod.hod.workers import Workers
 
 WHOLE = Shard()
 
