@@ -307,7 +307,8 @@ class DataConfig:
 
 
 # Losses that need to know how relevant each text is to each clip.
-RELEVANCY_LOSSES = ("max_margin", "adaptive_max_margin", "sms", "soft_infonce")
+MARGIN_LOSSES = ("max_margin", "adaptive_max_margin", "sms")
+RELEVANCY_LOSSES = (*MARGIN_LOSSES, "soft_infonce")
 
 
 @dataclass
@@ -342,7 +343,7 @@ class LossConfig:
         True, "gradients flow to the features of other processes; False with local_loss is biased and refused"
     )
     temperature: float = knob(0.07, "start (and, if not learned, the fixed value) of the softmax temperature", above=0)
-    learn_temperature: bool = knob(False, "upstream keeps 0.07")
+    learn_temperature: bool = knob(False, "upstream keeps 0.07; the margin losses and heads have no temperature")
     bias: float = knob(-10.0, "sigmoid: start of the learned offset of all similarities, SigLIP's")
     max_logit_scale: float = knob(100.0, "a learned 1/temperature is clamped here, as in CLIP", above=0)
     boxes: float = knob(
@@ -675,11 +676,14 @@ def check(config: Config) -> list[tuple[str, str]]:
                 f"train.lr_end is {config.train.lr_end}, but a cosine falls: at most train.lr={config.train.lr}",
             )
         )
-    if config.loss.name in RELEVANCY_LOSSES and config.data.labels.target != "relevancy":
+    if (config.loss.name in RELEVANCY_LOSSES) != (config.data.labels.target == "relevancy"):
         problems.append(
             (
                 "loss.name",
-                f"loss.name={config.loss.name} grades texts by relevancy, so it needs data.labels.target=relevancy",
+                f"loss.name={config.loss.name} grades texts by relevancy, so it needs data.labels.target=relevancy"
+                if config.loss.name in RELEVANCY_LOSSES
+                else f"loss.name={config.loss.name} knows no relevancy; with data.labels.target=relevancy there are "
+                + ", ".join(RELEVANCY_LOSSES),
             )
         )
     heads = config.model.heads != "none"
@@ -687,6 +691,18 @@ def check(config: Config) -> list[tuple[str, str]]:
     if any(classes) and not all(classes):
         problems.append(
             ("model.heads", "model.heads=joint or parts, data.labels.target=class and loss.name=classes go together")
+        )
+    columns = [name.removesuffix("_class") for name in config.data.labels.columns]
+    if not columns or len(set(columns)) < len(columns):
+        what = "names a column twice" if columns else "is empty, but a class is told by at least one column"
+        problems.append(("data.labels.columns", f"data.labels.columns={config.data.labels.columns} {what}"))
+    elif len(columns) > 1 and "action" in columns:
+        problems.append(
+            (
+                "data.labels.columns",
+                "data.labels.columns: what all columns tell together is called action, so none of several can be; "
+                "give that column another name",
+            )
         )
     for knob_name in ("mixup", "cutmix"):
         if getattr(config.train, knob_name) and config.loss.name != "classes":
@@ -704,6 +720,15 @@ def check(config: Config) -> list[tuple[str, str]]:
             key = "evaluate.during" if name in config.evaluate.during else "evaluate.final"
             known = ", ".join(config.evaluate.benchmarks) or "none"
             problems.append((key, f"{key} names the benchmark '{name}', but evaluate.benchmarks has {known}"))
+    measured = [*config.evaluate.during, *(["val"] if config.evaluate.demo_val else [])]
+    if measured and config.evaluate.best.partition("/")[0] not in measured:
+        problems.append(
+            (
+                "evaluate.best",
+                f"evaluate.best={config.evaluate.best}: while training {' and '.join(measured)} is measured; set "
+                f"evaluate.best={measured[0]}/METRIC",
+            )
+        )
     weighted = [source.weight is not None for source in config.data.train.values()]
     if any(weighted) and not all(weighted):
         name = f"data.train.{list(config.data.train)[weighted.index(False)]}.weight"

@@ -25,7 +25,7 @@ def train_and_report(description: str, default_config: str, arguments: Sequence[
         return dry_run(args.config_file, overrides, named_evaluators)
     cfg = config.load(args.config_file, overrides)
     with cli.joined(cfg, stops_cleanly=True) as dist, cli.claimed_run(cfg.train.output, dist):
-        classes = build_classes(cfg) if cfg.model.heads != "none" else None
+        classes = build_classes(cfg)
         model = build_model(cfg, dist, classes)
         log.info("what learns\n%s", trainable_table(model))
         data = build_data(cfg, dist, model)

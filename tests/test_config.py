@@ -90,6 +90,12 @@ def test_every_missing_variable_is_named_at_once(tmp_path: Path, monkeypatch: py
         ("{}", "train.seed=99999999999999999999999", ["train.seed", "at most"]),
         ("train: {duration: 1e400 steps}", None, ["train.duration", "too long"]),
         ("_base_: 5", None, ["_base_", "name of a config file"]),
+        ("data: {labels: {target: relevancy}}", None, ["loss.name=infonce knows no relevancy", "sms"]),
+        ("loss: {name: sms}", None, ["loss.name=sms grades texts by relevancy", "data.labels.target=relevancy"]),
+        ("data: {labels: {columns: []}}", None, ["data.labels.columns", "is empty"]),
+        ("data: {labels: {columns: [verb, verb_class]}}", None, ["data.labels.columns", "twice"]),
+        ("data: {labels: {columns: [verb, action]}}", None, ["data.labels.columns", "called action"]),
+        ("evaluate: {demo_val: x, best: test/map}", None, ["evaluate.best=test/map", "set evaluate.best=val/METRIC"]),
         ("data: {workers: '${oc.env:EGO_UNSET_NUMBER}'}", None, ["data.workers", "EGO_UNSET_NUMBER"]),
     ],
 )

@@ -39,6 +39,7 @@ from egohod.training.setup import build_model
 log = logging.getLogger("predict")
 
 SHOWN, DRAWN = 5, 10
+_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.yml"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     add = parser.add_argument
     add("video", type=Path, metavar="VIDEO", help="a video file")
     add("overrides", nargs="*", metavar="section.key=value", help="change single knobs, e.g. train.device=cpu")
-    add("--config_file", default="configs/demo.yml", metavar="YAML", help="what the checkpoint does not tell")
+    add("--config_file", default=str(_CONFIG), metavar="YAML", help="what the checkpoint does not tell")
     add(
         "--checkpoint",
         required=True,
@@ -59,6 +60,10 @@ def main(arguments: Sequence[str]) -> int:
     args = parser.parse_intermixed_args(arguments)
     if not args.window > 0:
         raise UserError(f"--window must be above 0, not {args.window:g}")
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {args.output}: {error.strerror}") from error
     known = cli.model_of(args.checkpoint, args.overrides)
     knobs = ["model.weights.source=checkpoint", *known, *args.overrides, f"model.weights.path={args.checkpoint}"]
     cfg = config.load(args.config_file, knobs)
@@ -69,11 +74,10 @@ def main(arguments: Sequence[str]) -> int:
         for number in best[0]:
             print(f"{scores[0, number]:.3f}  {names[number]}")
         return cli.DONE
-    args.output.mkdir(parents=True, exist_ok=True)
     _write_csv(args.output / "timeline.csv", windows, names, scores, best)
-    _draw(args.output / "timeline.png", windows, names, scores)
     for (start, end), row, order in zip(windows, scores, best, strict=True):
         print(f"{start:8.1f} - {end:.1f} s  {row[order[0]]:.3f}  {names[order[0]]}")
+    _draw(args.output / "timeline.png", windows, names, scores)
     log.info("wrote %s and timeline.png", args.output / "timeline.csv")
     return cli.DONE
 
@@ -103,7 +107,9 @@ def _scores(
         try:
             cfg.model.heads, classes = classes_of(Path(args.checkpoint))
         except CheckpointError as error:
-            raise UserError(f"{error}; --sentences ranks sentences instead") from error
+            file = "a file does not tell what its heads are for: give its run or checkpoint folder"
+            what = file if Path(args.checkpoint).is_file() else str(error)
+            raise UserError(f"--checkpoint {args.checkpoint}: {what}; --sentences ranks sentences instead") from error
         encoder = ClassProbabilities(build_model(cfg, dist, classes), classes).eval()
         names, columns = classes.names, torch.eye(len(classes.names), device=dist.device)
     size = geometry(cfg.model.name).image_size
@@ -139,6 +145,8 @@ def _draw(path: Path, windows: Sequence[tuple[float, float]], names: Sequence[st
     figure, axis = plt.subplots(figsize=(12, 1 + 0.35 * len(shown)))
     mesh = axis.pcolormesh(edges, np.arange(len(shown) + 1), scores[:, shown].T, cmap="viridis")
     axis.set(yticks=np.arange(len(shown)) + 0.5, yticklabels=[names[i] for i in shown], xlabel="seconds")
+    for label in axis.get_yticklabels():
+        label.set_parse_math(False)  # a $ is a $
     axis.invert_yaxis()
     figure.colorbar(mesh, label="score")
     figure.tight_layout()

@@ -10,6 +10,7 @@ weight decay and k are chosen on a tenth of the training clips, never on the tes
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -22,8 +23,10 @@ import torch
 
 from egohod import cli
 from egohod.config import UserError
-from egohod.evaluation.feature_index import Features, read_features
+from egohod.evaluation.feature_index import SHARED, Features, read_features, read_index
 from egohod.evaluation.probes import knn_probe, linear_probe
+
+log = logging.getLogger("probe")
 
 
 def classes(train: Features, test: Features) -> tuple[np.ndarray, np.ndarray, int]:
@@ -35,6 +38,24 @@ def classes(train: Features, test: Features) -> tuple[np.ndarray, np.ndarray, in
     if unknown := [text for text in test.texts if text not in number]:
         raise UserError(f"class '{unknown[0]}' has test clips, but no training clip")
     return np.array([number[t] for t in train.texts]), np.array([number[t] for t in test.texts]), len(names)
+
+
+def _features(folder: Path) -> Features:
+    """What there is. Raises :class:`UserError` if it is no number."""
+    found, lacking = read_features(folder)
+    if lacking:
+        log.warning("%s: %d videos have no features yet, and are left out", folder, lacking)
+    if len(wrong := np.flatnonzero(~np.isfinite(found.features).all(axis=1))):
+        raise UserError(f"{folder}: the features of {found.videos[wrong[0]]} are not finite")
+    return found
+
+
+def _require_same(train: Path, test: Path) -> None:
+    """Raise :class:`UserError` if features of two models, or of two kinds, would be compared."""
+    first, second = read_index(train), read_index(test)
+    differ = [name for name in SHARED if first.get(name) != second.get(name)]
+    if differ:
+        raise UserError(f"{train} and {test} hold features of another {' and '.join(differ)}")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -50,7 +71,8 @@ def main(arguments: Sequence[str]) -> int:
     add("--test", type=Path, required=True, metavar="FOLDER", help="features to be told the class of")
     add("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
-    train, test = (read_features(folder)[0] for folder in (args.train, args.test))
+    train, test = (_features(folder) for folder in (args.train, args.test))
+    _require_same(args.train, args.test)
     train_labels, test_labels, count = classes(train, test)
     features, asked = torch.from_numpy(train.features), torch.from_numpy(test.features)
     print(f"{len(features):,} training clips, {len(asked):,} test clips, {count} classes")

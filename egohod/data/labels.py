@@ -147,10 +147,16 @@ class ClassSpace:
         return found
 
     def heads(self, kind: str) -> dict[str, int]:
-        """Outputs of each head: one for all classes (``joint``), or one for each column (``parts``)."""
+        """Outputs of each head: one for all classes (``joint``), or one for each column (``parts``).
+
+        Raises :class:`UserError` for a column by whose name no head can be called.
+        """
+        for name in self.parts:
+            if "." in name or (kind == "parts" and hasattr(torch.nn.ModuleDict, name)):
+                raise UserError(f"data.labels.columns: no head can be called '{name}'; give that column another name")
         if kind == "joint":
             return {"action": len(self.keys)}
-        return {name: len(values) for name, (values, _) in self.parts.items()} if kind == "parts" else {}
+        return {name: len(values) for name, (values, _) in self.parts.items()}
 
     def number(self, key: Sequence[str], where: str) -> int:
         """The class of some values. Raises :class:`UserError` naming ``where`` if there is none."""

@@ -36,8 +36,8 @@ class ClassificationTable(EvaluationTable):
     ``texts`` P prompts; ``class_of_text`` [P] in 0..C-1, at least one prompt for each class; ``labels`` [N] true
     classes; ``parts`` maps the name of a coarser label (verb, noun) to its code for each class, [C]: a part's
     probability is the sum over its classes. Metrics are called ``<name>_top1`` and so on. ``class_names`` [C] are for
-    people, ``class_keys`` [C] what tells them apart in annotation files. ``splits`` are rows of clips: with them,
-    metrics are those of the first split, and ``<metric>_splits`` is the mean of all.
+    people, ``class_keys`` [C] what tells them apart in annotation files, in ``key_columns``. ``splits`` are rows of
+    clips: with them, metrics are those of the first split, and ``<metric>_splits`` is the mean of all.
     """
 
     name: str
@@ -48,6 +48,7 @@ class ClassificationTable(EvaluationTable):
     class_names: Sequence[str] = ()
     splits: Sequence[IntArray] = ()
     class_keys: Sequence[tuple[str, ...]] = ()
+    key_columns: Sequence[str] = ()
 
     def measure(self, video: Tensor, text: Tensor) -> dict[str, Score]:
         """Top-1, top-5 and mean class accuracy of the classes and top-1 of their parts, in percent."""

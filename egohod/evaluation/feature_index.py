@@ -26,7 +26,7 @@ from egohod.evaluation.report import read_json, write_json
 FORMAT = 1
 INDEX_FILE, CONFIG_FILE = "index.json", "config.yml"
 # What features must have in common to lie in one folder.
-_SHARED = ("format", "weights", "protocol")
+SHARED = ("format", "weights", "protocol")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def open_index(folder: Path, said: Mapping[str, Any]) -> None:
     """
     there = read_index(folder) if (folder / INDEX_FILE).exists() else None
     if there is not None:
-        differ = [name for name in _SHARED if there.get(name) != said[name]]
+        differ = [name for name in SHARED if there.get(name) != said[name]]
         if differ:
             raise UserError(f"{folder}: holds features of another {' and '.join(differ)}; choose another --output")
         if there["root"] != said["root"]:

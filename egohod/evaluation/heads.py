@@ -58,12 +58,14 @@ class HeadTable(ClassificationTable):
 def head_tables(tables: Sequence[EvaluationTable], space: ClassSpace, where: str) -> list[EvaluationTable]:
     """The classifications among a benchmark's ``tables``, for heads of the classes ``space``.
 
-    Raises :class:`UserError` if there is none, or if a clip's class is not among those of the heads.
+    Raises :class:`UserError` if there is none, if other columns tell its classes, or if a clip's class is not among
+    those of the heads.
     """
     made: list[EvaluationTable] = []
     for table in tables:
         if not isinstance(table, ClassificationTable) or not table.class_keys:
             continue
+        _require_columns(table.key_columns, space.columns, where)
         number = {c: space.number(table.class_keys[c], where) for c in np.unique(table.labels).tolist()}
         labels = np.array([number[c] for c in table.labels.tolist()], dtype=np.int64)
         parts = {name: code for name, (_, code) in space.parts.items()} if len(space.columns) > 1 else {}
@@ -73,3 +75,16 @@ def head_tables(tables: Sequence[EvaluationTable], space: ClassSpace, where: str
     if not made:
         raise UserError(f"{where}: no classification that heads could be measured on")
     return made
+
+
+def _require_columns(told: Sequence[str], learned: Sequence[str], where: str) -> None:
+    """Raise :class:`UserError` if classes of several columns are told by others, or in another order.
+
+    A single column has a name of its own in every dataset.
+    """
+    first, second = ([name.removesuffix("_class") for name in each] for each in (told, learned))
+    if len(first) != len(second) or (len(first) > 1 and first != second):
+        raise UserError(
+            f"{where}: its classes are told by {' and '.join(told)}, those of the heads by {' and '.join(learned)}; "
+            f"train with data.labels.columns=[{','.join(told)}]"
+        )

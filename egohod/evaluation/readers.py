@@ -82,7 +82,9 @@ def read_labels(config: BenchmarkConfig, protocol: Protocol, cache: Path | None)
     )
     texts = names.tolist()
     keys = [(name,) for name in texts]
-    made = ClassificationTable("action", texts, np.arange(len(texts)), labels, {}, texts, class_keys=keys)
+    made = ClassificationTable(
+        "action", texts, np.arange(len(texts)), labels, {}, texts, class_keys=keys, key_columns=["label"]
+    )
     return Content(clips, [made], [f"{table.report.widened} clips were widened to 1 s"] if table.report.widened else [])
 
 
@@ -171,8 +173,10 @@ def _own_classes(actions: np.ndarray, path: Path) -> ClassificationTable:
     name = "_".join(parts) or "action"
     labels = np.array([code[action] for action in actions], dtype=np.int64)
     class_of_text = np.array([code[action] for action in prompts["action"]], dtype=np.int64)
-    keys = [tuple(str(value) for value in row) for row in first[list(parts) or ["action"]].to_numpy()]
-    return ClassificationTable(name, prompts["text"].tolist(), class_of_text, labels, parts, names, class_keys=keys)
+    columns = list(parts) or ["action"]
+    keys = [tuple(str(value) for value in row) for row in first[columns].to_numpy()]
+    texts = prompts["text"].tolist()
+    return ClassificationTable(name, texts, class_of_text, labels, parts, names, class_keys=keys, key_columns=columns)
 
 
 def read_questions(path: Path, uids: Sequence[str]) -> QuestionTable:
@@ -286,6 +290,7 @@ def read_ek100_cls(config: BenchmarkConfig, protocol: Protocol, cache: Path | No
                 {"verb": verbs, "noun": nouns},
                 [names[pair] for pair in pairs_in_order],
                 class_keys=[(str(verb), str(noun)) for verb, noun in pairs_in_order],
+                key_columns=["verb_class", "noun_class"],
             )
         ],
         notes,
@@ -362,6 +367,7 @@ def read_egtea(config: BenchmarkConfig, protocol: Protocol, cache: Path | None) 
         texts,
         rows,
         class_keys=[(str(code),) for code in sorted(classes)],
+        key_columns=["action"],
     )
     said = f"split {config.test_split} of 3" if config.test_split else f"{len(splits)} of 3 splits are there"
     return Content(clips, [table], [] if len(splits) == 3 else [said])

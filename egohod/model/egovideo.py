@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from egohod.config import LossConfig, ModelConfig
+from egohod.config import MARGIN_LOSSES, LossConfig, ModelConfig
 from egohod.model import zoo
 from egohod.model.base import Base
 from egohod.model.slowfast import SlowFastTransformer, slow_frames
@@ -234,7 +234,8 @@ def create_model(
         "geometry": shape,
         "num_frames": config.num_frames,
         "temperature": loss.temperature,
-        "learn_temperature": loss.learn_temperature,
+        # What no loss reads must not wait for a gradient.
+        "learn_temperature": loss.learn_temperature and loss.name not in MARGIN_LOSSES,
         "bias": loss.bias if loss.name == "sigmoid" else None,
     }
     model: DualEncoder

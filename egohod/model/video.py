@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -190,6 +191,10 @@ class VideoTransformer(nn.Module):
         self.image_projection = nn.Parameter(torch.empty(width, embed_dim))
         self.box_head = BoxHead(width, (image_size // patch_size) ** 2) if boxes else None
         self._initialise(temporal_init, spatial_init, sinusoid_scale)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without compiled methods: in a copy they would still compute with this tower's weights."""
+        return {name: value for name, value in super().__getstate__().items() if not hasattr(type(self), name)}
 
     @torch.no_grad()
     def _initialise(self, temporal_init: str, spatial_init: str, sinusoid_scale: float) -> None:

@@ -19,16 +19,14 @@ from egohod.distributed import Distributed, pick_precision, setup
 from egohod.model.egovideo import DualEncoder, create_model
 from egohod.model.flops import step_flops
 from egohod.training.loop import Schedule
-from egohod.training.mixing import require_pairs
 from egohod.training.setup import (
     active_sources,
     build_classes,
     build_dataset,
     build_model,
     build_plan,
-    largest_batch,
+    micro_batches,
     predict_memory,
-    split_batch,
     trainable,
 )
 from egohod.training.step import TrainStep
@@ -73,7 +71,7 @@ class Report:
 
 def _classes(cfg: Config, problems: list[str]) -> ClassSpace | None:
     try:
-        return build_classes(cfg) if cfg.model.heads != "none" else None
+        return build_classes(cfg)
     except UserError as error:
         problems.append(str(error))
         return None
@@ -154,9 +152,7 @@ def _report_data(cfg: Config, dist: Distributed, model: DualEncoder, say: Report
                 say("clip", f"{dataset.where(index)}: video {list(clip['video'].shape)}, '{texts[:90]}'")
     try:
         plan = build_plan(cfg, dataset)
-        limit = cfg.train.max_batch_per_process or largest_batch(cfg, dist, model)
-        micro_batch, accumulation = split_batch(cfg.train.global_batch_size, dist.world_size, limit)
-        require_pairs(cfg.train, micro_batch)
+        micro_batch, accumulation = micro_batches(cfg, dist, model)
         schedule = Schedule.of(cfg, plan.steps_per_epoch)
     except UserError as error:
         problems.append(str(error))

@@ -134,7 +134,6 @@ def train(
         nonlocal scores, evaluated
         log.info("evaluating the model of step %d", step)
         scores, evaluated = evaluate(train_step.averaged, evaluators), step
-        _check_best(cfg, scores)
         telemetry.write(step, scores)
 
     owed = is_due(start) and not scores
@@ -145,6 +144,7 @@ def train(
             # One from elsewhere stays as it is.
             if dist.is_main and checkpoint and checkpoint.path.parent == store.folder:
                 store.rate(start, scores)
+            _check_best(cfg, scores)
         batches = _micro_batches(cfg, dist, data, start, schedule.total)
         for step in range(start + 1, schedule.total + 1):
             with clock.waiting():
@@ -166,9 +166,12 @@ def train(
                         evaluate_now(step)
                     except Interrupted:
                         stopping = True
-            if last or stopping or step % schedule.save == 0:
+            # Nothing is lost over a metric's name.
+            ending = last or stopping or not _is_known(cfg.evaluate.best, scores)
+            if ending or step % schedule.save == 0:
                 with clock.paused():
-                    save(step, must_succeed=last or stopping)
+                    save(step, must_succeed=ending)
+            _check_best(cfg, scores)
             if stopping:
                 # Nobody leaves in peace before the first process has saved.
                 dist.gather_objects(None)
@@ -309,9 +312,13 @@ def _average(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: sum(each[name] for each in metrics) / len(metrics) for name in metrics[0]}
 
 
+def _is_known(metric: str, scores: dict[str, float]) -> bool:
+    return not scores or metric in scores
+
+
 def _check_best(cfg: Config, scores: dict[str, float]) -> None:
     """A metric that does not exist would silently keep no best checkpoint."""
-    if scores and cfg.evaluate.best not in scores:
+    if not _is_known(cfg.evaluate.best, scores):
         near = difflib.get_close_matches(cfg.evaluate.best, scores, n=1, cutoff=0.3)
         raise UserError(
             f"evaluate.best={cfg.evaluate.best}: no such metric" + (f"; did you mean {near[0]}?" if near else "")

@@ -7,16 +7,7 @@ import torch
 from timm.data import Mixup
 from torch import Tensor
 
-from egohod.config import TrainConfig, UserError
-
-
-def require_pairs(cfg: TrainConfig, micro_batch: int) -> None:
-    """Raise :class:`UserError` if clips are to be mixed in pairs, but an odd number of them is held at a time."""
-    if (cfg.mixup or cfg.cutmix) and micro_batch % 2:
-        raise UserError(
-            f"train.mixup and train.cutmix mix pairs, but {micro_batch} clips are held at a time; choose a "
-            "train.max_batch_per_process (or train.global_batch_size) that makes it an even number"
-        )
+from egohod.config import TrainConfig
 
 
 class ClipMixer:
@@ -29,7 +20,7 @@ class ClipMixer:
         """``video`` float [B, C, T, H, W], changed in place, and whose share of pixels is whose: float32 [B, B].
 
         What is drawn follows from torch's generator, so that a step that is repeated mixes alike. The number of clips
-        is even (:func:`require_pairs`).
+        is even (:func:`egohod.training.setup.micro_batches`).
         """
         # timm draws from numpy's global generator.
         before = np.random.get_state()  # noqa: NPY002

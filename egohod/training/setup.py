@@ -32,7 +32,6 @@ from egohod.model.weights import load_weights
 from egohod.training.checkpoint import open_weights
 from egohod.training.head_start import class_texts, start_from_text
 from egohod.training.memory import Memory, predict
-from egohod.training.mixing import require_pairs
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +53,7 @@ class TrainingData:
 
 
 def build_model(cfg: Config, dist: Distributed, classes: ClassSpace | None = None) -> DualEncoder:
-    """The model with its starting weights, on the device; its heads are for ``classes``, or those of the data."""
-    if cfg.model.heads != "none" and classes is None:
-        classes = build_classes(cfg)
+    """The model with its starting weights, on the device; it has heads if there are ``classes`` for them."""
     torch.manual_seed(cfg.train.seed)
     model = create_model(cfg.model, cfg.loss, classes.heads(cfg.model.heads) if classes else None)
     weights = cfg.model.weights
@@ -72,11 +69,15 @@ def build_model(cfg: Config, dist: Distributed, classes: ClassSpace | None = Non
                 f"{weights.path}: is {content.family}, which model.weights.source={weights.source} does not mean; "
                 f"set model.weights.source={right}"
             )
+        has_heads = any(name.startswith("heads.") for name in content.tensors)
         there = content.beside.get("heads"), content.beside.get("classes")
-        if classes and there[0] and there != (cfg.model.heads, str([list(key) for key in classes.keys])):
-            what = (
-                f"model.heads={there[0]}" if there[0] != cfg.model.heads else "a head for other classes than the data"
-            )
+        if classes and has_heads and there != (cfg.model.heads, str([list(key) for key in classes.keys])):
+            if there[0] is None:
+                what = "heads and does not say for which classes, as its run or checkpoint folder does"
+            elif there[0] != cfg.model.heads:
+                what = f"model.heads={there[0]}"
+            else:
+                what = "a head for other classes than the data"
             if not weights.adapt:
                 raise UserError(
                     f"{weights.path}: has {what}; train it with the same, or let model.weights.adapt=true start the "
@@ -89,7 +90,7 @@ def build_model(cfg: Config, dist: Distributed, classes: ClassSpace | None = Non
     if cfg.train.trainable != "all" and weights.source != "scratch":
         model.base = base_of(model, content)
         if model.base and Path(model.base.path).parent.name == "checkpoints":
-            log.warning("%s is part of this run's checkpoints: keep it when its own run goes on", model.base.path)
+            log.warning("the checkpoints of this run will need %s: keep it when its own run goes on", model.base.path)
     model = model.to(dist.device)
     # A file whose heads were trained already keeps them.
     if classes and cfg.model.head_start == "text" and not content.beside.get("classes"):
@@ -168,8 +169,10 @@ def label_columns(cfg: Config) -> list[str]:
     return list(RELEVANCY_COLUMNS) if cfg.data.labels.target == "relevancy" else []
 
 
-def build_classes(cfg: Config) -> ClassSpace:
-    """The classes of the training clips and of ``data.labels.classes``."""
+def build_classes(cfg: Config) -> ClassSpace | None:
+    """The classes of the training clips and of ``data.labels.classes``, if the model is to have heads for them."""
+    if cfg.model.heads == "none":
+        return None
     # What is odd about them is said when the training clips get their labels.
     return class_space(_label_tables(cfg), *_told(cfg), say=False)
 
@@ -248,18 +251,31 @@ def build_plan(cfg: Config, dataset: ClipDataset) -> BatchPlan | MixedPlan:
 
 def build_data(cfg: Config, dist: Distributed, model: DualEncoder) -> TrainingData:
     """Everything that feeds the loop."""
-    # Before anything is read: whether the processes can share the batch at all.
-    split_batch(cfg.train.global_batch_size, dist.world_size, largest=1)
+    # Before anything is read: whether the batch can be shared at all.
+    micro_batch, accumulation = micro_batches(cfg, dist, model)
     dataset = build_dataset(cfg, model.geometry.image_size)
-    micro_batch, accumulation = split_batch(
-        cfg.train.global_batch_size, dist.world_size, cfg.train.max_batch_per_process or largest_batch(cfg, dist, model)
-    )
-    require_pairs(cfg.train, micro_batch)
     return TrainingData(dataset, build_plan(cfg, dataset), micro_batch, accumulation)
 
 
-def split_batch(global_batch_size: int, world_size: int, largest: int) -> tuple[int, int]:
+def micro_batches(cfg: Config, dist: Distributed, model: DualEncoder) -> tuple[int, int]:
     """Clips per forward pass of one process, and forward passes per step.
+
+    Raises :class:`UserError` if the batch cannot be shared, if not one clip fits, or if mixed clips would lack a pair.
+    """
+    size, mixes = cfg.train.global_batch_size, bool(cfg.train.mixup or cfg.train.cutmix)
+    split_batch(size, dist.world_size, largest=1)
+    largest = cfg.train.max_batch_per_process or largest_batch(cfg, dist, model)
+    micro_batch, accumulation = split_batch(size, dist.world_size, largest, even=mixes)
+    if mixes and micro_batch % 2:
+        raise UserError(
+            f"train.mixup and train.cutmix mix pairs, but {micro_batch} clips are held at a time; choose a "
+            "train.global_batch_size (or train.max_batch_per_process) that makes it an even number"
+        )
+    return micro_batch, accumulation
+
+
+def split_batch(global_batch_size: int, world_size: int, largest: int, even: bool = False) -> tuple[int, int]:
+    """Clips per forward pass of one process (an even number if asked for and possible), and forward passes per step.
 
     Raises :class:`UserError` if the processes cannot share the batch evenly.
     """
@@ -270,7 +286,8 @@ def split_batch(global_batch_size: int, world_size: int, largest: int) -> tuple[
             f"{(global_batch_size // world_size + 1) * world_size}"
         )
     share = global_batch_size // world_size
-    micro_batch = next(size for size in range(min(share, largest), 0, -1) if share % size == 0)
+    fitting = [size for size in range(min(share, largest), 0, -1) if share % size == 0]
+    micro_batch = next((size for size in fitting if even and size % 2 == 0), fitting[0])
     return micro_batch, share // micro_batch
 
 

@@ -14,6 +14,7 @@ from egohod.hod.facts import ClipFacts
 from egohod.hod.llm import LanguageModelNarrator
 from egohod.hod.narrator import Request
 from egohod.hod.settings import CheckSettings, NarratorSettings
+from egohod.training.telemetry import git_commit
 from tests.hod.hod_facts import clip, hand
 from tests.support import ROOT
 
@@ -77,6 +78,7 @@ def main(endpoint: str, output: Path) -> None:
         )
     wrong = collections.Counter(name for row in rows for name in {each.partition(":")[0] for each in row["reasons"]})
     result = {
+        "commit": git_commit(),
         "clips": len(rows),
         "answered": sum(row["caption"] is not None for row in rows),
         "passed": sum(not row["reasons"] for row in rows),

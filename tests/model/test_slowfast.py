@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -295,6 +296,20 @@ def test_both_paths_compile_without_a_break(
     assert gradients.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient, atol=1e-6, rtol=1e-3, msg=name)
+
+
+def test_a_copy_of_a_compiled_model_computes_with_its_own_weights() -> None:
+    """Which the moving average of the weights is."""
+    model = build("before", "cls")
+    model.compile_towers(backend="eager")
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    tower = copied.visual
+    assert tower.fast.__self__ is tower  # type: ignore[operator, union-attr]
+    assert model.visual.fast is not type(tower).fast  # type: ignore[union-attr]
+    assert "fast" in vars(model.visual), "the model itself stays compiled"
 
 
 @pytest.fixture(scope="module")

@@ -22,10 +22,12 @@ from egohod.data.table import ClipTable
 from egohod.demo.benchmarks import write_benchmarks
 from egohod.demo.world import NOUNS
 from egohod.distributed import Distributed
+from egohod.evaluation.classification import ClassificationTable
+from egohod.evaluation.heads import head_tables
 from egohod.loss.classification import ClassificationLoss
 from egohod.model.egovideo import create_model
 from egohod.training.checkpoint import open_weights
-from egohod.training.mixing import ClipMixer, require_pairs
+from egohod.training.mixing import ClipMixer
 from egohod.training.setup import build_labels
 from egohod.training.step import TrainStep
 from tests.support import Command, ShortRun, losses, newest
@@ -230,6 +232,27 @@ def test_labels_that_cannot_be_learned_from(tmp_path: Path, caplog: pytest.LogCa
         space.number(("boil",), "here")
 
 
+def test_columns_by_whose_name_no_head_can_be_called() -> None:
+    space = ClassSpace(("type",), (("1",), ("2",)), ("1", "2"))
+    assert space.heads("joint") == {"action": 2}
+    with pytest.raises(UserError, match="no head can be called 'type'"):
+        space.heads("parts")
+    with pytest.raises(UserError, match=r"no head can be called 'a\.b'"):
+        ClassSpace(("a.b",), (("1",), ("2",)), ("1", "2")).heads("joint")
+
+
+def test_heads_are_measured_on_classes_of_the_same_columns(ek100: Path) -> None:
+    train = table(ek100 / "EPIC_100_train.csv")
+    keys = [("0", "1"), ("2", "3")]
+    told = ClassificationTable(
+        "action", ["a", "b"], np.arange(2), np.array([0]), class_keys=keys, key_columns=["verb_class", "noun_class"]
+    )
+    for columns in (["noun_class", "verb_class"], ["verb_class"]):
+        space = class_space([train], columns)
+        with pytest.raises(UserError, match=r"here: its classes are told by verb_class and noun_class, those of .*"):
+            head_tables([told], space, "here")
+
+
 def test_slips_of_the_pen_in_labels(ek100: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     # Blanks around a label make no class of its own; what is missing is no class called "None".
     assert space_of(labelled(tmp_path, ["cut", "cut ", " t-shirt"])).names == ("cut", "t-shirt")
@@ -310,8 +333,6 @@ def test_what_is_mixed_follows_from_torchs_generator_alone() -> None:
     assert torch.equal(mixed[0][0], mixed[1][0])
     assert torch.equal(mixed[0][1], mixed[1][1])
     assert (np.random.get_state()[1] == before).all()  # noqa: NPY002
-    with pytest.raises(UserError, match="an even"):
-        require_pairs(TrainConfig(mixup=0.8), 3)
 
 
 def test_the_loss_of_heads_is_cross_entropy_with_smoothing_and_mixing() -> None:
@@ -482,6 +503,15 @@ def test_a_small_checkpoint_holds_what_was_trained_and_knows_its_base(
         done = inside("main_finetune.py", *anew)
         assert done.returncode == 0, done.stderr
         assert "they start anew" in done.stderr
+    # A file tells no classes, so its heads may be for any.
+    file = f"model.weights.path={newest(tmp_path / 'anew1').path}/model.safetensors"
+    bare = [*others[:-2], file, others[-1], f"train.output={tmp_path}/bare", "evaluate.final=[]"]
+    done = inside("main_finetune.py", *bare)
+    assert done.returncode == 2
+    assert "heads and does not say for which classes" in done.stderr
+    done = inside("main_finetune.py", *bare, "model.weights.adapt=true")
+    assert done.returncode == 0, done.stderr
+    assert "they start anew" in done.stderr
     with pytest.raises(UserError, match="not a run or checkpoint folder"):
         main_eval.main(["--checkpoint", str(weights), "--heads", "--benchmark", "mir"])
 
@@ -588,7 +618,10 @@ def test_predict_names_classes_and_writes_a_timeline(
     assert (tmp_path / "told" / "timeline.png").stat().st_size > 1000
     done = inside("predict.py", chunk, *run, "--window", "1000")
     assert len(done.stdout.splitlines()) == 5
-    # The text tower is still there.
+    # The text tower is still there, and a $ is no formula.
+    priced = ["--sentences", "pays $5_$ at once", "cuts", "--window", "1"]
+    done = inside("predict.py", chunk, *run, *priced)
+    assert done.returncode == 0, done.stderr
     done = inside("predict.py", chunk, *run, "--window", "1000", "--sentences", "opens the drawer", "cuts")
     assert sorted(line.split("  ")[1] for line in done.stdout.splitlines()) == ["cuts", "opens the drawer"]
     done = inside("predict.py", chunk, *run, "--window", "0")
@@ -597,6 +630,17 @@ def test_predict_names_classes_and_writes_a_timeline(
     done = inside("predict.py", chunk, "--checkpoint", short_run.folder)
     assert done.returncode == 2
     assert "has no classification heads" in done.stderr
+    (weights,) = (tmp_path / "run" / "checkpoints").glob("*/model.safetensors")
+    done = inside("predict.py", chunk, "--checkpoint", weights)
+    assert done.returncode == 2
+    assert "give its run or checkpoint folder" in done.stderr
+    done = inside("predict.py", chunk, "--checkpoint", tmp_path / "run", "--output", weights)
+    assert done.returncode == 2
+    assert f"--output {weights}: " in done.stderr
+    # Whoever asks for no heads needs no classes, and so no training csv.
+    asked = ["--sentences", "cuts", "data.train.demo.metadata=/gone.csv", *command[2:7]]
+    done = inside("predict.py", chunk, *command[:2], *run, *asked)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.ci
@@ -631,7 +675,9 @@ def test_two_processes_fine_tune_as_one_does(
     mir: list[str], ek100: Path, tmp_path: Path, program: Command, kind: str
 ) -> None:
     further = f"data.labels.classes=[{ek100}/EPIC_100_validation.csv]"
-    command = mir if kind == "sms" else [*classes(mir, "verb_class", "noun_class", heads="parts"), further]
+    # A margin has no temperature, so nothing waits for its gradient.
+    learned = "loss.learn_temperature=true"
+    command = [*mir, learned] if kind == "sms" else [*classes(mir, "verb_class", "noun_class", heads="parts"), further]
     command = ["main_finetune.py", *command]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     for name, start in (("one", []), ("two", launcher)):

@@ -215,6 +215,12 @@ def test_batches_are_split_evenly(batch_size: int, world: int, largest: int, exp
     assert split_batch(batch_size, world, largest) == expected
 
 
+def test_clips_to_be_mixed_are_held_in_pairs_where_that_is_possible() -> None:
+    assert split_batch(60, 1, 15) == (15, 4)
+    assert split_batch(60, 1, 15, even=True) == (12, 5)
+    assert split_batch(15, 1, 15, even=True) == (15, 1)
+
+
 def test_a_batch_that_processes_cannot_share_is_refused() -> None:
     with pytest.raises(UserError, match="the nearest sizes are 63 and 66"):
         split_batch(64, 3, 64)
