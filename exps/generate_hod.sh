@@ -12,17 +12,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 arguments=("$@")
 [ "$#" -gt 0 ] || arguments=(--config_file configs/hod/demo.yml)
-detector=mediapipe
-for argument in "${arguments[@]}"; do
-    case $argument in
-        *.yml | *.yaml)
-            named=$(sed -n '/^detector:/,/^[^ ]/s/^ \+kind: *\([a-z]*\).*/\1/p' "${argument#*=}" 2>/dev/null || true)
-            detector=${named:-$detector}
-            ;;
-        detector.kind=*) detector=${argument#*=} ;;
-        --help) detector= ;;
-    esac
-done
+# What is wrong with the arguments the program itself says below.
+detector=$("$PYTHON" tools/generate_hod.py "${arguments[@]}" --which_detector 2>/dev/null || true)
 folder=${EGOHOD_MEDIAPIPE:-.mediapipe}
 if [ "$detector" = mediapipe ] && [ ! -d "$folder/mediapipe" ]; then
     echo "installing MediaPipe into $folder (once)"

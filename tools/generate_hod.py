@@ -52,6 +52,9 @@ def main(arguments: Sequence[str]) -> int:
     args = _parse(arguments)
     shard = Shard.parse(args.shard) if args.shard else Shard()
     cfg = config.load(args.config_file, _overrides(args))
+    if args.which_detector:
+        print(cfg.detector.kind)
+        return cli.DONE
     _render(cfg, args.dry_run)
     plan = build(cfg, again=args.retry, tell=Teller())
     if args.dry_run:
@@ -92,6 +95,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--merge", action="store_true", help="put the parts of finished shards together")
     add("--retry", action="store_true", help="try the clips again that failed, or that a model left unanswered")
     add("--submit", type=int, metavar="N", help="submit N shards and a merge to Slurm, and leave")
+    add("--which_detector", action="store_true", help="only say which one the configuration chooses")
     add("--dry_run", action="store_true", help="say what there is to do, try a few clips, and write nothing")
     return parser.parse_intermixed_args(arguments)
 

@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import av
 import numpy as np
-from PIL import Image
 
 from egohod import cli
 from egohod.config import UserError
@@ -41,6 +40,7 @@ from egohod.hod.setup import Plan, build
 log = logging.getLogger("visualize_hod")
 
 _FILMS = (".mp4", ".mkv", ".mov")
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -89,16 +89,17 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _require_places(args: argparse.Namespace) -> None:
     """Make the folders, and find out now what would else be said after all the work."""
-    pictures = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.SAVE}
     for name, path, endings in (
-        ("sheet", args.sheet, pictures),
+        ("sheet", args.sheet, _PICTURES),
         ("film", args.film, _FILMS),
         ("page", args.page, None),
     ):
         if path is None:
             continue
         if endings is not None and path.suffix.lower() not in endings:
-            raise UserError(f"--{name} is '{path}', but must end in one of {', '.join(sorted(endings))}")
+            raise UserError(f"--{name} is '{path}', but must end in one of {', '.join(endings)}")
+        if path.is_dir():
+            raise UserError(f"--{name} is '{path}', which is a folder; it must be a file")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -114,8 +115,8 @@ def _chosen(plan: Plan, args: argparse.Namespace) -> list[int]:
             return [rows[int(each)] for each in args.clips.split(",")]
         except (KeyError, ValueError) as error:
             raise UserError(f"--clips is '{args.clips}', but {error} is no row of {table.path} that is used") from error
-    if args.number < 1:
-        raise UserError(f"--number must be at least 1, not {args.number}")
+    if args.number < 1 or args.seed < 0:
+        raise UserError(f"--number must be at least 1 and --seed at least 0, not {args.number} and {args.seed}")
     order = np.random.default_rng(args.seed).permutation(len(table)).tolist()
     begun = functools.cache(plan.pipeline.begun)  # a block is read once, not for each of its clips
     known = (index for index in order if index in begun(index // plan.cfg.block))

@@ -73,7 +73,7 @@ class Block:
                 self._found[said["stage"], said["key"]] = Found(
                     said.get("value"), said.get("fault"), said.get("makeshift", False)
                 )
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 log.warning("%s: a damaged line is left out, its clip is done again", path)
         self._size = whole
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from egohod.config import SourceConfig, knob, load_as, out_of_range, part
 from egohod.hod.detect import DETECTORS
+from egohod.hod.pipeline import COLUMNS
 from egohod.hod.settings import CheckSettings, NarratorSettings
 
 # Settings of a training's source that this pipeline has no use for.
@@ -126,4 +127,8 @@ def check(config: HodConfig) -> list[tuple[str, str]]:
         for name in _IDLE
         if getattr(config.source, name) != getattr(unused, name)
     ]
+    for name in dict.fromkeys(config.keep):
+        if name in COLUMNS or config.keep.count(name) > 1:
+            why = "which the output has anyway" if name in COLUMNS else "twice"
+            problems.append(("keep", f"keep names the column '{name}', {why}"))
     return problems

@@ -9,6 +9,8 @@ oracle        files again, spoiled on purpose: jitter and dropped frames, to see
 from __future__ import annotations
 
 import inspect
+import types
+import typing
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -54,7 +56,8 @@ class Detector(Protocol):
 def make(name: str, options: Mapping[str, Any]) -> Detector:
     """The detector called ``name``, of ``DETECTORS``; ``options`` are the arguments of its class.
 
-    Raises :class:`DetectorError` for unknown names and options, and what the detector itself raises.
+    Raises :class:`DetectorError` for unknown names and options, for those of another type, and what the detector itself
+    raises.
     """
     # Imported where they are wanted: each brings packages of its own.
     detector: Any
@@ -74,7 +77,21 @@ def make(name: str, options: Mapping[str, Any]) -> Detector:
     if unknown or lacking:
         what = f"does not know {', '.join(unknown)}" if unknown else f"needs {', '.join(lacking)}"
         raise DetectorError(f"detector {name} {what}; its options are {', '.join(allowed)}")
+    hints = typing.get_type_hints(detector.__init__)
+    for key, value in options.items():
+        if not _fits(value, hints[key]):
+            kind = str(allowed[key].annotation)
+            raise DetectorError(f"detector.options.{key} is {value!r}, but must be {kind.replace('None', 'null')}")
     return detector(**options)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type, or of one of several."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    plain = [typing.get_origin(kind) or kind for kind in kinds]
+    if float in plain:
+        plain.append(int)
+    return isinstance(value, tuple(plain)) and not isinstance(value, bool)
 
 
 def row(

@@ -27,6 +27,8 @@ class DetectionFiles:
     needs_pictures = False
 
     def __init__(self, path: str, fps: float | None = None) -> None:
+        if fps is not None and not fps > 0:
+            raise DetectorError(f"fps must be above 0, not {fps:g}")
         if not Path(path).exists():
             raise DetectorError(f"{path}: no such file or folder of detections")
         self._fps = fps
@@ -48,7 +50,7 @@ class DetectionFiles:
     ) -> pa.Table:
         """See :class:`~egohod.hod.detect.Detector`. Raises :class:`Undetectable` for a video whose file is damaged."""
         if video_id in self._epic and video_id not in self._videos:
-            fps = self._fps or float((frame_numbers[-1] + 0.5) / seconds[-1])
+            fps = self._fps if self._fps is not None else float((frame_numbers[-1] + 0.5) / seconds[-1])
             try:
                 found = epic_protobuf.read(self._epic[video_id], fps)
             except DetectionError as error:
@@ -91,6 +93,8 @@ class Oracle(DetectionFiles):
     ) -> None:
         if not 0 <= jitter <= 1 or not 0 <= drop <= 1:
             raise DetectorError(f"oracle: jitter and drop must be from 0 to 1; got {jitter} and {drop}")
+        if seed < 0:
+            raise DetectorError(f"oracle: seed must be at least 0, not {seed}")
         super().__init__(path, fps)
         self._jitter, self._drop, self._seed = jitter, drop, seed
 

@@ -27,7 +27,7 @@ class Seen:
 
     title: str
     pictures: np.ndarray
-    """The sampled frames, uint8 [T, H, W, 3]."""
+    """The sampled frames, each once, uint8 [T, H, W, 3]."""
     seconds: np.ndarray
     """When each is on display, from the start of the video, float64 [T]."""
     boxes: Sequence[dict[str, Any]]
@@ -57,7 +57,8 @@ def frame(seen: Seen, number: int, height: int, until: int | None = None) -> Ima
     """A frame with its boxes, ``height`` pixels high; with ``until`` also the tracks up to that frame."""
     image = _sized(seen.pictures[number], height)
     for box in seen.boxes:
-        if abs(box["second"] - seen.seconds[number]) < 1e-3:
+        # Of detections made elsewhere the moments lie between the frames.
+        if np.abs(seen.seconds - box["second"]).argmin() == number:
             _draw_box(image, box)
     if until is not None:
         _draw_tracks(image, seen.facts, until)

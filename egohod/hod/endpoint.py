@@ -71,15 +71,18 @@ class Endpoint:
         self._settings = settings
         self._url = urlunsplit(parts._replace(path=parts.path.rstrip("/") + "/chat/completions"))
         self.shown = urlunsplit(parts._replace(query=""))
-        self._key = os.environ.get(settings.api_key_env, "") if settings.api_key_env else ""
+        # Keys that are kept in files end in a line break.
+        self._key = os.environ.get(settings.api_key_env, "").strip() if settings.api_key_env else ""
         if settings.api_key_env and not self._key:
             raise NarratorError(f"narrator.api_key_env names {settings.api_key_env}, which is not set; export it")
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise NarratorError(f"{settings.api_key_env}: holds characters that no key has; export it anew")
         self._stop = threading.Event()
         self._sleep = sleep or self._wait
         self._chance = chance
         self._session = requests.Session()
         self._session.mount(f"{parts.scheme}://", HTTPAdapter(pool_maxsize=settings.concurrency))
-        self._worked = time.monotonic()
+        self._worked = self._left = time.monotonic()
         self._proven, self._failed = False, 0
 
     def ask_all(self, bodies: Iterable[dict[str, Any]]) -> Iterator[tuple[int, Answer | Unanswerable]]:
@@ -89,7 +92,8 @@ class Endpoint:
         server refuses the key, model or address or fails the first requests one and all; after the answers there are.
         """
         self._stop.clear()
-        self._worked = time.monotonic()
+        # The time between two calls is not the server's.
+        self._worked += time.monotonic() - self._left
         todo, running = iter(enumerate(bodies)), dict[Future[Answer], int]()
         fault: BaseException | None = None
         try:
@@ -118,6 +122,7 @@ class Endpoint:
                         self._stop.set()  # nobody waits for what will not come
         finally:
             self._stop.set()
+            self._left = time.monotonic()
         if fault is not None:
             raise fault
 
@@ -169,7 +174,8 @@ class Endpoint:
             if tries > self._settings.retries and not away:
                 raise Unanswerable(f"{said} ({tries} tries)")
             backoff = min(_FIRST_WAIT * 2 ** (tries - 1), _LONGEST_WAIT) * (0.5 + self._chance())
-            pause = backoff if pause is None else min(pause, self._settings.give_up_seconds)
+            # A server may ask for more patience, not for less.
+            pause = max(backoff, min(pause or 0.0, self._settings.give_up_seconds))
             log.info("%s: %s; try %d in %.1f s", self.shown, said, tries + 1, pause)
             self._sleep(pause)
 

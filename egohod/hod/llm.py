@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -157,10 +158,13 @@ def _captions(text: str) -> tuple[dict[int, str], str | None]:
         return {}, f"{error.json_path}: {error.validator} is not met"
     numbers = [each["clip"] for each in answer["captions"]]
     return {
-        each["clip"]: " ".join(each["caption"].split())
-        for each in answer["captions"]
-        if numbers.count(each["clip"]) == 1
+        each["clip"]: _printable(each["caption"]) for each in answer["captions"] if numbers.count(each["clip"]) == 1
     }, None
+
+
+def _printable(text: str) -> str:
+    """On one line, without control characters and halves of a character."""
+    return " ".join("".join(c for c in text if c.isspace() or unicodedata.category(c) not in ("Cc", "Cs")).split())
 
 
 def _shared(total: int, count: int) -> list[int]:

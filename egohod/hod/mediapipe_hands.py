@@ -46,6 +46,8 @@ class MediapipeHands:
     def __init__(
         self, folder: str | None = None, confidence: float = 0.1, following: float = 0.3, margin: float = 0.15
     ) -> None:
+        if not margin >= 0:
+            raise DetectorError(f"margin must be at least 0, not {margin:g}")
         place = Path(folder or os.environ.get("EGOHOD_MEDIAPIPE") or FOLDER).resolve()
         if not (place / "mediapipe").is_dir():
             raise DetectorError(f"MediaPipe is not in {place}; cure: {INSTALL} (or set EGOHOD_MEDIAPIPE to its folder)")

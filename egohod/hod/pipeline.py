@@ -318,8 +318,8 @@ def _place(table: ClipTable, index: int) -> list[str]:
 
 def uid_of(table: ClipTable, index: int, row: ClipRow) -> str:
     """The clip's name: the table's own, else one made of its place."""
-    if "uid" in table.column_names:
-        return table.value("uid", index)
+    if "uid" in table.column_names and (uid := table.value("uid", index)):
+        return uid
     return f"{row.video_id}_{number(row.start)}_{number(row.end)}"
 
 

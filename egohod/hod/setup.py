@@ -73,7 +73,10 @@ class Plan:
         fault = next((f"{name}: {found.fault}" for name, found in known.items() if found.fault), None)
         pictures, seconds = np.zeros((0, 1, 1, 3), np.uint8), np.zeros(0)
         try:
-            pictures, seconds, _ = self.source.read(row, self.cfg.frames, None)
+            frames = self.source.read(row, self.cfg.frames, None)
+            # Each once, as the detector saw them.
+            seconds, kept = np.unique(frames.seconds, return_index=True)
+            pictures = frames.pictures[kept]
         except VideoError as error:
             log.warning("no picture: %s", error)
         boxes = values[DETECT]["boxes"] if DETECT in values else {"second": []}
@@ -116,12 +119,11 @@ def build(cfg: HodConfig, *, again: bool = False, tell: Callable[[Progress], Non
 
     Raises :class:`UserError` for whatever is missing.
     """
-    if Path(cfg.output).is_dir():
-        raise UserError(f"output is '{cfg.output}', which is a folder; it must be a file, such as {cfg.output}/hod.csv")
+    work = Work(Path(cfg.output))
+    _require_own_place(cfg, work)
     table = clips_of(cfg)
     opener = choose_decoder(cfg.decoder)[1]
     source = ClipSource(table, cfg.source, opener, open_cache(cfg.cache, cfg.cache_gb))
-    work = Work(Path(cfg.output))
 
     def text_of(index: int) -> str:
         return source_text(cfg, table, index)
@@ -133,6 +135,18 @@ def build(cfg: HodConfig, *, again: bool = False, tell: Callable[[Progress], Non
     settings = [(stage.name, stage.settings) for stage in stages]
     fingerprint = key_of(checksum(cfg.source, table), settings, cfg.keep, cfg.dataset, cfg.seed, cfg.block)
     return Plan(cfg, source, pipeline, fingerprint)
+
+
+def _require_own_place(cfg: HodConfig, work: Work) -> None:
+    """Raise :class:`UserError` if the output would take the place of a folder, or of a file that is read."""
+    if work.output.is_dir():
+        raise UserError(f"output is '{cfg.output}', which is a folder; it must be a file, such as {cfg.output}/hod.csv")
+    options = {f"detector.options.{name}": value for name, value in cfg.detector.options.items()}
+    read = {"source.metadata": cfg.source.metadata, "source.exclude": cfg.source.exclude, **options}
+    read["narrator.prompt"] = cfg.narrator.prompt
+    for name, path in read.items():
+        if isinstance(path, str) and path and Path(path).resolve() in (work.output.resolve(), work.failures.resolve()):
+            raise UserError(f"output is '{cfg.output}', but {name} is read from {path}: it would be overwritten")
 
 
 def clips_of(cfg: HodConfig) -> ClipTable:

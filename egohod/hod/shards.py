@@ -45,6 +45,12 @@ class Shard:
             raise UserError(f"--shard is '{text}', but must be i/n with i from 0 to n - 1: 0/64 is the first of 64")
         return shard
 
+    @classmethod
+    def named(cls, name: str) -> Shard | None:
+        """That of a file called as :attr:`name` says; None for any other file."""
+        match = re.fullmatch(r"(\d+)-of-(\d+)", name)
+        return cls(int(match[1]), int(match[2])) if match else None
+
     def __str__(self) -> str:
         return f"{self.number}/{self.of}"
 
@@ -107,7 +113,8 @@ class Work:
                 folder.mkdir(parents=True, exist_ok=True)
                 held.enter_context(FileLock(folder / shard.name, timeout=_PATIENCE))
                 for path in folder.iterdir():
-                    if not path.name.endswith(f"-of-{shard.of}"):
+                    other = Shard.named(path.name)
+                    if other and other.of != shard.of:
                         # The neighbours look too, and hold it for a moment.
                         with FileLock(path, timeout=_PATIENCE):
                             pass
@@ -160,9 +167,10 @@ class Work:
 
     def divisions(self, fingerprint: str) -> list[int]:
         """Into how many shards the clips were divided, of which at least one is finished and made of this."""
-        names = [path.stem.split("-of-") for path in (self.folder / "parts").glob("*-of-*.json")]
-        shards = [Shard(int(number), int(of)) for number, of in names]
-        return sorted({each.of for each in shards if (self.summary(each) or {}).get("fingerprint") == fingerprint})
+        shards = [Shard.named(path.stem) for path in (self.folder / "parts").glob("*.json")]
+        return sorted(
+            {each.of for each in shards if each and (self.summary(each) or {}).get("fingerprint") == fingerprint}
+        )
 
 
 def _all(shards: int) -> list[Shard]:

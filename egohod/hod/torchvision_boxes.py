@@ -48,6 +48,8 @@ class TorchvisionBoxes:
 
         if architecture not in ARCHITECTURES:
             raise DetectorError(f"architecture is '{architecture}', but must be one of {', '.join(ARCHITECTURES)}")
+        if batch_size < 1:
+            raise DetectorError(f"batch_size must be at least 1, not {batch_size}")
         state = _state_dict(Path(weights))
         if _CLASSES not in state:
             raise DetectorError(f"{weights}: no Faster R-CNN of torchvision, it has no {_CLASSES}")
@@ -58,7 +60,10 @@ class TorchvisionBoxes:
             model.load_state_dict(state)
         except RuntimeError as error:
             raise DetectorError(f"{weights}: is no {architecture}: {' '.join(str(error).split())[:300]}") from error
-        self._model = model.eval().to(device)
+        try:
+            self._model = model.eval().to(device)
+        except (RuntimeError, AssertionError) as error:
+            raise DetectorError(f"device is '{device}': {' '.join(str(error).split())[:200]}") from error
         self._min_score, self._device, self._batch_size = min_score, device, batch_size
 
     @torch.inference_mode()

@@ -110,8 +110,17 @@ def test_unknown_detectors_and_options(truth: Path) -> None:
         ("detections", {"path": str(truth) + ".absent"}, "no such file or folder"),
         ("oracle", {"path": str(truth), "drop": 2}, "from 0 to 1"),
         ("detections", {"path": str(ROOT / "exps")}, "neither parquet files nor"),
+        ("detections", {"path": 5}, "options.path is 5, but must be str"),
+        ("detections", {"path": str(truth), "fps": "abc"}, "options.fps is 'abc', but must be float | null"),
+        ("detections", {"path": str(truth), "fps": 0}, "fps must be above 0"),
+        ("oracle", {"path": str(truth), "jitter": None}, "options.jitter is None, but must be float"),
+        ("oracle", {"path": str(truth), "seed": -1}, "seed must be at least 0"),
+        ("oracle", {"path": str(truth), "seed": True}, "options.seed is True, but must be int"),
+        ("torchvision", {"weights": "w.pth", "labels": ["hand"]}, r"options.labels is \['hand'\], but must be Mapping"),
+        ("torchvision", {"weights": "w.pth", "labels": {1: "hand"}, "batch_size": 0}, "batch_size must be at least 1"),
+        ("mediapipe", {"margin": -1}, "margin must be at least 0"),
     ):
-        with pytest.raises(DetectorError, match=pattern):
+        with pytest.raises(DetectorError, match=pattern.replace("|", r"\|")):
             make(name, options)
 
 

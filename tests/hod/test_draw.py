@@ -44,6 +44,10 @@ def test_a_box_stands_in_its_own_frame_in_the_colour_of_its_side() -> None:
     assert tuple(image[15, 30]) == ROLE_COLOURS[1]
     assert tuple(image[40, 30]) == ROLE_COLOURS[1], "the line to what the hand touches"
     assert ROLE_COLOURS[1] not in colours(draw.frame(seen(), 1, HEIGHT))
+    # Detections made elsewhere have moments of their own: the nearest frame has them.
+    apart = seen(boxes=[seen().boxes[0] | {"second": 0.6 / FRAMES}])
+    assert ROLE_COLOURS[1] not in colours(draw.frame(apart, 0, HEIGHT))
+    assert ROLE_COLOURS[1] in colours(draw.frame(apart, 1, HEIGHT))
 
 
 def test_a_track_goes_from_the_colour_of_the_start_to_that_of_the_end() -> None:

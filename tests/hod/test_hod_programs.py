@@ -140,6 +140,9 @@ def test_a_dry_run_writes_nothing(few: list[str], tmp_path: Path, inside: Comman
         (["output=/proc/hod.csv"], "/proc"),
         (["output=/tmp"], "output is '/tmp', which is a folder"),
         (["keep=[noun, nouns]"], "no column 'nouns' to keep"),
+        (["keep=[noun, noun]"], "keep names the column 'noun', twice"),
+        (["keep=[uid]"], "keep names the column 'uid', which the output has anyway"),
+        (["detector.options.jitter=abc"], "detector.options.jitter is 'abc', but must be float"),
     ],
 )
 def test_a_mistake_is_one_line(few: list[str], inside: Command, more: list[str], said: str) -> None:
@@ -147,6 +150,28 @@ def test_a_mistake_is_one_line(few: list[str], inside: Command, more: list[str],
     assert done.returncode == 2, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert said in line
+
+
+def test_what_is_read_is_never_overwritten(few: list[str], tmp_path: Path, inside: Command) -> None:
+    clips = tmp_path / "clips.csv"
+    before = clips.read_bytes()
+    (tmp_path / "link.csv").symlink_to(clips)
+    for output in (clips, tmp_path / "link.csv"):
+        done = inside("generate_hod.py", *few, f"output={output}")
+        assert done.returncode == 2
+        assert f"output is '{output}', but source.metadata is read from {clips}" in done.stderr
+    ledger = tmp_path / "own.csv.failures.csv"
+    clips.rename(ledger)
+    done = inside("generate_hod.py", *few, "--metadata", ledger, f"output={tmp_path}/own.csv")
+    assert done.returncode == 2
+    assert ledger.read_bytes() == before
+
+
+def test_the_script_asks_the_program_for_the_detector(few: list[str], inside: Command) -> None:
+    assert inside("generate_hod.py", *few, "--which_detector").stdout == "oracle\n"
+    assert inside("generate_hod.py", "--config_file", "configs/hod/default.yml", "--which_detector").stdout == (
+        "mediapipe\n"
+    )
 
 
 def test_two_runs_on_one_output(few: list[str], tmp_path: Path, inside: Command, monkeypatch: Any) -> None:
@@ -252,7 +277,10 @@ def test_pictures_and_films(few: list[str], tmp_path: Path, inside: Command) -> 
     assert "no clip has been through a stage" in done.stderr
     for option, said in (
         (("--sheet", "x.xyz"), "--sheet is 'x.xyz'"),
+        (("--sheet", "x.pdf"), "must end in one of .png, .jpg, .jpeg, .webp"),
         (("--film", "x"), "--film is 'x', but must end"),
+        (("--page", str(tmp_path)), "which is a folder"),
+        (("--page", "x.html", "--seed", "-1"), "--seed at least 0"),
     ):
         done = inside("visualize_hod.py", *few, *option)
         assert done.returncode == 2
@@ -271,6 +299,12 @@ def test_pictures_and_films(few: list[str], tmp_path: Path, inside: Command) -> 
     assert len(colours[1]) > 50
     with av.open(str(film)) as container:
         assert sum(1 for _ in container.decode(video=0)) == 8
+        assert float(container.duration / av.time_base) == pytest.approx(2.5, abs=0.3)
+    # More frames than the clip has make it no shorter.
+    many = [*few, "frames=64", "--film", film, "--clips", "2"]
+    assert inside("visualize_hod.py", *many).returncode == 0
+    with av.open(str(film)) as container:
+        assert sum(1 for _ in container.decode(video=0)) <= 32
         assert float(container.duration / av.time_base) == pytest.approx(2.5, abs=0.3)
     done = inside("visualize_hod.py", *few, "--sheet", sheet, "--clips", "2,500")
     assert done.returncode == 2

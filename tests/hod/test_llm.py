@@ -91,12 +91,13 @@ def test_a_hanging_request_times_out_and_is_tried_again() -> None:
 def test_waits_as_long_as_the_server_asks() -> None:
     waits: list[float] = []
     later = email.utils.formatdate(time.time() + 40, usegmt=True)
-    script = [(429, {"Retry-After": "7"}), (503, {"Retry-After": later}), (429, {"Retry-After": "soon"})]
+    script = [(429, {"Retry-After": each}) for each in ("7", later, "soon", "0", "nan", "-3")]
     with ChatServer(caption, script) as server:
         assert None not in texts(narrator(server, waits), requests(1))
     assert waits[0] == 7
     assert 30 < waits[1] <= 40
-    assert waits[2] == 2.0
+    # Never less long than without: a server that says 0 would be asked without end.
+    assert waits[2:] == [2.0, 4.0, 8.0, 16.0]
 
 
 def test_one_request_that_never_works_is_not_the_end() -> None:
@@ -200,6 +201,33 @@ def test_a_server_that_breaks_every_connection_off_ends_the_run(monkeypatch: pyt
             list(made.narrate(requests(100)))
 
 
+def test_the_clock_goes_on_from_one_group_of_clips_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(endpoint_module.time, "monotonic", lambda: clock[0])
+    with ChatServer(caption, ["ok"] + [(500, {})] * 1000) as server:
+        made = narrator(server, batch=1, concurrency=1, retries=1, give_up_seconds=5)
+        made._endpoint._sleep = lambda seconds: clock.__setitem__(0, clock[0] + seconds)
+
+        def group() -> list[str | None]:
+            # Other stages work for an hour in between, which is no fault of the server's.
+            clock[0] += 3600
+            return texts(made, requests(3))
+
+        groups = (group() for _ in range(10))
+        assert group()[0] is not None
+        assert group() == [None] * 3
+        with pytest.raises(EndpointDown, match="nothing has worked for 5 s"):
+            list(groups)
+
+
+def test_what_is_no_text_does_not_get_into_a_caption() -> None:
+    def odd(asked: dict[str, Any]) -> str:
+        return "\ud800 \x00" + caption(asked).replace(" moves", "\x07\n moves")
+
+    with ChatServer(odd) as server:
+        assert texts(narrator(server), requests(1)) == [caption({"narration": "the sponge"})]
+
+
 def test_whoever_leaves_does_not_wait_for_answers() -> None:
     with ChatServer(caption, ["ok", "hang", "hang"]) as server:
         answers = narrator(server, batch=1, concurrency=1).narrate(requests(3))
@@ -240,6 +268,18 @@ def test_a_refused_key_ends_at_once_and_is_never_shown(
     assert f"HTTP {status}" in str(caught.value)
     assert "try 2" in caplog.text
     assert KEY not in str(caught.value) + caplog.text + repr(caught.value)
+
+
+def test_a_key_from_a_file_ends_in_a_line_break_and_an_odd_one_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", f"{KEY}\n")
+    with ChatServer(caption) as server:
+        assert None not in texts(narrator(server, api_key_env="MY_KEY"), requests(1))
+        assert server.keys == [f"Bearer {KEY}"]
+        for odd in ("\x07", "\n", "\u00e9", "\u4f60"):
+            monkeypatch.setenv("MY_KEY", KEY + odd + KEY)
+            with pytest.raises(NarratorError, match="MY_KEY: holds characters that no key has") as caught:
+                narrator(server, api_key_env="MY_KEY")
+            assert KEY not in str(caught.value)
 
 
 def test_settings_that_cannot_be_used_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

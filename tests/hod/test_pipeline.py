@@ -214,8 +214,12 @@ def test_two_runs_on_one_shard(table: ClipTable, tmp_path: Path, monkeypatch: py
                 work.claim(other),
             ):
                 pass
+    # What else lies there is nobody's.
+    (work.folder / "locks" / "folder").mkdir()
+    (work.folder / "parts").mkdir()
+    (work.folder / "parts" / "3-of-3 (copy).json").write_text("{}")
     with work.claim(Shard(0, 1)):
-        pass
+        assert work.divisions("x") == []
 
 
 def test_a_line_cut_short_is_done_again_and_the_file_goes_on_behind_the_last_whole_one(tmp_path: Path) -> None:
@@ -237,6 +241,8 @@ def test_a_damaged_line_costs_its_clip_alone(tmp_path: Path) -> None:
     path = tmp_path / "0.jsonl"
     path.write_bytes(
         b'{"stage":"detect","key":"a","value":1}\n\x00\x00garbage\n{"stage":"detect","key":"b","fault":"no"}\n'
+        + b"[" * 200_000
+        + b"\n"
     )
     with Block(path) as block:
         assert block.get("detect", "a") == Found(1)
