@@ -24,7 +24,10 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def write_tiny_config(folder: Path, world: Path) -> Path:
-    """See the fixture ``tiny_config``. The same arithmetic on every machine, whatever it computes fast."""
+    """See the fixture ``tiny_config``. The same arithmetic on every machine, whatever it computes fast.
+
+    How many clips fit the memory is not worked out, which takes longer than a few steps do.
+    """
     path = folder / "tiny.yml"
     path.write_text(
         f"""
@@ -38,6 +41,7 @@ train:
   output: {folder}/run
   duration: 12 steps
   global_batch_size: 8
+  max_batch_per_process: 64
   precision: fp32
   lr: 1e-3
   warmup: 3 steps

@@ -110,17 +110,17 @@ def test_strict_stops_a_run_at_the_first_bad_row(demo_world: Path, tiny_config: 
         )
 
 
-def test_weights_that_do_not_fit_or_bite(tiny_config: Path, tmp_path: Path, program: Command) -> None:
+def test_weights_that_do_not_fit_or_bite(tiny_config: Path, tmp_path: Path, inside: Command) -> None:
     command = ["main_pretrain.py", "--config_file", tiny_config, "train.duration=1 steps"]
-    assert program(*command).returncode == 0
+    assert inside(*command).returncode == 0
     checkpoint = next((tmp_path / "run" / "checkpoints").glob("step-*"))
     start_there = [
         "model.weights.source=checkpoint",
         f"model.weights.path={checkpoint}",
         f"train.output={tmp_path}/next",
     ]
-    assert program(*command, *start_there).returncode == 0
-    other = program(*command, *start_there, "model.num_frames=8", f"train.output={tmp_path}/other")
+    assert inside(*command, *start_there).returncode == 0
+    other = inside(*command, *start_there, "model.num_frames=8", f"train.output={tmp_path}/other")
     assert other.returncode == 2
     assert "visual.temporal_embedding is [4, 128] there and [8, 128] here" in other.stderr
 
@@ -134,7 +134,7 @@ def test_weights_that_do_not_fit_or_bite(tiny_config: Path, tmp_path: Path, prog
             path.write_bytes(pickle.dumps(content, protocol=2))
         else:
             torch.save(content, path)
-        done = program(
+        done = inside(
             *command, "model.weights.source=clip", f"model.weights.path={path}", f"train.output={tmp_path}/evil"
         )
         assert done.returncode == 2

@@ -156,10 +156,10 @@ def test_strict_stops_at_the_first_and_a_dry_run_writes_nothing(folder: Path, ca
         verify_dataset.main([*command, "--strict"])
 
 
-def test_a_picture_of_a_batch(folder: Path, program: Command) -> None:
+def test_a_picture_of_a_batch(folder: Path, inside: Command) -> None:
     options = ["data.flip=1", "train.global_batch_size=6", "model.num_frames=3", "--config_file"]
     options.append(f"{folder}/config.yml")
-    done = program("tools/show_batch.py", *options, "--output", folder / "batch.png")
+    done = inside("show_batch.py", *options, "--output", folder / "batch.png")
     assert done.returncode == 0, done.stderr
     picture = np.asarray(Image.open(folder / "batch.png"))
     assert 3 * 112 < picture.shape[0] < 4 * 150  # the three clips that can be read

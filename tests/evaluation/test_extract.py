@@ -162,6 +162,7 @@ def test_shares_hold_every_video_once_and_are_about_even() -> None:
     assert shares({"a": 1}, 3) == [["a"], [], []]
 
 
+@pytest.mark.ci
 def test_two_processes_write_what_one_writes(
     videos: Path, tmp_path: Path, program: Command, inside: Command, short_run: ShortRun
 ) -> None:

@@ -96,6 +96,7 @@ def test_the_formula_counts_the_head(name: str, patch_dropout: float, clips: Ten
     assert count_flops(step) == pytest.approx(len(clips) * expected, rel=0.03)
 
 
+@pytest.mark.ci
 def test_both_towers_with_boxes_compile_without_a_break(clips: Tensor, tokens: Tensor) -> None:
     for name in ("DEMO", "DEMO_Slowfast"):
         model = build(name)

@@ -229,6 +229,7 @@ def test_flops_are_counted_as_they_happen(position: str, pool: str, tokens: Tens
     assert counted == pytest.approx(step_flops(model.geometry, 8, texts.shape[1], fast=fast), rel=0.03)
 
 
+@pytest.mark.ci
 def test_a_step_costs_less_than_one_with_all_weights_trained() -> None:
     """The published base geometry, two clips of sixteen frames, under autocast; counted, not computed."""
     config = ModelConfig(name="CLIP_VITB16_Slowfast", num_frames=16)

@@ -80,8 +80,10 @@ def test_clips_are_the_truth_and_two_steps_train(
     overrides = [f"data.train.demo.metadata={tmp_path / file}", "train.duration=2 steps", "data.hard_negatives.share=0"]
     dataset = build_dataset(load(tiny_config, overrides), 40)
     assert len(dataset) == len(clips)
-    stages = {video.video_id: Stage(video) for video, _ in clips}
-    for index in (0, 7, len(clips) - 1):
+    looked_at = (0, 7, len(clips) - 1)
+    videos = {video.video_id: video for video, _ in (clips[index] for index in looked_at)}
+    stages = {name: Stage(video) for name, video in videos.items()}
+    for index in looked_at:
         video, clip = clips[index]
         row, (start, end) = dataset.row(index), span(clip)
         assert (row.video_id, row.texts) == (video.video_id, (clip.hod,))
