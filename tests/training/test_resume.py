@@ -127,13 +127,12 @@ def test_two_runs_cannot_share_a_folder(tiny_config: Path, inside: Command) -> N
     assert "another run is writing here" in second.stderr
 
 
-@pytest.mark.ci
-def test_resume_none_never_overwrites(tiny_config: Path, program: Command) -> None:
+def test_resume_none_never_overwrites(tiny_config: Path, inside: Command) -> None:
     command = ["main_pretrain.py", "--config_file", tiny_config, "train.duration=1 steps"]
-    assert program(*command, "--resume", "none").returncode == 0
-    again = program(*command, "--resume", "none")
+    assert inside(*command, "--resume", "none").returncode == 0
+    again = inside(*command, "--resume", "none")
     assert again.returncode == 2
     assert "holds checkpoints of an earlier run" in again.stderr
-    other = program(*command, "model.num_frames=8")
+    other = inside(*command, "model.num_frames=8")
     assert other.returncode == 2
     assert "model.num_frames=4" in other.stderr
