@@ -144,7 +144,8 @@ def train(
             # One from elsewhere stays as it is.
             if dist.is_main and checkpoint and checkpoint.path.parent == store.folder:
                 store.rate(start, scores)
-            _check_best(cfg, scores)
+            if cfg.evaluate.best not in scores:
+                raise _no_such_metric(cfg.evaluate.best, scores)
         batches = _micro_batches(cfg, dist, data, start, schedule.total)
         for step in range(start + 1, schedule.total + 1):
             with clock.waiting():
@@ -166,12 +167,14 @@ def train(
                         evaluate_now(step)
                     except Interrupted:
                         stopping = True
-            # Nothing is lost over a metric's name.
-            ending = last or stopping or not _is_known(cfg.evaluate.best, scores)
+            # A metric that does not exist would silently keep no best checkpoint. No step is lost over its name.
+            misnamed = evaluated == step and cfg.evaluate.best not in scores
+            ending = last or stopping or misnamed
             if ending or step % schedule.save == 0:
                 with clock.paused():
                     save(step, must_succeed=ending)
-            _check_best(cfg, scores)
+            if misnamed:
+                raise _no_such_metric(cfg.evaluate.best, scores)
             if stopping:
                 # Nobody leaves in peace before the first process has saved.
                 dist.gather_objects(None)
@@ -312,17 +315,9 @@ def _average(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: sum(each[name] for each in metrics) / len(metrics) for name in metrics[0]}
 
 
-def _is_known(metric: str, scores: dict[str, float]) -> bool:
-    return not scores or metric in scores
-
-
-def _check_best(cfg: Config, scores: dict[str, float]) -> None:
-    """A metric that does not exist would silently keep no best checkpoint."""
-    if not _is_known(cfg.evaluate.best, scores):
-        near = difflib.get_close_matches(cfg.evaluate.best, scores, n=1, cutoff=0.3)
-        raise UserError(
-            f"evaluate.best={cfg.evaluate.best}: no such metric" + (f"; did you mean {near[0]}?" if near else "")
-        )
+def _no_such_metric(name: str, scores: dict[str, float]) -> UserError:
+    near = difflib.get_close_matches(name, scores, n=1, cutoff=0.3)
+    return UserError(f"evaluate.best={name}: no such metric" + (f"; did you mean {near[0]}?" if near else ""))
 
 
 def _finite(metrics: dict[str, float]) -> dict[str, float]:
