@@ -394,10 +394,21 @@ class TrainConfig:
         high=0.99999,
     )
     lr: float = knob(4e-5, "upstream's base recipe at a global batch of 2,048", above=0)
+    lr_reference_batch: int | None = knob(
+        None,
+        "clips a step that lr, lr_start and lr_end are meant for: they are multiplied by global_batch_size over this, "
+        "as AVION does for classes (128); null takes them as they are",
+        low=1,
+    )
     betas: list[float] = knob([0.9, 0.999], "AdamW's averages")
     eps: float = knob(1e-8, "AdamW's epsilon", above=0)
     weight_decay: float = knob(
         0.01, "upstream's; none on biases, norms and other tensors of one dimension or less", low=0
+    )
+    decay_positions: bool = knob(
+        True,
+        "weight decay on the positional embeddings of both towers, as upstream pretrains; false, as AVION fine-tunes, "
+        "leaves them out (the temporal embedding is decayed by both)",
     )
     schedule: str = knob(
         "constant", "upstream trains at a constant rate; cosine falls to lr_end", choices=("constant", "cosine")

@@ -80,6 +80,7 @@ def test_a_dry_run_of_a_good_config_tries_it_and_writes_nothing(
     assert done.returncode == 0, done.stderr
     for part in ("ready to run", "clip ", "one step", "steps an epoch", "checkpoints/"):
         assert part in done.stderr, part
+    assert "adamw, 0.001 after a warm-up of 3 steps from 1e-06, then a cosine down to 1e-05" in done.stderr
     assert not (tmp_path / "run").exists()
 
 

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from egohod.config import Config, UserError, load_leniently
+from egohod.config import Config, TrainConfig, UserError, load_leniently
 from egohod.data.clips import collate
 from egohod.data.labels import ClassSpace
 from egohod.distributed import Distributed, pick_precision, setup
 from egohod.model.egovideo import DualEncoder, create_model
 from egohod.model.flops import step_flops
 from egohod.training.loop import Schedule
+from egohod.training.optim import learning_rates
 from egohod.training.setup import (
     active_sources,
     build_classes,
@@ -50,6 +51,7 @@ def dry_run(path: str, overrides: Sequence[str], evaluators: Callable[..., Seque
     say("device", f"{dist}, precision {str(pick_precision(cfg.train.precision, dist.device)).removeprefix('torch.')}")
     classes = _classes(cfg, problems)
     model = _report_model(cfg, dist, classes, say, problems)
+    say("lr", _describe_lr(cfg.train))
     _report_data(cfg, dist, model, say, problems)
     _report_evaluation(cfg, dist, evaluators, classes, say, problems)
     _report_outputs(cfg, say)
@@ -171,6 +173,18 @@ def _report_data(cfg: Config, dist: Distributed, model: DualEncoder, say: Report
         step = TrainStep(model, cfg, dist, total_steps=schedule.total, steps_per_epoch=plan.steps_per_epoch)
         loss = step(1, [collate(clips[:2])])["loss"].item()
         say("one step", f"forward, backward and update on {len(clips[:2])} clip(s): loss {loss:.4f}")
+
+
+def _describe_lr(cfg: TrainConfig) -> str:
+    rates = learning_rates(cfg)
+    text = f"{cfg.optimizer}, {rates.peak:g}"
+    if not cfg.warmup.lstrip().startswith("0 "):
+        text += f" after a warm-up of {cfg.warmup} from {rates.start:g}"
+    if cfg.schedule == "cosine":
+        text += f", then a cosine down to {rates.end:g}"
+    if cfg.lr_reference_batch:
+        text += f" (train.lr={cfg.lr:g} is for {cfg.lr_reference_batch} clips, a step has {cfg.global_batch_size})"
+    return text
 
 
 def _report_evaluation(

@@ -199,7 +199,7 @@ def identity(cfg: Config, model: DualEncoder, data: TrainingData) -> dict[str, A
         more["data.labels.target"] = cfg.data.labels.target
     if cfg.train.ema:
         more["train.ema"] = cfg.train.ema
-    for name in ("trainable", "last_blocks", "optimizer", "layer_decay"):
+    for name in ("trainable", "last_blocks", "optimizer", "layer_decay", "decay_positions"):
         if getattr(cfg.train, name) != getattr(TrainConfig(), name):
             more[f"train.{name}"] = getattr(cfg.train, name)
     if model.base:

@@ -519,12 +519,13 @@ def test_a_small_checkpoint_holds_what_was_trained_and_knows_its_base(
 def test_a_dry_run_names_all_that_is_missing_once_and_tries_the_heads(
     mir: list[str], ek100: Path, tmp_path: Path, inside: Command
 ) -> None:
-    command = [*classes(mir, "verb_class", "noun_class"), "--dry_run"]
+    command = [*classes(mir, "verb_class", "noun_class"), "train.lr_reference_batch=2", "--dry_run"]
     gone = ["data.train.demo.metadata=/gone/train.csv", "data.train.demo.root=/gone/videos"]
     gone += ["model.weights.path=/gone/weights.pt", "evaluate.benchmarks.mir.metadata=/gone/test"]
     done = inside("main_finetune.py", *command, *gone)
     assert done.returncode == 2
     problems = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "0.0004 (train.lr=0.0001 is for 2 clips, a step has 8)" in done.stderr
     for what in ("train.csv", "videos", "weights.pt", "test"):
         assert len([line for line in problems if f"/gone/{what}" in line]) == 1, problems
     # No head for a class of the test clips, and pairs of one clip.

@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from egohod.config import Config, LossConfig, UserError
+from egohod.config import Config, LossConfig, UserError, load
 from egohod.distributed import Distributed
 from egohod.model.egovideo import DualEncoder, create_model
 from egohod.model.zoo import geometry
+from egohod.training.optim import learning_rates
 from egohod.training.setup import split_batch
 from egohod.training.step import TrainStep
 from egohod.training.telemetry import MetricWindow
+from tests.support import ROOT
 
 SIDE = geometry("DEMO").image_size
 HERE = Distributed(0, 1, torch.device("cpu"), None)
@@ -171,6 +173,63 @@ def test_no_decay_on_biases_norms_and_temperature() -> None:
     for group in step._optimizer.param_groups:
         for parameter in group["params"]:
             assert (group["weight_decay"] == 0) == (parameter.ndim <= 1), names[id(parameter)]
+
+
+@pytest.mark.parametrize("layer_decay", [1.0, 0.75])
+def test_positional_embeddings_are_decayed_as_the_recipe_says(layer_decay: float) -> None:
+    for decay_positions in (True, False):
+        model, step = build(config(decay_positions=decay_positions, layer_decay=layer_decay, weight_decay=0.1))
+        names = {id(p): name for name, p in model.named_parameters()}
+        without = {
+            names[id(parameter)]
+            for group in step._optimizer.param_groups
+            for parameter in group["params"]
+            if group["weight_decay"] == 0 and parameter.ndim > 1
+        }
+        positions = {"visual.positional_embedding", "textual.positional_embedding"}
+        assert without == (set() if decay_positions else positions)
+
+
+def test_learning_rates_scale_with_the_batch_where_the_recipe_is_avions(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ["EK100_ANNOTATIONS", "EK100_VIDEOS", "EGTEA_ANNOTATIONS", "EGTEA_VIDEOS", "START_WEIGHTS"]:
+        monkeypatch.setenv(name, "/somewhere")
+    folder = ROOT / "configs" / "finetune"
+    expected = {
+        ("ek100_cls", 512): (0.012, 4e-6, 4e-5),
+        ("ek100_cls", 64): (1.5e-3, 5e-7, 5e-6),
+        ("egtea", 128): (3e-3, 1e-6, 1e-5),
+        ("ek100_mir", 512): (2e-5, 1e-6, 1e-5),
+        ("ek100_mir", 256): (2e-5, 1e-6, 1e-5),
+    }
+    for (name, batch_size), rates in expected.items():
+        cfg = load(folder / f"{name}.yml", [f"train.global_batch_size={batch_size}"])
+        assert learning_rates(cfg.train) == pytest.approx(rates), name
+        assert not cfg.train.decay_positions
+    # What reaches the optimizer: first step, peak, last step of 3 + 7.
+    _, step = build(
+        config(
+            **{"lr": 3e-3, "lr_start": 1e-6, "lr_end": 1e-5, "lr_reference_batch": 128, "global_batch_size": 512},
+            **{"optimizer": "sgd", "schedule": "cosine", "warmup": "3 steps"},
+        )
+    )
+    found = []
+    for i in range(10):
+        step._schedule.step_update(i)
+        found.append(step.lr)
+    assert [found[0], found[3]] == pytest.approx([4e-6, 0.012])
+    assert found[9] == pytest.approx(4e-5 + 0.5 * (0.012 - 4e-5) * (1 + math.cos(math.pi * 6 / 7)))
+
+
+def test_warmup_peaks_one_step_after_avions() -> None:
+    """Step by step, 4 of 10 steps being warm-up; AVION's list computed by hand (docs/finetuning.md)."""
+    avion = [0.1, 0.4, 0.7, 1.0, 1.0, 0.933013, 0.75, 0.5, 0.25, 0.066987]
+    _, step = build(config(lr=1.0, lr_start=0.1, lr_end=0.0, warmup="4 steps", schedule="cosine"))
+    ours = []
+    for i in range(10):
+        step._schedule.step_update(i)
+        ours.append(step.lr)
+    assert ours[:4] == pytest.approx([0.1, 0.325, 0.55, 0.775])
+    assert ours[4:] == pytest.approx(avion[4:], abs=1e-6)
 
 
 def test_learning_rates() -> None:
