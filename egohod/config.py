@@ -29,8 +29,20 @@ from omegaconf.errors import OmegaConfBaseException
 Schema = typing.TypeVar("Schema")
 
 
+# A message stays readable whatever it quotes: what is longer is cut, words first (a path is rarely so long).
+_LONGEST_WORD, _LONGEST_LINE = 250, 1000
+
+
 class UserError(ValueError):
-    """Something the user can mend. Commands print it as one line and exit with code 2."""
+    """Something the user can mend. Commands print it as one line and exit with code 2.
+
+    Each argument is one line of the message: several are several problems. Messages quote files, which may hold
+    anything, so what no terminal shows (line breaks, escape codes, halves of characters) is spelled out and what is too
+    long is cut here, at the one place that all messages pass.
+    """
+
+    def __str__(self) -> str:
+        return "\n".join(_message_line(str(line)) for line in self.args)
 
 
 class ConfigError(UserError):
@@ -590,7 +602,7 @@ def load_as(
     """
     config, problems = _load(schema, path, overrides, check)
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError(*problems)
     return config
 
 
@@ -633,7 +645,7 @@ def _load(
     config = _resolve(tree, str(path), schema)
     wrong = [f"{origins.get(name, path)}: {text}" for name, text in check(config)]
     if wrong:
-        raise ConfigError("\n".join(problems + wrong))
+        raise ConfigError(*problems, *wrong)
     return config, problems
 
 
@@ -644,7 +656,7 @@ def model_config(name: str, **overrides: Any) -> ModelConfig:
     config = _resolve(_merge(OmegaConf.structured(Config), layer, origin, Config), origin, Config)
     wrong = [f"{origin}: {text}" for _, text in check(config)]
     if wrong:
-        raise ConfigError("\n".join(wrong))
+        raise ConfigError(*wrong)
     return config.model
 
 
@@ -851,7 +863,7 @@ def _override(text: str) -> tuple[str, DictConfig]:
 def _merge(tree: DictConfig, layer: DictConfig, origin: str, schema: type) -> DictConfig:
     unknown = _unknown(OmegaConf.to_container(layer), schema, schema)
     if unknown:
-        raise ConfigError("\n".join(f"{origin}: {text}" for text in unknown))
+        raise ConfigError(*(f"{origin}: {text}" for text in unknown))
     try:
         return typing.cast(DictConfig, OmegaConf.merge(tree, layer))
     except OmegaConfBaseException as error:
@@ -964,3 +976,16 @@ def _section_doc(name: str, schema: Any) -> str:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split("\n    full_key")[0].split())
+
+
+def _message_line(text: str) -> str:
+    """``text`` as one printable line of bounded length."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: 100 * _LONGEST_LINE])
+    shown = " ".join(_cut(word, _LONGEST_WORD) for word in shown.split(" "))
+    return _cut(shown, _LONGEST_LINE)
+
+
+def _cut(text: str, longest: int) -> str:
+    """Both ends: a message begins with the file and ends with the cure."""
+    tail = longest // 3
+    return text if len(text) <= longest else f"{text[: longest - tail - 5]} ... {text[-tail:]}"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from pathlib import Path
 
 import pytest
 import yaml
 
-from egohod.config import ConfigError, duration_in_steps, help_text, knobs, load, load_leniently, to_yaml
+from egohod.config import ConfigError, UserError, duration_in_steps, help_text, knobs, load, load_leniently, to_yaml
 from egohod.evaluation.temporal import CONTROLS
 from egohod.hod import config as hod
 
@@ -206,3 +207,14 @@ def test_temporal_controls_are_checked_one_by_one(tmp_path: Path) -> None:
 def test_every_temporal_control_can_be_asked_for() -> None:
     choices = {name: field.metadata["choices"] for name, field, _ in knobs()}
     assert choices["evaluate.controls"] == tuple(CONTROLS)
+
+
+def test_a_message_is_one_bounded_line_whatever_it_quotes() -> None:
+    for quoted in ("two\nlines", "u\u2028v", "\x1b[31mred", "\ud800", "A" * 5000, "many words " * 900, "\0"):
+        text = str(UserError(f"clips.csv: row 3: text is '{quoted}', not a narration"))
+        assert text.startswith("clips.csv: row 3: text is '")
+        assert text.endswith("', not a narration")
+        assert text.isprintable()
+        assert len(text) <= 1000
+    assert str(UserError("first: é 物", "second")) == "first: é 物\nsecond"
+    assert str(pickle.loads(pickle.dumps(UserError("a\nb", "c")))) == "a\\nb\nc"

@@ -150,7 +150,7 @@ def _readable(listing: Listing, dataset: EvaluationDataset, allow_missing: bool)
     missing = dataset.missing()
     lines = list(dict.fromkeys([*listing.faults, *missing.values()]))
     if lines and not allow_missing:
-        raise UserError("\n".join([*lines, f"{len(lines)} videos cannot be read; --allow_missing leaves them out"]))
+        raise UserError(*lines, f"{len(lines)} videos cannot be read; --allow_missing leaves them out")
     for line in lines:
         log.warning("left out: %s", line)
     kept = np.ones(len(dataset), dtype=bool)

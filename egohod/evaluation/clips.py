@@ -216,4 +216,4 @@ def require_all(faults: Mapping[int, str], total: int) -> None:
             f"{len(faults)} of {total} clips cannot be read; main_eval.py --allow_missing evaluates the others and "
             "marks the numbers as partial"
         )
-        raise UserError("\n".join(lines))
+        raise UserError(*lines)

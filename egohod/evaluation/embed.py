@@ -189,7 +189,7 @@ def _encode_shards(
     shares = dist.gather_objects((rows, features, fault, report.faults))
     failed = [text for _, _, text, _ in shares if text is not None]
     if failed:
-        raise UserError("\n".join(failed))
+        raise UserError(*(line for text in failed for line in text.split("\n")))
     for _, _, _, faults in shares:
         report.faults |= faults
     report.from_cache, report.seconds = len(known), time.perf_counter() - start

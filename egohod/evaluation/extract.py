@@ -105,7 +105,7 @@ def extract(
     told = dist.gather_objects((done, fault))
     faults = [line for _, text in told if text is not None for line in text.splitlines()]
     if faults:
-        raise UserError("\n".join(dict.fromkeys(faults)))
+        raise UserError(*dict.fromkeys(faults))
     return Extracted(
         sum(each.videos for each, _ in told),
         sum(each.clips for each, _ in told),
@@ -124,9 +124,7 @@ def _extract_share(
     seen = 0
     for index, features, failed in encoded(rows):
         if failed and not allow_missing:
-            raise UserError(
-                "\n".join([*failed, "--allow_missing leaves such clips out; what is done is kept, run again to go on"])
-            )
+            raise UserError(*failed, "--allow_missing leaves such clips out; what is done is kept, run again to go on")
         faults += failed
         for line in failed:
             log.warning("left out: %s", line)

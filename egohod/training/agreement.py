@@ -31,7 +31,7 @@ def require_agreement(cfg: Config, dist: Distributed) -> None:
             said = "; ".join(f"{value} on {_few(places)}" for value, places in hosts.items())
             problems.append(f"the processes of this run disagree on {name}: {said}")
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError(*problems)
 
 
 def source_hash(package: Path = Path(__file__).parents[1]) -> str:
