@@ -16,7 +16,7 @@ from torch import Tensor
 
 from egohod.config import UserError
 from egohod.data.csv_files import integer_lists, integers, read_csv
-from egohod.data.relevancy import graded, indicator
+from egohod.data.relevancy import graded, indicator, sentence_texts
 from egohod.data.sides import swap_sides
 from egohod.data.table import ClipTable
 
@@ -34,8 +34,9 @@ _NAMED = 5
 class RelevantTexts:
     """Draws a text for a clip among all whose relevancy is above ``threshold``, each alike (EPIC-KITCHENS-100 MIR).
 
-    The texts are those of ``sentences`` (narration_id, narration and, or else by the clip of that id, verb_class and
-    noun_classes), or the distinct narrations of the clips. ``noun_classes`` K is how many noun classes they have.
+    The texts are those that the rows of ``sentences`` (narration_id, narration and, or else by the clip of that id,
+    verb_class and noun_classes) name, see :func:`~egohod.data.relevancy.sentence_texts`, or the distinct narrations of
+    the clips. ``noun_classes`` K is how many noun classes they have.
 
     Raises :class:`UserError` naming the file and the row: no such column, no number, or a clip without a relevant text.
     """
@@ -294,10 +295,12 @@ def _sentences(
 ) -> tuple[list[str], np.ndarray, list[list[int]]]:
     """Texts of a sentence csv with their verb and noun classes."""
     rows = read_csv(path, ("narration_id", "narration"), unique="narration_id")
-    texts = [str(text) for text in rows["narration"]]
+    has_ids = "uid" in table.column_names
+    row_of = {str(name): row for row, name in enumerate(table.column("uid"))} if has_ids else {}
+    of_clip = {name: table.row(row_of[name]).texts[0] for name in rows["narration_id"] if name in row_of}
+    texts = sentence_texts(rows["narration_id"].tolist(), rows["narration"].tolist(), of_clip)
     if {"verb_class", "noun_classes"} <= set(rows.columns):
         return texts, integers(rows, "verb_class", path), integer_lists(rows, "noun_classes", path)
-    row_of = {str(name): row for row, name in enumerate(table.column("uid"))}
     named = []
     for number, name in enumerate(rows["narration_id"], start=1):
         if name not in row_of:

@@ -24,6 +24,7 @@ import pyarrow as pa
 from egohod.config import BenchmarkConfig, SourceConfig
 from egohod.data.annotations import seconds
 from egohod.data.csv_files import AnnotationError, integers, read_csv
+from egohod.data.relevancy import sentence_texts
 from egohod.data.table import ClipTable
 from egohod.evaluation.classification import ClassificationTable, MultiLabelTable
 from egohod.evaluation.clips import ClipList, widened
@@ -230,9 +231,12 @@ def read_ek100_mir(config: BenchmarkConfig, protocol: Protocol, cache: Path | No
     """EPIC-KITCHENS-100 multi-instance retrieval: every clip against every sentence, graded."""
     clips_csv = _find(config, "EPIC_100_retrieval_test.csv")
     sentences_csv = _find(config, "EPIC_100_retrieval_test_sentence.csv")
-    clips, notes = _ek100_clips(read_csv(clips_csv, EK100_COLUMNS, unique="narration_id"), clips_csv, config)
+    table = read_csv(clips_csv, EK100_COLUMNS, unique="narration_id")
+    clips, notes = _ek100_clips(table, clips_csv, config)
     relevancy = csv_relevancy(clips_csv, sentences_csv, cache)
-    sentences = read_csv(sentences_csv, ("narration",))["narration"].tolist()
+    rows = read_csv(sentences_csv, ("narration_id", "narration"))
+    narrations = dict(zip(table["narration_id"], table["narration"], strict=True))
+    sentences = sentence_texts(rows["narration_id"].tolist(), rows["narration"].tolist(), narrations)
     return Content(clips, [RetrievalTable(sentences, None, relevancy)], notes)
 
 

@@ -98,7 +98,7 @@ def _relevancy(clips: Path, sentences: Path) -> NDArray[np.float32]:
     if {"verb_class", "noun_classes"} <= set(texts.columns):
         own = integers(texts, "verb_class", sentences), integer_lists(texts, "noun_classes", sentences)
         return class_relevancy((verbs, own[0]), (nouns, own[1]))
-    # Some sentences are shifted against their ids; the ids are right.
+    # The id counts, not the text beside it: see sentence_texts.
     row_of = {name: row for row, name in enumerate(rows["narration_id"])}
     strange = [name for name in texts["narration_id"] if name not in row_of]
     if strange:

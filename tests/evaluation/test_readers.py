@@ -115,6 +115,42 @@ def test_each_benchmark_runs_from_its_files(formats: Path, kind: str) -> None:
         assert np.isfinite(value), name
 
 
+EK100_MIR = """narration_id,video_id,start_timestamp,stop_timestamp,narration,verb_class,noun_class,all_noun_classes
+P22_04_144,P22_04,00:10:00.00,00:10:02.00,cut slice,7,96,[96]
+P08_16_88,P08_16,00:05:00.00,00:05:01.50,throw away bits,13,80,[80]
+P12_03_90,P12_03,00:01:00.00,00:01:03.00,stir,10,0,[0]
+"""
+
+
+def test_a_sentence_of_ek100_has_text_and_class_of_the_row_that_its_id_names(tmp_path: Path) -> None:
+    """The texts of six published sentences stand beside a neighbour's id; the real rows, cut to three."""
+    (tmp_path / "EPIC_100_retrieval_test.csv").write_text(EK100_MIR)
+    (tmp_path / "EPIC_100_retrieval_test_sentence.csv").write_text(
+        "narration_id,narration\nP22_04_144,wash cooker\nP08_16_88,cut slice\nP12_03_90,stir\n"
+    )
+    config = BenchmarkConfig(metadata=str(tmp_path), root="x")
+    (mir,) = READERS["ek100_mir"](config, PROTOCOLS["clean"], None).tables
+    assert isinstance(mir, RetrievalTable)
+    assert mir.texts == ["cut slice", "throw away bits", "stir"]
+    np.testing.assert_array_equal(mir.relevancy, np.eye(3))
+
+
+def test_the_real_sentences_are_the_narrations_of_their_ids(shared: Path) -> None:
+    folder = shared / "annotations/epic-kitchens-100"
+    (mir,) = READERS["ek100_mir"](BenchmarkConfig(metadata=str(folder), root="x"), PROTOCOLS["clean"], None).tables
+    written = pd.read_csv(folder / "retrieval_annotations/EPIC_100_retrieval_test_sentence.csv")
+    changed = {old: new for old, new in zip(written["narration"], mir.texts, strict=True) if old != new}
+    assert len(mir.texts) == 3842
+    assert changed == {
+        "wash cooker": "cut slice",
+        "cut slice": "throw away bits",
+        "throw away bits": "put down down slice",
+        "put down down slice": "looking for something",
+        "looking for something": "count",
+        "count": "stir",
+    }
+
+
 def test_class_prompts_follow_the_protocol(formats: Path, tmp_path: Path) -> None:
     clean, upstream = (read(formats, "ek100_cls", name) for name in ("clean", "upstream"))
     assert len(clean.tables[0].texts) <= len(upstream.tables[0].texts)

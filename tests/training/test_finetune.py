@@ -79,6 +79,18 @@ def test_a_sentence_csv_names_classes_itself_or_through_its_clips(ek100: Path, t
         RelevantTexts(table(ek100 / "EPIC_100_train.csv"), 0.1, str(tmp_path / "ids.csv"))
 
 
+@pytest.mark.parametrize("with_classes", [False, True])
+def test_a_sentence_is_the_narration_that_its_id_names(ek100: Path, tmp_path: Path, with_classes: bool) -> None:
+    """EPIC_100_retrieval_train_sentence.csv, too, has texts beside the id of a neighbouring row."""
+    clips = pd.read_csv(ek100 / "EPIC_100_train.csv", dtype=str).drop_duplicates("narration")
+    rows = clips[["narration_id"]].assign(narration=np.roll(clips["narration"].to_numpy(), 1))
+    if with_classes:
+        rows = rows.assign(verb_class=clips["verb_class"], noun_classes=clips["all_noun_classes"])
+    rows.to_csv(tmp_path / "sentences.csv", index=False)
+    labels = RelevantTexts(table(ek100 / "EPIC_100_train.csv"), 0.1, str(tmp_path / "sentences.csv"))
+    assert labels.texts == clips["narration"].tolist()
+
+
 def test_a_clip_without_a_relevant_text_is_named(ek100: Path, tmp_path: Path) -> None:
     clips = pd.read_csv(ek100 / "EPIC_100_train.csv", dtype=str)
     alone = clips.assign(noun_classes=clips["all_noun_classes"]).drop_duplicates("narration")
