@@ -254,7 +254,8 @@ class SourceConfig:
     )
     list_text: str = knob(
         "random",
-        "what to do with several narrations of one clip: draw one, join all, or take the first",
+        "what to do with several narrations of one clip: draw one, join all with '. ' as upstream does, or take the "
+        "first",
         choices=("random", "concat", "first"),
     )
 

@@ -210,9 +210,12 @@ class ClipTable:
 
 
 def choose_text(texts: Sequence[str], mode: str, rng: np.random.Generator) -> str:
-    """One narration out of several: ``random`` draws, ``concat`` joins all, ``first`` takes the first."""
+    """One narration out of several: ``random`` draws, ``concat`` joins all, ``first`` takes the first.
+
+    ``concat`` puts ". " between them whatever they end with, as upstream, AVION and LaViLa do.
+    """
     if mode == "concat":
-        return " ".join(texts)
+        return ". ".join(texts)
     if mode == "first" or len(texts) == 1:
         return texts[0]
     assert mode == "random", mode

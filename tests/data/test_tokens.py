@@ -41,5 +41,7 @@ def test_trim_keeps_the_last_end_of_text_of_the_batch(tokenizer: Tokenizer) -> N
 def test_choose_text() -> None:
     rng = np.random.default_rng(0)
     assert choose_text(("a", "b"), "first", rng) == "a"
-    assert choose_text(("a", "b"), "concat", rng) == "a b"
+    assert choose_text(("a", "b"), "concat", rng) == "a. b"
+    # Exactly upstream's join: a full stop of the narration's own stays beside it.
+    assert choose_text(("#C C cuts.", "#C C stirs"), "concat", rng) == "#C C cuts.. #C C stirs"
     assert {choose_text(("a", "b"), "random", rng) for _ in range(50)} == {"a", "b"}
