@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import email.utils
 import http.client
+import ipaddress
 import json
 import logging
 import os
@@ -20,7 +21,8 @@ from urllib.parse import urlsplit, urlunsplit
 
 import requests
 from requests.adapters import HTTPAdapter
-from urllib3.exceptions import NewConnectionError
+from requests.utils import get_environ_proxies, select_proxy
+from urllib3.exceptions import NewConnectionError, ProxyError
 
 from egohod.hod.narrator import EndpointDown, NarratorError
 from egohod.hod.settings import NarratorSettings
@@ -29,7 +31,7 @@ log = logging.getLogger(__name__)
 
 _BUSY = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 _AWAY = (429, 503, 529)
-_REFUSED = (401, 403, 404, 405)
+_REFUSED = (401, 403, 404, 405, 407)
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0
 _MOST_BYTES = 4_000_000
 # So many requests that fail before the first one works: the settings are wrong, not the requests.
@@ -47,6 +49,8 @@ class Answer:
     text: str
     prompt_tokens: int
     completion_tokens: int
+    is_cut: bool = False
+    """The server stopped at ``max_tokens``."""
 
 
 class Endpoint:
@@ -82,6 +86,9 @@ class Endpoint:
         self._chance = chance
         self._session = requests.Session()
         self._session.mount(f"{parts.scheme}://", HTTPAdapter(pool_maxsize=settings.concurrency))
+        # No proxy can reach the loopback address of this machine, and many machines set http_proxy without no_proxy.
+        self._proxies = {"no_proxy": parts.hostname} if _is_loopback(parts.hostname) else {}
+        self._through = _proxy_note(self._url, self._proxies.get("no_proxy"))
         self._worked = self._left = time.monotonic()
         self._proven, self._failed = False, 0
 
@@ -150,7 +157,7 @@ class Endpoint:
                     answer = self._read(content)
                     self._worked = time.monotonic()
                     return answer
-                said = f"HTTP {status}: {self._clean(content)}"
+                said = f"HTTP {status}: {self._clean(content)}{self._through}"
                 if status in _REFUSED:
                     raise NarratorError(f"{self.shown}: {said}; see narrator.endpoint, model and api_key_env")
                 if status not in _BUSY:
@@ -159,7 +166,7 @@ class Endpoint:
                 pause, away = _retry_after(headers.get("Retry-After")), status in _AWAY
             except requests.RequestException as error:
                 away = _unreached(error)
-                said = self._clean(_why(error))
+                said = self._clean(_why(error)) + self._through
             except _Malformed as error:
                 said = str(error)
                 self._worked = time.monotonic()
@@ -187,6 +194,7 @@ class Endpoint:
             json=body,
             auth=self._sign,
             timeout=(min(10.0, self._settings.timeout_seconds), self._settings.timeout_seconds),
+            proxies=self._proxies,
             allow_redirects=False,
             stream=True,
         ) as response:
@@ -210,14 +218,30 @@ class Endpoint:
         try:
             answer = json.loads(content)
             choice = answer["choices"][0]
-            text = choice["message"]["content"]
-            usage = answer.get("usage") or {}
-            tokens = (int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
+            message = choice["message"]
+            text = _text(message.get("content"))
+            finish = choice.get("finish_reason")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise _Malformed(f"not an answer of a chat endpoint: {self._clean(content)}") from error
-        if not isinstance(text, str):
-            raise _Malformed("an answer without text")
-        return Answer(text, *tokens)
+            raise _Malformed(f"not an answer of a chat endpoint: {self._clean(content)}{self._through}") from error
+        if not text.strip():
+            # Asked again, a model refuses again and thinks as long again.
+            if message.get("refusal"):
+                raise Unanswerable(f"the model refused: {self._clean(str(message['refusal']))}")
+            if finish == "length":
+                thought = message.get("reasoning_content") or message.get("reasoning")
+                used = (
+                    "the model used up narrator.max_tokens on its reasoning" if thought else "cut off before any text"
+                )
+                raise Unanswerable(
+                    f"an answer without text: {used} (finish_reason is length); raise narrator.max_tokens"
+                )
+            if finish == "content_filter":
+                raise Unanswerable("an answer without text: the server's content filter removed it")
+            raise _Malformed(f"an answer without text (finish_reason is {self._clean(str(finish))})")
+        usage = answer.get("usage")
+        usage = usage if isinstance(usage, dict) else {}
+        prompt, completion = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
+        return Answer(text, prompt, completion, is_cut=finish == "length")
 
     def _clean(self, text: bytes | str) -> str:
         """A line to show, without the key."""
@@ -235,9 +259,51 @@ class _Malformed(Exception):
     """An answer that is none; another try may do better."""
 
 
+def _text(content: Any) -> str:
+    """The text of a message: as such, in parts of which some may hold reasoning or pictures, or none at all."""
+    if isinstance(content, list):
+        parts = [each for each in content if isinstance(each, dict) and each.get("type") == "text"]
+        return "".join(each["text"] for each in parts if isinstance(each.get("text"), str))
+    return content if isinstance(content, str) else ""
+
+
+def _count(value: Any) -> int:
+    """A number of tokens; 0 where the server gives none. It only goes into statistics."""
+    try:
+        return max(0, int(value))
+    except (TypeError, ValueError, OverflowError):
+        return 0
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    # Servers print http://0.0.0.0:8000 when they listen on all addresses; as a target it is this machine.
+    return address.is_loopback or address.is_unspecified
+
+
+def _proxy_note(url: str, no_proxy: str | None) -> str:
+    """The end of an error message: which proxy requests to ``url`` take, without its password, and the way around."""
+    proxy = select_proxy(url, get_environ_proxies(url, no_proxy))
+    if not proxy:
+        return ""
+    parts = urlsplit(url)
+    names = [f"{parts.scheme}_proxy", "all_proxy"]
+    variables = [each for name in names for each in (name, name.upper()) if os.environ.get(each)]
+    where = f"that {variables[0]} names" if variables else "of the system's settings"
+    address = proxy.rpartition("@")[2].rpartition("://")[2].rstrip("/")
+    return f"; sent through the proxy {address} {where} (no_proxy={parts.hostname} would go without it)"
+
+
 def _unreached(error: requests.RequestException) -> bool:
     """Whether there was no connection at all."""
     reason = getattr(error.args[0], "reason", None) if error.args else None
+    if isinstance(reason, ProxyError):
+        reason = reason.original_error
     return isinstance(error, requests.ConnectTimeout) or isinstance(reason, NewConnectionError)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -38,6 +39,10 @@ SCHEMA: dict[str, Any] = {
     "additionalProperties": False,
 }
 _BLOCKS = ("instructions", "examples", "request")
+# How reasoning models mark what they think aloud, unless the server takes it out.
+_REASONING = re.compile(r"<(/?)(?:think|thinking|thought|reasoning|analysis)>", re.IGNORECASE)
+_ANSWER = re.compile(r'\{\s*"captions"\s*:')
+_TRIES = 8
 
 
 class LanguageModelNarrator:
@@ -117,6 +122,8 @@ class LanguageModelNarrator:
         if isinstance(answer, Unanswerable):
             return [Narration(None, self.name, problem=f"no answer: {answer}")] * count
         texts, problem = _captions(answer.text)
+        if problem and answer.is_cut:
+            problem += "; cut off at its limit of tokens, raise narrator.max_tokens"
         wrong = f"schema: {problem}" if problem else "schema: the answer leaves this clip out, or has it twice"
         shares = zip(_shared(answer.prompt_tokens, count), _shared(answer.completion_tokens, count), strict=True)
         return [
@@ -147,19 +154,49 @@ def _load(path: Path) -> jinja2.Template:
 
 def _captions(text: str) -> tuple[dict[int, str], str | None]:
     """Captions by clip, and what is wrong with the answer as a whole."""
-    # Models without a format wrap their JSON in talk or a code fence.
-    first, last = text.find("{"), text.rfind("}")
-    try:
-        answer = json.loads(text[first : last + 1]) if 0 <= first < last else json.loads(text)
-        jsonschema.validate(answer, SCHEMA)
-    except (ValueError, RecursionError) as error:
-        return {}, f"not JSON ({' '.join(str(error).split())[:80]})"
-    except jsonschema.ValidationError as error:
-        return {}, f"{error.json_path}: {error.validator} is not met"
-    numbers = [each["clip"] for each in answer["captions"]]
+    said = _without_reasoning(text)
+    if not said.strip():
+        return {}, "nothing follows the model's reasoning"
+    fitting, problem = None, None
+    # The last that fits: before it a model may quote the request, draft and talk in braces.
+    for start in reversed(list(_ANSWER.finditer(said))[-_TRIES:]):
+        try:
+            answer, _ = json.JSONDecoder().raw_decode(said, start.start())
+            _read_numbers(answer)
+            jsonschema.validate(answer, SCHEMA)
+            fitting = answer
+            break
+        except (ValueError, RecursionError) as error:
+            problem = problem or f"not JSON ({' '.join(str(error).split())[:80]})"
+        except jsonschema.ValidationError as error:
+            problem = problem or f"{error.json_path}: {error.validator} is not met"
+    if fitting is None:
+        return {}, problem or "not JSON of the form {captions: [...]}"
+    numbers = [each["clip"] for each in fitting["captions"]]
     return {
-        each["clip"]: _printable(each["caption"]) for each in answer["captions"] if numbers.count(each["clip"]) == 1
+        each["clip"]: _printable(each["caption"]) for each in fitting["captions"] if numbers.count(each["clip"]) == 1
     }, None
+
+
+def _without_reasoning(text: str) -> str:
+    """What follows the model's reasoning; some chat templates open it in the prompt, so that only its end is here.
+
+    Reasoning without an end is no answer, whatever drafts are in it.
+    """
+    marks = list(_REASONING.finditer(text))
+    closing = [mark.end() for mark in marks if mark.group(1)]
+    start = closing[-1] if closing else 0
+    unclosed = [mark.start() for mark in marks if mark.start() >= start]
+    return text[start : unclosed[0] if unclosed else None]
+
+
+def _read_numbers(answer: dict[str, Any]) -> None:
+    """Clip numbers that are written as text become numbers."""
+    captions = answer.get("captions")
+    for each in captions if isinstance(captions, list) else ():
+        number = each.get("clip") if isinstance(each, dict) else None
+        if isinstance(number, str) and re.fullmatch(r"\s*[0-9]{1,9}\s*", number):
+            each["clip"] = int(number)
 
 
 def _printable(text: str) -> str:

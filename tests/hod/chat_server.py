@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,14 +24,23 @@ class ChatServer:
     """Answers with ``caption`` of each clip, except that the first answers are those of ``script``.
 
     An entry of the script is a (status, headers) pair, ``"hang"``, ``"drop"``, ``"half"`` (JSON that breaks off),
-    ``"schema"``, ``"echo"`` (the prompt), ``"short"`` (one clip too few), ``"no chat"``, or ``"ok"``.
+    ``"schema"``, ``"echo"`` (the prompt), ``"short"`` (one clip too few), ``"no chat"``, ``"ok"``, or a function of the
+    right text that returns the ``choices`` entry to send.
+
+    It is a proxy as well: requests for any address are answered, and ``paths`` keeps what they asked for. ``host`` is
+    the address to listen on.
     """
 
     def __init__(
-        self, caption: Captioner, script: list[Any] | None = None, hold: threading.Barrier | None = None
+        self,
+        caption: Captioner,
+        script: list[Any] | None = None,
+        hold: threading.Barrier | None = None,
+        host: str = "127.0.0.1",
     ) -> None:
         self.caption, self.script = caption, list(script or [])
         self.bodies: list[dict[str, Any]] = []
+        self.paths: list[str] = []
         self.keys: list[str | None] = []
         self.most = 0
         self.now = 0
@@ -47,9 +57,13 @@ class ChatServer:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.address = f"http://127.0.0.1:{self._server.server_port}/v1"
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+            address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
+        self._server = Server((host, 0), Handler)
+        self.port = self._server.server_port
+        self.address = f"http://{f'[{host}]' if ':' in host else host}:{self.port}/v1"
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     def __enter__(self) -> ChatServer:
@@ -66,6 +80,7 @@ class ChatServer:
             self.now += 1
             self.most = max(self.most, self.now)
             self.bodies.append(body)
+            self.paths.append(request.path)
             self.keys.append(request.headers.get("Authorization"))
             step = self.script.pop(0) if self.script else "ok"
         try:
@@ -100,8 +115,9 @@ class ChatServer:
         elif step == "echo":
             system = re.sub(r"\s+", " ", body["messages"][0]["content"])
             text = json.dumps({"captions": [{"clip": each["clip"], "caption": system[:150]} for each in clips]})
+        choice = step(text) if callable(step) else {"message": {"role": "assistant", "content": text}}
         answer: dict[str, Any] = {
-            "choices": [{"message": {"role": "assistant", "content": text}}],
+            "choices": [choice],
             "usage": {"prompt_tokens": 101, "completion_tokens": 11},
         }
         self._send(request, 200, json.dumps({"hello": 1} if step == "no chat" else answer).encode(), {})

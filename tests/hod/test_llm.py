@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import re
 import signal
 import threading
 import time
@@ -117,7 +118,7 @@ def test_a_server_that_fails_every_request_is_no_reason_to_fall_back_forever() -
 
 
 @pytest.mark.parametrize(
-    ("step", "problem"), [("half", "not JSON"), ("schema", "$: type"), ("short", "leaves this clip out")]
+    ("step", "problem"), [("half", "not JSON"), ("schema", "not JSON of the form"), ("short", "leaves this clip out")]
 )
 def test_an_answer_that_breaks_the_schema_is_none(step: str, problem: str) -> None:
     with ChatServer(caption, [step]) as server:
@@ -342,3 +343,147 @@ def test_the_looking_narrator_sends_frames() -> None:
     assert pictures[0].size == (40, 30)
     reds = [np.asarray(picture)[..., 0].mean() for picture in pictures]
     assert reds == pytest.approx([0, 128, 240, 0], abs=12)
+
+
+# --------------------------------------------------------------------------------------------------
+# Reasoning models
+# --------------------------------------------------------------------------------------------------
+
+
+def says(content: Any, finish: str = "stop", **message: Any) -> dict[str, Any]:
+    return {"message": {"role": "assistant", "content": content, **message}, "finish_reason": finish}
+
+
+DRAFT = '{"captions": [{"clip": 1, "caption": "a draft"}, {"clip": 2, "caption": "a draft"}]}'
+WRAPPED: dict[str, Any] = {
+    "reasoning with braces": lambda text: f"<think>{{C}} is the wearer, so {{left, right}}: {DRAFT}</think>\n{text}",
+    "reasoning opened by the chat template": lambda text: f"So {{a}} then {DRAFT} no.\n</think>\n\n{text}",
+    "upper case, twice": lambda text: f"<THINKING>{{</THINKING> <think>}}</think>{text}",
+    "a code fence": lambda text: f"The set {{1, 2}} of clips:\n```json\n{text}\n```\nAs {{asked}}.",
+    "a draft before": lambda text: f"{DRAFT} Better: {text}",
+    "channels": lambda text: f"<|channel|>analysis<|message|>{{x}}<|end|><|channel|>final<|message|>{text}",
+    "in a list": lambda text: f"[{text}]",
+    "clip numbers as text": lambda text: re.sub(r'"clip": (\d)', r'"clip": "\1"', text),
+    "braces in a caption": lambda text: text.replace(" the ", " the {x} ").replace("{x} ", ""),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_an_answer_is_found_among_what_a_model_puts_around_it(kind: str) -> None:
+    with ChatServer(caption, [lambda text: says(WRAPPED[kind](text))]) as server:
+        assert texts(narrator(server), requests(2)) == [GOOD.format(each) for each in THINGS[:2]]
+    assert len(server.bodies) == 1
+
+
+def test_text_in_parts_is_put_together() -> None:
+    def parts(text: str) -> dict[str, Any]:
+        thinking = {"type": "thinking", "thinking": [{"type": "text", "text": DRAFT}]}
+        return says([thinking, {"type": "text", "text": text[:20]}, {"type": "text", "text": text[20:]}])
+
+    with ChatServer(caption, [parts]) as server:
+        assert texts(narrator(server), requests(2)) == [GOOD.format(each) for each in THINGS[:2]]
+
+
+NO_TEXT: dict[str, tuple[dict[str, Any], str]] = {
+    "reasoning": (
+        says(None, "length", reasoning_content="First, ..."),
+        "used up narrator.max_tokens on its reasoning .*raise narrator.max_tokens",
+    ),
+    "length": (says(None, "length"), "cut off before any text .*raise narrator.max_tokens"),
+    "refusal": (says(None, refusal="I cannot help with that."), "the model refused: I cannot help with that"),
+    "filter": (says("", "content_filter"), "content filter removed it"),
+    "nothing": (says(None), r"without text \(finish_reason is stop\) \(2 tries\)"),
+    "half": (says('{"captions": [{"clip": 1, "cap', "length"), "not JSON .*cut off .*raise narrator.max_tokens"),
+    "unclosed": (says(f"<think>perhaps {DRAFT}"), "schema: nothing follows the model's reasoning"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_TEXT)
+def test_an_answer_without_text_says_why(kind: str) -> None:
+    choice, problem = NO_TEXT[kind]
+    with ChatServer(caption, [lambda _: choice] * 2) as server:
+        made = narrator(server, retries=1)
+        answers = dict(made.narrate(requests(2)))
+    assert answers[0].text is None
+    assert re.search(problem, str(answers[0].problem)), answers[0].problem
+    assert len(server.bodies) == (2 if kind == "nothing" else 1)
+
+
+def test_token_counts_that_are_no_numbers_cost_no_answer() -> None:
+    body = {"choices": [says('{"captions": [{"clip": 1, "caption": "a b c"}]}')]}
+    with ChatServer(caption) as server:
+        held = narrator(server)._endpoint
+        for usage, counted in (({"prompt_tokens": "12", "completion_tokens": "n/a"}, (12, 0)), ("none", (0, 0))):
+            answer = held._read(json.dumps(body | {"usage": usage}).encode())
+            assert (answer.prompt_tokens, answer.completion_tokens) == counted
+
+
+@pytest.mark.parametrize(
+    "piece", ["{", '{"captions":', '{"captions":[', "<think>", "<think></think>", '{"captions": 1} ', "[" * 10]
+)
+def test_an_answer_of_nothing_but_beginnings_is_judged_at_once(piece: str) -> None:
+    start = time.monotonic()
+    with ChatServer(caption, [lambda _: says(piece * (400_000 // len(piece)))]) as server:
+        answers = dict(narrator(server).narrate(requests(1)))
+    assert answers[0].text is None
+    assert time.monotonic() - start < 5
+
+
+# --------------------------------------------------------------------------------------------------
+# Proxies
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_proxies(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY", "all_proxy"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0", "[::1]"])
+def test_a_model_on_this_machine_is_asked_without_the_proxy(
+    host: str, variable: str, no_proxies: pytest.MonkeyPatch
+) -> None:
+    with ChatServer(caption) as proxy, ChatServer(caption, host="::1" if host == "[::1]" else "127.0.0.1") as server:
+        no_proxies.setenv(variable, proxy.address.removesuffix("/v1"))
+        assert None not in texts(narrator(server, endpoint=f"http://{host}:{server.port}/v1"), requests(1))
+    assert len(server.bodies) == 1
+    assert not proxy.bodies
+
+
+def test_a_model_elsewhere_is_asked_through_the_proxy_unless_no_proxy_names_it(no_proxies: pytest.MonkeyPatch) -> None:
+    address = "http://model.invalid:8000/v1"
+    with ChatServer(caption) as proxy:
+        no_proxies.setenv("http_proxy", proxy.address.removesuffix("/v1"))
+        assert None not in texts(narrator(proxy, endpoint=address), requests(1))
+        assert proxy.paths == [f"{address}/chat/completions"]
+        no_proxies.setenv("no_proxy", "other.invalid,.invalid")
+        with pytest.raises(EndpointDown) as caught:
+            texts(narrator(proxy, endpoint=address, give_up_seconds=0.01, concurrency=1), requests(1))
+    assert len(proxy.paths) == 1
+    assert "proxy" not in str(caught.value)
+
+
+@pytest.mark.parametrize("status", [403, 407, 502])
+def test_what_a_proxy_says_names_its_variable_and_no_password(status: int, no_proxies: pytest.MonkeyPatch) -> None:
+    with ChatServer(caption, [(status, {})]) as proxy:
+        no_proxies.setenv("HTTP_PROXY", f"http://me:{KEY}@127.0.0.1:{proxy.port}/")
+        through = (
+            rf"sent through the proxy 127\.0\.0\.1:{proxy.port} that HTTP_PROXY names \(no_proxy=10\.1\.2\.3 would"
+        )
+        with pytest.raises(NarratorError, match=rf"HTTP {status}: refused.*; {through}") as caught:
+            texts(narrator(proxy, endpoint="http://10.1.2.3/v1", give_up_seconds=1e-9), requests(1))
+    assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_proxy_that_is_not_there_is_blamed_for_it(scheme: str, no_proxies: pytest.MonkeyPatch) -> None:
+    with ChatServer(caption) as gone:
+        pass
+    no_proxies.setenv(f"{scheme}_proxy", f"http://127.0.0.1:{gone.port}")
+    said = rf"\(connection refused; sent through the proxy 127\.0\.0\.1:{gone.port} that {scheme}_proxy names"
+    with pytest.raises(EndpointDown, match=said):
+        texts(narrator(gone, endpoint=f"{scheme}://model.invalid/v1", give_up_seconds=0.01, retries=0), requests(1))
