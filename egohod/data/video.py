@@ -9,7 +9,7 @@ import numpy as np
 
 from egohod.data.decoders import Decoder, Opener
 from egohod.data.files import LocalCache, Recent, Source, VideoError, open_root
-from egohod.data.frames import frame_times, segment_indices
+from egohod.data.frames import clip_indices, frame_times
 
 __all__ = ["VideoError", "VideoStore", "read_clip"]
 
@@ -64,6 +64,7 @@ def read_clip(
     end: float,
     num_frames: int,
     rng: np.random.Generator | None = None,
+    rule: str = "middle",
 ) -> Frames:
     """``num_frames`` frames of [start, end) seconds of one file.
 
@@ -73,7 +74,8 @@ def read_clip(
     try:
         if start >= decoder.duration:
             raise VideoError(f"{name}: the clip begins at {start:.2f} s, the video ends at {decoder.duration:.2f} s")
-        seconds, numbers = _times(start, min(end, decoder.duration), num_frames, decoder.fps, rng)
+        numbers = clip_indices(start, end, decoder.duration, decoder.fps, num_frames, rng, rule)
+        seconds = frame_times(numbers, decoder.fps)
         return Frames(decoder.read_at(seconds), seconds, numbers)
     finally:
         decoder.close()
@@ -101,21 +103,28 @@ class VideoStore:
         self._place_of: Recent[str, _Place] = Recent(65536)
 
     def read(
-        self, video_id: str, start: float, end: float, num_frames: int, rng: np.random.Generator | None = None
+        self,
+        video_id: str,
+        start: float,
+        end: float,
+        num_frames: int,
+        rng: np.random.Generator | None = None,
+        rule: str = "middle",
     ) -> Frames:
         """``num_frames`` frames of [start, end) seconds, one per equal segment.
 
-        See :func:`~egohod.data.frames.segment_indices` for ``rng``. A clip that runs beyond the video's end is cut
-        there; one that begins beyond it, or a file that cannot be read, raises :class:`VideoError`. Storage that
-        cannot be used at all raises :class:`~egohod.data.files.StorageError`.
+        See :func:`~egohod.data.frames.clip_indices` for ``rng`` and ``rule``. A clip that runs beyond the video's end
+        is cut there; one that begins beyond it, or a file that cannot be read, raises :class:`VideoError`. Storage
+        that cannot be used at all raises :class:`~egohod.data.files.StorageError`.
         """
         video = self._checked(video_id)
         first = int(start // self._chunk_seconds)
         try:
             place, source = self._find(video, first)
             if place.layout == "whole":
-                return read_clip(self._opener, source, self._name(place, video, 0), start, end, num_frames, rng)
-            return self._read_chunks(place, video, first, source, start, end, num_frames, rng)
+                name = self._name(place, video, 0)
+                return read_clip(self._opener, source, name, start, end, num_frames, rng, rule)
+            return self._read_chunks(place, video, first, source, start, end, num_frames, rng, rule)
         except OSError as error:  # a name too long for the file system, a folder that may not be entered
             raise VideoError(f"{self._files.name_of(video)}: cannot be read: {error.strerror or error}") from error
 
@@ -167,17 +176,12 @@ class VideoStore:
         end: float,
         num_frames: int,
         rng: np.random.Generator | None,
+        rule: str,
     ) -> Frames:
         """A clip that begins in chunk ``first``, which is open as ``source``."""
         length = self._chunk_seconds
         # A clip that ends where a chunk begins does not touch that chunk.
         last = max(first, int(np.ceil(end / length)) - 1)
-        if first == last:
-            offset = first * length
-            name = self._name(place, video, first)
-            found = read_clip(self._opener, source, name, start - offset, end - offset, num_frames, rng)
-            fps = (found.numbers[0] + 0.5) / found.seconds[0]
-            return Frames(found.pictures, found.seconds + offset, found.numbers + round(offset * fps))
         decoders: dict[int, Decoder] = {}
         try:
             for number in range(first, last + 1):
@@ -189,28 +193,21 @@ class VideoStore:
                     raise VideoError(f"{self._name(place, video, number)}: no such file") from None
                 decoders[number] = self._opener(part, self._name(place, video, number))
             final = max(decoders)
-            end = min(end, final * length + decoders[final].duration)
-            if start >= end:
+            stop = final * length + decoders[final].duration
+            if start >= stop:
                 folder = self._files.name_of(place.folder(video))
-                raise VideoError(f"{folder}: the clip begins at {start:.2f} s, the video ends at {end:.2f} s")
-            times, numbers = _times(start, end, num_frames, decoders[first].fps, rng)
-            chunk_of = np.clip(times // length, first, final).astype(np.int64)
-            parts = [
-                decoders[number].read_at(times[chunk_of == number] - number * length)
-                for number in np.unique(chunk_of).tolist()
-            ]
+                raise VideoError(f"{folder}: the clip begins at {start:.2f} s, the video ends at {stop:.2f} s")
+            fps = decoders[first].fps
+            numbers = clip_indices(start, end, stop, fps, num_frames, rng, rule, chunk_start=first * length)
+            # Frames are numbered from the start of the video; each chunk has the numbers from its own start on.
+            firsts = np.array([round(number * length * fps) for number in decoders])
+            chunk_of = np.maximum(np.searchsorted(firsts, numbers, side="right") - 1, 0)
+            seconds = frame_times(numbers - firsts[chunk_of], fps)
+            parts = [decoders[first + i].read_at(seconds[chunk_of == i]) for i in np.unique(chunk_of).tolist()]
         finally:
             for decoder in decoders.values():
                 decoder.close()
         if len({part.shape[1:] for part in parts}) > 1:
             folder = self._files.name_of(place.folder(video))
             raise VideoError(f"{folder}: chunks {first} to {final} differ in picture size")
-        return Frames(np.concatenate(parts), times, numbers)
-
-
-def _times(
-    start: float, end: float, num_frames: int, fps: float, rng: np.random.Generator | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds of the sampled frames, float64 [num_frames], and their numbers, int64 [num_frames]."""
-    numbers = segment_indices(round(start * fps), round(end * fps), num_frames, rng)
-    return frame_times(numbers, fps), numbers
+        return Frames(np.concatenate(parts), seconds + (first + chunk_of) * length, numbers)

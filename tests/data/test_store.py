@@ -58,6 +58,19 @@ def test_chunks_that_start_between_seconds(videos: Path, tmp_path: Path) -> None
     assert numbers(reader.read("v", 4.0, 9.0, 2).pictures) == segment_indices(40, 45, 2).tolist()
 
 
+def test_frames_of_a_chunk_are_numbered_from_the_start_of_the_video(tmp_path: Path) -> None:
+    """1.75 s is frame 17.5 of the video, rounded to 18 as upstream does, but frame 2.5 of its chunk, the 17th."""
+    encode(tmp_path / "whole.mp4", 45)
+    for number in range(3):
+        encode(tmp_path / "cut" / f"{number:04d}.mp4", 15, first=15 * number)
+    for start, end in ((1.75, 2.65), (1.85, 2.95), (1.75, 4.0), (3.15, 3.95)):
+        expected = segment_indices(round(start * 10), round(end * 10), 6).tolist()
+        for video in ("cut", "whole"):
+            read = store(tmp_path, chunk=1.5).read(video, start, end, 6)
+            assert numbers(read.pictures) == read.numbers.tolist() == expected
+            assert read.seconds == pytest.approx((np.array(expected) + 0.5) / 10)
+
+
 def test_jittered_frames_come_from_the_generator(videos: Path) -> None:
     expected = segment_indices(5, 35, 4, np.random.default_rng(7)).tolist()
     assert numbers(store(videos).read("cut", 0.5, 3.5, 4, np.random.default_rng(7)).pictures) == expected
