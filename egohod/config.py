@@ -435,7 +435,8 @@ class TrainConfig:
     )
     precision: str = knob(
         "auto",
-        "auto is bf16 where the hardware computes it fast, fp32 elsewhere; fp16 uses a loss scaler",
+        "auto is bf16 where the hardware computes it fast, fp32 elsewhere; fp16 uses a loss scaler; fp32 multiplies in "
+        "TF32 on GPUs that have it",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
     seed: int = knob(0, "everything random follows from it", low=0, high=2**63 - 1)
@@ -499,7 +500,8 @@ class EvaluateConfig:
     num_frames: int | None = knob(None, "frames a benchmark shows of each clip; null is the protocol's number", low=1)
     precision: str = knob(
         "fp32",
-        "autocast type of features, as train.precision; fp32 makes numbers independent of batches and processes",
+        "autocast type of features, as train.precision; fp32 makes numbers independent of batches and processes, and "
+        "here never multiplies in TF32",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
     cache: str | None = knob(

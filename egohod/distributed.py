@@ -5,6 +5,7 @@ Rank and world size come from :mod:`egohod.place`, which programs ask before the
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import platform
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -237,6 +239,33 @@ def nvidia_driver(proc: Path = Path("/proc/driver/nvidia/version")) -> str | Non
         words = proc.read_text(errors="replace").split()
         return next((word for word in words if word[:1].isdigit() and "." in word), "unknown")
     return None
+
+
+@contextlib.contextmanager
+def inference_precision(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Autocast to ``dtype`` within; ``torch.float32`` is float32 throughout, without TF32.
+
+    Training lets matrix products of float32 run in TF32 on a GPU (:func:`setup`), and cuDNN does so with convolutions
+    (those of motion adapters) unless it is forbidden. Both settings are as before afterwards.
+    """
+    if dtype != torch.float32:
+        with torch.autocast(device.type, dtype):
+            yield
+        return
+    products = torch.get_float32_matmul_precision()
+    # Since torch 2.9 convolutions have a setting of their own, and allow_tf32 is deprecated.
+    cudnn: Any = torch.backends.cudnn
+    owner, name, exact = (
+        (cudnn.conv, "fp32_precision", "ieee") if hasattr(cudnn, "conv") else (cudnn, "allow_tf32", False)
+    )
+    convolutions = getattr(owner, name)
+    torch.set_float32_matmul_precision("highest")
+    setattr(owner, name, exact)
+    try:
+        yield
+    finally:
+        setattr(owner, name, convolutions)
+        torch.set_float32_matmul_precision(products)
 
 
 def pick_precision(precision: str, device: torch.device) -> torch.dtype:

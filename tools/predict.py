@@ -29,7 +29,7 @@ from egohod.data.decoders import choose_decoder
 from egohod.data.text import Tokenizer
 from egohod.data.transforms import center_crop, normalise
 from egohod.data.windows import spans
-from egohod.distributed import setup
+from egohod.distributed import inference_precision, setup
 from egohod.evaluation.heads import ClassProbabilities
 from egohod.model.egovideo import DualEncoder
 from egohod.model.zoo import geometry
@@ -101,7 +101,7 @@ def _scores(
     if args.sentences:
         encoder: DualEncoder | ClassProbabilities = build_model(cfg, dist).eval()
         tokens = Tokenizer(encoder.geometry.context_length)(args.sentences).to(dist.device)
-        with torch.inference_mode():
+        with torch.inference_mode(), inference_precision(dist.device, torch.float32):
             names, columns = args.sentences, encoder.encode_text(tokens).T
     else:
         try:
@@ -114,7 +114,7 @@ def _scores(
         names, columns = classes.names, torch.eye(len(classes.names), device=dist.device)
     size = geometry(cfg.model.name).image_size
     rows = []
-    with torch.inference_mode():
+    with torch.inference_mode(), inference_precision(dist.device, torch.float32):
         for start, end in windows:
             frames = load_clip(args.video, start, end, cfg.model.num_frames, cfg.data.decoder)
             video = normalise(center_crop(frames, size)[None].to(dist.device))

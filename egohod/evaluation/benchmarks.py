@@ -160,8 +160,13 @@ class Benchmark:
             "identity": dict(self.execution.identity),
             "protocol": protocol,
             "size": self.dataset.size,
-            "precision": str(self.execution.precision),
+            "precision": str(self.execution.precision) + (", no TF32" if self._is_exact_on_gpu else ""),
         }
+
+    @property
+    def _is_exact_on_gpu(self) -> bool:
+        """Earlier versions computed these in TF32; what they cached must not come back."""
+        return self.execution.dist.device.type == "cuda" and self.execution.precision == torch.float32
 
 
 def _measure(tables: Sequence[EvaluationTable], video: Tensor, texts: Sequence[Tensor]) -> dict[str, Score]:

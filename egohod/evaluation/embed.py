@@ -17,7 +17,7 @@ from egohod.config import UserError
 from egohod.data.loader import eval_loader
 from egohod.data.text import trim
 from egohod.data.transforms import normalise
-from egohod.distributed import Distributed
+from egohod.distributed import Distributed, inference_precision
 from egohod.evaluation.clips import EvaluationDataset, collate_views, require_all
 from egohod.evaluation.feature_cache import FeatureCache, feature_key
 from egohod.evaluation.temporal import apply_control
@@ -253,11 +253,7 @@ def _inference(model: VideoTextModel, device: torch.device, precision: torch.dty
     training = model.training
     model.train(False)
     try:
-        with (
-            torch.random.fork_rng(devices=[]),
-            torch.no_grad(),
-            torch.autocast(device.type, precision, enabled=precision != torch.float32),
-        ):
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), inference_precision(device, precision):
             yield
     finally:
         model.train(training)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from egohod.config import UserError
 from egohod.data.loader import eval_loader
 from egohod.data.transforms import normalise
-from egohod.distributed import Distributed
+from egohod.distributed import Distributed, inference_precision
 from egohod.evaluation.clips import EvaluationDataset, collate_views
 from egohod.evaluation.embed import VideoTextModel
 from egohod.evaluation.feature_index import is_written, write_video
@@ -160,9 +160,8 @@ class _Encoder:
 
     def __call__(self, rows: list[int]) -> Iterator[tuple[list[int], NDArray[np.float32], list[str]]]:
         """Per batch: rows that could be read, their features [n, D], and what is wrong with the others."""
-        autocast = torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
         self.model.train(False)
-        with torch.inference_mode(), autocast:
+        with torch.inference_mode(), inference_precision(self.device, self.precision):
             for batch in eval_loader(self.dataset, rows, self.batch_size, self.workers, collate=collate_views):
                 faults = [batch["faults"][row] for row in sorted(batch["faults"])]
                 if batch["video"] is None:

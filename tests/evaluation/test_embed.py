@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 from egohod.config import UserError
 from egohod.data.text import Tokenizer
 from egohod.data.transforms import normalise
-from egohod.distributed import Distributed
+from egohod.distributed import Distributed, inference_precision
 from egohod.evaluation.embed import embed_clips, embed_texts
+from egohod.evaluation.extract import extract, remaining
+from egohod.evaluation.listing import Listing
 
 ALONE = Distributed(0, 1, torch.device("cpu"), None)
 
@@ -94,6 +97,63 @@ def test_clips_come_in_the_order_of_the_table_with_and_without_workers(world: Pa
         assert got.shape == (len(dataset), FRAMES)
         assert model.videos == len(dataset)
         torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+
+
+def float32_settings() -> tuple[str, str]:
+    """Of matrix products and of convolutions on a GPU."""
+    return torch.get_float32_matmul_precision(), torch.backends.cudnn.conv.fp32_precision
+
+
+@pytest.fixture
+def training_precision() -> Iterator[None]:
+    """What setup() sets on a GPU."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("training_precision")
+def test_fp32_features_are_computed_without_tf32(world: Path, tmp_path: Path) -> None:
+    class Settings(Recorder):
+        def encode_video(self, video: Tensor, normalize: bool = True) -> Tensor:
+            seen.add(float32_settings())
+            assert not torch.backends.cuda.matmul.allow_tf32
+            return super().encode_video(video, normalize)
+
+        def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:
+            seen.add(float32_settings())
+            return super().encode_text(tokens, normalize)
+
+    seen, dataset, training = set[tuple[str, str]](), benchmark(world).dataset, ("high", "tf32")
+    assert float32_settings() == training
+    embed_clips(Settings(), dataset, batch_size=8, workers=0, dist=ALONE, precision=torch.float32)
+    embed_texts(Settings(), ["one"], Tokenizer(), batch_size=8, dist=ALONE, precision=torch.float32)
+    listing = Listing(dataset.clips, ["a"] * len(dataset))
+    todo = remaining(listing, dataset, tmp_path)
+    extract(Settings(), listing, dataset, tmp_path, todo, batch_size=8, workers=0, dist=ALONE)
+    assert seen == {("highest", "ieee")}
+    # Training goes on as before, also after an evaluation that failed.
+    assert float32_settings() == training
+    with pytest.raises(UserError, match="NaN"):
+        embed_clips(Recorder(float("nan")), dataset, batch_size=8, workers=0, dist=ALONE, precision=torch.float32)
+    assert float32_settings() == training
+    with inference_precision(torch.device("cpu"), torch.bfloat16):
+        assert torch.is_autocast_enabled("cpu")
+        assert float32_settings() == training
+
+
+@pytest.mark.usefixtures("training_precision")
+def test_fp32_is_exact_with_the_switches_of_torch_2_6(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Old:
+        allow_tf32 = True
+
+    monkeypatch.setattr(torch.backends, "cudnn", Old)
+    with inference_precision(torch.device("cpu"), torch.float32):
+        assert not Old.allow_tf32
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert Old.allow_tf32
+    assert torch.get_float32_matmul_precision() == "high"
 
 
 def test_evaluation_leaves_mode_gradients_and_random_numbers_alone(world: Path) -> None:
