@@ -6,6 +6,10 @@ A run is described by one YAML file, read by :func:`load`:
 * ``${a.b}`` refers to another key and ``${oc.env:EGO4D_ROOT}`` to an environment variable;
 * ``a.b=c`` on the command line overrides both.
 
+A value is what its knob declares, never what YAML guesses: ``2024_01_01``, ``0123``, ``12:30:45``, ``on`` and ``1e3``
+are text where the knob is text, in files and on the command line alike. Only ``null``, ``~`` and nothing at all are
+the absent value; quoted (``'null'``) they are words too.
+
 Whatever is wrong (unknown key, wrong type, value out of range, missing file) ends in one
 :class:`ConfigError` that names the file, the key, what is allowed and the nearest right name.
 """
@@ -23,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -625,7 +630,7 @@ def _load(
     check: Callable[[Schema], list[tuple[str, str]]],
 ) -> tuple[Schema, list[str]]:
     tree, origins = OmegaConf.structured(schema), {}
-    for origin, layer in [*_layers(Path(path), ()), *(_override(text) for text in overrides)]:
+    for origin, layer in [*_layers(Path(path), ()), *(_override(text, schema) for text in overrides)]:
         tree = _merge(tree, layer, origin, schema)
         origins.update(dict.fromkeys(_leaves(OmegaConf.to_container(layer)), origin))
     problems = []
@@ -650,6 +655,22 @@ def _load(
     if wrong:
         raise ConfigError(*problems, *wrong)
     return config, problems
+
+
+def read_yaml(path: Path) -> DictConfig:
+    """A YAML file that holds a mapping, every scalar in it as text; merging into a schema gives values their types.
+
+    Raises :class:`ConfigError` naming the file.
+    """
+    try:
+        # Bytes, not text: PyYAML then recognises byte order marks and UTF-16.
+        tree = _parse_yaml(path.read_bytes())
+        loaded = OmegaConf.create({} if tree is None else tree)
+    except Exception as error:  # PyYAML and OmegaConf raise many kinds; each is the file's fault
+        raise ConfigError(f"{path}: not readable as YAML: {_one_line(error)}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path}: a config must be a mapping of sections, such as 'train: ...'")
+    return loaded
 
 
 def model_config(name: str, **overrides: Any) -> ModelConfig:
@@ -809,12 +830,7 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, DictConfig]]:
     if not path.is_file():
         near = difflib.get_close_matches(str(path), [str(p) for p in path.parent.glob("*.y*ml")], n=1, cutoff=0.5)
         raise ConfigError(f"{path}: no such config file" + (f"; did you mean {near[0]}?" if near else ""))
-    try:
-        loaded = OmegaConf.load(path)
-    except Exception as error:  # PyYAML and OmegaConf raise many kinds; each is the file's fault
-        raise ConfigError(f"{path}: not readable as YAML: {_one_line(error)}") from error
-    if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"{path}: a config must be a mapping of sections, such as 'train: ...'")
+    loaded = read_yaml(path)
     bases = OmegaConf.to_container(loaded).get("_base_", [])  # type: ignore[union-attr]
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
@@ -853,14 +869,83 @@ def _texts(name: str, value: Any) -> Iterator[tuple[str, str]]:
         yield name, value
 
 
-def _override(text: str) -> tuple[str, DictConfig]:
-    name, equals, _ = text.partition("=")
+class _TextLoader(yaml.SafeLoader):
+    """YAML without guesses: scalars stay as written, but for a plain null, and keys are text that occurs once."""
+
+    # Of PyYAML's guesses only two are put back below: null, and the merge key "<<".
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's, of the class
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Refuse keys that are no text or occur twice; here, because merge keys may repeat some later."""
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be text", key.start_mark)
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key '{key.value}'", key.start_mark)
+            seen.add(key.value)
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[typing.Hashable, Any]:
+        """As the base class, but a key is what is written: even null and quoted numbers are names."""
+        self.flatten_mapping(node)
+        return {key.value: self.construct_object(value, deep=deep) for key, value in node.value}
+
+
+def _construct_text(loader: yaml.SafeLoader, node: yaml.Node) -> str:
+    assert isinstance(node, yaml.ScalarNode)
+    return node.value
+
+
+_TextLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(?:~|null|Null|NULL|)\Z"), ["~", "n", "N", ""])
+_TextLoader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"<<\Z"), ["<"])
+for _tag in ("bool", "int", "float", "timestamp", "merge"):  # written out, as in "!!int 5", or "<<" that is no key
+    _TextLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _construct_text)
+
+
+def _parse_yaml(content: str | bytes) -> Any:
+    """Nested dicts and lists of text and None. Raises yaml.YAMLError."""
+    return yaml.load(content, _TextLoader)
+
+
+def _override(text: str, schema: type) -> tuple[str, DictConfig]:
+    name, equals, written = text.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", name):
         raise ConfigError(f"'{text}': overrides are written section.key=value, e.g. train.seed=1")
+    keys = name.split(".")
     try:
-        return f"override '{text}'", OmegaConf.from_dotlist([text])
+        tree = _text_value(written.strip()) if _is_text(_kind(schema, keys)) else _parse_yaml(written)
+        for key in reversed(keys):
+            tree = {key: tree}
+        return f"override '{text}'", typing.cast(DictConfig, OmegaConf.create(tree))
     except Exception as error:
         raise ConfigError(f"override '{text}': {_one_line(error)}") from error
+
+
+def _text_value(written: str) -> str | None:
+    """A text knob's value as the command line spells it: all of it, unless it is null or in quotes."""
+    if written in ("null", "~"):
+        return None
+    if len(written) > 1 and written[0] == written[-1] and written[0] in "'\"":
+        value = _parse_yaml(written)
+        assert isinstance(value, str)
+        return value
+    return written
+
+
+def _kind(schema: Any, keys: Sequence[str]) -> Any:
+    """The declared type of a dotted key; None where the schema has no such key."""
+    for key in keys:
+        if section := _section(schema):
+            schema = typing.get_type_hints(section).get(key)
+        else:
+            schema = get_args(schema)[1] if get_origin(schema) is dict else None
+    return schema
+
+
+def _is_text(kind: Any) -> bool:
+    return kind is str or set(get_args(kind)) == {str, type(None)}
 
 
 def _merge(tree: DictConfig, layer: DictConfig, origin: str, schema: type) -> DictConfig:
@@ -926,6 +1011,8 @@ def _explain(error: OmegaConfBaseException, schema: type) -> str:
     text = _one_line(error)
     if entry:
         allowed = _allowed(entry[0].metadata)
+        if entry[1] is str and "None" in text:
+            allowed = "null is no text; write 'null' in quotes for the word"
         text += f" (key {name}: {_type_name(entry[1])}{', ' + allowed if allowed else ''})"
     elif name:
         text += f" (key {name})"

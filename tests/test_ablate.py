@@ -162,3 +162,13 @@ def test_a_study_is_told_by_its_own_numbers_or_the_demos() -> None:
     study = ablate.read_study(ROOT / "configs" / "ablation_finetune.yml")
     assert set(study.metrics) == {"map", "ndcg", "map_v2t", "map_t2v"}
     assert set(study.chance) == {"map"}
+
+
+def test_the_text_of_a_study_is_text_as_it_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "study.yml"
+    path.write_text(
+        "base: base.yml\noutput: 2024_01_01\nseeds: [0, 07]\nrows: {on: {title: 1e3, start: yes}, 010: {title: ~x}}\n"
+    )
+    study = ablate.read_study(path)
+    assert (study.output, study.seeds, list(study.rows)) == ("2024_01_01", [0, 7], ["on", "010"])
+    assert (study.rows["on"].title, study.rows["on"].start) == ("1e3", True)

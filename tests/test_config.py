@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 from pathlib import Path
@@ -9,7 +10,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from egohod.config import ConfigError, UserError, duration_in_steps, help_text, knobs, load, load_leniently, to_yaml
+from egohod.config import (
+    Config,
+    ConfigError,
+    UserError,
+    duration_in_steps,
+    help_text,
+    knobs,
+    load,
+    load_as,
+    load_leniently,
+    to_yaml,
+)
 from egohod.evaluation.temporal import CONTROLS
 from egohod.hod import config as hod
 
@@ -25,6 +37,111 @@ def write(folder: Path, text: str, name: str = "run.yml") -> Path:
 def test_scientific_notation_is_a_float(tmp_path: Path) -> None:
     assert load(write(tmp_path, "train: {lr: 1e-5}")).train.lr == 1e-5
     assert load(write(tmp_path, "{}"), ["train.lr=3e-4"]).train.lr == 3e-4
+
+
+# What YAML 1.1 takes for numbers, dates and switches.
+GUESSES = [
+    *("0123", "12:30:45", "on", "No", "yes", "true", "2024_01_01", "2024-01-01", "1e3", "1_000", "0x1F", "0o17"),
+    *(".inf", "1.50", "-7", "+", "=", "<<", "y"),
+]
+
+
+def values(config: object, name: str) -> object:
+    """The value of a dotted key, through dataclasses, dicts and lists."""
+    for key in name.split("."):
+        config = config[key] if isinstance(config, dict) else getattr(config, key)
+    return config
+
+
+@pytest.mark.parametrize("schema", [Config, hod.HodConfig], ids=lambda schema: schema.__name__)
+def test_a_text_knob_takes_text_as_it_is_written(schema: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = {name.replace("NAME", "on"): kind for name, _, kind in knobs(None, schema)}
+    texts = [name for name, kind in kinds.items() if kind in (str, str | None)]
+    lists = [name for name, kind in kinds.items() if kind == list[str]]
+    maps = [name for name, kind in kinds.items() if kind == dict[str, str]]
+    assert len(texts) > 10
+    assert lists
+    assert maps
+    for word in GUESSES:
+        lines: dict[str, object] = dict.fromkeys(texts, word) | {name: [word, word] for name in lists}
+        lines |= {name: {word: word} if word != "<<" else {} for name in maps}
+        config = load_as(schema, write(tmp_path, as_yaml(lines)), [], none)
+        for name in lines:
+            assert values(config, name) == lines[name]
+        assert load_as(schema, write(tmp_path, to_yaml(config), "again.yml"), [], none) == config
+    empty, names = write(tmp_path, "{}"), [*texts, *(f"{name}.012" for name in maps)]
+    for shift in (0, 7):
+        words = {name: GUESSES[(place + shift) % len(GUESSES)] for place, name in enumerate(names)}
+        config = load_as(schema, empty, [f"{name}={word}" for name, word in words.items()], none)
+        assert {name: values(config, name) for name in names} == words
+    for word in ("0123", "on"):
+        monkeypatch.setenv("EGO_TEST_WORD", word)
+        lines = dict.fromkeys(texts, "${oc.env:EGO_TEST_WORD}")
+        config = load_as(schema, write(tmp_path, as_yaml(lines, "'")), [], none)
+        assert {values(config, name) for name in texts} == {word}
+    config = load_as(schema, empty, [f"{lists[0]}=[no, 1e3, 'null']"], none)
+    assert values(config, lists[0]) == ["no", "1e3", "null"]
+
+
+def none(config: object) -> list[tuple[str, str]]:
+    """No complaint, whatever the values are."""
+    return []
+
+
+def as_yaml(lines: dict[str, object], quote: str = "") -> str:
+    """Dotted keys as nested sections, every scalar plain or in quotes."""
+    tree: dict[str, object] = {}
+    for name, value in lines.items():
+        *sections, last = name.split(".")
+        inner = tree
+        for section in sections:
+            inner = inner.setdefault(section, {})  # type: ignore[assignment]
+        inner[last] = value
+    return json.dumps(tree).replace('"', quote)
+
+
+def test_names_of_sections_are_text_too(tmp_path: Path) -> None:
+    path = write(tmp_path, "data: {train: {on: {root: a}, 2024: {root: b}, null: {columns: {no: ~x}}, 012: {}}}")
+    train = load(path, ["data.train.1e3.root=c"]).data.train
+    assert list(train) == ["on", "2024", "null", "012", "1e3"]
+    assert train["null"].columns == {"no": "~x"}
+
+
+def test_null_is_no_value_and_a_word_in_quotes(tmp_path: Path) -> None:
+    path = write(tmp_path, "data: {cache: x}")
+    for word in ("null", "~"):
+        assert load(write(tmp_path, f"data: {{cache: {word}}}", "null.yml")).data.cache is None
+        assert load(path, [f"data.cache={word}"]).data.cache is None
+        for quoted in (f"'{word}'", f'"{word}"'):
+            assert load(write(tmp_path, f"data: {{cache: {quoted}}}", "null.yml")).data.cache == word
+            assert load(path, [f"data.cache={quoted}"]).data.cache == word
+    assert load(write(tmp_path, "data:\n  cache:\n", "null.yml")).data.cache is None
+    with pytest.raises(ConfigError, match=r"train\.output.*'null' in quotes"):
+        load(path, ["train.output=null"])
+
+
+def test_text_on_the_command_line_may_hold_what_yaml_reads_otherwise(tmp_path: Path) -> None:
+    path = write(tmp_path, "{}")
+    for text in ("a: b", "#1", "[x", "{", "- a", "@a", "%", "a #b", "'tis", "*star", "&x", "!tag", ""):
+        assert load(path, [f"train.output={text}"]).train.output == text
+
+
+@pytest.mark.parametrize(("written", "value"), [("1_000", 1000), ("0012", 12), ("'12'", 12), ("+3", 3)])
+def test_numbers_and_switches_are_read_tolerantly(written: str, value: int, tmp_path: Path) -> None:
+    path = write(tmp_path, f"data: {{workers: {written}, cache_gb: {written}}}")
+    assert (load(path).data.workers, load(path).data.cache_gb) == (value, float(value))
+    assert load(path, [f"train.seed={written}"]).train.seed == value
+    for yes, no in (("true", "false"), ("on", "off"), ("Yes", "NO"), ("y", "n"), ("1", "0")):
+        data = load(write(tmp_path, f"data: {{strict: {yes}, pin_memory: {no}}}"), []).data
+        assert (data.strict, data.pin_memory) == (True, False)
+
+
+def test_yaml_features_that_stay(tmp_path: Path) -> None:
+    text = "train: &a {lr: 1e-3, seed: 1}\nmodel: {fast: {slow_frames: 2}}\n"
+    assert load(write(tmp_path, "\ufeff" + text)).train.seed == 1
+    merged = "data:\n  train:\n    a: &a {root: x, weight: 1}\n    b:\n      <<: *a\n      root: y\n"
+    train = load(write(tmp_path, merged)).data.train
+    assert [(each.root, each.weight) for each in train.values()] == [("x", 1.0), ("y", 1.0)]
 
 
 def test_bases_are_merged_deepest_first(tmp_path: Path) -> None:
@@ -83,14 +200,19 @@ def test_every_missing_variable_is_named_at_once(tmp_path: Path, monkeypatch: py
         ("model: {fast: {spatial: true}, patch_dropout: 0.5}", None, ["model.fast.spatial", "model.patch_dropout=0"]),
         ("loss: {boxes: 1}\ndata: {train: {mine: {root: x}}}", None, ["data.train.mine.detections", "loss.boxes"]),
         ("train: [", None, ["run.yml", "YAML"]),
-        ("train: {seed: 1, seed: 2}", None, ["run.yml", "seed"]),
+        ("train: {seed: 1, seed: 2}", None, ["run.yml", "duplicate key 'seed'"]),
+        ("train: {seed: 12:30:45}", None, ["run.yml", "train.seed", "int"]),
+        ("train: {seed: 1e3}", None, ["run.yml", "train.seed", "int"]),
+        ("train: {? [a] : 1}", None, ["run.yml", "a key must be text"]),
+        ("train: &a {betas: *a}", None, ["run.yml"]),
+        ("train: {betas: " + 3000 * "[" + 3000 * "]" + "}", None, ["run.yml"]),
         ("- a", None, ["run.yml", "mapping"]),
         ("{}", "train.lr", ["section.key=value"]),
         ("train: {betas: [0.9]}", None, ["train.betas", "two numbers"]),
         ("{}", "train.lr=nan", ["train.lr", "finite"]),
         ("{}", "train.seed=99999999999999999999999", ["train.seed", "at most"]),
         ("train: {duration: 1e400 steps}", None, ["train.duration", "too long"]),
-        ("_base_: 5", None, ["_base_", "name of a config file"]),
+        ("_base_: {a: b}", None, ["_base_", "name of a config file"]),
         ("data: {labels: {target: relevancy}}", None, ["loss.name=infonce knows no relevancy", "sms"]),
         ("loss: {name: sms}", None, ["loss.name=sms grades texts by relevancy", "data.labels.target=relevancy"]),
         ("data: {labels: {columns: []}}", None, ["data.labels.columns", "is empty"]),

@@ -123,7 +123,7 @@ class Run:
 def read_study(path: Path) -> Study:
     """Raises :class:`UserError` naming the file."""
     try:
-        study: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Study), OmegaConf.load(path)))
+        study: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Study), config.read_yaml(path)))
     except (OSError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: not a study: {' '.join(str(error).split())}") from error
     if not study.metrics:

@@ -59,8 +59,34 @@ def make(name: str, options: Mapping[str, Any]) -> Detector:
     Raises :class:`DetectorError` for unknown names and options, for those of another type, and what the detector itself
     raises.
     """
-    # Imported where they are wanted: each brings packages of its own.
+    return _class_of(name)(**typed_options(name, options))
+
+
+def typed_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a detector's class with the types that it declares; a configuration holds them as text.
+
+    Raises :class:`DetectorError` for unknown names and options, and for those of another type.
+    """
+    detector = _class_of(name)
+    allowed = inspect.signature(detector).parameters
+    unknown = [each for each in options if each not in allowed]
+    lacking = [key for key, each in allowed.items() if each.default is each.empty and key not in options]
+    if unknown or lacking:
+        what = f"does not know {', '.join(unknown)}" if unknown else f"needs {', '.join(lacking)}"
+        raise DetectorError(f"detector {name} {what}; its options are {', '.join(allowed)}")
+    hints, typed = typing.get_type_hints(detector.__init__), dict(options)
+    for key, value in options.items():
+        if isinstance(value, str) and not _fits(value, hints[key]):
+            typed[key] = value = _number(value, hints[key])
+        if not _fits(value, hints[key]):
+            kind = str(allowed[key].annotation)
+            raise DetectorError(f"detector.options.{key} is {value!r}, but must be {kind.replace('None', 'null')}")
+    return typed
+
+
+def _class_of(name: str) -> Any:
     detector: Any
+    # Imported where they are wanted: each brings packages of its own.
     if name == "mediapipe":
         from egohod.hod.mediapipe_hands import MediapipeHands as detector
     elif name == "torchvision":
@@ -71,18 +97,18 @@ def make(name: str, options: Mapping[str, Any]) -> Detector:
         from egohod.hod.detection_files import Oracle as detector
     else:
         raise DetectorError(f"detector is '{name}', but must be one of {', '.join(DETECTORS)}")
-    allowed = inspect.signature(detector).parameters
-    unknown = [each for each in options if each not in allowed]
-    lacking = [key for key, each in allowed.items() if each.default is each.empty and key not in options]
-    if unknown or lacking:
-        what = f"does not know {', '.join(unknown)}" if unknown else f"needs {', '.join(lacking)}"
-        raise DetectorError(f"detector {name} {what}; its options are {', '.join(allowed)}")
-    hints = typing.get_type_hints(detector.__init__)
-    for key, value in options.items():
-        if not _fits(value, hints[key]):
-            kind = str(allowed[key].annotation)
-            raise DetectorError(f"detector.options.{key} is {value!r}, but must be {kind.replace('None', 'null')}")
-    return detector(**options)
+    return detector
+
+
+def _number(text: str, hint: Any) -> Any:
+    """The number that a text spells, where a type takes numbers; else the text."""
+    for kind in (int, float):
+        if _fits(kind(), hint):
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+    return text
 
 
 def _fits(value: Any, hint: Any) -> bool:

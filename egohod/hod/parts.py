@@ -45,7 +45,7 @@ def make_stages(cfg: HodConfig, source: ClipSource, text_of: Callable[[int], str
     group = 256 if cfg.narrator.kind == "template" else 2 * at_once if cfg.narrator.kind == "vlm" else 8 * at_once
     detector = {
         "detector": cfg.detector.kind,
-        "options": dict(cfg.detector.options),
+        "options": detect.typed_options(cfg.detector.kind, cfg.detector.options),
         "camera": cfg.tracks.camera,
         # Which files a clip's frames lie in, and where in them. The folders are left out: they differ by machine.
         "layout": cfg.source.layout,
@@ -77,7 +77,7 @@ class _Look:
 
     def __init__(self, cfg: HodConfig, table: ClipTable) -> None:
         self._table = table
-        self._kind, self._options = cfg.detector.kind, dict(cfg.detector.options)
+        self._kind, self._options = cfg.detector.kind, cfg.detector.options
         self._camera = cfg.tracks.camera
         self._detector: detect.Detector | None = None
 

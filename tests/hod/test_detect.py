@@ -20,7 +20,8 @@ from egohod.data.decoders import choose_decoder
 from egohod.data.detections import EDGES, LEFT, RIGHT, SCHEMA
 from egohod.data.video import read_clip
 from egohod.hod import camera
-from egohod.hod.detect import DetectorError, Undetectable, make, settle_sides
+from egohod.hod import config as hod
+from egohod.hod.detect import DetectorError, Undetectable, make, settle_sides, typed_options
 from egohod.hod.detection_files import DetectionFiles, Oracle
 from egohod.hod.mediapipe_hands import FOLDER, MediapipeHands
 from egohod.hod.motion import facts_of
@@ -122,6 +123,17 @@ def test_unknown_detectors_and_options(truth: Path) -> None:
     ):
         with pytest.raises(DetectorError, match=pattern.replace("|", r"\|")):
             make(name, options)
+
+
+def test_options_of_a_configuration_get_the_types_that_the_detector_declares(tmp_path: Path) -> None:
+    path = tmp_path / "hod.yml"
+    path.write_text("detector: {kind: oracle, options: {path: 0123, fps: 30, jitter: 5e-2, seed: 07}}")
+    options = hod.load(path, ["detector.options.drop=.2"]).detector.options
+    typed = typed_options("oracle", options)
+    assert typed == {"path": "0123", "fps": 30, "jitter": 0.05, "drop": 0.2, "seed": 7}
+    assert typed_options("mediapipe", {"folder": None, "margin": "1"}) == {"folder": None, "margin": 1}
+    with pytest.raises(DetectorError, match=r"options\.seed is '1.5', but must be int"):
+        typed_options("oracle", {"path": "x", "seed": "1.5"})
 
 
 @pytest.fixture(scope="module")
