@@ -51,7 +51,7 @@ from tests import fuzz_mutations
 from tests.fuzz_mutations import mutate
 from tests.fuzz_targets import TARGETS, VIDEOS, Target
 
-SECONDS, BYTES, LONGEST_LINE = 10.0, 1 << 30, 600
+SECONDS, BYTES, LONGEST_LINE = 10.0, 1 << 30, 1000
 # Beyond this an allocation fails, so that no case can take the machine's memory; more than BYTES is a fault before.
 _SPACE = 4 << 30
 # Cases that share a process, and are noted together.

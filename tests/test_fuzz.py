@@ -38,7 +38,7 @@ def endless(folder):
 def hung(folder):
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
     time.sleep(60)
-def large(folder): bytearray(fuzz.BYTES + (200 << 20))
+def large(folder): bytearray(fuzz.BYTES + (100 << 20))
 def outside(folder):
     try:
         Path(folder.parent, "outside").write_text("x")
@@ -53,7 +53,7 @@ readers = {
     "read": lambda folder: (folder / "again").write_text("x"),
     "refused": lambda folder: (_ for _ in ()).throw(UserError("a.csv: row 1: no such thing")),
 }
-fuzz.SECONDS, fuzz._GRACE, work = 1.0, 1.0, Path(sys.argv[1])
+fuzz.SECONDS, fuzz._GRACE, fuzz.BYTES, work = 2.0, 1.0, 50 << 20, Path(sys.argv[1])
 chosen = [Target(name, lambda folder: (folder / "a.csv").write_text("a,b"), read) for name, read in readers.items()]
 notes = {each.name: fuzz.Notes(work / f"{each.name}.json", 0) for each in chosen}
 fuzz.run(chosen, 2, 2, 0, work, notes)
@@ -123,7 +123,7 @@ def test_every_kind_of_fault_is_noticed(tmp_path: Path) -> None:
         "long": "a message of ",
         "endless": "takes more than",
         "hung": "does not end",
-        "large": "takes 1.3 GB of memory",
+        "large": "takes 0.2 GB of memory",
         "outside": "leaves its folder: open",
         "fires": "runs code of the file",
         "system": "leaves its folder: os.system",
