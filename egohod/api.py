@@ -76,14 +76,15 @@ def create_model_and_transforms(
     Args:
         name: a geometry of :mod:`egohod.model.zoo`, e.g. ``CLIP_VITB16``.
         weights: whatever :func:`load_weights` reads, or None for random weights. Frame count and shared space are the
-            file's unless given; a folder of this project also knows the activation.
+            file's unless given; a folder of this project also knows activation and image statistics.
         adapt, projections, download: see :func:`load_weights`.
         overrides: see :func:`create_model`. Any number of frames can be embedded whatever ``num_frames`` is: the
             temporal embedding is interpolated.
 
     Returns:
         model: ``encode_video(video [B, 3, T, S, S])`` and ``encode_text(tokens [B, L])`` give unit vectors [B, E].
-        preprocess: frames uint8 [T, H, W, 3] -> the middle square, normalised, float32 [3, T, S, S].
+        preprocess: frames uint8 [T, H, W, 3] -> the middle square, normalised as the model expects, float32
+            [3, T, S, S].
         tokenizer: list of strings -> int64 [B, L].
 
     Raises:
@@ -104,7 +105,7 @@ def create_model_and_transforms(
     size = model.geometry.image_size
 
     def preprocess(frames: np.ndarray) -> Tensor:
-        return normalise(center_crop(frames, size).unsqueeze(0))[0]
+        return normalise(center_crop(frames, size).unsqueeze(0), model.image_stats)[0]
 
     return model.eval(), preprocess, Tokenizer(model.geometry.context_length)
 

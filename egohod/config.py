@@ -25,7 +25,7 @@ import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, NamedTuple, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -81,6 +81,22 @@ def part(cls: type) -> Any:
 # --------------------------------------------------------------------------------------------------
 # The schema
 # --------------------------------------------------------------------------------------------------
+
+
+class ImageStats(NamedTuple):
+    """What pixels are normalised with: mean and standard deviation of R, G and B in 0..1."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGE_STATS = {
+    "clip": ImageStats((0.48145466, 0.4578275, 0.40821073), _CLIP_STD),
+    # LaViLa's code, and AVION's after it, has 108.3272985 of 255 for red where OpenAI's 0.48145466 is 122.77.
+    "avion": ImageStats((108.3272985 / 255, 0.4578275, 0.40821073), _CLIP_STD),
+    "imagenet": ImageStats((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
 
 
 @dataclass
@@ -158,6 +174,12 @@ class ModelConfig:
         "gelu",
         "upstream and AVION checkpoints expect erf GELU, although OpenAI trained CLIP with quick_gelu",
         choices=("gelu", "quick_gelu"),
+    )
+    image_stats: str = knob(
+        "clip",
+        "mean and standard deviation that the weights expect of pixels; they are saved with the weights. clip: "
+        "OpenAI's, as upstream trains; avion: AVION's and LaViLa's, whose red mean is 0.21 deviations lower; imagenet",
+        choices=tuple(IMAGE_STATS),
     )
     temporal_init: str = knob(
         "zeros",

@@ -17,9 +17,8 @@ import numpy as np
 import torch
 
 from egohod import config
-from egohod.config import BenchmarkConfig
+from egohod.config import IMAGE_STATS, BenchmarkConfig
 from egohod.data.frames import segment_indices
-from egohod.data.transforms import CLIP_MEAN, CLIP_STD
 from egohod.distributed import setup
 from egohod.evaluation.benchmarks import benchmark, execution_of
 from egohod.evaluation.embed import embed_clips
@@ -197,5 +196,5 @@ def one_clip(model: Any, root: str, video: str, start: float, end: float, frames
         clip.transpose(0, 1), (round(height * scale), round(width * scale)), mode="bicubic", antialias=True
     )
     left = (clip.shape[3] - size) // 2
-    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (CLIP_MEAN, CLIP_STD))
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in IMAGE_STATS["clip"])
     return model.encode_video(((clip[..., left : left + size] - mean) / std).transpose(0, 1)[None], normalize=True)

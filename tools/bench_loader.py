@@ -38,7 +38,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from egohod.config import SourceConfig
+from egohod.config import IMAGE_STATS, SourceConfig
 from egohod.data import transforms
 from egohod.data.chunking import ChunkSettings, write_chunks
 from egohod.data.clips import ClipDataset
@@ -285,7 +285,7 @@ class UsualDataset(Dataset[dict[str, torch.Tensor]]):
         video = F.interpolate(video, (self.size, self.size), mode="bicubic", align_corners=False)
         if rng.random() < 0.5:
             video = video.flip(-1)
-        mean, std = (255 * torch.tensor(each).view(3, 1, 1, 1) for each in (transforms.CLIP_MEAN, transforms.CLIP_STD))
+        mean, std = (255 * torch.tensor(each).view(3, 1, 1, 1) for each in IMAGE_STATS["clip"])
         return {"video": (video - mean) / std, "tokens": self.tokenizer([text])[0]}
 
 

@@ -117,7 +117,7 @@ def _scores(
     with torch.inference_mode(), inference_precision(dist.device, torch.float32):
         for start, end in windows:
             frames = load_clip(args.video, start, end, cfg.model.num_frames, cfg.data.decoder)
-            video = normalise(center_crop(frames, size)[None].to(dist.device))
+            video = normalise(center_crop(frames, size)[None].to(dist.device), encoder.image_stats)
             rows.append((encoder.encode_video(video) @ columns)[0].float().cpu().numpy())
     return names, np.stack(rows)
 

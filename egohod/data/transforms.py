@@ -14,9 +14,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-# OpenAI CLIP's statistics of RGB in 0..1 (SPEC 3).
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+from egohod.config import IMAGE_STATS, ImageStats
+
 # Aspect ratios of a training crop, torchvision's and upstream's default.
 ASPECT_RATIO = (3 / 4, 4 / 3)
 
@@ -92,18 +91,21 @@ def flip_boxes(boxes: np.ndarray) -> np.ndarray:
     return np.stack((1 - mirrored[..., 2], mirrored[..., 1], 1 - mirrored[..., 0], mirrored[..., 3]), axis=-1)
 
 
-def normalise(video: Tensor) -> Tensor:
-    """uint8 [B, 3, T, H, W] in any memory order -> contiguous float32 in CLIP's statistics, on the same device."""
-    scale, shift = _statistics(video.device)
-    pixels = video.to(torch.float32, memory_format=torch.contiguous_format)
-    # In place: a second buffer of this size costs more on a CPU than the arithmetic.
-    return torch.addcmul(shift, pixels, scale, out=pixels)
+def normalise(video: Tensor, stats: ImageStats = IMAGE_STATS["clip"]) -> Tensor:
+    """Pixels 0..255 [B, 3, T, H, W], uint8 or float32 in any memory order -> contiguous float32 of mean 0, deviation 1.
+
+    ``stats`` are those that a model's weights expect: its ``image_stats``. The result is on the same device.
+    """
+    scale, shift = _statistics(video.device, stats)
+    pixels = video.to(torch.float32, memory_format=torch.contiguous_format).contiguous()
+    # In place where there is a copy: a second buffer of this size costs more on a CPU than the arithmetic.
+    return torch.addcmul(shift, pixels, scale, out=None if pixels is video else pixels)
 
 
 @cache
-def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+def _statistics(device: torch.device, stats: ImageStats) -> tuple[Tensor, Tensor]:
     """Factor and offset per channel [3, 1, 1, 1]; kept per device, since sending them would wait for it."""
-    mean, std = torch.tensor(CLIP_MEAN, dtype=torch.float64), torch.tensor(CLIP_STD, dtype=torch.float64)
+    mean, std = torch.tensor(stats.mean, dtype=torch.float64), torch.tensor(stats.std, dtype=torch.float64)
     scale, shift = 1 / (255 * std), -mean / std
     return tuple(each.to(torch.float32).view(3, 1, 1, 1).to(device) for each in (scale, shift))  # type: ignore[return-value]
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import open_clip
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize as unit
 
-from egohod.config import UserError
-from egohod.data.transforms import CLIP_MEAN, CLIP_STD
+from egohod.config import ImageStats, UserError
 
 
 class FrameAverage(nn.Module):
@@ -17,9 +15,6 @@ class FrameAverage(nn.Module):
     ``name`` and ``pretrained`` are open_clip's, the latter a tag in its local cache or a file; None is random weights.
     Raises :class:`UserError` for what open_clip does not know or cannot find.
     """
-
-    scale: Tensor
-    shift: Tensor
 
     def __init__(self, name: str, pretrained: str | None = None) -> None:
         super().__init__()
@@ -31,16 +26,12 @@ class FrameAverage(nn.Module):
         config = open_clip.get_model_preprocess_cfg(self.inner)
         size = config["size"]
         self.size = int(size[0] if isinstance(size, (tuple, list)) else size)
-        # From CLIP's statistics, which an evaluation's frames come in, to the model's own.
-        ours = [torch.tensor(each) for each in (CLIP_MEAN, CLIP_STD)]
-        mean, std = torch.tensor(config["mean"]), torch.tensor(config["std"])
-        self.register_buffer("scale", (ours[1] / std).view(3, 1, 1), persistent=False)
-        self.register_buffer("shift", ((ours[0] - mean) / std).view(3, 1, 1), persistent=False)
+        self.image_stats = ImageStats(tuple(config["mean"]), tuple(config["std"]))
 
     def encode_video(self, video: Tensor, normalize: bool = True) -> Tensor:
-        """Frames in CLIP's statistics [B, 3, T, H, W] -> [B, D]."""
+        """Frames normalised by ``image_stats`` [B, 3, T, H, W] -> [B, D]."""
         batch, _, frames, *_ = video.shape
-        images = video.transpose(1, 2).flatten(0, 1) * self.scale + self.shift
+        images = video.transpose(1, 2).flatten(0, 1)
         mean = unit(self.inner.encode_image(images), dim=-1).unflatten(0, (batch, frames)).mean(dim=1)
         return unit(mean, dim=-1) if normalize else mean
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from egohod.config import UserError
+from egohod.config import IMAGE_STATS, ImageStats, UserError
 from egohod.data.loader import eval_loader
 from egohod.data.text import trim
 from egohod.data.transforms import normalise
@@ -40,10 +40,15 @@ class VideoTextModel(Protocol):
         """Switch dropout and the like on or off."""
 
     def encode_video(self, video: Tensor, normalize: bool = ...) -> Tensor:
-        """Frames in CLIP's statistics [B, 3, T, H, W] to features [B, D]."""
+        """Frames [B, 3, T, H, W] to features [B, D]; see :func:`image_stats_of` for what they are normalised with."""
 
     def encode_text(self, tokens: Tensor, normalize: bool = ...) -> Tensor:
         """Token ids [B, L] to features [B, D]."""
+
+
+def image_stats_of(model: object) -> ImageStats:
+    """What a model's input is normalised with: its ``image_stats``, CLIP's if it has none."""
+    return getattr(model, "image_stats", IMAGE_STATS["clip"])
 
 
 @dataclass
@@ -91,7 +96,7 @@ def embed_clips(
             if batch["video"] is None:
                 continue
             index = batch["index"]
-            video = normalise(batch["video"].to(dist.device, non_blocking=True).flatten(0, 1))
+            video = normalise(batch["video"].to(dist.device, non_blocking=True).flatten(0, 1), image_stats_of(model))
             of_view = [dataset.numbers[i] for i in np.repeat(index, views)]
             features = [
                 model.encode_video(apply_control(name, video, of_view) if name != PLAIN else video, normalize=True)

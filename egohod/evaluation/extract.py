@@ -19,7 +19,7 @@ from egohod.data.loader import eval_loader
 from egohod.data.transforms import normalise
 from egohod.distributed import Distributed, inference_precision
 from egohod.evaluation.clips import EvaluationDataset, collate_views
-from egohod.evaluation.embed import VideoTextModel
+from egohod.evaluation.embed import VideoTextModel, image_stats_of
 from egohod.evaluation.feature_index import is_written, write_video
 from egohod.evaluation.listing import Listing
 
@@ -167,7 +167,8 @@ class _Encoder:
                 if batch["video"] is None:
                     yield [], np.zeros((0, 0), np.float32), faults
                     continue
-                video = normalise(batch["video"].to(self.device, non_blocking=True).flatten(0, 1))
+                video = batch["video"].to(self.device, non_blocking=True).flatten(0, 1)
+                video = normalise(video, image_stats_of(self.model))
                 features = self.model.encode_video(video, normalize=True).float().cpu().numpy()
                 if not np.isfinite(features).all():
                     raise UserError("features are NaN or infinite: the weights are broken or the precision is too low")

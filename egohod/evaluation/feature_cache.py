@@ -24,6 +24,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from egohod.config import IMAGE_STATS
+
 log = logging.getLogger(__name__)
 
 # So many new features are written at a time.
@@ -79,8 +81,13 @@ def feature_key(*parts: str) -> str:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the names, types and bytes of all weights of a model, and over its kind."""
+    """SHA-256 over the names, types and bytes of all weights of a model, and over its kind.
+
+    Statistics of its input other than CLIP's count too: with them the same weights give other features.
+    """
     digest = hashlib.sha256(type(model).__qualname__.encode())
+    if (stats := getattr(model, "image_stats", IMAGE_STATS["clip"])) != IMAGE_STATS["clip"]:
+        digest.update(repr(stats).encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

@@ -26,13 +26,13 @@ class ClassProbabilities(nn.Module):
 
     def __init__(self, model: DualEncoder, space: ClassSpace) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.image_stats = model, model.image_stats
         for name, (_, code) in space.parts.items():
             self.register_buffer(f"{name}_of_class", torch.from_numpy(code), persistent=False)
         self.to(model.logit_scale.device)
 
     def encode_video(self, video: Tensor, normalize: bool = True) -> Tensor:
-        """Frames in CLIP's statistics [B, 3, T, H, W] -> probabilities float32 [B, C]."""
+        """Frames normalised by ``image_stats`` [B, 3, T, H, W] -> probabilities float32 [B, C]."""
         logits = self.model.classify(video)
         if "action" in logits and len(logits) == 1:
             return logits["action"].softmax(dim=1)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from egohod.config import MARGIN_LOSSES, LossConfig, ModelConfig
+from egohod.config import IMAGE_STATS, MARGIN_LOSSES, ImageStats, LossConfig, ModelConfig
 from egohod.model import zoo
 from egohod.model.base import Base
 from egohod.model.slowfast import SlowFastTransformer, slow_frames
@@ -38,10 +38,13 @@ class DualEncoder(nn.Module):
         temperature: float = 0.07,
         learn_temperature: bool = False,
         bias: float | None = None,
+        image_stats: ImageStats = IMAGE_STATS["clip"],
     ) -> None:
         super().__init__()
         self.visual, self.textual = visual, textual
         self.geometry, self.num_frames = geometry, num_frames
+        self.image_stats = image_stats
+        """What the pixels of its input must be normalised with."""
         # A parameter even when fixed, so that it is saved with the weights.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)), requires_grad=learn_temperature)
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
@@ -72,7 +75,7 @@ class DualEncoder(nn.Module):
         return {name: head(features).float() for name, head in self.heads.items()}
 
     def encode_video(self, video: Tensor, normalize: bool = True) -> Tensor:
-        """``video`` [B, 3, T, H, W], normalised pixels -> float32 [B, E]."""
+        """``video`` [B, 3, T, H, W], pixels normalised by ``image_stats`` -> float32 [B, E]."""
         return _finish(self.visual(video), normalize)
 
     def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:
@@ -237,6 +240,7 @@ def create_model(
         # What no loss reads must not wait for a gradient.
         "learn_temperature": loss.learn_temperature and loss.name not in MARGIN_LOSSES,
         "bias": loss.bias if loss.name == "sigmoid" else None,
+        "image_stats": IMAGE_STATS[config.image_stats],
     }
     model: DualEncoder
     if shape.slowfast:

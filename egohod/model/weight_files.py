@@ -145,6 +145,8 @@ def _named(source: str, container: str, content: Any, metadata: Mapping[str, str
     settings = json.loads(metadata.get("settings", "{}"))
     if family is Family.UPSTREAM and any(".adapter." in name for name in tensors):
         settings = UPSTREAM_ARRANGEMENT | settings
+    if family is Family.AVION:
+        settings = {"model.image_stats": _avion_image_stats(beside)} | settings
     return WeightFile(source, family, container, spelling(short.values()), tensors, dropped, described, settings)
 
 
@@ -172,6 +174,13 @@ def _family(
         return Family.AVION
     projection = tensors.get("visual.image_projection")
     return Family.AVION if projection is not None and projection.shape[-1] == AVION_EMBED_DIM else Family.UPSTREAM
+
+
+def _avion_image_stats(beside: Mapping[str, Any]) -> str:
+    """What AVION's training script normalised pixels with: its option ``norm_style``, openai unless it says timm."""
+    args = beside.get("args")
+    style = (args.state or {}).get("norm_style") if isinstance(args, Inert) else None
+    return "imagenet" if style == "timm" else "avion"
 
 
 _OPENAI_TYPES = {torch.float16, torch.float32}

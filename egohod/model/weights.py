@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from egohod.config import IMAGE_STATS
 from egohod.model.egovideo import DualEncoder
 from egohod.model.slowfast import SlowFastTransformer
 from egohod.model.video import ACTIVATIONS, Block
@@ -18,6 +20,8 @@ from egohod.model.weight_files import WeightFile, read_weights
 from egohod.model.weight_names import Family, WeightsError, upstreams
 
 __all__ = ["Family", "WeightFile", "WeightReport", "WeightsError", "load_state", "load_weights", "read_weights"]
+
+log = logging.getLogger(__name__)
 
 PROJECTIONS = ("visual.image_projection", "textual.text_projection", "logit_scale")
 """What the published recipe starts anew from CLIP: both output projections and the temperature."""
@@ -105,8 +109,13 @@ def load_weights(
     fitting = _Fitting(own, theirs, report, adapt, weights.family.is_clip, fresh)
     new = fitting.run()
     for key, here in _meaning(model).items():
-        if weights.settings.get(key, here) != here:
-            fitting.complaints.append(f"they were trained with {key}={weights.settings[key]}, not {here}")
+        there = weights.settings.get(key, here)
+        if there != here and key == "model.image_stats" and weights.family is not Family.OURS:
+            # Known by the family alone, and a run may well go on with other statistics.
+            report.notes.append(f"{weights.family} trains with {key}={there}, here it is {here}")
+            log.warning("%s: %s", weights.source, report.notes[-1])
+        elif there != here:
+            fitting.complaints.append(f"they were trained with {key}={there}, not {here}")
     if fitting.complaints:
         geometry = getattr(model, "geometry", None)
         here = f"{geometry.name}, {getattr(model, 'num_frames', '?')} frames" if geometry else type(model).__name__
@@ -129,7 +138,10 @@ def _meaning(model: nn.Module) -> dict[str, str]:
         return {}
     block = model.visual.transformer.resblocks[0]
     assert isinstance(block, Block)
-    known = {"model.activation": next(name for name, kind in ACTIVATIONS.items() if isinstance(block.mlp.gelu, kind))}
+    known = {
+        "model.activation": next(name for name, kind in ACTIVATIONS.items() if isinstance(block.mlp.gelu, kind)),
+        "model.image_stats": next(name for name, stats in IMAGE_STATS.items() if stats == model.image_stats),
+    }
     if isinstance(model.visual, SlowFastTransformer):
         known |= {"model.fast.position": model.visual.position, "model.fast.pool": model.visual.pool}
     return known

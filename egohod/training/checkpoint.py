@@ -42,6 +42,10 @@ _NAME = re.compile(r"step-\d{8}")
 WEIGHTS, TRAINING, MANIFEST, LAST = "model.safetensors", "training.pt", "manifest.json", "LAST"
 
 
+IMPLIED = {"model.image_stats": "clip"}
+"""What holds of checkpoints from before it was written into their manifests."""
+
+
 class CheckpointError(UserError):
     """A checkpoint that cannot be read, or not written."""
 
@@ -193,7 +197,7 @@ def open_weights(source: str | Path, *, download: bool = False, base: str | None
         return read_weights(source, download=download)
     checkpoint = open_checkpoint(Path(source))
     weights = from_tensors(str(checkpoint.path), {**_of_base(checkpoint, download, base), **checkpoint.weights})
-    identity = checkpoint.manifest["identity"]
+    identity = IMPLIED | checkpoint.manifest["identity"]
     weights.beside = {name: str(value) for name, value in identity.items()}
     # Of a model with one path, the knobs of the other say nothing.
     fast = identity.get("model.fast", {}) if weights.shape and weights.shape.slowfast else {}

@@ -20,7 +20,7 @@ from egohod.data.loader import train_loader
 from egohod.distributed import Distributed, host_name
 from egohod.model.egovideo import DualEncoder
 from egohod.stopping import Interrupted
-from egohod.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore, read
+from egohod.training.checkpoint import IMPLIED, Checkpoint, CheckpointError, CheckpointStore, read
 from egohod.training.setup import TrainingData
 from egohod.training.step import TrainStep
 from egohod.training.telemetry import Clock, MetricWindow, Share, Telemetry, memory_gb
@@ -217,6 +217,7 @@ def identity(cfg: Config, model: DualEncoder, data: TrainingData) -> dict[str, A
         "clips in data.train": len(data.dataset),
         "model.num_frames": cfg.model.num_frames,
         "model.activation": cfg.model.activation,
+        "model.image_stats": cfg.model.image_stats,
         "train.seed": cfg.train.seed,
         "train.global_batch_size": cfg.train.global_batch_size,
         "data.train": {name: [source.metadata, source.weight] for name, source in cfg.data.train.items()},
@@ -243,7 +244,8 @@ def _resume_from(cfg: Config, model: DualEncoder, data: TrainingData, store: Che
         return None
     if not checkpoint.training.keys() >= {"optimizer", "scaler", "window", "ledgers"}:
         raise UserError(f"{checkpoint.path}: training.pt is not the training state of this project")
-    there, here = checkpoint.manifest["identity"], identity(cfg, model, data)
+    there = IMPLIED | checkpoint.manifest["identity"]
+    here = identity(cfg, model, data)
     for key in {**here, **there}:
         if there.get(key) != here.get(key):
             was, now = (each.get(key, "its default") for each in (there, here))

@@ -163,7 +163,7 @@ class TrainStep:
     def _forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         video = batch["video"].to(self._device, non_blocking=True)
         tokens = batch["tokens"].to(self._device, non_blocking=True)
-        video, mixing = normalise(video), None
+        video, mixing = normalise(video, self._inner.image_stats), None
         if self._mixer is not None:
             video, mixing = self._mixer(video)
         with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):

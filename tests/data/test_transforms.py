@@ -4,7 +4,7 @@ import torch
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from egohod.data import transforms
+from egohod.config import IMAGE_STATS
 from egohod.data.transforms import center_crop, crop, flip, normalise, random_box
 
 
@@ -55,13 +55,29 @@ def test_flip_mirrors_the_width() -> None:
     assert flip(video).tolist() == [[[[[2, 1, 0], [5, 4, 3]]]]]
 
 
-def test_normalise_is_clips_and_contiguous() -> None:
-    video = torch.randint(256, (2, 4, 8, 8, 3), dtype=torch.uint8).permute(0, 4, 1, 2, 3)
+# Mean and deviation of 255 as each project's code has them.
+PUBLISHED = {
+    "clip": ((122.7709383, 116.7460125, 104.09373615), (68.5005327, 66.6321579, 70.32316305)),
+    "avion": ((108.3272985, 116.7460125, 104.09373615), (68.5005327, 66.6321579, 70.32316305)),
+    "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+}
+
+
+@pytest.mark.parametrize("name", list(IMAGE_STATS))
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_normalise_is_what_the_family_publishes_and_contiguous(name: str, dtype: torch.dtype) -> None:
+    video = torch.randint(256, (2, 4, 8, 8, 3), dtype=torch.uint8).to(dtype).permute(0, 4, 1, 2, 3)
     assert not video.is_contiguous()
-    expected = F.normalize(
-        video.transpose(1, 2).float() / 255, list(transforms.CLIP_MEAN), list(transforms.CLIP_STD)
-    ).transpose(1, 2)
-    ours = normalise(video)
+    expected = F.normalize(video.transpose(1, 2).float(), *map(list, PUBLISHED[name])).transpose(1, 2)
+    ours = normalise(video, IMAGE_STATS[name])
     assert ours.is_contiguous()
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+    assert torch.equal(normalise(video), normalise(video, IMAGE_STATS["clip"])), "upstream's recipe is the default"
+
+
+def test_normalise_leaves_its_input_alone() -> None:
+    """Frames that were resized without rounding are float32 already."""
+    video = torch.full((1, 3, 2, 4, 4), 100.0)
+    normalise(video)
+    assert (video == 100).all()
