@@ -483,6 +483,12 @@ class TrainConfig:
     keep_best: int = knob(1, "best checkpoints kept, by evaluate.best", low=0)
 
 
+PROTOCOL_NAMES = (
+    *("clean", "whole_clip", "upstream", "upstream_4", "upstream_egtea"),
+    *("avion", "lavila", "lavila_10x3"),
+)
+
+
 @dataclass
 class BenchmarkConfig:
     """A benchmark of main_eval.py and where its data lies; NAME is one of the known ones or yours to choose."""
@@ -505,8 +511,8 @@ class BenchmarkConfig:
     )
     protocol: str = knob(
         "auto",
-        "frames, views and class prompts by name, docs/evaluation.md; auto is whole_clip for egtea, clean for others",
-        choices=("auto", "clean", "upstream", "upstream_4", "whole_clip", "lavila_10x3"),
+        "frames, resizing, views and class prompts by name, docs/evaluation.md; auto is evaluate.protocol",
+        choices=("auto", *PROTOCOL_NAMES),
     )
 
 
@@ -522,6 +528,12 @@ class EvaluateConfig:
     batch_size: int = knob(32, "clips encoded at a time", low=1)
     best: str = knob("val/choice_across_clips", "metric that keep_best ranks by (higher is better)")
     benchmarks: dict[str, BenchmarkConfig] = knob({}, "what main_eval.py --benchmark can be asked for")
+    protocol: str = knob(
+        "auto",
+        "of the benchmarks that name none: upstream, avion or lavila reproduces that project's numbers; auto is this "
+        "project's own, whole_clip for egtea and clean for others",
+        choices=("auto", *PROTOCOL_NAMES),
+    )
     during: list[str] = knob([], "benchmarks of evaluate.benchmarks that are measured while training, as demo_val is")
     final: list[str] = knob([], "benchmarks that are measured once, when training is done, as demo_test is")
     num_frames: int | None = knob(None, "frames a benchmark shows of each clip; null is the protocol's number", low=1)

@@ -3,7 +3,8 @@
 #
 #   EK100_ANNOTATIONS=... EK100_VIDEOS=... bash exps/reproduce_released.sh CHECKPOINT [MODEL] [main_eval.py arguments]
 #
-# MODEL is a row of the published table (default EgoVideo-L); CONFIG is configs/config/clip_large_eval.yml unless set.
+# MODEL is a row of the published table (default EgoVideo-L), whose family says the protocol (docs/evaluation.md);
+# CONFIG is configs/config/clip_large_eval.yml unless set.
 # configs/benchmarks.yml lists the variables that say where the benchmarks lie.
 #SBATCH --signal=B:USR1@120 --requeue --open-mode=append
 set -euo pipefail
@@ -14,8 +15,13 @@ fi
 checkpoint=$1 model=${2:-EgoVideo-L}
 shift "$(($# > 1 ? 2 : 1))"
 BENCHMARK=all
+case $model in
+    AVION-*) protocol=avion ;;
+    LaViLa-*) protocol=lavila ;;
+    *) protocol=upstream ;;
+esac
 set -- --config_file "${CONFIG:-configs/config/clip_large_eval.yml}" --checkpoint "$checkpoint" --published "$model" \
-    --output "results/$model" "$@"
+    --output "results/$model" "evaluate.protocol=$protocol" "$@"
 exps=$(dirname "${BASH_SOURCE[0]}")
 [ -e "$exps/eval.sh" ] || exps=${SLURM_SUBMIT_DIR:-.}/exps # sbatch runs a copy of this file, elsewhere
 source "$exps/eval.sh"

@@ -72,6 +72,7 @@ def test_all_five_families_are_named(
     said = inspected(capsys, write_avion(tmp_path / "avion.pt", noise(names | cut)))
     assert "AVION (pickle (zip), flash spelling)" in said
     assert "argparse.Namespace: model=CLIP_VITB16" in said
+    assert "model.image_stats=avion" in said
     assert "model.embed_dim=256" in said
 
     said = inspected(capsys, write_upstream(tmp_path / "slowfast.pt", upstream_state("slowfast_b16_flash")))

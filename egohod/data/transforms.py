@@ -16,6 +16,8 @@ from torchvision.transforms.v2 import functional as F
 
 from egohod.config import IMAGE_STATS, ImageStats
 
+RESIZES = {"bicubic_antialias": ("bicubic", True), "bicubic": ("bicubic", False), "bilinear": ("bilinear", False)}
+"""Interpolation, and whether it is antialiased, see :func:`spatial_crops`."""
 # Aspect ratios of a training crop, torchvision's and upstream's default.
 ASPECT_RATIO = (3 / 4, 4 / 3)
 
@@ -53,17 +55,19 @@ def center_crop(frames: np.ndarray, size: int) -> Tensor:
     return spatial_crops(frames, size, 1)[0]
 
 
-def spatial_crops(frames: np.ndarray, size: int, count: int) -> Tensor:
+def spatial_crops(frames: np.ndarray, size: int, count: int, resize: str = "bicubic_antialias") -> Tensor:
     """The short side resized to ``size``; ``count`` squares spread evenly along the long side, or the middle one.
 
-    ``frames`` uint8 [T, H, W, 3] -> uint8 [count, 3, T, size, size].
+    ``frames`` uint8 [T, H, W, 3] -> [count, 3, T, size, size], uint8 for *bicubic_antialias*. *bicubic* and *bilinear*
+    are what torchvision before 0.17 made of float32 frames: no antialiasing, and float32 that is neither rounded nor
+    kept within 0..255.
     """
     height, width = frames.shape[1:3]
     short = min(height, width)
     height, width = (int(size * side / short) for side in (height, width))
     shares = [0.5] if count == 1 else np.linspace(0, 1, count).tolist()
     places = [(round((height - size) * share), round((width - size) * share)) for share in shares]
-    resized = _resize(frames, height, width)
+    resized = _resize(frames, height, width, resize)
     return torch.stack([resized[..., top : top + size, left : left + size] for top, left in places])
 
 
@@ -110,9 +114,12 @@ def _statistics(device: torch.device, stats: ImageStats) -> tuple[Tensor, Tensor
     return tuple(each.to(torch.float32).view(3, 1, 1, 1).to(device) for each in (scale, shift))  # type: ignore[return-value]
 
 
-def _resize(frames: np.ndarray, height: int, width: int) -> Tensor:
-    """uint8 [T, H, W, 3] -> [3, T, height, width], antialiased bicubic."""
+def _resize(frames: np.ndarray, height: int, width: int, resize: str = "bicubic_antialias") -> Tensor:
+    """uint8 [T, H, W, 3] -> [3, T, height, width]; see :func:`spatial_crops` for ``resize``."""
+    mode, antialias = RESIZES[resize]
     # A channels-last view: torchvision's integer kernel works on it as it is, nothing is copied first.
     video = torch.from_numpy(frames).permute(0, 3, 1, 2)
-    video = F.resize(video, [height, width], interpolation=InterpolationMode.BICUBIC, antialias=True)
+    video = F.resize(
+        video if antialias else video.float(), [height, width], InterpolationMode(mode), antialias=antialias
+    )
     return video.transpose(0, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,23 +13,31 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from egohod.config import BenchmarkConfig, Config, UserError
+from egohod.config import IMAGE_STATS, BenchmarkConfig, Config, UserError
 from egohod.data.files import open_cache
 from egohod.data.labels import ClassSpace
 from egohod.data.text import Tokenizer
 from egohod.distributed import Distributed, pick_precision
 from egohod.evaluation.clips import EvaluationDataset, require_all
-from egohod.evaluation.embed import PLAIN, Report, TokenizerLike, VideoTextModel, embed_clips, embed_texts
+from egohod.evaluation.embed import (
+    PLAIN,
+    Report,
+    TokenizerLike,
+    VideoTextModel,
+    embed_clips,
+    embed_texts,
+    image_stats_of,
+)
 from egohod.evaluation.feature_cache import FeatureCache
 from egohod.evaluation.heads import ClassProbabilities, head_tables
-from egohod.evaluation.protocols import PROTOCOLS, Protocol
+from egohod.evaluation.protocols import Protocol, protocol_for
 from egohod.evaluation.readers import READERS
 from egohod.evaluation.scores import Score, flat_with_controls
 from egohod.evaluation.tables import EvaluationTable
 from egohod.model.egovideo import DualEncoder
 from egohod.model.zoo import geometry
 
-DEFAULT_PROTOCOLS = {"egtea": "whole_clip"}
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -101,6 +110,7 @@ class Benchmark:
             model = ClassProbabilities(model, self.classes)
         assert isinstance(model, VideoTextModel), f"{type(model).__name__} has no encode_video and encode_text"
         run, dataset, kept = self.execution, self.dataset, np.ones(len(self.dataset), dtype=bool)
+        self._check_image_stats(model)
         # Looked for first: nobody wants to hear of a missing file after an hour of decoding.
         missing = run.dist.gather_objects(dataset.missing() if run.dist.is_main else None)[0]
         if not run.allow_missing:
@@ -109,7 +119,7 @@ class Benchmark:
         if not kept.any():
             require_all(missing, len(dataset))
         dataset = dataset if kept.all() else dataset.restricted(kept)
-        cache = FeatureCache(run.cache, self._shared()) if run.cache else None
+        cache = FeatureCache(run.cache, self._shared(model)) if run.cache else None
         video, report = embed_clips(
             model,
             dataset,
@@ -134,7 +144,7 @@ class Benchmark:
         texts = [text for table in tables for text in table.texts]
         # Heads need no text.
         embedded = (
-            torch.zeros(0, next(iter(video.values())).shape[1])
+            torch.zeros(0, next(iter(video.values())).shape[-1])
             if not texts
             else embed_texts(
                 model,
@@ -151,14 +161,26 @@ class Benchmark:
         details = [table.details(video[PLAIN], text) for table, text in zip(tables, features, strict=True)]
         return Measured(scores, details, np.flatnonzero(kept).tolist(), report)
 
-    def _shared(self) -> dict[str, Any]:
+    def _check_image_stats(self, model: VideoTextModel) -> None:
+        """Warn where a protocol reproduces numbers of weights that expect other pixels than ``model`` does."""
+        protocol = self.dataset.protocol
+        if protocol.image_stats is None or not self.execution.dist.is_main:
+            return
+        if image_stats_of(model) != IMAGE_STATS[protocol.image_stats]:
+            log.warning(
+                "benchmark %s: protocol %s reproduces numbers of weights with model.image_stats=%s; this model has "
+                "others, which are used", self.name, protocol.name, protocol.image_stats,
+            )  # fmt: skip
+
+    def _shared(self, model: VideoTextModel) -> dict[str, Any]:
         """What all features of this benchmark depend on; class prompts and names of presets do not matter."""
         protocol = dataclasses.asdict(self.dataset.protocol)
-        for name in ("name", "source", "prompts"):
+        for name in ("name", "source", "prompts", "image_stats"):
             del protocol[name]
         return {
             "identity": dict(self.execution.identity),
             "protocol": protocol,
+            "image_stats": image_stats_of(model),
             "size": self.dataset.size,
             "precision": str(self.execution.precision) + (", no TF32" if self._is_exact_on_gpu else ""),
         }
@@ -210,12 +232,15 @@ def benchmark(
     """
     kind = _kind(name, config)
     if protocol is None:
-        chosen = config.protocol if config.protocol != "auto" else DEFAULT_PROTOCOLS.get(kind, "clean")
-        protocol = PROTOCOLS[chosen]
-        if protocol.sampling != "segments" and kind not in ("egtea", "charades_ego"):
+        chosen = config.protocol if config.protocol != "auto" else cfg.evaluate.protocol
+        protocol = protocol_for(chosen, kind)
+        if protocol.whole_files and kind not in ("egtea", "charades_ego"):
             raise UserError(f"evaluate.benchmarks.{name}.protocol={chosen} is for clips that are files of their own")
         if cfg.evaluate.num_frames:
             protocol = dataclasses.replace(protocol, frames=cfg.evaluate.num_frames)
+    if classes is not None:
+        # The maximum is for similarities: LaViLa, too, averages the views of a fine-tuned model.
+        protocol = dataclasses.replace(protocol, merge="mean")
     if not config.metadata or not config.root:
         lacking = "metadata" if not config.metadata else "root"
         raise UserError(

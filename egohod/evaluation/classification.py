@@ -22,7 +22,7 @@ from egohod.evaluation.metrics import (
     rank_items,
 )
 from egohod.evaluation.scores import RESAMPLES, Score, percent
-from egohod.evaluation.tables import EvaluationTable
+from egohod.evaluation.tables import EvaluationTable, similarity
 
 # Classes are marginalised as probabilities at the temperature that the released models are trained with.
 TEMPERATURE = 0.07
@@ -128,7 +128,7 @@ class ClassificationTable(EvaluationTable):
         return logits.double().div(TEMPERATURE).softmax(dim=1)
 
     def _logits(self, video: Tensor, text: Tensor) -> Tensor:
-        return video @ class_features(text, self.class_of_text).T
+        return similarity(video, class_features(text, self.class_of_text))
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class MultiLabelTable(EvaluationTable):
 
     def measure(self, video: Tensor, text: Tensor) -> dict[str, Score]:
         """Mean over the classes of the average precision over the clips, in percent; resampled by clips."""
-        scores = (video @ text.T).numpy()
+        scores = similarity(video, text).numpy()
 
         def value(rows: IntArray) -> float:
             precision = multilabel_average_precision(scores[rows], self.labels[rows])
@@ -156,7 +156,7 @@ class MultiLabelTable(EvaluationTable):
 
     def details(self, video: Tensor, text: Tensor) -> Mapping[str, Any]:
         """The best classes of each clip, and the average precision of each class."""
-        scores = (video @ text.T).numpy()
+        scores = similarity(video, text).numpy()
         precision = multilabel_average_precision(scores, self.labels)
         return {
             "kind": "multilabel",

@@ -74,7 +74,9 @@ class _Store(VideoStore):
 
 
 class EvaluationDataset(Dataset[dict[str, Any]]):
-    """Map-style: ``dataset[i]`` is a dict of ``video`` uint8 [views, 3, T, size, size], ``index`` and ``fault``.
+    """Map-style: ``dataset[i]`` is a dict of ``video`` [views, 3, T, size, size], ``index`` and ``fault``.
+
+    Pixels are 0..255, uint8 or, for protocols that resize without rounding, float32.
 
     A clip that cannot be read has no video, and a ``fault`` that names the file and the reason. Raises
     :class:`UserError` at once if the video folder or the decoder is missing.
@@ -158,13 +160,14 @@ class EvaluationDataset(Dataset[dict[str, Any]]):
         return made
 
     def _views(self, index: int) -> Tensor:
-        """uint8 [views, 3, T, size, size]: all crops of the first window first."""
+        """[views, 3, T, size, size]: all crops of the first window first."""
         video, start, end = self.clips.videos[index], float(self.clips.start[index]), float(self.clips.end[index])
-        if self.protocol.sampling == "segments":
-            frames = self._store.read(video, start, end, self.num_frames).pictures[None]
-        else:
+        protocol = self.protocol
+        if protocol.whole_files:
             frames = self._whole_file(video)
-        return torch.cat([spatial_crops(window, self.size, self.protocol.crops) for window in frames])
+        else:
+            frames = self._store.read(video, start, end, self.num_frames, rule=protocol.sampling).pictures[None]
+        return torch.cat([spatial_crops(window, self.size, protocol.crops, protocol.resize) for window in frames])
 
     def _whole_file(self, video: str) -> NDArray[np.uint8]:
         """Frames of a whole file, uint8 [windows, T, H, W, 3]."""
@@ -177,9 +180,11 @@ class EvaluationDataset(Dataset[dict[str, Any]]):
             try:
                 total = max(1, round(decoder.duration * decoder.fps))
                 wanted = frame_numbers(self.protocol, total)
-                # A window may show a frame twice: each is decoded once.
-                distinct, place = np.unique(wanted, return_inverse=True)
-                return decoder.read_at(frame_times(distinct, decoder.fps))[place.reshape(wanted.shape)]
+                # Windows overlap: each frame is decoded once.
+                distinct, place = np.unique(np.minimum(wanted, total - 1), return_inverse=True)
+                pictures = decoder.read_at(frame_times(distinct, decoder.fps))[place.reshape(wanted.shape)]
+                pictures[wanted >= total] = 0
+                return pictures
             finally:
                 decoder.close()
         raise VideoError(f"{self._files.name_of(video)}.mp4: no such file")
@@ -189,17 +194,18 @@ def frame_numbers(protocol: Protocol, total: int) -> NDArray[np.int64]:
     """Frames of a file of ``total`` frames that a protocol for whole files shows, int64 [windows, frames].
 
     *midpoints*: floor((i + 1/2) total / n). *windows*: starts spread evenly over what leaves room for a window, then
-    every ``stride``-th frame; a file too short for one window repeats its last frame.
+    every ``stride``-th frame. Numbers from ``total`` on stand for black frames, with which LaViLa fills up a file that
+    is too short for one window.
     """
     if protocol.sampling == "midpoints":
         return np.floor((np.arange(protocol.frames) + 0.5) * total / protocol.frames).astype(np.int64)[None]
     assert protocol.sampling == "windows", protocol.sampling
     starts = np.linspace(0, max(total - protocol.frames * protocol.stride, 0), protocol.windows).astype(np.int64)
-    return np.minimum(starts[:, None] + np.arange(protocol.frames) * protocol.stride, total - 1)
+    return starts[:, None] + np.arange(protocol.frames) * protocol.stride
 
 
 def collate_views(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Samples -> ``video`` uint8 [B, views, 3, T, S, S] and ``index`` int64 [B] of those that could be read; faults."""
+    """Samples -> ``video`` [B, views, 3, T, S, S] and ``index`` int64 [B] of those that could be read; faults."""
     good = [sample for sample in samples if sample["fault"] is None]
     return {
         "video": torch.stack([sample["video"] for sample in good]) if good else None,

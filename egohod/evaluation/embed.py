@@ -79,15 +79,15 @@ def embed_clips(
     """Features of every clip of ``dataset``: float32 [N, D] on the CPU, row i is clip i, the same on every process.
 
     The result holds those of the clips as they are (``plain``) and those under each temporal control; every clip is
-    decoded once for all of them. The features of several views are averaged, which averages their similarities. What
-    is not in ``cache`` is cut into the same batches on any number of processes, which take turns: each clip counts
-    exactly once, and stands in the same company.
+    decoded once for all of them. The features of several views are averaged, which averages their similarities; a
+    protocol that merges by the maximum keeps them apart, [N, V, D]. What is not in ``cache`` is cut into the same
+    batches on any number of processes, which take turns: each clip counts exactly once, and stands in the same company.
 
     ``precision`` is the autocast type (``torch.float32``: none). Raises :class:`UserError` on every process, naming
     all clips that cannot be read; with ``allow_missing`` their rows are NaN and the report names them.
     """
     orders, views, report = (PLAIN, *controls), dataset.protocol.views, Report(clips=len(dataset))
-    at_a_time = max(1, batch_size // views)
+    at_a_time, apart = max(1, batch_size // views), dataset.protocol.merge == "max"
 
     def encode(mine: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
         batches = iter(eval_loader(dataset, mine.tolist(), at_a_time, workers, collate=collate_views))
@@ -102,7 +102,8 @@ def embed_clips(
                 model.encode_video(apply_control(name, video, of_view) if name != PLAIN else video, normalize=True)
                 for name in orders
             ]
-            yield index, torch.stack(features, dim=1).float().unflatten(0, (-1, views)).mean(dim=1)
+            stacked = torch.stack(features).float().unflatten(1, (-1, views)).transpose(0, 1)
+            yield index, stacked if apart else stacked.mean(dim=2)
 
     keys = [[feature_key("clip", clip, order) for order in orders] for clip in dataset.identities] if cache else None
     features = _encode_shards(model, encode, len(dataset), at_a_time, "clip", dist, precision, cache, keys, report)

@@ -79,10 +79,16 @@ class QuestionTable(EvaluationTable):
 
 
 def _scores(questions: Sequence[Question], video: FloatArray, text: FloatArray) -> FloatArray:
-    """Similarity of each query to each of its choices [Q, largest number of choices], -inf behind the last."""
+    """Similarity of each query to each of its choices [Q, largest number of choices], -inf behind the last.
+
+    ``video`` [N, D] or [N, V, D], of whose views the most similar counts; ``text`` [M, D].
+    """
     widest = max((len(question.choices) for question in questions), default=1)
     scores = np.full((len(questions), widest), -np.inf, dtype=np.float32)
     for row, question in zip(scores, questions, strict=True):
-        source, target = (video, text) if question.query_is_clip else (text, video)
-        row[: len(question.choices)] = target[list(question.choices)] @ source[question.query]
+        if question.query_is_clip:
+            found = text[list(question.choices)] @ video[question.query].T
+        else:
+            found = video[list(question.choices)] @ text[question.query]
+        row[: len(question.choices)] = found if found.ndim == 1 else found.max(axis=1)
     return scores

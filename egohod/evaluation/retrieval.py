@@ -22,7 +22,7 @@ from egohod.evaluation.metrics import (
     rank_items,
 )
 from egohod.evaluation.scores import Score, median, percent
-from egohod.evaluation.tables import EvaluationTable
+from egohod.evaluation.tables import EvaluationTable, similarity
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class RetrievalTable(EvaluationTable):
 
     def measure(self, video: Tensor, text: Tensor) -> dict[str, Score]:
         """mAP and nDCG by relevancy; recall@k (percent) and median rank (from 1) of a clip's own text and back."""
-        sim = (video @ text.T).numpy()
+        sim = similarity(video, text).numpy()
         v2t, t2v = graded_per_query(sim, self.relevancy), graded_per_query(sim.T, self.relevancy.T)
         scores = {}
         for name, here, there in zip(("map", "ndcg"), v2t, t2v, strict=True):
@@ -55,13 +55,13 @@ class RetrievalTable(EvaluationTable):
                 scores[name + ending] = percent(parts, self._chance[name + ending])
         if self.text_of_clip is not None:
             own = self.text_of_clip[:, None] == np.arange(len(self.texts))
-            for direction, similarity, relevant in (("v2t", sim, own), ("t2v", sim.T, own.T)):
-                scores |= _ranks(first_relevant_rank(similarity, relevant), relevant, direction)
+            for direction, each, relevant in (("v2t", sim, own), ("t2v", sim.T, own.T)):
+                scores |= _ranks(first_relevant_rank(each, relevant), relevant, direction)
         return scores
 
     def details(self, video: Tensor, text: Tensor) -> Mapping[str, Any]:
         """The best texts of each clip with their similarity and relevancy, and its average precision."""
-        sim = (video @ text.T).numpy()
+        sim = similarity(video, text).numpy()
         precision, _ = graded_per_query(sim, self.relevancy)
         best = np.concatenate([rank_items(rows)[:, :_SHOWN] for rows in np.array_split(sim, len(sim) // 1000 + 1)])
         rows = np.arange(len(sim))[:, None]

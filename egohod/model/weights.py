@@ -108,12 +108,12 @@ def load_weights(
                 report.dropped[name] = "model.weights.projections=fresh"
     fitting = _Fitting(own, theirs, report, adapt, weights.family.is_clip, fresh)
     new = fitting.run()
+    warning = ""
     for key, here in _meaning(model).items():
         there = weights.settings.get(key, here)
         if there != here and key == "model.image_stats" and weights.family is not Family.OURS:
             # Known by the family alone, and a run may well go on with other statistics.
-            report.notes.append(f"{weights.family} trains with {key}={there}, here it is {here}")
-            log.warning("%s: %s", weights.source, report.notes[-1])
+            warning = f"{weights.family} trains with {key}={there}, here it is {here}"
         elif there != here:
             fitting.complaints.append(f"they were trained with {key}={there}, not {here}")
     if fitting.complaints:
@@ -129,6 +129,9 @@ def load_weights(
     with torch.no_grad():
         for name, value in new.items():
             own[name].copy_(value)
+    if warning:
+        report.notes.append(warning)
+        log.warning("%s: %s", weights.source, warning)
     return report
 
 

@@ -5,7 +5,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from egohod.config import IMAGE_STATS
-from egohod.data.transforms import center_crop, crop, flip, normalise, random_box
+from egohod.data.transforms import center_crop, crop, flip, normalise, random_box, spatial_crops
 
 
 def picture(height: int, width: int, frames: int = 3) -> np.ndarray:
@@ -48,6 +48,38 @@ def test_center_crop_is_short_side_then_middle(height: int, width: int) -> None:
     ours = center_crop(frames, size)
     assert ours.shape == (3, 3, size, size)
     assert (ours.transpose(0, 1).float() - expected).abs().max() <= 2
+
+
+def step(before: int, after: int) -> np.ndarray:
+    """Two grey halves side by side, uint8 [1, 8, 8, 3]."""
+    return np.repeat(np.array([before] * 4 + [after] * 4, np.uint8)[None, None, :, None], 8, 1).repeat(3, 3)
+
+
+def test_resizing_without_antialiasing_overshoots_as_torchvision_0_14_did() -> None:
+    """Halving by hand: bicubic weighs four neighbours -0.09375, 0.59375, 0.59375, -0.09375 (a = -0.75)."""
+    row = spatial_crops(step(0, 255), 4, 1, "bicubic")[0, 0, 0, 0]
+    assert row.tolist() == [0, -0.09375 * 255, 1.09375 * 255, 255], "neither rounded nor kept within 0..255"
+    assert spatial_crops(step(10, 20), 4, 1, "bilinear")[0, 0, 0, 0].tolist() == [10, 10, 20, 20]
+    ours = spatial_crops(step(0, 255), 4, 1)[0, 0, 0, 0]
+    assert ours.dtype == torch.uint8
+    assert ours.tolist() != row.round().clamp(0, 255).tolist()
+
+
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+@pytest.mark.parametrize(("height", "width"), [(120, 160), (161, 123)])
+def test_resizing_without_antialiasing_is_interpolation_of_float32(mode: str, height: int, width: int) -> None:
+    frames, size = picture(height, width), 56
+    short = min(height, width)
+    target = [int(size * side / short) for side in (height, width)]
+    video = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
+    whole = torch.nn.functional.interpolate(video, target, mode=mode, align_corners=False, antialias=False)
+    top, left = (round((side - size) / 2) for side in target)
+    got = spatial_crops(frames, size, 1, mode)
+    assert got.dtype == torch.float32
+    expected = whole[..., top : top + size, left : left + size].transpose(0, 1)[None]
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+    # A smooth picture shows little of it; it is not the antialiased one all the same.
+    assert 0.01 < (got - spatial_crops(frames, size, 1).float()).abs().mean() < 5
 
 
 def test_flip_mirrors_the_width() -> None:

@@ -125,10 +125,10 @@ def write_upstream(path: Path, state: State, *, zipped: bool = True) -> Path:
     return path
 
 
-def write_avion(path: Path, state: State) -> Path:
+def write_avion(path: Path, state: State, **options: str) -> Path:
     """A pickle with the command line's argparse object beside the weights."""
     args = argparse.Namespace(
-        model="CLIP_VITB16", pretrain_zoo="openai", project_embed_dim=256, clip_length=4, gpu=None
+        model="CLIP_VITB16", pretrain_zoo="openai", project_embed_dim=256, clip_length=4, gpu=None, **options
     )
     content = {
         "epoch": 5,

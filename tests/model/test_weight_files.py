@@ -105,6 +105,17 @@ def test_what_lies_beside_the_weights_is_described(tmp_path: Path) -> None:
     assert beside["args"].startswith("argparse.Namespace: model=CLIP_VITB16, pretrain_zoo=openai")
 
 
+@pytest.mark.parametrize(("style", "stats"), [(None, "avion"), ("openai", "avion"), ("timm", "imagenet")])
+def test_avions_files_tell_what_its_script_normalised_pixels_with(
+    tmp_path: Path, style: str | None, stats: str
+) -> None:
+    path = write_avion(tmp_path / "avion.pt", avion_state(), **({"norm_style": style} if style else {}))
+    weights = read_weights(path)
+    assert weights.settings == {"model.image_stats": stats}
+    assert weights.model_knobs["image_stats"] == stats
+    assert read_weights(write_upstream(tmp_path / "upstream.pt", upstream_state("b16_flash"))).settings == {}
+
+
 @pytest.mark.parametrize("name", ["slowfast_b16_flash", "slowfast_l14_336_flash"])
 def test_dead_weights_of_upstreams_slow_fast_files_are_dropped(tmp_path: Path, name: str) -> None:
     state = upstream_state(name)

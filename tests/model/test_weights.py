@@ -241,12 +241,23 @@ def test_avions_space_of_256_dimensions(tmp_path: Path, monkeypatch: pytest.Monk
     name = two_blocks(monkeypatch, "CLIP_VITB16")
     with pytest.raises(UserError, match=r"\[768, 256\] there and \[768, 512\] here \(model\.embed_dim=256"):
         load_weights(create_model(ModelConfig(name=name)), weights)
-    report = load_weights(create_model(ModelConfig(name=name, embed_dim=256)), weights)
+    report = load_weights(create_model(ModelConfig(name=name, embed_dim=256, image_stats="avion")), weights)
     assert (report.family, report.missing) == (Family.AVION, {})
+    assert "image_stats" not in str(report)
     # Training on in a space of one's own.
     assert set(load_weights(create_model(ModelConfig(name=name)), weights, projections="fresh").missing) == {
         *PROJECTIONS
     }
+
+
+def test_a_run_may_start_from_avion_with_other_statistics_but_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = read_weights(write_avion(tmp_path / "avion.pt", of_upstream("b16_flash")))
+    name = two_blocks(monkeypatch, "CLIP_VITB16")
+    report = load_weights(create_model(ModelConfig(name=name)), weights)
+    assert report.notes[-1] == "AVION trains with model.image_stats=avion, here it is clip"
+    assert report.notes[-1] in caplog.text
 
 
 def test_the_two_spellings_are_inverse() -> None:
