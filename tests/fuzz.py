@@ -418,7 +418,7 @@ def run(chosen: Sequence[Target], cases: int, jobs: int, of: int, work: Path, no
             elif over:
                 running.remove(job)
                 notes[job.target.name].add(job.first, job.chunk)
-                if job.stop == cases:
+                if notes[job.target.name].total("cases") >= cases:
                     _tell(job.target.name, notes[job.target.name])
         if time.monotonic() - said > 5:
             said = time.monotonic()
