@@ -274,6 +274,12 @@ class SourceConfig:
         choices=("auto", "chunks", "avion", "whole"),
     )
     chunk_seconds: float = knob(15.0, "length of a chunk; upstream's Ego4D and HowTo100M chunks have 15 s", above=0)
+    min_clip_seconds: float | None = knob(
+        None,
+        "a shorter clip is widened to this; null: to 1 in chunks, as upstream does, and not at all in whole files; 0: "
+        "never",
+        low=0,
+    )
     detections: str | None = knob(
         None,
         "hands and objects in these videos for loss.boxes: a parquet file, or a folder of them, in the schema of "
@@ -503,6 +509,12 @@ class BenchmarkConfig:
     columns: dict[str, str] = knob({}, "labels: as data.train.NAME.columns")
     layout: str = knob("auto", "as data.train.NAME.layout", choices=("auto", "chunks", "avion", "whole"))
     chunk_seconds: float = knob(15.0, "length of a chunk", above=0)
+    min_clip_seconds: float | None = knob(
+        None,
+        "a shorter clip is widened to this; null is what the protocol's source does: upstream's and ours widen to 1 in "
+        "chunks, no other, and no one in whole files; 0: never",
+        low=0,
+    )
     test_split: int | None = knob(
         None,
         "egtea: the only split to test, as a model fine-tuned on its training part needs; null is all",

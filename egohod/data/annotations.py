@@ -36,11 +36,10 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
 from egohod.config import SourceConfig, UserError
+from egohod.data.frames import MIN_SECONDS
 
 # A row (think of a very long narration) must fit one block of the parser.
 _BLOCK_BYTES = 16 << 20
-# A shorter clip, or one that ends before it starts, is widened to this (SPEC 5, as upstream does).
-MIN_SECONDS = 1.0
 _NARRATION = ("narration_text", "timestamp_sec")
 _CLOCK = r"^\s*(?:(?P<h>\d+):)?(?P<m>\d+):(?P<s>\d+(?:\.\d*)?)\s*$"
 _NUMBER = r"^\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*$"
@@ -301,7 +300,7 @@ def _read_ego4d(path: Path, source: SourceConfig, extra: Sequence[str] | None) -
         for i in np.flatnonzero(~good)
     ]
     times, group = times[good], group[good]
-    # Widened here, to stay centred on the moment; tables widen at the end.
+    # No moment is shorter, however its video is kept: here clips are ours to choose, centred on the moment.
     length = np.maximum(_clip_lengths(times, group, source.clip_rule), MIN_SECONDS)
     columns = pa.table(
         {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+# A shorter clip of a chunked video is widened to this, as upstream does (SPEC 5).
+MIN_SECONDS = 1.0
 RULES = ("middle", "upstream", "lavila", "avion")
 """How the published loaders turn seconds into frame numbers, see :func:`clip_indices`."""
 

@@ -29,7 +29,7 @@ class ClipSource:
         self._with_boxes = boxes
         self._boxes = BoxTable.read(config.detections) if boxes and config.detections else None
         self._stores = {
-            name: VideoStore(root, config.layout, config.chunk_seconds, opener, cache)
+            name: VideoStore(root, config.layout, config.chunk_seconds, opener, cache, config.min_clip_seconds)
             for name, root in _roots(table, config).items()
         }
 

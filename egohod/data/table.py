@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from egohod.config import SourceConfig
-from egohod.data.annotations import MIN_SECONDS, Annotations, TableError, nearest, read_annotations, seconds
+from egohod.data.annotations import Annotations, TableError, nearest, read_annotations, seconds
+from egohod.data.frames import MIN_SECONDS
 
 log = logging.getLogger(__name__)
 
@@ -53,14 +54,16 @@ class TableReport:
     """What reading found: ``rows`` are kept, ``left_out`` counts the others by reason, the rest was mended."""
 
     rows: int
-    widened: int = 0
+    short: int = 0
+    backwards: int = 0
     negative_start: int = 0
     list_literals: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         notes = [
-            (self.widened, f"widened to {MIN_SECONDS:g} s"),
+            (self.short, f"shorter than {MIN_SECONDS:g} s"),
+            (self.backwards, f"ended before they began and were given {MIN_SECONDS:g} s"),
             (self.negative_start, "began before 0 s and were moved there"),
             (self.list_literals, "with several narrations"),
             *((count, f"left out: {why}") for why, count in self.left_out.items()),
@@ -106,9 +109,12 @@ class ClipTable:
         path = Path(source.metadata)
         found = read_annotations(path, source, extra)
         start, end = (seconds(times) for times in found.times)
-        negative, short = start < 0, end - start < MIN_SECONDS
-        first = np.maximum(start, 0.0)
-        last = np.where(end - first < MIN_SECONDS, first + MIN_SECONDS, end)
+        negative, first = start < 0, np.maximum(start, 0.0)
+        # Other short clips keep their times: whether they are widened depends on how their video is kept, which only
+        # the reader of videos knows.
+        backwards = end <= first
+        last = np.where(backwards, first + MIN_SECONDS, end)
+        short = last - first < MIN_SECONDS
 
         kept, left_out = _judge(path, found, start, end, strict)
         if source.exclude:
@@ -123,7 +129,8 @@ class ClipTable:
         lists = pc.match_substring_regex(found.columns["text"], _LIST_TEXT).to_numpy()
         report = TableReport(
             rows=int(kept.sum()),
-            widened=int((short & kept).sum()),
+            short=int((short & kept).sum()),
+            backwards=int((backwards & kept).sum()),
             negative_start=int((negative & kept).sum()),
             list_literals=int((lists & kept).sum()),
             left_out={why: count for why, count in left_out.items() if count},
@@ -165,7 +172,7 @@ class ClipTable:
         return [*self._columns, "start_second", "end_second"]
 
     def column(self, name: str) -> np.ndarray:
-        """A whole column: times as float64 [N] (seconds, widened), all others as strings in an object array [N].
+        """A whole column: times as float64 [N] (seconds), all others as strings in an object array [N].
 
         Raises :class:`TableError` if there is no such column.
         """
@@ -305,8 +312,13 @@ def _excluded(path: Path, videos: pa.ChunkedArray, start: np.ndarray, end: np.nd
     except (OSError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise TableError(f"{path}: not an exclude list with {', '.join(EXCLUDE_COLUMNS)} ({reason})") from error
-    clips = pd.MultiIndex.from_arrays([videos.to_pandas(), _milliseconds(start), _milliseconds(end)])
+    ids = videos.to_pandas()
+    clips = pd.MultiIndex.from_arrays([ids, _milliseconds(start), _milliseconds(end)])
     found = clips.isin(unwanted)
+    # Lists of earlier versions hold short clips as widened.
+    if len(left := unwanted.difference(clips)):
+        widened = np.maximum(end, start + MIN_SECONDS)
+        found |= pd.MultiIndex.from_arrays([ids, _milliseconds(start), _milliseconds(widened)]).isin(left)
     if len(unwanted) and not found.any():
         log.warning("%s: names no clip of this table; is it another one's?", path)
     return found

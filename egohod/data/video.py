@@ -1,20 +1,74 @@
-"""Videos below a root: where each one lies, and clips that cross the borders of its chunks."""
+"""Videos below a root: where each one is, and clips that cross the borders of its chunks."""
 
 from __future__ import annotations
 
+import bisect
+import contextlib
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 
 from egohod.data.decoders import Decoder, Opener
-from egohod.data.files import LocalCache, Recent, Source, VideoError, open_root
-from egohod.data.frames import clip_indices, frame_times
+from egohod.data.files import LocalCache, Recent, Source, StorageError, VideoError, open_root
+from egohod.data.frames import MIN_SECONDS, clip_indices, frame_times
 
 __all__ = ["VideoError", "VideoStore", "read_clip"]
 
+log = logging.getLogger(__name__)
+
 LAYOUTS = ("chunks", "avion", "whole")
 ENDINGS = (".mp4", ".MP4")
+# Looked for in every layout and tree. All other endings are looked for last: a video without one must not cost a
+# request for each of them.
+_USUAL_ENDINGS = (".mp4", ".MP4")
+# Rules whose loaders widen short clips of chunks; AVION's and LaViLa's widen none.
+_WIDENING_RULES = ("middle", "upstream")
+# A chunk's length may differ from chunk_seconds by a frame and this many seconds without a word; ...
+_EXACT_SECONDS = 0.1
+# ... by this share of it, and at most so many seconds, with a warning: chunks that were cut at key frames.
+_INEXACT_SHARE, _INEXACT_SECONDS = 0.1, 2.0
+# So many of the places where a missing video was looked for are named.
+_NAMED = 6
+
+
+class _Tree(NamedTuple):
+    """Where a data set keeps its videos below the folder that one downloads it to."""
+
+    ids: re.Pattern[str]
+    """Which ids are the data set's."""
+    path: str
+    """A video's path below the root without its ending, made of the groups of ``ids``."""
+    layouts: tuple[str, ...] = ("whole",)
+
+
+_EPIC = re.compile(r"(?:P\d\d/)?(?P<video>(?P<person>P\d\d)_\d{2,3})")
+_EGO4D = re.compile(r"(?P<video>[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})")
+_EGTEA_CLIP = re.compile(r"(?:[^/]+/)?(?P<video>(?P<session>[A-Z]+\d\d-R\d\d-\w+)-\d+-\d+-F\d+-F\d+)")
+_EGTEA_SESSION = re.compile(r"(?P<video>[A-Z]+\d\d-R\d\d-\w+)")
+_CHARADES = re.compile(r"(?P<video>[0-9A-Z]{5}(?:EGO)?)")
+# In the order in which they are looked for. Patterns keep the list short for any one video: those of no data set here
+# cost nothing more than the root itself.
+TREES = (
+    _Tree(re.compile(r"(?P<video>.+)", re.DOTALL), "{video}", LAYOUTS),
+    _Tree(_EPIC, "{person}/videos/{video}"),
+    _Tree(_EPIC, "{person}/{video}", ("avion", "whole")),
+    _Tree(_EPIC, "EPIC-KITCHENS/{person}/videos/{video}"),
+    # The small copy first: it is faster to read, and crops are smaller still.
+    *(
+        _Tree(_EGO4D, f"{version}{folder}/{{video}}")
+        for version in ("", "v2/", "v1/")
+        for folder in ("video_540ss", "full_scale", "clips")
+    ),
+    *(_Tree(_EGTEA_CLIP, f"{folder}{{session}}/{{video}}") for folder in ("", "cropped_clips/")),
+    *(_Tree(_EGTEA_CLIP, f"{folder}{{video}}") for folder in ("", "cropped_clips/")),
+    _Tree(_EGTEA_SESSION, "videos/{video}"),
+    *(_Tree(_CHARADES, f"{folder}/{{video}}") for folder in ("CharadesEgo_v1_480", "CharadesEgo_v1")),
+    *(_Tree(_CHARADES, f"{folder}/{{video}}") for folder in ("Charades_v1_480", "Charades_v1")),
+)
 
 
 class Frames(NamedTuple):
@@ -29,31 +83,75 @@ class Frames(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """How a video's files are called."""
+    """Where one video is."""
 
+    layout: str
+    path: str
+    """Below the root, without the ending."""
+    ending: str
+    seconds: float
+    """Length of a chunk."""
+    listed: tuple[tuple[float, str], ...] | None = None
+    """The chunks that start at other seconds than multiples of ``seconds``: their starts and file names."""
+
+    @property
+    def folder(self) -> str:
+        """Where the chunks are."""
+        return f"{self.path}{self.ending}" if self.layout == "avion" else self.path
+
+    def chunk(self, second: float) -> int:
+        """The number of the chunk that holds a second, 0 for a whole file."""
+        if self.layout == "whole":
+            return 0
+        if self.listed is None:
+            return int(second // self.seconds)
+        return max(0, bisect.bisect_right(self.listed, second, key=lambda each: each[0]) - 1)
+
+    def start(self, number: int) -> float:
+        """The second at which a chunk begins."""
+        return number * self.seconds if self.listed is None else self.listed[number][0]
+
+    def length(self, number: int) -> float:
+        """Seconds from the start of a chunk to that of the next one, infinite if there is none."""
+        if self.listed is None:
+            return self.seconds
+        return self.listed[number + 1][0] - self.listed[number][0] if number + 1 < len(self.listed) else np.inf
+
+    def key(self, number: int) -> str:
+        """The file that holds a chunk."""
+        if self.layout == "whole":
+            return f"{self.path}{self.ending}"
+        if self.listed is not None:
+            return f"{self.folder}/{self.listed[number][1]}"
+        # Chunks are called by their number, AVION's by the second they start at.
+        name = f"{number:04d}" if self.layout == "chunks" else f"{number * self.seconds:.10g}"
+        return f"{self.folder}/{name}{self.ending}"
+
+    def start_of(self, name: str) -> float | None:
+        """The second at which the chunk in the file ``name`` begins, None if it is no chunk."""
+        stem, dot, ending = name.rpartition(".")
+        if dot + ending not in ENDINGS:
+            return None
+        if self.layout == "chunks":
+            return int(stem) * self.seconds if stem.isdecimal() else None
+        return float(stem) if stem.replace(".", "", 1).isdecimal() else None
+
+
+class _Form(NamedTuple):
+    """One way in which videos may be kept."""
+
+    tree: _Tree
     layout: str
     ending: str
 
-    def folder(self, video: str) -> str:
-        """Where the chunks of a video lie."""
-        return f"{video}{self.ending}" if self.layout == "avion" else video
+    def place(self, video: str, chunk_seconds: float) -> _Place | None:
+        """Where a video would be, None if it is of another data set."""
+        found = self.tree.ids.fullmatch(video)
+        return found and _Place(self.layout, self.tree.path.format(**found.groupdict()), self.ending, chunk_seconds)
 
-    def key(self, video: str, number: int, seconds: float) -> str:
-        """The file that holds chunk ``number`` of a video, each ``seconds`` long."""
-        if self.layout == "whole":
-            return f"{video}{self.ending}"
-        # Chunks are called by their number, AVION's by the second they start at.
-        name = f"{number:04d}" if self.layout == "chunks" else f"{number * seconds:.10g}"
-        return f"{self.folder(video)}/{name}{self.ending}"
 
-    def number(self, name: str, seconds: float) -> int:
-        """The number of the chunk in the file ``name``, -1 if it is none."""
-        stem, dot, ending = name.rpartition(".")
-        if dot + ending not in ENDINGS:
-            return -1
-        if self.layout == "chunks":
-            return int(stem) if stem.isdecimal() else -1
-        return round(float(stem) / seconds) if stem.replace(".", "", 1).isdecimal() else -1
+class _UnevenChunksError(Exception):
+    """A video whose chunks are named by the second at which they start, but do not start every chunk_seconds."""
 
 
 def read_clip(
@@ -84,23 +182,46 @@ def read_clip(
 class VideoStore:
     """The videos below ``root``, a local folder or an fsspec URI (see :func:`~egohod.data.files.open_root`).
 
-    Layouts: ``whole`` is ``root/<video>.mp4``; ``chunks`` is ``root/<video>/<0000>.mp4`` with the number of the chunk;
-    ``avion`` is ``root/<video>.mp4/<0>.mp4`` with the second at which the chunk starts; chunks are ``chunk_seconds``
-    long. ``auto`` takes for each video what is there. ``cache`` keeps files of a remote root. Raises
-    :class:`~egohod.config.UserError` if ``root`` is no folder.
+    Layouts: ``whole`` is ``root/<video>.mp4``; ``chunks`` is ``root/<video>/<0000>.mp4`` with the number of the chunk,
+    each ``chunk_seconds`` long; ``avion`` is ``root/<video>.mp4/<0>.mp4`` with the second at which the chunk starts.
+    ``auto`` takes for each video what is there. In each layout the folders in which data sets are published (``TREES``)
+    are looked in as well. ``cache`` keeps files of a remote root.
+
+    Clips are widened to ``min_clip_seconds``; None widens those in chunks to a second, unless ``rule`` is that of a
+    loader that does not, and leaves those in whole files as they are.
+
+    Raises :class:`~egohod.config.UserError` if ``root`` is no folder.
     """
 
     def __init__(
-        self, root: str | Path, layout: str, chunk_seconds: float, opener: Opener, cache: LocalCache | None = None
+        self,
+        root: str | Path,
+        layout: str,
+        chunk_seconds: float,
+        opener: Opener,
+        cache: LocalCache | None = None,
+        min_clip_seconds: float | None = None,
     ) -> None:
         assert layout in ("auto", *LAYOUTS), layout
         self.root = root
         self._files = open_root(root, cache)
         self._chunk_seconds = chunk_seconds
+        self._min_clip_seconds = min_clip_seconds
         self._opener = opener
         layouts = LAYOUTS if layout == "auto" else (layout,)
-        self._places = [_Place(name, ending) for name in layouts for ending in ENDINGS]
+        usual = [
+            _Form(tree, each, ending)
+            for tree in TREES
+            for each in LAYOUTS
+            if each in layouts and each in tree.layouts
+            for ending in _USUAL_ENDINGS
+        ]
+        others = [ending for ending in ENDINGS if ending not in _USUAL_ENDINGS]
+        rare = [_Form(TREES[0], each, ending) for each in ("whole", "chunks") if each in layouts for ending in others]
+        self._forms = usual + rare
         self._place_of: Recent[str, _Place] = Recent(65536)
+        self._measured: Recent[str, bool] = Recent(65536)
+        self._warned = False
 
     def read(
         self,
@@ -114,19 +235,67 @@ class VideoStore:
         """``num_frames`` frames of [start, end) seconds, one per equal segment.
 
         See :func:`~egohod.data.frames.clip_indices` for ``rng`` and ``rule``. A clip that runs beyond the video's end
-        is cut there; one that begins beyond it, or a file that cannot be read, raises :class:`VideoError`. Storage
-        that cannot be used at all raises :class:`~egohod.data.files.StorageError`.
+        is cut there; one that begins beyond it, a file that cannot be read, or a chunk that is not ``chunk_seconds``
+        long raises :class:`VideoError`. Storage that cannot be used at all raises
+        :class:`~egohod.data.files.StorageError`.
         """
         video = self._checked(video_id)
-        first = int(start // self._chunk_seconds)
-        try:
-            place, source = self._find(video, first)
+        with self._naming(video):
+            place, source = self._find(video, start)
+            end = self._widened(place, start, end, rule)
             if place.layout == "whole":
-                name = self._name(place, video, 0)
-                return read_clip(self._opener, source, name, start, end, num_frames, rng, rule)
-            return self._read_chunks(place, video, first, source, start, end, num_frames, rng, rule)
-        except OSError as error:  # a name too long for the file system, a folder that may not be entered
-            raise VideoError(f"{self._files.name_of(video)}: cannot be read: {error.strerror or error}") from error
+                return read_clip(self._opener, source, self._name(place, 0), start, end, num_frames, rng, rule)
+            try:
+                return self._read_chunks(place, source, start, end, num_frames, rng, rule)
+            except _UnevenChunksError:
+                place, source = self._open_listed(video, place, start)
+                return self._read_chunks(place, source, start, end, num_frames, rng, rule)
+
+    def end_of(self, video_id: str, start: float, end: float, rule: str = "middle") -> float:
+        """The end of a clip as :meth:`read` takes it: later than ``end`` if a short clip is widened.
+
+        Raises as :meth:`read` does.
+        """
+        video = self._checked(video_id)
+        place = self._place_of.get(video)
+        with self._naming(video):
+            return self._widened(place or self._find(video, start)[0], start, end, rule)
+
+    def locate(self, video_id: str, start: float, end: float | None = None) -> list[Source]:
+        """The files in which a clip begins and, where it is another one, ends; without ``end`` the former.
+
+        Nothing is decoded unless chunks have to be measured. Raises as :meth:`read` does.
+        """
+        video = self._checked(video_id)
+        with self._naming(video):
+            place, source = self._find(video, start)
+            first = place.chunk(start)
+            last = first if end is None or np.isinf(end) else place.chunk(np.nextafter(end, start))
+            if last > first:
+                with contextlib.suppress(FileNotFoundError):  # a clip may end beyond the video
+                    return [source, self._open(place, last)]
+            return [source]
+
+    def read_file(self, video_id: str, numbers: Callable[[int], np.ndarray]) -> np.ndarray:
+        """Frames of a video that is one whole file, uint8 [..., H, W, 3].
+
+        ``numbers`` gives the numbers of the frames, int64 [...], for the number of frames that there are; higher ones
+        are black frames. Raises as :meth:`read` does.
+        """
+        video = self._checked(video_id)
+        with self._naming(video):
+            place, source = self._find(video, 0.0, ("whole",))
+            decoder = self._opener(source, self._name(place, 0))
+            try:
+                total = max(1, round(decoder.duration * decoder.fps))
+                wanted = numbers(total)
+                # A frame that is shown several times, as where windows overlap, is decoded once.
+                distinct, row = np.unique(np.minimum(wanted, total - 1), return_inverse=True)
+                pictures = decoder.read_at(frame_times(distinct, decoder.fps))[row.reshape(wanted.shape)]
+                pictures[wanted >= total] = 0
+                return pictures
+            finally:
+                decoder.close()
 
     def _checked(self, video_id: str) -> str:
         path = PurePosixPath(video_id)
@@ -134,43 +303,102 @@ class VideoStore:
             raise VideoError(f"video id '{video_id}' leads out of {self.root}")
         return str(path)
 
-    def _name(self, place: _Place, video: str, number: int) -> str:
-        return self._files.name_of(place.key(video, number, self._chunk_seconds))
+    @contextlib.contextmanager
+    def _naming(self, video: str) -> Iterator[None]:
+        """Name the video in errors of the file system: a name too long, a folder that may not be entered."""
+        try:
+            yield
+        except OSError as error:
+            raise VideoError(f"{self._files.name_of(video)}: cannot be read: {error.strerror or error}") from error
 
-    def _open(self, place: _Place, video: str, number: int) -> Source:
-        key = place.key(video, number, self._chunk_seconds)
-        return self._files.open(key, size_first=place.layout == "whole")
+    def _name(self, place: _Place, number: int) -> str:
+        return self._files.name_of(place.key(number))
 
-    def _find(self, video: str, number: int) -> tuple[_Place, Source]:
-        """Where the video lies, and its chunk ``number``."""
+    def _open(self, place: _Place, number: int) -> Source:
+        return self._files.open(place.key(number), size_first=place.layout == "whole")
+
+    def _widened(self, place: _Place, start: float, end: float, rule: str) -> float:
+        """The end of a clip that may be too short."""
+        least = self._min_clip_seconds
+        if least is None:
+            least = MIN_SECONDS if place.layout != "whole" and rule in _WIDENING_RULES else 0.0
+        return max(end, start + least)
+
+    # ----------------------------------------------------------------------------------------------
+    # Where a video is
+    # ----------------------------------------------------------------------------------------------
+
+    def _find(self, video: str, second: float, layouts: Sequence[str] = LAYOUTS) -> tuple[_Place, Source]:
+        """Where a video is, and the file that holds a second of it."""
         known = self._place_of.get(video)
-        for place in self._places if known is None else [known, *(each for each in self._places if each != known)]:
+        if known is not None and known.layout in layouts:
+            with contextlib.suppress(FileNotFoundError):
+                return known, self._open(known, known.chunk(second))
+        for form, place in self._candidates(video, layouts):
             try:
-                source = self._open(place, video, number)
+                source = self._open(place, place.chunk(second))
             except FileNotFoundError:
                 continue
-            # On a disk the order stays fixed; elsewhere a wrong guess costs a round trip, and the next video most
-            # likely lies as this one does.
+            # Elsewhere than on a disk a wrong guess costs a round trip, and the next video is most likely where this
+            # one is. On a disk the order stays fixed: what is found must not depend on what was read before.
             if self._files.costly:
-                self._place_of.put(video, place)
-                self._places.sort(key=lambda each: each != place)
-            return place, source
-        chunked = [place for place in self._places if place.layout != "whole"]
-        # The file to name: the chunk, if the video has others.
-        whole = [place for place in self._places if place.layout == "whole"]
-        likely = [place for place in chunked if self._last(place, video) >= 0] + whole + chunked
-        raise VideoError(f"{self._name(likely[0], video, number)}: no such file")
+                self._forms.sort(key=lambda each: each != form)
+            return self._place_of.put(video, place), source
+        return self._find_uneven(video, second, layouts)
 
-    def _last(self, place: _Place, video: str) -> int:
-        """The number of the last chunk there is, -1 if there is none."""
-        names = self._files.names(place.folder(video))
-        return max((place.number(name, self._chunk_seconds) for name in names), default=-1)
+    def _candidates(self, video: str, layouts: Sequence[str]) -> Iterator[tuple[_Form, _Place]]:
+        for form in [form for form in self._forms if form.layout in layouts]:
+            place = form.place(video, self._chunk_seconds)
+            if place is not None:
+                yield form, place
+
+    def _find_uneven(self, video: str, second: float, layouts: Sequence[str]) -> tuple[_Place, Source]:
+        """A video of which no file has the expected name: in chunks of another length, or not there at all."""
+        places = list(dict.fromkeys(place for _, place in self._candidates(video, layouts)))
+        for place in places:
+            chunks = self._listed(place) if place.layout != "whole" else ()
+            if not chunks:
+                continue
+            near = place._replace(listed=chunks)
+            # By its name the chunk that holds the second, if it is long enough; of numbered ones, one that tells the
+            # length of all.
+            number = near.chunk(second) if place.layout == "avion" else 0
+            source = self._open(near, number)
+            decoder = self._opener(source, self._name(near, number))
+            duration = decoder.duration
+            decoder.close()
+            if place.layout == "avion" and near.start(number) <= second < near.start(number) + duration:
+                return self._place_of.put(video, near), source
+            if place.layout == "chunks" and duration > place.seconds + _tolerance(place.seconds):
+                raise self._wrong_length(place, place.chunk(near.start(number)), duration)
+            # The file to name is the chunk, since the video has others.
+            raise VideoError(f"{self._name(place, place.chunk(second))}: no such file")
+        # The shortest way to keep a video is the one to name.
+        places.sort(key=lambda place: place.layout != "whole")
+        first, *others = dict.fromkeys(
+            place.key(place.chunk(second)) for place in places if place.ending == _USUAL_ENDINGS[0]
+        )
+        more = f", ... {len(others)} in all" if len(others) > _NAMED else ""
+        nor = f" (nor {', '.join(others[:_NAMED])}{more})" if others else ""
+        raise VideoError(f"{self._files.name_of(first)}: no such file{nor}")
+
+    def _listed(self, place: _Place) -> tuple[tuple[float, str], ...]:
+        """Starts and names of the chunks that are there, in their order."""
+        names = self._files.names(place.folder)
+        return tuple(sorted((start, name) for name in names if (start := place.start_of(name)) is not None))
+
+    def _open_listed(self, video: str, place: _Place, second: float) -> tuple[_Place, Source]:
+        """The same video with its chunks as they are named."""
+        place = self._place_of.put(video, place._replace(listed=self._listed(place)))
+        return place, self._open(place, place.chunk(second))
+
+    # ----------------------------------------------------------------------------------------------
+    # Chunks
+    # ----------------------------------------------------------------------------------------------
 
     def _read_chunks(
         self,
         place: _Place,
-        video: str,
-        first: int,
         source: Source,
         start: float,
         end: float,
@@ -178,36 +406,105 @@ class VideoStore:
         rng: np.random.Generator | None,
         rule: str,
     ) -> Frames:
-        """A clip that begins in chunk ``first``, which is open as ``source``."""
-        length = self._chunk_seconds
+        """A clip that begins in the chunk that is open as ``source``."""
+        first = place.chunk(start)
         # A clip that ends where a chunk begins does not touch that chunk.
-        last = max(first, int(np.ceil(end / length)) - 1)
+        last = max(first, place.chunk(np.nextafter(end, start)))
         decoders: dict[int, Decoder] = {}
         try:
             for number in range(first, last + 1):
                 try:
-                    part = source if number == first else self._open(place, video, number)
+                    part = source if number == first else self._open(place, number)
                 except FileNotFoundError:
-                    if number > self._last(place, video):
+                    if not self._has_later(place, number - 1):
                         break
-                    raise VideoError(f"{self._name(place, video, number)}: no such file") from None
-                decoders[number] = self._opener(part, self._name(place, video, number))
+                    if place.layout == "avion" and place.listed is None:
+                        raise _UnevenChunksError from None
+                    raise VideoError(f"{self._name(place, number)}: no such file") from None
+                decoders[number] = self._opener(part, self._name(place, number))
+                self._check_length(place, number, decoders[number])
             final = max(decoders)
-            stop = final * length + decoders[final].duration
+            stop = place.start(final) + decoders[final].duration
             if start >= stop:
-                folder = self._files.name_of(place.folder(video))
+                folder = self._files.name_of(place.folder)
                 raise VideoError(f"{folder}: the clip begins at {start:.2f} s, the video ends at {stop:.2f} s")
             fps = decoders[first].fps
-            numbers = clip_indices(start, end, stop, fps, num_frames, rng, rule, chunk_start=first * length)
+            numbers = clip_indices(start, end, stop, fps, num_frames, rng, rule, chunk_start=place.start(first))
             # Frames are numbered from the start of the video; each chunk has the numbers from its own start on.
-            firsts = np.array([round(number * length * fps) for number in decoders])
-            chunk_of = np.maximum(np.searchsorted(firsts, numbers, side="right") - 1, 0)
-            seconds = frame_times(numbers - firsts[chunk_of], fps)
-            parts = [decoders[first + i].read_at(seconds[chunk_of == i]) for i in np.unique(chunk_of).tolist()]
+            starts = np.array([place.start(number) for number in decoders])
+            firsts = np.array([round(each * fps) for each in starts])
+            row = np.maximum(np.searchsorted(firsts, numbers, side="right") - 1, 0)
+            seconds = frame_times(numbers - firsts[row], fps)
+            parts = [decoders[first + i].read_at(seconds[row == i]) for i in np.unique(row).tolist()]
         finally:
             for decoder in decoders.values():
                 decoder.close()
         if len({part.shape[1:] for part in parts}) > 1:
-            folder = self._files.name_of(place.folder(video))
+            folder = self._files.name_of(place.folder)
             raise VideoError(f"{folder}: chunks {first} to {final} differ in picture size")
-        return Frames(np.concatenate(parts), seconds + (first + chunk_of) * length, numbers)
+        return Frames(np.concatenate(parts), seconds + starts[row], numbers)
+
+    def _has_later(self, place: _Place, number: int) -> bool:
+        """Whether there are chunks after ``number``."""
+        try:
+            chunks = place.listed or self._listed(place)
+        except StorageError:  # reading is allowed, listing is not
+            return False
+        return bool(chunks) and chunks[-1][0] > place.start(number)
+
+    def _check_length(self, place: _Place, number: int, decoder: Decoder) -> None:
+        """Compare a chunk with the length on which the choice of chunks rests.
+
+        Chunks of another length than ``chunk_seconds`` would show another moment than the one wanted, without a word.
+        """
+        expected, found = place.length(number), decoder.duration
+        if abs(found - expected) <= _EXACT_SECONDS + 1 / decoder.fps:
+            return
+        if found < expected and not self._has_later(place, number):
+            self._check_previous(place, number)  # the last chunk holds what was left of the video
+            return
+        if place.layout == "avion" and place.listed is None:
+            raise _UnevenChunksError
+        if abs(found - expected) > _tolerance(expected):
+            raise self._wrong_length(place, number, found)
+        if not self._warned:
+            log.warning(
+                "%s: has %.2f s instead of %g: chunks that are not cut exactly show moments that are off by as much; "
+                "tools/chunk_videos.py cuts exactly",
+                *(self._name(place, number), found, expected),
+            )
+            self._warned = True
+
+    def _check_previous(self, place: _Place, number: int) -> None:
+        """Measure the chunk before the last one, whose own length tells nothing; once for each video."""
+        if place.layout == "avion" or number == 0 or place.path in self._measured:
+            return
+        with contextlib.suppress(FileNotFoundError):
+            decoder = self._opener(self._open(place, number - 1), self._name(place, number - 1))
+            try:
+                self._check_length(place, number - 1, decoder)
+            finally:
+                decoder.close()
+        self._measured.put(place.path, True)
+
+    def _wrong_length(self, place: _Place, number: int, found: float) -> VideoError:
+        name, expected = self._name(place, number), place.length(number)
+        if place.listed is not None:
+            return VideoError(
+                f"{name}: has {found:.2f} s, but the next chunk begins {expected:g} s after it; is one missing?"
+            )
+        if not self._has_later(place, number):
+            cure = "the length that the videos were cut to"
+        elif abs(found - round(found)) <= _EXACT_SECONDS and round(found):
+            cure = f"{round(found)} if all but the last have this length"
+        else:
+            return VideoError(
+                f"{name}: has {found:.2f} s, but chunk_seconds is {expected:g}; tools/chunk_videos.py cuts chunks of "
+                "equal length"
+            )
+        return VideoError(f"{name}: has {found:.2f} s, but chunk_seconds is {expected:g}; set chunk_seconds={cure}")
+
+
+def _tolerance(expected: float) -> float:
+    """By how much a chunk may differ from its expected length."""
+    return min(_INEXACT_SHARE * expected, _INEXACT_SECONDS)

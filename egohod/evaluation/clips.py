@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import zlib
 from collections.abc import Mapping, Sequence
@@ -17,20 +18,23 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from egohod.config import UserError
-from egohod.data.annotations import MIN_SECONDS
 from egohod.data.decoders import KeptOpen, choose_decoder
-from egohod.data.files import LocalCache, Source, VideoError, open_root
-from egohod.data.frames import frame_times
+from egohod.data.files import LocalCache, Source, VideoError
+from egohod.data.frames import MIN_SECONDS
 from egohod.data.transforms import spatial_crops
-from egohod.data.video import ENDINGS, VideoStore
+from egohod.data.video import VideoStore
 from egohod.evaluation.protocols import Protocol
+
+# Part of what kept features depend on; counts up when the same settings show other frames.
+_SAMPLING = "2"
 
 
 @dataclass(frozen=True)
 class ClipList:
     """N clips below one video folder. ``start`` and ``end`` float64 [N] in seconds; an infinite end is the file's.
 
-    ``ids`` are for people; ``root``, ``layout`` and ``chunk_seconds`` as in :class:`~egohod.config.SourceConfig`.
+    ``ids`` are for people; ``root``, ``layout``, ``chunk_seconds`` and ``min_clip_seconds`` as in
+    :class:`~egohod.config.SourceConfig`.
     """
 
     ids: Sequence[str]
@@ -40,6 +44,7 @@ class ClipList:
     root: str
     layout: str = "auto"
     chunk_seconds: float = 15.0
+    min_clip_seconds: float | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -54,23 +59,6 @@ class ClipList:
             start=self.start[kept],
             end=self.end[kept],
         )
-
-
-def widened(start: NDArray[np.float64], end: NDArray[np.float64]) -> tuple[NDArray[np.float64], int]:
-    """Ends such that no clip is shorter than a second (SPEC 5, as upstream does), and how many that changed."""
-    short = end - start < MIN_SECONDS
-    return np.where(short, start + MIN_SECONDS, end), int(short.sum())
-
-
-class _Store(VideoStore):
-    """A video store that can be asked for files without decoding anything."""
-
-    def file(self, video: str, second: float) -> Source:
-        """The file in which ``second`` of a video lies. Raises :class:`VideoError`."""
-        try:
-            return self._find(self._checked(video), int(second // self._chunk_seconds))[1]
-        except OSError as error:
-            raise VideoError(f"{self.root}/{video}: cannot be read: {error.strerror or error}") from error
 
 
 class EvaluationDataset(Dataset[dict[str, Any]]):
@@ -96,9 +84,9 @@ class EvaluationDataset(Dataset[dict[str, Any]]):
         self.size = size
         self.num_frames = protocol.frames
         self.decoder, opener = choose_decoder(decoder)
-        self._opener = KeptOpen(opener)
-        self._store = _Store(clips.root, clips.layout, clips.chunk_seconds, self._opener, cache)
-        self._files = open_root(clips.root, cache)
+        self._store = VideoStore(
+            clips.root, clips.layout, clips.chunk_seconds, KeptOpen(opener), cache, clips.min_clip_seconds
+        )
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -114,10 +102,23 @@ class EvaluationDataset(Dataset[dict[str, Any]]):
         faults = {}
         for index, (video, start) in enumerate(zip(self.clips.videos, self.clips.start.tolist(), strict=True)):
             try:
-                self._store.file(video, start)
+                self._store.locate(video, start)
             except VideoError as error:
                 faults[index] = str(error)
         return faults
+
+    def length_note(self) -> str | None:
+        """How many clips are short, and how many of them were widened; None if none is short."""
+        clips, least = self.clips, self.clips.min_clip_seconds or MIN_SECONDS
+        short = np.flatnonzero(clips.end - clips.start < least).tolist()
+        widened = 0
+        for index in short:
+            video, start, end = self._clip(index)
+            with contextlib.suppress(VideoError):
+                widened += self._store.end_of(video, start, end, self.protocol.sampling) > end
+        if not short:
+            return None
+        return f"{len(short)} clips are shorter than {least:g} s: {widened} of them were widened to it"
 
     @cached_property
     def identities(self) -> list[str]:
@@ -138,17 +139,20 @@ class EvaluationDataset(Dataset[dict[str, Any]]):
         return [zlib.crc32(f"{video} {start:.3f} {end:.3f}".encode()) for video, start, end in told]
 
     def _identity(self, index: int) -> str:
-        video, start, end = self.clips.videos[index], self.clips.start[index], self.clips.end[index]
-        said = [self.clips.root, video, repr(float(start)), repr(float(end)), repr(self.clips.chunk_seconds)]
-        for second in (start, np.nextafter(end, start)) if np.isfinite(end) else (start,):
-            try:
-                file = self._store.file(video, float(second))
-            except VideoError:  # a clip may end beyond the video
-                continue
+        video, start, end = self._clip(index)
+        files: list[Source] = []
+        with contextlib.suppress(VideoError):
+            end = self._store.end_of(video, start, end, self.protocol.sampling)
+            files = self._store.locate(video, start, end)
+        told = [_SAMPLING, self.clips.root, video, repr(start), repr(end), repr(self.clips.chunk_seconds)]
+        for file in files:
             if isinstance(file, Path):
                 state = file.stat()
-                said += [str(file), str(state.st_size), str(state.st_mtime_ns)]
-        return hashlib.sha256("\0".join(said).encode()).hexdigest()
+                told += [str(file), str(state.st_size), str(state.st_mtime_ns)]
+        return hashlib.sha256("\0".join(told).encode()).hexdigest()
+
+    def _clip(self, index: int) -> tuple[str, float, float]:
+        return self.clips.videos[index], float(self.clips.start[index]), float(self.clips.end[index])
 
     def restricted(self, kept: NDArray[np.bool_]) -> EvaluationDataset:
         """The clips where ``kept`` [N] is true."""
@@ -161,33 +165,13 @@ class EvaluationDataset(Dataset[dict[str, Any]]):
 
     def _views(self, index: int) -> Tensor:
         """[views, 3, T, size, size]: all crops of the first window first."""
-        video, start, end = self.clips.videos[index], float(self.clips.start[index]), float(self.clips.end[index])
+        video, start, end = self._clip(index)
         protocol = self.protocol
         if protocol.whole_files:
-            frames = self._whole_file(video)
+            frames = self._store.read_file(video, lambda total: frame_numbers(protocol, total))
         else:
             frames = self._store.read(video, start, end, self.num_frames, rule=protocol.sampling).pictures[None]
         return torch.cat([spatial_crops(window, self.size, protocol.crops, protocol.resize) for window in frames])
-
-    def _whole_file(self, video: str) -> NDArray[np.uint8]:
-        """Frames of a whole file, uint8 [windows, T, H, W, 3]."""
-        for ending in ENDINGS:
-            try:
-                source = self._files.open(f"{video}{ending}")
-            except FileNotFoundError:
-                continue
-            decoder = self._opener(source, self._files.name_of(f"{video}{ending}"))
-            try:
-                total = max(1, round(decoder.duration * decoder.fps))
-                wanted = frame_numbers(self.protocol, total)
-                # Windows overlap: each frame is decoded once.
-                distinct, place = np.unique(np.minimum(wanted, total - 1), return_inverse=True)
-                pictures = decoder.read_at(frame_times(distinct, decoder.fps))[place.reshape(wanted.shape)]
-                pictures[wanted >= total] = 0
-                return pictures
-            finally:
-                decoder.close()
-        raise VideoError(f"{self._files.name_of(video)}.mp4: no such file")
 
 
 def frame_numbers(protocol: Protocol, total: int) -> NDArray[np.int64]:

@@ -97,5 +97,6 @@ def _listed(
         video if np.isinf(end) else f"{video} {start:.2f}-{end:.2f} s"
         for video, start, end in zip(videos, starts, ends, strict=True)
     ]
-    made = ClipList(ids, videos, np.array(starts, float), np.array(ends, float), root, layout, chunk_seconds)
+    # Never widened: a window of half a second is meant to be one.
+    made = ClipList(ids, videos, np.array(starts, float), np.array(ends, float), root, layout, chunk_seconds, 0.0)
     return Listing(made, [texts[row] for row in order] if texts else [""] * len(clips), list(faults))

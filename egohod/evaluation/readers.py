@@ -11,6 +11,7 @@ charades_ego  CharadesEgo_v1_test_only1st.csv and Charades_v1_classes.txt
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,10 +25,11 @@ import pyarrow as pa
 from egohod.config import BenchmarkConfig, SourceConfig
 from egohod.data.annotations import seconds
 from egohod.data.csv_files import AnnotationError, integers, read_csv
+from egohod.data.frames import MIN_SECONDS
 from egohod.data.relevancy import sentence_texts
 from egohod.data.table import ClipTable
 from egohod.evaluation.classification import ClassificationTable, MultiLabelTable
-from egohod.evaluation.clips import ClipList, widened
+from egohod.evaluation.clips import ClipList
 from egohod.evaluation.multiple_choice import Question, QuestionTable
 from egohod.evaluation.protocols import Protocol
 from egohod.evaluation.relevancy import csv_relevancy
@@ -72,21 +74,13 @@ def read_labels(config: BenchmarkConfig, protocol: Protocol, cache: Path | None)
     source = SourceConfig(metadata=str(path), root=config.root or "", format="labels", columns=config.columns)
     table = ClipTable.read(source, strict=True)
     names, labels = np.unique([str(label).strip() for label in table.column("label")], return_inverse=True)
-    clips = ClipList(
-        [str(i + 1) for i in range(len(table))],
-        [str(video) for video in table.column("video_id")],
-        table.column("start_second"),
-        table.column("end_second"),
-        config.root or "",
-        config.layout,
-        config.chunk_seconds,
-    )
+    clips = _table_clips([str(i + 1) for i in range(len(table))], table, config)
     texts = names.tolist()
     keys = [(name,) for name in texts]
     made = ClassificationTable(
         "action", texts, np.arange(len(texts)), labels, {}, texts, class_keys=keys, key_columns=["label"]
     )
-    return Content(clips, [made], [f"{table.report.widened} clips were widened to 1 s"] if table.report.widened else [])
+    return Content(clips, [made], _backwards(table.report.backwards))
 
 
 def read_own(config: BenchmarkConfig, protocol: Protocol, cache: Path | None) -> Content:
@@ -104,15 +98,7 @@ def read_own(config: BenchmarkConfig, protocol: Protocol, cache: Path | None) ->
     if len(set(uids)) < len(uids):
         again = next(i for i, uid in enumerate(uids) if uid in uids[:i])
         raise AnnotationError(f"{table.where(again)}: uid '{uids[again]}' occurs twice")
-    clips = ClipList(
-        uids,
-        [str(video) for video in table.column("video_id")],
-        table.column("start_second"),
-        table.column("end_second"),
-        root,
-        config.layout,
-        config.chunk_seconds,
-    )
+    clips = _table_clips(uids, table, config)
     actions = table.column("action").astype(str) if "action" in columns else None
     tables: list[EvaluationTable] = [_own_retrieval(table, uids, actions, path.with_name("relevancy.csv"))]
     if (classes := path.with_name("classes.csv")).exists():
@@ -121,8 +107,18 @@ def read_own(config: BenchmarkConfig, protocol: Protocol, cache: Path | None) ->
         tables.append(_own_classes(actions, classes))
     if (questions := path.with_name("questions.jsonl")).exists():
         tables.append(read_questions(questions, uids))
-    notes = [f"{table.report.widened} clips were widened to 1 s"] if table.report.widened else []
-    return Content(clips, tables, notes)
+    return Content(clips, tables, _backwards(table.report.backwards))
+
+
+def _forwards(start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, int]:
+    """Ends after the starts, and how many were not: what has no length is given a second."""
+    backwards = end <= start
+    return np.where(backwards, start + MIN_SECONDS, end), int(backwards.sum())
+
+
+def _backwards(count: int) -> list[str]:
+    """A note on the clips whose end was mended."""
+    return [f"{count} clips end before they begin and were given {MIN_SECONDS:g} s"] if count else []
 
 
 def _own_retrieval(table: ClipTable, uids: list[str], actions: np.ndarray | None, path: Path) -> RetrievalTable:
@@ -316,10 +312,9 @@ def _class_names(table: pd.DataFrame, path: Path, names: dict[tuple[int, int], s
 
 def _ek100_clips(table: pd.DataFrame, path: Path, config: BenchmarkConfig) -> tuple[ClipList, list[str]]:
     start, end = (_clock(table, name, path) for name in ("start_timestamp", "stop_timestamp"))
-    end, short = widened(start, end)
-    notes = [f"{short} clips shorter than 1 s were widened to it"] if short else []
+    end, backwards = _forwards(start, end)
     ids, videos = table["narration_id"].tolist(), table["video_id"].tolist()
-    return ClipList(ids, videos, start, end, config.root or "", config.layout, config.chunk_seconds), notes
+    return _clips(ids, videos, start, end, config), _backwards(backwards)
 
 
 def _clock(table: pd.DataFrame, column: str, path: Path) -> np.ndarray:
@@ -405,12 +400,10 @@ def read_egomcq(config: BenchmarkConfig, protocol: Protocol, cache: Path | None)
         questions.append(Question(kind, False, text, rows, answer))
     videos, starts, ends = zip(*clips, strict=True)
     start = np.maximum(np.array(starts, dtype=np.float64), 0)
-    end, short = widened(start, np.array(ends, dtype=np.float64))
+    end, backwards = _forwards(start, np.array(ends, dtype=np.float64))
     ids = [f"{video}:{a:.2f}-{b:.2f}" for video, a, b in clips]
-    made = ClipList(ids, list(videos), start, end, config.root or "", config.layout, config.chunk_seconds)
-    return Content(
-        made, [QuestionTable(list(texts), questions)], [f"{short} clips shorter than 1 s were widened"] if short else []
-    )
+    made = _clips(ids, list(videos), start, end, config)
+    return Content(made, [QuestionTable(list(texts), questions)], _backwards(backwards))
 
 
 def read_charades_ego(config: BenchmarkConfig, protocol: Protocol, cache: Path | None) -> Content:
@@ -442,8 +435,19 @@ READERS: dict[str, Reader] = {
 
 
 def _whole_files(ids: list[str], videos: list[str], config: BenchmarkConfig) -> ClipList:
-    start = np.zeros(len(ids))
-    return ClipList(ids, videos, start, np.full(len(ids), np.inf), config.root or "", "whole", config.chunk_seconds)
+    made = _clips(ids, videos, np.zeros(len(ids)), np.full(len(ids), np.inf), config)
+    return dataclasses.replace(made, layout="whole")
+
+
+def _table_clips(ids: list[str], table: ClipTable, config: BenchmarkConfig) -> ClipList:
+    videos = [str(video) for video in table.column("video_id")]
+    return _clips(ids, videos, table.column("start_second"), table.column("end_second"), config)
+
+
+def _clips(ids: list[str], videos: list[str], start: np.ndarray, end: np.ndarray, config: BenchmarkConfig) -> ClipList:
+    return ClipList(
+        ids, videos, start, end, config.root or "", config.layout, config.chunk_seconds, config.min_clip_seconds
+    )
 
 
 def _find(config: BenchmarkConfig, name: str) -> Path:

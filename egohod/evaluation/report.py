@@ -58,7 +58,7 @@ def report(
         flat |= {f"{benchmark.name}/{name}": value for name, value in measured.flat().items()}
     log.info("results\n%s", table(flat))
     for benchmark, measured in found:
-        for note in [*benchmark.notes, *_coverage(measured)]:
+        for note in _notes(benchmark, measured):
             log.info("%s: %s", benchmark.name, note)
     described = {
         benchmark.name: describe(benchmark, measured, PUBLISHED.get(published or "", {}))
@@ -107,7 +107,7 @@ def describe(benchmark: Benchmark, measured: Measured, published: Mapping[str, f
         "evaluated": len(measured.kept),
         "partial": len(measured.kept) < report.clips,
         "missing": [report.faults[i] for i in sorted(report.faults)],
-        "notes": [*benchmark.notes, *_coverage(measured)],
+        "notes": _notes(benchmark, measured),
         "timing": {
             "seconds": seconds,
             "clips_per_second": encoded / seconds if seconds and encoded else None,
@@ -131,6 +131,7 @@ def details(benchmark: Benchmark, measured: Measured) -> dict[str, Any]:
             "root": clips.root,
             "layout": clips.layout,
             "chunk_seconds": clips.chunk_seconds,
+            "min_clip_seconds": clips.min_clip_seconds,
             "id": [clips.ids[i] for i in rows],
             "video": [clips.videos[i] for i in rows],
             "start": [float(clips.start[i]) for i in rows],
@@ -207,6 +208,12 @@ def _number(score: Score) -> dict[str, Any]:
 def _drop(plain: Score, under: Score) -> dict[str, Any]:
     value, interval = plain.drop_to(under)
     return {"drop": value, "drop_interval": list(interval)}
+
+
+def _notes(benchmark: Benchmark, measured: Measured) -> list[str]:
+    """What a report must not hide."""
+    lengths = benchmark.dataset.length_note()
+    return [*benchmark.notes, *([lengths] if lengths else []), *_coverage(measured)]
 
 
 def _coverage(measured: Measured) -> list[str]:

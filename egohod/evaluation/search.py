@@ -71,7 +71,9 @@ def contact_sheet(hits: Sequence[Hit], index: Any, decoder: str = "auto", root: 
     A hit whose video cannot be read has an empty place. Raises :class:`UserError` if the folder is gone.
     """
     _, opener = choose_decoder(decoder)
-    store = VideoStore(root or index["root"], index["layout"], float(index["chunk_seconds"]), opener)
+    store = VideoStore(
+        root or index["root"], index["layout"], float(index["chunk_seconds"]), opener, min_clip_seconds=0.0
+    )
     strips = []
     for hit in hits:
         try:

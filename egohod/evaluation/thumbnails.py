@@ -34,7 +34,10 @@ class Thumbnails:
         """Clips of which there is no picture because they could not be read."""
         try:
             _, opener = choose_decoder(decoder)
-            self._store = VideoStore(clips["root"], clips["layout"], float(clips["chunk_seconds"]), opener)
+            self._store = VideoStore(
+                clips["root"], clips["layout"], float(clips["chunk_seconds"]), opener,
+                min_clip_seconds=clips.get("min_clip_seconds"),
+            )  # fmt: skip
         except UserError as error:
             log.warning("no thumbnails: %s", error)
 

@@ -50,6 +50,7 @@ def make_stages(cfg: HodConfig, source: ClipSource, text_of: Callable[[int], str
         # Which files a clip's frames lie in, and where in them. The folders are left out: they differ by machine.
         "layout": cfg.source.layout,
         "chunk_seconds": cfg.source.chunk_seconds,
+        "min_clip_seconds": cfg.source.min_clip_seconds,
     }
     tracks = {name: value for name, value in vars(cfg.tracks).items() if name != "camera"}
     return [

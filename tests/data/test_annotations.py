@@ -32,7 +32,7 @@ def test_egoclip(tmp_path: Path) -> None:
     table = read(path)
     assert clips(table) == [
         ("a-1", 2.0, 4.0, ('#C C cuts the "red" onion',)),
-        ("a-1", 8.5, 9.5, ("#C C looks",)),  # widened to a second
+        ("a-1", 8.5, 9.25, ("#C C looks",)),
     ]
     assert table.column("tag_noun").tolist() == ["[5, 7]", "[]"]
 

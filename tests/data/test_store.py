@@ -1,19 +1,26 @@
 """Layouts, chunk borders, ends of videos, and files that are no videos."""
 
+import logging
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from video_files import DECODERS, encode, encode_sound, numbers, opener
+from video_files import DECODERS, DISTINCT, encode, encode_sound, numbers, opener
 
-from egohod.config import UserError
-from egohod.data.frames import segment_indices
+from egohod.config import SourceConfig, UserError
+from egohod.data.files import LocalFolder
+from egohod.data.frames import floored_midpoints, segment_indices
+from egohod.data.source import ClipSource
+from egohod.data.table import ClipTable
 from egohod.data.video import VideoError, VideoStore
 
 
-def store(root: Path, layout: str = "auto", decoder: str = "pyav", chunk: float = 2.0) -> VideoStore:
-    return VideoStore(root, layout, chunk, opener(decoder))
+def store(
+    root: Path, layout: str = "auto", decoder: str = "pyav", chunk: float = 2.0, least: float | None = 0.0
+) -> VideoStore:
+    return VideoStore(root, layout, chunk, opener(decoder), min_clip_seconds=least)
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +203,184 @@ def test_no_file_is_left_open(videos: Path, tmp_path: Path, decoder: str) -> Non
         with pytest.raises(VideoError):
             reader.read("whole", 50, 51, 4)
     assert len(os.listdir("/proc/self/fd")) <= before
+
+
+@pytest.mark.parametrize("video", ["whole", "cut", "avion"])
+@pytest.mark.parametrize(("rule", "whole", "chunks"), [("middle", 3, 10), ("upstream", 6, 10), ("lavila", 3, 6)])
+def test_only_chunks_widen_a_short_clip(videos: Path, video: str, rule: str, whole: int, chunks: int) -> None:
+    """0.3 s at 10 fps are 3 frames; a second 10; some loaders show at least as many frames as they are asked for."""
+    read = store(videos, least=None).read(video, 1.0, 1.3, 6, rule=rule)
+    assert read.numbers.tolist() == segment_indices(10, 10 + (whole if video == "whole" else chunks), 6).tolist()
+    assert numbers(read.pictures) == read.numbers.tolist()
+
+
+def test_avions_rule_widens_nothing(videos: Path) -> None:
+    for video, frames in (("whole", 6), ("cut", 3), ("avion", 3)):
+        read = store(videos, least=None).read(video, 1.0, 1.3, 6, rule="avion")
+        assert read.numbers.tolist() == floored_midpoints(10, 10 + frames, 6).tolist()
+
+
+@pytest.mark.parametrize("video", ["whole", "cut", "avion"])
+def test_the_shortest_clip_can_be_chosen(videos: Path, video: str) -> None:
+    for least, shown in ((0.0, 3), (0.5, 5), (2.5, 25)):
+        read = store(videos, least=least).read(video, 1.0, 1.3, 6)
+        assert numbers(read.pictures) == segment_indices(10, 10 + shown, 6).tolist()
+
+
+def test_training_and_fine_tuning_read_clips_as_their_source_says(videos: Path, tmp_path: Path) -> None:
+    (tmp_path / "P01/videos").mkdir(parents=True)
+    shutil.copy(videos / "whole.mp4", tmp_path / "P01/videos/P01_101.MP4")
+    shutil.copytree(videos / "cut", tmp_path / "cut")
+    (tmp_path / "clips.csv").write_text("video_id,start_second,end_second,text\nP01_101,1,1.3,a\ncut,1,1.3,b\n")
+    for least, whole, chunks in ((None, 3, 10), (0.0, 3, 3), (2.0, 20, 20)):
+        config = SourceConfig(
+            metadata=str(tmp_path / "clips.csv"), root=str(tmp_path), chunk_seconds=2.0, min_clip_seconds=least
+        )
+        source = ClipSource(ClipTable.read(config), config, opener("pyav"))
+        for row, frames in ((0, whole), (1, chunks)):
+            shown = source.read(source.table.row(row), 6, None).pictures
+            assert numbers(shown) == segment_indices(10, 10 + frames, 6).tolist()
+
+
+EGTEA = "OP01-R01-PastaSalad-1002316-1004005-F024051-F024101"
+EGO4D = "000786a7-3f9d-4fe6-bfb3-045b368f7d44"
+TREES = {
+    "P01/videos/P01_101.MP4": "P01_101",
+    "EPIC-KITCHENS/P01/videos/P01_01.MP4": "P01_01",
+    "P22/P22_107.MP4": "P22_107",
+    "P01/videos/P01_102.MP4": "P01/P01_102",
+    "P02/P02_09.MP4/0.MP4": "P02_09",
+    "P02/P02_10.mp4/0.mp4": "P02_10",
+    "full_scale/" + EGO4D + ".mp4": EGO4D,
+    "v2/full_scale/" + EGO4D + ".mp4": EGO4D,
+    "v1/clips/" + EGO4D + ".mp4": EGO4D,
+    "video_540ss/" + EGO4D + ".mp4": EGO4D,
+    "OP01-R01-PastaSalad/" + EGTEA + ".mp4": EGTEA,
+    "cropped_clips/OP01-R01-PastaSalad/" + EGTEA + ".mp4": "OP01-R01-PastaSalad/" + EGTEA,
+    EGTEA + ".mp4": "OP01-R01-PastaSalad/" + EGTEA,
+    "videos/OP01-R01-PastaSalad.mp4": "OP01-R01-PastaSalad",
+    "Charades_v1_480/001YG.mp4": "001YG",
+    "CharadesEgo_v1_480/005BUEGO.mp4": "005BUEGO",
+}
+
+
+@pytest.mark.parametrize("path", TREES)
+def test_datasets_are_found_as_their_owners_lay_them_out(videos: Path, tmp_path: Path, path: str) -> None:
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(videos / "cut" / "0000.mp4", tmp_path / path)
+    layout = "avion" if path.endswith(("/0.MP4", "/0.mp4")) else "whole"
+    for asked in ("auto", layout):
+        reader = store(tmp_path, asked)
+        assert numbers(reader.read(TREES[path], 0.5, 1.5, 4).pictures) == segment_indices(5, 15, 4).tolist()
+        assert reader.locate(TREES[path], 0.5, 1.5) == [tmp_path / path]
+        if layout == "whole":
+            shown = reader.read_file(TREES[path], lambda total: np.arange(0, total, 5)[None])
+            assert numbers(shown[0]) == [0, 5, 10, 15]
+    with pytest.raises(VideoError, match="no such file"):
+        store(tmp_path, "chunks").read(TREES[path], 0.5, 1.5, 4)
+
+
+def test_a_video_that_is_nowhere_is_named_where_it_was_expected_first(tmp_path: Path) -> None:
+    with pytest.raises(VideoError) as caught:
+        store(tmp_path).read("P01_101", 20, 22, 4)
+    assert str(caught.value) == (
+        f"{tmp_path}/P01_101.mp4: no such file (nor P01/videos/P01_101.mp4, P01/P01_101.mp4, "
+        "EPIC-KITCHENS/P01/videos/P01_101.mp4, P01_101/0010.mp4, P01_101.mp4/20.mp4, P01/P01_101.mp4/20.mp4)"
+    )
+    with pytest.raises(VideoError, match=r"own\.mp4: no such file$"):
+        store(tmp_path, "whole").read("own", 20, 22, 4)
+
+
+def test_a_video_is_looked_for_once(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "EPIC-KITCHENS/P01/videos").mkdir(parents=True)
+    shutil.copy(videos / "whole.mp4", tmp_path / "EPIC-KITCHENS/P01/videos/P01_01.MP4")
+    shutil.copy(videos / "whole.mp4", tmp_path / "own.mp4")
+    looked: list[str] = []
+    inner = LocalFolder.open
+    monkeypatch.setattr(
+        LocalFolder, "open", lambda self, key, **more: (looked.append(key), inner(self, key, **more))[1]
+    )
+    reader = store(tmp_path)
+    for video, most in (("own", 6), ("P01_01", 20)):
+        looked.clear()
+        reader.read(video, 0, 1, 4)
+        assert len(looked) <= most
+        looked.clear()
+        reader.read(video, 2, 3, 4)
+        assert len(looked) == 1
+
+
+def cut(folder: Path, lengths: list[int], name: str = "{number:04d}.mp4") -> None:
+    """A video of frames that count on, in chunks of so many frames, 10 a second."""
+    first = 0
+    for number, length in enumerate(lengths):
+        encode(folder / name.format(number=number, second=f"{first / 10:g}"), length, first=first)
+        first += length
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("second", [0.5, 2.5, 4.5, 6.5])
+def test_longer_chunks_than_expected_are_refused_with_the_cure(tmp_path: Path, decoder: str, second: float) -> None:
+    """Second 2.5 is in the chunk 0000, but the chunk 0001 would show second 6.5, and 4.5 the last one's 8.5."""
+    cut(tmp_path / "v", [40, 40, 15])
+    said = r"v/000[01]\.mp4: has 4\.00 s, but chunk_seconds is 2; set chunk_seconds=4 if all but the last have"
+    reader = store(tmp_path, decoder=decoder)
+    for _ in range(2):
+        with pytest.raises(VideoError, match=said):
+            reader.read("v", second, second + 1.0, 4)
+    read = store(tmp_path, decoder=decoder, chunk=4.0).read("v", second, second + 1.0, 4)
+    assert read.numbers.tolist() == segment_indices(round(10 * second), round(10 * second) + 10, 4).tolist()
+    assert numbers(read.pictures) == (read.numbers % DISTINCT).tolist()
+
+
+def test_a_single_long_chunk_does_not_tell_the_length_of_all(tmp_path: Path) -> None:
+    cut(tmp_path / "v", [35])
+    for second in (0.5, 2.5):
+        with pytest.raises(
+            VideoError, match=r"0000\.mp4: has 3\.50 s, but chunk_seconds is 2; set chunk_seconds=the length"
+        ):
+            store(tmp_path).read("v", second, second + 0.5, 4)
+
+
+def test_shorter_chunks_than_expected_are_refused_unless_they_are_the_last(tmp_path: Path) -> None:
+    cut(tmp_path / "v", [20, 10, 20, 12])
+    with pytest.raises(VideoError, match=r"0001\.mp4: has 1\.00 s, but chunk_seconds is 2; set chunk_seconds=1 if all"):
+        store(tmp_path).read("v", 2.1, 2.9, 4)
+    with pytest.raises(VideoError, match=r"0001\.mp4: has 1\.00 s"):
+        store(tmp_path).read("v", 1.5, 2.5, 4)
+
+
+def test_chunks_named_by_their_start_tell_their_own_length(tmp_path: Path) -> None:
+    """LaViLa's 5 minutes where 15 s are expected, 15 s where 5 minutes are, and any cut between."""
+    for lengths in ([15, 15, 15, 10], [20, 20, 15], [15, 25, 5, 10]):
+        folder = tmp_path / "-".join(map(str, lengths))
+        cut(folder / "v.mp4", lengths, "{second}.mp4")
+        for chunk in (1.0, 2.0, 4.0, 15.0):
+            reader = store(folder, chunk=chunk)
+            for start, end in ((0.2, 0.9), (1.7, 2.5), (2.5, 3.5), (3.5, 4.5), (1.2, 4.9), (4.6, 5.4), (0.5, 5.4)):
+                read = reader.read("v", start, end, 5)
+                expected = segment_indices(round(start * 10), round(end * 10), 5).tolist()
+                assert numbers(read.pictures) == read.numbers.tolist() == expected
+
+
+def test_a_lost_chunk_is_named_though_names_tell_the_lengths(tmp_path: Path) -> None:
+    cut(tmp_path / "v.mp4", [20, 20, 20], "{second}.mp4")
+    (tmp_path / "v.mp4" / "2.mp4").unlink()
+    with pytest.raises(VideoError, match=r"v\.mp4/2\.mp4: no such file"):
+        store(tmp_path).read("v", 2.5, 3.5, 4)
+    for chunk, (start, end) in ((2.0, (1.5, 4.5)), (15.0, (0.5, 1.5)), (15.0, (2.5, 4.5))):
+        with pytest.raises(VideoError, match=r"0\.mp4: has 2\.00 s, but the next chunk begins 4 s after it"):
+            store(tmp_path, chunk=chunk).read("v", start, end, 4)
+    assert numbers(store(tmp_path, chunk=15.0).read("v", 4.5, 5.5, 4).pictures) == segment_indices(45, 55, 4).tolist()
+
+
+def test_chunks_cut_at_key_frames_are_warned_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for video in ("a", "b"):
+        cut(tmp_path / video, [154, 148, 30])
+    reader = store(tmp_path, chunk=15.0)
+    with caplog.at_level(logging.WARNING):
+        for video in ("a", "b"):
+            reader.read(video, 3.0, 4.0, 4)
+            reader.read(video, 20.0, 21.0, 4)
+    assert caplog.text.count("not cut exactly") == 1
+    assert "a/0000.mp4: has 15.40 s instead of 15" in caplog.text

@@ -67,11 +67,11 @@ def test_list_literals(tmp_path: Path) -> None:
 def test_mends_and_counts(tmp_path: Path) -> None:
     rows = ["v,5,3,backwards", "v,5,5.2,short", "v,-0.5,3,early", "v,1,3,", "v,1,3,  ", "v,1,2,fine"]
     clips = table(tmp_path, HEADER + "\n".join(rows) + "\n")
-    assert [(clips.row(i).start, clips.row(i).end) for i in range(4)] == [(5, 6), (5, 6), (0, 3), (1, 2)]
+    assert [(clips.row(i).start, clips.row(i).end) for i in range(4)] == [(5, 6), (5, 5.2), (0, 3), (1, 2)]
     report = clips.report
-    assert (report.rows, report.widened, report.negative_start) == (4, 2, 1)
+    assert (report.rows, report.short, report.backwards, report.negative_start) == (4, 1, 1, 1)
     assert report.left_out == {"no narration": 2}
-    assert "2 widened to 1 s" in str(report)
+    assert "1 shorter than 1 s, 1 ended before they began and were given 1 s" in str(report)
     assert clips.row(3).row == 6  # counted in the file, not in what is left of it
 
 
@@ -174,14 +174,18 @@ def test_only_asked_for_columns_are_kept(tmp_path: Path) -> None:
 
 
 def test_an_exclude_list_leaves_clips_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = write(tmp_path / "clips.csv", HEADER + "v,0,2,x\nv,3,3.2,y\nw,0,2,z\n")
-    exclude = write(tmp_path / "bad.csv", "video_id,start_second,end_second,reason\nv,3.0,4.0,no such file\n")
-    clips = ClipTable.read(SourceConfig(metadata=str(path), exclude=str(exclude)))
-    assert [clips.row(i).row for i in range(len(clips))] == [1, 3]
-    assert clips.report.left_out == {"on the exclude list": 1}
+    path = write(tmp_path / "clips.csv", HEADER + "v,0,2,x\nv,3,3.2,y\nw,0,2,z\nw,3,4,a\nw,3,3.2,b\n")
+    # The list holds the clip's own times, or those to which short clips were once widened; a clip of just these times
+    # is meant itself.
+    for end in ("3.2", "4.0"):
+        listed = f"v,3.0,{end},no such file\nw,3.0,4.0,no such file\n"
+        exclude = write(tmp_path / "bad.csv", "video_id,start_second,end_second,reason\n" + listed)
+        clips = ClipTable.read(SourceConfig(metadata=str(path), exclude=str(exclude)))
+        assert [clips.row(i).row for i in range(len(clips))] == [1, 3, 5]
+        assert clips.report.left_out == {"on the exclude list": 2}
     for content, warned in (("", False), ("x,3.0,4.0\n", True)):
         write(exclude, "video_id,start_second,end_second\n" + content)
-        assert len(ClipTable.read(SourceConfig(metadata=str(path), exclude=str(exclude)))) == 3
+        assert len(ClipTable.read(SourceConfig(metadata=str(path), exclude=str(exclude)))) == 5
         assert ("names no clip of this table" in caplog.text) == warned
     for content, said in (
         ("video,start\n", "not an exclude list"),

@@ -170,3 +170,18 @@ def test_a_picture_of_a_batch(folder: Path, inside: Command) -> None:
         show_batch.main([*options, "--output", f"{folder}/none.png", "--strict"])
     assert show_batch.main([*options, "--output", f"{folder}/none.png", "--dry_run"]) == 0
     assert not (folder / "none.png").exists()
+
+
+def test_chunks_of_another_length_are_reported(tmp_path: Path) -> None:
+    """Every moment is there to be read, but not the one that the file's name stands for."""
+    for number in range(3):
+        encode(tmp_path / "videos" / "v" / f"{number:04d}.mp4", 300, first=300 * number)
+    (tmp_path / "clips.csv").write_text(HEADER + "v,3,5,a\nv,21,23,b\nv,55,57,c\n")
+    config = SourceConfig(metadata=str(tmp_path / "clips.csv"), root=str(tmp_path / "videos"))
+    for seconds, faults in ((15.0, 3), (30.0, 0)):
+        config.chunk_seconds = seconds
+        clips = ClipSource(ClipTable.read(config), config, choose_decoder("pyav")[1])
+        verdict = Verifier("own", clips, tmp_path).run(0, nothing)
+        assert len(verdict.faults) == faults
+        assert len(verdict.reasons) == min(faults, 1)
+        assert all("has 30.00 s, but chunk_seconds is 15; set chunk_seconds=30" in why for _, why in verdict.faults)

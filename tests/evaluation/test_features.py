@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from egohod.config import UserError
 from egohod.evaluation.baseline import FrameAverage
 from egohod.evaluation.benchmarks import Benchmark, benchmark, execution_of
-from egohod.evaluation.clips import frame_numbers
+from egohod.evaluation.clips import EvaluationDataset, frame_numbers
 from egohod.evaluation.embed import embed_clips
 from egohod.evaluation.feature_cache import FeatureCache, fingerprint
 from egohod.evaluation.protocols import PROTOCOLS, Protocol
@@ -96,6 +96,14 @@ def test_features_are_never_mixed_up(formats: Path, tmp_path: Path) -> None:
     renamed = cached(formats, "own", tmp_path)
     renamed.dataset.protocol = dataclasses.replace(renamed.dataset.protocol, name="x", source="y", prompts="z")
     assert computed(renamed) == 0
+    widened = cached(formats, "own", tmp_path)
+    lengths = widened.dataset.clips.end - widened.dataset.clips.start
+    least = float(np.median(lengths))
+    widened.dataset = EvaluationDataset(
+        dataclasses.replace(widened.dataset.clips, min_clip_seconds=least), widened.dataset.protocol,
+        size=widened.dataset.size, decoder="pyav",
+    )  # fmt: skip
+    assert computed(widened) == 2 * int((lengths < least).sum())
     video = next((formats / "videos").glob("*/0000.mp4"))
     os.utime(video, (1, 1))
     changed = computed(cached(formats, "own", tmp_path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -18,11 +19,13 @@ from egohod.config import BenchmarkConfig, UserError
 from egohod.data.csv_files import AnnotationError
 from egohod.evaluation.benchmarks import Benchmark, asked, benchmark, execution_of
 from egohod.evaluation.classification import ClassificationTable, MultiLabelTable
+from egohod.evaluation.clips import EvaluationDataset
 from egohod.evaluation.multiple_choice import QuestionTable
 from egohod.evaluation.protocols import PROTOCOLS
 from egohod.evaluation.readers import READERS, Content, read_ek100_cls, read_own
 from egohod.evaluation.retrieval import RetrievalTable
 from egohod.evaluation.tables import EvaluationTable
+from tests.data.video_files import encode
 
 KINDS = ["ek100_mir", "ek100_cls", "egtea", "egomcq", "charades_ego", "own"]
 
@@ -149,6 +152,61 @@ def test_the_real_sentences_are_the_narrations_of_their_ids(shared: Path) -> Non
         "looking for something": "count",
         "count": "stir",
     }
+
+
+def test_the_short_clips_of_ek100_are_counted_and_widened_in_chunks_only(shared: Path, tmp_path: Path) -> None:
+    """15.7 % of its test clips are shorter than a second; published numbers show them as they are."""
+    metadata = str(shared / "annotations/epic-kitchens-100")
+    content = READERS["ek100_mir"](BenchmarkConfig(metadata=metadata, root=str(tmp_path)), PROTOCOLS["clean"], None)
+    clips = content.clips
+    short = clips.end - clips.start < 1
+    assert (len(clips), int(short.sum()), content.notes) == (9668, 1519, [])
+    first = int(np.flatnonzero(short)[0])
+    video, start, end = clips.videos[first], clips.start[first], clips.end[first]
+    for folder, names in (
+        ("tree", [f"{video[:3]}/videos/{video}.MP4"]),
+        ("chunks", [f"{video}/{n:04d}.mp4" for n in range(2)]),
+    ):
+        for number, name in enumerate(names):
+            encode(tmp_path / folder / name, 150, first=150 * number)
+        there = dataclasses.replace(
+            clips.restricted(np.arange(len(clips)) == first), root=str(tmp_path / folder), start=np.array([3.0]),
+            end=np.array([3.0 + end - start]),
+        )  # fmt: skip
+        dataset = EvaluationDataset(there, PROTOCOLS["clean"], size=32, decoder="pyav")
+        assert dataset.missing() == {}
+        assert dataset[0]["fault"] is None
+        widened = 0 if folder == "tree" else 1
+        assert dataset.length_note() == f"1 clips are shorter than 1 s: {widened} of them were widened to it"
+    exact = BenchmarkConfig(metadata=metadata, root=str(tmp_path), min_clip_seconds=0.0)
+    unwidened = dataclasses.replace(
+        there, min_clip_seconds=READERS["ek100_mir"](exact, PROTOCOLS["clean"], None).clips.min_clip_seconds
+    )
+    other = EvaluationDataset(unwidened, PROTOCOLS["clean"], size=32, decoder="pyav")
+    assert other.length_note() == "1 clips are shorter than 1 s: 0 of them were widened to it"
+    assert other.identities != dataset.identities
+    assert not torch.equal(other[0]["video"], dataset[0]["video"])
+
+
+@pytest.mark.parametrize("kind", ["egtea", "charades_ego"])
+def test_benchmarks_of_whole_files_find_their_videos_where_their_owners_put_them(
+    formats: Path, tmp_path: Path, kind: str
+) -> None:
+    """Whichever frames a protocol shows: the middles of a clip's parts, or some of the whole file."""
+    usual = settings(formats, kind)
+    names = read(formats, kind).clips.videos
+    below = {"egtea": "cropped_clips", "charades_ego": "CharadesEgo_v1_480"}[kind]
+    renamed = names if kind == "egtea" else [f"{row:04d}ZEGO" for row in range(len(names))]
+    for old, new in zip(names, renamed, strict=True):
+        path = tmp_path / below / f"{new}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(f"{usual.root}/{old}.mp4")
+    for protocol in ("clean", "whole_clip", "lavila_10x3"):
+        at_home = EvaluationDataset(read(formats, kind).clips, PROTOCOLS[protocol], size=32, decoder="pyav")
+        clips = dataclasses.replace(at_home.clips, videos=renamed, root=str(tmp_path))
+        moved = EvaluationDataset(clips, PROTOCOLS[protocol], size=32, decoder="pyav")
+        assert moved.missing() == {}
+        assert torch.equal(moved[3]["video"], at_home[3]["video"])
 
 
 def test_class_prompts_follow_the_protocol(formats: Path, tmp_path: Path) -> None:
