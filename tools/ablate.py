@@ -33,6 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from egohod import cli, config
 from egohod.config import Config, UserError
+from egohod.data.text_files import read_lines
 from egohod.demo import make_world
 from egohod.demo.benchmarks import write_benchmarks
 from egohod.demo.world import Variant
@@ -199,7 +200,7 @@ def train(run: Run) -> float:
 def steps_of(run: Run) -> list[dict[str, float]]:
     """The lines of a run's metrics.jsonl."""
     path = run.folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [json.loads(line) for line in read_lines(path)] if path.exists() else []
 
 
 def gather(study: Study, runs: Sequence[Run], tuned: bool) -> dict[str, Any]:

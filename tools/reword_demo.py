@@ -23,6 +23,7 @@ import pandas as pd
 
 from egohod import cli
 from egohod.config import UserError
+from egohod.data.text_files import read_lines
 from egohod.demo.motion import VERBS
 
 SPLITS = ("val", "test")
@@ -89,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
                 for uid, text in narrations.items()
             }
         )
-        questions = [json.loads(line) for line in (there / "questions.jsonl").read_text().splitlines()]
+        questions = [json.loads(line) for line in read_lines(there / "questions.jsonl")]
         asked = reworded(questions, clips, narrations)
         here.mkdir(parents=True, exist_ok=True)
         for name in ("hod.csv", "classes.csv", "videos"):

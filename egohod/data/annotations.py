@@ -1,7 +1,7 @@
 """Readers: one per annotation format, all ending in the same columns.
 
 ==========  ===============================================================================================
-hod         csv or tsv: video_id, start_second, end_second, text (or caption) and any others
+hod         table: video_id, start_second, end_second, text (or caption) and any others
 ek100       EPIC-KITCHENS-100's csv: video_id, start_timestamp, stop_timestamp, narration, narration_id (uid), classes
 egoclip     EgoClip's table: video_uid, clip_start, clip_end, clip_text, tag_verb, tag_noun
 ego4d       Ego4D's narration.json: {video: {narration_pass_1: {narrations: [{timestamp_sec, narration_text}]}}}
@@ -17,13 +17,12 @@ A reader refuses a file that is not of its format. What is wrong with single ent
 
 from __future__ import annotations
 
-import codecs
-import csv
 import dataclasses
 import difflib
 import gc
 import pickle
 import re
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,20 +32,15 @@ import ijson
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pa_csv
 
-from egohod.config import SourceConfig, UserError
+from egohod.config import SourceConfig
 from egohod.data.frames import MIN_SECONDS
+from egohod.data.narrations import flat_texts
+from egohod.data.text_files import NAMELESS, TableError, known_form, open_utf8, read_columns, read_header, read_lines
 
-# A row (think of a very long narration) must fit one block of the parser.
-_BLOCK_BYTES = 16 << 20
 _NARRATION = ("narration_text", "timestamp_sec")
 _CLOCK = r"^\s*(?:(?P<h>\d+):)?(?P<m>\d+):(?P<s>\d+(?:\.\d*)?)\s*$"
 _NUMBER = r"^\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*$"
-
-
-class TableError(UserError):
-    """An annotation file that cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +50,7 @@ class Annotations:
     ``columns`` holds video_id, text and whatever else was asked for as strings; ``times`` the start and the end as
     strings where a person may have written them, or as float64; ``numbers`` counts the entries as ``unit`` (row,
     narration, ...) of the file from 1; ``broken`` are entries that do not even have the parts of one.
+    The texts of ``labelled`` clips are names of classes.
     """
 
     columns: pa.Table
@@ -64,6 +59,7 @@ class Annotations:
     unit: str = "row"
     time_names: tuple[str, str] = ("start_second", "end_second")
     broken: tuple[str, ...] = ()
+    labelled: bool = False
 
 
 def read_annotations(path: Path, source: SourceConfig, extra: Sequence[str] | None = None) -> Annotations:
@@ -108,13 +104,15 @@ def nearest(name: str, names: Sequence[str]) -> str:
 
 
 def _guess(path: Path) -> str:
-    if path.suffix.lower() == ".json":
+    # Of narration.json.gz the ending in front of the compression's counts.
+    suffix = (path.with_suffix("") if path.suffix.lower() in (".gz", ".bz2", ".zst") else path).suffix.lower()
+    if suffix == ".json":
         return "ego4d"
-    if path.suffix.lower() in (".pkl", ".pickle"):
+    if suffix in (".pkl", ".pickle"):
         return "pickle"
-    if path.suffix.lower() == ".txt" and _SPLIT_LINE.match(_first_line(path)):
+    if suffix == ".txt" and _SPLIT_LINE.match(next((line for line in read_lines(path) if line.strip()), "")):
         return "egtea"
-    names = set(_header(path)[0])
+    names = set(read_header(path).names)
     marks: dict[str, tuple[str, ...]] = {"egoclip": ("video_uid", "clip_text")}
     marks |= {"ek100": ("narration_id", "start_timestamp", "stop_timestamp", "narration")}
     marks |= {"charades": ("id", "actions"), "labels": ("video", "label")}
@@ -153,48 +151,32 @@ def _read_ek100(path: Path, source: SourceConfig, extra: Sequence[str] | None) -
 def _read_text(
     path: Path, source: SourceConfig, extra: Sequence[str] | None, wanted: Mapping[str, Sequence[str]]
 ) -> Annotations:
-    names, delimiter = _header(path)
+    header = read_header(path)
+    names = [name for name in header.names if not NAMELESS.fullmatch(name)]
     here = _our_names(path, names, source.columns, wanted)
     others = [name for name in names if name not in here.values() and name not in here]
     others = others if extra is None else [name for name in others if name in (*extra, "dataset")]
-    try:
-        table, skipped = _parse(path, delimiter, [*here.values(), *others])
-    except pa.ArrowInvalid as error:
-        raise TableError(f"{path}: {_why_unreadable(path, error)}") from error
-    table = table.rename_columns([*here, *others])
-    numbers = np.arange(1, len(table) + len(skipped) + 1)
+    rows = read_columns(path, header, [*here.values(), *others])
+    table = rows.table.rename_columns([*here, *others])
+    start, end = table["start_second"], table["end_second"]
+    if header.delimiter == ";":
+        # Semicolons separate where the comma is the decimal point.
+        start, end = (pc.replace_substring(times, ",", ".", max_replacements=1) for times in (start, end))
     return Annotations(
         columns=table.drop_columns(["start_second", "end_second"]),
-        times=(table["start_second"], table["end_second"]),
-        numbers=numbers[~np.isin(numbers, [number for number, _ in skipped])],
+        times=(start, end),
+        numbers=rows.numbers,
         time_names=(here["start_second"], here["end_second"]),
-        broken=tuple(f"row {number}: {what}" for number, what in skipped),
+        broken=tuple(f"row {number}: {fault}" for number, fault in rows.faults),
     )
-
-
-def _header(path: Path) -> tuple[list[str], str]:
-    """Column names and what separates them."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            delimiter = "\t" if "\t" in file.readline() else ","
-            file.seek(0)
-            names = next(csv.reader(file, delimiter=delimiter), [])
-    except UnicodeDecodeError as error:
-        raise TableError(f"{path}: not UTF-8 text ({_first_bad_line(path)}); save it as UTF-8") from error
-    except csv.Error as error:
-        raise TableError(f"{path}: not a csv file: {error}") from error
-    if not names:
-        raise TableError(f"{path}: the file is empty")
-    return names, delimiter
 
 
 def _our_names(
     path: Path, names: Sequence[str], renamed: Mapping[str, str], wanted: Mapping[str, Sequence[str]]
 ) -> dict[str, str]:
     """Our name -> the file's name of every column that a clip needs."""
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise TableError(f"{path}: column '{twice[0]}' appears twice")
+    # A column may be named as it is in the file, or as it is called below.
+    renamed = {ours: name if name in names else known_form(name) for ours, name in renamed.items()}
     unknown = sorted(set(renamed) - {*wanted, "dataset", "uid"})
     if unknown:
         raise TableError(f"{path}: the source's columns name '{unknown[0]}'{nearest(unknown[0], list(wanted))}")
@@ -215,52 +197,6 @@ def _our_names(
         needed = ", ".join(" or ".join([renamed[ours]] if ours in renamed else usual) for ours, usual in wanted.items())
         raise TableError(f"{path}: {'; '.join(missing)}. Needed are {needed}; other names go into the source's columns")
     return here
-
-
-def _parse(path: Path, delimiter: str, names: Sequence[str]) -> tuple[pa.Table, list[tuple[int, str]]]:
-    """The columns as strings, and rows that have too few or too many (number and what they are)."""
-    skipped: list[tuple[int, str]] = []
-
-    def skip(row: pa_csv.InvalidRow) -> str:
-        # The number counts the header too, and is known to the unthreaded parser only.
-        number = row.number - 1 if row.number is not None else 0
-        skipped.append((number, f"{row.actual_columns} columns instead of {row.expected_columns}"))
-        return "skip"
-
-    def parse(threads: bool) -> pa.Table:
-        skipped.clear()
-        return pa_csv.read_csv(
-            path,
-            read_options=pa_csv.ReadOptions(use_threads=threads, block_size=_BLOCK_BYTES),
-            parse_options=pa_csv.ParseOptions(
-                delimiter=delimiter, newlines_in_values=True, invalid_row_handler=skip, ignore_empty_lines=True
-            ),
-            # Strings throughout: a column that looks like numbers for a million rows may end in a word.
-            convert_options=pa_csv.ConvertOptions(
-                column_types=dict.fromkeys(names, pa.large_string()),
-                include_columns=list(names),
-                strings_can_be_null=False,
-            ),
-        )
-
-    table = parse(threads=True)
-    return (parse(threads=False), skipped) if skipped else (table, skipped)
-
-
-def _why_unreadable(path: Path, error: pa.ArrowInvalid) -> str:
-    if "UTF8" in str(error) or "UTF-8" in str(error):
-        return f"not UTF-8 text ({_first_bad_line(path)}); save it as UTF-8"
-    return " ".join(str(error).split())[:300]
-
-
-def _first_bad_line(path: Path) -> str:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                return f"line {number}, byte {line[error.start]:#04x} at column {error.start + 1}"
-    return "somewhere"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -320,9 +256,7 @@ def _read_ego4d(path: Path, source: SourceConfig, extra: Sequence[str] | None) -
 
 def _narration_passes(path: Path) -> Iterator[tuple[str, list[Any]]]:
     """(video, narrations) of every annotator's pass, read without holding the whole file."""
-    with path.open("rb") as file:
-        if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
-            file.seek(0)
+    with open_utf8(path) as file:
         try:
             for video, content in ijson.kvitems(file, "", use_float=True):
                 # Newer releases put the videos below one more key.
@@ -422,7 +356,7 @@ def _read_pickle(path: Path, source: SourceConfig, extra: Sequence[str] | None) 
         {
             "video_id": _as_text([entry[0] for entry in kept]),
             # Several texts are written as in the csv: one list literal.
-            "text": _as_text([list(e[3]) if isinstance(e[3], (list, tuple)) else e[3] for e in kept]),
+            "text": _as_text([e[3] if isinstance(e[3], str) else list(flat_texts(e[3])) for e in kept]),
         }
     )
     return Annotations(
@@ -432,7 +366,7 @@ def _read_pickle(path: Path, source: SourceConfig, extra: Sequence[str] | None) 
         unit="entry",
         time_names=("start", "end"),
         broken=tuple(
-            f"entry {i + 1}: {str(entries[i])[:60]!r} is no (video, start, end, text)"
+            f"entry {i + 1}: {reprlib.repr(entries[i])} is no (video, start, end, text)"
             for i in np.flatnonzero(~np.array(good))
         ),
     )
@@ -442,7 +376,7 @@ def _is_clip(entry: Any) -> bool:
     """Whether an entry is (video, start, end, text or [texts])."""
     if not isinstance(entry, (list, tuple)) or len(entry) < 4:
         return False
-    texts = entry[3] if isinstance(entry[3], (list, tuple)) else [entry[3]]
+    texts = [entry[3]] if isinstance(entry[3], str) else flat_texts(entry[3])
     return (
         isinstance(entry[0], str)
         and _is_utf8(entry[0])
@@ -472,8 +406,9 @@ _SPLIT_LINE = re.compile(r"^\s*(?P<clip>[^\s-]+-[^\s-]+-[^\s-]+-(?P<start>\d+)-(
 
 
 def _read_labels(path: Path, source: SourceConfig, extra: Sequence[str] | None) -> Annotations:
-    known = {name for usual in _LABELS.values() for name in usual} | set(source.columns.values())
-    strange = [name for name in _header(path)[0] if name not in known]
+    known = {name for usual in _LABELS.values() for name in usual}
+    known |= {*source.columns.values(), *map(known_form, source.columns.values())}
+    strange = [name for name in read_header(path).names if name not in known and not NAMELESS.fullmatch(name)]
     if strange:
         raise TableError(
             f"{path}: unknown column '{strange[0]}'; a csv of labelled clips has video,start,end,label "
@@ -484,14 +419,15 @@ def _read_labels(path: Path, source: SourceConfig, extra: Sequence[str] | None) 
         # "nan" is what a missing one becomes on its way through many programs.
         if label is None or label.strip().lower() in ("", "nan"):
             raise TableError(f"{path}: {found.unit} {number}: the label is '{label or ''}', which is none")
-    return dataclasses.replace(found, columns=found.columns.append_column("label", found.columns["text"]))
+    columns = found.columns.append_column("label", found.columns["text"])
+    return dataclasses.replace(found, columns=columns, labelled=True)
 
 
 def _read_egtea(path: Path, source: SourceConfig, extra: Sequence[str] | None) -> Annotations:
     names = _egtea_classes(path.with_name("action_idx.txt"))
     rows: list[tuple[str, float, float, str, str]] = []
     numbers, broken = [], []
-    for number, line in enumerate(_text_lines(path), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
         match = _SPLIT_LINE.match(line)
@@ -508,30 +444,36 @@ def _read_egtea(path: Path, source: SourceConfig, extra: Sequence[str] | None) -
 
 def _egtea_classes(path: Path) -> dict[str, str]:
     """Names of the actions by their number, as the file spells it."""
-    pairs = [line.strip().rpartition(" ") for line in _text_lines(path) if line.strip()]
+    pairs = [line.strip().rpartition(" ") for line in read_lines(path) if line.strip()]
     return {code: name.lower().replace("_", " ") for name, _, code in pairs}
 
 
 def _read_charades(path: Path, source: SourceConfig, extra: Sequence[str] | None) -> Annotations:
-    lines = _text_lines(path.with_name("Charades_v1_classes.txt"))
+    lines = read_lines(path.with_name("Charades_v1_classes.txt"))
     names = {code: name for code, _, name in (line.strip().partition(" ") for line in lines if line.strip())}
     codes = {code: str(number) for number, code in enumerate(names)}
     rows: list[tuple[str, float, float, str, str]] = []
     numbers, broken = [], []
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        for number, row in enumerate(csv.DictReader(file), start=1):
-            for action in filter(None, (part.strip() for part in (row.get("actions") or "").split(";"))):
-                code, *times = action.split()
-                try:
-                    start, end = (float(time) for time in times)
-                    rows.append((row["id"], start, end, names[code], codes[code]))
-                    numbers.append(number)
-                except (ValueError, KeyError):
-                    broken.append(f"row {number}: '{action}' is not '<class> <start> <end>'")
-    found = _labelled(rows, numbers, broken, "row", "verb_class")
+    header = read_header(path)
+    for name in ("id", "actions"):
+        if name not in header.names:
+            raise TableError(f"{path}: no column '{name}'{nearest(name, header.names)}")
+    found = read_columns(path, header, ["id", "actions"])
+    broken += [f"row {number}: {fault}" for number, fault in found.faults]
+    cells = (found.table[name].to_pylist() for name in ("id", "actions"))
+    for video, actions, number in zip(*cells, found.numbers.tolist(), strict=True):
+        for action in filter(None, (part.strip() for part in actions.split(";"))):
+            code, *times = action.split()
+            try:
+                start, end = (float(time) for time in times)
+                rows.append((video, start, end, names[code], codes[code]))
+                numbers.append(number)
+            except (ValueError, KeyError):
+                broken.append(f"row {number}: '{action}' is not '<class> <start> <end>'")
+    clips = _labelled(rows, numbers, broken, "row", "verb_class")
     # One set of classes in both roles: equal classes are relevant wholly, others not at all.
     nouns = pa.chunked_array([pa.array([f"[{code}]" for *_, code in rows], pa.large_string())])
-    return dataclasses.replace(found, columns=found.columns.append_column("all_noun_classes", nouns))
+    return dataclasses.replace(clips, columns=clips.columns.append_column("all_noun_classes", nouns))
 
 
 def _labelled(
@@ -546,20 +488,8 @@ def _labelled(
         numbers=np.array(numbers, dtype=np.int64),
         unit=unit,
         broken=tuple(broken),
+        labelled=True,
     )
-
-
-def _text_lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise TableError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise TableError(f"{path}: not UTF-8 text") from error
-
-
-def _first_line(path: Path) -> str:
-    return next((line for line in _text_lines(path) if line.strip()), "")
 
 
 _READERS: dict[str, Callable[[Path, SourceConfig, Sequence[str] | None], Annotations]] = {

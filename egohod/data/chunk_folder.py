@@ -32,6 +32,7 @@ from filelock import FileLock, Timeout
 
 from egohod.data.chunking import ChunkError, ChunkSettings, Probe, Written, probe, write_chunks
 from egohod.data.pool import follow_parent
+from egohod.data.text_files import read_lines
 from egohod.data.video import VideoError
 
 log = logging.getLogger(__name__)
@@ -109,12 +110,8 @@ def _walk(root: Path, follow_links: bool) -> Iterator[Path]:
 
 
 def _listed(root: Path, names: Path) -> list[Path]:
-    try:
-        lines = names.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ChunkError(f"{names}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     paths = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(names), 1):
         if not line.strip():
             continue
         path = Path(os.path.normpath(line))
@@ -240,7 +237,7 @@ class Output:
                 raise ChunkError(f"{self.folder}: not empty and not made by chunk_videos; choose another output folder")
             return {}
         try:
-            made = json.loads(file.read_text(encoding="utf-8"))
+            made = json.loads(file.read_bytes())
             other = [f"{k} {made[k]} (asked: {v})" for k, v in asdict(self._settings).items() if made[k] != v]
         except (ValueError, KeyError, TypeError) as error:
             raise ChunkError(f"{file}: damaged ({error}); choose another output folder") from error
@@ -251,8 +248,10 @@ class Output:
     def _sizes(self) -> dict[str, int]:
         sizes: dict[str, int] = {}
         file = self._own / "done.jsonl"
-        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut short by a full disk
+        for line in file.read_bytes().split(b"\n") if file.exists() else ():
+            with contextlib.suppress(
+                ValueError, KeyError, TypeError, RecursionError
+            ):  # a line cut short by a full disk
                 entry = json.loads(line)
                 sizes[entry["video_id"]] = entry["source_bytes"]
         return sizes

@@ -219,7 +219,7 @@ class FaultLedger:
 
     def update(self, batch: Mapping[str, Any]) -> None:
         """Take note of a batch of :func:`collate`. Raises :class:`UserError` above the tolerated share."""
-        faults = [line for fault in batch["faults"] for line in fault.splitlines()]
+        faults = [line for fault in batch["faults"] for line in fault.split("\n")]
         self._seen += len(batch["index"])
         self._bad += len(faults)
         for fault in faults:

@@ -9,16 +9,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from egohod.config import UserError
 from egohod.data.annotations import nearest
+from egohod.data.text_files import AnnotationError, read_columns, read_header
 
 _INTEGERS = re.compile(r"\[\s*(\d+(\s*,\s*\d+)*)?\s*\]")
 # Sets of classes become columns of a matrix: a slip of the pen must not ask for gigabytes.
 _LARGEST_CLASS = 9999
-
-
-class AnnotationError(UserError):
-    """Annotations that do not make a benchmark; the message names file, row and column."""
 
 
 def read_csv(path: Path, columns: Sequence[str], *, unique: str | None = None) -> pd.DataFrame:
@@ -26,12 +22,12 @@ def read_csv(path: Path, columns: Sequence[str], *, unique: str | None = None) -
 
     ``unique`` names a column in which no value may occur twice. Raises :class:`AnnotationError`.
     """
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
-        raise AnnotationError(f"{path}: cannot be read: {reason}") from error
-    table.columns = [str(name).strip() for name in table.columns]
+    header = read_header(path)
+    rows = read_columns(path, header, header.names)
+    # Benchmarks have no row to spare: one that cannot be read is not left out.
+    for number, fault in rows.faults:
+        raise AnnotationError(f"{path}: row {number}: {fault}")
+    table = rows.table.to_pandas()
     for name in columns:
         if name not in table.columns:
             raise AnnotationError(f"{path}: column '{name}' is missing{nearest(name, list(table.columns))}")

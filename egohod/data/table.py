@@ -6,7 +6,6 @@ count a worker process could touch, so millions of rows are shared with forked w
 
 from __future__ import annotations
 
-import ast
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,15 +17,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from egohod.config import SourceConfig
-from egohod.data.annotations import Annotations, TableError, nearest, read_annotations, seconds
+from egohod.data import narrations
+from egohod.data.annotations import Annotations, nearest, read_annotations, seconds
 from egohod.data.frames import MIN_SECONDS
+from egohod.data.text_files import TableError, read_columns, read_header
 
 log = logging.getLogger(__name__)
 
 # Absolute, climbing or empty ids; a drive letter is absolute too.
 _UNSAFE_ID = r"^\s*$|^[/\\]|^[A-Za-z]:[/\\]|(^|[/\\])\.\.([/\\]|$)|\x00"
-_EMPTY_TEXT = r"""^\s*$|^\s*\[[\s,'"]*\]\s*$"""
-_LIST_TEXT = r"(?s)^\s*\[.*\]\s*$"
 # A line break, and what looks like a further row: an id, two times and their separators.
 _SWALLOWED = r"[\r\n][^,\t\r\n]+[,\t]\s*[\d.:]+\s*[,\t]\s*[\d.:]+\s*[,\t]"
 _SAMPLE = 65536
@@ -126,7 +125,7 @@ class ClipTable:
                 f"{path}: no clip with a narration"
                 + "".join(f"; {count:,} left out: {why}" for why, count in left_out.items() if count)
             )
-        lists = pc.match_substring_regex(found.columns["text"], _LIST_TEXT).to_numpy()
+        lists = narrations.lists(found.columns["text"])
         report = TableReport(
             rows=int(kept.sum()),
             short=int((short & kept).sum()),
@@ -148,12 +147,12 @@ class ClipTable:
 
     def row(self, index: int) -> ClipRow:
         """The clip at ``index`` (0 .. len - 1)."""
-        dataset = self._columns.get("dataset")
+        dataset, text = self._columns.get("dataset"), self._columns["text"][index].as_py()
         return ClipRow(
             video_id=self._columns["video_id"][index].as_py(),
             start=float(self._start[index]),
             end=float(self._end[index]),
-            texts=_texts(self._columns["text"][index].as_py()),
+            texts=narrations.narrations_in(text) or (text.strip(),),
             dataset="" if dataset is None else dataset[index].as_py(),
             row=int(self._rows[index]),
         )
@@ -248,6 +247,9 @@ def _judge(
     """Which entries can be used, bool [N], and how many cannot, by reason."""
     videos, texts = found.columns["video_id"], found.columns["text"]
 
+    # A class may be called "none", a narration is none then.
+    silent = pc.match_substring_regex(texts, r"^\s*$").to_numpy() if found.labelled else narrations.nothing(texts)
+
     def time(which: int) -> Callable[[int], str]:
         name, times = found.time_names[which], found.times[which]
         return lambda i: f"{name} is '{times[i]}', not a time in seconds or HH:MM:SS"
@@ -264,7 +266,7 @@ def _judge(
                 "without '..'"
             ),
         ),
-        ("no narration", pc.match_substring_regex(texts, _EMPTY_TEXT).to_numpy(), lambda i: "no narration"),
+        ("no narration", silent, lambda i: "no narration"),
         (
             "several rows in one narration",
             pc.match_substring_regex(texts, _SWALLOWED).to_numpy(),
@@ -277,16 +279,17 @@ def _judge(
         ),
     ]
     kept, left_out = np.ones(len(start), dtype=bool), {"malformed": len(found.broken)}
-    faults = [f"{path}: {text}" for text in found.broken[:1]]
+    # As errors even where they become warnings: an error's message is one line of bounded length.
+    faults = [TableError(f"{path}: {text}") for text in found.broken[:1]]
     for why, mask, what in complaints:
         fresh = mask & kept
         left_out[why] = left_out.get(why, 0) + int(fresh.sum())
         if fresh.any():
             i = int(np.argmax(fresh))
-            faults.append(f"{path}: {found.unit} {found.numbers[i]}: {what(i)}")
+            faults.append(TableError(f"{path}: {found.unit} {found.numbers[i]}: {what(i)}"))
         kept &= ~mask
     if faults and strict:
-        raise TableError(faults[0])
+        raise faults[0]
     for fault in faults:
         log.warning("left out %s", fault)
     return kept, left_out
@@ -304,14 +307,18 @@ def _duplicates(videos: pa.ChunkedArray, texts: pa.ChunkedArray, start: np.ndarr
 
 def _excluded(path: Path, videos: pa.ChunkedArray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
     """Which clips an exclude list names (by video and times to the millisecond), bool [N]."""
-    try:
-        names = pd.read_csv(path, dtype={"video_id": str}, keep_default_na=False, usecols=list(EXCLUDE_COLUMNS))
-        unwanted = pd.MultiIndex.from_arrays(
-            [names["video_id"], *(_milliseconds(pd.to_numeric(names[name])) for name in EXCLUDE_COLUMNS[1:])]
-        )
-    except (OSError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise TableError(f"{path}: not an exclude list with {', '.join(EXCLUDE_COLUMNS)} ({reason})") from error
+    header = read_header(path)
+    if missing := [name for name in EXCLUDE_COLUMNS if name not in header.names]:
+        raise TableError(f"{path}: not an exclude list with {', '.join(EXCLUDE_COLUMNS)}: no column '{missing[0]}'")
+    rows = read_columns(path, header, EXCLUDE_COLUMNS)
+    for number, fault in rows.faults:
+        raise TableError(f"{path}: row {number}: {fault}")
+    times = {name: seconds(rows.table[name]) for name in EXCLUDE_COLUMNS[1:]}
+    for name, values in times.items():
+        if np.isnan(values).any():
+            i = int(np.argmax(np.isnan(values)))
+            raise TableError(f"{path}: row {rows.numbers[i]}: {name} is '{rows.table[name][i]}', not a time in seconds")
+    unwanted = pd.MultiIndex.from_arrays([rows.table["video_id"].to_pandas(), *map(_milliseconds, times.values())])
     ids = videos.to_pandas()
     clips = pd.MultiIndex.from_arrays([ids, _milliseconds(start), _milliseconds(end)])
     found = clips.isin(unwanted)
@@ -324,20 +331,5 @@ def _excluded(path: Path, videos: pa.ChunkedArray, start: np.ndarray, end: np.nd
     return found
 
 
-def _milliseconds(times: np.ndarray | pd.Series) -> np.ndarray:
-    return np.nan_to_num(np.asarray(times) * 1000).round().astype(np.int64)
-
-
-def _texts(text: str) -> tuple[str, ...]:
-    """The narrations in a cell: a list literal has several, anything else is one."""
-    stripped = text.strip()
-    if stripped.startswith("[") and stripped.endswith("]"):
-        try:
-            items = ast.literal_eval(stripped)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            items = None  # '[unsure] stirs [the pot]' is a narration, not a list
-        if isinstance(items, list):
-            texts = tuple(str(item).strip() for item in items if str(item).strip())
-            if texts:
-                return texts
-    return (stripped,)
+def _milliseconds(times: np.ndarray) -> np.ndarray:
+    return np.nan_to_num(times * 1000).round().astype(np.int64)

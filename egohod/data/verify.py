@@ -148,7 +148,7 @@ class Verifier:
     def _read_notes(self) -> dict[int, list[Fault]]:
         """Faults by block, of an earlier run over the same table."""
         try:
-            lines = self._notes.read_text(encoding="utf-8").splitlines()
+            lines = self._notes.read_text(encoding="utf-8", errors="replace").split("\n")
         except FileNotFoundError:
             return {}
         if not lines or lines[0] != json.dumps(self._identity):
@@ -157,9 +157,9 @@ class Verifier:
         for line in lines[1:]:
             try:
                 block, faults = json.loads(line)
-            except ValueError:  # cut off when the run was killed
+                known[block] = [(index, reason) for index, reason in faults]
+            except (ValueError, TypeError, RecursionError):  # cut off when the run was killed, or damaged
                 continue
-            known[block] = [(index, reason) for index, reason in faults]
         return known
 
     def _write_exclude(self, verdict: Verdict) -> None:

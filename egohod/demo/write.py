@@ -170,7 +170,7 @@ def _world(out: Path, seed: int, scale: float, variant: Variant) -> dict[str, An
             raise DemoError(f"{out} is not an empty folder and holds no demo world; choose another folder")
         return asked | {"done": dict.fromkeys(SPLITS, False)}
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_bytes())
         done = {split: bool(found["done"].get(split)) for split in SPLITS}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"not a demo world's description ({error})"

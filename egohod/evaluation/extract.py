@@ -103,7 +103,7 @@ def extract(
     except UserError as error:  # told to all, or the other processes would wait for this one for ever
         fault = str(error)
     told = dist.gather_objects((done, fault))
-    faults = [line for _, text in told if text is not None for line in text.splitlines()]
+    faults = [line for _, text in told if text is not None for line in text.split("\n")]
     if faults:
         raise UserError(*dict.fromkeys(faults))
     return Extracted(

@@ -28,6 +28,7 @@ from egohod.data.csv_files import AnnotationError, integers, read_csv
 from egohod.data.frames import MIN_SECONDS
 from egohod.data.relevancy import sentence_texts
 from egohod.data.table import ClipTable
+from egohod.data.text_files import parse_json, read_json, read_lines
 from egohod.evaluation.classification import ClassificationTable, MultiLabelTable
 from egohod.evaluation.clips import ClipList
 from egohod.evaluation.multiple_choice import Question, QuestionTable
@@ -195,12 +196,12 @@ def read_questions(path: Path, uids: Sequence[str]) -> QuestionTable:
         return True, rows[str(item["clip"])]
 
     questions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         where = f"{path}: line {number}"
+        entry = parse_json(line, f"{where}: not a question with kind, query, choices and answer")
         try:
-            entry = json.loads(line)
             kind, query, choices, answer = (entry[key] for key in ("kind", "query", "choices", "answer"))
-        except (ValueError, KeyError, TypeError) as error:
+        except (KeyError, TypeError) as error:
             raise AnnotationError(f"{where}: not a question with kind, query, choices and answer ({error})") from error
         if not isinstance(kind, str) or not kind.isidentifier():
             raise AnnotationError(
@@ -375,10 +376,7 @@ def read_egtea(config: BenchmarkConfig, protocol: Protocol, cache: Path | None) 
 def read_egomcq(config: BenchmarkConfig, protocol: Protocol, cache: Path | None) -> Content:
     """EgoMCQ: which of five clips does a narration tell of; inter-video and intra-video questions apart."""
     path = _find(config, "egomcq.json")
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AnnotationError(f"{path}: not readable as JSON ({error})") from error
+    entries = read_json(path)
     if not isinstance(entries, dict) or not entries:
         raise AnnotationError(f"{path}: not a single question")
     clips: dict[tuple[str, float, float], int] = {}
@@ -465,11 +463,7 @@ def _look(config: BenchmarkConfig, name: str) -> Path | None:
 
 def _lines(path: Path) -> list[tuple[int, str]]:
     """Lines that are not empty, with their numbers from 1."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise AnnotationError(f"{path}: cannot be read: {error}") from error
-    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    lines = [(number, line.strip()) for number, line in enumerate(read_lines(path), start=1) if line.strip()]
     if not lines:
         raise AnnotationError(f"{path}: is empty")
     return lines

@@ -191,10 +191,10 @@ def read_json(path: Path, version: int, cure: str) -> dict[str, Any]:
     Raises :class:`UserError` naming the file; ``cure`` says what helps if it is not there.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; {cure}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(content, dict) or content.get("format") != version:
         raise UserError(f"{path}: not of format {version}; make it again with this version")

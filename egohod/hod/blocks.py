@@ -67,7 +67,7 @@ class Block:
         with _clearly(path, "read"):
             content = path.read_bytes() if path.exists() else b""
         whole = content.rfind(b"\n") + 1
-        for line in content[:whole].splitlines():
+        for line in content[:whole].split(b"\n")[:-1]:
             try:
                 said = json.loads(line)
                 self._found[said["stage"], said["key"]] = Found(

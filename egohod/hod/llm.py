@@ -141,7 +141,7 @@ class LanguageModelNarrator:
 
 def _load(path: Path) -> jinja2.Template:
     try:
-        source = path.read_text(encoding="utf-8")
+        source = path.read_text(encoding="utf-8-sig")
         template = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False).from_string(source)
     except (OSError, UnicodeDecodeError, jinja2.TemplateError) as error:
         raise NarratorError(f"{path}: not usable as a prompt: {error}") from error

@@ -69,8 +69,10 @@ def narrator_settings(cfg: HodConfig) -> dict[str, Any]:
     if narrator.kind == "template":
         return kept
     prompt = Path(narrator.prompt or PROMPTS / f"{narrator.kind}.jinja")
-    # A prompt that is not there is the narrator's complaint.
-    return kept | {"prompt": prompt.read_text(encoding="utf-8") if prompt.is_file() else str(prompt)}
+    # A prompt that is not there, or no text, is the narrator's complaint.
+    return kept | {
+        "prompt": prompt.read_text(encoding="utf-8-sig", errors="replace") if prompt.is_file() else str(prompt)
+    }
 
 
 class _Look:

@@ -88,8 +88,8 @@ class Work:
     def summary(self, shard: Shard) -> dict[str, Any] | None:
         """What is told of a shard that was finished once; None if it was not."""
         try:
-            content = json.loads(self.part(shard, ".json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            content = json.loads(self.part(shard, ".json").read_bytes())
+        except (OSError, ValueError, RecursionError):
             return None
         return content if isinstance(content, dict) else None
 

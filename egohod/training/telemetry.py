@@ -317,13 +317,14 @@ def _truncate(path: Path, step: int, evaluates_first: bool) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    # What a damaged disk left of a line is no UTF-8, and no JSON either.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             told = json.loads(line)
             again = evaluates_first and told["step"] == step and "train/loss" not in told
             if told["step"] <= step and not again:
                 kept.append(line)
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(line + "\n" for line in kept))

@@ -22,7 +22,7 @@ from egohod.evaluation.classification import ClassificationTable, MultiLabelTabl
 from egohod.evaluation.clips import EvaluationDataset
 from egohod.evaluation.multiple_choice import QuestionTable
 from egohod.evaluation.protocols import PROTOCOLS
-from egohod.evaluation.readers import READERS, Content, read_ek100_cls, read_own
+from egohod.evaluation.readers import READERS, Content, read_ek100_cls, read_own, read_questions
 from egohod.evaluation.retrieval import RetrievalTable
 from egohod.evaluation.tables import EvaluationTable
 from tests.data.video_files import encode
@@ -346,3 +346,38 @@ def test_details_name_every_clip_with_plain_values(formats: Path) -> None:
                 assert [row[0] for row in found["best_classes"]] == found["labels"]
                 assert all(each["accuracy"] == 100 for each in found["per_class"])
                 assert sum(count for *_, count in found["confusion"]) == len(content.clips)
+
+
+def test_records_survive_what_other_programs_take_for_line_ends(tmp_path: Path) -> None:
+    path, text = tmp_path / "questions.jsonl", "C stops\u2028C\x85turns\x0c\x1e"
+    question = {"kind": "order", "query": {"clip": "a"}, "choices": [{"text": text}, {"text": "other"}], "answer": 0}
+    line = json.dumps(question, ensure_ascii=False)
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        path.write_bytes(f"{line}\r\n{line}\r\n".encode(encoding))
+        table = read_questions(path, ["a"])
+        assert list(table.texts) == [text, "other"]
+        assert len(table.questions) == 2
+    for content, said in (
+        (line.encode() + b"\n\xff\n", r"line 2, byte 0xff at column 1"),
+        (line.encode() + b"\n\n", r"line 2: not a question"),
+        (b"[" * 100_000, r"line 1: not a question"),
+        (line.replace("order", "x" * 5000 + "\\n!").encode(), r"line 1: kind is .*becomes a metric's name"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(AnnotationError, match=said) as caught:
+            read_questions(path, ["a"])
+        assert len(str(caught.value)) < 1000
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_annotation_files_may_be_saved_by_an_editor(formats: Path, tmp_path: Path, encoding: str) -> None:
+    """Every file of every benchmark with a byte order mark, in UTF-8 and UTF-16."""
+    shutil.copytree(formats / "benchmarks", tmp_path / "benchmarks")
+    for path in (tmp_path / "benchmarks").rglob("*"):
+        if path.suffix in (".csv", ".json", ".jsonl", ".txt"):
+            path.write_bytes(path.read_text(encoding="utf-8").encode(encoding))
+    for kind in ("ek100_mir", "ek100_cls", "egtea", "egomcq", "charades_ego"):
+        before, after = read(formats, kind), read(tmp_path, kind)
+        assert list(after.clips.videos) == list(before.clips.videos)
+        assert [list(table.texts) for table in after.tables] == [list(table.texts) for table in before.tables]

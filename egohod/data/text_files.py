@@ -1,0 +1,303 @@
+"""Text files as people bring them: lines, JSON, and tables whose cells stay text.
+
+Compression (gzip, bzip2, zstd, lz4) and encoding (UTF-8, or UTF-16 with or without a byte order mark) are recognised by
+a file's first bytes, never by its name. Everything is streamed: what is held in memory is what was asked for.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import itertools
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+
+from egohod.config import UserError
+
+# A row (think of a very long narration) must fit one block of the parser.
+_BLOCK_BYTES = 16 << 20
+_COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd", b"\x04\x22\x4d\x18": "lz4"}
+_PARQUET = b"PAR1"
+# What is no text, and its cure.
+_OTHER = {
+    _PARQUET: "a parquet file",
+    b"PK\x03\x04": "an Excel workbook or zip archive; save its sheet as csv, or unpack it",
+    b"\xd0\xcf\x11\xe0": "an Excel workbook; save its sheet as csv",
+    b"\xfd7zXZ\x00": "compressed with xz; unpack it, or compress it with gzip",
+    b"ARROW1": "an Arrow (feather) file; save it as parquet or csv",
+    b"\x89HDF": "an HDF5 file; save its table as parquet or csv",
+    b"SQLite format 3": "an SQLite database; export its table as csv",
+    b"\x80\x02": "a pickle, which the format 'pickle' reads",
+    b"\x80\x03": "a pickle, which the format 'pickle' reads",
+    b"\x80\x04": "a pickle, which the format 'pickle' reads",
+    b"\x80\x05": "a pickle, which the format 'pickle' reads",
+}
+# Longest first: UTF-32's mark begins like UTF-16's.
+_MARKS = {b"\xff\xfe\x00\x00": "utf-32", b"\x00\x00\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+_DELIMITERS = ",;|"
+# Columns that some format or benchmark knows by name. Their case and their blanks are a matter of the program that
+# wrote the file, so "Video ID" is video_id; all other names stay as they are.
+KNOWN_COLUMNS = {
+    *("video_id", "start_second", "end_second", "text", "caption", "dataset", "uid", "action", "relevancy"),
+    *("video_uid", "clip_start", "clip_end", "clip_text", "tag_verb", "tag_noun", "video", "start", "end", "label"),
+    *("narration_id", "start_timestamp", "stop_timestamp", "narration", "verb", "noun", "verb_class", "noun_class"),
+    *("noun_classes", "all_noun_classes", "id", "actions"),
+}
+
+
+# pandas writes its index as a column without a name, and calls it so when it reads that.
+NAMELESS = re.compile(r"(Unnamed: \d+(\.\d+)?)?")
+
+
+class AnnotationError(UserError):
+    """Annotations that cannot be used; the message names the file, and the row or column at fault."""
+
+
+class TableError(AnnotationError):
+    """An annotation file that cannot be used."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a table begins with: ``names`` of its columns, each once, and how to read the rows below.
+
+    ``delimiter`` separates cells and is empty for a parquet file; ``lines`` are those above the first row.
+    """
+
+    names: tuple[str, ...]
+    delimiter: str = ""
+    lines: int = 0
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Cells as text, large_string, and the number of each row in the file, int64 [N], from 1.
+
+    ``faults`` are rows with too few or too many cells: their numbers and what is wrong.
+    """
+
+    table: pa.Table
+    numbers: np.ndarray
+    faults: tuple[tuple[int, str], ...]
+
+
+def known_form(name: str) -> str:
+    """A column's name as the formats spell it (``Video ID`` -> ``video_id``); one that they do not know, unchanged."""
+    plain = re.sub(r"[\s.-]+", "_", name.strip()).lower()
+    return plain if plain in KNOWN_COLUMNS else name
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text, without their ends (LF, CRLF or CR; nothing else ends a line).
+
+    Raises :class:`TableError`.
+    """
+    with _reading(path), _text(path, newline=None) as file:
+        # Not splitlines, which also splits at U+2028, form feeds and such, that may be in the middle of a record.
+        lines = file.read().split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. Raises :class:`TableError`."""
+    with _reading(path), _text(path, newline=None) as file:
+        return parse_json(file.read(), f"{path}: not readable as JSON")
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The value of a JSON text. Raises :class:`TableError` that begins with ``where``."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise TableError(f"{where} ({error})") from error
+
+
+@contextmanager
+def open_utf8(path: Path) -> Iterator[pa.NativeFile]:
+    """The file's text as a stream of UTF-8 bytes without byte order mark, whatever it is stored as."""
+    with _unpacked(path) as file:
+        head = file.read(4)
+    wide = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
+    if wide is None and len(head) == 4 and head.count(0) == 2 and (head[0] == 0) != (head[1] == 0):
+        wide = "utf-16-be" if head[0] == 0 else "utf-16-le"
+    with _unpacked(path) as file:
+        if head.startswith(codecs.BOM_UTF8):
+            file.read(len(codecs.BOM_UTF8))
+        yield pa.transcoding_input_stream(file, wide, "utf-8") if wide else file
+
+
+def read_header(path: Path) -> Header:
+    """Column names and what separates them, of text or parquet. Raises :class:`TableError`."""
+    with _reading(path):
+        if _magic(path).startswith(_PARQUET):
+            return Header(_named(path, pq.read_schema(path).names))
+        with _text(path, newline="") as file:
+            first, above, delimiter = "", 0, ""
+            # Above the names there may be blank lines, of a spreadsheet's empty cells too, and Excel's "sep=;".
+            for first in file:
+                if separator := re.fullmatch(r'"?sep=(.)"?\s*', first):
+                    delimiter = separator[1]
+                elif first.strip(f'{_DELIMITERS}"\t\r\n '):
+                    break
+                above += 1
+            else:
+                raise TableError(f"{path}: the file is empty")
+            if not delimiter:
+                outside = re.sub(r'"[^"]*"', "", first)
+                delimiter = "\t" if "\t" in outside else max(_DELIMITERS, key=outside.count)
+            reader = csv.reader(itertools.chain([first], file), delimiter=delimiter)
+            names = next(reader)
+            return Header(_named(path, names), delimiter, above + reader.line_num)
+
+
+def read_columns(path: Path, header: Header, names: Sequence[str]) -> Rows:
+    """The columns ``names`` as text. Raises :class:`TableError`."""
+    with _reading(path):
+        if not header.delimiter:
+            # The file's names, not the ones that known_form made of them.
+            theirs = dict(zip(header.names, pq.read_schema(path).names, strict=True))
+            found = pq.read_table(path, columns=[theirs[name] for name in names])
+            table = pa.table({name: _as_text(found[theirs[name]]) for name in names})
+            return Rows(table, np.arange(1, len(table) + 1), ())
+        table, skipped = _parse(path, header, names, threads=True)
+        if skipped:  # only the unthreaded parser knows their numbers
+            table, skipped = _parse(path, header, names, threads=False)
+    numbers = np.arange(1, len(table) + len(skipped) + 1)
+    numbers = numbers[~np.isin(numbers, [number for number, _ in skipped])]
+    return Rows(table, numbers, tuple((number, fault) for number, fault in skipped if fault))
+
+
+def _parse(path: Path, header: Header, names: Sequence[str], threads: bool) -> tuple[pa.Table, list[tuple[int, str]]]:
+    """The columns, and what was left out: (number of the row, fault); a line of blanks is no fault, an empty one."""
+    skipped: list[tuple[int, str]] = []
+
+    def skip(row: pa_csv.InvalidRow) -> str:
+        fault = f"{row.actual_columns} columns instead of {row.expected_columns}" if row.text.strip() else ""
+        skipped.append(((row.number or 0) - header.lines, fault))
+        return "skip"
+
+    with open_utf8(path) as file:
+        table = pa_csv.read_csv(
+            file,
+            read_options=pa_csv.ReadOptions(
+                use_threads=threads, block_size=_BLOCK_BYTES, skip_rows=header.lines, column_names=list(header.names)
+            ),
+            parse_options=pa_csv.ParseOptions(
+                delimiter=header.delimiter, newlines_in_values=True, invalid_row_handler=skip, ignore_empty_lines=True
+            ),
+            # Strings throughout: a column that looks like numbers for a million rows may end in a word.
+            convert_options=pa_csv.ConvertOptions(
+                column_types=dict.fromkeys(names, pa.large_string()),
+                include_columns=list(names),
+                strings_can_be_null=False,
+            ),
+        )
+    return table, skipped
+
+
+def _named(path: Path, cells: Sequence[str]) -> tuple[str, ...]:
+    """Column names: without blanks around them, known ones as the formats spell them, nameless ones numbered."""
+    stripped = (cell.strip() for cell in cells)
+    names = [f"Unnamed: {place}" if NAMELESS.fullmatch(name) else name for place, name in enumerate(stripped)]
+    forms = [known_form(name) for name in names]
+    # Where a file has both text and TEXT, each stays what it is.
+    known = {
+        name: form for name, form in zip(names, forms, strict=True) if form not in names and forms.count(form) == 1
+    }
+    names = [known.get(name, name) for name in names]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise TableError(f"{path}: column '{twice[0]}' appears twice")
+    return tuple(names)
+
+
+def _as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A parquet column as text: numbers as they are written, lists as JSON, nothing as an empty text."""
+    if pa.types.is_dictionary(column.type):
+        column = pc.cast(column, column.type.value_type)
+    if pa.types.is_nested(column.type):
+        texts = ["" if value is None else json.dumps(value, ensure_ascii=False) for value in column.to_pylist()]
+        return pa.chunked_array([pa.array(texts, pa.large_string())])
+    return pc.fill_null(pc.cast(column, pa.large_string()), "")
+
+
+def _magic(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(16)
+
+
+@contextmanager
+def _unpacked(path: Path) -> Iterator[pa.NativeFile]:
+    """The file's bytes, decompressed."""
+    head = _magic(path)
+    strange = next(
+        (what for magic, what in (_OTHER | {_PARQUET: "a parquet file"}).items() if head.startswith(magic)), None
+    )
+    if strange:
+        raise TableError(f"{path}: no text but {strange}")
+    packed = next((name for magic, name in _COMPRESSIONS.items() if head.startswith(magic)), None)
+    with pa.OSFile(str(path)) as file:
+        if packed is None:
+            yield file
+        else:
+            with pa.CompressedInputStream(file, packed) as unpacked:
+                yield unpacked
+
+
+@contextmanager
+def _text(path: Path, newline: str | None) -> Iterator[TextIOWrapper]:
+    with open_utf8(path) as file, TextIOWrapper(file, encoding="utf-8", newline=newline) as text:
+        yield text
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Whatever a file can do to its reader becomes a :class:`TableError` that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except UnicodeDecodeError as error:
+        raise TableError(f"{path}: {_why_no_text(path)}") from error
+    except csv.Error as error:
+        raise TableError(f"{path}: not a csv file: {error}") from error
+    except pa.ArrowException as error:
+        undecodable = "UTF8" in str(error) or "UTF-8" in str(error)
+        reason = _why_no_text(path) if undecodable else " ".join(str(error).split())[:300]
+        raise TableError(f"{path}: {reason}") from error
+    except OSError as error:
+        raise TableError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _why_no_text(path: Path) -> str:
+    try:
+        with open_utf8(path) as file:
+            for number, line in enumerate(_byte_lines(file), 1):
+                try:
+                    line.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    place = f"line {number}, byte {line[error.start]:#04x} at column {error.start + 1}"
+                    return f"not UTF-8 text ({place}); save it as UTF-8"
+    except UnicodeDecodeError as error:
+        return f"not {error.encoding.upper()} text, as which it begins; save it as UTF-8"
+    return "not UTF-8 text; save it as UTF-8"
+
+
+def _byte_lines(file: pa.NativeFile) -> Iterator[bytes]:
+    rest = b""
+    while block := file.read(1 << 20):
+        *lines, rest = (rest + block).split(b"\n")
+        yield from lines
+    yield rest
