@@ -31,15 +31,14 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from egohod.data.chunking import ChunkError, ChunkSettings, Probe, Written, probe, write_chunks
+from egohod.data.containers import ENDINGS
+from egohod.data.files import one_clip
 from egohod.data.pool import follow_parent
 from egohod.data.text_files import read_lines
 from egohod.data.video import VideoError
 
 log = logging.getLogger(__name__)
 
-ENDINGS = frozenset(
-    (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".mts", ".m2ts", ".ts", ".wmv", ".flv", ".3gp")
-)
 _OWN_FOLDER = ".chunk_videos"
 # Work is handed out in ranges of about this length: short enough to share out, long enough that seeking is free.
 _RANGE_SECONDS = 300.0
@@ -269,8 +268,8 @@ _stop: Any = None
 _seconds_done: Any = None
 
 
-class _Stopped(Exception):
-    """The main process wants no more."""
+class _Stopped(BaseException):
+    """The main process wants no more. It is no ``Exception``, so that it is not taken for what a file raises."""
 
 
 def _begin_worker(stop: Any, seconds_done: Any) -> None:
@@ -290,14 +289,16 @@ def _probe(path: Path) -> Probe | str:
     if _stop.is_set():
         raise _Stopped
     try:
-        return probe(path)
+        with one_clip(str(path)):
+            return probe(path)
     except VideoError as error:
         return str(error)
 
 
 def _write(path: Path, folder: Path, settings: ChunkSettings, first: int, last: int | None) -> Written | str:
     try:
-        return write_chunks(path, folder, settings, first, last, _tell)
+        with one_clip(str(path)):
+            return write_chunks(path, folder, settings, first, last, _tell)
     except VideoError as error:
         return str(error)
 
@@ -316,7 +317,7 @@ def _sample(path: Path, settings: ChunkSettings, seconds: float) -> tuple[float,
         lengths.append(length)
 
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, one_clip(str(path)):
             written = write_chunks(path, Path(folder), settings, first, last, note)
     except VideoError as error:
         return str(error)

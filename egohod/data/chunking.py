@@ -7,13 +7,14 @@ the source whatever the frame rate. Rotation is applied, pixels are made square,
 
 from __future__ import annotations
 
+import heapq
 import io
+import logging
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,19 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from egohod.config import UserError
+from egohod.data.containers import (
+    FORMATS_WITH_LENGTH,
+    HEAD_PACKETS,
+    container_format,
+    in_coding_order,
+    plain,
+    size_change,
+    stated_seconds,
+    video_stream,
+)
 from egohod.data.video import VideoError
+
+log = logging.getLogger(__name__)
 
 # All times within are integers in this unit; every common frame rate, 30000/1001 too, is a whole number of them.
 TICKS = 240_000
@@ -33,8 +46,9 @@ _LONGEST_FRAME = 600 * TICKS
 _LARGEST_STEP_BACK = TICKS
 # A file whose pictures end this much before its header says was cut off.
 _MISSING_SECONDS = 1.0
-# Only these write the true length in their header; elsewhere it is guessed from the bit rate.
-_FORMATS_WITH_LENGTH = ("mov", "matroska", "avi", "asf")
+# What else FFmpeg may take a file for that does not begin like one of ``containers``: bare streams and old containers,
+# none of which leads to other files as playlists do.
+_OTHER_FORMATS = "h264,hevc,m4v,mpegvideo,vc1,obu,ivf,ogg,mxf,dv,rm,nut,gxf"
 LAYOUTS = ("chunks", "avion")
 CODECS = ("libx264", "libx265")
 _RGB, _UNSPECIFIED = 0, 2  # matrix coefficients, ITU-T H.273
@@ -117,11 +131,21 @@ class Shown(NamedTuple):
 
 
 class Source:
-    """An open camera file. Raises :class:`VideoError`, naming the file and the reason, for one that is no video."""
+    """An open camera file; ``first`` is its first picture once :meth:`frames` gave one.
+
+    Raises :class:`VideoError`, naming the file and the reason, for one that is no video.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self.first: Any = None
         self._open()
+        self._coding_order = False
+        if self._format in ("avi", "asf"):
+            head = (p.pts for p in self._container.demux(self._stream) if p.pts is not None)
+            self._coding_order = in_coding_order(self._stream, self._format, list(islice(head, HEAD_PACKETS)))
+            self._container.close()
+            self._open()
 
     def __enter__(self) -> Source:
         return self
@@ -130,17 +154,21 @@ class Source:
         self._container.close()
 
     def _open(self) -> None:
+        format = container_format(self._path, str(self._path))
         try:
-            if not self._path.stat().st_size:
-                raise VideoError(f"{self._path}: the file has zero bytes")
             # Cameras write titles and makers in all kinds of encodings.
-            self._container = av.open(str(self._path), metadata_errors="replace")
-        except av.InvalidDataError as error:
+            self._container = av.open(
+                plain(self._path),
+                format=format,
+                metadata_errors="replace",
+                options={} if format else {"format_whitelist": _OTHER_FORMATS},
+            )
+        except (av.InvalidDataError, av.ArgumentError) as error:  # the latter for a format that is not taken
             raise VideoError(f"{self._path}: not a video, or a truncated one ({_reason(error)})") from error
         except (av.FFmpegError, OSError) as error:
             raise VideoError(f"{self._path}: cannot be opened: {_reason(error)}") from error
-        # The best one: a cover picture is a video stream, too.
-        self._stream = self._container.streams.best("video")
+        self._format = format or self._container.format.name
+        self._stream = video_stream(self._container)
         if self._stream is None or not self._stream.codec_context or not self._stream.width:
             self._container.close()
             raise VideoError(f"{self._path}: has no picture")
@@ -159,7 +187,7 @@ class Source:
         """What the header says."""
         stream = self._stream
         return Probe(
-            seconds=self._stream_seconds() or (self._container.duration or 0) / av.time_base,
+            seconds=stated_seconds(self._stream, self._format) or (self._container.duration or 0) / av.time_base,
             bytes=self._path.stat().st_size,
             codec=stream.codec_context.name,
             width=stream.width,
@@ -179,7 +207,8 @@ class Source:
         first = next(pictures, None)
         if first is None:
             raise VideoError(f"{self._path}: truncated or damaged, holds no picture")
-        origin = first.pts or 0
+        self.first = first
+        origin = self._origin(first, start)
         later = self._from_key_frame(origin, start) if start else None
         if later is not None:
             pictures = later
@@ -193,7 +222,7 @@ class Source:
         held, begin = None, 0
         for picture in pictures:
             if picture.pts is not None:
-                time = round((picture.pts - origin) * self._tick)
+                time = round((picture.pts - origin) * self._tick) if picture.pts != first.pts else 0
             else:  # a bare stream
                 time = begin + self._length(held) if held is not None else 0
             if held is not None:
@@ -214,15 +243,39 @@ class Source:
     def _pictures(self, packets: Iterable[Any]) -> Iterator[Any]:
         """Decoded frames in the order of display. Packets of other streams tell how far the file goes."""
         codec, start = self._stream.codec_context, (self._container.start_time or 0) / av.time_base
-        for packet in packets:
-            if packet.pts is not None and packet.size:
-                self._other_end = max(self._other_end, float(packet.pts * packet.time_base) - start)
-            if packet.stream_index == self._stream.index and packet.size:
-                yield from codec.decode(packet)
-        yield from codec.decode(None)
+        self._before, waiting = list[Any](), list[int]()
+        began = False
+        for packet in chain(packets, [None]):
+            if packet is not None:
+                if packet.pts is not None and packet.size:
+                    self._other_end = max(self._other_end, float(packet.pts * packet.time_base) - start)
+                if packet.stream_index != self._stream.index or not packet.size:
+                    continue
+                if not began:
+                    self._before.append(packet)
+                if self._coding_order:
+                    heapq.heappush(waiting, packet.dts)
+            for picture in codec.decode(packet):
+                began = True
+                if waiting:  # pictures leave the decoder as they are shown, whatever the order of their time stamps
+                    picture.pts = heapq.heappop(waiting)
+                yield picture
+
+    def _origin(self, first: Any, start: int) -> int:
+        """The time stamp that the clock starts at, for a file whose first decoded picture is ``first``."""
+        shown = [packet.pts for packet in self._before if packet.pts is not None]
+        if not shown or self._before[0].is_keyframe or first.pts <= min(shown):
+            return first.pts or 0
+        # Times are those of the file, so the pictures that were lost before the first key frame keep their place.
+        if not start:
+            seconds = (first.pts - min(shown)) * float(self._stream.time_base)
+            log.warning("%s: begins between key frames; the first picture is at %.2f s", self._path, seconds)
+        return min(shown)
 
     def _from_key_frame(self, origin: int, start: int) -> Iterator[Any] | None:
         """Frames from a key frame on that is shown no later than ``start``; None if there is no way to one."""
+        if self._coding_order:  # after a seek time stamps may be missing
+            return None
         wanted = origin + math.floor(start / self._tick)
         second = math.ceil(1 / self._stream.time_base)
         back = 0
@@ -230,7 +283,9 @@ class Source:
             try:
                 self._container.seek(wanted - back, stream=self._stream, backward=True)
                 packets = self._container.demux()
-                head = next((p for p in packets if p.stream_index == self._stream.index and p.size), None)
+                # Not every container's seek leads to a key frame.
+                pictures = (p for p in packets if p.stream_index == self._stream.index and p.size)
+                head = next((p for p in pictures if p.is_keyframe or p.pts is None), None)
             except av.FFmpegError:
                 return None
             if head is not None and head.pts is None:
@@ -245,20 +300,11 @@ class Source:
         """How long a picture without a successor is on display, in ticks."""
         return max(1, round((picture.duration or 0) * self._tick) or round(TICKS / self.rate))
 
-    def _stream_seconds(self) -> float | None:
-        """Length of the picture stream, which may be shorter than that of the sound."""
-        if self._stream.duration:
-            return float(self._stream.duration * self._stream.time_base)
-        match = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", self._stream.metadata.get("DURATION", ""))
-        return (
-            sum(float(part) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True)) if match else None
-        )
-
     def _check_end(self, end: float) -> None:
         """Compare where the pictures end with what the header promises."""
-        if self._container.format.name.split(",")[0] not in _FORMATS_WITH_LENGTH:
+        if self._format not in FORMATS_WITH_LENGTH:
             return
-        promised = self._stream_seconds()
+        promised = stated_seconds(self._stream, self._format)
         if promised is None:
             # Only the whole file's length is known, and sound may be longer.
             promised, end = (self._container.duration or 0) / av.time_base, max(end, self._other_end)
@@ -344,6 +390,7 @@ class _Scaler:
 
     def __init__(self, first: Any, aspect: Fraction | None, short_side: int) -> None:
         self._turn = orientation(first)
+        self.source_size = first.width, first.height
         width, height, aspect = first.width, first.height, Fraction(aspect or 1)
         if self._turn.transpose:
             width, height, aspect = height, width, 1 / aspect
@@ -505,12 +552,16 @@ def write_chunks(
         rate = _fraction(settings.fps) if settings.fps else source.rate
         for picture, begin, end in _timeline(source, settings, first * length):
             if scaler is None:
-                scaler = _Scaler(picture, source.aspect, settings.short_side)
+                # Of the whole file, so that ranges of a file that changes its resolution fit together.
+                scaler = _Scaler(source.first, source.aspect, settings.short_side)
                 matrix = _UNSPECIFIED if picture.colorspace == _RGB else int(picture.colorspace)
                 colours = (int(picture.color_primaries), int(picture.color_trc), matrix)
             begin, end = max(_snap(begin, length), first * length), _snap(end, length)
             if begin >= stop:
                 break
+            changed = size_change(scaler.source_size, (picture.width, picture.height))
+            if changed:
+                raise VideoError(f"{path}: {changed} at {begin / TICKS:.2f} s")
             small = scaler(picture) if end > begin else None
             end = int(min(end, stop))
             while begin < end:

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from egohod.config import SourceConfig, UserError
 from egohod.data.decoders import choose_decoder
-from egohod.data.files import LocalCache
+from egohod.data.files import LocalCache, one_clip
 from egohod.data.sides import swap_sides
 from egohod.data.source import ClipSource
 from egohod.data.table import ClipRow, ClipTable, choose_text
@@ -116,7 +116,9 @@ class ClipDataset(Dataset[dict[str, Any]]):
         rng, faults = self._randomness(epoch, index), list[str]()
         while True:
             try:
-                view = self._view(index, rng)
+                with one_clip(self.row(index).video_id):
+                    view = self._view(index, rng)
+                    tokens = self._tokenizer([view.text])[0]
                 break
             except VideoError as error:
                 if not self.train:
@@ -126,7 +128,6 @@ class ClipDataset(Dataset[dict[str, Any]]):
                 raise VideoError(f"{len(faults)} clips in a row could not be read; the last: {faults[-1]}")
             source = self._source(index)
             index = int(rng.integers(self.starts[source], self.starts[source + 1]))
-        tokens = self._tokenizer([view.text])[0]
         sample = {"video": view.video, "tokens": tokens, "index": index, "fault": "\n".join(faults) or None}
         sample |= {} if view.labels is None else {"labels": view.labels}
         return sample if view.boxes is None else sample | {"boxes": torch.from_numpy(view.boxes)}

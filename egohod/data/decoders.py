@@ -7,26 +7,48 @@ reading at a time gives the frame on display, so variable frame rates need no sp
 from __future__ import annotations
 
 import functools
+import heapq
 import importlib
+import itertools
+import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from egohod.config import UserError
-from egohod.data.files import Source, VideoError
+from egohod.data.containers import (
+    FORMATS_WITH_LENGTH,
+    HEAD_PACKETS,
+    container_format,
+    has_only_sound,
+    in_coding_order,
+    plain,
+    size_change,
+    stated_seconds,
+    video_stream,
+    videos_of,
+)
+from egohod.data.files import Source, VideoError, one_clip
+
+log = logging.getLogger(__name__)
 
 # A file whose pictures end this much before its header says was cut off.
 _MISSING_SECONDS = 1.0
-_PEEK_BYTES = 1 << 20
-# How the containers begin that are let through to FFmpeg, which would take still pictures and playlists as well.
-_MP4_BOXES = (b"ftyp", b"styp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot")
-_STILL_BRANDS = (b"avif", b"heic", b"heix", b"mif1")
-_MATROSKA, _PROGRAM_STREAM, _TRANSPORT_STREAM = b"\x1aE\xdf\xa3", b"\0\0\1\xba", b"G"
-_TRANSPORT_PACKET = 188
+# Containers that hold times of display, and lead by a table to key frames.
+_INDEXED = ("mov", "matroska")
+# Containers in which torchcodec and decord find the pictures asked for.
+_SOUGHT_BY_ALL = ("mov", "matroska", "flv")
+# H.264 and HEVC let a picture be decoded at most so many pictures before it is shown.
+_REORDER = 17
+
+
+class DecoderError(VideoError):
+    """The library failed at a file that it does not call damaged: another decoder may read it."""
 
 
 class Decoder(Protocol):
@@ -71,32 +93,41 @@ class PyavDecoder:
     def __init__(self, source: Source, name: str = "") -> None:
         self._av = importlib.import_module("av")
         self._source, self._name = source, name or str(source)
-        _require_video(source, self._name)
+        self._format = _require_video(source, self._name)
         try:
-            self._container = self._av.open(_plain(source))
+            # Cameras write titles and makers in all kinds of encodings.
+            self._container = self._av.open(plain(source), format=self._format, metadata_errors="replace")
         except (self._av.FFmpegError, OSError) as error:
             raise _not_opened(source, self._name, error) from error
-        if not self._container.streams.video:
-            sound = bool(self._container.streams.audio)
+        self._stream = video_stream(self._container)
+        if self._stream is None or self._stream.codec_context is None:
+            sound, cover = bool(self._container.streams.audio), bool(self._container.streams.video)
             self._container.close()
-            raise VideoError(f"{self._name}: has no picture, only sound" if sound else f"{self._name}: has no picture")
-        self._stream = self._container.streams.video[0]
+            if self._stream is not None:
+                raise DecoderError(f"{self._name}: PyAV's FFmpeg has no decoder for its codec")
+            only = " and ".join(["sound"] * sound + ["a cover picture"] * cover)
+            raise VideoError(f"{self._name}: has no picture" + (f", only {only}" if only else ""))
         self._codec = self._stream.codec_context
         # One thread: the loader's processes share the cores already.
         self._codec.thread_count = 1
         self._reformatter = importlib.import_module("av.video.reformatter").VideoReformatter()
-        self._start = self._stream.start_time or 0
+        self._start = self._first = self._stream.start_time or 0
         self._tick = float(self._stream.time_base)
+        self._coding_order = False
         rate = self._stream.average_rate or self._stream.guessed_rate
-        length = self._stream.duration
+        try:
+            length = stated_seconds(self._stream, self._format)
+            if length is not None and self._format in _INDEXED:
+                self.duration = length
+            else:
+                rate = self._measure(rate)
+        except (self._av.FFmpegError, OSError) as error:
+            self.close()
+            raise _not_opened(source, self._name, error) from error
         if not rate or not self._codec.width:
             self.close()
             raise VideoError(f"{self._name}: not a video or damaged: no frame rate or picture size")
         self.fps = float(rate)
-        if length is not None:
-            self.duration = length * self._tick
-        else:
-            self.duration = (self._container.duration or 0) / 1e6
 
     def read_at(self, seconds: np.ndarray) -> np.ndarray:
         """See :class:`Decoder`."""
@@ -104,48 +135,138 @@ class PyavDecoder:
         ticks = np.floor(np.maximum(seconds, 0) / self._tick + 1e-3).astype(np.int64) + self._start
         try:
             packets = self._packets(int(ticks.min()), int(ticks.max()))
-            shown = np.sort([packet.pts for packet in packets])
+            shown = np.sort([packet.pts for packet in packets if packet.pts is not None])
             wanted = shown[np.maximum(np.searchsorted(shown, ticks, side="right") - 1, 0)].tolist()
-            frames = self._decode(packets, set(wanted))
+            decode = self._decode_in_order if self._coding_order else self._decode
+            frames = decode(packets, set(wanted))
         except (self._av.FFmpegError, OSError) as error:
             raise _not_decoded(self._source, self._name, error) from error
         missing = [pts for pts in wanted if pts not in frames]
         if missing:
-            raise VideoError(f"{self._name}: damaged, no picture at {(missing[0] - self._start) * self._tick:.2f} s")
-        return np.stack([frames[pts] for pts in wanted])
+            # Shown before the key frame that decoding begins with, and there is no earlier one.
+            if packets[0].pts is not None and missing[0] < packets[0].pts:
+                raise self._begins_between(packets[0].pts)
+            raise VideoError(f"{self._name}: damaged, no picture at {self._seconds(missing[0]):.2f} s")
+        return np.stack(self._of_one_size(frames, wanted))
 
     def close(self) -> None:
         """See :class:`Decoder`."""
         self._container.close()
 
+    def _seconds(self, pts: int) -> float:
+        return (pts - self._start) * self._tick
+
+    def _begins_between(self, pts: int) -> VideoError:
+        return VideoError(
+            f"{self._name}: begins between key frames; the first picture is at {self._seconds(pts):.2f} s"
+        )
+
+    def _measure(self, rate: Fraction | None) -> Fraction | float | None:
+        """Find where the pictures begin and end, where the header does not say; the frame rate, ``rate`` if known."""
+        head = [packet for packet in self._demux(HEAD_PACKETS) if packet.pts is not None]
+        if not head:
+            raise VideoError(f"{self._name}: truncated or damaged, holds no pictures")
+        times = [packet.pts for packet in head]
+        shown = sorted(times)
+        self._coding_order = in_coding_order(self._stream, self._format, times)
+        # What is shown before a first key frame refers to pictures that were cut off, and players leave it out.
+        self._start = times[0] if head[0].is_keyframe else shown[0]
+        # Most containers are sought in by times of decoding, of which the first is before the first picture is shown.
+        self._first = self._start if head[0].dts is None else min(self._start, head[0].dts)
+        if self._coding_order:
+            self._start = self._first
+        if not rate and shown[-1] > shown[0]:
+            rate = (len(shown) - 1) / ((shown[-1] - shown[0]) * self._tick)
+        length, zero = (self._container.duration or 0) / 1e6, (self._container.start_time or 0) / 1e6
+        end, other_end = self._ends(self._start + round(length / self._tick), float(1 / rate) if rate else 0.0)
+        self.duration = end - self._start * self._tick
+        if self._format in FORMATS_WITH_LENGTH:
+            # Where only the whole file's length is known, sound may be longer than the pictures.
+            stated, reached = stated_seconds(self._stream, self._format), self.duration
+            if stated is None:
+                stated, reached = length, max(end, other_end) - zero
+            if reached < stated - _MISSING_SECONDS:
+                self.duration = stated
+        return rate
+
+    def _ends(self, target: int, frame_seconds: float) -> tuple[float, float]:
+        """Where the pictures and all streams end, in seconds of their clock; found by looking from ``target`` on."""
+        step = round(1 / self._tick)
+        while True:
+            begin = max(self._start, target - step)
+            self._seek(begin)
+            end, other_end, pictures = float("-inf"), float("-inf"), 0
+            for packet in self._container.demux():
+                is_picture = packet.stream_index == self._stream.index
+                pts = packet.dts if is_picture and self._coding_order else packet.pts
+                if pts is None or not packet.size or packet.stream.type not in ("video", "audio"):
+                    continue
+                stop = float((pts + (packet.duration or 0)) * packet.time_base)
+                other_end = max(other_end, stop)
+                if is_picture:
+                    pictures += 1
+                    end = max(end, stop + (0 if packet.duration else frame_seconds))
+            # The last one to be shown may be decoded a few before the last one.
+            if pictures >= _REORDER or begin <= self._start:
+                return end, other_end
+            step *= 2
+
+    def _seek(self, target: int) -> None:
+        """Go to a packet at or before ``target``, for the file's beginning to the very first one."""
+        if target <= self._start:
+            target = self._first
+        self._container.seek(target, stream=self._stream, backward=True)
+
+    def _demux(self, count: int | None = None) -> Iterator[Any]:
+        """Compressed pictures from where the container stands, at most ``count``."""
+        return itertools.islice((packet for packet in self._container.demux(self._stream) if packet.size), count)
+
     def _packets(self, first: int, last: int) -> list[_Packet]:
         """The packets, in the order of decoding, that hold all frames shown from ``first`` to ``last``."""
-        target = first
+        target, step = first, round(1 / self._tick)
+        if self._coding_order:
+            last += round(_REORDER / self.fps / self._tick)
         while True:
-            self._container.seek(target, stream=self._stream, backward=True)
-            packets, complete = [], False
-            for data in self._container.demux(self._stream):
-                pts, dts = data.pts, data.dts
-                if pts is None or not data.size:
-                    continue
+            at_start = target <= self._start
+            self._seek(target)
+            packets, headless, complete = list[_Packet](), list[_Packet](), False
+            pts: int | None = None
+            for data in self._demux():
+                # Where the times of display are none, a pause is taken for one frame: after a seek some lack both.
+                pts = data.pts if not self._coding_order else data.dts if data.dts is not None else self._after(pts)
                 # Decoding times ascend and are never after the time of display: nothing further can be shown in time.
-                if dts is not None and dts > last:
+                if data.dts is not None and data.dts > last and pts is not None and (packets or not at_start):
                     complete = True
                     break
-                packets.append(_Packet(pts, data.is_keyframe, data))
-            if not packets:
-                raise VideoError(f"{self._name}: truncated, no pictures at {(first - self._start) * self._tick:.2f} s")
-            if not complete:
-                self._check_end(packets[-1].data)
-            # Decoding must begin at a key frame shown no later than the first wanted one. The seek goes by decoding
-            # times and may lead to a later one.
-            if packets[0].pts <= first or target <= self._start:
+                # Decoding begins at a key frame, which not every container's seek leads to.
+                kept = packets if packets or data.is_keyframe else headless
+                kept.append(_Packet(pts, data.is_keyframe, data))
+                if kept is packets and not at_start and (packets[0].pts is None or packets[0].pts > first):
+                    break
+            # It must be shown no later than the first wanted one. The seek goes by decoding times and may lead to a
+            # later one, or to none.
+            if packets and (at_start or (packets[0].pts is not None and packets[0].pts <= first)):
+                if not complete:
+                    self._check_end(packets)
+                if headless and packets[0].pts is not None and first < packets[0].pts:
+                    raise self._begins_between(packets[0].pts)
                 return packets
-            target = max(self._start, min(target, packets[0].pts) - round(1 / self._tick))
+            if at_start:
+                # No key frame is marked: the decoder finds them itself.
+                if not any(packet.pts is not None for packet in headless):
+                    raise VideoError(f"{self._name}: truncated, no pictures at {self._seconds(first):.2f} s")
+                return headless
+            earliest = min((packet.pts for packet in packets[:1] if packet.pts is not None), default=target)
+            target, step = max(self._start, min(target, earliest) - step), 2 * step
 
-    def _check_end(self, last: Any) -> None:
+    def _after(self, pts: int | None) -> int | None:
+        """The next picture's time where the container does not say it."""
+        return None if pts is None else pts + round(1 / self.fps / self._tick)
+
+    def _check_end(self, packets: Sequence[_Packet]) -> None:
         """Compare the last packet there is with what the header promises."""
-        end = (last.pts + (last.duration or 0) - self._start) * self._tick
+        last = next((packet for packet in reversed(packets) if packet.pts is not None), None)
+        end = self._seconds(last.pts + (last.data.duration or 0)) if last is not None else 0.0
         if end < self.duration - _MISSING_SECONDS:
             raise VideoError(f"{self._name}: truncated, the pictures end at {end:.2f} s of {self.duration:.2f} s")
 
@@ -173,6 +294,25 @@ class PyavDecoder:
                 codec.flush_buffers()
         return frames
 
+    def _decode_in_order(self, packets: Sequence[_Packet], wanted: set[int]) -> dict[int, np.ndarray]:
+        """The same where time stamps do not follow the order of display: they are dealt out to pictures as these come.
+
+        Pictures leave the decoder as they are shown, so that each takes the smallest time stamp not taken yet.
+        """
+        frames: dict[int, np.ndarray] = {}
+        waiting: list[int] = []
+        self._codec.flush_buffers()
+        for packet in [*packets, None]:
+            # Pictures shown before the first key frame do not leave the decoder.
+            if packet is not None and packet.pts is not None and packet.pts >= (packets[0].pts or 0):
+                heapq.heappush(waiting, packet.pts)
+            for frame in self._codec.decode(packet and packet.data):
+                pts = heapq.heappop(waiting) if waiting else None
+                if pts in wanted:
+                    frames[pts] = self._rgb(frame)
+        self._codec.flush_buffers()
+        return frames
+
     def _rgb(self, frame: Any) -> np.ndarray:
         """A view of the converted picture [H, W, 3], upright; it keeps the picture alive."""
         plane = self._reformatter.reformat(frame, format="rgb24", threads=1).planes[0]
@@ -182,11 +322,30 @@ class PyavDecoder:
         quarters = round(frame.rotation / 90)
         return np.rot90(picture, quarters) if quarters else picture
 
+    def _of_one_size(self, frames: dict[int, np.ndarray], wanted: Sequence[int]) -> list[np.ndarray]:
+        """The ``wanted`` frames; where a recorder changed its resolution, all in the first one's.
+
+        Raises :class:`VideoError` where the proportions change: a stretched picture is not what was recorded.
+        """
+        pictures = [frames[pts] for pts in wanted]
+        height, width = pictures[0].shape[:2]
+        for at, picture in zip(wanted, pictures, strict=True):
+            changed = size_change((width, height), (picture.shape[1], picture.shape[0]))
+            if changed:
+                raise VideoError(f"{self._name}: {changed} at {self._seconds(at):.2f} s")
+        return [each if each.shape == pictures[0].shape else self._scaled(each, width, height) for each in pictures]
+
+    def _scaled(self, picture: np.ndarray, width: int, height: int) -> np.ndarray:
+        frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+        scaled = self._reformatter.reformat(frame, width=width, height=height, interpolation="BICUBIC", threads=1)
+        array: np.ndarray = scaled.to_ndarray()
+        return array
+
 
 class _Packet(NamedTuple):
-    """A compressed picture with its time of display in ticks."""
+    """A compressed picture with its time of display in ticks, None where the container does not say."""
 
-    pts: int
+    pts: int | None
     is_key: bool
     data: Any
 
@@ -204,7 +363,8 @@ def _needed_groups(packets: Sequence[_Packet], wanted: set[int]) -> list[tuple[S
     for group in reversed(groups):
         if whole or any(packet.pts in wanted for packet in group):
             needed.append((group, whole))
-            whole = any(packet.pts in wanted and packet.pts < group[0].pts for packet in group)
+            key = group[0].pts
+            whole = any(packet.pts in wanted and key is not None and packet.pts < key for packet in group)
     return needed[::-1]
 
 
@@ -214,9 +374,12 @@ class TorchcodecDecoder:
     def __init__(self, source: Source, name: str = "") -> None:
         decoders = importlib.import_module("torchcodec.decoders")
         self._source, self._name = source, name or str(source)
-        _require_video(source, self._name)
+        _require_table(source, self._name, "torchcodec")
+        index = _stream_index(source, self._name)
         try:
-            self._decoder = decoders.VideoDecoder(_plain(source), dimension_order="NHWC", num_ffmpeg_threads=1)
+            self._decoder = decoders.VideoDecoder(
+                plain(source), stream_index=index, dimension_order="NHWC", num_ffmpeg_threads=1
+            )
         except (RuntimeError, ValueError, TypeError, OSError) as error:
             raise _not_opened(source, self._name, error) from error
         meta = self._decoder.metadata
@@ -249,10 +412,15 @@ class DecordDecoder:
     def __init__(self, source: Source, name: str = "") -> None:
         decord = importlib.import_module("decord")
         self._source, self._name = source, name or str(source)
-        _require_video(source, self._name)
+        _require_table(source, self._name, "decord")
         self._error = decord.DECORDError
+        if (index := _stream_index(source, self._name)) is not None:
+            raise DecoderError(
+                f"{self._name}: holds several videos, and decord cannot be told to take stream {index}; "
+                "set data.decoder=pyav"
+            )
         try:
-            self._reader = decord.VideoReader(_plain(source), num_threads=1)
+            self._reader = decord.VideoReader(plain(source), num_threads=1)
             self.fps = float(self._reader.get_avg_fps())
             self._starts = self._reader.get_frame_timestamp(range(len(self._reader)))[:, 0].astype(np.float64)
         except (self._error, RuntimeError, IndexError, OSError) as error:
@@ -354,18 +522,73 @@ _DECODERS: dict[str, tuple[Opener, str, str]] = {
 def choose_decoder(name: str = "auto") -> tuple[str, Opener]:
     """The decoder called ``name``, or for ``auto`` the fastest that loads, as (name, function that opens a file).
 
-    Raises :class:`UserError` with the command that installs what is missing.
+    With ``auto`` a file that the library fails at is read by the next one. Whatever a library raises becomes a
+    :class:`VideoError`. Raises :class:`UserError` with the command that installs what is missing.
     """
     missing = []
-    for candidate in _DECODERS if name == "auto" else [name]:
+    candidates = list(_DECODERS) if name == "auto" else [name]
+    for place, candidate in enumerate(candidates):
         if candidate not in _DECODERS:
             raise UserError(f"data.decoder is '{name}', but must be auto, {', '.join(_DECODERS)}")
-        opener, module, cure = _DECODERS[candidate]
+        _, module, cure = _DECODERS[candidate]
         why = _cannot_import(module)
         if why is None:
-            return candidate, opener
+            return candidate, functools.partial(_Checked, candidates[place:])
         missing.append(f"{candidate} does not load ({why}); cure: {cure}")
     raise UserError("data.decoder=" + name + ": " + "; ".join(missing))
+
+
+# Decoders of which this process has said that they stand in for a better one.
+_LOGGED: set[str] = set()
+
+
+class _Checked:
+    """A video opened by the first of ``candidates`` that can read it; all that goes wrong is a :class:`VideoError`.
+
+    Only a :class:`DecoderError` leads to the next candidate: what one library calls damaged another would show with
+    pictures missing.
+    """
+
+    def __init__(self, candidates: Sequence[str], source: Source, name: str = "") -> None:
+        self._candidates, self._source, self._name = list(candidates), source, name or str(source)
+        self._decoder: Decoder | None = None
+        self._try(lambda decoder: None)
+        assert self._decoder is not None
+        self.fps, self.duration = self._decoder.fps, self._decoder.duration
+
+    def read_at(self, seconds: np.ndarray) -> np.ndarray:
+        """See :class:`Decoder`."""
+        return self._try(lambda decoder: decoder.read_at(seconds))
+
+    def close(self) -> None:
+        """See :class:`Decoder`."""
+        if self._decoder is not None:
+            self._decoder.close()
+
+    def _try(self, use: Callable[[Decoder], Any]) -> Any:
+        """What ``use`` makes of the open file, with the next candidate where the library fails at it."""
+        first: DecoderError | None = None
+        while True:
+            candidate = self._candidates[0]
+            try:
+                with one_clip(self._name, DecoderError):
+                    if self._decoder is None:
+                        self._decoder = _DECODERS[candidate][0](self._source, self._name)
+                    result = use(self._decoder)
+            except DecoderError as error:
+                first = first or error
+                self._candidates = [each for each in self._candidates[1:] if not _cannot_import(_DECODERS[each][1])]
+                if not self._candidates:
+                    # Of the failures that of the best library says most; it is the one to try again, too.
+                    self._candidates = [candidate]
+                    raise first from None
+                self.close()
+                self._decoder = None
+                continue
+            if first is not None and candidate not in _LOGGED:
+                _LOGGED.add(candidate)
+                log.warning("%s; %s reads it, as it will others like it without a further word", first, candidate)
+            return result
 
 
 @functools.cache
@@ -378,62 +601,56 @@ def _cannot_import(module: str) -> str | None:
     return "FFmpeg is not there" if getattr(loaded, "ffmpeg_major_version", 0) is None else None
 
 
-def _plain(source: Source) -> Any:
-    """What the libraries take: a path as text, or a file from its beginning."""
-    if isinstance(source, Path):
-        return str(source)
-    source.seek(0)
-    return source
-
-
-def _require_video(source: Source, name: str) -> None:
-    """Raise :class:`VideoError` unless ``source`` begins like a video file."""
+def _stream_index(source: Source, name: str) -> int | None:
+    """The stream that is the video, None where there is no choice; so all libraries choose alike."""
+    if _cannot_import("av") is not None:
+        return None
+    av = importlib.import_module("av")
     try:
-        if isinstance(source, Path):
-            if not source.is_file():
-                raise VideoError(f"{name}: {'is a folder, not a video' if source.is_dir() else 'no such file'}")
-            with source.open("rb") as file:
-                head = file.read(_TRANSPORT_PACKET + 1)
-        else:
-            head = _plain(source).read(_TRANSPORT_PACKET + 1)
-    except OSError as error:
-        raise VideoError(f"{name}: cannot be opened: {error.strerror}") from error
-    if not head:
-        raise VideoError(f"{name}: the file has zero bytes")
-    known = (
-        (head[4:8] in _MP4_BOXES and head[8:12] not in _STILL_BRANDS)
-        or head.startswith((_MATROSKA, _PROGRAM_STREAM))
-        or (head[:4] == b"RIFF" and head[8:12] == b"AVI ")
-        or (head[:1] == _TRANSPORT_STREAM and head[_TRANSPORT_PACKET:] == _TRANSPORT_STREAM)
-    )
-    if not known:
+        with av.open(plain(source), format=_require_video(source, name), metadata_errors="replace") as container:
+            stream, best = video_stream(container), container.streams.best("video")
+            alone = stream == best and len(videos_of(container)) == 1
+            return None if stream is None or alone else int(stream.index)
+    except (av.FFmpegError, OSError):  # the library itself will say what is wrong
+        return None
+
+
+def _require_video(source: Source, name: str) -> str:
+    """FFmpeg's name of the container; raises :class:`VideoError` unless ``source`` begins like a video file."""
+    format = container_format(source, name)
+    if format is None:
         raise VideoError(f"{name}: not a video")
+    return format
+
+
+def _require_table(source: Source, name: str, library: str) -> None:
+    """Raise :class:`DecoderError` for containers in which ``library`` loses its place without a word.
+
+    After a seek both libraries show other pictures there than those that were asked for, most of the time.
+    """
+    format = _require_video(source, name)
+    if format not in _SOUGHT_BY_ALL:
+        raise DecoderError(
+            f"{name}: {library} shows wrong pictures of {format} files; set data.decoder=pyav, or make chunks of them"
+        )
 
 
 def _not_opened(source: Source, name: str, error: Exception) -> Exception:
     # What went wrong with reading says more than what a library makes of it.
     if getattr(source, "failure", None):
         return source.failure  # type: ignore[union-attr]
-    if _has_only_sound(source):
+    if has_only_sound(source):
         return VideoError(f"{name}: has no picture, only sound")
-    return VideoError(f"{name}: truncated or damaged video ({_one_line(error)})")
+    return _kind_of(error)(f"{name}: truncated or damaged video ({_one_line(error)})")
 
 
 def _not_decoded(source: Source, name: str, error: Exception) -> Exception:
-    return getattr(source, "failure", None) or VideoError(f"{name}: cannot be decoded: {_one_line(error)}")
+    return getattr(source, "failure", None) or _kind_of(error)(f"{name}: cannot be decoded: {_one_line(error)}")
 
 
-def _has_only_sound(source: Source) -> bool:
-    """Whether an MP4's handlers name sound but no picture; some decoders say nothing better than 'cannot open'."""
-    if isinstance(source, Path):
-        with source.open("rb") as file:
-            return _has_only_sound(file)
-    # The table of contents stands at one end of the file or the other.
-    source.seek(0)
-    ends = source.read(_PEEK_BYTES)
-    source.seek(max(0, source.seek(0, 2) - _PEEK_BYTES))
-    ends += source.read()
-    return set(re.findall(rb"hdlr.{8}(vide|soun)", ends, re.DOTALL)) == {b"soun"}
+def _kind_of(error: Exception) -> type[VideoError]:
+    """FFmpeg's verdict on the data is final, and so are the other libraries', which are the last ones."""
+    return VideoError if type(error).__name__ == "InvalidDataError" else DecoderError
 
 
 def _one_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ import random
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -50,6 +50,23 @@ class VideoError(UserError):
 
 class StorageError(UserError):
     """Storage that cannot be used at all (credentials, bucket, dead server): no other clip would fare better."""
+
+
+@contextlib.contextmanager
+def one_clip(name: str, kind: type[VideoError] = VideoError) -> Iterator[None]:
+    """Within, whatever is raised because of the file or clip ``name`` is a ``kind``, so that it costs that clip alone.
+
+    Libraries raise all kinds at odd files. A :class:`UserError` is passed on, as are too little memory and what stops
+    a run, none of which is the clip's fault.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        log.debug("%s", name, exc_info=True)
+        text = " ".join(str(error).split())[:200]
+        raise kind(f"{name}: cannot be read: {type(error).__name__}" + (f": {text}" if text else "")) from error
 
 
 class Files(Protocol):

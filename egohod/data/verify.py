@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from egohod.config import UserError
-from egohod.data.files import VideoError
+from egohod.data.files import VideoError, one_clip
 from egohod.data.pool import Lost, Workers
 from egohod.data.source import ClipSource
 from egohod.data.table import EXCLUDE_COLUMNS
@@ -79,8 +79,10 @@ class Verifier:
 
     def _fault(self, index: int) -> str | None:
         """Why a clip cannot be read."""
+        row = self.source.table.row(index)
         try:
-            self.source.read(self.source.table.row(index), self._frames, None)
+            with one_clip(row.video_id):
+                self.source.read(row, self._frames, None)
         except VideoError as error:
             return str(error)
         return None

@@ -281,7 +281,7 @@ def broken(folder: Path, kind: str) -> Path:
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("missing", "No such file"),
+        ("missing", "no such file"),
         ("zero bytes", "zero bytes"),
         ("text", "not a video, or a truncated one"),
         ("sound only", "has no picture"),

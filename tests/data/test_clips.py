@@ -198,3 +198,21 @@ def test_generator_streams_of_neighbours_are_independent(world: Path) -> None:
     clips = dataset(world, num_frames=1)
     videos = np.stack([clips[epoch, 0]["video"].numpy().ravel() for epoch in range(20)])
     assert len(np.unique(videos, axis=0)) == 20
+
+
+def test_whatever_a_clip_raises_costs_that_clip(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here its text; libraries raise all kinds at odd files, too."""
+    clips, plain = dataset(world), clips_module.choose_text
+
+    def odd(texts: object, mode: str, rng: object) -> str:
+        if texts == clips.row(5).texts:
+            raise KeyError("verb")
+        return plain(texts, mode, rng)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(clips_module, "choose_text", odd)
+    sample = clips[0, 5]
+    assert sample["index"] != 5
+    assert f"{clips.where(5)}: {clips.row(5).video_id}: cannot be read: KeyError: 'verb'" in sample["fault"]
+    monkeypatch.setattr(clips_module, "choose_text", lambda *_: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        clips[0, 5]

@@ -4,6 +4,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -250,7 +251,7 @@ def test_what_changed_failed_or_is_in_use_is_opened_anew(tmp_path: Path, monkeyp
     second.close()
     third = kept(path)
     assert third is second
-    with pytest.raises(TypeError):
+    with pytest.raises(VideoError, match=r"a\.mp4: cannot be read: TypeError"):
         third.read_at(None)  # type: ignore[arg-type]
     third.close()
     fourth = kept(path)
@@ -267,3 +268,77 @@ def test_what_changed_failed_or_is_in_use_is_opened_anew(tmp_path: Path, monkeyp
     path.unlink()
     with pytest.raises(VideoError, match="no such file"):
         kept(path)
+
+
+def fail(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """Have PyAV raise ``error`` whatever it decodes."""
+
+    def raising(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(decoders.PyavDecoder, "_decode", raising)
+
+
+def test_where_a_decoder_fails_the_next_is_tried_and_that_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fail(monkeypatch, NotImplementedError("this profile"))
+    monkeypatch.setattr(decoders, "_LOGGED", set())
+    monkeypatch.setattr(decoders, "_cannot_import", lambda module: "not here" if module == "torchcodec" else None)
+    paths = [encode(tmp_path / f"{name}.mp4", 20) for name in "ab"]
+    name, auto = choose_decoder("auto")
+    assert name == "pyav"
+    for path in paths:
+        opened = auto(path)
+        for seconds in ([0.05, 1.25], [0.75]):
+            assert np.array_equal(opened.read_at(np.array(seconds)), reference(path)[1][[int(10 * s) for s in seconds]])
+        opened.close()
+    (said,) = caplog.messages
+    assert said.startswith(f"{paths[0]}: cannot be read: NotImplementedError: this profile; decord reads it")
+    # Where none can, the first one's reason counts, and a decoder that was asked for by name has no stand-in.
+    monkeypatch.setattr(decoders.DecordDecoder, "read_at", lambda *_: 1 / 0)
+    for choice in ("auto", "pyav"):
+        with pytest.raises(VideoError, match=r"a\.mp4: cannot be read: NotImplementedError: this profile$"):
+            choose_decoder(choice)[1](paths[0]).read_at(np.zeros(1))
+
+
+def test_damaged_files_are_not_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another library would leave pictures out, or show others, without a word."""
+    invalid = av.InvalidDataError(1, "Invalid data found when processing input")
+    fail(monkeypatch, invalid)
+    path = encode(tmp_path / "v.mp4", 20)
+    with pytest.raises(VideoError, match=r"v\.mp4: cannot be decoded: Invalid data"):
+        choose_decoder("auto")[1](path).read_at(np.zeros(1))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"size": (2, 64)},
+        {"size": (64, 2)},
+        {"size": (1, 33), "codec": "png", "pixels": "rgb24"},
+        {"codec": "png", "pixels": "rgb48be"},
+        {"codec": "png", "pixels": "rgba"},
+        {"codec": "png", "pixels": "gray"},
+        {"codec": "libx264", "pixels": "gray"},
+    ],
+    ids=str,
+)
+def test_odd_pictures(tmp_path: Path, settings: dict[str, Any]) -> None:
+    path = encode(tmp_path / "v.mp4", 8, **settings)
+    _, pictures = reference(path)
+    assert np.array_equal(opener("pyav")(path).read_at(np.array([0.05, 0.35])), pictures[[0, 3]])
+
+
+def test_titles_in_other_encodings(tmp_path: Path) -> None:
+    path = tmp_path / "v.mkv"
+    encode(tmp_path / "v.mp4", 20)
+    with av.open(str(tmp_path / "v.mp4")) as source, av.open(str(path), "w") as container:
+        container.metadata["title"] = "caf-"
+        stream = container.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                container.mux(packet)
+    path.write_bytes(path.read_bytes().replace(b"caf-", b"caf\xe9"))
+    assert opener("pyav")(path).read_at(np.array([1.25])).shape == (1, 64, 96, 3)
