@@ -337,6 +337,12 @@ class DataConfig:
     cache_gb: float = knob(50.0, "size of data.cache in GB (1e9 bytes); what was used longest ago goes first", above=0)
     workers: int = knob(8, "decoding processes per training process; 0 decodes in the training process", low=0)
     prefetch: int = knob(2, "batches each worker holds ready", low=1)
+    timeout: float = knob(
+        900.0,
+        "seconds without a batch from the workers after which a run ends, as on a file system that hangs; longer than "
+        "a batch ever takes to decode",
+        above=0,
+    )
     pin_memory: bool = knob(
         True, "page-locked batches, so that the copy to a GPU overlaps with computing; ignored on CPU"
     )

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
+import signal
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import main_pretrain
 from egohod.config import UserError
+from egohod.data.clips import ClipDataset
 from tests.support import Command, losses, newest
 
 
@@ -82,6 +88,30 @@ def test_a_dry_run_of_a_good_config_tries_it_and_writes_nothing(
         assert part in done.stderr, part
     assert "adamw, 0.001 after a warm-up of 3 steps from 1e-06, then a cosine down to 1e-05" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_whose_clips_stop_coming_can_be_stopped(
+    tiny_config: Path, tmp_path: Path, inside: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a file system that does not answer: the steps so far are saved, and the exit code is that of any stop."""
+    served, original = itertools.count(), ClipDataset.__getitem__
+
+    def stuck(clips: ClipDataset, key: Any) -> Any:
+        while next(served) >= 3 * 8:
+            signal.pause()
+        return original(clips, key)
+
+    def stop() -> None:
+        while not (tmp_path / "run" / "metrics.jsonl").is_file() or len(losses(tmp_path / "run")) < 3:
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(ClipDataset, "__getitem__", stuck)
+    threading.Thread(target=stop, daemon=True).start()
+    done = inside("main_pretrain.py", "--config_file", tiny_config, "data.workers=1")
+    assert done.returncode == 0, done.stderr
+    assert "step 3 of 12 is saved" in done.stderr
+    assert newest(tmp_path / "run").step == 3
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,7 @@ def _embed(
             todo,
             batch_size=cfg.evaluate.batch_size,
             workers=cfg.data.workers,
+            timeout=cfg.data.timeout,
             dist=dist,
             precision=pick_precision(cfg.evaluate.precision, dist.device),
             allow_missing=args.allow_missing,

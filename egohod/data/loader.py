@@ -3,25 +3,42 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
+import logging
+import multiprocessing.queues
+import os
 import signal
 import sys
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from egohod.config import UserError
+from egohod.config import DataConfig, UserError
 from egohod.data.clips import ClipDataset, Key, collate
+from egohod.stopping import Interrupted, StopRequest
+
+log = logging.getLogger(__name__)
 
 # Constants of <sys/prctl.h> and <malloc.h>.
 _PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
+# What batches leave free of the shared memory: semaphores of later processes and NCCL need some of it. A container of
+# Docker has 64 MB unless it is given more.
+SHARED_MEMORY, _RESERVED_BYTES = "/dev/shm", 8_000_000
+# How often a process that waits for a batch looks up.
+_POLL_SECONDS = 1.0
+# How long a run of several processes waits for the clips of the step that it is to finish before it leaves.
+_LEAVE_SECONDS = 20.0
 
 Collate = Callable[[Sequence[Any]], dict[str, Any]]
 """Samples to a batch."""
@@ -157,12 +174,15 @@ def train_loader(
     workers: int = 0,
     prefetch: int = 2,
     pin_memory: bool = False,
+    timeout: float = DataConfig.timeout,
+    stop: StopRequest | None = None,
 ) -> ClipLoader:
     """This process's micro-batches of the steps [start_step, total_steps), ``accumulation`` per step, in order.
 
     Of each step's global batch, micro-batch m of process r holds the positions from (m * world_size + r) * b on, b
     clips each. Epochs follow one another without a pause; the worker processes live through all of them. Raises
-    :class:`UserError` if the batch cannot be shared evenly.
+    :class:`UserError` if the batch cannot be shared evenly. See :class:`ClipLoader` for ``timeout`` and ``stop``; other
+    processes wait within the step that this one has no clips for, so it leaves with an error that ends them too.
     """
     return ClipLoader(
         dataset,
@@ -170,6 +190,9 @@ def train_loader(
         workers=workers,
         prefetch=prefetch,
         pin_memory=pin_memory,
+        timeout=timeout,
+        stop=stop,
+        leaves_alone=world_size == 1,
     )
 
 
@@ -180,15 +203,31 @@ def eval_loader(
     workers: int,
     prefetch: int = 2,
     collate: Collate = collate,
+    timeout: float = DataConfig.timeout,
+    stop: StopRequest | None = None,
 ) -> ClipLoader:
     """The clips ``indices``, in that order and each once, ``batch_size`` at a time (the last batch may be smaller)."""
     numbers = [int(index) for index in indices]
     batches = [numbers[at : at + batch_size] for at in range(0, len(numbers), batch_size)]
-    return ClipLoader(dataset, batches, workers=workers, prefetch=prefetch, pin_memory=False, collate=collate)
+    return ClipLoader(
+        dataset,
+        batches,
+        workers=workers,
+        prefetch=prefetch,
+        pin_memory=False,
+        collate=collate,
+        timeout=timeout,
+        stop=stop,
+    )
 
 
 class ClipLoader(DataLoader[dict[str, Any]]):
-    """A DataLoader whose workers end with their parent and whose failures are one clear :class:`UserError`."""
+    """A DataLoader whose workers end with their parent and whose failures are one clear :class:`UserError`.
+
+    Nobody waits for ever: a batch that does not come within ``timeout`` seconds is an error, and a request to ``stop``
+    ends the waiting with :class:`Interrupted`, or, unless the process ``leaves_alone``, with an error after 20 s.
+    Batches travel in shared memory, or through pipes where that is too small.
+    """
 
     def __init__(
         self,
@@ -199,7 +238,12 @@ class ClipLoader(DataLoader[dict[str, Any]]):
         prefetch: int,
         pin_memory: bool,
         collate: Collate = collate,
+        timeout: float = DataConfig.timeout,
+        stop: StopRequest | None = None,
+        leaves_alone: bool = True,
     ) -> None:
+        # Names that torch's class does not have.
+        self._patience, self._stop, self._leaves_alone = timeout, stop, leaves_alone
         super().__init__(
             _Guarded(dataset),
             batch_sampler=batches,
@@ -210,24 +254,35 @@ class ClipLoader(DataLoader[dict[str, Any]]):
             # Forked workers share the table's memory with this process.
             multiprocessing_context="fork" if workers else None,
             prefetch_factor=prefetch if workers else None,
+            timeout=_POLL_SECONDS if workers else 0,
         )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
         """Batches as of :func:`~egohod.data.clips.collate`; raises :class:`UserError`."""
-        batches = super().__iter__()
-        _workers.update(getattr(batches, "_workers", ()))
+        try:
+            if self.num_workers:
+                multiprocessing.Lock()  # torch's queues need semaphores; its own failure leaves a traceback behind
+            batches = super().__iter__()
+        except (OSError, ImportError) as error:
+            raise LoaderError(
+                f"data.workers={self.num_workers}: no loader process can be started ({error}; {SHARED_MEMORY} is full, "
+                "absent or read-only?); data.workers=0 decodes in the process itself"
+            ) from error
+        workers = list(getattr(batches, "_workers", ()))
+        _workers.update(workers)
         while True:
             try:
-                batch = next(batches)
+                batch = self._next(batches, workers)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+            except (RuntimeError, OSError, EOFError) as error:
+                if not self.num_workers or isinstance(error, UserError):
                     raise
-                raise LoaderError(
-                    f"a loader process died ({str(error).splitlines()[0]}); if memory ran out, lower data.workers or "
-                    "data.prefetch"
-                ) from error
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                if "DataLoader worker" in reason:
+                    cure = "if memory ran out, lower data.workers or data.prefetch"
+                    raise LoaderError(f"a loader process died ({reason}); {cure}") from error
+                raise LoaderError(f"a batch was lost between a loader process and this one ({reason})") from error
             failure = batch.pop("failure", None)
             if failure is not None:
                 try:
@@ -236,7 +291,43 @@ class ClipLoader(DataLoader[dict[str, Any]]):
                     # An exception that its own frame holds waits for the garbage collector, which closes the queues
                     # to the workers before they could be told to end: 10 s of waiting.
                     del failure
-            yield batch
+            yield _received(batch)
+
+    def _next(self, batches: Iterator[dict[str, Any]], workers: Sequence[Any]) -> dict[str, Any]:
+        """The next batch; looks up from waiting every second."""
+        start = time.monotonic()
+        asked: float | None = None
+        while True:
+            try:
+                return next(batches)
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader timed out"):
+                    raise
+            now, reason = time.monotonic(), self._stop.reason if self._stop else ""
+            asked = asked or (now if reason else None)
+            if reason and self._leaves_alone:
+                _kill(workers)
+                raise Interrupted(reason)
+            if asked and now - asked > _LEAVE_SECONDS:
+                _kill(workers)
+                raise LoaderError(
+                    f"{reason}, but the clips of the step to finish did not come within {_LEAVE_SECONDS:.0f} s; rerun "
+                    "to resume from the last checkpoint"
+                )
+            if now - start > self._patience:
+                _kill(workers)
+                raise LoaderError(
+                    f"no batch of clips came for {self._patience:g} s (data.timeout): a file system or server that "
+                    "does not answer, or too few data.workers"
+                )
+
+
+def _kill(workers: Sequence[Any]) -> None:
+    """End workers that may be stuck; torch would wait five seconds for each of them."""
+    for end in (lambda worker: worker.kill(), lambda worker: worker.join(1.0)):
+        for worker in workers:
+            with contextlib.suppress(RuntimeError):  # torch's handler of SIGCHLD takes it for an accident
+                end(worker)
 
 
 _workers: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -304,13 +395,86 @@ class _Guarded(Dataset[Any]):
 
 def _collate_or_failure(samples: Sequence[Any], collate: Collate) -> dict[str, Any]:
     failure = next((sample for sample in samples if isinstance(sample, UserError)), None)
-    return {"failure": failure} if failure else collate(samples)
+    if failure:
+        return {"failure": failure}
+    batch = collate(samples)
+    return batch if get_worker_info() is None else _sendable(batch)
+
+
+@dataclass(frozen=True)
+class _Piped:
+    """A tensor on its way to the main process where there is no shared memory for it."""
+
+    array: np.ndarray
+
+
+_warned = set[str]()
+
+
+def _sendable(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch with its tensors in shared memory, or, where there is too little, as arrays that go through a pipe.
+
+    torch moves tensors there in a thread of the queue, where a failure loses the batch.
+    """
+    tensors = list[Tensor]()
+    _mapped(tensors.append, batch, Tensor)
+    free = _free_shared_memory()
+    if free is None or sum(tensor.nbytes for tensor in tensors) + _RESERVED_BYTES <= free:
+        try:
+            for tensor in tensors:
+                tensor.share_memory_()
+            return batch
+        except (RuntimeError, OSError):  # other processes took it meanwhile
+            pass
+    piped: dict[str, Any] = _mapped(lambda tensor: _Piped(tensor.numpy()), batch, Tensor)
+    return piped
+
+
+def _received(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch that :func:`_sendable` was given; the first one that came through a pipe warns."""
+    arrays = list[_Piped]()
+    _mapped(arrays.append, batch, _Piped)
+    if not arrays:
+        return batch
+    if not _warned:
+        _warned.add(SHARED_MEMORY)
+        log.warning(
+            "%s has %.1f MB free, too little for batches of %.1f MB from loader processes: they come through pipes, "
+            "which takes longer. Containers: docker run --shm-size=8g, or --ipc=host",
+            SHARED_MEMORY, (_free_shared_memory() or 0) / 1e6, sum(piped.array.nbytes for piped in arrays) / 1e6,
+        )  # fmt: skip
+    received: dict[str, Any] = _mapped(lambda piped: torch.from_numpy(piped.array), batch, _Piped)
+    return received
+
+
+def _mapped(function: Callable[[Any], Any], value: Any, kind: type) -> Any:
+    """``value`` with ``function`` of every ``kind`` in its dicts."""
+    if isinstance(value, dict):
+        return {name: _mapped(function, inner, kind) for name, inner in value.items()}
+    return function(value) if isinstance(value, kind) else value
+
+
+def _free_shared_memory() -> int | None:
+    """Bytes; None where batches do not go through :data:`SHARED_MEMORY`, as on macOS."""
+    try:
+        found = os.statvfs(SHARED_MEMORY)
+    except OSError:
+        return None
+    return found.f_bavail * found.f_frsize
+
+
+def _report_lost(queue: Any, error: Exception, lost: Any) -> None:
+    """Send a failure in place of a batch that the thread of ``queue`` could not pickle or send."""
+    reason = f"a loader process could not hand over a batch: {type(error).__name__}: {error}"
+    queue.put((lost[0], {"failure": LoaderError(" ".join(reason.split()))}))
 
 
 def start_worker(_: int) -> None:
     """The main process alone decides when to stop; a worker goes only when told, or when the parent is gone."""
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
+    # Python's own hook prints a traceback and drops the batch, for which the main process would wait for ever.
+    multiprocessing.queues.Queue._on_queue_feeder_error = _report_lost  # type: ignore[attr-defined]
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from egohod.config import IMAGE_STATS, BenchmarkConfig, Config, UserError
+from egohod.config import IMAGE_STATS, BenchmarkConfig, Config, DataConfig, UserError
 from egohod.data.files import open_cache
 from egohod.data.labels import ClassSpace
 from egohod.data.text import Tokenizer
@@ -45,7 +45,8 @@ class Execution:
     """How features are computed: clips at a time, decoding processes, this process, autocast type.
 
     ``cache`` is the folder of features of earlier evaluations, ``identity`` what they depend on beside the clips and
-    the protocol: above all the checksum of the weights. ``allow_missing`` leaves out clips that cannot be read.
+    the protocol: above all the checksum of the weights. ``allow_missing`` leaves out clips that cannot be read;
+    ``timeout`` is how many seconds to wait for a batch of clips.
     """
 
     batch_size: int
@@ -55,6 +56,7 @@ class Execution:
     cache: Path | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
     allow_missing: bool = False
+    timeout: float = DataConfig.timeout
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ class Benchmark:
             dataset,
             batch_size=run.batch_size,
             workers=run.workers,
+            timeout=run.timeout,
             dist=run.dist,
             precision=run.precision,
             controls=self.controls,
@@ -207,6 +210,7 @@ def execution_of(cfg: Config, dist: Distributed) -> Execution:
     return Execution(
         batch_size=cfg.evaluate.batch_size,
         workers=cfg.data.workers,
+        timeout=cfg.data.timeout,
         dist=dist,
         precision=pick_precision(cfg.evaluate.precision, dist.device),
     )

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from egohod.config import IMAGE_STATS, ImageStats, UserError
+from egohod.config import IMAGE_STATS, DataConfig, ImageStats, UserError
 from egohod.data.loader import eval_loader
 from egohod.data.text import trim
 from egohod.data.transforms import normalise
@@ -75,6 +75,7 @@ def embed_clips(
     controls: Sequence[str] = (),
     cache: FeatureCache | None = None,
     allow_missing: bool = False,
+    timeout: float = DataConfig.timeout,
 ) -> tuple[dict[str, Tensor], Report]:
     """Features of every clip of ``dataset``: float32 [N, D] on the CPU, row i is clip i, the same on every process.
 
@@ -84,13 +85,17 @@ def embed_clips(
     batches on any number of processes, which take turns: each clip counts exactly once, and stands in the same company.
 
     ``precision`` is the autocast type (``torch.float32``: none). Raises :class:`UserError` on every process, naming
-    all clips that cannot be read; with ``allow_missing`` their rows are NaN and the report names them.
+    all clips that cannot be read; with ``allow_missing`` their rows are NaN and the report names them. A batch that
+    takes longer than ``timeout`` seconds to decode is an error too.
     """
     orders, views, report = (PLAIN, *controls), dataset.protocol.views, Report(clips=len(dataset))
     at_a_time, apart = max(1, batch_size // views), dataset.protocol.merge == "max"
 
     def encode(mine: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
-        batches = iter(eval_loader(dataset, mine.tolist(), at_a_time, workers, collate=collate_views))
+        loader = eval_loader(
+            dataset, mine.tolist(), at_a_time, workers, collate=collate_views, timeout=timeout, stop=dist.stop
+        )
+        batches = iter(loader)
         while (batch := _next(batches, report)) is not None:
             report.faults |= batch["faults"]
             if batch["video"] is None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from egohod.config import UserError
+from egohod.config import DataConfig, UserError
 from egohod.data.loader import eval_loader
 from egohod.data.transforms import normalise
 from egohod.distributed import Distributed, inference_precision
@@ -86,6 +86,7 @@ def extract(
     dist: Distributed,
     precision: torch.dtype = torch.float32,
     allow_missing: bool = False,
+    timeout: float = DataConfig.timeout,
 ) -> Extracted:
     """Embed the videos ``todo`` (see :func:`remaining`) into ``folder``, a file each. Collective over all processes.
 
@@ -98,7 +99,7 @@ def extract(
     share = {video: identity for video, identity in todo.items() if video in mine}
     done, fault = Extracted(), None
     try:
-        encoded = _Encoder(model, dataset, batch_size, workers, dist.device, precision)
+        encoded = _Encoder(model, dataset, batch_size, workers, dist, precision, timeout)
         done = _extract_share(encoded, listing, folder, share, allow_missing)
     except UserError as error:  # told to all, or the other processes would wait for this one for ever
         fault = str(error)
@@ -155,19 +156,29 @@ class _Encoder:
     dataset: EvaluationDataset
     batch_size: int
     workers: int
-    device: torch.device
+    dist: Distributed
     precision: torch.dtype
+    timeout: float
 
     def __call__(self, rows: list[int]) -> Iterator[tuple[list[int], NDArray[np.float32], list[str]]]:
         """Per batch: rows that could be read, their features [n, D], and what is wrong with the others."""
         self.model.train(False)
-        with torch.inference_mode(), inference_precision(self.device, self.precision):
-            for batch in eval_loader(self.dataset, rows, self.batch_size, self.workers, collate=collate_views):
+        loader = eval_loader(
+            self.dataset,
+            rows,
+            self.batch_size,
+            self.workers,
+            collate=collate_views,
+            timeout=self.timeout,
+            stop=self.dist.stop,
+        )
+        with torch.inference_mode(), inference_precision(self.dist.device, self.precision):
+            for batch in loader:
                 faults = [batch["faults"][row] for row in sorted(batch["faults"])]
                 if batch["video"] is None:
                     yield [], np.zeros((0, 0), np.float32), faults
                     continue
-                video = batch["video"].to(self.device, non_blocking=True).flatten(0, 1)
+                video = batch["video"].to(self.dist.device, non_blocking=True).flatten(0, 1)
                 video = normalise(video, image_stats_of(self.model))
                 features = self.model.encode_video(video, normalize=True).float().cpu().numpy()
                 if not np.isfinite(features).all():

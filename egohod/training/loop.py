@@ -148,8 +148,15 @@ def train(
                 raise _no_such_metric(cfg.evaluate.best, scores)
         batches = _micro_batches(cfg, dist, data, start, schedule.total)
         for step in range(start + 1, schedule.total + 1):
-            with clock.waiting():
-                micro_batches = list(islice(batches, data.accumulation))
+            try:
+                with clock.waiting():
+                    micro_batches = list(islice(batches, data.accumulation))
+            except Interrupted as request:  # while it waited for clips
+                if step - 1 == start:
+                    raise
+                save(step - 1, must_succeed=True)
+                telemetry.close()
+                raise Interrupted(f"{request}; step {step - 1} of {schedule.total} is saved") from None
             for batch in micro_batches:
                 ledger.update(batch)
             window.add(train_step(step, micro_batches))
@@ -282,6 +289,8 @@ def _micro_batches(
             accumulation=data.accumulation,
             workers=cfg.data.workers,
             prefetch=cfg.data.prefetch,
+            timeout=cfg.data.timeout,
+            stop=dist.stop,
             pin_memory=cfg.data.pin_memory and dist.device.type == "cuda",
         )
     )

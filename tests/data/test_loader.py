@@ -6,6 +6,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 from egohod.config import UserError
 from egohod.data.loader import BatchPlan, ClipLoader, LoaderError, MixedPlan, eval_loader, shares, train_loader
+from egohod.stopping import Interrupted, StopRequest
 from tests.support import Command
 
 
@@ -245,6 +247,97 @@ def test_a_bug_in_a_worker_is_one_error_with_the_clip() -> None:
 def test_a_killed_worker_is_one_clear_error() -> None:
     with pytest.raises(LoaderError, match=r"a loader process died .*lower data\.workers"):
         list(eval_loader(Failing("kill"), range(8), 2, 2))
+
+
+IN_LITTLE_SHARED_MEMORY = """
+import logging, os, sys
+sys.path[:0] = sys.argv[1:3]
+import torch
+from test_loader import Numbers
+from egohod.config import UserError
+from egohod.data.loader import BatchPlan, eval_loader, train_loader
+
+class Big(Numbers):
+    def sample(self, epoch, index):
+        return super().sample(epoch, index) | {"video": torch.full((3, 4, 64, 64), index, dtype=torch.uint8)}
+
+logging.basicConfig(level=logging.INFO)
+train = train_loader(Big(), BatchPlan(40, 8, 0), start_step=0, total_steps=8, workers=2)
+for loader in (train, eval_loader(Big(), range(40), 8, 2)):
+    for batch in loader:
+        assert (batch["video"].flatten(1) == batch["index"][:, None]).all()
+        batch["video"] += 1
+    print("whole")
+del loader, batch, train
+assert os.system("mount -o remount,size=4k,nr_inodes=1 /dev/shm") == 0
+try:
+    next(iter(eval_loader(Big(), range(40), 8, 2)))
+except UserError as error:
+    print("error:", error)
+"""
+
+
+def test_batches_come_through_pipes_where_shared_memory_is_small() -> None:
+    """A batch has 400 kB, /dev/shm 200; then not even a semaphore has room."""
+    unshared = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=200k tmpfs /dev/shm && exec "$@"', "sh"]
+    if sys.platform != "linux" or subprocess.run([*unshared, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("needs a mount namespace")
+    root, here = Path(__file__).parents[2], Path(__file__).parent
+    command = [*unshared, sys.executable, "-c", IN_LITTLE_SHARED_MEMORY, str(root), str(here)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert said[:2] == ["whole", "whole"]
+    assert done.stderr.count("docker run --shm-size") == 1
+    assert said[2].startswith("error: data.workers=2: no loader process can be started")
+    assert said[2].endswith("data.workers=0 decodes in the process itself")
+    assert "Traceback" not in done.stderr
+
+
+def test_other_processes_may_take_the_shared_memory_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(tensor: torch.Tensor) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    batches = list(eval_loader(Numbers(), range(4), 2, 2))
+    assert [batch["index"].tolist() for batch in batches] == [[0, 1], [2, 3]]
+
+
+def test_a_batch_that_cannot_be_sent_is_one_clear_error() -> None:
+    loader = eval_loader(Numbers(), range(8), 2, 2, collate=lambda samples: {"function": lambda: samples})
+    with pytest.raises(LoaderError, match=r"could not hand over a batch: .*(lambda|pickle)"):
+        next(iter(loader))
+
+
+class Stuck(Numbers):
+    """As on a file system that does not answer, from the third clip on."""
+
+    def sample(self, epoch: int, index: int) -> dict[str, Any]:
+        while index > 1:
+            signal.pause()
+        return super().sample(epoch, index)
+
+
+def test_waiting_for_a_batch_ends() -> None:
+    batches = iter(eval_loader(Stuck(), range(4), 2, 2, timeout=1.5))
+    next(batches)
+    with pytest.raises(LoaderError, match=r"no batch of clips came for 1.5 s \(data.timeout\)"):
+        next(batches)
+
+
+def test_a_request_to_stop_ends_the_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = StopRequest()
+    batches = iter(eval_loader(Stuck(), range(4), 2, 2, stop=stop))
+    next(batches)
+    threading.Timer(0.5, stop.ask, ["SIGTERM received"]).start()
+    with pytest.raises(Interrupted, match="SIGTERM received"):
+        next(batches)
+    # One of several processes does not leave in peace while the others wait for it.
+    monkeypatch.setattr("egohod.data.loader._LEAVE_SECONDS", 0.5)
+    plan = BatchPlan(4, 2, 0)
+    batches = iter(train_loader(Stuck(), plan, start_step=0, total_steps=2, world_size=2, workers=1, stop=stop))
+    with pytest.raises(LoaderError, match="SIGTERM received, but the clips of the step to finish did not come"):
+        list(batches)
 
 
 class Signalled(Numbers):
