@@ -597,10 +597,12 @@ def _read_prompt(folder: Path) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
+INDEX = {"format": feature_index.FORMAT, "weights": "w", "protocol": {"name": "clean"}, "root": "videos"}
+INDEX |= {"layout": "whole", "chunk_seconds": 15.0}
+
+
 def _seed_index(folder: Path) -> None:
-    said = {"format": feature_index.FORMAT, "weights": "w", "protocol": {"name": "clean"}, "root": "videos"}
-    said |= {"layout": "whole", "chunk_seconds": 15.0, "videos": {"a": "a.npz", "b": "b.npz"}}
-    feature_index.open_index(folder, said)
+    feature_index.open_index(folder, INDEX | {"videos": {"a": "a.npz", "b": "b.npz"}})
     features = np.eye(4, dtype=np.float32)[:2]
     for video in ("a", "b"):
         feature_index.write_video(folder, video, features, [0, 1], [1, np.inf], ["cuts", ""], "id")
@@ -612,7 +614,7 @@ def _read_index(folder: Path) -> None:
         feature_index.is_written(folder, video, "id")
     found, _ = feature_index.read_features(folder)
     search(np.ones(4, np.float32) / 2, found, 3)
-    feature_index.open_index(folder, {**json.loads((folder / "index.json").read_text()), "videos": {"c": "c.npz"}})
+    feature_index.open_index(folder, INDEX | {"videos": {"c": "c.npz"}})
 
 
 def _seed_features(folder: Path) -> None:

@@ -25,7 +25,7 @@ from egohod.evaluation.scores import CHANCE
 def table(folders: Sequence[Path]) -> str:
     """Every common metric: of each folder, and the mean. Raises :class:`UserError` if there is none."""
     found = [read_json(each / RESULTS_FILE, FORMAT, "main_eval.py and main_finetune.py write it") for each in folders]
-    metrics = [{name: value for name, value in one["metrics"].items() if value is not None} for one in found]
+    metrics = [_numbers(one.get("metrics")) for one in found]
     common = [name for name in metrics[0] if all(name in one for one in metrics) and not name.endswith(CHANCE)]
     if not common:
         raise UserError(f"{', '.join(map(str, folders))}: have no metric in common")
@@ -34,6 +34,12 @@ def table(folders: Sequence[Path]) -> str:
         values = [one[name] for one in metrics]
         lines.append(f"{name:<32}" + "".join(f"{value:>16.2f}" for value in values) + f"{np.mean(values):>10.2f}")
     return "\n".join(lines)
+
+
+def _numbers(metrics: object) -> dict[str, float]:
+    """Metrics by name, but for those that have no value (of not a single query)."""
+    named = metrics.items() if isinstance(metrics, dict) else ()
+    return {name: value for name, value in named if isinstance(value, (int, float))}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import uuid
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,11 +45,12 @@ class FeatureCache:
         for path in sorted(self.folder.glob("*.npz")):
             try:
                 with np.load(path, allow_pickle=False) as content:
-                    names, features = content["keys"], content["features"]
-            except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-                log.warning("%s: not readable (%s), its features are computed again", path, error)
+                    names, features = map(str, content["keys"]), np.asarray(content["features"], np.float32)
+                rows = dict(zip(names, features, strict=True))
+            except Exception as error:  # a damaged file can raise anything
+                log.warning("%s: not readable (%.200s), its features are computed again", path, error)
                 continue
-            found |= {str(key): row for key, row in zip(names, features, strict=True) if str(key) in wanted}
+            found |= {key: row for key, row in rows.items() if key in wanted}
         return found
 
     def add(self, key: str, feature: NDArray[np.float32]) -> None:

@@ -11,7 +11,6 @@ Each file appears as a whole or not at all; ``identity`` tells whether clips or 
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,8 +54,8 @@ def open_index(folder: Path, said: Mapping[str, Any]) -> None:
         differ = [name for name in SHARED if there.get(name) != said[name]]
         if differ:
             raise UserError(f"{folder}: holds features of another {' and '.join(differ)}; choose another --output")
-        if there["root"] != said["root"]:
-            raise UserError(f"{folder}: holds features of the videos in {there['root']}; choose another --output")
+        if there.get("root") != said["root"]:
+            raise UserError(f"{folder}: holds features of the videos in {there.get('root')}; choose another --output")
     write_json(folder / INDEX_FILE, {**said, "videos": {**(there["videos"] if there else {}), **said["videos"]}})
 
 
@@ -89,7 +88,7 @@ def is_written(folder: Path, video: str, identity: str) -> bool:
     try:
         with np.load(folder / file_of(video), allow_pickle=False) as content:
             return str(content["identity"]) == identity
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except Exception:  # not there, or damaged, which can raise anything
         return False
 
 
@@ -99,18 +98,34 @@ def read_features(folder: Path) -> tuple[Features, int]:
     Raises :class:`UserError` if there are none at all, or a file that cannot be read.
     """
     names = list(read_index(folder)["videos"])
-    parts, lacking = [], 0
+    parts, videos, lacking = list[tuple[NDArray[np.float32], Any, Any, list[str]]](), list[str](), 0
     for video in names:
         path = folder / file_of(video)
         try:
-            with np.load(path, allow_pickle=False) as content:
-                parts.append((video, *(content[name] for name in ("features", "start", "end", "text"))))
+            part = _read_video(path)
         except FileNotFoundError:
             lacking += 1
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            continue
+        except Exception as error:  # a damaged file can raise anything
             raise UserError(f"{path}: not readable ({error}); delete it and extract again") from error
+        if parts and part[0].shape[1] != parts[0][0].shape[1]:
+            width = f"{part[0].shape[1]} dimensions, those of other videos {parts[0][0].shape[1]}"
+            raise UserError(f"{path}: its features have {width}; delete it and extract again")
+        parts.append(part)
+        videos += [video] * len(part[0])
     if not parts:
         raise UserError(f"{folder}: no video of the index has features yet; run tools/extract_features.py again")
-    videos = [video for video, features, *_ in parts for _ in range(len(features))]
-    stacked = [np.concatenate([part[i] for part in parts]) for i in range(1, 5)]
-    return Features(stacked[0], videos, stacked[1], stacked[2], stacked[3].tolist()), lacking
+    features, start, end = (np.concatenate([part[i] for part in parts]) for i in range(3))
+    return Features(features, videos, start, end, [text for part in parts for text in part[3]]), lacking
+
+
+def _read_video(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float64], list[str]]:
+    """Features [n, D], start and end [n], and texts. Raises :class:`ValueError` where they do not fit one another."""
+    with np.load(path, allow_pickle=False) as content:
+        features = np.asarray(content["features"], np.float32)
+        start, end = (np.asarray(content[name], np.float64) for name in ("start", "end"))
+        texts = [str(text) for text in content["text"]]
+    if features.ndim != 2 or not (len(features),) == start.shape == end.shape == (len(texts),):
+        shapes = f"{features.shape}, {start.shape}, {end.shape} and {len(texts)}"
+        raise ValueError(f"features, start, end and text are of the shapes {shapes}")
+    return features, start, end, texts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import pickle
 from pathlib import Path
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 
 from egohod.data.csv_files import AnnotationError, integer_lists, integers, read_csv
 from egohod.data.relevancy import class_relevancy
+
+log = logging.getLogger(__name__)
 
 CLIP_COLUMNS = ("narration_id", "narration", "verb_class", "all_noun_classes")
 
@@ -30,7 +33,10 @@ def csv_relevancy(clips: Path, sentences: Path, cache: Path | None = None) -> ND
         content = b"".join(hashlib.sha256(_bytes(path)).digest() for path in (clips, sentences))
         kept = cache / f"relevancy-{hashlib.sha256(content).hexdigest()[:24]}.npy"
         if kept.exists():
-            return np.load(kept, allow_pickle=False)
+            try:
+                return read_relevancy(kept)
+            except AnnotationError as error:
+                log.warning("%s; computed again", error)
     matrix = _relevancy(clips, sentences)
     if kept is not None:
         save(matrix, kept)

@@ -39,8 +39,10 @@ def search(query: NDArray[np.float32], found: Features, top: int, overlapping: b
     """The ``top`` clips nearest to a query [D], the best first; ties go to the earlier one.
 
     Of clips of one video that overlap only the best is a hit, unless ``overlapping``: windows that slide see every
-    moment several times.
+    moment several times. Raises :class:`UserError` for features of another width than the query's.
     """
+    if found.features.shape[1:] != query.shape:
+        raise UserError(f"the index has features of {found.features.shape[1]} dimensions, the query {len(query)}")
     similarity = found.features @ query
     hits: list[Hit] = []
     for row in rank_items(similarity[None])[0].tolist():

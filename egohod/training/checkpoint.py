@@ -218,9 +218,13 @@ def classes_of(path: Path) -> tuple[str, ClassSpace]:
     try:
         keys = tuple(tuple(str(value) for value in key) for key in identity["classes"])
         names = tuple(str(name) for name in identity["names of the classes"])
-        return str(identity["heads"]), ClassSpace(tuple(identity["data.labels.columns"]), keys, names)
+        columns = tuple(str(name) for name in identity["data.labels.columns"])
+        heads = str(identity["heads"])
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: has no classification heads") from error
+    if len(names) != len(keys) or not all(len(key) == len(columns) for key in keys):
+        raise CheckpointError(f"{path}: damaged, its manifest's columns, classes and names of classes do not fit")
+    return heads, ClassSpace(columns, keys, names)
 
 
 def _of_base(checkpoint: Checkpoint, download: bool, elsewhere: str | None) -> dict[str, torch.Tensor]:
