@@ -221,7 +221,7 @@ class Endpoint:
             message = choice["message"]
             text = _text(message.get("content"))
             finish = choice.get("finish_reason")
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
             raise _Malformed(f"not an answer of a chat endpoint: {self._clean(content)}{self._through}") from error
         if not text.strip():
             # Asked again, a model refuses again and thinks as long again.

@@ -91,7 +91,9 @@ class Work:
             content = json.loads(self.part(shard, ".json").read_bytes())
         except (OSError, ValueError, RecursionError):
             return None
-        return content if isinstance(content, dict) else None
+        kinds = {"fingerprint": str, "narrations": int, "failures": int, "makeshift": int}
+        good = isinstance(content, dict) and all(isinstance(content.get(name), kind) for name, kind in kinds.items())
+        return content if good else None
 
     def finished(self, shard: Shard, fingerprint: str) -> dict[str, Any] | None:
         """What a shard holds that was made of this, and whose files are all there with all their rows; else None."""
@@ -193,8 +195,9 @@ def _append(part: Path, file: TextIO, header: bool) -> None:
             if not header:
                 next(lines)
             file.writelines(lines)
-    except OSError as error:
-        raise UserError(f"{part}: cannot be read: {error.strerror or error}; run the shard again") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{part}: cannot be read: {reason}; remove it and run the shard again") from error
 
 
 @contextlib.contextmanager
