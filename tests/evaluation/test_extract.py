@@ -20,7 +20,7 @@ from egohod.data.windows import spans
 from egohod.evaluation import extract as extraction
 from egohod.evaluation.clips import EvaluationDataset
 from egohod.evaluation.extract import Progress, extract, remaining, shares
-from egohod.evaluation.feature_index import Features, open_index, read_features, read_index
+from egohod.evaluation.feature_index import Features, open_index, read_features, read_index, write_video
 from egohod.evaluation.listing import Listing, rows_of_csv, whole_files, windows
 from egohod.evaluation.protocols import Protocol
 from egohod.evaluation.search import clock, search
@@ -309,3 +309,25 @@ def test_search_refuses_what_is_no_index_and_other_weights(
     assert done.returncode == 2
     assert "not the weights that made" in done.stderr
     assert inside("search.py", " ", "--index", tmp_path / "f").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"features": np.ones((3, 4), np.float32)}, r"of the shapes \(3, 4\), \(2,\), \(2,\) and 2"),
+        ({"features": np.ones(2, np.float32)}, r"of the shapes \(2,\)"),
+        ({"features": np.ones((2, 5), np.float32)}, "its features have 5 dimensions, those of other videos 4"),
+        ({"start": np.array(["x", "y"])}, "could not convert string to float"),
+        ({}, "start is not a file in the archive"),
+    ],
+)
+def test_features_that_do_not_fit_are_refused_by_name(tmp_path: Path, change: dict[str, np.ndarray], said: str) -> None:
+    index = {"format": 1, "weights": "w", "protocol": "p", "root": "videos"}
+    open_index(tmp_path, index | {"videos": {"a": "a.npz", "b": "b.npz"}})
+    for video in ("a", "b"):
+        write_video(tmp_path, video, np.ones((2, 4), np.float32), [0, 1], [1, 2], ["x", "y"], "id")
+    with np.load(tmp_path / "b.npz") as content:
+        whole = dict(content)
+    np.savez(tmp_path / "b.npz", **(whole | change if change else {"features": whole["features"]}))
+    with pytest.raises(UserError, match=rf"b\.npz: .*({said}).*; delete it and extract again"):
+        read_features(tmp_path)

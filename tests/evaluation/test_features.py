@@ -249,3 +249,12 @@ def test_an_outside_model_runs_on_every_benchmark(formats: Path, outside: FrameA
 def test_an_unknown_outside_model_is_refused() -> None:
     with pytest.raises(UserError, match="open_clip:ViT-nothing"):
         FrameAverage("ViT-nothing")
+
+
+def test_a_cache_file_of_too_few_features_is_passed_over(tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path, {})
+    cache.add("key", np.ones(3, np.float32))
+    cache.flush()
+    np.savez(cache.folder / "damaged.npz", keys=np.array(["a", "b"]), features=np.ones((1, 3), np.float32))
+    (cache.folder / "empty.npz").touch()
+    assert FeatureCache(tmp_path, {}).read(["key", "a", "b"]).keys() == {"key"}

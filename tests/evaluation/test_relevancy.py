@@ -120,3 +120,12 @@ def test_the_tool_writes_and_compares(tmp_path: Path) -> None:
     assert np.load(tmp_path / "out.npy").shape == (3, 2)
     bad = subprocess.run([*command[:-1], "none.csv"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (bad.returncode, bad.stderr.startswith("error: none.csv: cannot be read")) == (2, True)
+
+
+def test_a_damaged_matrix_of_the_cache_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = csv_relevancy(*write(tmp_path), cache=tmp_path)
+    (kept,) = tmp_path.glob("relevancy-*.npy")
+    for content in (kept.read_bytes()[:-3], b"", b"\x80\x04N."):
+        kept.write_bytes(content)
+        np.testing.assert_array_equal(csv_relevancy(*write(tmp_path), cache=tmp_path), first)
+    assert caplog.text.count("computed again") == 3

@@ -371,3 +371,27 @@ def test_a_group_that_breaks_off_keeps_what_was_ready(table: ClipTable, tmp_path
     healed = pipeline(table, tmp_path, Straw("narrate", version=VERSIONS["narrate"]))
     assert healed.run("narrate", WHOLE).known == 6
     assert sorted(healed.stages[0].asked) == [4, 5, 8, 9, 10]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "damage", ['{"fingerprint": "print"}', '{"fingerprint": "print", "narrations": "9"}', "[" * 9999]
+)
+def test_a_shard_of_which_nothing_sensible_is_told_is_not_finished(
+    table: ClipTable, tmp_path: Path, damage: str
+) -> None:
+    made = pipeline(table, tmp_path, Straw("detect"))
+    made.run("detect", WHOLE)
+    finish(made)
+    assert made.work.finished(WHOLE, "print") is not None
+    made.work.part(WHOLE, ".json").write_text(damage)
+    assert made.work.finished(WHOLE, "print") is None
+
+
+def test_a_part_that_is_no_text_is_named(table: ClipTable, tmp_path: Path) -> None:
+    made = pipeline(table, tmp_path, Straw("detect"))
+    made.run("detect", WHOLE)
+    finish(made)
+    part = made.work.part(WHOLE, ".csv")
+    part.write_bytes(part.read_bytes().replace(b"thing 3", b"thing \xff"))
+    with pytest.raises(UserError, match=r"0-of-1\.csv: cannot be read: .*remove it and run the shard again"):
+        made.work.merge(1, "print", len(table), 3)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from egohod.training.checkpoint import CheckpointError, CheckpointStore, read
+from egohod.training.checkpoint import CheckpointError, CheckpointStore, classes_of, read
 
 WEIGHTS = {"w": torch.arange(6.0).view(2, 3), "scale": torch.tensor(2.5)}
 
@@ -188,3 +188,14 @@ def test_a_manifest_of_another_kind_is_refused(tmp_path: Path, field: str) -> No
     (path / "manifest.json").write_text(json.dumps(manifest | {field: None}))
     with pytest.raises(CheckpointError, match="not a manifest"):
         read(path)
+
+
+def test_classes_that_do_not_fit_their_names_are_refused(tmp_path: Path) -> None:
+    identity = {"heads": "joint", "data.labels.columns": ["verb", "noun"], "classes": [["0", "1"], ["1", "0"]]}
+    names = {"names of the classes": ["cut onion", "take pot"]}
+    for changed in ({"classes": [["0"], ["1", "0"]]}, {"names of the classes": ["cut onion"]}):
+        CheckpointStore(tmp_path).save(1, WEIGHTS, {}, metrics={}, identity=identity | names | changed)
+        with pytest.raises(CheckpointError, match="columns, classes and names of classes do not fit"):
+            classes_of(tmp_path)
+    CheckpointStore(tmp_path).save(1, WEIGHTS, {}, metrics={}, identity=identity | names)
+    assert classes_of(tmp_path)[1].names == ("cut onion", "take pot")
