@@ -152,7 +152,7 @@ def test_a_converted_run_evaluates_as_the_run_does(
         (["clip.pt", "out.safetensors", "--inspect"], "give either --inspect or an OUTPUT"),
         (["evil.pt", "out.safetensors"], "refused: it asks for posix.system"),
         (["cut.pt", "out.safetensors"], "cut off after"),
-        (["empty", "out.safetensors"], "is this a checkpoint folder?"),
+        (["empty", "out.safetensors"], "neither a checkpoint nor an index of shards is in it"),
     ],
 )
 def test_mistakes_end_in_one_line(

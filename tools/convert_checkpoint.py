@@ -83,6 +83,8 @@ def inspect(weights: WeightFile) -> dict[str, str]:
     if weights.dropped:
         reasons = {reason: list(weights.dropped.values()).count(reason) for reason in weights.dropped.values()}
         said["of no use"] = ", ".join(f"{number} tensors ({reason})" for reason, number in reasons.items())
+    for text in weights.remarks:
+        said["remark"] = text
     for name, text in weights.beside.items():
         said[f"  {name}"] = text
     if shape is None:

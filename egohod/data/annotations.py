@@ -33,6 +33,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from egohod import pickles
 from egohod.config import SourceConfig
 from egohod.data.frames import MIN_SECONDS
 from egohod.data.narrations import flat_texts
@@ -299,37 +300,8 @@ def _clip_lengths(times: np.ndarray, group: np.ndarray, rule: str) -> np.ndarray
 # --------------------------------------------------------------------------------------------------
 
 
-class _Dtype:
-    """Stands in for NumPy's, which a made-up state turns into a way to any memory."""
-
-    def __init__(self, code: str, *_: object) -> None:
-        if not re.fullmatch(r"[iuf][1248]|b1|U\d{1,6}", str(code)):
-            raise ValueError(f"NumPy's type '{str(code)[:20]}' is no plain number or text")
-        self._code = code
-
-    def __setstate__(self, state: Sequence[Any]) -> None:
-        self._code = ("" if state[1] not in ("<", ">") else state[1]) + self._code
-
-    def value(self, data: bytes) -> Any:
-        """The number or text that ``data`` holds, as Python's own."""
-        return np.frombuffer(data, self._code, count=1)[0].item()
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Lists, tuples, dicts, strings and numbers; NumPy's numbers too. Nothing else, so nothing can run."""
-
-    path: Path
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Refuse whatever is no plain number."""
-        if (module.replace("numpy.core", "numpy._core"), name) == ("numpy._core.multiarray", "scalar"):
-            return _Dtype.value
-        if (module, name) == ("numpy", "dtype"):
-            return _Dtype
-        raise TableError(
-            f"{self.path}: refused: it asks for {module}.{name}, which is no part of plain annotations and could run "
-            "code; nothing was run"
-        )
+# More text than this and that many times a file's size is no list of narrations but one text repeated without end.
+_MOST_TEXT, _MOST_TEXT_PER_BYTE = 64 << 20, 32
 
 
 def _read_pickle(path: Path, source: SourceConfig, extra: Sequence[str] | None) -> Annotations:
@@ -337,14 +309,9 @@ def _read_pickle(path: Path, source: SourceConfig, extra: Sequence[str] | None) 
     # Millions of small tuples: looking for cycles among them takes most of the time.
     gc.disable()
     try:
-        with path.open("rb") as file:
-            unpickler = _PlainUnpickler(file)
-            unpickler.path = path
-            entries = unpickler.load()
-    except (TableError, OSError):
-        raise
-    except Exception as error:  # a damaged pickle can raise anything
-        raise TableError(f"{path}: not a readable pickle ({type(error).__name__}: {error})") from error
+        entries = pickles.load(path, "plain annotations")
+    except pickle.UnpicklingError as error:
+        raise TableError(f"{path}: {error}") from error
     finally:
         if collecting:
             gc.enable()
@@ -352,11 +319,18 @@ def _read_pickle(path: Path, source: SourceConfig, extra: Sequence[str] | None) 
         raise TableError(f"{path}: holds no list of (video, start, end, text)")
     good = [_is_clip(entry) for entry in entries]
     kept = [entry for entry, fine in zip(entries, good, strict=True) if fine]
+    # A pickle can name one text any number of times; a column of a table holds it as often.
+    texts = [_texts(entry) for entry in kept]
+    length = sum(len(entry[0]) + sum(map(len, each)) for entry, each in zip(kept, texts, strict=True))
+    if length > _MOST_TEXT + _MOST_TEXT_PER_BYTE * path.stat().st_size:
+        raise TableError(f"{path}: refused: {length:,} characters of text in a file of {path.stat().st_size:,} bytes")
     columns = pa.table(
         {
             "video_id": _as_text([entry[0] for entry in kept]),
             # Several texts are written as in the csv: one list literal.
-            "text": _as_text([e[3] if isinstance(e[3], str) else list(flat_texts(e[3])) for e in kept]),
+            "text": _as_text(
+                [entry[3] if isinstance(entry[3], str) else each for entry, each in zip(kept, texts, strict=True)]
+            ),
         }
     )
     return Annotations(
@@ -376,12 +350,21 @@ def _is_clip(entry: Any) -> bool:
     """Whether an entry is (video, start, end, text or [texts])."""
     if not isinstance(entry, (list, tuple)) or len(entry) < 4:
         return False
-    texts = [entry[3]] if isinstance(entry[3], str) else flat_texts(entry[3])
-    return (
-        isinstance(entry[0], str)
-        and _is_utf8(entry[0])
-        and all(isinstance(text, str) and _is_utf8(text) for text in texts)
+    start, end = entry[1:3]
+    if not all(
+        isinstance(time, float)
+        or (isinstance(time, str) and len(time) < 40)
+        or (isinstance(time, int) and abs(time) < 1e9)
+        for time in (start, end)
+    ):
+        return False
+    return isinstance(entry[0], str) and all(
+        isinstance(text, str) and _is_utf8(text) for text in (entry[0], *_texts(entry))
     )
+
+
+def _texts(entry: Sequence[Any]) -> list[Any]:
+    return [entry[3]] if isinstance(entry[3], str) else list(flat_texts(entry[3]))
 
 
 def _is_utf8(text: str) -> bool:

@@ -10,18 +10,18 @@ and from 0 in our table.
 
 from __future__ import annotations
 
-import io
 import pickle
 import reprlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
+from egohod import pickles
 from egohod.data.detections import EDGES, NO_CONTACT, SCHEMA, UNKNOWN_STATE, DetectionError, check
 
 FIRST_FRAME = 1
@@ -72,16 +72,6 @@ def _message_class() -> Any:
 _Detections = _message_class()
 
 
-class _OnlyPlain(pickle.Unpickler):
-    """Lists, bytes, numbers and texts; no class or function of any module."""
-
-    def find_class(self, module: str, name: str) -> NoReturn:
-        raise pickle.UnpicklingError(f"asks for {module}.{name}; nothing in it was run")
-
-    def persistent_load(self, pid: Any) -> NoReturn:
-        raise pickle.UnpicklingError("refers to objects outside of the file")
-
-
 def read(path: str | Path, fps: float) -> pa.Table:
     """One video's file -> table of ``SCHEMA``; ``fps`` is the video's frame rate and gives each row its second.
 
@@ -91,13 +81,11 @@ def read(path: str | Path, fps: float) -> pa.Table:
     path = Path(path)
     try:
         # EPIC's own files were written by Python 3; a text of Python 2 would arrive as bytes as well.
-        messages = _OnlyPlain(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        messages = pickles.load(path, "a list of detections", encoding="bytes")
     except OSError as error:
         raise DetectionError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (EOFError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:
         raise DetectionError(f"{path}: no pickled list of detections, or cut off: {error}") from error
-    except Exception as error:  # a damaged pickle raises whatever its broken opcodes lead to
-        raise DetectionError(f"{path}: damaged: {type(error).__name__}: {error}") from error
     if not isinstance(messages, list) or not all(isinstance(each, bytes) for each in messages):
         raise DetectionError(f"{path}: holds {reprlib.repr(messages)} instead of a list of messages, one a frame")
     rows: list[dict[str, Any]] = []

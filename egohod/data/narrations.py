@@ -30,6 +30,8 @@ _TOKEN = re.compile(
     rf"""|(?P<number>[-+]?\d+(?:\.\d+)?(?=[\s,\])]))|{_NOTHING}(?=[\s,\])])|[\s,]+|dtype\s*=\s*(?:\w+|'[^']*')""",
     re.IGNORECASE | re.DOTALL,
 )
+# Texts and lists of one entry.
+_MOST_ITEMS = 10_000
 
 
 def narrations_in(cell: str) -> tuple[str, ...]:
@@ -57,12 +59,24 @@ def nothing(cells: pa.ChunkedArray) -> np.ndarray:
 
 
 def flat_texts(value: Any, depth: int = 8) -> Iterator[Any]:
-    """What a value from a pickle holds, lists taken apart (up to ``depth`` in each other) and None and NaN left out."""
-    if isinstance(value, (list, tuple)) and depth:
-        for item in value:
-            yield from flat_texts(item, depth - 1)
-    elif value is not None and value == value:  # NaN differs from itself
-        yield value
+    """What a value from a pickle holds, lists taken apart (up to ``depth`` in each other) and None and NaN left out.
+
+    A value with too many lists in it comes out as it is: lists that hold the same list again and again may be short in
+    a file and without end here.
+    """
+    found, todo = list[Any](), [(value, depth)]
+    for _ in range(_MOST_ITEMS):
+        if not todo:
+            yield from found
+            return
+        item, left = todo.pop()
+        if isinstance(item, (list, tuple)) and left:
+            if len(item) + len(todo) > _MOST_ITEMS:
+                break
+            todo += [(inner, left - 1) for inner in reversed(item)]
+        elif item is not None and item == item:  # NaN differs from itself
+            found.append(item)
+    yield value
 
 
 def _items(cell: str) -> list[str] | None:

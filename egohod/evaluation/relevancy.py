@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from egohod import pickles
 from egohod.data.csv_files import AnnotationError, integer_lists, integers, read_csv
 from egohod.data.relevancy import class_relevancy
 
@@ -61,40 +62,14 @@ def read_relevancy(path: Path) -> NDArray[Any]:
         if path.suffix == ".npy":
             matrix = np.load(path, allow_pickle=False)
         else:
-            with path.open("rb") as file:
-                matrix = _ArrayUnpickler(file, path).load()
-    except AnnotationError:
-        raise
-    except Exception as error:  # a damaged pickle can raise anything
+            matrix = pickles.load(path, "a matrix", arrays=True)
+    except pickle.UnpicklingError as error:
+        raise AnnotationError(f"{path}: {error}") from error
+    except Exception as error:  # a damaged file can raise anything
         raise AnnotationError(f"{path}: not a readable matrix ({type(error).__name__}: {error})") from error
     if not isinstance(matrix, np.ndarray) or matrix.ndim != 2 or matrix.dtype.kind != "f":
         raise AnnotationError(f"{path}: holds no matrix of numbers")
     return matrix
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Arrays of numbers and nothing else."""
-
-    ALLOWED = (
-        ("numpy._core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "scalar"),
-        ("numpy._core.numeric", "_frombuffer"),
-        ("numpy", "ndarray"),
-        ("numpy", "dtype"),
-    )
-
-    def __init__(self, file: Any, path: Path) -> None:
-        super().__init__(file)
-        self._path = path
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Refuse whatever is no part of an array."""
-        module = module.replace("numpy.core", "numpy._core")
-        if (module, name) == ("_codecs", "encode"):
-            return lambda text, _: text.encode("latin1")  # how older protocols spell bytes
-        if (module, name) not in self.ALLOWED:
-            raise AnnotationError(f"{self._path}: refused: it asks for {module}.{name}, which is no part of a matrix")
-        return super().find_class(module, name)
 
 
 def _relevancy(clips: Path, sentences: Path) -> NDArray[np.float32]:

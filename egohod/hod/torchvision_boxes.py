@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,10 @@ import torch
 
 from egohod.data.detections import LEFT, RIGHT
 from egohod.hod.detect import DetectorError, row, settle_sides, table
+from egohod.model.weight_files import read_tensors
+from egohod.model.weight_names import WeightsError
+
+log = logging.getLogger(__name__)
 
 ARCHITECTURES = (
     "fasterrcnn_resnet50_fpn",
@@ -26,7 +30,7 @@ _CLASSES = "roi_heads.box_predictor.cls_score.weight"
 
 
 class TorchvisionBoxes:
-    """Boxes by the checkpoint ``weights``: a state dict, alone or under ``model`` or ``state_dict``.
+    """Boxes by the checkpoint ``weights``: a state dict, alone or within what a training saved.
 
     ``labels`` maps the model's class numbers (0 is the background) to names, see ``HANDS``; classes without a name are
     left out, and the name ``object`` stands for no class in particular. Raises :class:`DetectorError` for a file that
@@ -50,7 +54,12 @@ class TorchvisionBoxes:
             raise DetectorError(f"architecture is '{architecture}', but must be one of {', '.join(ARCHITECTURES)}")
         if batch_size < 1:
             raise DetectorError(f"batch_size must be at least 1, not {batch_size}")
-        state = _state_dict(Path(weights))
+        try:
+            state, remarks = read_tensors(Path(weights))
+        except WeightsError as error:
+            raise DetectorError(str(error)) from error
+        for remark in remarks:
+            log.info("%s: %s", weights, remark)
         if _CLASSES not in state:
             raise DetectorError(f"{weights}: no Faster R-CNN of torchvision, it has no {_CLASSES}")
         classes = len(state[_CLASSES])
@@ -106,25 +115,6 @@ class TorchvisionBoxes:
             if name is not None and name not in HANDS:
                 rows.append(row(video_id, number, second, box, score, name="" if name == "object" else name))
         return rows
-
-
-def _state_dict(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise DetectorError(f"{path}: no such file") from None
-    except pickle.UnpicklingError as error:
-        raise DetectorError(
-            f"{path}: refused: holds more than weights, or is no checkpoint; nothing was run"
-        ) from error
-    except Exception as error:  # a damaged archive raises many kinds
-        raise DetectorError(f"{path}: not readable as a checkpoint: {' '.join(str(error).split())[:200]}") from error
-    for key in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict):
-        raise DetectorError(f"{path}: holds {type(content).__name__} instead of weights by name")
-    return {str(name).removeprefix("module."): value for name, value in content.items()}
 
 
 def _checked(labels: Mapping[Any, str], classes: int, weights: str) -> dict[int, str]:

@@ -8,6 +8,7 @@ of their classes is imported to read it. Each is replaced by a stand-in, which c
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any, ClassVar
@@ -28,6 +29,9 @@ class Inert:
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
+
+
+_MOST_VALUES = 10_000
 
 
 def _empty(*_: Any) -> dict[Any, Any]:
@@ -59,35 +63,51 @@ def stand_ins() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     ]
 
 
-def plain(value: Any, depth: int = 0) -> Any:
-    """Stand-ins as plain values: dicts, lists, numbers, text; what has no plain form becomes its name."""
-    if depth > 20:
-        return "..."
-    if isinstance(value, Inert):
-        return _plain_stand_in(value, depth)
-    if isinstance(value, Mapping):
-        return {key: plain(inner, depth + 1) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(inner, depth + 1) for inner in value]
-    if isinstance(value, Tensor):
-        return f"tensor {list(value.shape)}"
-    return value if value is None or isinstance(value, (str, int, float, bool)) else type(value).__name__
+def plain(value: Any) -> Any:
+    """Stand-ins as plain values: dicts, lists, numbers, text; what has no plain form becomes its name.
+
+    Of values that hold one another, or the same one many times, so much is shown as a person may want to read.
+    """
+    left = _MOST_VALUES
+
+    def walk(value: Any, depth: int) -> Any:
+        nonlocal left
+        left -= 1
+        if depth > 20 or left < 0:
+            return "..."
+        if isinstance(value, Inert):
+            held = _content(value)
+            return walk(held, depth + 1) if isinstance(held, (Mapping, list, Inert)) else held
+        if isinstance(value, Mapping):
+            return {_key(key): walk(inner, depth + 1) for key, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [walk(inner, depth + 1) for inner in value]
+        if isinstance(value, Tensor):
+            return f"tensor {list(value.shape)}"
+        return value if value is None or isinstance(value, (str, int, float, bool)) else type(value).__name__
+
+    return walk(value, 0)
 
 
-def _plain_stand_in(value: Inert, depth: int) -> Any:
+def _key(key: Any) -> Any:
+    return key if isinstance(key, (str, int, float)) else type(key).__name__
+
+
+def _content(value: Inert) -> Any:
+    """What a stand-in's object is about."""
     kind = value.name.rpartition(".")[2]
     state = value.state if isinstance(value.state, Mapping) else {}
     if kind == "Namespace":
-        return plain(state, depth + 1)
+        return state
     if kind in ("DictConfig", "ListConfig"):
-        return plain(state.get("_content"), depth + 1)
+        return state.get("_content")
     if kind.endswith("Node"):
-        return plain(state.get("_val"), depth + 1)
+        return state.get("_val")
     if kind == "scalar":
         return _number(value)
     if kind == "_reconstruct":
         shape = value.state[1] if isinstance(value.state, tuple) and len(value.state) > 1 else "?"
-        return f"array {shape}"
+        return f"array {reprlib.repr(shape)}"
     return value.name
 
 

@@ -1,7 +1,9 @@
 """Opening the weight files of the field. Nothing that a file says is ever executed, whoever wrote it.
 
 Three containers: pickles of ``torch.save`` (zip or the older format; OpenAI's plain state dicts, open_clip, upstream
-EgoHOD, AVION), TorchScript archives (OpenAI's releases) and safetensors (open_clip, this project).
+EgoHOD, AVION), TorchScript archives (OpenAI's releases) and safetensors (open_clip, this project); the first and the
+last also in shards with an index. A few bytes of a file cannot take any amount of memory either: what its sizes say is
+checked against its length first.
 """
 
 from __future__ import annotations
@@ -9,26 +11,40 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import mmap
 import pickle
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from egohod import pickles
 from egohod.model import inert
 from egohod.model.inert import Inert
-from egohod.model.weight_names import Family, Shape, WeightsError, layout, ours, shape_of, spelling, useless
-from egohod.model.weight_names import without_prefix as _without_prefix
+from egohod.model.weight_names import (
+    Family,
+    Shape,
+    WeightsError,
+    is_average,
+    layout,
+    model_names,
+    ours,
+    shape_of,
+    spelling,
+    useless,
+    without_wrappers,
+)
 
-_STATES = ("state_dict", "model", "module")
-"""Under which key a checkpoint keeps its weights."""
+_STATES = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "weights", "student")
+"""Under which key a checkpoint keeps its weights, the likeliest first; others are looked into after these."""
 
 
 @dataclass
@@ -50,6 +66,8 @@ class WeightFile:
     settings: dict[str, Any] = field(default_factory=dict)
     """Knobs that give the weights their meaning and that no shape tells (``model.activation``, ...). Files of this
     project know them; of upstream's slow-fast files the arrangement is known."""
+    remarks: list[str] = field(default_factory=list)
+    """Which of several state dicts was taken."""
 
     @property
     def shape(self) -> Shape | None:
@@ -77,7 +95,8 @@ def read_weights(source: str | Path, *, download: bool = False) -> WeightFile:
     """Open a weight file of any family.
 
     Args:
-        source: a local file, or an open_clip tag such as ``ViT-B-16:laion2b_s34b_b88k``.
+        source: a local file, the index of a sharded one or the folder with it, or an open_clip tag such as
+            ``ViT-B-16:laion2b_s34b_b88k``.
         download: whether open_clip may fetch what a tag names; without it only its local cache is looked at.
 
     Raises:
@@ -86,23 +105,40 @@ def read_weights(source: str | Path, *, download: bool = False) -> WeightFile:
     path = Path(source)
     if not path.exists() and _TAG.fullmatch(str(source)):
         path = _find_tag(str(source), download)
-    if not path.exists():
-        raise WeightsError(f"{path}: no such file")
-    if not path.is_file():
-        raise WeightsError(f"{path}: not a file of weights")
+    with _in_one_line(str(source)):
+        weights = _named(str(source), *_open(path))
+        _check_size(weights.tensors, path)
+        return weights
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The state dict of any model, names without wrappers such as ``module.``, and remarks on which was taken.
+
+    Raises :class:`WeightsError` as :func:`read_weights` does.
+    """
+    with _in_one_line(str(path)):
+        state, _, remarks = _state_dict(_open(path)[1])
+        return {without_wrappers(name): value for name, value in state.items()}, remarks
+
+
+def _check_size(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse tensors that repeat a few numbers to a size that no memory holds: copying them writes them out."""
+    folder = path if path.is_dir() else path.parent
+    files = [path] if find_index(path) is None and not path.name.endswith(INDEX) else list(folder.iterdir())
+    size, wanted = sum(each.stat().st_size for each in files), sum(value.nbytes for value in tensors.values())
+    if wanted > _MORE_BYTES + _TIMES_THE_FILE * size:
+        raise WeightsError(f"its tensors have {wanted:,} bytes, in {size:,} bytes of file; damaged")
+
+
+@contextmanager
+def _in_one_line(source: str) -> Iterator[None]:
+    """Whatever goes wrong within becomes a :class:`WeightsError` that begins with ``source``."""
     try:
-        container = _container(path)
-        if container == "safetensors":
-            content, metadata = _read_safetensors(path)
-        elif container == "TorchScript archive":
-            content, metadata = _read_torchscript(path), {}
-        else:
-            content, metadata = _read_pickle(path), {}
-        return _named(str(source), container, content, metadata)
+        yield
     except WeightsError as error:
         raise WeightsError(f"{source}: {error}") from error
     except Exception as error:  # a damaged file can raise anything in its reader
-        reason = " ".join(str(error).strip().partition("\n")[0].split()) or type(error).__name__
+        reason = " ".join(str(error).strip().partition("\n")[0].split())[:300] or type(error).__name__
         raise WeightsError(f"{source}: not a readable weights file ({reason})") from error
 
 
@@ -113,26 +149,15 @@ def from_tensors(source: str, tensors: Mapping[str, Tensor]) -> WeightFile:
 
 def _named(source: str, container: str, content: Any, metadata: Mapping[str, str]) -> WeightFile:
     """Names, family and the rest of what a file held. Raises :class:`WeightsError` without the file's name."""
-    beside: dict[str, Any] = {}
-    if isinstance(content, Mapping):
-        for key in _STATES:
-            if isinstance(content.get(key), Mapping):
-                beside = {str(name): value for name, value in content.items() if name != key}
-                content = content[key]
-                break
-    if not isinstance(content, Mapping) or not content:
-        raise WeightsError("holds no state dict (a mapping of names to tensors)")
-    for name, value in content.items():
-        if not (isinstance(name, str) and isinstance(value, Tensor)):
-            raise WeightsError(f"holds no state dict (a mapping of names to tensors): '{name}' is no tensor")
-    short = _without_prefix(content)
+    state, beside, remarks = _state_dict(content)
+    short, outside, more = model_names(state)
     kind = layout(short.values())
     dropped = useless(short.values())
     tensors: dict[str, Tensor] = {}
     for full, name in short.items():
         if name in dropped:
             continue
-        own, value = ours(name, kind), content[full]
+        own, value = ours(name, kind), state[full]
         if own in tensors:
             raise WeightsError(f"holds {own} twice, in two spellings")
         if own == "visual.conv1.weight":
@@ -143,11 +168,70 @@ def _named(source: str, container: str, content: Any, metadata: Mapping[str, str
     family = _family(kind, container, tensors, dropped, beside, metadata)
     described = {name: inert.describe(value) for name, value in beside.items()}
     settings = json.loads(metadata.get("settings", "{}"))
+    if not isinstance(settings, dict):
+        raise WeightsError("its metadata names no settings")
     if family is Family.UPSTREAM and any(".adapter." in name for name in tensors):
         settings = UPSTREAM_ARRANGEMENT | settings
     if family is Family.AVION:
         settings = {"model.image_stats": _avion_image_stats(beside)} | settings
-    return WeightFile(source, family, container, spelling(short.values()), tensors, dropped, described, settings)
+    return WeightFile(
+        source,
+        family,
+        container,
+        spelling(short.values()),
+        tensors,
+        dropped | outside,
+        described,
+        settings,
+        remarks + more,
+    )
+
+
+def _state_dict(content: Any) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
+    """The state dict somewhere in what a file holds, what is beside it, and which others there are."""
+    found = sorted(_state_dicts(content, ()), key=lambda each: _rank(each[0]))
+    beside: dict[str, Any] = {}
+    if found:
+        path, state = found[0]
+        for key in path:
+            beside |= {str(name): value for name, value in content.items() if name != key}
+            content = content[key]
+    else:
+        inner = [
+            content[key] for key in _STATES if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)
+        ]
+        state = inner[0] if inner else content
+    if not isinstance(state, Mapping) or not state:
+        raise WeightsError("holds no state dict (a mapping of names to tensors)")
+    tensors: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if str(name).endswith("_extra_state"):
+            continue
+        if not (isinstance(name, str) and isinstance(value, Tensor)):
+            raise WeightsError(f"holds no state dict (a mapping of names to tensors): '{str(name)[:80]}' is no tensor")
+        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+            raise WeightsError(f"'{name}' is no plain tensor of numbers")
+        tensors[name] = value
+    others = [f"'{'.'.join(other)}'" for other, _ in found[1:]]
+    return tensors, beside, [f"taken is '{'.'.join(found[0][0])}', not {', '.join(others)}"] if others else []
+
+
+def _state_dicts(content: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
+    """Mappings with tensors under dotted names, and the keys that lead there."""
+    if not isinstance(content, Mapping):
+        return
+    if any(isinstance(value, Tensor) and isinstance(name, str) and "." in name for name, value in content.items()):
+        yield path, content
+    elif len(path) < 3:
+        for key, value in content.items():
+            if isinstance(key, str):
+                yield from _state_dicts(value, (*path, key))
+
+
+def _rank(path: Sequence[str]) -> tuple[bool, int]:
+    """State dicts by how likely they are the model's: averages last."""
+    known = [_STATES.index(key) for key in path if key in _STATES]
+    return any(is_average(key) for key in path), min(known, default=len(_STATES))
 
 
 def _family(
@@ -197,6 +281,79 @@ AVION_EMBED_DIM = 256
 # Containers
 # --------------------------------------------------------------------------------------------------
 
+# Tensors may share or repeat their numbers, but not without end.
+_MORE_BYTES, _TIMES_THE_FILE = 1 << 30, 16
+# The format's own limit is 100 MB.
+_LONGEST_HEADER = 100 << 20
+_MOST_MODULES = 20_000
+
+
+def _open(path: Path) -> tuple[str, Any, dict[str, str]]:
+    """Container, content and metadata. Raises :class:`WeightsError` without the file's name, and what readers raise."""
+    if not path.exists():
+        raise WeightsError("no such file")
+    index = path if path.is_file() and path.name.endswith(INDEX) else find_index(path)
+    if index is not None:
+        return _read_shards(index)
+    if not path.is_file():
+        files = sorted(each.name for each in path.glob("*") if each.suffix in (".safetensors", ".pt", ".pth", ".bin"))
+        if any(path.glob("*.distcp")):
+            hint = "; convert it first: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE"
+        else:
+            hint = f"; name the file, such as {files[0]}" if files else ""
+        raise WeightsError(f"not a file of weights, and neither a checkpoint nor an index of shards is in it{hint}")
+    container = _container(path)
+    if container == "safetensors":
+        content, metadata = _read_safetensors(path)
+    else:
+        metadata = {}
+        content = (
+            _read_torchscript(path) if container == "TorchScript archive" else load_pickle(path, inert.stand_ins())
+        )
+    return container, content, metadata
+
+
+INDEX = ".index.json"
+"""How the index of a sharded file ends: ``model.safetensors.index.json``, ``pytorch_model.bin.index.json``."""
+
+
+def find_index(folder: Path) -> Path | None:
+    """The index of the shards in a folder, safetensors before pickles; None if there is none."""
+    return max(
+        sorted(folder.glob(f"*{INDEX}"), reverse=True), key=lambda each: "safetensors" in each.name, default=None
+    )
+
+
+def _read_shards(index: Path) -> tuple[str, dict[str, Tensor], dict[str, str]]:
+    """The tensors that an index names, from files beside it and no others."""
+    try:
+        places = json.loads(index.read_bytes())["weight_map"]
+        by_shard: dict[str, list[str]] = {}
+        for name, shard in places.items():
+            by_shard.setdefault(shard, []).append(name)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise WeightsError(f"{index.name} is no index of shards: it needs a weight_map of names to files") from error
+    strange = [shard for shard in by_shard if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard]
+    if strange:
+        raise WeightsError(f"{index.name} names the shard {str(strange[0])[:80]!r}, which is no plain file name")
+    absent = sorted(shard for shard in by_shard if not index.with_name(shard).is_file())
+    if absent:
+        raise WeightsError(f"{len(absent)} of its {len(by_shard)} shards are not there, such as {absent[0]}")
+    tensors: dict[str, Tensor] = {}
+    containers = set()
+    for shard, names in sorted(by_shard.items()):
+        with _in_one_line(shard):
+            container, content, _ = _open(index.with_name(shard))
+            containers.add(container)
+            held, _, _ = _state_dict(content)
+            lacking = [name for name in names if name not in held]
+            if lacking:
+                raise WeightsError(f"lacks {lacking[0]}, which {index.name} says is in it")
+            tensors |= {name: held[name] for name in names}
+    if not tensors:
+        raise WeightsError(f"{index.name} names no tensors")
+    return containers.pop() if len(containers) == 1 else "shards of several kinds", tensors, {}
+
 
 def _container(path: Path) -> str:
     """What kind of file it is. Raises :class:`WeightsError` for what is no weights file, and for cut-off ones."""
@@ -213,7 +370,7 @@ def _container(path: Path) -> str:
         if not zipfile.is_zipfile(path):
             raise WeightsError(f"cut off after {size:,} bytes: the download is not complete")
         with zipfile.ZipFile(path) as archive:
-            code = any(name.split("/")[1:2] == ["code"] for name in archive.namelist())
+            code = any(_inside(each) == "code" for each in archive.infolist())
         return "TorchScript archive" if code else "pickle (zip)"
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**32:
         return "safetensors"
@@ -224,6 +381,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
+        if length > _LONGEST_HEADER:
+            raise WeightsError(f"not a safetensors file: its header would have {length:,} bytes; damaged")
         header = file.read(length)
     if len(header) == length:
         entries = [entry for name, entry in json.loads(header).items() if name != "__metadata__"]
@@ -234,28 +393,106 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
-def _read_pickle(path: Path) -> Any:
-    try:
-        with torch.serialization.safe_globals(inert.stand_ins()):
-            # Mapped instead of read: an optimizer's state is not even looked at.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(_explain(error)) from error
-    except (EOFError, RuntimeError) as error:
-        if isinstance(error, EOFError) or "unexpected EOF" in str(error):
-            raise WeightsError(f"cut off after {path.stat().st_size:,} bytes: the download is not complete") from error
-        raise
+def load_pickle(source: Path | bytes, allowed: Sequence[Any] = ()) -> Any:
+    """What ``torch.save`` wrote, by ``torch.load(weights_only=True)``, after a look at what that would allocate.
+
+    Args:
+        source: the file, whose tensors are mapped instead of read, or its content.
+        allowed: further classes, as for ``torch.serialization.safe_globals``.
+
+    Raises:
+        WeightsError: refused, or cut off, without the file's name. What else is wrong raises what the readers raise.
+    """
+    size = len(source) if isinstance(source, bytes) else source.stat().st_size
+    with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"
+        # Mapped instead of read: an optimizer's state is not even looked at.
+        is_mapped = is_zip and isinstance(source, Path)
+        try:
+            if is_zip:
+                _check_zip(file, size)
+            else:
+                _check_older_format(source)
+            file.seek(0)
+            opened: Any = source if is_mapped else file
+            with torch.serialization.safe_globals(list(allowed)):
+                return torch.load(opened, map_location="cpu", weights_only=True, mmap=is_mapped or None)
+        except pickle.UnpicklingError as error:
+            raise WeightsError(_explain(error)) from error
+        except (EOFError, RuntimeError) as error:
+            if isinstance(error, EOFError) or "unexpected EOF" in str(error):
+                raise WeightsError(f"cut off after {size:,} bytes: the download is not complete") from error
+            raise
+
+
+def _inside(entry: zipfile.ZipInfo) -> str:
+    """What an archive's entry is, or the folder of it, within the one folder that all entries are in."""
+    return entry.filename.partition("/")[2].partition("/")[0]
+
+
+def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
+    """Refuse an archive whose entries are larger than itself, by compression or by sharing their bytes."""
+    # PyTorch compresses code, which is not read here, and nothing else.
+    declared = sum(each.file_size for each in archive.infolist() if _inside(each) != "code")
+    if declared > size:
+        raise WeightsError(
+            f"its entries say that they hold {declared:,} bytes, in a file of {size:,}; PyTorch writes none like it"
+        )
+
+
+def _check_zip(file: BinaryIO, size: int) -> None:
+    with zipfile.ZipFile(file) as archive:
+        _check_archive(archive, size)
+        for entry in archive.infolist():
+            if entry.filename.endswith(".pkl") and _inside(entry) != "code":
+                content = archive.read(entry)
+                try:
+                    scanned = pickles.scan(content)
+                except EOFError as error:  # the archive itself is whole
+                    raise WeightsError(f"damaged: {error}") from error
+                _check_calls(scanned, content.count(pickle.REDUCE))
+
+
+def _check_older_format(source: Path | bytes) -> None:
+    """Five pickles in a row: a number, a version, the system, the content, the keys of the storages that follow."""
+    with ExitStack() as stack:
+        content: bytes | mmap.mmap
+        if isinstance(source, bytes):
+            content = source
+        else:
+            file = stack.enter_context(source.open("rb"))
+            content = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        end = 0
+        for _ in range(5):
+            if end == len(content):
+                break  # one of another program, which PyTorch's reader names
+            begin, scanned = end, pickles.scan(content, end)
+            end = scanned.end
+            _check_calls(scanned, content[begin:end].count(pickle.REDUCE))
+
+
+def _check_calls(scanned: pickles.Scanned, calls: int) -> None:
+    """Refuse calls that make memory out of nothing; some are on PyTorch's own list of what is harmless."""
+    makers = scanned.names & {"builtins.bytearray", "__builtin__.bytearray"}
+    if makers:
+        raise WeightsError(_refusal(next(iter(makers))))
+    if "_codecs.encode" in scanned.names and calls * scanned.longest > _MORE_BYTES:
+        raise WeightsError(f"refused: up to {calls:,} copies of a text of {scanned.longest:,} characters")
 
 
 def _explain(error: pickle.UnpicklingError) -> str:
     """Why a pickle was refused. PyTorch's own text advises to load it unsafely, so it is not passed on."""
     wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
     if wanted:
-        return (
-            f"refused: it asks for {wanted.group(1)}, which is no part of plain weights and could run code; "
-            "nothing was run. Save it as a plain state dict of tensors first"
-        )
+        return _refusal(wanted.group(1))
     return "refused: not a weights file, or a pickle of something else than plain tensors; nothing in it was run"
+
+
+def _refusal(name: str) -> str:
+    return (
+        f"refused: it asks for {name}, which is no part of plain weights and could run code; "
+        "nothing was run. Save it as a plain state dict of tensors first"
+    )
 
 
 class _Module:
@@ -276,8 +513,11 @@ class _ArchiveUnpickler(pickle.Unpickler):
     }
 
     def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
-        super().__init__(io.BytesIO(archive.read(f"{root}/data.pkl")))
+        content = archive.read(f"{root}/data.pkl")
+        pickles.scan(content)
+        super().__init__(io.BytesIO(content))
         self._archive, self._root = archive, root
+        self._storages: dict[str, Any] = {}
         # Made anew for each file, so that none can leave a mark on what the next one is read with.
         self._module = type("Module", (_Module,), {})
 
@@ -288,7 +528,7 @@ class _ArchiveUnpickler(pickle.Unpickler):
         if module == "torch" and name in self.DTYPES:
             return self.DTYPES[name]
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda *parts: torch._utils._rebuild_tensor_v2(*parts)
+            return _rebuild
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if module == "torch.jit._pickle" and name.startswith("build_"):
@@ -298,24 +538,41 @@ class _ArchiveUnpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Any:
         """A storage: its bytes lie beside the pickle."""
         _, dtype, key, *_ = pid
-        content = bytearray(self._archive.read(f"{self._root}/data/{key}"))
-        storage = torch.frombuffer(content, dtype=torch.uint8).untyped_storage()
-        return torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
+        if key not in self._storages:
+            content = bytearray(self._archive.read(f"{self._root}/data/{key}"))
+            storage = torch.frombuffer(content, dtype=torch.uint8).untyped_storage()
+            self._storages[key] = torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
+        return self._storages[key]
+
+
+def _rebuild(storage: Any, offset: int, size: Sequence[int], stride: Sequence[int], *_: Any) -> Tensor:
+    """A view of a storage; PyTorch's function would make a storage larger that is too small for it."""
+    last = offset + sum((count - 1) * step for count, step in zip(size, stride, strict=True)) if all(size) else -1
+    if min((offset, *size, *stride)) < 0 or last >= storage._size():
+        raise WeightsError("a tensor reaches beyond its numbers; damaged")
+    return torch._utils._rebuild_tensor_v2(storage, offset, tuple(size), tuple(stride), False, OrderedDict())
 
 
 def _read_torchscript(path: Path) -> dict[str, Tensor]:
     with zipfile.ZipFile(path) as archive:
+        _check_archive(archive, path.stat().st_size)
         root = archive.namelist()[0].split("/")[0]
-        return dict(_tensors(_ArchiveUnpickler(archive, root).load(), ""))
+        return dict(_tensors(_ArchiveUnpickler(archive, root).load()))
 
 
-def _tensors(module: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
+def _tensors(module: Any) -> Iterator[tuple[str, Tensor]]:
     """The tensors of nested attribute holders by dotted name."""
-    for name, value in vars(module).items():
-        if isinstance(value, Tensor):
-            yield prefix + name, value
-        elif isinstance(value, _Module):
-            yield from _tensors(value, f"{prefix}{name}.")
+    todo, seen = [("", module)], 0
+    while todo:
+        prefix, holder = todo.pop()
+        seen += 1
+        if seen > _MOST_MODULES:  # holders that hold one another
+            raise WeightsError(f"more than {_MOST_MODULES:,} modules; damaged")
+        for name, value in vars(holder).items():
+            if isinstance(value, Tensor):
+                yield prefix + name, value
+            elif isinstance(value, _Module):
+                todo.append((f"{prefix}{name}.", value))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -55,14 +55,50 @@ _STRANGERS = (
 )
 
 
-def without_prefix(names: Iterable[str]) -> dict[str, str]:
-    """Names as they are -> names without what DistributedDataParallel and torch.compile put in front."""
-    names = list(names)
-    short = dict(zip(names, names, strict=True))
-    for prefix in ("module.", "_orig_mod.", "module."):
-        if short and all(name.startswith(prefix) for name in short.values()):
-            short = {full: name.removeprefix(prefix) for full, name in short.items()}
-    return short
+_WRAPPERS = frozenset(
+    {
+        *("module", "_forward_module"),  # DistributedDataParallel, DeepSpeed, AveragedModel
+        "_orig_mod",  # torch.compile, of the model or of any part
+        *("_fsdp_wrapped_module", "_fpw_module"),  # FullyShardedDataParallel
+        "_checkpoint_wrapped_module",  # activation checkpointing
+    }
+)
+"""Parts of names that modules add which stand around others; they may be anywhere in a name."""
+
+_AVERAGES = re.compile(r"(^|_)(ema|swa|avg|averaged?|teacher|momentum|target)(_|$)")
+
+
+def without_wrappers(name: str) -> str:
+    """``module.visual._orig_mod.conv1.weight`` -> ``visual.conv1.weight``."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def is_average(name: str) -> bool:
+    """Whether a name such as ``model_ema`` is that of a running average of weights."""
+    return bool(_AVERAGES.search(name.lower()))
+
+
+def model_names(names: Iterable[str]) -> tuple[dict[str, str], dict[str, str], list[str]]:
+    """Names as they are -> names in the model, those that are not of it with the reason, and remarks.
+
+    Training frameworks hold the model as an attribute (Lightning's ``model.visual...``), with others beside it, such as
+    its average: of several models the first that is no average is taken.
+    """
+    short = {name: without_wrappers(name) for name in names}
+    holders = [found.group(1) for name in short.values() if (found := re.match(r"((?:[^.]+\.)*?)visual\.", name))]
+    if "" in holders or not holders:
+        return short, {}, []
+    ranked = sorted(dict.fromkeys(holders), key=lambda each: any(is_average(part) for part in each.split(".")))
+    taken = ranked[0]
+    others = tuple(each for each in ranked[1:] if each.startswith(taken))
+    inside = {
+        full: name.removeprefix(taken)
+        for full, name in short.items()
+        if name.startswith(taken) and not name.startswith(others)
+    }
+    outside = {full: f"outside of '{taken}'" for full in short if full not in inside}
+    remarks = [f"taken is the model under '{taken}', not that under '{other}'" for other in ranked[1:]]
+    return inside, outside, remarks
 
 
 def layout(names: Iterable[str]) -> str:
@@ -76,6 +112,8 @@ def layout(names: Iterable[str]) -> str:
         return "dual"
     if has_vision and any(re.match(r"(text\.)?transformer\.resblocks\.", name) for name in names):
         return "clip"
+    if any("flat_param" in name.rpartition(".")[2] for name in names):
+        raise WeightsError("holds the flat parameters of FSDP; save a full state dict (StateDictType.FULL_STATE_DICT)")
     raise WeightsError(
         f"its names ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}) are those of no known model: "
         "OpenAI CLIP, open_clip, upstream EgoHOD, AVION or this project"
@@ -91,7 +129,7 @@ def useless(names: Iterable[str]) -> dict[str, str]:
     for name in names:
         if name in NUMBERS:
             found[name] = "numbers, no weights"
-        elif name.rpartition(".")[2] in ("attn_mask", "position_ids"):
+        elif name.rpartition(".")[2] in ("attn_mask", "position_ids", "n_averaged", "_extra_state"):
             found[name] = "constants"
         elif ".adapter_2." in name or (upstream and ".adapter.conv2d." in name):
             found[name] = "never used by upstream"

@@ -99,7 +99,7 @@ def load_weights(
         WeightsError: one line that names tensors, both shapes, and the knob that would help.
     """
     own = model.state_dict()
-    report = WeightReport(weights.source, weights.family, dropped=dict(weights.dropped))
+    report = WeightReport(weights.source, weights.family, dropped=dict(weights.dropped), notes=list(weights.remarks))
     theirs = dict(weights.tensors)
     fresh = starts_projections_anew(weights, projections)
     if fresh:

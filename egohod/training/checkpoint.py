@@ -16,11 +16,9 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
-import io
 import json
 import logging
 import os
-import pickle
 import re
 import shutil
 from dataclasses import dataclass
@@ -34,7 +32,8 @@ from safetensors.torch import load, save_file
 from egohod.config import UserError
 from egohod.data.labels import ClassSpace
 from egohod.model.base import Base, checksum
-from egohod.model.weight_files import WeightFile, from_tensors, read_weights
+from egohod.model.weight_files import WeightFile, from_tensors, load_pickle, read_weights
+from egohod.model.weight_names import WeightsError
 
 log = logging.getLogger(__name__)
 
@@ -186,14 +185,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def open_weights(source: str | Path, *, download: bool = False, base: str | None = None) -> WeightFile:
-    """The weights of a file of any family, or of a run or checkpoint folder of this project.
+    """The weights of a file of any family, a folder of its shards, or a run or checkpoint folder of this project.
 
     A checkpoint that holds only what was trained is completed from the file it was started from, or from ``base`` if
     that lies elsewhere now; a file of other weights is refused.
 
     Raises :class:`UserError` as :func:`open_checkpoint` and :func:`egohod.model.weight_files.read_weights` do.
     """
-    if not Path(source).is_dir():
+    if not _holds_checkpoints(Path(source)):
         return read_weights(source, download=download)
     checkpoint = open_checkpoint(Path(source))
     weights = from_tensors(str(checkpoint.path), {**_of_base(checkpoint, download, base), **checkpoint.weights})
@@ -207,6 +206,10 @@ def open_weights(source: str | Path, *, download: bool = False, base: str | None
     }
     weights.settings.pop("model.fast", None)
     return weights
+
+
+def _holds_checkpoints(folder: Path) -> bool:
+    return (folder / MANIFEST).exists() or bool(CheckpointStore(folder).steps())
 
 
 def classes_of(path: Path) -> tuple[str, ClassSpace]:
@@ -265,11 +268,9 @@ def read(path: Path) -> Checkpoint:
             raise CheckpointError(f"{path / name}: damaged (its checksum is not the manifest's)")
     try:
         weights = load(content[WEIGHTS])
-        training = torch.load(io.BytesIO(content[TRAINING]), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path / TRAINING}: refused: holds more than tensors, numbers and text; nothing was run"
-        ) from error
+        training = load_pickle(content[TRAINING])
+    except WeightsError as error:
+        raise CheckpointError(f"{path / TRAINING}: {error}") from error
     except Exception as error:  # a damaged file can raise anything in its reader
         raise CheckpointError(f"{path}: {_reason(error)}") from error
     if not isinstance(training, dict):

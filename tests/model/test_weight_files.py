@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pickle
+import re
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +21,11 @@ from omegaconf import OmegaConf
 
 from egohod.config import UserError
 from egohod.model import zoo
+from egohod.model.egovideo import DualEncoder
 from egohod.model.weight_files import read_weights
 from egohod.model.weight_names import Family
+from egohod.model.weights import load_weights
+from egohod.training.checkpoint import open_weights
 from tests.model.field_files import (
     SCHEMA,
     State,
@@ -134,8 +140,211 @@ def test_a_spatial_branch_of_our_own_is_no_dead_weight(tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
+# Wrappers and companions
+# --------------------------------------------------------------------------------------------------
+
+
+def renamed(state: State, change: Callable[[str], str]) -> State:
+    return {change(name): value for name, value in state.items()}
+
+
+def in_blocks(wrapper: str) -> Callable[[str], str]:
+    """As a wrapper around each block puts its name into those of the block's weights."""
+    return lambda name: re.sub(r"(resblocks\.\d+\.)", rf"\1{wrapper}.", name)
+
+
+WRAPPED: dict[str, Callable[[State], Any]] = {
+    "compiled": lambda state: renamed(state, lambda name: f"_orig_mod.{name}"),
+    "a compiled tower": lambda state: renamed(state, lambda name: name.replace("visual.", "visual._orig_mod.")),
+    "compiled, then distributed": lambda state: renamed(state, lambda name: f"module._orig_mod.{name}"),
+    "distributed, then compiled": lambda state: renamed(state, lambda name: f"_orig_mod.module.{name}"),
+    "compiled blocks": lambda state: renamed(state, in_blocks("_orig_mod")),
+    "FSDP with activation checkpoints": lambda state: renamed(
+        state,
+        lambda name: "_fsdp_wrapped_module." + in_blocks("_fsdp_wrapped_module._checkpoint_wrapped_module")(name),
+    ),
+    "Lightning": lambda state: {
+        "state_dict": renamed(state, lambda name: f"model.{name}"),
+        "epoch": 3,
+        "pytorch-lightning_version": "2.5",
+        "hyper_parameters": {"lr": 1e-4},
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": []}],
+    },
+    "Lightning, compiled, with its loss and an average": lambda state: {
+        "state_dict": renamed(state, lambda name: f"model._orig_mod.{name}")
+        | renamed(state, lambda name: f"model_ema.module.{name}")
+        | {"criterion.weight": torch.ones(3)}
+    },
+    "DeepSpeed": lambda state: {"module": renamed(state, lambda name: f"_forward_module.net.{name}")},
+    "averaged by PyTorch": lambda state: (
+        renamed(state, lambda name: f"module.{name}") | {"n_averaged": torch.tensor(5)}
+    ),
+    "model_state_dict": lambda state: {"epoch": 3, "model_state_dict": state, "optimizer_state_dict": {"state": {}}},
+    "model and optimizer": lambda state: {
+        "epoch": 3,
+        "optimizer": {"state": {"visual.conv1.weight": {"exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 1e-4}]},
+        "model": state,
+    },
+    "model and its average": lambda state: {"model_ema": doubled(state), "model": state},
+    "state dict and its average": lambda state: {"state_dict_ema": doubled(state), "state_dict": state},
+    "an average alone": lambda state: {"args": argparse.Namespace(lr=1), "state_dict_ema": state},
+    "within a key of no name": lambda state: {"run": {"at_the_end": {"model": state, "step": torch.tensor(3)}}},
+    "a state beside the weights": lambda state: state | {"visual.transformer._extra_state": None},
+}
+REMARKS = {
+    "Lightning, compiled, with its loss and an average": (
+        "taken is the model under 'model.', not that under 'model_ema.'"
+    ),
+    "model and its average": "taken is 'model', not 'model_ema'",
+    "state dict and its average": "taken is 'state_dict', not 'state_dict_ema'",
+}
+
+
+def doubled(state: State) -> State:
+    return {name: value * 2 for name, value in state.items()}
+
+
+@pytest.mark.parametrize("names", ["upstream", "open_clip"])
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_wrappers_anywhere_in_a_name_are_taken_off(tmp_path: Path, kind: str, names: str) -> None:
+    state = upstream_state("b16_flash") if names == "upstream" else open_clip_state(DEMO)
+    plain_file = read_weights(save(tmp_path / "plain.pt", state))
+    weights = read_weights(save(tmp_path / "wrapped.pt", WRAPPED[kind](state)))
+    assert weights.tensors.keys() == plain_file.tensors.keys()
+    assert all(torch.equal(value, plain_file.tensors[name]) for name, value in weights.tensors.items())
+    assert (weights.family, weights.spelling) == (plain_file.family, plain_file.spelling)
+    assert weights.remarks == ([REMARKS[kind]] if kind in REMARKS else [])
+    others = {"outside of 'model.'": len(state) + 1} if kind.startswith("Lightning, compiled") else {}
+    others |= {"constants": 1} if kind == "averaged by PyTorch" else {}
+    reasons = list(weights.dropped.values())
+    assert {each: reasons.count(each) for each in reasons if each != "numbers, no weights"} == others
+
+
+def test_which_of_two_models_was_taken_is_reported(tmp_path: Path, demo_model: DualEncoder) -> None:
+    state = demo_model.state_dict()
+    torch.save({"model_ema": doubled(state), "model": state}, tmp_path / "both.pt")
+    report = load_weights(demo_model, read_weights(tmp_path / "both.pt"))
+    assert "taken is 'model', not 'model_ema'" in str(report)
+
+
+def test_flat_parameters_are_named_as_what_they_are(tmp_path: Path) -> None:
+    state = {
+        "_fsdp_wrapped_module._flat_param": torch.zeros(9),
+        "_fsdp_wrapped_module.visual._flat_param": torch.zeros(9),
+    }
+    with pytest.raises(UserError, match=r"flat\.pt: holds the flat parameters of FSDP; save a full state dict"):
+        read_weights(save(tmp_path / "flat.pt", state))
+
+
+# --------------------------------------------------------------------------------------------------
+# Shards
+# --------------------------------------------------------------------------------------------------
+
+
+def write_shards(folder: Path, state: State, ending: str) -> Path:
+    """Three shards and their index, as the hub's clients write them; returns the index."""
+    stem = "model" if ending == "safetensors" else "pytorch_model"
+    folder.mkdir(exist_ok=True)
+    shards: dict[str, State] = {}
+    for number, (name, value) in enumerate(state.items()):
+        shards.setdefault(f"{stem}-{number % 3 + 1:05d}-of-00003.{ending}", {})[name] = value.contiguous()
+    for shard, part in shards.items():
+        (write_safetensors if ending == "safetensors" else save)(folder / shard, part)
+    places = {name: shard for shard, part in shards.items() for name in part}
+    index = folder / f"{stem}.{ending}.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    return index
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_shards_are_put_together_by_their_index(tmp_path: Path, ending: str) -> None:
+    state = {f"module.{name}": value for name, value in open_clip_state(DEMO).items()}
+    index = write_shards(tmp_path / "hub", state, ending)
+    (tmp_path / "hub" / "config.json").write_text("{}")
+    whole = read_weights(save(tmp_path / "whole.pt", state))
+    for source in (index, index.parent):
+        weights = read_weights(source)
+        assert weights.source == str(source)
+        assert weights.family is Family.OPEN_CLIP
+        assert weights.tensors.keys() == whole.tensors.keys()
+        assert all(torch.equal(value, whole.tensors[name]) for name, value in weights.tensors.items())
+        assert open_weights(source).tensors.keys() == whole.tensors.keys()
+
+
+def test_shards_that_are_not_whole_are_named(tmp_path: Path) -> None:
+    index = write_shards(tmp_path / "hub", open_clip_state(DEMO), "safetensors")
+    content = json.loads(index.read_text())
+    last = "model-00003-of-00003.safetensors"
+
+    def refuses(said: str) -> None:
+        with pytest.raises(UserError, match=said) as caught:
+            read_weights(index.parent)
+        assert "\n" not in str(caught.value)
+
+    whole = (index.parent / last).read_bytes()
+    (index.parent / last).write_bytes(whole[:-10])
+    refuses(rf"hub: {last}: cut off after")
+    (index.parent / last).unlink()
+    refuses(rf"hub: 1 of its 3 shards are not there, such as {last}")
+    (index.parent / last).write_bytes(whole)
+    places = content["weight_map"]
+    for change, said in (
+        (places | {"more": last}, f"{last}: lacks more, which model.safetensors.index.json says is in it"),
+        (
+            places | {"more": "../model.safetensors"},
+            r"names the shard '\.\./model\.safetensors', which is no plain file",
+        ),
+        (places | {"more": str(tmp_path / "x.bin")}, "which is no plain file name"),
+        (places | {"more": 3}, "names the shard '3'"),
+        ([], "no index of shards"),
+        ({}, "names no tensors"),
+    ):
+        index.write_text(json.dumps(content | {"weight_map": change}))
+        refuses(said)
+    index.write_text("[" * 100_000)
+    refuses("no index of shards")
+
+
+def test_folders_without_weights_of_their_own_say_what_is_in_them(tmp_path: Path) -> None:
+    for open_ in (read_weights, open_weights):
+        with pytest.raises(UserError, match="not a file of weights, and neither a checkpoint nor an index"):
+            open_(tmp_path)
+    write_safetensors(tmp_path / "open_clip_model.safetensors", open_clip_state(DEMO))
+    with pytest.raises(UserError, match=r"; name the file, such as open_clip_model\.safetensors"):
+        open_weights(tmp_path)
+    (tmp_path / "__0_0.distcp").touch()
+    with pytest.raises(UserError, match=r"convert it first: python -m torch\.distributed\.checkpoint\.format_utils"):
+        open_weights(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------
 # Harm
 # --------------------------------------------------------------------------------------------------
+
+
+def test_a_few_numbers_repeated_beyond_any_memory_are_refused(tmp_path: Path) -> None:
+    state = open_clip_state(DEMO) | {"visual.positional_embedding": torch.zeros(1).expand(1 << 40, 64)}
+    with pytest.raises(
+        UserError, match=r"weights\.pt: its tensors have [\d,]+ bytes, in [\d,]+ bytes of file; damaged"
+    ):
+        read_weights(save(tmp_path / "weights.pt", state))
+
+
+def test_tensors_without_numbers_are_refused(tmp_path: Path) -> None:
+    for odd in (torch.zeros(3, device="meta"), torch.eye(3).to_sparse()):
+        state = open_clip_state(DEMO) | {"visual.class_embedding": odd}
+        with pytest.raises(UserError, match=r"weights\.pt: 'visual\.class_embedding' is no plain tensor"):
+            read_weights(save(tmp_path / "weights.pt", state))
+
+
+def test_what_lies_beside_is_described_however_often_it_holds_the_same(tmp_path: Path) -> None:
+    nested: Any = argparse.Namespace(value=1)
+    for _ in range(25):
+        nested = argparse.Namespace(one=[nested] * 9, two={"again": nested, (1, 2): 3})
+    start = time.monotonic()
+    beside = read_weights(save(tmp_path / "weights.pt", {"model": open_clip_state(DEMO), "nested": nested})).beside
+    assert beside["nested"].startswith("argparse.Namespace: one=[9 values], two=")
+    assert time.monotonic() - start < 5
 
 
 class Reduced:
