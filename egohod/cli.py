@@ -8,13 +8,12 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock, Timeout
-
 from egohod.config import Config, UserError, help_text, knobs
+from egohod.locks import Held, locked
 from egohod.place import Place, find_place
 from egohod.stopping import Interrupted, RunFailed
 
@@ -124,22 +123,6 @@ def set_up_logging(place: Place) -> None:
     )
 
 
-def lock_run(folder: Path) -> FileLock:
-    """Claim a run folder for this process until it ends, however it ends.
-
-    Raises :class:`UserError` if another process holds it, or if the folder cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise UserError(f"{folder}: another run is writing here; choose another folder") from error
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be used as run folder: {error.strerror or error}") from error
-    return lock
-
-
 @contextmanager
 def joined(cfg: Config, *, stops_cleanly: bool = False) -> Iterator[Distributed]:
     """This process's place in the run, which ends for all processes when it ends for one.
@@ -164,15 +147,20 @@ def joined(cfg: Config, *, stops_cleanly: bool = False) -> Iterator[Distributed]
 
 @contextmanager
 def claimed_run(folder: str, dist: Distributed) -> Iterator[None]:
-    """Within, no other process may use the run folder; the first process of a run holds the claim for all."""
-    if not dist.is_main:
+    """Within, no other process may use the run folder; the first process of a run holds the claim for all.
+
+    Raises :class:`UserError` if another process holds it, or if the folder cannot be made.
+    """
+    with ExitStack() as held:
+        if dist.is_main:
+            try:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(Path(folder) / ".lock"))
+            except Held as error:
+                raise UserError(f"{folder}: another run is writing here; choose another folder") from error
+            except OSError as error:
+                raise UserError(f"{folder}: cannot be used as run folder: {error.strerror or error}") from error
         yield
-        return
-    lock = lock_run(Path(folder))
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def model_of(checkpoint: str, overrides: Sequence[str] = ()) -> list[str]:

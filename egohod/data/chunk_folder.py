@@ -28,14 +28,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from filelock import FileLock, Timeout
-
 from egohod.data.chunking import ChunkError, ChunkSettings, Probe, Written, probe, write_chunks
 from egohod.data.containers import ENDINGS
 from egohod.data.files import one_clip
 from egohod.data.pool import follow_parent
 from egohod.data.text_files import read_lines
 from egohod.data.video import VideoError
+from egohod.locks import Held, locked
 
 log = logging.getLogger(__name__)
 
@@ -178,25 +177,23 @@ class Output:
     @contextlib.contextmanager
     def claim(self) -> Iterator[None]:
         """Within, this process alone writes here. Half-made videos, of now or earlier, are removed at both ends."""
-        try:
-            self._own.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self._own / "lock")
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise ChunkError(f"{self.folder}: another process is writing here") from error
-        except OSError as error:
-            raise _cannot_write(self.folder, error) from error
-        try:
-            self._clear()
-            part = self._own / "settings.json.part"
-            part.write_text(json.dumps(asdict(self._settings), indent=1) + "\n", encoding="utf-8")
-            part.replace(self._own / "settings.json")
-            yield
-        except OSError as error:
-            raise _cannot_write(self.folder, error) from error
-        finally:
-            self._clear()
-            lock.release()
+        with contextlib.ExitStack() as held:
+            try:
+                self._own.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(self._own / "lock"))
+            except Held as error:
+                raise ChunkError(f"{self.folder}: another process is writing here") from error
+            except OSError as error:
+                raise _cannot_write(self.folder, error) from error
+            held.callback(self._clear)
+            try:
+                self._clear()
+                part = self._own / "settings.json.part"
+                part.write_text(json.dumps(asdict(self._settings), indent=1) + "\n", encoding="utf-8")
+                part.replace(self._own / "settings.json")
+                yield
+            except OSError as error:
+                raise _cannot_write(self.folder, error) from error
 
     def part(self, video: Video) -> Path:
         """Where a video's chunks are written."""

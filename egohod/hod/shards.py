@@ -20,10 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from filelock import FileLock, Timeout
-
 from egohod.config import UserError
 from egohod.hod.blocks import CacheError
+from egohod.locks import Held, locked
 
 # Seconds: the processes of a run that was killed a moment ago are still on their way out.
 _PATIENCE = 3.0
@@ -113,15 +112,15 @@ class Work:
         with contextlib.ExitStack() as held:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                held.enter_context(FileLock(folder / shard.name, timeout=_PATIENCE))
+                held.enter_context(locked(folder / shard.name, _PATIENCE))
                 for path in folder.iterdir():
                     other = Shard.named(path.name)
                     if other and other.of != shard.of:
                         # The neighbours look too, and hold it for a moment.
-                        with FileLock(path, timeout=_PATIENCE):
+                        with locked(path, _PATIENCE):
                             pass
-            except Timeout as error:
-                name = Path(error.lock_file).name.replace("-of-", "/")
+            except Held as error:
+                name = error.path.name.replace("-of-", "/")
                 raise UserError(f"{self.output}: another run is writing here (shard {name}); wait for it") from error
             except OSError as error:
                 raise CacheError(f"{folder}: cannot be written: {error.strerror or error}") from error

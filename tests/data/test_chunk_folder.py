@@ -17,6 +17,7 @@ from video_files import encode, numbers, reference
 from egohod.data import chunk_folder
 from egohod.data.chunk_folder import Output, Video, find_videos, split
 from egohod.data.chunking import ChunkError, ChunkSettings
+from egohod.locks import Held, locked
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = [sys.executable, str(ROOT / "tools" / "chunk_videos.py")]
@@ -242,12 +243,10 @@ def test_an_interrupted_run_goes_on_and_ends_as_any_other(tmp_path: Path, sent: 
 
 def free(out: Path) -> bool:
     """Whether no process claims the folder."""
-    from filelock import FileLock, Timeout
-
     try:
-        with FileLock(out / ".chunk_videos" / "lock", timeout=0):
+        with locked(out / ".chunk_videos" / "lock"):
             return True
-    except Timeout:
+    except Held:
         return False
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
 
 from egohod.config import SourceConfig, UserError
 from egohod.data.table import ClipTable
@@ -21,6 +20,7 @@ from egohod.hod.clips import narrated
 from egohod.hod.pipeline import COLUMNS, Pipeline, Task, uid_of
 from egohod.hod.shards import Shard, Work
 from egohod.hod.stages import VERSIONS, Thinking
+from egohod.locks import locked
 
 
 class Straw:
@@ -294,9 +294,9 @@ def test_shards_that_look_at_older_locks_at_once(tmp_path: Path) -> None:
     work = Work(tmp_path / "hod.csv")
     with work.claim(Shard(0, 1)):
         pass
-    lock = FileLock(work.folder / "locks" / "0-of-1", thread_local=False)
-    lock.acquire()
-    threading.Timer(0.3, lock.release).start()
+    lock = locked(work.folder / "locks" / "0-of-1")
+    lock.__enter__()
+    threading.Timer(0.3, lock.__exit__, [None, None, None]).start()
     with work.claim(Shard(1, 2)):
         pass
 
