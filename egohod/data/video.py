@@ -421,6 +421,8 @@ class VideoStore:
                     if place.layout == "avion" and place.listed is None:
                         raise _UnevenChunksError from None
                     raise VideoError(f"{self._name(place, number)}: no such file") from None
+                if number > first:
+                    self._check_gap(place, number - 1, decoders[number - 1])
                 decoders[number] = self._opener(part, self._name(place, number))
                 self._check_length(place, number, decoders[number])
             final = max(decoders)
@@ -458,12 +460,12 @@ class VideoStore:
         Chunks of another length than ``chunk_seconds`` would show another moment than the one wanted, without a word.
         """
         expected, found = place.length(number), decoder.duration
-        if abs(found - expected) <= _EXACT_SECONDS + 1 / decoder.fps:
+        if place.listed is not None or abs(found - expected) <= _EXACT_SECONDS + 1 / decoder.fps:
             return
         if found < expected and not self._has_later(place, number):
             self._check_previous(place, number)  # the last chunk holds what was left of the video
             return
-        if place.layout == "avion" and place.listed is None:
+        if place.layout == "avion":
             raise _UnevenChunksError
         if abs(found - expected) > _tolerance(expected):
             raise self._wrong_length(place, number, found)
@@ -474,6 +476,15 @@ class VideoStore:
                 *(self._name(place, number), found, expected),
             )
             self._warned = True
+
+    def _check_gap(self, place: _Place, number: int, decoder: Decoder) -> None:
+        """Refuse a clip that goes on where pictures are missing between chunks whose names tell their starts."""
+        expected, found = place.length(number), decoder.duration
+        if place.listed is not None and found < expected - _EXACT_SECONDS - 1 / decoder.fps:
+            raise VideoError(
+                f"{self._name(place, number)}: has {found:.2f} s, but the next chunk begins {expected:g} s after it; "
+                "is one missing?"
+            )
 
     def _check_previous(self, place: _Place, number: int) -> None:
         """Measure the chunk before the last one, whose own length tells nothing; once for each video."""
@@ -489,10 +500,6 @@ class VideoStore:
 
     def _wrong_length(self, place: _Place, number: int, found: float) -> VideoError:
         name, expected = self._name(place, number), place.length(number)
-        if place.listed is not None:
-            return VideoError(
-                f"{name}: has {found:.2f} s, but the next chunk begins {expected:g} s after it; is one missing?"
-            )
         if not self._has_later(place, number):
             cure = "the length that the videos were cut to"
         elif abs(found - round(found)) <= _EXACT_SECONDS and round(found):
