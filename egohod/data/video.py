@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from egohod.data import containers
 from egohod.data.decoders import Decoder, Opener
 from egohod.data.files import LocalCache, Recent, Source, StorageError, VideoError, open_root
 from egohod.data.frames import MIN_SECONDS, clip_indices, frame_times
@@ -21,9 +22,9 @@ __all__ = ["VideoError", "VideoStore", "read_clip"]
 log = logging.getLogger(__name__)
 
 LAYOUTS = ("chunks", "avion", "whole")
-ENDINGS = (".mp4", ".MP4")
-# Looked for in every layout and tree. All other endings are looked for last: a video without one must not cost a
-# request for each of them.
+ENDINGS = tuple(each for ending in containers.ENDINGS for each in (ending, ending.upper()))
+# These two are looked for in every layout and tree; all others only when a video is not found by them, since each look
+# costs a request on a remote root.
 _USUAL_ENDINGS = (".mp4", ".MP4")
 # Rules whose loaders widen short clips of chunks; AVION's and LaViLa's widen none.
 _WIDENING_RULES = ("middle", "upstream")
@@ -217,9 +218,13 @@ class VideoStore:
             for ending in _USUAL_ENDINGS
         ]
         others = [ending for ending in ENDINGS if ending not in _USUAL_ENDINGS]
-        rare = [_Form(TREES[0], each, ending) for each in ("whole", "chunks") if each in layouts for ending in others]
+        kinds: tuple[str, ...] = ("whole", "chunks")
+        if self._files.costly:
+            others, kinds = [ending for ending in others if ending.islower()], ("whole",)
+        rare = [_Form(TREES[0], each, ending) for each in kinds if each in layouts for ending in others]
         self._forms = usual + rare
         self._place_of: Recent[str, _Place] = Recent(65536)
+        self._nowhere: Recent[str, str] = Recent(65536)
         self._measured: Recent[str, bool] = Recent(65536)
         self._warned = False
 
@@ -334,6 +339,8 @@ class VideoStore:
         if known is not None and known.layout in layouts:
             with contextlib.suppress(FileNotFoundError):
                 return known, self._open(known, known.chunk(second))
+        if (why := self._nowhere.get(video)) is not None:
+            raise VideoError(why)
         for form, place in self._candidates(video, layouts):
             try:
                 source = self._open(place, place.chunk(second))
@@ -380,7 +387,10 @@ class VideoStore:
         )
         more = f", ... {len(others)} in all" if len(others) > _NAMED else ""
         nor = f" (nor {', '.join(others[:_NAMED])}{more})" if others else ""
-        raise VideoError(f"{self._files.name_of(first)}: no such file{nor}")
+        why = f"{self._files.name_of(first)}: no such file{nor}"
+        if self._files.costly and layouts == LAYOUTS:
+            self._nowhere.put(video, why)
+        raise VideoError(why)
 
     def _listed(self, place: _Place) -> tuple[tuple[float, str], ...]:
         """Starts and names of the chunks that are there, in their order."""

@@ -161,6 +161,21 @@ def test_auto_costs_nothing_once_it_knows(counting: FaultyS3) -> None:
     assert len(counting.requests) == 4
 
 
+def test_a_data_set_is_found_once_and_what_is_nowhere_is_looked_for_once(counting: FaultyS3, folder: Path) -> None:
+    whole = (folder / "P01" / "whole.MP4").read_bytes()
+    counting.objects |= {f"/videos/EPIC-KITCHENS/P01/videos/P01_0{number}.MP4": whole for number in range(3)}
+    reader = store("s3://videos")
+    for number, most in enumerate((26, 2, 2)):
+        counting.requests.clear()
+        assert numbers(reader.read(f"P01_0{number}", 1, 2, 4).pictures) == segment_indices(10, 20, 4).tolist()
+        assert len(counting.requests) <= most  # two a look: the size of a whole file is asked for first
+    for most in (80, 0):
+        counting.requests.clear()
+        with pytest.raises(VideoError, match=r"P02_07\.mp4: no such file \(nor P02/videos/P02_07\.mp4, "):
+            reader.read("P02_07", 1, 2, 4)
+        assert len(counting.requests) <= most
+
+
 def test_the_cache_spares_requests(counting: FaultyS3, tmp_path: Path) -> None:
     for _ in range(3):
         store("s3://videos", "avion", cache=LocalCache(tmp_path, 1)).read("one", 0.5, 2.5, 4)

@@ -310,6 +310,13 @@ def test_a_video_is_looked_for_once(videos: Path, tmp_path: Path, monkeypatch: p
         assert len(looked) == 1
 
 
+@pytest.mark.parametrize("path", ["v.mkv", "v.MOV", "v/0000.mkv"])
+def test_other_containers_are_found_last(videos: Path, tmp_path: Path, path: str) -> None:
+    (tmp_path / path).parent.mkdir(exist_ok=True)
+    shutil.copy(videos / "cut" / "0000.mp4", tmp_path / path)
+    assert numbers(store(tmp_path).read("v", 0.5, 1.5, 4).pictures) == segment_indices(5, 15, 4).tolist()
+
+
 def cut(folder: Path, lengths: list[int], name: str = "{number:04d}.mp4") -> None:
     """A video of frames that count on, in chunks of so many frames, 10 a second."""
     first = 0
