@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
+import re
+import select
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +25,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Exit codes: the run is done, something broke, the user can mend it, the user stopped it.
-DONE, BROKEN, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+# Exit codes: the run is done, something broke, the user can mend it, the user stopped it, nobody reads what it prints
+# any more (as a shell reports a program that SIGPIPE ended).
+DONE, BROKEN, USER_ERROR, INTERRUPTED, UNREAD = 0, 1, 2, 130, 141
+# File descriptors of standard output and standard error.
+_OUTPUT = (1, 2)
 # A program that saved and left before its end because a signal asked it to exits with DONE, and creates the file that
 # this variable names: launchers (exps/launch.sh, tools/submit.py) then start it again.
 UNFINISHED = "EGOHOD_UNFINISHED"
@@ -74,7 +80,57 @@ def training_overrides(args: argparse.Namespace) -> list[str]:
 
 
 def run(program: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> int:
-    """Run a main program; a :class:`UserError` becomes one line per problem on stderr and exit code 2."""
+    """Run a main program; a :class:`UserError` becomes one line per problem on stderr and exit code 2.
+
+    See :func:`while_read` for a standard output that is closed.
+    """
+    return while_read(lambda: _run(program, arguments))
+
+
+def while_read(program: Callable[[], int]) -> int:
+    """What ``program`` returns, or 141 without a word when the reader of its output leaves (``... | head -1``).
+
+    Names that cannot be printed, as those of files that are not UTF-8, are printed with escapes.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            return program()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _output_is_closed():
+            raise
+        # Python would complain when it fails to write what is left at its end.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in _OUTPUT:
+            os.dup2(nowhere, descriptor)
+        return UNREAD
+
+
+def _output_is_closed() -> bool:
+    """Whether nobody reads this process's output any more; other pipes may break too, as those to workers."""
+    poll = select.poll()
+    for descriptor in _OUTPUT:
+        poll.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+class LogOutput(logging.StreamHandler):
+    """Log lines on standard output, for programs whose output they are; ends them when it is closed."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stdout)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Pass on that the output is closed, which logging would report once a line."""
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            raise
+        super().handleError(record)
+
+
+def _run(program: Callable[[Sequence[str]], int], arguments: Sequence[str] | None) -> int:
     place = Place()
     try:
         place = find_place()
@@ -96,7 +152,16 @@ def run(program: Callable[[Sequence[str]], int], arguments: Sequence[str] | None
     except KeyboardInterrupt:
         print("interrupted; run again to go on", file=sys.stderr)
         return INTERRUPTED
+    except UnicodeEncodeError as error:
+        if not re.search("[\udc80-\udcff]", str(error.object)):
+            raise
+        # Python's stand-ins for bytes of a file name that are no UTF-8: nothing that is written may hold them.
+        text = os.fsencode(str(error.object)[:200])
+        print(f"{_prefix(place)}error: {text!r}: a name that is not UTF-8; rename the file or folder", file=sys.stderr)
+        return USER_ERROR
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
+            raise
         print(f"{_prefix(place)}error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         return BROKEN
 

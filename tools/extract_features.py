@@ -4,7 +4,7 @@
     python tools/extract_features.py --videos my/videos --clips clips.csv --checkpoint ... --output ...
     python tools/extract_features.py --videos long --window 2 --stride 1 --checkpoint ... --output ...
 
-Without more, every mp4 of the folder is one clip. --clips is a csv with video_id,start_second,end_second and perhaps
+Without more, every video of the folder is one clip. --clips is a csv with video_id,start_second,end_second and perhaps
 text. --window and --stride, in seconds, slide over long videos, as methods for EgoNLQ and EgoMQ want their features.
 --output gets one .npz a video (features [n, D] of unit length, start, end, text) and index.json, which tools/search.py
 reads. The model is that of --config_file. An interrupted run goes on where it stopped; a video or clip that changed is
@@ -42,7 +42,9 @@ log = logging.getLogger("extract_features")
 def main(arguments: Sequence[str]) -> int:
     parser = cli.parser(__doc__ or "", "configs/demo.yml")
     add = parser.add_argument
-    add("--videos", required=True, metavar="FOLDER", help="folder of mp4 files (with --clips also s3://... or chunks)")
+    add(
+        "--videos", required=True, metavar="FOLDER", help="folder of video files (with --clips also s3://... or chunks)"
+    )
     add("--checkpoint", required=True, metavar="PATH", help="checkpoint or run folder, or a file of trained weights")
     add("--output", required=True, type=Path, metavar="FOLDER", help="where the features go")
     add("--clips", type=Path, metavar="CSV", help="embed these clips: video_id,start_second,end_second[,text]")

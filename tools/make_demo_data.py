@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from egohod import cli
 from egohod.config import UserError
 from egohod.demo import make_world, plan, preview
 from egohod.demo.benchmarks import write_benchmarks
@@ -65,7 +66,7 @@ class Progress:
 
 def main(argv: list[str] | None = None) -> int:
     """Run; the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[cli.LogOutput()])
     args = parse(argv)
     variant = Variant(args.objects, args.reach, args.event_spread, args.idle_rests)
     splits = [split.strip() for split in args.splits.split(",") if split.strip()]
@@ -103,4 +104,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.while_read(main))

@@ -9,11 +9,13 @@ Nothing is measured here. What was measured and what is assumed stands beside ea
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
+from egohod import cli
 from egohod.config import load_leniently
 from egohod.model.egovideo import create_model
 from egohod.model.flops import forward_flops, step_flops
@@ -143,14 +145,15 @@ def table(recipe: Recipe, peak: float, utilisation: float) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peak", type=float, default=312.0, help="bf16 TFLOP/s of the GPU (default: 312, A100)")
     parser.add_argument("--utilisation", type=float, default=0.4, help="share of it that a step reaches (default: 0.4)")
     args = parser.parse_args()
     for recipe in RECIPES:
         print(f"{recipe.name} (`{recipe.config}`)\n\n{table(recipe, args.peak * 1e12, args.utilisation)}\n")
+    return cli.DONE
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.while_read(main))

@@ -192,6 +192,8 @@ class Output:
                 part.write_text(json.dumps(asdict(self._settings), indent=1) + "\n", encoding="utf-8")
                 part.replace(self._own / "settings.json")
                 yield
+            except BrokenPipeError:  # of the program's output, there is no other pipe
+                raise
             except OSError as error:
                 raise _cannot_write(self.folder, error) from error
 

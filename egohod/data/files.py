@@ -15,6 +15,7 @@ import os
 import random
 import tempfile
 import time
+import unicodedata
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -114,6 +115,16 @@ def open_root(root: str | Path, cache: LocalCache | None = None) -> Files:
     return LocalFolder(Path(text))
 
 
+def _spellings(key: str) -> Iterator[str]:
+    """A file's name, and the same with its accents in the other form of Unicode.
+
+    macOS writes the accents of names as characters of their own (NFD), csv files and keyboards one with the letter.
+    """
+    yield key
+    if not key.isascii():
+        yield from {unicodedata.normalize("NFC", key), unicodedata.normalize("NFD", key)} - {key}
+
+
 class LocalFolder:
     """Files on a disk of this machine, see :class:`Files`."""
 
@@ -124,10 +135,10 @@ class LocalFolder:
 
     def open(self, key: str, *, size_first: bool = False) -> Path:
         """See :class:`Files`."""
-        path = self._root / key
-        if not path.is_file():
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-        return path
+        for each in _spellings(key):
+            if (self._root / each).is_file():
+                return self._root / each
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._root / key))
 
     def name_of(self, key: str) -> str:
         """See :class:`Files`."""
@@ -135,8 +146,10 @@ class LocalFolder:
 
     def names(self, folder: str) -> list[str]:
         """See :class:`Files`."""
-        path = self._root / folder
-        return os.listdir(path) if path.is_dir() else []
+        for each in _spellings(folder):
+            if (self._root / each).is_dir():
+                return os.listdir(self._root / each)
+        return []
 
 
 class RemoteFolder:
@@ -173,6 +186,12 @@ class RemoteFolder:
 
     def open(self, key: str, *, size_first: bool = False) -> io.BufferedIOBase:
         """See :class:`Files`."""
+        for each in _spellings(key):
+            with contextlib.suppress(FileNotFoundError):
+                return self._open(each, size_first)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.name_of(key))
+
+    def _open(self, key: str, size_first: bool) -> io.BufferedIOBase:
         name = self.name_of(key)
         data = self._cache.get(name) if self._cache else None
         if data is None:
@@ -196,10 +215,10 @@ class RemoteFolder:
         """See :class:`Files`."""
         known = self._listings.get(folder)
         if known is None:
-            try:
-                found = self._request(folder, lambda system, path: system.ls(path, detail=False))
-            except FileNotFoundError:
-                found = []
+            found = list[str]()
+            for each in _spellings(folder):
+                with contextlib.suppress(FileNotFoundError):
+                    found = found or self._request(each, lambda system, path: system.ls(path, detail=False))
             known = self._listings.put(folder, [path.rstrip("/").rpartition("/")[2] for path in found])
         return known
 

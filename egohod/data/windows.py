@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 
 from egohod.config import UserError
+from egohod.data import containers
 from egohod.data.decoders import choose_decoder
 from egohod.data.files import VideoError
 from egohod.data.video import ENDINGS
@@ -15,13 +17,14 @@ from egohod.data.video import ENDINGS
 def sliding(
     root: str, window: float, stride: float, decoder: str = "auto"
 ) -> tuple[list[tuple[str, float, float]], list[str]]:
-    """Windows of ``window`` seconds every ``stride`` seconds over every mp4 below a local folder.
+    """Windows of ``window`` seconds every ``stride`` seconds over every video below a local folder.
 
-    (video, start, end) of each, and why some videos have none. Raises :class:`UserError` if there is no mp4.
+    (video, start, end) of each, and why some videos have none. Raises :class:`UserError` if there is no video.
     """
     _, opener = choose_decoder(decoder)
-    clips, faults = list[tuple[str, float, float]](), list[str]()
-    for video, path in video_files(root).items():
+    clips = list[tuple[str, float, float]]()
+    files, faults = video_files(root)
+    for video, path in files.items():
         try:
             opened = opener(path, str(path))
         except VideoError as error:
@@ -42,18 +45,23 @@ def spans(duration: float, window: float, stride: float) -> list[tuple[float, fl
     return [(k * stride, min(k * stride + window, duration)) for k in range(count)]
 
 
-def video_files(root: str) -> dict[str, Path]:
-    """Videos below a folder by their id, which is the path without its ending."""
+def video_files(root: str) -> tuple[dict[str, Path], list[str]]:
+    """Videos below a folder by their id, which is the path without its ending, and why some can have none."""
     folder = Path(root)
     if not folder.is_dir():
         raise UserError(f"{root}: no such video folder" + ("; a remote one needs --clips" if "://" in root else ""))
     paths = sorted(path for path in folder.rglob("*") if path.suffix in ENDINGS and path.is_file())
     if not paths:
-        raise UserError(f"{root}: not a single mp4 file in it or below")
-    found: dict[str, Path] = {}
+        raise UserError(f"{root}: not a single video file in it or below ({', '.join(containers.ENDINGS)})")
+    found, faults = dict[str, Path](), list[str]()
     for path in paths:
         video = path.relative_to(folder).with_suffix("").as_posix()
         if video in found:
             raise UserError(f"{path}: {found[video].name} is there as well; rename one")
+        try:
+            video.encode()  # no csv, index or features file can hold another name
+        except UnicodeEncodeError:
+            faults.append(f"{os.fsencode(path)!r}: its name is not UTF-8; rename it")
+            continue
         found[video] = path
-    return found
+    return found, faults

@@ -45,15 +45,16 @@ class Listing:
 
 
 def whole_files(root: str) -> Listing:
-    """Every mp4 below a local folder as one clip. Raises :class:`UserError` if there is none."""
-    return _listed(root, [(video, 0.0, np.inf) for video in video_files(root)], "whole", 15.0)
+    """Every video below a local folder as one clip. Raises :class:`UserError` if there is none."""
+    files, faults = video_files(root)
+    return _listed(root, [(video, 0.0, np.inf) for video in files], "whole", 15.0, faults=faults)
 
 
 def windows(root: str, window: float, stride: float, decoder: str = "auto") -> Listing:
-    """Windows of ``window`` seconds every ``stride`` seconds over every mp4 below a local folder.
+    """Windows of ``window`` seconds every ``stride`` seconds over every video below a local folder.
 
     They start at 0, stride, 2 x stride, ... until one reaches the end of the video, where it is cut. Raises
-    :class:`UserError` if there is no mp4.
+    :class:`UserError` if there is no video.
     """
     clips, faults = sliding(root, window, stride, decoder)
     return _listed(root, clips, "whole", 15.0, faults=faults)

@@ -43,7 +43,7 @@ def narrated(source: SourceConfig, keep: Sequence[str], max_bad_fraction: float)
 
 
 def windows(root: str, seconds: float, stride: float, decoder: str) -> ClipTable:
-    """Windows over every mp4 below ``root``, of which nothing is said; see :func:`~egohod.data.windows.sliding`.
+    """Windows over every video below ``root``, of which nothing is said; see :func:`~egohod.data.windows.sliding`.
 
     Files that cannot be opened are said. Raises :class:`UserError` if there is no window.
     """

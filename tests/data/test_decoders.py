@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
-from video_files import DECODERS, encode, encode_sound, opener, picture, reference, skip_start, turn
+from video_files import DECODERS, encode, encode_sound, opener, picture, reference, remux, skip_start, turn
 
 from egohod.config import UserError
 from egohod.data import decoders
@@ -331,14 +331,6 @@ def test_odd_pictures(tmp_path: Path, settings: dict[str, Any]) -> None:
 
 
 def test_titles_in_other_encodings(tmp_path: Path) -> None:
-    path = tmp_path / "v.mkv"
-    encode(tmp_path / "v.mp4", 20)
-    with av.open(str(tmp_path / "v.mp4")) as source, av.open(str(path), "w") as container:
-        container.metadata["title"] = "caf-"
-        stream = container.add_stream_from_template(source.streams.video[0])
-        for packet in source.demux(video=0):
-            if packet.size:
-                packet.stream = stream
-                container.mux(packet)
+    path = remux(encode(tmp_path / "v.mp4", 20), tmp_path / "v.mkv", title="caf-")
     path.write_bytes(path.read_bytes().replace(b"caf-", b"caf\xe9"))
     assert opener("pyav")(path).read_at(np.array([1.25])).shape == (1, 64, 96, 3)

@@ -3,11 +3,12 @@
 import logging
 import os
 import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
-from video_files import DECODERS, DISTINCT, encode, encode_sound, numbers, opener
+from video_files import DECODERS, DISTINCT, encode, encode_sound, numbers, opener, remux
 
 from egohod.config import SourceConfig, UserError
 from egohod.data.files import LocalFolder
@@ -393,3 +394,32 @@ def test_chunks_cut_at_key_frames_are_warned_of_once(tmp_path: Path, caplog: pyt
             reader.read(video, 20.0, 21.0, 4)
     assert caplog.text.count("not cut exactly") == 1
     assert "a/0000.mp4: has 15.40 s instead of 15" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["v.mkv", "v.MOV", "deep/v.avi", "v/0000.mkv"])
+def test_videos_in_other_containers(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    encode(tmp_path / "v.mp4", 20, codec="mpeg4")
+    remux(tmp_path / "v.mp4", path)
+    (tmp_path / "v.mp4").unlink()
+    video = "deep/v" if "deep" in name else "v"
+    assert numbers(store(tmp_path).read(video, 0.5, 1.5, 5).pictures) == segment_indices(5, 15, 5).tolist()
+
+
+@pytest.mark.parametrize(("csv", "disk"), [("NFC", "NFD"), ("NFD", "NFC")])
+@pytest.mark.parametrize("layout", ["whole", "chunks", "avion"])
+def test_accents_in_the_other_form_of_unicode(tmp_path: Path, csv: str, disk: str, layout: str) -> None:
+    """macOS takes letters and accents apart in the names that it writes."""
+    video = "k\u00fcche/caf\u00e9 \u3042"
+    name = unicodedata.normalize(disk, video)  # type: ignore[arg-type]
+    keys = {"whole": f"{name}.mp4", "chunks": f"{name}/0000.mp4", "avion": f"{name}.mp4/0.mp4"}
+    encode(tmp_path / keys[layout], 20)
+    asked = unicodedata.normalize(csv, video)  # type: ignore[arg-type]
+    assert numbers(store(tmp_path).read(asked, 0.5, 1.5, 1).pictures) == [9]
+    # Chunk 3 is missing, which only a listing tells.
+    if layout != "whole":
+        with pytest.raises(VideoError, match=r"no such file"):
+            store(tmp_path).read(asked, 6.5, 7, 1)
+    with pytest.raises(VideoError, match=r"no such file"):
+        store(tmp_path).read("K\u00fcche/caf\u00e9", 0, 1, 1)

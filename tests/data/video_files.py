@@ -95,6 +95,18 @@ def encode_sound(path: Path) -> Path:
     return path
 
 
+def remux(source: Path, path: Path, **metadata: str) -> Path:
+    """The same pictures in the container that the ending of ``path`` names."""
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        new.metadata.update(metadata)
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                new.mux(packet)
+    return path
+
+
 def turn(path: Path, degrees: int) -> Path:
     """Have the file say that its pictures are shown turned clockwise, as a camera held upright does."""
     content = bytearray(path.read_bytes())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from egohod.evaluation.feature_index import Features, open_index, read_features,
 from egohod.evaluation.listing import Listing, rows_of_csv, whole_files, windows
 from egohod.evaluation.protocols import Protocol
 from egohod.evaluation.search import clock, search
+from tests.data.video_files import remux
 from tests.support import Command, ShortRun
 
 
@@ -265,7 +267,7 @@ def test_from_files_to_a_contact_sheet(videos: Path, tmp_path: Path, inside: Com
         (["--videos", "/nowhere"], "/nowhere: no such video folder"),
         (["--videos", ".", "--stride", "1"], "--stride needs --window"),
         (["--videos", ".", "--clips", "x.csv", "--window", "1"], "give one of them"),
-        (["--videos", "configs"], "not a single mp4"),
+        (["--videos", "configs"], "not a single video file"),
         (["--videos", "tests", "--clips", "/nowhere.csv"], "/nowhere.csv: cannot be read"),
     ],
 )
@@ -293,6 +295,36 @@ def test_files_that_are_missing_or_broken_are_named_at_once(
     done = inside(*command, "--window", "1")
     assert done.returncode == 2
     assert "a.mp4" in done.stderr
+
+
+def test_a_name_that_is_not_utf8_is_named_and_may_be_left_out(
+    videos: Path, tmp_path: Path, inside: Command, short_run: ShortRun
+) -> None:
+    """No csv, index or features file can hold it."""
+    os.link(videos / "a.mp4", os.fsencode(videos) + b"/caf\xe9.mp4")
+    command = ["extract_features.py", *short_run.command, "data.decoder=pyav", "--checkpoint", short_run.folder]
+    command += ["--videos", videos, "--output", tmp_path / "f"]
+    for more in ([], ["--window", "1"]):
+        done = inside(*command, *more, "--dry_run")
+        assert done.returncode == 2
+        assert f"b'{videos}/caf\\xe9.mp4': its name is not UTF-8; rename it" in done.stderr
+        assert "1 videos cannot be read" in done.stderr
+    done = inside(*command, "--allow_missing")
+    assert done.returncode == 0, done.stderr
+    assert sorted(read_index(tmp_path / "f")["videos"]) == ["a", "b/c", "b/d"]
+
+
+def test_videos_in_other_containers_are_embedded(
+    videos: Path, tmp_path: Path, inside: Command, short_run: ShortRun
+) -> None:
+    remux(videos / "a.mp4", videos / "t.mkv")
+    (videos / "a.mp4").unlink()
+    command = ["extract_features.py", *short_run.command, "data.decoder=pyav", "--checkpoint", short_run.folder]
+    done = inside(*command, "--videos", videos, "--output", tmp_path / "f")
+    assert done.returncode == 0, done.stderr
+    found, lacking = read_features(tmp_path / "f")
+    assert lacking == 0
+    assert sorted(found.videos) == ["b/c", "b/d", "t"]
 
 
 def test_search_refuses_what_is_no_index_and_other_weights(
