@@ -159,6 +159,15 @@ def _run(program: Callable[[Sequence[str]], int], arguments: Sequence[str] | Non
         text = os.fsencode(str(error.object)[:200])
         print(f"{_prefix(place)}error: {text!r}: a name that is not UTF-8; rename the file or folder", file=sys.stderr)
         return USER_ERROR
+    except ImportError as error:
+        if (error.name or "").startswith("egohod"):
+            raise
+        print(
+            f"{_prefix(place)}error: a package that this command needs cannot be imported: {error}; pip install -r "
+            "requirements.txt",
+            file=sys.stderr,
+        )
+        return USER_ERROR
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _output_is_closed():
             raise

@@ -37,6 +37,7 @@ from egohod.data.text_files import read_lines
 from egohod.demo import make_world
 from egohod.demo.benchmarks import write_benchmarks
 from egohod.demo.world import Variant
+from egohod.evaluation.plots import new_figure
 from egohod.evaluation.report import RESULTS_FILE, write_json
 from egohod.evaluation.temporal import CONTROLS
 from egohod.model.egovideo import create_model
@@ -318,13 +319,11 @@ def _spread(values: Sequence[float], form: str = "{:.1f}") -> str:
 
 def plot(found: dict[str, Any], path: Path) -> None:
     """Motion questions over the training, a line a row with the range of its seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     metrics, chance = found["metrics"], found["chance"]
-    figure, ((*axes,),) = plt.subplots(1, len(chance), figsize=(13, 4), sharey=True, squeeze=False)
+    figure = new_figure((13, 4))
+    if figure is None:
+        return
+    ((*axes,),) = figure.subplots(1, len(chance), sharey=True, squeeze=False)
     for axis, name in zip(axes, chance, strict=True):
         for row in (each for each in found["rows"].values() if not each.get("start")):
             curves = [one["val"] for one in row["seeds"].values()]
@@ -339,7 +338,6 @@ def plot(found: dict[str, Any], path: Path) -> None:
     axes[0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
-    plt.close(figure)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -31,6 +31,7 @@ from egohod.data.transforms import center_crop, normalise
 from egohod.data.windows import spans
 from egohod.distributed import inference_precision, setup
 from egohod.evaluation.heads import ClassProbabilities
+from egohod.evaluation.plots import new_figure
 from egohod.model.egovideo import DualEncoder
 from egohod.model.zoo import geometry
 from egohod.training.checkpoint import CheckpointError, classes_of
@@ -75,10 +76,10 @@ def main(arguments: Sequence[str]) -> int:
             print(f"{scores[0, number]:.3f}  {names[number]}")
         return cli.DONE
     _write_csv(args.output / "timeline.csv", windows, names, scores, best)
+    log.info("wrote %s", args.output / "timeline.csv")
     for (start, end), row, order in zip(windows, scores, best, strict=True):
         print(f"{start:8.1f} - {end:.1f} s  {row[order[0]]:.3f}  {names[order[0]]}")
     _draw(args.output / "timeline.png", windows, names, scores)
-    log.info("wrote %s and timeline.png", args.output / "timeline.csv")
     return cli.DONE
 
 
@@ -135,14 +136,12 @@ def _write_csv(
 
 def _draw(path: Path, windows: Sequence[tuple[float, float]], names: Sequence[str], scores: np.ndarray) -> None:
     """The likeliest classes over time, a row each."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     shown = np.argsort(-scores.max(axis=0), kind="stable")[:DRAWN]
     edges = [start for start, _ in windows] + [windows[-1][1]]
-    figure, axis = plt.subplots(figsize=(12, 1 + 0.35 * len(shown)))
+    figure = new_figure((12, 1 + 0.35 * len(shown)))
+    if figure is None:
+        return
+    axis = figure.subplots()
     mesh = axis.pcolormesh(edges, np.arange(len(shown) + 1), scores[:, shown].T, cmap="viridis")
     axis.set(yticks=np.arange(len(shown)) + 0.5, yticklabels=[names[i] for i in shown], xlabel="seconds")
     for label in axis.get_yticklabels():
@@ -151,7 +150,7 @@ def _draw(path: Path, windows: Sequence[tuple[float, float]], names: Sequence[st
     figure.colorbar(mesh, label="score")
     figure.tight_layout()
     figure.savefig(path, dpi=90)
-    plt.close(figure)
+    log.info("wrote %s", path)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,58 @@
-"""Plots for pages, as PNG files in memory."""
+"""Plots for pages and tools, drawn to files and never shown."""
 
 from __future__ import annotations
 
+import contextlib
 import io
+import logging
+import os
+import sys
 import textwrap
 from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
 
 # More classes than this nobody can read.
 SHOWN_CLASSES = 20
 _INK = "#22313f"
+
+
+def new_figure(size: tuple[float, float], **options: Any) -> Figure | None:
+    """An empty figure of ``size`` inches for ``savefig``; None, with a warning, where matplotlib cannot be used.
+
+    ``options`` are those of :class:`matplotlib.figure.Figure`.
+    """
+    kind = _figure_class()
+    return None if kind is None else kind(figsize=size, **options)
+
+
+@cache
+def _figure_class() -> type[Figure] | None:
+    # A terminal that a notebook opened names the notebook's backend, which may not be installed here: then matplotlib
+    # cannot even be imported. A figure of its own needs none.
+    fresh = "matplotlib" not in sys.modules
+    backend = os.environ.pop("MPLBACKEND", None) if fresh else None
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except Exception as error:  # a broken installation can raise anything
+        log.warning("no plots: matplotlib cannot be used (%s); pip install --force-reinstall matplotlib", error)
+        return None
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    if backend is not None:
+        # For whoever shows figures in this process, such as a notebook.
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend
+    return Figure
 
 
 def most_confused(confusion: Sequence[Sequence[int]], limit: int = SHOWN_CLASSES) -> list[int]:
@@ -27,10 +67,10 @@ def most_confused(confusion: Sequence[Sequence[int]], limit: int = SHOWN_CLASSES
     return sorted(sorted(mistakes, key=lambda code: (-mistakes[code], code))[:limit])
 
 
-def confusion_plot(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> bytes:
+def confusion_plot(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> bytes | None:
     """What clips of each class were taken for, in percent of the class, as PNG; of many classes the most confused.
 
-    Takes no names for markup: they are drawn letter by letter.
+    Takes no names for markup: they are drawn letter by letter. None where matplotlib cannot be used.
     """
     shown = most_confused(confusion)
     place = {code: i for i, code in enumerate(shown)}
@@ -42,8 +82,9 @@ def confusion_plot(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -
                 share[place[true], place[told]] += clips
     share = 100 * share / np.maximum(totals, 1)[:, None]
     side = 2.0 + 0.24 * len(shown)
-    figure = Figure(figsize=(side, side), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure((side, side), dpi=150, layout="constrained")
+    if figure is None:
+        return None
     axes = figure.add_subplot()
     axes.imshow(share, vmin=0, vmax=100, cmap="Blues")
     names = [textwrap.shorten(classes[code], 26, placeholder="…") for code in shown]

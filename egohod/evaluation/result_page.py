@@ -89,7 +89,8 @@ def _classes(table: Mapping[str, Any]) -> Classes:
     # Of two equally bad classes the one that more clips speak for is worse news.
     rows.sort(key=lambda row: (row[2], -row[1], row[0]))
     confusion = table.get("confusion")
-    plot = data_uri(confusion_plot(confusion, table["classes"]), "image/png") if confusion else None
+    png = confusion_plot(confusion, table["classes"]) if confusion else None
+    plot = None if png is None else data_uri(png, "image/png")
     seen = len({code for true, told, _ in confusion for code in (true, told)}) if confusion else 0
     return Classes(rows, measure.replace("_", " "), plot, seen)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from egohod.data import detections, epic_protobuf
+from egohod.data import detections
 from egohod.data.detections import EDGES, NEAREST_SECONDS, SCHEMA, DetectionError
 from egohod.hod.detect import DetectorError, Undetectable
 
@@ -38,6 +38,15 @@ class DetectionFiles:
             self._epic = {each.stem: each for each in sorted(Path(path).rglob("*")) if each.suffix in EPIC_ENDINGS}
             if not self._epic:
                 raise DetectorError(f"{path}: holds neither parquet files nor EPIC-KITCHENS' .pkl files")
+            try:
+                # Here: nothing else in the pipeline needs protobuf, and many environments have one that is broken.
+                from egohod.data import epic_protobuf
+            except Exception as error:
+                raise DetectorError(
+                    f"{path}: EPIC-KITCHENS' files need protobuf, which cannot be used ({error}); pip install "
+                    "--force-reinstall protobuf"
+                ) from error
+            self._read_epic = epic_protobuf.read
         else:
             self._videos = _by_video(detections.read(path))
 
@@ -52,7 +61,7 @@ class DetectionFiles:
         if video_id in self._epic and video_id not in self._videos:
             fps = self._fps if self._fps is not None else float((frame_numbers[-1] + 0.5) / seconds[-1])
             try:
-                found = epic_protobuf.read(self._epic[video_id], fps)
+                found = self._read_epic(self._epic[video_id], fps)
             except DetectionError as error:
                 raise Undetectable(str(error)) from error
             # Clips come video by video: the last one is enough.

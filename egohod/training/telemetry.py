@@ -21,7 +21,6 @@ from typing import Any
 
 import psutil
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from egohod.config import Config, to_yaml
 from egohod.distributed import Distributed
@@ -196,7 +195,7 @@ class Telemetry:
         run.mkdir(parents=True, exist_ok=True)
         _truncate(run / "metrics.jsonl", start_step, evaluates_first)
         self._file = (run / "metrics.jsonl").open("a")
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start_step or None)
+        self._board = _open_board(run / "tensorboard", start_step)
         (run / "config.yml").write_text(to_yaml(cfg))
         (run / "environment.json").write_text(json.dumps(environment(cfg, dist), indent=1))
 
@@ -244,9 +243,10 @@ class Telemetry:
         try:
             self._file.write(json.dumps({"step": step, **metrics}) + "\n")
             self._file.flush()
-            for name, value in metrics.items():
-                self._board.add_scalar(name, value, step)
-            self._board.flush()
+            if self._board is not None:
+                for name, value in metrics.items():
+                    self._board.add_scalar(name, value, step)
+                self._board.flush()
         except OSError as error:
             log.error("metrics of step %d not written: %s; training goes on", step, error.strerror or error)
 
@@ -254,7 +254,25 @@ class Telemetry:
         """Flush and close the files."""
         if self._active:
             self._file.close()
-            self._board.close()
+            if self._board is not None:
+                self._board.close()
+
+
+def _open_board(folder: Path, start_step: int) -> Any:
+    """TensorBoard's writer; None, with a warning, where it cannot be used: metrics.jsonl holds the same."""
+    try:
+        # Here: with a protobuf that does not fit, the import alone fails, which would end --help too.
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(folder), purge_step=start_step or None)
+    except OSError:
+        raise
+    except Exception as error:  # protobuf raises many kinds
+        log.warning(
+            "no TensorBoard, metrics.jsonl only: %s: %s; pip install --force-reinstall tensorboard protobuf",
+            type(error).__name__, next(iter(str(error).splitlines()), ""),
+        )  # fmt: skip
+        return None
 
 
 def memory_gb(device: torch.device) -> float:
