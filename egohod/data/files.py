@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import importlib
 import io
 import logging
 import os
@@ -200,6 +201,11 @@ class RemoteFolder:
                 data = self._fetch(key, 0, _WHOLE_BYTES)
             if data is None or len(data) == _WHOLE_BYTES:
                 size = self._size(key)
+                if size is None:  # the server does not say
+                    data = self._fetch(key, 0, _WHOLE_BYTES) if data is None else data
+                    if len(data) < _WHOLE_BYTES:
+                        return io.BytesIO(data)
+                    raise VideoError(f"{name}: the server does not tell its size, which {_LARGE} need; {_CURE}")
                 if size > _WHOLE_BYTES:
                     return RangedFile(lambda start, end: self._fetch(key, start, end, exact=True), size)
                 data = self._fetch(key, 0, size, exact=True) if size else b""
@@ -222,12 +228,14 @@ class RemoteFolder:
             known = self._listings.put(folder, [path.rstrip("/").rpartition("/")[2] for path in found])
         return known
 
-    def _size(self, key: str) -> int:
+    def _size(self, key: str) -> int | None:
         size = self._sizes.get(key)
         if size is None:
             info = self._request(key, lambda system, path: _call(system, "info", path))
             if info["type"] == "directory":
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.name_of(key))
+            if info.get("size") is None:
+                return None
             size = self._sizes.put(key, int(info["size"]))
         return size
 
@@ -236,6 +244,8 @@ class RemoteFolder:
 
         def get(system: fsspec.AbstractFileSystem, path: str) -> bytes:
             data: bytes = _call(system, "cat_file", path, start=start, end=end)
+            if len(data) > max(end - start, _WHOLE_BYTES):
+                raise _NoRangesError
             if exact and len(data) != end - start:
                 raise _TruncatedError
             return data
@@ -269,6 +279,8 @@ class RemoteFolder:
         if known is None:
             known = fsspec.core.url_to_fs(self._uri, skip_instance_cache=True, **_options(self._protocol))
             known[0].retries = 1  # s3fs would repeat what is repeated here
+            if self._protocol in ("s3", "s3a"):
+                known[0].s3.meta.events.register("after-call.s3.GetObject", _require_range)
             self._systems[os.getpid()] = known
         return known
 
@@ -322,6 +334,46 @@ class RangedFile(io.BufferedIOBase):
 
 class _TruncatedError(Exception):
     """Fewer bytes came than were promised."""
+
+
+class _NoRangesError(Exception):
+    """A part of a large file was asked for, and the server sends all of it."""
+
+    status = 200
+
+
+_LARGE = f"files above {_WHOLE_BYTES >> 20} MB"
+_CURE = "copy the file to a disk, or keep it there in chunks (tools/chunk_videos.py)"
+
+
+def _require_range(parsed: dict[str, Any], **_: Any) -> None:
+    """Refuse an answer of S3 with a whole large object, before its content is read; all requests ask for a range."""
+    if parsed["ResponseMetadata"].get("HTTPStatusCode") == 200 and parsed.get("ContentLength", 0) > _WHOLE_BYTES:
+        raise _NoRangesError
+
+
+def _http_response() -> type:
+    """aiohttp's response, except that it refuses to read a whole large file where a range was asked for."""
+    aiohttp = importlib.import_module("aiohttp")
+
+    class Response(aiohttp.ClientResponse):  # type: ignore[name-defined]
+        async def read(self) -> bytes:
+            if self.status != 200 or "Range" not in self.request_info.headers:
+                return bytes(await super().read())
+            parts, left = list[bytes](), _WHOLE_BYTES - (self.content_length or 0)
+            if left >= 0:
+                left = _WHOLE_BYTES
+                async for part in self.content.iter_chunked(1 << 20):
+                    parts.append(part)
+                    left -= len(part)
+                    if left < 0:
+                        break
+            if left < 0:
+                self.close()
+                raise _NoRangesError
+            return b"".join(parts)
+
+    return Response
 
 
 # Names of exceptions, so that no cloud's library has to be imported.
@@ -381,7 +433,10 @@ class _Fault:
         # Nothing else read from here would fare better.
         self.is_hopeless = True
         self.is_final = True
-        if code == "NoSuchBucket":
+        if isinstance(error, _NoRangesError):
+            self.is_hopeless = False
+            self.what = f"the server ignores byte ranges, which {_LARGE} need; {_CURE}"
+        elif code == "NoSuchBucket":
             self.what = "no such bucket"
         elif kinds & _NO_CREDENTIALS:
             self.what = "no credentials were found"
@@ -424,6 +479,9 @@ def _call(system: fsspec.AbstractFileSystem, method: str, *args: Any, **named: A
 
 def _options(protocol: str) -> dict[str, Any]:
     """Settings that fsspec's own configuration (files, FSSPEC_S3_... variables) may add to or replace."""
+    if protocol in ("http", "https"):
+        theirs = fsspec.config.conf.get(protocol, {}).get("client_kwargs", {})
+        return {"client_kwargs": {"response_class": _http_response(), **theirs}}
     if protocol not in ("s3", "s3a"):
         return {}
     ours = {

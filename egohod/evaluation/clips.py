@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from egohod.config import UserError
 from egohod.data.decoders import KeptOpen, choose_decoder
-from egohod.data.files import LocalCache, Source, VideoError
+from egohod.data.files import LocalCache, Source, VideoError, one_clip
 from egohod.data.frames import MIN_SECONDS
 from egohod.data.transforms import spatial_crops
 from egohod.data.video import VideoStore
@@ -93,7 +93,8 @@ class EvaluationDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
-            return {"video": self._views(index), "index": index, "fault": None}
+            with one_clip(self.clips.videos[index]):
+                return {"video": self._views(index), "index": index, "fault": None}
         except VideoError as error:
             return {"video": None, "index": index, "fault": f"clip {self.clips.ids[index]}: {error}"}
 

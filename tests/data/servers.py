@@ -70,13 +70,16 @@ class FaultyS3:
     """Serves ``objects`` (by ``/bucket/key``), except that the first answers are those of ``script``.
 
     An entry of the script is an error as (status, code), ``"half"`` for a body that ends early, ``"drop"`` for a
-    connection that is closed without an answer, or ``"ok"``. ``requests`` tells what was asked for.
+    connection that is closed without an answer, or ``"ok"``. ``requests`` tells what was asked for. Without ``ranges``
+    it sends whole objects, as simple servers do; ``sizes`` false leaves out how large they are.
     """
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
         self.script: list[tuple[int, str] | str] = []
         self.requests: list[str] = []
+        self.ranges = self.sizes = True
+        self.sent = 0
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -113,16 +116,20 @@ class FaultyS3:
             request.connection.close()
         else:
             body = self.objects[request.path.partition("?")[0]]
+            wanted = wanted if self.ranges else ""
             if wanted:
                 first, last = (int(each) for each in wanted.removeprefix("bytes=").split("-"))
                 body = body[first : last + 1]
             self._send(request, 206 if wanted else 200, body, cut=step == "half")
 
-    @staticmethod
-    def _send(request: BaseHTTPRequestHandler, status: int, body: bytes, *, cut: bool = False) -> None:
+    def _send(self, request: BaseHTTPRequestHandler, status: int, body: bytes, *, cut: bool = False) -> None:
         request.send_response(status)
-        request.send_header("Content-Length", str(len(body)))
+        if self.sizes:
+            request.send_header("Content-Length", str(len(body)))
         request.end_headers()
         if request.command == "GET":
-            request.wfile.write(body[: len(body) // 2] if cut else body)
-        request.close_connection = cut
+            body = body[: len(body) // 2] if cut else body
+            with contextlib.suppress(OSError):  # a client that has enough
+                for start in range(0, len(body), 1 << 16):
+                    self.sent += request.wfile.write(body[start : start + (1 << 16)])
+        request.close_connection = cut or not self.sizes

@@ -9,7 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from video_files import DECODERS, encode, numbers, opener, picture
+from video_files import DECODERS, encode, encode_sizes, numbers, opener, picture
 
 from egohod.data.chunking import ChunkSettings, probe, write_chunks
 from egohod.data.decoders import choose_decoder
@@ -225,33 +225,9 @@ def test_a_name_is_no_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name:
         opener("pyav")(Path("concat:2024-01-01T12:00:00.mp4"))
 
 
-def join(path: Path, sizes: list[tuple[int, int]], format: str) -> Path:
-    """One H.264 stream whose resolution changes, as a call over a bad line records it."""
-    with av.open(str(path), "w", format=format) as container:
-        stream, number = container.add_stream("libx264", rate=10), 0
-        stream.width, stream.height, stream.pix_fmt = *sizes[0], "yuv420p"
-        stream.codec_context.open()
-        for size in sizes:
-            encoder = av.CodecContext.create("libx264", "w")
-            encoder.width, encoder.height, encoder.pix_fmt = *size, "yuv420p"
-            encoder.time_base, encoder.framerate = Fraction(1, 10), Fraction(10)
-            # Without a common header, each part brings its own sizes.
-            encoder.options = {"x264-params": "keyint=10:bframes=0:repeat-headers=1:annexb=1"}
-            frames = [av.VideoFrame.from_ndarray(picture(number + i, *size), format="rgb24") for i in range(20)]
-            packets = []
-            for i, frame in enumerate(frames):
-                frame.pts, frame.time_base = number + i, Fraction(1, 10)
-                packets += encoder.encode(frame.reformat(format="yuv420p"))
-            for packet in [*packets, *encoder.encode(None)]:
-                packet.stream = stream
-                container.mux(packet)
-            number += 20
-    return path
-
-
 @pytest.mark.parametrize("format", ["mp4", "mpegts", "matroska"])
 def test_another_resolution_is_scaled_to_the_first(tmp_path: Path, format: str) -> None:
-    path = join(tmp_path / "v", [(96, 64), (192, 128)], format)
+    path = encode_sizes(tmp_path / "v", [(96, 64), (192, 128)], format)
     frames = opener("pyav")(path).read_at(np.array([0.55, 1.95, 2.05, 3.55]))
     assert frames.shape == (4, 64, 96, 3)
     assert numbers(frames) == [5, 19, 20, 35]
@@ -261,7 +237,7 @@ def test_another_resolution_is_scaled_to_the_first(tmp_path: Path, format: str) 
 
 @pytest.mark.parametrize("format", ["mp4", "mpegts", "matroska"])
 def test_other_proportions_cost_the_clip_with_the_reason(tmp_path: Path, format: str) -> None:
-    path = join(tmp_path / "v", [(96, 64), (64, 96)], format)
+    path = encode_sizes(tmp_path / "v", [(96, 64), (64, 96)], format)
     opened = opener("pyav")(path)
     with pytest.raises(VideoError, match=r"/v: the picture size changes from 96x64 to 64x96 at 2\.00 s"):
         opened.read_at(np.array([1.05, 2.05]))

@@ -329,3 +329,41 @@ def test_the_oldest_is_forgotten() -> None:
     recent.put(3, "c")
     assert [recent.get(number) for number in (1, 2, 3)] == ["a", None, "c"]
     assert len(recent) == 2
+
+
+@pytest.fixture
+def plain(s3: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> FaultyS3:
+    """A server without byte ranges, and a file of 32 MB where 1 MB is large."""
+    monkeypatch.setattr(files, "_WHOLE_BYTES", 1 << 20)
+    s3.ranges = False
+    s3.objects["/bucket/long.mp4"] = bytes(32 << 20)
+    return s3
+
+
+@pytest.mark.parametrize("protocol", ["s3", "http"])
+@pytest.mark.parametrize("size_first", [False, True])
+def test_a_server_without_byte_ranges(plain: FaultyS3, protocol: str, size_first: bool) -> None:
+    root = "s3://bucket" if protocol == "s3" else f"{plain.address}/bucket"
+    # Small files need none.
+    assert fetch(root, size_first=size_first) == CONTENT
+    plain.sent = 0
+    with pytest.raises(
+        VideoError, match=r"long\.mp4: the server ignores byte ranges, which files above 64 MB need; copy .*HTTP 200"
+    ) as caught:
+        fetch(root, "long.mp4", size_first=size_first)
+    assert not isinstance(caught.value, StorageError)
+    assert [request.split()[0] for request in plain.requests].count("GET") == 2
+    assert plain.sent < 16 << 20, "the file must not be downloaded"
+
+
+def test_a_server_that_does_not_tell_sizes(plain: FaultyS3) -> None:
+    plain.sizes = False
+    root = f"{plain.address}/bucket"
+    for size_first in (False, True):
+        assert fetch(root, size_first=size_first) == CONTENT
+        with pytest.raises(VideoError, match=r"long\.mp4: the server ignores byte ranges, which files above"):
+            fetch(root, "long.mp4", size_first=size_first)
+    plain.ranges = True
+    with pytest.raises(VideoError, match=r"long\.mp4: the server does not tell its size, which files above 64 MB need"):
+        fetch(root, "long.mp4")
+    assert plain.sent < 64 << 20

@@ -232,3 +232,24 @@ def test_any_other_file_system(folder: Path) -> None:
             reader.read("../secret", 0, 1, 4)
     finally:
         memory.rm("/box", recursive=True)
+
+
+@pytest.mark.parametrize("faststart", [True, False])
+def test_parts_of_a_large_file_over_http(tmp_path: Path, faststart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its table of contents may be at either end."""
+    monkeypatch.setattr(files, "_WHOLE_BYTES", 2000)
+    monkeypatch.setattr(files, "_AHEAD_BYTES", 3000)
+    path = encode(tmp_path / "v.mp4", 60, faststart=faststart, x264="keyint=10:qp=8")
+    server = FaultyS3()
+    server.objects["/some/v.mp4"] = path.read_bytes()
+    try:
+        for decoder in ("pyav", "torchcodec"):
+            frames = store(f"{server.address}/some", "whole", decoder).read("v", 1.0, 5.0, 8)
+            assert numbers(frames.pictures) == segment_indices(10, 50, 8).tolist()
+        # A server without ranges: the reason reaches the clip, whichever library read.
+        server.ranges = False
+        for decoder in ("pyav", "torchcodec", "decord"):
+            with pytest.raises(VideoError, match=r"some/v\.mp4: the server ignores byte ranges"):
+                store(f"{server.address}/some", "whole", decoder).read("v", 1.0, 5.0, 8)
+    finally:
+        server.close()

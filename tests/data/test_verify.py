@@ -23,7 +23,7 @@ from egohod.data.files import StorageError
 from egohod.data.source import ClipSource
 from egohod.data.table import ClipRow, ClipTable
 from egohod.data.verify import Verifier
-from tests.data.video_files import encode
+from tests.data.video_files import encode, encode_sizes
 from tests.support import Command
 
 HEADER = "video_id,start_second,end_second,text\n"
@@ -72,6 +72,14 @@ def test_what_is_missing_or_broken_is_listed_and_then_left_out(
     caplog.set_level(logging.INFO)
     assert verify_dataset.main(["--config_file", f"{folder}/config.yml", "--output", f"{folder}/2", exclude]) == 0
     assert "3 left out: on the exclude list" in caplog.text
+
+
+def test_a_picture_that_changes_its_proportions_costs_its_clips_alone(folder: Path) -> None:
+    encode_sizes(folder / "videos" / "fake.mp4", [(96, 64), (64, 96)])
+    (folder / "clips.csv").write_text(HEADER + "fake,0,2,before\nfake,1,3,across\nfake,2,4,after\n")
+    ((index, reason),) = Verifier("own", source(folder)[1], folder).run(0, nothing).faults
+    assert index == 1
+    assert "fake.mp4: the picture size changes from 96x64 to 64x96 at 2." in reason
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

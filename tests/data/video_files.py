@@ -95,6 +95,30 @@ def encode_sound(path: Path) -> Path:
     return path
 
 
+def encode_sizes(path: Path, sizes: list[tuple[int, int]], format: str = "mp4") -> Path:
+    """One H.264 stream of 20 frames in each size, as a call over a bad line records it."""
+    with av.open(str(path), "w", format=format) as container:
+        stream, number = container.add_stream("libx264", rate=10), 0
+        stream.width, stream.height, stream.pix_fmt = *sizes[0], "yuv420p"
+        stream.codec_context.open()
+        for size in sizes:
+            encoder = av.CodecContext.create("libx264", "w")
+            encoder.width, encoder.height, encoder.pix_fmt = *size, "yuv420p"
+            encoder.time_base, encoder.framerate = Fraction(1, 10), Fraction(10)
+            # Without a common header, each part brings its own sizes.
+            encoder.options = {"x264-params": "keyint=10:bframes=0:repeat-headers=1:annexb=1"}
+            frames = [av.VideoFrame.from_ndarray(picture(number + i, *size), format="rgb24") for i in range(20)]
+            packets = []
+            for i, frame in enumerate(frames):
+                frame.pts, frame.time_base = number + i, Fraction(1, 10)
+                packets += encoder.encode(frame.reformat(format="yuv420p"))
+            for packet in [*packets, *encoder.encode(None)]:
+                packet.stream = stream
+                container.mux(packet)
+            number += 20
+    return path
+
+
 def remux(source: Path, path: Path, **metadata: str) -> Path:
     """The same pictures in the container that the ending of ``path`` names."""
     with av.open(str(source)) as old, av.open(str(path), "w") as new:

@@ -25,7 +25,7 @@ from egohod.evaluation.feature_index import Features, open_index, read_features,
 from egohod.evaluation.listing import Listing, rows_of_csv, whole_files, windows
 from egohod.evaluation.protocols import Protocol
 from egohod.evaluation.search import clock, search
-from tests.data.video_files import remux
+from tests.data.video_files import encode_sizes, remux
 from tests.support import Command, ShortRun
 
 
@@ -312,6 +312,23 @@ def test_a_name_that_is_not_utf8_is_named_and_may_be_left_out(
     done = inside(*command, "--allow_missing")
     assert done.returncode == 0, done.stderr
     assert sorted(read_index(tmp_path / "f")["videos"]) == ["a", "b/c", "b/d"]
+
+
+def test_a_picture_that_changes_its_proportions_costs_its_clip(
+    videos: Path, tmp_path: Path, inside: Command, short_run: ShortRun
+) -> None:
+    encode_sizes(videos / "a.mp4", [(96, 64), (64, 96)])
+    command = ["extract_features.py", *short_run.command, "data.decoder=pyav", "--checkpoint", short_run.folder]
+    done = inside(*command, "--videos", videos, "--output", tmp_path / "f", "--allow_missing")
+    assert done.returncode == 0, done.stderr
+    assert f"{videos}/a.mp4: the picture size changes from 96x64 to 64x96 at 2." in done.stderr
+    assert sorted(read_features(tmp_path / "f")[0].videos) == ["b/c", "b/d"]
+
+
+def test_whatever_a_video_raises_is_its_clip_s_fault(videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = dataset_of(whole_files(str(videos)))
+    monkeypatch.setattr(dataset, "_views", lambda index: {}[index])
+    assert dataset[1]["fault"] == "clip b/c: b/c: cannot be read: KeyError: 1"
 
 
 def test_videos_in_other_containers_are_embedded(
