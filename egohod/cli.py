@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from egohod.config import Config, UserError, help_text, knobs
+from egohod.config import PROJECT, Config, UserError, help_text, knobs
 from egohod.locks import Held, locked
 from egohod.place import Place, find_place
 from egohod.stopping import Interrupted, RunFailed
@@ -51,11 +51,18 @@ def parser(description: str, default_config: str, schema: type = Config) -> argp
     """The arguments that every main program takes; programs add their own. ``schema`` holds the knobs."""
     made = _HelpWithKnobs(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.schema = schema
-    made.add_argument("--config_file", default=default_config, metavar="YAML", help=f"default: {default_config}")
+    add_config_file(made, default_config)
     made.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="change single knobs, e.g. train.lr=1e-4"
     )
     return made
+
+
+def add_config_file(parser: argparse.ArgumentParser, default: str) -> None:
+    """``--config_file``; its default is a file of the project, wherever the user stands. All else that is relative on
+    a command line or in a configuration is so to where the user stands."""
+    here = default if Path.cwd() == PROJECT else str(PROJECT / default)
+    parser.add_argument("--config_file", default=here, metavar="YAML", help=f"default: {default} of the project")
 
 
 def training_parser(description: str, default_config: str) -> argparse.ArgumentParser:

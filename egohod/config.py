@@ -33,6 +33,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 Schema = typing.TypeVar("Schema")
 
+PROJECT = Path(__file__).resolve().parents[1]
+"""The checkout, whose configs/ hold the programs' defaults."""
+
 
 # A message stays readable whatever it quotes: what is longer is cut, words first (a path is rarely so long).
 _LONGEST_WORD, _LONGEST_LINE = 250, 1000
@@ -881,6 +884,8 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, DictConfig]]:
         raise ConfigError(f"{path}: _base_ leads back to the file itself")
     if not path.is_file():
         near = difflib.get_close_matches(str(path), [str(p) for p in path.parent.glob("*.y*ml")], n=1, cutoff=0.5)
+        if (PROJECT / path).is_file():
+            near = [str(PROJECT / path)]
         raise ConfigError(f"{path}: no such config file" + (f"; did you mean {near[0]}?" if near else ""))
     loaded = read_yaml(path)
     bases = OmegaConf.to_container(loaded).get("_base_", [])  # type: ignore[union-attr]

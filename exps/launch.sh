@@ -19,7 +19,9 @@ export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 # launch PROGRAM ARGUMENTS...: returns when the program has done its work. A script whose program fails, or was stopped
 # before its end, ends with it.
 launch() {
-    export EGOHOD_UNFINISHED=$PWD/.unfinished-${SLURM_JOB_ID:-$$}
+    local folder=$PWD
+    [ -w "$folder" ] || folder=${TMPDIR:-/tmp}
+    export EGOHOD_UNFINISHED=$folder/.unfinished-${SLURM_JOB_ID:-$$}
     rm -f "$EGOHOD_UNFINISHED"
     if _in_allocation; then
         _slurm_step "$@"

@@ -9,6 +9,10 @@ _environment=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
 if [ -z "${VIRTUAL_ENV:-}" ] && [ "${CONDA_DEFAULT_ENV:-}" = base ]; then _environment=; fi
 if [ -z "$_environment" ]; then
     _environment=$PWD/.venv
+    if [ ! -w . ] && [ ! -e .venv ]; then
+        echo "error: $PWD is read-only, so no virtual environment can be made in it; activate one that is elsewhere" >&2
+        exit 2
+    fi
     # Debian without python3-venv leaves an environment without pip behind: make it anew.
     if ! "$_environment/bin/python" -m pip --version >/dev/null 2>&1; then
         _base=${EGOHOD_PYTHON:-$(command -v python3.11 || command -v python3 || true)}
@@ -36,7 +40,10 @@ install() {
     local files=()
     for file in "${@:2}"; do files+=(-r "$file"); done
     "$PYTHON" -m pip install --quiet --disable-pip-version-check "${files[@]}" || exit 1
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --editable . || exit 1
+    # Of a read-only checkout pip can install nothing; the scripts run in its folder and need it not.
+    if [ -w . ]; then
+        "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --editable . || exit 1
+    fi
     rm -f "$_environment/.egohod-$1-"*
     touch "$stamp"
 }

@@ -32,7 +32,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from egohod import cli, config
-from egohod.config import Config, UserError
+from egohod.config import PROJECT, Config, UserError
 from egohod.data.text_files import read_lines
 from egohod.demo import make_world
 from egohod.demo.benchmarks import write_benchmarks
@@ -46,7 +46,6 @@ from egohod.training.loop import Schedule
 from egohod.training.setup import freeze
 from egohod.training.telemetry import git_commit
 
-ROOT = Path(__file__).resolve().parents[1]
 log = logging.getLogger("ablate")
 
 # Written into a run's folder when it is over.
@@ -152,7 +151,7 @@ def plan(study: Study, path: Path, tune: bool) -> list[Run]:
             if not cfg.train.duration.endswith("steps"):
                 raise UserError(f"{base}: train.duration is '{cfg.train.duration}'; rows are compared by their steps")
             program = "main_eval.py" if row.start else study.program
-            command = [sys.executable, str(ROOT / program), "--config_file", str(base), *overrides]
+            command = [sys.executable, str(PROJECT / program), "--config_file", str(base), *overrides]
             if row.start:
                 if not cfg.model.weights.path:
                     raise UserError(f"{path}: row '{name}' is a start, but model.weights.path is not set")
@@ -343,15 +342,15 @@ def plot(found: dict[str, Any], path: Path) -> None:
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--config_file", type=Path, default=Path("configs/ablation_demo.yml"), metavar="YAML")
+    cli.add_config_file(parser, "configs/ablation_demo.yml")
     add("--only", default="", metavar="ROW,ROW", help="these rows only")
     add("--seeds", default="", metavar="N,N", help="these seeds only")
     add("--tune", action="store_true", help="never open the test world; runs of their own under OUTPUT/tune")
     add("--tables", action="store_true", help="train nothing")
     add("--dry_run", action="store_true", help="say what there is to do, and do nothing")
     args = parser.parse_args(argv)
-    study = read_study(args.config_file)
-    world, runs = study.world, plan(study, args.config_file, args.tune)
+    study = read_study(Path(args.config_file))
+    world, runs = study.world, plan(study, Path(args.config_file), args.tune)
     chosen = select(runs, *([name for name in text.split(",") if name] for text in (args.only, args.seeds)))
     todo = [run for run in chosen if not run.done]
     log.info("%d of %d runs are done", len(chosen) - len(todo), len(chosen))

@@ -128,7 +128,7 @@ def throughput(options: argparse.Namespace) -> None:
     Threads must not spin while they wait, as in exps/eval.sh: set OMP_WAIT_POLICY=PASSIVE.
     """
     knobs = [f"data.workers={options.workers}", "data.decoder=auto", f"evaluate.precision={options.precision}"]
-    cfg = config.load("configs/demo.yml", knobs)
+    cfg = config.load(config.PROJECT / "configs" / "demo.yml", knobs)
     dist = setup("cpu")
     model = create_model(cfg.model, cfg.loss).eval()
     settings = BenchmarkConfig(

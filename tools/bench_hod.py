@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 
+from egohod import cli
 from egohod.hod import config
 from egohod.hod.setup import Plan, build
 from egohod.hod.shards import Shard
@@ -24,7 +25,7 @@ from egohod.hod.stages import STAGES
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("hod", help="clips a second of the HOD pipeline by stage, and memory of a worker")
-    parser.add_argument("--config_file", default="configs/hod/demo.yml", help="default: configs/hod/demo.yml")
+    cli.add_config_file(parser, "configs/hod/demo.yml")
     parser.add_argument("--clips", type=int, default=60, help="of the first clips of the metadata (default: 60)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")

@@ -40,7 +40,6 @@ from egohod.training.setup import build_model
 log = logging.getLogger("predict")
 
 SHOWN, DRAWN = 5, 10
-_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.yml"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -48,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     add = parser.add_argument
     add("video", type=Path, metavar="VIDEO", help="a video file")
     add("overrides", nargs="*", metavar="section.key=value", help="change single knobs, e.g. train.device=cpu")
-    add("--config_file", default=str(_CONFIG), metavar="YAML", help="what the checkpoint does not tell")
+    cli.add_config_file(parser, "configs/demo.yml")  # for what the checkpoint does not tell
     add(
         "--checkpoint",
         required=True,

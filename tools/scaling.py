@@ -16,7 +16,7 @@ from functools import lru_cache
 import torch
 
 from egohod import cli
-from egohod.config import load_leniently
+from egohod.config import PROJECT, load_leniently
 from egohod.model.egovideo import create_model
 from egohod.model.flops import forward_flops, step_flops
 from egohod.model.zoo import geometry
@@ -86,7 +86,7 @@ class Cost:
 @lru_cache
 def cost(recipe: Recipe) -> Cost:
     """From the recipe's configuration; where its data lies need not be said, since nothing is read."""
-    cfg, _ = load_leniently(recipe.config)
+    cfg, _ = load_leniently(PROJECT / recipe.config)
     towers = geometry(cfg.model.name)
     sizes = towers, cfg.model.num_frames, towers.context_length, cfg.model.patch_dropout, cfg.model.fast
     work = float(step_flops(*sizes))

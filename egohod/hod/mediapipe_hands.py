@@ -18,13 +18,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from egohod.config import PROJECT
 from egohod.data.detections import LEFT, RIGHT
 from egohod.hod import mediapipe_worker
 from egohod.hod.detect import DetectorError, Undetectable, row, settle_sides, table
 
 FOLDER = ".mediapipe"
-INSTALL = f"python -m pip install --no-deps --target {FOLDER} -r exps/mediapipe_requirements.txt"
+"""In the project; exps/generate_hod.sh installs it there."""
 _WEARERS = {"Left": RIGHT, "Right": LEFT}
+
+
+def _install() -> str:
+    """The command that installs MediaPipe, to be typed where the user stands."""
+    here = Path() if Path.cwd() == PROJECT else PROJECT
+    requirements = here / "exps" / "mediapipe_requirements.txt"
+    return f"python -m pip install --no-deps --target {here / FOLDER} -r {requirements}"
 
 
 class _Died(Exception):
@@ -34,11 +42,11 @@ class _Died(Exception):
 class MediapipeHands:
     """Starts one child process, which :meth:`close` ends.
 
-    ``folder`` holds MediaPipe and what it needs (None: the environment variable EGOHOD_MEDIAPIPE, else ``.mediapipe``);
-    ``confidence`` is the least that its palm detector asks for and ``following`` the least that there still is a hand
-    where one was in the picture before: the first proposes, the second checks. ``margin`` is added around the
-    landmarks, which lie inside the hand, as a share of their box. Raises :class:`DetectorError` where MediaPipe is not
-    or does not start.
+    ``folder`` holds MediaPipe and what it needs (None: the environment variable EGOHOD_MEDIAPIPE, else ``.mediapipe``
+    of the project); ``confidence`` is the least that its palm detector asks for and ``following`` the least that there
+    still is a hand where one was in the picture before: the first proposes, the second checks. ``margin`` is added
+    around the landmarks, which lie inside the hand, as a share of their box. Raises :class:`DetectorError` where
+    MediaPipe is not or does not start.
     """
 
     needs_pictures = True
@@ -48,9 +56,11 @@ class MediapipeHands:
     ) -> None:
         if not margin >= 0:
             raise DetectorError(f"margin must be at least 0, not {margin:g}")
-        place = Path(folder or os.environ.get("EGOHOD_MEDIAPIPE") or FOLDER).resolve()
+        place = Path(folder or os.environ.get("EGOHOD_MEDIAPIPE") or PROJECT / FOLDER).resolve()
         if not (place / "mediapipe").is_dir():
-            raise DetectorError(f"MediaPipe is not in {place}; cure: {INSTALL} (or set EGOHOD_MEDIAPIPE to its folder)")
+            raise DetectorError(
+                f"MediaPipe is not in {place}; cure: {_install()} (or set EGOHOD_MEDIAPIPE to its folder)"
+            )
         self._margin = margin
         self._command = [sys.executable, mediapipe_worker.__file__, str(confidence), str(following)]
         paths = [str(place), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -66,7 +76,7 @@ class MediapipeHands:
         try:
             self._answer()
         except _Died as died:
-            raise DetectorError(f"MediaPipe does not run: {died}; cure: {INSTALL}") from died
+            raise DetectorError(f"MediaPipe does not run: {died}; cure: {_install()}") from died
 
     def detect(
         self, video_id: str, frame_numbers: np.ndarray, seconds: np.ndarray, pictures: np.ndarray | None

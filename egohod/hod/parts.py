@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from egohod.config import UserError
+from egohod.config import PROJECT, UserError
 from egohod.data.source import ClipSource
 from egohod.data.table import ClipTable
 from egohod.data.video import Frames, VideoError
@@ -30,7 +30,7 @@ from egohod.hod.tracks import TrackParams
 
 log = logging.getLogger(__name__)
 
-PROMPTS = Path(__file__).resolve().parents[2] / "configs" / "hod" / "prompts"
+PROMPTS = PROJECT / "configs" / "hod" / "prompts"
 # What changes how long a narrator takes, or whom it asks, but not what it is asked.
 _ROUTE = ("endpoint", "api_key_env", "concurrency", "timeout_seconds", "retries", "give_up_seconds", "prompt")
 # Files are read once and shared by the workers; models are loaded by each.

@@ -12,6 +12,7 @@ import dataclasses
 import io
 import json
 import mmap
+import os
 import pickle
 import re
 import zipfile
@@ -604,7 +605,8 @@ def _find_tag(source: str, download: bool) -> Path:
                 return Path(found)
         folders.append(str(constants.HF_HUB_CACHE))
     if entry.get("url"):
-        cached = Path("~/.cache/clip").expanduser() / entry["url"].rpartition("/")[2]
+        # Not Path.expanduser, which fails for a user without HOME and without an entry in the list of users.
+        cached = Path(os.path.expanduser("~/.cache/clip")) / entry["url"].rpartition("/")[2]
         if cached.is_file():
             return cached
         folders.append(str(cached.parent))
@@ -613,6 +615,8 @@ def _find_tag(source: str, download: bool) -> Path:
             f"{source}: open_clip knows it, but it is not in its local cache ({' or '.join(folders)}), and nothing is "
             "downloaded unless asked: model.weights.download=true, or --download of tools/convert_checkpoint.py"
         )
+    if not all(Path(folder).is_absolute() for folder in folders):
+        raise WeightsError(f"{source}: there is no home folder to download it to; set HOME (or HF_HOME) to a folder")
     try:
         return Path(pretrained.download_pretrained(entry))
     except Exception as error:  # the network has many ways to fail
