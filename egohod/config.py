@@ -926,6 +926,9 @@ def _texts(name: str, value: Any) -> Iterator[tuple[str, str]]:
         yield name, value
 
 
+_MOST_VALUES = 100_000
+
+
 class _TextLoader(yaml.SafeLoader):
     """YAML without guesses: scalars stay as written, but for a plain null, and keys are text that occurs once."""
 
@@ -962,8 +965,24 @@ for _tag in ("bool", "int", "float", "timestamp", "merge"):  # written out, as i
 
 
 def _parse_yaml(content: str | bytes) -> Any:
-    """Nested dicts and lists of text and None. Raises yaml.YAMLError."""
-    return yaml.load(content, _TextLoader)
+    """Nested dicts and lists of text and None. Raises yaml.YAMLError, or ValueError for aliases without end."""
+    tree = yaml.load(content, _TextLoader)
+    if _size(tree, {}) > _MOST_VALUES:
+        raise ValueError(f"its aliases stand for more than {_MOST_VALUES:,} values")
+    return tree
+
+
+def _size(tree: Any, known: dict[int, float]) -> float:
+    """How many values a tree has once its aliases are written out, infinitely many if one is within itself.
+
+    ``known`` are the sizes by id: what a few lines of aliases of aliases stand for cannot be counted one by one.
+    """
+    if not isinstance(tree, (dict, list)):
+        return 1
+    if id(tree) not in known:
+        known[id(tree)] = math.inf
+        known[id(tree)] = 1 + sum(_size(each, known) for each in (tree.values() if isinstance(tree, dict) else tree))
+    return known[id(tree)]
 
 
 def _override(text: str, schema: type) -> tuple[str, DictConfig]:
@@ -1023,11 +1042,14 @@ def _unknown(tree: Any, schema: type, whole: type, prefix: str = "") -> list[str
         if key not in hints:
             problems.append(f"unknown key '{name}'{_suggest(key, schema, whole, prefix)}")
             continue
-        section, named = _section(hints[key]), _named_sections(hints[key])
+        section, named, container = _section(hints[key]), _named_sections(hints[key]), get_origin(hints[key])
         if section:
             problems += _unknown_in(value, section, whole, name)
         elif named and not isinstance(value, dict):
             problems.append(f"'{name}' holds sections with names of your choice, not a value")
+        elif container in (list, dict) and isinstance(value, dict if container is list else list):
+            shape = "list, such as [a, b]" if container is list else "mapping, such as {a: b}"
+            problems.append(f"'{name}' is a {shape}, not a {type(value).__name__}")
         elif named:
             for chosen, inner in value.items():
                 problems += _unknown_in(inner, named, whole, f"{name}.{chosen}")
@@ -1055,7 +1077,10 @@ def _suggest(key: Any, schema: type, whole: type, prefix: str) -> str:
 
 def _resolve(tree: DictConfig, origin: str, schema: type[Schema]) -> Schema:
     try:
-        return typing.cast(Schema, OmegaConf.to_object(tree))
+        config = typing.cast(Schema, OmegaConf.to_object(tree))
+        # Lists and mappings of values are not checked before.
+        OmegaConf.structured(config)
+        return config
     except OmegaConfBaseException as error:
         raise ConfigError(f"{origin}: {_explain(error, schema)}") from error
 

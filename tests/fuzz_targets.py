@@ -280,7 +280,7 @@ OVERRIDES = "train.lr=1e-4\ntrain.output=2024_01_01\ntrain.betas=[0.9,0.95]\ndat
 def _overrides(folder: Path) -> None:
     # Any bytes but NUL can stand on a command line, where Python makes surrogates of what is not UTF-8.
     lines = (folder / "overrides.txt").read_bytes().replace(b"\0", b"").decode("utf-8", "surrogateescape").split("\n")
-    config.load(folder / "base.yml", lines[:-1])
+    config.load(folder / "base.yml", lines[:-1][:50])
 
 
 # --------------------------------------------------------------------------------------------------

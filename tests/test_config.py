@@ -340,3 +340,29 @@ def test_a_message_is_one_bounded_line_whatever_it_quotes() -> None:
         assert len(text) <= 1000
     assert str(UserError("first: é 物", "second")) == "first: é 物\nsecond"
     assert str(pickle.loads(pickle.dumps(UserError("a\nb", "c")))) == "a\\nb\nc"
+
+
+def test_aliases_of_aliases_are_refused_before_they_fill_the_memory(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)]
+    for text in ("\n".join(lines), "a: &a [*a]"):
+        with pytest.raises(
+            ConfigError, match=r"run\.yml: not readable as YAML: its aliases stand for more than 100,000"
+        ):
+            load(write(tmp_path, text))
+    assert load(write(tmp_path, "train: {betas: &b [0.9, 0.95]}\nevaluate: {final: []}")).train.betas == [0.9, 0.95]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("train: {betas: {a: 0.9}}", "'train.betas' is a list, such as [a, b], not a dict"),
+        ("data: {train: {a: {columns: [b]}}}", "'data.train.a.columns' is a mapping, such as {a: b}, not a list"),
+        ("data: {hard_negatives: {group_by: [{a: video}]}}", "data.hard_negatives.group_by[0]"),
+        ("data: {train: {a: {columns: {text: {b: c}}}}}", "key data.train.a.columns.text"),
+    ],
+)
+def test_lists_and_mappings_are_what_their_knob_is(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)) as caught:
+        load(write(tmp_path, text))
+    assert "\n" not in str(caught.value)

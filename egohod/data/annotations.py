@@ -255,11 +255,37 @@ def _read_ego4d(path: Path, source: SourceConfig, extra: Sequence[str] | None) -
     )
 
 
+# ijson keeps the whole path to every level: 100 KB of brackets would take gigabytes. Narrations are five levels deep;
+# brackets within texts are counted too, so that as many as this may be left open in them.
+_MOST_OPEN = 5000
+_JSON_BYTES = 8192
+
+
+class _TooDeep(ValueError):
+    """JSON that is nested deeper than it can be read."""
+
+
+class _Shallow:
+    """A file of JSON that is read in small pieces, and no further once too many brackets are open."""
+
+    def __init__(self, file: pa.NativeFile) -> None:
+        self._file, self._open = file, 0
+
+    def read(self, size: int) -> bytes:
+        """The next bytes. Raises :class:`_TooDeep`."""
+        content: bytes = self._file.read(size)
+        opened, closed = (sum(map(content.count, brackets)) for brackets in ((b"[", b"{"), (b"]", b"}")))
+        self._open = max(0, self._open + opened - closed)
+        if self._open > _MOST_OPEN:
+            raise _TooDeep("nested deeper than narrations are")
+        return content
+
+
 def _narration_passes(path: Path) -> Iterator[tuple[str, list[Any]]]:
     """(video, narrations) of every annotator's pass, read without holding the whole file."""
     with open_utf8(path) as file:
         try:
-            for video, content in ijson.kvitems(file, "", use_float=True):
+            for video, content in ijson.kvitems(_Shallow(file), "", use_float=True, buf_size=_JSON_BYTES):
                 # Newer releases put the videos below one more key.
                 below = content if video == "videos" and isinstance(content, dict) else {video: content}
                 for name, passes in below.items():
@@ -267,7 +293,7 @@ def _narration_passes(path: Path) -> Iterator[tuple[str, list[Any]]]:
                         found = value.get("narrations") if isinstance(value, dict) else None
                         if key.startswith("narration_pass") and isinstance(found, list):
                             yield name, found
-        except ijson.JSONError as error:
+        except (ijson.JSONError, _TooDeep) as error:
             raise TableError(f"{path}: not JSON ({' '.join(str(error).split())[:200]})") from error
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 from egohod.data.annotations import nearest
 from egohod.data.text_files import AnnotationError, read_columns, read_header
 
-_INTEGERS = re.compile(r"\[\s*(\d+(\s*,\s*\d+)*)?\s*\]")
+_INTEGERS = re.compile(r"\[\s*(\d{1,18}(\s*,\s*\d{1,18})*)?\s*\]")
 # Sets of classes become columns of a matrix: a slip of the pen must not ask for gigabytes.
 _LARGEST_CLASS = 9999
 

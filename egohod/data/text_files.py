@@ -11,6 +11,7 @@ import csv
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -213,11 +214,10 @@ def _named(path: Path, cells: Sequence[str]) -> tuple[str, ...]:
     names = [f"Unnamed: {place}" if NAMELESS.fullmatch(name) else name for place, name in enumerate(stripped)]
     forms = [known_form(name) for name in names]
     # Where a file has both text and TEXT, each stays what it is.
-    known = {
-        name: form for name, form in zip(names, forms, strict=True) if form not in names and forms.count(form) == 1
-    }
+    written, often = set(names), Counter(forms)
+    known = {name: form for name, form in zip(names, forms, strict=True) if form not in written and often[form] == 1}
     names = [known.get(name, name) for name in names]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise TableError(f"{path}: column '{twice[0]}' appears twice")
     return tuple(names)

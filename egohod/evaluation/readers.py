@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +46,8 @@ KIND_NAMES = {
     "transient": "motion_transient",
 }
 EGOMCQ_KINDS = {1: "inter", 2: "intra"}
+# Of EGTEA. Python refuses to read numbers of thousands of digits.
+_CLASS = re.compile(r"[0-9]{1,6}")
 EK100_COLUMNS = (
     "narration_id",
     "video_id",
@@ -332,7 +335,7 @@ def read_egtea(config: BenchmarkConfig, protocol: Protocol, cache: Path | None) 
     classes: dict[int, str] = {}
     for number, line in _lines(index):
         name, _, code = line.rpartition(" ")
-        if not name or not code.isdecimal() or int(code) in classes:
+        if not name or not _CLASS.fullmatch(code) or int(code) in classes:
             raise AnnotationError(f"{index}: line {number}: '{line}' is not a new class such as 'Take bowl 7'")
         classes[int(code)] = name.lower().replace("_", " ")
     if sorted(classes) != list(range(1, len(classes) + 1)):
@@ -346,7 +349,7 @@ def read_egtea(config: BenchmarkConfig, protocol: Protocol, cache: Path | None) 
         splits.append([])
         for number, line in _lines(path):
             clip, *codes = line.split()
-            if not codes or not codes[0].isdecimal() or int(codes[0]) not in classes:
+            if not codes or not _CLASS.fullmatch(codes[0]) or int(codes[0]) not in classes:
                 raise AnnotationError(f"{path}: line {number}: '{line}' is not '<clip> <action from 1> ...'")
             if clip.count("-") < 3 or labels.setdefault(clip, int(codes[0]) - 1) != int(codes[0]) - 1:
                 raise AnnotationError(f"{path}: line {number}: '{clip}' is no clip name, or has two actions")

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -286,3 +287,23 @@ def test_tabs_separate_columns_as_well(tmp_path: Path) -> None:
     path = tmp_path / "clips.tsv"
     path.write_text("video_id\tstart_second\tend_second\ttext\nv\t0\t2\tcuts, slowly\n")
     assert clips(read(path)) == [("v", 0.0, 2.0, ("cuts, slowly",))]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "[" * 50_000 + "]" * 50_000])
+def test_json_that_nests_without_end_is_refused_at_once(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "narration.json"
+    path.write_text(f'{{"v": {text}')
+    tracemalloc.start()
+    try:
+        with pytest.raises(TableError, match="not JSON"):
+            ClipTable.read(SourceConfig(metadata=str(path), format="ego4d"))
+        assert tracemalloc.get_traced_memory()[1] < 300e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_open_brackets_in_narrations_are_text(tmp_path: Path) -> None:
+    path = tmp_path / "narration.json"
+    told = [{"timestamp_sec": i, "narration_text": f"#C C opens {{ the [ {i}"} for i in range(1000)]
+    path.write_text(json.dumps({"v": {"narration_pass_1": {"narrations": told}}}))
+    assert len(ClipTable.read(SourceConfig(metadata=str(path)))) == 1000

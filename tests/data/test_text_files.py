@@ -8,6 +8,7 @@ import gzip
 import io
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -251,3 +252,12 @@ def test_packed_and_wide_text_is_streamed(tmp_path: Path) -> None:
     rows, grown = map(int, run.stdout.split())
     assert rows == 75_000
     assert grown < 150
+
+
+def test_a_header_of_very_many_columns_takes_no_time(tmp_path: Path) -> None:
+    path = tmp_path / "wide.csv"
+    path.write_text(",".join(f"c{i}" for i in range(50_000)) + ",c7\n")
+    began = time.process_time()
+    with pytest.raises(TableError, match="column 'c7' appears twice"):
+        read_header(path)
+    assert time.process_time() - began < 5

@@ -268,6 +268,7 @@ def emptied(name: str) -> Callable[[Path], None]:
         ("ek100_mir", first_row_twice("EPIC_100_retrieval_test_sentence.csv"), "row 2: narration_id .* occurs twice"),
         ("ek100_mir", emptied("EPIC_100_retrieval_test.csv"), "not a single row"),
         ("egtea", replace("action_idx.txt", " 2\n", " two\n"), "line 2: .* is not a new class"),
+        ("egtea", replace("action_idx.txt", " 2\n", f" {'2' * 5000}\n"), "line 2: .* is not a new class"),
         ("egtea", replace("test_split1.txt", "DEMO", "broken line DEMO"), "line 1: .* is not '<clip> <action"),
         ("egomcq", lambda folder: (folder / "egomcq.json").write_text("{}") and None, "not a single question"),
         ("egomcq", replace("egomcq.json", '"answer": ', '"answer": 1'), "question '0': answer is 1"),
