@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
@@ -35,6 +36,38 @@ def test_every_pinned_package_is_declared_in_pyproject() -> None:
         line.split("==")[0].lower() for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line
     }
     assert declared == pinned
+
+
+def test_what_has_no_wheel_everywhere_is_optional() -> None:
+    """decord is for Linux on x86-64: installed nowhere else, and imported only where it is used."""
+    import tomllib
+
+    (declared,) = (
+        each
+        for each in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+        if each.startswith("decord")
+    )
+    (pinned,) = (line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("decord"))
+    for requirement in (declared, pinned):
+        marker = Requirement(requirement).marker
+        assert marker is not None
+        for system, machine, wanted in (
+            ("linux", "x86_64", True),
+            ("linux", "aarch64", False),
+            ("darwin", "arm64", False),
+            ("darwin", "x86_64", False),
+        ):
+            assert marker.evaluate({"sys_platform": system, "platform_machine": machine}) == wanted
+    for path in [*(ROOT / "egohod").rglob("*.py"), *(ROOT / "tools").glob("*.py"), *ROOT.glob("main_*.py")]:
+        for node in ast.parse(path.read_text()).body:
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None)]
+            assert "decord" not in names, path
+
+
+def test_calls_that_macos_lacks_are_in_one_place() -> None:
+    for path in [*(ROOT / "egohod").rglob("*.py"), *(ROOT / "tools").glob("*.py"), *ROOT.glob("main_*.py")]:
+        if path.name != "place.py":
+            assert "sched_getaffinity" not in path.read_text(), path
 
 
 # bench_*.py are the parts of bench.py.

@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench_step import peak_bytes
 
 from egohod import config
 from egohod.config import IMAGE_STATS, BenchmarkConfig
+from egohod.data.decoders import choose_decoder
 from egohod.data.frames import segment_indices
 from egohod.distributed import setup
 from egohod.evaluation.benchmarks import benchmark, execution_of
@@ -118,8 +120,7 @@ def full_size(options: argparse.Namespace) -> None:
                 print(f"{kind}/{name:<20} {score.value:6.2f} [{low:.2f}, {high:.2f}]  chance {score.chance:.2f}")
             table.details(video, text)
         print(*content.notes, sep="\n")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(f"{time.perf_counter() - start:.0f} s, peak memory of the process {peak:.1f} GB")
+    print(f"{time.perf_counter() - start:.0f} s, peak memory of the process {peak_bytes() / 1e9:.1f} GB")
 
 
 def throughput(options: argparse.Namespace) -> None:
@@ -179,6 +180,7 @@ def cpu_seconds(*processes: int) -> float:
 @torch.no_grad()
 def one_clip(model: Any, root: str, video: str, start: float, end: float, frames: int, size: int) -> torch.Tensor:
     """The usual way: decord to full frames, float32, resize, crop, normalise, encode."""
+    choose_decoder("decord")  # which not every machine has
     import decord
 
     pictures = []

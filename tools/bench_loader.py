@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import av
-import decord
 import fsspec
 import numpy as np
 import psutil
@@ -42,6 +41,7 @@ from egohod.config import IMAGE_STATS, SourceConfig
 from egohod.data import transforms
 from egohod.data.chunking import ChunkSettings, write_chunks
 from egohod.data.clips import ClipDataset
+from egohod.data.decoders import choose_decoder
 from egohod.data.frames import segment_indices
 from egohod.data.loader import BatchPlan, train_loader
 from egohod.data.table import ClipTable
@@ -265,6 +265,7 @@ class UsualDataset(Dataset[dict[str, torch.Tensor]]):
     """decord to float32 full frames, one bicubic random resized crop and the normalisation, in the worker."""
 
     def __init__(self, root: Path, rows: list[tuple[str, float, str]], frames: int, size: int) -> None:
+        choose_decoder("decord")  # which not every machine has
         self.root, self.rows, self.frames, self.size = root, rows, frames, size
         self.tokenizer = SimpleTokenizer(context_length=77)
 
@@ -272,6 +273,8 @@ class UsualDataset(Dataset[dict[str, torch.Tensor]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        import decord
+
         video_id, start, text = self.rows[index]
         rng = np.random.default_rng()
         chunk, offset = divmod(start, CHUNK_SECONDS)

@@ -182,10 +182,7 @@ def measure_memory(options: argparse.Namespace) -> dict[str, float]:
     model, step, device, dtype = prepare(options, checkpointing=options.memory_of == "checkpointed")
     step()
     step()
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_bytes()
     size = model.geometry.image_size
 
     def forward() -> Tensor:
@@ -196,3 +193,9 @@ def measure_memory(options: argparse.Namespace) -> dict[str, float]:
         return output["video_features"].sum() + output["text_features"].sum()
 
     return {"peak_gb": round(peak / 1e9, 3), "saved_per_clip_mb": round(saved_bytes(forward, model) / 1e6, 1)}
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held; macOS counts bytes, Linux kilobytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import os
 import shutil
 import signal
 import sys
@@ -39,6 +38,7 @@ from egohod.data.chunk_folder import (
     write_videos,
 )
 from egohod.data.chunking import CODECS, LAYOUTS, ChunkSettings, Probe, try_encoder
+from egohod.place import usable_cores
 
 log = logging.getLogger("chunk_videos")
 
@@ -150,11 +150,6 @@ class Progress:
             log.info("looked at %d of %d files", number, total)
 
 
-def cores() -> int:
-    """How many this process may use, which a scheduler may have limited."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def clock(seconds: float) -> str:
     """1:02:03."""
     minutes, rest = divmod(round(seconds), 60)
@@ -239,7 +234,7 @@ def run(args: argparse.Namespace) -> int:
         if not args.dry_run:
             stack.enter_context(output.claim())
         # Within the claim, so that nothing is written any more when that is given up.
-        workers = stack.enter_context(Workers(args.workers or cores()))
+        workers = stack.enter_context(Workers(args.workers or usable_cores()))
         probes, faults = workers.probe(todo, lambda number: progress.probing(number, len(todo)))
         if faults and args.strict:
             raise UserError(next(iter(faults.values())))

@@ -30,6 +30,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import psutil
+
 from egohod import cli, config
 from egohod.config import UserError
 
@@ -200,7 +202,7 @@ def _state(cluster: str, job: str, folder: Path) -> str:
     if cluster == "slurm":
         if found := _queue(job):
             return found[0] if found[-1] == "None" else f"{found[0]} ({found[-1]})"
-    elif Path(f"/proc/{job}").exists() and not _is_zombie(job):
+    elif _is_alive(int(job)):
         return "RUNNING"
     result = folder / f"{job}_0_result.pkl"
     if not result.exists():
@@ -209,8 +211,11 @@ def _state(cluster: str, job: str, folder: Path) -> str:
     return "FINISHED" if b"success" in result.read_bytes()[:40] else "FAILED"
 
 
-def _is_zombie(pid: str) -> bool:
-    return ") Z" in Path(f"/proc/{pid}/stat").read_text()
+def _is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _asked(args: argparse.Namespace) -> dict[str, Any]:

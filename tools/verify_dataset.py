@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from egohod import cli, config
 from egohod.data.verify import Verdict, Verifier
+from egohod.place import usable_cores
 from egohod.training.setup import active_sources, build_dataset
 
 log = logging.getLogger("verify_dataset")
@@ -53,7 +53,7 @@ class Progress:
 def main(arguments: Sequence[str]) -> int:
     parser = cli.parser(__doc__ or "", "configs/demo.yml")
     parser.add_argument("--output", type=Path, default=Path("verified"), help="folder of the lists (default: verified)")
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     parser.add_argument("--workers", type=int, default=cores, help="processes (default: one per core)")
     parser.add_argument("--frames", type=int, default=4, help="frames read of each clip (default: 4)")
     parser.add_argument("--strict", action="store_true", help="stop at the first clip or row that cannot be used")

@@ -515,7 +515,7 @@ _DECODERS: dict[str, tuple[Opener, str, str]] = {
         "torchcodec",
         "pip install torchcodec, and FFmpeg's shared libraries: apt-get install ffmpeg",
     ),
-    "decord": (DecordDecoder, "decord", "pip install decord"),
+    "decord": (DecordDecoder, "decord", "pip install decord, which has wheels for Linux and Windows on x86-64 alone"),
 }
 
 

@@ -16,7 +16,6 @@ import itertools
 import json
 import math
 import multiprocessing
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -36,6 +35,7 @@ from egohod.data import detections
 from egohod.data.pool import follow_parent
 from egohod.demo.render import PICTURE, Stage
 from egohod.demo.world import DEFAULT, FEW, FPS, NOUNS, SPLITS, VERBS, Clip, Variant, Video, make_split, phrase
+from egohod.place import usable_cores
 
 VERSION = 5  # of the world: a change of what is drawn or told raises it
 MAX_SCALE = 100
@@ -246,7 +246,7 @@ def make_world(
             _save(out, world)
             (folder / "videos").mkdir(parents=True, exist_ok=True)
             truth, done, total = list[pa.Table](), 0, sum(video.frames for video in videos)
-            written = _written(videos, folder / "videos", min(workers or os.cpu_count() or 1, len(videos)))
+            written = _written(videos, folder / "videos", min(workers or usable_cores(), len(videos)))
             for video, boxes in zip(videos, written, strict=True):
                 truth.append(boxes)
                 done += video.frames

@@ -8,7 +8,6 @@ scores that are not finite are refused, since they would be ranked by accident.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from egohod.config import UserError
+from egohod.place import usable_cores
 
 FloatArray = NDArray[np.floating[Any]]
 IntArray = NDArray[np.int64]
@@ -25,7 +25,7 @@ IntArray = NDArray[np.int64]
 # Elements of a similarity matrix that are ranked at a time: a few arrays of 1 MB, which stay in a core's cache.
 BLOCK_ELEMENTS = 2**17
 # Blocks that are ranked at the same time.
-THREADS = min(8, os.cpu_count() or 1)
+THREADS = min(8, usable_cores())
 
 
 class MetricError(UserError):

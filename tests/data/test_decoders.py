@@ -1,5 +1,6 @@
 """Every decoder gives the frame that is on display, bit for bit the same as decoding the whole file."""
 
+import sys
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,7 @@ def test_auto_takes_the_first_that_loads(monkeypatch: pytest.MonkeyPatch) -> Non
     missing.add("torchcodec")
     assert choose_decoder("auto")[0] == "decord"
     missing.add("decord")
-    with pytest.raises(UserError, match=r"pip install av.*apt-get install ffmpeg.*pip install decord"):
+    with pytest.raises(UserError, match=r"pip install av.*apt-get install ffmpeg.*pip install decord, which has"):
         choose_decoder("auto")
 
 
@@ -202,6 +203,22 @@ def test_an_absent_decoder_is_said_with_its_cure(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(decoders, "_cannot_import", lambda module: "libavutil.so.56: no such file")
     with pytest.raises(UserError, match=r"torchcodec does not load .libavutil.*apt-get install ffmpeg"):
         choose_decoder("torchcodec")
+
+
+def test_a_machine_without_decord(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As on Macs and on Arm, for which it has no wheels."""
+    monkeypatch.setitem(sys.modules, "decord", None)
+    decoders._cannot_import.cache_clear()
+    try:
+        with pytest.raises(UserError, match=r"decord does not load .*; cure: pip install decord, which has wheels for"):
+            choose_decoder("decord")
+        assert choose_decoder("auto")[0] == "pyav"
+        fail(monkeypatch, NotImplementedError("this profile"))
+        monkeypatch.setattr(decoders.TorchcodecDecoder, "read_at", lambda *_: 1 / 0)
+        with pytest.raises(VideoError, match="this profile"):
+            choose_decoder("auto")[1](encode(tmp_path / "v.mp4", 20)).read_at(np.zeros(1))
+    finally:
+        decoders._cannot_import.cache_clear()
 
 
 def test_torchcodec_without_ffmpeg_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,6 +299,7 @@ def fail(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
 def test_where_a_decoder_fails_the_next_is_tried_and_that_is_said_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    opener("decord")
     fail(monkeypatch, NotImplementedError("this profile"))
     monkeypatch.setattr(decoders, "_LOGGED", set())
     monkeypatch.setattr(decoders, "_cannot_import", lambda module: "not here" if module == "torchcodec" else None)
