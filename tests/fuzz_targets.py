@@ -389,9 +389,11 @@ def _seed_videos(folder: Path) -> None:
     """The same pictures in every container, with and without B-frames, sound and a table of contents at the start."""
     _video(folder / "plain.mp4")
     _video(folder / "early.mp4", faststart=True, x264="keyint=8:bframes=0", sound=0.5)
-    for ending in ("mkv", "ts", "avi", "mov"):
+    for ending in ("mkv", "ts", "avi", "mov", "flv", "wmv", "mpg"):
         with av.open(str(folder / f"plain.{ending}"), "w") as target:
-            stream = target.add_stream("mpeg4" if ending == "avi" else "libx264", rate=10, options={"threads": "1"})
+            codec = {"avi": "mpeg4", "mpg": "mpeg2video"}.get(ending, "libx264")
+            rate = 25 if ending == "mpg" else 10  # the only one of the two that MPEG-2 knows
+            stream = target.add_stream(codec, rate=rate, options={"threads": "1"})
             stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
             for i in range(30):
                 target.mux(stream.encode(av.VideoFrame.from_ndarray(picture(i, 64, 48), format="rgb24")))

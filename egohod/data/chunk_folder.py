@@ -30,7 +30,6 @@ from typing import Any, NamedTuple
 
 from egohod.data.chunking import ChunkError, ChunkSettings, Probe, Written, probe, write_chunks
 from egohod.data.containers import ENDINGS
-from egohod.data.files import one_clip
 from egohod.data.pool import follow_parent
 from egohod.data.text_files import read_lines
 from egohod.data.video import VideoError
@@ -288,16 +287,14 @@ def _probe(path: Path) -> Probe | str:
     if _stop.is_set():
         raise _Stopped
     try:
-        with one_clip(str(path)):
-            return probe(path)
+        return probe(path)
     except VideoError as error:
         return str(error)
 
 
 def _write(path: Path, folder: Path, settings: ChunkSettings, first: int, last: int | None) -> Written | str:
     try:
-        with one_clip(str(path)):
-            return write_chunks(path, folder, settings, first, last, _tell)
+        return write_chunks(path, folder, settings, first, last, _tell)
     except VideoError as error:
         return str(error)
 
@@ -316,7 +313,7 @@ def _sample(path: Path, settings: ChunkSettings, seconds: float) -> tuple[float,
         lengths.append(length)
 
     try:
-        with tempfile.TemporaryDirectory() as folder, one_clip(str(path)):
+        with tempfile.TemporaryDirectory() as folder:
             written = write_chunks(path, Path(folder), settings, first, last, note)
     except VideoError as error:
         return str(error)

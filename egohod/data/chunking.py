@@ -28,12 +28,13 @@ from egohod.data.containers import (
     HEAD_PACKETS,
     container_format,
     in_coding_order,
+    packets_of,
     plain,
     size_change,
     stated_seconds,
     video_stream,
 )
-from egohod.data.video import VideoError
+from egohod.data.files import VideoError, one_clip
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ class Source:
         self._open()
         self._coding_order = False
         if self._format in ("avi", "asf"):
-            head = (p.pts for p in self._container.demux(self._stream) if p.pts is not None)
+            head = (p.pts for p in packets_of(self._container, self._stream) if p.pts is not None)
             self._coding_order = in_coding_order(self._stream, self._format, list(islice(head, HEAD_PACKETS)))
             self._container.close()
             self._open()
@@ -203,7 +204,7 @@ class Source:
             raise VideoError(f"{self._path}: truncated or damaged, cannot be decoded: {_reason(error)}") from error
 
     def _frames(self, start: int) -> Iterator[Shown]:
-        pictures = self._pictures(self._container.demux())
+        pictures = self._pictures(packets_of(self._container))
         first = next(pictures, None)
         if first is None:
             raise VideoError(f"{self._path}: truncated or damaged, holds no picture")
@@ -215,7 +216,7 @@ class Source:
         elif start:  # cannot be sought in
             self._container.close()
             self._open()
-            pictures = self._pictures(self._container.demux())
+            pictures = self._pictures(packets_of(self._container))
         else:
             pictures = chain([first], pictures)
 
@@ -253,7 +254,7 @@ class Source:
                     continue
                 if not began:
                     self._before.append(packet)
-                if self._coding_order:
+                if self._coding_order and packet.dts is not None:
                     heapq.heappush(waiting, packet.dts)
             for picture in codec.decode(packet):
                 began = True
@@ -264,7 +265,7 @@ class Source:
     def _origin(self, first: Any, start: int) -> int:
         """The time stamp that the clock starts at, for a file whose first decoded picture is ``first``."""
         shown = [packet.pts for packet in self._before if packet.pts is not None]
-        if not shown or self._before[0].is_keyframe or first.pts <= min(shown):
+        if not shown or first.pts is None or self._before[0].is_keyframe or first.pts <= min(shown):
             return first.pts or 0
         # Times are those of the file, so the pictures that were lost before the first key frame keep their place.
         if not start:
@@ -282,7 +283,7 @@ class Source:
         while wanted - back > origin:
             try:
                 self._container.seek(wanted - back, stream=self._stream, backward=True)
-                packets = self._container.demux()
+                packets = packets_of(self._container)
                 # Not every container's seek leads to a key frame.
                 pictures = (p for p in packets if p.stream_index == self._stream.index and p.size)
                 head = next((p for p in pictures if p.is_keyframe or p.pts is None), None)
@@ -314,7 +315,7 @@ class Source:
 
 def probe(path: Path) -> Probe:
     """What a file's header says. Raises :class:`VideoError` for a file that is no video."""
-    with Source(path) as source:
+    with one_clip(str(path)), Source(path) as source:
         return source.probe()
 
 
@@ -530,7 +531,7 @@ def write_chunks(
     """Write chunks ``first`` up to, not including, ``last`` (None: to the end) of the file at ``path`` to ``folder``.
 
     The same bytes come out whether a video is cut as a whole or in several ranges. ``tell`` is called with the seconds
-    of each frame as it is done, and may raise to stop.
+    of each frame as it is done, and may raise what is no ``Exception`` to stop.
 
     Raises:
         VideoError: the source is damaged; files written so far are left to the caller.
@@ -548,7 +549,7 @@ def write_chunks(
         size += _save(folder / settings.name(number), encoder)
         chunks += 1
 
-    with Source(path) as source:
+    with one_clip(str(path)), Source(path) as source:
         rate = _fraction(settings.fps) if settings.fps else source.rate
         for picture, begin, end in _timeline(source, settings, first * length):
             if scaler is None:
@@ -576,9 +577,9 @@ def write_chunks(
                 if tell:
                     tell((until - begin) / TICKS)
                 begin = until
-    if encoder is None or (last is not None and done < stop - first * length):
-        raise VideoError(f"{path}: truncated, its pictures end at {first * settings.seconds + done / TICKS:.2f} s")
-    finish()
+        if encoder is None or (last is not None and done < stop - first * length):
+            raise VideoError(f"{path}: truncated, its pictures end at {first * settings.seconds + done / TICKS:.2f} s")
+        finish()
     return Written(done / TICKS, chunks, size)
 
 

@@ -4,9 +4,10 @@ streams is the video. The decoders and the chunker share the answers.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,13 @@ def _is_transport_stream(head: bytes) -> bool:
             if len(syncs) >= (2 if begin in (0, 4) else _SYNCS) and all(head[at] == _SYNC for at in syncs):
                 return True
     return False
+
+
+def packets_of(container: Any, *streams: Any) -> Iterator[Any]:
+    """The packets of ``streams``, or of all, from where a PyAV container is; the last ones are empty."""
+    # Behind the last packet PyAV may trip over streams that appeared while it read, as they do in broadcasts.
+    with contextlib.suppress(IndexError):
+        yield from container.demux(*streams)
 
 
 def videos_of(container: Any) -> list[Any]:

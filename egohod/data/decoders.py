@@ -27,6 +27,7 @@ from egohod.data.containers import (
     container_format,
     has_only_sound,
     in_coding_order,
+    packets_of,
     plain,
     size_change,
     stated_seconds,
@@ -179,7 +180,7 @@ class PyavDecoder:
             rate = (len(shown) - 1) / ((shown[-1] - shown[0]) * self._tick)
         length, zero = (self._container.duration or 0) / 1e6, (self._container.start_time or 0) / 1e6
         end, other_end = self._ends(self._start + round(length / self._tick), float(1 / rate) if rate else 0.0)
-        self.duration = end - self._start * self._tick
+        self.duration = max(0.0, end - self._start * self._tick)
         if self._format in FORMATS_WITH_LENGTH:
             # Where only the whole file's length is known, sound may be longer than the pictures.
             stated, reached = stated_seconds(self._stream, self._format), self.duration
@@ -191,12 +192,12 @@ class PyavDecoder:
 
     def _ends(self, target: int, frame_seconds: float) -> tuple[float, float]:
         """Where the pictures and all streams end, in seconds of their clock; found by looking from ``target`` on."""
-        step = round(1 / self._tick)
+        step = max(1, round(1 / self._tick))
         while True:
             begin = max(self._start, target - step)
             self._seek(begin)
             end, other_end, pictures = float("-inf"), float("-inf"), 0
-            for packet in self._container.demux():
+            for packet in packets_of(self._container):
                 is_picture = packet.stream_index == self._stream.index
                 pts = packet.dts if is_picture and self._coding_order else packet.pts
                 if pts is None or not packet.size or packet.stream.type not in ("video", "audio"):
@@ -219,11 +220,11 @@ class PyavDecoder:
 
     def _demux(self, count: int | None = None) -> Iterator[Any]:
         """Compressed pictures from where the container stands, at most ``count``."""
-        return itertools.islice((packet for packet in self._container.demux(self._stream) if packet.size), count)
+        return itertools.islice((packet for packet in packets_of(self._container, self._stream) if packet.size), count)
 
     def _packets(self, first: int, last: int) -> list[_Packet]:
         """The packets, in the order of decoding, that hold all frames shown from ``first`` to ``last``."""
-        target, step = first, round(1 / self._tick)
+        target, step = first, max(1, round(1 / self._tick))
         if self._coding_order:
             last += round(_REORDER / self.fps / self._tick)
         while True:

@@ -125,6 +125,23 @@ def test_chunks_of_any_container(files: Path, tmp_path: Path, name: str) -> None
     assert (part / "0002.mp4").read_bytes() == (tmp_path / "0002.mp4").read_bytes()
 
 
+@pytest.mark.parametrize("ending", ["avi", "mkv", "ts", "mp4"])
+def test_a_picture_every_ten_seconds(tmp_path: Path, ending: str) -> None:
+    """A time lapse, whose unit of time may be longer than a second."""
+    path = tmp_path / f"v.{ending}"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=Fraction(1, 10), options={"g": "5", "bf": "0"})
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 96, 64, "yuv420p", 4_000_000
+        for number in range(12):
+            frame = av.VideoFrame.from_ndarray(picture(number), format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(10)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    opened = opener("pyav")(path)
+    for order in ([11], [3], [0, 7], [6, 2, 9]):
+        assert numbers(opened.read_at(10.0 * np.array(order) + 5)) == order
+
+
 def test_other_libraries_refuse_what_they_show_wrong(files: Path) -> None:
     """Both lose their place when they seek in these."""
     for decoder in ("torchcodec", "decord"):
