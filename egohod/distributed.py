@@ -6,9 +6,12 @@ Rank and world size come from :mod:`egohod.place`, which programs ask before the
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
+import logging
 import os
 import platform
+import socket
 import subprocess
 import sys
 import threading
@@ -31,6 +34,11 @@ from egohod.stopping import StopRequest
 # How long the first process waits for the others to start, and they for it. A node that loads PyTorch from a busy
 # shared disk takes minutes.
 MEETING_SECONDS = 600
+# After so long the others are more likely absent than late.
+_NOTICE_SECONDS = 15.0
+_LOOKUP_SECONDS = 10.0
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,14 +88,14 @@ class Distributed:
         return f"{name}, {self.world_size} process{'es over ' + str(self.backend) if self.world_size > 1 else ''}"
 
 
-def setup(device: str = "auto") -> Distributed:
+def setup(device: str = "auto", *, alone: bool = False) -> Distributed:
     """Join the run that torchrun or Slurm describes in the environment, or be its only process.
 
-    ``device`` is ``auto``, ``cpu`` or ``cuda``. NCCL joins GPUs, gloo CPUs. Raises :class:`UserError` when
-    a GPU was asked for, or is plugged in, but torch cannot use it, and when the processes do not meet within
-    ``EGOHOD_MEETING_SECONDS`` (ten minutes).
+    ``device`` is ``auto``, ``cpu`` or ``cuda``. NCCL joins GPUs, gloo CPUs. A program that knows no other processes is
+    ``alone`` whatever the environment says. Raises :class:`UserError` when a GPU was asked for, or is plugged in, but
+    torch cannot use it, and when the processes do not meet within ``EGOHOD_MEETING_SECONDS`` (ten minutes).
     """
-    place = find_place()
+    place = Place() if alone else find_place()
     chosen = pick_device(device, place)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -109,6 +117,7 @@ def setup(device: str = "auto") -> Distributed:
 def _meet(place: Place) -> dist.Store:
     """The store through which the processes find each other; returns when all are there."""
     seconds = int(os.environ.get("EGOHOD_MEETING_SECONDS", MEETING_SECONDS))
+    place = dataclasses.replace(place, address=_reachable(place, seconds))
     where = f"{place.address}:{place.port}"
     # Where torchrun reads them; Slurm sets neither.
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = place.address, str(place.port)
@@ -118,8 +127,18 @@ def _meet(place: Place) -> dist.Store:
     )
     # At a port where a stranger listens and says nothing, torch waits for ever.
     watch = threading.Timer(seconds + 5, _give_up, [missed])
-    watch.daemon = True
-    watch.start()
+    notice = threading.Timer(
+        _NOTICE_SECONDS,
+        log.warning,
+        [
+            "process %d of %d waits for the others at %s, for %d s at most; if it is meant to be alone, as in the "
+            "shell of a Slurm step: env -u SLURM_STEP_ID -u WORLD_SIZE ...",
+            place.rank, place.world_size, where, seconds,
+        ],
+    )  # fmt: skip
+    for timer in (watch, notice):
+        timer.daemon = True
+        timer.start()
     try:
         store, _, _ = next(
             rendezvous("env://", place.rank, place.world_size, timeout=datetime.timedelta(seconds=seconds))
@@ -131,6 +150,30 @@ def _meet(place: Place) -> dist.Store:
         raise UserError(f"{missed}: {str(error).splitlines()[0]}") from error
     finally:
         watch.cancel()
+        notice.cancel()
+
+
+def _reachable(place: Place, seconds: float) -> str:
+    """The address of the first process; on a node whose own name means nothing, that of the loopback if all are here.
+
+    torch would look the name up again and again until the time to meet is over.
+    """
+    end = time.monotonic() + min(seconds, _LOOKUP_SECONDS)
+    while True:
+        try:
+            socket.getaddrinfo(place.address, place.port)
+            return place.address
+        except OSError as error:
+            if place.on_one_node:
+                log.info("%s does not resolve to an address; all processes are here: 127.0.0.1", place.address)
+                return "127.0.0.1"
+            # A name server may be busy for a moment.
+            if time.monotonic() > end:
+                raise UserError(
+                    f"{place.address}, the node of the first process, does not resolve to an address on {host_name()} "
+                    f"({error.strerror or error}); set MASTER_ADDR to its address, or name it in /etc/hosts"
+                ) from error
+        time.sleep(1.0)
 
 
 def _is_kept_by_torchrun() -> bool:

@@ -1,7 +1,8 @@
 """Which process of the run this one is, from what torchrun or Slurm say in the environment; PyTorch is not loaded.
 
 In this order: ``RANK`` and ``WORLD_SIZE`` (torchrun, also inside a Slurm task); a step of several Slurm tasks (``srun
-python main_pretrain.py ...``); else one process, which is also what a plain ``python`` in an allocation's shell is.
+python main_pretrain.py ...``); else one process, which is also what a plain ``python`` is in the shell of an allocation
+or of ``srun --pty bash``.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class Place:
     port: int = 29500
     owns_gpus: bool = False
     """The visible GPUs are this process's alone, not those of its node."""
+    on_one_node: bool = False
+    """All processes are known to be on this node."""
 
 
 def find_place(environment: Mapping[str, str] = os.environ) -> Place:
@@ -45,11 +48,12 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place:
             local_rank=_number(environment, "LOCAL_RANK", 0),
             address=environment["MASTER_ADDR"],
             port=_number(environment, "MASTER_PORT"),
+            on_one_node=environment.get("LOCAL_WORLD_SIZE") == environment["WORLD_SIZE"],
         )
     # The shell of an allocation has variables of Slurm, but no step; a step's own number of tasks is what counts.
     if "WORLD_SIZE" in environment or "SLURM_STEP_ID" not in environment:
         return Place()
-    if _number(environment, "SLURM_STEP_NUM_TASKS", 1) == 1:
+    if _number(environment, "SLURM_STEP_NUM_TASKS", 1) == 1 or _is_in_interactive_shell(environment):
         return Place()
     job, step = _number(environment, "SLURM_JOB_ID"), _number(environment, "SLURM_STEP_ID")
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
@@ -61,6 +65,7 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place:
         # Steps and jobs that run side by side on a node get different ones.
         port=_number(environment, "MASTER_PORT", _FIRST_PORT + (8 * job + step) % _PORTS),
         owns_gpus=_gpus_are_bound(environment),
+        on_one_node=_number(environment, "SLURM_STEP_NUM_NODES", 0) == 1,
     )
 
 
@@ -74,6 +79,21 @@ def usable_cores() -> int:
 def first_host(nodes: str) -> str:
     """The first name of a Slurm host list: ``ego[07-09,12],gpu3`` -> ``ego07``, as ``scontrol show hostnames`` says."""
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", nodes).partition(",")[0]
+
+
+def _is_in_interactive_shell(environment: Mapping[str, str]) -> bool:
+    """Whether this was started from the shell of ``srun --ntasks=4 --pty bash``, whose other tasks ended at once.
+
+    The steps that such a shell starts inherit its variables, but have no terminal; with ``srun --pty python ...`` the
+    task is this process itself.
+    """
+    if "SLURM_PTY_PORT" not in environment or environment.get("SLURM_TASK_PID") == str(os.getpid()):
+        return False
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 def _gpus_are_bound(environment: Mapping[str, str]) -> bool:

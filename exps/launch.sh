@@ -8,7 +8,11 @@
 #
 # RESTARTS=3 lets torchrun start all again from the last checkpoint when one process dies. A Slurm job whose time is
 # up, or that is preempted, saves and goes back to the queue (sbatch --no-requeue: it ends). docs/launching.md
-if [ -n "${SLURM_STEP_ID:-}" ] && [ "${SLURM_STEP_NUM_TASKS:-1}" != 1 ]; then
+# The shell of srun --ntasks=4 --pty bash has a terminal, the tasks of a step have none (see egohod/place.py).
+_in_interactive_shell() {
+    [ -n "${SLURM_PTY_PORT:-}" ] && [ "${SLURM_TASK_PID:-}" != $$ ] && { : </dev/tty; } 2>/dev/null
+}
+if [ -n "${SLURM_STEP_ID:-}" ] && [ "${SLURM_STEP_NUM_TASKS:-1}" != 1 ] && ! _in_interactive_shell; then
     echo "error: this script starts the tasks itself: sbatch it, or run it with bash in salloc, but not with srun" >&2
     exit 2
 fi
@@ -57,10 +61,16 @@ _command() {
     command=("$PYTHON")
     # One process needs no launcher, which would hide the exit code.
     if [ "${NODES:-1}" != 1 ]; then
+        if [ -z "${LOCAL_ADDR:-}" ] && ! "$PYTHON" -c "import socket; socket.getaddrinfo(socket.gethostname(), 0)" 2>/dev/null; then
+            echo "error: the name of this node, $(hostname), does not resolve; LOCAL_ADDR=... gives its address" >&2
+            exit 2
+        fi
         command+=(-m torch.distributed.run --nnodes="$NODES" --rdzv_backend=c10d
             --rdzv_endpoint="${MASTER_ADDR:?names the first of the NODES}:${MASTER_PORT:-29500}")
+        [ -z "${LOCAL_ADDR:-}" ] || command+=(--local_addr="$LOCAL_ADDR")
     elif [ "$processes" != 1 ] || [ -n "${RESTARTS:-}" ]; then
-        command+=(-m torch.distributed.run --standalone)
+        # By address: torchrun waits for ever on a node whose own name does not resolve.
+        command+=(-m torch.distributed.run --standalone --local_addr=127.0.0.1)
     fi
     # Its own default leaves this one out, and dies of it.
     export TORCHELASTIC_SIGNALS_TO_HANDLE=${TORCHELASTIC_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
 import os
+import pty
 import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +20,7 @@ from egohod import cli, distributed
 from egohod.config import UserError
 from egohod.place import Place, find_place, first_host, usable_cores
 from egohod.stopping import Interrupted
-from tests.support import Command
+from tests.support import ROOT, Command, environment
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29400"}
 # As Slurm 22.05 sets them: in the shell of a job, and in a task of one of its steps.
@@ -30,6 +36,14 @@ ALONE = Place()
     [
         pytest.param({}, ALONE, id="nothing"),
         pytest.param(TORCHRUN, Place(3, 4, 1, "node1", 29400), id="torchrun"),
+        pytest.param(
+            TORCHRUN | {"LOCAL_WORLD_SIZE": "4"}, Place(3, 4, 1, "node1", 29400, on_one_node=True), id="one node"
+        ),
+        pytest.param(
+            STEP | {"SLURM_STEP_NUM_NODES": "1"},
+            Place(3, 4, 1, "ego01", 20057, on_one_node=True),
+            id="srun on one node",
+        ),
         pytest.param({"RANK": "0", "WORLD_SIZE": "1"}, ALONE, id="one process of torchrun"),
         pytest.param(JOB, ALONE, id="the shell of sbatch"),
         pytest.param(STEP, Place(3, 4, 1, "ego01", 20057), id="srun"),
@@ -67,6 +81,58 @@ def test_places(environment: dict[str, str], expected: Place) -> None:
 def test_half_a_place_is_refused(environment: dict[str, str], told: str) -> None:
     with pytest.raises(UserError, match=told):
         find_place(environment)
+
+
+# As Slurm 22.05 sets them in the shell of srun --ntasks=4 --pty bash; srun in that shell hands SLURM_PTY_PORT on.
+SHELL = STEP | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_PTY_PORT": "34875"}
+WHERE = "from egohod.place import find_place; print('world', find_place().world_size, flush=True)"
+
+
+def place_of(environment: dict[str, str], task: str, terminal: bool) -> str:
+    """What a process finds that a shell, or ``task``, of a step started; the terminal is a real one."""
+    variables = dict(os.environ) | environment | {"PYTHONPATH": str(ROOT), "SLURM_TASK_PID": task}
+    variables.pop("WORLD_SIZE", None)
+    # The process itself is the task where it should be.
+    code = WHERE if task else f"import os; os.environ['SLURM_TASK_PID'] = str(os.getpid()); {WHERE}"
+    command = [sys.executable, "-c", code]
+    if not terminal:
+        done = subprocess.run(
+            command, env=variables, capture_output=True, text=True, check=True, start_new_session=True, timeout=60
+        )
+        return done.stdout.strip()
+    child, end = pty.fork()
+    if child == 0:
+        os.execve(sys.executable, command, variables)
+    said = b""
+    with contextlib.suppress(OSError):  # how a terminal ends on Linux
+        while part := os.read(end, 1000):
+            said += part
+    os.close(end)
+    assert os.waitpid(child, 0)[1] == 0, said
+    return said.decode().strip()
+
+
+@pytest.mark.parametrize(
+    ("environment", "task", "terminal", "expected"),
+    [
+        pytest.param(SHELL, "4711", True, "world 1", id="in the shell of srun --pty"),
+        pytest.param(SHELL, "4711", False, "world 4", id="srun in that shell"),
+        pytest.param(SHELL, "", True, "world 4", id="srun --pty python"),
+        pytest.param(STEP, "4711", True, "world 4", id="no shell"),
+    ],
+)
+def test_a_shell_of_a_step_is_one_process(
+    environment: dict[str, str], task: str, terminal: bool, expected: str
+) -> None:
+    assert place_of(environment, task, terminal) == expected
+
+
+def test_programs_for_one_process_wait_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in STEP.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.setup("cpu", alone=True).world_size == 1
+    for tool in ("predict.py", "search.py"):
+        assert "setup(cfg.train.device, alone=True)" in (ROOT / "tools" / tool).read_text()
 
 
 def test_ports_of_steps_that_run_side_by_side_differ() -> None:
@@ -133,6 +199,56 @@ def test_processes_that_do_not_meet_say_where(rank: int) -> None:
         port = free.getsockname()[1]
     with pytest.raises(UserError, match=rf"process {rank} of 2 did not meet the others at 127\.0\.0\.1:{port}"):
         distributed._meet(Place(rank, 2, rank, "127.0.0.1", port))
+
+
+@pytest.mark.usefixtures("meeting")
+def test_a_name_that_does_not_resolve_is_said_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    nowhere = Place(0, 2, 0, "nowhere.invalid", 29400)
+    start = time.monotonic()
+    with pytest.raises(
+        UserError, match=r"nowhere\.invalid, the node of the first process, does not resolve .*MASTER_ADDR"
+    ):
+        distributed._meet(nowhere)
+    assert time.monotonic() - start < 30
+    # Where all are on one node its name does not matter.
+    assert distributed._reachable(dataclasses.replace(nowhere, on_one_node=True), 1) == "127.0.0.1"
+    assert distributed._reachable(Place(0, 2, 0, "127.0.0.1", 29400), 1) == "127.0.0.1"
+
+
+@pytest.mark.usefixtures("meeting")
+def test_who_waits_long_says_so(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "_NOTICE_SECONDS", 0.2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(UserError, match="did not meet the others"):
+        distributed._meet(Place(0, 2, 0, "127.0.0.1", port))
+    assert f"process 0 of 2 waits for the others at 127.0.0.1:{port}" in caplog.text
+    assert "env -u SLURM_STEP_ID" in caplog.text
+
+
+@pytest.mark.ci
+def test_the_scripts_start_processes_on_a_node_without_a_known_name(tmp_path: Path) -> None:
+    """torchrun alone waits for ten minutes there."""
+    unshared = ["unshare", "-ru", "sh", "-c", 'hostname no-such-node && exec "$@"', "sh"]
+    if sys.platform != "linux" or subprocess.run([*unshared, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("needs a namespace for the name of the node")
+    (tmp_path / "program.py").write_text(
+        "from egohod.distributed import setup\ndist = setup('cpu')\nprint(dist.gather_objects(dist.rank), flush=True)\n"
+    )
+    # All of the script but what installs the project.
+    script = f"PYTHON={sys.executable}; source <(grep -v setup.sh exps/launch.sh); launch {tmp_path}/program.py"
+    done = subprocess.run(
+        [*unshared, "bash", "-euc", script],
+        cwd=ROOT,
+        env=environment(PROCESSES="2"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["[0, 1]", "[0, 1]"]
 
 
 def test_a_stranger_at_the_port_holds_nobody_up(program: Command) -> None:

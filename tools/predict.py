@@ -97,7 +97,7 @@ def _scores(
     cfg: Config, args: argparse.Namespace, windows: Sequence[tuple[float, float]]
 ) -> tuple[Sequence[str], np.ndarray]:
     """What can be said, and how much it is the case in every window [windows, said]: probabilities, or cosines."""
-    dist = setup(cfg.train.device)
+    dist = setup(cfg.train.device, alone=True)
     if args.sentences:
         encoder: DualEncoder | ClassProbabilities = build_model(cfg, dist).eval()
         tokens = Tokenizer(encoder.geometry.context_length)(args.sentences).to(dist.device)

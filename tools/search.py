@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
     if lacking:
         log.warning("%d of %d videos have no features yet", lacking, len(index["videos"]))
     cfg = config.load(args.index / CONFIG_FILE, [f"model.weights.path={args.checkpoint}"] if args.checkpoint else [])
-    dist = setup(cfg.train.device)
+    dist = setup(cfg.train.device, alone=True)
     model = build_model(cfg, dist)
     if fingerprint(model) != index["weights"]:
         raise UserError(f"{cfg.model.weights.path}: not the weights that made {args.index}; give --checkpoint")
