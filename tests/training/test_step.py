@@ -204,7 +204,7 @@ def test_learning_rates_scale_with_the_batch_where_the_recipe_is_avions(monkeypa
     for (name, batch_size), rates in expected.items():
         cfg = load(folder / f"{name}.yml", [f"train.global_batch_size={batch_size}"])
         assert learning_rates(cfg.train) == pytest.approx(rates), name
-        assert not cfg.train.decay_positions
+        assert (cfg.train.decay_positions, cfg.data.flip) == (False, 0.0)
     # What reaches the optimizer: first step, peak, last step of 3 + 7.
     _, step = build(
         config(
