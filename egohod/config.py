@@ -687,7 +687,7 @@ def _load(
     tree, origins = OmegaConf.structured(schema), {}
     for origin, layer in [*_layers(Path(path), ()), *(_override(text, schema) for text in overrides)]:
         tree = _merge(tree, layer, origin, schema)
-        origins.update(dict.fromkeys(_leaves(OmegaConf.to_container(layer)), origin))
+        origins.update(dict.fromkeys(_leaves(layer), origin))
     problems = []
     raw = OmegaConf.to_container(tree)
     for name, _, _ in knobs(raw, schema):
@@ -712,26 +712,10 @@ def _load(
     return config, problems
 
 
-def read_yaml(path: Path) -> DictConfig:
-    """A YAML file that holds a mapping, every scalar in it as text; merging into a schema gives values their types.
-
-    Raises :class:`ConfigError` naming the file.
-    """
-    try:
-        # Bytes, not text: PyYAML then recognises byte order marks and UTF-16.
-        tree = _parse_yaml(path.read_bytes())
-        loaded = OmegaConf.create({} if tree is None else tree)
-    except Exception as error:  # PyYAML and OmegaConf raise many kinds; each is the file's fault
-        raise ConfigError(f"{path}: not readable as YAML: {_one_line(error)}") from error
-    if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"{path}: a config must be a mapping of sections, such as 'train: ...'")
-    return loaded
-
-
 def model_config(name: str, **overrides: Any) -> ModelConfig:
     """The model section from Python, checked like a file. Raises :class:`ConfigError`."""
     origin = "create_model"
-    layer = OmegaConf.create({"model": {"name": name, **overrides}})
+    layer = {"model": {"name": name, **overrides}}
     config = _resolve(_merge(OmegaConf.structured(Config), layer, origin, Config), origin, Config)
     wrong = [f"{origin}: {text}" for _, text in check(config)]
     if wrong:
@@ -878,7 +862,7 @@ def help_text(schema: type = Config) -> str:
     return "\n".join(lines).lstrip("\n")
 
 
-def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, DictConfig]]:
+def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, dict[str, Any]]]:
     """The file and its bases, the deepest base first."""
     if path.resolve() in seen:
         raise ConfigError(f"{path}: _base_ leads back to the file itself")
@@ -887,14 +871,19 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, DictConfig]]:
         if (PROJECT / path).is_file():
             near = [str(PROJECT / path)]
         raise ConfigError(f"{path}: no such config file" + (f"; did you mean {near[0]}?" if near else ""))
-    loaded = read_yaml(path)
-    bases = OmegaConf.to_container(loaded).get("_base_", [])  # type: ignore[union-attr]
+    try:
+        # Bytes, not text: PyYAML then recognises byte order marks and UTF-16.
+        loaded = _parse_yaml(path.read_bytes())
+    except Exception as error:  # PyYAML raises many kinds; each is the file's fault
+        raise ConfigError(f"{path}: not readable as YAML: {_one_line(error)}") from error
+    loaded = {} if loaded is None else loaded
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: a config must be a mapping of sections, such as 'train: ...'")
+    bases = loaded.pop("_base_", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise ConfigError(f"{path}: _base_ must be the name of a config file, or a list of names")
-    if "_base_" in loaded:
-        del loaded["_base_"]
-    below: list[tuple[str, DictConfig]] = []
+    below: list[tuple[str, dict[str, Any]]] = []
     for base in bases:
         below += _layers(path.parent / base, (*seen, path.resolve()))
     return [*below, (str(path), loaded)]
@@ -926,7 +915,8 @@ def _texts(name: str, value: Any) -> Iterator[tuple[str, str]]:
         yield name, value
 
 
-_MOST_VALUES = 100_000
+# No configuration is so large or so deep; aliases that hold themselves or each other are without end.
+_MOST_VALUES, _DEEPEST = 100_000, 50
 
 
 class _TextLoader(yaml.SafeLoader):
@@ -965,38 +955,43 @@ for _tag in ("bool", "int", "float", "timestamp", "merge"):  # written out, as i
 
 
 def _parse_yaml(content: str | bytes) -> Any:
-    """Nested dicts and lists of text and None. Raises yaml.YAMLError, or ValueError for aliases without end."""
+    """Nested dicts and lists of text and None. Raises yaml.YAMLError, or ValueError for what is without end."""
     tree = yaml.load(content, _TextLoader)
-    if _size(tree, {}) > _MOST_VALUES:
+    values, levels = _size(tree, {})
+    if values > _MOST_VALUES:
         raise ValueError(f"its aliases stand for more than {_MOST_VALUES:,} values")
+    if levels > _DEEPEST:
+        raise ValueError(f"nested deeper than {_DEEPEST} levels")
     return tree
 
 
-def _size(tree: Any, known: dict[int, float]) -> float:
-    """How many values a tree has once its aliases are written out, infinitely many if one is within itself.
+def _size(tree: Any, known: dict[int, tuple[float, float]]) -> tuple[float, float]:
+    """How many values and levels a tree has once its aliases are written out, infinitely many if one is within itself.
 
     ``known`` are the sizes by id: what a few lines of aliases of aliases stand for cannot be counted one by one.
     """
     if not isinstance(tree, (dict, list)):
-        return 1
+        return 1, 0
     if id(tree) not in known:
-        known[id(tree)] = math.inf
-        known[id(tree)] = 1 + sum(_size(each, known) for each in (tree.values() if isinstance(tree, dict) else tree))
+        known[id(tree)] = math.inf, math.inf
+        inside = [_size(each, known) for each in (tree.values() if isinstance(tree, dict) else tree)]
+        known[id(tree)] = 1 + sum(values for values, _ in inside), 1 + max((levels for _, levels in inside), default=0)
     return known[id(tree)]
 
 
-def _override(text: str, schema: type) -> tuple[str, DictConfig]:
+def _override(text: str, schema: type) -> tuple[str, dict[str, Any]]:
     name, equals, written = text.partition("=")
-    if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", name):
+    if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", name) or name.count(".") > _DEEPEST:
         raise ConfigError(f"'{text}': overrides are written section.key=value, e.g. train.seed=1")
     keys = name.split(".")
     try:
-        tree = _text_value(written.strip()) if _is_text(_kind(schema, keys)) else _parse_yaml(written)
-        for key in reversed(keys):
-            tree = {key: tree}
-        return f"override '{text}'", typing.cast(DictConfig, OmegaConf.create(tree))
+        value = _text_value(written.strip()) if _is_text(_kind(schema, keys)) else _parse_yaml(written)
     except Exception as error:
         raise ConfigError(f"override '{text}': {_one_line(error)}") from error
+    tree = {keys[-1]: value}
+    for key in reversed(keys[:-1]):
+        tree = {key: tree}
+    return f"override '{text}'", tree
 
 
 def _text_value(written: str) -> str | None:
@@ -1024,12 +1019,12 @@ def _is_text(kind: Any) -> bool:
     return kind is str or set(get_args(kind)) == {str, type(None)}
 
 
-def _merge(tree: DictConfig, layer: DictConfig, origin: str, schema: type) -> DictConfig:
-    unknown = _unknown(OmegaConf.to_container(layer), schema, schema)
+def _merge(tree: DictConfig, layer: dict[str, Any], origin: str, schema: type) -> DictConfig:
+    unknown = _unknown(layer, schema, schema)
     if unknown:
         raise ConfigError(*(f"{origin}: {text}" for text in unknown))
     try:
-        return typing.cast(DictConfig, OmegaConf.merge(tree, layer))
+        return typing.cast(DictConfig, OmegaConf.merge(tree, OmegaConf.create(layer)))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{origin}: {_explain(error, schema)}") from error
 
@@ -1042,18 +1037,31 @@ def _unknown(tree: Any, schema: type, whole: type, prefix: str = "") -> list[str
         if key not in hints:
             problems.append(f"unknown key '{name}'{_suggest(key, schema, whole, prefix)}")
             continue
-        section, named, container = _section(hints[key]), _named_sections(hints[key]), get_origin(hints[key])
+        section, named = _section(hints[key]), _named_sections(hints[key])
         if section:
             problems += _unknown_in(value, section, whole, name)
         elif named and not isinstance(value, dict):
             problems.append(f"'{name}' holds sections with names of your choice, not a value")
-        elif container in (list, dict) and isinstance(value, dict if container is list else list):
-            shape = "list, such as [a, b]" if container is list else "mapping, such as {a: b}"
-            problems.append(f"'{name}' is a {shape}, not a {type(value).__name__}")
         elif named:
             for chosen, inner in value.items():
                 problems += _unknown_in(inner, named, whole, f"{name}.{chosen}")
+        else:
+            problems += _misshapen(name, value, hints[key])
     return problems
+
+
+def _misshapen(name: str, value: Any, kind: Any) -> Iterator[str]:
+    """Sections and lists where a knob has none; omegaconf lets some of them pass, to fail elsewhere."""
+    if isinstance(value, (dict, list)) and get_origin(kind) is not type(value):
+        shapes = {list: "a list, such as [a, b]", dict: "a mapping, such as {a: b}"}
+        shape = shapes.get(get_origin(kind), "one value")
+        yield f"'{name}' is {shape}, not a {type(value).__name__}"
+    elif isinstance(value, (dict, list)) and get_args(kind)[-1] is not Any:
+        inside = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in inside:
+            yield from _misshapen(
+                f"{name}.{key}" if isinstance(value, dict) else f"{name}[{key}]", inner, get_args(kind)[-1]
+            )
 
 
 def _unknown_in(tree: Any, section: type, whole: type, name: str) -> list[str]:
@@ -1118,6 +1126,8 @@ def _out_of_range(value: Any, rule: Any) -> str | None:
 
 
 def _allowed(rule: Any) -> str:
+    if not rule:  # a field that is no knob
+        return ""
     if rule["choices"] is not None:
         return "one of " + ", ".join(map(str, rule["choices"]))
     parts = []

@@ -76,7 +76,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         ablate.select(runs, [], ["7"])
     path = tmp_path / "study.yml"
     path.write_text("base: x.yml\nrow: {}\n")
-    with pytest.raises(UserError, match=f"{path}: not a study: Key 'row'"):
+    with pytest.raises(UserError, match=f"{path}: unknown key 'row'; did you mean 'rows'"):
         ablate.read_study(path)
 
 

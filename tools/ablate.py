@@ -18,7 +18,6 @@ import platform
 import subprocess
 import sys
 import time
-import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -28,8 +27,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from egohod import cli, config
 from egohod.config import PROJECT, Config, UserError
@@ -123,13 +120,10 @@ class Run:
 
 def read_study(path: Path) -> Study:
     """Raises :class:`UserError` naming the file."""
-    try:
-        study: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Study), config.read_yaml(path)))
-    except (OSError, OmegaConfBaseException) as error:
-        raise UserError(f"{path}: not a study: {' '.join(str(error).split())}") from error
+    study = config.load_as(Study, path, (), lambda _: [])
     if not study.metrics:
         study.metrics, study.chance = dict(METRICS), dict(CHANCE)
-    return typing.cast(Study, study)
+    return study
 
 
 def plan(study: Study, path: Path, tune: bool) -> list[Run]:

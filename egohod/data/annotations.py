@@ -39,6 +39,9 @@ from egohod.data.frames import MIN_SECONDS
 from egohod.data.narrations import flat_texts
 from egohod.data.text_files import NAMELESS, TableError, known_form, open_utf8, read_columns, read_header, read_lines
 
+# A damaged header may have any number of columns, and comparing names takes time.
+_COMPARED = 200
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _NARRATION = ("narration_text", "timestamp_sec")
 _CLOCK = r"^\s*(?:(?P<h>\d+):)?(?P<m>\d+):(?P<s>\d+(?:\.\d*)?)\s*$"
 _NUMBER = r"^\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*$"
@@ -100,6 +103,7 @@ def seconds(times: pa.ChunkedArray | np.ndarray) -> np.ndarray:
 
 def nearest(name: str, names: Sequence[str]) -> str:
     """The end of a message that says which name was perhaps meant."""
+    names = names[:_COMPARED]
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f" (did you mean '{near[0]}'?)" if near else f" (there are: {', '.join(names)})"
 
@@ -255,37 +259,38 @@ def _read_ego4d(path: Path, source: SourceConfig, extra: Sequence[str] | None) -
     )
 
 
-# ijson keeps the whole path to every level: 100 KB of brackets would take gigabytes. Narrations are five levels deep;
-# brackets within texts are counted too, so that as many as this may be left open in them.
-_MOST_OPEN = 5000
-_JSON_BYTES = 8192
-
-
-class _TooDeep(ValueError):
-    """JSON that is nested deeper than it can be read."""
-
-
 class _Shallow:
-    """A file of JSON that is read in small pieces, and no further once too many brackets are open."""
+    """A stream of JSON that ends in an error where values are nested deeper than in any annotations.
 
-    def __init__(self, file: pa.NativeFile) -> None:
-        self._file, self._open = file, 0
+    ijson holds the path to every open value: the memory grows with the square of the depth.
+    """
 
-    def read(self, size: int) -> bytes:
-        """The next bytes. Raises :class:`_TooDeep`."""
-        content: bytes = self._file.read(size)
-        opened, closed = (sum(map(content.count, brackets)) for brackets in ((b"[", b"{"), (b"]", b"}")))
-        self._open = max(0, self._open + opened - closed)
-        if self._open > _MOST_OPEN:
-            raise _TooDeep("nested deeper than narrations are")
-        return content
+    _TEXT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+
+    def __init__(self, file: Any, deepest: int = 100) -> None:
+        self._file, self._deepest = file, deepest
+        self._depth, self._open = 0, b""
+
+    def read(self, size: int = -1) -> bytes:
+        """The next bytes."""
+        block: bytes = self._file.read(size)
+        brackets, begun, text = self._TEXT.sub(b"", self._open + block).partition(b'"')
+        # A text goes on in the next block, perhaps with the character that a backslash stands in front of.
+        self._open = begun + b"\\" * ((len(text) - len(text.rstrip(b"\\"))) % 2)
+        codes = np.frombuffer(brackets.translate(None, _NO_BRACKETS), np.uint8)
+        depths = self._depth + np.cumsum(np.where((codes == ord("[")) | (codes == ord("{")), 1, -1))
+        if len(depths):
+            self._depth = int(depths[-1])
+            if depths.max() > self._deepest:
+                raise ijson.JSONError(f"nested deeper than {self._deepest} levels")
+        return block
 
 
 def _narration_passes(path: Path) -> Iterator[tuple[str, list[Any]]]:
     """(video, narrations) of every annotator's pass, read without holding the whole file."""
     with open_utf8(path) as file:
         try:
-            for video, content in ijson.kvitems(_Shallow(file), "", use_float=True, buf_size=_JSON_BYTES):
+            for video, content in ijson.kvitems(_Shallow(file), "", use_float=True):
                 # Newer releases put the videos below one more key.
                 below = content if video == "videos" and isinstance(content, dict) else {video: content}
                 for name, passes in below.items():
@@ -293,7 +298,7 @@ def _narration_passes(path: Path) -> Iterator[tuple[str, list[Any]]]:
                         found = value.get("narrations") if isinstance(value, dict) else None
                         if key.startswith("narration_pass") and isinstance(found, list):
                             yield name, found
-        except (ijson.JSONError, _TooDeep) as error:
+        except ijson.JSONError as error:
             raise TableError(f"{path}: not JSON ({' '.join(str(error).split())[:200]})") from error
 
 

@@ -23,14 +23,14 @@ def read_csv(path: Path, columns: Sequence[str], *, unique: str | None = None) -
     ``unique`` names a column in which no value may occur twice. Raises :class:`AnnotationError`.
     """
     header = read_header(path)
+    for name in columns:
+        if name not in header.names:
+            raise AnnotationError(f"{path}: column '{name}' is missing{nearest(name, header.names)}")
     rows = read_columns(path, header, header.names)
     # Benchmarks have no row to spare: one that cannot be read is not left out.
     for number, fault in rows.faults:
         raise AnnotationError(f"{path}: row {number}: {fault}")
     table = rows.table.to_pandas()
-    for name in columns:
-        if name not in table.columns:
-            raise AnnotationError(f"{path}: column '{name}' is missing{nearest(name, list(table.columns))}")
     if table.empty:
         raise AnnotationError(f"{path}: not a single row")
     if unique is not None and (again := table[unique].duplicated()).any():

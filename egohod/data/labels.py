@@ -268,11 +268,16 @@ def _values(table: ClipTable, column: str) -> list[str]:
 
 def _order(value: str) -> tuple[int, int, str]:
     """Numbers as numbers, before words."""
-    return (0, int(value), "") if value.isdecimal() else (1, 0, value)
+    return (0, int(value), "") if _is_number(value) else (1, 0, value)
+
+
+def _is_number(value: str) -> bool:
+    """Whether it is the number of a class; what has more digits than any is a word."""
+    return value.isdecimal() and len(value) <= 18
 
 
 def _warn_of_gaps(column: str, values: set[str]) -> None:
-    if all(value.isdecimal() for value in values):
+    if all(map(_is_number, values)):
         ids = sorted(int(value) for value in values)
         # Counted, not listed: one slip of the pen makes a gap of millions.
         if gaps := ids[-1] - ids[0] + 1 - len(ids):

@@ -307,3 +307,15 @@ def test_open_brackets_in_narrations_are_text(tmp_path: Path) -> None:
     told = [{"timestamp_sec": i, "narration_text": f"#C C opens {{ the [ {i}"} for i in range(1000)]
     path.write_text(json.dumps({"v": {"narration_pass_1": {"narrations": told}}}))
     assert len(ClipTable.read(SourceConfig(metadata=str(path)))) == 1000
+
+
+def test_json_nested_without_end_is_refused_before_it_takes_the_memory(tmp_path: Path) -> None:
+    path = tmp_path / "narration.json"
+    for deep in ("[" * 100_000, '{"a":' * 100_000):
+        path.write_text(deep)
+        with pytest.raises(TableError, match="nested deeper than 100 levels"):
+            ClipTable.read(path)
+    # What only looks like nesting, across the borders of blocks.
+    said = 'says "[[{" \\ ' * 20_000
+    path.write_text(json.dumps({"v": {"narration_pass_1": narrations(2.0, 6.0, text=said)}}))
+    assert ClipTable.read(path).row(1).texts == (f"{said} 6.0",)
