@@ -114,7 +114,7 @@ def _listed(root: Path, names: Path) -> list[Path]:
         path = Path(os.path.normpath(line))
         if path.is_absolute() or ".." in path.parts:
             raise ChunkError(f"{names}: line {number}: '{line}' is not a path below {root}")
-        if not (root / path).is_file():
+        if not os.path.isfile(root / path):  # unlike Path's, no error for a name that is too long
             raise ChunkError(f"{names}: line {number}: {root / path}: no such file")
         paths.append(path)
     return sorted(set(paths))
@@ -236,7 +236,7 @@ class Output:
         try:
             made = json.loads(file.read_bytes())
             other = [f"{k} {made[k]} (asked: {v})" for k, v in asdict(self._settings).items() if made[k] != v]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ChunkError(f"{file}: damaged ({error}); choose another output folder") from error
         if other:
             raise ChunkError(f"{self.folder}: holds chunks with {', '.join(other)}; choose another output folder")
@@ -246,11 +246,10 @@ class Output:
         sizes: dict[str, int] = {}
         file = self._own / "done.jsonl"
         for line in file.read_bytes().split(b"\n") if file.exists() else ():
-            with contextlib.suppress(
-                ValueError, KeyError, TypeError, RecursionError
-            ):  # a line cut short by a full disk
+            # A line may be cut short by a full disk, or damaged.
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
                 entry = json.loads(line)
-                sizes[entry["video_id"]] = entry["source_bytes"]
+                sizes[entry["video_id"]] = int(entry["source_bytes"])
         return sizes
 
 

@@ -184,9 +184,12 @@ def test_folders_that_are_no_output(recordings: Path, tmp_path: Path) -> None:
     with Output(tmp_path / "out", settings, recordings).claim(), pytest.raises(ChunkError, match="another process"):  # noqa: SIM117
         with Output(tmp_path / "out", settings, recordings).claim():
             pass
-    (tmp_path / "out" / ".chunk_videos" / "settings.json").write_text('{"seconds": ')
-    with pytest.raises(ChunkError, match="damaged"):
-        Output(tmp_path / "out", settings, recordings)
+    (tmp_path / "out" / ".chunk_videos" / "done.jsonl").write_bytes(b'{"video_id": "v", "source_bytes": "x"}\n[[\xff\n')
+    Output(tmp_path / "out", settings, recordings)
+    for damaged in ('{"seconds": ', "[" * 100_000):
+        (tmp_path / "out" / ".chunk_videos" / "settings.json").write_text(damaged)
+        with pytest.raises(ChunkError, match="damaged"):
+            Output(tmp_path / "out", settings, recordings)
 
 
 def test_another_file_under_the_same_id_is_not_taken_for_done(tmp_path: Path) -> None:

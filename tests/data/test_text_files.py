@@ -6,6 +6,7 @@ import bz2
 import csv
 import gzip
 import io
+import json
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import pytest
 
 from egohod.config import SourceConfig
 from egohod.data.chunk_folder import find_videos
+from egohod.data.chunking import ChunkError
 from egohod.data.csv_files import read_csv
 from egohod.data.narrations import narrations_in
 from egohod.data.table import ClipTable
@@ -217,12 +219,23 @@ def test_json_in_any_encoding(tmp_path: Path) -> None:
             read_json(path)
 
 
+def test_narrations_may_be_packed(tmp_path: Path) -> None:
+    said = {"timestamp_sec": 3.0, "narration_text": "#C C stirs"}
+    content = json.dumps({"v": {"narration_pass_1": {"narrations": [said]}}})
+    for name, data in (("a.json.gz", gzip.compress(content.encode())), ("a.json", content.encode("utf-16"))):
+        (tmp_path / name).write_bytes(data)
+        assert ClipTable.read(tmp_path / name).row(0).texts == ("#C C stirs",)
+
+
 def test_a_list_of_videos_has_a_name_a_line(tmp_path: Path) -> None:
     name = "a\u2028b.mp4"
     (tmp_path / name).write_bytes(b"x")
     (tmp_path / "names.txt").write_text(name + "\n", encoding="utf-16")
     (video,) = find_videos(tmp_path, names=tmp_path / "names.txt")
     assert video.video_id == name.removesuffix(".mp4")
+    (tmp_path / "names.txt").write_text("x" * 5000 + "\n")
+    with pytest.raises(ChunkError, match=r"line 1: .* no such file"):
+        find_videos(tmp_path, names=tmp_path / "names.txt")
 
 
 def test_header_of_many_columns(tmp_path: Path) -> None:
