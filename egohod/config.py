@@ -726,7 +726,7 @@ def model_config(name: str, **overrides: Any) -> ModelConfig:
 def check(config: Config) -> list[tuple[str, str]]:
     """Everything that is out of range or contradicts itself, as (key, what is wrong with it)."""
     problems = out_of_range(config)
-    tree = OmegaConf.structured(config)
+    tree = dataclasses.asdict(config)
     if config.loss.local_loss and not config.loss.gather_with_grad:
         problems.append(
             (
@@ -740,7 +740,7 @@ def check(config: Config) -> list[tuple[str, str]]:
             ("model.fast.spatial", "model.fast.spatial=true looks at whole frames, so it needs model.patch_dropout=0")
         )
     for name in ("train.duration", "train.log_every", "train.save_every", "evaluate.every", "train.warmup"):
-        text = OmegaConf.select(tree, name)
+        text = _raw(tree, name)
         try:
             steps = duration_in_steps(text, steps_per_epoch=1, global_batch_size=1, key=name)
             if steps == 0 and name != "train.warmup":
@@ -832,9 +832,9 @@ def check(config: Config) -> list[tuple[str, str]]:
 def out_of_range(config: Any) -> list[tuple[str, str]]:
     """Every knob of a dataclass of knobs whose value is not allowed, as (key, what is wrong with it)."""
     problems: list[tuple[str, str]] = []
-    tree = OmegaConf.structured(config)
-    for name, entry, _ in knobs(OmegaConf.to_container(tree), type(config)):
-        value = OmegaConf.select(tree, name)
+    tree = dataclasses.asdict(config)
+    for name, entry, _ in knobs(tree, type(config)):
+        value = _raw(tree, name)
         wrong = None if value is None else _out_of_range(value, entry.metadata)
         if wrong:
             problems.append((name, f"{name} is {value!r}, but {wrong}"))
@@ -1029,6 +1029,10 @@ def _merge(tree: DictConfig, layer: dict[str, Any], origin: str, schema: type) -
         raise ConfigError(f"{origin}: {_explain(error, schema)}") from error
 
 
+# It is a part of keys, which dots separate, and of file names.
+_CHOSEN_NAME = re.compile(r"[\w -]+")
+
+
 def _unknown(tree: Any, schema: type, whole: type, prefix: str = "") -> list[str]:
     """Keys that no section has; omegaconf would say so too, but without the nearest right name."""
     hints, problems = typing.get_type_hints(schema), []
@@ -1044,6 +1048,9 @@ def _unknown(tree: Any, schema: type, whole: type, prefix: str = "") -> list[str
             problems.append(f"'{name}' holds sections with names of your choice, not a value")
         elif named:
             for chosen, inner in value.items():
+                if not _CHOSEN_NAME.fullmatch(str(chosen)):
+                    problems.append(f"'{name}' has the name '{chosen}'; use letters, digits, spaces, '-' and '_'")
+                    continue
                 problems += _unknown_in(inner, named, whole, f"{name}.{chosen}")
         else:
             problems += _misshapen(name, value, hints[key])

@@ -8,6 +8,7 @@ YAML, opcodes of a pickle, members of a zip archive, boxes of an MP4. No change 
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import itertools
 import json
@@ -75,6 +76,8 @@ def _of_format(content: bytes, name: str) -> list[Callable[[bytes, random.Random
         return [_text]
     if content[:2] == b"PK":
         return [_zip]
+    if content[:2] == b"\x1f\x8b":
+        return [lambda content, rng: _gzip(content, name.removesuffix(".gz"), rng)]
     if ending in (".pkl", ".pickle"):
         return [_pickle, _pickle, _messages]
     if ending in (".pt", ".pth", ".tar"):
@@ -383,6 +386,11 @@ def _zip(content: bytes, rng: random.Random) -> bytes:
         for each, inside in members:
             archive.writestr(zipfile.ZipInfo(each.encode("utf-8", "replace").decode()), inside)
     return held.getvalue()
+
+
+def _gzip(content: bytes, name: str, rng: random.Random) -> bytes:
+    """What is packed."""
+    return gzip.compress(mutate(gzip.decompress(content), name, rng), mtime=0)
 
 
 def _safetensors(content: bytes, rng: random.Random) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gzip
 import hashlib
 import json
 import pickle
@@ -21,6 +22,7 @@ import av
 import numpy as np
 import open_clip
 import pyarrow as pa
+import pyarrow.parquet
 import torch
 import torchvision
 
@@ -167,6 +169,20 @@ def _seed_pickle(folder: Path) -> None:
     entries = [(VIDEO, a, b, text) for (a, b), text in zip(CLIPS, TEXTS, strict=True)]
     entries.append((VIDEO, np.float64(2.0), np.float32(3.5), ["opens", "closes"]))
     (folder / "train.pkl").write_bytes(pickle.dumps(entries))
+
+
+def _seed_packed(folder: Path) -> None:
+    """The same table as other programs keep it."""
+    (folder / "hod.csv.gz").write_bytes(gzip.compress(HOD.encode(), mtime=0))
+    (folder / "wide.csv").write_text(HOD.replace(",", ";"), encoding="utf-16")
+    columns = {name: [f"{i}" for i in range(3)] for name in ("video_id", "text", "uid")}
+    times = {"start_second": [0.0, 1.0, 2.0], "end_second": [1, 2, 3], "words": [["a"], [], ["b", "c"]]}
+    pa.parquet.write_table(pa.table(columns | times), folder / "hod.parquet")
+
+
+def _read_packed(folder: Path) -> None:
+    for name in ("hod.csv.gz", "wide.csv", "hod.parquet"):
+        _clips(name)(folder)
 
 
 def _train_labels(folder: Path) -> None:
@@ -680,6 +696,7 @@ TARGETS: dict[str, Target] = {
     for each in (
         Target("clips_hod", _files(hod__csv=HOD), _clips("hod.csv")),
         Target("clips_hod_tsv", _files(hod__tsv=HOD.replace(",", "\t")), _clips("hod.tsv")),
+        Target("clips_packed", _seed_packed, _read_packed),
         Target(
             "clips_exclude",
             _files(hod__csv=HOD, bad__csv=EXCLUDED),

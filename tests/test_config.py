@@ -375,3 +375,11 @@ def test_lists_and_mappings_are_what_their_knob_is(tmp_path: Path, text: str, sa
     with pytest.raises(ConfigError, match=re.escape(said)) as caught:
         load(write(tmp_path, text))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.b", "../a", "a/b", "", "a\nb"])
+def test_a_name_of_ones_choice_cannot_be_a_path(tmp_path: Path, name: str) -> None:
+    text = yaml.safe_dump({"data": {"train": {name: {"metadata": "x.csv"}}}})
+    with pytest.raises(ConfigError, match=r"'data\.train' has the name '.*'; use letters, digits"):
+        load(write(tmp_path, text))
+    assert "my set-1 é" in load(write(tmp_path, "data: {train: {my set-1 é: {metadata: x.csv}}}")).data.train
