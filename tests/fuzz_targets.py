@@ -377,6 +377,14 @@ def _right_checksums(folder: Path) -> None:
             continue
 
 
+def _seed_shards(folder: Path) -> None:
+    state, shards = _model().state_dict(), ("model-1-of-2.safetensors", "model-2-of-2.safetensors")
+    places = {name: shards[number % 2] for number, name in enumerate(state)}
+    for shard in shards:
+        write_safetensors(folder / shard, {name: state[name] for name in state if places[name] == shard})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
 class _Boxes(torch.nn.Module):
     """Stands for a whole detector, which would be too large to be damaged ten thousand times."""
 
@@ -791,6 +799,7 @@ TARGETS: dict[str, Target] = {
             ),
             _weights("w.safetensors"),
         ),
+        Target("weights_shards", _seed_shards, _weights("")),
         Target("weights_detector", _seed_detector, _read_detector),
         *(Target(f"video_{name}", _seed_videos, _videos(name)) for name in ("pyav", "torchcodec", "decord")),
         Target("video_chunker", _seed_videos, _chunk),

@@ -131,3 +131,23 @@ def test_every_kind_of_fault_is_noticed(tmp_path: Path) -> None:
     assert {name: each[0][: len(expected[name])] for name, each in said.items()} == expected
     assert "--reader crash --case 0" in chunks["crash"]["faults"][0]["command"]
     assert not list(tmp_path.rglob("escaped.txt"))
+
+
+def fuzz(work: Path, cases: int) -> None:
+    command = [sys.executable, "tests/fuzz.py", "--cases", str(cases), "--work", str(work)]
+    done = subprocess.run(
+        [*command, "--output", str(work / "fuzz.json")], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((work / "fuzz.json").read_text())
+    assert result["faults"] == 0
+    assert all(each["cases"] == cases for each in result["readers"].values())
+
+
+def test_every_reader_bears_a_few_cases(tmp_path: Path) -> None:
+    fuzz(tmp_path, 4)
+
+
+@pytest.mark.ci
+def test_every_reader_bears_more_cases(tmp_path: Path) -> None:
+    fuzz(tmp_path, 200)

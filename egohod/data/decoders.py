@@ -603,13 +603,19 @@ def _cannot_import(module: str) -> str | None:
 
 
 def _stream_index(source: Source, name: str) -> int | None:
-    """The stream that is the video, None where there is no choice; so all libraries choose alike."""
+    """The stream that is the video, None where there is no choice; so all libraries choose alike.
+
+    Raises :class:`VideoError` for a table of more pictures than the file has bytes: decord makes room for them all, and
+    ends the whole process where it cannot.
+    """
     if _cannot_import("av") is not None:
         return None
     av = importlib.import_module("av")
     try:
         with av.open(plain(source), format=_require_video(source, name), metadata_errors="replace") as container:
             stream, best = video_stream(container), container.streams.best("video")
+            if stream is not None and stream.frames > container.size:
+                raise VideoError(f"{name}: damaged, a table of {stream.frames:,} pictures in {container.size:,} bytes")
             alone = stream == best and len(videos_of(container)) == 1
             return None if stream is None or alone else int(stream.index)
     except (av.FFmpegError, OSError):  # the library itself will say what is wrong

@@ -172,7 +172,7 @@ def _world(out: Path, seed: int, scale: float, variant: Variant) -> dict[str, An
     try:
         found = json.loads(file.read_bytes())
         done = {split: bool(found["done"].get(split)) for split in SPLITS}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"not a demo world's description ({error})"
         raise DemoError(f"{file}: {reason}; remove it or choose another folder") from error
     # What a world's file does not tell yet was not to be chosen when it was made.

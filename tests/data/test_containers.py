@@ -263,3 +263,15 @@ def test_other_proportions_cost_the_clip_with_the_reason(tmp_path: Path, format:
     assert opened.read_at(np.array([2.55, 3.05])).shape == (2, 96, 64, 3)
     with pytest.raises(VideoError, match=r"/v: the picture size changes from 96x64 to 64x96 at 2\.00 s"):
         write_chunks(path, tmp_path, ChunkSettings(short_side=64))
+
+
+@pytest.mark.parametrize("name", ["torchcodec", "decord"])
+def test_a_table_of_more_pictures_than_bytes_is_damage(tmp_path: Path, name: str) -> None:
+    """decord would end the process making room for them."""
+    path = encode(tmp_path / "v.mp4", 20)
+    content = bytearray(path.read_bytes())
+    at = content.index(b"stts") + 12  # how many pictures have the first duration
+    content[at : at + 4] = (2**31 - 1).to_bytes(4, "big")
+    path.write_bytes(content)
+    with pytest.raises(VideoError, match=r"v\.mp4: damaged, a table of 2,147,483,647 pictures in "):
+        opener(name)(path)

@@ -149,9 +149,10 @@ def test_other_settings_and_other_folders_are_refused(world: Path, tmp_path: Pat
     with pytest.raises(DemoError, match="scale must be"):
         make_world(tmp_path / "new", scale=0)
     (tmp_path / "torn").mkdir()
-    (tmp_path / "torn" / "world.json").write_text('{"seed": ')
-    with pytest.raises(DemoError, match="not a demo world's description"):
-        make_world(tmp_path / "torn")
+    for torn in ('{"seed": ', "[" * 9999):
+        (tmp_path / "torn" / "world.json").write_text(torn)
+        with pytest.raises(DemoError, match="not a demo world's description"):
+            make_world(tmp_path / "torn")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["letter.txt", "torn"]
 
 

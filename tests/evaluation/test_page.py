@@ -17,7 +17,7 @@ from egohod.evaluation import gallery as galleries
 from egohod.evaluation.benchmarks import benchmark, execution_of
 from egohod.evaluation.markdown import markdown
 from egohod.evaluation.plots import confusion_plot, most_confused
-from egohod.evaluation.report import report
+from egohod.evaluation.report import read_json, report, write_json
 from egohod.evaluation.result_page import write_report
 from tests.browser import browser, needs_chromium
 from tests.support import Command
@@ -269,3 +269,8 @@ def test_a_strip_is_small() -> None:
     assert picture.height == HEIGHT
     assert picture.width == 3 * 128 + 4
     assert len(jpeg(picture)) < 40_000
+
+
+def test_numbers_that_are_none_become_null(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"format": 1, "nan": float("nan"), "inf": [float("inf"), 1.5]})
+    assert read_json(tmp_path / "a.json", 1, "") == {"format": 1, "nan": None, "inf": [None, 1.5]}
