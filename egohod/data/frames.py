@@ -27,7 +27,7 @@ def clip_indices(
 
     - *middle* (this project's): a = round(start * fps), b = round(end * fps);
     - *upstream*: the same in chunks; in whole files b = a + max(int((end - start) * fps), n): at least n frames;
-    - *avion*: as upstream, but chunks end a frame early where the video ends;
+    - *avion*: as upstream, but a frame early where a clip ends with the last chunk it touches or later;
     - *lavila*: b = round(start * fps) and ceil(end * fps) in whole files; in chunks as upstream's whole files, with
       frames counted from the start of the chunk.
 
@@ -46,7 +46,8 @@ def clip_indices(
     else:
         first = round(start * fps)
     if rule == "lavila" and whole:
-        last = int(np.ceil(end * fps))
+        # Rounded up, a clip that was cut at the video's end may pass it: 749 / 29.97 * 29.97 is more than 749.
+        last = min(int(np.ceil(end * fps)), round(stop * fps))
     elif rule == "middle" or (rule in ("upstream", "avion") and not whole):
         last = round(end * fps)
     else:

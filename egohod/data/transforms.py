@@ -6,6 +6,7 @@ times faster than the float one.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import numpy as np
@@ -66,7 +67,9 @@ def spatial_crops(frames: np.ndarray, size: int, count: int, resize: str = "bicu
     short = min(height, width)
     height, width = (int(size * side / short) for side in (height, width))
     shares = [0.5] if count == 1 else np.linspace(0, 1, count).tolist()
-    places = [(round((height - size) * share), round((width - size) * share)) for share in shares]
+    # Half a pixel is rounded to even as torchvision's centre crop does, of several crops up, as LaViLa does.
+    whole = round if count == 1 else math.ceil
+    places = [(whole((height - size) * share), whole((width - size) * share)) for share in shares]
     resized = _resize(frames, height, width, resize)
     return torch.stack([resized[..., top : top + size, left : left + size] for top, left in places])
 

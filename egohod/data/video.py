@@ -418,8 +418,10 @@ class VideoStore:
     ) -> Frames:
         """A clip that begins in the chunk that is open as ``source``."""
         first = place.chunk(start)
-        # A clip that ends where a chunk begins does not touch that chunk.
-        last = max(first, place.chunk(np.nextafter(end, start)))
+        # A clip that ends where a chunk begins does not touch that chunk; AVION's loader opens it all the same, so that
+        # it cuts no frame from the chunk before.
+        touched = end if rule == "avion" and np.isfinite(end) else np.nextafter(end, start)
+        last = max(first, place.chunk(touched))
         decoders: dict[int, Decoder] = {}
         try:
             for number in range(first, last + 1):

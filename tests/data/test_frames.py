@@ -68,6 +68,15 @@ def test_upstream_shows_a_short_clip_of_a_whole_file_in_at_least_as_many_frames(
     assert clip_indices(2.0, 2.2, 60.0, 50.0, 16).tolist() == segment_indices(100, 110, 16).tolist()
 
 
+@pytest.mark.parametrize("rule", ["middle", "lavila"])
+def test_a_whole_file_ends_with_its_last_frame(rule: str) -> None:
+    """As floats, 749 / 29.97 * 29.97 is more than 749."""
+    for fps in (24000 / 1001, 29.97, 30000 / 1001, 60000 / 1001):
+        for frames in range(20, 1000):
+            shown = clip_indices(0.0, np.inf, frames / fps, fps, 16, rule=rule)
+            assert shown.tolist() == segment_indices(0, frames, 16).tolist()
+
+
 def test_an_end_is_cut_to_the_frames_before_it_as_upstream_does() -> None:
     assert clip_indices(0.0, 1.99, 60.0, 30.0, 1, rule="upstream").tolist() == segment_indices(0, 59, 1).tolist()
     assert clip_indices(0.0, 1.99, 60.0, 30.0, 1).tolist() == segment_indices(0, 60, 1).tolist()

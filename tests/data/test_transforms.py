@@ -108,6 +108,13 @@ def test_normalise_is_what_the_family_publishes_and_contiguous(name: str, dtype:
     assert torch.equal(normalise(video), normalise(video, IMAGE_STATS["clip"])), "upstream's recipe is the default"
 
 
+def test_half_a_pixel_beside_a_middle_crop_is_cut_as_the_family_does() -> None:
+    """Of 8 x 13 pixels 2.5 are left of the middle: torchvision crops from 2, LaViLa's second of three from 3."""
+    frames = np.broadcast_to(np.arange(13, dtype=np.uint8)[None, None, :, None], (1, 8, 13, 3)).copy()
+    for count, first in ((1, [2]), (3, [0, 3, 5])):
+        assert spatial_crops(frames, 8, count)[:, 0, 0, 0, 0].tolist() == first
+
+
 def test_normalise_leaves_its_input_alone() -> None:
     """Frames that were resized without rounding are float32 already."""
     video = torch.full((1, 3, 2, 4, 4), 100.0)
