@@ -55,9 +55,11 @@ _CHARADES = re.compile(r"(?P<video>[0-9A-Z]{5}(?:EGO)?)")
 # cost nothing more than the root itself.
 TREES = (
     _Tree(re.compile(r"(?P<video>.+)", re.DOTALL), "{video}", LAYOUTS),
-    _Tree(_EPIC, "{person}/videos/{video}"),
-    _Tree(_EPIC, "{person}/{video}", ("avion", "whole")),
-    _Tree(_EPIC, "EPIC-KITCHENS/{person}/videos/{video}"),
+    # In every layout, since tools/chunk_videos.py and AVION's script keep the folders of what they cut: chunks of the
+    # other data sets are below one folder, which can be the root.
+    _Tree(_EPIC, "{person}/videos/{video}", LAYOUTS),
+    _Tree(_EPIC, "{person}/{video}", LAYOUTS),
+    _Tree(_EPIC, "EPIC-KITCHENS/{person}/videos/{video}", LAYOUTS),
     # The small copy first: it is faster to read, and crops are smaller still.
     *(
         _Tree(_EGO4D, f"{version}{folder}/{{video}}")
@@ -225,7 +227,7 @@ class VideoStore:
         self._forms = usual + rare
         self._place_of: Recent[str, _Place] = Recent(65536)
         self._nowhere: Recent[str, str] = Recent(65536)
-        self._measured: Recent[str, bool] = Recent(65536)
+        self._last_of: Recent[str, int] = Recent(65536)
         self._warned = False
 
     def read(
@@ -474,8 +476,12 @@ class VideoStore:
         expected, found = place.length(number), decoder.duration
         if place.listed is not None or abs(found - expected) <= _EXACT_SECONDS + 1 / decoder.fps:
             return
-        if found < expected and not self._has_later(place, number):
-            self._check_previous(place, number)  # the last chunk holds what was left of the video
+        # The last chunk holds what was left of the video. To know it takes a look at the folder, once for each video.
+        known = self._last_of.get(place.path) == number
+        if found < expected and (known or not self._has_later(place, number)):
+            if not known:
+                self._check_previous(place, number)
+                self._last_of.put(place.path, number)
             return
         if place.layout == "avion":
             raise _UnevenChunksError
@@ -499,8 +505,8 @@ class VideoStore:
             )
 
     def _check_previous(self, place: _Place, number: int) -> None:
-        """Measure the chunk before the last one, whose own length tells nothing; once for each video."""
-        if place.layout == "avion" or number == 0 or place.path in self._measured:
+        """Measure the chunk before the last one, whose own length tells nothing."""
+        if place.layout == "avion" or number == 0:
             return
         with contextlib.suppress(FileNotFoundError):
             decoder = self._opener(self._open(place, number - 1), self._name(place, number - 1))
@@ -508,7 +514,6 @@ class VideoStore:
                 self._check_length(place, number - 1, decoder)
             finally:
                 decoder.close()
-        self._measured.put(place.path, True)
 
     def _wrong_length(self, place: _Place, number: int, found: float) -> VideoError:
         name, expected = self._name(place, number), place.length(number)

@@ -252,6 +252,9 @@ TREES = {
     "P01/videos/P01_102.MP4": "P01/P01_102",
     "P02/P02_09.MP4/0.MP4": "P02_09",
     "P02/P02_10.mp4/0.mp4": "P02_10",
+    "P01/videos/P01_103/0000.mp4": "P01_103",
+    "P02/P02_11/0000.mp4": "P02_11",
+    "EPIC-KITCHENS/P01/videos/P01_02.mp4/0.mp4": "P01_02",
     "full_scale/" + EGO4D + ".mp4": EGO4D,
     "v2/full_scale/" + EGO4D + ".mp4": EGO4D,
     "v1/clips/" + EGO4D + ".mp4": EGO4D,
@@ -269,7 +272,7 @@ TREES = {
 def test_datasets_are_found_as_their_owners_lay_them_out(videos: Path, tmp_path: Path, path: str) -> None:
     (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(videos / "cut" / "0000.mp4", tmp_path / path)
-    layout = "avion" if path.endswith(("/0.MP4", "/0.mp4")) else "whole"
+    layout = {"0000.mp4": "chunks", "0.mp4": "avion", "0.MP4": "avion"}.get(path.rpartition("/")[2], "whole")
     for asked in ("auto", layout):
         reader = store(tmp_path, asked)
         assert numbers(reader.read(TREES[path], 0.5, 1.5, 4).pictures) == segment_indices(5, 15, 4).tolist()
@@ -278,7 +281,7 @@ def test_datasets_are_found_as_their_owners_lay_them_out(videos: Path, tmp_path:
             shown = reader.read_file(TREES[path], lambda total: np.arange(0, total, 5)[None])
             assert numbers(shown[0]) == [0, 5, 10, 15]
     with pytest.raises(VideoError, match="no such file"):
-        store(tmp_path, "chunks").read(TREES[path], 0.5, 1.5, 4)
+        store(tmp_path, "whole" if layout == "chunks" else "chunks").read(TREES[path], 0.5, 1.5, 4)
 
 
 def test_a_video_that_is_nowhere_is_named_where_it_was_expected_first(tmp_path: Path) -> None:
@@ -286,7 +289,8 @@ def test_a_video_that_is_nowhere_is_named_where_it_was_expected_first(tmp_path: 
         store(tmp_path).read("P01_101", 20, 22, 4)
     assert str(caught.value) == (
         f"{tmp_path}/P01_101.mp4: no such file (nor P01/videos/P01_101.mp4, P01/P01_101.mp4, "
-        "EPIC-KITCHENS/P01/videos/P01_101.mp4, P01_101/0010.mp4, P01_101.mp4/20.mp4, P01/P01_101.mp4/20.mp4)"
+        "EPIC-KITCHENS/P01/videos/P01_101.mp4, P01_101/0010.mp4, P01_101.mp4/20.mp4, P01/videos/P01_101/0010.mp4, "
+        "... 11 in all)"
     )
     with pytest.raises(VideoError, match=r"own\.mp4: no such file$"):
         store(tmp_path, "whole").read("own", 20, 22, 4)
@@ -302,7 +306,7 @@ def test_a_video_is_looked_for_once(videos: Path, tmp_path: Path, monkeypatch: p
         LocalFolder, "open", lambda self, key, **more: (looked.append(key), inner(self, key, **more))[1]
     )
     reader = store(tmp_path)
-    for video, most in (("own", 6), ("P01_01", 20)):
+    for video, most in (("own", 6), ("P01_01", 24)):
         looked.clear()
         reader.read(video, 0, 1, 4)
         assert len(looked) <= most
@@ -324,6 +328,28 @@ def cut(folder: Path, lengths: list[int], name: str = "{number:04d}.mp4") -> Non
     for number, length in enumerate(lengths):
         encode(folder / name.format(number=number, second=f"{first / 10:g}"), length, first=first)
         first += length
+
+
+def test_the_folder_of_a_short_last_chunk_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Videos of one short chunk would list theirs for every clip."""
+    cut(tmp_path / "v", [20, 20, 15])
+    cut(tmp_path / "short", [15])
+    listed: list[str] = []
+    inner = LocalFolder.names
+    monkeypatch.setattr(LocalFolder, "names", lambda self, folder: (listed.append(folder), inner(self, folder))[1])
+    reader = store(tmp_path)
+    for _ in range(3):
+        reader.read("v", 4.2, 5.2, 4)
+        reader.read("short", 0.2, 1.2, 4)
+    assert sorted(listed) == ["short", "v"]
+
+
+def test_avion_opens_the_chunk_that_begins_where_a_clip_ends(tmp_path: Path) -> None:
+    """Its loader takes a frame from the end of the last chunk it opens: none from a clip that ends at its start."""
+    cut(tmp_path / "v", [20, 20])
+    for start, end, last in ((0.5, 2.0, 20), (0.5, 1.9, 19), (2.5, 4.0, 39), (0.5, 2.5, 25)):
+        read = store(tmp_path).read("v", start, end, 6, rule="avion")
+        assert read.numbers.tolist() == floored_midpoints(round(start * 10), last, 6).tolist()
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
