@@ -236,10 +236,12 @@ def benchmark(
     """
     kind = _kind(name, config)
     if protocol is None:
-        chosen = config.protocol if config.protocol != "auto" else cfg.evaluate.protocol
+        key, chosen = f"evaluate.benchmarks.{name}.protocol", config.protocol
+        if chosen == "auto":
+            key, chosen = "evaluate.protocol", cfg.evaluate.protocol
         protocol = protocol_for(chosen, kind)
         if protocol.whole_files and kind not in ("egtea", "charades_ego"):
-            raise UserError(f"evaluate.benchmarks.{name}.protocol={chosen} is for clips that are files of their own")
+            raise UserError(f"{key}={chosen} is for clips that are files of their own, which {name} has not")
         if cfg.evaluate.num_frames:
             protocol = dataclasses.replace(protocol, frames=cfg.evaluate.num_frames)
     if classes is not None:
