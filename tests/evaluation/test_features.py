@@ -214,10 +214,11 @@ def test_views_are_averaged(formats: Path) -> None:
     assert views.shape == (6, 3, FRAMES, bench.dataset.size, bench.dataset.size)
     # Three different crops of two different windows.
     assert len({view.numpy().tobytes() for view in views}) == 6
-    assert torch.equal(
-        views[1], benchmark(cfg, "egtea", source, execution_of(cfg, ALONE),
-                            protocol=dataclasses.replace(protocol, crops=1)).dataset[0]["video"][0],
-    )  # fmt: skip
+    single = benchmark(
+        cfg, "egtea", source, execution_of(cfg, ALONE), protocol=dataclasses.replace(protocol, crops=1)
+    ).dataset[0]["video"][0]
+    # Half a pixel is rounded down for the single crop here, up for the middle one of three.
+    assert torch.equal(views[1][..., :-1], single[..., 1:])
     assert all(np.isfinite(value) for value in bench(small_model()).values())
 
 
