@@ -174,6 +174,7 @@ def _seed_pickle(folder: Path) -> None:
 def _seed_packed(folder: Path) -> None:
     """The same table as other programs keep it."""
     (folder / "hod.csv.gz").write_bytes(gzip.compress(HOD.encode(), mtime=0))
+    (folder / "narration.json.gz").write_bytes(gzip.compress(json.dumps(NARRATIONS).encode(), mtime=0))
     (folder / "wide.csv").write_text(HOD.replace(",", ";"), encoding="utf-16")
     columns = {name: [f"{i}" for i in range(3)] for name in ("video_id", "text", "uid")}
     times = {"start_second": [0.0, 1.0, 2.0], "end_second": [1, 2, 3], "words": [["a"], [], ["b", "c"]]}
@@ -181,7 +182,7 @@ def _seed_packed(folder: Path) -> None:
 
 
 def _read_packed(folder: Path) -> None:
-    for name in ("hod.csv.gz", "wide.csv", "hod.parquet"):
+    for name in ("hod.csv.gz", "narration.json.gz", "wide.csv", "hod.parquet"):
         _clips(name)(folder)
 
 

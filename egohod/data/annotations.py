@@ -37,7 +37,16 @@ from egohod import pickles
 from egohod.config import SourceConfig
 from egohod.data.frames import MIN_SECONDS
 from egohod.data.narrations import flat_texts
-from egohod.data.text_files import NAMELESS, TableError, known_form, open_utf8, read_columns, read_header, read_lines
+from egohod.data.text_files import (
+    NAMELESS,
+    TableError,
+    known_form,
+    open_utf8,
+    read_columns,
+    read_header,
+    read_lines,
+    reading,
+)
 
 # A damaged header may have any number of columns, and comparing names takes time.
 _COMPARED = 200
@@ -288,7 +297,7 @@ class _Shallow:
 
 def _narration_passes(path: Path) -> Iterator[tuple[str, list[Any]]]:
     """(video, narrations) of every annotator's pass, read without holding the whole file."""
-    with open_utf8(path) as file:
+    with reading(path), open_utf8(path) as file:
         try:
             for video, content in ijson.kvitems(_Shallow(file), "", use_float=True):
                 # Newer releases put the videos below one more key.

@@ -105,7 +105,7 @@ def read_lines(path: Path) -> list[str]:
 
     Raises :class:`TableError`.
     """
-    with _reading(path), _text(path, newline=None) as file:
+    with reading(path), _text(path, newline=None) as file:
         # Not splitlines, which also splits at U+2028, form feeds and such, that may be in the middle of a record.
         lines = file.read().split("\n")
     return lines[:-1] if lines[-1] == "" else lines
@@ -113,7 +113,7 @@ def read_lines(path: Path) -> list[str]:
 
 def read_json(path: Path) -> Any:
     """The value in a JSON file. Raises :class:`TableError`."""
-    with _reading(path), _text(path, newline=None) as file:
+    with reading(path), _text(path, newline=None) as file:
         return parse_json(file.read(), f"{path}: not readable as JSON")
 
 
@@ -141,7 +141,7 @@ def open_utf8(path: Path) -> Iterator[pa.NativeFile]:
 
 def read_header(path: Path) -> Header:
     """Column names and what separates them, of text or parquet. Raises :class:`TableError`."""
-    with _reading(path):
+    with reading(path):
         if _magic(path).startswith(_PARQUET):
             return Header(_named(path, pq.read_schema(path).names))
         with _text(path, newline="") as file:
@@ -165,7 +165,7 @@ def read_header(path: Path) -> Header:
 
 def read_columns(path: Path, header: Header, names: Sequence[str]) -> Rows:
     """The columns ``names`` as text. Raises :class:`TableError`."""
-    with _reading(path):
+    with reading(path):
         if not header.delimiter:
             # The file's names, not the ones that known_form made of them.
             theirs = dict(zip(header.names, pq.read_schema(path).names, strict=True))
@@ -263,7 +263,7 @@ def _text(path: Path, newline: str | None) -> Iterator[TextIOWrapper]:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
     """Whatever a file can do to its reader becomes a :class:`TableError` that names it."""
     try:
         yield

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -388,13 +389,16 @@ def read_egomcq(config: BenchmarkConfig, protocol: Protocol, cache: Path | None)
     for name, entry in entries.items():
         try:
             choices = entry["choices"]
-            rows = tuple(
-                clips.setdefault((str(c["video_uid"]), float(c["clip_start"]), float(c["clip_end"])), len(clips))
+            named = [
+                (str(c["video_uid"]), float(c["clip_start"]), float(c["clip_end"]))
                 for c in (choices[key] for key in sorted(choices, key=int))
-            )
+            ]
+            if not all(math.isfinite(time) for _, *times in named for time in times):
+                raise ValueError("a time is not finite")
+            rows = tuple(clips.setdefault(clip, len(clips)) for clip in named)
             kind, answer = EGOMCQ_KINDS[int(entry["types"])], int(entry["answer"])
             text = texts.setdefault(str(entry["query"]["clip_text"]), len(texts))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise AnnotationError(f"{path}: question '{name}': {type(error).__name__} {error}") from error
         if not 0 <= answer < len(rows):
             raise AnnotationError(f"{path}: question '{name}': answer is {answer}, but there are {len(rows)} choices")

@@ -1,6 +1,7 @@
 """One test per format on files as they are released, and what happens to bad ones."""
 
 import csv
+import gzip
 import json
 import os
 import pickle
@@ -319,3 +320,11 @@ def test_json_nested_without_end_is_refused_before_it_takes_the_memory(tmp_path:
     said = 'says "[[{" \\ ' * 20_000
     path.write_text(json.dumps({"v": {"narration_pass_1": narrations(2.0, 6.0, text=said)}}))
     assert ClipTable.read(path).row(1).texts == (f"{said} 6.0",)
+
+
+@pytest.mark.parametrize("content", ['{"v": {"'.encode("utf-16")[:-1], gzip.compress(b'{"v": {}}' * 99)[:-20]])
+def test_narrations_that_are_cut_off_are_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "narration.json"
+    path.write_bytes(content)
+    with pytest.raises(TableError, match=r"narration\.json: "):
+        ClipTable.read(SourceConfig(metadata=str(path), format="ego4d"))

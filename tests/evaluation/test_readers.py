@@ -247,6 +247,12 @@ def replace(name: str, old: str, new: str) -> Callable[[Path], None]:
     return change
 
 
+def endless_clip(folder: Path) -> None:
+    entries = json.loads((folder / "egomcq.json").read_text())
+    entries["0"]["choices"]["2"]["clip_end"] = float("nan")
+    (folder / "egomcq.json").write_text(json.dumps(entries))
+
+
 def first_row_twice(name: str) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         lines = (folder / name).read_text().splitlines()
@@ -272,6 +278,8 @@ def emptied(name: str) -> Callable[[Path], None]:
         ("egtea", replace("test_split1.txt", "DEMO", "broken line DEMO"), "line 1: .* is not '<clip> <action"),
         ("egomcq", lambda folder: (folder / "egomcq.json").write_text("{}") and None, "not a single question"),
         ("egomcq", replace("egomcq.json", '"answer": ', '"answer": 1'), "question '0': answer is 1"),
+        ("egomcq", replace("egomcq.json", '"answer": ', '"answer": 1e999, "was": '), "question '0': OverflowError"),
+        ("egomcq", endless_clip, "question '0': ValueError a time is not finite"),
         ("egomcq", replace("egomcq.json", '"0": {"video_uid"', '"0": {"video"'), "question '0': KeyError 'video_uid'"),
         ("charades_ego", replace("CharadesEgo_v1_test_only1st.csv", "hen,c", "hen,d"), "row 1: actions names class 'd"),
     ],
