@@ -135,15 +135,15 @@ class LanguageModelNarrator:
         context = self._prompt.new_context({"clips": clips})
         try:
             return "".join(self._prompt.blocks[block](context)).strip()
-        except jinja2.TemplateError as error:
-            raise NarratorError(f"{self._prompt.filename}: {error}") from error
+        except Exception as error:  # what its expressions raise
+            raise NarratorError(f"{self._prompt.filename}: {type(error).__name__}: {error}") from error
 
 
 def _load(path: Path) -> jinja2.Template:
     try:
         source = path.read_text(encoding="utf-8-sig")
         template = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False).from_string(source)
-    except (OSError, UnicodeDecodeError, jinja2.TemplateError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, jinja2.TemplateError) as error:
         raise NarratorError(f"{path}: not usable as a prompt: {error}") from error
     missing = [block for block in _BLOCKS if block not in template.blocks]
     if missing:

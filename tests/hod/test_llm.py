@@ -297,6 +297,11 @@ def test_settings_that_cannot_be_used_are_said(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "half.jinja").write_text("{% block instructions %}x{% endblock %}{% block request %}{% endblock %}")
     with pytest.raises(NarratorError, match="there is no examples"):
         make_narrator(NarratorSettings(kind="llm", prompt=str(tmp_path / "half.jinja")), PROMPTS)
+    blocks = "{% block examples %}{% endblock %}{% block request %}{% endblock %}{% block instructions %}"
+    for inside, said in (("{{ 1 / 0 }}", "ZeroDivisionError"), ("{{ " + "(" * 3000, "not usable as a prompt")):
+        (tmp_path / "odd.jinja").write_text(f"{blocks}{inside}{{% endblock %}}")
+        with pytest.raises(NarratorError, match=rf"odd\.jinja: {said}"):
+            make_narrator(NarratorSettings(kind="llm", prompt=str(tmp_path / "odd.jinja")), PROMPTS)
 
 
 def test_knobs_of_another_narrator_warn(caplog: pytest.LogCaptureFixture) -> None:
