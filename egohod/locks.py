@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -33,18 +33,24 @@ def locked(path: Path, patience: float = 0.0) -> Iterator[None]:
     """Hold the lock file ``path`` within, waiting for it up to ``patience`` seconds.
 
     The kernel drops the lock with the last process that has the file open, however it ends, so that nothing stale is
-    left. Where the file system has no locks, a warning says so and the work goes on: a marker file instead would
-    outlive a node that died, and refuse to resume. Raises :class:`Held`, or :class:`OSError` if there can be no file.
+    left; at the end of the context it is released also where a forked worker still has the file open. Where the file
+    system has no locks, a warning says so and the work goes on: a marker file instead would outlive a node that died,
+    and refuse to resume. Raises :class:`Held`, or :class:`OSError` if there can be no file.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor, owner, held = os.open(path, os.O_RDWR | os.O_CREAT, 0o666), os.getpid(), False
     try:
         end = time.monotonic() + patience
         while not _try(descriptor, path):
             if time.monotonic() >= end:
                 raise Held(path)
             time.sleep(_POLL_SECONDS)
+        held = True
         yield
     finally:
+        # A forked worker shares the lock: it would keep it by living on, and must not release it for its parent.
+        if held and os.getpid() == owner:
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
 

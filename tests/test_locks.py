@@ -51,6 +51,20 @@ def test_a_lock_goes_with_its_process(tmp_path: Path) -> None:
 
 
 # An NFS mount without its daemon, Lustre without -o flock, several FUSE.
+def test_a_lock_is_released_while_a_forked_worker_lives(tmp_path: Path) -> None:
+    with locked(tmp_path / "lock"):
+        worker = os.fork()
+        if worker == 0:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        with locked(tmp_path / "lock"):
+            pass
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
+
+
 @pytest.fixture(params=[errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS], ids=errno.errorcode.get)
 def without_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A file system that answers every lock with this error; returns how it reads."""
