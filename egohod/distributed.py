@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from egohod.config import UserError
-from egohod.place import Place, find_place
+from egohod.place import Place, find_place, number
 from egohod.stopping import StopRequest
 
 # How long the first process waits for the others to start, and they for it. A node that loads PyTorch from a busy
@@ -116,7 +116,7 @@ def setup(device: str = "auto", *, alone: bool = False) -> Distributed:
 
 def _meet(place: Place) -> dist.Store:
     """The store through which the processes find each other; returns when all are there."""
-    seconds = int(os.environ.get("EGOHOD_MEETING_SECONDS", MEETING_SECONDS))
+    seconds = number(os.environ, "EGOHOD_MEETING_SECONDS", MEETING_SECONDS)
     place = dataclasses.replace(place, address=_reachable(place, seconds))
     where = f"{place.address}:{place.port}"
     # Where torchrun reads them; Slurm sets neither.

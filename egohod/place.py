@@ -35,37 +35,40 @@ class Place:
 
 def find_place(environment: Mapping[str, str] = os.environ) -> Place:
     """The place that ``environment`` describes. Raises :class:`UserError` if it describes only half of one."""
-    if _number(environment, "WORLD_SIZE", 1) > 1:
+    if number(environment, "WORLD_SIZE", 1) > 1:
         for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
             if name not in environment:
                 raise UserError(
                     f"WORLD_SIZE={environment['WORLD_SIZE']} is set, but {name} is not: start with torchrun or srun, "
                     "or unset WORLD_SIZE"
                 )
+        rank, world_size = number(environment, "RANK"), number(environment, "WORLD_SIZE")
+        if rank >= world_size:
+            raise UserError(f"RANK={rank} in the environment, but WORLD_SIZE={world_size}: ranks count from 0")
         return Place(
-            rank=_number(environment, "RANK"),
-            world_size=_number(environment, "WORLD_SIZE"),
-            local_rank=_number(environment, "LOCAL_RANK", 0),
+            rank=rank,
+            world_size=world_size,
+            local_rank=number(environment, "LOCAL_RANK", 0),
             address=environment["MASTER_ADDR"],
-            port=_number(environment, "MASTER_PORT"),
+            port=_port(environment),
             on_one_node=environment.get("LOCAL_WORLD_SIZE") == environment["WORLD_SIZE"],
         )
     # The shell of an allocation has variables of Slurm, but no step; a step's own number of tasks is what counts.
     if "WORLD_SIZE" in environment or "SLURM_STEP_ID" not in environment:
         return Place()
-    if _number(environment, "SLURM_STEP_NUM_TASKS", 1) == 1 or _is_in_interactive_shell(environment):
+    if number(environment, "SLURM_STEP_NUM_TASKS", 1) == 1 or _is_in_interactive_shell(environment):
         return Place()
-    job, step = _number(environment, "SLURM_JOB_ID"), _number(environment, "SLURM_STEP_ID")
+    job, step = number(environment, "SLURM_JOB_ID"), number(environment, "SLURM_STEP_ID")
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
     return Place(
-        rank=_number(environment, "SLURM_PROCID"),
-        world_size=_number(environment, "SLURM_STEP_NUM_TASKS"),
-        local_rank=_number(environment, "SLURM_LOCALID"),
+        rank=number(environment, "SLURM_PROCID"),
+        world_size=number(environment, "SLURM_STEP_NUM_TASKS"),
+        local_rank=number(environment, "SLURM_LOCALID"),
         address=environment.get("MASTER_ADDR") or first_host(nodes),
         # Steps and jobs that run side by side on a node get different ones.
-        port=_number(environment, "MASTER_PORT", _FIRST_PORT + (8 * job + step) % _PORTS),
+        port=_port(environment, _FIRST_PORT + (8 * job + step) % _PORTS),
         owns_gpus=_gpus_are_bound(environment),
-        on_one_node=_number(environment, "SLURM_STEP_NUM_NODES", 0) == 1,
+        on_one_node=number(environment, "SLURM_STEP_NUM_NODES", 0) == 1,
     )
 
 
@@ -104,8 +107,16 @@ def _gpus_are_bound(environment: Mapping[str, str]) -> bool:
     return bool(binding) or "SLURM_GPUS_PER_TASK" in environment
 
 
-def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+def number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """A variable that holds a whole number; ``default`` if it is not set. Raises :class:`UserError`."""
     text = environment.get(name, "" if default is None else str(default))
-    if not text.isdecimal():
+    if not re.fullmatch("[0-9]{1,18}", text):
         raise UserError(f"{name}={text!r} in the environment is not a number")
     return int(text)
+
+
+def _port(environment: Mapping[str, str], default: int | None = None) -> int:
+    port = number(environment, "MASTER_PORT", default)
+    if not 0 < port < 65536:
+        raise UserError(f"MASTER_PORT={port} in the environment is no port; use 1024 to 65535")
+    return port

@@ -76,11 +76,20 @@ def test_places(environment: dict[str, str], expected: Place) -> None:
         ({"WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK is not"),
         ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a"}, "MASTER_PORT is not"),
         (TORCHRUN | {"RANK": "first"}, "RANK='first'"),
+        (TORCHRUN | {"RANK": "4"}, "RANK=4 in the environment, but WORLD_SIZE=4"),
+        (TORCHRUN | {"MASTER_PORT": "99999"}, "MASTER_PORT=99999 in the environment is no port"),
     ],
 )
 def test_half_a_place_is_refused(environment: dict[str, str], told: str) -> None:
     with pytest.raises(UserError, match=told):
         find_place(environment)
+
+
+def test_a_time_to_meet_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (TORCHRUN | {"EGOHOD_MEETING_SECONDS": "10min"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="EGOHOD_MEETING_SECONDS='10min' in the environment is not a number"):
+        distributed.setup("cpu")
 
 
 # As Slurm 22.05 sets them in the shell of srun --ntasks=4 --pty bash; srun in that shell hands SLURM_PTY_PORT on.
