@@ -39,6 +39,10 @@ _OTHER = {
     b"\xfd7zXZ\x00": "compressed with xz; unpack it, or compress it with gzip",
     b"ARROW1": "an Arrow (feather) file; save it as parquet or csv",
     b"\x89HDF": "an HDF5 file; save its table as parquet or csv",
+    b"version https://git-lfs": "a pointer of Git LFS; fetch the file itself with 'git lfs pull'",
+    b"<!DOCTYPE html": "a web page, perhaps that of a failed download",
+    b"<!doctype html": "a web page, perhaps that of a failed download",
+    b"<html": "a web page, perhaps that of a failed download",
     b"SQLite format 3": "an SQLite database; export its table as csv",
     b"\x80\x02": "a pickle, which the format 'pickle' reads",
     b"\x80\x03": "a pickle, which the format 'pickle' reads",
@@ -224,9 +228,11 @@ def _named(path: Path, cells: Sequence[str]) -> tuple[str, ...]:
 
 
 def _as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A parquet column as text: numbers as they are written, lists as JSON, nothing as an empty text."""
+    """A parquet column as text: numbers as they are written, durations in seconds, lists as JSON, nothing as ""."""
     if pa.types.is_dictionary(column.type):
         column = pc.cast(column, column.type.value_type)
+    if pa.types.is_duration(column.type):
+        column = pc.divide(pc.cast(column.cast(pa.duration("ns"), safe=False), pa.int64()), 1e9)
     if pa.types.is_nested(column.type):
         texts = ["" if value is None else json.dumps(value, ensure_ascii=False) for value in column.to_pylist()]
         return pa.chunked_array([pa.array(texts, pa.large_string())])
@@ -235,7 +241,7 @@ def _as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def _magic(path: Path) -> bytes:
     with path.open("rb") as file:
-        return file.read(16)
+        return file.read(32)
 
 
 @contextmanager

@@ -73,6 +73,10 @@ WAYS: dict[str, Callable[[], bytes]] = {
     "parquet of lists and categories": lambda: parquet(
         text=[[row[3]] for row in ROWS], video_id=pd.Categorical([row[0] for row in ROWS])
     ),
+    "parquet of durations": lambda: parquet(
+        start_second=pd.to_timedelta([float(row[1]) for row in ROWS], unit="s"),
+        end_second=pd.to_timedelta([float(row[2]) for row in ROWS], unit="s"),
+    ),
     "a blank first line": lambda: text(above="\r\n").encode(),
     "lines of blanks above, within and below": lambda: (
         text(above=" \r\n,,,,\r\n\n").replace("\r\nw,10", "\r\n\r\n  \r\nw,10") + " \n\n"
@@ -154,6 +158,8 @@ STRANGE = {
     "an old workbook": (b"\xd0\xcf\x11\xe0" + bytes(60), "save its sheet as csv"),
     "xz": (b"\xfd7zXZ\x00" + bytes(60), "compress it with gzip"),
     "feather": (b"ARROW1" + bytes(60), "save it as parquet"),
+    "a pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+    "a web page": (b"<!DOCTYPE html><html><title>404</title></html>", "a web page"),
     "a pickle": (b"\x80\x04\x95" + bytes(60), "a pickle"),
     "cut gzip": (gzip.compress(text().encode() * 20)[:-30], "cannot be read"),
     "damaged gzip": (gzip.compress(text().encode())[:40] + b"\xff" * 20, "cannot be read"),
