@@ -359,18 +359,17 @@ def _read_pickle(path: Path, source: SourceConfig, extra: Sequence[str] | None) 
         raise TableError(f"{path}: holds no list of (video, start, end, text)")
     good = [_is_clip(entry) for entry in entries]
     kept = [entry for entry, fine in zip(entries, good, strict=True) if fine]
+    # Several texts are written as in the csv: one list literal.
+    texts = [entry[3] if isinstance(entry[3], str) else list(flat_texts(entry[3])) for entry in kept]
     # A pickle can name one text any number of times; a column of a table holds it as often.
-    texts = [_texts(entry) for entry in kept]
-    length = sum(len(entry[0]) + sum(map(len, each)) for entry, each in zip(kept, texts, strict=True))
+    length = sum(len(entry[0]) for entry in kept)
+    length += sum(len(each) if isinstance(each, str) else sum(map(len, each)) for each in texts)
     if length > _MOST_TEXT + _MOST_TEXT_PER_BYTE * path.stat().st_size:
         raise TableError(f"{path}: refused: {length:,} characters of text in a file of {path.stat().st_size:,} bytes")
     columns = pa.table(
         {
             "video_id": _as_text([entry[0] for entry in kept]),
-            # Several texts are written as in the csv: one list literal.
-            "text": _as_text(
-                [entry[3] if isinstance(entry[3], str) else each for entry, each in zip(kept, texts, strict=True)]
-            ),
+            "text": _as_text(texts),
         }
     )
     return Annotations(
@@ -390,24 +389,24 @@ def _is_clip(entry: Any) -> bool:
     """Whether an entry is (video, start, end, text or [texts])."""
     if not isinstance(entry, (list, tuple)) or len(entry) < 4:
         return False
-    start, end = entry[1:3]
-    if not all(
-        isinstance(time, float)
-        or (isinstance(time, str) and len(time) < 40)
-        or (isinstance(time, int) and abs(time) < 1e9)
-        for time in (start, end)
-    ):
+    video, start, end, text = entry[:4]
+    # Loops over so few take longer, and there are millions of entries.
+    if not (_is_time(start) and _is_time(end) and isinstance(video, str) and _is_utf8(video)):
         return False
-    return isinstance(entry[0], str) and all(
-        isinstance(text, str) and _is_utf8(text) for text in (entry[0], *_texts(entry))
-    )
+    if isinstance(text, str):
+        return _is_utf8(text)
+    return all(isinstance(each, str) and _is_utf8(each) for each in flat_texts(text))
 
 
-def _texts(entry: Sequence[Any]) -> list[Any]:
-    return [entry[3]] if isinstance(entry[3], str) else list(flat_texts(entry[3]))
+def _is_time(time: Any) -> bool:
+    if isinstance(time, float):
+        return True
+    return (isinstance(time, str) and len(time) < 40) or (isinstance(time, int) and abs(time) < 1e9)
 
 
 def _is_utf8(text: str) -> bool:
+    if text.isascii():
+        return True
     try:
         text.encode()
     except UnicodeEncodeError:  # half of a surrogate pair
