@@ -626,7 +626,7 @@ def _require_video(source: Source, name: str) -> str:
     """FFmpeg's name of the container; raises :class:`VideoError` unless ``source`` begins like a video file."""
     format = container_format(source, name)
     if format is None:
-        raise VideoError(f"{name}: not a video")
+        raise VideoError(f"{name}: not a video, or in a container that only tools/chunk_videos.py reads")
     return format
 
 

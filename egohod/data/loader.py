@@ -439,9 +439,10 @@ def _received(batch: dict[str, Any]) -> dict[str, Any]:
     if not _warned:
         _warned.add(SHARED_MEMORY)
         log.warning(
-            "%s has %.1f MB free, too little for batches of %.1f MB from loader processes: they come through pipes, "
-            "which takes longer. Containers: docker run --shm-size=8g, or --ipc=host",
+            "%s has %.1f MB free, too little for batches of %.1f MB from loader processes (and %.0f MB for others): "
+            "they come through pipes, which takes longer. Containers: docker run --shm-size=8g, or --ipc=host",
             SHARED_MEMORY, (_free_shared_memory() or 0) / 1e6, sum(piped.array.nbytes for piped in arrays) / 1e6,
+            _RESERVED_BYTES / 1e6,
         )  # fmt: skip
     received: dict[str, Any] = _mapped(lambda piped: torch.from_numpy(piped.array), batch, _Piped)
     return received

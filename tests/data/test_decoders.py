@@ -149,7 +149,9 @@ def test_pictures_and_playlists_are_no_videos(tmp_path: Path, format: str, decod
         pictures = [Image.fromarray(picture(number)) for number in range(20)]
         more = {"save_all": True, "append_images": pictures[1:]} if format in ("GIF", "WEBP") else {}
         pictures[0].save(path, format=format, **more)
-    with pytest.raises(VideoError, match=r"v\.mp4: not a video$"):
+    with pytest.raises(
+        VideoError, match=r"v\.mp4: not a video, or in a container that only tools/chunk_videos\.py reads$"
+    ):
         opener(decoder)(path)
 
 
