@@ -13,6 +13,7 @@ at all. ``LAST`` is only a hint for people and scripts; loading goes by the mani
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -106,7 +107,7 @@ class CheckpointStore:
                 _flush(temporary / name)
             _flush(temporary)
             if final.exists():  # left torn by an earlier crash, or saved twice at the same step
-                shutil.rmtree(final)
+                self._remove(final)
             temporary.rename(final)
             _flush(self.folder)
             self._point(final.name)
@@ -170,7 +171,15 @@ class CheckpointStore:
         kept = {newest, *paths[-self._keep_last :], *rated[: self._keep_best]}
         for path in paths:
             if path not in kept:
-                shutil.rmtree(path, ignore_errors=True)
+                with contextlib.suppress(OSError):  # one checkpoint too many ends no run
+                    self._remove(path)
+
+    def _remove(self, path: Path) -> None:
+        """Delete a checkpoint folder; raises :class:`OSError` if it cannot be renamed."""
+        # Renamed first: a process that is killed while it deletes must not leave a part under a checkpoint's name.
+        leftover = self.folder / f".tmp-{path.name}-{os.getpid()}-old"
+        path.rename(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

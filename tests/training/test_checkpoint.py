@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,6 +143,23 @@ def test_killed_in_the_middle_of_a_save(tmp_path: Path) -> None:
     for path in store.steps():
         checkpoint = read(path)
         assert torch.equal(checkpoint.weights["w"], torch.full((200_000,), float(checkpoint.step)))
+
+
+def test_killed_in_the_middle_of_deleting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = CheckpointStore(tmp_path, keep_last=1)
+    save(store, 1)
+
+    def dies(folder: Path, **_: object) -> None:
+        next(folder.glob("model.*")).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", dies)
+        with pytest.raises(KeyboardInterrupt):
+            save(store, 2)
+    assert [read(path).step for path in store.steps()] == [2]
+    save(store, 3)
+    assert sorted(p.name for p in store.folder.iterdir()) == ["LAST", "step-00000003"]
 
 
 def test_going_back_sets_later_checkpoints_aside_and_deletes_nothing_good(tmp_path: Path) -> None:
