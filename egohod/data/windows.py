@@ -50,11 +50,14 @@ def video_files(root: str) -> tuple[dict[str, Path], list[str]]:
     folder = Path(root)
     if not folder.is_dir():
         raise UserError(f"{root}: no such video folder" + ("; a remote one needs --clips" if "://" in root else ""))
-    paths = sorted(path for path in folder.rglob("*") if path.suffix in ENDINGS and path.is_file())
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in containers.ENDINGS and path.is_file())
     if not paths:
         raise UserError(f"{root}: not a single video file in it or below ({', '.join(containers.ENDINGS)})")
     found, faults = dict[str, Path](), list[str]()
     for path in paths:
+        if path.suffix not in ENDINGS:  # by its id alone it could not be found again
+            faults.append(f"{path}: its ending is in mixed case; rename it to {path.suffix.lower()}")
+            continue
         video = path.relative_to(folder).with_suffix("").as_posix()
         if video in found:
             raise UserError(f"{path}: {found[video].name} is there as well; rename one")

@@ -314,6 +314,13 @@ def test_a_name_that_is_not_utf8_is_named_and_may_be_left_out(
     assert sorted(read_index(tmp_path / "f")["videos"]) == ["a", "b/c", "b/d"]
 
 
+def test_an_ending_in_mixed_case_is_named(videos: Path) -> None:
+    (videos / "a.mp4").rename(videos / "a.Mp4")
+    listing = windows(str(videos), 1.0, 1.0)
+    assert set(listing.videos()) == {"b/c", "b/d"}
+    assert listing.faults == [f"{videos}/a.Mp4: its ending is in mixed case; rename it to .mp4"]
+
+
 def test_a_picture_that_changes_its_proportions_costs_its_clip(
     videos: Path, tmp_path: Path, inside: Command, short_run: ShortRun
 ) -> None:
