@@ -398,8 +398,8 @@ def run(chosen: Sequence[Target], cases: int, jobs: int, of: int, work: Path, no
     seeds = {target.name: _seed_apart(target, work) for target in chosen}
     waiting = [
         Job(target, first, min(first + _CHUNK, cases), next=first)
+        for first in range(0, cases, _CHUNK)  # outside: an interrupted run has been through all readers alike
         for target in chosen
-        for first in range(0, cases, _CHUNK)
         if notes[target.name].chunks.get(str(first), {"cases": 0})["cases"] < min(first + _CHUNK, cases) - first
     ]
     running: list[Job] = []
