@@ -14,6 +14,7 @@ import pickle
 import pickletools
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,13 @@ _STOP, _FRAME = pickle.STOP[0], pickle.FRAME[0]
 _MEMO = (pickle.LONG_BINPUT[0], pickle.PUT[0])
 # Copies that stand-ins for NumPy's functions make, in bytes for each byte of the file and beyond that.
 _COPIES, _MORE_COPIES = 4, 1 << 20
+
+
+# What puts values into a list, dict, set or object that stays where it is.
+_ADDS = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")
+# Values, for each byte of the file and beyond that, once what is held several times is written out.
+_SHARED, _SHARED_PER_BYTE = 1_000_000, 8
+_SMALL = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,43 @@ def scan(content: bytes | mmap.mmap, start: int = 0) -> Scanned:
         place = end
 
 
+def check_sharing(content: bytes | mmap.mmap) -> None:
+    """Refuse a pickle whose values hold one another again and again, without building any of them.
+
+    A list of twice a list of twice a list ... takes few bytes, but printing it (in a message, say) or hashing it never
+    ends. Each value's size is what it would be if nothing were shared. It takes a second for a megabyte, and larger
+    pickles are passed over: they are lists of many clips or the like. Raises :class:`pickle.UnpicklingError`.
+    """
+    if len(content) > _SMALL:
+        return
+    # A size is in a list of its own, so that what the memo holds grows with the value.
+    stack, marks, memo = list[list[int]](), list[int](), dict[int, list[int]]()
+    content = bytes(content)
+    most = _SHARED + _SHARED_PER_BYTE * len(content)
+    with suppress(IndexError, KeyError, ValueError):  # opcodes that do not fit: the unpickler gets no further either
+        for opcode, argument, place in pickletools.genops(content):
+            name, marked = opcode.name, pickletools.markobject in opcode.stack_before
+            if name == "MARK":
+                marks.append(len(stack))
+            elif "PUT" in name or name == "MEMOIZE":
+                memo[len(memo) if argument is None else int(argument)] = stack[-1]
+            elif "GET" in name:
+                stack.append(memo[int(argument or 0)])
+            elif name == "DUP":
+                stack.append(stack[-1])
+            else:
+                adds = name in _ADDS
+                first = marks.pop() if marked else len(stack) - len(opcode.stack_before) + adds
+                size = sum(each[0] for each in stack[first:])
+                del stack[first:]
+                if adds:
+                    stack[-1][0] += size
+                elif opcode.stack_after:
+                    stack.append([1 + size])
+            if stack and stack[-1][0] > most:
+                raise pickle.UnpicklingError(f"byte {place}: it holds the same values again and again, without end")
+
+
 def load(path: Path, what: str, *, arrays: bool = False, encoding: str = "ASCII") -> Any:
     """Texts, bytes, numbers, lists, tuples and dicts; NumPy's scalars become Python's own.
 
@@ -106,13 +151,17 @@ def _scan_file(file: BinaryIO) -> int:
     """Scan an open file from its beginning, where it is left; its size."""
     try:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            scan(content)
-            return len(content)
+            return _scan_whole(content)
     except (OSError, ValueError):  # file systems that map nothing, and empty files
         whole = file.read()
         file.seek(0)
-        scan(whole)
-        return len(whole)
+        return _scan_whole(whole)
+
+
+def _scan_whole(content: bytes | mmap.mmap) -> int:
+    scan(content)
+    check_sharing(content)
+    return len(content)
 
 
 class _Refused(pickle.UnpicklingError):

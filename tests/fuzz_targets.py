@@ -50,7 +50,7 @@ from egohod.evaluation.readers import READERS
 from egohod.evaluation.relevancy import csv_relevancy, read_relevancy, save
 from egohod.evaluation.report import report
 from egohod.evaluation.result_page import write_report
-from egohod.evaluation.search import search
+from egohod.evaluation.search import contact_sheet, search
 from egohod.hod import config as hod_config
 from egohod.hod.config import HodConfig
 from egohod.hod.detection_files import DetectionFiles
@@ -640,7 +640,7 @@ def _read_index(folder: Path) -> None:
     for video in index["videos"]:
         feature_index.is_written(folder, video, "id")
     found, _ = feature_index.read_features(folder)
-    search(np.ones(4, np.float32) / 2, found, 3)
+    contact_sheet(search(np.ones(4, np.float32) / 2, found, 3), index, "pyav")
     feature_index.open_index(folder, INDEX | {"videos": {"c": "c.npz"}})
 
 

@@ -68,6 +68,7 @@ ANNOTATIONS = SIZES | {
     "a text of tuples": b"\x80\x02]" + ENTRY + doubled(40) + b"ta.",
     "a text of lists of one list": b"\x80\x02]" + ENTRY + multiplied(100, 8) + b"ta.",
     "a text of lists of one long list": b"\x80\x02]" + ENTRY + multiplied(50_000, 3) + b"ta.",
+    "a key of tuples": b"\x80\x02}" + doubled(40) + b"Ns.",
     "an entry of tuples": b"\x80\x02]" + doubled(40) + b"a.",
     "a text many times": b"\x80\x02]q\x00(" + text(b"a" * 400_000) + b"q\x01" + (ENTRY + b"h\x01t") * 40_000 + b"e.",
     "a type that grows": b"\x80\x02]" + text(b"<" * 200_000) + b"q\x010" + DTYPE + b"(h\x01h\x01tb" * 40_000 + b"a.",
@@ -114,6 +115,8 @@ SAVED = SIZES | {
     + (text(b"a" * 400_000) + b"q\x02" + text(b"latin1") + b"q\x03\x86R")
     + b"h\x01h\x02h\x03\x86R" * 20_000
     + b"e.",
+    "a key of tuples": b"\x80\x02}" + doubled(40) + b"Ns.",
+    "a call of a list of lists": b"\x80\x02" + multiplied(2, 40) + b")R.",
     "a tensor beyond its storage": state(tensor(0, 1 << 36, 1)),
     "a tensor that starts beyond it": state(tensor(1 << 36, 1, 1)),
     "a tensor that strides beyond it": state(tensor(0, 2, 1 << 36)),

@@ -145,6 +145,7 @@ def _read(path: Path) -> pa.Table:
         raise DetectionError(f"{path}: lacks the columns {', '.join(missing)}; there are {', '.join(SCHEMA.names)}")
     try:
         table = table.select(SCHEMA.names).cast(SCHEMA)
+        table.validate(full=True)  # such as texts that are no UTF-8
     except (pa.ArrowException, ValueError) as error:
         raise DetectionError(f"{path}: a column is of another type: {' '.join(str(error).split())}") from error
     check(table, str(path))

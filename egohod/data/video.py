@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from egohod.config import UserError
 from egohod.data import containers
 from egohod.data.decoders import Decoder, Opener
 from egohod.data.files import LocalCache, Recent, Source, StorageError, VideoError, open_root
@@ -193,7 +194,7 @@ class VideoStore:
     Clips are widened to ``min_clip_seconds``; None widens those in chunks to a second, unless ``rule`` is that of a
     loader that does not, and leaves those in whole files as they are.
 
-    Raises :class:`~egohod.config.UserError` if ``root`` is no folder.
+    Raises :class:`~egohod.config.UserError` if ``root`` is no folder, and for an impossible layout.
     """
 
     def __init__(
@@ -205,7 +206,11 @@ class VideoStore:
         cache: LocalCache | None = None,
         min_clip_seconds: float | None = None,
     ) -> None:
-        assert layout in ("auto", *LAYOUTS), layout
+        # They may come from a file of features or results, which was damaged.
+        if layout not in ("auto", *LAYOUTS) or not 0 < chunk_seconds < np.inf:
+            raise UserError(
+                f"{root}: no layout {layout!r} with chunks of {chunk_seconds} s; see data.train.NAME.layout"
+            )
         self.root = root
         self._files = open_root(root, cache)
         self._chunk_seconds = chunk_seconds

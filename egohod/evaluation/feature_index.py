@@ -11,6 +11,7 @@ Each file appears as a whole or not at all; ``identity`` tells whether clips or 
 from __future__ import annotations
 
 import os
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,13 @@ FORMAT = 1
 INDEX_FILE, CONFIG_FILE = "index.json", "config.yml"
 # What features must have in common to lie in one folder.
 SHARED = ("format", "weights", "protocol")
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "weights": str,
+    "root": str,
+    "layout": str,
+    "chunk_seconds": (int, float),
+    "videos": dict,
+}
 
 
 @dataclass(frozen=True)
@@ -63,8 +71,9 @@ def read_index(folder: Path) -> dict[str, Any]:
     """What ``index.json`` says. Raises :class:`UserError`."""
     path = folder / INDEX_FILE
     content = read_json(path, FORMAT, "tools/extract_features.py makes such folders")
-    if not isinstance(content.get("videos"), dict):
-        raise UserError(f"{path}: names no videos")
+    for name, kind in _KINDS.items():
+        if not isinstance(content.get(name), kind):
+            raise UserError(f"{path}: damaged, {name} is {reprlib.repr(content.get(name))}; extract into a new folder")
     return content
 
 

@@ -143,7 +143,7 @@ def _load(path: Path) -> jinja2.Template:
     try:
         source = path.read_text(encoding="utf-8-sig")
         template = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False).from_string(source)
-    except (OSError, UnicodeDecodeError, RecursionError, jinja2.TemplateError) as error:
+    except (OSError, ValueError, RecursionError, jinja2.TemplateError) as error:
         raise NarratorError(f"{path}: not usable as a prompt: {error}") from error
     missing = [block for block in _BLOCKS if block not in template.blocks]
     if missing:

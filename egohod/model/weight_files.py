@@ -451,6 +451,7 @@ def _check_zip(file: BinaryIO, size: int) -> None:
                     scanned = pickles.scan(content)
                 except EOFError as error:  # the archive itself is whole
                     raise WeightsError(f"damaged: {error}") from error
+                pickles.check_sharing(content)
                 _check_calls(scanned, content.count(pickle.REDUCE))
 
 
@@ -469,6 +470,7 @@ def _check_older_format(source: Path | bytes) -> None:
                 break  # one of another program, which PyTorch's reader names
             begin, scanned = end, pickles.scan(content, end)
             end = scanned.end
+            pickles.check_sharing(content[begin:end])
             _check_calls(scanned, content[begin:end].count(pickle.REDUCE))
 
 
@@ -516,6 +518,7 @@ class _ArchiveUnpickler(pickle.Unpickler):
     def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
         content = archive.read(f"{root}/data.pkl")
         pickles.scan(content)
+        pickles.check_sharing(content)
         super().__init__(io.BytesIO(content))
         self._archive, self._root = archive, root
         self._storages: dict[str, Any] = {}

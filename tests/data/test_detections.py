@@ -125,3 +125,16 @@ def test_the_picture_of_a_batch_shows_the_boxes(demo_world: Path) -> None:
         colours = {colour for _, colour in sheet([("one", view)]).getcolors(1 << 24)}
         seen.append(ROLE_COLOURS[2] in colours)
     assert seen == [True, False]
+
+
+def test_texts_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    """A damaged file: Arrow reads the bytes as they are."""
+    path = tmp_path / "boxes.parquet"
+    row = {"video_id": "v", "frame_number": 0, "second": 0.0, "kind": "object", "side": -1, "state": -1, "score": 1.0}
+    row |= {"left": 0.1, "top": 0.1, "right": 0.2, "bottom": 0.2, "name": "a long name of a cup"}
+    detections.write(pa.Table.from_pylist([row], SCHEMA), path)
+    content = path.read_bytes()
+    assert content.count(b"a long name") >= 1
+    path.write_bytes(content.replace(b"a long name", b"\xff long name"))
+    with pytest.raises(DetectionError, match=r"boxes\.parquet: a column is of another type: .*UTF8"):
+        detections.read(path)

@@ -5,6 +5,7 @@ import os
 import shutil
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -449,3 +450,11 @@ def test_accents_in_the_other_form_of_unicode(tmp_path: Path, csv: str, disk: st
             store(tmp_path).read(asked, 6.5, 7, 1)
     with pytest.raises(VideoError, match=r"no such file"):
         store(tmp_path).read("K\u00fcche/caf\u00e9", 0, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("layout", "seconds"), [(["c", None], 15.0), ("chunk", 15.0), ("whole", 0.0), ("auto", np.nan)]
+)
+def test_an_impossible_layout_is_refused(tmp_path: Path, layout: Any, seconds: float) -> None:
+    with pytest.raises(UserError, match=r"no layout .* with chunks of"):
+        VideoStore(tmp_path, layout, seconds, opener("pyav"))

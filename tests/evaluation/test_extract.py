@@ -378,7 +378,7 @@ def test_search_refuses_what_is_no_index_and_other_weights(
     ],
 )
 def test_features_that_do_not_fit_are_refused_by_name(tmp_path: Path, change: dict[str, np.ndarray], said: str) -> None:
-    index = {"format": 1, "weights": "w", "protocol": "p", "root": "videos"}
+    index = {"format": 1, "weights": "w", "protocol": "p", "root": "videos", "layout": "whole", "chunk_seconds": 15.0}
     open_index(tmp_path, index | {"videos": {"a": "a.npz", "b": "b.npz"}})
     for video in ("a", "b"):
         write_video(tmp_path, video, np.ones((2, 4), np.float32), [0, 1], [1, 2], ["x", "y"], "id")
@@ -387,3 +387,11 @@ def test_features_that_do_not_fit_are_refused_by_name(tmp_path: Path, change: di
     np.savez(tmp_path / "b.npz", **(whole | change if change else {"features": whole["features"]}))
     with pytest.raises(UserError, match=rf"b\.npz: .*({said}).*; delete it and extract again"):
         read_features(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"layout": ["c", None]}, {"root": None}, {"chunk_seconds": "15"}, {"videos": []}])
+def test_an_index_of_other_kinds_of_values_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    index = {"format": 1, "weights": "w", "root": "v", "layout": "whole", "chunk_seconds": 15.0, "videos": {}}
+    (tmp_path / "index.json").write_text(json.dumps(index | change))
+    with pytest.raises(UserError, match=rf"index\.json: damaged, {next(iter(change))} is "):
+        read_index(tmp_path)
