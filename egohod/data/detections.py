@@ -136,11 +136,12 @@ def check(detections: pa.Table, name: str) -> None:
 def _read(path: Path) -> pa.Table:
     try:
         table = pa.parquet.read_table(path)
-    except (OSError, pa.ArrowException) as error:
+        names = table.column_names
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # the last for names of columns
         raise DetectionError(f"{path}: not readable as parquet: {' '.join(str(error).split())}") from error
-    if OPTIONAL not in table.column_names:
+    if OPTIONAL not in names:
         table = table.append_column(OPTIONAL, pa.nulls(len(table), pa.string()))
-    missing = [name for name in SCHEMA.names if name not in table.column_names]
+    missing = [name for name in SCHEMA.names if name not in (*names, OPTIONAL)]
     if missing:
         raise DetectionError(f"{path}: lacks the columns {', '.join(missing)}; there are {', '.join(SCHEMA.names)}")
     try:

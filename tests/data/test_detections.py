@@ -138,3 +138,11 @@ def test_texts_that_are_no_text_are_refused(tmp_path: Path) -> None:
     path.write_bytes(content.replace(b"a long name", b"\xff long name"))
     with pytest.raises(DetectionError, match=r"boxes\.parquet: a column is of another type: .*UTF8"):
         detections.read(path)
+
+
+def test_names_of_columns_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "boxes.parquet"
+    pa.parquet.write_table(pa.table({"video_id": ["v"], "a_column": [1]}), path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"a_column", b"\xff_column"))
+    with pytest.raises(DetectionError, match=r"boxes\.parquet: not readable as parquet: .*utf-8"):
+        detections.read(path)
