@@ -45,8 +45,8 @@ def features(folder: Path, weights: str, values: np.ndarray, texts: list[str], v
     folder.mkdir()
     names = {f"v{i}": file_of(f"v{i}") for i in range(videos)}
     protocol = {"frames": 4, "size": 32, "crop": "centre"}
-    said = {"format": FORMAT, "weights": weights, "protocol": protocol, "root": "videos", "videos": names}
-    open_index(folder, said)
+    index = {"format": FORMAT, "weights": weights, "protocol": protocol, "root": "videos", "videos": names}
+    open_index(folder, index | {"layout": "auto", "chunk_seconds": 15.0})
     times = np.arange(len(texts), dtype=float)
     write_video(folder, "v0", values.astype(np.float32), times, times + 1, texts, "these")
     return folder
