@@ -403,7 +403,7 @@ def run(chosen: Sequence[Target], cases: int, jobs: int, of: int, work: Path, no
         if notes[target.name].chunks.get(str(first), {"cases": 0})["cases"] < min(first + _CHUNK, cases) - first
     ]
     running: list[Job] = []
-    began, said = time.monotonic(), time.monotonic()
+    began, reported = time.monotonic(), time.monotonic()
     total, done = sum(job.stop - job.first for job in waiting), 0
     while waiting or running:
         while waiting and len(running) < jobs:
@@ -420,14 +420,13 @@ def run(chosen: Sequence[Target], cases: int, jobs: int, of: int, work: Path, no
                 notes[job.target.name].add(job.first, job.chunk)
                 if notes[job.target.name].total("cases") >= cases:
                     _tell(job.target.name, notes[job.target.name])
-        if time.monotonic() - said > 5:
-            said = time.monotonic()
-            eta = timedelta(seconds=round((total - done) * (said - began) / max(done, 1)))
+        if time.monotonic() - reported > 5:
+            reported = time.monotonic()
+            eta = timedelta(seconds=round((total - done) * (reported - began) / max(done, 1)))
             print(
                 f"{done:,} of {total:,} cases, at {running[0].target.name if running else '-'}, ETA {eta}", flush=True
             )
         time.sleep(0.02)
-    shutil.rmtree(work / "cases", ignore_errors=True)
 
 
 def _ended(code: int | None) -> str:
