@@ -243,7 +243,9 @@ def test_the_scripts_start_processes_on_a_node_without_a_known_name(tmp_path: Pa
     if sys.platform != "linux" or subprocess.run([*unshared, "true"], capture_output=True, check=False).returncode:
         pytest.skip("needs a namespace for the name of the node")
     (tmp_path / "program.py").write_text(
-        "from egohod.distributed import setup\ndist = setup('cpu')\nprint(dist.gather_objects(dist.rank), flush=True)\n"
+        "import os\nfrom egohod.distributed import setup\ndist = setup('cpu')\n"
+        # One write for each line: print() writes the line and its end apart, and the other process comes in between.
+        "os.write(1, f'{dist.gather_objects(dist.rank)}\\n'.encode())\n"
         "dist.close()\n"  # gloo's threads abort a process that ends without it
     )
     # All of the script but what installs the project.
