@@ -1,0 +1,216 @@
+"""Measure the shape of the code base: size, function length, imports, comments, and the files that one clip crosses.
+
+python tools/house.py                    # a table: each measure, its value, its limit
+python tools/house.py --details          # also what is behind each number: the files, cycles, names
+python tools/house.py --check            # exit code 1 when a limit is exceeded
+python tools/house.py --only egohod/data # lines, functions, comments and names of one package
+
+Counts cover the Python outside tests/. Imports count wherever they are written, also inside functions, because an
+import that is delayed to hide a cycle is still a cycle; those under TYPE_CHECKING do not count: they never run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import builtins
+import io
+import statistics
+import sys
+import tokenize
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# Parts of identifiers that no field uses; words of the domain that contain one are allowed by name.
+BANNED_PARTS = frozenset(["told", "said", "asked", "found", "kept", "owed", "known", "say"])
+ALLOWED_NAMES = frozenset[str]()
+# Modules behind a protocol may have a single importer: the registry or factory that chooses among them.
+VARIANTS = ("egohod.data.formats.", "egohod.hod.detectors.", "egohod.hod.narrators.", "egohod.loss.")
+
+
+@dataclass
+class Measure:
+    """One row of the table; ``limit`` is (lowest, highest), None for no bound on that side."""
+
+    name: str
+    value: float
+    limit: tuple[float | None, float | None]
+    details: list[str] = field(default_factory=list)
+
+    @property
+    def is_met(self) -> bool:
+        """Whether the value is within its limit."""
+        low, high = self.limit
+        return (low is None or self.value >= low) and (high is None or self.value <= high)
+
+    def __str__(self) -> str:
+        low, high = self.limit
+        bound = (
+            f"{low:g} to {high:g}" if None not in self.limit else f"<= {high:g}" if high is not None else f">= {low:g}"
+        )
+        return f"{self.name:58} {self.value:>9,.6g}   {bound:>10}   {'' if self.is_met else 'EXCEEDED'}"
+
+
+@dataclass(frozen=True)
+class Module:
+    """A source file of the project."""
+
+    path: Path
+    name: str
+    text: str
+    tree: ast.Module
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--details", action="store_true", help="list what is behind each number")
+    parser.add_argument("--check", action="store_true", help="exit code 1 when a limit is exceeded")
+    parser.add_argument("--only", default="", metavar="PATH", help="a folder or file: what it has a share in")
+    args = parser.parse_args(argv)
+    measures = measure(read_modules(ROOT), args.only)
+    for each in measures:
+        print(each)
+        if args.details:
+            print("".join(f"    {line}\n" for line in each.details), end="")
+    return int(args.check and not all(each.is_met for each in measures))
+
+
+def read_modules(root: Path) -> list[Module]:
+    """Every Python file of the project outside tests/."""
+    paths = [
+        *sorted((root / "egohod").rglob("*.py")),
+        *sorted((root / "tools").rglob("*.py")),
+        *sorted(root.glob("*.py")),
+    ]
+    modules = []
+    for path in paths:
+        name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+        text = path.read_text(encoding="utf-8")
+        modules.append(Module(path, name, text, ast.parse(text)))
+    return modules
+
+
+def measure(modules: Sequence[Module], only: str = "") -> list[Measure]:
+    """All measures that need no running code; imports are always those of the whole project."""
+    imports = {each.name: _imports(each, {other.name for other in modules}) for each in modules}
+    modules = [each for each in modules if str(each.path.relative_to(ROOT)).startswith(only)]
+    lines = sum(len(each.text.splitlines()) for each in modules)
+    comments = sum(_comment_lines(each.text) for each in modules)
+    cycles = _cycles(imports)
+    lonely = _single_importers(imports)
+    exceptions = _exception_classes(modules)
+    banned = [f"{each.name}: {name}" for each in modules for name in sorted(_banned_identifiers(each.tree))]
+    return [
+        Measure("Python files", len(modules), (None, 100)),
+        Measure("lines", lines, (None, 24_100)),
+        Measure("median function, lines", statistics.median(_function_lengths(modules)), (10, 15)),
+        Measure("comment lines, percent", round(100 * comments / lines, 1), (8, None)),
+        Measure("import cycles, lazy imports included", len(cycles), (None, 0), [" -> ".join(each) for each in cycles]),
+        Measure("modules with one importer, not behind a protocol", len(lonely), (None, 0), lonely),
+        Measure("exception classes", len(exceptions), (None, 12), exceptions),
+        Measure("identifiers with a banned part", len(banned), (None, 0), banned),
+    ]
+
+
+def _function_lengths(modules: Sequence[Module]) -> list[int]:
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return [
+        (node.end_lineno or node.lineno) - node.lineno + 1
+        for each in modules
+        for node in ast.walk(each.tree)
+        if isinstance(node, functions)
+    ]
+
+
+def _comment_lines(text: str) -> int:
+    """Lines that hold a comment, alone or after code."""
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    return sum(token.type == tokenize.COMMENT for token in tokens)
+
+
+def _imports(module: Module, names: set[str]) -> set[str]:
+    """The project's modules that ``module`` imports, anywhere in it."""
+    imported = set()
+    for node in _executed(module.tree):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            # "from egohod.data import video" imports a module, "from egohod.data.video import X" a name of one.
+            parts = {f"{node.module}.{alias.name}" for alias in node.names}
+            imported |= (parts & names) or {node.module}
+    # The parts of bench.py import each other without a package.
+    return {name if name in names else f"tools.{name}" for name in imported} & names - {module.name}
+
+
+def _executed(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those under ``if TYPE_CHECKING``."""
+    for child in ast.iter_child_nodes(tree):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        yield child
+        yield from _executed(child)
+
+
+def _cycles(imports: dict[str, set[str]]) -> list[list[str]]:
+    """One shortest cycle through each module that is on one, each cycle once."""
+    cycles: dict[frozenset[str], list[str]] = {}
+    for start in imports:
+        paths = [[start]]
+        seen = {start}
+        while paths:
+            path = paths.pop(0)
+            if start in imports[path[-1]] and len(path) > 1:
+                cycles.setdefault(frozenset(path), [*path, start])
+                break
+            for follower in sorted(imports[path[-1]] - seen):
+                seen.add(follower)
+                paths.append([*path, follower])
+    return list(cycles.values())
+
+
+def _single_importers(imports: dict[str, set[str]]) -> list[str]:
+    """Modules of the package that exactly one other module imports, and that are no variant behind a protocol."""
+    lonely = []
+    for name in imports:
+        importers = [other for other, targets in imports.items() if name in targets]
+        if name.startswith("egohod.") and len(importers) == 1 and not name.startswith(VARIANTS):
+            lonely.append(f"{name} <- {importers[0]}")
+    return lonely
+
+
+def _exception_classes(modules: Sequence[Module]) -> list[str]:
+    bases = {
+        node.name: (each.name, [ast.unparse(base).rpartition(".")[2] for base in node.bases])
+        for each in modules
+        for node in ast.walk(each.tree)
+        if isinstance(node, ast.ClassDef)
+    }
+
+    def is_exception(name: str) -> bool:
+        builtin = getattr(builtins, name, None)
+        if isinstance(builtin, type):
+            return issubclass(builtin, BaseException)
+        return name in bases and any(is_exception(base) for base in bases[name][1])
+
+    return [f"{module}.{name}" for name, (module, _) in bases.items() if is_exception(name)]
+
+
+def _banned_identifiers(tree: ast.AST) -> set[str]:
+    """Names that are defined (functions, classes, arguments, variables, attributes) with a banned part."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.arg):
+            names.add(node.arg)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names.add(node.attr)
+    return {name for name in names - ALLOWED_NAMES if BANNED_PARTS & set(name.lower().strip("_").split("_"))}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
