@@ -53,15 +53,15 @@ from egohod.evaluation.result_page import write_report
 from egohod.evaluation.search import contact_sheet, search
 from egohod.hod import config as hod_config
 from egohod.hod.config import HodConfig
-from egohod.hod.detection_files import DetectionFiles
-from egohod.hod.endpoint import Endpoint
-from egohod.hod.llm import LanguageModelNarrator
-from egohod.hod.narrator import NarratorError
+from egohod.hod.detectors.files import DetectionFiles
+from egohod.hod.detectors.torchvision_boxes import TorchvisionBoxes
+from egohod.hod.narrators.base import NarratorError
+from egohod.hod.narrators.endpoint import Endpoint
+from egohod.hod.narrators.llm import LanguageModelNarrator
 from egohod.hod.settings import NarratorSettings
 from egohod.hod.setup import build
 from egohod.hod.shards import Shard
 from egohod.hod.stages import STAGES
-from egohod.hod.torchvision_boxes import TorchvisionBoxes
 from egohod.model import zoo
 from egohod.model.egovideo import DualEncoder, create_model
 from egohod.model.weights import load_weights

@@ -66,7 +66,7 @@ def test_a_config_that_the_project_has_is_named_in_full(elsewhere: Path) -> None
 
 
 def test_mediapipe_is_looked_for_in_the_project(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from egohod.hod import mediapipe_hands
+    from egohod.hod.detectors import mediapipe_hands
 
     monkeypatch.delenv("EGOHOD_MEDIAPIPE", raising=False)
     monkeypatch.setattr(mediapipe_hands, "PROJECT", elsewhere / "checkout")

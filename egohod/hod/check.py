@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import simplemma
 
-from egohod.hod import words
+from egohod.hod import language
 from egohod.hod.claims import unsupported
-from egohod.hod.clauses import clauses, sides
 from egohod.hod.facts import ClipFacts
+from egohod.hod.language import clauses, sides
 from egohod.hod.settings import CheckSettings
 
 NAMES = ("length", "prompt", "language", "side", "verb", "object", "hand", "direction", "times", "contact")
@@ -103,8 +103,8 @@ def compare_words(caption: str, source: str, facts: ClipFacts | None, thing: str
     ``facts`` may allow hands that the source does not name, ``thing`` is a further object that may be named.
     """
     reasons = []
-    found = words.compare(source, caption, thing)
-    told = words.named(source)
+    found = language.compare(source, caption, thing)
+    told = language.named(source)
     if found.new_verbs or (found.lost_verbs and len(told.verbs) <= _FEW):
         put, gone = ", ".join(found.new_verbs), ", ".join(found.lost_verbs)
         reasons.append(f"verb: {put or 'nothing'} for {gone or 'none of the source'}")
@@ -112,14 +112,14 @@ def compare_words(caption: str, source: str, facts: ClipFacts | None, thing: str
         reasons.append(
             f"object: {', '.join(found.new_things)} for {', '.join(found.lost_things) or 'none of the source'}"
         )
-    elif found.kept < _KEPT or (len(told.things) <= _FEW and any(words.telling(each) for each in found.lost_things)):
+    elif found.kept < _KEPT or (len(told.things) <= _FEW and any(language.telling(each) for each in found.lost_things)):
         reasons.append(f"object: {', '.join((*found.lost_verbs, *found.lost_things))} left out")
     old, new = set(sides(source)), set(sides(caption))
     if old:
         more = new - old - set(facts.hands if facts is not None else ())
         if old - new or more:
             reasons.append(f"side: {_spoken(new)} for {_spoken(old)}")
-        elif words.crossed(source, caption):
+        elif language.crossed(source, caption):
             reasons.append("side: the hands have changed places")
     elif new and facts is not None and facts.acting is not None:
         deed = _done_by_another(caption, told.verbs, facts.acting)
@@ -135,7 +135,7 @@ def _done_by_another(caption: str, verbs: tuple[str, ...], acting: str) -> str |
         means = _WITH.search(clause.text)
         if means and means[1] != acting:
             return means.group()
-        did = [each for each in words.named(clause.text).verbs if any(words.alike(each, verb) for verb in verbs)]
+        did = [each for each in language.named(clause.text).verbs if any(language.alike(each, verb) for verb in verbs)]
         if clause.sides and acting not in clause.sides:
             others += did
         else:

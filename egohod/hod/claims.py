@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from egohod.hod.clauses import Clause, clauses
 from egohod.hod.facts import (
     AWAY,
     CLOCKWISE,
@@ -24,6 +23,7 @@ from egohod.hod.facts import (
     HandFacts,
     Motion,
 )
+from egohod.hod.language import Clause, clauses
 
 TWICE, ONCE, ABSENT, CONTACT, RELEASE, OTHER_HAND = "twice", "once", "out of sight", "contact", "release", "other hand"
 CLOSING, PARTING = "closing", "parting"

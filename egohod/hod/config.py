@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from egohod.config import SourceConfig, knob, load_as, out_of_range, part
-from egohod.hod.detect import DETECTORS
+from egohod.hod.detectors import DETECTORS
 from egohod.hod.pipeline import COLUMNS
 from egohod.hod.settings import CheckSettings, NarratorSettings
 
@@ -40,7 +40,7 @@ class DetectorConfig:
         "mediapipe",
         "mediapipe: hands, on any CPU; detections: files made elsewhere; torchvision: your own checkpoint; oracle: "
         "files again, spoiled on purpose to see what the rest bears",
-        choices=DETECTORS,
+        choices=tuple(DETECTORS),
     )
     options: dict[str, Any] = knob({}, "arguments of the detector, docs/hod.md; e.g. {path: detections.parquet}")
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from egohod.hod.check import Verdict, check
-from egohod.hod.llm import LanguageModelNarrator
-from egohod.hod.narrator import Narrator, Request
+from egohod.hod.narrators.base import Narrator, Request
+from egohod.hod.narrators.llm import LanguageModelNarrator
+from egohod.hod.narrators.template import TemplateNarrator
 from egohod.hod.settings import CheckSettings, NarratorSettings, warn_of_unused
-from egohod.hod.template import TemplateNarrator
 
 _TEMPLATE = TemplateNarrator()
 
@@ -100,7 +100,7 @@ def narrate_checked(
 def make_narrator(settings: NarratorSettings, prompts: Path) -> Narrator:
     """The narrator that the settings ask for; ``prompts`` is the folder of the prompts that have no own name.
 
-    Warns of knobs that it does not look at. Raises :class:`~egohod.hod.narrator.NarratorError`.
+    Warns of knobs that it does not look at. Raises :class:`~egohod.hod.narrators.base.NarratorError`.
     """
     warn_of_unused(settings)
     if settings.kind == "template":

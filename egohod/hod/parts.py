@@ -15,18 +15,19 @@ from egohod.config import PROJECT, UserError
 from egohod.data.source import ClipSource
 from egohod.data.table import ClipTable
 from egohod.data.video import Frames, VideoError
-from egohod.hod import camera, detect, records
+from egohod.hod import records, tracking
 from egohod.hod.blocks import Found
 from egohod.hod.config import HodConfig
-from egohod.hod.detection_files import DetectionFiles
-from egohod.hod.facts import ClipFacts, without_rare
-from egohod.hod.motion import FactsParams, facts_of
+from egohod.hod.detectors import make_detector, typed_options
+from egohod.hod.detectors.base import Detector
+from egohod.hod.detectors.files import DetectionFiles
+from egohod.hod.facts import ClipFacts, FactsParams, facts_of, without_rare
 from egohod.hod.narrate import make_narrator, make_template, narrate_checked
-from egohod.hod.narrator import Narration, Narrator, Request
+from egohod.hod.narrators.base import Narration, Narrator, Request
 from egohod.hod.pipeline import Stage, Task
 from egohod.hod.settings import used
 from egohod.hod.stages import CHECK, DETECT, NARRATE, TRACK, Looking, Thinking
-from egohod.hod.tracks import TrackParams
+from egohod.hod.tracking import TrackParams
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def make_stages(cfg: HodConfig, source: ClipSource, text_of: Callable[[int], str
     group = 256 if cfg.narrator.kind == "template" else 2 * at_once if cfg.narrator.kind == "vlm" else 8 * at_once
     detector = {
         "detector": cfg.detector.kind,
-        "options": detect.typed_options(cfg.detector.kind, cfg.detector.options),
+        "options": typed_options(cfg.detector.kind, cfg.detector.options),
         "camera": cfg.tracks.camera,
         # Which files a clip's frames lie in, and where in them. The folders are left out: they differ by machine.
         "layout": cfg.source.layout,
@@ -82,11 +83,11 @@ class _Look:
         self._table = table
         self._kind, self._options = cfg.detector.kind, cfg.detector.options
         self._camera = cfg.tracks.camera
-        self._detector: detect.Detector | None = None
+        self._detector: Detector | None = None
 
     def begin(self) -> None:
         if self._kind in _SHARED and self._detector is None:
-            self._detector = detect.make(self._kind, self._options)
+            self._detector = make_detector(self._kind, self._options)
             assert isinstance(self._detector, DetectionFiles)
             _require_detections(self._options["path"], self._detector.videos(), self._table)
 
@@ -95,10 +96,10 @@ class _Look:
         seconds, kept = np.unique(frames.seconds, return_index=True)
         numbers, pictures = frames.numbers[kept], frames.pictures[kept]
         if self._detector is None:
-            self._detector = detect.make(self._kind, self._options)
+            self._detector = make_detector(self._kind, self._options)
         found = self._detector.detect(video_id, numbers, seconds, pictures)
         height, width = pictures.shape[1:3]
-        shifts = camera.shifts(pictures, seconds, found) if self._camera else None
+        shifts = tracking.camera_shifts(pictures, seconds, found) if self._camera else None
         return records.plain(
             {"seconds": seconds, "aspect": width / height, "boxes": records.boxes_to_plain(found), "shifts": shifts}
         )
@@ -204,7 +205,7 @@ class _Remembering:
         self._narrator, self._first = narrator, first
 
     def narrate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Narration]]:
-        """See :class:`~egohod.hod.narrator.Narrator`."""
+        """See :class:`~egohod.hod.narrators.base.Narrator`."""
         if any(request.complaints for request in requests):
             return self._narrator.narrate(requests)
         return enumerate(self._first)

@@ -10,7 +10,7 @@ from egohod.data.pool import Lost, Workers
 from egohod.data.source import ClipSource
 from egohod.data.video import Frames, VideoError
 from egohod.hod.blocks import Found
-from egohod.hod.detect import Undetectable
+from egohod.hod.detectors.base import Undetectable
 from egohod.hod.pipeline import Task
 
 DETECT, TRACK, NARRATE, CHECK = STAGES = ("detect", "track", "narrate", "check")

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from egohod.hod.clauses import sides
+from egohod.hod.language import sides
 
 log = logging.getLogger(__name__)
 

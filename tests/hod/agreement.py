@@ -22,11 +22,10 @@ from egohod.data.detections import SCHEMA
 from egohod.data.frames import frame_times, segment_indices
 from egohod.demo.render import Stage
 from egohod.demo.world import FPS, VERBS, Video, make_video
-from egohod.hod import camera
-from egohod.hod.detect import Detector
-from egohod.hod.detection_files import Oracle
-from egohod.hod.facts import ClipFacts
-from egohod.hod.motion import facts_of
+from egohod.hod import tracking
+from egohod.hod.detectors.base import Detector
+from egohod.hod.detectors.files import Oracle
+from egohod.hod.facts import ClipFacts, facts_of
 
 EVERY_FRAME = 32
 EXPECTED = {
@@ -90,7 +89,7 @@ def measure_swaying(video: Video, sway: float, compensate: bool = True) -> Itera
         numbers = np.arange(clip.start, clip.start + clip.frames)
         seconds = frame_times(numbers, FPS)
         rows = oracle.detect(video.video_id, numbers, seconds, None)
-        moved = camera.shifts(pictures[numbers], seconds, rows) if compensate else None
+        moved = tracking.camera_shifts(pictures[numbers], seconds, rows) if compensate else None
         start, end = clip.start / FPS, (clip.start + clip.frames) / FPS
         found = facts_of(rows, seconds, video_id=video.video_id, start=start, end=end, shifts=moved)
         yield clip.verb, disagreement(found, clip.verb, clip.hand)

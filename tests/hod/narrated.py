@@ -18,7 +18,7 @@ import pandas as pd
 from egohod.data.detections import PORTABLE_OBJECT
 from egohod.demo.world import OTHER_HAND, VERBS
 from egohod.hod import config
-from egohod.hod.clauses import clauses
+from egohod.hod.language import clauses
 from egohod.hod.setup import Plan, build
 from egohod.hod.shards import Shard
 from egohod.hod.stages import STAGES

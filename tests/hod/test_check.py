@@ -10,11 +10,11 @@ import pytest
 from egohod.demo.world import VERBS, phrase
 from egohod.hod.check import check, compare_words, is_english
 from egohod.hod.claims import claims
-from egohod.hod.clauses import clauses, sides
+from egohod.hod.language import clauses, sides
 from egohod.hod.narrate import narrate_checked
-from egohod.hod.narrator import Request
+from egohod.hod.narrators.base import Request
+from egohod.hod.narrators.template import TemplateNarrator
 from egohod.hod.settings import CheckSettings
-from egohod.hod.template import TemplateNarrator
 from tests.hod import rewrites
 from tests.hod.hod_facts import WIPE, clip, hand
 from tests.hod.test_template import WAYS

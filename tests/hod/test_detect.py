@@ -19,13 +19,14 @@ from egohod.data import detections, epic_protobuf
 from egohod.data.decoders import choose_decoder
 from egohod.data.detections import EDGES, LEFT, RIGHT, SCHEMA
 from egohod.data.video import read_clip
-from egohod.hod import camera
 from egohod.hod import config as hod
-from egohod.hod.detect import DetectorError, Undetectable, make, settle_sides, typed_options
-from egohod.hod.detection_files import DetectionFiles, Oracle
-from egohod.hod.mediapipe_hands import FOLDER, MediapipeHands
-from egohod.hod.motion import facts_of
-from egohod.hod.torchvision_boxes import TorchvisionBoxes
+from egohod.hod import tracking
+from egohod.hod.detectors import make_detector, typed_options
+from egohod.hod.detectors.base import DetectorError, Undetectable, settle_sides
+from egohod.hod.detectors.files import DetectionFiles, Oracle
+from egohod.hod.detectors.mediapipe_hands import FOLDER, MediapipeHands
+from egohod.hod.detectors.torchvision_boxes import TorchvisionBoxes
+from egohod.hod.facts import facts_of
 from tests.support import ROOT
 
 FPS = 12
@@ -103,7 +104,7 @@ def test_two_hands_of_one_side_are_told_apart() -> None:
 
 
 def test_unknown_detectors_and_options(truth: Path) -> None:
-    assert isinstance(make("oracle", {"path": str(truth), "drop": 0.5}), Oracle)
+    assert isinstance(make_detector("oracle", {"path": str(truth), "drop": 0.5}), Oracle)
     for name, options, pattern in (
         ("yolo", {}, "must be one of mediapipe, detections"),
         ("oracle", {"path": str(truth), "jiter": 1}, "does not know jiter; its options are path, fps, jitter"),
@@ -122,7 +123,7 @@ def test_unknown_detectors_and_options(truth: Path) -> None:
         ("mediapipe", {"margin": -1}, "margin must be at least 0"),
     ):
         with pytest.raises(DetectorError, match=pattern.replace("|", r"\|")):
-            make(name, options)
+            make_detector(name, options)
 
 
 def test_options_of_a_configuration_get_the_types_that_the_detector_declares(tmp_path: Path) -> None:
@@ -221,7 +222,9 @@ def test_mediapipe_sees_the_right_hand_stir_and_the_left_hold(mediapipe_hands: M
     pictures, seconds, _ = read_clip(choose_decoder()[1], path, path.name, 0, 2, 16)
     found = mediapipe_hands.detect("v", np.round(seconds * 30 - 0.5), seconds, pictures)
     detections.check(found, "found")
-    facts = facts_of(found, seconds, video_id="v", start=0, end=2, shifts=camera.shifts(pictures, seconds, found))
+    facts = facts_of(
+        found, seconds, video_id="v", start=0, end=2, shifts=tracking.camera_shifts(pictures, seconds, found)
+    )
     left, right = facts.hands["left"], facts.hands["right"]
     assert left.seen >= 0.9
     assert right.seen >= 0.5

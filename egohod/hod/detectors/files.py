@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from egohod.data import detections
 from egohod.data.detections import EDGES, NEAREST_SECONDS, SCHEMA, DetectionError
-from egohod.hod.detect import DetectorError, Undetectable
+from egohod.hod.detectors.base import DetectorError, Undetectable
 
 EPIC_ENDINGS = (".pkl", ".pickle")
 
@@ -40,13 +40,13 @@ class DetectionFiles:
                 raise DetectorError(f"{path}: holds neither parquet files nor EPIC-KITCHENS' .pkl files")
             try:
                 # Here: nothing else in the pipeline needs protobuf, and many environments have one that is broken.
-                from egohod.data import epic_protobuf
+                from egohod.data.epic_protobuf import read as read_epic
             except Exception as error:
                 raise DetectorError(
                     f"{path}: EPIC-KITCHENS' files need protobuf, which cannot be used ({error}); pip install "
                     "--force-reinstall protobuf"
                 ) from error
-            self._read_epic = epic_protobuf.read
+            self._read_epic = read_epic
         else:
             self._videos = _by_video(detections.read(path))
 
@@ -57,7 +57,7 @@ class DetectionFiles:
     def detect(
         self, video_id: str, frame_numbers: np.ndarray, seconds: np.ndarray, pictures: np.ndarray | None = None
     ) -> pa.Table:
-        """See :class:`~egohod.hod.detect.Detector`. Raises :class:`Undetectable` for a video whose file is damaged."""
+        """See :class:`~egohod.hod.detectors.base.Detector`. Raises :class:`Undetectable` where a file is damaged."""
         if video_id in self._epic and video_id not in self._videos:
             fps = self._fps if self._fps is not None else float((frame_numbers[-1] + 0.5) / seconds[-1])
             try:
@@ -72,7 +72,7 @@ class DetectionFiles:
         return pa.Table.from_pandas(self._nearest(rows, np.unique(seconds)), SCHEMA, preserve_index=False)
 
     def close(self) -> None:
-        """See :class:`~egohod.hod.detect.Detector`."""
+        """See :class:`~egohod.hod.detectors.base.Detector`."""
         self._videos = {}
 
     @staticmethod
@@ -110,7 +110,7 @@ class Oracle(DetectionFiles):
     def detect(
         self, video_id: str, frame_numbers: np.ndarray, seconds: np.ndarray, pictures: np.ndarray | None = None
     ) -> pa.Table:
-        """See :class:`~egohod.hod.detect.Detector`."""
+        """See :class:`~egohod.hod.detectors.base.Detector`."""
         found = super().detect(video_id, frame_numbers, seconds, pictures)
         if not self._jitter and not self._drop:
             return found

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from egohod.hod import wording
-from egohod.hod.clauses import sides
 from egohod.hod.facts import ClipFacts, HandFacts
-from egohod.hod.narrator import Narration, Request
+from egohod.hod.language import sides
+from egohod.hod.narrators import base
+from egohod.hod.narrators.base import Narration, Request
 
 _WEARER = re.compile(r"^(#?\s*c(?:\s+c)?)\b\s*", re.IGNORECASE)
 _OTHERS = re.compile(r"^#\s*o\b", re.IGNORECASE)
@@ -38,7 +38,7 @@ class TemplateNarrator:
         self._varied = varied
 
     def narrate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Narration]]:
-        """See :class:`~egohod.hod.narrator.Narrator`; one narration a request, at once."""
+        """See :class:`~egohod.hod.narrators.base.Narrator`; one narration a request, at once."""
         for number, request in enumerate(requests):
             yield number, Narration(self.word(request.source, request), self.name)
 
@@ -69,7 +69,7 @@ def template(source: str, facts: ClipFacts, seed: int | Sequence[int] | None = 0
             idle = idle[1:]
     else:
         text = source if others or acting is None else _with_hand(source, facts, acting, rng)
-    while_ = [_idle(hand, wording.thing_name(facts)) for hand in idle if hand.side not in named]
+    while_ = [_idle(hand, base.thing_name(facts)) for hand in idle if hand.side not in named]
     if while_:
         text += (", while " if rng is None or rng.integers(2) else "; ") + " and ".join(while_)
     return text
@@ -99,19 +99,19 @@ def _tail(facts: ClipFacts, hand: HandFacts, rng: np.random.Generator | None) ->
     """How the hand moves, from where to where, what it touches."""
     motion, variant, carried = hand.motion, 0 if rng is None else int(rng.integers(2)), False
     # The thing's own motion is the action's, where it is known; a hand may come from elsewhere.
-    if facts.object is not None and not facts.object.guessed and wording.moves(facts.object.motion):
+    if facts.object is not None and not facts.object.guessed and base.moves(facts.object.motion):
         motion, carried = facts.object.motion, hand.touches == "object" and len(facts.object.motion.directions) == 1
-    if not wording.moves(motion):
+    if not base.moves(motion):
         tail = ["keeping still"]
     else:
-        worded = wording.carrying if carried and rng is not None and rng.integers(2) else wording.going
+        worded = base.carrying if carried and rng is not None and rng.integers(2) else base.going
         tail = [worded(motion, variant)]
-        if motion.repeats == 1 and wording.often(motion):
-            tail.append(wording.often(motion))
-        if wording.whence(motion) and _at_times(rng):
-            tail.append(wording.whence(motion))
+        if motion.repeats == 1 and base.often(motion):
+            tail.append(base.often(motion))
+        if base.whence(motion) and _at_times(rng):
+            tail.append(base.whence(motion))
     if hand.relation:
-        tail.append(wording.relation(hand, wording.thing_name(facts)))
+        tail.append(base.relation(hand, base.thing_name(facts)))
     if hand.touches in ("object", "other object") and _at_times(rng):
         reached = "after reaching for it" if hand.contact else "in contact from the start"
         tail.append(reached)
@@ -126,13 +126,13 @@ def _of_facts_alone(facts: ClipFacts, acting: HandFacts | None) -> str:
     hand = acting or next((hand for _, hand in sorted(facts.hands.items())), None)
     if hand is None:
         return ""
-    thing = wording.thing_name(facts)
-    held = wording.touched(hand, thing)
-    if not wording.moves(hand.motion):
+    thing = base.thing_name(facts)
+    held = base.touched(hand, thing)
+    if not base.moves(hand.motion):
         return f"The {hand.side} hand " + (f"holds {held} still" if held else "rests")
-    way = wording.going(hand.motion)
+    way = base.going(hand.motion)
     if hand.relation:
-        return f"The {hand.side} hand moves {way}, {wording.relation(hand, thing)}"
+        return f"The {hand.side} hand moves {way}, {base.relation(hand, thing)}"
     if held and hand.touches in ("object", "other object"):
         return f"The {hand.side} hand moves {held} {way}"
     return f"The {hand.side} hand moves {way}" + (f", touching {held}" if held else "")
@@ -140,9 +140,9 @@ def _of_facts_alone(facts: ClipFacts, acting: HandFacts | None) -> str:
 
 def _idle(hand: HandFacts, thing: str) -> str:
     """What a hand does that does not act."""
-    held = wording.touched(hand, thing)
+    held = base.touched(hand, thing)
     who = f"the {hand.side} hand"
-    if not wording.moves(hand.motion):
+    if not base.moves(hand.motion):
         graspable = hand.touches in ("object", "other object")
         return f"{who} holds {held} still" if graspable else f"{who} rests"
-    return f"{who} moves {wording.going(hand.motion)}" + (f", touching {held}" if held else "")
+    return f"{who} moves {base.going(hand.motion)}" + (f", touching {held}" if held else "")

@@ -16,10 +16,9 @@ import jsonschema
 import numpy as np
 from PIL import Image
 
-from egohod.hod.endpoint import Answer, Endpoint, Unanswerable
-from egohod.hod.narrator import Narration, NarratorError, Request
+from egohod.hod.narrators.base import Narration, NarratorError, Request, describe
+from egohod.hod.narrators.endpoint import Answer, Endpoint, Unanswerable
 from egohod.hod.settings import NarratorSettings
-from egohod.hod.wording import describe
 
 # Asked of the server, and held against its answer: one truth.
 SCHEMA: dict[str, Any] = {
@@ -62,7 +61,7 @@ class LanguageModelNarrator:
         self._looks = settings.kind == "vlm"
 
     def narrate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Narration]]:
-        """See :class:`~egohod.hod.narrator.Narrator`. A batch whose answer is no use has Narrations without text."""
+        """See :class:`~egohod.hod.narrators.base.Narrator`; without text for a batch whose answer is no use."""
         size = self._settings.batch
         batches = [range(first, min(first + size, len(requests))) for first in range(0, len(requests), size)]
         bodies = (self._body([requests[number] for number in batch]) for batch in batches)

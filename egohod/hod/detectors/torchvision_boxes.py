@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 
 from egohod.data.detections import LEFT, RIGHT
-from egohod.hod.detect import DetectorError, row, settle_sides, table
+from egohod.hod.detectors.base import DetectorError, row, settle_sides, table
 from egohod.model.weight_files import read_tensors
 from egohod.model.weight_names import WeightsError
 
@@ -79,7 +79,7 @@ class TorchvisionBoxes:
     def detect(
         self, video_id: str, frame_numbers: np.ndarray, seconds: np.ndarray, pictures: np.ndarray | None
     ) -> pa.Table:
-        """See :class:`~egohod.hod.detect.Detector`."""
+        """See :class:`~egohod.hod.detectors.base.Detector`."""
         assert pictures is not None, "a network looks at pictures"
         height, width = pictures.shape[1:3]
         rows: list[dict[str, Any]] = []
@@ -94,7 +94,7 @@ class TorchvisionBoxes:
         return table(rows)
 
     def close(self) -> None:
-        """See :class:`~egohod.hod.detect.Detector`."""
+        """See :class:`~egohod.hod.detectors.base.Detector`."""
         del self._model
 
     def _rows(

@@ -24,7 +24,7 @@ from requests.adapters import HTTPAdapter
 from requests.utils import get_environ_proxies, select_proxy
 from urllib3.exceptions import NewConnectionError, ProxyError
 
-from egohod.hod.narrator import EndpointDown, NarratorError
+from egohod.hod.narrators.base import EndpointDown, NarratorError
 from egohod.hod.settings import NarratorSettings
 
 log = logging.getLogger(__name__)

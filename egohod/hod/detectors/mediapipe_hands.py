@@ -1,7 +1,7 @@
 """Hands by MediaPipe: boxes around its 21 landmarks, sides corrected for an egocentric view.
 
 MediaPipe tells the side of a hand as in a mirrored selfie; the wearer's side is the other one. It finds no objects and
-tells no contact. It runs in a child process (see :mod:`egohod.hod.mediapipe_worker`).
+tells no contact. It runs in a child process (see :mod:`egohod.hod.detectors.mediapipe_worker`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import pyarrow as pa
 
 from egohod.config import PROJECT
 from egohod.data.detections import LEFT, RIGHT
-from egohod.hod import mediapipe_worker
-from egohod.hod.detect import DetectorError, Undetectable, row, settle_sides, table
+from egohod.hod.detectors import mediapipe_worker
+from egohod.hod.detectors.base import DetectorError, Undetectable, row, settle_sides, table
 
 FOLDER = ".mediapipe"
 """In the project; exps/generate_hod.sh installs it there."""
@@ -81,7 +81,7 @@ class MediapipeHands:
     def detect(
         self, video_id: str, frame_numbers: np.ndarray, seconds: np.ndarray, pictures: np.ndarray | None
     ) -> pa.Table:
-        """See :class:`~egohod.hod.detect.Detector`.
+        """See :class:`~egohod.hod.detectors.base.Detector`.
 
         Raises :class:`Undetectable` if MediaPipe died of the pictures, :class:`DetectorError` if it does not come back.
         """

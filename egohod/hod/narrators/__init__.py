@@ -1,0 +1,1 @@
+"""Narrators: facts of a clip in, a sentence out."""
