@@ -25,10 +25,11 @@ from typing import Any
 from torch import nn
 
 from egohod import cli, config
-from egohod.config import Config, UserError
+from egohod.config import Config
 from egohod.data.labels import ClassSpace
 from egohod.data.text import Tokenizer
 from egohod.distributed import Distributed
+from egohod.errors import UserError
 from egohod.evaluation.baseline import FrameAverage, open_clip_baseline
 from egohod.evaluation.benchmarks import Benchmark, asked, benchmark, demo_evaluators, execution_of
 from egohod.evaluation.feature_cache import fingerprint

@@ -10,11 +10,13 @@ import numpy as np
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from egohod.config import LossConfig, UserError, model_config
+from egohod.config import model_config
 from egohod.data.decoders import choose_decoder
 from egohod.data.text import Tokenizer
 from egohod.data.transforms import center_crop, normalise
 from egohod.data.video import read_clip
+from egohod.errors import UserError
+from egohod.loss.config import LossConfig
 from egohod.model import egovideo
 from egohod.model import weights as weights_of_files
 from egohod.model.egovideo import DualEncoder

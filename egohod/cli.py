@@ -15,7 +15,9 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from egohod.config import PROJECT, Config, UserError, help_text, knobs
+from egohod.config import PROJECT, Config
+from egohod.errors import UserError
+from egohod.knobs import help_text, knobs
 from egohod.locks import Held, locked
 from egohod.place import Place, find_place
 from egohod.stopping import Interrupted, RunFailed
@@ -259,5 +261,5 @@ def model_of(checkpoint: str, overrides: Sequence[str] = ()) -> list[str]:
     if content.family.is_clip:
         return []
     known = {f"model.{name}": value for name, value in content.model_knobs.items()}
-    allowed = {name for name, _, _ in knobs()}
+    allowed = {name for name, _, _ in knobs(Config)}
     return [f"{name}={value}" for name, value in known.items() if name in allowed]

@@ -27,7 +27,7 @@ import torch.distributed.nn.functional as dist_nn
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from egohod.config import UserError
+from egohod.errors import UserError
 from egohod.place import Place, find_place, number
 from egohod.stopping import StopRequest
 

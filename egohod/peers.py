@@ -21,8 +21,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from egohod.config import UserError
 from egohod.distributed import Distributed, host_name
+from egohod.errors import UserError
 from egohod.stopping import Interrupted, RunFailed
 
 # How long a process may take to leave by itself (to finish a checkpoint, say) before it is ended.

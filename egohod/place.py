@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from egohod.config import UserError
+from egohod.errors import UserError
 
 # Below the ports that Linux gives to outgoing connections.
 _FIRST_PORT, _PORTS = 20000, 12000

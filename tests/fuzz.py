@@ -44,7 +44,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MPLCONFIGDIR
 import psutil
 import torch
 
-from egohod.config import UserError
+from egohod.errors import UserError
 from egohod.training.agreement import source_hash
 from egohod.training.telemetry import git_commit
 from tests import fuzz_mutations

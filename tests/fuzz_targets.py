@@ -27,10 +27,10 @@ import torch
 import torchvision
 
 from egohod import config
-from egohod.config import BenchmarkConfig, LossConfig, ModelConfig, SourceConfig
 from egohod.data import detections, epic_protobuf
 from egohod.data.chunk_folder import Output, find_videos
 from egohod.data.chunking import ChunkSettings, Source, write_chunks
+from egohod.data.config import SourceConfig
 from egohod.data.decoders import choose_decoder
 from egohod.data.detections import BoxTable
 from egohod.data.files import LocalCache
@@ -43,6 +43,7 @@ from egohod.demo import write as demo
 from egohod.distributed import Distributed
 from egohod.evaluation import feature_index
 from egohod.evaluation.benchmarks import benchmark, execution_of
+from egohod.evaluation.config import BenchmarkConfig
 from egohod.evaluation.feature_cache import FeatureCache
 from egohod.evaluation.listing import rows_of_csv
 from egohod.evaluation.protocols import PROTOCOLS
@@ -62,7 +63,9 @@ from egohod.hod.settings import NarratorSettings
 from egohod.hod.setup import build
 from egohod.hod.shards import Shard
 from egohod.hod.stages import STAGES
+from egohod.loss.config import LossConfig
 from egohod.model import zoo
+from egohod.model.config import ModelConfig
 from egohod.model.egovideo import DualEncoder, create_model
 from egohod.model.weights import load_weights
 from egohod.training.checkpoint import CheckpointStore, classes_of, open_checkpoint, open_weights

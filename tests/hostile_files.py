@@ -159,9 +159,9 @@ def _readers() -> dict[str, Callable[[Path], object]]:
     # Its imports within a function are not what is timed.
     import torchvision.models.detection  # noqa: F401
 
-    from egohod.config import SourceConfig
     from egohod.data import epic_protobuf
     from egohod.data.annotations import read_annotations
+    from egohod.data.config import SourceConfig
     from egohod.evaluation.relevancy import read_relevancy
     from egohod.hod.detectors.torchvision_boxes import TorchvisionBoxes
     from egohod.model.weight_files import read_weights
@@ -178,7 +178,7 @@ def _readers() -> dict[str, Callable[[Path], object]]:
 
 
 def main(arguments: list[str]) -> None:
-    from egohod.config import UserError
+    from egohod.errors import UserError
 
     readers = _readers()
     limit_memory()

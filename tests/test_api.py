@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import egohod
-from egohod.config import UserError
 from egohod.data.video import VideoError
+from egohod.errors import UserError
 from egohod.model.video import QuickGELU
 from tests.support import ROOT, ShortRun, environment
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from egohod import distributed
-from egohod.config import UserError
+from egohod.errors import UserError
 
 
 def test_a_gpu_that_torch_cannot_use_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,8 @@ import show_batch
 import verify_dataset
 
 import main_eval
-from egohod.config import ConfigError, UserError, load
+from egohod.config import load
+from egohod.errors import UserError
 from egohod.model.weight_files import read_weights
 from tests.hod.runs import head
 from tests.support import ROOT, ShortRun, environment
@@ -61,7 +62,7 @@ def test_default_configurations_are_those_of_the_project(
 
 
 def test_a_config_that_the_project_has_is_named_in_full(elsewhere: Path) -> None:
-    with pytest.raises(ConfigError, match=rf"no such config file; did you mean {ROOT}/configs/demo\.yml\?"):
+    with pytest.raises(UserError, match=rf"no such config file; did you mean {ROOT}/configs/demo\.yml\?"):
         load("configs/demo.yml")
 
 

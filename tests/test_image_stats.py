@@ -13,9 +13,10 @@ from training.test_step import batch, build, config
 import egohod
 import main_pretrain
 from egohod import cli
-from egohod.config import IMAGE_STATS, UserError
 from egohod.data.transforms import center_crop, normalise
+from egohod.errors import UserError
 from egohod.evaluation.feature_cache import fingerprint
+from egohod.model.config import IMAGE_STATS
 from tests.support import ShortRun, newest, write_tiny_config
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from egohod import cli, locks
-from egohod.config import UserError
 from egohod.data.chunk_folder import Output
 from egohod.data.chunking import ChunkSettings
 from egohod.distributed import Distributed
+from egohod.errors import UserError
 from egohod.hod.shards import Shard, Work
 from egohod.locks import Held, locked
 from tests.support import Command, environment, newest

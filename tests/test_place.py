@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from egohod import cli, distributed
-from egohod.config import UserError
+from egohod.errors import UserError
 from egohod.place import Place, find_place, first_host, usable_cores
 from egohod.stopping import Interrupted
 from tests.support import ROOT, Command, environment

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import main_pretrain
-from egohod.config import UserError
 from egohod.data.clips import ClipDataset
+from egohod.errors import UserError
 from tests.support import Command, losses, newest
 
 

@@ -23,9 +23,9 @@ from bench_loader import (
     write_chunk,
 )
 
-from egohod.config import UserError
 from egohod.data.decoders import choose_decoder
 from egohod.data.video import read_clip
+from egohod.errors import UserError
 
 DECODERS = ("pyav", "torchcodec", "decord")
 

@@ -18,15 +18,16 @@ import torch
 from bench_step import peak_bytes
 
 from egohod import config
-from egohod.config import IMAGE_STATS, BenchmarkConfig
 from egohod.data.decoders import choose_decoder
 from egohod.data.frames import segment_indices
 from egohod.distributed import setup
 from egohod.evaluation.benchmarks import benchmark, execution_of
+from egohod.evaluation.config import BenchmarkConfig
 from egohod.evaluation.embed import embed_clips
 from egohod.evaluation.metrics import graded_scores
 from egohod.evaluation.protocols import PROTOCOLS
 from egohod.evaluation.readers import READERS
+from egohod.model.config import IMAGE_STATS
 from egohod.model.egovideo import create_model
 
 CHUNK = 15.0

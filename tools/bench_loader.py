@@ -37,15 +37,16 @@ from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from egohod.config import IMAGE_STATS, SourceConfig
 from egohod.data import transforms
 from egohod.data.chunking import ChunkSettings, write_chunks
 from egohod.data.clips import ClipDataset
+from egohod.data.config import SourceConfig
 from egohod.data.decoders import choose_decoder
 from egohod.data.frames import segment_indices
 from egohod.data.loader import BatchPlan, train_loader
 from egohod.data.table import ClipTable
 from egohod.data.text import Tokenizer
+from egohod.model.config import IMAGE_STATS
 
 WIDTH, HEIGHT, FPS, CHUNK_SECONDS, KEYFRAME_EVERY = 426, 320, 30, 15, 15
 CLIP_SECONDS = 2.0

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
-from egohod.config import Config, ModelConfig, TrainConfig
+from egohod.config import Config
 from egohod.distributed import pick_device, pick_precision, setup
+from egohod.model.config import ModelConfig
 from egohod.model.egovideo import create_model
 from egohod.model.zoo import GEOMETRIES
+from egohod.training.config import TrainConfig
 from egohod.training.memory import SHARE, Memory, predict
 from egohod.training.setup import split_batch
 from egohod.training.step import TrainStep

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from egohod.config import ModelConfig
 from egohod.distributed import pick_device, pick_precision
 from egohod.loss.contrastive import ContrastiveLoss
 from egohod.model import slowfast
+from egohod.model.config import ModelConfig
 from egohod.model.egovideo import DualEncoder, create_model
 from egohod.model.flops import count_flops, saved_bytes
 from egohod.model.video import VideoTransformer

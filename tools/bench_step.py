@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from egohod.config import ModelConfig
 from egohod.distributed import pick_device, pick_precision
 from egohod.loss.contrastive import ContrastiveLoss
+from egohod.model.config import ModelConfig
 from egohod.model.egovideo import DualEncoder, create_model
 from egohod.model.flops import count_flops, saved_bytes, step_flops
 from egohod.model.zoo import GEOMETRIES

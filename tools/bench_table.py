@@ -23,8 +23,11 @@ import av
 import numpy as np
 import psutil
 
-from egohod.config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig
+from egohod.config import Config
+from egohod.data.config import DataConfig, SourceConfig
 from egohod.data.loader import train_loader
+from egohod.model.config import ModelConfig
+from egohod.training.config import TrainConfig
 from egohod.training.setup import build_dataset, build_plan
 
 BATCH, BATCHES, SIZE, FRAMES, SECONDS = 64, 8, 32, 4, 60

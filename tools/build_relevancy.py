@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from egohod import cli
-from egohod.config import UserError
+from egohod.errors import UserError
 from egohod.evaluation.relevancy import csv_relevancy, read_relevancy, save
 
 

@@ -25,7 +25,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from egohod import cli
-from egohod.config import UserError
 from egohod.data.chunk_folder import (
     Estimate,
     Interim,
@@ -38,6 +37,7 @@ from egohod.data.chunk_folder import (
     write_videos,
 )
 from egohod.data.chunking import CODECS, LAYOUTS, ChunkSettings, Probe, try_encoder
+from egohod.errors import UserError
 from egohod.place import usable_cores
 
 log = logging.getLogger("chunk_videos")

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from safetensors.torch import save_file
 
 from egohod import cli
-from egohod.config import UserError
+from egohod.errors import UserError
 from egohod.model.weights import Family, WeightFile, upstream_state
 from egohod.model.zoo import geometry
 from egohod.training.checkpoint import open_weights

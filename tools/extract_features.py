@@ -24,9 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from egohod import cli, config
-from egohod.config import Config, UserError, to_yaml
+from egohod.config import Config, to_yaml
 from egohod.data.files import open_cache
 from egohod.distributed import Distributed, pick_precision, setup
+from egohod.errors import UserError
 from egohod.evaluation.clips import EvaluationDataset
 from egohod.evaluation.extract import extract, remaining
 from egohod.evaluation.feature_cache import fingerprint

@@ -31,8 +31,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from egohod import cli
-from egohod.config import UserError, to_yaml
+from egohod.config import to_yaml
 from egohod.demo import make_world
+from egohod.errors import UserError
 from egohod.hod import config
 from egohod.hod.config import HodConfig
 from egohod.hod.pipeline import Progress

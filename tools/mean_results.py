@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from egohod import cli
-from egohod.config import UserError
+from egohod.errors import UserError
 from egohod.evaluation.report import FORMAT, RESULTS_FILE, read_json
 from egohod.evaluation.scores import CHANCE
 

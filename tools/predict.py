@@ -24,12 +24,13 @@ import torch
 
 from egohod import cli, config
 from egohod.api import load_clip
-from egohod.config import Config, UserError
+from egohod.config import Config
 from egohod.data.decoders import choose_decoder
 from egohod.data.text import Tokenizer
 from egohod.data.transforms import center_crop, normalise
 from egohod.data.windows import spans
 from egohod.distributed import inference_precision, setup
+from egohod.errors import UserError
 from egohod.evaluation.heads import ClassProbabilities
 from egohod.evaluation.plots import new_figure
 from egohod.model.egovideo import DualEncoder

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from egohod import cli
-from egohod.config import UserError
+from egohod.errors import UserError
 from egohod.evaluation.feature_index import SHARED, Features, read_features, read_index
 from egohod.evaluation.probes import knn_probe, linear_probe
 

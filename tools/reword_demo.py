@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pandas as pd
 
 from egohod import cli
-from egohod.config import UserError
 from egohod.data.text_files import read_lines
 from egohod.demo.motion import VERBS
+from egohod.errors import UserError
 
 SPLITS = ("val", "test")
 

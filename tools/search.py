@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from egohod import cli, config
-from egohod.config import UserError
 from egohod.data.text import Tokenizer
 from egohod.distributed import setup
+from egohod.errors import UserError
 from egohod.evaluation.embed import embed_texts
 from egohod.evaluation.feature_cache import fingerprint
 from egohod.evaluation.feature_index import CONFIG_FILE, read_features, read_index

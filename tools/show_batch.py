@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from egohod import cli, config
 from egohod.data.files import VideoError
 from egohod.data.show import sheet
+from egohod.errors import UserError
 from egohod.model.zoo import geometry
 from egohod.training.setup import build_dataset, build_plan
 
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--dry_run", action="store_true", help="say which clips, and draw nothing")
     args = parser.parse_intermixed_args(arguments)
     if args.step < 1 or args.clips < 1:
-        raise config.UserError("--step and --clips count from 1")
+        raise UserError("--step and --clips count from 1")
     cfg = config.load(args.config_file, cli.overrides(args))
     dataset = build_dataset(cfg, geometry(cfg.model.name).image_size)
     keys = build_plan(cfg, dataset).keys(args.step - 1)[: args.clips].tolist()
@@ -47,16 +48,16 @@ def main(arguments: Sequence[str]) -> int:
             views.append((dataset.where(index), dataset.view((epoch, index))))
         except VideoError as error:
             if args.strict:
-                raise config.UserError(f"{dataset.where(index)}: {error}") from error
+                raise UserError(f"{dataset.where(index)}: {error}") from error
             log.warning("left out, a training would put another clip in its place: %s", error)
     if args.dry_run:
         return cli.DONE
     if not views:
-        raise config.UserError(f"not one of the {len(keys)} clips could be read")
+        raise UserError(f"not one of the {len(keys)} clips could be read")
     try:
         sheet(views).save(args.output)
     except (OSError, ValueError) as error:  # ValueError: an ending that names no picture format
-        raise config.UserError(f"cannot write {args.output}: {error}") from error
+        raise UserError(f"cannot write {args.output}: {error}") from error
     log.info("drew %d clips of step %d: %s", len(views), args.step, args.output)
     return cli.DONE
 

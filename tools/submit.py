@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import psutil
 
 from egohod import cli, config
-from egohod.config import UserError
+from egohod.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = {"pretrain": "main_pretrain.py", "finetune": "main_finetune.py"}

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from egohod import cli, config
 from egohod.data.verify import Verdict, Verifier
+from egohod.errors import UserError
 from egohod.place import usable_cores
 from egohod.training.setup import active_sources, build_dataset
 
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--dry_run", action="store_true", help="say how much there is to do, and write nothing")
     args = parser.parse_intermixed_args(arguments)
     if args.workers < 1 or args.frames < 1:
-        raise config.UserError("--workers and --frames count from 1")
+        raise UserError("--workers and --frames count from 1")
     cfg = config.load(args.config_file, cli.overrides(args))
     dataset = build_dataset(cfg, size=1)
     verifiers = [

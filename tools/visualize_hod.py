@@ -28,8 +28,8 @@ import av
 import numpy as np
 
 from egohod import cli
-from egohod.config import UserError
 from egohod.data.show import ROLE_COLOURS
+from egohod.errors import UserError
 from egohod.evaluation.page import data_uri, render
 from egohod.evaluation.report import write_text
 from egohod.evaluation.thumbnails import jpeg

@@ -34,7 +34,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from egohod import pickles
-from egohod.config import SourceConfig
+from egohod.data.config import SourceConfig
 from egohod.data.frames import MIN_SECONDS
 from egohod.data.narrations import flat_texts
 from egohod.data.text_files import (

@@ -22,7 +22,6 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from egohod.config import UserError
 from egohod.data.containers import (
     FORMATS_WITH_LENGTH,
     HEAD_PACKETS,
@@ -35,6 +34,7 @@ from egohod.data.containers import (
     video_stream,
 )
 from egohod.data.files import VideoError, one_clip
+from egohod.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from egohod.config import UserError
 from egohod.data.containers import (
     FORMATS_WITH_LENGTH,
     HEAD_PACKETS,
@@ -35,6 +34,7 @@ from egohod.data.containers import (
     videos_of,
 )
 from egohod.data.files import Source, VideoError, one_clip
+from egohod.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet
 
-from egohod.config import UserError
+from egohod.errors import UserError
 
 LEFT, RIGHT = 0, 1
 UNKNOWN_STATE = -1

@@ -26,7 +26,7 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.caching import ReadAheadCache
 
-from egohod.config import UserError
+from egohod.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -14,11 +14,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from egohod.config import UserError
 from egohod.data.csv_files import integer_lists, integers, read_csv
 from egohod.data.relevancy import graded, indicator, sentence_texts
 from egohod.data.sides import swap_sides
 from egohod.data.table import ClipTable
+from egohod.errors import UserError
 
 log = logging.getLogger(__name__)
 

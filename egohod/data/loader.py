@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from egohod.config import DataConfig, UserError
 from egohod.data.clips import ClipDataset, Key, collate
+from egohod.data.config import DataConfig
+from egohod.errors import UserError
 from egohod.stopping import Interrupted, StopRequest
 
 log = logging.getLogger(__name__)

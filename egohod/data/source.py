@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from egohod.config import SourceConfig, UserError
+from egohod.data.config import SourceConfig
 from egohod.data.decoders import Opener
 from egohod.data.detections import EDGES, ROLES, BoxTable
 from egohod.data.files import LocalCache
 from egohod.data.table import ClipRow, ClipTable
 from egohod.data.video import Frames, VideoStore
+from egohod.errors import UserError
 
 
 class ClipSource:

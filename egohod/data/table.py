@@ -16,9 +16,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from egohod.config import SourceConfig
 from egohod.data import narrations
 from egohod.data.annotations import Annotations, nearest, read_annotations, seconds
+from egohod.data.config import SourceConfig
 from egohod.data.frames import MIN_SECONDS
 from egohod.data.text_files import TableError, read_columns, read_header
 

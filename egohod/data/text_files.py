@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from egohod.config import UserError
+from egohod.errors import UserError
 
 # A row (think of a very long narration) must fit one block of the parser.
 _BLOCK_BYTES = 16 << 20

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from egohod.config import IMAGE_STATS, ImageStats
+from egohod.model.config import IMAGE_STATS, ImageStats
 
 RESIZES = {"bicubic_antialias": ("bicubic", True), "bicubic": ("bicubic", False), "bilinear": ("bilinear", False)}
 """Interpolation, and whether it is antialiased, see :func:`spatial_crops`."""

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from egohod.config import UserError
 from egohod.data.files import VideoError, one_clip
 from egohod.data.pool import Lost, Workers
 from egohod.data.source import ClipSource
 from egohod.data.table import EXCLUDE_COLUMNS
+from egohod.errors import UserError
 
 log = logging.getLogger(__name__)
 

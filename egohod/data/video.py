@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from egohod.config import UserError
 from egohod.data import containers
 from egohod.data.decoders import Decoder, Opener
 from egohod.data.files import LocalCache, Recent, Source, StorageError, VideoError, open_root
 from egohod.data.frames import MIN_SECONDS, clip_indices, frame_times
+from egohod.errors import UserError
 
 __all__ = ["VideoError", "VideoStore", "read_clip"]
 
@@ -194,7 +194,7 @@ class VideoStore:
     Clips are widened to ``min_clip_seconds``; None widens those in chunks to a second, unless ``rule`` is that of a
     loader that does not, and leaves those in whole files as they are.
 
-    Raises :class:`~egohod.config.UserError` if ``root`` is no folder, and for an impossible layout.
+    Raises :class:`~egohod.errors.UserError` if ``root`` is no folder, and for an impossible layout.
     """
 
     def __init__(

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from egohod.config import UserError
 from egohod.data import containers
 from egohod.data.decoders import choose_decoder
 from egohod.data.files import VideoError
 from egohod.data.video import ENDINGS
+from egohod.errors import UserError
 
 
 def sliding(

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from egohod.config import SourceConfig
+from egohod.data.config import SourceConfig
 from egohod.data.decoders import choose_decoder
 from egohod.data.source import ClipSource
 from egohod.data.table import ClipTable

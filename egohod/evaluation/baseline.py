@@ -6,7 +6,8 @@ import open_clip
 from torch import Tensor, nn
 from torch.nn.functional import normalize as unit
 
-from egohod.config import ImageStats, UserError
+from egohod.errors import UserError
+from egohod.model.config import ImageStats
 
 
 class FrameAverage(nn.Module):

@@ -13,12 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from egohod.config import IMAGE_STATS, BenchmarkConfig, Config, DataConfig, UserError
+from egohod.config import Config
+from egohod.data.config import DataConfig
 from egohod.data.files import open_cache
 from egohod.data.labels import ClassSpace
 from egohod.data.text import Tokenizer
 from egohod.distributed import Distributed, pick_precision
+from egohod.errors import UserError
 from egohod.evaluation.clips import EvaluationDataset, require_all
+from egohod.evaluation.config import BenchmarkConfig
 from egohod.evaluation.embed import (
     PLAIN,
     Report,
@@ -34,6 +37,7 @@ from egohod.evaluation.protocols import Protocol, protocol_for
 from egohod.evaluation.readers import READERS
 from egohod.evaluation.scores import Score, flat_with_controls
 from egohod.evaluation.tables import EvaluationTable
+from egohod.model.config import IMAGE_STATS
 from egohod.model.egovideo import DualEncoder
 from egohod.model.zoo import geometry
 

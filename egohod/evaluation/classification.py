@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from egohod.config import UserError
+from egohod.errors import UserError
 from egohod.evaluation.metrics import (
     IntArray,
     expected_average_precision,

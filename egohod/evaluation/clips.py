@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from egohod.config import UserError
 from egohod.data.decoders import KeptOpen, choose_decoder
 from egohod.data.files import LocalCache, Source, VideoError, one_clip
 from egohod.data.frames import MIN_SECONDS
 from egohod.data.transforms import spatial_crops
 from egohod.data.video import VideoStore
+from egohod.errors import UserError
 from egohod.evaluation.protocols import Protocol
 
 # Part of what kept features depend on; counts up when the same settings show other frames.
@@ -34,7 +34,7 @@ class ClipList:
     """N clips below one video folder. ``start`` and ``end`` float64 [N] in seconds; an infinite end is the file's.
 
     ``ids`` are for people; ``root``, ``layout``, ``chunk_seconds`` and ``min_clip_seconds`` as in
-    :class:`~egohod.config.SourceConfig`.
+    :class:`~egohod.data.config.SourceConfig`.
     """
 
     ids: Sequence[str]

@@ -13,14 +13,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from egohod.config import IMAGE_STATS, DataConfig, ImageStats, UserError
+from egohod.data.config import DataConfig
 from egohod.data.loader import eval_loader
 from egohod.data.text import trim
 from egohod.data.transforms import normalise
 from egohod.distributed import Distributed, inference_precision
+from egohod.errors import UserError
 from egohod.evaluation.clips import EvaluationDataset, collate_views, require_all
 from egohod.evaluation.feature_cache import FeatureCache, feature_key
 from egohod.evaluation.temporal import apply_control
+from egohod.model.config import IMAGE_STATS, ImageStats
 from egohod.stopping import Interrupted
 
 # What the clips as they are are called among the temporal controls.

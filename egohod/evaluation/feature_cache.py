@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from egohod.config import IMAGE_STATS
+from egohod.model.config import IMAGE_STATS
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from egohod.config import UserError
+from egohod.errors import UserError
 from egohod.evaluation.report import read_json, write_json
 
 FORMAT = 1

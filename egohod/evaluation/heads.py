@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from egohod.config import UserError
 from egohod.data.labels import ClassSpace
+from egohod.errors import UserError
 from egohod.evaluation.classification import ClassificationTable
 from egohod.evaluation.tables import EvaluationTable
 from egohod.model.egovideo import DualEncoder

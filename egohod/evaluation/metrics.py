@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from egohod.config import UserError
+from egohod.errors import UserError
 from egohod.place import usable_cores
 
 FloatArray = NDArray[np.floating[Any]]

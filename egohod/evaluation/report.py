@@ -19,8 +19,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from egohod.config import Config, UserError, to_yaml
+from egohod.config import Config, to_yaml
 from egohod.distributed import Distributed
+from egohod.errors import UserError
 from egohod.evaluation.benchmarks import Benchmark, Measured
 from egohod.evaluation.embed import PLAIN
 from egohod.evaluation.markdown import markdown

@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import UndefinedError
 
-from egohod.config import UserError
+from egohod.errors import UserError
 from egohod.evaluation.gallery import Gallery, gallery
 from egohod.evaluation.page import data_uri, render
 from egohod.evaluation.plots import SHOWN_CLASSES, confusion_plot

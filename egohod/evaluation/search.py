@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from egohod.config import UserError
 from egohod.data.decoders import choose_decoder
 from egohod.data.video import VideoStore
+from egohod.errors import UserError
 from egohod.evaluation.feature_index import Features
 from egohod.evaluation.metrics import rank_items
 from egohod.evaluation.thumbnails import strip

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from egohod.config import UserError
+from egohod.errors import UserError
 
 # The shuffled order of a clip follows from this and from the clip's number.
 SEED = 0

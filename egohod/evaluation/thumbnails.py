@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from egohod.config import UserError
 from egohod.data.decoders import choose_decoder
 from egohod.data.video import VideoStore
+from egohod.errors import UserError
 from egohod.evaluation.page import data_uri
 
 log = logging.getLogger(__name__)

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from egohod.config import UserError
+from egohod.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from egohod.config import SourceConfig, UserError
+from egohod.data.config import SourceConfig
 from egohod.data.table import ClipTable, TableReport
 from egohod.data.windows import sliding
+from egohod.errors import UserError
 
 log = logging.getLogger(__name__)
 

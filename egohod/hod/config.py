@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from egohod.config import SourceConfig, knob, load_as, out_of_range, part
+from egohod.config import load_as
+from egohod.data.config import SourceConfig
 from egohod.hod.detectors import DETECTORS
 from egohod.hod.pipeline import COLUMNS
 from egohod.hod.settings import CheckSettings, NarratorSettings
+from egohod.knobs import knob, out_of_range, part
 
 # Settings of a training's source that this pipeline has no use for.
 _IDLE = ("weight", "detections")
@@ -114,7 +116,7 @@ class HodConfig:
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> HodConfig:
-    """Read a file as :func:`egohod.config.load` does. Raises :class:`~egohod.config.ConfigError`."""
+    """Read a file as :func:`egohod.config.load` does. Raises :class:`~egohod.errors.UserError`."""
     return load_as(HodConfig, path, overrides, check)
 
 

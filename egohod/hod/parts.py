@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from egohod.config import PROJECT, UserError
+from egohod.config import PROJECT
 from egohod.data.source import ClipSource
 from egohod.data.table import ClipTable
 from egohod.data.video import Frames, VideoError
+from egohod.errors import UserError
 from egohod.hod import records, tracking
 from egohod.hod.blocks import Found
 from egohod.hod.config import HodConfig

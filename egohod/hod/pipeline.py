@@ -16,8 +16,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from egohod.config import UserError
 from egohod.data.table import ClipRow, ClipTable
+from egohod.errors import UserError
 from egohod.hod.blocks import Block, Found, key_of
 from egohod.hod.shards import Shard, Work, written
 

@@ -7,7 +7,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from egohod.config import knob
+from egohod.knobs import knob
 
 log = logging.getLogger(__name__)
 

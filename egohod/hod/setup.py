@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from egohod.config import UserError
 from egohod.data.decoders import choose_decoder
 from egohod.data.files import open_cache
 from egohod.data.source import ClipSource
 from egohod.data.table import ClipTable, choose_text
 from egohod.data.video import VideoError
+from egohod.errors import UserError
 from egohod.hod import records
 from egohod.hod.blocks import key_of
 from egohod.hod.clips import checksum, narrated, windows

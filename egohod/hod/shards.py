@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from egohod.config import UserError
+from egohod.errors import UserError
 from egohod.hod.blocks import CacheError
 from egohod.locks import Held, locked
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from egohod.config import LossConfig
 from egohod.loss.boxes import WithBoxes
 from egohod.loss.classification import ClassificationLoss
+from egohod.loss.config import LossConfig
 from egohod.loss.contrastive import ContrastiveLoss, Loss, SigmoidLoss
 from egohod.loss.retrieval import (
     AdaptiveMaxMarginLoss,

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from open_clip.loss import ClipLoss
 from torch import Tensor
 
-from egohod.config import LossConfig, UserError
+from egohod.errors import UserError
+from egohod.loss.config import LossConfig
 
 Loss = Callable[..., dict[str, Tensor]]
 """Takes the output of the dual encoder by name; gives scalars ``loss`` and ``accuracy`` on the features' device."""

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from egohod.config import IMAGE_STATS, MARGIN_LOSSES, ImageStats, LossConfig, ModelConfig
+from egohod.loss.config import MARGIN_LOSSES, LossConfig
 from egohod.model import zoo
 from egohod.model.base import Base
+from egohod.model.config import IMAGE_STATS, ImageStats, ModelConfig
 from egohod.model.slowfast import SlowFastTransformer, slow_frames
 from egohod.model.text import TextTower
 from egohod.model.video import VideoTransformer

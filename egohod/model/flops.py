@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from egohod.config import FastPathConfig
 from egohod.model.boxes import ROLES
+from egohod.model.config import FastPathConfig
 from egohod.model.video import SHORT
 from egohod.model.zoo import Geometry
 

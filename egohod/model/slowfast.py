@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from egohod.config import UserError
+from egohod.errors import UserError
 from egohod.model.adapter import MotionAdapter
 from egohod.model.video import VideoTransformer, detached
 

@@ -15,7 +15,7 @@ from enum import StrEnum
 
 from torch import Tensor
 
-from egohod.config import UserError
+from egohod.errors import UserError
 from egohod.model import zoo
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from egohod.config import IMAGE_STATS
+from egohod.model.config import IMAGE_STATS
 from egohod.model.egovideo import DualEncoder
 from egohod.model.slowfast import SlowFastTransformer
 from egohod.model.video import ACTIVATIONS, Block

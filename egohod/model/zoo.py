@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from egohod.config import UserError
+from egohod.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import yaml
 
-from egohod.config import Config, UserError, to_yaml
+from egohod.config import Config, to_yaml
 from egohod.distributed import Distributed, host_name
+from egohod.errors import UserError
 
 # Where files lie may differ from node to node.
 _OF_A_NODE = (".root", ".cache")

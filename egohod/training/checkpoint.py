@@ -30,8 +30,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
-from egohod.config import UserError
 from egohod.data.labels import ClassSpace
+from egohod.errors import UserError
 from egohod.model.base import Base, checksum
 from egohod.model.weight_files import WeightFile, from_tensors, load_pickle, read_weights
 from egohod.model.weight_names import WeightsError

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 
-from egohod.config import Config, TrainConfig, UserError, load_leniently
+from egohod.config import Config, load_leniently
 from egohod.data.clips import collate
 from egohod.data.labels import ClassSpace
 from egohod.distributed import Distributed, pick_precision, setup
+from egohod.errors import UserError
 from egohod.model.egovideo import DualEncoder, create_model
 from egohod.model.flops import step_flops
+from egohod.training.config import TrainConfig
 from egohod.training.loop import Schedule
 from egohod.training.optim import learning_rates
 from egohod.training.setup import (

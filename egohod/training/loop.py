@@ -14,13 +14,15 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from egohod.config import Config, TrainConfig, UserError, duration_in_steps
+from egohod.config import Config
 from egohod.data.clips import FaultLedger
 from egohod.data.loader import train_loader
 from egohod.distributed import Distributed, host_name
+from egohod.errors import UserError
 from egohod.model.egovideo import DualEncoder
 from egohod.stopping import Interrupted
 from egohod.training.checkpoint import IMPLIED, Checkpoint, CheckpointError, CheckpointStore, read
+from egohod.training.config import TrainConfig, duration_in_steps
 from egohod.training.setup import TrainingData
 from egohod.training.step import TrainStep
 from egohod.training.telemetry import Clock, MetricWindow, Share, Telemetry, memory_gb

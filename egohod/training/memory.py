@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from egohod.config import LossConfig, ModelConfig
+from egohod.loss.config import LossConfig
+from egohod.model.config import ModelConfig
 from egohod.model.egovideo import create_model
 from egohod.model.flops import saved_bytes
 from egohod.model.video import Block

@@ -7,7 +7,7 @@ import torch
 from timm.data import Mixup
 from torch import Tensor
 
-from egohod.config import TrainConfig
+from egohod.training.config import TrainConfig
 
 
 class ClipMixer:

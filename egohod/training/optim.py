@@ -9,7 +9,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.scheduler.scheduler import Scheduler
 
-from egohod.config import TrainConfig, duration_in_steps
+from egohod.training.config import TrainConfig, duration_in_steps
 
 
 class LearningRates(NamedTuple):

@@ -11,8 +11,9 @@ import numpy as np
 import psutil
 import torch
 
-from egohod.config import Config, SourceConfig, UserError
+from egohod.config import Config
 from egohod.data.clips import ClipDataset, Labels
+from egohod.data.config import SourceConfig
 from egohod.data.files import open_cache
 from egohod.data.labels import (
     RELEVANCY_COLUMNS,
@@ -26,6 +27,7 @@ from egohod.data.loader import BatchPlan, MixedPlan, shares
 from egohod.data.table import ClipTable
 from egohod.data.text import Tokenizer
 from egohod.distributed import Distributed, pick_precision
+from egohod.errors import UserError
 from egohod.model.base import base_of
 from egohod.model.egovideo import DualEncoder, EgoVideo, create_model
 from egohod.model.weights import load_weights

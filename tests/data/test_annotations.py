@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from egohod.config import SourceConfig
+from egohod.data.config import SourceConfig
 from egohod.data.table import ClipTable, TableError
 
 EGOCLIP = "video_uid\tnarration_source\tnarration_time\tclip_start\tclip_end\tclip_text\ttag_verb\ttag_noun\n"

@@ -9,12 +9,13 @@ import pytest
 import torch
 from video_files import encode
 
-from egohod.config import SourceConfig, UserError
 from egohod.data import clips as clips_module
 from egohod.data.clips import ClipDataset, FaultLedger, collate
+from egohod.data.config import SourceConfig
 from egohod.data.table import ClipTable
 from egohod.data.text import Tokenizer
 from egohod.data.video import VideoError
+from egohod.errors import UserError
 
 CLIPS = 12
 TOKENIZER = Tokenizer()

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 from video_files import DECODERS, encode, encode_sound, opener, picture, reference, remux, skip_start, turn
 
-from egohod.config import UserError
 from egohod.data import decoders
 from egohod.data.decoders import KeptOpen, choose_decoder
 from egohod.data.files import VideoError
 from egohod.data.frames import frame_times, segment_indices
+from egohod.errors import UserError
 
 # Streams that need different care: what may be left out, and where decoding may begin.
 STREAMS: dict[str, dict[str, Any]] = {

@@ -10,9 +10,9 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from egohod.config import SourceConfig
 from egohod.data import detections
 from egohod.data.clips import ClipDataset, collate
+from egohod.data.config import SourceConfig
 from egohod.data.detections import LEFT, NO_CONTACT, PORTABLE_OBJECT, RIGHT, SCHEMA, BoxTable, DetectionError
 from egohod.data.show import ROLE_COLOURS, sheet
 from egohod.data.table import ClipTable

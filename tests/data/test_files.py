@@ -13,9 +13,9 @@ import fsspec
 import pytest
 from servers import SECRET, SIGNATURE, TOKEN, FaultyS3, point_to
 
-from egohod.config import UserError
 from egohod.data import files
 from egohod.data.files import LocalCache, RangedFile, Recent, StorageError, VideoError, open_cache, open_root
+from egohod.errors import UserError
 
 CONTENT = bytes(range(256)) * 40
 

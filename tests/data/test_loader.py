@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from egohod.config import UserError
 from egohod.data.loader import BatchPlan, ClipLoader, LoaderError, MixedPlan, eval_loader, shares, train_loader
+from egohod.errors import UserError
 from egohod.stopping import Interrupted, StopRequest
 from tests.support import Command
 

@@ -13,8 +13,8 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from egohod.config import SourceConfig
 from egohod.data import narrations
+from egohod.data.config import SourceConfig
 from egohod.data.narrations import narrations_in
 from egohod.data.table import ClipTable
 

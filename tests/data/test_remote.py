@@ -10,9 +10,10 @@ import pytest
 from servers import FaultyS3, moto_server, point_to
 from video_files import DECODERS, encode, numbers, opener
 
-from egohod.config import Config, SourceConfig
+from egohod.config import Config
 from egohod.data import files
 from egohod.data.clips import ClipDataset
+from egohod.data.config import SourceConfig
 from egohod.data.files import LocalCache, StorageError
 from egohod.data.frames import segment_indices
 from egohod.data.loader import eval_loader

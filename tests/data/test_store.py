@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from video_files import DECODERS, DISTINCT, encode, encode_sound, numbers, opener, remux
 
-from egohod.config import SourceConfig, UserError
+from egohod.data.config import SourceConfig
 from egohod.data.files import LocalFolder
 from egohod.data.frames import floored_midpoints, segment_indices
 from egohod.data.source import ClipSource
 from egohod.data.table import ClipTable
 from egohod.data.video import VideoError, VideoStore
+from egohod.errors import UserError
 
 
 def store(

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from egohod.config import SourceConfig, UserError
+from egohod.data.config import SourceConfig
 from egohod.data.table import ClipTable, TableError
+from egohod.errors import UserError
 
 HEADER = "video_id,start_second,end_second,text\n"
 

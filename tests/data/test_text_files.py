@@ -17,9 +17,9 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from egohod.config import SourceConfig
 from egohod.data.chunk_folder import find_videos
 from egohod.data.chunking import ChunkError
+from egohod.data.config import SourceConfig
 from egohod.data.csv_files import read_csv
 from egohod.data.narrations import narrations_in
 from egohod.data.table import ClipTable

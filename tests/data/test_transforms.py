@@ -4,8 +4,8 @@ import torch
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from egohod.config import IMAGE_STATS
 from egohod.data.transforms import center_crop, crop, flip, normalise, random_box, spatial_crops
+from egohod.model.config import IMAGE_STATS
 
 
 def picture(height: int, width: int, frames: int = 3) -> np.ndarray:

@@ -16,13 +16,14 @@ import show_batch
 import verify_dataset
 from PIL import Image
 
-from egohod.config import SourceConfig, UserError
 from egohod.data import verify
+from egohod.data.config import SourceConfig
 from egohod.data.decoders import choose_decoder
 from egohod.data.files import StorageError
 from egohod.data.source import ClipSource
 from egohod.data.table import ClipRow, ClipTable
 from egohod.data.verify import Verifier
+from egohod.errors import UserError
 from tests.data.video_files import encode, encode_sizes
 from tests.support import Command
 

@@ -12,8 +12,8 @@ import av
 import numpy as np
 import pytest
 
-from egohod.config import UserError
 from egohod.data.decoders import Opener, choose_decoder
+from egohod.errors import UserError
 
 DECODERS = ("pyav", "torchcodec", "decord")
 FPS = 10

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from egohod.config import Config, ModelConfig
+from egohod.config import Config
 from egohod.data.table import ClipTable
 from egohod.data.text import Tokenizer
 from egohod.data.transforms import normalise
@@ -18,6 +18,7 @@ from egohod.demo.world import NOUNS, VERBS, phrase
 from egohod.distributed import Distributed
 from egohod.evaluation.benchmarks import Benchmark, Execution, demo_evaluator
 from egohod.evaluation.clips import EvaluationDataset
+from egohod.model.config import ModelConfig
 from egohod.model.egovideo import DualEncoder, create_model
 
 FRAMES = 4

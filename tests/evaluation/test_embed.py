@@ -12,10 +12,10 @@ import torch
 from evaluation_cases import FRAMES, benchmark, small_model
 from torch import Tensor, nn
 
-from egohod.config import UserError
 from egohod.data.text import Tokenizer
 from egohod.data.transforms import normalise
 from egohod.distributed import Distributed, inference_precision
+from egohod.errors import UserError
 from egohod.evaluation.embed import embed_clips, embed_texts
 from egohod.evaluation.extract import extract, remaining
 from egohod.evaluation.listing import Listing

@@ -10,7 +10,7 @@ import torch
 from evaluation_cases import assert_at_chance, random_features
 from torch.nn.functional import normalize
 
-from egohod.config import UserError
+from egohod.errors import UserError
 from egohod.evaluation.classification import ClassificationTable, MultiLabelTable, class_features
 from egohod.evaluation.metrics import expected_average_precision, expected_graded_scores
 from egohod.evaluation.multiple_choice import Question, QuestionTable

@@ -14,10 +14,10 @@ import torch
 from evaluation_cases import ALONE, small_model
 from PIL import Image
 
-from egohod.config import UserError
 from egohod.data.csv_files import AnnotationError
 from egohod.data.transforms import normalise
 from egohod.data.windows import spans
+from egohod.errors import UserError
 from egohod.evaluation import extract as extraction
 from egohod.evaluation.clips import EvaluationDataset
 from egohod.evaluation.extract import Progress, extract, remaining, shares

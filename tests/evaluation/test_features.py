@@ -17,7 +17,7 @@ from evaluation_cases import ALONE, FRAMES, config, small_model
 from test_readers import made, settings
 from torch import Tensor, nn
 
-from egohod.config import UserError
+from egohod.errors import UserError
 from egohod.evaluation.baseline import FrameAverage
 from egohod.evaluation.benchmarks import Benchmark, benchmark, execution_of
 from egohod.evaluation.clips import EvaluationDataset, frame_numbers

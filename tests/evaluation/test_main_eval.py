@@ -14,7 +14,7 @@ from evaluation_cases import FRAMES, small_model
 from test_readers import settings
 
 import main_eval
-from egohod.config import ModelConfig
+from egohod.model.config import ModelConfig
 from egohod.model.egovideo import create_model
 from egohod.model.zoo import geometry
 from egohod.training.checkpoint import CheckpointStore

@@ -15,15 +15,18 @@ from test_readers import settings
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from egohod.config import IMAGE_STATS, PROTOCOL_NAMES, Config, UserError
+from egohod.config import Config
 from egohod.data.labels import ClassSpace
+from egohod.errors import UserError
 from egohod.evaluation.benchmarks import benchmark, execution_of
 from egohod.evaluation.classification import ClassificationTable, MultiLabelTable
 from egohod.evaluation.clips import ClipList, EvaluationDataset
+from egohod.evaluation.config import PROTOCOL_NAMES
 from egohod.evaluation.embed import embed_clips
 from egohod.evaluation.multiple_choice import Question, QuestionTable
 from egohod.evaluation.protocols import PROTOCOLS, Protocol, protocol_for
 from egohod.evaluation.retrieval import RetrievalTable
+from egohod.model.config import IMAGE_STATS
 from tests.data.video_files import FPS, HEIGHT, encode, numbers, picture
 
 # The clip [1.26, 2.84) and the short one [1.26, 1.44) of a file of 10 frames a second, four frames each, by hand.

@@ -10,9 +10,9 @@ import torch
 from evaluation_cases import benchmark
 from torch import Tensor, nn
 
-from egohod.config import UserError
 from egohod.data.transforms import normalise
 from egohod.distributed import Distributed
+from egohod.errors import UserError
 from egohod.evaluation.embed import embed_clips
 from egohod.evaluation.temporal import CONTROLS, apply_control, shuffled_order
 

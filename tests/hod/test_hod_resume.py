@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from egohod.config import SourceConfig
+from egohod.data.config import SourceConfig
 from egohod.data.decoders import choose_decoder
 from egohod.data.pool import Workers
 from egohod.data.source import ClipSource

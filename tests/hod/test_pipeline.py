@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from egohod.config import SourceConfig, UserError
+from egohod.data.config import SourceConfig
 from egohod.data.table import ClipTable
+from egohod.errors import UserError
 from egohod.hod.blocks import Block, CacheError, Found, key_of
 from egohod.hod.clips import narrated
 from egohod.hod.pipeline import COLUMNS, Pipeline, Task, uid_of

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from open_clip.loss import SigLipLoss
 
-from egohod.config import LossConfig, UserError
+from egohod.errors import UserError
 from egohod.loss import build_loss
+from egohod.loss.config import LossConfig
 from egohod.loss.contrastive import ContrastiveLoss, SigmoidLoss
 
 GOLDEN = Path(__file__).parents[1] / "golden"

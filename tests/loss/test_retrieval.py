@@ -12,10 +12,10 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
-from egohod.config import RELEVANCY_LOSSES, LossConfig
 from egohod.data.relevancy import class_relevancy
 from egohod.distributed import gather_with_grad
 from egohod.loss import build_loss
+from egohod.loss.config import RELEVANCY_LOSSES, LossConfig
 from egohod.loss.retrieval import relevancy
 
 NAMES = list(RELEVANCY_LOSSES)

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from egohod.config import LossConfig, ModelConfig
+from egohod.loss.config import LossConfig
+from egohod.model.config import ModelConfig
 from egohod.model.egovideo import DualEncoder, create_model
 from egohod.model.weights import load_state
 

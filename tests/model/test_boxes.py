@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from egohod.config import FastPathConfig, LossConfig, ModelConfig
 from egohod.loss.boxes import box_errors
+from egohod.loss.config import LossConfig
 from egohod.model.boxes import BoxHead
+from egohod.model.config import FastPathConfig, ModelConfig
 from egohod.model.egovideo import DualEncoder, create_model
 from egohod.model.flops import count_flops, step_flops
 

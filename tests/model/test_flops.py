@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from egohod.config import ModelConfig
 from egohod.loss.contrastive import ContrastiveLoss
+from egohod.model.config import ModelConfig
 from egohod.model.egovideo import DualEncoder, create_model
 from egohod.model.flops import count_flops, forward_flops, saved_bytes, step_flops
 

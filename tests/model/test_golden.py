@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from egohod.config import ModelConfig
 from egohod.loss.contrastive import ContrastiveLoss
+from egohod.model.config import ModelConfig
 from egohod.model.egovideo import DualEncoder, create_model
 
 POOLED, DENSE, GRADIENT = 2e-5, 1e-4, 2e-6

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from egohod.config import FastPathConfig, ModelConfig, UserError
+from egohod.errors import UserError
 from egohod.loss.contrastive import ContrastiveLoss
 from egohod.model import zoo
 from egohod.model.adapter import MotionAdapter
+from egohod.model.config import FastPathConfig, ModelConfig
 from egohod.model.egovideo import DualEncoder, EgoVideo, create_model
 from egohod.model.flops import count_flops, step_flops
 from egohod.model.slowfast import slow_frames

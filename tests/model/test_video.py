@@ -10,8 +10,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from egohod.config import ModelConfig
 from egohod.loss.contrastive import ContrastiveLoss
+from egohod.model.config import ModelConfig
 from egohod.model.egovideo import DualEncoder, create_model
 from egohod.model.flops import saved_bytes
 from egohod.model.video import sinusoids

@@ -19,7 +19,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from egohod.config import UserError
+from egohod.errors import UserError
 from egohod.model import zoo
 from egohod.model.egovideo import DualEncoder
 from egohod.model.weight_files import read_weights

@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from egohod.config import FastPathConfig, LossConfig, ModelConfig, UserError
+from egohod.errors import UserError
+from egohod.loss.config import LossConfig
 from egohod.model import zoo
+from egohod.model.config import FastPathConfig, ModelConfig
 from egohod.model.egovideo import DualEncoder, create_model
 from egohod.model.weight_files import from_tensors, read_weights
 from egohod.model.weight_names import Family, upstreams

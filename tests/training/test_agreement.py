@@ -10,8 +10,8 @@ import torch
 
 import egohod
 from egohod import config
-from egohod.config import UserError
 from egohod.distributed import Distributed
+from egohod.errors import UserError
 from egohod.training import agreement
 from egohod.training.agreement import require_agreement, source_hash
 from egohod.training.checkpoint import Checkpoint

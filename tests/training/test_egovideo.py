@@ -16,7 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import main_eval
 import main_pretrain
-from egohod.config import FastPathConfig, ModelConfig, UserError, load
+from egohod.config import load
+from egohod.errors import UserError
+from egohod.model.config import FastPathConfig, ModelConfig
 from egohod.model.egovideo import EgoVideo, create_model
 from egohod.training.setup import build_dataset
 from tests.support import ROOT, losses, newest

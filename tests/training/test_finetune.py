@@ -16,17 +16,22 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import main_eval
-from egohod.config import Config, LossConfig, ModelConfig, SourceConfig, TrainConfig, UserError
+from egohod.config import Config
+from egohod.data.config import SourceConfig
 from egohod.data.labels import ClassLabels, ClassSpace, RelevantTexts, class_space
 from egohod.data.table import ClipTable
 from egohod.demo.benchmarks import write_benchmarks
 from egohod.demo.world import NOUNS
 from egohod.distributed import Distributed
+from egohod.errors import UserError
 from egohod.evaluation.classification import ClassificationTable
 from egohod.evaluation.heads import head_tables
 from egohod.loss.classification import ClassificationLoss
+from egohod.loss.config import LossConfig
+from egohod.model.config import ModelConfig
 from egohod.model.egovideo import create_model
 from egohod.training.checkpoint import open_weights
+from egohod.training.config import TrainConfig
 from egohod.training.mixing import ClipMixer
 from egohod.training.setup import build_labels
 from egohod.training.step import TrainStep

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from egohod import config
-from egohod.config import UserError
 from egohod.data.labels import class_space
 from egohod.data.table import ClipTable
 from egohod.data.text import Tokenizer
+from egohod.errors import UserError
 from egohod.model.egovideo import create_model
 from egohod.training.head_start import class_texts, start_from_text
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from egohod.config import ModelConfig, load
+from egohod.config import load
+from egohod.model.config import ModelConfig
 from egohod.model.egovideo import EgoVideo, create_model
 from egohod.model.flops import saved_bytes
 from egohod.training.memory import Memory, predict

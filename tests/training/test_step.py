@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from egohod.config import Config, LossConfig, UserError, load
+from egohod.config import Config, load
 from egohod.distributed import Distributed
+from egohod.errors import UserError
+from egohod.loss.config import LossConfig
 from egohod.model.egovideo import DualEncoder, create_model
 from egohod.model.zoo import geometry
 from egohod.training.optim import learning_rates

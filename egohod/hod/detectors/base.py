@@ -7,8 +7,8 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from egohod.config import UserError
 from egohod.data.detections import EDGES, SCHEMA, UNKNOWN_STATE
+from egohod.errors import UserError
 
 _SAME_HAND = 0.5  # two boxes that share more than this (intersection over union) are one hand found twice
 _SIDE_BY_SIDE = 0.1  # in picture widths: hands closer than this are not told apart by place

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from egohod.config import UserError
+from egohod.errors import UserError
 from egohod.hod.facts import (
     AWAY,
     CLOCKWISE,

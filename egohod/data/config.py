@@ -1,0 +1,149 @@
+"""Settings of clips, their annotation files, labels and loading."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from egohod.knobs import knob, part
+
+
+@dataclass
+class HardNegativesConfig:
+    """Batches in which some clips differ only in the motion."""
+
+    share: float = knob(
+        0.0, "share of each batch filled with groups of alike clips; 0 is the plain sampler", low=0, high=1
+    )
+    group_by: list[str] = knob(
+        ["video"],
+        "what alike clips have in common: video (the same scene), window (the same time window of a video) "
+        "or any column of the annotation file",
+    )
+    group_size: int = knob(4, "alike clips that are put in a batch together", low=2)
+    window_seconds: float = knob(60.0, "length of a time window", above=0)
+
+
+@dataclass
+class SourceConfig:
+    """One annotation file and the videos it speaks of; NAME is yours to choose."""
+
+    metadata: str = knob("", "annotation file")
+    format: str = knob(
+        "auto",
+        "hod: csv with video_id,start_second,end_second,text (or caption); egoclip: EgoClip's table; ego4d: "
+        "narration.json; pickle: list of (video, start, end, text) as LaViLa and AVION release; ek100, egtea, "
+        "charades: these benchmarks' files; labels: csv with video,start,end,label; auto looks at the file",
+        choices=("auto", "hod", "egoclip", "ego4d", "pickle", "ek100", "egtea", "charades", "labels"),
+    )
+    columns: dict[str, str] = knob(
+        {}, "what this file calls the columns of its format, e.g. {video_id: vid, text: sentence}"
+    )
+    clip_rule: str = knob(
+        "egoclip",
+        "ego4d: how long a narrated moment lasts. egoclip: mean spacing of the video's narrations over that of all "
+        "videos, as published; neighbours: spacing to the neighbours over the video's mean",
+        choices=("egoclip", "neighbours"),
+    )
+    exclude: str | None = knob(None, "csv of clips to leave out, as tools/verify_dataset.py writes it")
+    weight: float | None = knob(
+        None,
+        "share of every batch relative to the other sources' weights, set for all or none; 0 leaves the source out; "
+        "null: all clips are drawn alike",
+        low=0,
+    )
+    root: str = knob("", "folder of the videos, or an fsspec URI such as s3://bucket/prefix")
+    dataset_roots: dict[str, str] = knob(
+        {}, "folders for rows whose dataset column says so, e.g. {ego4d: /data/ego4d}; all others use root"
+    )
+    layout: str = knob(
+        "auto",
+        "chunks is root/<video>/<0000>.mp4, avion is root/<video>.mp4/<start second>.mp4, whole is root/<video>.mp4; "
+        "auto looks at what is there",
+        choices=("auto", "chunks", "avion", "whole"),
+    )
+    chunk_seconds: float = knob(15.0, "length of a chunk; upstream's Ego4D and HowTo100M chunks have 15 s", above=0)
+    min_clip_seconds: float | None = knob(
+        None,
+        "a shorter clip is widened to this; null: to 1 in chunks, as upstream does, and not at all in whole files; 0: "
+        "never",
+        low=0,
+    )
+    detections: str | None = knob(
+        None,
+        "hands and objects in these videos for loss.boxes: a parquet file, or a folder of them, in the schema of "
+        "egohod/data/detections.py (EPIC-KITCHENS' one)",
+    )
+    list_text: str = knob(
+        "random",
+        "what to do with several narrations of one clip: draw one, join all with '. ' as upstream does, or take the "
+        "first",
+        choices=("random", "concat", "first"),
+    )
+
+
+@dataclass
+class LabelsConfig:
+    """What training clips are matched with: their own narration, a relevant text, or a class."""
+
+    target: str = knob(
+        "narration",
+        "narration: what is said of the clip itself (pretraining); relevancy: a text drawn among all that are relevant "
+        "by the classes of verb and nouns; class: the classes of model.heads",
+        choices=("narration", "relevancy", "class"),
+    )
+    threshold: float = knob(
+        0.1, "relevancy: a text above it may be drawn for a clip (EPIC-KITCHENS MIR)", low=0, high=1
+    )
+    sentences: str | None = knob(
+        None,
+        "relevancy: csv of the texts to draw from (EPIC_100_retrieval_train_sentence.csv); null takes the distinct "
+        "narrations of the clips",
+    )
+    columns: list[str] = knob(
+        ["label"], "class: the columns whose values together are a clip's class, such as verb_class and noun_class"
+    )
+    classes: list[str] = knob(
+        [], "class: further annotation files that name classes, such as EPIC_100_validation.csv and actions.csv"
+    )
+
+
+@dataclass
+class DataConfig:
+    """From an annotation row to a batch of uint8 clips."""
+
+    train: dict[str, SourceConfig] = knob({}, "sources of clips by name")
+    labels: LabelsConfig = part(LabelsConfig)
+    strict: bool = knob(False, "stop at the first unusable annotation row; false leaves it out and counts it")
+    decoder: str = knob(
+        "auto",
+        "auto takes the fastest that loads (pyav, then torchcodec, then decord) and says which",
+        choices=("auto", "torchcodec", "pyav", "decord"),
+    )
+    cache: str | None = knob(
+        None, "folder on a local disk that keeps files of remote roots (those up to 64 MB); null keeps none"
+    )
+    cache_gb: float = knob(50.0, "size of data.cache in GB (1e9 bytes); what was used longest ago goes first", above=0)
+    workers: int = knob(8, "decoding processes per training process; 0 decodes in the training process", low=0)
+    prefetch: int = knob(2, "batches each worker holds ready", low=1)
+    timeout: float = knob(
+        900.0,
+        "seconds without a batch from the workers after which a run ends, as on a file system that hangs; longer than "
+        "a batch ever takes to decode",
+        above=0,
+    )
+    pin_memory: bool = knob(
+        True, "page-locked batches, so that the copy to a GPU overlaps with computing; ignored on CPU"
+    )
+    crop_scale_min: float = knob(
+        0.5, "smallest share of the picture a training crop keeps (upstream: 0.5)", above=0, high=1
+    )
+    flip: float = knob(
+        0.5, "probability of a horizontal flip; left and right change places in the caption too", low=0, high=1
+    )
+    max_bad_fraction: float = knob(
+        0.01, "stop when more than this share of the clips asked for could not be read", low=0, high=1
+    )
+    hard_negatives: HardNegativesConfig = part(HardNegativesConfig)
+
+
+# Losses that need to know how relevant each text is to each clip.

@@ -1,0 +1,172 @@
+"""Declare settings: dataclass fields with a reason and a range; list them, check them, print them for ``--help``.
+
+Every package owns the dataclasses of its own settings (``egohod/<package>/config.py``), made of :func:`knob` fields;
+:mod:`egohod.config` composes them and reads files. This module imports nothing of the project.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import field
+from typing import Any, get_args, get_origin
+
+from omegaconf import ListConfig
+
+
+def knob(
+    default: Any,
+    why: str,
+    *,
+    choices: Sequence[Any] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    old_names: Sequence[str] = (),
+    old_values: Mapping[str, str] | None = None,
+) -> Any:
+    """A dataclass field with its reason and its range.
+
+    Args:
+        default: lists and dicts are copied.
+        why: what it is for and where the default comes from; ``--help`` prints it.
+        choices: the allowed values.
+        low, high: inclusive bounds.
+        above: an exclusive bound.
+        old_names: what earlier releases called it: a key of the same section, or a dotted one (``train.peer_timeout``)
+            from the top. Both are read, with a warning that names the new one.
+        old_values: words that earlier releases used for a value, e.g. ``{"own": "custom"}``; read likewise.
+    """
+    metadata = {
+        **{"why": why, "choices": choices, "low": low, "high": high, "above": above},
+        **{"old_names": tuple(old_names), "old_values": dict(old_values or {})},
+    }
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def part(cls: type, *, old_names: Sequence[str] = ()) -> Any:
+    """A nested section; ``old_names`` as of :func:`knob`."""
+    return field(default_factory=cls, metadata={"old_names": tuple(old_names)})
+
+
+# --------------------------------------------------------------------------------------------------
+# The schema
+# --------------------------------------------------------------------------------------------------
+
+
+def knobs(schema: type, tree: Any = None, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
+    """All leaf fields under ``schema`` as (dotted name, field, type), in order.
+
+    Sections that a user names himself (``data.train.NAME``) are those of ``tree``, a nested dict; without one they
+    appear once, as NAME.
+    """
+    hints = typing.get_type_hints(schema)
+    for entry in dataclasses.fields(schema):
+        name, kind = f"{prefix}{entry.name}", hints[entry.name]
+        inner = None if tree is None else tree[entry.name]
+        if section := section_of(kind):
+            yield from knobs(section, inner, f"{name}.")
+        elif named := named_sections(kind):
+            for key in ["NAME"] if inner is None else inner:
+                yield from knobs(named, None if inner is None else inner[key], f"{name}.{key}.")
+        else:
+            yield name, entry, kind
+
+
+def section_of(kind: Any) -> type | None:
+    """The dataclass of a section."""
+    return kind if isinstance(kind, type) and dataclasses.is_dataclass(kind) else None
+
+
+def named_sections(kind: Any) -> type | None:
+    """The dataclass of sections whose names the user chooses."""
+    return section_of(get_args(kind)[1]) if get_origin(kind) is dict else None
+
+
+def out_of_range(config: Any) -> list[tuple[str, str]]:
+    """Every knob of a dataclass of knobs whose value is not allowed, as (key, what is wrong with it)."""
+    problems: list[tuple[str, str]] = []
+    tree = dataclasses.asdict(config)
+    for name, entry, _ in knobs(type(config), tree):
+        value = raw_value(tree, name.split("."))
+        wrong = None if value is None else _out_of_range(value, entry.metadata)
+        if wrong:
+            problems.append((name, f"{name} is {value!r}, but {wrong}"))
+    return problems
+
+
+def _out_of_range(value: Any, rule: Any) -> str | None:
+    if isinstance(value, (list, ListConfig)):
+        return next((wrong for each in value if (wrong := _out_of_range(each, rule))), None)
+    if rule["choices"] is not None and value not in rule["choices"]:
+        near = difflib.get_close_matches(str(value), [str(c) for c in rule["choices"]], n=1)
+        return f"must be one of {', '.join(map(str, rule['choices']))}" + (f"; did you mean {near[0]}?" if near else "")
+    if isinstance(value, float) and not math.isfinite(value):
+        return "must be a finite number"
+    bad = (
+        (rule["low"] is not None and value < rule["low"])
+        or (rule["high"] is not None and value > rule["high"])
+        or (rule["above"] is not None and value <= rule["above"])
+    )
+    return f"must be {allowed_values(rule)}" if bad else None
+
+
+def help_text(schema: type) -> str:
+    """Every knob with type, default, range and reason, one paragraph per section."""
+    lines, section = [], None
+    for name, entry, kind in knobs(schema):
+        head = name.rpartition(".")[0]
+        if head != section:
+            section = head
+            lines.append(f"\n{head or 'on top'}: {_section_doc(head, schema)}")
+        factory = entry.default_factory
+        default = entry.default if factory is dataclasses.MISSING else factory()
+        allowed = allowed_values(entry.metadata)
+        lines.append(f"  {name}={_show(default)}  ({type_name(kind)}{'; ' + allowed if allowed else ''})")
+        lines.append(f"      {entry.metadata['why']}")
+    return "\n".join(lines).lstrip("\n")
+
+
+def allowed_values(rule: Any) -> str:
+    """The range of a knob in words, from its metadata; empty where everything is allowed."""
+    if not rule:  # a field that is no knob
+        return ""
+    if rule["choices"] is not None:
+        return "one of " + ", ".join(map(str, rule["choices"]))
+    parts = []
+    if rule["above"] is not None:
+        parts.append(f"above {rule['above']}")
+    if rule["low"] is not None:
+        parts.append(f"at least {rule['low']}")
+    if rule["high"] is not None:
+        parts.append(f"at most {rule['high']}")
+    return " and ".join(parts)
+
+
+def type_name(kind: Any) -> str:
+    """A declared type as ``--help`` and messages show it."""
+    if get_origin(kind) is not None and type(None) in get_args(kind):
+        return " | ".join("null" if part is type(None) else type_name(part) for part in get_args(kind))
+    return kind.__name__ if isinstance(kind, type) and get_origin(kind) is None else str(kind)
+
+
+def _show(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _section_doc(name: str, schema: Any) -> str:
+    for key in filter(None, name.split(".")):
+        schema = named_sections(schema) or typing.get_type_hints(schema)[key]
+    return (schema.__doc__ or "").strip().splitlines()[0]
+
+
+def raw_value(tree: Any, path: Sequence[str]) -> Any:
+    """What a nested dict holds under these keys, one within the other."""
+    for key in path:
+        tree = tree[key]
+    return tree

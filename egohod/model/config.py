@@ -1,0 +1,144 @@
+"""Settings of the model and of the weights it starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from egohod.knobs import knob, part
+
+
+class ImageStats(NamedTuple):
+    """What pixels are normalised with: mean and standard deviation of R, G and B in 0..1."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGE_STATS = {
+    "clip": ImageStats((0.48145466, 0.4578275, 0.40821073), _CLIP_STD),
+    # LaViLa's code, and AVION's after it, has 108.3272985 of 255 for red where OpenAI's 0.48145466 is 122.77.
+    "avion": ImageStats((108.3272985 / 255, 0.4578275, 0.40821073), _CLIP_STD),
+    "imagenet": ImageStats((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+@dataclass
+class WeightsConfig:
+    """Where training starts from."""
+
+    source: str = knob(
+        "scratch",
+        "one explicit choice: random weights; an image-text model of OpenAI or open_clip (clip); or a trained video "
+        "model of this project, upstream EgoHOD or AVION (checkpoint). docs/checkpoints.md",
+        choices=("scratch", "clip", "checkpoint"),
+    )
+    path: str | None = knob(
+        None, "a file, a run or checkpoint folder, or an open_clip tag such as ViT-B-16:laion2b_s34b_b88k"
+    )
+    base: str | None = knob(
+        None,
+        "where the file lies that a small checkpoint (train.trainable other than all) was started from; null is where "
+        "it lay then",
+    )
+    adapt: bool = knob(
+        False,
+        "resize position embeddings to this model's frames, patches and text length, and start parts anew that the "
+        "file does not have (motion adapters) or has for other classes (heads); false makes each of these an error",
+    )
+    projections: str = knob(
+        "auto",
+        "both output projections and the temperature: fresh, as the published recipe starts from CLIP, or keep; auto "
+        "is fresh for clip and keep for checkpoint",
+        choices=("auto", "fresh", "keep"),
+    )
+    download: bool = knob(
+        False, "let open_clip download what a tag names; false looks at its local cache only, nothing is downloaded"
+    )
+
+
+@dataclass
+class FastPathConfig:
+    """The two paths of a ..._Slowfast model; other models have one and ignore this."""
+
+    slow_frames: int = knob(4, "frames of the slow path, taken evenly from model.num_frames", low=1)
+    position: str = knob(
+        "before",
+        "where a motion adapter stands: before its block, whose attention then reads it, or after, as published",
+        choices=("before", "after"),
+    )
+    pool: str = knob(
+        "cls",
+        "what the fast path projects: CLS, the mean of the patch tokens, or the mean of both; published is cls, "
+        "which with position=after leaves the last adapter without effect",
+        choices=("cls", "mean", "both"),
+    )
+    spatial: bool = knob(False, "a 3x3 convolution over each frame in front of the temporal one")
+
+
+@dataclass
+class ModelConfig:
+    """The dual encoder: a space-time ViT and a causal text transformer."""
+
+    name: str = knob(
+        "CLIP_VITB16",
+        "geometry, see egohod/model/zoo.py; ..._Slowfast has a fast path with motion adapters",
+        choices=(
+            *("CLIP_VITB16", "CLIP_VITL14", "CLIP_VITL14_336PX", "DEMO", "DEMO_SMALL"),
+            *("CLIP_VITB16_Slowfast", "CLIP_VITL14_Slowfast", "CLIP_VITL14_336PX_Slowfast"),
+            *("DEMO_Slowfast", "DEMO_SMALL_Slowfast"),
+        ),
+    )
+    num_frames: int = knob(4, "frames per clip; the released models train on 4, slow-fast ones on 16", low=1)
+    fast: FastPathConfig = part(FastPathConfig)
+    embed_dim: int | None = knob(
+        None, "dimensions of the shared space; null is the geometry's, AVION's released models have 256", low=1
+    )
+    activation: str = knob(
+        "gelu",
+        "upstream and AVION checkpoints expect erf GELU, although OpenAI trained CLIP with quick_gelu",
+        choices=("gelu", "quick_gelu"),
+    )
+    image_stats: str = knob(
+        "clip",
+        "mean and standard deviation that the weights expect of pixels; they are saved with the weights. clip: "
+        "OpenAI's, as upstream trains; avion: AVION's and LaViLa's, whose red mean is 0.21 deviations lower; imagenet",
+        choices=tuple(IMAGE_STATS),
+    )
+    temporal_init: str = knob(
+        "zeros",
+        "zeros is the published start; sinusoidal lets a short training from scratch learn frame order",
+        choices=("zeros", "sinusoidal"),
+    )
+    spatial_init: str = knob(
+        "random",
+        "random is CLIP's start; sinusoidal lets a short training from scratch learn where things are",
+        choices=("random", "sinusoidal"),
+    )
+    sinusoid_scale: float = knob(0.5, "amplitude of sinusoidal embeddings", above=0)
+    patch_dropout: float = knob(
+        0.0, "share of patch tokens left out while training; saves memory at some accuracy", low=0, high=0.95
+    )
+    patch_dropout_tubes: bool = knob(
+        False, "leave out the same places in all frames, so that the motion in the others stays whole"
+    )
+    drop_path: float = knob(0.0, "stochastic depth of the last vision block, growing linearly from 0", low=0, high=0.95)
+    heads: str = knob(
+        "none",
+        "classification heads on the clip's feature in the shared space: one for all classes (joint) or one for each "
+        "of data.labels.columns, such as verb and noun (parts); none for pretraining and retrieval",
+        choices=("none", "joint", "parts"),
+    )
+    head_start: str = knob(
+        "random",
+        "the heads' first weights: random, or text, the features of each class's training narrations, with which they "
+        "begin as good as zero-shot",
+        choices=("random", "text"),
+    )
+    head_dropout: float = knob(0.0, "dropout in front of the heads; AVION fine-tunes with 0.5", low=0, high=0.95)
+    gradient_checkpointing: bool = knob(
+        False, "recompute blocks in the backward pass: far less memory for about a third more time"
+    )
+    compile: bool = knob(False, "torch.compile both towers; pays off on GPUs, 3-6 % on CPUs")
+    weights: WeightsConfig = part(WeightsConfig)
