@@ -53,16 +53,14 @@ from egohod.evaluation.report import report
 from egohod.evaluation.result_page import write_report
 from egohod.evaluation.search import contact_sheet, search
 from egohod.hod import config as hod_config
-from egohod.hod.config import HodConfig
+from egohod.hod.config import HodConfig, NarratorSettings
 from egohod.hod.detectors.files import DetectionFiles
 from egohod.hod.detectors.torchvision_boxes import TorchvisionBoxes
 from egohod.hod.narrators.base import NarratorError
 from egohod.hod.narrators.endpoint import Endpoint
 from egohod.hod.narrators.llm import LanguageModelNarrator
-from egohod.hod.settings import NarratorSettings
-from egohod.hod.setup import build
-from egohod.hod.shards import Shard
-from egohod.hod.stages import STAGES
+from egohod.hod.pipeline import STAGES, build
+from egohod.hod.store import Shard
 from egohod.loss.config import LossConfig
 from egohod.model import zoo
 from egohod.model.config import ModelConfig

@@ -19,7 +19,7 @@ from egohod.data.chunk_folder import Output
 from egohod.data.chunking import ChunkSettings
 from egohod.distributed import Distributed
 from egohod.errors import UserError
-from egohod.hod.shards import Shard, Work
+from egohod.hod.store import Shard, Work
 from egohod.locks import Held, locked
 from tests.support import Command, environment, newest
 

@@ -18,9 +18,8 @@ import psutil
 
 from egohod import cli
 from egohod.hod import config
-from egohod.hod.setup import Plan, build
-from egohod.hod.shards import Shard
-from egohod.hod.stages import STAGES
+from egohod.hod.pipeline import STAGES, Plan, build
+from egohod.hod.store import Shard
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

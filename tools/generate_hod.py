@@ -36,10 +36,8 @@ from egohod.demo import make_world
 from egohod.errors import UserError
 from egohod.hod import config
 from egohod.hod.config import HodConfig
-from egohod.hod.pipeline import Progress
-from egohod.hod.setup import Plan, build
-from egohod.hod.shards import Shard, written
-from egohod.hod.stages import STAGES
+from egohod.hod.pipeline import STAGES, Plan, Progress, build
+from egohod.hod.store import Shard, written
 
 log = logging.getLogger("generate_hod")
 

@@ -35,7 +35,7 @@ from egohod.evaluation.report import write_text
 from egohod.evaluation.thumbnails import jpeg
 from egohod.hod import config, draw
 from egohod.hod.config import HodConfig
-from egohod.hod.setup import Plan, build
+from egohod.hod.pipeline import Plan, build
 
 log = logging.getLogger("visualize_hod")
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from egohod.hod.check import Verdict, check
+from egohod.hod.config import CheckSettings, NarratorSettings, warn_of_unused
 from egohod.hod.narrators.base import Narrator, Request
 from egohod.hod.narrators.llm import LanguageModelNarrator
 from egohod.hod.narrators.template import TemplateNarrator
-from egohod.hod.settings import CheckSettings, NarratorSettings, warn_of_unused
 
 _TEMPLATE = TemplateNarrator()
 

@@ -19,9 +19,8 @@ from egohod.data.detections import PORTABLE_OBJECT
 from egohod.demo.world import OTHER_HAND, VERBS
 from egohod.hod import config
 from egohod.hod.language import clauses
-from egohod.hod.setup import Plan, build
-from egohod.hod.shards import Shard
-from egohod.hod.stages import STAGES
+from egohod.hod.pipeline import STAGES, Plan, build
+from egohod.hod.store import Shard
 
 _WAYS = re.compile(
     r"\b(?:left|right|upward|downward|away|closer|counterclockwise|clockwise|still|back (?:and )?forth)\b"

@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 
 from egohod.demo.world import VERBS, phrase
-from egohod.hod.check import check, compare_words, is_english
-from egohod.hod.claims import claims
+from egohod.hod.check import check, claims, compare_words, is_english
+from egohod.hod.config import CheckSettings
 from egohod.hod.language import clauses, sides
 from egohod.hod.narrate import narrate_checked
 from egohod.hod.narrators.base import Request
 from egohod.hod.narrators.template import TemplateNarrator
-from egohod.hod.settings import CheckSettings
 from tests.hod import rewrites
 from tests.hod.hod_facts import WIPE, clip, hand
 from tests.hod.test_template import WAYS

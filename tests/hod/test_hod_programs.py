@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from egohod.data.table import ClipTable
-from egohod.hod.shards import Shard, Work
+from egohod.hod.store import Shard, Work
 from tests.browser import browser, needs_chromium
 from tests.hod.narrated import disagreements, pipeline
 from tests.hod.runs import command, encode, head, rows
@@ -175,7 +175,7 @@ def test_the_script_asks_the_program_for_the_detector(few: list[str], inside: Co
 
 
 def test_two_runs_on_one_output(few: list[str], tmp_path: Path, inside: Command, monkeypatch: Any) -> None:
-    monkeypatch.setattr("egohod.hod.shards._PATIENCE", 0.1)
+    monkeypatch.setattr("egohod.hod.store._PATIENCE", 0.1)
     with Work(tmp_path / "hod.csv").claim(Shard()):
         done = inside("generate_hod.py", *few)
     assert done.returncode == 2

@@ -18,10 +18,9 @@ from egohod.data.pool import Workers
 from egohod.data.source import ClipSource
 from egohod.data.table import ClipTable
 from egohod.data.video import Frames
-from egohod.hod.blocks import Found
-from egohod.hod.pipeline import COLUMNS, Pipeline, Task, uid_of
-from egohod.hod.shards import Shard, Work, written
-from egohod.hod.stages import DETECT, TRACK, VERSIONS, Looking, Thinking
+from egohod.hod.config import COLUMNS
+from egohod.hod.pipeline import DETECT, TRACK, VERSIONS, Looking, Pipeline, Task, Thinking, uid_of
+from egohod.hod.store import Found, Shard, Work, written
 
 WHOLE = Shard()
 

@@ -20,12 +20,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from egohod.hod.config import CheckSettings, NarratorSettings, warn_of_unused
 from egohod.hod.narrate import make_narrator, narrate_checked
 from egohod.hod.narrators import endpoint as endpoint_module
 from egohod.hod.narrators.base import EndpointDown, NarratorError, Request
 from egohod.hod.narrators.endpoint import Endpoint
 from egohod.hod.narrators.llm import SCHEMA, LanguageModelNarrator
-from egohod.hod.settings import CheckSettings, NarratorSettings, warn_of_unused
 from tests.hod.chat_server import ChatServer, clips_of
 from tests.hod.hod_facts import WIPE
 from tests.support import ROOT

@@ -16,11 +16,9 @@ import pytest
 from egohod.data.config import SourceConfig
 from egohod.data.table import ClipTable
 from egohod.errors import UserError
-from egohod.hod.blocks import Block, CacheError, Found, key_of
-from egohod.hod.clips import narrated
-from egohod.hod.pipeline import COLUMNS, Pipeline, Task, uid_of
-from egohod.hod.shards import Shard, Work
-from egohod.hod.stages import VERSIONS, Thinking
+from egohod.hod.config import COLUMNS
+from egohod.hod.pipeline import VERSIONS, Pipeline, Task, Thinking, narrated, uid_of
+from egohod.hod.store import Block, CacheError, Found, Shard, Work, key_of
 from egohod.locks import locked
 
 
@@ -204,7 +202,7 @@ def test_a_shard_that_is_none(text: str, said: str) -> None:
 
 
 def test_two_runs_on_one_shard(table: ClipTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("egohod.hod.shards._PATIENCE", 0.1)
+    monkeypatch.setattr("egohod.hod.store._PATIENCE", 0.1)
     work = Work(tmp_path / "hod.csv")
     with work.claim(Shard(0, 2)):
         with work.claim(Shard(1, 2)):

@@ -9,11 +9,11 @@ import pytest
 
 from egohod.demo.world import VERBS, phrase
 from egohod.hod.check import check
+from egohod.hod.config import CheckSettings, NarratorSettings
 from egohod.hod.facts import without_rare
 from egohod.hod.narrate import make_narrator, narrate_checked
 from egohod.hod.narrators.base import Request, describe
 from egohod.hod.narrators.template import template
-from egohod.hod.settings import CheckSettings, NarratorSettings
 from tests.hod.hod_facts import WIPE, clip, hand
 from tests.support import ROOT
 

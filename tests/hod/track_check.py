@@ -20,9 +20,9 @@ import pandas as pd
 from egohod.data.frames import frame_times, segment_indices
 from egohod.demo.world import FPS, OTHER_HAND, VERBS, phrase
 from egohod.hod.check import check
+from egohod.hod.config import CheckSettings
 from egohod.hod.detectors.files import Oracle
 from egohod.hod.facts import ClipFacts, facts_of
-from egohod.hod.settings import CheckSettings
 
 _ONLY_TRACKS = CheckSettings(words=False)
 

@@ -10,10 +10,10 @@ import urllib.request
 from pathlib import Path
 
 from egohod.hod.check import check
+from egohod.hod.config import CheckSettings, NarratorSettings
 from egohod.hod.facts import ClipFacts
 from egohod.hod.narrators.base import Request
 from egohod.hod.narrators.llm import LanguageModelNarrator
-from egohod.hod.settings import CheckSettings, NarratorSettings
 from egohod.training.telemetry import git_commit
 from tests.hod.hod_facts import clip, hand
 from tests.support import ROOT

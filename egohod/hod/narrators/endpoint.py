@@ -24,8 +24,8 @@ from requests.adapters import HTTPAdapter
 from requests.utils import get_environ_proxies, select_proxy
 from urllib3.exceptions import NewConnectionError, ProxyError
 
+from egohod.hod.config import NarratorSettings
 from egohod.hod.narrators.base import EndpointDown, NarratorError
-from egohod.hod.settings import NarratorSettings
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ import jsonschema
 import numpy as np
 from PIL import Image
 
+from egohod.hod.config import NarratorSettings
 from egohod.hod.narrators.base import Narration, NarratorError, Request, describe
 from egohod.hod.narrators.endpoint import Answer, Endpoint, Unanswerable
-from egohod.hod.settings import NarratorSettings
 
 # Asked of the server, and held against its answer: one truth.
 SCHEMA: dict[str, Any] = {
