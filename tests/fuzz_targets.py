@@ -35,8 +35,8 @@ from egohod.data.decoders import choose_decoder
 from egohod.data.detections import BoxTable
 from egohod.data.files import LocalCache
 from egohod.data.labels import ClassLabels, RelevantTexts, class_space
-from egohod.data.source import ClipSource
-from egohod.data.table import ClipTable, choose_text
+from egohod.data.relevancy import csv_relevancy, read_relevancy, save_matrix
+from egohod.data.table import ClipSource, ClipTable, choose_text
 from egohod.data.text import Tokenizer
 from egohod.data.verify import Verifier
 from egohod.demo import write as demo
@@ -48,7 +48,6 @@ from egohod.evaluation.feature_cache import FeatureCache
 from egohod.evaluation.listing import rows_of_csv
 from egohod.evaluation.protocols import PROTOCOLS
 from egohod.evaluation.readers import READERS
-from egohod.evaluation.relevancy import csv_relevancy, read_relevancy, save
 from egohod.evaluation.report import report
 from egohod.evaluation.result_page import write_report
 from egohod.evaluation.search import contact_sheet, search
@@ -244,7 +243,7 @@ def _seed_relevancy(folder: Path) -> None:
 def _read_relevancy(folder: Path) -> None:
     for name in ("relevancy.pkl", "old.pkl", "relevancy.npy"):
         read_relevancy(folder / name)
-    save(csv_relevancy(folder / "test.csv", folder / "sentence.csv", folder / "cache"), folder / "again.npy")
+    save_matrix(csv_relevancy(folder / "test.csv", folder / "sentence.csv", folder / "cache"), folder / "again.npy")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -161,8 +161,7 @@ def _readers() -> dict[str, Callable[[Path], object]]:
 
     from egohod.data import epic_protobuf
     from egohod.data.annotations import read_annotations
-    from egohod.data.config import SourceConfig
-    from egohod.evaluation.relevancy import read_relevancy
+    from egohod.data.relevancy import read_relevancy
     from egohod.hod.detectors.torchvision_boxes import TorchvisionBoxes
     from egohod.model.weight_files import read_weights
     from egohod.training.checkpoint import open_checkpoint

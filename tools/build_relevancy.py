@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from egohod import cli
+from egohod.data.relevancy import csv_relevancy, read_relevancy, save_matrix
 from egohod.errors import UserError
-from egohod.evaluation.relevancy import csv_relevancy, read_relevancy, save
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{100 * np.mean(matrix == 1):.3f} % exactly 1, sum {matrix.sum(dtype=np.float64):,.2f}"
         )
         if args.output:
-            save(matrix, args.output)
+            save_matrix(matrix, args.output)
         if args.compare:
             other = read_relevancy(args.compare)
             if other.shape != matrix.shape:

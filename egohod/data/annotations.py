@@ -18,7 +18,6 @@ A reader refuses a file that is not of its format. What is wrong with single ent
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import gc
 import pickle
 import re
@@ -36,24 +35,22 @@ import pyarrow.compute as pc
 from egohod import pickles
 from egohod.data.config import SourceConfig
 from egohod.data.frames import MIN_SECONDS
-from egohod.data.narrations import flat_texts
 from egohod.data.text_files import (
     NAMELESS,
     TableError,
+    flat_texts,
     known_form,
+    nearest,
     open_utf8,
     read_columns,
     read_header,
     read_lines,
     reading,
+    seconds,
 )
 
-# A damaged header may have any number of columns, and comparing names takes time.
-_COMPARED = 200
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _NARRATION = ("narration_text", "timestamp_sec")
-_CLOCK = r"^\s*(?:(?P<h>\d+):)?(?P<m>\d+):(?P<s>\d+(?:\.\d*)?)\s*$"
-_NUMBER = r"^\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*$"
 
 
 @dataclass(frozen=True)
@@ -90,31 +87,6 @@ def read_annotations(path: Path, source: SourceConfig, extra: Sequence[str] | No
         return _READERS[name](path, source, extra)
     except OSError as error:
         raise TableError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
-def seconds(times: pa.ChunkedArray | np.ndarray) -> np.ndarray:
-    """Times written as seconds or HH:MM:SS.ss (or MM:SS) -> float64 [N]; NaN where it is neither."""
-    if isinstance(times, np.ndarray):
-        return np.where(np.isfinite(times), times, np.nan)
-    plain = pc.match_substring_regex(times, _NUMBER)
-    numbers = pc.if_else(plain, pc.utf8_trim_whitespace(times), None)
-    values = pc.fill_null(pc.cast(numbers, pa.float64()), np.nan).to_numpy().copy()
-    rest = ~plain.to_numpy()
-    if rest.any():
-        clock = pc.extract_regex(times.filter(pa.array(rest)), _CLOCK)
-        h, m, s = (
-            pc.fill_null(pc.cast(pc.replace_substring_regex(part, r"^$", "0"), pa.float64()), np.nan).to_numpy()
-            for part in (pc.struct_field(clock, i) for i in range(3))
-        )
-        values[rest] = 3600 * h + 60 * m + s
-    return np.where(np.isfinite(values), values, np.nan)
-
-
-def nearest(name: str, names: Sequence[str]) -> str:
-    """The end of a message that says which name was perhaps meant."""
-    names = names[:_COMPARED]
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f" (did you mean '{near[0]}'?)" if near else f" (there are: {', '.join(names)})"
 
 
 def _guess(path: Path) -> str:

@@ -15,10 +15,8 @@ from torch.utils.data import Dataset
 from egohod.data.config import SourceConfig
 from egohod.data.decoders import choose_decoder
 from egohod.data.files import LocalCache, one_clip
-from egohod.data.sides import swap_sides
-from egohod.data.source import ClipSource
-from egohod.data.table import ClipRow, ClipTable, choose_text
-from egohod.data.text import Tokenizer, trim
+from egohod.data.table import ClipRow, ClipSource, ClipTable, choose_text
+from egohod.data.text import Tokenizer, swap_sides, trim
 from egohod.data.transforms import Box, center_crop, crop, crop_boxes, flip, flip_boxes, random_box
 from egohod.data.video import VideoError
 from egohod.errors import UserError

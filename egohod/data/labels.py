@@ -14,10 +14,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from egohod.data.csv_files import integer_lists, integers, read_csv
 from egohod.data.relevancy import graded, indicator, sentence_texts
-from egohod.data.sides import swap_sides
 from egohod.data.table import ClipTable
+from egohod.data.text import swap_sides
+from egohod.data.text_files import integer_lists, integers, read_csv
 from egohod.errors import UserError
 
 log = logging.getLogger(__name__)

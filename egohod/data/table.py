@@ -16,11 +16,16 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from egohod.data import narrations
-from egohod.data.annotations import Annotations, nearest, read_annotations, seconds
+from egohod.data import text_files
+from egohod.data.annotations import Annotations, read_annotations
 from egohod.data.config import SourceConfig
+from egohod.data.decoders import Opener
+from egohod.data.detections import EDGES, ROLES, BoxTable
+from egohod.data.files import LocalCache
 from egohod.data.frames import MIN_SECONDS
-from egohod.data.text_files import TableError, read_columns, read_header
+from egohod.data.text_files import TableError, nearest, read_columns, read_header, seconds
+from egohod.data.video import Frames, VideoStore
+from egohod.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +130,7 @@ class ClipTable:
                 f"{path}: no clip with a narration"
                 + "".join(f"; {count:,} left out: {why}" for why, count in left_out.items() if count)
             )
-        lists = narrations.lists(found.columns["text"])
+        lists = text_files.lists(found.columns["text"])
         report = TableReport(
             rows=int(kept.sum()),
             short=int((short & kept).sum()),
@@ -152,7 +157,7 @@ class ClipTable:
             video_id=self._columns["video_id"][index].as_py(),
             start=float(self._start[index]),
             end=float(self._end[index]),
-            texts=narrations.narrations_in(text) or (text.strip(),),
+            texts=text_files.narrations_in(text) or (text.strip(),),
             dataset="" if dataset is None else dataset[index].as_py(),
             row=int(self._rows[index]),
         )
@@ -248,7 +253,7 @@ def _judge(
     videos, texts = found.columns["video_id"], found.columns["text"]
 
     # A class may be called "none", a narration is none then.
-    silent = pc.match_substring_regex(texts, r"^\s*$").to_numpy() if found.labelled else narrations.nothing(texts)
+    silent = pc.match_substring_regex(texts, r"^\s*$").to_numpy() if found.labelled else text_files.nothing(texts)
 
     def time(which: int) -> Callable[[int], str]:
         name, times = found.time_names[which], found.times[which]
@@ -333,3 +338,51 @@ def _excluded(path: Path, videos: pa.ChunkedArray, start: np.ndarray, end: np.nd
 
 def _milliseconds(times: np.ndarray) -> np.ndarray:
     return np.nan_to_num(times * 1000).round().astype(np.int64)
+
+
+class ClipSource:
+    """One annotation table with the folders its videos lie in."""
+
+    def __init__(
+        self,
+        table: ClipTable,
+        config: SourceConfig,
+        opener: Opener,
+        cache: LocalCache | None = None,
+        boxes: bool = False,
+    ) -> None:
+        self.table = table
+        self.config = config
+        self.list_text = config.list_text
+        self._with_boxes = boxes
+        self._boxes = BoxTable.read(config.detections) if boxes and config.detections else None
+        self._stores = {
+            name: VideoStore(root, config.layout, config.chunk_seconds, opener, cache, config.min_clip_seconds)
+            for name, root in _roots(table, config).items()
+        }
+
+    def read(self, row: ClipRow, num_frames: int, rng: np.random.Generator | None) -> Frames:
+        """``num_frames`` frames of a clip; see :meth:`VideoStore.read`."""
+        store = self._stores.get(row.dataset) or self._stores[""]
+        return store.read(row.video_id, row.start, row.end, num_frames, rng)
+
+    def boxes(self, row: ClipRow, seconds: np.ndarray) -> np.ndarray | None:
+        """Boxes at ``seconds`` [T] of the row's video, float32 [T, 3, 4]; None if none were asked for."""
+        if not self._with_boxes:
+            return None
+        if self._boxes is None:
+            return np.full((len(seconds), len(ROLES), len(EDGES)), np.nan, dtype=np.float32)
+        return self._boxes.at(row.video_id, seconds)
+
+
+def _roots(table: ClipTable, config: SourceConfig) -> dict[str, str]:
+    """Video folder by dataset name; the name '' stands for all others."""
+    datasets = table.datasets()
+    roots = {name: root for name, root in config.dataset_roots.items() if name in datasets}
+    others = [name for name in datasets if name not in roots]
+    if others:
+        if not config.root:
+            what = f"the rows of dataset '{others[0]}'" if others[0] else "its rows"
+            raise UserError(f"{table.path}: {what} need a video folder; set root (or dataset_roots.NAME)")
+        roots[""] = config.root
+    return roots

@@ -6,13 +6,15 @@ a file's first bytes, never by its name. Everything is streamed: what is held in
 
 from __future__ import annotations
 
+import ast
 import codecs
 import csv
+import difflib
 import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import TextIOWrapper
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
@@ -60,6 +63,11 @@ KNOWN_COLUMNS = {
     *("narration_id", "start_timestamp", "stop_timestamp", "narration", "verb", "noun", "verb_class", "noun_class"),
     *("noun_classes", "all_noun_classes", "id", "actions"),
 }
+
+# A damaged header may have any number of columns, and comparing names takes time.
+_COMPARED = 200
+_CLOCK = r"^\s*(?:(?P<h>\d+):)?(?P<m>\d+):(?P<s>\d+(?:\.\d*)?)\s*$"
+_NUMBER = r"^\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*$"
 
 
 # pandas writes its index as a column without a name, and calls it so when it reads that.
@@ -102,6 +110,31 @@ def known_form(name: str) -> str:
     """A column's name as the formats spell it (``Video ID`` -> ``video_id``); one that they do not know, unchanged."""
     plain = re.sub(r"[\s.-]+", "_", name.strip()).lower()
     return plain if plain in KNOWN_COLUMNS else name
+
+
+def seconds(times: pa.ChunkedArray | np.ndarray) -> np.ndarray:
+    """Times written as seconds or HH:MM:SS.ss (or MM:SS) -> float64 [N]; NaN where it is neither."""
+    if isinstance(times, np.ndarray):
+        return np.where(np.isfinite(times), times, np.nan)
+    plain = pc.match_substring_regex(times, _NUMBER)
+    numbers = pc.if_else(plain, pc.utf8_trim_whitespace(times), None)
+    values = pc.fill_null(pc.cast(numbers, pa.float64()), np.nan).to_numpy().copy()
+    rest = ~plain.to_numpy()
+    if rest.any():
+        clock = pc.extract_regex(times.filter(pa.array(rest)), _CLOCK)
+        h, m, s = (
+            pc.fill_null(pc.cast(pc.replace_substring_regex(part, r"^$", "0"), pa.float64()), np.nan).to_numpy()
+            for part in (pc.struct_field(clock, i) for i in range(3))
+        )
+        values[rest] = 3600 * h + 60 * m + s
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """The end of a message that says which name was perhaps meant."""
+    names = names[:_COMPARED]
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f" (did you mean '{near[0]}'?)" if near else f" (there are: {', '.join(names)})"
 
 
 def read_lines(path: Path) -> list[str]:
@@ -307,3 +340,147 @@ def _byte_lines(file: pa.NativeFile) -> Iterator[bytes]:
         *lines, rest = (rest + block).split(b"\n")
         yield from lines
     yield rest
+
+
+_INTEGERS = re.compile(r"\[\s*(\d{1,18}(\s*,\s*\d{1,18})*)?\s*\]")
+# Sets of classes become columns of a matrix: a slip of the pen must not ask for gigabytes.
+_LARGEST_CLASS = 9999
+
+
+def read_csv(path: Path, columns: Sequence[str], *, unique: str | None = None) -> pd.DataFrame:
+    """All columns of a csv as strings, of which ``columns`` must be there in any order; row 0 is the file's first.
+
+    ``unique`` names a column in which no value may occur twice. Raises :class:`AnnotationError`.
+    """
+    header = read_header(path)
+    for name in columns:
+        if name not in header.names:
+            raise AnnotationError(f"{path}: column '{name}' is missing{nearest(name, header.names)}")
+    rows = read_columns(path, header, header.names)
+    # Benchmarks have no row to spare: one that cannot be read is not left out.
+    for number, fault in rows.faults:
+        raise AnnotationError(f"{path}: row {number}: {fault}")
+    table = rows.table.to_pandas()
+    if table.empty:
+        raise AnnotationError(f"{path}: not a single row")
+    if unique is not None and (again := table[unique].duplicated()).any():
+        row = int(again.argmax())
+        raise AnnotationError(f"{path}: row {row + 1}: {unique} '{table[unique][row]}' occurs twice")
+    return table
+
+
+def integers(table: pd.DataFrame, column: str, source: Path | Callable[[int], str]) -> np.ndarray:
+    """A column of whole numbers, int64 [N]. Raises :class:`AnnotationError` naming the row.
+
+    ``source`` is the file that the rows are of, or tells where a row stands.
+    """
+    good = table[column].str.fullmatch(r"\s*-?\d{1,18}\s*").to_numpy(dtype=bool)
+    if not good.all():
+        row = int(np.argmin(good))
+        raise AnnotationError(f"{_place(source, row)}: {column} is '{table[column][row]}', not a whole number")
+    return table[column].astype(np.int64).to_numpy()
+
+
+def integer_lists(table: pd.DataFrame, column: str, source: Path | Callable[[int], str]) -> list[list[int]]:
+    """A column of lists of classes such as ``[2, 14]``. Raises :class:`AnnotationError` naming the row."""
+    lists = []
+    for row, cell in enumerate(table[column]):
+        if not _INTEGERS.fullmatch(cell.strip()):
+            raise AnnotationError(f"{_place(source, row)}: {column} is '{cell}', not a list of whole numbers")
+        lists.append([int(number) for number in re.findall(r"\d+", cell)])
+        if max(lists[-1], default=0) > _LARGEST_CLASS:
+            raise AnnotationError(
+                f"{_place(source, row)}: {column} is '{cell}', but classes are numbered up to {_LARGEST_CLASS:,}"
+            )
+    return lists
+
+
+def _place(source: Path | Callable[[int], str], row: int) -> str:
+    return f"{source}: row {row + 1}" if isinstance(source, Path) else source(row)
+
+
+# How programs spell that there is nothing; as the whole of a narration it is none.
+_NOTHING = r"(?:nan|null|none|n/?a|#n/a|<na>|nat|pd\.na)"
+_PANDAS = r"<\w+Array>\s*(\[.*\])\s*Length: \d+, dtype: \S+"
+_LIST = rf"(?s)^\s*(?:\[.*\]|array\(\s*\[.*\)|\(\s*['\"].*\)|{_PANDAS})\s*$"
+# Lists that may hold nothing at all; only these few are taken apart while reading.
+_BARE_LIST = (
+    rf"(?i)^(?:[\s,\[\]()'\"]|array|<\w+Array>|Length: \d+|dtype: \S+|np\.str_|dtype\s*=\s*[^\s,]+|{_NOTHING})*$"
+)
+_TOKEN = re.compile(
+    rf"""(?P<text>'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|(?P<open>(?:array|np\.str_)?\(|\[)|(?P<close>[\])])"""
+    rf"""|(?P<number>[-+]?\d+(?:\.\d+)?(?=[\s,\])]))|{_NOTHING}(?=[\s,\])])|[\s,]+|dtype\s*=\s*(?:\w+|'[^']*')""",
+    re.IGNORECASE | re.DOTALL,
+)
+# Texts and lists of one entry.
+_MOST_ITEMS = 10_000
+
+
+def narrations_in(cell: str) -> tuple[str, ...]:
+    """The narrations of a cell, without blanks around them; empty if it says nothing."""
+    cell = cell.strip()
+    if cell.startswith("<") and (printed := re.fullmatch(_PANDAS, cell, re.DOTALL)):
+        cell = printed[1]
+    found = _items(cell) if re.match(_LIST, cell) else None
+    # '[unsure] stirs [the pot]' is a narration, not a list
+    texts = (cell,) if found is None else (item.strip() for item in found)
+    return tuple(text for text in texts if text and not re.fullmatch(_NOTHING, text, re.IGNORECASE))
+
+
+def lists(cells: pa.ChunkedArray) -> np.ndarray:
+    """Which cells look like lists, bool [N]."""
+    return pc.match_substring_regex(cells, _LIST).to_numpy()
+
+
+def nothing(cells: pa.ChunkedArray) -> np.ndarray:
+    """Which cells hold no narration, bool [N]."""
+    empty = pc.match_substring_regex(cells, rf"(?i)^\s*{_NOTHING}?\s*$").to_numpy().copy()
+    doubtful = np.flatnonzero(lists(cells) & pc.match_substring_regex(cells, _BARE_LIST).to_numpy())
+    empty[doubtful] = [not narrations_in(cells[int(i)].as_py()) for i in doubtful]
+    return empty
+
+
+def flat_texts(value: Any, depth: int = 8) -> Iterator[Any]:
+    """What a value from a pickle holds, lists taken apart (up to ``depth`` in each other) and None and NaN left out.
+
+    A value with too many lists in it comes out as it is: lists that hold the same list again and again may be short in
+    a file and without end here.
+    """
+    found, todo = list[Any](), [(value, depth)]
+    for _ in range(_MOST_ITEMS):
+        if not todo:
+            yield from found
+            return
+        item, left = todo.pop()
+        if isinstance(item, (list, tuple)) and left:
+            if len(item) + len(todo) > _MOST_ITEMS:
+                break
+            todo += [(inner, left - 1) for inner in reversed(item)]
+        elif item is not None and item == item:  # NaN differs from itself
+            found.append(item)
+    yield value
+
+
+def _items(cell: str) -> list[str] | None:
+    """The texts and numbers in a printed list; None if it is none."""
+    items, depth, at = list[str](), 0, 0
+    while at < len(cell):
+        token = _TOKEN.match(cell, at)
+        if token is None or (at and not depth):
+            return None
+        depth += (token["open"] is not None) - (token["close"] is not None)
+        if token["text"] or token["number"]:
+            items.append(_unquoted(token["text"]) if token["text"] else token["number"])
+        at = token.end()
+    return None if depth else items
+
+
+def _unquoted(text: str) -> str:
+    """What a quoted text spells: as JSON writes it or, if it is none, as Python does."""
+    if "\\" in text:
+        for read in (json.loads, ast.literal_eval):
+            try:
+                return str(read(text))
+            except (ValueError, SyntaxError):
+                continue
+    return text[1:-1]

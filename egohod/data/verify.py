@@ -17,9 +17,7 @@ import numpy as np
 
 from egohod.data.files import VideoError, one_clip
 from egohod.data.pool import Lost, Workers
-from egohod.data.source import ClipSource
-from egohod.data.table import EXCLUDE_COLUMNS
-from egohod.errors import UserError
+from egohod.data.table import EXCLUDE_COLUMNS, ClipSource
 
 log = logging.getLogger(__name__)
 

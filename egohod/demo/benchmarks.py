@@ -21,8 +21,7 @@ import pandas as pd
 
 from egohod.data.config import SourceConfig
 from egohod.data.decoders import choose_decoder
-from egohod.data.source import ClipSource
-from egohod.data.table import ClipTable
+from egohod.data.table import ClipSource, ClipTable
 from egohod.demo.world import DEFAULT, FPS, NOUNS, VERBS
 from egohod.demo.write import encode
 

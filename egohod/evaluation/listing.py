@@ -10,8 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from egohod.data.annotations import seconds
-from egohod.data.csv_files import AnnotationError, read_csv
+from egohod.data.text_files import AnnotationError, read_csv, seconds
 from egohod.data.windows import sliding, video_files
 from egohod.evaluation.clips import ClipList
 

@@ -24,19 +24,16 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from egohod.data.annotations import seconds
 from egohod.data.config import SourceConfig
-from egohod.data.csv_files import AnnotationError, integers, read_csv
 from egohod.data.frames import MIN_SECONDS
-from egohod.data.relevancy import sentence_texts
+from egohod.data.relevancy import csv_relevancy, sentence_texts
 from egohod.data.table import ClipTable
-from egohod.data.text_files import parse_json, read_json, read_lines
+from egohod.data.text_files import AnnotationError, integers, parse_json, read_csv, read_json, read_lines, seconds
 from egohod.evaluation.classification import ClassificationTable, MultiLabelTable
 from egohod.evaluation.clips import ClipList
 from egohod.evaluation.config import BenchmarkConfig
 from egohod.evaluation.multiple_choice import Question, QuestionTable
 from egohod.evaluation.protocols import Protocol
-from egohod.evaluation.relevancy import csv_relevancy
 from egohod.evaluation.retrieval import RetrievalTable
 from egohod.evaluation.tables import EvaluationTable
 

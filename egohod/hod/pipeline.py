@@ -34,8 +34,7 @@ from egohod.data.decoders import choose_decoder
 from egohod.data.detections import SCHEMA
 from egohod.data.files import open_cache
 from egohod.data.pool import Lost, Workers
-from egohod.data.source import ClipSource
-from egohod.data.table import ClipRow, ClipTable, TableReport, choose_text
+from egohod.data.table import ClipRow, ClipSource, ClipTable, TableReport, choose_text
 from egohod.data.video import Frames, VideoError
 from egohod.data.windows import sliding
 from egohod.errors import UserError

@@ -13,10 +13,10 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from egohod.data import narrations
+from egohod.data import text_files
 from egohod.data.config import SourceConfig
-from egohod.data.narrations import narrations_in
 from egohod.data.table import ClipTable
+from egohod.data.text_files import narrations_in
 
 WORDS = ['cuts the dog\'s "red" onion', "台所, stirs", "#C C [unsure] 100%", "back\\slash\nline", "it's", 'a "b"']
 
@@ -72,7 +72,7 @@ def test_nothing_and_what_only_looks_like_it() -> None:
     assert [cell for cell in NOTHING if narrations_in(cell)] == []
     assert [cell for cell in PLAIN if narrations_in(cell) != (cell,)] == []
     cells = [*NOTHING, *PLAIN, *LISTS]
-    found = narrations.nothing(pa.chunked_array([pa.array(cells, pa.large_string())]))
+    found = text_files.nothing(pa.chunked_array([pa.array(cells, pa.large_string())]))
     assert [cell for cell, nothing in zip(cells, found, strict=True) if nothing] == NOTHING
 
 

@@ -14,8 +14,7 @@ from video_files import DECODERS, DISTINCT, encode, encode_sound, numbers, opene
 from egohod.data.config import SourceConfig
 from egohod.data.files import LocalFolder
 from egohod.data.frames import floored_midpoints, segment_indices
-from egohod.data.source import ClipSource
-from egohod.data.table import ClipTable
+from egohod.data.table import ClipSource, ClipTable
 from egohod.data.video import VideoError, VideoStore
 from egohod.errors import UserError
 

@@ -19,11 +19,16 @@ import pytest
 
 from egohod.data.chunk_folder import find_videos
 from egohod.data.chunking import ChunkError
-from egohod.data.config import SourceConfig
-from egohod.data.csv_files import read_csv
-from egohod.data.narrations import narrations_in
 from egohod.data.table import ClipTable
-from egohod.data.text_files import AnnotationError, TableError, read_header, read_json, read_lines
+from egohod.data.text_files import (
+    AnnotationError,
+    TableError,
+    narrations_in,
+    read_csv,
+    read_header,
+    read_json,
+    read_lines,
+)
 from tests.support import ROOT
 
 NAMES = ["video_id", "start_second", "end_second", "text", "verb_class"]

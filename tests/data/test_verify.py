@@ -20,8 +20,7 @@ from egohod.data import verify
 from egohod.data.config import SourceConfig
 from egohod.data.decoders import choose_decoder
 from egohod.data.files import StorageError
-from egohod.data.source import ClipSource
-from egohod.data.table import ClipRow, ClipTable
+from egohod.data.table import ClipRow, ClipSource, ClipTable
 from egohod.data.verify import Verifier
 from egohod.errors import UserError
 from tests.data.video_files import encode, encode_sizes

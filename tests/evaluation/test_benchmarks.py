@@ -11,9 +11,9 @@ import torch
 from evaluation_cases import FRAMES, Oracle, benchmark, small_model
 
 from egohod.config import Config
-from egohod.data.csv_files import AnnotationError
 from egohod.data.table import ClipTable
 from egohod.data.text import Tokenizer
+from egohod.data.text_files import AnnotationError
 from egohod.distributed import Distributed
 from egohod.errors import UserError
 from egohod.evaluation.benchmarks import demo_evaluator, demo_evaluators

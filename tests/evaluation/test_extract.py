@@ -14,7 +14,7 @@ import torch
 from evaluation_cases import ALONE, small_model
 from PIL import Image
 
-from egohod.data.csv_files import AnnotationError
+from egohod.data.text_files import AnnotationError
 from egohod.data.transforms import normalise
 from egohod.data.windows import spans
 from egohod.errors import UserError

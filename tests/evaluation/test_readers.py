@@ -15,7 +15,7 @@ import torch
 from evaluation_cases import ALONE, assert_at_chance, config, random_features, small_model
 from torch import Tensor
 
-from egohod.data.csv_files import AnnotationError
+from egohod.data.text_files import AnnotationError
 from egohod.errors import UserError
 from egohod.evaluation.benchmarks import Benchmark, asked, benchmark, execution_of
 from egohod.evaluation.classification import ClassificationTable, MultiLabelTable

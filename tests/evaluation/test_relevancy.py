@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from egohod.data.csv_files import AnnotationError
-from egohod.data.relevancy import class_relevancy
-from egohod.evaluation.relevancy import csv_relevancy, read_relevancy
+from egohod.data.relevancy import class_relevancy, csv_relevancy, read_relevancy
+from egohod.data.text_files import AnnotationError
 from tests.support import ROOT
 
 CLIPS = """extra,all_noun_classes,verb_class,narration,narration_id

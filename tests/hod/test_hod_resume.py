@@ -15,8 +15,7 @@ import pytest
 from egohod.data.config import SourceConfig
 from egohod.data.decoders import choose_decoder
 from egohod.data.pool import Workers
-from egohod.data.source import ClipSource
-from egohod.data.table import ClipTable
+from egohod.data.table import ClipSource, ClipTable
 from egohod.data.video import Frames
 from egohod.hod.config import COLUMNS
 from egohod.hod.pipeline import DETECT, TRACK, VERSIONS, Looking, Pipeline, Task, Thinking, uid_of
