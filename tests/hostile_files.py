@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch
 
+from egohod.data.config import SourceConfig
+
 MORE_MEMORY = 2 << 30
 
 

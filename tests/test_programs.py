@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import main_pretrain
-from egohod.data.clips import ClipDataset
+from egohod.data.dataset import ClipDataset
 from egohod.errors import UserError
 from tests.support import Command, losses, newest
 

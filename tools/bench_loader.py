@@ -39,8 +39,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from egohod.data import transforms
 from egohod.data.chunking import ChunkSettings, write_chunks
-from egohod.data.clips import ClipDataset
 from egohod.data.config import SourceConfig
+from egohod.data.dataset import ClipDataset
 from egohod.data.decoders import choose_decoder
 from egohod.data.frames import segment_indices
 from egohod.data.loader import BatchPlan, train_loader

@@ -25,15 +25,14 @@ import numpy as np
 
 from egohod import cli, config
 from egohod.config import Config, to_yaml
+from egohod.data.dataset import EvalProtocol, EvaluationDataset
 from egohod.data.files import open_cache
 from egohod.distributed import Distributed, pick_precision, setup
 from egohod.errors import UserError
-from egohod.evaluation.clips import EvaluationDataset
 from egohod.evaluation.extract import extract, remaining
 from egohod.evaluation.feature_cache import fingerprint
 from egohod.evaluation.feature_index import CONFIG_FILE, FORMAT, file_of, open_index
 from egohod.evaluation.listing import Listing, rows_of_csv, whole_files, windows
-from egohod.evaluation.protocols import Protocol
 from egohod.model.zoo import geometry
 from egohod.training.setup import build_model
 
@@ -61,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
     knobs = ["model.weights.source=checkpoint", *known, *args.overrides, f"model.weights.path={args.checkpoint}"]
     cfg = config.load(args.config_file, knobs)
     listing = _listing(args, cfg)
-    protocol = Protocol("features", "this project: one centre crop", frames=_frames(args, cfg))
+    protocol = EvalProtocol("features", "this project: one centre crop", frames=_frames(args, cfg))
     dataset = EvaluationDataset(
         listing.clips,
         protocol,

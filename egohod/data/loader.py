@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from egohod.data.clips import ClipDataset, Key, collate
 from egohod.data.config import DataConfig
+from egohod.data.dataset import ClipDataset, Key, collate
 from egohod.errors import UserError
 from egohod.stopping import Interrupted, StopRequest
 
@@ -259,7 +259,7 @@ class ClipLoader(DataLoader[dict[str, Any]]):
         )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
-        """Batches as of :func:`~egohod.data.clips.collate`; raises :class:`UserError`."""
+        """Batches as of :func:`~egohod.data.dataset.collate`; raises :class:`UserError`."""
         try:
             if self.num_workers:
                 multiprocessing.Lock()  # torch's queues need semaphores; its own failure leaves a traceback behind

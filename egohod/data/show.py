@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 if TYPE_CHECKING:  # the constants are wanted where nothing needs PyTorch
-    from egohod.data.clips import View
+    from egohod.data.dataset import View
 
 CELL = 112
 GAP, CAPTION = 4, 30

@@ -18,6 +18,7 @@ import numpy as np
 from egohod.data.files import VideoError, one_clip
 from egohod.data.pool import Lost, Workers
 from egohod.data.table import EXCLUDE_COLUMNS, ClipSource
+from egohod.errors import UserError
 
 log = logging.getLogger(__name__)
 

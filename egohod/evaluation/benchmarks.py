@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from egohod.config import Config
 from egohod.data.config import DataConfig
+from egohod.data.dataset import EvalProtocol, EvaluationDataset, require_all
 from egohod.data.files import open_cache
 from egohod.data.labels import ClassSpace
 from egohod.data.text import Tokenizer
 from egohod.distributed import Distributed, pick_precision
 from egohod.errors import UserError
-from egohod.evaluation.clips import EvaluationDataset, require_all
 from egohod.evaluation.config import BenchmarkConfig
 from egohod.evaluation.embed import (
     PLAIN,
@@ -33,7 +33,7 @@ from egohod.evaluation.embed import (
 )
 from egohod.evaluation.feature_cache import FeatureCache
 from egohod.evaluation.heads import ClassProbabilities, head_tables
-from egohod.evaluation.protocols import Protocol, protocol_for
+from egohod.evaluation.protocols import protocol_for
 from egohod.evaluation.readers import READERS
 from egohod.evaluation.scores import Score, flat_with_controls
 from egohod.evaluation.tables import EvaluationTable
@@ -229,7 +229,7 @@ def benchmark(
     size: int | None = None,
     tokenizer: TokenizerLike | None = None,
     controls: Sequence[str] = (),
-    protocol: Protocol | None = None,
+    protocol: EvalProtocol | None = None,
     classes: ClassSpace | None = None,
 ) -> Benchmark:
     """The benchmark that ``config`` describes, at the resolution (pixels) and with the tokenizer of a model.
@@ -302,7 +302,9 @@ def demo_evaluator(
         BenchmarkConfig(kind="own", metadata=str(folder / "hod.csv"), root=str(folder / "videos"), layout="chunks"),
         execution or execution_of(cfg, dist),
         controls=controls,
-        protocol=Protocol("demo", "this project: frames as in training, one centre crop", frames=cfg.model.num_frames),
+        protocol=EvalProtocol(
+            "demo", "this project: frames as in training, one centre crop", frames=cfg.model.num_frames
+        ),
     )
 
 

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from egohod.data.config import DataConfig
+from egohod.data.dataset import EvaluationDataset, collate_views, require_all
 from egohod.data.loader import eval_loader
 from egohod.data.text import trim
 from egohod.data.transforms import normalise
 from egohod.distributed import Distributed, inference_precision
 from egohod.errors import UserError
-from egohod.evaluation.clips import EvaluationDataset, collate_views, require_all
 from egohod.evaluation.feature_cache import FeatureCache, feature_key
 from egohod.evaluation.temporal import apply_control
 from egohod.model.config import IMAGE_STATS, ImageStats

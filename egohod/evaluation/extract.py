@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 
 from egohod.data.config import DataConfig
+from egohod.data.dataset import EvaluationDataset, collate_views
 from egohod.data.loader import eval_loader
 from egohod.data.transforms import normalise
 from egohod.distributed import Distributed, inference_precision
 from egohod.errors import UserError
-from egohod.evaluation.clips import EvaluationDataset, collate_views
 from egohod.evaluation.embed import VideoTextModel, image_stats_of
 from egohod.evaluation.feature_index import is_written, write_video
 from egohod.evaluation.listing import Listing

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from egohod.data.dataset import ClipList
 from egohod.data.text_files import AnnotationError, read_csv, seconds
 from egohod.data.windows import sliding, video_files
-from egohod.evaluation.clips import ClipList
 
 CLIP_COLUMNS = ("video_id", "start_second", "end_second")
 

@@ -25,15 +25,14 @@ import pandas as pd
 import pyarrow as pa
 
 from egohod.data.config import SourceConfig
+from egohod.data.dataset import ClipList, EvalProtocol
 from egohod.data.frames import MIN_SECONDS
 from egohod.data.relevancy import csv_relevancy, sentence_texts
 from egohod.data.table import ClipTable
 from egohod.data.text_files import AnnotationError, integers, parse_json, read_csv, read_json, read_lines, seconds
 from egohod.evaluation.classification import ClassificationTable, MultiLabelTable
-from egohod.evaluation.clips import ClipList
 from egohod.evaluation.config import BenchmarkConfig
 from egohod.evaluation.multiple_choice import Question, QuestionTable
-from egohod.evaluation.protocols import Protocol
 from egohod.evaluation.retrieval import RetrievalTable
 from egohod.evaluation.tables import EvaluationTable
 
@@ -67,11 +66,11 @@ class Content:
     notes: list[str] = field(default_factory=list)
 
 
-Reader = Callable[[BenchmarkConfig, Protocol, Path | None], Content]
+Reader = Callable[[BenchmarkConfig, EvalProtocol, Path | None], Content]
 """Settings, protocol, folder for what is costly to build."""
 
 
-def read_labels(config: BenchmarkConfig, protocol: Protocol, cache: Path | None) -> Content:
+def read_labels(config: BenchmarkConfig, protocol: EvalProtocol, cache: Path | None) -> Content:
     """A csv of labelled clips (video, start, end, label): classification, each class told by its name."""
     path = Path(config.metadata or "")
     source = SourceConfig(metadata=str(path), root=config.root or "", format="labels", columns=config.columns)
@@ -86,7 +85,7 @@ def read_labels(config: BenchmarkConfig, protocol: Protocol, cache: Path | None)
     return Content(clips, [made], _backwards(table.report.backwards))
 
 
-def read_own(config: BenchmarkConfig, protocol: Protocol, cache: Path | None) -> Content:
+def read_own(config: BenchmarkConfig, protocol: EvalProtocol, cache: Path | None) -> Content:
     """A csv of clips (video_id, start_second, end_second, text; optional uid, action) and the files beside it.
 
     Retrieval: clips against the distinct texts, graded by relevancy.csv (uid, text, relevancy) if it is there, else 1
@@ -226,7 +225,7 @@ def read_questions(path: Path, uids: Sequence[str]) -> QuestionTable:
     return QuestionTable(list(texts), questions)
 
 
-def read_ek100_mir(config: BenchmarkConfig, protocol: Protocol, cache: Path | None) -> Content:
+def read_ek100_mir(config: BenchmarkConfig, protocol: EvalProtocol, cache: Path | None) -> Content:
     """EPIC-KITCHENS-100 multi-instance retrieval: every clip against every sentence, graded."""
     clips_csv = _find(config, "EPIC_100_retrieval_test.csv")
     sentences_csv = _find(config, "EPIC_100_retrieval_test_sentence.csv")
@@ -239,7 +238,7 @@ def read_ek100_mir(config: BenchmarkConfig, protocol: Protocol, cache: Path | No
     return Content(clips, [RetrievalTable(sentences, None, relevancy)], notes)
 
 
-def read_ek100_cls(config: BenchmarkConfig, protocol: Protocol, cache: Path | None) -> Content:
+def read_ek100_cls(config: BenchmarkConfig, protocol: EvalProtocol, cache: Path | None) -> Content:
     """EPIC-KITCHENS-100 zero-shot action recognition over the verb-noun pairs of train and validation.
 
     A class is told by its distinct narrations, from train or from both (``protocol.prompts``), and by its name where
@@ -328,7 +327,7 @@ def _clock(table: pd.DataFrame, column: str, path: Path) -> np.ndarray:
     return times
 
 
-def read_egtea(config: BenchmarkConfig, protocol: Protocol, cache: Path | None) -> Content:
+def read_egtea(config: BenchmarkConfig, protocol: EvalProtocol, cache: Path | None) -> Content:
     """EGTEA Gaze+ action recognition: 106 classes; split 1 and the mean over all splits that are there."""
     index = _find(config, "action_idx.txt")
     classes: dict[int, str] = {}
@@ -375,7 +374,7 @@ def read_egtea(config: BenchmarkConfig, protocol: Protocol, cache: Path | None) 
     return Content(clips, [table], [] if len(splits) == 3 else [said])
 
 
-def read_egomcq(config: BenchmarkConfig, protocol: Protocol, cache: Path | None) -> Content:
+def read_egomcq(config: BenchmarkConfig, protocol: EvalProtocol, cache: Path | None) -> Content:
     """EgoMCQ: which of five clips does a narration tell of; inter-video and intra-video questions apart."""
     path = _find(config, "egomcq.json")
     entries = read_json(path)
@@ -409,7 +408,7 @@ def read_egomcq(config: BenchmarkConfig, protocol: Protocol, cache: Path | None)
     return Content(made, [QuestionTable(list(texts), questions)], _backwards(backwards))
 
 
-def read_charades_ego(config: BenchmarkConfig, protocol: Protocol, cache: Path | None) -> Content:
+def read_charades_ego(config: BenchmarkConfig, protocol: EvalProtocol, cache: Path | None) -> Content:
     """Charades-Ego: which of 157 classes occur in a video, by mAP; frames of the whole video."""
     classes_txt, path = _find(config, "Charades_v1_classes.txt"), _find(config, "CharadesEgo_v1_test_only1st.csv")
     names = {code: name for _, line in _lines(classes_txt) for code, _, name in [line.partition(" ")]}

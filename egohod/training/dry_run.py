@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from egohod.config import Config, load_leniently
-from egohod.data.clips import collate
+from egohod.data.dataset import collate
 from egohod.data.labels import ClassSpace
 from egohod.distributed import Distributed, pick_precision, setup
 from egohod.errors import UserError

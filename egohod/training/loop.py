@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from egohod.config import Config
-from egohod.data.clips import FaultLedger
+from egohod.data.dataset import FaultLedger
 from egohod.data.loader import train_loader
 from egohod.distributed import Distributed, host_name
 from egohod.errors import UserError

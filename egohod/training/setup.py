@@ -12,8 +12,8 @@ import psutil
 import torch
 
 from egohod.config import Config
-from egohod.data.clips import ClipDataset, Labels
 from egohod.data.config import SourceConfig
+from egohod.data.dataset import ClipDataset, Labels
 from egohod.data.files import open_cache
 from egohod.data.labels import (
     RELEVANCY_COLUMNS,

@@ -9,9 +9,9 @@ import pytest
 import torch
 from video_files import encode
 
-from egohod.data import clips as clips_module
-from egohod.data.clips import ClipDataset, FaultLedger, collate
+from egohod.data import dataset as clips_module
 from egohod.data.config import SourceConfig
+from egohod.data.dataset import ClipDataset, FaultLedger, collate
 from egohod.data.table import ClipTable
 from egohod.data.text import Tokenizer
 from egohod.data.video import VideoError

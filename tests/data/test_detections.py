@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 
 from egohod.data import detections
-from egohod.data.clips import ClipDataset, collate
 from egohod.data.config import SourceConfig
+from egohod.data.dataset import ClipDataset, collate
 from egohod.data.detections import LEFT, NO_CONTACT, PORTABLE_OBJECT, RIGHT, SCHEMA, BoxTable, DetectionError
 from egohod.data.show import ROLE_COLOURS, sheet
 from egohod.data.table import ClipTable

@@ -12,8 +12,8 @@ from video_files import DECODERS, encode, numbers, opener
 
 from egohod.config import Config
 from egohod.data import files
-from egohod.data.clips import ClipDataset
 from egohod.data.config import SourceConfig
+from egohod.data.dataset import ClipDataset
 from egohod.data.files import LocalCache, StorageError
 from egohod.data.frames import segment_indices
 from egohod.data.loader import eval_loader

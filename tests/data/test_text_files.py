@@ -19,6 +19,7 @@ import pytest
 
 from egohod.data.chunk_folder import find_videos
 from egohod.data.chunking import ChunkError
+from egohod.data.config import SourceConfig
 from egohod.data.table import ClipTable
 from egohod.data.text_files import (
     AnnotationError,

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from egohod.config import Config
+from egohod.data.dataset import EvaluationDataset
 from egohod.data.table import ClipTable
 from egohod.data.text import Tokenizer
 from egohod.data.transforms import normalise
 from egohod.demo.world import NOUNS, VERBS, phrase
 from egohod.distributed import Distributed
 from egohod.evaluation.benchmarks import Benchmark, Execution, demo_evaluator
-from egohod.evaluation.clips import EvaluationDataset
 from egohod.model.config import ModelConfig
 from egohod.model.egovideo import DualEncoder, create_model
 

@@ -14,16 +14,15 @@ import torch
 from evaluation_cases import ALONE, small_model
 from PIL import Image
 
+from egohod.data.dataset import EvalProtocol, EvaluationDataset
 from egohod.data.text_files import AnnotationError
 from egohod.data.transforms import normalise
 from egohod.data.windows import spans
 from egohod.errors import UserError
 from egohod.evaluation import extract as extraction
-from egohod.evaluation.clips import EvaluationDataset
 from egohod.evaluation.extract import Progress, extract, remaining, shares
 from egohod.evaluation.feature_index import Features, open_index, read_features, read_index, write_video
 from egohod.evaluation.listing import Listing, rows_of_csv, whole_files, windows
-from egohod.evaluation.protocols import Protocol
 from egohod.evaluation.search import clock, search
 from tests.data.video_files import encode_sizes, remux
 from tests.support import Command, ShortRun
@@ -41,7 +40,7 @@ def videos(formats: Path, tmp_path: Path) -> Path:
 
 
 def dataset_of(listing: Listing, frames: int = 4) -> EvaluationDataset:
-    return EvaluationDataset(listing.clips, Protocol("features", "", frames=frames), size=40, decoder="pyav")
+    return EvaluationDataset(listing.clips, EvalProtocol("features", "", frames=frames), size=40, decoder="pyav")
 
 
 def run(listing: Listing, folder: Path, **more: object) -> extraction.Extracted:

@@ -17,13 +17,13 @@ from evaluation_cases import ALONE, FRAMES, config, small_model
 from test_readers import made, settings
 from torch import Tensor, nn
 
+from egohod.data.dataset import EvalProtocol, EvaluationDataset, frame_numbers
 from egohod.errors import UserError
 from egohod.evaluation.baseline import FrameAverage
 from egohod.evaluation.benchmarks import Benchmark, benchmark, execution_of
-from egohod.evaluation.clips import EvaluationDataset, frame_numbers
 from egohod.evaluation.embed import embed_clips
 from egohod.evaluation.feature_cache import FeatureCache, fingerprint
-from egohod.evaluation.protocols import PROTOCOLS, Protocol
+from egohod.evaluation.protocols import PROTOCOLS
 from egohod.evaluation.report import RESULTS_FILE, report
 
 
@@ -208,7 +208,7 @@ def test_protocols_for_whole_files() -> None:
 
 def test_views_are_averaged(formats: Path) -> None:
     source = settings(formats, "egtea")
-    cfg, protocol = config(), Protocol("x", "", FRAMES, "windows", windows=2, stride=2, crops=3)
+    cfg, protocol = config(), EvalProtocol("x", "", FRAMES, "windows", windows=2, stride=2, crops=3)
     bench = benchmark(cfg, "egtea", source, execution_of(cfg, ALONE), protocol=protocol)
     views = bench.dataset[0]["video"]
     assert views.shape == (6, 3, FRAMES, bench.dataset.size, bench.dataset.size)

@@ -16,15 +16,15 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from egohod.config import Config
+from egohod.data.dataset import ClipList, EvalProtocol, EvaluationDataset
 from egohod.data.labels import ClassSpace
 from egohod.errors import UserError
 from egohod.evaluation.benchmarks import benchmark, execution_of
 from egohod.evaluation.classification import ClassificationTable, MultiLabelTable
-from egohod.evaluation.clips import ClipList, EvaluationDataset
 from egohod.evaluation.config import PROTOCOL_NAMES
 from egohod.evaluation.embed import embed_clips
 from egohod.evaluation.multiple_choice import Question, QuestionTable
-from egohod.evaluation.protocols import PROTOCOLS, Protocol, protocol_for
+from egohod.evaluation.protocols import PROTOCOLS, protocol_for
 from egohod.evaluation.retrieval import RetrievalTable
 from egohod.model.config import IMAGE_STATS
 from tests.data.video_files import FPS, HEIGHT, encode, numbers, picture
@@ -38,7 +38,7 @@ SHOWN = {
 }
 
 
-def dataset(folder: Path, protocol: Protocol, size: int = HEIGHT) -> EvaluationDataset:
+def dataset(folder: Path, protocol: EvalProtocol, size: int = HEIGHT) -> EvaluationDataset:
     encode(folder / "v.mp4", 50)
     times = np.array([1.26, 1.26]), np.array([2.84, 1.44])
     clips = ClipList(["long", "short"], ["v", "v"], *times, str(folder), "whole")
@@ -138,7 +138,7 @@ def test_the_maximum_of_one_view_is_the_mean() -> None:
 
 
 def test_features_of_views_are_kept_apart_for_the_maximum_alone(formats: Path, tmp_path: Path) -> None:
-    protocol = Protocol("x", "", FRAMES, "windows", windows=2, stride=2, crops=3, merge="max")
+    protocol = EvalProtocol("x", "", FRAMES, "windows", windows=2, stride=2, crops=3, merge="max")
     cfg, source = config(), settings(formats, "egtea")
 
     def features(merge: str) -> Tensor:

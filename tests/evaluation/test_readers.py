@@ -15,11 +15,11 @@ import torch
 from evaluation_cases import ALONE, assert_at_chance, config, random_features, small_model
 from torch import Tensor
 
+from egohod.data.dataset import EvaluationDataset
 from egohod.data.text_files import AnnotationError
 from egohod.errors import UserError
 from egohod.evaluation.benchmarks import Benchmark, asked, benchmark, execution_of
 from egohod.evaluation.classification import ClassificationTable, MultiLabelTable
-from egohod.evaluation.clips import EvaluationDataset
 from egohod.evaluation.config import BenchmarkConfig
 from egohod.evaluation.multiple_choice import QuestionTable
 from egohod.evaluation.protocols import PROTOCOLS
