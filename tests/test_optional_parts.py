@@ -71,8 +71,8 @@ def test_a_broken_protobuf_is_named_where_it_is_needed(tmp_path: Path, program: 
     code = (
         "import sys; sys.path.insert(0, 'tools'); import generate_hod\n"
         "from egohod.hod.detectors.files import DetectionFiles\n"
-        "from egohod.hod.detectors.base import DetectorError\n"
-        "try:\n    DetectionFiles(sys.argv[1])\nexcept DetectorError as error:\n    print(error)"
+        "from egohod.errors import UserError\n"
+        "try:\n    DetectionFiles(sys.argv[1])\nexcept UserError as error:\n    print(error)"
     )
     done = program("-c", code, tmp_path / "boxes", PYTHONPATH=f"{tmp_path}/broken:{ROOT}")
     assert done.returncode == 0, done.stderr

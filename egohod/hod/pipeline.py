@@ -41,9 +41,8 @@ from egohod.errors import UserError
 from egohod.hod import pipeline, tracking
 from egohod.hod import pipeline as records
 from egohod.hod.config import COLUMNS, HodConfig, used
-from egohod.hod.detectors import make_detector, typed_options
-from egohod.hod.detectors.base import Detector, Undetectable
-from egohod.hod.detectors.files import DetectionFiles
+from egohod.hod.detectors import detector_class, make_detector, typed_options
+from egohod.hod.detectors.base import Detector
 from egohod.hod.draw import Seen
 from egohod.hod.facts import ClipFacts, FactsParams, facts_of, without_rare
 from egohod.hod.language import sides
@@ -426,7 +425,7 @@ class Looking:
         row = self._source.table.row(task.index)
         try:
             return Found(self._look(self._source.read(row, self._frames, None), row.video_id))
-        except (VideoError, Undetectable) as error:
+        except VideoError as error:
             return Found(None, str(error))
 
 
@@ -621,8 +620,6 @@ def checksum(source: SourceConfig, table: ClipTable) -> str:
 PROMPTS = PROJECT / "configs" / "hod" / "prompts"
 # What changes how long a narrator takes, or whom it asks, but not what it is asked.
 _ROUTE = ("endpoint", "api_key_env", "concurrency", "timeout_seconds", "retries", "give_up_seconds", "prompt")
-# Files are read once and shared by the workers; models are loaded by each.
-_SHARED = ("detections", "oracle")
 
 
 def make_stages(cfg: HodConfig, source: ClipSource, text_of: Callable[[int], str]) -> list[Stage]:
@@ -673,9 +670,9 @@ class _Look:
         self._detector: Detector | None = None
 
     def begin(self) -> None:
-        if self._kind in _SHARED and self._detector is None:
+        # Files are read once and shared by the workers; models are loaded by each.
+        if detector_class(self._kind).reads_files and self._detector is None:
             self._detector = make_detector(self._kind, self._options)
-            assert isinstance(self._detector, DetectionFiles)
             _require_detections(self._options["path"], self._detector.videos(), self._table)
 
     def __call__(self, frames: Frames, video_id: str) -> dict[str, Any]:

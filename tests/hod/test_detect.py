@@ -18,11 +18,12 @@ from torchvision.models import detection
 from egohod.data import detections, epic_protobuf
 from egohod.data.decoders import choose_decoder
 from egohod.data.detections import EDGES, LEFT, RIGHT, SCHEMA
-from egohod.data.video import read_clip
+from egohod.data.video import VideoError, read_clip
+from egohod.errors import UserError
 from egohod.hod import config as hod
 from egohod.hod import tracking
 from egohod.hod.detectors import make_detector, typed_options
-from egohod.hod.detectors.base import DetectorError, Undetectable, settle_sides
+from egohod.hod.detectors.base import assign_sides
 from egohod.hod.detectors.files import DetectionFiles, Oracle
 from egohod.hod.detectors.mediapipe_hands import FOLDER, MediapipeHands
 from egohod.hod.detectors.torchvision_boxes import TorchvisionBoxes
@@ -52,7 +53,7 @@ def frames(numbers: list[int]) -> tuple[np.ndarray, np.ndarray]:
 
 def test_files_give_each_moment_once_to_the_nearest_picture(truth: Path, tmp_path: Path) -> None:
     files = DetectionFiles(str(truth))
-    assert not files.needs_pictures
+    assert files.reads_files
     found = files.detect("v", *frames([0, 4, 8, 39])).to_pandas()
     assert found["frame_number"].tolist() == [0, 0, 4, 4, 8, 8, 39, 39]
     assert len(files.detect("elsewhere", *frames([0]))) == 0
@@ -71,7 +72,7 @@ def test_epic_files_are_found_by_video_and_take_the_rate_of_the_frames(truth: Pa
     pd.testing.assert_frame_equal(one.to_pandas()[list(EDGES)], other.to_pandas()[list(EDGES)])
     np.testing.assert_allclose(one.column("second").to_numpy(), other.column("second").to_numpy())
     (folder / "v.pkl").write_bytes(b"\x80\x04cut")
-    with pytest.raises(Undetectable, match=r"v\.pkl"):
+    with pytest.raises(VideoError, match=r"v\.pkl"):
         DetectionFiles(str(tmp_path)).detect("v", *frames([3]))
 
 
@@ -95,11 +96,11 @@ def test_noise_follows_from_the_seed_and_the_frame_alone(truth: Path) -> None:
 
 def test_two_hands_of_one_side_are_told_apart() -> None:
     box = np.array([[0.1, 0.5, 0.3, 0.8], [0.6, 0.5, 0.8, 0.8], [0.61, 0.5, 0.8, 0.8]])
-    kept, sides = settle_sides(box, np.array([0.6, 0.9, 0.8]), np.array([RIGHT, RIGHT, LEFT]))
+    kept, sides = assign_sides(box, np.array([0.6, 0.9, 0.8]), np.array([RIGHT, RIGHT, LEFT]))
     assert dict(zip(kept.tolist(), sides.tolist(), strict=True)) == {1: RIGHT, 0: LEFT}
     above = box[:2] * (0, 1, 0, 1) + [[0.4, 0, 0.6, 0], [0.41, -0.4, 0.61, -0.4]]
-    assert settle_sides(above, np.array([0.6, 0.9]), np.array([LEFT, LEFT]))[1].tolist() == [LEFT, RIGHT]
-    kept, sides = settle_sides(np.zeros((0, 4)), np.zeros(0), np.zeros(0, dtype=np.int64))
+    assert assign_sides(above, np.array([0.6, 0.9]), np.array([LEFT, LEFT]))[1].tolist() == [LEFT, RIGHT]
+    kept, sides = assign_sides(np.zeros((0, 4)), np.zeros(0), np.zeros(0, dtype=np.int64))
     assert len(kept) == len(sides) == 0
 
 
@@ -122,7 +123,7 @@ def test_unknown_detectors_and_options(truth: Path) -> None:
         ("torchvision", {"weights": "w.pth", "labels": {1: "hand"}, "batch_size": 0}, "batch_size must be at least 1"),
         ("mediapipe", {"margin": -1}, "margin must be at least 0"),
     ):
-        with pytest.raises(DetectorError, match=pattern.replace("|", r"\|")):
+        with pytest.raises(UserError, match=pattern.replace("|", r"\|")):
             make_detector(name, options)
 
 
@@ -133,7 +134,7 @@ def test_options_of_a_configuration_get_the_types_that_the_detector_declares(tmp
     typed = typed_options("oracle", options)
     assert typed == {"path": "0123", "fps": 30, "jitter": 0.05, "drop": 0.2, "seed": 7}
     assert typed_options("mediapipe", {"folder": None, "margin": "1"}) == {"folder": None, "margin": 1}
-    with pytest.raises(DetectorError, match=r"options\.seed is '1.5', but must be int"):
+    with pytest.raises(UserError, match=r"options\.seed is '1.5', but must be int"):
         typed_options("oracle", {"path": "x", "seed": "1.5"})
 
 
@@ -178,7 +179,7 @@ def test_a_faster_rcnn_gives_rows_of_the_schema(checkpoint: Path) -> None:
 
 def test_checkpoints_and_label_maps_that_do_not_fit(checkpoint: Path, tmp_path: Path) -> None:
     def refuses(path: Path, labels: dict[object, str], pattern: str, **more: object) -> None:
-        with pytest.raises(DetectorError, match=pattern):
+        with pytest.raises(UserError, match=pattern):
             TorchvisionBoxes(str(path), labels, **SMALL | more)
 
     refuses(checkpoint, {1: "hand", 4: "cup"}, r"classes 1 to 3, not 4 \(cup\)")
@@ -197,11 +198,11 @@ def test_checkpoints_and_label_maps_that_do_not_fit(checkpoint: Path, tmp_path: 
 
 
 def test_mediapipe_that_is_not_there_or_does_not_start_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(DetectorError, match="pip install --no-deps --target"):
+    with pytest.raises(UserError, match="pip install --no-deps --target"):
         MediapipeHands(str(tmp_path))
     (tmp_path / "mediapipe").mkdir()
     (tmp_path / "mediapipe" / "__init__.py").write_text("raise ImportError('no libGL')")
-    with pytest.raises(DetectorError, match="ImportError: no libGL; cure: "):
+    with pytest.raises(UserError, match="ImportError: no libGL; cure: "):
         MediapipeHands(str(tmp_path))
 
 
@@ -256,11 +257,11 @@ def test_a_mediapipe_that_dies_costs_one_clip_and_comes_back(
     other = MediapipeHands(str(Path(os.environ.get("EGOHOD_MEDIAPIPE") or ROOT / FOLDER)))
     dark = np.zeros((1, 240, 320, 3), dtype=np.uint8)
     other._process.kill()
-    with pytest.raises(Undetectable, match="MediaPipe died"):
+    with pytest.raises(VideoError, match="MediaPipe died"):
         other.detect("v", *frames([0]), dark)
     assert len(other.detect("v", *frames([0]), dark)) == 0
     monkeypatch.setattr(other, "_command", [sys.executable, "-c", "raise SystemExit('no MediaPipe')"])
     other._process.kill()
-    with pytest.raises(DetectorError, match="MediaPipe does not run: no MediaPipe"):
+    with pytest.raises(UserError, match="MediaPipe does not run: no MediaPipe"):
         other.detect("v", *frames([0]), dark)
     other.close()

@@ -1,9 +1,8 @@
-"""Detectors: pictures of a clip in, boxes of hands and objects in the schema of detections out.
+"""Detectors of hands and objects: the registry.
 
-mediapipe     hands from MediaPipe's landmarks; no objects, no contact
-detections    files made elsewhere: our parquet, or EPIC-KITCHENS' protobuf files
-torchvision   your own Faster R-CNN checkpoint with a label map
-oracle        files again, spoiled on purpose: jitter and dropped frames, to see what the rest bears
+To add one: a module in this package with a subclass of :class:`~egohod.hod.detectors.base.Detector`, and one line in
+``DETECTORS``. The arguments of its constructor, with their annotations and defaults, are what users may give as
+``detector.options``; `--help`, type checks and cache keys follow from them.
 """
 
 from __future__ import annotations
@@ -15,71 +14,63 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from egohod.hod.detectors.base import Detector, DetectorError
+from egohod.errors import UserError
+from egohod.hod.detectors.base import Detector
 
+# Names instead of classes: each module imports packages that the others do without (torchvision, protobuf).
 DETECTORS = {
-    "mediapipe": "egohod.hod.detectors.mediapipe_hands:MediapipeHands",
-    "detections": "egohod.hod.detectors.files:DetectionFiles",
-    "torchvision": "egohod.hod.detectors.torchvision_boxes:TorchvisionBoxes",
-    "oracle": "egohod.hod.detectors.files:Oracle",
+    "mediapipe": "mediapipe_hands:MediapipeHands",
+    "detections": "files:DetectionFiles",
+    "torchvision": "torchvision_boxes:TorchvisionBoxes",
+    "oracle": "files:Oracle",
 }
-"""Where the class of each is."""
+
+
+def detector_class(name: str) -> type[Detector]:
+    """The class of the detector ``name``. Raises :class:`UserError` for names that are not in ``DETECTORS``."""
+    if name not in DETECTORS:
+        raise UserError(f"detector is '{name}', but must be one of {', '.join(DETECTORS)}")
+    module, _, attribute = DETECTORS[name].partition(":")
+    return typing.cast("type[Detector]", getattr(importlib.import_module(f"{__name__}.{module}"), attribute))
 
 
 def make_detector(name: str, options: Mapping[str, Any]) -> Detector:
-    """The detector called ``name``, of ``DETECTORS``; ``options`` are the arguments of its class.
+    """The detector ``name`` with ``options`` as arguments of its constructor.
 
-    Raises :class:`DetectorError` for unknown names and options, for those of another type, and what the detector itself
-    raises.
+    Raises :class:`UserError` for unknown names and options, for values of a wrong type, and what the detector raises.
     """
-    return _class_of(name)(**typed_options(name, options))
+    return detector_class(name)(**typed_options(name, options))
 
 
 def typed_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a detector's class with the types that it declares; a configuration holds them as text.
+    """``options`` with the types that the detector's constructor declares.
 
-    Raises :class:`DetectorError` for unknown names and options, and for those of another type.
+    Raises :class:`UserError` for unknown names and options, for missing options and for values of a wrong type.
     """
-    detector = _class_of(name)
-    allowed = inspect.signature(detector).parameters
-    unknown = [each for each in options if each not in allowed]
-    lacking = [key for key, each in allowed.items() if each.default is each.empty and key not in options]
-    if unknown or lacking:
-        what = f"does not know {', '.join(unknown)}" if unknown else f"needs {', '.join(lacking)}"
-        raise DetectorError(f"detector {name} {what}; its options are {', '.join(allowed)}")
-    hints, typed = typing.get_type_hints(detector.__init__), dict(options)
+    cls = detector_class(name)
+    parameters = inspect.signature(cls).parameters
+    unknown = [key for key in options if key not in parameters]
+    missing = [key for key, each in parameters.items() if each.default is each.empty and key not in options]
+    if unknown or missing:
+        problem = f"does not know {', '.join(unknown)}" if unknown else f"needs {', '.join(missing)}"
+        raise UserError(f"detector {name} {problem}; its options are {', '.join(parameters)}")
+    hints, typed = typing.get_type_hints(cls.__init__), dict(options)
     for key, value in options.items():
-        if isinstance(value, str) and not _fits(value, hints[key]):
-            typed[key] = value = _number(value, hints[key])
-        if not _fits(value, hints[key]):
-            kind = str(allowed[key].annotation)
-            raise DetectorError(f"detector.options.{key} is {value!r}, but must be {kind.replace('None', 'null')}")
+        union = isinstance(hints[key], types.UnionType)
+        kinds = tuple(
+            typing.get_origin(kind) or kind for kind in (typing.get_args(hints[key]) if union else [hints[key]])
+        )
+        if float in kinds:
+            kinds += (int,)
+        # Configurations hold options as text, since their types are known only here: "07" and "5e-2" are numbers.
+        for number in (int, float):
+            if isinstance(typed[key], str) and str not in kinds and number in kinds:
+                try:
+                    typed[key] = number(value)
+                except ValueError:
+                    continue
+        # bool is a subclass of int: "seed: true" is a mistake.
+        if not isinstance(typed[key], kinds) or isinstance(typed[key], bool):
+            kind = str(parameters[key].annotation).replace("None", "null")
+            raise UserError(f"detector.options.{key} is {value!r}, but must be {kind}")
     return typed
-
-
-def _class_of(name: str) -> Any:
-    if name not in DETECTORS:
-        raise DetectorError(f"detector is '{name}', but must be one of {', '.join(DETECTORS)}")
-    module, _, attribute = DETECTORS[name].partition(":")
-    # Imported where it is wanted: each brings packages of its own.
-    return getattr(importlib.import_module(module), attribute)
-
-
-def _number(text: str, hint: Any) -> Any:
-    """The number that a text spells, where a type takes numbers; else the text."""
-    for kind in (int, float):
-        if _fits(kind(), hint):
-            try:
-                return kind(text)
-            except ValueError:
-                continue
-    return text
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type, or of one of several."""
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    plain = [typing.get_origin(kind) or kind for kind in kinds]
-    if float in plain:
-        plain.append(int)
-    return isinstance(value, tuple(plain)) and not isinstance(value, bool)

@@ -1,8 +1,4 @@
-"""Hands by MediaPipe: boxes around its 21 landmarks, sides corrected for an egocentric view.
-
-MediaPipe tells the side of a hand as in a mirrored selfie; the wearer's side is the other one. It finds no objects and
-tells no contact. It runs in a child process (see :mod:`egohod.hod.detectors.mediapipe_worker`).
-"""
+"""Hands by MediaPipe: boxes around its 21 landmarks, sides corrected for an egocentric view. No objects, no contact."""
 
 from __future__ import annotations
 
@@ -20,87 +16,87 @@ import pyarrow as pa
 
 from egohod.config import PROJECT
 from egohod.data.detections import LEFT, RIGHT
+from egohod.data.video import VideoError
+from egohod.errors import UserError
 from egohod.hod.detectors import mediapipe_worker
-from egohod.hod.detectors.base import DetectorError, Undetectable, row, settle_sides, table
+from egohod.hod.detectors.base import Detector, assign_sides, row, table
 
-FOLDER = ".mediapipe"
-"""In the project; exps/generate_hod.sh installs it there."""
+FOLDER = ".mediapipe"  # in the project; exps/generate_hod.sh installs it there
+# MediaPipe assumes a mirrored selfie, so that its left hand is the wearer's right one.
 _WEARERS = {"Left": RIGHT, "Right": LEFT}
 
 
-def _install() -> str:
-    """The command that installs MediaPipe, to be typed where the user stands."""
-    here = Path() if Path.cwd() == PROJECT else PROJECT
-    requirements = here / "exps" / "mediapipe_requirements.txt"
-    return f"python -m pip install --no-deps --target {here / FOLDER} -r {requirements}"
-
-
-class _Died(Exception):
-    """The child process is gone, with its last words."""
-
-
-class MediapipeHands:
-    """Starts one child process, which :meth:`close` ends.
+class MediapipeHands(Detector):
+    """Runs MediaPipe in one child process (:mod:`~egohod.hod.detectors.mediapipe_worker`), which :meth:`close` ends.
 
     ``folder`` holds MediaPipe and what it needs (None: the environment variable EGOHOD_MEDIAPIPE, else ``.mediapipe``
     of the project); ``confidence`` is the least that its palm detector asks for and ``following`` the least that there
     still is a hand where one was in the picture before: the first proposes, the second checks. ``margin`` is added
-    around the landmarks, which lie inside the hand, as a share of their box. Raises :class:`DetectorError` where
-    MediaPipe is not or does not start.
+    around the landmarks, which are inside the hand, as a share of their box. Raises :class:`UserError` where MediaPipe
+    is not installed or does not start.
     """
-
-    needs_pictures = True
 
     def __init__(
         self, folder: str | None = None, confidence: float = 0.1, following: float = 0.3, margin: float = 0.15
     ) -> None:
         if not margin >= 0:
-            raise DetectorError(f"margin must be at least 0, not {margin:g}")
+            raise UserError(f"margin must be at least 0, not {margin:g}")
+        # The command that cures a missing installation, with paths as short as the current folder allows.
+        here = Path() if Path.cwd() == PROJECT else PROJECT
+        requirements = here / "exps" / "mediapipe_requirements.txt"
+        self._cure = f"cure: python -m pip install --no-deps --target {here / FOLDER} -r {requirements}"
         place = Path(folder or os.environ.get("EGOHOD_MEDIAPIPE") or PROJECT / FOLDER).resolve()
         if not (place / "mediapipe").is_dir():
-            raise DetectorError(
-                f"MediaPipe is not in {place}; cure: {_install()} (or set EGOHOD_MEDIAPIPE to its folder)"
-            )
+            raise UserError(f"MediaPipe is not in {place}; {self._cure} (or set EGOHOD_MEDIAPIPE to its folder)")
         self._margin = margin
-        self._command = [sys.executable, mediapipe_worker.__file__, str(confidence), str(following)]
+        # -P: the worker's folder is this package, whose modules must not shadow those that MediaPipe imports.
+        self._command = [sys.executable, "-P", mediapipe_worker.__file__, str(confidence), str(following)]
         paths = [str(place), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
         self._start()
 
     def _start(self) -> None:
-        # Its log is told only if it dies.
+        # MediaPipe logs a dozen lines whenever it starts: its log is shown only where it dies.
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
             self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env=self._environment
         )
-        try:
-            self._answer()
-        except _Died as died:
-            raise DetectorError(f"MediaPipe does not run: {died}; cure: {_install()}") from died
+        if self._read_answer() is None:
+            raise UserError(f"MediaPipe does not run: {self._last_words()}; {self._cure}")
 
     def detect(
         self, video_id: str, frame_numbers: np.ndarray, seconds: np.ndarray, pictures: np.ndarray | None
     ) -> pa.Table:
-        """See :class:`~egohod.hod.detectors.base.Detector`.
+        """See :meth:`Detector.detect`.
 
-        Raises :class:`Undetectable` if MediaPipe died of the pictures, :class:`DetectorError` if it does not come back.
+        Raises :class:`VideoError` if MediaPipe died of the pictures, :class:`UserError` if it does not start again.
         """
-        assert pictures is not None, "MediaPipe looks at pictures"
+        assert pictures is not None, "MediaPipe needs pictures"
+        assert self._process.stdin is not None
         try:
-            answer = self._ask(pictures)
-        except _Died as died:
+            self._process.stdin.write(b"%d %d %d\n" % pictures.shape[:3])
+            self._process.stdin.write(np.ascontiguousarray(pictures).tobytes())
+            self._process.stdin.flush()
+            answer = self._read_answer()
+        except OSError:  # a broken pipe: the process is gone
+            answer = None
+        if answer is None:
+            reason = self._last_words()
             self._start()
-            raise Undetectable(f"MediaPipe died: {died}") from died
+            raise VideoError(f"MediaPipe died: {reason}")
         rows = []
         for number, second, hands in zip(frame_numbers, seconds, answer, strict=True):
             if not hands:
                 continue
-            boxes = np.array([self._box(np.array(marks)) for _, _, marks in hands])
+            marks = [np.array(landmarks) for _, _, landmarks in hands]  # each [21, 2], shares of the picture
+            low, high = np.stack([m.min(axis=0) for m in marks]), np.stack([m.max(axis=0) for m in marks])
+            margin = self._margin * (high - low)
+            boxes = np.clip(np.concatenate([low - margin, high + margin], axis=1), 0, 1)
             scores = np.array([score for _, score, _ in hands])
-            kept, sides = settle_sides(boxes, scores, np.array([_WEARERS[label] for label, _, _ in hands]))
+            chosen, sides = assign_sides(boxes, scores, np.array([_WEARERS[label] for label, _, _ in hands]))
             rows += [
                 row(video_id, number, second, boxes[i], scores[i], side=int(side))
-                for i, side in zip(kept, sides, strict=True)
+                for i, side in zip(chosen, sides, strict=True)
             ]
         return table(rows)
 
@@ -108,7 +104,7 @@ class MediapipeHands:
         """End the child process."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        # Where it has died already, what was not written to it yet cannot be.
+        # If it has died already, closing the pipe fails to flush what was not written yet.
         with contextlib.suppress(OSError):
             self._process.stdin.close()
         try:
@@ -119,31 +115,16 @@ class MediapipeHands:
         self._process.stdout.close()
         self._log.close()
 
-    def _box(self, marks: np.ndarray) -> np.ndarray:
-        low, high = marks.min(axis=0), marks.max(axis=0)
-        margin = self._margin * (high - low)
-        return np.clip(np.concatenate([low - margin, high + margin]), 0, 1)
-
-    def _ask(self, pictures: np.ndarray) -> Any:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(b"%d %d %d\n" % pictures.shape[:3])
-            self._process.stdin.write(np.ascontiguousarray(pictures).tobytes())
-            self._process.stdin.flush()
-        except OSError as error:
-            raise self._died() from error
-        return self._answer()
-
-    def _answer(self) -> Any:
+    def _read_answer(self) -> Any:
+        """One line of the worker as JSON; None where the worker is gone."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        if not line:
-            raise self._died()
-        return json.loads(line)
+        return json.loads(line) if line else None
 
-    def _died(self) -> _Died:
+    def _last_words(self) -> str:
+        """The last line that the worker logged before it died, else its exit code."""
         self._process.wait()
         self._log.seek(0)
-        said = self._log.read().decode(errors="replace").strip().splitlines()
+        lines = self._log.read().decode(errors="replace").strip().splitlines()
         self._log.close()
-        return _Died(said[-1] if said else f"exit code {self._process.returncode}")
+        return lines[-1] if lines else f"exit code {self._process.returncode}"

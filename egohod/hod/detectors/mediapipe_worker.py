@@ -1,10 +1,10 @@
-"""Finds hands with MediaPipe in a process of its own, which needs nothing of this project.
+"""Run MediaPipe's hand detector in a process of its own, which imports nothing of this project.
 
-    python mediapipe_worker.py CONFIDENCE FOLLOWING
+    python -P mediapipe_worker.py CONFIDENCE FOLLOWING
 
-MediaPipe 0.10.21 needs protobuf below 5, the rest of the project's environment a newer one; one process cannot hold
-both. Standard input brings, again and again, a line ``T H W`` and T * H * W * 3 bytes of pictures; standard output
-answers with a line of JSON: for each picture a list of [label, score, [[x, y], ...]] in shares of the picture.
+MediaPipe 0.10.21 needs protobuf below 5, the rest of the project's environment a newer one; one process cannot import
+both. A request on standard input is a line ``T H W`` and T * H * W * 3 bytes of pictures; the answer on standard output
+is a line of JSON: for each picture a list of [label, score, [[x, y], ...]] in shares of the picture.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main(confidence: float, following: float) -> None:
-    """Answer until standard input ends."""
+    """Answer requests until standard input ends."""
     if sys.platform == "linux":
-        # Whoever asked may be killed while this process hangs.
+        # Die with the parent, even if it is killed while this process hangs and reads nothing.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # MediaPipe's C++ code may write to standard output: it is sent to standard error, and answers keep the old one.
+    # MediaPipe's C++ code may write to standard output, which would mix with the answers: it goes to standard error.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     import mediapipe
     import numpy as np
 
-    # A hand that was seen in one picture is looked for there in the next: on a real clip this finds half as many again.
+    # Tracking from one picture to the next finds half as many hands again on a real clip.
     hands = mediapipe.solutions.hands.Hands(
         max_num_hands=2, min_detection_confidence=confidence, min_tracking_confidence=following
     )
@@ -38,13 +38,15 @@ def main(confidence: float, following: float) -> None:
         count, height, width = map(int, line.split())
         content = sys.stdin.buffer.read(count * height * width * 3)
         answer = []
-        hands.reset()  # what was seen in another clip says nothing of this one
+        hands.reset()  # no tracking from one clip into the next
         for picture in np.frombuffer(content, np.uint8).reshape(count, height, width, 3):
-            found = hands.process(picture)
+            result = hands.process(picture)
             answer.append(
                 [
                     (kind.classification[0].label, kind.classification[0].score, [(p.x, p.y) for p in marks.landmark])
-                    for kind, marks in zip(found.multi_handedness or [], found.multi_hand_landmarks or [], strict=True)
+                    for kind, marks in zip(
+                        result.multi_handedness or [], result.multi_hand_landmarks or [], strict=True
+                    )
                 ]
             )
         print(json.dumps(answer), file=answers, flush=True)
