@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 from egohod.config import PROJECT, Config
 from egohod.errors import UserError
 from egohod.knobs import help_text, knobs
-from egohod.locks import Held, locked
 from egohod.place import Place, find_place
+from egohod.runtime import locked
 from egohod.stopping import Interrupted, RunFailed
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ def claimed_run(folder: str, dist: Distributed) -> Iterator[None]:
             try:
                 Path(folder).mkdir(parents=True, exist_ok=True)
                 held.enter_context(locked(Path(folder) / ".lock"))
-            except Held as error:
+            except BlockingIOError as error:
                 raise UserError(f"{folder}: another run is writing here; choose another folder") from error
             except OSError as error:
                 raise UserError(f"{folder}: cannot be used as run folder: {error.strerror or error}") from error

@@ -72,13 +72,6 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place:
     )
 
 
-def usable_cores() -> int:
-    """Cores that this process may run on; a container or a scheduler often grants fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):  # Linux; macOS has no such call
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def first_host(nodes: str) -> str:
     """The first name of a Slurm host list: ``ego[07-09,12],gpu3`` -> ``ego07``, as ``scontrol show hostnames`` says."""
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", nodes).partition(",")[0]

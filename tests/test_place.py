@@ -18,7 +18,7 @@ import torch
 
 from egohod import cli, distributed
 from egohod.errors import UserError
-from egohod.place import Place, find_place, first_host, usable_cores
+from egohod.place import Place, find_place, first_host
 from egohod.stopping import Interrupted
 from tests.support import ROOT, Command, environment
 
@@ -301,13 +301,3 @@ def test_a_program_that_was_stopped_tells_its_launcher(tmp_path: Path, monkeypat
 
     assert cli.run(stopped, []) == 0
     assert file.exists()
-
-
-def test_cores_are_those_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 7}, raising=False)
-    assert usable_cores() == 3
-    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    assert usable_cores() == 6
-    monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert usable_cores() == 1

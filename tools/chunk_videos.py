@@ -38,7 +38,7 @@ from egohod.data.chunk_folder import (
 )
 from egohod.data.chunking import CODECS, LAYOUTS, ChunkSettings, Probe, try_encoder
 from egohod.errors import UserError
-from egohod.place import usable_cores
+from egohod.runtime import usable_cores
 
 log = logging.getLogger("chunk_videos")
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from egohod import cli, config
 from egohod.data.verify import Verdict, Verifier
 from egohod.errors import UserError
-from egohod.place import usable_cores
+from egohod.runtime import usable_cores
 from egohod.training.setup import active_sources, build_dataset
 
 log = logging.getLogger("verify_dataset")

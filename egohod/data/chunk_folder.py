@@ -30,10 +30,9 @@ from typing import Any, NamedTuple
 
 from egohod.data.chunking import ChunkError, ChunkSettings, Probe, Written, probe, write_chunks
 from egohod.data.containers import ENDINGS
-from egohod.data.pool import follow_parent
 from egohod.data.text_files import read_lines
 from egohod.data.video import VideoError
-from egohod.locks import Held, locked
+from egohod.runtime import follow_parent, locked
 
 log = logging.getLogger(__name__)
 
@@ -180,7 +179,7 @@ class Output:
             try:
                 self._own.mkdir(parents=True, exist_ok=True)
                 held.enter_context(locked(self._own / "lock"))
-            except Held as error:
+            except BlockingIOError as error:
                 raise ChunkError(f"{self.folder}: another process is writing here") from error
             except OSError as error:
                 raise _cannot_write(self.folder, error) from error

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from egohod.data.files import VideoError, one_clip
-from egohod.data.pool import Lost, Workers
 from egohod.data.table import EXCLUDE_COLUMNS, ClipSource
 from egohod.errors import UserError
+from egohod.runtime import Lost, Workers
 
 log = logging.getLogger(__name__)
 

@@ -31,11 +31,10 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from egohod.data import detections
-from egohod.data.pool import follow_parent
 from egohod.demo.render import PICTURE, Stage
 from egohod.demo.world import DEFAULT, FEW, FPS, NOUNS, SPLITS, VERBS, Clip, Variant, Video, make_split, phrase
 from egohod.errors import UserError
-from egohod.place import usable_cores
+from egohod.runtime import follow_parent, usable_cores
 
 VERSION = 5  # of the world: a change of what is drawn or told raises it
 MAX_SCALE = 100

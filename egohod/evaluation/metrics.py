@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from egohod.errors import UserError
-from egohod.place import usable_cores
+from egohod.runtime import usable_cores
 
 FloatArray = NDArray[np.floating[Any]]
 IntArray = NDArray[np.int64]

@@ -33,7 +33,6 @@ from egohod.data.config import SourceConfig
 from egohod.data.decoders import choose_decoder
 from egohod.data.detections import SCHEMA
 from egohod.data.files import open_cache
-from egohod.data.pool import Lost, Workers
 from egohod.data.table import ClipRow, ClipSource, ClipTable, TableReport, choose_text
 from egohod.data.video import Frames, VideoError
 from egohod.data.windows import sliding
@@ -50,6 +49,7 @@ from egohod.hod.narrate import make_narrator, make_template, narrate_checked
 from egohod.hod.narrators.base import Narration, Narrator, Request
 from egohod.hod.store import Block, Found, Shard, Work, key_of, written
 from egohod.hod.tracking import TrackParams
+from egohod.runtime import Lost, Workers
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, TextIO
 
 from egohod.errors import UserError
-from egohod.locks import Held, locked
+from egohod.runtime import locked
 
 # Seconds: the processes of a run that was killed a moment ago are still on their way out.
 _PATIENCE = 3.0
@@ -122,8 +122,8 @@ class Work:
                         # The neighbours look too, and hold it for a moment.
                         with locked(path, _PATIENCE):
                             pass
-            except Held as error:
-                name = error.path.name.replace("-of-", "/")
+            except BlockingIOError as error:
+                name = Path(error.filename).name.replace("-of-", "/")
                 raise UserError(f"{self.output}: another run is writing here (shard {name}); wait for it") from error
             except OSError as error:
                 raise CacheError(f"{folder}: cannot be written: {error.strerror or error}") from error

@@ -17,7 +17,7 @@ from video_files import encode, numbers, reference
 from egohod.data import chunk_folder
 from egohod.data.chunk_folder import Output, Video, find_videos, split
 from egohod.data.chunking import ChunkError, ChunkSettings
-from egohod.locks import Held, locked
+from egohod.runtime import locked
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = [sys.executable, str(ROOT / "tools" / "chunk_videos.py")]
@@ -249,7 +249,7 @@ def free(out: Path) -> bool:
     try:
         with locked(out / ".chunk_videos" / "lock"):
             return True
-    except Held:
+    except BlockingIOError:
         return False
 
 

@@ -14,12 +14,12 @@ import pytest
 
 from egohod.data.config import SourceConfig
 from egohod.data.decoders import choose_decoder
-from egohod.data.pool import Workers
 from egohod.data.table import ClipSource, ClipTable
 from egohod.data.video import Frames
 from egohod.hod.config import COLUMNS
 from egohod.hod.pipeline import DETECT, TRACK, VERSIONS, Looking, Pipeline, Task, Thinking, uid_of
 from egohod.hod.store import Found, Shard, Work, written
+from egohod.runtime import Workers
 
 WHOLE = Shard()
 

@@ -19,7 +19,7 @@ from egohod.errors import UserError
 from egohod.hod.config import COLUMNS
 from egohod.hod.pipeline import VERSIONS, Pipeline, Task, Thinking, narrated, uid_of
 from egohod.hod.store import Block, CacheError, Found, Shard, Work, key_of
-from egohod.locks import locked
+from egohod.runtime import locked
 
 
 class Straw:

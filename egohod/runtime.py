@@ -1,0 +1,403 @@
+"""What every long job needs, once: atomic writes, progress with the time left, worker processes, locks, content hashes.
+
+Nothing here knows of clips, models or runs, and only the standard library is imported (tqdm where a bar is drawn).
+"""
+
+from __future__ import annotations
+
+import collections
+import errno
+import fcntl
+import hashlib
+import itertools
+import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import secrets
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+log = logging.getLogger(__name__)
+
+# --------------------------------------------------------------------------------------------------
+# Files that appear as a whole or not at all
+# --------------------------------------------------------------------------------------------------
+
+# Names of unfinished files and folders begin with this, so that what killed processes left can be cleared.
+UNFINISHED_PREFIX = ".tmp-"
+
+
+@contextmanager
+def atomic_write(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; what the block makes there is renamed to ``path`` when it ends.
+
+    Readers see the old file, or the new one, never a part. The block makes a file or a folder (a folder can only
+    replace nothing or an empty one); after an exception it is removed, and ``path`` is as it was. The temporary name
+    keeps the suffix, which some writers look at, and is this process's own: several may write the same file. The parent
+    folder has to exist: a run folder that is lost must not come back on the disk below its mount point.
+
+    With ``sync`` the content is on the disk before it gets its name, so that a power cut cannot leave an empty file.
+
+        with atomic_write(folder / "features.npz") as temporary:
+            np.savez(temporary, features=features)
+
+    Raises :class:`OSError` where it cannot be written.
+    """
+    path = Path(path)
+    # Never longer than the name itself where that is at the file system's limit of 255 bytes.
+    temporary = path.with_name(f"{UNFINISHED_PREFIX}{os.getpid()}-{secrets.token_hex(4)}-{path.name[-150:]}")
+    try:
+        yield temporary
+        if sync:
+            for each in (*(temporary.rglob("*") if temporary.is_dir() else ()), temporary):
+                _flush(each)
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    if sync:
+        _flush(path.parent)
+
+
+def write_text(path: str | Path, content: str, *, sync: bool = False) -> None:
+    """Write a UTF-8 file with :func:`atomic_write`."""
+    with atomic_write(path, sync=sync) as temporary:
+        # Annotations may hold half a character (a lone surrogate), which no encoding can spell.
+        temporary.write_text(content, encoding="utf-8", errors="replace", newline="")
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# --------------------------------------------------------------------------------------------------
+# Content hashes
+# --------------------------------------------------------------------------------------------------
+
+
+def content_hash(*parts: str, length: int = 64) -> str:
+    """The first ``length`` hex digits of the SHA-256 of ``parts``, which a zero byte separates."""
+    # Names of files may hold bytes that are no UTF-8, as lone surrogates.
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:length]
+
+
+def file_hash(path: str | Path) -> str:
+    """The SHA-256 of a file, as ``sha256sum`` prints it. Raises :class:`OSError`."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------
+# Progress
+# --------------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """How far a long job is: a tqdm bar on a terminal, elsewhere a log line every few seconds with the time left.
+
+        with Progress("extract", total=len(clips)) as progress:
+            for number, clip in enumerate(clips):
+                ...
+                progress.update(number + 1, note="3 unreadable")
+
+    Args:
+        name: of the job or stage, in front of the bar or line.
+        total: units of all work; :meth:`update` may correct it.
+        unit: what is counted, in the plural.
+        seconds: between two lines, at least.
+        show: how amounts are written, for instance as a clock where seconds of video are counted.
+        report: gets a finished line instead of the log.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        total: float,
+        *,
+        unit: str = "clips",
+        seconds: float = 2.0,
+        show: Callable[[float], str] = "{:,.0f}".format,
+        report: Callable[[str], None] = log.info,
+    ) -> None:
+        self.name, self.total, self.unit = name, total, unit
+        self._seconds, self._show, self._report = seconds, show, report
+        # The rate counts from the first update: models load before the first clip is done, and a resumed job starts
+        # with much of it done already.
+        self._first: tuple[float, float] | None = None
+        self._last_line = time.monotonic()
+        self._bar: Any = None
+        if log.isEnabledFor(logging.INFO) and _is_wide_terminal():
+            from tqdm import tqdm
+
+            line = "{desc} {percentage:3.0f}%|{bar}| {postfix}"
+            self._bar = tqdm(total=total, desc=name, bar_format=line, dynamic_ncols=True, leave=False)
+
+    def update(self, done: float, *, total: float | None = None, note: str = "") -> None:
+        """Report that ``done`` units in all are finished, if it is time to; ``note`` is added to the line."""
+        now = time.monotonic()
+        self.total = self.total if total is None else total
+        if self._first is None:
+            self._first = now, done
+        if self._bar is not None:
+            self._bar.total, self._bar.n = self.total, done
+            self._bar.set_postfix_str(self._line(done, now, note), refresh=False)
+            self._bar.update(0)  # which draws ten times a second at most
+        elif now - self._last_line >= self._seconds or done >= self.total:
+            self._last_line = now
+            share = 100 * done / self.total if self.total else 100.0
+            self._report(f"{self.name}: {share:.0f} %  {self._line(done, now, note)}")
+
+    def _line(self, done: float, now: float, note: str) -> str:
+        assert self._first is not None
+        began, at_first = self._first
+        rate = (done - at_first) / max(now - began, 1e-9)
+        left = time_left(self.total - done, rate)
+        speed = f"{rate:,.1f} {self.unit}/s, " if rate else ""
+        note = f", {note}" if note else ""
+        return f"{self._show(done)} of {self._show(self.total)} {self.unit}, {speed}ETA {left}{note}"
+
+    def close(self) -> None:
+        """Remove the bar, if there is one."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _is_wide_terminal() -> bool:
+    # A terminal that nobody sized (of some containers, of expect) has no columns, and a bar there is invisible.
+    with suppress(OSError, ValueError):
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    return False
+
+
+def time_left(remaining: float, rate: float) -> str:
+    """``remaining`` units at ``rate`` a second as hours, minutes and seconds: ``1 day, 2:03:04``."""
+    if remaining <= 0:
+        return "0:00:00"
+    return str(timedelta(seconds=round(remaining / rate))) if rate > 0 else "unknown"
+
+
+# --------------------------------------------------------------------------------------------------
+# Worker processes
+# --------------------------------------------------------------------------------------------------
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+_CONTEXT = multiprocessing.get_context("fork")
+# The next task waits in the worker's pipe, so that the worker is never idle.
+_TASKS_IN_FLIGHT = 2
+_POLL_SECONDS = 1.0
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on; a container or a scheduler often grants fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):  # Linux; macOS has no such call
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def follow_parent() -> None:
+    """Leave interrupts to the main process, and exit when it is gone, however it went.
+
+    An initialiser for process pools. A scheduler sends its signal to all processes at once; the main process decides
+    what becomes of the work.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        # The sentinel becomes readable when the parent dies, even by SIGKILL.
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+class Lost(NamedTuple):
+    """Why there is no result."""
+
+    reason: str
+
+
+class Workers(Generic[Task, Result]):
+    """``count`` processes that call one function on tasks, and share this process's memory as it is when they start.
+
+    An exception in a task is raised here as it is. A process that dies, or is at one task for longer than ``patience``
+    seconds and is killed for it, is replaced, and its task's result is :class:`Lost`: the other tasks go on.
+    concurrent.futures ends the whole pool instead, and has no limit for one task. Leaving the context ends the
+    processes.
+    """
+
+    def __init__(self, count: int, function: Callable[[Task], Result], patience: float) -> None:
+        self._count, self._function, self._patience = count, function, patience
+        self._workers: list[_Worker[Task, Result]] = []
+
+    def __enter__(self) -> Workers[Task, Result]:
+        self._workers = [_Worker(self._function) for _ in range(self._count)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
+            worker.end()
+
+    def unordered(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Result | Lost]]:
+        """(task, result) of every task, in any order. Tasks are taken as there is room for them."""
+        todo = iter(tasks)
+        for worker in self._workers:
+            worker.give(itertools.islice(todo, _TASKS_IN_FLIGHT))
+        while busy := [worker for worker in self._workers if worker.tasks]:
+            # The timeout is for a worker that hangs: it never becomes readable.
+            multiprocessing.connection.wait([worker.pipe for worker in busy], timeout=_POLL_SECONDS)
+            for worker in busy:
+                answer = worker.answer(self._patience)
+                if answer is None:
+                    continue
+                task, (result,) = worker.tasks.popleft(), answer
+                if isinstance(result, Lost):
+                    self._workers[self._workers.index(worker)] = replacement = _Worker(self._function)
+                    replacement.give(worker.tasks)
+                    worker = replacement
+                worker.give(itertools.islice(todo, 1))
+                yield task, result
+
+
+class _Worker(Generic[Task, Result]):
+    def __init__(self, function: Callable[[Task], Result]) -> None:
+        self.pipe, theirs = _CONTEXT.Pipe()
+        self.tasks = collections.deque[Task]()
+        self._process = _CONTEXT.Process(target=_work, args=(theirs, function), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._task_began = time.monotonic()
+
+    def give(self, tasks: Iterable[Task]) -> None:
+        for task in tasks:
+            if not self.tasks:
+                self._task_began = time.monotonic()
+            self.tasks.append(task)
+            with suppress(OSError):  # it is dead, which is noticed when its answer is read
+                self.pipe.send(task)
+
+    def answer(self, patience: float) -> tuple[Result | Lost] | None:
+        """The result of its first task, or None if it is still at it. Raises what the task raised."""
+        try:
+            if self.pipe.poll():
+                result, error = self.pipe.recv()
+                self._task_began = time.monotonic()
+                if error is not None:
+                    raise error
+                return (result,)
+        except (EOFError, ConnectionError):
+            self._process.join()
+            self.pipe.close()
+            return (Lost(f"the process that worked on it died ({exit_reason(self._process.exitcode)})"),)
+        if time.monotonic() - self._task_began > patience:
+            self.end()
+            return (Lost(f"it took longer than {patience:g} s"),)
+        return None
+
+    def end(self) -> None:
+        self._process.kill()  # it holds nothing that could be lost
+        self._process.join()
+        self.pipe.close()
+
+
+def _work(pipe: Any, function: Callable[[Any], Any]) -> None:
+    follow_parent()
+    while True:
+        task = pipe.recv()
+        answer: tuple[Any, Exception | None]
+        try:
+            answer = function(task), None
+        except Exception as error:
+            try:
+                pickle.loads(pickle.dumps(error))
+                answer = None, error
+            except Exception:  # an error that does not come through a pipe as it is
+                answer = None, RuntimeError(f"{type(error).__name__}: {error}")
+        pipe.send(answer)
+
+
+def exit_reason(code: int | None) -> str:
+    """An exit code in words; a negative one is the signal that ended the process."""
+    if code is None or code >= 0:
+        return f"exit code {code}"
+    # The kernel's out-of-memory killer is by far the most frequent sender of SIGKILL.
+    return signal.Signals(-code).name + ("; too little memory?" if -code == signal.SIGKILL else "")
+
+
+# --------------------------------------------------------------------------------------------------
+# Locks
+# --------------------------------------------------------------------------------------------------
+
+_HELD_ELSEWHERE = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES}
+# NFS without a lock daemon, Lustre mounted without -o flock, FUSE.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY}
+_LOCK_POLL_SECONDS = 0.05
+_warned_folders = set[Path]()
+
+
+@contextmanager
+def locked(path: Path, patience: float = 0.0) -> Iterator[None]:
+    """Hold the lock file ``path`` within, waiting for it up to ``patience`` seconds.
+
+    The kernel drops the lock with the last process that has the file open, however it ends, so that nothing stale is
+    left; at the end of the context it is released also where a forked worker still has the file open. Where the file
+    system has no locks, a warning says so and the work goes on: a marker file instead would outlive a node that died,
+    and refuse to resume. Raises :class:`BlockingIOError` with the file's name if another process holds it, or another
+    :class:`OSError` if there can be no file.
+    """
+    descriptor, owner, is_held = os.open(path, os.O_RDWR | os.O_CREAT, 0o666), os.getpid(), False
+    try:
+        end = time.monotonic() + patience
+        while not is_held:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_held = True
+            except OSError as error:
+                if error.errno in _HELD_ELSEWHERE:
+                    if time.monotonic() >= end:
+                        raise BlockingIOError(errno.EAGAIN, "another process holds the lock", str(path)) from None
+                    time.sleep(_LOCK_POLL_SECONDS)
+                    continue
+                if error.errno not in _NO_LOCKS:
+                    raise
+                if path.parent not in _warned_folders:
+                    _warned_folders.add(path.parent)
+                    log.warning(
+                        "%s: this file system has no locks (%s), so two runs that write here would not notice each "
+                        "other: make sure that this is the only one",
+                        path.parent, error.strerror,
+                    )  # fmt: skip
+                break
+        yield
+    finally:
+        # A forked worker shares the lock: it would keep it by living on, and must not release it for its parent.
+        if is_held and os.getpid() == owner:
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
