@@ -13,7 +13,7 @@ from egohod.data.detections import PORTABLE_OBJECT, SCHEMA, UNKNOWN_STATE
 from egohod.demo.world import make_video
 from egohod.hod import tracking
 from egohod.hod.detectors.files import Oracle
-from egohod.hod.facts import ClipFacts, MotionParams, course, facts_of
+from egohod.hod.facts import ClipFacts, MotionParams, directions_of, facts_of
 from tests.hod.agreement import measure, measure_swaying
 
 TIMES = np.arange(24) / 12 + 1 / 24
@@ -90,8 +90,7 @@ def test_words_of_paths() -> None:
     t = np.linspace(0, 1, 24)
 
     def said(x: np.ndarray, y: np.ndarray, slope: float = 0.0) -> tuple[tuple[str, ...], int]:
-        found = course(np.stack([x, y], axis=1), 0.2, slope, 1.0, MotionParams())
-        return found.directions, found.repeats
+        return directions_of(np.stack([x, y], axis=1), 0.2, slope, 1.0, MotionParams())
 
     flat, there = np.full(24, 0.5), np.sin(np.pi * t)
     assert said(0.2 + 0.5 * t, flat) == (("right",), 1)
