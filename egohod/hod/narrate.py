@@ -1,15 +1,13 @@
-"""Narrating with a check: what is done about captions that are refused, and which narrator there is."""
+"""Narrating with a check: what is done about captions that are refused."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from egohod.hod.check import Verdict, check
-from egohod.hod.config import CheckSettings, NarratorSettings, warn_of_unused
+from egohod.hod.config import CheckSettings
 from egohod.hod.narrators.base import Narrator, Request
-from egohod.hod.narrators.llm import LanguageModelNarrator
 from egohod.hod.narrators.template import TemplateNarrator
 
 _TEMPLATE = TemplateNarrator()
@@ -95,19 +93,3 @@ def narrate_checked(
                 break
         else:
             yield settle(number, None, "template", verdict)
-
-
-def make_narrator(settings: NarratorSettings, prompts: Path) -> Narrator:
-    """The narrator that the settings ask for; ``prompts`` is the folder of the prompts that have no own name.
-
-    Warns of knobs that it does not look at. Raises :class:`~egohod.hod.narrators.base.NarratorError`.
-    """
-    warn_of_unused(settings)
-    if settings.kind == "template":
-        return make_template(settings)
-    return LanguageModelNarrator(settings, Path(settings.prompt or prompts / f"{settings.kind}.jinja"))
-
-
-def make_template(settings: NarratorSettings) -> TemplateNarrator:
-    """The narrator that stands in where another's words are refused."""
-    return TemplateNarrator(settings.seed, settings.varied)

@@ -45,7 +45,8 @@ from egohod.hod.detectors.base import Detector
 from egohod.hod.draw import Seen
 from egohod.hod.facts import ClipFacts, FactsParams, facts_of, without_rare
 from egohod.hod.language import sides
-from egohod.hod.narrate import make_narrator, make_template, narrate_checked
+from egohod.hod.narrate import narrate_checked
+from egohod.hod.narrators import make_narrator, make_template
 from egohod.hod.narrators.base import Narration, Narrator, Request
 from egohod.hod.store import Block, Found, Shard, Work, key_of, written
 from egohod.hod.tracking import TrackParams

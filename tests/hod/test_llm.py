@@ -21,8 +21,9 @@ import pytest
 from PIL import Image
 
 from egohod.hod.config import CheckSettings, NarratorSettings, warn_of_unused
-from egohod.hod.narrate import make_narrator, narrate_checked
+from egohod.hod.narrate import narrate_checked
 from egohod.hod.narrators import endpoint as endpoint_module
+from egohod.hod.narrators import make_narrator
 from egohod.hod.narrators.base import EndpointDown, NarratorError, Request
 from egohod.hod.narrators.endpoint import Endpoint
 from egohod.hod.narrators.llm import SCHEMA, LanguageModelNarrator

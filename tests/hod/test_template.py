@@ -11,7 +11,8 @@ from egohod.demo.world import VERBS, phrase
 from egohod.hod.check import check
 from egohod.hod.config import CheckSettings, NarratorSettings
 from egohod.hod.facts import without_rare
-from egohod.hod.narrate import make_narrator, narrate_checked
+from egohod.hod.narrate import narrate_checked
+from egohod.hod.narrators import make_narrator
 from egohod.hod.narrators.base import Request, describe
 from egohod.hod.narrators.template import template
 from tests.hod.hod_facts import WIPE, clip, hand
