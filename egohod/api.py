@@ -14,7 +14,7 @@ from egohod.config import model_config
 from egohod.data.decoders import choose_decoder
 from egohod.data.text import Tokenizer
 from egohod.data.transforms import center_crop, normalise
-from egohod.data.video import read_clip
+from egohod.data.videos import read_clip
 from egohod.errors import UserError
 from egohod.loss.config import LossConfig
 from egohod.model import egovideo

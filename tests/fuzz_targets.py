@@ -27,15 +27,14 @@ import torch
 import torchvision
 
 from egohod import config
-from egohod.data import detections, epic_protobuf
-from egohod.data.chunk_folder import Output, find_videos
-from egohod.data.chunking import ChunkSettings, Source, write_chunks
+from egohod.data import detections
+from egohod.data.chunking import ChunkSettings, Output, Source, find_videos, write_chunks
 from egohod.data.config import SourceConfig
 from egohod.data.decoders import choose_decoder
 from egohod.data.detections import BoxTable
-from egohod.data.files import LocalCache
 from egohod.data.labels import ClassLabels, RelevantTexts, class_space
 from egohod.data.relevancy import csv_relevancy, read_relevancy, save_matrix
+from egohod.data.storage import LocalCache
 from egohod.data.table import ClipSource, ClipTable, choose_text
 from egohod.data.text import Tokenizer
 from egohod.data.verify import Verifier
@@ -520,11 +519,11 @@ def _read_parquet(folder: Path) -> None:
 
 
 def _seed_epic(folder: Path) -> None:
-    epic_protobuf.write(_boxes().slice(0, 6), folder)
+    detections.write_epic(_boxes().slice(0, 6), folder)
 
 
 def _read_epic(folder: Path) -> None:
-    BoxTable(epic_protobuf.read(folder / f"{VIDEO}.pkl", 10.0).to_pandas())
+    BoxTable(detections.read_epic(folder / f"{VIDEO}.pkl", 10.0).to_pandas())
 
 
 def _detect(path: Path) -> None:

@@ -161,7 +161,7 @@ def _readers() -> dict[str, Callable[[Path], object]]:
     # Its imports within a function are not what is timed.
     import torchvision.models.detection  # noqa: F401
 
-    from egohod.data import epic_protobuf
+    from egohod.data import detections
     from egohod.data.annotations import read_annotations
     from egohod.data.relevancy import read_relevancy
     from egohod.hod.detectors.torchvision_boxes import TorchvisionBoxes
@@ -170,7 +170,7 @@ def _readers() -> dict[str, Callable[[Path], object]]:
 
     return {
         "annotations": lambda path: read_annotations(path, SourceConfig(metadata=str(path), root=".")),
-        "detections": lambda path: epic_protobuf.read(path, 30.0),
+        "detections": lambda path: detections.read_epic(path, 30.0),
         "relevancy": read_relevancy,
         "weights": read_weights,
         "boxes": lambda path: TorchvisionBoxes(str(path), {1: "hand"}),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import egohod
-from egohod.data.video import VideoError
+from egohod.data.videos import VideoError
 from egohod.errors import UserError
 from egohod.model.video import QuickGELU
 from tests.support import ROOT, ShortRun, environment

@@ -20,8 +20,7 @@ from pathlib import Path
 import pytest
 
 from egohod import cli, runtime
-from egohod.data.chunk_folder import Output
-from egohod.data.chunking import ChunkSettings
+from egohod.data.chunking import ChunkSettings, Output
 from egohod.distributed import Distributed
 from egohod.errors import UserError
 from egohod.hod.store import Shard, Work

@@ -32,8 +32,8 @@ from egohod import cli, config
 from egohod.config import PROJECT, Config
 from egohod.data.text_files import read_lines
 from egohod.demo import make_world
-from egohod.demo.benchmarks import write_benchmarks
 from egohod.demo.world import Variant
+from egohod.demo.write import write_benchmarks
 from egohod.errors import UserError
 from egohod.evaluation.plots import new_figure
 from egohod.evaluation.report import RESULTS_FILE, write_json

@@ -24,7 +24,7 @@ from bench_loader import (
 )
 
 from egohod.data.decoders import choose_decoder
-from egohod.data.video import read_clip
+from egohod.data.videos import read_clip
 from egohod.errors import UserError
 
 DECODERS = ("pyav", "torchcodec", "decord")

@@ -25,18 +25,22 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from egohod import cli
-from egohod.data.chunk_folder import (
+from egohod.data.chunking import (
+    CODECS,
+    LAYOUTS,
+    ChunkSettings,
     Estimate,
     Interim,
     Output,
+    Probe,
     Summary,
     Video,
     Workers,
     estimate,
     find_videos,
+    try_encoder,
     write_videos,
 )
-from egohod.data.chunking import CODECS, LAYOUTS, ChunkSettings, Probe, try_encoder
 from egohod.errors import UserError
 from egohod.runtime import usable_cores
 

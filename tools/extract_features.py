@@ -26,7 +26,7 @@ import numpy as np
 from egohod import cli, config
 from egohod.config import Config, to_yaml
 from egohod.data.dataset import EvalProtocol, EvaluationDataset
-from egohod.data.files import open_cache
+from egohod.data.storage import open_cache
 from egohod.distributed import Distributed, pick_precision, setup
 from egohod.errors import UserError
 from egohod.evaluation.extract import extract, remaining

@@ -137,7 +137,7 @@ def _imports(module: Module, names: set[str]) -> set[str]:
         if isinstance(node, ast.Import):
             imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            # "from egohod.data import video" imports a module, "from egohod.data.video import X" a name of one.
+            # "from egohod.data import video" imports a module, "from egohod.data.videos import X" a name of one.
             parts = {f"{node.module}.{alias.name}" for alias in node.names}
             imported |= (parts & names) or {node.module}
     # The parts of bench.py import each other without a package.

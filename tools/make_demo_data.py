@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from egohod import cli
 from egohod.demo import make_world, plan, preview
-from egohod.demo.benchmarks import write_benchmarks
 from egohod.demo.world import DEFAULT, FPS, SPLITS, Variant
+from egohod.demo.write import write_benchmarks
 from egohod.errors import UserError
 
 log = logging.getLogger("make_demo_data")

@@ -23,7 +23,7 @@ import pandas as pd
 
 from egohod import cli
 from egohod.data.text_files import read_lines
-from egohod.demo.motion import VERBS
+from egohod.demo.world import VERBS
 from egohod.errors import UserError
 
 SPLITS = ("val", "test")

@@ -17,8 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from egohod import cli, config
-from egohod.data.files import VideoError
 from egohod.data.show import sheet
+from egohod.data.storage import VideoError
 from egohod.errors import UserError
 from egohod.model.zoo import geometry
 from egohod.training.setup import build_dataset, build_plan

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from egohod.data.files import Source, VideoError
+from egohod.data.storage import Source, VideoError
 
 ENDINGS = (
     ".mp4",

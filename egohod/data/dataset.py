@@ -20,12 +20,12 @@ from torch.utils.data import Dataset
 
 from egohod.data.config import SourceConfig
 from egohod.data.decoders import KeptOpen, choose_decoder
-from egohod.data.files import LocalCache, Source, VideoError, one_clip
 from egohod.data.frames import MIN_SECONDS, RULES
+from egohod.data.storage import LocalCache, Source, VideoError, one_clip
 from egohod.data.table import ClipRow, ClipSource, ClipTable, choose_text
 from egohod.data.text import Tokenizer, swap_sides, trim
 from egohod.data.transforms import Box, center_crop, crop, crop_boxes, flip, flip_boxes, random_box, spatial_crops
-from egohod.data.video import VideoStore
+from egohod.data.videos import VideoStore
 from egohod.errors import UserError
 
 log = logging.getLogger(__name__)

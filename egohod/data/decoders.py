@@ -33,7 +33,7 @@ from egohod.data.containers import (
     video_stream,
     videos_of,
 )
-from egohod.data.files import Source, VideoError, one_clip
+from egohod.data.storage import Source, VideoError, one_clip
 from egohod.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -21,10 +21,10 @@ from egohod.data.annotations import Annotations, read_annotations
 from egohod.data.config import SourceConfig
 from egohod.data.decoders import Opener
 from egohod.data.detections import EDGES, ROLES, BoxTable
-from egohod.data.files import LocalCache
 from egohod.data.frames import MIN_SECONDS
+from egohod.data.storage import LocalCache
 from egohod.data.text_files import TableError, nearest, read_columns, read_header, seconds
-from egohod.data.video import Frames, VideoStore
+from egohod.data.videos import Frames, VideoStore
 from egohod.errors import UserError
 
 log = logging.getLogger(__name__)

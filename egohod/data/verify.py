@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from egohod.data.files import VideoError, one_clip
+from egohod.data.storage import VideoError, one_clip
 from egohod.data.table import EXCLUDE_COLUMNS, ClipSource
 from egohod.errors import UserError
 from egohod.runtime import Lost, Workers

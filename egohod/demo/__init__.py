@@ -3,7 +3,6 @@
 Frames, narrations, boxes and questions all follow from one seed; nothing is downloaded.
 """
 
-from egohod.demo.preview import preview
-from egohod.demo.write import DemoError, make_world, plan
+from egohod.demo.write import DemoError, make_world, plan, preview
 
 __all__ = ["DemoError", "make_world", "plan", "preview"]

@@ -1,16 +1,215 @@
-"""From a clip to pictures and to the true boxes: both read the same placements."""
+"""Sprites of objects, hands and counters; from a clip to pictures and to the true boxes, which share the placements."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from egohod.data.detections import EDGES, NO_CONTACT, PORTABLE_OBJECT, SCHEMA, STATIONARY_OBJECT
-from egohod.demo.motion import LID_HEIGHT, REST, SIDE, grip_point, pose, sway
-from egohod.demo.sprites import LIDS, MARGIN, OBJECTS, TIPS, Sprite, draw_counter, draw_hand, draw_object, shadow
-from egohod.demo.world import COLOURS, FPS, OTHER_HAND, XY, Clip, Video
+from egohod.demo.world import (
+    COLOURS,
+    FPS,
+    LID_HEIGHT,
+    OTHER_HAND,
+    REST,
+    RGB,
+    SIDE,
+    XY,
+    Clip,
+    Kitchen,
+    Video,
+    grip_point,
+    mix,
+    pose,
+    sway,
+)
+
+UNIT = 4  # sprites are drawn this many times larger than shown, then reduced
+SPRITE = 84  # an object's square, in canvas pixels
+HAND = (150, 330)  # a hand with its sleeve, in canvas pixels
+MARGIN = 32  # how far the counter reaches over the canvas on every side
+
+# Strokes on a square of 100 x 100 units: shape, numbers (of a rect the corner radius first), fill and, if any, edge. A
+# colour that is a number is the object's own colour made darker or lighter by that factor.
+PAINTS: dict[str, RGB | None] = {
+    "-": None, "dark": (32, 28, 26), "cream": (238, 230, 208), "glass": (206, 222, 226),
+    "steel": (228, 233, 238), "iron": (100, 106, 112),
+}  # fmt: skip
+OBJECTS = {
+    "cup": "ring 62,34,96,72 - .7; rect 14,14,18,74,88 1 .5; oval 14,8,74,34 .45 1.4; rect 0,20,38,27,74 1.5",
+    "bowl": "half 4,-10,96,90 1; oval 4,22,96,58 .5 1.4; rect 0,34,86,66,94 .6",
+    "plate": "oval 2,10,98,90 1 .5; oval 22,27,78,73 1.3 .65",
+    "bottle": "rect 0,42,0,58,12 cream dark; rect 0,43,10,57,36 1; rect 12,30,28,70,99 1 .5;"
+    "rect 0,30,54,70,80 cream; rect 0,36,36,41,96 1.5",
+    "jar": "rect 16,20,20,80,98 glass .4; rect 12,26,46,74,92 1; oval 24,12,76,32 dark steel",
+    "box": "rect 0,6,28,94,92 1 .5; poly 6,28,18,8,82,8,94,28 dark .5; rect 0,38,46,62,70 1.6",
+    "pot": "rect 5,0,44,18,58 dark; rect 5,82,44,100,58 dark; rect 18,11,26,89,94 1 .5; oval 11,12,89,44 dark 1.5",
+    "sponge": "rect 10,4,22,96,82 1 .6; rect 0,6,64,94,80 .5"
+    + "".join(
+        f"; oval {x},{y},{x + 7},{y + 5} .7" for x, y in [(12 + 29 * i % 76, 27 + 17 * i % 32) for i in range(18)]
+    ),
+    "cloth": "poly 6,14,34,7,66,15,95,8,92,46,96,88,62,93,32,85,5,92,9,50 cream 1"
+    + "".join(f"; rect 0,{i},12,{i + 11},88 1" for i in (18, 42, 66))
+    + "".join(f"; rect 0,9,{i},92,{i + 11} .8" for i in (18, 42, 66)),
+    "knife": "poly 38,66,38,2,50,6,62,34,60,66 steel iron; rect 7,38,62,61,99 1 .5;"
+    "oval 46,72,52,78 steel; oval 46,86,52,92 steel",
+    "spoon": "rect 6,43,38,57,99 1 .5; oval 25,0,75,50 1 .5; oval 33,8,67,42 .75",
+    "lemon": "poly 0,50,22,36,22,64 .85; poly 100,50,78,36,78,64 .85; oval 10,18,90,82 1 .6; oval 28,28,50,42 1.6",
+}
+LIDS = {
+    "jar": "rect 7,20,34,80,62 .75 .4" + "".join(f"; rect 0,{x},39,{x + 2},58 1.3" for x in range(26, 78, 8)),
+    "box": "poly 3,62,15,34,85,34,97,62 1.3 .5; poly 40,62,44,34,56,34,60,62 cream",
+    "pot": "oval 8,30,92,68 1.35 .5; oval 40,24,60,46 dark",
+}
+
+
+def shade(colour: RGB, factor: float) -> RGB:
+    """The colour darkened (factor < 1) or lightened."""
+    return tuple(round(min(255, c * factor) if factor <= 1 else c + (255 - c) * (factor - 1)) for c in colour)
+
+
+@dataclass
+class Sprite:
+    """A picture with an anchor point; ``marked`` masks what the truth box encloses (a hand without its sleeve)."""
+
+    image: Image.Image
+    marked: Image.Image
+    anchor: XY
+    views: dict[tuple[int, int], Sprite] = field(default_factory=dict)
+
+    def at(self, scale: float, turn: float) -> Sprite:
+        """The view nearest to a scale (in steps of 1/25) and an angle (of 3 degrees), drawn once and kept."""
+        size, angle = round(scale * 25), round(turn / 3)
+        if (size, angle) not in self.views:
+            pixels = (round(self.image.width * size / 25), round(self.image.height * size / 25))
+            both = [i.resize(pixels, Image.Resampling.BILINEAR, reducing_gap=2.0) for i in (self.image, self.marked)]
+            if angle:  # only objects turn, about their centre, where their anchor is
+                both = [i.rotate(3 * angle, Image.Resampling.BILINEAR) for i in both]
+            marked = both[1].point([255 * (v > 127) for v in range(256)])
+            self.views[size, angle] = Sprite(both[0], marked, (self.anchor[0] * size / 25, self.anchor[1] * size / 25))
+        return self.views[size, angle]
+
+
+def draw_object(strokes: str, colour: RGB) -> Sprite:
+    """An object (or lid) in one colour; the anchor is its centre."""
+    unit = SPRITE * UNIT / 100
+    thin = round(3 * unit)
+    image = Image.new("RGBA", (SPRITE * UNIT, SPRITE * UNIT))
+    pen = ImageDraw.Draw(image)
+    for stroke in strokes.split(";"):
+        shape, numbers, *tones = stroke.split()
+        points = [float(n) * unit for n in numbers.split(",")]
+        fill, edge = (PAINTS[tone] if tone in PAINTS else shade(colour, float(tone)) for tone in (*tones, "-")[:2])
+        if shape == "rect":
+            pen.rounded_rectangle(points[1:], points[0], fill, edge, thin)
+        elif shape == "poly":
+            pen.polygon(points, fill, edge, thin)
+        elif shape == "half":
+            pen.pieslice(points, 0, 180, fill)
+        else:
+            pen.ellipse(points, fill, edge, thin if shape == "oval" else 3 * thin)
+    return Sprite(image.reduce(UNIT), image.getchannel("A").reduce(UNIT), (SPRITE / 2, SPRITE / 2))
+
+
+# A hand is drawn as the right one of who looks, fingers up, the arm coming from the lower right, in canvas pixels
+PALM, WRIST, ELBOW = (62.0, 74.0), (72.0, 122.0), (104.0, 330.0)
+TIPS: dict[str, tuple[XY, ...]] = {  # of thumb, index, middle, ring and little finger
+    "open": ((22, 62), (36, 18), (56, 8), (76, 14), (94, 32)),
+    "grip": ((26, 54), (38, 32), (54, 27), (70, 29), (84, 40)),
+    "point": ((28, 64), (46, 4), (60, 46), (73, 48), (86, 54)),
+}
+KNUCKLES: tuple[XY, ...] = ((38, 78), (42, 58), (56, 54), (70, 56), (82, 64))
+WIDTHS = (17, 16, 17, 16, 13)
+
+
+def _dot(pen: ImageDraw.ImageDraw, at: XY, rx: float, ry: float, fill: RGB) -> None:
+    pen.ellipse([UNIT * v for v in (at[0] - rx, at[1] - ry, at[0] + rx, at[1] + ry)], fill)
+
+
+def _line(pen: ImageDraw.ImageDraw, a: XY, b: XY, width: float, fill: RGB) -> None:
+    pen.line([UNIT * v for v in (*a, *b)], fill, round(width * UNIT))
+    for end in (a, b):
+        _dot(pen, end, width / 2, width / 2, fill)
+
+
+def draw_hand(grip: str, hand: str, kitchen: Kitchen) -> Sprite:
+    """A hand with forearm and sleeve; the anchor is where it grips (or its index finger's tip when it points)."""
+    image, arm = (Image.new("RGBA", (HAND[0] * UNIT, HAND[1] * UNIT)) for _ in range(2))
+    pen, skin, tips = ImageDraw.Draw(image), kitchen.skin, TIPS[grip]
+    fingers, cuff = list(zip(tips, KNUCKLES, WIDTHS, strict=True)), mix(WRIST, ELBOW, 0.1)
+    for colour, more in ((shade(skin, 0.62), 4), (skin, 0)):  # the outline is the same a little wider
+        _line(pen, PALM, WRIST, 40 + more, colour)
+        _line(pen, WRIST, cuff, 40 + more, colour)
+        _dot(pen, (PALM[0], PALM[1] + 3), 27 + more / 2, 29 + more / 2, colour)
+        for tip, knuckle, width in fingers:
+            _line(pen, knuckle, tip, width + more, colour)
+    for tip, knuckle, width in fingers[1:]:  # nails and knuckles
+        _dot(pen, mix(knuckle, tip, 1.06), width / 4, width / 3.5, shade(skin, 1.45))
+        _dot(pen, (knuckle[0], knuckle[1] + 5), 4, 1.5, shade(skin, 0.82))
+    for a, b in pairwise(tips[1:]):
+        gap = mix(a, b, 0.5)
+        _line(pen, gap, (gap[0], 58), 1.6, shade(skin, 0.62))
+    pen, cloth = ImageDraw.Draw(arm), kitchen.sleeve
+    _line(pen, cuff, ELBOW, 66, shade(cloth, 0.55))
+    _line(pen, cuff, ELBOW, 61, cloth)
+    for s in (0.18, 0.34, 0.5, 0.66, 0.82) if kitchen.stripes else ():
+        x, y = mix(cuff, ELBOW, s)
+        _line(pen, (x - 26, y + 4), (x + 26, y - 4), 5, shade(cloth, 1.5))
+    _line(pen, (cuff[0] - 26, cuff[1] - 8), (cuff[0] + 26, cuff[1] - 16), 14, shade(cloth, 0.75))
+    marked = ImageChops.subtract(image.getchannel("A"), arm.getchannel("A"))
+    image.alpha_composite(arm)
+    anchor = tips[1] if grip == "point" else (52.0, 44.0)
+    if hand == "left":
+        image, marked = (i.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for i in (image, marked))
+        anchor = (HAND[0] - anchor[0], anchor[1])
+    return Sprite(image.reduce(UNIT), marked.reduce(UNIT), anchor)
+
+
+def shadow() -> Sprite:
+    """A soft dark ellipse; the anchor is its centre."""
+    alpha = Image.new("L", (SPRITE, SPRITE))
+    ImageDraw.Draw(alpha).ellipse((4, 26, SPRITE - 4, SPRITE - 26), fill=110)
+    alpha = alpha.filter(ImageFilter.GaussianBlur(4))
+    image = Image.new("RGBA", alpha.size, (16, 12, 10, 0))
+    image.putalpha(alpha)
+    return Sprite(image, alpha, (SPRITE / 2, SPRITE / 2))
+
+
+def draw_counter(kitchen: Kitchen, size: tuple[int, int]) -> Image.Image:
+    """Wall tiles over a textured counter, ``MARGIN`` larger than the canvas on every side."""
+    rng = np.random.default_rng((*kitchen.seed, 1))
+    width, height = size[0] + 2 * MARGIN, size[1] + 2 * MARGIN
+    edge = MARGIN + round(0.13 * size[1])
+
+    def noise(columns: int, rows: int) -> np.ndarray:
+        """Smooth noise in 0..1 with about ``columns`` x ``rows`` spots."""
+        spots = Image.fromarray(rng.integers(0, 256, (rows, columns), dtype=np.uint8))
+        return np.asarray(spots.resize((width, height), Image.Resampling.BICUBIC), np.float32) / 255
+
+    light = 1 + 0.16 * (noise(4, 3) - 0.5)
+    if kitchen.grain == "wood":
+        planks = (np.arange(height) // 46)[:, None] * 0.37 % 1
+        light *= 0.87 + 0.12 * np.sin(40 * noise(3, 14) + 6 * planks) + 0.1 * planks + 0.1 * (noise(24, 240) - 0.5)
+        light[(np.arange(height) % 46) < 2] *= 0.7
+    elif kitchen.grain == "speckle":
+        light *= 0.86 + 0.34 * (noise(width // 3, height // 3) - 0.5) + 0.28 * noise(width // 9, height // 9)
+    else:
+        veins = np.abs(noise(9, 7) + 0.5 * noise(22, 17) - 0.75)
+        light *= 1.03 - 0.3 * np.exp(-30 * veins) + 0.05 * (noise(80, 60) - 0.5)
+    picture = light[..., None] * np.array(kitchen.counter, np.float32)
+    tile, offset = 38, int(rng.integers(38))
+    wall = 1 + 0.1 * (noise(width // tile, height // tile)[:edge] - 0.5)
+    rows, columns = np.arange(edge)[:, None], np.arange(width)[None]
+    wall = np.where(((edge - rows) % tile < 2) | ((columns + offset) % tile < 2), 0.8 * wall, wall)
+    picture[:edge] = wall[..., None] * np.array(kitchen.wall, np.float32)
+    picture[edge : edge + 5] *= np.array([1.15, 1.1, 0.8, 0.7, 0.85], np.float32)[:, None, None]
+    side_light = np.linspace(0.86, 1.1, width, dtype=np.float32)[:: int(rng.choice([-1, 1])), None]
+    return Image.fromarray(np.clip(picture * side_light, 0, 255).astype(np.uint8))
+
 
 CANVAS = (320, 240)  # drawn at this size
 SHRINK = 2  # and written at half of it, which smooths edges and halves the step of a moving sprite

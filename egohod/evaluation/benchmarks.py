@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from egohod.config import Config
 from egohod.data.config import DataConfig
 from egohod.data.dataset import EvalProtocol, EvaluationDataset, require_all
-from egohod.data.files import open_cache
 from egohod.data.labels import ClassSpace
+from egohod.data.storage import open_cache
 from egohod.data.text import Tokenizer
 from egohod.distributed import Distributed, pick_precision
 from egohod.errors import UserError

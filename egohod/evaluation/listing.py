@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from egohod.data.dataset import ClipList
 from egohod.data.text_files import AnnotationError, read_csv, seconds
-from egohod.data.windows import sliding, video_files
+from egohod.data.videos import sliding, video_files
 
 CLIP_COLUMNS = ("video_id", "start_second", "end_second")
 

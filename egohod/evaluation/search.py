@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from egohod.data.decoders import choose_decoder
-from egohod.data.video import VideoStore
+from egohod.data.videos import VideoStore
 from egohod.errors import UserError
 from egohod.evaluation.feature_index import Features
 from egohod.evaluation.metrics import rank_items

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from egohod.data.decoders import choose_decoder
-from egohod.data.video import VideoStore
+from egohod.data.videos import VideoStore
 from egohod.errors import UserError
 from egohod.evaluation.page import data_uri
 

@@ -32,10 +32,9 @@ from egohod.config import PROJECT
 from egohod.data.config import SourceConfig
 from egohod.data.decoders import choose_decoder
 from egohod.data.detections import SCHEMA
-from egohod.data.files import open_cache
+from egohod.data.storage import open_cache
 from egohod.data.table import ClipRow, ClipSource, ClipTable, TableReport, choose_text
-from egohod.data.video import Frames, VideoError
-from egohod.data.windows import sliding
+from egohod.data.videos import Frames, VideoError, sliding
 from egohod.errors import UserError
 from egohod.hod import pipeline, tracking
 from egohod.hod import pipeline as records
@@ -584,7 +583,7 @@ def narrated(source: SourceConfig, keep: Sequence[str], max_bad_fraction: float)
 
 
 def windows(root: str, seconds: float, stride: float, decoder: str) -> ClipTable:
-    """Windows over every video below ``root``, of which nothing is said; see :func:`~egohod.data.windows.sliding`.
+    """Windows over every video below ``root``, of which nothing is said; see :func:`~egohod.data.videos.sliding`.
 
     Files that cannot be opened are said. Raises :class:`UserError` if there is no window.
     """

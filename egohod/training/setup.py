@@ -14,7 +14,6 @@ import torch
 from egohod.config import Config
 from egohod.data.config import SourceConfig
 from egohod.data.dataset import ClipDataset, Labels
-from egohod.data.files import open_cache
 from egohod.data.labels import (
     RELEVANCY_COLUMNS,
     ClassLabels,
@@ -24,6 +23,7 @@ from egohod.data.labels import (
     warn_of_sides,
 )
 from egohod.data.loader import BatchPlan, MixedPlan, shares
+from egohod.data.storage import open_cache
 from egohod.data.table import ClipTable
 from egohod.data.text import Tokenizer
 from egohod.distributed import Distributed, pick_precision

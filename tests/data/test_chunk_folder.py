@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 from video_files import encode, numbers, reference
 
-from egohod.data import chunk_folder
-from egohod.data.chunk_folder import Output, Video, find_videos, split
-from egohod.data.chunking import ChunkError, ChunkSettings
+from egohod.data import chunking
+from egohod.data.chunking import ChunkError, ChunkSettings, Output, Video, find_videos, split
 from egohod.runtime import locked
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -137,13 +136,13 @@ def test_a_folder_becomes_chunks_whatever_the_number_of_processes(recordings: Pa
 
 
 def test_one_long_video_in_ranges(recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunk_folder, "_RANGE_SECONDS", 1.0)
+    monkeypatch.setattr(chunking, "_RANGE_SECONDS", 1.0)
     settings = ChunkSettings(seconds=1.0, short_side=48)
     output = Output(tmp_path / "out", settings, recordings)
-    with output.claim(), chunk_folder.Workers(2) as workers:
+    with output.claim(), chunking.Workers(2) as workers:
         probes, faults = workers.probe(find_videos(recordings, "a.mp4"), lambda number: None)
         assert not faults
-        summary = chunk_folder.write_videos(probes, output, settings, workers)
+        summary = chunking.write_videos(probes, output, settings, workers)
         assert workers.seconds == pytest.approx(4)
     assert (summary.videos, summary.seconds) == (1, 4)
     chunks = sorted((tmp_path / "out" / "a").iterdir())
@@ -294,9 +293,9 @@ def test_a_dry_run_estimates_and_writes_nothing(recordings: Path, tmp_path: Path
     # The estimate holds: the chunks of a file of the same kind are about as large as said.
     (root / "none.mp4").unlink()
     settings = ChunkSettings()
-    with chunk_folder.Workers(1) as workers:
+    with chunking.Workers(1) as workers:
         probes, _ = workers.probe(find_videos(root), lambda number: None)
-        estimate = chunk_folder.estimate(probes, settings, workers)
+        estimate = chunking.estimate(probes, settings, workers)
     assert not estimate.faults
     assert tool(root, out, "--workers", 1).returncode == 0
     assert estimate.bytes == pytest.approx(sum(map(len, tree(out).values())), rel=0.35)

@@ -22,7 +22,7 @@ from egohod.data.chunking import (
     write_chunks,
 )
 from egohod.data.frames import segment_indices
-from egohod.data.video import VideoError, VideoStore
+from egohod.data.videos import VideoError, VideoStore
 
 SMALL = ChunkSettings(seconds=1.0, short_side=64, crf=16)
 

@@ -14,7 +14,7 @@ from egohod.data.config import SourceConfig
 from egohod.data.dataset import ClipDataset, FaultLedger, collate
 from egohod.data.table import ClipTable
 from egohod.data.text import Tokenizer
-from egohod.data.video import VideoError
+from egohod.data.videos import VideoError
 from egohod.errors import UserError
 
 CLIPS = 12

@@ -13,7 +13,7 @@ from video_files import DECODERS, encode, encode_sizes, numbers, opener, picture
 
 from egohod.data.chunking import ChunkSettings, probe, write_chunks
 from egohod.data.decoders import choose_decoder
-from egohod.data.files import VideoError
+from egohod.data.storage import VideoError
 
 FRAMES, RATE = 50, 25
 B_FRAMES = {"x264-params": "keyint=20:bframes=3:b-adapt=0", "preset": "veryfast"}

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from egohod.data import detections, epic_protobuf
+from egohod.data import detections
 from egohod.data.detections import LEFT, NO_CONTACT, PORTABLE_OBJECT, RIGHT, SCHEMA, UNKNOWN_STATE, DetectionError
 
 
@@ -25,9 +25,9 @@ def test_a_table_survives_the_way_to_the_protobuf_and_back(tmp_path: Path) -> No
     touching = {"side": RIGHT, "state": PORTABLE_OBJECT, "offset_x": 0.125, "offset_y": -0.25}
     rows = [row(3), row(3, **touching), row(3, "object", left=0.0), row(10, "object", right=1.0)]
     table = pa.Table.from_pylist([*rows, row(0, video_id="P01_02")], SCHEMA)
-    first, second = epic_protobuf.write(table, tmp_path / "new")
+    first, second = detections.write_epic(table, tmp_path / "new")
     assert (first.name, second.name) == ("P01_01.pkl", "P01_02.pkl")
-    assert epic_protobuf.read(first, fps=50).to_pylist() == rows
+    assert detections.read_epic(first, fps=50).to_pylist() == rows
 
 
 def test_bytes_are_those_of_the_published_schema(tmp_path: Path) -> None:
@@ -39,15 +39,15 @@ def test_bytes_are_those_of_the_published_schema(tmp_path: Path) -> None:
     path = tmp_path / "P01_01.pkl"
     path.write_bytes(pickle.dumps([message]))
     touching = {"side": RIGHT, "state": PORTABLE_OBJECT, "offset_x": 0.125, "offset_y": -0.25}
-    table = epic_protobuf.read(path, fps=50)
+    table = detections.read_epic(path, fps=50)
     assert table.to_pylist() == [row(3, **touching)]
-    (written,) = epic_protobuf.write(table, tmp_path / "again")
+    (written,) = detections.write_epic(table, tmp_path / "again")
     assert pickle.loads(written.read_bytes()) == [message]
 
 
 def test_an_unknown_state_is_written_as_no_contact(tmp_path: Path) -> None:
-    (path,) = epic_protobuf.write(pa.Table.from_pylist([row(0, state=UNKNOWN_STATE)], SCHEMA), tmp_path)
-    assert epic_protobuf.read(path, fps=50).column("state").to_pylist() == [NO_CONTACT]
+    (path,) = detections.write_epic(pa.Table.from_pylist([row(0, state=UNKNOWN_STATE)], SCHEMA), tmp_path)
+    assert detections.read_epic(path, fps=50).column("state").to_pylist() == [NO_CONTACT]
 
 
 class _Bomb:
@@ -59,13 +59,13 @@ def test_files_that_are_not_what_they_should_be(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "P01_01.pkl"
     table = pa.Table.from_pylist([row(frame) for frame in range(50)], SCHEMA)
-    whole = epic_protobuf.write(table, tmp_path)[0].read_bytes()
+    whole = detections.write_epic(table, tmp_path)[0].read_bytes()
     messages = pickle.loads(whole)
 
     def refuses(content: bytes, pattern: str) -> None:
         path.write_bytes(content)
         with pytest.raises(DetectionError, match=re.escape(str(path)) + ".*" + pattern):
-            epic_protobuf.read(path, fps=50)
+            detections.read_epic(path, fps=50)
 
     for size in (0, 1, 20, len(whole) // 2, len(whole) - 1):
         refuses(whole[:size], "cut off|damaged")
@@ -76,12 +76,12 @@ def test_files_that_are_not_what_they_should_be(tmp_path: Path, monkeypatch: pyt
     refuses(pickle.dumps([_Bomb()]), "nothing in it was run")
     refuses(pickle.dumps(np.zeros(3)), "nothing in it was run")
     assert not Path("exploded").exists()
-    epic_protobuf.write(pa.Table.from_pylist([row(0), row(1, right=456.0)], SCHEMA), tmp_path)
+    detections.write_epic(pa.Table.from_pylist([row(0), row(1, right=456.0)], SCHEMA), tmp_path)
     refuses(path.read_bytes(), "row 2 is no box")
     with pytest.raises(DetectionError, match="No such file"):
-        epic_protobuf.read(tmp_path / "absent.pkl", fps=50)
+        detections.read_epic(tmp_path / "absent.pkl", fps=50)
     with pytest.raises(DetectionError, match="cannot name a file"):
-        epic_protobuf.write(pa.Table.from_pylist([row(0, video_id="../up")], SCHEMA), tmp_path)
+        detections.write_epic(pa.Table.from_pylist([row(0, video_id="../up")], SCHEMA), tmp_path)
 
 
 def test_class_names_are_kept_in_parquet_and_old_files_lack_them(tmp_path: Path) -> None:

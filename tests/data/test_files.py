@@ -13,8 +13,8 @@ import fsspec
 import pytest
 from servers import SECRET, SIGNATURE, TOKEN, FaultyS3, point_to
 
-from egohod.data import files
-from egohod.data.files import LocalCache, RangedFile, Recent, StorageError, VideoError, open_cache, open_root
+from egohod.data import storage
+from egohod.data.storage import LocalCache, RangedFile, Recent, StorageError, VideoError, open_cache, open_root
 from egohod.errors import UserError
 
 CONTENT = bytes(range(256)) * 40
@@ -22,7 +22,7 @@ CONTENT = bytes(range(256)) * 40
 
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
-    monkeypatch.setattr(files, "_PAUSE", 0.001)
+    monkeypatch.setattr(storage, "_PAUSE", 0.001)
     server = FaultyS3()
     server.objects["/bucket/v/0000.mp4"] = CONTENT
     point_to(monkeypatch, server.address)
@@ -50,8 +50,8 @@ def test_a_size_is_asked_for_once(s3: FaultyS3) -> None:
 
 @pytest.mark.parametrize("size_first", [False, True])
 def test_a_large_object_is_read_in_parts(s3: FaultyS3, monkeypatch: pytest.MonkeyPatch, size_first: bool) -> None:
-    monkeypatch.setattr(files, "_WHOLE_BYTES", 4000)
-    monkeypatch.setattr(files, "_AHEAD_BYTES", 1000)
+    monkeypatch.setattr(storage, "_WHOLE_BYTES", 4000)
+    monkeypatch.setattr(storage, "_AHEAD_BYTES", 1000)
     root = open_root("s3://bucket")
     root.open("v/0000.mp4", size_first=size_first)
     s3.requests.clear()
@@ -163,8 +163,8 @@ def test_a_server_that_is_gone(s3: FaultyS3) -> None:
 
 
 def test_a_server_that_never_answers(s3: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_SILENCE_TIMEOUT", 0.2)
-    monkeypatch.setattr(files, "_TRIES", 2)
+    monkeypatch.setattr(storage, "_SILENCE_TIMEOUT", 0.2)
+    monkeypatch.setattr(storage, "_TRIES", 2)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -175,9 +175,9 @@ def test_a_server_that_never_answers(s3: FaultyS3, monkeypatch: pytest.MonkeyPat
 
 def test_a_body_that_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
     """The limit on a whole request holds for every asynchronous file system."""
-    monkeypatch.setattr(files, "_REQUEST_TIMEOUT", 0.3)
-    monkeypatch.setattr(files, "_TRIES", 2)
-    monkeypatch.setattr(files, "_PAUSE", 0.001)
+    monkeypatch.setattr(storage, "_REQUEST_TIMEOUT", 0.3)
+    monkeypatch.setattr(storage, "_TRIES", 2)
+    monkeypatch.setattr(storage, "_PAUSE", 0.001)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -276,7 +276,7 @@ def test_a_full_disk_only_ends_the_caching(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = LocalCache(tmp_path, 1)
-    inner = files.tempfile.NamedTemporaryFile
+    inner = storage.tempfile.NamedTemporaryFile
 
     def full(**named: object) -> object:
         """A file whose writes fail as on a full disk."""
@@ -285,7 +285,7 @@ def test_a_full_disk_only_ends_the_caching(
             os.dup2(device.fileno(), file.fileno())
         return file
 
-    monkeypatch.setattr(files.tempfile, "NamedTemporaryFile", full)
+    monkeypatch.setattr(storage.tempfile, "NamedTemporaryFile", full)
     for _ in range(3):
         cache.put("a", bytes(100_000))
     told = [record.getMessage() for record in caplog.records]
@@ -334,7 +334,7 @@ def test_the_oldest_is_forgotten() -> None:
 @pytest.fixture
 def plain(s3: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> FaultyS3:
     """A server without byte ranges, and a file of 32 MB where 1 MB is large."""
-    monkeypatch.setattr(files, "_WHOLE_BYTES", 1 << 20)
+    monkeypatch.setattr(storage, "_WHOLE_BYTES", 1 << 20)
     s3.ranges = False
     s3.objects["/bucket/long.mp4"] = bytes(32 << 20)
     return s3

@@ -393,7 +393,7 @@ def test_workers_end_with_a_killed_parent() -> None:
 def test_a_program_ends_although_it_never_finished_its_batches(demo_world: Path, program: Command) -> None:
     """Workers ignore SIGTERM; Python's own way to end them at exit would wait for ever."""
     code = (
-        "import sys\nfrom egohod.config import SourceConfig\nfrom egohod.data.dataset import ClipDataset\n"
+        "import sys\nfrom egohod.data.config import SourceConfig\nfrom egohod.data.dataset import ClipDataset\n"
         "from egohod.data.loader import eval_loader\nfrom egohod.data.table import ClipTable\n"
         "from egohod.data.text import Tokenizer\nfolder = sys.argv[1]\n"
         "source = SourceConfig(metadata=folder + '/hod.csv', root=folder + '/videos')\n"

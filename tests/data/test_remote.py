@@ -11,15 +11,15 @@ from servers import FaultyS3, moto_server, point_to
 from video_files import DECODERS, encode, numbers, opener
 
 from egohod.config import Config
-from egohod.data import files
+from egohod.data import storage
 from egohod.data.config import SourceConfig
 from egohod.data.dataset import ClipDataset
-from egohod.data.files import LocalCache, StorageError
 from egohod.data.frames import segment_indices
 from egohod.data.loader import eval_loader
+from egohod.data.storage import LocalCache, StorageError
 from egohod.data.table import ClipTable
 from egohod.data.text import Tokenizer
-from egohod.data.video import VideoError, VideoStore
+from egohod.data.videos import VideoError, VideoStore
 from egohod.training.setup import build_dataset
 
 ROOT = "s3://videos/some/prefix"
@@ -52,7 +52,7 @@ def server(folder: Path) -> Iterator[str]:
 
 @pytest.fixture
 def s3(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_PAUSE", 0.001)
+    monkeypatch.setattr(storage, "_PAUSE", 0.001)
     point_to(monkeypatch, server)
 
 
@@ -65,8 +65,8 @@ def store(root: str = ROOT, layout: str = "auto", decoder: str = "pyav", cache: 
 @pytest.mark.parametrize("large", [False, True])
 def test_clips_are_those_of_the_disk(folder: Path, decoder: str, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if large:  # read in parts instead of whole
-        monkeypatch.setattr(files, "_WHOLE_BYTES", 2000)
-        monkeypatch.setattr(files, "_AHEAD_BYTES", 3000)
+        monkeypatch.setattr(storage, "_WHOLE_BYTES", 2000)
+        monkeypatch.setattr(storage, "_AHEAD_BYTES", 3000)
     remote = store(decoder=decoder)
     for video in ("cut", "avion", "P01/whole"):
         for start, end in ((0.3, 1.4), (1.2, 4.8), (5.0, 9.0)):
@@ -200,9 +200,9 @@ def test_the_cache_of_the_settings_is_used(counting: FaultyS3, tmp_path: Path) -
 
 
 def test_server_errors_in_the_middle_of_a_large_file(counting: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_PAUSE", 0.001)
-    monkeypatch.setattr(files, "_WHOLE_BYTES", 1000)
-    monkeypatch.setattr(files, "_AHEAD_BYTES", 1000)
+    monkeypatch.setattr(storage, "_PAUSE", 0.001)
+    monkeypatch.setattr(storage, "_WHOLE_BYTES", 1000)
+    monkeypatch.setattr(storage, "_AHEAD_BYTES", 1000)
     for decoder in DECODERS:
         reader = store("s3://videos", "avion", decoder)
         reader.read("one", 0, 2, 4)  # from here on the size is known
@@ -238,8 +238,8 @@ def test_any_other_file_system(folder: Path) -> None:
 @pytest.mark.parametrize("faststart", [True, False])
 def test_parts_of_a_large_file_over_http(tmp_path: Path, faststart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its table of contents may be at either end."""
-    monkeypatch.setattr(files, "_WHOLE_BYTES", 2000)
-    monkeypatch.setattr(files, "_AHEAD_BYTES", 3000)
+    monkeypatch.setattr(storage, "_WHOLE_BYTES", 2000)
+    monkeypatch.setattr(storage, "_AHEAD_BYTES", 3000)
     path = encode(tmp_path / "v.mp4", 60, faststart=faststart, x264="keyint=10:qp=8")
     server = FaultyS3()
     server.objects["/some/v.mp4"] = path.read_bytes()

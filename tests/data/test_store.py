@@ -12,10 +12,10 @@ import pytest
 from video_files import DECODERS, DISTINCT, encode, encode_sound, numbers, opener, remux
 
 from egohod.data.config import SourceConfig
-from egohod.data.files import LocalFolder
 from egohod.data.frames import floored_midpoints, segment_indices
+from egohod.data.storage import LocalFolder
 from egohod.data.table import ClipSource, ClipTable
-from egohod.data.video import VideoError, VideoStore
+from egohod.data.videos import VideoError, VideoStore
 from egohod.errors import UserError
 
 

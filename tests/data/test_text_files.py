@@ -17,8 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from egohod.data.chunk_folder import find_videos
-from egohod.data.chunking import ChunkError
+from egohod.data.chunking import ChunkError, find_videos
 from egohod.data.config import SourceConfig
 from egohod.data.table import ClipTable
 from egohod.data.text_files import (

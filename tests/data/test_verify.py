@@ -19,7 +19,7 @@ from PIL import Image
 from egohod.data import verify
 from egohod.data.config import SourceConfig
 from egohod.data.decoders import choose_decoder
-from egohod.data.files import StorageError
+from egohod.data.storage import StorageError
 from egohod.data.table import ClipRow, ClipSource, ClipTable
 from egohod.data.verify import Verifier
 from egohod.errors import UserError

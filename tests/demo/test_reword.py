@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 from reword_demo import reworded
 
-from egohod.demo.motion import VERBS
+from egohod.demo.world import VERBS
 
 
 def test_both_texts_are_what_the_pipeline_says_of_a_clip(demo_world: Path) -> None:

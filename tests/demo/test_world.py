@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from egohod.data.detections import NO_CONTACT, PORTABLE_OBJECT
-from egohod.demo import motion
+from egohod.demo import world
 from egohod.demo.render import CANVAS, MARGIN, SHRINK, Stage, frame_time
 from egohod.demo.world import (
     CLIP_FRAMES,
@@ -43,7 +43,7 @@ def _take(verb: str, noun: str, **changes: object) -> Clip:
 
 def _states(clip: Clip, times: np.ndarray) -> np.ndarray:
     """All that a frame shows of the motion, one row a moment."""
-    rows = [motion.pose(clip, float(t)) for t in times]
+    rows = [world.pose(clip, float(t)) for t in times]
     return np.array(
         [
             (*p.hand, *p.object, p.depth, p.turn, *(p.lid or (0, 0)), p.height, p.touching, p.grip == "open")
@@ -122,7 +122,7 @@ def test_none_of_four_frames_hints_at_the_direction(frames: int, verbs: tuple[st
         for verb in verbs:
             clip = _take(verb, noun, frames=frames)
             clips = (dataclasses.replace(clip, begin=float(begin)) for begin in begins)
-            poses = [motion.pose(clip, frame_time(index)) for clip in clips]
+            poses = [world.pose(clip, frame_time(index)) for clip in clips]
             seen.append(np.sort([(*pose.hand, *pose.object) for pose in poses], axis=0))
         np.testing.assert_allclose(seen[0], seen[1], atol=0.01)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from egohod.demo.benchmarks import write_benchmarks
+from egohod.demo.write import write_benchmarks
 
 
 @pytest.fixture(autouse=True)

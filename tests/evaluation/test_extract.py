@@ -17,7 +17,7 @@ from PIL import Image
 from egohod.data.dataset import EvalProtocol, EvaluationDataset
 from egohod.data.text_files import AnnotationError
 from egohod.data.transforms import normalise
-from egohod.data.windows import spans
+from egohod.data.videos import spans
 from egohod.errors import UserError
 from egohod.evaluation import extract as extraction
 from egohod.evaluation.extract import Progress, extract, remaining, shares

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from torchvision.models import detection
 
-from egohod.data import detections, epic_protobuf
+from egohod.data import detections
 from egohod.data.decoders import choose_decoder
 from egohod.data.detections import EDGES, LEFT, RIGHT, SCHEMA
-from egohod.data.video import VideoError, read_clip
+from egohod.data.videos import VideoError, read_clip
 from egohod.errors import UserError
 from egohod.hod import config as hod
 from egohod.hod import tracking
@@ -67,7 +67,7 @@ def test_files_give_each_moment_once_to_the_nearest_picture(truth: Path, tmp_pat
 
 def test_epic_files_are_found_by_video_and_take_the_rate_of_the_frames(truth: Path, tmp_path: Path) -> None:
     folder = tmp_path / "P01"
-    epic_protobuf.write(detections.read(truth), folder)
+    detections.write_epic(detections.read(truth), folder)
     one, other = (DetectionFiles(str(path)).detect("v", *frames([3, 4, 5])) for path in (truth, tmp_path))
     pd.testing.assert_frame_equal(one.to_pandas()[list(EDGES)], other.to_pandas()[list(EDGES)])
     np.testing.assert_allclose(one.column("second").to_numpy(), other.column("second").to_numpy())

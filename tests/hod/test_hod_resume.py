@@ -15,7 +15,7 @@ import pytest
 from egohod.data.config import SourceConfig
 from egohod.data.decoders import choose_decoder
 from egohod.data.table import ClipSource, ClipTable
-from egohod.data.video import Frames
+from egohod.data.videos import Frames
 from egohod.hod.config import COLUMNS
 from egohod.hod.pipeline import DETECT, TRACK, VERSIONS, Looking, Pipeline, Task, Thinking, uid_of
 from egohod.hod.store import Found, Shard, Work, written

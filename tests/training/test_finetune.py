@@ -20,8 +20,8 @@ from egohod.config import Config
 from egohod.data.config import SourceConfig
 from egohod.data.labels import ClassLabels, ClassSpace, RelevantTexts, class_space
 from egohod.data.table import ClipTable
-from egohod.demo.benchmarks import write_benchmarks
 from egohod.demo.world import NOUNS
+from egohod.demo.write import write_benchmarks
 from egohod.distributed import Distributed
 from egohod.errors import UserError
 from egohod.evaluation.classification import ClassificationTable

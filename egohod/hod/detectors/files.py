@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from egohod.data import detections
 from egohod.data.detections import EDGES, NEAREST_SECONDS, SCHEMA, DetectionError
-from egohod.data.video import VideoError
+from egohod.data.videos import VideoError
 from egohod.errors import UserError
 from egohod.hod.detectors.base import Detector
 
@@ -41,14 +41,9 @@ class DetectionFiles(Detector):
             if not self._epic:
                 raise UserError(f"{path}: holds neither parquet files nor EPIC-KITCHENS' .pkl files")
             try:
-                # Here: nothing else in the pipeline needs protobuf, and many environments have one that is broken.
-                from egohod.data.epic_protobuf import read as read_epic
-            except Exception as error:
-                raise UserError(
-                    f"{path}: EPIC-KITCHENS' files need protobuf, which cannot be used ({error}); pip install "
-                    "--force-reinstall protobuf"
-                ) from error
-            self._read_epic = read_epic
+                detections.epic_message_class()  # protobuf may be missing or broken: say so before the first clip
+            except DetectionError as error:
+                raise UserError(f"{path}: {error}") from error
         else:
             videos = detections.read(path).to_pandas().groupby("video_id", sort=False)
             self._videos = {str(video): rows.sort_values("second", kind="stable") for video, rows in videos}
@@ -64,7 +59,7 @@ class DetectionFiles(Detector):
         if video_id in self._epic and video_id not in self._videos:
             fps = self._fps if self._fps is not None else float((frame_numbers[-1] + 0.5) / seconds[-1])
             try:
-                rows = self._read_epic(self._epic[video_id], fps).to_pandas()
+                rows = detections.read_epic(self._epic[video_id], fps).to_pandas()
             except DetectionError as error:
                 raise VideoError(str(error)) from error
             # Clips come video by video: the last one is enough.

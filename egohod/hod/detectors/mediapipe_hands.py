@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from egohod.config import PROJECT
 from egohod.data.detections import LEFT, RIGHT
-from egohod.data.video import VideoError
+from egohod.data.videos import VideoError
 from egohod.errors import UserError
 from egohod.hod.detectors import mediapipe_worker
 from egohod.hod.detectors.base import Detector, assign_sides, row, table

@@ -1,10 +1,11 @@
-"""Videos below a root: where each one is, and clips that cross the borders of its chunks."""
+"""Videos below a root: where each one is, clips that cross the borders of its chunks, windows that slide over them."""
 
 from __future__ import annotations
 
 import bisect
 import contextlib
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -13,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 
 from egohod.data import containers
-from egohod.data.decoders import Decoder, Opener
-from egohod.data.files import LocalCache, Recent, Source, StorageError, VideoError, open_root
+from egohod.data.decoders import Decoder, Opener, choose_decoder
 from egohod.data.frames import MIN_SECONDS, clip_indices, frame_times
+from egohod.data.storage import LocalCache, Recent, Source, StorageError, VideoError, open_root
 from egohod.errors import UserError
 
 __all__ = ["VideoError", "VideoStore", "read_clip"]
@@ -184,7 +185,7 @@ def read_clip(
 
 
 class VideoStore:
-    """The videos below ``root``, a local folder or an fsspec URI (see :func:`~egohod.data.files.open_root`).
+    """The videos below ``root``, a local folder or an fsspec URI (see :func:`~egohod.data.storage.open_root`).
 
     Layouts: ``whole`` is ``root/<video>.mp4``; ``chunks`` is ``root/<video>/<0000>.mp4`` with the number of the chunk,
     each ``chunk_seconds`` long; ``avion`` is ``root/<video>.mp4/<0>.mp4`` with the second at which the chunk starts.
@@ -249,7 +250,7 @@ class VideoStore:
         See :func:`~egohod.data.frames.clip_indices` for ``rng`` and ``rule``. A clip that runs beyond the video's end
         is cut there; one that begins beyond it, a file that cannot be read, or a chunk that is not ``chunk_seconds``
         long raises :class:`VideoError`. Storage that cannot be used at all raises
-        :class:`~egohod.data.files.StorageError`.
+        :class:`~egohod.data.storage.StorageError`.
         """
         video = self._checked(video_id)
         with self._naming(video):
@@ -537,3 +538,59 @@ class VideoStore:
 def _tolerance(expected: float) -> float:
     """By how much a chunk may differ from its expected length."""
     return min(_INEXACT_SHARE * expected, _INEXACT_SECONDS)
+
+
+def sliding(
+    root: str, window: float, stride: float, decoder: str = "auto"
+) -> tuple[list[tuple[str, float, float]], list[str]]:
+    """Windows of ``window`` seconds every ``stride`` seconds over every video below a local folder.
+
+    (video, start, end) of each, and why some videos have none. Raises :class:`UserError` if there is no video.
+    """
+    _, opener = choose_decoder(decoder)
+    clips = list[tuple[str, float, float]]()
+    files, faults = video_files(root)
+    for video, path in files.items():
+        try:
+            opened = opener(path, str(path))
+        except VideoError as error:
+            faults.append(str(error))
+            continue
+        duration = opened.duration
+        opened.close()
+        clips += [(video, *each) for each in spans(duration, window, stride)]
+    return clips, faults
+
+
+def spans(duration: float, window: float, stride: float) -> list[tuple[float, float]]:
+    """The windows over a video of that many seconds: (start, end)."""
+    if not (window > 0 and stride > 0):
+        raise UserError(f"--window and --stride must be above 0, not {window:g} and {stride:g}")
+    # A frame's rounding must not add a window of next to nothing.
+    count = 1 + max(0, int(np.ceil((duration - window) / stride - 1e-3)))
+    return [(k * stride, min(k * stride + window, duration)) for k in range(count)]
+
+
+def video_files(root: str) -> tuple[dict[str, Path], list[str]]:
+    """Videos below a folder by their id, which is the path without its ending, and why some can have none."""
+    folder = Path(root)
+    if not folder.is_dir():
+        raise UserError(f"{root}: no such video folder" + ("; a remote one needs --clips" if "://" in root else ""))
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in containers.ENDINGS and path.is_file())
+    if not paths:
+        raise UserError(f"{root}: not a single video file in it or below ({', '.join(containers.ENDINGS)})")
+    found, faults = dict[str, Path](), list[str]()
+    for path in paths:
+        if path.suffix not in ENDINGS:  # by its id alone it could not be found again
+            faults.append(f"{path}: its ending is in mixed case; rename it to {path.suffix.lower()}")
+            continue
+        video = path.relative_to(folder).with_suffix("").as_posix()
+        if video in found:
+            raise UserError(f"{path}: {found[video].name} is there as well; rename one")
+        try:
+            video.encode()  # no csv, index or features file can hold another name
+        except UnicodeEncodeError:
+            faults.append(f"{os.fsencode(path)!r}: its name is not UTF-8; rename it")
+            continue
+        found[video] = path
+    return found, faults
