@@ -282,7 +282,7 @@ def compare_words(caption: str, source: str, facts: ClipFacts | None, thing: str
     """
     reasons = []
     found = language.compare(source, caption, thing)
-    told = language.named(source)
+    told = language.extract_words(source)
     if found.new_verbs or (found.lost_verbs and len(told.verbs) <= _FEW):
         put, gone = ", ".join(found.new_verbs), ", ".join(found.lost_verbs)
         reasons.append(f"verb: {put or 'nothing'} for {gone or 'none of the source'}")
@@ -290,20 +290,22 @@ def compare_words(caption: str, source: str, facts: ClipFacts | None, thing: str
         reasons.append(
             f"object: {', '.join(found.new_things)} for {', '.join(found.lost_things) or 'none of the source'}"
         )
-    elif found.kept < _KEPT or (len(told.things) <= _FEW and any(language.telling(each) for each in found.lost_things)):
+    elif found.coverage < _KEPT or (
+        len(told.things) <= _FEW and any(language.is_specific(each) for each in found.lost_things)
+    ):
         reasons.append(f"object: {', '.join((*found.lost_verbs, *found.lost_things))} left out")
     old, new = set(sides(source)), set(sides(caption))
     if old:
         more = new - old - set(facts.hands if facts is not None else ())
         if old - new or more:
             reasons.append(f"side: {_spoken(new)} for {_spoken(old)}")
-        elif language.crossed(source, caption):
+        elif language.swaps_hands(source, caption):
             reasons.append("side: the hands have changed places")
     elif new and facts is not None and facts.acting is not None:
         deed = _done_by_another(caption, told.verbs, facts.acting)
         if deed:
             reasons.append(f"side: {deed} is done by the {facts.acting} hand")
-    return reasons, found.kept
+    return reasons, found.coverage
 
 
 def _done_by_another(caption: str, verbs: tuple[str, ...], acting: str) -> str | None:
@@ -313,7 +315,11 @@ def _done_by_another(caption: str, verbs: tuple[str, ...], acting: str) -> str |
         means = _WITH.search(clause.text)
         if means and means[1] != acting:
             return means.group()
-        did = [each for each in language.named(clause.text).verbs if any(language.alike(each, verb) for verb in verbs)]
+        did = [
+            each
+            for each in language.extract_words(clause.text).verbs
+            if any(language.are_synonyms(each, verb) for verb in verbs)
+        ]
         if clause.sides and acting not in clause.sides:
             others += did
         else:
