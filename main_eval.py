@@ -30,12 +30,10 @@ from egohod.data.labels import ClassSpace
 from egohod.data.text import Tokenizer
 from egohod.distributed import Distributed
 from egohod.errors import UserError
-from egohod.evaluation.baseline import FrameAverage, open_clip_baseline
-from egohod.evaluation.benchmarks import Benchmark, asked, benchmark, demo_evaluators, execution_of
-from egohod.evaluation.feature_cache import fingerprint
-from egohod.evaluation.published import PUBLISHED
-from egohod.evaluation.report import report
-from egohod.evaluation.result_page import write_report
+from egohod.evaluation.html_report import write_report
+from egohod.evaluation.models import FrameAverage, fingerprint, open_clip_baseline
+from egohod.evaluation.results import PUBLISHED, report
+from egohod.evaluation.runner import Benchmark, asked, benchmark, demo_evaluators, execution_of
 from egohod.training.checkpoint import classes_of
 from egohod.training.setup import build_model
 

@@ -6,10 +6,10 @@ import logging
 from collections.abc import Sequence
 
 from egohod import cli, config
-from egohod.evaluation.benchmarks import named_evaluators
-from egohod.evaluation.feature_cache import fingerprint
-from egohod.evaluation.report import report
-from egohod.evaluation.result_page import write_report
+from egohod.evaluation.html_report import write_report
+from egohod.evaluation.models import fingerprint
+from egohod.evaluation.results import report
+from egohod.evaluation.runner import named_evaluators
 from egohod.training.dry_run import dry_run
 from egohod.training.loop import train
 from egohod.training.setup import build_classes, build_data, build_model, describe, trainable_table

@@ -40,16 +40,14 @@ from egohod.data.text import Tokenizer
 from egohod.data.verify import Verifier
 from egohod.demo import write as demo
 from egohod.distributed import Distributed
-from egohod.evaluation import feature_index
-from egohod.evaluation.benchmarks import benchmark, execution_of
+from egohod.evaluation import features as feature_index
 from egohod.evaluation.config import BenchmarkConfig
-from egohod.evaluation.feature_cache import FeatureCache
+from egohod.evaluation.features import FeatureCache, search
+from egohod.evaluation.html_report import contact_sheet, write_report
 from egohod.evaluation.listing import rows_of_csv
-from egohod.evaluation.protocols import PROTOCOLS
 from egohod.evaluation.readers import READERS
-from egohod.evaluation.report import report
-from egohod.evaluation.result_page import write_report
-from egohod.evaluation.search import contact_sheet, search
+from egohod.evaluation.results import report
+from egohod.evaluation.runner import PROTOCOLS, benchmark, execution_of
 from egohod.hod import config as hod_config
 from egohod.hod.config import HodConfig, NarratorSettings
 from egohod.hod.detectors.files import DetectionFiles

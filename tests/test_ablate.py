@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from egohod.errors import UserError
-from egohod.evaluation.temporal import CONTROLS
+from egohod.evaluation.models import CONTROLS
 from egohod.loss.config import RELEVANCY_LOSSES
 from tests.support import ROOT, Command
 from tools import ablate

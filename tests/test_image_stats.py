@@ -15,7 +15,7 @@ import main_pretrain
 from egohod import cli
 from egohod.data.transforms import center_crop, normalise
 from egohod.errors import UserError
-from egohod.evaluation.feature_cache import fingerprint
+from egohod.evaluation.models import fingerprint
 from egohod.model.config import IMAGE_STATS
 from tests.support import ShortRun, newest, write_tiny_config
 

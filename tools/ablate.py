@@ -35,9 +35,10 @@ from egohod.demo import make_world
 from egohod.demo.world import Variant
 from egohod.demo.write import write_benchmarks
 from egohod.errors import UserError
-from egohod.evaluation.plots import new_figure
-from egohod.evaluation.report import RESULTS_FILE, write_json
-from egohod.evaluation.temporal import CONTROLS
+from egohod.evaluation.features import write_json
+from egohod.evaluation.html_report import new_figure
+from egohod.evaluation.models import CONTROLS
+from egohod.evaluation.results import RESULTS_FILE
 from egohod.model.egovideo import create_model
 from egohod.model.flops import step_flops
 from egohod.training.loop import Schedule

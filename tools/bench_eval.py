@@ -21,12 +21,11 @@ from egohod import config
 from egohod.data.decoders import choose_decoder
 from egohod.data.frames import segment_indices
 from egohod.distributed import setup
-from egohod.evaluation.benchmarks import benchmark, execution_of
 from egohod.evaluation.config import BenchmarkConfig
 from egohod.evaluation.embed import embed_clips
 from egohod.evaluation.metrics import graded_scores
-from egohod.evaluation.protocols import PROTOCOLS
 from egohod.evaluation.readers import READERS
+from egohod.evaluation.runner import PROTOCOLS, benchmark, execution_of
 from egohod.model.config import IMAGE_STATS
 from egohod.model.egovideo import create_model
 

@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from egohod.evaluation.probes import knn_probe, linear_probe
+from egohod.evaluation.tasks import knn_probe, linear_probe
 
 TEST_CLIPS, NOISE = 1000, 4.0
 

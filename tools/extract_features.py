@@ -29,10 +29,10 @@ from egohod.data.dataset import EvalProtocol, EvaluationDataset
 from egohod.data.storage import open_cache
 from egohod.distributed import Distributed, pick_precision, setup
 from egohod.errors import UserError
-from egohod.evaluation.extract import extract, remaining
-from egohod.evaluation.feature_cache import fingerprint
-from egohod.evaluation.feature_index import CONFIG_FILE, FORMAT, file_of, open_index
+from egohod.evaluation.embed import extract, remaining
+from egohod.evaluation.features import CONFIG_FILE, FORMAT, file_of, open_index
 from egohod.evaluation.listing import Listing, rows_of_csv, whole_files, windows
+from egohod.evaluation.models import fingerprint
 from egohod.model.zoo import geometry
 from egohod.training.setup import build_model
 

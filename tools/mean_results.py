@@ -18,8 +18,9 @@ import numpy as np
 
 from egohod import cli
 from egohod.errors import UserError
-from egohod.evaluation.report import FORMAT, RESULTS_FILE, read_json
-from egohod.evaluation.scores import CHANCE
+from egohod.evaluation.features import read_json
+from egohod.evaluation.metrics import CHANCE
+from egohod.evaluation.results import FORMAT, RESULTS_FILE
 
 
 def table(folders: Sequence[Path]) -> str:

@@ -31,8 +31,8 @@ from egohod.data.transforms import center_crop, normalise
 from egohod.data.videos import spans
 from egohod.distributed import inference_precision, setup
 from egohod.errors import UserError
-from egohod.evaluation.heads import ClassProbabilities
-from egohod.evaluation.plots import new_figure
+from egohod.evaluation.html_report import new_figure
+from egohod.evaluation.models import ClassProbabilities
 from egohod.model.egovideo import DualEncoder
 from egohod.model.zoo import geometry
 from egohod.training.checkpoint import CheckpointError, classes_of

@@ -23,8 +23,8 @@ import torch
 
 from egohod import cli
 from egohod.errors import UserError
-from egohod.evaluation.feature_index import SHARED, Features, read_features, read_index
-from egohod.evaluation.probes import knn_probe, linear_probe
+from egohod.evaluation.features import SHARED, Features, read_features, read_index
+from egohod.evaluation.tasks import knn_probe, linear_probe
 
 log = logging.getLogger("probe")
 

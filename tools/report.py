@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from egohod import cli
-from egohod.evaluation.result_page import write_report
+from egohod.evaluation.html_report import write_report
 
 
 def main(arguments: Sequence[str]) -> int:

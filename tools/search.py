@@ -26,9 +26,9 @@ from egohod.data.text import Tokenizer
 from egohod.distributed import setup
 from egohod.errors import UserError
 from egohod.evaluation.embed import embed_texts
-from egohod.evaluation.feature_cache import fingerprint
-from egohod.evaluation.feature_index import CONFIG_FILE, read_features, read_index
-from egohod.evaluation.search import contact_sheet, search, span
+from egohod.evaluation.features import CONFIG_FILE, read_features, read_index, search, span
+from egohod.evaluation.html_report import contact_sheet
+from egohod.evaluation.models import fingerprint
 from egohod.training.setup import build_model
 
 log = logging.getLogger("search")

@@ -30,9 +30,8 @@ import numpy as np
 from egohod import cli
 from egohod.data.show import ROLE_COLOURS
 from egohod.errors import UserError
-from egohod.evaluation.page import data_uri, render
-from egohod.evaluation.report import write_text
-from egohod.evaluation.thumbnails import jpeg
+from egohod.evaluation.features import write_text
+from egohod.evaluation.html_report import data_uri, jpeg, render
 from egohod.hod import config, draw
 from egohod.hod.config import HodConfig
 from egohod.hod.pipeline import Plan, build

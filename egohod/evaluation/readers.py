@@ -30,11 +30,15 @@ from egohod.data.frames import MIN_SECONDS
 from egohod.data.relevancy import csv_relevancy, sentence_texts
 from egohod.data.table import ClipTable
 from egohod.data.text_files import AnnotationError, integers, parse_json, read_csv, read_json, read_lines, seconds
-from egohod.evaluation.classification import ClassificationTable, MultiLabelTable
 from egohod.evaluation.config import BenchmarkConfig
-from egohod.evaluation.multiple_choice import Question, QuestionTable
-from egohod.evaluation.retrieval import RetrievalTable
-from egohod.evaluation.tables import EvaluationTable
+from egohod.evaluation.tasks import (
+    ClassificationTable,
+    EvaluationTable,
+    MultiLabelTable,
+    Question,
+    QuestionTable,
+    RetrievalTable,
+)
 
 # What the kinds of questions of the demo world are called in results; others keep their names.
 KIND_NAMES = {

@@ -16,9 +16,9 @@ from egohod.data.text import Tokenizer
 from egohod.data.text_files import AnnotationError
 from egohod.distributed import Distributed
 from egohod.errors import UserError
-from egohod.evaluation.benchmarks import demo_evaluator, demo_evaluators
 from egohod.evaluation.readers import KIND_NAMES, read_questions
-from egohod.evaluation.report import table
+from egohod.evaluation.results import table
+from egohod.evaluation.runner import demo_evaluator, demo_evaluators
 
 HEADLINES = {"map", "recall_1_v2t", "recall_5_v2t", "median_rank_v2t", "verb_noun_top1", "verb_top1", "noun_top1"}
 

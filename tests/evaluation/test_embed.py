@@ -16,8 +16,7 @@ from egohod.data.text import Tokenizer
 from egohod.data.transforms import normalise
 from egohod.distributed import Distributed, inference_precision
 from egohod.errors import UserError
-from egohod.evaluation.embed import embed_clips, embed_texts
-from egohod.evaluation.extract import extract, remaining
+from egohod.evaluation.embed import embed_clips, embed_texts, extract, remaining
 from egohod.evaluation.listing import Listing
 
 ALONE = Distributed(0, 1, torch.device("cpu"), None)

@@ -11,12 +11,24 @@ from evaluation_cases import assert_at_chance, random_features
 from torch.nn.functional import normalize
 
 from egohod.errors import UserError
-from egohod.evaluation.classification import ClassificationTable, MultiLabelTable, class_features
-from egohod.evaluation.metrics import expected_average_precision, expected_graded_scores
-from egohod.evaluation.multiple_choice import Question, QuestionTable
-from egohod.evaluation.report import table
-from egohod.evaluation.retrieval import RetrievalTable
-from egohod.evaluation.scores import RESAMPLES, Score, flat_with_controls, median, percent
+from egohod.evaluation.metrics import (
+    RESAMPLES,
+    Score,
+    expected_average_precision,
+    expected_graded_scores,
+    flat_with_controls,
+    median,
+    percent,
+)
+from egohod.evaluation.results import table
+from egohod.evaluation.tasks import (
+    ClassificationTable,
+    MultiLabelTable,
+    Question,
+    QuestionTable,
+    RetrievalTable,
+    class_features,
+)
 
 
 def retrieval_case(clips: int = 60, texts: int = 40, actions: int = 8) -> RetrievalTable:

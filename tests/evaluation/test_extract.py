@@ -19,11 +19,10 @@ from egohod.data.text_files import AnnotationError
 from egohod.data.transforms import normalise
 from egohod.data.videos import spans
 from egohod.errors import UserError
-from egohod.evaluation import extract as extraction
-from egohod.evaluation.extract import Progress, extract, remaining, shares
-from egohod.evaluation.feature_index import Features, open_index, read_features, read_index, write_video
+from egohod.evaluation import embed as extraction
+from egohod.evaluation.embed import Progress, extract, remaining, shares
+from egohod.evaluation.features import Features, clock, open_index, read_features, read_index, search, write_video
 from egohod.evaluation.listing import Listing, rows_of_csv, whole_files, windows
-from egohod.evaluation.search import clock, search
 from tests.data.video_files import encode_sizes, remux
 from tests.support import Command, ShortRun
 

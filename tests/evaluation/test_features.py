@@ -19,12 +19,11 @@ from torch import Tensor, nn
 
 from egohod.data.dataset import EvalProtocol, EvaluationDataset, frame_numbers
 from egohod.errors import UserError
-from egohod.evaluation.baseline import FrameAverage
-from egohod.evaluation.benchmarks import Benchmark, benchmark, execution_of
 from egohod.evaluation.embed import embed_clips
-from egohod.evaluation.feature_cache import FeatureCache, fingerprint
-from egohod.evaluation.protocols import PROTOCOLS
-from egohod.evaluation.report import RESULTS_FILE, report
+from egohod.evaluation.features import FeatureCache
+from egohod.evaluation.models import FrameAverage, fingerprint
+from egohod.evaluation.results import RESULTS_FILE, report
+from egohod.evaluation.runner import PROTOCOLS, Benchmark, benchmark, execution_of
 
 
 def cached(test: Path, kind: str, cache: Path, identity: str = "weights", **more: Any) -> Benchmark:

@@ -13,12 +13,11 @@ import pytest
 from evaluation_cases import ALONE, FRAMES, config, small_model
 from test_readers import settings
 
-from egohod.evaluation import gallery as galleries
-from egohod.evaluation.benchmarks import benchmark, execution_of
-from egohod.evaluation.markdown import markdown
-from egohod.evaluation.plots import confusion_plot, most_confused
-from egohod.evaluation.report import read_json, report, write_json
-from egohod.evaluation.result_page import write_report
+from egohod.evaluation import html_report as galleries
+from egohod.evaluation.features import read_json, write_json
+from egohod.evaluation.html_report import confusion_plot, most_confused, write_report
+from egohod.evaluation.results import markdown, report
+from egohod.evaluation.runner import benchmark, execution_of
 from tests.browser import browser, needs_chromium
 from tests.support import Command
 
@@ -262,7 +261,7 @@ def test_the_pages_policy_stops_what_would_slip_through(evaluated: Path, tmp_pat
 
 
 def test_a_strip_is_small() -> None:
-    from egohod.evaluation.thumbnails import HEIGHT, jpeg, strip
+    from egohod.evaluation.html_report import HEIGHT, jpeg, strip
 
     frames = np.random.default_rng(0).integers(0, 255, (3, 270, 480, 3), dtype=np.uint8)
     picture = strip(frames)

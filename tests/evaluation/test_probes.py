@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from egohod.evaluation.feature_index import FORMAT, file_of, open_index, write_video
-from egohod.evaluation.probes import knn_probe, linear_probe
+from egohod.evaluation.features import FORMAT, file_of, open_index, write_video
+from egohod.evaluation.tasks import knn_probe, linear_probe
 from tests.support import Command
 
 

@@ -19,13 +19,10 @@ from egohod.config import Config
 from egohod.data.dataset import ClipList, EvalProtocol, EvaluationDataset
 from egohod.data.labels import ClassSpace
 from egohod.errors import UserError
-from egohod.evaluation.benchmarks import benchmark, execution_of
-from egohod.evaluation.classification import ClassificationTable, MultiLabelTable
 from egohod.evaluation.config import PROTOCOL_NAMES
 from egohod.evaluation.embed import embed_clips
-from egohod.evaluation.multiple_choice import Question, QuestionTable
-from egohod.evaluation.protocols import PROTOCOLS, protocol_for
-from egohod.evaluation.retrieval import RetrievalTable
+from egohod.evaluation.runner import PROTOCOLS, benchmark, execution_of, protocol_for
+from egohod.evaluation.tasks import ClassificationTable, MultiLabelTable, Question, QuestionTable, RetrievalTable
 from egohod.model.config import IMAGE_STATS
 from tests.data.video_files import FPS, HEIGHT, encode, numbers, picture
 

@@ -18,14 +18,10 @@ from torch import Tensor
 from egohod.data.dataset import EvaluationDataset
 from egohod.data.text_files import AnnotationError
 from egohod.errors import UserError
-from egohod.evaluation.benchmarks import Benchmark, asked, benchmark, execution_of
-from egohod.evaluation.classification import ClassificationTable, MultiLabelTable
 from egohod.evaluation.config import BenchmarkConfig
-from egohod.evaluation.multiple_choice import QuestionTable
-from egohod.evaluation.protocols import PROTOCOLS
 from egohod.evaluation.readers import READERS, Content, read_ek100_cls, read_own, read_questions
-from egohod.evaluation.retrieval import RetrievalTable
-from egohod.evaluation.tables import EvaluationTable
+from egohod.evaluation.runner import PROTOCOLS, Benchmark, asked, benchmark, execution_of
+from egohod.evaluation.tasks import ClassificationTable, EvaluationTable, MultiLabelTable, QuestionTable, RetrievalTable
 from tests.data.video_files import encode
 
 KINDS = ["ek100_mir", "ek100_cls", "egtea", "egomcq", "charades_ego", "own"]

@@ -14,7 +14,7 @@ from egohod.data.transforms import normalise
 from egohod.distributed import Distributed
 from egohod.errors import UserError
 from egohod.evaluation.embed import embed_clips
-from egohod.evaluation.temporal import CONTROLS, apply_control, shuffled_order
+from egohod.evaluation.models import CONTROLS, apply_control, shuffled_order
 
 FRAMES = 5
 

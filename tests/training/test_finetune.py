@@ -24,8 +24,7 @@ from egohod.demo.world import NOUNS
 from egohod.demo.write import write_benchmarks
 from egohod.distributed import Distributed
 from egohod.errors import UserError
-from egohod.evaluation.classification import ClassificationTable
-from egohod.evaluation.heads import head_tables
+from egohod.evaluation.tasks import ClassificationTable, head_tables
 from egohod.loss.classification import ClassificationLoss
 from egohod.loss.config import LossConfig
 from egohod.model.config import ModelConfig

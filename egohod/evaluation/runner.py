@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +22,12 @@ from egohod.data.text import Tokenizer
 from egohod.distributed import Distributed, pick_precision
 from egohod.errors import UserError
 from egohod.evaluation.config import BenchmarkConfig
-from egohod.evaluation.embed import (
-    PLAIN,
-    Report,
-    TokenizerLike,
-    VideoTextModel,
-    embed_clips,
-    embed_texts,
-    image_stats_of,
-)
-from egohod.evaluation.feature_cache import FeatureCache
-from egohod.evaluation.heads import ClassProbabilities, head_tables
-from egohod.evaluation.protocols import protocol_for
+from egohod.evaluation.embed import PLAIN, Report, TokenizerLike, embed_clips, embed_texts
+from egohod.evaluation.features import FeatureCache
+from egohod.evaluation.metrics import Score, flat_with_controls
+from egohod.evaluation.models import ClassProbabilities, VideoTextModel, image_stats_of
 from egohod.evaluation.readers import READERS
-from egohod.evaluation.scores import Score, flat_with_controls
-from egohod.evaluation.tables import EvaluationTable
+from egohod.evaluation.tasks import EvaluationTable, head_tables
 from egohod.model.config import IMAGE_STATS
 from egohod.model.egovideo import DualEncoder
 from egohod.model.zoo import geometry
@@ -357,3 +348,43 @@ def asked(cfg: Config, name: str, root: str | None = None, metadata: str | None 
         raise UserError(f"--benchmark {name}: there are demo, all, {', '.join(known)}")
     config = there.get(name, BenchmarkConfig())
     return {name: dataclasses.replace(config, root=root or config.root, metadata=metadata or config.metadata)}
+
+
+# AVION and LaViLa resize as torchvision's default is, bilinear, and their torchvision (0.14, 0.11) not antialiased.
+_UPSTREAM: dict[str, Any] = {"resize": "bicubic", "image_stats": "clip", "prompts": "train+val"}
+_LAVILA: dict[str, Any] = {"resize": "bilinear", "image_stats": "avion", "prompts": "train+val"}
+
+PROTOCOLS = {
+    each.name: each
+    for each in (
+        EvalProtocol("clean", "this project: 16 frames, one centre crop; class prompts from training narrations only"),
+        EvalProtocol("whole_clip", "this project on EGTEA: as clean, floored midpoints", sampling="midpoints"),
+        EvalProtocol("upstream", "upstream EgoHOD", sampling="upstream", **_UPSTREAM),
+        EvalProtocol(
+            "upstream_4", "upstream EgoHOD's base config: 4 frames", frames=4, sampling="upstream", **_UPSTREAM
+        ),
+        EvalProtocol("upstream_egtea", "upstream EgoHOD on EGTEA", sampling="midpoints", **_UPSTREAM),
+        EvalProtocol("avion", "AVION", sampling="avion", **_LAVILA),
+        EvalProtocol("lavila", "LaViLa", sampling="lavila", **_LAVILA),
+        EvalProtocol(
+            "lavila_10x3", "LaViLa on EGTEA: 10 clips of 16 frames 2 apart x 3 crops",
+            sampling="windows", windows=10, stride=2, crops=3, merge="max", **_LAVILA,
+        ),
+    )
+}  # fmt: skip
+
+# EGTEA's clips are files of their own, which published code samples in another way than moments of long videos.
+_ON_EGTEA = {"upstream": "upstream_egtea", "upstream_4": "upstream_egtea", "lavila": "lavila_10x3"}
+
+
+def protocol_for(name: str, kind: str) -> EvalProtocol:
+    """The protocol called ``name`` for a benchmark of a kind (``egtea``, ...); ``auto`` is this project's own.
+
+    On EGTEA the name of a family means what that family does there.
+    """
+    if name == "auto":
+        name = "whole_clip" if kind == "egtea" else "clean"
+    chosen = PROTOCOLS[name]
+    if kind == "egtea" and name in _ON_EGTEA:
+        return replace(PROTOCOLS[_ON_EGTEA[name]], frames=chosen.frames)
+    return chosen

@@ -10,10 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
-import json
 import logging
-import math
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,13 +18,11 @@ from typing import Any
 
 from egohod.config import Config, to_yaml
 from egohod.distributed import Distributed
-from egohod.errors import UserError
-from egohod.evaluation.benchmarks import Benchmark, Measured
 from egohod.evaluation.embed import PLAIN
-from egohod.evaluation.markdown import markdown
-from egohod.evaluation.published import PUBLISHED
-from egohod.evaluation.scores import CHANCE, DROP, Score
-from egohod.evaluation.temporal import CONTROLS
+from egohod.evaluation.features import write_json, write_text
+from egohod.evaluation.metrics import CHANCE, DROP, Score
+from egohod.evaluation.models import CONTROLS
+from egohod.evaluation.runner import Benchmark, Measured
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +44,7 @@ def report(
     """Log the table and write ``results.json``, its sidecars and ``results.md``; only the first process does.
 
     ``checkpoint`` says what was evaluated (path, sha256). ``also`` are numbers by name that were measured elsewhere,
-    such as those on the val world while training. ``published`` is a model of :mod:`~egohod.evaluation.published`
+    such as those on the val world while training. ``published`` is a model of :mod:`~egohod.evaluation.results`
     whose numbers stand beside ours. Raises :class:`OSError` when a file cannot be written; an older one is then
     untouched.
     """
@@ -173,36 +168,6 @@ def comparison(described: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines) if len(lines) > 1 else "no number of these benchmarks is published for it"
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a file of :func:`read_json` as a whole or not at all."""
-    write_text(path, json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, content: str) -> None:
-    """Write a file as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    # Annotations may hold half a character (a lone surrogate), which no encoding can spell.
-    temporary.write_text(content, encoding="utf-8", errors="replace")
-    os.replace(temporary, path)
-
-
-def read_json(path: Path, version: int, cure: str) -> dict[str, Any]:
-    """A file of :func:`write_json` with ``format`` ``version``.
-
-    Raises :class:`UserError` naming the file; ``cure`` says what helps if it is not there.
-    """
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; {cure}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != version:
-        raise UserError(f"{path}: not of format {version}; make it again with this version")
-    return content
-
-
 def _number(score: Score) -> dict[str, Any]:
     return {"value": score.value, "unit": "rank" if score.is_rank else "percent", "interval": list(score.interval())}
 
@@ -238,10 +203,70 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _plain(value: Any) -> Any:
-    """``value`` with null for numbers that are none (a metric without a single query), which JSON cannot spell."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+_NAMES = ("ek100_mir/map", "ek100_mir/ndcg", "ek100_cls/action_top1", "egtea/action_top1", "egtea/action_mean_class")
+_MCQ = ("egomcq/inter", "egomcq/intra")
+
+
+def _published(*numbers: float | None) -> dict[str, float]:
+    return {name: value for name, value in zip(_NAMES + _MCQ, numbers, strict=True) if value is not None}
+
+
+PUBLISHED: dict[str, dict[str, float]] = {
+    "EgoVideo-L": _published(41.8, None, 24.0, 51.7, 47.1, 95.9, 65.5),
+    "EgoVideo-G": _published(47.1, None, 28.5, 63.0, None, None, 69.1),
+    "EVA02-AT-B": _published(34.3, 34.1, None, None, None, 95.0, 63.2),
+    "EVA02-AT-L": _published(38.9, 36.2, None, None, None, 95.9, 66.5),
+    "EgoVideo-2024": _published(45.9, 38.6, None, None, None, None, None),
+    "AVION-B": _published(32.9, 32.7, None, None, None, 94.5, 61.4),
+    "AVION-L": _published(37.6, 35.3, None, None, None, 95.4, 64.5),
+    "LaViLa-B": _published(30.9, 32.0, None, None, 28.9, 93.8, 59.9),
+    "LaViLa-L": _published(36.1, 34.6, None, None, 34.1, 94.5, 63.1),
+}
+
+
+# What a benchmark is told by, with the names of the field; one without any of these is told by its first number.
+_HEADLINES = {
+    "map": "mAP",
+    "ndcg": "nDCG",
+    "action_top1": "top-1",
+    "action_mean_class": "mean class",
+    "inter": "inter",
+    "intra": "intra",
+}
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The table for ``results`` as ``results.json`` has them.
+
+    Each row holds the benchmark's main numbers with their 95 % intervals, protocol, clips and the checksum of the
+    weights; of a partial evaluation it says so.
+    """
+    model = f"{results['config']['model']} `{results['checkpoint']['sha256'][:12]}`"
+    lines = [
+        "| benchmark | result, % [95 % interval] | protocol | clips | weights |",
+        "|---|---|---|---|---|",
+    ]
+    for name, each in results["benchmarks"].items():
+        protocol = each["protocol"]
+        views = protocol["windows"] * protocol["crops"]
+        shown = f"{protocol['name']}: {protocol['frames']} frames, {protocol['size']} px"
+        shown += f", {views} views" if views > 1 else ""
+        shown += ", classification heads" if each.get("heads") else ""
+        clips = (
+            f"{each['clips']:,}" if not each["partial"] else f"**partial**: {each['evaluated']:,} of {each['clips']:,}"
+        )
+        cells = [name, _numbers(each["metrics"]), shown, clips, model]
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _numbers(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    names = {name: title for name, title in _HEADLINES.items() if name in metrics}
+    names = names or {name: name for name in list(metrics)[:1]}
+    return ", ".join(f"{title} {_interval_text(metrics[name])}" for name, title in names.items())
+
+
+def _interval_text(metric: Mapping[str, Any]) -> str:
+    low, high = metric["interval"]
+    # A metric without a single query has no value, and NaN is unequal to itself.
+    return f"{metric['value']:.1f} [{low:.1f}, {high:.1f}]" if metric["value"] == metric["value"] else "-"
