@@ -40,6 +40,7 @@ from egohod.data.text import Tokenizer
 from egohod.data.verify import Verifier
 from egohod.demo import write as demo
 from egohod.distributed import Distributed
+from egohod.errors import UserError
 from egohod.evaluation import features as feature_index
 from egohod.evaluation.config import BenchmarkConfig
 from egohod.evaluation.features import FeatureCache, search
@@ -52,7 +53,6 @@ from egohod.hod import config as hod_config
 from egohod.hod.config import HodConfig, NarratorSettings
 from egohod.hod.detectors.files import DetectionFiles
 from egohod.hod.detectors.torchvision_boxes import TorchvisionBoxes
-from egohod.hod.narrators.base import NarratorError
 from egohod.hod.narrators.endpoint import Endpoint
 from egohod.hod.narrators.llm import LanguageModelNarrator
 from egohod.hod.pipeline import STAGES, build
@@ -593,10 +593,10 @@ def _read_answer(folder: Path) -> None:
     narrator = _narrator()
     try:
         answer = narrator._endpoint._read((folder / "answer.json").read_bytes())
-    except Exception as error:
-        if type(error).__name__ != "_Malformed":  # which is tried again, and then said
+    except ValueError as error:
+        if not str(error).startswith(("not an answer of a chat endpoint", "an answer without text")):
             raise
-        raise NarratorError(str(error)) from error
+        raise UserError(str(error)) from error  # which is retried
     for each in narrator._narrations(answer, 2):
         (each.text or "").encode()
 

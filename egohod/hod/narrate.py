@@ -84,7 +84,7 @@ def narrate_checked(
         request = requests[number]
         verdict = Verdict(0.0, refusals[number])
         for source in dict.fromkeys((request.source, "")):
-            text = template.word(source, request)
+            text = template.caption(source, request)
             verdict = (
                 judged(request, text, None) if source == request.source else check(text, "", request.facts, settings)
             )

@@ -20,11 +20,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from egohod.errors import UserError
 from egohod.hod.config import CheckSettings, NarratorSettings, warn_of_unused
 from egohod.hod.narrate import narrate_checked
 from egohod.hod.narrators import endpoint as endpoint_module
 from egohod.hod.narrators import make_narrator
-from egohod.hod.narrators.base import EndpointDown, NarratorError, Request
+from egohod.hod.narrators.base import Request
 from egohod.hod.narrators.endpoint import Endpoint
 from egohod.hod.narrators.llm import SCHEMA, LanguageModelNarrator
 from tests.hod.chat_server import ChatServer, clips_of
@@ -113,7 +114,7 @@ def test_one_request_that_never_works_is_not_the_end() -> None:
 def test_a_server_that_fails_every_request_is_no_reason_to_fall_back_forever() -> None:
     with ChatServer(caption, [(400, {})] * 100) as server:
         answers = []
-        with pytest.raises(NarratorError, match="no request has worked; HTTP 400"):
+        with pytest.raises(UserError, match="no request has succeeded; HTTP 400"):
             answers += _each(narrator(server, batch=1, concurrency=1).narrate(requests(50)), [])
     assert len(server.bodies) == 5
 
@@ -179,7 +180,9 @@ def test_an_endpoint_that_is_down_stops_the_run_and_keeps_what_is_done(monkeypat
                 made._endpoint._session.close()
                 server.__exit__()
 
-        with pytest.raises(EndpointDown, match=r"nothing has worked for 600 s \(connection refused\); .* goes on from"):
+        with pytest.raises(
+            UserError, match=r"no request has succeeded for 600 s \(connection refused\); .* rerun to resume"
+        ):
             ask()
     assert done == [0]
     assert clock[0] > 600
@@ -199,7 +202,7 @@ def test_a_server_that_breaks_every_connection_off_ends_the_run(monkeypatch: pyt
     with ChatServer(caption, ["ok"] + ["drop"] * 1000) as server:
         made = narrator(server, batch=1, concurrency=1)
         made._endpoint._sleep = lambda seconds: clock.__setitem__(0, clock[0] + seconds)
-        with pytest.raises(EndpointDown, match=r"nothing has worked for 600 s \(the connection broke off\)"):
+        with pytest.raises(UserError, match=r"no request has succeeded for 600 s \(the connection broke off\)"):
             list(made.narrate(requests(100)))
 
 
@@ -218,7 +221,7 @@ def test_the_clock_goes_on_from_one_group_of_clips_to_the_next(monkeypatch: pyte
         groups = (group() for _ in range(10))
         assert group()[0] is not None
         assert group() == [None] * 3
-        with pytest.raises(EndpointDown, match="nothing has worked for 5 s"):
+        with pytest.raises(UserError, match="no request has succeeded for 5 s"):
             list(groups)
 
 
@@ -264,7 +267,7 @@ def test_a_refused_key_ends_at_once_and_is_never_shown(
     monkeypatch.setenv("MY_KEY", KEY)
     caplog.set_level(logging.DEBUG)
     with ChatServer(caption, [(500, {}), (status, {})]) as server:
-        with pytest.raises(NarratorError) as caught:
+        with pytest.raises(UserError) as caught:
             texts(narrator(server, api_key_env="MY_KEY"), requests(1))
         assert set(server.keys) == {f"Bearer {KEY}"}
     assert f"HTTP {status}" in str(caught.value)
@@ -279,29 +282,29 @@ def test_a_key_from_a_file_ends_in_a_line_break_and_an_odd_one_is_not_shown(monk
         assert server.keys == [f"Bearer {KEY}"]
         for odd in ("\x07", "\n", "\u00e9", "\u4f60"):
             monkeypatch.setenv("MY_KEY", KEY + odd + KEY)
-            with pytest.raises(NarratorError, match="MY_KEY: holds characters that no key has") as caught:
+            with pytest.raises(UserError, match="MY_KEY: holds characters that no key has") as caught:
                 narrator(server, api_key_env="MY_KEY")
             assert KEY not in str(caught.value)
 
 
 def test_settings_that_cannot_be_used_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_KEY", raising=False)
-    with pytest.raises(NarratorError, match="NO_KEY, which is not set"):
+    with pytest.raises(UserError, match="NO_KEY, which is not set"):
         Endpoint(NarratorSettings(api_key_env="NO_KEY"))
-    with pytest.raises(NarratorError, match="must not hold a key") as caught:
+    with pytest.raises(UserError, match="must not hold a key") as caught:
         Endpoint(NarratorSettings(endpoint=f"http://me:{KEY}@host/v1"))
     assert KEY not in str(caught.value)
-    with pytest.raises(NarratorError, match=r"narrator\.endpoint is 'host:80'"):
+    with pytest.raises(UserError, match=r"narrator\.endpoint is 'host:80'"):
         Endpoint(NarratorSettings(endpoint="host:80"))
-    with pytest.raises(NarratorError, match=r"none\.jinja: not usable"):
+    with pytest.raises(UserError, match=r"none\.jinja: not usable"):
         make_narrator(NarratorSettings(kind="llm", prompt=str(tmp_path / "none.jinja")), PROMPTS)
     (tmp_path / "half.jinja").write_text("{% block instructions %}x{% endblock %}{% block request %}{% endblock %}")
-    with pytest.raises(NarratorError, match="there is no examples"):
+    with pytest.raises(UserError, match="there is no examples"):
         make_narrator(NarratorSettings(kind="llm", prompt=str(tmp_path / "half.jinja")), PROMPTS)
     blocks = "{% block examples %}{% endblock %}{% block request %}{% endblock %}{% block instructions %}"
     for inside, said in (("{{ 1 / 0 }}", "ZeroDivisionError"), ("{{ " + "(" * 3000, "not usable as a prompt")):
         (tmp_path / "odd.jinja").write_text(f"{blocks}{inside}{{% endblock %}}")
-        with pytest.raises(NarratorError, match=rf"odd\.jinja: {said}"):
+        with pytest.raises(UserError, match=rf"odd\.jinja: {said}"):
             make_narrator(NarratorSettings(kind="llm", prompt=str(tmp_path / "odd.jinja")), PROMPTS)
 
 
@@ -337,7 +340,7 @@ def test_the_looking_narrator_sends_frames() -> None:
         made = narrator(server, kind="vlm", frames=3, frame_size=40)
         asked = [Request("", WIPE, frames=frames), Request("", WIPE, frames=frames[:1])]
         assert None not in texts(made, asked)
-        with pytest.raises(NarratorError, match="needs the frames"):
+        with pytest.raises(UserError, match="needs the frames"):
             texts(made, [replace(asked[0], frames=None)])
     parts = server.bodies[0]["messages"][1]["content"]
     assert [part["type"] for part in parts] == ["text", "text", *["image_url"] * 3, "text", "image_url"]
@@ -467,7 +470,7 @@ def test_a_model_elsewhere_is_asked_through_the_proxy_unless_no_proxy_names_it(n
         assert None not in texts(narrator(proxy, endpoint=address), requests(1))
         assert proxy.paths == [f"{address}/chat/completions"]
         no_proxies.setenv("no_proxy", "other.invalid,.invalid")
-        with pytest.raises(EndpointDown) as caught:
+        with pytest.raises(UserError) as caught:
             texts(narrator(proxy, endpoint=address, give_up_seconds=0.01, concurrency=1), requests(1))
     assert len(proxy.paths) == 1
     assert "proxy" not in str(caught.value)
@@ -480,7 +483,7 @@ def test_what_a_proxy_says_names_its_variable_and_no_password(status: int, no_pr
         through = (
             rf"sent through the proxy 127\.0\.0\.1:{proxy.port} that HTTP_PROXY names \(no_proxy=10\.1\.2\.3 would"
         )
-        with pytest.raises(NarratorError, match=rf"HTTP {status}: refused.*; {through}") as caught:
+        with pytest.raises(UserError, match=rf"HTTP {status}: refused.*; {through}") as caught:
             texts(narrator(proxy, endpoint="http://10.1.2.3/v1", give_up_seconds=1e-9), requests(1))
     assert KEY not in str(caught.value)
 
@@ -491,5 +494,5 @@ def test_a_proxy_that_is_not_there_is_blamed_for_it(scheme: str, no_proxies: pyt
         pass
     no_proxies.setenv(f"{scheme}_proxy", f"http://127.0.0.1:{gone.port}")
     said = rf"\(connection refused; sent through the proxy 127\.0\.0\.1:{gone.port} that {scheme}_proxy names"
-    with pytest.raises(EndpointDown, match=said):
+    with pytest.raises(UserError, match=said):
         texts(narrator(gone, endpoint=f"{scheme}://model.invalid/v1", give_up_seconds=0.01, retries=0), requests(1))

@@ -1,4 +1,4 @@
-"""Narrations by a language model, with or without a look at the frames."""
+"""Narrations by a language model (kind llm) or a vision-language model that also gets the frames (kind vlm)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ import jsonschema
 import numpy as np
 from PIL import Image
 
+from egohod.errors import UserError
 from egohod.hod.config import NarratorSettings
-from egohod.hod.narrators.base import Narration, NarratorError, Request, describe
-from egohod.hod.narrators.endpoint import Answer, Endpoint, Unanswerable
+from egohod.hod.narrators.base import Narration, Request, describe
+from egohod.hod.narrators.endpoint import Answer, Endpoint
 
-# Asked of the server, and held against its answer: one truth.
+# Sent to the server and checked on its answer: few servers enforce it completely.
 SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {
@@ -38,39 +39,50 @@ SCHEMA: dict[str, Any] = {
     "additionalProperties": False,
 }
 _BLOCKS = ("instructions", "examples", "request")
-# How reasoning models mark what they think aloud, unless the server takes it out.
+# How reasoning models mark their reasoning, unless the server strips it.
 _REASONING = re.compile(r"<(/?)(?:think|thinking|thought|reasoning|analysis)>", re.IGNORECASE)
 _ANSWER = re.compile(r'\{\s*"captions"\s*:')
-_TRIES = 8
+_MAX_CANDIDATES = 8  # each costs a parse of the rest of the text: thousands of braces would take minutes
 
 
 class LanguageModelNarrator:
-    """Asks an endpoint, several clips at a time."""
+    """Captions several clips with each request to an endpoint."""
 
     def __init__(self, settings: NarratorSettings, prompt: Path, endpoint: Endpoint | None = None) -> None:
         """``prompt`` is a Jinja file with the blocks ``instructions``, ``examples`` and ``request``.
 
-        Raises :class:`NarratorError` naming the file or the key at fault.
+        Raises :class:`UserError` naming the file or the key at fault.
         """
         self.name = settings.kind
         self._settings = settings
         self._endpoint = endpoint or Endpoint(settings)
-        self._prompt = _load(prompt)
+        try:
+            source = prompt.read_text(encoding="utf-8-sig")
+            self._prompt = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False).from_string(source)
+        except (OSError, ValueError, RecursionError, jinja2.TemplateError) as error:
+            raise UserError(f"{prompt}: not usable as a prompt: {error}") from error
+        missing = [block for block in _BLOCKS if block not in self._prompt.blocks]
+        if missing:
+            raise UserError(f"{prompt}: a prompt needs the blocks {', '.join(_BLOCKS)}; there is no {missing[0]}")
+        self._prompt.filename = str(prompt)
+        # Rendered once, and first in every request: servers cache the prefix that requests have in common.
         self.instructions = self._render("instructions", [])
         self._system = self.instructions + "\n\n" + self._render("examples", [])
-        self._looks = settings.kind == "vlm"
 
     def narrate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Narration]]:
-        """See :class:`~egohod.hod.narrators.base.Narrator`; without text for a batch whose answer is no use."""
+        """See :class:`~egohod.hod.narrators.base.Narrator`. A batch without usable answer has no texts."""
         size = self._settings.batch
         batches = [range(first, min(first + size, len(requests))) for first in range(0, len(requests), size)]
+        # A generator: the frames of a batch are encoded when it is sent, not all at once.
         bodies = (self._body([requests[number] for number in batch]) for batch in batches)
         for place, answer in self._endpoint.ask_all(bodies):
             batch = batches[place]
             yield from zip(batch, self._narrations(answer, len(batch)), strict=True)
 
     def _body(self, requests: Sequence[Request]) -> dict[str, Any]:
-        # What a narration says is data: as a JSON string it cannot end its own quotation.
+        """The JSON body of a chat request for a batch of clips, which are numbered from 1."""
+        settings = self._settings
+        # Prompts write narrations as JSON strings: such text is data and cannot end its own quotation.
         clips = [
             {
                 "clip": number,
@@ -83,126 +95,99 @@ class LanguageModelNarrator:
         ]
         text = self._render("request", clips)
         content: str | list[dict[str, Any]] = text
-        if self._looks:
+        if settings.kind == "vlm":
             content = [{"type": "text", "text": text}]
             for number, request in enumerate(requests, 1):
+                frames = request.frames
+                if frames is None or not len(frames):
+                    raise UserError("narrator.kind=vlm needs the frames of each clip")
                 content.append({"type": "text", "text": f"Frames of clip {number}:"})
-                content += [{"type": "image_url", "image_url": {"url": url}} for url in self._pictures(request)]
+                for at in np.linspace(0, len(frames) - 1, min(settings.frames, len(frames))).round():
+                    image = Image.fromarray(frames[int(at)])
+                    image.thumbnail((settings.frame_size, settings.frame_size))
+                    buffer = io.BytesIO()
+                    image.save(buffer, "JPEG", quality=settings.jpeg_quality)
+                    url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+                    content.append({"type": "image_url", "image_url": {"url": url}})
         body: dict[str, Any] = {
             "messages": [{"role": "system", "content": self._system}, {"role": "user", "content": content}],
-            "temperature": self._settings.temperature,
-            "max_tokens": self._settings.max_tokens * len(requests),
-            "seed": self._settings.seed + requests[0].seed,
+            "temperature": settings.temperature,
+            "max_tokens": settings.max_tokens * len(requests),
+            "seed": settings.seed + requests[0].seed,
         }
-        if self._settings.model:
-            body["model"] = self._settings.model
-        if self._settings.answer_format == "json_schema":
+        if settings.model:
+            body["model"] = settings.model
+        if settings.answer_format == "json_schema":
             schema = {"name": "captions", "strict": True, "schema": SCHEMA}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
-        elif self._settings.answer_format == "json_object_schema":
+        elif settings.answer_format == "json_object_schema":
             body["response_format"] = {"type": "json_object", "schema": SCHEMA}
-        elif self._settings.answer_format == "json_object":
+        elif settings.answer_format == "json_object":
             body["response_format"] = {"type": "json_object"}
         return body
 
-    def _pictures(self, request: Request) -> Iterator[str]:
-        """Data URLs of a clip's frames."""
-        if request.frames is None or not len(request.frames):
-            raise NarratorError("narrator.kind=vlm needs the frames of each clip")
-        for at in np.linspace(0, len(request.frames) - 1, min(self._settings.frames, len(request.frames))).round():
-            image = Image.fromarray(request.frames[int(at)])
-            image.thumbnail((self._settings.frame_size, self._settings.frame_size))
-            held = io.BytesIO()
-            image.save(held, "JPEG", quality=self._settings.jpeg_quality)
-            yield "data:image/jpeg;base64," + base64.b64encode(held.getvalue()).decode()
-
-    def _narrations(self, answer: Answer | Unanswerable, count: int) -> list[Narration]:
-        """One narration a clip of the batch."""
-        if isinstance(answer, Unanswerable):
-            return [Narration(None, self.name, problem=f"no answer: {answer}")] * count
+    def _narrations(self, answer: Answer, count: int) -> list[Narration]:
+        """One narration for each clip of the batch."""
+        if answer.text is None:
+            return [Narration(None, self.name, problem=f"no answer: {answer.problem}")] * count
         texts, problem = _captions(answer.text)
         if problem and answer.is_cut:
             problem += "; cut off at its limit of tokens, raise narrator.max_tokens"
         wrong = f"schema: {problem}" if problem else "schema: the answer leaves this clip out, or has it twice"
-        shares = zip(_shared(answer.prompt_tokens, count), _shared(answer.completion_tokens, count), strict=True)
-        return [
-            Narration(texts.get(number), self.name, *tokens, None if number in texts else wrong)
-            for number, tokens in enumerate(shares, 1)
-        ]
+        narrations = []
+        for place in range(count):
+            # A request's tokens are shared out over its clips so that the sum stays.
+            tokens = [
+                total // count + (place < total % count) for total in (answer.prompt_tokens, answer.completion_tokens)
+            ]
+            text = texts.get(place + 1)
+            narrations.append(Narration(text, self.name, tokens[0], tokens[1], wrong if text is None else None))
+        return narrations
 
     def _render(self, block: str, clips: list[dict[str, Any]]) -> str:
         context = self._prompt.new_context({"clips": clips})
         try:
             return "".join(self._prompt.blocks[block](context)).strip()
-        except Exception as error:  # what its expressions raise
-            raise NarratorError(f"{self._prompt.filename}: {type(error).__name__}: {error}") from error
-
-
-def _load(path: Path) -> jinja2.Template:
-    try:
-        source = path.read_text(encoding="utf-8-sig")
-        template = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False).from_string(source)
-    except (OSError, ValueError, RecursionError, jinja2.TemplateError) as error:
-        raise NarratorError(f"{path}: not usable as a prompt: {error}") from error
-    missing = [block for block in _BLOCKS if block not in template.blocks]
-    if missing:
-        raise NarratorError(f"{path}: a prompt needs the blocks {', '.join(_BLOCKS)}; there is no {missing[0]}")
-    template.filename = str(path)
-    return template
+        except Exception as error:  # whatever the expressions of a user's prompt raise
+            raise UserError(f"{self._prompt.filename}: {type(error).__name__}: {error}") from error
 
 
 def _captions(text: str) -> tuple[dict[int, str], str | None]:
-    """Captions by clip, and what is wrong with the answer as a whole."""
-    said = _without_reasoning(text)
-    if not said.strip():
+    """Captions by clip, and the problem of the answer as a whole."""
+    # The answer follows the reasoning. Some chat templates open that in the prompt, so that only its end is here;
+    # reasoning without an end is no answer, whatever drafts are in it.
+    marks = list(_REASONING.finditer(text))
+    closing = [mark.end() for mark in marks if mark.group(1)]
+    start = closing[-1] if closing else 0
+    unclosed = [mark.start() for mark in marks if mark.start() >= start]
+    text = text[start : unclosed[0] if unclosed else None]
+    if not text.strip():
         return {}, "nothing follows the model's reasoning"
-    fitting, problem = None, None
-    # The last that fits: before it a model may quote the request, draft and talk in braces.
-    for start in reversed(list(_ANSWER.finditer(said))[-_TRIES:]):
+    valid, problem = None, None
+    # The last valid one: before it a model may quote the request, draft and talk in braces.
+    for begin in reversed(list(_ANSWER.finditer(text))[-_MAX_CANDIDATES:]):
         try:
-            answer, _ = json.JSONDecoder().raw_decode(said, start.start())
-            _read_numbers(answer)
+            answer, _ = json.JSONDecoder().raw_decode(text, begin.start())
+            captions = answer.get("captions")
+            # Small models write the clip's number as text.
+            for item in captions if isinstance(captions, list) else ():
+                number = item.get("clip") if isinstance(item, dict) else None
+                if isinstance(number, str) and re.fullmatch(r"\s*[0-9]{1,9}\s*", number):
+                    item["clip"] = int(number)
             jsonschema.validate(answer, SCHEMA)
-            fitting = answer
+            valid = answer
             break
         except (ValueError, RecursionError) as error:
             problem = problem or f"not JSON ({' '.join(str(error).split())[:80]})"
         except jsonschema.ValidationError as error:
             problem = problem or f"{error.json_path}: {error.validator} is not met"
-    if fitting is None:
+    if valid is None:
         return {}, problem or "not JSON of the form {captions: [...]}"
-    numbers = [each["clip"] for each in fitting["captions"]]
-    return {
-        each["clip"]: _printable(each["caption"]) for each in fitting["captions"] if numbers.count(each["clip"]) == 1
-    }, None
-
-
-def _without_reasoning(text: str) -> str:
-    """What follows the model's reasoning; some chat templates open it in the prompt, so that only its end is here.
-
-    Reasoning without an end is no answer, whatever drafts are in it.
-    """
-    marks = list(_REASONING.finditer(text))
-    closing = [mark.end() for mark in marks if mark.group(1)]
-    start = closing[-1] if closing else 0
-    unclosed = [mark.start() for mark in marks if mark.start() >= start]
-    return text[start : unclosed[0] if unclosed else None]
-
-
-def _read_numbers(answer: dict[str, Any]) -> None:
-    """Clip numbers that are written as text become numbers."""
-    captions = answer.get("captions")
-    for each in captions if isinstance(captions, list) else ():
-        number = each.get("clip") if isinstance(each, dict) else None
-        if isinstance(number, str) and re.fullmatch(r"\s*[0-9]{1,9}\s*", number):
-            each["clip"] = int(number)
-
-
-def _printable(text: str) -> str:
-    """On one line, without control characters and halves of a character."""
-    return " ".join("".join(c for c in text if c.isspace() or unicodedata.category(c) not in ("Cc", "Cs")).split())
-
-
-def _shared(total: int, count: int) -> list[int]:
-    """A request's tokens shared out over its clips; the sum stays."""
-    return [total // count + (place < total % count) for place in range(count)]
+    numbers = [item["clip"] for item in valid["captions"]]
+    captions = {}
+    for item in valid["captions"]:
+        if numbers.count(item["clip"]) == 1:  # which of two is meant cannot be told
+            # On one line, without control characters and surrogates, which no UTF-8 file can hold.
+            printable = (c for c in item["caption"] if c.isspace() or unicodedata.category(c) not in ("Cc", "Cs"))
+            captions[item["clip"]] = " ".join("".join(printable).split())
+    return captions, None
