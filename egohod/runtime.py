@@ -206,8 +206,6 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 _CONTEXT = multiprocessing.get_context("fork")
-# The next task waits in the worker's pipe, so that the worker is never idle.
-_TASKS_IN_FLIGHT = 2
 _POLL_SECONDS = 1.0
 
 
@@ -250,10 +248,16 @@ class Workers(Generic[Task, Result]):
     seconds and is killed for it, is replaced, and its task's result is :class:`Lost`: the other tasks go on.
     concurrent.futures ends the whole pool instead, and has no limit for one task. Leaving the context ends the
     processes.
+
+    Of ``tasks_in_flight`` tasks all but one wait in the worker's pipe, so that the worker is never idle; 1 is for long
+    tasks, none of which should wait behind another while a worker is free.
     """
 
-    def __init__(self, count: int, function: Callable[[Task], Result], patience: float) -> None:
+    def __init__(
+        self, count: int, function: Callable[[Task], Result], patience: float, tasks_in_flight: int = 2
+    ) -> None:
         self._count, self._function, self._patience = count, function, patience
+        self._tasks_in_flight = tasks_in_flight
         self._workers: list[_Worker[Task, Result]] = []
 
     def __enter__(self) -> Workers[Task, Result]:
@@ -264,14 +268,23 @@ class Workers(Generic[Task, Result]):
         for worker in self._workers:
             worker.end()
 
-    def unordered(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Result | Lost]]:
-        """(task, result) of every task, in any order. Tasks are taken as there is room for them."""
+    def unordered(
+        self, tasks: Iterable[Task], on_poll: Callable[[], None] | None = None
+    ) -> Iterator[tuple[Task, Result | Lost]]:
+        """(task, result) of every task, in any order. Tasks are taken as there is room for them.
+
+        ``on_poll`` is called about every second, also while no result comes.
+        """
         todo = iter(tasks)
-        for worker in self._workers:
-            worker.give(itertools.islice(todo, _TASKS_IN_FLIGHT))
+        # One task for each worker before a second one for any: there may be fewer tasks than room.
+        for _ in range(self._tasks_in_flight):
+            for worker in self._workers:
+                worker.give(itertools.islice(todo, 1))
         while busy := [worker for worker in self._workers if worker.tasks]:
             # The timeout is for a worker that hangs: it never becomes readable.
             multiprocessing.connection.wait([worker.pipe for worker in busy], timeout=_POLL_SECONDS)
+            if on_poll is not None:
+                on_poll()
             for worker in busy:
                 answer = worker.answer(self._patience)
                 if answer is None:

@@ -28,7 +28,7 @@ import torchvision
 
 from egohod import config
 from egohod.data import detections
-from egohod.data.chunking import ChunkSettings, Output, Source, find_videos, write_chunks
+from egohod.data.chunking import ChunkSettings, Output, VideoReader, find_videos, write_chunks
 from egohod.data.config import SourceConfig
 from egohod.data.decoders import choose_decoder
 from egohod.data.detections import BoxTable
@@ -441,7 +441,7 @@ def _videos(decoder: str) -> Callable[[Path], None]:
 
 def _chunk(folder: Path) -> None:
     for path in list(folder.iterdir()):
-        with Source(path) as source:
+        with VideoReader(path) as source:
             source.probe()
         (folder / "out").mkdir(exist_ok=True)
         write_chunks(path, folder / "out", ChunkSettings(seconds=1.0, short_side=32))

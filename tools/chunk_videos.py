@@ -30,24 +30,23 @@ from egohod.data.chunking import (
     LAYOUTS,
     ChunkSettings,
     Estimate,
-    Interim,
     Output,
     Probe,
     Summary,
     Video,
-    Workers,
     estimate,
     find_videos,
+    probe_videos,
     try_encoder,
     write_videos,
 )
 from egohod.errors import UserError
-from egohod.runtime import usable_cores
+from egohod.runtime import Progress, usable_cores
 
 log = logging.getLogger("chunk_videos")
 
 DONE, SOME_FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
-SAY_EVERY = 5.0
+PROGRESS_SECONDS = 5.0
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -116,42 +115,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--workers", type=int, default=None, help="processes (default: one per core that may be used)")
     run.add_argument("--strict", action="store_true", help="stop at the first file that cannot be read")
     run.add_argument(
-        "--dry_run", action="store_true", help="look at every file, chunk a few seconds of a few, say hours and size; "
+        "--dry_run", action="store_true", help="look at every file, chunk a few seconds of some, log hours and size; "
         "writes nothing to the output"
     )  # fmt: skip
     return parser.parse_args(argv)
-
-
-class Progress:
-    """A line every few seconds, with the time left by seconds of video."""
-
-    def __init__(self) -> None:
-        self.began = self.said = time.monotonic()
-
-    def __call__(self, at: Interim) -> None:
-        """Say how far it is, if it is time to."""
-        now = time.monotonic()
-        if now - self.said < SAY_EVERY:
-            return
-        self.said = now
-        speed = at.seconds / (now - self.began)
-        left = clock((at.total_seconds - at.seconds) / speed) if speed else "unknown"
-        log.info(
-            "%3.0f %%  %s of %s of video, %d of %d videos, %.1f x real time, ETA %s",
-            100 * at.seconds / max(at.total_seconds, 1e-9),
-            clock(at.seconds),
-            clock(at.total_seconds),
-            at.videos,
-            at.total_videos,
-            speed,
-            left,
-        )
-
-    def probing(self, number: int, total: int) -> None:
-        """Say how many files were looked at."""
-        if time.monotonic() - self.said >= SAY_EVERY:
-            self.said = time.monotonic()
-            log.info("looked at %d of %d files", number, total)
 
 
 def clock(seconds: float) -> str:
@@ -170,36 +137,36 @@ def size(number: float) -> str:
 
 
 def describe(probes: dict[Video, Probe]) -> None:
-    """The kinds of files there are, the longest first."""
+    """Log the kinds of files, the longest first."""
     kinds: Counter[str] = Counter()
     numbers: Counter[str] = Counter()
-    for each in probes.values():
-        kind = f"{each.codec} {each.width}x{each.height} {each.fps:.4g} fps"
-        kinds[kind] += round(each.seconds * 1000)
+    for header in probes.values():
+        kind = f"{header.codec} {header.width}x{header.height} {header.fps:.4g} fps"
+        kinds[kind] += round(header.seconds * 1000)
         numbers[kind] += 1
     for kind, milliseconds in kinds.most_common(20):
         log.info("  %s: %d files, %.2f h", kind, numbers[kind], milliseconds / 3.6e6)
-    unknown = sum(not each.seconds for each in probes.values())
+    unknown = sum(not header.seconds for header in probes.values())
     if unknown:
-        log.info("  %d files do not say how long they are, and are missing from the estimate", unknown)
+        log.info("  %d files do not state their length, and are missing from the estimate", unknown)
 
 
-def say_estimate(found: Estimate, output: Path, workers: int) -> None:
-    """What a run would take, and whether it fits on the disk."""
-    for fault in found.faults:
+def report_estimate(cost: Estimate, output: Path, workers: int) -> None:
+    """Log the cost of a run, and whether it fits on the disk."""
+    for fault in cost.faults:
         log.warning("cannot be sampled: %s", fault)
     place = next(path for path in (output.resolve(), *output.resolve().parents) if path.exists())
     free = shutil.disk_usage(place).free
     log.info(
         "about %s (%.3g hours) with %d workers, about %s (%.3g TB) on disk; %s free at %s",
-        clock(3600 * found.hours), found.hours, workers, size(found.bytes), found.bytes / 1e12, size(free), place,
+        clock(3600 * cost.hours), cost.hours, workers, size(cost.bytes), cost.bytes / 1e12, size(free), place,
     )  # fmt: skip
-    if found.bytes > free:
+    if cost.bytes > free:
         log.warning("that does not fit: a smaller --short_side, a higher --crf or a lower --fps make it smaller")
 
 
 def finish(summary: Summary, output: Path, seconds: float) -> int:
-    """The last lines; the exit code."""
+    """Log what was written; the exit code."""
     log.info(
         "%s: wrote %d videos, %.2f h, in %s: %s became %s",
         output, summary.videos, summary.seconds / 3600, clock(seconds), size(summary.bytes_in), size(summary.bytes_out),
@@ -208,7 +175,7 @@ def finish(summary: Summary, output: Path, seconds: float) -> int:
 
 
 def list_faults(faults: dict[Video, str]) -> int:
-    """The files that could not be read; the exit code."""
+    """Print the files that could not be read; the exit code."""
     for reason in faults.values():
         print(f"could not be read: {reason}", file=sys.stderr)
     if faults:
@@ -233,25 +200,25 @@ def run(args: argparse.Namespace) -> int:
     if not todo:
         log.info("%s is complete, nothing to do", args.output)
         return DONE
-    progress = Progress()
+    began, workers = time.monotonic(), args.workers or usable_cores()
     with contextlib.ExitStack() as stack:
         if not args.dry_run:
             stack.enter_context(output.claim())
-        # Within the claim, so that nothing is written any more when that is given up.
-        workers = stack.enter_context(Workers(args.workers or usable_cores()))
-        probes, faults = workers.probe(todo, lambda number: progress.probing(number, len(todo)))
+        with Progress("look at files", len(todo), unit="files", seconds=PROGRESS_SECONDS) as progress:
+            probes, faults = probe_videos(todo, workers, progress)
         if faults and args.strict:
             raise UserError(next(iter(faults.values())))
-        total = sum(each.seconds for each in probes.values())
-        log.info("%d videos, %.2f h, %s", len(probes), total / 3600, size(sum(each.bytes for each in probes.values())))
+        total = sum(header.seconds for header in probes.values())
+        read = sum(header.bytes for header in probes.values())
+        log.info("%d videos, %.2f h, %s", len(probes), total / 3600, size(read))
         if args.dry_run:
             describe(probes)
-            say_estimate(estimate(probes, settings, workers), args.output, workers.number)
+            report_estimate(estimate(probes, settings, workers), args.output, workers)
             return list_faults(faults)
-        progress = Progress()
-        summary = write_videos(probes, output, settings, workers, args.strict, progress)
+        with Progress("chunk", total, unit="s of video", seconds=PROGRESS_SECONDS) as progress:
+            summary = write_videos(probes, output, settings, workers, args.strict, progress)
     summary.faults |= faults
-    return finish(summary, args.output, time.monotonic() - progress.began)
+    return finish(summary, args.output, time.monotonic() - began)
 
 
 def main(argv: list[str] | None = None) -> int:

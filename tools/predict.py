@@ -28,7 +28,7 @@ from egohod.config import Config
 from egohod.data.decoders import choose_decoder
 from egohod.data.text import Tokenizer
 from egohod.data.transforms import center_crop, normalise
-from egohod.data.videos import spans
+from egohod.data.videos import window_spans as spans
 from egohod.distributed import inference_precision, setup
 from egohod.errors import UserError
 from egohod.evaluation.html_report import new_figure

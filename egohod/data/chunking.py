@@ -1,8 +1,18 @@
-"""One camera file to chunks of equal length that are cheap to read clips from.
+"""Cut camera files into chunks of equal length that are cheap to read clips from.
 
 Chunk k holds the frames on display in [k * seconds, (k + 1) * seconds), counted from the first frame, each at its own
 time. A frame on display when a chunk begins opens that chunk, so a moment shows the same picture in the chunks as in
 the source whatever the frame rate. Rotation is applied, pixels are made square, sound is left out.
+
+A folder of camera files becomes a folder of chunks, over several processes:
+
+    out/<video id>/<0000>.mp4            a video's folder appears under its name only when it is complete
+    out/.chunk_videos/settings.json      how the chunks were made; other settings are refused
+    out/.chunk_videos/done.jsonl         a line for each video: its source's size, what was made of it
+    out/.chunk_videos/parts/             videos in progress, removed at the end
+
+A video id is the file's path below the input folder without its ending. Long videos are cut in several ranges at once,
+so that one of them keeps all processes busy.
 """
 
 from __future__ import annotations
@@ -21,8 +31,6 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from itertools import chain, islice
@@ -48,13 +56,13 @@ from egohod.data.containers import (
 from egohod.data.storage import VideoError, one_clip
 from egohod.data.text_files import read_lines
 from egohod.errors import UserError
-from egohod.runtime import follow_parent, locked
+from egohod.runtime import Lost, Progress, Workers, locked, write_text
 
 log = logging.getLogger(__name__)
 
-# All times within are integers in this unit; every common frame rate, 30000/1001 too, is a whole number of them.
+# Times are integers in this unit, of which a frame of every common rate, 30000/1001 too, lasts a whole number.
 TICKS = 240_000
-# A frame this close to a chunk's border is meant to be on it: some containers round times to milliseconds.
+# A frame this close to a chunk's border is moved onto it: some containers round times to milliseconds.
 _SNAP = TICKS // 1000
 # A pause between frames beyond this, or a step back beyond a second, is damage and not a recording.
 _LONGEST_FRAME = 600 * TICKS
@@ -69,13 +77,9 @@ CODECS = ("libx264", "libx265")
 _RGB, _UNSPECIFIED = 0, 2  # matrix coefficients, ITU-T H.273
 
 
-class ChunkError(UserError):
-    """A request that cannot be met, or an output that cannot be written."""
-
-
 @dataclass(frozen=True)
 class ChunkSettings:
-    """How chunks are cut and encoded; raises :class:`ChunkError` for values that make no sense.
+    """How chunks are cut and encoded. Raises :class:`UserError` for values out of range.
 
     ``fps`` None keeps the source's timing; ``fastdecode`` leaves out what costs time at decoding (CABAC, deblocking,
     weighted prediction). The reasons for the defaults are in docs/data.md.
@@ -102,9 +106,9 @@ class ChunkSettings:
             ("layout", self.layout in LAYOUTS, " or ".join(LAYOUTS)),
         ):
             if not good:
-                raise ChunkError(f"--{name} is {getattr(self, name)}, but must be {rule}")
+                raise UserError(f"--{name} is {getattr(self, name)}, but must be {rule}")
         if self.layout == "avion" and self.seconds != int(self.seconds):
-            raise ChunkError(f"--seconds is {self.seconds:g}, but the avion layout names chunks by whole seconds")
+            raise UserError(f"--seconds is {self.seconds:g}, but the avion layout names chunks by whole seconds")
 
     @property
     def length(self) -> int:
@@ -112,7 +116,7 @@ class ChunkSettings:
         return round(self.seconds * TICKS)
 
     def folder(self, video_id: str) -> str:
-        """Where the chunks of a video lie, below the output folder."""
+        """The folder of a video's chunks, below the output folder."""
         return video_id if self.layout == "chunks" else f"{video_id}.mp4"
 
     def name(self, number: int) -> str:
@@ -127,7 +131,7 @@ class ChunkSettings:
 
 @dataclass(frozen=True)
 class Probe:
-    """What a file's header says; ``seconds`` is 0 where it does not say its length. Sizes are as stored."""
+    """The header of a video file; ``seconds`` is 0 if it states no length. Sizes are as stored."""
 
     seconds: float
     bytes: int
@@ -137,16 +141,16 @@ class Probe:
     fps: float
 
 
-class Shown(NamedTuple):
-    """A picture and when it is on display, in ticks from the first frame."""
+class DisplayedFrame(NamedTuple):
+    """A picture and its time on display, in ticks from the first frame."""
 
     picture: Any
     begin: int
     end: int
 
 
-class Source:
-    """An open camera file; ``first`` is its first picture once :meth:`frames` gave one.
+class VideoReader:
+    """An open camera file, decoded sequentially; ``first`` is its first picture once :meth:`frames` yielded one.
 
     Raises :class:`VideoError`, naming the file and the reason, for one that is no video.
     """
@@ -156,13 +160,14 @@ class Source:
         self.first: Any = None
         self._open()
         self._coding_order = False
+        # Only these two may lack times of display; the file is opened again to begin at its first packet.
         if self._format in ("avi", "asf"):
             head = (p.pts for p in packets_of(self._container, self._stream) if p.pts is not None)
             self._coding_order = in_coding_order(self._stream, self._format, list(islice(head, HEAD_PACKETS)))
             self._container.close()
             self._open()
 
-    def __enter__(self) -> Source:
+    def __enter__(self) -> VideoReader:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -195,11 +200,11 @@ class Source:
 
     @property
     def aspect(self) -> Fraction | None:
-        """Width by height of a stored pixel; None where the file does not say."""
+        """Width by height of a stored pixel, None if the file does not state it."""
         return self._stream.sample_aspect_ratio or None
 
     def probe(self) -> Probe:
-        """What the header says."""
+        """Read the header."""
         stream = self._stream
         return Probe(
             seconds=stated_seconds(self._stream, self._format) or (self._container.duration or 0) / av.time_base,
@@ -210,14 +215,14 @@ class Source:
             fps=float(self.rate),
         )
 
-    def frames(self, start: int = 0) -> Iterator[Shown]:
-        """The frames on display from ``start`` (ticks) on. Raises :class:`VideoError` where the file is damaged."""
+    def frames(self, start: int = 0) -> Iterator[DisplayedFrame]:
+        """Decode the frames on display from ``start`` (ticks) on. Raises :class:`VideoError` for a damaged file."""
         try:
             yield from self._frames(start)
         except (av.FFmpegError, OSError) as error:
             raise VideoError(f"{self._path}: truncated or damaged, cannot be decoded: {_reason(error)}") from error
 
-    def _frames(self, start: int) -> Iterator[Shown]:
+    def _frames(self, start: int) -> Iterator[DisplayedFrame]:
         pictures = self._pictures(packets_of(self._container))
         first = next(pictures, None)
         if first is None:
@@ -227,13 +232,14 @@ class Source:
         later = self._from_key_frame(origin, start) if start else None
         if later is not None:
             pictures = later
-        elif start:  # cannot be sought in
+        elif start:  # no seek leads there: decode from the beginning
             self._container.close()
             self._open()
             pictures = self._pictures(packets_of(self._container))
         else:
             pictures = chain([first], pictures)
 
+        # Each picture is on display until the next one's time, so it is yielded one picture late.
         held, begin = None, 0
         for picture in pictures:
             if picture.pts is not None:
@@ -248,21 +254,22 @@ class Source:
                 if time <= begin:
                     continue  # never on display
                 if time > start:
-                    yield Shown(held, begin, time)
+                    yield DisplayedFrame(held, begin, time)
             held, begin = picture, time
         end = begin + self._length(held) if held is not None else 0
         self._check_end(max(end, 0) / TICKS)
         if end > start:
-            yield Shown(held, begin, end)
+            yield DisplayedFrame(held, begin, end)
 
     def _pictures(self, packets: Iterable[Any]) -> Iterator[Any]:
-        """Decoded frames in the order of display. Packets of other streams tell how far the file goes."""
+        """Decoded frames in the order of display."""
         codec, start = self._stream.codec_context, (self._container.start_time or 0) / av.time_base
         self._before, waiting = list[Any](), list[int]()
         began = False
         for packet in chain(packets, [None]):
             if packet is not None:
                 if packet.pts is not None and packet.size:
+                    # Of all streams: where sound goes on, the pictures were not cut off.
                     self._other_end = max(self._other_end, float(packet.pts * packet.time_base) - start)
                 if packet.stream_index != self._stream.index or not packet.size:
                     continue
@@ -277,7 +284,7 @@ class Source:
                 yield picture
 
     def _origin(self, first: Any, start: int) -> int:
-        """The time stamp that the clock starts at, for a file whose first decoded picture is ``first``."""
+        """The time stamp of second 0, for a file whose first decoded picture is ``first``."""
         shown = [packet.pts for packet in self._before if packet.pts is not None]
         if not shown or first.pts is None or self._before[0].is_keyframe or first.pts <= min(shown):
             return first.pts or 0
@@ -288,7 +295,7 @@ class Source:
         return min(shown)
 
     def _from_key_frame(self, origin: int, start: int) -> Iterator[Any] | None:
-        """Frames from a key frame on that is shown no later than ``start``; None if there is no way to one."""
+        """Frames from a key frame on that is shown no later than ``start``; None if no seek leads to one."""
         if self._coding_order:  # after a seek time stamps may be missing
             return None
         wanted = origin + math.floor(start / self._tick)
@@ -312,11 +319,11 @@ class Source:
         return None
 
     def _length(self, picture: Any) -> int:
-        """How long a picture without a successor is on display, in ticks."""
+        # Time on display of a picture without a successor, in ticks.
         return max(1, round((picture.duration or 0) * self._tick) or round(TICKS / self.rate))
 
     def _check_end(self, end: float) -> None:
-        """Compare where the pictures end with what the header promises."""
+        # The header states a length; a copy that broke off ends before it.
         if self._format not in FORMATS_WITH_LENGTH:
             return
         promised = stated_seconds(self._stream, self._format)
@@ -328,38 +335,38 @@ class Source:
 
 
 def probe(path: Path) -> Probe:
-    """What a file's header says. Raises :class:`VideoError` for a file that is no video."""
-    with one_clip(str(path)), Source(path) as source:
-        return source.probe()
+    """Read a file's header. Raises :class:`VideoError` for a file that is no video."""
+    with one_clip(str(path)), VideoReader(path) as reader:
+        return reader.probe()
 
 
-def at_rate(frames: Iterable[Shown], fps: float, start: int = 0) -> Iterator[Shown]:
-    """Frames at the constant rate ``fps``: each moment's frame on display, repeated or left out as needed.
+def at_rate(frames: Iterable[DisplayedFrame], fps: float, start: int = 0) -> Iterator[DisplayedFrame]:
+    """Resample to the constant rate ``fps``: at each moment the frame on display, repeated or left out as needed.
 
-    ``start`` (ticks) is where ``frames`` begin; the moments are those of the whole video whatever it is.
+    ``start`` (ticks) is where ``frames`` begin; moments are multiples of 1 / fps of the whole video whatever it is.
     """
     step = TICKS / _fraction(fps)
     number = start // step
-    held: Shown | None = None
+    held: DisplayedFrame | None = None
     end = 0
     for picture, _, end in frames:
         while (begin := round(number * step)) < end - _SNAP:
             number += 1
             if held is not None:
                 yield held
-            held = Shown(picture, begin, round(number * step))
+            held = DisplayedFrame(picture, begin, round(number * step))
     if held is not None:
         yield held._replace(end=max(held.begin + 1, min(held.end, end)))
 
 
 def grid_start(start: int, fps: float) -> int:
-    """The last moment of ``fps`` at or before ``start``, in ticks."""
+    """The last moment of the rate ``fps`` at or before ``start``, in ticks."""
     step = TICKS / _fraction(fps)
     return round(start // step * step)
 
 
 def _fraction(fps: float) -> Fraction:
-    """The rate that is meant: 29.97 is 30000/1001."""
+    # 29.97 means 30000/1001: otherwise frames would drift by a second in ten hours.
     ntsc = Fraction(round(fps * 1.001) * 1000, 1001)
     return ntsc if abs(fps - ntsc) < 0.005 and fps != round(fps) else Fraction(fps).limit_denominator(1000)
 
@@ -370,7 +377,7 @@ def _fraction(fps: float) -> Fraction:
 
 
 class Orientation(NamedTuple):
-    """How stored pixels become upright ones: change rows and columns, then mirror."""
+    """How stored pixels become upright: swap rows and columns, then mirror."""
 
     transpose: bool = False
     mirror_x: bool = False
@@ -378,7 +385,7 @@ class Orientation(NamedTuple):
 
 
 def orientation(picture: Any) -> Orientation:
-    """From a frame's display matrix (ISO 14496-12, 8.3.2), to quarter turns."""
+    """Read a frame's display matrix (ISO 14496-12, 8.3.2), rounded to quarter turns."""
     data = picture.side_data.get("DISPLAYMATRIX")
     if data is None:
         return Orientation()
@@ -393,7 +400,7 @@ def chunk_size(width: int, height: int, aspect: Fraction, short_side: int) -> tu
 
     Even numbers; the short side becomes ``short_side``, or stays if it is shorter.
     """
-    # The side that square pixels make longer; the other way round would lose detail.
+    # Square pixels make one side longer; making the other one shorter instead would lose detail.
     square = (width * aspect, Fraction(height)) if aspect >= 1 else (Fraction(width), height / aspect)
     scale = min(Fraction(1), short_side / min(square))
     sides = [max(2, min(2 * round(side * scale / 2), 2 * math.floor(side / 2))) for side in square]
@@ -401,7 +408,7 @@ def chunk_size(width: int, height: int, aspect: Fraction, short_side: int) -> tu
 
 
 class _Scaler:
-    """Makes frames upright, small, 8 bit 4:2:0, in the usual range. The size follows from the first frame."""
+    """Converts frames to upright ones of the chunks' size, 8 bit 4:2:0, limited range; set up by the first frame."""
 
     def __init__(self, first: Any, aspect: Fraction | None, short_side: int) -> None:
         self._turn = orientation(first)
@@ -426,11 +433,10 @@ class _Scaler:
             dst_color_range="MPEG",
             threads=1,
         )
-        return small if self._turn == Orientation() else self._upright(small)
-
-    def _upright(self, picture: Any) -> Any:
-        width, height = self._stored
-        pixels = picture.to_ndarray()
+        if self._turn == Orientation():
+            return small
+        # Turned after scaling, when there are fewer pixels, plane by plane (the chroma planes have half the sides).
+        pixels = small.to_ndarray()
         quarter = width * height // 4
         planes = [
             pixels[:height],
@@ -453,12 +459,12 @@ class _Scaler:
 def encoder_options(settings: ChunkSettings) -> dict[str, str]:
     """FFmpeg's options: closed groups of pictures, and B-frames that no other frame refers to.
 
-    So a decoder that knows which frames are wanted leaves two of three out; measured in docs/data.md.
+    A decoder that knows the wanted frames then leaves two of three out; measured in docs/data.md.
     """
     private = {"scenecut": "0", "open-gop": "0", "ref": "1", "b-adapt": "0"}
     if settings.codec == "libx264":
-        # The stream then states the frame rate, not our unit of time: FFmpeg before 6 derives frame lengths from it.
-        # The same bytes on every machine: x264's AVX-512 code gives others even from run to run.
+        # force-cfr: the stream states the frame rate, not our unit of time; FFmpeg before 6 derives lengths from it.
+        # cpu-independent: the same bytes on every machine; x264's AVX-512 code differs even from run to run.
         private |= {"b-pyramid": "none", "force-cfr": "1", "cpu-independent": "1"}
     else:
         private |= {"b-pyramid": "0", "log-level": "none"}
@@ -474,7 +480,7 @@ def encoder_options(settings: ChunkSettings) -> dict[str, str]:
 
 
 class _Encoder:
-    """One chunk, encoded in memory: the file is then written in one go, and an error of the disk is a plain one."""
+    """One chunk, encoded in memory: the file is written in one go, and an error of the disk is an OSError."""
 
     def __init__(self, size: tuple[int, int], rate: Fraction, colours: tuple[int, int, int], settings: ChunkSettings):
         self._buffer = io.BytesIO()
@@ -506,6 +512,17 @@ class _Encoder:
         self._container.close()
         return self._buffer.getvalue()
 
+    def save(self, path: Path) -> int:
+        """Write the finished file; its bytes. Raises :class:`UserError`."""
+        content = self.content()
+        try:
+            path.write_bytes(content)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {path}: {error.strerror or error}; what is done is kept, run again once that is mended"
+            ) from error
+        return len(content)
+
     def _mux(self, picture: Any) -> None:
         for packet in self._stream.encode(picture):
             packet.duration = self._lengths.pop(packet.pts)
@@ -515,19 +532,19 @@ class _Encoder:
 
 
 def try_encoder(settings: ChunkSettings) -> None:
-    """Encode one black picture. Raises :class:`ChunkError` if the encoder refuses the settings."""
+    """Encode one black picture. Raises :class:`UserError` if the encoder refuses the settings."""
     try:
         encoder = _Encoder((64, 64), Fraction(30), (_UNSPECIFIED,) * 3, settings)
         encoder.add(av.VideoFrame(64, 64, "yuv420p"), 0, TICKS // 30)
         encoder.content()
     except (av.FFmpegError, ValueError) as error:
-        raise ChunkError(
+        raise UserError(
             f"{settings.codec} cannot be used with preset '{settings.preset}' and these settings: {_reason(error)}"
         ) from error
 
 
 class Written(NamedTuple):
-    """What was made: seconds of video, chunks, bytes."""
+    """Seconds of video, chunks and bytes that were written."""
 
     seconds: float
     chunks: int
@@ -540,87 +557,67 @@ def write_chunks(
     settings: ChunkSettings,
     first: int = 0,
     last: int | None = None,
-    tell: Callable[[float], None] | None = None,
+    on_frame: Callable[[float], None] | None = None,
 ) -> Written:
     """Write chunks ``first`` up to, not including, ``last`` (None: to the end) of the file at ``path`` to ``folder``.
 
-    The same bytes come out whether a video is cut as a whole or in several ranges. ``tell`` is called with the seconds
-    of each frame as it is done, and may raise what is no ``Exception`` to stop.
+    The same bytes result whether a video is cut as a whole or in several ranges. ``on_frame`` is called with the
+    seconds of each frame that is encoded.
 
     Raises:
         VideoError: the source is damaged; files written so far are left to the caller.
-        ChunkError: a chunk cannot be written.
+        UserError: a chunk cannot be written.
     """
     length, scaler = settings.length, None
     stop: float = math.inf if last is None else last * length
     done, chunks, size = 0, 0, 0
     encoder: _Encoder | None = None
     number = first
-
-    def finish() -> None:
-        nonlocal chunks, size
-        assert encoder is not None
-        size += _save(folder / settings.name(number), encoder)
-        chunks += 1
-
-    with one_clip(str(path)), Source(path) as source:
-        rate = _fraction(settings.fps) if settings.fps else source.rate
-        for picture, begin, end in _timeline(source, settings, first * length):
+    with one_clip(str(path)), VideoReader(path) as reader:
+        rate = _fraction(settings.fps) if settings.fps else reader.rate
+        begin = first * length
+        if settings.fps is None:
+            frames = reader.frames(begin)
+        else:
+            begin = grid_start(begin, settings.fps)
+            frames = at_rate(reader.frames(begin), settings.fps, begin)
+        for picture, begin, end in frames:
             if scaler is None:
                 # Of the whole file, so that ranges of a file that changes its resolution fit together.
-                scaler = _Scaler(source.first, source.aspect, settings.short_side)
+                scaler = _Scaler(reader.first, reader.aspect, settings.short_side)
                 matrix = _UNSPECIFIED if picture.colorspace == _RGB else int(picture.colorspace)
                 colours = (int(picture.color_primaries), int(picture.color_trc), matrix)
             begin, end = max(_snap(begin, length), first * length), _snap(end, length)
             if begin >= stop:
                 break
-            changed = size_change(scaler.source_size, (picture.width, picture.height))
-            if changed:
-                raise VideoError(f"{path}: {changed} at {begin / TICKS:.2f} s")
+            change = size_change(scaler.source_size, (picture.width, picture.height))
+            if change:
+                raise VideoError(f"{path}: {change} at {begin / TICKS:.2f} s")
             small = scaler(picture) if end > begin else None
             end = int(min(end, stop))
+            # A frame that is on display across a border ends one chunk and opens the next.
             while begin < end:
                 if encoder is None or begin // length != number:
                     if encoder is not None:
-                        finish()
+                        size += encoder.save(folder / settings.name(number))
+                        chunks += 1
                     number = begin // length
                     encoder = _Encoder(scaler.size, rate, colours, settings)
                 until = min(end, (number + 1) * length)
                 encoder.add(small, begin - number * length, until - begin)
                 done += until - begin
-                if tell:
-                    tell((until - begin) / TICKS)
+                if on_frame:
+                    on_frame((until - begin) / TICKS)
                 begin = until
         if encoder is None or (last is not None and done < stop - first * length):
             raise VideoError(f"{path}: truncated, its pictures end at {first * settings.seconds + done / TICKS:.2f} s")
-        finish()
-    return Written(done / TICKS, chunks, size)
-
-
-def _timeline(source: Source, settings: ChunkSettings, start: int) -> Iterator[Shown]:
-    """The frames on display from ``start`` on, at the rate that is asked for."""
-    if settings.fps is None:
-        return source.frames(start)
-    start = grid_start(start, settings.fps)
-    return at_rate(source.frames(start), settings.fps, start)
+        size += encoder.save(folder / settings.name(number))
+    return Written(done / TICKS, chunks + 1, size)
 
 
 def _snap(time: int, length: int) -> int:
-    """A time, moved onto a chunk's border if it is all but there."""
     border = round(time / length) * length
     return border if abs(time - border) <= _SNAP else time
-
-
-def _save(path: Path, encoder: _Encoder) -> int:
-    """Write a chunk; its bytes."""
-    content = encoder.content()
-    try:
-        path.write_bytes(content)
-    except OSError as error:
-        raise ChunkError(
-            f"cannot write {path}: {error.strerror or error}; what is done is kept, run again once that is mended"
-        ) from error
-    return len(content)
 
 
 def _reason(error: BaseException) -> str:
@@ -630,12 +627,11 @@ def _reason(error: BaseException) -> str:
 _OWN_FOLDER = ".chunk_videos"
 # Work is handed out in ranges of about this length: short enough to share out, long enough that seeking is free.
 _RANGE_SECONDS = 300.0
-_TELL_EVERY = 2.0
 _SAMPLES, _SAMPLE_SECONDS = 6, 4.0
 
 
 # --------------------------------------------------------------------------------------------------
-# What there is
+# Input folder
 # --------------------------------------------------------------------------------------------------
 
 
@@ -649,16 +645,16 @@ class Video(NamedTuple):
 def find_videos(
     root: Path, pattern: str | None = None, names: Path | None = None, follow_links: bool = False
 ) -> list[Video]:
-    """The videos below ``root``, in order of their ids; hidden files are left out.
+    """List the videos below ``root``, in order of their ids; hidden files are left out.
 
-    ``pattern`` (shell style, for the path below ``root``) takes the place of the usual video endings, ``names``, a text
-    file with a path below ``root`` on each line, that of looking. Links that lead out of ``root`` are left out, and
-    said, unless ``follow_links``.
+    ``pattern`` (shell style, for the path below ``root``) replaces the usual video endings; ``names``, a text file with
+    a path below ``root`` on each line, replaces the search. Links that lead out of ``root`` are left out with a
+    warning unless ``follow_links``.
 
-    Raises :class:`ChunkError` for a folder or list that cannot be read, and for ids that would be in each other's way.
+    Raises :class:`UserError` for a folder or list that cannot be read, and for ids that would collide.
     """
     if not root.is_dir():
-        raise ChunkError(f"{root}: no such folder")
+        raise UserError(f"{root}: no such folder")
     paths = _listed(root, names) if names is not None else list(_walk(root, follow_links))
     if pattern is not None:
         paths = [path for path in paths if fnmatch.fnmatchcase(path.as_posix(), pattern)]
@@ -673,7 +669,7 @@ def find_videos(
             )
         paths = sorted(set(paths) - set(outside))
     if not paths:
-        raise ChunkError(f"{root}: no videos" + (f" that match '{pattern}'" if pattern else ""))
+        raise UserError(f"{root}: no videos" + (f" that match '{pattern}'" if pattern else ""))
     videos = [Video(path.with_suffix("").as_posix(), root / path) for path in paths]
     _check_ids(videos)
     return sorted(videos)
@@ -683,7 +679,7 @@ def _walk(root: Path, follow_links: bool) -> Iterator[Path]:
     seen = {os.path.realpath(root)}
 
     def refuse(error: OSError) -> None:
-        raise ChunkError(f"{error.filename}: cannot be read: {error.strerror}")
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}")
 
     for folder, folders, files in os.walk(root, followlinks=follow_links, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -703,9 +699,9 @@ def _listed(root: Path, names: Path) -> list[Path]:
             continue
         path = Path(os.path.normpath(line))
         if path.is_absolute() or ".." in path.parts:
-            raise ChunkError(f"{names}: line {number}: '{line}' is not a path below {root}")
+            raise UserError(f"{names}: line {number}: '{line}' is not a path below {root}")
         if not os.path.isfile(root / path):  # unlike Path's, no error for a name that is too long
-            raise ChunkError(f"{names}: line {number}: {root / path}: no such file")
+            raise UserError(f"{names}: line {number}: {root / path}: no such file")
         paths.append(path)
     return sorted(set(paths))
 
@@ -716,28 +712,28 @@ def _check_ids(videos: Sequence[Video]) -> None:
         try:
             video_id.encode()
         except UnicodeEncodeError as error:
-            raise ChunkError(f"{os.fsencode(path)!r}: its name is not UTF-8, rename it") from error
+            raise UserError(f"{os.fsencode(path)!r}: its name is not UTF-8, rename it") from error
         if video_id in by_id:
-            raise ChunkError(f"{by_id[video_id]} and {path} would both become '{video_id}'; rename one")
+            raise UserError(f"{by_id[video_id]} and {path} would both become '{video_id}'; rename one")
         if PurePosixPath(video_id).parts[0] == _OWN_FOLDER:
-            raise ChunkError(f"{path}: '{_OWN_FOLDER}' is this program's own; rename it")
+            raise UserError(f"{path}: '{_OWN_FOLDER}' is this program's own; rename it")
         by_id[video_id] = path
     for video_id, path in videos:
         for parent in PurePosixPath(video_id).parents:
             other = by_id.get(parent.as_posix())
             if other:
-                raise ChunkError(f"{other}: its chunks would lie in one folder with those of {path}; rename one")
+                raise UserError(f"{other}: its chunks would be in one folder with those of {path}; rename one")
 
 
 # --------------------------------------------------------------------------------------------------
-# Where it goes
+# Output folder
 # --------------------------------------------------------------------------------------------------
 
 
 class Output:
-    """The folder of chunks. Nothing is written before :meth:`claim`.
+    """The folder of chunks. Nothing is written outside :meth:`claim`.
 
-    Raises :class:`ChunkError` if the folder was made with other settings, holds anything else, or lies below ``root``.
+    Raises :class:`UserError` if the folder was made with other settings, holds anything else, or lies below ``root``.
     """
 
     def __init__(self, folder: Path, settings: ChunkSettings, root: Path) -> None:
@@ -745,19 +741,19 @@ class Output:
         self._settings = settings
         self._own = folder / _OWN_FOLDER
         if folder.resolve().is_relative_to(root.resolve()):
-            raise ChunkError(f"{folder}: lies in the input folder {root}; choose another output folder")
+            raise UserError(f"{folder}: is in the input folder {root}; choose another output folder")
         try:
             self._made = self._read()
         except OSError as error:
-            raise ChunkError(f"{folder}: cannot be read: {error.strerror or error}") from error
+            raise UserError(f"{folder}: cannot be read: {error.strerror or error}") from error
 
     def is_done(self, video: Video) -> bool:
-        """Whether the chunks of a video are there; an error if they are those of another file."""
+        """Whether a video's chunks are there. Raises :class:`UserError` if they are those of another file."""
         if not self._final(video).is_dir():
             return False
         made_of = self._made.get(video.video_id)
         if made_of is not None and made_of != video.path.stat().st_size:
-            raise ChunkError(
+            raise UserError(
                 f"{self._final(video)}: made of another file than {video.path} ({made_of:,} bytes); "
                 "remove the chunks or rename the file"
             )
@@ -765,21 +761,19 @@ class Output:
 
     @contextlib.contextmanager
     def claim(self) -> Iterator[None]:
-        """Within, this process alone writes here. Half-made videos, of now or earlier, are removed at both ends."""
+        """Lock the folder for this process. Half-made videos, of now or earlier, are removed at both ends."""
         with contextlib.ExitStack() as held:
             try:
                 self._own.mkdir(parents=True, exist_ok=True)
                 held.enter_context(locked(self._own / "lock"))
             except BlockingIOError as error:
-                raise ChunkError(f"{self.folder}: another process is writing here") from error
+                raise UserError(f"{self.folder}: another process is writing here") from error
             except OSError as error:
                 raise _cannot_write(self.folder, error) from error
             held.callback(self._clear)
             try:
                 self._clear()
-                part = self._own / "settings.json.part"
-                part.write_text(json.dumps(asdict(self._settings), indent=1) + "\n", encoding="utf-8")
-                part.replace(self._own / "settings.json")
+                write_text(self._own / "settings.json", json.dumps(asdict(self._settings), indent=1) + "\n")
                 yield
             except BrokenPipeError:  # of the program's output, there is no other pipe
                 raise
@@ -787,15 +781,15 @@ class Output:
                 raise _cannot_write(self.folder, error) from error
 
     def part(self, video: Video) -> Path:
-        """Where a video's chunks are written."""
+        """The folder in which a video's chunks are written."""
         return self._own / "parts" / video.video_id
 
     def begin(self, video: Video) -> None:
-        """Make room for a video."""
+        """Make the folder of a video's chunks."""
         self.part(video).mkdir(parents=True)
 
     def finish(self, video: Video, source: Probe, written: Written) -> None:
-        """Show a complete video under its name."""
+        """Move a complete video to its name."""
         final = self._final(video)
         final.parent.mkdir(parents=True, exist_ok=True)
         self.part(video).rename(final)
@@ -804,7 +798,7 @@ class Output:
             file.write(json.dumps(line) + "\n")
 
     def drop(self, video: Video) -> None:
-        """Remove what there is of a video that cannot be made."""
+        """Remove the chunks of a video that cannot be read."""
         shutil.rmtree(self.part(video), ignore_errors=True)
 
     def _final(self, video: Video) -> Path:
@@ -816,20 +810,20 @@ class Output:
     def _read(self) -> dict[str, int]:
         """Bytes of the source of each video that is done."""
         if self.folder.exists() and not self.folder.is_dir():
-            raise ChunkError(f"{self.folder}: not a folder")
+            raise UserError(f"{self.folder}: not a folder")
         file = self._own / "settings.json"
         if not file.exists():
             # An own folder without settings is what is left of a run that was killed as it began.
             if self.folder.exists() and any(path.name != _OWN_FOLDER for path in self.folder.iterdir()):
-                raise ChunkError(f"{self.folder}: not empty and not made by chunk_videos; choose another output folder")
+                raise UserError(f"{self.folder}: not empty and not made by chunk_videos; choose another output folder")
             return {}
         try:
             made = json.loads(file.read_bytes())
-            other = [f"{k} {made[k]} (asked: {v})" for k, v in asdict(self._settings).items() if made[k] != v]
+            other = [f"{k} {made[k]} (requested: {v})" for k, v in asdict(self._settings).items() if made[k] != v]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ChunkError(f"{file}: damaged ({error}); choose another output folder") from error
+            raise UserError(f"{file}: damaged ({error}); choose another output folder") from error
         if other:
-            raise ChunkError(f"{self.folder}: holds chunks with {', '.join(other)}; choose another output folder")
+            raise UserError(f"{self.folder}: holds chunks with {', '.join(other)}; choose another output folder")
         return self._sizes()
 
     def _sizes(self) -> dict[str, int]:
@@ -843,136 +837,53 @@ class Output:
         return sizes
 
 
-def _cannot_write(folder: Path, error: OSError) -> ChunkError:
-    return ChunkError(f"cannot write {folder}: {error.strerror or error}; what is done is kept, run again to go on")
+def _cannot_write(folder: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write {folder}: {error.strerror or error}; what is done is kept, run again to go on")
 
 
 # --------------------------------------------------------------------------------------------------
-# Work
+# Work over several processes
 # --------------------------------------------------------------------------------------------------
 
-_stop: Any = None
-_seconds_done: Any = None
 
+def _run(
+    function: Callable[[Any], Any], tasks: Iterable[Any], workers: int, on_wait: Callable[[], None] | None = None
+) -> Iterator[tuple[Any, Any]]:
+    """(task, result) in any order; the result of a file that cannot be read is the reason, a str."""
 
-class _Stopped(BaseException):
-    """The main process wants no more. It is no ``Exception``, so that it is not taken for what a file raises."""
-
-
-def _begin_worker(stop: Any, seconds_done: Any) -> None:
-    global _stop, _seconds_done
-    _stop, _seconds_done = stop, seconds_done
-    follow_parent()
-
-
-def _tell(seconds: float) -> None:
-    if _stop.is_set():
-        raise _Stopped
-    with _seconds_done.get_lock():
-        _seconds_done.value += seconds
-
-
-def _probe(path: Path) -> Probe | str:
-    if _stop.is_set():
-        raise _Stopped
-    try:
-        return probe(path)
-    except VideoError as error:
-        return str(error)
-
-
-def _write(path: Path, folder: Path, settings: ChunkSettings, first: int, last: int | None) -> Written | str:
-    try:
-        return write_chunks(path, folder, settings, first, last, _tell)
-    except VideoError as error:
-        return str(error)
-
-
-def _sample(path: Path, settings: ChunkSettings, seconds: float) -> tuple[float, float] | str:
-    """Chunk a few seconds from the middle of a file: time spent and bytes made, each per second of video."""
-    settings = replace(settings, seconds=_SAMPLE_SECONDS)
-    first = int(seconds / 2 // _SAMPLE_SECONDS)
-    last = None if 0 < seconds < 2 * _SAMPLE_SECONDS else first + 1
-    times: list[float] = []
-    lengths: list[float] = []
-
-    def note(length: float) -> None:
-        _tell(0)
-        times.append(time.perf_counter())
-        lengths.append(length)
-
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            written = write_chunks(path, Path(folder), settings, first, last, note)
-    except VideoError as error:
-        return str(error)
-    # From the first frame on: seeking to the sample is no part of the work.
-    spent = (times[-1] - times[0]) / max(sum(lengths[1:]), 1e-3)
-    return spent, written.bytes / written.seconds
-
-
-class Workers:
-    """Processes that probe and write. Leaving the context stops them within a frame, whatever they do."""
-
-    def __init__(self, number: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.number = number
-        self._stop, self._seconds = context.Event(), context.Value("d", 0.0)
-        self._pool = ProcessPoolExecutor(number, context, _begin_worker, (self._stop, self._seconds))
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._pool.shutdown(cancel_futures=True)
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of video done so far by all."""
-        return float(self._seconds.value)
-
-    def run(
-        self, function: Callable[..., Any], tasks: Iterator[tuple[Any, ...]], wake: Callable[[], None]
-    ) -> Iterator[tuple[tuple[Any, ...], Any]]:
-        """``function(*task[1:])`` of each task as (task, result), as they are done; ``wake`` is called now and then.
-
-        Tasks are taken from the iterator only when there is room for them.
-        """
-        running: dict[Future[Any], tuple[Any, ...]] = {}
+    def guarded(task: Any) -> Any:
         try:
-            while True:
-                while len(running) < 2 * self.number and (task := next(tasks, None)) is not None:
-                    running[self._pool.submit(function, *task[1:])] = task
-                if not running:
-                    return
-                done = wait(running, _TELL_EVERY, FIRST_COMPLETED).done
-                # What failed last: the others' work is then not lost with it.
-                for future in sorted(done, key=lambda each: each.exception() is not None):
-                    yield running.pop(future), future.result()
-                wake()
-        except BrokenProcessPool as error:
-            raise ChunkError("a working process was killed (too little memory?); run again to go on") from error
+            return function(task)
+        except VideoError as error:
+            return str(error)
 
-    def probe(
-        self, videos: Sequence[Video], wake: Callable[[int], None]
-    ) -> tuple[dict[Video, Probe], dict[Video, str]]:
-        """What each file is, and why some are none; ``wake`` hears how many are done."""
-        good: dict[Video, Probe] = {}
-        bad: dict[Video, str] = {}
-        tasks = ((video, video.path) for video in videos)
-        for (video, _), result in self.run(_probe, tasks, lambda: wake(len(good) + len(bad))):
-            if isinstance(result, str):
-                bad[video] = result
-            else:
-                good[video] = result
-        # In the order of the videos, not in that of the answers: what is made first is then the same every time.
-        return {video: good[video] for video in videos if video in good}, bad
+    # Leaving the context kills the processes; what they leave half-made is removed by Output.claim.
+    with Workers(workers, guarded, math.inf, tasks_in_flight=1) as pool:
+        for task, result in pool.unordered(tasks, on_wait):
+            if isinstance(result, Lost):
+                raise UserError(f"{result.reason}; run again to go on")
+            yield task, result
+
+
+def probe_videos(
+    videos: Sequence[Video], workers: int, progress: Progress | None = None
+) -> tuple[dict[Video, Probe], dict[Video, str]]:
+    """Read the header of every file: headers, and the reasons why some cannot be read; ``progress`` counts files."""
+    probes, faults = dict[Video, Probe](), dict[Video, str]()
+    for video, result in _run(lambda video: probe(video.path), videos, workers):
+        if isinstance(result, str):
+            faults[video] = result
+        else:
+            probes[video] = result
+        if progress:
+            progress.update(len(probes) + len(faults))
+    # In the order of the videos, not of the answers, so that videos are cut in the same order every time.
+    return {video: probes[video] for video in videos if video in probes}, faults
 
 
 @dataclass
 class Summary:
-    """What a run did: videos made, their length and size, and why others could not be."""
+    """Videos written, their length and size, and why others could not be."""
 
     videos: int = 0
     seconds: float = 0.0
@@ -981,103 +892,107 @@ class Summary:
     faults: dict[Video, str] = field(default_factory=dict)
 
 
-class Interim(NamedTuple):
-    """How far a run is."""
-
-    seconds: float
-    total_seconds: float
-    videos: int
-    total_videos: int
-
-
 def write_videos(
     probes: dict[Video, Probe],
     output: Output,
     settings: ChunkSettings,
-    workers: Workers,
+    workers: int,
     strict: bool = False,
-    progress: Callable[[Interim], None] | None = None,
+    progress: Progress | None = None,
 ) -> Summary:
-    """Write the chunks of all videos into a claimed ``output``.
+    """Write the chunks of all videos into a claimed ``output``; ``progress`` counts seconds of video.
 
     A video that is damaged is left out and named in the summary, or with ``strict`` raised as :class:`VideoError`.
-    Raises :class:`ChunkError` if the output cannot be written.
+    Raises :class:`UserError` if the output cannot be written.
     """
     summary = Summary()
-    total = sum(each.seconds for each in probes.values())
-    ranges = {video: split(each.seconds, settings) for video, each in probes.items()}
-    written: dict[Video, list[Written]] = defaultdict(list)
+    total = sum(header.seconds for header in probes.values())
+    seconds_done = multiprocessing.get_context("fork").Value("d", 0.0)
+    ranges = {video: split(header.seconds, settings) for video, header in probes.items()}
     open_ranges = {video: len(parts) for video, parts in ranges.items()}
+    written: dict[Video, list[Written]] = defaultdict(list)
 
-    def tasks() -> Iterator[tuple[Any, ...]]:
+    def tasks() -> Iterator[tuple[Video, int, int | None]]:
         for video, parts in ranges.items():
             output.begin(video)
             for first, last in parts:
                 if video in summary.faults:  # its other ranges are not worth their time
                     open_ranges[video] -= 1
                 else:
-                    yield video, video.path, output.part(video), settings, first, last
+                    yield video, first, last
             if not open_ranges[video]:
                 output.drop(video)
 
-    def wake() -> None:
-        if progress:
-            ready = summary.videos + len(summary.faults)
-            progress(Interim(min(workers.seconds, total), total, ready, len(probes)))
+    def count(seconds: float) -> None:
+        with seconds_done.get_lock():
+            seconds_done.value += seconds
 
-    for (video, *_), result in workers.run(_write, tasks(), wake):
+    def write(task: tuple[Video, int, int | None]) -> Written:
+        video, first, last = task
+        return write_chunks(video.path, output.part(video), settings, first, last, count)
+
+    def report() -> None:
+        if progress:
+            note = f"{summary.videos + len(summary.faults)} of {len(probes)} videos"
+            progress.update(min(float(seconds_done.value), total), total=total, note=note)
+
+    for (video, _, _), result in _run(write, tasks(), workers, report):
         open_ranges[video] -= 1
-        if isinstance(result, str):
-            if strict:
-                raise VideoError(result)
-            if video not in summary.faults:
-                log.warning("left out: %s", result)
-                summary.faults[video] = result
-        else:
+        if not isinstance(result, str):
             written[video].append(result)
+        elif strict:
+            raise VideoError(result)
+        elif video not in summary.faults:
+            log.warning("left out: %s", result)
+            summary.faults[video] = result
         if open_ranges[video]:
             continue
         parts = written.pop(video, [])
         if video in summary.faults:
             output.drop(video)
             continue
-        made = Written(sum(p.seconds for p in parts), sum(p.chunks for p in parts), sum(p.bytes for p in parts))
-        output.finish(video, probes[video], made)
+        whole = Written(sum(p.seconds for p in parts), sum(p.chunks for p in parts), sum(p.bytes for p in parts))
+        output.finish(video, probes[video], whole)
         summary.videos += 1
-        summary.seconds += made.seconds
+        summary.seconds += whole.seconds
         summary.bytes_in += probes[video].bytes
-        summary.bytes_out += made.bytes
+        summary.bytes_out += whole.bytes
+        report()
     return summary
 
 
 def split(seconds: float, settings: ChunkSettings) -> list[tuple[int, int | None]]:
-    """Ranges of chunks, first and behind the last, that a video is made in; the last one is open.
+    """Ranges of chunks (first, behind the last) in which a video is cut; the last one is open.
 
-    The length a header states may be wrong by a little: the open range begins well before it.
+    The length in a header may be wrong by a little: the open range begins well before it.
     """
-    each = max(1, round(_RANGE_SECONDS / settings.seconds))
-    whole = max(1, int(seconds / settings.seconds) // each)
-    edges = [number * each for number in range(whole)]
+    chunks = max(1, round(_RANGE_SECONDS / settings.seconds))
+    whole = max(1, int(seconds / settings.seconds) // chunks)
+    edges = [number * chunks for number in range(whole)]
     return list(zip(edges, [*edges[1:], None], strict=True))
 
 
 class Estimate(NamedTuple):
-    """What a run would take: hours with the given workers, bytes, and files that could not be sampled."""
+    """Cost of a run: hours with the given workers, bytes, and why some files could not be sampled."""
 
     hours: float
     bytes: float
     faults: list[str]
 
 
-def estimate(probes: dict[Video, Probe], settings: ChunkSettings, workers: Workers) -> Estimate:
+def estimate(probes: dict[Video, Probe], settings: ChunkSettings, workers: int) -> Estimate:
     """Chunk a few seconds of the most common kinds of file, and scale up. Writes only to a temporary folder."""
     kinds: dict[tuple[str, int, int, float], list[Video]] = defaultdict(list)
-    for video, each in probes.items():
-        kinds[each.codec, each.width, each.height, round(each.fps)].append(video)
+    for video, header in probes.items():
+        kinds[header.codec, header.width, header.height, round(header.fps)].append(video)
     lengths = {kind: sum(probes[video].seconds for video in videos) for kind, videos in kinds.items()}
     common = sorted(kinds, key=lambda kind: -lengths[kind])[:_SAMPLES]
-    tasks = ((kind, video.path, settings, probes[video].seconds) for kind in common for video in [_middle(kinds[kind])])
-    results = {task[0]: result for task, result in workers.run(_sample, tasks, lambda: None)}
+
+    def sample(kind: tuple[str, int, int, float]) -> tuple[float, float]:
+        video = kinds[kind][len(kinds[kind]) // 2]
+        return _sample(video.path, settings, probes[video].seconds)
+
+    results = dict(_run(sample, common, workers))
     measured = {kind: result for kind, result in results.items() if not isinstance(result, str)}
     faults = [result for result in results.values() if isinstance(result, str)]
     if not measured:
@@ -1094,8 +1009,19 @@ def estimate(probes: dict[Video, Probe], settings: ChunkSettings, workers: Worke
     for kind, length in lengths.items():
         cost, weight = measured.get(kind, (per_pixel * pixels(kind), per_second))
         spent, size = spent + cost * length, size + weight * length
-    return Estimate(spent / workers.number / 3600, size, faults)
+    return Estimate(spent / workers / 3600, size, faults)
 
 
-def _middle(videos: Sequence[Video]) -> Video:
-    return videos[len(videos) // 2]
+def _sample(path: Path, settings: ChunkSettings, seconds: float) -> tuple[float, float]:
+    """Chunk a few seconds from the middle of a file: (time spent, bytes written), each per second of video."""
+    settings = replace(settings, seconds=_SAMPLE_SECONDS)
+    first = int(seconds / 2 // _SAMPLE_SECONDS)
+    last = None if 0 < seconds < 2 * _SAMPLE_SECONDS else first + 1
+    frames = list[tuple[float, float]]()  # (time of the clock, seconds of video)
+    with tempfile.TemporaryDirectory() as folder:
+        written = write_chunks(
+            path, Path(folder), settings, first, last, lambda length: frames.append((time.perf_counter(), length))
+        )
+    # From the first frame on: seeking to the sample is no part of the work.
+    spent = (frames[-1][0] - frames[0][0]) / max(sum(length for _, length in frames[1:]), 1e-3)
+    return spent, written.bytes / written.seconds

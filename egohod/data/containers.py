@@ -1,5 +1,6 @@
-"""Video files before any picture of them is decoded: which ones are taken, how FFmpeg opens them, and which of their
-streams is the video. The decoders and the chunker share the answers.
+"""Video containers: which ones are accepted, how FFmpeg opens them, and which of their streams is the video.
+
+Shared by the decoders and by the chunker, so that both choose alike.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from egohod.data.storage import Source, VideoError
+from egohod.data.storage import VideoError, VideoFile
 
 ENDINGS = (
     ".mp4",
@@ -55,31 +56,31 @@ HEAD_PACKETS = 64
 """Packets at a file's beginning that tell what its time stamps are like."""
 
 
-def plain(source: Source) -> Any:
-    """``source`` as the libraries take it: an absolute path as text, or a file from its beginning.
+def plain(file: VideoFile) -> Any:
+    """``file`` for the libraries: an absolute path as text, or a file at its beginning.
 
     FFmpeg reads a relative ``2024-01-01T12:00:00.mp4`` or ``concat:a`` as a URL, and ``-i.mp4`` looks like an option.
     """
-    if isinstance(source, Path):
-        return os.path.abspath(source)
-    source.seek(0)
-    return source
+    if isinstance(file, Path):
+        return os.path.abspath(file)
+    file.seek(0)
+    return file
 
 
-def container_format(source: Source, name: str) -> str | None:
-    """FFmpeg's name of the format of a video file, by its first bytes; None for what is no container of videos.
+def container_format(file: VideoFile, name: str) -> str | None:
+    """FFmpeg's name of the format of a video file, by its first bytes; None if it is no container of videos.
 
     Opening with this format keeps FFmpeg from taking the file for a playlist, which would lead it to other files.
     Raises :class:`VideoError`, calling the file ``name``, for a file that is missing, empty or cannot be opened.
     """
     try:
-        if isinstance(source, Path):
-            if not source.is_file():
-                raise VideoError(f"{name}: {'is a folder, not a video' if source.is_dir() else 'no such file'}")
-            with source.open("rb") as file:
-                head = file.read(_HEAD_BYTES)
+        if isinstance(file, Path):
+            if not file.is_file():
+                raise VideoError(f"{name}: {'is a folder, not a video' if file.is_dir() else 'no such file'}")
+            with file.open("rb") as opened:
+                head = opened.read(_HEAD_BYTES)
         else:
-            head = plain(source).read(_HEAD_BYTES)
+            head = plain(file).read(_HEAD_BYTES)
     except OSError as error:
         raise VideoError(f"{name}: cannot be opened: {error.strerror}") from error
     if not head:
@@ -95,7 +96,7 @@ def container_format(source: Source, name: str) -> str | None:
 
 
 def _is_transport_stream(head: bytes) -> bool:
-    """Whether sync bytes follow one another at a packet's distance, the first one anywhere in the first packet."""
+    # Sync bytes follow one another at a packet's distance, the first one anywhere in the first packet.
     for size in _PACKETS:
         # A recording that was cut at any byte begins within a packet.
         for begin in range(size):
@@ -141,7 +142,7 @@ def video_stream(container: Any) -> Any:
 
 
 def stated_seconds(stream: Any, format: str) -> float | None:
-    """How long the header says that the pictures are; sound may go on for longer. None where it does not say."""
+    """Length of the pictures by the header, None if it does not state one; sound may be longer."""
     if format == "matroska":
         match = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
         if not match:
@@ -172,14 +173,14 @@ def size_change(first: tuple[int, int], other: tuple[int, int]) -> str:
     return "the picture size changes from {}x{} to {}x{}".format(*first, *other)
 
 
-def has_only_sound(source: Source) -> bool:
+def has_only_sound(file: VideoFile) -> bool:
     """Whether an MP4's handlers name sound but no picture; some decoders say nothing better than 'cannot open'."""
-    if isinstance(source, Path):
-        with source.open("rb") as file:
-            return has_only_sound(file)
+    if isinstance(file, Path):
+        with file.open("rb") as opened:
+            return has_only_sound(opened)
     # The table of contents stands at one end of the file or the other.
-    source.seek(0)
-    ends = source.read(_PEEK_BYTES)
-    source.seek(max(0, source.seek(0, 2) - _PEEK_BYTES))
-    ends += source.read()
+    file.seek(0)
+    ends = file.read(_PEEK_BYTES)
+    file.seek(max(0, file.seek(0, 2) - _PEEK_BYTES))
+    ends += file.read()
     return set(re.findall(rb"hdlr.{8}(vide|soun)", ends, re.DOTALL)) == {b"soun"}

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from egohod.data.config import SourceConfig
-from egohod.data.decoders import KeptOpen, choose_decoder
+from egohod.data.decoders import ReusingOpener, choose_decoder
 from egohod.data.frames import MIN_SECONDS, RULES
-from egohod.data.storage import LocalCache, Source, VideoError, one_clip
+from egohod.data.storage import LocalCache, VideoError, VideoFile, one_clip
 from egohod.data.table import ClipRow, ClipSource, ClipTable, choose_text
 from egohod.data.text import Tokenizer, swap_sides, trim
 from egohod.data.transforms import Box, center_crop, crop, crop_boxes, flip, flip_boxes, random_box, spatial_crops
@@ -353,7 +353,7 @@ class EvaluationDataset(Dataset[dict[str, Any]]):
         self.num_frames = protocol.frames
         self.decoder, opener = choose_decoder(decoder)
         self._store = VideoStore(
-            clips.root, clips.layout, clips.chunk_seconds, KeptOpen(opener), cache, clips.min_clip_seconds
+            clips.root, clips.layout, clips.chunk_seconds, ReusingOpener(opener), cache, clips.min_clip_seconds
         )
 
     def __len__(self) -> int:
@@ -409,7 +409,7 @@ class EvaluationDataset(Dataset[dict[str, Any]]):
 
     def _identity(self, index: int) -> str:
         video, start, end = self._clip(index)
-        files: list[Source] = []
+        files: list[VideoFile] = []
         with contextlib.suppress(VideoError):
             end = self._store.end_of(video, start, end, self.protocol.sampling)
             files = self._store.locate(video, start, end)

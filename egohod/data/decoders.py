@@ -1,4 +1,4 @@
-"""Three decoders behind one protocol: seconds in, upright RGB frames out.
+"""Three video decoders behind one protocol: seconds in, upright RGB frames out.
 
 Times are seconds from a file's first frame. A frame is on display from its own time stamp until the next frame's;
 reading at a time gives the frame on display, so variable frame rates need no special case.
@@ -33,7 +33,7 @@ from egohod.data.containers import (
     video_stream,
     videos_of,
 )
-from egohod.data.storage import Source, VideoError, one_clip
+from egohod.data.storage import VideoError, VideoFile, one_clip
 from egohod.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ _REORDER = 17
 
 
 class DecoderError(VideoError):
-    """The library failed at a file that it does not call damaged: another decoder may read it."""
+    """A failure of the library at a file that it does not call damaged: another decoder may read it."""
 
 
 class Decoder(Protocol):
@@ -68,15 +68,15 @@ class Decoder(Protocol):
         ...
 
     def close(self) -> None:
-        """Let the file go."""
+        """Close the file."""
         ...
 
 
 class Opener(Protocol):
-    """Opens a video."""
+    """Opens video files."""
 
-    def __call__(self, source: Source, name: str = "") -> Decoder:
-        """The video in ``source``, a path or a seekable binary file; messages call it ``name`` (default: the path).
+    def __call__(self, file: VideoFile, name: str = "") -> Decoder:
+        """Open a path or a seekable binary file; messages call it ``name`` (default: the path).
 
         Raises :class:`VideoError`.
         """
@@ -86,20 +86,20 @@ class Opener(Protocol):
 class PyavDecoder:
     """PyAV: FFmpeg from a wheel. Decodes only what the wanted frames need, which makes it the fastest here.
 
-    Packets are read first and decoded second. So it is known which frames are wanted before any is decoded, and
-    FFmpeg can leave out frames that no other frame refers to (most B-frames), the rest of a group of pictures after
-    its last wanted frame, and whole groups without one. The frames that remain are the same, bit for bit.
+    Packets are read first and decoded second, so that the wanted time stamps are fixed before any frame is decoded.
+    FFmpeg can then leave out frames that no other frame refers to (most B-frames), the rest of a group of pictures
+    after its last wanted frame, and whole groups without one. The frames that remain are the same, bit for bit.
     """
 
-    def __init__(self, source: Source, name: str = "") -> None:
+    def __init__(self, file: VideoFile, name: str = "") -> None:
         self._av = importlib.import_module("av")
-        self._source, self._name = source, name or str(source)
-        self._format = _require_video(source, self._name)
+        self._file, self._name = file, name or str(file)
+        self._format = _require_video(file, self._name)
         try:
             # Cameras write titles and makers in all kinds of encodings.
-            self._container = self._av.open(plain(source), format=self._format, metadata_errors="replace")
+            self._container = self._av.open(plain(file), format=self._format, metadata_errors="replace")
         except (self._av.FFmpegError, OSError) as error:
-            raise _not_opened(source, self._name, error) from error
+            raise _not_opened(file, self._name, error) from error
         self._stream = video_stream(self._container)
         if self._stream is None or self._stream.codec_context is None:
             sound, cover = bool(self._container.streams.audio), bool(self._container.streams.video)
@@ -112,6 +112,7 @@ class PyavDecoder:
         # One thread: the loader's processes share the cores already.
         self._codec.thread_count = 1
         self._reformatter = importlib.import_module("av.video.reformatter").VideoReformatter()
+        # Time stamps of the first frame shown and of the first packet; they differ where decoding runs ahead.
         self._start = self._first = self._stream.start_time or 0
         self._tick = float(self._stream.time_base)
         self._coding_order = False
@@ -124,7 +125,7 @@ class PyavDecoder:
                 rate = self._measure(rate)
         except (self._av.FFmpegError, OSError) as error:
             self.close()
-            raise _not_opened(source, self._name, error) from error
+            raise _not_opened(file, self._name, error) from error
         if not rate or not self._codec.width:
             self.close()
             raise VideoError(f"{self._name}: not a video or damaged: no frame rate or picture size")
@@ -141,14 +142,26 @@ class PyavDecoder:
             decode = self._decode_in_order if self._coding_order else self._decode
             frames = decode(packets, set(wanted))
         except (self._av.FFmpegError, OSError) as error:
-            raise _not_decoded(self._source, self._name, error) from error
+            raise _not_decoded(self._file, self._name, error) from error
         missing = [pts for pts in wanted if pts not in frames]
         if missing:
             # Shown before the key frame that decoding begins with, and there is no earlier one.
             if packets[0].pts is not None and missing[0] < packets[0].pts:
-                raise self._begins_between(packets[0].pts)
+                raise self._no_key_frame(packets[0].pts)
             raise VideoError(f"{self._name}: damaged, no picture at {self._seconds(missing[0]):.2f} s")
-        return np.stack(self._of_one_size(frames, wanted))
+        pictures = [frames[pts] for pts in wanted]
+        height, width = pictures[0].shape[:2]
+        for row, (pts, picture) in enumerate(zip(wanted, pictures, strict=True)):
+            if picture.shape == pictures[0].shape:
+                continue
+            # A recorder changed its resolution. Other proportions would be a stretched picture: not what was recorded.
+            change = size_change((width, height), (picture.shape[1], picture.shape[0]))
+            if change:
+                raise VideoError(f"{self._name}: {change} at {self._seconds(pts):.2f} s")
+            frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            scaled = self._reformatter.reformat(frame, width=width, height=height, interpolation="BICUBIC", threads=1)
+            pictures[row] = scaled.to_ndarray()
+        return np.stack(pictures)
 
     def close(self) -> None:
         """See :class:`Decoder`."""
@@ -157,13 +170,13 @@ class PyavDecoder:
     def _seconds(self, pts: int) -> float:
         return (pts - self._start) * self._tick
 
-    def _begins_between(self, pts: int) -> VideoError:
+    def _no_key_frame(self, pts: int) -> VideoError:
         return VideoError(
             f"{self._name}: begins between key frames; the first picture is at {self._seconds(pts):.2f} s"
         )
 
     def _measure(self, rate: Fraction | None) -> Fraction | float | None:
-        """Find where the pictures begin and end, where the header does not say; the frame rate, ``rate`` if known."""
+        """Measure where the pictures begin and end if the header does not state it; returns the frame rate."""
         head = [packet for packet in self._demux(HEAD_PACKETS) if packet.pts is not None]
         if not head:
             raise VideoError(f"{self._name}: truncated or damaged, holds no pictures")
@@ -191,7 +204,7 @@ class PyavDecoder:
         return rate
 
     def _ends(self, target: int, frame_seconds: float) -> tuple[float, float]:
-        """Where the pictures and all streams end, in seconds of their clock; found by looking from ``target`` on."""
+        """Where the pictures and all streams end, in seconds of their clock; packets are read from ``target`` on."""
         step = max(1, round(1 / self._tick))
         while True:
             begin = max(self._start, target - step)
@@ -213,17 +226,15 @@ class PyavDecoder:
             step *= 2
 
     def _seek(self, target: int) -> None:
-        """Go to a packet at or before ``target``, for the file's beginning to the very first one."""
         if target <= self._start:
-            target = self._first
+            target = self._first  # the very first packet: its time of decoding is before the first time of display
         self._container.seek(target, stream=self._stream, backward=True)
 
     def _demux(self, count: int | None = None) -> Iterator[Any]:
-        """Compressed pictures from where the container stands, at most ``count``."""
         return itertools.islice((packet for packet in packets_of(self._container, self._stream) if packet.size), count)
 
     def _packets(self, first: int, last: int) -> list[_Packet]:
-        """The packets, in the order of decoding, that hold all frames shown from ``first`` to ``last``."""
+        """The packets, in the order of decoding, of all frames shown from ``first`` to ``last``."""
         target, step = first, max(1, round(1 / self._tick))
         if self._coding_order:
             last += round(_REORDER / self.fps / self._tick)
@@ -233,16 +244,20 @@ class PyavDecoder:
             packets, headless, complete = list[_Packet](), list[_Packet](), False
             pts: int | None = None
             for data in self._demux():
-                # Where the times of display are none, a pause is taken for one frame: after a seek some lack both.
-                pts = data.pts if not self._coding_order else data.dts if data.dts is not None else self._after(pts)
+                if not self._coding_order:
+                    pts = data.pts
+                elif data.dts is not None:
+                    pts = data.dts
+                elif pts is not None:  # after a seek some packets lack both times; they follow one frame later
+                    pts += round(1 / self.fps / self._tick)
                 # Decoding times ascend and are never after the time of display: nothing further can be shown in time.
                 if data.dts is not None and data.dts > last and pts is not None and (packets or not at_start):
                     complete = True
                     break
                 # Decoding begins at a key frame, which not every container's seek leads to.
-                kept = packets if packets or data.is_keyframe else headless
-                kept.append(_Packet(pts, data.is_keyframe, data))
-                if kept is packets and not at_start and (packets[0].pts is None or packets[0].pts > first):
+                group = packets if packets or data.is_keyframe else headless
+                group.append(_Packet(pts, data.is_keyframe, data))
+                if group is packets and not at_start and (packets[0].pts is None or packets[0].pts > first):
                     break
             # It must be shown no later than the first wanted one. The seek goes by decoding times and may lead to a
             # later one, or to none.
@@ -250,7 +265,7 @@ class PyavDecoder:
                 if not complete:
                     self._check_end(packets)
                 if headless and packets[0].pts is not None and first < packets[0].pts:
-                    raise self._begins_between(packets[0].pts)
+                    raise self._no_key_frame(packets[0].pts)
                 return packets
             if at_start:
                 # No key frame is marked: the decoder finds them itself.
@@ -260,12 +275,8 @@ class PyavDecoder:
             earliest = min((packet.pts for packet in packets[:1] if packet.pts is not None), default=target)
             target, step = max(self._start, min(target, earliest) - step), 2 * step
 
-    def _after(self, pts: int | None) -> int | None:
-        """The next picture's time where the container does not say it."""
-        return None if pts is None else pts + round(1 / self.fps / self._tick)
-
     def _check_end(self, packets: Sequence[_Packet]) -> None:
-        """Compare the last packet there is with what the header promises."""
+        # The header states a length; a copy that broke off has fewer packets.
         last = next((packet for packet in reversed(packets) if packet.pts is not None), None)
         end = self._seconds(last.pts + (last.data.duration or 0)) if last is not None else 0.0
         if end < self.duration - _MISSING_SECONDS:
@@ -296,9 +307,9 @@ class PyavDecoder:
         return frames
 
     def _decode_in_order(self, packets: Sequence[_Packet], wanted: set[int]) -> dict[int, np.ndarray]:
-        """The same where time stamps do not follow the order of display: they are dealt out to pictures as these come.
+        """The same where time stamps follow the order of decoding.
 
-        Pictures leave the decoder as they are shown, so that each takes the smallest time stamp not taken yet.
+        Pictures leave the decoder in the order of display, so each takes the smallest time stamp not taken yet.
         """
         frames: dict[int, np.ndarray] = {}
         waiting: list[int] = []
@@ -323,25 +334,6 @@ class PyavDecoder:
         quarters = round(frame.rotation / 90)
         return np.rot90(picture, quarters) if quarters else picture
 
-    def _of_one_size(self, frames: dict[int, np.ndarray], wanted: Sequence[int]) -> list[np.ndarray]:
-        """The ``wanted`` frames; where a recorder changed its resolution, all in the first one's.
-
-        Raises :class:`VideoError` where the proportions change: a stretched picture is not what was recorded.
-        """
-        pictures = [frames[pts] for pts in wanted]
-        height, width = pictures[0].shape[:2]
-        for at, picture in zip(wanted, pictures, strict=True):
-            changed = size_change((width, height), (picture.shape[1], picture.shape[0]))
-            if changed:
-                raise VideoError(f"{self._name}: {changed} at {self._seconds(at):.2f} s")
-        return [each if each.shape == pictures[0].shape else self._scaled(each, width, height) for each in pictures]
-
-    def _scaled(self, picture: np.ndarray, width: int, height: int) -> np.ndarray:
-        frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-        scaled = self._reformatter.reformat(frame, width=width, height=height, interpolation="BICUBIC", threads=1)
-        array: np.ndarray = scaled.to_ndarray()
-        return array
-
 
 class _Packet(NamedTuple):
     """A compressed picture with its time of display in ticks, None where the container does not say."""
@@ -352,10 +344,10 @@ class _Packet(NamedTuple):
 
 
 def _needed_groups(packets: Sequence[_Packet], wanted: set[int]) -> list[tuple[Sequence[_Packet], bool]]:
-    """Groups of pictures (key frame first) that hold a wanted frame, or lead into one that needs them.
+    """Groups of pictures (key frame first) that wanted frames need, each with whether it is decoded to its end.
 
-    The flag says that a group must be decoded to its end: the next group has wanted frames that are shown before
-    its key frame, and those refer back (open groups of pictures).
+    A group is needed to its end where the next one has wanted frames that are shown before its key frame: in open
+    groups of pictures those refer back.
     """
     starts = [0, *(i for i, packet in enumerate(packets) if packet.is_key and i)]
     groups = [packets[a:b] for a, b in zip(starts, [*starts[1:], len(packets)], strict=True)]
@@ -372,17 +364,17 @@ def _needed_groups(packets: Sequence[_Packet], wanted: set[int]) -> list[tuple[S
 class TorchcodecDecoder:
     """torchcodec: needs FFmpeg's shared libraries on the machine."""
 
-    def __init__(self, source: Source, name: str = "") -> None:
+    def __init__(self, file: VideoFile, name: str = "") -> None:
         decoders = importlib.import_module("torchcodec.decoders")
-        self._source, self._name = source, name or str(source)
-        _require_table(source, self._name, "torchcodec")
-        index = _stream_index(source, self._name)
+        self._file, self._name = file, name or str(file)
+        _require_table(file, self._name, "torchcodec")
+        index = _stream_index(file, self._name)
         try:
             self._decoder = decoders.VideoDecoder(
-                plain(source), stream_index=index, dimension_order="NHWC", num_ffmpeg_threads=1
+                plain(file), stream_index=index, dimension_order="NHWC", num_ffmpeg_threads=1
             )
         except (RuntimeError, ValueError, TypeError, OSError) as error:
-            raise _not_opened(source, self._name, error) from error
+            raise _not_opened(file, self._name, error) from error
         meta = self._decoder.metadata
         if not meta.average_fps or not len(self._decoder):
             raise VideoError(f"{self._name}: not a video or damaged: no frame rate or no pictures")
@@ -400,7 +392,7 @@ class TorchcodecDecoder:
         try:
             return self._decoder.get_frames_played_at(times.tolist()).data.numpy()
         except (RuntimeError, IndexError, ValueError) as error:
-            raise _not_decoded(self._source, self._name, error) from error
+            raise _not_decoded(self._file, self._name, error) from error
 
     def close(self) -> None:
         """See :class:`Decoder`."""
@@ -408,24 +400,24 @@ class TorchcodecDecoder:
 
 
 class DecordDecoder:
-    """decord: what this field used first; kept for machines that have it."""
+    """decord: what this field used first; supported for machines that have it."""
 
-    def __init__(self, source: Source, name: str = "") -> None:
+    def __init__(self, file: VideoFile, name: str = "") -> None:
         decord = importlib.import_module("decord")
-        self._source, self._name = source, name or str(source)
-        _require_table(source, self._name, "decord")
+        self._file, self._name = file, name or str(file)
+        _require_table(file, self._name, "decord")
         self._error = decord.DECORDError
-        if (index := _stream_index(source, self._name)) is not None:
+        if (index := _stream_index(file, self._name)) is not None:
             raise DecoderError(
                 f"{self._name}: holds several videos, and decord cannot be told to take stream {index}; "
                 "set data.decoder=pyav"
             )
         try:
-            self._reader = decord.VideoReader(plain(source), num_threads=1)
+            self._reader = decord.VideoReader(plain(file), num_threads=1)
             self.fps = float(self._reader.get_avg_fps())
             self._starts = self._reader.get_frame_timestamp(range(len(self._reader)))[:, 0].astype(np.float64)
         except (self._error, RuntimeError, IndexError, OSError) as error:
-            raise _not_opened(source, self._name, error) from error
+            raise _not_opened(file, self._name, error) from error
         if not len(self._starts):
             raise VideoError(f"{self._name}: holds no pictures")
         self._starts -= self._starts[0]
@@ -438,15 +430,15 @@ class DecordDecoder:
         try:
             return self._reader.get_batch(places.tolist()).asnumpy()
         except (self._error, RuntimeError, IndexError) as error:
-            raise _not_decoded(self._source, self._name, error) from error
+            raise _not_decoded(self._file, self._name, error) from error
 
     def close(self) -> None:
         """See :class:`Decoder`."""
         del self._reader
 
 
-class KeptOpen:
-    """Opens local videos through ``opener`` and keeps the last one open: the next clip often lies in the same file.
+class ReusingOpener:
+    """Opens local videos through ``opener`` and keeps the last one open: the next clip is often in the same file.
 
     Opening costs as much as decoding ten small pictures, and more for a long video with its long table of contents.
     A file that changed, and one that could not be read, is opened anew.
@@ -454,33 +446,38 @@ class KeptOpen:
 
     def __init__(self, opener: Opener) -> None:
         self._opener = opener
-        self._kept: _Kept | None = None
+        self._last: _ReusedDecoder | None = None
 
-    def __call__(self, source: Source, name: str = "") -> Decoder:
+    def __call__(self, file: VideoFile, name: str = "") -> Decoder:
         """See :class:`Opener`."""
-        if not isinstance(source, Path):
-            return self._opener(source, name)
-        # Two processes that share an open file would move each other's place in it.
-        state = (os.getpid(), source, *_changed(source))
-        kept, self._kept = self._kept, None
-        if kept is not None and kept.state == state:
-            return kept
-        if kept is not None:
-            kept.decoder.close()
-        return _Kept(self, state, self._opener(source, name))
+        if not isinstance(file, Path):
+            return self._opener(file, name)
+        try:
+            status = file.stat()
+            version = (status.st_mtime_ns, status.st_size)
+        except OSError:  # its opener will say that it is not there
+            version = (0, 0)
+        # The process too: two processes that share an open file would move each other's position in it.
+        state = (os.getpid(), file, *version)
+        last, self._last = self._last, None
+        if last is not None and last.state == state:
+            return last
+        if last is not None:
+            last.decoder.close()
+        return _ReusedDecoder(self, state, self._opener(file, name))
 
-    def take_back(self, kept: _Kept) -> None:
-        """Keep this one for the next call instead of the one that was kept."""
-        if self._kept is not None:
-            self._kept.decoder.close()
-        self._kept = kept
+    def take_back(self, decoder: _ReusedDecoder) -> None:
+        """Hold this one for the next call instead of the one that was held."""
+        if self._last is not None:
+            self._last.decoder.close()
+        self._last = decoder
 
 
-class _Kept:
-    """A decoder that goes back to its keeper when it is closed, unless it failed."""
+class _ReusedDecoder:
+    """A decoder that :meth:`close` gives back to its opener, unless it failed."""
 
-    def __init__(self, keeper: KeptOpen, state: tuple[Any, ...], decoder: Decoder) -> None:
-        self.keeper, self.state, self.decoder = keeper, state, decoder
+    def __init__(self, owner: ReusingOpener, state: tuple[Any, ...], decoder: Decoder) -> None:
+        self._owner, self.state, self.decoder = owner, state, decoder
         self.fps, self.duration = decoder.fps, decoder.duration
         self._failed = False
 
@@ -496,16 +493,7 @@ class _Kept:
         if self._failed:
             self.decoder.close()
         else:
-            self.keeper.take_back(self)
-
-
-def _changed(path: Path) -> tuple[int, int]:
-    """What changes when a file does; zeros for one that is not there, which its opener will say."""
-    try:
-        state = path.stat()
-    except OSError:
-        return 0, 0
-    return state.st_mtime_ns, state.st_size
+            self._owner.take_back(self)
 
 
 # Fastest first, see docs/benchmarks.md.
@@ -521,7 +509,7 @@ _DECODERS: dict[str, tuple[Opener, str, str]] = {
 
 
 def choose_decoder(name: str = "auto") -> tuple[str, Opener]:
-    """The decoder called ``name``, or for ``auto`` the fastest that loads, as (name, function that opens a file).
+    """Choose the decoder called ``name``, or for ``auto`` the fastest that loads: (name, function that opens a file).
 
     With ``auto`` a file that the library fails at is read by the next one. Whatever a library raises becomes a
     :class:`VideoError`. Raises :class:`UserError` with the command that installs what is missing.
@@ -534,24 +522,24 @@ def choose_decoder(name: str = "auto") -> tuple[str, Opener]:
         _, module, cure = _DECODERS[candidate]
         why = _cannot_import(module)
         if why is None:
-            return candidate, functools.partial(_Checked, candidates[place:])
+            return candidate, functools.partial(_FallbackDecoder, candidates[place:])
         missing.append(f"{candidate} does not load ({why}); cure: {cure}")
     raise UserError("data.decoder=" + name + ": " + "; ".join(missing))
 
 
-# Decoders of which this process has said that they stand in for a better one.
+# Fallback decoders that this process has warned of: once each, not once per clip.
 _LOGGED: set[str] = set()
 
 
-class _Checked:
+class _FallbackDecoder:
     """A video opened by the first of ``candidates`` that can read it; all that goes wrong is a :class:`VideoError`.
 
     Only a :class:`DecoderError` leads to the next candidate: what one library calls damaged another would show with
     pictures missing.
     """
 
-    def __init__(self, candidates: Sequence[str], source: Source, name: str = "") -> None:
-        self._candidates, self._source, self._name = list(candidates), source, name or str(source)
+    def __init__(self, candidates: Sequence[str], file: VideoFile, name: str = "") -> None:
+        self._candidates, self._file, self._name = list(candidates), file, name or str(file)
         self._decoder: Decoder | None = None
         self._try(lambda decoder: None)
         assert self._decoder is not None
@@ -567,20 +555,20 @@ class _Checked:
             self._decoder.close()
 
     def _try(self, use: Callable[[Decoder], Any]) -> Any:
-        """What ``use`` makes of the open file, with the next candidate where the library fails at it."""
+        # Where a library fails, the next candidate opens the file again and does the same.
         first: DecoderError | None = None
         while True:
             candidate = self._candidates[0]
             try:
                 with one_clip(self._name, DecoderError):
                     if self._decoder is None:
-                        self._decoder = _DECODERS[candidate][0](self._source, self._name)
+                        self._decoder = _DECODERS[candidate][0](self._file, self._name)
                     result = use(self._decoder)
             except DecoderError as error:
                 first = first or error
-                self._candidates = [each for each in self._candidates[1:] if not _cannot_import(_DECODERS[each][1])]
+                self._candidates = [other for other in self._candidates[1:] if not _cannot_import(_DECODERS[other][1])]
                 if not self._candidates:
-                    # Of the failures that of the best library says most; it is the one to try again, too.
+                    # Report the failure of the best library, which is also the one to try again.
                     self._candidates = [candidate]
                     raise first from None
                 self.close()
@@ -602,8 +590,8 @@ def _cannot_import(module: str) -> str | None:
     return "FFmpeg is not there" if getattr(loaded, "ffmpeg_major_version", 0) is None else None
 
 
-def _stream_index(source: Source, name: str) -> int | None:
-    """The stream that is the video, None where there is no choice; so all libraries choose alike.
+def _stream_index(file: VideoFile, name: str) -> int | None:
+    """The index of the video's stream, None where there is only one, so that all libraries choose alike.
 
     Raises :class:`VideoError` for a table of more pictures than the file has bytes: decord makes room for them all, and
     ends the whole process where it cannot.
@@ -612,7 +600,7 @@ def _stream_index(source: Source, name: str) -> int | None:
         return None
     av = importlib.import_module("av")
     try:
-        with av.open(plain(source), format=_require_video(source, name), metadata_errors="replace") as container:
+        with av.open(plain(file), format=_require_video(file, name), metadata_errors="replace") as container:
             stream, best = video_stream(container), container.streams.best("video")
             if stream is not None and stream.frames > container.size:
                 raise VideoError(f"{name}: damaged, a table of {stream.frames:,} pictures in {container.size:,} bytes")
@@ -622,45 +610,44 @@ def _stream_index(source: Source, name: str) -> int | None:
         return None
 
 
-def _require_video(source: Source, name: str) -> str:
-    """FFmpeg's name of the container; raises :class:`VideoError` unless ``source`` begins like a video file."""
-    format = container_format(source, name)
+def _require_video(file: VideoFile, name: str) -> str:
+    format = container_format(file, name)
     if format is None:
         raise VideoError(f"{name}: not a video, or in a container that only tools/chunk_videos.py reads")
     return format
 
 
-def _require_table(source: Source, name: str, library: str) -> None:
-    """Raise :class:`DecoderError` for containers in which ``library`` loses its place without a word.
+def _require_table(file: VideoFile, name: str, library: str) -> None:
+    """Raise :class:`DecoderError` for containers in which ``library`` seeks wrongly without an error.
 
-    After a seek both libraries show other pictures there than those that were asked for, most of the time.
+    There torchcodec and decord return other pictures than the requested ones after most seeks.
     """
-    format = _require_video(source, name)
+    format = _require_video(file, name)
     if format not in _SOUGHT_BY_ALL:
         raise DecoderError(
             f"{name}: {library} shows wrong pictures of {format} files; set data.decoder=pyav, or make chunks of them"
         )
 
 
-def _not_opened(source: Source, name: str, error: Exception) -> Exception:
-    # What went wrong with reading says more than what a library makes of it.
-    if getattr(source, "failure", None):
-        return source.failure  # type: ignore[union-attr]
-    if has_only_sound(source):
+def _not_opened(file: VideoFile, name: str, error: Exception) -> Exception:
+    # The error of the file itself says more than what a library makes of it.
+    if getattr(file, "failure", None):
+        return file.failure  # type: ignore[union-attr]
+    if has_only_sound(file):
         return VideoError(f"{name}: has no picture, only sound")
     return _kind_of(error)(f"{name}: truncated or damaged video ({_one_line(error)})")
 
 
-def _not_decoded(source: Source, name: str, error: Exception) -> Exception:
-    return getattr(source, "failure", None) or _kind_of(error)(f"{name}: cannot be decoded: {_one_line(error)}")
+def _not_decoded(file: VideoFile, name: str, error: Exception) -> Exception:
+    return getattr(file, "failure", None) or _kind_of(error)(f"{name}: cannot be decoded: {_one_line(error)}")
 
 
 def _kind_of(error: Exception) -> type[VideoError]:
-    """FFmpeg's verdict on the data is final, and so are the other libraries', which are the last ones."""
+    # What FFmpeg calls damaged is final: another library might show it with pictures missing.
     return VideoError if type(error).__name__ == "InvalidDataError" else DecoderError
 
 
 def _one_line(error: BaseException) -> str:
-    """What a library has to say, without the places in its source."""
+    # Without the C++ files and lines that torchcodec and decord put first.
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return re.sub(r"^.*\.(cpp|cc):\d+[,:]\s*", "", " ".join(text.split()))[:200]

@@ -1,47 +1,51 @@
-"""Where bytes come from: a local folder, or any fsspec URI, with retries and a cache on the local disk.
+"""Reading files of a local folder or of any fsspec URI, with retries and a cache on the local disk.
 
-Nothing that a library says about a failed request is ever shown: it may hold a signed address or a token. Messages
-name the address of the file, the service's error code and the HTTP status, and nothing else.
+The text of a failed request is never shown: it may hold a signed address or a token. Messages name the address of the
+file, the service's error code and the HTTP status, and nothing else.
+
+fsspec's own parts are used where they do: file systems, connections, read-ahead. Its caches on disk know no limit of
+size and do not notice a file that a power cut left half-written, and its retries differ between services (s3fs repeats,
+http does not), so those two are ours.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import importlib
 import io
 import logging
 import os
 import random
-import tempfile
 import time
 import unicodedata
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.caching import ReadAheadCache
 
 from egohod.errors import UserError
+from egohod.runtime import UNFINISHED_PREFIX, atomic_write, content_hash
 
 log = logging.getLogger(__name__)
 
 # Up to this size an object is fetched whole, with one request, and decoded from memory; chunks are about 1 MB.
 _WHOLE_BYTES = 64 << 20
-# Of a larger one, this much is read ahead.
+# Read-ahead of larger objects: a decoder asks for some kB at a time, and each request costs a round trip.
 _AHEAD_BYTES = 2 << 20
-# A request is tried so often, with pauses of 0.5, 1, 2 and 4 s between.
+# Tries of a request, with pauses of 0.5, 1, 2 and 4 s between them.
 _TRIES, _PAUSE = 5, 0.5
 # Seconds: to connect, without a byte, and for a whole request.
 _CONNECT_TIMEOUT, _SILENCE_TIMEOUT, _REQUEST_TIMEOUT = 10, 30, 120
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
 _LENGTH_BYTES = 8
 
-Source = Path | io.BufferedIOBase
+VideoFile = Path | io.BufferedIOBase
+"""A path, or an open binary file that can seek."""
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
@@ -56,16 +60,15 @@ class StorageError(UserError):
 
 @contextlib.contextmanager
 def one_clip(name: str, kind: type[VideoError] = VideoError) -> Iterator[None]:
-    """Within, whatever is raised because of the file or clip ``name`` is a ``kind``, so that it costs that clip alone.
+    """Turn any exception within into a ``kind`` that names the file or clip ``name``, so that it costs that clip alone.
 
-    Libraries raise all kinds at odd files. A :class:`UserError` is passed on, as are too little memory and what stops
-    a run, none of which is the clip's fault.
+    A :class:`UserError` passes as it is, and so do lack of memory and what stops a run: none is the clip's fault.
     """
     try:
         yield
     except (UserError, MemoryError):
         raise
-    except Exception as error:
+    except Exception as error:  # decoders and file systems raise all kinds at odd files
         log.debug("%s", name, exc_info=True)
         text = " ".join(str(error).split())[:200]
         raise kind(f"{name}: cannot be read: {type(error).__name__}" + (f": {text}" if text else "")) from error
@@ -74,23 +77,22 @@ def one_clip(name: str, kind: type[VideoError] = VideoError) -> Iterator[None]:
 class Files(Protocol):
     """Files below one root."""
 
-    costly: bool
+    is_remote: bool
     """Whether a look costs a round trip."""
 
-    def open(self, key: str, *, size_first: bool = False) -> Source:
-        """The file ``key`` (a relative path with ``/``), to read from.
+    def open(self, key: str, *, size_first: bool = False) -> VideoFile:
+        """Open the file ``key``, a relative path with ``/``; ``size_first`` if it may be large.
 
-        ``size_first`` says that the file may be large. Raises :class:`FileNotFoundError`, :class:`VideoError` and
-        :class:`StorageError`.
+        Raises :class:`FileNotFoundError`, :class:`VideoError` and :class:`StorageError`.
         """
         ...
 
     def name_of(self, key: str) -> str:
-        """How messages call the file."""
+        """The file's address, for messages."""
         ...
 
     def names(self, folder: str) -> list[str]:
-        """Names of what lies in ``folder``; none if there is no such folder."""
+        """Names of the entries of ``folder``; none if there is no such folder."""
         ...
 
 
@@ -100,9 +102,9 @@ def open_cache(folder: str | None, gigabytes: float) -> LocalCache | None:
 
 
 def open_root(root: str | Path, cache: LocalCache | None = None) -> Files:
-    """The files below ``root``, a local folder or an fsspec URI such as ``s3://bucket/prefix``.
+    """Open the files below ``root``, a local folder or an fsspec URI such as ``s3://bucket/prefix``.
 
-    ``cache`` keeps what comes from elsewhere. No request is made here. Raises :class:`UserError` if a local folder
+    ``cache`` holds copies of remote files. No request is made here. Raises :class:`UserError` if a local folder
     is missing, and :class:`StorageError` if the package for a URI is, or if the URI carries credentials.
     """
     text = str(root)
@@ -117,10 +119,7 @@ def open_root(root: str | Path, cache: LocalCache | None = None) -> Files:
 
 
 def _spellings(key: str) -> Iterator[str]:
-    """A file's name, and the same with its accents in the other form of Unicode.
-
-    macOS writes the accents of names as characters of their own (NFD), csv files and keyboards one with the letter.
-    """
+    # macOS writes the accents of names as characters of their own (NFD), csv files and keyboards one with the letter.
     yield key
     if not key.isascii():
         yield from {unicodedata.normalize("NFC", key), unicodedata.normalize("NFD", key)} - {key}
@@ -129,16 +128,16 @@ def _spellings(key: str) -> Iterator[str]:
 class LocalFolder:
     """Files on a disk of this machine, see :class:`Files`."""
 
-    costly = False
+    is_remote = False
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
     def open(self, key: str, *, size_first: bool = False) -> Path:
         """See :class:`Files`."""
-        for each in _spellings(key):
-            if (self._root / each).is_file():
-                return self._root / each
+        for spelling in _spellings(key):
+            if (self._root / spelling).is_file():
+                return self._root / spelling
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._root / key))
 
     def name_of(self, key: str) -> str:
@@ -147,9 +146,9 @@ class LocalFolder:
 
     def names(self, folder: str) -> list[str]:
         """See :class:`Files`."""
-        for each in _spellings(folder):
-            if (self._root / each).is_dir():
-                return os.listdir(self._root / each)
+        for spelling in _spellings(folder):
+            if (self._root / spelling).is_dir():
+                return os.listdir(self._root / spelling)
         return []
 
 
@@ -160,22 +159,22 @@ class RemoteFolder:
     fork.
     """
 
-    costly = True
+    is_remote = True
 
     def __init__(self, uri: str, cache: LocalCache | None = None) -> None:
         self._uri = uri.rstrip("/")
         self._protocol, _, rest = uri.partition("://")
         # abfs://container@account names no secret; a user or password before an "@" elsewhere may be one.
-        named = rest.partition("/")[0].rpartition("@")[0] and self._protocol not in ("abfs", "abfss", "az")
-        if "?" in rest or named or ":" in rest.rpartition("@")[0]:
+        has_user = rest.partition("/")[0].rpartition("@")[0] and self._protocol not in ("abfs", "abfss", "az")
+        if "?" in rest or has_user or ":" in rest.rpartition("@")[0]:
             raise StorageError(
                 f"{self._protocol}://... holds a password or a query; give credentials by the service's environment "
                 "variables or files instead"
             )
         self._cache = cache
-        self._sizes: Recent[str, int] = Recent(16384)
-        self._listings: Recent[str, list[str]] = Recent(4096)
-        # By process: those inherited over a fork are kept, since closing them would reach for a thread that is gone.
+        self._sizes: LruCache[str, int] = LruCache(16384)
+        self._listings: LruCache[str, list[str]] = LruCache(4096)
+        # By process. Those inherited over a fork stay referenced: closing them would reach for a thread that is gone.
         self._systems: dict[int, tuple[fsspec.AbstractFileSystem, str]] = {}
         try:
             fsspec.get_filesystem_class(self._protocol)
@@ -187,30 +186,31 @@ class RemoteFolder:
 
     def open(self, key: str, *, size_first: bool = False) -> io.BufferedIOBase:
         """See :class:`Files`."""
-        for each in _spellings(key):
+        for spelling in _spellings(key):
             with contextlib.suppress(FileNotFoundError):
-                return self._open(each, size_first)
+                return self._open(spelling, size_first)
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.name_of(key))
 
     def _open(self, key: str, size_first: bool) -> io.BufferedIOBase:
         name = self.name_of(key)
         data = self._cache.get(name) if self._cache else None
-        if data is None:
-            # Small files need no question about their size.
-            if not size_first and key not in self._sizes:
-                data = self._fetch(key, 0, _WHOLE_BYTES)
-            if data is None or len(data) == _WHOLE_BYTES:
-                size = self._size(key)
-                if size is None:  # the server does not say
-                    data = self._fetch(key, 0, _WHOLE_BYTES) if data is None else data
-                    if len(data) < _WHOLE_BYTES:
-                        return io.BytesIO(data)
-                    raise VideoError(f"{name}: the server does not tell its size, which {_LARGE} need; {_CURE}")
-                if size > _WHOLE_BYTES:
-                    return RangedFile(lambda start, end: self._fetch(key, start, end, exact=True), size)
-                data = self._fetch(key, 0, size, exact=True) if size else b""
-            if self._cache:
-                self._cache.put(name, data)
+        if data is not None:
+            return io.BytesIO(data)
+        # A small file is one request: nobody asks for its size first. What fills the whole buffer may be longer.
+        if not size_first and key not in self._sizes:
+            data = self._fetch(key, 0, _WHOLE_BYTES)
+        if data is None or len(data) == _WHOLE_BYTES:
+            size = self._size(key)
+            if size is None:  # the server does not say
+                data = self._fetch(key, 0, _WHOLE_BYTES) if data is None else data
+                if len(data) < _WHOLE_BYTES:
+                    return io.BytesIO(data)
+                raise VideoError(f"{name}: the server does not tell its size, which {_LARGE} need; {_CURE}")
+            if size > _WHOLE_BYTES:
+                return RangedFile(lambda start, end: self._fetch(key, start, end, exact=True), size)
+            data = self._fetch(key, 0, size, exact=True) if size else b""
+        if self._cache:
+            self._cache.put(name, data)
         return io.BytesIO(data)
 
     def name_of(self, key: str) -> str:
@@ -219,14 +219,14 @@ class RemoteFolder:
 
     def names(self, folder: str) -> list[str]:
         """See :class:`Files`."""
-        known = self._listings.get(folder)
-        if known is None:
-            found = list[str]()
-            for each in _spellings(folder):
+        names = self._listings.get(folder)
+        if names is None:
+            paths = list[str]()
+            for spelling in _spellings(folder):
                 with contextlib.suppress(FileNotFoundError):
-                    found = found or self._request(each, lambda system, path: system.ls(path, detail=False))
-            known = self._listings.put(folder, [path.rstrip("/").rpartition("/")[2] for path in found])
-        return known
+                    paths = paths or self._request(spelling, lambda system, path: system.ls(path, detail=False))
+            names = self._listings.put(folder, [path.rstrip("/").rpartition("/")[2] for path in paths])
+        return names
 
     def _size(self, key: str) -> int | None:
         size = self._sizes.get(key)
@@ -252,37 +252,36 @@ class RemoteFolder:
 
         return self._request(key, get)
 
-    def _request(self, key: str, ask: Callable[[fsspec.AbstractFileSystem, str], Any]) -> Any:
-        """What ``ask`` returns, tried again where that can help."""
+    def _request(self, key: str, send: Callable[[fsspec.AbstractFileSystem, str], Any]) -> Any:
+        """The result of ``send``, tried again where that can help."""
         name = self.name_of(key)
         for attempt in range(_TRIES):
             try:
-                system, prefix = self._system()
-                return ask(system, f"{prefix}/{key}")
+                system, prefix = self._connect()
+                return send(system, f"{prefix}/{key}")
             except Exception as error:  # every file system raises its own kinds
-                fault = _Fault(error)
-            if fault.is_empty_object:
+                fault = _diagnose(error)
+            if fault.code == "InvalidRange" or fault.status == 416:  # an empty object has no first byte
                 return b""
             if fault.is_missing:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
             if fault.is_final:
                 break
             if attempt + 1 < _TRIES:
-                # Workers that were refused together should not come back together.
+                # Jitter: workers that were refused together should not come back together.
                 time.sleep(_PAUSE * 2**attempt * random.SystemRandom().uniform(0.5, 1))
         tries = "" if fault.is_final else f" in {_TRIES} tries"
-        raise (StorageError if fault.is_hopeless else VideoError)(f"{name}: {fault.what}{tries} ({fault.code})")
+        raise fault.kind(f"{name}: {fault.reason}{tries} ({fault.label})")
 
-    def _system(self) -> tuple[fsspec.AbstractFileSystem, str]:
+    def _connect(self) -> tuple[fsspec.AbstractFileSystem, str]:
         """This process's file system, and the root's path in it."""
-        known = self._systems.get(os.getpid())
-        if known is None:
-            known = fsspec.core.url_to_fs(self._uri, skip_instance_cache=True, **_options(self._protocol))
-            known[0].retries = 1  # s3fs would repeat what is repeated here
+        if os.getpid() not in self._systems:
+            system, prefix = fsspec.core.url_to_fs(self._uri, skip_instance_cache=True, **_options(self._protocol))
+            system.retries = 1  # s3fs would repeat what is repeated here
             if self._protocol in ("s3", "s3a"):
-                known[0].s3.meta.events.register("after-call.s3.GetObject", _require_range)
-            self._systems[os.getpid()] = known
-        return known
+                system.s3.meta.events.register("after-call.s3.GetObject", _require_range)
+            self._systems[os.getpid()] = system, prefix
+        return self._systems[os.getpid()]
 
 
 class RangedFile(io.BufferedIOBase):
@@ -295,7 +294,7 @@ class RangedFile(io.BufferedIOBase):
     def __init__(self, fetch: Callable[[int, int], bytes], size: int) -> None:
         self._cache = ReadAheadCache(_AHEAD_BYTES, fetch, size)
         self._size = size
-        self._at = 0
+        self._position = 0
         self.failure: Exception | None = None
 
     def readable(self) -> bool:
@@ -307,23 +306,24 @@ class RangedFile(io.BufferedIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Go to ``offset`` bytes from the start, the current place or the end."""
-        self._at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence])
-        return self._at
+        """Move to ``offset`` bytes from the start, the current position or the end."""
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = max(0, offset + base)
+        return self._position
 
     def tell(self) -> int:
-        """The current place."""
-        return self._at
+        """The current position."""
+        return self._position
 
     def read(self, size: int | None = -1) -> bytes:
-        """The next ``size`` bytes, or all that are left."""
-        end = self._size if size is None or size < 0 else self._at + size
+        """Read ``size`` bytes, or all that are left."""
+        end = self._size if size is None or size < 0 else self._position + size
         try:
-            data: bytes = self._cache._fetch(self._at, end)
+            data: bytes = self._cache._fetch(self._position, end)
         except Exception as error:
             self.failure = error
             raise
-        self._at += len(data)
+        self._position += len(data)
         return data
 
 
@@ -333,13 +333,13 @@ class RangedFile(io.BufferedIOBase):
 
 
 class _TruncatedError(Exception):
-    """Fewer bytes came than were promised."""
+    """Fewer bytes than the size of the object."""
 
 
 class _NoRangesError(Exception):
-    """A part of a large file was asked for, and the server sends all of it."""
+    """The server sends all of a large file instead of the requested range."""
 
-    status = 200
+    status = 200  # read by _code_and_status
 
 
 _LARGE = f"files above {_WHOLE_BYTES >> 20} MB"
@@ -347,7 +347,7 @@ _CURE = "copy the file to a disk, or keep it there in chunks (tools/chunk_videos
 
 
 def _require_range(parsed: dict[str, Any], **_: Any) -> None:
-    """Refuse an answer of S3 with a whole large object, before its content is read; all requests ask for a range."""
+    # All requests name a range. A server that ignores it is refused before gigabytes are read into memory.
     if parsed["ResponseMetadata"].get("HTTPStatusCode") == 200 and parsed.get("ContentLength", 0) > _WHOLE_BYTES:
         raise _NoRangesError
 
@@ -386,7 +386,7 @@ _NO_CONNECTION = {
     "TimeoutError",
     "gaierror",
 }
-_HALF_AN_ANSWER = {
+_PARTIAL_RESPONSE = {
     "_TruncatedError",
     "ClientPayloadError",
     "IncompleteRead",
@@ -419,40 +419,45 @@ _PASSING_CODES = {"SlowDown", "RequestTimeout", "InternalError", "ServiceUnavail
 _PASSING_STATUS = {408, 425, 429}
 
 
-class _Fault:
-    """What a failed request means, told from its type, its error code and its status, never from its message."""
+class _Fault(NamedTuple):
+    """The meaning of a failed request."""
 
-    def __init__(self, error: Exception) -> None:
-        kinds = {kind.__name__ for kind in type(error).__mro__}
-        code, status = _code_and_status(error)
-        self.code = ", ".join(part for part in (code, status and f"HTTP {status}") if part) or type(error).__name__
-        passing = code in _PASSING_CODES or status in _PASSING_STATUS or status >= 500
-        self.is_empty_object = code == "InvalidRange" or status == 416
-        self.is_missing = isinstance(error, FileNotFoundError) and code != "NoSuchBucket"
-        self.is_missing |= status == 404 and code != "NoSuchBucket"
-        # Nothing else read from here would fare better.
-        self.is_hopeless = True
-        self.is_final = True
-        if isinstance(error, _NoRangesError):
-            self.is_hopeless = False
-            self.what = f"the server ignores byte ranges, which {_LARGE} need; {_CURE}"
-        elif code == "NoSuchBucket":
-            self.what = "no such bucket"
-        elif kinds & _NO_CREDENTIALS:
-            self.what = "no credentials were found"
-        elif code in _BAD_CREDENTIALS or status == 401:
-            self.what = "the credentials have expired or are not valid"
-        elif status == 403 or "PermissionError" in kinds:
-            self.what = "access denied; S3 also says so of a missing file where listing is not allowed"
-        elif not status and kinds & _NO_CONNECTION and not kinds & _HALF_AN_ANSWER:
-            self.what, self.is_final = "the server cannot be reached", False
-        else:
-            self.is_hopeless = False
-            self.is_final = not (passing or kinds & _HALF_AN_ANSWER)
-            if kinds & _HALF_AN_ANSWER:
-                self.what = "the server sent only a part of the file"
-            else:
-                self.what = "the server failed" if passing else "cannot be read"
+    code: str  # the service's error code, '' if there is none
+    status: int  # of HTTP, 0 if there is none
+    label: str  # code and status, for messages
+    reason: str
+    kind: type[UserError]
+    is_missing: bool
+    is_final: bool  # another try would fare no better
+
+
+def _diagnose(error: Exception) -> _Fault:
+    """Classify an error by its type, its code and its status, never by its message."""
+    types = {base.__name__ for base in type(error).__mro__}
+    code, status = _code_and_status(error)
+    label = ", ".join(part for part in (code, status and f"HTTP {status}") if part) or type(error).__name__
+    is_missing = code != "NoSuchBucket" and (isinstance(error, FileNotFoundError) or status == 404)
+    is_passing = code in _PASSING_CODES or status in _PASSING_STATUS or status >= 500
+    # StorageError: nothing else read from here would fare better, so the run stops. VideoError costs one clip.
+    kind: type[UserError] = StorageError
+    is_final = True
+    if isinstance(error, _NoRangesError):
+        reason, kind = f"the server ignores byte ranges, which {_LARGE} need; {_CURE}", VideoError
+    elif code == "NoSuchBucket":
+        reason = "no such bucket"
+    elif types & _NO_CREDENTIALS:
+        reason = "no credentials were found"
+    elif code in _BAD_CREDENTIALS or status == 401:
+        reason = "the credentials have expired or are not valid"
+    elif status == 403 or "PermissionError" in types:
+        reason = "access denied; S3 also says so of a missing file where listing is not allowed"
+    elif types & _PARTIAL_RESPONSE:
+        reason, kind, is_final = "the server sent only a part of the file", VideoError, False
+    elif not status and types & _NO_CONNECTION:
+        reason, is_final = "the server cannot be reached", False
+    else:
+        reason, kind, is_final = "the server failed" if is_passing else "cannot be read", VideoError, not is_passing
+    return _Fault(code, status, label, reason, kind, is_missing, is_final)
 
 
 def _code_and_status(error: BaseException) -> tuple[str, int]:
@@ -478,7 +483,7 @@ def _call(system: fsspec.AbstractFileSystem, method: str, *args: Any, **named: A
 
 
 def _options(protocol: str) -> dict[str, Any]:
-    """Settings that fsspec's own configuration (files, FSSPEC_S3_... variables) may add to or replace."""
+    # fsspec's own configuration (files, FSSPEC_S3_... variables) adds to these or replaces them.
     if protocol in ("http", "https"):
         theirs = fsspec.config.conf.get(protocol, {}).get("client_kwargs", {})
         return {"client_kwargs": {"response_class": _http_response(), **theirs}}
@@ -494,12 +499,12 @@ def _options(protocol: str) -> dict[str, Any]:
 
 
 # --------------------------------------------------------------------------------------------------
-# Memories
+# Caches
 # --------------------------------------------------------------------------------------------------
 
 
-class Recent(Generic[Key, Value]):
-    """A memory of the ``size`` entries used last."""
+class LruCache(Generic[Key, Value]):
+    """A dictionary of the ``size`` entries used last."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -512,13 +517,13 @@ class Recent(Generic[Key, Value]):
         return len(self._entries)
 
     def get(self, key: Key) -> Value | None:
-        """What was put there, if it is still known."""
+        """The value of ``key``, None if it is not there or no longer."""
         if key in self._entries:
             self._entries.move_to_end(key)
         return self._entries.get(key)
 
     def put(self, key: Key, value: Value) -> Value:
-        """Remember ``value`` and return it."""
+        """Set and return the value of ``key``."""
         self._entries[key] = value
         self._entries.move_to_end(key)
         if len(self._entries) > self._size:
@@ -527,17 +532,17 @@ class Recent(Generic[Key, Value]):
 
 
 class LocalCache:
-    """Whole objects in a folder of the local disk, those used longest ago removed beyond ``gigabytes``.
+    """Whole objects in a folder of the local disk; beyond ``gigabytes`` the least recently used are removed.
 
     Any number of processes may share a folder: files appear by being renamed, and are named by a hash, so that no
-    key leads out of it. Each process measures the folder anew when it has written 1 % of the limit. Where the disk
-    is full the process goes on without the cache. Raises :class:`UserError` if the folder cannot be made.
+    key leads out of it. Where the disk is full the process goes on without the cache. Raises :class:`UserError` if the
+    folder cannot be made.
     """
 
     def __init__(self, folder: str | Path, gigabytes: float) -> None:
         self._folder = Path(folder)
         self._limit = gigabytes * 1e9
-        self._unmeasured = self._limit
+        self._unmeasured = self._limit  # bytes written since the folder was last measured
         self._usable = True
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -545,55 +550,50 @@ class LocalCache:
             raise UserError(f"data.cache={folder}: cannot be made: {error.strerror}") from error
 
     def get(self, name: str) -> bytes | None:
-        """The object called ``name``, if it is here and complete."""
+        """The object called ``name``, None if it is not here or incomplete."""
         path = self._path(name)
         try:
             data = path.read_bytes()
             os.utime(path)
         except OSError:
             return None
-        # The length stands at the end: a power cut can leave a renamed file without its content.
         end = len(data) - _LENGTH_BYTES
         return data[:end] if end >= 0 and int.from_bytes(data[end:], "little") == end else None
 
     def put(self, name: str, data: bytes) -> None:
-        """Keep ``data`` under ``name``."""
+        """Store ``data`` under ``name``."""
         if not self._usable or len(data) > self._limit:
             return
-        path, temporary = self._path(name), None
+        path = self._path(name)
         try:
             path.parent.mkdir(exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix="part-", delete=False) as file:
-                temporary = file.name
-                file.write(data)
-                file.write(len(data).to_bytes(_LENGTH_BYTES, "little"))
-            os.replace(temporary, path)
+            with atomic_write(path) as temporary:
+                # The length is stored behind the data: a power cut can leave a renamed file without its content.
+                temporary.write_bytes(data + len(data).to_bytes(_LENGTH_BYTES, "little"))
             self._unmeasured += len(data)
+            # Every process measures for itself, and seldom: listing the folder takes longer than writing a file.
             if self._unmeasured > self._limit / 100:
                 self._tidy()
         except OSError as error:
             self._usable = False
             log.warning("data.cache=%s: not used any further: %s", self._folder, error.strerror)
-            if temporary:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary)
 
     def _path(self, name: str) -> Path:
-        digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
+        digest = content_hash(name)
         return self._folder / digest[:2] / digest
 
     def _tidy(self) -> None:
-        """Remove what was used longest ago, and what killed processes left half-written."""
-        found = []
+        """Remove the least recently used files, and what killed processes left half-written."""
+        entries = []
         for path in self._folder.glob("??/*"):
             with contextlib.suppress(FileNotFoundError):  # another process tidies as well
-                about = path.stat()
-                if not path.name.startswith("part-"):
-                    found.append((about.st_mtime, about.st_size, path))
-                elif about.st_mtime < time.time() - 3600:
+                status = path.stat()
+                if not path.name.startswith(UNFINISHED_PREFIX):
+                    entries.append((status.st_mtime, status.st_size, path))
+                elif status.st_mtime < time.time() - 3600:
                     path.unlink()
-        total = sum(size for _, size, _ in found)
-        for _, size, path in sorted(found):
+        total = sum(size for _, size, _ in entries)
+        for _, size, path in sorted(entries):
             if total <= self._limit:
                 break
             path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Videos below a root: where each one is, clips that cross the borders of its chunks, windows that slide over them."""
+"""Videos below a root: their layouts, clips that cross the borders of chunks, and sliding windows."""
 
 from __future__ import annotations
 
@@ -16,35 +16,33 @@ import numpy as np
 from egohod.data import containers
 from egohod.data.decoders import Decoder, Opener, choose_decoder
 from egohod.data.frames import MIN_SECONDS, clip_indices, frame_times
-from egohod.data.storage import LocalCache, Recent, Source, StorageError, VideoError, open_root
+from egohod.data.storage import LocalCache, LruCache, StorageError, VideoError, VideoFile, open_root
 from egohod.errors import UserError
 
-__all__ = ["VideoError", "VideoStore", "read_clip"]
+__all__ = ["Frames", "VideoError", "VideoStore", "list_videos", "read_clip", "sliding_windows", "window_spans"]
 
 log = logging.getLogger(__name__)
 
 LAYOUTS = ("chunks", "avion", "whole")
-ENDINGS = tuple(each for ending in containers.ENDINGS for each in (ending, ending.upper()))
-# These two are looked for in every layout and tree; all others only when a video is not found by them, since each look
+ENDINGS = tuple(spelling for ending in containers.ENDINGS for spelling in (ending, ending.upper()))
+# Looked for in every layout and tree; all other endings only for a video that is not there with these, since each look
 # costs a request on a remote root.
 _USUAL_ENDINGS = (".mp4", ".MP4")
 # Rules whose loaders widen short clips of chunks; AVION's and LaViLa's widen none.
 _WIDENING_RULES = ("middle", "upstream")
-# A chunk's length may differ from chunk_seconds by a frame and this many seconds without a word; ...
+# A chunk's length may differ from chunk_seconds by a frame and this much without a warning ...
 _EXACT_SECONDS = 0.1
-# ... by this share of it, and at most so many seconds, with a warning: chunks that were cut at key frames.
+# ... and by this share of it, at most so many seconds, with a warning: chunks that were cut at key frames.
 _INEXACT_SHARE, _INEXACT_SECONDS = 0.1, 2.0
-# So many of the places where a missing video was looked for are named.
-_NAMED = 6
+# The error for a missing video names at most so many of the places where it was looked for.
+_MAX_NAMED = 6
 
 
 class _Tree(NamedTuple):
-    """Where a data set keeps its videos below the folder that one downloads it to."""
+    """The folders in which a data set is published."""
 
-    ids: re.Pattern[str]
-    """Which ids are the data set's."""
-    path: str
-    """A video's path below the root without its ending, made of the groups of ``ids``."""
+    ids: re.Pattern[str]  # which video ids are the data set's
+    path: str  # below the root, without the ending, made of the groups of ``ids``
     layouts: tuple[str, ...] = ("whole",)
 
 
@@ -53,11 +51,10 @@ _EGO4D = re.compile(r"(?P<video>[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})")
 _EGTEA_CLIP = re.compile(r"(?:[^/]+/)?(?P<video>(?P<session>[A-Z]+\d\d-R\d\d-\w+)-\d+-\d+-F\d+-F\d+)")
 _EGTEA_SESSION = re.compile(r"(?P<video>[A-Z]+\d\d-R\d\d-\w+)")
 _CHARADES = re.compile(r"(?P<video>[0-9A-Z]{5}(?:EGO)?)")
-# In the order in which they are looked for. Patterns keep the list short for any one video: those of no data set here
-# cost nothing more than the root itself.
+# In search order. The patterns keep the list short for any one video: ids of no data set cost the root's look alone.
 TREES = (
     _Tree(re.compile(r"(?P<video>.+)", re.DOTALL), "{video}", LAYOUTS),
-    # In every layout, since tools/chunk_videos.py and AVION's script keep the folders of what they cut: chunks of the
+    # In every layout, because tools/chunk_videos.py and AVION's script keep the folders of what they cut. Chunks of the
     # other data sets are below one folder, which can be the root.
     _Tree(_EPIC, "{person}/videos/{video}", LAYOUTS),
     _Tree(_EPIC, "{person}/{video}", LAYOUTS),
@@ -77,31 +74,37 @@ TREES = (
 
 
 class Frames(NamedTuple):
-    """Pictures of a clip and when each is on display."""
+    """Frames of a clip and when each is on display."""
 
     pictures: np.ndarray
     """uint8 RGB [T, H, W, 3]."""
     seconds: np.ndarray
-    """float64 [T], from the start of the video: the middle of the time that each is on display."""
+    """float64 [T], from the start of the video: the middle of each frame's time on display."""
     numbers: np.ndarray
     """int64 [T], counted from the start of the video at the file's average rate."""
 
 
-class _Place(NamedTuple):
+class _Form(NamedTuple):
+    """One way in which videos may be stored; ``_Location`` is a video stored that way."""
+
+    tree: _Tree
+    layout: str
+    ending: str
+
+
+class _Location(NamedTuple):
     """Where one video is."""
 
     layout: str
-    path: str
-    """Below the root, without the ending."""
+    path: str  # below the root, without the ending
     ending: str
-    seconds: float
-    """Length of a chunk."""
+    seconds: float  # length of a chunk
+    # (start, file name) of chunks that do not start at multiples of ``seconds``.
     listed: tuple[tuple[float, str], ...] | None = None
-    """The chunks that start at other seconds than multiples of ``seconds``: their starts and file names."""
 
     @property
     def folder(self) -> str:
-        """Where the chunks are."""
+        """The folder of the chunks."""
         return f"{self.path}{self.ending}" if self.layout == "avion" else self.path
 
     def chunk(self, second: float) -> int:
@@ -110,7 +113,7 @@ class _Place(NamedTuple):
             return 0
         if self.listed is None:
             return int(second // self.seconds)
-        return max(0, bisect.bisect_right(self.listed, second, key=lambda each: each[0]) - 1)
+        return max(0, bisect.bisect_right(self.listed, second, key=lambda chunk: chunk[0]) - 1)
 
     def start(self, number: int) -> float:
         """The second at which a chunk begins."""
@@ -128,40 +131,28 @@ class _Place(NamedTuple):
             return f"{self.path}{self.ending}"
         if self.listed is not None:
             return f"{self.folder}/{self.listed[number][1]}"
-        # Chunks are called by their number, AVION's by the second they start at.
+        # Our chunks are named by their number, AVION's by the second they start at.
         name = f"{number:04d}" if self.layout == "chunks" else f"{number * self.seconds:.10g}"
         return f"{self.folder}/{name}{self.ending}"
 
-    def start_of(self, name: str) -> float | None:
-        """The second at which the chunk in the file ``name`` begins, None if it is no chunk."""
-        stem, dot, ending = name.rpartition(".")
-        if dot + ending not in ENDINGS:
-            return None
-        if self.layout == "chunks":
-            return int(stem) * self.seconds if stem.isdecimal() else None
-        return float(stem) if stem.replace(".", "", 1).isdecimal() else None
-
-
-class _Form(NamedTuple):
-    """One way in which videos may be kept."""
-
-    tree: _Tree
-    layout: str
-    ending: str
-
-    def place(self, video: str, chunk_seconds: float) -> _Place | None:
-        """Where a video would be, None if it is of another data set."""
-        found = self.tree.ids.fullmatch(video)
-        return found and _Place(self.layout, self.tree.path.format(**found.groupdict()), self.ending, chunk_seconds)
+    def list_chunks(self, names: Sequence[str]) -> tuple[tuple[float, str], ...]:
+        """(start, name) of the files ``names`` that are chunks, in order."""
+        chunks = list[tuple[float, str]]()
+        for name in names:
+            stem, dot, ending = name.rpartition(".")
+            digits = stem if self.layout == "chunks" else stem.replace(".", "", 1)
+            if dot + ending in ENDINGS and digits.isdecimal():
+                chunks.append((int(stem) * self.seconds if self.layout == "chunks" else float(stem), name))
+        return tuple(sorted(chunks))
 
 
 class _UnevenChunksError(Exception):
-    """A video whose chunks are named by the second at which they start, but do not start every chunk_seconds."""
+    """Chunks named by the second at which they start that do not start every chunk_seconds."""
 
 
 def read_clip(
     opener: Opener,
-    source: Source,
+    file: VideoFile,
     name: str,
     start: float,
     end: float,
@@ -169,19 +160,16 @@ def read_clip(
     rng: np.random.Generator | None = None,
     rule: str = "middle",
 ) -> Frames:
-    """``num_frames`` frames of [start, end) seconds of one file.
+    """Read ``num_frames`` frames of [start, end) seconds of one file; messages call it ``name``.
 
-    ``name`` is what messages call the file; see :meth:`VideoStore.read`.
+    See :meth:`VideoStore.read` for the other arguments and the errors.
     """
-    decoder = opener(source, name)
-    try:
+    with contextlib.closing(opener(file, name)) as decoder:
         if start >= decoder.duration:
             raise VideoError(f"{name}: the clip begins at {start:.2f} s, the video ends at {decoder.duration:.2f} s")
         numbers = clip_indices(start, end, decoder.duration, decoder.fps, num_frames, rng, rule)
         seconds = frame_times(numbers, decoder.fps)
         return Frames(decoder.read_at(seconds), seconds, numbers)
-    finally:
-        decoder.close()
 
 
 class VideoStore:
@@ -190,7 +178,7 @@ class VideoStore:
     Layouts: ``whole`` is ``root/<video>.mp4``; ``chunks`` is ``root/<video>/<0000>.mp4`` with the number of the chunk,
     each ``chunk_seconds`` long; ``avion`` is ``root/<video>.mp4/<0>.mp4`` with the second at which the chunk starts.
     ``auto`` takes for each video what is there. In each layout the folders in which data sets are published (``TREES``)
-    are looked in as well. ``cache`` keeps files of a remote root.
+    are searched as well. ``cache`` keeps files of a remote root.
 
     Clips are widened to ``min_clip_seconds``; None widens those in chunks to a second, unless ``rule`` is that of a
     loader that does not, and leaves those in whole files as they are.
@@ -207,7 +195,7 @@ class VideoStore:
         cache: LocalCache | None = None,
         min_clip_seconds: float | None = None,
     ) -> None:
-        # They may come from a file of features or results, which was damaged.
+        # Checked here too, because they may come from a damaged file of features or results.
         if layout not in ("auto", *LAYOUTS) or not 0 < chunk_seconds < np.inf:
             raise UserError(
                 f"{root}: no layout {layout!r} with chunks of {chunk_seconds} s; see data.train.NAME.layout"
@@ -218,23 +206,22 @@ class VideoStore:
         self._min_clip_seconds = min_clip_seconds
         self._opener = opener
         layouts = LAYOUTS if layout == "auto" else (layout,)
-        usual = [
-            _Form(tree, each, ending)
+        self._forms = [
+            _Form(tree, candidate, ending)
             for tree in TREES
-            for each in LAYOUTS
-            if each in layouts and each in tree.layouts
+            for candidate in layouts
+            if candidate in tree.layouts
             for ending in _USUAL_ENDINGS
         ]
-        others = [ending for ending in ENDINGS if ending not in _USUAL_ENDINGS]
-        kinds: tuple[str, ...] = ("whole", "chunks")
-        if self._files.costly:
-            others, kinds = [ending for ending in others if ending.islower()], ("whole",)
-        rare = [_Form(TREES[0], each, ending) for each in kinds if each in layouts for ending in others]
-        self._forms = usual + rare
-        self._place_of: Recent[str, _Place] = Recent(65536)
-        self._nowhere: Recent[str, str] = Recent(65536)
-        self._last_of: Recent[str, int] = Recent(65536)
-        self._warned = False
+        rare = [ending for ending in ENDINGS if ending not in _USUAL_ENDINGS]
+        rare_layouts: tuple[str, ...] = ("whole", "chunks")
+        if self._files.is_remote:  # fewer guesses where each one is a request
+            rare, rare_layouts = [ending for ending in rare if ending.islower()], ("whole",)
+        self._forms += [_Form(TREES[0], kind, ending) for kind in rare_layouts if kind in layouts for ending in rare]
+        self._locations: LruCache[str, _Location] = LruCache(65536)
+        self._missing: LruCache[str, str] = LruCache(65536)  # video -> the error that names where it was looked for
+        self._last_chunks: LruCache[str, int] = LruCache(65536)
+        self._has_warned = False
 
     def read(
         self,
@@ -245,61 +232,57 @@ class VideoStore:
         rng: np.random.Generator | None = None,
         rule: str = "middle",
     ) -> Frames:
-        """``num_frames`` frames of [start, end) seconds, one per equal segment.
+        """Read ``num_frames`` frames of [start, end) seconds, one per equal segment.
 
         See :func:`~egohod.data.frames.clip_indices` for ``rng`` and ``rule``. A clip that runs beyond the video's end
         is cut there; one that begins beyond it, a file that cannot be read, or a chunk that is not ``chunk_seconds``
         long raises :class:`VideoError`. Storage that cannot be used at all raises
         :class:`~egohod.data.storage.StorageError`.
         """
-        video = self._checked(video_id)
-        with self._naming(video):
-            place, source = self._find(video, start)
+        with self._checked(video_id) as video:
+            place, file = self._find(video, start)
             end = self._widened(place, start, end, rule)
             if place.layout == "whole":
-                return read_clip(self._opener, source, self._name(place, 0), start, end, num_frames, rng, rule)
+                return read_clip(self._opener, file, self._name(place, 0), start, end, num_frames, rng, rule)
             try:
-                return self._read_chunks(place, source, start, end, num_frames, rng, rule)
+                return self._read_chunks(place, file, start, end, num_frames, rng, rule)
             except _UnevenChunksError:
-                place, source = self._open_listed(video, place, start)
-                return self._read_chunks(place, source, start, end, num_frames, rng, rule)
+                # The same video again, with its chunks as they are named.
+                place = self._locations.put(video, place._replace(listed=self._list_chunks(place)))
+                file = self._open(place, place.chunk(start))
+                return self._read_chunks(place, file, start, end, num_frames, rng, rule)
 
     def end_of(self, video_id: str, start: float, end: float, rule: str = "middle") -> float:
         """The end of a clip as :meth:`read` takes it: later than ``end`` if a short clip is widened.
 
         Raises as :meth:`read` does.
         """
-        video = self._checked(video_id)
-        place = self._place_of.get(video)
-        with self._naming(video):
-            return self._widened(place or self._find(video, start)[0], start, end, rule)
+        with self._checked(video_id) as video:
+            return self._widened(self._locations.get(video) or self._find(video, start)[0], start, end, rule)
 
-    def locate(self, video_id: str, start: float, end: float | None = None) -> list[Source]:
+    def locate(self, video_id: str, start: float, end: float | None = None) -> list[VideoFile]:
         """The files in which a clip begins and, where it is another one, ends; without ``end`` the former.
 
         Nothing is decoded unless chunks have to be measured. Raises as :meth:`read` does.
         """
-        video = self._checked(video_id)
-        with self._naming(video):
-            place, source = self._find(video, start)
+        with self._checked(video_id) as video:
+            place, file = self._find(video, start)
             first = place.chunk(start)
             last = first if end is None or np.isinf(end) else place.chunk(np.nextafter(end, start))
             if last > first:
                 with contextlib.suppress(FileNotFoundError):  # a clip may end beyond the video
-                    return [source, self._open(place, last)]
-            return [source]
+                    return [file, self._open(place, last)]
+            return [file]
 
     def read_file(self, video_id: str, numbers: Callable[[int], np.ndarray]) -> np.ndarray:
-        """Frames of a video that is one whole file, uint8 [..., H, W, 3].
+        """Read frames of a video that is one whole file, uint8 [..., H, W, 3].
 
-        ``numbers`` gives the numbers of the frames, int64 [...], for the number of frames that there are; higher ones
-        are black frames. Raises as :meth:`read` does.
+        ``numbers`` maps the count of frames to the wanted frame numbers, int64 [...]; numbers beyond it are black
+        frames. Raises as :meth:`read` does.
         """
-        video = self._checked(video_id)
-        with self._naming(video):
-            place, source = self._find(video, 0.0, ("whole",))
-            decoder = self._opener(source, self._name(place, 0))
-            try:
+        with self._checked(video_id) as video:
+            place, file = self._find(video, 0.0, ("whole",))
+            with contextlib.closing(self._opener(file, self._name(place, 0))) as decoder:
                 total = max(1, round(decoder.duration * decoder.fps))
                 wanted = numbers(total)
                 # A frame that is shown several times, as where windows overlap, is decoded once.
@@ -307,31 +290,25 @@ class VideoStore:
                 pictures = decoder.read_at(frame_times(distinct, decoder.fps))[row.reshape(wanted.shape)]
                 pictures[wanted >= total] = 0
                 return pictures
-            finally:
-                decoder.close()
 
-    def _checked(self, video_id: str) -> str:
+    @contextlib.contextmanager
+    def _checked(self, video_id: str) -> Iterator[str]:
+        """The id as a path below the root; within, errors of the file system name the video."""
         path = PurePosixPath(video_id)
         if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in video_id:
             raise VideoError(f"video id '{video_id}' leads out of {self.root}")
-        return str(path)
-
-    @contextlib.contextmanager
-    def _naming(self, video: str) -> Iterator[None]:
-        """Name the video in errors of the file system: a name too long, a folder that may not be entered."""
         try:
-            yield
-        except OSError as error:
-            raise VideoError(f"{self._files.name_of(video)}: cannot be read: {error.strerror or error}") from error
+            yield str(path)
+        except OSError as error:  # a name too long, a folder without permission
+            raise VideoError(f"{self._files.name_of(str(path))}: cannot be read: {error.strerror or error}") from error
 
-    def _name(self, place: _Place, number: int) -> str:
+    def _name(self, place: _Location, number: int) -> str:
         return self._files.name_of(place.key(number))
 
-    def _open(self, place: _Place, number: int) -> Source:
+    def _open(self, place: _Location, number: int) -> VideoFile:
         return self._files.open(place.key(number), size_first=place.layout == "whole")
 
-    def _widened(self, place: _Place, start: float, end: float, rule: str) -> float:
-        """The end of a clip that may be too short."""
+    def _widened(self, place: _Location, start: float, end: float, rule: str) -> float:
         least = self._min_clip_seconds
         if least is None:
             least = MIN_SECONDS if place.layout != "whole" and rule in _WIDENING_RULES else 0.0
@@ -341,74 +318,68 @@ class VideoStore:
     # Where a video is
     # ----------------------------------------------------------------------------------------------
 
-    def _find(self, video: str, second: float, layouts: Sequence[str] = LAYOUTS) -> tuple[_Place, Source]:
+    def _find(self, video: str, second: float, layouts: Sequence[str] = LAYOUTS) -> tuple[_Location, VideoFile]:
         """Where a video is, and the file that holds a second of it."""
-        known = self._place_of.get(video)
-        if known is not None and known.layout in layouts:
+        cached = self._locations.get(video)
+        if cached is not None and cached.layout in layouts:
             with contextlib.suppress(FileNotFoundError):
-                return known, self._open(known, known.chunk(second))
-        if (why := self._nowhere.get(video)) is not None:
-            raise VideoError(why)
-        for form, place in self._candidates(video, layouts):
+                return cached, self._open(cached, cached.chunk(second))
+        if (reason := self._missing.get(video)) is not None:
+            raise VideoError(reason)
+        candidates = [
+            (form, _Location(form.layout, form.tree.path.format(**match.groupdict()), form.ending, self._chunk_seconds))
+            for form in self._forms
+            if form.layout in layouts and (match := form.tree.ids.fullmatch(video))
+        ]
+        for form, place in candidates:
             try:
-                source = self._open(place, place.chunk(second))
+                file = self._open(place, place.chunk(second))
             except FileNotFoundError:
                 continue
-            # Elsewhere than on a disk a wrong guess costs a round trip, and the next video is most likely where this
-            # one is. On a disk the order stays fixed: what is found must not depend on what was read before.
-            if self._files.costly:
-                self._forms.sort(key=lambda each: each != form)
-            return self._place_of.put(video, place), source
-        return self._find_uneven(video, second, layouts)
-
-    def _candidates(self, video: str, layouts: Sequence[str]) -> Iterator[tuple[_Form, _Place]]:
-        for form in [form for form in self._forms if form.layout in layouts]:
-            place = form.place(video, self._chunk_seconds)
-            if place is not None:
-                yield form, place
-
-    def _find_uneven(self, video: str, second: float, layouts: Sequence[str]) -> tuple[_Place, Source]:
-        """A video of which no file has the expected name: in chunks of another length, or not there at all."""
-        places = list(dict.fromkeys(place for _, place in self._candidates(video, layouts)))
-        for place in places:
-            chunks = self._listed(place) if place.layout != "whole" else ()
-            if not chunks:
-                continue
-            near = place._replace(listed=chunks)
-            # By its name the chunk that holds the second, if it is long enough; of numbered ones, one that tells the
-            # length of all.
-            number = near.chunk(second) if place.layout == "avion" else 0
-            source = self._open(near, number)
-            decoder = self._opener(source, self._name(near, number))
-            duration = decoder.duration
-            decoder.close()
-            if place.layout == "avion" and near.start(number) <= second < near.start(number) + duration:
-                return self._place_of.put(video, near), source
-            if place.layout == "chunks" and duration > place.seconds + _tolerance(place.seconds):
-                raise self._wrong_length(place, place.chunk(near.start(number)), duration)
-            # The file to name is the chunk, since the video has others.
-            raise VideoError(f"{self._name(place, place.chunk(second))}: no such file")
-        # The shortest way to keep a video is the one to name.
+            # On a remote root a wrong guess costs a round trip, and the next video is most likely where this one is. On
+            # a disk the order stays fixed: what is found must not depend on what was read before.
+            if self._files.is_remote:
+                self._forms.sort(key=lambda other: other != form)
+            return self._locations.put(video, place), file
+        places = list(dict.fromkeys(place for _, place in candidates))
+        located = self._find_uneven(places, second)
+        if located is not None:
+            return self._locations.put(video, located[0]), located[1]
+        # The shortest way to store a video is the one to name.
         places.sort(key=lambda place: place.layout != "whole")
         first, *others = dict.fromkeys(
             place.key(place.chunk(second)) for place in places if place.ending == _USUAL_ENDINGS[0]
         )
-        more = f", ... {len(others)} in all" if len(others) > _NAMED else ""
-        nor = f" (nor {', '.join(others[:_NAMED])}{more})" if others else ""
-        why = f"{self._files.name_of(first)}: no such file{nor}"
-        if self._files.costly and layouts == LAYOUTS:
-            self._nowhere.put(video, why)
-        raise VideoError(why)
+        more = f", ... {len(others)} in all" if len(others) > _MAX_NAMED else ""
+        nor = f" (nor {', '.join(others[:_MAX_NAMED])}{more})" if others else ""
+        reason = f"{self._files.name_of(first)}: no such file{nor}"
+        if self._files.is_remote and layouts == LAYOUTS:  # looking again would cost all the requests again
+            self._missing.put(video, reason)
+        raise VideoError(reason)
 
-    def _listed(self, place: _Place) -> tuple[tuple[float, str], ...]:
-        """Starts and names of the chunks that are there, in their order."""
-        names = self._files.names(place.folder)
-        return tuple(sorted((start, name) for name in names if (start := place.start_of(name)) is not None))
+    def _find_uneven(self, places: Sequence[_Location], second: float) -> tuple[_Location, VideoFile] | None:
+        """A video in chunks of which none has the expected name; None if there is no chunk at all."""
+        for place in places:
+            chunks = self._list_chunks(place) if place.layout != "whole" else ()
+            if not chunks:
+                continue
+            near = place._replace(listed=chunks)
+            # By its name the chunk that holds the second, if it is long enough; of numbered ones, any one, which has
+            # the length of all.
+            number = near.chunk(second) if place.layout == "avion" else 0
+            file = self._open(near, number)
+            with contextlib.closing(self._opener(file, self._name(near, number))) as decoder:
+                duration = decoder.duration
+            if place.layout == "avion" and near.start(number) <= second < near.start(number) + duration:
+                return near, file
+            if place.layout == "chunks" and duration > place.seconds + _tolerance(place.seconds):
+                raise self._wrong_length(place, place.chunk(near.start(number)), duration)
+            # The file to name is the chunk, since the video has others.
+            raise VideoError(f"{self._name(place, place.chunk(second))}: no such file")
+        return None
 
-    def _open_listed(self, video: str, place: _Place, second: float) -> tuple[_Place, Source]:
-        """The same video with its chunks as they are named."""
-        place = self._place_of.put(video, place._replace(listed=self._listed(place)))
-        return place, self._open(place, place.chunk(second))
+    def _list_chunks(self, place: _Location) -> tuple[tuple[float, str], ...]:
+        return place.list_chunks(self._files.names(place.folder))
 
     # ----------------------------------------------------------------------------------------------
     # Chunks
@@ -416,34 +387,42 @@ class VideoStore:
 
     def _read_chunks(
         self,
-        place: _Place,
-        source: Source,
+        place: _Location,
+        file: VideoFile,
         start: float,
         end: float,
         num_frames: int,
         rng: np.random.Generator | None,
         rule: str,
     ) -> Frames:
-        """A clip that begins in the chunk that is open as ``source``."""
+        """A clip that begins in the chunk that is open as ``file``."""
         first = place.chunk(start)
         # A clip that ends where a chunk begins does not touch that chunk; AVION's loader opens it all the same, so that
         # it cuts no frame from the chunk before.
         touched = end if rule == "avion" and np.isfinite(end) else np.nextafter(end, start)
         last = max(first, place.chunk(touched))
-        decoders: dict[int, Decoder] = {}
-        try:
+        with contextlib.ExitStack() as stack:
+            decoders = dict[int, Decoder]()
             for number in range(first, last + 1):
                 try:
-                    part = source if number == first else self._open(place, number)
+                    part = file if number == first else self._open(place, number)
                 except FileNotFoundError:
                     if not self._has_later(place, number - 1):
                         break
                     if place.layout == "avion" and place.listed is None:
                         raise _UnevenChunksError from None
                     raise VideoError(f"{self._name(place, number)}: no such file") from None
-                if number > first:
-                    self._check_gap(place, number - 1, decoders[number - 1])
-                decoders[number] = self._opener(part, self._name(place, number))
+                # Names are starts in a listed video: pictures are missing where a chunk ends before the next begins.
+                if number > first and place.listed is not None:
+                    before, expected = decoders[number - 1], place.length(number - 1)
+                    if before.duration < expected - _EXACT_SECONDS - 1 / before.fps:
+                        raise VideoError(
+                            f"{self._name(place, number - 1)}: has {before.duration:.2f} s, but the next chunk begins "
+                            f"{expected:g} s after it; is one missing?"
+                        )
+                decoders[number] = stack.enter_context(
+                    contextlib.closing(self._opener(part, self._name(place, number)))
+                )
                 self._check_length(place, number, decoders[number])
             final = max(decoders)
             stop = place.start(final) + decoders[final].duration
@@ -454,116 +433,93 @@ class VideoStore:
             numbers = clip_indices(start, end, stop, fps, num_frames, rng, rule, chunk_start=place.start(first))
             # Frames are numbered from the start of the video; each chunk has the numbers from its own start on.
             starts = np.array([place.start(number) for number in decoders])
-            firsts = np.array([round(each * fps) for each in starts])
-            row = np.maximum(np.searchsorted(firsts, numbers, side="right") - 1, 0)
-            seconds = frame_times(numbers - firsts[row], fps)
+            first_numbers = np.array([round(second * fps) for second in starts])
+            row = np.maximum(np.searchsorted(first_numbers, numbers, side="right") - 1, 0)
+            seconds = frame_times(numbers - first_numbers[row], fps)
             parts = [decoders[first + i].read_at(seconds[row == i]) for i in np.unique(row).tolist()]
-        finally:
-            for decoder in decoders.values():
-                decoder.close()
         if len({part.shape[1:] for part in parts}) > 1:
             folder = self._files.name_of(place.folder)
             raise VideoError(f"{folder}: chunks {first} to {final} differ in picture size")
         return Frames(np.concatenate(parts), seconds + starts[row], numbers)
 
-    def _has_later(self, place: _Place, number: int) -> bool:
+    def _has_later(self, place: _Location, number: int) -> bool:
         """Whether there are chunks after ``number``."""
         try:
-            chunks = place.listed or self._listed(place)
+            chunks = place.listed or self._list_chunks(place)
         except StorageError:  # reading is allowed, listing is not
             return False
         return bool(chunks) and chunks[-1][0] > place.start(number)
 
-    def _check_length(self, place: _Place, number: int, decoder: Decoder) -> None:
-        """Compare a chunk with the length on which the choice of chunks rests.
+    def _check_length(self, place: _Location, number: int, decoder: Decoder) -> None:
+        """Compare a chunk with the length by which chunks are chosen.
 
-        Chunks of another length than ``chunk_seconds`` would show another moment than the one wanted, without a word.
+        Chunks of another length than ``chunk_seconds`` would silently show another moment than the one wanted.
         """
-        expected, found = place.length(number), decoder.duration
-        if place.listed is not None or abs(found - expected) <= _EXACT_SECONDS + 1 / decoder.fps:
+        expected, duration = place.length(number), decoder.duration
+        if place.listed is not None or abs(duration - expected) <= _EXACT_SECONDS + 1 / decoder.fps:
             return
-        # The last chunk holds what was left of the video. To know it takes a look at the folder, once for each video.
-        known = self._last_of.get(place.path) == number
-        if found < expected and (known or not self._has_later(place, number)):
-            if not known:
-                self._check_previous(place, number)
-                self._last_of.put(place.path, number)
+        # The last chunk holds what was left of the video. That it is the last takes one listing of each video's folder.
+        is_last = self._last_chunks.get(place.path) == number
+        if duration < expected and (is_last or not self._has_later(place, number)):
+            if not is_last and place.layout != "avion" and number > 0:
+                # A last chunk's own length says nothing about chunk_seconds; the one before it must have it.
+                with contextlib.suppress(FileNotFoundError):
+                    file, name = self._open(place, number - 1), self._name(place, number - 1)
+                    with contextlib.closing(self._opener(file, name)) as before:
+                        self._check_length(place, number - 1, before)
+            self._last_chunks.put(place.path, number)
             return
         if place.layout == "avion":
             raise _UnevenChunksError
-        if abs(found - expected) > _tolerance(expected):
-            raise self._wrong_length(place, number, found)
-        if not self._warned:
+        if abs(duration - expected) > _tolerance(expected):
+            raise self._wrong_length(place, number, duration)
+        if not self._has_warned:
             log.warning(
                 "%s: has %.2f s instead of %g: chunks that are not cut exactly show moments that are off by as much; "
                 "tools/chunk_videos.py cuts exactly",
-                *(self._name(place, number), found, expected),
+                *(self._name(place, number), duration, expected),
             )
-            self._warned = True
+            self._has_warned = True
 
-    def _check_gap(self, place: _Place, number: int, decoder: Decoder) -> None:
-        """Refuse a clip that goes on where pictures are missing between chunks whose names tell their starts."""
-        expected, found = place.length(number), decoder.duration
-        if place.listed is not None and found < expected - _EXACT_SECONDS - 1 / decoder.fps:
-            raise VideoError(
-                f"{self._name(place, number)}: has {found:.2f} s, but the next chunk begins {expected:g} s after it; "
-                "is one missing?"
-            )
-
-    def _check_previous(self, place: _Place, number: int) -> None:
-        """Measure the chunk before the last one, whose own length tells nothing."""
-        if place.layout == "avion" or number == 0:
-            return
-        with contextlib.suppress(FileNotFoundError):
-            decoder = self._opener(self._open(place, number - 1), self._name(place, number - 1))
-            try:
-                self._check_length(place, number - 1, decoder)
-            finally:
-                decoder.close()
-
-    def _wrong_length(self, place: _Place, number: int, found: float) -> VideoError:
-        name, expected = self._name(place, number), place.length(number)
+    def _wrong_length(self, place: _Location, number: int, duration: float) -> VideoError:
+        fault = f"{self._name(place, number)}: has {duration:.2f} s, but chunk_seconds is {place.length(number):g}"
         if not self._has_later(place, number):
-            cure = "the length that the videos were cut to"
-        elif abs(found - round(found)) <= _EXACT_SECONDS and round(found):
-            cure = f"{round(found)} if all but the last have this length"
-        else:
-            return VideoError(
-                f"{name}: has {found:.2f} s, but chunk_seconds is {expected:g}; tools/chunk_videos.py cuts chunks of "
-                "equal length"
-            )
-        return VideoError(f"{name}: has {found:.2f} s, but chunk_seconds is {expected:g}; set chunk_seconds={cure}")
+            return VideoError(f"{fault}; set chunk_seconds=the length that the videos were cut to")
+        if abs(duration - round(duration)) <= _EXACT_SECONDS and round(duration):
+            return VideoError(f"{fault}; set chunk_seconds={round(duration)} if all but the last have this length")
+        return VideoError(f"{fault}; tools/chunk_videos.py cuts chunks of equal length")
 
 
 def _tolerance(expected: float) -> float:
-    """By how much a chunk may differ from its expected length."""
     return min(_INEXACT_SHARE * expected, _INEXACT_SECONDS)
 
 
-def sliding(
+# --------------------------------------------------------------------------------------------------
+# Windows over whole folders
+# --------------------------------------------------------------------------------------------------
+
+
+def sliding_windows(
     root: str, window: float, stride: float, decoder: str = "auto"
 ) -> tuple[list[tuple[str, float, float]], list[str]]:
-    """Windows of ``window`` seconds every ``stride`` seconds over every video below a local folder.
+    """List windows of ``window`` seconds every ``stride`` seconds over every video below a local folder.
 
-    (video, start, end) of each, and why some videos have none. Raises :class:`UserError` if there is no video.
+    Returns (video, start, end) of each, and why some videos have none. Raises :class:`UserError` if there is no video.
     """
     _, opener = choose_decoder(decoder)
     clips = list[tuple[str, float, float]]()
-    files, faults = video_files(root)
+    files, faults = list_videos(root)
     for video, path in files.items():
         try:
-            opened = opener(path, str(path))
+            with contextlib.closing(opener(path, str(path))) as opened:
+                clips += [(video, *span) for span in window_spans(opened.duration, window, stride)]
         except VideoError as error:
             faults.append(str(error))
-            continue
-        duration = opened.duration
-        opened.close()
-        clips += [(video, *each) for each in spans(duration, window, stride)]
     return clips, faults
 
 
-def spans(duration: float, window: float, stride: float) -> list[tuple[float, float]]:
-    """The windows over a video of that many seconds: (start, end)."""
+def window_spans(duration: float, window: float, stride: float) -> list[tuple[float, float]]:
+    """(start, end) of the windows over ``duration`` seconds; the last one may be shorter."""
     if not (window > 0 and stride > 0):
         raise UserError(f"--window and --stride must be above 0, not {window:g} and {stride:g}")
     # A frame's rounding must not add a window of next to nothing.
@@ -571,26 +527,26 @@ def spans(duration: float, window: float, stride: float) -> list[tuple[float, fl
     return [(k * stride, min(k * stride + window, duration)) for k in range(count)]
 
 
-def video_files(root: str) -> tuple[dict[str, Path], list[str]]:
-    """Videos below a folder by their id, which is the path without its ending, and why some can have none."""
+def list_videos(root: str) -> tuple[dict[str, Path], list[str]]:
+    """Videos below a folder by id (the path without its ending), and why some files can have no id."""
     folder = Path(root)
     if not folder.is_dir():
         raise UserError(f"{root}: no such video folder" + ("; a remote one needs --clips" if "://" in root else ""))
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in containers.ENDINGS and path.is_file())
     if not paths:
         raise UserError(f"{root}: not a single video file in it or below ({', '.join(containers.ENDINGS)})")
-    found, faults = dict[str, Path](), list[str]()
+    videos, faults = dict[str, Path](), list[str]()
     for path in paths:
         if path.suffix not in ENDINGS:  # by its id alone it could not be found again
             faults.append(f"{path}: its ending is in mixed case; rename it to {path.suffix.lower()}")
             continue
         video = path.relative_to(folder).with_suffix("").as_posix()
-        if video in found:
-            raise UserError(f"{path}: {found[video].name} is there as well; rename one")
+        if video in videos:
+            raise UserError(f"{path}: {videos[video].name} is there as well; rename one")
         try:
             video.encode()  # no csv, index or features file can hold another name
         except UnicodeEncodeError:
             faults.append(f"{os.fsencode(path)!r}: its name is not UTF-8; rename it")
             continue
-        found[video] = path
-    return found, faults
+        videos[video] = path
+    return videos, faults

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from egohod.data.dataset import ClipList
 from egohod.data.text_files import AnnotationError, read_csv, seconds
-from egohod.data.videos import sliding, video_files
+from egohod.data.videos import list_videos, sliding_windows
 
 CLIP_COLUMNS = ("video_id", "start_second", "end_second")
 
@@ -45,7 +45,7 @@ class Listing:
 
 def whole_files(root: str) -> Listing:
     """Every video below a local folder as one clip. Raises :class:`UserError` if there is none."""
-    files, faults = video_files(root)
+    files, faults = list_videos(root)
     return _listed(root, [(video, 0.0, np.inf) for video in files], "whole", 15.0, faults=faults)
 
 
@@ -55,7 +55,7 @@ def windows(root: str, window: float, stride: float, decoder: str = "auto") -> L
     They start at 0, stride, 2 x stride, ... until one reaches the end of the video, where it is cut. Raises
     :class:`UserError` if there is no video.
     """
-    clips, faults = sliding(root, window, stride, decoder)
+    clips, faults = sliding_windows(root, window, stride, decoder)
     return _listed(root, clips, "whole", 15.0, faults=faults)
 
 

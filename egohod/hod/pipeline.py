@@ -34,7 +34,7 @@ from egohod.data.decoders import choose_decoder
 from egohod.data.detections import SCHEMA
 from egohod.data.storage import open_cache
 from egohod.data.table import ClipRow, ClipSource, ClipTable, TableReport, choose_text
-from egohod.data.videos import Frames, VideoError, sliding
+from egohod.data.videos import Frames, VideoError, sliding_windows
 from egohod.errors import UserError
 from egohod.hod import pipeline, tracking
 from egohod.hod import pipeline as records
@@ -583,11 +583,12 @@ def narrated(source: SourceConfig, keep: Sequence[str], max_bad_fraction: float)
 
 
 def windows(root: str, seconds: float, stride: float, decoder: str) -> ClipTable:
-    """Windows over every video below ``root``, of which nothing is said; see :func:`~egohod.data.videos.sliding`.
+    """Windows over every video below ``root``, of which nothing is said; see
+    :func:`~egohod.data.videos.sliding_windows`.
 
     Files that cannot be opened are said. Raises :class:`UserError` if there is no window.
     """
-    clips, faults = sliding(root, seconds, stride, decoder)
+    clips, faults = sliding_windows(root, seconds, stride, decoder)
     for fault in faults:
         log.warning("left out: %s", fault)
     if not clips:

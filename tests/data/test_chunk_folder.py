@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,8 +16,9 @@ import pytest
 from video_files import encode, numbers, reference
 
 from egohod.data import chunking
-from egohod.data.chunking import ChunkError, ChunkSettings, Output, Video, find_videos, split
-from egohod.runtime import locked
+from egohod.data.chunking import ChunkSettings, Output, Video, find_videos, split
+from egohod.errors import UserError
+from egohod.runtime import Progress, locked
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = [sys.executable, str(ROOT / "tools" / "chunk_videos.py")]
@@ -63,23 +65,23 @@ def test_ids_are_paths_without_ending(recordings: Path, tmp_path: Path) -> None:
         ("/etc/passwd", "not a path"),
     ):
         names.write_text(f"a.mp4\n{line}\n")
-        with pytest.raises(ChunkError, match=f"line 2: .*{said}"):
+        with pytest.raises(UserError, match=f"line 2: .*{said}"):
             find_videos(recordings, names=names)
-    with pytest.raises(ChunkError, match=r"no videos that match '\*\.wmv'"):
+    with pytest.raises(UserError, match=r"no videos that match '\*\.wmv'"):
         find_videos(recordings, "*.wmv")
-    with pytest.raises(ChunkError, match="no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         find_videos(recordings / "nothing")
 
 
 def test_files_that_would_be_in_each_others_way(tmp_path: Path) -> None:
     for name in ("v.mp4", "v.mov"):
         (tmp_path / name).touch()
-    with pytest.raises(ChunkError, match=r"v\.mov and .*v\.mp4 would both become 'v'"):
+    with pytest.raises(UserError, match=r"v\.mov and .*v\.mp4 would both become 'v'"):
         find_videos(tmp_path)
     (tmp_path / "v.mov").unlink()
     (tmp_path / "v" / "w").mkdir(parents=True)
     (tmp_path / "v" / "w" / "x.mp4").touch()
-    with pytest.raises(ChunkError, match=r"v\.mp4: its chunks would lie in one folder with those of .*x\.mp4"):
+    with pytest.raises(UserError, match=r"v\.mp4: its chunks would be in one folder with those of .*x\.mp4"):
         find_videos(tmp_path)
 
 
@@ -126,7 +128,7 @@ def test_a_folder_becomes_chunks_whatever_the_number_of_processes(recordings: Pa
     other = tool(recordings, out, "--seconds", 1, "--short_side", 64)
     assert (other.returncode, tree(out)) == (2, files)
     assert other.stderr.startswith("error: ")
-    assert "short_side 48 (asked: 64)" in other.stderr
+    assert "short_side 48 (requested: 64)" in other.stderr
 
     # What is missing is made again, by one process this time, and is the same.
     shutil.rmtree(out / "day 1")
@@ -139,11 +141,12 @@ def test_one_long_video_in_ranges(recordings: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(chunking, "_RANGE_SECONDS", 1.0)
     settings = ChunkSettings(seconds=1.0, short_side=48)
     output = Output(tmp_path / "out", settings, recordings)
-    with output.claim(), chunking.Workers(2) as workers:
-        probes, faults = workers.probe(find_videos(recordings, "a.mp4"), lambda number: None)
+    lines: list[str] = []
+    with output.claim(), Progress("chunk", 4, seconds=0, report=lines.append) as progress:
+        probes, faults = chunking.probe_videos(find_videos(recordings, "a.mp4"), 2)
         assert not faults
-        summary = chunking.write_videos(probes, output, settings, workers)
-        assert workers.seconds == pytest.approx(4)
+        summary = chunking.write_videos(probes, output, settings, 2, progress=progress)
+    assert lines[-1].startswith("chunk: 100 %  4 of 4")
     assert (summary.videos, summary.seconds) == (1, 4)
     chunks = sorted((tmp_path / "out" / "a").iterdir())
     assert [numbers(reference(path)[1])[0] for path in chunks] == [0, 10, 20, 30]
@@ -174,20 +177,20 @@ def test_folders_that_are_no_output(recordings: Path, tmp_path: Path) -> None:
     settings = ChunkSettings()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").touch()
-    with pytest.raises(ChunkError, match="not empty and not made by"):
+    with pytest.raises(UserError, match="not empty and not made by"):
         Output(tmp_path / "full", settings, recordings)
-    with pytest.raises(ChunkError, match="lies in the input folder"):
+    with pytest.raises(UserError, match="is in the input folder"):
         Output(recordings / "chunks", settings, recordings)
-    with pytest.raises(ChunkError, match="not a folder"):
+    with pytest.raises(UserError, match="not a folder"):
         Output(tmp_path / "full" / "letter.txt", settings, recordings)
-    with Output(tmp_path / "out", settings, recordings).claim(), pytest.raises(ChunkError, match="another process"):  # noqa: SIM117
+    with Output(tmp_path / "out", settings, recordings).claim(), pytest.raises(UserError, match="another process"):  # noqa: SIM117
         with Output(tmp_path / "out", settings, recordings).claim():
             pass
     (tmp_path / "out" / ".chunk_videos" / "done.jsonl").write_bytes(b'{"video_id": "v", "source_bytes": "x"}\n[[\xff\n')
     Output(tmp_path / "out", settings, recordings)
     for damaged in ('{"seconds": ', "[" * 100_000):
         (tmp_path / "out" / ".chunk_videos" / "settings.json").write_text(damaged)
-        with pytest.raises(ChunkError, match="damaged"):
+        with pytest.raises(UserError, match="damaged"):
             Output(tmp_path / "out", settings, recordings)
 
 
@@ -293,26 +296,26 @@ def test_a_dry_run_estimates_and_writes_nothing(recordings: Path, tmp_path: Path
     # The estimate holds: the chunks of a file of the same kind are about as large as said.
     (root / "none.mp4").unlink()
     settings = ChunkSettings()
-    with chunking.Workers(1) as workers:
-        probes, _ = workers.probe(find_videos(root), lambda number: None)
-        estimate = chunking.estimate(probes, settings, workers)
+    probes, _ = chunking.probe_videos(find_videos(root), 1)
+    estimate = chunking.estimate(probes, settings, 1)
     assert not estimate.faults
     assert tool(root, out, "--workers", 1).returncode == 0
     assert estimate.bytes == pytest.approx(sum(map(len, tree(out).values())), rel=0.35)
     assert 0 < estimate.hours < 0.1
 
 
-def test_progress_is_told_by_seconds_of_video(recordings: Path, tmp_path: Path) -> None:
+def test_progress_counts_seconds_of_video(recordings: Path, tmp_path: Path) -> None:
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import chunk_videos; chunk_videos.SAY_EVERY = 0;"
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import chunk_videos;"
+        "chunk_videos.PROGRESS_SECONDS = 0;"
         f"sys.exit(chunk_videos.main([{str(recordings)!r}, {str(tmp_path / 'out')!r}, '--workers', '1']))"
     )
     done = subprocess.run([sys.executable, "-B", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if "ETA" in line]
-    assert lines[-1].startswith("100 %  0:00:1")
-    assert "of 0:00:14 of video, 5 of 5 videos" in lines[-1]
-    shares = [int(line.split("%")[0]) for line in lines]
+    lines = [line for line in done.stdout.splitlines() if "ETA" in line and line.startswith("chunk: ")]
+    assert re.match(r"chunk: 100 %  1[34] of 14 s of video, ", lines[-1])
+    assert lines[-1].endswith(", 5 of 5 videos")
+    shares = [int(line.split("%")[0].split()[1]) for line in lines]
     assert shares == sorted(shares)
     assert len(set(shares)) > 2
 

@@ -11,18 +11,10 @@ import numpy as np
 import pytest
 from video_files import DECODERS, encode, encode_sound, numbers, opener, picture, reference
 
-from egohod.data.chunking import (
-    ChunkError,
-    ChunkSettings,
-    Shown,
-    at_rate,
-    chunk_size,
-    probe,
-    try_encoder,
-    write_chunks,
-)
+from egohod.data.chunking import ChunkSettings, DisplayedFrame, at_rate, chunk_size, probe, try_encoder, write_chunks
 from egohod.data.frames import segment_indices
 from egohod.data.videos import VideoError, VideoStore
+from egohod.errors import UserError
 
 SMALL = ChunkSettings(seconds=1.0, short_side=64, crf=16)
 
@@ -217,7 +209,7 @@ def test_a_constant_rate(tmp_path: Path) -> None:
 
 def test_a_rate_keeps_to_the_clock() -> None:
     # 24 frames at 24 a second, asked for at 30: as long as before, each moment's frame on display.
-    frames = [Shown(i, 10_000 * i, 10_000 * (i + 1)) for i in range(24)]
+    frames = [DisplayedFrame(i, 10_000 * i, 10_000 * (i + 1)) for i in range(24)]
     made = list(at_rate(frames, 30))
     assert [frame.begin for frame in made] == [8000 * i for i in range(30)]
     assert [frame.picture for frame in made] == [8000 * i // 10_000 for i in range(30)]
@@ -230,7 +222,7 @@ def test_names_of_the_layouts(tmp_path: Path) -> None:
     folder = cut(camera(tmp_path / "v.mp4"), tmp_path / avion.folder("v 1"), avion)
     assert folder.name == "v 1.mp4"
     assert sorted(path.name for path in folder.iterdir()) == ["0.mp4", "2.mp4"]
-    with pytest.raises(ChunkError, match="whole seconds"):
+    with pytest.raises(UserError, match="whole seconds"):
         ChunkSettings(seconds=1.5, layout="avion")
 
 
@@ -254,13 +246,13 @@ def test_hevc_and_quality(tmp_path: Path) -> None:
     [("seconds", 0), ("short_side", 225), ("keyint", 0), ("fps", 0), ("crf", 60), ("codec", "h263"), ("layout", "tar")],
 )
 def test_settings_that_make_no_sense(setting: str, value: Any) -> None:
-    with pytest.raises(ChunkError, match=f"--{setting} is {value}, but must be"):
+    with pytest.raises(UserError, match=f"--{setting} is {value}, but must be"):
         ChunkSettings(**{setting: value})
 
 
 def test_a_preset_that_the_encoder_does_not_know() -> None:
     try_encoder(ChunkSettings())
-    with pytest.raises(ChunkError, match="preset 'swift'"):
+    with pytest.raises(UserError, match="preset 'swift'"):
         try_encoder(ChunkSettings(preset="swift"))
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from video_files import DECODERS, encode, encode_sound, opener, picture, reference, remux, skip_start, turn
 
 from egohod.data import decoders
-from egohod.data.decoders import KeptOpen, choose_decoder
+from egohod.data.decoders import ReusingOpener, choose_decoder
 from egohod.data.frames import frame_times, segment_indices
 from egohod.data.storage import VideoError
 from egohod.errors import UserError
@@ -248,7 +248,7 @@ def test_a_file_that_is_kept_open_gives_the_same_frames(tmp_path: Path, name: st
         opened.append(source)
         return plain(source, called)
 
-    kept = KeptOpen(counting)
+    kept = ReusingOpener(counting)
     paths = [encode(tmp_path / f"{i}.mp4", x264="keyint=12:bframes=2") for i in range(2)]
     for path, start in ((paths[0], 0.5), (paths[0], 2.0), (paths[0], 0.1), (paths[1], 1.0), (paths[0], 2.0)):
         seconds = start + np.arange(4) / 10
@@ -261,7 +261,7 @@ def test_a_file_that_is_kept_open_gives_the_same_frames(tmp_path: Path, name: st
 
 
 def test_what_changed_failed_or_is_in_use_is_opened_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept, path = KeptOpen(opener("pyav")), encode(tmp_path / "a.mp4")
+    kept, path = ReusingOpener(opener("pyav")), encode(tmp_path / "a.mp4")
     seconds = np.zeros(1)
     first, second = kept(path), kept(path)
     assert first is not second

@@ -1,5 +1,6 @@
 """Requests that fail, the local cache, and roots that cannot be used."""
 
+import errno
 import logging
 import multiprocessing
 import os
@@ -14,7 +15,7 @@ import pytest
 from servers import SECRET, SIGNATURE, TOKEN, FaultyS3, point_to
 
 from egohod.data import storage
-from egohod.data.storage import LocalCache, RangedFile, Recent, StorageError, VideoError, open_cache, open_root
+from egohod.data.storage import LocalCache, LruCache, RangedFile, StorageError, VideoError, open_cache, open_root
 from egohod.errors import UserError
 
 CONTENT = bytes(range(256)) * 40
@@ -262,7 +263,7 @@ def test_an_incomplete_file_is_not_believed(tmp_path: Path) -> None:
 def test_leftovers_of_killed_processes_go(tmp_path: Path) -> None:
     cache = LocalCache(tmp_path, 1)
     cache.put("a", b"content")
-    old, new = (cache._path("a").with_name(f"part-{age}") for age in ("old", "new"))
+    old, new = (cache._path("a").with_name(f".tmp-{age}") for age in ("old", "new"))
     old.write_bytes(b"x")
     new.write_bytes(b"x")
     os.utime(old, (time.time() - 7200,) * 2)
@@ -276,16 +277,13 @@ def test_a_full_disk_only_ends_the_caching(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = LocalCache(tmp_path, 1)
-    inner = storage.tempfile.NamedTemporaryFile
 
-    def full(**named: object) -> object:
-        """A file whose writes fail as on a full disk."""
-        file = inner(**named)  # type: ignore[call-overload]
-        with open("/dev/full", "wb") as device:
-            os.dup2(device.fileno(), file.fileno())
-        return file
+    def full(path: Path, _: bytes) -> None:
+        """A write that fails as on a full disk."""
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(storage.tempfile, "NamedTemporaryFile", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     for _ in range(3):
         cache.put("a", bytes(100_000))
     told = [record.getMessage() for record in caplog.records]
@@ -318,11 +316,11 @@ def test_processes_share_a_cache(tmp_path: Path) -> None:
         user.join()
     assert [user.exitcode for user in users] == [0, 0, 0]
     assert 0 < held(tmp_path) <= 23_000
-    assert not list(tmp_path.glob("*/part-*"))
+    assert not list(tmp_path.glob("*/.tmp-*"))
 
 
 def test_the_oldest_is_forgotten() -> None:
-    recent: Recent[int, str] = Recent(2)
+    recent: LruCache[int, str] = LruCache(2)
     recent.put(1, "a")
     recent.put(2, "b")
     assert recent.get(1) == "a"

@@ -17,7 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from egohod.data.chunking import ChunkError, find_videos
+from egohod.data.chunking import find_videos
 from egohod.data.config import SourceConfig
 from egohod.data.table import ClipTable
 from egohod.data.text_files import (
@@ -29,6 +29,7 @@ from egohod.data.text_files import (
     read_json,
     read_lines,
 )
+from egohod.errors import UserError
 from tests.support import ROOT
 
 NAMES = ["video_id", "start_second", "end_second", "text", "verb_class"]
@@ -245,7 +246,7 @@ def test_a_list_of_videos_has_a_name_a_line(tmp_path: Path) -> None:
     (video,) = find_videos(tmp_path, names=tmp_path / "names.txt")
     assert video.video_id == name.removesuffix(".mp4")
     (tmp_path / "names.txt").write_text("x" * 5000 + "\n")
-    with pytest.raises(ChunkError, match=r"line 1: .* no such file"):
+    with pytest.raises(UserError, match=r"line 1: .* no such file"):
         find_videos(tmp_path, names=tmp_path / "names.txt")
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from egohod.data.dataset import EvalProtocol, EvaluationDataset
 from egohod.data.text_files import AnnotationError
 from egohod.data.transforms import normalise
-from egohod.data.videos import spans
+from egohod.data.videos import window_spans
 from egohod.errors import UserError
 from egohod.evaluation import embed as extraction
 from egohod.evaluation.embed import Progress, extract, remaining, shares
@@ -58,9 +58,9 @@ def run(listing: Listing, folder: Path, **more: object) -> extraction.Extracted:
     ],
 )
 def test_windows_cover_a_video_to_its_end(duration: float, expected: list[tuple[float, float]]) -> None:
-    assert spans(duration, 2, 1) == expected
+    assert window_spans(duration, 2, 1) == expected
     with pytest.raises(UserError, match="--window and --stride"):
-        spans(duration, 2, 0)
+        window_spans(duration, 2, 0)
 
 
 def test_every_file_of_a_folder_is_a_clip(videos: Path) -> None:
