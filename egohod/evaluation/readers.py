@@ -32,12 +32,12 @@ from egohod.data.table import ClipTable
 from egohod.data.text_files import AnnotationError, integers, parse_json, read_csv, read_json, read_lines, seconds
 from egohod.evaluation.config import BenchmarkConfig
 from egohod.evaluation.tasks import (
-    ClassificationTable,
-    EvaluationTable,
-    MultiLabelTable,
+    ClassificationTask,
+    EvaluationTask,
+    MultiLabelTask,
+    MultipleChoiceTask,
     Question,
-    QuestionTable,
-    RetrievalTable,
+    RetrievalTask,
 )
 
 # What the kinds of questions of the demo world are called in results; others keep their names.
@@ -66,7 +66,7 @@ class Content:
     """What a reader found; ``notes`` are facts about the numbers that a report must not hide."""
 
     clips: ClipList
-    tables: Sequence[EvaluationTable]
+    tables: Sequence[EvaluationTask]
     notes: list[str] = field(default_factory=list)
 
 
@@ -83,7 +83,7 @@ def read_labels(config: BenchmarkConfig, protocol: EvalProtocol, cache: Path | N
     clips = _table_clips([str(i + 1) for i in range(len(table))], table, config)
     texts = names.tolist()
     keys = [(name,) for name in texts]
-    made = ClassificationTable(
+    made = ClassificationTask(
         "action", texts, np.arange(len(texts)), labels, {}, texts, class_keys=keys, key_columns=["label"]
     )
     return Content(clips, [made], _backwards(table.report.backwards))
@@ -106,7 +106,7 @@ def read_own(config: BenchmarkConfig, protocol: EvalProtocol, cache: Path | None
         raise AnnotationError(f"{table.where(again)}: uid '{uids[again]}' occurs twice")
     clips = _table_clips(uids, table, config)
     actions = table.column("action").astype(str) if "action" in columns else None
-    tables: list[EvaluationTable] = [_own_retrieval(table, uids, actions, path.with_name("relevancy.csv"))]
+    tables: list[EvaluationTask] = [_own_retrieval(table, uids, actions, path.with_name("relevancy.csv"))]
     if (classes := path.with_name("classes.csv")).exists():
         if actions is None:
             raise AnnotationError(f"{path}: column 'action' is missing, which {classes.name} tells the classes of")
@@ -127,7 +127,7 @@ def _backwards(count: int) -> list[str]:
     return [f"{count} clips end before they begin and were given {MIN_SECONDS:g} s"] if count else []
 
 
-def _own_retrieval(table: ClipTable, uids: list[str], actions: np.ndarray | None, path: Path) -> RetrievalTable:
+def _own_retrieval(table: ClipTable, uids: list[str], actions: np.ndarray | None, path: Path) -> RetrievalTask:
     """Clips against distinct texts."""
     texts, text_of_clip = np.unique([table.row(i).texts[0] for i in range(len(table))], return_inverse=True)
     if path.exists():
@@ -147,7 +147,7 @@ def _own_retrieval(table: ClipTable, uids: list[str], actions: np.ndarray | None
         relevancy = (action[:, None] == action[first]).astype(np.float32)
     else:
         relevancy = (text_of_clip[:, None] == np.arange(len(texts))).astype(np.float32)
-    return RetrievalTable(texts.tolist(), text_of_clip, relevancy)
+    return RetrievalTask(texts.tolist(), text_of_clip, relevancy)
 
 
 def _fraction(text: str, where: str) -> float:
@@ -160,7 +160,7 @@ def _fraction(text: str, where: str) -> float:
     return value
 
 
-def _own_classes(actions: np.ndarray, path: Path) -> ClassificationTable:
+def _own_classes(actions: np.ndarray, path: Path) -> ClassificationTask:
     """Classes with one prompt a row; further columns are coarser labels (verb, noun)."""
     prompts = read_csv(path, ("action", "text"))
     names = list(dict.fromkeys(prompts["action"]))
@@ -179,10 +179,10 @@ def _own_classes(actions: np.ndarray, path: Path) -> ClassificationTable:
     columns = list(parts) or ["action"]
     keys = [tuple(str(value) for value in row) for row in first[columns].to_numpy()]
     texts = prompts["text"].tolist()
-    return ClassificationTable(name, texts, class_of_text, labels, parts, names, class_keys=keys, key_columns=columns)
+    return ClassificationTask(name, texts, class_of_text, labels, parts, names, class_keys=keys, key_columns=columns)
 
 
-def read_questions(path: Path, uids: Sequence[str]) -> QuestionTable:
+def read_questions(path: Path, uids: Sequence[str]) -> MultipleChoiceTask:
     """Multiple-choice questions, one JSON object a line; clips are named by their uid.
 
     Raises :class:`AnnotationError` naming file, line and field.
@@ -226,7 +226,7 @@ def read_questions(path: Path, uids: Sequence[str]) -> QuestionTable:
         questions.append(Question(name, query_is_clip, row, tuple(row for _, row in placed), answer))
     if not questions:
         raise AnnotationError(f"{path}: not a single question")
-    return QuestionTable(list(texts), questions)
+    return MultipleChoiceTask(list(texts), questions)
 
 
 def read_ek100_mir(config: BenchmarkConfig, protocol: EvalProtocol, cache: Path | None) -> Content:
@@ -239,7 +239,7 @@ def read_ek100_mir(config: BenchmarkConfig, protocol: EvalProtocol, cache: Path 
     rows = read_csv(sentences_csv, ("narration_id", "narration"))
     narrations = dict(zip(table["narration_id"], table["narration"], strict=True))
     sentences = sentence_texts(rows["narration_id"].tolist(), rows["narration"].tolist(), narrations)
-    return Content(clips, [RetrievalTable(sentences, None, relevancy)], notes)
+    return Content(clips, [RetrievalTask(sentences, None, relevancy)], notes)
 
 
 def read_ek100_cls(config: BenchmarkConfig, protocol: EvalProtocol, cache: Path | None) -> Content:
@@ -288,7 +288,7 @@ def read_ek100_cls(config: BenchmarkConfig, protocol: EvalProtocol, cache: Path 
     return Content(
         clips,
         [
-            ClassificationTable(
+            ClassificationTask(
                 "action",
                 [text for _, text in prompts],
                 np.array([number for number, _ in prompts], dtype=np.int64),
@@ -363,7 +363,7 @@ def read_egtea(config: BenchmarkConfig, protocol: EvalProtocol, cache: Path | No
     clips = _whole_files(names, [f"{'-'.join(name.split('-')[:3])}/{name}" for name in names], config)
     texts = [classes[code] for code in sorted(classes)]
     rows = [np.array([row_of[name] for name in split], dtype=np.int64) for split in splits]
-    table = ClassificationTable(
+    table = ClassificationTask(
         "action",
         texts,
         np.arange(len(texts)),
@@ -409,7 +409,7 @@ def read_egomcq(config: BenchmarkConfig, protocol: EvalProtocol, cache: Path | N
     end, backwards = _forwards(start, np.array(ends, dtype=np.float64))
     ids = [f"{video}:{a:.2f}-{b:.2f}" for video, a, b in clips]
     made = _clips(ids, list(videos), start, end, config)
-    return Content(made, [QuestionTable(list(texts), questions)], _backwards(backwards))
+    return Content(made, [MultipleChoiceTask(list(texts), questions)], _backwards(backwards))
 
 
 def read_charades_ego(config: BenchmarkConfig, protocol: EvalProtocol, cache: Path | None) -> Content:
@@ -426,7 +426,7 @@ def read_charades_ego(config: BenchmarkConfig, protocol: EvalProtocol, cache: Pa
                 raise AnnotationError(f"{path}: row {row + 1}: actions names class '{code}', not in {classes_txt.name}")
             labels[row, code_of[code]] = True
     ids = table["id"].tolist()
-    return Content(_whole_files(ids, ids, config), [MultiLabelTable("map", list(names.values()), labels)])
+    return Content(_whole_files(ids, ids, config), [MultiLabelTask("map", list(names.values()), labels)])
 
 
 READERS: dict[str, Reader] = {

@@ -27,7 +27,7 @@ from egohod.evaluation.features import FeatureCache
 from egohod.evaluation.metrics import Score, flat_with_controls
 from egohod.evaluation.models import ClassProbabilities, VideoTextModel, image_stats_of
 from egohod.evaluation.readers import READERS
-from egohod.evaluation.tasks import EvaluationTable, head_tables
+from egohod.evaluation.tasks import EvaluationTask, head_tasks
 from egohod.model.config import IMAGE_STATS
 from egohod.model.egovideo import DualEncoder
 from egohod.model.zoo import geometry
@@ -76,7 +76,7 @@ class Benchmark:
         self,
         name: str,
         dataset: EvaluationDataset,
-        tables: Sequence[EvaluationTable],
+        tables: Sequence[EvaluationTask],
         *,
         tokenizer: TokenizerLike,
         execution: Execution,
@@ -189,7 +189,7 @@ class Benchmark:
         return self.execution.dist.device.type == "cuda" and self.execution.precision == torch.float32
 
 
-def _measure(tables: Sequence[EvaluationTable], video: Tensor, texts: Sequence[Tensor]) -> dict[str, Score]:
+def _measure(tables: Sequence[EvaluationTask], video: Tensor, texts: Sequence[Tensor]) -> dict[str, Score]:
     """Scores of all tables, of which each has its own features of texts."""
     results: dict[str, Score] = {}
     for table, text in zip(tables, texts, strict=True):
@@ -259,7 +259,7 @@ def benchmark(
     return Benchmark(
         name,
         dataset,
-        head_tables(content.tables, classes, f"benchmark {name}") if classes else content.tables,
+        head_tasks(content.tables, classes, f"benchmark {name}") if classes else content.tables,
         tokenizer=tokenizer or Tokenizer(geometry(cfg.model.name).context_length),
         execution=execution,
         controls=controls,

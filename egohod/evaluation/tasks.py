@@ -39,7 +39,7 @@ from egohod.evaluation.metrics import (
 )
 
 
-class EvaluationTable(ABC):
+class EvaluationTask(ABC):
     """One evaluation over the clips of a dataset: retrieval, classification, multiple choice or several labels."""
 
     texts: Sequence[str]
@@ -57,7 +57,7 @@ class EvaluationTable(ABC):
         """What the numbers are made of, clip by clip, in plain values that JSON can hold."""
 
     @abstractmethod
-    def restricted(self, kept: NDArray[Any]) -> EvaluationTable:
+    def restricted(self, kept: NDArray[Any]) -> EvaluationTask:
         """The same over the clips where ``kept`` [N] is true, renumbered."""
 
     def evaluate(self, video: Tensor, text: Tensor) -> dict[str, float]:
@@ -83,7 +83,7 @@ _SHOWN = 5
 
 
 @dataclass(frozen=True)
-class RetrievalTable(EvaluationTable):
+class RetrievalTask(EvaluationTask):
     """Every clip searches all distinct texts, and every text all clips.
 
     ``texts`` M distinct texts; ``text_of_clip`` [N] the own text of each clip, None where a benchmark has no such
@@ -127,8 +127,8 @@ class RetrievalTable(EvaluationTable):
             "most_relevant_text": self.relevancy.argmax(axis=1).tolist(),
         }
 
-    def restricted(self, kept: NDArray[Any]) -> RetrievalTable:
-        """See :class:`EvaluationTable`; all texts stay."""
+    def restricted(self, kept: NDArray[Any]) -> RetrievalTask:
+        """See :class:`EvaluationTask`; all texts stay."""
         own = None if self.text_of_clip is None else self.text_of_clip[kept]
         return dataclasses.replace(self, text_of_clip=own, relevancy=self.relevancy[kept])
 
@@ -157,7 +157,7 @@ _SHOWN_CLASSES = 5
 
 
 @dataclass(frozen=True)
-class ClassificationTable(EvaluationTable):
+class ClassificationTask(EvaluationTask):
     """C classes described by prompts, and the class of every clip.
 
     ``texts`` P prompts; ``class_of_text`` [P] in 0..C-1, at least one prompt for each class; ``labels`` [N] true
@@ -245,8 +245,8 @@ class ClassificationTable(EvaluationTable):
             "confusion": [[int(true), int(told), int(n)] for (true, told), n in zip(pairs, counts, strict=True)],
         }
 
-    def restricted(self, kept: NDArray[Any]) -> ClassificationTable:
-        """See :class:`EvaluationTable`; all classes stay."""
+    def restricted(self, kept: NDArray[Any]) -> ClassificationTask:
+        """See :class:`EvaluationTask`; all classes stay."""
         number = np.cumsum(kept) - 1
         splits = [number[rows[kept[rows]]] for rows in self.splits]
         return dataclasses.replace(self, labels=self.labels[kept], splits=splits)
@@ -259,7 +259,7 @@ class ClassificationTable(EvaluationTable):
 
 
 @dataclass(frozen=True)
-class MultiLabelTable(EvaluationTable):
+class MultiLabelTask(EvaluationTask):
     """C classes, each told by one text, and which of them occur in every clip: ``labels`` [N, C] bool (Charades)."""
 
     name: str
@@ -297,8 +297,8 @@ class MultiLabelTable(EvaluationTable):
             ],
         }
 
-    def restricted(self, kept: NDArray[Any]) -> MultiLabelTable:
-        """See :class:`EvaluationTable`."""
+    def restricted(self, kept: NDArray[Any]) -> MultiLabelTask:
+        """See :class:`EvaluationTask`."""
         return dataclasses.replace(self, labels=self.labels[kept])
 
 
@@ -334,7 +334,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class QuestionTable(EvaluationTable):
+class MultipleChoiceTask(EvaluationTask):
     """Questions over the clips of a dataset and ``texts``; metrics are called as the kinds of the questions."""
 
     texts: Sequence[str]
@@ -367,8 +367,8 @@ class QuestionTable(EvaluationTable):
             ],
         }
 
-    def restricted(self, kept: NDArray[Any]) -> QuestionTable:
-        """See :class:`EvaluationTable`; a question that needs a clip that is not kept is left out."""
+    def restricted(self, kept: NDArray[Any]) -> MultipleChoiceTask:
+        """See :class:`EvaluationTask`; a question that needs a clip that is not kept is left out."""
         number = np.cumsum(kept) - 1
 
         def renumbered(question: Question) -> Question | None:
@@ -480,7 +480,7 @@ def _split(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class HeadTable(ClassificationTable):
+class HeadTask(ClassificationTask):
     """A classification whose clips come with probabilities; parts (verb, noun) are marginals of the classes."""
 
     def _logits(self, video: Tensor, text: Tensor) -> Tensor:
@@ -490,15 +490,15 @@ class HeadTable(ClassificationTable):
         return logits.double()
 
 
-def head_tables(tables: Sequence[EvaluationTable], space: ClassSpace, where: str) -> list[EvaluationTable]:
+def head_tasks(tables: Sequence[EvaluationTask], space: ClassSpace, where: str) -> list[EvaluationTask]:
     """The classifications among a benchmark's ``tables``, for heads of the classes ``space``.
 
     Raises :class:`UserError` if there is none, if other columns tell its classes, or if a clip's class is not among
     those of the heads.
     """
-    made: list[EvaluationTable] = []
+    made: list[EvaluationTask] = []
     for table in tables:
-        if not isinstance(table, ClassificationTable) or not table.class_keys:
+        if not isinstance(table, ClassificationTask) or not table.class_keys:
             continue
         _require_columns(table.key_columns, space.columns, where)
         number = {c: space.number(table.class_keys[c], where) for c in np.unique(table.labels).tolist()}
@@ -506,7 +506,7 @@ def head_tables(tables: Sequence[EvaluationTable], space: ClassSpace, where: str
         parts = {name: code for name, (_, code) in space.parts.items()} if len(space.columns) > 1 else {}
         changed = {"texts": (), "class_of_text": np.arange(0), "labels": labels, "parts": parts}
         fields = {each.name: getattr(table, each.name) for each in dataclasses.fields(table)}
-        made.append(HeadTable(**{**fields, **changed, "class_names": space.names, "class_keys": space.keys}))
+        made.append(HeadTask(**{**fields, **changed, "class_names": space.names, "class_keys": space.keys}))
     if not made:
         raise UserError(f"{where}: no classification that heads could be measured on")
     return made

@@ -22,20 +22,20 @@ from egohod.evaluation.metrics import (
 )
 from egohod.evaluation.results import table
 from egohod.evaluation.tasks import (
-    ClassificationTable,
-    MultiLabelTable,
+    ClassificationTask,
+    MultiLabelTask,
+    MultipleChoiceTask,
     Question,
-    QuestionTable,
-    RetrievalTable,
+    RetrievalTask,
     class_features,
 )
 
 
-def retrieval_case(clips: int = 60, texts: int = 40, actions: int = 8) -> RetrievalTable:
+def retrieval_case(clips: int = 60, texts: int = 40, actions: int = 8) -> RetrievalTask:
     rng = np.random.default_rng(0)
     text_of_clip = np.concatenate([np.arange(texts), rng.integers(0, texts, clips - texts)])
     action = rng.integers(0, actions, texts)
-    return RetrievalTable(
+    return RetrievalTask(
         [f"text {i}" for i in range(texts)], text_of_clip, (action[text_of_clip][:, None] == action).astype(np.float32)
     )
 
@@ -52,7 +52,7 @@ def test_retrieval_by_an_oracle_is_perfect() -> None:
 
 
 def test_the_two_directions_of_retrieval_are_told_apart() -> None:
-    case = RetrievalTable(["a", "b"], np.arange(2), np.eye(2, dtype=np.float32))
+    case = RetrievalTask(["a", "b"], np.arange(2), np.eye(2, dtype=np.float32))
     # Each clip finds its text, but the second text prefers the first clip.
     scores = case.evaluate(torch.tensor([[3.0, 2.0], [0.0, 1.0]]), torch.eye(2))
     assert (scores["recall_1_v2t"], scores["recall_1_t2v"]) == (100, 50)
@@ -66,9 +66,9 @@ def test_retrieval_by_random_features_is_at_chance(direction: str) -> None:
     own = np.arange(24) % 6
     relevancy = np.eye(6)[own]
     if direction == "v2t":
-        case = RetrievalTable([f"text {i}" for i in range(6)], own, relevancy)
+        case = RetrievalTask([f"text {i}" for i in range(6)], own, relevancy)
     else:
-        case = RetrievalTable([f"text {i}" for i in range(24)], np.arange(6), relevancy.T)
+        case = RetrievalTask([f"text {i}" for i in range(24)], np.arange(6), relevancy.T)
     clips, texts = case.relevancy.shape
     runs = [
         case.evaluate(random_features(clips, 2 * seed), random_features(texts, 2 * seed + 1)) for seed in range(500)
@@ -96,11 +96,11 @@ def test_retrieval_tells_what_it_leaves_out(caplog: pytest.LogCaptureFixture) ->
     assert "map leaves out 1 clips and 0 texts" in caplog.text
 
 
-def grid(seed: int = 0, clips: int = 200) -> ClassificationTable:
+def grid(seed: int = 0, clips: int = 200) -> ClassificationTask:
     """4 verbs x 5 nouns, two prompts each."""
     verb, noun = (part.ravel() for part in np.indices((4, 5)))
     classes = np.arange(20)
-    return ClassificationTable(
+    return ClassificationTask(
         "verb_noun",
         [f"prompt {i}" for i in range(40)],
         np.concatenate([classes, classes]),
@@ -131,7 +131,7 @@ def test_classification_sees_which_part_is_wrong() -> None:
 
 def test_parts_are_marginalised_not_taken_from_the_best_class() -> None:
     # The best class has verb 0, but two nearly as good classes have verb 1: together they outweigh it.
-    case = ClassificationTable("c", ["a", "b", "c"], np.arange(3), np.array([1]), {"verb": np.array([0, 1, 1])})
+    case = ClassificationTask("c", ["a", "b", "c"], np.arange(3), np.array([1]), {"verb": np.array([0, 1, 1])})
     text = torch.eye(3)
     video = normalize(torch.tensor([[1.0, 0.99, 0.99]]), dim=-1)
     scores = case.evaluate(video, text)
@@ -142,7 +142,7 @@ def test_classification_by_random_features_is_at_chance() -> None:
     verb, noun = (part.ravel() for part in np.indices((2, 3)))
     classes = np.arange(6)
     prompts = [f"prompt {i}" for i in range(12)]
-    case = ClassificationTable("c", prompts, np.tile(classes, 2), np.tile(classes, 50), {"verb": verb, "noun": noun})
+    case = ClassificationTask("c", prompts, np.tile(classes, 2), np.tile(classes, 50), {"verb": verb, "noun": noun})
     runs = [case.evaluate(random_features(300, 2 * seed), random_features(12, 2 * seed + 1)) for seed in range(150)]
     # Beside each chance level those of a class (a verb, a noun) too few and too many.
     for key, chance, *wrong in (
@@ -160,7 +160,7 @@ def test_multilabel_map_of_random_features_is_at_chance() -> None:
     labels = np.zeros((10, 4), dtype=bool)
     for name in range(4):
         labels[name : name + 3 + name, name] = True
-    case = MultiLabelTable("map", [f"class {i}" for i in range(4)], labels)
+    case = MultiLabelTask("map", [f"class {i}" for i in range(4)], labels)
     runs = [case.evaluate(random_features(10, 2 * seed), random_features(4, 2 * seed + 1)) for seed in range(1500)]
     told = labels[labels.any(axis=1)]
     wrong = told.copy()
@@ -178,11 +178,11 @@ def test_class_features_are_renormalised_means() -> None:
         class_features(text, np.array([0, 0, 2]))
 
 
-def questions() -> QuestionTable:
+def questions() -> MultipleChoiceTask:
     pairs = [Question("pair", True, clip, (clip, (clip + 1) % 50), 0) for clip in range(50)]
     steps = (3, 2, 1, 0, 4)
     clips = [Question("clips", False, text, tuple((text + step) % 50 for step in steps), 3) for text in range(50)]
-    return QuestionTable([f"text {i}" for i in range(50)], pairs + clips)
+    return MultipleChoiceTask([f"text {i}" for i in range(50)], pairs + clips)
 
 
 def test_multiple_choice_both_ways() -> None:
@@ -252,7 +252,7 @@ def test_intervals_hold_the_true_value_about_as_often_as_they_say() -> None:
 
 def test_the_interval_of_a_mean_class_accuracy_is_wide_when_classes_have_one_clip() -> None:
     labels = np.arange(20)
-    case = ClassificationTable("c", [f"prompt {i}" for i in range(20)], labels, labels)
+    case = ClassificationTask("c", [f"prompt {i}" for i in range(20)], labels, labels)
     video = torch.eye(20)[torch.from_numpy(np.where(labels < 8, labels, 19 - labels))]
     score = case.measure(video, torch.eye(20))["c_mean_class"]
     low, high = score.interval()

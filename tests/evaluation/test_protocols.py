@@ -22,7 +22,7 @@ from egohod.errors import UserError
 from egohod.evaluation.config import PROTOCOL_NAMES
 from egohod.evaluation.embed import embed_clips
 from egohod.evaluation.runner import PROTOCOLS, benchmark, execution_of, protocol_for
-from egohod.evaluation.tasks import ClassificationTable, MultiLabelTable, Question, QuestionTable, RetrievalTable
+from egohod.evaluation.tasks import ClassificationTask, MultiLabelTask, MultipleChoiceTask, Question, RetrievalTask
 from egohod.model.config import IMAGE_STATS
 from tests.data.video_files import FPS, HEIGHT, encode, numbers, picture
 
@@ -106,30 +106,30 @@ TEXT = torch.eye(3)
 
 def test_the_maximum_over_views_counts_for_every_kind_of_table() -> None:
     texts = ["a", "b", "c"]
-    classes = ClassificationTable("action", texts, np.arange(3), np.array([0]))
+    classes = ClassificationTask("action", texts, np.arange(3), np.array([0]))
     assert classes.evaluate(VIEWS, TEXT)["action_top1"] == 100
     assert classes.evaluate(MEAN, TEXT)["action_top1"] == 0
     assert classes.details(VIEWS, TEXT)["similarity"][0] == pytest.approx([0.9, 0.5, 0.1])
-    retrieval = RetrievalTable(texts, np.array([0]), np.eye(3, dtype=np.float32)[:1])
+    retrieval = RetrievalTask(texts, np.array([0]), np.eye(3, dtype=np.float32)[:1])
     assert retrieval.evaluate(VIEWS, TEXT)["recall_1_v2t"] == 100
     assert retrieval.evaluate(MEAN, TEXT)["recall_1_v2t"] == 0
     assert retrieval.details(VIEWS, TEXT)["best_texts"] == [[0, 2, 1]]
-    questions = QuestionTable(texts, [Question("q", True, 0, (0, 1, 2), 0)])
+    questions = MultipleChoiceTask(texts, [Question("q", True, 0, (0, 1, 2), 0)])
     assert questions.evaluate(VIEWS, TEXT)["q"] == 100
     assert questions.evaluate(MEAN, TEXT)["q"] == 0
     assert questions.details(VIEWS, TEXT)["questions"][0]["similarity"] == pytest.approx([0.9, 0.1, 0.5])
     # Two clips and a text: the second clip's mean is nearer, the first one's best view.
     both = torch.cat([VIEWS, torch.tensor([[[0.6, 0.0, 0.0], [0.6, 0.0, 0.0]]])])
-    asked = QuestionTable(texts, [Question("q", False, 0, (0, 1), 0)])
+    asked = MultipleChoiceTask(texts, [Question("q", False, 0, (0, 1), 0)])
     assert (asked.evaluate(both, TEXT)["q"], asked.evaluate(both.mean(dim=1), TEXT)["q"]) == (100, 0)
-    labels = MultiLabelTable("map", texts, np.array([[True, False, False], [False, True, False]]))
+    labels = MultiLabelTask("map", texts, np.array([[True, False, False], [False, True, False]]))
     # The first class is found first or second, the other one second.
     assert (labels.evaluate(both, TEXT)["map"], labels.evaluate(both.mean(dim=1), TEXT)["map"]) == (75, 50)
 
 
 def test_the_maximum_of_one_view_is_the_mean() -> None:
     labels = np.arange(30) % 5
-    table = ClassificationTable("action", [f"{i}" for i in range(5)], np.arange(5), labels)
+    table = ClassificationTask("action", [f"{i}" for i in range(5)], np.arange(5), labels)
     video, text = random_features(30, 0), random_features(5, 1)
     assert table.evaluate(video[:, None], text) == pytest.approx(table.evaluate(video, text))
 
@@ -173,7 +173,7 @@ def test_a_file_shorter_than_a_window_is_filled_up_with_black(tmp_path: Path) ->
 def test_views_of_heads_are_averaged(formats: Path) -> None:
     cfg, source = config(), dataclasses.replace(settings(formats, "egtea"), protocol="lavila")
     (table,) = benchmark(cfg, "egtea", source, execution_of(cfg, ALONE)).tables
-    assert isinstance(table, ClassificationTable)
+    assert isinstance(table, ClassificationTask)
     space = ClassSpace(("action",), tuple(table.class_keys), tuple(table.class_names))
     bench = benchmark(cfg, "egtea", source, execution_of(cfg, ALONE), classes=space)
     assert (bench.dataset.protocol.name, bench.dataset.protocol.merge) == ("lavila_10x3", "mean")

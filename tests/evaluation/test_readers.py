@@ -21,7 +21,13 @@ from egohod.errors import UserError
 from egohod.evaluation.config import BenchmarkConfig
 from egohod.evaluation.readers import READERS, Content, read_ek100_cls, read_own, read_questions
 from egohod.evaluation.runner import PROTOCOLS, Benchmark, asked, benchmark, execution_of
-from egohod.evaluation.tasks import ClassificationTable, EvaluationTable, MultiLabelTable, QuestionTable, RetrievalTable
+from egohod.evaluation.tasks import (
+    ClassificationTask,
+    EvaluationTask,
+    MultiLabelTask,
+    MultipleChoiceTask,
+    RetrievalTask,
+)
 from tests.data.video_files import encode
 
 KINDS = ["ek100_mir", "ek100_cls", "egtea", "egomcq", "charades_ego", "own"]
@@ -45,17 +51,17 @@ def made(test: Path, kind: str, **evaluate: object) -> Benchmark:
     return benchmark(cfg, kind, settings(test, kind), execution_of(cfg, ALONE), controls=cfg.evaluate.controls)
 
 
-def oracle(table: EvaluationTable, clips: int) -> tuple[Tensor, Tensor]:
+def oracle(table: EvaluationTask, clips: int) -> tuple[Tensor, Tensor]:
     """Features of clips and texts made from the labels; the similarities of a retrieval are its relevancies."""
-    if isinstance(table, RetrievalTable):
+    if isinstance(table, RetrievalTask):
         own = 0 if table.text_of_clip is None else table.text_of_clip[:, None] == np.arange(len(table.texts))
         return torch.from_numpy((table.relevancy + 0.5 * own).astype(np.float32)), torch.eye(len(table.texts))
-    if isinstance(table, ClassificationTable):
+    if isinstance(table, ClassificationTask):
         classes = torch.eye(int(table.class_of_text.max()) + 1)
         return classes[torch.from_numpy(table.labels)], classes[torch.from_numpy(table.class_of_text)]
-    if isinstance(table, MultiLabelTable):
+    if isinstance(table, MultiLabelTask):
         return torch.from_numpy(table.labels).float(), torch.eye(len(table.texts))
-    assert isinstance(table, QuestionTable)
+    assert isinstance(table, MultipleChoiceTask)
     video, text = torch.zeros(clips, len(table.texts)), torch.eye(len(table.texts))
     for question in table.questions:
         right = question.choices[question.answer]
@@ -100,10 +106,10 @@ def test_every_format_tells_of_the_same_world(formats: Path) -> None:
     assert len(contents["egtea"].clips) == len(hod)
     assert set(contents["egomcq"].clips.videos) <= set(hod["video_id"])
     charades = contents["charades_ego"].tables[0]
-    assert isinstance(charades, MultiLabelTable)
+    assert isinstance(charades, MultiLabelTask)
     assert charades.labels.sum() == 2 * len(contents["charades_ego"].clips)
     mir = contents["ek100_mir"].tables[0]
-    assert isinstance(mir, RetrievalTable)
+    assert isinstance(mir, RetrievalTask)
     assert len(mir.texts) == len(set(mir.texts))
 
 
@@ -130,7 +136,7 @@ def test_a_sentence_of_ek100_has_text_and_class_of_the_row_that_its_id_names(tmp
     )
     config = BenchmarkConfig(metadata=str(tmp_path), root="x")
     (mir,) = READERS["ek100_mir"](config, PROTOCOLS["clean"], None).tables
-    assert isinstance(mir, RetrievalTable)
+    assert isinstance(mir, RetrievalTask)
     assert mir.texts == ["cut slice", "throw away bits", "stir"]
     np.testing.assert_array_equal(mir.relevancy, np.eye(3))
 
@@ -301,7 +307,7 @@ def test_anyones_csv_is_a_benchmark(tmp_path: Path) -> None:
     )
     config = BenchmarkConfig(metadata=str(tmp_path / "clips.csv"), root=str(tmp_path))
     (table,) = read_own(config, PROTOCOLS["clean"], None).tables
-    assert isinstance(table, RetrievalTable)
+    assert isinstance(table, RetrievalTask)
     assert list(table.texts) == ["cuts an onion", "slices a leek", "stirs soup"]
     assert table.relevancy.tolist() == [[1, 1, 0], [0, 0, 1], [1, 1, 0]]
     (tmp_path / "relevancy.csv").write_text("uid,text,relevancy\na,cuts an onion,1\na,slices a leek,0.5\n")

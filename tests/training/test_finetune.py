@@ -24,7 +24,7 @@ from egohod.demo.world import NOUNS
 from egohod.demo.write import write_benchmarks
 from egohod.distributed import Distributed
 from egohod.errors import UserError
-from egohod.evaluation.tasks import ClassificationTable, head_tables
+from egohod.evaluation.tasks import ClassificationTask, head_tasks
 from egohod.loss.classification import ClassificationLoss
 from egohod.loss.config import LossConfig
 from egohod.model.config import ModelConfig
@@ -260,13 +260,13 @@ def test_columns_by_whose_name_no_head_can_be_called() -> None:
 def test_heads_are_measured_on_classes_of_the_same_columns(ek100: Path) -> None:
     train = table(ek100 / "EPIC_100_train.csv")
     keys = [("0", "1"), ("2", "3")]
-    told = ClassificationTable(
+    told = ClassificationTask(
         "action", ["a", "b"], np.arange(2), np.array([0]), class_keys=keys, key_columns=["verb_class", "noun_class"]
     )
     for columns in (["noun_class", "verb_class"], ["verb_class"]):
         space = class_space([train], columns)
         with pytest.raises(UserError, match=r"here: its classes are told by verb_class and noun_class, those of .*"):
-            head_tables([told], space, "here")
+            head_tasks([told], space, "here")
 
 
 def test_slips_of_the_pen_in_labels(ek100: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
