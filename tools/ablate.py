@@ -10,7 +10,6 @@ Every run is a folder of its own. An interrupted study goes on with the run it w
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -24,9 +23,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import numpy as np
+from _common import run_tool, tool_parser
 
 from egohod import cli, config
 from egohod.config import PROJECT, Config
@@ -336,7 +334,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     add = parser.add_argument
     cli.add_config_file(parser, "configs/ablation_demo.yml")
     add("--only", default="", metavar="ROW,ROW", help="these rows only")
@@ -379,4 +377,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    run_tool(main)

@@ -14,12 +14,7 @@ python tools/bench.py probe              # linear and k-NN probes on cached feat
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bench_decode
 import bench_eval
@@ -30,12 +25,13 @@ import bench_probe
 import bench_slowfast
 import bench_step
 import bench_table
+from _common import run_tool, tool_parser
 
 from egohod import cli
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     commands = parser.add_subparsers(required=True)
     bench_decode.register(commands)
     bench_loader.register(commands)
@@ -52,4 +48,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    run_tool(main)

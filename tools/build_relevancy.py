@@ -9,13 +9,11 @@ main_eval.py builds and caches the matrix by itself; this tool shows it, and say
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import numpy as np
+from _common import tool_parser
 
 from egohod import cli
 from egohod.data.relevancy import csv_relevancy, read_relevancy, save_matrix
@@ -23,7 +21,7 @@ from egohod.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("--clips", type=Path, required=True, help="csv of the clips with verb_class, all_noun_classes")
     parser.add_argument("--sentences", type=Path, required=True, help="csv of the sentences: narration_id, narration")
     parser.add_argument("--output", type=Path, help="npy file to write")

@@ -22,7 +22,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from _common import tool_parser
 
 from egohod import cli
 from egohod.data.chunking import (
@@ -52,7 +52,7 @@ PROGRESS_SECONDS = 5.0
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     usual = ChunkSettings()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("input", type=Path, help="folder of camera files, in sub-folders as you like")
     parser.add_argument("output", type=Path, help="folder of the chunks; new, or that of an earlier run to go on with")
 

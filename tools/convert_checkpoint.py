@@ -17,16 +17,13 @@ Exit code 2: something with the input or the output that the message names. docs
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from _common import run_tool, tool_parser
 from safetensors.torch import save_file
 
 from egohod import cli
@@ -49,7 +46,7 @@ CONFIGS = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("input", metavar="INPUT", help="file, folder or open_clip tag")
     parser.add_argument("output", metavar="OUTPUT", nargs="?", type=Path, help="safetensors file to write")
     parser.add_argument("--to", choices=("egohod", "upstream"), default="egohod", help="whose names (default: egohod)")
@@ -152,4 +149,4 @@ def _check_output(output: Path, force: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    run_tool(main)

@@ -15,15 +15,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import numpy as np
+from _common import load_for_checkpoint, run_tool
 
-from egohod import cli, config
+from egohod import cli
 from egohod.config import Config, to_yaml
 from egohod.data.dataset import EvalProtocol, EvaluationDataset
 from egohod.data.storage import open_cache
@@ -56,9 +54,7 @@ def main(arguments: Sequence[str]) -> int:
     add("--allow_missing", action="store_true", help="leave out what cannot be read")
     add("--dry_run", action="store_true", help="say what there is to do, and write nothing")
     args = parser.parse_intermixed_args(arguments)
-    known = cli.model_of(args.checkpoint)
-    knobs = ["model.weights.source=checkpoint", *known, *args.overrides, f"model.weights.path={args.checkpoint}"]
-    cfg = config.load(args.config_file, knobs)
+    cfg = load_for_checkpoint(args)
     listing = _listing(args, cfg)
     protocol = EvalProtocol("features", "this project: one centre crop", frames=_frames(args, cfg))
     dataset = EvaluationDataset(
@@ -164,4 +160,4 @@ def _readable(listing: Listing, dataset: EvaluationDataset, allow_missing: bool)
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    run_tool(main)

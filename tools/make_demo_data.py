@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from _common import tool_parser
 
 from egohod import cli
 from egohod.demo import make_world, plan, preview
@@ -29,7 +29,7 @@ log = logging.getLogger("make_demo_data")
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     add = parser.add_argument
     add("--output", type=Path, default=Path("demo_data"), help="folder of the world (default: demo_data)")
     add("--seed", type=int, default=0, help="the world follows from it, bit by bit (default: 0)")

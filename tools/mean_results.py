@@ -7,14 +7,11 @@ Prints a table of every metric that all of them have.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import numpy as np
+from _common import run_tool, tool_parser
 
 from egohod import cli
 from egohod.errors import UserError
@@ -44,11 +41,11 @@ def _numbers(metrics: object) -> dict[str, float]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="output folders of evaluations")
     print(table(parser.parse_args(arguments).folders))
     return cli.DONE
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    run_tool(main)

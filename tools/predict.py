@@ -13,16 +13,14 @@ from __future__ import annotations
 import argparse
 import csv
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import numpy as np
 import torch
+from _common import load_for_checkpoint, run_tool, tool_parser
 
-from egohod import cli, config
+from egohod import cli
 from egohod.api import load_clip
 from egohod.config import Config
 from egohod.data.decoders import choose_decoder
@@ -44,7 +42,7 @@ SHOWN, DRAWN = 5, 10
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     add = parser.add_argument
     add("video", type=Path, metavar="VIDEO", help="a video file")
     add("overrides", nargs="*", metavar="section.key=value", help="change single knobs, e.g. train.device=cpu")
@@ -65,9 +63,7 @@ def main(arguments: Sequence[str]) -> int:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {args.output}: {error.strerror}") from error
-    known = cli.model_of(args.checkpoint, args.overrides)
-    knobs = ["model.weights.source=checkpoint", *known, *args.overrides, f"model.weights.path={args.checkpoint}"]
-    cfg = config.load(args.config_file, knobs)
+    cfg = load_for_checkpoint(args)
     windows = _windows(args.video, args.window, cfg.data.decoder)
     names, scores = _scores(cfg, args, windows)
     best = np.argsort(-scores, axis=1, kind="stable")[:, : min(SHOWN, len(names))]
@@ -154,4 +150,4 @@ def _draw(path: Path, windows: Sequence[tuple[float, float]], names: Sequence[st
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    run_tool(main)

@@ -7,19 +7,17 @@ main_eval.py writes the page by itself. It is one file, opens from disk, and ask
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from _common import run_tool, tool_parser
 
 from egohod import cli
 from egohod.evaluation.html_report import write_report
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("folder", type=Path, help="what --output of main_eval.py was")
     parser.add_argument("--decoder", default="auto", help="pyav, torchcodec, decord or auto (default)")
     args = parser.parse_args(arguments)
@@ -28,4 +26,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    run_tool(main)

@@ -11,15 +11,12 @@ name another object in the first of them; those across clips ask with it.
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import pandas as pd
+from _common import run_tool, tool_parser
 
 from egohod import cli
 from egohod.data.text_files import read_lines
@@ -66,7 +63,7 @@ def _opposite(uid: str, row: pd.Series, clips: pd.DataFrame) -> str | None:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     add = parser.add_argument
     add("--world", type=Path, required=True, metavar="FOLDER", help="the demo world")
     add(
@@ -102,4 +99,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    run_tool(main)

@@ -8,12 +8,12 @@ Nothing is measured here. What was measured and what is assumed stands beside ea
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from _common import tool_parser
 
 from egohod import cli
 from egohod.config import PROJECT, load_leniently
@@ -146,7 +146,7 @@ def table(recipe: Recipe, peak: float, utilisation: float) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("--peak", type=float, default=312.0, help="bf16 TFLOP/s of the GPU (default: 312, A100)")
     parser.add_argument("--utilisation", type=float, default=0.4, help="share of it that a step reaches (default: 0.4)")
     args = parser.parse_args()

@@ -9,17 +9,14 @@ the checkpoint which embedded the clips. Sentences are best written like the nar
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
+from _common import run_tool, save_picture, tool_parser
 
 from egohod import cli, config
 from egohod.data.text import Tokenizer
@@ -35,7 +32,7 @@ log = logging.getLogger("search")
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     add = parser.add_argument
     add("sentence", help='what to look for, e.g. "cut an onion"')
     add("--index", required=True, type=Path, metavar="FOLDER", help="--output of tools/extract_features.py")
@@ -70,13 +67,10 @@ def main(arguments: Sequence[str]) -> int:
             print(f"{rank:3d}  {hit.similarity:6.3f}  {hit.video:<{width}}  {span(hit):<25}  {hit.text}".rstrip())
     if args.sheet:
         sheet = contact_sheet(hits, index, cfg.data.decoder, args.videos)
-        try:
-            sheet.save(args.sheet)
-        except (OSError, ValueError) as error:  # ValueError: an ending that names no picture format
-            raise UserError(f"cannot write {args.sheet}: {error}") from error
+        save_picture(sheet, args.sheet)
         log.info("drew %s", args.sheet)
     return cli.DONE
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    run_tool(main)

@@ -10,11 +10,10 @@ caption is the one that goes with them (left and right changed where the clip is
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from _common import run_tool, save_picture
 
 from egohod import cli, config
 from egohod.data.show import sheet
@@ -54,13 +53,10 @@ def main(arguments: Sequence[str]) -> int:
         return cli.DONE
     if not views:
         raise UserError(f"not one of the {len(keys)} clips could be read")
-    try:
-        sheet(views).save(args.output)
-    except (OSError, ValueError) as error:  # ValueError: an ending that names no picture format
-        raise UserError(f"cannot write {args.output}: {error}") from error
+    save_picture(sheet(views), args.output)
     log.info("drew %d clips of step %d: %s", len(views), args.step, args.output)
     return cli.DONE
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    run_tool(main)

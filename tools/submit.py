@@ -28,9 +28,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import psutil
+from _common import run_tool, tool_parser
 
 from egohod import cli, config
 from egohod.errors import UserError
@@ -267,7 +266,7 @@ def _free_port() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     add = parser.add_argument
     add("config", nargs="?", metavar="CONFIG", help="the configuration, a YAML file")
     add("overrides", nargs="*", metavar="section.key=value", help="change single knobs, e.g. train.lr=1e-4")
@@ -294,4 +293,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    run_tool(main)

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from _common import run_tool
 
 from egohod import cli, config
 from egohod.data.verify import Verdict, Verifier
@@ -101,4 +100,4 @@ def _say(verifier: Verifier, verdict: Verdict) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    run_tool(main)

@@ -15,17 +15,15 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import av
 import numpy as np
+from _common import run_tool
 
 from egohod import cli
 from egohod.data.show import ROLE_COLOURS
@@ -167,4 +165,4 @@ def _film(seen: draw.Seen, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    run_tool(main)

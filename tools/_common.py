@@ -1,0 +1,49 @@
+"""The set-up that all tools share: the project importable, one parser, one way to start.
+
+Import it before egohod. Python puts this folder on sys.path when it starts a tool, from whatever folder, so that
+``from _common import ...`` always works; egohod itself is installed by exps/setup.sh, but not in a read-only checkout
+nor where somebody only cloned the repository. This module is the one place that makes up for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from egohod import cli, config
+from egohod.config import Config
+from egohod.errors import UserError
+
+
+def tool_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser for a tool without configuration knobs; ``description`` is its docstring, printed as it is written."""
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def run_tool(main: Callable[[Sequence[str]], int]) -> None:
+    """Run ``main`` on the command line and exit: one line per mistake on stderr and exit code 2, see egohod.cli."""
+    sys.exit(cli.run(main))
+
+
+def load_for_checkpoint(args: argparse.Namespace) -> Config:
+    """The configuration of ``--config_file`` for the model of ``--checkpoint``.
+
+    The checkpoint's own model settings come before the command line's, so that a user can still override them.
+    """
+    model = cli.model_of(args.checkpoint, args.overrides)
+    path = f"model.weights.path={args.checkpoint}"
+    return config.load(args.config_file, ["model.weights.source=checkpoint", *model, *args.overrides, path])
+
+
+def save_picture(picture: object, path: Path) -> None:
+    """Save a PIL image; raise :class:`UserError` where that cannot be done."""
+    try:
+        picture.save(path)  # type: ignore[attr-defined]
+    except (OSError, ValueError) as error:  # ValueError: an ending that names no picture format
+        raise UserError(f"cannot write {path}: {error}") from error
