@@ -15,10 +15,11 @@ import pytest
 from PIL import Image
 
 from egohod.data.detections import BoxTable
-from egohod.demo import DemoError, make_world, preview
+from egohod.demo import make_world, preview
 from egohod.demo.render import PICTURE, Stage, frame_time
 from egohod.demo.world import DEFAULT, FPS, VERBS, make_split
 from egohod.demo.write import CHUNK_SECONDS, questions, seconds
+from egohod.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = [sys.executable, str(ROOT / "tools" / "make_demo_data.py")]
@@ -136,22 +137,22 @@ def test_a_complete_world_is_left_alone(world: Path) -> None:
 
 def test_other_settings_and_other_folders_are_refused(world: Path, tmp_path: Path) -> None:
     before = _tree(world)
-    with pytest.raises(DemoError, match=r"seed 4 \(asked: 5\)"):
+    with pytest.raises(UserError, match=r"seed 4 \(asked: 5\)"):
         make_world(world, 5, SCALE)
-    with pytest.raises(DemoError, match=r"scale 0.02 \(asked: 1.0\)"):
+    with pytest.raises(UserError, match=r"scale 0.02 \(asked: 1.0\)"):
         make_world(world, SEED)
     assert _tree(world) == before
     (tmp_path / "letter.txt").write_text("keep me")
-    with pytest.raises(DemoError, match="holds no demo world"):
+    with pytest.raises(UserError, match="holds no demo world"):
         make_world(tmp_path)
-    with pytest.raises(DemoError, match="allowed are train, val, test"):
+    with pytest.raises(UserError, match="allowed are train, val, test"):
         make_world(tmp_path / "new", splits=("train", "dev"))
-    with pytest.raises(DemoError, match="scale must be"):
+    with pytest.raises(UserError, match="scale must be"):
         make_world(tmp_path / "new", scale=0)
     (tmp_path / "torn").mkdir()
     for torn in ('{"seed": ', "[" * 9999):
         (tmp_path / "torn" / "world.json").write_text(torn)
-        with pytest.raises(DemoError, match="not a demo world's description"):
+        with pytest.raises(UserError, match="not a demo world's description"):
             make_world(tmp_path / "torn")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["letter.txt", "torn"]
 
@@ -211,5 +212,5 @@ def test_preview_is_a_small_picture(tmp_path: Path) -> None:
     with Image.open(tmp_path / "a" / "sheet.png") as sheet:
         assert sheet.width == 6 * PICTURE[0]
     assert (tmp_path / "a" / "sheet.png").stat().st_size < 400_000
-    with pytest.raises(DemoError, match="cannot write"):
+    with pytest.raises(UserError, match="cannot write"):
         preview(tmp_path / "sheet.nothing")
