@@ -19,7 +19,6 @@ from egohod.hod.tracking import SIDES, ContactParams, Track, TrackParams, Tracks
 LEFT, RIGHT = SIDES
 UP, DOWN, AWAY, CLOSER = "up", "down", "away", "closer"  # away and closer are along the line of sight
 CLOCKWISE, COUNTERCLOCKWISE, STILL, SHAKING = "clockwise", "counterclockwise", "still", "back and forth"
-DIRECTIONS = (LEFT, RIGHT, UP, DOWN, AWAY, CLOSER, CLOCKWISE, COUNTERCLOCKWISE, STILL, SHAKING)
 
 
 # The results of runs hold these fields by name: a renamed one would make every cached result unreadable.
@@ -29,7 +28,7 @@ class Motion:
 
     path: np.ndarray  # [T, 2] centre of the box; NaN where unknown even after filling gaps
     size: np.ndarray  # [T] square root of the box's area, as a share of the picture; NaN where unknown
-    # Its legs in order, each of DIRECTIONS: a wipe that goes left and comes back is (left, right); (still,) at rest
+    # Its legs in order, in the words above: a wipe that goes left and comes back is (left, right); (still,) at rest
     directions: tuple[str, ...]
     repeats: int  # how often the motion recurs: two quick taps are 2; 1 for everything that does not recur
     speed: float  # mean while it moves

@@ -129,7 +129,6 @@ class Words:
 
     verbs: tuple[str, ...]
     things: tuple[str, ...]
-    actions: tuple[str, ...]  # the verbs, and participles of how something is or was done: "the sliced meat"
     heads: tuple[str, ...]  # what is in a thing's place though it is a degree, a shape or a kind: "holds the light"
     all: tuple[str, ...]  # every word, for whether something is named at all
 
@@ -150,7 +149,7 @@ def extract_words(text: str) -> Words:
     """The verbs and things of an English narration, without function words, sides, kinds and degrees."""
     text = text.lower().replace("’", "'")
     text = _PHRASE.sub(lambda match: f" {_PHRASES[int(match.lastgroup[1:])]} ", text)  # type: ignore[index]
-    verbs, things, actions, heads, every = (list[str]() for _ in range(5))
+    verbs, things, heads, every = (list[str]() for _ in range(4))
     before = "."
     tokens = re.findall(r"[^\W\d_]+(?:[-'][^\W\d_]+)*|[.,;:()]", text)
     for token, after in itertools.zip_longest(tokens, tokens[1:], fillvalue="."):
@@ -160,15 +159,12 @@ def extract_words(text: str) -> Words:
                 base = word if word in _THINGS else lemma(word)
                 every += [base, word]
                 role = _role(word, base, before, after)
-                inflected = word != base and (word[-1] != "s" or base in _MOTION)
-                if role == "verb" or (role is None and base in _VERBS and (inflected or base in _MOTION)):
-                    actions.append(base)
                 if role:
                     (verbs if role == "verb" else things).append(base)
                 elif before in _BEFORE_THINGS and (after in _AFTER_THINGS or not after[0].isalpha()):
                     heads.append(base)
             before = word
-    return Words(*(tuple(dict.fromkeys(each)) for each in (verbs, things, actions, heads, every)))
+    return Words(*(tuple(dict.fromkeys(each)) for each in (verbs, things, heads, every)))
 
 
 def _role(word: str, base: str, before: str, after: str) -> str | None:

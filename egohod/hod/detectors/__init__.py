@@ -54,6 +54,7 @@ def typed_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     if unknown or missing:
         problem = f"does not know {', '.join(unknown)}" if unknown else f"needs {', '.join(missing)}"
         raise UserError(f"detector {name} {problem}; its options are {', '.join(parameters)}")
+    # get_type_hints: with postponed annotations, those of the signature are text.
     hints, typed = typing.get_type_hints(cls.__init__), dict(options)
     for key, value in options.items():
         union = isinstance(hints[key], types.UnionType)

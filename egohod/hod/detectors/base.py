@@ -35,14 +35,12 @@ class Detector(ABC):
         """Ids of the videos of which the files hold boxes; only of detectors that read files."""
         raise NotImplementedError
 
-    def close(self) -> None:  # noqa: B027
-        """Free memory and end processes."""
-
 
 def row(
     video_id: str, frame_number: int, second: float, box: np.ndarray, score: float, *, side: int = -1, name: str = ""
 ) -> dict[str, Any]:
     """One row of ``SCHEMA`` without contact state: a hand of ``side``, or an object where that is -1."""
+    # Detectors draw boxes over the picture's edge.
     edges = dict(zip(EDGES, np.clip(box, 0, 1).tolist(), strict=True))
     kind = "object" if side < 0 else "hand"
     values = {"video_id": video_id, "frame_number": int(frame_number), "second": float(second), "kind": kind}
@@ -62,6 +60,7 @@ def assign_sides(boxes: np.ndarray, scores: np.ndarray, sides: np.ndarray) -> tu
     duplicates the box with the higher score remains, and never more than two.
     """
     chosen: list[int] = []
+    # stable: of equal scores the detector's first
     for i in np.argsort(-scores, kind="stable").tolist():
         if len(chosen) < 2 and all(_iou(boxes[i], boxes[j]) < _SAME_HAND for j in chosen):
             chosen.append(i)

@@ -46,6 +46,7 @@ class DetectionFiles(Detector):
                 raise UserError(f"{path}: {error}") from error
         else:
             videos = detections.read(path).to_pandas().groupby("video_id", sort=False)
+            # stable: boxes of one moment keep the order of the file
             self._videos = {str(video): rows.sort_values("second", kind="stable") for video, rows in videos}
 
     def videos(self) -> set[str]:
@@ -67,8 +68,9 @@ class DetectionFiles(Detector):
         if video_id not in self._videos or not len(seconds):
             return SCHEMA.empty_table()
         rows, seconds = self._videos[video_id], np.unique(seconds)
+        # The median: the last interval of a clip may be shorter.
         step = float(np.median(np.diff(seconds))) / 2 if len(seconds) > 1 else NEAREST_SECONDS
-        reach = min(NEAREST_SECONDS, step) + 1e-6
+        reach = min(NEAREST_SECONDS, step) + 1e-6  # times of frames are rounded differently by decoders and files
         times = rows["second"].to_numpy()
         low, high = np.searchsorted(times, (seconds[0] - reach, seconds[-1] + reach))
         rows, times = rows.iloc[low:high], times[low:high]
@@ -80,10 +82,6 @@ class DetectionFiles(Detector):
             nearest = {int(i) for j, i in enumerate(distance.argmin(axis=0)) if distance[i, j] <= reach}
             rows = rows[np.isin(times, moments[sorted(nearest)])]
         return pa.Table.from_pandas(rows, SCHEMA, preserve_index=False)
-
-    def close(self) -> None:
-        """See :meth:`Detector.close`."""
-        self._videos = {}
 
 
 class Oracle(DetectionFiles):

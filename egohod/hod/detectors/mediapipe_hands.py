@@ -101,7 +101,7 @@ class MediapipeHands(Detector):
         return table(rows)
 
     def close(self) -> None:
-        """End the child process."""
+        """End the child process; without it, it ends with this one."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         # If it has died already, closing the pipe fails to flush what was not written yet.

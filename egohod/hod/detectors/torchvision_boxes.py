@@ -53,6 +53,7 @@ class TorchvisionBoxes(Detector):
             raise UserError(f"architecture is '{architecture}', but must be one of {', '.join(_ARCHITECTURES)}")
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, not {batch_size}")
+        # Tensors only: a checkpoint from elsewhere may hold code.
         state, remarks = read_tensors(Path(weights))
         for remark in remarks:
             log.info("%s: %s", weights, remark)
@@ -62,6 +63,7 @@ class TorchvisionBoxes(Detector):
         for number, name in labels.items():
             if not str(number).isdecimal() or not 0 < int(number) < classes:
                 raise UserError(f"labels: {weights} has the classes 1 to {classes - 1}, not {number} ({name})")
+        # YAML gives numbers, the command line gives text.
         self._labels = {int(number): name for number, name in labels.items()}
         if not _HANDS.keys() & self._labels.values():
             names = ", ".join(self._labels.values()) or "none"
@@ -89,6 +91,7 @@ class TorchvisionBoxes(Detector):
         for first in range(0, len(pictures), self._batch_size):
             part = slice(first, first + self._batch_size)
             batch = torch.from_numpy(np.ascontiguousarray(pictures[part])).to(self._device)
+            # Shares of full intensity; the model itself resizes and normalises.
             outputs = self._model([picture.permute(2, 0, 1).float() / 255 for picture in batch])
             for number, second, output in zip(frame_numbers[part], seconds[part], outputs, strict=True):
                 boxes = output["boxes"].cpu().double().numpy() / (width, height, width, height)
@@ -97,6 +100,7 @@ class TorchvisionBoxes(Detector):
                     self._labels.get(int(label)) if score >= self._min_score else None
                     for label, score in zip(labels, scores, strict=True)
                 ]
+                # Objects may be many; of hands there is one a side.
                 hands = [i for i, name in enumerate(names) if name in _HANDS]
                 sides = np.array([_HANDS[names[i] or ""] for i in hands], dtype=np.int64)
                 chosen, sides = assign_sides(boxes[hands], scores[hands], sides)
@@ -106,7 +110,3 @@ class TorchvisionBoxes(Detector):
                     if name is not None and name not in _HANDS:
                         rows.append(row(video_id, number, second, box, score, name="" if name == "object" else name))
         return table(rows)
-
-    def close(self) -> None:
-        """See :meth:`Detector.close`."""
-        del self._model

@@ -29,11 +29,12 @@ from egohod.hod.config import NarratorSettings
 
 log = logging.getLogger(__name__)
 
+# HTTP status codes. 529 is what some services send under overload.
 _RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 _UNAVAILABLE = (429, 503, 529)  # overload of the server: no fault of the request, retried without limit
 _REFUSED = (401, 403, 404, 405, 407)  # wrong key, model or address: every other request would fail too
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0
-_MAX_BYTES = 4_000_000
+_MAX_BYTES = 4_000_000  # a misdirected endpoint may stream without end
 # After so many failures and not one success the settings are wrong, not the requests.
 _MAX_FIRST_FAILURES = 5
 
@@ -138,7 +139,7 @@ class Endpoint:
     def _run(self, future: Future[Answer], body: dict[str, Any]) -> None:
         try:
             future.set_result(self._ask(body))
-        except BaseException as error:
+        except BaseException as error:  # raised again where the future is read
             future.set_exception(error)
 
     def _ask(self, body: dict[str, Any]) -> Answer:
@@ -283,6 +284,7 @@ def _proxy_note(url: str, no_proxy: str | None) -> str:
     if not proxy:
         return ""
     parts = urlsplit(url)
+    # Lower case first, as in urllib's own lookup.
     names = [f"{parts.scheme}_proxy", "all_proxy"]
     variables = [each for name in names for each in (name, name.upper()) if os.environ.get(each)]
     where = f"that {variables[0]} names" if variables else "of the system's settings"

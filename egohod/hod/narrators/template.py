@@ -24,6 +24,7 @@ from egohod.hod.narrators.base import (
     touched_phrase,
 )
 
+# Ego4D's narrations mark the wearer as "#C C", another person as "#O".
 _WEARER = re.compile(r"^(#?\s*c(?:\s+c)?)\b\s*", re.IGNORECASE)
 _OTHER_PERSON = re.compile(r"^#\s*o\b", re.IGNORECASE)
 # "with his hand" names no side yet; of several hands none is the one.
@@ -74,10 +75,10 @@ def template(source: str, facts: ClipFacts, seed: int | Sequence[int] | None = 0
     acting = facts.hands.get(facts.acting or "")
     thing = thing_name(facts)
     idle = [hand for side, hand in sorted(facts.hands.items()) if hand is not acting or of_others]
-    if not source:
+    if not source:  # windows of videos without narrations
         text = _from_facts_alone(facts, acting, thing)
         if acting is None:
-            idle = idle[1:]
+            idle = idle[1:]  # the first one is the subject of the sentence
     else:
         text = source if of_others or acting is None else _with_hand(source, facts, acting, rng)
     clauses = []
@@ -121,6 +122,7 @@ def _with_hand(source: str, facts: ClipFacts, hand: HandFacts, rng: np.random.Ge
         text = source
     elif _A_HAND.search(source):
         text = _A_HAND.sub(rf"\1 the {hand.side} hand", source, count=1)
+    # "uses the right hand and cuts" needs a verb in the third person.
     elif start and third_person and _sometimes(rng):
         text = f"{start[1]} uses the {hand.side} hand and {action}"
     else:
@@ -153,4 +155,5 @@ def _motion_phrases(facts: ClipFacts, hand: HandFacts, rng: np.random.Generator 
 
 
 def _sometimes(rng: np.random.Generator | None) -> bool:
+    # One in three: a phrase that nearly every caption has teaches a text tower nothing.
     return rng is not None and rng.integers(3) == 0
