@@ -32,10 +32,11 @@ from egohod.data.chunking import ChunkSettings, Output, VideoReader, find_videos
 from egohod.data.config import SourceConfig
 from egohod.data.decoders import choose_decoder
 from egohod.data.detections import BoxTable
+from egohod.data.formats import read_clips
 from egohod.data.labels import ClassLabels, RelevantTexts, class_space
-from egohod.data.relevancy import csv_relevancy, read_relevancy, save_matrix
+from egohod.data.relevancy import cached_matrix, csv_relevancy, read_relevancy, save_matrix
 from egohod.data.storage import LocalCache
-from egohod.data.table import ClipSource, ClipTable, choose_text
+from egohod.data.table import ClipSource, choose_text
 from egohod.data.text import Tokenizer
 from egohod.data.verify import Verifier
 from egohod.demo import write as demo
@@ -46,9 +47,8 @@ from egohod.evaluation.config import BenchmarkConfig
 from egohod.evaluation.features import FeatureCache, search
 from egohod.evaluation.html_report import contact_sheet, write_report
 from egohod.evaluation.listing import rows_of_csv
-from egohod.evaluation.readers import READERS
-from egohod.evaluation.results import report
-from egohod.evaluation.runner import PROTOCOLS, benchmark, execution_of
+from egohod.evaluation.results import write_results
+from egohod.evaluation.runner import PROTOCOLS, benchmark, execution_of, read_benchmark
 from egohod.hod import config as hod_config
 from egohod.hod.config import HodConfig, NarratorSettings
 from egohod.hod.detectors.files import DetectionFiles
@@ -140,7 +140,7 @@ def _clips(name: str, **source: Any) -> Callable[[Path], None]:
 
     def read(folder: Path) -> None:
         settings = {key: str(folder / value) if key == "exclude" else value for key, value in source.items()}
-        table = ClipTable.read(SourceConfig(metadata=str(folder / name), **settings))
+        table = read_clips(SourceConfig(metadata=str(folder / name), **settings))
         rng, tokenizer = np.random.default_rng(0), _tokenizer()
         for i in range(len(table)):
             row = table.row(i)
@@ -184,7 +184,7 @@ def _read_packed(folder: Path) -> None:
 
 
 def _train_labels(folder: Path) -> None:
-    table = ClipTable.read(SourceConfig(metadata=str(folder / "train.csv"), format="ek100"))
+    table = read_clips(SourceConfig(metadata=str(folder / "train.csv"), format="ek100"))
     space = class_space(
         [table], ["verb_class", "noun_class"], [str(folder / "actions.csv"), str(folder / "validation.csv")], say=True
     )
@@ -221,9 +221,8 @@ def _benchmark(kind: str, name: str = "") -> Callable[[Path], None]:
     def read(folder: Path) -> None:
         settings = BenchmarkConfig(kind=kind, metadata=str(folder / name), root=str(folder))
         for protocol in ("clean", "upstream"):
-            content = READERS[kind](settings, PROTOCOLS[protocol], None)
-            for table in content.tables:
-                _tokenizer()(list(table.texts))
+            for task in read_benchmark(kind, settings, PROTOCOLS[protocol].prompts)[1].tasks:
+                _tokenizer()(list(task.texts))
 
     return read
 
@@ -234,13 +233,15 @@ def _seed_relevancy(folder: Path) -> None:
     (folder / "old.pkl").write_bytes(pickle.dumps(matrix, protocol=2))
     np.save(folder / "relevancy.npy", matrix)
     _files(test__csv=EK100, sentence__csv=SENTENCES)(folder)
-    csv_relevancy(folder / "test.csv", folder / "sentence.csv", folder / "cache")
+    csv_files = folder / "test.csv", folder / "sentence.csv"
+    cached_matrix(folder / "cache", csv_files, lambda: csv_relevancy(*csv_files))
 
 
 def _read_relevancy(folder: Path) -> None:
     for name in ("relevancy.pkl", "old.pkl", "relevancy.npy"):
         read_relevancy(folder / name)
-    save_matrix(csv_relevancy(folder / "test.csv", folder / "sentence.csv", folder / "cache"), folder / "again.npy")
+    csv_files = folder / "test.csv", folder / "sentence.csv"
+    save_matrix(cached_matrix(folder / "cache", csv_files, lambda: csv_relevancy(*csv_files)), folder / "again.npy")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -488,7 +489,7 @@ def _read_verify(folder: Path) -> None:
 
 def _verifier(folder: Path) -> Verifier:
     source = SourceConfig(metadata=str(folder / "hod.csv"), root=str(folder))
-    table = ClipTable.read(source)
+    table = read_clips(source)
     return Verifier("mine", ClipSource(table, source, choose_decoder("pyav")[1], None), folder)
 
 
@@ -668,10 +669,12 @@ def _seed_results(folder: Path) -> None:
     cfg = config.Config()
     cfg.model.name, cfg.model.num_frames, cfg.data.decoder, cfg.data.workers = "DEMO", 2, "pyav", 0
     cfg.evaluate.cache, cfg.evaluate.num_frames = None, 2
-    settings = BenchmarkConfig(kind="own", metadata=str(folder / "own.csv"), root=str(folder))
+    settings = BenchmarkConfig(kind="custom", metadata=str(folder / "own.csv"), root=str(folder))
     bench = benchmark(cfg, "mine", settings, execution_of(cfg, ALONE), controls=["reverse"])
     said = {"path": "run", "sha256": "0f" * 32}
-    report(folder / "results", cfg, ALONE, [(bench, bench.measure(_Seeded()))], checkpoint=said, published="EgoVideo-L")
+    write_results(
+        folder / "results", cfg, ALONE, [(bench, bench.measure(_Seeded()))], checkpoint=said, published="EgoVideo-L"
+    )
     for path in folder.glob("*.*"):
         path.unlink()
 
@@ -731,7 +734,7 @@ TARGETS: dict[str, Target] = {
         Target(
             "benchmark_own",
             _files(own__csv=OWN, classes__csv=OWN_CLASSES, relevancy__csv=RELEVANCY, questions__jsonl=QUESTIONS),
-            _benchmark("own", "own.csv"),
+            _benchmark("custom", "own.csv"),
         ),
         Target(
             "benchmark_labels",

@@ -162,14 +162,14 @@ def _readers() -> dict[str, Callable[[Path], object]]:
     import torchvision.models.detection  # noqa: F401
 
     from egohod.data import detections
-    from egohod.data.annotations import read_annotations
+    from egohod.data.formats import read_raw
     from egohod.data.relevancy import read_relevancy
     from egohod.hod.detectors.torchvision_boxes import TorchvisionBoxes
     from egohod.model.weight_files import read_weights
     from egohod.training.checkpoint import open_checkpoint
 
     return {
-        "annotations": lambda path: read_annotations(path, SourceConfig(metadata=str(path), root=".")),
+        "annotations": lambda path: read_raw(SourceConfig(metadata=str(path), root=".")),
         "detections": lambda path: detections.read_epic(path, 30.0),
         "relevancy": read_relevancy,
         "weights": read_weights,

@@ -24,8 +24,7 @@ from egohod.distributed import setup
 from egohod.evaluation.config import BenchmarkConfig
 from egohod.evaluation.embed import embed_clips
 from egohod.evaluation.metrics import graded_scores
-from egohod.evaluation.readers import READERS
-from egohod.evaluation.runner import PROTOCOLS, benchmark, execution_of
+from egohod.evaluation.runner import PROTOCOLS, benchmark, execution_of, read_benchmark, tasks_of
 from egohod.model.config import IMAGE_STATS
 from egohod.model.egovideo import create_model
 
@@ -111,15 +110,15 @@ def full_size(options: argparse.Namespace) -> None:
 
     for kind in ("ek100_mir", "ek100_cls"):
         config = BenchmarkConfig(kind=kind, metadata=options.full, root=".")
-        content = READERS[kind](config, protocol, None)
-        video = features(len(content.clips))
-        for table in content.tables:
+        data = read_benchmark(kind, config, protocol.prompts)[1]
+        video = features(len(data.clips))
+        for table in tasks_of(data):
             text = features(len(table.texts))
             for name, score in table.measure(video, text).items():
                 low, high = score.interval()
                 print(f"{kind}/{name:<20} {score.value:6.2f} [{low:.2f}, {high:.2f}]  chance {score.chance:.2f}")
             table.details(video, text)
-        print(*content.notes, sep="\n")
+        print(*data.notes, sep="\n")
     print(f"{time.perf_counter() - start:.0f} s, peak memory of the process {peak_bytes() / 1e9:.1f} GB")
 
 

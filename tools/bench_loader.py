@@ -42,9 +42,9 @@ from egohod.data.chunking import ChunkSettings, write_chunks
 from egohod.data.config import SourceConfig
 from egohod.data.dataset import ClipDataset
 from egohod.data.decoders import choose_decoder
+from egohod.data.formats import read_clips
 from egohod.data.frames import segment_indices
 from egohod.data.loader import BatchPlan, train_loader
-from egohod.data.table import ClipTable
 from egohod.data.text import Tokenizer
 from egohod.model.config import IMAGE_STATS
 
@@ -128,7 +128,7 @@ def our_dataset(folder: Path, root: str, options: argparse.Namespace) -> ClipDat
     return ClipDataset(
         [
             (
-                ClipTable.read(folder / "clips.csv"),
+                read_clips(folder / "clips.csv"),
                 SourceConfig(root=root, layout="chunks", chunk_seconds=CHUNK_SECONDS),
             )
         ],

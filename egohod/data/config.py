@@ -32,8 +32,8 @@ class SourceConfig:
         "auto",
         "hod: csv with video_id,start_second,end_second,text (or caption); egoclip: EgoClip's table; ego4d: "
         "narration.json; pickle: list of (video, start, end, text) as LaViLa and AVION release; ek100, egtea, "
-        "charades: these benchmarks' files; labels: csv with video,start,end,label; auto looks at the file",
-        choices=("auto", "hod", "egoclip", "ego4d", "pickle", "ek100", "egtea", "charades", "labels"),
+        "charades: these benchmarks' files; labels: csv with video,start,end,label; or one that you added to "
+        "egohod/data/formats; auto recognises the file",
     )
     columns: dict[str, str] = knob(
         {}, "what this file calls the columns of its format, e.g. {video_id: vid, text: sentence}"

@@ -14,10 +14,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from egohod.data.relevancy import graded, indicator, sentence_texts
+from egohod.data.relevancy import GradedTexts, graded, indicator, read_sentences
 from egohod.data.table import ClipTable
 from egohod.data.text import swap_sides
-from egohod.data.text_files import integer_lists, integers, read_csv
+from egohod.data.text_files import read_csv
 from egohod.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class RelevantTexts:
     """Draws a text for a clip among all whose relevancy is above ``threshold``, each alike (EPIC-KITCHENS-100 MIR).
 
     The texts are those that the rows of ``sentences`` (narration_id, narration and, or else by the clip of that id,
-    verb_class and noun_classes) name, see :func:`~egohod.data.relevancy.sentence_texts`, or the distinct narrations of
+    verb_class and noun_classes) name, see :func:`~egohod.data.relevancy.read_sentences`, or the distinct narrations of
     the clips. ``noun_classes`` K is how many noun classes they have.
 
     Raises :class:`UserError` naming the file and the row: no such column, no number, or a clip without a relevant text.
@@ -47,20 +47,24 @@ class RelevantTexts:
                 raise UserError(
                     f"{table.path}: data.labels.target=relevancy needs the column '{name}', as EPIC_100_train.csv has"
                 )
-        verbs, nouns = clip_classes(table)
+        narrations = [table.row(i).texts[0] for i in range(len(table))]
+        columns = pd.DataFrame({name: table.column(name).astype(str) for name in RELEVANCY_COLUMNS[:2]})
+        clips = GradedTexts.of_clips(narrations, columns, table.where)
         if sentences:
-            self.texts, text_verbs, text_nouns = _sentences(Path(sentences), table, verbs, nouns)
+            ids = table.ids if "uid" in table.column_names else None
+            texts = read_sentences(Path(sentences), clips, ids, table.path)
         else:
-            told = [table.row(i).texts[0] for i in range(len(table))]
-            self.texts, first = (each.tolist() for each in np.unique(told, return_index=True))
-            text_verbs, text_nouns = verbs[first], [nouns[i] for i in first]
-        known = max((noun for side in (nouns, text_nouns) for each in side for noun in each), default=0)
-        self.noun_classes = known + 1
-        self._verbs, self._text_verbs = verbs, text_verbs
+            distinct, first = (each.tolist() for each in np.unique(narrations, return_index=True))
+            texts = GradedTexts(distinct, clips.verbs[first], [clips.nouns[i] for i in first])
+        self.texts = texts.texts
+        self.noun_classes = 1 + max(
+            (noun for nouns in (clips.nouns, texts.nouns) for each in nouns for noun in each), default=0
+        )
+        self._verbs, self._text_verbs = clips.verbs, texts.verbs
         # Ragged, and not a list of lists: there is no object per row for a worker to touch.
-        self._nouns = np.array([noun for each in nouns for noun in each], dtype=np.int64)
-        self._starts = np.cumsum([0, *(len(each) for each in nouns)])
-        self._text_nouns = indicator(text_nouns, self.noun_classes)
+        self._nouns = np.array([noun for each in clips.nouns for noun in each], dtype=np.int64)
+        self._starts = np.cumsum([0, *(len(each) for each in clips.nouns)])
+        self._text_nouns = indicator(texts.nouns, self.noun_classes)
         self._threshold = threshold
         self._check(table)
 
@@ -286,29 +290,3 @@ def _warn_of_gaps(column: str, values: set[str]) -> None:
                 "%s: the ids run from %d to %d, but %d of them never occur, such as %d; classes are numbered anew",
                 column, ids[0], ids[-1], gaps, first,
             )  # fmt: skip
-
-
-def clip_classes(table: ClipTable) -> tuple[np.ndarray, list[list[int]]]:
-    """Verb class of every clip, int64 [N], and its noun classes. Raises :class:`UserError` naming the row."""
-    columns = pd.DataFrame({name: table.column(name).astype(str) for name in RELEVANCY_COLUMNS[:2]})
-    where = table.where
-    return integers(columns, "verb_class", where), integer_lists(columns, "all_noun_classes", where)
-
-
-def _sentences(
-    path: Path, table: ClipTable, verbs: np.ndarray, nouns: list[list[int]]
-) -> tuple[list[str], np.ndarray, list[list[int]]]:
-    """Texts of a sentence csv with their verb and noun classes."""
-    rows = read_csv(path, ("narration_id", "narration"), unique="narration_id")
-    has_ids = "uid" in table.column_names
-    row_of = {str(name): row for row, name in enumerate(table.column("uid"))} if has_ids else {}
-    of_clip = {name: table.row(row_of[name]).texts[0] for name in rows["narration_id"] if name in row_of}
-    texts = sentence_texts(rows["narration_id"].tolist(), rows["narration"].tolist(), of_clip)
-    if {"verb_class", "noun_classes"} <= set(rows.columns):
-        return texts, integers(rows, "verb_class", path), integer_lists(rows, "noun_classes", path)
-    named = []
-    for number, name in enumerate(rows["narration_id"], start=1):
-        if name not in row_of:
-            raise UserError(f"{path}: row {number}: narration_id '{name}' is not in {table.path}")
-        named.append(row_of[name])
-    return texts, verbs[named], [nouns[row] for row in named]

@@ -1,4 +1,4 @@
-"""Clips as columns.
+"""Clips as columns, and the reading of their frames. Nothing here needs PyTorch.
 
 A :class:`ClipTable` holds Arrow buffers and numpy arrays only. There is no Python object per row whose reference
 count a worker process could touch, so millions of rows are shared with forked workers at no cost.
@@ -17,13 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from egohod.data import text_files
-from egohod.data.annotations import Annotations, read_annotations
 from egohod.data.config import SourceConfig
 from egohod.data.decoders import Opener
 from egohod.data.detections import EDGES, ROLES, BoxTable
 from egohod.data.frames import MIN_SECONDS
 from egohod.data.storage import LocalCache
-from egohod.data.text_files import TableError, nearest, read_columns, read_header, seconds
+from egohod.data.text_files import nearest, read_columns, read_header, seconds, text_column
 from egohod.data.videos import Frames, VideoStore
 from egohod.errors import UserError
 
@@ -38,8 +37,27 @@ EXCLUDE_COLUMNS = ("video_id", "start_second", "end_second")
 
 
 @dataclass(frozen=True)
+class RawClips:
+    """The entries of an annotation file in its order, before any is checked: what a parser of ``formats/`` returns.
+
+    ``columns`` holds video_id, text and all further columns as strings; ``times`` start and end, as strings where a
+    person may have written them, else float64 [N]; ``numbers`` int64 [N] counts the entries as ``unit`` (row, line,
+    ...) of the file from 1; ``time_names`` is what the file calls start and end. ``broken`` are messages about entries
+    that cannot be parsed at all. With ``class_names`` the texts are names of classes, not narrations.
+    """
+
+    columns: pa.Table
+    times: tuple[pa.ChunkedArray | np.ndarray, pa.ChunkedArray | np.ndarray]
+    numbers: np.ndarray
+    unit: str = "row"
+    time_names: tuple[str, str] = ("start_second", "end_second")
+    broken: tuple[str, ...] = ()
+    class_names: bool = False
+
+
+@dataclass(frozen=True)
 class ClipRow:
-    """One clip: where it is and what is said about it.
+    """One clip: its place in a video, and its narrations.
 
     ``start`` and ``end`` are seconds; ``texts`` has one entry, or several for a list literal; ``dataset`` is empty
     when the file has no such column; ``row`` counts the file's data rows from 1, for messages.
@@ -55,7 +73,7 @@ class ClipRow:
 
 @dataclass(frozen=True)
 class TableReport:
-    """What reading found: ``rows`` are kept, ``left_out`` counts the others by reason, the rest was mended."""
+    """Counts of a table: its ``rows``, those ``left_out`` by reason, and rows that were repaired."""
 
     rows: int
     short: int = 0
@@ -76,7 +94,7 @@ class TableReport:
 
 
 class ClipTable:
-    """Clips with their narrations, in the order of the file."""
+    """Clips with their narrations, in the order of the file. :func:`egohod.data.formats.read_clips` reads one."""
 
     def __init__(
         self,
@@ -84,79 +102,78 @@ class ClipTable:
         columns: pa.Table,
         start: np.ndarray,
         end: np.ndarray,
-        numbers: np.ndarray,
-        unit: str,
-        report: TableReport,
+        numbers: np.ndarray | None = None,
+        unit: str = "row",
+        report: TableReport | None = None,
     ) -> None:
         self.path = path
-        self.report = report
+        self.report = report or TableReport(len(start))
+        self.start, self.end = start, end
+        """Seconds, float64 [N]; an infinite end is that of the video."""
         self._unit = unit
         # Contiguous arrays: looking up a row of a chunked column costs a search. What repeats is stored once.
         self._columns = {name: _compact(columns[name]) for name in columns.column_names}
-        self._rows = numbers
-        self._start = start
-        self._end = end
+        self._rows = np.arange(1, len(start) + 1) if numbers is None else numbers
 
     @classmethod
-    def read(
-        cls, source: SourceConfig | str | Path, *, strict: bool = False, extra: Sequence[str] | None = None
+    def of(
+        cls, path: Path, videos: Sequence[str], start: np.ndarray, end: np.ndarray, **columns: Sequence[str]
     ) -> ClipTable:
-        """Read an annotation file (a path stands for one with default settings).
+        """A table of clips that need no checks; without a column ``text`` they have empty narrations."""
+        everything = {"video_id": videos, "text": [""] * len(videos)} | columns
+        arrays = {name: text_column(list(values)) for name, values in everything.items()}
+        return cls(path, pa.table(arrays), np.asarray(start, np.float64), np.asarray(end, np.float64))
 
-        Entries that cannot be used (no readable time, no narration, an id that leads out of the video folder, a
-        duplicate) are left out and counted; with ``strict`` the first one is an error. ``extra`` names further columns
-        to keep; None keeps all of them.
+    @classmethod
+    def checked(
+        cls, path: Path, raw: RawClips, *, strict: bool, exclude: str | None = None, unique: str = ""
+    ) -> ClipTable:
+        """The entries that can be used; see :func:`egohod.data.formats.read_clips`.
 
-        Raises :class:`TableError` naming the file and, where one is at fault, the row.
+        Entries without a readable time or narration, with an id that leads out of the video folder, and duplicates are
+        left out and counted; with ``strict`` the first one raises :class:`UserError` naming file and row. ``exclude``
+        is the path of an exclude list. With ``unique`` entries are duplicates if they agree in that column.
         """
-        source = source if isinstance(source, SourceConfig) else SourceConfig(metadata=str(source))
-        path = Path(source.metadata)
-        found = read_annotations(path, source, extra)
-        start, end = (seconds(times) for times in found.times)
+        start, end = (seconds(times) for times in raw.times)
         negative, first = start < 0, np.maximum(start, 0.0)
-        # Other short clips keep their times: whether they are widened depends on how their video is kept, which only
-        # the reader of videos knows.
+        # Other short clips keep their times: whether they are widened depends on how their video is stored, which only
+        # the reader of videos can see.
         backwards = end <= first
         last = np.where(backwards, first + MIN_SECONDS, end)
         short = last - first < MIN_SECONDS
 
-        kept, left_out = _judge(path, found, start, end, strict)
-        if source.exclude:
-            excluded = _excluded(Path(source.exclude), found.columns["video_id"], first, last) & kept
+        usable, left_out = _check(path, raw, start, end, strict, unique)
+        if exclude:
+            excluded = _excluded(Path(exclude), raw.columns["video_id"], first, last) & usable
             left_out["on the exclude list"] = int(excluded.sum())
-            kept &= ~excluded
-        if not kept.any():
-            raise TableError(
+            usable &= ~excluded
+        if not usable.any():
+            raise UserError(
                 f"{path}: no clip with a narration"
                 + "".join(f"; {count:,} left out: {why}" for why, count in left_out.items() if count)
             )
-        lists = text_files.lists(found.columns["text"])
+        lists = text_files.lists(raw.columns["text"])
         report = TableReport(
-            rows=int(kept.sum()),
-            short=int((short & kept).sum()),
-            backwards=int((backwards & kept).sum()),
-            negative_start=int((negative & kept).sum()),
-            list_literals=int((lists & kept).sum()),
+            rows=int(usable.sum()),
+            short=int((short & usable).sum()),
+            backwards=int((backwards & usable).sum()),
+            negative_start=int((negative & usable).sum()),
+            list_literals=int((lists & usable).sum()),
             left_out={why: count for why, count in left_out.items() if count},
         )
-        columns = found.columns if kept.all() else found.columns.filter(pa.array(kept))
-        table = cls(path, columns, first[kept], last[kept], found.numbers[kept], found.unit, report)
-        del found, columns
-        # What was needed only while reading goes back to the system.
-        pa.default_memory_pool().release_unused()
-        log.info("%s: %s", path, report)
-        return table
+        columns = raw.columns if usable.all() else raw.columns.filter(pa.array(usable))
+        return cls(path, columns, first[usable], last[usable], raw.numbers[usable], raw.unit, report)
 
     def __len__(self) -> int:
-        return len(self._start)
+        return len(self.start)
 
     def row(self, index: int) -> ClipRow:
         """The clip at ``index`` (0 .. len - 1)."""
         dataset, text = self._columns.get("dataset"), self._columns["text"][index].as_py()
         return ClipRow(
             video_id=self._columns["video_id"][index].as_py(),
-            start=float(self._start[index]),
-            end=float(self._end[index]),
+            start=float(self.start[index]),
+            end=float(self.end[index]),
             texts=text_files.narrations_in(text) or (text.strip(),),
             dataset="" if dataset is None else dataset[index].as_py(),
             row=int(self._rows[index]),
@@ -171,6 +188,21 @@ class ClipTable:
         return str(self._columns[name][index].as_py())
 
     @property
+    def videos(self) -> list[str]:
+        """The video of each clip."""
+        return [str(video) for video in self.column("video_id")]
+
+    @property
+    def ids(self) -> list[str]:
+        """A name of each clip for people: the column uid, else its number from 1."""
+        return [str(i) for i in (self.column("uid") if "uid" in self._columns else range(1, len(self) + 1))]
+
+    def restricted(self, mask: np.ndarray) -> ClipTable:
+        """The clips where ``mask`` bool [N] is true."""
+        columns = pa.table(self._columns).filter(pa.array(mask))
+        return ClipTable(self.path, columns, self.start[mask], self.end[mask], self._rows[mask], self._unit)
+
+    @property
     def column_names(self) -> list[str]:
         """What :meth:`column` takes."""
         return [*self._columns, "start_second", "end_second"]
@@ -178,12 +210,12 @@ class ClipTable:
     def column(self, name: str) -> np.ndarray:
         """A whole column: times as float64 [N] (seconds), all others as strings in an object array [N].
 
-        Raises :class:`TableError` if there is no such column.
+        Raises :class:`UserError` if there is no such column.
         """
         if name not in self.column_names:
-            raise TableError(f"{self.path}: no column '{name}'{nearest(name, self.column_names)}")
+            raise UserError(f"{self.path}: no column '{name}'{nearest(name, self.column_names)}")
         if name in ("start_second", "end_second"):
-            return (self._start if name == "start_second" else self._end).copy()
+            return (self.start if name == "start_second" else self.end).copy()
         return self._columns[name].to_numpy(zero_copy_only=False)
 
     def datasets(self) -> list[str]:
@@ -195,10 +227,10 @@ class ClipTable:
         """One int64 code per clip; clips with equal codes agree in everything that ``by`` names.
 
         ``by`` names ``video``, ``window`` (the window of ``window_seconds`` of a video that the clip's middle lies
-        in) or any column. Raises :class:`TableError` for an unknown name.
+        in) or any column. Raises :class:`UserError` for an unknown name.
         """
         if not by:
-            raise TableError(f"{self.path}: clips cannot be grouped by nothing; name video, window or a column")
+            raise UserError(f"{self.path}: clips cannot be grouped by nothing; name video, window or a column")
         codes = np.zeros(len(self), dtype=np.int64)
         for name in by:
             for part in self._codes(name, window_seconds):
@@ -211,10 +243,10 @@ class ClipTable:
             video = _codes(self._columns["video_id"])
             if name == "video":
                 return [video]
-            return [video, ((self._start + self._end) / 2 // window_seconds).astype(np.int64)]
+            return [video, ((self.start + self.end) / 2 // window_seconds).astype(np.int64)]
         if name not in self.column_names:
             allowed = ["video", "window", *self.column_names]
-            raise TableError(f"{self.path}: cannot group clips by '{name}'{nearest(name, allowed)}")
+            raise UserError(f"{self.path}: cannot group clips by '{name}'{nearest(name, allowed)}")
         if name in ("start_second", "end_second"):
             return [np.unique(self.column(name), return_inverse=True)[1].astype(np.int64)]
         return [_codes(self._columns[name])]
@@ -246,22 +278,23 @@ def _codes(column: pa.Array) -> np.ndarray:
     return coded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
 
 
-def _judge(
-    path: Path, found: Annotations, start: np.ndarray, end: np.ndarray, strict: bool
+def _check(
+    path: Path, raw: RawClips, start: np.ndarray, end: np.ndarray, strict: bool, unique: str
 ) -> tuple[np.ndarray, dict[str, int]]:
     """Which entries can be used, bool [N], and how many cannot, by reason."""
-    videos, texts = found.columns["video_id"], found.columns["text"]
+    videos, texts = raw.columns["video_id"], raw.columns["text"]
+    # A class may be called "none", which as a narration is a missing one.
+    empty = r"^\s*$"
+    silent = pc.match_substring_regex(texts, empty).to_numpy() if raw.class_names else text_files.nothing(texts)
 
-    # A class may be called "none", a narration is none then.
-    silent = pc.match_substring_regex(texts, r"^\s*$").to_numpy() if found.labelled else text_files.nothing(texts)
-
-    def time(which: int) -> Callable[[int], str]:
-        name, times = found.time_names[which], found.times[which]
+    def bad_time(which: int) -> Callable[[int], str]:
+        name, times = raw.time_names[which], raw.times[which]
         return lambda i: f"{name} is '{times[i]}', not a time in seconds or HH:MM:SS"
 
-    complaints: list[tuple[str, np.ndarray, Callable[[int], str]]] = [
-        ("no readable time", np.isnan(start), time(0)),
-        ("no readable time", np.isnan(end), time(1)),
+    # (reason, mask, message of one entry); an entry counts under the first reason that applies.
+    checks: list[tuple[str, np.ndarray, Callable[[int], str]]] = [
+        ("no readable time", np.isnan(start), bad_time(0)),
+        ("no readable time", np.isnan(end), bad_time(1)),
         ("before the video begins", (end <= 0) & (start < 0), lambda i: f"the clip ends at {end[i]:g} s"),
         (
             "unsafe or empty video id",
@@ -279,29 +312,34 @@ def _judge(
         ),
         (
             "duplicates",
-            _duplicates(videos, texts, start, end),
-            lambda i: f"video '{videos[i].as_py()}' has the same clip and narration before",
+            raw.columns[unique].to_pandas().duplicated().to_numpy() if unique else _duplicates(raw, start, end),
+            lambda i: (
+                f"{unique} '{raw.columns[unique][i].as_py()}' occurs twice"
+                if unique
+                else f"video '{videos[i].as_py()}' has the same clip and narration before"
+            ),
         ),
     ]
-    kept, left_out = np.ones(len(start), dtype=bool), {"malformed": len(found.broken)}
+    usable, left_out = np.ones(len(start), dtype=bool), {"malformed": len(raw.broken)}
     # As errors even where they become warnings: an error's message is one line of bounded length.
-    faults = [TableError(f"{path}: {text}") for text in found.broken[:1]]
-    for why, mask, what in complaints:
-        fresh = mask & kept
-        left_out[why] = left_out.get(why, 0) + int(fresh.sum())
-        if fresh.any():
-            i = int(np.argmax(fresh))
-            faults.append(TableError(f"{path}: {found.unit} {found.numbers[i]}: {what(i)}"))
-        kept &= ~mask
+    faults = [UserError(f"{path}: {text}") for text in raw.broken[:1]]
+    for why, mask, message in checks:
+        new = mask & usable
+        left_out[why] = left_out.get(why, 0) + int(new.sum())
+        if new.any():
+            i = int(np.argmax(new))
+            faults.append(UserError(f"{path}: {raw.unit} {raw.numbers[i]}: {message(i)}"))
+        usable &= ~mask
     if faults and strict:
         raise faults[0]
     for fault in faults:
         log.warning("left out %s", fault)
-    return kept, left_out
+    return usable, left_out
 
 
-def _duplicates(videos: pa.ChunkedArray, texts: pa.ChunkedArray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
+def _duplicates(raw: RawClips, start: np.ndarray, end: np.ndarray) -> np.ndarray:
     """Which entries repeat an earlier one in video, times and text, bool [N]."""
+    videos, texts = raw.columns["video_id"], raw.columns["text"]
     clips = pd.DataFrame({"video": _codes(videos.combine_chunks()), "start": start, "end": end})
     # Few clips appear twice at all: only their texts need a look.
     alike = clips.duplicated(keep=False).to_numpy()
@@ -314,26 +352,26 @@ def _excluded(path: Path, videos: pa.ChunkedArray, start: np.ndarray, end: np.nd
     """Which clips an exclude list names (by video and times to the millisecond), bool [N]."""
     header = read_header(path)
     if missing := [name for name in EXCLUDE_COLUMNS if name not in header.names]:
-        raise TableError(f"{path}: not an exclude list with {', '.join(EXCLUDE_COLUMNS)}: no column '{missing[0]}'")
+        raise UserError(f"{path}: not an exclude list with {', '.join(EXCLUDE_COLUMNS)}: no column '{missing[0]}'")
     rows = read_columns(path, header, EXCLUDE_COLUMNS)
     for number, fault in rows.faults:
-        raise TableError(f"{path}: row {number}: {fault}")
+        raise UserError(f"{path}: row {number}: {fault}")
     times = {name: seconds(rows.table[name]) for name in EXCLUDE_COLUMNS[1:]}
     for name, values in times.items():
         if np.isnan(values).any():
             i = int(np.argmax(np.isnan(values)))
-            raise TableError(f"{path}: row {rows.numbers[i]}: {name} is '{rows.table[name][i]}', not a time in seconds")
+            raise UserError(f"{path}: row {rows.numbers[i]}: {name} is '{rows.table[name][i]}', not a time in seconds")
     unwanted = pd.MultiIndex.from_arrays([rows.table["video_id"].to_pandas(), *map(_milliseconds, times.values())])
     ids = videos.to_pandas()
     clips = pd.MultiIndex.from_arrays([ids, _milliseconds(start), _milliseconds(end)])
-    found = clips.isin(unwanted)
+    mask: np.ndarray = clips.isin(unwanted)
     # Lists of earlier versions hold short clips as widened.
     if len(left := unwanted.difference(clips)):
         widened = np.maximum(end, start + MIN_SECONDS)
-        found |= pd.MultiIndex.from_arrays([ids, _milliseconds(start), _milliseconds(widened)]).isin(left)
-    if len(unwanted) and not found.any():
+        mask |= pd.MultiIndex.from_arrays([ids, _milliseconds(start), _milliseconds(widened)]).isin(left)
+    if len(unwanted) and not mask.any():
         log.warning("%s: names no clip of this table; is it another one's?", path)
-    return found
+    return mask
 
 
 def _milliseconds(times: np.ndarray) -> np.ndarray:

@@ -57,7 +57,7 @@ _MARKS = {b"\xff\xfe\x00\x00": "utf-32", b"\x00\x00\xfe\xff": "utf-32", b"\xff\x
 _DELIMITERS = ",;|"
 # Columns that some format or benchmark knows by name. Their case and their blanks are a matter of the program that
 # wrote the file, so "Video ID" is video_id; all other names stay as they are.
-KNOWN_COLUMNS = {
+_CANONICAL_COLUMNS = {
     *("video_id", "start_second", "end_second", "text", "caption", "dataset", "uid", "action", "relevancy"),
     *("video_uid", "clip_start", "clip_end", "clip_text", "tag_verb", "tag_noun", "video", "start", "end", "label"),
     *("narration_id", "start_timestamp", "stop_timestamp", "narration", "verb", "noun", "verb_class", "noun_class"),
@@ -72,14 +72,6 @@ _NUMBER = r"^\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*$"
 
 # pandas writes its index as a column without a name, and calls it so when it reads that.
 NAMELESS = re.compile(r"(Unnamed: \d+(\.\d+)?)?")
-
-
-class AnnotationError(UserError):
-    """Annotations that cannot be used; the message names the file, and the row or column at fault."""
-
-
-class TableError(AnnotationError):
-    """An annotation file that cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -106,10 +98,10 @@ class Rows:
     faults: tuple[tuple[int, str], ...]
 
 
-def known_form(name: str) -> str:
+def canonical_column(name: str) -> str:
     """A column's name as the formats spell it (``Video ID`` -> ``video_id``); one that they do not know, unchanged."""
     plain = re.sub(r"[\s.-]+", "_", name.strip()).lower()
-    return plain if plain in KNOWN_COLUMNS else name
+    return plain if plain in _CANONICAL_COLUMNS else name
 
 
 def seconds(times: pa.ChunkedArray | np.ndarray) -> np.ndarray:
@@ -130,6 +122,11 @@ def seconds(times: pa.ChunkedArray | np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(values), values, np.nan)
 
 
+def text_column(values: Sequence[Any]) -> pa.ChunkedArray:
+    """Any values as a column of text."""
+    return pa.chunked_array([pa.array(map(str, values), pa.large_string())])
+
+
 def nearest(name: str, names: Sequence[str]) -> str:
     """The end of a message that says which name was perhaps meant."""
     names = names[:_COMPARED]
@@ -140,7 +137,7 @@ def nearest(name: str, names: Sequence[str]) -> str:
 def read_lines(path: Path) -> list[str]:
     """The lines of a text, without their ends (LF, CRLF or CR; nothing else ends a line).
 
-    Raises :class:`TableError`.
+    Raises :class:`UserError`.
     """
     with reading(path), _text(path, newline=None) as file:
         # Not splitlines, which also splits at U+2028, form feeds and such, that may be in the middle of a record.
@@ -149,17 +146,17 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file. Raises :class:`TableError`."""
+    """The value in a JSON file. Raises :class:`UserError`."""
     with reading(path), _text(path, newline=None) as file:
         return parse_json(file.read(), f"{path}: not readable as JSON")
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text. Raises :class:`TableError` that begins with ``where``."""
+    """The value of a JSON text. Raises :class:`UserError` that begins with ``where``."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise TableError(f"{where} ({error})") from error
+        raise UserError(f"{where} ({error})") from error
 
 
 @contextmanager
@@ -177,7 +174,7 @@ def open_utf8(path: Path) -> Iterator[pa.NativeFile]:
 
 
 def read_header(path: Path) -> Header:
-    """Column names and what separates them, of text or parquet. Raises :class:`TableError`."""
+    """Column names and what separates them, of text or parquet. Raises :class:`UserError`."""
     with reading(path):
         if _magic(path).startswith(_PARQUET):
             return Header(_named(path, pq.read_schema(path).names))
@@ -191,7 +188,7 @@ def read_header(path: Path) -> Header:
                     break
                 above += 1
             else:
-                raise TableError(f"{path}: the file is empty")
+                raise UserError(f"{path}: the file is empty")
             if not delimiter:
                 outside = re.sub(r'"[^"]*"', "", first)
                 delimiter = "\t" if "\t" in outside else max(_DELIMITERS, key=outside.count)
@@ -201,10 +198,10 @@ def read_header(path: Path) -> Header:
 
 
 def read_columns(path: Path, header: Header, names: Sequence[str]) -> Rows:
-    """The columns ``names`` as text. Raises :class:`TableError`."""
+    """The columns ``names`` as text. Raises :class:`UserError`."""
     with reading(path):
         if not header.delimiter:
-            # The file's names, not the ones that known_form made of them.
+            # The file's names, not the ones that canonical_column made of them.
             theirs = dict(zip(header.names, pq.read_schema(path).names, strict=True))
             found = pq.read_table(path, columns=[theirs[name] for name in names])
             table = pa.table({name: _as_text(found[theirs[name]]) for name in names})
@@ -249,14 +246,14 @@ def _named(path: Path, cells: Sequence[str]) -> tuple[str, ...]:
     """Column names: without blanks around them, known ones as the formats spell them, nameless ones numbered."""
     stripped = (cell.strip() for cell in cells)
     names = [f"Unnamed: {place}" if NAMELESS.fullmatch(name) else name for place, name in enumerate(stripped)]
-    forms = [known_form(name) for name in names]
+    forms = [canonical_column(name) for name in names]
     # Where a file has both text and TEXT, each stays what it is.
     written, often = set(names), Counter(forms)
     known = {name: form for name, form in zip(names, forms, strict=True) if form not in written and often[form] == 1}
     names = [known.get(name, name) for name in names]
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
-        raise TableError(f"{path}: column '{twice[0]}' appears twice")
+        raise UserError(f"{path}: column '{twice[0]}' appears twice")
     return tuple(names)
 
 
@@ -285,7 +282,7 @@ def _unpacked(path: Path) -> Iterator[pa.NativeFile]:
         (what for magic, what in (_OTHER | {_PARQUET: "a parquet file"}).items() if head.startswith(magic)), None
     )
     if strange:
-        raise TableError(f"{path}: no text but {strange}")
+        raise UserError(f"{path}: no text but {strange}")
     packed = next((name for magic, name in _COMPRESSIONS.items() if head.startswith(magic)), None)
     with pa.OSFile(str(path)) as file:
         if packed is None:
@@ -303,21 +300,21 @@ def _text(path: Path, newline: str | None) -> Iterator[TextIOWrapper]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Whatever a file can do to its reader becomes a :class:`TableError` that names it."""
+    """Whatever a file can do to its reader becomes a :class:`UserError` that names it."""
     try:
         yield
     except UserError:
         raise
     except UnicodeDecodeError as error:
-        raise TableError(f"{path}: {_why_no_text(path)}") from error
+        raise UserError(f"{path}: {_why_no_text(path)}") from error
     except csv.Error as error:
-        raise TableError(f"{path}: not a csv file: {error}") from error
+        raise UserError(f"{path}: not a csv file: {error}") from error
     except pa.ArrowException as error:
         undecodable = "UTF8" in str(error) or "UTF-8" in str(error)
         reason = _why_no_text(path) if undecodable else " ".join(str(error).split())[:300]
-        raise TableError(f"{path}: {reason}") from error
+        raise UserError(f"{path}: {reason}") from error
     except OSError as error:
-        raise TableError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def _why_no_text(path: Path) -> str:
@@ -350,46 +347,46 @@ _LARGEST_CLASS = 9999
 def read_csv(path: Path, columns: Sequence[str], *, unique: str | None = None) -> pd.DataFrame:
     """All columns of a csv as strings, of which ``columns`` must be there in any order; row 0 is the file's first.
 
-    ``unique`` names a column in which no value may occur twice. Raises :class:`AnnotationError`.
+    ``unique`` names a column in which no value may occur twice. Raises :class:`UserError`.
     """
     header = read_header(path)
     for name in columns:
         if name not in header.names:
-            raise AnnotationError(f"{path}: column '{name}' is missing{nearest(name, header.names)}")
+            raise UserError(f"{path}: column '{name}' is missing{nearest(name, header.names)}")
     rows = read_columns(path, header, header.names)
     # Benchmarks have no row to spare: one that cannot be read is not left out.
     for number, fault in rows.faults:
-        raise AnnotationError(f"{path}: row {number}: {fault}")
+        raise UserError(f"{path}: row {number}: {fault}")
     table = rows.table.to_pandas()
     if table.empty:
-        raise AnnotationError(f"{path}: not a single row")
+        raise UserError(f"{path}: not a single row")
     if unique is not None and (again := table[unique].duplicated()).any():
         row = int(again.argmax())
-        raise AnnotationError(f"{path}: row {row + 1}: {unique} '{table[unique][row]}' occurs twice")
+        raise UserError(f"{path}: row {row + 1}: {unique} '{table[unique][row]}' occurs twice")
     return table
 
 
 def integers(table: pd.DataFrame, column: str, source: Path | Callable[[int], str]) -> np.ndarray:
-    """A column of whole numbers, int64 [N]. Raises :class:`AnnotationError` naming the row.
+    """A column of whole numbers, int64 [N]. Raises :class:`UserError` naming the row.
 
     ``source`` is the file that the rows are of, or tells where a row stands.
     """
     good = table[column].str.fullmatch(r"\s*-?\d{1,18}\s*").to_numpy(dtype=bool)
     if not good.all():
         row = int(np.argmin(good))
-        raise AnnotationError(f"{_place(source, row)}: {column} is '{table[column][row]}', not a whole number")
+        raise UserError(f"{_place(source, row)}: {column} is '{table[column][row]}', not a whole number")
     return table[column].astype(np.int64).to_numpy()
 
 
 def integer_lists(table: pd.DataFrame, column: str, source: Path | Callable[[int], str]) -> list[list[int]]:
-    """A column of lists of classes such as ``[2, 14]``. Raises :class:`AnnotationError` naming the row."""
+    """A column of lists of classes such as ``[2, 14]``. Raises :class:`UserError` naming the row."""
     lists = []
     for row, cell in enumerate(table[column]):
         if not _INTEGERS.fullmatch(cell.strip()):
-            raise AnnotationError(f"{_place(source, row)}: {column} is '{cell}', not a list of whole numbers")
+            raise UserError(f"{_place(source, row)}: {column} is '{cell}', not a list of whole numbers")
         lists.append([int(number) for number in re.findall(r"\d+", cell)])
         if max(lists[-1], default=0) > _LARGEST_CLASS:
-            raise AnnotationError(
+            raise UserError(
                 f"{_place(source, row)}: {column} is '{cell}', but classes are numbered up to {_LARGEST_CLASS:,}"
             )
     return lists

@@ -18,12 +18,15 @@ class BenchmarkConfig:
 
     kind: str = knob(
         "auto",
-        "how the annotations are read, docs/evaluation.md; auto is what NAME says, and own for any other name",
-        choices=("auto", "own", "labels", "ek100_mir", "ek100_cls", "egtea", "egomcq", "charades_ego"),
+        "format of the annotations (docs/evaluation.md): custom, labels, ek100_mir, ek100_cls, egtea, egomcq, "
+        "charades_ego or one that you added to egohod/data/formats; auto is NAME, or custom if no format has this name",
+        old_values={"own": "custom"},
     )
-    metadata: str | None = knob(None, "folder of the benchmark's annotation files; for own, the csv of its clips")
+    metadata: str | None = knob(
+        None, "folder of the benchmark's annotation files; for custom and labels, the csv of its clips"
+    )
     root: str | None = knob(None, "folder of its videos, or an fsspec URI")
-    columns: dict[str, str] = knob({}, "labels: as data.train.NAME.columns")
+    columns: dict[str, str] = knob({}, "custom and labels: as data.train.NAME.columns")
     layout: str = knob("auto", "as data.train.NAME.layout", choices=("auto", "chunks", "avion", "whole"))
     chunk_seconds: float = knob(15.0, "length of a chunk", above=0)
     min_clip_seconds: float | None = knob(

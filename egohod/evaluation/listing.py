@@ -11,8 +11,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from egohod.data.dataset import ClipList
-from egohod.data.text_files import AnnotationError, read_csv, seconds
+from egohod.data.text_files import read_csv, seconds
 from egohod.data.videos import list_videos, sliding_windows
+from egohod.errors import UserError
 
 CLIP_COLUMNS = ("video_id", "start_second", "end_second")
 
@@ -62,7 +63,7 @@ def windows(root: str, window: float, stride: float, decoder: str = "auto") -> L
 def rows_of_csv(path: Path, root: str, layout: str = "auto", chunk_seconds: float = 15.0) -> Listing:
     """The clips of a csv with video_id, start_second and end_second (seconds or HH:MM:SS.ss), and perhaps text.
 
-    Raises :class:`AnnotationError` naming file, row and column.
+    Raises :class:`UserError` naming file, row and column.
     """
     table = read_csv(path, CLIP_COLUMNS)
     start, end = (
@@ -72,10 +73,10 @@ def rows_of_csv(path: Path, root: str, layout: str = "auto", chunk_seconds: floa
         where, parts = f"{path}: row {row + 1}", PurePosixPath(video)
         # Feature files are called like the videos: none may lead out of the folder.
         if not parts.parts or parts.is_absolute() or ".." in parts.parts or "\0" in video:
-            raise AnnotationError(f"{where}: video_id '{video}' leads out of the folder")
+            raise UserError(f"{where}: video_id '{video}' leads out of the folder")
         if not 0 <= first < last:
             times = f"{table['start_second'][row]}' to '{table['end_second'][row]}"
-            raise AnnotationError(f"{where}: '{times}' is no stretch of time: 0 <= start_second < end_second is needed")
+            raise UserError(f"{where}: '{times}' is no stretch of time: 0 <= start_second < end_second is needed")
     texts = table["text"].tolist() if "text" in table.columns else None
     clips = list(zip(table["video_id"], start.tolist(), end.tolist(), strict=True))
     return _listed(root, clips, layout, chunk_seconds, texts)

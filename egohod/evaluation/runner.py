@@ -14,11 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from egohod.config import Config
-from egohod.data.config import DataConfig
-from egohod.data.dataset import EvalProtocol, EvaluationDataset, require_all
+from egohod.data.config import DataConfig, SourceConfig
+from egohod.data.dataset import ClipList, EvalProtocol, EvaluationDataset, require_all
+from egohod.data.formats import BENCHMARKS
+from egohod.data.formats.base import (
+    BenchmarkData,
+    BenchmarkOptions,
+)
 from egohod.data.labels import ClassSpace
 from egohod.data.storage import open_cache
 from egohod.data.text import Tokenizer
+from egohod.data.text_files import nearest
 from egohod.distributed import Distributed, pick_precision
 from egohod.errors import UserError
 from egohod.evaluation.config import BenchmarkConfig
@@ -26,8 +32,7 @@ from egohod.evaluation.embed import PLAIN, Report, TokenizerLike, embed_clips, e
 from egohod.evaluation.features import FeatureCache
 from egohod.evaluation.metrics import Score, flat_with_controls
 from egohod.evaluation.models import ClassProbabilities, VideoTextModel, image_stats_of
-from egohod.evaluation.readers import READERS
-from egohod.evaluation.tasks import EvaluationTask, head_tasks
+from egohod.evaluation.tasks import EvaluationTask, head_tasks, tasks_of
 from egohod.model.config import IMAGE_STATS
 from egohod.model.egovideo import DualEncoder
 from egohod.model.zoo import geometry
@@ -235,7 +240,7 @@ def benchmark(
         if chosen == "auto":
             key, chosen = "evaluate.protocol", cfg.evaluate.protocol
         protocol = protocol_for(chosen, kind)
-        if protocol.whole_files and kind not in ("egtea", "charades_ego"):
+        if protocol.whole_files and not BENCHMARKS[kind].whole_files:
             raise UserError(f"{key}={chosen} is for clips that are files of their own, which {name} has not")
         if cfg.evaluate.num_frames:
             protocol = dataclasses.replace(protocol, frames=cfg.evaluate.num_frames)
@@ -248,9 +253,21 @@ def benchmark(
             f"benchmark {name}: evaluate.benchmarks.{name}.{lacking} is not set; give --{lacking}, or set it in the "
             "configuration"
         )
-    content = READERS[kind](config, protocol, Path(cfg.evaluate.cache) if cfg.evaluate.cache else None)
+    cache = Path(cfg.evaluate.cache) if cfg.evaluate.cache else None
+    source, data = read_benchmark(kind, config, protocol.prompts, cache)
+    tables = tasks_of(data)
+    clips = data.clips
     dataset = EvaluationDataset(
-        content.clips,
+        ClipList(
+            clips.ids,
+            clips.videos,
+            clips.start,
+            clips.end,
+            source.root,
+            source.layout,
+            source.chunk_seconds,
+            source.min_clip_seconds,
+        ),
         protocol,
         size=size or geometry(cfg.model.name).image_size,
         decoder=cfg.data.decoder,
@@ -259,19 +276,39 @@ def benchmark(
     return Benchmark(
         name,
         dataset,
-        head_tasks(content.tables, classes, f"benchmark {name}") if classes else content.tables,
+        head_tasks(tables, classes, f"benchmark {name}") if classes else tables,
         tokenizer=tokenizer or Tokenizer(geometry(cfg.model.name).context_length),
         execution=execution,
         controls=controls,
-        notes=content.notes,
+        notes=data.notes,
         classes=classes,
     )
 
 
+def read_benchmark(
+    kind: str, config: BenchmarkConfig, prompts: str = "train", cache: Path | None = None
+) -> tuple[SourceConfig, BenchmarkData]:
+    """Where the videos of a benchmark are, and what its files say. Raises :class:`UserError`."""
+    format = BENCHMARKS[kind]
+    source = SourceConfig(
+        metadata=config.metadata or "",
+        root=config.root or "",
+        columns=config.columns,
+        layout="whole" if format.whole_files else config.layout,
+        chunk_seconds=config.chunk_seconds,
+        min_clip_seconds=config.min_clip_seconds,
+    )
+    return source, format.read(source, BenchmarkOptions(prompts, config.test_split, cache))
+
+
 def _kind(name: str, config: BenchmarkConfig) -> str:
-    if config.kind != "auto":
-        return config.kind
-    return name if name in READERS else "own"
+    """The format of a benchmark's files. Raises :class:`UserError` for one that does not exist."""
+    if config.kind == "auto":
+        return name if name in BENCHMARKS else "custom"
+    if config.kind not in BENCHMARKS:
+        near = nearest(config.kind, ["auto", *BENCHMARKS])
+        raise UserError(f"evaluate.benchmarks.{name}.kind: no benchmark format '{config.kind}'{near}")
+    return config.kind
 
 
 def demo_evaluator(
@@ -290,7 +327,7 @@ def demo_evaluator(
     return benchmark(
         cfg,
         name,
-        BenchmarkConfig(kind="own", metadata=str(folder / "hod.csv"), root=str(folder / "videos"), layout="chunks"),
+        BenchmarkConfig(kind="custom", metadata=str(folder / "hod.csv"), root=str(folder / "videos"), layout="chunks"),
         execution or execution_of(cfg, dist),
         controls=controls,
         protocol=EvalProtocol(
@@ -336,6 +373,9 @@ def asked(cfg: Config, name: str, root: str | None = None, metadata: str | None 
     ``all`` are those of the configuration whose annotations are there. Raises :class:`UserError`.
     """
     there = dict(cfg.evaluate.benchmarks)
+    if name == "own" and name not in there:
+        log.warning("--benchmark own is now called custom; the old name is read for one more release")
+        name = "custom"
     if name == "all":
         if root or metadata:
             raise UserError("--root and --metadata belong to one benchmark; for all of them use evaluate.benchmarks")
@@ -343,8 +383,8 @@ def asked(cfg: Config, name: str, root: str | None = None, metadata: str | None 
         if not found:
             raise UserError("no benchmark's data is found: set metadata and root in evaluate.benchmarks")
         return found
-    if name not in there and name not in READERS:
-        known = dict.fromkeys([*there, *(key for key in READERS if key not in ("own", "labels"))])
+    if name not in there and name not in BENCHMARKS:
+        known = dict.fromkeys([*there, *(key for key in BENCHMARKS if key not in ("custom", "labels"))])
         raise UserError(f"--benchmark {name}: there are demo, all, {', '.join(known)}")
     config = there.get(name, BenchmarkConfig())
     return {name: dataclasses.replace(config, root=root or config.root, metadata=metadata or config.metadata)}

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from egohod.data.formats.base import (
+    BenchmarkData,
+    ClassificationData,
+    MultiLabelData,
+    Question,
+    QuestionData,
+    RetrievalData,
+)
 from egohod.data.labels import ClassSpace
 from egohod.errors import UserError
 from egohod.evaluation.metrics import (
@@ -83,16 +91,8 @@ _SHOWN = 5
 
 
 @dataclass(frozen=True)
-class RetrievalTask(EvaluationTask):
-    """Every clip searches all distinct texts, and every text all clips.
-
-    ``texts`` M distinct texts; ``text_of_clip`` [N] the own text of each clip, None where a benchmark has no such
-    thing; ``relevancy`` [N, M] in 0..1, where 1 is a full match (what counts as a hit in mAP).
-    """
-
-    texts: Sequence[str]
-    text_of_clip: IntArray | None
-    relevancy: NDArray[Any]
+class RetrievalTask(RetrievalData, EvaluationTask):
+    """Every clip searches all distinct texts, and every text all clips; relevancy 1 counts as a hit in mAP."""
 
     def measure(self, video: Tensor, text: Tensor) -> dict[str, Score]:
         """mAP and nDCG by relevancy; recall@k (percent) and median rank (from 1) of a clip's own text and back."""
@@ -157,25 +157,11 @@ _SHOWN_CLASSES = 5
 
 
 @dataclass(frozen=True)
-class ClassificationTask(EvaluationTask):
-    """C classes described by prompts, and the class of every clip.
+class ClassificationTask(ClassificationData, EvaluationTask):
+    """Each clip takes the class whose prompts are nearest; the probability of a part is the sum over its classes.
 
-    ``texts`` P prompts; ``class_of_text`` [P] in 0..C-1, at least one prompt for each class; ``labels`` [N] true
-    classes; ``parts`` maps the name of a coarser label (verb, noun) to its code for each class, [C]: a part's
-    probability is the sum over its classes. Metrics are called ``<name>_top1`` and so on. ``class_names`` [C] are for
-    people, ``class_keys`` [C] what tells them apart in annotation files, in ``key_columns``. ``splits`` are rows of
-    clips: with them, metrics are those of the first split, and ``<metric>_splits`` is the mean of all.
+    Metrics are called ``<name>_top1`` and so on; ``<metric>_splits`` is the mean of all splits.
     """
-
-    name: str
-    texts: Sequence[str]
-    class_of_text: IntArray
-    labels: IntArray
-    parts: Mapping[str, IntArray] = field(default_factory=dict)
-    class_names: Sequence[str] = ()
-    splits: Sequence[IntArray] = ()
-    class_keys: Sequence[tuple[str, ...]] = ()
-    key_columns: Sequence[str] = ()
 
     def measure(self, video: Tensor, text: Tensor) -> dict[str, Score]:
         """Top-1, top-5 and mean class accuracy of the classes and top-1 of their parts, in percent."""
@@ -259,12 +245,8 @@ class ClassificationTask(EvaluationTask):
 
 
 @dataclass(frozen=True)
-class MultiLabelTask(EvaluationTask):
-    """C classes, each told by one text, and which of them occur in every clip: ``labels`` [N, C] bool (Charades)."""
-
-    name: str
-    texts: Sequence[str]
-    labels: NDArray[np.bool_]
+class MultiLabelTask(MultiLabelData, EvaluationTask):
+    """Which of several classes occur in every clip (Charades)."""
 
     def measure(self, video: Tensor, text: Tensor) -> dict[str, Score]:
         """Mean over the classes of the average precision over the clips, in percent; resampled by clips."""
@@ -320,25 +302,8 @@ def _pieces(values: IntArray, size: int) -> list[IntArray]:
 
 
 @dataclass(frozen=True)
-class Question:
-    """One question: the query and its choices are rows of the clips or of the table's texts.
-
-    ``query_is_clip``: a clip asks for its text; otherwise a text asks for its clip. ``answer`` indexes ``choices``.
-    """
-
-    kind: str
-    query_is_clip: bool
-    query: int
-    choices: tuple[int, ...]
-    answer: int
-
-
-@dataclass(frozen=True)
-class MultipleChoiceTask(EvaluationTask):
-    """Questions over the clips of a dataset and ``texts``; metrics are called as the kinds of the questions."""
-
-    texts: Sequence[str]
-    questions: Sequence[Question]
+class MultipleChoiceTask(QuestionData, EvaluationTask):
+    """Questions over the clips of a dataset; metrics are called as the kinds of the questions."""
 
     def measure(self, video: Tensor, text: Tensor) -> dict[str, Score]:
         """Accuracy and chance level of each kind, in percent."""
@@ -523,3 +488,14 @@ def _require_columns(told: Sequence[str], learned: Sequence[str], where: str) ->
             f"{where}: its classes are told by {' and '.join(told)}, those of the heads by {' and '.join(learned)}; "
             f"train with data.labels.columns=[{','.join(told)}]"
         )
+
+
+def tasks_of(data: BenchmarkData) -> list[EvaluationTask]:
+    """The tasks that the files of a benchmark describe, one class for each kind of data."""
+    classes: dict[type, type[Any]] = {
+        RetrievalData: RetrievalTask,
+        ClassificationData: ClassificationTask,
+        MultiLabelData: MultiLabelTask,
+        QuestionData: MultipleChoiceTask,
+    }
+    return [classes[type(task)](**vars(task)) for task in data.tasks]

@@ -32,6 +32,7 @@ from egohod.config import PROJECT
 from egohod.data.config import SourceConfig
 from egohod.data.decoders import choose_decoder
 from egohod.data.detections import SCHEMA
+from egohod.data.formats import read_clips
 from egohod.data.storage import open_cache
 from egohod.data.table import ClipRow, ClipSource, ClipTable, TableReport, choose_text
 from egohod.data.videos import Frames, VideoError, sliding_windows
@@ -567,7 +568,7 @@ def narrated(source: SourceConfig, keep: Sequence[str], max_bad_fraction: float)
 
     Raises :class:`UserError` if they are more than ``max_bad_fraction`` of all, or a column of ``keep`` is not there.
     """
-    table = ClipTable.read(source, extra=["uid", "dataset", *keep])
+    table = read_clips(source, extra=["uid", "dataset", *keep])
     for name in keep:
         if name not in table.column_names:
             raise UserError(f"{table.path}: no column '{name}' to keep; there are {', '.join(table.column_names)}")

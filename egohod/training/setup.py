@@ -14,6 +14,7 @@ import torch
 from egohod.config import Config
 from egohod.data.config import SourceConfig
 from egohod.data.dataset import ClipDataset, Labels
+from egohod.data.formats import read_clips
 from egohod.data.labels import (
     RELEVANCY_COLUMNS,
     ClassLabels,
@@ -146,7 +147,7 @@ def build_dataset(cfg: Config, size: int) -> ClipDataset:
     for name, source in sources.items():
         if source.detections and not cfg.loss.boxes:
             log.warning("data.train.%s.detections does nothing while loss.boxes is 0", name)
-    tables = [ClipTable.read(source, strict=cfg.data.strict, extra=extra) for source in sources.values()]
+    tables = [read_clips(source, strict=cfg.data.strict, extra=extra) for source in sources.values()]
     return ClipDataset(
         list(zip(tables, sources.values(), strict=True)),
         size=size,
@@ -180,7 +181,7 @@ def build_classes(cfg: Config) -> ClassSpace | None:
 
 
 def _label_tables(cfg: Config) -> list[ClipTable]:
-    return [ClipTable.read(source, extra=label_columns(cfg)) for source in active_sources(cfg).values()]
+    return [read_clips(source, extra=label_columns(cfg)) for source in active_sources(cfg).values()]
 
 
 def _told(cfg: Config) -> tuple[list[str], list[str]]:

@@ -12,7 +12,7 @@ from video_files import encode
 from egohod.data import dataset as clips_module
 from egohod.data.config import SourceConfig
 from egohod.data.dataset import ClipDataset, FaultLedger, collate
-from egohod.data.table import ClipTable
+from egohod.data.formats import read_clips
 from egohod.data.text import Tokenizer
 from egohod.data.videos import VideoError
 from egohod.errors import UserError
@@ -46,7 +46,7 @@ def dataset(world: Path, name: str = "clips", **options: Any) -> ClipDataset:
         "train": True,
         "flip": 0.5,
     } | options
-    return ClipDataset([(ClipTable.read(source), source)], **options)
+    return ClipDataset([(read_clips(source), source)], **options)
 
 
 def equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -116,7 +116,7 @@ def test_an_unreadable_clip_in_an_evaluation_is_an_error_with_its_name(world: Pa
 
 def test_a_folder_without_any_readable_clip_gives_up(world: Path, tmp_path: Path) -> None:
     clips = ClipDataset(
-        [(ClipTable.read(world / "clips.csv"), SourceConfig(root=str(tmp_path)))],
+        [(read_clips(world / "clips.csv"), SourceConfig(root=str(tmp_path)))],
         size=32,
         num_frames=4,
         tokenizer=TOKENIZER,
@@ -134,7 +134,7 @@ def test_roots_by_dataset(world: Path, tmp_path: Path) -> None:
 
     def build(**roots: Any) -> ClipDataset:
         options = {"size": 32, "num_frames": 2, "tokenizer": TOKENIZER, "decoder": "pyav"}
-        return ClipDataset([(ClipTable.read(csv), SourceConfig(metadata=str(csv), **roots))], **options)
+        return ClipDataset([(read_clips(csv), SourceConfig(metadata=str(csv), **roots))], **options)
 
     clips = build(root=str(tmp_path / "other"), dataset_roots={"ego4d": str(world / "videos"), "unused": "/none"})
     assert [clips[i]["index"] for i in range(2)] == [0, 1]

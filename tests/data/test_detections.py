@@ -14,8 +14,8 @@ from egohod.data import detections
 from egohod.data.config import SourceConfig
 from egohod.data.dataset import ClipDataset, collate
 from egohod.data.detections import LEFT, NO_CONTACT, PORTABLE_OBJECT, RIGHT, SCHEMA, BoxTable, DetectionError
+from egohod.data.formats import read_clips
 from egohod.data.show import ROLE_COLOURS, sheet
-from egohod.data.table import ClipTable
 from egohod.data.text import Tokenizer
 from egohod.data.transforms import crop_boxes, flip_boxes
 
@@ -99,7 +99,7 @@ def test_training_clips_carry_the_boxes_of_their_frames(demo_world: Path) -> Non
         detections=str(demo_world / "train" / "detections.parquet"),
     )
     options = {"size": 40, "num_frames": 8, "tokenizer": Tokenizer(), "train": True}
-    clips = ClipTable.read(source)
+    clips = read_clips(source)
     plain, flipped = (ClipDataset([(clips, source)], flip=flip, boxes=True, **options) for flip in (0.0, 1.0))
     batch = collate([plain[0, index] for index in range(8)])
     assert batch["boxes"].shape == (8, 8, 3, 4)
@@ -121,7 +121,7 @@ def test_the_picture_of_a_batch_shows_the_boxes(demo_world: Path) -> None:
     options = {"size": 40, "num_frames": 4, "tokenizer": Tokenizer(), "train": True}
     seen = []
     for boxes in (True, False):
-        view = ClipDataset([(ClipTable.read(source), source)], boxes=boxes, **options).view((0, 0))
+        view = ClipDataset([(read_clips(source), source)], boxes=boxes, **options).view((0, 0))
         colours = {colour for _, colour in sheet([("one", view)]).getcolors(1 << 24)}
         seen.append(ROLE_COLOURS[2] in colours)
     assert seen == [True, False]

@@ -394,10 +394,10 @@ def test_a_program_ends_although_it_never_finished_its_batches(demo_world: Path,
     """Workers ignore SIGTERM; Python's own way to end them at exit would wait for ever."""
     code = (
         "import sys\nfrom egohod.data.config import SourceConfig\nfrom egohod.data.dataset import ClipDataset\n"
-        "from egohod.data.loader import eval_loader\nfrom egohod.data.table import ClipTable\n"
+        "from egohod.data.loader import eval_loader\nfrom egohod.data.formats import read_clips\n"
         "from egohod.data.text import Tokenizer\nfolder = sys.argv[1]\n"
         "source = SourceConfig(metadata=folder + '/hod.csv', root=folder + '/videos')\n"
-        "clips = ClipDataset([(ClipTable.read(source), source)], size=32, num_frames=2, tokenizer=Tokenizer())\n"
+        "clips = ClipDataset([(read_clips(source), source)], size=32, num_frames=2, tokenizer=Tokenizer())\n"
         "kept = iter(eval_loader(clips, range(8), 1, 2))\nnext(kept)\nprint('left in the middle')\n"
     )
     done = program("-c", code, str(demo_world / "val"))

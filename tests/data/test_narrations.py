@@ -15,7 +15,7 @@ import pytest
 
 from egohod.data import text_files
 from egohod.data.config import SourceConfig
-from egohod.data.table import ClipTable
+from egohod.data.formats import read_clips
 from egohod.data.text_files import narrations_in
 
 WORDS = ['cuts the dog\'s "red" onion', "台所, stirs", "#C C [unsure] 100%", "back\\slash\nline", "it's", 'a "b"']
@@ -106,7 +106,7 @@ def write_ego4d(path: Path, cells: list[str]) -> None:
 def test_every_format_gives_the_same_narrations_and_counts_the_rest(write: object, tmp_path: Path) -> None:
     path = tmp_path / {write_pickle: "a.pkl", write_ego4d: "a.json"}.get(write, "a.csv")  # type: ignore[call-overload]
     write(path, CLIPS)  # type: ignore[operator]
-    table = ClipTable.read(path)
+    table = read_clips(path)
     assert table.report.left_out == {"no narration": len(NOTHING)}
     assert [table.row(i).texts for i in range(len(table))] == [*LISTS.values(), ("#C C says none",)]
 
@@ -118,7 +118,7 @@ def test_lists_in_a_pickle_may_hold_nothing_and_lists(tmp_path: Path) -> None:
         deep = [deep]
     texts = [["a", None, math.nan, ["b", ("c",)]], None, math.nan, [], [None], ["d", 5], ['it\'s "e"\n'], deep]
     path.write_bytes(pickle.dumps([(f"v{i}", 0, 2, each) for i, each in enumerate(texts)]))
-    table = ClipTable.read(path)
+    table = read_clips(path)
     assert [row.texts for row in map(table.row, range(len(table)))] == [("a", "b", "c"), ('it\'s "e"',)]
     assert table.report.left_out == {"malformed": 2, "no narration": 4}
 
@@ -126,6 +126,6 @@ def test_lists_in_a_pickle_may_hold_nothing_and_lists(tmp_path: Path) -> None:
 def test_a_class_may_be_called_none(tmp_path: Path) -> None:
     path = tmp_path / "labels.csv"
     path.write_text("video,start,end,label\nv,0,2,none\nv,2,4,N/A\nv,4,6,cut\n")
-    table = ClipTable.read(SourceConfig(metadata=str(path), format="labels"), strict=True)
+    table = read_clips(SourceConfig(metadata=str(path), format="labels"), strict=True)
     assert table.column("label").tolist() == ["none", "N/A", "cut"]
     assert table.row(0).texts == ("none",)

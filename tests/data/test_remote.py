@@ -14,10 +14,10 @@ from egohod.config import Config
 from egohod.data import storage
 from egohod.data.config import SourceConfig
 from egohod.data.dataset import ClipDataset
+from egohod.data.formats import read_clips
 from egohod.data.frames import segment_indices
 from egohod.data.loader import eval_loader
 from egohod.data.storage import LocalCache, StorageError
-from egohod.data.table import ClipTable
 from egohod.data.text import Tokenizer
 from egohod.data.videos import VideoError, VideoStore
 from egohod.training.setup import build_dataset
@@ -96,7 +96,7 @@ def dataset(tmp_path: Path, cache: LocalCache | None = None) -> ClipDataset:
     rows = [f"{video},{start},{start + 1.5},text {start}" for video in ("cut", "avion") for start in range(4)]
     (tmp_path / "clips.csv").write_text("video_id,start_second,end_second,text\n" + "\n".join(rows) + "\n")
     return ClipDataset(
-        [(ClipTable.read(tmp_path / "clips.csv"), SourceConfig(root=ROOT, chunk_seconds=2.0))],
+        [(read_clips(tmp_path / "clips.csv"), SourceConfig(root=ROOT, chunk_seconds=2.0))],
         size=32,
         num_frames=4,
         tokenizer=Tokenizer(),

@@ -19,10 +19,8 @@ import pytest
 
 from egohod.data.chunking import find_videos
 from egohod.data.config import SourceConfig
-from egohod.data.table import ClipTable
+from egohod.data.formats import read_clips
 from egohod.data.text_files import (
-    AnnotationError,
-    TableError,
     narrations_in,
     read_csv,
     read_header,
@@ -101,7 +99,7 @@ WAYS: dict[str, Callable[[], bytes]] = {
 def test_tables_are_read_whatever_their_program_made_of_them(way: str, name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_bytes(WAYS[way]())
-    table = ClipTable.read(SourceConfig(metadata=str(path)), strict=False)
+    table = read_clips(SourceConfig(metadata=str(path)), strict=False)
     assert table.report.left_out.keys() <= {"malformed"}
     found = [(row.video_id, row.start, row.end, row.texts) for row in map(table.row, range(len(table)))]
     assert found == [(video, float(start), float(end), (said,)) for video, start, end, said, _ in ROWS]
@@ -112,14 +110,14 @@ def test_tables_are_read_whatever_their_program_made_of_them(way: str, name: str
     for column in (0, 4):
         assert rows[NAMES[column]].tolist() == [row[column] for row in ROWS]
     exclude = SourceConfig(metadata=str(path), exclude=str(path))
-    with pytest.raises(TableError, match="3 left out: on the exclude list"):
-        ClipTable.read(exclude)
+    with pytest.raises(UserError, match="3 left out: on the exclude list"):
+        read_clips(exclude)
 
 
 def test_decimal_commas_go_with_semicolons(tmp_path: Path) -> None:
     path = tmp_path / "clips.csv"
     path.write_text("video_id;start_second;end_second;text\nv;1,5;00:00:03,25;a, b\n")
-    row = ClipTable.read(path).row(0)
+    row = read_clips(path).row(0)
     assert (row.start, row.end, row.texts) == (1.5, 3.25, ("a, b",))
 
 
@@ -135,18 +133,18 @@ def test_columns_that_differ_in_case_only(names: list[str], said: str | None, tm
     path = tmp_path / "clips.csv"
     path.write_text(f"video_id,start_second,end_second,{','.join(names)}\nv,0,2,x,y\n")
     if said is None:
-        table = ClipTable.read(path)
+        table = read_clips(path)
         assert (table.row(0).texts, table.column("TEXT").tolist()) == (("y",), ["x"])
     else:
-        with pytest.raises(TableError, match=said):
-            ClipTable.read(path)
+        with pytest.raises(UserError, match=said):
+            read_clips(path)
 
 
 def test_a_source_may_name_columns_as_the_file_spells_them(tmp_path: Path) -> None:
     path = tmp_path / "clips.csv"
     path.write_text("Video,START,End,TEXT,Kitchen\nv,0,2,x,k\n")
     columns = {"video_id": "Video", "start_second": "START", "end_second": "end", "text": "TEXT"}
-    table = ClipTable.read(SourceConfig(metadata=str(path), columns=columns))
+    table = read_clips(SourceConfig(metadata=str(path), columns=columns))
     assert table.row(0).texts == ("x",)
     assert table.column("Kitchen").tolist() == ["k"]  # a column of the user's own keeps its name
 
@@ -154,7 +152,7 @@ def test_a_source_may_name_columns_as_the_file_spells_them(tmp_path: Path) -> No
 def test_old_line_ends_are_lines_too(tmp_path: Path) -> None:
     path = tmp_path / "clips.csv"
     path.write_bytes(b"video_id,start_second,end_second,text\rv,0,2,x\rw,0,2,y\r")
-    assert len(ClipTable.read(path)) == len(read_csv(path, NAMES[:4])) == 2
+    assert len(read_clips(path)) == len(read_csv(path, NAMES[:4])) == 2
 
 
 STRANGE = {
@@ -182,8 +180,8 @@ def test_what_cannot_be_read_is_named_with_its_cure(case: str, tmp_path: Path) -
     content, said = STRANGE[case]
     path = tmp_path / "clips.csv"
     path.write_bytes(content)
-    for read in (ClipTable.read, lambda path: read_csv(path, ("video_id",))):
-        with pytest.raises(AnnotationError) as caught:
+    for read in (read_clips, lambda path: read_csv(path, ("video_id",))):
+        with pytest.raises(UserError) as caught:
             read(path)
         assert said in str(caught.value)
         assert str(path) in str(caught.value)
@@ -194,11 +192,11 @@ def test_a_benchmarks_row_with_too_many_cells_is_named_by_its_number(tmp_path: P
     path = tmp_path / "clips.csv"
     for bad, number in (("a,1,x", 1), ("a", 1)):
         path.write_text(f"\nuid,verb_class\n{bad}\nb,2\n")
-        with pytest.raises(AnnotationError, match=rf"row {number}: . columns instead of 2"):
+        with pytest.raises(UserError, match=rf"row {number}: . columns instead of 2"):
             read_csv(path, ("uid",))
     path.write_text("uid,verb_class\nb,2\n\n   \nb,3\n")
     assert read_csv(path, ("uid",)).index.tolist() == [0, 1]
-    with pytest.raises(AnnotationError, match=r"row 2: uid 'b' occurs twice"):
+    with pytest.raises(UserError, match=r"row 2: uid 'b' occurs twice"):
         read_csv(path, ("uid",), unique="uid")
 
 
@@ -212,9 +210,9 @@ def test_lines_end_at_line_feeds_only(tmp_path: Path) -> None:
     path.write_bytes(b"")
     assert read_lines(path) == []
     path.write_bytes(b"a\nb\xff")
-    with pytest.raises(TableError, match="line 2, byte 0xff at column 2"):
+    with pytest.raises(UserError, match="line 2, byte 0xff at column 2"):
         read_lines(path)
-    with pytest.raises(TableError, match="No such file"):
+    with pytest.raises(UserError, match="No such file"):
         read_lines(tmp_path / "none.txt")
 
 
@@ -227,7 +225,7 @@ def test_json_in_any_encoding(tmp_path: Path) -> None:
     assert read_json(path) == {"ü": 1}
     for bad in (b"{", b"[" * 100_000, b"\xff{}"):
         path.write_bytes(bad)
-        with pytest.raises(TableError, match=r"a\.json: not"):
+        with pytest.raises(UserError, match=r"a\.json: not"):
             read_json(path)
 
 
@@ -236,7 +234,7 @@ def test_narrations_may_be_packed(tmp_path: Path) -> None:
     content = json.dumps({"v": {"narration_pass_1": {"narrations": [said]}}})
     for name, data in (("a.json.gz", gzip.compress(content.encode())), ("a.json", content.encode("utf-16"))):
         (tmp_path / name).write_bytes(data)
-        assert ClipTable.read(tmp_path / name).row(0).texts == ("#C C stirs",)
+        assert read_clips(tmp_path / name).row(0).texts == ("#C C stirs",)
 
 
 def test_a_list_of_videos_has_a_name_a_line(tmp_path: Path) -> None:
@@ -254,8 +252,8 @@ def test_header_of_many_columns(tmp_path: Path) -> None:
     path = tmp_path / "wide.csv"
     path.write_text(",".join(f"column {i}" for i in range(100_000)) + "\n")
     start = time.monotonic()
-    for read in (ClipTable.read, lambda path: read_csv(path, ("video_id",))):
-        with pytest.raises(AnnotationError, match="video_id"):
+    for read in (read_clips, lambda path: read_csv(path, ("video_id",))):
+        with pytest.raises(UserError, match="video_id"):
             read(path)
     assert time.monotonic() - start < 5
     path.write_text(",".join(f'"a\n{i}"' for i in range(500)) + "\n")
@@ -264,9 +262,9 @@ def test_header_of_many_columns(tmp_path: Path) -> None:
 
 
 MEASURE = """
-import resource, sys, egohod.data.table as t
+import resource, sys, egohod.data.formats as t
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-rows = len(t.ClipTable.read(sys.argv[1], extra=[]))
+rows = len(t.read_clips(sys.argv[1], extra=[]))
 print(rows, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
@@ -289,6 +287,6 @@ def test_a_header_of_very_many_columns_takes_no_time(tmp_path: Path) -> None:
     path = tmp_path / "wide.csv"
     path.write_text(",".join(f"c{i}" for i in range(50_000)) + ",c7\n")
     began = time.process_time()
-    with pytest.raises(TableError, match="column 'c7' appears twice"):
+    with pytest.raises(UserError, match="column 'c7' appears twice"):
         read_header(path)
     assert time.process_time() - began < 5

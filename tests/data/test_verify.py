@@ -19,8 +19,9 @@ from PIL import Image
 from egohod.data import verify
 from egohod.data.config import SourceConfig
 from egohod.data.decoders import choose_decoder
+from egohod.data.formats import read_clips
 from egohod.data.storage import StorageError
-from egohod.data.table import ClipRow, ClipSource, ClipTable
+from egohod.data.table import ClipRow, ClipSource
 from egohod.data.verify import Verifier
 from egohod.errors import UserError
 from tests.data.video_files import encode, encode_sizes
@@ -46,7 +47,7 @@ def folder(tmp_path: Path) -> Path:
 
 def source(folder: Path, root: str = "") -> tuple[SourceConfig, ClipSource]:
     config = SourceConfig(metadata=str(folder / "clips.csv"), root=root or str(folder / "videos"))
-    return config, ClipSource(ClipTable.read(config), config, choose_decoder("pyav")[1])
+    return config, ClipSource(read_clips(config), config, choose_decoder("pyav")[1])
 
 
 def nothing(*_: int) -> None:
@@ -188,7 +189,7 @@ def test_chunks_of_another_length_are_reported(tmp_path: Path) -> None:
     config = SourceConfig(metadata=str(tmp_path / "clips.csv"), root=str(tmp_path / "videos"))
     for seconds, faults in ((15.0, 3), (30.0, 0)):
         config.chunk_seconds = seconds
-        clips = ClipSource(ClipTable.read(config), config, choose_decoder("pyav")[1])
+        clips = ClipSource(read_clips(config), config, choose_decoder("pyav")[1])
         verdict = Verifier("own", clips, tmp_path).run(0, nothing)
         assert len(verdict.faults) == faults
         assert len(verdict.reasons) == min(faults, 1)

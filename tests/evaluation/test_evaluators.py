@@ -10,6 +10,7 @@ import torch
 from evaluation_cases import assert_at_chance, random_features
 from torch.nn.functional import normalize
 
+from egohod.data.formats.base import Question
 from egohod.errors import UserError
 from egohod.evaluation.metrics import (
     RESAMPLES,
@@ -25,7 +26,6 @@ from egohod.evaluation.tasks import (
     ClassificationTask,
     MultiLabelTask,
     MultipleChoiceTask,
-    Question,
     RetrievalTask,
     class_features,
 )

@@ -15,7 +15,6 @@ from evaluation_cases import ALONE, small_model
 from PIL import Image
 
 from egohod.data.dataset import EvalProtocol, EvaluationDataset
-from egohod.data.text_files import AnnotationError
 from egohod.data.transforms import normalise
 from egohod.data.videos import window_spans
 from egohod.errors import UserError
@@ -96,7 +95,7 @@ def test_a_csv_may_mix_videos_and_orders(tmp_path: Path) -> None:
 )
 def test_a_bad_row_is_named(tmp_path: Path, row: str, said: str) -> None:
     (tmp_path / "clips.csv").write_text(f"video_id,start_second,end_second\n{row}\n")
-    with pytest.raises(AnnotationError, match=said):
+    with pytest.raises(UserError, match=said):
         rows_of_csv(tmp_path / "clips.csv", "videos")
 
 

@@ -78,7 +78,7 @@ def test_controls_do_not_depend_on_which_benchmark_computed_them(formats: Path, 
 
 def test_features_are_never_mixed_up(formats: Path, tmp_path: Path) -> None:
     model = Counting()
-    cached(formats, "own", tmp_path).measure(model)
+    cached(formats, "custom", tmp_path).measure(model)
     seen = model.videos
 
     def computed(bench: Benchmark) -> int:
@@ -86,16 +86,16 @@ def test_features_are_never_mixed_up(formats: Path, tmp_path: Path) -> None:
         bench.measure(model)
         return model.videos - before
 
-    assert computed(cached(formats, "own", tmp_path)) == 0
-    assert computed(cached(formats, "own", tmp_path, identity="other")) == seen
-    bench = cached(formats, "own", tmp_path)
+    assert computed(cached(formats, "custom", tmp_path)) == 0
+    assert computed(cached(formats, "custom", tmp_path, identity="other")) == seen
+    bench = cached(formats, "custom", tmp_path)
     bench.dataset.protocol = dataclasses.replace(bench.dataset.protocol, frames=3)
     bench.dataset.num_frames = 3
     assert computed(bench) == seen
-    renamed = cached(formats, "own", tmp_path)
+    renamed = cached(formats, "custom", tmp_path)
     renamed.dataset.protocol = dataclasses.replace(renamed.dataset.protocol, name="x", source="y", prompts="z")
     assert computed(renamed) == 0
-    widened = cached(formats, "own", tmp_path)
+    widened = cached(formats, "custom", tmp_path)
     lengths = widened.dataset.clips.end - widened.dataset.clips.start
     least = float(np.median(lengths))
     widened.dataset = EvaluationDataset(
@@ -105,19 +105,19 @@ def test_features_are_never_mixed_up(formats: Path, tmp_path: Path) -> None:
     assert computed(widened) == 2 * int((lengths < least).sum())
     video = next((formats / "videos").glob("*/0000.mp4"))
     os.utime(video, (1, 1))
-    changed = computed(cached(formats, "own", tmp_path))
+    changed = computed(cached(formats, "custom", tmp_path))
     assert 0 < changed < seen
 
 
 def test_an_interrupted_evaluation_goes_on(formats: Path, tmp_path: Path) -> None:
-    bench = cached(formats, "own", tmp_path, batch_size=4)
+    bench = cached(formats, "custom", tmp_path, batch_size=4)
     with pytest.raises(KeyboardInterrupt):
         bench.measure(Counting(limit=16))
     model = Counting()
     measured = bench.measure(model)
     assert measured.report.from_cache == 8
     assert model.videos == 2 * (len(bench.dataset) - 8)
-    assert measured.flat() == pytest.approx(made(formats, "own", controls=["reverse"]).measure(Counting()).flat())
+    assert measured.flat() == pytest.approx(made(formats, "custom", controls=["reverse"]).measure(Counting()).flat())
 
 
 def test_damaged_files_of_the_cache_cost_time_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -235,7 +235,7 @@ def outside(tmp_path: Path) -> FrameAverage:
 
 def test_an_outside_model_runs_on_every_benchmark(formats: Path, outside: FrameAverage) -> None:
     cfg = config()
-    for kind in ("own", "ek100_cls"):
+    for kind in ("custom", "ek100_cls"):
         bench = benchmark(
             cfg, kind, settings(formats, kind), execution_of(cfg, ALONE),
             size=outside.size, tokenizer=outside.tokenizer, controls=["shuffle", "freeze"],

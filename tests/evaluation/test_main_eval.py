@@ -96,7 +96,7 @@ def test_two_processes_give_the_numbers_of_one(formats: Path, tmp_path: Path, ar
         command = [
             *("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "main_eval.py"),
             *arguments,
-            *where(formats, "own"),
+            *where(formats, "custom"),
             *("--controls", "shuffle,reverse,freeze", "--output", str(output)),
         ]
         done = subprocess.run(

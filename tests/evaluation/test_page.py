@@ -31,7 +31,7 @@ def evaluated(formats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output of an evaluation with every kind of table; not to be changed."""
     folder, cfg, model = tmp_path_factory.mktemp("evaluated"), config(), small_model()
     found = []
-    for kind in ("own", "ek100_mir", "ek100_cls", "egomcq", "charades_ego"):
+    for kind in ("custom", "ek100_mir", "ek100_cls", "egomcq", "charades_ego"):
         bench = benchmark(cfg, kind, settings(formats, kind), execution_of(cfg, ALONE), controls=["shuffle", "freeze"])
         found.append((bench, bench.measure(model)))
     report(folder, cfg, ALONE, found, checkpoint={"path": "a <run>", "sha256": "0f" * 32}, published="EgoVideo-L")
@@ -173,7 +173,11 @@ def test_the_tool_makes_the_page_again(copy: Path, inside: Command) -> None:
         ("results.json", '{"format": 99}', "not of format 1"),
         ("results.json", '{"format": 1}', "not what an evaluation writes"),
         ("results.json", '{"format": 1, "benchmarks": {}}', "not what an evaluation writes"),
-        ("details/own.json", '{"format": 1, "tables": [{"kind": "retrieval"}], "clips": {}}', "not what an evaluation"),
+        (
+            "details/custom.json",
+            '{"format": 1, "tables": [{"kind": "retrieval"}], "clips": {}}',
+            "not what an evaluation",
+        ),
     ],
 )
 def test_a_folder_without_results_is_said_in_one_line(

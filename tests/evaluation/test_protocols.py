@@ -17,12 +17,13 @@ from torch.nn.functional import interpolate
 
 from egohod.config import Config
 from egohod.data.dataset import ClipList, EvalProtocol, EvaluationDataset
+from egohod.data.formats.base import Question
 from egohod.data.labels import ClassSpace
 from egohod.errors import UserError
 from egohod.evaluation.config import PROTOCOL_NAMES
 from egohod.evaluation.embed import embed_clips
 from egohod.evaluation.runner import PROTOCOLS, benchmark, execution_of, protocol_for
-from egohod.evaluation.tasks import ClassificationTask, MultiLabelTask, MultipleChoiceTask, Question, RetrievalTask
+from egohod.evaluation.tasks import ClassificationTask, MultiLabelTask, MultipleChoiceTask, RetrievalTask
 from egohod.model.config import IMAGE_STATS
 from tests.data.video_files import FPS, HEIGHT, encode, numbers, picture
 
@@ -193,7 +194,7 @@ def test_frames_are_normalised_as_the_model_expects(formats: Path, stats: str) -
             return video.mean(dim=(2, 3, 4))
 
     cfg = config()
-    data = benchmark(cfg, "own", settings(formats, "own"), execution_of(cfg, ALONE)).dataset
+    data = benchmark(cfg, "custom", settings(formats, "custom"), execution_of(cfg, ALONE)).dataset
     run = {"batch_size": 4, "workers": 0, "dist": ALONE, "precision": torch.float32}
     got = embed_clips(Mean(), data, **run)[0]["plain"][0]
     mean, std = (torch.tensor(each) for each in IMAGE_STATS[stats])
@@ -207,7 +208,7 @@ def test_other_statistics_give_other_features(formats: Path, tmp_path: Path) -> 
     for stats in ("clip", "avion", "clip"):
         model = small_model()
         model.image_stats = IMAGE_STATS[stats]
-        measured = cached(formats, "own", tmp_path).measure(model)
+        measured = cached(formats, "custom", tmp_path).measure(model)
         numbers_of.append((measured.report.from_cache > 0, measured.scores["plain"]["map"].value))
     assert [from_cache for from_cache, _ in numbers_of] == [False, False, True]
     assert numbers_of[0][1] == numbers_of[2][1]

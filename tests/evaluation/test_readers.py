@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -15,12 +16,13 @@ import torch
 from evaluation_cases import ALONE, assert_at_chance, config, random_features, small_model
 from torch import Tensor
 
-from egohod.data.dataset import EvaluationDataset
-from egohod.data.text_files import AnnotationError
+from egohod.data.config import SourceConfig
+from egohod.data.dataset import ClipList, EvaluationDataset
+from egohod.data.formats.custom import read_questions
+from egohod.data.table import ClipTable
 from egohod.errors import UserError
 from egohod.evaluation.config import BenchmarkConfig
-from egohod.evaluation.readers import READERS, Content, read_ek100_cls, read_own, read_questions
-from egohod.evaluation.runner import PROTOCOLS, Benchmark, asked, benchmark, execution_of
+from egohod.evaluation.runner import PROTOCOLS, Benchmark, asked, benchmark, execution_of, read_benchmark, tasks_of
 from egohod.evaluation.tasks import (
     ClassificationTask,
     EvaluationTask,
@@ -30,7 +32,7 @@ from egohod.evaluation.tasks import (
 )
 from tests.data.video_files import encode
 
-KINDS = ["ek100_mir", "ek100_cls", "egtea", "egomcq", "charades_ego", "own"]
+KINDS = ["ek100_mir", "ek100_cls", "egtea", "egomcq", "charades_ego", "custom"]
 
 
 def settings(test: Path, kind: str) -> BenchmarkConfig:
@@ -38,12 +40,32 @@ def settings(test: Path, kind: str) -> BenchmarkConfig:
     folder = test / "benchmarks"
     own_videos = {"egtea": folder / "egtea/videos", "charades_ego": folder / "charades_ego/videos"}
     metadata = {"ek100_mir": "ek100", "ek100_cls": "ek100"}.get(kind, kind)
-    path = test / "hod.csv" if kind == "own" else folder / metadata
+    path = test / "hod.csv" if kind == "custom" else folder / metadata
     return BenchmarkConfig(kind=kind, metadata=str(path), root=str(own_videos.get(kind, test / "videos")))
 
 
+class Content(NamedTuple):
+    """What the files of a benchmark give."""
+
+    source: SourceConfig
+    clips: ClipTable
+    tables: list[EvaluationTask]
+    notes: list[str]
+
+    def dataset(self, protocol: str = "clean", **changed: object) -> EvaluationDataset:
+        source, clips = dataclasses.replace(self.source, **changed), self.clips
+        places = source.root, source.layout, source.chunk_seconds, source.min_clip_seconds
+        listed = ClipList(clips.ids, clips.videos, clips.start, clips.end, *places)
+        return EvaluationDataset(listed, PROTOCOLS[protocol], size=32, decoder="pyav")
+
+
+def load(kind: str, config: BenchmarkConfig, protocol: str = "clean") -> Content:
+    source, data = read_benchmark(kind, config, PROTOCOLS[protocol].prompts)
+    return Content(source, data.clips, tasks_of(data), data.notes)
+
+
 def read(test: Path, kind: str, protocol: str = "clean") -> Content:
-    return READERS[kind](settings(test, kind), PROTOCOLS[protocol], None)
+    return load(kind, settings(test, kind), protocol)
 
 
 def made(test: Path, kind: str, **evaluate: object) -> Benchmark:
@@ -99,7 +121,7 @@ def test_random_features_are_at_chance(formats: Path, kind: str) -> None:
 def test_every_format_tells_of_the_same_world(formats: Path) -> None:
     hod = pd.read_csv(formats / "hod.csv")
     contents = {kind: read(formats, kind) for kind in KINDS}
-    for kind in ("ek100_mir", "ek100_cls", "own"):
+    for kind in ("ek100_mir", "ek100_cls", "custom"):
         clips = contents[kind].clips
         np.testing.assert_allclose(clips.start, hod["start_second"], atol=1e-5)
         assert clips.videos == hod["video_id"].tolist()
@@ -135,7 +157,7 @@ def test_a_sentence_of_ek100_has_text_and_class_of_the_row_that_its_id_names(tmp
         "narration_id,narration\nP22_04_144,wash cooker\nP08_16_88,cut slice\nP12_03_90,stir\n"
     )
     config = BenchmarkConfig(metadata=str(tmp_path), root="x")
-    (mir,) = READERS["ek100_mir"](config, PROTOCOLS["clean"], None).tables
+    (mir,) = load("ek100_mir", config).tables
     assert isinstance(mir, RetrievalTask)
     assert mir.texts == ["cut slice", "throw away bits", "stir"]
     np.testing.assert_array_equal(mir.relevancy, np.eye(3))
@@ -143,7 +165,7 @@ def test_a_sentence_of_ek100_has_text_and_class_of_the_row_that_its_id_names(tmp
 
 def test_the_real_sentences_are_the_narrations_of_their_ids(shared: Path) -> None:
     folder = shared / "annotations/epic-kitchens-100"
-    (mir,) = READERS["ek100_mir"](BenchmarkConfig(metadata=str(folder), root="x"), PROTOCOLS["clean"], None).tables
+    (mir,) = load("ek100_mir", BenchmarkConfig(metadata=str(folder), root="x")).tables
     written = pd.read_csv(folder / "retrieval_annotations/EPIC_100_retrieval_test_sentence.csv")
     changed = {old: new for old, new in zip(written["narration"], mir.texts, strict=True) if old != new}
     assert len(mir.texts) == 3842
@@ -160,7 +182,7 @@ def test_the_real_sentences_are_the_narrations_of_their_ids(shared: Path) -> Non
 def test_the_short_clips_of_ek100_are_counted_and_widened_in_chunks_only(shared: Path, tmp_path: Path) -> None:
     """15.7 % of its test clips are shorter than a second; published numbers show them as they are."""
     metadata = str(shared / "annotations/epic-kitchens-100")
-    content = READERS["ek100_mir"](BenchmarkConfig(metadata=metadata, root=str(tmp_path)), PROTOCOLS["clean"], None)
+    content = load("ek100_mir", BenchmarkConfig(metadata=metadata, root=str(tmp_path)))
     clips = content.clips
     short = clips.end - clips.start < 1
     assert (len(clips), int(short.sum()), content.notes) == (9668, 1519, [])
@@ -172,20 +194,16 @@ def test_the_short_clips_of_ek100_are_counted_and_widened_in_chunks_only(shared:
     ):
         for number, name in enumerate(names):
             encode(tmp_path / folder / name, 150, first=150 * number)
-        there = dataclasses.replace(
-            clips.restricted(np.arange(len(clips)) == first), root=str(tmp_path / folder), start=np.array([3.0]),
-            end=np.array([3.0 + end - start]),
-        )  # fmt: skip
-        dataset = EvaluationDataset(there, PROTOCOLS["clean"], size=32, decoder="pyav")
+        one = clips.restricted(np.arange(len(clips)) == first)
+        one.start, one.end = np.array([3.0]), np.array([3.0 + end - start])
+        there = content._replace(clips=one)
+        dataset = there.dataset(root=str(tmp_path / folder))
         assert dataset.missing() == {}
         assert dataset[0]["fault"] is None
         widened = 0 if folder == "tree" else 1
         assert dataset.length_note() == f"1 clips are shorter than 1 s: {widened} of them were widened to it"
-    exact = BenchmarkConfig(metadata=metadata, root=str(tmp_path), min_clip_seconds=0.0)
-    unwidened = dataclasses.replace(
-        there, min_clip_seconds=READERS["ek100_mir"](exact, PROTOCOLS["clean"], None).clips.min_clip_seconds
-    )
-    other = EvaluationDataset(unwidened, PROTOCOLS["clean"], size=32, decoder="pyav")
+    exact = load("ek100_mir", BenchmarkConfig(metadata=metadata, root=str(tmp_path), min_clip_seconds=0.0)).source
+    other = there.dataset(root=str(tmp_path / folder), min_clip_seconds=exact.min_clip_seconds)
     assert other.length_note() == "1 clips are shorter than 1 s: 0 of them were widened to it"
     assert other.identities != dataset.identities
     assert not torch.equal(other[0]["video"], dataset[0]["video"])
@@ -205,9 +223,11 @@ def test_benchmarks_of_whole_files_find_their_videos_where_their_owners_put_them
         path.parent.mkdir(parents=True, exist_ok=True)
         path.symlink_to(f"{usual.root}/{old}.mp4")
     for protocol in ("clean", "whole_clip", "lavila_10x3"):
-        at_home = EvaluationDataset(read(formats, kind).clips, PROTOCOLS[protocol], size=32, decoder="pyav")
-        clips = dataclasses.replace(at_home.clips, videos=renamed, root=str(tmp_path))
-        moved = EvaluationDataset(clips, PROTOCOLS[protocol], size=32, decoder="pyav")
+        content = read(formats, kind)
+        at_home = content.dataset(protocol)
+        others = {name: content.clips.column(name).tolist() for name in ("uid",)}
+        clips = ClipTable.of(content.clips.path, renamed, content.clips.start, content.clips.end, **others)
+        moved = content._replace(clips=clips).dataset(protocol, root=str(tmp_path))
         assert moved.missing() == {}
         assert torch.equal(moved[3]["video"], at_home[3]["video"])
 
@@ -220,12 +240,12 @@ def test_class_prompts_follow_the_protocol(formats: Path, tmp_path: Path) -> Non
     shutil.copytree(formats / "benchmarks/ek100", tmp_path / "ek100")
     (tmp_path / "ek100/EPIC_100_train.csv").unlink()
     cfg = BenchmarkConfig(metadata=str(tmp_path / "ek100"), root="x")
-    with pytest.raises(AnnotationError, match=r"neither EPIC_100_train\.csv nor actions\.csv"):
-        read_ek100_cls(cfg, PROTOCOLS["clean"], None)
+    with pytest.raises(UserError, match=r"neither EPIC_100_train\.csv nor actions\.csv"):
+        load("ek100_cls", cfg)
     (tmp_path / "ek100/actions.csv").write_text("id,verb,noun,action\n0,90,91,juggle anvil\n")
-    content = read_ek100_cls(cfg, PROTOCOLS["clean"], None)
+    content = load("ek100_cls", cfg)
     assert "classes are those of actions.csv" in content.notes[0]
-    assert "have no narration and are told by their names" in content.notes[1]
+    assert "have no narration and are described by their names" in content.notes[1]
     assert "juggle anvil" in content.tables[0].texts
 
 
@@ -236,7 +256,7 @@ def test_a_test_class_that_train_lacks_is_told_by_its_name_and_counted(formats: 
     table.loc[3, ["verb", "verb_class", "noun", "noun_class"]] = ["juggle", "77", "anvil:iron", "78"]
     # Other order, extra columns, CRLF: none of it matters.
     table[table.columns[::-1]].assign(extra="x").to_csv(path, index=False, lineterminator="\r\n")
-    content = read_ek100_cls(BenchmarkConfig(metadata=str(tmp_path / "ek100"), root="x"), PROTOCOLS["clean"], None)
+    content = load("ek100_cls", BenchmarkConfig(metadata=str(tmp_path / "ek100"), root="x"))
     assert "juggle anvil iron" in content.tables[0].texts
     assert len(content.notes) == 1
 
@@ -271,11 +291,11 @@ def emptied(name: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("kind", "change", "said"),
     [
-        ("ek100_cls", replace("EPIC_100_validation.csv", "start_timestamp", "begin"), "'start_timestamp' is missing"),
-        ("ek100_cls", replace("EPIC_100_validation.csv", ".000000,00", ".000000,xx"), "row 1: .*'xx:.*', not HH:MM:SS"),
-        ("ek100_cls", first_row_twice("EPIC_100_validation.csv"), "row 2: narration_id 'demo_.*' occurs twice"),
+        ("ek100_cls", replace("EPIC_100_validation.csv", "start_timestamp", "begin"), "no column .start_time"),
+        ("ek100_cls", replace("EPIC_100_validation.csv", ".000000,00", ".000000,xx"), "row 1: .*'xx:.*', not a time"),
+        ("ek100_cls", first_row_twice("EPIC_100_validation.csv"), "row 2: uid 'demo_.*' occurs twice"),
         ("ek100_mir", first_row_twice("EPIC_100_retrieval_test_sentence.csv"), "row 2: narration_id .* occurs twice"),
-        ("ek100_mir", emptied("EPIC_100_retrieval_test.csv"), "not a single row"),
+        ("ek100_mir", emptied("EPIC_100_retrieval_test.csv"), "no clip"),
         ("egtea", replace("action_idx.txt", " 2\n", " two\n"), "line 2: .* is not a new class"),
         ("egtea", replace("action_idx.txt", " 2\n", f" {'2' * 5000}\n"), "line 2: .* is not a new class"),
         ("egtea", replace("test_split1.txt", "DEMO", "broken line DEMO"), "line 1: .* is not '<clip> <action"),
@@ -294,8 +314,8 @@ def test_bad_annotations_are_refused_with_file_and_place(
     folder = tmp_path / "annotations"
     shutil.copytree(str(source.metadata), folder, ignore=shutil.ignore_patterns("videos"))
     change(folder)
-    with pytest.raises(AnnotationError, match=said) as error:
-        READERS[kind](BenchmarkConfig(metadata=str(folder), root=source.root), PROTOCOLS["clean"], None)
+    with pytest.raises(UserError, match=said) as error:
+        load(kind, BenchmarkConfig(metadata=str(folder), root=source.root))
     assert str(error.value).startswith(str(folder))
     assert "\n" not in str(error.value)
 
@@ -306,7 +326,7 @@ def test_anyones_csv_is_a_benchmark(tmp_path: Path) -> None:
         "cuts an onion,v1,3,1,a,cut\nstirs soup,v1,6,4,b,stir\nslices a leek,v2,2,0,c,cut\n"
     )
     config = BenchmarkConfig(metadata=str(tmp_path / "clips.csv"), root=str(tmp_path))
-    (table,) = read_own(config, PROTOCOLS["clean"], None).tables
+    (table,) = load("custom", config).tables
     assert isinstance(table, RetrievalTask)
     assert list(table.texts) == ["cuts an onion", "slices a leek", "stirs soup"]
     assert table.relevancy.tolist() == [[1, 1, 0], [0, 0, 1], [1, 1, 0]]
@@ -315,17 +335,17 @@ def test_anyones_csv_is_a_benchmark(tmp_path: Path) -> None:
     (tmp_path / "questions.jsonl").write_text(
         '{"kind": "mine", "query": {"clip": "a"}, "choices": [{"text": "x"}, {"text": "y"}], "answer": 0}\n'
     )
-    retrieval, classes, questions = read_own(config, PROTOCOLS["clean"], None).tables
+    retrieval, classes, questions = load("custom", config).tables
     assert retrieval.relevancy.tolist() == [[1, 0.5, 0], [0, 0, 0], [0, 0, 0]]
     assert classes.labels.tolist() == [0, 1, 0]
     assert classes.class_of_text.tolist() == [0, 1, 0]
     assert questions.questions[0].kind == "mine"
     (tmp_path / "relevancy.csv").write_text("uid,text,relevancy\na,cuts an onion,2\n")
-    with pytest.raises(AnnotationError, match=r"relevancy\.csv: row 1: relevancy is '2', not a number from 0 to 1"):
-        read_own(config, PROTOCOLS["clean"], None)
+    with pytest.raises(UserError, match=r"relevancy\.csv: row 1: relevancy is '2', not a number from 0 to 1"):
+        load("custom", config)
     (tmp_path / "relevancy.csv").write_text("uid,text,relevancy\nz,cuts an onion,1\n")
-    with pytest.raises(AnnotationError, match=r"row 1: uid 'z' is not among the clips"):
-        read_own(config, PROTOCOLS["clean"], None)
+    with pytest.raises(UserError, match=r"row 1: uid 'z' is not among the clips"):
+        load("custom", config)
 
 
 def test_what_can_be_asked_for(formats: Path) -> None:
@@ -335,7 +355,7 @@ def test_what_can_be_asked_for(formats: Path) -> None:
         asked(cfg, "mri")
     with pytest.raises(UserError, match="no benchmark's data is found"):
         asked(cfg, "all")
-    cfg.evaluate.benchmarks = {"mine": settings(formats, "own"), "gone": BenchmarkConfig(metadata="/nowhere")}
+    cfg.evaluate.benchmarks = {"mine": settings(formats, "custom"), "gone": BenchmarkConfig(metadata="/nowhere")}
     assert list(asked(cfg, "all")) == ["mine"]
     with pytest.raises(
         UserError, match=r"benchmark egtea: evaluate.benchmarks.egtea.metadata is not set; give --metadata"
@@ -376,7 +396,7 @@ def test_records_survive_what_other_programs_take_for_line_ends(tmp_path: Path) 
         (line.replace("order", "x" * 5000 + "\\n!").encode(), r"line 1: kind is .*becomes a metric's name"),
     ):
         path.write_bytes(content)
-        with pytest.raises(AnnotationError, match=said) as caught:
+        with pytest.raises(UserError, match=said) as caught:
             read_questions(path, ["a"])
         assert len(str(caught.value)) < 1000
         assert "\n" not in str(caught.value)

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from egohod.data.relevancy import class_relevancy, csv_relevancy, read_relevancy
-from egohod.data.text_files import AnnotationError
+from egohod.data.relevancy import GradedTexts, cached_matrix, class_relevancy, csv_relevancy, read_relevancy
+from egohod.errors import UserError
 from tests.support import ROOT
 
 CLIPS = """extra,all_noun_classes,verb_class,narration,narration_id
@@ -30,6 +30,10 @@ def write(folder: Path, clips: str = CLIPS, sentences: str = SENTENCES) -> tuple
     return paths
 
 
+def cached(files: tuple[Path, Path], cache: Path) -> np.ndarray:
+    return cached_matrix(cache, files, lambda: csv_relevancy(*files))
+
+
 def test_half_for_the_verb_and_half_for_the_nouns(tmp_path: Path) -> None:
     want = [[1, 0], [0.75, 0], [0, 1]]
     np.testing.assert_array_equal(csv_relevancy(*write(tmp_path)), want)
@@ -39,13 +43,14 @@ def test_half_for_the_verb_and_half_for_the_nouns(tmp_path: Path) -> None:
 
 def test_empty_sets_of_nouns_have_nothing_in_common() -> None:
     verbs = np.array([1, 2])
-    assert class_relevancy((verbs, verbs), ([[], [1]], [[], []])).tolist() == [[0.5, 0], [0, 0.5]]
+    clips, texts = (GradedTexts(["", ""], verbs, nouns) for nouns in ([[], [1]], [[], []]))
+    assert class_relevancy(clips, texts).tolist() == [[0.5, 0], [0, 0.5]]
 
 
 def test_the_real_annotation_gives_the_published_matrix(shared: Path, tmp_path: Path) -> None:
     folder = shared / "annotations/epic-kitchens-100/retrieval_annotations"
     files = folder / "EPIC_100_retrieval_test.csv", folder / "EPIC_100_retrieval_test_sentence.csv"
-    matrix = csv_relevancy(*files, cache=tmp_path)
+    matrix = cached(files, tmp_path)
     assert matrix.shape == (9668, 3842)
     assert len(np.unique(matrix)) == 18
     assert 100 * np.mean(matrix == 1) == pytest.approx(0.168, abs=5e-4)
@@ -56,10 +61,10 @@ def test_the_real_annotation_gives_the_published_matrix(shared: Path, tmp_path: 
 
 def test_the_cache_belongs_to_the_files_content(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    first = csv_relevancy(*write(tmp_path), cache=cache)
-    assert np.array_equal(csv_relevancy(*write(tmp_path), cache=cache), first)
+    first = cached(write(tmp_path), cache)
+    assert np.array_equal(cached(write(tmp_path), cache), first)
     assert len(list(cache.iterdir())) == 1
-    other = csv_relevancy(*write(tmp_path, clips=CLIPS.replace(",5,", ",0,")), cache=cache)
+    other = cached(write(tmp_path, clips=CLIPS.replace(",5,", ",0,")), cache)
     assert not np.array_equal(other, first)
     assert len(list(cache.iterdir())) == 2
 
@@ -75,15 +80,15 @@ def test_the_cache_belongs_to_the_files_content(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_csv_is_refused_with_its_row(tmp_path: Path, change: tuple[str, str], said: str) -> None:
-    with pytest.raises(AnnotationError, match=said):
+    with pytest.raises(UserError, match=said):
         csv_relevancy(*write(tmp_path, clips=CLIPS.replace(*change)))
 
 
 def test_empty_and_missing_files_are_refused(tmp_path: Path) -> None:
     clips, sentences = write(tmp_path, sentences="narration_id,narration\n")
-    with pytest.raises(AnnotationError, match=r"sentences\.csv: not a single row"):
+    with pytest.raises(UserError, match=r"sentences\.csv: not a single row"):
         csv_relevancy(clips, sentences)
-    with pytest.raises(AnnotationError, match=r"none\.csv: cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"none\.csv: cannot be read: No such file"):
         csv_relevancy(tmp_path / "none.csv", sentences)
 
 
@@ -99,14 +104,14 @@ def test_published_pickles_are_read_and_hostile_ones_do_nothing(tmp_path: Path, 
 
     for content in (Evil(), np.array([Evil()], dtype=object)):
         path.write_bytes(pickle.dumps(content, protocol))
-        with pytest.raises(AnnotationError, match=r"refused: it asks for .*system|type 'O8' is no plain number"):
+        with pytest.raises(UserError, match=r"refused: it asks for .*system|type 'O8' is no plain number"):
             read_relevancy(path)
     for matrix in (np.arange(12.0).reshape(3, 4), np.ones((4, 3), ">f4").T):
         path.write_bytes(pickle.dumps(matrix, protocol))
         assert np.array_equal(read_relevancy(path), matrix)
     assert not (tmp_path / "executed").exists()
     path.write_bytes(pickle.dumps([1, 2], protocol))
-    with pytest.raises(AnnotationError, match="holds no matrix"):
+    with pytest.raises(UserError, match="holds no matrix"):
         read_relevancy(path)
 
 
@@ -125,9 +130,9 @@ def test_the_tool_writes_and_compares(tmp_path: Path) -> None:
 
 
 def test_a_damaged_matrix_of_the_cache_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    first = csv_relevancy(*write(tmp_path), cache=tmp_path)
+    first = cached(write(tmp_path), tmp_path)
     (kept,) = tmp_path.glob("relevancy-*.npy")
     for content in (kept.read_bytes()[:-3], b"", b"\x80\x04N."):
         kept.write_bytes(content)
-        np.testing.assert_array_equal(csv_relevancy(*write(tmp_path), cache=tmp_path), first)
+        np.testing.assert_array_equal(cached(write(tmp_path), tmp_path), first)
     assert caplog.text.count("computed again") == 3

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from egohod.data.table import ClipTable
+from egohod.data.formats import read_clips
 from tests.hod.chat_server import ChatServer
 from tests.hod.runs import command, encode, head, rows
 from tests.support import Command
@@ -110,7 +110,7 @@ def test_videos_without_narrations_are_cut_into_windows_and_shown_to_a_model(
     pictures = [
         part for body in server.bodies for part in body["messages"][1]["content"] if part["type"] == "image_url"
     ]
-    table = ClipTable.read(tmp_path / "hod.csv", strict=True)
+    table = read_clips(tmp_path / "hod.csv", strict=True)
     # 4 s and 2.5 s: the last window is cut at the video's end, and read as a second at least.
     assert len(table) == (4 + 3 if window == 1 else 2 + 2)
     assert len(pictures) == 3 * len(table)

@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from egohod.data.table import ClipTable
+from egohod.data.formats import read_clips
 from egohod.hod.store import Shard, Work
 from tests.browser import browser, needs_chromium
 from tests.hod.narrated import disagreements, pipeline
@@ -35,7 +35,7 @@ def test_a_run_its_stages_its_shards_and_a_second_run(few: list[str], tmp_path: 
     assert list(told[0]) == ["video_id", "start_second", "end_second", "text", "dataset", "uid"]
     assert [row["uid"] for row in told] == [f"demo_train_0000_{i:02d}" for i in range(10)]
     assert all("hand" in row["text"] for row in told)
-    assert len(ClipTable.read(output, strict=True)) == 10
+    assert len(read_clips(output, strict=True)) == 10
     whole = output.read_bytes()
     stamp = {path: path.stat().st_mtime_ns for path in (tmp_path / "hod.csv.work").rglob("*.jsonl")}
     done = inside("generate_hod.py", *few)

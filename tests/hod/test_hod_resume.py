@@ -14,7 +14,8 @@ import pytest
 
 from egohod.data.config import SourceConfig
 from egohod.data.decoders import choose_decoder
-from egohod.data.table import ClipSource, ClipTable
+from egohod.data.formats import read_clips
+from egohod.data.table import ClipSource
 from egohod.data.videos import Frames
 from egohod.hod.config import COLUMNS
 from egohod.hod.pipeline import DETECT, TRACK, VERSIONS, Looking, Pipeline, Task, Thinking, uid_of
@@ -52,7 +53,7 @@ def test_shards_that_write_the_same_settings_at_once(tmp_path: Path) -> None:
 
 def made(metadata: Path, videos: Path, output: Path, workers: int) -> Pipeline:
     settings = SourceConfig(metadata=str(metadata), root=str(videos))
-    table = ClipTable.read(settings)
+    table = read_clips(settings)
     looking = Looking(ClipSource(table, settings, choose_decoder()[1]), 4, Mean(), {}, workers)
     thinking = Thinking(TRACK, think, {}, group=7)
     return Pipeline(table, [looking, thinking], Work(output), lambda index: table.row(index).texts[0], block=5)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from egohod.data.config import SourceConfig
+from egohod.data.formats import read_clips
 from egohod.data.table import ClipTable
 from egohod.errors import UserError
 from egohod.hod.config import COLUMNS
@@ -49,7 +50,7 @@ def write_table(folder: Path, rows: int) -> ClipTable:
     path = folder / "clips.csv"
     lines = [f"video_{i // 4},{i},{i + 1.5},the hand moves thing {i}" for i in range(rows)]
     path.write_text("\n".join(["video_id,start_second,end_second,text", *lines]) + "\n")
-    return ClipTable.read(path)
+    return read_clips(path)
 
 
 def pipeline(table: ClipTable, folder: Path, *stages: Any, **more: Any) -> Pipeline:
@@ -106,7 +107,7 @@ def test_only_stages_that_read_the_narration_depend_on_it(tmp_path: Path) -> Non
     before = pipeline(table, tmp_path, Straw("detect"), Straw("narrate", of_text=True)).keys(0)
     path = tmp_path / "clips.csv"
     path.write_text(path.read_text().replace("thing 0", "spoon"))
-    after = pipeline(ClipTable.read(path), tmp_path, Straw("detect"), Straw("narrate", of_text=True)).keys(0)
+    after = pipeline(read_clips(path), tmp_path, Straw("detect"), Straw("narrate", of_text=True)).keys(0)
     assert before["detect"] == after["detect"]
     assert before["narrate"] != after["narrate"]
 
@@ -268,7 +269,7 @@ def test_line_breaks_in_cells_do_not_make_rows(tmp_path: Path) -> None:
     path.write_text(
         'video_id,start_second,end_second,text,uid\nv,1,2,moves a cup,"one\r\ntwo"\nv,3,4,takes a cup,"a\nb"\n'
     )
-    made = pipeline(ClipTable.read(path), tmp_path, Straw("detect", {1: "gone"}))
+    made = pipeline(read_clips(path), tmp_path, Straw("detect", {1: "gone"}))
     made.run("detect", WHOLE)
     finish(made)
     assert made.work.merge(1, "print", 2, 3) == {"narrations": 1, "failures": 1}

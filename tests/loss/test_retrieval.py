@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
-from egohod.data.relevancy import class_relevancy
+from egohod.data.relevancy import GradedTexts, class_relevancy
 from egohod.distributed import gather_with_grad
 from egohod.loss import build_loss
 from egohod.loss.config import RELEVANCY_LOSSES, LossConfig
@@ -57,7 +57,8 @@ def numbers() -> tuple[np.ndarray, np.ndarray]:
     similarity = (values["video_features"] @ values["text_features"].T).numpy()
     nouns = [[row.nonzero()[:, 0].tolist() for row in values[name]] for name in ("clip_nouns", "text_nouns")]
     verbs = values["clip_verbs"].numpy(), values["text_verbs"].numpy()
-    return similarity, class_relevancy(verbs, (nouns[0], nouns[1]))
+    clips, texts = (GradedTexts([], *classes) for classes in zip(verbs, nouns, strict=True))
+    return similarity, class_relevancy(clips, texts)
 
 
 def test_relevancy_on_the_device_is_that_of_the_evaluation() -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import main_eval
 from egohod.config import Config
 from egohod.data.config import SourceConfig
+from egohod.data.formats import read_clips
 from egohod.data.labels import ClassLabels, ClassSpace, RelevantTexts, class_space
 from egohod.data.table import ClipTable
 from egohod.demo.world import NOUNS
@@ -47,7 +48,7 @@ def ek100(demo_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def table(path: Path) -> ClipTable:
-    return ClipTable.read(SourceConfig(metadata=str(path)))
+    return read_clips(SourceConfig(metadata=str(path)))
 
 
 def test_texts_are_drawn_by_relevancy(ek100: Path) -> None:

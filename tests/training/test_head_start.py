@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from egohod import config
+from egohod.data.formats import read_clips
 from egohod.data.labels import class_space
-from egohod.data.table import ClipTable
 from egohod.data.text import Tokenizer
 from egohod.errors import UserError
 from egohod.model.egovideo import create_model
@@ -34,7 +34,7 @@ def test_heads_begin_as_the_zero_shot_classifier(tmp_path: Path, kind: str) -> N
             "data.train.demo.detections=null",
         ],
     )
-    table = ClipTable.read(cfg.data.train["demo"], extra=["label", "place"])
+    table = read_clips(cfg.data.train["demo"], extra=["label", "place"])
     space = class_space([table], ["label", "place"])
     texts = class_texts([table], space)
     assert [sorted(each) for each in texts] == [sorted({table.row(i).texts[0]}) for i in (2, 0, 1)]

@@ -1,0 +1,207 @@
+"""Ego4D: narration.json, EgoClip's table of clips made of it, and the EgoMCQ benchmark.
+
+ego4d       narration.json: {video: {narration_pass_1: {narrations: [{timestamp_sec, narration_text}]}}}
+egoclip     a table with video_uid, clip_start, clip_end, clip_text, tag_verb, tag_noun
+egomcq      egomcq.json: {question: {query: {clip_text}, choices: {"0": {video_uid, clip_start, clip_end}}, ...}}
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ijson
+import numpy as np
+import pyarrow as pa
+
+from egohod.data.config import SourceConfig
+from egohod.data.formats.base import (
+    Benchmark,
+    BenchmarkData,
+    BenchmarkOptions,
+    Format,
+    Question,
+    QuestionData,
+    backwards_note,
+    parse_table,
+    require_file,
+)
+from egohod.data.frames import MIN_SECONDS
+from egohod.data.table import ClipTable, RawClips
+from egohod.data.text_files import open_utf8, read_json, reading, seconds, text_column
+from egohod.errors import UserError
+
+_EGOCLIP_COLUMNS = {
+    "video_id": ["video_uid"],
+    "start_second": ["clip_start"],
+    "end_second": ["clip_end"],
+    "text": ["clip_text"],
+}
+# EgoVLP's names of its two types of questions.
+_EGOMCQ_KINDS = {1: "inter", 2: "intra"}
+
+
+def _parse_egoclip(path: Path, source: SourceConfig, extra: Sequence[str] | None) -> RawClips:
+    return parse_table(path, source, extra, _EGOCLIP_COLUMNS)
+
+
+def _parse_narrations(path: Path, source: SourceConfig, extra: Sequence[str] | None) -> RawClips:
+    """Clips around the time stamps of narrations.
+
+    ``clip_rule=egoclip`` is the rule of EgoClip (EgoVLP, 2206.01670, section 3.1): a clip is beta / alpha seconds long,
+    beta the mean spacing of consecutive narrations in its video, alpha the mean of all videos' betas. ``neighbours``
+    takes the mean distance to the narrations before and after instead of beta, and the video's own beta instead of
+    alpha.
+    """
+    videos, counts = list[str](), list[int]()
+    texts, stamps, numbers = list[str](), list[str](), list[int]()
+    broken, count = list[str](), 0
+    for video, narrations in _narration_passes(path):
+        first = len(texts)
+        for entry in narrations:
+            count += 1
+            pair = (entry.get(key) for key in ("narration_text", "timestamp_sec")) if isinstance(entry, dict) else ()
+            text, stamp = tuple(pair) or (None, None)
+            # bool is an int to Python, but no time stamp.
+            if isinstance(text, str) and isinstance(stamp, (int, float, str)) and not isinstance(stamp, bool):
+                texts.append(text)
+                stamps.append(str(stamp))
+                numbers.append(count)
+            else:
+                broken.append(f"narration {count}: video '{video}': has no timestamp_sec and narration_text")
+        videos.append(video)
+        counts.append(len(texts) - first)
+    if not stamps:
+        raise UserError(f"{path}: no narrations; expected {{video: {{narration_pass_1: {{narrations: [...]}}}}}}")
+    times, group = seconds(text_column(stamps)), np.repeat(np.arange(len(videos)), counts)
+    good = np.isfinite(times)
+    broken += [
+        f"narration {numbers[i]}: timestamp_sec is '{stamps[i]}', not a time in seconds or HH:MM:SS"
+        for i in np.flatnonzero(~good)
+    ]
+    times, group = times[good], group[good]
+    # Never shorter than a second, whether in chunks or whole files: here we choose the clips, centred on the moment.
+    length = np.maximum(_clip_lengths(times, group, source.clip_rule), MIN_SECONDS)
+    columns = pa.table(
+        {
+            "video_id": pa.array(videos, pa.large_string()).take(pa.array(group)),
+            "text": pa.array(texts, pa.large_string()).filter(pa.array(good)),
+        }
+    )
+    return RawClips(
+        columns=columns,
+        times=(times - length / 2, times + length / 2),
+        numbers=np.array(numbers)[good],
+        unit="narration",
+        time_names=("timestamp_sec", "timestamp_sec"),
+        broken=tuple(broken),
+    )
+
+
+class _Shallow:
+    """A stream of JSON that ends in an error where values are nested deeper than in any annotations.
+
+    ijson holds the path to every open value: the memory grows with the square of the depth.
+    """
+
+    _TEXT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+    _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+    def __init__(self, file: Any, deepest: int = 100) -> None:
+        self._file, self._deepest = file, deepest
+        self._depth, self._open = 0, b""
+
+    def read(self, size: int = -1) -> bytes:
+        """The next bytes."""
+        block: bytes = self._file.read(size)
+        brackets, begun, text = self._TEXT.sub(b"", self._open + block).partition(b'"')
+        # A text goes on in the next block, perhaps with the character that a backslash stands in front of.
+        self._open = begun + b"\\" * ((len(text) - len(text.rstrip(b"\\"))) % 2)
+        codes = np.frombuffer(brackets.translate(None, self._NO_BRACKETS), np.uint8)
+        depths = self._depth + np.cumsum(np.where((codes == ord("[")) | (codes == ord("{")), 1, -1))
+        if len(depths):
+            self._depth = int(depths[-1])
+            if depths.max() > self._deepest:
+                raise ijson.JSONError(f"nested deeper than {self._deepest} levels")
+        return block
+
+
+def _narration_passes(path: Path) -> Iterator[tuple[str, list[Any]]]:
+    """(video, narrations) of every annotator's pass, read without holding the whole file."""
+    with reading(path), open_utf8(path) as file:
+        try:
+            for video, content in ijson.kvitems(_Shallow(file), "", use_float=True):
+                # Newer releases put the videos below one more key.
+                below = content if video == "videos" and isinstance(content, dict) else {video: content}
+                for name, passes in below.items():
+                    for key, value in passes.items() if isinstance(passes, dict) else ():
+                        narrations = value.get("narrations") if isinstance(value, dict) else None
+                        if key.startswith("narration_pass") and isinstance(narrations, list):
+                            yield name, narrations
+        except ijson.JSONError as error:
+            raise UserError(f"{path}: not JSON ({' '.join(str(error).split())[:200]})") from error
+
+
+def _clip_lengths(times: np.ndarray, group: np.ndarray, rule: str) -> np.ndarray:
+    """Seconds per narration; ``group`` numbers the pass that each belongs to, in contiguous runs."""
+    order = np.lexsort((times, group))
+    sorted_times, sorted_group = times[order], group[order]
+    gaps = np.diff(sorted_times)
+    gaps[sorted_group[1:] != sorted_group[:-1]] = np.nan
+    counts = np.bincount(group)
+    sums = np.bincount(sorted_group[1:], weights=np.nan_to_num(gaps), minlength=len(counts))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        beta = sums / (counts - 1)
+        spaced = np.isfinite(beta) & (beta > 0)
+        alpha = float(beta[spaced].mean()) if spaced.any() else 1.0
+        # A lone narration has no spacing: it gets the length of an average clip.
+        beta[~spaced] = alpha
+        if rule == "egoclip":
+            return beta[group] / alpha
+        before, after = np.concatenate([[np.nan], gaps]), np.concatenate([gaps, [np.nan]])
+        around = np.where(np.isnan(before), after, np.where(np.isnan(after), before, (before + after) / 2))
+        length = np.where(np.isnan(around), 1.0, around / beta[sorted_group])
+    result = np.empty_like(length)
+    result[order] = length
+    return result
+
+
+def _read_egomcq(source: SourceConfig, options: BenchmarkOptions) -> BenchmarkData:
+    """EgoMCQ: which of five clips does a narration describe; inter-video and intra-video questions apart."""
+    path = require_file(source, "egomcq.json")
+    entries = read_json(path)
+    if not isinstance(entries, dict) or not entries:
+        raise UserError(f"{path}: not a single question")
+    clips: dict[tuple[str, float, float], int] = {}
+    texts: dict[str, int] = {}
+    questions = []
+    for name, entry in entries.items():
+        try:
+            choices = entry["choices"]
+            named = [
+                (str(c["video_uid"]), float(c["clip_start"]), float(c["clip_end"]))
+                for c in (choices[key] for key in sorted(choices, key=int))
+            ]
+            if not all(math.isfinite(time) for _, *times in named for time in times):
+                raise ValueError("a time is not finite")
+            rows = tuple(clips.setdefault(clip, len(clips)) for clip in named)
+            kind, answer = _EGOMCQ_KINDS[int(entry["types"])], int(entry["answer"])
+            text = texts.setdefault(str(entry["query"]["clip_text"]), len(texts))
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise UserError(f"{path}: question '{name}': {type(error).__name__} {error}") from error
+        if not 0 <= answer < len(rows):
+            raise UserError(f"{path}: question '{name}': answer is {answer}, but there are {len(rows)} choices")
+        questions.append(Question(kind, False, text, rows, answer))
+    videos, starts, ends = zip(*clips, strict=True)
+    start, end = np.maximum(np.array(starts, dtype=np.float64), 0), np.array(ends, dtype=np.float64)
+    backwards = end <= start
+    ids = [f"{video}:{a:.2f}-{b:.2f}" for video, a, b in clips]
+    table = ClipTable.of(path, videos, start, np.where(backwards, start + MIN_SECONDS, end), uid=ids)
+    return BenchmarkData(table, [QuestionData(list(texts), questions)], backwards_note(int(backwards.sum())))
+
+
+EGO4D = Format("ego4d", _parse_narrations, suffixes=(".json",), benchmarks=(Benchmark("egomcq", _read_egomcq),))
+EGOCLIP = Format("egoclip", _parse_egoclip, columns=("video_uid", "clip_text"))
