@@ -15,11 +15,10 @@ import sys
 from collections.abc import Sequence
 
 from egohod import cli
-from egohod.program import train_and_report
 
 
 def main(arguments: Sequence[str]) -> int:
-    return train_and_report(__doc__, "configs/finetune/demo_mir.yml", arguments)
+    return cli.train_and_report(__doc__, "configs/finetune/demo_mir.yml", arguments)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""What the main programs share: arguments, logging, one-line errors, exit codes."""
+"""What the main programs share: arguments, logging, signals, one-line errors, exit codes, the body of those that train.
+
+PyTorch is imported inside the functions that need it: programs that need no model start in a third of the time.
+"""
 
 from __future__ import annotations
 
@@ -8,35 +11,42 @@ import logging
 import os
 import re
 import select
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
+from egohod import config
 from egohod.config import PROJECT, Config
-from egohod.errors import UserError
+from egohod.errors import BROKEN, DONE, INTERRUPTED, UNREAD, USER_ERROR, UserError
 from egohod.knobs import help_text, knobs
-from egohod.place import Place, find_place
-from egohod.runtime import locked
-from egohod.stopping import Interrupted, RunFailed
+from egohod.runtime import Interrupted, RankInfo, StopRequest, locked, rank_info
 
 if TYPE_CHECKING:
     from egohod.distributed import Distributed
 
 log = logging.getLogger(__name__)
 
-# Exit codes: the run is done, something broke, the user can mend it, the user stopped it, nobody reads what it prints
-# any more (as a shell reports a program that SIGPIPE ended).
-DONE, BROKEN, USER_ERROR, INTERRUPTED, UNREAD = 0, 1, 2, 130, 141
-# File descriptors of standard output and standard error.
-_OUTPUT = (1, 2)
 # A program that saved and left before its end because a signal asked it to exits with DONE, and creates the file that
 # this variable names: launchers (exps/launch.sh, tools/submit.py) then start it again.
 UNFINISHED = "EGOHOD_UNFINISHED"
-# A user's mistake is mostly the same in all processes: the first one speaks, and by then the launcher has ended others.
-SPEAK_AFTER_SECONDS = 5
+# A user's mistake is mostly the same in all processes: the first one reports it, and by then the launcher has ended
+# the others. The same goes for the lost connection to a process that died.
+REPORT_AFTER_SECONDS = 5.0
+# Launchers signal all processes of a run in the same moment, or nearly so.
+SIGNAL_SPREAD_SECONDS = 2.0
+# SIGTERM: schedulers before they take a node back; SIGUSR1: Slurm's --signal; SIGINT: Ctrl-C.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# File descriptors of standard output and standard error.
+_OUTPUT = (1, 2)
+
+# --------------------------------------------------------------------------------------------------
+# Arguments
+# --------------------------------------------------------------------------------------------------
 
 
 class _HelpWithKnobs(argparse.ArgumentParser):
@@ -51,31 +61,20 @@ class _HelpWithKnobs(argparse.ArgumentParser):
 
 def parser(description: str, default_config: str, schema: type = Config) -> argparse.ArgumentParser:
     """The arguments that every main program takes; programs add their own. ``schema`` holds the knobs."""
-    made = _HelpWithKnobs(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.schema = schema
-    add_config_file(made, default_config)
-    made.add_argument(
+    result = _HelpWithKnobs(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.schema = schema
+    add_config_file(result, default_config)
+    result.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="change single knobs, e.g. train.lr=1e-4"
     )
-    return made
+    return result
 
 
 def add_config_file(parser: argparse.ArgumentParser, default: str) -> None:
-    """``--config_file``; its default is a file of the project, wherever the user stands. All else that is relative on
-    a command line or in a configuration is so to where the user stands."""
-    here = default if Path.cwd() == PROJECT else str(PROJECT / default)
-    parser.add_argument("--config_file", default=here, metavar="YAML", help=f"default: {default} of the project")
-
-
-def training_parser(description: str, default_config: str) -> argparse.ArgumentParser:
-    """The arguments of the programs that train; :func:`training_overrides` reads them."""
-    made = parser(description, default_config)
-    made.add_argument("--resume", metavar="auto|none|PATH", help="same as train.resume=...")
-    made.add_argument("--strict", action="store_true", help="same as data.strict=true")
-    made.add_argument(
-        "--dry_run", action="store_true", help="build everything, try three clips and one step, explain, leave"
-    )
-    return made
+    """``--config_file``; its default is a file of the project, whatever the working directory is. All other relative
+    paths, on a command line or in a configuration, are relative to the working directory."""
+    path = default if Path.cwd() == PROJECT else str(PROJECT / default)
+    parser.add_argument("--config_file", default=path, metavar="YAML", help=f"default: {default} of the project")
 
 
 def overrides(args: argparse.Namespace) -> list[str]:
@@ -83,9 +82,27 @@ def overrides(args: argparse.Namespace) -> list[str]:
     return [*args.overrides, *(["data.strict=true"] if args.strict else [])]
 
 
-def training_overrides(args: argparse.Namespace) -> list[str]:
-    """As :func:`overrides`, ``--resume`` being another one."""
-    return [*overrides(args), *([f"train.resume={args.resume}"] if args.resume else [])]
+def model_of(checkpoint: str, overrides: Sequence[str] = ()) -> list[str]:
+    """The model that a checkpoint holds, as overrides: they count more than a configuration file.
+
+    ``overrides`` are the command line's, of which ``model.weights.base`` counts. Raises :class:`UserError` if the
+    checkpoint cannot be read.
+    """
+    from egohod.training.checkpoint import open_weights
+
+    base = [text.partition("=")[2] for text in overrides if text.startswith("model.weights.base=")]
+    content = open_weights(checkpoint, base=base[-1] if base else None)
+    if content.family.is_clip:
+        return []
+    # A file of a later release may have knobs that this one lacks.
+    allowed = {name for name, _, _ in knobs(Config)}
+    settings = {f"model.{name}": value for name, value in content.model_knobs.items()}
+    return [f"{name}={value}" for name, value in settings.items() if name in allowed]
+
+
+# --------------------------------------------------------------------------------------------------
+# Running a program: logging, errors, exit codes
+# --------------------------------------------------------------------------------------------------
 
 
 def run(program: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> int:
@@ -96,8 +113,52 @@ def run(program: Callable[[Sequence[str]], int], arguments: Sequence[str] | None
     return while_read(lambda: _run(program, arguments))
 
 
+def _run(program: Callable[[Sequence[str]], int], arguments: Sequence[str] | None) -> int:
+    info = RankInfo()
+
+    def print_error(message: str) -> None:
+        print(f"[rank {info.rank}] error: {message}" if info.rank else f"error: {message}", file=sys.stderr)
+
+    try:
+        info = rank_info()
+        set_up_logging(info)
+        return program(sys.argv[1:] if arguments is None else arguments)
+    except UserError as error:
+        if info.rank != 0:
+            time.sleep(REPORT_AFTER_SECONDS)
+        for line in str(error).splitlines():
+            print_error(line)
+        return USER_ERROR
+    except Interrupted as reason:
+        log.info("%s: stopped; rerun the same command to resume", reason)
+        if UNFINISHED in os.environ and info.rank == 0:
+            Path(os.environ[UNFINISHED]).touch()
+        return DONE
+    except KeyboardInterrupt:
+        print("interrupted; rerun the same command to resume", file=sys.stderr)
+        return INTERRUPTED
+    except UnicodeEncodeError as error:
+        if not re.search("[\udc80-\udcff]", str(error.object)):
+            raise
+        # Python's stand-ins for bytes of a file name that are no UTF-8: nothing that is written may hold them.
+        print_error(f"{os.fsencode(str(error.object)[:200])!r}: a name that is not UTF-8; rename the file or folder")
+        return USER_ERROR
+    except ImportError as error:
+        if (error.name or "").startswith("egohod"):
+            raise
+        print_error(
+            f"a package that this command needs cannot be imported: {error}; pip install -r requirements.txt",
+        )
+        return USER_ERROR
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
+            raise
+        print_error(f"{error.filename or 'a file'}: {error.strerror}" if error.strerror else str(error))
+        return BROKEN
+
+
 def while_read(program: Callable[[], int]) -> int:
-    """What ``program`` returns, or 141 without a word when the reader of its output leaves (``... | head -1``).
+    """What ``program`` returns, or silently 141 when the reader of its output leaves (``... | head -1``).
 
     Names that cannot be printed, as those of files that are not UTF-8, are printed with escapes.
     """
@@ -119,7 +180,7 @@ def while_read(program: Callable[[], int]) -> int:
 
 
 def _output_is_closed() -> bool:
-    """Whether nobody reads this process's output any more; other pipes may break too, as those to workers."""
+    # Other pipes may break too, as those to workers, so that the exception alone says nothing.
     poll = select.poll()
     for descriptor in _OUTPUT:
         poll.register(descriptor, 0)
@@ -139,93 +200,113 @@ class LogOutput(logging.StreamHandler):
         super().handleError(record)
 
 
-def _run(program: Callable[[Sequence[str]], int], arguments: Sequence[str] | None) -> int:
-    place = Place()
-    try:
-        place = find_place()
-        set_up_logging(place)
-        return program(sys.argv[1:] if arguments is None else arguments)
-    except UserError as error:
-        if place.rank != 0:
-            time.sleep(SPEAK_AFTER_SECONDS)
-        for line in str(error).splitlines():
-            print(f"{_prefix(place)}error: {line}", file=sys.stderr)
-        return USER_ERROR
-    except Interrupted as reason:
-        log.info("%s: stopped; the same command goes on", reason)
-        return _leave_unfinished(place)
-    except RunFailed as failure:
-        if not failure.quiet:
-            print(f"{_prefix(place)}error: {failure}", file=sys.stderr)
-        return failure.code
-    except KeyboardInterrupt:
-        print("interrupted; run again to go on", file=sys.stderr)
-        return INTERRUPTED
-    except UnicodeEncodeError as error:
-        if not re.search("[\udc80-\udcff]", str(error.object)):
-            raise
-        # Python's stand-ins for bytes of a file name that are no UTF-8: nothing that is written may hold them.
-        text = os.fsencode(str(error.object)[:200])
-        print(f"{_prefix(place)}error: {text!r}: a name that is not UTF-8; rename the file or folder", file=sys.stderr)
-        return USER_ERROR
-    except ImportError as error:
-        if (error.name or "").startswith("egohod"):
-            raise
-        print(
-            f"{_prefix(place)}error: a package that this command needs cannot be imported: {error}; pip install -r "
-            "requirements.txt",
-            file=sys.stderr,
-        )
-        return USER_ERROR
-    except OSError as error:
-        if isinstance(error, BrokenPipeError) and _output_is_closed():
-            raise
-        print(f"{_prefix(place)}error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
-        return BROKEN
+class _AroundBars(logging.StreamHandler):
+    """Log lines on standard error, above the progress bars that are drawn there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "tqdm" not in sys.modules:
+            super().emit(record)
+            return
+        from tqdm import tqdm
+
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
 
 
-def _leave_unfinished(place: Place) -> int:
-    """Tell the launcher, if it wants to know, that there is more to do."""
-    if UNFINISHED in os.environ and place.rank == 0:
-        Path(os.environ[UNFINISHED]).touch()
-    return DONE
-
-
-def _prefix(place: Place) -> str:
-    return f"[rank {place.rank}] " if place.rank else ""
-
-
-def set_up_logging(place: Place) -> None:
-    """Log lines with time and rank on stderr; only the first process says ordinary things."""
-    prefix = f"[rank {place.rank}] " if place.world_size > 1 else ""
+def set_up_logging(info: RankInfo) -> None:
+    """Log lines with time and rank on stderr; only the first process logs more than warnings."""
+    prefix = f"[rank {info.rank}] " if info.world_size > 1 else ""
     logging.basicConfig(
-        level=logging.INFO if place.rank == 0 else logging.WARNING,
+        level=logging.INFO if info.rank == 0 else logging.WARNING,
         format=f"%(asctime)s {prefix}%(levelname).1s %(message)s",
         datefmt="%H:%M:%S",
+        handlers=[_AroundBars()],
         force=True,
     )
+    # All processes read the same configuration: one of them warns of its old names.
+    logging.getLogger("egohod.config").setLevel(logging.NOTSET if info.rank == 0 else logging.ERROR)
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs of several processes
+# --------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def joined(cfg: Config, *, stops_cleanly: bool = False) -> Iterator[Distributed]:
-    """This process's place in the run, which ends for all processes when it ends for one.
+    """This process's place in the run, left at the end.
 
     With ``stops_cleanly`` the signals that ask a run to stop raise :class:`Interrupted`, or are left to the training
-    loop. Raises :class:`UserError` on every process if the processes do not run the same code and configuration.
+    loop. Raises :class:`UserError` on every process if the processes do not run the same code and configuration, and
+    :class:`ConnectionError` when another process died or does not come to a collective operation in time.
     """
-    # Not above: programs that need no model start in a third of the time without PyTorch.
-    from egohod.distributed import setup
-    from egohod.peers import watched
-    from egohod.training.agreement import require_agreement
-    from egohod.training.preemption import Preemption
+    from egohod.distributed import is_connection_error, require_agreement, setup
 
-    dist = setup(cfg.train.device)
+    dist = setup(cfg.train.device, timeout=cfg.train.collective_timeout)
     try:
-        with Preemption(dist.stop) if stops_cleanly else nullcontext(), watched(dist, cfg.train.peer_timeout):
-            require_agreement(cfg, dist)
-            yield dist
+        with stop_signals(dist.stop) if stops_cleanly else nullcontext():
+            try:
+                require_agreement(cfg, dist)
+                yield dist
+                # Nobody leaves before the first process has written what comes last: if it cannot, the run has failed.
+                dist.gather_objects(None)
+            except Interrupted:
+                # The others must get their signal before they notice that this process is gone.
+                if dist.stop.was_raised and dist.world_size > 1:
+                    time.sleep(SIGNAL_SPREAD_SECONDS)
+                raise
+    except UserError as error:
+        if not dist.is_first_with(str(error)):
+            raise SystemExit(USER_ERROR) from None
+        if dist.rank != 0:
+            # Not later, as _run would: the launcher ends this process as soon as another one notices that it failed.
+            for line in str(error).splitlines():
+                print(f"[rank {dist.rank}] error: {line}", file=sys.stderr, flush=True)
+            raise SystemExit(USER_ERROR) from None
+        raise
+    except RuntimeError as error:
+        if dist.world_size == 1 or not is_connection_error(error):
+            raise
+        if dist.stop:
+            raise Interrupted(dist.stop.reason) from None
+        message = (
+            "another process of this run died, or did not come within train.collective_timeout="
+            f"{cfg.train.collective_timeout:g} s ({str(error).splitlines()[0][:300]}); the launcher's report names the "
+            "one that failed first; rerun the same command to resume from the last checkpoint"
+        )
+        if dist.is_main:
+            log.error("%s", message)
+        # The launcher, if there is one, ends this process here: its report is about the one that failed first.
+        time.sleep(REPORT_AFTER_SECONDS)
+        raise ConnectionError(message) from None
     finally:
         dist.close()
+
+
+@contextmanager
+def stop_signals(stop: StopRequest) -> Iterator[None]:
+    """Within, signals that ask a run to stop become requests, which raise :class:`Interrupted` where they may.
+
+    Repeats change nothing (launchers send several); a second Ctrl-C ends the process at once.
+    """
+    previous: dict[signal.Signals, Any] = {}
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        stop.request(f"{signal.Signals(number).name} received")
+        if number == signal.SIGINT:
+            signal.signal(number, previous[signal.SIGINT])
+        # Once only: a repeat must not break into the way out.
+        if stop.at_once and not stop.was_raised:
+            stop.was_raised = True
+            raise Interrupted(stop.reason)
+
+    for each in STOP_SIGNALS:
+        previous[each] = signal.signal(each, receive)
+    try:
+        yield
+    finally:
+        for each, handler in previous.items():
+            signal.signal(each, handler)
 
 
 @contextmanager
@@ -234,11 +315,11 @@ def claimed_run(folder: str, dist: Distributed) -> Iterator[None]:
 
     Raises :class:`UserError` if another process holds it, or if the folder cannot be made.
     """
-    with ExitStack() as held:
+    with ExitStack() as claim:
         if dist.is_main:
             try:
                 Path(folder).mkdir(parents=True, exist_ok=True)
-                held.enter_context(locked(Path(folder) / ".lock"))
+                claim.enter_context(locked(Path(folder) / ".lock"))
             except BlockingIOError as error:
                 raise UserError(f"{folder}: another run is writing here; choose another folder") from error
             except OSError as error:
@@ -246,20 +327,42 @@ def claimed_run(folder: str, dist: Distributed) -> Iterator[None]:
         yield
 
 
-def model_of(checkpoint: str, overrides: Sequence[str] = ()) -> list[str]:
-    """What a checkpoint says about its model, as overrides: it counts more than a configuration file.
+def train_and_report(description: str, default_config: str, arguments: Sequence[str]) -> int:
+    """The whole of a program that trains, from its command line to results.json and report.html; the exit code."""
+    from egohod.evaluation.html_report import write_report
+    from egohod.evaluation.models import fingerprint
+    from egohod.evaluation.results import report
+    from egohod.evaluation.runner import named_evaluators
+    from egohod.training.dry_run import dry_run
+    from egohod.training.loop import train
+    from egohod.training.setup import build_classes, build_data, build_model, describe, trainable_table
 
-    ``overrides`` are the command line's, of which ``model.weights.base`` counts.
+    options = parser(description, default_config)
+    options.add_argument("--resume", metavar="auto|none|PATH", help="same as train.resume=...")
+    options.add_argument("--strict", action="store_true", help="same as data.strict=true")
+    options.add_argument(
+        "--dry_run", action="store_true", help="build everything, try three clips and one step, explain, exit"
+    )
+    args = options.parse_intermixed_args(arguments)
+    changes = [*overrides(args), *([f"train.resume={args.resume}"] if args.resume else [])]
+    if args.dry_run:
+        return dry_run(args.config_file, changes, named_evaluators)
 
-    Raises :class:`UserError` if it cannot be read.
-    """
-    # Not above, as in joined.
-    from egohod.training.checkpoint import open_weights
-
-    base = [text.partition("=")[2] for text in overrides if text.startswith("model.weights.base=")]
-    content = open_weights(checkpoint, base=base[-1] if base else None)
-    if content.family.is_clip:
-        return []
-    known = {f"model.{name}": value for name, value in content.model_knobs.items()}
-    allowed = {name for name, _, _ in knobs(Config)}
-    return [f"{name}={value}" for name, value in known.items() if name in allowed]
+    cfg = config.load(args.config_file, changes)
+    with joined(cfg, stops_cleanly=True) as dist, claimed_run(cfg.train.output, dist):
+        classes = build_classes(cfg)
+        model = build_model(cfg, dist, classes)
+        log.info("trainable parameters\n%s", trainable_table(model))
+        data = build_data(cfg, dist, model)
+        describe(cfg, dist, model, data)
+        val = named_evaluators(cfg, dist, "val", classes=classes)
+        test = named_evaluators(cfg, dist, "test", controls=cfg.evaluate.controls, classes=classes)
+        scores = train(cfg, dist, model, data, val)
+        # The test set is evaluated once, when training is done: it must not influence any choice.
+        if test:
+            results = [(each, each.measure(model)) for each in test]
+            checkpoint = {"path": cfg.train.output, "sha256": fingerprint(model)}
+            report(cfg.train.output, cfg, dist, results, checkpoint=checkpoint, also=scores)
+            if dist.is_main:
+                write_report(cfg.train.output, decoder=cfg.data.decoder)
+    return DONE

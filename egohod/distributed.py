@@ -1,6 +1,8 @@
-"""Joins the processes of a run: device, backend and how they meet are decided here and nowhere else.
+"""Join the processes of a run: device, backend, precision, and what all processes must agree on.
 
-Rank and world size come from :mod:`egohod.place`, which programs ask before they load PyTorch.
+Rank and world size come from :func:`egohod.runtime.rank_info`, which programs ask before they load PyTorch. The
+processes watch each other by no means of their own: torchrun and ``srun --kill-on-bad-exit=1`` end a run of which one
+process died, and the process group's timeout ends one that hangs (tests/training/test_ranks.py).
 """
 
 from __future__ import annotations
@@ -8,13 +10,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import hashlib
 import logging
 import os
 import platform
 import socket
 import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,17 +29,18 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from egohod.errors import UserError
-from egohod.place import Place, find_place, number
-from egohod.stopping import StopRequest
+from egohod.runtime import RankInfo, StopRequest, content_hash, int_variable, rank_info
 
 # How long the first process waits for the others to start, and they for it. A node that loads PyTorch from a busy
 # shared disk takes minutes.
 MEETING_SECONDS = 600
-# After so long the others are more likely absent than late.
-_NOTICE_SECONDS = 15.0
 _LOOKUP_SECONDS = 10.0
 
 log = logging.getLogger(__name__)
+
+# --------------------------------------------------------------------------------------------------
+# The processes of a run
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Distributed:
     backend: str | None
     # Decisions between processes travel over gloo, so that asking never waits for the GPU.
     control: Any = None
+    store: Any = field(default=None, compare=False)
     stop: StopRequest = field(default_factory=StopRequest, compare=False)
 
     @property
@@ -74,141 +77,101 @@ class Distributed:
         dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=self.control)
         return bool(answer.item())
 
+    def is_first_with(self, message: str) -> bool:
+        """Whether no other process has asked this for the same message: a mistake of all is printed once.
+
+        Not collective: it is asked on the way out, when others may be gone, and the answer is then true.
+        """
+        if self.world_size > 1:
+            with contextlib.suppress(RuntimeError):
+                return bool(self.store.add(f"egohod/message/{content_hash(message)}", 1) == 1)
+        return True
+
     def close(self) -> None:
         """Leave the process group."""
         if self.world_size > 1:
             dist.destroy_process_group()
 
     def __str__(self) -> str:
-        name = (
-            torch.cuda.get_device_name(self.device)
-            if self.device.type == "cuda"
-            else f"cpu ({torch.get_num_threads()} threads)"
-        )
-        return f"{name}, {self.world_size} process{'es over ' + str(self.backend) if self.world_size > 1 else ''}"
+        if self.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.device)
+        else:
+            name = f"cpu ({torch.get_num_threads()} threads)"
+        return f"{name}, {self.world_size} process{f'es over {self.backend}' if self.world_size > 1 else ''}"
 
 
-def setup(device: str = "auto", *, alone: bool = False) -> Distributed:
+def setup(device: str = "auto", *, alone: bool = False, timeout: float = 1800.0) -> Distributed:
     """Join the run that torchrun or Slurm describes in the environment, or be its only process.
 
-    ``device`` is ``auto``, ``cpu`` or ``cuda``. NCCL joins GPUs, gloo CPUs. A program that knows no other processes is
-    ``alone`` whatever the environment says. Raises :class:`UserError` when a GPU was asked for, or is plugged in, but
-    torch cannot use it, and when the processes do not meet within ``EGOHOD_MEETING_SECONDS`` (ten minutes).
+    Args:
+        device: ``auto``, ``cpu`` or ``cuda``. NCCL joins GPUs, gloo CPUs.
+        alone: this program is one process, whatever the environment says.
+        timeout: seconds that a process waits for the others in a collective operation before that raises.
+
+    Raises:
+        UserError: a GPU was asked for, or is plugged in, but torch cannot use it; or the processes do not meet within
+            ``EGOHOD_MEETING_SECONDS`` (ten minutes).
     """
-    place = Place() if alone else find_place()
-    chosen = pick_device(device, place)
+    info = RankInfo() if alone else rank_info()
+    chosen = pick_device(device, info)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")
-    if place.world_size == 1:
+    if info.world_size == 1:
         return Distributed(0, 1, chosen, None)
-    backend = "nccl" if chosen.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend,
-        store=_meet(place),
-        rank=place.rank,
-        world_size=place.world_size,
-        timeout=datetime.timedelta(minutes=30),
+    backend, store, limit = (
+        "nccl" if chosen.type == "cuda" else "gloo",
+        _meet(info),
+        datetime.timedelta(seconds=timeout),
     )
-    control = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=60))
-    return Distributed(place.rank, place.world_size, chosen, backend, control)
+    dist.init_process_group(backend, store=store, rank=info.rank, world_size=info.world_size, timeout=limit)
+    control = dist.new_group(backend="gloo", timeout=limit)
+    return Distributed(info.rank, info.world_size, chosen, backend, control, store)
 
 
-def _meet(place: Place) -> dist.Store:
+def _meet(info: RankInfo) -> dist.Store:
     """The store through which the processes find each other; returns when all are there."""
-    seconds = number(os.environ, "EGOHOD_MEETING_SECONDS", MEETING_SECONDS)
-    place = dataclasses.replace(place, address=_reachable(place, seconds))
-    where = f"{place.address}:{place.port}"
-    # Where torchrun reads them; Slurm sets neither.
-    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = place.address, str(place.port)
-    missed = (
-        f"process {place.rank} of {place.world_size} did not meet the others at {where} within {seconds} s "
-        "(MASTER_ADDR, MASTER_PORT, EGOHOD_MEETING_SECONDS)"
-    )
-    # At a port where a stranger listens and says nothing, torch waits for ever.
-    watch = threading.Timer(seconds + 5, _give_up, [missed])
-    notice = threading.Timer(
-        _NOTICE_SECONDS,
-        log.warning,
-        [
-            "process %d of %d waits for the others at %s, for %d s at most; if it is meant to be alone, as in the "
-            "shell of a Slurm step: env -u SLURM_STEP_ID -u WORLD_SIZE ...",
-            place.rank, place.world_size, where, seconds,
-        ],
-    )  # fmt: skip
-    for timer in (watch, notice):
-        timer.daemon = True
-        timer.start()
-    try:
-        store, _, _ = next(
-            rendezvous("env://", place.rank, place.world_size, timeout=datetime.timedelta(seconds=seconds))
-        )
-        return _own_store(store, place, seconds) if _is_kept_by_torchrun() else store
-    except dist.DistError as error:
-        if "EADDRINUSE" in str(error):
-            raise UserError(f"port {place.port} of {place.address} is taken; set MASTER_PORT to a free one") from error
-        raise UserError(f"{missed}: {str(error).splitlines()[0]}") from error
-    finally:
-        watch.cancel()
-        notice.cancel()
-
-
-def _reachable(place: Place, seconds: float) -> str:
-    """The address of the first process; on a node whose own name means nothing, that of the loopback if all are here.
-
-    torch would look the name up again and again until the time to meet is over.
-    """
+    seconds = int_variable(os.environ, "EGOHOD_MEETING_SECONDS", MEETING_SECONDS)
+    where = f"{info.address}:{info.port}"
     end = time.monotonic() + min(seconds, _LOOKUP_SECONDS)
     while True:
         try:
-            socket.getaddrinfo(place.address, place.port)
-            return place.address
+            socket.getaddrinfo(info.address, info.port)
+            break
         except OSError as error:
-            if place.on_one_node:
-                log.info("%s does not resolve to an address; all processes are here: 127.0.0.1", place.address)
-                return "127.0.0.1"
-            # A name server may be busy for a moment.
+            # torch would look the name up again and again until the time to meet is over. A name server may be busy
+            # for a moment, so it is not the first failure that counts.
             if time.monotonic() > end:
                 raise UserError(
-                    f"{place.address}, the node of the first process, does not resolve to an address on {host_name()} "
+                    f"{info.address}, the node of the first process, does not resolve to an address on {host_name()} "
                     f"({error.strerror or error}); set MASTER_ADDR to its address, or name it in /etc/hosts"
                 ) from error
-        time.sleep(1.0)
+            time.sleep(1.0)
+    # Where torch reads them; Slurm sets neither.
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = info.address, str(info.port)
+    log.info(
+        "%d processes meet at %s within %d s; a shell of a Slurm step in which one process is meant to be alone: "
+        "env -u SLURM_STEP_ID -u WORLD_SIZE ...",
+        info.world_size, where, seconds,
+    )  # fmt: skip
+    try:
+        limit = datetime.timedelta(seconds=seconds)
+        store, _, _ = next(rendezvous("env://", info.rank, info.world_size, timeout=limit))
+    except dist.DistError as error:
+        if "EADDRINUSE" in str(error):
+            raise UserError(f"port {info.port} of {info.address} is taken; set MASTER_PORT to a free one") from error
+        raise UserError(
+            f"process {info.rank} of {info.world_size} did not meet the others at {where} within {seconds} s "
+            f"(MASTER_ADDR, MASTER_PORT, EGOHOD_MEETING_SECONDS): {str(error).splitlines()[0]}"
+        ) from error
+    # torchrun's own store outlives the processes that it restarts, with the addresses of the dead ones in it, to which
+    # gloo would connect. exps/launch.sh sets TORCH_DISABLE_SHARE_RDZV_TCP_STORE; this is for a plain torchrun.
+    return dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
-def _is_kept_by_torchrun() -> bool:
-    """Whether the store outlives the processes, with all that they wrote into it."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
-def _own_store(kept: dist.Store, place: Place, seconds: float) -> dist.Store:
-    """A store of these processes alone, which the first one serves and announces in the ``kept`` one.
-
-    After a restart torchrun's still holds the addresses of processes that are dead, and gloo waits for these. Here
-    what is announced by a dead process is noticed, since nobody answers at its port, and looked up again.
-    """
-    timeout = datetime.timedelta(seconds=seconds)
-    if place.rank == 0:
-        own = dist.TCPStore(place.address, 0, is_master=True, wait_for_workers=False, timeout=timeout)
-        kept.set("egohod/port", str(own.port))
-        return own
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            own = dist.TCPStore(place.address, int(kept.get("egohod/port")), timeout=datetime.timedelta(seconds=2))
-        except dist.DistError:
-            if time.monotonic() > end:
-                raise
-            continue
-        own.set_timeout(timeout)
-        return own
-
-
-def _give_up(message: str) -> None:
-    """End the process although its main thread does not return from torch."""
-    sys.stderr.write(f"error: {message}\n")
-    sys.stderr.flush()
-    os._exit(2)
+def is_connection_error(error: BaseException) -> bool:
+    """Whether a collective operation failed because another process is gone or did not come in time."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
 def gather_with_grad(value: Tensor, world_size: int) -> Tensor:
@@ -225,8 +188,55 @@ def gather_with_grad(value: Tensor, world_size: int) -> Tensor:
     return torch.cat(dist_nn.all_gather(value.contiguous()))
 
 
-def pick_device(device: str, place: Place | None = None) -> torch.device:
-    """The device of the process at ``place`` (default: the only one).
+# Where files are may differ from node to node.
+_NODE_SPECIFIC = (".root", ".cache")
+
+
+def require_agreement(cfg: Any, dist: Distributed) -> None:
+    """Raise the same :class:`UserError` on every process unless all run the same code with the same settings.
+
+    ``cfg`` is a dataclass of settings. The message names the nodes and what differs. Collective.
+    """
+    mine = {"the code of egohod": source_hash(), "Python": platform.python_version(), "torch": torch.__version__}
+    mine |= _flatten(dataclasses.asdict(cfg))
+    everyone = dist.gather_objects((host_name(), mine))
+    problems = []
+    for name in dict.fromkeys(name for _, values in everyone for name in values):
+        hosts: dict[str, list[str]] = {}
+        for rank, (host, values) in enumerate(everyone):
+            hosts.setdefault(str(values.get(name, "absent")), []).append(f"{host} (rank {rank})")
+        if len(hosts) > 1 and not name.endswith(_NODE_SPECIFIC):
+            parts = []
+            for value, ranks in hosts.items():
+                more = f" and {len(ranks) - 3} more" if len(ranks) > 3 else ""
+                parts.append(f"{value} on {', '.join(ranks[:3])}{more}")
+            problems.append(f"the processes of this run disagree on {name}: {'; '.join(parts)}")
+    if problems:
+        raise UserError(*problems)
+
+
+def source_hash(package: Path = Path(__file__).parent) -> str:
+    """A fingerprint of the package's files, for code that is not in a git checkout too."""
+    content = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        content.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes() + b"\0")
+    return content.hexdigest()[:12]
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    parts = (_flatten(each, f"{prefix}.{key}".lstrip(".")) for key, each in tree.items())
+    return {name: value for part in parts for name, value in part.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# Device and precision
+# --------------------------------------------------------------------------------------------------
+
+
+def pick_device(device: str, info: RankInfo | None = None) -> torch.device:
+    """The device of the process ``info`` (default: the only one).
 
     A machine whose GPU torch cannot reach is an error, not a reason to train on the CPU for a week
     unnoticed; ``device="cpu"`` or an empty ``CUDA_VISIBLE_DEVICES`` says that it is meant.
@@ -234,22 +244,24 @@ def pick_device(device: str, place: Place | None = None) -> torch.device:
     if device == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():
-        place, visible = place or Place(), torch.cuda.device_count()
-        if place.owns_gpus:
-            return torch.device("cuda", place.local_rank % visible)
-        if place.local_rank >= visible:
-            raise UserError(f"process {place.local_rank} of this node has no GPU: only {visible} visible")
-        return torch.device("cuda", place.local_rank)
-    driver = nvidia_driver()
+        info, visible = info or RankInfo(), torch.cuda.device_count()
+        if info.owns_gpus:
+            return torch.device("cuda", info.local_rank % visible)
+        if info.local_rank >= visible:
+            raise UserError(f"process {info.local_rank} of this node has no GPU: only {visible} visible")
+        return torch.device("cuda", info.local_rank)
+    driver, job = nvidia_driver(), os.environ.get("SLURM_JOB_ID")
+    # A job that asked for no GPU sees none, whatever its node has.
+    hint = f": Slurm job {job} may have asked for none (--gpus-per-node)" if job else ""
     if driver and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
         raise UserError(
             f"an NVIDIA device is present (driver {driver}) but torch {torch.__version__} (built for CUDA "
-            f"{torch.version.cuda or 'none: a CPU build'}) cannot use it{_asked_slurm()}; install a matching torch or "
+            f"{torch.version.cuda or 'none: a CPU build'}) cannot use it{hint}; install a matching torch or "
             "driver, or set train.device=cpu"
         )
     if device == "cuda":
         raise UserError(
-            f"train.device=cuda, but no NVIDIA device was found on {host_name()}{_asked_slurm()}; use train.device=auto"
+            f"train.device=cuda, but no NVIDIA device was found on {host_name()}{hint}; use train.device=auto"
         )
     return torch.device("cpu")
 
@@ -257,12 +269,6 @@ def pick_device(device: str, place: Place | None = None) -> torch.device:
 def host_name() -> str:
     """What people call the node of this process."""
     return os.environ.get("SLURMD_NODENAME") or platform.node()
-
-
-def _asked_slurm() -> str:
-    """A job that asked for no GPU sees none, whatever its node has."""
-    job = os.environ.get("SLURM_JOB_ID")
-    return f": Slurm job {job} may have asked for none (--gpus-per-node)" if job else ""
 
 
 def nvidia_driver(proc: Path = Path("/proc/driver/nvidia/version")) -> str | None:

@@ -15,17 +15,21 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
+import re
 import secrets
 import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
+
+from egohod.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -414,3 +418,142 @@ def locked(path: Path, patience: float = 0.0) -> Iterator[None]:
             with suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
+
+
+# --------------------------------------------------------------------------------------------------
+# Requests to stop
+# --------------------------------------------------------------------------------------------------
+
+
+class Interrupted(BaseException):
+    """The run was asked to stop, and nothing is lost: programs end with exit code 0.
+
+    As KeyboardInterrupt it is no ``Exception``: code that expects damaged files must not take it for one.
+    """
+
+
+class StopRequest:
+    """Whether this process was asked to stop: set by a signal handler (:mod:`egohod.cli`), read by whoever polls."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self.at_once = True
+        """The signal handler raises :class:`Interrupted`; false while training, which polls and saves first."""
+        self.was_raised = False
+
+    def __bool__(self) -> bool:
+        return bool(self.reason)
+
+    def request(self, reason: str) -> None:
+        """Ask for a stop. The first request counts: launchers send several signals."""
+        self.reason = self.reason or reason
+
+    def check(self) -> None:
+        """Raise :class:`Interrupted` if there was a request."""
+        if self.reason:
+            raise Interrupted(self.reason)
+
+    @contextmanager
+    def polled(self) -> Iterator[None]:
+        """Within, a request interrupts nothing: the code here polls, and leaves where nothing is lost."""
+        self.at_once = False
+        self.check()
+        yield
+        # Not after an exception: a signal must not break into the clean-up that follows it.
+        self.at_once = True
+
+
+# --------------------------------------------------------------------------------------------------
+# Rank and world size, without PyTorch: programs need them before it is loaded
+# --------------------------------------------------------------------------------------------------
+
+# Below the ports that Linux gives to outgoing connections.
+_FIRST_PORT, _PORTS = 20000, 12000
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """One process among those of its run; the first one listens at ``address``:``port`` for the others."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    address: str = "127.0.0.1"
+    port: int = 29500
+    owns_gpus: bool = False
+    """The visible GPUs are this process's alone, not those of its node."""
+
+
+def rank_info(environment: Mapping[str, str] = os.environ) -> RankInfo:
+    """Rank, world size and meeting point that torchrun or Slurm left in ``environment``.
+
+    In this order: ``RANK`` and ``WORLD_SIZE`` (torchrun, also inside a Slurm task); a step of several Slurm tasks
+    (``srun python main_pretrain.py ...``); else one process, which is also what a plain ``python`` is in the shell of
+    an allocation or of ``srun --pty bash``. Raises :class:`UserError` if only half of it is set.
+    """
+    if int_variable(environment, "WORLD_SIZE", 1) > 1:
+        for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if name not in environment:
+                raise UserError(
+                    f"WORLD_SIZE={environment['WORLD_SIZE']} is set, but {name} is not: start with torchrun or srun, "
+                    "or unset WORLD_SIZE"
+                )
+        rank, world_size = int_variable(environment, "RANK"), int_variable(environment, "WORLD_SIZE")
+        if rank >= world_size:
+            raise UserError(f"RANK={rank} in the environment, but WORLD_SIZE={world_size}: ranks count from 0")
+        # On one node its name does not matter: it may not even resolve.
+        on_one_node = environment.get("LOCAL_WORLD_SIZE") == environment["WORLD_SIZE"]
+        address, port = "127.0.0.1" if on_one_node else environment["MASTER_ADDR"], _port(environment)
+        return RankInfo(rank, world_size, int_variable(environment, "LOCAL_RANK", 0), address, port)
+
+    # The shell of an allocation has variables of Slurm, but no step; a step's own number of tasks is what counts.
+    if "WORLD_SIZE" in environment or "SLURM_STEP_ID" not in environment:
+        return RankInfo()
+    if int_variable(environment, "SLURM_STEP_NUM_TASKS", 1) == 1 or _is_in_interactive_shell(environment):
+        return RankInfo()
+    job, step = int_variable(environment, "SLURM_JOB_ID"), int_variable(environment, "SLURM_STEP_ID")
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
+    on_one_node = int_variable(environment, "SLURM_STEP_NUM_NODES", 0) == 1
+    # Slurm shows a task its own GPUs only with --gpus-per-task or --gpu-bind.
+    binding = environment.get("SLURM_GPU_BIND") or environment.get("SLURM_TRES_BIND") or ""
+    return RankInfo(
+        rank=int_variable(environment, "SLURM_PROCID"),
+        world_size=int_variable(environment, "SLURM_STEP_NUM_TASKS"),
+        local_rank=int_variable(environment, "SLURM_LOCALID"),
+        address=environment.get("MASTER_ADDR") or ("127.0.0.1" if on_one_node else first_host(nodes)),
+        # Steps and jobs that run side by side on a node get different ones.
+        port=_port(environment, _FIRST_PORT + (8 * job + step) % _PORTS),
+        owns_gpus="none" not in binding and (bool(binding) or "SLURM_GPUS_PER_TASK" in environment),
+    )
+
+
+def first_host(nodes: str) -> str:
+    """The first name of a Slurm host list: ``ego[07-09,12],gpu3`` -> ``ego07``, as ``scontrol show hostnames`` says."""
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", nodes).partition(",")[0]
+
+
+def _is_in_interactive_shell(environment: Mapping[str, str]) -> bool:
+    # The shell of srun --ntasks=4 --pty bash, whose other tasks ended at once, hands the variables of its step on to
+    # what it starts, and has a terminal. So has the task of srun --pty python ..., but that is this process itself.
+    if "SLURM_PTY_PORT" not in environment or environment.get("SLURM_TASK_PID") == str(os.getpid()):
+        return False
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
+def int_variable(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """A variable that holds a whole number; ``default`` if it is not set. Raises :class:`UserError`."""
+    text = environment.get(name, "" if default is None else str(default))
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise UserError(f"{name}={text!r} in the environment is not a number")
+    return int(text)
+
+
+def _port(environment: Mapping[str, str], default: int | None = None) -> int:
+    port = int_variable(environment, "MASTER_PORT", default)
+    if not 0 < port < 65536:
+        raise UserError(f"MASTER_PORT={port} in the environment is no port; use 1024 to 65535")
+    return port

@@ -8,7 +8,7 @@
 #
 # RESTARTS=3 lets torchrun start all again from the last checkpoint when one process dies. A Slurm job whose time is
 # up, or that is preempted, saves and goes back to the queue (sbatch --no-requeue: it ends). docs/launching.md
-# The shell of srun --ntasks=4 --pty bash has a terminal, the tasks of a step have none (see egohod/place.py).
+# The shell of srun --ntasks=4 --pty bash has a terminal, the tasks of a step have none (see egohod/runtime.py).
 _in_interactive_shell() {
     [ -n "${SLURM_PTY_PORT:-}" ] && [ "${SLURM_TASK_PID:-}" != $$ ] && { : </dev/tty; } 2>/dev/null
 }
@@ -72,7 +72,9 @@ _command() {
         # By address: torchrun waits for ever on a node whose own name does not resolve.
         command+=(-m torch.distributed.run --standalone --local_addr=127.0.0.1)
     fi
-    # Its own default leaves this one out, and dies of it.
+    # Each restart meets at a store of its own: that of the first start has the addresses of dead processes in it.
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+    # torchrun's own default leaves SIGUSR1 out, and dies of it.
     export TORCHELASTIC_SIGNALS_TO_HANDLE=${TORCHELASTIC_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
     [ "${#command[@]}" = 1 ] || command+=(--nproc_per_node="$processes" --max_restarts="${RESTARTS:-0}")
     command+=("$@")

@@ -44,8 +44,8 @@ os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MPLCONFIGDIR
 import psutil
 import torch
 
+from egohod.distributed import source_hash
 from egohod.errors import UserError
-from egohod.training.agreement import source_hash
 from egohod.training.telemetry import git_commit
 from tests import fuzz_mutations
 from tests.fuzz_mutations import mutate

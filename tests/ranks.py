@@ -1,18 +1,20 @@
-"""The processes of a run as srun starts them: each is told its rank, and no agent watches over them."""
+"""The processes of a run, started as srun starts them (rank in the environment, nobody watches) or by torchrun."""
 
 from __future__ import annotations
 
 import importlib
 import multiprocessing
 import os
+import re
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.support import ROOT
+from tests.support import ROOT, environment
 
 # Forked from a server that has imported everything: importing costs more than such small runs compute.
 _SERVER = multiprocessing.get_context("forkserver")
@@ -21,7 +23,7 @@ _SECONDS = 1800
 
 
 class Ranks:
-    """``world_size`` processes of a main program in the project's folder; rank r says what it says in ``log(r)``."""
+    """``world_size`` processes of a main program in the project's folder; rank r logs to ``log(r)``."""
 
     def __init__(self, world_size: int, program: str, arguments: Sequence[object], folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -33,10 +35,10 @@ class Ranks:
         self.processes = []
         for rank, log in enumerate(self._logs):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
-            told = {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+            variables = {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
             words = [str(each) for each in arguments]
             log.unlink(missing_ok=True)
-            self.processes.append(_SERVER.Process(target=_be_rank, args=(program, words, told, log)))
+            self.processes.append(_SERVER.Process(target=_be_rank, args=(program, words, variables, log)))
             self.processes[-1].start()
         if before is None:
             del os.environ["PYTHONPATH"]
@@ -44,11 +46,11 @@ class Ranks:
             os.environ["PYTHONPATH"] = before
 
     def log(self, rank: int = 0) -> str:
-        """What a rank has said so far."""
+        """What a rank has written so far."""
         return self._logs[rank].read_text() if self._logs[rank].exists() else ""
 
     def wait_for(self, text: str, rank: int = 0) -> None:
-        """Until a rank has said ``text``."""
+        """Until a rank has written ``text``."""
         while text not in self.log(rank):
             assert self.processes[rank].is_alive(), f"'{text}' never came:\n{self.log(rank)}"
             time.sleep(0.01)
@@ -69,12 +71,12 @@ class Ranks:
         return [process.exitcode for process in self.processes]
 
 
-def _be_rank(program: str, arguments: list[str], told: dict[str, str], log: Path) -> None:
+def _be_rank(program: str, arguments: list[str], variables: dict[str, str], log: Path) -> None:
     import torch
 
     from egohod import cli
 
-    os.environ.update(told, CUDA_VISIBLE_DEVICES="")
+    os.environ.update(variables, CUDA_VISIBLE_DEVICES="")
     os.chdir(ROOT)
     torch.set_num_threads(1)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -82,3 +84,40 @@ def _be_rank(program: str, arguments: list[str], told: dict[str, str], log: Path
     os.dup2(descriptor, 2)
     main = importlib.import_module(program.removesuffix(".py")).main
     sys.exit(cli.run(main, arguments))
+
+
+class Torchrun:
+    """The same under torchrun's agent, which logs to one file and ends the other processes when one fails."""
+
+    def __init__(self, world_size: int, program: Sequence[object], log: Path, *options: str) -> None:
+        self._log = log
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local_addr=127.0.0.1"]
+        command = [*launcher, f"--nproc_per_node={world_size}", *options, *map(str, program)]
+        with log.open("wb") as file:
+            self.agent = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=file, stderr=file)
+
+    def log(self) -> str:
+        """What agent and processes have written so far."""
+        return self._log.read_text()
+
+    def wait_for(self, text: str) -> None:
+        """Until somebody has written ``text``."""
+        while text not in self.log():
+            assert self.agent.poll() is None, f"'{text}' never came:\n{self.log()}"
+            time.sleep(0.01)
+
+    def send(self, number: signal.Signals, rank: int) -> None:
+        """A signal to one rank."""
+        for child in Path(f"/proc/{self.agent.pid}/task/{self.agent.pid}/children").read_text().split():
+            if re.search(rf"\0RANK={rank}\0", Path(f"/proc/{child}/environ").read_text()):
+                os.kill(int(child), number)
+                return
+        raise AssertionError(f"no rank {rank}")
+
+    def wait(self, seconds: float = _SECONDS) -> int:
+        """The agent's exit code."""
+        try:
+            return self.agent.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.agent.kill()
+            raise AssertionError(f"still running after {seconds:g} s:\n{self.log()}") from None

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from egohod.demo import make_world
-from egohod.training.agreement import source_hash
+from egohod.distributed import source_hash
 from egohod.training.checkpoint import CheckpointStore, read
 from egohod.training.telemetry import git_commit
 from tests.ranks import Ranks

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from egohod.data.config import DataConfig
 from egohod.data.dataset import ClipDataset, Key, collate
 from egohod.errors import UserError
-from egohod.stopping import Interrupted, StopRequest
+from egohod.runtime import Interrupted, StopRequest
 
 log = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from egohod.errors import UserError
 from egohod.evaluation.features import FeatureCache, feature_key, is_written, write_video
 from egohod.evaluation.listing import Listing
 from egohod.evaluation.models import VideoTextModel, apply_control, image_stats_of
-from egohod.stopping import Interrupted
+from egohod.runtime import Interrupted
 
 # What the clips as they are are called among the temporal controls.
 PLAIN = "plain"

@@ -89,11 +89,13 @@ class TrainConfig:
         "auto",
         "auto goes on from the run folder's newest good checkpoint, none starts anew, else the path of a checkpoint",
     )
-    peer_timeout: float = knob(
-        120.0,
-        "seconds after which a process that says nothing counts as dead and ends the run; longer than the file system "
-        "ever stands still. A process that is killed is noticed at once",
+    collective_timeout: float = knob(
+        1800.0,
+        "seconds that a process waits for the others in a collective operation before the run ends, as when one of "
+        "them hangs; longer than data.timeout and than a checkpoint ever takes to write. A process that dies is "
+        "noticed at once",
         low=1,
+        old_names=("peer_timeout",),
     )
     log_every: str = knob("10 steps", "how often metrics are written; between, nothing waits for the device")
     save_every: str = knob("1 epochs", "how often a checkpoint is written")

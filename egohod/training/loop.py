@@ -20,7 +20,7 @@ from egohod.data.loader import train_loader
 from egohod.distributed import Distributed, host_name
 from egohod.errors import UserError
 from egohod.model.egovideo import DualEncoder
-from egohod.stopping import Interrupted
+from egohod.runtime import Interrupted
 from egohod.training.checkpoint import IMPLIED, Checkpoint, CheckpointError, CheckpointStore, read
 from egohod.training.config import TrainConfig, duration_in_steps
 from egohod.training.setup import TrainingData
@@ -41,7 +41,7 @@ class Evaluator(Protocol):
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Metrics by name, collective over all processes; leaves the model and the random state as they were.
 
-        Raises :class:`~egohod.stopping.Interrupted` on all of them if the run is asked to stop meanwhile.
+        Raises :class:`~egohod.runtime.Interrupted` on all of them if the run is asked to stop meanwhile.
         """
         ...
 

@@ -20,8 +20,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from egohod.config import Config
 from egohod.data.transforms import normalise
 from egohod.distributed import Distributed, pick_precision
-from egohod.loss import build_loss
 from egohod.loss.boxes import box_errors
+from egohod.loss.factory import build_loss
 from egohod.loss.large_batch import cached_step
 from egohod.model.egovideo import DualEncoder
 from egohod.training.mixing import ClipMixer

@@ -16,7 +16,7 @@ import torch
 
 from egohod.data.loader import BatchPlan, ClipLoader, LoaderError, MixedPlan, eval_loader, shares, train_loader
 from egohod.errors import UserError
-from egohod.stopping import Interrupted, StopRequest
+from egohod.runtime import Interrupted, StopRequest
 from tests.support import Command
 
 
@@ -329,7 +329,7 @@ def test_a_request_to_stop_ends_the_waiting(monkeypatch: pytest.MonkeyPatch) -> 
     stop = StopRequest()
     batches = iter(eval_loader(Stuck(), range(4), 2, 2, stop=stop))
     next(batches)
-    threading.Timer(0.5, stop.ask, ["SIGTERM received"]).start()
+    threading.Timer(0.5, stop.request, ["SIGTERM received"]).start()
     with pytest.raises(Interrupted, match="SIGTERM received"):
         next(batches)
     # One of several processes does not leave in peace while the others wait for it.

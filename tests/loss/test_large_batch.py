@@ -12,9 +12,9 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from egohod.loss import build_loss
 from egohod.loss.config import LossConfig
 from egohod.loss.contrastive import ContrastiveLoss
+from egohod.loss.factory import build_loss
 from egohod.loss.large_batch import cached_step
 from egohod.model.egovideo import DualEncoder
 from egohod.model.text import TextTower

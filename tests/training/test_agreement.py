@@ -8,12 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import egohod
-from egohod import config
 from egohod.distributed import Distributed
 from egohod.errors import UserError
-from egohod.training import agreement
-from egohod.training.agreement import require_agreement, source_hash
 from egohod.training.checkpoint import Checkpoint
 from egohod.training.loop import _require_same
 from egohod.training.telemetry import Lap, Share, Stragglers
@@ -34,53 +30,6 @@ def pair(other: object) -> Pair:
     made = Pair(0, 2, torch.device("cpu"), "gloo")
     object.__setattr__(made, "other", other)
     return made
-
-
-def told_by(cfg: config.Config) -> tuple[str, dict[str, object]]:
-    """What the other process says when it runs ``cfg``."""
-    said: list[tuple[str, dict[str, object]]] = []
-
-    class Listener(Pair):
-        def gather_objects(self, value: object) -> list[object]:
-            said.append(value)  # type: ignore[arg-type]
-            return [value]
-
-    require_agreement(cfg, Listener(0, 1, torch.device("cpu"), None))
-    return "node-b", said[0][1]
-
-
-def test_a_knob_that_differs_is_named_with_the_nodes(tiny_config: Path) -> None:
-    mine, other = config.load(tiny_config), config.load(tiny_config, ["train.lr=2e-3"])
-    require_agreement(mine, pair(told_by(mine)))
-    with pytest.raises(UserError) as caught:
-        require_agreement(mine, pair(told_by(other)))
-    text = str(caught.value)
-    assert "disagree on train.lr: 0.001 on " in text
-    assert "0.002 on node-b (rank 1)" in text
-    assert text.count("disagree") == 1
-
-
-def test_videos_may_lie_elsewhere_on_each_node(tiny_config: Path) -> None:
-    mine, other = config.load(tiny_config), config.load(tiny_config, ["data.train.demo.root=/local/b"])
-    require_agreement(mine, pair(told_by(other)))
-
-
-def test_code_that_differs_is_noticed(tiny_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = config.load(tiny_config)
-    other = told_by(mine)
-    monkeypatch.setattr(agreement, "source_hash", lambda: "0123456789ab")
-    with pytest.raises(UserError, match=r"disagree on the code of egohod: 0123456789ab on .* on node-b"):
-        require_agreement(mine, pair(other))
-
-
-def test_the_hash_of_the_code_follows_every_file(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        (tmp_path / name / "part").mkdir(parents=True)
-        (tmp_path / name / "part" / "one.py").write_text("x = 1\n")
-    assert source_hash(tmp_path / "a") == source_hash(tmp_path / "b")
-    (tmp_path / "b" / "part" / "one.py").write_text("x = 2\n")
-    assert source_hash(tmp_path / "a") != source_hash(tmp_path / "b")
-    assert source_hash() == source_hash(Path(egohod.__file__).parent)
 
 
 def shares(*own: tuple[float, float]) -> list[Share]:

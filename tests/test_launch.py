@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import pty
@@ -18,9 +17,8 @@ import torch
 
 from egohod import cli, distributed
 from egohod.errors import UserError
-from egohod.place import Place, find_place, first_host
-from egohod.stopping import Interrupted
-from tests.support import ROOT, Command, environment
+from egohod.runtime import Interrupted, RankInfo, first_host, rank_info
+from tests.support import ROOT, environment
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29400"}
 # As Slurm 22.05 sets them: in the shell of a job, and in a task of one of its steps.
@@ -28,46 +26,46 @@ JOB = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOC
 JOB |= {"SLURM_JOB_NODELIST": "ego[01-02]", "SLURM_TASKS_PER_NODE": "2(x2)"}
 STEP = JOB | {"SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "ego[01-02]"}
 STEP |= {"SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
-ALONE = Place()
+ALONE = RankInfo()
 
 
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
         pytest.param({}, ALONE, id="nothing"),
-        pytest.param(TORCHRUN, Place(3, 4, 1, "node1", 29400), id="torchrun"),
-        pytest.param(
-            TORCHRUN | {"LOCAL_WORLD_SIZE": "4"}, Place(3, 4, 1, "node1", 29400, on_one_node=True), id="one node"
-        ),
+        pytest.param(TORCHRUN, RankInfo(3, 4, 1, "node1", 29400), id="torchrun"),
+        pytest.param(TORCHRUN | {"LOCAL_WORLD_SIZE": "4"}, RankInfo(3, 4, 1, "127.0.0.1", 29400), id="one node"),
         pytest.param(
             STEP | {"SLURM_STEP_NUM_NODES": "1"},
-            Place(3, 4, 1, "ego01", 20057, on_one_node=True),
+            RankInfo(3, 4, 1, "127.0.0.1", 20057),
             id="srun on one node",
         ),
         pytest.param({"RANK": "0", "WORLD_SIZE": "1"}, ALONE, id="one process of torchrun"),
         pytest.param(JOB, ALONE, id="the shell of sbatch"),
-        pytest.param(STEP, Place(3, 4, 1, "ego01", 20057), id="srun"),
+        pytest.param(STEP, RankInfo(3, 4, 1, "ego01", 20057), id="srun"),
         pytest.param(STEP | {"SLURM_STEP_NUM_TASKS": "1"}, ALONE, id="a step of one task in a job of four"),
         pytest.param(
-            STEP | {"SLURM_STEP_NODELIST": "ego02"}, Place(3, 4, 1, "ego02", 20057), id="a step on the second node"
+            STEP | {"SLURM_STEP_NODELIST": "ego02"}, RankInfo(3, 4, 1, "ego02", 20057), id="a step on the second node"
         ),
         pytest.param(
-            STEP | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "7"}, Place(3, 4, 1, "10.0.0.1", 7), id="said by the user"
+            STEP | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "7"},
+            RankInfo(3, 4, 1, "10.0.0.1", 7),
+            id="set by the user",
         ),
-        pytest.param(STEP | TORCHRUN, Place(3, 4, 1, "node1", 29400), id="torchrun in a task"),
+        pytest.param(STEP | TORCHRUN, RankInfo(3, 4, 1, "node1", 29400), id="torchrun in a task"),
         pytest.param(STEP | {"RANK": "0", "WORLD_SIZE": "1"}, ALONE, id="one process of torchrun in a task"),
         pytest.param(
-            STEP | {"SLURM_GPUS_PER_TASK": "1"}, Place(3, 4, 1, "ego01", 20057, owns_gpus=True), id="a GPU per task"
+            STEP | {"SLURM_GPUS_PER_TASK": "1"}, RankInfo(3, 4, 1, "ego01", 20057, owns_gpus=True), id="a GPU per task"
         ),
         pytest.param(
             STEP | {"SLURM_GPUS_PER_TASK": "1", "SLURM_GPU_BIND": "none"},
-            Place(3, 4, 1, "ego01", 20057),
+            RankInfo(3, 4, 1, "ego01", 20057),
             id="a GPU per task, all visible",
         ),
     ],
 )
-def test_places(environment: dict[str, str], expected: Place) -> None:
-    assert find_place(environment) == expected
+def test_places(environment: dict[str, str], expected: RankInfo) -> None:
+    assert rank_info(environment) == expected
 
 
 @pytest.mark.parametrize(
@@ -82,7 +80,7 @@ def test_places(environment: dict[str, str], expected: Place) -> None:
 )
 def test_half_a_place_is_refused(environment: dict[str, str], told: str) -> None:
     with pytest.raises(UserError, match=told):
-        find_place(environment)
+        rank_info(environment)
 
 
 def test_a_time_to_meet_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +92,7 @@ def test_a_time_to_meet_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyP
 
 # As Slurm 22.05 sets them in the shell of srun --ntasks=4 --pty bash; srun in that shell hands SLURM_PTY_PORT on.
 SHELL = STEP | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_PTY_PORT": "34875"}
-WHERE = "from egohod.place import find_place; print('world', find_place().world_size, flush=True)"
+WHERE = "from egohod.runtime import rank_info; print('world', rank_info().world_size, flush=True)"
 
 
 def place_of(environment: dict[str, str], task: str, terminal: bool) -> str:
@@ -146,10 +144,10 @@ def test_programs_for_one_process_wait_for_nobody(monkeypatch: pytest.MonkeyPatc
 
 def test_ports_of_steps_that_run_side_by_side_differ() -> None:
     steps = [(job, step) for job in ("7", "8") for step in ("0", "1", "7")]
-    ports = {find_place(STEP | {"SLURM_JOB_ID": job, "SLURM_STEP_ID": step}).port for job, step in steps}
+    ports = {rank_info(STEP | {"SLURM_JOB_ID": job, "SLURM_STEP_ID": step}).port for job, step in steps}
     assert len(ports) == len(steps)
     # Linux hands out ports from 32768 on.
-    assert 1024 < find_place(STEP | {"SLURM_JOB_ID": "99999999"}).port < 32768
+    assert 1024 < rank_info(STEP | {"SLURM_JOB_ID": "99999999"}).port < 32768
 
 
 @pytest.mark.parametrize(
@@ -163,11 +161,11 @@ def test_the_first_host_is_the_one_that_scontrol_names(nodes: str, first: str) -
 def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert distributed.pick_device("auto", Place(5, 8, 1)) == torch.device("cuda", 1)
+    assert distributed.pick_device("auto", RankInfo(5, 8, 1)) == torch.device("cuda", 1)
     with pytest.raises(UserError, match="process 3 of this node has no GPU: only 2 visible"):
-        distributed.pick_device("auto", Place(3, 4, 3))
+        distributed.pick_device("auto", RankInfo(3, 4, 3))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert distributed.pick_device("auto", Place(3, 4, 3, owns_gpus=True)) == torch.device("cuda", 0)
+    assert distributed.pick_device("auto", RankInfo(3, 4, 3, owns_gpus=True)) == torch.device("cuda", 0)
 
 
 def test_a_job_without_gpus_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +195,7 @@ def test_a_taken_port_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(UserError, match=rf"port {port} of 127\.0\.0\.1 is taken; set MASTER_PORT"):
-            distributed._meet(Place(0, 2, 0, "127.0.0.1", port))
+            distributed._meet(RankInfo(0, 2, 0, "127.0.0.1", port))
 
 
 @pytest.mark.usefixtures("meeting")
@@ -207,33 +205,18 @@ def test_processes_that_do_not_meet_say_where(rank: int) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with pytest.raises(UserError, match=rf"process {rank} of 2 did not meet the others at 127\.0\.0\.1:{port}"):
-        distributed._meet(Place(rank, 2, rank, "127.0.0.1", port))
+        distributed._meet(RankInfo(rank, 2, rank, "127.0.0.1", port))
 
 
 @pytest.mark.usefixtures("meeting")
 def test_a_name_that_does_not_resolve_is_said_at_once(caplog: pytest.LogCaptureFixture) -> None:
-    nowhere = Place(0, 2, 0, "nowhere.invalid", 29400)
+    nowhere = RankInfo(0, 2, 0, "nowhere.invalid", 29400)
     start = time.monotonic()
     with pytest.raises(
         UserError, match=r"nowhere\.invalid, the node of the first process, does not resolve .*MASTER_ADDR"
     ):
         distributed._meet(nowhere)
     assert time.monotonic() - start < 30
-    # Where all are on one node its name does not matter.
-    assert distributed._reachable(dataclasses.replace(nowhere, on_one_node=True), 1) == "127.0.0.1"
-    assert distributed._reachable(Place(0, 2, 0, "127.0.0.1", 29400), 1) == "127.0.0.1"
-
-
-@pytest.mark.usefixtures("meeting")
-def test_who_waits_long_says_so(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "_NOTICE_SECONDS", 0.2)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with pytest.raises(UserError, match="did not meet the others"):
-        distributed._meet(Place(0, 2, 0, "127.0.0.1", port))
-    assert f"process 0 of 2 waits for the others at 127.0.0.1:{port}" in caplog.text
-    assert "env -u SLURM_STEP_ID" in caplog.text
 
 
 @pytest.mark.ci
@@ -263,20 +246,11 @@ def test_the_scripts_start_processes_on_a_node_without_a_known_name(tmp_path: Pa
     assert done.stdout.splitlines() == ["[0, 1]", "[0, 1]"]
 
 
-def test_a_stranger_at_the_port_holds_nobody_up(program: Command) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as stranger:
-        ranks = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"}
-        ranks |= {"MASTER_PORT": str(stranger.getsockname()[1]), "EGOHOD_MEETING_SECONDS": "1"}
-        done = program("-c", "from egohod.distributed import setup; setup()", **ranks)
-    assert done.returncode == 2
-    assert "process 1 of 2 did not meet the others" in done.stderr
-
-
 def test_an_error_carries_the_rank(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def fails(_: object) -> int:
         raise UserError("data is gone")
 
-    monkeypatch.setattr(cli, "SPEAK_AFTER_SECONDS", 0)
+    monkeypatch.setattr(cli, "REPORT_AFTER_SECONDS", 0)
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
     assert cli.run(fails, []) == cli.USER_ERROR
