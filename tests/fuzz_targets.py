@@ -6,6 +6,7 @@ them). ``mend`` makes checksums right again, so that what lies behind them is re
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gzip
@@ -13,6 +14,7 @@ import hashlib
 import json
 import pickle
 import shutil
+import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,12 +52,13 @@ from egohod.evaluation.listing import rows_of_csv
 from egohod.evaluation.results import write_results
 from egohod.evaluation.runner import PROTOCOLS, benchmark, execution_of, read_benchmark
 from egohod.hod import config as hod_config
-from egohod.hod.config import HodConfig, NarratorSettings
+from egohod.hod.config import HodConfig, NarratorConfig
 from egohod.hod.detectors.files import DetectionFiles
 from egohod.hod.detectors.torchvision_boxes import TorchvisionBoxes
+from egohod.hod.draw import collect
 from egohod.hod.narrators.endpoint import Endpoint
 from egohod.hod.narrators.llm import LanguageModelNarrator
-from egohod.hod.pipeline import STAGES, build
+from egohod.hod.pipeline import build
 from egohod.hod.store import Shard
 from egohod.loss.config import LossConfig
 from egohod.model import zoo
@@ -550,25 +553,23 @@ def _seed_hod(folder: Path) -> None:
 
 
 def _run_hod() -> None:
-    """As tools/generate_hod.py does: what is done is taken from the files, the rest is done."""
-    plan = build(_hod())
-    with plan.work.claim(Shard()):
-        if plan.finished(Shard()) is None:
-            for stage in STAGES:
-                plan.pipeline.run(stage, Shard())
-            plan.finish(Shard())
-        plan.work.divisions(plan.fingerprint)
-        plan.merge(1)
-    for index in range(len(plan.pipeline.table)):
-        plan.seen(index)
+    """As tools/generate_hod.py does: stored results are read, the others computed."""
+    pipeline = build(_hod())
+    with pipeline.store.claim(Shard()):
+        if pipeline.finished(Shard()) is None:
+            pipeline.run_all(Shard())
+            pipeline.finish(Shard())
+        pipeline.store.divisions(pipeline.fingerprint)
+        pipeline.merge(1)
+    collect(pipeline, range(len(pipeline.table)))
 
 
 def _read_hod(folder: Path) -> None:
-    try:
-        _run_hod()
-    finally:
-        shutil.rmtree(folder / "out" / "hod.csv.work" / "parts", ignore_errors=True)
-    # Without the finished parts everything is made of the blocks.
+    _run_hod()
+    # Without the mark that the shard is finished everything is made of the results of the stages.
+    database = sqlite3.connect(folder / "out" / "hod.csv.work" / "results" / "0-of-1.sqlite", isolation_level=None)
+    with contextlib.closing(database), contextlib.suppress(sqlite3.Error):
+        database.execute("DELETE FROM finished")
     _run_hod()
 
 
@@ -604,7 +605,7 @@ def _read_answer(folder: Path) -> None:
 
 @functools.cache
 def _narrator() -> LanguageModelNarrator:
-    settings = NarratorSettings(kind="llm")
+    settings = NarratorConfig(kind="llm")
     return LanguageModelNarrator(settings, ROOT / "configs/hod/prompts/llm.jinja", Endpoint(settings))
 
 
@@ -613,7 +614,7 @@ def _seed_prompt(folder: Path) -> None:
 
 
 def _read_prompt(folder: Path) -> None:
-    settings = NarratorSettings(kind="llm")
+    settings = NarratorConfig(kind="llm")
     LanguageModelNarrator(settings, folder / "prompt.jinja", Endpoint(settings))
 
 

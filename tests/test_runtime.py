@@ -23,7 +23,7 @@ from egohod import cli, runtime
 from egohod.data.chunking import ChunkSettings, Output
 from egohod.distributed import Distributed
 from egohod.errors import UserError
-from egohod.hod.store import Shard, Work
+from egohod.hod.store import Shard, Store
 from egohod.runtime import (
     UNFINISHED_PREFIX,
     Progress,
@@ -99,7 +99,7 @@ def test_a_file_system_without_locks_costs_a_warning(
         for _ in range(2):
             with cli.claimed_run(str(tmp_path / "run"), alone):
                 pass
-        with Work(tmp_path / "hod.csv").claim(Shard(0, 2)):
+        with Store(tmp_path / "hod.csv").claim(Shard(0, 2)):
             pass
         with Output(tmp_path / "chunks", ChunkSettings(), tmp_path / "recordings").claim():
             pass

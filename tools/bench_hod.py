@@ -18,7 +18,7 @@ import psutil
 
 from egohod import cli
 from egohod.hod import config
-from egohod.hod.pipeline import STAGES, Plan, build
+from egohod.hod.pipeline import STAGES, Pipeline, build
 from egohod.hod.store import Shard
 
 
@@ -39,24 +39,24 @@ def run(options: argparse.Namespace) -> None:
     for _ in range(options.rounds):
         with tempfile.TemporaryDirectory() as folder:
             # A shard of one block is the first clips.
-            plan = _plan(options, Path(folder))
-            shard = Shard(0, -(-len(plan.pipeline.table) // options.clips))
-            clips = plan.pipeline.clips(shard)
+            pipeline = _pipeline(options, Path(folder))
+            shard = Shard(0, -(-len(pipeline.table) // options.clips))
+            clips = pipeline.clips(shard)
             with memory:
                 for stage in STAGES:
                     began = time.perf_counter()
-                    plan.pipeline.run(stage, shard)
+                    pipeline.run([stage], shard)
                     spent[stage].append(time.perf_counter() - began)
             began = time.perf_counter()
-            alone = _plan(options, Path(folder), "workers=0")
+            alone = _pipeline(options, Path(folder), "workers=0")
             for index in clips:
-                for _ in alone.pipeline.try_out(index):
+                for _ in alone.try_clip(index):
                     pass
             spent["loop"].append(time.perf_counter() - began)
     ours = [sum(spent[stage][i] for stage in STAGES) for i in range(options.rounds)]
     result: dict[str, Any] = {
         "clips": len(clips),
-        "workers": plan.cfg.workers,
+        "workers": pipeline.cfg.workers,
         "clips_per_second": len(clips) / statistics.median(ours),
         "share": {
             stage: statistics.median(part / whole for part, whole in zip(spent[stage], ours, strict=True))
@@ -112,6 +112,6 @@ def text(result: dict[str, Any]) -> str:
     )
 
 
-def _plan(options: argparse.Namespace, folder: Path, *more: str) -> Plan:
+def _pipeline(options: argparse.Namespace, folder: Path, *more: str) -> Pipeline:
     knobs = [*options.overrides, f"block={options.clips}", f"output={folder / 'hod.csv'}", *more]
     return build(config.load(options.config_file, knobs))

@@ -13,7 +13,6 @@ are drawn at random by --seed.
 from __future__ import annotations
 
 import argparse
-import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,7 +31,7 @@ from egohod.evaluation.features import write_text
 from egohod.evaluation.html_report import data_uri, jpeg, render
 from egohod.hod import config, draw
 from egohod.hod.config import HodConfig
-from egohod.hod.pipeline import Plan, build
+from egohod.hod.pipeline import Pipeline, build
 
 log = logging.getLogger("visualize_hod")
 
@@ -48,13 +47,12 @@ def main(arguments: Sequence[str]) -> int:
     named = {"source.metadata": args.metadata, "source.root": args.root, "output": args.output}
     knobs = [f"{name}={value}" for name, value in named.items() if value is not None]
     cfg = config.load(args.config_file, [*knobs, *args.overrides])
-    plan = build(cfg)
-    chosen = _chosen(plan, args)
-    clips = [plan.seen(index) for index in chosen]
+    pipeline = build(cfg)
+    clips = draw.collect(pipeline, _chosen(pipeline, args))
     if args.no_frames:
         clips = [replace(seen, pictures=np.full_like(seen.pictures, 255)) for seen in clips]
     if args.page:
-        write_text(args.page, _page(cfg, plan, clips, None if args.clips else args.seed))
+        write_text(args.page, _page(pipeline, clips, None if args.clips else args.seed))
     if args.sheet or args.film:
         clips = [seen for seen in clips if len(seen.pictures)]
         if not clips:
@@ -103,9 +101,9 @@ def _require_places(args: argparse.Namespace) -> None:
             raise UserError(f"--{name}: {path.parent} cannot be made: {error.strerror or error}") from error
 
 
-def _chosen(plan: Plan, args: argparse.Namespace) -> list[int]:
+def _chosen(pipeline: Pipeline, args: argparse.Namespace) -> list[int]:
     """Clips by their place in the table, those that went through the detection."""
-    table = plan.pipeline.table
+    table = pipeline.table
     if args.clips:
         rows = {table.row(index).row: index for index in range(len(table))}
         try:
@@ -115,15 +113,23 @@ def _chosen(plan: Plan, args: argparse.Namespace) -> list[int]:
     if args.number < 1 or args.seed < 0:
         raise UserError(f"--number must be at least 1 and --seed at least 0, not {args.number} and {args.seed}")
     order = np.random.default_rng(args.seed).permutation(len(table)).tolist()
-    begun = functools.cache(plan.pipeline.begun)  # a block is read once, not for each of its clips
-    known = (index for index in order if index in begun(index // plan.cfg.block))
-    chosen = [index for index, _ in zip(known, range(args.number), strict=False)]
+    with pipeline.store.all_results() as results:
+        begun = (index for index in order if pipeline.stored(index, results))
+        chosen = [index for index, _ in zip(begun, range(args.number), strict=False)]
     if not chosen:
-        raise UserError(f"{plan.work.folder}: no clip has been through a stage with these settings")
+        raise UserError(f"{pipeline.store.folder}: no clip has been through a stage with these settings")
     return sorted(chosen)
 
 
-def _page(cfg: HodConfig, plan: Plan, clips: Sequence[draw.Seen], seed: int | None) -> str:
+def _page(pipeline: Pipeline, clips: Sequence[draw.Seen], seed: int | None) -> str:
+    cfg = pipeline.cfg
+    facts = {
+        "metadata": cfg.source.metadata or f"none: windows of {cfg.windows.seconds:g} s",
+        "videos": cfg.source.root,
+        "detector": cfg.detector.kind,
+        "narrator": cfg.narrator.kind,
+        "frames a clip": str(cfg.frames),
+    }
     cards: list[dict[str, Any]] = []
     for seen in clips:
         picture = data_uri(jpeg(draw.card(seen)), "image/jpeg") if len(seen.pictures) else None
@@ -138,10 +144,10 @@ def _page(cfg: HodConfig, plan: Plan, clips: Sequence[draw.Seen], seed: int | No
     return render(
         "hod.html.jinja",
         cards=cards,
-        clips=len(plan.pipeline.table),
+        clips=len(pipeline.table),
         seed=seed,
         output=cfg.output,
-        facts=plan.described(),
+        facts={name: value for name, value in facts.items() if value},
         sides=sorted({side for seen in clips for side in seen.sides}),
         verdicts=sorted({seen.verdict for seen in clips}),
         narrators=sorted({seen.narrator for seen in clips}),

@@ -1,21 +1,22 @@
-"""Whether a caption is true to its clip: to the narration it was made from, and to the tracks.
+"""Whether a caption is true to its clip: to the narration that it was made from, and to the tracks.
 
-Made for captions of any narrator. The half that looks at the source compares verbs, objects and which hand does what;
-the half that looks at the tracks, hands, directions and contact. Both are rules over words, not a model: they say which
-word they refuse.
+:func:`check` judges the caption of any narrator by rules over words, not by a model, so that every refusal names the
+words at fault. One half compares verbs, objects and which hand does what with the narration before; the other half
+compares hands, directions and contact with the tracks. :func:`check_narrations` decides what happens to captions that
+are refused.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import simplemma
 
 from egohod.hod import language
-from egohod.hod.config import CheckSettings
+from egohod.hod.config import CheckConfig
 from egohod.hod.facts import (
     AWAY,
     CLOCKWISE,
@@ -31,9 +32,277 @@ from egohod.hod.facts import (
     HandFacts,
     Motion,
 )
-from egohod.hod.language import Clause, clauses, sides
+from egohod.hod.language import clauses, sides
+from egohod.hod.narrators.base import Narration, Narrator, Request
+from egohod.hod.narrators.template import TemplateNarrator
 
-TWICE, ONCE, ABSENT, CONTACT, RELEASE, OTHER_HAND = "twice", "once", "out of sight", "contact", "release", "other hand"
+NAMES = ("length", "prompt", "language", "side", "verb", "object", "hand", "direction", "times", "contact")
+"""What reasons begin with, followed by a colon and the words at fault."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The result of checking a caption."""
+
+    score: float
+    """0 to 1: the share of the source's words that are kept times the share of statements that the tracks support."""
+    reasons: tuple[str, ...]
+    """Why it is refused, each ``name: what``; see ``NAMES``."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether there is no reason against it."""
+        return not self.reasons
+
+
+def check(caption: str, source: str, facts: ClipFacts | None, settings: CheckConfig, prompt: str = "") -> Verdict:
+    """Judge a caption.
+
+    Args:
+        caption: the sentence to judge.
+        source: the narration before, or nothing; its words are not compared if it is not English.
+        facts: of the tracks; None where there are none.
+        settings: what a caption must satisfy.
+        prompt: the narrator's instructions, which no caption may repeat.
+    """
+    reasons = _faults_of_form(caption, source, settings, prompt)
+    if reasons:
+        return Verdict(0.0, tuple(reasons))
+    kept_share = supported_share = 1.0
+    if settings.words and source.strip() and is_english(source, settings.language):
+        # What the tracks have no name for is an object, as in "the left hand holds another object".
+        name = facts.object.name if facts is not None and facts.object is not None else None
+        more = f"{name or ''} object" if facts is not None else ""
+        reasons, kept_share = compare_words(caption, source, facts, more)
+    if settings.tracks and facts is not None:
+        unsupported, statements = unsupported_claims(caption, source, facts, settings.min_seen)
+        reasons += unsupported
+        supported_share = 1 - min(len(unsupported) / max(statements, 1), 1.0)
+    return Verdict(kept_share * supported_share, tuple(reasons))
+
+
+# --------------------------------------------------------------------------------------------------
+# The policy for captions that are refused
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A caption that went through the check."""
+
+    text: str | None
+    """None where not even the template has something true to say."""
+    narrator: str
+    """Whose caption it is in the end; ``template`` too where it replaced another's."""
+    verdict: Verdict
+    attempts: int
+    """How often the narrator was asked: 1 or 2."""
+    refusals: tuple[str, ...]
+    """Reasons for which its captions were refused, if it was asked twice or replaced."""
+    prompt_tokens: int
+    completion_tokens: int
+    unanswered: bool
+    """Whether the narrator had no usable answer, at least once: another day it may have one."""
+
+
+def check_narrations(
+    requests: Sequence[Request],
+    narrations: Sequence[Narration],
+    narrator: Narrator,
+    settings: CheckConfig,
+    template: TemplateNarrator,
+) -> Iterator[tuple[int, Checked]]:
+    """Check the first narration of each request, and replace those that are refused.
+
+    A refused caption is asked for once more, with the reasons (``settings.ask_again``; never of the template, which
+    would say the same). If that is refused too, ``template`` narrates the source, and if that fails, the facts alone.
+    Yields (index of the request, result) once for each, as soon as it is decided. Raises what the narrator raises.
+    """
+    instructions = getattr(narrator, "instructions", "")
+    answers: list[list[Narration]] = [[] for _ in requests]
+    refusals: list[tuple[str, ...]] = [() for _ in requests]
+
+    def result(number: int, text: str | None, who: str, verdict: Verdict) -> tuple[int, Checked]:
+        all_answers = answers[number]
+        prompt_tokens = sum(each.prompt_tokens for each in all_answers)
+        completion_tokens = sum(each.completion_tokens for each in all_answers)
+        unanswered = any(each.problem is not None for each in all_answers)
+        attempts = (len(all_answers), refusals[number])
+        return number, Checked(text, who, verdict, *attempts, prompt_tokens, completion_tokens, unanswered)
+
+    def judge(number: int, answer: Narration) -> Verdict:
+        answers[number].append(answer)
+        if answer.text is None:
+            verdict = Verdict(0.0, (answer.problem or "no answer",))
+        else:
+            request = requests[number]
+            verdict = check(answer.text, request.source, request.facts, settings, instructions)
+        refusals[number] += verdict.reasons
+        return verdict
+
+    refused = []
+    for number, answer in enumerate(narrations):
+        verdict = judge(number, answer)
+        if verdict.passed:
+            yield result(number, answer.text, answer.narrator, verdict)
+        else:
+            refused.append(number)
+    if refused and settings.ask_again and narrator.name != "template":
+        numbers, refused = refused, []
+        again = [replace(requests[n], complaints=refusals[n], refused=answers[n][0].text) for n in numbers]
+        for place, answer in narrator.narrate(again):
+            verdict = judge(numbers[place], answer)
+            if verdict.passed:
+                yield result(numbers[place], answer.text, answer.narrator, verdict)
+            else:
+                refused.append(numbers[place])
+    for number in refused:
+        request = requests[number]
+        text, verdict = None, Verdict(0.0, refusals[number])
+        for source in dict.fromkeys((request.source, "")):
+            caption = template.caption(source, request)
+            # The facts alone are checked as what they are, a caption without a narration before.
+            prompt = instructions if source == request.source else ""
+            verdict = check(caption, source, request.facts, settings, prompt)
+            if verdict.passed:
+                text = caption
+                break
+        yield result(number, text, "template", verdict)
+
+
+# --------------------------------------------------------------------------------------------------
+# Form: length, text of a prompt, language
+# --------------------------------------------------------------------------------------------------
+
+# Orders to a model, whoever gives them.
+_ORDER = re.compile(
+    r"\b(?:ignore|disregard|forget)\b.{0,30}\b(?:above|previous|instructions?|prompt|rules)\b"
+    r"|\b(?:system|user) prompt\b",
+    re.IGNORECASE,
+)
+# What models say about their task; about a clip only if the narration has it, as in "reads the instructions".
+_TALK = re.compile(
+    r"\bas an ai\b|\bi(?:'m| am) sorry\b|\bi can(?:'t|not)\b|\bhere (?:is|are)\b|\bsure[,!]|\bcertainly\b"
+    r"|\b(?:caption|narration|output|answer|rewritten|facts?|clip \d+) ?:|\binstructions?\b|\bjson\b"
+    r"|https?://|```|[{}<>\[\]]",
+    re.IGNORECASE,
+)
+# A run of so many words of the prompt is an echo of it; shorter ones are ordinary English.
+_ECHO_WORDS = 6
+# A source of so few words does not show its language: "open tupperware" is English.
+_SHORT = 2
+
+
+def _faults_of_form(caption: str, source: str, settings: CheckConfig, prompt: str) -> list[str]:
+    length = len(re.findall(r"[\w'-]+", caption))
+    if not settings.min_words <= length <= settings.max_words:
+        return [f"length: {length} words, not {settings.min_words} to {settings.max_words}"]
+    talk = [match.group() for match in _ORDER.finditer(caption)]
+    talk += [match.group() for match in _TALK.finditer(caption) if match.group().lower() not in source.lower()]
+    if talk:
+        return [f"prompt: {talk[0]!r}"]
+    echo = (_word_runs(caption) & _word_runs(prompt)) - _word_runs(source)
+    if echo:
+        return [f"prompt: {' '.join(min(echo))!r}"]
+    if settings.language:
+        if not is_english(caption, settings.language):
+            return ["language: not English"]
+        # Most words of a foreign source with English ones added would pass as English.
+        source_words = set(_words(source))
+        is_copy = len(source_words & set(_words(caption))) > len(source_words) / 2
+        if len(source_words) > _SHORT and is_copy and not is_english(source, settings.language):
+            return ["language: the narration's own words, which are not English"]
+    return []
+
+
+def is_english(text: str, least: float) -> bool:
+    """Whether at least this share of a text's words are English; names and numbers do not count."""
+    words = _words(text)
+    # simplemma knows no script but its languages': other alphabets are counted first.
+    if not words or sum(word.isascii() for word in words) < least * len(words):
+        return False
+    return simplemma.in_target_language(" ".join(words), lang="en") >= least
+
+
+def _words(text: str) -> list[str]:
+    """Words of at least two letters, without marks such as #C."""
+    return re.findall(r"[^\W\d_]{2,}", re.sub(r"^#\s*\w+|#\w+", " ", text))
+
+
+def _word_runs(text: str) -> set[tuple[str, ...]]:
+    words = re.findall(r"[\w'-]+", text.lower())
+    return {tuple(words[i : i + _ECHO_WORDS]) for i in range(len(words) - _ECHO_WORDS + 1)}
+
+
+# --------------------------------------------------------------------------------------------------
+# Against the narration before
+# --------------------------------------------------------------------------------------------------
+
+_WITH = re.compile(r"\b(?:with|using|uses?|by) (?:the |his |her |their |your |my )?(left|right) hand\b")
+# The hand that does not act may do this as well; whether it does is in the tracks.
+_SHARED = frozenset({"hold", "keep"})
+# Least share of the source's verbs and things that a caption names
+_LEAST_KEPT = 0.6
+# Of more verbs or things than this one may be missing
+_FEW = 2
+
+
+def compare_words(caption: str, source: str, facts: ClipFacts | None, thing: str) -> tuple[list[str], float]:
+    """The half of the check that needs no tracks: reasons, and the share of the source's words that is kept.
+
+    ``facts`` may allow hands that the source does not name; ``thing`` is a further object that may be named.
+    """
+    reasons = []
+    words = language.compare(source, caption, thing)
+    before = language.extract_words(source)
+    if words.new_verbs or (words.lost_verbs and len(before.verbs) <= _FEW):
+        new, lost = ", ".join(words.new_verbs), ", ".join(words.lost_verbs)
+        reasons.append(f"verb: {new or 'nothing'} for {lost or 'none of the source'}")
+    if (words.new_things and words.lost_things) or words.invented:
+        lost = ", ".join(words.lost_things)
+        reasons.append(f"object: {', '.join(words.new_things)} for {lost or 'none of the source'}")
+    elif words.coverage < _LEAST_KEPT or (
+        len(before.things) <= _FEW and any(language.is_specific(each) for each in words.lost_things)
+    ):
+        reasons.append(f"object: {', '.join((*words.lost_verbs, *words.lost_things))} left out")
+    old_sides, new_sides = set(sides(source)), set(sides(caption))
+    if old_sides:
+        if old_sides - new_sides or new_sides - old_sides - set(facts.hands if facts is not None else ()):
+            new, old = (" and ".join(sorted(each)) or "no hand" for each in (new_sides, old_sides))
+            reasons.append(f"side: {new} for {old}")
+        elif language.swaps_hands(source, caption):
+            reasons.append("side: the hands have changed places")
+    elif new_sides and facts is not None and facts.acting is not None:
+        action = _action_of_other_hand(caption, before.verbs, facts.acting)
+        if action:
+            reasons.append(f"side: {action} is done by the {facts.acting} hand")
+    return reasons, words.coverage
+
+
+def _action_of_other_hand(caption: str, verbs: tuple[str, ...], acting: str) -> str | None:
+    """One of the source's actions that a caption attributes to the hand that does not act."""
+    own, others = set[str](), list[str]()
+    for clause in clauses(caption):
+        means = _WITH.search(clause.text)
+        if means and means[1] != acting:
+            return means.group()
+        actions = [
+            each
+            for each in language.extract_words(clause.text).verbs
+            if any(language.are_synonyms(each, verb) for verb in verbs)
+        ]
+        if clause.sides and acting not in clause.sides:
+            others += actions
+        else:
+            own.update(actions)
+    return next((action for action in others if action not in _SHARED & own), None)
+
+
+# --------------------------------------------------------------------------------------------------
+# Against the tracks
+# --------------------------------------------------------------------------------------------------
+
+TWICE, ONCE, ABSENT, CONTACT, RELEASE = "twice", "once", "out of sight", "contact", "release"
 CLOSING, PARTING = "closing", "parting"
 
 # Seen from the head, what goes away over a table goes up in the picture: narrators say either.
@@ -80,8 +349,8 @@ _PATTERNS: list[tuple[str, tuple[str, ...]]] = [
     (r"(?:come|move|brought|closing) together|towards each other", (CLOSING,)),
     (r"(?:mov|draw|pull)(?:e|es|s|ing)? apart|away from each other", (PARTING,)),
 ]  # fmt: skip
+# One expression with a group for each pattern, which tells what matched: of two that match at a place the first wins.
 _CLAIM = re.compile("|".join(rf"(?P<c{i}>\b(?:{pattern}))" for i, (pattern, _) in enumerate(_PATTERNS)))
-_VALUES = [values for _, values in _PATTERNS]
 
 
 @dataclass(frozen=True)
@@ -98,31 +367,28 @@ class Claim:
 
 def claims(text: str) -> list[Claim]:
     """All statements of a caption about motion and contact, in order."""
-    return [claim for clause in clauses(text) for claim in _of_clause(clause)]
+    statements = []
+    for clause in clauses(text):
+        for match in _CLAIM.finditer(clause.text):
+            side = match["to"] or match["then"] or match["go"] or match["ward"]
+            number = next(i for i in range(len(_PATTERNS)) if match[f"c{i}"] is not None)
+            for what in (side,) if side else _PATTERNS[number][1]:
+                statements.append(Claim(clause.sides, what, match.group()))
+    return statements
 
 
-def _of_clause(clause: Clause) -> Iterator[Claim]:
-    for match in _CLAIM.finditer(clause.text):
-        assert match.lastgroup is not None
-        side = match["to"] or match["then"] or match["go"] or match["ward"]
-        number = next(i for i in range(len(_VALUES)) if match[f"c{i}"] is not None)
-        for what in (side,) if side else _VALUES[number]:
-            yield Claim(clause.sides, what, match.group())
+def unsupported_claims(caption: str, source: str, facts: ClipFacts, min_seen: float) -> tuple[list[str], int]:
+    """What the tracks do not support, as reasons; and the number of statements.
 
-
-def unsupported(caption: str, source: str, facts: ClipFacts, min_seen: float) -> tuple[list[str], int]:
-    """What the tracks do not say, as reasons; and how many statements there were.
-
-    A caption that names no hand although one acts is no hand-object narration.
-    What the source says of a hand's motion or contact stands without the tracks; where it names no hand it speaks of
-    the one that acts.
+    A caption that names no hand although one acts is no hand-object narration. What the source says of a hand's motion
+    or contact is accepted without the tracks; where it names no hand it speaks of the one that acts.
     """
-    before = claims(source)
-    given = claims(caption)
+    before, statements = claims(source), claims(caption)
     reasons: list[str] = []
-    named = {side for clause in clauses(caption) if clause.named for side in clause.sides}
-    absent = {side for claim in given if claim.what == ABSENT for side in claim.sides}
-    in_source = {side for clause in clauses(source) if clause.named for side in clause.sides}
+    named, in_source = (
+        {side for clause in clauses(text) if clause.named for side in clause.sides} for text in (caption, source)
+    )
+    absent = {side for claim in statements if claim.what == ABSENT for side in claim.sides}
     hands = {side: hand for side, hand in facts.hands.items() if hand.seen >= min_seen}
     if facts.acting in hands and not named:
         reasons.append(f"hand: nothing is said of the {facts.acting} hand")
@@ -131,30 +397,34 @@ def unsupported(caption: str, source: str, facts: ClipFacts, min_seen: float) ->
             reasons.append(f"hand: the {side} hand is in sight")
         elif side not in absent and side not in hands:
             reasons.append(f"hand: no {side} hand was found")
-    for pair in dict.fromkeys(claim.sides for claim in given):
-        own = [claim for claim in given if claim.sides == pair]
+    for pair in dict.fromkeys(claim.sides for claim in statements):
+        own = [claim for claim in statements if claim.sides == pair]
         for side in pair or ((facts.acting,) if facts.acting else ()):
             if side in hands:
-                said = {claim.what for claim in before if side in (claim.sides or (facts.acting or side,))}
-                reasons += _of_hand(own, hands[side], facts, said)
-    return list(dict.fromkeys(reasons)), len(given) + len(named)
+                accepted = {claim.what for claim in before if side in (claim.sides or (facts.acting or side,))}
+                reasons += _unsupported_of_hand(own, hands[side], facts, accepted)
+    return list(dict.fromkeys(reasons)), len(statements) + len(named)
 
 
-def _of_hand(own: list[Claim], hand: HandFacts, facts: ClipFacts, said: set[str]) -> Iterator[str]:
+def _unsupported_of_hand(
+    statements: list[Claim], hand: HandFacts, facts: ClipFacts, accepted: set[str]
+) -> Iterator[str]:
     who = f"the {hand.side} hand"
     motions = [hand.motion]
+    # The motion of what the hand moves may be meant as well, unless its box was only guessed from the hand's.
     if hand.side == facts.acting and facts.object is not None and not facts.object.guessed:
         motions.append(facts.object.motion)
     motions = [motion for motion in motions if motion.directions]
-    touching = hand.touches is not None or hand.contact is not None
     ways = ", then ".join(hand.motion.directions)
-    for group in _directions(own):
-        rest = [claim for claim in group if claim.what not in said]
-        ways_said = [[claim.what for claim in some] for some in (group, rest) if some]
-        if motions and rest and not any(_goes(each, motion) for motion in motions for each in ways_said):
-            yield f'direction: "{", ".join(claim.words for claim in group)}", but {who} goes {ways}'
-    for claim in (each for each in own if each.what not in said):
-        # A hand rests by itself, whatever it touches does.
+    # Directions of one axis are judged together, in order: "to the left, then to the right" is one motion.
+    for group in (*_AXES, _TURNS, (SHAKING,)):
+        directions = [claim for claim in statements if claim.what in group]
+        rest = [claim for claim in directions if claim.what not in accepted]
+        readings = [[claim.what for claim in each] for each in (directions, rest) if each]
+        if motions and rest and not any(_goes(each, motion) for motion in motions for each in readings):
+            yield f'direction: "{", ".join(claim.words for claim in directions)}", but {who} goes {ways}'
+    for claim in (each for each in statements if each.what not in accepted):
+        # A hand that rests does so itself, whatever happens to what it touches.
         resting = motions[:1] if claim.words.startswith("rest") else motions
         if claim.what == STILL and resting and not any(motion.directions == (STILL,) for motion in resting):
             yield f'direction: "{claim.words}", but {who} goes {ways}'
@@ -162,7 +432,7 @@ def _of_hand(own: list[Claim], hand: HandFacts, facts: ClipFacts, said: set[str]
             times = 2 if claim.what == TWICE else 1
             if all(motion.repeats != times or motion.directions == (STILL,) for motion in motions):
                 yield f'times: "{claim.words}", but it was {motions[0].repeats}'
-        elif claim.what == CONTACT and not touching:
+        elif claim.what == CONTACT and hand.touches is None and hand.contact is None:
             yield f'contact: "{claim.words}", but {who} touches nothing'
         elif claim.what == RELEASE and hand.release is None:
             yield f'contact: "{claim.words}", but {who} does not let go'
@@ -170,194 +440,20 @@ def _of_hand(own: list[Claim], hand: HandFacts, facts: ClipFacts, said: set[str]
             yield f'direction: "{claim.words}", but the hands are {facts.hands_together}'
 
 
-def _directions(own: list[Claim]) -> list[list[Claim]]:
-    """The claims of each axis in order; turns and shaking by themselves."""
-    groups = [[claim for claim in own if claim.what in axis] for axis in _AXES]
-    groups += [[claim for claim in own if claim.what in _TURNS], [claim for claim in own if claim.what == SHAKING]]
-    return [group for group in groups if group]
-
-
-def _goes(said: list[str], motion: Motion) -> bool:
-    """Whether a motion's legs begin as said, or lead there on the whole."""
-    if said[0] in _TURNS or said[0] == SHAKING:
-        return all(each in motion.directions for each in said)
-    number = next(i for i, axis in enumerate(_AXES) if said[0] in axis)
+def _goes(directions: list[str], motion: Motion) -> bool:
+    """Whether a motion's legs begin with these directions, or lead there on the whole."""
+    if directions[0] in _TURNS or directions[0] == SHAKING:
+        return all(each in motion.directions for each in directions)
+    number = next(i for i, axis in enumerate(_AXES) if directions[0] in axis)
     axis = _AXES[number]
-    wanted = _without_repeats([axis[each] for each in said])
+    wanted = _without_repeats([axis[each] for each in directions])
     legs = _without_repeats([axis[each] for each in motion.directions if each in axis])
     if legs[: len(wanted)] == wanted:
         return True
-    known = motion.path[np.isfinite(motion.path).all(axis=1)]
-    net = known[-1, number] - known[0, number] if len(known) else 0.0
+    path = motion.path[np.isfinite(motion.path).all(axis=1)]
+    net = path[-1, number] - path[0, number] if len(path) else 0.0
     return len(wanted) == 1 and bool(legs) and legs[-1] == wanted[0] and net * wanted[0] > _NET
 
 
 def _without_repeats(values: list[int]) -> list[int]:
     return [value for i, value in enumerate(values) if i == 0 or value != values[i - 1]]
-
-
-NAMES = ("length", "prompt", "language", "side", "verb", "object", "hand", "direction", "times", "contact")
-"""What reasons begin with, followed by a colon and the words at fault."""
-
-# Orders to a model, whoever gives them.
-_ORDER = re.compile(
-    r"\b(?:ignore|disregard|forget)\b.{0,30}\b(?:above|previous|instructions?|prompt|rules)\b"
-    r"|\b(?:system|user) prompt\b",
-    re.IGNORECASE,
-)
-# Said by models about their task; of a clip only if the narration has it, as in "reads the instructions".
-_TALK = re.compile(
-    r"\bas an ai\b|\bi(?:'m| am) sorry\b|\bi can(?:'t|not)\b|\bhere (?:is|are)\b|\bsure[,!]|\bcertainly\b"
-    r"|\b(?:caption|narration|output|answer|rewritten|facts?|clip \d+) ?:|\binstructions?\b|\bjson\b"
-    r"|https?://|```|[{}<>\[\]]",
-    re.IGNORECASE,
-)
-_WITH = re.compile(r"\b(?:with|using|uses?|by) (?:the |his |her |their |your |my )?(left|right) hand\b")
-_ECHO_WORDS = 6
-# A source of so few words tells no language: "open tupperware" is English.
-_SHORT = 2
-# The hand that does not act may do this as well; whether it does, the tracks say.
-_SHARED = frozenset({"hold", "keep"})
-# Of the source's verbs and things, the least share that a caption names
-_KEPT = 0.6
-# Of more verbs or things than this one may go missing
-_FEW = 2
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the check says of a caption."""
-
-    score: float
-    """0 to 1: the share of the source's words that are kept times the share of statements that the tracks support."""
-    reasons: tuple[str, ...]
-    """Why it is refused, each ``name: what``; see ``NAMES``."""
-
-    @property
-    def passed(self) -> bool:
-        """Whether nothing speaks against it."""
-        return not self.reasons
-
-
-def check(caption: str, source: str, facts: ClipFacts | None, settings: CheckSettings, prompt: str = "") -> Verdict:
-    """Judge a caption.
-
-    ``source`` is the narration before, or nothing; words are not compared with one that is not English. ``facts`` is
-    None where there are no tracks. ``prompt`` are the narrator's instructions, which no caption may repeat.
-    """
-    reasons = _form(caption, source, settings, prompt)
-    if reasons:
-        return Verdict(0.0, tuple(reasons))
-    kept = supported = 1.0
-    if settings.words and source.strip() and is_english(source, settings.language):
-        # What the tracks have no name for is an object, as in "the left hand holds another object".
-        name = facts.object.name if facts is not None and facts.object is not None else None
-        reasons, kept = compare_words(caption, source, facts, f"{name or ''} object" if facts is not None else "")
-    if settings.tracks and facts is not None:
-        wrong, statements = unsupported(caption, source, facts, settings.min_seen)
-        reasons += wrong
-        supported = 1 - min(len(wrong) / max(statements, 1), 1.0)
-    return Verdict(kept * supported, tuple(reasons))
-
-
-def is_english(text: str, least: float) -> bool:
-    """Whether at least this share of a text's words are English; names and numbers aside."""
-    found = _spelled(text)
-    if not found:
-        return False
-    if sum(word.isascii() for word in found) < least * len(found):
-        return False
-    return simplemma.in_target_language(" ".join(found), lang="en") >= least
-
-
-def _spelled(text: str) -> list[str]:
-    """Words of two letters and more, those of marks such as #C aside."""
-    return re.findall(r"[^\W\d_]{2,}", re.sub(r"^#\s*\w+|#\w+", " ", text))
-
-
-def compare_words(caption: str, source: str, facts: ClipFacts | None, thing: str) -> tuple[list[str], float]:
-    """The half of the check that needs no tracks: reasons, and the share of the source's words that is kept.
-
-    ``facts`` may allow hands that the source does not name, ``thing`` is a further object that may be named.
-    """
-    reasons = []
-    found = language.compare(source, caption, thing)
-    told = language.extract_words(source)
-    if found.new_verbs or (found.lost_verbs and len(told.verbs) <= _FEW):
-        put, gone = ", ".join(found.new_verbs), ", ".join(found.lost_verbs)
-        reasons.append(f"verb: {put or 'nothing'} for {gone or 'none of the source'}")
-    if (found.new_things and found.lost_things) or found.invented:
-        reasons.append(
-            f"object: {', '.join(found.new_things)} for {', '.join(found.lost_things) or 'none of the source'}"
-        )
-    elif found.coverage < _KEPT or (
-        len(told.things) <= _FEW and any(language.is_specific(each) for each in found.lost_things)
-    ):
-        reasons.append(f"object: {', '.join((*found.lost_verbs, *found.lost_things))} left out")
-    old, new = set(sides(source)), set(sides(caption))
-    if old:
-        more = new - old - set(facts.hands if facts is not None else ())
-        if old - new or more:
-            reasons.append(f"side: {_spoken(new)} for {_spoken(old)}")
-        elif language.swaps_hands(source, caption):
-            reasons.append("side: the hands have changed places")
-    elif new and facts is not None and facts.acting is not None:
-        deed = _done_by_another(caption, told.verbs, facts.acting)
-        if deed:
-            reasons.append(f"side: {deed} is done by the {facts.acting} hand")
-    return reasons, found.coverage
-
-
-def _done_by_another(caption: str, verbs: tuple[str, ...], acting: str) -> str | None:
-    """The deed that a caption gives to the hand that does not act."""
-    own, others = set[str](), list[str]()
-    for clause in clauses(caption):
-        means = _WITH.search(clause.text)
-        if means and means[1] != acting:
-            return means.group()
-        did = [
-            each
-            for each in language.extract_words(clause.text).verbs
-            if any(language.are_synonyms(each, verb) for verb in verbs)
-        ]
-        if clause.sides and acting not in clause.sides:
-            others += did
-        else:
-            own.update(did)
-    return next((deed for deed in others if deed not in _SHARED & own), None)
-
-
-def _form(caption: str, source: str, settings: CheckSettings, prompt: str) -> list[str]:
-    """Length, prompt text and language."""
-    said = re.findall(r"[\w'-]+", caption)
-    if not settings.min_words <= len(said) <= settings.max_words:
-        return [f"length: {len(said)} words, not {settings.min_words} to {settings.max_words}"]
-    talk = [each.group() for each in _ORDER.finditer(caption)]
-    talk += [each.group() for each in _TALK.finditer(caption) if each.group().lower() not in source.lower()]
-    if talk:
-        return [f"prompt: {talk[0]!r}"]
-    repeated = (_runs(caption) & _runs(prompt)) - _runs(source)
-    if repeated:
-        return [f"prompt: {' '.join(min(repeated))!r}"]
-    if settings.language:
-        if not is_english(caption, settings.language):
-            return ["language: not English"]
-        if _copies(caption, source) and not is_english(source, settings.language):
-            return ["language: the narration's own words, which are not English"]
-    return []
-
-
-def _copies(caption: str, source: str) -> bool:
-    """Whether a caption has most of the source's words; hung on with English ones, they would pass as English."""
-    own = set(_spelled(source))
-    return len(own) > _SHORT and len(own & set(_spelled(caption))) > len(own) / 2
-
-
-def _runs(text: str) -> set[tuple[str, ...]]:
-    """All runs of some words of a text."""
-    said = re.findall(r"[\w'-]+", text.lower())
-    return {tuple(said[i : i + _ECHO_WORDS]) for i in range(len(said) - _ECHO_WORDS + 1)}
-
-
-def _spoken(hands: set[str]) -> str:
-    return " and ".join(sorted(hands)) or "no hand"

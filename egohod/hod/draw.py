@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from egohod.data.detections import EDGES, LEFT, NO_CONTACT
 from egohod.data.show import GAP, INK, PAPER, ROLE_COLOURS
+from egohod.data.videos import VideoError
 from egohod.hod.facts import ClipFacts, Motion
+from egohod.hod.pipeline import CHECK, DETECT, TRACK, Pipeline, from_plain, open_videos, source_text
+
+log = logging.getLogger(__name__)
 
 # Moments beside the tracks in a sheet, and heights in pixels.
 MOMENTS, LARGE, SMALL, LINE = 4, 240, 118, 15
@@ -43,6 +48,50 @@ class Seen:
     """The hands that are seen, left first."""
     note: str = ""
     """What the check had against it."""
+
+
+def collect(pipeline: Pipeline, indices: Sequence[int]) -> list[Seen]:
+    """Everything that is stored of some clips, to be drawn; without pictures where a video cannot be read."""
+    clips, source = [], open_videos(pipeline.cfg, pipeline.table)
+    with pipeline.store.all_results() as results:
+        for index in indices:
+            row, outcomes = pipeline.table.row(index), pipeline.stored(index, results)
+            values = {name: outcome.parsed() for name, outcome in outcomes.items() if outcome.fault is None}
+            fault = next((f"{name}: {each.fault}" for name, each in outcomes.items() if each.fault), None)
+            pictures, seconds = np.zeros((0, 1, 1, 3), np.uint8), np.zeros(0)
+            try:
+                frames = source.read(row, pipeline.cfg.frames, None)
+                # Each once, as the detector saw them.
+                seconds, first = np.unique(frames.seconds, return_index=True)
+                pictures = frames.pictures[first]
+            except VideoError as error:
+                log.warning("no picture: %s", error)
+            boxes = values[DETECT]["boxes"] if DETECT in values else {"second": []}
+            facts = from_plain(ClipFacts, values[TRACK]) if TRACK in values else None
+            checked = values.get(CHECK)
+            if fault is not None:
+                verdict = "failed"
+            elif checked is None:
+                verdict = "unchecked"
+            elif not checked["refusals"]:
+                verdict = "passed"
+            else:
+                verdict = "replaced" if checked["narrator"] == "template" else "asked again"
+            seen = Seen(
+                title=f"{row.video_id} {row.start:.2f}-{row.end:.2f} s",
+                pictures=pictures,
+                seconds=seconds,
+                boxes=[dict(zip(boxes, each, strict=True)) for each in zip(*boxes.values(), strict=True)],
+                facts=facts,
+                source=source_text(pipeline.cfg, pipeline.table, index),
+                text=checked["text"] if checked else fault or "not narrated yet",
+                narrator=checked["narrator"] if checked else pipeline.cfg.narrator.kind,
+                verdict=verdict,
+                sides=tuple(sorted(facts.hands)) if facts else (),
+                note="; ".join(checked["refusals"]) if checked else "",
+            )
+            clips.append(seen)
+    return clips
 
 
 def time_colour(share: float) -> tuple[int, int, int]:

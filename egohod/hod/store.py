@@ -1,336 +1,339 @@
-"""Which clips a machine works on, that nobody else does at the same time, and how the parts become one file.
+"""Results of the HOD pipeline on disk: one SQLite file a shard, in a folder beside the output.
 
-hod.csv                          the narrations, once every shard is finished
-hod.csv.failures.csv             clips without one, with the stage and the reason
-hod.csv.work/blocks/             what the stages found out, see egohod/hod/store.py
-hod.csv.work/parts/3-of-64.csv   the rows of a finished shard, and its .failures.csv
-hod.csv.work/parts/3-of-64.json  what it was made of, written last: then the shard is finished
-hod.csv.work/locks/3-of-64       held while a process works on the shard
+    hod.csv                               the narrations, written once every shard is finished
+    hod.csv.failures.csv                  clips without a narration, with the stage and the reason
+    hod.csv.work/config.yml               the settings of the last run
+    hod.csv.work/results/3-of-64.sqlite   what each stage made of each clip of a shard
+    hod.csv.work/locks/3-of-64            locked while a process works on the shard
+
+A result is stored under its clip and a hash of what made it: the settings and code versions of its stage and of all
+stages before. Other settings therefore add rows, and with earlier settings the earlier rows are used again. Every
+result is a transaction: a killed process loses the clips that it was working on, nothing else.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import fcntl
 import json
 import logging
 import os
 import re
-import time
-import uuid
-from collections.abc import Iterator
+import sqlite3
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, TextIO
+from urllib.parse import quote
 
 from egohod.errors import UserError
-from egohod.runtime import locked
+from egohod.runtime import atomic_write, locked
 
-# Seconds: the processes of a run that was killed a moment ago are still on their way out.
+log = logging.getLogger(__name__)
+
+# Seconds to wait for a lock: processes of a run that was killed a moment ago may not be gone yet.
 _PATIENCE = 3.0
+# SQLite's write-ahead log needs memory that all processes on a file share, which network file systems do not offer.
+# Unknown ones count as such: there every result costs two fsyncs instead of none.
+_LOCAL_FILE_SYSTEMS = frozenset(["apfs", "bcachefs", "btrfs", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"])
+_MOUNTS = Path("/proc/self/mounts")
+# Small columns first: SQLite then reads them without the pages of the value. The checksum detects damage of the disk,
+# which JSON would mostly survive as other numbers.
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS results (
+    clip TEXT, stage TEXT, fault TEXT, is_fallback INTEGER, checksum INTEGER, value BLOB, PRIMARY KEY (clip, stage)
+);
+CREATE TABLE IF NOT EXISTS finished (
+    fingerprint TEXT PRIMARY KEY, narrations INTEGER, failures INTEGER, fallbacks INTEGER
+);
+"""
+
+
+class Outcome(NamedTuple):
+    """What a stage made of a clip."""
+
+    value: Any
+    """Anything that JSON can hold, or its JSON as bytes when it comes from the store; None where there is a fault."""
+    fault: str | None = None
+    """Why there is no value."""
+    is_fallback: bool = False
+    """Whether the value replaces one that could not be had; ``--retry`` then tries again, as after a fault."""
+
+    def parsed(self) -> Any:
+        """The value, without JSON around it. Most results are only looked up, and parsing takes longer than that."""
+        return json.loads(self.value) if isinstance(self.value, bytes) else self.value
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Part ``number`` of ``of``, counted from 0."""
+    """Part ``index`` of ``count``, from 0."""
 
-    number: int = 0
-    of: int = 1
+    index: int = 0
+    count: int = 1
 
     @classmethod
     def parse(cls, text: str) -> Shard:
         """``3/64``. Raises :class:`UserError`."""
         match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
-        shard = cls(int(match.group(1)), int(match.group(2))) if match else cls(0, 0)
-        if shard.number >= shard.of:
+        shard = cls(int(match[1]), int(match[2])) if match else cls(0, 0)
+        if shard.index >= shard.count:
             raise UserError(f"--shard is '{text}', but must be i/n with i from 0 to n - 1: 0/64 is the first of 64")
         return shard
 
     @classmethod
-    def named(cls, name: str) -> Shard | None:
-        """That of a file called as :attr:`name` says; None for any other file."""
-        match = re.fullmatch(r"(\d+)-of-(\d+)", name)
+    def of_file(cls, stem: str) -> Shard | None:
+        """The shard of a file called ``3-of-64``; None for any other file."""
+        match = re.fullmatch(r"(\d+)-of-(\d+)", stem)
         return cls(int(match[1]), int(match[2])) if match else None
 
+    @classmethod
+    def all(cls, count: int) -> list[Shard]:
+        """All parts of a division into ``count``."""
+        return [cls(index, count) for index in range(count)]
+
     def __str__(self) -> str:
-        return f"{self.number}/{self.of}"
+        return f"{self.index}/{self.count}"
 
     @property
-    def name(self) -> str:
-        """How its files are called."""
-        return f"{self.number}-of-{self.of}"
+    def stem(self) -> str:
+        """The name of its files."""
+        return f"{self.index}-of-{self.count}"
 
-    def blocks(self, clips: int, size: int) -> range:
-        """Its blocks of ``size`` clips: a range, so that neighbouring clips of a video stay on one machine."""
-        blocks = -(-clips // size)
-        return range(self.number * blocks // self.of, (self.number + 1) * blocks // self.of)
+    def clips(self, total: int, block: int) -> range:
+        """Its clips of ``total``: a range of whole blocks, so that neighbouring clips of a video share a machine."""
+        blocks = -(-total // block)
+        start, stop = (part * blocks // self.count * block for part in (self.index, self.index + 1))
+        return range(min(start, total), min(stop, total))
 
 
-class Work:
-    """The folder beside an output file."""
+@dataclass(frozen=True)
+class Finished:
+    """What a finished shard contains."""
+
+    narrations: int
+    failures: int
+    fallbacks: int
+
+
+class Store:
+    """The folder beside an output file. Creates nothing before :meth:`claim`."""
 
     def __init__(self, output: Path) -> None:
         self.output = output
+        self.failures = output.with_name(output.name + ".failures.csv")
         self.folder = output.with_name(output.name + ".work")
-
-    def block(self, number: int) -> Path:
-        """The file of a block; a thousand to a folder."""
-        return self.folder / "blocks" / f"{number // 1000:04d}" / f"{number:07d}.jsonl"
-
-    def part(self, shard: Shard, ending: str) -> Path:
-        """A file of a finished shard."""
-        return self.folder / "parts" / f"{shard.name}{ending}"
-
-    @property
-    def failures(self) -> Path:
-        """The ledger of a merged output."""
-        return self.output.with_name(self.output.name + ".failures.csv")
-
-    def summary(self, shard: Shard) -> dict[str, Any] | None:
-        """What is told of a shard that was finished once; None if it was not."""
-        try:
-            content = json.loads(self.part(shard, ".json").read_bytes())
-        except (OSError, ValueError, RecursionError):
-            return None
-        kinds = {"fingerprint": str, "narrations": int, "failures": int, "makeshift": int}
-        good = isinstance(content, dict) and all(isinstance(content.get(name), kind) for name, kind in kinds.items())
-        return content if good else None
-
-    def finished(self, shard: Shard, fingerprint: str) -> dict[str, Any] | None:
-        """What a shard holds that was made of this, and whose files are all there with all their rows; else None."""
-        said = self.summary(shard)
-        if said is None or said.get("fingerprint") != fingerprint:
-            return None
-        told = {".csv": said["narrations"], ".failures.csv": said["failures"]}
-        return said if all(_rows(self.part(shard, ending)) == rows for ending, rows in told.items()) else None
 
     @contextlib.contextmanager
     def claim(self, shard: Shard) -> Iterator[None]:
-        """Within, no other process works on the shard, nor on clips that it has in common with other divisions.
+        """Within, no other process works on the shard, nor on clips that it shares with another division.
 
         Raises :class:`UserError` if one does.
         """
-        folder = self.folder / "locks"
-        with contextlib.ExitStack() as held:
+        if (self.folder / "blocks").is_dir():
+            log.warning(
+                "%s: blocks/ and parts/ are results of an older release, which this one does not read: all clips are "
+                "processed again. Both can be deleted",
+                self.folder,
+            )
+        locks = self.folder / "locks"
+        with contextlib.ExitStack() as stack:
             try:
-                folder.mkdir(parents=True, exist_ok=True)
-                held.enter_context(locked(folder / shard.name, _PATIENCE))
-                for path in folder.iterdir():
-                    other = Shard.named(path.name)
-                    if other and other.of != shard.of:
-                        # The neighbours look too, and hold it for a moment.
+                locks.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(locks / shard.stem, _PATIENCE))
+                for path in locks.iterdir():
+                    other = Shard.of_file(path.name)
+                    if other and other.count != shard.count:
+                        # Neighbours of this shard look there too, and hold the lock for a moment.
                         with locked(path, _PATIENCE):
                             pass
             except BlockingIOError as error:
                 name = Path(error.filename).name.replace("-of-", "/")
                 raise UserError(f"{self.output}: another run is writing here (shard {name}); wait for it") from error
             except OSError as error:
-                raise CacheError(f"{folder}: cannot be written: {error.strerror or error}") from error
+                raise UserError(f"{locks}: cannot be written: {error.strerror or error}") from error
             yield
 
-    def finish(self, shard: Shard, summary: dict[str, Any]) -> None:
-        """Mark a shard as finished; its other files are there."""
-        with written(self.part(shard, ".json")) as file:
-            json.dump(summary, file, indent=1)
+    def results(self, shard: Shard) -> Results:
+        """Results of a shard, to read and write; those of other divisions are read where it has none itself.
 
-    def merge(self, shards: int, fingerprint: str, clips: int, size: int) -> dict[str, int]:
-        """Put the parts of all shards into the output; how many narrations and failures it has.
-
-        ``fingerprint`` is what each shard must have been made of. Raises :class:`UserError` naming what is missing, or
-        what does not fit together, or if there is no narration at all; the output is then as it was.
+        Other shards of the same division are not: they have other clips, and their files may be in use.
         """
-        unfinished = [shard for shard in _all(shards) if self.finished(shard, fingerprint) is None]
-        if unfinished:
-            names = ", ".join(map(str, unfinished[:10])) + (", ..." if len(unfinished) > 10 else "")
-            raise UserError(
-                f"{self.output}: {len(unfinished)} of {shards} shards are not finished with these settings: "
-                f"--shard {names}"
-            )
-        total = {"narrations": 0, "failures": 0}
-        for shard in _all(shards):
-            said, blocks = self.summary(shard) or {}, shard.blocks(clips, size)
-            due = min(blocks.stop * size, clips) - min(blocks.start * size, clips)
-            if said["narrations"] + said["failures"] != due:
-                raise UserError(
-                    f"{self.part(shard, '.json')}: tells of {said['narrations']} narrations and {said['failures']} "
-                    f"failures, but the shard has {due} clips; remove the file and run the shard again"
-                )
-            for name in total:
-                total[name] += said[name]
-        if not total["narrations"]:
-            raise UserError(
-                f"{self.output}: not one of {total['failures']:,} clips has a narration; {self.folder / 'parts'} says "
-                "why in the .failures.csv, and --retry tries them again"
-            )
-        for path, ending in ((self.failures, ".failures.csv"), (self.output, ".csv")):
-            with written(path) as file:
-                for shard in _all(shards):
-                    _append(self.part(shard, ending), file, shard.number == 0)
-        return total
+        others = [path for path, each in self._files() if each.count != shard.count]
+        return Results(self.folder / "results" / f"{shard.stem}.sqlite", others)
+
+    def all_results(self) -> Results:
+        """Results of all shards that there are, to read."""
+        return Results(None, [path for path, _ in self._files()])
 
     def divisions(self, fingerprint: str) -> list[int]:
-        """Into how many shards the clips were divided, of which at least one is finished and made of this."""
-        shards = [Shard.named(path.stem) for path in (self.folder / "parts").glob("*.json")]
-        return sorted(
-            {each.of for each in shards if each and (self.summary(each) or {}).get("fingerprint") == fingerprint}
-        )
+        """The shard counts of which at least one shard is finished with the settings of ``fingerprint``."""
+        counts = set()
+        for path, shard in self._files():
+            with Results(path) as results:
+                if results.finished(fingerprint):
+                    counts.add(shard.count)
+        return sorted(counts)
+
+    def _files(self) -> list[tuple[Path, Shard]]:
+        paths = sorted((self.folder / "results").glob("*.sqlite"))
+        return [(path, shard) for path in paths if (shard := Shard.of_file(path.stem))]
 
 
-def _all(shards: int) -> list[Shard]:
-    return [Shard(number, shards) for number in range(shards)]
+class Results:
+    """Results in the file ``path``, and read-only in ``others``. A file is not touched before something is added.
 
-
-def _rows(part: Path) -> int | None:
-    """Of a part that can be read. Each is a line: the fields hold no line breaks."""
-    try:
-        with part.open("rb") as lines:
-            return sum(1 for _ in lines) - 1
-    except OSError:
-        return None
-
-
-def _append(part: Path, file: TextIO, header: bool) -> None:
-    """Copy a part."""
-    try:
-        with part.open(encoding="utf-8", newline="") as lines:
-            if not header:
-                next(lines)
-            file.writelines(lines)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{part}: cannot be read: {reason}; remove it and run the shard again") from error
-
-
-@contextlib.contextmanager
-def written(path: Path) -> Iterator[TextIO]:
-    """A text file that appears as a whole or not at all. Raises :class:`CacheError` if it cannot be written."""
-    # Of its own: all shards of an array write the settings, in the same second.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8", errors="replace", newline="") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CacheError(
-            f"cannot write {path}: {error.strerror or error}; what is done is kept, run again to go on"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-log = logging.getLogger(__name__)
-
-# What a crash of the whole machine may cost; a killed process loses nothing that was written.
-_SYNC_SECONDS = 2.0
-
-
-class CacheError(UserError):
-    """The folder of the stages cannot be written or read."""
-
-
-class Found(NamedTuple):
-    """What a stage made of a clip: a value, or why there is none."""
-
-    value: Any
-    fault: str | None = None
-    makeshift: bool = False
-    """Whether the value stands in for one that could not be had, as a failure is to be tried again when asked."""
-
-
-def key_of(*parts: Any) -> str:
-    """A name for anything JSON can spell, the same for equal parts."""
-    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:24]
-
-
-class Block:
-    """The lines of one block, all of them in memory. Nothing is written, nor made anew, before :meth:`put`.
-
-    Raises :class:`CacheError` if the file cannot be read.
+    Methods raise :class:`UserError` for files that cannot be read or written.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = -1
-        self._found: dict[tuple[str, str], Found] = {}
-        self._synced = time.monotonic()
-        with _clearly(path, "read"):
-            content = path.read_bytes() if path.exists() else b""
-        whole = content.rfind(b"\n") + 1
-        for line in content[:whole].split(b"\n")[:-1]:
-            try:
-                said = json.loads(line)
-                self._found[said["stage"], said["key"]] = Found(
-                    said.get("value"), said.get("fault"), said.get("makeshift", False)
-                )
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                log.warning("%s: a damaged line is left out, its clip is done again", path)
-        self._size = whole
+    def __init__(self, path: Path | None, others: Sequence[Path] = ()) -> None:
+        self._path, self._is_writable = path, False
+        self._files: list[tuple[Path, sqlite3.Connection]] = []
+        for each in filter(None, (path, *others)):
+            with _errors_of(each, "read"):
+                if each.exists():
+                    connection = _connect(each, "rw" if each == path else "ro")
+                    self._files.append((each, connection))
+                    # A process that was killed within its first milliseconds leaves a file without tables.
+                    if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'finished'").fetchone():
+                        self._files.pop()[1].close()
 
-    def get(self, stage: str, key: str) -> Found | None:
-        """What is known; None if nothing is."""
-        return self._found.get((stage, key))
+    def get(self, clip: str, stage: str) -> Outcome | None:
+        """What a stage made of a clip, None if there is nothing."""
+        query = "SELECT fault, is_fallback, checksum, value FROM results WHERE clip = ? AND stage = ?"
+        for path, connection in self._files:
+            with _errors_of(path, "read"):
+                row = connection.execute(query, (clip, stage)).fetchone()
+            if row is None:
+                continue
+            fault, is_fallback, checksum, value = row
+            if fault:
+                return Outcome(None, str(fault))
+            if isinstance(value, bytes) and zlib.crc32(value) == checksum:
+                return Outcome(value, None, bool(is_fallback))
+            log.warning("%s: a damaged result is ignored; its clip is processed again", path)
+        return None
 
-    def put(self, stage: str, key: str, found: Found) -> None:
-        """Write what a stage found out. Raises :class:`CacheError` if it cannot be written; then nothing was."""
-        said: dict[str, Any] = {"stage": stage, "key": key} | (
-            {"fault": found.fault} if found.fault else {"value": found.value}
-        )
-        if found.makeshift:
-            said["makeshift"] = True
-        line = (json.dumps(said, separators=(",", ":"), allow_nan=False) + "\n").encode()
-        with _clearly(self._path, "write"):
-            if self._file < 0:
-                self._open()
-            rest = memoryview(line)
-            try:
-                while rest:
-                    rest = rest[os.write(self._file, rest) :]
-            except OSError:
-                with contextlib.suppress(OSError):
-                    os.ftruncate(self._file, self._size)
-                raise
-            self._size += len(line)
-            if time.monotonic() - self._synced > _SYNC_SECONDS:
-                self._sync()
-        self._found[stage, key] = found
+    def put(self, clip: str, stage: str, outcome: Outcome) -> None:
+        """Store what a stage made of a clip."""
+        value = b"" if outcome.fault else json.dumps(outcome.value, separators=(",", ":"), allow_nan=False).encode()
+        # What is no Unicode, as names of files may be, becomes what the ledger would write for it.
+        fault = outcome.fault.encode("utf-8", "replace").decode() if outcome.fault else None
+        row = (clip, stage, fault, outcome.is_fallback, zlib.crc32(value), value)
+        self._write("INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?, ?)", row)
+
+    def finished(self, fingerprint: str) -> Finished | None:
+        """What the shard contained when it was finished with these settings; None if it was not, or changed since."""
+        if self._path is None or not self._files or self._files[0][0] != self._path:
+            return None
+        with _errors_of(self._path, "read"):
+            query = "SELECT narrations, failures, fallbacks FROM finished WHERE fingerprint = ?"
+            row = self._files[0][1].execute(query, (fingerprint,)).fetchone()
+        return Finished(*row) if row and all(isinstance(each, int) for each in row) else None
+
+    def finish(self, fingerprint: str, counts: Finished) -> None:
+        """Mark the shard as finished."""
+        row = (fingerprint, counts.narrations, counts.failures, counts.fallbacks)
+        self._write("INSERT OR REPLACE INTO finished VALUES (?, ?, ?, ?)", row)
+
+    def reopen(self, fingerprint: str) -> None:
+        """Take the mark of :meth:`finish` away, if there is one: results are about to change."""
+        if self.finished(fingerprint):
+            self._write("DELETE FROM finished WHERE fingerprint = ?", (fingerprint,))
 
     def close(self) -> None:
-        """Let the file go, its content safe on the disk."""
-        if self._file >= 0:
-            try:
-                with _clearly(self._path, "write"):
-                    self._sync()
-            finally:
-                os.close(self._file)
-                self._file = -1
+        """Close the files."""
+        for path, connection in self._files:
+            if path == self._path and self._is_writable:
+                # Without a log beside it the file can be copied, and read where the folder is read-only. It stays in
+                # that mode where somebody is reading, or the disk is full; nothing is lost by that.
+                with contextlib.suppress(sqlite3.Error):
+                    connection.execute("PRAGMA busy_timeout = 0")
+                    connection.execute("PRAGMA journal_mode = DELETE")
+            connection.close()
+        self._files = []
 
-    def __enter__(self) -> Block:
+    def __enter__(self) -> Results:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open(self) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o644)
-        os.ftruncate(self._file, self._size)
-        os.lseek(self._file, self._size, os.SEEK_SET)
+    def _write(self, statement: str, row: Sequence[Any]) -> None:
+        assert self._path is not None, "results of several shards are only read"
+        with _errors_of(self._path, "write"):
+            if not self._is_writable:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                if not self._files or self._files[0][0] != self._path:
+                    self._files.insert(0, (self._path, _connect(self._path, "rwc")))
+                connection = self._files[0][1]
+                # With the log a killed process loses nothing, and a machine that crashes what was not flushed yet; in
+                # neither case is the file damaged.
+                journal = "WAL" if _file_system(self._path) in _LOCAL_FILE_SYSTEMS else "TRUNCATE"
+                connection.execute(f"PRAGMA journal_mode = {journal}")
+                connection.execute("PRAGMA synchronous = NORMAL")
+                connection.executescript(_SCHEMA)
+                self._is_writable = True
+            self._files[0][1].execute(statement, row)
 
-    def _sync(self) -> None:
-        os.fsync(self._file)
-        self._synced = time.monotonic()
+
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
+    """Open a file: ``ro``, ``rw`` or ``rwc``, which creates it."""
+    vfs = ""
+    if _file_system(path) not in _LOCAL_FILE_SYSTEMS:
+        descriptor = os.open(path, os.O_RDONLY | (os.O_CREAT if mode == "rwc" else 0), 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            pass  # held by somebody, so there are locks
+        except OSError:
+            # SQLite refuses to work then, unless told so. claim() has warned that two runs would not notice each other.
+            vfs = "&vfs=unix-none"
+        finally:
+            os.close(descriptor)
+    uri = f"file:{quote(str(path.absolute()))}?mode={mode}{vfs}"
+    # isolation_level None: every statement is a transaction of its own.
+    connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=30.0)
+    # Damaged text must not raise: the checksum and the key decide.
+    connection.text_factory = lambda text: text.decode("utf-8", "replace")
+    return connection
+
+
+def _file_system(path: Path) -> str:
+    """The type of the file system that a file is or would be on, such as ext4 or nfs4."""
+    try:
+        mounts = [line.split(" ")[1:3] for line in _MOUNTS.read_text(errors="replace").splitlines()]
+    except OSError:
+        return "apfs"  # there is no such list on macOS, whose disks are mostly local
+    places = [(mount, kind) for mount, kind in mounts if path.resolve().is_relative_to(mount)]
+    # Of several mounts on one folder the last one is in effect.
+    return max(reversed(places), key=lambda place: len(place[0]), default=("", ""))[1]
 
 
 @contextlib.contextmanager
-def _clearly(path: Path, what: str) -> Iterator[None]:
+def _errors_of(path: Path, what: str) -> Iterator[None]:
+    """Turn errors of SQLite and of the file system into a :class:`UserError` with a cure."""
     try:
         yield
+    except (sqlite3.OperationalError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot {what} {path}: {reason}; finished clips are kept, rerun to resume") from error
+    except sqlite3.Error as error:
+        raise UserError(f"{path} is damaged: {error}; delete it, and its clips are processed again") from error
+
+
+@contextlib.contextmanager
+def text_file(path: Path) -> Iterator[TextIO]:
+    """A text file that appears as a whole or not at all. Raises :class:`UserError` if it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            atomic_write(path, sync=True) as temporary,
+            # Names of files that are not UTF-8 are in texts as lone surrogates, which no encoding can spell.
+            temporary.open("w", encoding="utf-8", errors="replace", newline="") as file,
+        ):
+            yield file
     except OSError as error:
-        raise CacheError(
-            f"cannot {what} {path}: {error.strerror or error}; what is done is kept, run again to go on"
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; finished clips are kept, rerun to resume"
         ) from error

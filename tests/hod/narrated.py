@@ -19,7 +19,7 @@ from egohod.data.detections import PORTABLE_OBJECT
 from egohod.demo.world import OTHER_HAND, VERBS
 from egohod.hod import config
 from egohod.hod.language import clauses
-from egohod.hod.pipeline import STAGES, Plan, build
+from egohod.hod.pipeline import Pipeline, build
 from egohod.hod.store import Shard
 
 _WAYS = re.compile(
@@ -37,18 +37,17 @@ _EXPECTED = {
 }  # fmt: skip
 
 
-def pipeline(world: Path, split: str, output: Path, overrides: Sequence[str] = ()) -> Plan:
+def narrate(world: Path, split: str, output: Path, overrides: Sequence[str] = ()) -> Pipeline:
     """All stages run on a split of a demo world, over its true boxes and its coarse narrations."""
     folder = world / split
     knobs = [f"source.metadata={folder}/narrations.csv", f"source.root={folder}/videos", f"output={output}"]
     knobs += ["demo.folder=null", f"detector.options.path={folder}/detections.parquet", "workers=0"]
-    plan = build(config.load("configs/hod/demo.yml", [*knobs, *overrides]))
-    with plan.work.claim(Shard()):
-        for stage in STAGES:
-            plan.pipeline.run(stage, Shard())
-        plan.finish(Shard())
-        plan.merge(1)
-    return plan
+    pipeline = build(config.load("configs/hod/demo.yml", [*knobs, *overrides]))
+    with pipeline.store.claim(Shard()):
+        pipeline.run_all(Shard())
+        pipeline.finish(Shard())
+        pipeline.merge(1)
+    return pipeline
 
 
 def disagreements(world: Path, split: str, output: Path) -> list[tuple[str, str]]:
@@ -113,7 +112,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "hod.csv"
-        pipeline(args.world, args.split, output, args.overrides)
+        narrate(args.world, args.split, output, args.overrides)
         found = disagreements(args.world, args.split, output)
     right = sum(not wrong for _, wrong in found)
     print(f"{right} of {len(found)} narrations agree: {right / len(found):.1%}")

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import csv
+import resource
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import av
 import numpy as np
+
+from egohod.hod.check import Checked, check_narrations
+from egohod.hod.config import CheckConfig
+from egohod.hod.narrators.base import Narrator, Request
+from egohod.hod.narrators.template import TemplateNarrator
 
 
 def head(world: Path, rows: int) -> list[str]:
@@ -34,3 +42,23 @@ def encode(path: Path, frames: int, level: int) -> None:
             picture = np.full((48, 64, 3), level, np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode(None))
+
+
+def narrate_checked(
+    narrator: Narrator, requests: Sequence[Request], settings: CheckConfig | None = None
+) -> dict[int, Checked]:
+    """Both stages that make captions, as the pipeline runs them; by the number of the request."""
+    answers = dict(narrator.narrate(requests))
+    first = [answers[number] for number in range(len(requests))]
+    return dict(check_narrations(requests, first, narrator, settings or CheckConfig(), TemplateNarrator()))
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """Within, no file of this process can grow beyond ``size`` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

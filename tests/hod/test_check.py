@@ -9,13 +9,13 @@ import pytest
 
 from egohod.demo.world import VERBS, phrase
 from egohod.hod.check import check, claims, compare_words, is_english
-from egohod.hod.config import CheckSettings
+from egohod.hod.config import CheckConfig
 from egohod.hod.language import clauses, sides
-from egohod.hod.narrate import narrate_checked
 from egohod.hod.narrators.base import Request
 from egohod.hod.narrators.template import TemplateNarrator
 from tests.hod import rewrites
 from tests.hod.hod_facts import WIPE, clip, hand
+from tests.hod.runs import narrate_checked
 from tests.hod.test_template import WAYS
 
 SOURCE = "#C C moves the sponge"
@@ -23,14 +23,14 @@ TRUE = "#C C moves the sponge with the right hand, first to the left, then to th
 
 
 def names(caption: str, source: str = SOURCE, facts: object = WIPE, prompt: str = "", **settings: object) -> set[str]:
-    verdict = check(caption, source, facts, CheckSettings(**settings), prompt)  # type: ignore[arg-type]
+    verdict = check(caption, source, facts, CheckConfig(**settings), prompt)  # type: ignore[arg-type]
     assert verdict.passed == (not verdict.reasons)
     assert 0 <= verdict.score <= 1
     return {reason.partition(":")[0] for reason in verdict.reasons}
 
 
 def test_a_true_caption_passes_with_full_score() -> None:
-    verdict = check(TRUE, SOURCE, WIPE, CheckSettings())
+    verdict = check(TRUE, SOURCE, WIPE, CheckConfig())
     assert verdict.passed
     assert verdict.score == 1.0
 
@@ -144,7 +144,7 @@ def test_a_narration_in_another_language_is_not_hung_with_english_words(source: 
     hung = f"{source} with the right hand, first to the left, then to the right, while the left hand rests"
     assert names(hung, source=source) == {"language"}
     assert names(TRUE, source=source) == set()
-    result = dict(narrate_checked(TemplateNarrator(), [Request(source, WIPE)], CheckSettings()))[0]
+    result = narrate_checked(TemplateNarrator(), [Request(source, WIPE)], CheckConfig())[0]
     assert result.text is not None
     assert result.text.startswith("The right hand moves the sponge first to the left")
 
@@ -195,7 +195,7 @@ def test_motion_words_of_the_demo_world() -> None:
     counts: dict[str, list[bool]] = {}
 
     def judge(kind: str, text: str, source: str, facts: object) -> None:
-        counts.setdefault(kind, []).append(check(text, source, facts, CheckSettings()).passed)  # type: ignore[arg-type]
+        counts.setdefault(kind, []).append(check(text, source, facts, CheckConfig()).passed)  # type: ignore[arg-type]
 
     for verb, side, facts, text in _demo():
         noun, other = facts.object.name, {"left": "right", "right": "left"}[side]  # type: ignore[attr-defined]

@@ -53,7 +53,7 @@ def test_an_endpoint_that_goes_away_costs_nothing_that_was_answered(
     with ChatServer(caption) as server:
         done = inside("generate_hod.py", *few, *llm(server, concurrency=1))
         assert done.returncode == 0, done.stderr
-    assert "narrate done: 6 clips now, 4 known already" in done.stderr
+    assert "narrate done: 6 clips, 4 stored by an earlier run" in done.stderr
     assert len(rows(tmp_path / "hod.csv")) == 10
 
 
@@ -64,8 +64,10 @@ def test_a_model_that_repeats_its_orders_is_replaced_by_the_template(
         done = inside("generate_hod.py", *few, *llm(server))
     assert done.returncode == 0, done.stderr
     assert not any("AI" in row["text"] for row in rows(tmp_path / "hod.csv"))
-    assert re.search(r"10 narrations: worded by template 10; refused for prompt 10; [\d,]+ tokens asked", done.stderr)
-    assert "the template stands in for llm in 10 of 10 narrations" in done.stderr
+    assert re.search(
+        r"10 narrations: by template 10; captions refused for prompt 10; [\d,]+ prompt tokens", done.stderr
+    )
+    assert "the template replaced the captions of llm in 10 of 10 narrations" in done.stderr
     page = tmp_path / "page.html"
     assert inside("visualize_hod.py", *few, *llm(server), "--page", page).returncode == 0
     assert page.read_text().count('data-verdict="replaced"') == 10
@@ -77,13 +79,13 @@ def test_clips_without_an_answer_are_asked_for_again_with_retry(
     with ChatServer(caption, script=["ok", (500, {})]) as server:
         arguments = [*few, *llm(server, concurrency=1, retries=0), "check.ask_again=false"]
         done = inside("generate_hod.py", *arguments)
-        assert "worded by llm 8, template 2; refused for no answer 2" in done.stderr
+        assert "by llm 8, template 2; captions refused for no answer 2" in done.stderr
         assert len(server.bodies) == 5
         assert inside("generate_hod.py", *arguments).returncode == 0
         assert len(server.bodies) == 5
         done = inside("generate_hod.py", *arguments, "--retry")
         assert len(server.bodies) == 6
-        assert "worded by llm 10;" in done.stderr
+        assert "by llm 10;" in done.stderr
 
 
 @pytest.mark.parametrize("window", [1.0, 2.0])

@@ -20,11 +20,11 @@ import pandas as pd
 from egohod.data.frames import frame_times, segment_indices
 from egohod.demo.world import FPS, OTHER_HAND, VERBS, phrase
 from egohod.hod.check import check
-from egohod.hod.config import CheckSettings
+from egohod.hod.config import CheckConfig
 from egohod.hod.detectors.files import Oracle
 from egohod.hod.facts import ClipFacts, facts_of
 
-_ONLY_TRACKS = CheckSettings(words=False)
+_ONLY_TRACKS = CheckConfig(words=False)
 
 
 def captions(verb: str, noun: str, hand: str) -> Iterator[tuple[str, str]]:

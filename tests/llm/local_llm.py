@@ -10,7 +10,7 @@ import urllib.request
 from pathlib import Path
 
 from egohod.hod.check import check
-from egohod.hod.config import CheckSettings, NarratorSettings
+from egohod.hod.config import CheckConfig, NarratorConfig
 from egohod.hod.facts import ClipFacts
 from egohod.hod.narrators.base import Request
 from egohod.hod.narrators.llm import LanguageModelNarrator
@@ -48,7 +48,7 @@ def clips() -> list[tuple[str, ClipFacts]]:
 def main(endpoint: str, output: Path) -> None:
     """Narrate one clip a request, so that the small model is not asked to count; print and write what came out."""
     _wait(endpoint)
-    settings = NarratorSettings(
+    settings = NarratorConfig(
         kind="llm",
         endpoint=endpoint,
         batch=1,
@@ -66,7 +66,7 @@ def main(endpoint: str, output: Path) -> None:
         source, facts = asked[number]
         reasons: tuple[str, ...] = (answer.problem or "no answer",)
         if answer.text is not None:
-            reasons = check(answer.text, source, facts, CheckSettings(), narrator.instructions).reasons
+            reasons = check(answer.text, source, facts, CheckConfig(), narrator.instructions).reasons
         print(f"{source}\n  {answer.text}\n  {'passes' if not reasons else '; '.join(reasons)}", flush=True)
         rows.append(
             {

@@ -25,7 +25,7 @@ from requests.utils import get_environ_proxies, select_proxy
 from urllib3.exceptions import NewConnectionError, ProxyError
 
 from egohod.errors import UserError
-from egohod.hod.config import NarratorSettings
+from egohod.hod.config import NarratorConfig
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Endpoint:
 
     def __init__(
         self,
-        settings: NarratorSettings,
+        settings: NarratorConfig,
         sleep: Callable[[float], Any] | None = None,
         chance: Callable[[], float] = lambda: 0.5,
     ) -> None:

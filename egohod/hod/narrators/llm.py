@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image
 
 from egohod.errors import UserError
-from egohod.hod.config import NarratorSettings
+from egohod.hod.config import NarratorConfig
+from egohod.hod.narrators import prompt_path
 from egohod.hod.narrators.base import Narration, Request, describe
 from egohod.hod.narrators.endpoint import Answer, Endpoint
 
@@ -48,7 +49,7 @@ _MAX_CANDIDATES = 8  # each costs a parse of the rest of the text: thousands of 
 class LanguageModelNarrator:
     """Captions several clips with each request to an endpoint."""
 
-    def __init__(self, settings: NarratorSettings, prompt: Path, endpoint: Endpoint | None = None) -> None:
+    def __init__(self, settings: NarratorConfig, prompt: Path, endpoint: Endpoint | None = None) -> None:
         """``prompt`` is a Jinja file with the blocks ``instructions``, ``examples`` and ``request``.
 
         Raises :class:`UserError` naming the file or the key at fault.
@@ -68,6 +69,11 @@ class LanguageModelNarrator:
         # Rendered once, and first in every request: servers cache the prefix that requests have in common.
         self.instructions = self._render("instructions", [])
         self._system = self.instructions + "\n\n" + self._render("examples", [])
+
+    @classmethod
+    def from_settings(cls, settings: NarratorConfig) -> LanguageModelNarrator:
+        """The narrator of a configuration."""
+        return cls(settings, prompt_path(settings))
 
     def narrate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Narration]]:
         """See :class:`~egohod.hod.narrators.base.Narrator`. A batch without usable answer has no texts."""

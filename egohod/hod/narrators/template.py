@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from egohod.hod.config import NarratorConfig
 from egohod.hod.facts import DOWN, UP, ClipFacts, HandFacts
 from egohod.hod.language import sides
 from egohod.hod.narrators.base import (
@@ -47,6 +48,11 @@ class TemplateNarrator:
     def __init__(self, seed: int = 0, varied: bool = True) -> None:
         self._seed = seed
         self._varied = varied
+
+    @classmethod
+    def from_settings(cls, settings: NarratorConfig) -> TemplateNarrator:
+        """The narrator of a configuration."""
+        return cls(settings.seed, settings.varied)
 
     def narrate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Narration]]:
         """See :class:`~egohod.hod.narrators.base.Narrator`; at once, in order."""
