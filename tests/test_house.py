@@ -70,11 +70,8 @@ def test_calls_that_macos_lacks_are_in_one_place() -> None:
             assert "sched_getaffinity" not in path.read_text(), path
 
 
-# Not programs: _common.py, which all tools share, and bench_*.py, the parts of bench.py.
-PROGRAMS = [
-    *ROOT.glob("main_*.py"),
-    *(path for path in (ROOT / "tools").glob("*.py") if path.stem != "_common" and "bench_" not in path.name),
-]
+# _common.py is no program: all tools share it.
+PROGRAMS = [*ROOT.glob("main_*.py"), *(path for path in (ROOT / "tools").glob("*.py") if path.stem != "_common")]
 
 
 @pytest.mark.parametrize("path", sorted(PROGRAMS), ids=lambda p: p.name)

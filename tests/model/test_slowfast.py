@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from benches import training as step_benches
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,7 +22,6 @@ from egohod.model.config import FastPathConfig, ModelConfig
 from egohod.model.egovideo import DualEncoder, EgoVideo, create_model
 from egohod.model.flops import count_flops, step_flops
 from egohod.model.slowfast import slow_frames
-from tools import bench_slowfast
 
 Golden = Callable[[str], dict[str, Tensor]]
 Filled = Callable[[ModelConfig], DualEncoder]
@@ -234,7 +234,7 @@ def test_flops_are_counted_as_they_happen(position: str, pool: str, tokens: Tens
 def test_a_step_costs_less_than_one_with_all_weights_trained() -> None:
     """The published base geometry, two clips of sixteen frames, under autocast; counted, not computed."""
     config = ModelConfig(name="CLIP_VITB16_Slowfast", num_frames=16)
-    pairs = bench_slowfast.count(config, batch_size=2, text_length=77, dtype=torch.bfloat16)
+    pairs = step_benches.count_slowfast(config, batch_size=2, text_length=77, dtype=torch.bfloat16)
     ours, all_trained = pairs["tflop"]
     assert 0.83 < ours / all_trained < 0.86
     ours, all_trained = pairs["saved_gb"]
@@ -246,7 +246,7 @@ def test_the_step_it_is_compared_with_trains_the_blocks_on_both_paths(tokens: Te
     model = wake(build())
     ours, fast = backward(model, tokens), model.visual.fast(clips())
     model.zero_grad()
-    with bench_slowfast.all_trained(model):
+    with step_benches.all_trained(model):
         torch.testing.assert_close(model.visual.fast(clips()), fast, atol=1e-6, rtol=0)
         everything = backward(model, tokens)
     block = "visual.transformer.resblocks.0."

@@ -1,14 +1,21 @@
-"""The ``loader`` part of ``tools/bench.py``: from a video file to a training-ready batch, against the usual way.
+"""Benchmarks of the data side: ``decode``, ``loader`` and ``table`` of ``tools/bench.py``.
 
-Both ways read the same clips (2 s, 16 frames at 224 px) of the same chunks (426 x 320, 30 fps, H.264, a key frame every
-15 frames) with the same number of processes, in alternating rounds. The usual way is what the field's loaders do for
-one stream: decord to float32 full frames, one bicubic random resized crop and the normalisation, all in the worker.
-Ours is ``egohod.data``: uint8 to the main process and normalised there, which is part of the time measured.
+``decode``: CPU milliseconds of one process to read a clip of 2 s from a 426x320 video: with a key frame every 15
+frames, every 250, and as ``tools/chunk_videos.py`` makes it at a short side of 256. Decoders alternate, clip by clip.
 
-With ``--chunked`` the usual way reads the original instead, a key frame every 250 frames, and ours what
-``tools/chunk_videos.py`` makes of it at a short side of 256. With ``--s3`` ours also reads the same chunks, in the same
-rounds, from an S3 server on loopback (moto, a process of its own on the same cores) without a cache; and then once
-more in turns within one process, where neither starting workers nor connecting counts.
+``loader``: from a video file to a training-ready batch, against the usual way. Both read the same clips (2 s, 16
+frames at 224 px) of the same chunks (426 x 320, 30 fps, H.264, a key frame every 15 frames) with the same number of
+processes, in alternating rounds. The usual way is what the field's loaders do for one stream: decord to float32 full
+frames, one bicubic random resized crop and the normalisation, all in the worker. Ours is ``egohod.data``: uint8 to the
+main process and normalised there, which is part of the time measured. With ``--chunked`` the usual way reads the
+original instead, a key frame every 250 frames, and ours what ``tools/chunk_videos.py`` makes of it at a short side of
+256. With ``--s3`` ours also reads the same chunks, in the same rounds, from an S3 server on loopback (moto, a process
+of its own on the same cores) without a cache; and then once more in turns within one process, where neither starting
+workers nor connecting counts.
+
+``table``: a large annotation file, from start to first batch, and its memory. A csv with as many rows as Ego4D has
+narrations, over some thousand videos (hard links to one small file), is read, shuffled and fed by worker processes.
+Memory is the proportional set size (PSS) of the whole process tree, compared with the same tree over a few rows.
 """
 
 from __future__ import annotations
@@ -18,11 +25,13 @@ import contextlib
 import csv
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,17 +46,23 @@ from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from egohod.config import Config
 from egohod.data import transforms
 from egohod.data.chunking import ChunkSettings, write_chunks
-from egohod.data.config import SourceConfig
+from egohod.data.config import DataConfig, SourceConfig
 from egohod.data.dataset import ClipDataset
 from egohod.data.decoders import choose_decoder
 from egohod.data.formats import read_clips
 from egohod.data.frames import segment_indices
 from egohod.data.loader import BatchPlan, train_loader
 from egohod.data.text import Tokenizer
-from egohod.model.config import IMAGE_STATS
+from egohod.data.videos import read_clip
+from egohod.errors import UserError
+from egohod.model.config import IMAGE_STATS, ModelConfig
+from egohod.training.config import TrainConfig
+from egohod.training.setup import build_dataset, build_plan
 
+DECODERS = ("pyav", "torchcodec", "decord")
 WIDTH, HEIGHT, FPS, CHUNK_SECONDS, KEYFRAME_EVERY = 426, 320, 30, 15, 15
 CLIP_SECONDS = 2.0
 CROP_SCALE_MIN = 0.5
@@ -63,11 +78,63 @@ server.start()
 print(server.get_host_and_port()[1], flush=True)
 sys.stdin.read()  # until the benchmark closes the pipe or is gone
 """
+BATCH, BATCHES, SIZE, FRAMES, SECONDS = 64, 8, 32, 4, 60
+FEW_ROWS = BATCH * BATCHES
+VERBS = ["picks up", "puts down", "opens", "closes", "cuts", "stirs", "washes", "wipes", "holds", "turns"]
+THINGS = ["the red cup", "a spoon", "the dough", "an onion", "the tap", "a plate", "the lid of the pot", "the knife"]
 
 
-def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add ``loader`` to the commands of ``tools/bench.py``."""
-    parser = commands.add_parser("loader", help="clips/s from file to training-ready batch, ours and the usual way")
+# --------------------------------------------------------------------------------------------------
+# decode
+# --------------------------------------------------------------------------------------------------
+
+
+def decode_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--frames", type=int, nargs="+", default=[4, 16], help="frames per clip (default: 4 16)")
+    parser.add_argument("--clips", type=int, default=24, help="clips per decoder and kind of file (default: 24)")
+
+
+def decode(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Median CPU milliseconds by kind of file, frames and decoder; a decoder that does not load is left out."""
+    openers = {}
+    for name in DECODERS:
+        with contextlib.suppress(UserError):
+            openers[name] = choose_decoder(name)[1]
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        close, far = folder / "close.mp4", folder / "videos" / "v" / "0000.mp4"
+        write_chunk(close, 0, KEYFRAME_EVERY)
+        write_chunk(far, 0, ORIGINAL_KEYFRAME_EVERY)
+        kinds = {f"key frame every {KEYFRAME_EVERY}": close, f"every {ORIGINAL_KEYFRAME_EVERY}": far}
+        kinds["chunk_videos"] = next(chunked(folder, 1).rglob("*.mp4"))
+        for kind, path in kinds.items():
+            for frames in options.frames:
+                spent: dict[str, list[float]] = {name: [] for name in openers}
+                for start in np.random.default_rng(0).uniform(0, CHUNK_SECONDS - CLIP_SECONDS, options.clips):
+                    for name, opener in openers.items():
+                        before = time.process_time()
+                        read_clip(opener, path, str(path), start, start + CLIP_SECONDS, frames)
+                        spent[name].append(1000 * (time.process_time() - before))
+                medians = {name: statistics.median(each) for name, each in spent.items()}
+                rows.append({"file": kind, "frames": frames, **medians})
+    return rows
+
+
+def decode_text(rows: list[dict[str, Any]]) -> str:
+    lines = ["CPU ms a clip".ljust(34) + "".join(f"{name:>12}" for name in DECODERS)]
+    for row in rows:
+        cells = (f"{row[name]:12.1f}" if name in row else f"{'-':>12}" for name in DECODERS)
+        lines.append(f"{row['file']}, {row['frames']} frames".ljust(34) + "".join(cells))
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------
+# loader
+# --------------------------------------------------------------------------------------------------
+
+
+def loader_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=2, help="decoding processes (default: 2)")
     parser.add_argument("--frames", type=int, default=16, help="frames per clip (default: 16)")
     parser.add_argument("--size", type=int, default=224, help="pixels of the crop (default: 224)")
@@ -78,20 +145,24 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--decoder", default="auto", help="our decoder (default: auto)")
     parser.add_argument("--chunked", action="store_true", help="ours on chunks made of the original by chunk_videos")
     parser.add_argument("--s3", action="store_true", help="also read from an S3 server on loopback, without a cache")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    parser.set_defaults(run=run)
 
 
-def run(options: argparse.Namespace) -> None:
-    """Make the files, measure, print."""
+def loader(options: argparse.Namespace) -> dict[str, Any]:
+    """Clips/s of all ways in alternating rounds, and the median of the rounds' ratios."""
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        result = measure(Path(folder), options)
-    if options.json:
-        print(json.dumps(result))
-        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        rows = make_videos(
+            folder, options.chunks, options.clips, ORIGINAL_KEYFRAME_EVERY if options.chunked else KEYFRAME_EVERY
+        )
+        videos = chunked(folder, options.chunks) if options.chunked else folder / "videos"
+        with s3_server(videos) if options.s3 else contextlib.nullcontext() as server:
+            return compare_loaders(folder, videos, rows, options, server)
+
+
+def loader_text(result: dict[str, Any]) -> str:
     s3 = ""
-    if options.s3:
+    if "s3_ratio" in result:
         each_round = ", ".join(f"{ratio:.2f}" for ratio in result["s3_ratios"])
         s3 = (
             f"\negohod.data from S3 on loopback           {result['s3_clips_per_second']:6.1f} clips/s, "
@@ -100,8 +171,9 @@ def run(options: argparse.Namespace) -> None:
             f"in one process that is connected {result['warm_s3_ratio']:.2f}: "
             f"{result['warm_milliseconds_per_clip']:.0f} and {result['warm_s3_milliseconds_per_clip']:.0f} ms CPU each"
         )
-    print(
-        f"{options.workers} workers, {options.frames} frames at {options.size} px, batches of {options.batch_size}, "
+    return (
+        f"{result['workers']} workers, {result['frames']} frames at {result['size']} px, "
+        f"batches of {result['batch_size']}, "
         f"{result['baseline_kilobits_per_second']:.0f} kbit/s, ours {result['kilobits_per_second']:.0f} kbit/s\n"
         f"usual way (decord, float32 in the worker) {result['baseline_clips_per_second']:6.1f} clips/s, "
         f"{result['baseline_milliseconds_per_clip']:.0f} ms CPU each\n"
@@ -109,18 +181,6 @@ def run(options: argparse.Namespace) -> None:
         f"{result['milliseconds_per_clip']:.0f} ms CPU each\n"
         f"ratio {result['ratio']:.2f} (rounds: {', '.join(f'{ratio:.2f}' for ratio in result['ratios'])})" + s3
     )
-
-
-def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Alternate rounds of all ways; clips/s and the median of the rounds' ratios."""
-    rows = make_videos(
-        folder, options.chunks, options.clips, ORIGINAL_KEYFRAME_EVERY if options.chunked else KEYFRAME_EVERY
-    )
-    videos = chunked(folder, options.chunks) if options.chunked else folder / "videos"
-    if options.s3:
-        with s3_server(videos) as server:
-            return compare(folder, videos, rows, options, server)
-    return compare(folder, videos, rows, options, None)
 
 
 def our_dataset(folder: Path, root: str, options: argparse.Namespace) -> ClipDataset:
@@ -142,14 +202,14 @@ def our_dataset(folder: Path, root: str, options: argparse.Namespace) -> ClipDat
     )
 
 
-def compare(
+def compare_loaders(
     folder: Path,
     videos: Path,
     rows: list[tuple[str, float, str]],
     options: argparse.Namespace,
     server: psutil.Process | None,
 ) -> dict[str, Any]:
-    """See :func:`measure`; ``videos`` holds what our loader reads."""
+    """See :func:`loader`; ``videos`` holds the files that our loader reads."""
     dataset = our_dataset(folder, str(videos), options)
     remote = our_dataset(folder, f"s3://{BUCKET}", options) if server else None
     plan = BatchPlan(len(dataset), options.batch_size, seed=0)
@@ -291,6 +351,112 @@ class UsualDataset(Dataset[dict[str, torch.Tensor]]):
             video = video.flip(-1)
         mean, std = (255 * torch.tensor(each).view(3, 1, 1, 1) for each in IMAGE_STATS["clip"])
         return {"video": (video - mean) / std, "tokens": self.tokenizer([text])[0]}
+
+
+# --------------------------------------------------------------------------------------------------
+# table
+# --------------------------------------------------------------------------------------------------
+
+
+def table_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rows", type=int, default=4_000_000, help="clips in the table (default: 4 million)")
+    parser.add_argument("--videos", type=int, default=9000, help="videos that hold them (default: 9,000)")
+    parser.add_argument("--workers", type=int, default=4, help="loader processes (default: 4)")
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+
+
+def table(options: argparse.Namespace) -> dict[str, float]:
+    """Seconds to the first batch and memory of all processes, over all rows and over a few."""
+    if options.measure:
+        return feed_table(options.measure, options.workers)
+    with tempfile.TemporaryDirectory() as name:
+        few, many = (write_world(Path(name), rows, options.videos) for rows in (FEW_ROWS, options.rows))
+        empty, full = (_feed_in_a_child(path, options.workers) for path in (few, many))
+        size = many.stat().st_size
+    return {
+        "rows": options.rows,
+        "workers": options.workers,
+        "csv_mb": size / 1e6,
+        "first_batch_s": full["first_batch_s"],
+        "first_batch_empty_s": empty["first_batch_s"],
+        "pss_mb": full["pss_mb"],
+        "pss_empty_mb": empty["pss_mb"],
+        "pss_above_empty_mb": full["pss_mb"] - empty["pss_mb"],
+    }
+
+
+def table_text(result: dict[str, float]) -> str:
+    return (
+        f"{result['rows']:,.0f} rows ({result['csv_mb']:.0f} MB of csv), {result['workers']:.0f} workers\n"
+        f"start to first batch  {result['first_batch_s']:.1f} s ({result['first_batch_empty_s']:.1f} s with few rows)\n"
+        f"PSS of all processes  {result['pss_mb']:.0f} MB, {result['pss_above_empty_mb']:.0f} MB above few rows"
+    )
+
+
+def write_world(folder: Path, rows: int, videos: int) -> Path:
+    """A csv in the form of the released HOD files, and its videos; the csv's path."""
+    rng = random.Random(0)
+    names = [str(uuid.UUID(int=rng.getrandbits(128))) for _ in range(videos)]
+    (folder / "videos").mkdir(exist_ok=True)
+    original = folder / "original.mp4"
+    if not original.exists():
+        write_video(original)
+        for name in names:
+            os.link(original, folder / "videos" / f"{name}.mp4")
+    path = folder / f"hod-{rows}.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["video_id", "start_second", "end_second", "text", "dataset", "uid"])
+        for i in range(rows):
+            start = rng.random() * (SECONDS - 3)
+            text = f"#C C {rng.choice(VERBS)} {rng.choice(THINGS)} with the left hand while the right hand"
+            text += f" {rng.choice(VERBS)} {rng.choice(THINGS)}, {i} times"
+            writer.writerow([rng.choice(names), f"{start:.3f}", f"{start + 1.5:.3f}", text, "ego4d", f"u{i:08d}"])
+    return path
+
+
+def write_video(path: Path) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"g": "10", "preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for i in range(10 * SECONDS):
+            frame = np.full((48, 64, 3), i % 256, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+def _feed_in_a_child(path: Path, workers: int) -> dict[str, float]:
+    command = [sys.executable, sys.argv[0], "table", "--json", "--measure", str(path)]
+    done = subprocess.run([*command, "--workers", str(workers)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def feed_table(path: Path, workers: int) -> dict[str, float]:
+    """Feed a few batches from a table; seconds from the start of this process to the first, and the tree's PSS then."""
+    source = SourceConfig(metadata=str(path), root=str(path.parent / "videos"), layout="whole")
+    cfg = Config(
+        model=ModelConfig(name="DEMO", num_frames=FRAMES),
+        data=DataConfig(train={"bench": source}, workers=workers),
+        train=TrainConfig(global_batch_size=BATCH),
+    )
+    dataset = build_dataset(cfg, SIZE)
+    batches = iter(train_loader(dataset, build_plan(cfg, dataset), start_step=0, total_steps=BATCHES, workers=workers))
+    next(batches)
+    first = time.time() - psutil.Process().create_time()
+    for _ in range(BATCHES - 2):
+        next(batches)
+    me = psutil.Process()
+    tree = [me, *me.children(recursive=True)]
+    assert len(tree) == 1 + workers, "workers must be alive while memory is measured"
+    pss = sum(process.memory_full_info().pss for process in tree) / 1e6
+    return {"first_batch_s": first, "pss_mb": pss}
+
+
+# --------------------------------------------------------------------------------------------------
+# Videos for decode and loader
+# --------------------------------------------------------------------------------------------------
 
 
 def chunked(folder: Path, chunks: int) -> Path:

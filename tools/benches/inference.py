@@ -1,0 +1,366 @@
+"""Benchmarks of what runs on a trained model: ``eval``, ``probe`` and ``hod`` of ``tools/bench.py``.
+
+``eval``: mAP and nDCG of a full benchmark. The baseline follows the definitions literally: for each metric and
+direction one argsort of the whole float64 matrix, and one more of the relevancies for the best possible gain.
+``--full`` runs the real EK100 csvs on random features, ``--demo`` measures clips per second on a demo world.
+
+``probe``: the time of the probes of tools/probe.py on synthetic features. Each class is a cluster so wide that
+neighbours are often of another class, as features of real clips are.
+
+``hod``: what each stage of the HOD pipeline costs a clip, and the memory of a worker. The baseline is a loop that
+reads, detects, tracks, narrates and checks one clip after the other and stores nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import tempfile
+import threading
+import time
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from benches.training import peak_bytes
+
+from egohod import cli
+from egohod import config as training_config
+from egohod.data.decoders import choose_decoder
+from egohod.data.frames import segment_indices
+from egohod.distributed import setup
+from egohod.evaluation.config import BenchmarkConfig
+from egohod.evaluation.embed import embed_clips
+from egohod.evaluation.metrics import graded_scores
+from egohod.evaluation.runner import PROTOCOLS, benchmark, execution_of, read_benchmark, tasks_of
+from egohod.evaluation.tasks import knn_probe, linear_probe
+from egohod.hod import config
+from egohod.hod.pipeline import STAGES, Pipeline, build
+from egohod.hod.store import Shard
+from egohod.model.config import IMAGE_STATS
+from egohod.model.egovideo import create_model
+
+CHUNK_SECONDS = 15.0
+TEST_CLIPS, NOISE = 1000, 4.0
+
+# --------------------------------------------------------------------------------------------------
+# eval
+# --------------------------------------------------------------------------------------------------
+
+
+def eval_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--videos", type=int, default=9668)
+    add("--texts", type=int, default=3842)
+    add("--rounds", type=int, default=3)
+    add("--full", metavar="FOLDER", help="MIR and CLS of the real EK100 csvs there, random features")
+    add("--demo", metavar="FOLDER", help="clips a second on this split of a demo world (--benchmarks)")
+    add("--workers", type=int, default=2, help="decoding processes with --demo (default: 2)")
+    add("--precision", default="fp32", help="evaluate.precision with --demo, of both (default: fp32)")
+
+
+def evaluation(options: argparse.Namespace) -> dict[str, Any]:
+    """Time of graded metrics against full-matrix sorting, or one of the two end-to-end variants."""
+    if options.full:
+        return _full_benchmark(options)
+    if options.demo:
+        return _throughput(options)
+    rng = np.random.default_rng(0)
+    sim = rng.standard_normal((options.videos, options.texts))
+    rel = rng.choice([0, 0.25, 0.5, 1], size=sim.shape, p=[0.9, 0.05, 0.045, 0.005])
+    times: dict[str, list[float]] = {"ours": [], "baseline": []}
+    # Alternating, so that a noisy machine disturbs both.
+    for _ in range(options.rounds):
+        start = time.perf_counter()
+        scores = graded_scores(sim.astype(np.float32), rel)
+        times["ours"].append(time.perf_counter() - start)
+        start = time.perf_counter()
+        plain = [(_plain_map(s, r), _plain_ndcg(s, r)) for s, r in ((sim, rel), (sim.T, rel.T))]
+        times["baseline"].append(time.perf_counter() - start)
+    ours = [(scores.mean_average_precision.v2t, scores.ndcg.v2t), (scores.mean_average_precision.t2v, scores.ndcg.t2v)]
+    single = sim.astype(np.float32)
+    # Traced separately: tracing slows every allocation down.
+    tracemalloc.start()
+    graded_scores(single, rel)
+    _, extra = tracemalloc.get_traced_memory()
+    return {
+        "videos": options.videos,
+        "texts": options.texts,
+        "ours_s": float(np.median(times["ours"])),
+        "baseline_s": float(np.median(times["baseline"])),
+        "ratios": [slow / fast for slow, fast in zip(times["baseline"], times["ours"], strict=True)],
+        "extra_mb": extra / 1e6,
+        "largest_difference": float(np.abs(np.subtract(ours, plain)).max()),
+    }
+
+
+def eval_text(result: dict[str, Any]) -> str:
+    if "lines" in result:
+        return "\n".join(result["lines"])
+    ratios = sorted(result["ratios"])
+    return (
+        f"mAP and nDCG, both directions, {result['videos']:,} x {result['texts']:,}: {result['ours_s']:.1f} s, "
+        f"by plain sorting {result['baseline_s']:.1f} s\n"
+        f"ratio {np.median(ratios):.1f} ({ratios[0]:.1f} to {ratios[-1]:.1f}); "
+        f"{result['extra_mb']:.0f} MB extra; largest difference {result['largest_difference']:.1e}"
+    )
+
+
+def _plain_map(sim: np.ndarray, rel: np.ndarray) -> float:
+    ranked = np.take_along_axis(rel, np.argsort(-sim, axis=1), axis=1)
+    precision = np.cumsum(ranked, axis=1) / np.arange(1, rel.shape[1] + 1)
+    full = ranked == 1
+    return float(np.mean((precision * full).sum(axis=1) / full.sum(axis=1)))
+
+
+def _plain_ndcg(sim: np.ndarray, rel: np.ndarray) -> float:
+    rank = np.arange(1, rel.shape[1] + 1)
+    counted = (rank <= (rel > 0).sum(axis=1, keepdims=True)) / np.log2(rank + 1)
+    gain, ideal = (np.take_along_axis(rel, np.argsort(-by, axis=1), axis=1) * counted for by in (sim, rel))
+    return float(np.mean(gain.sum(axis=1) / ideal.sum(axis=1)))
+
+
+def _full_benchmark(options: argparse.Namespace) -> dict[str, Any]:
+    """MIR and CLS of the real EPIC-KITCHENS-100 csvs, end to end except for the videos: features are random."""
+    protocol, start = PROTOCOLS["clean"], time.perf_counter()
+    generator = torch.Generator().manual_seed(0)
+
+    def features(rows: int) -> torch.Tensor:
+        return torch.nn.functional.normalize(torch.randn(rows, 512, generator=generator), dim=-1)
+
+    lines = []
+    for kind in ("ek100_mir", "ek100_cls"):
+        settings = BenchmarkConfig(kind=kind, metadata=options.full, root=".")
+        content = read_benchmark(kind, settings, protocol.prompts)[1]
+        video = features(len(content.clips))
+        for table in tasks_of(content):
+            text = features(len(table.texts))
+            for name, score in table.measure(video, text).items():
+                low, high = score.interval()
+                lines.append(f"{kind}/{name:<20} {score.value:6.2f} [{low:.2f}, {high:.2f}]  chance {score.chance:.2f}")
+            table.details(video, text)
+        lines += content.notes
+    seconds, peak = time.perf_counter() - start, peak_bytes() / 1e9
+    lines.append(f"{seconds:.0f} s, peak memory of the process {peak:.1f} GB")
+    return {"seconds": seconds, "peak_gb": peak, "lines": lines}
+
+
+def _throughput(options: argparse.Namespace) -> dict[str, Any]:
+    """Clips per second of an evaluation, against a loop that decodes, transforms and encodes one clip at a time.
+
+    Threads must not spin while they wait, as in exps/eval.sh: set OMP_WAIT_POLICY=PASSIVE.
+    """
+    knobs = [f"data.workers={options.workers}", "data.decoder=auto", f"evaluate.precision={options.precision}"]
+    cfg = training_config.load(training_config.PROJECT / "configs" / "demo.yml", knobs)
+    dist = setup("cpu")
+    model = create_model(cfg.model, cfg.loss).eval()
+    settings = BenchmarkConfig(
+        kind="ek100_cls", metadata=f"{options.demo}/benchmarks/ek100", root=f"{options.demo}/videos"
+    )
+    bench = benchmark(cfg, "ek100_cls", settings, execution_of(cfg, dist))
+    size, clips, precision = bench.dataset.size, bench.dataset.clips, bench.execution.precision
+    wall: dict[str, list[float]] = {"ours": [], "loop": []}
+    cpu: dict[str, list[float]] = {"ours": [], "loop": []}
+    waiting, decoding = [], []
+    for _ in range(options.rounds):
+        start, before, children = time.perf_counter(), cpu_seconds(), cpu_seconds(resource.RUSAGE_CHILDREN)
+        _, report = embed_clips(
+            model, bench.dataset, batch_size=cfg.evaluate.batch_size, workers=options.workers, dist=dist,
+            precision=precision,
+        )  # fmt: skip
+        wall["ours"].append(time.perf_counter() - start)
+        cpu["ours"].append(cpu_seconds() - before)
+        decoding.append((cpu_seconds(resource.RUSAGE_CHILDREN) - children) / cpu["ours"][-1])
+        waiting.append(report.waiting / report.seconds)
+        start, before = time.perf_counter(), cpu_seconds()
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            for i in range(len(clips)):
+                _one_clip(
+                    model, options.demo, clips.videos[i], clips.start[i], clips.end[i], cfg.model.num_frames, size
+                )
+        wall["loop"].append(time.perf_counter() - start)
+        cpu["loop"].append(cpu_seconds() - before)
+    ratios = sorted(slow / fast for slow, fast in zip(wall["loop"], wall["ours"], strict=True))
+    ours, loop = (len(clips) / float(np.median(wall[name])) for name in ("ours", "loop"))
+    ours_ms, loop_ms = (1000 * float(np.median(cpu[name])) / len(clips) for name in ("ours", "loop"))
+    lines = [
+        f"{len(clips)} clips of {cfg.model.num_frames} frames: {ours:.1f} clips/s, one at a time {loop:.1f} clips/s",
+        f"ratio {np.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}); "
+        f"waits for clips {np.median(waiting):.0%}",
+        f"CPU time a clip: {ours_ms:.1f} ms, of which {np.median(decoding):.0%} in the decoding processes; "
+        f"one at a time {loop_ms:.1f} ms",
+    ]
+    return {"clips_per_second": ours, "baseline_clips_per_second": loop, "ratios": ratios, "lines": lines}
+
+
+def cpu_seconds(*processes: int) -> float:
+    """CPU time of this process and of the workers that have ended, or of one of both."""
+    return sum(
+        sum(resource.getrusage(who)[:2]) for who in processes or (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+
+
+@torch.no_grad()
+def _one_clip(model: Any, root: str, video: str, start: float, end: float, frames: int, size: int) -> torch.Tensor:
+    """The usual way: decord to full frames, float32, resize, crop, normalise, encode."""
+    choose_decoder("decord")  # which not every machine has
+    import decord
+
+    pictures = []
+    for number in range(int(start // CHUNK_SECONDS), int(np.nextafter(end, start) // CHUNK_SECONDS) + 1):
+        reader = decord.VideoReader(f"{root}/videos/{video}/{number:04d}.mp4", num_threads=1)
+        fps = reader.get_avg_fps()
+        wanted = segment_indices(round(start * fps), round(end * fps), frames) - round(number * CHUNK_SECONDS * fps)
+        wanted = wanted[(wanted >= 0) & (wanted < len(reader))]
+        if len(wanted):
+            pictures.append(reader.get_batch(wanted.tolist()).asnumpy())
+    clip = torch.from_numpy(np.concatenate(pictures)).permute(3, 0, 1, 2).float() / 255
+    height, width = clip.shape[2:]
+    scale = size / min(height, width)
+    clip = torch.nn.functional.interpolate(
+        clip.transpose(0, 1), (round(height * scale), round(width * scale)), mode="bicubic", antialias=True
+    )
+    left = (clip.shape[3] - size) // 2
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in IMAGE_STATS["clip"])
+    return model.encode_video(((clip[..., left : left + size] - mean) / std).transpose(0, 1)[None], normalize=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# probe
+# --------------------------------------------------------------------------------------------------
+
+
+def probe_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--clips", type=int, default=10_000, help="training clips (default: 10,000)")
+    add("--width", type=int, default=512, help="dimension of a feature (default: 512)")
+    add("--classes", type=int, default=100, help="classes (default: 100)")
+    add("--threads", type=int, default=2, help="threads to compute with (default: 2)")
+
+
+def probe(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds, CPU seconds and top-1 accuracy of both probes."""
+    torch.set_num_threads(options.threads)
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(options.clips + TEST_CLIPS) % options.classes
+    centres = torch.randn(options.classes, options.width, generator=generator)
+    features = centres[labels] + NOISE * torch.randn(len(labels), options.width, generator=generator)
+    result = {name: vars(options)[name] for name in ("clips", "width", "classes", "threads")}
+    train, test = slice(options.clips), slice(options.clips, None)
+    for name, fit in (("linear", linear_probe), ("knn", knn_probe)):
+        wall, cpu = time.monotonic(), time.process_time()
+        answer = fit(features[train], labels[train], features[test], options.classes)
+        result |= {f"{name}_s": time.monotonic() - wall, f"{name}_cpu_s": time.process_time() - cpu}
+        result[f"{name}_top1"] = 100 * float((answer.classes == labels[test]).float().mean())
+    return result
+
+
+def probe_text(result: dict[str, Any]) -> str:
+    head = f"{result['clips']:,} clips, {result['width']} numbers each, {result['classes']} classes, "
+    lines = [head + f"{result['threads']} threads; the time includes choosing weight decay and k"]
+    for name in ("linear", "knn"):
+        seconds, cpu, top1 = (result[f"{name}_{each}"] for each in ("s", "cpu_s", "top1"))
+        lines.append(f"{name:<7}{seconds:6.1f} s ({cpu:.1f} s of CPU), top-1 {top1:.1f} % of {TEST_CLIPS:,} test clips")
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------
+# hod
+# --------------------------------------------------------------------------------------------------
+
+
+def hod_options(parser: argparse.ArgumentParser) -> None:
+    cli.add_config_file(parser, "configs/hod/demo.yml")
+    parser.add_argument("--clips", type=int, default=60, help="of the first clips of the metadata (default: 60)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="knobs of the pipeline")
+
+
+def hod(options: argparse.Namespace) -> dict[str, Any]:
+    """Clips per second of the pipeline, the share of each stage, and peak memory."""
+    spent: dict[str, list[float]] = {stage: [] for stage in (*STAGES, "loop")}
+    memory = _MemoryPeak()
+    # Alternating, so that a noisy machine disturbs both.
+    for _ in range(options.rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            pipeline = _pipeline(options, Path(folder))
+            # A shard of one block is the first clips.
+            shard = Shard(0, -(-len(pipeline.table) // options.clips))
+            clips = pipeline.clips(shard)
+            with memory:
+                for stage in STAGES:
+                    start = time.perf_counter()
+                    pipeline.run([stage], shard)
+                    spent[stage].append(time.perf_counter() - start)
+            start = time.perf_counter()
+            alone = _pipeline(options, Path(folder), "workers=0")
+            for index in clips:
+                for _ in alone.try_clip(index):
+                    pass
+            spent["loop"].append(time.perf_counter() - start)
+    ours = [sum(spent[stage][i] for stage in STAGES) for i in range(options.rounds)]
+    return {
+        "clips": len(clips),
+        "workers": pipeline.cfg.workers,
+        "clips_per_second": len(clips) / statistics.median(ours),
+        "share": {
+            stage: statistics.median(part / whole for part, whole in zip(spent[stage], ours, strict=True))
+            for stage in STAGES
+        },
+        "milliseconds": {stage: 1000 * statistics.median(spent[stage]) / len(clips) for stage in STAGES},
+        "ratio_to_a_loop": statistics.median(slow / fast for slow, fast in zip(spent["loop"], ours, strict=True)),
+        "worker_mb": memory.worker,
+        "main_mb": memory.main,
+    }
+
+
+def hod_text(result: dict[str, Any]) -> str:
+    stages = ", ".join(
+        f"{stage} {result['milliseconds'][stage]:.1f} ms ({result['share'][stage]:.0%})" for stage in STAGES
+    )
+    return (
+        f"{result['clips']} clips, {result['workers']} workers: {result['clips_per_second']:.1f} clips/s, "
+        f"{result['ratio_to_a_loop']:.2f} x a loop in one process\na clip: {stages}\n"
+        f"peak memory: a worker {result['worker_mb']:.0f} MB of its own, the main process {result['main_mb']:.0f} MB"
+    )
+
+
+class _MemoryPeak:
+    """Within, samples the memory (MB) of this process and of the largest worker, that of its children included.
+
+    A detector such as MediaPipe is a child of its worker and counts as the worker's.
+    """
+
+    def __init__(self) -> None:
+        self.main = self.worker = 0.0
+
+    def __enter__(self) -> _MemoryPeak:
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        this = psutil.Process()
+        while not self._over.wait(0.1):
+            self.main = max(self.main, this.memory_info().rss / 1e6)
+            for each in this.children():
+                try:
+                    processes = [each, *each.children(recursive=True)]
+                    # USS: pages that a forked worker shares with its parent are counted once, as the parent's.
+                    self.worker = max(self.worker, sum(one.memory_full_info().uss for one in processes) / 1e6)
+                except psutil.NoSuchProcess:
+                    continue
+
+
+def _pipeline(options: argparse.Namespace, folder: Path, *more: str) -> Pipeline:
+    knobs = [*options.overrides, f"block={options.clips}", f"output={folder / 'hod.csv'}", *more]
+    return build(config.load(options.config_file, knobs))

@@ -1,0 +1,394 @@
+"""Benchmarks of a training step: ``step``, ``slowfast`` and ``memory`` of ``tools/bench.py``.
+
+``step``: forward, loss and backward of both towers on random clips. Operations are counted as they happen (PyTorch's
+FlopCounterMode, attention included) in the plain form: all tokens pass every block, 77 text tokens. The fraction of
+peak is that nominal work per second over a large matrix product's, both in the same precision, in alternating rounds
+of one run. Memory is measured in a fresh process per variant.
+
+``slowfast``: a co-training step beside the same step with all weights trained. In the twin step the blocks' weights
+receive gradients from the fast path as well, which is the same computation forward and a weight gradient more for
+every frozen product backward. Operations and bytes saved for the backward pass are counted on fake tensors, so they
+are the same on every machine; seconds are the best of alternating rounds, by the clock and, without a GPU, of
+processor time, which other work on the machine changes less.
+
+``memory``: frames, checkpointing and batch against peak memory. Without a GPU the peak is predicted: weights,
+gradients and AdamW's moments, plus what autograd saves per clip, counted on fake tensors. On a GPU a step of the
+smallest batch of each row is run as well, and the measured peak is printed beside the prediction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from egohod.config import Config
+from egohod.distributed import pick_device, pick_precision, setup
+from egohod.loss.contrastive import ContrastiveLoss
+from egohod.model import slowfast as slowfast_model
+from egohod.model.config import ModelConfig
+from egohod.model.egovideo import DualEncoder, create_model
+from egohod.model.flops import count_flops, saved_bytes, step_flops
+from egohod.model.video import VideoTransformer
+from egohod.model.zoo import GEOMETRIES
+from egohod.training.config import TrainConfig
+from egohod.training.memory import SHARE, Memory, predict
+from egohod.training.setup import split_batch
+from egohod.training.step import TrainStep
+
+# Large enough to be bound by arithmetic, small enough that a round takes less than a second.
+MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
+MATMULS_PER_ROUND = {"cpu": 4, "cuda": 50}
+START_OF_TEXT, END_OF_TEXT = 49406, 49407
+DEVICES_GB = (24, 80)
+PROCESSES = (1, 4, 8)
+
+
+# --------------------------------------------------------------------------------------------------
+# What step and slowfast share
+# --------------------------------------------------------------------------------------------------
+
+
+def _add_step_options(parser: argparse.ArgumentParser, *, model: str, frames: int, batch_size: int) -> None:
+    """Options of a benchmark that runs a step; it accepts geometries of the same kind as ``model``."""
+    alike = [name for name, geometry in GEOMETRIES.items() if geometry.slowfast == GEOMETRIES[model].slowfast]
+    add = parser.add_argument
+    add("--model", default=model, choices=alike, help=f"geometry (default: {model})")
+    add("--frames", type=int, default=frames, help=f"frames per clip (default: {frames})")
+    add("--batch_size", type=int, default=batch_size, help=f"clips per step (default: {batch_size})")
+    add("--text_length", type=int, default=77, help="text tokens computed (default: 77, no cutting)")
+    add("--rounds", type=int, default=3, help="timed steps, after one to warm up (default: 3)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
+
+
+def _machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "precision": str(dtype).removeprefix("torch."),
+    }
+
+
+def _prepare(
+    options: argparse.Namespace, checkpointing: bool
+) -> tuple[DualEncoder, Callable[[], None], torch.device, torch.dtype]:
+    """The model and a function that runs one step of it on fixed random data."""
+    device = pick_device(options.device)
+    dtype = pick_precision(options.precision, device)
+    torch.manual_seed(0)
+    config = ModelConfig(name=options.model, num_frames=options.frames, gradient_checkpointing=checkpointing)
+    model, loss_fn = create_model(config).to(device), ContrastiveLoss()
+    size = model.geometry.image_size
+    video = torch.randn(options.batch_size, 3, options.frames, size, size, device=device)
+    tokens = torch.randint(1, START_OF_TEXT, (options.batch_size, options.text_length), device=device)
+    tokens[:, 0], tokens[:, -1] = START_OF_TEXT, END_OF_TEXT
+
+    def step() -> None:
+        model.zero_grad()
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            output = model(video, tokens)
+        loss_fn(**output)["loss"].backward()
+
+    return model, step, device, dtype
+
+
+def _seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """Time until the device has finished ``work()``."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        # Kernels are queued: without this only the launches would be timed.
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def peak_bytes() -> int:
+    """The peak resident memory of this process; macOS counts bytes, Linux kilobytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+# --------------------------------------------------------------------------------------------------
+# step
+# --------------------------------------------------------------------------------------------------
+
+
+def step_options(parser: argparse.ArgumentParser) -> None:
+    _add_step_options(parser, model="CLIP_VITB16", frames=4, batch_size=4)
+    parser.add_argument("--compile", action="store_true", help="torch.compile both towers")
+    parser.add_argument("--no_memory", action="store_true", help="leave the memory variants out")
+    parser.add_argument("--memory_of", choices=("plain", "checkpointed"), help=argparse.SUPPRESS)
+
+
+def step(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds per step and the share of the matmul peak (the best round of each counts), and memory by variant."""
+    if options.memory_of:
+        return _step_memory(options)
+    memory = {}
+    # Before this process grows: Linux passes its own peak on to its children.
+    for variant in () if options.no_memory else ("plain", "checkpointed"):
+        # The peak of a process can only be read once, so each variant gets a process of its own.
+        command = [sys.executable, str(Path(sys.argv[0]).resolve()), *sys.argv[1:], "--json", "--memory_of", variant]
+        child = subprocess.run(command, capture_output=True, text=True, check=True)
+        memory[variant] = json.loads(child.stdout.splitlines()[-1])
+    model, run_step, device, dtype = _prepare(options, checkpointing=False)
+    counted = count_flops(run_step)  # also the warm-up
+    if options.compile:
+        model.compile_towers()
+        run_step()
+    steps, matmuls = [], []
+    # Alternating, so that a noisy machine disturbs both.
+    for _ in range(options.rounds):
+        matmuls.append(_matmul_flops_per_second(device, dtype))
+        steps.append(_seconds(run_step, device))
+    best, peak = min(steps), max(matmuls)
+    nominal = options.batch_size * _nominal_flops(model, options)
+    formula = options.batch_size * step_flops(model.geometry, options.frames, options.text_length)
+    return {
+        "model": options.model,
+        "frames": options.frames,
+        "batch_size": options.batch_size,
+        "text_length": options.text_length,
+        **_machine(device, dtype),
+        "compiled": options.compile,
+        "step_seconds": best,
+        "clips_per_second": options.batch_size / best,
+        "nominal_tflop": nominal / 1e12,
+        "counted_tflop": counted / 1e12,
+        "counted_over_formula": counted / formula,
+        "matmul_peak_gflops": peak / 1e9,
+        "fraction_of_peak_nominal": nominal / best / peak,
+        "fraction_of_peak_counted": counted / best / peak,
+        "memory": memory,
+    }
+
+
+def _step_memory(options: argparse.Namespace) -> dict[str, float]:
+    """Peak over two steps, and what autograd saves per clip."""
+    model, run_step, device, dtype = _prepare(options, checkpointing=options.memory_of == "checkpointed")
+    # The second step has the gradients of the first in memory, as in training.
+    run_step()
+    run_step()
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_bytes()
+    size = model.geometry.image_size
+
+    def forward() -> Tensor:
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            video = torch.zeros(1, 3, options.frames, size, size, device=device)
+            tokens = torch.ones(1, options.text_length, dtype=torch.long, device=device)
+            output = model(video, tokens)
+        return output["video_features"].sum() + output["text_features"].sum()
+
+    return {"peak_gb": round(peak / 1e9, 3), "saved_per_clip_mb": round(saved_bytes(forward, model) / 1e6, 1)}
+
+
+def _nominal_flops(model: DualEncoder, options: argparse.Namespace) -> int:
+    """Operations per clip of a plain implementation, which takes all tokens through the last block."""
+    with torch.device("meta"):
+        twin = create_model(ModelConfig(name=options.model, num_frames=options.frames))
+        size = model.geometry.image_size
+        video = torch.empty(2, 3, options.frames, size, size)
+        tokens = torch.zeros(2, options.text_length, dtype=torch.long)
+
+    def plain() -> None:
+        pooled = twin.visual.ln_post(twin.visual.tokens(video)) @ twin.visual.image_projection
+        (pooled.sum() + twin.textual(tokens).sum()).backward()
+
+    return count_flops(plain) // 2
+
+
+def _matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    n, repeats = MATMUL_SIZE[device.type], MATMULS_PER_ROUND[device.type]
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    torch.mm(a, b)  # warm-up
+
+    def products() -> None:
+        for _ in range(repeats):
+            torch.mm(a, b)
+
+    return repeats * 2 * n**3 / _seconds(products, device)
+
+
+# --------------------------------------------------------------------------------------------------
+# slowfast
+# --------------------------------------------------------------------------------------------------
+
+
+def slowfast_options(parser: argparse.ArgumentParser) -> None:
+    _add_step_options(parser, model="CLIP_VITB16_Slowfast", frames=16, batch_size=2)
+    parser.add_argument("--no_time", action="store_true", help="only count")
+
+
+def slowfast(options: argparse.Namespace) -> dict[str, Any]:
+    """Cost of a co-training step, of the step with all weights trained, and their ratios."""
+    device = pick_device(options.device)
+    dtype = pick_precision(options.precision, device)
+    result = {"model": options.model, "frames": options.frames, "batch_size": options.batch_size}
+    result |= _machine(device, dtype)
+    config = ModelConfig(name=options.model, num_frames=options.frames)
+    pairs = count_slowfast(config, options.batch_size, options.text_length, dtype)
+    if not options.no_time:
+        pairs |= _time_slowfast(options)
+    for name, (ours, twin) in pairs.items():
+        result |= {name: ours, f"{name}_all_trained": twin, f"{name}_ratio": ours / twin}
+    return result
+
+
+@contextmanager
+def all_trained(model: DualEncoder) -> Iterator[None]:
+    """Within, the fast path trains the blocks' weights too: the same outputs, all gradients."""
+    tower = model.visual
+
+    def embed(video: Tensor, frozen: bool = False) -> tuple[Tensor, Tensor | None]:
+        return VideoTransformer.embed(tower, video)
+
+    # An empty replacement of a module's parameters means that it uses its own, with gradients.
+    with mock.patch.object(slowfast_model, "detached", return_value={}), mock.patch.object(tower, "embed", embed):
+        yield
+
+
+def count_slowfast(
+    config: ModelConfig, batch_size: int, text_length: int, dtype: torch.dtype
+) -> dict[str, tuple[float, float]]:
+    """TFLOP of a step, and GB that autograd saves for its backward pass: (co-training, all trained)."""
+    counts = []
+    with FakeTensorMode():
+        model = create_model(config)
+        size = model.geometry.image_size
+        video = torch.empty(batch_size, 3, config.num_frames, size, size)
+        tokens = torch.zeros(batch_size, text_length, dtype=torch.long)
+
+        def forward() -> dict[str, Tensor]:
+            with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+                return model(video, tokens)
+
+        def step() -> None:
+            ContrastiveLoss()(**forward())["loss"].backward()
+
+        for variant in (nullcontext(), all_trained(model)):
+            with variant:
+                counts.append((count_flops(step) / 1e12, saved_bytes(forward, model) / 1e9))
+    (flops, saved), (all_flops, all_saved) = counts
+    return {"tflop": (flops, all_flops), "saved_gb": (saved, all_saved)}
+
+
+def _time_slowfast(options: argparse.Namespace) -> dict[str, tuple[float, float]]:
+    """Seconds of a step, by the clock and of the processor: (co-training, all trained)."""
+    model, run_step, device, _ = _prepare(options, checkpointing=False)
+    for block in model.visual.transformer.resblocks:
+        # An adapter at its zero start is the same work, but no kernel should be able to exploit the zeros.
+        torch.nn.init.normal_(block.adapter.up_proj.weight, std=0.02)
+    clock: tuple[list[float], list[float]] = ([], [])
+    processor: tuple[list[float], list[float]] = ([], [])
+    for _ in range(options.rounds + 1):
+        for which, variant in enumerate((nullcontext(), all_trained(model))):
+            with variant:
+                start = time.process_time()
+                clock[which].append(_seconds(run_step, device))
+                processor[which].append(time.process_time() - start)
+    # The first round is the warm-up.
+    pairs = {"step_seconds": (min(clock[0][1:]), min(clock[1][1:]))}
+    if device.type == "cpu":
+        pairs["step_cpu_seconds"] = (min(processor[0][1:]), min(processor[1][1:]))
+    return pairs
+
+
+# --------------------------------------------------------------------------------------------------
+# memory
+# --------------------------------------------------------------------------------------------------
+
+
+def memory_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", default="CLIP_VITB16", choices=list(GEOMETRIES), help="geometry")
+    add("--frames", type=int, nargs="+", default=[4, 16], help="frames per clip (default: 4 16)")
+    add("--batches", type=int, nargs="+", default=[8, 32, 128], help="clips at a time (8 32 128)")
+    add("--global_batch_size", type=int, default=2048, help="clips per step (default: 2048)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add("--precision", default="bf16", choices=("fp32", "bf16", "fp16"))
+
+
+def memory(options: argparse.Namespace) -> dict[str, Any]:
+    """Predicted peak memory by frames, checkpointing and clips at a time; measured as well where there is a GPU."""
+    device = pick_device(options.device)
+    dtype = pick_precision(options.precision, device)
+    rows = []
+    for frames in options.frames:
+        for checkpointing in (False, True):
+            config = ModelConfig(name=options.model, num_frames=frames, gradient_checkpointing=checkpointing)
+            memory = predict(config, dtype=dtype)
+            row: dict[str, Any] = {
+                "frames": frames,
+                "checkpointing": checkpointing,
+                "mb_per_clip": memory.per_clip / 1e6,
+                "peak_gb": {batch: memory.peak(batch) / 1e9 for batch in options.batches},
+                "fits": {size: _splits(memory, size, options.global_batch_size) for size in DEVICES_GB},
+            }
+            if device.type == "cuda":
+                row["measured_gb"] = _measured_peak(config, options, min(options.batches)) / 1e9
+            rows.append(row)
+    result = {"model": options.model, "precision": options.precision, "global_batch_size": options.global_batch_size}
+    return result | {"rows": rows}
+
+
+def _splits(memory: Memory, gigabytes: int, global_batch_size: int) -> dict[int, str]:
+    """Processes -> clips at a time x passes per step; '-' where not even one clip fits."""
+    largest = memory.fits(gigabytes * 1e9)
+    if largest < 1:
+        return dict.fromkeys(PROCESSES, "-")
+    return {n: "{} x {}".format(*split_batch(global_batch_size, n, largest)) for n in PROCESSES}
+
+
+def _measured_peak(config: ModelConfig, options: argparse.Namespace, batch: int) -> int:
+    """Peak bytes of a training step on the GPU, optimizer included."""
+    dist = setup(options.device)
+    cfg = Config(model=config, train=TrainConfig(global_batch_size=batch, precision=options.precision))
+    model = create_model(config).to(dist.device)
+    train_step = TrainStep(model, cfg, dist, total_steps=2, steps_per_epoch=2)
+    size, length = model.geometry.image_size, model.geometry.context_length
+    clips = {
+        "video": torch.randint(256, (batch, 3, config.num_frames, size, size), dtype=torch.uint8),
+        "tokens": torch.ones(batch, length, dtype=torch.long),
+    }
+    torch.cuda.reset_peak_memory_stats()
+    # AdamW allocates its moments in the first step; only the second has all of them at its peak.
+    for number in (1, 2):
+        train_step(number, [clips])
+    return torch.cuda.max_memory_allocated()
+
+
+def memory_text(result: dict[str, Any]) -> str:
+    """A Markdown table, as in docs/large_batches.md."""
+    rows = result["rows"]
+    measured = ["measured"] if "measured_gb" in rows[0] else []
+    batches = [f"{batch} clips" for batch in rows[0]["peak_gb"]]
+    devices = [f"{n} x {size} GB" for size in DEVICES_GB for n in PROCESSES]
+    head = ["frames", "checkpointing", "MB a clip", *batches, *measured, *devices]
+    lines = [
+        f"{result['model']}, {result['precision']}: peak GB by clips at a time, and how a step of "
+        f"{result['global_batch_size']} clips is split (clips at a time x passes, {SHARE:.0%} of the memory used)",
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+    ]
+    for row in rows:
+        cells = [str(row["frames"]), "yes" if row["checkpointing"] else "no", f"{row['mb_per_clip']:.0f}"]
+        cells += [f"{peak:.1f}" for peak in row["peak_gb"].values()]
+        cells += [f"{row['measured_gb']:.1f}"] if measured else []
+        cells += [row["fits"][size][n] for size in DEVICES_GB for n in PROCESSES]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
