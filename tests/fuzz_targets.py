@@ -40,7 +40,6 @@ from egohod.data.relevancy import cached_matrix, csv_relevancy, read_relevancy, 
 from egohod.data.storage import LocalCache
 from egohod.data.table import ClipSource, choose_text
 from egohod.data.text import Tokenizer
-from egohod.data.verify import Verifier
 from egohod.demo import write as demo
 from egohod.distributed import Distributed
 from egohod.errors import UserError
@@ -70,6 +69,7 @@ from egohod.training.telemetry import _truncate
 from tests.data.video_files import encode, picture
 from tests.model.field_files import write_archive, write_avion, write_safetensors, write_upstream
 from tools import ablate, convert_checkpoint, mean_results
+from tools.verify_dataset import Verifier
 
 ROOT = Path(__file__).parents[1]
 VIDEO = "v"
@@ -487,7 +487,7 @@ def _seed_verify(folder: Path) -> None:
 
 
 def _read_verify(folder: Path) -> None:
-    _verifier(folder).run(0, lambda *_: None)
+    _verifier(folder).run(0)
 
 
 def _verifier(folder: Path) -> Verifier:
@@ -696,9 +696,8 @@ def _read_metrics(folder: Path) -> None:
 
 
 def _seed_world(folder: Path) -> None:
-    demo._save(
-        folder, demo._world(folder, 0, 0.01, demo.DEFAULT) | {"done": {"train": True, "val": True, "test": True}}
-    )
+    world = demo._read_world(folder, 0, 0.01, demo.DEFAULT) | {"done": {"train": True, "val": True, "test": True}}
+    (folder / "world.json").write_text(json.dumps(world))
 
 
 TARGETS: dict[str, Target] = {

@@ -5,7 +5,7 @@
     python tools/make_demo_data.py --benchmarks                  # and the test world as EK100, EGTEA, EgoMCQ, ...
     python tools/make_demo_data.py --preview world.png           # only a contact sheet to look at
 
-An interrupted run goes on where it stopped; a complete folder is left as it is.
+Rerun to resume after an interruption; a complete folder is left as it is.
 """
 
 from __future__ import annotations
@@ -32,36 +32,23 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = tool_parser(__doc__)
     add = parser.add_argument
     add("--output", type=Path, default=Path("demo_data"), help="folder of the world (default: demo_data)")
-    add("--seed", type=int, default=0, help="the world follows from it, bit by bit (default: 0)")
+    add("--seed", type=int, default=0, help="the world is a function of it, bit for bit (default: 0)")
     add("--scale", type=float, default=1.0, help="1 is 2,000 + 300 + 500 clips (default: 1)")
     add("--objects", type=int, default=DEFAULT.objects, help="how many objects there are (default: all 12)")
     add("--reach", type=float, default=DEFAULT.reach, help="how far motions go (default: 1)")
-    spread = "where brief events lie: anywhere in a clip (1) to its very middle (0); default: 1"
+    spread = "where brief events are: anywhere in a clip (1) to its very middle (0); default: 1"
     add("--event_spread", type=float, default=DEFAULT.event_spread, help=spread)
-    add("--idle_rests", action="store_true", help="the other hand always rests, so only the motion tells takes apart")
+    add(
+        "--idle_rests",
+        action="store_true",
+        help="the other hand always rests: the motion alone distinguishes takes",
+    )
     add("--workers", type=int, default=None, help="rendering processes (default: one per core)")
     add("--splits", default=",".join(SPLITS), help="which of train, val and test, comma-separated (default: all)")
     add("--preview", type=Path, metavar="PNG", help="draw a contact sheet of a few clips instead of a world")
     add("--benchmarks", action="store_true", help="also write the test world in the formats of the field's benchmarks")
-    add("--dry_run", action="store_true", help="say what would be written, and write nothing")
+    add("--dry_run", action="store_true", help="print what would be written, and write nothing")
     return parser.parse_args(argv)
-
-
-class Progress:
-    """A line at most every two seconds, with the time left."""
-
-    def __init__(self) -> None:
-        self.began, self.said = time.monotonic(), 0.0
-
-    def __call__(self, split: str, done: int, total: int) -> None:
-        """Say how far a split is."""
-        now = time.monotonic()
-        if done == total or now - self.said > 2:
-            left = (now - self.began) / done * (total - done)
-            log.info("%-5s %3d %%  %d of %d frames, %.0f s left", split, 100 * done // total, done, total, left)
-            self.said = now
-        if done == total:
-            self.began, self.said = now, 0.0  # for the next split
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,20 +71,18 @@ def main(argv: list[str] | None = None) -> int:
                 )
             return 0
         began = time.monotonic()
-        made = make_world(
-            args.output, args.seed, args.scale, args.workers, splits=splits, variant=variant, progress=Progress()
-        )
+        splits = make_world(args.output, args.seed, args.scale, args.workers, splits=splits, variant=variant)
         written = args.benchmarks and write_benchmarks(args.output)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; run again to go on", file=sys.stderr)
+        print("interrupted; run again to resume", file=sys.stderr)
         return 130
     if written:
         log.info("%s: wrote the benchmarks of the test world", args.output)
-    if made:
-        log.info("%s: wrote %s in %.0f s", args.output, ", ".join(made), time.monotonic() - began)
+    if splits:
+        log.info("%s: wrote %s in %.0f s", args.output, ", ".join(splits), time.monotonic() - began)
     else:
         log.info("%s is complete, nothing to do", args.output)
     return 0

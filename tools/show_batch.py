@@ -1,28 +1,71 @@
-"""Draw a batch as the model is fed it: crop, frames, caption, mirrored clips.
+"""Draw a batch as the model's input: crop, frames, caption, mirrored clips.
 
     python tools/show_batch.py --config_file configs/demo.yml --output batch.png
     python tools/show_batch.py --config_file my.yml --step 1000 --clips 16 data.flip=0
 
-Left of each row stands the whole first picture with the crop in it, then the frames in the model's resolution; the
+Left in each row is the whole first picture with the crop in it, then the frames in the model's resolution; the
 caption is the one that goes with them (left and right changed where the clip is mirrored).
 """
 
 from __future__ import annotations
 
 import logging
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from _common import run_tool, save_picture
+from PIL import Image, ImageDraw, ImageFont
 
 from egohod import cli, config
-from egohod.data.show import sheet
+from egohod.data.dataset import View
+from egohod.data.detections import ROLE_COLOURS
 from egohod.data.storage import VideoError
 from egohod.errors import UserError
 from egohod.model.zoo import geometry
 from egohod.training.setup import build_dataset, build_plan
 
 log = logging.getLogger("show_batch")
+
+CELL = 112
+GAP, CAPTION = 4, 30
+PAPER, INK, FRAME = (250, 250, 247), (20, 20, 20), (230, 60, 30)
+
+
+def sheet(views: Sequence[tuple[str, View]], columns: int = 16) -> Image.Image:
+    """Draw (title, view) pairs: the first whole picture with its crop, then the model's input frames.
+
+    Of more than ``columns`` frames an even choice is shown.
+    """
+    count = min(columns, views[0][1].video.shape[1])
+    wide = 4 * CELL // 3
+    size = (wide + count * (CELL + GAP) + 2 * GAP, len(views) * (CELL + CAPTION + GAP) + GAP)
+    image = Image.new("RGB", size, PAPER)
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(11)
+    for row, (title, view) in enumerate(views):
+        top = GAP + row * (CELL + CAPTION + GAP)
+        mirrored = " [mirrored]" if view.flipped else ""
+        lines = textwrap.wrap(f"{title}{mirrored}: {view.text}", max(40, size[0] // 6), max_lines=2, placeholder=" ...")
+        pen.multiline_text((GAP, top), "\n".join(lines), INK, font, spacing=1)
+        whole = Image.fromarray(view.frames[0])
+        if view.box is not None:
+            y, x, height, width = view.box
+            line = max(2, whole.height // 60)
+            ImageDraw.Draw(whole).rectangle((x, y, x + width - 1, y + height - 1), outline=FRAME, width=line)
+        whole.thumbnail((wide, CELL))
+        image.paste(whole, (GAP, top + CAPTION))
+        for column, frame in enumerate(np.linspace(0, view.video.shape[1] - 1, count).round().astype(int)):
+            picture = Image.fromarray(view.video[:, frame].permute(1, 2, 0).numpy())
+            # Small inputs are shown pixel by pixel, as the model gets them.
+            resampling = Image.Resampling.NEAREST if picture.width < CELL else Image.Resampling.BICUBIC
+            picture = picture.resize((CELL, CELL), resampling)
+            for box, colour in zip(view.boxes[frame] if view.boxes is not None else (), ROLE_COLOURS, strict=False):
+                if np.isfinite(box).all():
+                    edges = (box * (CELL - 1)).round().tolist()
+                    ImageDraw.Draw(picture).rectangle(edges, outline=colour, width=2)
+            image.paste(picture, (2 * GAP + wide + column * (CELL + GAP), top + CAPTION))
+    return image
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -31,7 +74,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--step", type=int, default=1, help="the batch of this training step (default: 1)")
     parser.add_argument("--clips", type=int, default=8, help="how many of its clips (default: 8)")
     parser.add_argument("--strict", action="store_true", help="stop at the first clip or row that cannot be used")
-    parser.add_argument("--dry_run", action="store_true", help="say which clips, and draw nothing")
+    parser.add_argument("--dry_run", action="store_true", help="print which clips, and draw nothing")
     args = parser.parse_intermixed_args(arguments)
     if args.step < 1 or args.clips < 1:
         raise UserError("--step and --clips count from 1")
@@ -48,7 +91,7 @@ def main(arguments: Sequence[str]) -> int:
         except VideoError as error:
             if args.strict:
                 raise UserError(f"{dataset.where(index)}: {error}") from error
-            log.warning("left out, a training would put another clip in its place: %s", error)
+            log.warning("left out, training replaces it by another clip: %s", error)
     if args.dry_run:
         return cli.DONE
     if not views:

@@ -5,49 +5,184 @@
     python main_pretrain.py --config_file my.yml data.train.own.exclude=verified/own_exclude.csv
 
 For each source NAME of data.train the output folder gets NAME_exclude.csv (a row for each clip that cannot be read,
-with the reason), and report.json counts the reasons. An interrupted run goes on where it stopped. Exit code 0: every
-clip can be read; 1: some cannot; 2: something in the configuration or the tables that the message names.
+with the reason), and report.json counts the reasons. Rerun to resume after an interruption. Exit code 0: every clip can
+be read; 1: some cannot; 2: something in the configuration or the tables that the message names.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
+import re
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 from _common import run_tool
 
 from egohod import cli, config
-from egohod.data.verify import Verdict, Verifier
+from egohod.data.storage import VideoError, one_clip
+from egohod.data.table import EXCLUDE_COLUMNS, ClipSource
 from egohod.errors import UserError
-from egohod.runtime import usable_cores
+from egohod.runtime import Lost, Progress, Workers, atomic_write, usable_cores
 from egohod.training.setup import active_sources, build_dataset
 
 log = logging.getLogger("verify_dataset")
 
+# Clips that are read, noted and reported together.
+BLOCK = 64
+# Seconds for a block, or for one clip of a block that took longer.
+_PATIENCE = 600.0
 
-class Progress:
-    """A line every two seconds, with the time left."""
+Fault = tuple[int, str]
+"""Number of a clip, and why it cannot be read."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._begin = self._said = time.monotonic()
-        self._first: int | None = None
 
-    def __call__(self, done: int, total: int, faults: int) -> None:
-        """Say how far a source is, if it is time to."""
-        now = time.monotonic()
-        self._first = done if self._first is None else self._first
-        if done == total or now - self._said > 2:
-            rate = (done - self._first) / max(now - self._begin, 1e-9)
-            left = timedelta(seconds=round((total - done) / max(rate, 1e-9))) if rate or done == total else "unknown"
-            log.info(
-                "%s: %s of %s clips, %s unreadable, ETA %s", self._name, f"{done:,}", f"{total:,}", f"{faults:,}", left
-            )
-            self._said = now
+@dataclass
+class Verdict:
+    """The result for a source: its clips, and those that cannot be read."""
+
+    clips: int
+    faults: list[Fault] = field(default_factory=list)
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """How often each kind of fault occurs, the most frequent first."""
+        kinds = Counter[str]()
+        for _, reason in self.faults:
+            # Without the file's name, its numbers and a library's words faults of one kind are equal.
+            text = re.sub(r"^.*?: ", "", reason)
+            kinds[re.sub(r"\s*\(.*\)$", "", re.sub(r"\d+(\.\d+)?", "N", text))] += 1
+        return dict(kinds.most_common())
+
+
+class Verifier:
+    """Reads ``frames`` frames of every clip of ``source``; ``folder`` holds the results and the notes to resume from.
+
+    Raises :class:`UserError` if the folder cannot be written.
+    """
+
+    def __init__(self, name: str, source: ClipSource, folder: Path, frames: int = 4) -> None:
+        self.name = name
+        self.source = source
+        self.exclude = folder / f"{name}_exclude.csv"
+        self._notes = folder / f"{name}_progress.jsonl"
+        self._frames = frames
+        table = source.table
+        # By video and time: neighbours share files, which the system then still has in memory.
+        self._order = np.lexsort((table.column("start_second"), table.group_codes(["video"])))
+        status = table.path.stat()
+        # All that a result depends on: when it changes, everything is read again.
+        self._identity = [repr(source.config), status.st_size, status.st_mtime_ns, len(table), frames]
+
+    def _clips(self, block: int) -> list[int]:
+        return self._order[block * BLOCK : (block + 1) * BLOCK].tolist()
+
+    def _fault(self, index: int) -> str | None:
+        """Why a clip cannot be read, None if it can."""
+        row = self.source.table.row(index)
+        try:
+            with one_clip(row.video_id):
+                self.source.read(row, self._frames, None)
+        except VideoError as error:
+            return str(error)
+        return None
+
+    def _check(self, block: int) -> list[Fault]:
+        """The clips of a block that cannot be read."""
+        faults = ((index, self._fault(index)) for index in self._clips(block))
+        return [(index, reason) for index, reason in faults if reason is not None]
+
+    def estimate(self, samples: int = 3) -> float:
+        """Seconds that one process needs for all clips, measured on a few blocks."""
+        blocks = -(-len(self._order) // BLOCK)
+        chosen = np.unique(np.linspace(0, blocks - 1, samples).astype(int)).tolist()
+        begin = time.perf_counter()
+        for block in chosen:
+            self._check(block)
+        return (time.perf_counter() - begin) / len(chosen) * blocks
+
+    def run(self, workers: int, progress: Progress | None = None, strict: bool = False) -> Verdict:
+        """Read the clips that are not noted yet, and write the exclude list.
+
+        Without ``workers`` this process reads, and a video that makes a decoder crash ends it; with them the crash is
+        that clip's fault. With ``strict`` the first fault is raised as :class:`UserError`.
+        """
+        noted = self._read_notes()
+        blocks = range(-(-len(self._order) // BLOCK))
+        if noted:
+            log.info("%s: %d of %d blocks were read before an interruption", self.name, len(noted), len(blocks))
+        faults = [fault for block in noted.values() for fault in block]
+        todo = [block for block in blocks if block not in noted]
+        done = len(self._order) - sum(len(self._clips(block)) for block in todo)
+        try:
+            with self._notes.open("a", encoding="utf-8") as notes:
+                if not noted:
+                    notes.truncate(0)
+                    notes.write(json.dumps(self._identity) + "\n")
+                for block, block_faults in self._results(todo, workers):
+                    notes.write(json.dumps([block, block_faults]) + "\n")
+                    notes.flush()
+                    faults += block_faults
+                    done += len(self._clips(block))
+                    if progress:
+                        progress.update(done, total=len(self._order), note=f"{len(faults):,} unreadable")
+                    if strict and block_faults:
+                        index, reason = block_faults[0]
+                        raise UserError(f"{self.source.table.where(index)}: {reason}")
+            with atomic_write(self.exclude) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                writer.writerow([*EXCLUDE_COLUMNS, "row", "reason"])
+                for index, reason in sorted(faults):
+                    row = self.source.table.row(index)
+                    writer.writerow([row.video_id, f"{row.start:.3f}", f"{row.end:.3f}", row.row, reason])
+            # The next run reads everything again: files may have been mended since.
+            self._notes.unlink()
+        except OSError as error:
+            raise UserError(f"cannot write {self.exclude.parent}: {error.strerror or error}; run again") from error
+        return Verdict(len(self._order), sorted(faults))
+
+    def _results(self, todo: list[int], workers: int) -> Iterator[tuple[int, list[Fault]]]:
+        if not workers:
+            yield from ((block, self._check(block)) for block in todo)
+            return
+        # Workers are forked, so that they share the table's memory.
+        with Workers(workers, self._check, _PATIENCE) as pool:
+            for block, result in pool.unordered(todo):
+                yield block, self._one_by_one(block) if isinstance(result, Lost) else result
+
+    def _one_by_one(self, block: int) -> list[Fault]:
+        """The faults of a block at which a process died or took too long: the clip to blame is among them."""
+        faults = list[Fault]()
+        with Workers(1, self._fault, _PATIENCE) as pool:
+            for index, reason in pool.unordered(self._clips(block)):
+                if isinstance(reason, Lost):
+                    reason = f"{self.source.table.row(index).video_id}: {reason.reason}"
+                if reason is not None:
+                    faults.append((index, reason))
+        return faults
+
+    def _read_notes(self) -> dict[int, list[Fault]]:
+        """Faults by block, of an earlier run over the same table."""
+        try:
+            lines = self._notes.read_text(encoding="utf-8", errors="replace").split("\n")
+        except FileNotFoundError:
+            return {}
+        if not lines or lines[0] != json.dumps(self._identity):
+            return {}
+        noted = {}
+        for line in lines[1:]:
+            try:
+                block, faults = json.loads(line)
+                noted[block] = [(index, reason) for index, reason in faults]
+            except (ValueError, TypeError, RecursionError):  # cut off when the run was killed, or damaged
+                continue
+        return noted
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -57,7 +192,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--workers", type=int, default=cores, help="processes (default: one per core)")
     parser.add_argument("--frames", type=int, default=4, help="frames read of each clip (default: 4)")
     parser.add_argument("--strict", action="store_true", help="stop at the first clip or row that cannot be used")
-    parser.add_argument("--dry_run", action="store_true", help="say how much there is to do, and write nothing")
+    parser.add_argument("--dry_run", action="store_true", help="print how much there is to do, and write nothing")
     args = parser.parse_intermixed_args(arguments)
     if args.workers < 1 or args.frames < 1:
         raise UserError("--workers and --frames count from 1")
@@ -78,25 +213,23 @@ def main(arguments: Sequence[str]) -> int:
             )  # fmt: skip
         return cli.DONE
     args.output.mkdir(parents=True, exist_ok=True)
-    verdicts: dict[str, Verdict] = {}
+    verdicts = dict[str, Verdict]()
     for verifier in verifiers:
-        verdicts[verifier.name] = verifier.run(args.workers, Progress(verifier.name), args.strict)
+        with Progress(verifier.name, len(verifier.source.table)) as progress:
+            verdicts[verifier.name] = verifier.run(args.workers, progress, args.strict)
     report = {
         name: {"clips": verdict.clips, "unreadable": len(verdict.faults), "reasons": verdict.reasons}
         for name, verdict in verdicts.items()
     }
     (args.output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     for verifier in verifiers:
-        _say(verifier, verdicts[verifier.name])
+        verdict = verdicts[verifier.name]
+        log.info("%s: %d clips, %d unreadable", verifier.name, verdict.clips, len(verdict.faults))
+        for reason, count in verdict.reasons.items():
+            log.info("    %6d  %s", count, reason)
+        if verdict.faults:
+            log.info("    leave them out with data.train.%s.exclude=%s", verifier.name, verifier.exclude)
     return cli.BROKEN if any(verdict.faults for verdict in verdicts.values()) else cli.DONE
-
-
-def _say(verifier: Verifier, verdict: Verdict) -> None:
-    log.info("%s: %d clips, %d unreadable", verifier.name, verdict.clips, len(verdict.faults))
-    for reason, count in verdict.reasons.items():
-        log.info("    %6d  %s", count, reason)
-    if verdict.faults:
-        log.info("    leave them out with data.train.%s.exclude=%s", verifier.name, verifier.exclude)
 
 
 if __name__ == "__main__":

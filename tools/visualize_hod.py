@@ -25,7 +25,7 @@ import numpy as np
 from _common import run_tool
 
 from egohod import cli
-from egohod.data.show import ROLE_COLOURS
+from egohod.data.detections import ROLE_COLOURS
 from egohod.errors import UserError
 from egohod.evaluation.features import write_text
 from egohod.evaluation.html_report import data_uri, jpeg, render

@@ -933,8 +933,10 @@ def write_videos(
 
     def report() -> None:
         if progress:
-            note = f"{summary.videos + len(summary.faults)} of {len(probes)} videos"
-            progress.update(min(float(seconds_done.value), total), total=total, note=note)
+            ready = summary.videos + len(summary.faults)
+            # Complete is when the last video has its name, not when its last frame is encoded.
+            done = total if ready == len(probes) else min(float(seconds_done.value), total - 1e-3)
+            progress.update(done, total=total, note=f"{ready} of {len(probes)} videos")
 
     for (video, _, _), result in _run(write, tasks(), workers, report):
         open_ranges[video] -= 1

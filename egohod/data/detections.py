@@ -7,11 +7,18 @@ frame is on display, (frame + 1/2) / fps, so that neighbours are never confused.
     video_id, frame_number, second     where the box was seen
     kind                               hand or object
     side, state                        of hands: LEFT or RIGHT, and the contact state below; -1 for objects, and as
-                                       the state where a detector tells none
+                                       the state where a detector predicts none
     score                              the detector's confidence
     left, top, right, bottom           the box
     offset_x, offset_y                 of hands that touch something: from their centre to that object's, else NaN
-    name                               of objects: their class, where a detector tells one; files may lack this column
+    name                               of objects: their class, if a detector predicts one; files may lack this column
+
+EPIC-KITCHENS' own files are one a video: a pickled list of bytes, each of them a serialised protobuf message
+``Detections`` of one frame, which :func:`read_epic` and :func:`write_epic` convert. Only lists and bytes are taken from
+the pickle: whatever asks for more is refused before anything runs.
+
+Source: epic-kitchens/epic-kitchens-100-hand-object-bboxes, ``types.proto`` and ``hoa/io.py``. Frames count from 1 there
+and from 0 in our table.
 """
 
 from __future__ import annotations
@@ -36,7 +43,9 @@ UNKNOWN_STATE = -1
 NO_CONTACT, SELF_CONTACT, OTHER_PERSON, PORTABLE_OBJECT, STATIONARY_OBJECT = range(5)
 EDGES = ("left", "top", "right", "bottom")
 ROLES = ("left hand", "right hand", "active object")
-"""What :meth:`BoxTable.at` tells of each moment, in this order."""
+"""The boxes that :meth:`BoxTable.at` returns of each moment, in this order."""
+ROLE_COLOURS = ((40, 120, 230), (240, 160, 20), (40, 180, 80))
+"""In which pictures show the roles."""
 
 SCHEMA = pa.schema(
     [
@@ -53,17 +62,13 @@ SCHEMA = pa.schema(
         ("name", pa.string()),
     ]
 )
-OPTIONAL = "name"  # not of the published schema; files made before it was told do without
-# A clip's frame takes the boxes of the nearest picture that was looked at, if it is no farther than this.
+OPTIONAL = "name"  # not of the published schema; files made before it was added do without
+# A clip's frame takes the boxes of the nearest frame with detections, if it is no farther than this.
 NEAREST_SECONDS = 0.1
 
 
-class DetectionError(UserError):
-    """A file of detections that cannot be used."""
-
-
 class BoxTable:
-    """Both hands and the active object at any time of any video; numpy arrays only, so workers share them."""
+    """Both hands and the active object at any time of any video; numpy arrays only, so that workers share them."""
 
     def __init__(self, detections: pd.DataFrame) -> None:
         """``detections`` has the columns of ``SCHEMA``; see :meth:`read` for files."""
@@ -72,10 +77,10 @@ class BoxTable:
         boxes = np.full((len(index), len(ROLES), len(EDGES)), np.nan, dtype=np.float32)
         best = detections.sort_values("score", kind="stable", ascending=False)
         hands = best[best["kind"] == "hand"].drop_duplicates([*moments, "side"])
-        for role, found in enumerate(
+        for role, rows in enumerate(
             (hands[hands["side"] == LEFT], hands[hands["side"] == RIGHT], _active(best, hands))
         ):
-            boxes[index.get_indexer(pd.MultiIndex.from_frame(found[moments])), role] = found[list(EDGES)].to_numpy()
+            boxes[index.get_indexer(pd.MultiIndex.from_frame(rows[moments])), role] = rows[list(EDGES)].to_numpy()
         self._boxes = boxes
         self._seconds = index.get_level_values("second").to_numpy(np.float64)
         codes, videos = pd.factorize(index.get_level_values("video_id"))
@@ -86,26 +91,26 @@ class BoxTable:
 
     @classmethod
     def read(cls, path: str | Path) -> BoxTable:
-        """See :func:`read`."""
+        """Read files, see :func:`read`."""
         return cls(read(path).to_pandas())
 
     def __len__(self) -> int:
-        """Moments with a box."""
+        """Count of the moments with a box."""
         return len(self._seconds)
 
     def at(self, video_id: str, seconds: np.ndarray) -> np.ndarray:
-        """``seconds`` [T] -> boxes float32 [T, 3, 4]: left hand, right hand, active object; NaN where none is known."""
+        """``seconds`` [T] -> boxes float32 [T, 3, 4]: left hand, right hand, active object; NaN where there is none."""
         boxes = np.full((len(seconds), len(ROLES), len(EDGES)), np.nan, dtype=np.float32)
         video = int(np.searchsorted(self._videos, video_id))
         if video == len(self._videos) or self._videos[video] != video_id:
             return boxes
-        known = slice(self._first[video], self._end[video])
-        times = self._seconds[known]
+        moments = slice(self._first[video], self._end[video])
+        times = self._seconds[moments]
         after = np.searchsorted(times, seconds).clip(max=len(times) - 1)
         before = (after - 1).clip(min=0)
         nearest = np.where(np.abs(times[before] - seconds) <= np.abs(times[after] - seconds), before, after)
         near = np.abs(times[nearest] - seconds) <= NEAREST_SECONDS
-        boxes[near] = self._boxes[known][nearest[near]]
+        boxes[near] = self._boxes[moments][nearest[near]]
         return boxes
 
 
@@ -115,17 +120,17 @@ def write(detections: pa.Table, path: Path) -> None:
 
 
 def read(path: str | Path) -> pa.Table:
-    """A parquet file, or all parquet files of a folder -> table of ``SCHEMA``. Raises :class:`DetectionError`."""
+    """Read a parquet file, or all of a folder, into a table of ``SCHEMA``. Raises :class:`UserError`."""
     path = Path(path)
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files:
-        raise DetectionError(f"{path}: the folder holds no parquet file")
+        raise UserError(f"{path}: the folder holds no parquet file")
     return pa.concat_tables([_read(file) for file in files])
 
 
 def check(detections: pa.Table, name: str) -> None:
-    """Raise :class:`DetectionError` with the first row of ``name`` that holds no box as ``SCHEMA`` means it."""
-    column = {each: detections.column(each).to_numpy(zero_copy_only=False) for each in (*EDGES, "second", "side")}
+    """Raise :class:`UserError` with the first row of ``name`` that is no box by the rules of ``SCHEMA``."""
+    column = {key: detections.column(key).to_numpy(zero_copy_only=False) for key in (*EDGES, "second", "side")}
     edges = np.stack([column[edge] for edge in EDGES], axis=1)
     kind = np.asarray(detections.column("kind").to_pylist(), dtype=object)
     wrong = ~((edges >= 0) & (edges <= 1)).all(axis=1) | (edges[:, :2] > edges[:, 2:]).any(axis=1)
@@ -133,7 +138,7 @@ def check(detections: pa.Table, name: str) -> None:
     wrong |= (kind == "hand") & ~np.isin(column["side"], (LEFT, RIGHT))
     if wrong.any():
         row = int(np.argmax(wrong))
-        raise DetectionError(
+        raise UserError(
             f"{name}: row {row + 1} is no box of a hand or an object with edges from 0 to 1: "
             f"{detections.slice(row, 1).to_pylist()[0]}"
         )
@@ -144,23 +149,23 @@ def _read(path: Path) -> pa.Table:
         table = pa.parquet.read_table(path)
         names = table.column_names
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # the last for names of columns
-        raise DetectionError(f"{path}: not readable as parquet: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path}: not readable as parquet: {' '.join(str(error).split())}") from error
     if OPTIONAL not in names:
         table = table.append_column(OPTIONAL, pa.nulls(len(table), pa.string()))
     missing = [name for name in SCHEMA.names if name not in (*names, OPTIONAL)]
     if missing:
-        raise DetectionError(f"{path}: lacks the columns {', '.join(missing)}; there are {', '.join(SCHEMA.names)}")
+        raise UserError(f"{path}: lacks the columns {', '.join(missing)}; there are {', '.join(SCHEMA.names)}")
     try:
         table = table.select(SCHEMA.names).cast(SCHEMA)
         table.validate(full=True)  # such as texts that are no UTF-8
     except (pa.ArrowException, ValueError) as error:
-        raise DetectionError(f"{path}: a column is of another type: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path}: a column is of another type: {' '.join(str(error).split())}") from error
     check(table, str(path))
     return table
 
 
 def _active(best: pd.DataFrame, hands: pd.DataFrame) -> pd.DataFrame:
-    """One object a moment: where a touching hand points to, else the surest. Rows come the surest first."""
+    # One object a moment: where a touching hand points to, else that of the highest score. ``best`` is sorted by score.
     moments = ["video_id", "second"]
     objects = best[best["kind"] == "object"]
     pointing = hands[hands["offset_x"].notna() & (hands["state"] > NO_CONTACT)].drop_duplicates(moments)
@@ -170,7 +175,7 @@ def _active(best: pd.DataFrame, hands: pd.DataFrame) -> pd.DataFrame:
     )
     both = objects.merge(target, on=moments, how="left")
     x, y = (both["left"] + both["right"]) / 2, (both["top"] + both["bottom"]) / 2
-    # Where no hand points all distances are alike, and a stable sort leaves the surest in front.
+    # Where no hand points all distances are equal, and a stable sort leaves the highest score in front.
     both["distance"] = np.nan_to_num(np.hypot(x - both["x"], y - both["y"]))
     return both.sort_values("distance", kind="stable").drop_duplicates(moments)
 
@@ -195,13 +200,13 @@ def epic_message_class() -> Any:
     """The protobuf class ``Detections`` of one frame's detections.
 
     The schema is built here, so that no generated module is needed, in a pool of its own, since another library may
-    have registered the same names. Raises :class:`DetectionError` where protobuf cannot be used.
+    have registered the same names. Raises :class:`UserError` where protobuf cannot be used.
     """
     try:
         # Nothing else in the project needs protobuf, and many environments have one that is broken.
         from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
     except Exception as error:
-        raise DetectionError(
+        raise UserError(
             f"EPIC-KITCHENS' files need protobuf, which cannot be used ({error}); pip install --force-reinstall "
             "protobuf"
         ) from error
@@ -210,19 +215,19 @@ def epic_message_class() -> Any:
     file = descriptor_pb2.FileDescriptorProto(name="egohod_epic.proto", package=_PACKAGE, syntax="proto3")
     for name, fields in _MESSAGES.items():
         message = file.message_type.add(name=name)
-        for number, each in enumerate(fields.split(", "), start=1):
-            called, kind = each.rstrip("*").split(" ")
-            label = field.LABEL_REPEATED if each.endswith("*") else field.LABEL_OPTIONAL
-            added = message.field.add(name=called, number=number, label=label)
+        for number, declaration in enumerate(fields.split(", "), start=1):
+            field_name, kind = declaration.rstrip("*").split(" ")
+            label = field.LABEL_REPEATED if declaration.endswith("*") else field.LABEL_OPTIONAL
+            added = message.field.add(name=field_name, number=number, label=label)
             if kind in scalars:
                 added.type = scalars[kind]
             else:
                 added.type = field.TYPE_ENUM if "." in kind else field.TYPE_MESSAGE
                 added.type_name = f".{_PACKAGE}.{kind}"
         if name == "HandDetection":
-            for called, values in (("HandState", _STATES), ("HandSide", _SIDES)):
-                enum = message.enum_type.add(name=called)
-                for value, word in enumerate(values):
+            for enum_name, words in (("HandState", _STATES), ("HandSide", _SIDES)):
+                enum = message.enum_type.add(name=enum_name)
+                for value, word in enumerate(words):
                     enum.value.add(name=word, number=value)
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
@@ -230,9 +235,9 @@ def epic_message_class() -> Any:
 
 
 def read_epic(path: str | Path, fps: float) -> pa.Table:
-    """One video's file -> table of ``SCHEMA``; ``fps`` is the video's frame rate and gives each row its second.
+    """Read one video's file of EPIC-KITCHENS into a table of ``SCHEMA``; ``fps`` of the video gives the seconds.
 
-    Raises :class:`DetectionError` with the file, and the frame where there is one: no such file, cut off, not a list
+    Raises :class:`UserError` with the file, and the frame where there is one: no such file, cut off, not a list
     of messages, a pickle that asks for more than that, boxes that are no shares of the picture.
     """
     path = Path(path)
@@ -240,11 +245,11 @@ def read_epic(path: str | Path, fps: float) -> pa.Table:
         # EPIC's own files were written by Python 3; a text of Python 2 would arrive as bytes as well.
         messages = pickles.load(path, "a list of detections", encoding="bytes")
     except OSError as error:
-        raise DetectionError(f"{path}: cannot be read_epic: {error.strerror or error}") from error
+        raise UserError(f"{path}: cannot be read_epic: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:
-        raise DetectionError(f"{path}: no pickled list of detections, or cut off: {error}") from error
+        raise UserError(f"{path}: no pickled list of detections, or cut off: {error}") from error
     if not isinstance(messages, list) or not all(isinstance(each, bytes) for each in messages):
-        raise DetectionError(f"{path}: holds {reprlib.repr(messages)} instead of a list of messages, one a frame")
+        raise UserError(f"{path}: holds {reprlib.repr(messages)} instead of a list of messages, one a frame")
     message_class = epic_message_class()
     from google.protobuf.message import DecodeError
 
@@ -253,17 +258,17 @@ def read_epic(path: str | Path, fps: float) -> pa.Table:
         try:
             rows += _epic_rows(message_class.FromString(message), fps)
         except DecodeError as error:
-            raise DetectionError(f"{path}: message {place} of {len(messages)} is cut off or no detections") from error
+            raise UserError(f"{path}: message {place} of {len(messages)} is cut off or no detections") from error
     table = pa.Table.from_pylist(rows, SCHEMA)
     check(table, str(path))
     return table
 
 
 def write_epic(detections: pa.Table, folder: str | Path) -> list[Path]:
-    """A table of ``SCHEMA`` -> ``folder/<video_id>.pkl`` for each of its videos, as EPIC-KITCHENS publishes them.
+    """Write ``folder/<video_id>.pkl`` for each video of a table of ``SCHEMA``, as EPIC-KITCHENS publishes them.
 
-    The schema knows neither an unknown contact state, which becomes no contact, nor names of objects. Raises
-    :class:`DetectionError` for a video id that is no file name.
+    The messages have neither an unknown contact state, which becomes no contact, nor names of objects. Raises
+    :class:`UserError` for a video id that is no file name.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -273,11 +278,19 @@ def write_epic(detections: pa.Table, folder: str | Path) -> list[Path]:
         messages = frames.setdefault(video, {})
         if number not in messages:
             messages[number] = epic_message_class()(video_id=video, frame_number=number)
-        _add_to_message(messages[number], row)
+        message = messages[number]
+        box = (message.hands if row["kind"] == "hand" else message.objects).add(score=row["score"])
+        for edge in EDGES:
+            setattr(box.bbox, edge, row[edge])
+        if row["kind"] == "hand":
+            box.side, box.state = row["side"], max(row["state"], NO_CONTACT)
+            for axis in ("x", "y"):
+                offset = row[f"offset_{axis}"]
+                setattr(box.object_offset, axis, 0.0 if offset is None or np.isnan(offset) else offset)
     written = []
     for video, messages in frames.items():
         if not video or Path(video).name != video:
-            raise DetectionError(f"{folder}: video id '{video}' cannot name a file")
+            raise UserError(f"{folder}: video id '{video}' cannot name a file")
         path = folder / f"{video}.pkl"
         path.write_bytes(pickle.dumps([messages[number].SerializeToString() for number in sorted(messages)]))
         written.append(path)
@@ -288,22 +301,12 @@ def _epic_rows(message: Any, fps: float) -> Iterator[dict[str, Any]]:
     number = message.frame_number - FIRST_FRAME
     moment = {"video_id": message.video_id, "frame_number": number, "second": (number + 0.5) / fps}
     for kind, boxes in (("hand", message.hands), ("object", message.objects)):
-        for found in boxes:
+        for box in boxes:
             row = dict.fromkeys(SCHEMA.names) | moment | {"kind": kind, "side": -1, "state": UNKNOWN_STATE}
-            row |= {edge: getattr(found.bbox, edge) for edge in EDGES} | {"score": found.score}
+            row |= {edge: getattr(box.bbox, edge) for edge in EDGES} | {"score": box.score}
             if kind == "hand":
-                row |= {"side": found.side, "state": found.state}
-                if found.state != NO_CONTACT:
-                    row |= {"offset_x": found.object_offset.x, "offset_y": found.object_offset.y}
+                row |= {"side": box.side, "state": box.state}
+                # proto3 has no absent field: an offset of a hand without contact is zeros that mean nothing.
+                if box.state != NO_CONTACT:
+                    row |= {"offset_x": box.object_offset.x, "offset_y": box.object_offset.y}
             yield row
-
-
-def _add_to_message(message: Any, row: dict[str, Any]) -> None:
-    added = (message.hands if row["kind"] == "hand" else message.objects).add(score=row["score"])
-    for edge in EDGES:
-        setattr(added.bbox, edge, row[edge])
-    if row["kind"] == "hand":
-        added.side, added.state = row["side"], max(row["state"], NO_CONTACT)
-        for axis in ("x", "y"):
-            offset = row[f"offset_{axis}"]
-            setattr(added.object_offset, axis, 0.0 if offset is None or np.isnan(offset) else offset)

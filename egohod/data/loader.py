@@ -1,4 +1,4 @@
-"""The order of the clips, and the processes that fetch them."""
+"""The order of clips in batches (the sampler), and the processes that load them."""
 
 from __future__ import annotations
 
@@ -33,26 +33,22 @@ log = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
-# What batches leave free of the shared memory: semaphores of later processes and NCCL need some of it. A container of
-# Docker has 64 MB unless it is given more.
+# Batches leave this much of the shared memory free: semaphores of later processes and NCCL need some of it. A container
+# of Docker has 64 MB unless it is given more.
 SHARED_MEMORY, _RESERVED_BYTES = "/dev/shm", 8_000_000
-# How often a process that waits for a batch looks up.
+# How often a process that waits for a batch checks for a request to stop.
 _POLL_SECONDS = 1.0
-# How long a run of several processes waits for the clips of the step that it is to finish before it leaves.
+# How long one of several processes still waits for the clips of a step after a request to stop.
 _LEAVE_SECONDS = 20.0
 
 Collate = Callable[[Sequence[Any]], dict[str, Any]]
 """Samples to a batch."""
 
 
-class LoaderError(UserError):
-    """A loader process that failed or died."""
-
-
 class BatchPlan:
-    """Which clips stand in which batch: a pure function of (seed, epoch, step).
+    """Which clips are in which batch: a pure function of (seed, epoch, step).
 
-    Every clip appears at most once an epoch; what does not fill a batch is left out, other clips each epoch.
+    Every clip appears at most once an epoch; those that do not fill a batch are left out, other clips each epoch.
     With ``groups`` (int64 [size], see ``ClipTable.group_codes``) about ``share`` of each batch are groups of
     ``group_size`` clips with equal code, as long as there are enough; the rest is drawn from all other clips.
 
@@ -96,7 +92,7 @@ class BatchPlan:
         if not 0 <= step < self.steps_per_epoch:
             raise IndexError(step)
         groups, rest = self._epoch(epoch)
-        # The groups there are are dealt evenly: batch s gets those from first to last.
+        # Groups are spread evenly over the epoch, also where they are fewer than the batches have room for.
         first, last = (len(groups) * s // self.steps_per_epoch for s in (step, step + 1))
         grouped = groups[first:last].reshape(-1)
         begin = step * self.batch_size - first * self._group_size
@@ -108,17 +104,19 @@ class BatchPlan:
         order = rng.permutation(self.size)
         if not self._groups_per_batch or self._groups is None:
             return np.empty((0, self._group_size), dtype=np.int64), order
+        # Sorted by code after shuffling: clips of one code are neighbours, in random order among themselves.
         order = order[np.argsort(self._groups[order], kind="stable")]
         codes = self._groups[order]
         starts = np.flatnonzero(np.concatenate([[True], codes[1:] != codes[:-1]]))
         counts = np.diff(np.append(starts, self.size))
         place = np.arange(self.size) - np.repeat(starts, counts)
+        # The last clips of a code that fill no group are drawn as all others.
         full = place < np.repeat(counts // self._group_size * self._group_size, counts)
         groups = rng.permutation(order[full].reshape(-1, self._group_size))
-        taken = groups[: self._groups_per_batch * self.steps_per_epoch]
+        groups = groups[: self._groups_per_batch * self.steps_per_epoch]
         others = np.ones(self.size, dtype=bool)
-        others[taken] = False
-        return taken, rng.permutation(np.flatnonzero(others))
+        others[groups] = False
+        return groups, rng.permutation(np.flatnonzero(others))
 
 
 class MixedPlan:
@@ -178,16 +176,21 @@ def train_loader(
     timeout: float = DataConfig.timeout,
     stop: StopRequest | None = None,
 ) -> ClipLoader:
-    """This process's micro-batches of the steps [start_step, total_steps), ``accumulation`` per step, in order.
+    """Load this process's micro-batches of the steps [start_step, total_steps), ``accumulation`` per step, in order.
 
     Of each step's global batch, micro-batch m of process r holds the positions from (m * world_size + r) * b on, b
     clips each. Epochs follow one another without a pause; the worker processes live through all of them. Raises
     :class:`UserError` if the batch cannot be shared evenly. See :class:`ClipLoader` for ``timeout`` and ``stop``; other
     processes wait within the step that this one has no clips for, so it leaves with an error that ends them too.
     """
+    if plan.batch_size % (world_size * accumulation):
+        raise UserError(
+            f"train.global_batch_size={plan.batch_size} cannot be shared evenly by {world_size} processes with "
+            f"{accumulation} micro-batches each"
+        )
     return ClipLoader(
         dataset,
-        _TrainBatches(plan, start_step, total_steps, rank, world_size, accumulation),
+        _TrainBatches(plan, range(start_step, total_steps), rank, world_size, accumulation),
         workers=workers,
         prefetch=prefetch,
         pin_memory=pin_memory,
@@ -207,9 +210,9 @@ def eval_loader(
     timeout: float = DataConfig.timeout,
     stop: StopRequest | None = None,
 ) -> ClipLoader:
-    """The clips ``indices``, in that order and each once, ``batch_size`` at a time (the last batch may be smaller)."""
+    """Load the clips ``indices``, in that order, ``batch_size`` at a time (the last batch may be smaller)."""
     numbers = [int(index) for index in indices]
-    batches = [numbers[at : at + batch_size] for at in range(0, len(numbers), batch_size)]
+    batches = [numbers[first : first + batch_size] for first in range(0, len(numbers), batch_size)]
     return ClipLoader(
         dataset,
         batches,
@@ -225,9 +228,9 @@ def eval_loader(
 class ClipLoader(DataLoader[dict[str, Any]]):
     """A DataLoader whose workers end with their parent and whose failures are one clear :class:`UserError`.
 
-    Nobody waits for ever: a batch that does not come within ``timeout`` seconds is an error, and a request to ``stop``
-    ends the waiting with :class:`Interrupted`, or, unless the process ``leaves_alone``, with an error after 20 s.
-    Batches travel in shared memory, or through pipes where that is too small.
+    A batch that does not come within ``timeout`` seconds is an error, and a request to ``stop`` ends the waiting with
+    :class:`Interrupted`, or, unless the process ``leaves_alone``, with an error after 20 s: the other processes wait
+    for this one within the step. Batches go through shared memory, or through pipes where that is too small.
     """
 
     def __init__(
@@ -243,7 +246,7 @@ class ClipLoader(DataLoader[dict[str, Any]]):
         stop: StopRequest | None = None,
         leaves_alone: bool = True,
     ) -> None:
-        # Names that torch's class does not have.
+        # ``timeout`` is torch's attribute, which here is the interval of polling.
         self._patience, self._stop, self._leaves_alone = timeout, stop, leaves_alone
         super().__init__(
             _Guarded(dataset),
@@ -265,7 +268,7 @@ class ClipLoader(DataLoader[dict[str, Any]]):
                 multiprocessing.Lock()  # torch's queues need semaphores; its own failure leaves a traceback behind
             batches = super().__iter__()
         except (OSError, ImportError) as error:
-            raise LoaderError(
+            raise UserError(
                 f"data.workers={self.num_workers}: no loader process can be started ({error}; {SHARED_MEMORY} is full, "
                 "absent or read-only?); data.workers=0 decodes in the process itself"
             ) from error
@@ -282,22 +285,22 @@ class ClipLoader(DataLoader[dict[str, Any]]):
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 if "DataLoader worker" in reason:
                     cure = "if memory ran out, lower data.workers or data.prefetch"
-                    raise LoaderError(f"a loader process died ({reason}); {cure}") from error
-                raise LoaderError(f"a batch was lost between a loader process and this one ({reason})") from error
+                    raise UserError(f"a loader process died ({reason}); {cure}") from error
+                raise UserError(f"a batch was lost between a loader process and this one ({reason})") from error
             failure = batch.pop("failure", None)
             if failure is not None:
                 try:
                     raise failure
                 finally:
                     # An exception that its own frame holds waits for the garbage collector, which closes the queues
-                    # to the workers before they could be told to end: 10 s of waiting.
+                    # before the workers get the message to end: 10 s of waiting.
                     del failure
             yield _received(batch)
 
     def _next(self, batches: Iterator[dict[str, Any]], workers: Sequence[Any]) -> dict[str, Any]:
-        """The next batch; looks up from waiting every second."""
+        """The next batch; checks every second whether to go on waiting."""
         start = time.monotonic()
-        asked: float | None = None
+        stop_requested: float | None = None
         while True:
             try:
                 return next(batches)
@@ -305,26 +308,26 @@ class ClipLoader(DataLoader[dict[str, Any]]):
                 if not str(error).startswith("DataLoader timed out"):
                     raise
             now, reason = time.monotonic(), self._stop.reason if self._stop else ""
-            asked = asked or (now if reason else None)
+            stop_requested = stop_requested or (now if reason else None)
             if reason and self._leaves_alone:
                 _kill(workers)
                 raise Interrupted(reason)
-            if asked and now - asked > _LEAVE_SECONDS:
+            if stop_requested and now - stop_requested > _LEAVE_SECONDS:
                 _kill(workers)
-                raise LoaderError(
+                raise UserError(
                     f"{reason}, but the clips of the step to finish did not come within {_LEAVE_SECONDS:.0f} s; rerun "
                     "to resume from the last checkpoint"
                 )
             if now - start > self._patience:
                 _kill(workers)
-                raise LoaderError(
+                raise UserError(
                     f"no batch of clips came for {self._patience:g} s (data.timeout): a file system or server that "
                     "does not answer, or too few data.workers"
                 )
 
 
 def _kill(workers: Sequence[Any]) -> None:
-    """End workers that may be stuck; torch would wait five seconds for each of them."""
+    # Workers may be stuck, and torch would wait five seconds for each of them: all are killed, then all are awaited.
     for end in (lambda worker: worker.kill(), lambda worker: worker.join(1.0)):
         for worker in workers:
             with contextlib.suppress(RuntimeError):  # torch's handler of SIGCHLD takes it for an accident
@@ -336,7 +339,7 @@ _workers: weakref.WeakSet[Any] = weakref.WeakSet()
 
 @atexit.register
 def _end_workers() -> None:
-    """Python would ask them with the signal they ignore, and wait; they hold nothing that could be lost."""
+    # Python would send the signal that they ignore, and wait. They hold nothing that could be lost.
     for worker in _workers:
         if worker.is_alive():
             worker.kill()
@@ -348,22 +351,13 @@ class _TrainBatches:
     def __init__(
         self,
         plan: BatchPlan | MixedPlan,
-        start_step: int,
-        total_steps: int,
+        steps: range,
         rank: int,
         world_size: int,
         accumulation: int,
     ) -> None:
-        if plan.batch_size % (world_size * accumulation):
-            raise UserError(
-                f"train.global_batch_size={plan.batch_size} cannot be shared evenly by {world_size} processes with "
-                f"{accumulation} micro-batches each"
-            )
-        self._plan = plan
-        self._steps = range(start_step, total_steps)
-        self._rank = rank
-        self._world_size = world_size
-        self._accumulation = accumulation
+        self._plan, self._steps = plan, steps
+        self._rank, self._world_size, self._accumulation = rank, world_size, accumulation
 
     def __len__(self) -> int:
         return len(self._steps) * self._accumulation
@@ -378,7 +372,7 @@ class _TrainBatches:
 
 
 class _Guarded(Dataset[Any]):
-    """Hands an exception over as a value: torch would wrap it in a traceback within a traceback."""
+    """Returns an exception as a value: torch would wrap it in a traceback within a traceback."""
 
     def __init__(self, dataset: Dataset[dict[str, Any]]) -> None:
         self._dataset = dataset
@@ -391,7 +385,7 @@ class _Guarded(Dataset[Any]):
         except Exception as error:
             if get_worker_info() is None:
                 raise
-            return LoaderError(f"a loader process failed on clip {key}: {type(error).__name__}: {error}")
+            return UserError(f"a loader process failed on clip {key}: {type(error).__name__}: {error}")
 
 
 def _collate_or_failure(samples: Sequence[Any], collate: Collate) -> dict[str, Any]:
@@ -404,7 +398,7 @@ def _collate_or_failure(samples: Sequence[Any], collate: Collate) -> dict[str, A
 
 @dataclass(frozen=True)
 class _Piped:
-    """A tensor on its way to the main process where there is no shared memory for it."""
+    """A tensor that goes to the main process through a pipe, as numpy's array: torch pickles tensors by reference."""
 
     array: np.ndarray
 
@@ -413,9 +407,9 @@ _warned = set[str]()
 
 
 def _sendable(batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch with its tensors in shared memory, or, where there is too little, as arrays that go through a pipe.
+    """A batch with its tensors in shared memory, or, where that is too small, as arrays that go through a pipe.
 
-    torch moves tensors there in a thread of the queue, where a failure loses the batch.
+    torch would move the tensors in a thread of the queue, where a failure loses the batch.
     """
     tensors = list[Tensor]()
     _mapped(tensors.append, batch, Tensor)
@@ -425,7 +419,7 @@ def _sendable(batch: dict[str, Any]) -> dict[str, Any]:
             for tensor in tensors:
                 tensor.share_memory_()
             return batch
-        except (RuntimeError, OSError):  # other processes took it meanwhile
+        except (RuntimeError, OSError):  # other processes filled it in the meantime
             pass
     piped: dict[str, Any] = _mapped(lambda tensor: _Piped(tensor.numpy()), batch, Tensor)
     return piped
@@ -459,20 +453,21 @@ def _mapped(function: Callable[[Any], Any], value: Any, kind: type) -> Any:
 def _free_shared_memory() -> int | None:
     """Bytes; None where batches do not go through :data:`SHARED_MEMORY`, as on macOS."""
     try:
-        found = os.statvfs(SHARED_MEMORY)
+        status = os.statvfs(SHARED_MEMORY)
     except OSError:
         return None
-    return found.f_bavail * found.f_frsize
+    return status.f_bavail * status.f_frsize
 
 
 def _report_lost(queue: Any, error: Exception, lost: Any) -> None:
     """Send a failure in place of a batch that the thread of ``queue`` could not pickle or send."""
     reason = f"a loader process could not hand over a batch: {type(error).__name__}: {error}"
-    queue.put((lost[0], {"failure": LoaderError(" ".join(reason.split()))}))
+    queue.put((lost[0], {"failure": UserError(" ".join(reason.split()))}))
 
 
 def start_worker(_: int) -> None:
-    """The main process alone decides when to stop; a worker goes only when told, or when the parent is gone."""
+    """Initialise a loader process: it ignores signals, ends with its parent, and keeps its memory."""
+    # The main process alone decides when to stop; the signals of a scheduler or of Ctrl-C reach all processes.
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
     # Python's own hook prints a traceback and drops the batch, for which the main process would wait for ever.

@@ -43,13 +43,13 @@ def random_box(height: int, width: int, scale_min: float, rng: np.random.Generat
 
 
 def crop(frames: np.ndarray, box: Box, size: int) -> Tensor:
-    """One box out of all frames, resized: ``frames`` uint8 [T, H, W, 3] -> uint8 [3, T, size, size]."""
+    """Cut one box out of all frames and resize it: ``frames`` uint8 [T, H, W, 3] -> uint8 [3, T, size, size]."""
     top, left, height, width = box
     return _resize(frames[:, top : top + height, left : left + width], size, size)
 
 
 def center_crop(frames: np.ndarray, size: int) -> Tensor:
-    """The short side resized to ``size`` and the middle square cut out (SPEC 5).
+    """Resize the short side to ``size`` and cut out the middle square.
 
     ``frames`` uint8 [T, H, W, 3] -> uint8 [3, T, size, size].
     """
@@ -57,7 +57,7 @@ def center_crop(frames: np.ndarray, size: int) -> Tensor:
 
 
 def spatial_crops(frames: np.ndarray, size: int, count: int, resize: str = "bicubic_antialias") -> Tensor:
-    """The short side resized to ``size``; ``count`` squares spread evenly along the long side, or the middle one.
+    """Resize the short side to ``size``; cut ``count`` squares spread evenly along the long side, or the middle one.
 
     ``frames`` uint8 [T, H, W, 3] -> [count, 3, T, size, size], uint8 for *bicubic_antialias*. *bicubic* and *bilinear*
     are what torchvision before 0.17 made of float32 frames: no antialiasing, and float32 that is neither rounded nor
@@ -80,28 +80,29 @@ def flip(video: Tensor) -> Tensor:
 
 
 def crop_boxes(boxes: np.ndarray, box: Box, height: int, width: int) -> np.ndarray:
-    """Boxes of a ``height`` x ``width`` picture -> what is left of them in the crop ``box``.
+    """Clip boxes of a ``height`` x ``width`` picture to the crop ``box``.
 
-    ``boxes`` float32 [..., 4]: left, top, right, bottom as shares of the picture, NaN where there is none; the answer
+    ``boxes`` float32 [..., 4]: left, top, right, bottom as shares of the picture, NaN where there is none. The result
     is in shares of the crop, NaN also where nothing is left.
     """
     top, left, rows, columns = box
     corner, size = np.array([left, top] * 2), np.array([columns, rows] * 2)
-    kept = ((boxes * np.array([width, height] * 2) - corner) / size).clip(0, 1)
-    gone = (kept[..., 2:] <= kept[..., :2]).any(axis=-1)
-    return np.where(gone[..., None], np.nan, kept).astype(np.float32)
+    clipped = ((boxes * np.array([width, height] * 2) - corner) / size).clip(0, 1)
+    is_empty = (clipped[..., 2:] <= clipped[..., :2]).any(axis=-1)
+    return np.where(is_empty[..., None], np.nan, clipped).astype(np.float32)
 
 
 def flip_boxes(boxes: np.ndarray) -> np.ndarray:
-    """Boxes [T, 3, 4] of left hand, right hand and object in the mirrored picture: the hands change places too."""
+    """Mirror boxes [T, 3, 4] of left hand, right hand and object; the hands swap their rows too."""
     mirrored = boxes[:, [1, 0, 2]]
     return np.stack((1 - mirrored[..., 2], mirrored[..., 1], 1 - mirrored[..., 0], mirrored[..., 3]), axis=-1)
 
 
 def normalise(video: Tensor, stats: ImageStats = IMAGE_STATS["clip"]) -> Tensor:
-    """Pixels 0..255 [B, 3, T, H, W], uint8 or float32 in any memory order -> contiguous float32 of mean 0, deviation 1.
+    """Normalise pixels 0..255 [B, 3, T, H, W], uint8 or float32 in any memory order -> contiguous float32.
 
-    ``stats`` are those that a model's weights expect: its ``image_stats``. The result is on the same device.
+    ``stats`` are the mean and deviation that a model's weights expect, its ``image_stats``. The result is on the same
+    device.
     """
     scale, shift = _statistics(video.device, stats)
     pixels = video.to(torch.float32, memory_format=torch.contiguous_format).contiguous()
@@ -111,7 +112,7 @@ def normalise(video: Tensor, stats: ImageStats = IMAGE_STATS["clip"]) -> Tensor:
 
 @cache
 def _statistics(device: torch.device, stats: ImageStats) -> tuple[Tensor, Tensor]:
-    """Factor and offset per channel [3, 1, 1, 1]; kept per device, since sending them would wait for it."""
+    # Factor and offset per channel [3, 1, 1, 1]; cached by device, because a copy to it would wait for its queue.
     mean, std = torch.tensor(stats.mean, dtype=torch.float64), torch.tensor(stats.std, dtype=torch.float64)
     scale, shift = 1 / (255 * std), -mean / std
     return tuple(each.to(torch.float32).view(3, 1, 1, 1).to(device) for each in (scale, shift))  # type: ignore[return-value]

@@ -82,12 +82,12 @@ class Sprite:
     views: dict[tuple[int, int], Sprite] = field(default_factory=dict)
 
     def at(self, scale: float, turn: float) -> Sprite:
-        """The view nearest to a scale (in steps of 1/25) and an angle (of 3 degrees), drawn once and kept."""
+        """The view nearest to a scale (in steps of 1/25) and an angle (of 3 degrees), drawn once and cached."""
         size, angle = round(scale * 25), round(turn / 3)
         if (size, angle) not in self.views:
             pixels = (round(self.image.width * size / 25), round(self.image.height * size / 25))
             both = [i.resize(pixels, Image.Resampling.BILINEAR, reducing_gap=2.0) for i in (self.image, self.marked)]
-            if angle:  # only objects turn, about their centre, where their anchor is
+            if angle:  # only objects turn, about their centre, which is their anchor
                 both = [i.rotate(3 * angle, Image.Resampling.BILINEAR) for i in both]
             marked = both[1].point([255 * (v > 127) for v in range(256)])
             self.views[size, angle] = Sprite(both[0], marked, (self.anchor[0] * size / 25, self.anchor[1] * size / 25))
@@ -115,7 +115,7 @@ def draw_object(strokes: str, colour: RGB) -> Sprite:
     return Sprite(image.reduce(UNIT), image.getchannel("A").reduce(UNIT), (SPRITE / 2, SPRITE / 2))
 
 
-# A hand is drawn as the right one of who looks, fingers up, the arm coming from the lower right, in canvas pixels
+# A hand is drawn as the viewer's right one, fingers up, the arm coming from the lower right, in canvas pixels.
 PALM, WRIST, ELBOW = (62.0, 74.0), (72.0, 122.0), (104.0, 330.0)
 TIPS: dict[str, tuple[XY, ...]] = {  # of thumb, index, middle, ring and little finger
     "open": ((22, 62), (36, 18), (56, 8), (76, 14), (94, 32)),
@@ -219,12 +219,12 @@ HANDS = ("left", "right")  # in the order of the detections' sides
 
 
 def frame_time(frame: int) -> float:
-    """The middle of a frame's display interval: a path and its reverse are then seen at the same places."""
+    """The middle of a frame's time on display: a path and its reverse are then seen at the same positions."""
     return (frame + 0.5) / FPS
 
 
 class Moment:
-    """All that is seen at one time, the farthest first, and what the hands touch."""
+    """The visible sprites at one time, the farthest first, and what the hands touch."""
 
     def __init__(self, shift: XY, contact: dict[str, int]) -> None:
         self.shift, self.contact = shift, contact
@@ -238,8 +238,11 @@ class Moment:
 
     def box(self, role: str) -> tuple[float, ...] | None:
         """The visible part of a hand or an object: left, top, right, bottom as shares of the picture, if any."""
-        for view, (x, y), found in self.placed:
-            seen = view.marked.crop((-x, -y, CANVAS[0] - x, CANVAS[1] - y)).getbbox() if found == role else None
+        for view, (x, y), placed_role in self.placed:
+            if placed_role != role:
+                continue
+            seen = view.marked.crop((-x, -y, CANVAS[0] - x, CANVAS[1] - y)).getbbox()
+            # Less than two pixels of the written picture is nothing that a detector could see.
             if seen and min(seen[2] - seen[0], seen[3] - seen[1]) >= 2 * SHRINK:
                 return tuple(edge / CANVAS[i % 2] for i, edge in enumerate(seen))
         return None
@@ -266,7 +269,7 @@ class Stage:
             to.put(self.lids[noun], lid or (at[0], at[1] - LID_HEIGHT * depth), depth, turn)
 
     def moment(self, clip: Clip, t: float) -> Moment:
-        """What is where ``t`` seconds into the clip."""
+        """Place all sprites ``t`` seconds into the clip."""
         now, other = pose(clip, t), OTHER_HAND[clip.hand]
         touch = PORTABLE_OBJECT if now.touching else NO_CONTACT
         moment = Moment(sway(clip, t), {clip.hand: touch})
@@ -285,7 +288,7 @@ class Stage:
         return moment
 
     def draw(self, clip: Clip, t: float) -> Image.Image:
-        """The picture ``t`` seconds into the clip, at canvas size."""
+        """Draw the picture ``t`` seconds into the clip, at canvas size."""
         moment = self.moment(clip, t)
         x, y = (MARGIN - round(v * CANVAS[0]) for v in moment.shift)
         canvas = self.counter.crop((x, y, x + CANVAS[0], y + CANVAS[1]))
@@ -294,13 +297,13 @@ class Stage:
         return canvas
 
     def frames(self) -> Iterator[np.ndarray]:
-        """Every frame of the video, uint8 [H, W, 3]."""
+        """Render every frame of the video, uint8 [H, W, 3]."""
         for clip in self.video.clips:
             for i in range(clip.frames):
                 yield np.asarray(self.draw(clip, frame_time(i)).reduce(SHRINK))
 
     def truth(self) -> Iterator[dict[str, object]]:
-        """The true boxes of both hands and the acted object, in the schema of detections."""
+        """Compute the true boxes of both hands and the acted object, in the schema of detections."""
         for clip in self.video.clips:
             for i in range(clip.frames):
                 moment, frame = self.moment(clip, frame_time(i)), clip.start + i

@@ -18,7 +18,7 @@ import numpy as np
 SPLITS = {"train": 2000, "val": 300, "test": 500}  # clips at scale 1
 FPS = 12
 CLIPS_PER_VIDEO = 20
-CLIP_FRAMES = (29, 32)  # four uniform frames of a clip lie at least 7 frames apart,
+CLIP_FRAMES = (29, 32)  # four uniform frames of a clip are at least 7 frames apart,
 EVENT_SECONDS = 7 / FPS  # so at most one of them sees a brief event; sixteen see it three or four times
 
 RGB = tuple[int, ...]
@@ -36,7 +36,7 @@ NOUNS = {  # the colours each object comes in
     "jar": "orange purple red", "box": "brown blue teal", "pot": "black red silver", "sponge": "yellow pink green",
     "cloth": "red blue green", "knife": "black red teal", "spoon": "brown silver orange", "lemon": "yellow green",
 }  # fmt: skip
-# Each path (kind, coarse wording, objects) with its verbs (wording, from where to where); the second one is backwards
+# Each path (kind, coarse wording, objects) with its verbs (wording, from where to where); the second one runs backwards
 _TABLE = """
 lift | state_changing | uses {o} | cup bowl plate bottle jar box sponge cloth knife spoon lemon
     pick up | picks up {o} | from the counter into the air
@@ -72,7 +72,7 @@ VAGUE = ("moves {o}", "touches {o}", "handles {o}", "moves {o} with the hand", "
 
 @dataclass(frozen=True)
 class Verb:
-    """A verb, told apart from its opposite by motion alone: a backwards verb runs the same path the other way."""
+    """A verb, which differs from its opposite in the motion alone: a backwards verb runs the same path in reverse."""
 
     name: str
     opposite: str | None
@@ -89,10 +89,10 @@ class Verb:
 def _verbs() -> Iterator[Verb]:
     for rows in re.split(r"\n(?! )", _TABLE.strip()):
         (path, kind, coarse, nouns), *verbs = ([cell.strip() for cell in row.split("|")] for row in rows.splitlines())
-        for i, (name, told, detail) in enumerate(verbs):
+        for i, (name, wording, detail) in enumerate(verbs):
             opposite = verbs[1 - i][0] if len(verbs) == 2 else None
             brief, objects = kind == "transient", tuple(nouns.split())
-            yield Verb(name, opposite, path, i == 1, kind, brief, told, detail, coarse, objects)
+            yield Verb(name, opposite, path, i == 1, kind, brief, wording, detail, coarse, objects)
 
 
 VERBS = {verb.name: verb for verb in _verbs()}
@@ -108,9 +108,9 @@ class Variant:
     reach: float = 1.0
     """How far motions go, relative to the default."""
     event_spread: float = 1.0
-    """Where brief events may lie: from anywhere in the clip (1) to between the middle two of four frames (0)."""
+    """Where brief events may be: from anywhere in the clip (1) to between the middle two of four frames (0)."""
     idle_rests: bool = False
-    """Whether the other hand always rests in sight, so that no word about it tells takes apart."""
+    """Whether the other hand always rests in sight, so that no word about it distinguishes takes."""
 
     @property
     def nouns(self) -> list[str]:
@@ -144,7 +144,7 @@ class Kitchen:
 
 @dataclass(frozen=True)
 class Clip:
-    """One narrated action, with all that its frames follow from."""
+    """One narrated action, with all parameters of its frames."""
 
     uid: str
     start: int  # first frame in the video
@@ -189,7 +189,8 @@ def _rgb(hue: float, saturation: float, value: float) -> RGB:
 
 def _kitchen(rng: np.random.Generator, seed: tuple[int, ...], name: str, nouns: list[str]) -> Kitchen:
     def hue() -> float:
-        """From the split's own arcs: of every six sixtieths of the circle train has four, val and test one each."""
+        # From the split's own arcs: of every six sixtieths of the circle train has four, val and test one each. A model
+        # cannot learn the test kitchens' colours from train.
         slot = int(rng.integers(4)) if seed[1] == 0 else 3 + seed[1]
         return (int(rng.integers(10)) * 6 + slot + rng.uniform(0.1, 0.9)) / 60
 
@@ -273,11 +274,13 @@ def _clip(rng: np.random.Generator, kitchen: Kitchen, uid: str, start: int, take
         begin, end = rng.uniform(*event_range(frames, variant.event_spread)), 0.0
     else:
         begin, end = rng.uniform(0.2, 0.32, 2).tolist()
-    told = _narrations(rng, take, kitchen.nouns[noun], other)
+    narration, hod = _narrations(rng, take, kitchen.nouns[noun], other)
     centre = 0.5 + (0.03 if hand == "right" else -0.03) + rng.uniform(-0.05, 0.05)
     tilt, size = rng.uniform(-10, 10), variant.reach * rng.uniform(0.9, 1.1)
     sway = rng.uniform((0.004, 0.004, 0.15, 0.15, 0, 0), (0.012, 0.012, 0.45, 0.45, 6.28, 6.28)).tolist()
-    return Clip(uid, start, frames, *take, other, distractors, centre, tilt, begin, end, size, tuple(sway), *told)
+    return Clip(
+        uid, start, frames, *take, other, distractors, centre, tilt, begin, end, size, tuple(sway), narration, hod
+    )
 
 
 def make_video(seed: int, split: str, number: int, clips: int = CLIPS_PER_VIDEO, variant: Variant = DEFAULT) -> Video:
@@ -286,11 +289,11 @@ def make_video(seed: int, split: str, number: int, clips: int = CLIPS_PER_VIDEO,
     rng = np.random.default_rng(key)
     name = f"{split}_{number:04d}"
     kitchen = _kitchen(rng, key, f"kitchen_{name}", variant.nouns)
-    done: list[Clip] = []
+    takes = list[Clip]()
     for i, take in enumerate(_schedule(rng, number, variant)[:clips]):
-        start = done[-1].start + done[-1].frames if done else 0
-        done.append(_clip(rng, kitchen, f"demo_{name}_{i:02d}", start, take, variant))
-    return Video(f"demo_{name}", kitchen, tuple(done))
+        start = takes[-1].start + takes[-1].frames if takes else 0
+        takes.append(_clip(rng, kitchen, f"demo_{name}_{i:02d}", start, take, variant))
+    return Video(f"demo_{name}", kitchen, tuple(takes))
 
 
 def make_split(seed: int, split: str, scale: float, variant: Variant = DEFAULT) -> list[Video]:
@@ -301,7 +304,7 @@ def make_split(seed: int, split: str, scale: float, variant: Variant = DEFAULT) 
 
 
 SIDE = {"left": -1, "right": 1}
-REST: dict[str, XY] = {"left": (0.2, 0.68), "right": (0.8, 0.68)}  # where an idle hand lies
+REST: dict[str, XY] = {"left": (0.2, 0.68), "right": (0.8, 0.68)}  # where an idle hand rests
 LID_HEIGHT = 0.075  # from a body's centre to its closed lid
 REACH = 0.2  # share of a clip in which the hand reaches an object or leaves it
 
@@ -325,7 +328,7 @@ def mix(a: XY, b: XY, s: float) -> XY:
 
 
 def grip_point(hand: str, at: XY, depth: float = 1.0) -> XY:
-    """Where a hand takes hold of what is there."""
+    """Where a hand takes hold of an object at ``at``."""
     return at[0] + SIDE[hand] * 0.05 * depth, at[1] + 0.095 * depth
 
 
@@ -357,7 +360,7 @@ def _smooth(x: float) -> float:
 
 
 def _state_changing(clip: Clip, path: str, u: float) -> Pose:
-    """Reach, act, withdraw: ``u`` from 0 to 1."""
+    # Reach, act, withdraw: ``u`` runs from 0 to 1. After a lift the object stays in the hand, so nothing withdraws.
     s = _smooth((u - clip.begin) / (1 - clip.begin - clip.end))
     near = _smooth((u - clip.begin + REACH) / REACH)
     if path != "lift":
@@ -375,13 +378,13 @@ def _state_changing(clip: Clip, path: str, u: float) -> Pose:
         at, turn = (c - 0.1 * sign, 0.38), 0.0
         x, y = mix((at[0], at[1] - LID_HEIGHT), (at[0] + 0.3 * sign, 0.46), s)
         lid = (x, y - 0.1 * math.sin(math.pi * s))
-    # A hand on a lid covers it as little as a hand on an object does
+    # A hand on a lid covers it as little as a hand on an object does.
     hand = mix(REST[clip.hand], grip_point(clip.hand, lid or at, depth), near)
     return Pose(hand, near > 0.98, "grip" if near > 0.5 else "open", at, depth, turn, lid, height)
 
 
 def _carry(clip: Clip, path: str, p: float) -> Pose:
-    """An object that stays in the hand and makes one loop: ``p`` from 0 to 1 (for a shake, seconds)."""
+    # The object stays in the hand and makes one loop: ``p`` runs from 0 to 1 (for a shake, in seconds).
     wave, x, y, depth, turn = math.sin(2 * math.pi * p), clip.centre, 0.4, 1.0, clip.tilt
     if path == "wipe":
         x -= 0.2 * clip.size * wave

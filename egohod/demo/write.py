@@ -1,13 +1,13 @@
-"""Demo worlds on disk: 15 s H.264 chunks, narration tables, true boxes and questions.
+"""Write demo worlds: 15 s H.264 chunks, narration tables, true boxes and questions.
 
     world.json                         seed, scale, version and which splits are done (changed last)
     <split>/videos/<video>/0000.mp4    chunks of 15 s
-    <split>/hod.csv, narrations.csv    the same clips, told with the hands' motion or as coarsely as Ego4D
+    <split>/hod.csv, narrations.csv    the same clips, narrated with the hands' motion or as coarsely as Ego4D
     <split>/detections.parquet         the true boxes of both hands and the object, with contact states
     <split>/classes.csv                one prompt per action class
     <split>/questions.jsonl            multiple choice, val and test only
 
-A video's folder appears under its name only when it is complete, so an interrupted run goes on where it stopped.
+A video's folder appears under its name only when it is complete: rerun to resume.
 
 A split can also be written in the formats of the field's benchmarks, so that each of them runs on it:
 
@@ -25,11 +25,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import multiprocessing
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -56,7 +53,6 @@ from egohod.demo.world import (
     NOUNS,
     SPLITS,
     VERBS,
-    Clip,
     Variant,
     Video,
     make_split,
@@ -64,18 +60,22 @@ from egohod.demo.world import (
     phrase,
 )
 from egohod.errors import UserError
-from egohod.runtime import follow_parent, usable_cores
+from egohod.runtime import (
+    UNFINISHED_PREFIX,
+    Lost,
+    Progress,
+    Workers,
+    atomic_write,
+    usable_cores,
+    write_text,
+)
 
-VERSION = 5  # of the world: a change of what is drawn or told raises it
+VERSION = 5  # of the world: raised by a change of pictures or texts
 MAX_SCALE = 100
 MAX_REACH = 1.6  # beyond, motions leave the picture
 CHUNK_SECONDS = 15
 CHOICES = 5
 CODEC_OPTIONS = {"preset": "veryfast", "tune": "fastdecode", "crf": "20", "g": "12", "bf": "0", "threads": "1"}
-
-
-class DemoError(UserError):
-    """A demo world that cannot be made as asked."""
 
 
 def encode(frames: Iterable[np.ndarray], path: Path) -> None:
@@ -90,65 +90,34 @@ def encode(frames: Iterable[np.ndarray], path: Path) -> None:
 
 
 def write_video(video: Video, folder: Path) -> pa.Table:
-    """Render one video below ``folder`` unless it is there; its true boxes."""
+    """Render one video below ``folder`` unless it is there; returns its true boxes, a table of ``SCHEMA``."""
     stage, final = Stage(video), folder / video.video_id
-    if not final.exists():
-        part = folder / f".{video.video_id}.part"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        frames, size = stage.frames(), CHUNK_SECONDS * FPS
-        for chunk in range(math.ceil(video.frames / size)):
-            encode(itertools.islice(frames, size), part / f"{chunk:04d}.mp4")
-        part.rename(final)
+    try:
+        if not final.exists():
+            with atomic_write(final) as part:
+                part.mkdir()
+                frames, size = stage.frames(), CHUNK_SECONDS * FPS
+                for chunk in range(math.ceil(video.frames / size)):
+                    encode(itertools.islice(frames, size), part / f"{chunk:04d}.mp4")
+    except (OSError, av.FFmpegError) as error:  # PyAV's own errors cannot be sent to another process
+        raise UserError(f"cannot write {final}: {error}; run again to resume once that is mended") from error
     return pa.Table.from_pylist(list(stage.truth()), detections.SCHEMA)
 
 
-def _written(videos: Sequence[Video], folder: Path, workers: int) -> Iterator[pa.Table]:
-    """Write videos over ``workers`` processes; their truths in the order of the videos."""
-    write = partial(write_video, folder=folder)
-    if workers <= 1:
-        yield from map(write, videos)
-        return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), follow_parent)
-    try:
-        yield from pool.map(write, videos)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def seconds(frame: int) -> float:
-    """When a frame begins, rounded up to the microsecond so that cutting back to a frame number finds the frame."""
+    """When a frame begins, rounded up to the microsecond so that rounding down to a frame number gives the frame."""
     return math.ceil(frame / FPS * 1e6) / 1e6
-
-
-def _row(video: Video, clip: Clip) -> dict[str, object]:
-    return {
-        "video_id": video.video_id,
-        "start_second": seconds(clip.start),
-        "end_second": seconds(clip.start + clip.frames),
-        "text": clip.hod,
-        "dataset": "demo",
-        "uid": clip.uid,
-        "scene": video.kitchen.name,
-        "hand": clip.hand,
-        "verb": clip.verb,
-        "noun": clip.noun,
-        "colour": video.kitchen.nouns[clip.noun],
-        "action": f"{clip.verb} {clip.noun}",
-        "motion": VERBS[clip.verb].path,
-        "motion_kind": VERBS[clip.verb].kind,
-    }
 
 
 def questions(videos: Sequence[Video], rng: np.random.Generator) -> Iterator[dict[str, object]]:
     """Multiple choice over the clips of ``videos``.
 
-    ``across_clips``: which of five clips of five actions, from as many videos as there are, does a hand-object
-    narration tell of. ``object``, ``state_changing`` and ``transient``: which of two texts that differ in the object,
-    or in the motion alone, does a clip show.
+    ``across_clips``: which of five clips of five actions, from as many videos as possible, does a hand-object narration
+    describe. ``object``, ``state_changing`` and ``transient``: which of two texts that differ in the object, or in the
+    motion alone, describes a clip.
     """
 
-    def ask(kind: str, query: dict[str, str], right: dict[str, str], *wrong: dict[str, str]) -> dict[str, object]:
+    def question(kind: str, query: dict[str, str], right: dict[str, str], *wrong: dict[str, str]) -> dict[str, object]:
         answer = int(rng.integers(len(wrong) + 1))
         return {"kind": kind, "query": query, "choices": [*wrong[:answer], right, *wrong[answer:]], "answer": answer}
 
@@ -162,58 +131,78 @@ def questions(videos: Sequence[Video], rng: np.random.Generator) -> Iterator[dic
             if new and len(chosen) < CHOICES:
                 places.add(at)
                 chosen[other.verb, other.noun] = other.uid
-        yield ask("across_clips", {"text": clip.hod}, *({"clip": uid} for uid in chosen.values()))
+        yield question("across_clips", {"text": clip.hod}, *({"clip": uid} for uid in chosen.values()))
         verb = VERBS[clip.verb]
         elsewhere = [noun for noun in verb.nouns if noun in nouns and noun != clip.noun]
         if elsewhere:
             texts = ({"text": phrase(clip.verb, noun, clip.hand)} for noun in (clip.noun, str(rng.choice(elsewhere))))
-            yield ask("object", {"clip": clip.uid}, *texts)
+            yield question("object", {"clip": clip.uid}, *texts)
         if verb.opposite:
             texts = ({"text": phrase(name, clip.noun, clip.hand)} for name in (verb.name, verb.opposite))
-            yield ask(verb.kind, {"clip": clip.uid}, *texts)
+            yield question(verb.kind, {"clip": clip.uid}, *texts)
 
 
 def _write_tables(
     folder: Path, seed: int, videos: Sequence[Video], truth: list[pa.Table], actions: Sequence[tuple[str, str]]
 ) -> None:
-    hod = pd.DataFrame([_row(video, clip) for video in videos for clip in video.clips])
+    hod = pd.DataFrame(
+        [
+            {
+                "video_id": video.video_id,
+                "start_second": seconds(clip.start),
+                "end_second": seconds(clip.start + clip.frames),
+                "text": clip.hod,
+                "dataset": "demo",
+                "uid": clip.uid,
+                "scene": video.kitchen.name,
+                "hand": clip.hand,
+                "verb": clip.verb,
+                "noun": clip.noun,
+                "colour": video.kitchen.nouns[clip.noun],
+                "action": f"{clip.verb} {clip.noun}",
+                "motion": VERBS[clip.verb].path,
+                "motion_kind": VERBS[clip.verb].kind,
+            }
+            for video in videos
+            for clip in video.clips
+        ]
+    )
     coarse = hod.assign(text=[clip.narration for video in videos for clip in video.clips])
     classes = pd.DataFrame([{"action": f"{v} {n}", "verb": v, "noun": n, "text": phrase(v, n)} for v, n in actions])
     for name, table in (("hod", hod), ("narrations", coarse), ("classes", classes)):
         table.to_csv(folder / f"{name}.csv", index=False, lineterminator="\r\n")
     detections.write(pa.concat_tables(truth), folder / "detections.parquet")
-    if folder.name != "train":
+    if folder.name != "train":  # nothing is chosen or reported on train
         rng = np.random.default_rng((seed, list(SPLITS).index(folder.name), len(videos), 2))
         lines = [json.dumps(question) + "\n" for question in questions(videos, rng)]
         (folder / "questions.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def _world(out: Path, seed: int, scale: float, variant: Variant) -> dict[str, Any]:
-    """What is or will be in ``world.json``; an error when the folder holds anything but a world of these settings."""
-    asked: dict[str, Any] = {"seed": seed, "scale": scale, **asdict(variant), "version": VERSION}
+def _read_world(out: Path, seed: int, scale: float, variant: Variant) -> dict[str, Any]:
+    """The present or future content of ``world.json``.
+
+    Raises :class:`UserError` if the folder holds anything but a world of these settings.
+    """
+    settings: dict[str, Any] = {"seed": seed, "scale": scale, **asdict(variant), "version": VERSION}
     file = out / "world.json"
     if not file.exists():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise DemoError(f"{out} is not an empty folder and holds no demo world; choose another folder")
-        return asked | {"done": dict.fromkeys(SPLITS, False)}
+            raise UserError(f"{out} is not an empty folder and holds no demo world; choose another folder")
+        return settings | {"done": dict.fromkeys(SPLITS, False)}
     try:
-        found = json.loads(file.read_bytes())
-        done = {split: bool(found["done"].get(split)) for split in SPLITS}
+        world = json.loads(file.read_bytes())
+        done = {split: bool(world["done"].get(split)) for split in SPLITS}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"not a demo world's description ({error})"
-        raise DemoError(f"{file}: {reason}; remove it or choose another folder") from error
-    # What a world's file does not tell yet was not to be chosen when it was made.
-    found = asdict(DEFAULT) | found
-    other = [f"{key} {found.get(key)} (asked: {value})" for key, value in asked.items() if found.get(key) != value]
+        raise UserError(f"{file}: {reason}; remove it or choose another folder") from error
+    # A key that an older file lacks had its default when that world was written.
+    world = asdict(DEFAULT) | world
+    other = [
+        f"{key} {world.get(key)} (requested: {value})" for key, value in settings.items() if world.get(key) != value
+    ]
     if other:
-        raise DemoError(f"{out} holds a demo world with {', '.join(other)}; choose another folder or remove it")
-    return asked | {"done": done}
-
-
-def _save(out: Path, world: dict[str, Any]) -> None:
-    part = out / "world.json.part"
-    part.write_text(json.dumps(world, indent=1) + "\n", encoding="utf-8")
-    part.replace(out / "world.json")
+        raise UserError(f"{out} holds a demo world with {', '.join(other)}; choose another folder or remove it")
+    return settings | {"done": done}
 
 
 def plan(
@@ -223,26 +212,26 @@ def plan(
     splits: Sequence[str] = tuple(SPLITS),
     variant: Variant = DEFAULT,
 ) -> dict[str, list[Video]]:
-    """The videos of the splits that ``out`` does not hold yet; writes nothing.
+    """List the videos of the splits that ``out`` does not hold yet; writes nothing.
 
-    Raises:
-        DemoError: unknown split, bad scale, seed or variant, a folder that holds something else or cannot be read.
+    Raises :class:`UserError` for an unknown split, a bad scale, seed or variant, and for a folder that holds something
+    else or cannot be read.
     """
     unknown = [split for split in splits if split not in SPLITS]
     if unknown or not splits:
-        raise DemoError(f"splits: {', '.join(unknown) or 'none'}; allowed are {', '.join(SPLITS)}")
+        raise UserError(f"splits: {', '.join(unknown) or 'none'}; allowed are {', '.join(SPLITS)}")
     if not 0 < scale <= MAX_SCALE or seed < 0:
         allowed = f"scale must be above 0 and at most {MAX_SCALE}, seed 0 or more"
-        raise DemoError(f"{allowed}; got scale {scale}, seed {seed}")
+        raise UserError(f"{allowed}; got scale {scale}, seed {seed}")
     if not len(FEW) <= variant.objects <= len(NOUNS) or not 0.5 <= variant.reach <= MAX_REACH:
         allowed = f"there must be {len(FEW)} to {len(NOUNS)} objects and a reach from 0.5 to {MAX_REACH}"
-        raise DemoError(f"{allowed}; got {variant.objects} objects, reach {variant.reach}")
+        raise UserError(f"{allowed}; got {variant.objects} objects, reach {variant.reach}")
     if not 0 <= variant.event_spread <= 1:
-        raise DemoError(f"the spread of brief events must be from 0 to 1; got {variant.event_spread}")
+        raise UserError(f"the spread of brief events must be from 0 to 1; got {variant.event_spread}")
     try:
-        done = _world(out, seed, scale, variant)["done"]
+        done = _read_world(out, seed, scale, variant)["done"]
     except OSError as error:
-        raise DemoError(f"cannot read {out}: {error}") from error
+        raise UserError(f"cannot read {out}: {error}") from error
     return {split: make_split(seed, split, scale, variant) for split in splits if not done[split]}
 
 
@@ -254,40 +243,46 @@ def make_world(
     *,
     splits: Sequence[str] = tuple(SPLITS),
     variant: Variant = DEFAULT,
-    progress: Callable[[str, int, int], None] | None = None,
 ) -> list[str]:
-    """Write a demo world; the splits that were made now (none when all were there).
+    """Write a demo world; returns the splits that were written now (none when all were there).
 
-    ``scale`` multiplies the 2,000 + 300 + 500 clips; ``workers`` processes render (default: one per core);
-    ``progress(split, frames done, frames in all)`` is called after each video. The same seed gives the same frames.
-
-    Raises:
-        DemoError: what :func:`plan` raises, and a folder that is not writable or whose disk is full.
+    ``scale`` multiplies the 2,000 + 300 + 500 clips; ``workers`` processes render (default: one per core). The same
+    seed gives the same frames. Raises :class:`UserError` as :func:`plan` does, and for a folder that is not writable or
+    whose disk is full.
     """
     todo = plan(out, seed, scale, splits, variant)
     try:
         for split, videos in todo.items():
             folder = out / split
-            world = _world(out, seed, scale, variant)
+            world = _read_world(out, seed, scale, variant)
             out.mkdir(parents=True, exist_ok=True)
-            _save(out, world)
+            write_text(out / "world.json", json.dumps(world, indent=1) + "\n")
             (folder / "videos").mkdir(parents=True, exist_ok=True)
-            truth, done, total = list[pa.Table](), 0, sum(video.frames for video in videos)
-            written = _written(videos, folder / "videos", min(workers or usable_cores(), len(videos)))
-            for video, boxes in zip(videos, written, strict=True):
-                truth.append(boxes)
-                done += video.frames
-                if progress:
-                    progress(split, done, total)
-            _write_tables(folder, seed, videos, truth, variant.actions)
+            for part in (folder / "videos").glob(f"{UNFINISHED_PREFIX}*"):  # of a run that was killed
+                shutil.rmtree(part)
+            truth, done = dict[str, pa.Table](), 0
+            processes = min(workers or usable_cores(), len(videos))
+            with (
+                Progress(split, sum(video.frames for video in videos), unit="frames") as progress,
+                Workers(processes, partial(write_video, folder=folder / "videos"), math.inf, tasks_in_flight=1) as pool,
+            ):
+                for video, boxes in pool.unordered(videos):
+                    if isinstance(boxes, Lost):
+                        raise UserError(f"{boxes.reason}; run again to resume")
+                    truth[video.video_id] = boxes
+                    done += video.frames
+                    progress.update(done)
+            _write_tables(folder, seed, videos, [truth[video.video_id] for video in videos], variant.actions)
             world["done"][split] = True
-            _save(out, world)
-    except (OSError, av.FFmpegError, pa.ArrowException) as error:
-        raise DemoError(f"cannot write {out}: {error}; run again to go on once that is mended") from error
-    except BrokenProcessPool as error:
-        raise DemoError("a rendering process was killed (too little memory?); run again to go on") from error
+            write_text(out / "world.json", json.dumps(world, indent=1) + "\n")
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"cannot write {out}: {error}; run again to resume once that is mended") from error
     return list(todo)
 
+
+# --------------------------------------------------------------------------------------------------
+# The formats of the field's benchmarks
+# --------------------------------------------------------------------------------------------------
 
 _NOUNS = sorted(NOUNS)
 # Of all objects, whatever the world's variant: classes without a clip harm nobody.
@@ -297,7 +292,7 @@ _CHOICES = 5
 
 
 def write_benchmarks(world: Path, split: str = "test") -> bool:
-    """Write ``world/<split>/benchmarks``; whether there was anything to do. It appears as a whole or not at all."""
+    """Write ``world/<split>/benchmarks`` as a whole or not at all; returns False if it was there."""
     final = world / split / "benchmarks"
     if final.exists():
         return False
@@ -434,10 +429,10 @@ def _write_charades(folder: Path, train: pd.DataFrame, table: pd.DataFrame, fram
     classes = [f"{code[f'{verb} {noun}']} {VERBS[verb].phrase.format(o=noun)}" for verb, noun in _ACTIONS]
     (folder / "Charades_v1_classes.txt").write_text("\n".join(classes) + "\n")
     # The train world's videos are whole already, with many actions each.
-    told = [
+    annotations = [
         f"{code[a]} {start:.2f} {end:.2f}" for a, start, end in train[["action", "start_second", "end_second"]].values
     ]
-    actions_of = train.assign(told=told).groupby("video_id")["told"].agg(";".join)
+    actions_of = train.assign(annotation=annotations).groupby("video_id")["annotation"].agg(";".join)
     trained = pd.DataFrame({"id": actions_of.index, "scene": "Kitchen", "actions": actions_of.to_numpy()})
     trained.to_csv(folder / "CharadesEgo_v1_train_only1st.csv", index=False)
     rows = []
@@ -462,8 +457,7 @@ COLOURS = 256  # of the palette, which keeps the file small
 def preview(out_png: Path, seed: int = 0) -> None:
     """Draw ``out_png``: a clip of each of eight verbs, every one from another kitchen of the training split.
 
-    Raises:
-        DemoError: the file cannot be written.
+    Raises :class:`UserError` if the file cannot be written.
     """
     (width, height), font = PICTURE, ImageFont.load_default(11)
     sheet = Image.new("RGB", (COLUMNS * width, len(SHOWN) * (height + CAPTION)), (250, 250, 247))
@@ -475,7 +469,7 @@ def preview(out_png: Path, seed: int = 0) -> None:
         takes = [clip for clip in video.clips if clip.verb == verb]
         clip = max(takes, key=lambda clip: (clip.hand == hand, len(clip.hod)))
         pen.text((4, top + 1), clip.hod, (20, 20, 20), font)
-        # Evenly spread moments; of a brief event only, since it is what there is to see
+        # Evenly spread moments; of a brief event alone, where nothing else moves.
         begin, length = (clip.begin, EVENT_SECONDS) if VERBS[verb].brief else (0.0, clip.seconds)
         for column in range(COLUMNS):
             picture = stage.draw(clip, begin + (column + 0.5) / COLUMNS * length).reduce(SHRINK)
@@ -484,4 +478,4 @@ def preview(out_png: Path, seed: int = 0) -> None:
         out_png.parent.mkdir(parents=True, exist_ok=True)
         sheet.quantize(COLOURS, dither=Image.Dither.NONE).save(out_png, optimize=True)
     except (OSError, ValueError) as error:  # ValueError: an ending that names no picture format
-        raise DemoError(f"cannot write {out_png}: {error}") from error
+        raise UserError(f"cannot write {out_png}: {error}") from error

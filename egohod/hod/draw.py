@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from egohod.data.detections import EDGES, LEFT, NO_CONTACT
-from egohod.data.show import GAP, INK, PAPER, ROLE_COLOURS
+from egohod.data.detections import EDGES, LEFT, NO_CONTACT, ROLE_COLOURS
 from egohod.data.videos import VideoError
 from egohod.hod.facts import ClipFacts, Motion
 from egohod.hod.pipeline import CHECK, DETECT, TRACK, Pipeline, from_plain, open_videos, source_text
@@ -20,6 +19,8 @@ from egohod.hod.pipeline import CHECK, DETECT, TRACK, Pipeline, from_plain, open
 log = logging.getLogger(__name__)
 
 # Moments beside the tracks in a sheet, and heights in pixels.
+GAP = 4
+PAPER, INK = (250, 250, 247), (20, 20, 20)
 MOMENTS, LARGE, SMALL, LINE = 4, 240, 118, 15
 _SOFT, _HALO = (110, 120, 130), (255, 255, 255)
 # Time as colour, from the start of a clip to its end: dark violet, teal, yellow.

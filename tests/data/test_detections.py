@@ -9,15 +9,16 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+from show_batch import sheet
 
 from egohod.data import detections
 from egohod.data.config import SourceConfig
 from egohod.data.dataset import ClipDataset, collate
-from egohod.data.detections import LEFT, NO_CONTACT, PORTABLE_OBJECT, RIGHT, SCHEMA, BoxTable, DetectionError
+from egohod.data.detections import LEFT, NO_CONTACT, PORTABLE_OBJECT, RIGHT, ROLE_COLOURS, SCHEMA, BoxTable
 from egohod.data.formats import read_clips
-from egohod.data.show import ROLE_COLOURS, sheet
 from egohod.data.text import Tokenizer
 from egohod.data.transforms import crop_boxes, flip_boxes
+from egohod.errors import UserError
 
 
 def row(second: float, kind: str = "hand", side: int = LEFT, left: float = 0.1, **more: object) -> dict[str, object]:
@@ -64,7 +65,7 @@ def test_mistakes_name_the_file_and_the_row(tmp_path: Path) -> None:
     path = tmp_path / "boxes.parquet"
 
     def refuses(pattern: str) -> None:
-        with pytest.raises(DetectionError, match=re.escape(str(path)) + pattern):
+        with pytest.raises(UserError, match=re.escape(str(path)) + pattern):
             BoxTable.read(path)
 
     refuses(": not readable as parquet")
@@ -77,7 +78,7 @@ def test_mistakes_name_the_file_and_the_row(tmp_path: Path) -> None:
     refuses(": a column is of another type")
     pd.concat([good, good.assign(right=1.2)]).to_parquet(path)
     refuses(": row 2 is no box")
-    with pytest.raises(DetectionError, match="holds no parquet file"):
+    with pytest.raises(UserError, match="holds no parquet file"):
         BoxTable.read(tmp_path / "..")
 
 
@@ -136,7 +137,7 @@ def test_texts_that_are_no_text_are_refused(tmp_path: Path) -> None:
     content = path.read_bytes()
     assert content.count(b"a long name") >= 1
     path.write_bytes(content.replace(b"a long name", b"\xff long name"))
-    with pytest.raises(DetectionError, match=r"boxes\.parquet: a column is of another type: .*UTF8"):
+    with pytest.raises(UserError, match=r"boxes\.parquet: a column is of another type: .*UTF8"):
         detections.read(path)
 
 
@@ -144,5 +145,5 @@ def test_names_of_columns_that_are_no_text_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "boxes.parquet"
     pa.parquet.write_table(pa.table({"video_id": ["v"], "a_column": [1]}), path, store_schema=False)
     path.write_bytes(path.read_bytes().replace(b"a_column", b"\xff_column"))
-    with pytest.raises(DetectionError, match=r"boxes\.parquet: not readable as parquet: .*utf-8"):
+    with pytest.raises(UserError, match=r"boxes\.parquet: not readable as parquet: .*utf-8"):
         detections.read(path)

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pytest
 
 from egohod.data import detections
-from egohod.data.detections import LEFT, NO_CONTACT, PORTABLE_OBJECT, RIGHT, SCHEMA, UNKNOWN_STATE, DetectionError
+from egohod.data.detections import LEFT, NO_CONTACT, PORTABLE_OBJECT, RIGHT, SCHEMA, UNKNOWN_STATE
+from egohod.errors import UserError
 
 
 def row(frame: int, kind: str = "hand", fps: float = 50.0, **more: object) -> dict[str, object]:
@@ -64,7 +65,7 @@ def test_files_that_are_not_what_they_should_be(tmp_path: Path, monkeypatch: pyt
 
     def refuses(content: bytes, pattern: str) -> None:
         path.write_bytes(content)
-        with pytest.raises(DetectionError, match=re.escape(str(path)) + ".*" + pattern):
+        with pytest.raises(UserError, match=re.escape(str(path)) + ".*" + pattern):
             detections.read_epic(path, fps=50)
 
     for size in (0, 1, 20, len(whole) // 2, len(whole) - 1):
@@ -78,9 +79,9 @@ def test_files_that_are_not_what_they_should_be(tmp_path: Path, monkeypatch: pyt
     assert not Path("exploded").exists()
     detections.write_epic(pa.Table.from_pylist([row(0), row(1, right=456.0)], SCHEMA), tmp_path)
     refuses(path.read_bytes(), "row 2 is no box")
-    with pytest.raises(DetectionError, match="No such file"):
+    with pytest.raises(UserError, match="No such file"):
         detections.read_epic(tmp_path / "absent.pkl", fps=50)
-    with pytest.raises(DetectionError, match="cannot name a file"):
+    with pytest.raises(UserError, match="cannot name a file"):
         detections.write_epic(pa.Table.from_pylist([row(0, video_id="../up")], SCHEMA), tmp_path)
 
 

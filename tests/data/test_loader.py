@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from egohod.data.loader import BatchPlan, ClipLoader, LoaderError, MixedPlan, eval_loader, shares, train_loader
+from egohod.data.loader import BatchPlan, ClipLoader, MixedPlan, eval_loader, shares, train_loader
 from egohod.errors import UserError
 from egohod.runtime import Interrupted, StopRequest
 from tests.support import Command
@@ -238,14 +238,14 @@ def test_a_user_error_in_a_worker_arrives_as_it_is(workers: int) -> None:
 
 
 def test_a_bug_in_a_worker_is_one_error_with_the_clip() -> None:
-    with pytest.raises(LoaderError, match=r"failed on clip 5: ZeroDivisionError: ten"):
+    with pytest.raises(UserError, match=r"failed on clip 5: ZeroDivisionError: ten"):
         list(eval_loader(Failing("bug"), range(8), 2, 1))
     with pytest.raises(ZeroDivisionError):
         list(eval_loader(Failing("bug"), range(8), 2, 0))
 
 
 def test_a_killed_worker_is_one_clear_error() -> None:
-    with pytest.raises(LoaderError, match=r"a loader process died .*lower data\.workers"):
+    with pytest.raises(UserError, match=r"a loader process died .*lower data\.workers"):
         list(eval_loader(Failing("kill"), range(8), 2, 2))
 
 
@@ -305,7 +305,7 @@ def test_other_processes_may_take_the_shared_memory_meanwhile(monkeypatch: pytes
 
 def test_a_batch_that_cannot_be_sent_is_one_clear_error() -> None:
     loader = eval_loader(Numbers(), range(8), 2, 2, collate=lambda samples: {"function": lambda: samples})
-    with pytest.raises(LoaderError, match=r"could not hand over a batch: .*(lambda|pickle)"):
+    with pytest.raises(UserError, match=r"could not hand over a batch: .*(lambda|pickle)"):
         next(iter(loader))
 
 
@@ -321,7 +321,7 @@ class Stuck(Numbers):
 def test_waiting_for_a_batch_ends() -> None:
     batches = iter(eval_loader(Stuck(), range(4), 2, 2, timeout=1.5))
     next(batches)
-    with pytest.raises(LoaderError, match=r"no batch of clips came for 1.5 s \(data.timeout\)"):
+    with pytest.raises(UserError, match=r"no batch of clips came for 1.5 s \(data.timeout\)"):
         next(batches)
 
 
@@ -336,7 +336,7 @@ def test_a_request_to_stop_ends_the_waiting(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("egohod.data.loader._LEAVE_SECONDS", 0.5)
     plan = BatchPlan(4, 2, 0)
     batches = iter(train_loader(Stuck(), plan, start_step=0, total_steps=2, world_size=2, workers=1, stop=stop))
-    with pytest.raises(LoaderError, match="SIGTERM received, but the clips of the step to finish did not come"):
+    with pytest.raises(UserError, match="SIGTERM received, but the clips of the step to finish did not come"):
         list(batches)
 
 

@@ -15,15 +15,15 @@ import pytest
 import show_batch
 import verify_dataset
 from PIL import Image
+from verify_dataset import Verifier
 
-from egohod.data import verify
 from egohod.data.config import SourceConfig
 from egohod.data.decoders import choose_decoder
 from egohod.data.formats import read_clips
 from egohod.data.storage import StorageError
 from egohod.data.table import ClipRow, ClipSource
-from egohod.data.verify import Verifier
 from egohod.errors import UserError
+from egohod.runtime import Progress
 from tests.data.video_files import encode, encode_sizes
 from tests.support import Command
 
@@ -50,8 +50,12 @@ def source(folder: Path, root: str = "") -> tuple[SourceConfig, ClipSource]:
     return config, ClipSource(read_clips(config), config, choose_decoder("pyav")[1])
 
 
-def nothing(*_: int) -> None:
-    pass
+class Interrupting(Progress):
+    """Stands in for the signal that comes when ``total`` clips are done."""
+
+    def update(self, done: float, *, total: float | None = None, note: str = "") -> None:
+        if done >= self.total:
+            raise KeyboardInterrupt
 
 
 def test_what_is_missing_or_broken_is_listed_and_then_left_out(
@@ -59,7 +63,7 @@ def test_what_is_missing_or_broken_is_listed_and_then_left_out(
 ) -> None:
     done = program("tools/verify_dataset.py", "--config_file", folder / "config.yml", "--output", folder / "out")
     assert done.returncode == 1, done.stderr
-    assert "6 of 6 clips, 3 unreadable, ETA 0:00:00" in done.stderr
+    assert "own: 100 %  6 of 6 clips, ETA 0:00:00, 3 unreadable" in done.stderr
     with (folder / "out" / "own_exclude.csv").open(newline="") as file:
         listed = {row["video_id"]: row for row in csv.DictReader(file)}
     assert {name: row["row"] for name, row in listed.items()} == {"fake": "2", "none": "4", "v0": "5"}
@@ -78,46 +82,39 @@ def test_what_is_missing_or_broken_is_listed_and_then_left_out(
 def test_a_picture_that_changes_its_proportions_costs_its_clips_alone(folder: Path) -> None:
     encode_sizes(folder / "videos" / "fake.mp4", [(96, 64), (64, 96)])
     (folder / "clips.csv").write_text(HEADER + "fake,0,2,before\nfake,1,3,across\nfake,2,4,after\n")
-    ((index, reason),) = Verifier("own", source(folder)[1], folder).run(0, nothing).faults
+    ((index, reason),) = Verifier("own", source(folder)[1], folder).run(0).faults
     assert index == 1
     assert "fake.mp4: the picture size changes from 96x64 to 64x96 at 2." in reason
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "BLOCK", 2)
+    monkeypatch.setattr(verify_dataset, "BLOCK", 2)
     read: list[int] = []
     inner = ClipSource.read
     monkeypatch.setattr(ClipSource, "read", lambda self, row, *more: read.append(row.row) or inner(self, row, *more))
-    expected = Verifier("own", source(folder)[1], folder).run(0, nothing)
+    expected = Verifier("own", source(folder)[1], folder).run(0)
     assert len(expected.faults) == 3
     assert len(read) == 6
 
-    def interrupt(done: int, *_: int) -> None:
-        if done >= 4:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        Verifier("own", source(folder)[1], folder).run(0, interrupt)
+        Verifier("own", source(folder)[1], folder).run(0, Interrupting("own", 4))
     with (folder / "own_progress.jsonl").open("a") as notes:
         notes.write("[2, [[")  # killed while writing
     read.clear()
-    assert Verifier("own", source(folder)[1], folder).run(0, nothing) == expected
+    assert Verifier("own", source(folder)[1], folder).run(0) == expected
     assert len(read) == 2
     read.clear()
     (folder / "videos" / "fake.mp4").write_bytes((folder / "videos" / "v0.mp4").read_bytes())
-    assert len(Verifier("own", source(folder)[1], folder).run(0, nothing).faults) == 2, "a finished run begins anew"
+    assert len(Verifier("own", source(folder)[1], folder).run(0).faults) == 2, "a finished run begins anew"
     assert len(read) == 6
 
 
 def test_other_settings_are_another_task(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: int) -> None:
-        raise KeyboardInterrupt
-
     (folder / "empty").mkdir()
     wrong = source(folder, root=str(folder / "empty"))[1]
     with pytest.raises(KeyboardInterrupt):
-        Verifier("own", wrong, folder).run(0, interrupt)
-    assert len(Verifier("own", source(folder)[1], folder).run(0, nothing).faults) == 3
+        Verifier("own", wrong, folder).run(0, Interrupting("own", 1))
+    assert len(Verifier("own", source(folder)[1], folder).run(0).faults) == 3
 
 
 def test_what_stops_a_run_stops_it_at_once_in_several_processes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +123,7 @@ def test_what_stops_a_run_stops_it_at_once_in_several_processes(folder: Path, mo
 
     monkeypatch.setattr(ClipSource, "read", refuse)
     with pytest.raises(StorageError, match=r"^s3://videos: the credentials have expired$"):
-        Verifier("own", source(folder)[1], folder).run(2, nothing)
+        Verifier("own", source(folder)[1], folder).run(2)
 
 
 def test_a_video_that_makes_its_process_crash_or_hang_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,21 +138,21 @@ def test_a_video_that_makes_its_process_crash_or_hang_is_found(folder: Path, mon
         return inner(self, row, *more)
 
     monkeypatch.setattr(ClipSource, "read", read)
-    monkeypatch.setattr(verify, "_PATIENCE", 3.0)
-    faults = dict(Verifier("own", source(folder)[1], folder).run(1, nothing).faults)
+    monkeypatch.setattr(verify_dataset, "_PATIENCE", 3.0)
+    faults = dict(Verifier("own", source(folder)[1], folder).run(1).faults)
     assert faults[2] == "v1: the process that worked on it died (exit code 7)"
     assert faults[1] == "fake: it took longer than 3 s"
     assert sorted(faults) == [1, 2, 3, 4]
 
 
 def test_several_processes_find_the_same(folder: Path) -> None:
-    one, two = (Verifier(name, source(folder)[1], folder).run(n, nothing) for name, n in (("one", 0), ("two", 2)))
+    one, two = (Verifier(name, source(folder)[1], folder).run(n) for name, n in (("one", 0), ("two", 2)))
     assert one == two
 
 
 def test_strict_stops_at_the_first_and_a_dry_run_writes_nothing(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(UserError, match=r"clips\.csv: row \d: "):
-        Verifier("own", source(folder)[1], folder).run(0, nothing, strict=True)
+        Verifier("own", source(folder)[1], folder).run(0, strict=True)
     command = ["--config_file", f"{folder}/config.yml", "--output", f"{folder}/no", "--workers", "1"]
     caplog.set_level(logging.INFO)
     assert verify_dataset.main([*command, "--dry_run"]) == 0
@@ -190,7 +187,7 @@ def test_chunks_of_another_length_are_reported(tmp_path: Path) -> None:
     for seconds, faults in ((15.0, 3), (30.0, 0)):
         config.chunk_seconds = seconds
         clips = ClipSource(read_clips(config), config, choose_decoder("pyav")[1])
-        verdict = Verifier("own", clips, tmp_path).run(0, nothing)
+        verdict = Verifier("own", clips, tmp_path).run(0)
         assert len(verdict.faults) == faults
         assert len(verdict.reasons) == min(faults, 1)
         assert all("has 30.00 s, but chunk_seconds is 15; set chunk_seconds=30" in why for _, why in verdict.faults)

@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import av
@@ -137,9 +138,9 @@ def test_a_complete_world_is_left_alone(world: Path) -> None:
 
 def test_other_settings_and_other_folders_are_refused(world: Path, tmp_path: Path) -> None:
     before = _tree(world)
-    with pytest.raises(UserError, match=r"seed 4 \(asked: 5\)"):
+    with pytest.raises(UserError, match=r"seed 4 \(requested: 5\)"):
         make_world(world, 5, SCALE)
-    with pytest.raises(UserError, match=r"scale 0.02 \(asked: 1.0\)"):
+    with pytest.raises(UserError, match=r"scale 0.02 \(requested: 1.0\)"):
         make_world(world, SEED)
     assert _tree(world) == before
     (tmp_path / "letter.txt").write_text("keep me")
@@ -160,12 +161,13 @@ def test_other_settings_and_other_folders_are_refused(world: Path, tmp_path: Pat
 def test_a_killed_run_goes_on_where_it_stopped_and_ends_as_any_other(tmp_path: Path) -> None:
     out, straight = tmp_path / "killed", tmp_path / "straight"
     command = [*TOOL, "--output", str(out), "--scale", str(SCALE), "--splits", "train", "--workers", "1"]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE)
-    assert run.stdout is not None
-    assert b"train" in run.stdout.readline()  # the first of two videos is there
-    run.send_signal(signal.SIGKILL)
-    run.communicate()
     videos = out / "train" / "videos"
+    run = subprocess.Popen(command)
+    while not (videos / "demo_train_0000").exists():  # the first of two videos
+        assert run.poll() is None
+        time.sleep(0.01)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
     assert [p.name for p in videos.iterdir() if not p.name.startswith(".")] == ["demo_train_0000"]
     assert not json.loads((out / "world.json").read_text())["done"]["train"]
     assert not (out / "train" / "hod.csv").exists()

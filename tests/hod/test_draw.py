@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from egohod.data.show import ROLE_COLOURS
+from egohod.data.detections import ROLE_COLOURS
 from egohod.hod import draw
 from egohod.hod.facts import ClipFacts, HandFacts, Motion, ObjectFacts
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 
 from egohod.data import detections
-from egohod.data.detections import EDGES, NEAREST_SECONDS, SCHEMA, DetectionError
+from egohod.data.detections import EDGES, NEAREST_SECONDS, SCHEMA
 from egohod.data.videos import VideoError
 from egohod.errors import UserError
 from egohod.hod.detectors.base import Detector
@@ -42,7 +42,7 @@ class DetectionFiles(Detector):
                 raise UserError(f"{path}: holds neither parquet files nor EPIC-KITCHENS' .pkl files")
             try:
                 detections.epic_message_class()  # protobuf may be missing or broken: say so before the first clip
-            except DetectionError as error:
+            except UserError as error:
                 raise UserError(f"{path}: {error}") from error
         else:
             videos = detections.read(path).to_pandas().groupby("video_id", sort=False)
@@ -61,7 +61,7 @@ class DetectionFiles(Detector):
             fps = self._fps if self._fps is not None else float((frame_numbers[-1] + 0.5) / seconds[-1])
             try:
                 rows = detections.read_epic(self._epic[video_id], fps).to_pandas()
-            except DetectionError as error:
+            except UserError as error:
                 raise VideoError(str(error)) from error
             # Clips come video by video: the last one is enough.
             self._videos = {video_id: rows.sort_values("second", kind="stable")}
