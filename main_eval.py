@@ -34,8 +34,8 @@ from egohod.evaluation.html_report import write_report
 from egohod.evaluation.models import FrameAverage, fingerprint, open_clip_baseline
 from egohod.evaluation.results import PUBLISHED, report
 from egohod.evaluation.runner import Benchmark, asked, benchmark, demo_evaluators, execution_of
+from egohod.training.build import build_model
 from egohod.training.checkpoint import classes_of
-from egohod.training.setup import build_model
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -17,10 +17,10 @@ from egohod.data.transforms import center_crop, normalise
 from egohod.data.videos import read_clip
 from egohod.errors import UserError
 from egohod.loss.config import LossConfig
-from egohod.model import egovideo
-from egohod.model import weights as weights_of_files
-from egohod.model.egovideo import DualEncoder
-from egohod.model.weights import WeightFile, WeightReport
+from egohod.model import checkpoints as weights_of_files
+from egohod.model import dual_encoder
+from egohod.model.checkpoints import WeightFile, WeightReport
+from egohod.model.dual_encoder import DualEncoder
 from egohod.model.zoo import geometry
 from egohod.training.checkpoint import open_weights
 
@@ -37,7 +37,7 @@ def create_model(name: str, **overrides: Any) -> DualEncoder:
     Raises:
         UserError: unknown name or knob, or a value out of range.
     """
-    return egovideo.create_model(model_config(name, **overrides), LossConfig())
+    return dual_encoder.create_model(model_config(name, **overrides), LossConfig())
 
 
 def load_weights(
@@ -102,7 +102,7 @@ def create_model_and_transforms(
             known.pop("embed_dim", None)
         config = model_config(name, **OmegaConf.to_container(OmegaConf.merge(known, overrides)))  # type: ignore[arg-type]
         loss = LossConfig(name=content.settings.get("loss.name", LossConfig().name))
-        model = egovideo.create_model(config, loss)
+        model = dual_encoder.create_model(config, loss)
         weights_of_files.load_weights(model, content, adapt=adapt, projections=projections)
     size = model.geometry.image_size
 

@@ -333,9 +333,9 @@ def train_and_report(description: str, default_config: str, arguments: Sequence[
     from egohod.evaluation.models import fingerprint
     from egohod.evaluation.results import report
     from egohod.evaluation.runner import named_evaluators
+    from egohod.training.build import build_classes, build_data, build_model, describe, trainable_table
     from egohod.training.dry_run import dry_run
-    from egohod.training.loop import train
-    from egohod.training.setup import build_classes, build_data, build_model, describe, trainable_table
+    from egohod.training.train import train
 
     options = parser(description, default_config)
     options.add_argument("--resume", metavar="auto|none|PATH", help="same as train.resume=...")

@@ -61,9 +61,9 @@ from egohod.hod.pipeline import build
 from egohod.hod.store import Shard
 from egohod.loss.config import LossConfig
 from egohod.model import zoo
+from egohod.model.checkpoints import load_weights
 from egohod.model.config import ModelConfig
-from egohod.model.egovideo import DualEncoder, create_model
-from egohod.model.weights import load_weights
+from egohod.model.dual_encoder import DualEncoder, create_model
 from egohod.training.checkpoint import CheckpointStore, classes_of, open_checkpoint, open_weights
 from egohod.training.telemetry import _truncate
 from tests.data.video_files import encode, picture

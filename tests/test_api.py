@@ -14,7 +14,7 @@ import torch
 import egohod
 from egohod.data.videos import VideoError
 from egohod.errors import UserError
-from egohod.model.video import QuickGELU
+from egohod.model.vision import QuickGELU
 from tests.support import ROOT, ShortRun, environment
 
 

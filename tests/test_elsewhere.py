@@ -19,7 +19,7 @@ import verify_dataset
 import main_eval
 from egohod.config import load
 from egohod.errors import UserError
-from egohod.model.weight_files import read_weights
+from egohod.model.checkpoints import read_weights
 from tests.hod.runs import head
 from tests.support import ROOT, ShortRun, environment
 

@@ -37,11 +37,11 @@ from egohod.evaluation.features import write_json
 from egohod.evaluation.html_report import new_figure
 from egohod.evaluation.models import CONTROLS
 from egohod.evaluation.results import RESULTS_FILE
-from egohod.model.egovideo import create_model
-from egohod.model.flops import step_flops
-from egohod.training.loop import Schedule
-from egohod.training.setup import freeze
+from egohod.model.cost import step_flops
+from egohod.model.dual_encoder import create_model
+from egohod.training.build import freeze
 from egohod.training.telemetry import git_commit
+from egohod.training.train import Schedule
 
 log = logging.getLogger("ablate")
 

@@ -32,7 +32,7 @@ from egohod.evaluation.features import CONFIG_FILE, FORMAT, file_of, open_index
 from egohod.evaluation.listing import Listing, rows_of_csv, whole_files, windows
 from egohod.evaluation.models import fingerprint
 from egohod.model.zoo import geometry
-from egohod.training.setup import build_model
+from egohod.training.build import build_model
 
 log = logging.getLogger("extract_features")
 

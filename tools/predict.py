@@ -31,10 +31,10 @@ from egohod.distributed import inference_precision, setup
 from egohod.errors import UserError
 from egohod.evaluation.html_report import new_figure
 from egohod.evaluation.models import ClassProbabilities
-from egohod.model.egovideo import DualEncoder
+from egohod.model.dual_encoder import DualEncoder
 from egohod.model.zoo import geometry
+from egohod.training.build import build_model
 from egohod.training.checkpoint import CheckpointError, classes_of
-from egohod.training.setup import build_model
 
 log = logging.getLogger("predict")
 

@@ -17,8 +17,8 @@ from _common import tool_parser
 
 from egohod import cli
 from egohod.config import PROJECT, load_leniently
-from egohod.model.egovideo import create_model
-from egohod.model.flops import forward_flops, step_flops
+from egohod.model.cost import forward_flops, step_flops
+from egohod.model.dual_encoder import create_model
 from egohod.model.zoo import geometry
 
 # Measured: CPU seconds of one core to read and decode a clip of 2 s, by frames (docs/benchmarks.md, decoding): the

@@ -26,7 +26,7 @@ from egohod.evaluation.embed import embed_texts
 from egohod.evaluation.features import CONFIG_FILE, read_features, read_index, search, span
 from egohod.evaluation.html_report import contact_sheet
 from egohod.evaluation.models import fingerprint
-from egohod.training.setup import build_model
+from egohod.training.build import build_model
 
 log = logging.getLogger("search")
 

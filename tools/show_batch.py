@@ -24,7 +24,7 @@ from egohod.data.detections import ROLE_COLOURS
 from egohod.data.storage import VideoError
 from egohod.errors import UserError
 from egohod.model.zoo import geometry
-from egohod.training.setup import build_dataset, build_plan
+from egohod.training.build import build_dataset, build_plan
 
 log = logging.getLogger("show_batch")
 

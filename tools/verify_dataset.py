@@ -30,7 +30,7 @@ from egohod.data.storage import VideoError, one_clip
 from egohod.data.table import EXCLUDE_COLUMNS, ClipSource
 from egohod.errors import UserError
 from egohod.runtime import Lost, Progress, Workers, atomic_write, usable_cores
-from egohod.training.setup import active_sources, build_dataset
+from egohod.training.build import active_sources, build_dataset
 
 log = logging.getLogger("verify_dataset")
 

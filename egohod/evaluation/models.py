@@ -19,7 +19,7 @@ from torch.nn.functional import normalize as unit
 from egohod.data.labels import ClassSpace
 from egohod.errors import UserError
 from egohod.model.config import IMAGE_STATS, ImageStats
-from egohod.model.egovideo import DualEncoder
+from egohod.model.dual_encoder import DualEncoder
 
 # The shuffled order of a clip follows from this and from the clip's number.
 SEED = 0

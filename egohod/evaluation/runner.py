@@ -34,7 +34,7 @@ from egohod.evaluation.metrics import Score, flat_with_controls
 from egohod.evaluation.models import ClassProbabilities, VideoTextModel, image_stats_of
 from egohod.evaluation.tasks import EvaluationTask, head_tasks, tasks_of
 from egohod.model.config import IMAGE_STATS
-from egohod.model.egovideo import DualEncoder
+from egohod.model.dual_encoder import DualEncoder
 from egohod.model.zoo import geometry
 
 log = logging.getLogger(__name__)

@@ -32,8 +32,8 @@ from safetensors.torch import load, save_file
 
 from egohod.data.labels import ClassSpace
 from egohod.errors import UserError
-from egohod.model.base import Base, checksum
-from egohod.model.weight_files import WeightFile, from_tensors, load_pickle, read_weights
+from egohod.model.checkpoints import WeightFile, checksum, from_tensors, load_pickle, read_weights
+from egohod.model.dual_encoder import Base
 from egohod.model.weight_names import WeightsError
 
 log = logging.getLogger(__name__)
@@ -199,7 +199,7 @@ def open_weights(source: str | Path, *, download: bool = False, base: str | None
     A checkpoint that holds only what was trained is completed from the file it was started from, or from ``base`` if
     that lies elsewhere now; a file of other weights is refused.
 
-    Raises :class:`UserError` as :func:`open_checkpoint` and :func:`egohod.model.weight_files.read_weights` do.
+    Raises :class:`UserError` as :func:`open_checkpoint` and :func:`egohod.model.checkpoints.read_weights` do.
     """
     if not _holds_checkpoints(Path(source)):
         return read_weights(source, download=download)

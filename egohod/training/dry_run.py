@@ -17,12 +17,9 @@ from egohod.data.dataset import collate
 from egohod.data.labels import ClassSpace
 from egohod.distributed import Distributed, pick_precision, setup
 from egohod.errors import UserError
-from egohod.model.egovideo import DualEncoder, create_model
-from egohod.model.flops import step_flops
-from egohod.training.config import TrainConfig
-from egohod.training.loop import Schedule
-from egohod.training.optim import learning_rates
-from egohod.training.setup import (
+from egohod.model.cost import step_flops
+from egohod.model.dual_encoder import DualEncoder, create_model
+from egohod.training.build import (
     active_sources,
     build_classes,
     build_dataset,
@@ -32,7 +29,9 @@ from egohod.training.setup import (
     predict_memory,
     trainable,
 )
-from egohod.training.step import TrainStep
+from egohod.training.config import TrainConfig
+from egohod.training.step import TrainStep, learning_rates
+from egohod.training.train import Schedule
 
 log = logging.getLogger(__name__)
 

@@ -8,10 +8,16 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from timm.data import Mixup
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from timm.scheduler import CosineLRScheduler
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -21,11 +27,181 @@ from egohod.config import Config
 from egohod.data.transforms import normalise
 from egohod.distributed import Distributed, pick_precision
 from egohod.loss.boxes import box_errors
+from egohod.loss.contrastive import Loss
 from egohod.loss.factory import build_loss
-from egohod.loss.large_batch import cached_step
-from egohod.model.egovideo import DualEncoder
-from egohod.training.mixing import ClipMixer
-from egohod.training.optim import build_optimizer, build_schedule
+from egohod.model.dual_encoder import DualEncoder
+from egohod.training.config import TrainConfig, duration_in_steps
+
+Batch = TypeVar("Batch")
+Features = Mapping[str, Tensor]
+
+
+def _unscaled(loss: Tensor) -> Tensor:
+    return loss
+
+
+def cached_step(
+    forward: Callable[[Batch], Features],
+    model: nn.Module,
+    micro_batches: Sequence[Batch],
+    loss_fn: Loss,
+    scale: Callable[[Tensor], Tensor] = _unscaled,
+) -> dict[str, Tensor]:
+    """Add the gradient of the loss over all micro-batches (of all processes) to the parameters.
+
+    Args:
+        forward: micro-batch -> values of each clip (``video_features`` [b, E], ``text_features`` [b, E], ``box_errors``
+            [b], classes of which the loss takes no gradient) and scalars that all chunks share (``logit_scale``,
+            ``logit_bias``); enters autocast itself if wanted, so that the loss stays in float32.
+        model: what ``forward`` calls; under DistributedDataParallel gradients are averaged over the processes
+            once, in the last backward pass.
+        micro_batches: chunks of this process's batch, anything ``forward`` takes.
+        loss_fn: takes what ``forward`` gives by name, e.g. :class:`egohod.loss.contrastive.ContrastiveLoss`.
+        scale: applied to the loss before its backward pass, e.g. ``GradScaler.scale``.
+
+    Returns:
+        What ``loss_fn`` gives (``loss`` not scaled), detached scalars on the device.
+
+    One micro-batch is a plain forward and backward pass. Several cost one more forward pass each; dropout and
+    the like repeat exactly, because each chunk's random state is kept.
+    """
+    assert micro_batches, "a step needs at least one micro-batch"
+    if len(micro_batches) == 1:
+        result = loss_fn(**forward(micro_batches[0]))
+        scale(result["loss"]).backward()
+        return {name: value.detach() for name, value in result.items()}
+
+    outputs, states = [], []
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        for batch in micro_batches:
+            states.append(_random_state(device))
+            outputs.append(forward(batch))
+    sizes = [next(len(value) for value in output.values() if value.ndim) for output in outputs]
+    # Features are joined; scalars are the same in every chunk.
+    joint = {
+        name: (torch.cat([output[name] for output in outputs]) if value.ndim else value).detach()
+        for name, value in outputs[0].items()
+    }
+    for value in joint.values():
+        value.requires_grad_(value.is_floating_point())
+    result = loss_fn(**joint)
+    scale(result["loss"]).backward()
+    pulls = {name: value.grad.split(sizes) for name, value in joint.items() if value.ndim and value.grad is not None}
+    shared = {name: value.grad for name, value in joint.items() if not value.ndim and value.grad is not None}
+
+    for i, batch in enumerate(micro_batches):
+        last = i == len(micro_batches) - 1
+        _set_random_state(device, states[i])
+        with nullcontext() if last else _without_sync(model):
+            output = forward(batch)
+            surrogate = torch.stack([(output[name] * pull[i]).sum() for name, pull in pulls.items()]).sum()
+            if last:
+                # Shared by all chunks: the gradient is already whole and counts once.
+                for name, gradient in shared.items():
+                    surrogate = surrogate + output[name] * gradient
+            surrogate.backward()
+    return {name: value.detach() for name, value in result.items()}
+
+
+def _without_sync(model: nn.Module) -> AbstractContextManager[None]:
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    """States of the generators a forward pass may draw from; read on the host, the device is not waited for."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _set_random_state(device: torch.device, state: list[Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)
+
+
+class ClipMixer:
+    """Mixup (1710.09412) or cutmix (1905.04899) of a batch of clips, timm's; a cut is the same box in all frames."""
+
+    def __init__(self, cfg: TrainConfig) -> None:
+        self._alphas = {"mixup_alpha": cfg.mixup, "cutmix_alpha": cfg.cutmix}
+
+    def __call__(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        """``video`` float [B, C, T, H, W], changed in place, and whose share of pixels is whose: float32 [B, B].
+
+        What is drawn follows from torch's generator, so that a step that is repeated mixes alike. The number of clips
+        is even (:func:`egohod.training.build.micro_batches`).
+        """
+        # timm draws from numpy's global generator.
+        before = np.random.get_state()  # noqa: NPY002
+        np.random.seed(int(torch.randint(2**31, ()).item()))  # noqa: NPY002
+        try:
+            # Each clip is a class of its own, so timm's mixed targets tell the shares for any number of heads.
+            mix = Mixup(**self._alphas, label_smoothing=0.0, num_classes=len(video))
+            # Time into channels: timm's cut is along the third and fourth dimension, which must be H and W.
+            _, shares = mix(video.flatten(1, 2), torch.arange(len(video), device=video.device))
+        finally:
+            np.random.set_state(before)  # noqa: NPY002
+        return video, shares
+
+
+class LearningRates(NamedTuple):
+    """The rates of a run: its peak, the start of the warm-up and the end of a cosine."""
+
+    peak: float
+    start: float
+    end: float
+
+
+def learning_rates(cfg: TrainConfig) -> LearningRates:
+    """What ``lr``, ``lr_start`` and ``lr_end`` are at this batch (see ``train.lr_reference_batch``)."""
+    scale = cfg.global_batch_size / cfg.lr_reference_batch if cfg.lr_reference_batch else 1.0
+    return LearningRates(cfg.lr * scale, cfg.lr_start * scale, cfg.lr_end * scale)
+
+
+def build_optimizer(model: torch.nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW or SGD over the trainable parameters; no decay on tensors of one dimension or less.
+
+    The fused implementation skips a step with a non-finite gradient on the device itself, so that nothing
+    has to wait for the answer (see :mod:`egohod.training.step`).
+    """
+    lr = learning_rates(cfg).peak
+    # timm compares whole names.
+    names = [name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "positional_embedding"]
+    no_decay = () if cfg.decay_positions else names
+    if cfg.layer_decay < 1:
+        groups = param_groups_layer_decay(
+            model, weight_decay=cfg.weight_decay, no_weight_decay_list=no_decay, layer_decay=cfg.layer_decay
+        )
+    else:
+        groups = param_groups_weight_decay(model, weight_decay=cfg.weight_decay, no_weight_decay_list=no_decay)
+    if cfg.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=cfg.momentum, fused=True)
+    first, second = cfg.betas
+    return torch.optim.AdamW(groups, lr=lr, betas=(first, second), eps=cfg.eps, fused=True)
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, cfg: TrainConfig, total_steps: int, steps_per_epoch: int
+) -> Scheduler:
+    """Learning rate as a function of the step: linear warm-up, then constant or a cosine down to ``lr_end``.
+
+    The peak is reached by the first step after the warm-up. LaViLa and AVION reach it one step earlier, in the last
+    step of the warm-up; their cosine is the same.
+    """
+    warmup = duration_in_steps(
+        cfg.warmup, steps_per_epoch=steps_per_epoch, global_batch_size=cfg.global_batch_size, key="train.warmup"
+    )
+    rates = learning_rates(cfg)
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=max(1, total_steps - warmup),
+        # A cosine between equal ends is a constant.
+        lr_min=rates.peak if cfg.schedule == "constant" else rates.end,
+        warmup_t=warmup,
+        warmup_lr_init=rates.start,
+        warmup_prefix=True,
+        t_in_epochs=False,
+    )
 
 
 class Stopwatch:

@@ -20,7 +20,7 @@ from egohod.data.loader import eval_loader
 from egohod.data.storage import LocalCache, StorageError
 from egohod.data.text import Tokenizer
 from egohod.data.videos import VideoError, VideoStore
-from egohod.training.setup import build_dataset
+from egohod.training.build import build_dataset
 
 ROOT = "s3://videos/some/prefix"
 

@@ -19,7 +19,7 @@ from egohod.demo.world import NOUNS, VERBS, phrase
 from egohod.distributed import Distributed
 from egohod.evaluation.runner import Benchmark, Execution, demo_evaluator
 from egohod.model.config import ModelConfig
-from egohod.model.egovideo import DualEncoder, create_model
+from egohod.model.dual_encoder import DualEncoder, create_model
 
 FRAMES = 4
 

@@ -15,7 +15,7 @@ from test_readers import settings
 
 import main_eval
 from egohod.model.config import ModelConfig
-from egohod.model.egovideo import create_model
+from egohod.model.dual_encoder import create_model
 from egohod.model.zoo import geometry
 from egohod.training.checkpoint import CheckpointStore
 from tests.support import ROOT, environment

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from egohod.loss.config import LossConfig
+from egohod.model.checkpoints import load_state
 from egohod.model.config import ModelConfig
-from egohod.model.egovideo import DualEncoder, create_model
-from egohod.model.weights import load_state
+from egohod.model.dual_encoder import DualEncoder, create_model
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

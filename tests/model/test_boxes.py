@@ -8,10 +8,10 @@ from torch import Tensor
 
 from egohod.loss.boxes import box_errors
 from egohod.loss.config import LossConfig
-from egohod.model.boxes import BoxHead
 from egohod.model.config import FastPathConfig, ModelConfig
-from egohod.model.egovideo import DualEncoder, create_model
-from egohod.model.flops import count_flops, step_flops
+from egohod.model.cost import count_flops, step_flops
+from egohod.model.dual_encoder import DualEncoder, create_model
+from egohod.model.vision import BoxHead
 
 FRAMES = 8
 

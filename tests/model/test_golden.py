@@ -14,7 +14,7 @@ from torch import Tensor
 
 from egohod.loss.contrastive import ContrastiveLoss
 from egohod.model.config import ModelConfig
-from egohod.model.egovideo import DualEncoder, create_model
+from egohod.model.dual_encoder import DualEncoder, create_model
 
 POOLED, DENSE, GRADIENT = 2e-5, 1e-4, 2e-6
 Golden = Callable[[str], dict[str, Tensor]]

@@ -17,11 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from egohod.errors import UserError
 from egohod.loss.contrastive import ContrastiveLoss
 from egohod.model import zoo
-from egohod.model.adapter import MotionAdapter
 from egohod.model.config import FastPathConfig, ModelConfig
-from egohod.model.egovideo import DualEncoder, EgoVideo, create_model
-from egohod.model.flops import count_flops, step_flops
-from egohod.model.slowfast import slow_frames
+from egohod.model.cost import count_flops, step_flops
+from egohod.model.dual_encoder import DualEncoder, EgoVideo, create_model
+from egohod.model.slowfast import MotionAdapter, slow_frames
 
 Golden = Callable[[str], dict[str, Tensor]]
 Filled = Callable[[ModelConfig], DualEncoder]

@@ -21,10 +21,9 @@ from omegaconf import OmegaConf
 
 from egohod.errors import UserError
 from egohod.model import zoo
-from egohod.model.egovideo import DualEncoder
-from egohod.model.weight_files import read_weights
+from egohod.model.checkpoints import load_weights, read_weights
+from egohod.model.dual_encoder import DualEncoder
 from egohod.model.weight_names import Family, WeightsError
-from egohod.model.weights import load_weights
 from egohod.training.checkpoint import open_weights
 from tests.model.field_files import (
     SCHEMA,

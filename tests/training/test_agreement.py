@@ -11,8 +11,8 @@ import torch
 from egohod.distributed import Distributed
 from egohod.errors import UserError
 from egohod.training.checkpoint import Checkpoint
-from egohod.training.loop import _require_same
 from egohod.training.telemetry import Lap, Share, Stragglers
+from egohod.training.train import _require_same
 
 HOST = "node-b"
 

@@ -19,8 +19,8 @@ import main_pretrain
 from egohod.config import load
 from egohod.errors import UserError
 from egohod.model.config import FastPathConfig, ModelConfig
-from egohod.model.egovideo import EgoVideo, create_model
-from egohod.training.setup import build_dataset
+from egohod.model.dual_encoder import EgoVideo, create_model
+from egohod.training.build import build_dataset
 from tests.support import ROOT, losses, newest
 
 SLOWFAST = ["model.name=DEMO_Slowfast", "model.num_frames=8", "model.patch_dropout=0"]

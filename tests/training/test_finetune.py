@@ -29,12 +29,11 @@ from egohod.evaluation.tasks import ClassificationTask, head_tasks
 from egohod.loss.classification import ClassificationLoss
 from egohod.loss.config import LossConfig
 from egohod.model.config import ModelConfig
-from egohod.model.egovideo import create_model
+from egohod.model.dual_encoder import create_model
+from egohod.training.build import build_labels
 from egohod.training.checkpoint import open_weights
 from egohod.training.config import TrainConfig
-from egohod.training.mixing import ClipMixer
-from egohod.training.setup import build_labels
-from egohod.training.step import TrainStep
+from egohod.training.step import ClipMixer, TrainStep
 from tests.support import Command, ShortRun, losses, newest
 
 

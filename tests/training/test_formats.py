@@ -16,7 +16,7 @@ import main_pretrain
 from egohod.config import load
 from egohod.demo.render import Stage, frame_time
 from egohod.demo.world import FPS, Clip, Video, make_split
-from egohod.training.setup import build_dataset
+from egohod.training.build import build_dataset
 from tests.support import losses
 
 Clips = list[tuple[Video, Clip]]

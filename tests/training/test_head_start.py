@@ -13,8 +13,8 @@ from egohod.data.formats import read_clips
 from egohod.data.labels import class_space
 from egohod.data.text import Tokenizer
 from egohod.errors import UserError
-from egohod.model.egovideo import create_model
-from egohod.training.head_start import class_texts, start_from_text
+from egohod.model.dual_encoder import create_model
+from egohod.training.build import class_texts, start_from_text
 
 ROWS = """video_id,start_second,end_second,text,label,place
 a,0,1,#C C washes a cup,wash,sink

@@ -10,10 +10,9 @@ import torch
 
 from egohod.config import load
 from egohod.model.config import ModelConfig
-from egohod.model.egovideo import EgoVideo, create_model
-from egohod.model.flops import saved_bytes
-from egohod.training.memory import Memory, predict
-from egohod.training.setup import split_batch
+from egohod.model.cost import Memory, predict, saved_bytes
+from egohod.model.dual_encoder import EgoVideo, create_model
+from egohod.training.build import split_batch
 from tests.support import ROOT
 
 PRESETS = sorted((ROOT / "configs" / "presets").glob("*.yml"))

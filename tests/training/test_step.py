@@ -13,11 +13,10 @@ from egohod.config import Config, load
 from egohod.distributed import Distributed
 from egohod.errors import UserError
 from egohod.loss.config import LossConfig
-from egohod.model.egovideo import DualEncoder, create_model
+from egohod.model.dual_encoder import DualEncoder, create_model
 from egohod.model.zoo import geometry
-from egohod.training.optim import learning_rates
-from egohod.training.setup import split_batch
-from egohod.training.step import TrainStep
+from egohod.training.build import split_batch
+from egohod.training.step import TrainStep, learning_rates
 from egohod.training.telemetry import MetricWindow
 from tests.support import ROOT
 
@@ -107,7 +106,7 @@ def test_a_non_finite_step_changes_nothing(poison: str) -> None:
 
 
 def test_a_run_of_skipped_steps_ends_with_advice() -> None:
-    from egohod.training.loop import FEWEST_SKIPPED, _finite
+    from egohod.training.train import FEWEST_SKIPPED, _finite
 
     window = MetricWindow()
     for skipped, steps, ends in ((FEWEST_SKIPPED, FEWEST_SKIPPED, True), (3, 3, False), (20, 21, False)):

@@ -59,8 +59,8 @@ from egohod.data.text import Tokenizer
 from egohod.data.videos import read_clip
 from egohod.errors import UserError
 from egohod.model.config import IMAGE_STATS, ModelConfig
+from egohod.training.build import build_dataset, build_plan
 from egohod.training.config import TrainConfig
-from egohod.training.setup import build_dataset, build_plan
 
 DECODERS = ("pyav", "torchcodec", "decord")
 WIDTH, HEIGHT, FPS, CHUNK_SECONDS, KEYFRAME_EVERY = 426, 320, 30, 15, 15

@@ -42,7 +42,7 @@ from egohod.hod import config
 from egohod.hod.pipeline import STAGES, Pipeline, build
 from egohod.hod.store import Shard
 from egohod.model.config import IMAGE_STATS
-from egohod.model.egovideo import create_model
+from egohod.model.dual_encoder import create_model
 
 CHUNK_SECONDS = 15.0
 TEST_CLIPS, NOISE = 1000, 4.0

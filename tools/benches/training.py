@@ -39,13 +39,12 @@ from egohod.distributed import pick_device, pick_precision, setup
 from egohod.loss.contrastive import ContrastiveLoss
 from egohod.model import slowfast as slowfast_model
 from egohod.model.config import ModelConfig
-from egohod.model.egovideo import DualEncoder, create_model
-from egohod.model.flops import count_flops, saved_bytes, step_flops
-from egohod.model.video import VideoTransformer
+from egohod.model.cost import SHARE, Memory, count_flops, predict, saved_bytes, step_flops
+from egohod.model.dual_encoder import DualEncoder, create_model
+from egohod.model.vision import VideoTransformer
 from egohod.model.zoo import GEOMETRIES
+from egohod.training.build import split_batch
 from egohod.training.config import TrainConfig
-from egohod.training.memory import SHARE, Memory, predict
-from egohod.training.setup import split_batch
 from egohod.training.step import TrainStep
 
 # Large enough to be bound by arithmetic, small enough that a round takes less than a second.

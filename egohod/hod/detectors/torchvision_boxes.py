@@ -14,7 +14,7 @@ import torch
 from egohod.data.detections import LEFT, RIGHT
 from egohod.errors import UserError
 from egohod.hod.detectors.base import Detector, assign_sides, row, table
-from egohod.model.weight_files import read_tensors
+from egohod.model.checkpoints import read_tensors
 
 log = logging.getLogger(__name__)
 

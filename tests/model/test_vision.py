@@ -12,9 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from egohod.loss.contrastive import ContrastiveLoss
 from egohod.model.config import ModelConfig
-from egohod.model.egovideo import DualEncoder, create_model
-from egohod.model.flops import saved_bytes
-from egohod.model.video import sinusoids
+from egohod.model.cost import saved_bytes
+from egohod.model.dual_encoder import DualEncoder, create_model
+from egohod.model.vision import sinusoids
 
 
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:

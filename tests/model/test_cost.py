@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from egohod.loss.contrastive import ContrastiveLoss
 from egohod.model.config import ModelConfig
-from egohod.model.egovideo import DualEncoder, create_model
-from egohod.model.flops import count_flops, forward_flops, saved_bytes, step_flops
+from egohod.model.cost import count_flops, forward_flops, saved_bytes, step_flops
+from egohod.model.dual_encoder import DualEncoder, create_model
 
 
 @pytest.mark.parametrize("patch_dropout", [0.0, 0.5])

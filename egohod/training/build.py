@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from egohod.config import Config
 from egohod.data.config import SourceConfig
@@ -20,21 +22,20 @@ from egohod.data.labels import (
     ClassLabels,
     ClassSpace,
     RelevantTexts,
+    class_numbers,
     class_space,
     warn_of_sides,
 )
 from egohod.data.loader import BatchPlan, MixedPlan, shares
 from egohod.data.storage import open_cache
 from egohod.data.table import ClipTable
-from egohod.data.text import Tokenizer
+from egohod.data.text import Tokenizer, trim
 from egohod.distributed import Distributed, pick_precision
 from egohod.errors import UserError
-from egohod.model.base import base_of
-from egohod.model.egovideo import DualEncoder, EgoVideo, create_model
-from egohod.model.weights import load_weights
+from egohod.model.checkpoints import base_of, load_weights
+from egohod.model.cost import Memory, predict
+from egohod.model.dual_encoder import DualEncoder, EgoVideo, create_model
 from egohod.training.checkpoint import open_weights
-from egohod.training.head_start import class_texts, start_from_text
-from egohod.training.memory import Memory, predict
 
 log = logging.getLogger(__name__)
 
@@ -346,3 +347,45 @@ def describe(cfg: Config, dist: Distributed, model: DualEncoder, data: TrainingD
         data.micro_batch,
         data.accumulation,
     )
+
+
+# Narrations that the text tower sees at once.
+BATCH = 256
+
+
+def class_texts(tables: Sequence[ClipTable], space: ClassSpace) -> list[list[str]]:
+    """The different narrations of the training clips of each class, in order; its name where it has no clip."""
+    found: list[dict[str, None]] = [{} for _ in space.keys]
+    for table in tables:
+        for row, number in enumerate(class_numbers(table, space)):
+            found[number].update(dict.fromkeys(table.row(row).texts))
+    return [list(texts) or [name] for texts, name in zip(found, space.names, strict=True)]
+
+
+@torch.no_grad()
+def start_from_text(model: DualEncoder, space: ClassSpace, texts: Sequence[Sequence[str]]) -> None:
+    """Set the weights of ``model``'s heads so that their logits are scaled similarities to ``texts`` [C].
+
+    A head for a part, such as the verb, takes the mean over the classes that share it.
+    """
+    assert model.heads is not None, "the model was built without heads"
+    features = _means(model, texts)
+    scale = model.logit_scale.exp() / model.geometry.embed_dim**0.5
+    for name, head in model.heads.items():
+        # One head for all classes is no part of them.
+        values, code = space.parts.get(name, (space.keys, np.arange(len(space.keys))))
+        member = F.one_hot(torch.from_numpy(code).to(features.device), len(values)).T.to(features)
+        assert isinstance(head, nn.Sequential)
+        linear = head[-1]
+        assert isinstance(linear, nn.Linear)
+        linear.weight.copy_(scale * F.normalize(member @ features, dim=1))
+
+
+def _means(model: DualEncoder, texts: Sequence[Sequence[str]]) -> Tensor:
+    """The mean of the texts' features of each class, normalised: [C, E]."""
+    device = model.logit_scale.device
+    of_class = torch.tensor([number for number, each in enumerate(texts) for _ in each], device=device)
+    tokens = Tokenizer()([text for each in texts for text in each])
+    features = torch.cat([model.encode_text(trim(part).to(device)) for part in tokens.split(BATCH)])
+    # Of unit length in the end, so a sum is as good as a mean.
+    return F.normalize(features.new_zeros(len(texts), features.shape[1]).index_add(0, of_class, features), dim=1)

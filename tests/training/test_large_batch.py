@@ -15,11 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from egohod.loss.config import LossConfig
 from egohod.loss.contrastive import ContrastiveLoss
 from egohod.loss.factory import build_loss
-from egohod.loss.large_batch import cached_step
-from egohod.model.egovideo import DualEncoder
-from egohod.model.text import TextTower
-from egohod.model.video import VideoTransformer
+from egohod.model.dual_encoder import DualEncoder, TextTower
+from egohod.model.vision import VideoTransformer
 from egohod.model.zoo import Geometry
+from egohod.training.step import cached_step
 
 BATCH, FRAMES = 8, 2
 TINY = Geometry("TINY", 32, 16, 32, 2, 2, 32, 1, 2, 16, vocab_size=100)

@@ -19,11 +19,11 @@ from egohod.data.dataset import FaultLedger
 from egohod.data.loader import train_loader
 from egohod.distributed import Distributed, host_name
 from egohod.errors import UserError
-from egohod.model.egovideo import DualEncoder
+from egohod.model.dual_encoder import DualEncoder
 from egohod.runtime import Interrupted
+from egohod.training.build import TrainingData
 from egohod.training.checkpoint import IMPLIED, Checkpoint, CheckpointError, CheckpointStore, read
 from egohod.training.config import TrainConfig, duration_in_steps
-from egohod.training.setup import TrainingData
 from egohod.training.step import TrainStep
 from egohod.training.telemetry import Clock, MetricWindow, Share, Telemetry, memory_gb
 

@@ -13,11 +13,18 @@ from torch import Tensor, nn
 from egohod.errors import UserError
 from egohod.loss.config import LossConfig
 from egohod.model import zoo
+from egohod.model.checkpoints import (
+    PROJECTIONS,
+    WeightReport,
+    from_tensors,
+    load_state,
+    load_weights,
+    read_weights,
+    upstream_state,
+)
 from egohod.model.config import FastPathConfig, ModelConfig
-from egohod.model.egovideo import DualEncoder, create_model
-from egohod.model.weight_files import from_tensors, read_weights
+from egohod.model.dual_encoder import DualEncoder, create_model
 from egohod.model.weight_names import Family, upstreams
-from egohod.model.weights import PROJECTIONS, WeightReport, load_state, load_weights, upstream_state
 from tests.model.field_files import (
     SCHEMA,
     State,
