@@ -2,10 +2,10 @@
 # The main job on the embedded demo world: render narrated clips, train, evaluate on held-out kitchens.
 #
 #   bash exps/demo.sh                      about ten minutes on two CPU cores; no download of data or weights
-#   bash exps/demo.sh --short              the same path in about two minutes (its numbers mean nothing)
+#   bash exps/demo.sh --short              the same steps in about two minutes (too short for meaningful numbers)
 #   bash exps/demo.sh train.lr=1e-3        any knob of main_pretrain.py --help
 #
-# Run again, it goes on where it was interrupted; a finished run prints its table again.
+# Rerun to resume after an interruption; a finished run prints its table again.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
@@ -17,6 +17,6 @@ if [ "${1:-}" = --short ]; then
 fi
 export DEMO_DATA=${DEMO_DATA:-$data}
 "$PYTHON" tools/make_demo_data.py --output "$DEMO_DATA" --scale "$scale"
-# Two loader processes share the cores with the training: a thread that waits must not spin (a third faster on two cores).
+# Two loader processes share the cores with the model: waiting threads must not spin (a third faster on two cores).
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 exec "$PYTHON" main_pretrain.py --config_file configs/demo.yml ${overrides[@]+"${overrides[@]}"} "$@"

@@ -1,8 +1,5 @@
 #!/usr/bin/env bash
 # Zero-shot evaluation: Charades-Ego. Without arguments on the demo world; see exps/eval.sh.
 #SBATCH --signal=B:USR1@120 --requeue --open-mode=append
-set -euo pipefail
-BENCHMARK=charades_ego
-exps=$(dirname "${BASH_SOURCE[0]}")
-[ -e "$exps/eval.sh" ] || exps=${SLURM_SUBMIT_DIR:-.}/exps # sbatch runs a copy of this file, elsewhere
-source "$exps/eval.sh"
+exps=$(dirname "$0") && [ -e "$exps/eval.sh" ] || exps=${SLURM_SUBMIT_DIR:-.}/exps # sbatch runs a copy of this file
+source "$exps/eval.sh" charades_ego "$@"

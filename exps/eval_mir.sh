@@ -1,8 +1,5 @@
 #!/usr/bin/env bash
 # Zero-shot evaluation: EPIC-KITCHENS-100 multi-instance retrieval. Without arguments on the demo world; see exps/eval.sh.
 #SBATCH --signal=B:USR1@120 --requeue --open-mode=append
-set -euo pipefail
-BENCHMARK=ek100_mir
-exps=$(dirname "${BASH_SOURCE[0]}")
-[ -e "$exps/eval.sh" ] || exps=${SLURM_SUBMIT_DIR:-.}/exps # sbatch runs a copy of this file, elsewhere
-source "$exps/eval.sh"
+exps=$(dirname "$0") && [ -e "$exps/eval.sh" ] || exps=${SLURM_SUBMIT_DIR:-.}/exps # sbatch runs a copy of this file
+source "$exps/eval.sh" ek100_mir "$@"

@@ -1,9 +1,5 @@
 #!/usr/bin/env bash
-# Fine-tuning for EPIC-KITCHENS-100 multi-instance retrieval. Without arguments on the demo world; see exps/finetune.sh.
+# Fine-tuning: EPIC-KITCHENS-100 multi-instance retrieval. Without arguments on the demo world; see exps/finetune.sh.
 #SBATCH --signal=B:USR1@120 --requeue --open-mode=append
-set -euo pipefail
-NAME=ek100_mir DEMO=demo_mir
-exps=$(dirname "${BASH_SOURCE[0]}")
-[ -e "$exps/finetune.sh" ] || exps=${SLURM_SUBMIT_DIR:-.}/exps # sbatch runs a copy of this file, elsewhere
-source "$exps/finetune.sh"
-launch_and_leave main_finetune.py --config_file "$config" "$@"
+exps=$(dirname "$0") && [ -e "$exps/finetune.sh" ] || exps=${SLURM_SUBMIT_DIR:-.}/exps # sbatch runs a copy of this file
+source "$exps/finetune.sh" ek100_mir "$@"

@@ -3,16 +3,15 @@
 #
 #   bash exps/generate_hod.sh                                                       the demo world
 #   bash exps/generate_hod.sh --metadata narrations.csv --root videos --output hod.csv
-#   SHARDS=64 bash exps/generate_hod.sh --metadata ... --root ... --output ...      64 jobs where there is a Slurm
+#   SHARDS=64 bash exps/generate_hod.sh --metadata ... --root ... --output ...      64 jobs on a Slurm cluster
 #
-# Without a Slurm SHARDS is ignored: one run on this machine, in as many processes as the knob workers says. Run again,
-# it goes on where it stopped. MediaPipe is installed into .mediapipe (or EGOHOD_MEDIAPIPE) if it is the detector.
+# Without Slurm, SHARDS is ignored: one run on this machine with `workers` processes. Rerun to resume. MediaPipe is installed into .mediapipe (or EGOHOD_MEDIAPIPE) if it is the detector.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 arguments=("$@")
 [ "$#" -gt 0 ] || arguments=(--config_file configs/hod/demo.yml)
-# What is wrong with the arguments the program itself says below.
+# Errors are silenced here because the program below reports mistakes in the arguments itself.
 detector=$("$PYTHON" tools/generate_hod.py "${arguments[@]}" --which_detector 2>/dev/null || true)
 folder=${EGOHOD_MEDIAPIPE:-.mediapipe}
 if [ "$detector" = mediapipe ] && [ ! -d "$folder/mediapipe" ]; then

@@ -1,10 +1,10 @@
-# Sourced by the scripts that run a program: `launch PROGRAM ARGUMENTS...` starts it on the processors there are.
+# Sourced by the scripts that run a program: `launch PROGRAM ARGUMENTS...` starts it on the available devices.
 #
 #   in a Slurm job                      every task is one process: sbatch -N2 --ntasks-per-node=8 --gpus-per-node=8
 #                                       --cpus-per-task=12 exps/pretrain.sh ..., from this project's folder, or the
 #                                       script with bash in salloc. Partition, account and time are sbatch's flags.
-#   NODES=4 MASTER_ADDR=node1           torchrun, this machine being one of four on which the same is started
-#   PROCESSES=8                         torchrun with so many processes on this machine; one per GPU unless set
+#   NODES=4 MASTER_ADDR=node1           torchrun, on each of four machines
+#   PROCESSES=8                         torchrun with eight processes on this machine (default: one per GPU)
 #
 # RESTARTS=3 lets torchrun start all again from the last checkpoint when one process dies. A Slurm job whose time is
 # up, or that is preempted, saves and goes back to the queue (sbatch --no-requeue: it ends). docs/launching.md
@@ -20,8 +20,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 # Loader processes share the cores with the model: a thread that waits must not spin.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 
-# launch PROGRAM ARGUMENTS...: returns when the program has done its work. A script whose program fails, or was stopped
-# before its end, ends with it.
+# launch PROGRAM ARGUMENTS...: returns when the program is done. The script exits when the program fails, or was
+# stopped before its end.
 launch() {
     local folder=$PWD
     [ -w "$folder" ] || folder=${TMPDIR:-/tmp}
@@ -36,12 +36,12 @@ launch() {
     if [ -e "$EGOHOD_UNFINISHED" ]; then
         rm -f "$EGOHOD_UNFINISHED"
         ! _in_allocation || _requeue
-        echo "not finished; the same command goes on from the last checkpoint"
+        echo "not finished; rerun to resume from the last checkpoint"
         exit 0
     fi
 }
 
-# launch_and_leave PROGRAM ARGUMENTS...: the same as the last act of a script; signals to the script reach the program.
+# launch_and_leave PROGRAM ARGUMENTS...: launch as the last command of a script; signals to the script reach the program.
 launch_and_leave() {
     if ! _in_allocation; then
         _command "$@"
@@ -54,7 +54,7 @@ launch_and_leave() {
 # 4294967290 is the step in which salloc itself runs the shell on some clusters.
 _in_allocation() { [ -n "${SLURM_JOB_ID:-}" ] && [ "${SLURM_STEP_ID:-4294967290}" = 4294967290 ]; }
 
-# _command PROGRAM ARGUMENTS...: sets $command, what starts them outside Slurm.
+# _command PROGRAM ARGUMENTS...: sets $command, the command line outside Slurm.
 _command() {
     local processes=${PROCESSES:-}
     [ -n "$processes" ] || processes=$("$PYTHON" -c "import torch; print(max(1, torch.cuda.device_count()))")
@@ -82,7 +82,7 @@ _command() {
 
 # _slurm_step PROGRAM ARGUMENTS...: as a step of this job.
 _slurm_step() {
-    local step status=0 asked=
+    local step status=0 stop_requested=
     if ! command -v srun >/dev/null; then
         echo "error: this is Slurm job $SLURM_JOB_ID, but there is no srun on the PATH of $(hostname)" >&2
         exit 2
@@ -97,14 +97,14 @@ _slurm_step() {
     srun --kill-on-bad-exit=1 "$PYTHON" "$@" &
     step=$!
     # sbatch --signal=B:USR1@120 tells this shell alone; scancel --signal tells the step alone.
-    trap 'asked=yes; kill -USR1 $step 2>/dev/null || true' USR1 TERM
+    trap 'stop_requested=yes; kill -USR1 $step 2>/dev/null || true' USR1 TERM
     # A signal ends a wait early.
     while wait "$step" || true; kill -0 "$step" 2>/dev/null; do :; done
     wait "$step" || status=$?
     trap - USR1 TERM
     [ "$status" != 0 ] || return 0
     # A program that does not know the signal dies of it; what it has kept so far counts. An error stays one.
-    [ -n "$asked" ] && [ "$status" -gt 128 ] || exit "$status"
+    [ -n "$stop_requested" ] && [ "$status" -gt 128 ] || exit "$status"
     touch "$EGOHOD_UNFINISHED"
 }
 

@@ -7,8 +7,5 @@
 #
 # All else is as in exps/pretrain.sh.
 #SBATCH --signal=B:USR1@120 --requeue --open-mode=append
-set -euo pipefail
-RECIPE=configs/config/egovideo_base.yml DEMO=configs/demo_egovideo.yml
-exps=$(dirname "${BASH_SOURCE[0]}")
-[ -e "$exps/pretrain.sh" ] || exps=${SLURM_SUBMIT_DIR:-.}/exps # sbatch runs a copy of this file, elsewhere
-source "$exps/pretrain.sh"
+exps=$(dirname "$0") && [ -e "$exps/pretrain.sh" ] || exps=${SLURM_SUBMIT_DIR:-.}/exps # sbatch runs a copy of this file
+RECIPE=configs/config/egovideo_base.yml DEMO=configs/demo_egovideo.yml source "$exps/pretrain.sh"

@@ -1,11 +1,11 @@
-# Sourced by the other scripts: go to the project, have a Python with everything installed, name it $PYTHON.
+# Sourced by the other scripts: go to the project, make sure that a Python has everything installed, set $PYTHON.
 #
-# Uses the active virtual or conda environment, else makes .venv here. What is installed already is skipped.
+# Uses the active virtual or conda environment, else makes .venv here. Packages installed before are skipped.
 # EGOHOD_PYTHON=/usr/bin/python3.11 chooses the interpreter that makes .venv.
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 _environment=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
-# conda activates its base environment by itself; that is nobody's project.
+# conda activates its base environment by itself; it should stay free of this project's packages.
 if [ -z "${VIRTUAL_ENV:-}" ] && [ "${CONDA_DEFAULT_ENV:-}" = base ]; then _environment=; fi
 if [ -z "$_environment" ]; then
     _environment=$PWD/.venv
@@ -13,7 +13,7 @@ if [ -z "$_environment" ]; then
         echo "error: $PWD is read-only, so no virtual environment can be made in it; activate one that is elsewhere" >&2
         exit 2
     fi
-    # Debian without python3-venv leaves an environment without pip behind: make it anew.
+    # Debian without python3-venv leaves an environment without pip behind: make it again.
     if ! "$_environment/bin/python" -m pip --version >/dev/null 2>&1; then
         _base=${EGOHOD_PYTHON:-$(command -v python3.11 || command -v python3 || true)}
         if ! "${_base:-false}" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
@@ -40,7 +40,7 @@ install() {
     local files=()
     for file in "${@:2}"; do files+=(-r "$file"); done
     "$PYTHON" -m pip install --quiet --disable-pip-version-check "${files[@]}" || exit 1
-    # Of a read-only checkout pip can install nothing; the scripts run in its folder and need it not.
+    # pip cannot install a read-only checkout; the scripts run in its folder and do not need it installed.
     if [ -w . ]; then
         "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --editable . || exit 1
     fi

@@ -1,0 +1,112 @@
+"""The scripts of exps/: what each one starts, with a stand-in for Python that prints its command line."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT
+
+STAND_IN = """#!/usr/bin/env bash
+case "$*" in
+    *main_*.py*|*tools/*) echo "$*" ;;
+    *torch.cuda.device_count*) echo 1 ;;
+esac
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A copy of exps/ and an environment without packages, so that nothing is installed and nothing runs."""
+    folder = tmp_path / "project"
+    shutil.copytree(ROOT / "exps", folder / "exps")
+    for name in ("requirements.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder)
+    python = tmp_path / "environment" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(STAND_IN)
+    python.chmod(0o755)
+    return folder
+
+
+def commands(project: Path, script: str, *arguments: str, code: int = 0, **variables: str) -> list[str]:
+    """The command lines that a script starts."""
+    names = ("CONFIG", "START_WEIGHTS", "EGO4D_ROOT", "DEMO_DATA", "DEMO_CHECKPOINT", "PROCESSES")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    environment = {name: value for name, value in environment.items() if not name.startswith("SLURM")}
+    environment |= {"VIRTUAL_ENV": str(project.parent / "environment")} | variables
+    command = ["bash", str(project / script), *arguments]
+    done = subprocess.run(command, env=environment, cwd=project.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    return [line for line in done.stdout.splitlines() if ".py" in line]
+
+
+@pytest.mark.parametrize(
+    ("script", "benchmark"),
+    [
+        ("eval_mir", "ek100_mir"),
+        ("eval_ekcls", "ek100_cls"),
+        ("eval_egtea", "egtea"),
+        ("eval_egomcq", "egomcq"),
+        ("eval_charades", "charades_ego"),
+        ("eval_all", "all"),
+    ],
+)
+def test_each_evaluation_script_runs_its_benchmark(project: Path, script: str, benchmark: str) -> None:
+    (line,) = commands(project, f"exps/{script}.sh", "--checkpoint", "a file.pt")
+    assert line == f"main_eval.py --benchmark {benchmark} --checkpoint a file.pt"
+    world, checkpoint, last = commands(project, f"exps/{script}.sh")
+    assert world == "tools/make_demo_data.py --output demo_data --scale 1.0 --benchmarks"
+    assert checkpoint == "main_pretrain.py --config_file configs/demo.yml train.output=runs/demo"
+    assert last.startswith(f"main_eval.py --benchmark {benchmark} --config_file configs/demo_eval.yml")
+
+
+@pytest.mark.parametrize(("script", "task"), [("finetune_mir", "ek100_mir"), ("finetune_ekcls", "ek100_cls")])
+def test_each_fine_tuning_script_runs_its_task(project: Path, script: str, task: str) -> None:
+    (line,) = commands(project, f"exps/{script}.sh", "train.lr=1e-4")
+    assert line == f"main_finetune.py --config_file configs/finetune/{task}.yml train.lr=1e-4"
+    demo = commands(project, f"exps/{script}.sh")[-1].split()[-1]
+    assert (ROOT / demo).is_file()
+    assert f"configs/finetune/demo_{task.removeprefix('ek100_')}.yml" == demo
+
+
+def test_egtea_trains_three_splits_and_prints_their_mean(project: Path) -> None:
+    *splits, mean = commands(project, "exps/finetune_egtea.sh", START_WEIGHTS="runs/demo")
+    assert [line.split("train.output=")[1] for line in splits] == [f"runs/egtea_split{n}" for n in (1, 2, 3)]
+    assert mean == "tools/mean_results.py runs/egtea_split1 runs/egtea_split2 runs/egtea_split3"
+    assert commands(project, "exps/finetune_egtea.sh", "train.output=runs/mine", code=2) == []
+
+
+def test_pretraining_scripts_choose_the_recipe_or_the_demo(project: Path) -> None:
+    for script, recipe in (
+        ("pretrain", "clip_base"),
+        ("pretrain_adapter", "egovideo_base"),
+        ("pretrain_large", "clip_large"),
+    ):
+        (line,) = commands(project, f"exps/{script}.sh", "--dry_run")
+        assert line == f"main_pretrain.py --config_file configs/config/{recipe}.yml --dry_run"
+    for script, config in (("pretrain", "demo"), ("pretrain_adapter", "demo_egovideo")):
+        assert commands(project, f"exps/{script}.sh")[-1] == f"main_pretrain.py --config_file configs/{config}.yml"
+
+
+def test_a_released_checkpoint_is_evaluated_by_the_protocol_of_its_family(project: Path) -> None:
+    (line,) = commands(project, "exps/reproduce_released.sh", "avion.pt", "AVION-L", "--allow_missing")
+    assert line.startswith("main_eval.py --benchmark all --config_file configs/config/clip_large_eval.yml")
+    assert line.endswith("--published AVION-L --output results/AVION-L evaluate.protocol=avion --allow_missing")
+
+
+def test_a_copy_elsewhere_as_sbatch_makes_it_finds_the_project(project: Path, tmp_path: Path) -> None:
+    (tmp_path / "spool").mkdir()
+    for script in ("eval_mir", "finetune_mir", "pretrain", "pretrain_adapter"):
+        shutil.copy(project / "exps" / f"{script}.sh", tmp_path / "spool" / "slurm_script")
+        (line,) = commands(project, "../spool/slurm_script", "--x", SLURM_SUBMIT_DIR=str(project))
+        assert line.endswith(" --x")
+
+
+def test_all_scripts_are_valid_bash() -> None:
+    for path in (ROOT / "exps").glob("*.sh"):
+        subprocess.run(["bash", "-n", path], check=True)
