@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # tools import each other without a package
 # Before the libraries that read them: one thread a process, and no cache of a library in anyone's home.
 os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MPLCONFIGDIR": f"{tempfile.gettempdir()}/fuzz-mpl"}
 

@@ -54,7 +54,6 @@ from egohod.hod import config as hod_config
 from egohod.hod.config import HodConfig, NarratorConfig
 from egohod.hod.detectors.files import DetectionFiles
 from egohod.hod.detectors.torchvision_boxes import TorchvisionBoxes
-from egohod.hod.draw import collect
 from egohod.hod.narrators.endpoint import Endpoint
 from egohod.hod.narrators.llm import LanguageModelNarrator
 from egohod.hod.pipeline import build
@@ -70,6 +69,7 @@ from tests.data.video_files import encode, picture
 from tests.model.field_files import write_archive, write_avion, write_safetensors, write_upstream
 from tools import ablate, convert_checkpoint, mean_results
 from tools.verify_dataset import Verifier
+from tools.visualize_hod import collect
 
 ROOT = Path(__file__).parents[1]
 VIDEO = "v"

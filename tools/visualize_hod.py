@@ -1,21 +1,22 @@
-"""Look at what the HOD pipeline saw and said.
+"""Look at what the HOD pipeline detected and wrote.
 
     python tools/visualize_hod.py --config_file configs/hod/demo.yml --page hod.html --number 40
     python tools/visualize_hod.py --config_file my_hod.yml --output hod.csv --sheet sheet.png --clips 3,17,204
     python tools/visualize_hod.py --config_file my_hod.yml --output hod.csv --film clip.mp4 --clips 17
 
-Give the configuration and the --metadata, --root and --output of the run; it may still be going on. --page is one file
-with filters by hand, verdict, narrator and words; --sheet a picture; --film the sampled frames of the first clip with
-boxes and growing tracks, as long as the clip. --clips counts the rows of the metadata from 1; without it --number clips
-are drawn at random by --seed.
+Give the configuration and the --metadata, --root and --output of the run, which may still be in progress. --page is one
+file with filters by hand, verdict, narrator and words; --sheet a picture; --film the sampled frames of the first clip
+with boxes and growing tracks, as long as the clip. --clips counts the rows of the metadata from 1; without it --number
+clips are drawn at random by --seed.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
-from dataclasses import replace
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -23,50 +24,73 @@ from typing import Any
 import av
 import numpy as np
 from _common import run_tool
+from PIL import Image, ImageDraw, ImageFont
 
 from egohod import cli
-from egohod.data.detections import ROLE_COLOURS
+from egohod.data.detections import EDGES, LEFT, NO_CONTACT, ROLE_COLOURS
+from egohod.data.videos import VideoError
 from egohod.errors import UserError
 from egohod.evaluation.features import write_text
 from egohod.evaluation.html_report import data_uri, jpeg, render
-from egohod.hod import config, draw
+from egohod.hod import config
 from egohod.hod.config import HodConfig
-from egohod.hod.pipeline import Pipeline, build
+from egohod.hod.facts import ClipFacts
+from egohod.hod.pipeline import CHECK, DETECT, TRACK, Pipeline, build, from_plain, open_videos, source_text
 
 log = logging.getLogger("visualize_hod")
 
 _FILMS = (".mp4", ".mkv", ".mov")
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+# Heights of pictures and of a line of text, the space between them, and moments beside the tracks in a sheet.
+LARGE, SMALL, _LINE, _GAP, _MOMENTS = 240, 118, 15, 4, 4
+_PAPER, _INK, _GREY, _WHITE = (250, 250, 247), (20, 20, 20), (110, 120, 130), (255, 255, 255)
+# Time as colour from the start of a clip to its end: dark violet, teal, yellow, as in viridis, which stays in order in
+# grey and for the colour-blind.
+_TIMES = np.array([(68, 1, 84), (38, 130, 142), (109, 205, 89), (253, 231, 37)], dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class ClipView:
+    """A clip with everything that the stages stored of it."""
+
+    title: str
+    pictures: np.ndarray  # the sampled frames, each once, uint8 [T, H, W, 3]; none where the video cannot be read
+    seconds: np.ndarray  # when each is on display, from the start of the video, float64 [T]
+    boxes: Sequence[dict[str, Any]]  # rows of the detections' schema
+    facts: ClipFacts | None
+    source: str  # the narration before
+    text: str  # the hand-object narration, or why there is none
+    narrator: str
+    verdict: str
+    sides: tuple[str, ...]  # detected hands, left first
+    note: str = ""  # the check's reasons
 
 
 def main(arguments: Sequence[str]) -> int:
     args = _parse(arguments)
-    if not (args.sheet or args.film or args.page):
-        raise UserError("nothing to draw: give --page, --sheet or --film")
-    _require_places(args)
-    named = {"source.metadata": args.metadata, "source.root": args.root, "output": args.output}
-    knobs = [f"{name}={value}" for name, value in named.items() if value is not None]
-    cfg = config.load(args.config_file, [*knobs, *args.overrides])
-    pipeline = build(cfg)
-    clips = draw.collect(pipeline, _chosen(pipeline, args))
+    overrides = {"source.metadata": args.metadata, "source.root": args.root, "output": args.output}
+    knobs = [f"{name}={value}" for name, value in overrides.items() if value is not None]
+    pipeline = build(config.load(args.config_file, [*knobs, *args.overrides]))
+    clips = collect(pipeline, _choose_clips(pipeline, args))
     if args.no_frames:
-        clips = [replace(seen, pictures=np.full_like(seen.pictures, 255)) for seen in clips]
+        clips = [replace(view, pictures=np.full_like(view.pictures, 255)) for view in clips]
     if args.page:
         write_text(args.page, _page(pipeline, clips, None if args.clips else args.seed))
     if args.sheet or args.film:
-        clips = [seen for seen in clips if len(seen.pictures)]
+        clips = [view for view in clips if len(view.pictures)]
         if not clips:
             raise UserError("not one of the clips can be read")
     if args.sheet:
-        draw.sheet(clips).save(args.sheet)
+        sheet(clips).save(args.sheet)
     if args.film:
-        _film(clips[0], args.film)
+        _write_film(clips[0], args.film)
     for path in filter(None, (args.page, args.sheet, args.film)):
         log.info("wrote %s", path)
     return cli.DONE
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The arguments; folders of outputs are made, and mistakes found before the work instead of after it."""
     parser = cli.parser(__doc__ or "", "configs/hod/default.yml", HodConfig)
     add = parser.add_argument
     add("--metadata", metavar="FILE", help="narrations (source.metadata)")
@@ -78,20 +102,14 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--clips", metavar="ROWS", help="these rows of the metadata, e.g. 3,17,204")
     add("--number", type=int, default=24, metavar="N", help="so many clips at random (default: 24)")
     add("--no_frames", action="store_true", help="draw on white paper, where the pictures may not be shown")
-    add("--seed", type=int, default=0, help="which ones (default: 0)")
-    return parser.parse_intermixed_args(arguments)
-
-
-def _require_places(args: argparse.Namespace) -> None:
-    """Make the folders, and find out now what would else be said after all the work."""
-    for name, path, endings in (
-        ("sheet", args.sheet, _PICTURES),
-        ("film", args.film, _FILMS),
-        ("page", args.page, None),
-    ):
+    add("--seed", type=int, default=0, help="of the random choice (default: 0)")
+    args = parser.parse_intermixed_args(arguments)
+    if not (args.sheet or args.film or args.page):
+        raise UserError("nothing to draw: give --page, --sheet or --film")
+    for name, path, endings in (("sheet", args.sheet, _PICTURES), ("film", args.film, _FILMS), ("page", args.page, ())):
         if path is None:
             continue
-        if endings is not None and path.suffix.lower() not in endings:
+        if endings and path.suffix.lower() not in endings:
             raise UserError(f"--{name} is '{path}', but must end in one of {', '.join(endings)}")
         if path.is_dir():
             raise UserError(f"--{name} is '{path}', which is a folder; it must be a file")
@@ -99,10 +117,11 @@ def _require_places(args: argparse.Namespace) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--{name}: {path.parent} cannot be made: {error.strerror or error}") from error
+    return args
 
 
-def _chosen(pipeline: Pipeline, args: argparse.Namespace) -> list[int]:
-    """Clips by their place in the table, those that went through the detection."""
+def _choose_clips(pipeline: Pipeline, args: argparse.Namespace) -> list[int]:
+    """Indices of the clips to draw, of those that went through a stage."""
     table = pipeline.table
     if args.clips:
         rows = {table.row(index).row: index for index in range(len(table))}
@@ -121,7 +140,52 @@ def _chosen(pipeline: Pipeline, args: argparse.Namespace) -> list[int]:
     return sorted(chosen)
 
 
-def _page(pipeline: Pipeline, clips: Sequence[draw.Seen], seed: int | None) -> str:
+def collect(pipeline: Pipeline, indices: Sequence[int]) -> list[ClipView]:
+    """Everything that is stored of some clips; without pictures where a video cannot be read."""
+    clips, source = [], open_videos(pipeline.cfg, pipeline.table)
+    with pipeline.store.all_results() as results:
+        for index in indices:
+            row, outcomes = pipeline.table.row(index), pipeline.stored(index, results)
+            values = {name: outcome.parsed() for name, outcome in outcomes.items() if outcome.fault is None}
+            fault = next((f"{name}: {each.fault}" for name, each in outcomes.items() if each.fault), None)
+            pictures, seconds = np.zeros((0, 1, 1, 3), np.uint8), np.zeros(0)
+            try:
+                frames = source.read(row, pipeline.cfg.frames, None)
+                # Each once, as the detector saw them.
+                seconds, first = np.unique(frames.seconds, return_index=True)
+                pictures = frames.pictures[first]
+            except VideoError as error:
+                log.warning("no picture: %s", error)
+            boxes = values[DETECT]["boxes"] if DETECT in values else {"second": []}
+            facts = from_plain(ClipFacts, values[TRACK]) if TRACK in values else None
+            checked = values.get(CHECK)
+            if fault is not None:
+                verdict = "failed"
+            elif checked is None:
+                verdict = "unchecked"
+            elif not checked["refusals"]:
+                verdict = "passed"
+            else:
+                verdict = "replaced" if checked["narrator"] == "template" else "asked again"
+            view = ClipView(
+                title=f"{row.video_id} {row.start:.2f}-{row.end:.2f} s",
+                pictures=pictures,
+                seconds=seconds,
+                boxes=[dict(zip(boxes, each, strict=True)) for each in zip(*boxes.values(), strict=True)],
+                facts=facts,
+                source=source_text(pipeline.cfg, pipeline.table, index),
+                text=checked["text"] if checked else fault or "not narrated yet",
+                narrator=checked["narrator"] if checked else pipeline.cfg.narrator.kind,
+                verdict=verdict,
+                sides=tuple(sorted(facts.hands)) if facts else (),
+                note="; ".join(checked["refusals"]) if checked else "",
+            )
+            clips.append(view)
+    return clips
+
+
+def _page(pipeline: Pipeline, clips: Sequence[ClipView], seed: int | None) -> str:
+    """The page with a card for each clip, as HTML."""
     cfg = pipeline.cfg
     facts = {
         "metadata": cfg.source.metadata or f"none: windows of {cfg.windows.seconds:g} s",
@@ -131,12 +195,10 @@ def _page(pipeline: Pipeline, clips: Sequence[draw.Seen], seed: int | None) -> s
         "frames a clip": str(cfg.frames),
     }
     cards: list[dict[str, Any]] = []
-    for seen in clips:
-        picture = data_uri(jpeg(draw.card(seen)), "image/jpeg") if len(seen.pictures) else None
-        cards.append(
-            {name: getattr(seen, name) for name in ("title", "source", "text", "narrator", "verdict", "sides", "note")}
-            | {"picture": picture}
-        )
+    for view in clips:
+        picture = data_uri(jpeg(card(view)), "image/jpeg") if len(view.pictures) else None
+        shown = ("title", "source", "text", "narrator", "verdict", "sides", "note")
+        cards.append({name: getattr(view, name) for name in shown} | {"picture": picture})
     colours = {
         name: "#" + "".join(f"{part:02x}" for part in colour)
         for name, colour in zip(("left hand", "right hand", "object"), ROLE_COLOURS, strict=True)
@@ -148,26 +210,179 @@ def _page(pipeline: Pipeline, clips: Sequence[draw.Seen], seed: int | None) -> s
         seed=seed,
         output=cfg.output,
         facts={name: value for name, value in facts.items() if value},
-        sides=sorted({side for seen in clips for side in seen.sides}),
-        verdicts=sorted({seen.verdict for seen in clips}),
-        narrators=sorted({seen.narrator for seen in clips}),
+        sides=sorted({side for view in clips for side in view.sides}),
+        verdicts=sorted({view.verdict for view in clips}),
+        narrators=sorted({view.narrator for view in clips}),
         colours=colours,
     )
 
 
-def _film(seen: draw.Seen, path: Path) -> None:
-    """The frames in the clip's own time."""
-    gap = float(np.median(np.diff(seen.seconds))) if len(seen.seconds) > 1 else 1.0
+# --- Pictures ---
+
+
+def time_colour(share: float) -> tuple[int, int, int]:
+    """The colour of a moment, 0 the clip's start and 1 its end."""
+    at = min(max(share, 0.0), 1.0) * (len(_TIMES) - 1)
+    low = min(int(at), len(_TIMES) - 2)
+    red, green, blue = (_TIMES[low] + (at - low) * (_TIMES[low + 1] - _TIMES[low])).round().astype(int).tolist()
+    return red, green, blue
+
+
+def frame(view: ClipView, number: int, height: int, until: int | None = None) -> Image.Image:
+    """A frame with its boxes, ``height`` pixels high; with ``until`` also the tracks up to that frame.
+
+    Hands in the colour of their side; one that touches has a thick edge and a line to what it touches.
+    """
+    image = _resized(view.pictures[number], height)
+    pen, scale = ImageDraw.Draw(image), np.array([image.width - 1, image.height - 1])
+    for box in view.boxes:
+        # The nearest frame: moments of detections made elsewhere are between the frames.
+        if np.abs(view.seconds - box["second"]).argmin() != number:
+            continue
+        is_hand, is_left = box["kind"] == "hand", box["side"] == LEFT
+        colour = ROLE_COLOURS[(0 if is_left else 1) if is_hand else 2]
+        touches = is_hand and (box["state"] or 0) > NO_CONTACT
+        corners = (np.array([float(box[edge]) for edge in EDGES]).reshape(2, 2) * scale).round()
+        pen.rectangle(corners.reshape(-1).tolist(), outline=colour, width=3 if touches else 1)
+        if is_hand:
+            pen.text((corners[0] + 3).tolist(), "L" if is_left else "R", colour, ImageFont.load_default(11))
+        if touches and box["offset_x"] is not None and np.isfinite(box["offset_x"]):
+            centre = corners.mean(axis=0)
+            target = centre + np.array([box["offset_x"], box["offset_y"]]) * scale
+            pen.line([*centre.tolist(), *target.tolist()], fill=colour, width=2)
+    if until is not None:
+        _draw_tracks(image, view.facts, until)
+    return image
+
+
+def tracks(view: ClipView, height: int) -> Image.Image:
+    """The first frame under the tracks of hands (circles left, squares right) and object (a thin line)."""
+    # The first, since positions are relative to it: the camera's motion since then is removed from them.
+    image = _resized(view.pictures[0], height)
+    # Paler, so that lines of any colour stand out.
+    image = Image.blend(image, Image.new("RGB", image.size, _PAPER), 0.35)
+    _draw_tracks(image, view.facts, len(view.pictures) - 1)
+    return image
+
+
+def card(view: ClipView) -> Image.Image:
+    """The tracks, and two by two moments beside them."""
+    large = tracks(view, 2 * SMALL)
+    small = [frame(view, number, SMALL) for number in _spaced(len(view.pictures), 4)]
+    image = Image.new("RGB", (large.width + 2 * small[0].width, large.height), _PAPER)
+    image.paste(large, (0, 0))
+    for place, picture in enumerate(small):
+        image.paste(picture, (large.width + place % 2 * picture.width, place // 2 * SMALL))
+    return image
+
+
+def sheet(clips: Sequence[ClipView]) -> Image.Image:
+    """Clips one below the other, and a legend of the colours."""
+    rows = [_row(view) for view in clips]
+    size = (max(row.width for row in rows), sum(row.height for row in rows) + _LINE + _GAP)
+    image, top = Image.new("RGB", size, _PAPER), 0
+    for row in rows:
+        image.paste(row, (0, top))
+        top += row.height
+    pen, font, x = ImageDraw.Draw(image), ImageFont.load_default(12), _GAP
+    for name, colour in zip(("left hand", "right hand", "object"), ROLE_COLOURS, strict=True):
+        pen.rectangle((x, top + 3, x + 10, top + 13), outline=colour, width=2)
+        pen.text((x + 15, top), name, _INK, font)
+        x += 95
+    pen.text((x, top), "start", _INK, font)
+    for step in range(80):
+        pen.rectangle((x + 34 + step, top + 3, x + 35 + step, top + 12), fill=time_colour(step / 79))
+    pen.text((x + 120, top), "end   track: circles left hand, squares right hand, line object", _INK, font)
+    return image
+
+
+def _row(view: ClipView) -> Image.Image:
+    """A clip's part of a sheet: tracks, a few moments, the narration before and the new one."""
+    large = tracks(view, LARGE)
+    chosen = _spaced(len(view.pictures), min(_MOMENTS, len(view.pictures)))
+    small = [frame(view, number, SMALL) for number in chosen]
+    for picture, number in zip(small, chosen, strict=True):
+        # A bar in the colour of the moment, to find it on the tracks.
+        colour = time_colour(number / max(1, len(view.pictures) - 1))
+        ImageDraw.Draw(picture).rectangle((0, 0, picture.width, 4), fill=colour)
+    left = large.width + 2 * _GAP
+    width = left + max(420, sum(picture.width + _GAP for picture in small))
+    texts = [(view.title, _GREY), (f"was: {view.source or '(nothing)'}", _GREY), (view.text, _INK)]
+    lines = [
+        (line, colour)
+        for text, colour in [*texts, (f"{view.narrator}, {view.verdict}", _GREY)]
+        for line in textwrap.wrap(text, max(30, (width - left) // 6), max_lines=3, placeholder=" ...")
+    ]
+    image = Image.new("RGB", (width, max(LARGE, SMALL + _GAP + len(lines) * _LINE) + 2 * _GAP), _PAPER)
+    image.paste(large, (_GAP, _GAP))
+    for picture in small:
+        image.paste(picture, (left, _GAP))
+        left += picture.width + _GAP
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(12)
+    for number, (line, colour) in enumerate(lines):
+        pen.text((large.width + 2 * _GAP, SMALL + 2 * _GAP + number * _LINE), line, colour, font)
+    return image
+
+
+def film(view: ClipView, height: int = 480) -> Iterator[np.ndarray]:
+    """The sampled frames with boxes and growing tracks, uint8 [height, W, 3] with even sides."""
+    for number in range(len(view.pictures)):
+        image = frame(view, number, height, until=number)
+        # H.264 halves the resolution of colours: its pictures have even sides.
+        yield np.asarray(image.crop((0, 0, image.width // 2 * 2, image.height // 2 * 2)))
+
+
+def _write_film(view: ClipView, path: Path) -> None:
+    """The frames at the speed of the clip."""
+    gap = float(np.median(np.diff(view.seconds))) if len(view.seconds) > 1 else 1.0
     rate = Fraction(1 / max(gap, 1 / 60)).limit_denominator(1000)
-    frames = draw.film(seen)
     with av.open(str(path), "w") as container:
+        # One thread: the same file on every machine.
         stream = container.add_stream("libx264", rate=rate, options={"crf": "20", "threads": "1"})
         stream.pix_fmt = "yuv420p"
-        for number, picture in enumerate(frames):
+        for number, picture in enumerate(film(view)):
             if number == 0:
                 stream.height, stream.width = picture.shape[:2]
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
         container.mux(stream.encode(None))
+
+
+def _spaced(count: int, number: int) -> list[int]:
+    """``number`` indices evenly spaced over ``count`` frames, first and last included."""
+    return np.linspace(0, count - 1, number).round().astype(int).tolist()  # type: ignore[no-any-return]
+
+
+def _resized(picture: np.ndarray, height: int) -> Image.Image:
+    image = Image.fromarray(picture)
+    return image.resize((max(2, round(image.width * height / image.height)), height), Image.Resampling.BICUBIC)
+
+
+def _draw_tracks(image: Image.Image, facts: ClipFacts | None, until: int) -> None:
+    """Paths of the object and the hands up to a frame, each leg in the colour of its time."""
+    if facts is None:
+        return
+    # The object below: hands are where the action is.
+    paths = [("", facts.object.motion.path)] if facts.object is not None else []
+    paths += [(side, hand.motion.path) for side, hand in facts.hands.items()]
+    pen, width = ImageDraw.Draw(image), max(2, image.height // 80)
+    for side, path in paths:
+        last = max(1, len(path) - 1)
+        points = path[: until + 1] * (image.width - 1, image.height - 1)
+        thickness = width if side else max(1, width // 2)
+        legs = [
+            (points[number - 1 : number + 1].reshape(-1).tolist(), time_colour(number / last))
+            for number in range(1, len(points))
+            if np.isfinite(points[number - 1 : number + 1]).all()  # gaps stay gaps
+        ]
+        # All white outlines first: otherwise each would cut the leg before it.
+        for ends, _ in legs:
+            pen.line(ends, fill=_WHITE, width=thickness + 2)
+        for ends, colour in legs:
+            pen.line(ends, fill=colour, width=thickness)
+        mark = pen.ellipse if side == "left" else pen.rectangle
+        for number, (x, y) in enumerate(points if side else ()):
+            if np.isfinite([x, y]).all():
+                mark((x - width, y - width, x + width, y + width), fill=time_colour(number / last))
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import visualize_hod
 
 from egohod.data.detections import ROLE_COLOURS
-from egohod.hod import draw
 from egohod.hod.facts import ClipFacts, HandFacts, Motion, ObjectFacts
 
 FRAMES, HEIGHT, WIDTH = 6, 60, 80
@@ -20,7 +20,7 @@ def motion(path: Any) -> Motion:
     return Motion(path, np.full(len(path), 0.2), ("right",), 1, 0.3, "left", "right")
 
 
-def seen(**changes: Any) -> draw.Seen:
+def view(**changes: Any) -> visualize_hod.ClipView:
     times = np.arange(FRAMES) / FRAMES
     across: np.ndarray = np.stack([np.linspace(0.2, 0.8, FRAMES), np.full(FRAMES, 0.5)], axis=1)
     hand = HandFacts("right", 1.0, motion(across), 0.0, None, None, "object")
@@ -28,7 +28,7 @@ def seen(**changes: Any) -> draw.Seen:
     facts = ClipFacts("v", 0.0, 1.0, times, {"right": hand}, thing, "right", None)
     box = {"kind": "hand", "side": 1, "state": 3, "score": 1.0, "second": 0.0, "offset_x": 0.0, "offset_y": 0.3}
     box |= {"left": 0.25, "top": 0.25, "right": 0.5, "bottom": 0.5}
-    whole = draw.Seen(
+    whole = visualize_hod.ClipView(
         "v 0-1 s", np.full((FRAMES, HEIGHT, WIDTH, 3), 90, np.uint8), times, [box], facts, "#C C moves a cup",
         "#C C slides the cup to the right with the right hand", "template", "passed", ("right",),
     )  # fmt: skip
@@ -40,31 +40,33 @@ def colours(image: Any) -> set[tuple[int, ...]]:
 
 
 def test_a_box_stands_in_its_own_frame_in_the_colour_of_its_side() -> None:
-    image = np.asarray(draw.frame(seen(), 0, HEIGHT))
+    image = np.asarray(visualize_hod.frame(view(), 0, HEIGHT))
     assert tuple(image[15, 30]) == ROLE_COLOURS[1]
     assert tuple(image[40, 30]) == ROLE_COLOURS[1], "the line to what the hand touches"
-    assert ROLE_COLOURS[1] not in colours(draw.frame(seen(), 1, HEIGHT))
+    assert ROLE_COLOURS[1] not in colours(visualize_hod.frame(view(), 1, HEIGHT))
     # Detections made elsewhere have moments of their own: the nearest frame has them.
-    apart = seen(boxes=[seen().boxes[0] | {"second": 0.6 / FRAMES}])
-    assert ROLE_COLOURS[1] not in colours(draw.frame(apart, 0, HEIGHT))
-    assert ROLE_COLOURS[1] in colours(draw.frame(apart, 1, HEIGHT))
+    apart = view(boxes=[view().boxes[0] | {"second": 0.6 / FRAMES}])
+    assert ROLE_COLOURS[1] not in colours(visualize_hod.frame(apart, 0, HEIGHT))
+    assert ROLE_COLOURS[1] in colours(visualize_hod.frame(apart, 1, HEIGHT))
 
 
 def test_a_track_goes_from_the_colour_of_the_start_to_that_of_the_end() -> None:
-    image = draw.tracks(seen(), 240)
+    image = visualize_hod.tracks(view(), 240)
     assert image.size == (320, 240)
     pixels = np.asarray(image)
-    assert tuple(pixels[120, 66]) == draw.time_colour(0.2) or tuple(pixels[120, 64]) == draw.time_colour(0)
-    assert tuple(pixels[120, 255]) == draw.time_colour(1)
-    early = np.asarray(draw.frame(seen(boxes=[]), 2, 240, until=2))
+    assert tuple(pixels[120, 66]) == visualize_hod.time_colour(0.2) or tuple(
+        pixels[120, 64]
+    ) == visualize_hod.time_colour(0)
+    assert tuple(pixels[120, 255]) == visualize_hod.time_colour(1)
+    early = np.asarray(visualize_hod.frame(view(boxes=[]), 2, 240, until=2))
     assert tuple(early[120, 255]) == (90, 90, 90), "the track has not come there yet"
 
 
 def test_time_runs_from_dark_to_light() -> None:
-    light = [sum(draw.time_colour(share)) for share in np.linspace(0, 1, 20)]
+    light = [sum(visualize_hod.time_colour(share)) for share in np.linspace(0, 1, 20)]
     assert light == sorted(light)
-    assert draw.time_colour(-1) == draw.time_colour(0)
-    assert draw.time_colour(2) == draw.time_colour(1)
+    assert visualize_hod.time_colour(-1) == visualize_hod.time_colour(0)
+    assert visualize_hod.time_colour(2) == visualize_hod.time_colour(1)
 
 
 @pytest.mark.parametrize(
@@ -76,25 +78,25 @@ def test_time_runs_from_dark_to_light() -> None:
     ],
 )
 def test_whatever_is_missing_a_sheet_can_be_drawn(changes: dict[str, Any]) -> None:
-    sheet = draw.sheet([seen(), seen(**changes)])
+    sheet = visualize_hod.sheet([view(), view(**changes)])
     assert sheet.width > 600
-    assert sheet.height > 2 * draw.LARGE
-    assert draw.card(seen(**changes)).height == 2 * draw.SMALL
+    assert sheet.height > 2 * visualize_hod.LARGE
+    assert visualize_hod.card(view(**changes)).height == 2 * visualize_hod.SMALL
 
 
 def test_gaps_in_a_track_stay_gaps() -> None:
-    facts = seen().facts
+    facts = view().facts
     assert facts is not None
     path = facts.hands["right"].motion.path.copy()
     path[2:4] = np.nan
     broken = dataclasses.replace(
         facts, object=None, hands={"right": dataclasses.replace(facts.hands["right"], motion=motion(path))}
     )
-    pixels = np.asarray(draw.frame(seen(facts=broken, boxes=[]), 5, 240, until=5))
+    pixels = np.asarray(visualize_hod.frame(view(facts=broken, boxes=[]), 5, 240, until=5))
     assert (pixels[120, 130:180] == 90).all()
 
 
 def test_a_film_has_every_frame_and_even_sides() -> None:
-    frames = list(draw.film(seen(), 121))
+    frames = list(visualize_hod.film(view(), 121))
     assert len(frames) == FRAMES
     assert {each.shape for each in frames} == {(120, 160, 3)}
