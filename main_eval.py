@@ -31,8 +31,8 @@ from egohod.data.text import Tokenizer
 from egohod.distributed import Distributed
 from egohod.errors import UserError
 from egohod.evaluation.html_report import write_report
-from egohod.evaluation.models import FrameAverage, fingerprint, open_clip_baseline
-from egohod.evaluation.results import PUBLISHED, report
+from egohod.evaluation.models import FrameAverage, fingerprint
+from egohod.evaluation.results import PUBLISHED, write_results
 from egohod.evaluation.runner import Benchmark, asked, benchmark, demo_evaluators, execution_of
 from egohod.training.build import build_model
 from egohod.training.checkpoint import classes_of
@@ -66,12 +66,15 @@ def main(arguments: Sequence[str]) -> int:
     cfg = config.load(args.config_file, [*overrides, f"model.weights.path={args.checkpoint}"])
     classes = _classes(cfg, args) if args.heads else None
     with cli.joined(cfg) as dist:
-        model: Any = open_clip_baseline(args.checkpoint).to(dist.device) if outside else build_model(cfg, dist, classes)
+        if outside:
+            model: Any = FrameAverage.from_spec(args.checkpoint).to(dist.device)
+        else:
+            model = build_model(cfg, dist, classes)
         Path(args.output).mkdir(parents=True, exist_ok=True)
         checkpoint = {"path": args.checkpoint, "sha256": fingerprint(model)}
         benchmarks = _benchmarks(cfg, dist, model, args, checkpoint["sha256"], classes)
         found = [(each, each.measure(model)) for each in benchmarks]
-        report(args.output, cfg, dist, found, checkpoint=checkpoint, published=args.published)
+        write_results(args.output, cfg, dist, found, checkpoint=checkpoint, published=args.published)
         if dist.is_main:
             write_report(args.output, decoder=cfg.data.decoder)
     return cli.DONE

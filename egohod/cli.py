@@ -331,7 +331,7 @@ def train_and_report(description: str, default_config: str, arguments: Sequence[
     """The whole of a program that trains, from its command line to results.json and report.html; the exit code."""
     from egohod.evaluation.html_report import write_report
     from egohod.evaluation.models import fingerprint
-    from egohod.evaluation.results import report
+    from egohod.evaluation.results import write_results
     from egohod.evaluation.runner import named_evaluators
     from egohod.training.build import build_classes, build_data, build_model, describe, trainable_table
     from egohod.training.dry_run import dry_run
@@ -362,7 +362,7 @@ def train_and_report(description: str, default_config: str, arguments: Sequence[
         if test:
             results = [(each, each.measure(model)) for each in test]
             checkpoint = {"path": cfg.train.output, "sha256": fingerprint(model)}
-            report(cfg.train.output, cfg, dist, results, checkpoint=checkpoint, also=scores)
+            write_results(cfg.train.output, cfg, dist, results, checkpoint=checkpoint, also=scores)
             if dist.is_main:
                 write_report(cfg.train.output, decoder=cfg.data.decoder)
     return DONE

@@ -48,7 +48,7 @@ from egohod.evaluation.config import BenchmarkConfig
 from egohod.evaluation.features import FeatureCache, search
 from egohod.evaluation.html_report import contact_sheet, write_report
 from egohod.evaluation.listing import rows_of_csv
-from egohod.evaluation.results import write_results
+from egohod.evaluation.results import mean_table, write_results
 from egohod.evaluation.runner import PROTOCOLS, benchmark, execution_of, read_benchmark
 from egohod.hod import config as hod_config
 from egohod.hod.config import HodConfig, NarratorConfig
@@ -67,7 +67,7 @@ from egohod.training.checkpoint import CheckpointStore, classes_of, open_checkpo
 from egohod.training.telemetry import _truncate
 from tests.data.video_files import encode, picture
 from tests.model.field_files import write_archive, write_avion, write_safetensors, write_upstream
-from tools import ablate, convert_checkpoint, mean_results
+from tools import ablate, convert_checkpoint
 from tools.verify_dataset import Verifier
 from tools.visualize_hod import collect
 
@@ -623,7 +623,7 @@ def _read_prompt(folder: Path) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-INDEX = {"format": feature_index.FORMAT, "weights": "w", "protocol": {"name": "clean"}, "root": "videos"}
+INDEX = {"format": feature_index.INDEX_FORMAT, "weights": "w", "protocol": {"name": "clean"}, "root": "videos"}
 INDEX |= {"layout": "whole", "chunk_seconds": 15.0}
 
 
@@ -682,7 +682,7 @@ def _seed_results(folder: Path) -> None:
 
 def _read_results(folder: Path) -> None:
     write_report(folder / "results", decoder="pyav")
-    mean_results.table([folder / "results", folder / "results"])
+    mean_table([folder / "results", folder / "results"])
 
 
 def _seed_metrics(folder: Path) -> None:

@@ -14,6 +14,7 @@ embedded again. The processes of torchrun --nproc_per_node=N tools/extract_featu
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,12 +26,13 @@ from egohod import cli
 from egohod.config import Config, to_yaml
 from egohod.data.dataset import EvalProtocol, EvaluationDataset
 from egohod.data.storage import open_cache
-from egohod.distributed import Distributed, pick_precision, setup
+from egohod.distributed import Distributed, setup
 from egohod.errors import UserError
 from egohod.evaluation.embed import extract, remaining
-from egohod.evaluation.features import CONFIG_FILE, FORMAT, file_of, open_index
+from egohod.evaluation.features import CONFIG_FILE, INDEX_FORMAT, file_of, open_index
 from egohod.evaluation.listing import Listing, rows_of_csv, whole_files, windows
 from egohod.evaluation.models import fingerprint
+from egohod.evaluation.runner import execution_of
 from egohod.model.zoo import geometry
 from egohod.training.build import build_model
 
@@ -92,7 +94,7 @@ def _embed(
     with cli.claimed_run(str(args.output), dist):
         if dist.is_main:
             said = {
-                "format": FORMAT,
+                "format": INDEX_FORMAT,
                 "model": cfg.model.name,
                 "weights": fingerprint(model),
                 "protocol": {"frames": frames, "size": dataset.size, "crop": "centre"},
@@ -104,19 +106,8 @@ def _embed(
             open_index(args.output, said)
             (args.output / CONFIG_FILE).write_text(to_yaml(cfg), encoding="utf-8")
         dist.gather_objects(None)  # nobody writes before the index takes these features
-        done = extract(
-            model,
-            listing,
-            dataset,
-            args.output,
-            todo,
-            batch_size=cfg.evaluate.batch_size,
-            workers=cfg.data.workers,
-            timeout=cfg.data.timeout,
-            dist=dist,
-            precision=pick_precision(cfg.evaluate.precision, dist.device),
-            allow_missing=args.allow_missing,
-        )
+        execution = dataclasses.replace(execution_of(cfg, dist), allow_missing=args.allow_missing)
+        done = extract(model, listing, dataset, args.output, todo, execution)
     log.info("%s: embedded %s clips of %s videos", args.output, f"{done.clips:,}", f"{done.videos:,}")
     if done.faults:
         log.warning("%d clips could not be read and were left out", len(done.faults))

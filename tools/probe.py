@@ -20,7 +20,7 @@ from _common import run_tool, tool_parser
 
 from egohod import cli
 from egohod.errors import UserError
-from egohod.evaluation.features import SHARED, Features, read_features, read_index
+from egohod.evaluation.features import INDEX_SHARED, Features, read_features, read_index
 from egohod.evaluation.tasks import knn_probe, linear_probe
 
 log = logging.getLogger("probe")
@@ -50,7 +50,7 @@ def _features(folder: Path) -> Features:
 def _require_same(train: Path, test: Path) -> None:
     """Raise :class:`UserError` if features of two models, or of two kinds, would be compared."""
     first, second = read_index(train), read_index(test)
-    differ = [name for name in SHARED if first.get(name) != second.get(name)]
+    differ = [name for name in INDEX_SHARED if first.get(name) != second.get(name)]
     if differ:
         raise UserError(f"{train} and {test} hold features of another {' and '.join(differ)}")
 

@@ -15,14 +15,13 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from _common import run_tool, save_picture, tool_parser
 
 from egohod import cli, config
 from egohod.data.text import Tokenizer
 from egohod.distributed import setup
 from egohod.errors import UserError
-from egohod.evaluation.embed import embed_texts
+from egohod.evaluation.embed import Execution, embed_texts
 from egohod.evaluation.features import CONFIG_FILE, read_features, read_index, search, span
 from egohod.evaluation.html_report import contact_sheet
 from egohod.evaluation.models import fingerprint
@@ -57,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     if fingerprint(model) != index["weights"]:
         raise UserError(f"{cfg.model.weights.path}: not the weights that made {args.index}; give --checkpoint")
     tokenizer = Tokenizer(model.geometry.context_length)
-    query = embed_texts(model, [args.sentence], tokenizer, batch_size=1, dist=dist, precision=torch.float32)[0].numpy()
+    query = embed_texts(model, [args.sentence], tokenizer, Execution(1, 0, dist))[0].numpy()
     hits = search(query, found, args.top, args.overlapping)
     if args.json:
         print(json.dumps([dataclasses.asdict(hit) | {"end": hit.end if hit.end < 1e18 else None} for hit in hits]))

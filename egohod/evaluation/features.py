@@ -1,15 +1,20 @@
-"""Features that were computed before, by content: never those of another checkpoint, clip or protocol.
+"""Features on disk, in one format for two uses: the cache of evaluations, and an index of your own videos.
 
-    <folder>/<group>/<process and number>.npz    keys [n] and features float32 [n, D]
+A file is an ``.npz`` with ``features`` float32 [n, D] and, as arrays of the same length, what each row is:
 
-The group is the checksum of everything that all features of an evaluation share (weights, protocol, resolution,
-precision), a key that of one clip under one order of frames, or of one text. Files are only ever added, each as a
-whole, so that an interrupted evaluation and several processes leave nothing broken behind.
+    cache   <folder>/<group>/<process>-<random>.npz   keys: of one clip under one order of frames, or of one text
+    index   <folder>/<video>.npz                      start and end (seconds; an infinite end is the file's), text;
+                                                      and identity, one value: of the clips and of the video file
+            <folder>/index.json                       model, weights, protocol, root of the videos, file of each video
+            <folder>/config.yml                       the configuration that builds the model again
+
+The cache is addressed by content: a group is the hash of everything that all its features depend on (weights, protocol,
+resolution, precision), so features of another checkpoint, clip or protocol are never returned. Every file appears as a
+whole or not at all: an interrupted run and several processes leave nothing broken behind.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -26,67 +31,19 @@ from numpy.typing import NDArray
 
 from egohod.errors import UserError
 from egohod.evaluation.metrics import rank_items
+from egohod.runtime import UNFINISHED_PREFIX, atomic_write, content_hash
+from egohod.runtime import write_text as write_existing
 
 log = logging.getLogger(__name__)
 
-# So many new features are written at a time.
-_FILE_ROWS = 256
+# Features in a file of the cache. Small, as an interruption loses at most this many.
+_CACHE_FILE_ROWS = 256
 
-
-class FeatureCache:
-    """One group of features below ``folder``; ``shared`` is whatever tells it from other groups."""
-
-    def __init__(self, folder: Path, shared: Mapping[str, Any]) -> None:
-        self.group = hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:32]
-        self.folder = folder / self.group
-        self._waiting: dict[str, NDArray[np.float32]] = {}
-
-    def read(self, keys: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-        """The features that are there, by key."""
-        wanted, found = set(keys), dict[str, NDArray[np.float32]]()
-        for path in sorted(self.folder.glob("*.npz")):
-            try:
-                with np.load(path, allow_pickle=False) as content:
-                    names, features = map(str, content["keys"]), np.asarray(content["features"], np.float32)
-                rows = dict(zip(names, features, strict=True))
-            except Exception as error:  # a damaged file can raise anything
-                log.warning("%s: not readable (%.200s), its features are computed again", path, error)
-                continue
-            found |= {key: row for key, row in rows.items() if key in wanted}
-        return found
-
-    def add(self, key: str, feature: NDArray[np.float32]) -> None:
-        """Keep a feature; it is on the disk after the next :meth:`flush` at the latest."""
-        self._waiting[key] = feature
-        if len(self._waiting) >= _FILE_ROWS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what is not on the disk yet. A full disk costs the cache, not the evaluation."""
-        if not self._waiting:
-            return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            final = self.folder / f"{os.getpid()}-{uuid.uuid4().hex[:12]}.npz"
-            part = final.with_suffix(".part")
-            with part.open("wb") as file:
-                np.savez(file, keys=np.array(list(self._waiting)), features=np.stack(list(self._waiting.values())))
-            part.replace(final)
-        except OSError as error:
-            log.warning("%s: features are not kept: %s", self.folder, error.strerror or error)
-        self._waiting.clear()
-
-
-def feature_key(*parts: str) -> str:
-    """The key of one clip or text."""
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:40]
-
-
-FORMAT = 1
+INDEX_FORMAT = 1
 INDEX_FILE, CONFIG_FILE = "index.json", "config.yml"
-# What features must have in common to lie in one folder.
-SHARED = ("format", "weights", "protocol")
-_KINDS: dict[str, type | tuple[type, ...]] = {
+# Settings that all features of a folder, and of folders that are compared, have in common.
+INDEX_SHARED = ("format", "weights", "protocol")
+_INDEX_TYPES: dict[str, type | tuple[type, ...]] = {
     "weights": str,
     "root": str,
     "layout": str,
@@ -95,9 +52,127 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 }
 
 
+# --------------------------------------------------------------------------------------------------
+# Files
+# --------------------------------------------------------------------------------------------------
+
+
+def write_feature_file(path: Path, features: NDArray[np.float32], **columns: Any) -> None:
+    """Write ``features`` [n, D] and ``columns`` as a whole or not at all. Raises :class:`OSError`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Through an open file: given a name, NumPy would add .npz to one that does not end in it.
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, features=features, **columns)
+
+
+def read_feature_file(path: Path, *columns: str) -> tuple[NDArray[np.float32], list[NDArray[Any]]]:
+    """Features float32 [n, D] (in a cache also [n, V, D], of V views) and the named columns [n] of a file.
+
+    Raises :class:`OSError`, :class:`ValueError` where lengths differ, and anything else for a damaged file.
+    """
+    with np.load(path, allow_pickle=False) as content:
+        features = np.asarray(content["features"], np.float32)
+        values = [content[name] for name in columns]
+    if features.ndim < 2 or any(each.shape != (len(features),) for each in values):
+        shapes = ", ".join(str(each.shape) for each in (features, *values))
+        raise ValueError(f"features, {', '.join(columns)} have the shapes {shapes}")
+    return features, values
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file for :func:`read_json` as a whole or not at all."""
+    write_text(path, json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a file as a whole or not at all, and its folder if there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_existing(path, content)
+
+
+def read_json(path: Path, version: int, hint: str) -> dict[str, Any]:
+    """A file of :func:`write_json` whose ``format`` is ``version``.
+
+    Raises :class:`UserError` naming the file; ``hint`` says how to get one if it does not exist.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; {hint}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != version:
+        raise UserError(f"{path}: not of format {version}; make it again with this version")
+    return content
+
+
+def _finite(value: Any) -> Any:
+    # JSON has no NaN, which is the value of a metric without a single query: it becomes null.
+    if isinstance(value, Mapping):
+        return {str(key): _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# --------------------------------------------------------------------------------------------------
+# The cache of evaluations
+# --------------------------------------------------------------------------------------------------
+
+
+class FeatureCache:
+    """One group of cached features below ``folder``; ``shared`` is everything that all of them depend on."""
+
+    def __init__(self, folder: Path, shared: Mapping[str, Any]) -> None:
+        self.group = content_hash(json.dumps(shared, sort_keys=True), length=32)
+        self.folder = folder / self.group
+        self._pending: dict[str, NDArray[np.float32]] = {}
+
+    def read(self, keys: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+        """The features that are cached, by key."""
+        requested, cached = set(keys), dict[str, NDArray[np.float32]]()
+        for path in sorted(self.folder.glob("*.npz")):
+            if path.name.startswith(UNFINISHED_PREFIX):  # another process is writing it
+                continue
+            try:
+                features, (names,) = read_feature_file(path, "keys")
+            except Exception as error:  # a damaged file can raise anything
+                log.warning("%s: not readable (%.200s); its features are computed again", path, error)
+                continue
+            cached |= {key: row for key, row in zip(map(str, names), features, strict=True) if key in requested}
+        return cached
+
+    def add(self, key: str, feature: NDArray[np.float32]) -> None:
+        """Add a feature; it is on disk after the next :meth:`flush` at the latest."""
+        self._pending[key] = feature
+        if len(self._pending) >= _CACHE_FILE_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is not on disk yet. A full disk costs the cache, not the evaluation."""
+        if not self._pending:
+            return
+        path = self.folder / f"{os.getpid()}-{uuid.uuid4().hex[:12]}.npz"
+        try:
+            write_feature_file(path, np.stack(list(self._pending.values())), keys=np.array(list(self._pending)))
+        except OSError as error:
+            log.warning("%s: features are not cached: %s", self.folder, error.strerror or error)
+        self._pending.clear()
+
+
+def feature_key(*parts: str) -> str:
+    """The key of one clip or text."""
+    return content_hash(*parts, length=40)
+
+
+# --------------------------------------------------------------------------------------------------
+# An index of videos
+# --------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Features:
-    """All features of an index: row i is the clip [start, end) of ``videos[i]``, of which ``texts[i]`` was said."""
+    """All features of an index: row i is the clip [start, end) of ``videos[i]`` with the narration ``texts[i]``."""
 
     features: NDArray[np.float32]
     videos: Sequence[str]
@@ -111,27 +186,29 @@ def file_of(video: str) -> str:
     return f"{video}.npz"
 
 
-def open_index(folder: Path, said: Mapping[str, Any]) -> None:
-    """Write ``index.json`` for the settings ``said``, or add their videos to the one that is there.
+def open_index(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write ``index.json``, or add the videos of ``settings`` to one of the same settings.
 
-    Raises :class:`UserError` if the folder holds features of other weights or another protocol.
+    Raises :class:`UserError` if the folder has features of other weights, of another protocol or of other videos.
     """
-    there = read_index(folder) if (folder / INDEX_FILE).exists() else None
-    if there is not None:
-        differ = [name for name in SHARED if there.get(name) != said[name]]
+    previous = read_index(folder) if (folder / INDEX_FILE).exists() else None
+    if previous is not None:
+        differ = [name for name in INDEX_SHARED if previous.get(name) != settings[name]]
         if differ:
             raise UserError(f"{folder}: holds features of another {' and '.join(differ)}; choose another --output")
-        if there.get("root") != said["root"]:
-            raise UserError(f"{folder}: holds features of the videos in {there.get('root')}; choose another --output")
-    write_json(folder / INDEX_FILE, {**said, "videos": {**(there["videos"] if there else {}), **said["videos"]}})
+        if previous.get("root") != settings["root"]:
+            root = previous.get("root")
+            raise UserError(f"{folder}: holds features of the videos in {root}; choose another --output")
+    videos = {**(previous["videos"] if previous else {}), **settings["videos"]}
+    write_json(folder / INDEX_FILE, {**settings, "videos": videos})
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """What ``index.json`` says. Raises :class:`UserError`."""
+    """The content of ``index.json``. Raises :class:`UserError`."""
     path = folder / INDEX_FILE
-    content = read_json(path, FORMAT, "tools/extract_features.py makes such folders")
-    for name, kind in _KINDS.items():
-        if not isinstance(content.get(name), kind):
+    content = read_json(path, INDEX_FORMAT, "tools/extract_features.py makes such folders")
+    for name, expected in _INDEX_TYPES.items():
+        if not isinstance(content.get(name), expected):
             raise UserError(f"{path}: damaged, {name} is {reprlib.repr(content.get(name))}; extract into a new folder")
     return content
 
@@ -139,64 +216,56 @@ def read_index(folder: Path) -> dict[str, Any]:
 def write_video(
     folder: Path, video: str, features: NDArray[np.float32], start: Any, end: Any, texts: Sequence[str], identity: str
 ) -> None:
-    """Write the features of one video. Raises :class:`OSError`, leaving what was there."""
-    final = folder / file_of(video)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    part = final.with_name(f".{final.name}.part")
-    with part.open("wb") as file:
-        np.savez(
-            file, features=features, start=np.asarray(start, np.float64), end=np.asarray(end, np.float64),
-            text=np.array(texts, dtype=np.str_), identity=np.array(identity),
-        )  # fmt: skip
-    os.replace(part, final)
+    """Write the features of one video. Raises :class:`OSError`, leaving an older file as it was."""
+    write_feature_file(
+        folder / file_of(video),
+        features,
+        start=np.asarray(start, np.float64),
+        end=np.asarray(end, np.float64),
+        text=np.array(texts, dtype=np.str_),
+        identity=np.array(identity),
+    )
 
 
 def is_written(folder: Path, video: str, identity: str) -> bool:
-    """Whether the features of a video are there, made of these very clips of this very file."""
+    """Whether a video's features are on disk and of these very clips of this very file."""
     try:
         with np.load(folder / file_of(video), allow_pickle=False) as content:
             return str(content["identity"]) == identity
-    except Exception:  # not there, or damaged, which can raise anything
+    except Exception:  # missing, or damaged, which can raise anything
         return False
 
 
 def read_features(folder: Path) -> tuple[Features, int]:
     """All features of an index, and how many of its videos have none yet.
 
-    Raises :class:`UserError` if there are none at all, or a file that cannot be read.
+    Raises :class:`UserError` if there are none at all, or naming a file that cannot be read.
     """
-    names = list(read_index(folder)["videos"])
-    parts, videos, lacking = list[tuple[NDArray[np.float32], Any, Any, list[str]]](), list[str](), 0
-    for video in names:
+    parts, videos, missing = list[tuple[NDArray[Any], ...]](), list[str](), 0
+    for video in read_index(folder)["videos"]:
         path = folder / file_of(video)
         try:
-            part = _read_video(path)
+            features, (start, end, texts) = read_feature_file(path, "start", "end", "text")
+            part = features, start.astype(np.float64), end.astype(np.float64), texts.astype(np.str_)
         except FileNotFoundError:
-            lacking += 1
+            missing += 1
             continue
         except Exception as error:  # a damaged file can raise anything
             raise UserError(f"{path}: not readable ({error}); delete it and extract again") from error
-        if parts and part[0].shape[1] != parts[0][0].shape[1]:
-            width = f"{part[0].shape[1]} dimensions, those of other videos {parts[0][0].shape[1]}"
+        if parts and features.shape[1] != parts[0][0].shape[1]:
+            width = f"{features.shape[1]} dimensions, those of other videos {parts[0][0].shape[1]}"
             raise UserError(f"{path}: its features have {width}; delete it and extract again")
         parts.append(part)
-        videos += [video] * len(part[0])
+        videos += [video] * len(features)
     if not parts:
         raise UserError(f"{folder}: no video of the index has features yet; run tools/extract_features.py again")
     features, start, end = (np.concatenate([part[i] for part in parts]) for i in range(3))
-    return Features(features, videos, start, end, [text for part in parts for text in part[3]]), lacking
+    return Features(features, videos, start, end, [str(text) for part in parts for text in part[3]]), missing
 
 
-def _read_video(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float64], list[str]]:
-    """Features [n, D], start and end [n], and texts. Raises :class:`ValueError` where they do not fit one another."""
-    with np.load(path, allow_pickle=False) as content:
-        features = np.asarray(content["features"], np.float32)
-        start, end = (np.asarray(content[name], np.float64) for name in ("start", "end"))
-        texts = [str(text) for text in content["text"]]
-    if features.ndim != 2 or not (len(features),) == start.shape == end.shape == (len(texts),):
-        shapes = f"{features.shape}, {start.shape}, {end.shape} and {len(texts)}"
-        raise ValueError(f"features, start, end and text are of the shapes {shapes}")
-    return features, start, end, texts
+# --------------------------------------------------------------------------------------------------
+# Search
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -210,22 +279,20 @@ class Hit:
     text: str
 
 
-def search(query: NDArray[np.float32], found: Features, top: int, overlapping: bool = False) -> list[Hit]:
-    """The ``top`` clips nearest to a query [D], the best first; ties go to the earlier one.
+def search(query: NDArray[np.float32], index: Features, top: int, overlapping: bool = False) -> list[Hit]:
+    """The ``top`` clips most similar to a query [D], best first; of equal ones the earlier.
 
-    Of clips of one video that overlap only the best is a hit, unless ``overlapping``: windows that slide see every
-    moment several times. Raises :class:`UserError` for features of another width than the query's.
+    Of clips of one video that overlap only the best is a hit, unless ``overlapping``: sliding windows see every moment
+    several times. Raises :class:`UserError` for a query of another width than the features.
     """
-    if found.features.shape[1:] != query.shape:
-        raise UserError(f"the index has features of {found.features.shape[1]} dimensions, the query {len(query)}")
-    similarity = found.features @ query
+    if index.features.shape[1:] != query.shape:
+        raise UserError(f"the index has features of {index.features.shape[1]} dimensions, the query {len(query)}")
+    similarity = index.features @ query
     hits: list[Hit] = []
     for row in rank_items(similarity[None])[0].tolist():
-        hit = Hit(
-            found.videos[row], float(found.start[row]), float(found.end[row]), float(similarity[row]), found.texts[row]
-        )
-        if overlapping or not any(_overlap(hit, other) for other in hits):
-            hits.append(hit)
+        video, start, end = index.videos[row], float(index.start[row]), float(index.end[row])
+        if overlapping or not any(video == hit.video and start < hit.end and hit.start < end for hit in hits):
+            hits.append(Hit(video, start, end, float(similarity[row]), index.texts[row]))
         if len(hits) == top:
             break
     return hits
@@ -240,46 +307,3 @@ def clock(second: float) -> str:
 def span(hit: Hit) -> str:
     """The times of a hit for people."""
     return "whole" if np.isinf(hit.end) else f"{clock(hit.start)} - {clock(hit.end)}"
-
-
-def _overlap(one: Hit, other: Hit) -> bool:
-    return one.video == other.video and one.start < other.end and other.start < one.end
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a file of :func:`read_json` as a whole or not at all."""
-    write_text(path, json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, content: str) -> None:
-    """Write a file as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    # Annotations may hold half a character (a lone surrogate), which no encoding can spell.
-    temporary.write_text(content, encoding="utf-8", errors="replace")
-    os.replace(temporary, path)
-
-
-def read_json(path: Path, version: int, cure: str) -> dict[str, Any]:
-    """A file of :func:`write_json` with ``format`` ``version``.
-
-    Raises :class:`UserError` naming the file; ``cure`` says what helps if it is not there.
-    """
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; {cure}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != version:
-        raise UserError(f"{path}: not of format {version}; make it again with this version")
-    return content
-
-
-def _plain(value: Any) -> Any:
-    """``value`` with null for numbers that are none (a metric without a single query), which JSON cannot spell."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,7 @@
-"""``report.html``: what ``results.json`` and ``details/*.json`` of an evaluation say, as one page to look at."""
+"""``report.html``: the results of an evaluation as one page; and the pictures and plots of pages and tools.
+
+A page is one file: pictures, style and script are inside, nothing is fetched, and all text is escaped.
+"""
 
 from __future__ import annotations
 
@@ -18,28 +21,29 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
-from jinja2 import UndefinedError
-from PIL import ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
+from egohod.data.decoders import choose_decoder
+from egohod.data.videos import VideoStore
 from egohod.errors import UserError
 from egohod.evaluation.features import Hit, read_json, span, write_text
 from egohod.evaluation.results import FORMAT, RESULTS_FILE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-from PIL import Image
-
-from egohod.data.decoders import choose_decoder
-from egohod.data.videos import VideoStore
 
 log = logging.getLogger(__name__)
 
 PAGE_FILE = "report.html"
 
+# --------------------------------------------------------------------------------------------------
+# The page
+# --------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
-class Classes:
-    """How each class fared: (name, clips, percent), the worst first; and what it was taken for, as data URI."""
+class ClassTable:
+    """The classes of a task as (name, clips, percent), lowest first, and their confusion matrix as a data URI."""
 
     rows: Sequence[tuple[str, int, float]]
     measure: str
@@ -49,78 +53,95 @@ class Classes:
 
 @dataclass(frozen=True)
 class Section:
-    """One benchmark: its entry of ``results.json`` and what was made of its sidecar."""
+    """One benchmark: its entry of ``results.json``, and what is shown of its details."""
 
     name: str
-    said: Mapping[str, Any]
+    result: Mapping[str, Any]
     controls: Sequence[str]
-    classes: Sequence[Classes]
+    classes: Sequence[ClassTable]
     galleries: Sequence[Gallery]
     pictures: Thumbnails | None
 
 
 def write_report(folder: str | Path, *, decoder: str = "auto") -> Path:
-    """Write ``report.html`` into the output folder of an evaluation, and return where it is.
+    """Write ``report.html`` into the output folder of an evaluation, and return its path.
 
-    Thumbnails are decoded from the clips that the sidecars name; those that are gone have none. Raises
-    :class:`UserError` if the folder holds no results, or such as cannot be read.
+    Thumbnails are decoded from the clips that the details name; a clip whose video is gone has none. Raises
+    :class:`UserError` if the folder has no results, or such as cannot be read.
     """
     folder = Path(folder)
-    results, path = _read(folder / RESULTS_FILE), folder / RESULTS_FILE
-    sections = []
+    path, hint = folder / RESULTS_FILE, "give the --output folder of main_eval.py"
+    results, sections = read_json(path, FORMAT, hint), []
     try:
-        for name, said in results["benchmarks"].items():
-            path = folder / said["details"]
-            sections.append(_section(name, said, _read(path) if path.is_file() else None, decoder))
+        for name, result in results["benchmarks"].items():
+            controls = list(dict.fromkeys(name for each in result["metrics"].values() for name in each["controls"]))
+            path = folder / result["details"]
+            if path.is_file():
+                details = read_json(path, FORMAT, hint)
+                clips, tables = details["clips"], details["tables"]
+                classes = [_class_table(table) for table in tables if table.get("per_class")]
+                galleries = [gallery(table, clips) for table in tables]
+                sections.append(Section(name, result, controls, classes, galleries, Thumbnails(clips, decoder)))
+            else:
+                sections.append(Section(name, result, controls, [], [], None))
             path = folder / RESULTS_FILE
         html = render("report.html.jinja", results=results, sections=sections, shown_classes=SHOWN_CLASSES)
-    except UserError:  # which is a ValueError, and clear already
+    except UserError:  # a ValueError, too, whose message is clear already
         raise
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, UndefinedError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, jinja2.UndefinedError) as error:
         raise UserError(f"{path}: not what an evaluation writes ({type(error).__name__}: {error})") from error
     write_text(folder / PAGE_FILE, html)
     log.info("wrote %s (%.1f MB)", folder / PAGE_FILE, (folder / PAGE_FILE).stat().st_size / 1e6)
     return folder / PAGE_FILE
 
 
-def _section(name: str, said: Mapping[str, Any], details: Mapping[str, Any] | None, decoder: str) -> Section:
-    controls = list(dict.fromkeys(control for each in said["metrics"].values() for control in each["controls"]))
-    if details is None:
-        return Section(name, said, controls, [], [], None)
-    tables = details["tables"]
-    return Section(
-        name,
-        said,
-        controls,
-        [_classes(table) for table in tables if table.get("per_class")],
-        [gallery(table, details["clips"]) for table in tables],
-        Thumbnails(details["clips"], decoder),
-    )
-
-
-def _classes(table: Mapping[str, Any]) -> Classes:
+def _class_table(table: Mapping[str, Any]) -> ClassTable:
     measure = "accuracy" if "accuracy" in table["per_class"][0] else "average_precision"
     rows = [(table["classes"][each["class"]], each["clips"], each[measure]) for each in table["per_class"]]
-    # Of two equally bad classes the one that more clips speak for is worse news.
+    # Of equally bad classes the one with more clips comes first: its number is the more certain.
     rows.sort(key=lambda row: (row[2], -row[1], row[0]))
-    confusion = table.get("confusion")
+    confusion = table.get("confusion") or []
     png = confusion_plot(confusion, table["classes"]) if confusion else None
     plot = None if png is None else data_uri(png, "image/png")
-    seen = len({code for true, told, _ in confusion for code in (true, told)}) if confusion else 0
-    return Classes(rows, measure.replace("_", " "), plot, seen)
+    return ClassTable(rows, measure.replace("_", " "), plot, len({code for pair in confusion for code in pair[:2]}))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return read_json(path, FORMAT, "give the --output folder of main_eval.py")
+def render(template: str, **content: Any) -> str:
+    """The HTML of a template of this package; it extends ``page.html.jinja``, which has style and script."""
+    loader = jinja2.PackageLoader("egohod.evaluation", "templates")
+    # All of ``content`` is escaped. Should anything slip through, the page's Content-Security-Policy still forbids
+    # every script but its own, known by its checksum, and every request.
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["number"] = number
+    script = loader.get_source(environment, "page.js")[0]
+    checksum = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template(template).render(script=script, script_checksum=checksum, **content)
 
 
-# So many cards of each sort, or the page of a large benchmark would grow without bound.
+def data_uri(content: bytes, media_type: str) -> str:
+    """A picture as an address that contains it."""
+    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
+
+
+def number(value: float | None, digits: int = 1, sign: bool = False) -> str:
+    """A number for people; a dash for None."""
+    # Adding zero turns -0.0 into 0.0.
+    return "–" if value is None else f"{round(value, digits) + 0.0:{'+' if sign else ''}.{digits}f}"
+
+
+# --------------------------------------------------------------------------------------------------
+# Galleries: some clips with a correct answer and some with an incorrect one, spread evenly over all of them
+# --------------------------------------------------------------------------------------------------
+
+# Cards of each sort, and answers on a card; without a limit the page of a large benchmark would grow to gigabytes.
 CARDS, _ANSWERS = 6, 3
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said, how similar it found it, and whether that is right."""
+    """A model's answer, its similarity, and whether it is correct."""
 
     text: str
     similarity: float | None
@@ -141,7 +162,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Cards of one table, and how many there would be."""
+    """Cards of one task, and how many clips or questions are answered correctly and incorrectly."""
 
     title: str
     right: Sequence[Card]
@@ -151,10 +172,15 @@ class Gallery:
 
 
 def gallery(table: Mapping[str, Any], clips: Mapping[str, Any]) -> Gallery:
-    """The cards of a table of ``details/*.json`` over the ``clips`` there."""
+    """The cards of one of the ``tables`` of ``details/*.json`` over its ``clips``."""
     title, right, card = _KINDS[table["kind"]](table, clips)
-    hits, misses = np.flatnonzero(right), np.flatnonzero(~right)
-    return Gallery(title, [card(i) for i in _evenly(hits)], [card(i) for i in _evenly(misses)], len(hits), len(misses))
+    groups = []
+    for rows in (np.flatnonzero(right), np.flatnonzero(~right)):
+        count = min(len(rows), CARDS)
+        shown = rows[np.linspace(0, len(rows) - 1, count).round().astype(int)] if count else []
+        groups.append(([card(int(row)) for row in shown], len(rows)))
+    (correct, correct_count), (incorrect, incorrect_count) = groups
+    return Gallery(title, correct, incorrect, correct_count, incorrect_count)
 
 
 _Cards = tuple[str, np.ndarray, Callable[[int], Card]]
@@ -172,7 +198,7 @@ def _retrieval(table: Mapping[str, Any], clips: Mapping[str, Any]) -> _Cards:
         truth = texts[table["most_relevant_text"][row]]
         return Card(bool(right[row]), _name(clips, row), [("", row)], truth, answers[:_ANSWERS])
 
-    return "Retrieval: the texts nearest to a clip", right, card
+    return "Retrieval: most similar texts of a clip", right, card
 
 
 def _classification(table: Mapping[str, Any], clips: Mapping[str, Any]) -> _Cards:
@@ -187,7 +213,7 @@ def _classification(table: Mapping[str, Any], clips: Mapping[str, Any]) -> _Card
         truth = ", ".join(classes[c] for c in sorted(labels[row])) or "none of the classes"
         return Card(bool(right[row]), _name(clips, row), [("", row)], truth, answers[:_ANSWERS])
 
-    return "Classification: the classes nearest to a clip", right, card
+    return "Classification: best classes of a clip", right, card
 
 
 def _multiple_choice(table: Mapping[str, Any], clips: Mapping[str, Any]) -> _Cards:
@@ -195,26 +221,22 @@ def _multiple_choice(table: Mapping[str, Any], clips: Mapping[str, Any]) -> _Car
     right = np.array([each["taken"] == each["answer"] for each in questions], dtype=bool)
 
     def card(row: int) -> Card:
-        asked = questions[row]
-        taken, answer = asked["taken"], asked["answer"]
+        question = questions[row]
+        taken, answer = question["taken"], question["answer"]
         shown = [taken] if taken == answer else [taken, answer]
+        chosen = [question["choices"][i] for i in shown]
+        kind, query = question["kind"].replace("_", " "), question["query"]
+        if question["query_is_clip"]:
+            names = [texts[text] for text in chosen]
+            title, pictures, truth = f"{kind}: {_name(clips, query)}", [("", query)], names[-1]
+        else:  # a text asks for its clip: the pictures are the answers
+            names = [_name(clips, clip) for clip in chosen]
+            captions = ["chosen" if i == taken else "correct" for i in shown]
+            title, pictures, truth = kind, list(zip(captions, chosen, strict=True)), texts[query]
+        answers = [Answer(name, question["similarity"][i], i == answer) for name, i in zip(names, shown, strict=True)]
+        return Card(taken == answer, title, pictures, truth, answers)
 
-        def answers(names: Sequence[str]) -> list[Answer]:
-            return [Answer(name, asked["similarity"][i], i == answer) for name, i in zip(names, shown, strict=True)]
-
-        kind = asked["kind"].replace("_", " ")
-        if asked["query_is_clip"]:
-            said = [texts[asked["choices"][i]] for i in shown]
-            clip = asked["query"]
-            return Card(taken == answer, f"{kind}: {_name(clips, clip)}", [("", clip)], said[-1], answers(said))
-        # A text asks for its clip: the pictures are the answers.
-        rows = [asked["choices"][i] for i in shown]
-        captions = ["taken" if i == taken else "right" for i in shown]
-        names = [_name(clips, clip) for clip in rows]
-        pictures = list(zip(captions, rows, strict=True))
-        return Card(taken == answer, kind, pictures, texts[asked["query"]], answers(names))
-
-    return "Multiple choice: what was taken", right, card
+    return "Multiple choice", right, card
 
 
 _KINDS = {
@@ -230,42 +252,11 @@ def _name(clips: Mapping[str, Any], row: int) -> str:
     return clips["id"][row] if end is None else f"{clips['id'][row]}, {start:.2f}–{end:.2f} s"
 
 
-def _evenly(rows: np.ndarray) -> list[int]:
-    count = min(len(rows), CARDS)
-    return [int(row) for row in rows[np.linspace(0, len(rows) - 1, count).round().astype(int)]] if count else []
+# --------------------------------------------------------------------------------------------------
+# Plots
+# --------------------------------------------------------------------------------------------------
 
-
-_SCRIPT = "page.js"
-
-
-def render(template: str, **content: Any) -> str:
-    """The HTML of a template of this package; it extends ``page.html.jinja``, which holds style and script.
-
-    All of ``content`` is escaped. Should anything slip through, the page's own policy still forbids every script but
-    its own, known by its checksum, and every request.
-    """
-    loader = jinja2.PackageLoader("egohod.evaluation", "templates")
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["number"] = number
-    script = loader.get_source(environment, _SCRIPT)[0]
-    checksum = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template(template).render(script=script, script_checksum=checksum, **content)
-
-
-def data_uri(content: bytes, kind: str) -> str:
-    """A picture as the address that holds it; ``kind`` is its media type."""
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def number(value: float | None, digits: int = 1, sign: bool = False) -> str:
-    """A number for people; a dash where there is none."""
-    # Adding zero turns -0.0 into 0.0.
-    return "–" if value is None else f"{round(value, digits) + 0.0:{'+' if sign else ''}.{digits}f}"
-
-
-# More classes than this nobody can read.
+# Of the confusion matrix: more classes would not be readable.
 SHOWN_CLASSES = 20
 _INK = "#22313f"
 
@@ -281,8 +272,8 @@ def new_figure(size: tuple[float, float], **options: Any) -> Figure | None:
 
 @cache
 def _figure_class() -> type[Figure] | None:
-    # A terminal that a notebook opened names the notebook's backend, which may not be installed here: then matplotlib
-    # cannot even be imported. A figure of its own needs none.
+    # MPLBACKEND of a notebook's terminal names a backend that may not be installed here, and then matplotlib cannot
+    # even be imported. A figure that is only saved needs none.
     fresh = "matplotlib" not in sys.modules
     backend = os.environ.pop("MPLBACKEND", None) if fresh else None
     try:
@@ -295,37 +286,37 @@ def _figure_class() -> type[Figure] | None:
         if backend is not None:
             os.environ["MPLBACKEND"] = backend
     if backend is not None:
-        # For whoever shows figures in this process, such as a notebook.
+        # For other code of this process that shows figures, such as a notebook.
         with contextlib.suppress(ValueError):
             matplotlib.rcParams["backend"] = backend
     return Figure
 
 
 def most_confused(confusion: Sequence[Sequence[int]], limit: int = SHOWN_CLASSES) -> list[int]:
-    """Classes of the most mistakes, as truth or as answer, at most ``limit``, ascending.
+    """The ``limit`` classes with most mistakes, as true or as predicted class, ascending.
 
-    ``confusion`` holds [true class, told class, clips].
+    ``confusion`` has [true class, predicted class, clips].
     """
     mistakes: dict[int, int] = {}
-    for true, told, clips in confusion:
-        for code in (true, told):
-            mistakes[code] = mistakes.get(code, 0) + (clips if true != told else 0)
+    for true, predicted, clips in confusion:
+        for code in (true, predicted):
+            mistakes[code] = mistakes.get(code, 0) + (clips if true != predicted else 0)
     return sorted(sorted(mistakes, key=lambda code: (-mistakes[code], code))[:limit])
 
 
 def confusion_plot(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> bytes | None:
-    """What clips of each class were taken for, in percent of the class, as PNG; of many classes the most confused.
+    """The confusion matrix in percent of the true class, as PNG; None where matplotlib cannot be used.
 
-    Takes no names for markup: they are drawn letter by letter. None where matplotlib cannot be used.
+    Of many classes the most confused are shown.
     """
     shown = most_confused(confusion)
     place = {code: i for i, code in enumerate(shown)}
     share, totals = np.zeros((len(shown), len(shown))), np.zeros(len(shown))
-    for true, told, clips in confusion:
+    for true, predicted, clips in confusion:
         if true in place:
             totals[place[true]] += clips
-            if told in place:
-                share[place[true], place[told]] += clips
+            if predicted in place:
+                share[place[true], place[predicted]] += clips
     share = 100 * share / np.maximum(totals, 1)[:, None]
     side = 2.0 + 0.24 * len(shown)
     figure = new_figure((side, side), dpi=150, layout="constrained")
@@ -333,11 +324,12 @@ def confusion_plot(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -
         return None
     axes = figure.add_subplot()
     axes.imshow(share, vmin=0, vmax=100, cmap="Blues")
+    # Class names are data: parse_math=False, or a $ in one would start a formula.
     names = [textwrap.shorten(classes[code], 26, placeholder="…") for code in shown]
     axes.set_xticks(range(len(shown)), names, rotation=55, ha="right", rotation_mode="anchor", parse_math=False)
     axes.set_yticks(range(len(shown)), names, parse_math=False)
     axes.tick_params(labelsize=8, length=0, colors=_INK)
-    axes.set_xlabel("taken for", color=_INK, fontsize=9)
+    axes.set_xlabel("predicted class", color=_INK, fontsize=9)
     axes.set_ylabel("true class", color=_INK, fontsize=9)
     for row, column in zip(*np.nonzero(share >= 0.5), strict=True):
         value = share[row, column]
@@ -354,21 +346,26 @@ def confusion_plot(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -
     return buffer.getvalue()
 
 
+# --------------------------------------------------------------------------------------------------
+# Pictures of clips
+# --------------------------------------------------------------------------------------------------
+
+# Frames of a clip on the page, and their height in pixels.
 MOMENTS, HEIGHT = 3, 96
-_QUALITY = 72
-# A wide picture is cut to this many times its height, or three moments fill no phone's width.
-_WIDEST = 4 / 3
+_JPEG_QUALITY = 72
+# A wider picture is cropped to this aspect ratio, or three of them would not fit a phone's width.
+_MAX_ASPECT = 4 / 3
+# Of a contact sheet.
+_SHEET_MOMENTS, _SHEET_HEIGHT, _CAPTION, _GAP = 4, 110, 34, 8
 
 
 class Thumbnails:
-    """Thumbnails of the clips in ``clips``, as ``details/*.json`` tells them: root, layout, video, start, end."""
+    """Thumbnails of the ``clips`` of ``details/*.json``: root, layout, video, start, end."""
 
     def __init__(self, clips: Mapping[str, Any], decoder: str = "auto") -> None:
         self._clips = clips
         self._store: VideoStore | None = None
         self._strips: dict[int, str | None] = {}
-        self.lacking = 0
-        """Clips of which there is no picture because they could not be read."""
         try:
             _, opener = choose_decoder(decoder)
             self._store = VideoStore(
@@ -380,26 +377,27 @@ class Thumbnails:
 
     def strip(self, row: int) -> str | None:
         """A data URI of the clip's moments from left to right, None where its video cannot be read."""
-        if row not in self._strips:
-            self._strips[row] = self._draw(row)
-            self.lacking += self._strips[row] is None
-        return self._strips[row]
-
-    def _draw(self, row: int) -> str | None:
-        if self._store is None:
-            return None
-        video, start, end = (self._clips[name][row] for name in ("video", "start", "end"))
-        try:
-            frames = self._store.read(video, start, np.inf if end is None else end, MOMENTS).pictures
-        except UserError as error:
-            log.warning("no thumbnail: %s", error)
-            return None
-        return data_uri(jpeg(strip(frames)), "image/jpeg")
+        if row not in self._strips and self._store is not None:
+            video, start, end = (self._clips[name][row] for name in ("video", "start", "end"))
+            try:
+                frames = self._store.read(video, start, np.inf if end is None else end, MOMENTS).pictures
+                self._strips[row] = data_uri(jpeg(strip(frames)), "image/jpeg")
+            except UserError as error:
+                log.warning("no thumbnail: %s", error)
+                self._strips[row] = None
+        return self._strips.get(row)
 
 
 def strip(frames: np.ndarray, height: int = HEIGHT) -> Image.Image:
     """Frames uint8 [T, H, W, 3] side by side, ``height`` pixels high."""
-    pictures = [_small(frame, height) for frame in frames]
+    pictures = []
+    for frame in frames:
+        image = Image.fromarray(frame)
+        width = min(image.width, round(image.height * _MAX_ASPECT))
+        left = (image.width - width) // 2
+        image = image.crop((left, 0, left + width, image.height))
+        size = max(1, round(width * height / image.height)), height
+        pictures.append(image.resize(size, Image.Resampling.LANCZOS))
     sheet = Image.new("RGB", (sum(picture.width for picture in pictures) + 2 * (len(pictures) - 1), height), "white")
     left = 0
     for picture in pictures:
@@ -408,28 +406,20 @@ def strip(frames: np.ndarray, height: int = HEIGHT) -> Image.Image:
     return sheet
 
 
-def _small(frame: np.ndarray, height: int) -> Image.Image:
-    image = Image.fromarray(frame)
-    width = min(image.width, round(image.height * _WIDEST))
-    left = (image.width - width) // 2
-    image = image.crop((left, 0, left + width, image.height))
-    return image.resize((max(1, round(width * height / image.height)), height), Image.Resampling.LANCZOS)
-
-
 def jpeg(image: Image.Image) -> bytes:
     """The picture as a small JPEG file."""
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=_QUALITY)
+    image.save(buffer, "JPEG", quality=_JPEG_QUALITY)
     return buffer.getvalue()
 
 
-_MOMENTS, _HEIGHT, _CAPTION, _GAP = 4, 110, 34, 8
+def contact_sheet(
+    hits: Sequence[Hit], index: Mapping[str, Any], decoder: str = "auto", root: str | None = None
+) -> Image.Image:
+    """A few moments of every hit, two hits a row; ``index`` is the content of ``index.json``.
 
-
-def contact_sheet(hits: Sequence[Hit], index: Any, decoder: str = "auto", root: str | None = None) -> Image.Image:
-    """A few moments of every hit, two hits a row; ``index`` is what ``index.json`` says, ``root`` the videos' folder.
-
-    A hit whose video cannot be read has an empty place. Raises :class:`UserError` if the folder is gone.
+    ``root`` is the folder of the videos if it is another one now. A hit whose video cannot be read has an empty place.
+    Raises :class:`UserError` if the folder is gone.
     """
     _, opener = choose_decoder(decoder)
     store = VideoStore(
@@ -438,19 +428,20 @@ def contact_sheet(hits: Sequence[Hit], index: Any, decoder: str = "auto", root: 
     strips = []
     for hit in hits:
         try:
-            strips.append(strip(store.read(hit.video, hit.start, hit.end, _MOMENTS).pictures, _HEIGHT))
+            strips.append(strip(store.read(hit.video, hit.start, hit.end, _SHEET_MOMENTS).pictures, _SHEET_HEIGHT))
         except UserError as error:
             log.warning("no picture: %s", error)
-            strips.append(Image.new("RGB", (_MOMENTS * _HEIGHT, _HEIGHT), "#dddddd"))
-    wide = max(each.width for each in strips) + _GAP
+            strips.append(Image.new("RGB", (_SHEET_MOMENTS * _SHEET_HEIGHT, _SHEET_HEIGHT), "#dddddd"))
+    width, height = max(each.width for each in strips) + _GAP, _SHEET_HEIGHT + _CAPTION + _GAP
     columns = min(2, len(strips))
     rows = -(-len(strips) // columns)
-    sheet = Image.new("RGB", (columns * wide + _GAP, rows * (_HEIGHT + _CAPTION + _GAP) + _GAP), "#fafaf7")
+    sheet = Image.new("RGB", (columns * width + _GAP, rows * height + _GAP), "#fafaf7")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     for place, (hit, picture) in enumerate(zip(hits, strips, strict=True)):
-        left, top = _GAP + place % columns * wide, _GAP + place // columns * (_HEIGHT + _CAPTION + _GAP)
-        said = f"{place + 1}.  {hit.similarity:.3f}  {hit.video}  {span(hit)}"
-        lines = [textwrap.shorten(line, wide // 6, placeholder="...") for line in (said, hit.text) if line]
+        left, top = _GAP + place % columns * width, _GAP + place // columns * height
+        caption = f"{place + 1}.  {hit.similarity:.3f}  {hit.video}  {span(hit)}"
+        # About six pixels a letter.
+        lines = [textwrap.shorten(line, width // 6, placeholder="...") for line in (caption, hit.text) if line]
         pen.multiline_text((left, top), "\n".join(lines), "#141414", font, spacing=1)
         sheet.paste(picture, (left, top + _CAPTION))
     return sheet

@@ -1,9 +1,9 @@
-"""The numbers of the field, as fractions in 0..1 (ranks count from 1).
+"""Retrieval and classification metrics as fractions in 0..1 (ranks from 1), and scores with chance and interval.
 
 Legend: Q queries, N items of the gallery, C classes or choices.
 
-Every metric settles equal scores by the lower index first, so a result does not depend on a sorting library;
-scores that are not finite are refused, since they would be ranked by accident.
+Ties are broken by the lower index, so a result does not depend on a sorting library; scores that are not finite are
+refused, since their ranks would be arbitrary.
 """
 
 from __future__ import annotations
@@ -26,10 +26,6 @@ IntArray = NDArray[np.int64]
 BLOCK_ELEMENTS = 2**17
 # Blocks that are ranked at the same time.
 THREADS = min(8, usable_cores())
-
-
-class MetricError(UserError):
-    """Scores or labels that no metric can be computed from."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,7 @@ def graded_scores(sim: ArrayLike, rel: ArrayLike) -> GradedScores:
     """mAP and nDCG of a similarity matrix [videos, texts] against relevancies of the same shape.
 
     One ranking per query serves both metrics; memory beyond the two matrices is constant.
-    Definitions: :func:`graded_per_query`. Raises :class:`MetricError` on unequal shapes or non-finite scores.
+    Definitions: :func:`graded_per_query`. Raises :class:`UserError` on unequal shapes or non-finite scores.
     """
     sim, rel = _matrices(sim, rel)
     (ap_v2t, ndcg_v2t), (ap_t2v, ndcg_t2v) = graded_per_query(sim, rel), graded_per_query(sim.T, rel.T)
@@ -96,27 +92,25 @@ def graded_per_query(sim: ArrayLike, rel: ArrayLike) -> tuple[NDArray[np.float64
         rows = slice(start, start + step)
         ap[rows], gain[rows] = _graded_block(sim[rows], np.ascontiguousarray(rel[rows]))
 
-    # Sorting lets go of Python's lock, so threads share the blocks.
+    # NumPy's sort releases the GIL, so threads scale.
     with ThreadPoolExecutor(THREADS) as threads:
         list(threads.map(block, range(0, queries, step)))
     return ap, gain
 
 
 def _graded_block(sim: NDArray[Any], rel: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """:func:`graded_per_query` of a few rows, ``rel`` contiguous.
-
-    Items of relevancy 0 add nothing to any sum, and they are nine in ten: behind the ranking only the P positives of
-    the richest query are looked at, as matrices [Q, P] in ranked order that end in zeros.
-    """
+    """:func:`graded_per_query` of a few rows, ``rel`` contiguous."""
+    # Items of relevancy 0 add nothing to any sum, and they are nine in ten: after the ranking, only matrices [Q, P] of
+    # the positives in ranked order are computed with, P that of the query with the most, padded with zeros.
     queries, items = rel.shape
     positive = rel > 0
     counts = np.count_nonzero(positive, axis=1)
     place = rank_items(sim)
     place += np.arange(queries)[:, None] * items  # flat: several times faster to look up than row by row
-    found = np.flatnonzero(positive.reshape(-1).take(place))
+    hits = np.flatnonzero(positive.reshape(-1).take(place))
     query = np.repeat(np.arange(queries), counts)
-    rank = found - query * items + 1
-    gains = rel.reshape(-1)[place.reshape(-1)[found]].astype(np.float64)
+    rank = hits - query * items + 1
+    gains = rel.reshape(-1)[place.reshape(-1)[hits]].astype(np.float64)
 
     slots = np.arange(counts.max(initial=0)) < counts[:, None]
     packed = np.zeros(slots.shape)
@@ -159,7 +153,7 @@ def first_relevant_rank(sim: ArrayLike, relevant: ArrayLike) -> IntArray:
     relevant = relevant.astype(bool)
     _require_finite(sim)
     best = np.where(relevant, sim, -np.inf).max(axis=1, initial=-np.inf)
-    # argmax finds the first of equal items, which is the one that ties are settled for.
+    # argmax finds the first of equal items, which is the one that ties are broken for.
     position = (relevant & (sim == best[:, None])).argmax(axis=1)
     ahead = (sim > best[:, None]) | ((sim == best[:, None]) & (np.arange(sim.shape[1]) < position[:, None]))
     return np.where(relevant.any(axis=1), ahead.sum(axis=1) + 1, 0)
@@ -207,8 +201,8 @@ def multilabel_average_precision(scores: ArrayLike, labels: ArrayLike) -> NDArra
     scores, labels = _matrices(scores, labels)
     labels = labels.astype(bool)
     _require_finite(scores)
-    told = labels.any(axis=1)
-    ranked = np.take_along_axis(labels[told].T, rank_items(scores[told].T), axis=1)
+    labelled = labels.any(axis=1)
+    ranked = np.take_along_axis(labels[labelled].T, rank_items(scores[labelled].T), axis=1)
     precision = np.cumsum(ranked, axis=1) / np.arange(1, ranked.shape[1] + 1)
     return _ratio((precision * ranked).sum(axis=1), ranked.sum(axis=1))
 
@@ -229,9 +223,9 @@ def multiple_choice_right(scores: ArrayLike, answers: ArrayLike) -> NDArray[np.b
     _require_labels(scores, answers)
     # A missing choice is -inf by definition; anything else must be finite, and each question needs a real answer.
     if np.isnan(scores).any() or np.isposinf(scores).any():
-        raise MetricError("the scores of the choices hold NaN or infinite values: the features are not finite")
+        raise UserError("the scores of the choices hold NaN or infinite values: the features are not finite")
     if answers.size and not np.isfinite(scores[np.arange(len(answers)), answers]).all():
-        raise MetricError("a question names an answer that is not among its choices")
+        raise UserError("a question names an answer that is not among its choices")
     return scores.argmax(axis=1) == answers if answers.size else np.zeros(0, dtype=bool)
 
 
@@ -279,20 +273,20 @@ def _expected_per_query(rel: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray
 def _matrices(sim: ArrayLike, rel: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
     sim, rel = np.asarray(sim), np.asarray(rel)
     if sim.ndim != 2 or sim.shape != rel.shape:
-        raise MetricError(f"similarities {list(sim.shape)} and relevancies {list(rel.shape)} must be matrices alike")
+        raise UserError(f"similarities {list(sim.shape)} and relevancies {list(rel.shape)} must be matrices alike")
     return sim, rel
 
 
 def _require_finite(scores: NDArray[Any]) -> None:
     if not np.isfinite(scores).all():
-        raise MetricError("the scores hold NaN or infinite values: the features they come from are not finite")
+        raise UserError("the scores hold NaN or infinite values: the features they come from are not finite")
 
 
 def _require_labels(scores: NDArray[Any], labels: NDArray[Any]) -> None:
     if scores.ndim != 2 or labels.shape != scores.shape[:1]:
-        raise MetricError(f"scores {list(scores.shape)} need one label per row, not {list(labels.shape)}")
+        raise UserError(f"scores {list(scores.shape)} need one label per row, not {list(labels.shape)}")
     if labels.size and (labels.min() < 0 or labels.max() >= scores.shape[1]):
-        raise MetricError(f"labels run from {labels.min()} to {labels.max()}, but there are {scores.shape[1]} columns")
+        raise UserError(f"labels run from {labels.min()} to {labels.max()}, but there are {scores.shape[1]} columns")
 
 
 def _answerable(ranks: ArrayLike) -> IntArray:
@@ -310,25 +304,28 @@ def _mean(values: ArrayLike) -> float:
 
 
 def _directions(v2t: NDArray[np.float64], t2v: NDArray[np.float64]) -> Directions:
-    kept = [values[~np.isnan(values)] for values in (v2t, t2v)]
-    means = [_mean(values) for values in kept]
-    left_out = (len(v2t) - len(kept[0]), len(t2v) - len(kept[1]))
+    # NaN marks queries without a relevant item.
+    valid = [values[~np.isnan(values)] for values in (v2t, t2v)]
+    means = [_mean(values) for values in valid]
+    left_out = (len(v2t) - len(valid[0]), len(t2v) - len(valid[1]))
     return Directions(means[0], means[1], sum(means) / 2, left_out)
 
 
-# A metric's chance level stands beside it under its name and this ending, and what a temporal control took away.
+# Suffixes of a metric's name in results: its chance level, and its loss under a temporal control.
 CHANCE, DROP = "_chance", "_drop"
 RESAMPLES = 1000
-_CHUNK = 50
+# Resamplings at a time: all thousand of 10,000 queries would be 80 MB of indices.
+_RESAMPLES_AT_A_TIME = 50
 
 Draw = Callable[[np.random.Generator], NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
 class Score:
-    """``value`` and ``chance`` in percent, or ranks from 1; ``draw`` gives the values of ``RESAMPLES`` resamplings.
+    """A metric's ``value`` and ``chance`` level, in percent or as a rank from 1, and its bootstrap.
 
-    With equal generators the scores of one benchmark under two orders of frames draw the same clips.
+    ``draw`` returns the values of ``RESAMPLES`` resamplings; it draws the same clips for equal generators, so that two
+    orders of frames are compared clip by clip.
     """
 
     value: float
@@ -341,15 +338,15 @@ class Score:
         return _percentiles(self.draw(np.random.default_rng(seed)))
 
     def drop_to(self, other: Score, seed: int = 0) -> tuple[float, tuple[float, float]]:
-        """What ``other`` lacks to this score, with the interval of the difference over the same resampled clips."""
-        here, there = (score.draw(np.random.default_rng(seed)) for score in (self, other))
-        return self.value - other.value, _percentiles(here - there)
+        """The difference to ``other`` and its 95 % interval, over the same resampled clips."""
+        ours, theirs = (score.draw(np.random.default_rng(seed)) for score in (self, other))
+        return self.value - other.value, _percentiles(ours - theirs)
 
 
 def percent(parts: Sequence[ArrayLike], chance: float | None) -> Score:
-    """The mean of the parts' means, as percent; each part is resampled by itself.
+    """The mean of the parts' means in percent; each part (direction of retrieval, split) is resampled by itself.
 
-    A part holds a fraction per query: directions of retrieval, splits of a benchmark. NaN is left out.
+    A part has a fraction for each query; NaN is left out.
     """
     values = [part[~np.isnan(part)] for part in (np.asarray(part, dtype=np.float64) for part in parts)]
     if not values or any(not len(part) for part in values):
@@ -362,16 +359,16 @@ def percent(parts: Sequence[ArrayLike], chance: float | None) -> Score:
 
 
 def median(ranks: ArrayLike, chance: float | None) -> Score:
-    """The median of ranks from 1; 0, which stands for no relevant item, is left out."""
-    kept = np.asarray(ranks, dtype=np.float64)
-    kept = kept[kept > 0]
-    if not len(kept):
+    """The median of ranks from 1; rank 0 (no relevant item) is left out."""
+    valid = np.asarray(ranks, dtype=np.float64)
+    valid = valid[valid > 0]
+    if not len(valid):
         return Score(float("nan"), chance, lambda _: np.full(RESAMPLES, np.nan), is_rank=True)
-    return Score(float(np.median(kept)), chance, lambda rng: _resampled(kept, rng, np.median), is_rank=True)
+    return Score(float(np.median(valid)), chance, lambda rng: _resampled(valid, rng, np.median), is_rank=True)
 
 
 def flat(scores: Mapping[str, Score]) -> dict[str, float]:
-    """Plain numbers by name, the chance level of each one that has one right behind it."""
+    """Values by name, each followed by its chance level if it has one."""
     numbers: dict[str, float] = {}
     for name, score in scores.items():
         numbers[name] = score.value
@@ -381,17 +378,15 @@ def flat(scores: Mapping[str, Score]) -> dict[str, float]:
 
 
 def flat_with_controls(scores: Mapping[str, Mapping[str, Score]], plain: str) -> dict[str, float]:
-    """Plain numbers of the order ``plain``, and ``<control>/<metric>`` of each control with its drop.
-
-    A drop is told where more is better; chance levels are the same under every control and are not repeated.
-    """
+    """Values of the order ``plain``, and ``<control>/<metric>`` and its ``_drop`` of every temporal control."""
     numbers = flat(scores[plain])
-    for control, under in scores.items():
+    for control, controlled in scores.items():
         if control == plain:
             continue
-        for name, score in under.items():
+        # Chance levels do not depend on the order of frames and are not repeated.
+        for name, score in controlled.items():
             numbers[f"{control}/{name}"] = score.value
-            if not score.is_rank:
+            if not score.is_rank:  # of ranks less is better: a drop would read the wrong way
                 numbers[f"{control}/{name}{DROP}"] = scores[plain][name].value - score.value
     return numbers
 
@@ -399,12 +394,12 @@ def flat_with_controls(scores: Mapping[str, Mapping[str, Score]], plain: str) ->
 def _resampled(
     values: NDArray[np.float64], rng: np.random.Generator, statistic: Callable[..., NDArray[np.float64]] = np.mean
 ) -> NDArray[np.float64]:
-    """The statistic of ``RESAMPLES`` samples drawn with replacement, a few at a time to save memory."""
     count = len(values)
+    # int32: half the memory traffic of the default, which is what this spends its time on.
     return np.concatenate(
         [
-            statistic(values[rng.integers(0, count, (_CHUNK, count), dtype=np.int32)], axis=1)
-            for _ in range(RESAMPLES // _CHUNK)
+            statistic(values[rng.integers(0, count, (_RESAMPLES_AT_A_TIME, count), dtype=np.int32)], axis=1)
+            for _ in range(RESAMPLES // _RESAMPLES_AT_A_TIME)
         ]
     )
 

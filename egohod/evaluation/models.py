@@ -1,8 +1,4 @@
-"""Temporal controls: the same clips with their time destroyed, so that what a score owes to motion can be told.
-
-A control acts on the frames that a model is given, before it chooses any of them: a slow and a fast path see the same
-destroyed time.
-"""
+"""What an evaluation takes for a model: a video and a text tower, heads, an open_clip baseline, temporal controls."""
 
 from __future__ import annotations
 
@@ -21,64 +17,74 @@ from egohod.errors import UserError
 from egohod.model.config import IMAGE_STATS, ImageStats
 from egohod.model.dual_encoder import DualEncoder
 
-# The shuffled order of a clip follows from this and from the clip's number.
-SEED = 0
+
+@runtime_checkable
+class VideoTextModel(Protocol):
+    """Two towers into one space, whose features are L2-normalised with ``normalize=True``."""
+
+    training: bool
+
+    def train(self, mode: bool = True) -> Any:
+        """Switch dropout and the like on or off."""
+
+    def encode_video(self, video: Tensor, normalize: bool = ...) -> Tensor:
+        """Frames [B, 3, T, H, W], normalised with :func:`image_stats_of`, to features [B, D]."""
+
+    def encode_text(self, tokens: Tensor, normalize: bool = ...) -> Tensor:
+        """Token ids [B, L] to features [B, D]."""
 
 
-def shuffle(video: Tensor, numbers: Sequence[int]) -> Tensor:
-    """Frames in an order that depends on the clip's number alone, never their own."""
-    frames = video.shape[2]
-    order = torch.from_numpy(np.stack([shuffled_order(int(i), frames) for i in numbers])).to(video.device)
-    return video.gather(2, order[:, None, :, None, None].expand_as(video))
+def image_stats_of(model: object) -> ImageStats:
+    """The mean and standard deviation that a model's input is normalised with: its own, else CLIP's."""
+    return getattr(model, "image_stats", IMAGE_STATS["clip"])
 
 
-def reverse(video: Tensor, numbers: Sequence[int]) -> Tensor:
-    """The last frame first."""
-    return video.flip(2)
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over a model's class and the names, types and bytes of its weights."""
+    digest = hashlib.sha256(type(model).__qualname__.encode())
+    # The same weights give other features with other image statistics. CLIP's are left out, so that fingerprints from
+    # before there were any others stay valid.
+    if (stats := image_stats_of(model)) != IMAGE_STATS["clip"]:
+        digest.update(repr(stats).encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        # Viewed as bytes, as NumPy has no bfloat16.
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
-def freeze(video: Tensor, numbers: Sequence[int]) -> Tensor:
-    """The middle frame (of an even number the later one), over and over."""
-    middle = video.shape[2] // 2
-    return video[:, :, middle : middle + 1].expand_as(video).contiguous()
+class ClassProbabilities(nn.Module):
+    """A model with classification heads, whose feature of a clip is the probability of every class, [B, C].
 
-
-CONTROLS: Mapping[str, Callable[[Tensor, Sequence[int]], Tensor]] = {
-    "shuffle": shuffle,
-    "reverse": reverse,
-    "freeze": freeze,
-}
-
-
-def apply_control(name: str, video: Tensor, numbers: Sequence[int]) -> Tensor:
-    """``video`` [B, 3, T, H, W], uint8 or normalised, with the time of each clip destroyed as ``name`` says.
-
-    ``numbers`` [B] tell the clips apart. Raises :class:`UserError` for an unknown name, and for clips of
-    one frame, which have no time that could be destroyed.
+    With heads for verb and noun a class has the product of both, normalised over the classes that exist.
     """
-    if name not in CONTROLS:
-        raise UserError(f"no temporal control '{name}'; there are {', '.join(CONTROLS)}")
-    if video.shape[2] < 2:
-        raise UserError(f"the temporal control '{name}' needs clips of at least two frames")
-    return CONTROLS[name](video, numbers)
 
+    def __init__(self, model: DualEncoder, space: ClassSpace) -> None:
+        super().__init__()
+        self.model, self.image_stats = model, model.image_stats
+        for name, (_, code) in space.parts.items():
+            self.register_buffer(f"{name}_of_class", torch.from_numpy(code), persistent=False)
+        self.to(model.logit_scale.device)
 
-def shuffled_order(number: int, frames: int, seed: int = SEED) -> np.ndarray:
-    """A permutation of ``frames`` >= 2 frames that is not the identity, int64 [frames]; a function of its arguments."""
-    assert frames > 1
-    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, number))))
-    own = np.arange(frames)
-    while True:
-        order = rng.permutation(frames)
-        if not np.array_equal(order, own):
-            return order
+    def encode_video(self, video: Tensor, normalize: bool = True) -> Tensor:
+        """Frames normalised with ``image_stats`` [B, 3, T, H, W] -> probabilities float32 [B, C]."""
+        logits = self.model.classify(video)
+        if "action" in logits and len(logits) == 1:
+            return logits["action"].softmax(dim=1)
+        # Products of probabilities as sums of logarithms, which do not underflow.
+        joint = [each.log_softmax(dim=1)[:, getattr(self, f"{name}_of_class")] for name, each in logits.items()]
+        return torch.stack(joint).sum(dim=0).softmax(dim=1)
+
+    def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:
+        """The model's text features, which the evaluation of heads does not use."""
+        return self.model.encode_text(tokens, normalize)
 
 
 class FrameAverage(nn.Module):
-    """The mean of the frames' features: blind to their order by construction.
+    """A baseline: the mean of an open_clip image tower's features of the frames, blind to their order.
 
     ``name`` and ``pretrained`` are open_clip's, the latter a tag in its local cache or a file; None is random weights.
-    Raises :class:`UserError` for what open_clip does not know or cannot find.
+    Raises :class:`UserError` for a name or weights that open_clip does not have.
     """
 
     def __init__(self, name: str, pretrained: str | None = None) -> None:
@@ -93,83 +99,80 @@ class FrameAverage(nn.Module):
         self.size = int(size[0] if isinstance(size, (tuple, list)) else size)
         self.image_stats = ImageStats(tuple(config["mean"]), tuple(config["std"]))
 
+    @classmethod
+    def from_spec(cls, spec: str) -> FrameAverage:
+        """The model of ``open_clip:NAME[:PRETRAINED]``, e.g. ``open_clip:ViT-B-16:/path/to/weights.pt``."""
+        name, _, pretrained = spec.removeprefix("open_clip:").partition(":")
+        return cls(name, pretrained or None)
+
     def encode_video(self, video: Tensor, normalize: bool = True) -> Tensor:
-        """Frames normalised by ``image_stats`` [B, 3, T, H, W] -> [B, D]."""
+        """Frames normalised with ``image_stats`` [B, 3, T, H, W] -> [B, D]."""
         batch, _, frames, *_ = video.shape
         images = video.transpose(1, 2).flatten(0, 1)
+        # Unit vectors first, or a frame of large norm would outvote the others.
         mean = unit(self.inner.encode_image(images), dim=-1).unflatten(0, (batch, frames)).mean(dim=1)
         return unit(mean, dim=-1) if normalize else mean
 
     def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:
         """Token ids [B, L] -> [B, D]."""
+        # open_clip's text towers take the whole context; ours come trimmed.
         full = tokens.new_zeros(len(tokens), self.inner.context_length)
         full[:, : tokens.shape[1]] = tokens
         return self.inner.encode_text(full, normalize=normalize)
 
 
-def open_clip_baseline(text: str) -> FrameAverage:
-    """The model of ``open_clip:NAME[:PRETRAINED]``, e.g. ``open_clip:ViT-B-16:/path/to/weights.pt``."""
-    name, _, pretrained = text.removeprefix("open_clip:").partition(":")
-    return FrameAverage(name, pretrained or None)
+# --------------------------------------------------------------------------------------------------
+# Temporal controls: the same clips with their time destroyed, to measure how much of a score is due to motion
+# --------------------------------------------------------------------------------------------------
+
+# A clip's shuffled order is a function of this and of the clip's number.
+SEED = 0
 
 
-@runtime_checkable
-class VideoTextModel(Protocol):
-    """What an evaluation needs of a model: two towers into one space, L2-normalised with ``normalize=True``."""
-
-    training: bool
-
-    def train(self, mode: bool = True) -> Any:
-        """Switch dropout and the like on or off."""
-
-    def encode_video(self, video: Tensor, normalize: bool = ...) -> Tensor:
-        """Frames [B, 3, T, H, W] to features [B, D]; see :func:`image_stats_of` for what they are normalised with."""
-
-    def encode_text(self, tokens: Tensor, normalize: bool = ...) -> Tensor:
-        """Token ids [B, L] to features [B, D]."""
+def shuffle(video: Tensor, numbers: Sequence[int]) -> Tensor:
+    """Frames in a random order that is never the original, a function of the clip's number alone."""
+    frames = video.shape[2]
+    order = torch.from_numpy(np.stack([shuffled_order(int(i), frames) for i in numbers])).to(video.device)
+    return video.gather(2, order[:, None, :, None, None].expand_as(video))
 
 
-def image_stats_of(model: object) -> ImageStats:
-    """What a model's input is normalised with: its ``image_stats``, CLIP's if it has none."""
-    return getattr(model, "image_stats", IMAGE_STATS["clip"])
+def reverse(video: Tensor, numbers: Sequence[int]) -> Tensor:
+    """The last frame first."""
+    return video.flip(2)
 
 
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the names, types and bytes of all weights of a model, and over its kind.
+def freeze(video: Tensor, numbers: Sequence[int]) -> Tensor:
+    """The middle frame (of an even number the later one), repeated."""
+    middle = video.shape[2] // 2
+    return video[:, :, middle : middle + 1].expand_as(video).contiguous()
 
-    Statistics of its input other than CLIP's count too: with them the same weights give other features.
+
+CONTROLS: Mapping[str, Callable[[Tensor, Sequence[int]], Tensor]] = {
+    "shuffle": shuffle,
+    "reverse": reverse,
+    "freeze": freeze,
+}
+
+
+def apply_control(name: str, video: Tensor, numbers: Sequence[int]) -> Tensor:
+    """``video`` [B, 3, T, H, W], uint8 or normalised, under the temporal control ``name``.
+
+    It acts on the frames that are given to the model, so that a slow and a fast pathway see the same order.
+    ``numbers`` [B] identify the clips. Raises :class:`UserError` for an unknown name, and for clips of one frame.
     """
-    digest = hashlib.sha256(type(model).__qualname__.encode())
-    if (stats := getattr(model, "image_stats", IMAGE_STATS["clip"])) != IMAGE_STATS["clip"]:
-        digest.update(repr(stats).encode())
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    if name not in CONTROLS:
+        raise UserError(f"no temporal control '{name}'; there are {', '.join(CONTROLS)}")
+    if video.shape[2] < 2:
+        raise UserError(f"the temporal control '{name}' needs clips of at least two frames")
+    return CONTROLS[name](video, numbers)
 
 
-class ClassProbabilities(nn.Module):
-    """A model with heads as an evaluation sees it: the feature of a clip is the probability of every class, [B, C].
-
-    One head gives it directly; of heads for verb and noun a class has the product, scaled to sum 1 over the classes
-    that there are. Features of several views are averaged, which averages their probabilities.
-    """
-
-    def __init__(self, model: DualEncoder, space: ClassSpace) -> None:
-        super().__init__()
-        self.model, self.image_stats = model, model.image_stats
-        for name, (_, code) in space.parts.items():
-            self.register_buffer(f"{name}_of_class", torch.from_numpy(code), persistent=False)
-        self.to(model.logit_scale.device)
-
-    def encode_video(self, video: Tensor, normalize: bool = True) -> Tensor:
-        """Frames normalised by ``image_stats`` [B, 3, T, H, W] -> probabilities float32 [B, C]."""
-        logits = self.model.classify(video)
-        if "action" in logits and len(logits) == 1:
-            return logits["action"].softmax(dim=1)
-        joint = [each.log_softmax(dim=1)[:, getattr(self, f"{name}_of_class")] for name, each in logits.items()]
-        return torch.stack(joint).sum(dim=0).softmax(dim=1)
-
-    def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:
-        """The model's texts, which no table of heads asks for."""
-        return self.model.encode_text(tokens, normalize)
+def shuffled_order(number: int, frames: int, seed: int = SEED) -> np.ndarray:
+    """A permutation of ``frames`` >= 2 frames that is not the identity, int64 [frames]; a function of its arguments."""
+    assert frames > 1
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, number))))
+    while True:
+        order = rng.permutation(frames)
+        # Of two frames every second permutation changes nothing.
+        if not np.array_equal(order, np.arange(frames)):
+            return order

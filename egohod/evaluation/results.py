@@ -1,8 +1,8 @@
-"""What is shown of the results: a console table, results.json and its sidecars, and results.md.
+"""The results of an evaluation: console table, results.json with its details, and results.md.
 
-<output>/results.json            every number with interval, chance, protocol, checksums and versions
-<output>/results.md              a row for each benchmark, to be pasted into a README
-<output>/details/<name>.json     what they are made of, clip by clip, for galleries and plots
+<output>/results.json            every number with interval, chance level, protocol, checksums and versions
+<output>/results.md              a row for each benchmark, for a README
+<output>/details/<name>.json     the answers clip by clip, from which report.html is made
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from egohod.config import Config, to_yaml
 from egohod.distributed import Distributed
+from egohod.errors import UserError
 from egohod.evaluation.embed import PLAIN
-from egohod.evaluation.features import write_json, write_text
+from egohod.evaluation.features import read_json, write_json, write_text
 from egohod.evaluation.metrics import CHANCE, DROP, Score
 from egohod.evaluation.models import CONTROLS
-from egohod.evaluation.runner import Benchmark, Measured
+from egohod.evaluation.runner import Benchmark, BenchmarkResult
 
 log = logging.getLogger(__name__)
 
@@ -30,179 +33,7 @@ RESULTS_FILE, MARKDOWN_FILE, DETAILS_FOLDER = "results.json", "results.md", "det
 FORMAT = 1
 _PACKAGES = ("egohod", "torch", "numpy", "torchvision", "open_clip_torch")
 
-
-def report(
-    folder: str | Path,
-    cfg: Config,
-    dist: Distributed,
-    found: Sequence[tuple[Benchmark, Measured]],
-    *,
-    checkpoint: Mapping[str, Any],
-    also: Mapping[str, float] | None = None,
-    published: str | None = None,
-) -> None:
-    """Log the table and write ``results.json``, its sidecars and ``results.md``; only the first process does.
-
-    ``checkpoint`` says what was evaluated (path, sha256). ``also`` are numbers by name that were measured elsewhere,
-    such as those on the val world while training. ``published`` is a model of :mod:`~egohod.evaluation.results`
-    whose numbers stand beside ours. Raises :class:`OSError` when a file cannot be written; an older one is then
-    untouched.
-    """
-    if not dist.is_main:
-        return
-    flat = dict(also or {})
-    for benchmark, measured in found:
-        flat |= {f"{benchmark.name}/{name}": value for name, value in measured.flat().items()}
-    log.info("results\n%s", table(flat))
-    for benchmark, measured in found:
-        for note in _notes(benchmark, measured):
-            log.info("%s: %s", benchmark.name, note)
-    described = {
-        benchmark.name: describe(benchmark, measured, PUBLISHED.get(published or "", {}))
-        for benchmark, measured in found
-    }
-    if published:
-        log.info("beside %s, as published\n%s", published, comparison(described))
-    settings = to_yaml(cfg)
-    results = {
-        "format": FORMAT,
-        "checkpoint": dict(checkpoint),
-        "config": {"sha256": hashlib.sha256(settings.encode()).hexdigest(), "model": cfg.model.name},
-        "versions": _versions(),
-        "device": str(dist),
-        "metrics": flat,
-        "benchmarks": described,
-    }
-    for benchmark, measured in found:
-        write_json(Path(folder) / DETAILS_FOLDER / f"{benchmark.name}.json", details(benchmark, measured))
-    write_json(Path(folder) / RESULTS_FILE, results)
-    if found:
-        rows = markdown(results)
-        write_text(Path(folder) / MARKDOWN_FILE, rows)
-        log.info("for a README (%s)\n%s", Path(folder) / MARKDOWN_FILE, rows.rstrip())
-
-
-def describe(benchmark: Benchmark, measured: Measured, published: Mapping[str, float]) -> dict[str, Any]:
-    """A benchmark in ``results.json``: protocol, coverage, notes, timing and every metric."""
-    plain, protocol = measured.scores[PLAIN], benchmark.dataset.protocol
-    metrics = {}
-    for name, score in plain.items():
-        controls = {
-            control: _number(scores[name]) | _drop(score, scores[name])
-            for control, scores in measured.scores.items()
-            if control != PLAIN
-        }
-        metrics[name] = _number(score) | {"chance": score.chance, "controls": controls}
-        if (known := published.get(f"{benchmark.name}/{name}")) is not None:
-            metrics[name] |= {"published": known, "difference": score.value - known}
-    report, seconds = measured.report, measured.report.seconds
-    encoded = report.clips - report.from_cache - len(report.faults)
-    return {
-        "protocol": dataclasses.asdict(protocol) | {"size": benchmark.dataset.size},
-        "heads": benchmark.classes is not None,
-        "clips": report.clips,
-        "evaluated": len(measured.kept),
-        "partial": len(measured.kept) < report.clips,
-        "missing": [report.faults[i] for i in sorted(report.faults)],
-        "notes": _notes(benchmark, measured),
-        "timing": {
-            "seconds": seconds,
-            "clips_per_second": encoded / seconds if seconds and encoded else None,
-            "waiting_for_clips": report.waiting / seconds if seconds and encoded else None,
-            "from_cache": report.from_cache,
-            "decoder": benchmark.dataset.decoder,
-            "precision": str(benchmark.execution.precision).removeprefix("torch."),
-        },
-        "metrics": metrics,
-        "details": f"{DETAILS_FOLDER}/{benchmark.name}.json",
-    }
-
-
-def details(benchmark: Benchmark, measured: Measured) -> dict[str, Any]:
-    """The sidecar of a benchmark: its clips, and what each table says about every one of them."""
-    clips, rows = benchmark.dataset.clips, measured.kept
-    ends = [float(clips.end[i]) for i in rows]
-    return {
-        "format": FORMAT,
-        "clips": {
-            "root": clips.root,
-            "layout": clips.layout,
-            "chunk_seconds": clips.chunk_seconds,
-            "min_clip_seconds": clips.min_clip_seconds,
-            "id": [clips.ids[i] for i in rows],
-            "video": [clips.videos[i] for i in rows],
-            "start": [float(clips.start[i]) for i in rows],
-            "end": [end if end != float("inf") else None for end in ends],
-        },
-        "tables": list(measured.details),
-    }
-
-
-def table(results: Mapping[str, float], title: str = "") -> str:
-    """Results as a console table; beside each number its chance level and the scores under the temporal controls."""
-    controls = [name for name in CONTROLS if any(_control(key) == name for key in results)]
-    shown = [(key, value) for key, value in results.items() if not key.endswith((CHANCE, DROP)) and not _control(key)]
-    width = max([len(key) for key, _ in shown] + [len(title)])
-    lines = ["  ".join([f"{title:<{width}}", *(f"{name:>8}" for name in ("result", "chance", *controls))])]
-    for key, value in shown:
-        group, slash, metric = key.rpartition("/")
-        beside = [results.get(key + CHANCE), *(results.get(f"{group}{slash}{name}/{metric}") for name in controls)]
-        cells = [value, *beside]
-        unit = " " if "rank" in key else "%"
-        lines.append(
-            "  ".join([f"{key:<{width}}", *(f"{'-' if cell is None else f'{cell:.1f}{unit}':>8}" for cell in cells)])
-        )
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def comparison(described: Mapping[str, Mapping[str, Any]]) -> str:
-    """Our number, the published one and the difference, a line each."""
-    lines = [f"{'':<28}  {'ours':>8}  {'published':>9}  {'difference':>10}"]
-    for name, each in described.items():
-        for metric, number in each["metrics"].items():
-            if "published" in number:
-                lines.append(
-                    f"{name + '/' + metric:<28}  {number['value']:7.1f}%  {number['published']:8.1f}%  "
-                    f"{number['difference']:+10.1f}"
-                )
-    return "\n".join(lines) if len(lines) > 1 else "no number of these benchmarks is published for it"
-
-
-def _number(score: Score) -> dict[str, Any]:
-    return {"value": score.value, "unit": "rank" if score.is_rank else "percent", "interval": list(score.interval())}
-
-
-def _drop(plain: Score, under: Score) -> dict[str, Any]:
-    value, interval = plain.drop_to(under)
-    return {"drop": value, "drop_interval": list(interval)}
-
-
-def _notes(benchmark: Benchmark, measured: Measured) -> list[str]:
-    """What a report must not hide."""
-    lengths = benchmark.dataset.length_note()
-    return [*benchmark.notes, *([lengths] if lengths else []), *_coverage(measured)]
-
-
-def _coverage(measured: Measured) -> list[str]:
-    total, kept = measured.report.clips, len(measured.kept)
-    return [] if kept == total else [f"PARTIAL: {kept} of {total} clips ({100 * kept / total:.1f} %) could be read"]
-
-
-def _control(key: str) -> str | None:
-    """The temporal control that a result was measured under."""
-    return next((part for part in key.split("/")[:-1] if part in CONTROLS), None)
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
+# Zero-shot numbers of released models in percent, as their papers report them; for comparison, never for tests.
 _NAMES = ("ek100_mir/map", "ek100_mir/ndcg", "ek100_cls/action_top1", "egtea/action_top1", "egtea/action_mean_class")
 _MCQ = ("egomcq/inter", "egomcq/intra")
 
@@ -224,7 +55,7 @@ PUBLISHED: dict[str, dict[str, float]] = {
 }
 
 
-# What a benchmark is told by, with the names of the field; one without any of these is told by its first number.
+# Main metrics of a benchmark and their names in papers; a benchmark without any of them is summarised by its first one.
 _HEADLINES = {
     "map": "mAP",
     "ndcg": "nDCG",
@@ -235,11 +66,173 @@ _HEADLINES = {
 }
 
 
-def markdown(results: Mapping[str, Any]) -> str:
-    """The table for ``results`` as ``results.json`` has them.
+def write_results(
+    folder: str | Path,
+    cfg: Config,
+    dist: Distributed,
+    evaluated: Sequence[tuple[Benchmark, BenchmarkResult]],
+    *,
+    checkpoint: Mapping[str, Any],
+    also: Mapping[str, float] | None = None,
+    published: str | None = None,
+) -> None:
+    """Log the table and write ``results.json``, its details and ``results.md``; only the first process does.
 
-    Each row holds the benchmark's main numbers with their 95 % intervals, protocol, clips and the checksum of the
-    weights; of a partial evaluation it says so.
+    Args:
+        folder: where the files go.
+        cfg: the configuration, whose checksum is recorded.
+        dist: this process.
+        evaluated: benchmarks and their results.
+        checkpoint: what was evaluated (path, sha256).
+        also: further numbers by name, such as those of the validation benchmarks while training.
+        published: a model of ``PUBLISHED`` to compare with.
+
+    Raises :class:`OSError` when a file cannot be written; an older one is then untouched.
+    """
+    if not dist.is_main:
+        return
+    folder, flat = Path(folder), dict(also or {})
+    for benchmark, result in evaluated:
+        flat |= {f"{benchmark.name}/{name}": value for name, value in result.flat().items()}
+    log.info("results\n%s", table(flat))
+    described = {}
+    for benchmark, result in evaluated:
+        described[benchmark.name] = describe(benchmark, result, PUBLISHED.get(published or "", {}))
+        for note in described[benchmark.name]["notes"]:
+            log.info("%s: %s", benchmark.name, note)
+    if published:
+        log.info("comparison with %s, as published\n%s", published, comparison(described))
+    results = {
+        "format": FORMAT,
+        "checkpoint": dict(checkpoint),
+        "config": {"sha256": hashlib.sha256(to_yaml(cfg).encode()).hexdigest(), "model": cfg.model.name},
+        "versions": _versions(),
+        "device": str(dist),
+        "metrics": flat,
+        "benchmarks": described,
+    }
+    for benchmark, result in evaluated:
+        write_json(folder / DETAILS_FOLDER / f"{benchmark.name}.json", details(benchmark, result))
+    # After its details: whoever finds results.json finds all that it names.
+    write_json(folder / RESULTS_FILE, results)
+    if evaluated:
+        rows = markdown(results)
+        write_text(folder / MARKDOWN_FILE, rows)
+        log.info("for a README (%s)\n%s", folder / MARKDOWN_FILE, rows.rstrip())
+
+
+def describe(benchmark: Benchmark, result: BenchmarkResult, published: Mapping[str, float]) -> dict[str, Any]:
+    """A benchmark in ``results.json``: protocol, coverage, notes, timing and every metric."""
+    metrics: dict[str, Any] = {}
+    for name, score in result.scores[PLAIN].items():
+        controls = {}
+        for control, scores in result.scores.items():
+            if control != PLAIN:
+                drop, interval = score.drop_to(scores[name])
+                controls[control] = _number(scores[name]) | {"drop": drop, "drop_interval": list(interval)}
+        metrics[name] = _number(score) | {"chance": score.chance, "controls": controls}
+        if (reference := published.get(f"{benchmark.name}/{name}")) is not None:
+            metrics[name] |= {"published": reference, "difference": score.value - reference}
+    report, seconds, evaluated = result.report, result.report.seconds, len(result.rows)
+    # Rates are of what was computed: reading the cache is no throughput.
+    encoded = report.clips - report.from_cache - len(report.faults)
+    lengths, partial = benchmark.dataset.length_note(), evaluated < report.clips
+    notes = [*benchmark.notes, *([lengths] if lengths else [])]
+    if partial:
+        share = 100 * evaluated / report.clips
+        notes.append(f"PARTIAL: {evaluated} of {report.clips} clips ({share:.1f} %) could be read")
+    return {
+        "protocol": dataclasses.asdict(benchmark.dataset.protocol) | {"size": benchmark.dataset.size},
+        "heads": benchmark.classes is not None,
+        "clips": report.clips,
+        "evaluated": evaluated,
+        "partial": partial,
+        "missing": [report.faults[i] for i in sorted(report.faults)],
+        "notes": notes,
+        "timing": {
+            "seconds": seconds,
+            "clips_per_second": encoded / seconds if seconds and encoded else None,
+            "waiting_for_clips": report.waiting / seconds if seconds and encoded else None,
+            "from_cache": report.from_cache,
+            "decoder": benchmark.dataset.decoder,
+            "precision": str(benchmark.execution.precision).removeprefix("torch."),
+        },
+        "metrics": metrics,
+        "details": f"{DETAILS_FOLDER}/{benchmark.name}.json",
+    }
+
+
+def _number(score: Score) -> dict[str, Any]:
+    return {"value": score.value, "unit": "rank" if score.is_rank else "percent", "interval": list(score.interval())}
+
+
+def details(benchmark: Benchmark, result: BenchmarkResult) -> dict[str, Any]:
+    """The content of ``details/<name>.json``: the clips, and the details of each task."""
+    clips, rows = benchmark.dataset.clips, result.rows
+    ends = [float(clips.end[i]) for i in rows]
+    return {
+        "format": FORMAT,
+        "clips": {
+            "root": clips.root,
+            "layout": clips.layout,
+            "chunk_seconds": clips.chunk_seconds,
+            "min_clip_seconds": clips.min_clip_seconds,
+            "id": [clips.ids[i] for i in rows],
+            "video": [clips.videos[i] for i in rows],
+            "start": [float(clips.start[i]) for i in rows],
+            "end": [end if end != float("inf") else None for end in ends],
+        },
+        "tables": list(result.details),
+    }
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # egohod itself, where it runs from a checkout
+            continue
+    return versions
+
+
+def table(results: Mapping[str, float], title: str = "") -> str:
+    """Results as a console table: each number, its chance level and its values under the temporal controls."""
+
+    def control_of(key: str) -> str | None:
+        return next((part for part in key.split("/")[:-1] if part in CONTROLS), None)
+
+    controls = [name for name in CONTROLS if any(control_of(key) == name for key in results)]
+    shown = [(key, value) for key, value in results.items() if not key.endswith((CHANCE, DROP)) and not control_of(key)]
+    width = max([len(key) for key, _ in shown] + [len(title)])
+    lines = ["  ".join([f"{title:<{width}}", *(f"{name:>8}" for name in ("result", "chance", *controls))])]
+    for key, value in shown:
+        group, slash, metric = key.rpartition("/")
+        others = [results.get(key + CHANCE), *(results.get(f"{group}{slash}{name}/{metric}") for name in controls)]
+        unit = " " if "rank" in key else "%"
+        cells = [f"{'-' if cell is None else f'{cell:.1f}{unit}':>8}" for cell in (value, *others)]
+        lines.append("  ".join([f"{key:<{width}}", *cells]))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def comparison(described: Mapping[str, Mapping[str, Any]]) -> str:
+    """Our number, the published one and the difference, a line each."""
+    lines = [f"{'':<28}  {'ours':>8}  {'published':>9}  {'difference':>10}"]
+    for name, each in described.items():
+        for metric, number in each["metrics"].items():
+            if "published" in number:
+                lines.append(
+                    f"{name + '/' + metric:<28}  {number['value']:7.1f}%  {number['published']:8.1f}%  "
+                    f"{number['difference']:+10.1f}"
+                )
+    return "\n".join(lines) if len(lines) > 1 else "no number of these benchmarks is published for it"
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The content of ``results.md`` for that of ``results.json``.
+
+    A row has the benchmark's main metrics with their 95 % intervals, protocol, clips and the checksum of the weights;
+    a partial evaluation is marked.
     """
     model = f"{results['config']['model']} `{results['checkpoint']['sha256'][:12]}`"
     lines = [
@@ -247,26 +240,40 @@ def markdown(results: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for name, each in results["benchmarks"].items():
-        protocol = each["protocol"]
+        metrics, protocol, clips = each["metrics"], each["protocol"], f"{each['clips']:,}"
+        titles = {key: title for key, title in _HEADLINES.items() if key in metrics}
+        numbers = []
+        for key, title in (titles or {key: key for key in list(metrics)[:1]}).items():
+            value, (low, high) = metrics[key]["value"], metrics[key]["interval"]
+            # NaN, the value of a metric without a single query, is unequal to itself.
+            numbers.append(f"{title} {value:.1f} [{low:.1f}, {high:.1f}]" if value == value else f"{title} -")
         views = protocol["windows"] * protocol["crops"]
         shown = f"{protocol['name']}: {protocol['frames']} frames, {protocol['size']} px"
         shown += f", {views} views" if views > 1 else ""
         shown += ", classification heads" if each.get("heads") else ""
-        clips = (
-            f"{each['clips']:,}" if not each["partial"] else f"**partial**: {each['evaluated']:,} of {each['clips']:,}"
-        )
-        cells = [name, _numbers(each["metrics"]), shown, clips, model]
-        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+        clips = f"**partial**: {each['evaluated']:,} of {clips}" if each["partial"] else clips
+        # A | in a name would end the cell.
+        cells = [cell.replace("|", "\\|") for cell in (name, ", ".join(numbers), shown, clips, model)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _numbers(metrics: Mapping[str, Mapping[str, Any]]) -> str:
-    names = {name: title for name, title in _HEADLINES.items() if name in metrics}
-    names = names or {name: name for name in list(metrics)[:1]}
-    return ", ".join(f"{title} {_interval_text(metrics[name])}" for name, title in names.items())
+def mean_table(folders: Sequence[Path]) -> str:
+    """A table of every metric that all evaluations in ``folders`` have: of each, and the mean.
 
-
-def _interval_text(metric: Mapping[str, Any]) -> str:
-    low, high = metric["interval"]
-    # A metric without a single query has no value, and NaN is unequal to itself.
-    return f"{metric['value']:.1f} [{low:.1f}, {high:.1f}]" if metric["value"] == metric["value"] else "-"
+    Raises :class:`UserError` if they have none in common.
+    """
+    metrics = []
+    for folder in folders:
+        content = read_json(folder / RESULTS_FILE, FORMAT, "main_eval.py and main_finetune.py write it").get("metrics")
+        named = content.items() if isinstance(content, dict) else ()
+        # A metric of not a single query is null.
+        metrics.append({name: value for name, value in named if isinstance(value, (int, float))})
+    common = [name for name in metrics[0] if all(name in each for each in metrics) and not name.endswith(CHANCE)]
+    if not common:
+        raise UserError(f"{', '.join(map(str, folders))}: have no metric in common")
+    lines = [f"{'metric':<32}" + "".join(f"{each.name[-14:]:>16}" for each in folders) + f"{'mean':>10}"]
+    for name in common:
+        values = [each[name] for each in metrics]
+        lines.append(f"{name:<32}" + "".join(f"{value:>16.2f}" for value in values) + f"{np.mean(values):>10.2f}")
+    return "\n".join(lines)

@@ -5,22 +5,20 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import nn
 
 from egohod.config import Config
-from egohod.data.config import DataConfig, SourceConfig
+from egohod.data.config import SourceConfig
 from egohod.data.dataset import ClipList, EvalProtocol, EvaluationDataset, require_all
 from egohod.data.formats import BENCHMARKS
-from egohod.data.formats.base import (
-    BenchmarkData,
-    BenchmarkOptions,
-)
+from egohod.data.formats.base import BenchmarkData, BenchmarkOptions
 from egohod.data.labels import ClassSpace
 from egohod.data.storage import open_cache
 from egohod.data.text import Tokenizer
@@ -28,7 +26,7 @@ from egohod.data.text_files import nearest
 from egohod.distributed import Distributed, pick_precision
 from egohod.errors import UserError
 from egohod.evaluation.config import BenchmarkConfig
-from egohod.evaluation.embed import PLAIN, Report, TokenizerLike, embed_clips, embed_texts
+from egohod.evaluation.embed import PLAIN, EmbedReport, Execution, TokenizerLike, embed_clips, embed_texts
 from egohod.evaluation.features import FeatureCache
 from egohod.evaluation.metrics import Score, flat_with_controls
 from egohod.evaluation.models import ClassProbabilities, VideoTextModel, image_stats_of
@@ -41,47 +39,32 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Execution:
-    """How features are computed: clips at a time, decoding processes, this process, autocast type.
-
-    ``cache`` is the folder of features of earlier evaluations, ``identity`` what they depend on beside the clips and
-    the protocol: above all the checksum of the weights. ``allow_missing`` leaves out clips that cannot be read;
-    ``timeout`` is how many seconds to wait for a batch of clips.
-    """
-
-    batch_size: int
-    workers: int
-    dist: Distributed
-    precision: torch.dtype = torch.float32
-    cache: Path | None = None
-    identity: Mapping[str, Any] = field(default_factory=dict)
-    allow_missing: bool = False
-    timeout: float = DataConfig.timeout
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a benchmark found: scores by order of frames and metric, details by table, and how it came about."""
+class BenchmarkResult:
+    """Scores by order of frames and metric, details by task, and how the features were computed."""
 
     scores: Mapping[str, Mapping[str, Score]]
     details: Sequence[Mapping[str, Any]]
-    kept: Sequence[int]
+    rows: Sequence[int]
     """Indices of the clips that the numbers are about."""
-    report: Report
+    report: EmbedReport
 
     def flat(self) -> dict[str, float]:
-        """Numbers by name; those under a control are ``<control>/<metric>``, what it took away ends in ``_drop``."""
+        """Numbers by name; under a temporal control ``<control>/<metric>`` and its ``<control>/<metric>_drop``."""
         return flat_with_controls(self.scores, PLAIN)
 
 
 class Benchmark:
-    """Evaluation tables over the clips of one dataset; clips and distinct texts are encoded once for all tables."""
+    """Tasks over the clips of one dataset; clips and distinct texts are encoded once for all tasks.
+
+    With ``classes`` it measures a model's classification heads instead of its texts. ``notes`` are facts about the
+    numbers that a report must not hide.
+    """
 
     def __init__(
         self,
         name: str,
         dataset: EvaluationDataset,
-        tables: Sequence[EvaluationTask],
+        tasks: Sequence[EvaluationTask],
         *,
         tokenizer: TokenizerLike,
         execution: Execution,
@@ -92,18 +75,18 @@ class Benchmark:
         self.name = name
         self.classes = classes
         self.dataset = dataset
-        self.tables = tables
+        self.tasks = tasks
         self.tokenizer = tokenizer
         self.execution = execution
         self.controls = controls
         self.notes = notes
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """Numbers as of :meth:`Measured.flat`, percent or ranks from 1: what the training loop calls an evaluator."""
+        """Numbers as of :meth:`BenchmarkResult.flat`, percent or ranks from 1: what a training loop calls."""
         return self.measure(model).flat()
 
-    def measure(self, model: nn.Module) -> Measured:
-        """Scores of all tables for a :class:`VideoTextModel`. Collective over all processes of the run.
+    def measure(self, model: nn.Module) -> BenchmarkResult:
+        """Scores of all tasks for a :class:`VideoTextModel`. Collective over all processes of the run.
 
         Raises :class:`UserError` when clips cannot be read (naming all of them) or features are not finite.
         """
@@ -111,61 +94,44 @@ class Benchmark:
             assert isinstance(model, DualEncoder), f"{type(model).__name__} has no heads"
             model = ClassProbabilities(model, self.classes)
         assert isinstance(model, VideoTextModel), f"{type(model).__name__} has no encode_video and encode_text"
-        run, dataset, kept = self.execution, self.dataset, np.ones(len(self.dataset), dtype=bool)
+        run, total = self.execution, len(self.dataset)
         self._check_image_stats(model)
-        # Looked for first: nobody wants to hear of a missing file after an hour of decoding.
-        missing = run.dist.gather_objects(dataset.missing() if run.dist.is_main else None)[0]
-        if not run.allow_missing:
-            require_all(missing, len(dataset))
-        kept[list(missing)] = False
-        if not kept.any():
-            require_all(missing, len(dataset))
-        dataset = dataset if kept.all() else dataset.restricted(kept)
-        cache = FeatureCache(run.cache, self._shared(model)) if run.cache else None
-        video, report = embed_clips(
-            model,
-            dataset,
-            batch_size=run.batch_size,
-            workers=run.workers,
-            timeout=run.timeout,
-            dist=run.dist,
-            precision=run.precision,
-            controls=self.controls,
-            cache=cache,
-            allow_missing=run.allow_missing,
-        )
-        numbers = np.flatnonzero(kept)
+        # Before anything is decoded: a missing file should not come up after an hour.
+        missing = run.dist.gather_objects(self.dataset.missing() if run.dist.is_main else None)[0]
+        rows = np.setdiff1d(np.arange(total), list(missing))
+        if not run.allow_missing or not len(rows):
+            require_all(missing, total)
+        dataset = self.dataset if len(rows) == total else self.dataset.restricted(_mask(rows, total))
+        cache = FeatureCache(run.cache, self._dependencies(model)) if run.cache else None
+        video, report = embed_clips(model, dataset, run, controls=self.controls, cache=cache)
         if report.faults:
-            readable = np.setdiff1d(np.arange(len(numbers)), list(report.faults))
-            kept[np.setdiff1d(numbers, numbers[readable])] = False
+            readable = np.setdiff1d(np.arange(len(rows)), list(report.faults))
+            report.faults = {int(rows[i]): text for i, text in report.faults.items()}
+            rows = rows[readable]
+            if not len(rows):
+                require_all(report.faults, total)
             video = {order: features[torch.from_numpy(readable)] for order, features in video.items()}
-            if not kept.any():
-                require_all(report.faults, len(self.dataset))
-        report.faults = missing | {int(numbers[i]): text for i, text in report.faults.items()}
-        report.clips = len(self.dataset)
-        tables = self.tables if kept.all() else [table.restricted(kept) for table in self.tables]
-        texts = [text for table in tables for text in table.texts]
-        # Heads need no text.
-        embedded = (
-            torch.zeros(0, next(iter(video.values())).shape[-1])
-            if not texts
-            else embed_texts(
-                model,
-                texts,
-                self.tokenizer,
-                batch_size=run.batch_size,
-                dist=run.dist,
-                precision=run.precision,
-                cache=cache,
-            )
-        )
-        features = embedded.split([len(table.texts) for table in tables])
-        scores = {order: _measure(tables, clips, features) for order, clips in video.items()}
-        details = [table.details(video[PLAIN], text) for table, text in zip(tables, features, strict=True)]
-        return Measured(scores, details, np.flatnonzero(kept).tolist(), report)
+        report.faults, report.clips = missing | report.faults, total
+        tasks = self.tasks if len(rows) == total else [task.restricted(_mask(rows, total)) for task in self.tasks]
+        texts = [text for task in tasks for text in task.texts]
+        if texts:
+            embedded = embed_texts(model, texts, self.tokenizer, run, cache=cache)
+        else:  # heads need none
+            embedded = torch.zeros(0, video[PLAIN].shape[-1])
+        features = embedded.split([len(task.texts) for task in tasks])
+        scores: dict[str, dict[str, Score]] = {}
+        for order, clips in video.items():
+            scores[order] = {}
+            for task, text in zip(tasks, features, strict=True):
+                of_task = task.measure(clips, text)
+                if twice := scores[order].keys() & of_task.keys():
+                    raise UserError(f"two tasks of a benchmark use the metric name '{min(twice)}'")
+                scores[order] |= of_task
+        details = [task.details(video[PLAIN], text) for task, text in zip(tasks, features, strict=True)]
+        return BenchmarkResult(scores, details, rows.tolist(), report)
 
     def _check_image_stats(self, model: VideoTextModel) -> None:
-        """Warn where a protocol reproduces numbers of weights that expect other pixels than ``model`` does."""
+        """Warn where a protocol reproduces numbers of weights that expect other image statistics than ``model``."""
         protocol = self.dataset.protocol
         if protocol.image_stats is None or not self.execution.dist.is_main:
             return
@@ -175,34 +141,28 @@ class Benchmark:
                 "others, which are used", self.name, protocol.name, protocol.image_stats,
             )  # fmt: skip
 
-    def _shared(self, model: VideoTextModel) -> dict[str, Any]:
-        """What all features of this benchmark depend on; class prompts and names of presets do not matter."""
+    def _dependencies(self, model: VideoTextModel) -> dict[str, Any]:
+        """What all features of this benchmark depend on, which is the group of the cache."""
         protocol = dataclasses.asdict(self.dataset.protocol)
+        # Neither names nor class prompts change a feature, and the image statistics in use are the model's.
         for name in ("name", "source", "prompts", "image_stats"):
             del protocol[name]
+        run = self.execution
+        # Earlier versions computed these in TF32; what they cached must not come back.
+        exact = ", no TF32" if run.dist.device.type == "cuda" and run.precision == torch.float32 else ""
         return {
-            "identity": dict(self.execution.identity),
+            "identity": dict(run.identity),
             "protocol": protocol,
             "image_stats": image_stats_of(model),
             "size": self.dataset.size,
-            "precision": str(self.execution.precision) + (", no TF32" if self._is_exact_on_gpu else ""),
+            "precision": str(run.precision) + exact,
         }
 
-    @property
-    def _is_exact_on_gpu(self) -> bool:
-        """Earlier versions computed these in TF32; what they cached must not come back."""
-        return self.execution.dist.device.type == "cuda" and self.execution.precision == torch.float32
 
-
-def _measure(tables: Sequence[EvaluationTask], video: Tensor, texts: Sequence[Tensor]) -> dict[str, Score]:
-    """Scores of all tables, of which each has its own features of texts."""
-    results: dict[str, Score] = {}
-    for table, text in zip(tables, texts, strict=True):
-        scores = table.measure(video, text)
-        if twice := results.keys() & scores.keys():
-            raise UserError(f"two tables of a benchmark use the metric name '{min(twice)}'")
-        results |= scores
-    return results
+def _mask(rows: NDArray[np.int64], total: int) -> NDArray[np.bool_]:
+    mask = np.zeros(total, dtype=bool)
+    mask[rows] = True
+    return mask
 
 
 def execution_of(cfg: Config, dist: Distributed) -> Execution:

@@ -1,4 +1,10 @@
-"""What a benchmark is made of: rows that point at clips and texts, and a way to score their features."""
+"""Tasks: what is asked of the clips of a benchmark, scored from features. And probes of frozen features.
+
+Every task has the texts to embed and the same three methods: ``measure`` turns features into scores, ``details`` into
+what the report shows clip by clip, and ``restricted`` gives the task over a part of the clips.
+
+N clips, M texts, D dimensions, C classes.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +26,6 @@ from egohod.data.formats.base import (
     BenchmarkData,
     ClassificationData,
     MultiLabelData,
-    Question,
     QuestionData,
     RetrievalData,
 )
@@ -46,9 +51,19 @@ from egohod.evaluation.metrics import (
     rank_items,
 )
 
+log = logging.getLogger(__name__)
+
+RECALL_AT = (1, 5)
+# Class probabilities are summed over verbs and nouns at the temperature that the released models are trained with.
+TEMPERATURE = 0.07
+# Best answers of a clip that the report shows.
+_SHOWN = 5
+# Clips of which all class probabilities are in memory at a time.
+_ROWS = 1000
+
 
 class EvaluationTask(ABC):
-    """One evaluation over the clips of a dataset: retrieval, classification, multiple choice or several labels."""
+    """One evaluation over the clips of a dataset."""
 
     texts: Sequence[str]
     """The texts to embed, in the order in which ``measure`` takes their features."""
@@ -62,61 +77,65 @@ class EvaluationTask(ABC):
 
     @abstractmethod
     def details(self, video: Tensor, text: Tensor) -> Mapping[str, Any]:
-        """What the numbers are made of, clip by clip, in plain values that JSON can hold."""
+        """Answers clip by clip, in plain values for JSON."""
 
     @abstractmethod
     def restricted(self, kept: NDArray[Any]) -> EvaluationTask:
-        """The same over the clips where ``kept`` [N] is true, renumbered."""
+        """The same over the clips where the mask ``kept`` [N] is true, renumbered."""
 
     def evaluate(self, video: Tensor, text: Tensor) -> dict[str, float]:
-        """Percent, except ranks, which count from 1; ``<metric>_chance`` is what guessing reaches."""
+        """The values of ``measure`` in percent or as ranks from 1; ``<metric>_chance`` is the chance level."""
         return flat(self.measure(video, text))
 
 
 def similarity(video: Tensor, text: Tensor) -> Tensor:
-    """Similarity of clips [N, D] or their views [N, V, D] to texts [M, D]: [N, M], of views the largest."""
+    """Similarity of clips [N, D] or their views [N, V, D] to texts [M, D]: [N, M], the largest of the views."""
     if video.dim() == 2:
         return video @ text.T
-    # View by view: all at once would hold V matrices.
+    # View by view: all at once would need the memory of V matrices.
     best = video[:, 0] @ text.T
     for view in range(1, video.shape[1]):
         torch.maximum(best, video[:, view] @ text.T, out=best)
     return best
 
 
-log = logging.getLogger(__name__)
-
-RECALL_AT = (1, 5)
-_SHOWN = 5
+def _best(scores: FloatArray) -> IntArray:
+    """The highest columns of each row [N, 5]."""
+    # In parts: a ranking of all columns of a large benchmark is eight bytes for every similarity.
+    return np.concatenate([rank_items(rows)[:, :_SHOWN] for rows in np.array_split(scores, len(scores) // _ROWS + 1)])
 
 
 @dataclass(frozen=True)
 class RetrievalTask(RetrievalData, EvaluationTask):
-    """Every clip searches all distinct texts, and every text all clips; relevancy 1 counts as a hit in mAP."""
+    """Every clip against all distinct texts, and every text against all clips; relevancy 1 counts as a hit in mAP."""
 
     def measure(self, video: Tensor, text: Tensor) -> dict[str, Score]:
         """mAP and nDCG by relevancy; recall@k (percent) and median rank (from 1) of a clip's own text and back."""
         sim = similarity(video, text).numpy()
         v2t, t2v = graded_per_query(sim, self.relevancy), graded_per_query(sim.T, self.relevancy.T)
         scores = {}
-        for name, here, there in zip(("map", "ndcg"), v2t, t2v, strict=True):
-            if np.isnan(here).any() or np.isnan(there).any():
-                counts = int(np.isnan(here).sum()), int(np.isnan(there).sum())
+        for name, of_clips, of_texts in zip(("map", "ndcg"), v2t, t2v, strict=True):
+            if np.isnan(of_clips).any() or np.isnan(of_texts).any():
+                counts = int(np.isnan(of_clips).sum()), int(np.isnan(of_texts).sum())
                 log.warning("%s leaves out %d clips and %d texts to which nothing is relevant", name, *counts)
-            for ending, parts in (("", (here, there)), ("_v2t", (here,)), ("_t2v", (there,))):
-                scores[name + ending] = percent(parts, self._chance[name + ending])
-        if self.text_of_clip is not None:
-            own = self.text_of_clip[:, None] == np.arange(len(self.texts))
-            for direction, each, relevant in (("v2t", sim, own), ("t2v", sim.T, own.T)):
-                scores |= _ranks(first_relevant_rank(each, relevant), relevant, direction)
+            for suffix, parts in (("", (of_clips, of_texts)), ("_v2t", (of_clips,)), ("_t2v", (of_texts,))):
+                scores[name + suffix] = percent(parts, self._chance[name + suffix])
+        if self.text_of_clip is None:
+            return scores
+        own = self.text_of_clip[:, None] == np.arange(len(self.texts))
+        for direction, each, relevant in (("v2t", sim, own), ("t2v", sim.T, own.T)):
+            ranks, chance = first_relevant_rank(each, relevant), expected_recall(relevant.sum(axis=1), each.shape[1])
+            for k in RECALL_AT:
+                by_chance = 100 * float(chance[min(k, len(chance)) - 1])
+                scores[f"recall_{k}_{direction}"] = percent([ranks[ranks > 0] <= k], by_chance)
+            scores[f"median_rank_{direction}"] = median(ranks, float(np.searchsorted(chance, 0.5) + 1))
         return scores
 
     def details(self, video: Tensor, text: Tensor) -> Mapping[str, Any]:
         """The best texts of each clip with their similarity and relevancy, and its average precision."""
         sim = similarity(video, text).numpy()
         precision, _ = graded_per_query(sim, self.relevancy)
-        best = np.concatenate([rank_items(rows)[:, :_SHOWN] for rows in np.array_split(sim, len(sim) // 1000 + 1)])
-        rows = np.arange(len(sim))[:, None]
+        best, rows = _best(sim), np.arange(len(sim))[:, None]
         return {
             "kind": "retrieval",
             "texts": list(self.texts),
@@ -134,33 +153,21 @@ class RetrievalTask(RetrievalData, EvaluationTask):
 
     @cached_property
     def _chance(self) -> dict[str, float]:
+        # Cached, as it does not depend on features: every temporal control has the same.
         expected = expected_graded_scores(self.relevancy)
         return {
-            name + ending: 100 * value
+            name + suffix: 100 * value
             for name, metric in (("map", expected.mean_average_precision), ("ndcg", expected.ndcg))
-            for ending, value in (("", metric.mean), ("_v2t", metric.v2t), ("_t2v", metric.t2v))
+            for suffix, value in (("", metric.mean), ("_v2t", metric.v2t), ("_t2v", metric.t2v))
         }
-
-
-def _ranks(ranks: IntArray, relevant: NDArray[Any], direction: str) -> dict[str, Score]:
-    by_chance = expected_recall(relevant.sum(axis=1), relevant.shape[1])
-    scores = {
-        f"recall_{k}_{direction}": percent([ranks[ranks > 0] <= k], 100 * float(by_chance[min(k, len(by_chance)) - 1]))
-        for k in RECALL_AT
-    }
-    return scores | {f"median_rank_{direction}": median(ranks, float(np.searchsorted(by_chance, 0.5) + 1))}
-
-
-# Classes are marginalised as probabilities at the temperature that the released models are trained with.
-TEMPERATURE = 0.07
-_SHOWN_CLASSES = 5
 
 
 @dataclass(frozen=True)
 class ClassificationTask(ClassificationData, EvaluationTask):
-    """Each clip takes the class whose prompts are nearest; the probability of a part is the sum over its classes.
+    """Zero-shot classification: each clip gets the class whose prompts are most similar.
 
-    Metrics are called ``<name>_top1`` and so on; ``<metric>_splits`` is the mean of all splits.
+    The probability of a part (verb, noun) is the sum over its classes. Metrics are called ``<name>_top1`` and so on;
+    with splits they are those of the first one, and ``<metric>_splits`` is the mean of all.
     """
 
     def measure(self, video: Tensor, text: Tensor) -> dict[str, Score]:
@@ -178,29 +185,23 @@ class ClassificationTask(ClassificationData, EvaluationTask):
             scores[f"{self.name}_top1_splits"] = percent([ranks[rows] <= 1 for rows in splits], 100 / classes)
             scores[f"{self.name}_mean_class_splits"] = self._mean_class(ranks, splits, 100 / classes)
         for part, code in self.parts.items():
-            count = int(code.max()) + 1
-            right = np.concatenate(
-                [
-                    label_ranks(self._probabilities(rows).numpy() @ np.eye(count)[code], labels) <= 1
-                    for rows, labels in zip(
-                        logits[first].split(1000), _pieces(code[self.labels[first]], 1000), strict=True
-                    )
-                ]
-            )
-            scores[f"{part}_top1"] = percent([right], 100 / count)
+            labels, one_hot = torch.from_numpy(code[self.labels[first]]), np.eye(int(code.max()) + 1)[code]
+            correct = [
+                label_ranks(self._probabilities(rows).numpy() @ one_hot, of_rows.numpy()) <= 1
+                for rows, of_rows in zip(logits[first].split(_ROWS), labels.split(_ROWS), strict=True)
+            ]
+            scores[f"{part}_top1"] = percent([np.concatenate(correct)], 100 / one_hot.shape[1])
         return scores
 
     def _mean_class(self, ranks: IntArray, splits: Sequence[IntArray], chance: float) -> Score:
-        """Accuracy within each class that occurs in a split, averaged over these classes and then over the splits.
-
-        Whole splits are resampled, not the clips of each class: of a class with one clip nothing could vary.
-        """
-        told = np.where(ranks <= 1, self.labels, -1)
+        """Accuracy within each class that occurs in a split, averaged over these classes and then over the splits."""
+        predictions = np.where(ranks <= 1, self.labels, -1)
 
         def value(samples: Sequence[IntArray]) -> float:
-            return 100 * float(np.mean([mean_class_accuracy(told[rows], self.labels[rows]) for rows in samples]))
+            return 100 * float(np.mean([mean_class_accuracy(predictions[rows], self.labels[rows]) for rows in samples]))
 
         def draw(rng: np.random.Generator) -> NDArray[np.float64]:
+            # Whole splits are resampled, not the clips of each class: of a class with one clip nothing could vary.
             return np.array([value([rng.choice(rows, len(rows)) for rows in splits]) for _ in range(RESAMPLES)])
 
         return Score(value(splits), chance, draw)
@@ -208,12 +209,9 @@ class ClassificationTask(ClassificationData, EvaluationTask):
     def details(self, video: Tensor, text: Tensor) -> Mapping[str, Any]:
         """The best classes of each clip; per class: clips and accuracy; confusions as [true, predicted, clips]."""
         logits = self._logits(video, text).numpy()
-        best = np.concatenate(
-            [rank_items(rows)[:, :_SHOWN_CLASSES] for rows in np.array_split(logits, len(logits) // 1000 + 1)]
-        )
-        right = best[:, 0] == self.labels
+        best = _best(logits)
         clips = np.bincount(self.labels, minlength=logits.shape[1])
-        correct = np.bincount(self.labels, weights=right, minlength=logits.shape[1])
+        correct = np.bincount(self.labels, weights=best[:, 0] == self.labels, minlength=logits.shape[1])
         pairs, counts = np.unique(np.stack([self.labels, best[:, 0]], axis=1), axis=0, return_counts=True)
         names = list(self.class_names) or [
             self.texts[int(np.argmax(self.class_of_text == c))] for c in range(len(clips))
@@ -228,7 +226,9 @@ class ClassificationTask(ClassificationData, EvaluationTask):
                 {"class": int(c), "clips": int(clips[c]), "accuracy": round(100 * correct[c] / clips[c], 2)}
                 for c in np.flatnonzero(clips)
             ],
-            "confusion": [[int(true), int(told), int(n)] for (true, told), n in zip(pairs, counts, strict=True)],
+            "confusion": [
+                [int(true), int(predicted), int(n)] for (true, predicted), n in zip(pairs, counts, strict=True)
+            ],
         }
 
     def restricted(self, kept: NDArray[Any]) -> ClassificationTask:
@@ -237,51 +237,12 @@ class ClassificationTask(ClassificationData, EvaluationTask):
         splits = [number[rows[kept[rows]]] for rows in self.splits]
         return dataclasses.replace(self, labels=self.labels[kept], splits=splits)
 
-    def _probabilities(self, logits: Tensor) -> Tensor:
-        return logits.double().div(TEMPERATURE).softmax(dim=1)
-
     def _logits(self, video: Tensor, text: Tensor) -> Tensor:
         return similarity(video, class_features(text, self.class_of_text))
 
-
-@dataclass(frozen=True)
-class MultiLabelTask(MultiLabelData, EvaluationTask):
-    """Which of several classes occur in every clip (Charades)."""
-
-    def measure(self, video: Tensor, text: Tensor) -> dict[str, Score]:
-        """Mean over the classes of the average precision over the clips, in percent; resampled by clips."""
-        scores = similarity(video, text).numpy()
-
-        def value(rows: IntArray) -> float:
-            precision = multilabel_average_precision(scores[rows], self.labels[rows])
-            return 100 * float(np.nanmean(precision)) if not np.isnan(precision).all() else float("nan")
-
-        def draw(rng: np.random.Generator) -> NDArray[np.float64]:
-            return np.array([value(rng.integers(0, len(scores), len(scores))) for _ in range(RESAMPLES)])
-
-        told = self.labels[self.labels.any(axis=1)]
-        chance = 100 * float(np.nanmean(expected_average_precision(told))) if told.size else None
-        return {self.name: Score(value(np.arange(len(scores))), chance, draw)}
-
-    def details(self, video: Tensor, text: Tensor) -> Mapping[str, Any]:
-        """The best classes of each clip, and the average precision of each class."""
-        scores = similarity(video, text).numpy()
-        precision = multilabel_average_precision(scores, self.labels)
-        return {
-            "kind": "multilabel",
-            "classes": list(self.texts),
-            "labels": [np.flatnonzero(row).tolist() for row in self.labels],
-            "best_classes": rank_items(scores)[:, :_SHOWN_CLASSES].tolist(),
-            "per_class": [
-                {"class": int(c), "clips": int(self.labels[:, c].sum()), "average_precision": round(100 * value, 2)}
-                for c, value in enumerate(precision.tolist())
-                if value == value
-            ],
-        }
-
-    def restricted(self, kept: NDArray[Any]) -> MultiLabelTask:
-        """See :class:`EvaluationTask`."""
-        return dataclasses.replace(self, labels=self.labels[kept])
+    def _probabilities(self, logits: Tensor) -> Tensor:
+        # In float64, as sums over a thousand classes of nearly equal parts decide.
+        return logits.double().div(TEMPERATURE).softmax(dim=1)
 
 
 def class_features(text: Tensor, class_of_text: IntArray) -> Tensor:
@@ -294,159 +255,12 @@ def class_features(text: Tensor, class_of_text: IntArray) -> Tensor:
     if (counts == 0).any():
         raise UserError(f"class {int((counts == 0).nonzero()[0, 0])} has no prompt")
     mean = torch.zeros(len(counts), text.shape[1]).index_add_(0, codes, text) / counts[:, None]
-    return torch.nn.functional.normalize(mean, dim=-1)
-
-
-def _pieces(values: IntArray, size: int) -> list[IntArray]:
-    return [values[start : start + size] for start in range(0, len(values), size)]
-
-
-@dataclass(frozen=True)
-class MultipleChoiceTask(QuestionData, EvaluationTask):
-    """Questions over the clips of a dataset; metrics are called as the kinds of the questions."""
-
-    def measure(self, video: Tensor, text: Tensor) -> dict[str, Score]:
-        """Accuracy and chance level of each kind, in percent."""
-        kinds = np.array([question.kind for question in self.questions])
-        answers = np.array([question.answer for question in self.questions], dtype=np.int64)
-        right = multiple_choice_right(_scores(self.questions, video.numpy(), text.numpy()), answers)
-        guess = np.array([1 / len(question.choices) for question in self.questions])
-        return {
-            str(kind): percent([right[kinds == kind]], 100 * float(guess[kinds == kind].mean()))
-            for kind in np.unique(kinds)
-        }
-
-    def details(self, video: Tensor, text: Tensor) -> Mapping[str, Any]:
-        """Each question with the choice that was taken and the similarity to all choices."""
-        scores = _scores(self.questions, video.numpy(), text.numpy())
-        return {
-            "kind": "multiple_choice",
-            "texts": list(self.texts),
-            "questions": [
-                dataclasses.asdict(question)
-                | {
-                    "taken": int(row.argmax()),
-                    "similarity": [round(float(value), 4) for value in row[: len(question.choices)]],
-                }
-                for question, row in zip(self.questions, scores, strict=True)
-            ],
-        }
-
-    def restricted(self, kept: NDArray[Any]) -> MultipleChoiceTask:
-        """See :class:`EvaluationTask`; a question that needs a clip that is not kept is left out."""
-        number = np.cumsum(kept) - 1
-
-        def renumbered(question: Question) -> Question | None:
-            clips = [question.query] if question.query_is_clip else list(question.choices)
-            if not kept[clips].all():
-                return None
-            new = tuple(int(number[clip]) for clip in clips)
-            return dataclasses.replace(question, **({"query": new[0]} if question.query_is_clip else {"choices": new}))
-
-        return dataclasses.replace(self, questions=[q for each in self.questions if (q := renumbered(each))])
-
-
-def _scores(questions: Sequence[Question], video: FloatArray, text: FloatArray) -> FloatArray:
-    """Similarity of each query to each of its choices [Q, largest number of choices], -inf behind the last.
-
-    ``video`` [N, D] or [N, V, D], of whose views the most similar counts; ``text`` [M, D].
-    """
-    widest = max((len(question.choices) for question in questions), default=1)
-    scores = np.full((len(questions), widest), -np.inf, dtype=np.float32)
-    for row, question in zip(scores, questions, strict=True):
-        if question.query_is_clip:
-            found = text[list(question.choices)] @ video[question.query].T
-        else:
-            found = video[list(question.choices)] @ text[question.query]
-        row[: len(question.choices)] = found if found.ndim == 1 else found.max(axis=1)
-    return scores
-
-
-WEIGHT_DECAYS = (1e-5, 1e-4, 1e-3, 1e-2)
-NEIGHBOURS = (1, 5, 10, 20)
-# Cosines are sharpened by this before they vote (as DINO's k-NN probe, 2104.14294).
-KNN_TEMPERATURE = 0.07
-_HELD_OUT = 0.1
-_ITERATIONS = 60
-
-
-@dataclass(frozen=True)
-class Probed:
-    """The class of each clip, int64 [M], and what was chosen for it."""
-
-    classes: Tensor
-    chosen: str
-
-
-def linear_probe(features: Tensor, labels: Tensor, asked: Tensor, count: int, *, seed: int = 0) -> Probed:
-    """Multinomial logistic regression by L-BFGS on standardised features [N, D]; ``asked`` [M, D]."""
-    mean, scale = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
-    features, asked = (features - mean) / scale, (asked - mean) / scale
-    kept, held = _split(len(features), seed)
-    rights = [
-        float((_Linear(features[kept], labels[kept], count, decay)(features[held]) == labels[held]).float().mean())
-        for decay in WEIGHT_DECAYS
-    ]
-    best = WEIGHT_DECAYS[rights.index(max(rights))]
-    return Probed(_Linear(features, labels, count, best)(asked), f"weight decay {best:g}")
-
-
-class _Linear:
-    """A trained linear classifier; calling it tells classes."""
-
-    def __init__(self, features: Tensor, labels: Tensor, count: int, decay: float) -> None:
-        self._weight = torch.zeros(count, features.shape[1], requires_grad=True)
-        self._bias = torch.zeros(count, requires_grad=True)
-        optimizer = torch.optim.LBFGS(
-            [self._weight, self._bias], max_iter=_ITERATIONS, history_size=10, line_search_fn="strong_wolfe"
-        )
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = F.cross_entropy(F.linear(features, self._weight, self._bias), labels)
-            loss = loss + decay / 2 * self._weight.square().sum()
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
-
-    def __call__(self, asked: Tensor) -> Tensor:
-        """Classes of ``asked`` [M, D]."""
-        with torch.no_grad():
-            return F.linear(asked, self._weight, self._bias).argmax(dim=1)
-
-
-def knn_probe(features: Tensor, labels: Tensor, asked: Tensor, count: int, *, seed: int = 0) -> Probed:
-    """The class that the most alike training clips vote for, by cosine."""
-    features, asked = F.normalize(features, dim=1), F.normalize(asked, dim=1)
-    kept, held = _split(len(features), seed)
-    rights = [
-        float((_vote(features[kept], labels[kept], features[held], count, k) == labels[held]).float().mean())
-        for k in NEIGHBOURS
-    ]
-    best = NEIGHBOURS[rights.index(max(rights))]
-    return Probed(_vote(features, labels, asked, count, best), f"{best} neighbours")
-
-
-def _vote(features: Tensor, labels: Tensor, asked: Tensor, count: int, k: int) -> Tensor:
-    told = []
-    for some in asked.split(1000):
-        similarity, nearest = (some @ features.T).topk(min(k, len(features)), dim=1)
-        votes = torch.zeros(len(some), count)
-        told.append(votes.scatter_add_(1, labels[nearest], (similarity / KNN_TEMPERATURE).exp()).argmax(dim=1))
-    return torch.cat(told)
-
-
-def _split(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Clips to learn from and clips to choose by."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    held = max(1, round(_HELD_OUT * count))
-    return order[held:], order[:held]
+    return F.normalize(mean, dim=-1)
 
 
 @dataclass(frozen=True)
 class HeadTask(ClassificationTask):
-    """A classification whose clips come with probabilities; parts (verb, noun) are marginals of the classes."""
+    """A classification by a model's heads: the clips' features are probabilities of the classes, summed for parts."""
 
     def _logits(self, video: Tensor, text: Tensor) -> Tensor:
         return video
@@ -455,39 +269,130 @@ class HeadTask(ClassificationTask):
         return logits.double()
 
 
-def head_tasks(tables: Sequence[EvaluationTask], space: ClassSpace, where: str) -> list[EvaluationTask]:
-    """The classifications among a benchmark's ``tables``, for heads of the classes ``space``.
+def head_tasks(tasks: Sequence[EvaluationTask], space: ClassSpace, where: str) -> list[EvaluationTask]:
+    """The classifications among a benchmark's ``tasks``, for heads with the classes of ``space``.
 
-    Raises :class:`UserError` if there is none, if other columns tell its classes, or if a clip's class is not among
+    Raises :class:`UserError` if there is none, if other columns identify its classes, or if a clip's class is not among
     those of the heads.
     """
-    made: list[EvaluationTask] = []
-    for table in tables:
-        if not isinstance(table, ClassificationTask) or not table.class_keys:
+    result: list[EvaluationTask] = []
+    for task in tasks:
+        if not isinstance(task, ClassificationTask) or not task.class_keys:
             continue
-        _require_columns(table.key_columns, space.columns, where)
-        number = {c: space.number(table.class_keys[c], where) for c in np.unique(table.labels).tolist()}
-        labels = np.array([number[c] for c in table.labels.tolist()], dtype=np.int64)
+        ours, theirs = ([name.removesuffix("_class") for name in each] for each in (task.key_columns, space.columns))
+        # A single column has a name of its own in every dataset; of several the order counts, too.
+        if len(ours) != len(theirs) or (len(ours) > 1 and ours != theirs):
+            raise UserError(
+                f"{where}: its classes are identified by {' and '.join(task.key_columns)}, those of the heads by "
+                f"{' and '.join(space.columns)}; train with data.labels.columns=[{','.join(task.key_columns)}]"
+            )
+        number = {c: space.number(task.class_keys[c], where) for c in np.unique(task.labels).tolist()}
         parts = {name: code for name, (_, code) in space.parts.items()} if len(space.columns) > 1 else {}
-        changed = {"texts": (), "class_of_text": np.arange(0), "labels": labels, "parts": parts}
-        fields = {each.name: getattr(table, each.name) for each in dataclasses.fields(table)}
-        made.append(HeadTask(**{**fields, **changed, "class_names": space.names, "class_keys": space.keys}))
-    if not made:
+        fields = {each.name: getattr(task, each.name) for each in dataclasses.fields(task)} | {
+            "texts": (),
+            "class_of_text": np.arange(0),
+            "labels": np.array([number[c] for c in task.labels.tolist()], dtype=np.int64),
+            "parts": parts,
+            "class_names": space.names,
+            "class_keys": space.keys,
+        }
+        result.append(HeadTask(**fields))
+    if not result:
         raise UserError(f"{where}: no classification that heads could be measured on")
-    return made
+    return result
 
 
-def _require_columns(told: Sequence[str], learned: Sequence[str], where: str) -> None:
-    """Raise :class:`UserError` if classes of several columns are told by others, or in another order.
+@dataclass(frozen=True)
+class MultiLabelTask(MultiLabelData, EvaluationTask):
+    """Which of several classes occur in every clip (Charades); each class is described by one text."""
 
-    A single column has a name of its own in every dataset.
-    """
-    first, second = ([name.removesuffix("_class") for name in each] for each in (told, learned))
-    if len(first) != len(second) or (len(first) > 1 and first != second):
-        raise UserError(
-            f"{where}: its classes are told by {' and '.join(told)}, those of the heads by {' and '.join(learned)}; "
-            f"train with data.labels.columns=[{','.join(told)}]"
-        )
+    def measure(self, video: Tensor, text: Tensor) -> dict[str, Score]:
+        """Mean over the classes of the average precision over the clips, in percent; resampled by clips."""
+        scores = similarity(video, text).numpy()
+
+        def value(rows: IntArray) -> float:
+            precision = multilabel_average_precision(scores[rows], self.labels[rows])
+            # A resampling may have no clip of any class.
+            return 100 * float(np.nanmean(precision)) if not np.isnan(precision).all() else float("nan")
+
+        def draw(rng: np.random.Generator) -> NDArray[np.float64]:
+            return np.array([value(rng.integers(0, len(scores), len(scores))) for _ in range(RESAMPLES)])
+
+        labelled = self.labels[self.labels.any(axis=1)]
+        chance = 100 * float(np.nanmean(expected_average_precision(labelled))) if labelled.size else None
+        return {self.name: Score(value(np.arange(len(scores))), chance, draw)}
+
+    def details(self, video: Tensor, text: Tensor) -> Mapping[str, Any]:
+        """The best classes of each clip, and the average precision of each class."""
+        scores = similarity(video, text).numpy()
+        precision = multilabel_average_precision(scores, self.labels)
+        return {
+            "kind": "multilabel",
+            "classes": list(self.texts),
+            "labels": [np.flatnonzero(row).tolist() for row in self.labels],
+            "best_classes": rank_items(scores)[:, :_SHOWN].tolist(),
+            "per_class": [
+                {"class": int(c), "clips": int(self.labels[:, c].sum()), "average_precision": round(100 * value, 2)}
+                for c, value in enumerate(precision.tolist())
+                if value == value  # NaN: a class without a clip
+            ],
+        }
+
+    def restricted(self, kept: NDArray[Any]) -> MultiLabelTask:
+        """See :class:`EvaluationTask`."""
+        return dataclasses.replace(self, labels=self.labels[kept])
+
+
+@dataclass(frozen=True)
+class MultipleChoiceTask(QuestionData, EvaluationTask):
+    """Which of a few texts describes a clip, or which of a few clips shows a text; one metric a kind of question."""
+
+    def measure(self, video: Tensor, text: Tensor) -> dict[str, Score]:
+        """Accuracy and chance level of each kind, in percent."""
+        kinds = np.array([question.kind for question in self.questions])
+        answers = np.array([question.answer for question in self.questions], dtype=np.int64)
+        right = multiple_choice_right(self._scores(video, text), answers)
+        guess = np.array([1 / len(question.choices) for question in self.questions])
+        return {
+            str(kind): percent([right[kinds == kind]], 100 * float(guess[kinds == kind].mean()))
+            for kind in np.unique(kinds)
+        }
+
+    def details(self, video: Tensor, text: Tensor) -> Mapping[str, Any]:
+        """Each question with the choice that was taken and the similarity to all choices."""
+        questions = []
+        for question, row in zip(self.questions, self._scores(video, text), strict=True):
+            scores = [round(float(value), 4) for value in row[: len(question.choices)]]
+            questions.append(dataclasses.asdict(question) | {"taken": int(row.argmax()), "similarity": scores})
+        return {"kind": "multiple_choice", "texts": list(self.texts), "questions": questions}
+
+    def restricted(self, kept: NDArray[Any]) -> MultipleChoiceTask:
+        """See :class:`EvaluationTask`; a question about a clip that is left out is left out, too."""
+        number, questions = np.cumsum(kept) - 1, []
+        for question in self.questions:
+            clips = [question.query] if question.query_is_clip else list(question.choices)
+            if kept[clips].all():
+                new = tuple(int(number[clip]) for clip in clips)
+                changed = {"query": new[0]} if question.query_is_clip else {"choices": new}
+                questions.append(dataclasses.replace(question, **changed))
+        return dataclasses.replace(self, questions=questions)
+
+    def _scores(self, clips: Tensor, texts: Tensor) -> FloatArray:
+        """Similarity of each query to its choices [Q, largest number of choices], -inf behind the last.
+
+        ``clips`` [N, D] or [N, V, D], of whose views the most similar counts; ``texts`` [M, D].
+        """
+        video, text = clips.numpy(), texts.numpy()
+        widest = max((len(question.choices) for question in self.questions), default=1)
+        scores = np.full((len(self.questions), widest), -np.inf, dtype=np.float32)
+        # Question by question: of all pairs of clips and texts only these few are needed.
+        for row, question in zip(scores, self.questions, strict=True):
+            if question.query_is_clip:
+                products = text[list(question.choices)] @ video[question.query].T
+            else:
+                products = video[list(question.choices)] @ text[question.query]
+            row[: len(question.choices)] = products if products.ndim == 1 else products.max(axis=1)
+        return scores
 
 
 def tasks_of(data: BenchmarkData) -> list[EvaluationTask]:
@@ -499,3 +404,83 @@ def tasks_of(data: BenchmarkData) -> list[EvaluationTask]:
         QuestionData: MultipleChoiceTask,
     }
     return [classes[type(task)](**vars(task)) for task in data.tasks]
+
+
+# --------------------------------------------------------------------------------------------------
+# Probes of frozen features. What a probe chooses, it chooses on a tenth of the training clips.
+# --------------------------------------------------------------------------------------------------
+
+WEIGHT_DECAYS = (1e-5, 1e-4, 1e-3, 1e-2)
+NEIGHBOURS = (1, 5, 10, 20)
+# Of the cosines that neighbours vote with, as in DINO's k-NN probe (2104.14294).
+KNN_TEMPERATURE = 0.07
+_VALIDATION_SHARE = 0.1
+_ITERATIONS = 60
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """The predicted class of each test clip, int64 [M], and the setting that was chosen."""
+
+    classes: Tensor
+    chosen: str
+
+
+def linear_probe(features: Tensor, labels: Tensor, test: Tensor, count: int, *, seed: int = 0) -> ProbeResult:
+    """Multinomial logistic regression by L-BFGS on standardised features.
+
+    ``features`` [N, D] with ``labels`` [N] in 0..``count``-1 are trained on, the classes of ``test`` [M, D] predicted.
+    """
+    mean, scale = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
+    features, test = (features - mean) / scale, (test - mean) / scale
+    train, validation = _split(len(features), seed)
+    accuracies = []
+    for decay in WEIGHT_DECAYS:
+        classes = _logistic_regression(features[train], labels[train], features[validation], count, decay)
+        accuracies.append(float((classes == labels[validation]).float().mean()))
+    best = WEIGHT_DECAYS[accuracies.index(max(accuracies))]
+    return ProbeResult(_logistic_regression(features, labels, test, count, best), f"weight decay {best:g}")
+
+
+def _logistic_regression(features: Tensor, labels: Tensor, test: Tensor, count: int, decay: float) -> Tensor:
+    weight = torch.zeros(count, features.shape[1], requires_grad=True)
+    bias = torch.zeros(count, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=_ITERATIONS, history_size=10, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(F.linear(features, weight, bias), labels)
+        loss = loss + decay / 2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with torch.no_grad():
+        return F.linear(test, weight, bias).argmax(dim=1)
+
+
+def knn_probe(features: Tensor, labels: Tensor, test: Tensor, count: int, *, seed: int = 0) -> ProbeResult:
+    """The class that the most similar training clips vote for, by cosine; arguments as of :func:`linear_probe`."""
+    features, test = F.normalize(features, dim=1), F.normalize(test, dim=1)
+    train, validation = _split(len(features), seed)
+    accuracies = []
+    for k in NEIGHBOURS:
+        classes = _vote(features[train], labels[train], features[validation], count, k)
+        accuracies.append(float((classes == labels[validation]).float().mean()))
+    best = NEIGHBOURS[accuracies.index(max(accuracies))]
+    return ProbeResult(_vote(features, labels, test, count, best), f"{best} neighbours")
+
+
+def _vote(features: Tensor, labels: Tensor, test: Tensor, count: int, k: int) -> Tensor:
+    classes = []
+    for rows in test.split(_ROWS):
+        cosines, nearest = (rows @ features.T).topk(min(k, len(features)), dim=1)
+        votes = torch.zeros(len(rows), count)
+        classes.append(votes.scatter_add_(1, labels[nearest], (cosines / KNN_TEMPERATURE).exp()).argmax(dim=1))
+    return torch.cat(classes)
+
+
+def _split(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    held_out = max(1, round(_VALIDATION_SHARE * count))
+    return order[held_out:], order[:held_out]

@@ -17,7 +17,8 @@ from egohod.data.text import Tokenizer
 from egohod.data.transforms import normalise
 from egohod.demo.world import NOUNS, VERBS, phrase
 from egohod.distributed import Distributed
-from egohod.evaluation.runner import Benchmark, Execution, demo_evaluator
+from egohod.evaluation.embed import Execution
+from egohod.evaluation.runner import Benchmark, demo_evaluator
 from egohod.model.config import ModelConfig
 from egohod.model.dual_encoder import DualEncoder, create_model
 

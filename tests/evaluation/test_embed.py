@@ -16,7 +16,7 @@ from egohod.data.text import Tokenizer
 from egohod.data.transforms import normalise
 from egohod.distributed import Distributed, inference_precision
 from egohod.errors import UserError
-from egohod.evaluation.embed import embed_clips, embed_texts, extract, remaining
+from egohod.evaluation.embed import Execution, embed_clips, embed_texts, extract, remaining
 from egohod.evaluation.listing import Listing
 
 ALONE = Distributed(0, 1, torch.device("cpu"), None)
@@ -48,12 +48,12 @@ def run_in_group(rank: int, world_size: int, folder: Path, broken: Path, out: Pa
     dist = Distributed(rank, world_size, torch.device("cpu"), "gloo")
     model = small_model()
     bench = benchmark(folder, dist, batch_size=4)
-    settings = {"batch_size": 4, "dist": dist, "precision": torch.float32}
-    clips, _ = embed_clips(model, bench.dataset, workers=0, controls=["shuffle"], **settings)
-    texts = embed_texts(model, ["one", "a longer text", "one"], bench.tokenizer, **settings)
+    run = Execution(4, 0, dist)
+    clips, _ = embed_clips(model, bench.dataset, run, controls=["shuffle"])
+    texts = embed_texts(model, ["one", "a longer text", "one"], bench.tokenizer, run)
     results = bench(model)
     try:
-        embed_clips(model, benchmark(broken, dist).dataset, workers=0, **settings)
+        embed_clips(model, benchmark(broken, dist).dataset, run)
         fault = ""
     except UserError as error:
         fault = str(error)
@@ -71,8 +71,7 @@ def test_two_processes_give_the_features_and_results_of_one(world: Path, tmp_pat
 
     bench, model = benchmark(world), small_model()
     assert len(bench.dataset) % 2 == 1, "the shares of the processes should differ in length"
-    settings = {"batch_size": 7, "workers": 0, "dist": ALONE, "precision": torch.float32}
-    alone, _ = embed_clips(model, bench.dataset, controls=["shuffle"], **settings)
+    alone, _ = embed_clips(model, bench.dataset, Execution(7, 0, ALONE), controls=["shuffle"])
     results = bench(model)
     for rank in range(2):
         got = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
@@ -90,8 +89,7 @@ def test_clips_come_in_the_order_of_the_table_with_and_without_workers(world: Pa
     want = torch.stack([normalise(dataset[i]["video"])[0].mean(dim=(0, 2, 3)) for i in range(len(dataset))])
     for workers, batch_size in ((0, len(dataset)), (2, 3)):
         model = Recorder()
-        settings = {"batch_size": batch_size, "workers": workers, "dist": ALONE, "precision": torch.float32}
-        got = embed_clips(model, dataset, **settings)[0]["plain"]
+        got = embed_clips(model, dataset, Execution(batch_size, workers, ALONE))[0]["plain"]
         assert got.dtype == torch.float32
         assert got.shape == (len(dataset), FRAMES)
         assert model.videos == len(dataset)
@@ -126,16 +124,16 @@ def test_fp32_features_are_computed_without_tf32(world: Path, tmp_path: Path) ->
 
     seen, dataset, training = set[tuple[str, str]](), benchmark(world).dataset, ("high", "tf32")
     assert float32_settings() == training
-    embed_clips(Settings(), dataset, batch_size=8, workers=0, dist=ALONE, precision=torch.float32)
-    embed_texts(Settings(), ["one"], Tokenizer(), batch_size=8, dist=ALONE, precision=torch.float32)
+    embed_clips(Settings(), dataset, Execution(8, 0, ALONE))
+    embed_texts(Settings(), ["one"], Tokenizer(), Execution(8, 0, ALONE))
     listing = Listing(dataset.clips, ["a"] * len(dataset))
     todo = remaining(listing, dataset, tmp_path)
-    extract(Settings(), listing, dataset, tmp_path, todo, batch_size=8, workers=0, dist=ALONE)
+    extract(Settings(), listing, dataset, tmp_path, todo, Execution(8, 0, ALONE))
     assert seen == {("highest", "ieee")}
     # Training goes on as before, also after an evaluation that failed.
     assert float32_settings() == training
     with pytest.raises(UserError, match="NaN"):
-        embed_clips(Recorder(float("nan")), dataset, batch_size=8, workers=0, dist=ALONE, precision=torch.float32)
+        embed_clips(Recorder(float("nan")), dataset, Execution(8, 0, ALONE))
     assert float32_settings() == training
     with inference_precision(torch.device("cpu"), torch.bfloat16):
         assert torch.is_autocast_enabled("cpu")
@@ -158,7 +156,7 @@ def test_fp32_is_exact_with_the_switches_of_torch_2_6(monkeypatch: pytest.Monkey
 def test_evaluation_leaves_mode_gradients_and_random_numbers_alone(world: Path) -> None:
     dataset, model = benchmark(world).dataset, Recorder()
     state = torch.get_rng_state()
-    embed_clips(model, dataset, batch_size=8, workers=1, dist=ALONE, precision=torch.float32)
+    embed_clips(model, dataset, Execution(8, 1, ALONE))
     assert model.modes == {(False, False)}
     assert model.training
     assert torch.is_grad_enabled()
@@ -168,7 +166,7 @@ def test_evaluation_leaves_mode_gradients_and_random_numbers_alone(world: Path) 
 def test_equal_texts_are_encoded_once_and_padding_is_cut() -> None:
     tokenizer, model = Tokenizer(), Recorder()
     texts = ["a long narration " * 12, "short", "short", "other", "short"]
-    got = embed_texts(model, texts, tokenizer, batch_size=2, dist=ALONE, precision=torch.float32)
+    got = embed_texts(model, texts, tokenizer, Execution(2, 0, ALONE))
     assert len(model.token_rows) == 3
     assert [len(row) for row in model.token_rows][:2] == [8, 8]
     np.testing.assert_array_equal(got[:, 0], tokenizer(texts).sum(dim=1))
@@ -177,18 +175,16 @@ def test_equal_texts_are_encoded_once_and_padding_is_cut() -> None:
 def test_text_features_do_not_depend_on_the_batch() -> None:
     model, tokenizer = small_model(), Tokenizer()
     texts = [f"#C C moves the {noun} " * count for count in (1, 3, 12) for noun in ("cup", "red pan")]
-    one, many = (
-        embed_texts(model, texts, tokenizer, batch_size=size, dist=ALONE, precision=torch.float32) for size in (1, 6)
-    )
+    one, many = (embed_texts(model, texts, tokenizer, Execution(size, 0, ALONE)) for size in (1, 6))
     torch.testing.assert_close(one, many, atol=1e-6, rtol=0)
 
 
 def test_features_that_are_not_finite_are_refused(world: Path) -> None:
     dataset = benchmark(world).dataset
     with pytest.raises(UserError, match=f"{len(dataset)} of {len(dataset)} clips are NaN or infinite, first of clip 0"):
-        embed_clips(Recorder(float("nan")), dataset, batch_size=8, workers=0, dist=ALONE, precision=torch.float32)
+        embed_clips(Recorder(float("nan")), dataset, Execution(8, 0, ALONE))
 
 
 def test_nothing_to_evaluate_is_an_error() -> None:
     with pytest.raises(UserError, match="not a single text"):
-        embed_texts(Recorder(), [], Tokenizer(), batch_size=8, dist=ALONE, precision=torch.float32)
+        embed_texts(Recorder(), [], Tokenizer(), Execution(8, 0, ALONE))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 from pathlib import Path
@@ -19,7 +18,7 @@ from egohod.data.transforms import normalise
 from egohod.data.videos import window_spans
 from egohod.errors import UserError
 from egohod.evaluation import embed as extraction
-from egohod.evaluation.embed import Progress, extract, remaining, shares
+from egohod.evaluation.embed import Execution, extract, remaining, shares
 from egohod.evaluation.features import Features, clock, open_index, read_features, read_index, search, write_video
 from egohod.evaluation.listing import Listing, rows_of_csv, whole_files, windows
 from tests.data.video_files import encode_sizes, remux
@@ -41,10 +40,10 @@ def dataset_of(listing: Listing, frames: int = 4) -> EvaluationDataset:
     return EvaluationDataset(listing.clips, EvalProtocol("features", "", frames=frames), size=40, decoder="pyav")
 
 
-def run(listing: Listing, folder: Path, **more: object) -> extraction.Extracted:
+def run(listing: Listing, folder: Path, allow_missing: bool = False) -> extraction.Extracted:
     dataset = dataset_of(listing)
-    settings = {"batch_size": 2, "workers": 0, "dist": ALONE} | more
-    return extract(small_model(), listing, dataset, folder, remaining(listing, dataset, folder), **settings)  # type: ignore[arg-type]
+    execution = Execution(2, 0, ALONE, allow_missing=allow_missing)
+    return extract(small_model(), listing, dataset, folder, remaining(listing, dataset, folder), execution)
 
 
 @pytest.mark.parametrize(
@@ -221,13 +220,6 @@ def test_search_ranks_and_passes_over_what_overlaps() -> None:
     assert clock(3725.26) == "1:02:05.3"
 
 
-def test_progress_tells_the_time_left(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    Progress(10)(10)
-    assert "10 of 10 clips" in caplog.text
-    assert "ETA 0:00:00" in caplog.text
-
-
 def test_from_files_to_a_contact_sheet(videos: Path, tmp_path: Path, inside: Command, short_run: ShortRun) -> None:
     features = tmp_path / "features"
     model = [*short_run.command, "data.decoder=pyav", "--checkpoint", short_run.folder]
@@ -367,8 +359,8 @@ def test_search_refuses_what_is_no_index_and_other_weights(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"features": np.ones((3, 4), np.float32)}, r"of the shapes \(3, 4\), \(2,\), \(2,\) and 2"),
-        ({"features": np.ones(2, np.float32)}, r"of the shapes \(2,\)"),
+        ({"features": np.ones((3, 4), np.float32)}, r"have the shapes \(3, 4\), \(2,\), \(2,\), \(2,\)"),
+        ({"features": np.ones(2, np.float32)}, r"have the shapes \(2,\)"),
         ({"features": np.ones((2, 5), np.float32)}, "its features have 5 dimensions, those of other videos 4"),
         ({"start": np.array(["x", "y"])}, "could not convert string to float"),
         ({}, "start is not a file in the archive"),

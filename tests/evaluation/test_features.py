@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from egohod.data.dataset import EvalProtocol, EvaluationDataset, frame_numbers
 from egohod.errors import UserError
-from egohod.evaluation.embed import embed_clips
+from egohod.evaluation.embed import Execution, embed_clips
 from egohod.evaluation.features import FeatureCache
 from egohod.evaluation.models import FrameAverage, fingerprint
-from egohod.evaluation.results import RESULTS_FILE, report
+from egohod.evaluation.results import RESULTS_FILE, write_results
 from egohod.evaluation.runner import PROTOCOLS, Benchmark, benchmark, execution_of
 
 
@@ -69,8 +69,8 @@ def test_controls_do_not_depend_on_which_benchmark_computed_them(formats: Path, 
     def features(kind: str, cache: Path | None) -> Tensor:
         bench = made(formats, kind)
         kept = FeatureCache(cache, {}) if cache else None
-        settings = {"batch_size": 8, "workers": 0, "dist": ALONE, "precision": torch.float32, "cache": kept}
-        return embed_clips(small_model(), bench.dataset, controls=["shuffle"], **settings)[0]["shuffle"]
+        run = Execution(8, 0, ALONE)
+        return embed_clips(small_model(), bench.dataset, run, controls=["shuffle"], cache=kept)[0]["shuffle"]
 
     features("ek100_mir", tmp_path)
     torch.testing.assert_close(features("egomcq", tmp_path), features("egomcq", None), atol=1e-6, rtol=0)
@@ -158,10 +158,10 @@ def test_missing_clips_are_all_named_and_may_be_left_out(formats: Path, tmp_path
     assert "2 of 15 clips cannot be read; main_eval.py --allow_missing" in str(error.value)
     bench.execution = dataclasses.replace(bench.execution, allow_missing=True)
     measured = bench.measure(small_model())
-    assert (measured.report.clips, len(measured.kept), len(measured.report.faults)) == (15, 12, 3)
+    assert (measured.report.clips, len(measured.rows), len(measured.report.faults)) == (15, 12, 3)
     assert all(np.isfinite(value) for value in measured.flat().values())
     cfg = config()
-    report(tmp_path, cfg, ALONE, [(bench, measured)], checkpoint={"path": "x", "sha256": "y"})
+    write_results(tmp_path, cfg, ALONE, [(bench, measured)], checkpoint={"path": "x", "sha256": "y"})
     written = json.loads((tmp_path / RESULTS_FILE).read_text())["benchmarks"]["egtea"]
     assert written["partial"]
     assert any("PARTIAL: 12 of 15 clips (80.0 %)" in note for note in written["notes"])
@@ -172,7 +172,7 @@ def test_results_hold_every_number_with_all_it_depends_on(formats: Path, tmp_pat
     cfg, bench = config(), made(formats, "ek100_cls", controls=["freeze"])
     measured = bench.measure(small_model())
     checkpoint = {"path": "run", "sha256": fingerprint(small_model())}
-    report(
+    write_results(
         tmp_path, cfg, ALONE, [(bench, measured)], checkpoint=checkpoint, also={"val/x": 1.0}, published="EgoVideo-L"
     )
     results = json.loads((tmp_path / RESULTS_FILE).read_text())

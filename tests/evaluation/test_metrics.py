@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from egohod.errors import UserError
 from egohod.evaluation import metrics
 from egohod.evaluation.metrics import (
-    MetricError,
     expected_graded_scores,
     expected_recall,
     first_relevant_rank,
@@ -252,21 +252,21 @@ def test_scores_that_cannot_be_ranked_are_refused() -> None:
     for bad in (np.nan, np.inf):
         broken = sim.copy()
         broken[4, 4] = bad
-        with pytest.raises(MetricError, match="not finite"):
+        with pytest.raises(UserError, match="not finite"):
             graded_scores(broken, rel)
-        with pytest.raises(MetricError, match="not finite"):
+        with pytest.raises(UserError, match="not finite"):
             first_relevant_rank(broken, rel == 1)
-        with pytest.raises(MetricError, match="not finite"):
+        with pytest.raises(UserError, match="not finite"):
             multiple_choice_accuracy(broken, np.zeros(len(broken), dtype=int), ["a"] * len(broken))
 
 
 def test_shapes_and_labels_that_do_not_fit_are_refused() -> None:
     sim, rel = some_case(0, ties=False)
-    with pytest.raises(MetricError, match=r"\[13, 17\] and relevancies \[17, 13\]"):
+    with pytest.raises(UserError, match=r"\[13, 17\] and relevancies \[17, 13\]"):
         graded_scores(sim, rel.T)
-    with pytest.raises(MetricError, match="labels run from 0 to 17, but there are 17 columns"):
+    with pytest.raises(UserError, match="labels run from 0 to 17, but there are 17 columns"):
         topk_accuracy(sim, np.array([0] * 12 + [17]))
-    with pytest.raises(MetricError, match="one label per row"):
+    with pytest.raises(UserError, match="one label per row"):
         topk_accuracy(sim, np.zeros(3, dtype=int))
-    with pytest.raises(MetricError, match="not among its choices"):
+    with pytest.raises(UserError, match="not among its choices"):
         multiple_choice_accuracy(np.array([[1.0, -np.inf]]), [1], ["pair"])

@@ -16,7 +16,7 @@ from test_readers import settings
 from egohod.evaluation import html_report as galleries
 from egohod.evaluation.features import read_json, write_json
 from egohod.evaluation.html_report import confusion_plot, most_confused, write_report
-from egohod.evaluation.results import markdown, report
+from egohod.evaluation.results import markdown, write_results
 from egohod.evaluation.runner import benchmark, execution_of
 from tests.browser import browser, needs_chromium
 from tests.support import Command
@@ -34,7 +34,9 @@ def evaluated(formats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind in ("custom", "ek100_mir", "ek100_cls", "egomcq", "charades_ego"):
         bench = benchmark(cfg, kind, settings(formats, kind), execution_of(cfg, ALONE), controls=["shuffle", "freeze"])
         found.append((bench, bench.measure(model)))
-    report(folder, cfg, ALONE, found, checkpoint={"path": "a <run>", "sha256": "0f" * 32}, published="EgoVideo-L")
+    write_results(
+        folder, cfg, ALONE, found, checkpoint={"path": "a <run>", "sha256": "0f" * 32}, published="EgoVideo-L"
+    )
     write_report(folder)
     return folder
 
@@ -209,7 +211,7 @@ def test_a_question_that_asks_for_a_clip_shows_what_was_taken_and_what_was_right
     question = {"kind": "inter", "query_is_clip": False, "query": 0, "choices": [1, 0], "answer": 1, "taken": 0}
     table = {"kind": "multiple_choice", "texts": ["opens"], "questions": [question | {"similarity": [0.5, 0.25]}]}
     (card,) = galleries.gallery(table, clips).wrong
-    assert card.pictures == [("taken", 1), ("right", 0)]
+    assert card.pictures == [("chosen", 1), ("correct", 0)]
     assert card.truth == "opens"
     assert [(answer.text, answer.right) for answer in card.answers] == [
         ("b, 1.00–2.00 s", False),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from egohod.evaluation.features import FORMAT, file_of, open_index, write_video
+from egohod.evaluation.features import INDEX_FORMAT, file_of, open_index, write_video
 from egohod.evaluation.tasks import knn_probe, linear_probe
 from tests.support import Command
 
@@ -45,7 +45,7 @@ def features(folder: Path, weights: str, values: np.ndarray, texts: list[str], v
     folder.mkdir()
     names = {f"v{i}": file_of(f"v{i}") for i in range(videos)}
     protocol = {"frames": 4, "size": 32, "crop": "centre"}
-    index = {"format": FORMAT, "weights": weights, "protocol": protocol, "root": "videos", "videos": names}
+    index = {"format": INDEX_FORMAT, "weights": weights, "protocol": protocol, "root": "videos", "videos": names}
     open_index(folder, index | {"layout": "auto", "chunk_seconds": 15.0})
     times = np.arange(len(texts), dtype=float)
     write_video(folder, "v0", values.astype(np.float32), times, times + 1, texts, "these")

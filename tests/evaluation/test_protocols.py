@@ -21,7 +21,7 @@ from egohod.data.formats.base import Question
 from egohod.data.labels import ClassSpace
 from egohod.errors import UserError
 from egohod.evaluation.config import PROTOCOL_NAMES
-from egohod.evaluation.embed import embed_clips
+from egohod.evaluation.embed import Execution, embed_clips
 from egohod.evaluation.runner import PROTOCOLS, benchmark, execution_of, protocol_for
 from egohod.evaluation.tasks import ClassificationTask, MultiLabelTask, MultipleChoiceTask, RetrievalTask
 from egohod.model.config import IMAGE_STATS
@@ -142,8 +142,7 @@ def test_features_of_views_are_kept_apart_for_the_maximum_alone(formats: Path, t
     def features(merge: str) -> Tensor:
         each = dataclasses.replace(protocol, merge=merge)
         bench = benchmark(cfg, "egtea", source, execution_of(cfg, ALONE), protocol=each)
-        run = {"batch_size": 12, "workers": 0, "dist": ALONE, "precision": torch.float32}
-        return embed_clips(small_model(), bench.dataset, controls=["reverse"], **run)[0]["reverse"]
+        return embed_clips(small_model(), bench.dataset, Execution(12, 0, ALONE), controls=["reverse"])[0]["reverse"]
 
     apart, averaged = features("max"), features("mean")
     assert apart.shape[:2] == (len(averaged), 6)
@@ -173,7 +172,7 @@ def test_a_file_shorter_than_a_window_is_filled_up_with_black(tmp_path: Path) ->
 
 def test_views_of_heads_are_averaged(formats: Path) -> None:
     cfg, source = config(), dataclasses.replace(settings(formats, "egtea"), protocol="lavila")
-    (table,) = benchmark(cfg, "egtea", source, execution_of(cfg, ALONE)).tables
+    (table,) = benchmark(cfg, "egtea", source, execution_of(cfg, ALONE)).tasks
     assert isinstance(table, ClassificationTask)
     space = ClassSpace(("action",), tuple(table.class_keys), tuple(table.class_names))
     bench = benchmark(cfg, "egtea", source, execution_of(cfg, ALONE), classes=space)
@@ -195,8 +194,7 @@ def test_frames_are_normalised_as_the_model_expects(formats: Path, stats: str) -
 
     cfg = config()
     data = benchmark(cfg, "custom", settings(formats, "custom"), execution_of(cfg, ALONE)).dataset
-    run = {"batch_size": 4, "workers": 0, "dist": ALONE, "precision": torch.float32}
-    got = embed_clips(Mean(), data, **run)[0]["plain"][0]
+    got = embed_clips(Mean(), data, Execution(4, 0, ALONE))[0]["plain"][0]
     mean, std = (torch.tensor(each) for each in IMAGE_STATS[stats])
     expected = (data[0]["video"][0].float().mean(dim=(1, 2, 3)) / 255 - mean) / std
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)

@@ -138,7 +138,7 @@ def test_every_format_tells_of_the_same_world(formats: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_benchmark_runs_from_its_files(formats: Path, kind: str) -> None:
     measured = made(formats, kind).measure(small_model())
-    assert measured.kept == list(range(measured.report.clips))
+    assert measured.rows == list(range(measured.report.clips))
     for name, value in measured.flat().items():
         assert np.isfinite(value), name
 

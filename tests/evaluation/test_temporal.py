@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from egohod.data.transforms import normalise
 from egohod.distributed import Distributed
 from egohod.errors import UserError
-from egohod.evaluation.embed import embed_clips
+from egohod.evaluation.embed import Execution, embed_clips
 from egohod.evaluation.models import CONTROLS, apply_control, shuffled_order
 
 FRAMES = 5
@@ -83,15 +83,8 @@ def test_clips_are_decoded_once_for_the_plain_order_and_all_controls(
     dataset, decoded = benchmark(world).dataset, list[int]()
     plain_getitem = type(dataset).__getitem__
     monkeypatch.setattr(type(dataset), "__getitem__", lambda self, key: decoded.append(key) or plain_getitem(self, key))
-    features, _ = embed_clips(
-        Frames(),
-        dataset,
-        batch_size=4,
-        workers=0,
-        dist=Distributed(0, 1, torch.device("cpu"), None),
-        precision=torch.float32,
-        controls=list(CONTROLS),
-    )
+    run = Execution(4, 0, Distributed(0, 1, torch.device("cpu"), None))
+    features, _ = embed_clips(Frames(), dataset, run, controls=list(CONTROLS))
     assert sorted(decoded) == list(range(len(dataset)))
     plain = features["plain"]
     assert torch.equal(features["reverse"], plain.flip(1))

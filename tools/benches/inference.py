@@ -36,8 +36,8 @@ from egohod.distributed import setup
 from egohod.evaluation.config import BenchmarkConfig
 from egohod.evaluation.embed import embed_clips
 from egohod.evaluation.metrics import graded_scores
-from egohod.evaluation.runner import PROTOCOLS, benchmark, execution_of, read_benchmark, tasks_of
-from egohod.evaluation.tasks import knn_probe, linear_probe
+from egohod.evaluation.runner import PROTOCOLS, benchmark, execution_of, read_benchmark
+from egohod.evaluation.tasks import knn_probe, linear_probe, tasks_of
 from egohod.hod import config
 from egohod.hod.pipeline import STAGES, Pipeline, build
 from egohod.hod.store import Shard
@@ -168,10 +168,7 @@ def _throughput(options: argparse.Namespace) -> dict[str, Any]:
     waiting, decoding = [], []
     for _ in range(options.rounds):
         start, before, children = time.perf_counter(), cpu_seconds(), cpu_seconds(resource.RUSAGE_CHILDREN)
-        _, report = embed_clips(
-            model, bench.dataset, batch_size=cfg.evaluate.batch_size, workers=options.workers, dist=dist,
-            precision=precision,
-        )  # fmt: skip
+        _, report = embed_clips(model, bench.dataset, bench.execution)
         wall["ours"].append(time.perf_counter() - start)
         cpu["ours"].append(cpu_seconds() - before)
         decoding.append((cpu_seconds(resource.RUSAGE_CHILDREN) - children) / cpu["ours"][-1])

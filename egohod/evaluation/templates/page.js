@@ -1,8 +1,8 @@
 "use strict";
-// A filter field shows the rows of its table in which every word typed occurs.
+// A filter field shows the rows of its table in which every typed word occurs.
 for (const field of document.querySelectorAll("input[data-filters]")) {
   const table = document.getElementById(field.dataset.filters);
-  const told = document.getElementById(field.dataset.filters + "-count");
+  const counter = document.getElementById(field.dataset.filters + "-count");
   const rows = [...table.tBodies[0].rows];
   field.addEventListener("input", () => {
     const words = field.value.toLowerCase().split(/\s+/).filter(Boolean);
@@ -12,13 +12,13 @@ for (const field of document.querySelectorAll("input[data-filters]")) {
       row.hidden = !words.every((word) => text.includes(word));
       shown += row.hidden ? 0 : 1;
     }
-    told.textContent = `${shown} of ${rows.length}`;
+    counter.textContent = `${shown} of ${rows.length}`;
   });
 }
 // A group of fields shows the cards that fit all of them: every word typed, every choice made.
 for (const group of document.querySelectorAll("[data-cards]")) {
   const cards = [...document.getElementById(group.dataset.cards).children];
-  const told = group.querySelector("output");
+  const counter = group.querySelector("output");
   group.addEventListener("input", () => {
     const words = group.querySelector("input").value.toLowerCase().split(/\s+/).filter(Boolean);
     const choices = [...group.querySelectorAll("select")].filter((each) => each.value);
@@ -29,6 +29,6 @@ for (const group of document.querySelectorAll("[data-cards]")) {
       card.hidden = !(fits && words.every((word) => text.includes(word)));
       shown += card.hidden ? 0 : 1;
     }
-    told.textContent = `${shown} of ${cards.length}`;
+    counter.textContent = `${shown} of ${cards.length}`;
   });
 }
