@@ -63,6 +63,13 @@ class Config:
 
 
 _ENVIRONMENT = re.compile(r"\$\{oc\.env:(\w+)\}")
+# Such a name is a part of keys, which dots separate, and of file names.
+_CHOSEN_NAME = r"[\w -]+"
+
+
+# --------------------------------------------------------------------------------------------------
+# Loading
+# --------------------------------------------------------------------------------------------------
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -79,10 +86,7 @@ def load_as(
     overrides: Sequence[str],
     check: Callable[[Schema], list[tuple[str, str]]],
 ) -> Schema:
-    """As :func:`load`, for a dataclass of :func:`knob` fields other than :class:`Config`.
-
-    ``check`` says what is wrong with values, as :func:`check` does.
-    """
+    """As :func:`load`, for a dataclass of knobs other than :class:`Config`, with a ``check`` like this module's."""
     config, problems = _load(schema, path, overrides, check)
     if problems:
         raise UserError(*problems)
@@ -98,161 +102,50 @@ def load_leniently(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Con
     return _load(Config, path, overrides, check)
 
 
+def model_config(name: str, **overrides: Any) -> ModelConfig:
+    """The model section from Python, checked like a file. Raises :class:`UserError`."""
+    origin = "create_model"
+    layer = {"model": {"name": name, **overrides}}
+    config = _resolve(_merge(OmegaConf.structured(Config), layer, origin, Config), origin, Config)
+    if wrong := [f"{origin}: {text}" for _, text in check(config)]:
+        raise UserError(*wrong)
+    return config.model
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved configuration as YAML; reading it back gives the same run."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
 def _load(
     schema: type[Schema],
     path: str | Path,
     overrides: Sequence[str],
     check: Callable[[Schema], list[tuple[str, str]]],
 ) -> tuple[Schema, list[str]]:
-    tree, origins = OmegaConf.structured(schema), {}
+    tree, origins = OmegaConf.structured(schema), dict[str, str]()
     for origin, layer in [*_layers(Path(path), ()), *(_override(text, schema) for text in overrides)]:
         layer = _with_new_names(layer, schema, origin)
         tree = _merge(tree, layer, origin, schema)
-        origins.update(dict.fromkeys(_leaves(layer), origin))
+        origins.update({name: origin for name, _ in _walk(layer)})
+
+    # Variables that are not set are all reported at once, with the key that needs them and the file it is in.
     problems = []
-    raw = OmegaConf.to_container(tree)
-    for name, _, _ in knobs(schema, raw):
-        for key, text in _texts(name, raw_value(raw, name.split("."))):
-            for variable in _ENVIRONMENT.findall(text):
-                if variable not in os.environ:
-                    text = text.replace(f"${{oc.env:{variable}}}", f"${variable}")
-                    try:
-                        OmegaConf.update(tree, key, text)
-                    except OmegaConfBaseException:  # a number or a switch: no text can stand in for it
-                        raise UserError(
-                            f"{origins.get(name, path)}: {key} needs the environment variable {variable}, not set"
-                        ) from None
-                    problems.append(
-                        f"{origins.get(name, path)}: {key} needs the environment variable {variable}, "
-                        f"which is not set; export {variable}=/your/path"
-                    )
+    for key, text in list(_walk(OmegaConf.to_container(tree))):
+        for variable in _ENVIRONMENT.findall(text) if isinstance(text, str) else ():
+            if variable not in os.environ:
+                where = f"{origins.get(key, path)}: {key} needs the environment variable {variable}"
+                text = text.replace(f"${{oc.env:{variable}}}", f"${variable}")
+                try:
+                    OmegaConf.update(tree, key, text)
+                except OmegaConfBaseException:  # a number or a switch: no text can stand in for it
+                    raise UserError(f"{where}, not set") from None
+                problems.append(f"{where}, which is not set; export {variable}=/your/path")
+
     config = _resolve(tree, str(path), schema)
-    wrong = [f"{origins.get(name, path)}: {text}" for name, text in check(config)]
-    if wrong:
+    if wrong := [f"{origins.get(name, path)}: {text}" for name, text in check(config)]:
         raise UserError(*problems, *wrong)
     return config, problems
-
-
-def model_config(name: str, **overrides: Any) -> ModelConfig:
-    """The model section from Python, checked like a file. Raises :class:`UserError`."""
-    origin = "create_model"
-    layer = {"model": {"name": name, **overrides}}
-    config = _resolve(_merge(OmegaConf.structured(Config), layer, origin, Config), origin, Config)
-    wrong = [f"{origin}: {text}" for _, text in check(config)]
-    if wrong:
-        raise UserError(*wrong)
-    return config.model
-
-
-def check(config: Config) -> list[tuple[str, str]]:
-    """Everything that is out of range or contradicts itself, as (key, what is wrong with it)."""
-    problems = out_of_range(config)
-    tree = dataclasses.asdict(config)
-    if config.loss.local_loss and not config.loss.gather_with_grad:
-        problems.append(
-            (
-                "loss.gather_with_grad",
-                "loss.local_loss=true needs loss.gather_with_grad=true: without it the gradient is biased "
-                "(cosine 0.92 to the true one on two processes)",
-            )
-        )
-    if config.model.fast.spatial and config.model.patch_dropout > 0:
-        problems.append(
-            ("model.fast.spatial", "model.fast.spatial=true looks at whole frames, so it needs model.patch_dropout=0")
-        )
-    for name in ("train.duration", "train.log_every", "train.save_every", "evaluate.every", "train.warmup"):
-        text = raw_value(tree, name.split("."))
-        try:
-            steps = duration_in_steps(text, steps_per_epoch=1, global_batch_size=1, key=name)
-            if steps == 0 and name != "train.warmup":
-                problems.append((name, f"{name} is '{text}', but must be longer than nothing"))
-        except UserError as error:
-            problems.append((name, str(error)))
-    if config.evaluate.controls and config.model.num_frames < 2:
-        problems.append(
-            ("evaluate.controls", "evaluate.controls destroy the order of frames, but model.num_frames is 1")
-        )
-    if len(config.train.betas) != 2 or not all(0 <= beta < 1 for beta in config.train.betas):
-        problems.append(
-            ("train.betas", f"train.betas is {list(config.train.betas)}, but must be two numbers in [0, 1)")
-        )
-    if config.train.schedule == "cosine" and config.train.lr_end > config.train.lr:
-        problems.append(
-            (
-                "train.lr_end",
-                f"train.lr_end is {config.train.lr_end}, but a cosine falls: at most train.lr={config.train.lr}",
-            )
-        )
-    if (config.loss.name in RELEVANCY_LOSSES) != (config.data.labels.target == "relevancy"):
-        problems.append(
-            (
-                "loss.name",
-                f"loss.name={config.loss.name} grades texts by relevancy, so it needs data.labels.target=relevancy"
-                if config.loss.name in RELEVANCY_LOSSES
-                else f"loss.name={config.loss.name} knows no relevancy; with data.labels.target=relevancy there are "
-                + ", ".join(RELEVANCY_LOSSES),
-            )
-        )
-    heads = config.model.heads != "none"
-    classes = (heads, config.data.labels.target == "class", config.loss.name == "classes")
-    if any(classes) and not all(classes):
-        problems.append(
-            ("model.heads", "model.heads=joint or parts, data.labels.target=class and loss.name=classes go together")
-        )
-    columns = [name.removesuffix("_class") for name in config.data.labels.columns]
-    if not columns or len(set(columns)) < len(columns):
-        what = "names a column twice" if columns else "is empty, but a class is told by at least one column"
-        problems.append(("data.labels.columns", f"data.labels.columns={config.data.labels.columns} {what}"))
-    elif len(columns) > 1 and "action" in columns:
-        problems.append(
-            (
-                "data.labels.columns",
-                "data.labels.columns: what all columns tell together is called action, so none of several can be; "
-                "give that column another name",
-            )
-        )
-    for knob_name in ("mixup", "cutmix"):
-        if getattr(config.train, knob_name) and config.loss.name != "classes":
-            problems.append((f"train.{knob_name}", f"train.{knob_name} mixes labels, so it needs loss.name=classes"))
-    if heads and config.model.head_start == "text" and config.model.weights.source == "scratch":
-        problems.append(
-            ("model.head_start", "model.head_start=text needs a text tower that was trained; set model.weights")
-        )
-    if heads and config.loss.boxes:
-        problems.append(("loss.boxes", "loss.boxes does not go with model.heads: a model with heads tells no boxes"))
-    if config.train.trainable == "heads" and not heads:
-        problems.append(("train.trainable", "train.trainable=heads needs heads to train; set model.heads"))
-    for name in (*config.evaluate.during, *config.evaluate.final):
-        if name not in config.evaluate.benchmarks:
-            key = "evaluate.during" if name in config.evaluate.during else "evaluate.final"
-            known = ", ".join(config.evaluate.benchmarks) or "none"
-            problems.append((key, f"{key} names the benchmark '{name}', but evaluate.benchmarks has {known}"))
-    measured = [*config.evaluate.during, *(["val"] if config.evaluate.demo_val else [])]
-    if measured and config.evaluate.best.partition("/")[0] not in measured:
-        problems.append(
-            (
-                "evaluate.best",
-                f"evaluate.best={config.evaluate.best}: while training {' and '.join(measured)} is measured; set "
-                f"evaluate.best={measured[0]}/METRIC",
-            )
-        )
-    weighted = [source.weight is not None for source in config.data.train.values()]
-    if any(weighted) and not all(weighted):
-        name = f"data.train.{list(config.data.train)[weighted.index(False)]}.weight"
-        problems.append((name, f"{name} is not set, but other sources have a weight; set it for all or for none"))
-    if config.loss.boxes and config.data.train and not any(each.detections for each in config.data.train.values()):
-        name = f"data.train.{next(iter(config.data.train))}.detections"
-        problems.append((name, f"loss.boxes={config.loss.boxes} needs boxes to learn from; set {name}"))
-    if config.model.weights.source != "scratch" and not config.model.weights.path:
-        problems.append(
-            ("model.weights.path", f"model.weights.source={config.model.weights.source} needs model.weights.path")
-        )
-    return problems
-
-
-def to_yaml(config: Any) -> str:
-    """The resolved configuration as YAML; reading it back gives the same run."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, dict[str, Any]]]:
@@ -266,20 +159,57 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, dict[str, Any
         raise UserError(f"{path}: no such config file" + (f"; did you mean {near[0]}?" if near else ""))
     try:
         # Bytes, not text: PyYAML then recognises byte order marks and UTF-16.
-        loaded = _parse_yaml(path.read_bytes())
+        content = _parse_yaml(path.read_bytes())
     except Exception as error:  # PyYAML raises many kinds; each is the file's fault
         raise UserError(f"{path}: not readable as YAML: {_one_line(error)}") from error
-    loaded = {} if loaded is None else loaded
-    if not isinstance(loaded, dict):
+    content = {} if content is None else content
+    if not isinstance(content, dict):
         raise UserError(f"{path}: a config must be a mapping of sections, such as 'train: ...'")
-    bases = loaded.pop("_base_", [])
+    bases = content.pop("_base_", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise UserError(f"{path}: _base_ must be the name of a config file, or a list of names")
-    below: list[tuple[str, dict[str, Any]]] = []
-    for base in bases:
-        below += _layers(path.parent / base, (*seen, path.resolve()))
-    return [*below, (str(path), loaded)]
+    below = [layer for base in bases for layer in _layers(path.parent / base, (*seen, path.resolve()))]
+    return [*below, (str(path), content)]
+
+
+def _override(text: str, schema: type) -> tuple[str, dict[str, Any]]:
+    """A ``a.b=c`` of the command line as one more layer."""
+    name, equals, written = text.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", name) or name.count(".") > _DEEPEST:
+        raise UserError(f"'{text}': overrides are written section.key=value, e.g. train.seed=1")
+    keys = name.split(".")
+    kind: Any = schema
+    for key in keys:
+        if section := section_of(kind):
+            kind = typing.get_type_hints(section).get(key)
+        else:
+            kind = get_args(kind)[1] if get_origin(kind) is dict else None
+    try:
+        if kind is str or set(get_args(kind)) == {str, type(None)}:
+            # All that is written, also "a: b" and "[x", unless it is null or in quotes.
+            written = written.strip()
+            is_quoted = len(written) > 1 and written[0] == written[-1] and written[0] in "'\""
+            value = None if written in ("null", "~") else _parse_yaml(written) if is_quoted else written
+        else:
+            value = _parse_yaml(written)
+    except Exception as error:
+        raise UserError(f"override '{text}': {_one_line(error)}") from error
+    tree: dict[str, Any] = {keys[-1]: value}
+    for key in reversed(keys[:-1]):
+        tree = {key: tree}
+    return f"override '{text}'", tree
+
+
+def _walk(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value in nested dicts and lists with its dotted key, the outer ones first."""
+    yield name, value
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _walk(inner, f"{name}.{key}" if name else f"{key}")
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from _walk(inner, f"{name}[{number}]")
 
 
 def _with_new_names(layer: dict[str, Any], schema: type, origin: str) -> dict[str, Any]:
@@ -287,23 +217,27 @@ def _with_new_names(layer: dict[str, Any], schema: type, origin: str) -> dict[st
     layer = copy.deepcopy(layer)  # its file may be the base of another one, read again
     notice = "%s: %s is now %s; the old name is read for one more release"
     for old, new in _old_keys(schema):
-        for path in list(_matches(layer, old.split("."))):
-            chosen = iter(key for key, pattern in zip(path, old.split("."), strict=True) if pattern == "NAME")
-            target = [next(chosen) if key == "NAME" else key for key in new.split(".")]
-            log.warning(notice, origin, ".".join(path), ".".join(target))
-            value = raw_value(layer, path[:-1]).pop(path[-1])
-            section = layer
-            for key in target[:-1]:
-                section = section.setdefault(key, {})
-            section.setdefault(target[-1], value)
-    for name, entry, _ in knobs(schema):
+        pattern = re.compile(re.escape(old).replace("NAME", r"([^.]+)"))
+        for name, value in list(_walk(layer)):
+            if match := pattern.fullmatch(name):
+                *path, last = name.split(".")
+                raw_value(layer, path).pop(last)
+                target = new.replace("NAME", "{}").format(*match.groups())
+                *path, last = target.split(".")
+                section: Any = layer
+                for key in path:  # what is no section is an error, which the check of the shape finds
+                    section = section.setdefault(key, {}) if isinstance(section, dict) else None
+                if isinstance(section, dict):
+                    section.setdefault(last, value)
+                log.warning(notice, origin, name, target)
+    for knob_name, entry, _ in knobs(schema):
         old_values: dict[str, str] = entry.metadata.get("old_values") or {}
-        for path in _matches(layer, name.split(".")) if old_values else ():
-            section = raw_value(layer, path[:-1])
-            old = section[path[-1]]
-            if isinstance(old, str) and old in old_values:
-                section[path[-1]] = old_values[old]
-                log.warning(notice, origin, f"{'.'.join(path)}={old}", old_values[old])
+        pattern = re.compile(re.escape(knob_name).replace("NAME", r"([^.]+)"))
+        for name, value in list(_walk(layer)) if old_values else ():
+            if pattern.fullmatch(name) and isinstance(value, str) and value in old_values:
+                *path, last = name.split(".")
+                raw_value(layer, path)[last] = old_values[value]
+                log.warning(notice, origin, f"{name}={value}", old_values[value])
     return layer
 
 
@@ -320,37 +254,9 @@ def _old_keys(schema: type, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield from _old_keys(named, f"{name}.NAME.")
 
 
-def _matches(tree: Any, pattern: Sequence[str]) -> Iterator[list[str]]:
-    """The paths in a nested dict that a dotted key stands for; NAME is any name."""
-    if not pattern:
-        yield []
-    elif isinstance(tree, dict):
-        for key in list(tree) if pattern[0] == "NAME" else [pattern[0]] if pattern[0] in tree else []:
-            for rest in _matches(tree[key], pattern[1:]):
-                yield [key, *rest]
-
-
-def _leaves(tree: Any, prefix: str = "") -> Iterator[str]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        yield f"{prefix}{key}"
-
-
-def _texts(name: str, value: Any) -> Iterator[tuple[str, str]]:
-    """The strings in a knob's value, with their keys."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _texts(f"{name}.{key}", inner)
-    elif isinstance(value, list):
-        for place, inner in enumerate(value):
-            yield from _texts(f"{name}[{place}]", inner)
-    elif isinstance(value, str):
-        yield name, value
-
-
-# No configuration is so large or so deep; aliases that hold themselves or each other are without end.
-
+# --------------------------------------------------------------------------------------------------
+# YAML without guesses
+# --------------------------------------------------------------------------------------------------
 
 # No configuration is so large or so deep; aliases that hold themselves or each other are without end.
 _MOST_VALUES, _DEEPEST = 100_000, 50
@@ -416,103 +322,54 @@ def _size(tree: Any, known: dict[int, tuple[float, float]]) -> tuple[float, floa
     return known[id(tree)]
 
 
-def _override(text: str, schema: type) -> tuple[str, dict[str, Any]]:
-    name, equals, written = text.partition("=")
-    if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", name) or name.count(".") > _DEEPEST:
-        raise UserError(f"'{text}': overrides are written section.key=value, e.g. train.seed=1")
-    keys = name.split(".")
-    try:
-        value = _text_value(written.strip()) if _is_text(_kind(schema, keys)) else _parse_yaml(written)
-    except Exception as error:
-        raise UserError(f"override '{text}': {_one_line(error)}") from error
-    tree = {keys[-1]: value}
-    for key in reversed(keys[:-1]):
-        tree = {key: tree}
-    return f"override '{text}'", tree
-
-
-def _text_value(written: str) -> str | None:
-    """A text knob's value as the command line spells it: all of it, unless it is null or in quotes."""
-    if written in ("null", "~"):
-        return None
-    if len(written) > 1 and written[0] == written[-1] and written[0] in "'\"":
-        value = _parse_yaml(written)
-        assert isinstance(value, str)
-        return value
-    return written
-
-
-def _kind(schema: Any, keys: Sequence[str]) -> Any:
-    """The declared type of a dotted key; None where the schema has no such key."""
-    for key in keys:
-        if section := section_of(schema):
-            schema = typing.get_type_hints(section).get(key)
-        else:
-            schema = get_args(schema)[1] if get_origin(schema) is dict else None
-    return schema
-
-
-def _is_text(kind: Any) -> bool:
-    return kind is str or set(get_args(kind)) == {str, type(None)}
+# --------------------------------------------------------------------------------------------------
+# Merging, and the messages about keys and types
+# --------------------------------------------------------------------------------------------------
 
 
 def _merge(tree: DictConfig, layer: dict[str, Any], origin: str, schema: type) -> DictConfig:
-    unknown = _unknown(layer, schema, schema)
-    if unknown:
-        raise UserError(*(f"{origin}: {text}" for text in unknown))
+    if problems := list(_misshapen(layer, schema, schema)):
+        raise UserError(*(f"{origin}: {text}" for text in problems))
     try:
         return typing.cast(DictConfig, OmegaConf.merge(tree, OmegaConf.create(layer)))
     except OmegaConfBaseException as error:
         raise UserError(f"{origin}: {_explain(error, schema)}") from error
 
 
-# It is a part of keys, which dots separate, and of file names.
-_CHOSEN_NAME = re.compile(r"[\w -]+")
+def _misshapen(value: Any, kind: Any, whole: type, name: str = "") -> Iterator[str]:
+    """Unknown keys, and values where a section belongs or the other way round.
 
-
-def _unknown(tree: Any, schema: type, whole: type, prefix: str = "") -> list[str]:
-    """Keys that no section has; omegaconf would say so too, but without the nearest right name."""
-    hints, problems = typing.get_type_hints(schema), []
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if key not in hints:
-            problems.append(f"unknown key '{name}'{_suggest(key, schema, whole, prefix)}")
-            continue
-        section, named = section_of(hints[key]), named_sections(hints[key])
-        if section:
-            problems += _unknown_in(value, section, whole, name)
-        elif named and not isinstance(value, dict):
-            problems.append(f"'{name}' holds sections with names of your choice, not a value")
-        elif named:
-            for chosen, inner in value.items():
-                if not _CHOSEN_NAME.fullmatch(str(chosen)):
-                    problems.append(f"'{name}' has the name '{chosen}'; use letters, digits, spaces, '-' and '_'")
-                    continue
-                problems += _unknown_in(inner, named, whole, f"{name}.{chosen}")
-        else:
-            problems += _misshapen(name, value, hints[key])
-    return problems
-
-
-def _misshapen(name: str, value: Any, kind: Any) -> Iterator[str]:
-    """Sections and lists where a knob has none; omegaconf lets some of them pass, to fail elsewhere."""
-    if isinstance(value, (dict, list)) and get_origin(kind) is not type(value):
+    omegaconf reports unknown keys without the nearest right name, and lets some wrong shapes pass, to fail elsewhere.
+    """
+    if section := section_of(kind):
+        if not isinstance(value, dict):
+            keys = ", ".join(entry.name for entry in dataclasses.fields(section))
+            yield f"'{name}' is a section with the keys {keys}, not a value"
+            return
+        hints, prefix = typing.get_type_hints(section), f"{name}." if name else ""
+        for key, inner in value.items():
+            if key in hints:
+                yield from _misshapen(inner, hints[key], whole, f"{prefix}{key}")
+            else:
+                yield f"unknown key '{prefix}{key}'{_suggest(key, section, whole, prefix)}"
+    elif named := named_sections(kind):
+        if not isinstance(value, dict):
+            yield f"'{name}' holds sections with names of your choice, not a value"
+            return
+        for chosen, inner in value.items():
+            if re.fullmatch(_CHOSEN_NAME, str(chosen)):
+                yield from _misshapen(inner, named, whole, f"{name}.{chosen}")
+            else:
+                yield f"'{name}' has the name '{chosen}'; use letters, digits, spaces, '-' and '_'"
+    elif isinstance(value, (dict, list)) and get_origin(kind) is not type(value):
         shapes = {list: "a list, such as [a, b]", dict: "a mapping, such as {a: b}"}
-        shape = shapes.get(get_origin(kind), "one value")
-        yield f"'{name}' is {shape}, not a {type(value).__name__}"
-    elif isinstance(value, (dict, list)) and get_args(kind)[-1] is not Any:
-        inside = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, inner in inside:
-            yield from _misshapen(
-                f"{name}.{key}" if isinstance(value, dict) else f"{name}[{key}]", inner, get_args(kind)[-1]
-            )
-
-
-def _unknown_in(tree: Any, section: type, whole: type, name: str) -> list[str]:
-    if isinstance(tree, dict):
-        return _unknown(tree, section, whole, f"{name}.")
-    keys = ", ".join(entry.name for entry in dataclasses.fields(section))
-    return [f"'{name}' is a section with the keys {keys}, not a value"]
+        yield f"'{name}' is {shapes.get(get_origin(kind), 'one value')}, not a {type(value).__name__}"
+    elif isinstance(value, dict) and get_args(kind)[-1] is not Any:
+        for key, inner in value.items():
+            yield from _misshapen(inner, get_args(kind)[-1], whole, f"{name}.{key}")
+    elif isinstance(value, list) and get_args(kind)[-1] is not Any:
+        for number, inner in enumerate(value):
+            yield from _misshapen(inner, get_args(kind)[-1], whole, f"{name}[{number}]")
 
 
 def _suggest(key: Any, schema: type, whole: type, prefix: str) -> str:
@@ -555,3 +412,97 @@ def _explain(error: OmegaConfBaseException, schema: type) -> str:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split("\n    full_key")[0].split())
+
+
+# --------------------------------------------------------------------------------------------------
+# Contradictions
+# --------------------------------------------------------------------------------------------------
+
+
+def check(config: Config) -> list[tuple[str, str]]:
+    """Everything that is out of range or contradicts itself, as (key, what is wrong with it)."""
+    problems = out_of_range(config)
+    model, data, loss, train, evaluate = config.model, config.data, config.loss, config.train, config.evaluate
+
+    def wrong(key: str, text: str) -> None:
+        problems.append((key, text))
+
+    if loss.local_loss and not loss.gather_with_grad:
+        wrong(
+            "loss.gather_with_grad",
+            "loss.local_loss=true needs loss.gather_with_grad=true: without it the gradient is biased "
+            "(cosine 0.92 to the true one on two processes)",
+        )
+    if model.fast.spatial and model.patch_dropout > 0:
+        wrong("model.fast.spatial", "model.fast.spatial=true looks at whole frames, so it needs model.patch_dropout=0")
+
+    for name in ("train.duration", "train.log_every", "train.save_every", "evaluate.every", "train.warmup"):
+        section, _, key = name.partition(".")
+        text = getattr(getattr(config, section), key)
+        try:
+            steps = duration_in_steps(text, steps_per_epoch=1, global_batch_size=1, key=name)
+            if steps == 0 and name != "train.warmup":
+                wrong(name, f"{name} is '{text}', but must be longer than nothing")
+        except UserError as error:
+            wrong(name, str(error))
+    if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
+        wrong("train.betas", f"train.betas is {list(train.betas)}, but must be two numbers in [0, 1)")
+    if train.schedule == "cosine" and train.lr_end > train.lr:
+        wrong("train.lr_end", f"train.lr_end is {train.lr_end}, but a cosine falls: at most train.lr={train.lr}")
+
+    graded, relevancy = loss.name in RELEVANCY_LOSSES, data.labels.target == "relevancy"
+    if graded and not relevancy:
+        wrong("loss.name", f"loss.name={loss.name} grades texts by relevancy, so it needs data.labels.target=relevancy")
+    if relevancy and not graded:
+        names = ", ".join(RELEVANCY_LOSSES)
+        wrong("loss.name", f"loss.name={loss.name} ignores relevancy; data.labels.target=relevancy goes with {names}")
+
+    heads = model.heads != "none"
+    classes = (heads, data.labels.target == "class", loss.name == "classes")
+    if any(classes) and not all(classes):
+        wrong("model.heads", "model.heads=joint or parts, data.labels.target=class and loss.name=classes go together")
+    columns = [name.removesuffix("_class") for name in data.labels.columns]
+    key = "data.labels.columns"
+    if not columns:
+        wrong(key, f"{key}=[] is empty, but a class is given by at least one column")
+    elif len(set(columns)) < len(columns):
+        wrong(key, f"{key}={data.labels.columns} names a column twice")
+    elif len(columns) > 1 and "action" in columns:
+        wrong(
+            key, f"{key}: all columns together are called action, so none of several can be; give that column "
+            "another name"
+        )  # fmt: skip
+    for key in ("mixup", "cutmix"):
+        if getattr(train, key) and loss.name != "classes":
+            wrong(f"train.{key}", f"train.{key} mixes labels, so it needs loss.name=classes")
+    if heads and model.head_start == "text" and model.weights.source == "scratch":
+        wrong("model.head_start", "model.head_start=text needs a text tower that was trained; set model.weights")
+    if heads and loss.boxes:
+        wrong("loss.boxes", "loss.boxes does not go with model.heads: a model with heads predicts no boxes")
+    if train.trainable == "heads" and not heads:
+        wrong("train.trainable", "train.trainable=heads needs heads to train; set model.heads")
+
+    for key, chosen in (("evaluate.during", evaluate.during), ("evaluate.final", evaluate.final)):
+        for name in chosen:
+            if name not in evaluate.benchmarks:
+                names = ", ".join(evaluate.benchmarks) or "none"
+                wrong(key, f"{key} names the benchmark '{name}', but evaluate.benchmarks has {names}")
+    measured = [*evaluate.during, *(["val"] if evaluate.demo_val else [])]
+    if measured and evaluate.best.partition("/")[0] not in measured:
+        wrong(
+            "evaluate.best",
+            f"evaluate.best={evaluate.best}: while training {' and '.join(measured)} is measured; set "
+            f"evaluate.best={measured[0]}/METRIC",
+        )
+    if evaluate.controls and model.num_frames < 2:
+        wrong("evaluate.controls", "evaluate.controls destroy the order of frames, but model.num_frames is 1")
+    weighted = [source.weight is not None for source in data.train.values()]
+    if any(weighted) and not all(weighted):
+        name = f"data.train.{list(data.train)[weighted.index(False)]}.weight"
+        wrong(name, f"{name} is not set, but other sources have a weight; set it for all or for none")
+    if loss.boxes and data.train and not any(each.detections for each in data.train.values()):
+        name = f"data.train.{next(iter(data.train))}.detections"
+        wrong(name, f"loss.boxes={loss.boxes} needs boxes to learn from; set {name}")
+    if model.weights.source != "scratch" and not model.weights.path:
+        wrong("model.weights.path", f"model.weights.source={model.weights.source} needs model.weights.path")
+    return problems

@@ -56,7 +56,7 @@ def test_another_broken_pipe_is_an_error(capsys: pytest.CaptureFixture[str]) -> 
 def test_every_program_ends_this_way() -> None:
     for path in [*ROOT.glob("tools/*.py"), *ROOT.glob("main_*.py")]:
         text = path.read_text(encoding="utf-8")
-        if "__main__" in text:
+        if "__main__" in text and path.name != "house.py":  # which needs nothing of the project
             assert "cli.run(main)" in text or "cli.while_read(main)" in text, path
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -215,7 +217,7 @@ def test_every_missing_variable_is_named_at_once(tmp_path: Path, monkeypatch: py
         ("{}", "train.seed=99999999999999999999999", ["train.seed", "at most"]),
         ("train: {duration: 1e400 steps}", None, ["train.duration", "too long"]),
         ("_base_: {a: b}", None, ["_base_", "name of a config file"]),
-        ("data: {labels: {target: relevancy}}", None, ["loss.name=infonce knows no relevancy", "sms"]),
+        ("data: {labels: {target: relevancy}}", None, ["loss.name=infonce ignores relevancy", "sms"]),
         ("loss: {name: sms}", None, ["loss.name=sms grades texts by relevancy", "data.labels.target=relevancy"]),
         ("data: {labels: {columns: []}}", None, ["data.labels.columns", "is empty"]),
         ("data: {labels: {columns: [verb, verb_class]}}", None, ["data.labels.columns", "twice"]),
@@ -408,3 +410,9 @@ def test_keys_and_values_of_the_last_release_are_read_with_a_warning(
     caplog.clear()
     assert load_as(Renamed, write(tmp_path, "{inner: {seconds: 1}}"), [], none) == Renamed()
     assert not caplog.records
+
+
+def test_settings_are_read_without_pytorch() -> None:
+    """Tools that need no model start at once."""
+    code = "import sys, egohod.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
