@@ -132,7 +132,7 @@ def _choose_clips(pipeline: Pipeline, args: argparse.Namespace) -> list[int]:
     if args.number < 1 or args.seed < 0:
         raise UserError(f"--number must be at least 1 and --seed at least 0, not {args.number} and {args.seed}")
     order = np.random.default_rng(args.seed).permutation(len(table)).tolist()
-    with pipeline.store.all_results() as results:
+    with pipeline.store.results() as results:
         begun = (index for index in order if pipeline.stored(index, results))
         chosen = [index for index, _ in zip(begun, range(args.number), strict=False)]
     if not chosen:

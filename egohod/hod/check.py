@@ -36,18 +36,15 @@ from egohod.hod.language import clauses, sides
 from egohod.hod.narrators.base import Narration, Narrator, Request
 from egohod.hod.narrators.template import TemplateNarrator
 
-NAMES = ("length", "prompt", "language", "side", "verb", "object", "hand", "direction", "times", "contact")
-"""What reasons begin with, followed by a colon and the words at fault."""
-
 
 @dataclass(frozen=True)
 class Verdict:
     """The result of checking a caption."""
 
-    score: float
-    """0 to 1: the share of the source's words that are kept times the share of statements that the tracks support."""
+    score: float  # 0 to 1: share of the source's words that remain times share of statements that the tracks support
+    # Why it is refused: the words at fault, after one of the names length, prompt, language, side, verb, object, hand,
+    # direction, times, contact and a colon.
     reasons: tuple[str, ...]
-    """Why it is refused, each ``name: what``; see ``NAMES``."""
 
     @property
     def passed(self) -> bool:
@@ -68,41 +65,34 @@ def check(caption: str, source: str, facts: ClipFacts | None, settings: CheckCon
     reasons = _faults_of_form(caption, source, settings, prompt)
     if reasons:
         return Verdict(0.0, tuple(reasons))
-    kept_share = supported_share = 1.0
+    coverage = support = 1.0
     if settings.words and source.strip() and is_english(source, settings.language):
         # What the tracks have no name for is an object, as in "the left hand holds another object".
         name = facts.object.name if facts is not None and facts.object is not None else None
         more = f"{name or ''} object" if facts is not None else ""
-        reasons, kept_share = compare_words(caption, source, facts, more)
+        reasons, coverage = compare_words(caption, source, facts, more)
     if settings.tracks and facts is not None:
         unsupported, statements = unsupported_claims(caption, source, facts, settings.min_seen)
         reasons += unsupported
-        supported_share = 1 - min(len(unsupported) / max(statements, 1), 1.0)
-    return Verdict(kept_share * supported_share, tuple(reasons))
+        support = 1 - min(len(unsupported) / max(statements, 1), 1.0)
+    return Verdict(coverage * support, tuple(reasons))
 
 
-# --------------------------------------------------------------------------------------------------
-# The policy for captions that are refused
-# --------------------------------------------------------------------------------------------------
+# --- The policy for captions that are refused ---
 
 
 @dataclass(frozen=True)
 class Checked:
     """A caption that went through the check."""
 
-    text: str | None
-    """None where not even the template has something true to say."""
-    narrator: str
-    """Whose caption it is in the end; ``template`` too where it replaced another's."""
+    text: str | None  # None where not even the template has something true to say
+    narrator: str  # whose caption it is in the end; template too where it replaced another's
     verdict: Verdict
-    attempts: int
-    """How often the narrator was asked: 1 or 2."""
-    refusals: tuple[str, ...]
-    """Reasons for which its captions were refused, if it was asked twice or replaced."""
+    attempts: int  # how often the narrator was asked: 1 or 2
+    refusals: tuple[str, ...]  # why its captions were refused, if it was asked twice or replaced
     prompt_tokens: int
     completion_tokens: int
-    unanswered: bool
-    """Whether the narrator had no usable answer, at least once: another day it may have one."""
+    unanswered: bool  # the narrator had no usable answer at least once: another day it may have one
 
 
 def check_narrations(
@@ -123,12 +113,11 @@ def check_narrations(
     refusals: list[tuple[str, ...]] = [() for _ in requests]
 
     def result(number: int, text: str | None, who: str, verdict: Verdict) -> tuple[int, Checked]:
-        all_answers = answers[number]
-        prompt_tokens = sum(each.prompt_tokens for each in all_answers)
-        completion_tokens = sum(each.completion_tokens for each in all_answers)
-        unanswered = any(each.problem is not None for each in all_answers)
-        attempts = (len(all_answers), refusals[number])
-        return number, Checked(text, who, verdict, *attempts, prompt_tokens, completion_tokens, unanswered)
+        own = answers[number]
+        prompt_tokens, completion_tokens = sum(a.prompt_tokens for a in own), sum(a.completion_tokens for a in own)
+        unanswered = any(answer.problem is not None for answer in own)
+        history = (len(own), refusals[number], prompt_tokens, completion_tokens, unanswered)
+        return number, Checked(text, who, verdict, *history)
 
     def judge(number: int, answer: Narration) -> Verdict:
         answers[number].append(answer)
@@ -170,9 +159,7 @@ def check_narrations(
         yield result(number, text, "template", verdict)
 
 
-# --------------------------------------------------------------------------------------------------
-# Form: length, text of a prompt, language
-# --------------------------------------------------------------------------------------------------
+# --- Form: length, text of a prompt, language ---
 
 # Orders to a model, whoever gives them.
 _ORDER = re.compile(
@@ -234,15 +221,13 @@ def _word_runs(text: str) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + _ECHO_WORDS]) for i in range(len(words) - _ECHO_WORDS + 1)}
 
 
-# --------------------------------------------------------------------------------------------------
-# Against the narration before
-# --------------------------------------------------------------------------------------------------
+# --- Against the narration before ---
 
 _WITH = re.compile(r"\b(?:with|using|uses?|by) (?:the |his |her |their |your |my )?(left|right) hand\b")
 # The hand that does not act may do this as well; whether it does is in the tracks.
 _SHARED = frozenset({"hold", "keep"})
 # Least share of the source's verbs and things that a caption names
-_LEAST_KEPT = 0.6
+_LEAST_COVERAGE = 0.6
 # Of more verbs or things than this one may be missing
 _FEW = 2
 
@@ -261,7 +246,7 @@ def compare_words(caption: str, source: str, facts: ClipFacts | None, thing: str
     if (words.new_things and words.lost_things) or words.invented:
         lost = ", ".join(words.lost_things)
         reasons.append(f"object: {', '.join(words.new_things)} for {lost or 'none of the source'}")
-    elif words.coverage < _LEAST_KEPT or (
+    elif words.coverage < _LEAST_COVERAGE or (
         len(before.things) <= _FEW and any(language.is_specific(each) for each in words.lost_things)
     ):
         reasons.append(f"object: {', '.join((*words.lost_verbs, *words.lost_things))} left out")
@@ -298,9 +283,7 @@ def _action_of_other_hand(caption: str, verbs: tuple[str, ...], acting: str) -> 
     return next((action for action in others if action not in _SHARED & own), None)
 
 
-# --------------------------------------------------------------------------------------------------
-# Against the tracks
-# --------------------------------------------------------------------------------------------------
+# --- Against the tracks ---
 
 TWICE, ONCE, ABSENT, CONTACT, RELEASE = "twice", "once", "out of sight", "contact", "release"
 CLOSING, PARTING = "closing", "parting"
@@ -357,12 +340,9 @@ _CLAIM = re.compile("|".join(rf"(?P<c{i}>\b(?:{pattern}))" for i, (pattern, _) i
 class Claim:
     """One statement about a hand, or about the action where no hand is named."""
 
-    sides: tuple[str, ...]
-    """Empty: the hand that acts."""
-    what: str
-    """A direction of :mod:`egohod.hod.facts`, or one of this module's words."""
-    words: str
-    """As the caption has it."""
+    sides: tuple[str, ...]  # empty: the hand that acts
+    what: str  # a direction of egohod.hod.facts, or one of the words above
+    words: str  # as the caption has it
 
 
 def claims(text: str) -> list[Claim]:

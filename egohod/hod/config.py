@@ -13,8 +13,8 @@ from egohod.hod.detectors import DETECTORS
 from egohod.hod.narrators import NARRATORS
 from egohod.knobs import knob, out_of_range, part
 
+# Of the output, before those of keep. Here, since keep must not repeat one: the pipeline imports this module.
 COLUMNS = ("video_id", "start_second", "end_second", "text", "dataset", "uid")
-"""Of the output, before those of ``keep``: what a training reads."""
 
 
 @dataclass
@@ -41,8 +41,9 @@ class DetectorConfig:
         "mediapipe",
         "mediapipe: hands, on any CPU; detections: files made elsewhere; torchvision: your own checkpoint; oracle: "
         "files with synthetic noise, to see how much the other stages tolerate",
-        choices=tuple(DETECTORS),
+        choices=tuple(DETECTORS),  # a new detector needs no change here
     )
+    # Not dataclasses of their own: the constructor of a detector declares its options, and they are checked against it.
     options: dict[str, Any] = knob({}, "arguments of the detector, docs/hod.md; e.g. {path: detections.parquet}")
 
 
@@ -67,14 +68,16 @@ class NarratorConfig:
         "template",
         "template: sentences from phrases, offline; llm: a language model rewrites the narration; vlm: a "
         "vision-language model sees the frames too, for videos without narrations",
-        choices=tuple(NARRATORS),
+        choices=tuple(NARRATORS),  # as for detectors; settings of its own are added below
     )
+    # --- template, which also replaces refused captions of the others ---
     seed: int = knob(0, "varies the template's wording, and is sent to the model", low=0)
     varied: bool = knob(
         True,
         "template: several wordings for the same facts; false uses one, and only for what moves where, which a text "
         "tower that is trained from scratch learns sooner",
     )
+    # --- language models ---
     endpoint: str = knob(
         "http://127.0.0.1:8000/v1", "base address of any OpenAI-compatible server (vLLM, Ollama, llama.cpp, a service)"
     )
@@ -105,6 +108,7 @@ class NarratorConfig:
         "alone; the answer is validated in any case",
         choices=("json_schema", "json_object_schema", "json_object", "none"),
     )
+    # --- vision-language models ---
     frames: int = knob(4, "vlm: frames of a clip that are sent, evenly spaced", low=1)
     frame_size: int = knob(448, "vlm: longer side of a sent frame in pixels; tokens grow with its square", low=32)
     jpeg_quality: int = knob(85, "vlm: of the sent frames", low=10, high=100)
@@ -114,11 +118,14 @@ class NarratorConfig:
 class CheckConfig:
     """What a caption must satisfy."""
 
+    # --- form ---
     min_words: int = knob(3, "shorter captions say nothing", low=1)
     max_words: int = knob(60, "the text tower reads 77 tokens and cuts longer captions off", low=4)
+    # Applied before narrating too: a narrator is not told of such a hand.
     min_seen: float = knob(
         0.1, "a hand that was detected in a smaller share of the frames may not be mentioned", low=0, high=1
     )
+    # Each half can be switched off: narrations may be in another language, videos without usable boxes.
     words: bool = knob(True, "compare verbs, objects and sides with the narration before")
     tracks: bool = knob(True, "compare hands, directions and contact with the tracks")
     language: float = knob(0.6, "least share of English words in a caption; 0 allows any language", low=0, high=1)
@@ -141,6 +148,7 @@ class HodConfig:
     """The whole pipeline."""
 
     output: str = knob("hod.csv", "the narrations; results of the stages are in the folder OUTPUT.work")
+    # The same section as a training's, so that a configuration can be moved between the two.
     source: SourceConfig = part(SourceConfig)
     windows: WindowsConfig = part(WindowsConfig)
     demo: DemoConfig = part(DemoConfig)
@@ -167,6 +175,7 @@ class HodConfig:
     dataset: str = knob("", "dataset column of rows whose metadata has none; a training chooses the video root by it")
     seed: int = knob(0, "draws one of several narrations of a clip, where source.list_text=random", low=0)
     block: int = knob(256, "shards are multiples of so many clips", low=1)
+    # A wrong root or a broken mount fails every clip: found after fifty of them, not after a day.
     max_bad_fraction: float = knob(
         0.05,
         "stop when more than this share of the rows, or of the clips that a stage has tried, fails; fewer than a "
@@ -184,7 +193,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> HodConfig:
 def check(config: HodConfig) -> list[tuple[str, str]]:
     """Everything that is out of range or contradicts itself, as (key, what is wrong with it)."""
     problems = out_of_range(config)
-    # The source's section is shared with trainings.
+    # The section is shared with trainings. What has no effect here is an error rather than a silent surprise.
     default = SourceConfig()
     for name in ("weight", "detections"):
         if getattr(config.source, name) != getattr(default, name):

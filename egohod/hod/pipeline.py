@@ -33,7 +33,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -77,37 +77,29 @@ _MOST = 0.5
 # Digits of numbers in results: hundred-thousandths of the picture or of a second. Rounded before the next stage reads
 # them, so that it gets the same whether the stage before ran just now or last week.
 _DIGITS = 5
-Record = TypeVar("Record")
 
 
-# --------------------------------------------------------------------------------------------------
-# Orchestration
-# --------------------------------------------------------------------------------------------------
+# --- Orchestration ---
 
 
 @dataclass
 class Task:
     """A clip on its way through the stages."""
 
-    index: int
-    """Of the clip in the table."""
-    outcomes: dict[str, Outcome] = field(default_factory=dict)
-    """What stages made of it so far."""
+    index: int  # of the clip in the table
+    outcomes: dict[str, Outcome] = field(default_factory=dict)  # what stages made of it so far
+    # What the narrator is asked. Built by the narrate stage and used again by the check stage: both need the facts
+    # decoded and, for a vision-language model, the frames.
     request: Request | None = None
-    """What the narrator is asked; built by the narrate stage and used by the check stage again, since both need the
-    facts decoded and, for a vision-language model, the frames."""
 
 
 class Stage(ABC):
     """One step from videos to narrations."""
 
     name: str
-    settings: Mapping[str, Any]
-    """All that its results depend on, apart from the clip and the stages before."""
-    reads_text = False
-    """Whether its results depend on the clip's narration too."""
-    group: int | None = _GROUP
-    """The number of tasks that :meth:`run` is given at a time; None for all, one by one as they are taken."""
+    settings: Mapping[str, Any]  # all that its results depend on, apart from the clip and the stages before
+    reads_text = False  # whether its results depend on the clip's narration too
+    group: int | None = _GROUP  # the number of tasks that run() gets at a time; None for all, one by one
 
     @abstractmethod
     def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Outcome]]:
@@ -119,23 +111,12 @@ class StageCounts:
     """How far a stage is with the clips of a shard."""
 
     total: int
-    stored: int = 0
-    """Clips that an earlier run has done."""
-    done: int = 0
-    """Clips that this run has done, failures included."""
-    failed: int = 0
-    """Failures of this run."""
-    failed_before: int = 0
-    """Failures among ``stored``."""
-    blocked: int = 0
-    """Clips that failed at an earlier stage."""
-    unready: int = 0
-    """Clips that have not been through the stages before."""
-
-    @property
-    def settled(self) -> int:
-        """Clips with which nothing is left to do."""
-        return self.stored + self.done + self.blocked + self.unready
+    stored: int = 0  # done by an earlier run
+    done: int = 0  # done by this run, failures included
+    failed: int = 0  # of those that this run has done
+    failed_before: int = 0  # of those that an earlier run has done
+    blocked: int = 0  # failed at an earlier stage
+    unready: int = 0  # not been through the stages before
 
 
 class Pipeline:
@@ -154,6 +135,7 @@ class Pipeline:
     def _keys(self, index: int) -> dict[str, tuple[str, str]]:
         """By stage, what its result for a clip is stored under."""
         row, text = self.table.row(index), source_text(self.cfg, self.table, index)
+        # Not the path of the video: folders differ by machine, and shards run on several.
         key = _hash(row.video_id, row.start, row.end, row.dataset)
         keys, reads_text = {}, False
         for stage, version in zip(self.stages, self._versions, strict=True):
@@ -186,8 +168,11 @@ class Pipeline:
             Progress(", ".join(counts), len(self.clips(shard)), seconds=5.0) as progress,
         ):
             tasks = self._due_tasks(stages, shard, results, counts)
-            # A stage that takes tasks one by one may take millions: they must not be a list.
-            for group in [tasks] if None in groups else _batches(tasks, min(filter(None, groups), default=_GROUP)):
+            if None in groups:
+                # A stage that takes tasks one by one may take millions: they must not become a list.
+                assert len(stages) == 1, "a stage that takes all tasks at a time runs alone"
+                self._run_stage(stages[0], tasks, results, counts, progress)
+            while group := list(itertools.islice(tasks, min(filter(None, groups), default=0))):
                 for stage in stages:
                     self._run_stage(stage, group, results, counts, progress)
         for name, at in counts.items():
@@ -205,6 +190,8 @@ class Pipeline:
         """The clips for which at least one of the stages has something to do; others are counted."""
         for index in self.clips(shard):
             task = Task(index, self.stored(index, results))
+            # Groups are made of these alone: where few clips are due, as with --retry, requests to a model are full
+            # all the same.
             if any(self._state(task, stage) == "due" for stage in stages):
                 yield task
             else:
@@ -241,6 +228,7 @@ class Pipeline:
         for task, outcome in stage.run(task for task in group if self._is_due(task, stage, at)):
             if not at.done:
                 results.reopen(self.fingerprint)
+            # At once: a killed run loses the clips that it is working on, and no answer of a model that was paid for.
             results.put(*self.keys(task.index)[stage.name], outcome)
             task.outcomes[stage.name] = outcome
             at.done += 1
@@ -256,8 +244,9 @@ class Pipeline:
                         f"{self.cfg.max_bad_fraction:g} allows; the last: {self.table.where(task.index)}: "
                         f"{outcome.fault}"
                     )
-            note = f"{failed:,} failed" if (failed := sum(each.failed for each in counts.values())) else ""
-            progress.update(sum(each.settled for each in counts.values()) / len(counts), note=note)
+            settled = sum(each.stored + each.done + each.blocked + each.unready for each in counts.values())
+            failed = sum(each.failed for each in counts.values())
+            progress.update(settled / len(counts), note=f"{failed:,} failed" if failed else "")
 
     def _log_counts(self, name: str, at: StageCounts) -> None:
         notes = [
@@ -290,17 +279,42 @@ class Pipeline:
 
         Raises :class:`UserError` if a clip has neither a narration nor a failure.
         """
-        failures = fallbacks = 0
-        summary = NarrationSummary(self.cfg.narrator.kind)
+        # Read back from the store: most clips may have been done by earlier runs.
+        narrator, narrations, failures, fallbacks, without_hand = self.cfg.narrator.kind, 0, 0, 0, 0
+        narrators, refusals, tokens = Counter[str](), Counter[str](), Counter[str]()
         for _, _, outcome in self._final(shard):
-            failures += outcome.fault is not None
             fallbacks += outcome.is_fallback
-            if outcome.fault is None:
-                summary.add(outcome.parsed())
-        counts = Finished(summary.narrations, failures, fallbacks)
+            if outcome.fault is not None:
+                failures += 1
+                continue
+            checked = outcome.parsed()
+            narrations += 1
+            again = checked["attempts"] > 1 and checked["narrator"] == narrator
+            narrators[f"{checked['narrator']} on the second try" if again else checked["narrator"]] += 1
+            # By kind of reason; the words at fault are in the results.
+            refusals.update({reason.partition(":")[0] for reason in checked["refusals"]})
+            tokens.update(prompt=checked["prompt_tokens"], completion=checked["completion_tokens"])
+            without_hand += not sides(checked["text"])
+        counts = Finished(narrations, failures, fallbacks)
         with self.store.results(shard) as results:
             results.finish(self.fingerprint, counts)
-        summary.log()
+        # A run in which every caption was refused ends as well as any: only these lines show it.
+        notes = []
+        for what, counter in (("by", narrators), ("captions refused for", refusals), ("tokens:", +tokens)):
+            if counter:
+                notes.append(f"{what} " + ", ".join(f"{name} {count:,}" for name, count in counter.most_common()))
+        if narrations:
+            log.info("%s narrations: %s", f"{narrations:,}", "; ".join(notes))
+        replaced = narrators["template"] if narrator != "template" else 0
+        if replaced > _MOST * narrations:
+            log.warning(
+                "the template replaced the captions of %s in %s of %s narrations: is the model good enough, and "
+                "reachable?",
+                *(narrator, f"{replaced:,}", f"{narrations:,}"),
+            )
+        if without_hand:
+            level = logging.WARNING if without_hand > _MOST * narrations else logging.INFO
+            log.log(level, "%s of %s narrations name no hand", f"{without_hand:,}", f"{narrations:,}")
         return counts
 
     def finished(self, shard: Shard) -> Finished | None:
@@ -330,8 +344,10 @@ class Pipeline:
             good.writerow([*COLUMNS, *self.cfg.keep])
             bad.writerow(FAILURE_COLUMNS)
             for index, stage, outcome in itertools.chain.from_iterable(map(self._final, Shard.all(shards))):
-                row, uid = self.table.row(index), clip_uid(self.table, index)
+                row = self.table.row(index)
                 place = [row.video_id, seconds_text(row.start), seconds_text(row.end)]
+                # Without a name of its own a clip is called by its place, which a training reports.
+                uid = ("uid" in self.table.column_names and self.table.value("uid", index)) or "_".join(place)
                 if outcome.fault is None:
                     columns = [self.table.value(name, index) for name in self.cfg.keep]
                     cells = [*place, outcome.parsed()["text"], row.dataset or self.cfg.dataset, uid, *columns]
@@ -364,16 +380,9 @@ class Pipeline:
                         break
 
 
-def clip_uid(table: ClipTable, index: int) -> str:
-    """The clip's name: the table's own, else one made of its place."""
-    if "uid" in table.column_names and (uid := table.value("uid", index)):
-        return uid
-    row = table.row(index)
-    return f"{row.video_id}_{seconds_text(row.start)}_{seconds_text(row.end)}"
-
-
 def seconds_text(seconds: float) -> str:
-    """Seconds as they are written to a table: to the microsecond."""
+    """Seconds as they are written to a table."""
+    # To the microsecond, which tells any two frames apart; written in full, a third of a second has 16 digits.
     return f"{seconds:.6f}".rstrip("0").rstrip(".")
 
 
@@ -382,20 +391,12 @@ def _one_line(cells: Iterable[str]) -> list[str]:
     return [re.sub(r"[\r\n]+", " ", cell) for cell in cells]
 
 
-def _batches(tasks: Iterable[Task], size: int) -> Iterator[list[Task]]:
-    iterator = iter(tasks)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
-
-
 def _hash(*parts: Any) -> str:
     """Of anything that JSON can spell; equal for equal parts."""
     return content_hash(json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str), length=24)
 
 
-# --------------------------------------------------------------------------------------------------
-# From a configuration to a pipeline
-# --------------------------------------------------------------------------------------------------
+# --- From a configuration to a pipeline ---
 
 
 def build(cfg: HodConfig, *, retry: bool = False) -> Pipeline:
@@ -409,7 +410,7 @@ def build(cfg: HodConfig, *, retry: bool = False) -> Pipeline:
     inputs = {"source.metadata": cfg.source.metadata, "source.exclude": cfg.source.exclude}
     inputs |= {f"detector.options.{name}": value for name, value in cfg.detector.options.items()}
     inputs["narrator.prompt"] = cfg.narrator.prompt
-    outputs = [store.output.resolve(), store.failures.resolve()]
+    outputs = [store.output.resolve(), store.failures.resolve()]  # a link may lead to an input too
     for name, path in inputs.items():
         if isinstance(path, str) and path and Path(path).resolve() in outputs:
             raise UserError(f"output is '{cfg.output}', but {name} is read from {path}: it would be overwritten")
@@ -430,11 +431,12 @@ def narrated_clips(cfg: HodConfig) -> ClipTable:
 
     Raises :class:`UserError` if they are more than ``max_bad_fraction`` of all, or if a column is missing.
     """
+    # What the output copies, where the metadata has it.
     table = read_clips(cfg.source, extra=["uid", "dataset", *cfg.keep])
     for name in cfg.keep:
         if name not in table.column_names:
             raise UserError(f"{table.path}: no column '{name}' to keep; there are {', '.join(table.column_names)}")
-    # Rows that are left out on purpose are no damage.
+    # Rows that are left out on purpose are no damage; too many others mean that the file is not what it should be.
     bad = {why: n for why, n in table.report.left_out.items() if why not in ("duplicates", "on the exclude list")}
     rows = len(table) + sum(table.report.left_out.values())
     if sum(bad.values()) > cfg.max_bad_fraction * max(rows, _GRACE):
@@ -449,6 +451,7 @@ def narrated_clips(cfg: HodConfig) -> ClipTable:
 def cut_windows(cfg: HodConfig) -> ClipTable:
     """Windows over the videos below ``source.root``, without narrations. Raises :class:`UserError` if there is none."""
     root = cfg.source.root
+    # Every video is opened for its length: that takes minutes where there are thousands on remote storage.
     clips, faults = sliding_windows(root, cfg.windows.seconds, cfg.windows.stride, cfg.decoder)
     for fault in faults:
         log.warning("left out: %s", fault)
@@ -469,6 +472,7 @@ def open_videos(cfg: HodConfig, table: ClipTable) -> ClipSource:
 
 def source_text(cfg: HodConfig, table: ClipTable, index: int) -> str:
     """The clip's narration before; of several the one that ``source.list_text`` chooses."""
+    # Drawn by the clip's index, so that shards and resumed runs draw the same.
     texts = table.row(index).texts
     return choose_text(texts, cfg.source.list_text, np.random.default_rng((cfg.seed, index)))
 
@@ -487,9 +491,7 @@ def _table_hash(cfg: HodConfig, table: ClipTable) -> str:
     return digest.hexdigest()
 
 
-# --------------------------------------------------------------------------------------------------
-# Stages
-# --------------------------------------------------------------------------------------------------
+# --- Stages ---
 
 
 def make_stages(cfg: HodConfig, source: ClipSource) -> list[Stage]:
@@ -505,7 +507,8 @@ class DetectStage(Stage):
     that cannot be used at all ends the run.
     """
 
-    name, group = DETECT, None
+    name = DETECT
+    group = None  # a worker takes the next clip as soon as it is free; at the end of a group it would wait for others
 
     def __init__(self, cfg: HodConfig, source: ClipSource) -> None:
         self._cfg, self._source = cfg, source
@@ -514,6 +517,7 @@ class DetectStage(Stage):
             "version": VERSIONS[DETECT],
             "frames": cfg.frames,
             "detector": cfg.detector.kind,
+            # With their types: "0.5" from the command line and 0.5 from a file are the same detector.
             "options": typed_options(cfg.detector.kind, cfg.detector.options),
             "camera": cfg.tracks.camera,
             # In which files a clip's frames are, and where in them; folders are left out, which differ by machine.
@@ -591,6 +595,7 @@ class TrackStage(Stage):
         names = [entry.name for entry in dataclasses.fields(TrackParams)]
         self._params = FactsParams(track=TrackParams(**{name: getattr(cfg.tracks, name) for name in names}))
         self._table = table
+        # The motion of the camera is measured with the boxes, from the pictures.
         knobs = {name: value for name, value in vars(cfg.tracks).items() if name != "camera"}
         self.settings: Mapping[str, Any] = {"version": VERSIONS[TRACK], **knobs}
 
@@ -625,7 +630,7 @@ class NarrateStage(Stage):
         self.group = {"template": _GROUP, "vlm": 2 * at_once}.get(cfg.narrator.kind, 8 * at_once)
         self.settings: Mapping[str, Any] = {
             "version": VERSIONS[NARRATE],
-            "min_seen": cfg.check.min_seen,
+            "min_seen": cfg.check.min_seen,  # rarer hands are no part of the facts that it gets
             **caption_settings(cfg.narrator),
         }
 
@@ -637,6 +642,7 @@ class NarrateStage(Stage):
     def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Outcome]]:
         """See :class:`Stage`."""
         ready, failed = self.requests(tasks)
+        # A fallback has no text: the check stage replaces it, and --retry asks again.
         for number, answer in self.narrator.narrate([request for _, request in ready]):
             yield ready[number][0], Outcome(to_plain(answer), is_fallback=answer.problem is not None)
         yield from failed
@@ -646,7 +652,7 @@ class NarrateStage(Stage):
         ready, failed = [], []
         for task in tasks:
             try:
-                if task.request is None:
+                if task.request is None:  # else the narrate stage of this run has built it
                     facts = from_plain(ClipFacts, task.outcomes[TRACK].parsed())
                     frames = None
                     if self.cfg.narrator.kind == "vlm":
@@ -678,6 +684,7 @@ class CheckStage(Stage):
         for number, checked in check_narrations(requests, narrations, self._narrate.narrator, settings, template):
             if checked.text is None:
                 reasons = "; ".join(dict.fromkeys((*checked.refusals, *checked.verdict.reasons)))
+                # No fallback: a training learns nothing false from a clip that it does not have.
                 yield ready[number][0], Outcome(None, f"nothing true to say: {reasons}")
             else:
                 value = to_plain(checked) | {"text": " ".join(checked.text.split())}
@@ -685,56 +692,12 @@ class CheckStage(Stage):
         yield from failed
 
 
-class NarrationSummary:
-    """Counts over checked narrations: a run in which every caption was refused ends as well as any."""
-
-    def __init__(self, narrator: str) -> None:
-        self._narrator = narrator
-        self.narrations = 0
-        self._narrators, self._refusals = Counter[str](), Counter[str]()
-        self._tokens, self._without_hand = [0, 0], 0
-
-    def add(self, checked: Mapping[str, Any]) -> None:
-        """Count one result of the check stage."""
-        again = checked["attempts"] > 1 and checked["narrator"] == self._narrator
-        self.narrations += 1
-        self._narrators[f"{checked['narrator']} on the second try" if again else checked["narrator"]] += 1
-        self._refusals.update({reason.partition(":")[0] for reason in checked["refusals"]})
-        self._tokens[0] += checked["prompt_tokens"]
-        self._tokens[1] += checked["completion_tokens"]
-        self._without_hand += not sides(checked["text"])
-
-    def log(self) -> None:
-        """Log the counts, with a warning where most narrations are not as they should be."""
-        if not self.narrations:
-            return
-        parts = []
-        for what, counts in (("by", self._narrators), ("captions refused for", self._refusals)):
-            if counts:
-                parts.append(f"{what} " + ", ".join(f"{name} {count:,}" for name, count in counts.most_common()))
-        if any(self._tokens):
-            parts.append(f"{self._tokens[0]:,} prompt tokens and {self._tokens[1]:,} completion tokens")
-        log.info("%s narrations: %s", f"{self.narrations:,}", "; ".join(parts))
-        replaced = self._narrators["template"] if self._narrator != "template" else 0
-        if replaced > _MOST * self.narrations:
-            log.warning(
-                "the template replaced the captions of %s in %s of %s narrations: is the model good enough, and "
-                "reachable?",
-                *(self._narrator, f"{replaced:,}", f"{self.narrations:,}"),
-            )
-        if self._without_hand:
-            level = logging.WARNING if self._without_hand > _MOST * self.narrations else logging.INFO
-            log.log(level, "%s of %s narrations name no hand", f"{self._without_hand:,}", f"{self.narrations:,}")
-
-
-# --------------------------------------------------------------------------------------------------
-# Results as plain values
-# --------------------------------------------------------------------------------------------------
+# --- Results as plain values ---
 
 
 def to_plain(value: Any) -> Any:
     """Dataclasses, arrays and containers as what JSON can hold: numbers rounded, NaN as None."""
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value):  # not dataclasses.asdict: it copies arrays before they are converted
         return {entry.name: to_plain(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
     if isinstance(value, dict):
         return {str(key): to_plain(each) for key, each in value.items()}
@@ -745,27 +708,26 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, (np.floating, np.integer, np.bool_)):
         return to_plain(value.item())
     if isinstance(value, float):
-        return round(value, _DIGITS) if math.isfinite(value) else None
+        return round(value, _DIGITS) if math.isfinite(value) else None  # JSON has no NaN
     return value
 
 
-def from_plain(kind: type[Record], value: Any) -> Record:
-    """The dataclass ``kind`` of what :func:`to_plain` made of one. None in an array becomes NaN."""
-    return typing.cast(Record, _from_plain(kind, value))
+def from_plain(kind: Any, value: Any) -> Any:
+    """A value of the type ``kind`` (a dataclass, or the type of one of its fields) of what :func:`to_plain` made of it.
 
-
-def _from_plain(kind: Any, value: Any) -> Any:
+    None in an array becomes NaN.
+    """
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         (inner,) = (part for part in parts if part is not types.NoneType)
-        return None if value is None else _from_plain(inner, value)
+        return None if value is None else from_plain(inner, value)
     if origin is dict:
-        return {key: _from_plain(parts[1], each) for key, each in value.items()}
+        return {key: from_plain(parts[1], each) for key, each in value.items()}
     if origin in (tuple, list):
-        return origin(_from_plain(parts[0], each) for each in value)
+        return origin(from_plain(parts[0], each) for each in value)
     if kind is np.ndarray:
         return np.array(value, dtype=np.float64)
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
-        return kind(**{name: _from_plain(hints[name], each) for name, each in value.items()})  # type: ignore[operator]
+        return kind(**{name: from_plain(hints[name], each) for name, each in value.items()})  # type: ignore[operator]
     return value

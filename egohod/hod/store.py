@@ -53,15 +53,13 @@ CREATE TABLE IF NOT EXISTS finished (
 class Outcome(NamedTuple):
     """What a stage made of a clip."""
 
-    value: Any
-    """Anything that JSON can hold, or its JSON as bytes when it comes from the store; None where there is a fault."""
-    fault: str | None = None
-    """Why there is no value."""
-    is_fallback: bool = False
-    """Whether the value replaces one that could not be had; ``--retry`` then tries again, as after a fault."""
+    value: Any  # what JSON can hold, or that JSON as bytes when it comes from the store; None where there is a fault
+    fault: str | None = None  # why there is no value
+    is_fallback: bool = False  # the value replaces one that could not be had: --retry tries again, as after a fault
 
     def parsed(self) -> Any:
-        """The value, without JSON around it. Most results are only looked up, and parsing takes longer than that."""
+        """The value, parsed if it comes from the store."""
+        # Only here: most results are only looked up, and parsing takes longer than that.
         return json.loads(self.value) if isinstance(self.value, bytes) else self.value
 
 
@@ -101,7 +99,9 @@ class Shard:
         return f"{self.index}-of-{self.count}"
 
     def clips(self, total: int, block: int) -> range:
-        """Its clips of ``total``: a range of whole blocks, so that neighbouring clips of a video share a machine."""
+        """Its clips of ``total``, a range of whole blocks."""
+        # A range: neighbouring clips of a video stay on one machine, which has its file in the cache. Whole blocks: with
+        # a few clips more in the metadata most shards keep theirs.
         blocks = -(-total // block)
         start, stop = (part * blocks // self.count * block for part in (self.index, self.index + 1))
         return range(min(start, total), min(stop, total))
@@ -150,21 +150,16 @@ class Store:
             except BlockingIOError as error:
                 name = Path(error.filename).name.replace("-of-", "/")
                 raise UserError(f"{self.output}: another run is writing here (shard {name}); wait for it") from error
-            except OSError as error:
+            except OSError as error:  # the first thing that is written: a read-only folder is noticed here
                 raise UserError(f"{locks}: cannot be written: {error.strerror or error}") from error
             yield
 
-    def results(self, shard: Shard) -> Results:
-        """Results of a shard, to read and write; those of other divisions are read where it has none itself.
-
-        Other shards of the same division are not: they have other clips, and their files may be in use.
-        """
-        others = [path for path, each in self._files() if each.count != shard.count]
-        return Results(self.folder / "results" / f"{shard.stem}.sqlite", others)
-
-    def all_results(self) -> Results:
-        """Results of all shards that there are, to read."""
-        return Results(None, [path for path, _ in self._files()])
+    def results(self, shard: Shard | None = None) -> Results:
+        """Results of a shard, to read and write; without a shard those of all shards, to read."""
+        # Where a shard has no result, other divisions may: somebody ran 64 shards and now runs one. Other shards of the
+        # same division have other clips, and looking into their files would slow down the processes that write there.
+        others = [path for path, each in self._files() if shard is None or each.count != shard.count]
+        return Results(self.folder / "results" / f"{shard.stem}.sqlite" if shard else None, others)
 
     def divisions(self, fingerprint: str) -> list[int]:
         """The shard counts of which at least one shard is finished with the settings of ``fingerprint``."""
@@ -173,7 +168,7 @@ class Store:
             with Results(path) as results:
                 if results.finished(fingerprint):
                     counts.add(shard.count)
-        return sorted(counts)
+        return sorted(counts)  # several where somebody tried another number of shards
 
     def _files(self) -> list[tuple[Path, Shard]]:
         paths = sorted((self.folder / "results").glob("*.sqlite"))

@@ -65,7 +65,7 @@ def test_a_model_that_repeats_its_orders_is_replaced_by_the_template(
     assert done.returncode == 0, done.stderr
     assert not any("AI" in row["text"] for row in rows(tmp_path / "hod.csv"))
     assert re.search(
-        r"10 narrations: by template 10; captions refused for prompt 10; [\d,]+ prompt tokens", done.stderr
+        r"10 narrations: by template 10; captions refused for prompt 10; tokens: prompt [\d,]+", done.stderr
     )
     assert "the template replaced the captions of llm in 10 of 10 narrations" in done.stderr
     page = tmp_path / "page.html"
