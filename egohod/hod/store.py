@@ -100,7 +100,7 @@ class Shard:
 
     def clips(self, total: int, block: int) -> range:
         """Its clips of ``total``, a range of whole blocks."""
-        # A range: neighbouring clips of a video stay on one machine, which has its file in the cache. Whole blocks: with
+        # A range: neighbouring clips of a video stay on one machine, with its file in the cache. Whole blocks: with
         # a few clips more in the metadata most shards keep theirs.
         blocks = -(-total // block)
         start, stop = (part * blocks // self.count * block for part in (self.index, self.index + 1))
