@@ -143,7 +143,7 @@ def _choose_clips(pipeline: Pipeline, args: argparse.Namespace) -> list[int]:
 def collect(pipeline: Pipeline, indices: Sequence[int]) -> list[ClipView]:
     """Everything that is stored of some clips; without pictures where a video cannot be read."""
     clips, source = [], open_videos(pipeline.cfg, pipeline.table)
-    with pipeline.store.all_results() as results:
+    with pipeline.store.results() as results:
         for index in indices:
             row, outcomes = pipeline.table.row(index), pipeline.stored(index, results)
             values = {name: outcome.parsed() for name, outcome in outcomes.items() if outcome.fault is None}
