@@ -33,7 +33,7 @@ from egohod.errors import UserError
 from egohod.evaluation.html_report import write_report
 from egohod.evaluation.models import FrameAverage, fingerprint
 from egohod.evaluation.results import PUBLISHED, write_results
-from egohod.evaluation.runner import Benchmark, asked, benchmark, demo_evaluators, execution_of
+from egohod.evaluation.runner import Benchmark, benchmark, demo_evaluators, execution_of, resolve_benchmarks
 from egohod.training.build import build_model
 from egohod.training.checkpoint import classes_of
 
@@ -123,7 +123,7 @@ def _benchmarks(
             controls=cfg.evaluate.controls,
             classes=classes,
         )
-        for name, each in asked(cfg, args.benchmark, args.root, args.metadata).items()
+        for name, each in resolve_benchmarks(cfg, args.benchmark, args.root, args.metadata).items()
     ]
 
 

@@ -1,4 +1,4 @@
-"""A benchmark: tables over clips, the one place where features are computed; and benchmarks as a configuration asks."""
+"""Benchmarks: build them from the configuration, run them, and the protocols that they run by."""
 
 from __future__ import annotations
 
@@ -188,35 +188,38 @@ def benchmark(
     protocol: EvalProtocol | None = None,
     classes: ClassSpace | None = None,
 ) -> Benchmark:
-    """The benchmark that ``config`` describes, at the resolution (pixels) and with the tokenizer of a model.
+    """Build the benchmark that ``config`` describes, at the resolution (pixels) and with the tokenizer of a model.
 
-    With ``classes`` it measures the heads of a model instead of its texts.
-
-    Everything but the clips is read here, so mistakes surface before anything is computed. Raises :class:`UserError`.
+    With ``classes`` it measures a model's heads instead of its texts. All annotations are read here, so that mistakes
+    surface before anything is computed. Raises :class:`UserError`.
     """
-    kind = _kind(name, config)
+    kind = config.kind
+    if kind == "auto":
+        kind = name if name in BENCHMARKS else "custom"
+    elif kind not in BENCHMARKS:
+        near = nearest(kind, ["auto", *BENCHMARKS])
+        raise UserError(f"evaluate.benchmarks.{name}.kind: no benchmark format '{kind}'{near}")
     if protocol is None:
         key, chosen = f"evaluate.benchmarks.{name}.protocol", config.protocol
         if chosen == "auto":
             key, chosen = "evaluate.protocol", cfg.evaluate.protocol
         protocol = protocol_for(chosen, kind)
         if protocol.whole_files and not BENCHMARKS[kind].whole_files:
-            raise UserError(f"{key}={chosen} is for clips that are files of their own, which {name} has not")
+            raise UserError(f"{key}={chosen} is for clips that are files of their own, which {name} does not have")
         if cfg.evaluate.num_frames:
             protocol = dataclasses.replace(protocol, frames=cfg.evaluate.num_frames)
     if classes is not None:
         # The maximum is for similarities: LaViLa, too, averages the views of a fine-tuned model.
         protocol = dataclasses.replace(protocol, merge="mean")
     if not config.metadata or not config.root:
-        lacking = "metadata" if not config.metadata else "root"
+        unset = "metadata" if not config.metadata else "root"
         raise UserError(
-            f"benchmark {name}: evaluate.benchmarks.{name}.{lacking} is not set; give --{lacking}, or set it in the "
+            f"benchmark {name}: evaluate.benchmarks.{name}.{unset} is not set; give --{unset}, or set it in the "
             "configuration"
         )
     cache = Path(cfg.evaluate.cache) if cfg.evaluate.cache else None
     source, data = read_benchmark(kind, config, protocol.prompts, cache)
-    tables = tasks_of(data)
-    clips = data.clips
+    tasks, clips = tasks_of(data), data.clips
     dataset = EvaluationDataset(
         ClipList(
             clips.ids,
@@ -236,7 +239,7 @@ def benchmark(
     return Benchmark(
         name,
         dataset,
-        head_tasks(tables, classes, f"benchmark {name}") if classes else tables,
+        head_tasks(tasks, classes, f"benchmark {name}") if classes else tasks,
         tokenizer=tokenizer or Tokenizer(geometry(cfg.model.name).context_length),
         execution=execution,
         controls=controls,
@@ -248,7 +251,7 @@ def benchmark(
 def read_benchmark(
     kind: str, config: BenchmarkConfig, prompts: str = "train", cache: Path | None = None
 ) -> tuple[SourceConfig, BenchmarkData]:
-    """Where the videos of a benchmark are, and what its files say. Raises :class:`UserError`."""
+    """Where the videos of a benchmark are, and the content of its annotation files. Raises :class:`UserError`."""
     format = BENCHMARKS[kind]
     source = SourceConfig(
         metadata=config.metadata or "",
@@ -259,16 +262,6 @@ def read_benchmark(
         min_clip_seconds=config.min_clip_seconds,
     )
     return source, format.read(source, BenchmarkOptions(prompts, config.test_split, cache))
-
-
-def _kind(name: str, config: BenchmarkConfig) -> str:
-    """The format of a benchmark's files. Raises :class:`UserError` for one that does not exist."""
-    if config.kind == "auto":
-        return name if name in BENCHMARKS else "custom"
-    if config.kind not in BENCHMARKS:
-        near = nearest(config.kind, ["auto", *BENCHMARKS])
-        raise UserError(f"evaluate.benchmarks.{name}.kind: no benchmark format '{config.kind}'{near}")
-    return config.kind
 
 
 def demo_evaluator(
@@ -311,46 +304,50 @@ def demo_evaluators(
 def named_evaluators(
     cfg: Config, dist: Distributed, *names: str, controls: Sequence[str] = (), classes: ClassSpace | None = None
 ) -> list[Benchmark]:
-    """What the configuration names to be measured while training (``val``) and when it is done (``test``).
+    """The benchmarks that the configuration measures while training (``val``) and once at its end (``test``).
 
-    The demo worlds of :func:`demo_evaluators` and the benchmarks of ``evaluate.during`` and ``evaluate.final``; with
-    ``classes`` the latter measure a model's heads.
+    With ``classes`` those of ``evaluate.during`` and ``evaluate.final`` measure a model's heads.
     """
-    chosen = {"val": cfg.evaluate.during, "test": cfg.evaluate.final}
-    made = demo_evaluators(cfg, dist, *names, controls=controls)
-    for name in (each for part in names for each in chosen[part]):
-        made.append(
-            benchmark(
-                cfg, name, cfg.evaluate.benchmarks[name], execution_of(cfg, dist), controls=controls, classes=classes
-            )
-        )
-    return made
+    benchmarks = demo_evaluators(cfg, dist, *names, controls=controls)
+    for part in names:
+        for name in cfg.evaluate.during if part == "val" else cfg.evaluate.final:
+            config = cfg.evaluate.benchmarks[name]
+            run = execution_of(cfg, dist)
+            benchmarks.append(benchmark(cfg, name, config, run, controls=controls, classes=classes))
+    return benchmarks
 
 
-def asked(cfg: Config, name: str, root: str | None = None, metadata: str | None = None) -> dict[str, BenchmarkConfig]:
-    """The benchmarks that ``--benchmark name`` means, with ``--root`` and ``--metadata`` put in.
+def resolve_benchmarks(
+    cfg: Config, name: str, root: str | None = None, metadata: str | None = None
+) -> dict[str, BenchmarkConfig]:
+    """The benchmarks of ``--benchmark name``, with ``--root`` and ``--metadata`` filled in.
 
-    ``all`` are those of the configuration whose annotations are there. Raises :class:`UserError`.
+    ``all`` are those of the configuration whose annotations exist. Raises :class:`UserError`.
     """
-    there = dict(cfg.evaluate.benchmarks)
-    if name == "own" and name not in there:
+    configured = dict(cfg.evaluate.benchmarks)
+    if name == "own" and name not in configured:
         log.warning("--benchmark own is now called custom; the old name is read for one more release")
         name = "custom"
     if name == "all":
         if root or metadata:
             raise UserError("--root and --metadata belong to one benchmark; for all of them use evaluate.benchmarks")
-        found = {key: each for key, each in there.items() if each.metadata and Path(each.metadata).exists()}
-        if not found:
+        existing = {key: each for key, each in configured.items() if each.metadata and Path(each.metadata).exists()}
+        if not existing:
             raise UserError("no benchmark's data is found: set metadata and root in evaluate.benchmarks")
-        return found
-    if name not in there and name not in BENCHMARKS:
-        known = dict.fromkeys([*there, *(key for key in BENCHMARKS if key not in ("custom", "labels"))])
-        raise UserError(f"--benchmark {name}: there are demo, all, {', '.join(known)}")
-    config = there.get(name, BenchmarkConfig())
+        return existing
+    if name not in configured and name not in BENCHMARKS:
+        names = dict.fromkeys([*configured, *(key for key in BENCHMARKS if key not in ("custom", "labels"))])
+        raise UserError(f"--benchmark {name}: there are demo, all, {', '.join(names)}")
+    config = configured.get(name, BenchmarkConfig())
     return {name: dataclasses.replace(config, root=root or config.root, metadata=metadata or config.metadata)}
 
 
-# AVION and LaViLa resize as torchvision's default is, bilinear, and their torchvision (0.14, 0.11) not antialiased.
+# --------------------------------------------------------------------------------------------------
+# Protocols: which frames a model sees, how they are resized, and which prompts stand for a class. A published number is
+# reproduced by the protocol of its family and no other: docs/evaluation.md has the table.
+# --------------------------------------------------------------------------------------------------
+
+# AVION and LaViLa resize with torchvision's default, bilinear, which is not antialiased in their versions (0.14, 0.11).
 _UPSTREAM: dict[str, Any] = {"resize": "bicubic", "image_stats": "clip", "prompts": "train+val"}
 _LAVILA: dict[str, Any] = {"resize": "bilinear", "image_stats": "avion", "prompts": "train+val"}
 
@@ -373,18 +370,16 @@ PROTOCOLS = {
     )
 }  # fmt: skip
 
-# EGTEA's clips are files of their own, which published code samples in another way than moments of long videos.
+# EGTEA's clips are files of their own, which published code samples differently from moments of long videos.
 _ON_EGTEA = {"upstream": "upstream_egtea", "upstream_4": "upstream_egtea", "lavila": "lavila_10x3"}
 
 
 def protocol_for(name: str, kind: str) -> EvalProtocol:
-    """The protocol called ``name`` for a benchmark of a kind (``egtea``, ...); ``auto`` is this project's own.
-
-    On EGTEA the name of a family means what that family does there.
-    """
+    """The protocol called ``name`` for benchmarks of a kind (``egtea``, ...); ``auto`` is this project's own."""
     if name == "auto":
         name = "whole_clip" if kind == "egtea" else "clean"
     chosen = PROTOCOLS[name]
+    # The name of a project means what that project does on the benchmark at hand.
     if kind == "egtea" and name in _ON_EGTEA:
         return replace(PROTOCOLS[_ON_EGTEA[name]], frames=chosen.frames)
     return chosen

@@ -80,8 +80,8 @@ class EvaluationTask(ABC):
         """Answers clip by clip, in plain values for JSON."""
 
     @abstractmethod
-    def restricted(self, kept: NDArray[Any]) -> EvaluationTask:
-        """The same over the clips where the mask ``kept`` [N] is true, renumbered."""
+    def restricted(self, mask: NDArray[Any]) -> EvaluationTask:
+        """The same over the clips where the mask ``mask`` [N] is true, renumbered."""
 
     def evaluate(self, video: Tensor, text: Tensor) -> dict[str, float]:
         """The values of ``measure`` in percent or as ranks from 1; ``<metric>_chance`` is the chance level."""
@@ -146,10 +146,10 @@ class RetrievalTask(RetrievalData, EvaluationTask):
             "most_relevant_text": self.relevancy.argmax(axis=1).tolist(),
         }
 
-    def restricted(self, kept: NDArray[Any]) -> RetrievalTask:
+    def restricted(self, mask: NDArray[Any]) -> RetrievalTask:
         """See :class:`EvaluationTask`; all texts stay."""
-        own = None if self.text_of_clip is None else self.text_of_clip[kept]
-        return dataclasses.replace(self, text_of_clip=own, relevancy=self.relevancy[kept])
+        own = None if self.text_of_clip is None else self.text_of_clip[mask]
+        return dataclasses.replace(self, text_of_clip=own, relevancy=self.relevancy[mask])
 
     @cached_property
     def _chance(self) -> dict[str, float]:
@@ -231,11 +231,11 @@ class ClassificationTask(ClassificationData, EvaluationTask):
             ],
         }
 
-    def restricted(self, kept: NDArray[Any]) -> ClassificationTask:
+    def restricted(self, mask: NDArray[Any]) -> ClassificationTask:
         """See :class:`EvaluationTask`; all classes stay."""
-        number = np.cumsum(kept) - 1
-        splits = [number[rows[kept[rows]]] for rows in self.splits]
-        return dataclasses.replace(self, labels=self.labels[kept], splits=splits)
+        number = np.cumsum(mask) - 1
+        splits = [number[rows[mask[rows]]] for rows in self.splits]
+        return dataclasses.replace(self, labels=self.labels[mask], splits=splits)
 
     def _logits(self, video: Tensor, text: Tensor) -> Tensor:
         return similarity(video, class_features(text, self.class_of_text))
@@ -338,9 +338,9 @@ class MultiLabelTask(MultiLabelData, EvaluationTask):
             ],
         }
 
-    def restricted(self, kept: NDArray[Any]) -> MultiLabelTask:
+    def restricted(self, mask: NDArray[Any]) -> MultiLabelTask:
         """See :class:`EvaluationTask`."""
-        return dataclasses.replace(self, labels=self.labels[kept])
+        return dataclasses.replace(self, labels=self.labels[mask])
 
 
 @dataclass(frozen=True)
@@ -366,12 +366,12 @@ class MultipleChoiceTask(QuestionData, EvaluationTask):
             questions.append(dataclasses.asdict(question) | {"taken": int(row.argmax()), "similarity": scores})
         return {"kind": "multiple_choice", "texts": list(self.texts), "questions": questions}
 
-    def restricted(self, kept: NDArray[Any]) -> MultipleChoiceTask:
-        """See :class:`EvaluationTask`; a question about a clip that is left out is left out, too."""
-        number, questions = np.cumsum(kept) - 1, []
+    def restricted(self, mask: NDArray[Any]) -> MultipleChoiceTask:
+        """See :class:`EvaluationTask`; a question about a clip that is left out goes, too."""
+        number, questions = np.cumsum(mask) - 1, []
         for question in self.questions:
             clips = [question.query] if question.query_is_clip else list(question.choices)
-            if kept[clips].all():
+            if mask[clips].all():
                 new = tuple(int(number[clip]) for clip in clips)
                 changed = {"query": new[0]} if question.query_is_clip else {"choices": new}
                 questions.append(dataclasses.replace(question, **changed))

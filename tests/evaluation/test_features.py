@@ -20,7 +20,16 @@ from torch import Tensor, nn
 from egohod.data.dataset import EvalProtocol, EvaluationDataset, frame_numbers
 from egohod.errors import UserError
 from egohod.evaluation.embed import Execution, embed_clips
-from egohod.evaluation.features import FeatureCache
+from egohod.evaluation.features import (
+    FeatureCache,
+    feature_key,
+    is_written,
+    open_index,
+    read_features,
+    read_index,
+    search,
+    write_video,
+)
 from egohod.evaluation.models import FrameAverage, fingerprint
 from egohod.evaluation.results import RESULTS_FILE, write_results
 from egohod.evaluation.runner import PROTOCOLS, Benchmark, benchmark, execution_of
@@ -258,3 +267,31 @@ def test_a_cache_file_of_too_few_features_is_passed_over(tmp_path: Path) -> None
     np.savez(cache.folder / "damaged.npz", keys=np.array(["a", "b"]), features=np.ones((1, 3), np.float32))
     (cache.folder / "empty.npz").touch()
     assert FeatureCache(tmp_path, {}).read(["key", "a", "b"]).keys() == {"key"}
+
+
+OLD = Path(__file__).with_name("old_features")
+"""An index and a cache that release 0.1 wrote."""
+
+
+def test_an_index_of_an_earlier_release_is_read_searched_and_added_to(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(OLD / "index", tmp_path / "index"))
+    index, missing = read_features(folder)
+    assert missing == 1, "the third video of the index has no features yet"
+    assert (index.videos, index.texts) == (["a", "a", "b/c"], ["opens the jar", "", "cuts"])
+    assert (index.start.tolist(), index.end.tolist()) == ([0, 1, 0], [1, 2.5, np.inf])
+    hits = search(index.features[1], index, 2)
+    assert (hits[0].video, hits[0].start, hits[0].similarity) == ("a", 1, pytest.approx(1))
+    assert is_written(folder, "b/c", "identity-c"), "it would not be embedded again"
+    assert not is_written(folder, "b/c", "another")
+    settings = read_index(folder)
+    open_index(folder, settings | {"videos": {"later": "later.npz"}})
+    write_video(folder, "later", index.features[:1], [0], [1], ["new"], "id")
+    again, missing = read_features(folder)
+    assert (missing, again.videos) == (0, ["a", "a", "b/c", "later"])
+    assert np.array_equal(again.features[:3], index.features)
+
+
+def test_a_cache_of_an_earlier_release_is_used() -> None:
+    cache = FeatureCache(OLD / "cache", {"identity": {"weights": "w"}, "size": 40})
+    key = feature_key("clip", "two", "plain")
+    assert cache.read([key, "other"])[key].tolist() == [1, 2, 3]

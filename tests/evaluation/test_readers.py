@@ -22,7 +22,15 @@ from egohod.data.formats.custom import read_questions
 from egohod.data.table import ClipTable
 from egohod.errors import UserError
 from egohod.evaluation.config import BenchmarkConfig
-from egohod.evaluation.runner import PROTOCOLS, Benchmark, asked, benchmark, execution_of, read_benchmark, tasks_of
+from egohod.evaluation.runner import (
+    PROTOCOLS,
+    Benchmark,
+    benchmark,
+    execution_of,
+    read_benchmark,
+    resolve_benchmarks,
+    tasks_of,
+)
 from egohod.evaluation.tasks import (
     ClassificationTask,
     EvaluationTask,
@@ -350,13 +358,15 @@ def test_anyones_csv_is_a_benchmark(tmp_path: Path) -> None:
 
 def test_what_can_be_asked_for(formats: Path) -> None:
     cfg = config()
-    assert asked(cfg, "egtea", root="r", metadata="m") == {"egtea": BenchmarkConfig(root="r", metadata="m")}
+    assert resolve_benchmarks(cfg, "egtea", root="r", metadata="m") == {
+        "egtea": BenchmarkConfig(root="r", metadata="m")
+    }
     with pytest.raises(UserError, match="--benchmark mri: there are demo, all, ek100_mir, ek100_cls"):
-        asked(cfg, "mri")
+        resolve_benchmarks(cfg, "mri")
     with pytest.raises(UserError, match="no benchmark's data is found"):
-        asked(cfg, "all")
+        resolve_benchmarks(cfg, "all")
     cfg.evaluate.benchmarks = {"mine": settings(formats, "custom"), "gone": BenchmarkConfig(metadata="/nowhere")}
-    assert list(asked(cfg, "all")) == ["mine"]
+    assert list(resolve_benchmarks(cfg, "all")) == ["mine"]
     with pytest.raises(
         UserError, match=r"benchmark egtea: evaluate.benchmarks.egtea.metadata is not set; give --metadata"
     ):
