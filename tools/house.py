@@ -4,6 +4,7 @@ python tools/house.py                    # a table: each measure, its value, its
 python tools/house.py --details          # also what is behind each number: the files, cycles, names
 python tools/house.py --check            # exit code 1 when a limit is exceeded
 python tools/house.py --only egohod/data # lines, functions, comments and names of one package
+python tools/house.py --trace            # also the files that run for one clip, in training and in the HOD pipeline
 
 Counts cover the Python outside tests/. Imports count wherever they are written, also inside functions, because an
 import that is delayed to hide a cycle is still a cycle; those under TYPE_CHECKING do not count: they never run.
@@ -11,18 +12,21 @@ import that is delayed to hide a cycle is still a cycle; those under TYPE_CHECKI
 
 from __future__ import annotations
 
-import argparse
 import ast
 import builtins
 import io
 import statistics
 import sys
+import tempfile
+import threading
 import tokenize
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
-ROOT = Path(__file__).resolve().parents[1]
+from _common import ROOT, tool_parser
+
 # Parts of identifiers that no field uses; words of the domain that contain one are allowed by name.
 BANNED_PARTS = frozenset(["told", "said", "asked", "found", "kept", "owed", "known", "say"])
 ALLOWED_NAMES = frozenset[str]()
@@ -64,12 +68,15 @@ class Module:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("--details", action="store_true", help="list what is behind each number")
     parser.add_argument("--check", action="store_true", help="exit code 1 when a limit is exceeded")
     parser.add_argument("--only", default="", metavar="PATH", help="a folder or file: what it has a share in")
+    parser.add_argument("--trace", action="store_true", help="run one clip through training and the HOD pipeline")
     args = parser.parse_args(argv)
     measures = measure(read_modules(ROOT), args.only)
+    if args.trace:
+        measures += trace()
     for each in measures:
         print(each)
         if args.details:
@@ -140,7 +147,8 @@ def _imports(module: Module, names: set[str]) -> set[str]:
             # "from egohod.data import video" imports a module, "from egohod.data.videos import X" a name of one.
             parts = {f"{node.module}.{alias.name}" for alias in node.names}
             imported |= (parts & names) or {node.module}
-    # The parts of bench.py import each other without a package.
+            imported |= {f"tools.{name}" for name in parts}
+    # Tools import each other without the name of their folder, which is on sys.path.
     return {name if name in names else f"tools.{name}" for name in imported} & names - {module.name}
 
 
@@ -210,6 +218,92 @@ def _banned_identifiers(tree: ast.AST) -> set[str]:
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
             names.add(node.attr)
     return {name for name in names - ALLOWED_NAMES if BANNED_PARTS & set(name.lower().strip("_").split("_"))}
+
+
+def trace() -> list[Measure]:
+    """The files of the package that run for one clip: from csv row to loss, and from video to HOD csv."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        from egohod.demo import make_world
+
+        make_world(folder / "world", scale=0.01, workers=1, splits=["train"])
+        for table in ("hod.csv", "narrations.csv"):
+            path = folder / "world" / "train" / table
+            path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+        # Twice: what only the first clip of a process runs, such as delayed imports, is not on a clip's way.
+        training = [_trace_training(folder) for _ in range(2)][-1]
+        pipeline = [_trace_pipeline(folder, f"hod{number}.csv") for number in range(2)][-1]
+    return [
+        Measure("files that a training clip runs through, row to loss", len(training), (None, 12), training),
+        Measure("files that a clip runs through, video to HOD csv", len(pipeline), (None, 14), pipeline),
+    ]
+
+
+class _Trace:
+    """Within, records the files of the package whose functions are called, also by threads that start meanwhile."""
+
+    def __init__(self, below: str = "egohod") -> None:
+        self.files: set[str] = set()
+        self._prefix = f"{ROOT / below}/"
+
+    def __enter__(self) -> _Trace:
+        threading.setprofile(self._record)
+        sys.setprofile(self._record)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
+        threading.setprofile(None)
+
+    def _record(self, frame: FrameType, event: str, _: object) -> None:
+        code = frame.f_code
+        # A module's body runs when it is imported: that is set-up.
+        if event == "call" and code.co_filename.startswith(self._prefix) and code.co_name != "<module>":
+            self.files.add(str(Path(code.co_filename).relative_to(ROOT)))
+
+
+def _trace_training(folder: Path) -> list[str]:
+    """A batch of one clip through the loader and a training step of a tiny model."""
+    from egohod import config
+    from egohod.data.loader import train_loader
+    from egohod.distributed import setup
+    from egohod.training.build import build_data, build_model
+    from egohod.training.step import TrainStep
+
+    split = folder / "world" / "train"
+    knobs = [f"data.train.demo.metadata={split}/hod.csv", f"data.train.demo.root={split}/videos", "data.workers=0"]
+    knobs += ["data.hard_negatives.share=0", "train.global_batch_size=1", "train.device=cpu", "model.num_frames=2"]
+    cfg = config.load(ROOT / "configs" / "demo.yml", [*knobs, "train.max_batch_per_process=1"])
+    dist = setup("cpu", alone=True)
+    model = build_model(cfg, dist)
+    # The row is parsed when the annotation file is opened; the rest of that is set-up.
+    with _Trace("egohod/data/formats") as formats:
+        data = build_data(cfg, dist, model)
+    step = TrainStep(model, cfg, dist, total_steps=1, steps_per_epoch=1)
+    batches = train_loader(data.dataset, data.plan, start_step=0, total_steps=1, workers=0)
+    with _Trace() as trace:
+        for batch in batches:
+            step(1, [batch])
+    return sorted(trace.files | formats.files)
+
+
+def _trace_pipeline(folder: Path, output: str) -> list[str]:
+    """One clip through all stages of the HOD pipeline, with the world's true boxes and template narrations."""
+    from egohod.hod import config
+    from egohod.hod.pipeline import build
+    from egohod.hod.store import Shard
+
+    split = folder / "world" / "train"
+    knobs = [f"source.metadata={split}/narrations.csv", f"source.root={split}/videos", f"output={folder / output}"]
+    knobs += [f"detector.options.path={split}/detections.parquet", "demo.folder=null", "workers=0"]
+    cfg = config.load(ROOT / "configs" / "hod" / "demo.yml", knobs)
+    with _Trace("egohod/data/formats") as formats:
+        pipeline = build(cfg)
+    with _Trace() as trace:
+        pipeline.run_all(Shard())
+        pipeline.finish(Shard())
+        pipeline.merge(1)
+    return sorted(trace.files | formats.files)
 
 
 if __name__ == "__main__":
