@@ -277,7 +277,7 @@ def test_shipped_configs_are_valid_and_say_how_to_run_them(monkeypatch: pytest.M
     paths = sorted((ROOT / "configs").rglob("*.yml"))
     assert len(paths) >= 5
     for path in paths:
-        if path.name.startswith("ablation_"):  # a study of many runs, see tests/test_ablate.py
+        if path.name.startswith("ablation_"):  # a study of many runs, see tests/tools/test_ablate.py
             continue
         names = "EGO4D_ROOT HOWTO_ROOT HOD_CSV CLIP_WEIGHTS CLIPS VIDEOS DUAL_ENCODER START_WEIGHTS LABELS TEST_LABELS"
         names += " EK100_ANNOTATIONS EK100_VIDEOS EGTEA_ANNOTATIONS EGTEA_VIDEOS CHARADES_ANNOTATIONS CHARADES_VIDEOS"

@@ -1,4 +1,4 @@
-"""The house rules that no linter knows."""
+"""Rules of the repository that no linter checks; tests/tools/test_house.py holds the limits on its shape."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from scaling import LINK, RECIPES, cost, plan, table
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_page_holds_what_the_tool_prints(monkeypatch: pytest.MonkeyPatch) -> None:
