@@ -91,7 +91,10 @@ def test_presets_fit_and_say_so(path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert peak < 0.9 * gigabytes
     batch, passes = split_batch(cfg.train.global_batch_size, processes, cfg.train.max_batch_per_process)
     head = path.read_text().partition("_base_")[0]
-    assert f"= {processes} {"process" if processes == 1 else "processes"} x {batch} clips at a time x {passes} pass" in head
+    assert (
+        f"= {processes} {'process' if processes == 1 else 'processes'} x {batch} clips at a time x {passes} pass"
+        in head
+    )
     assert float(re.search(r"= ([\d.]+) GB", head)[1]) == pytest.approx(peak, abs=0.3)  # type: ignore[index]
 
 
