@@ -35,10 +35,11 @@ from egohod.data.config import SourceConfig
 from egohod.data.decoders import choose_decoder
 from egohod.data.detections import BoxTable
 from egohod.data.formats import read_clips
+from egohod.data.formats.folder import rows_of_csv
 from egohod.data.labels import ClassLabels, RelevantTexts, class_space
 from egohod.data.relevancy import cached_matrix, csv_relevancy, read_relevancy, save_matrix
 from egohod.data.storage import LocalCache
-from egohod.data.table import ClipSource, choose_text
+from egohod.data.table import ClipReader, choose_text
 from egohod.data.text import Tokenizer
 from egohod.demo import write as demo
 from egohod.distributed import Distributed
@@ -47,7 +48,6 @@ from egohod.evaluation import features as feature_index
 from egohod.evaluation.config import BenchmarkConfig
 from egohod.evaluation.features import FeatureCache, search
 from egohod.evaluation.html_report import contact_sheet, write_report
-from egohod.evaluation.listing import rows_of_csv
 from egohod.evaluation.results import mean_table, write_results
 from egohod.evaluation.runner import PROTOCOLS, benchmark, execution_of, read_benchmark
 from egohod.hod import config as hod_config
@@ -493,7 +493,7 @@ def _read_verify(folder: Path) -> None:
 def _verifier(folder: Path) -> Verifier:
     source = SourceConfig(metadata=str(folder / "hod.csv"), root=str(folder))
     table = read_clips(source)
-    return Verifier("mine", ClipSource(table, source, choose_decoder("pyav")[1], None), folder)
+    return Verifier("mine", ClipReader(table, source, choose_decoder("pyav")[1], None), folder)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -730,7 +730,7 @@ TARGETS: dict[str, Target] = {
             _files(train__csv=EK100, validation__csv=EK100, actions__csv=ACTIONS, sentences__csv=SENTENCES),
             _train_labels,
         ),
-        Target("rows_of_csv", _files(c__csv=HOD), lambda folder: rows_of_csv(folder / "c.csv", str(folder)).videos()),
+        Target("rows_of_csv", _files(c__csv=HOD), lambda folder: rows_of_csv(folder / "c.csv").rows_of_videos()),
         Target(
             "benchmark_own",
             _files(own__csv=OWN, classes__csv=OWN_CLASSES, relevancy__csv=RELEVANCY, questions__jsonl=QUESTIONS),

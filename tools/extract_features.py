@@ -24,13 +24,15 @@ from _common import load_for_checkpoint, run_tool
 
 from egohod import cli
 from egohod.config import Config, to_yaml
-from egohod.data.dataset import EvalProtocol, EvaluationDataset
+from egohod.data.config import SourceConfig
+from egohod.data.dataset import ClipDataset, EvalProtocol
+from egohod.data.formats.folder import rows_of_csv, whole_files, windows
 from egohod.data.storage import open_cache
+from egohod.data.table import ClipTable
 from egohod.distributed import Distributed, setup
 from egohod.errors import UserError
 from egohod.evaluation.embed import extract, remaining
 from egohod.evaluation.features import CONFIG_FILE, INDEX_FORMAT, file_of, open_index
-from egohod.evaluation.listing import Listing, rows_of_csv, whole_files, windows
 from egohod.evaluation.models import fingerprint
 from egohod.evaluation.runner import execution_of
 from egohod.model.zoo import geometry
@@ -57,35 +59,36 @@ def main(arguments: Sequence[str]) -> int:
     add("--dry_run", action="store_true", help="say what there is to do, and write nothing")
     args = parser.parse_intermixed_args(arguments)
     cfg = load_for_checkpoint(args)
-    listing = _listing(args, cfg)
+    clips, faults = _clips(args, cfg)
+    layout = args.layout if args.clips else "whole"
+    # Never widened: a window of half a second is meant to be one.
+    source = SourceConfig(root=args.videos, layout=layout, chunk_seconds=args.chunk_seconds, min_clip_seconds=0.0)
     protocol = EvalProtocol("features", "this project: one centre crop", frames=_frames(args, cfg))
-    dataset = EvaluationDataset(
-        listing.clips,
-        protocol,
+    dataset = ClipDataset(
+        [(clips, source)],
+        protocol=protocol,
         size=geometry(cfg.model.name).image_size,
         decoder=cfg.data.decoder,
         cache=open_cache(cfg.data.cache, cfg.data.cache_gb),
     )
-    listing, dataset = _readable(listing, dataset, args.allow_missing)
+    dataset = _readable(dataset, faults, args.allow_missing)
     dist = setup(cfg.train.device)
     try:
-        _embed(args, cfg, dist, listing, dataset)
+        _embed(args, cfg, dist, dataset)
     finally:
         dist.close()
     return cli.DONE
 
 
-def _embed(
-    args: argparse.Namespace, cfg: Config, dist: Distributed, listing: Listing, dataset: EvaluationDataset
-) -> None:
+def _embed(args: argparse.Namespace, cfg: Config, dist: Distributed, dataset: ClipDataset) -> None:
     """What is not in --output yet; with --dry_run only say so."""
-    rows_of, frames = listing.videos(), dataset.protocol.frames
+    rows_of, frames = dataset.clips.rows_of_videos(), dataset.protocol.frames
     # What the first process finds is to be done counts for all: others may look when it has begun to write.
-    todo = dist.gather_objects(remaining(listing, dataset, args.output) if dist.is_main else None)[0]
+    todo = dist.gather_objects(remaining(dataset, args.output) if dist.is_main else None)[0]
     clips = sum(len(rows_of[video]) for video in todo)
     log.info(
         "%s clips of %s videos, of which %s clips of %s videos are to be embedded (%d frames, %d px); about %.3g MB",
-        f"{len(listing.clips):,}", f"{len(rows_of):,}", f"{clips:,}", f"{len(todo):,}", frames, dataset.size,
+        f"{len(dataset):,}", f"{len(rows_of):,}", f"{clips:,}", f"{len(todo):,}", frames, dataset.size,
         4e-6 * clips * (cfg.model.embed_dim or geometry(cfg.model.name).embed_dim),
     )  # fmt: skip
     if args.dry_run:
@@ -99,27 +102,28 @@ def _embed(
                 "weights": fingerprint(model),
                 "protocol": {"frames": frames, "size": dataset.size, "crop": "centre"},
                 "root": str(args.videos) if "://" in args.videos else str(Path(args.videos).resolve()),
-                "layout": listing.clips.layout,
-                "chunk_seconds": listing.clips.chunk_seconds,
+                "layout": dataset.config.layout,
+                "chunk_seconds": dataset.config.chunk_seconds,
                 "videos": {video: file_of(video) for video in rows_of},
             }
             open_index(args.output, said)
             (args.output / CONFIG_FILE).write_text(to_yaml(cfg), encoding="utf-8")
         dist.gather_objects(None)  # nobody writes before the index takes these features
         execution = dataclasses.replace(execution_of(cfg, dist), allow_missing=args.allow_missing)
-        done = extract(model, listing, dataset, args.output, todo, execution)
+        done = extract(model, dataset, args.output, todo, execution)
     log.info("%s: embedded %s clips of %s videos", args.output, f"{done.clips:,}", f"{done.videos:,}")
     if done.faults:
         log.warning("%d clips could not be read and were left out", len(done.faults))
 
 
-def _listing(args: argparse.Namespace, cfg: Config) -> Listing:
+def _clips(args: argparse.Namespace, cfg: Config) -> tuple[ClipTable, list[str]]:
+    """The clips to embed, and why some videos have none."""
     if args.clips and args.window is not None:
         raise UserError("--clips and --window are two ways to say which clips; give one of them")
     if args.stride is not None and args.window is None:
         raise UserError("--stride needs --window")
     if args.clips:
-        return rows_of_csv(args.clips, args.videos, args.layout, args.chunk_seconds)
+        return rows_of_csv(args.clips), []
     if args.window is not None:
         return windows(
             args.videos, args.window, args.window / 2 if args.stride is None else args.stride, cfg.data.decoder
@@ -135,10 +139,10 @@ def _frames(args: argparse.Namespace, cfg: Config) -> int:
     return int(args.frames)
 
 
-def _readable(listing: Listing, dataset: EvaluationDataset, allow_missing: bool) -> tuple[Listing, EvaluationDataset]:
+def _readable(dataset: ClipDataset, faults: Sequence[str], allow_missing: bool) -> ClipDataset:
     """What is there; all that is not is named at once."""
     missing = dataset.missing()
-    lines = list(dict.fromkeys([*listing.faults, *missing.values()]))
+    lines = list(dict.fromkeys([*faults, *missing.values()]))
     if lines and not allow_missing:
         raise UserError(*lines, f"{len(lines)} videos cannot be read; --allow_missing leaves them out")
     for line in lines:
@@ -146,8 +150,8 @@ def _readable(listing: Listing, dataset: EvaluationDataset, allow_missing: bool)
     kept = np.ones(len(dataset), dtype=bool)
     kept[list(missing)] = False
     if not kept.any():
-        raise UserError(f"{dataset.clips.root}: not a single clip can be read")
-    return listing.restricted(kept), dataset.restricted(kept)
+        raise UserError(f"{dataset.config.root}: not a single clip can be read")
+    return dataset.restricted(kept)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from _common import run_tool
 
 from egohod import cli, config
 from egohod.data.storage import VideoError, one_clip
-from egohod.data.table import EXCLUDE_COLUMNS, ClipSource
+from egohod.data.table import EXCLUDE_COLUMNS, ClipReader
 from egohod.errors import UserError
 from egohod.runtime import Lost, Progress, Workers, atomic_write, usable_cores
 from egohod.training.build import active_sources, build_dataset
@@ -67,7 +67,7 @@ class Verifier:
     Raises :class:`UserError` if the folder cannot be written.
     """
 
-    def __init__(self, name: str, source: ClipSource, folder: Path, frames: int = 4) -> None:
+    def __init__(self, name: str, source: ClipReader, folder: Path, frames: int = 4) -> None:
         self.name = name
         self.source = source
         self.exclude = folder / f"{name}_exclude.csv"

@@ -1,13 +1,14 @@
-"""An annotation row and a seed become a uint8 clip with its tokens."""
+"""Clips for training and evaluation: rows of annotation tables become pixels, tokens and targets."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import logging
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,10 +23,9 @@ from egohod.data.config import SourceConfig
 from egohod.data.decoders import ReusingOpener, choose_decoder
 from egohod.data.frames import MIN_SECONDS, RULES
 from egohod.data.storage import LocalCache, VideoError, VideoFile, one_clip
-from egohod.data.table import ClipRow, ClipSource, ClipTable, choose_text
+from egohod.data.table import ClipReader, ClipRow, ClipTable, choose_text
 from egohod.data.text import Tokenizer, swap_sides, trim
-from egohod.data.transforms import Box, center_crop, crop, crop_boxes, flip, flip_boxes, random_box, spatial_crops
-from egohod.data.videos import VideoStore
+from egohod.data.transforms import Box, crop, crop_boxes, flip, flip_boxes, random_box, spatial_crops
 from egohod.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -34,32 +34,78 @@ log = logging.getLogger(__name__)
 _MAX_REPLACEMENTS = 10
 # The share of bad clips is judged as if at least so many had been seen: a few at the start stop nothing.
 _GRACE_CLIPS = 1000
+# Part of what cached features depend on; counts up when the same settings show other frames.
+_SAMPLING = "2"
 
 Key = int | tuple[int, int]
 
 
+WHOLE_FILES = ("midpoints", "windows")
+"""Samplings of clips that are files of their own, see :func:`frame_numbers`."""
+
+
+@dataclass(frozen=True)
+class EvalProtocol:
+    """How clips are shown in an evaluation; resolution, activation and the like come from the checkpoint.
+
+    ``frames`` per view. ``sampling``: a rule of :func:`egohod.data.frames.clip_indices`; or, where clips are files of
+    their own, *midpoints*, the floored midpoints of equal parts of the file, or *windows*, runs of frames ``stride``
+    apart whose starts are spread evenly over the file. A clip has ``windows`` x ``crops`` views. ``merge``: whether the
+    *mean* or the *max* of the views' similarities to a text counts. ``resize``: one of
+    :data:`egohod.data.transforms.RESIZES`. ``image_stats``: the ``model.image_stats`` of the weights whose numbers this
+    protocol reproduces, None for any; frames are always normalised as the model expects. ``prompts``: narrations of
+    which split describe a class.
+    """
+
+    name: str = "plain"
+    source: str = ""
+    frames: int = 16
+    sampling: str = "middle"
+    windows: int = 1
+    stride: int = 1
+    crops: int = 1
+    merge: str = "mean"
+    resize: str = "bicubic_antialias"
+    image_stats: str | None = None
+    prompts: str = "train"
+
+    def __post_init__(self) -> None:
+        assert self.sampling in (*RULES, *WHOLE_FILES), self.sampling
+        assert self.merge in ("mean", "max"), self.merge
+
+    @property
+    def views(self) -> int:
+        """Views of each clip."""
+        return self.windows * self.crops
+
+    @property
+    def whole_files(self) -> bool:
+        """Whether it is for clips that are files of their own."""
+        return self.sampling in WHOLE_FILES
+
+
 @dataclass(frozen=True)
 class View:
-    """A clip as a model is given it, and where that came from."""
+    """A training clip as the model's input, and where it came from."""
 
     row: ClipRow
     frames: np.ndarray
     """The whole pictures, uint8 [num_frames, H, W, 3]."""
-    box: Box | None
-    """What is cut out of them when training, before any flip; None is the middle square."""
+    box: Box
+    """The crop, before any flip."""
     flipped: bool
     video: Tensor
     """uint8 [3, num_frames, size, size]."""
     text: str
     boxes: np.ndarray | None
     """Hands and active object in ``video``, float32 [num_frames, 3, 4], see :class:`~egohod.data.detections.BoxTable`;
-    None where no boxes are asked for."""
+    None where no boxes are requested."""
     labels: Mapping[str, Tensor] | None = None
-    """What is known of the clip's classes, see :class:`Labels`; None where nothing is asked for."""
+    """Values for the loss by name, see :class:`Labels`; None where there are none."""
 
 
 class Labels(Protocol):
-    """What the clips of a source are matched with when training."""
+    """Training targets of the clips of one source."""
 
     def draw(self, index: int, rng: np.random.Generator) -> tuple[str, dict[str, Tensor]]:
         """The text for clip ``index`` of the source, and values of the same shapes for every clip, by name."""
@@ -67,18 +113,19 @@ class Labels(Protocol):
 
 
 class ClipDataset(Dataset[dict[str, Any]]):
-    """Map-style: ``dataset[(epoch, index)]`` when training, ``dataset[index]`` otherwise.
+    """Clips of one or several annotation tables, numbered one table after the other.
 
-    The clips of several ``sources`` are numbered one source after the other. All randomness of a sample (frames,
-    crop, flip, choice of text) is a function of (seed, epoch, index), so it does not depend on the number of workers,
-    nor on where a run was resumed.
+    With ``train=True``, ``dataset[(epoch, index)]`` is a dict of ``video`` uint8 [3, num_frames, size, size],
+    ``tokens`` int64 [context], ``index`` (of the clip that is delivered), ``fault`` (``None``, or which clips could
+    not be read and why, one per line), with ``boxes`` those of :class:`View` (NaN where a table has no detections) and
+    with ``labels``, one for each table, their values. All randomness (frames, crop, flip, choice of text) is a
+    function of (seed, epoch, index), so it depends neither on the number of workers nor on where a run was resumed. An
+    unreadable clip is replaced by another one of its table, chosen by the same randomness.
 
-    A sample is a dict: ``video`` uint8 [3, num_frames, size, size], ``tokens`` int64 [context], ``index`` (of the clip
-    that is delivered), ``fault`` (``None``, or which clips could not be read and why, one per line), and with ``boxes``
-    (training only) the ``boxes`` of :class:`View`, all NaN where a source has no detections; with ``labels`` (training
-    only), one for each source, what they draw. When training, an
-    unreadable clip is replaced by another one of its source, chosen by the same randomness; otherwise its
-    :class:`VideoError` is raised.
+    Otherwise ``dataset[index]`` is a dict of ``video`` [views, 3, T, size, size] as ``protocol`` shows it (default: one
+    centre crop of ``num_frames`` frames), ``index`` and ``fault``. Pixels are 0..255, uint8 or, for protocols that
+    resize without rounding, float32. A clip that cannot be read has no video, and a ``fault`` that names the file and
+    the reason.
 
     Raises :class:`UserError` at once if a video folder or the decoder is missing.
     """
@@ -88,8 +135,9 @@ class ClipDataset(Dataset[dict[str, Any]]):
         sources: Sequence[tuple[ClipTable, SourceConfig]],
         *,
         size: int,
-        num_frames: int,
-        tokenizer: Tokenizer,
+        num_frames: int = 4,
+        tokenizer: Tokenizer | None = None,
+        protocol: EvalProtocol | None = None,
         decoder: str = "auto",
         cache: LocalCache | None = None,
         seed: int = 0,
@@ -99,26 +147,78 @@ class ClipDataset(Dataset[dict[str, Any]]):
         boxes: bool = False,
         labels: Sequence[Labels] | None = None,
     ) -> None:
-        assert sources, "a dataset needs a source"
-        assert labels is None or len(labels) == len(sources), "each source has labels, or none has"
-        self.size = size
-        self.num_frames = num_frames
-        self.train = train
+        assert sources, "a dataset needs a table"
+        assert labels is None or len(labels) == len(sources), "each table has labels, or none has"
+        assert tokenizer is not None or not train, "training clips come with tokens"
+        self.size, self.num_frames, self.train = size, num_frames, train
+        self.protocol = protocol or EvalProtocol(frames=num_frames)
         self.decoder, opener = choose_decoder(decoder)
-        self.sources = [ClipSource(table, config, opener, cache, boxes) for table, config in sources]
+        # Evaluation goes through the clips of a video in order; training almost never needs a file twice.
+        opener = opener if train else ReusingOpener(opener)
+        self.sources = [ClipReader(table, config, opener, cache, boxes) for table, config in sources]
         self.starts = np.cumsum([0, *(len(source.table) for source in self.sources)])
-        """Number of the first clip of each source, and the number of all clips."""
+        """Number of the first clip of each table, and the number of all clips."""
+        self.labels = labels
         self._tokenizer = tokenizer
         self._seed = seed
         self._crop_scale_min = crop_scale_min
         self._flip = flip
-        self.labels = labels
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
+        if self.train:
+            return self._training_sample(epoch, index)
+        source, place = self._place(index)
+        try:
+            with one_clip(self.row(index).video_id):
+                return {"video": self._eval_views(index), "index": index, "fault": None}
+        except VideoError as error:
+            return {"video": None, "index": index, "fault": f"clip {source.table.id(place)}: {error}"}
+
+    @property
+    def clips(self) -> ClipTable:
+        """The table of a dataset that has one."""
+        return self.sources[0].table
+
+    @property
+    def config(self) -> SourceConfig:
+        """Where the videos of the first table are."""
+        return self.sources[0].config
+
+    def row(self, index: int) -> ClipRow:
+        """The annotation of a clip."""
+        source, place = self._place(index)
+        return source.table.row(place)
+
+    def where(self, index: int) -> str:
+        """File and place of a clip's annotation, for messages."""
+        source, place = self._place(index)
+        return source.table.where(place)
+
+    def _place(self, index: int) -> tuple[ClipReader, int]:
+        """The table of a clip, and its row there."""
+        number = self._number(index)
+        return self.sources[number], index - int(self.starts[number])
+
+    def _number(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return int(np.searchsorted(self.starts, index, side="right")) - 1
+
+    # ---------------------------------------------------------------------------------------------
+    # Training
+    # ---------------------------------------------------------------------------------------------
+
+    def view(self, key: tuple[int, int]) -> View:
+        """The steps of ``dataset[key]`` when training. Raises :class:`VideoError`."""
+        epoch, index = key
+        return self._view(index, self._randomness(epoch, index))
+
+    def _training_sample(self, epoch: int, index: int) -> dict[str, Any]:
+        assert self._tokenizer is not None
         rng, faults = self._randomness(epoch, index), list[str]()
         while True:
             try:
@@ -127,50 +227,27 @@ class ClipDataset(Dataset[dict[str, Any]]):
                     tokens = self._tokenizer([view.text])[0]
                 break
             except VideoError as error:
-                if not self.train:
-                    raise
                 faults.append(f"{self.where(index)}: {error}")
             if len(faults) > _MAX_REPLACEMENTS:
                 raise VideoError(f"{len(faults)} clips in a row could not be read; the last: {faults[-1]}")
-            source = self._source(index)
-            index = int(rng.integers(self.starts[source], self.starts[source + 1]))
+            number = self._number(index)
+            index = int(rng.integers(self.starts[number], self.starts[number + 1]))
         sample = {"video": view.video, "tokens": tokens, "index": index, "fault": "\n".join(faults) or None}
         sample |= {} if view.labels is None else {"labels": view.labels}
         return sample if view.boxes is None else sample | {"boxes": torch.from_numpy(view.boxes)}
-
-    def view(self, key: Key) -> View:
-        """What ``dataset[key]`` is made of. Raises :class:`VideoError`, also when training."""
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        return self._view(index, self._randomness(epoch, index))
-
-    def row(self, index: int) -> ClipRow:
-        """The annotation of a clip."""
-        source = self._source(index)
-        return self.sources[source].table.row(index - int(self.starts[source]))
-
-    def where(self, index: int) -> str:
-        """File and place of a clip's annotation, for messages."""
-        source = self._source(index)
-        return self.sources[source].table.where(index - int(self.starts[source]))
-
-    def _source(self, index: int) -> int:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return int(np.searchsorted(self.starts, index, side="right")) - 1
 
     def _randomness(self, epoch: int, index: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(np.random.SeedSequence((self._seed, epoch, index))))
 
     def _view(self, index: int, rng: np.random.Generator) -> View:
-        number, row = self._source(index), self.row(index)
-        source = self.sources[number]
-        frames, seconds, _ = source.read(row, self.num_frames, rng if self.train else None)
-        if self.labels and self.train:
-            text, labels = self.labels[number].draw(index - int(self.starts[number]), rng)
+        # The order of the draws (frames, text, crop, flip) is part of the recipe: another one gives other clips.
+        source, place = self._place(index)
+        row = source.table.row(place)
+        frames, seconds, _ = source.read(row, self.num_frames, rng)
+        if self.labels:
+            text, labels = self.labels[self._number(index)].draw(place, rng)
         else:
-            text, labels = choose_text(row.texts, source.list_text, rng), None
-        if not self.train:
-            return View(row, frames, None, False, center_crop(frames, self.size), text, None)
+            text, labels = choose_text(row.texts, source.config.list_text, rng), None
         height, width = frames.shape[1:3]
         box = random_box(height, width, self._crop_scale_min, rng)
         video, flipped = crop(frames, box, self.size), rng.random() < self._flip
@@ -182,10 +259,110 @@ class ClipDataset(Dataset[dict[str, Any]]):
             video, text = flip(video), swap_sides(text)
         return View(row, frames, box, flipped, video, text, boxes, labels)
 
+    # ---------------------------------------------------------------------------------------------
+    # Evaluation
+    # ---------------------------------------------------------------------------------------------
+
+    def _eval_views(self, index: int) -> Tensor:
+        """[views, 3, T, size, size]: all crops of the first window first."""
+        source, row, protocol = self._place(index)[0], self.row(index), self.protocol
+        if protocol.whole_files:
+            frames = source.store(row).read_file(row.video_id, lambda total: frame_numbers(protocol, total))
+        else:
+            frames = source.read(row, protocol.frames, None, protocol.sampling).pictures[None]
+        return torch.cat([spatial_crops(window, self.size, protocol.crops, protocol.resize) for window in frames])
+
+    def restricted(self, mask: NDArray[np.bool_]) -> ClipDataset:
+        """The clips where ``mask`` [N] is true."""
+        dataset = copy.copy(self)
+        for cached in ("identities", "numbers"):
+            dataset.__dict__.pop(cached, None)
+        masks = np.split(mask, self.starts[1:-1])
+        dataset.sources = [source.restricted(each) for source, each in zip(self.sources, masks, strict=True)]
+        dataset.starts = np.cumsum([0, *(len(source.table) for source in dataset.sources)])
+        return dataset
+
+    def missing(self) -> dict[int, str]:
+        """Clips whose file is not there, by index, with a message that names the file; opens no video."""
+        faults = {}
+        for index in range(len(self)):
+            row = self.row(index)
+            try:
+                self._place(index)[0].store(row).locate(row.video_id, row.start)
+            except VideoError as error:
+                faults[index] = str(error)
+        return faults
+
+    def length_note(self) -> str | None:
+        """How many clips are short, and how many of them were widened; None if none is short."""
+        least = self.config.min_clip_seconds or MIN_SECONDS
+        short = np.flatnonzero(np.concatenate([each.table.end - each.table.start for each in self.sources]) < least)
+        widened = 0
+        for index in short.tolist():
+            row = self.row(index)
+            with contextlib.suppress(VideoError):
+                store = self._place(index)[0].store(row)
+                widened += store.end_of(row.video_id, row.start, row.end, self.protocol.sampling) > row.end
+        if not len(short):
+            return None
+        return f"{len(short)} clips are shorter than {least:g} s: {widened} of them were widened to it"
+
+    @cached_property
+    def identities(self) -> list[str]:
+        """A hash of each clip and its files: a change of any of them gives other features.
+
+        Local files count by name, size and time of change, remote ones by name; missing ones not at all.
+        """
+        return [self._identity(index) for index in range(len(self))]
+
+    @cached_property
+    def numbers(self) -> list[int]:
+        """A number for each clip that follows from its video and times alone, to seed what is random about it.
+
+        It is the same in every benchmark and whichever other clips there are, as cached features must be.
+        """
+        rows = (self.row(index) for index in range(len(self)))
+        return [zlib.crc32(f"{row.video_id} {row.start:.3f} {row.end:.3f}".encode()) for row in rows]
+
+    def _identity(self, index: int) -> str:
+        source, row = self._place(index)[0], self.row(index)
+        store, end = source.store(row), row.end
+        files: list[VideoFile] = []
+        with contextlib.suppress(VideoError):
+            end = store.end_of(row.video_id, row.start, row.end, self.protocol.sampling)
+            files = store.locate(row.video_id, row.start, end)
+        parts = [
+            _SAMPLING,
+            str(store.root),
+            row.video_id,
+            repr(row.start),
+            repr(end),
+            repr(source.config.chunk_seconds),
+        ]
+        for file in files:
+            if isinstance(file, Path):
+                state = file.stat()
+                parts += [str(file), str(state.st_size), str(state.st_mtime_ns)]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def frame_numbers(protocol: EvalProtocol, total: int) -> NDArray[np.int64]:
+    """Frames of a file of ``total`` frames that a protocol for whole files shows, int64 [windows, frames].
+
+    *midpoints*: floor((i + 1/2) total / n). *windows*: starts spread evenly over what leaves room for a window, then
+    every ``stride``-th frame. Numbers from ``total`` on stand for black frames, with which LaViLa fills up a file that
+    is too short for one window.
+    """
+    if protocol.sampling == "midpoints":
+        return np.floor((np.arange(protocol.frames) + 0.5) * total / protocol.frames).astype(np.int64)[None]
+    assert protocol.sampling == "windows", protocol.sampling
+    starts = np.linspace(0, max(total - protocol.frames * protocol.stride, 0), protocol.windows).astype(np.int64)
+    return starts[:, None] + np.arange(protocol.frames) * protocol.stride
+
 
 def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Samples -> ``video`` uint8 [B, 3, T, H, W], ``tokens`` int64 [B, L] trimmed, ``index`` int64 [B], ``faults``,
-    and ``boxes`` float32 [B, T, 3, 4] and ``labels`` (values by name, each stacked) if there are any.
+    """Training samples -> ``video`` uint8 [B, 3, T, H, W], ``tokens`` int64 [B, L] trimmed, ``index`` int64 [B],
+    ``faults``, and ``boxes`` float32 [B, T, 3, 4] and ``labels`` (values by name, each stacked) if there are any.
 
     Trimming happens here, on the CPU, so that the device never has to be asked for a length.
     """
@@ -204,6 +381,27 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         each = [sample["labels"] for sample in samples]
         batch["labels"] = {name: torch.stack([labels[name] for labels in each]) for name in each[0]}
     return batch
+
+
+def collate_views(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Evaluation samples -> ``video`` [B, views, 3, T, S, S] and ``index`` int64 [B] of those that can be read."""
+    good = [sample for sample in samples if sample["fault"] is None]
+    return {
+        "video": torch.stack([sample["video"] for sample in good]) if good else None,
+        "index": np.array([sample["index"] for sample in good], dtype=np.int64),
+        "faults": {sample["index"]: sample["fault"] for sample in samples if sample["fault"] is not None},
+    }
+
+
+def require_all(faults: Mapping[int, str], total: int) -> None:
+    """Raise one :class:`UserError` that names everything that cannot be read, a line each."""
+    if faults:
+        lines = list(dict.fromkeys(faults[index] for index in sorted(faults)))
+        lines.append(
+            f"{len(faults)} of {total} clips cannot be read; main_eval.py --allow_missing evaluates the others and "
+            "marks the numbers as partial"
+        )
+        raise UserError(*lines)
 
 
 class FaultLedger:
@@ -247,232 +445,3 @@ class FaultLedger:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on counting where the checkpoint stood."""
         self._seen, self._bad, self._logged = int(state["seen"]), int(state["bad"]), set(state["logged"])
-
-
-WHOLE_FILES = ("midpoints", "windows")
-"""Samplings of clips that are files of their own, see :func:`frame_numbers`."""
-
-
-@dataclass(frozen=True)
-class EvalProtocol:
-    """How a benchmark is run; resolution, activation and the like come from the checkpoint, never from here.
-
-    ``frames`` per view. ``sampling``: a rule of :func:`egohod.data.frames.clip_indices`; or, where clips are files of
-    their own, *midpoints*, the floored midpoints of equal parts of the file, or *windows*, runs of frames ``stride``
-    apart whose starts are spread evenly over the file. A clip has ``windows`` x ``crops`` views. ``merge``: whether the
-    *mean* or the *max* of the views' similarities to a text counts. ``resize``: one of
-    :data:`egohod.data.transforms.RESIZES`. ``image_stats``: the ``model.image_stats`` of the weights whose numbers this
-    protocol reproduces, None for any; frames are always normalised as the model expects. ``prompts``: narrations of
-    which split stand for a class.
-    """
-
-    name: str
-    source: str
-    frames: int = 16
-    sampling: str = "middle"
-    windows: int = 1
-    stride: int = 1
-    crops: int = 1
-    merge: str = "mean"
-    resize: str = "bicubic_antialias"
-    image_stats: str | None = None
-    prompts: str = "train"
-
-    def __post_init__(self) -> None:
-        assert self.sampling in (*RULES, *WHOLE_FILES), self.sampling
-        assert self.merge in ("mean", "max"), self.merge
-
-    @property
-    def views(self) -> int:
-        """Views of each clip."""
-        return self.windows * self.crops
-
-    @property
-    def whole_files(self) -> bool:
-        """Whether it is for clips that are files of their own."""
-        return self.sampling in WHOLE_FILES
-
-
-# Part of what kept features depend on; counts up when the same settings show other frames.
-_SAMPLING = "2"
-
-
-@dataclass(frozen=True)
-class ClipList:
-    """N clips below one video folder. ``start`` and ``end`` float64 [N] in seconds; an infinite end is the file's.
-
-    ``ids`` are for people; ``root``, ``layout``, ``chunk_seconds`` and ``min_clip_seconds`` as in
-    :class:`~egohod.data.config.SourceConfig`.
-    """
-
-    ids: Sequence[str]
-    videos: Sequence[str]
-    start: NDArray[np.float64]
-    end: NDArray[np.float64]
-    root: str
-    layout: str = "auto"
-    chunk_seconds: float = 15.0
-    min_clip_seconds: float | None = None
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def restricted(self, kept: NDArray[np.bool_]) -> ClipList:
-        """The clips where ``kept`` [N] is true."""
-        rows = np.flatnonzero(kept).tolist()
-        return replace(
-            self,
-            ids=[self.ids[row] for row in rows],
-            videos=[self.videos[row] for row in rows],
-            start=self.start[kept],
-            end=self.end[kept],
-        )
-
-
-class EvaluationDataset(Dataset[dict[str, Any]]):
-    """Map-style: ``dataset[i]`` is a dict of ``video`` [views, 3, T, size, size], ``index`` and ``fault``.
-
-    Pixels are 0..255, uint8 or, for protocols that resize without rounding, float32.
-
-    A clip that cannot be read has no video, and a ``fault`` that names the file and the reason. Raises
-    :class:`UserError` at once if the video folder or the decoder is missing.
-    """
-
-    def __init__(
-        self,
-        clips: ClipList,
-        protocol: EvalProtocol,
-        *,
-        size: int,
-        decoder: str = "auto",
-        cache: LocalCache | None = None,
-    ) -> None:
-        self.clips = clips
-        self.protocol = protocol
-        self.size = size
-        self.num_frames = protocol.frames
-        self.decoder, opener = choose_decoder(decoder)
-        self._store = VideoStore(
-            clips.root, clips.layout, clips.chunk_seconds, ReusingOpener(opener), cache, clips.min_clip_seconds
-        )
-
-    def __len__(self) -> int:
-        return len(self.clips)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
-            with one_clip(self.clips.videos[index]):
-                return {"video": self._views(index), "index": index, "fault": None}
-        except VideoError as error:
-            return {"video": None, "index": index, "fault": f"clip {self.clips.ids[index]}: {error}"}
-
-    def missing(self) -> dict[int, str]:
-        """Clips whose file is not there, by index, with a message that names the file; opens no video."""
-        faults = {}
-        for index, (video, start) in enumerate(zip(self.clips.videos, self.clips.start.tolist(), strict=True)):
-            try:
-                self._store.locate(video, start)
-            except VideoError as error:
-                faults[index] = str(error)
-        return faults
-
-    def length_note(self) -> str | None:
-        """How many clips are short, and how many of them were widened; None if none is short."""
-        clips, least = self.clips, self.clips.min_clip_seconds or MIN_SECONDS
-        short = np.flatnonzero(clips.end - clips.start < least).tolist()
-        widened = 0
-        for index in short:
-            video, start, end = self._clip(index)
-            with contextlib.suppress(VideoError):
-                widened += self._store.end_of(video, start, end, self.protocol.sampling) > end
-        if not short:
-            return None
-        return f"{len(short)} clips are shorter than {least:g} s: {widened} of them were widened to it"
-
-    @cached_property
-    def identities(self) -> list[str]:
-        """What tells each clip from all others, its files included: a change of any gives other features.
-
-        Local files are known by name, size and time of change, remote ones by name. Clips that are missing have none.
-        """
-        return [self._identity(index) for index in range(len(self))]
-
-    @cached_property
-    def numbers(self) -> list[int]:
-        """A number for each clip that follows from its video and times alone, for what is random about it.
-
-        It is the same in every benchmark and whichever other clips there are, as features that are kept must be.
-        """
-        clips = self.clips
-        told = zip(clips.videos, clips.start.tolist(), clips.end.tolist(), strict=True)
-        return [zlib.crc32(f"{video} {start:.3f} {end:.3f}".encode()) for video, start, end in told]
-
-    def _identity(self, index: int) -> str:
-        video, start, end = self._clip(index)
-        files: list[VideoFile] = []
-        with contextlib.suppress(VideoError):
-            end = self._store.end_of(video, start, end, self.protocol.sampling)
-            files = self._store.locate(video, start, end)
-        told = [_SAMPLING, self.clips.root, video, repr(start), repr(end), repr(self.clips.chunk_seconds)]
-        for file in files:
-            if isinstance(file, Path):
-                state = file.stat()
-                told += [str(file), str(state.st_size), str(state.st_mtime_ns)]
-        return hashlib.sha256("\0".join(told).encode()).hexdigest()
-
-    def _clip(self, index: int) -> tuple[str, float, float]:
-        return self.clips.videos[index], float(self.clips.start[index]), float(self.clips.end[index])
-
-    def restricted(self, kept: NDArray[np.bool_]) -> EvaluationDataset:
-        """The clips where ``kept`` [N] is true."""
-        made = EvaluationDataset.__new__(EvaluationDataset)
-        made.__dict__.update(
-            {name: value for name, value in vars(self).items() if name not in ("identities", "numbers")}
-        )
-        made.clips = self.clips.restricted(kept)
-        return made
-
-    def _views(self, index: int) -> Tensor:
-        """[views, 3, T, size, size]: all crops of the first window first."""
-        video, start, end = self._clip(index)
-        protocol = self.protocol
-        if protocol.whole_files:
-            frames = self._store.read_file(video, lambda total: frame_numbers(protocol, total))
-        else:
-            frames = self._store.read(video, start, end, self.num_frames, rule=protocol.sampling).pictures[None]
-        return torch.cat([spatial_crops(window, self.size, protocol.crops, protocol.resize) for window in frames])
-
-
-def frame_numbers(protocol: EvalProtocol, total: int) -> NDArray[np.int64]:
-    """Frames of a file of ``total`` frames that a protocol for whole files shows, int64 [windows, frames].
-
-    *midpoints*: floor((i + 1/2) total / n). *windows*: starts spread evenly over what leaves room for a window, then
-    every ``stride``-th frame. Numbers from ``total`` on stand for black frames, with which LaViLa fills up a file that
-    is too short for one window.
-    """
-    if protocol.sampling == "midpoints":
-        return np.floor((np.arange(protocol.frames) + 0.5) * total / protocol.frames).astype(np.int64)[None]
-    assert protocol.sampling == "windows", protocol.sampling
-    starts = np.linspace(0, max(total - protocol.frames * protocol.stride, 0), protocol.windows).astype(np.int64)
-    return starts[:, None] + np.arange(protocol.frames) * protocol.stride
-
-
-def collate_views(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Samples -> ``video`` [B, views, 3, T, S, S] and ``index`` int64 [B] of those that could be read; faults."""
-    good = [sample for sample in samples if sample["fault"] is None]
-    return {
-        "video": torch.stack([sample["video"] for sample in good]) if good else None,
-        "index": np.array([sample["index"] for sample in good], dtype=np.int64),
-        "faults": {sample["index"]: sample["fault"] for sample in samples if sample["fault"] is not None},
-    }
-
-
-def require_all(faults: Mapping[int, str], total: int) -> None:
-    """Raise one :class:`UserError` that names everything that cannot be read, a line each."""
-    if faults:
-        lines = list(dict.fromkeys(faults[index] for index in sorted(faults)))
-        lines.append(
-            f"{len(faults)} of {total} clips cannot be read; main_eval.py --allow_missing evaluates the others and "
-            "marks the numbers as partial"
-        )
-        raise UserError(*lines)

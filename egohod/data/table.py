@@ -6,6 +6,7 @@ count a worker process could touch, so millions of rows are shared with forked w
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -117,12 +118,19 @@ class ClipTable:
 
     @classmethod
     def of(
-        cls, path: Path, videos: Sequence[str], start: np.ndarray, end: np.ndarray, **columns: Sequence[str]
+        cls,
+        path: Path,
+        videos: Sequence[str],
+        start: Sequence[float] | np.ndarray,
+        end: Sequence[float] | np.ndarray,
+        unit: str = "row",
+        **columns: Sequence[str],
     ) -> ClipTable:
         """A table of clips that need no checks; without a column ``text`` they have empty narrations."""
         everything = {"video_id": videos, "text": [""] * len(videos)} | columns
         arrays = {name: text_column(list(values)) for name, values in everything.items()}
-        return cls(path, pa.table(arrays), np.asarray(start, np.float64), np.asarray(end, np.float64))
+        first, last = (np.asarray(each, dtype=np.float64) for each in (start, end))
+        return cls(path, pa.table(arrays), first, last, unit=unit)
 
     @classmethod
     def checked(
@@ -194,8 +202,21 @@ class ClipTable:
 
     @property
     def ids(self) -> list[str]:
-        """A name of each clip for people: the column uid, else its number from 1."""
-        return [str(i) for i in (self.column("uid") if "uid" in self._columns else range(1, len(self) + 1))]
+        """A name of each clip for people, see :meth:`id`."""
+        return [self.id(i) for i in range(len(self))]
+
+    def id(self, index: int) -> str:
+        """A name of a clip for people: its uid, else its number from 1."""
+        return self.value("uid", index) if "uid" in self._columns else str(index + 1)
+
+    def rows_of_videos(self) -> dict[str, range]:
+        """The rows of each video of a table whose clips are grouped by video, in their order."""
+        names, rows = self.videos, dict[str, range]()
+        borders = [i for i in range(len(names)) if i == 0 or names[i] != names[i - 1]]
+        for start, end in zip(borders, [*borders[1:], len(names)], strict=True):
+            assert names[start] not in rows, "the clips of a video must be side by side"
+            rows[names[start]] = range(start, end)
+        return rows
 
     def restricted(self, mask: np.ndarray) -> ClipTable:
         """The clips where ``mask`` bool [N] is true."""
@@ -378,8 +399,8 @@ def _milliseconds(times: np.ndarray) -> np.ndarray:
     return np.nan_to_num(times * 1000).round().astype(np.int64)
 
 
-class ClipSource:
-    """One annotation table with the folders its videos lie in."""
+class ClipReader:
+    """Reads the frames and boxes of a table's clips; ``config`` has the folders of the videos."""
 
     def __init__(
         self,
@@ -391,7 +412,6 @@ class ClipSource:
     ) -> None:
         self.table = table
         self.config = config
-        self.list_text = config.list_text
         self._with_boxes = boxes
         self._boxes = BoxTable.read(config.detections) if boxes and config.detections else None
         self._stores = {
@@ -399,13 +419,22 @@ class ClipSource:
             for name, root in _roots(table, config).items()
         }
 
-    def read(self, row: ClipRow, num_frames: int, rng: np.random.Generator | None) -> Frames:
+    def store(self, row: ClipRow) -> VideoStore:
+        """The folder that a clip's video is in."""
+        return self._stores.get(row.dataset) or self._stores[""]
+
+    def read(self, row: ClipRow, num_frames: int, rng: np.random.Generator | None, rule: str = "middle") -> Frames:
         """``num_frames`` frames of a clip; see :meth:`VideoStore.read`."""
-        store = self._stores.get(row.dataset) or self._stores[""]
-        return store.read(row.video_id, row.start, row.end, num_frames, rng)
+        return self.store(row).read(row.video_id, row.start, row.end, num_frames, rng, rule)
+
+    def restricted(self, mask: np.ndarray) -> ClipReader:
+        """The same for the clips where ``mask`` bool [N] is true."""
+        reader = copy.copy(self)
+        reader.table = self.table.restricted(mask)
+        return reader
 
     def boxes(self, row: ClipRow, seconds: np.ndarray) -> np.ndarray | None:
-        """Boxes at ``seconds`` [T] of the row's video, float32 [T, 3, 4]; None if none were asked for."""
+        """Boxes at ``seconds`` [T] of the row's video, float32 [T, 3, 4]; None if they are not requested."""
         if not self._with_boxes:
             return None
         if self._boxes is None:

@@ -43,7 +43,7 @@ from egohod.data import detections
 from egohod.data.config import SourceConfig
 from egohod.data.decoders import choose_decoder
 from egohod.data.formats import read_clips
-from egohod.data.table import ClipSource
+from egohod.data.table import ClipReader
 from egohod.demo.render import PICTURE, SHRINK, Stage
 from egohod.demo.world import (
     DEFAULT,
@@ -313,7 +313,7 @@ def write_benchmarks(world: Path, split: str = "test") -> bool:
 def _frames(folder: Path) -> list[np.ndarray]:
     """All frames of each clip, uint8 [T, H, W, 3]."""
     source = SourceConfig(metadata=str(folder / "hod.csv"), root=str(folder / "videos"), layout="chunks")
-    clips = ClipSource(read_clips(source, strict=True), source, choose_decoder()[1])
+    clips = ClipReader(read_clips(source, strict=True), source, choose_decoder()[1])
     rows = [clips.table.row(i) for i in range(len(clips.table))]
     return [clips.read(row, round((row.end - row.start) * FPS), None).pictures for row in rows]
 

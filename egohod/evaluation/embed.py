@@ -17,14 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from egohod.data.config import DataConfig
-from egohod.data.dataset import EvaluationDataset, collate_views, require_all
+from egohod.data.dataset import ClipDataset, collate_views, require_all
 from egohod.data.loader import eval_loader
 from egohod.data.text import trim
 from egohod.data.transforms import normalise
 from egohod.distributed import Distributed, inference_precision
 from egohod.errors import UserError
 from egohod.evaluation.features import FeatureCache, feature_key, is_written, write_video
-from egohod.evaluation.listing import Listing
 from egohod.evaluation.models import VideoTextModel, apply_control, image_stats_of
 from egohod.runtime import Interrupted, Progress
 
@@ -80,7 +79,7 @@ class Batch:
 
 def embed_clips(
     model: VideoTextModel,
-    dataset: EvaluationDataset,
+    dataset: ClipDataset,
     run: Execution,
     *,
     controls: Sequence[str] = (),
@@ -136,7 +135,7 @@ def embed_texts(
 
 def _encode_clips(
     model: VideoTextModel,
-    dataset: EvaluationDataset,
+    dataset: ClipDataset,
     rows: NDArray[np.int64],
     batch_size: int,
     run: Execution,
@@ -294,11 +293,11 @@ class Extracted:
     faults: list[str] = field(default_factory=list)
 
 
-def remaining(listing: Listing, dataset: EvaluationDataset, folder: Path) -> dict[str, str]:
+def remaining(dataset: ClipDataset, folder: Path) -> dict[str, str]:
     """Videos whose features are not in ``folder`` yet, or are of other clips, with the identity of their clips."""
     identities = {
         video: hashlib.sha256("\0".join([dataset.identities[row] for row in rows]).encode()).hexdigest()
-        for video, rows in listing.videos().items()
+        for video, rows in dataset.clips.rows_of_videos().items()
     }
     return {video: identity for video, identity in identities.items() if not is_written(folder, video, identity)}
 
@@ -316,8 +315,7 @@ def shares(sizes: Mapping[str, int], count: int) -> list[list[str]]:
 
 def extract(
     model: VideoTextModel,
-    listing: Listing,
-    dataset: EvaluationDataset,
+    dataset: ClipDataset,
     folder: Path,
     todo: Mapping[str, str],
     run: Execution,
@@ -328,13 +326,13 @@ def extract(
     raises :class:`UserError` on every process once the other shares are done, or is left out of its video's file with
     ``run.allow_missing``.
     """
-    sizes = {video: len(rows) for video, rows in listing.videos().items() if video in todo}
+    sizes = {video: len(rows) for video, rows in dataset.clips.rows_of_videos().items() if video in todo}
     mine = set(shares({video: sizes[video] for video in todo}, run.dist.world_size)[run.dist.rank])
     done, fault = Extracted(), None
     try:
         with _inference(model, run.dist.device, run.precision):
             share = {video: identity for video, identity in todo.items() if video in mine}
-            done = _extract_share(model, listing, dataset, folder, share, run)
+            done = _extract_share(model, dataset, folder, share, run)
     except UserError as error:  # raised on all processes below, or the others would wait for this one for ever
         fault = str(error)
     results = run.dist.gather_objects((done, fault))
@@ -349,13 +347,12 @@ def extract(
 
 def _extract_share(
     model: VideoTextModel,
-    listing: Listing,
-    dataset: EvaluationDataset,
+    dataset: ClipDataset,
     folder: Path,
     todo: Mapping[str, str],
     run: Execution,
 ) -> Extracted:
-    rows_of, clips = listing.videos(), listing.clips
+    clips, rows_of = dataset.clips, dataset.clips.rows_of_videos()
     rows = np.array([row for video in todo for row in rows_of[video]], dtype=np.int64)
     encoded: dict[int, NDArray[np.float32]] = {}
     pending, faults, written, done, complete = list(todo), list[str](), 0, 0, 0
@@ -381,7 +378,7 @@ def _extract_share(
                     # A video that lacks a clip is tried again by a later run.
                     identity = todo[video] if len(readable) == len(rows_of[video]) else "incomplete"
                     stacked = np.stack([encoded.pop(row) for row in readable])
-                    texts = [listing.texts[row] for row in readable]
+                    texts = [clips.value("text", row) for row in readable]
                     write_video(folder, video, stacked, clips.start[readable], clips.end[readable], texts, identity)
                     written += 1
             progress.update(done)

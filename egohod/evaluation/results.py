@@ -168,17 +168,18 @@ def _number(score: Score) -> dict[str, Any]:
 
 def details(benchmark: Benchmark, result: BenchmarkResult) -> dict[str, Any]:
     """The content of ``details/<name>.json``: the clips, and the details of each task."""
-    clips, rows = benchmark.dataset.clips, result.rows
+    clips, config, rows = benchmark.dataset.clips, benchmark.dataset.config, result.rows
+    ids, videos = clips.ids, clips.videos
     ends = [float(clips.end[i]) for i in rows]
     return {
         "format": FORMAT,
         "clips": {
-            "root": clips.root,
-            "layout": clips.layout,
-            "chunk_seconds": clips.chunk_seconds,
-            "min_clip_seconds": clips.min_clip_seconds,
-            "id": [clips.ids[i] for i in rows],
-            "video": [clips.videos[i] for i in rows],
+            "root": config.root,
+            "layout": config.layout,
+            "chunk_seconds": config.chunk_seconds,
+            "min_clip_seconds": config.min_clip_seconds,
+            "id": [ids[i] for i in rows],
+            "video": [videos[i] for i in rows],
             "start": [float(clips.start[i]) for i in rows],
             "end": [end if end != float("inf") else None for end in ends],
         },

@@ -16,7 +16,7 @@ from torch import nn
 
 from egohod.config import Config
 from egohod.data.config import SourceConfig
-from egohod.data.dataset import ClipList, EvalProtocol, EvaluationDataset, require_all
+from egohod.data.dataset import ClipDataset, EvalProtocol, require_all
 from egohod.data.formats import BENCHMARKS
 from egohod.data.formats.base import BenchmarkData, BenchmarkOptions
 from egohod.data.labels import ClassSpace
@@ -63,7 +63,7 @@ class Benchmark:
     def __init__(
         self,
         name: str,
-        dataset: EvaluationDataset,
+        dataset: ClipDataset,
         tasks: Sequence[EvaluationTask],
         *,
         tokenizer: TokenizerLike,
@@ -219,19 +219,10 @@ def benchmark(
         )
     cache = Path(cfg.evaluate.cache) if cfg.evaluate.cache else None
     source, data = read_benchmark(kind, config, protocol.prompts, cache)
-    tasks, clips = tasks_of(data), data.clips
-    dataset = EvaluationDataset(
-        ClipList(
-            clips.ids,
-            clips.videos,
-            clips.start,
-            clips.end,
-            source.root,
-            source.layout,
-            source.chunk_seconds,
-            source.min_clip_seconds,
-        ),
-        protocol,
+    tasks = tasks_of(data)
+    dataset = ClipDataset(
+        [(data.clips, source)],
+        protocol=protocol,
         size=size or geometry(cfg.model.name).image_size,
         decoder=cfg.data.decoder,
         cache=open_cache(cfg.data.cache, cfg.data.cache_gb),

@@ -43,7 +43,7 @@ from egohod.data.decoders import choose_decoder
 from egohod.data.detections import SCHEMA
 from egohod.data.formats import read_clips
 from egohod.data.storage import open_cache
-from egohod.data.table import ClipSource, ClipTable, TableReport, choose_text
+from egohod.data.table import ClipReader, ClipTable, choose_text
 from egohod.data.videos import Frames, VideoError, sliding_windows
 from egohod.errors import UserError
 from egohod.hod.check import check_narrations
@@ -458,16 +458,13 @@ def cut_windows(cfg: HodConfig) -> ClipTable:
     if not clips:
         raise UserError(f"{root}: not one of its {len(faults)} videos can be read")
     videos, start, end = zip(*clips, strict=True)
-    columns = {"video_id": pa.array(videos, pa.large_string()), "text": pa.array([""] * len(clips), pa.large_string())}
     log.info("%s: %s windows of %s videos", root, f"{len(clips):,}", f"{len(set(videos)):,}")
-    numbers = np.arange(1, len(clips) + 1)
-    report = TableReport(len(clips))
-    return ClipTable(Path(root), pa.table(columns), np.array(start), np.array(end), numbers, "window", report)
+    return ClipTable.of(Path(root), videos, start, end, unit="window")
 
 
-def open_videos(cfg: HodConfig, table: ClipTable) -> ClipSource:
+def open_videos(cfg: HodConfig, table: ClipTable) -> ClipReader:
     """What reads the clips' frames."""
-    return ClipSource(table, cfg.source, choose_decoder(cfg.decoder)[1], open_cache(cfg.cache, cfg.cache_gb))
+    return ClipReader(table, cfg.source, choose_decoder(cfg.decoder)[1], open_cache(cfg.cache, cfg.cache_gb))
 
 
 def source_text(cfg: HodConfig, table: ClipTable, index: int) -> str:
@@ -494,7 +491,7 @@ def _table_hash(cfg: HodConfig, table: ClipTable) -> str:
 # --- Stages ---
 
 
-def make_stages(cfg: HodConfig, source: ClipSource) -> list[Stage]:
+def make_stages(cfg: HodConfig, source: ClipReader) -> list[Stage]:
     """The four stages in order."""
     narrate = NarrateStage(cfg, source)
     return [DetectStage(cfg, source), TrackStage(cfg, source.table), narrate, CheckStage(narrate)]
@@ -510,7 +507,7 @@ class DetectStage(Stage):
     name = DETECT
     group = None  # a worker takes the next clip as soon as it is free; at the end of a group it would wait for others
 
-    def __init__(self, cfg: HodConfig, source: ClipSource) -> None:
+    def __init__(self, cfg: HodConfig, source: ClipReader) -> None:
         self._cfg, self._source = cfg, source
         self._detector: Detector | None = None
         self.settings: Mapping[str, Any] = {
@@ -623,7 +620,7 @@ class NarrateStage(Stage):
 
     name, reads_text = NARRATE, True
 
-    def __init__(self, cfg: HodConfig, source: ClipSource) -> None:
+    def __init__(self, cfg: HodConfig, source: ClipReader) -> None:
         self.cfg, self._source = cfg, source
         # Enough that no request waits for another at the end of a group; the frames of a group are in memory.
         at_once = cfg.narrator.batch * cfg.narrator.concurrency

@@ -13,7 +13,7 @@ from video_files import DECODERS, encode, numbers, opener
 from egohod.config import Config
 from egohod.data import storage
 from egohod.data.config import SourceConfig
-from egohod.data.dataset import ClipDataset
+from egohod.data.dataset import ClipDataset, collate_views
 from egohod.data.formats import read_clips
 from egohod.data.frames import segment_indices
 from egohod.data.loader import eval_loader
@@ -113,7 +113,7 @@ def test_forked_workers_have_connections_of_their_own(tmp_path: Path) -> None:
         clips = clips if cached else dataset(tmp_path)
         if not cached:
             clips[0]
-        batches = list(eval_loader(clips, range(8), 2, 2))
+        batches = list(eval_loader(clips, range(8), 2, 2, collate=collate_views))
         after = [video for batch in batches for video in batch["video"]]
         assert all((one == other).all() for one, other in zip(before, after, strict=True))
     assert len(list((tmp_path / "cache").glob("*/*"))) == 6
@@ -129,7 +129,7 @@ def test_a_refused_root_ends_the_run_with_one_line(
         point_to(monkeypatch, server.address)
         server.script = [(400, "ExpiredToken")] * 100
         with pytest.raises(StorageError, match=r"^s3://videos/.*the credentials have expired or are not valid"):
-            list(eval_loader(dataset(tmp_path), range(8), 2, 1))
+            list(eval_loader(dataset(tmp_path), range(8), 2, 1, collate=collate_views))
         clips = dataset(tmp_path)
         clips.train = True
         with pytest.raises(StorageError, match="the credentials have expired"):

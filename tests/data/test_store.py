@@ -15,7 +15,7 @@ from egohod.data.config import SourceConfig
 from egohod.data.formats import read_clips
 from egohod.data.frames import floored_midpoints, segment_indices
 from egohod.data.storage import LocalFolder
-from egohod.data.table import ClipSource
+from egohod.data.table import ClipReader
 from egohod.data.videos import VideoError, VideoStore
 from egohod.errors import UserError
 
@@ -239,7 +239,7 @@ def test_training_and_fine_tuning_read_clips_as_their_source_says(videos: Path, 
         config = SourceConfig(
             metadata=str(tmp_path / "clips.csv"), root=str(tmp_path), chunk_seconds=2.0, min_clip_seconds=least
         )
-        source = ClipSource(read_clips(config), config, opener("pyav"))
+        source = ClipReader(read_clips(config), config, opener("pyav"))
         for row, frames in ((0, whole), (1, chunks)):
             shown = source.read(source.table.row(row), 6, None).pictures
             assert numbers(shown) == segment_indices(10, 10 + frames, 6).tolist()

@@ -21,7 +21,7 @@ from egohod.data.config import SourceConfig
 from egohod.data.decoders import choose_decoder
 from egohod.data.formats import read_clips
 from egohod.data.storage import StorageError
-from egohod.data.table import ClipRow, ClipSource
+from egohod.data.table import ClipReader, ClipRow
 from egohod.errors import UserError
 from egohod.runtime import Progress
 from tests.data.video_files import encode, encode_sizes
@@ -45,9 +45,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def source(folder: Path, root: str = "") -> tuple[SourceConfig, ClipSource]:
+def source(folder: Path, root: str = "") -> tuple[SourceConfig, ClipReader]:
     config = SourceConfig(metadata=str(folder / "clips.csv"), root=root or str(folder / "videos"))
-    return config, ClipSource(read_clips(config), config, choose_decoder("pyav")[1])
+    return config, ClipReader(read_clips(config), config, choose_decoder("pyav")[1])
 
 
 class Interrupting(Progress):
@@ -90,8 +90,8 @@ def test_a_picture_that_changes_its_proportions_costs_its_clips_alone(folder: Pa
 def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify_dataset, "BLOCK", 2)
     read: list[int] = []
-    inner = ClipSource.read
-    monkeypatch.setattr(ClipSource, "read", lambda self, row, *more: read.append(row.row) or inner(self, row, *more))
+    inner = ClipReader.read
+    monkeypatch.setattr(ClipReader, "read", lambda self, row, *more: read.append(row.row) or inner(self, row, *more))
     expected = Verifier("own", source(folder)[1], folder).run(0)
     assert len(expected.faults) == 3
     assert len(read) == 6
@@ -121,23 +121,23 @@ def test_what_stops_a_run_stops_it_at_once_in_several_processes(folder: Path, mo
     def refuse(*_: object) -> None:
         raise StorageError("s3://videos: the credentials have expired")
 
-    monkeypatch.setattr(ClipSource, "read", refuse)
+    monkeypatch.setattr(ClipReader, "read", refuse)
     with pytest.raises(StorageError, match=r"^s3://videos: the credentials have expired$"):
         Verifier("own", source(folder)[1], folder).run(2)
 
 
 def test_a_video_that_makes_its_process_crash_or_hang_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As decoders do on some damaged files."""
-    inner = ClipSource.read
+    inner = ClipReader.read
 
-    def read(self: ClipSource, row: ClipRow, *more: Any) -> Any:
+    def read(self: ClipReader, row: ClipRow, *more: Any) -> Any:
         if row.video_id == "v1" and row.start < 1:
             os._exit(7)
         if row.video_id == "fake":
             time.sleep(600)
         return inner(self, row, *more)
 
-    monkeypatch.setattr(ClipSource, "read", read)
+    monkeypatch.setattr(ClipReader, "read", read)
     monkeypatch.setattr(verify_dataset, "_PATIENCE", 3.0)
     faults = dict(Verifier("own", source(folder)[1], folder).run(1).faults)
     assert faults[2] == "v1: the process that worked on it died (exit code 7)"
@@ -186,7 +186,7 @@ def test_chunks_of_another_length_are_reported(tmp_path: Path) -> None:
     config = SourceConfig(metadata=str(tmp_path / "clips.csv"), root=str(tmp_path / "videos"))
     for seconds, faults in ((15.0, 3), (30.0, 0)):
         config.chunk_seconds = seconds
-        clips = ClipSource(read_clips(config), config, choose_decoder("pyav")[1])
+        clips = ClipReader(read_clips(config), config, choose_decoder("pyav")[1])
         verdict = Verifier("own", clips, tmp_path).run(0)
         assert len(verdict.faults) == faults
         assert len(verdict.reasons) == min(faults, 1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from egohod.config import Config
-from egohod.data.dataset import EvaluationDataset
+from egohod.data.dataset import ClipDataset
 from egohod.data.table import ClipTable
 from egohod.data.text import Tokenizer
 from egohod.data.transforms import normalise
@@ -69,7 +69,7 @@ def assert_at_chance(values: list[float], chance: float | None, *wrong: float, s
 class Oracle(nn.Module):
     """Knows each clip by its pixels and each text by its tokens; features tell the action and the exact text."""
 
-    def __init__(self, dataset: EvaluationDataset, table: ClipTable, tokenizer: Tokenizer) -> None:
+    def __init__(self, dataset: ClipDataset, table: ClipTable, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.of_clip: dict[bytes, tuple[str, str]] = {}
         actions: dict[str, str] = {}

@@ -17,7 +17,6 @@ from egohod.data.transforms import normalise
 from egohod.distributed import Distributed, inference_precision
 from egohod.errors import UserError
 from egohod.evaluation.embed import Execution, embed_clips, embed_texts, extract, remaining
-from egohod.evaluation.listing import Listing
 
 ALONE = Distributed(0, 1, torch.device("cpu"), None)
 
@@ -126,9 +125,8 @@ def test_fp32_features_are_computed_without_tf32(world: Path, tmp_path: Path) ->
     assert float32_settings() == training
     embed_clips(Settings(), dataset, Execution(8, 0, ALONE))
     embed_texts(Settings(), ["one"], Tokenizer(), Execution(8, 0, ALONE))
-    listing = Listing(dataset.clips, ["a"] * len(dataset))
-    todo = remaining(listing, dataset, tmp_path)
-    extract(Settings(), listing, dataset, tmp_path, todo, Execution(8, 0, ALONE))
+    todo = remaining(dataset, tmp_path)
+    extract(Settings(), dataset, tmp_path, todo, Execution(8, 0, ALONE))
     assert seen == {("highest", "ieee")}
     # Training goes on as before, also after an evaluation that failed.
     assert float32_settings() == training

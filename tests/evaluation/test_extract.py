@@ -13,14 +13,16 @@ import torch
 from evaluation_cases import ALONE, small_model
 from PIL import Image
 
-from egohod.data.dataset import EvalProtocol, EvaluationDataset
+from egohod.data.config import SourceConfig
+from egohod.data.dataset import ClipDataset, EvalProtocol
+from egohod.data.formats.folder import rows_of_csv, whole_files, windows
+from egohod.data.table import ClipTable
 from egohod.data.transforms import normalise
 from egohod.data.videos import window_spans
 from egohod.errors import UserError
 from egohod.evaluation import embed as extraction
 from egohod.evaluation.embed import Execution, extract, remaining, shares
 from egohod.evaluation.features import Features, clock, open_index, read_features, read_index, search, write_video
-from egohod.evaluation.listing import Listing, rows_of_csv, whole_files, windows
 from tests.data.video_files import encode_sizes, remux
 from tests.support import Command, ShortRun
 
@@ -36,14 +38,14 @@ def videos(formats: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def dataset_of(listing: Listing, frames: int = 4) -> EvaluationDataset:
-    return EvaluationDataset(listing.clips, EvalProtocol("features", "", frames=frames), size=40, decoder="pyav")
+def dataset_of(clips: ClipTable, root: Path, layout: str = "whole", frames: int = 4) -> ClipDataset:
+    source = SourceConfig(root=str(root), layout=layout, min_clip_seconds=0.0)
+    return ClipDataset([(clips, source)], protocol=EvalProtocol(frames=frames), size=40, decoder="pyav")
 
 
-def run(listing: Listing, folder: Path, allow_missing: bool = False) -> extraction.Extracted:
-    dataset = dataset_of(listing)
+def run(dataset: ClipDataset, folder: Path, allow_missing: bool = False) -> extraction.Extracted:
     execution = Execution(2, 0, ALONE, allow_missing=allow_missing)
-    return extract(small_model(), listing, dataset, folder, remaining(listing, dataset, folder), execution)
+    return extract(small_model(), dataset, folder, remaining(dataset, folder), execution)
 
 
 @pytest.mark.parametrize(
@@ -62,9 +64,9 @@ def test_windows_cover_a_video_to_its_end(duration: float, expected: list[tuple[
 
 
 def test_every_file_of_a_folder_is_a_clip(videos: Path) -> None:
-    listing = whole_files(str(videos))
-    assert list(listing.clips.videos) == ["a", "b/c", "b/d"]
-    assert np.isinf(listing.clips.end).all()
+    clips, faults = whole_files(str(videos))
+    assert (clips.videos, faults) == (["a", "b/c", "b/d"], [])
+    assert np.isinf(clips.end).all()
     shutil.copy(videos / "a.mp4", videos / "a.MP4")
     with pytest.raises(UserError, match="is there as well"):
         whole_files(str(videos))
@@ -75,11 +77,11 @@ def test_a_csv_may_mix_videos_and_orders(tmp_path: Path) -> None:
     path.write_bytes(
         b"text,end_second,extra,video_id,start_second\r\none,2,x,b,1\r\ntwo,00:00:03.5,x,a,0\r\n,1,x,b,0.5\r\n"
     )
-    listing = rows_of_csv(path, "videos")
-    assert list(listing.clips.videos) == ["b", "b", "a"]
-    assert listing.clips.end.tolist() == [2, 1, 3.5]
-    assert list(listing.texts) == ["one", "", "two"]
-    assert listing.videos() == {"b": range(2), "a": range(2, 3)}
+    clips = rows_of_csv(path)
+    assert clips.videos == ["b", "b", "a"]
+    assert clips.end.tolist() == [2, 1, 3.5]
+    assert clips.column("text").tolist() == ["one", "", "two"]
+    assert clips.rows_of_videos() == {"b": range(2), "a": range(2, 3)}
 
 
 @pytest.mark.parametrize(
@@ -95,26 +97,27 @@ def test_a_csv_may_mix_videos_and_orders(tmp_path: Path) -> None:
 def test_a_bad_row_is_named(tmp_path: Path, row: str, said: str) -> None:
     (tmp_path / "clips.csv").write_text(f"video_id,start_second,end_second\n{row}\n")
     with pytest.raises(UserError, match=said):
-        rows_of_csv(tmp_path / "clips.csv", "videos")
+        rows_of_csv(tmp_path / "clips.csv")
 
 
 def test_features_are_those_of_the_clip_alone_and_in_order(videos: Path, tmp_path: Path) -> None:
-    listing = windows(str(videos), 1.0, 0.5)
-    assert run(listing, tmp_path / "features").videos == 3
-    model, dataset = small_model().eval(), dataset_of(listing)
+    dataset = dataset_of(windows(str(videos), 1.0, 0.5)[0], videos)
+    assert run(dataset, tmp_path / "features").videos == 3
+    model = small_model().eval()
     with torch.no_grad():
         alone = torch.cat([model.encode_video(normalise(dataset[row]["video"])) for row in range(len(dataset))])
-    for video, rows in listing.videos().items():
+    for video, rows in dataset.clips.rows_of_videos().items():
         with np.load(tmp_path / "features" / f"{video}.npz") as content:
             np.testing.assert_allclose(content["features"], alone[list(rows)], atol=1e-5)
             np.testing.assert_allclose(np.linalg.norm(content["features"], axis=1), 1, atol=1e-5)
-            assert content["start"].tolist() == listing.clips.start[list(rows)].tolist()
+            assert content["start"].tolist() == dataset.clips.start[list(rows)].tolist()
 
 
 def test_an_interrupted_run_goes_on_and_what_changed_is_embedded_again(
     videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, listing = tmp_path / "features", windows(str(videos), 1.0, 1.0)
+    folder, clips = tmp_path / "features", windows(str(videos), 1.0, 1.0)[0]
+    dataset = dataset_of(clips, videos)
     written: list[str] = []
 
     def stop(where: Path, video: str, *rest: object) -> None:
@@ -126,30 +129,31 @@ def test_an_interrupted_run_goes_on_and_what_changed_is_embedded_again(
     real = extraction.write_video
     monkeypatch.setattr(extraction, "write_video", stop)
     with pytest.raises(KeyboardInterrupt):
-        run(listing, folder)
+        run(dataset, folder)
     monkeypatch.setattr(extraction, "write_video", real)
-    assert list(remaining(listing, dataset_of(listing), folder)) == ["b/c", "b/d"]
-    assert run(listing, folder).videos == 2
-    assert run(listing, folder).clips == 0
-    other = windows(str(videos), 1.0, 0.5)
-    assert len(remaining(other, dataset_of(other), folder)) == 3
+    assert list(remaining(dataset_of(clips, videos), folder)) == ["b/c", "b/d"]
+    assert run(dataset, folder).videos == 2
+    assert run(dataset, folder).clips == 0
+    other = windows(str(videos), 1.0, 0.5)[0]
+    assert len(remaining(dataset_of(other, videos), folder)) == 3
     shutil.copy(videos / "b" / "d.mp4", videos / "a.mp4")
-    assert list(remaining(listing, dataset_of(listing), folder)) == ["a"]
+    assert list(remaining(dataset_of(clips, videos), folder)) == ["a"]
     (folder / "b" / "c.npz").write_bytes(b"cut off")
-    assert list(remaining(listing, dataset_of(listing), folder)) == ["a", "b/c"]
+    assert list(remaining(dataset_of(clips, videos), folder)) == ["a", "b/c"]
 
 
 def test_a_clip_that_cannot_be_read_stops_the_run_or_is_left_out_and_tried_again(videos: Path, tmp_path: Path) -> None:
     csv, folder = tmp_path / "clips.csv", tmp_path / "features"
     csv.write_text("video_id,start_second,end_second\na,0,1\na,90,91\na,1,2\nb/d,0,1\n")
-    listing = rows_of_csv(csv, str(videos))
+    clips = rows_of_csv(csv)
+    dataset = dataset_of(clips, videos)
     with pytest.raises(UserError, match=r"(?s)a 90\.00-91\.00 s.*--allow_missing"):
-        run(listing, folder)
-    done = run(listing, folder, allow_missing=True)
+        run(dataset, folder)
+    done = run(dataset, folder, allow_missing=True)
     assert (done.videos, done.clips, len(done.faults)) == (2, 3, 1)
     with np.load(folder / "a.npz") as content:
         assert content["start"].tolist() == [0, 1]
-    assert list(remaining(listing, dataset_of(listing), folder)) == ["a"]
+    assert list(remaining(dataset_of(clips, videos), folder)) == ["a"]
 
 
 def test_shares_hold_every_video_once_and_are_about_even() -> None:
@@ -305,9 +309,9 @@ def test_a_name_that_is_not_utf8_is_named_and_may_be_left_out(
 
 def test_an_ending_in_mixed_case_is_named(videos: Path) -> None:
     (videos / "a.mp4").rename(videos / "a.Mp4")
-    listing = windows(str(videos), 1.0, 1.0)
-    assert set(listing.videos()) == {"b/c", "b/d"}
-    assert listing.faults == [f"{videos}/a.Mp4: its ending is in mixed case; rename it to .mp4"]
+    clips, faults = windows(str(videos), 1.0, 1.0)
+    assert set(clips.rows_of_videos()) == {"b/c", "b/d"}
+    assert faults == [f"{videos}/a.Mp4: its ending is in mixed case; rename it to .mp4"]
 
 
 def test_a_picture_that_changes_its_proportions_costs_its_clip(
@@ -322,8 +326,8 @@ def test_a_picture_that_changes_its_proportions_costs_its_clip(
 
 
 def test_whatever_a_video_raises_is_its_clip_s_fault(videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dataset = dataset_of(whole_files(str(videos)))
-    monkeypatch.setattr(dataset, "_views", lambda index: {}[index])
+    dataset = dataset_of(whole_files(str(videos))[0], videos)
+    monkeypatch.setattr(dataset, "_eval_views", lambda index: {}[index])
     assert dataset[1]["fault"] == "clip b/c: b/c: cannot be read: KeyError: 1"
 
 

@@ -17,7 +17,7 @@ from evaluation_cases import ALONE, FRAMES, config, small_model
 from test_readers import made, settings
 from torch import Tensor, nn
 
-from egohod.data.dataset import EvalProtocol, EvaluationDataset, frame_numbers
+from egohod.data.dataset import ClipDataset, EvalProtocol, frame_numbers
 from egohod.errors import UserError
 from egohod.evaluation.embed import Execution, embed_clips
 from egohod.evaluation.features import (
@@ -107,10 +107,10 @@ def test_features_are_never_mixed_up(formats: Path, tmp_path: Path) -> None:
     widened = cached(formats, "custom", tmp_path)
     lengths = widened.dataset.clips.end - widened.dataset.clips.start
     least = float(np.median(lengths))
-    widened.dataset = EvaluationDataset(
-        dataclasses.replace(widened.dataset.clips, min_clip_seconds=least), widened.dataset.protocol,
-        size=widened.dataset.size, decoder="pyav",
-    )  # fmt: skip
+    source = dataclasses.replace(widened.dataset.config, min_clip_seconds=least)
+    widened.dataset = ClipDataset(
+        [(widened.dataset.clips, source)], protocol=widened.dataset.protocol, size=widened.dataset.size, decoder="pyav"
+    )
     assert computed(widened) == 2 * int((lengths < least).sum())
     video = next((formats / "videos").glob("*/0000.mp4"))
     os.utime(video, (1, 1))

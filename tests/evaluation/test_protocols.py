@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +17,11 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from egohod.config import Config
-from egohod.data.dataset import ClipList, EvalProtocol, EvaluationDataset
+from egohod.data.config import SourceConfig
+from egohod.data.dataset import ClipDataset, EvalProtocol
 from egohod.data.formats.base import Question
 from egohod.data.labels import ClassSpace
+from egohod.data.table import ClipTable
 from egohod.errors import UserError
 from egohod.evaluation.config import PROTOCOL_NAMES
 from egohod.evaluation.embed import Execution, embed_clips
@@ -36,11 +39,15 @@ SHOWN = {
 }
 
 
-def dataset(folder: Path, protocol: EvalProtocol, size: int = HEIGHT) -> EvaluationDataset:
+def clips_of(folder: Path, videos: list[str], start: np.ndarray, end: np.ndarray, **options: Any) -> ClipDataset:
+    table = ClipTable.of(folder, videos, start, end)
+    return ClipDataset([(table, SourceConfig(root=str(folder), layout="whole"))], decoder="pyav", **options)
+
+
+def dataset(folder: Path, protocol: EvalProtocol, size: int = HEIGHT) -> ClipDataset:
     encode(folder / "v.mp4", 50)
     times = np.array([1.26, 1.26]), np.array([2.84, 1.44])
-    clips = ClipList(["long", "short"], ["v", "v"], *times, str(folder), "whole")
-    return EvaluationDataset(clips, protocol, size=size, decoder="pyav")
+    return clips_of(folder, ["v", "v"], *times, protocol=protocol, size=size)
 
 
 def test_the_configuration_knows_every_protocol() -> None:
@@ -58,7 +65,7 @@ def test_each_family_shows_the_frames_that_its_loader_picks(tmp_path: Path, name
 @pytest.mark.parametrize(("name", "mode"), [("upstream", "bicubic"), ("avion", "bilinear"), ("lavila", "bilinear")])
 def test_families_resize_float32_frames_without_antialiasing(tmp_path: Path, name: str, mode: str) -> None:
     data = dataset(tmp_path, PROTOCOLS[name], size=24)
-    frames = data._store.read("v", 1.26, 2.84, 16, rule=name).pictures
+    frames = data.sources[0].read(data.row(0), 16, None, name).pictures
     small = interpolate(torch.from_numpy(frames).permute(0, 3, 1, 2).float(), (24, 36), mode=mode, align_corners=False)
     video = data[0]["video"]
     assert video.dtype == torch.float32
@@ -160,8 +167,7 @@ def test_features_of_views_are_kept_apart_for_the_maximum_alone(formats: Path, t
 
 def test_a_file_shorter_than_a_window_is_filled_up_with_black(tmp_path: Path) -> None:
     encode(tmp_path / "v.mp4", 5)
-    clips = ClipList(["v"], ["v"], np.zeros(1), np.full(1, np.inf), str(tmp_path), "whole")
-    data = EvaluationDataset(clips, PROTOCOLS["lavila_10x3"], size=HEIGHT, decoder="pyav")
+    data = clips_of(tmp_path, ["v"], np.zeros(1), np.full(1, np.inf), protocol=PROTOCOLS["lavila_10x3"], size=HEIGHT)
     video = data[0]["video"]
     assert video.shape == (30, 3, 16, HEIGHT, HEIGHT)
     assert all(torch.equal(view, video[1]) for view in video[4::3]), "ten times the same window"

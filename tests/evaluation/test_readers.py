@@ -17,7 +17,7 @@ from evaluation_cases import ALONE, assert_at_chance, config, random_features, s
 from torch import Tensor
 
 from egohod.data.config import SourceConfig
-from egohod.data.dataset import ClipList, EvaluationDataset
+from egohod.data.dataset import ClipDataset
 from egohod.data.formats.custom import read_questions
 from egohod.data.table import ClipTable
 from egohod.errors import UserError
@@ -60,11 +60,9 @@ class Content(NamedTuple):
     tables: list[EvaluationTask]
     notes: list[str]
 
-    def dataset(self, protocol: str = "clean", **changed: object) -> EvaluationDataset:
-        source, clips = dataclasses.replace(self.source, **changed), self.clips
-        places = source.root, source.layout, source.chunk_seconds, source.min_clip_seconds
-        listed = ClipList(clips.ids, clips.videos, clips.start, clips.end, *places)
-        return EvaluationDataset(listed, PROTOCOLS[protocol], size=32, decoder="pyav")
+    def dataset(self, protocol: str = "clean", **changed: object) -> ClipDataset:
+        source = dataclasses.replace(self.source, **changed)
+        return ClipDataset([(self.clips, source)], protocol=PROTOCOLS[protocol], size=32, decoder="pyav")
 
 
 def load(kind: str, config: BenchmarkConfig, protocol: str = "clean") -> Content:

@@ -163,6 +163,7 @@ def _throughput(options: argparse.Namespace) -> dict[str, Any]:
     )
     bench = benchmark(cfg, "ek100_cls", settings, execution_of(cfg, dist))
     size, clips, precision = bench.dataset.size, bench.dataset.clips, bench.execution.precision
+    videos = clips.videos
     wall: dict[str, list[float]] = {"ours": [], "loop": []}
     cpu: dict[str, list[float]] = {"ours": [], "loop": []}
     waiting, decoding = [], []
@@ -176,9 +177,7 @@ def _throughput(options: argparse.Namespace) -> dict[str, Any]:
         start, before = time.perf_counter(), cpu_seconds()
         with torch.autocast("cpu", precision, enabled=precision != torch.float32):
             for i in range(len(clips)):
-                _one_clip(
-                    model, options.demo, clips.videos[i], clips.start[i], clips.end[i], cfg.model.num_frames, size
-                )
+                _one_clip(model, options.demo, videos[i], clips.start[i], clips.end[i], cfg.model.num_frames, size)
         wall["loop"].append(time.perf_counter() - start)
         cpu["loop"].append(cpu_seconds() - before)
     ratios = sorted(slow / fast for slow, fast in zip(wall["loop"], wall["ours"], strict=True))
