@@ -166,7 +166,7 @@ def collect(pipeline: Pipeline, indices: Sequence[int]) -> list[ClipView]:
             elif not checked["refusals"]:
                 verdict = "passed"
             else:
-                verdict = "replaced" if checked["narrator"] == "template" else "asked again"
+                verdict = "replaced" if checked["narrator"] == "template" else "retried"
             view = ClipView(
                 title=f"{row.video_id} {row.start:.2f}-{row.end:.2f} s",
                 pictures=pictures,

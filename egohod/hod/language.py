@@ -1,8 +1,8 @@
 """Words of narrations: clauses and the hands that they name, verbs and things, and whether two narrations agree.
 
 Words are compared by their lemma and by the groups of synonyms of ``vocabulary.yml``, which holds all word lists with
-the reason for each; a word in no group is compared by its lemma alone. Rules instead of an embedding: the check tells
-the model which word it refuses, and "left" and "right" are close to each other in every embedding.
+the reason for each; a word in no group is compared by its lemma alone. Rules instead of an embedding: the check names
+the word that it refuses, and "left" and "right" are close to each other in every embedding.
 """
 
 from __future__ import annotations

@@ -48,11 +48,6 @@ def row(
     return dict.fromkeys(SCHEMA.names) | values | edges
 
 
-def table(rows: list[dict[str, Any]]) -> pa.Table:
-    """Rows -> table of ``SCHEMA``."""
-    return pa.Table.from_pylist(rows, SCHEMA)
-
-
 def assign_sides(boxes: np.ndarray, scores: np.ndarray, sides: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """At most one hand a side in one picture: indices of the boxes that remain [K], and their sides [K].
 

@@ -15,11 +15,11 @@ import numpy as np
 import pyarrow as pa
 
 from egohod.config import PROJECT
-from egohod.data.detections import LEFT, RIGHT
+from egohod.data.detections import LEFT, RIGHT, SCHEMA
 from egohod.data.videos import VideoError
 from egohod.errors import UserError
 from egohod.hod.detectors import mediapipe_worker
-from egohod.hod.detectors.base import Detector, assign_sides, row, table
+from egohod.hod.detectors.base import Detector, assign_sides, row
 
 FOLDER = ".mediapipe"  # in the project; exps/generate_hod.sh installs it there
 # MediaPipe assumes a mirrored selfie, so that its left hand is the wearer's right one.
@@ -98,7 +98,7 @@ class MediapipeHands(Detector):
                 row(video_id, number, second, boxes[i], scores[i], side=int(side))
                 for i, side in zip(chosen, sides, strict=True)
             ]
-        return table(rows)
+        return pa.Table.from_pylist(rows, SCHEMA)
 
     def close(self) -> None:
         """End the child process; without it, it ends with this one."""

@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from egohod.data.detections import LEFT, RIGHT
+from egohod.data.detections import LEFT, RIGHT, SCHEMA
 from egohod.errors import UserError
-from egohod.hod.detectors.base import Detector, assign_sides, row, table
+from egohod.hod.detectors.base import Detector, assign_sides, row
 from egohod.model.checkpoints import read_tensors
 
 log = logging.getLogger(__name__)
@@ -109,4 +109,4 @@ class TorchvisionBoxes(Detector):
                 for box, score, name in zip(boxes, scores, names, strict=True):
                     if name is not None and name not in _HANDS:
                         rows.append(row(video_id, number, second, box, score, name="" if name == "object" else name))
-        return table(rows)
+        return pa.Table.from_pylist(rows, SCHEMA)

@@ -113,11 +113,6 @@ def touched_phrase(hand: HandFacts, thing: str) -> str | None:
     return None if hand.touches is None else _TOUCHED[hand.touches].format(o=thing)
 
 
-def relation_phrase(hand: HandFacts, thing: str) -> str:
-    """``off the box``, ``onto the box`` for a hand that moves so while it touches something; else nothing."""
-    return f"{hand.relation} the {thing}" if hand.relation else ""
-
-
 def thing_name(facts: ClipFacts) -> str:
     """The active object's name, or ``object``."""
     return facts.object.name if facts.object is not None and facts.object.name else "object"
@@ -135,7 +130,10 @@ def describe(facts: ClipFacts) -> list[str]:
             continue
         parts = ["does the action" if side == facts.acting else "does not do the action"]
         parts.append(f"moves {direction_phrase(hand.motion)}" if is_moving(hand.motion) else "rests")
-        parts += [part for part in (relation_phrase(hand, thing), regions_phrase(hand.motion)) if part]
+        if hand.relation:
+            parts.append(f"{hand.relation} the {thing}")
+        if regions_phrase(hand.motion):
+            parts.append(regions_phrase(hand.motion))
         touched = touched_phrase(hand, thing)
         if touched is None:
             parts.append("touches nothing")

@@ -192,7 +192,7 @@ def _captions(text: str) -> tuple[dict[int, str], str | None]:
     numbers = [item["clip"] for item in valid["captions"]]
     captions = {}
     for item in valid["captions"]:
-        if numbers.count(item["clip"]) == 1:  # which of two is meant cannot be told
+        if numbers.count(item["clip"]) == 1:  # a clip with two captions is ambiguous
             # On one line, without control characters and surrogates, which no UTF-8 file can hold.
             printable = (c for c in item["caption"] if c.isspace() or unicodedata.category(c) not in ("Cc", "Cs"))
             captions[item["clip"]] = " ".join("".join(printable).split())

@@ -19,7 +19,6 @@ from egohod.hod.narrators.base import (
     direction_phrase,
     is_moving,
     regions_phrase,
-    relation_phrase,
     thing_name,
     times_phrase,
     touched_phrase,
@@ -109,7 +108,7 @@ def _from_facts_alone(facts: ClipFacts, acting: HandFacts | None, thing: str) ->
         return f"The {hand.side} hand " + (f"holds {held} still" if held else "rests")
     way = direction_phrase(hand.motion)
     if hand.relation:
-        return f"The {hand.side} hand moves {way}, {relation_phrase(hand, thing)}"
+        return f"The {hand.side} hand moves {way}, {hand.relation} the {thing}"
     if held and hand.touches in ("object", "other object"):
         return f"The {hand.side} hand moves {held} {way}"
     return f"The {hand.side} hand moves {way}" + (f", touching {held}" if held else "")
@@ -154,7 +153,7 @@ def _motion_phrases(facts: ClipFacts, hand: HandFacts, rng: np.random.Generator 
         if regions_phrase(motion) and _sometimes(rng):
             phrases.append(regions_phrase(motion))
     if hand.relation:
-        phrases.append(relation_phrase(hand, thing_name(facts)))
+        phrases.append(f"{hand.relation} the {thing_name(facts)}")
     if hand.touches in ("object", "other object") and _sometimes(rng):
         phrases.append("after reaching for it" if hand.contact else "in contact from the start")
     return phrases
