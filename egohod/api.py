@@ -1,4 +1,4 @@
-"""The Python face: a model with its preprocessing and tokenizer, and clips as arrays."""
+"""The Python interface: a model with its preprocessing and tokenizer, and clips as arrays."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from egohod.errors import UserError
 from egohod.loss.config import LossConfig
 from egohod.model import checkpoints as weights_of_files
 from egohod.model import dual_encoder
-from egohod.model.checkpoints import WeightFile, WeightReport
+from egohod.model.checkpoints import WeightReport
 from egohod.model.dual_encoder import DualEncoder
 from egohod.model.zoo import geometry
 from egohod.training.checkpoint import open_weights
@@ -78,7 +78,7 @@ def create_model_and_transforms(
     Args:
         name: a geometry of :mod:`egohod.model.zoo`, e.g. ``CLIP_VITB16``.
         weights: whatever :func:`load_weights` reads, or None for random weights. Frame count and shared space are the
-            file's unless given; a folder of this project also knows activation and image statistics.
+            file's unless given; a folder of this project also holds activation and image statistics.
         adapt, projections, download: see :func:`load_weights`.
         overrides: see :func:`create_model`. Any number of frames can be embedded whatever ``num_frames`` is: the
             temporal embedding is interpolated.
@@ -97,31 +97,29 @@ def create_model_and_transforms(
     else:
         embed_dim = geometry(name).embed_dim
         content = open_weights(weights, download=download)
-        known = _settings(name, content)
-        if weights_of_files.starts_projections_anew(content, projections) or known.get("embed_dim") == embed_dim:
-            known.pop("embed_dim", None)
-        config = model_config(name, **OmegaConf.to_container(OmegaConf.merge(known, overrides)))  # type: ignore[arg-type]
+        if (geometry_of_file := content.settings.get("model.name", name)) != name:
+            raise UserError(f"{content.source}: holds a {geometry_of_file}, not a {name}")
+        # Dotted keys of the section "model", such as fast.position, which OmegaConf nests.
+        settings = OmegaConf.create({})
+        for key, value in content.model_knobs.items():
+            if key != "name":
+                OmegaConf.update(settings, key, value, force_add=True)
+        # New projections are of the geometry's size, whatever the file's were.
+        if weights_of_files.starts_projections_anew(content, projections) or settings.get("embed_dim") == embed_dim:
+            settings.pop("embed_dim", None)
+        # What the caller asks for counts more than what the file says of itself.
+        config = model_config(name, **OmegaConf.to_container(OmegaConf.merge(settings, overrides)))  # type: ignore[arg-type]
+        # The loss decides whether the model has a temperature and a bias.
         loss = LossConfig(name=content.settings.get("loss.name", LossConfig().name))
         model = dual_encoder.create_model(config, loss)
         weights_of_files.load_weights(model, content, adapt=adapt, projections=projections)
     size = model.geometry.image_size
 
+    # The same crop and statistics as in evaluation (egohod/evaluation), so that features are the same.
     def preprocess(frames: np.ndarray) -> Tensor:
         return normalise(center_crop(frames, size).unsqueeze(0), model.image_stats)[0]
 
     return model.eval(), preprocess, Tokenizer(model.geometry.context_length)
-
-
-def _settings(name: str, content: WeightFile) -> dict[str, Any]:
-    """Knobs of the section ``model`` that a file tells."""
-    held = content.settings.get("model.name", name)
-    if held != name:
-        raise UserError(f"{content.source}: holds a {held}, not a {name}")
-    known = OmegaConf.create({})
-    for key, value in content.model_knobs.items():
-        if key != "name":
-            OmegaConf.update(known, key, value, force_add=True)
-    return OmegaConf.to_container(known)  # type: ignore[return-value]
 
 
 def load_clip(path: str | Path, start: float, end: float, frames: int, decoder: str = "auto") -> np.ndarray:

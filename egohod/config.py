@@ -308,18 +308,18 @@ def _parse_yaml(content: str | bytes) -> Any:
     return tree
 
 
-def _size(tree: Any, known: dict[int, tuple[float, float]]) -> tuple[float, float]:
+def _size(tree: Any, sizes: dict[int, tuple[float, float]]) -> tuple[float, float]:
     """How many values and levels a tree has once its aliases are written out, infinitely many if one is within itself.
 
-    ``known`` are the sizes by id: what a few lines of aliases of aliases stand for cannot be counted one by one.
+    ``sizes`` are the sizes by id: what a few lines of aliases of aliases stand for cannot be counted one by one.
     """
     if not isinstance(tree, (dict, list)):
         return 1, 0
-    if id(tree) not in known:
-        known[id(tree)] = math.inf, math.inf
-        inside = [_size(each, known) for each in (tree.values() if isinstance(tree, dict) else tree)]
-        known[id(tree)] = 1 + sum(values for values, _ in inside), 1 + max((levels for _, levels in inside), default=0)
-    return known[id(tree)]
+    if id(tree) not in sizes:
+        sizes[id(tree)] = math.inf, math.inf
+        inside = [_size(each, sizes) for each in (tree.values() if isinstance(tree, dict) else tree)]
+        sizes[id(tree)] = 1 + sum(values for values, _ in inside), 1 + max((levels for _, levels in inside), default=0)
+    return sizes[id(tree)]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ import mmap
 import pickle
 import pickletools
 import re
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,15 +25,15 @@ import numpy as np
 _OPCODES = {ord(each.code): each for each in pickletools.opcodes}
 _STOP, _FRAME = pickle.STOP[0], pickle.FRAME[0]
 _MEMO = (pickle.LONG_BINPUT[0], pickle.PUT[0])
-# Copies that stand-ins for NumPy's functions make, in bytes for each byte of the file and beyond that.
-_COPIES, _MORE_COPIES = 4, 1 << 20
-
-
-# What puts values into a list, dict, set or object that stays where it is.
+# Bytes that the stand-ins for NumPy's functions may copy: for each byte of the file, and beyond that.
+_COPIED_PER_BYTE, _COPIED_BESIDES = 4, 1 << 20
+# Opcodes that put values into a list, dict, set or object that stays where it is on the stack.
 _ADDS = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")
-# Values, for each byte of the file and beyond that, once what is held several times is written out.
-_SHARED, _SHARED_PER_BYTE = 1_000_000, 8
+# Values once those that are held several times are written out: for each byte of the file, and beyond that.
+_VALUES_PER_BYTE, _VALUES_BESIDES = 8, 1_000_000
 _SMALL = 1 << 20
+# How messages begin about a file that asks for more than data, which is no damage.
+_REFUSED = "refused: "
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,12 @@ def scan(content: bytes | mmap.mmap, start: int = 0) -> Scanned:
     :class:`pickle.UnpicklingError` if it is no pickle, or uses the memo, a table that the unpickler makes as long as
     the largest index, more sparsely than any writer does.
     """
-    plain = _run_of_plain_opcodes(len(content))
+    plain = _plain_opcodes(len(content))
     names, longest, place = set[str](), 255, start
     while True:
-        found = plain.match(content, place)
-        place = found.end() if found else place
+        # Almost all of a file is skipped here, by the regular expression; what is left is looked at one by one.
+        if match := plain.match(content, place):
+            place = match.end()
         if place >= len(content):
             raise EOFError("cut off: it has no end")
         code = content[place]
@@ -70,12 +71,20 @@ def scan(content: bytes | mmap.mmap, start: int = 0) -> Scanned:
         opcode = _OPCODES[code]
         begin, end = place + 1, _end_of_argument(content, place, opcode)
         if end > len(content):
-            asked = f"byte {place}: {opcode.name} asks for {end - begin:,} bytes"
-            raise EOFError(f"{asked}, but only {len(content) - begin:,} are left; cut off or damaged")
+            raise EOFError(
+                f"byte {place}: {opcode.name} asks for {end - begin:,} bytes, but only {len(content) - begin:,} are "
+                "left; cut off or damaged"
+            )
         argument = content[begin:end] if code in (*_MEMO, pickle.GLOBAL[0], _FRAME) else b""
         if code in _MEMO:
-            index = _memo_index(argument, place) if code == pickle.PUT[0] else int.from_bytes(argument, "little")
-            if index > place:  # each index takes at least one byte to write
+            if code != pickle.PUT[0]:
+                index = int.from_bytes(argument, "little")
+            elif re.fullmatch(rb"\d{1,18}\n", argument):
+                index = int(argument)
+            else:
+                raise pickle.UnpicklingError(f"byte {place}: the memo index is no number")
+            # Each index takes at least one byte to write, so an honest one is below the position in the file.
+            if index > place:
                 raise pickle.UnpicklingError(f"byte {place}: memo index {index:,}, more than there can be")
         elif code == pickle.GLOBAL[0]:
             names.add(argument.decode("utf-8", "replace").strip().replace("\n", "."))
@@ -97,7 +106,7 @@ def check_sharing(content: bytes | mmap.mmap) -> None:
     # A size is in a list of its own, so that what the memo holds grows with the value.
     stack, marks, memo = list[list[int]](), list[int](), dict[int, list[int]]()
     content = bytes(content)
-    most = _SHARED + _SHARED_PER_BYTE * len(content)
+    most = _VALUES_BESIDES + _VALUES_PER_BYTE * len(content)
     with suppress(IndexError, KeyError, ValueError):  # opcodes that do not fit: the unpickler gets no further either
         for opcode, argument, place in pickletools.genops(content):
             name, marked = opcode.name, pickletools.markobject in opcode.stack_before
@@ -111,6 +120,7 @@ def check_sharing(content: bytes | mmap.mmap) -> None:
                 stack.append(stack[-1])
             else:
                 adds = name in _ADDS
+                # Everything that the opcode takes off the stack becomes part of one value.
                 first = marks.pop() if marked else len(stack) - len(opcode.stack_before) + adds
                 size = sum(each[0] for each in stack[first:])
                 del stack[first:]
@@ -137,35 +147,30 @@ def load(path: Path, what: str, *, arrays: bool = False, encoding: str = "ASCII"
     """
     with path.open("rb") as file:
         try:
-            allowed = _stand_ins(_COPIES * _scan_file(file) + _MORE_COPIES, arrays)
+            allowed = _Budget(_COPIED_PER_BYTE * _scan_file(file) + _COPIED_BESIDES).stand_ins(arrays)
             value = _PlainUnpickler(file, allowed, what, encoding).load()
-        except (_Refused, OSError):
+        except OSError:
             raise
         except Exception as error:  # a damaged pickle can raise anything
+            if str(error).startswith(_REFUSED):
+                raise pickle.UnpicklingError(str(error)) from error
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise pickle.UnpicklingError(f"not a readable pickle ({reason})") from error
     return value.value if isinstance(value, _Array) else value
 
 
 def _scan_file(file: BinaryIO) -> int:
-    """Scan an open file from its beginning, where it is left; its size."""
-    try:
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return _scan_whole(content)
-    except (OSError, ValueError):  # file systems that map nothing, and empty files
-        whole = file.read()
-        file.seek(0)
-        return _scan_whole(whole)
-
-
-def _scan_whole(content: bytes | mmap.mmap) -> int:
-    scan(content)
-    check_sharing(content)
-    return len(content)
-
-
-class _Refused(pickle.UnpicklingError):
-    """It asks for more than data."""
+    """Scan and check an open file from its beginning, where it is left; its size."""
+    with ExitStack() as stack:
+        content: bytes | mmap.mmap
+        try:
+            content = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except (OSError, ValueError):  # file systems that map nothing, and empty files
+            content = file.read()
+            file.seek(0)
+        scan(content)
+        check_sharing(content)
+        return len(content)
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -175,15 +180,18 @@ class _PlainUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """A stand-in, or a refusal."""
-        found = self._allowed.get((module.replace("numpy.core", "numpy._core"), name))
-        if found is None:
-            asks = " ".join(f"refused: it asks for {module}.{name}".split())[:200]
-            raise _Refused(f"{asks}, which is no part of {self._what} and could run code; nothing in it was run")
-        return found
+        # NumPy 2 renamed its modules; files of both are read.
+        stand_in = self._allowed.get((module.replace("numpy.core", "numpy._core"), name))
+        if stand_in is None:
+            request = " ".join(f"{_REFUSED}it asks for {module}.{name}".split())[:200]
+            raise pickle.UnpicklingError(
+                f"{request}, which is no part of {self._what} and could run code; nothing in it was run"
+            )
+        return stand_in
 
     def persistent_load(self, pid: Any) -> Any:
         """Nothing is outside of these files."""
-        raise _Refused("refused: it refers to objects outside of the file")
+        raise pickle.UnpicklingError(f"{_REFUSED}it refers to objects outside of the file")
 
 
 class _Dtype:
@@ -196,6 +204,7 @@ class _Dtype:
         self.code = code
 
     def __setstate__(self, state: Sequence[Any]) -> None:
+        # Of the state only the byte order counts; the rest describes records and sizes, which the code implies.
         if state[1] in ("<", ">"):
             self.code = state[1] + self.code.lstrip("<>")
 
@@ -205,83 +214,90 @@ class _Array:
 
     value: np.ndarray
 
-    def __init__(self, copied: Callable[[int], None]) -> None:
-        self._copied = copied
+    def __init__(self, budget: _Budget) -> None:
+        self._budget = budget
 
     def __setstate__(self, state: Sequence[Any]) -> None:
         _, shape, dtype, is_fortran, data = state
         self.fill(data, dtype, shape, "F" if is_fortran else "C")
 
-    def fill(self, data: bytes, dtype: _Dtype, shape: Sequence[int], order: Any) -> None:
-        self._copied(len(data))
+    def fill(self, data: bytes, dtype: _Dtype, shape: Sequence[int], order: Any) -> _Array:
+        self._budget.spend(len(data))
         self.value = np.frombuffer(data, dtype.code).reshape(tuple(shape), order=order).copy(order="K")
+        return self
 
 
-def _stand_ins(budget: int, arrays: bool) -> dict[tuple[str, str], Any]:
-    """What a file may name; made anew for each, so that none can leave a mark on what the next one is read with."""
-    left = budget
+class _Budget:
+    """Bytes that what a file names may copy: a few opcodes can ask for the same large text over and over.
 
-    def copied(size: int) -> None:
-        nonlocal left
-        left -= size
-        if left < 0:
-            raise ValueError(f"it copies more than {budget:,} bytes, which its size does not explain")
+    Made anew for each file, with its stand-ins, so that none can leave a mark on what the next one is read with.
+    """
 
-    def scalar(dtype: _Dtype, data: bytes) -> Any:
-        copied(len(data))
-        return np.frombuffer(data, dtype.code, count=1)[0].item()
+    def __init__(self, total: int) -> None:
+        self._total = self._left = total
 
-    def encode(text: str, _: str) -> bytes:
-        """How protocols up to 2 spell bytes."""
-        copied(len(text))
-        return text.encode("latin1")
+    def spend(self, size: int) -> None:
+        self._left -= size
+        if self._left < 0:
+            raise ValueError(f"it copies more than {self._total:,} bytes, which its size does not explain")
 
-    def from_buffer(data: bytes, dtype: _Dtype, shape: Sequence[int], order: str, *_: Any) -> _Array:
-        array = _Array(copied)
-        array.fill(data, dtype, shape, order if order in ("C", "F") else "C")
-        return array
+    def stand_ins(self, arrays: bool) -> dict[tuple[str, str], Any]:
+        """The functions and classes that a file may name, by module and name."""
 
-    allowed: dict[tuple[str, str], Any] = {
-        ("numpy", "dtype"): _Dtype,
-        ("numpy._core.multiarray", "scalar"): scalar,
-        ("_codecs", "encode"): encode,
-    }
-    if arrays:
-        allowed |= {
-            ("numpy", "ndarray"): "the class that is handed to _reconstruct",
-            ("numpy._core.multiarray", "_reconstruct"): lambda *_: _Array(copied),
-            ("numpy._core.numeric", "_frombuffer"): from_buffer,
+        def scalar(dtype: _Dtype, data: bytes) -> Any:
+            self.spend(len(data))
+            return np.frombuffer(data, dtype.code, count=1)[0].item()
+
+        def encode(text: str, _: str) -> bytes:  # how protocols up to 2 write bytes
+            self.spend(len(text))
+            return text.encode("latin1")
+
+        def from_buffer(data: bytes, dtype: _Dtype, shape: Sequence[int], order: str, *_: Any) -> _Array:
+            return _Array(self).fill(data, dtype, shape, order if order in ("C", "F") else "C")
+
+        allowed: dict[tuple[str, str], Any] = {
+            ("numpy", "dtype"): _Dtype,
+            ("numpy._core.multiarray", "scalar"): scalar,
+            ("_codecs", "encode"): encode,
         }
-    return allowed
+        if arrays:
+            allowed |= {
+                ("numpy", "ndarray"): "the class that is handed to _reconstruct",
+                ("numpy._core.multiarray", "_reconstruct"): lambda *_: _Array(self),
+                ("numpy._core.numeric", "_frombuffer"): from_buffer,
+            }
+        return allowed
 
 
 @cache
-def _run_of_plain_opcodes(size: int) -> re.Pattern[bytes]:
+def _plain_opcodes(size: int) -> re.Pattern[bytes]:
     """Matches opcodes that need no look, as many as follow one another, in a file of ``size`` bytes.
 
     Those of fixed size except STOP and FRAME, texts of up to 255 bytes, and memo indices up to about the file's size.
     A loop in Python over millions of opcodes would take longer than the unpickler.
     """
-
-    def either(opcodes: list[pickletools.OpcodeInfo]) -> bytes:
-        return b"[" + b"".join(re.escape(each.code.encode("latin1")) for each in opcodes) + b"]"
-
-    def sized(length_bytes: int) -> bytes:
-        zeros = b"\\x00{%d}" % (length_bytes - 1) if length_bytes > 1 else b""
-        texts = [re.escape(bytes([length])) + zeros + b".{%d}" % length for length in range(256)]
-        return b"(?:" + b"|".join(texts) + b")"
-
     by_size: dict[int, list[pickletools.OpcodeInfo]] = {}
     for opcode in pickletools.opcodes:
         if ord(opcode.code) not in (_STOP, _FRAME, pickle.LONG_BINPUT[0]):
             by_size.setdefault(opcode.arg.n if opcode.arg else 0, []).append(opcode)
-    parts = [either(opcodes) + b".{%d}" % n for n, opcodes in by_size.items() if n >= 0]
-    parts.append(either(by_size[pickletools.TAKEN_FROM_ARGUMENT1]) + sized(1))
-    for kind in (pickletools.TAKEN_FROM_ARGUMENT4, pickletools.TAKEN_FROM_ARGUMENT4U):
-        parts.append(either(by_size[kind]) + sized(4))
-    used = min(4, (size.bit_length() + 7) // 8)
-    top = min(255, size >> 8 * (used - 1)) if used else 0
-    parts.append(pickle.LONG_BINPUT + b".{%d}[\\x00-\\x%02x]\\x00{%d}" % (used - 1, top, 4 - used))
+
+    def any_of(n: int) -> bytes:
+        return b"[" + b"".join(re.escape(each.code.encode("latin1")) for each in by_size[n]) + b"]"
+
+    parts = [any_of(n) + b".{%d}" % n for n in by_size if n >= 0]
+    # Texts: the opcode, the length in one or four bytes (little-endian), and as many bytes.
+    for kind, width in (
+        (pickletools.TAKEN_FROM_ARGUMENT1, 1),
+        (pickletools.TAKEN_FROM_ARGUMENT4, 4),
+        (pickletools.TAKEN_FROM_ARGUMENT4U, 4),
+    ):
+        zeros = b"\\x00{%d}" % (width - 1) if width > 1 else b""
+        texts = [re.escape(bytes([length])) + zeros + b".{%d}" % length for length in range(256)]
+        parts.append(any_of(kind) + b"(?:" + b"|".join(texts) + b")")
+    # Memo indices of as many bytes as the file's size has, of which the highest is not above the size's.
+    width = min(4, (size.bit_length() + 7) // 8)
+    top = min(255, size >> 8 * (width - 1)) if width else 0
+    parts.append(pickle.LONG_BINPUT + b".{%d}[\\x00-\\x%02x]\\x00{%d}" % (width - 1, top, 4 - width))
     # Possessive: nothing is remembered to go back to.
     return re.compile(b"(?:" + b"|".join(parts) + b")*+", re.DOTALL)
 
@@ -300,9 +316,3 @@ def _end_of_argument(content: bytes | mmap.mmap, place: int, opcode: pickletools
     widths = {pickletools.TAKEN_FROM_ARGUMENT1: 1, pickletools.TAKEN_FROM_ARGUMENT8U: 8}
     width = widths.get(kind, 4)
     return begin + width + int.from_bytes(content[begin : begin + width], "little")
-
-
-def _memo_index(argument: bytes, place: int) -> int:
-    if not re.fullmatch(rb"\d{1,18}\n", argument):
-        raise pickle.UnpicklingError(f"byte {place}: the memo index is no number")
-    return int(argument)
