@@ -124,6 +124,7 @@ def _run(program: Callable[[Sequence[str]], int], arguments: Sequence[str] | Non
         set_up_logging(info)
         return program(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
+        # Raised before the processes have joined, when all make the same mistake; joined() handles the others.
         if info.rank != 0:
             time.sleep(REPORT_AFTER_SECONDS)
         for line in str(error).splitlines():
@@ -144,11 +145,9 @@ def _run(program: Callable[[Sequence[str]], int], arguments: Sequence[str] | Non
         print_error(f"{os.fsencode(str(error.object)[:200])!r}: a name that is not UTF-8; rename the file or folder")
         return USER_ERROR
     except ImportError as error:
-        if (error.name or "").startswith("egohod"):
+        if (error.name or "").startswith("egohod"):  # our own fault, which pip cannot cure
             raise
-        print_error(
-            f"a package that this command needs cannot be imported: {error}; pip install -r requirements.txt",
-        )
+        print_error(f"a package that this command needs cannot be imported: {error}; pip install -r requirements.txt")
         return USER_ERROR
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _output_is_closed():
@@ -204,7 +203,7 @@ class _AroundBars(logging.StreamHandler):
     """Log lines on standard error, above the progress bars that are drawn there."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if "tqdm" not in sys.modules:
+        if "tqdm" not in sys.modules:  # no bar was ever drawn, and importing it would take longer than the line
             super().emit(record)
             return
         from tqdm import tqdm

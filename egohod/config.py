@@ -126,6 +126,7 @@ def _load(
     tree, origins = OmegaConf.structured(schema), dict[str, str]()
     for origin, layer in [*_layers(Path(path), ()), *(_override(text, schema) for text in overrides)]:
         layer = _with_new_names(layer, schema, origin)
+        # Layer by layer, so that a wrong type is reported with the file or override that has it.
         tree = _merge(tree, layer, origin, schema)
         origins.update({name: origin for name, _ in _walk(layer)})
 
@@ -328,6 +329,7 @@ def _size(tree: Any, sizes: dict[int, tuple[float, float]]) -> tuple[float, floa
 
 
 def _merge(tree: DictConfig, layer: dict[str, Any], origin: str, schema: type) -> DictConfig:
+    # Before omegaconf sees it: afterwards an unknown key and a wrong type look alike.
     if problems := list(_misshapen(layer, schema, schema)):
         raise UserError(*(f"{origin}: {text}" for text in problems))
     try:
@@ -386,6 +388,7 @@ def _suggest(key: Any, schema: type, whole: type, prefix: str) -> str:
 
 def _resolve(tree: DictConfig, origin: str, schema: type[Schema]) -> Schema:
     try:
+        # Interpolations such as ${a.b} are resolved here, and may fail.
         config = typing.cast(Schema, OmegaConf.to_object(tree))
         # Lists and mappings of values are not checked before.
         OmegaConf.structured(config)
@@ -450,6 +453,7 @@ def check(config: Config) -> list[tuple[str, str]]:
     if train.schedule == "cosine" and train.lr_end > train.lr:
         wrong("train.lr_end", f"train.lr_end is {train.lr_end}, but a cosine falls: at most train.lr={train.lr}")
 
+    # A loss that grades texts needs a relevancy of every pair, and one that does not would ignore it.
     graded, relevancy = loss.name in RELEVANCY_LOSSES, data.labels.target == "relevancy"
     if graded and not relevancy:
         wrong("loss.name", f"loss.name={loss.name} grades texts by relevancy, so it needs data.labels.target=relevancy")
@@ -457,6 +461,7 @@ def check(config: Config) -> list[tuple[str, str]]:
         names = ", ".join(RELEVANCY_LOSSES)
         wrong("loss.name", f"loss.name={loss.name} ignores relevancy; data.labels.target=relevancy goes with {names}")
 
+    # Heads, their labels and their loss make sense together only.
     heads = model.heads != "none"
     classes = (heads, data.labels.target == "class", loss.name == "classes")
     if any(classes) and not all(classes):
@@ -482,6 +487,7 @@ def check(config: Config) -> list[tuple[str, str]]:
     if train.trainable == "heads" and not heads:
         wrong("train.trainable", "train.trainable=heads needs heads to train; set model.heads")
 
+    # Found now rather than after the first epoch, or at the very end.
     for key, chosen in (("evaluate.during", evaluate.during), ("evaluate.final", evaluate.final)):
         for name in chosen:
             if name not in evaluate.benchmarks:
@@ -496,6 +502,7 @@ def check(config: Config) -> list[tuple[str, str]]:
         )
     if evaluate.controls and model.num_frames < 2:
         wrong("evaluate.controls", "evaluate.controls destroy the order of frames, but model.num_frames is 1")
+    # Weights are relative to each other: a source without one has no place among them.
     weighted = [source.weight is not None for source in data.train.values()]
     if any(weighted) and not all(weighted):
         name = f"data.train.{list(data.train)[weighted.index(False)]}.weight"

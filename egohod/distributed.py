@@ -73,6 +73,7 @@ class Distributed:
         """Whether ``flag`` is true on at least one process; every process gets the same answer."""
         if self.world_size == 1:
             return flag
+        # On the CPU, over gloo: the answer is there at once, whatever the GPU still has to do.
         answer = torch.tensor([int(flag)])
         dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=self.control)
         return bool(answer.item())
@@ -115,7 +116,9 @@ def setup(device: str = "auto", *, alone: bool = False, timeout: float = 1800.0)
     info = RankInfo() if alone else rank_info()
     chosen = pick_device(device, info)
     if chosen.type == "cuda":
+        # Before anything else touches CUDA, or every process would open a context on the first GPU.
         torch.cuda.set_device(chosen)
+        # What is left of float32 in training (embeddings, losses) may use TF32; evaluation switches it off.
         torch.set_float32_matmul_precision("high")
     if info.world_size == 1:
         return Distributed(0, 1, chosen, None)
@@ -182,6 +185,7 @@ def gather_with_grad(value: Tensor, world_size: int) -> Tensor:
     if world_size == 1:
         return value
     if not value.is_floating_point():
+        # Labels and indices: no gradient to route back, so the plain operation will do.
         parts = [torch.empty_like(value) for _ in range(world_size)]
         dist.all_gather(parts, value.contiguous())
         return torch.cat(parts)
@@ -218,6 +222,7 @@ def require_agreement(cfg: Any, dist: Distributed) -> None:
 def source_hash(package: Path = Path(__file__).parent) -> str:
     """A fingerprint of the package's files, for code that is not in a git checkout too."""
     content = hashlib.sha256()
+    # Sorted, and relative to the package: the same on every node, wherever it is installed.
     for path in sorted(package.rglob("*.py")):
         content.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes() + b"\0")
     return content.hexdigest()[:12]
@@ -245,7 +250,7 @@ def pick_device(device: str, info: RankInfo | None = None) -> torch.device:
         return torch.device("cpu")
     if torch.cuda.is_available():
         info, visible = info or RankInfo(), torch.cuda.device_count()
-        if info.owns_gpus:
+        if info.owns_gpus:  # --gpus-per-task: this process sees its own GPU only, as number 0
             return torch.device("cuda", info.local_rank % visible)
         if info.local_rank >= visible:
             raise UserError(f"process {info.local_rank} of this node has no GPU: only {visible} visible")
@@ -301,6 +306,7 @@ def inference_precision(device: torch.device, dtype: torch.dtype) -> Iterator[No
         with torch.autocast(device.type, dtype):
             yield
         return
+    # Products and convolutions have settings of their own, global to the process: put back as they were.
     products = torch.get_float32_matmul_precision()
     # Since torch 2.9 convolutions have a setting of their own, and allow_tf32 is deprecated.
     cudnn: Any = torch.backends.cudnn

@@ -44,6 +44,7 @@ def knob(
         **{"why": why, "choices": choices, "low": low, "high": high, "above": above},
         **{"old_names": tuple(old_names), "old_values": dict(old_values or {})},
     }
+    # A mutable default would be shared by all instances; dataclasses refuse it.
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -68,6 +69,7 @@ def knobs(schema: type, tree: Any = None, prefix: str = "") -> Iterator[tuple[st
     hints = typing.get_type_hints(schema)
     for entry in dataclasses.fields(schema):
         name, kind = f"{prefix}{entry.name}", hints[entry.name]
+        # The tree is only needed for the names that a user chose; the rest follows from the schema.
         inner = None if tree is None else tree[entry.name]
         if section := section_of(kind):
             yield from knobs(section, inner, f"{name}.")
