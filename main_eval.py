@@ -17,6 +17,7 @@ and encoded once: features are kept in evaluate.cache for other benchmarks and f
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,9 +34,11 @@ from egohod.errors import UserError
 from egohod.evaluation.html_report import write_report
 from egohod.evaluation.models import FrameAverage, fingerprint
 from egohod.evaluation.results import PUBLISHED, write_results
-from egohod.evaluation.runner import Benchmark, benchmark, demo_evaluators, execution_of, resolve_benchmarks
+from egohod.evaluation.runner import Benchmark, benchmark, execution_of, resolve_benchmarks
 from egohod.training.build import build_model
 from egohod.training.checkpoint import classes_of
+
+log = logging.getLogger("main_eval")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -47,7 +50,11 @@ def main(arguments: Sequence[str]) -> int:
         metavar="PATH",
         help="a checkpoint or run folder, a file of upstream EgoHOD or AVION, or open_clip:NAME:FILE",
     )
-    add("--benchmark", default="demo", metavar="NAME", help="demo (default), one of evaluate.benchmarks, or all")
+    add(
+        "--benchmark",
+        metavar="NAME",
+        help="one of evaluate.benchmarks, or all (default: those of evaluate.during and evaluate.final)",
+    )
     add("--metadata", metavar="PATH", help="the benchmark's annotations (evaluate.benchmarks.NAME.metadata)")
     add("--root", metavar="FOLDER", help="the benchmark's videos (evaluate.benchmarks.NAME.root)")
     add("--controls", metavar="LIST", help="shuffle,reverse,freeze: same as evaluate.controls=[...]")
@@ -58,6 +65,9 @@ def main(arguments: Sequence[str]) -> int:
     add("--published", choices=list(PUBLISHED), metavar="MODEL", help=f"compare with {', '.join(PUBLISHED)}")
     add("--output", default="results", metavar="FOLDER", help="where results.json, report.html go (default: results)")
     args = parser.parse_intermixed_args(arguments)
+    if args.benchmark == "demo":
+        log.warning("--benchmark demo is now the default; the old name is read for one more release")
+        args.benchmark = None
     # A CLIP file can be measured too: model.weights.source=clip model.weights.projections=keep.
     outside = args.checkpoint.startswith("open_clip:")
     known = [] if outside else cli.model_of(args.checkpoint, args.overrides)
@@ -84,8 +94,6 @@ def _classes(cfg: Config, args: Any) -> ClassSpace:
     """The classes of the checkpoint's heads, which ``cfg`` gets too. Raises :class:`UserError` if it has none."""
     if not Path(args.checkpoint).is_dir():
         raise UserError(f"--heads: {args.checkpoint} is not a run or checkpoint folder of main_finetune.py")
-    if args.benchmark == "demo":
-        raise UserError("--heads needs --benchmark: the demo worlds' questions are asked in words")
     cfg.model.heads, classes = classes_of(Path(args.checkpoint))
     return classes
 
@@ -103,15 +111,15 @@ def _benchmarks(
         allow_missing=args.allow_missing,
     )
     outside = model if isinstance(model, FrameAverage) else None
-    if args.benchmark == "demo":
-        if args.root or args.metadata:
-            raise UserError("--root and --metadata need --benchmark; the demo worlds are evaluate.demo_val, demo_test")
-        if outside:
-            raise UserError("--benchmark demo is for models of this project; name a benchmark for open_clip")
-        made = demo_evaluators(cfg, dist, "val", "test", controls=cfg.evaluate.controls, execution=execution)
-        if not made:
-            raise UserError("nothing to evaluate: set evaluate.demo_val or evaluate.demo_test, or give --benchmark")
-        return made
+    if args.benchmark:
+        chosen = resolve_benchmarks(cfg, args.benchmark, args.root, args.metadata)
+    elif args.root or args.metadata:
+        raise UserError("--root and --metadata need --benchmark: they belong to one benchmark")
+    else:
+        names = dict.fromkeys([*cfg.evaluate.during, *cfg.evaluate.final])
+        chosen = {name: cfg.evaluate.benchmarks[name] for name in names}
+        if not chosen:
+            raise UserError("nothing to evaluate: set evaluate.during or evaluate.final, or give --benchmark")
     return [
         benchmark(
             cfg,
@@ -123,7 +131,7 @@ def _benchmarks(
             controls=cfg.evaluate.controls,
             classes=classes,
         )
-        for name, each in resolve_benchmarks(cfg, args.benchmark, args.root, args.metadata).items()
+        for name, each in chosen.items()
     ]
 
 

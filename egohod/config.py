@@ -125,7 +125,7 @@ def _load(
 ) -> tuple[Schema, list[str]]:
     tree, origins = OmegaConf.structured(schema), dict[str, str]()
     for origin, layer in [*_layers(Path(path), ()), *(_override(text, schema) for text in overrides)]:
-        layer = _with_new_names(layer, schema, origin)
+        layer = _with_new_names(layer, schema, origin, OmegaConf.to_container(tree))
         # Layer by layer, so that a wrong type is reported with the file or override that has it.
         tree = _merge(tree, layer, origin, schema)
         origins.update({name: origin for name, _ in _walk(layer)})
@@ -213,7 +213,7 @@ def _walk(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
             yield from _walk(inner, f"{name}[{number}]")
 
 
-def _with_new_names(layer: dict[str, Any], schema: type, origin: str) -> dict[str, Any]:
+def _with_new_names(layer: dict[str, Any], schema: type, origin: str, below: Any) -> dict[str, Any]:
     """The layer with the keys and values of earlier releases replaced by today's, each with a warning."""
     layer = copy.deepcopy(layer)  # its file may be the base of another one, read again
     notice = "%s: %s is now %s; the old name is read for one more release"
@@ -231,6 +231,12 @@ def _with_new_names(layer: dict[str, Any], schema: type, origin: str) -> dict[st
                 if isinstance(section, dict):
                     section.setdefault(last, value)
                 log.warning(notice, origin, name, target)
+    for section_name, kind in typing.get_type_hints(schema).items():
+        # Keys that became several others; ``below`` holds the values that the layer is merged into.
+        convert = getattr(kind, "convert_old_keys", None)
+        if convert is not None and isinstance(layer.get(section_name), dict):
+            for old, new in convert(layer[section_name], below[section_name]):
+                log.warning(notice, origin, old, new)
     for knob_name, entry, _ in knobs(schema):
         old_values: dict[str, str] = entry.metadata.get("old_values") or {}
         pattern = re.compile(re.escape(knob_name).replace("NAME", r"([^.]+)"))
@@ -493,8 +499,8 @@ def check(config: Config) -> list[tuple[str, str]]:
             if name not in evaluate.benchmarks:
                 names = ", ".join(evaluate.benchmarks) or "none"
                 wrong(key, f"{key} names the benchmark '{name}', but evaluate.benchmarks has {names}")
-    measured = [*evaluate.during, *(["val"] if evaluate.demo_val else [])]
-    if measured and evaluate.best.partition("/")[0] not in measured:
+    measured = evaluate.during
+    if measured and (evaluate.best or "").partition("/")[0] not in measured:
         wrong(
             "evaluate.best",
             f"evaluate.best={evaluate.best}: while training {' and '.join(measured)} is measured; set "

@@ -416,3 +416,17 @@ def test_settings_are_read_without_pytorch() -> None:
     """Tools that need no model start at once."""
     code = "import sys, egohod.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_folders_of_demo_worlds_become_benchmarks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As configurations of earlier releases name them."""
+    (tmp_path / "old.yml").write_text("evaluate: {demo_val: d/val, demo_test: d/test, final: [mine]}\n")
+    mine = ["evaluate.benchmarks.mine.metadata=m", "evaluate.benchmarks.mine.root=r"]
+    cfg = load(tmp_path / "old.yml", mine).evaluate
+    assert (cfg.during, cfg.final, cfg.best) == (["val"], ["test", "mine"], "val/choice_across_clips")
+    val = cfg.benchmarks["val"]
+    assert (val.kind, val.metadata, val.root) == ("custom", "d/val/hod.csv", "d/val/videos")
+    assert (val.layout, val.protocol) == ("chunks", "as_trained")
+    cfg = load(tmp_path / "old.yml", [*mine, "evaluate.demo_val=null", "evaluate.demo_test=null"]).evaluate
+    assert (cfg.during, cfg.final) == ([], ["mine"])
+    assert "evaluate.demo_val is now evaluate.benchmarks.val and evaluate.during" in caplog.text

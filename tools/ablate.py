@@ -139,8 +139,8 @@ def plan(study: Study, path: Path, tune: bool) -> list[Run]:
                 continue
             folder = output / f"{name}-{seed}"
             overrides = [*study.overrides, *row.overrides, f"train.seed={seed}", f"train.output={folder}"]
-            unopened = ["evaluate.demo_test=null", "evaluate.final=[]"]
-            overrides += unopened if tune else [f"evaluate.controls=[{','.join(CONTROLS)}]"]
+            # While tuning the test set stays unread.
+            overrides += ["evaluate.final=[]"] if tune else [f"evaluate.controls=[{','.join(CONTROLS)}]"]
             cfg = config.load(base, overrides)
             if not cfg.train.duration.endswith("steps"):
                 raise UserError(f"{base}: train.duration is '{cfg.train.duration}'; rows are compared by their steps")

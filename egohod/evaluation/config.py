@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from egohod.knobs import knob
 
 PROTOCOL_NAMES = (
-    *("clean", "whole_clip", "upstream", "upstream_4", "upstream_egtea"),
+    *("as_trained", "clean", "whole_clip", "upstream", "upstream_4", "upstream_egtea"),
     *("avion", "lavila", "lavila_10x3"),
 )
 
@@ -52,13 +53,11 @@ class BenchmarkConfig:
 class EvaluateConfig:
     """Held-out evaluation during and after training."""
 
-    every: str = knob("1 epochs", "how often the val set is evaluated while training")
-    demo_val: str | None = knob(None, "folder of the demo world used for tuning and for choosing the best checkpoint")
-    demo_test: str | None = knob(
-        None, "folder of the demo world that is opened once, at the end, for the reported table"
-    )
+    every: str = knob("1 epochs", "how often the benchmarks of evaluate.during are measured while training")
     batch_size: int = knob(32, "clips encoded at a time", low=1)
-    best: str = knob("val/choice_across_clips", "metric that keep_best ranks by (higher is better)")
+    best: str | None = knob(
+        None, "metric that keep_best ranks by, BENCHMARK/METRIC of a benchmark in evaluate.during (higher is better)"
+    )
     benchmarks: dict[str, BenchmarkConfig] = knob({}, "what main_eval.py --benchmark can be asked for")
     protocol: str = knob(
         "auto",
@@ -66,8 +65,8 @@ class EvaluateConfig:
         "project's own, whole_clip for egtea and clean for others",
         choices=("auto", *PROTOCOL_NAMES),
     )
-    during: list[str] = knob([], "benchmarks of evaluate.benchmarks that are measured while training, as demo_val is")
-    final: list[str] = knob([], "benchmarks that are measured once, when training is done, as demo_test is")
+    during: list[str] = knob([], "benchmarks that are measured while training, to tune and to choose a step")
+    final: list[str] = knob([], "benchmarks that are measured once, when training is done, for the reported table")
     num_frames: int | None = knob(None, "frames a benchmark shows of each clip; null is the protocol's number", low=1)
     precision: str = knob(
         "fp32",
@@ -84,3 +83,33 @@ class EvaluateConfig:
         "frames of a clip in a fixed random order, reverse plays them backwards, freeze repeats the middle one",
         choices=("shuffle", "reverse", "freeze"),
     )
+
+    @staticmethod
+    def convert_old_keys(section: dict[str, Any], below: dict[str, Any]) -> list[tuple[str, str]]:
+        """Replace the folders ``demo_val`` and ``demo_test`` of earlier releases by benchmarks, in place.
+
+        ``below`` are the values that ``section`` is merged into. Returns (old, new) names for a warning.
+        """
+        renamed = []
+        for old, name, when in (("demo_val", "val", "during"), ("demo_test", "test", "final")):
+            if old not in section:
+                continue
+            folder = section.pop(old)
+            names = [other for other in section.get(when) or below.get(when) or [] if other != name]
+            if folder is not None:
+                section["benchmarks"] = (section.get("benchmarks") or {}) | {
+                    name: {
+                        "kind": "custom",
+                        "metadata": f"{folder}/hod.csv",
+                        "root": f"{folder}/videos",
+                        "layout": "chunks",
+                        "protocol": "as_trained",
+                    }
+                }
+                section[when] = [name, *names]
+                if when == "during" and not (section.get("best") or below.get("best")):
+                    section["best"] = "val/choice_across_clips"  # the default of those releases
+            elif when not in section:  # null took back what a base had set
+                section[when] = names
+            renamed.append((f"evaluate.{old}", f"evaluate.benchmarks.{name} and evaluate.{when}"))
+        return renamed

@@ -185,7 +185,6 @@ def benchmark(
     size: int | None = None,
     tokenizer: TokenizerLike | None = None,
     controls: Sequence[str] = (),
-    protocol: EvalProtocol | None = None,
     classes: ClassSpace | None = None,
 ) -> Benchmark:
     """Build the benchmark that ``config`` describes, at the resolution (pixels) and with the tokenizer of a model.
@@ -199,15 +198,16 @@ def benchmark(
     elif kind not in BENCHMARKS:
         near = nearest(kind, ["auto", *BENCHMARKS])
         raise UserError(f"evaluate.benchmarks.{name}.kind: no benchmark format '{kind}'{near}")
-    if protocol is None:
-        key, chosen = f"evaluate.benchmarks.{name}.protocol", config.protocol
-        if chosen == "auto":
-            key, chosen = "evaluate.protocol", cfg.evaluate.protocol
-        protocol = protocol_for(chosen, kind)
-        if protocol.whole_files and not BENCHMARKS[kind].whole_files:
-            raise UserError(f"{key}={chosen} is for clips that are files of their own, which {name} does not have")
-        if cfg.evaluate.num_frames:
-            protocol = dataclasses.replace(protocol, frames=cfg.evaluate.num_frames)
+    key, chosen = f"evaluate.benchmarks.{name}.protocol", config.protocol
+    if chosen == "auto":
+        key, chosen = "evaluate.protocol", cfg.evaluate.protocol
+    protocol = protocol_for(chosen, kind)
+    if protocol.whole_files and not BENCHMARKS[kind].whole_files:
+        raise UserError(f"{key}={chosen} is for clips that are files of their own, which {name} does not have")
+    if chosen == "as_trained":
+        protocol = dataclasses.replace(protocol, frames=cfg.model.num_frames)
+    if cfg.evaluate.num_frames:
+        protocol = dataclasses.replace(protocol, frames=cfg.evaluate.num_frames)
     if classes is not None:
         # The maximum is for similarities: LaViLa, too, averages the views of a fine-tuned model.
         protocol = dataclasses.replace(protocol, merge="mean")
@@ -255,51 +255,14 @@ def read_benchmark(
     return source, format.read(source, BenchmarkOptions(prompts, config.test_split, cache))
 
 
-def demo_evaluator(
-    cfg: Config,
-    dist: Distributed,
-    folder: str | Path,
-    name: str,
-    controls: Sequence[str] = (),
-    execution: Execution | None = None,
-) -> Benchmark:
-    """The split of a demo world in ``folder``, shown as many frames as the run ``cfg`` trains with."""
-    folder = Path(folder)
-    for part in ("hod.csv", "classes.csv", "questions.jsonl", "videos"):
-        if not (folder / part).exists():
-            raise UserError(f"{folder}: no {part} there; expected the val or test folder of a demo world")
-    return benchmark(
-        cfg,
-        name,
-        BenchmarkConfig(kind="custom", metadata=str(folder / "hod.csv"), root=str(folder / "videos"), layout="chunks"),
-        execution or execution_of(cfg, dist),
-        controls=controls,
-        protocol=EvalProtocol(
-            "demo", "this project: frames as in training, one centre crop", frames=cfg.model.num_frames
-        ),
-    )
-
-
-def demo_evaluators(
-    cfg: Config,
-    dist: Distributed,
-    *names: str,
-    controls: Sequence[str] = (),
-    execution: Execution | None = None,
-) -> list[Benchmark]:
-    """The worlds that ``cfg.evaluate`` names, of those in ``names`` (val, test)."""
-    folders = {"val": cfg.evaluate.demo_val, "test": cfg.evaluate.demo_test}
-    return [demo_evaluator(cfg, dist, folder, name, controls, execution) for name in names if (folder := folders[name])]
-
-
 def named_evaluators(
     cfg: Config, dist: Distributed, *names: str, controls: Sequence[str] = (), classes: ClassSpace | None = None
 ) -> list[Benchmark]:
     """The benchmarks that the configuration measures while training (``val``) and once at its end (``test``).
 
-    With ``classes`` those of ``evaluate.during`` and ``evaluate.final`` measure a model's heads.
+    They are those of ``evaluate.during`` and ``evaluate.final``; with ``classes`` they measure a model's heads.
     """
-    benchmarks = demo_evaluators(cfg, dist, *names, controls=controls)
+    benchmarks = list[Benchmark]()
     for part in names:
         for name in cfg.evaluate.during if part == "val" else cfg.evaluate.final:
             config = cfg.evaluate.benchmarks[name]
@@ -328,7 +291,7 @@ def resolve_benchmarks(
         return existing
     if name not in configured and name not in BENCHMARKS:
         names = dict.fromkeys([*configured, *(key for key in BENCHMARKS if key not in ("custom", "labels"))])
-        raise UserError(f"--benchmark {name}: there are demo, all, {', '.join(names)}")
+        raise UserError(f"--benchmark {name}: there are all, {', '.join(names)}")
     config = configured.get(name, BenchmarkConfig())
     return {name: dataclasses.replace(config, root=root or config.root, metadata=metadata or config.metadata)}
 
@@ -345,6 +308,7 @@ _LAVILA: dict[str, Any] = {"resize": "bilinear", "image_stats": "avion", "prompt
 PROTOCOLS = {
     each.name: each
     for each in (
+        EvalProtocol("as_trained", "this project: frames as in training, one centre crop"),
         EvalProtocol("clean", "this project: 16 frames, one centre crop; class prompts from training narrations only"),
         EvalProtocol("whole_clip", "this project on EGTEA: as clean, floored midpoints", sampling="midpoints"),
         EvalProtocol("upstream", "upstream EgoHOD", sampling="upstream", **_UPSTREAM),

@@ -88,7 +88,8 @@ def train(
     run = Path(cfg.train.output)
     schedule = Schedule.of(cfg, data.plan.steps_per_epoch)
     train_step = TrainStep(model, cfg, dist, total_steps=schedule.total, steps_per_epoch=data.plan.steps_per_epoch)
-    store = CheckpointStore(run, keep_last=cfg.train.keep_last, keep_best=cfg.train.keep_best, best=cfg.evaluate.best)
+    best = cfg.evaluate.best or ""  # the check of the configuration requires it where something is measured
+    store = CheckpointStore(run, keep_last=cfg.train.keep_last, keep_best=cfg.train.keep_best, best=best)
     ledger, window, clock = FaultLedger(cfg.data.max_bad_fraction), MetricWindow(), Clock()
 
     start, scores, evaluated = 0, dict[str, float](), 0
@@ -146,8 +147,8 @@ def train(
             # One from elsewhere stays as it is.
             if dist.is_main and checkpoint and checkpoint.path.parent == store.folder:
                 store.rate(start, scores)
-            if cfg.evaluate.best not in scores:
-                raise _no_such_metric(cfg.evaluate.best, scores)
+            if best not in scores:
+                raise _no_such_metric(best, scores)
         batches = _micro_batches(cfg, dist, data, start, schedule.total)
         for step in range(start + 1, schedule.total + 1):
             try:
@@ -177,13 +178,13 @@ def train(
                     except Interrupted:
                         stopping = True
             # A metric that does not exist would silently keep no best checkpoint. No step is lost over its name.
-            misnamed = evaluated == step and cfg.evaluate.best not in scores
+            misnamed = evaluated == step and best not in scores
             ending = last or stopping or misnamed
             if ending or step % schedule.save == 0:
                 with clock.paused():
                     save(step, must_succeed=ending)
             if misnamed:
-                raise _no_such_metric(cfg.evaluate.best, scores)
+                raise _no_such_metric(best, scores)
             if stopping:
                 # Nobody leaves in peace before the first process has saved.
                 dist.gather_objects(None)

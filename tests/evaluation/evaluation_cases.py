@@ -17,8 +17,10 @@ from egohod.data.text import Tokenizer
 from egohod.data.transforms import normalise
 from egohod.demo.world import NOUNS, VERBS, phrase
 from egohod.distributed import Distributed
+from egohod.evaluation import runner
+from egohod.evaluation.config import BenchmarkConfig
 from egohod.evaluation.embed import Execution
-from egohod.evaluation.runner import Benchmark, demo_evaluator
+from egohod.evaluation.runner import Benchmark
 from egohod.model.config import ModelConfig
 from egohod.model.dual_encoder import DualEncoder, create_model
 
@@ -37,10 +39,17 @@ def config(**evaluate: Any) -> Config:
     return cfg
 
 
+def world_split(folder: Path) -> BenchmarkConfig:
+    """A split of a demo world as a benchmark."""
+    return BenchmarkConfig(
+        kind="custom", metadata=f"{folder}/hod.csv", root=f"{folder}/videos", layout="chunks", protocol="as_trained"
+    )
+
+
 def benchmark(folder: Path, dist: Distributed = ALONE, batch_size: int = 7, workers: int = 0) -> Benchmark:
     """The demo benchmark at the size of the demo model, in this process alone unless told otherwise."""
     execution = Execution(batch_size=batch_size, workers=workers, dist=dist)
-    return demo_evaluator(config(), dist, folder, "test", execution=execution)
+    return runner.benchmark(config(), "test", world_split(folder), execution)
 
 
 def small_model() -> DualEncoder:

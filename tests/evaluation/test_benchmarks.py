@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from evaluation_cases import FRAMES, Oracle, benchmark, small_model
+from evaluation_cases import FRAMES, Oracle, benchmark, small_model, world_split
 
 from egohod.config import Config
 from egohod.data.formats import read_clips
@@ -17,7 +18,7 @@ from egohod.data.text import Tokenizer
 from egohod.distributed import Distributed
 from egohod.errors import UserError
 from egohod.evaluation.results import table
-from egohod.evaluation.runner import demo_evaluator, demo_evaluators
+from egohod.evaluation.runner import named_evaluators
 
 HEADLINES = {"map", "recall_1_v2t", "recall_5_v2t", "median_rank_v2t", "verb_noun_top1", "verb_top1", "noun_top1"}
 
@@ -46,10 +47,11 @@ def test_untrained_model_is_far_from_it_and_every_number_has_a_chance_level(worl
 
 def test_controls_are_reported_beside_the_plain_numbers(world: Path) -> None:
     cfg = Config()
-    cfg.model.name, cfg.model.num_frames, cfg.data.workers, cfg.evaluate.demo_test = "DEMO", FRAMES, 0, str(world)
+    cfg.model.name, cfg.model.num_frames, cfg.data.workers = "DEMO", FRAMES, 0
+    cfg.evaluate.benchmarks["test"], cfg.evaluate.final = world_split(world), ["test"]
     alone = Distributed(0, 1, torch.device("cpu"), None)
-    (bench,) = demo_evaluators(cfg, alone, "test", controls=["reverse", "freeze"])
-    (plain,) = demo_evaluators(cfg, alone, "test")
+    (bench,) = named_evaluators(cfg, alone, "test", controls=["reverse", "freeze"])
+    (plain,) = named_evaluators(cfg, alone, "test")
     model, results = small_model(), bench(small_model())
     assert {key: value for key, value in results.items() if "/" not in key} == plain(model)
     for control in ("reverse", "freeze"):
@@ -63,30 +65,32 @@ def test_evaluator_follows_the_configuration(world: Path) -> None:
     cfg = Config()
     cfg.model.name, cfg.model.num_frames, cfg.evaluate.batch_size, cfg.data.workers = "DEMO", 2, 5, 0
     cfg.data.decoder, cfg.evaluate.precision = "pyav", "bf16"
-    made = demo_evaluator(cfg, Distributed(0, 1, torch.device("cpu"), None), world, "val")
+    cfg.evaluate.benchmarks["val"], cfg.evaluate.during = world_split(world), ["val"]
+    (made,) = named_evaluators(cfg, Distributed(0, 1, torch.device("cpu"), None), "val")
     assert made.name == "val"
     assert made.dataset[0]["video"].shape == (1, 3, 2, made.dataset.size, made.dataset.size)
     assert made.execution.batch_size == 5
     assert made.execution.precision == torch.bfloat16
 
 
-def test_the_worlds_that_a_configuration_names_are_evaluated(demo_world: Path) -> None:
+def test_the_benchmarks_that_a_configuration_names_are_measured(demo_world: Path) -> None:
     cfg, alone = Config(), Distributed(0, 1, torch.device("cpu"), None)
     cfg.model.name = "DEMO"
-    assert demo_evaluators(cfg, alone, "val", "test") == []
-    cfg.evaluate.demo_test = str(demo_world / "test")
-    assert [each.name for each in demo_evaluators(cfg, alone, "val", "test")] == ["test"]
-    cfg.evaluate.demo_val = str(demo_world / "val")
-    assert [each.name for each in demo_evaluators(cfg, alone, "val", "test")] == ["val", "test"]
-    assert [each.name for each in demo_evaluators(cfg, alone, "val")] == ["val"]
+    cfg.evaluate.benchmarks = {name: world_split(demo_world / name) for name in ("val", "test")}
+    assert named_evaluators(cfg, alone, "val", "test") == []
+    cfg.evaluate.final = ["test"]
+    assert [each.name for each in named_evaluators(cfg, alone, "val", "test")] == ["test"]
+    cfg.evaluate.during = ["val"]
+    assert [each.name for each in named_evaluators(cfg, alone, "val", "test")] == ["val", "test"]
+    assert [each.name for each in named_evaluators(cfg, alone, "val")] == ["val"]
 
 
-@pytest.mark.parametrize("part", ["hod.csv", "classes.csv", "questions.jsonl", "videos"])
-def test_a_folder_that_is_no_demo_world_is_refused(world: Path, tmp_path: Path, part: str) -> None:
+@pytest.mark.parametrize("part", ["hod.csv", "videos"])
+def test_a_folder_without_clips_or_videos_is_refused(world: Path, tmp_path: Path, part: str) -> None:
     for entry in world.iterdir():
         if entry.name != part:
             (tmp_path / entry.name).symlink_to(entry)
-    with pytest.raises(UserError, match=f"no {part} there"):
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / part))):
         benchmark(tmp_path)
 
 

@@ -69,7 +69,7 @@ def test_the_model_is_what_the_checkpoint_says(formats: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--benchmark", "mri"], "--benchmark mri: there are demo, all, ek100_mir"),
+        (["--benchmark", "mri"], "--benchmark mri: there are all, ek100_mir"),
         (["--benchmark", "egtea"], "evaluate.benchmarks.egtea.metadata is not set; give --metadata"),
         (["--benchmark", "egtea", "--metadata", "/nowhere", "--root", "."], "/nowhere: no action_idx.txt there"),
         (["--root", "x"], "--root and --metadata need --benchmark"),

@@ -359,7 +359,7 @@ def test_what_can_be_asked_for(formats: Path) -> None:
     assert resolve_benchmarks(cfg, "egtea", root="r", metadata="m") == {
         "egtea": BenchmarkConfig(root="r", metadata="m")
     }
-    with pytest.raises(UserError, match="--benchmark mri: there are demo, all, ek100_mir, ek100_cls"):
+    with pytest.raises(UserError, match="--benchmark mri: there are all, ek100_mir, ek100_cls"):
         resolve_benchmarks(cfg, "mri")
     with pytest.raises(UserError, match="no benchmark's data is found"):
         resolve_benchmarks(cfg, "all")

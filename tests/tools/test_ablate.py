@@ -24,13 +24,13 @@ def test_the_shipped_study_has_its_five_rows_and_three_seeds() -> None:
     cost = {run.row: ablate.cost(run.cfg) for run in runs}
     assert cost["plain_4"] == cost["hod_4"]
     assert cost["egovideo"]["million_trainable"] > cost["hod_16"]["million_trainable"]
-    assert all(run.cfg.evaluate.demo_test for run in runs)
+    assert all(list(run.cfg.evaluate.final) == ["test"] for run in runs)
     assert [(run.row, run.seed) for run in ablate.select(runs, ["egovideo"], ["0", "2"])] == [
         ("egovideo", 0),
         ("egovideo", 2),
     ]
     tuning = ablate.plan(study, CONFIG, tune=True)
-    assert {run.cfg.evaluate.demo_test for run in tuning} == {None}
+    assert not any(run.cfg.evaluate.final for run in tuning)
     assert not {run.folder for run in tuning} & {run.folder for run in runs}
 
 
@@ -43,7 +43,7 @@ def test_the_studies_of_fine_tuning_leave_the_test_world_closed_while_tuning(nam
     assert len(runs) == 3 * (len(study.rows) - 1) + 1
     for run in runs + tuning:
         assert list(run.cfg.evaluate.during) == ["val"]
-        assert {run.cfg.evaluate.demo_val, run.cfg.evaluate.demo_test} == {None}
+        assert {run.cfg.evaluate.benchmarks[world].protocol for world in ("val", "test")} == {"auto"}
         assert run.command[1].endswith("main_finetune.py" if run.trains else "main_eval.py")
     assert {tuple(run.cfg.evaluate.final) for run in runs} == {("test",)}
     assert {tuple(run.cfg.evaluate.final) for run in tuning} == {()}
