@@ -62,6 +62,7 @@ def check(caption: str, source: str, facts: ClipFacts | None, settings: CheckCon
         settings: what a caption must satisfy.
         prompt: the narrator's instructions, which no caption may repeat.
     """
+    # First: a caption that is no sentence of English has no claims that could be compared.
     reasons = _faults_of_form(caption, source, settings, prompt)
     if reasons:
         return Verdict(0.0, tuple(reasons))
@@ -373,10 +374,12 @@ def unsupported_claims(caption: str, source: str, facts: ClipFacts, min_seen: fl
     if facts.acting in hands and not named:
         reasons.append(f"hand: nothing is said of the {facts.acting} hand")
     for side in sorted(named - in_source):
+        # A hand that is in the picture for less than half of the clip may be called out of sight.
         if side in absent and side in hands and hands[side].seen > 0.5:
             reasons.append(f"hand: the {side} hand is in sight")
         elif side not in absent and side not in hands:
             reasons.append(f"hand: no {side} hand was found")
+    # By the hands that they are about: directions of one hand in one sentence are one motion.
     for pair in dict.fromkeys(claim.sides for claim in statements):
         own = [claim for claim in statements if claim.sides == pair]
         for side in pair or ((facts.acting,) if facts.acting else ()):

@@ -51,6 +51,7 @@ class DetectorConfig:
 class TracksConfig:
     """How boxes become tracks."""
 
+    # The same defaults as tracking.TrackParams has for those who call it without a configuration.
     camera: bool = knob(True, "subtract the motion of the camera, estimated from what is outside of the boxes")
     min_score: float = knob(0.3, "boxes with a lower confidence are ignored", low=0, high=1)
     max_gap: float = knob(
@@ -151,6 +152,7 @@ class HodConfig:
     # The same section as a training's, so that a configuration can be moved between the two.
     source: SourceConfig = part(SourceConfig)
     windows: WindowsConfig = part(WindowsConfig)
+    # Rendered by tools/generate_hod.py, so that the demo is one command.
     demo: DemoConfig = part(DemoConfig)
     detector: DetectorConfig = part(DetectorConfig)
     tracks: TracksConfig = part(TracksConfig)
@@ -166,6 +168,7 @@ class HodConfig:
         "processes that decode and detect; 0 does so in the main process, which a clip that crashes the decoder ends",
         low=0,
     )
+    # A decoder that hangs does so in native code: its process cannot be interrupted, only killed.
     clip_seconds: float = knob(
         600.0, "a clip that takes a worker longer fails: a damaged video may hang its decoder", above=0
     )
@@ -174,7 +177,7 @@ class HodConfig:
     )
     dataset: str = knob("", "dataset column of rows whose metadata has none; a training chooses the video root by it")
     seed: int = knob(0, "draws one of several narrations of a clip, where source.list_text=random", low=0)
-    block: int = knob(256, "shards are multiples of so many clips", low=1)
+    block: int = knob(256, "shards are multiples of so many clips", low=1)  # for a resumed run the same one
     # A wrong root or a broken mount fails every clip: found after fifty of them, not after a day.
     max_bad_fraction: float = knob(
         0.05,

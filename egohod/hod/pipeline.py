@@ -10,7 +10,7 @@ stages and stores what each makes of each clip (:mod:`egohod.hod.store`); what i
 :meth:`Pipeline.finish` marks a shard as finished, and :meth:`Pipeline.merge` writes the csv of all shards.
 
 A detector is added in :mod:`egohod.hod.detectors`, a narrator in :mod:`egohod.hod.narrators`: a module and a line in
-the registry each. A further stage is a class like those below, and a place in :func:`make_stages`.
+the registry each. A further stage is a class like those below, and a place in the list of :func:`build`.
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ class Pipeline:
         at = counts[stage.name]
         for task, outcome in stage.run(task for task in group if self._is_due(task, stage, at)):
             if not at.done:
-                results.reopen(self.fingerprint)
+                results.mark(self.fingerprint, None)
             # At once: a killed run loses the clips that it is working on, and no answer of a model that was paid for.
             results.put(*self.keys(task.index)[stage.name], outcome)
             task.outcomes[stage.name] = outcome
@@ -297,7 +297,7 @@ class Pipeline:
             without_hand += not sides(checked["text"])
         counts = Finished(narrations, failures, fallbacks)
         with self.store.results(shard) as results:
-            results.finish(self.fingerprint, counts)
+            results.mark(self.fingerprint, counts)
         # A run in which every caption was refused ends as well as any: only these lines show it.
         notes = []
         for what, counter in (("by", narrators), ("captions refused for", refusals), ("tokens:", +tokens)):
@@ -345,7 +345,9 @@ class Pipeline:
             bad.writerow(FAILURE_COLUMNS)
             for index, stage, outcome in itertools.chain.from_iterable(map(self._final, Shard.all(shards))):
                 row = self.table.row(index)
-                place = [row.video_id, seconds_text(row.start), seconds_text(row.end)]
+                # To the microsecond, which tells any two frames apart; in full a third of a second has 16 digits.
+                times = [f"{seconds:.6f}".rstrip("0").rstrip(".") for seconds in (row.start, row.end)]
+                place = [row.video_id, *times]
                 # Without a name of its own a clip is called by its place, which a training reports.
                 uid = ("uid" in self.table.column_names and self.table.value("uid", index)) or "_".join(place)
                 if outcome.fault is None:
@@ -378,12 +380,6 @@ class Pipeline:
                     if outcome.fault is not None or name == self.stages[-1].name:
                         yield index, name, outcome
                         break
-
-
-def seconds_text(seconds: float) -> str:
-    """Seconds as they are written to a table."""
-    # To the microsecond, which tells any two frames apart; written in full, a third of a second has 16 digits.
-    return f"{seconds:.6f}".rstrip("0").rstrip(".")
 
 
 def _one_line(cells: Iterable[str]) -> list[str]:
@@ -423,7 +419,10 @@ def build(cfg: HodConfig, *, retry: bool = False) -> Pipeline:
             "no narrations to start from: give --metadata (source.metadata), or narrator.kind=vlm to narrate windows "
             "of the videos of --root"
         )
-    return Pipeline(cfg, table, make_stages(cfg, open_videos(cfg, table)), retry=retry)
+    source = open_videos(cfg, table)
+    narrate = NarrateStage(cfg, source)
+    stages = [DetectStage(cfg, source), TrackStage(cfg, table), narrate, CheckStage(narrate)]
+    return Pipeline(cfg, table, stages, retry=retry)
 
 
 def narrated_clips(cfg: HodConfig) -> ClipTable:
@@ -489,12 +488,6 @@ def _table_hash(cfg: HodConfig, table: ClipTable) -> str:
 
 
 # --- Stages ---
-
-
-def make_stages(cfg: HodConfig, source: ClipReader) -> list[Stage]:
-    """The four stages in order."""
-    narrate = NarrateStage(cfg, source)
-    return [DetectStage(cfg, source), TrackStage(cfg, source.table), narrate, CheckStage(narrate)]
 
 
 class DetectStage(Stage):

@@ -154,18 +154,19 @@ class Store:
                 raise UserError(f"{locks}: cannot be written: {error.strerror or error}") from error
             yield
 
-    def results(self, shard: Shard | None = None) -> Results:
+    def results(self, shard: Shard | None = None) -> contextlib.closing[Results]:
         """Results of a shard, to read and write; without a shard those of all shards, to read."""
         # Where a shard has no result, other divisions may: somebody ran 64 shards and now runs one. Other shards of the
         # same division have other clips, and looking into their files would slow down the processes that write there.
         others = [path for path, each in self._files() if shard is None or each.count != shard.count]
-        return Results(self.folder / "results" / f"{shard.stem}.sqlite" if shard else None, others)
+        own = self.folder / "results" / f"{shard.stem}.sqlite" if shard else None
+        return contextlib.closing(Results(own, others))
 
     def divisions(self, fingerprint: str) -> list[int]:
         """The shard counts of which at least one shard is finished with the settings of ``fingerprint``."""
         counts = set()
         for path, shard in self._files():
-            with Results(path) as results:
+            with contextlib.closing(Results(path)) as results:
                 if results.finished(fingerprint):
                     counts.add(shard.count)
         return sorted(counts)  # several where somebody tried another number of shards
@@ -226,14 +227,12 @@ class Results:
             row = self._files[0][1].execute(query, (fingerprint,)).fetchone()
         return Finished(*row) if row and all(isinstance(each, int) for each in row) else None
 
-    def finish(self, fingerprint: str, counts: Finished) -> None:
-        """Mark the shard as finished."""
-        row = (fingerprint, counts.narrations, counts.failures, counts.fallbacks)
-        self._write("INSERT OR REPLACE INTO finished VALUES (?, ?, ?, ?)", row)
-
-    def reopen(self, fingerprint: str) -> None:
-        """Take the mark of :meth:`finish` away, if there is one: results are about to change."""
-        if self.finished(fingerprint):
+    def mark(self, fingerprint: str, finished: Finished | None) -> None:
+        """Mark the shard as finished with these settings; with None take the mark away: results are about to change."""
+        if finished is not None:
+            row = (fingerprint, finished.narrations, finished.failures, finished.fallbacks)
+            self._write("INSERT OR REPLACE INTO finished VALUES (?, ?, ?, ?)", row)
+        elif self.finished(fingerprint):
             self._write("DELETE FROM finished WHERE fingerprint = ?", (fingerprint,))
 
     def close(self) -> None:
@@ -247,12 +246,6 @@ class Results:
                     connection.execute("PRAGMA journal_mode = DELETE")
             connection.close()
         self._files = []
-
-    def __enter__(self) -> Results:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _write(self, statement: str, row: Sequence[Any]) -> None:
         assert self._path is not None, "results of several shards are only read"

@@ -38,7 +38,7 @@ class Mean(DetectStage):
         return {"mean": frames.pictures.mean(axis=(1, 2, 3)).round(3).tolist(), "numbers": frames.numbers.tolist()}
 
 
-class Told(Stage):
+class Caption(Stage):
     """The brightness as a narration."""
 
     name, group = TRACK, 7
@@ -65,7 +65,7 @@ def made(metadata: Path, videos: Path, output: Path, workers: int, look: type[De
     cfg.source.metadata, cfg.source.root = str(metadata), str(videos)
     cfg.detector.kind, cfg.detector.options = "detections", {"path": "none.parquet"}
     table = read_clips(cfg.source)
-    return Pipeline(cfg, table, [look(cfg, open_videos(cfg, table)), Told()])
+    return Pipeline(cfg, table, [look(cfg, open_videos(cfg, table)), Caption()])
 
 
 def run(pipeline: Pipeline, shard: Shard = WHOLE) -> None:

@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -382,16 +383,16 @@ def test_a_damaged_file_is_named_with_the_cure(table: ClipTable, tmp_path: Path,
 
 def test_a_file_is_touched_only_to_add_to_it(tmp_path: Path, file_system: str) -> None:
     path = tmp_path / "deep" / "0-of-1.sqlite"
-    with Results(path) as results:
+    with closing(Results(path)) as results:
         assert results.get("a", "detect") is None
         assert results.finished("print") is None
     assert not path.parent.exists()
-    with Results(path) as results:
+    with closing(Results(path)) as results:
         results.put("a", "detect", Outcome(1, is_fallback=True))
     stamp = path.stat().st_mtime_ns
-    with Results(path) as results:
+    with closing(Results(path)) as results:
         assert results.get("a", "detect") == Outcome(b"1", None, True)
-        results.reopen("print")
+        results.mark("print", None)
     assert path.stat().st_mtime_ns == stamp
     assert [each.name for each in path.parent.iterdir()] == [path.name]
     path.unlink()
@@ -505,5 +506,5 @@ def test_a_file_of_something_else_is_no_result(tmp_path: Path) -> None:
         database.execute("CREATE TABLE finished (other)")
         database.execute("CREATE TABLE results (other)")
     database.close()
-    with Results(path) as results, pytest.raises(UserError, match=r"cannot read .*no such column"):
+    with closing(Results(path)) as results, pytest.raises(UserError, match=r"cannot read .*no such column"):
         results.get("a", "detect")
