@@ -9,23 +9,23 @@ from egohod.knobs import knob, part
 
 @dataclass
 class HardNegativesConfig:
-    """Batches in which some clips differ only in the motion."""
+    """Hard negatives: batches in which some clips differ only in the motion."""
 
     share: float = knob(
-        0.0, "share of each batch filled with groups of alike clips; 0 is the plain sampler", low=0, high=1
+        0.0, "fraction of each batch filled with groups of similar clips; 0 is the plain sampler", low=0, high=1
     )
     group_by: list[str] = knob(
         ["video"],
-        "what alike clips have in common: video (the same scene), window (the same time window of a video) "
+        "what the clips of a group have in common: video (the same scene), window (the same time window of a video) "
         "or any column of the annotation file",
     )
-    group_size: int = knob(4, "alike clips that are put in a batch together", low=2)
+    group_size: int = knob(4, "clips of a group that are put in a batch together", low=2)
     window_seconds: float = knob(60.0, "length of a time window", above=0)
 
 
 @dataclass
 class SourceConfig:
-    """One annotation file and the videos it speaks of; NAME is yours to choose."""
+    """One annotation file and its videos; NAME is yours to choose."""
 
     metadata: str = knob("", "annotation file")
     format: str = knob(
@@ -36,7 +36,7 @@ class SourceConfig:
         "egohod/data/formats; auto recognises the file",
     )
     columns: dict[str, str] = knob(
-        {}, "what this file calls the columns of its format, e.g. {video_id: vid, text: sentence}"
+        {}, "this file's names for the columns of its format, e.g. {video_id: vid, text: sentence}"
     )
     clip_rule: str = knob(
         "egoclip",
@@ -48,12 +48,12 @@ class SourceConfig:
     weight: float | None = knob(
         None,
         "share of every batch relative to the other sources' weights, set for all or none; 0 leaves the source out; "
-        "null: all clips are drawn alike",
+        "null: all clips are equally likely",
         low=0,
     )
     root: str = knob("", "folder of the videos, or an fsspec URI such as s3://bucket/prefix")
     dataset_roots: dict[str, str] = knob(
-        {}, "folders for rows whose dataset column says so, e.g. {ego4d: /data/ego4d}; all others use root"
+        {}, "folders by the value of the dataset column, e.g. {ego4d: /data/ego4d}; all other rows use root"
     )
     layout: str = knob(
         "auto",
@@ -75,25 +75,22 @@ class SourceConfig:
     )
     list_text: str = knob(
         "random",
-        "what to do with several narrations of one clip: draw one, join all with '. ' as upstream does, or take the "
-        "first",
+        "for a clip with several narrations: draw one, join all with '. ' as upstream does, or take the first",
         choices=("random", "concat", "first"),
     )
 
 
 @dataclass
 class LabelsConfig:
-    """What training clips are matched with: their own narration, a relevant text, or a class."""
+    """The target of a training clip: its own narration, a relevant text, or a class."""
 
     target: str = knob(
         "narration",
-        "narration: what is said of the clip itself (pretraining); relevancy: a text drawn among all that are relevant "
-        "by the classes of verb and nouns; class: the classes of model.heads",
+        "narration: the clip's own text (pretraining); relevancy: a text drawn from all that are relevant by the "
+        "classes of verb and nouns; class: the classes of model.heads",
         choices=("narration", "relevancy", "class"),
     )
-    threshold: float = knob(
-        0.1, "relevancy: a text above it may be drawn for a clip (EPIC-KITCHENS MIR)", low=0, high=1
-    )
+    threshold: float = knob(0.1, "relevancy: texts above it may be drawn for a clip (EPIC-KITCHENS MIR)", low=0, high=1)
     sentences: str | None = knob(
         None,
         "relevancy: csv of the texts to draw from (EPIC_100_retrieval_train_sentence.csv); null takes the distinct "
@@ -116,13 +113,15 @@ class DataConfig:
     strict: bool = knob(False, "stop at the first unusable annotation row; false leaves it out and counts it")
     decoder: str = knob(
         "auto",
-        "auto takes the fastest that loads (pyav, then torchcodec, then decord) and says which",
+        "auto takes the fastest that can be imported (pyav, then torchcodec, then decord) and logs which",
         choices=("auto", "torchcodec", "pyav", "decord"),
     )
     cache: str | None = knob(
         None, "folder on a local disk that keeps files of remote roots (those up to 64 MB); null keeps none"
     )
-    cache_gb: float = knob(50.0, "size of data.cache in GB (1e9 bytes); what was used longest ago goes first", above=0)
+    cache_gb: float = knob(
+        50.0, "size of data.cache in GB (1e9 bytes); least recently used files are removed first", above=0
+    )
     workers: int = knob(8, "decoding processes per training process; 0 decodes in the training process", low=0)
     prefetch: int = knob(2, "batches each worker holds ready", low=1)
     timeout: float = knob(
@@ -135,13 +134,13 @@ class DataConfig:
         True, "page-locked batches, so that the copy to a GPU overlaps with computing; ignored on CPU"
     )
     crop_scale_min: float = knob(
-        0.5, "smallest share of the picture a training crop keeps (upstream: 0.5)", above=0, high=1
+        0.5, "smallest fraction of the picture that a training crop keeps (upstream: 0.5)", above=0, high=1
     )
     flip: float = knob(
-        0.5, "probability of a horizontal flip; left and right change places in the caption too", low=0, high=1
+        0.5, "probability of a horizontal flip; left and right are exchanged in the caption too", low=0, high=1
     )
     max_bad_fraction: float = knob(
-        0.01, "stop when more than this share of the clips asked for could not be read", low=0, high=1
+        0.01, "stop when more than this fraction of the requested clips could not be read", low=0, high=1
     )
     hard_negatives: HardNegativesConfig = part(HardNegativesConfig)
 

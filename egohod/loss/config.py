@@ -13,11 +13,11 @@ RELEVANCY_LOSSES = (*MARGIN_LOSSES, "soft_infonce")
 
 @dataclass
 class LossConfig:
-    """Clips against narrations, over all processes."""
+    """The training objective, over the batch of all processes."""
 
     name: str = knob(
         "infonce",
-        "infonce: symmetric cross-entropy over the batch, the published recipe; sigmoid: every pair judged by itself "
+        "infonce: symmetric cross-entropy over the batch, the published recipe; sigmoid: a binary loss for every pair "
         "(SigLIP), less sensitive to the batch size. For data.labels.target=relevancy: max_margin (AVION), "
         "adaptive_max_margin (EgoVLP), sms (best known on EK100-MIR), soft_infonce; docs/finetuning.md. "
         "For data.labels.target=class: classes, cross-entropy of the heads",
@@ -25,14 +25,16 @@ class LossConfig:
     )
     margin: float | None = knob(
         None,
-        "of the three losses with a margin, in cosines; null is what their sources use: 0.2 for max_margin, 0.4 for "
-        "adaptive_max_margin, 0.6 for sms",
+        "of the three margin losses, in cosine similarity; null is the value of their papers' code: 0.2 for "
+        "max_margin, 0.4 for adaptive_max_margin, 0.6 for sms",
         above=0,
     )
-    tau: float = knob(0.1, "sms: by how much two equally relevant items may differ, in cosines; its source's", low=0)
+    tau: float = knob(
+        0.1, "sms: tolerated difference of equally relevant items, in cosine similarity; the authors' value", low=0
+    )
     label_smoothing: float = knob(
         0.0,
-        "classes: share of a label that all classes have in equal parts; AVION fine-tunes with 0.1",
+        "classes: probability that is spread evenly over all classes; AVION fine-tunes with 0.1",
         low=0,
         high=0.9,
     )
@@ -42,13 +44,13 @@ class LossConfig:
     gather_with_grad: bool = knob(
         True, "gradients flow to the features of other processes; False with local_loss is biased and refused"
     )
-    temperature: float = knob(0.07, "start (and, if not learned, the fixed value) of the softmax temperature", above=0)
-    learn_temperature: bool = knob(False, "upstream keeps 0.07; the margin losses and heads have no temperature")
-    bias: float = knob(-10.0, "sigmoid: start of the learned offset of all similarities, SigLIP's")
-    max_logit_scale: float = knob(100.0, "a learned 1/temperature is clamped here, as in CLIP", above=0)
+    temperature: float = knob(0.07, "initial softmax temperature, constant unless learned", above=0)
+    learn_temperature: bool = knob(False, "upstream keeps it at 0.07; margin losses and heads have no temperature")
+    bias: float = knob(-10.0, "sigmoid: initial value of the learned bias of all similarities, as in SigLIP")
+    max_logit_scale: float = knob(100.0, "upper bound of a learned 1/temperature, as in CLIP", above=0)
     boxes: float = knob(
         0.0,
-        "weight of an auxiliary loss: boxes of hands and active object in every frame, read off the patch tokens (the "
-        "fast path's, if there is one); needs data.train.NAME.detections; 0 leaves it out, as published",
+        "weight of an auxiliary loss: boxes of hands and active object in every frame, predicted from the patch tokens "
+        "(the fast path's, if there is one); needs data.train.NAME.detections; 0 leaves it out, as published",
         low=0,
     )

@@ -9,7 +9,7 @@ from egohod.knobs import knob, part
 
 
 class ImageStats(NamedTuple):
-    """What pixels are normalised with: mean and standard deviation of R, G and B in 0..1."""
+    """Normalisation of pixels: mean and standard deviation of R, G and B in 0..1."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -39,13 +39,13 @@ class WeightsConfig:
     )
     base: str | None = knob(
         None,
-        "where the file lies that a small checkpoint (train.trainable other than all) was started from; null is where "
-        "it lay then",
+        "the file that a small checkpoint (train.trainable other than all) was trained from, which has all other "
+        "weights; null is the path that was used then",
     )
     adapt: bool = knob(
         False,
-        "resize position embeddings to this model's frames, patches and text length, and start parts anew that the "
-        "file does not have (motion adapters) or has for other classes (heads); false makes each of these an error",
+        "resize position embeddings to this model's frames, patches and text length, and initialise parts that the "
+        "file lacks (motion adapters) or has for other classes (heads); false makes each of these an error",
     )
     projections: str = knob(
         "auto",
@@ -65,16 +65,16 @@ class FastPathConfig:
     slow_frames: int = knob(4, "frames of the slow path, taken evenly from model.num_frames", low=1)
     position: str = knob(
         "before",
-        "where a motion adapter stands: before its block, whose attention then reads it, or after, as published",
+        "a motion adapter is before its block, whose attention then reads its output, or after it, as published",
         choices=("before", "after"),
     )
     pool: str = knob(
         "cls",
         "what the fast path projects: CLS, the mean of the patch tokens, or the mean of both; published is cls, "
-        "which with position=after leaves the last adapter without effect",
+        "with which, if position=after, the last adapter has no effect",
         choices=("cls", "mean", "both"),
     )
-    spatial: bool = knob(False, "a 3x3 convolution over each frame in front of the temporal one")
+    spatial: bool = knob(False, "a 3x3 convolution over each frame before the temporal one")
 
 
 @dataclass
@@ -108,22 +108,24 @@ class ModelConfig:
     )
     temporal_init: str = knob(
         "zeros",
-        "zeros is the published start; sinusoidal lets a short training from scratch learn frame order",
+        "zeros is the published initialisation; sinusoidal lets a short run from scratch learn frame order",
         choices=("zeros", "sinusoidal"),
     )
     spatial_init: str = knob(
         "random",
-        "random is CLIP's start; sinusoidal lets a short training from scratch learn where things are",
+        "random is CLIP's initialisation; sinusoidal lets a short run from scratch learn where things are",
         choices=("random", "sinusoidal"),
     )
     sinusoid_scale: float = knob(0.5, "amplitude of sinusoidal embeddings", above=0)
     patch_dropout: float = knob(
-        0.0, "share of patch tokens left out while training; saves memory at some accuracy", low=0, high=0.95
+        0.0, "fraction of patch tokens dropped while training; saves memory at some cost in accuracy", low=0, high=0.95
     )
     patch_dropout_tubes: bool = knob(
-        False, "leave out the same places in all frames, so that the motion in the others stays whole"
+        False, "drop the same patches in all frames, so that the motion in the others stays whole"
     )
-    drop_path: float = knob(0.0, "stochastic depth of the last vision block, growing linearly from 0", low=0, high=0.95)
+    drop_path: float = knob(
+        0.0, "stochastic depth rate of the last vision block; the rate grows linearly from 0", low=0, high=0.95
+    )
     heads: str = knob(
         "none",
         "classification heads on the clip's feature in the shared space: one for all classes (joint) or one for each "
@@ -132,11 +134,11 @@ class ModelConfig:
     )
     head_start: str = knob(
         "random",
-        "the heads' first weights: random, or text, the features of each class's training narrations, with which they "
-        "begin as good as zero-shot",
+        "initial weights of the heads: random, or text, the text features of each class's training narrations, with "
+        "which they start at zero-shot accuracy",
         choices=("random", "text"),
     )
-    head_dropout: float = knob(0.0, "dropout in front of the heads; AVION fine-tunes with 0.5", low=0, high=0.95)
+    head_dropout: float = knob(0.0, "dropout before the heads; AVION fine-tunes with 0.5", low=0, high=0.95)
     gradient_checkpointing: bool = knob(
         False, "recompute blocks in the backward pass: far less memory for about a third more time"
     )

@@ -18,47 +18,48 @@ class TrainConfig:
 
     output: str = knob("runs/pretrain", "run folder: checkpoints, metrics.jsonl, TensorBoard, environment.json")
     duration: str = knob("15 epochs", "length of the run in steps, epochs or samples")
-    global_batch_size: int = knob(2048, "clips per optimisation step over all processes (upstream: 128 x 16)", low=1)
+    global_batch_size: int = knob(2048, "clips per optimizer step over all processes (upstream: 128 x 16)", low=1)
     max_batch_per_process: int | None = knob(
         None,
-        "clips a process holds at a time; the rest is accumulated, the loss unchanged; null takes what fits the memory",
+        "clips per process in one forward pass; larger batches are accumulated with the same loss; null is what fits "
+        "the memory",
         low=1,
     )
     trainable: str = knob(
         "all",
-        "what learns: adapters is the motion adapters, the temporal embedding and the projections of a slow-fast "
-        "model; last_blocks the last train.last_blocks blocks of the vision tower and what follows; vision all but the "
-        "text tower; heads the classification heads alone",
+        "trainable parameters: adapters is the motion adapters, the temporal embedding and the projections of a "
+        "slow-fast model; last_blocks the last train.last_blocks blocks of the vision tower and all after them; vision "
+        "all but the text tower; heads the classification heads alone",
         choices=("all", "adapters", "last_blocks", "vision", "heads"),
     )
-    last_blocks: int = knob(4, "for train.trainable=last_blocks", low=1)
+    last_blocks: int = knob(4, "number of blocks, for train.trainable=last_blocks", low=1)
     optimizer: str = knob("adamw", "adamw; sgd as AVION fine-tunes for classes", choices=("adamw", "sgd"))
-    momentum: float = knob(0.9, "SGD's", low=0, high=0.999)
+    momentum: float = knob(0.9, "of SGD", low=0, high=0.999)
     layer_decay: float = knob(
         1.0,
-        "each block of the vision tower learns at this share of the rate of the one after it; 1: all alike",
+        "layer-wise learning rate decay of the vision tower: rate of a block over that of the next one; 1: none",
         above=0,
         high=1,
     )
-    mixup: float = knob(0.0, "classes: mixup's alpha; AVION fine-tunes with 0.8; 0 mixes no clips", low=0)
+    mixup: float = knob(0.0, "classes: mixup's alpha; AVION fine-tunes with 0.8; 0 is off", low=0)
     cutmix: float = knob(
-        0.0, "classes: cutmix's alpha; AVION fine-tunes with 1.0; with mixup, one of both by turns", low=0
+        0.0, "classes: cutmix's alpha; AVION fine-tunes with 1.0; with mixup, one of the two at random", low=0
     )
     ema: float = knob(
         0.0,
-        "moving average of the weights, by its decay per step, to which it rises in the first steps (timm's warm-up); "
-        "it is what is evaluated and saved; 0 keeps none",
+        "decay per step of an exponential moving average of the weights, with timm's warm-up; the average is what is "
+        "evaluated and saved; 0 is off",
         low=0,
         high=0.99999,
     )
-    lr: float = knob(4e-5, "upstream's base recipe at a global batch of 2,048", above=0)
+    lr: float = knob(4e-5, "peak learning rate; upstream's base recipe at a global batch of 2,048", above=0)
     lr_reference_batch: int | None = knob(
         None,
-        "clips a step that lr, lr_start and lr_end are meant for: they are multiplied by global_batch_size over this, "
-        "as AVION does for classes (128); null takes them as they are",
+        "batch size that lr, lr_start and lr_end are given for: they are multiplied by global_batch_size over this, as "
+        "AVION does for classes (128); null: no scaling",
         low=1,
     )
-    betas: list[float] = knob([0.9, 0.999], "AdamW's averages")
+    betas: list[float] = knob([0.9, 0.999], "AdamW's betas")
     eps: float = knob(1e-8, "AdamW's epsilon", above=0)
     weight_decay: float = knob(
         0.01, "upstream's; none on biases, norms and other tensors of one dimension or less", low=0
@@ -69,12 +70,14 @@ class TrainConfig:
         "leaves them out (the temporal embedding is decayed by both)",
     )
     schedule: str = knob(
-        "constant", "upstream trains at a constant rate; cosine falls to lr_end", choices=("constant", "cosine")
+        "constant",
+        "learning rate schedule; upstream's is constant, cosine decays to lr_end",
+        choices=("constant", "cosine"),
     )
     warmup: str = knob("0 steps", "linear warm-up from lr_start, in steps, epochs or samples")
-    lr_start: float = knob(1e-6, "rate at the start of the warm-up", low=0)
-    lr_end: float = knob(1e-5, "rate at the end of the cosine", low=0)
-    clip_norm: float | None = knob(None, "largest gradient norm; upstream does not clip", above=0)
+    lr_start: float = knob(1e-6, "learning rate at the start of the warm-up", low=0)
+    lr_end: float = knob(1e-5, "learning rate at the end of the cosine", low=0)
+    clip_norm: float | None = knob(None, "maximum gradient norm; upstream does not clip", above=0)
     device: str = knob(
         "auto", "auto is the GPU if there is one; cpu never looks for one", choices=("auto", "cpu", "cuda")
     )
@@ -84,10 +87,11 @@ class TrainConfig:
         "TF32 on GPUs that have it",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
-    seed: int = knob(0, "everything random follows from it", low=0, high=2**63 - 1)
+    seed: int = knob(0, "all randomness follows from it", low=0, high=2**63 - 1)
     resume: str = knob(
         "auto",
-        "auto goes on from the run folder's newest good checkpoint, none starts anew, else the path of a checkpoint",
+        "auto resumes the newest intact checkpoint of the run folder, none starts from the beginning, else the path of "
+        "a checkpoint",
     )
     collective_timeout: float = knob(
         1800.0,
@@ -97,8 +101,8 @@ class TrainConfig:
         low=1,
         old_names=("peer_timeout",),
     )
-    log_every: str = knob("10 steps", "how often metrics are written; between, nothing waits for the device")
-    save_every: str = knob("1 epochs", "how often a checkpoint is written")
+    log_every: str = knob("10 steps", "interval of metrics; in between, nothing waits for the device")
+    save_every: str = knob("1 epochs", "interval of checkpoints")
     keep_last: int = knob(2, "newest checkpoints kept", low=1)
     keep_best: int = knob(1, "best checkpoints kept, by evaluate.best", low=0)
 
