@@ -332,7 +332,7 @@ def train_and_report(description: str, default_config: str, arguments: Sequence[
     from egohod.evaluation.models import fingerprint
     from egohod.evaluation.results import write_results
     from egohod.evaluation.runner import named_evaluators
-    from egohod.training.build import build_classes, build_data, build_model, describe, trainable_table
+    from egohod.training.build import build_classes, build_data, build_model, describe, read_tables, trainable_table
     from egohod.training.dry_run import dry_run
     from egohod.training.train import train
 
@@ -349,10 +349,12 @@ def train_and_report(description: str, default_config: str, arguments: Sequence[
 
     cfg = config.load(args.config_file, changes)
     with joined(cfg, stops_cleanly=True) as dist, claimed_run(cfg.train.output, dist):
-        classes = build_classes(cfg)
-        model = build_model(cfg, dist, classes)
+        # Without heads the clips are read last, when all else is known to be right.
+        tables = read_tables(cfg) if cfg.model.heads != "none" else None
+        classes = build_classes(cfg, tables)
+        model = build_model(cfg, dist, classes, tables)
         log.info("trainable parameters\n%s", trainable_table(model))
-        data = build_data(cfg, dist, model)
+        data = build_data(cfg, dist, model, tables)
         describe(cfg, dist, model, data)
         val = named_evaluators(cfg, dist, "val", classes=classes)
         test = named_evaluators(cfg, dist, "test", controls=cfg.evaluate.controls, classes=classes)

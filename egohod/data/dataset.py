@@ -230,6 +230,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
                 faults.append(f"{self.where(index)}: {error}")
             if len(faults) > _MAX_REPLACEMENTS:
                 raise VideoError(f"{len(faults)} clips in a row could not be read; the last: {faults[-1]}")
+            # Of the same table, so that the share of each source in a batch stays what its weight says.
             number = self._number(index)
             index = int(rng.integers(self.starts[number], self.starts[number + 1]))
         sample = {"video": view.video, "tokens": tokens, "index": index, "fault": "\n".join(faults) or None}
@@ -256,6 +257,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
             boxes = crop_boxes(boxes, box, height, width)
             boxes = flip_boxes(boxes) if flipped else boxes
         if flipped:
+            # "the left hand" is the right one in the mirror.
             video, text = flip(video), swap_sides(text)
         return View(row, frames, box, flipped, video, text, boxes, labels)
 
@@ -266,6 +268,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
     def _eval_views(self, index: int) -> Tensor:
         """[views, 3, T, size, size]: all crops of the first window first."""
         source, row, protocol = self._place(index)[0], self.row(index), self.protocol
+        # Only the decoder knows how long a file is, so it is asked for the frames of a total.
         if protocol.whole_files:
             frames = source.store(row).read_file(row.video_id, lambda total: frame_numbers(protocol, total))
         else:
@@ -274,6 +277,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
 
     def restricted(self, mask: NDArray[np.bool_]) -> ClipDataset:
         """The clips where ``mask`` [N] is true."""
+        # Shallow: the opened folders and what they remember of the videos are shared.
         dataset = copy.copy(self)
         for cached in ("identities", "numbers"):
             dataset.__dict__.pop(cached, None)
@@ -321,12 +325,14 @@ class ClipDataset(Dataset[dict[str, Any]]):
 
         It is the same in every benchmark and whichever other clips there are, as cached features must be.
         """
+        # Not the index: with clips left out, or in another benchmark, that would be another one.
         rows = (self.row(index) for index in range(len(self)))
         return [zlib.crc32(f"{row.video_id} {row.start:.3f} {row.end:.3f}".encode()) for row in rows]
 
     def _identity(self, index: int) -> str:
         source, row = self._place(index)[0], self.row(index)
         store, end = source.store(row), row.end
+        # A missing clip keeps its annotated end: it is never embedded, but its identity must not fail.
         files: list[VideoFile] = []
         with contextlib.suppress(VideoError):
             end = store.end_of(row.video_id, row.start, row.end, self.protocol.sampling)
@@ -427,10 +433,12 @@ class FaultLedger:
         faults = [line for fault in batch["faults"] for line in fault.split("\n")]
         self._seen += len(batch["index"])
         self._bad += len(faults)
+        # Once each: a bad clip comes back every epoch.
         for fault in faults:
             if fault not in self._logged:
                 self._logged.add(fault)
                 log.warning("unreadable clip, another one takes its place: %s", fault)
+        # Clips asked for, replacements included: a share that does not depend on the size of the data.
         if self._bad > self._max_fraction * max(self._seen, _GRACE_CLIPS):
             raise UserError(
                 f"{self._bad} of {self._seen} clips could not be read, more than data.max_bad_fraction="

@@ -1,4 +1,4 @@
-"""What training clips are matched with besides their own narration: relevant texts, and classes."""
+"""Training targets other than a clip's own narration: relevant texts, and classes."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ log = logging.getLogger(__name__)
 
 # What relevancy is made of; EPIC-KITCHENS-100's names.
 RELEVANCY_COLUMNS = ("verb_class", "all_noun_classes", "uid")
-# How a file whose classes are numbers tells their names.
+# The column with the names of classes, in a file whose classes are numbers.
 NAME_COLUMN = "class_name"
+# Rows of the relevancy matrix that are held at a time while checking: the whole would take gigabytes.
 _CHECKED_AT_ONCE = 256
 # Classes that a warning names.
 _NAMED = 5
@@ -70,6 +71,7 @@ class RelevantTexts:
 
     def draw(self, index: int, rng: np.random.Generator) -> tuple[str, dict[str, Tensor]]:
         """A relevant text of clip ``index``; ``clip_verbs``, ``text_verbs`` int64 [], their nouns float32 [K]."""
+        # Computed for this clip alone: the matrix of all training clips would have 67,000 x 38,000 entries.
         relevant = np.flatnonzero(self.relevancy([index])[0] > self._threshold)
         text = int(relevant[rng.integers(len(relevant))])
         values = {
@@ -81,20 +83,20 @@ class RelevantTexts:
         return self.texts[text], values
 
     def warn_of_sides(self, flip: float) -> None:
-        """Say which texts are of other classes when mirrored: a mirrored clip keeps the classes that grade it."""
+        """Warn of texts that are of other classes when mirrored: a mirrored clip keeps the classes that grade it."""
         row_of = {text: row for row, text in enumerate(self.texts)}
         wrong = []
         for row, text in enumerate(self.texts):
             other = row_of.get(swap_sides(text), row)
             if other != row and self._kind(other) != self._kind(row):
                 wrong.append(text)
-        _say_sides(wrong, "texts", len(self.texts), flip)
+        _warn_of_sides(wrong, "texts", len(self.texts), flip)
 
     def _kind(self, text: int) -> tuple[int, bytes]:
         return int(self._text_verbs[text]), self._text_nouns[text].tobytes()
 
     def widened(self, noun_classes: int) -> RelevantTexts:
-        """Itself with values for ``noun_classes`` classes, those it knows and others."""
+        """Make room for ``noun_classes`` classes: clips of several tables in one batch need equal shapes."""
         more = noun_classes - self.noun_classes
         self._text_nouns = np.pad(self._text_nouns, ((0, 0), (0, more)))
         self.noun_classes = noun_classes
@@ -109,7 +111,7 @@ class RelevantTexts:
         return indicator([self._nouns[self._starts[i] : self._starts[i + 1]].tolist() for i in rows], self.noun_classes)
 
     def _check(self, table: ClipTable) -> None:
-        """Every clip must have a relevant text; clips of equal classes are looked at once."""
+        """Every clip must have a relevant text; of clips with equal classes one is checked."""
         kinds: dict[tuple[int, ...], int] = {}
         for i, verb in enumerate(self._verbs.tolist()):
             kinds.setdefault((verb, *sorted(self._nouns[self._starts[i] : self._starts[i + 1]].tolist())), i)
@@ -129,7 +131,7 @@ class RelevantTexts:
 class ClassSpace:
     """C classes, each a combination of values of ``columns``: ``keys[c]`` are the values of class c, as text.
 
-    ``names`` [C] are for people.
+    ``names`` [C] are for people; a head for all classes has its outputs in this order.
     """
 
     columns: tuple[str, ...]
@@ -144,12 +146,12 @@ class ClassSpace:
     @cached_property
     def parts(self) -> dict[str, tuple[list[str], np.ndarray]]:
         """By column without ``_class``: its values in order, and which of them each class has, int64 [C]."""
-        found = {}
+        result = {}
         for place, column in enumerate(self.columns):
             values = sorted({key[place] for key in self.keys}, key=_order)
             code = {value: number for number, value in enumerate(values)}
-            found[column.removesuffix("_class")] = values, np.array([code[key[place]] for key in self.keys])
-        return found
+            result[column.removesuffix("_class")] = values, np.array([code[key[place]] for key in self.keys])
+        return result
 
     def heads(self, kind: str) -> dict[str, int]:
         """Outputs of each head: one for all classes (``joint``), or one for each column (``parts``).
@@ -165,20 +167,20 @@ class ClassSpace:
 
     def number(self, key: Sequence[str], where: str) -> int:
         """The class of some values. Raises :class:`UserError` naming ``where`` if there is none."""
-        found = self.numbers.get(tuple(key))
-        if found is None:
+        number = self.numbers.get(tuple(key))
+        if number is None:
             text = ":".join(key)
             raise UserError(f"{where}: class '{text}' has no training clip and is in no file of data.labels.classes")
-        return found
+        return number
 
 
 def class_space(
-    tables: Sequence[ClipTable], columns: Sequence[str], further: Sequence[str] = (), say: bool = True
+    tables: Sequence[ClipTable], columns: Sequence[str], further: Sequence[str] = (), warn: bool = True
 ) -> ClassSpace:
     """The classes of the training clips, and of ``further`` files with the same columns (``_class`` may be missing).
 
-    Raises :class:`UserError` for a column that is not there and where there is only one class; unless ``say`` is false,
-    warns of classes without a clip and of gaps in their numbers.
+    Raises :class:`UserError` for a missing column and where there is only one class; with ``warn``, warns of classes
+    without a clip and of gaps in their numbers.
     """
 
     def name_of(words: Iterable[object]) -> str:
@@ -192,8 +194,8 @@ def class_space(
             have = ", ".join(table.column_names)
             raise UserError(f"{table.path}: no column '{missing[0]}' for data.labels.columns; there are {have}")
         values = [_values(table, name) for name in columns]
-        told = [name for column in columns if (name := column.removesuffix("_class")) in table.column_names]
-        spelled = [table.column(name) for name in told] if len(told) == len(columns) else values
+        words_of = [name for column in columns if (name := column.removesuffix("_class")) in table.column_names]
+        spelled = [table.column(name) for name in words_of] if len(words_of) == len(columns) else values
         if NAME_COLUMN in table.column_names:
             spelled = [table.column(NAME_COLUMN)]
         for key, words in zip(zip(*values, strict=True), zip(*spelled, strict=True), strict=True):
@@ -210,13 +212,14 @@ def class_space(
         for row in range(len(rows)):
             parts = tuple(str(rows[name][row]).strip() for name in here)
             if "" in parts:
-                raise UserError(f"{path}: row {row + 1}: {here[parts.index('')]} is empty, but tells a class")
+                raise UserError(f"{path}: row {row + 1}: {here[parts.index('')]} is empty, but is part of a class")
             named.setdefault(parts, name_of(rows[name][row] for name in spelling))
     if len(named) < 2:
         only = next(iter(named.values()))
-        raise UserError(f"{tables[0].path}: all clips are of one class, '{only}'; there is nothing to tell apart")
+        raise UserError(f"{tables[0].path}: all clips are of one class, '{only}'; there is nothing to learn")
+    # Sorted: the number of a class must not depend on the order of the rows.
     keys = sorted(named, key=lambda key: [_order(value) for value in key])
-    if say:
+    if warn:
         if untrained := [named[key] for key in keys if key not in trained]:
             log.warning("%d of %d classes have no training clip, such as '%s'", len(untrained), len(keys), untrained[0])
         for place, column in enumerate(columns):
@@ -225,12 +228,12 @@ def class_space(
 
 
 def warn_of_sides(space: ClassSpace, flip: float) -> None:
-    """Say which classes name a left or a right: a mirrored clip keeps its class, which is then a wrong one."""
+    """Warn of classes that name a left or a right: a mirrored clip keeps its class, which is then a wrong one."""
     sided = [name for name in space.names if swap_sides(plain := name.replace("_", " ")) != plain]
-    _say_sides(sided, "classes", len(space.names), flip)
+    _warn_of_sides(sided, "classes", len(space.names), flip)
 
 
-def _say_sides(sided: Sequence[str], what: str, count: int, flip: float) -> None:
+def _warn_of_sides(sided: Sequence[str], what: str, count: int, flip: float) -> None:
     if sided:
         log.warning(
             "%d of %d %s tell left from right (%s%s), but data.flip=%g mirrors clips and keeps their class; "
@@ -247,7 +250,7 @@ def class_numbers(table: ClipTable, space: ClassSpace) -> np.ndarray:
 
 
 class ClassLabels:
-    """The class of every clip of a source."""
+    """The class of every clip of a table."""
 
     def __init__(self, table: ClipTable, space: ClassSpace, heads: str) -> None:
         classes = class_numbers(table, space)
@@ -263,10 +266,10 @@ class ClassLabels:
 
 
 def _values(table: ClipTable, column: str) -> list[str]:
-    """What stands in a column of labels, without blanks around it. Raises :class:`UserError` naming an empty row."""
+    """The cells of a column of labels, without blanks around them. Raises :class:`UserError` naming an empty row."""
     values = [str(value).strip() if value is not None else "" for value in table.column(column)]
     if "" in values:
-        raise UserError(f"{table.where(values.index(''))}: {column} is empty, but tells the class of the clip")
+        raise UserError(f"{table.where(values.index(''))}: {column} is empty, but is part of the class of the clip")
     return values
 
 
@@ -276,7 +279,7 @@ def _order(value: str) -> tuple[int, int, str]:
 
 
 def _is_number(value: str) -> bool:
-    """Whether it is the number of a class; what has more digits than any is a word."""
+    """Whether it is the number of a class; Python refuses to read numbers of thousands of digits."""
     return value.isdecimal() and len(value) <= 18
 
 

@@ -54,6 +54,7 @@ def read_sentences(path: Path, clips: GradedTexts, ids: Sequence[str] | None, cl
     """
     rows = read_csv(path, ("narration_id", "narration"), unique="narration_id")
     row_of = {name: row for row, name in enumerate(ids or ())}
+    # -1: no clip has this id
     places = [row_of.get(name, -1) for name in rows["narration_id"]]
     texts = [clips.texts[place] if place >= 0 else text for place, text in zip(places, rows["narration"], strict=True)]
     if {"verb_class", "noun_classes"} <= set(rows.columns):
@@ -80,6 +81,7 @@ def graded(
 ) -> NDArray[np.float32]:
     """The same from indicators of the noun classes, [N, K] and [M, K], and verb classes, [N] and [M]."""
     clips, texts = nouns
+    # Sizes of intersections by a product of 0/1 matrices: small integers, so exact in float32, which BLAS multiplies.
     common = clips @ texts.T
     union = clips.sum(axis=1)[:, None] + texts.sum(axis=1) - common
     # Two empty sets have nothing in common. In place: at full size each matrix takes 150 MB.
@@ -113,6 +115,7 @@ def cached_matrix(
     """``compute()``, stored in the folder ``cache`` under the checksum of the files that it depends on."""
     if cache is None:
         return compute()
+    # By content: the same files in another place, or with new times of change, need no new matrix.
     content = b"".join(hashlib.sha256(_bytes(path)).digest() for path in files)
     stored = cache / f"relevancy-{hashlib.sha256(content).hexdigest()[:24]}.npy"
     if stored.exists():
@@ -128,6 +131,7 @@ def cached_matrix(
 def save_matrix(matrix: NDArray[np.float32], path: Path) -> None:
     """Write a matrix as npy, as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Named by process: two evaluations may fill one cache at the same time.
     part = path.with_name(f".{path.name}-{os.getpid()}")
     with part.open("wb") as file:
         np.save(file, matrix)

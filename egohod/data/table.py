@@ -143,6 +143,7 @@ class ClipTable:
         is the path of an exclude list. With ``unique`` entries are duplicates if they agree in that column.
         """
         start, end = (seconds(times) for times in raw.times)
+        # Annotators' padding often reaches before the video.
         negative, first = start < 0, np.maximum(start, 0.0)
         # Other short clips keep their times: whether they are widened depends on how their video is stored, which only
         # the reader of videos can see.
@@ -220,6 +221,7 @@ class ClipTable:
 
     def restricted(self, mask: np.ndarray) -> ClipTable:
         """The clips where ``mask`` bool [N] is true."""
+        # Arrow copies the rows; the restricted table is as compact as the whole one.
         columns = pa.table(self._columns).filter(pa.array(mask))
         return ClipTable(self.path, columns, self.start[mask], self.end[mask], self._rows[mask], self._unit)
 
@@ -353,6 +355,7 @@ def _check(
         usable &= ~mask
     if faults and strict:
         raise faults[0]
+    # One example of each reason; the counts are in the report.
     for fault in faults:
         log.warning("left out %s", fault)
     return usable, left_out
@@ -371,6 +374,7 @@ def _duplicates(raw: RawClips, start: np.ndarray, end: np.ndarray) -> np.ndarray
 
 def _excluded(path: Path, videos: pa.ChunkedArray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
     """Which clips an exclude list names (by video and times to the millisecond), bool [N]."""
+    # Times to the millisecond, as the tool writes them: floats of two readings need not be equal.
     header = read_header(path)
     if missing := [name for name in EXCLUDE_COLUMNS if name not in header.names]:
         raise UserError(f"{path}: not an exclude list with {', '.join(EXCLUDE_COLUMNS)}: no column '{missing[0]}'")
@@ -437,6 +441,7 @@ class ClipReader:
         """Boxes at ``seconds`` [T] of the row's video, float32 [T, 3, 4]; None if they are not requested."""
         if not self._with_boxes:
             return None
+        # All samples of a batch need boxes of one shape, also those of a source without detections.
         if self._boxes is None:
             return np.full((len(seconds), len(ROLES), len(EDGES)), np.nan, dtype=np.float32)
         return self._boxes.at(row.video_id, seconds)

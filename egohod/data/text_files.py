@@ -203,8 +203,8 @@ def read_columns(path: Path, header: Header, names: Sequence[str]) -> Rows:
         if not header.delimiter:
             # The file's names, not the ones that canonical_column made of them.
             theirs = dict(zip(header.names, pq.read_schema(path).names, strict=True))
-            found = pq.read_table(path, columns=[theirs[name] for name in names])
-            table = pa.table({name: _as_text(found[theirs[name]]) for name in names})
+            columns = pq.read_table(path, columns=[theirs[name] for name in names])
+            table = pa.table({name: _as_text(columns[theirs[name]]) for name in names})
             return Rows(table, np.arange(1, len(table) + 1), ())
         table, skipped = _parse(path, header, names, threads=True)
         if skipped:  # only the unthreaded parser knows their numbers
@@ -249,8 +249,10 @@ def _named(path: Path, cells: Sequence[str]) -> tuple[str, ...]:
     forms = [canonical_column(name) for name in names]
     # Where a file has both text and TEXT, each stays what it is.
     written, often = set(names), Counter(forms)
-    known = {name: form for name, form in zip(names, forms, strict=True) if form not in written and often[form] == 1}
-    names = [known.get(name, name) for name in names]
+    canonical = {
+        name: form for name, form in zip(names, forms, strict=True) if form not in written and often[form] == 1
+    }
+    names = [canonical.get(name, name) for name in names]
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise UserError(f"{path}: column '{twice[0]}' appears twice")
@@ -418,9 +420,9 @@ def narrations_in(cell: str) -> tuple[str, ...]:
     cell = cell.strip()
     if cell.startswith("<") and (printed := re.fullmatch(_PANDAS, cell, re.DOTALL)):
         cell = printed[1]
-    found = _items(cell) if re.match(_LIST, cell) else None
+    items = _items(cell) if re.match(_LIST, cell) else None
     # '[unsure] stirs [the pot]' is a narration, not a list
-    texts = (cell,) if found is None else (item.strip() for item in found)
+    texts = (cell,) if items is None else (item.strip() for item in items)
     return tuple(text for text in texts if text and not re.fullmatch(_NOTHING, text, re.IGNORECASE))
 
 
@@ -443,10 +445,10 @@ def flat_texts(value: Any, depth: int = 8) -> Iterator[Any]:
     A value with too many lists in it comes out as it is: lists that hold the same list again and again may be short in
     a file and without end here.
     """
-    found, todo = list[Any](), [(value, depth)]
+    flat, todo = list[Any](), [(value, depth)]
     for _ in range(_MOST_ITEMS):
         if not todo:
-            yield from found
+            yield from flat
             return
         item, left = todo.pop()
         if isinstance(item, (list, tuple)) and left:
@@ -454,7 +456,7 @@ def flat_texts(value: Any, depth: int = 8) -> Iterator[Any]:
                 break
             todo += [(inner, left - 1) for inner in reversed(item)]
         elif item is not None and item == item:  # NaN differs from itself
-            found.append(item)
+            flat.append(item)
     yield value
 
 

@@ -56,7 +56,9 @@ class TrainingData:
         return first.space if isinstance(first, ClassLabels) else None
 
 
-def build_model(cfg: Config, dist: Distributed, classes: ClassSpace | None = None) -> DualEncoder:
+def build_model(
+    cfg: Config, dist: Distributed, classes: ClassSpace | None = None, tables: Sequence[ClipTable] | None = None
+) -> DualEncoder:
     """The model with its starting weights, on the device; it has heads if there are ``classes`` for them."""
     torch.manual_seed(cfg.train.seed)
     model = create_model(cfg.model, cfg.loss, classes.heads(cfg.model.heads) if classes else None)
@@ -98,7 +100,7 @@ def build_model(cfg: Config, dist: Distributed, classes: ClassSpace | None = Non
     model = model.to(dist.device)
     # A file whose heads were trained already keeps them.
     if classes and cfg.model.head_start == "text" and not content.beside.get("classes"):
-        start_from_text(model, classes, class_texts(_label_tables(cfg), classes))
+        start_from_text(model, classes, class_texts(tables or read_tables(cfg), classes))
     if cfg.model.compile:
         model.compile_towers()
     return model
@@ -139,16 +141,13 @@ def trainable_table(model: DualEncoder) -> str:
     return "\n".join([f"{'M parameters':<22}{'all':>10}{'learning':>10}", *lines])
 
 
-def build_dataset(cfg: Config, size: int) -> ClipDataset:
-    """The training clips at ``size`` pixels."""
+def build_dataset(cfg: Config, size: int, tables: Sequence[ClipTable] | None = None) -> ClipDataset:
+    """The training clips at ``size`` pixels, of ``tables`` if they were read already."""
     sources = active_sources(cfg)
-    # Of the columns that training does not read, memory holds those that group clips only.
-    extra = list(cfg.data.hard_negatives.group_by) if cfg.data.hard_negatives.share > 0 else []
-    extra += label_columns(cfg)
     for name, source in sources.items():
         if source.detections and not cfg.loss.boxes:
             log.warning("data.train.%s.detections does nothing while loss.boxes is 0", name)
-    tables = [read_clips(source, strict=cfg.data.strict, extra=extra) for source in sources.values()]
+    tables = tables or read_tables(cfg)
     return ClipDataset(
         list(zip(tables, sources.values(), strict=True)),
         size=size,
@@ -173,16 +172,20 @@ def label_columns(cfg: Config) -> list[str]:
     return list(RELEVANCY_COLUMNS) if cfg.data.labels.target == "relevancy" else []
 
 
-def build_classes(cfg: Config) -> ClassSpace | None:
+def build_classes(cfg: Config, tables: Sequence[ClipTable] | None = None) -> ClassSpace | None:
     """The classes of the training clips and of ``data.labels.classes``, if the model is to have heads for them."""
     if cfg.model.heads == "none":
         return None
-    # What is odd about them is said when the training clips get their labels.
-    return class_space(_label_tables(cfg), *_told(cfg), say=False)
+    # Without warnings: they come when the training clips get their labels.
+    return class_space(tables or read_tables(cfg), *_told(cfg), warn=False)
 
 
-def _label_tables(cfg: Config) -> list[ClipTable]:
-    return [read_clips(source, extra=label_columns(cfg)) for source in active_sources(cfg).values()]
+def read_tables(cfg: Config) -> list[ClipTable]:
+    """The training clips of each source. A run reads them once, for its classes, its heads and its batches."""
+    # Of the columns that training does not read, memory holds only those that group clips.
+    extra = list(cfg.data.hard_negatives.group_by) if cfg.data.hard_negatives.share > 0 else []
+    extra += label_columns(cfg)
+    return [read_clips(source, strict=cfg.data.strict, extra=extra) for source in active_sources(cfg).values()]
 
 
 def _told(cfg: Config) -> tuple[list[str], list[str]]:
@@ -253,11 +256,13 @@ def build_plan(cfg: Config, dataset: ClipDataset) -> BatchPlan | MixedPlan:
     return MixedPlan(plans, dataset.starts[:-1].tolist(), seed)
 
 
-def build_data(cfg: Config, dist: Distributed, model: DualEncoder) -> TrainingData:
+def build_data(
+    cfg: Config, dist: Distributed, model: DualEncoder, tables: Sequence[ClipTable] | None = None
+) -> TrainingData:
     """Everything that feeds the loop."""
     # Before anything is read: whether the batch can be shared at all.
     micro_batch, accumulation = micro_batches(cfg, dist, model)
-    dataset = build_dataset(cfg, model.geometry.image_size)
+    dataset = build_dataset(cfg, model.geometry.image_size, tables)
     return TrainingData(dataset, build_plan(cfg, dataset), micro_batch, accumulation)
 
 

@@ -265,7 +265,7 @@ def test_heads_are_measured_on_classes_of_the_same_columns(ek100: Path) -> None:
     )
     for columns in (["noun_class", "verb_class"], ["verb_class"]):
         space = class_space([train], columns)
-        with pytest.raises(UserError, match=r"here: its classes are told by verb_class and noun_class, those of .*"):
+        with pytest.raises(UserError, match=r"its classes are identified by verb_class and noun_class, those of"):
             head_tasks([told], space, "here")
 
 

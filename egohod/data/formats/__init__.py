@@ -95,5 +95,6 @@ def recognise(path: Path) -> str:
             first = next((line for line in read_lines(path) if line.strip()), "") if format.first_line else ""
             if format.first_line is None or format.first_line.match(first):
                 return format.name
+    # By column names: endings say nothing, a csv may be called .txt or have none.
     names = set(read_header(path).names)
     return next((each.name for each in FORMATS.values() if each.columns and names.issuperset(each.columns)), HOD.name)

@@ -52,6 +52,7 @@ def _parse_file(path: Path, classes: Path) -> tuple[list[_Video], dict[str, str]
     for video, cell, number in zip(*cells, rows.numbers.tolist(), strict=True):
         videos.append(_Video(number, video, []))
         for action in filter(None, (part.strip() for part in cell.split(";"))):
+            # "c092 11.90 21.20"
             code, *times = action.split()
             if code not in names:
                 broken.append(f"row {number}: actions names class '{code}', not in {classes.name}")
@@ -66,6 +67,7 @@ def _parse_file(path: Path, classes: Path) -> tuple[list[_Video], dict[str, str]
 
 def _parse(path: Path, source: SourceConfig, extra: Sequence[str] | None) -> RawClips:
     videos, names, broken = _parse_file(path, path.with_name(_CLASSES))
+    # Numbered in the order of the file, not by the digits of the code: a subset of the classes is dense, too.
     number_of = {code: str(number) for number, code in enumerate(names)}
     rows = [
         (video.id, start, end, names[code], number_of[code]) for video in videos for code, start, end in video.actions
@@ -90,6 +92,7 @@ def _read_benchmark(source: SourceConfig, options: BenchmarkOptions) -> Benchmar
     labels = np.zeros((len(videos), len(names)), dtype=bool)
     for row, video in enumerate(videos):
         labels[row, [column_of[code] for code, *_ in video.actions]] = True
+    # The benchmark's clips are whole videos; their length is left to the decoder.
     table = ClipTable.of(path, ids, np.zeros(len(ids)), np.full(len(ids), np.inf), uid=ids)
     return BenchmarkData(table, [MultiLabelData("map", list(names.values()), labels)])
 

@@ -76,6 +76,7 @@ def _read_benchmark(source: SourceConfig, options: BenchmarkOptions) -> Benchmar
 
 def _retrieval(table: ClipTable, uids: list[str], actions: np.ndarray | None, path: Path) -> RetrievalData:
     """Clips against distinct texts."""
+    # Several clips may share a text; duplicates would compete with each other for the first rank.
     texts, text_of_clip = np.unique([table.row(i).texts[0] for i in range(len(table))], return_inverse=True)
     if path.exists():
         graded = read_csv(path, ("uid", "text", "relevancy"))
@@ -106,6 +107,7 @@ def _retrieval(table: ClipTable, uids: list[str], actions: np.ndarray | None, pa
 def _classification(actions: np.ndarray, path: Path) -> ClassificationData:
     """Classes with one prompt a row; further columns are coarser labels (verb, noun)."""
     prompts = read_csv(path, ("action", "text"))
+    # In the order of the file: users compare confusion matrices with their own lists.
     names = list(dict.fromkeys(prompts["action"]))
     code = {name: number for number, name in enumerate(names)}
     if unlisted := [action for action in actions if action not in code]:
@@ -147,6 +149,7 @@ def read_questions(path: Path, uids: Sequence[str]) -> QuestionData:
             raise UserError(f"{where} is clip '{item['clip']}', which is not among the clips")
         return True, rows[str(item["clip"])]
 
+    # Numbers of lines, not of questions: that is where an editor goes to.
     questions = []
     for number, line in enumerate(read_lines(path), start=1):
         where = f"{path}: line {number}"

@@ -147,6 +147,7 @@ def _narration_passes(path: Path) -> Iterator[tuple[str, list[Any]]]:
 
 def _clip_lengths(times: np.ndarray, group: np.ndarray, rule: str) -> np.ndarray:
     """Seconds per narration; ``group`` numbers the pass that each belongs to, in contiguous runs."""
+    # Annotators do not always work forwards: spacing is that of the sorted times.
     order = np.lexsort((times, group))
     sorted_times, sorted_group = times[order], group[order]
     gaps = np.diff(sorted_times)
@@ -183,10 +184,12 @@ def _read_egomcq(source: SourceConfig, options: BenchmarkOptions) -> BenchmarkDa
             choices = entry["choices"]
             named = [
                 (str(c["video_uid"]), float(c["clip_start"]), float(c["clip_end"]))
+                # JSON objects have no order, and "10" sorts before "2".
                 for c in (choices[key] for key in sorted(choices, key=int))
             ]
             if not all(math.isfinite(time) for _, *times in named for time in times):
                 raise ValueError("a time is not finite")
+            # Clips and texts recur in many questions and are encoded once.
             rows = tuple(clips.setdefault(clip, len(clips)) for clip in named)
             kind, answer = _EGOMCQ_KINDS[int(entry["types"])], int(entry["answer"])
             text = texts.setdefault(str(entry["query"]["clip_text"]), len(texts))

@@ -72,9 +72,11 @@ def _read_benchmark(source: SourceConfig, options: BenchmarkOptions) -> Benchmar
     classes = _read_classes(index)
     if sorted(classes) != list(range(1, len(classes) + 1)):
         raise UserError(f"{index}: classes must be numbered from 1 to {len(classes)} without a gap")
+    # The splits overlap: a clip is embedded once and counts in each.
     labels: dict[str, int] = {}
     splits: list[list[str]] = []
     for split in [options.test_split] if options.test_split else [1, 2, 3]:
+        # Split 1 is what most papers report; without it there is nothing to compare.
         name, optional = f"test_split{split}.txt", options.test_split is None and split > 1
         path = look_for(source, name) if optional else require_file(source, name)
         if path is None:

@@ -40,6 +40,7 @@ _COLUMNS = {
 
 
 def _parse(path: Path, source: SourceConfig, extra: Sequence[str] | None) -> RawClips:
+    # Relevancy labels find the clip of a sentence by this id.
     columns = {"uid": "narration_id"} | source.columns
     return parse_table(path, dataclasses.replace(source, columns=columns), extra, _COLUMNS)
 
@@ -98,6 +99,7 @@ def _read_cls(source: SourceConfig, options: BenchmarkOptions) -> BenchmarkData:
         pairs = zip(integers(actions, "verb", actions_csv), integers(actions, "noun", actions_csv), strict=True)
         names |= {(int(v), int(n)): name for (v, n), name in zip(pairs, actions["action"], strict=True)}
     _name_classes(rows, path, names)
+    # Sorted, so that the numbers of classes depend neither on the files' order nor on which of them are there.
     pairs_in_order = sorted(names)
     code = {pair: number for number, pair in enumerate(pairs_in_order)}
     # A dict keeps the order of the files, on which the order of the prompts' features depends.
@@ -137,6 +139,7 @@ def _name_classes(rows: pd.DataFrame, path: Path, names: dict[tuple[int, int], s
     words = zip(rows["verb"], rows["noun"], strict=True) if {"verb", "noun"} <= set(rows.columns) else None
     spelled = [f"{verb} {noun}" for verb, noun in words] if words else rows["text"].tolist()
     for pair, name in zip(_pairs(rows, path), spelled, strict=True):
+        # "turn-on", "tap:hot": spelled as a person would, for the text tower.
         names.setdefault(pair, name.replace("-", " ").replace(":", " "))
 
 

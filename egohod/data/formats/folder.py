@@ -58,6 +58,7 @@ def rows_of_csv(path: Path) -> ClipTable:
 
 def _grouped(path: Path, clips: Sequence[tuple[str, float, float]], texts: Sequence[str] | None = None) -> ClipTable:
     """A table of (video, start, end), videos in the order in which they first occur."""
+    # Stable: features are written video by video, whatever the order of the csv.
     first = {video: row for row, (video, _, _) in reversed(list(enumerate(clips)))}
     order = sorted(range(len(clips)), key=lambda row: first[clips[row][0]])
     ordered = [clips[row] for row in order]

@@ -28,12 +28,14 @@ _COLUMNS = {"video_id": ["video"], "start_second": ["start"], "end_second": ["en
 def _parse(path: Path, source: SourceConfig, extra: Sequence[str] | None) -> RawClips:
     allowed = {name for usual in _COLUMNS.values() for name in usual}
     allowed |= {*source.columns.values(), *map(canonical_column, source.columns.values())}
+    # Refused rather than ignored: a further column is often the start of a csv of another format.
     strange = [name for name in read_header(path).names if name not in allowed and not NAMELESS.fullmatch(name)]
     if strange:
         raise UserError(
             f"{path}: unknown column '{strange[0]}'; a csv of labelled clips has video,start,end,label "
             "(the source's columns can name others)"
         )
+    # A wrong class is worse than a missing clip, so one bad label refuses the file.
     raw = parse_table(path, source, (), _COLUMNS)
     for number, label in zip(raw.numbers, raw.columns["text"].to_pylist(), strict=True):
         # "nan" is what a missing one becomes on its way through many programs.
