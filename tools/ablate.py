@@ -1,11 +1,11 @@
 """Train the rows of a study, each with several seeds, and write its tables, its plot and its result file.
 
-    python tools/ablate.py --config_file configs/ablation_demo.yml --dry_run    what there is to do
+    python tools/ablate.py --config_file configs/ablation_demo.yml --dry_run    list the runs to do
     python tools/ablate.py --config_file configs/ablation_demo.yml              all runs, then the tables
-    python tools/ablate.py --config_file configs/ablation_demo.yml --tables     only the tables, of what is there
+    python tools/ablate.py --config_file configs/ablation_demo.yml --tables     only the tables, from finished runs
 
-Every run is a folder of its own. An interrupted study goes on with the run it was in, so it may span several sittings;
-``--only egovideo --seeds 0`` does a part of it. ``--tune`` never opens the test world and keeps its runs apart.
+Every run has its own folder. Rerun to resume a study after an interruption; ``--only egovideo --seeds 0`` runs a part
+of it. ``--tune`` never uses the test world, so that choices cannot overfit to it, and keeps its runs apart.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ from egohod.training.train import Schedule
 
 log = logging.getLogger("ablate")
 
-# Written into a run's folder when it is over.
+# Created in a run's folder when the run is complete.
 DONE_FILE = "done"
-# Text tokens of a typical batch of the demo's narrations, for the operations of a step.
+# Text tokens of a typical batch of the demo's narrations, to count the operations of a step.
 TEXT_LENGTH = 40
 METRICS = {
     "motion_state_changing": "state-changing pairs",
@@ -60,7 +60,7 @@ CHANCE = {"motion_state_changing": 50.0, "motion_transient": 50.0, "object": 50.
 
 @dataclass
 class World:
-    """The demo world that all rows share; it is rendered if it is not there."""
+    """The demo world that all rows share; rendered if absent."""
 
     folder: str = "demo_motion"
     scale: float = 1.0
@@ -73,31 +73,31 @@ class Row:
 
     title: str = "???"
     overrides: list[str] = field(default_factory=list)
-    # Not trained: what the other rows start from (model.weights.path), measured once, as they are.
+    # Not trained: the weights that the other rows start from (model.weights.path), measured once.
     start: bool = False
 
 
 @dataclass
 class Study:
-    """What a study's YAML holds."""
+    """A study as its YAML describes it."""
 
     base: str = "???"
     output: str = "???"
     world: World = field(default_factory=World)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     rows: dict[str, Row] = field(default_factory=dict)
-    # What the runs start, and what all of them have in common.
+    # The program that the runs start, and the overrides that all of them share.
     program: str = "main_pretrain.py"
     overrides: list[str] = field(default_factory=list)
-    # Metrics of the val and the test world with their titles; those drawn and told under controls, with their chance.
-    # Those of the demo's questions unless a study names its own, which then stand alone.
+    # Metrics of the val and the test world with their titles; and those that are plotted and measured under controls,
+    # with their chance level. Default: the metrics of the demo's questions; a study that names its own replaces them.
     metrics: dict[str, str] = field(default_factory=dict)
     chance: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training, or the measuring of a start: a row with a seed."""
+    """One training run, or the evaluation of a start: a row with a seed."""
 
     row: str
     seed: int
@@ -108,7 +108,7 @@ class Run:
 
     @property
     def done(self) -> bool:
-        """Whether it was trained, and evaluated if it is to be, to the end.
+        """Whether it was trained and evaluated to the end.
 
         Raises :class:`UserError` if the folder holds a run of another recipe: rows of two recipes are no table.
         """
@@ -127,12 +127,12 @@ def read_study(path: Path) -> Study:
 
 
 def plan(study: Study, path: Path, tune: bool) -> list[Run]:
-    """All runs, seed by seed, so that every row has its first before any has its second.
+    """All runs, seed by seed: every row has its first run before any has its second, so that a table appears early.
 
     Raises :class:`UserError` for a configuration that cannot be used or whose length is not in steps.
     """
     base, output = path.parent / study.base, Path(study.output) / ("tune" if tune else "final")
-    made = []
+    runs = []
     for seed in study.seeds:
         for name, row in study.rows.items():
             if row.start and seed != study.seeds[0]:
@@ -151,22 +151,23 @@ def plan(study: Study, path: Path, tune: bool) -> list[Run]:
                     raise UserError(f"{path}: row '{name}' is a start, but model.weights.path is not set")
                 command += ["--checkpoint", cfg.model.weights.path, "--benchmark", "val" if tune else "test"]
                 command += ["--output", str(folder)]
-            made.append(Run(name, seed, folder, command, cfg, trains=not row.start))
-    return made
+            runs.append(Run(name, seed, folder, command, cfg, trains=not row.start))
+    return runs
 
 
 def select(runs: Sequence[Run], rows: Sequence[str], seeds: Sequence[str]) -> list[Run]:
-    """Those of some rows and seeds, of all if none is named. Raises :class:`UserError` for names that there are not."""
-    for asked, known, what in ((rows, [run.row for run in runs], "row"), (seeds, [str(r.seed) for r in runs], "seed")):
-        if unknown := [name for name in asked if name not in known]:
-            raise UserError(f"no {what} '{unknown[0]}'; there are {', '.join(dict.fromkeys(known))}")
+    """The runs of some rows and seeds, all if none is named. Raises :class:`UserError` for unknown names."""
+    all_rows, all_seeds = [run.row for run in runs], [str(run.seed) for run in runs]
+    for requested, allowed, what in ((rows, all_rows, "row"), (seeds, all_seeds, "seed")):
+        if unknown := [name for name in requested if name not in allowed]:
+            raise UserError(f"no {what} '{unknown[0]}'; there are {', '.join(dict.fromkeys(allowed))}")
     return [run for run in runs if run.row in (rows or [run.row]) and str(run.seed) in (seeds or [str(run.seed)])]
 
 
 def cost(cfg: Config) -> dict[str, float]:
-    """What a step of a run costs, whatever the machine."""
+    """Operations of a training step and number of trainable parameters, the same on every machine."""
     heads = cfg.model.heads != "none"
-    # How many classes there are weighs next to nothing, and is not known before the data is there.
+    # One class stands for all: heads cost next to nothing, and their number is only known once the data is read.
     model = create_model(cfg.model, cfg.loss, {"action": 1} if heads else None)
     freeze(model, cfg)
     text = 0 if heads else TEXT_LENGTH
@@ -178,7 +179,7 @@ def cost(cfg: Config) -> dict[str, float]:
 
 
 def train(run: Run) -> float:
-    """Run it to its end; seconds it took. Raises :class:`UserError` if it did not get there."""
+    """Run to the end; returns the seconds it took. Raises :class:`UserError` if the run ended early."""
     begin = time.monotonic()
     run.folder.mkdir(parents=True, exist_ok=True)
     with (run.folder / "log.txt").open("a") as out:
@@ -198,12 +199,12 @@ def steps_of(run: Run) -> list[dict[str, float]]:
 
 
 def gather(study: Study, runs: Sequence[Run], tuned: bool) -> dict[str, Any]:
-    """Everything that is known of the runs that are done."""
+    """The results of all finished runs, as the study's JSON file has them."""
     rows: dict[str, Any] = {}
     for name, row in study.rows.items():
-        mine = [run for run in runs if run.row == name]
-        of_seed = {run.seed: _of_run(run, tuned, study.metrics) for run in mine if run.done}
-        spent = {"start": True} if row.start else cost(mine[0].cfg)
+        of_row = [run for run in runs if run.row == name]
+        of_seed = {run.seed: _of_run(run, tuned, study.metrics) for run in of_row if run.done}
+        spent = {"start": True} if row.start else cost(of_row[0].cfg)
         rows[name] = {"title": row.title, **spent, "seeds": of_seed}
     least = at_equal_flops(rows)
     return {
@@ -211,7 +212,7 @@ def gather(study: Study, runs: Sequence[Run], tuned: bool) -> dict[str, Any]:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "world": {"scale": study.world.scale, **asdict(study.world.variant)},
         "note": "tuned on the val world alone"
-        + ("" if tuned else "; the test world was opened once for every run, when its training was over"),
+        + ("" if tuned else "; the test world was evaluated once per run, at its end"),
         "world_of_the_numbers": "val" if tuned else "test",
         "equal_flops": f"val world, at the step nearest to {least / 1e3:.0f} TFLOP, rates not yet at their end",
         "metrics": study.metrics,
@@ -221,7 +222,7 @@ def gather(study: Study, runs: Sequence[Run], tuned: bool) -> dict[str, Any]:
 
 
 def at_equal_flops(rows: dict[str, Any]) -> float:
-    """Tell each run what it knew when it had computed as much as the cheapest whole run; that run's operations."""
+    """Add to each run its val metrics at the compute of the cheapest complete run; returns that compute in GFLOP."""
     trained = [row for row in rows.values() if not row.get("start")]
     spent = [row["gflop_per_step"] * one["steps"] for row in trained for one in row["seeds"].values()]
     least = min(spent, default=0.0)
@@ -238,17 +239,17 @@ def _of_run(run: Run, tuned: bool, names: Iterable[str]) -> dict[str, Any]:
             return {"steps": 0, "val": {0: _metrics(metrics, "val/", names)}}
         return _test(metrics, names)
     lines = steps_of(run)
-    val = {int(line["step"]): told for line in lines if (told := _metrics(line, "val/", names))}
+    val = {int(line["step"]): metrics for line in lines if (metrics := _metrics(line, "val/", names))}
     speeds = [line["train/clips_per_second"] for line in lines if "train/clips_per_second" in line]
-    found = {
+    result = {
         "commit": json.loads((run.folder / "environment.json").read_text())["commit"],
         "steps": max(val),
         "seconds_per_step": run.cfg.train.global_batch_size / float(np.median(speeds)),
         "val": val,
     }
     if not tuned:
-        found |= _test(json.loads((run.folder / RESULTS_FILE).read_text())["metrics"], names)
-    return found
+        result |= _test(json.loads((run.folder / RESULTS_FILE).read_text())["metrics"], names)
+    return result
 
 
 def _test(metrics: dict[str, float], names: Iterable[str]) -> dict[str, Any]:
@@ -264,12 +265,16 @@ def _nearest(val: dict[int, dict[str, float]], step: float) -> dict[str, float]:
     return val[min(val, key=lambda each: abs(each - step))]
 
 
-def tables(found: dict[str, Any]) -> str:
+def tables(results: dict[str, Any]) -> str:
     """The study as Markdown."""
-    world, metrics, chance = found["world_of_the_numbers"], found["metrics"], found["chance"]
+    world, metrics, chance = results["world_of_the_numbers"], results["metrics"], results["chance"]
     head = ["row", *metrics.values(), "GFLOP a step", "s a step", "M trainable", "seeds"]
-    lines = [f"{found['note']}; mean ± standard deviation over seeds, {world} world, equal steps:", "", *_header(head)]
-    for row in found["rows"].values():
+    lines = [
+        f"{results['note']}; mean ± standard deviation over seeds, {world} world, equal steps:",
+        "",
+        *_header(head),
+    ]
+    for row in results["rows"].values():
         seeds = list(row["seeds"].values())
         last = [one["test"] if world == "test" else one["val"][one["steps"]] for one in seeds]
         cells = [_spread([each[name] for each in last if name in each]) for name in metrics]
@@ -279,14 +284,14 @@ def tables(found: dict[str, Any]) -> str:
             seconds = _spread([one["seconds_per_step"] for one in seeds], "{:.2f}")
             costs = [f"{row['gflop_per_step']:.0f}", seconds, f"{row['million_trainable']:.1f}", str(len(seeds))]
         lines.append(_line([row["title"], *cells, *costs]))
-    lines += ["", f"At equal training FLOPs ({found['equal_flops']}):", "", *_header(["row", *metrics.values()])]
-    for row in (each for each in found["rows"].values() if not each.get("start")):
+    lines += ["", f"At equal training FLOPs ({results['equal_flops']}):", "", *_header(["row", *metrics.values()])]
+    for row in (each for each in results["rows"].values() if not each.get("start")):
         equal = [one["at_equal_flops"] for one in row["seeds"].values()]
         lines.append(_line([row["title"], *(_spread([e[name] for e in equal if name in e]) for name in metrics)]))
     if world == "test":
         lines += ["", "With time destroyed (test world, both paths alike):", ""]
         lines += _header(["row", "questions", "as filmed", *CONTROLS])
-        for row in found["rows"].values():
+        for row in results["rows"].values():
             for name in chance:
                 seeds = list(row["seeds"].values())
                 under = [[one["controls"][control][name] for one in seeds] for control in CONTROLS]
@@ -310,15 +315,15 @@ def _spread(values: Sequence[float], form: str = "{:.1f}") -> str:
     return f"{mean} ± {form.format(float(np.std(values, ddof=1)))}" if len(values) > 1 else mean
 
 
-def plot(found: dict[str, Any], path: Path) -> None:
-    """Motion questions over the training, a line a row with the range of its seeds."""
-    metrics, chance = found["metrics"], found["chance"]
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Plot the metrics over training: a line per row, and the range of its seeds."""
+    metrics, chance = results["metrics"], results["chance"]
     figure = new_figure((13, 4))
     if figure is None:
         return
     ((*axes,),) = figure.subplots(1, len(chance), sharey=True, squeeze=False)
     for axis, name in zip(axes, chance, strict=True):
-        for row in (each for each in found["rows"].values() if not each.get("start")):
+        for row in (each for each in results["rows"].values() if not each.get("start")):
             curves = [one["val"] for one in row["seeds"].values()]
             steps = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
             values = np.array([[curve[step].get(name, np.nan) for step in steps] for curve in curves])
@@ -339,9 +344,9 @@ def main(argv: Sequence[str]) -> int:
     cli.add_config_file(parser, "configs/ablation_demo.yml")
     add("--only", default="", metavar="ROW,ROW", help="these rows only")
     add("--seeds", default="", metavar="N,N", help="these seeds only")
-    add("--tune", action="store_true", help="never open the test world; runs of their own under OUTPUT/tune")
+    add("--tune", action="store_true", help="use the val world only; separate runs under OUTPUT/tune")
     add("--tables", action="store_true", help="train nothing")
-    add("--dry_run", action="store_true", help="say what there is to do, and do nothing")
+    add("--dry_run", action="store_true", help="list the runs to do, and exit")
     args = parser.parse_args(argv)
     study = read_study(Path(args.config_file))
     world, runs = study.world, plan(study, Path(args.config_file), args.tune)
@@ -359,19 +364,19 @@ def main(argv: Sequence[str]) -> int:
             # Fine-tuning reads the benchmarks' formats.
             for split in ("val", "test"):
                 write_benchmarks(Path(world.folder), split)
-        taken = []
+        seconds = []
         for number, run in enumerate(todo):
-            left = f", {timedelta(seconds=round(np.mean(taken) * (len(todo) - number)))} left" if taken else ""
+            left = f", {timedelta(seconds=round(np.mean(seconds) * (len(todo) - number)))} left" if seconds else ""
             log.info("run %d of %d: %s, seed %d%s", number + 1, len(todo), run.row, run.seed, left)
-            taken.append(train(run))
-    found = gather(study, runs, args.tune)
+            seconds.append(train(run))
+    results = gather(study, runs, args.tune)
     output = Path(study.output)
     output.mkdir(parents=True, exist_ok=True)
     name = "tune" if args.tune else "final"
-    write_json(output / f"{name}.json", found)
-    (output / f"{name}.md").write_text(tables(found))
-    plot(found, output / f"{name}.png")
-    print(tables(found))
+    write_json(output / f"{name}.json", results)
+    (output / f"{name}.md").write_text(tables(results))
+    plot(results, output / f"{name}.png")
+    print(tables(results))
     log.info("wrote %s/%s.json, .md and .png", output, name)
     return cli.DONE
 

@@ -1,4 +1,4 @@
-"""Say what a checkpoint is, or write its weights as safetensors under this project's or upstream's names.
+"""Describe a checkpoint, or write its weights as safetensors under this project's or upstream's names.
 
     python tools/convert_checkpoint.py --inspect large_best.pt
     python tools/convert_checkpoint.py large_best.pt large_best.safetensors
@@ -6,13 +6,13 @@
 
 INPUT is a file of OpenAI CLIP, open_clip, upstream EgoHOD, AVION or this project, a run or checkpoint folder of this
 project, or an open_clip tag such as ViT-B-16:laion2b_s34b_b88k that is in open_clip's local cache. Nothing in a file is
-executed, and nothing is downloaded without --download. Numbers keep the type they are stored in.
+executed, and nothing is downloaded without --download. Tensors keep their dtype.
 
 --to egohod   this project's names (plain blocks: attn.in_proj_weight, mlp.c_fc, mlp.c_proj); upstream reads these too
               where it runs without flash attention
 --to upstream as upstream's released configs save them (vision blocks: attn.Wqkv.weight, mlp.fc1, mlp.fc2)
 
-Exit code 2: something with the input or the output that the message names. docs/checkpoints.md says more.
+Exit code 2: a mistake in the input or the output, named by the message. See docs/checkpoints.md.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def main(arguments: Sequence[str]) -> int:
     parser = tool_parser(__doc__)
     parser.add_argument("input", metavar="INPUT", help="file, folder or open_clip tag")
     parser.add_argument("output", metavar="OUTPUT", nargs="?", type=Path, help="safetensors file to write")
-    parser.add_argument("--to", choices=("egohod", "upstream"), default="egohod", help="whose names (default: egohod)")
-    parser.add_argument("--inspect", action="store_true", help="say what INPUT is; write nothing")
+    parser.add_argument("--to", choices=("egohod", "upstream"), default="egohod", help="names (default: egohod)")
+    parser.add_argument("--inspect", action="store_true", help="describe INPUT; write nothing")
     parser.add_argument("--download", action="store_true", help="let open_clip download what a tag names")
     parser.add_argument("--force", action="store_true", help="replace OUTPUT if it exists")
     args = parser.parse_args(arguments)
@@ -68,35 +68,35 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def inspect(weights: WeightFile) -> dict[str, str]:
-    """What a file is, as lines of (name, text)."""
+    """A description of a weight file, as lines of (name, text)."""
     shape = weights.shape
     types = sorted({str(value.dtype).removeprefix("torch.") for value in weights.tensors.values()})
     count = sum(value.numel() for value in weights.tensors.values())
-    said = {
+    lines = {
         "file": weights.source,
         "family": f"{weights.family} ({weights.container}, {weights.spelling} spelling)",
         "parameters": f"{count / 1e6:.1f} M in {len(weights.tensors)} tensors, {' and '.join(types)}",
     }
     if weights.dropped:
         reasons = {reason: list(weights.dropped.values()).count(reason) for reason in weights.dropped.values()}
-        said["of no use"] = ", ".join(f"{number} tensors ({reason})" for reason, number in reasons.items())
+        lines["unused"] = ", ".join(f"{number} tensors ({reason})" for reason, number in reasons.items())
     for text in weights.remarks:
-        said["remark"] = text
+        lines["remark"] = text
     for name, text in weights.beside.items():
-        said[f"  {name}"] = text
+        lines[f"  {name}"] = text
     if shape is None:
-        said["model"] = "not a whole dual encoder, so no config loads it"
-        return said
-    said["model"] = f"{shape.name or 'no geometry of this project'}: {shape}"
-    said["frames"] = f"{shape.num_frames}" if shape.num_frames else "an image model: no temporal embedding"
-    said["motion"] = "motion adapters (slow-fast)" if shape.slowfast else "none: a dual encoder without adapters"
+        lines["model"] = "not a whole dual encoder, so no config loads it"
+        return lines
+    lines["model"] = f"{shape.name or 'no geometry of this project'}: {shape}"
+    lines["frames"] = f"{shape.num_frames}" if shape.num_frames else "an image model: no temporal embedding"
+    lines["motion"] = "motion adapters (slow-fast)" if shape.slowfast else "none: a dual encoder without adapters"
     if shape.name:
-        said |= _commands(weights, shape.name)
-    return said
+        lines |= _commands(weights, shape.name)
+    return lines
 
 
 def _commands(weights: WeightFile, name: str) -> dict[str, str]:
-    """What to type to use a file."""
+    """Commands that train from and evaluate a file."""
     shape = weights.shape
     assert shape is not None
     knobs = [f"model.name={name}"]
@@ -107,9 +107,9 @@ def _commands(weights: WeightFile, name: str) -> dict[str, str]:
     ]
     own_space = [] if shape.embed_dim == geometry(name).embed_dim else [f"model.embed_dim={shape.embed_dim}"]
     config = CONFIGS.get(name, "a config of your own")
-    said = {}
+    lines = {}
     if weights.family.is_clip:
-        said["train"] = f"main_pretrain.py --config_file {config} model.weights.source=clip " + (
+        lines["train"] = f"main_pretrain.py --config_file {config} model.weights.source=clip " + (
             f"model.weights.path={weights.source} {' '.join(knobs)}"
         )
         knobs += ["model.weights.source=clip", "model.weights.projections=keep"]
@@ -117,10 +117,10 @@ def _commands(weights: WeightFile, name: str) -> dict[str, str]:
             knobs.append("model.activation=quick_gelu")
     elif "model.activation" not in weights.settings:
         knobs.append("model.activation=gelu")
-    said["evaluate"] = (
+    lines["evaluate"] = (
         f"main_eval.py --config_file {config} --checkpoint {weights.source} {' '.join(knobs + own_space)}"
     )
-    return said
+    return lines
 
 
 def convert(weights: WeightFile, output: Path, to: str) -> None:
@@ -141,11 +141,11 @@ def convert(weights: WeightFile, output: Path, to: str) -> None:
 
 def _check_output(output: Path, force: bool) -> None:
     if output.suffix != ".safetensors":
-        raise UserError(f"{output}: is written as safetensors, so call it {output.with_suffix('.safetensors').name}")
+        raise UserError(f"{output}: must end in .safetensors, such as {output.with_suffix('.safetensors').name}")
     if not output.parent.is_dir():
         raise UserError(f"{output}: the folder {output.parent} does not exist")
     if output.exists() and not force:
-        raise UserError(f"{output}: exists already; --force replaces it")
+        raise UserError(f"{output}: exists; --force replaces it")
 
 
 if __name__ == "__main__":

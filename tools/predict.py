@@ -1,11 +1,11 @@
-"""What happens in a video: the likeliest classes of a fine-tuned model, or how well sentences fit.
+"""Recognise what happens in a video: the top classes of a fine-tuned model, or the best of some sentences.
 
     python tools/predict.py clip.mp4 --checkpoint runs/ek100_cls
     python tools/predict.py clip.mp4 --checkpoint runs/demo --sentences "cuts an onion" "opens the fridge"
     python tools/predict.py long.mp4 --checkpoint runs/ek100_cls --window 2      writes timeline.csv and timeline.png
 
-A video of more than two windows is told window by window: every row of the csv is a window with its best five, and the
-picture shows the classes that are likeliest over time.
+A video longer than two windows is classified window by window: the csv has the five best classes of every window, and
+the picture the best classes over time.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     add = parser.add_argument
     add("video", type=Path, metavar="VIDEO", help="a video file")
     add("overrides", nargs="*", metavar="section.key=value", help="change single knobs, e.g. train.device=cpu")
-    cli.add_config_file(parser, "configs/demo.yml")  # for what the checkpoint does not tell
+    cli.add_config_file(parser, "configs/demo.yml")  # for settings that the checkpoint does not store
     add(
         "--checkpoint",
         required=True,
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _windows(video: Path, window: float, decoder: str) -> list[tuple[float, float]]:
-    """The whole video, or windows of a long one; what is left at its end is a window from half a length on."""
+    """The whole video, or windows of a long one; a rest at its end is a window of its own if it has half the length."""
     opened = choose_decoder(decoder)[1](video, str(video))
     duration = opened.duration
     opened.close()
@@ -93,7 +93,7 @@ def _windows(video: Path, window: float, decoder: str) -> list[tuple[float, floa
 def _scores(
     cfg: Config, args: argparse.Namespace, windows: Sequence[tuple[float, float]]
 ) -> tuple[Sequence[str], np.ndarray]:
-    """What can be said, and how much it is the case in every window [windows, said]: probabilities, or cosines."""
+    """Names of classes or sentences, and scores [windows, names]: probabilities, or cosine similarities."""
     dist = setup(cfg.train.device, alone=True)
     if args.sentences:
         encoder: DualEncoder | ClassProbabilities = build_model(cfg, dist).eval()
@@ -104,7 +104,7 @@ def _scores(
         try:
             cfg.model.heads, classes = classes_of(Path(args.checkpoint))
         except CheckpointError as error:
-            file = "a file does not tell what its heads are for: give its run or checkpoint folder"
+            file = "a file does not store the classes of its heads: give its run or checkpoint folder"
             what = file if Path(args.checkpoint).is_file() else str(error)
             raise UserError(f"--checkpoint {args.checkpoint}: {what}; --sentences ranks sentences instead") from error
         encoder = ClassProbabilities(build_model(cfg, dist, classes), classes).eval()
@@ -131,7 +131,7 @@ def _write_csv(
 
 
 def _draw(path: Path, windows: Sequence[tuple[float, float]], names: Sequence[str], scores: np.ndarray) -> None:
-    """The likeliest classes over time, a row each."""
+    """Plot the classes with the highest scores over time, a row each."""
     shown = np.argsort(-scores.max(axis=0), kind="stable")[:DRAWN]
     edges = [start for start, _ in windows] + [windows[-1][1]]
     figure = new_figure((12, 1 + 0.35 * len(shown)))

@@ -1,4 +1,4 @@
-"""Linear and k-nearest-neighbour probes: how much do the features of a frozen model know about classes?
+"""Linear and k-nearest-neighbour probes: how well the features of a frozen model separate classes.
 
     python tools/extract_features.py ... --output features/train      (and features/test; docs/evaluation.md)
     python tools/probe.py --train features/train --test features/test
@@ -27,10 +27,13 @@ log = logging.getLogger("probe")
 
 
 def classes(train: Features, test: Features) -> tuple[np.ndarray, np.ndarray, int]:
-    """Class numbers of both, from their texts. Raises :class:`UserError` where there is nothing to tell apart."""
+    """Class numbers of both, from their texts.
+
+    Raises :class:`UserError` for a single class, or a test class that training lacks.
+    """
     names = sorted(set(train.texts))
     if len(names) < 2:
-        raise UserError(f"all training clips are of one class, '{names[0]}'; there is nothing to tell apart")
+        raise UserError(f"all training clips are of one class, '{names[0]}'; a probe needs at least two")
     number = {name: i for i, name in enumerate(names)}
     if unknown := [text for text in test.texts if text not in number]:
         raise UserError(f"class '{unknown[0]}' has test clips, but no training clip")
@@ -38,17 +41,17 @@ def classes(train: Features, test: Features) -> tuple[np.ndarray, np.ndarray, in
 
 
 def _features(folder: Path) -> Features:
-    """What there is. Raises :class:`UserError` if it is no number."""
-    found, lacking = read_features(folder)
-    if lacking:
-        log.warning("%s: %d videos have no features yet, and are left out", folder, lacking)
-    if len(wrong := np.flatnonzero(~np.isfinite(found.features).all(axis=1))):
-        raise UserError(f"{folder}: the features of {found.videos[wrong[0]]} are not finite")
-    return found
+    """The features of a folder. Raises :class:`UserError` if one is not finite."""
+    features, missing = read_features(folder)
+    if missing:
+        log.warning("%s: %d videos have no features yet, and are left out", folder, missing)
+    if len(wrong := np.flatnonzero(~np.isfinite(features.features).all(axis=1))):
+        raise UserError(f"{folder}: the features of {features.videos[wrong[0]]} are not finite")
+    return features
 
 
 def _require_same(train: Path, test: Path) -> None:
-    """Raise :class:`UserError` if features of two models, or of two kinds, would be compared."""
+    """Raise :class:`UserError` if the features are of two models or two protocols: their distances mean nothing."""
     first, second = read_index(train), read_index(test)
     differ = [name for name in INDEX_SHARED if first.get(name) != second.get(name)]
     if differ:
@@ -65,22 +68,22 @@ def main(arguments: Sequence[str]) -> int:
         metavar="FOLDER",
         help="features of tools/extract_features.py to learn from",
     )
-    add("--test", type=Path, required=True, metavar="FOLDER", help="features to be told the class of")
+    add("--test", type=Path, required=True, metavar="FOLDER", help="features to classify")
     add("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     train, test = (_features(folder) for folder in (args.train, args.test))
     _require_same(args.train, args.test)
     train_labels, test_labels, count = classes(train, test)
-    features, asked = torch.from_numpy(train.features), torch.from_numpy(test.features)
-    print(f"{len(features):,} training clips, {len(asked):,} test clips, {count} classes")
+    train_features, test_features = torch.from_numpy(train.features), torch.from_numpy(test.features)
+    print(f"{len(train_features):,} training clips, {len(test_features):,} test clips, {count} classes")
     for name, probe in (("linear", linear_probe), ("k-NN", knn_probe)):
-        begin = time.monotonic()
-        found = probe(features, torch.from_numpy(train_labels), asked, count, seed=args.seed)
-        right = (found.classes.numpy() == test_labels).astype(float)
+        start = time.monotonic()
+        result = probe(train_features, torch.from_numpy(train_labels), test_features, count, seed=args.seed)
+        right = (result.classes.numpy() == test_labels).astype(float)
         mean = np.mean([right[test_labels == c].mean() for c in np.unique(test_labels)])
-        seconds = time.monotonic() - begin
+        seconds = time.monotonic() - start
         print(
-            f"{name:<7} top-1 {100 * right.mean():.2f}, mean class {100 * mean:.2f}  ({found.chosen}; {seconds:.1f} s)"
+            f"{name:<7} top-1 {100 * right.mean():.2f}, mean class {100 * mean:.2f}  ({result.chosen}; {seconds:.1f} s)"
         )
     return cli.DONE
 

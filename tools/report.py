@@ -1,4 +1,4 @@
-"""Make report.html of an evaluation's output folder again, e.g. after the videos were put where they belong.
+"""Write report.html of an evaluation's output folder again, e.g. after its videos were moved back.
 
     python tools/report.py results/demo_ek100_cls
 
@@ -18,7 +18,7 @@ from egohod.evaluation.html_report import write_report
 
 def main(arguments: Sequence[str]) -> int:
     parser = tool_parser(__doc__)
-    parser.add_argument("folder", type=Path, help="what --output of main_eval.py was")
+    parser.add_argument("folder", type=Path, help="the --output folder of main_eval.py")
     parser.add_argument("--decoder", default="auto", help="pyav, torchcodec, decord or auto (default)")
     args = parser.parse_args(arguments)
     write_report(args.folder, decoder=args.decoder)

@@ -3,7 +3,7 @@
     python tools/scaling.py                               the tables for an A100 80 GB
     python tools/scaling.py --peak 989 --utilisation 0.3  another GPU (bf16 TFLOP/s), another share of its peak
 
-Nothing is measured here. What was measured and what is assumed stands beside each constant.
+Nothing is measured here; each constant has its source beside it, measured or assumed.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ ORIGINAL, CHUNKED = {4: 0.031, 16: 0.043}, {4: 0.009, 16: 0.017}
 CROP = {4: 0.001, 16: 0.003}
 # Measured: bytes of a 15 s chunk of 426x320 H.264, the most that a clip within one chunk fetches.
 CHUNK_BYTES = 1.3e6
-# Assumed: what a node (8 GPUs) has to the others, bytes a second (200 Gbit/s).
+# Assumed: network bandwidth of a node (8 GPUs), bytes a second (200 Gbit/s).
 LINK = 25e9
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A training as published, or ours where nothing is."""
+    """A training recipe as published, or ours where none is."""
 
     name: str
     config: str
@@ -53,7 +53,7 @@ RECIPES = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe needs on a number of GPUs; times in seconds, sizes in bytes."""
+    """Resources of a recipe on a number of GPUs; times in seconds, sizes in bytes."""
 
     gpus: int
     per_gpu: float
@@ -74,7 +74,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a recipe takes wherever it runs: operations of a clip, parameters that learn, and sizes of its features."""
+    """Machine-independent cost of a recipe: operations of a clip, trainable parameters, and sizes of its features."""
 
     work: float
     trained: int
@@ -85,7 +85,7 @@ class Cost:
 
 @lru_cache
 def cost(recipe: Recipe) -> Cost:
-    """From the recipe's configuration; where its data lies need not be said, since nothing is read."""
+    """Cost of a recipe by its configuration; no data is read, so that its paths need not be set."""
     cfg, _ = load_leniently(PROJECT / recipe.config)
     towers = geometry(cfg.model.name)
     sizes = towers, cfg.model.num_frames, towers.context_length, cfg.model.patch_dropout, cfg.model.fast
@@ -99,7 +99,7 @@ def cost(recipe: Recipe) -> Cost:
 
 
 def plan(recipe: Recipe, gpus: int, peak: float, utilisation: float) -> Plan:
-    """The arithmetic of docs/scaling.md. ``peak`` in operations a second; ``utilisation``: the share of it reached."""
+    """The arithmetic of docs/scaling.md. ``peak`` in operations a second; ``utilisation``: the fraction reached."""
     each = cost(recipe)
     batch, frames, others = each.batch, each.frames, (gpus - 1) / gpus
     speed = peak * utilisation / each.work
@@ -148,7 +148,7 @@ def table(recipe: Recipe, peak: float, utilisation: float) -> str:
 def main() -> int:
     parser = tool_parser(__doc__)
     parser.add_argument("--peak", type=float, default=312.0, help="bf16 TFLOP/s of the GPU (default: 312, A100)")
-    parser.add_argument("--utilisation", type=float, default=0.4, help="share of it that a step reaches (default: 0.4)")
+    parser.add_argument("--utilisation", type=float, default=0.4, help="fraction that a step reaches (default: 0.4)")
     args = parser.parse_args()
     for recipe in RECIPES:
         print(f"{recipe.name} (`{recipe.config}`)\n\n{table(recipe, args.peak * 1e12, args.utilisation)}\n")

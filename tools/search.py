@@ -1,10 +1,10 @@
-"""Find the clips that show what a sentence says, in features of tools/extract_features.py.
+"""Find the clips that match a sentence, in features of tools/extract_features.py.
 
     python tools/search.py "cut an onion" --index features
     python tools/search.py "#C C opens the jar" --index features --top 20 --sheet out.png
 
-Prints rank, similarity, video and times, the best first; --sheet draws a few moments of each. The text tower is that of
-the checkpoint which embedded the clips. Sentences are best written like the narrations it was trained on.
+Prints rank, similarity, video and times, the best first; --sheet draws a few frames of each. The text tower is that of
+the checkpoint which embedded the clips. Sentences work best when written like the narrations it was trained on.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ log = logging.getLogger("search")
 def main(arguments: Sequence[str]) -> int:
     parser = tool_parser(__doc__)
     add = parser.add_argument
-    add("sentence", help='what to look for, e.g. "cut an onion"')
+    add("sentence", help='the query, e.g. "cut an onion"')
     add("--index", required=True, type=Path, metavar="FOLDER", help="--output of tools/extract_features.py")
     add("--top", type=int, default=10, metavar="N", help="how many clips (default: 10)")
     add("--overlapping", action="store_true", help="show windows that overlap a better one, too")
-    add("--sheet", type=Path, metavar="PNG", help="draw a contact sheet of the clips found")
-    add("--videos", metavar="FOLDER", help="where the videos lie now, for --sheet (default: where they lay)")
-    add("--checkpoint", metavar="PATH", help="where the checkpoint lies now (default: where it lay)")
+    add("--sheet", type=Path, metavar="PNG", help="draw a contact sheet of the results")
+    add("--videos", metavar="FOLDER", help="folder of the videos if they were moved, for --sheet")
+    add("--checkpoint", metavar="PATH", help="the checkpoint if it was moved")
     add("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args(arguments)
     if args.top < 1:
@@ -47,9 +47,9 @@ def main(arguments: Sequence[str]) -> int:
     if not args.sentence.strip():
         raise UserError("the sentence is empty")
     index = read_index(args.index)
-    found, lacking = read_features(args.index)
-    if lacking:
-        log.warning("%d of %d videos have no features yet", lacking, len(index["videos"]))
+    features, missing = read_features(args.index)
+    if missing:
+        log.warning("%d of %d videos have no features yet", missing, len(index["videos"]))
     cfg = config.load(args.index / CONFIG_FILE, [f"model.weights.path={args.checkpoint}"] if args.checkpoint else [])
     dist = setup(cfg.train.device, alone=True)
     model = build_model(cfg, dist)
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"{cfg.model.weights.path}: not the weights that made {args.index}; give --checkpoint")
     tokenizer = Tokenizer(model.geometry.context_length)
     query = embed_texts(model, [args.sentence], tokenizer, Execution(1, 0, dist))[0].numpy()
-    hits = search(query, found, args.top, args.overlapping)
+    hits = search(query, features, args.top, args.overlapping)
     if args.json:
         print(json.dumps([dataclasses.asdict(hit) | {"end": hit.end if hit.end < 1e18 else None} for hit in hits]))
     else:

@@ -1,15 +1,15 @@
-"""Submit a training through submitit: to a Slurm, where it returns to the queue until it is done, or on this machine.
+"""Submit a training run through submitit: to a Slurm cluster, requeued until it is done, or on this machine.
 
     python tools/submit.py configs/config/clip_base.yml --nodes 2 --gpus 8 --cpus 12 --partition NAME --time 4h
     python tools/submit.py configs/own.yml train.lr=1e-4 train.output=runs/mine --nodes 4 --gpus 8 --time 1d
     python tools/submit.py configs/finetune/ek100_mir.yml --program finetune --gpus 4 --time 8h
-    python tools/submit.py configs/demo.yml --cluster local --processes 2            here, as a rehearsal
-    python tools/submit.py configs/config/clip_base.yml --nodes 2 --gpus 8 --dry_run      what sbatch would be given
+    python tools/submit.py configs/demo.yml --cluster local --processes 2            on this machine, to try it
+    python tools/submit.py configs/config/clip_base.yml --nodes 2 --gpus 8 --dry_run      the sbatch file
     python tools/submit.py --status runs/clip_base                                        state, step, time left
 
---signal_before seconds before the time is up, or when it is preempted, a job saves after the step in work, returns to
-the queue and goes on from there; it ends when the training does. What it says is in RUN/submitted. The configuration is
-read before anything is submitted, so that a mistake shows here.
+--signal_before seconds before the time limit, or when it is preempted, a job saves after the current step, returns to
+the queue and resumes from there; it ends when the training run does. Its logs are in RUN/submitted. The configuration
+is checked before anything is submitted.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from egohod.errors import UserError
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = {"pretrain": "main_pretrain.py", "finetune": "main_finetune.py"}
 FOLDER = "submitted"
-# By itself: a task unpickles what it runs before this project can be imported.
+# A copy: a task unpickles Training before this project can be imported, so that it must not refer to egohod.
 UNFINISHED = cli.UNFINISHED
 UNITS = {"m": 1, "h": 60, "d": 24 * 60}
 STATUS_SECONDS = 10
 
 
 class Training:
-    """One process of a training, as submitit runs it in every task."""
+    """One process of a training run, as submitit runs it in every task."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         self.command, self.environment = list(command), dict(environment)
@@ -57,7 +57,7 @@ class Training:
         with tempfile.TemporaryDirectory() as folder:
             unfinished = Path(folder) / "unfinished"
             ours = self.environment | _local_place() | {UNFINISHED: str(unfinished)}
-            # Slurm sends its signals to all processes of a job; this one tells the program, in its own time.
+            # Slurm signals all processes of a job; the program ignores that one, and checkpoint() stops it instead.
             self._child = subprocess.Popen(
                 self.command,
                 cwd=self.folder,
@@ -67,21 +67,22 @@ class Training:
             threading.Thread(target=lambda: self._codes.append(self._child.wait()), daemon=True).start()
             code = self._wait()
             if code == 0 and unfinished.exists() and _may_requeue():
-                # A preemption that came as SIGTERM, of which submitit takes no notice.
+                # A preemption that came as SIGTERM, which submitit ignores.
                 signal.raise_signal(signal.SIGUSR2)
         if code != 0:
             raise RuntimeError(f"exit code {code}")
         return code
 
     def checkpoint(self) -> Any:
-        """Called by submitit in the first task when it is to requeue the job: have the program save and leave."""
+        """Stop the program with a checkpoint; submitit calls this in the first task before it requeues the job."""
         from submitit.helpers import DelayedSubmission
 
         if self._child is not None:
             if not self._codes:
                 self._child.send_signal(signal.SIGUSR1)
             code = self._wait()
-            # Before it knows the signal it dies of it, and nothing is lost; an error is no reason to try again.
+            # A program without its handler yet dies of the signal and loses nothing; after an error there
+            # is no point in trying again.
             if code not in (0, -signal.SIGUSR1):
                 raise RuntimeError(f"exit code {code}")
         again = Training(self.command, self.environment)
@@ -89,18 +90,18 @@ class Training:
         return DelayedSubmission(again)
 
     def _wait(self) -> int:
-        # In small steps, with no lock, since a signal handler waits in the midst of another wait.
+        # Polling without a lock: the signal handler may wait while the main code waits too, and a lock would deadlock.
         while not self._codes:
             time.sleep(0.1)
         return self._codes[0]
 
 
 def _local_place() -> dict[str, str]:
-    """Without Slurm this is the launcher: what torchrun would say."""
+    """The variables that torchrun would set; without Slurm this tool is the launcher."""
     if "SUBMITIT_LOCAL_NTASKS" not in os.environ:
         return {}
     names = {"RANK": "GLOBALID", "LOCAL_RANK": "LOCALID", "WORLD_SIZE": "NTASKS"}
-    return {name: os.environ[f"SUBMITIT_LOCAL_{its}"] for name, its in names.items()}
+    return {name: os.environ[f"SUBMITIT_LOCAL_{theirs}"] for name, theirs in names.items()}
 
 
 def _may_requeue() -> bool:
@@ -112,12 +113,12 @@ def _may_requeue() -> bool:
 
 
 def _queue(job: str) -> list[str]:
-    """Slurm's state of a job and its reason; empty for one that it no longer knows. Raises :class:`UserError`."""
-    asked = ["squeue", "--noheader", "--jobs", job, "--format=%T %r"]
+    """Slurm's state of a job and its reason; empty for one that has left the queue. Raises :class:`UserError`."""
+    command = ["squeue", "--noheader", "--jobs", job, "--format=%T %r"]
     try:
-        return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split()
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
     except FileNotFoundError as error:
-        raise UserError("there is no squeue on the PATH, so Slurm cannot be asked about its jobs") from error
+        raise UserError("there is no squeue on the PATH to query Slurm with") from error
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -131,15 +132,15 @@ def main(arguments: Sequence[str]) -> int:
     folder = Path(cfg.train.output).resolve() / FOLDER
     command = [sys.executable, str(ROOT / PROGRAMS[args.program]), "--config_file", str(Path(args.config).resolve())]
     command += [*args.overrides, f"train.output={Path(cfg.train.output).resolve()}"]
-    asked = _asked(args)
+    parameters = _parameters(args)
     if args.dry_run:
-        print(_sbatch_file(folder, asked))
+        print(_sbatch_file(folder, parameters))
         print("# in every task: " + " ".join(command))
         return cli.DONE
-    return _submit(folder, command, asked, args)
+    return _submit(folder, command, parameters, args)
 
 
-def _submit(folder: Path, command: list[str], asked: dict[str, Any], args: argparse.Namespace) -> int:
+def _submit(folder: Path, command: list[str], parameters: dict[str, Any], args: argparse.Namespace) -> int:
     import submitit
 
     environment = {}
@@ -153,13 +154,13 @@ def _submit(folder: Path, command: list[str], asked: dict[str, Any], args: argpa
         )
     except RuntimeError as error:
         raise UserError(f"no Slurm here ({error}); --cluster local runs on this machine") from error
-    executor.update_parameters(**asked)
+    executor.update_parameters(**parameters)
     try:
         job = executor.submit(Training(command, environment))
     except (submitit.core.utils.FailedSubmissionError, submitit.core.utils.FailedJobError) as error:
         raise UserError(f"sbatch refused: {str(error).strip()}") from error
     (folder / "job").write_text(f"{args.cluster} {job.job_id}")
-    print(f"job {job.job_id}; {job.paths.stderr} holds what it says")
+    print(f"job {job.job_id}; {job.paths.stderr} is its log")
     if args.cluster == "local" or args.watch:
         return _watch(folder.parent, job)
     print(f"python tools/submit.py --status {folder.parent}")
@@ -167,20 +168,20 @@ def _submit(folder: Path, command: list[str], asked: dict[str, Any], args: argpa
 
 
 def _watch(run: Path, job: Any) -> int:
-    said, due = "", 0.0
+    printed, due = "", 0.0
     while not job.done():
         time.sleep(0.5)
         if time.monotonic() > due:
             due, now = time.monotonic() + STATUS_SECONDS, status(run)
-            if now != said:
+            if now != printed:
                 print(now, flush=True)
-            said = now
+            printed = now
     print(status(run))
     return cli.DONE if job.exception() is None else cli.BROKEN
 
 
 def status(run: Path) -> str:
-    """One line: the job, its state, and the last that the training said of its progress.
+    """One line: the job, its state, and the last progress line of the run.
 
     Raises :class:`UserError` if ``run`` was not submitted.
     """
@@ -193,20 +194,20 @@ def status(run: Path) -> str:
     text = log.read_text(errors="replace") if log.exists() else ""
     steps = re.findall(r"step \d+/\d+ .*", text)
     state = _state(cluster, job, folder)
-    told = f"{steps[-1]}  ({time.time() - log.stat().st_mtime:.0f} s ago)" if steps else "no step yet"
-    return f"{run}  job {job} {state}  {told}"
+    progress = f"{steps[-1]}  ({time.time() - log.stat().st_mtime:.0f} s ago)" if steps else "no step yet"
+    return f"{run}  job {job} {state}  {progress}"
 
 
 def _state(cluster: str, job: str, folder: Path) -> str:
     if cluster == "slurm":
-        if found := _queue(job):
-            return found[0] if found[-1] == "None" else f"{found[0]} ({found[-1]})"
+        if queued := _queue(job):
+            return queued[0] if queued[-1] == "None" else f"{queued[0]} ({queued[-1]})"
     elif _is_alive(int(job)):
         return "RUNNING"
     result = folder / f"{job}_0_result.pkl"
     if not result.exists():
         return "GONE"
-    # A pickled pair that begins with this word, or with "error".
+    # A pickled pair that begins with "success" or "error"; it is not unpickled because that could run code.
     return "FINISHED" if b"success" in result.read_bytes()[:40] else "FAILED"
 
 
@@ -217,10 +218,10 @@ def _is_alive(pid: int) -> bool:
         return False
 
 
-def _asked(args: argparse.Namespace) -> dict[str, Any]:
-    """What submitit calls the things that were asked for."""
+def _parameters(args: argparse.Namespace) -> dict[str, Any]:
+    """The command line as parameters of submitit."""
     processes = args.processes or args.gpus or 1
-    asked = {
+    parameters = {
         "name": args.name,
         "nodes": args.nodes,
         "tasks_per_node": processes,
@@ -233,19 +234,19 @@ def _asked(args: argparse.Namespace) -> dict[str, Any]:
         "slurm_qos": args.qos,
         "slurm_constraint": args.constraint,
         "slurm_signal_delay_s": args.signal_before,
-        # A task that fails ends the others; srun no longer takes the processors over from sbatch by itself.
+        # A task that fails ends the others; since Slurm 22.05, srun no longer inherits cpus-per-task from sbatch.
         "slurm_srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={args.cpus}"],
         "slurm_additional_parameters": {"requeue": True},
     }
-    return {name: value for name, value in asked.items() if value}
+    return {name: value for name, value in parameters.items() if value}
 
 
-def _sbatch_file(folder: Path, asked: dict[str, Any]) -> str:
+def _sbatch_file(folder: Path, parameters: dict[str, Any]) -> str:
     """What submitit would give to sbatch, also where there is none."""
     from submitit.slurm import slurm
 
     its = slurm.SlurmExecutor._equivalence_dict() | {"mem_gb": "mem"}
-    named = {name.removeprefix("slurm_"): value for name, value in asked.items()}
+    named = {name.removeprefix("slurm_"): value for name, value in parameters.items()}
     named = {its.get(name, name): value for name, value in named.items()}
     if "mem" in named:
         named["mem"] = slurm._convert_mem(named["mem"])
@@ -288,7 +289,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--signal_before", type=int, default=120, metavar="SECONDS", help=before)
     add("--watch", action="store_true", help="stay and print the status line until the end (local: always)")
     add("--status", metavar="RUN", help="print the status line of a submitted run, and leave")
-    add("--dry_run", action="store_true", help="print what sbatch would be given, submit nothing")
+    add("--dry_run", action="store_true", help="print the sbatch file, submit nothing")
     return parser
 
 
