@@ -145,9 +145,9 @@ def test_a_converted_run_evaluates_as_the_run_does(
     ("arguments", "said"),
     [
         (["none.pt", "out.safetensors"], "none.pt: no such file"),
-        (["clip.pt", "out.pt"], "is written as safetensors, so call it out.safetensors"),
+        (["clip.pt", "out.pt"], "must end in .safetensors, such as out.safetensors"),
         (["clip.pt", "no/out.safetensors"], "the folder {}/no does not exist"),
-        (["clip.pt", "there.safetensors"], "exists already; --force replaces it"),
+        (["clip.pt", "there.safetensors"], "exists; --force replaces it"),
         (["clip.pt"], "give either --inspect or an OUTPUT"),
         (["clip.pt", "out.safetensors", "--inspect"], "give either --inspect or an OUTPUT"),
         (["evil.pt", "out.safetensors"], "refused: it asks for posix.system"),
