@@ -194,6 +194,7 @@ class VideoReader:
             raise VideoError(f"{self._path}: has no picture")
         # One thread: there is a process for every core already.
         self._stream.codec_context.thread_count = 1
+        # Exact rational arithmetic: floats would move frames across borders in long files.
         self._tick = self._stream.time_base * TICKS
         self.rate = Fraction(self._stream.average_rate or self._stream.guessed_rate or 30)
         self._other_end = 0.0
@@ -252,7 +253,7 @@ class VideoReader:
                         f"{self._path}: damaged, its time stamps jump from {begin / TICKS:.2f} to {time / TICKS:.2f} s"
                     )
                 if time <= begin:
-                    continue  # never on display
+                    continue  # never on display: two frames of one time, or a small step back
                 if time > start:
                     yield DisplayedFrame(held, begin, time)
             held, begin = picture, time
@@ -346,7 +347,7 @@ def at_rate(frames: Iterable[DisplayedFrame], fps: float, start: int = 0) -> Ite
     ``start`` (ticks) is where ``frames`` begin; moments are multiples of 1 / fps of the whole video whatever it is.
     """
     step = TICKS / _fraction(fps)
-    number = start // step
+    number = start // step  # moments are counted from the start of the video, so that ranges fit together
     held: DisplayedFrame | None = None
     end = 0
     for picture, _, end in frames:
@@ -386,6 +387,7 @@ class Orientation(NamedTuple):
 
 def orientation(picture: Any) -> Orientation:
     """Read a frame's display matrix (ISO 14496-12, 8.3.2), rounded to quarter turns."""
+    # PyAV's ``rotation`` knows no mirrored pictures, which front cameras record.
     data = picture.side_data.get("DISPLAYMATRIX")
     if data is None:
         return Orientation()
@@ -490,6 +492,7 @@ class _Encoder:
         self._stream.pix_fmt = "yuv420p"
         codec = self._stream.codec_context
         codec.time_base = Fraction(1, TICKS)
+        # Players take unmarked HD video for another matrix than unmarked SD video: the source's marks are passed on.
         codec.color_primaries, codec.color_trc, codec.colorspace = colours
         codec.color_range = 1  # MPEG: 16 to 235
         if settings.codec == "libx265":
@@ -525,6 +528,7 @@ class _Encoder:
 
     def _mux(self, picture: Any) -> None:
         for packet in self._stream.encode(picture):
+            # The encoder knows the average rate only; each frame's own time on display is put back here.
             packet.duration = self._lengths.pop(packet.pts)
             if self._pictures == 1:
                 packet.dts = packet.pts  # x265 forgets it
@@ -676,6 +680,7 @@ def find_videos(
 
 
 def _walk(root: Path, follow_links: bool) -> Iterator[Path]:
+    # os.walk and not Path.rglob: it can be told to report folders that it may not enter.
     seen = {os.path.realpath(root)}
 
     def refuse(error: OSError) -> None:
@@ -718,6 +723,7 @@ def _check_ids(videos: Sequence[Video]) -> None:
         if PurePosixPath(video_id).parts[0] == _OWN_FOLDER:
             raise UserError(f"{path}: '{_OWN_FOLDER}' is this program's own; rename it")
         by_id[video_id] = path
+    # a/b.mp4 beside a.mp4: the chunks of the former would be below the folder of the latter's.
     for video_id, path in videos:
         for parent in PurePosixPath(video_id).parents:
             other = by_id.get(parent.as_posix())
@@ -733,7 +739,7 @@ def _check_ids(videos: Sequence[Video]) -> None:
 class Output:
     """The folder of chunks. Nothing is written outside :meth:`claim`.
 
-    Raises :class:`UserError` if the folder was made with other settings, holds anything else, or lies below ``root``.
+    Raises :class:`UserError` if the folder was made with other settings, holds anything else, or is below ``root``.
     """
 
     def __init__(self, folder: Path, settings: ChunkSettings, root: Path) -> None:
@@ -751,6 +757,7 @@ class Output:
         """Whether a video's chunks are there. Raises :class:`UserError` if they are those of another file."""
         if not self._final(video).is_dir():
             return False
+        # By size alone: to hash terabytes would take hours.
         made_of = self._made.get(video.video_id)
         if made_of is not None and made_of != video.path.stat().st_size:
             raise UserError(
@@ -792,6 +799,7 @@ class Output:
         """Move a complete video to its name."""
         final = self._final(video)
         final.parent.mkdir(parents=True, exist_ok=True)
+        # The folder under its name is what counts as done; the note below adds the size of the source.
         self.part(video).rename(final)
         line = {"video_id": video.video_id, "source_bytes": source.bytes, **written._asdict()}
         with (self._own / "done.jsonl").open("a", encoding="utf-8") as file:

@@ -48,6 +48,7 @@ _MAGIC = {
 # Bytes from packet to packet of a transport stream: plain, with a time code (m2ts), with error correction.
 _PACKETS = (188, 192, 204)
 _SYNC, _SYNCS = 0x47, 5
+# Enough for the syncs to follow from any byte of the first packet on.
 _HEAD_BYTES = max(_PACKETS) * (_SYNCS + 1)
 # Pictures whose proportions differ by no more than this are the same at another resolution.
 _SAME_ASPECT = 0.02
@@ -121,7 +122,7 @@ def videos_of(container: Any) -> list[Any]:
         kinds = type(stream.disposition)
         if not stream.disposition & (kinds.attached_pic | kinds.timed_thumbnails | kinds.still_image):
             videos.append(stream)
-    # Some programs do not mark a cover, but the header says that the stream is of one picture.
+    # Some programs do not mark a cover, but their header states a stream of one picture.
     return [stream for stream in videos if stream.frames != 1] or videos
 
 
@@ -134,6 +135,7 @@ def video_stream(container: Any) -> Any:
     if best in videos:
         return best
 
+    # FFmpeg's choice may be a cover, which is no candidate here.
     def rank(stream: Any) -> tuple[bool, int, int]:
         size = stream.width * stream.height if stream.codec_context else 0
         return bool(stream.disposition & type(stream.disposition).default), size, -stream.index
@@ -144,6 +146,7 @@ def video_stream(container: Any) -> Any:
 def stated_seconds(stream: Any, format: str) -> float | None:
     """Length of the pictures by the header, None if it does not state one; sound may be longer."""
     if format == "matroska":
+        # Not the stream's own field, which Matroska lacks: a tag that most programs write.
         match = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
         if not match:
             return None

@@ -148,7 +148,7 @@ class PyavDecoder:
             # Shown before the key frame that decoding begins with, and there is no earlier one.
             if packets[0].pts is not None and missing[0] < packets[0].pts:
                 raise self._no_key_frame(packets[0].pts)
-            raise VideoError(f"{self._name}: damaged, no picture at {self._seconds(missing[0]):.2f} s")
+            raise VideoError(f"{self._name}: damaged, no picture at {(missing[0] - self._start) * self._tick:.2f} s")
         pictures = [frames[pts] for pts in wanted]
         height, width = pictures[0].shape[:2]
         for row, (pts, picture) in enumerate(zip(wanted, pictures, strict=True)):
@@ -157,7 +157,7 @@ class PyavDecoder:
             # A recorder changed its resolution. Other proportions would be a stretched picture: not what was recorded.
             change = size_change((width, height), (picture.shape[1], picture.shape[0]))
             if change:
-                raise VideoError(f"{self._name}: {change} at {self._seconds(pts):.2f} s")
+                raise VideoError(f"{self._name}: {change} at {(pts - self._start) * self._tick:.2f} s")
             frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
             scaled = self._reformatter.reformat(frame, width=width, height=height, interpolation="BICUBIC", threads=1)
             pictures[row] = scaled.to_ndarray()
@@ -167,13 +167,9 @@ class PyavDecoder:
         """See :class:`Decoder`."""
         self._container.close()
 
-    def _seconds(self, pts: int) -> float:
-        return (pts - self._start) * self._tick
-
     def _no_key_frame(self, pts: int) -> VideoError:
-        return VideoError(
-            f"{self._name}: begins between key frames; the first picture is at {self._seconds(pts):.2f} s"
-        )
+        second = (pts - self._start) * self._tick
+        return VideoError(f"{self._name}: begins between key frames; the first picture is at {second:.2f} s")
 
     def _measure(self, rate: Fraction | None) -> Fraction | float | None:
         """Measure where the pictures begin and end if the header does not state it; returns the frame rate."""
@@ -263,30 +259,32 @@ class PyavDecoder:
             # later one, or to none.
             if packets and (at_start or (packets[0].pts is not None and packets[0].pts <= first)):
                 if not complete:
-                    self._check_end(packets)
+                    # The header states a length; a copy that broke off has fewer packets.
+                    final = next((packet for packet in reversed(packets) if packet.pts is not None), None)
+                    ticks = final.pts + (final.data.duration or 0) - self._start if final is not None else 0
+                    end = ticks * self._tick
+                    if end < self.duration - _MISSING_SECONDS:
+                        raise VideoError(
+                            f"{self._name}: truncated, the pictures end at {end:.2f} s of {self.duration:.2f} s"
+                        )
                 if headless and packets[0].pts is not None and first < packets[0].pts:
                     raise self._no_key_frame(packets[0].pts)
                 return packets
             if at_start:
                 # No key frame is marked: the decoder finds them itself.
                 if not any(packet.pts is not None for packet in headless):
-                    raise VideoError(f"{self._name}: truncated, no pictures at {self._seconds(first):.2f} s")
+                    raise VideoError(
+                        f"{self._name}: truncated, no pictures at {(first - self._start) * self._tick:.2f} s"
+                    )
                 return headless
             earliest = min((packet.pts for packet in packets[:1] if packet.pts is not None), default=target)
             target, step = max(self._start, min(target, earliest) - step), 2 * step
-
-    def _check_end(self, packets: Sequence[_Packet]) -> None:
-        # The header states a length; a copy that broke off has fewer packets.
-        last = next((packet for packet in reversed(packets) if packet.pts is not None), None)
-        end = self._seconds(last.pts + (last.data.duration or 0)) if last is not None else 0.0
-        if end < self.duration - _MISSING_SECONDS:
-            raise VideoError(f"{self._name}: truncated, the pictures end at {end:.2f} s of {self.duration:.2f} s")
 
     def _decode(self, packets: Sequence[_Packet], wanted: set[int]) -> dict[int, np.ndarray]:
         """The frames with the time stamps ``wanted``, as RGB."""
         frames: dict[int, np.ndarray] = {}
         codec, skipping = self._codec, None
-        codec.flush_buffers()
+        codec.flush_buffers()  # of an earlier call, which may have failed halfway
         for group, whole in _needed_groups(packets, wanted):
             left = sum(packet.pts in wanted for packet in group)
             for packet in group:
@@ -298,6 +296,8 @@ class PyavDecoder:
                     if frame.pts in wanted:
                         frames[frame.pts] = self._rgb(frame)
                 left -= hit
+                # Later packets of the group are needed by no wanted frame: those that are still to come out of the
+                # decoder have been fed already.
                 if not left and not whole:
                     break
             if not whole:
@@ -327,6 +327,7 @@ class PyavDecoder:
 
     def _rgb(self, frame: Any) -> np.ndarray:
         """A view of the converted picture [H, W, 3], upright; it keeps the picture alive."""
+        # Without a copy: a picture of 1080p is 6 MB, and only a crop of it is used.
         plane = self._reformatter.reformat(frame, format="rgb24", threads=1).planes[0]
         rows = np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)
         picture = rows[:, : plane.width * 3].reshape(plane.height, plane.width, 3)
@@ -379,6 +380,7 @@ class TorchcodecDecoder:
         if not meta.average_fps or not len(self._decoder):
             raise VideoError(f"{self._name}: not a video or damaged: no frame rate or no pictures")
         self.fps = float(meta.average_fps)
+        # Its clock starts anywhere; ours at the first frame.
         self._begin = float(meta.begin_stream_seconds)
         self._end = float(meta.end_stream_seconds)
         self.duration = self._end - self._begin
@@ -388,6 +390,7 @@ class TorchcodecDecoder:
 
     def read_at(self, seconds: np.ndarray) -> np.ndarray:
         """See :class:`Decoder`."""
+        # torchcodec refuses times outside of [begin, end), where the last frame is still wanted.
         times = np.clip(seconds + self._begin, self._begin, np.nextafter(self._end, 0))
         try:
             return self._decoder.get_frames_played_at(times.tolist()).data.numpy()
@@ -420,7 +423,7 @@ class DecordDecoder:
             raise _not_opened(file, self._name, error) from error
         if not len(self._starts):
             raise VideoError(f"{self._name}: holds no pictures")
-        self._starts -= self._starts[0]
+        self._starts -= self._starts[0]  # times count from the first frame
         self.duration = float(self._starts[-1]) + 1 / self.fps
 
     def read_at(self, seconds: np.ndarray) -> np.ndarray:
@@ -483,6 +486,7 @@ class _ReusedDecoder:
 
     def read_at(self, seconds: np.ndarray) -> np.ndarray:
         """See :class:`Decoder`."""
+        # A decoder in an unknown state is never used again, whatever it raised.
         self._failed = True
         frames = self.decoder.read_at(seconds)
         self._failed = False

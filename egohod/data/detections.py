@@ -73,9 +73,11 @@ class BoxTable:
     def __init__(self, detections: pd.DataFrame) -> None:
         """``detections`` has the columns of ``SCHEMA``; see :meth:`read` for files."""
         moments = ["video_id", "second"]
+        # One dense row a moment, so that :meth:`at` is a binary search and an index, without pandas in the workers.
         index = pd.MultiIndex.from_frame(detections[moments]).unique().sort_values()
         boxes = np.full((len(index), len(ROLES), len(EDGES)), np.nan, dtype=np.float32)
         best = detections.sort_values("score", kind="stable", ascending=False)
+        # Of several left hands in a frame, such as another person's, the one of the highest score.
         hands = best[best["kind"] == "hand"].drop_duplicates([*moments, "side"])
         for role, rows in enumerate(
             (hands[hands["side"] == LEFT], hands[hands["side"] == RIGHT], _active(best, hands))
@@ -108,6 +110,7 @@ class BoxTable:
         times = self._seconds[moments]
         after = np.searchsorted(times, seconds).clip(max=len(times) - 1)
         before = (after - 1).clip(min=0)
+        # Of two equally near ones the earlier.
         nearest = np.where(np.abs(times[before] - seconds) <= np.abs(times[after] - seconds), before, after)
         near = np.abs(times[nearest] - seconds) <= NEAREST_SECONDS
         boxes[near] = self._boxes[moments][nearest[near]]
@@ -133,6 +136,7 @@ def check(detections: pa.Table, name: str) -> None:
     column = {key: detections.column(key).to_numpy(zero_copy_only=False) for key in (*EDGES, "second", "side")}
     edges = np.stack([column[edge] for edge in EDGES], axis=1)
     kind = np.asarray(detections.column("kind").to_pylist(), dtype=object)
+    # Comparisons with NaN are false, so a missing edge is wrong as well.
     wrong = ~((edges >= 0) & (edges <= 1)).all(axis=1) | (edges[:, :2] > edges[:, 2:]).any(axis=1)
     wrong |= ~np.isin(kind, ("hand", "object")) | ~np.isfinite(column["second"])
     wrong |= (kind == "hand") & ~np.isin(column["side"], (LEFT, RIGHT))
@@ -243,6 +247,7 @@ def read_epic(path: str | Path, fps: float) -> pa.Table:
     path = Path(path)
     try:
         # EPIC's own files were written by Python 3; a text of Python 2 would arrive as bytes as well.
+        # The unpickler refuses everything but lists and bytes.
         messages = pickles.load(path, "a list of detections", encoding="bytes")
     except OSError as error:
         raise UserError(f"{path}: cannot be read_epic: {error.strerror or error}") from error
@@ -289,7 +294,7 @@ def write_epic(detections: pa.Table, folder: str | Path) -> list[Path]:
                 setattr(box.object_offset, axis, 0.0 if offset is None or np.isnan(offset) else offset)
     written = []
     for video, messages in frames.items():
-        if not video or Path(video).name != video:
+        if not video or Path(video).name != video:  # it would lead out of the folder
             raise UserError(f"{folder}: video id '{video}' cannot name a file")
         path = folder / f"{video}.pkl"
         path.write_bytes(pickle.dumps([messages[number].SerializeToString() for number in sorted(messages)]))

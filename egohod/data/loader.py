@@ -101,6 +101,7 @@ class BatchPlan:
     def _arrange(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's groups [G, group_size] and all other clips, both shuffled."""
         rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((self._seed, epoch))))
+        # Philox: a stream of its own for each (seed, epoch), the same on every machine.
         order = rng.permutation(self.size)
         if not self._groups_per_batch or self._groups is None:
             return np.empty((0, self._group_size), dtype=np.int64), order
@@ -151,6 +152,7 @@ def shares(weights: Sequence[float], batch_size: int) -> list[int]:
     Raises :class:`UserError` if a weight is too small for a single clip.
     """
     exact = np.array(weights) / sum(weights) * batch_size
+    # Largest remainders: no source is off by a whole clip, and the sum is exact.
     counts = np.floor(exact).astype(int)
     counts[np.argsort(counts - exact, kind="stable")[: batch_size - counts.sum()]] += 1
     if (counts == 0).any():
@@ -250,7 +252,7 @@ class ClipLoader(DataLoader[dict[str, Any]]):
         self._patience, self._stop, self._leaves_alone = timeout, stop, leaves_alone
         super().__init__(
             _Guarded(dataset),
-            batch_sampler=batches,
+            batch_sampler=batches,  # the order is ours: torch's samplers cannot resume within an epoch
             num_workers=workers,
             collate_fn=partial(_collate_or_failure, collate=collate),
             pin_memory=pin_memory,
@@ -258,6 +260,7 @@ class ClipLoader(DataLoader[dict[str, Any]]):
             # Forked workers share the table's memory with this process.
             multiprocessing_context="fork" if workers else None,
             prefetch_factor=prefetch if workers else None,
+            # Not the user's limit: between polls a request to stop is looked for.
             timeout=_POLL_SECONDS if workers else 0,
         )
 
@@ -272,7 +275,7 @@ class ClipLoader(DataLoader[dict[str, Any]]):
                 f"data.workers={self.num_workers}: no loader process can be started ({error}; {SHARED_MEMORY} is full, "
                 "absent or read-only?); data.workers=0 decodes in the process itself"
             ) from error
-        workers = list(getattr(batches, "_workers", ()))
+        workers = list(getattr(batches, "_workers", ()))  # torch offers no public way to its processes
         _workers.update(workers)
         while True:
             try:
@@ -413,6 +416,7 @@ def _sendable(batch: dict[str, Any]) -> dict[str, Any]:
     """
     tensors = list[Tensor]()
     _mapped(tensors.append, batch, Tensor)
+    # Asked each time: other runs on the machine share it.
     free = _free_shared_memory()
     if free is None or sum(tensor.nbytes for tensor in tensors) + _RESERVED_BYTES <= free:
         try:
@@ -474,10 +478,11 @@ def start_worker(_: int) -> None:
     multiprocessing.queues.Queue._on_queue_feeder_error = _report_lost  # type: ignore[attr-defined]
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
+        # The kernel kills a worker whose parent was killed; torch's own watchdog looks up only between batches.
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if hasattr(libc, "mallopt"):
             # Clips are megabytes: glibc would give them back to the system and fetch them anew, page by page, every
             # time, which costs a sixth of the decoding.
             libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
             libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # there is a process for every core

@@ -67,7 +67,7 @@ def one_clip(name: str, kind: type[VideoError] = VideoError) -> Iterator[None]:
     try:
         yield
     except (UserError, MemoryError):
-        raise
+        raise  # every other clip would meet the same
     except Exception as error:  # decoders and file systems raise all kinds at odd files
         log.debug("%s", name, exc_info=True)
         text = " ".join(str(error).split())[:200]
@@ -197,6 +197,7 @@ class RemoteFolder:
         if data is not None:
             return io.BytesIO(data)
         # A small file is one request: nobody asks for its size first. What fills the whole buffer may be longer.
+        # Chunks are small by design; whole videos (``size_first``) are not, and would be read to the limit for nothing.
         if not size_first and key not in self._sizes:
             data = self._fetch(key, 0, _WHOLE_BYTES)
         if data is None or len(data) == _WHOLE_BYTES:
@@ -223,7 +224,7 @@ class RemoteFolder:
         if names is None:
             paths = list[str]()
             for spelling in _spellings(folder):
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(FileNotFoundError):  # no such folder is an empty list, on disks as well
                     paths = paths or self._request(spelling, lambda system, path: system.ls(path, detail=False))
             names = self._listings.put(folder, [path.rstrip("/").rpartition("/")[2] for path in paths])
         return names
@@ -244,6 +245,7 @@ class RemoteFolder:
 
         def get(system: fsspec.AbstractFileSystem, path: str) -> bytes:
             data: bytes = _call(system, "cat_file", path, start=start, end=end)
+            # Other services than S3 and http may ignore the range as well.
             if len(data) > max(end - start, _WHOLE_BYTES):
                 raise _NoRangesError
             if exact and len(data) != end - start:
@@ -257,6 +259,7 @@ class RemoteFolder:
         name = self.name_of(key)
         for attempt in range(_TRIES):
             try:
+                # Connecting is part of the try: credentials and name servers fail for a while as well.
                 system, prefix = self._connect()
                 return send(system, f"{prefix}/{key}")
             except Exception as error:  # every file system raises its own kinds
@@ -360,6 +363,7 @@ def _http_response() -> type:
         async def read(self) -> bytes:
             if self.status != 200 or "Range" not in self.request_info.headers:
                 return bytes(await super().read())
+            # By the stated length, or where none is stated by counting what comes.
             parts, left = list[bytes](), _WHOLE_BYTES - (self.content_length or 0)
             if left >= 0:
                 left = _WHOLE_BYTES
@@ -462,6 +466,7 @@ def _diagnose(error: Exception) -> _Fault:
 
 def _code_and_status(error: BaseException) -> tuple[str, int]:
     """The service's error code and the HTTP status, '' and 0 where there are none."""
+    # Libraries wrap one another's errors: the first in the chain that has a status counts.
     cause: BaseException | None = error
     while cause is not None:
         response = getattr(cause, "response", None)
@@ -477,6 +482,7 @@ def _code_and_status(error: BaseException) -> tuple[str, int]:
 
 def _call(system: fsspec.AbstractFileSystem, method: str, *args: Any, **named: Any) -> Any:
     """A request with a time limit where the file system can have one."""
+    # Without it a connection that a firewall dropped silently would hang a loader process for ever.
     if isinstance(system, AsyncFileSystem) and not system.asynchronous:
         return sync(system.loop, getattr(system, f"_{method}"), *args, timeout=_REQUEST_TIMEOUT, **named)
     return getattr(system, method)(*args, **named)
@@ -490,7 +496,7 @@ def _options(protocol: str) -> dict[str, Any]:
     if protocol not in ("s3", "s3a"):
         return {}
     ours = {
-        "retries": {"total_max_attempts": 1},
+        "retries": {"total_max_attempts": 1},  # repeated here, with the same pauses for every service
         "connect_timeout": _CONNECT_TIMEOUT,
         "read_timeout": _SILENCE_TIMEOUT,
     }
@@ -554,7 +560,7 @@ class LocalCache:
         path = self._path(name)
         try:
             data = path.read_bytes()
-            os.utime(path)
+            os.utime(path)  # the time of the last use, by which files are removed
         except OSError:
             return None
         end = len(data) - _LENGTH_BYTES
@@ -562,7 +568,7 @@ class LocalCache:
 
     def put(self, name: str, data: bytes) -> None:
         """Store ``data`` under ``name``."""
-        if not self._usable or len(data) > self._limit:
+        if not self._usable or len(data) > self._limit:  # one object alone would empty the cache
             return
         path = self._path(name)
         try:

@@ -30,6 +30,7 @@ Box = tuple[int, int, int, int]
 def random_box(height: int, width: int, scale_min: float, rng: np.random.Generator) -> Box:
     """A box with at least ``scale_min`` of the picture's area and a random aspect ratio, as RandomResizedCrop draws."""
     low, high = np.log(ASPECT_RATIO)
+    # As torchvision's, but from numpy's generator: all randomness of a sample is a function of (seed, epoch, index).
     for _ in range(10):
         area = height * width * rng.uniform(scale_min, 1.0)
         ratio = np.exp(rng.uniform(low, high))
@@ -70,6 +71,7 @@ def spatial_crops(frames: np.ndarray, size: int, count: int, resize: str = "bicu
     # Half a pixel is rounded to even as torchvision's centre crop does, of several crops up, as LaViLa does.
     whole = round if count == 1 else math.ceil
     places = [(whole((height - size) * share), whole((width - size) * share)) for share in shares]
+    # Resized once, then cut: crops overlap.
     resized = _resize(frames, height, width, resize)
     return torch.stack([resized[..., top : top + size, left : left + size] for top, left in places])
 
@@ -114,6 +116,7 @@ def normalise(video: Tensor, stats: ImageStats = IMAGE_STATS["clip"]) -> Tensor:
 def _statistics(device: torch.device, stats: ImageStats) -> tuple[Tensor, Tensor]:
     # Factor and offset per channel [3, 1, 1, 1]; cached by device, because a copy to it would wait for its queue.
     mean, std = torch.tensor(stats.mean, dtype=torch.float64), torch.tensor(stats.std, dtype=torch.float64)
+    # One multiply-add per pixel instead of a division, a subtraction and a division; exact in float64 first.
     scale, shift = 1 / (255 * std), -mean / std
     return tuple(each.to(torch.float32).view(3, 1, 1, 1).to(device) for each in (scale, shift))  # type: ignore[return-value]
 

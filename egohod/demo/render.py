@@ -98,6 +98,7 @@ def draw_object(strokes: str, colour: RGB) -> Sprite:
     """An object (or lid) in one colour; the anchor is its centre."""
     unit = SPRITE * UNIT / 100
     thin = round(3 * unit)
+    # PIL draws without antialiasing: everything is drawn UNIT times larger and reduced.
     image = Image.new("RGBA", (SPRITE * UNIT, SPRITE * UNIT))
     pen = ImageDraw.Draw(image)
     for stroke in strokes.split(";"):
@@ -181,7 +182,7 @@ def shadow() -> Sprite:
 
 def draw_counter(kitchen: Kitchen, size: tuple[int, int]) -> Image.Image:
     """Wall tiles over a textured counter, ``MARGIN`` larger than the canvas on every side."""
-    rng = np.random.default_rng((*kitchen.seed, 1))
+    rng = np.random.default_rng((*kitchen.seed, 1))  # not the stream that drew the takes
     width, height = size[0] + 2 * MARGIN, size[1] + 2 * MARGIN
     edge = MARGIN + round(0.13 * size[1])
 
@@ -253,6 +254,7 @@ class Stage:
 
     def __init__(self, video: Video) -> None:
         self.video, kitchen = video, video.kitchen
+        # Drawn once a video: drawing at four times the size is slow.
         colours = {noun: COLOURS[colour] for noun, colour in kitchen.nouns.items()}
         self.objects = {noun: draw_object(OBJECTS[noun], colour) for noun, colour in colours.items()}
         self.lids = {noun: draw_object(LIDS[noun], colour) for noun, colour in colours.items() if noun in LIDS}
@@ -284,6 +286,7 @@ class Stage:
             moment.put(self.hands["grip", other], grip_point(other, at), 0.9, role=other)
             moment.contact[other] = PORTABLE_OBJECT
         self._put(moment, clip.noun, now.object, now.depth, now.turn, now.lid, now.height)
+        # The acting hand last: it is in front of everything.
         moment.put(self.hands[now.grip, clip.hand], now.hand, 0.5 + 0.5 * now.depth, role=clip.hand)
         return moment
 
@@ -314,6 +317,7 @@ class Stage:
                     row |= dict(zip(EDGES, box, strict=True))
                     if role in moment.contact:
                         row |= {"kind": "hand", "side": HANDS.index(role), "state": moment.contact[role]}
+                    # As detectors predict it: from the hand's centre to that of the object it touches.
                     if role == clip.hand and moment.contact[role] == PORTABLE_OBJECT and clip.noun in boxes:
                         (x, y), (to_x, to_y) = _centre(box), _centre(boxes[clip.noun])
                         row |= {"offset_x": to_x - x, "offset_y": to_y - y}

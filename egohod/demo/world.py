@@ -212,6 +212,7 @@ def _kitchen(rng: np.random.Generator, seed: tuple[int, ...], name: str, nouns: 
 
 def _schedule(rng: np.random.Generator, number: int, variant: Variant) -> list[Take]:
     """A video's takes: pairs of opposite verbs with the same object and hand, and two takes without a pair."""
+    # Both directions of a motion in one kitchen, so that nothing but the motion differs between them.
     takes: list[Take] = []
     pairs, odd = (CLIPS_PER_VIDEO - 2) // 2, number % 2
     for kind, count in (("state_changing", (pairs + odd) // 2), ("transient", (pairs + 1 - odd) // 2), ("none", 2)):
@@ -243,6 +244,7 @@ def _narrations(rng: np.random.Generator, take: Take, colour: str, other: str) -
         f"{text}, {detail}, while {idle}",
         f"#C C uses the {hand} hand and {acts}, {detail}; {idle}",
     )[rng.integers(5)]
+    # Half of the coarse narrations name no motion at all.
     wording = str(rng.choice(VAGUE)) if rng.random() < 0.5 else VERBS[verb].coarse
     shown = f"{colour} {noun}" if rng.random() < 0.3 else noun
     return "#C C " + wording.format(o=f"the {shown}"), hod
@@ -285,6 +287,7 @@ def _clip(rng: np.random.Generator, kitchen: Kitchen, uid: str, start: int, take
 
 def make_video(seed: int, split: str, number: int, clips: int = CLIPS_PER_VIDEO, variant: Variant = DEFAULT) -> Video:
     """Video ``number`` of a split with its first ``clips`` takes; a pure function of its arguments."""
+    # A stream of its own for each video: a larger world begins with the videos of a smaller one.
     key = (seed, list(SPLITS).index(split), number)
     rng = np.random.default_rng(key)
     name = f"{split}_{number:04d}"

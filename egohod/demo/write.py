@@ -83,7 +83,7 @@ def encode(frames: Iterable[np.ndarray], path: Path) -> None:
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=FPS, options=CODEC_OPTIONS)
         stream.width, stream.height = PICTURE
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = "yuv420p"  # what every player takes
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode(None))
@@ -122,6 +122,7 @@ def questions(videos: Sequence[Video], rng: np.random.Generator) -> Iterator[dic
         return {"kind": kind, "query": query, "choices": [*wrong[:answer], right, *wrong[answer:]], "answer": answer}
 
     clips = [(video.video_id, clip) for video in videos for clip in video.clips]
+    # A small world has few objects: no question may name one that is never there.
     nouns = {noun for video in videos for noun in video.kitchen.nouns}
     for place, clip in clips:
         others = [clips[i] for i in rng.permutation(len(clips))]
@@ -297,7 +298,7 @@ def write_benchmarks(world: Path, split: str = "test") -> bool:
     if final.exists():
         return False
     part = final.with_name(".benchmarks.part")
-    shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
     train, table = (pd.read_csv(world / name / "hod.csv") for name in ("train", split))
     frames = _frames(world / split)
     coarse = pd.read_csv(world / split / "narrations.csv")["text"].str.removeprefix("#C C ")
@@ -378,6 +379,7 @@ def _write_egtea(folder: Path, table: pd.DataFrame, frames: Sequence[np.ndarray]
     for number, lines in enumerate(splits, start=1):
         # As in the original, a split trains on the clips that it does not test.
         rest = [line for line in everything if line not in set(lines)]
+        # The blank at the end of a line is in the original as well.
         for name, some in (("test", lines), ("train", rest)):
             (folder / f"{name}_split{number}.txt").write_text("".join(f"{line} \n" for line in some))
 
@@ -385,7 +387,7 @@ def _write_egtea(folder: Path, table: pd.DataFrame, frames: Sequence[np.ndarray]
 def _write_egomcq(folder: Path, table: pd.DataFrame, coarse: pd.Series) -> None:
     """For every clip the question across videos, and the one within its video where that has five other actions."""
     folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(0)  # the questions are a function of the clips alone
     entries: dict[str, dict[str, object]] = {}
     for row in range(len(table)):
         same = table["video_id"] == table["video_id"][row]
