@@ -131,6 +131,7 @@ class FeatureCache:
     def read(self, keys: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         """The features that are cached, by key."""
         requested, cached = set(keys), dict[str, NDArray[np.float32]]()
+        # In order of their names: of a key that two processes wrote, later evaluations read the same feature.
         for path in sorted(self.folder.glob("*.npz")):
             if path.name.startswith(UNFINISHED_PREFIX):  # another process is writing it
                 continue
@@ -152,6 +153,7 @@ class FeatureCache:
         """Write what is not on disk yet. A full disk costs the cache, not the evaluation."""
         if not self._pending:
             return
+        # Process ids repeat on the machines of a cluster.
         path = self.folder / f"{os.getpid()}-{uuid.uuid4().hex[:12]}.npz"
         try:
             write_feature_file(path, np.stack(list(self._pending.values())), keys=np.array(list(self._pending)))
@@ -285,6 +287,7 @@ def search(query: NDArray[np.float32], index: Features, top: int, overlapping: b
     Of clips of one video that overlap only the best is a hit, unless ``overlapping``: sliding windows see every moment
     several times. Raises :class:`UserError` for a query of another width than the features.
     """
+    # Equal widths do not prove equal models: tools/search.py compares the checksum of the weights, too.
     if index.features.shape[1:] != query.shape:
         raise UserError(f"the index has features of {index.features.shape[1]} dimensions, the query {len(query)}")
     similarity = index.features @ query

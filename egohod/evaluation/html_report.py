@@ -175,6 +175,7 @@ def gallery(table: Mapping[str, Any], clips: Mapping[str, Any]) -> Gallery:
     """The cards of one of the ``tables`` of ``details/*.json`` over its ``clips``."""
     title, right, card = _KINDS[table["kind"]](table, clips)
     groups = []
+    # Evenly over all clips rather than the first ones, which are often of one video.
     for rows in (np.flatnonzero(right), np.flatnonzero(~right)):
         count = min(len(rows), CARDS)
         shown = rows[np.linspace(0, len(rows) - 1, count).round().astype(int)] if count else []
@@ -223,6 +224,7 @@ def _multiple_choice(table: Mapping[str, Any], clips: Mapping[str, Any]) -> _Car
     def card(row: int) -> Card:
         question = questions[row]
         taken, answer = question["taken"], question["answer"]
+        # The choice, and the correct one beside it if that is another.
         shown = [taken] if taken == answer else [taken, answer]
         chosen = [question["choices"][i] for i in shown]
         kind, query = question["kind"].replace("_", " "), question["query"]
@@ -331,6 +333,7 @@ def confusion_plot(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -
     axes.tick_params(labelsize=8, length=0, colors=_INK)
     axes.set_xlabel("predicted class", color=_INK, fontsize=9)
     axes.set_ylabel("true class", color=_INK, fontsize=9)
+    # What would be drawn as 0 is left empty.
     for row, column in zip(*np.nonzero(share >= 0.5), strict=True):
         value = share[row, column]
         colour = "white" if value > 55 else _INK
@@ -342,6 +345,7 @@ def confusion_plot(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -
     axes.tick_params(which="minor", length=0)
     axes.spines[:].set_color("#dfe5ea")
     buffer = io.BytesIO()
+    # Without the version of matplotlib, so that equal results give equal pages.
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 

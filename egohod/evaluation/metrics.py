@@ -120,6 +120,7 @@ def _graded_block(sim: NDArray[Any], rel: NDArray[Any]) -> tuple[NDArray[np.floa
     ap = _ratio(np.bincount(query[full], precision, queries), np.bincount(query[full], minlength=queries))
 
     discount = 1.0 / np.log2(np.arange(items) + 2.0)
+    # The published evaluation cuts nDCG at as many ranks as there are relevant items, not at a fixed k.
     counted = rank <= counts[query]
     gained = np.bincount(query[counted], (gains * discount[rank - 1])[counted], queries)
     packed.sort(axis=1)
@@ -226,6 +227,7 @@ def multiple_choice_right(scores: ArrayLike, answers: ArrayLike) -> NDArray[np.b
         raise UserError("the scores of the choices hold NaN or infinite values: the features are not finite")
     if answers.size and not np.isfinite(scores[np.arange(len(answers)), answers]).all():
         raise UserError("a question names an answer that is not among its choices")
+    # argmax takes the first of equal scores, as all metrics here do.
     return scores.argmax(axis=1) == answers if answers.size else np.zeros(0, dtype=bool)
 
 
@@ -236,6 +238,7 @@ def expected_graded_scores(rel: ArrayLike) -> GradedScores:
     to S - 1) stands before it with (k - 1)/(N - 1); so AP averages ``mean_k((1 + (k - 1) (S - 1)/(N - 1)) / k)``.
     For nDCG every rank holds the mean relevancy.
     """
+    # Exactly, not by sampling: a chance level must not change between runs.
     rel = np.asarray(rel)
     (ap_v2t, ndcg_v2t), (ap_t2v, ndcg_t2v) = _expected_per_query(rel), _expected_per_query(rel.T)
     return GradedScores(_directions(ap_v2t, ap_t2v), _directions(ndcg_v2t, ndcg_t2v))
@@ -253,6 +256,7 @@ def expected_recall(relevant: ArrayLike, items: int) -> NDArray[np.float64]:
     """
     counts, queries = np.unique(_answerable(relevant), return_counts=True)
     drawn = np.arange(items)
+    # Drawing without replacement: the share of queries that have missed all relevant items after each draw.
     missed = (np.clip(items - counts[:, None] - drawn, 0, None) / (items - drawn)).cumprod(axis=1)
     return 1 - queries @ missed / max(queries.sum(), 1)
 
@@ -263,6 +267,7 @@ def _expected_per_query(rel: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray
     discount = 1.0 / np.log2(rank + 1.0)
     total = rel.sum(axis=1, dtype=np.float64)
     harmonic = float(np.mean(1.0 / rank))
+    # mean_k((1 + (k - 1) x) / k) = H + (1 - H) x for x = (S - 1)/(N - 1) and the mean reciprocal rank H.
     ap = harmonic + (1 - harmonic) * (total - 1) / max(items - 1, 1)
     positives = (rel > 0).sum(axis=1)
     gained = total / items * np.concatenate([[0.0], discount.cumsum()])[positives]
@@ -405,6 +410,7 @@ def _resampled(
 
 
 def _percentiles(draws: NDArray[np.float64]) -> tuple[float, float]:
+    # One resampling without a single valid query spoils the interval: none is better than a wrong one.
     if np.isnan(draws).any():
         return float("nan"), float("nan")
     low, high = np.percentile(draws, [2.5, 97.5])

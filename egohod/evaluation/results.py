@@ -181,6 +181,7 @@ def details(benchmark: Benchmark, result: BenchmarkResult) -> dict[str, Any]:
             "id": [ids[i] for i in rows],
             "video": [videos[i] for i in rows],
             "start": [float(clips.start[i]) for i in rows],
+            # JSON has no infinity, the end of a clip that is a whole file.
             "end": [end if end != float("inf") else None for end in ends],
         },
         "tables": list(result.details),
@@ -203,6 +204,7 @@ def table(results: Mapping[str, float], title: str = "") -> str:
     def control_of(key: str) -> str | None:
         return next((part for part in key.split("/")[:-1] if part in CONTROLS), None)
 
+    # Only the controls that were measured get a column.
     controls = [name for name in CONTROLS if any(control_of(key) == name for key in results)]
     shown = [(key, value) for key, value in results.items() if not key.endswith((CHANCE, DROP)) and not control_of(key)]
     width = max([len(key) for key, _ in shown] + [len(title)])
@@ -210,6 +212,7 @@ def table(results: Mapping[str, float], title: str = "") -> str:
     for key, value in shown:
         group, slash, metric = key.rpartition("/")
         others = [results.get(key + CHANCE), *(results.get(f"{group}{slash}{name}/{metric}") for name in controls)]
+        # Ranks are no percentages.
         unit = " " if "rank" in key else "%"
         cells = [f"{'-' if cell is None else f'{cell:.1f}{unit}':>8}" for cell in (value, *others)]
         lines.append("  ".join([f"{key:<{width}}", *cells]))

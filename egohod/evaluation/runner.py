@@ -103,6 +103,7 @@ class Benchmark:
             require_all(missing, total)
         dataset = self.dataset if len(rows) == total else self.dataset.restricted(_mask(rows, total))
         cache = FeatureCache(run.cache, self._dependencies(model)) if run.cache else None
+        # Missing files are known already; what comes up while decoding is numbered among the remaining clips.
         video, report = embed_clips(model, dataset, run, controls=self.controls, cache=cache)
         if report.faults:
             readable = np.setdiff1d(np.arange(len(rows)), list(report.faults))
@@ -114,6 +115,7 @@ class Benchmark:
         report.faults, report.clips = missing | report.faults, total
         tasks = self.tasks if len(rows) == total else [task.restricted(_mask(rows, total)) for task in self.tasks]
         texts = [text for task in tasks for text in task.texts]
+        # All tasks at once: texts that they share are encoded once.
         if texts:
             embedded = embed_texts(model, texts, self.tokenizer, run, cache=cache)
         else:  # heads need none

@@ -115,6 +115,7 @@ class RetrievalTask(RetrievalData, EvaluationTask):
         v2t, t2v = graded_per_query(sim, self.relevancy), graded_per_query(sim.T, self.relevancy.T)
         scores = {}
         for name, of_clips, of_texts in zip(("map", "ndcg"), v2t, t2v, strict=True):
+            # Where clips are left out, a text may have no relevant clip left, and then no average precision.
             if np.isnan(of_clips).any() or np.isnan(of_texts).any():
                 counts = int(np.isnan(of_clips).sum()), int(np.isnan(of_texts).sum())
                 log.warning("%s leaves out %d clips and %d texts to which nothing is relevant", name, *counts)
@@ -122,6 +123,7 @@ class RetrievalTask(RetrievalData, EvaluationTask):
                 scores[name + suffix] = percent(parts, self._chance[name + suffix])
         if self.text_of_clip is None:
             return scores
+        # Several clips may have the same narration: each of them is then a hit of its text.
         own = self.text_of_clip[:, None] == np.arange(len(self.texts))
         for direction, each, relevant in (("v2t", sim, own), ("t2v", sim.T, own.T)):
             ranks, chance = first_relevant_rank(each, relevant), expected_recall(relevant.sum(axis=1), each.shape[1])
@@ -318,6 +320,7 @@ class MultiLabelTask(MultiLabelData, EvaluationTask):
         def draw(rng: np.random.Generator) -> NDArray[np.float64]:
             return np.array([value(rng.integers(0, len(scores), len(scores))) for _ in range(RESAMPLES)])
 
+        # Clips without any class rank last in the metric, so they do not take part in its chance level.
         labelled = self.labels[self.labels.any(axis=1)]
         chance = 100 * float(np.nanmean(expected_average_precision(labelled))) if labelled.size else None
         return {self.name: Score(value(np.arange(len(scores))), chance, draw)}
@@ -352,6 +355,7 @@ class MultipleChoiceTask(QuestionData, EvaluationTask):
         kinds = np.array([question.kind for question in self.questions])
         answers = np.array([question.answer for question in self.questions], dtype=np.int64)
         right = multiple_choice_right(self._scores(video, text), answers)
+        # Questions of one kind may have different numbers of choices.
         guess = np.array([1 / len(question.choices) for question in self.questions])
         return {
             str(kind): percent([right[kinds == kind]], 100 * float(guess[kinds == kind].mean()))
@@ -431,6 +435,7 @@ def linear_probe(features: Tensor, labels: Tensor, test: Tensor, count: int, *, 
 
     ``features`` [N, D] with ``labels`` [N] in 0..``count``-1 are trained on, the classes of ``test`` [M, D] predicted.
     """
+    # By the training clips alone; a dimension that is constant there would divide by zero.
     mean, scale = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
     features, test = (features - mean) / scale, (test - mean) / scale
     train, validation = _split(len(features), seed)
@@ -481,6 +486,7 @@ def _vote(features: Tensor, labels: Tensor, test: Tensor, count: int, k: int) ->
 
 
 def _split(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    # A generator of its own: the same split whatever else draws random numbers.
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     held_out = max(1, round(_VALIDATION_SHARE * count))
     return order[held_out:], order[:held_out]
