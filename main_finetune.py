@@ -3,9 +3,9 @@
 Retrieval:           python main_finetune.py --config_file configs/finetune/ek100_mir.yml model.weights.path=PATH
 The demo world:      python main_finetune.py --config_file configs/finetune/demo_mir.yml model.weights.path=runs/demo
 Several on a node:   torchrun --nproc_per_node=4 main_finetune.py --config_file configs/finetune/ek100_mir.yml ...
-Look before leaping: the same with --dry_run
+Dry run:             the same with --dry_run
 
-It is the loop of main_pretrain.py: the same configuration, checkpoints, resume (--resume auto), telemetry, exit codes.
+It runs the loop of main_pretrain.py: the same configuration, checkpoints, --resume auto, telemetry and exit codes.
 Ends with results.json and report.html of the benchmarks in evaluate.final.
 """
 

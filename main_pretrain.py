@@ -2,12 +2,12 @@
 
 One process:         python main_pretrain.py --config_file configs/demo.yml
 Several on a node:   torchrun --nproc_per_node=8 main_pretrain.py --config_file configs/config/clip_base.yml
-Look before leaping: python main_pretrain.py --config_file configs/config/clip_base.yml --dry_run
+Dry run:             python main_pretrain.py --config_file configs/config/clip_base.yml --dry_run
 Change a knob:       python main_pretrain.py --config_file configs/demo.yml train.lr=1e-4 train.output=runs/mine
 
-The same command goes on where a run was interrupted (--resume auto). Ends with results.json and report.html where the
-configuration names a test world or evaluate.final. Exit code 0: done or stopped by a signal after
-saving; 2: something in the configuration or the data that the message names.
+Rerun the same command to resume an interrupted run (--resume auto). The run ends with results.json and report.html
+where the configuration names benchmarks for the end. Exit code 0: done, or stopped by a signal after saving; 2: a
+mistake in the configuration or the data, which the message names; 1: anything else.
 """
 
 from __future__ import annotations

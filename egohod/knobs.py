@@ -124,12 +124,17 @@ def help_text(schema: type) -> str:
     for name, entry, kind in knobs(schema):
         head = name.rpartition(".")[0]
         if head != section:
-            section = head
-            lines.append(f"\n{head or 'on top'}: {_section_doc(head, schema)}")
+            section, owner = head, schema
+            for key in filter(None, head.split(".")):
+                owner = named_sections(owner) or typing.get_type_hints(owner)[key]
+            # The first line of the docstring of the dataclass that the section is made of.
+            lines.append(f"\n{head or 'on top'}: {(owner.__doc__ or '').strip().splitlines()[0]}")
         factory = entry.default_factory
         default = entry.default if factory is dataclasses.MISSING else factory()
+        # As YAML writes it.
+        shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
         allowed = allowed_values(entry.metadata)
-        lines.append(f"  {name}={_show(default)}  ({type_name(kind)}{'; ' + allowed if allowed else ''})")
+        lines.append(f"  {name}={shown}  ({type_name(kind)}{'; ' + allowed if allowed else ''})")
         lines.append(f"      {entry.metadata['why']}")
     return "\n".join(lines).lstrip("\n")
 
@@ -155,16 +160,6 @@ def type_name(kind: Any) -> str:
     if get_origin(kind) is not None and type(None) in get_args(kind):
         return " | ".join("null" if part is type(None) else type_name(part) for part in get_args(kind))
     return kind.__name__ if isinstance(kind, type) and get_origin(kind) is None else str(kind)
-
-
-def _show(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _section_doc(name: str, schema: Any) -> str:
-    for key in filter(None, name.split(".")):
-        schema = named_sections(schema) or typing.get_type_hints(schema)[key]
-    return (schema.__doc__ or "").strip().splitlines()[0]
 
 
 def raw_value(tree: Any, path: Sequence[str]) -> Any:
