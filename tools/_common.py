@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+# In front: a copy of egohod elsewhere on the path must not be mixed with these tools.
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 

@@ -182,12 +182,14 @@ def train(run: Run) -> float:
     """Run to the end; returns the seconds it took. Raises :class:`UserError` if the run ended early."""
     begin = time.monotonic()
     run.folder.mkdir(parents=True, exist_ok=True)
+    # Appended: a resumed run keeps the log of its first part.
     with (run.folder / "log.txt").open("a") as out:
         code = subprocess.run(run.command, stdout=out, stderr=out, check=False).returncode
     if code or (run.trains and int(steps_of(run)[-1]["step"]) < Schedule.of(run.cfg, steps_per_epoch=1).total):
         raise UserError(f"{run.folder}: the run ended early (exit code {code}); see {run.folder}/log.txt")
     if not run.trains:
         (run.folder / "config.yml").write_text(config.to_yaml(run.cfg))
+    # Last, so that a run that was killed before this line counts as unfinished and is resumed.
     (run.folder / DONE_FILE).touch()
     return time.monotonic() - begin
 

@@ -127,6 +127,7 @@ def convert(weights: WeightFile, output: Path, to: str) -> None:
     """Write ``weights`` to ``output``, under a temporary name first."""
     tensors = upstream_state(weights) if to == "upstream" else weights.tensors
     metadata = {"format": "pt", "family": str(weights.family), "settings": json.dumps(weights.settings)}
+    # A rename is atomic: an interrupted conversion leaves no half-written file under the final name.
     temporary = output.with_name(f".{output.name}-{os.getpid()}")
     try:
         save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, metadata=metadata)

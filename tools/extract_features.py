@@ -1,13 +1,13 @@
-"""Embed anyone's clips: features to search in, or for a model of your own.
+"""Embed your own clips: features for search, or as input of another model.
 
     python tools/extract_features.py --videos my/videos --checkpoint runs/demo --output features
     python tools/extract_features.py --videos my/videos --clips clips.csv --checkpoint ... --output ...
     python tools/extract_features.py --videos long --window 2 --stride 1 --checkpoint ... --output ...
 
-Without more, every video of the folder is one clip. --clips is a csv with video_id,start_second,end_second and perhaps
-text. --window and --stride, in seconds, slide over long videos, as methods for EgoNLQ and EgoMQ want their features.
+By default every video of the folder is one clip. --clips is a csv with video_id,start_second,end_second and optionally
+text. --window and --stride, in seconds, slide over long videos, as methods for EgoNLQ and EgoMQ expect their features.
 --output gets one .npz a video (features [n, D] of unit length, start, end, text) and index.json, which tools/search.py
-reads. The model is that of --config_file. An interrupted run goes on where it stopped; a video or clip that changed is
+reads. The model is that of --config_file. Rerun to resume after an interruption; a video or clip that changed is
 embedded again. The processes of torchrun --nproc_per_node=N tools/extract_features.py ... share the videos.
 """
 
@@ -53,17 +53,25 @@ def main(arguments: Sequence[str]) -> int:
     add("--window", type=float, metavar="SECONDS", help="embed windows of this length")
     add("--stride", type=float, metavar="SECONDS", help="from one window's start to the next (default: half a window)")
     add("--frames", type=int, metavar="N", help="frames of each clip (default: model.num_frames)")
-    add("--layout", default="auto", choices=("auto", "chunks", "avion", "whole"), help="how the videos of --clips lie")
+    add(
+        "--layout",
+        default="auto",
+        choices=("auto", "chunks", "avion", "whole"),
+        help="file layout of the videos of --clips",
+    )
     add("--chunk_seconds", type=float, default=15.0, metavar="SECONDS", help="length of chunks (default: 15)")
     add("--allow_missing", action="store_true", help="leave out what cannot be read")
-    add("--dry_run", action="store_true", help="say what there is to do, and write nothing")
+    add("--dry_run", action="store_true", help="print how much there is to do, and write nothing")
     args = parser.parse_intermixed_args(arguments)
     cfg = load_for_checkpoint(args)
     clips, faults = _clips(args, cfg)
     layout = args.layout if args.clips else "whole"
-    # Never widened: a window of half a second is meant to be one.
+    # Short clips are not widened, unlike in training: a user who asks for half a second gets half a second.
     source = SourceConfig(root=args.videos, layout=layout, chunk_seconds=args.chunk_seconds, min_clip_seconds=0.0)
-    protocol = EvalProtocol("features", "this project: one centre crop", frames=_frames(args, cfg))
+    frames = cfg.model.num_frames if args.frames is None else args.frames
+    if frames < 1:
+        raise UserError(f"--frames must be at least 1, not {frames}")
+    protocol = EvalProtocol("features", "this project: one centre crop", frames=frames)
     dataset = ClipDataset(
         [(clips, source)],
         protocol=protocol,
@@ -71,7 +79,18 @@ def main(arguments: Sequence[str]) -> int:
         decoder=cfg.data.decoder,
         cache=open_cache(cfg.data.cache, cfg.data.cache_gb),
     )
-    dataset = _readable(dataset, faults, args.allow_missing)
+    missing = dataset.missing()
+    lines = list(dict.fromkeys([*faults, *missing.values()]))
+    if lines and not args.allow_missing:
+        # All at once: a user with many videos should not mend them one run at a time.
+        raise UserError(*lines, f"{len(lines)} videos cannot be read; --allow_missing leaves them out")
+    for line in lines:
+        log.warning("left out: %s", line)
+    readable = np.ones(len(dataset), dtype=bool)
+    readable[list(missing)] = False
+    if not readable.any():
+        raise UserError(f"{args.videos}: not a single clip can be read")
+    dataset = dataset.restricted(readable)
     dist = setup(cfg.train.device)
     try:
         _embed(args, cfg, dist, dataset)
@@ -81,9 +100,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _embed(args: argparse.Namespace, cfg: Config, dist: Distributed, dataset: ClipDataset) -> None:
-    """What is not in --output yet; with --dry_run only say so."""
+    """Embed the clips whose features are not in --output yet; with --dry_run only count them."""
     rows_of, frames = dataset.clips.rows_of_videos(), dataset.protocol.frames
-    # What the first process finds is to be done counts for all: others may look when it has begun to write.
+    # The first process decides for all: another one might list --output after the first has begun to write.
     todo = dist.gather_objects(remaining(dataset, args.output) if dist.is_main else None)[0]
     clips = sum(len(rows_of[video]) for video in todo)
     log.info(
@@ -96,7 +115,7 @@ def _embed(args: argparse.Namespace, cfg: Config, dist: Distributed, dataset: Cl
     model = build_model(cfg, dist)
     with cli.claimed_run(str(args.output), dist):
         if dist.is_main:
-            said = {
+            index = {
                 "format": INDEX_FORMAT,
                 "model": cfg.model.name,
                 "weights": fingerprint(model),
@@ -106,9 +125,9 @@ def _embed(args: argparse.Namespace, cfg: Config, dist: Distributed, dataset: Cl
                 "chunk_seconds": dataset.config.chunk_seconds,
                 "videos": {video: file_of(video) for video in rows_of},
             }
-            open_index(args.output, said)
+            open_index(args.output, index)
             (args.output / CONFIG_FILE).write_text(to_yaml(cfg), encoding="utf-8")
-        dist.gather_objects(None)  # nobody writes before the index takes these features
+        dist.gather_objects(None)  # no process may write before the index accepts these features
         execution = dataclasses.replace(execution_of(cfg, dist), allow_missing=args.allow_missing)
         done = extract(model, dataset, args.output, todo, execution)
     log.info("%s: embedded %s clips of %s videos", args.output, f"{done.clips:,}", f"{done.videos:,}")
@@ -129,29 +148,6 @@ def _clips(args: argparse.Namespace, cfg: Config) -> tuple[ClipTable, list[str]]
             args.videos, args.window, args.window / 2 if args.stride is None else args.stride, cfg.data.decoder
         )
     return whole_files(args.videos)
-
-
-def _frames(args: argparse.Namespace, cfg: Config) -> int:
-    if args.frames is None:
-        return cfg.model.num_frames
-    if args.frames < 1:
-        raise UserError(f"--frames must be at least 1, not {args.frames}")
-    return int(args.frames)
-
-
-def _readable(dataset: ClipDataset, faults: Sequence[str], allow_missing: bool) -> ClipDataset:
-    """What is there; all that is not is named at once."""
-    missing = dataset.missing()
-    lines = list(dict.fromkeys([*faults, *missing.values()]))
-    if lines and not allow_missing:
-        raise UserError(*lines, f"{len(lines)} videos cannot be read; --allow_missing leaves them out")
-    for line in lines:
-        log.warning("left out: %s", line)
-    kept = np.ones(len(dataset), dtype=bool)
-    kept[list(missing)] = False
-    if not kept.any():
-        raise UserError(f"{dataset.config.root}: not a single clip can be read")
-    return dataset.restricted(kept)
 
 
 if __name__ == "__main__":

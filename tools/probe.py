@@ -80,6 +80,7 @@ def main(arguments: Sequence[str]) -> int:
         start = time.monotonic()
         result = probe(train_features, torch.from_numpy(train_labels), test_features, count, seed=args.seed)
         right = (result.classes.numpy() == test_labels).astype(float)
+        # Of classes that have test clips; the others have no accuracy.
         mean = np.mean([right[test_labels == c].mean() for c in np.unique(test_labels)])
         seconds = time.monotonic() - start
         print(

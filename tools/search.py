@@ -53,6 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     cfg = config.load(args.index / CONFIG_FILE, [f"model.weights.path={args.checkpoint}"] if args.checkpoint else [])
     dist = setup(cfg.train.device, alone=True)
     model = build_model(cfg, dist)
+    # Another checkpoint has another embedding space: similarities to these features would be noise.
     if fingerprint(model) != index["weights"]:
         raise UserError(f"{cfg.model.weights.path}: not the weights that made {args.index}; give --checkpoint")
     tokenizer = Tokenizer(model.geometry.context_length)

@@ -63,6 +63,7 @@ from egohod.training.build import build_dataset, build_plan
 from egohod.training.config import TrainConfig
 
 DECODERS = ("pyav", "torchcodec", "decord")
+# As in EK100_320p_15sec, the form in which AVION trains: a short side of 320 pixels, chunks of 15 s.
 WIDTH, HEIGHT, FPS, CHUNK_SECONDS, KEYFRAME_EVERY = 426, 320, 30, 15, 15
 CLIP_SECONDS = 2.0
 CROP_SCALE_MIN = 0.5
@@ -149,6 +150,7 @@ def loader_options(parser: argparse.ArgumentParser) -> None:
 
 def loader(options: argparse.Namespace) -> dict[str, Any]:
     """Clips/s of all ways in alternating rounds, and the median of the rounds' ratios."""
+    # Workers and the main process share the cores; with more threads they would disturb one another.
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -337,7 +339,7 @@ class UsualDataset(Dataset[dict[str, torch.Tensor]]):
         import decord
 
         video_id, start, text = self.rows[index]
-        rng = np.random.default_rng()
+        rng = np.random.default_rng()  # unseeded, as in the loaders that it stands for
         chunk, offset = divmod(start, CHUNK_SECONDS)
         reader = decord.VideoReader(str(self.root / video_id / f"{int(chunk):04d}.mp4"), num_threads=1)
         first = round(offset * reader.get_avg_fps())
@@ -395,7 +397,7 @@ def table_text(result: dict[str, float]) -> str:
 
 def write_world(folder: Path, rows: int, videos: int) -> Path:
     """A csv in the form of the released HOD files, and its videos; the csv's path."""
-    rng = random.Random(0)
+    rng = random.Random(0)  # the same table in both processes that are compared
     names = [str(uuid.UUID(int=rng.getrandbits(128))) for _ in range(videos)]
     (folder / "videos").mkdir(exist_ok=True)
     original = folder / "original.mp4"
