@@ -189,7 +189,7 @@ def _read_packed(folder: Path) -> None:
 def _train_labels(folder: Path) -> None:
     table = read_clips(SourceConfig(metadata=str(folder / "train.csv"), format="ek100"))
     space = class_space(
-        [table], ["verb_class", "noun_class"], [str(folder / "actions.csv"), str(folder / "validation.csv")], say=True
+        [table], ["verb_class", "noun_class"], [str(folder / "actions.csv"), str(folder / "validation.csv")], warn=True
     )
     space.heads("parts")
     ClassLabels(table, space, "parts").draw(0, np.random.default_rng(0))

@@ -1,7 +1,7 @@
-"""From annotation rows and video files to batches of uint8 clips.
+"""From annotation files and videos to batches of uint8 clips.
 
-The way of a clip: :mod:`~egohod.data.table` (which clip, which words), :mod:`~egohod.data.frames` (which frames),
-:mod:`~egohod.data.videos` (which files), :mod:`~egohod.data.storage` (their bytes), :mod:`~egohod.data.decoders`,
-:mod:`~egohod.data.transforms` (one crop, one flip), :mod:`~egohod.data.dataset` (row + seed -> sample),
-:mod:`~egohod.data.loader` (order, workers, resuming).
+The way of a clip: :mod:`~egohod.data.formats` (a dataset's files), :mod:`~egohod.data.table` (clips as columns),
+:mod:`~egohod.data.videos` (which files and frames), :mod:`~egohod.data.storage` (their bytes),
+:mod:`~egohod.data.decoders`, :mod:`~egohod.data.transforms` (crop, flip), :mod:`~egohod.data.text` (tokens),
+:mod:`~egohod.data.dataset` (samples for training and evaluation), :mod:`~egohod.data.loader` (order, workers, resume).
 """
