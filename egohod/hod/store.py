@@ -258,7 +258,9 @@ class Results:
                 # With the log a killed process loses nothing, and a machine that crashes what was not flushed yet; in
                 # neither case is the file damaged.
                 journal = "WAL" if _file_system(self._path) in _LOCAL_FILE_SYSTEMS else "TRUNCATE"
-                connection.execute(f"PRAGMA journal_mode = {journal}")
+                # Not possible while somebody reads. The mode that it is in does as well, only slower.
+                with contextlib.suppress(sqlite3.OperationalError):
+                    connection.execute(f"PRAGMA journal_mode = {journal}")
                 connection.execute("PRAGMA synchronous = NORMAL")
                 connection.executescript(_SCHEMA)
                 self._is_writable = True
