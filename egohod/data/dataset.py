@@ -21,11 +21,11 @@ from torch.utils.data import Dataset
 
 from egohod.data.config import SourceConfig
 from egohod.data.decoders import ReusingOpener, choose_decoder
-from egohod.data.frames import MIN_SECONDS, RULES
 from egohod.data.storage import LocalCache, VideoError, VideoFile, one_clip
 from egohod.data.table import ClipReader, ClipRow, ClipTable, choose_text
 from egohod.data.text import Tokenizer, swap_sides, trim
 from egohod.data.transforms import Box, crop, crop_boxes, flip, flip_boxes, random_box, spatial_crops
+from egohod.data.videos import MIN_SECONDS, RULES
 from egohod.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ WHOLE_FILES = ("midpoints", "windows")
 class EvalProtocol:
     """How clips are shown in an evaluation; resolution, activation and the like come from the checkpoint.
 
-    ``frames`` per view. ``sampling``: a rule of :func:`egohod.data.frames.clip_indices`; or, where clips are files of
+    ``frames`` per view. ``sampling``: a rule of :func:`egohod.data.videos.clip_indices`; or, where clips are files of
     their own, *midpoints*, the floored midpoints of equal parts of the file, or *windows*, runs of frames ``stride``
     apart whose starts are spread evenly over the file. A clip has ``windows`` x ``crops`` views. ``merge``: whether the
     *mean* or the *max* of the views' similarities to a text counts. ``resize``: one of

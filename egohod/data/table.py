@@ -21,10 +21,9 @@ from egohod.data import text_files
 from egohod.data.config import SourceConfig
 from egohod.data.decoders import Opener
 from egohod.data.detections import EDGES, ROLES, BoxTable
-from egohod.data.frames import MIN_SECONDS
 from egohod.data.storage import LocalCache
 from egohod.data.text_files import nearest, read_columns, read_header, seconds, text_column
-from egohod.data.videos import Frames, VideoStore
+from egohod.data.videos import MIN_SECONDS, Frames, VideoStore
 from egohod.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -12,8 +12,7 @@ import pytest
 from video_files import DECODERS, encode, encode_sound, numbers, opener, picture, reference
 
 from egohod.data.chunking import ChunkSettings, DisplayedFrame, at_rate, chunk_size, probe, try_encoder, write_chunks
-from egohod.data.frames import segment_indices
-from egohod.data.videos import VideoError, VideoStore
+from egohod.data.videos import VideoError, VideoStore, segment_indices
 from egohod.errors import UserError
 
 SMALL = ChunkSettings(seconds=1.0, short_side=64, crf=16)

@@ -13,8 +13,8 @@ from video_files import DECODERS, encode, encode_sound, opener, picture, referen
 
 from egohod.data import decoders
 from egohod.data.decoders import ReusingOpener, choose_decoder
-from egohod.data.frames import frame_times, segment_indices
 from egohod.data.storage import VideoError
+from egohod.data.videos import frame_times, segment_indices
 from egohod.errors import UserError
 
 # Streams that need different care: what may be left out, and where decoding may begin.

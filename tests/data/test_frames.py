@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from egohod.data.frames import clip_indices, floored_midpoints, frame_times, segment_indices
+from egohod.data.videos import clip_indices, floored_midpoints, frame_times, segment_indices
 
 
 @pytest.mark.parametrize(

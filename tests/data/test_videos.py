@@ -13,10 +13,9 @@ from video_files import DECODERS, DISTINCT, encode, encode_sound, numbers, opene
 
 from egohod.data.config import SourceConfig
 from egohod.data.formats import read_clips
-from egohod.data.frames import floored_midpoints, segment_indices
 from egohod.data.storage import LocalFolder
 from egohod.data.table import ClipReader
-from egohod.data.videos import VideoError, VideoStore
+from egohod.data.videos import VideoError, VideoStore, floored_midpoints, segment_indices
 from egohod.errors import UserError
 
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from egohod.data import detections
 from egohod.data.detections import SCHEMA
-from egohod.data.frames import frame_times, segment_indices
+from egohod.data.videos import frame_times, segment_indices
 from egohod.demo.render import Stage
 from egohod.demo.world import FPS, VERBS, Video, make_video
 from egohod.hod import tracking

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from egohod.data.frames import frame_times, segment_indices
+from egohod.data.videos import frame_times, segment_indices
 from egohod.demo.world import FPS, OTHER_HAND, VERBS, phrase
 from egohod.hod.check import check
 from egohod.hod.config import CheckConfig

@@ -53,10 +53,9 @@ from egohod.data.config import DataConfig, SourceConfig
 from egohod.data.dataset import ClipDataset
 from egohod.data.decoders import choose_decoder
 from egohod.data.formats import read_clips
-from egohod.data.frames import segment_indices
 from egohod.data.loader import BatchPlan, train_loader
 from egohod.data.text import Tokenizer
-from egohod.data.videos import read_clip
+from egohod.data.videos import read_clip, segment_indices
 from egohod.errors import UserError
 from egohod.model.config import IMAGE_STATS, ModelConfig
 from egohod.training.build import build_dataset, build_plan

@@ -31,7 +31,7 @@ from benches.training import peak_bytes
 from egohod import cli
 from egohod import config as training_config
 from egohod.data.decoders import choose_decoder
-from egohod.data.frames import segment_indices
+from egohod.data.videos import segment_indices
 from egohod.distributed import setup
 from egohod.evaluation.config import BenchmarkConfig
 from egohod.evaluation.embed import embed_clips

@@ -13,9 +13,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from egohod.data.config import SourceConfig
-from egohod.data.frames import MIN_SECONDS
 from egohod.data.table import ClipTable, RawClips
 from egohod.data.text_files import NAMELESS, canonical_column, nearest, read_columns, read_header, read_lines
+from egohod.data.videos import MIN_SECONDS
 from egohod.errors import UserError
 
 IntArray = NDArray[np.int64]

@@ -29,9 +29,9 @@ from egohod.data.formats.base import (
     parse_table,
     require_file,
 )
-from egohod.data.frames import MIN_SECONDS
 from egohod.data.table import ClipTable, RawClips
 from egohod.data.text_files import open_utf8, read_json, reading, seconds, text_column
+from egohod.data.videos import MIN_SECONDS
 from egohod.errors import UserError
 
 _EGOCLIP_COLUMNS = {
