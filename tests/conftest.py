@@ -42,7 +42,7 @@ def shared() -> Path:
 
 @pytest.fixture
 def program() -> Command:
-    """Run ``python <program> <arguments>`` in the project and return what it said."""
+    """Run ``python <program> <arguments>`` in the project and return its output and exit code."""
 
     def run(*arguments: object, **more: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -66,8 +66,8 @@ def inside(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
     def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         main = importlib.import_module(name.removesuffix(".py")).main
         code = cli.run(main, [str(each) for each in arguments])
-        said = capsys.readouterr()
-        return subprocess.CompletedProcess([name, *map(str, arguments)], code, said.out, said.err)
+        output = capsys.readouterr()
+        return subprocess.CompletedProcess([name, *map(str, arguments)], code, output.out, output.err)
 
     return run
 

@@ -1,14 +1,14 @@
 """Give damaged files to every reader of the project: each must be read, or refused by one line that names the fault.
 
     python tests/fuzz.py --dry_run                        the readers and how many cases are left
-    python tests/fuzz.py [--readers a,b] [--cases 10000]  run them; goes on where it was interrupted
+    python tests/fuzz.py [--readers a,b] [--cases 10000]  run them; rerun to resume
     python tests/fuzz.py --reader clips_hod --case 17     one case here, with its files and its traceback
 
 A case is a function of (reader, number, --seed): a small valid input of tests/fuzz_targets.py with a few changes of
 tests/fuzz_mutations.py. A fault is whatever is neither a success nor a ``UserError``: another exception, a process that
 dies, more than 10 s or 1 GB, a message of several lines, and a file that has code run or something written outside its
-folder. Cases run in forked processes, so that a crash costs one case. The code's own hash is part of what is kept in
---work: after a change of the code a reader begins anew.
+folder. Cases run in forked processes, so that a crash costs one case. Results in --work belong to a
+hash of the code: after a change of the code a reader starts again.
 """
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     parser.add_argument("--seed", type=int, default=0, help="another seed is another ten thousand cases")
     parser.add_argument(
-        "--work", type=Path, default=Path("runs/fuzz"), help="what is done, and where cases are written"
+        "--work", type=Path, default=Path("runs/fuzz"), help="folder of results and of the cases' files"
     )
     parser.add_argument("--output", type=Path, help="result file (docs/results/fuzz.json is that of the whole run)")
-    parser.add_argument("--dry_run", action="store_true", help="say what there is to do")
+    parser.add_argument("--dry_run", action="store_true", help="print what there is to do")
     parser.add_argument("--reader", help="with --case: run one case in this process")
     parser.add_argument("--case", type=int, help="its number")
     args = parser.parse_args()
@@ -101,7 +101,7 @@ def main() -> int:
 
 
 class Notes:
-    """What is done of a reader, by chunks of cases; kept in a file, for this very code and seed."""
+    """The finished chunks of cases of a reader, in a file that belongs to this code and seed."""
 
     def __init__(self, path: Path, seed: int) -> None:
         code = b"".join(
@@ -273,25 +273,25 @@ class Watch:
 
 def judge(target: Target, folder: Path, watch: Watch) -> tuple[str, str]:
     """Read a case: ("read" or "refused" or "fault", the message)."""
-    verdict, said = "read", ""
+    verdict, answer = "read", ""
     try:
         with contextlib.chdir(folder), watch.over(folder), warnings.catch_warnings(action="ignore"):
             target.read(folder)
     except UserError as error:
-        verdict, said = "refused", str(error)
-        lines = said.splitlines()
+        verdict, answer = "refused", str(error)
+        lines = answer.splitlines()
         if not 0 < len(lines) <= target.lines:
             verdict = "fault"
         elif (long := max(len(line.replace(str(folder), "")) for line in lines)) > LONGEST_LINE:
-            verdict, said = "fault", f"a message of {long} characters: {said}"
+            verdict, answer = "fault", f"a message of {long} characters: {answer}"
     except _TooSlow:
         verdict = "fault"
     except BaseException as error:
         verdict = "fault"
-        said = f"{type(error).__name__}: {error!s:.300} at {_place(error)}"
+        answer = f"{type(error).__name__}: {error!s:.300} at {_place(error)}"
     if watch.seen:
-        verdict, said = "fault", "; ".join([*watch.seen, said])
-    return verdict, said
+        verdict, answer = "fault", "; ".join([*watch.seen, answer])
+    return verdict, answer
 
 
 def _place(error: BaseException) -> str:
@@ -362,7 +362,7 @@ class Job:
 
     def step(self) -> bool:
         """Take what the process has to say; whether it is over."""
-        alive = self.process.is_alive()  # asked first: what it sent before it died is there then
+        alive = self.process.is_alive()  # before the pipe is read: what a process sent before it died can then be read
         slow = False
         with contextlib.suppress(EOFError):
             while not slow and self.pipe.poll():
@@ -382,12 +382,12 @@ class Job:
             self._take(self.next, "fault", what, SECONDS if hangs else 0.0)
         return True
 
-    def _take(self, number: int, verdict: str, said: str, seconds: float) -> None:
+    def _take(self, number: int, verdict: str, answer: str, seconds: float) -> None:
         self.chunk["cases"] += 1
         self.chunk["seconds"] += seconds
         if verdict == "fault":
             command = f"python tests/fuzz.py --reader {self.target.name} --case {number}"
-            self.chunk["faults"].append({"case": number, "what": said[:600], "command": command})
+            self.chunk["faults"].append({"case": number, "what": answer[:600], "command": command})
         else:
             self.chunk[verdict] += 1
         self.next, self.began = number + 1, time.monotonic()
@@ -467,8 +467,8 @@ def _work(target: Target, seed: Seed, numbers: range, of: int, folder: Path, pip
         for number in numbers:
             began = time.monotonic()
             write(target, seed, damaged(target, seed, number, of), folder)
-            verdict, said = judge(target, folder, watch)
-            pipe.send((number, verdict, said, time.monotonic() - began))
+            verdict, answer = judge(target, folder, watch)
+            pipe.send((number, verdict, answer, time.monotonic() - began))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

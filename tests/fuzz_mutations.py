@@ -398,8 +398,8 @@ def _safetensors(content: bytes, rng: random.Random) -> bytes:
     """The header as JSON, its length right or not."""
     length = int.from_bytes(content[:8], "little")
     header = _json(content[8 : 8 + length], rng)
-    said = len(header) if rng.random() < 0.9 else rng.choice(_BORDERS) & (1 << 64) - 1
-    return said.to_bytes(8, "little") + header + content[8 + length :]
+    declared = len(header) if rng.random() < 0.9 else rng.choice(_BORDERS) & (1 << 64) - 1
+    return declared.to_bytes(8, "little") + header + content[8 + length :]
 
 
 def _npy(content: bytes, rng: random.Random) -> bytes:
@@ -412,9 +412,12 @@ def _npy(content: bytes, rng: random.Random) -> bytes:
     by_shape = re.sub(r"\([^)]*\)", shape, header)
     by_kind = re.sub(r"'descr': *'[^']*'", f"'descr': '{kind}'", header)
     new = rng.choice((by_shape, by_kind, header.replace("False", rng.choice(("True", "None", "[]"))), odd))
-    said = len(new) if rng.random() < 0.9 else rng.randrange(1 << 16)
+    declared = len(new) if rng.random() < 0.9 else rng.randrange(1 << 16)
     return (
-        content[:8] + (said & 0xFFFF).to_bytes(2, "little") + new.encode("latin-1", "replace") + content[10 + length :]
+        content[:8]
+        + (declared & 0xFFFF).to_bytes(2, "little")
+        + new.encode("latin-1", "replace")
+        + content[10 + length :]
     )
 
 
@@ -422,8 +425,8 @@ def _parquet(content: bytes, rng: random.Random) -> bytes:
     """The table of contents, which stands at the end."""
     length = int.from_bytes(content[-8:-4], "little")
     footer = _bytes(content[-8 - length : -8], rng)
-    said = len(footer) if rng.random() < 0.9 else rng.choice(_BORDERS) & 0xFFFFFFFF
-    return content[: -8 - length] + footer + said.to_bytes(4, "little") + content[-4:]
+    declared = len(footer) if rng.random() < 0.9 else rng.choice(_BORDERS) & 0xFFFFFFFF
+    return content[: -8 - length] + footer + declared.to_bytes(4, "little") + content[-4:]
 
 
 def _boxes(content: bytes, rng: random.Random) -> bytes:

@@ -530,9 +530,9 @@ def _read_epic(folder: Path) -> None:
 
 def _detect(path: Path) -> None:
     seconds = np.array([0.05, 0.15])
-    found = DetectionFiles(str(path), fps=10.0)
-    for video in found.videos():
-        found.detect(video, np.array([0, 1]), seconds)
+    detections = DetectionFiles(str(path), fps=10.0)
+    for video in detections.videos():
+        detections.detect(video, np.array([0, 1]), seconds)
 
 
 def _hod() -> HodConfig:
@@ -638,8 +638,8 @@ def _read_index(folder: Path) -> None:
     index = feature_index.read_index(folder)
     for video in index["videos"]:
         feature_index.is_written(folder, video, "id")
-    found, _ = feature_index.read_features(folder)
-    contact_sheet(search(np.ones(4, np.float32) / 2, found, 3), index, "pyav")
+    features, _ = feature_index.read_features(folder)
+    contact_sheet(search(np.ones(4, np.float32) / 2, features, 3), index, "pyav")
     feature_index.open_index(folder, INDEX | {"videos": {"c": "c.npz"}})
 
 
@@ -672,9 +672,14 @@ def _seed_results(folder: Path) -> None:
     cfg.evaluate.cache, cfg.evaluate.num_frames = None, 2
     settings = BenchmarkConfig(kind="custom", metadata=str(folder / "own.csv"), root=str(folder))
     bench = benchmark(cfg, "mine", settings, execution_of(cfg, ALONE), controls=["reverse"])
-    said = {"path": "run", "sha256": "0f" * 32}
+    checkpoint = {"path": "run", "sha256": "0f" * 32}
     write_results(
-        folder / "results", cfg, ALONE, [(bench, bench.measure(_Seeded()))], checkpoint=said, published="EgoVideo-L"
+        folder / "results",
+        cfg,
+        ALONE,
+        [(bench, bench.measure(_Seeded()))],
+        checkpoint=checkpoint,
+        published="EgoVideo-L",
     )
     for path in folder.glob("*.*"):
         path.unlink()

@@ -5,7 +5,7 @@
 A trial is a training from scratch that is killed once and started again: SIGKILL of one rank or of both, or SIGTERM of
 one, in a step, a save or an evaluation. Then the final weights must be the bits of the undisturbed run, metrics.jsonl
 must tell the same losses and scores, and every checkpoint that was ever there under its name must be readable. What is
-done is kept in --work; run again, it goes on with the next trial (of the same code).
+done is in --work; rerun to resume with the next trial (of the same code).
 """
 
 from __future__ import annotations
@@ -174,12 +174,12 @@ def compare(one: Path, other: Path) -> list[str]:
     """How two finished runs differ: weights and averages to the bit, losses and scores to the last digit."""
     expected, found = newest(one).weights, newest(other).weights
     problems = [f"{name} differs" for name, weight in expected.items() if not torch.equal(weight, found[name])]
-    if _told(one) != _told(other):
+    if _metrics(one) != _metrics(other):
         problems.append("metrics.jsonl differs")
     return problems
 
 
-def _told(run: Path) -> list[dict[str, float]]:
+def _metrics(run: Path) -> list[dict[str, float]]:
     """All that metrics.jsonl says but speeds and sizes, which no two runs share."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     same = ("train/loss", "train/accuracy", "train/grad_norm", "train/lr", "train/skipped", "step")

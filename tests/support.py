@@ -19,8 +19,8 @@ Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 def environment(**more: str) -> dict[str, str]:
     """The environment of a child process: this project importable, one thread, no GPU, no foreign ranks."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | more
+    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return inherited | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | more
 
 
 def write_tiny_config(folder: Path, world: Path) -> Path:
