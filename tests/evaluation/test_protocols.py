@@ -148,7 +148,8 @@ def test_features_of_views_are_kept_apart_for_the_maximum_alone(formats: Path, t
 
     def features(merge: str) -> Tensor:
         each = dataclasses.replace(protocol, merge=merge)
-        bench = benchmark(cfg, "egtea", source, execution_of(cfg, ALONE), protocol=each)
+        bench = benchmark(cfg, "egtea", source, execution_of(cfg, ALONE))
+        bench.dataset.protocol = each
         return embed_clips(small_model(), bench.dataset, Execution(12, 0, ALONE), controls=["reverse"])[0]["reverse"]
 
     apart, averaged = features("max"), features("mean")
