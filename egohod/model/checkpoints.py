@@ -25,7 +25,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -58,6 +58,15 @@ _STATES = ("state_dict", "model_state_dict", "model_state", "model", "module", "
 """Under which key a checkpoint keeps its weights, the likeliest first; others are looked into after these."""
 
 
+class HeadClasses(NamedTuple):
+    """Which classes a file's classification heads are for."""
+
+    kind: str
+    """``model.heads``: joint or parts."""
+    keys: tuple[tuple[str, ...], ...]
+    """One for each class: its values of ``data.labels.columns``."""
+
+
 @dataclass
 class WeightFile:
     """The weights of a file under our names, with what the file says about itself."""
@@ -77,6 +86,8 @@ class WeightFile:
     settings: dict[str, Any] = field(default_factory=dict)
     """Knobs that give the weights their meaning and that no shape tells (``model.activation``, ...). Files of this
     project know them; of upstream's slow-fast files the arrangement is known."""
+    heads: HeadClasses | None = None
+    """None if it has no heads, or does not record their classes."""
     remarks: list[str] = field(default_factory=list)
     """Which of several state dicts was taken."""
 
@@ -96,10 +107,8 @@ class WeightFile:
 
     def without_heads(self) -> WeightFile:
         """The same without classification heads and the classes that they are for."""
-        tensors = {name: each for name, each in self.tensors.items() if not name.startswith("heads.")}
-        return dataclasses.replace(
-            self, tensors=tensors, beside={k: v for k, v in self.beside.items() if k != "classes"}
-        )
+        tensors = {name: value for name, value in self.tensors.items() if not name.startswith("heads.")}
+        return dataclasses.replace(self, tensors=tensors, heads=None)
 
 
 def read_weights(source: str | Path, *, download: bool = False) -> WeightFile:
@@ -194,7 +203,7 @@ def _named(source: str, container: str, content: Any, metadata: Mapping[str, str
         dropped | outside,
         described,
         settings,
-        remarks + more,
+        remarks=remarks + more,
     )
 
 

@@ -32,7 +32,7 @@ from egohod.data.table import ClipTable
 from egohod.data.text import Tokenizer, trim
 from egohod.distributed import Distributed, pick_precision
 from egohod.errors import UserError
-from egohod.model.checkpoints import base_of, load_weights
+from egohod.model.checkpoints import HeadClasses, WeightFile, base_of, load_weights
 from egohod.model.cost import Memory, predict
 from egohod.model.dual_encoder import DualEncoder, EgoVideo, create_model
 from egohod.training.checkpoint import open_weights
@@ -62,52 +62,62 @@ def build_model(
     """The model with its starting weights, on the device; it has heads if there are ``classes`` for them."""
     torch.manual_seed(cfg.train.seed)
     model = create_model(cfg.model, cfg.loss, classes.heads(cfg.model.heads) if classes else None)
-    weights = cfg.model.weights
-    if weights.source == "scratch":
-        ignored = [name for name in ("adapt", "download") if getattr(weights, name)]
+    start, content = cfg.model.weights, None
+    if start.source == "scratch":
+        ignored = [name for name in ("adapt", "download") if getattr(start, name)]
         if ignored:
             log.warning("model.weights.source=scratch reads no weights, so model.weights.%s does nothing", ignored[0])
     else:
-        content = open_weights(str(weights.path), download=weights.download, base=weights.base)
-        if content.family.is_clip != (weights.source == "clip"):
+        content = open_weights(str(start.path), download=start.download, base=start.base)
+        if content.family.is_clip != (start.source == "clip"):
             right = "clip" if content.family.is_clip else "checkpoint"
             raise UserError(
-                f"{weights.path}: is {content.family}, which model.weights.source={weights.source} does not mean; "
+                f"{start.path}: is {content.family}, which model.weights.source={start.source} does not mean; "
                 f"set model.weights.source={right}"
             )
-        has_heads = any(name.startswith("heads.") for name in content.tensors)
-        there = content.beside.get("heads"), content.beside.get("classes")
-        if classes and has_heads and there != (cfg.model.heads, str([list(key) for key in classes.keys])):
-            if there[0] is None:
-                what = "heads and does not say for which classes, as its run or checkpoint folder does"
-            elif there[0] != cfg.model.heads:
-                what = f"model.heads={there[0]}"
-            else:
-                what = "a head for other classes than the data"
-            if not weights.adapt:
-                raise UserError(
-                    f"{weights.path}: has {what}; train it with the same, or let model.weights.adapt=true start the "
-                    "heads anew"
-                )
-            log.warning("%s: has %s; they start anew", weights.path, what)
-            content = content.without_heads()
-        log.info("%s", load_weights(model, content, adapt=weights.adapt, projections=weights.projections))
+        if classes:
+            content = _with_matching_heads(content, cfg, classes)
+        log.info("%s", load_weights(model, content, adapt=start.adapt, projections=start.projections))
     freeze(model, cfg)
-    if cfg.train.trainable != "all" and weights.source != "scratch":
+    if cfg.train.trainable != "all" and content is not None:
         model.base = base_of(model, content)
         if model.base and Path(model.base.path).parent.name == "checkpoints":
-            log.warning("the checkpoints of this run will need %s: keep it when its own run goes on", model.base.path)
+            # Its own run deletes all but the newest and best checkpoints.
+            log.warning(
+                "the checkpoints of this run will need %s: keep it when its own run is resumed", model.base.path
+            )
     model = model.to(dist.device)
-    # A file whose heads were trained already keeps them.
-    if classes and cfg.model.head_start == "text" and not content.beside.get("classes"):
+    # Heads that a file brings trained are kept.
+    if classes and cfg.model.head_start == "text" and (content is None or content.heads is None):
         start_from_text(model, classes, class_texts(tables or read_tables(cfg), classes))
     if cfg.model.compile:
         model.compile_towers()
     return model
 
 
+def _with_matching_heads(content: WeightFile, cfg: Config, classes: ClassSpace) -> WeightFile:
+    """``content``, without heads that are for other classes; :class:`UserError` unless ``model.weights.adapt``."""
+    has_heads = any(name.startswith("heads.") for name in content.tensors)
+    if not has_heads or content.heads == HeadClasses(cfg.model.heads, classes.keys):
+        return content
+    if content.heads is None:
+        problem = "heads but not their classes, which a run or checkpoint folder records"
+    elif content.heads.kind != cfg.model.heads:
+        problem = f"model.heads={content.heads.kind}"
+    else:
+        problem = "a head for other classes than the data"
+    path = cfg.model.weights.path
+    if not cfg.model.weights.adapt:
+        raise UserError(
+            f"{path}: has {problem}; train it with the same, or let model.weights.adapt=true start the heads "
+            "from new weights"
+        )
+    log.warning("%s: has %s; they start from new weights", path, problem)
+    return content.without_heads()
+
+
 def freeze(model: DualEncoder, cfg: Config) -> None:
-    """Leave to learn what ``train.trainable`` says. Raises :class:`UserError` if the model has no such part."""
+    """Freeze all but the parameters of ``train.trainable``. Raises :class:`UserError` if the model has no such part."""
     if cfg.train.trainable == "adapters":
         if not isinstance(model, EgoVideo):
             raise UserError(f"train.trainable=adapters needs a ..._Slowfast model; model.name is {cfg.model.name}")
@@ -121,14 +131,14 @@ def freeze(model: DualEncoder, cfg: Config) -> None:
 
 
 def trainable(model: DualEncoder) -> str:
-    """How many parameters learn, for people."""
+    """How many parameters are trained, in one phrase."""
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    total, learning = sum(count for count, _ in counts), sum(count for count, learns in counts if learns)
-    return f"{learning / 1e6:.1f} of {total / 1e6:.1f} M parameters learn"
+    total, trained = sum(count for count, _ in counts), sum(count for count, is_trained in counts if is_trained)
+    return f"{trained / 1e6:.1f} of {total / 1e6:.1f} M parameters are trainable"
 
 
 def trainable_table(model: DualEncoder) -> str:
-    """Parameters by part of the model, in millions: all and those that learn."""
+    """Parameters by part of the model, in millions: all and trainable ones."""
     rows: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
         tower, _, rest = name.partition(".")
@@ -138,7 +148,7 @@ def trainable_table(model: DualEncoder) -> str:
         counts[0] += parameter.numel()
         counts[1] += parameter.numel() if parameter.requires_grad else 0
     lines = [f"{part:<22}{total / 1e6:>10.3f}{learning / 1e6:>10.3f}" for part, (total, learning) in rows.items()]
-    return "\n".join([f"{'M parameters':<22}{'all':>10}{'learning':>10}", *lines])
+    return "\n".join([f"{'M parameters':<22}{'all':>10}{'trainable':>10}", *lines])
 
 
 def build_dataset(cfg: Config, size: int, tables: Sequence[ClipTable] | None = None) -> ClipDataset:

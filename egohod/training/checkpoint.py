@@ -5,7 +5,7 @@
         step-00000500/
             model.safetensors         weights, readable by anything that reads safetensors
             training.pt               optimizer, loss scaler, progress; loadable with weights_only
-            manifest.json             step, metrics, what the run looks like, SHA-256 of the files above
+            manifest.json             step, metrics, identity of the run, SHA-256 of the files above
 
 A checkpoint is written under a temporary name, flushed to the disk, then renamed: it is there as a whole or not
 at all. ``LAST`` is only a hint for people and scripts; loading goes by the manifests.
@@ -19,7 +19,6 @@ import errno
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -30,20 +29,31 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
+from egohod.config import Config
 from egohod.data.labels import ClassSpace
 from egohod.errors import UserError
-from egohod.model.checkpoints import WeightFile, checksum, from_tensors, load_pickle, read_weights
-from egohod.model.dual_encoder import Base
+from egohod.model.checkpoints import HeadClasses, WeightFile, checksum, from_tensors, load_pickle, read_weights
+from egohod.model.dual_encoder import Base, DualEncoder
 from egohod.model.weight_names import WeightsError
+from egohod.runtime import UNFINISHED_PREFIX, atomic_write, file_hash, write_text
+from egohod.training.config import TrainConfig
 
 log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step-\d{8}")
 WEIGHTS, TRAINING, MANIFEST, LAST = "model.safetensors", "training.pt", "manifest.json", "LAST"
 
-
-IMPLIED = {"model.image_stats": "clip"}
-"""What holds of checkpoints from before it was written into their manifests."""
+# Keys of identities as earlier releases wrote them.
+_RENAMED_KEYS = {
+    "checksum of the weights that are not trained": "base.sha256",
+    "clips in data.train": "data.train.clips",
+    "shapes of the weights": "state_dict.shapes_sha256",
+    "heads": "model.heads",
+    "classes": "data.classes.keys",
+    "names of the classes": "data.classes.names",
+}
+# What holds of checkpoints from before it was written into their manifests.
+_IMPLIED = {"model.image_stats": "clip"}
 
 
 class CheckpointError(UserError):
@@ -52,7 +62,7 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint read from disk and found whole."""
+    """A checkpoint read from disk, complete and with the right checksums."""
 
     path: Path
     step: int
@@ -78,41 +88,37 @@ class CheckpointStore:
         identity: dict[str, Any],
         base: Base | None = None,
     ) -> Path:
-        """Write one checkpoint and drop those no longer kept.
+        """Write one checkpoint and delete those beyond ``keep_last`` and ``keep_best``.
 
         With ``base`` the weights that it names are left out. ``identity`` is what a resumed run must agree with
         (geometry, batch size, seed ...). Raises :class:`CheckpointError` if it cannot be written; older checkpoints
         are untouched then.
         """
         final = self.folder / f"step-{step:08d}"
-        temporary = self.folder / f".tmp-step-{step:08d}-{os.getpid()}"
         try:
             # Not with its parents: a shared folder that is lost would come back on the disk below its mount point.
             self.folder.mkdir(exist_ok=True)
-            self._clear_leftovers()
-            temporary.mkdir()
-            save_file({name: value.contiguous() for name, value in weights.items()}, temporary / WEIGHTS)
-            torch.save(training, temporary / TRAINING)
-            manifest = {
-                "format": 1,
-                "step": step,
-                "metrics": metrics,
-                "identity": identity,
-                "sha256": {name: _sha256(temporary / name) for name in (WEIGHTS, TRAINING)},
-                # A checkpoint without one is whole.
-                **({"base": dataclasses.asdict(base)} if base else {}),
-            }
-            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-            for name in (WEIGHTS, TRAINING, MANIFEST):
-                _flush(temporary / name)
-            _flush(temporary)
-            if final.exists():  # left torn by an earlier crash, or saved twice at the same step
-                self._remove(final)
-            temporary.rename(final)
-            _flush(self.folder)
-            self._point(final.name)
+            # A run folder has one writer at a time, so what is unfinished is what a killed process left.
+            for path in self.folder.glob(f"{UNFINISHED_PREFIX}*step-*"):
+                shutil.rmtree(path, ignore_errors=True)
+            with atomic_write(final, sync=True) as temporary:
+                temporary.mkdir()
+                save_file({name: value.contiguous() for name, value in weights.items()}, temporary / WEIGHTS)
+                torch.save(training, temporary / TRAINING)
+                manifest = {
+                    "format": 1,
+                    "step": step,
+                    "metrics": metrics,
+                    "identity": identity,
+                    "sha256": {name: file_hash(temporary / name) for name in (WEIGHTS, TRAINING)},
+                    # A checkpoint without one is whole.
+                    **({"base": dataclasses.asdict(base)} if base else {}),
+                }
+                (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+                if final.exists():  # left torn by an earlier crash, or saved twice at the same step
+                    self._remove(final)
+            write_text(self.folder / LAST, final.name + "\n", sync=True)
         except (OSError, SafetensorError, RuntimeError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(f"{final}: not saved: {_reason(error)}; older checkpoints are untouched") from error
         self._prune(final)
         return final
@@ -120,12 +126,9 @@ class CheckpointStore:
     def rate(self, step: int, metrics: dict[str, float]) -> None:
         """Add the metrics that a checkpoint was saved without. Raises :class:`CheckpointError`."""
         path = self.folder / f"step-{step:08d}"
-        manifest, temporary = read_manifest(path), path / f".{MANIFEST}"
+        manifest = read_manifest(path) | {"metrics": metrics}
         try:
-            temporary.write_text(json.dumps(manifest | {"metrics": metrics}, indent=1))
-            _flush(temporary)
-            temporary.rename(path / MANIFEST)
-            _flush(path)
+            write_text(path / MANIFEST, json.dumps(manifest, indent=1), sync=True)
         except OSError as error:
             raise CheckpointError(f"{path / MANIFEST}: metrics not written: {_reason(error)}") from error
         self._prune(self.steps()[-1])
@@ -138,7 +141,7 @@ class CheckpointStore:
         """Rename checkpoints of later steps to ``abandoned-*``: a run that went back to ``step`` replaces them."""
         for path in self.steps():
             if int(path.name.removeprefix("step-")) > step:
-                log.warning("%s lies after the checkpoint that is resumed: renamed to abandoned-%s", path, path.name)
+                log.warning("%s is later than the checkpoint that is resumed: renamed to abandoned-%s", path, path.name)
                 target = path.with_name(f"abandoned-{path.name}")
                 shutil.rmtree(target, ignore_errors=True)
                 path.rename(target)
@@ -152,34 +155,75 @@ class CheckpointStore:
                 log.warning("%s; trying the one before", error)
         return None
 
-    def _point(self, name: str) -> None:
-        temporary = self.folder / f".{LAST}-{os.getpid()}"
-        temporary.write_text(name + "\n")
-        _flush(temporary)
-        temporary.rename(self.folder / LAST)
-
-    def _clear_leftovers(self) -> None:
-        """Remove what a killed process left half-written (a run folder has one writer at a time)."""
-        for path in self.folder.glob(".tmp-step-*"):
-            shutil.rmtree(path, ignore_errors=True)
-
     def _prune(self, newest: Path) -> None:
-        """Keep ``newest`` and those before it, and the best ones; what is torn does not count as kept."""
+        """Keep ``newest`` and those before it, and the best ones; torn ones do not count."""
         paths = [path for path in self.steps() if path == newest or _is_whole(path)]
         ranked = sorted(paths, key=lambda path: _metric(path, self._best), reverse=True)
-        rated = [path for path in ranked if _metric(path, self._best) > float("-inf")]
-        kept = {newest, *paths[-self._keep_last :], *rated[: self._keep_best]}
-        for path in paths:
-            if path not in kept:
-                with contextlib.suppress(OSError):  # one checkpoint too many ends no run
-                    self._remove(path)
+        best = [path for path in ranked if _metric(path, self._best) > float("-inf")][: self._keep_best]
+        for path in set(paths) - {newest, *paths[-self._keep_last :], *best}:
+            with contextlib.suppress(OSError):  # one checkpoint too many ends no run
+                self._remove(path)
 
     def _remove(self, path: Path) -> None:
         """Delete a checkpoint folder; raises :class:`OSError` if it cannot be renamed."""
         # Renamed first: a process that is killed while it deletes must not leave a part under a checkpoint's name.
-        leftover = self.folder / f".tmp-{path.name}-{os.getpid()}-old"
+        leftover = self.folder / f"{UNFINISHED_PREFIX}{path.name}-old"
         path.rename(leftover)
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def identity(cfg: Config, model: DualEncoder, clips: int, classes: ClassSpace | None) -> dict[str, Any]:
+    """Settings on which a checkpoint and the run that resumes it must agree for the trajectory to be the same.
+
+    Args:
+        cfg: the run's.
+        model: as it is trained.
+        clips: of all training sources.
+        classes: of the training clips, if the model has heads for them.
+
+    Returns:
+        Values as JSON has them, by the name of the setting; what is left out has its default.
+    """
+    result: dict[str, Any] = {
+        "model.name": cfg.model.name,
+        "model.fast": dict(vars(cfg.model.fast)),
+        "loss.name": cfg.loss.name,
+        "loss.boxes": cfg.loss.boxes,
+        "loss.learn_temperature": cfg.loss.learn_temperature,
+        "model.num_frames": cfg.model.num_frames,
+        "model.activation": cfg.model.activation,
+        "model.image_stats": cfg.model.image_stats,
+        "train.seed": cfg.train.seed,
+        "train.global_batch_size": cfg.train.global_batch_size,
+        "data.train": {name: [source.metadata, source.weight] for name, source in cfg.data.train.items()},
+        "data.train.clips": clips,
+    }
+    shapes = repr([(name, tuple(value.shape)) for name, value in model.state_dict().items()])
+    result["state_dict.shapes_sha256"] = hashlib.sha256(shapes.encode()).hexdigest()[:12]
+    # Defaults are left out, so that checkpoints from before a setting existed still agree.
+    for name in ("ema", "trainable", "last_blocks", "optimizer", "layer_decay", "decay_positions"):
+        if getattr(cfg.train, name) != getattr(TrainConfig(), name):
+            result[f"train.{name}"] = getattr(cfg.train, name)
+    if cfg.data.labels.target != "narration":
+        result["data.labels.target"] = cfg.data.labels.target
+    if model.base:
+        result["base.sha256"] = model.base.sha256
+    if classes is not None:
+        result |= {"model.heads": cfg.model.heads, "data.labels.columns": list(classes.columns)}
+        result |= {"data.classes.keys": [list(key) for key in classes.keys], "data.classes.names": list(classes.names)}
+    return result
+
+
+def require_identity(checkpoint: Checkpoint, current: dict[str, Any]) -> None:
+    """Raise :class:`UserError` unless ``checkpoint`` is of a run with the identity ``current``."""
+    saved = checkpoint.manifest["identity"]
+    for key in {**current, **saved}:
+        if saved.get(key) != current.get(key):
+            was, now = (values.get(key, "its default") for values in (saved, current))
+            raise UserError(
+                f"{checkpoint.path}: was trained with {key}={was}, this run has {now}; "
+                "use the same value, or another train.output"
+            )
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -197,28 +241,30 @@ def open_weights(source: str | Path, *, download: bool = False, base: str | None
     """The weights of a file of any family, a folder of its shards, or a run or checkpoint folder of this project.
 
     A checkpoint that holds only what was trained is completed from the file it was started from, or from ``base`` if
-    that lies elsewhere now; a file of other weights is refused.
+    that is elsewhere now; a file of other weights is refused.
 
     Raises :class:`UserError` as :func:`open_checkpoint` and :func:`egohod.model.checkpoints.read_weights` do.
     """
-    if not _holds_checkpoints(Path(source)):
+    folder = Path(source)
+    if not (folder / MANIFEST).exists() and not CheckpointStore(folder).steps():
         return read_weights(source, download=download)
-    checkpoint = open_checkpoint(Path(source))
-    weights = from_tensors(str(checkpoint.path), {**_of_base(checkpoint, download, base), **checkpoint.weights})
-    identity = IMPLIED | checkpoint.manifest["identity"]
+    checkpoint = open_checkpoint(folder)
+    identity = checkpoint.manifest["identity"]
+    weights = from_tensors(str(checkpoint.path), {**_base_tensors(checkpoint, download, base), **checkpoint.weights})
     weights.beside = {name: str(value) for name, value in identity.items()}
-    # Of a model with one path, the knobs of the other say nothing.
-    fast = identity.get("model.fast", {}) if weights.shape and weights.shape.slowfast else {}
+    if "data.classes.keys" in identity:
+        kind, classes = _classes(checkpoint)
+        weights.heads = HeadClasses(kind, classes.keys)
     weights.settings = {
-        **{name: value for name, value in identity.items() if name.startswith(("model.", "loss."))},
-        **{f"model.fast.{name}": value for name, value in fast.items()},
+        name: value
+        for name, value in identity.items()
+        # Heads are not part of what embeds a clip, so whoever loads the model need not want them.
+        if name.startswith(("model.", "loss.")) and name not in ("model.fast", "model.heads")
     }
-    weights.settings.pop("model.fast", None)
+    # A model with one path ignores the settings of the other.
+    if weights.shape and weights.shape.slowfast:
+        weights.settings |= {f"model.fast.{name}": value for name, value in identity.get("model.fast", {}).items()}
     return weights
-
-
-def _holds_checkpoints(folder: Path) -> bool:
-    return (folder / MANIFEST).exists() or bool(CheckpointStore(folder).steps())
 
 
 def classes_of(path: Path) -> tuple[str, ClassSpace]:
@@ -226,38 +272,44 @@ def classes_of(path: Path) -> tuple[str, ClassSpace]:
 
     Raises :class:`CheckpointError` if it has none.
     """
-    identity = open_checkpoint(path).manifest["identity"]
+    return _classes(open_checkpoint(path))
+
+
+def _classes(checkpoint: Checkpoint) -> tuple[str, ClassSpace]:
+    identity = checkpoint.manifest["identity"]
     try:
-        keys = tuple(tuple(str(value) for value in key) for key in identity["classes"])
-        names = tuple(str(name) for name in identity["names of the classes"])
+        keys = tuple(tuple(str(value) for value in key) for key in identity["data.classes.keys"])
+        names = tuple(str(name) for name in identity["data.classes.names"])
         columns = tuple(str(name) for name in identity["data.labels.columns"])
-        heads = str(identity["heads"])
+        kind = str(identity["model.heads"])
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: has no classification heads") from error
+        raise CheckpointError(f"{checkpoint.path}: has no classification heads") from error
     if len(names) != len(keys) or not all(len(key) == len(columns) for key in keys):
-        raise CheckpointError(f"{path}: damaged, its manifest's columns, classes and names of classes do not fit")
-    return heads, ClassSpace(columns, keys, names)
+        raise CheckpointError(
+            f"{checkpoint.path}: damaged, its manifest's columns, classes and names of classes do not fit"
+        )
+    return kind, ClassSpace(columns, keys, names)
 
 
-def _of_base(checkpoint: Checkpoint, download: bool, elsewhere: str | None) -> dict[str, torch.Tensor]:
-    """What a checkpoint leaves in the file it was started from. Raises :class:`CheckpointError`."""
-    said = checkpoint.manifest.get("base")
-    if said is None:
+def _base_tensors(checkpoint: Checkpoint, download: bool, moved_to: str | None) -> dict[str, torch.Tensor]:
+    """Read what a checkpoint leaves in the file it was started from. Raises :class:`CheckpointError`."""
+    base = checkpoint.manifest.get("base")
+    if base is None:
         return {}
-    where = elsewhere or said["path"]
+    path = moved_to or base["path"]
     try:
-        tensors = open_weights(where, download=download).tensors
+        tensors = open_weights(path, download=download).tensors
     except UserError as error:
         raise CheckpointError(
-            f"{checkpoint.path}: holds only what was trained; the rest is in {where}, which cannot be used ({error}); "
-            "model.weights.base tells where it lies now"
+            f"{checkpoint.path}: holds only what was trained; the rest is in {path}, which cannot be used ({error}); "
+            "set model.weights.base to where it is now"
         ) from error
-    if not all(name in tensors for name in said["names"]) or checksum(tensors, said["names"]) != said["sha256"]:
+    if not all(name in tensors for name in base["names"]) or checksum(tensors, base["names"]) != base["sha256"]:
         raise CheckpointError(
-            f"{checkpoint.path}: was trained from other weights than {where} holds now (the checksum differs); "
-            "model.weights.base names the right file"
+            f"{checkpoint.path}: was trained from other weights than {path} holds now (the checksum differs); "
+            "set model.weights.base to the right file"
         )
-    return {name: tensors[name] for name in said["names"]}
+    return {name: tensors[name] for name in base["names"]}
 
 
 def read(path: Path) -> Checkpoint:
@@ -298,7 +350,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     kinds = {"step": int, "sha256": dict, "identity": dict, "metrics": dict}
     if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), kind) for key, kind in kinds.items()):
         raise CheckpointError(f"{path / MANIFEST}: not a manifest of this project")
-    return manifest
+    renamed = {_RENAMED_KEYS.get(name, name): value for name, value in manifest["identity"].items()}
+    return manifest | {"identity": _IMPLIED | renamed}
 
 
 def _metric(path: Path, name: str) -> float:
@@ -314,20 +367,6 @@ def _is_whole(path: Path) -> bool:
         return read_manifest(path) is not None and all((path / name).is_file() for name in (WEIGHTS, TRAINING))
     except CheckpointError:
         return False
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Make sure that a file, or a folder's list of names, survives a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _reason(error: BaseException) -> str:

@@ -129,9 +129,9 @@ class Stragglers:
                 rank, share.host, self._times, own[rank], cause, others,
             )  # fmt: skip
         return {
-            "own_seconds_min": min(own),
-            "own_seconds_median": statistics.median(own),
-            "own_seconds_max": own[rank],
+            "compute_seconds_min": min(own),
+            "compute_seconds_median": statistics.median(own),
+            "compute_seconds_max": own[rank],
             "slowest_rank": float(rank),
         }
 

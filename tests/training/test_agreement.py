@@ -51,8 +51,8 @@ def test_a_process_that_is_late_again_and_again_is_named(caplog: pytest.LogCaptu
     assert "rank 2 on node-2 is the slowest for 3 windows: 1.40 s" in caplog.text
     assert "waiting for clips" in caplog.text
     assert told["slowest_rank"] == 2
-    assert told["own_seconds_median"] == pytest.approx(0.6)
-    assert told["own_seconds_max"] == pytest.approx(1.4)
+    assert told["compute_seconds_median"] == pytest.approx(0.6)
+    assert told["compute_seconds_max"] == pytest.approx(1.4)
 
 
 def test_processes_that_see_other_checkpoints_do_not_train(tmp_path: Path) -> None:

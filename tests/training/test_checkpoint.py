@@ -208,12 +208,17 @@ def test_a_manifest_of_another_kind_is_refused(tmp_path: Path, field: str) -> No
         read(path)
 
 
-def test_classes_that_do_not_fit_their_names_are_refused(tmp_path: Path) -> None:
-    identity = {"heads": "joint", "data.labels.columns": ["verb", "noun"], "classes": [["0", "1"], ["1", "0"]]}
-    names = {"names of the classes": ["cut onion", "take pot"]}
-    for changed in ({"classes": [["0"], ["1", "0"]]}, {"names of the classes": ["cut onion"]}):
-        CheckpointStore(tmp_path).save(1, WEIGHTS, {}, metrics={}, identity=identity | names | changed)
+@pytest.mark.parametrize(
+    ("heads", "classes", "names"),
+    [("model.heads", "data.classes.keys", "data.classes.names"), ("heads", "classes", "names of the classes")],
+    ids=["now", "earlier release"],
+)
+def test_classes_that_do_not_fit_their_names_are_refused(tmp_path: Path, heads: str, classes: str, names: str) -> None:
+    identity = {heads: "joint", "data.labels.columns": ["verb", "noun"], classes: [["0", "1"], ["1", "0"]]}
+    identity[names] = ["cut onion", "take pot"]
+    for changed in ({classes: [["0"], ["1", "0"]]}, {names: ["cut onion"]}):
+        CheckpointStore(tmp_path).save(1, WEIGHTS, {}, metrics={}, identity=identity | changed)
         with pytest.raises(CheckpointError, match="columns, classes and names of classes do not fit"):
             classes_of(tmp_path)
-    CheckpointStore(tmp_path).save(1, WEIGHTS, {}, metrics={}, identity=identity | names)
+    CheckpointStore(tmp_path).save(1, WEIGHTS, {}, metrics={}, identity=identity)
     assert classes_of(tmp_path)[1].names == ("cut onion", "take pot")

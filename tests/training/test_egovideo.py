@@ -43,7 +43,7 @@ def test_adapters_alone(tiny_config: Path, tmp_path: Path, caplog: pytest.LogCap
     command = ["--config_file", str(tiny_config), *SLOWFAST, "train.duration=1 steps", "train.trainable=adapters"]
     caplog.set_level(logging.INFO)
     assert main_pretrain.main(command) == 0
-    assert " of 7.7 M parameters learn" in caplog.text
+    assert " of 7.7 M parameters are trainable" in caplog.text
     first = newest(tmp_path / "run").weights
     assert main_pretrain.main([*command, "train.duration=3 steps"]) == 0
     second = newest(tmp_path / "run").weights

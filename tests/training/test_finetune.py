@@ -395,10 +395,10 @@ def test_the_average_of_the_weights_is_what_is_evaluated_and_saved() -> None:
     (saved, training), moved = step.state_dict(), step._inner.state_dict()[name]
     assert not torch.equal(moved, after_one)
     # It begins with the weights of the first step; that of the second could be up to 1 - 2 ** (-2 / 3) = 0.37.
-    torch.testing.assert_close(step.averaged.state_dict()[name], 0.25 * after_one + 0.75 * moved)
-    assert torch.equal(saved[name], step.averaged.state_dict()[name])
+    torch.testing.assert_close(step.ema_or_model.state_dict()[name], 0.25 * after_one + 0.75 * moved)
+    assert torch.equal(saved[name], step.ema_or_model.state_dict()[name])
     assert torch.equal(training["weights"][name], moved)
-    step.settle()
+    step.load_ema_weights()
     assert torch.equal(step._inner.state_dict()[name], saved[name])
 
 
@@ -488,14 +488,14 @@ def test_a_small_checkpoint_holds_what_was_trained_and_knows_its_base(
     (weights.parent / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="was trained from other weights than"):
         open_weights(tmp_path / "run", base=str(other))
-    with pytest.raises(UserError, match=r"/nowhere, which cannot be used .* model\.weights\.base tells where"):
+    with pytest.raises(UserError, match=r"/nowhere, which cannot be used .* set model\.weights\.base to where"):
         open_weights(tmp_path / "run", base="/nowhere")
     resumed = inside("main_finetune.py", *command, "train.duration=6 steps", f"model.weights.path={other}")
     assert resumed.returncode == 2
-    assert "was trained with checksum of the weights that are not trained=" in resumed.stderr
+    assert "was trained with base.sha256=" in resumed.stderr
     resumed = inside("main_finetune.py", *command, "train.duration=6 steps", "train.trainable=all")
     assert resumed.returncode == 2
-    assert "was trained with train.trainable=heads, this run says its default" in resumed.stderr
+    assert "was trained with train.trainable=heads, this run has its default" in resumed.stderr
     # A head for other classes than the data has.
     fewer = [*classes(mir, "verb_class"), f"train.output={tmp_path}/fewer", f"model.weights.path={tmp_path}/run"]
     done = inside("main_finetune.py", *fewer, "evaluate.final=[]")
@@ -518,16 +518,16 @@ def test_a_small_checkpoint_holds_what_was_trained_and_knows_its_base(
         anew = [*heads, "evaluate.final=[]", "model.weights.adapt=true", f"train.output={tmp_path}/anew{number}"]
         done = inside("main_finetune.py", *anew)
         assert done.returncode == 0, done.stderr
-        assert "they start anew" in done.stderr
+        assert "they start from new weights" in done.stderr
     # A file tells no classes, so its heads may be for any.
     file = f"model.weights.path={newest(tmp_path / 'anew1').path}/model.safetensors"
     bare = [*others[:-2], file, others[-1], f"train.output={tmp_path}/bare", "evaluate.final=[]"]
     done = inside("main_finetune.py", *bare)
     assert done.returncode == 2
-    assert "heads and does not say for which classes" in done.stderr
+    assert "heads but not their classes" in done.stderr
     done = inside("main_finetune.py", *bare, "model.weights.adapt=true")
     assert done.returncode == 0, done.stderr
-    assert "they start anew" in done.stderr
+    assert "they start from new weights" in done.stderr
     with pytest.raises(UserError, match="not a run or checkpoint folder"):
         main_eval.main(["--checkpoint", str(weights), "--heads", "--benchmark", "mir"])
 

@@ -113,7 +113,7 @@ def test_a_lost_run_folder_ends_all(ranks, tmp_path: Path) -> None:  # type: ign
     run.wait_for("saved")
     shutil.move(tmp_path / "run", tmp_path / "gone")
     assert run.wait() == [2, 1]
-    assert "training goes on" in run.log(0)
+    assert "training continues" in run.log(0)
     assert f"error: {tmp_path / 'run' / 'checkpoints' / 'step-00000012'}: not saved" in run.log(0)
     # In the first process TensorBoard's own thread complains at length.
     assert "Traceback" not in run.log(1)
@@ -222,7 +222,7 @@ def test_the_slowest_rank_is_told(ranks, tmp_path: Path) -> None:  # type: ignor
     assert run.wait() == [0, 0]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
-        low, middle, high = (line[f"train/own_seconds_{name}"] for name in ("min", "median", "max"))
+        low, middle, high = (line[f"train/compute_seconds_{name}"] for name in ("min", "median", "max"))
         assert 0 < low <= middle <= high
         assert line["train/slowest_rank"] in (0, 1)
         assert line["train/clips_lost"] == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -136,3 +137,24 @@ def test_resume_none_never_overwrites(tiny_config: Path, inside: Command) -> Non
     other = inside(*command, "model.num_frames=8")
     assert other.returncode == 2
     assert "model.num_frames=4" in other.stderr
+
+
+def test_a_checkpoint_of_an_earlier_release_is_resumed(tiny_config: Path, tmp_path: Path, inside: Command) -> None:
+    """Its manifest as release 1 wrote it: other names of some keys, and no statistics of the pixels."""
+    command = ["main_pretrain.py", "--config_file", tiny_config, "evaluate.every=1000 steps"]
+    assert inside(*command, "train.duration=1 steps").returncode == 0
+    path = newest(tmp_path / "run").path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    old_names = {"data.train.clips": "clips in data.train", "state_dict.shapes_sha256": "shapes of the weights"}
+    identity = {old_names.get(name, name): value for name, value in manifest["identity"].items()}
+    assert identity.pop("model.image_stats") == "clip"
+    assert set(old_names.values()) < identity.keys()
+    path.write_text(json.dumps(manifest | {"identity": identity}))
+    resumed = inside(*command, "train.duration=2 steps")
+    assert (resumed.returncode, "resuming" in resumed.stderr) == (0, True), resumed.stderr
+    # A damaged or foreign value is still refused, under the name of today.
+    path.write_text(json.dumps(manifest | {"identity": identity | {"clips in data.train": 1}}))
+    (newest(tmp_path / "run").path / "manifest.json").unlink()
+    refused = inside(*command, "train.duration=2 steps")
+    assert refused.returncode == 2
+    assert "was trained with data.train.clips=1, this run has" in refused.stderr

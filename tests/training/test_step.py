@@ -106,7 +106,7 @@ def test_a_non_finite_step_changes_nothing(poison: str) -> None:
 
 
 def test_a_run_of_skipped_steps_ends_with_advice() -> None:
-    from egohod.training.train import FEWEST_SKIPPED, _finite
+    from egohod.training.train import FEWEST_SKIPPED, require_finite
 
     window = MetricWindow()
     for skipped, steps, ends in ((FEWEST_SKIPPED, FEWEST_SKIPPED, True), (3, 3, False), (20, 21, False)):
@@ -114,9 +114,9 @@ def test_a_run_of_skipped_steps_ends_with_advice() -> None:
             window.add({"loss": torch.tensor(1.0), "skipped": torch.tensor(float(step < skipped))})
         if ends:
             with pytest.raises(UserError, match="non-finite"):
-                _finite(window.means())
+                require_finite(window.means())
         else:
-            _finite(window.means())
+            require_finite(window.means())
 
 
 def test_the_window_leaves_skipped_steps_out_of_its_means() -> None:

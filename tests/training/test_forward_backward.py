@@ -18,7 +18,7 @@ from egohod.loss.factory import build_loss
 from egohod.model.dual_encoder import DualEncoder, TextTower
 from egohod.model.vision import VideoTransformer
 from egohod.model.zoo import Geometry
-from egohod.training.step import cached_step
+from egohod.training.step import forward_backward
 
 BATCH, FRAMES = 8, 2
 TINY = Geometry("TINY", 32, 16, 32, 2, 2, 32, 1, 2, 16, vocab_size=100)
@@ -99,7 +99,7 @@ def joint(
 def test_chunks_give_the_gradient_of_the_whole_batch(chunks: int) -> None:
     expected, expected_gradients = joint(build(), data())
     model = build()
-    result = cached_step(lambda batch: model(*batch), model, chunked(data(), chunks), ContrastiveLoss())
+    result = forward_backward(lambda batch: model(*batch), model, chunked(data(), chunks), ContrastiveLoss())
     torch.testing.assert_close(result["loss"], expected["loss"].detach(), atol=1e-5, rtol=0)
     assert result["accuracy"] == expected["accuracy"]
     assert not result["loss"].requires_grad
@@ -111,7 +111,7 @@ def test_the_sigmoid_loss_in_chunks_with_its_bias() -> None:
     loss_fn = build_loss(SIGMOID)
     expected, expected_gradients = joint(build(bias=SIGMOID.bias), data(), loss_fn)
     model = build(bias=SIGMOID.bias)
-    result = cached_step(lambda batch: model(*batch), model, chunked(data(), 4), loss_fn)
+    result = forward_backward(lambda batch: model(*batch), model, chunked(data(), 4), loss_fn)
     torch.testing.assert_close(result["loss"], expected["loss"].detach(), atol=1e-5, rtol=0)
     assert {"logit_scale", "logit_bias"} < expected_gradients.keys()
     assert_equal(gradients(model), expected_gradients)
@@ -138,7 +138,7 @@ def test_dropout_repeats_in_the_second_pass() -> None:
     ContrastiveLoss()(*features, reference.logit_scale.exp())["loss"].backward()
     model = build(patch_dropout=0.5, drop_path=0.5)
     torch.manual_seed(3)
-    cached_step(lambda batch: model(*batch), model, parts, ContrastiveLoss())
+    forward_backward(lambda batch: model(*batch), model, parts, ContrastiveLoss())
     assert_equal(gradients(model), gradients(reference))
     assert torch.equal(torch.get_rng_state(), after), "the generator must stand where one pass leaves it"
 
@@ -148,7 +148,7 @@ def test_scaled_loss_scales_gradients_and_gradients_add_up(chunks: int) -> None:
     _, expected = joint(build(), data())
     model = build()
     for _ in range(2):
-        result = cached_step(
+        result = forward_backward(
             lambda batch: model(*batch), model, chunked(data(), chunks), ContrastiveLoss(), lambda loss: loss * 8
         )
     assert result["loss"] < 5, "the loss that is reported is not scaled"
@@ -158,7 +158,7 @@ def test_scaled_loss_scales_gradients_and_gradients_add_up(chunks: int) -> None:
 def test_fixed_temperature_has_no_gradient() -> None:
     model = build()
     model.logit_scale.requires_grad_(False)
-    cached_step(lambda batch: model(*batch), model, chunked(data(), 2), ContrastiveLoss())
+    forward_backward(lambda batch: model(*batch), model, chunked(data(), 2), ContrastiveLoss())
     assert model.logit_scale.grad is None
 
 
@@ -178,7 +178,7 @@ def in_two_processes(rank: int, folder: Path) -> None:
     for case, (chunks, config) in CASES.items():
         model = DistributedDataParallel(build(bias=bias(config)))
         loss_fn = build_loss(config, rank=rank, world_size=2)
-        result = cached_step(lambda batch, model=model: model(*batch), model, chunked(share, chunks), loss_fn)
+        result = forward_backward(lambda batch, model=model: model(*batch), model, chunked(share, chunks), loss_fn)
         torch.save({"gradients": gradients(model), **result}, folder / f"{case}-{rank}.pt")
     dist.destroy_process_group()
 
