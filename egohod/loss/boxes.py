@@ -8,21 +8,22 @@ from egohod.loss.contrastive import Loss
 
 
 def box_errors(predicted: Tensor, target: Tensor) -> Tensor:
-    """Mean distance (L1, in shares of the picture) over the boxes that are known, clip by clip: [B].
+    """Mean distance (L1, in shares of the picture) over the annotated boxes of each clip: [B].
 
-    ``predicted`` and ``target`` [B, T, roles, 4]; unknown boxes are NaN in ``target``. A clip without any has 0.
+    ``predicted`` and ``target`` [B, T, roles, 4]; boxes without annotation are NaN in ``target``. A clip without any
+    annotated box has 0.
     """
-    known = target.isfinite().all(dim=-1, keepdim=True)
+    mask = target.isfinite().all(dim=-1, keepdim=True)
     # Before the difference: a NaN would reach the gradient even through a mask.
-    distance = (predicted - target.where(known, predicted.detach())).abs().flatten(1)
-    return distance.sum(dim=1) / (4 * known.flatten(1).sum(dim=1)).clamp(min=1)
+    distance = (predicted - target.where(mask, predicted.detach())).abs().flatten(1)
+    return distance.sum(dim=1) / (4 * mask.flatten(1).sum(dim=1)).clamp(min=1)
 
 
 class WithBoxes:
     """Another loss plus ``weight`` times the mean box error of the clips (HelpingHands, 2308.07918).
 
-    Clips weigh alike whatever their number of known boxes, so the loss of a batch is the mean over its parts, however
-    processes and micro-batches share it.
+    Clips weigh alike however many of their boxes are annotated, so the loss of a batch is the mean over its parts,
+    however processes and micro-batches share it.
     """
 
     def __init__(self, loss: Loss, weight: float) -> None:

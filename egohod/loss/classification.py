@@ -7,35 +7,42 @@ from timm.data.mixup import one_hot
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor
 
+from egohod.loss.config import LossConfig
+
 
 class ClassificationLoss:
     """The sum of the heads' cross-entropies, each a mean over the clips.
 
-    ``smoothing`` is the share of a label that all classes of its head have in equal parts (2.9 in 1512.00567).
+    ``label_smoothing`` is the share of a label that all classes of its head have in equal parts (1512.00567).
     """
 
-    def __init__(self, smoothing: float = 0.0) -> None:
-        self._smoothing, self._loss = smoothing, SoftTargetCrossEntropy()
+    def __init__(self, config: LossConfig | None = None, *, rank: int = 0, world_size: int = 1) -> None:
+        # Each clip is judged by itself, so other processes do not matter.
+        self._smoothing = (config or LossConfig()).label_smoothing
+        self._loss = SoftTargetCrossEntropy()
 
     def __call__(self, mixing: Tensor | None = None, **values: Tensor) -> dict[str, Tensor]:
         """``<head>_logits`` [B, C], ``<head>_label`` int64 [B]; scalars ``loss`` and ``accuracy`` (of all heads).
 
-        ``mixing`` [B, b] tells what share of each clip's pixels is of which clip, within chunks of b clips; None if
-        none is mixed. ``accuracy`` counts a clip as the one it is made of most.
+        ``mixing`` [B, b] is the share of each clip's pixels by the clip they are of, within chunks of b clips; None
+        if none is mixed. ``accuracy`` counts a clip as the one that most of its pixels are of.
         """
         heads = [name.removesuffix("_logits") for name in values if name.endswith("_logits")]
-        loss, right = torch.zeros((), device=values[f"{heads[0]}_logits"].device), None
+        loss, correct = torch.zeros((), device=values[f"{heads[0]}_logits"].device), None
         for head in heads:
             logits, label = values[f"{head}_logits"], values[f"{head}_label"]
+            # timm's one_hot takes the value of other classes and of the right one.
             even = self._smoothing / logits.shape[1]
             target = one_hot(label, logits.shape[1], 1 - self._smoothing + even, even).to(logits)
             if mixing is not None:
+                # Clips are mixed within a micro-batch, while the loss sees several joined.
                 chunk = mixing.shape[1]
                 target = torch.bmm(
                     mixing.detach().to(logits).view(-1, chunk, chunk), target.view(-1, chunk, logits.shape[1])
                 ).flatten(0, 1)
             loss = loss + self._loss(logits, target)
-            hit = logits.detach().argmax(dim=1) == target.argmax(dim=1)
-            right = hit if right is None else right & hit
-        assert right is not None
-        return {"loss": loss, "accuracy": right.float().mean()}
+            is_correct = logits.detach().argmax(dim=1) == target.argmax(dim=1)
+            # An action counts when verb and noun are right.
+            correct = is_correct if correct is None else correct & is_correct
+        assert correct is not None
+        return {"loss": loss, "accuracy": correct.float().mean()}

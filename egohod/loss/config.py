@@ -6,9 +6,21 @@ from dataclasses import dataclass
 
 from egohod.knobs import knob
 
-# Losses that need to know how relevant each text is to each clip.
-MARGIN_LOSSES = ("max_margin", "adaptive_max_margin", "sms")
-RELEVANCY_LOSSES = (*MARGIN_LOSSES, "soft_infonce")
+# The registry: a new loss is a class of egohod/loss, built as Class(config, rank=..., world_size=...) and called with
+# what the model returns, by name. As text, so that reading a configuration does not import PyTorch.
+LOSSES = {
+    "infonce": "contrastive.ContrastiveLoss",
+    "sigmoid": "contrastive.SigmoidLoss",
+    "max_margin": "retrieval.MaxMarginLoss",
+    "adaptive_max_margin": "retrieval.AdaptiveMaxMarginLoss",
+    "sms": "retrieval.SymmetricMultiSimilarityLoss",
+    "soft_infonce": "retrieval.SoftInfoNCELoss",
+    "classes": "classification.ClassificationLoss",
+}
+# Those that need the relevancy of each text to each clip.
+RELEVANCY_LOSSES = tuple(name for name, place in LOSSES.items() if place.startswith("retrieval."))
+# What their sources use, in cosines. These losses have no temperature.
+DEFAULT_MARGINS = {"max_margin": 0.2, "adaptive_max_margin": 0.4, "sms": 0.6}
 
 
 @dataclass
@@ -21,7 +33,7 @@ class LossConfig:
         "(SigLIP), less sensitive to the batch size. For data.labels.target=relevancy: max_margin (AVION), "
         "adaptive_max_margin (EgoVLP), sms (best known on EK100-MIR), soft_infonce; docs/finetuning.md. "
         "For data.labels.target=class: classes, cross-entropy of the heads",
-        choices=("infonce", "sigmoid", *RELEVANCY_LOSSES, "classes"),
+        choices=tuple(LOSSES),
     )
     margin: float | None = knob(
         None,

@@ -12,7 +12,7 @@ from egohod.errors import UserError
 from egohod.loss.config import LossConfig
 
 Loss = Callable[..., dict[str, Tensor]]
-"""Takes the output of the dual encoder by name; gives scalars ``loss`` and ``accuracy`` on the features' device."""
+"""Takes the output of the dual encoder by name; returns scalars ``loss`` and ``accuracy`` on the features' device."""
 
 
 class ContrastiveLoss:
@@ -38,7 +38,7 @@ class ContrastiveLoss:
         """Features of this process [B, E], normalised -> scalar ``loss`` and ``accuracy`` on their device.
 
         ``accuracy`` is the share (0 to 1) of the scored clips whose own narration wins; without gradient.
-        With ``local_loss`` both speak of this process's rows: average them over processes to report them.
+        With ``local_loss`` both are of this process's rows: average them over processes to report them.
         """
         by_video, by_text = self._loss.get_logits(video_features, text_features, logit_scale)
         labels = self._loss.get_ground_truth(by_video.device, by_video.shape[0])
@@ -48,13 +48,13 @@ class ContrastiveLoss:
 
 
 class SigmoidLoss:
-    """Every pair of clip and narration judged by itself: belongs together or not (SigLIP, 2303.15343).
+    """Binary cross-entropy of every pair of clip and narration: match or not (SigLIP, 2303.15343).
 
-    Each process judges its own clips against the narrations of all; the mean over the processes is the loss of the
+    Each process scores its own clips against the narrations of all; the mean over the processes is the loss of the
     joint batch.
     """
 
-    def __init__(self, *, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, config: LossConfig | None = None, *, rank: int = 0, world_size: int = 1) -> None:
         self._logits = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)
 
     def __call__(
@@ -63,7 +63,9 @@ class SigmoidLoss:
         """As :class:`ContrastiveLoss`, with an offset that all similarities share."""
         logits, _ = self._logits.get_logits(video_features, text_features, logit_scale)
         own = self._logits.get_ground_truth(logits.device, logits.shape[0])
-        together = 2 * F.one_hot(own, logits.shape[1]).to(logits.dtype) - 1
-        loss = -F.logsigmoid(together * (logits + logit_bias)).sum() / logits.shape[0]
+        # +1 for a clip with its own narration, -1 for all other pairs.
+        sign = 2 * F.one_hot(own, logits.shape[1]).to(logits.dtype) - 1
+        # The sum over a clip's pairs, as in SigLIP: a mean would let the many negatives drown the one positive.
+        loss = -F.logsigmoid(sign * (logits + logit_bias)).sum() / logits.shape[0]
         accuracy = (logits.detach().argmax(dim=1) == own).float().mean()
         return {"loss": loss, "accuracy": accuracy}

@@ -1,39 +1,16 @@
-"""Choose the loss of a configuration."""
+"""Build the loss of a configuration from the registry in :mod:`egohod.loss.config`."""
 
 from __future__ import annotations
 
-from egohod.loss.boxes import WithBoxes
-from egohod.loss.classification import ClassificationLoss
-from egohod.loss.config import LossConfig
-from egohod.loss.contrastive import ContrastiveLoss, Loss, SigmoidLoss
-from egohod.loss.retrieval import (
-    AdaptiveMaxMarginLoss,
-    MaxMarginLoss,
-    SoftInfoNCELoss,
-    SymmetricMultiSimilarityLoss,
-)
+from importlib import import_module
 
-_MARGINS = {"max_margin": 0.2, "adaptive_max_margin": 0.4, "sms": 0.6}
+from egohod.loss.boxes import WithBoxes
+from egohod.loss.config import LOSSES, LossConfig
+from egohod.loss.contrastive import Loss
 
 
 def build_loss(config: LossConfig, *, rank: int = 0, world_size: int = 1) -> Loss:
-    """The loss of a configuration, over the features of all processes."""
-    loss = _of_features(config, rank, world_size)
+    """The loss ``config.name``, over the features of all processes, and the auxiliary box loss if it has a weight."""
+    module, _, name = LOSSES[config.name].partition(".")
+    loss: Loss = getattr(import_module(f"egohod.loss.{module}"), name)(config, rank=rank, world_size=world_size)
     return WithBoxes(loss, config.boxes) if config.boxes else loss
-
-
-def _of_features(config: LossConfig, rank: int, world_size: int) -> Loss:
-    if config.name == "classes":
-        return ClassificationLoss(config.label_smoothing)
-    margin = config.margin or _MARGINS.get(config.name, 0.0)
-    if config.name == "sigmoid":
-        return SigmoidLoss(rank=rank, world_size=world_size)
-    if config.name == "max_margin":
-        return MaxMarginLoss(margin, rank=rank, world_size=world_size)
-    if config.name == "adaptive_max_margin":
-        return AdaptiveMaxMarginLoss(margin, rank=rank, world_size=world_size)
-    if config.name == "sms":
-        return SymmetricMultiSimilarityLoss(margin, config.tau, rank=rank, world_size=world_size)
-    if config.name == "soft_infonce":
-        return SoftInfoNCELoss(rank=rank, world_size=world_size)
-    return ContrastiveLoss(config, rank=rank, world_size=world_size)

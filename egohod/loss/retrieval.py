@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from egohod.distributed import gather_with_grad
+from egohod.loss.config import DEFAULT_MARGINS, LossConfig
 
-# Relevancies are sums of halves and small fractions: what differs, differs by more than this.
+# Relevancies are sums of halves and small fractions: two that differ at all differ by more than this.
 EQUAL = 1e-3
 
 
@@ -31,10 +32,11 @@ def relevancy(verbs: tuple[Tensor, Tensor], nouns: tuple[Tensor, Tensor]) -> Ten
 
 
 class RetrievalLoss(ABC):
-    """What the losses have in common; each defines :meth:`rows`."""
+    """Base of the losses; each defines :meth:`_loss_of_rows`."""
 
-    def __init__(self, *, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, config: LossConfig, *, rank: int = 0, world_size: int = 1) -> None:
         self._rank, self._world_size = rank, world_size
+        self.margin, self.tau = config.margin or DEFAULT_MARGINS.get(config.name, 0.0), config.tau
 
     def __call__(
         self,
@@ -53,62 +55,54 @@ class RetrievalLoss(ABC):
         clips, texts = (clip_verbs, clip_nouns), (text_verbs, text_nouns)
         own = torch.arange(len(video_features), device=video_features.device) + self._rank * len(video_features)
         losses, by_video = [], None
-        for mine, others, my_classes, other_classes in (
+        for queries, items, query_classes, item_classes in (
             (video_features, text_features, clips, texts),
             (text_features, video_features, texts, clips),
         ):
-            similarity = mine @ self._all(others).T
+            similarity = queries @ gather_with_grad(items, self._world_size).T
             by_video = similarity.detach() if by_video is None else by_video
-            verbs, nouns = (self._all(each) for each in other_classes)
-            graded = relevancy((my_classes[0], verbs), (my_classes[1].detach(), nouns.detach()))
-            losses.append(self.rows(similarity, graded, own, logit_scale))
+            verbs, nouns = (gather_with_grad(each, self._world_size) for each in item_classes)
+            # Cached accumulation makes leaves of all floats, so nouns would get a gradient.
+            graded = relevancy((query_classes[0], verbs), (query_classes[1].detach(), nouns.detach()))
+            losses.append(self._loss_of_rows(similarity, graded, own, logit_scale))
         assert by_video is not None
         accuracy = (by_video.argmax(dim=1) == own).float().mean()
         return {"loss": (losses[0] + losses[1]) / 2, "accuracy": accuracy}
 
-    def _all(self, value: Tensor) -> Tensor:
-        return gather_with_grad(value, self._world_size)
-
     @abstractmethod
-    def rows(self, similarity: Tensor, graded: Tensor, own: Tensor, logit_scale: Tensor) -> Tensor:
+    def _loss_of_rows(self, similarity: Tensor, graded: Tensor, own: Tensor, logit_scale: Tensor) -> Tensor:
         """The mean loss of B queries: cosines and relevancies of all items [B, N], the number of each one's own [B]."""
 
 
 class _Pairs(RetrievalLoss):
-    """Losses over the pairs of a query's own item and every other one."""
+    """Losses over the pairs of a query's own item and every other one: their mean over B (N - 1) pairs."""
 
-    def __init__(self, margin: float, *, rank: int = 0, world_size: int = 1) -> None:
-        super().__init__(rank=rank, world_size=world_size)
-        self.margin = margin
-
-    def rows(self, similarity: Tensor, graded: Tensor, own: Tensor, logit_scale: Tensor) -> Tensor:
-        """See :class:`RetrievalLoss`: the mean over B (N - 1) pairs."""
+    def _loss_of_rows(self, similarity: Tensor, graded: Tensor, own: Tensor, logit_scale: Tensor) -> Tensor:
         lead = similarity.gather(1, own[:, None]) - similarity
-        lost = self.pairs(lead, graded.gather(1, own[:, None]), graded)
+        losses = self._loss_of_pairs(lead, graded.gather(1, own[:, None]), graded)
+        # An item has no pair with itself; multiplied instead of selected, which would wait for the device.
         others = torch.arange(similarity.shape[1], device=own.device) != own[:, None]
-        return (lost * others).sum() / max(1, len(own) * (similarity.shape[1] - 1))
+        return (losses * others).sum() / max(1, len(own) * (similarity.shape[1] - 1))
 
     @abstractmethod
-    def pairs(self, lead: Tensor, own: Tensor, graded: Tensor) -> Tensor:
-        """Loss of each pair [B, N]: by how much the own item is more alike, relevancy of the own [B, 1] and of all."""
+    def _loss_of_pairs(self, lead: Tensor, own: Tensor, graded: Tensor) -> Tensor:
+        """Loss of each pair [B, N]: how much more similar the own item is, relevancy of the own [B, 1] and of all."""
 
 
 class MaxMarginLoss(_Pairs):
-    """The own item must be more alike than any other by ``margin`` (Miech et al., 1804.02516).
+    """The own item must be more similar than any other by ``margin`` (Miech et al., 1804.02516).
 
     As Wray et al. (1908.03477) and AVION's fine-tuning use it: a clip's text is drawn anew among the relevant ones.
     """
 
-    def pairs(self, lead: Tensor, own: Tensor, graded: Tensor) -> Tensor:
-        """See :class:`_Pairs`."""
+    def _loss_of_pairs(self, lead: Tensor, own: Tensor, graded: Tensor) -> Tensor:
         return F.relu(self.margin - lead)
 
 
 class AdaptiveMaxMarginLoss(_Pairs):
     """Max-margin whose margin is scaled by the relevancy of the drawn text (EgoVLP's MIR report, 2207.01334)."""
 
-    def pairs(self, lead: Tensor, own: Tensor, graded: Tensor) -> Tensor:
-        """See :class:`_Pairs`."""
+    def _loss_of_pairs(self, lead: Tensor, own: Tensor, graded: Tensor) -> Tensor:
         return F.relu(self.margin * own - lead)
 
 
@@ -119,12 +113,7 @@ class SymmetricMultiSimilarityLoss(_Pairs):
     that are equally relevant may differ by ``tau``.
     """
 
-    def __init__(self, margin: float, tau: float, *, rank: int = 0, world_size: int = 1) -> None:
-        super().__init__(margin, rank=rank, world_size=world_size)
-        self.tau = tau
-
-    def pairs(self, lead: Tensor, own: Tensor, graded: Tensor) -> Tensor:
-        """See :class:`_Pairs`."""
+    def _loss_of_pairs(self, lead: Tensor, own: Tensor, graded: Tensor) -> Tensor:
         difference = own - graded
         lacking = self.margin * difference - lead
         uneven = F.relu(torch.where(difference > 0, lacking, -lacking))
@@ -134,7 +123,7 @@ class SymmetricMultiSimilarityLoss(_Pairs):
 class SoftInfoNCELoss(RetrievalLoss):
     """Cross-entropy to the relevancies of all items, each row scaled to sum 1 (soft targets as in 2303.17561)."""
 
-    def rows(self, similarity: Tensor, graded: Tensor, own: Tensor, logit_scale: Tensor) -> Tensor:
-        """See :class:`RetrievalLoss`."""
+    def _loss_of_rows(self, similarity: Tensor, graded: Tensor, own: Tensor, logit_scale: Tensor) -> Tensor:
+        # A query without a single relevant item has a target of zeros, which weighs nothing.
         target = graded / graded.sum(dim=1, keepdim=True).clamp(min=EQUAL)
         return F.cross_entropy(logit_scale * similarity, target)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
-from egohod.loss.config import MARGIN_LOSSES, LossConfig
+from egohod.loss.config import DEFAULT_MARGINS, LossConfig
 from egohod.model import zoo
 from egohod.model.config import IMAGE_STATS, ImageStats, ModelConfig
 from egohod.model.slowfast import SlowFastTransformer, slow_frames
@@ -293,7 +293,7 @@ def create_model(
         "num_frames": config.num_frames,
         "temperature": loss.temperature,
         # What no loss reads must not wait for a gradient.
-        "learn_temperature": loss.learn_temperature and loss.name not in MARGIN_LOSSES,
+        "learn_temperature": loss.learn_temperature and loss.name not in DEFAULT_MARGINS,
         "bias": loss.bias if loss.name == "sigmoid" else None,
         "image_stats": IMAGE_STATS[config.image_stats],
     }

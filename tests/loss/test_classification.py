@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from egohod.loss.classification import ClassificationLoss
+from egohod.loss.config import LossConfig
 
 
 def batch(chunk: int) -> dict[str, Tensor]:
@@ -25,7 +26,7 @@ def batch(chunk: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("mixed", [False, True])
 def test_gradients_are_finite_differences(mixed: bool) -> None:
-    values, loss = batch(4), ClassificationLoss(0.1)
+    values, loss = batch(4), ClassificationLoss(LossConfig(label_smoothing=0.1))
     mixing = values.pop("mixing") if mixed else None
 
     def of(verb: Tensor, noun: Tensor) -> Tensor:
@@ -37,7 +38,7 @@ def test_gradients_are_finite_differences(mixed: bool) -> None:
 
 
 def test_the_mean_over_processes_is_that_of_the_joint_batch() -> None:
-    values, loss = batch(4), ClassificationLoss(0.1)
+    values, loss = batch(4), ClassificationLoss(LossConfig(label_smoothing=0.1))
     shares = [loss(**{name: value.chunk(2)[rank] for name, value in values.items()}) for rank in (0, 1)]
     for name, whole in loss(**values).items():
         torch.testing.assert_close((shares[0][name] + shares[1][name]) / 2, whole, msg=name)

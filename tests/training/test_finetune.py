@@ -356,7 +356,7 @@ def test_the_loss_of_heads_is_cross_entropy_with_smoothing_and_mixing() -> None:
     logits, label = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
     values = {"verb_logits": logits, "verb_label": label}
     expected = F.cross_entropy(logits, label, label_smoothing=0.1)
-    torch.testing.assert_close(ClassificationLoss(0.1)(**values)["loss"], expected)
+    torch.testing.assert_close(ClassificationLoss(LossConfig(label_smoothing=0.1))(**values)["loss"], expected)
     shares = torch.eye(4) * 0.7 + torch.eye(4).flip(0) * 0.3
     mixed = 0.7 * F.cross_entropy(logits, label) + 0.3 * F.cross_entropy(logits, label.flip(0))
     torch.testing.assert_close(ClassificationLoss()(**values, mixing=shares)["loss"], mixed)
