@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run: model, data, and how a global batch is split."""
+"""Build the parts of a run from its configuration: model, data, and how a global batch is split."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class TrainingData:
 
     @property
     def classes(self) -> ClassSpace | None:
-        """What the clips are labelled with, if it is classes; all sources share them."""
+        """The classes that the clips are labelled with, the same for all sources; None without class labels."""
         first = self.dataset.labels[0] if self.dataset.labels else None
         return first.space if isinstance(first, ClassLabels) else None
 
@@ -175,7 +175,7 @@ def build_dataset(cfg: Config, size: int, tables: Sequence[ClipTable] | None = N
 
 
 def label_columns(cfg: Config) -> list[str]:
-    """Columns of the annotation files that the labels are made of."""
+    """Columns of the annotation files that labels are read from."""
     if cfg.data.labels.target == "class":
         columns = cfg.data.labels.columns
         return [*columns, *(name.removesuffix("_class") for name in columns if name.endswith("_class"))]
@@ -187,7 +187,9 @@ def build_classes(cfg: Config, tables: Sequence[ClipTable] | None = None) -> Cla
     if cfg.model.heads == "none":
         return None
     # Without warnings: they come when the training clips get their labels.
-    return class_space(tables or read_tables(cfg), *_told(cfg), warn=False)
+    return class_space(
+        tables or read_tables(cfg), list(cfg.data.labels.columns), list(cfg.data.labels.classes), warn=False
+    )
 
 
 def read_tables(cfg: Config) -> list[ClipTable]:
@@ -198,23 +200,19 @@ def read_tables(cfg: Config) -> list[ClipTable]:
     return [read_clips(source, strict=cfg.data.strict, extra=extra) for source in active_sources(cfg).values()]
 
 
-def _told(cfg: Config) -> tuple[list[str], list[str]]:
-    return list(cfg.data.labels.columns), list(cfg.data.labels.classes)
-
-
 def build_labels(cfg: Config, tables: Sequence[ClipTable]) -> list[Labels] | None:
-    """What the clips of each source are matched with; None for their own narrations."""
+    """Labels of the clips of each source; None where clips are matched with their own narrations."""
     config = cfg.data.labels
     if config.target == "relevancy":
-        made = [RelevantTexts(table, config.threshold, config.sentences) for table in tables]
+        labels = [RelevantTexts(table, config.threshold, config.sentences) for table in tables]
         if cfg.data.flip > 0:
-            for each in made:
+            for each in labels:
                 each.warn_of_sides(cfg.data.flip)
-        # Clips of all sources stand in one batch, so they count noun classes alike.
-        most = max(each.noun_classes for each in made)
-        return [each.widened(most) for each in made]
+        # A batch has clips of all sources, so their vectors of noun classes have one width.
+        width = max(each.noun_classes for each in labels)
+        return [each.widened(width) for each in labels]
     if config.target == "class":
-        space = class_space(tables, *_told(cfg))
+        space = class_space(tables, list(config.columns), list(config.classes))
         if cfg.data.flip > 0:
             warn_of_sides(space, cfg.data.flip)
         return [ClassLabels(table, space, cfg.model.heads) for table in tables]
@@ -249,7 +247,7 @@ def build_plan(cfg: Config, dataset: ClipDataset) -> BatchPlan | MixedPlan:
     names, weights = zip(*((name, source.weight) for name, source in active_sources(cfg).items()), strict=True)
     if len(tables) == 1 or weights[0] is None:
         if codes:
-            # Clips of two sources are never alike.
+            # Clips of two sources are never hard negatives of each other, so their groups get other numbers.
             codes = [code + first for code, first in zip(codes, dataset.starts, strict=False)]
         return plan(len(dataset), batch_size, np.concatenate(codes) if codes else None)
     counts = shares([float(weight or 0) for weight in weights], batch_size)
@@ -279,7 +277,7 @@ def build_data(
 def micro_batches(cfg: Config, dist: Distributed, model: DualEncoder) -> tuple[int, int]:
     """Clips per forward pass of one process, and forward passes per step.
 
-    Raises :class:`UserError` if the batch cannot be shared, if not one clip fits, or if mixed clips would lack a pair.
+    Raises :class:`UserError` if the batch cannot be shared, if not one clip fits, or if clips to mix are an odd number.
     """
     size, mixes = cfg.train.global_batch_size, bool(cfg.train.mixup or cfg.train.cutmix)
     split_batch(size, dist.world_size, largest=1)
@@ -311,7 +309,7 @@ def split_batch(global_batch_size: int, world_size: int, largest: int, even: boo
 
 
 def predict_memory(cfg: Config, dist: Distributed, model: DualEncoder) -> Memory:
-    """What a step of this run takes of a device's memory."""
+    """Device memory of one step of this run."""
     return predict(
         cfg.model,
         dtype=pick_precision(cfg.train.precision, dist.device),
@@ -349,7 +347,7 @@ def _main_memory() -> int:
 
 
 def describe(cfg: Config, dist: Distributed, model: DualEncoder, data: TrainingData) -> None:
-    """The one line that says what this run computes on."""
+    """Log device, precision, decoder, parameters, clips and batch in one line."""
     log.info(
         "%s, precision %s, decoder %s; %s; %s clips, global batch %d = %d x %d x %d accumulated",
         dist,
@@ -364,30 +362,32 @@ def describe(cfg: Config, dist: Distributed, model: DualEncoder, data: TrainingD
     )
 
 
-# Narrations that the text tower sees at once.
+# Narrations in one forward pass of the text tower.
 BATCH = 256
 
 
 def class_texts(tables: Sequence[ClipTable], space: ClassSpace) -> list[list[str]]:
     """The different narrations of the training clips of each class, in order; its name where it has no clip."""
-    found: list[dict[str, None]] = [{} for _ in space.keys]
+    # Dictionaries keep the order, and the text tower need not embed a narration twice.
+    texts_of: list[dict[str, None]] = [{} for _ in space.keys]
     for table in tables:
         for row, number in enumerate(class_numbers(table, space)):
-            found[number].update(dict.fromkeys(table.row(row).texts))
-    return [list(texts) or [name] for texts, name in zip(found, space.names, strict=True)]
+            texts_of[number].update(dict.fromkeys(table.row(row).texts))
+    return [list(texts) or [name] for texts, name in zip(texts_of, space.names, strict=True)]
 
 
 @torch.no_grad()
 def start_from_text(model: DualEncoder, space: ClassSpace, texts: Sequence[Sequence[str]]) -> None:
     """Set the weights of ``model``'s heads so that their logits are scaled similarities to ``texts`` [C].
 
-    A head for a part, such as the verb, takes the mean over the classes that share it.
+    Before the first step they classify as zero-shot does (Wortsman et al., 2109.01903). A class's weights are the mean
+    feature of its texts; a head for a part, such as the verb, takes the mean over the classes that share it.
     """
     assert model.heads is not None, "the model was built without heads"
     features = _means(model, texts)
     scale = model.logit_scale.exp() / model.geometry.embed_dim**0.5
     for name, head in model.heads.items():
-        # One head for all classes is no part of them.
+        # A joint head is not among the parts: each class is its own.
         values, code = space.parts.get(name, (space.keys, np.arange(len(space.keys))))
         member = F.one_hot(torch.from_numpy(code).to(features.device), len(values)).T.to(features)
         assert isinstance(head, nn.Sequential)

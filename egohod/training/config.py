@@ -120,8 +120,3 @@ def duration_in_steps(text: str, *, steps_per_epoch: int, global_batch_size: int
         raise UserError(f"{key}: '{text}' is too long")
     steps = amount * {"step": 1.0, "epoch": float(steps_per_epoch), "sample": 1.0 / global_batch_size}[unit]
     return max(1, round(steps)) if steps > 0 else 0
-
-
-# --------------------------------------------------------------------------------------------------
-# Reading
-# --------------------------------------------------------------------------------------------------

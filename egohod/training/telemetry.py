@@ -1,4 +1,4 @@
-"""What a run says about itself: a console line, metrics.jsonl, TensorBoard, environment.json."""
+"""Telemetry of a run: a console line, metrics.jsonl, TensorBoard, environment.json."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ import torch
 
 from egohod.config import Config, to_yaml
 from egohod.distributed import Distributed
+from egohod.runtime import write_text
 
 log = logging.getLogger(__name__)
 
@@ -68,11 +69,11 @@ class Clock:
         self._steps += 1
 
     def lap(self, forward: float) -> Lap:
-        """What passed since the last lap, ``forward`` being the seconds of :meth:`TrainStep.forward_seconds`."""
+        """The time since the last lap, ``forward`` being the seconds of :meth:`TrainStep.forward_seconds`."""
         now = time.perf_counter()
-        answer = Lap(self._steps, max(now - self._start, 1e-9), self._waited, forward)
+        lap = Lap(self._steps, max(now - self._start, 1e-9), self._waited, forward)
         self._start, self._waited, self._steps = now, 0.0, 0
-        return answer
+        return lap
 
 
 @dataclass(frozen=True)
@@ -87,14 +88,14 @@ class Lap:
     """From the start of a step to its first collective."""
 
     @property
-    def own(self) -> float:
-        """What a step takes this process before it meets the others; the rest it may spend waiting for them."""
+    def compute_seconds(self) -> float:
+        """What a step takes this process before its first collective; after that it may wait for the others."""
         return (self.waited + self.forward) / max(self.steps, 1)
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one process adds to a line of the log."""
+    """One process's part of a line of the log."""
 
     host: str
     lap: Lap
@@ -103,10 +104,10 @@ class Share:
 
 
 class Stragglers:
-    """Warns of a process that keeps the others waiting, not of one that was late once.
+    """Warn of a process that keeps the others waiting, not of one that was late once.
 
-    Synchronous training takes every process the same time, so whole steps tell nothing: what is compared is the time
-    until a process meets the others for the first time in a step, waiting for its clips and forward pass.
+    A synchronous step takes every process the same time, so whole steps show nothing: what is compared is the time
+    until the first collective of a step, which is waiting for clips and the forward pass.
     """
 
     def __init__(self, ratio: float = 1.5, windows: int = 3) -> None:
@@ -114,24 +115,25 @@ class Stragglers:
         self._slowest, self._times = -1, 0
 
     def update(self, shares: Sequence[Share]) -> dict[str, float]:
-        """Smallest, median and largest own seconds of a step, and whose the largest is."""
-        own = [share.lap.own for share in shares]
-        rank = max(range(len(own)), key=own.__getitem__)
-        others = statistics.median(own[:rank] + own[rank + 1 :])
-        slow = rank if own[rank] > self._ratio * others else -1
+        """Smallest, median and largest compute seconds of a step, and the rank of the largest."""
+        seconds = [share.lap.compute_seconds for share in shares]
+        rank = max(range(len(seconds)), key=seconds.__getitem__)
+        others = statistics.median(seconds[:rank] + seconds[rank + 1 :])
+        slow = rank if seconds[rank] > self._ratio * others else -1
         self._times = self._times + 1 if slow == self._slowest else 1
         self._slowest = slow
         if slow >= 0 and self._times % self._windows == 0:
             share = shares[rank]
             cause = "waiting for clips" if share.lap.waited > share.lap.forward else "computing"
             log.warning(
-                "rank %d on %s is the slowest for %d windows: %.2f s of its own a step, mostly %s; others need %.2f s",
-                rank, share.host, self._times, own[rank], cause, others,
+                "rank %d on %s is the slowest for %d windows: %.2f s a step before it meets the others, mostly %s; "
+                "others need %.2f s",
+                rank, share.host, self._times, seconds[rank], cause, others,
             )  # fmt: skip
         return {
-            "compute_seconds_min": min(own),
-            "compute_seconds_median": statistics.median(own),
-            "compute_seconds_max": own[rank],
+            "compute_seconds_min": min(seconds),
+            "compute_seconds_median": statistics.median(seconds),
+            "compute_seconds_max": seconds[rank],
             "slowest_rank": float(rank),
         }
 
@@ -248,7 +250,7 @@ class Telemetry:
                     self._board.add_scalar(name, value, step)
                 self._board.flush()
         except OSError as error:
-            log.error("metrics of step %d not written: %s; training goes on", step, error.strerror or error)
+            log.error("metrics of step %d not written: %s; training continues", step, error.strerror or error)
 
     def close(self) -> None:
         """Flush and close the files."""
@@ -292,7 +294,7 @@ def memory_gb(device: torch.device) -> float:
 
 
 def environment(cfg: Config, dist: Distributed) -> dict[str, Any]:
-    """What is needed to say later how a result came about."""
+    """Versions, machine and command: what is needed to reproduce a result."""
     return {
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -334,16 +336,15 @@ def _truncate(path: Path, step: int, evaluates_first: bool) -> None:
     """
     if not path.is_file():
         return
-    kept = []
+    lines = []
     # What a damaged disk left of a line is no UTF-8, and no JSON either.
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            told = json.loads(line)
-            again = evaluates_first and told["step"] == step and "train/loss" not in told
-            if told["step"] <= step and not again:
-                kept.append(line)
+            metrics = json.loads(line)
+            is_repeated = evaluates_first and metrics["step"] == step and "train/loss" not in metrics
+            if metrics["step"] <= step and not is_repeated:
+                lines.append(line)
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept))
-    temporary.rename(path)
+    # Under another name first: a kill here must not cost the metrics of days.
+    write_text(path, "".join(line + "\n" for line in lines))
