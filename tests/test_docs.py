@@ -32,6 +32,28 @@ def test_the_index_lists_every_page() -> None:
     assert missing == ["README.md"]
 
 
+def test_the_map_of_the_code_equals_the_tree() -> None:
+    tree = re.search(r"^egohod/\n(.*?)^```", PAGES[1].read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    assert tree, "no map"
+    named, variants, folders = set[Path](), set[Path](), {0: ROOT / "egohod"}
+    for line in tree[1].splitlines():
+        depth = (len(line) - len(line.lstrip())) // 4
+        for word in line.split():
+            if word.endswith("/") and (folders[depth - 1] / word).is_dir():
+                folders[depth] = folders[depth - 1] / word
+                if "a module per" in line:  # a new one needs no line here
+                    variants.add(folders[depth])
+            elif word.endswith(".py") and word != "*/config.py":
+                named.add(folders[depth - 1] / word)
+    present = {
+        path
+        for path in (ROOT / "egohod").rglob("*.py")
+        if path.parent not in variants and path.name != "config.py" and path.name != "__init__.py"
+    }
+    named = {path for path in named if path.parent not in variants and path.name not in ("config.py", "__init__.py")}
+    assert named == present
+
+
 def _prose(page: Path) -> str:
     """The text without code blocks, in which brackets and # mean other things."""
     return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
