@@ -98,12 +98,12 @@ class WeightFile:
 
     @property
     def model_knobs(self) -> dict[str, Any]:
-        """What is known of the model, as knobs of the section ``model`` (``activation``, ``fast.position``, ...)."""
-        known = {name.removeprefix("model."): each for name, each in self.settings.items() if name.startswith("model.")}
+        """Recorded settings of the model as knobs of the section ``model`` (``activation``, ``fast.position``, ...)."""
+        knobs = {name.removeprefix("model."): each for name, each in self.settings.items() if name.startswith("model.")}
         if shape := self.shape:
-            known["embed_dim"] = shape.embed_dim
-            known |= {"num_frames": shape.num_frames} if shape.num_frames else {}
-        return known
+            knobs["embed_dim"] = shape.embed_dim
+            knobs |= {"num_frames": shape.num_frames} if shape.num_frames else {}
+        return knobs
 
     def without_heads(self) -> WeightFile:
         """The same without classification heads and the classes that they are for."""
@@ -209,10 +209,10 @@ def _named(source: str, container: str, content: Any, metadata: Mapping[str, str
 
 def _state_dict(content: Any) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
     """The state dict somewhere in what a file holds, what is beside it, and which others there are."""
-    found = sorted(_state_dicts(content, ()), key=lambda each: _rank(each[0]))
+    states = sorted(_state_dicts(content, ()), key=lambda each: _rank(each[0]))
     beside: dict[str, Any] = {}
-    if found:
-        path, state = found[0]
+    if states:
+        path, state = states[0]
         for key in path:
             beside |= {str(name): value for name, value in content.items() if name != key}
             content = content[key]
@@ -232,8 +232,8 @@ def _state_dict(content: Any) -> tuple[dict[str, Tensor], dict[str, Any], list[s
         if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
             raise WeightsError(f"'{name}' is no plain tensor of numbers")
         tensors[name] = value
-    others = [f"'{'.'.join(other)}'" for other, _ in found[1:]]
-    return tensors, beside, [f"taken is '{'.'.join(found[0][0])}', not {', '.join(others)}"] if others else []
+    others = [f"'{'.'.join(other)}'" for other, _ in states[1:]]
+    return tensors, beside, [f"taken is '{'.'.join(states[0][0])}', not {', '.join(others)}"] if others else []
 
 
 def _state_dicts(content: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
@@ -250,8 +250,8 @@ def _state_dicts(content: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[st
 
 def _rank(path: Sequence[str]) -> tuple[bool, int]:
     """State dicts by how likely they are the model's: averages last."""
-    known = [_STATES.index(key) for key in path if key in _STATES]
-    return any(is_average(key) for key in path), min(known, default=len(_STATES))
+    places = [_STATES.index(key) for key in path if key in _STATES]
+    return any(is_average(key) for key in path), min(places, default=len(_STATES))
 
 
 def _family(
@@ -612,17 +612,17 @@ def _find_tag(source: str, download: bool) -> Path:
     entry = pretrained.get_pretrained_cfg(model, tag)
     if not entry:
         tags = pretrained.list_pretrained_tags_by_model(model)
-        known = f"its tags are {', '.join(tags)}" if tags else f"it knows no model '{model}' either"
-        raise WeightsError(f"{source}: no such file, and open_clip knows no such tag; {known}")
+        hint = f"its tags are {', '.join(tags)}" if tags else f"it knows no model '{model}' either"
+        raise WeightsError(f"{source}: no such file, and open_clip knows no such tag; {hint}")
     folders = []
     if entry.get("hf_hub"):
         repository, _, name = entry["hf_hub"].rpartition("/")
         stem = (name or "open_clip_pytorch_model.bin").rpartition(".")[0]
         names = [f"{stem.replace('_pytorch', '')}.safetensors", f"{stem}.safetensors", name or f"{stem}.bin"]
         for each in names:
-            found = try_to_load_from_cache(repository, each)
-            if isinstance(found, str):
-                return Path(found)
+            cached = try_to_load_from_cache(repository, each)
+            if isinstance(cached, str):
+                return Path(cached)
         folders.append(str(constants.HF_HUB_CACHE))
     if entry.get("url"):
         # Not Path.expanduser, which fails for a user without HOME and without an entry in the list of users.
@@ -645,7 +645,7 @@ def _find_tag(source: str, download: bool) -> Path:
 
 def base_of(model: nn.Module, content: WeightFile) -> Base | None:
     """What ``model`` keeps of the file it was started from; None if it trains everything."""
-    kept = [
+    unchanged = [
         name
         for name, parameter in model.named_parameters()
         if not parameter.requires_grad
@@ -654,11 +654,11 @@ def base_of(model: nn.Module, content: WeightFile) -> Base | None:
         and bool((content.tensors[name].to(parameter) == parameter).all())
     ]
     # A fixed temperature is not worth a second file.
-    if all(content.tensors[name].dim() == 0 for name in kept):
+    if all(content.tensors[name].dim() == 0 for name in unchanged):
         return None
     # Whoever opens the checkpoint may stand in another folder.
     file = Path(content.source)
-    return Base(str(file.resolve() if file.exists() else file), tuple(kept), checksum(content.tensors, kept))
+    return Base(str(file.resolve() if file.exists() else file), tuple(unchanged), checksum(content.tensors, unchanged))
 
 
 def checksum(tensors: Mapping[str, Tensor], names: Iterable[str]) -> str:
@@ -853,7 +853,7 @@ def _by_reason(names: Mapping[str, str]) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for name, reason in names.items():
         reasons.setdefault(reason, []).append(name)
-    return [f"{_list(found, 6)} ({reason})" for reason, found in reasons.items()]
+    return [f"{_list(of_reason, 6)} ({reason})" for reason, of_reason in reasons.items()]
 
 
 def load_weights(
@@ -915,13 +915,13 @@ def _meaning(model: nn.Module) -> dict[str, str]:
         return {}
     block = model.visual.transformer.resblocks[0]
     assert isinstance(block, Block)
-    known = {
+    settings = {
         "model.activation": next(name for name, kind in ACTIVATIONS.items() if isinstance(block.mlp.gelu, kind)),
         "model.image_stats": next(name for name, stats in IMAGE_STATS.items() if stats == model.image_stats),
     }
     if isinstance(model.visual, SlowFastTransformer):
-        known |= {"model.fast.position": model.visual.position, "model.fast.pool": model.visual.pool}
-    return known
+        settings |= {"model.fast.position": model.visual.position, "model.fast.pool": model.visual.pool}
+    return settings
 
 
 def starts_projections_anew(weights: WeightFile, projections: str) -> bool:
@@ -1061,8 +1061,8 @@ def _resize_grid(value: Tensor, wanted: Tensor) -> Tensor:
 
 def _resize_text(value: Tensor, wanted: Tensor) -> Tensor:
     """[L, D] -> [L', D]: the first positions keep their meaning, further ones their initial values."""
-    kept = value[: len(wanted)].to(wanted)
-    return torch.cat((kept, wanted[len(kept) :]))
+    first = value[: len(wanted)].to(wanted)
+    return torch.cat((first, wanted[len(first) :]))
 
 
 _RESIZERS = {

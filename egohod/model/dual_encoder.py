@@ -159,9 +159,9 @@ class DualEncoder(nn.Module):
     def freeze_all_but_last_blocks(self, count: int) -> None:
         """Leave the last ``count`` blocks of the vision tower and what follows them to learn."""
         blocks = len(self.visual.transformer.resblocks)
-        kept = [f"visual.transformer.resblocks.{i}." for i in range(max(0, blocks - count), blocks)]
-        kept += ["visual.ln_post.", "visual.image_projection", "slowfast_projection", "heads."]
-        self._freeze(lambda name: not name.startswith(tuple(kept)))
+        trained = [f"visual.transformer.resblocks.{i}." for i in range(max(0, blocks - count), blocks)]
+        trained += ["visual.ln_post.", "visual.image_projection", "slowfast_projection", "heads."]
+        self._freeze(lambda name: not name.startswith(tuple(trained)))
 
     def freeze_text(self) -> None:
         """Leave everything but the text tower to learn."""

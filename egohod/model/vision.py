@@ -36,7 +36,7 @@ class BoxHead(nn.Module):
         """Boxes in shares of the picture: float32 [B, T, 3, 4], left, top, right, bottom.
 
         ``patches`` [B, N, D] are the patch tokens, frame by frame; ``chosen`` int64 [B, N] tells which of the T * P
-        patches they are, None means all of them. A frame without a single token is told nothing about.
+        patches they are, None means all of them. Boxes of a frame without a single token are zero.
         """
         B, N, _ = patches.shape
         P = self.side**2
@@ -52,10 +52,10 @@ class BoxHead(nn.Module):
         # Frames differ in how many tokens patch dropout leaves them: absent patches get no say.
         shares = scores.new_full((B, frames * P, ROLES), -1e4).scatter(1, chosen.unsqueeze(2).expand_as(scores), scores)
         shares = shares.view(B, frames, P, ROLES).softmax(dim=2).flatten(1, 2)
-        said = shares.gather(1, chosen.unsqueeze(2).expand_as(scores)).unsqueeze(3) * boxes
-        total = said.new_zeros(B, frames, ROLES, 4)
-        frame = (chosen // P).view(B, N, 1, 1).expand_as(said)
-        return total.scatter_add(1, frame, said)
+        weighted = shares.gather(1, chosen.unsqueeze(2).expand_as(scores)).unsqueeze(3) * boxes
+        total = weighted.new_zeros(B, frames, ROLES, 4)
+        frame = (chosen // P).view(B, N, 1, 1).expand_as(weighted)
+        return total.scatter_add(1, frame, weighted)
 
 
 LAYER_NORM_EPS = 1e-6
@@ -179,11 +179,11 @@ class Transformer(nn.Module):
         """``x`` [B, N, D] -> [B, keep or N, D]."""
         last = len(self.resblocks) - 1
         for i, block in enumerate(self.resblocks):
-            kept = keep if i == last else None
+            tokens_out = keep if i == last else None
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, kept, use_reentrant=False)
+                x = checkpoint(block, x, tokens_out, use_reentrant=False)
             else:
-                x = block(x, kept)
+                x = block(x, tokens_out)
         return x
 
 

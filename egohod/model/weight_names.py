@@ -85,7 +85,7 @@ def model_names(names: Iterable[str]) -> tuple[dict[str, str], dict[str, str], l
     its average: of several models the first that is no average is taken.
     """
     short = {name: without_wrappers(name) for name in names}
-    holders = [found.group(1) for name in short.values() if (found := re.match(r"((?:[^.]+\.)*?)visual\.", name))]
+    holders = [match.group(1) for name in short.values() if (match := re.match(r"((?:[^.]+\.)*?)visual\.", name))]
     if "" in holders or not holders:
         return short, {}, []
     ranked = sorted(dict.fromkeys(holders), key=lambda each: any(is_average(part) for part in each.split(".")))
@@ -125,15 +125,15 @@ def useless(names: Iterable[str]) -> dict[str, str]:
     names = list(names)
     # In upstream's slow-fast files the spatial convolution is dead weight too; in ours it is a part that can be on.
     upstream = any(".adapter_2." in name for name in names)
-    found = {}
+    reasons = {}
     for name in names:
         if name in NUMBERS:
-            found[name] = "numbers, no weights"
+            reasons[name] = "numbers, no weights"
         elif name.rpartition(".")[2] in ("attn_mask", "position_ids", "n_averaged", "_extra_state"):
-            found[name] = "constants"
+            reasons[name] = "constants"
         elif ".adapter_2." in name or (upstream and ".adapter.conv2d." in name):
-            found[name] = "never used by upstream"
-    return found
+            reasons[name] = "never used by upstream"
+    return reasons
 
 
 def ours(name: str, layout: str) -> str:
