@@ -430,3 +430,10 @@ def test_folders_of_demo_worlds_become_benchmarks(tmp_path: Path, caplog: pytest
     cfg = load(tmp_path / "old.yml", [*mine, "evaluate.demo_val=null", "evaluate.demo_test=null"]).evaluate
     assert (cfg.during, cfg.final) == ([], ["mine"])
     assert "evaluate.demo_val is now evaluate.benchmarks.val and evaluate.during" in caplog.text
+
+
+def test_the_timeout_of_the_former_monitor_is_dropped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It bounded silence between processes; as the limit of a collective, 120 s would end runs that are saving."""
+    (tmp_path / "old.yml").write_text("train: {peer_timeout: 120}\n")
+    assert load(tmp_path / "old.yml", ["train.peer_timeout=60"]).train.collective_timeout == 1800
+    assert "train.peer_timeout is now train.collective_timeout, which is longer" in caplog.text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from egohod.errors import UserError
 from egohod.knobs import knob
@@ -99,12 +100,19 @@ class TrainConfig:
         "them hangs; longer than data.timeout and than a checkpoint ever takes to write. A process that dies is "
         "noticed at once",
         low=1,
-        old_names=("peer_timeout",),
     )
     log_every: str = knob("10 steps", "interval of metrics; in between, nothing waits for the device")
     save_every: str = knob("1 epochs", "interval of checkpoints")
     keep_last: int = knob(2, "newest checkpoints kept", low=1)
     keep_best: int = knob(1, "best checkpoints kept, by evaluate.best", low=0)
+
+    @staticmethod
+    def convert_old_keys(section: dict[str, Any], below: dict[str, Any]) -> list[tuple[str, str]]:
+        """Drop ``peer_timeout``: it bounded silence, a collective also waits while a checkpoint is written."""
+        if "peer_timeout" not in section:
+            return []
+        del section["peer_timeout"]
+        return [("train.peer_timeout", "train.collective_timeout, which is longer and keeps its own value")]
 
 
 def duration_in_steps(text: str, *, steps_per_epoch: int, global_batch_size: int, key: str = "duration") -> int:
