@@ -236,7 +236,9 @@ class Pipeline:
             if outcome.fault is not None:
                 if at.failed <= _LOGGED_FAILURES:
                     more = "; further ones are only counted" if at.failed == _LOGGED_FAILURES else ""
-                    log.warning("%s failed: %s: %s%s", stage.name, self.table.where(task.index), outcome.fault, more)
+                    # As a UserError prints it: one line, without what no terminal shows.
+                    where = self.table.where(task.index)
+                    log.warning("%s failed: %s", stage.name, UserError(f"{where}: {outcome.fault}{more}"))
                 # Failures of earlier runs do not count: their cause may be gone.
                 if at.failed > self.cfg.max_bad_fraction * max(at.done, _GRACE):
                     raise UserError(
