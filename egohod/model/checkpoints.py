@@ -643,6 +643,11 @@ def _find_tag(source: str, download: bool) -> Path:
         raise WeightsError(f"{source}: open_clip could not download it: {' '.join(str(error).split())}") from error
 
 
+# --------------------------------------------------------------------------------------------------
+# Weights that stay in the file they came from
+# --------------------------------------------------------------------------------------------------
+
+
 def base_of(model: nn.Module, content: WeightFile) -> Base | None:
     """What ``model`` keeps of the file it was started from; None if it trains everything."""
     unchanged = [
@@ -668,6 +673,15 @@ def checksum(tensors: Mapping[str, Tensor], names: Iterable[str]) -> str:
         digest.update(name.encode())
         digest.update(tensors[name].detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------
+# Objects beside the weights
+# --------------------------------------------------------------------------------------------------
+
+# A checkpoint of another project often carries its configuration and scores: argparse, OmegaConf and NumPy objects.
+# None of their classes is imported to read it: each is replaced by a stand-in, which cannot run code whatever the file
+# contains. Classes that are not listed are refused.
 
 
 class Inert:
@@ -801,6 +815,11 @@ PROJECTIONS = ("visual.image_projection", "textual.text_projection", "logit_scal
 """What the published recipe starts anew from CLIP: both output projections and the temperature."""
 
 TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+# --------------------------------------------------------------------------------------------------
+# Loading into a model
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

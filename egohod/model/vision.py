@@ -23,7 +23,11 @@ ROLES = 3
 
 
 class BoxHead(nn.Module):
-    """Boxes of every frame from the patch tokens, by a soft arg-max over the frame's patches."""
+    """Boxes of every frame from the patch tokens, by a soft arg-max over the frame's patches.
+
+    Deliberately weak: a patch says how much it counts for a hand or the object and where the box is relative to the
+    patch; a frame's box is the weighted mean. So the tokens themselves must encode positions.
+    """
 
     def __init__(self, width: int, patches_per_frame: int) -> None:
         super().__init__()
