@@ -3,7 +3,7 @@
     python tools/make_demo_data.py                               # demo_data: 2,000 + 300 + 500 clips, 2 to 3 minutes
     python tools/make_demo_data.py --scale 0.05 --output small   # a twentieth of it
     python tools/make_demo_data.py --benchmarks                  # and the test world as EK100, EGTEA, EgoMCQ, ...
-    python tools/make_demo_data.py --preview world.png           # only a contact sheet to look at
+    python tools/make_demo_data.py --preview world.png           # only a contact sheet (.webp: a moving picture)
 
 Rerun to resume after an interruption; a complete folder is left as it is.
 """
@@ -19,7 +19,8 @@ from pathlib import Path
 from _common import tool_parser
 
 from egohod import cli
-from egohod.demo import make_world, plan, preview
+from egohod.demo import make_world, plan
+from egohod.demo.render import preview
 from egohod.demo.world import DEFAULT, FPS, SPLITS, Variant
 from egohod.demo.write import write_benchmarks
 from egohod.errors import UserError
@@ -45,7 +46,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--workers", type=int, default=None, help="rendering processes (default: one per core)")
     add("--splits", default=",".join(SPLITS), help="which of train, val and test, comma-separated (default: all)")
-    add("--preview", type=Path, metavar="PNG", help="draw a contact sheet of a few clips instead of a world")
+    add("--preview", type=Path, metavar="FILE", help="draw a few clips instead of a world: .png or .webp")
     add("--benchmarks", action="store_true", help="also write the test world in the formats of the field's benchmarks")
     add("--dry_run", action="store_true", help="print what would be written, and write nothing")
     return parser.parse_args(argv)

@@ -3,6 +3,6 @@
 Frames, narrations, boxes and questions all follow from one seed; nothing is downloaded.
 """
 
-from egohod.demo.write import make_world, plan, preview
+from egohod.demo.write import make_world, plan
 
-__all__ = ["make_world", "plan", "preview"]
+__all__ = ["make_world", "plan"]

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+import textwrap
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw, ImageFilter
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 from egohod.data.detections import EDGES, NO_CONTACT, PORTABLE_OBJECT, SCHEMA, STATIONARY_OBJECT
 from egohod.demo.world import (
     COLOURS,
+    EVENT_SECONDS,
     FPS,
     LID_HEIGHT,
     OTHER_HAND,
     REST,
     RGB,
     SIDE,
+    VERBS,
     XY,
     Clip,
     Kitchen,
     Video,
     grip_point,
+    make_video,
     mix,
     pose,
     sway,
 )
+from egohod.errors import UserError
 
 UNIT = 4  # sprites are drawn this many times larger than shown, then reduced
 SPRITE = 84  # an object's square, in canvas pixels
@@ -326,3 +333,75 @@ class Stage:
 
 def _centre(box: tuple[float, ...]) -> XY:
     return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures of the world
+# --------------------------------------------------------------------------------------------------
+
+SHOWN = ("pick up", "slide left", "open", "push", "wipe left", "circle clockwise", "tap twice", "flick away")
+PAPER, INK = (250, 250, 247), (20, 20, 20)
+COLUMNS = 6  # of the sheet: moments of a clip
+CAPTION = 16  # pixels above a row of the sheet
+PALETTE = 256  # colours of the sheet, which keeps the file small
+MOMENTS, MOMENT_MS = 16, 160  # of the moving picture
+
+
+def preview(path: Path, seed: int = 0) -> None:
+    """Draw a clip of each of eight verbs, every one from another kitchen of the training split.
+
+    A ``.webp`` is a moving picture; any other format is a sheet with one row per clip.
+
+    Raises :class:`UserError` if the file cannot be written.
+    """
+    clips = []
+    videos = (make_video(seed, "train", number) for number in itertools.count())
+    for row, verb in enumerate(SHOWN):
+        video = next(video for video in videos if any(clip.verb == verb for clip in video.clips))
+        hand = ("right", "left")[row % 2]
+        takes = [clip for clip in video.clips if clip.verb == verb]
+        clips.append((Stage(video), max(takes, key=lambda clip: (clip.hand == hand, len(clip.hod)))))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix.lower() == ".webp":
+            first, *others = _moving_pictures(clips)
+            first.save(path, save_all=True, append_images=others, duration=MOMENT_MS, loop=0, quality=70, method=6)
+        else:
+            _sheet(clips).quantize(PALETTE, dither=Image.Dither.NONE).save(path, optimize=True)
+    except (OSError, ValueError) as error:  # ValueError: an ending that names no picture format
+        raise UserError(f"cannot write {path}: {error}") from error
+
+
+def _sheet(clips: Sequence[tuple[Stage, Clip]]) -> Image.Image:
+    """One row per clip, its narration above."""
+    (width, height), font = PICTURE, ImageFont.load_default(11)
+    sheet = Image.new("RGB", (COLUMNS * width, len(clips) * (height + CAPTION)), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for row, (stage, clip) in enumerate(clips):
+        top = row * (height + CAPTION)
+        pen.text((4, top + 1), clip.hod, INK, font)
+        # Evenly spread moments; of a brief event alone, where nothing else moves.
+        begin, length = (clip.begin, EVENT_SECONDS) if VERBS[clip.verb].brief else (0.0, clip.seconds)
+        for column in range(COLUMNS):
+            picture = stage.draw(clip, begin + (column + 0.5) / COLUMNS * length).reduce(SHRINK)
+            sheet.paste(picture, (column * width, top + CAPTION))
+    return sheet
+
+
+def _moving_pictures(clips: Sequence[tuple[Stage, Clip]]) -> list[Image.Image]:
+    """Two rows of clips that play side by side, each below two lines of its narration."""
+    (width, height), font = PICTURE, ImageFont.load_default(10)
+    columns, caption = (len(clips) + 1) // 2, 28
+    pictures = [Image.new("RGB", (columns * width, 2 * (height + caption)), PAPER) for _ in range(MOMENTS)]
+    for number, (stage, clip) in enumerate(clips):
+        left, top = number % columns * width, number // columns * (height + caption)
+        lines = textwrap.wrap(clip.hod.removeprefix("#C C "), 28, max_lines=2, placeholder=" ...")
+        # A little before and after a brief event, so that one sees that it is over.
+        begin, length = (
+            (max(0.0, clip.begin - 0.3), EVENT_SECONDS + 0.6) if VERBS[clip.verb].brief else (0.0, clip.seconds)
+        )
+        for moment, picture in enumerate(pictures):
+            ImageDraw.Draw(picture).multiline_text((left + 3, top + 1), "\n".join(lines), INK, font, spacing=1)
+            frame = stage.draw(clip, begin + (moment + 0.5) / MOMENTS * length).reduce(SHRINK)
+            picture.paste(frame, (left, top + caption))
+    return pictures

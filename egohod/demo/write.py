@@ -37,17 +37,15 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet
-from PIL import Image, ImageDraw, ImageFont
 
 from egohod.data import detections
 from egohod.data.config import SourceConfig
 from egohod.data.decoders import choose_decoder
 from egohod.data.formats import read_clips
 from egohod.data.table import ClipReader
-from egohod.demo.render import PICTURE, SHRINK, Stage
+from egohod.demo.render import PICTURE, Stage
 from egohod.demo.world import (
     DEFAULT,
-    EVENT_SECONDS,
     FEW,
     FPS,
     NOUNS,
@@ -56,7 +54,6 @@ from egohod.demo.world import (
     Variant,
     Video,
     make_split,
-    make_video,
     phrase,
 )
 from egohod.errors import UserError
@@ -448,36 +445,3 @@ def _write_charades(folder: Path, train: pd.DataFrame, table: pd.DataFrame, fram
         encode(np.concatenate([frames[row] for row in pair]), folder / "videos" / f"{name}.mp4")
         rows.append({"id": name, "scene": "Kitchen", "actions": ";".join(actions), "length": f"{at:.2f}"})
     pd.DataFrame(rows).to_csv(folder / "CharadesEgo_v1_test_only1st.csv", index=False)
-
-
-COLUMNS = 6
-SHOWN = ("pick up", "slide left", "open", "push", "wipe left", "circle clockwise", "tap twice", "flick away")
-CAPTION = 16  # pixels above a row
-COLOURS = 256  # of the palette, which keeps the file small
-
-
-def preview(out_png: Path, seed: int = 0) -> None:
-    """Draw ``out_png``: a clip of each of eight verbs, every one from another kitchen of the training split.
-
-    Raises :class:`UserError` if the file cannot be written.
-    """
-    (width, height), font = PICTURE, ImageFont.load_default(11)
-    sheet = Image.new("RGB", (COLUMNS * width, len(SHOWN) * (height + CAPTION)), (250, 250, 247))
-    pen = ImageDraw.Draw(sheet)
-    videos = (make_video(seed, "train", number) for number in itertools.count())
-    for row, verb in enumerate(SHOWN):
-        video = next(video for video in videos if any(clip.verb == verb for clip in video.clips))
-        stage, hand, top = Stage(video), ("right", "left")[row % 2], row * (height + CAPTION)
-        takes = [clip for clip in video.clips if clip.verb == verb]
-        clip = max(takes, key=lambda clip: (clip.hand == hand, len(clip.hod)))
-        pen.text((4, top + 1), clip.hod, (20, 20, 20), font)
-        # Evenly spread moments; of a brief event alone, where nothing else moves.
-        begin, length = (clip.begin, EVENT_SECONDS) if VERBS[verb].brief else (0.0, clip.seconds)
-        for column in range(COLUMNS):
-            picture = stage.draw(clip, begin + (column + 0.5) / COLUMNS * length).reduce(SHRINK)
-            sheet.paste(picture, (column * width, top + CAPTION))
-    try:
-        out_png.parent.mkdir(parents=True, exist_ok=True)
-        sheet.quantize(COLOURS, dither=Image.Dither.NONE).save(out_png, optimize=True)
-    except (OSError, ValueError) as error:  # ValueError: an ending that names no picture format
-        raise UserError(f"cannot write {out_png}: {error}") from error

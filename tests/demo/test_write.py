@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from egohod.data.detections import BoxTable
-from egohod.demo import make_world, preview
-from egohod.demo.render import PICTURE, Stage, frame_time
+from egohod.demo import make_world
+from egohod.demo.render import PICTURE, Stage, frame_time, preview
 from egohod.demo.world import DEFAULT, FPS, VERBS, make_split
 from egohod.demo.write import CHUNK_SECONDS, questions, seconds
 from egohod.errors import UserError
@@ -214,5 +214,9 @@ def test_preview_is_a_small_picture(tmp_path: Path) -> None:
     with Image.open(tmp_path / "a" / "sheet.png") as sheet:
         assert sheet.width == 6 * PICTURE[0]
     assert (tmp_path / "a" / "sheet.png").stat().st_size < 400_000
+    preview(tmp_path / "moving.webp", seed=1)
+    with Image.open(tmp_path / "moving.webp") as moving:
+        assert (moving.width, moving.n_frames) == (4 * PICTURE[0], 16)
+    assert (tmp_path / "moving.webp").stat().st_size < 400_000
     with pytest.raises(UserError, match="cannot write"):
         preview(tmp_path / "sheet.nothing")
