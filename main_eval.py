@@ -70,8 +70,9 @@ def main(arguments: Sequence[str]) -> int:
         args.benchmark = None
     # A CLIP file can be measured too: model.weights.source=clip model.weights.projections=keep.
     outside = args.checkpoint.startswith("open_clip:")
-    known = [] if outside else cli.model_of(args.checkpoint, args.overrides)
-    overrides = ["model.weights.source=checkpoint", *known, *args.overrides]
+    # Of the file: what model it holds.
+    stored = [] if outside else cli.model_of(args.checkpoint, args.overrides)
+    overrides = ["model.weights.source=checkpoint", *stored, *args.overrides]
     overrides += [f"evaluate.controls=[{args.controls}]"] if args.controls else []
     cfg = config.load(args.config_file, [*overrides, f"model.weights.path={args.checkpoint}"])
     classes = _classes(cfg, args) if args.heads else None
@@ -83,8 +84,8 @@ def main(arguments: Sequence[str]) -> int:
         Path(args.output).mkdir(parents=True, exist_ok=True)
         checkpoint = {"path": args.checkpoint, "sha256": fingerprint(model)}
         benchmarks = _benchmarks(cfg, dist, model, args, checkpoint["sha256"], classes)
-        found = [(each, each.measure(model)) for each in benchmarks]
-        write_results(args.output, cfg, dist, found, checkpoint=checkpoint, published=args.published)
+        results = [(each, each.measure(model)) for each in benchmarks]
+        write_results(args.output, cfg, dist, results, checkpoint=checkpoint, published=args.published)
         if dist.is_main:
             write_report(args.output, decoder=cfg.data.decoder)
     return cli.DONE
