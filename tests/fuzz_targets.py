@@ -54,8 +54,7 @@ from egohod.hod import config as hod_config
 from egohod.hod.config import HodConfig, NarratorConfig
 from egohod.hod.detectors.files import DetectionFiles
 from egohod.hod.detectors.torchvision_boxes import TorchvisionBoxes
-from egohod.hod.narrators.endpoint import Endpoint
-from egohod.hod.narrators.llm import LanguageModelNarrator
+from egohod.hod.narrators.llm import Endpoint, LanguageModelNarrator
 from egohod.hod.pipeline import build
 from egohod.hod.store import Shard
 from egohod.loss.config import LossConfig

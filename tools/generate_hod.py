@@ -46,6 +46,7 @@ TRIED = 3
 
 
 def main(arguments: Sequence[str]) -> int:
+    # Schedulers and containers end a job with SIGTERM: as after Ctrl-C the workers are ended and the files closed.
     signal.signal(signal.SIGTERM, _interrupt)
     args = _parse(arguments)
     shard = Shard.parse(args.shard) if args.shard else Shard()
@@ -75,6 +76,7 @@ def main(arguments: Sequence[str]) -> int:
             if finished.failures:
                 log.warning("%s clips failed; --retry tries them again", f"{finished.failures:,}")
         else:
+            # For people: what is computed again depends on the hashes in the results alone.
             with text_file(pipeline.store.folder / "config.yml") as file:
                 file.write(to_yaml(cfg))
             if args.stage == "all":
@@ -82,7 +84,7 @@ def main(arguments: Sequence[str]) -> int:
             else:
                 pipeline.run([args.stage], shard)
             if args.stage not in ("all", STAGES[-1]):
-                return cli.DONE
+                return cli.DONE  # a shard is finished when its last stage is
             log.info("shard %s: %s narrations", shard, f"{pipeline.finish(shard).narrations:,}")
         if shard.count > 1:
             log.info("when all %d shards are finished, --merge puts them together", shard.count)
@@ -108,7 +110,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _merge(pipeline: Pipeline, shards: int | None) -> int:
     store = pipeline.store
-    if shards is None:
+    if shards is None:  # --merge alone: the folder tells how many shards there are, if it is clear
         counts = store.divisions(pipeline.fingerprint)
         if len(counts) != 1:
             what = f"shards of divisions by {', '.join(map(str, counts))}" if counts else "no shard"
@@ -134,6 +136,7 @@ def _dry_run(pipeline: Pipeline, shard: Shard) -> int:
     for stage, count in to_do.items():
         log.info("  %-8s %s to do", stage, f"{count:,}")
     seconds: dict[str, list[float]] = {stage: [] for stage in STAGES}
+    # Spread over the shard: neighbouring clips are of one video, which may be the odd one.
     for index in clips[:: max(1, len(clips) // TRIED)][:TRIED]:
         log.info("%s: %s", table.where(index), " / ".join(table.row(index).texts))
         for stage, outcome, spent in pipeline.try_clip(index):
@@ -153,7 +156,7 @@ def _submit(pipeline: Pipeline, args: argparse.Namespace) -> int:
     """A Slurm array of shards, and a job that merges them."""
     if args.submit < 1:
         raise UserError(f"--submit must be at least 1, not {args.submit}")
-    import submitit
+    import submitit  # of no use without Slurm
     from submitit.core.utils import FailedJobError
     from submitit.helpers import CommandFunction
 
@@ -170,6 +173,7 @@ def _submit(pipeline: Pipeline, args: argparse.Namespace) -> int:
         "gpus_per_node": cfg.slurm.gpus,
     }
     requested = {name: value for name, value in requested.items() if value}
+    # The main process hardly computes: it hands clips to the workers and stores what they make.
     executor.update_parameters(name="generate_hod", cpus_per_task=max(1, cfg.workers), **requested)
     # The jobs read the settings of this moment, whatever happens to the files and variables they came from.
     with text_file(folder / "config.yml") as file:
@@ -177,11 +181,14 @@ def _submit(pipeline: Pipeline, args: argparse.Namespace) -> int:
     command = [sys.executable, str(Path(__file__).resolve()), "--config_file", str((folder / "config.yml").resolve())]
     options = ["--stage", args.stage, *(["--retry"] if args.retry else [])]
     shards = [str(shard) for shard in Shard.all(args.submit)]
+    # A plain command, not a pickled function: a job starts as if somebody typed it, with the code of that moment.
     try:
         jobs = executor.map_array(lambda shard: CommandFunction([*command, *options, "--shard", shard])(), shards)
         array = jobs[0].job_id.partition("_")[0]
         log.info("submitted %d shards as job %s", args.submit, array)
         if args.stage in ("all", STAGES[-1]):
+            # afterok: without all shards a merge would only refuse. --shard names the division, of which there may be
+            # several in the folder.
             executor.update_parameters(cpus_per_task=1, slurm_additional_parameters={"dependency": f"afterok:{array}"})
             last = executor.submit(CommandFunction([*command, "--merge", "--shard", shards[0]]))
             log.info("submitted the merge as job %s", last.job_id)

@@ -303,6 +303,8 @@ def _trace_pipeline(folder: Path, output: str) -> list[str]:
     cfg = config.load(ROOT / "configs" / "hod" / "demo.yml", knobs)
     with _Trace("egohod/data/formats") as formats:
         pipeline = build(cfg)
+        # Reads the files of detections and chooses the detector by its name, once for all clips: set-up too.
+        pipeline.stages[0].prepare()
     with _Trace() as trace:
         pipeline.run_all(Shard())
         pipeline.finish(Shard())

@@ -9,10 +9,21 @@ from typing import Any
 
 from egohod.config import load_as
 from egohod.data.config import SourceConfig
-from egohod.hod.detectors import DETECTORS
-from egohod.hod.narrators import NARRATORS
 from egohod.knobs import knob, out_of_range, part
 
+# The registries: a detector or narrator is a class in a module of its package and a line here. As text: each module
+# imports packages that the others do without (torchvision, protobuf, an HTTP client), and --help needs none of them.
+DETECTORS = {
+    "mediapipe": "mediapipe_hands.MediapipeHands",
+    "detections": "files.DetectionFiles",
+    "torchvision": "torchvision_boxes.TorchvisionBoxes",
+    "oracle": "files.Oracle",
+}
+NARRATORS = {
+    "template": "template.TemplateNarrator",
+    "llm": "llm.LanguageModelNarrator",
+    "vlm": "llm.LanguageModelNarrator",
+}
 # Of the output, before those of keep. Here, since keep must not repeat one: the pipeline imports this module.
 COLUMNS = ("video_id", "start_second", "end_second", "text", "dataset", "uid")
 
@@ -51,7 +62,6 @@ class DetectorConfig:
 class TracksConfig:
     """How boxes become tracks."""
 
-    # The same defaults as tracking.TrackParams has for those who call it without a configuration.
     camera: bool = knob(True, "subtract the motion of the camera, estimated from what is outside of the boxes")
     min_score: float = knob(0.3, "boxes with a lower confidence are ignored", low=0, high=1)
     max_gap: float = knob(

@@ -7,14 +7,308 @@ a second. Sides are the wearer's: ``left`` is their left hand.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import itertools
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 
-from egohod.data.detections import OTHER_PERSON, SELF_CONTACT, STATIONARY_OBJECT
-from egohod.hod import tracking
-from egohod.hod.tracking import SIDES, ContactParams, Track, TrackParams, Tracks
+from egohod.data.detections import EDGES, NO_CONTACT, OTHER_PERSON, SELF_CONTACT, STATIONARY_OBJECT, UNKNOWN_STATE
+from egohod.hod.config import TracksConfig
+
+SIDES = ("left", "right")  # in the order of the sides' numbers in the table of detections
+_AT_EDGE = 0.005  # a box that comes so close to the picture's edge is assumed to be cut off by it
+
+# --- Tracks ---
+
+
+@dataclass(frozen=True)
+class Track:
+    """One hand or object over the sampled times."""
+
+    boxes: np.ndarray  # [T, 4] of the detector, NaN where it found none
+    # [T, 2] of the whole thing even where the picture cuts it off; gaps filled, smoothed, camera motion removed
+    centre: np.ndarray
+    extent: np.ndarray  # [T, 2] width and height of the whole thing, gaps filled
+    size: np.ndarray  # [T] square root of the box's area; NaN where the picture cuts it off or it is not detected
+    state: np.ndarray  # int [T] contact state of a hand; UNKNOWN_STATE where the detector gives none
+    target: np.ndarray  # [T, 2] where a touching hand's offset points, camera motion removed; NaN without offset
+    score: float  # mean confidence of its detections
+    name: str | None  # class of an object, where the detector gives one
+
+    @property
+    def seen(self) -> np.ndarray:
+        """Where it was detected, bool [T]."""
+        return np.isfinite(self.boxes[:, 0])
+
+
+@dataclass(frozen=True)
+class _Box:
+    """One row of the table of detections."""
+
+    edges: np.ndarray
+    score: float
+    state: int
+    offset: np.ndarray
+    name: str | None
+
+
+_Chain = dict[int, _Box]  # by sample
+
+
+def _build_tracks(
+    rows: pa.Table, seconds: np.ndarray, shifts: np.ndarray, params: TracksConfig
+) -> tuple[dict[str, Track], list[Track]]:
+    """Link the boxes of one clip over time: hands by side, without those that are never detected, and objects.
+
+    A row belongs to the nearest of ``seconds`` [T], which ascend without repeats, and is ignored if that is farther
+    than the samples are apart. ``shifts`` [T, 2] is the motion of the scene since the first (:func:`camera_shifts`).
+    """
+    hands: list[list[list[_Box]]] = [[[] for _ in seconds] for _ in SIDES]  # by side and sample
+    objects: list[list[_Box]] = [[] for _ in seconds]
+    near = np.diff(seconds).max() / 2 if len(seconds) > 1 else np.inf
+    for row in rows.to_pylist():
+        sample = int(np.argmin(np.abs(seconds - row["second"])))
+        # The microsecond: times of detections went through text and rounding.
+        if row["score"] < params.min_score or abs(seconds[sample] - row["second"]) > near + 1e-6:
+            continue
+        offset = [np.nan if row[name] is None else row[name] for name in ("offset_x", "offset_y")]
+        box = _Box(np.array([row[e] for e in EDGES]), row["score"], row["state"], np.array(offset), row["name"])
+        (objects if row["kind"] == "object" else hands[row["side"]])[sample].append(box)
+    tracks = {}
+    for side, samples in zip(SIDES, hands, strict=True):
+        # There is one hand a side: the most confident chain, completed by others where that has no box.
+        whole: _Chain = {}
+        for chain in _link(samples, params.max_jump):
+            whole = chain | whole
+        if whole:
+            tracks[side] = _track(whole, seconds, shifts, params)
+    return tracks, [_track(chain, seconds, shifts, params) for chain in _link(objects, params.max_jump)]
+
+
+def _link(samples: list[list[_Box]], max_jump: float) -> list[_Chain]:
+    """Join boxes of successive samples to chains, the nearest pairs first; the most confident chain comes first."""
+    chains: list[_Chain] = []
+    for sample, boxes in enumerate(samples):
+        pairs = []
+        for i, chain in enumerate(chains):
+            last = max(chain)
+            before = chain[last].edges
+            for j, box in enumerate(boxes):
+                moved = (box.edges[:2] + box.edges[2:]) / 2 - (before[:2] + before[2:]) / 2
+                step = float(np.hypot(*moved))
+                if step <= max_jump * (sample - last):
+                    # Of two equally near boxes the one with the higher confidence.
+                    pairs.append((step + 0.1 * (1 - box.score), i, j))
+        # Greedy, not the optimal assignment: a box that jumps must not take the partner of one that stays.
+        linked_chains, linked_boxes = set[int](), set[int]()
+        for _, i, j in sorted(pairs):
+            if i not in linked_chains and j not in linked_boxes:
+                chains[i][sample] = boxes[j]
+                linked_chains.add(i)
+                linked_boxes.add(j)
+        chains += [{sample: box} for j, box in enumerate(boxes) if j not in linked_boxes]
+    return sorted(chains, key=lambda chain: -sum(box.score for box in chain.values()))
+
+
+def _track(chain: _Chain, seconds: np.ndarray, shifts: np.ndarray, params: TracksConfig) -> Track:
+    """Complete, fill and smooth the boxes of one thing."""
+    boxes, offset = np.full((len(seconds), 4), np.nan), np.full((len(seconds), 2), np.nan)
+    state = np.full(len(seconds), UNKNOWN_STATE)
+    for sample, box in chain.items():
+        boxes[sample], offset[sample], state[sample] = box.edges, box.offset, box.state
+    # A hand that leaves the picture shrinks to a strip at its edge. Grown over the edge to its usual size it keeps its
+    # centre: otherwise leaving to the right would look like stopping, and the change of size like motion in depth.
+    whole, is_cut = boxes.copy(), np.zeros(len(boxes), dtype=bool)
+    for low, high in ((0, 2), (1, 3)):
+        length = boxes[:, high] - boxes[:, low]
+        at_low, at_high = boxes[:, low] < _AT_EDGE, boxes[:, high] > 1 - _AT_EDGE
+        free = length[np.isfinite(length) & ~at_low & ~at_high]
+        grown = np.maximum(length, np.median(free) if len(free) else np.nanmax(length))
+        whole[at_low, low] = (boxes[:, high] - grown)[at_low]
+        whole[at_high & ~at_low, high] = (boxes[:, low] + grown)[at_high & ~at_low]
+        is_cut |= at_low | at_high
+    extent = whole[:, 2:] - whole[:, :2]
+    size = np.where(is_cut, np.nan, np.sqrt(extent.prod(axis=1)))
+    centre = _fill_gaps((whole[:, :2] + whole[:, 2:]) / 2 - shifts, seconds, params.max_gap)
+    # Gaussian smoothing over time with weights renormalised where samples are missing.
+    finite = np.isfinite(centre[:, 0])
+    weight = np.exp(-0.5 * ((seconds[:, None] - seconds[None]) / max(params.smooth, 1e-9)) ** 2) * finite
+    smooth = weight @ np.nan_to_num(centre) / np.maximum(weight.sum(axis=1, keepdims=True), 1e-12)
+    return Track(
+        boxes=boxes,
+        centre=np.where(finite[:, None], smooth, np.nan),
+        extent=_fill_gaps(extent, seconds, params.max_gap),
+        size=size,
+        state=state,
+        target=(boxes[:, :2] + boxes[:, 2:]) / 2 + offset - shifts,
+        score=float(np.mean([box.score for box in chain.values()])),
+        name=next((box.name for box in chain.values() if box.name), None),
+    )
+
+
+def _fill_gaps(values: np.ndarray, seconds: np.ndarray, max_gap: float) -> np.ndarray:
+    """``values`` [T, 2] with gaps of at most ``max_gap`` seconds interpolated linearly."""
+    filled = values.copy()
+    for before, after in itertools.pairwise(np.flatnonzero(np.isfinite(values[:, 0]))):
+        if after - before > 1 and seconds[after] - seconds[before] <= max_gap:
+            share = (seconds[before + 1 : after] - seconds[before]) / max(seconds[after] - seconds[before], 1e-9)
+            filled[before + 1 : after] = values[before] + share[:, None] * (values[after] - values[before])
+    return filled
+
+
+def _guess_object(hand: np.ndarray, side: str) -> np.ndarray:
+    """Boxes of a hand [T, 4] -> where its object likely is, for want of an object detector [T, 4].
+
+    A heuristic, not a detection: a box of the hand's size at its fingers, half a hand up and a quarter inward, as hands
+    enter an egocentric picture from below and from their own side.
+    """
+    width, height = hand[:, 2] - hand[:, 0], hand[:, 3] - hand[:, 1]
+    inward = 0.25 * width * (1 if side == SIDES[0] else -1)
+    moved = hand + np.stack([inward, -0.5 * height, inward, -0.5 * height], axis=1)
+    return np.clip(moved, 0, 1)
+
+
+# --- Contact ---
+
+
+_OVERLAP = 0.15  # least intersection over the smaller box's area of a hand and what it touches
+_APART = 0.35  # most relative motion of the two between two samples, as a share of the hand's own
+_JITTER = 0.02  # the same for hands that hardly move, in shares of the picture
+_POINTING = 0.12  # how far a hand's offset may miss the box that it points to, in shares of the picture
+
+
+def _touching(hand: Track, objects: list[Track]) -> np.ndarray:
+    """Whether the hand touches anything, bool [T]: by the detector's contact state, without one by overlap."""
+    has_state = hand.state != UNKNOWN_STATE
+    if not has_state.any():
+        touched = np.zeros(len(hand.state), dtype=bool)
+        for each in objects:
+            touched |= _overlaps_and_follows(hand, each)
+        return touched
+    # Samples without a state follow their neighbours if those agree: a dropped frame is no release.
+    flags, valid = hand.state > NO_CONTACT, np.flatnonzero(has_state)
+    places = np.arange(len(flags))
+    before = valid[np.clip(np.searchsorted(valid, places, side="right") - 1, 0, None)]
+    after = valid[np.clip(np.searchsorted(valid, places), None, len(valid) - 1)]
+    return np.where(has_state, flags, flags[before] & flags[after])
+
+
+def _touches_thing(hand: Track, thing: Track, touched: np.ndarray) -> np.ndarray:
+    """Where a hand that is ``touched`` [T] touches this thing, bool [T]: by its offset, without one by overlap."""
+    miss = np.abs(hand.target - thing.centre) - thing.extent / 2
+    has_offset = np.isfinite(hand.target[:, 0])
+    hits = (miss <= _POINTING).all(axis=1)
+    return touched & np.where(has_offset, hits, _overlaps_and_follows(hand, thing))
+
+
+def _overlaps_and_follows(hand: Track, thing: Track) -> np.ndarray:
+    """Where the boxes overlap and do not move relative to each other, to the next or from the last sample [T].
+
+    Overlap alone is no contact: a hand that passes over a cup covers it too, but leaves it behind.
+    """
+    low = np.maximum(hand.centre - hand.extent / 2, thing.centre - thing.extent / 2)
+    high = np.minimum(hand.centre + hand.extent / 2, thing.centre + thing.extent / 2)
+    common = np.clip(high - low, 0, None).prod(axis=1)
+    smaller = np.minimum(hand.extent.prod(axis=1), thing.extent.prod(axis=1))
+    # NaN, where either is unknown, is no overlap.
+    overlaps = np.nan_to_num(common / np.maximum(smaller, 1e-9)) >= _OVERLAP
+    own, relative = np.diff(hand.centre, axis=0), np.diff(hand.centre - thing.centre, axis=0)
+    follows = np.hypot(*relative.T) <= np.maximum(_APART * np.hypot(*own.T), _JITTER)
+    if not len(follows):  # a single sample has no motion
+        return overlaps
+    return overlaps & (np.append(follows, False) | np.insert(follows, 0, False))
+
+
+# --- Camera motion ---
+
+_WIDTH = 96  # pictures are compared at this many columns; the parabola through the peak gives fractions of one
+_REACH = 0.25  # largest motion between two samples that is searched, in shares of the picture
+_MIN_SHARED = 0.2  # share of the picture that must be free of boxes in both, and overlap
+_SIMILAR = 0.7  # correlation above which the reference frame is kept
+_FAR_PENALTY = 0.1  # correlation that a motion of _REACH must gain over none
+_MIN_CORRELATION = 0.3  # below, the correlation is chance: the pictures show different things, or nothing
+
+
+def camera_shifts(pictures: np.ndarray, seconds: np.ndarray, rows: pa.Table) -> np.ndarray:
+    """Pictures uint8 [T, H, W, 3] seen at ``seconds`` [T] -> place of the scene since the first one [T, 2].
+
+    Shares of width and height; subtract them from positions to remove the camera's motion. ``rows``, in the schema of
+    detections, mask what moves by itself: objects, hands, and the arms below them. The translation between two pictures
+    maximises their masked normalised cross-correlation (Padfield, "Masked object registration in the Fourier domain",
+    2012) over shifts up to a quarter of the picture; pictures that nowhere correlate count as not moved.
+    """
+    height = max(8, round(_WIDTH * pictures.shape[1] / pictures.shape[2]))
+    small = [
+        np.asarray(Image.fromarray(each).convert("L").resize((_WIDTH, height), Image.Resampling.BOX), dtype=np.float64)
+        for each in pictures
+    ]
+    masks = [np.ones((height, _WIDTH)) for _ in small]
+    for row in rows.to_pylist():
+        mask = masks[int(np.argmin(np.abs(seconds - row["second"])))]
+        left, right = row["left"] * _WIDTH, row["right"] * _WIDTH
+        # Arms come from below, and are about as wide as hands.
+        bottom = height if row["kind"] == "hand" else row["bottom"] * height
+        mask[int(row["top"] * height) : int(np.ceil(bottom)), int(left) : int(np.ceil(right))] = 0
+    places, reference = np.zeros((len(small), 2)), 0
+    for i in range(1, len(small)):
+        moved, correlation = _translation(small[reference], masks[reference], small[i], masks[i])
+        # One reference as long as it is similar: chained from frame to frame the errors would add up.
+        if reference < i - 1 and (correlation < _SIMILAR or np.abs(moved).max() > _REACH / 2):
+            reference = i - 1
+            moved, correlation = _translation(small[reference], masks[reference], small[i], masks[i])
+        places[i] = places[reference] + (moved if correlation >= _MIN_CORRELATION else 0)
+    return places
+
+
+# Our own: skimage's masked registration wants scikit-image for this alone and finds whole pixels only, and OpenCV's
+# phase correlation takes no masks, without which a hand that fills half of the picture is taken for the scene.
+def _translation(
+    one: np.ndarray, one_mask: np.ndarray, two: np.ndarray, two_mask: np.ndarray
+) -> tuple[np.ndarray, float]:
+    """How far ``two`` [h, w] is from ``one``, in shares of width and height [2], and their correlation there."""
+    size = np.array(one.shape)
+    reach = np.floor(_REACH * size).astype(int)
+    padded = [int(each) for each in size + reach]
+    # Around its mean the sums of squares stay small, and with them the rounding of the transforms.
+    one, two = (one - one.mean()) * one_mask, (two - two.mean()) * two_mask
+    first, second = (
+        [np.fft.rfft2(each, padded) for each in (picture, picture**2, mask)]
+        for picture, mask in ((one, one_mask), (two, two_mask))
+    )
+
+    def sums(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Sums of a * b over the common part at every shift of b."""
+        whole = np.fft.irfft2(np.conj(a) * b, padded)
+        rows, columns = (np.arange(-n, n + 1) for n in reach)
+        return whole[np.ix_(rows, columns)]
+
+    count = sums(first[2], second[2])
+    shared = np.maximum(np.round(count), 1)
+    mean_one, mean_two = sums(first[0], second[2]), sums(first[2], second[0])
+    cross = sums(first[0], second[0]) - mean_one * mean_two / shared
+    spread = (sums(first[1], second[2]) - mean_one**2 / shared) * (sums(first[2], second[1]) - mean_two**2 / shared)
+    # Where both are flat, rounding would be divided by rounding.
+    enough = (count >= _MIN_SHARED * one.size) & (spread > 1e-6 * max(float(spread.max()), 1.0))
+    correlation = np.where(enough, cross / np.sqrt(np.maximum(spread, 1e-12)), -1.0)
+    # Of two places with a similar correlation the nearer one: tiles and grain repeat.
+    far = np.hypot(*np.meshgrid(*(np.linspace(-1, 1, n) for n in correlation.shape), indexing="ij"))
+    best = np.unravel_index(int(np.argmax(correlation - _FAR_PENALTY * far)), correlation.shape)
+    row, column = (int(each) for each in best)
+    peak = np.array([column + _vertex(correlation[row], column), row + _vertex(correlation[:, column], row)])
+    return (peak - reach[::-1]) / size[::-1], float(correlation[row, column])
+
+
+def _vertex(values: np.ndarray, peak: int) -> float:
+    """Where the parabola through a peak and its neighbours has its top, from the peak, -0.5 to 0.5."""
+    if not 0 < peak < len(values) - 1:
+        return 0.0
+    before, at, after = values[peak - 1 : peak + 2]
+    bend = before - 2 * at + after
+    # A neighbour of -1 has no correlation: no parabola goes through it.
+    return float(np.clip(0.5 * (before - after) / bend, -0.5, 0.5)) if bend < -1e-12 and before > -1 < after else 0.0
+
 
 LEFT, RIGHT = SIDES
 UP, DOWN, AWAY, CLOSER = "up", "down", "away", "closer"  # away and closer are along the line of sight
@@ -34,6 +328,11 @@ class Motion:
     speed: float  # mean while it moves
     start_region: str  # where it is first detected: one of nine words such as "upper left", "centre"
     end_region: str
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether it moves at all."""
+        return self.directions not in ((STILL,), ())
 
 
 @dataclass(frozen=True)
@@ -84,31 +383,20 @@ def without_rare(facts: ClipFacts, min_seen: float) -> ClipFacts:
     return replace(facts, hands=hands, acting=facts.acting if facts.acting in hands else None, hands_together=None)
 
 
-@dataclass(frozen=True)
-class MotionParams:
-    """When a change of place is a motion. Tuned on the demo world's val split. Lengths are in picture widths."""
+# --- Facts. The thresholds were tuned on the demo world's val split; lengths are in picture widths ---
 
-    still: float = 0.3  # what moves less than this share of its own size is still
-    least: float = 0.05  # what moves less than this is still whatever its size
-    depth: float = 0.25  # decrease of the logarithm of the size per picture width of way up, from which up means away
-    round_area: float = 0.4  # a turn's area, relative to the ellipse of its width and height: a line 0, an ellipse 1
-    round_aspect: float = 0.35  # shorter over longer side of a turn
-    minor: float = 0.35  # legs shorter than this share of the longest one are ignored
-    shakes: int = 5  # so many legs to and fro are a shake; two quick taps have four
-
-
-@dataclass(frozen=True)
-class FactsParams:
-    """How detections become facts."""
-
-    track: TrackParams = field(default_factory=TrackParams)
-    contact: ContactParams = field(default_factory=ContactParams)
-    motion: MotionParams = field(default_factory=MotionParams)
-    # Of a hand that touches something for this share of the clip the motion meanwhile counts: it handles the thing. A
-    # briefer touch (a tap) is part of a motion, and the whole clip counts.
-    held: float = 0.3
-    off: float = 0.5  # least way, in their mean size, by which a hand that touches a thing moves onto or off it
-    near: float = 1.2  # hands closer than this many of their sizes are together
+_STILL = 0.3  # what moves less than this share of its own size is still
+_LEAST = 0.05  # what moves less than this is still whatever its size
+_DEPTH = 0.25  # decrease of the logarithm of the size per picture width of way up, from which up means away
+_ROUND_AREA = 0.4  # a turn's area, relative to the ellipse of its width and height: a line 0, an ellipse 1
+_ROUND_ASPECT = 0.35  # shorter over longer side of a turn
+_MINOR = 0.35  # legs shorter than this share of the longest one are ignored
+_SHAKES = 5  # so many legs to and fro are a shake; two quick taps have four
+# Of a hand that touches something for this share of the clip the motion meanwhile counts: it handles the thing. A
+# briefer touch (a tap) is part of a motion, and the whole clip counts.
+_HELD = 0.3
+_OFF = 0.5  # least way, in their mean size, by which a hand that touches a thing moves onto or off it
+_NEAR = 1.2  # hands closer than this many of their sizes are together
 
 
 def facts_of(
@@ -120,60 +408,55 @@ def facts_of(
     end: float,
     aspect: float = 4 / 3,
     shifts: np.ndarray | None = None,
-    params: FactsParams | None = None,
+    params: TracksConfig | None = None,
 ) -> ClipFacts:
     """Facts from the detections of one clip.
 
     ``rows`` are the clip's boxes in the schema of detections, ``seconds`` [T] the sampled times of the video, ascending
     (repeats are ignored), ``aspect`` the picture's width over its height, and ``shifts`` [T, 2] the camera's motion
-    (:func:`~egohod.hod.tracking.camera_shifts`), None to leave it in. Without any box there are no hands and no object.
+    (:func:`~egohod.hod.facts.camera_shifts`), None to leave it in. Without any box there are no hands and no object.
     """
-    params = params or FactsParams()
     seconds, first = np.unique(seconds, return_index=True)
-    tracks = tracking.build(rows, seconds, None if shifts is None else shifts[first], params.track)
+    shifts = np.zeros((len(seconds), 2)) if shifts is None else shifts[first]
+    tracks, objects = _build_tracks(rows, seconds, shifts, params or TracksConfig())
     times = seconds - start
-    touched = {side: tracking.touching(hand, tracks.objects, params.contact) for side, hand in tracks.hands.items()}
+    touched = {side: _touching(hand, objects) for side, hand in tracks.items()}
 
     # --- Which object, which hand ---
     # The object that hands touch longest, else the one that is detected longest with the highest confidence.
-    touch_counts = [
-        sum(tracking.attached(hand, each, touched[side], params.contact).sum() for side, hand in tracks.hands.items())
-        for each in tracks.objects
-    ]
+    contacts = [{side: _touches_thing(hand, each, touched[side]) for side, hand in tracks.items()} for each in objects]
     weights = [
-        (int(count), each.score * float(each.seen.mean()))
-        for count, each in zip(touch_counts, tracks.objects, strict=True)
+        (sum(int(where.sum()) for where in contact.values()), each.score * float(each.seen.mean()))
+        for contact, each in zip(contacts, objects, strict=True)
     ]
-    active = tracks.objects[weights.index(max(weights))] if weights else None
-    holds = {
-        side: tracking.attached(hand, active, touched[side], params.contact)
-        if active
-        else np.zeros(len(times), dtype=bool)
-        for side, hand in tracks.hands.items()
-    }
-    acting = _acting_hand(tracks, holds)
+    active, holds = None, {side: np.zeros(len(times), dtype=bool) for side in tracks}
+    if weights:
+        place = weights.index(max(weights))
+        active, holds = objects[place], contacts[place]
+    # Of two hands that touch it, or none, the one that moves most acts.
+    holding = [side for side in tracks if holds[side].any()]
+    acting = max(holding or tracks, key=lambda side: _way(tracks[side].centre), default=None)
     guessed = active is None and acting is not None
     if guessed:
         assert acting is not None
-        hand = tracks.hands[acting]
-        boxes = tracking.guess_object(hand.boxes, acting)
+        hand = tracks[acting]
         # The motion of the hand with gaps filled, not of its raw boxes.
         corners = np.concatenate([hand.centre - hand.extent / 2, hand.centre + hand.extent / 2], axis=1)
-        moved = tracking.guess_object(corners, acting)
+        boxes, moved = (_guess_object(each, acting) for each in (hand.boxes, corners))
         active = replace(hand, boxes=boxes, centre=(moved[:, :2] + moved[:, 2:]) / 2, name=None)
 
     # --- Hands ---
     hands = {}
-    for side, hand in tracks.hands.items():
+    for side, hand in tracks.items():
         partner = active if side == acting and not guessed else None
         window = slice(None)
-        if touched[side].mean() >= params.held:
+        if touched[side].mean() >= _HELD:
             places = np.flatnonzero(touched[side])
             window = slice(int(places[0]), int(places[-1]) + 1)
         relation = None
         if partner and holds[side].any():
             ends = _distances(hand, partner, touched[side], aspect)
-            if ends is not None and abs(ends[1] - ends[0]) >= params.off:
+            if ends is not None and abs(ends[1] - ends[0]) >= _OFF:
                 relation = "onto" if ends[1] < ends[0] else "off"
         touches = None
         if holds[side].any():
@@ -182,41 +465,35 @@ def facts_of(
             states = np.bincount(hand.state[touched[side] & (hand.state > 0)], minlength=1)
             words = {SELF_CONTACT: "other hand", OTHER_PERSON: "other person", STATIONARY_OBJECT: "surface"}
             touches = words.get(int(np.argmax(states)), "other object")
-        motion = _motion(hand, partner, window, times, aspect, params.motion)
-        when = _contact_times(hand.centre, touched[side], times, aspect, params.motion.least)
+        motion = _motion(hand, partner, window, times, aspect)
+        when = _contact_times(hand.centre, touched[side], times, aspect)
         hands[side] = HandFacts(side, float(hand.seen.mean()), motion, *when, touches=touches, relation=relation)
 
     # --- The object, over the whole clip: it does nothing before it is touched ---
     thing = None
     if active is not None:
-        motion = _motion(active, tracks.hands.get(acting or ""), slice(None), times, aspect, params.motion)
+        motion = _motion(active, tracks.get(acting or ""), slice(None), times, aspect)
         thing = ObjectFacts(active.name, guessed, motion)
 
     # --- Relation of the two hands ---
-    both = len(tracks.hands) == 2
-    ends = _distances(tracks.hands[LEFT], tracks.hands[RIGHT], True, aspect) if both else None
+    both = len(tracks) == 2
+    ends = _distances(tracks[LEFT], tracks[RIGHT], True, aspect) if both else None
     together = None
     if ends is not None and abs(ends[1] - ends[0]) > 0.5:
         together = "closing" if ends[1] < ends[0] else "parting"
     elif ends is not None:
-        together = "together" if max(ends) < params.near else "apart"
+        together = "together" if max(ends) < _NEAR else "apart"
     return ClipFacts(video_id, start, end, times, hands, thing, acting, together)
 
 
-def _acting_hand(tracks: Tracks, holds: dict[str, np.ndarray]) -> str | None:
-    """The hand that touches the active object; of two that do, or none, the one that moves most."""
-    holding = [side for side in tracks.hands if holds[side].any()]
-
-    def way(side: str) -> float:
-        centre = tracks.hands[side].centre
-        finite = centre[np.isfinite(centre[:, 0])]
-        return float(np.ptp(finite, axis=0).max()) if len(finite) else 0.0
-
-    return max(holding or tracks.hands, key=way, default=None)
+def _way(path: np.ndarray) -> float:
+    """The longer side of the box around a path [T, 2], NaN where unknown."""
+    points = path[np.isfinite(path[:, 0])]
+    return float(np.ptp(points, axis=0).max()) if len(points) else 0.0
 
 
 def _contact_times(
-    centre: np.ndarray, touched: np.ndarray, times: np.ndarray, aspect: float, least: float
+    centre: np.ndarray, touched: np.ndarray, times: np.ndarray, aspect: float
 ) -> tuple[float | None, float | None, float | None]:
     """When the hand touches, lets go, and starts towards what it touches."""
     places = np.flatnonzero(touched)
@@ -230,7 +507,7 @@ def _contact_times(
     approach = None
     if not from_start and visible[first]:
         away = np.hypot(*((centre[: first + 1] - centre[first]) / (1, aspect)).T)
-        if np.nanmax(away) > least:
+        if np.nanmax(away) > _LEAST:
             # The last time that it is nearly as far away as it gets.
             approach = float(times[np.flatnonzero(away >= 0.9 * np.nanmax(away))[-1]])
     return 0.0 if from_start else float(times[first]), release, approach
@@ -249,14 +526,12 @@ def _distances(one: Track, other: Track, where: np.ndarray | bool, aspect: float
     return float(np.median(distance[:third])), float(np.median(distance[-third:]))
 
 
-def _motion(
-    track: Track, partner: Track | None, window: slice, times: np.ndarray, aspect: float, params: MotionParams
-) -> Motion:
+def _motion(track: Track, partner: Track | None, window: slice, times: np.ndarray, aspect: float) -> Motion:
     """Motion of a track; its directions are those within ``window``, judged together with a ``partner`` in depth."""
     pair = [track] if partner is None else [track, partner]
     slope = _depth_slope([each.centre[window] for each in pair], [each.size[window] for each in pair], aspect)
     usual = float(np.sqrt(np.nanmedian(track.extent.prod(axis=1))))
-    directions, repeats = directions_of(track.centre[window], usual, slope, aspect, params)
+    directions, repeats = directions_of(track.centre[window], usual, slope, aspect)
 
     visible = np.isfinite(track.centre).all(axis=1)
     places = np.flatnonzero(visible)
@@ -267,7 +542,7 @@ def _motion(
         steps = np.hypot(*np.diff(track.centre[visible] / (1, aspect), axis=0).T)
         passed = np.diff(times[visible])
         # A step that would not leave the still zone within a second is jitter.
-        least = max(params.least, params.still * size) if np.isfinite(size) else params.least
+        least = max(_LEAST, _STILL * size) if np.isfinite(size) else _LEAST
         moving = (passed > 0) & (steps > least * passed)
         speed = float(steps[moving].sum() / passed[moving].sum()) if moving.any() else 0.0
     first, last = _region(track.centre[places[0]]), _region(track.centre[places[-1]])
@@ -297,39 +572,37 @@ def _depth_slope(centres: list[np.ndarray], sizes: list[np.ndarray], aspect: flo
     return covariance / variance if variance > 1e-9 else 0.0
 
 
-def directions_of(
-    path: np.ndarray, size: float, slope: float, aspect: float, params: MotionParams
-) -> tuple[tuple[str, ...], int]:
+def directions_of(path: np.ndarray, size: float, slope: float, aspect: float) -> tuple[tuple[str, ...], int]:
     """Directions and repeats (see :class:`Motion`) of a ``path`` [T, 2], NaN where unknown.
 
     ``size`` of the thing and ``path`` are in shares of the picture, ``slope`` is the growth of the logarithm of the
     size per picture width of way down. Inside, lengths are in picture widths.
     """
     points = path[np.isfinite(path).all(axis=1)] / (1, aspect)
-    least = max(params.least, params.still * size / np.sqrt(aspect)) if np.isfinite(size) else params.least
+    least = max(_LEAST, _STILL * size / np.sqrt(aspect)) if np.isfinite(size) else _LEAST
     if len(points) < 2 or np.ptp(points, axis=0).max() < least:
         return (STILL,), 1
 
     # --- Does it go round? The area that the closed path sweeps, in ellipses of its width and height, positive
     # clockwise as seen; a path there and back sweeps none. ---
     width, height = np.ptp(points, axis=0)
-    if min(width, height) >= params.round_aspect * max(width, height):
+    if min(width, height) >= _ROUND_ASPECT * max(width, height):
         x, y = points.T
         area = 0.5 * float((x * np.roll(y, -1) - np.roll(x, -1) * y).sum())
         turns = area / (np.pi / 4 * width * height)
         # An arc that ends elsewhere sweeps an area with its chord, but is no turn.
         closed = np.hypot(*(points[-1] - points[0])) < 0.4 * max(width, height)
-        if abs(turns) >= params.round_area and (closed or abs(turns) > 1.2):
+        if abs(turns) >= _ROUND_AREA and (closed or abs(turns) > 1.2):
             return (CLOCKWISE if turns > 0 else COUNTERCLOCKWISE,), max(1, round(abs(turns)))
 
     # --- Straight legs between corners, successive ones of the same direction merged ---
     ways = np.diff(points[_corners(points, least / 2)], axis=0)
     lengths = np.hypot(*ways.T)
     legs: list[str] = []
-    for way in ways[lengths >= max(0.8 * least, params.minor * lengths.max())]:
+    for way in ways[lengths >= max(0.8 * least, _MINOR * lengths.max())]:
         if abs(way[0]) >= abs(way[1]):
             word = RIGHT if way[0] > 0 else LEFT
-        elif slope > params.depth:  # it shrinks on the way up: along a table, not into the air
+        elif slope > _DEPTH:  # it shrinks on the way up: along a table, not into the air
             word = CLOSER if way[1] > 0 else AWAY
         else:
             word = DOWN if way[1] > 0 else UP
@@ -338,7 +611,7 @@ def directions_of(
     if not legs:
         return (STILL,), 1
     alternates = len(legs) > 3 and legs[0] != legs[1] and all(a == b for a, b in zip(legs, legs[2:], strict=False))
-    if alternates and len(legs) >= params.shakes:
+    if alternates and len(legs) >= _SHAKES:
         return (SHAKING,), len(legs) // 2
     if alternates:
         return (legs[0], legs[1]), len(legs) // 2

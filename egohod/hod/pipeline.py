@@ -31,7 +31,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +46,14 @@ from egohod.data.storage import open_cache
 from egohod.data.table import ClipReader, ClipTable, choose_text
 from egohod.data.videos import Frames, VideoError, sliding_windows
 from egohod.errors import UserError
-from egohod.hod.check import check_narrations
-from egohod.hod.config import COLUMNS, HodConfig
-from egohod.hod.detectors import detector_class, make_detector, typed_options
-from egohod.hod.detectors.base import Detector
-from egohod.hod.facts import ClipFacts, FactsParams, facts_of, without_rare
-from egohod.hod.language import sides
-from egohod.hod.narrators import caption_settings, make_narrator
-from egohod.hod.narrators.base import Narration, Narrator, Request
+from egohod.hod.check import Verdict, check, sides
+from egohod.hod.config import COLUMNS, CheckConfig, HodConfig
+from egohod.hod.detectors import Detector, detector_class, make_detector, typed_options
+from egohod.hod.facts import ClipFacts, camera_shifts, facts_of, without_rare
+from egohod.hod.narrators import Narration, Narrator, Request, caption_settings, make_narrator
 from egohod.hod.narrators.template import TemplateNarrator
 from egohod.hod.store import Finished, Outcome, Results, Shard, Store, text_file
-from egohod.hod.tracking import TrackParams, camera_shifts
-from egohod.runtime import Lost, Progress, Workers, content_hash
+from egohod.runtime import Lost, Progress, Workers, content_hash, file_hash
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +96,9 @@ class Stage(ABC):
     settings: Mapping[str, Any]  # all that its results depend on, apart from the clip and the stages before
     reads_text = False  # whether its results depend on the clip's narration too
     group: int | None = _GROUP  # the number of tasks that run() gets at a time; None for all, one by one
+
+    def prepare(self) -> None:  # noqa: B027
+        """Load what all clips share; :meth:`run` does it before its first task."""
 
     @abstractmethod
     def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Outcome]]:
@@ -175,8 +174,21 @@ class Pipeline:
             while group := list(itertools.islice(tasks, min(filter(None, groups), default=0))):
                 for stage in stages:
                     self._run_stage(stage, group, results, counts, progress)
-        for name, at in counts.items():
-            self._log_counts(name, at)
+        for stage in stages:
+            name, at = stage.name, counts[stage.name]
+            notes = [
+                (at.stored, "stored by an earlier run"),
+                (at.failed, "failed"),
+                (at.failed_before, "failed in an earlier run (--retry tries them again)"),
+                (at.blocked, "failed at an earlier stage"),
+            ]
+            more = "".join(f", {n:,} {what}" for n, what in notes if n)
+            log.info("%-7s done: %s clips%s", name, f"{at.done:,}", more)
+            if at.unready and at.unready == at.total:
+                before = ", ".join(each.name for each in self.stages[: self.stages.index(stage)])
+                raise UserError(f"{name}: not one of {at.total:,} clips has been through {before}; run that first")
+            if at.unready:
+                log.warning("%s: %s clips have not been through the stages before; run those first", name, at.unready)
         return counts
 
     def run_all(self, shard: Shard) -> None:
@@ -249,22 +261,6 @@ class Pipeline:
             settled = sum(each.stored + each.done + each.blocked + each.unready for each in counts.values())
             failed = sum(each.failed for each in counts.values())
             progress.update(settled / len(counts), note=f"{failed:,} failed" if failed else "")
-
-    def _log_counts(self, name: str, at: StageCounts) -> None:
-        notes = [
-            (at.stored, "stored by an earlier run"),
-            (at.failed, "failed"),
-            (at.failed_before, "failed in an earlier run (--retry tries them again)"),
-            (at.blocked, "failed at an earlier stage"),
-        ]
-        log.info("%-7s done: %s clips%s", name, f"{at.done:,}", "".join(f", {n:,} {what}" for n, what in notes if n))
-        if at.unready and at.unready == at.total:
-            before = [stage.name for stage in self.stages][: [stage.name for stage in self.stages].index(name)]
-            raise UserError(
-                f"{name}: not one of {at.total:,} clips has been through {', '.join(before)}; run that first"
-            )
-        if at.unready:
-            log.warning("%s: %s clips have not been through the stages before; run those first", name, at.unready)
 
     def try_clip(self, index: int) -> Iterator[tuple[str, Outcome, float]]:
         """Take one clip through the stages up to a failure and store nothing: (stage, outcome, seconds)."""
@@ -355,14 +351,15 @@ class Pipeline:
                 if outcome.fault is None:
                     columns = [self.table.value(name, index) for name in self.cfg.keep]
                     cells = [*place, outcome.parsed()["text"], row.dataset or self.cfg.dataset, uid, *columns]
-                    good.writerow(_one_line(cells))
                     narrations += 1
                     fallbacks += outcome.is_fallback
                 else:
                     reason = " ".join(outcome.fault.split())
-                    bad.writerow(_one_line([str(row.row), *place, uid, stage, reason]))
+                    cells = [str(row.row), *place, uid, stage, reason]
                     failures += 1
                     first_failure = first_failure or f"{stage}: {reason}"
+                # Without line breaks: many readers take each line of a csv for a row.
+                (good if outcome.fault is None else bad).writerow([re.sub(r"[\r\n]+", " ", cell) for cell in cells])
             if not narrations:
                 raise UserError(
                     f"{self.store.output}: not one of {failures:,} clips has a narration; the first failure is "
@@ -382,11 +379,6 @@ class Pipeline:
                     if outcome.fault is not None or name == self.stages[-1].name:
                         yield index, name, outcome
                         break
-
-
-def _one_line(cells: Iterable[str]) -> list[str]:
-    """Without line breaks: many readers take each line of a csv for a row."""
-    return [re.sub(r"[\r\n]+", " ", cell) for cell in cells]
 
 
 def _hash(*parts: Any) -> str:
@@ -481,8 +473,7 @@ def _table_hash(cfg: HodConfig, table: ClipTable) -> str:
     digest = hashlib.sha256(repr((source.format, source.columns, source.clip_rule, source.list_text)).encode())
     if source.metadata:
         for path in filter(None, (source.metadata, source.exclude)):
-            with Path(path).open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(bytes.fromhex(file_hash(path)))
     else:
         digest.update("\n".join(table.column("video_id").tolist()).encode("utf-8", "surrogatepass"))
         digest.update(table.column("start_second").tobytes() + table.column("end_second").tobytes())
@@ -584,8 +575,7 @@ class TrackStage(Stage):
     name = TRACK
 
     def __init__(self, cfg: HodConfig, table: ClipTable) -> None:
-        names = [entry.name for entry in dataclasses.fields(TrackParams)]
-        self._params = FactsParams(track=TrackParams(**{name: getattr(cfg.tracks, name) for name in names}))
+        self._params = cfg.tracks
         self._table = table
         # The motion of the camera is measured with the boxes, from the pictures.
         knobs = {name: value for name, value in vars(cfg.tracks).items() if name != "camera"}
@@ -658,6 +648,75 @@ class NarrateStage(Stage):
         return ready, failed
 
 
+@dataclass(frozen=True)
+class Checked:
+    """A caption that went through the check."""
+
+    text: str | None  # None where not even the template has something true to say
+    narrator: str  # whose caption it is in the end; template too where it replaced another's
+    verdict: Verdict
+    attempts: int  # how often the narrator was asked: 1 or 2
+    refusals: tuple[str, ...]  # why its captions were refused, if it was asked twice or replaced
+    prompt_tokens: int
+    completion_tokens: int
+    unanswered: bool  # the narrator had no usable answer at least once: another day it may have one
+
+
+def check_narrations(
+    requests: Sequence[Request],
+    narrations: Sequence[Narration],
+    narrator: Narrator,
+    settings: CheckConfig,
+    template: TemplateNarrator,
+) -> Iterator[tuple[int, Checked]]:
+    """Check the first narration of each request, and replace those that are refused.
+
+    A refused caption is asked for once more, with the reasons (``settings.ask_again``; never of the template, which
+    would say the same). If that is refused too, ``template`` narrates the source, and if that fails, the facts alone.
+    Yields (index of the request, result) once for each, as soon as it is decided. Raises what the narrator raises.
+    """
+    instructions = getattr(narrator, "instructions", "")
+    answers: list[list[Narration]] = [[] for _ in requests]
+    refusals: list[tuple[str, ...]] = [() for _ in requests]
+    refused: list[int] = []
+
+    def second_answers() -> Iterator[tuple[int, Narration]]:
+        if refused and settings.ask_again and narrator.name != "template":
+            numbers = refused.copy()
+            refused.clear()
+            again = [replace(requests[n], complaints=refusals[n], refused=answers[n][0].text) for n in numbers]
+            for place, answer in narrator.narrate(again):
+                yield numbers[place], answer
+
+    def result(number: int, text: str | None, who: str, verdict: Verdict) -> tuple[int, Checked]:
+        own = answers[number]
+        tokens = sum(answer.prompt_tokens for answer in own), sum(answer.completion_tokens for answer in own)
+        unanswered = any(answer.problem is not None for answer in own)
+        return number, Checked(text, who, verdict, len(own), refusals[number], *tokens, unanswered)
+
+    # The second answers are asked for when all of the first are judged: their requests are then full.
+    for number, answer in itertools.chain(enumerate(narrations), second_answers()):
+        request, verdict = requests[number], Verdict(0.0, (answer.problem or "no answer",))
+        if answer.text is not None:
+            verdict = check(answer.text, request.source, request.facts, settings, instructions)
+        answers[number].append(answer)
+        refusals[number] += verdict.reasons
+        if verdict.passed:
+            yield result(number, answer.text, answer.narrator, verdict)
+        else:
+            refused.append(number)
+    for number in refused:
+        request, text, verdict = requests[number], None, Verdict(0.0, refusals[number])
+        for source in dict.fromkeys((request.source, "")):
+            caption = template.caption(source, request)
+            # The facts alone are checked as what they are, a caption without a narration before.
+            verdict = check(caption, source, request.facts, settings, instructions if source == request.source else "")
+            if verdict.passed:
+                text = caption
+                break
+        yield result(number, text, "template", verdict)
+
+
 class CheckStage(Stage):
     """Judges the narrations; what is refused is narrated once more, or by the template."""
 
@@ -671,7 +730,7 @@ class CheckStage(Stage):
         """See :class:`Stage`."""
         ready, failed = self._narrate.requests(tasks)
         narrations = [from_plain(Narration, task.outcomes[NARRATE].parsed()) for task, _ in ready]
-        template = TemplateNarrator.from_settings(self._narrate.cfg.narrator)
+        template = TemplateNarrator(self._narrate.cfg.narrator)
         settings, requests = self._narrate.cfg.check, [request for _, request in ready]
         for number, checked in check_narrations(requests, narrations, self._narrate.narrator, settings, template):
             if checked.text is None:

@@ -22,8 +22,8 @@ from egohod.data.detections import SCHEMA
 from egohod.data.videos import frame_times, segment_indices
 from egohod.demo.render import Stage
 from egohod.demo.world import FPS, VERBS, Video, make_video
-from egohod.hod import tracking
-from egohod.hod.detectors.base import Detector
+from egohod.hod import facts
+from egohod.hod.detectors import Detector
 from egohod.hod.detectors.files import Oracle
 from egohod.hod.facts import ClipFacts, facts_of
 
@@ -89,7 +89,7 @@ def measure_swaying(video: Video, sway: float, compensate: bool = True) -> Itera
         numbers = np.arange(clip.start, clip.start + clip.frames)
         seconds = frame_times(numbers, FPS)
         rows = oracle.detect(video.video_id, numbers, seconds, None)
-        moved = tracking.camera_shifts(pictures[numbers], seconds, rows) if compensate else None
+        moved = facts.camera_shifts(pictures[numbers], seconds, rows) if compensate else None
         start, end = clip.start / FPS, (clip.start + clip.frames) / FPS
         found = facts_of(rows, seconds, video_id=video.video_id, start=start, end=end, shifts=moved)
         yield clip.verb, disagreement(found, clip.verb, clip.hand)

@@ -18,7 +18,7 @@ import pandas as pd
 from egohod.data.detections import PORTABLE_OBJECT
 from egohod.demo.world import OTHER_HAND, VERBS
 from egohod.hod import config
-from egohod.hod.language import clauses
+from egohod.hod.check import clauses
 from egohod.hod.pipeline import Pipeline, build
 from egohod.hod.store import Shard
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import av
 import numpy as np
 
-from egohod.hod.check import Checked, check_narrations
 from egohod.hod.config import CheckConfig
-from egohod.hod.narrators.base import Narrator, Request
+from egohod.hod.narrators import Narrator, Request
 from egohod.hod.narrators.template import TemplateNarrator
+from egohod.hod.pipeline import Checked, check_narrations
 
 
 def head(world: Path, rows: int) -> list[str]:

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from egohod.demo.world import VERBS, phrase
-from egohod.hod.check import check, claims, compare_words, is_english
+from egohod.hod.check import check, claims, clauses, compare_words, is_english, sides
 from egohod.hod.config import CheckConfig
-from egohod.hod.language import clauses, sides
-from egohod.hod.narrators.base import Request
+from egohod.hod.narrators import Request
 from egohod.hod.narrators.template import TemplateNarrator
 from tests.hod import rewrites
 from tests.hod.hod_facts import WIPE, clip, hand

@@ -21,9 +21,8 @@ from egohod.data.detections import EDGES, LEFT, RIGHT, SCHEMA
 from egohod.data.videos import VideoError, read_clip
 from egohod.errors import UserError
 from egohod.hod import config as hod
-from egohod.hod import tracking
-from egohod.hod.detectors import make_detector, typed_options
-from egohod.hod.detectors.base import assign_sides
+from egohod.hod import facts as tracking
+from egohod.hod.detectors import assign_sides, make_detector, typed_options
 from egohod.hod.detectors.files import DetectionFiles, Oracle
 from egohod.hod.detectors.mediapipe_hands import FOLDER, MediapipeHands
 from egohod.hod.detectors.torchvision_boxes import TorchvisionBoxes

@@ -11,9 +11,8 @@ import pytest
 
 from egohod.data.detections import PORTABLE_OBJECT, SCHEMA, UNKNOWN_STATE
 from egohod.demo.world import make_video
-from egohod.hod import tracking
 from egohod.hod.detectors.files import Oracle
-from egohod.hod.facts import ClipFacts, MotionParams, directions_of, facts_of
+from egohod.hod.facts import ClipFacts, camera_shifts, directions_of, facts_of
 from tests.hod.agreement import measure, measure_swaying
 
 TIMES = np.arange(24) / 12 + 1 / 24
@@ -70,11 +69,11 @@ def test_camera_shifts_are_found_to_parts_of_a_pixel_beside_boxes() -> None:
     rows = boxes(np.full(24, 170 / 320), np.full(24, 120 / 240))
     edges = {"left": 120 / 320, "top": 80 / 240, "right": 220 / 320, "bottom": 160 / 240}
     hand = pa.Table.from_pylist([each | edges for each in rows[:4]], SCHEMA)
-    found = tracking.camera_shifts(pictures, TIMES[:4], hand) * (320, 240)
+    found = camera_shifts(pictures, TIMES[:4], hand) * (320, 240)
     np.testing.assert_allclose(found, true, atol=1.0)
     nothing = SCHEMA.empty_table()
-    assert not tracking.camera_shifts(np.zeros((3, 24, 32, 3), np.uint8), TIMES[:3], nothing).any()
-    assert tracking.camera_shifts(pictures[:1], TIMES[:1], nothing).shape == (1, 2)
+    assert not camera_shifts(np.zeros((3, 24, 32, 3), np.uint8), TIMES[:3], nothing).any()
+    assert camera_shifts(pictures[:1], TIMES[:1], nothing).shape == (1, 2)
 
 
 def test_shifts_are_subtracted_from_paths() -> None:
@@ -90,7 +89,7 @@ def test_words_of_paths() -> None:
     t = np.linspace(0, 1, 24)
 
     def said(x: np.ndarray, y: np.ndarray, slope: float = 0.0) -> tuple[tuple[str, ...], int]:
-        return directions_of(np.stack([x, y], axis=1), 0.2, slope, 1.0, MotionParams())
+        return directions_of(np.stack([x, y], axis=1), 0.2, slope, 1.0)
 
     flat, there = np.full(24, 0.5), np.sin(np.pi * t)
     assert said(0.2 + 0.5 * t, flat) == (("right",), 1)

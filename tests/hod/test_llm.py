@@ -22,11 +22,9 @@ from PIL import Image
 
 from egohod.errors import UserError
 from egohod.hod.config import CheckConfig, NarratorConfig
-from egohod.hod.narrators import endpoint as endpoint_module
-from egohod.hod.narrators import ignored_settings, make_narrator
-from egohod.hod.narrators.base import Request
-from egohod.hod.narrators.endpoint import Endpoint
-from egohod.hod.narrators.llm import SCHEMA, LanguageModelNarrator
+from egohod.hod.narrators import Request, ignored_settings, make_narrator
+from egohod.hod.narrators import llm as endpoint_module
+from egohod.hod.narrators.llm import SCHEMA, Endpoint, LanguageModelNarrator
 from tests.hod.chat_server import ChatServer, clips_of
 from tests.hod.hod_facts import WIPE
 from tests.hod.runs import narrate_checked

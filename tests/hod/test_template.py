@@ -11,8 +11,7 @@ from egohod.demo.world import VERBS, phrase
 from egohod.hod.check import check
 from egohod.hod.config import CheckConfig, NarratorConfig
 from egohod.hod.facts import without_rare
-from egohod.hod.narrators import make_narrator
-from egohod.hod.narrators.base import Request, describe
+from egohod.hod.narrators import Request, describe, make_narrator
 from egohod.hod.narrators.template import template
 from tests.hod.hod_facts import WIPE, clip, hand
 from tests.hod.runs import narrate_checked

@@ -12,7 +12,7 @@ from pathlib import Path
 from egohod.hod.check import check
 from egohod.hod.config import CheckConfig, NarratorConfig
 from egohod.hod.facts import ClipFacts
-from egohod.hod.narrators.base import Request
+from egohod.hod.narrators import Request
 from egohod.hod.narrators.llm import LanguageModelNarrator
 from egohod.training.telemetry import git_commit
 from tests.hod.hod_facts import clip, hand

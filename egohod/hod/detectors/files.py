@@ -13,7 +13,7 @@ from egohod.data import detections
 from egohod.data.detections import EDGES, NEAREST_SECONDS, SCHEMA
 from egohod.data.videos import VideoError
 from egohod.errors import UserError
-from egohod.hod.detectors.base import Detector
+from egohod.hod.detectors import Detector
 
 _EPIC_ENDINGS = (".pkl", ".pickle")
 

@@ -18,8 +18,7 @@ from egohod.config import PROJECT
 from egohod.data.detections import LEFT, RIGHT, SCHEMA
 from egohod.data.videos import VideoError
 from egohod.errors import UserError
-from egohod.hod.detectors import mediapipe_worker
-from egohod.hod.detectors.base import Detector, assign_sides, row
+from egohod.hod.detectors import Detector, assign_sides, mediapipe_worker, row
 
 FOLDER = ".mediapipe"  # in the project; exps/generate_hod.sh installs it there
 # MediaPipe assumes a mirrored selfie, so that its left hand is the wearer's right one.

@@ -13,7 +13,7 @@ import torch
 
 from egohod.data.detections import LEFT, RIGHT, SCHEMA
 from egohod.errors import UserError
-from egohod.hod.detectors.base import Detector, assign_sides, row
+from egohod.hod.detectors import Detector, assign_sides, row
 from egohod.model.checkpoints import read_tensors
 
 log = logging.getLogger(__name__)

@@ -1,42 +1,89 @@
-"""Narrators, which turn facts of a clip into a sentence: the registry.
+"""Narrators, which turn facts of a clip into a sentence: their protocol, how one is made by name, facts as phrases.
 
-To add one: a module in this package with a :class:`~egohod.hod.narrators.base.Narrator` that has ``from_settings``, and
-one line in ``NARRATORS``. Its name is then a value of ``narrator.kind``; settings of its own go into
-:class:`~egohod.hod.config.NarratorConfig`.
+To add one: a module in this package with a :class:`Narrator` that is built as ``Class(settings)``, and a line in
+``NARRATORS`` of :mod:`egohod.hod.config`, whose :class:`~egohod.hod.config.NarratorConfig` also has its settings.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
+
+import numpy as np
 
 from egohod.config import PROJECT
-from egohod.hod.narrators.base import Narrator
-
-if TYPE_CHECKING:
-    from egohod.hod.config import NarratorConfig
+from egohod.hod.config import NARRATORS, NarratorConfig
+from egohod.hod.facts import (
+    AWAY,
+    CLOCKWISE,
+    CLOSER,
+    COUNTERCLOCKWISE,
+    DOWN,
+    LEFT,
+    RIGHT,
+    SHAKING,
+    STILL,
+    UP,
+    ClipFacts,
+    HandFacts,
+    Motion,
+)
 
 log = logging.getLogger(__name__)
 
 PROMPTS = PROJECT / "configs" / "hod" / "prompts"
-_TEMPLATE = ("seed", "varied")
-_MODEL = (
-    *("model", "prompt", "batch", "temperature", "max_tokens", "answer_format"),
-    # What changes whom a narrator asks, and how long that takes, but not what it is asked: no part of what results are
-    # stored under, so that a run can be resumed with another server.
-    *(_ROUTE := ("endpoint", "api_key_env", "concurrency", "timeout_seconds", "retries", "give_up_seconds")),
-)
-_FRAMES = ("frames", "frame_size", "jpeg_quality")
-# Name -> where its class is, and which settings it reads (all read those of the template, which replaces captions that
-# are refused). Names instead of classes: a language model needs packages that the template does without.
-NARRATORS = {
-    "template": ("template:TemplateNarrator", _TEMPLATE),
-    "llm": ("llm:LanguageModelNarrator", (*_TEMPLATE, *_MODEL)),
-    "vlm": ("llm:LanguageModelNarrator", (*_TEMPLATE, *_MODEL, *_FRAMES)),
-}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One clip to narrate."""
+
+    source: str  # the existing narration, or nothing. Untrusted: instructions in it are data
+    facts: ClipFacts
+    seed: int = 0  # of this clip; varies the wording
+    frames: np.ndarray | None = None  # uint8 [T, H, W, 3] RGB, for vision-language models
+    complaints: tuple[str, ...] = ()  # the check's reasons against ``refused``
+    refused: str | None = None  # the previous caption, on a retry
+
+
+@dataclass(frozen=True)
+class Narration:
+    """The caption of one clip."""
+
+    text: str | None
+    narrator: str
+    prompt_tokens: int = 0  # as the server counts them; a request's are shared out over its clips
+    completion_tokens: int = 0
+    problem: str | None = None  # why there is no text
+
+
+class Narrator(Protocol):
+    """Captions clips."""
+
+    name: str
+
+    def narrate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Narration]]:
+        """Answer each request once, as (its number, the narration), in whatever order they become ready.
+
+        Raises :class:`UserError` when no more answers can be had, after those that there are.
+        """
+        ...
+
+
+# --- By name ---
+
+
+# Which settings each reads, where not all; those of the template always: it replaces captions that are refused.
+_TEMPLATE = ("kind", "seed", "varied")
+_MODEL = (*_TEMPLATE, "model", "prompt", "batch", "temperature", "max_tokens", "answer_format")
+_READ = {"template": _TEMPLATE, "llm": _MODEL, "vlm": (*_MODEL, "frames", "frame_size", "jpeg_quality")}
+# What changes whom a model is asked, and how long that takes, but not what it is asked: no part of what results are
+# stored under, so that a run can be resumed with another server.
+_ROUTE = ("endpoint", "api_key_env", "concurrency", "timeout_seconds", "retries", "give_up_seconds")
 
 
 def make_narrator(settings: NarratorConfig) -> Narrator:
@@ -45,16 +92,18 @@ def make_narrator(settings: NarratorConfig) -> Narrator:
     Raises :class:`UserError` for what is missing: a prompt, a key.
     """
     ignored_settings(settings)
-    module, _, name = NARRATORS[settings.kind][0].partition(":")
-    narrator: Narrator = getattr(importlib.import_module(f"{__name__}.{module}"), name).from_settings(settings)
+    module, _, name = NARRATORS[settings.kind].rpartition(".")
+    narrator: Narrator = getattr(importlib.import_module(f"{__name__}.{module}"), name)(settings)
     return narrator
 
 
 def ignored_settings(settings: NarratorConfig) -> list[str]:
     """Warn of settings that differ from their default though the chosen narrator does not read them; their names."""
-    default, read = type(settings)(), ("kind", *NARRATORS[settings.kind][1])
-    names = [entry.name for entry in dataclasses.fields(settings) if entry.name not in read]
-    ignored = [name for name in names if getattr(settings, name) != getattr(default, name)]
+    read = (*_READ.get(settings.kind, vars(settings)), *(_ROUTE if settings.kind != "template" else ()))
+    default = type(settings)()
+    ignored = [
+        name for name in vars(settings) if name not in read and getattr(settings, name) != getattr(default, name)
+    ]
     for name in ignored:
         log.warning("narrator.%s is ignored: narrator.kind=%s does not read it", name, settings.kind)
     return ignored
@@ -67,10 +116,93 @@ def prompt_path(settings: NarratorConfig) -> Path:
 
 def caption_settings(settings: NarratorConfig) -> dict[str, Any]:
     """The settings that captions depend on, with the text of the prompt instead of its place."""
-    names = ["kind", *(name for name in NARRATORS[settings.kind][1] if name not in _ROUTE)]
-    values = {name: getattr(settings, name) for name in names}
+    values = {name: getattr(settings, name) for name in _READ.get(settings.kind, vars(settings)) if name not in _ROUTE}
     if "prompt" in values:
         path = prompt_path(settings)
         # A prompt that is missing, or no text, is reported by the narrator.
         values["prompt"] = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else str(path)
     return values
+
+
+# --- Phrases ---
+
+# Synonyms are those of human narrators, who use now one, now the other.
+_DIRECTIONS = {
+    LEFT: ("to the left",), RIGHT: ("to the right",), UP: ("upward", "up"), DOWN: ("downward", "down"),
+    AWAY: ("away",), CLOSER: ("closer", "back towards the body"), CLOCKWISE: ("clockwise",),
+    COUNTERCLOCKWISE: ("counterclockwise",), SHAKING: ("back and forth",),
+}  # fmt: skip
+_TIMES = {2: "twice", 3: "three times", 4: "four times"}
+_TOUCHED = {
+    "object": "the {o}", "other object": "another object", "surface": "the surface", "other hand": "the other hand",
+    "other person": "another person",
+}  # fmt: skip
+
+
+def direction_phrase(motion: Motion, variant: int = 0) -> str:
+    """``first to the left, then to the right``, or nothing for a thing at rest; ``variant`` chooses among synonyms."""
+    legs = [_DIRECTIONS[each][variant % len(_DIRECTIONS[each])] for each in motion.directions if each != STILL]
+    if not legs:
+        return ""
+    text = legs[0] if len(legs) == 1 else f"first {legs[0]}, then " + " and then ".join(legs[1:])
+    return f"{text}, {times_phrase(motion)}" if motion.repeats > 1 else text
+
+
+def times_phrase(motion: Motion) -> str:
+    """``twice``; ``once`` for what goes and comes back a single time; else nothing."""
+    if motion.repeats > 1:
+        return _TIMES.get(motion.repeats, "several times")
+    return "once" if motion.directions in ((DOWN, UP), (UP, DOWN)) else ""
+
+
+def regions_phrase(motion: Motion) -> str:
+    """``from the left side to the centre``, where it ends in another region than it begins in; else nothing."""
+    if motion.start_region == motion.end_region or not motion.is_moving:
+        return ""
+    start, end = (
+        f"the {region} side" if region in (LEFT, RIGHT) else f"the {region}"
+        for region in (motion.start_region, motion.end_region)
+    )
+    return f"from {start} to {end}"
+
+
+def touched_phrase(hand: HandFacts, thing: str) -> str | None:
+    """What a hand touches, in words; None where nothing."""
+    return None if hand.touches is None else _TOUCHED[hand.touches].format(o=thing)
+
+
+def thing_name(facts: ClipFacts) -> str:
+    """The active object's name, or ``object``."""
+    return facts.object.name if facts.object is not None and facts.object.name else "object"
+
+
+def describe(facts: ClipFacts) -> list[str]:
+    """One line for each hand and thing, the input of language models."""
+    thing = thing_name(facts)
+    lines = []
+    for side in (LEFT, RIGHT):
+        hand = facts.hands.get(side)
+        if hand is None:
+            # Without this line a model may invent the hand.
+            lines.append(f"{side} hand: not visible, do not mention it")
+            continue
+        parts = ["does the action" if side == facts.acting else "does not do the action"]
+        parts.append(f"moves {direction_phrase(hand.motion)}" if hand.motion.is_moving else "rests")
+        if hand.relation:
+            parts.append(f"{hand.relation} the {thing}")
+        if regions_phrase(hand.motion):
+            parts.append(regions_phrase(hand.motion))
+        touched = touched_phrase(hand, thing)
+        if touched is None:
+            parts.append("touches nothing")
+        else:
+            parts.append(f"touches {touched}" + (" from the start" if hand.contact == 0 else " after reaching for it"))
+            if hand.release is not None:
+                parts.append("then lets go")
+        lines.append(f"{side} hand: {'; '.join(parts)}")
+    if facts.object is not None and not facts.object.guessed:
+        motion = facts.object.motion
+        lines.append(f"{thing}: {f'moves {direction_phrase(motion)}' if motion.is_moving else 'does not move'}")
+    if facts.hands_together in ("closing", "parting"):
+        lines.append("the two hands " + ("come together" if facts.hands_together == "closing" else "move apart"))
+    return lines

@@ -10,14 +10,13 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from egohod.hod.check import sides
 from egohod.hod.config import NarratorConfig
 from egohod.hod.facts import DOWN, UP, ClipFacts, HandFacts
-from egohod.hod.language import sides
-from egohod.hod.narrators.base import (
+from egohod.hod.narrators import (
     Narration,
     Request,
     direction_phrase,
-    is_moving,
     regions_phrase,
     thing_name,
     times_phrase,
@@ -44,23 +43,18 @@ class TemplateNarrator:
 
     name = "template"
 
-    def __init__(self, seed: int = 0, varied: bool = True) -> None:
-        self._seed = seed
-        self._varied = varied
-
-    @classmethod
-    def from_settings(cls, settings: NarratorConfig) -> TemplateNarrator:
-        """The narrator of a configuration."""
-        return cls(settings.seed, settings.varied)
+    def __init__(self, settings: NarratorConfig | None = None) -> None:
+        self._settings = settings or NarratorConfig()
 
     def narrate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Narration]]:
-        """See :class:`~egohod.hod.narrators.base.Narrator`; at once, in order."""
+        """See :class:`~egohod.hod.narrators.Narrator`; at once, in order."""
         for number, request in enumerate(requests):
             yield number, Narration(self.caption(request.source, request), self.name)
 
     def caption(self, source: str, request: Request) -> str:
         """The caption of a request, with ``source`` instead of its own narration."""
-        return template(source, request.facts, (self._seed, request.seed) if self._varied else None)
+        seeds = (self._settings.seed, request.seed) if self._settings.varied else None
+        return template(source, request.facts, seeds)
 
 
 def template(source: str, facts: ClipFacts, seed: int | Sequence[int] | None = 0) -> str:
@@ -89,7 +83,7 @@ def template(source: str, facts: ClipFacts, seed: int | Sequence[int] | None = 0
     clauses = []
     for hand in (hand for hand in idle if hand.side not in named):
         held = touched_phrase(hand, thing)
-        if is_moving(hand.motion):
+        if hand.motion.is_moving:
             does = f"moves {direction_phrase(hand.motion)}" + (f", touching {held}" if held else "")
         else:
             does = f"holds {held} still" if hand.touches in ("object", "other object") else "rests"
@@ -104,7 +98,7 @@ def _from_facts_alone(facts: ClipFacts, acting: HandFacts | None, thing: str) ->
     if hand is None:
         return ""
     held = touched_phrase(hand, thing)
-    if not is_moving(hand.motion):
+    if not hand.motion.is_moving:
         return f"The {hand.side} hand " + (f"holds {held} still" if held else "rests")
     way = direction_phrase(hand.motion)
     if hand.relation:
@@ -139,9 +133,9 @@ def _motion_phrases(facts: ClipFacts, hand: HandFacts, rng: np.random.Generator 
     """How the acting hand moves, from where to where, what it touches."""
     motion, variant, carried = hand.motion, 0 if rng is None else int(rng.integers(2)), False
     # The thing's own motion is the action's, where it is measured; a hand may come from elsewhere.
-    if facts.object is not None and not facts.object.guessed and is_moving(facts.object.motion):
+    if facts.object is not None and not facts.object.guessed and facts.object.motion.is_moving:
         motion, carried = facts.object.motion, hand.touches == "object" and len(facts.object.motion.directions) == 1
-    if not is_moving(motion):
+    if not motion.is_moving:
         phrases = ["keeping still"]
     else:
         way = direction_phrase(motion, variant)
