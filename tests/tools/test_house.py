@@ -55,7 +55,7 @@ def test_one_clip_is_traced_from_row_to_loss_and_from_video_to_csv() -> None:
     training, pipeline = house.trace()
     for part in ("data/formats/", "data/loader.py", "data/dataset.py", "training/step.py", "loss/contrastive.py"):
         assert any(part in each for each in training.details), part
-    for part in ("data/formats/", "hod/detectors/", "hod/tracking.py", "hod/narrators/template.py", "hod/pipeline.py"):
+    for part in ("data/formats/", "hod/detectors/", "hod/facts.py", "hod/narrators/template.py", "hod/pipeline.py"):
         assert any(part in each for each in pipeline.details), part
     for each in (*training.details, *pipeline.details):
         assert (ROOT / each).is_file()
