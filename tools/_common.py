@@ -8,6 +8,7 @@ nor where somebody only cloned the repository. This module is the one place that
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +31,11 @@ def tool_parser(description: str | None) -> argparse.ArgumentParser:
 def run_tool(main: Callable[[Sequence[str]], int]) -> None:
     """Run ``main`` on the command line and exit: one line per mistake on stderr and exit code 2, see egohod.cli."""
     sys.exit(cli.run(main))
+
+
+def log_to_stdout() -> None:
+    """Log plain lines on standard output: for tools whose output they are. Call it in ``main``, within run_tool."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[cli.LogOutput()], force=True)
 
 
 def load_for_checkpoint(args: argparse.Namespace) -> Config:

@@ -19,12 +19,13 @@ import shutil
 import signal
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
+from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
-from _common import tool_parser
+from _common import log_to_stdout, run_tool, tool_parser
 
-from egohod import cli
 from egohod.data.chunking import (
     CODECS,
     LAYOUTS,
@@ -32,7 +33,6 @@ from egohod.data.chunking import (
     Estimate,
     Output,
     Probe,
-    Summary,
     Video,
     estimate,
     find_videos,
@@ -40,16 +40,16 @@ from egohod.data.chunking import (
     try_encoder,
     write_videos,
 )
-from egohod.errors import UserError
+from egohod.errors import DONE, UserError
 from egohod.runtime import Progress, usable_cores
 
 log = logging.getLogger("chunk_videos")
 
-DONE, SOME_FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+SOME_FAILED = 1
 PROGRESS_SECONDS = 5.0
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     usual = ChunkSettings()
     parser = tool_parser(__doc__)
@@ -121,12 +121,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def clock(seconds: float) -> str:
-    """1:02:03."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
-
-
 def size(number: float) -> str:
     """Bytes with a unit."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -136,25 +130,23 @@ def size(number: float) -> str:
     return f"{number:.3g} TB"
 
 
-def describe(probes: dict[Video, Probe]) -> None:
-    """Log the kinds of files, the longest first."""
-    kinds: Counter[str] = Counter()
-    numbers: Counter[str] = Counter()
+def clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+def report_estimate(probes: dict[Video, Probe], cost: Estimate, output: Path, workers: int) -> None:
+    """Log the kinds of files, the longest first, the cost of a run, and whether it fits on the disk."""
+    lengths: dict[str, list[float]] = defaultdict(list)
     for header in probes.values():
-        kind = f"{header.codec} {header.width}x{header.height} {header.fps:.4g} fps"
-        kinds[kind] += round(header.seconds * 1000)
-        numbers[kind] += 1
-    for kind, milliseconds in kinds.most_common(20):
-        log.info("  %s: %d files, %.2f h", kind, numbers[kind], milliseconds / 3.6e6)
+        lengths[f"{header.codec} {header.width}x{header.height} {header.fps:.4g} fps"].append(header.seconds)
+    for kind, seconds in sorted(lengths.items(), key=lambda item: -sum(item[1]))[:20]:
+        log.info("  %s: %d files, %.2f h", kind, len(seconds), sum(seconds) / 3600)
     unknown = sum(not header.seconds for header in probes.values())
     if unknown:
         log.info("  %d files do not state their length, and are missing from the estimate", unknown)
-
-
-def report_estimate(cost: Estimate, output: Path, workers: int) -> None:
-    """Log the cost of a run, and whether it fits on the disk."""
     for fault in cost.faults:
         log.warning("cannot be sampled: %s", fault)
+    # The output need not exist yet: what counts is the disk of the nearest folder that does.
     place = next(path for path in (output.resolve(), *output.resolve().parents) if path.exists())
     free = shutil.disk_usage(place).free
     log.info(
@@ -165,26 +157,12 @@ def report_estimate(cost: Estimate, output: Path, workers: int) -> None:
         log.warning("that does not fit: a smaller --short_side, a higher --crf or a lower --fps make it smaller")
 
 
-def finish(summary: Summary, output: Path, seconds: float) -> int:
-    """Log what was written; the exit code."""
-    log.info(
-        "%s: wrote %d videos, %.2f h, in %s: %s became %s",
-        output, summary.videos, summary.seconds / 3600, clock(seconds), size(summary.bytes_in), size(summary.bytes_out),
-    )  # fmt: skip
-    return list_faults(summary.faults)
-
-
-def list_faults(faults: dict[Video, str]) -> int:
-    """Print the files that could not be read; the exit code."""
-    for reason in faults.values():
-        print(f"could not be read: {reason}", file=sys.stderr)
-    if faults:
-        print(f"{len(faults)} files could not be read", file=sys.stderr)
-    return SOME_FAILED if faults else DONE
-
-
-def run(args: argparse.Namespace) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Find, probe, write; the exit code."""
+    args = parse(argv)
+    log_to_stdout()
+    # As Ctrl-C: the workers end and what is half-made is removed, also where a scheduler takes the machine back.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     settings = ChunkSettings(
         args.seconds, args.short_side, args.keyint, args.fps, args.crf, args.preset, args.codec,
         not args.no_fastdecode, args.layout,
@@ -192,6 +170,7 @@ def run(args: argparse.Namespace) -> int:
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers is {args.workers}, but must be at least 1")
     output = Output(args.output, settings, args.input)
+    # Before the search, which may take minutes: a wrong preset is found at once.
     try_encoder(settings)
     videos = find_videos(args.input, args.pattern, args.list, args.follow_links)
     todo = [video for video in videos if not output.is_done(video)]
@@ -212,32 +191,24 @@ def run(args: argparse.Namespace) -> int:
         read = sum(header.bytes for header in probes.values())
         log.info("%d videos, %.2f h, %s", len(probes), total / 3600, size(read))
         if args.dry_run:
-            describe(probes)
-            report_estimate(estimate(probes, settings, workers), args.output, workers)
-            return list_faults(faults)
-        with Progress("chunk", total, unit="s of video", seconds=PROGRESS_SECONDS) as progress:
-            summary = write_videos(probes, output, settings, workers, args.strict, progress)
-    summary.faults |= faults
-    return finish(summary, args.output, time.monotonic() - began)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run; the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[cli.LogOutput()])
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        return run(parse(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        print("interrupted; run again to go on", file=sys.stderr)
-        return INTERRUPTED
+            report_estimate(probes, estimate(probes, settings, workers), args.output, workers)
+        else:
+            with Progress("chunk", total, unit="s of video", seconds=PROGRESS_SECONDS) as progress:
+                summary = write_videos(probes, output, workers, args.strict, progress)
+    if not args.dry_run:
+        faults = summary.faults | faults
+        spent, read, made = clock(time.monotonic() - began), size(summary.bytes_in), size(summary.bytes_out)
+        log.info(
+            "%s: wrote %d videos, %.2f h, in %s: %s became %s",
+            args.output, summary.videos, summary.seconds / 3600, spent, read, made,
+        )  # fmt: skip
+    # On standard error: a log of the output alone stays a list of what was done.
+    for reason in faults.values():
+        print(f"could not be read: {reason}", file=sys.stderr)
+    if faults:
+        print(f"{len(faults)} files could not be read", file=sys.stderr)
+    return SOME_FAILED if faults else DONE
 
 
 if __name__ == "__main__":
-    sys.exit(cli.while_read(main))
+    run_tool(main)

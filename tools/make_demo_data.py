@@ -12,23 +12,21 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from _common import tool_parser
+from _common import log_to_stdout, run_tool, tool_parser
 
-from egohod import cli
 from egohod.demo import make_world, plan
 from egohod.demo.render import preview
 from egohod.demo.world import DEFAULT, FPS, SPLITS, Variant
 from egohod.demo.write import write_benchmarks
-from egohod.errors import UserError
 
 log = logging.getLogger("make_demo_data")
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = tool_parser(__doc__)
     add = parser.add_argument
@@ -39,11 +37,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--reach", type=float, default=DEFAULT.reach, help="how far motions go (default: 1)")
     spread = "where brief events are: anywhere in a clip (1) to its very middle (0); default: 1"
     add("--event_spread", type=float, default=DEFAULT.event_spread, help=spread)
-    add(
-        "--idle_rests",
-        action="store_true",
-        help="the other hand always rests: the motion alone distinguishes takes",
-    )
+    rests = "the other hand always rests: the motion alone distinguishes takes"
+    add("--idle_rests", action="store_true", help=rests)
     add("--workers", type=int, default=None, help="rendering processes (default: one per core)")
     add("--splits", default=",".join(SPLITS), help="which of train, val and test, comma-separated (default: all)")
     add("--preview", type=Path, metavar="FILE", help="draw a few clips instead of a world: .png or .webp")
@@ -52,35 +47,26 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run; the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[cli.LogOutput()])
+def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
+    log_to_stdout()
     variant = Variant(args.objects, args.reach, args.event_spread, args.idle_rests)
     splits = [split.strip() for split in args.splits.split(",") if split.strip()]
-    try:
-        if args.preview:
-            if not args.dry_run:
-                preview(args.preview, args.seed)
-            log.info("%s %s", "would draw" if args.dry_run else "drew", args.preview)
-            return 0
-        if args.dry_run:
-            for split, videos in plan(args.output, args.seed, args.scale, splits, variant).items():
-                clips, frames = sum(len(video.clips) for video in videos), sum(video.frames for video in videos)
-                log.info(
-                    "would write %s: %d videos, %d clips, %.0f s", args.output / split, len(videos), clips, frames / FPS
-                )
-            return 0
-        began = time.monotonic()
-        splits = make_world(args.output, args.seed, args.scale, args.workers, splits=splits, variant=variant)
-        written = args.benchmarks and write_benchmarks(args.output)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; run again to resume", file=sys.stderr)
-        return 130
-    if written:
+    if args.preview:
+        if not args.dry_run:
+            preview(args.preview, args.seed)
+        log.info("%s %s", "would draw" if args.dry_run else "drew", args.preview)
+        return 0
+    if args.dry_run:
+        for split, videos in plan(args.output, args.seed, args.scale, splits, variant).items():
+            clips, frames = sum(len(video.clips) for video in videos), sum(video.frames for video in videos)
+            counts = f"{len(videos)} videos, {clips} clips, {frames / FPS:.0f} s"
+            log.info("would write %s: %s", args.output / split, counts)
+        return 0
+    began = time.monotonic()
+    splits = make_world(args.output, args.seed, args.scale, args.workers, splits=splits, variant=variant)
+    # The benchmarks are read from the test world, so that they come last, also where that was there before.
+    if args.benchmarks and write_benchmarks(args.output):
         log.info("%s: wrote the benchmarks of the test world", args.output)
     if splits:
         log.info("%s: wrote %s in %.0f s", args.output, ", ".join(splits), time.monotonic() - began)
@@ -90,4 +76,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.while_read(main))
+    run_tool(main)

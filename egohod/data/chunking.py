@@ -41,11 +41,13 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from egohod.data.containers import (
-    ENDINGS,
+from egohod.data.decoders import (
     FORMATS_WITH_LENGTH,
     HEAD_PACKETS,
+    MISSING_SECONDS,
+    VIDEO_ENDINGS,
     container_format,
+    error_text,
     in_coding_order,
     packets_of,
     plain,
@@ -67,14 +69,17 @@ _SNAP = TICKS // 1000
 # A pause between frames beyond this, or a step back beyond a second, is damage and not a recording.
 _LONGEST_FRAME = 600 * TICKS
 _LARGEST_STEP_BACK = TICKS
-# A file whose pictures end this much before its header says was cut off.
-_MISSING_SECONDS = 1.0
-# What else FFmpeg may take a file for that does not begin like one of ``containers``: bare streams and old containers,
-# none of which leads to other files as playlists do.
+# What else FFmpeg may take a file for that is no container of ``decoders``: bare streams and old containers, none of
+# which leads to other files as playlists do.
 _OTHER_FORMATS = "h264,hevc,m4v,mpegvideo,vc1,obu,ivf,ogg,mxf,dv,rm,nut,gxf"
 LAYOUTS = ("chunks", "avion")
 CODECS = ("libx264", "libx265")
 _RGB, _UNSPECIFIED = 0, 2  # matrix coefficients, ITU-T H.273
+
+_OWN_FOLDER = ".chunk_videos"
+# Work is handed out in ranges of about this length: short enough to share out, long enough that seeking is free.
+_RANGE_SECONDS = 300.0
+_SAMPLES, _SAMPLE_SECONDS = 6, 4.0
 
 
 @dataclass(frozen=True)
@@ -110,18 +115,30 @@ class ChunkSettings:
         if self.layout == "avion" and self.seconds != int(self.seconds):
             raise UserError(f"--seconds is {self.seconds:g}, but the avion layout names chunks by whole seconds")
 
-    @property
-    def length(self) -> int:
-        """A chunk's length in ticks."""
-        return round(self.seconds * TICKS)
-
-    def folder(self, video_id: str) -> str:
-        """The folder of a video's chunks, below the output folder."""
-        return video_id if self.layout == "chunks" else f"{video_id}.mp4"
-
     def name(self, number: int) -> str:
         """File name of chunk ``number``."""
         return f"{number:04d}.mp4" if self.layout == "chunks" else f"{round(number * self.seconds)}.mp4"
+
+    def encoder_options(self) -> dict[str, str]:
+        """FFmpeg's options: closed groups of pictures, and B-frames that no other frame refers to.
+
+        A decoder that knows the wanted frames then leaves two of three out; measured in docs/data.md.
+        """
+        private = {"scenecut": "0", "open-gop": "0", "ref": "1", "b-adapt": "0"}
+        if self.codec == "libx264":
+            # force-cfr: the stream states the frame rate, not our unit of time; FFmpeg before 6 derives lengths from
+            # it. cpu-independent: the same bytes on every machine; x264's AVX-512 code differs even from run to run.
+            private |= {"b-pyramid": "none", "force-cfr": "1", "cpu-independent": "1"}
+        else:
+            private |= {"b-pyramid": "0", "log-level": "none"}
+        return ({"tune": "fastdecode"} if self.fastdecode else {}) | {
+            "preset": self.preset,
+            "crf": f"{self.crf:g}",
+            "g": str(self.keyint),
+            "bf": "2",
+            "threads": "1",  # there is a process for every core already
+            self.codec.removeprefix("lib") + "-params": ":".join(f"{k}={v}" for k, v in private.items()),
+        }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -129,8 +146,7 @@ class ChunkSettings:
 # --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Probe:
+class Probe(NamedTuple):
     """The header of a video file; ``seconds`` is 0 if it states no length. Sizes are as stored."""
 
     seconds: float
@@ -150,7 +166,8 @@ class DisplayedFrame(NamedTuple):
 
 
 class VideoReader:
-    """An open camera file, decoded sequentially; ``first`` is its first picture once :meth:`frames` yielded one.
+    """An open camera file, decoded sequentially; ``first`` is its first picture, and ``aspect`` its pixels' width by
+    height, once :meth:`frames` yielded one.
 
     Raises :class:`VideoError`, naming the file and the reason, for one that is no video.
     """
@@ -175,20 +192,17 @@ class VideoReader:
 
     def _open(self) -> None:
         format = container_format(self._path, str(self._path))
+        # Bare streams have no magic; a list of formats keeps FFmpeg from taking the file for a playlist.
+        options = {} if format else {"format_whitelist": _OTHER_FORMATS}
         try:
             # Cameras write titles and makers in all kinds of encodings.
-            self._container = av.open(
-                plain(self._path),
-                format=format,
-                metadata_errors="replace",
-                options={} if format else {"format_whitelist": _OTHER_FORMATS},
-            )
+            self._container = av.open(plain(self._path), format=format, metadata_errors="replace", options=options)
         except (av.InvalidDataError, av.ArgumentError) as error:  # the latter for a format that is not taken
-            raise VideoError(f"{self._path}: not a video, or a truncated one ({_reason(error)})") from error
+            raise VideoError(f"{self._path}: not a video, or a truncated one ({error_text(error)})") from error
         except (av.FFmpegError, OSError) as error:
-            raise VideoError(f"{self._path}: cannot be opened: {_reason(error)}") from error
+            raise VideoError(f"{self._path}: cannot be opened: {error_text(error)}") from error
         self._format = format or self._container.format.name
-        self._stream = video_stream(self._container)
+        self._stream, _ = video_stream(self._container)
         if self._stream is None or not self._stream.codec_context or not self._stream.width:
             self._container.close()
             raise VideoError(f"{self._path}: has no picture")
@@ -199,16 +213,11 @@ class VideoReader:
         self.rate = Fraction(self._stream.average_rate or self._stream.guessed_rate or 30)
         self._other_end = 0.0
 
-    @property
-    def aspect(self) -> Fraction | None:
-        """Width by height of a stored pixel, None if the file does not state it."""
-        return self._stream.sample_aspect_ratio or None
-
     def probe(self) -> Probe:
         """Read the header."""
         stream = self._stream
         return Probe(
-            seconds=stated_seconds(self._stream, self._format) or (self._container.duration or 0) / av.time_base,
+            seconds=stated_seconds(stream, self._format) or (self._container.duration or 0) / av.time_base,
             bytes=self._path.stat().st_size,
             codec=stream.codec_context.name,
             width=stream.width,
@@ -221,14 +230,15 @@ class VideoReader:
         try:
             yield from self._frames(start)
         except (av.FFmpegError, OSError) as error:
-            raise VideoError(f"{self._path}: truncated or damaged, cannot be decoded: {_reason(error)}") from error
+            raise VideoError(f"{self._path}: truncated or damaged, cannot be decoded: {error_text(error)}") from error
 
     def _frames(self, start: int) -> Iterator[DisplayedFrame]:
         pictures = self._pictures(packets_of(self._container))
         first = next(pictures, None)
         if first is None:
             raise VideoError(f"{self._path}: truncated or damaged, holds no picture")
-        self.first = first
+        # Width by height of a stored pixel; a file that does not state it has square ones.
+        self.first, self.aspect = first, Fraction(self._stream.sample_aspect_ratio or 1)
         origin = self._origin(first, start)
         later = self._from_key_frame(origin, start) if start else None
         if later is not None:
@@ -240,25 +250,34 @@ class VideoReader:
         else:
             pictures = chain([first], pictures)
 
+        def length(picture: Any) -> int:  # on display, of a picture without a successor
+            return max(1, round((picture.duration or 0) * self._tick) or round(TICKS / self.rate))
+
         # Each picture is on display until the next one's time, so it is yielded one picture late.
         held, begin = None, 0
         for picture in pictures:
             if picture.pts is not None:
                 time = round((picture.pts - origin) * self._tick) if picture.pts != first.pts else 0
             else:  # a bare stream
-                time = begin + self._length(held) if held is not None else 0
+                time = begin + length(held) if held is not None else 0
             if held is not None:
                 if time - begin > _LONGEST_FRAME or begin - time > _LARGEST_STEP_BACK:
-                    raise VideoError(
-                        f"{self._path}: damaged, its time stamps jump from {begin / TICKS:.2f} to {time / TICKS:.2f} s"
-                    )
+                    jump = f"from {begin / TICKS:.2f} to {time / TICKS:.2f} s"
+                    raise VideoError(f"{self._path}: damaged, its time stamps jump {jump}")
                 if time <= begin:
                     continue  # never on display: two frames of one time, or a small step back
                 if time > start:
                     yield DisplayedFrame(held, begin, time)
             held, begin = picture, time
-        end = begin + self._length(held) if held is not None else 0
-        self._check_end(max(end, 0) / TICKS)
+        end = begin + length(held) if held is not None else 0
+        # The header of some formats states a length; a copy that broke off ends before it.
+        if self._format in FORMATS_WITH_LENGTH:
+            reached, stated = max(end, 0) / TICKS, stated_seconds(self._stream, self._format)
+            if stated is None:
+                # Only the whole file's length is known, and sound may be longer.
+                stated, reached = (self._container.duration or 0) / av.time_base, max(reached, self._other_end)
+            if reached < stated - MISSING_SECONDS:
+                raise VideoError(f"{self._path}: truncated, the pictures end at {reached:.2f} s of {stated:.2f} s")
         if end > start:
             yield DisplayedFrame(held, begin, end)
 
@@ -269,10 +288,10 @@ class VideoReader:
         began = False
         for packet in chain(packets, [None]):
             if packet is not None:
-                if packet.pts is not None and packet.size:
+                if packet.pts is not None:
                     # Of all streams: where sound goes on, the pictures were not cut off.
                     self._other_end = max(self._other_end, float(packet.pts * packet.time_base) - start)
-                if packet.stream_index != self._stream.index or not packet.size:
+                if packet.stream_index != self._stream.index:
                     continue
                 if not began:
                     self._before.append(packet)
@@ -299,15 +318,14 @@ class VideoReader:
         """Frames from a key frame on that is shown no later than ``start``; None if no seek leads to one."""
         if self._coding_order:  # after a seek time stamps may be missing
             return None
-        wanted = origin + math.floor(start / self._tick)
+        wanted, back = origin + math.floor(start / self._tick), 0
         second = math.ceil(1 / self._stream.time_base)
-        back = 0
         while wanted - back > origin:
             try:
                 self._container.seek(wanted - back, stream=self._stream, backward=True)
                 packets = packets_of(self._container)
                 # Not every container's seek leads to a key frame.
-                pictures = (p for p in packets if p.stream_index == self._stream.index and p.size)
+                pictures = (packet for packet in packets if packet.stream_index == self._stream.index)
                 head = next((p for p in pictures if p.is_keyframe or p.pts is None), None)
             except av.FFmpegError:
                 return None
@@ -318,21 +336,6 @@ class VideoReader:
                 return self._pictures(chain([head], packets))
             back = 2 * back or second
         return None
-
-    def _length(self, picture: Any) -> int:
-        # Time on display of a picture without a successor, in ticks.
-        return max(1, round((picture.duration or 0) * self._tick) or round(TICKS / self.rate))
-
-    def _check_end(self, end: float) -> None:
-        # The header states a length; a copy that broke off ends before it.
-        if self._format not in FORMATS_WITH_LENGTH:
-            return
-        promised = stated_seconds(self._stream, self._format)
-        if promised is None:
-            # Only the whole file's length is known, and sound may be longer.
-            promised, end = (self._container.duration or 0) / av.time_base, max(end, self._other_end)
-        if end < promised - _MISSING_SECONDS:
-            raise VideoError(f"{self._path}: truncated, the pictures end at {end:.2f} s of {promised:.2f} s")
 
 
 def probe(path: Path) -> Probe:
@@ -360,12 +363,6 @@ def at_rate(frames: Iterable[DisplayedFrame], fps: float, start: int = 0) -> Ite
         yield held._replace(end=max(held.begin + 1, min(held.end, end)))
 
 
-def grid_start(start: int, fps: float) -> int:
-    """The last moment of the rate ``fps`` at or before ``start``, in ticks."""
-    step = TICKS / _fraction(fps)
-    return round(start // step * step)
-
-
 def _fraction(fps: float) -> Fraction:
     # 29.97 means 30000/1001: otherwise frames would drift by a second in ten hours.
     ntsc = Fraction(round(fps * 1.001) * 1000, 1001)
@@ -375,26 +372,6 @@ def _fraction(fps: float) -> Fraction:
 # --------------------------------------------------------------------------------------------------
 # Pictures
 # --------------------------------------------------------------------------------------------------
-
-
-class Orientation(NamedTuple):
-    """How stored pixels become upright: swap rows and columns, then mirror."""
-
-    transpose: bool = False
-    mirror_x: bool = False
-    mirror_y: bool = False
-
-
-def orientation(picture: Any) -> Orientation:
-    """Read a frame's display matrix (ISO 14496-12, 8.3.2), rounded to quarter turns."""
-    # PyAV's ``rotation`` knows no mirrored pictures, which front cameras record.
-    data = picture.side_data.get("DISPLAYMATRIX")
-    if data is None:
-        return Orientation()
-    a, b, _, c, d = np.frombuffer(bytes(data), "<i4")[:5].tolist()
-    if abs(b) + abs(c) > abs(a) + abs(d):
-        return Orientation(True, c < 0, b < 0)
-    return Orientation(False, a < 0, d < 0)
 
 
 def chunk_size(width: int, height: int, aspect: Fraction, short_side: int) -> tuple[int, int]:
@@ -412,43 +389,34 @@ def chunk_size(width: int, height: int, aspect: Fraction, short_side: int) -> tu
 class _Scaler:
     """Converts frames to upright ones of the chunks' size, 8 bit 4:2:0, limited range; set up by the first frame."""
 
-    def __init__(self, first: Any, aspect: Fraction | None, short_side: int) -> None:
-        self._turn = orientation(first)
+    def __init__(self, first: Any, aspect: Fraction, short_side: int) -> None:
+        # How stored pixels become upright, by the display matrix (ISO 14496-12, 8.3.2) rounded to quarter turns.
+        # PyAV's ``rotation`` knows no mirrored pictures, which front cameras record.
+        matrix = first.side_data.get("DISPLAYMATRIX")
+        a, b, _, c, d = (1, 0, 0, 0, 1) if matrix is None else np.frombuffer(bytes(matrix), "<i4")[:5].tolist()
+        self._transpose = abs(b) + abs(c) > abs(a) + abs(d)
+        self._mirror_x, self._mirror_y = (c < 0, b < 0) if self._transpose else (a < 0, d < 0)
         self.source_size = first.width, first.height
-        width, height, aspect = first.width, first.height, Fraction(aspect or 1)
-        if self._turn.transpose:
-            width, height, aspect = height, width, 1 / aspect
-        self.size = chunk_size(width, height, aspect, short_side)
-        self._stored = self.size[::-1] if self._turn.transpose else self.size
+        width, height = self.source_size[::-1] if self._transpose else self.source_size
+        self.size = chunk_size(width, height, 1 / aspect if self._transpose else aspect, short_side)
         self._reformatter = VideoReformatter()
 
     def __call__(self, picture: Any) -> Any:
-        width, height = self._stored
+        width, height = self.size[::-1] if self._transpose else self.size
         # Bicubic: as sharp as the crops that follow it in the loader, and swscale widens it when it makes smaller, so
         # it does not alias. Area would blur; Lanczos costs half as much again and rings.
-        small = self._reformatter.reformat(
-            picture,
-            width=width,
-            height=height,
-            format="yuv420p",
-            interpolation="BICUBIC",
-            dst_color_range="MPEG",
-            threads=1,
-        )
-        if self._turn == Orientation():
+        filtering: dict[str, Any] = {"interpolation": "BICUBIC", "dst_color_range": "MPEG", "threads": 1}
+        small = self._reformatter.reformat(picture, width=width, height=height, format="yuv420p", **filtering)
+        if not (self._transpose or self._mirror_x or self._mirror_y):
             return small
         # Turned after scaling, when there are fewer pixels, plane by plane (the chroma planes have half the sides).
         pixels = small.to_ndarray()
-        quarter = width * height // 4
-        planes = [
-            pixels[:height],
-            *(part.reshape(height // 2, width // 2) for part in pixels[height:].reshape(2, quarter)),
-        ]
+        chroma = pixels[height:].reshape(2, height // 2, width // 2)
         turned = []
-        for plane in planes:
-            plane = plane.T if self._turn.transpose else plane
-            plane = plane[:, ::-1] if self._turn.mirror_x else plane
-            turned.append((plane[::-1] if self._turn.mirror_y else plane).reshape(-1))
+        for plane in (pixels[:height], *chroma):
+            plane = plane.T if self._transpose else plane
+            plane = plane[:, ::-1] if self._mirror_x else plane
+            turned.append((plane[::-1] if self._mirror_y else plane).reshape(-1))
         rows = np.concatenate(turned).reshape(self.size[1] * 3 // 2, self.size[0])
         return av.VideoFrame.from_ndarray(rows, format="yuv420p")
 
@@ -458,36 +426,13 @@ class _Scaler:
 # --------------------------------------------------------------------------------------------------
 
 
-def encoder_options(settings: ChunkSettings) -> dict[str, str]:
-    """FFmpeg's options: closed groups of pictures, and B-frames that no other frame refers to.
-
-    A decoder that knows the wanted frames then leaves two of three out; measured in docs/data.md.
-    """
-    private = {"scenecut": "0", "open-gop": "0", "ref": "1", "b-adapt": "0"}
-    if settings.codec == "libx264":
-        # force-cfr: the stream states the frame rate, not our unit of time; FFmpeg before 6 derives lengths from it.
-        # cpu-independent: the same bytes on every machine; x264's AVX-512 code differs even from run to run.
-        private |= {"b-pyramid": "none", "force-cfr": "1", "cpu-independent": "1"}
-    else:
-        private |= {"b-pyramid": "0", "log-level": "none"}
-    tune = {"tune": "fastdecode"} if settings.fastdecode else {}
-    return tune | {
-        "preset": settings.preset,
-        "crf": f"{settings.crf:g}",
-        "g": str(settings.keyint),
-        "bf": "2",
-        "threads": "1",
-        settings.codec.removeprefix("lib") + "-params": ":".join(f"{k}={v}" for k, v in private.items()),
-    }
-
-
 class _Encoder:
     """One chunk, encoded in memory: the file is written in one go, and an error of the disk is an OSError."""
 
     def __init__(self, size: tuple[int, int], rate: Fraction, colours: tuple[int, int, int], settings: ChunkSettings):
         self._buffer = io.BytesIO()
         self._container = av.open(self._buffer, "w", format="mp4")
-        self._stream = self._container.add_stream(settings.codec, rate=rate, options=encoder_options(settings))
+        self._stream = self._container.add_stream(settings.codec, rate=rate, options=settings.encoder_options())
         self._stream.width, self._stream.height = size
         self._stream.pix_fmt = "yuv420p"
         codec = self._stream.codec_context
@@ -500,33 +445,13 @@ class _Encoder:
         self._lengths: dict[int, int] = {}
         self._pictures = 0
 
-    def add(self, picture: Any, begin: int, length: int) -> None:
-        """Append a picture, on display from ``begin`` for ``length`` ticks of the chunk."""
-        picture.pts, picture.time_base, picture.duration = begin, Fraction(1, TICKS), length
-        # Key frames where they are due, not where the source had some.
-        picture.pict_type = 0
-        self._lengths[begin] = length
-        self._pictures += 1
-        self._mux(picture)
-
-    def content(self) -> bytes:
-        """The finished file."""
-        self._mux(None)
-        self._container.close()
-        return self._buffer.getvalue()
-
-    def save(self, path: Path) -> int:
-        """Write the finished file; its bytes. Raises :class:`UserError`."""
-        content = self.content()
-        try:
-            path.write_bytes(content)
-        except OSError as error:
-            raise UserError(
-                f"cannot write {path}: {error.strerror or error}; what is done is kept, run again once that is mended"
-            ) from error
-        return len(content)
-
-    def _mux(self, picture: Any) -> None:
+    def add(self, picture: Any, begin: int = 0, length: int = 0) -> None:
+        """Append a picture, on display from ``begin`` for ``length`` ticks of the chunk; None ends the chunk."""
+        if picture is not None:
+            picture.pts, picture.time_base, picture.duration = begin, Fraction(1, TICKS), length
+            picture.pict_type = 0  # key frames where they are due, not where the source had some
+            self._lengths[begin] = length
+            self._pictures += 1
         for packet in self._stream.encode(picture):
             # The encoder knows the average rate only; each frame's own time on display is put back here.
             packet.duration = self._lengths.pop(packet.pts)
@@ -534,17 +459,29 @@ class _Encoder:
                 packet.dts = packet.pts  # x265 forgets it
             self._container.mux(packet)
 
+    def save(self, path: Path | None) -> int:
+        """Finish the file and write it to ``path``, if any; returns its bytes. Raises :class:`UserError`."""
+        self.add(None)
+        self._container.close()
+        content = self._buffer.getvalue()
+        try:
+            if path is not None:
+                path.write_bytes(content)
+        except OSError as error:
+            reason = f"{error.strerror or error}; what is done is kept, run again once that is mended"
+            raise UserError(f"cannot write {path}: {reason}") from error
+        return len(content)
+
 
 def try_encoder(settings: ChunkSettings) -> None:
     """Encode one black picture. Raises :class:`UserError` if the encoder refuses the settings."""
     try:
         encoder = _Encoder((64, 64), Fraction(30), (_UNSPECIFIED,) * 3, settings)
         encoder.add(av.VideoFrame(64, 64, "yuv420p"), 0, TICKS // 30)
-        encoder.content()
+        encoder.save(None)
     except (av.FFmpegError, ValueError) as error:
-        raise UserError(
-            f"{settings.codec} cannot be used with preset '{settings.preset}' and these settings: {_reason(error)}"
-        ) from error
+        refused = f"{settings.codec} cannot be used with preset '{settings.preset}' and these settings"
+        raise UserError(f"{refused}: {error_text(error)}") from error
 
 
 class Written(NamedTuple):
@@ -572,26 +509,28 @@ def write_chunks(
         VideoError: the source is damaged; files written so far are left to the caller.
         UserError: a chunk cannot be written.
     """
-    length, scaler = settings.length, None
-    stop: float = math.inf if last is None else last * length
-    done, chunks, size = 0, 0, 0
-    encoder: _Encoder | None = None
-    number = first
+    length = round(settings.seconds * TICKS)  # of a chunk
+    begin, stop = first * length, math.inf if last is None else last * length
+    done, chunks, size, number = 0, 0, 0, first
+    scaler, encoder = None, None
     with one_clip(str(path)), VideoReader(path) as reader:
         rate = _fraction(settings.fps) if settings.fps else reader.rate
-        begin = first * length
         if settings.fps is None:
             frames = reader.frames(begin)
         else:
-            begin = grid_start(begin, settings.fps)
+            # From the last moment of that rate at or before the range: its frame may be on display as the range begins.
+            step = TICKS / rate
+            begin = round(begin // step * step)
             frames = at_rate(reader.frames(begin), settings.fps, begin)
-        for picture, begin, end in frames:
+        for picture, *span in frames:
             if scaler is None:
                 # Of the whole file, so that ranges of a file that changes its resolution fit together.
                 scaler = _Scaler(reader.first, reader.aspect, settings.short_side)
                 matrix = _UNSPECIFIED if picture.colorspace == _RGB else int(picture.colorspace)
                 colours = (int(picture.color_primaries), int(picture.color_trc), matrix)
-            begin, end = max(_snap(begin, length), first * length), _snap(end, length)
+            borders = [round(time / length) * length for time in span]
+            begin, end = (at if abs(time - at) <= _SNAP else time for time, at in zip(span, borders, strict=True))
+            begin = max(begin, first * length)
             if begin >= stop:
                 break
             change = size_change(scaler.source_size, (picture.width, picture.height))
@@ -617,21 +556,6 @@ def write_chunks(
             raise VideoError(f"{path}: truncated, its pictures end at {first * settings.seconds + done / TICKS:.2f} s")
         size += encoder.save(folder / settings.name(number))
     return Written(done / TICKS, chunks + 1, size)
-
-
-def _snap(time: int, length: int) -> int:
-    border = round(time / length) * length
-    return border if abs(time - border) <= _SNAP else time
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())[:200]
-
-
-_OWN_FOLDER = ".chunk_videos"
-# Work is handed out in ranges of about this length: short enough to share out, long enough that seeking is free.
-_RANGE_SECONDS = 300.0
-_SAMPLES, _SAMPLE_SECONDS = 6, 4.0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -663,7 +587,7 @@ def find_videos(
     if pattern is not None:
         paths = [path for path in paths if fnmatch.fnmatchcase(path.as_posix(), pattern)]
     elif names is None:
-        paths = [path for path in paths if path.suffix.lower() in ENDINGS]
+        paths = [path for path in paths if path.suffix.lower() in VIDEO_ENDINGS]
     if not follow_links:
         real = root.resolve()
         outside = [path for path in paths if not (root / path).resolve().is_relative_to(real)]
@@ -680,25 +604,23 @@ def find_videos(
 
 
 def _walk(root: Path, follow_links: bool) -> Iterator[Path]:
-    # os.walk and not Path.rglob: it can be told to report folders that it may not enter.
     seen = {os.path.realpath(root)}
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror}")
 
+    # Not Path.rglob, which passes over folders that it may not enter.
     for folder, folders, files in os.walk(root, followlinks=follow_links, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         if follow_links:  # a link may lead in a circle
             fresh = {name: os.path.realpath(os.path.join(folder, name)) for name in folders}
             folders[:] = [name for name in folders if fresh[name] not in seen]
             seen.update(fresh.values())
-        for name in files:
-            if not name.startswith("."):
-                yield Path(folder, name).relative_to(root)
+        yield from (Path(folder, name).relative_to(root) for name in files if not name.startswith("."))
 
 
 def _listed(root: Path, names: Path) -> list[Path]:
-    paths = []
+    paths = set()
     for number, line in enumerate(read_lines(names), 1):
         if not line.strip():
             continue
@@ -707,8 +629,8 @@ def _listed(root: Path, names: Path) -> list[Path]:
             raise UserError(f"{names}: line {number}: '{line}' is not a path below {root}")
         if not os.path.isfile(root / path):  # unlike Path's, no error for a name that is too long
             raise UserError(f"{names}: line {number}: {root / path}: no such file")
-        paths.append(path)
-    return sorted(set(paths))
+        paths.add(path)
+    return sorted(paths)
 
 
 def _check_ids(videos: Sequence[Video]) -> None:
@@ -726,8 +648,7 @@ def _check_ids(videos: Sequence[Video]) -> None:
     # a/b.mp4 beside a.mp4: the chunks of the former would be below the folder of the latter's.
     for video_id, path in videos:
         for parent in PurePosixPath(video_id).parents:
-            other = by_id.get(parent.as_posix())
-            if other:
+            if other := by_id.get(parent.as_posix()):
                 raise UserError(f"{other}: its chunks would be in one folder with those of {path}; rename one")
 
 
@@ -743,77 +664,14 @@ class Output:
     """
 
     def __init__(self, folder: Path, settings: ChunkSettings, root: Path) -> None:
-        self.folder = folder
-        self._settings = settings
+        self.folder, self.settings = folder, settings
         self._own = folder / _OWN_FOLDER
         if folder.resolve().is_relative_to(root.resolve()):
             raise UserError(f"{folder}: is in the input folder {root}; choose another output folder")
         try:
-            self._made = self._read()
+            self._source_bytes = self._read()
         except OSError as error:
             raise UserError(f"{folder}: cannot be read: {error.strerror or error}") from error
-
-    def is_done(self, video: Video) -> bool:
-        """Whether a video's chunks are there. Raises :class:`UserError` if they are those of another file."""
-        if not self._final(video).is_dir():
-            return False
-        # By size alone: to hash terabytes would take hours.
-        made_of = self._made.get(video.video_id)
-        if made_of is not None and made_of != video.path.stat().st_size:
-            raise UserError(
-                f"{self._final(video)}: made of another file than {video.path} ({made_of:,} bytes); "
-                "remove the chunks or rename the file"
-            )
-        return True
-
-    @contextlib.contextmanager
-    def claim(self) -> Iterator[None]:
-        """Lock the folder for this process. Half-made videos, of now or earlier, are removed at both ends."""
-        with contextlib.ExitStack() as held:
-            try:
-                self._own.mkdir(parents=True, exist_ok=True)
-                held.enter_context(locked(self._own / "lock"))
-            except BlockingIOError as error:
-                raise UserError(f"{self.folder}: another process is writing here") from error
-            except OSError as error:
-                raise _cannot_write(self.folder, error) from error
-            held.callback(self._clear)
-            try:
-                self._clear()
-                write_text(self._own / "settings.json", json.dumps(asdict(self._settings), indent=1) + "\n")
-                yield
-            except BrokenPipeError:  # of the program's output, there is no other pipe
-                raise
-            except OSError as error:
-                raise _cannot_write(self.folder, error) from error
-
-    def part(self, video: Video) -> Path:
-        """The folder in which a video's chunks are written."""
-        return self._own / "parts" / video.video_id
-
-    def begin(self, video: Video) -> None:
-        """Make the folder of a video's chunks."""
-        self.part(video).mkdir(parents=True)
-
-    def finish(self, video: Video, source: Probe, written: Written) -> None:
-        """Move a complete video to its name."""
-        final = self._final(video)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        # The folder under its name is what counts as done; the note below adds the size of the source.
-        self.part(video).rename(final)
-        line = {"video_id": video.video_id, "source_bytes": source.bytes, **written._asdict()}
-        with (self._own / "done.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def drop(self, video: Video) -> None:
-        """Remove the chunks of a video that cannot be read."""
-        shutil.rmtree(self.part(video), ignore_errors=True)
-
-    def _final(self, video: Video) -> Path:
-        return self.folder / self._settings.folder(video.video_id)
-
-    def _clear(self) -> None:
-        shutil.rmtree(self._own / "parts", ignore_errors=True)
 
     def _read(self) -> dict[str, int]:
         """Bytes of the source of each video that is done."""
@@ -827,26 +685,70 @@ class Output:
             return {}
         try:
             made = json.loads(file.read_bytes())
-            other = [f"{k} {made[k]} (requested: {v})" for k, v in asdict(self._settings).items() if made[k] != v]
+            other = [f"{k} {made[k]} (requested: {v})" for k, v in asdict(self.settings).items() if made[k] != v]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{file}: damaged ({error}); choose another output folder") from error
         if other:
             raise UserError(f"{self.folder}: holds chunks with {', '.join(other)}; choose another output folder")
-        return self._sizes()
-
-    def _sizes(self) -> dict[str, int]:
         sizes: dict[str, int] = {}
-        file = self._own / "done.jsonl"
-        for line in file.read_bytes().split(b"\n") if file.exists() else ():
+        done = self._own / "done.jsonl"
+        for line in done.read_bytes().split(b"\n") if done.exists() else ():
             # A line may be cut short by a full disk, or damaged.
             with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
                 entry = json.loads(line)
                 sizes[entry["video_id"]] = int(entry["source_bytes"])
         return sizes
 
+    @contextlib.contextmanager
+    def claim(self) -> Iterator[None]:
+        """Lock the folder for this process. Half-made videos, of now or earlier, are removed at both ends."""
+        with contextlib.ExitStack() as held:
+            try:
+                self._own.mkdir(parents=True, exist_ok=True)
+                try:
+                    held.enter_context(locked(self._own / "lock"))
+                except BlockingIOError as error:
+                    raise UserError(f"{self.folder}: another process is writing here") from error
+                held.callback(shutil.rmtree, self._own / "parts", ignore_errors=True)
+                shutil.rmtree(self._own / "parts", ignore_errors=True)
+                write_text(self._own / "settings.json", json.dumps(asdict(self.settings), indent=1) + "\n")
+                yield
+            except BrokenPipeError:  # of the program's output, there is no other pipe
+                raise
+            except OSError as error:
+                reason = f"{error.strerror or error}; what is done is kept, run again to go on"
+                raise UserError(f"cannot write {self.folder}: {reason}") from error
 
-def _cannot_write(folder: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write {folder}: {error.strerror or error}; what is done is kept, run again to go on")
+    def is_done(self, video: Video) -> bool:
+        """Whether a video's chunks are there. Raises :class:`UserError` if they are those of another file."""
+        if not self.final(video).is_dir():
+            return False
+        # By size alone: to hash terabytes would take hours.
+        source_bytes = self._source_bytes.get(video.video_id)
+        if source_bytes is not None and source_bytes != video.path.stat().st_size:
+            raise UserError(
+                f"{self.final(video)}: made of another file than {video.path} ({source_bytes:,} bytes); "
+                "remove the chunks or rename the file"
+            )
+        return True
+
+    def part(self, video: Video) -> Path:
+        """The folder in which a video's chunks are written."""
+        return self._own / "parts" / video.video_id
+
+    def final(self, video: Video) -> Path:
+        """The folder of a complete video's chunks; AVION's has the name of the file."""
+        return self.folder / (video.video_id if self.settings.layout == "chunks" else f"{video.video_id}.mp4")
+
+    def finish(self, video: Video, source: Probe, written: Written) -> None:
+        """Move a complete video to its name."""
+        final = self.final(video)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        # The folder under its name is what counts as done; the note below adds the size of the source.
+        self.part(video).rename(final)
+        line = {"video_id": video.video_id, "source_bytes": source.bytes, **written._asdict()}
+        with (self._own / "done.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -903,7 +805,6 @@ class Summary:
 def write_videos(
     probes: dict[Video, Probe],
     output: Output,
-    settings: ChunkSettings,
     workers: int,
     strict: bool = False,
     progress: Progress | None = None,
@@ -916,28 +817,28 @@ def write_videos(
     summary = Summary()
     total = sum(header.seconds for header in probes.values())
     seconds_done = multiprocessing.get_context("fork").Value("d", 0.0)
-    ranges = {video: split(header.seconds, settings) for video, header in probes.items()}
+    ranges = {video: split(header.seconds, output.settings) for video, header in probes.items()}
     open_ranges = {video: len(parts) for video, parts in ranges.items()}
     written: dict[Video, list[Written]] = defaultdict(list)
 
     def tasks() -> Iterator[tuple[Video, int, int | None]]:
         for video, parts in ranges.items():
-            output.begin(video)
+            output.part(video).mkdir(parents=True)
             for first, last in parts:
                 if video in summary.faults:  # its other ranges are not worth their time
                     open_ranges[video] -= 1
                 else:
                     yield video, first, last
             if not open_ranges[video]:
-                output.drop(video)
-
-    def count(seconds: float) -> None:
-        with seconds_done.get_lock():
-            seconds_done.value += seconds
+                shutil.rmtree(output.part(video), ignore_errors=True)
 
     def write(task: tuple[Video, int, int | None]) -> Written:
+        def count(seconds: float) -> None:
+            with seconds_done.get_lock():
+                seconds_done.value += seconds
+
         video, first, last = task
-        return write_chunks(video.path, output.part(video), settings, first, last, count)
+        return write_chunks(video.path, output.part(video), output.settings, first, last, count)
 
     def report() -> None:
         if progress:
@@ -959,9 +860,9 @@ def write_videos(
             continue
         parts = written.pop(video, [])
         if video in summary.faults:
-            output.drop(video)
+            shutil.rmtree(output.part(video), ignore_errors=True)
             continue
-        whole = Written(sum(p.seconds for p in parts), sum(p.chunks for p in parts), sum(p.bytes for p in parts))
+        whole = Written(*map(sum, zip(*parts, strict=True)))
         output.finish(video, probes[video], whole)
         summary.videos += 1
         summary.seconds += whole.seconds
@@ -996,6 +897,7 @@ def estimate(probes: dict[Video, Probe], settings: ChunkSettings, workers: int) 
     for video, header in probes.items():
         kinds[header.codec, header.width, header.height, round(header.fps)].append(video)
     lengths = {kind: sum(probes[video].seconds for video in videos) for kind, videos in kinds.items()}
+    pixels = {kind: kind[1] * kind[2] * kind[3] for kind in kinds}  # per second
     common = sorted(kinds, key=lambda kind: -lengths[kind])[:_SAMPLES]
 
     def sample(kind: tuple[str, int, int, float]) -> tuple[float, float]:
@@ -1007,17 +909,13 @@ def estimate(probes: dict[Video, Probe], settings: ChunkSettings, workers: int) 
     faults = [result for result in results.values() if isinstance(result, str)]
     if not measured:
         return Estimate(0.0, 0.0, faults)
-
-    def pixels(kind: tuple[str, int, int, float]) -> float:
-        return kind[1] * kind[2] * kind[3]
-
     # Kinds that were not sampled: time by their pixels, bytes by their length.
     seconds = sum(lengths[kind] for kind in measured) or 1.0
-    per_pixel = sum(cost / pixels(kind) * lengths[kind] for kind, (cost, _) in measured.items()) / seconds
+    per_pixel = sum(cost / pixels[kind] * lengths[kind] for kind, (cost, _) in measured.items()) / seconds
     per_second = sum(size * lengths[kind] for kind, (_, size) in measured.items()) / seconds
     spent = size = 0.0
     for kind, length in lengths.items():
-        cost, weight = measured.get(kind, (per_pixel * pixels(kind), per_second))
+        cost, weight = measured.get(kind, (per_pixel * pixels[kind], per_second))
         spent, size = spent + cost * length, size + weight * length
     return Estimate(spent / workers / 3600, size, faults)
 

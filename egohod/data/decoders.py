@@ -1,11 +1,13 @@
-"""Three video decoders behind one protocol: seconds in, upright RGB frames out.
+"""Video files: their containers, and three decoders behind one protocol: seconds in, upright RGB frames out.
 
 Times are seconds from a file's first frame. A frame is on display from its own time stamp until the next frame's;
-reading at a time gives the frame on display, so variable frame rates need no special case.
+reading at a time gives the frame on display, so variable frame rates need no special case. Which containers are
+accepted, and which of a file's streams is the video, is decided here for the decoders and the chunker alike.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import heapq
 import importlib
@@ -20,32 +22,173 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from egohod.data.containers import (
-    FORMATS_WITH_LENGTH,
-    HEAD_PACKETS,
-    container_format,
-    has_only_sound,
-    in_coding_order,
-    packets_of,
-    plain,
-    size_change,
-    stated_seconds,
-    video_stream,
-    videos_of,
-)
 from egohod.data.storage import VideoError, VideoFile, one_clip
 from egohod.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# A file whose pictures end this much before its header says was cut off.
-_MISSING_SECONDS = 1.0
+VIDEO_ENDINGS = (
+    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".mts", ".m2ts", ".ts", ".wmv", ".asf", ".flv",
+    ".3gp",
+)  # fmt: skip
+"""Endings of video files, in lower case; files may write them in any case."""
+MISSING_SECONDS = 1.0
+"""A file whose pictures end this much before its header says was cut off."""
+HEAD_PACKETS = 64
+"""Packets at a file's beginning that show what its time stamps are like."""
+# Only the headers of these state the true length; elsewhere it is guessed from the bit rate or the last time stamps.
+FORMATS_WITH_LENGTH = ("mov", "matroska", "avi", "asf")
 # Containers that hold times of display, and lead by a table to key frames.
 _INDEXED = ("mov", "matroska")
 # Containers in which torchcodec and decord find the pictures asked for.
 _SOUGHT_BY_ALL = ("mov", "matroska", "flv")
 # H.264 and HEVC let a picture be decoded at most so many pictures before it is shown.
 _REORDER = 17
+
+# How the containers begin that are handed to FFmpeg, which would take still pictures and playlists as well.
+_MP4_BOXES = (b"ftyp", b"styp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot")
+_STILL_BRANDS = (b"avif", b"heic", b"heix", b"mif1")
+_MAGIC = {
+    b"\x1aE\xdf\xa3": "matroska",
+    b"\0\0\1\xba": "mpeg",
+    b"FLV\x01": "flv",
+    b"\x30\x26\xb2\x75\x8e\x66\xcf\x11\xa6\xd9\x00\xaa\x00\x62\xce\x6c": "asf",
+}
+# Bytes from packet to packet of a transport stream: plain, with a time code (m2ts), with error correction.
+_PACKET_BYTES = (188, 192, 204)
+_SYNC, _SYNCS = 0x47, 5
+# Enough for the syncs to follow from any byte of the first packet on.
+_HEAD_BYTES = max(_PACKET_BYTES) * (_SYNCS + 1)
+# Pictures whose proportions differ by no more than this are the same at another resolution.
+_SAME_ASPECT = 0.02
+_PEEK_BYTES = 1 << 20
+
+
+# --------------------------------------------------------------------------------------------------
+# Containers
+# --------------------------------------------------------------------------------------------------
+
+
+def plain(file: VideoFile) -> Any:
+    """``file`` for the libraries: an absolute path as text, or a file at its beginning.
+
+    FFmpeg reads a relative ``2024-01-01T12:00:00.mp4`` or ``concat:a`` as a URL, and ``-i.mp4`` looks like an option.
+    """
+    if isinstance(file, Path):
+        return os.path.abspath(file)
+    file.seek(0)
+    return file
+
+
+def container_format(file: VideoFile, name: str) -> str | None:
+    """FFmpeg's name of the format of a video file, by its first bytes; None if it is no container of videos.
+
+    Opening with this format keeps FFmpeg from taking the file for a playlist, which would lead it to other files.
+    Raises :class:`VideoError`, calling the file ``name``, for a file that is missing, empty or cannot be opened.
+    """
+    try:
+        if isinstance(file, Path):
+            if not file.is_file():
+                raise VideoError(f"{name}: {'is a folder, not a video' if file.is_dir() else 'no such file'}")
+            with file.open("rb") as opened:
+                head = opened.read(_HEAD_BYTES)
+        else:
+            head = plain(file).read(_HEAD_BYTES)
+    except OSError as error:
+        raise VideoError(f"{name}: cannot be opened: {error.strerror}") from error
+    if not head:
+        raise VideoError(f"{name}: the file has zero bytes")
+    if head[4:8] in _MP4_BOXES and head[8:12] not in _STILL_BRANDS:
+        return "mov"
+    if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
+        return "avi"
+    for magic, format in _MAGIC.items():
+        if head.startswith(magic):
+            return format
+    # A transport stream has no magic, but sync bytes at a packet's distance. The first one may be anywhere in the
+    # first packet: a recording that was cut at any byte begins within one.
+    for size in _PACKET_BYTES:
+        for begin in range(size):
+            syncs = range(begin, min(len(head), begin + _SYNCS * size), size)
+            # Two are enough where the first byte, or the one behind a time code, is the first of them.
+            if len(syncs) >= (2 if begin in (0, 4) else _SYNCS) and all(head[at] == _SYNC for at in syncs):
+                return "mpegts"
+    return None
+
+
+def packets_of(container: Any, *streams: Any) -> Iterator[Any]:
+    """The packets of ``streams``, or of all, from where a PyAV container is; without the empty ones that end it."""
+    # Behind the last packet PyAV may trip over streams that appeared while it read, as they do in broadcasts.
+    with contextlib.suppress(IndexError):
+        yield from (packet for packet in container.demux(*streams) if packet.size)
+
+
+def video_stream(container: Any) -> tuple[Any, bool]:
+    """The stream of a PyAV container that is the video, None if there is none, and whether it is the only candidate.
+
+    Of several it is the one that FFmpeg's own programs show, else the default one, else the largest.
+    """
+    videos = []
+    for stream in container.streams.video:
+        kinds = type(stream.disposition)  # cover pictures are streams too
+        if not stream.disposition & (kinds.attached_pic | kinds.timed_thumbnails | kinds.still_image):
+            videos.append(stream)
+    # Some programs do not mark a cover, but their header states a stream of one picture.
+    videos = [stream for stream in videos if stream.frames != 1] or videos
+    best = container.streams.best("video")
+    if best in videos:
+        return best, len(videos) == 1
+
+    def rank(stream: Any) -> tuple[bool, int, int]:
+        size = stream.width * stream.height if stream.codec_context else 0
+        return bool(stream.disposition & type(stream.disposition).default), size, -stream.index
+
+    # FFmpeg's choice is a cover, so that a library left to itself would take it as well: never alone.
+    return max(videos, key=rank, default=None), False
+
+
+def stated_seconds(stream: Any, format: str) -> float | None:
+    """Length of the pictures by the header, None if it does not state one; sound may be longer."""
+    if format == "matroska":
+        # Not the stream's own field, which Matroska lacks: a tag that most programs write.
+        match = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
+        if not match:
+            return None
+        end = sum(float(part) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True))
+        return end - float((stream.start_time or 0) * stream.time_base)  # the tag counts from the file's zero
+    if format == "asf" or stream.duration is None:  # asf has one length for all streams
+        return None
+    return float(stream.duration * stream.time_base)
+
+
+def in_coding_order(stream: Any, format: str, times: Sequence[int]) -> bool:
+    """Whether the times of display of a stream's first packets, ``times``, are those of decoding.
+
+    AVI has no times of display, and ASF files get those of decoding from many programs. With B-frames the two differ,
+    and the pictures must be numbered as they leave the decoder.
+    """
+    return format in ("avi", "asf") and bool(stream.codec_context.has_b_frames) and list(times) == sorted(times)
+
+
+def size_change(first: tuple[int, int], other: tuple[int, int]) -> str:
+    """How (width, height) changes within a file where that is more than another resolution of the same picture.
+
+    Empty where ``other`` can be scaled to ``first``. A stretched picture is not what was recorded.
+    """
+    if abs(other[0] * first[1] / (other[1] * first[0]) - 1) <= _SAME_ASPECT:
+        return ""
+    return "the picture size changes from {}x{} to {}x{}".format(*first, *other)
+
+
+def error_text(error: BaseException) -> str:
+    """What a library says, as one short line without the C++ files and lines that torchcodec and decord put first."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return re.sub(r"^.*\.(cpp|cc):\d+[,:]\s*", "", " ".join(text.split()))[:200]
+
+
+# --------------------------------------------------------------------------------------------------
+# The protocol
+# --------------------------------------------------------------------------------------------------
 
 
 class DecoderError(VideoError):
@@ -72,15 +215,24 @@ class Decoder(Protocol):
         ...
 
 
-class Opener(Protocol):
-    """Opens video files."""
+Opener = Callable[..., Decoder]
+"""``opener(file, name="")`` opens a path or a seekable binary file; messages call it ``name`` (default: the path).
 
-    def __call__(self, file: VideoFile, name: str = "") -> Decoder:
-        """Open a path or a seekable binary file; messages call it ``name`` (default: the path).
+Raises :class:`VideoError`.
+"""
 
-        Raises :class:`VideoError`.
-        """
-        ...
+
+# --------------------------------------------------------------------------------------------------
+# PyAV
+# --------------------------------------------------------------------------------------------------
+
+
+class _Packet(NamedTuple):
+    """A compressed picture with its time of display in ticks, None where the container does not say."""
+
+    pts: int | None
+    is_key: bool
+    data: Any
 
 
 class PyavDecoder:
@@ -99,8 +251,8 @@ class PyavDecoder:
             # Cameras write titles and makers in all kinds of encodings.
             self._container = self._av.open(plain(file), format=self._format, metadata_errors="replace")
         except (self._av.FFmpegError, OSError) as error:
-            raise _not_opened(file, self._name, error) from error
-        self._stream = video_stream(self._container)
+            raise _failure(file, self._name, error, opening=True) from error
+        self._stream, _ = video_stream(self._container)
         if self._stream is None or self._stream.codec_context is None:
             sound, cover = bool(self._container.streams.audio), bool(self._container.streams.video)
             self._container.close()
@@ -125,7 +277,7 @@ class PyavDecoder:
                 rate = self._measure(rate)
         except (self._av.FFmpegError, OSError) as error:
             self.close()
-            raise _not_opened(file, self._name, error) from error
+            raise _failure(file, self._name, error, opening=True) from error
         if not rate or not self._codec.width:
             self.close()
             raise VideoError(f"{self._name}: not a video or damaged: no frame rate or picture size")
@@ -142,12 +294,12 @@ class PyavDecoder:
             decode = self._decode_in_order if self._coding_order else self._decode
             frames = decode(packets, set(wanted))
         except (self._av.FFmpegError, OSError) as error:
-            raise _not_decoded(self._file, self._name, error) from error
+            raise _failure(self._file, self._name, error) from error
         missing = [pts for pts in wanted if pts not in frames]
         if missing:
             # Shown before the key frame that decoding begins with, and there is no earlier one.
             if packets[0].pts is not None and missing[0] < packets[0].pts:
-                raise self._no_key_frame(packets[0].pts)
+                raise VideoError(_NO_KEY_FRAME.format(self._name, (packets[0].pts - self._start) * self._tick))
             raise VideoError(f"{self._name}: damaged, no picture at {(missing[0] - self._start) * self._tick:.2f} s")
         pictures = [frames[pts] for pts in wanted]
         height, width = pictures[0].shape[:2]
@@ -167,13 +319,10 @@ class PyavDecoder:
         """See :class:`Decoder`."""
         self._container.close()
 
-    def _no_key_frame(self, pts: int) -> VideoError:
-        second = (pts - self._start) * self._tick
-        return VideoError(f"{self._name}: begins between key frames; the first picture is at {second:.2f} s")
-
     def _measure(self, rate: Fraction | None) -> Fraction | float | None:
         """Measure where the pictures begin and end if the header does not state it; returns the frame rate."""
-        head = [packet for packet in self._demux(HEAD_PACKETS) if packet.pts is not None]
+        packets = itertools.islice(packets_of(self._container, self._stream), HEAD_PACKETS)
+        head = [packet for packet in packets if packet.pts is not None]
         if not head:
             raise VideoError(f"{self._name}: truncated or damaged, holds no pictures")
         times = [packet.pts for packet in head]
@@ -195,7 +344,7 @@ class PyavDecoder:
             stated, reached = stated_seconds(self._stream, self._format), self.duration
             if stated is None:
                 stated, reached = length, max(end, other_end) - zero
-            if reached < stated - _MISSING_SECONDS:
+            if reached < stated - MISSING_SECONDS:
                 self.duration = stated
         return rate
 
@@ -209,7 +358,7 @@ class PyavDecoder:
             for packet in packets_of(self._container):
                 is_picture = packet.stream_index == self._stream.index
                 pts = packet.dts if is_picture and self._coding_order else packet.pts
-                if pts is None or not packet.size or packet.stream.type not in ("video", "audio"):
+                if pts is None or packet.stream.type not in ("video", "audio"):
                     continue
                 stop = float((pts + (packet.duration or 0)) * packet.time_base)
                 other_end = max(other_end, stop)
@@ -222,12 +371,9 @@ class PyavDecoder:
             step *= 2
 
     def _seek(self, target: int) -> None:
-        if target <= self._start:
-            target = self._first  # the very first packet: its time of decoding is before the first time of display
+        # At the start to the very first packet: its time of decoding is before the first time of display.
+        target = self._first if target <= self._start else target
         self._container.seek(target, stream=self._stream, backward=True)
-
-    def _demux(self, count: int | None = None) -> Iterator[Any]:
-        return itertools.islice((packet for packet in packets_of(self._container, self._stream) if packet.size), count)
 
     def _packets(self, first: int, last: int) -> list[_Packet]:
         """The packets, in the order of decoding, of all frames shown from ``first`` to ``last``."""
@@ -239,7 +385,7 @@ class PyavDecoder:
             self._seek(target)
             packets, headless, complete = list[_Packet](), list[_Packet](), False
             pts: int | None = None
-            for data in self._demux():
+            for data in packets_of(self._container, self._stream):
                 if not self._coding_order:
                     pts = data.pts
                 elif data.dts is not None:
@@ -262,22 +408,20 @@ class PyavDecoder:
                     # The header states a length; a copy that broke off has fewer packets.
                     final = next((packet for packet in reversed(packets) if packet.pts is not None), None)
                     ticks = final.pts + (final.data.duration or 0) - self._start if final is not None else 0
-                    end = ticks * self._tick
-                    if end < self.duration - _MISSING_SECONDS:
-                        raise VideoError(
-                            f"{self._name}: truncated, the pictures end at {end:.2f} s of {self.duration:.2f} s"
-                        )
+                    end, length = ticks * self._tick, self.duration
+                    if end < length - MISSING_SECONDS:
+                        raise VideoError(f"{self._name}: truncated, the pictures end at {end:.2f} s of {length:.2f} s")
                 if headless and packets[0].pts is not None and first < packets[0].pts:
-                    raise self._no_key_frame(packets[0].pts)
+                    raise VideoError(_NO_KEY_FRAME.format(self._name, (packets[0].pts - self._start) * self._tick))
                 return packets
             if at_start:
                 # No key frame is marked: the decoder finds them itself.
                 if not any(packet.pts is not None for packet in headless):
-                    raise VideoError(
-                        f"{self._name}: truncated, no pictures at {(first - self._start) * self._tick:.2f} s"
-                    )
+                    second = (first - self._start) * self._tick
+                    raise VideoError(f"{self._name}: truncated, no pictures at {second:.2f} s")
                 return headless
             earliest = min((packet.pts for packet in packets[:1] if packet.pts is not None), default=target)
+            # Twice as far each time: an unlucky container costs a few seeks, not one a second.
             target, step = max(self._start, min(target, earliest) - step), 2 * step
 
     def _decode(self, packets: Sequence[_Packet], wanted: set[int]) -> dict[int, np.ndarray]:
@@ -336,12 +480,7 @@ class PyavDecoder:
         return np.rot90(picture, quarters) if quarters else picture
 
 
-class _Packet(NamedTuple):
-    """A compressed picture with its time of display in ticks, None where the container does not say."""
-
-    pts: int | None
-    is_key: bool
-    data: Any
+_NO_KEY_FRAME = "{}: begins between key frames; the first picture is at {:.2f} s"
 
 
 def _needed_groups(packets: Sequence[_Packet], wanted: set[int]) -> list[tuple[Sequence[_Packet], bool]]:
@@ -362,30 +501,33 @@ def _needed_groups(packets: Sequence[_Packet], wanted: set[int]) -> list[tuple[S
     return needed[::-1]
 
 
+# --------------------------------------------------------------------------------------------------
+# The other libraries
+# --------------------------------------------------------------------------------------------------
+
+
 class TorchcodecDecoder:
     """torchcodec: needs FFmpeg's shared libraries on the machine."""
 
     def __init__(self, file: VideoFile, name: str = "") -> None:
         decoders = importlib.import_module("torchcodec.decoders")
         self._file, self._name = file, name or str(file)
-        _require_table(file, self._name, "torchcodec")
-        index = _stream_index(file, self._name)
+        index = _stream_index(file, self._name, "torchcodec")
         try:
             self._decoder = decoders.VideoDecoder(
                 plain(file), stream_index=index, dimension_order="NHWC", num_ffmpeg_threads=1
             )
         except (RuntimeError, ValueError, TypeError, OSError) as error:
-            raise _not_opened(file, self._name, error) from error
+            raise _failure(file, self._name, error, opening=True) from error
         meta = self._decoder.metadata
         if not meta.average_fps or not len(self._decoder):
             raise VideoError(f"{self._name}: not a video or damaged: no frame rate or no pictures")
         self.fps = float(meta.average_fps)
         # Its clock starts anywhere; ours at the first frame.
-        self._begin = float(meta.begin_stream_seconds)
-        self._end = float(meta.end_stream_seconds)
+        self._begin, self._end = float(meta.begin_stream_seconds), float(meta.end_stream_seconds)
         self.duration = self._end - self._begin
         header = meta.duration_seconds_from_header
-        if header is not None and self.duration < header - _MISSING_SECONDS:
+        if header is not None and self.duration < header - MISSING_SECONDS:
             raise VideoError(f"{self._name}: truncated, the pictures end at {self.duration:.2f} s of {header:.2f} s")
 
     def read_at(self, seconds: np.ndarray) -> np.ndarray:
@@ -395,7 +537,7 @@ class TorchcodecDecoder:
         try:
             return self._decoder.get_frames_played_at(times.tolist()).data.numpy()
         except (RuntimeError, IndexError, ValueError) as error:
-            raise _not_decoded(self._file, self._name, error) from error
+            raise _failure(self._file, self._name, error) from error
 
     def close(self) -> None:
         """See :class:`Decoder`."""
@@ -407,10 +549,8 @@ class DecordDecoder:
 
     def __init__(self, file: VideoFile, name: str = "") -> None:
         decord = importlib.import_module("decord")
-        self._file, self._name = file, name or str(file)
-        _require_table(file, self._name, "decord")
-        self._error = decord.DECORDError
-        if (index := _stream_index(file, self._name)) is not None:
+        self._file, self._name, self._error = file, name or str(file), decord.DECORDError
+        if (index := _stream_index(file, self._name, "decord")) is not None:
             raise DecoderError(
                 f"{self._name}: holds several videos, and decord cannot be told to take stream {index}; "
                 "set data.decoder=pyav"
@@ -420,7 +560,7 @@ class DecordDecoder:
             self.fps = float(self._reader.get_avg_fps())
             self._starts = self._reader.get_frame_timestamp(range(len(self._reader)))[:, 0].astype(np.float64)
         except (self._error, RuntimeError, IndexError, OSError) as error:
-            raise _not_opened(file, self._name, error) from error
+            raise _failure(file, self._name, error, opening=True) from error
         if not len(self._starts):
             raise VideoError(f"{self._name}: holds no pictures")
         self._starts -= self._starts[0]  # times count from the first frame
@@ -433,74 +573,71 @@ class DecordDecoder:
         try:
             return self._reader.get_batch(places.tolist()).asnumpy()
         except (self._error, RuntimeError, IndexError) as error:
-            raise _not_decoded(self._file, self._name, error) from error
+            raise _failure(self._file, self._name, error) from error
 
     def close(self) -> None:
         """See :class:`Decoder`."""
         del self._reader
 
 
-class ReusingOpener:
-    """Opens local videos through ``opener`` and keeps the last one open: the next clip is often in the same file.
+def _require_video(file: VideoFile, name: str) -> str:
+    format = container_format(file, name)
+    if format is None:
+        raise VideoError(f"{name}: not a video, or in a container that only tools/chunk_videos.py reads")
+    return format
 
-    Opening costs as much as decoding ten small pictures, and more for a long video with its long table of contents.
-    A file that changed, and one that could not be read, is opened anew.
+
+def _stream_index(file: VideoFile, name: str, library: str) -> int | None:
+    """The index of the video's stream for ``library``, None where there is only one, so that all choose alike.
+
+    Raises :class:`DecoderError` for containers in which torchcodec and decord return other pictures than the requested
+    ones after most seeks, without an error; and :class:`VideoError` for a table of more pictures than the file has
+    bytes: decord makes room for them all, and ends the whole process where it cannot.
     """
-
-    def __init__(self, opener: Opener) -> None:
-        self._opener = opener
-        self._last: _ReusedDecoder | None = None
-
-    def __call__(self, file: VideoFile, name: str = "") -> Decoder:
-        """See :class:`Opener`."""
-        if not isinstance(file, Path):
-            return self._opener(file, name)
-        try:
-            status = file.stat()
-            version = (status.st_mtime_ns, status.st_size)
-        except OSError:  # its opener will say that it is not there
-            version = (0, 0)
-        # The process too: two processes that share an open file would move each other's position in it.
-        state = (os.getpid(), file, *version)
-        last, self._last = self._last, None
-        if last is not None and last.state == state:
-            return last
-        if last is not None:
-            last.decoder.close()
-        return _ReusedDecoder(self, state, self._opener(file, name))
-
-    def take_back(self, decoder: _ReusedDecoder) -> None:
-        """Hold this one for the next call instead of the one that was held."""
-        if self._last is not None:
-            self._last.decoder.close()
-        self._last = decoder
+    format = _require_video(file, name)
+    if format not in _SOUGHT_BY_ALL:
+        raise DecoderError(
+            f"{name}: {library} shows wrong pictures of {format} files; set data.decoder=pyav, or make chunks of them"
+        )
+    if _cannot_import("av") is not None:
+        return None
+    av = importlib.import_module("av")
+    try:
+        with av.open(plain(file), format=format, metadata_errors="replace") as container:
+            stream, alone = video_stream(container)
+            if stream is not None and stream.frames > container.size:
+                raise VideoError(f"{name}: damaged, a table of {stream.frames:,} pictures in {container.size:,} bytes")
+            return None if stream is None or alone else int(stream.index)
+    except (av.FFmpegError, OSError):  # the library itself will say what is wrong
+        return None
 
 
-class _ReusedDecoder:
-    """A decoder that :meth:`close` gives back to its opener, unless it failed."""
-
-    def __init__(self, owner: ReusingOpener, state: tuple[Any, ...], decoder: Decoder) -> None:
-        self._owner, self.state, self.decoder = owner, state, decoder
-        self.fps, self.duration = decoder.fps, decoder.duration
-        self._failed = False
-
-    def read_at(self, seconds: np.ndarray) -> np.ndarray:
-        """See :class:`Decoder`."""
-        # A decoder in an unknown state is never used again, whatever it raised.
-        self._failed = True
-        frames = self.decoder.read_at(seconds)
-        self._failed = False
-        return frames
-
-    def close(self) -> None:
-        """See :class:`Decoder`."""
-        if self._failed:
-            self.decoder.close()
-        else:
-            self._owner.take_back(self)
+def _failure(file: VideoFile, name: str, error: Exception, opening: bool = False) -> Exception:
+    """The error to raise for what a library raised."""
+    # The error of the file itself says more than what a library makes of it.
+    if (failure := getattr(file, "failure", None)) is not None:
+        return failure
+    # What FFmpeg calls damaged is final: another library might show it with pictures missing.
+    kind = VideoError if type(error).__name__ == "InvalidDataError" else DecoderError
+    if not opening:
+        return kind(f"{name}: cannot be decoded: {error_text(error)}")
+    # Some libraries say nothing better than 'cannot open' of an MP4 whose handlers name sound but no picture. Its table
+    # of contents is at one end of the file or the other.
+    with file.open("rb") if isinstance(file, Path) else contextlib.nullcontext(file) as opened:
+        opened.seek(0)
+        ends = opened.read(_PEEK_BYTES)
+        opened.seek(max(0, opened.seek(0, 2) - _PEEK_BYTES))
+        ends += opened.read()
+    if set(re.findall(rb"hdlr.{8}(vide|soun)", ends, re.DOTALL)) == {b"soun"}:
+        return VideoError(f"{name}: has no picture, only sound")
+    return kind(f"{name}: truncated or damaged video ({error_text(error)})")
 
 
-# Fastest first, see docs/benchmarks.md.
+# --------------------------------------------------------------------------------------------------
+# Choosing and reusing
+# --------------------------------------------------------------------------------------------------
+
+# Fastest first, see docs/benchmarks.md: how it opens a file, the module it needs, and what installs that.
 _DECODERS: dict[str, tuple[Opener, str, str]] = {
     "pyav": (PyavDecoder, "av", "pip install av"),
     "torchcodec": (
@@ -510,6 +647,8 @@ _DECODERS: dict[str, tuple[Opener, str, str]] = {
     ),
     "decord": (DecordDecoder, "decord", "pip install decord, which has wheels for Linux and Windows on x86-64 alone"),
 }
+# Fallback decoders that this process has warned of: once each, not once per clip.
+_LOGGED: set[str] = set()
 
 
 def choose_decoder(name: str = "auto") -> tuple[str, Opener]:
@@ -531,8 +670,14 @@ def choose_decoder(name: str = "auto") -> tuple[str, Opener]:
     raise UserError("data.decoder=" + name + ": " + "; ".join(missing))
 
 
-# Fallback decoders that this process has warned of: once each, not once per clip.
-_LOGGED: set[str] = set()
+@functools.cache
+def _cannot_import(module: str) -> str | None:
+    try:
+        loaded = importlib.import_module(module)
+    except Exception as error:  # a library that fails to load raises many kinds
+        return error_text(error)
+    # torchcodec can be imported without FFmpeg, for the sake of its still pictures; it then knows no version.
+    return "FFmpeg is not there" if getattr(loaded, "ffmpeg_major_version", 0) is None else None
 
 
 class _FallbackDecoder:
@@ -545,16 +690,12 @@ class _FallbackDecoder:
     def __init__(self, candidates: Sequence[str], file: VideoFile, name: str = "") -> None:
         self._candidates, self._file, self._name = list(candidates), file, name or str(file)
         self._decoder: Decoder | None = None
-        self._try(lambda decoder: None)
-        assert self._decoder is not None
-        self.fps, self.duration = self._decoder.fps, self._decoder.duration
+        self.fps, self.duration = self._try(lambda decoder: (decoder.fps, decoder.duration))
 
     def read_at(self, seconds: np.ndarray) -> np.ndarray:
-        """See :class:`Decoder`."""
         return self._try(lambda decoder: decoder.read_at(seconds))
 
     def close(self) -> None:
-        """See :class:`Decoder`."""
         if self._decoder is not None:
             self._decoder.close()
 
@@ -584,74 +725,54 @@ class _FallbackDecoder:
             return result
 
 
-@functools.cache
-def _cannot_import(module: str) -> str | None:
-    try:
-        loaded = importlib.import_module(module)
-    except Exception as error:  # a library that fails to load raises many kinds
-        return _one_line(error)
-    # torchcodec can be imported without FFmpeg, for the sake of its still pictures; it then knows no version.
-    return "FFmpeg is not there" if getattr(loaded, "ffmpeg_major_version", 0) is None else None
+class ReusingOpener:
+    """Opens local videos through ``opener`` and keeps the last one open: the next clip is often in the same file.
 
-
-def _stream_index(file: VideoFile, name: str) -> int | None:
-    """The index of the video's stream, None where there is only one, so that all libraries choose alike.
-
-    Raises :class:`VideoError` for a table of more pictures than the file has bytes: decord makes room for them all, and
-    ends the whole process where it cannot.
+    Opening costs as much as decoding ten small pictures, and more for a long video with its long table of contents.
+    A file that changed, and one that could not be read, is opened anew.
     """
-    if _cannot_import("av") is not None:
-        return None
-    av = importlib.import_module("av")
-    try:
-        with av.open(plain(file), format=_require_video(file, name), metadata_errors="replace") as container:
-            stream, best = video_stream(container), container.streams.best("video")
-            if stream is not None and stream.frames > container.size:
-                raise VideoError(f"{name}: damaged, a table of {stream.frames:,} pictures in {container.size:,} bytes")
-            alone = stream == best and len(videos_of(container)) == 1
-            return None if stream is None or alone else int(stream.index)
-    except (av.FFmpegError, OSError):  # the library itself will say what is wrong
-        return None
+
+    def __init__(self, opener: Opener) -> None:
+        self._opener = opener
+        self.idle: _ReusedDecoder | None = None
+
+    def __call__(self, file: VideoFile, name: str = "") -> Decoder:
+        """See :data:`Opener`."""
+        if not isinstance(file, Path):
+            return self._opener(file, name)
+        try:
+            status = file.stat()
+            version = (status.st_mtime_ns, status.st_size)
+        except OSError:  # its opener will say that it is not there
+            version = (0, 0)
+        # The process too: two processes that share an open file would move each other's position in it.
+        state = (os.getpid(), file, *version)
+        last, self.idle = self.idle, None
+        if last is not None and last.state == state:
+            return last
+        if last is not None:
+            last.decoder.close()
+        return _ReusedDecoder(self, state, self._opener(file, name))
 
 
-def _require_video(file: VideoFile, name: str) -> str:
-    format = container_format(file, name)
-    if format is None:
-        raise VideoError(f"{name}: not a video, or in a container that only tools/chunk_videos.py reads")
-    return format
+class _ReusedDecoder:
+    """A decoder that :meth:`close` gives back to its opener, unless it failed."""
 
+    def __init__(self, owner: ReusingOpener, state: tuple[Any, ...], decoder: Decoder) -> None:
+        self._owner, self.state, self.decoder = owner, state, decoder
+        self.fps, self.duration = decoder.fps, decoder.duration
+        self._failed = False
 
-def _require_table(file: VideoFile, name: str, library: str) -> None:
-    """Raise :class:`DecoderError` for containers in which ``library`` seeks wrongly without an error.
+    def read_at(self, seconds: np.ndarray) -> np.ndarray:
+        # A decoder in an unknown state is never used again, whatever it raised.
+        self._failed = True
+        frames = self.decoder.read_at(seconds)
+        self._failed = False
+        return frames
 
-    There torchcodec and decord return other pictures than the requested ones after most seeks.
-    """
-    format = _require_video(file, name)
-    if format not in _SOUGHT_BY_ALL:
-        raise DecoderError(
-            f"{name}: {library} shows wrong pictures of {format} files; set data.decoder=pyav, or make chunks of them"
-        )
-
-
-def _not_opened(file: VideoFile, name: str, error: Exception) -> Exception:
-    # The error of the file itself says more than what a library makes of it.
-    if getattr(file, "failure", None):
-        return file.failure  # type: ignore[union-attr]
-    if has_only_sound(file):
-        return VideoError(f"{name}: has no picture, only sound")
-    return _kind_of(error)(f"{name}: truncated or damaged video ({_one_line(error)})")
-
-
-def _not_decoded(file: VideoFile, name: str, error: Exception) -> Exception:
-    return getattr(file, "failure", None) or _kind_of(error)(f"{name}: cannot be decoded: {_one_line(error)}")
-
-
-def _kind_of(error: Exception) -> type[VideoError]:
-    # What FFmpeg calls damaged is final: another library might show it with pictures missing.
-    return VideoError if type(error).__name__ == "InvalidDataError" else DecoderError
-
-
-def _one_line(error: BaseException) -> str:
-    # Without the C++ files and lines that torchcodec and decord put first.
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return re.sub(r"^.*\.(cpp|cc):\d+[,:]\s*", "", " ".join(text.split()))[:200]
+    def close(self) -> None:
+        replaced = self if self._failed else self._owner.idle
+        if replaced is not None:
+            replaced.decoder.close()
+        if not self._failed:
+            self._owner.idle = self

@@ -13,15 +13,35 @@ from typing import NamedTuple
 
 import numpy as np
 
-from egohod.data import containers
-from egohod.data.decoders import Decoder, Opener, choose_decoder
+from egohod.data.decoders import VIDEO_ENDINGS, Decoder, Opener, choose_decoder
 from egohod.data.storage import LocalCache, LruCache, StorageError, VideoError, VideoFile, open_root
 from egohod.errors import UserError
+
+log = logging.getLogger(__name__)
 
 # A shorter clip of a chunked video is widened to this, as upstream does (SPEC 5).
 MIN_SECONDS = 1.0
 RULES = ("middle", "upstream", "lavila", "avion")
 """How the published loaders turn seconds into frame numbers, see :func:`clip_indices`."""
+
+LAYOUTS = ("chunks", "avion", "whole")
+ENDINGS = tuple(spelling for ending in VIDEO_ENDINGS for spelling in (ending, ending.upper()))
+# Looked for in every layout and tree; all other endings only for a video that is not there with these, since each look
+# costs a request on a remote root.
+_USUAL_ENDINGS = (".mp4", ".MP4")
+# Rules whose loaders widen short clips of chunks; AVION's and LaViLa's widen none.
+_WIDENING_RULES = ("middle", "upstream")
+# A chunk's length may differ from chunk_seconds by a frame and this much without a warning ...
+_EXACT_SECONDS = 0.1
+# ... and by this share of it, at most so many seconds, with a warning: chunks that were cut at key frames.
+_INEXACT_SHARE, _INEXACT_SECONDS = 0.1, 2.0
+# The error for a missing video names at most so many of the places where it was looked for.
+_MAX_NAMED = 6
+
+
+# --------------------------------------------------------------------------------------------------
+# From seconds to frame numbers
+# --------------------------------------------------------------------------------------------------
 
 
 def clip_indices(
@@ -54,11 +74,9 @@ def clip_indices(
     if rule == "avion" and not whole:
         stop -= 1 / fps
     end = min(end, stop)
-    if rule == "lavila" and not whole:
-        assert chunk_start is not None
+    first = round(start * fps)
+    if rule == "lavila" and chunk_start is not None:
         first = round((start - chunk_start) * fps) + round(chunk_start * fps)
-    else:
-        first = round(start * fps)
     if rule == "lavila" and whole:
         # Rounded up, a clip that was cut at the video's end may pass it: 749 / 29.97 * 29.97 is more than 749.
         last = min(int(np.ceil(end * fps)), round(stop * fps))
@@ -106,23 +124,9 @@ def frame_times(indices: np.ndarray, fps: float) -> np.ndarray:
     return (np.asarray(indices, dtype=np.float64) + 0.5) / fps
 
 
-__all__ = ["Frames", "VideoError", "VideoStore", "list_videos", "read_clip", "sliding_windows", "window_spans"]
-
-log = logging.getLogger(__name__)
-
-LAYOUTS = ("chunks", "avion", "whole")
-ENDINGS = tuple(spelling for ending in containers.ENDINGS for spelling in (ending, ending.upper()))
-# Looked for in every layout and tree; all other endings only for a video that is not there with these, since each look
-# costs a request on a remote root.
-_USUAL_ENDINGS = (".mp4", ".MP4")
-# Rules whose loaders widen short clips of chunks; AVION's and LaViLa's widen none.
-_WIDENING_RULES = ("middle", "upstream")
-# A chunk's length may differ from chunk_seconds by a frame and this much without a warning ...
-_EXACT_SECONDS = 0.1
-# ... and by this share of it, at most so many seconds, with a warning: chunks that were cut at key frames.
-_INEXACT_SHARE, _INEXACT_SECONDS = 0.1, 2.0
-# The error for a missing video names at most so many of the places where it was looked for.
-_MAX_NAMED = 6
+# --------------------------------------------------------------------------------------------------
+# Where videos are
+# --------------------------------------------------------------------------------------------------
 
 
 class _Tree(NamedTuple):
@@ -171,14 +175,6 @@ class Frames(NamedTuple):
     """int64 [T], counted from the start of the video at the file's average rate."""
 
 
-class _Form(NamedTuple):
-    """One way in which videos may be stored; ``_Location`` is a video stored that way."""
-
-    tree: _Tree
-    layout: str
-    ending: str
-
-
 class _Location(NamedTuple):
     """Where one video is."""
 
@@ -209,7 +205,7 @@ class _Location(NamedTuple):
     def length(self, number: int) -> float:
         """Seconds from the start of a chunk to that of the next one, infinite if there is none."""
         if self.listed is None:
-            return self.seconds
+            return self.seconds  # and not a difference of starts, which would be rounded
         return self.listed[number + 1][0] - self.listed[number][0] if number + 1 < len(self.listed) else np.inf
 
     def key(self, number: int) -> str:
@@ -221,16 +217,6 @@ class _Location(NamedTuple):
         # Our chunks are named by their number, AVION's by the second they start at.
         name = f"{number:04d}" if self.layout == "chunks" else f"{number * self.seconds:.10g}"
         return f"{self.folder}/{name}{self.ending}"
-
-    def list_chunks(self, names: Sequence[str]) -> tuple[tuple[float, str], ...]:
-        """(start, name) of the files ``names`` that are chunks, in order."""
-        chunks = list[tuple[float, str]]()
-        for name in names:
-            stem, dot, ending = name.rpartition(".")
-            digits = stem if self.layout == "chunks" else stem.replace(".", "", 1)
-            if dot + ending in ENDINGS and digits.isdecimal():
-                chunks.append((int(stem) * self.seconds if self.layout == "chunks" else float(stem), name))
-        return tuple(sorted(chunks))
 
 
 class _UnevenChunksError(Exception):
@@ -290,21 +276,23 @@ class VideoStore:
         self.root = root
         self._files = open_root(root, cache)
         self._chunk_seconds = chunk_seconds
+        self._tolerance = min(_INEXACT_SHARE * chunk_seconds, _INEXACT_SECONDS)
         self._min_clip_seconds = min_clip_seconds
         self._opener = opener
         layouts = LAYOUTS if layout == "auto" else (layout,)
+        # The ways in which a video may be stored: tree, layout and ending.
         self._forms = [
-            _Form(tree, candidate, ending)
+            (tree, kind, ending)
             for tree in TREES
-            for candidate in layouts
-            if candidate in tree.layouts
+            for kind in layouts
+            if kind in tree.layouts
             for ending in _USUAL_ENDINGS
         ]
         rare = [ending for ending in ENDINGS if ending not in _USUAL_ENDINGS]
         rare_layouts: tuple[str, ...] = ("whole", "chunks")
         if self._files.is_remote:  # fewer guesses where each one is a request
             rare, rare_layouts = [ending for ending in rare if ending.islower()], ("whole",)
-        self._forms += [_Form(TREES[0], kind, ending) for kind in rare_layouts if kind in layouts for ending in rare]
+        self._forms += [(TREES[0], kind, ending) for kind in rare_layouts if kind in layouts for ending in rare]
         self._locations: LruCache[str, _Location] = LruCache(65536)
         self._missing: LruCache[str, str] = LruCache(65536)  # video -> the error that names where it was looked for
         self._last_chunks: LruCache[str, int] = LruCache(65536)
@@ -414,9 +402,10 @@ class VideoStore:
         if (reason := self._missing.get(video)) is not None:
             raise VideoError(reason)
         candidates = [
-            (form, _Location(form.layout, form.tree.path.format(**match.groupdict()), form.ending, self._chunk_seconds))
+            (form, _Location(layout, tree.path.format(**match.groupdict()), ending, self._chunk_seconds))
             for form in self._forms
-            if form.layout in layouts and (match := form.tree.ids.fullmatch(video))
+            for tree, layout, ending in [form]
+            if layout in layouts and (match := tree.ids.fullmatch(video))
         ]
         for form, place in candidates:
             try:
@@ -459,14 +448,22 @@ class VideoStore:
                 duration = decoder.duration
             if place.layout == "avion" and near.start(number) <= second < near.start(number) + duration:
                 return near, file
-            if place.layout == "chunks" and duration > place.seconds + _tolerance(place.seconds):
+            if place.layout == "chunks" and duration > place.seconds + self._tolerance:
                 raise self._wrong_length(place, place.chunk(near.start(number)), duration)
             # The file to name is the chunk, since the video has others.
             raise VideoError(f"{self._name(place, place.chunk(second))}: no such file")
         return None
 
     def _list_chunks(self, place: _Location) -> tuple[tuple[float, str], ...]:
-        return place.list_chunks(self._files.names(place.folder))
+        """(start, file name) of the chunks that a video has, in order."""
+        chunks = list[tuple[float, str]]()
+        for name in self._files.names(place.folder):
+            stem, dot, ending = name.rpartition(".")
+            # Ours are named by whole numbers; seconds may have a fraction.
+            digits = stem if place.layout == "chunks" else stem.replace(".", "", 1)
+            if dot + ending in ENDINGS and digits.isdecimal():
+                chunks.append((int(stem) * place.seconds if place.layout == "chunks" else float(stem), name))
+        return tuple(sorted(chunks))
 
     # ----------------------------------------------------------------------------------------------
     # Chunks
@@ -558,7 +555,7 @@ class VideoStore:
             return
         if place.layout == "avion":
             raise _UnevenChunksError
-        if abs(duration - expected) > _tolerance(expected):
+        if abs(duration - expected) > self._tolerance:
             raise self._wrong_length(place, number, duration)
         if not self._has_warned:
             log.warning(
@@ -575,10 +572,6 @@ class VideoStore:
         if abs(duration - round(duration)) <= _EXACT_SECONDS and round(duration):
             return VideoError(f"{fault}; set chunk_seconds={round(duration)} if all but the last have this length")
         return VideoError(f"{fault}; tools/chunk_videos.py cuts chunks of equal length")
-
-
-def _tolerance(expected: float) -> float:
-    return min(_INEXACT_SHARE * expected, _INEXACT_SECONDS)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -619,9 +612,9 @@ def list_videos(root: str) -> tuple[dict[str, Path], list[str]]:
     folder = Path(root)
     if not folder.is_dir():
         raise UserError(f"{root}: no such video folder" + ("; a remote one needs --clips" if "://" in root else ""))
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in containers.ENDINGS and path.is_file())
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_ENDINGS and path.is_file())
     if not paths:
-        raise UserError(f"{root}: not a single video file in it or below ({', '.join(containers.ENDINGS)})")
+        raise UserError(f"{root}: not a single video file in it or below ({', '.join(VIDEO_ENDINGS)})")
     videos, faults = dict[str, Path](), list[str]()
     for path in paths:
         if path.suffix not in ENDINGS:  # by its id alone it could not be found again

@@ -145,7 +145,7 @@ def test_one_long_video_in_ranges(recordings: Path, tmp_path: Path, monkeypatch:
     with output.claim(), Progress("chunk", 4, seconds=0, report=lines.append) as progress:
         probes, faults = chunking.probe_videos(find_videos(recordings, "a.mp4"), 2)
         assert not faults
-        summary = chunking.write_videos(probes, output, settings, 2, progress=progress)
+        summary = chunking.write_videos(probes, output, 2, progress=progress)
     assert lines[-1].startswith("chunk: 100 %  4 of 4")
     assert (summary.videos, summary.seconds) == (1, 4)
     chunks = sorted((tmp_path / "out" / "a").iterdir())
@@ -234,7 +234,7 @@ def test_an_interrupted_run_goes_on_and_ends_as_any_other(tmp_path: Path, sent: 
     assert b"Traceback" not in said
     assert [path.name for path in out.iterdir() if not path.name.startswith(".")] == ["a"]
     if sent != signal.SIGKILL:
-        assert said == b"interrupted; run again to go on\n"
+        assert said == b"interrupted; rerun the same command to resume\n"
         assert not parts.exists()
     else:  # its process leaves too, and then the folder is free
         while (out / ".chunk_videos" / "lock").exists() and not free(out):
@@ -263,8 +263,8 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(tmp_path: Path) -> None:
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); sys.argv[0] = sys.argv[1];"
-        f"sys.path.insert(0, {str(ROOT / 'tools')!r}); import chunk_videos;"
-        f"sys.exit(chunk_videos.main([{str(root)!r}, {str(out)!r}, '--crf', '1', '--workers', '1']))"
+        f"sys.path.insert(0, {str(ROOT / 'tools')!r}); import chunk_videos; from egohod import cli;"
+        f"sys.exit(cli.run(chunk_videos.main, [{str(root)!r}, {str(out)!r}, '--crf', '1', '--workers', '1']))"
     )
     run = subprocess.run([sys.executable, "-B", "-c", code, "-c"], capture_output=True, text=True, check=False)
     assert run.returncode == 2, run.stderr

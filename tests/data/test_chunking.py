@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 from video_files import DECODERS, encode, encode_sound, numbers, opener, picture, reference
 
-from egohod.data.chunking import ChunkSettings, DisplayedFrame, at_rate, chunk_size, probe, try_encoder, write_chunks
+from egohod.data.chunking import (
+    ChunkSettings,
+    DisplayedFrame,
+    Output,
+    Video,
+    at_rate,
+    chunk_size,
+    probe,
+    try_encoder,
+    write_chunks,
+)
 from egohod.data.videos import VideoError, VideoStore, segment_indices
 from egohod.errors import UserError
 
@@ -218,8 +228,10 @@ def test_a_rate_keeps_to_the_clock() -> None:
 
 def test_names_of_the_layouts(tmp_path: Path) -> None:
     avion = ChunkSettings(seconds=2, short_side=64, layout="avion")
-    folder = cut(camera(tmp_path / "v.mp4"), tmp_path / avion.folder("v 1"), avion)
-    assert folder.name == "v 1.mp4"
+    source = camera(tmp_path / "v.mp4")
+    final = Output(tmp_path / "out", avion, tmp_path / "in").final(Video("v 1", source))
+    assert final == tmp_path / "out" / "v 1.mp4"
+    folder = cut(source, final, avion)
     assert sorted(path.name for path in folder.iterdir()) == ["0.mp4", "2.mp4"]
     with pytest.raises(UserError, match="whole seconds"):
         ChunkSettings(seconds=1.5, layout="avion")

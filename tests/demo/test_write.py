@@ -185,8 +185,9 @@ def test_a_full_disk_ends_in_one_line_and_leaves_no_half_video(tmp_path: Path) -
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000));"
-        f"sys.path.insert(0, {str(ROOT / 'tools')!r}); import make_demo_data; out = {str(tmp_path / 'w')!r};"
-        "sys.exit(make_demo_data.main(['--output', out, '--scale', '0.02', '--splits', 'test', '--workers', '1']))"
+        f"sys.path.insert(0, {str(ROOT / 'tools')!r}); import make_demo_data; from egohod import cli;"
+        f"arguments = ['--output', {str(tmp_path / 'w')!r}, '--scale', '0.02', '--splits', 'test', '--workers', '1'];"
+        "sys.exit(cli.run(make_demo_data.main, arguments))"
     )
     run = subprocess.run([sys.executable, "-B", "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 2
