@@ -143,6 +143,3 @@ class DataConfig:
         0.01, "stop when more than this fraction of the requested clips could not be read", low=0, high=1
     )
     hard_negatives: HardNegativesConfig = part(HardNegativesConfig)
-
-
-# Losses that need to know how relevant each text is to each clip.

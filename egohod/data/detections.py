@@ -128,7 +128,27 @@ def read(path: str | Path) -> pa.Table:
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path}: the folder holds no parquet file")
-    return pa.concat_tables([_read(file) for file in files])
+    tables = []
+    for file in files:
+        try:
+            table = pa.parquet.read_table(file)
+            names = table.column_names
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # the last for names of columns
+            raise UserError(f"{file}: not readable as parquet: {' '.join(str(error).split())}") from error
+        if OPTIONAL not in names:
+            table = table.append_column(OPTIONAL, pa.nulls(len(table), pa.string()))
+        missing = [name for name in SCHEMA.names if name not in (*names, OPTIONAL)]
+        if missing:
+            raise UserError(f"{file}: lacks the columns {', '.join(missing)}; there are {', '.join(SCHEMA.names)}")
+        try:
+            # The cast takes what other programs write for the same numbers, such as float64.
+            table = table.select(SCHEMA.names).cast(SCHEMA)
+            table.validate(full=True)  # such as texts that are no UTF-8
+        except (pa.ArrowException, ValueError) as error:
+            raise UserError(f"{file}: a column is of another type: {' '.join(str(error).split())}") from error
+        check(table, str(file))
+        tables.append(table)
+    return pa.concat_tables(tables)
 
 
 def check(detections: pa.Table, name: str) -> None:
@@ -148,26 +168,6 @@ def check(detections: pa.Table, name: str) -> None:
         )
 
 
-def _read(path: Path) -> pa.Table:
-    try:
-        table = pa.parquet.read_table(path)
-        names = table.column_names
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # the last for names of columns
-        raise UserError(f"{path}: not readable as parquet: {' '.join(str(error).split())}") from error
-    if OPTIONAL not in names:
-        table = table.append_column(OPTIONAL, pa.nulls(len(table), pa.string()))
-    missing = [name for name in SCHEMA.names if name not in (*names, OPTIONAL)]
-    if missing:
-        raise UserError(f"{path}: lacks the columns {', '.join(missing)}; there are {', '.join(SCHEMA.names)}")
-    try:
-        table = table.select(SCHEMA.names).cast(SCHEMA)
-        table.validate(full=True)  # such as texts that are no UTF-8
-    except (pa.ArrowException, ValueError) as error:
-        raise UserError(f"{path}: a column is of another type: {' '.join(str(error).split())}") from error
-    check(table, str(path))
-    return table
-
-
 def _active(best: pd.DataFrame, hands: pd.DataFrame) -> pd.DataFrame:
     # One object a moment: where a touching hand points to, else that of the highest score. ``best`` is sorted by score.
     moments = ["video_id", "second"]
@@ -184,8 +184,13 @@ def _active(best: pd.DataFrame, hands: pd.DataFrame) -> pd.DataFrame:
     return both.sort_values("distance", kind="stable").drop_duplicates(moments)
 
 
+# --------------------------------------------------------------------------------------------------
+# EPIC-KITCHENS' own files
+# --------------------------------------------------------------------------------------------------
+
 FIRST_FRAME = 1
 _PACKAGE = "model.detections"
+# Enumerations count from 0 in this order, as in ``types.proto``.
 _STATES = ("NO_CONTACT", "SELF_CONTACT", "ANOTHER_PERSON", "PORTABLE_OBJECT", "STATIONARY_OBJECT")
 _SIDES = ("LEFT", "RIGHT")
 # Field names in the order of their numbers, each with its type; * marks a repeated one.
@@ -225,7 +230,7 @@ def epic_message_class() -> Any:
             added = message.field.add(name=field_name, number=number, label=label)
             if kind in scalars:
                 added.type = scalars[kind]
-            else:
+            else:  # a message or, nested in one, an enumeration
                 added.type = field.TYPE_ENUM if "." in kind else field.TYPE_MESSAGE
                 added.type_name = f".{_PACKAGE}.{kind}"
         if name == "HandDetection":
@@ -250,7 +255,7 @@ def read_epic(path: str | Path, fps: float) -> pa.Table:
         # The unpickler refuses everything but lists and bytes.
         messages = pickles.load(path, "a list of detections", encoding="bytes")
     except OSError as error:
-        raise UserError(f"{path}: cannot be read_epic: {error.strerror or error}") from error
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: no pickled list of detections, or cut off: {error}") from error
     if not isinstance(messages, list) or not all(isinstance(each, bytes) for each in messages):
@@ -277,6 +282,7 @@ def write_epic(detections: pa.Table, folder: str | Path) -> list[Path]:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    # A frame has several rows, in any order: one message is collected for each.
     frames: dict[str, dict[int, Any]] = {}
     for row in detections.cast(SCHEMA).to_pylist():
         video, number = row["video_id"], row["frame_number"] + FIRST_FRAME

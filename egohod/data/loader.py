@@ -190,16 +190,11 @@ def train_loader(
             f"train.global_batch_size={plan.batch_size} cannot be shared evenly by {world_size} processes with "
             f"{accumulation} micro-batches each"
         )
+    batches = _TrainBatches(plan, range(start_step, total_steps), rank, world_size, accumulation)
     return ClipLoader(
-        dataset,
-        _TrainBatches(plan, range(start_step, total_steps), rank, world_size, accumulation),
-        workers=workers,
-        prefetch=prefetch,
-        pin_memory=pin_memory,
-        timeout=timeout,
-        stop=stop,
+        dataset, batches, workers=workers, prefetch=prefetch, pin_memory=pin_memory, timeout=timeout, stop=stop,
         leaves_alone=world_size == 1,
-    )
+    )  # fmt: skip
 
 
 def eval_loader(
@@ -216,15 +211,9 @@ def eval_loader(
     numbers = [int(index) for index in indices]
     batches = [numbers[first : first + batch_size] for first in range(0, len(numbers), batch_size)]
     return ClipLoader(
-        dataset,
-        batches,
-        workers=workers,
-        prefetch=prefetch,
-        pin_memory=False,
-        collate=collate,
-        timeout=timeout,
+        dataset, batches, workers=workers, prefetch=prefetch, pin_memory=False, collate=collate, timeout=timeout,
         stop=stop,
-    )
+    )  # fmt: skip
 
 
 class ClipLoader(DataLoader[dict[str, Any]]):
@@ -348,29 +337,26 @@ def _end_workers() -> None:
             worker.kill()
 
 
+@dataclass(frozen=True)
 class _TrainBatches:
     """Keys (epoch, index) of one process's micro-batches."""
 
-    def __init__(
-        self,
-        plan: BatchPlan | MixedPlan,
-        steps: range,
-        rank: int,
-        world_size: int,
-        accumulation: int,
-    ) -> None:
-        self._plan, self._steps = plan, steps
-        self._rank, self._world_size, self._accumulation = rank, world_size, accumulation
+    plan: BatchPlan | MixedPlan
+    steps: range
+    rank: int
+    world_size: int
+    accumulation: int
 
     def __len__(self) -> int:
-        return len(self._steps) * self._accumulation
+        return len(self.steps) * self.accumulation
 
     def __iter__(self) -> Iterator[list[Key]]:
-        size = self._plan.batch_size // (self._world_size * self._accumulation)
-        for step in self._steps:
-            keys = self._plan.keys(step)
-            for micro in range(self._accumulation):
-                first = (micro * self._world_size + self._rank) * size
+        size = self.plan.batch_size // (self.world_size * self.accumulation)
+        for step in self.steps:
+            # Every process draws the whole step's keys and takes its own: there is nothing to agree on.
+            keys = self.plan.keys(step)
+            for micro in range(self.accumulation):
+                first = (micro * self.world_size + self.rank) * size
                 yield [(epoch, index) for epoch, index in keys[first : first + size].tolist()]
 
 
@@ -416,21 +402,18 @@ def _sendable(batch: dict[str, Any]) -> dict[str, Any]:
     """
     tensors = list[Tensor]()
     _mapped(tensors.append, batch, Tensor)
-    # Asked each time: other runs on the machine share it.
-    free = _free_shared_memory()
-    if free is None or sum(tensor.nbytes for tensor in tensors) + _RESERVED_BYTES <= free:
-        try:
+    # Measured each time: other runs on the machine share it.
+    if sum(tensor.nbytes for tensor in tensors) + _RESERVED_BYTES <= _free_shared_memory():
+        with contextlib.suppress(RuntimeError, OSError):  # other processes may fill it in the meantime
             for tensor in tensors:
                 tensor.share_memory_()
             return batch
-        except (RuntimeError, OSError):  # other processes filled it in the meantime
-            pass
     piped: dict[str, Any] = _mapped(lambda tensor: _Piped(tensor.numpy()), batch, Tensor)
     return piped
 
 
 def _received(batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch that :func:`_sendable` was given; the first one that came through a pipe warns."""
+    """The batch that :func:`_sendable` got; the first one that came through a pipe warns."""
     arrays = list[_Piped]()
     _mapped(arrays.append, batch, _Piped)
     if not arrays:
@@ -440,7 +423,7 @@ def _received(batch: dict[str, Any]) -> dict[str, Any]:
         log.warning(
             "%s has %.1f MB free, too little for batches of %.1f MB from loader processes (and %.0f MB for others): "
             "they come through pipes, which takes longer. Containers: docker run --shm-size=8g, or --ipc=host",
-            SHARED_MEMORY, (_free_shared_memory() or 0) / 1e6, sum(piped.array.nbytes for piped in arrays) / 1e6,
+            SHARED_MEMORY, _free_shared_memory() / 1e6, sum(piped.array.nbytes for piped in arrays) / 1e6,
             _RESERVED_BYTES / 1e6,
         )  # fmt: skip
     received: dict[str, Any] = _mapped(lambda piped: torch.from_numpy(piped.array), batch, _Piped)
@@ -454,13 +437,13 @@ def _mapped(function: Callable[[Any], Any], value: Any, kind: type) -> Any:
     return function(value) if isinstance(value, kind) else value
 
 
-def _free_shared_memory() -> int | None:
-    """Bytes; None where batches do not go through :data:`SHARED_MEMORY`, as on macOS."""
+def _free_shared_memory() -> float:
+    """Bytes; infinite where batches do not go through :data:`SHARED_MEMORY`, as on macOS."""
     try:
         status = os.statvfs(SHARED_MEMORY)
+        return status.f_bavail * status.f_frsize
     except OSError:
-        return None
-    return status.f_bavail * status.f_frsize
+        return float("inf")
 
 
 def _report_lost(queue: Any, error: Exception, lost: Any) -> None:

@@ -22,7 +22,7 @@ import unicodedata
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
@@ -74,34 +74,12 @@ def one_clip(name: str, kind: type[VideoError] = VideoError) -> Iterator[None]:
         raise kind(f"{name}: cannot be read: {type(error).__name__}" + (f": {text}" if text else "")) from error
 
 
-class Files(Protocol):
-    """Files below one root."""
-
-    is_remote: bool
-    """Whether a look costs a round trip."""
-
-    def open(self, key: str, *, size_first: bool = False) -> VideoFile:
-        """Open the file ``key``, a relative path with ``/``; ``size_first`` if it may be large.
-
-        Raises :class:`FileNotFoundError`, :class:`VideoError` and :class:`StorageError`.
-        """
-        ...
-
-    def name_of(self, key: str) -> str:
-        """The file's address, for messages."""
-        ...
-
-    def names(self, folder: str) -> list[str]:
-        """Names of the entries of ``folder``; none if there is no such folder."""
-        ...
-
-
 def open_cache(folder: str | None, gigabytes: float) -> LocalCache | None:
     """The cache of the settings ``data.cache`` and ``data.cache_gb``."""
     return LocalCache(folder, gigabytes) if folder else None
 
 
-def open_root(root: str | Path, cache: LocalCache | None = None) -> Files:
+def open_root(root: str | Path, cache: LocalCache | None = None) -> LocalFolder | RemoteFolder:
     """Open the files below ``root``, a local folder or an fsspec URI such as ``s3://bucket/prefix``.
 
     ``cache`` holds copies of remote files. No request is made here. Raises :class:`UserError` if a local folder
@@ -126,26 +104,30 @@ def _spellings(key: str) -> Iterator[str]:
 
 
 class LocalFolder:
-    """Files on a disk of this machine, see :class:`Files`."""
+    """Files on a disk of this machine; keys are relative paths with ``/``."""
 
     is_remote = False
+    """Whether a look costs a round trip."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
-    def open(self, key: str, *, size_first: bool = False) -> Path:
-        """See :class:`Files`."""
+    def open(self, key: str, *, size_first: bool = False) -> VideoFile:
+        """Open the file ``key``; ``size_first`` if it may be large.
+
+        Raises :class:`FileNotFoundError`, and a remote folder :class:`VideoError` and :class:`StorageError`.
+        """
         for spelling in _spellings(key):
             if (self._root / spelling).is_file():
                 return self._root / spelling
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._root / key))
 
     def name_of(self, key: str) -> str:
-        """See :class:`Files`."""
+        """The file's address, for messages."""
         return str(self._root / key)
 
     def names(self, folder: str) -> list[str]:
-        """See :class:`Files`."""
+        """Names of the entries of ``folder``; none if there is no such folder."""
         for spelling in _spellings(folder):
             if (self._root / spelling).is_dir():
                 return os.listdir(self._root / spelling)
@@ -153,10 +135,9 @@ class LocalFolder:
 
 
 class RemoteFolder:
-    """Files behind an fsspec URI, see :class:`Files`.
+    """Files behind an fsspec URI.
 
-    The connection is made at the first request, once per process: an asynchronous file system does not survive a
-    fork.
+    The connection is made at the first request, once per process: an asynchronous file system does not survive a fork.
     """
 
     is_remote = True
@@ -185,7 +166,7 @@ class RemoteFolder:
             raise StorageError(f"{self._uri}: no fsspec file system is called '{self._protocol}'") from None
 
     def open(self, key: str, *, size_first: bool = False) -> io.BufferedIOBase:
-        """See :class:`Files`."""
+        """See :class:`LocalFolder`."""
         for spelling in _spellings(key):
             with contextlib.suppress(FileNotFoundError):
                 return self._open(spelling, size_first)
@@ -198,7 +179,7 @@ class RemoteFolder:
             return io.BytesIO(data)
         # A small file is one request: nobody asks for its size first. What fills the whole buffer may be longer.
         # Chunks are small by design; whole videos (``size_first``) are not, and would be read to the limit for nothing.
-        if not size_first and key not in self._sizes:
+        if not size_first and self._sizes.get(key) is None:
             data = self._fetch(key, 0, _WHOLE_BYTES)
         if data is None or len(data) == _WHOLE_BYTES:
             size = self._size(key)
@@ -215,11 +196,11 @@ class RemoteFolder:
         return io.BytesIO(data)
 
     def name_of(self, key: str) -> str:
-        """See :class:`Files`."""
+        """See :class:`LocalFolder`."""
         return f"{self._uri}/{key}"
 
     def names(self, folder: str) -> list[str]:
-        """See :class:`Files`."""
+        """See :class:`LocalFolder`."""
         names = self._listings.get(folder)
         if names is None:
             paths = list[str]()
@@ -304,9 +285,7 @@ class RangedFile(io.BufferedIOBase):
         """True."""
         return True
 
-    def seekable(self) -> bool:
-        """True."""
-        return True
+    seekable = readable
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Move to ``offset`` bytes from the start, the current position or the end."""
@@ -382,43 +361,22 @@ def _http_response() -> type:
 
 # Names of exceptions, so that no cloud's library has to be imported.
 _NO_CONNECTION = {
-    "ConnectionError",  # Python's and botocore's
-    "ConnectTimeoutError",
-    "ClientConnectionError",
-    "HTTPClientError",
-    "FSTimeoutError",
-    "TimeoutError",
-    "gaierror",
-}
+    "ConnectionError", "ConnectTimeoutError", "ClientConnectionError", "HTTPClientError", "FSTimeoutError",
+    "TimeoutError", "gaierror",
+}  # fmt: skip
 _PARTIAL_RESPONSE = {
-    "_TruncatedError",
-    "ClientPayloadError",
-    "IncompleteRead",
-    "IncompleteReadError",
-    "ResponseStreamingError",
+    "_TruncatedError", "ClientPayloadError", "IncompleteRead", "IncompleteReadError", "ResponseStreamingError",
     "ResponseParserError",
-}
+}  # fmt: skip
 _NO_CREDENTIALS = {
-    "NoCredentialsError",
-    "PartialCredentialsError",
-    "CredentialRetrievalError",
-    "TokenRetrievalError",
-    "SSOError",
-    "ProfileNotFound",
-    "NoAuthTokenError",
-    "DefaultCredentialsError",
-}
+    "NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError", "SSOError",
+    "ProfileNotFound", "NoAuthTokenError", "DefaultCredentialsError",
+}  # fmt: skip
+# Codes of the services, from here on.
 _BAD_CREDENTIALS = {
-    "ExpiredToken",
-    "ExpiredTokenException",
-    "InvalidAccessKeyId",
-    "InvalidToken",
-    "SignatureDoesNotMatch",
-    "TokenRefreshRequired",
-    "AuthorizationHeaderMalformed",
-    "RequestExpired",
-    "401",
-}
+    "ExpiredToken", "ExpiredTokenException", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch",
+    "TokenRefreshRequired", "AuthorizationHeaderMalformed", "RequestExpired", "401",
+}  # fmt: skip
 _PASSING_CODES = {"SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "Throttling"}
 _PASSING_STATUS = {408, 425, 429}
 
@@ -515,12 +473,6 @@ class LruCache(Generic[Key, Value]):
     def __init__(self, size: int) -> None:
         self._size = size
         self._entries: OrderedDict[Key, Value] = OrderedDict()
-
-    def __contains__(self, key: Key) -> bool:
-        return key in self._entries
-
-    def __len__(self) -> int:
-        return len(self._entries)
 
     def get(self, key: Key) -> Value | None:
         """The value of ``key``, None if it is not there or no longer."""
