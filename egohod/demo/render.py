@@ -177,16 +177,6 @@ def draw_hand(grip: str, hand: str, kitchen: Kitchen) -> Sprite:
     return Sprite(image.reduce(UNIT), marked.reduce(UNIT), anchor)
 
 
-def shadow() -> Sprite:
-    """A soft dark ellipse; the anchor is its centre."""
-    alpha = Image.new("L", (SPRITE, SPRITE))
-    ImageDraw.Draw(alpha).ellipse((4, 26, SPRITE - 4, SPRITE - 26), fill=110)
-    alpha = alpha.filter(ImageFilter.GaussianBlur(4))
-    image = Image.new("RGBA", alpha.size, (16, 12, 10, 0))
-    image.putalpha(alpha)
-    return Sprite(image, alpha, (SPRITE / 2, SPRITE / 2))
-
-
 def draw_counter(kitchen: Kitchen, size: tuple[int, int]) -> Image.Image:
     """Wall tiles over a textured counter, ``MARGIN`` larger than the canvas on every side."""
     rng = np.random.default_rng((*kitchen.seed, 1))  # not the stream that drew the takes
@@ -231,12 +221,14 @@ def frame_time(frame: int) -> float:
     return (frame + 0.5) / FPS
 
 
+@dataclass
 class Moment:
     """The visible sprites at one time, the farthest first, and what the hands touch."""
 
-    def __init__(self, shift: XY, contact: dict[str, int]) -> None:
-        self.shift, self.contact = shift, contact
-        self.placed: list[tuple[Sprite, tuple[int, int], str]] = []  # view, its top left canvas pixel, role
+    shift: XY  # of the whole picture, by the moving head
+    contact: dict[str, int]
+    placed: list[tuple[Sprite, tuple[int, int], str]] = field(default_factory=list)
+    """View, its top left canvas pixel, role."""
 
     def put(self, sprite: Sprite, at: XY, scale: float = 1.0, turn: float = 0.0, role: str = "") -> None:
         """Place a sprite in front; ``role`` is the hand or the object whose box it gives, if any."""
@@ -266,7 +258,14 @@ class Stage:
         self.objects = {noun: draw_object(OBJECTS[noun], colour) for noun, colour in colours.items()}
         self.lids = {noun: draw_object(LIDS[noun], colour) for noun, colour in colours.items() if noun in LIDS}
         self.hands = {(grip, hand): draw_hand(grip, hand, kitchen) for grip in TIPS for hand in SIDE}
-        self.shadow, self.counter = shadow(), draw_counter(kitchen, CANVAS)
+        self.counter = draw_counter(kitchen, CANVAS)
+        # The shadow of any object: a soft dark ellipse.
+        alpha = Image.new("L", (SPRITE, SPRITE))
+        ImageDraw.Draw(alpha).ellipse((4, 26, SPRITE - 4, SPRITE - 26), fill=110)
+        alpha = alpha.filter(ImageFilter.GaussianBlur(4))
+        image = Image.new("RGBA", alpha.size, (16, 12, 10, 0))
+        image.putalpha(alpha)
+        self.shadow = Sprite(image, alpha, (SPRITE / 2, SPRITE / 2))
 
     def _put(
         self, to: Moment, noun: str, at: XY, depth: float, turn: float = 0.0, lid: XY | None = None, height: float = 0.0
@@ -326,13 +325,10 @@ class Stage:
                         row |= {"kind": "hand", "side": HANDS.index(role), "state": moment.contact[role]}
                     # As detectors predict it: from the hand's centre to that of the object it touches.
                     if role == clip.hand and moment.contact[role] == PORTABLE_OBJECT and clip.noun in boxes:
-                        (x, y), (to_x, to_y) = _centre(box), _centre(boxes[clip.noun])
-                        row |= {"offset_x": to_x - x, "offset_y": to_y - y}
+                        to = boxes[clip.noun]
+                        for i, axis in enumerate("xy"):
+                            row[f"offset_{axis}"] = (to[i] + to[i + 2]) / 2 - (box[i] + box[i + 2]) / 2
                     yield row
-
-
-def _centre(box: tuple[float, ...]) -> XY:
-    return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
 
 
 # --------------------------------------------------------------------------------------------------
@@ -380,10 +376,7 @@ def _sheet(clips: Sequence[tuple[Stage, Clip]]) -> Image.Image:
     for row, (stage, clip) in enumerate(clips):
         top = row * (height + CAPTION)
         pen.text((4, top + 1), clip.hod, INK, font)
-        # Evenly spread moments; of a brief event alone, where nothing else moves.
-        begin, length = (clip.begin, EVENT_SECONDS) if VERBS[clip.verb].brief else (0.0, clip.seconds)
-        for column in range(COLUMNS):
-            picture = stage.draw(clip, begin + (column + 0.5) / COLUMNS * length).reduce(SHRINK)
+        for column, picture in enumerate(_moments(stage, clip, COLUMNS)):
             sheet.paste(picture, (column * width, top + CAPTION))
     return sheet
 
@@ -397,11 +390,16 @@ def _moving_pictures(clips: Sequence[tuple[Stage, Clip]]) -> list[Image.Image]:
         left, top = number % columns * width, number // columns * (height + caption)
         lines = textwrap.wrap(clip.hod.removeprefix("#C C "), 28, max_lines=2, placeholder=" ...")
         # A little before and after a brief event, so that one sees that it is over.
-        begin, length = (
-            (max(0.0, clip.begin - 0.3), EVENT_SECONDS + 0.6) if VERBS[clip.verb].brief else (0.0, clip.seconds)
-        )
-        for moment, picture in enumerate(pictures):
+        for picture, frame in zip(pictures, _moments(stage, clip, MOMENTS, margin=0.3), strict=True):
             ImageDraw.Draw(picture).multiline_text((left + 3, top + 1), "\n".join(lines), INK, font, spacing=1)
-            frame = stage.draw(clip, begin + (moment + 0.5) / MOMENTS * length).reduce(SHRINK)
             picture.paste(frame, (left, top + caption))
     return pictures
+
+
+def _moments(stage: Stage, clip: Clip, count: int, margin: float = 0.0) -> Iterator[Image.Image]:
+    """Evenly spread pictures of a clip; of a brief event with ``margin`` seconds around it alone."""
+    begin, length = 0.0, clip.seconds
+    if VERBS[clip.verb].brief:  # nothing else moves in its clip
+        begin, length = max(0.0, clip.begin - margin), EVENT_SECONDS + 2 * margin
+    for number in range(count):
+        yield stage.draw(clip, begin + (number + 0.5) / count * length).reduce(SHRINK)

@@ -183,10 +183,6 @@ class Video:
         return sum(clip.frames for clip in self.clips)
 
 
-def _rgb(hue: float, saturation: float, value: float) -> RGB:
-    return tuple(round(255 * v) for v in colorsys.hsv_to_rgb(hue % 1.0, saturation, value))
-
-
 def _kitchen(rng: np.random.Generator, seed: tuple[int, ...], name: str, nouns: list[str]) -> Kitchen:
     def hue() -> float:
         # From the split's own arcs: of every six sixtieths of the circle train has four, val and test one each. A model
@@ -194,17 +190,21 @@ def _kitchen(rng: np.random.Generator, seed: tuple[int, ...], name: str, nouns: 
         slot = int(rng.integers(4)) if seed[1] == 0 else 3 + seed[1]
         return (int(rng.integers(10)) * 6 + slot + rng.uniform(0.1, 0.9)) / 60
 
+    def rgb(hue: float, saturation: float, value: float) -> RGB:
+        return tuple(round(255 * v) for v in colorsys.hsv_to_rgb(hue % 1.0, saturation, value))
+
+    # The order of the draws is the world: a draw more or less changes every kitchen that follows.
     sleeve, skin = hue(), 0.03 + 0.06 * hue()
     counter = rng.choice([0.02, 0.52]) + 0.13 * hue()  # woods and warm stones, or slates
     nouns = rng.permutation(nouns).tolist()
     return Kitchen(
         name=name,
         seed=seed,
-        counter=_rgb(counter, rng.uniform(0.08, 0.4), rng.choice((0.34, 0.66)) + rng.uniform(0, 0.15)),
-        wall=_rgb(0.07 + 0.5 * hue(), rng.uniform(0.04, 0.3), rng.uniform(0.6, 0.9)),
+        counter=rgb(counter, rng.uniform(0.08, 0.4), rng.choice((0.34, 0.66)) + rng.uniform(0, 0.15)),
+        wall=rgb(0.07 + 0.5 * hue(), rng.uniform(0.04, 0.3), rng.uniform(0.6, 0.9)),
         grain=str(rng.choice(["wood", "speckle", "marble"])),
-        skin=_rgb(skin, rng.uniform(0.36, 0.6), rng.uniform(0.5, 0.95)),
-        sleeve=_rgb(sleeve, rng.uniform(0.45, 0.8), rng.uniform(0.35, 0.75)),
+        skin=rgb(skin, rng.uniform(0.36, 0.6), rng.uniform(0.5, 0.95)),
+        sleeve=rgb(sleeve, rng.uniform(0.45, 0.8), rng.uniform(0.35, 0.75)),
         stripes=rng.random() < 0.4,
         nouns={noun: str(rng.choice(NOUNS[noun].split())) for noun in nouns},
     )
@@ -353,7 +353,12 @@ def pose(clip: Clip, t: float) -> Pose:
         return _state_changing(clip, verb.path, 1 - u if verb.backwards else u)
     p = min(max((t - clip.begin) / EVENT_SECONDS, 0.0), 1.0) if verb.brief else t
     if verb.path == "tap":
-        return _tap(clip, abs(math.sin(math.pi * p * (2 if verb.backwards else 1))))
+        # One hump for "tap once", two of half the length for "tap twice"; the object stays where it is.
+        s = abs(math.sin(math.pi * p * (2 if verb.backwards else 1)))
+        x, y, sign = clip.centre, 0.27, SIDE[clip.hand]
+        touch = (x + 0.02 * sign, y + 0.06)
+        hand = mix((touch[0] + 0.04 * sign, touch[1] + 0.28 * clip.size), touch, s)
+        return Pose(hand, s > 0.9, "point", (x, y), turn=clip.tilt)
     return _carry(clip, verb.path, 1 - p if verb.backwards else p)
 
 
@@ -401,10 +406,3 @@ def _carry(clip: Clip, path: str, p: float) -> Pose:
         shake = math.sin(2 * math.pi * 2.4 * p)
         x, turn = x + 0.07 * shake, turn + 18 * shake
     return Pose(grip_point(clip.hand, (x, y), depth), True, "grip", (x, y), depth, turn, height=0.02)
-
-
-def _tap(clip: Clip, s: float) -> Pose:
-    x, y, sign = clip.centre, 0.27, SIDE[clip.hand]
-    touch = (x + 0.02 * sign, y + 0.06)
-    hand = mix((touch[0] + 0.04 * sign, touch[1] + 0.28 * clip.size), touch, s)
-    return Pose(hand, s > 0.9, "point", (x, y), turn=clip.tilt)

@@ -71,7 +71,9 @@ VERSION = 5  # of the world: raised by a change of pictures or texts
 MAX_SCALE = 100
 MAX_REACH = 1.6  # beyond, motions leave the picture
 CHUNK_SECONDS = 15
-CHOICES = 5
+CHOICES = 5  # of a multiple choice question, as in EgoMCQ
+# One thread: there is a process for every core, and x264's bytes depend on their number. A key frame a second and no
+# B-frames: small clips that any decoder seeks in alike.
 CODEC_OPTIONS = {"preset": "veryfast", "tune": "fastdecode", "crf": "20", "g": "12", "bf": "0", "threads": "1"}
 
 
@@ -90,7 +92,7 @@ def write_video(video: Video, folder: Path) -> pa.Table:
     """Render one video below ``folder`` unless it is there; returns its true boxes, a table of ``SCHEMA``."""
     stage, final = Stage(video), folder / video.video_id
     try:
-        if not final.exists():
+        if not final.exists():  # else of a run that was killed: boxes are written with the split's tables only
             with atomic_write(final) as part:
                 part.mkdir()
                 frames, size = stage.frames(), CHUNK_SECONDS * FPS
@@ -171,6 +173,7 @@ def _write_tables(
         table.to_csv(folder / f"{name}.csv", index=False, lineterminator="\r\n")
     detections.write(pa.concat_tables(truth), folder / "detections.parquet")
     if folder.name != "train":  # nothing is chosen or reported on train
+        # A stream apart from the takes' (seed, split, number) and the counters' (..., 1).
         rng = np.random.default_rng((seed, list(SPLITS).index(folder.name), len(videos), 2))
         lines = [json.dumps(question) + "\n" for question in questions(videos, rng)]
         (folder / "questions.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -270,6 +273,7 @@ def make_world(
                     truth[video.video_id] = boxes
                     done += video.frames
                     progress.update(done)
+            # In the order of the videos, not of the answers: the same bytes with any number of workers.
             _write_tables(folder, seed, videos, [truth[video.video_id] for video in videos], variant.actions)
             world["done"][split] = True
             write_text(out / "world.json", json.dumps(world, indent=1) + "\n")
@@ -282,11 +286,9 @@ def make_world(
 # The formats of the field's benchmarks
 # --------------------------------------------------------------------------------------------------
 
-_NOUNS = sorted(NOUNS)
+_NOUNS, _VERBS = sorted(NOUNS), list(VERBS)
 # Of all objects, whatever the world's variant: classes without a clip harm nobody.
 _ACTIONS = DEFAULT.actions
-_VERBS = list(VERBS)
-_CHOICES = 5
 
 
 def write_benchmarks(world: Path, split: str = "test") -> bool:
@@ -297,60 +299,56 @@ def write_benchmarks(world: Path, split: str = "test") -> bool:
     part = final.with_name(".benchmarks.part")
     shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
     train, table = (pd.read_csv(world / name / "hod.csv") for name in ("train", split))
-    frames = _frames(world / split)
     coarse = pd.read_csv(world / split / "narrations.csv")["text"].str.removeprefix("#C C ")
+    # All frames of each clip, uint8 [T, H, W, 3], read by the project's own reader: two benchmarks cut their own files.
+    source = SourceConfig(metadata=str(world / split / "hod.csv"), root=str(world / split / "videos"), layout="chunks")
+    clips = ClipReader(read_clips(source, strict=True), source, choose_decoder()[1])
+    rows = [clips.table.row(i) for i in range(len(clips.table))]
+    frames = [clips.read(row, round((row.end - row.start) * FPS), None).pictures for row in rows]
     _write_ek100(part / "ek100", train, table)
     _write_egtea(part / "egtea", table, frames)
     _write_egomcq(part / "egomcq", table, coarse)
     _write_charades(part / "charades_ego", train, table, frames)
-    _write_labels(part / "labels", train, table)
+    (part / "labels").mkdir()
+    columns = {"video_id": "video", "start_second": "start", "end_second": "end", "action": "label"}
+    for name, labelled in (("train", train), ("test", table)):
+        labelled[list(columns)].rename(columns=columns).to_csv(part / "labels" / f"{name}.csv", index=False)
     part.rename(final)
     return True
 
 
-def _frames(folder: Path) -> list[np.ndarray]:
-    """All frames of each clip, uint8 [T, H, W, 3]."""
-    source = SourceConfig(metadata=str(folder / "hod.csv"), root=str(folder / "videos"), layout="chunks")
-    clips = ClipReader(read_clips(source, strict=True), source, choose_decoder()[1])
-    rows = [clips.table.row(i) for i in range(len(clips.table))]
-    return [clips.read(row, round((row.end - row.start) * FPS), None).pictures for row in rows]
-
-
 def _write_ek100(folder: Path, train: pd.DataFrame, test: pd.DataFrame) -> None:
     folder.mkdir(parents=True)
-    tables = {name: _ek100(table) for name, table in (("train", train), ("validation", test))}
-    for name, table in tables.items():
-        table.to_csv(folder / f"EPIC_100_{name}.csv", index=False)
-    tables["validation"].to_csv(folder / "EPIC_100_retrieval_test.csv", index=False)
-    sentences = tables["validation"].drop_duplicates("narration")[["narration_id", "narration"]]
+    for name, table in (("train", train), ("validation", test)):
+        start, stop = (
+            [f"{int(s // 3600):02d}:{int(s // 60 % 60):02d}:{s % 60:09.6f}" for s in table[column]]
+            for column in ("start_second", "end_second")
+        )
+        noun = table["noun"].map(_NOUNS.index)
+        rows = pd.DataFrame(
+            {
+                "narration_id": table["uid"],
+                "participant_id": table["video_id"].str.rpartition("_")[0],
+                "video_id": table["video_id"],
+                "narration_timestamp": start,
+                "start_timestamp": start,
+                "stop_timestamp": stop,
+                "start_frame": (table["start_second"] * FPS).round().astype(int),
+                "stop_frame": (table["end_second"] * FPS).round().astype(int),
+                "narration": [VERBS[v].phrase.format(o=n) for v, n in zip(table["verb"], table["noun"], strict=True)],
+                "verb": table["verb"].str.replace(" ", "-"),  # particles are joined by hyphens there
+                "verb_class": table["verb"].map(_VERBS.index),
+                "noun": table["noun"],
+                "noun_class": noun,
+                "all_nouns": [f"['{word}']" for word in table["noun"]],
+                "all_noun_classes": [f"[{code}]" for code in noun],
+            }
+        )
+        rows.to_csv(folder / f"EPIC_100_{name}.csv", index=False)
+    # Retrieval tests on the validation rows, each distinct narration once.
+    rows.to_csv(folder / "EPIC_100_retrieval_test.csv", index=False)
+    sentences = rows.drop_duplicates("narration")[["narration_id", "narration"]]
     sentences.to_csv(folder / "EPIC_100_retrieval_test_sentence.csv", index=False)
-
-
-def _ek100(table: pd.DataFrame) -> pd.DataFrame:
-    def clock(seconds: float) -> str:
-        return f"{int(seconds // 3600):02d}:{int(seconds // 60 % 60):02d}:{seconds % 60:09.6f}"
-
-    verb = table["verb"].map(_VERBS.index)
-    noun = table["noun"].map(_NOUNS.index)
-    return pd.DataFrame(
-        {
-            "narration_id": table["uid"],
-            "participant_id": table["video_id"].str.rpartition("_")[0],
-            "video_id": table["video_id"],
-            "narration_timestamp": table["start_second"].map(clock),
-            "start_timestamp": table["start_second"].map(clock),
-            "stop_timestamp": table["end_second"].map(clock),
-            "start_frame": (table["start_second"] * FPS).round().astype(int),
-            "stop_frame": (table["end_second"] * FPS).round().astype(int),
-            "narration": [VERBS[v].phrase.format(o=n) for v, n in zip(table["verb"], table["noun"], strict=True)],
-            "verb": table["verb"].str.replace(" ", "-"),
-            "verb_class": verb,
-            "noun": table["noun"],
-            "noun_class": noun,
-            "all_nouns": [f"['{name}']" for name in table["noun"]],
-            "all_noun_classes": [f"[{code}]" for code in noun],
-        }
-    )
 
 
 def _write_egtea(folder: Path, table: pd.DataFrame, frames: Sequence[np.ndarray]) -> None:
@@ -363,6 +361,7 @@ def _write_egtea(folder: Path, table: pd.DataFrame, frames: Sequence[np.ndarray]
     (folder / "classes.csv").write_text("\n".join(["action,class_name", *rows]) + "\n")
     splits: list[list[str]] = [[], [], []]
     for row, clip in enumerate(frames):
+        # Names as in the original, from which its readers take the session and the frames: ms, then frame numbers.
         action, video = table["action"][row], int(table["video_id"][row].rpartition("_")[2])
         session = f"DEMO{video:02d}-R01-Kitchen"
         begin = round(table["start_second"][row] * 1000)
@@ -384,42 +383,27 @@ def _write_egtea(folder: Path, table: pd.DataFrame, frames: Sequence[np.ndarray]
 def _write_egomcq(folder: Path, table: pd.DataFrame, coarse: pd.Series) -> None:
     """For every clip the question across videos, and the one within its video where that has five other actions."""
     folder.mkdir(parents=True)
+    columns = [*(table[name] for name in ("video_id", "start_second", "end_second", "text")), coarse]
+    keys = ("video_uid", "clip_start", "clip_end", "clip_text", "narration")
+    clips = [dict(zip(keys, values, strict=True)) for values in zip(*columns, strict=True)]
     rng = np.random.default_rng(0)  # the questions are a function of the clips alone
     entries: dict[str, dict[str, object]] = {}
-    for row in range(len(table)):
-        same = table["video_id"] == table["video_id"][row]
+    for row, clip in enumerate(clips):
+        same = table["video_id"] == clip["video_uid"]
         other = table["action"] != table["action"][row]
         for kind, rest in ((1, table[~same & other]), (2, table[same & other])):
             wrong = rest.drop_duplicates("action").index.to_numpy()
-            if len(wrong) < _CHOICES - 1:
+            if len(wrong) < CHOICES - 1:
                 continue
-            rows = [row, *rng.permutation(wrong)[: _CHOICES - 1].tolist()]
-            order = rng.permutation(_CHOICES)
-            choices = [_egomcq_clip(table, coarse, rows[i]) for i in order]
+            rows = [row, *rng.permutation(wrong)[: CHOICES - 1].tolist()]
+            order = rng.permutation(CHOICES)
             entries[str(len(entries))] = {
-                "answer": int(np.flatnonzero(order == 0)[0]),
-                "query": _egomcq_clip(table, coarse, row),
-                "choices": {str(i): choice for i, choice in enumerate(choices)},
+                "answer": int(np.flatnonzero(order == 0)[0]),  # where the shuffle put the clip itself
+                "query": clip,
+                "choices": {str(i): clips[rows[place]] for i, place in enumerate(order)},
                 "types": kind,
             }
     (folder / "egomcq.json").write_text(json.dumps(entries))
-
-
-def _egomcq_clip(table: pd.DataFrame, coarse: pd.Series, row: int) -> dict[str, object]:
-    return {
-        "video_uid": table["video_id"][row],
-        "clip_start": float(table["start_second"][row]),
-        "clip_end": float(table["end_second"][row]),
-        "clip_text": table["text"][row],
-        "narration": coarse[row],
-    }
-
-
-def _write_labels(folder: Path, train: pd.DataFrame, test: pd.DataFrame) -> None:
-    folder.mkdir(parents=True)
-    for name, table in (("train", train), ("test", test)):
-        named = {"video_id": "video", "start_second": "start", "end_second": "end", "action": "label"}
-        table[list(named)].rename(columns=named).to_csv(folder / f"{name}.csv", index=False)
 
 
 def _write_charades(folder: Path, train: pd.DataFrame, table: pd.DataFrame, frames: Sequence[np.ndarray]) -> None:
@@ -435,6 +419,7 @@ def _write_charades(folder: Path, train: pd.DataFrame, table: pd.DataFrame, fram
     trained = pd.DataFrame({"id": actions_of.index, "scene": "Kitchen", "actions": actions_of.to_numpy()})
     trained.to_csv(folder / "CharadesEgo_v1_train_only1st.csv", index=False)
     rows = []
+    # Two actions a video: the benchmark is multi-label.
     for first in range(0, len(table) - 1, 2):
         pair, at, actions = (first, first + 1), 0.0, []
         for row in pair:
