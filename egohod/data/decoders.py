@@ -208,11 +208,9 @@ class Decoder(Protocol):
 
         Raises :class:`VideoError` if they cannot be decoded.
         """
-        ...
 
     def close(self) -> None:
         """Close the file."""
-        ...
 
 
 Opener = Callable[..., Decoder]

@@ -104,6 +104,7 @@ class BoxTable:
         """``seconds`` [T] -> boxes float32 [T, 3, 4]: left hand, right hand, active object; NaN where there is none."""
         boxes = np.full((len(seconds), len(ROLES), len(EDGES)), np.nan, dtype=np.float32)
         video = int(np.searchsorted(self._videos, video_id))
+        # searchsorted gives a neighbour's place for a video without detections.
         if video == len(self._videos) or self._videos[video] != video_id:
             return boxes
         moments = slice(self._first[video], self._end[video])
@@ -125,6 +126,7 @@ def write(detections: pa.Table, path: Path) -> None:
 def read(path: str | Path) -> pa.Table:
     """Read a parquet file, or all of a folder, into a table of ``SCHEMA``. Raises :class:`UserError`."""
     path = Path(path)
+    # Sorted: where two files hold the same box, the table must not depend on the order of the file system.
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path}: the folder holds no parquet file")

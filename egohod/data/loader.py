@@ -274,6 +274,7 @@ class ClipLoader(DataLoader[dict[str, Any]]):
             except (RuntimeError, OSError, EOFError) as error:
                 if not self.num_workers or isinstance(error, UserError):
                     raise
+                # One line, however many the library wrote.
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 if "DataLoader worker" in reason:
                     cure = "if memory ran out, lower data.workers or data.prefetch"
@@ -326,6 +327,7 @@ def _kill(workers: Sequence[Any]) -> None:
                 end(worker)
 
 
+# Of all loaders of this process that still exist.
 _workers: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
