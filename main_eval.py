@@ -31,8 +31,8 @@ from egohod.data.labels import ClassSpace
 from egohod.data.text import Tokenizer
 from egohod.distributed import Distributed
 from egohod.errors import UserError
-from egohod.evaluation.html_report import write_report
 from egohod.evaluation.models import FrameAverage, fingerprint
+from egohod.evaluation.report import write_report
 from egohod.evaluation.results import PUBLISHED, write_results
 from egohod.evaluation.runner import Benchmark, benchmark, execution_of, resolve_benchmarks
 from egohod.training.build import build_model
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str]) -> int:
     classes = _classes(cfg, args) if args.heads else None
     with cli.joined(cfg) as dist:
         if outside:
-            model: Any = FrameAverage.from_spec(args.checkpoint).to(dist.device)
+            model: Any = FrameAverage(args.checkpoint).to(dist.device)
         else:
             model = build_model(cfg, dist, classes)
         Path(args.output).mkdir(parents=True, exist_ok=True)

@@ -47,7 +47,7 @@ from egohod.errors import UserError
 from egohod.evaluation import features as feature_index
 from egohod.evaluation.config import BenchmarkConfig
 from egohod.evaluation.features import FeatureCache, search
-from egohod.evaluation.html_report import contact_sheet, write_report
+from egohod.evaluation.report import contact_sheet, write_report
 from egohod.evaluation.results import mean_table, write_results
 from egohod.evaluation.runner import PROTOCOLS, benchmark, execution_of, read_benchmark
 from egohod.hod import config as hod_config

@@ -21,7 +21,7 @@ sys.path.insert(0, "tools")
 import ablate, predict
 import numpy as np
 from pathlib import Path
-from egohod.evaluation.html_report import confusion_plot
+from egohod.evaluation.report import confusion_plot
 folder = Path(sys.argv[1])
 predict._draw(folder / "timeline.png", [(0.0, 2.0), (2.0, 4.0)], ["cut", "wash"], np.array([[0.5, 0.25], [0.1, 0.9]]))
 row = {"title": "one", "seeds": {"0": {"val": {10: {"motion": 50.0}, 20: {"motion": 60.0}}}}}
@@ -46,7 +46,7 @@ def test_plots_are_drawn_whatever_backend_a_notebook_left_behind(tmp_path: Path,
 
 def test_a_broken_matplotlib_costs_the_plots_only(tmp_path: Path, program: Command) -> None:
     package(tmp_path / "broken", "matplotlib", "raise ImportError('numpy.core.multiarray failed to import')")
-    module = "egohod.evaluation.html_report"
+    module = "egohod.evaluation.report"
     code = f"from {module} import confusion_plot; print([confusion_plot([[0, 0, 9]], 'a') for _ in 'ab'])"
     done = program("-c", code, PYTHONPATH=f"{tmp_path}/broken:{ROOT}")
     assert done.returncode == 0, done.stderr

@@ -34,8 +34,8 @@ from egohod.demo.world import Variant
 from egohod.demo.write import write_benchmarks
 from egohod.errors import UserError
 from egohod.evaluation.features import write_json
-from egohod.evaluation.html_report import new_figure
 from egohod.evaluation.models import CONTROLS
+from egohod.evaluation.report import new_figure
 from egohod.evaluation.results import RESULTS_FILE
 from egohod.model.cost import step_flops
 from egohod.model.dual_encoder import create_model

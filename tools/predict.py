@@ -29,8 +29,8 @@ from egohod.data.transforms import center_crop, normalise
 from egohod.data.videos import window_spans as spans
 from egohod.distributed import inference_precision, setup
 from egohod.errors import UserError
-from egohod.evaluation.html_report import new_figure
 from egohod.evaluation.models import ClassProbabilities
+from egohod.evaluation.report import new_figure
 from egohod.model.dual_encoder import DualEncoder
 from egohod.model.zoo import geometry
 from egohod.training.build import build_model

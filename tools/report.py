@@ -13,7 +13,7 @@ from pathlib import Path
 from _common import run_tool, tool_parser
 
 from egohod import cli
-from egohod.evaluation.html_report import write_report
+from egohod.evaluation.report import write_report
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -31,7 +31,7 @@ from egohod.data.detections import EDGES, LEFT, NO_CONTACT, ROLE_COLOURS
 from egohod.data.videos import VideoError
 from egohod.errors import UserError
 from egohod.evaluation.features import write_text
-from egohod.evaluation.html_report import data_uri, jpeg, render
+from egohod.evaluation.report import data_uri, jpeg, render
 from egohod.hod import config
 from egohod.hod.config import HodConfig
 from egohod.hod.facts import ClipFacts

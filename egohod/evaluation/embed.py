@@ -24,13 +24,10 @@ from egohod.data.transforms import normalise
 from egohod.distributed import Distributed, inference_precision
 from egohod.errors import UserError
 from egohod.evaluation.features import FeatureCache, feature_key, is_written, write_video
-from egohod.evaluation.models import VideoTextModel, apply_control, image_stats_of
+from egohod.evaluation.models import PLAIN, VideoTextModel, apply_control, image_stats_of
 from egohod.runtime import Interrupted, Progress
 
 log = logging.getLogger(__name__)
-
-# The name of the original order of frames, beside those of the temporal controls.
-PLAIN = "plain"
 
 TokenizerLike = Callable[[Sequence[str]], Tensor]
 """Texts to int64 [B, L]: start, words, end-of-text (the largest id), zeros."""
@@ -95,11 +92,13 @@ def embed_clips(
     rows are NaN and the report names them.
     """
     orders, report = (PLAIN, *controls), EmbedReport(clips=len(dataset))
+    # So that views of long protocols need no more memory than one view of others.
     at_a_time = max(1, run.batch_size // dataset.protocol.views)
 
     def encode(rows: NDArray[np.int64]) -> Iterator[Batch]:
         return _encode_clips(model, dataset, rows, at_a_time, run, orders, report)
 
+    # By content, not by benchmark: another one with the same clips reads these.
     keys = [[feature_key("clip", clip, order) for order in orders] for clip in dataset.identities] if cache else []
     features = _encode_shared(model, encode, len(dataset), at_a_time, "clip", run, cache, keys, report)
     if not run.allow_missing:
@@ -143,7 +142,7 @@ def _encode_clips(
     report: EmbedReport,
 ) -> Iterator[Batch]:
     """Decode and encode the clips ``rows`` in their order; ``report`` gets the seconds of waiting for clips."""
-    views = dataset.protocol.views
+    views, stats = dataset.protocol.views, image_stats_of(model)
     batches = iter(
         eval_loader(
             dataset, rows.tolist(), batch_size, run.workers,
@@ -156,19 +155,20 @@ def _encode_clips(
         report.waiting += time.perf_counter() - start
         if batch is None:
             return
-        if batch["video"] is None:
+        if batch["video"] is None:  # not one of its clips can be read
             yield Batch(batch["index"], torch.zeros(0, len(orders), 0), batch["faults"])
             continue
-        video = normalise(batch["video"].to(run.dist.device, non_blocking=True).flatten(0, 1), image_stats_of(model))
+        # Normalised here and not by the workers: bytes are a quarter of floats on the way to the device.
+        video = normalise(batch["video"].to(run.dist.device, non_blocking=True).flatten(0, 1), stats)
         numbers = [dataset.numbers[i] for i in np.repeat(batch["index"], views)]
+        # All orders of one decoded clip: decoding costs more than a forward pass.
         features = [
             model.encode_video(apply_control(name, video, numbers) if name != PLAIN else video, normalize=True)
             for name in orders
         ]
         stacked = torch.stack(features).float().unflatten(1, (-1, views)).transpose(0, 1)
-        yield Batch(
-            batch["index"], stacked if dataset.protocol.merge == "max" else stacked.mean(dim=2), batch["faults"]
-        )
+        merged = stacked if dataset.protocol.merge == "max" else stacked.mean(dim=2)
+        yield Batch(batch["index"], merged, batch["faults"])
 
 
 def _encode_shared(
@@ -186,11 +186,15 @@ def _encode_shared(
     if total == 0:
         raise UserError(f"nothing to evaluate: there is not a single {unit}")
     start, dist = time.perf_counter(), run.dist
-    cached: dict[int, NDArray[np.float32]] | None = {}
+    cached: dict[int, NDArray[np.float32]] = {}
     if cache:
+        if dist.is_main:
+            on_disk = cache.read([key for orders in keys for key in orders])
+            # All orders or none: a clip is decoded once for all of them.
+            complete = [row for row, orders in enumerate(keys) if all(key in on_disk for key in orders)]
+            cached = {row: np.stack([on_disk[key] for key in keys[row]]) for row in complete}
         # The first process decides for all: another one may see files that were written since.
-        cached = dist.gather_objects(_read_cached(cache, keys) if dist.is_main else None)[0]
-    assert cached is not None
+        cached = dist.gather_objects(cached)[0]
     todo = np.setdiff1d(np.arange(total), np.fromiter(cached, dtype=np.int64, count=len(cached)))
     # Processes take turns at the same batches as one process would have, so that every clip is encoded exactly once and
     # in the same batch whatever their number: a batch's composition changes the last bits of its features.
@@ -208,17 +212,16 @@ def _encode_shared(
                     continue
                 rows.append(batch.index)
                 features.append(batch.features.float().cpu().numpy())
-                if cache:
-                    for i, orders in zip(batch.index.tolist(), features[-1], strict=True):
-                        # Features that are not finite are refused below and must not come back from the cache.
-                        if np.isfinite(orders).all():
-                            for key, feature in zip(keys[i], orders, strict=True):
-                                cache.add(key, feature)
+                for i, orders in zip(batch.index.tolist(), features[-1], strict=True):
+                    # Features that are not finite are refused below and must not come back from the cache.
+                    if cache and np.isfinite(orders).all():
+                        for key, feature in zip(keys[i], orders, strict=True):
+                            cache.add(key, feature)
     except UserError as error:  # raised on all processes below, or the others would wait for this one for ever
         fault = str(error)
     except Interrupted as request:  # processes have more or fewer batches, but all of them get to the gather below
         interrupted = str(request)
-    finally:
+    finally:  # also where it was interrupted: what is encoded is not encoded again
         if cache:
             cache.flush()
     if requests := [text for text in dist.gather_objects(interrupted) if text is not None]:
@@ -237,16 +240,6 @@ def _encode_shared(
     return _in_order(np.concatenate(index), np.concatenate(values), total, unit, report.faults)
 
 
-def _read_cached(cache: FeatureCache, keys: Sequence[Sequence[str]]) -> dict[int, NDArray[np.float32]]:
-    """Rows whose features the cache has in all orders."""
-    cached = cache.read([key for orders in keys for key in orders])
-    return {
-        row: np.stack([cached[key] for key in orders])
-        for row, orders in enumerate(keys)
-        if all(key in cached for key in orders)
-    }
-
-
 def _in_order(
     index: NDArray[np.int64], values: NDArray[np.float32], total: int, unit: str, faults: dict[int, str]
 ) -> Tensor:
@@ -254,6 +247,7 @@ def _in_order(
     counts = np.bincount(index, minlength=total)
     counts[list(faults)] += 1
     assert (counts == 1).all(), f"each {unit} must be encoded exactly once"
+    # Refused, as ranks of NaN are arbitrary: a broken checkpoint would get a plausible number.
     broken = np.sort(index[~np.isfinite(values).reshape(len(values), -1).all(axis=1)])
     if broken.size:
         raise UserError(
@@ -328,21 +322,18 @@ def extract(
     """
     sizes = {video: len(rows) for video, rows in dataset.clips.rows_of_videos().items() if video in todo}
     mine = set(shares({video: sizes[video] for video in todo}, run.dist.world_size)[run.dist.rank])
+    share = {video: identity for video, identity in todo.items() if video in mine}
     done, fault = Extracted(), None
     try:
         with _inference(model, run.dist.device, run.precision):
-            share = {video: identity for video, identity in todo.items() if video in mine}
             done = _extract_share(model, dataset, folder, share, run)
     except UserError as error:  # raised on all processes below, or the others would wait for this one for ever
         fault = str(error)
     results = run.dist.gather_objects((done, fault))
     if faults := [line for _, text in results if text is not None for line in text.split("\n")]:
         raise UserError(*dict.fromkeys(faults))
-    return Extracted(
-        sum(each.videos for each, _ in results),
-        sum(each.clips for each, _ in results),
-        [line for each, _ in results for line in each.faults],
-    )
+    videos, clips = (sum(getattr(each, name) for each, _ in results) for name in ("videos", "clips"))
+    return Extracted(videos, clips, [line for each, _ in results for line in each.faults])
 
 
 def _extract_share(
@@ -370,10 +361,12 @@ def _extract_share(
                 raise UserError("features are NaN or infinite: the weights are broken or the precision is too low")
             encoded |= {row: feature[0] for row, feature in zip(batch.index.tolist(), features, strict=True)}
             done += len(batch.index) + len(failed)
+            # Written as soon as it is whole, so that an interrupted run loses one video and memory holds few.
             # Clips come in order, so a video is complete when all up to its last have come.
             while pending and complete + len(rows_of[pending[0]]) <= done:
                 video = pending.pop(0)
                 complete += len(rows_of[video])
+                # A video without a readable clip gets no file, or a search would find an empty one.
                 if readable := [row for row in rows_of[video] if row in encoded]:
                     # A video that lacks a clip is tried again by a later run.
                     identity = todo[video] if len(readable) == len(rows_of[video]) else "incomplete"

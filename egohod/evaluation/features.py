@@ -60,7 +60,8 @@ _INDEX_TYPES: dict[str, type | tuple[type, ...]] = {
 def write_feature_file(path: Path, features: NDArray[np.float32], **columns: Any) -> None:
     """Write ``features`` [n, D] and ``columns`` as a whole or not at all. Raises :class:`OSError`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Through an open file: given a name, NumPy would add .npz to one that does not end in it.
+    # Through an open file: given a name, NumPy would add .npz to one that does not end in it. Not compressed: features
+    # are noise to zip, and reading would take ten times as long.
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez(file, features=features, **columns)
 
@@ -70,6 +71,7 @@ def read_feature_file(path: Path, *columns: str) -> tuple[NDArray[np.float32], l
 
     Raises :class:`OSError`, :class:`ValueError` where lengths differ, and anything else for a damaged file.
     """
+    # Without pickle, which could run any code: an index may come from someone else.
     with np.load(path, allow_pickle=False) as content:
         features = np.asarray(content["features"], np.float32)
         values = [content[name] for name in columns]
@@ -130,7 +132,7 @@ class FeatureCache:
 
     def read(self, keys: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         """The features that are cached, by key."""
-        requested, cached = set(keys), dict[str, NDArray[np.float32]]()
+        requested, cached = set(keys), dict[str, NDArray[np.float32]]()  # a set: a group may have millions of keys
         # In order of their names: of a key that two processes wrote, later evaluations read the same feature.
         for path in sorted(self.folder.glob("*.npz")):
             if path.name.startswith(UNFINISHED_PREFIX):  # another process is writing it
@@ -164,7 +166,7 @@ class FeatureCache:
 
 def feature_key(*parts: str) -> str:
     """The key of one clip or text."""
-    return content_hash(*parts, length=40)
+    return content_hash(*parts, length=40)  # as released: another length would make all caches worthless
 
 
 # --------------------------------------------------------------------------------------------------
@@ -195,11 +197,12 @@ def open_index(folder: Path, settings: Mapping[str, Any]) -> None:
     """
     previous = read_index(folder) if (folder / INDEX_FILE).exists() else None
     if previous is not None:
+        # Features of other weights are in another space: a search over both would rank noise.
         differ = [name for name in INDEX_SHARED if previous.get(name) != settings[name]]
         if differ:
             raise UserError(f"{folder}: holds features of another {' and '.join(differ)}; choose another --output")
-        if previous.get("root") != settings["root"]:
-            root = previous.get("root")
+        # Names of videos are relative to their root, so one name could be two videos.
+        if (root := previous.get("root")) != settings["root"]:
             raise UserError(f"{folder}: holds features of the videos in {root}; choose another --output")
     videos = {**(previous["videos"] if previous else {}), **settings["videos"]}
     write_json(folder / INDEX_FILE, {**settings, "videos": videos})
@@ -243,6 +246,7 @@ def read_features(folder: Path) -> tuple[Features, int]:
 
     Raises :class:`UserError` if there are none at all, or naming a file that cannot be read.
     """
+    # A video without a file is no error: an index can be searched while it grows.
     parts, videos, missing = list[tuple[NDArray[Any], ...]](), list[str](), 0
     for video in read_index(folder)["videos"]:
         path = folder / file_of(video)
@@ -290,10 +294,11 @@ def search(query: NDArray[np.float32], index: Features, top: int, overlapping: b
     # Equal widths do not prove equal models: tools/search.py compares the checksum of the weights, too.
     if index.features.shape[1:] != query.shape:
         raise UserError(f"the index has features of {index.features.shape[1]} dimensions, the query {len(query)}")
-    similarity = index.features @ query
+    similarity = index.features @ query  # of unit vectors, so it is their cosine
     hits: list[Hit] = []
     for row in rank_items(similarity[None])[0].tolist():
         video, start, end = index.videos[row], float(index.start[row]), float(index.end[row])
+        # Clips come best first, so whatever overlaps a hit is worse than it.
         if overlapping or not any(video == hit.video and start < hit.end and hit.start < end for hit in hits):
             hits.append(Hit(video, start, end, float(similarity[row]), index.texts[row]))
         if len(hits) == top:
@@ -301,12 +306,12 @@ def search(query: NDArray[np.float32], index: Features, top: int, overlapping: b
     return hits
 
 
-def clock(second: float) -> str:
-    """Seconds as H:MM:SS.s."""
-    tenths = round(10 * second)
-    return f"{tenths // 36000}:{tenths // 600 % 60:02d}:{tenths // 10 % 60:02d}.{tenths % 10}"
-
-
 def span(hit: Hit) -> str:
-    """The times of a hit for people."""
-    return "whole" if np.isinf(hit.end) else f"{clock(hit.start)} - {clock(hit.end)}"
+    """The times of a hit for people, H:MM:SS.s each."""
+    if np.isinf(hit.end):
+        return "whole"
+    times = []
+    for second in (hit.start, hit.end):
+        tenths = round(10 * second)  # rounded first, or 59.97 would become 60.0 seconds
+        times.append(f"{tenths // 36000}:{tenths // 600 % 60:02d}:{tenths // 10 % 60:02d}.{tenths % 10}")
+    return " - ".join(times)

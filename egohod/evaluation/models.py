@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -46,6 +46,7 @@ def fingerprint(model: nn.Module) -> str:
     # before there were any others stay valid.
     if (stats := image_stats_of(model)) != IMAGE_STATS["clip"]:
         digest.update(repr(stats).encode())
+    # By name, as the order of a state dict is that of construction.
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         # Viewed as bytes, as NumPy has no bfloat16.
@@ -62,6 +63,7 @@ class ClassProbabilities(nn.Module):
     def __init__(self, model: DualEncoder, space: ClassSpace) -> None:
         super().__init__()
         self.model, self.image_stats = model, model.image_stats
+        # They follow from the class list, so they are no part of the state dict.
         for name, (_, code) in space.parts.items():
             self.register_buffer(f"{name}_of_class", torch.from_numpy(code), persistent=False)
         self.to(model.logit_scale.device)
@@ -83,27 +85,24 @@ class ClassProbabilities(nn.Module):
 class FrameAverage(nn.Module):
     """A baseline: the mean of an open_clip image tower's features of the frames, blind to their order.
 
-    ``name`` and ``pretrained`` are open_clip's, the latter a tag in its local cache or a file; None is random weights.
-    Raises :class:`UserError` for a name or weights that open_clip does not have.
+    ``spec`` is ``open_clip:NAME[:PRETRAINED]``, e.g. ``open_clip:ViT-B-16:/path/to/weights.pt``. The latter is a tag in
+    open_clip's local cache or a file; without it the weights are random. Raises :class:`UserError` for a name or
+    weights that open_clip does not have.
     """
 
-    def __init__(self, name: str, pretrained: str | None = None) -> None:
+    def __init__(self, spec: str) -> None:
         super().__init__()
+        name, _, pretrained = spec.removeprefix("open_clip:").partition(":")
         try:
-            self.inner = open_clip.create_model(name, pretrained=pretrained)
+            self.inner = open_clip.create_model(name, pretrained=pretrained or None)
             self.tokenizer = open_clip.get_tokenizer(name)
         except (RuntimeError, ValueError, OSError, AssertionError) as error:
             raise UserError(f"open_clip:{name}: {' '.join(str(error).split())}") from error
+        # Its own resolution and statistics: a baseline is measured as it was trained, not as our models are.
         config = open_clip.get_model_preprocess_cfg(self.inner)
         size = config["size"]
         self.size = int(size[0] if isinstance(size, (tuple, list)) else size)
         self.image_stats = ImageStats(tuple(config["mean"]), tuple(config["std"]))
-
-    @classmethod
-    def from_spec(cls, spec: str) -> FrameAverage:
-        """The model of ``open_clip:NAME[:PRETRAINED]``, e.g. ``open_clip:ViT-B-16:/path/to/weights.pt``."""
-        name, _, pretrained = spec.removeprefix("open_clip:").partition(":")
-        return cls(name, pretrained or None)
 
     def encode_video(self, video: Tensor, normalize: bool = True) -> Tensor:
         """Frames normalised with ``image_stats`` [B, 3, T, H, W] -> [B, D]."""
@@ -125,51 +124,39 @@ class FrameAverage(nn.Module):
 # Temporal controls: the same clips with their time destroyed, to measure how much of a score is due to motion
 # --------------------------------------------------------------------------------------------------
 
+CONTROLS = ("shuffle", "reverse", "freeze")
+# The name of the original order of frames, beside those of the temporal controls.
+PLAIN = "plain"
 # A clip's shuffled order is a function of this and of the clip's number.
 SEED = 0
-
-
-def shuffle(video: Tensor, numbers: Sequence[int]) -> Tensor:
-    """Frames in a random order that is never the original, a function of the clip's number alone."""
-    frames = video.shape[2]
-    order = torch.from_numpy(np.stack([shuffled_order(int(i), frames) for i in numbers])).to(video.device)
-    return video.gather(2, order[:, None, :, None, None].expand_as(video))
-
-
-def reverse(video: Tensor, numbers: Sequence[int]) -> Tensor:
-    """The last frame first."""
-    return video.flip(2)
-
-
-def freeze(video: Tensor, numbers: Sequence[int]) -> Tensor:
-    """The middle frame (of an even number the later one), repeated."""
-    middle = video.shape[2] // 2
-    return video[:, :, middle : middle + 1].expand_as(video).contiguous()
-
-
-CONTROLS: Mapping[str, Callable[[Tensor, Sequence[int]], Tensor]] = {
-    "shuffle": shuffle,
-    "reverse": reverse,
-    "freeze": freeze,
-}
 
 
 def apply_control(name: str, video: Tensor, numbers: Sequence[int]) -> Tensor:
     """``video`` [B, 3, T, H, W], uint8 or normalised, under the temporal control ``name``.
 
-    It acts on the frames that are given to the model, so that a slow and a fast pathway see the same order.
-    ``numbers`` [B] identify the clips. Raises :class:`UserError` for an unknown name, and for clips of one frame.
+    ``shuffle`` is a random order that is never the original, a function of the clip's number alone; ``reverse`` plays
+    the clip backwards; ``freeze`` repeats the middle frame, of an even number the later one. ``numbers`` [B] identify
+    the clips. Raises :class:`UserError` for an unknown name, and for clips of one frame.
     """
     if name not in CONTROLS:
         raise UserError(f"no temporal control '{name}'; there are {', '.join(CONTROLS)}")
-    if video.shape[2] < 2:
+    frames = video.shape[2]
+    if frames < 2:
         raise UserError(f"the temporal control '{name}' needs clips of at least two frames")
-    return CONTROLS[name](video, numbers)
+    # On the frames that are given to the model, so that a slow and a fast pathway see the same order.
+    if name == "shuffle":
+        order = torch.from_numpy(np.stack([shuffled_order(int(i), frames) for i in numbers])).to(video.device)
+        return video.gather(2, order[:, None, :, None, None].expand_as(video))
+    if name == "reverse":
+        return video.flip(2)
+    # Copied: a backbone may view the frames as if they were contiguous.
+    return video[:, :, frames // 2 : frames // 2 + 1].expand_as(video).contiguous()
 
 
 def shuffled_order(number: int, frames: int, seed: int = SEED) -> np.ndarray:
     """A permutation of ``frames`` >= 2 frames that is not the identity, int64 [frames]; a function of its arguments."""
     assert frames > 1
+    # A generator of its own: neither the batch nor the process that a clip comes to changes its order.
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, number))))
     while True:
         order = rng.permutation(frames)

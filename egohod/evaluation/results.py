@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -21,10 +22,9 @@ import numpy as np
 from egohod.config import Config, to_yaml
 from egohod.distributed import Distributed
 from egohod.errors import UserError
-from egohod.evaluation.embed import PLAIN
 from egohod.evaluation.features import read_json, write_json, write_text
-from egohod.evaluation.metrics import CHANCE, DROP, Score
-from egohod.evaluation.models import CONTROLS
+from egohod.evaluation.metrics import CHANCE, DROP
+from egohod.evaluation.models import CONTROLS, PLAIN
 from egohod.evaluation.runner import Benchmark, BenchmarkResult
 
 log = logging.getLogger(__name__)
@@ -33,28 +33,27 @@ RESULTS_FILE, MARKDOWN_FILE, DETAILS_FOLDER = "results.json", "results.md", "det
 FORMAT = 1
 _PACKAGES = ("egohod", "torch", "numpy", "torchvision", "open_clip_torch")
 
-# Zero-shot numbers of released models in percent, as their papers report them; for comparison, never for tests.
-_NAMES = ("ek100_mir/map", "ek100_mir/ndcg", "ek100_cls/action_top1", "egtea/action_top1", "egtea/action_mean_class")
-_MCQ = ("egomcq/inter", "egomcq/intra")
-
-
-def _published(*numbers: float | None) -> dict[str, float]:
-    return {name: value for name, value in zip(_NAMES + _MCQ, numbers, strict=True) if value is not None}
-
-
-PUBLISHED: dict[str, dict[str, float]] = {
-    "EgoVideo-L": _published(41.8, None, 24.0, 51.7, 47.1, 95.9, 65.5),
-    "EgoVideo-G": _published(47.1, None, 28.5, 63.0, None, None, 69.1),
-    "EVA02-AT-B": _published(34.3, 34.1, None, None, None, 95.0, 63.2),
-    "EVA02-AT-L": _published(38.9, 36.2, None, None, None, 95.9, 66.5),
-    "EgoVideo-2024": _published(45.9, 38.6, None, None, None, None, None),
-    "AVION-B": _published(32.9, 32.7, None, None, None, 94.5, 61.4),
-    "AVION-L": _published(37.6, 35.3, None, None, None, 95.4, 64.5),
-    "LaViLa-B": _published(30.9, 32.0, None, None, 28.9, 93.8, 59.9),
-    "LaViLa-L": _published(36.1, 34.6, None, None, 34.1, 94.5, 63.1),
+# Zero-shot numbers of released models in percent, as their papers report them; for comparison, never for tests. None:
+# not reported.
+_COLUMNS = (
+    *("ek100_mir/map", "ek100_mir/ndcg", "ek100_cls/action_top1", "egtea/action_top1", "egtea/action_mean_class"),
+    *("egomcq/inter", "egomcq/intra"),
+)
+_PUBLISHED_ROWS: dict[str, tuple[float | None, ...]] = {
+    "EgoVideo-L": (41.8, None, 24.0, 51.7, 47.1, 95.9, 65.5),
+    "EgoVideo-G": (47.1, None, 28.5, 63.0, None, None, 69.1),
+    "EVA02-AT-B": (34.3, 34.1, None, None, None, 95.0, 63.2),
+    "EVA02-AT-L": (38.9, 36.2, None, None, None, 95.9, 66.5),
+    "EgoVideo-2024": (45.9, 38.6, None, None, None, None, None),
+    "AVION-B": (32.9, 32.7, None, None, None, 94.5, 61.4),
+    "AVION-L": (37.6, 35.3, None, None, None, 95.4, 64.5),
+    "LaViLa-B": (30.9, 32.0, None, None, 28.9, 93.8, 59.9),
+    "LaViLa-L": (36.1, 34.6, None, None, 34.1, 94.5, 63.1),
 }
-
-
+PUBLISHED: dict[str, dict[str, float]] = {
+    model: {name: value for name, value in zip(_COLUMNS, row, strict=True) if value is not None}
+    for model, row in _PUBLISHED_ROWS.items()
+}
 # Main metrics of a benchmark and their names in papers; a benchmark without any of them is summarised by its first one.
 _HEADLINES = {
     "map": "mAP",
@@ -102,11 +101,16 @@ def write_results(
             log.info("%s: %s", benchmark.name, note)
     if published:
         log.info("comparison with %s, as published\n%s", published, comparison(described))
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        # egohod itself is not installed where it runs from a checkout.
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     results = {
         "format": FORMAT,
         "checkpoint": dict(checkpoint),
         "config": {"sha256": hashlib.sha256(to_yaml(cfg).encode()).hexdigest(), "model": cfg.model.name},
-        "versions": _versions(),
+        "versions": versions,
         "device": str(dist),
         "metrics": flat,
         "benchmarks": described,
@@ -115,7 +119,7 @@ def write_results(
         write_json(folder / DETAILS_FOLDER / f"{benchmark.name}.json", details(benchmark, result))
     # After its details: whoever finds results.json finds all that it names.
     write_json(folder / RESULTS_FILE, results)
-    if evaluated:
+    if evaluated:  # a training run may end without a benchmark
         rows = markdown(results)
         write_text(folder / MARKDOWN_FILE, rows)
         log.info("for a README (%s)\n%s", folder / MARKDOWN_FILE, rows.rstrip())
@@ -124,21 +128,25 @@ def write_results(
 def describe(benchmark: Benchmark, result: BenchmarkResult, published: Mapping[str, float]) -> dict[str, Any]:
     """A benchmark in ``results.json``: protocol, coverage, notes, timing and every metric."""
     metrics: dict[str, Any] = {}
-    for name, score in result.scores[PLAIN].items():
-        controls = {}
-        for control, scores in result.scores.items():
-            if control != PLAIN:
-                drop, interval = score.drop_to(scores[name])
-                controls[control] = _number(scores[name]) | {"drop": drop, "drop_interval": list(interval)}
-        metrics[name] = _number(score) | {"chance": score.chance, "controls": controls}
+    for name, plain in result.scores[PLAIN].items():
+        numbers = {}
+        for order, scores in result.scores.items():
+            score, unit = scores[name], "rank" if scores[name].is_rank else "percent"
+            numbers[order] = {"value": score.value, "unit": unit, "interval": list(score.interval())}
+            if order != PLAIN:
+                # The interval is of the drop itself: two orders of the same clips vary together.
+                interval = list(plain.interval(minus=score))
+                numbers[order] |= {"drop": plain.value - score.value, "drop_interval": interval}
+        metrics[name] = numbers.pop(PLAIN) | {"chance": plain.chance, "controls": numbers}
         if (reference := published.get(f"{benchmark.name}/{name}")) is not None:
-            metrics[name] |= {"published": reference, "difference": score.value - reference}
+            metrics[name] |= {"published": reference, "difference": plain.value - reference}
     report, seconds, evaluated = result.report, result.report.seconds, len(result.rows)
     # Rates are of what was computed: reading the cache is no throughput.
     encoded = report.clips - report.from_cache - len(report.faults)
     lengths, partial = benchmark.dataset.length_note(), evaluated < report.clips
     notes = [*benchmark.notes, *([lengths] if lengths else [])]
     if partial:
+        # Loud, as such a number is easily taken for the benchmark's.
         share = 100 * evaluated / report.clips
         notes.append(f"PARTIAL: {evaluated} of {report.clips} clips ({share:.1f} %) could be read")
     return {
@@ -160,10 +168,6 @@ def describe(benchmark: Benchmark, result: BenchmarkResult, published: Mapping[s
         "metrics": metrics,
         "details": f"{DETAILS_FOLDER}/{benchmark.name}.json",
     }
-
-
-def _number(score: Score) -> dict[str, Any]:
-    return {"value": score.value, "unit": "rank" if score.is_rank else "percent", "interval": list(score.interval())}
 
 
 def details(benchmark: Benchmark, result: BenchmarkResult) -> dict[str, Any]:
@@ -188,25 +192,14 @@ def details(benchmark: Benchmark, result: BenchmarkResult) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # egohod itself, where it runs from a checkout
-            continue
-    return versions
-
-
 def table(results: Mapping[str, float], title: str = "") -> str:
     """Results as a console table: each number, its chance level and its values under the temporal controls."""
 
-    def control_of(key: str) -> str | None:
-        return next((part for part in key.split("/")[:-1] if part in CONTROLS), None)
-
+    # The temporal control of each number: a folder of its name, wherever that is.
+    control_of = {key: next((part for part in key.split("/")[:-1] if part in CONTROLS), None) for key in results}
     # Only the controls that were measured get a column.
-    controls = [name for name in CONTROLS if any(control_of(key) == name for key in results)]
-    shown = [(key, value) for key, value in results.items() if not key.endswith((CHANCE, DROP)) and not control_of(key)]
+    controls = [name for name in CONTROLS if name in control_of.values()]
+    shown = [(key, value) for key, value in results.items() if not key.endswith((CHANCE, DROP)) and not control_of[key]]
     width = max([len(key) for key, _ in shown] + [len(title)])
     lines = ["  ".join([f"{title:<{width}}", *(f"{name:>8}" for name in ("result", "chance", *controls))])]
     for key, value in shown:
@@ -221,6 +214,7 @@ def table(results: Mapping[str, float], title: str = "") -> str:
 
 def comparison(described: Mapping[str, Mapping[str, Any]]) -> str:
     """Our number, the published one and the difference, a line each."""
+    # Only numbers that exist on both sides; a paper has few of ours.
     lines = [f"{'':<28}  {'ours':>8}  {'published':>9}  {'difference':>10}"]
     for name, each in described.items():
         for metric, number in each["metrics"].items():
@@ -273,6 +267,7 @@ def mean_table(folders: Sequence[Path]) -> str:
         named = content.items() if isinstance(content, dict) else ()
         # A metric of not a single query is null.
         metrics.append({name: value for name, value in named if isinstance(value, (int, float))})
+    # Chance levels are left out: their mean over seeds says nothing.
     common = [name for name in metrics[0] if all(name in each for each in metrics) and not name.endswith(CHANCE)]
     if not common:
         raise UserError(f"{', '.join(map(str, folders))}: have no metric in common")

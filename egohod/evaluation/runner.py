@@ -1,17 +1,20 @@
-"""Benchmarks: build them from the configuration, run them, and the protocols that they run by."""
+"""From the name of a benchmark to its numbers, in the order of this module.
+
+``resolve_benchmarks`` and ``named_evaluators`` choose, ``benchmark`` reads all annotations, and ``Benchmark.measure``
+computes features (embed.py) and scores (tasks.py). Then results.py writes the numbers, and report.py the page.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from egohod.config import Config
@@ -26,16 +29,203 @@ from egohod.data.text_files import nearest
 from egohod.distributed import Distributed, pick_precision
 from egohod.errors import UserError
 from egohod.evaluation.config import BenchmarkConfig
-from egohod.evaluation.embed import PLAIN, EmbedReport, Execution, TokenizerLike, embed_clips, embed_texts
+from egohod.evaluation.embed import EmbedReport, Execution, TokenizerLike, embed_clips, embed_texts
 from egohod.evaluation.features import FeatureCache
-from egohod.evaluation.metrics import Score, flat_with_controls
-from egohod.evaluation.models import ClassProbabilities, VideoTextModel, image_stats_of
+from egohod.evaluation.metrics import CHANCE, DROP, Score
+from egohod.evaluation.models import PLAIN, ClassProbabilities, VideoTextModel, image_stats_of
 from egohod.evaluation.tasks import EvaluationTask, head_tasks, tasks_of
 from egohod.model.config import IMAGE_STATS
 from egohod.model.dual_encoder import DualEncoder
 from egohod.model.zoo import geometry
 
 log = logging.getLogger(__name__)
+
+# --------------------------------------------------------------------------------------------------
+# Protocols: which frames a model sees, how they are resized, and which prompts stand for a class. A published number is
+# reproduced by the protocol of its family and no other: docs/evaluation.md has the table.
+# --------------------------------------------------------------------------------------------------
+
+# Upstream EgoHOD's programs, with OpenCLIP's resizing and statistics.
+_UPSTREAM: dict[str, Any] = {"resize": "bicubic", "image_stats": "clip", "prompts": "train+val"}
+# AVION and LaViLa resize with torchvision's default, bilinear, which is not antialiased in their versions (0.14, 0.11).
+_LAVILA: dict[str, Any] = {"resize": "bilinear", "image_stats": "avion", "prompts": "train+val"}
+
+PROTOCOLS = {
+    each.name: each
+    for each in (
+        EvalProtocol("as_trained", "this project: frames as in training, one centre crop"),
+        EvalProtocol("clean", "this project: 16 frames, one centre crop; class prompts from training narrations only"),
+        EvalProtocol("whole_clip", "this project on EGTEA: as clean, floored midpoints", sampling="midpoints"),
+        EvalProtocol("upstream", "upstream EgoHOD", sampling="upstream", **_UPSTREAM),
+        EvalProtocol(
+            "upstream_4", "upstream EgoHOD's base config: 4 frames", frames=4, sampling="upstream", **_UPSTREAM
+        ),
+        EvalProtocol("upstream_egtea", "upstream EgoHOD on EGTEA", sampling="midpoints", **_UPSTREAM),
+        EvalProtocol("avion", "AVION", sampling="avion", **_LAVILA),
+        EvalProtocol("lavila", "LaViLa", sampling="lavila", **_LAVILA),
+        EvalProtocol(
+            "lavila_10x3", "LaViLa on EGTEA: 10 clips of 16 frames 2 apart x 3 crops",
+            sampling="windows", windows=10, stride=2, crops=3, merge="max", **_LAVILA,
+        ),
+    )
+}  # fmt: skip
+
+# EGTEA's clips are files of their own, which published code samples differently from moments of long videos.
+_ON_EGTEA = {"upstream": "upstream_egtea", "upstream_4": "upstream_egtea", "lavila": "lavila_10x3"}
+
+
+def protocol_for(name: str, kind: str) -> EvalProtocol:
+    """The protocol called ``name`` for benchmarks of a kind (``egtea``, ...); ``auto`` is this project's own."""
+    if name == "auto":
+        name = "whole_clip" if kind == "egtea" else "clean"
+    chosen = PROTOCOLS[name]
+    # The name of a project means what that project does on the benchmark at hand.
+    if kind == "egtea" and name in _ON_EGTEA:
+        return dataclasses.replace(PROTOCOLS[_ON_EGTEA[name]], frames=chosen.frames)
+    return chosen
+
+
+# --------------------------------------------------------------------------------------------------
+# From the configuration to benchmarks
+# --------------------------------------------------------------------------------------------------
+
+
+def resolve_benchmarks(
+    cfg: Config, name: str, root: str | None = None, metadata: str | None = None
+) -> dict[str, BenchmarkConfig]:
+    """The benchmarks of ``--benchmark name``, with ``--root`` and ``--metadata`` filled in.
+
+    ``all`` are those of the configuration whose annotations exist. Raises :class:`UserError`.
+    """
+    configured = dict(cfg.evaluate.benchmarks)
+    if name == "own" and name not in configured:
+        log.warning("--benchmark own is now called custom; the old name is read for one more release")
+        name = "custom"
+    if name == "all":
+        if root or metadata:
+            raise UserError("--root and --metadata belong to one benchmark; for all of them use evaluate.benchmarks")
+        # Those that are there: nobody has all data sets, and the configuration names all.
+        existing = {key: each for key, each in configured.items() if each.metadata and Path(each.metadata).exists()}
+        if not existing:
+            raise UserError("no benchmark's data is found: set metadata and root in evaluate.benchmarks")
+        return existing
+    if name not in configured and name not in BENCHMARKS:
+        # The two general formats need columns of their own: they are chosen by kind, not by name.
+        names = dict.fromkeys([*configured, *(key for key in BENCHMARKS if key not in ("custom", "labels"))])
+        raise UserError(f"--benchmark {name}: there are all, {', '.join(names)}")
+    config = configured.get(name, BenchmarkConfig())
+    return {name: dataclasses.replace(config, root=root or config.root, metadata=metadata or config.metadata)}
+
+
+def named_evaluators(
+    cfg: Config, dist: Distributed, *names: str, controls: Sequence[str] = (), classes: ClassSpace | None = None
+) -> list[Benchmark]:
+    """The benchmarks that the configuration measures while training (``val``) and once at its end (``test``).
+
+    They are those of ``evaluate.during`` and ``evaluate.final``; with ``classes`` they measure a model's heads.
+    """
+    parts, run = {"val": cfg.evaluate.during, "test": cfg.evaluate.final}, execution_of(cfg, dist)
+    return [
+        benchmark(cfg, name, cfg.evaluate.benchmarks[name], run, controls=controls, classes=classes)
+        for part in names
+        for name in parts[part]
+    ]
+
+
+def execution_of(cfg: Config, dist: Distributed) -> Execution:
+    """How the run ``cfg`` computes features; nothing is kept."""
+    return Execution(
+        batch_size=cfg.evaluate.batch_size,
+        workers=cfg.data.workers,
+        timeout=cfg.data.timeout,
+        dist=dist,
+        precision=pick_precision(cfg.evaluate.precision, dist.device),
+    )
+
+
+def benchmark(
+    cfg: Config,
+    name: str,
+    config: BenchmarkConfig,
+    execution: Execution,
+    *,
+    size: int | None = None,
+    tokenizer: TokenizerLike | None = None,
+    controls: Sequence[str] = (),
+    classes: ClassSpace | None = None,
+) -> Benchmark:
+    """Build the benchmark that ``config`` describes, at the resolution (pixels) and with the tokenizer of a model.
+
+    With ``classes`` it measures a model's heads instead of its texts. All annotations are read here, so that mistakes
+    surface before anything is computed. Raises :class:`UserError`.
+    """
+    kind = config.kind
+    if kind == "auto":
+        kind = name if name in BENCHMARKS else "custom"
+    elif kind not in BENCHMARKS:
+        near = nearest(kind, ["auto", *BENCHMARKS])
+        raise UserError(f"evaluate.benchmarks.{name}.kind: no benchmark format '{kind}'{near}")
+    key, chosen = f"evaluate.benchmarks.{name}.protocol", config.protocol
+    if chosen == "auto":
+        key, chosen = "evaluate.protocol", cfg.evaluate.protocol
+    protocol = protocol_for(chosen, kind)
+    if protocol.whole_files and not BENCHMARKS[kind].whole_files:
+        raise UserError(f"{key}={chosen} is for clips that are files of their own, which {name} does not have")
+    # What is asked for wins over what a protocol prescribes; its own number is what reproduces a published result.
+    trained = cfg.model.num_frames if chosen == "as_trained" else protocol.frames
+    protocol = dataclasses.replace(protocol, frames=cfg.evaluate.num_frames or trained)
+    if classes is not None:
+        # The maximum is for similarities: LaViLa, too, averages the views of a fine-tuned model.
+        protocol = dataclasses.replace(protocol, merge="mean")
+    if not config.metadata or not config.root:
+        unset = "metadata" if not config.metadata else "root"
+        raise UserError(
+            f"benchmark {name}: evaluate.benchmarks.{name}.{unset} is not set; give --{unset}, or set it in the "
+            "configuration"
+        )
+    # Parsed relevancies and the like are cached beside the features.
+    cache = Path(cfg.evaluate.cache) if cfg.evaluate.cache else None
+    source, data = read_benchmark(kind, config, protocol.prompts, cache)
+    tasks = tasks_of(data)
+    dataset = ClipDataset(
+        [(data.clips, source)],
+        protocol=protocol,
+        size=size or geometry(cfg.model.name).image_size,
+        decoder=cfg.data.decoder,
+        cache=open_cache(cfg.data.cache, cfg.data.cache_gb),
+    )
+    return Benchmark(
+        name,
+        dataset,
+        head_tasks(tasks, classes, f"benchmark {name}") if classes else tasks,
+        tokenizer=tokenizer or Tokenizer(geometry(cfg.model.name).context_length),
+        execution=execution,
+        controls=controls,
+        notes=data.notes,
+        classes=classes,
+    )
+
+
+def read_benchmark(
+    kind: str, config: BenchmarkConfig, prompts: str = "train", cache: Path | None = None
+) -> tuple[SourceConfig, BenchmarkData]:
+    """Where the videos of a benchmark are, and the content of its annotation files. Raises :class:`UserError`."""
+    format = BENCHMARKS[kind]
+    # A benchmark's videos are a source like those of training: one reader for both.
+    source = SourceConfig(
+        metadata=config.metadata or "",
+        root=config.root or "",
+        columns=config.columns,
+        layout="whole" if format.whole_files else config.layout,
+        chunk_seconds=config.chunk_seconds,
+        min_clip_seconds=config.min_clip_seconds,
+    )
+    return source, format.read(source, BenchmarkOptions(prompts, config.test_split, cache))
+
+
+# --------------------------------------------------------------------------------------------------
+# From a benchmark to its numbers
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -49,37 +239,38 @@ class BenchmarkResult:
     report: EmbedReport
 
     def flat(self) -> dict[str, float]:
-        """Numbers by name; under a temporal control ``<control>/<metric>`` and its ``<control>/<metric>_drop``."""
-        return flat_with_controls(self.scores, PLAIN)
+        """Values by name, each followed by its chance level if it has one.
+
+        Then, under every temporal control, ``<control>/<metric>`` and its loss ``<control>/<metric>_drop``.
+        """
+        numbers: dict[str, float] = {}
+        for name, score in self.scores[PLAIN].items():
+            numbers[name] = score.value
+            if score.chance is not None:
+                numbers[name + CHANCE] = score.chance
+        for control in [order for order in self.scores if order != PLAIN]:
+            # Chance levels do not depend on the order of frames and are not repeated.
+            for name, score in self.scores[control].items():
+                numbers[f"{control}/{name}"] = score.value
+                if not score.is_rank:  # of ranks less is better: a drop would read the wrong way
+                    numbers[f"{control}/{name}{DROP}"] = self.scores[PLAIN][name].value - score.value
+        return numbers
 
 
+@dataclass(eq=False)
 class Benchmark:
-    """Tasks over the clips of one dataset; clips and distinct texts are encoded once for all tasks.
+    """Tasks over the clips of one dataset; clips and distinct texts are encoded once for all tasks."""
 
-    With ``classes`` it measures a model's classification heads instead of its texts. ``notes`` are facts about the
-    numbers that a report must not hide.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        dataset: ClipDataset,
-        tasks: Sequence[EvaluationTask],
-        *,
-        tokenizer: TokenizerLike,
-        execution: Execution,
-        controls: Sequence[str] = (),
-        notes: Sequence[str] = (),
-        classes: ClassSpace | None = None,
-    ) -> None:
-        self.name = name
-        self.classes = classes
-        self.dataset = dataset
-        self.tasks = tasks
-        self.tokenizer = tokenizer
-        self.execution = execution
-        self.controls = controls
-        self.notes = notes
+    name: str
+    dataset: ClipDataset
+    tasks: Sequence[EvaluationTask]
+    tokenizer: TokenizerLike
+    execution: Execution
+    controls: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    """Facts about the numbers that a report must not hide."""
+    classes: ClassSpace | None = None
+    """Those of a model's classification heads, which are then measured instead of its texts."""
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Numbers as of :meth:`BenchmarkResult.flat`, percent or ranks from 1: what a training loop calls."""
@@ -101,7 +292,7 @@ class Benchmark:
         rows = np.setdiff1d(np.arange(total), list(missing))
         if not run.allow_missing or not len(rows):
             require_all(missing, total)
-        dataset = self.dataset if len(rows) == total else self.dataset.restricted(_mask(rows, total))
+        dataset = self.dataset if len(rows) == total else self.dataset.restricted(np.isin(np.arange(total), rows))
         cache = FeatureCache(run.cache, self._dependencies(model)) if run.cache else None
         # Missing files are known already; what comes up while decoding is numbered among the remaining clips.
         video, report = embed_clips(model, dataset, run, controls=self.controls, cache=cache)
@@ -113,7 +304,8 @@ class Benchmark:
                 require_all(report.faults, total)
             video = {order: features[torch.from_numpy(readable)] for order, features in video.items()}
         report.faults, report.clips = missing | report.faults, total
-        tasks = self.tasks if len(rows) == total else [task.restricted(_mask(rows, total)) for task in self.tasks]
+        mask = np.isin(np.arange(total), rows)
+        tasks = self.tasks if mask.all() else [task.restricted(mask) for task in self.tasks]
         texts = [text for task in tasks for text in task.texts]
         # All tasks at once: texts that they share are encoded once.
         if texts:
@@ -159,184 +351,3 @@ class Benchmark:
             "size": self.dataset.size,
             "precision": str(run.precision) + exact,
         }
-
-
-def _mask(rows: NDArray[np.int64], total: int) -> NDArray[np.bool_]:
-    mask = np.zeros(total, dtype=bool)
-    mask[rows] = True
-    return mask
-
-
-def execution_of(cfg: Config, dist: Distributed) -> Execution:
-    """How the run ``cfg`` computes features; nothing is kept."""
-    return Execution(
-        batch_size=cfg.evaluate.batch_size,
-        workers=cfg.data.workers,
-        timeout=cfg.data.timeout,
-        dist=dist,
-        precision=pick_precision(cfg.evaluate.precision, dist.device),
-    )
-
-
-def benchmark(
-    cfg: Config,
-    name: str,
-    config: BenchmarkConfig,
-    execution: Execution,
-    *,
-    size: int | None = None,
-    tokenizer: TokenizerLike | None = None,
-    controls: Sequence[str] = (),
-    classes: ClassSpace | None = None,
-) -> Benchmark:
-    """Build the benchmark that ``config`` describes, at the resolution (pixels) and with the tokenizer of a model.
-
-    With ``classes`` it measures a model's heads instead of its texts. All annotations are read here, so that mistakes
-    surface before anything is computed. Raises :class:`UserError`.
-    """
-    kind = config.kind
-    if kind == "auto":
-        kind = name if name in BENCHMARKS else "custom"
-    elif kind not in BENCHMARKS:
-        near = nearest(kind, ["auto", *BENCHMARKS])
-        raise UserError(f"evaluate.benchmarks.{name}.kind: no benchmark format '{kind}'{near}")
-    key, chosen = f"evaluate.benchmarks.{name}.protocol", config.protocol
-    if chosen == "auto":
-        key, chosen = "evaluate.protocol", cfg.evaluate.protocol
-    protocol = protocol_for(chosen, kind)
-    if protocol.whole_files and not BENCHMARKS[kind].whole_files:
-        raise UserError(f"{key}={chosen} is for clips that are files of their own, which {name} does not have")
-    if chosen == "as_trained":
-        protocol = dataclasses.replace(protocol, frames=cfg.model.num_frames)
-    if cfg.evaluate.num_frames:
-        protocol = dataclasses.replace(protocol, frames=cfg.evaluate.num_frames)
-    if classes is not None:
-        # The maximum is for similarities: LaViLa, too, averages the views of a fine-tuned model.
-        protocol = dataclasses.replace(protocol, merge="mean")
-    if not config.metadata or not config.root:
-        unset = "metadata" if not config.metadata else "root"
-        raise UserError(
-            f"benchmark {name}: evaluate.benchmarks.{name}.{unset} is not set; give --{unset}, or set it in the "
-            "configuration"
-        )
-    cache = Path(cfg.evaluate.cache) if cfg.evaluate.cache else None
-    source, data = read_benchmark(kind, config, protocol.prompts, cache)
-    tasks = tasks_of(data)
-    dataset = ClipDataset(
-        [(data.clips, source)],
-        protocol=protocol,
-        size=size or geometry(cfg.model.name).image_size,
-        decoder=cfg.data.decoder,
-        cache=open_cache(cfg.data.cache, cfg.data.cache_gb),
-    )
-    return Benchmark(
-        name,
-        dataset,
-        head_tasks(tasks, classes, f"benchmark {name}") if classes else tasks,
-        tokenizer=tokenizer or Tokenizer(geometry(cfg.model.name).context_length),
-        execution=execution,
-        controls=controls,
-        notes=data.notes,
-        classes=classes,
-    )
-
-
-def read_benchmark(
-    kind: str, config: BenchmarkConfig, prompts: str = "train", cache: Path | None = None
-) -> tuple[SourceConfig, BenchmarkData]:
-    """Where the videos of a benchmark are, and the content of its annotation files. Raises :class:`UserError`."""
-    format = BENCHMARKS[kind]
-    source = SourceConfig(
-        metadata=config.metadata or "",
-        root=config.root or "",
-        columns=config.columns,
-        layout="whole" if format.whole_files else config.layout,
-        chunk_seconds=config.chunk_seconds,
-        min_clip_seconds=config.min_clip_seconds,
-    )
-    return source, format.read(source, BenchmarkOptions(prompts, config.test_split, cache))
-
-
-def named_evaluators(
-    cfg: Config, dist: Distributed, *names: str, controls: Sequence[str] = (), classes: ClassSpace | None = None
-) -> list[Benchmark]:
-    """The benchmarks that the configuration measures while training (``val``) and once at its end (``test``).
-
-    They are those of ``evaluate.during`` and ``evaluate.final``; with ``classes`` they measure a model's heads.
-    """
-    benchmarks = list[Benchmark]()
-    for part in names:
-        for name in cfg.evaluate.during if part == "val" else cfg.evaluate.final:
-            config = cfg.evaluate.benchmarks[name]
-            run = execution_of(cfg, dist)
-            benchmarks.append(benchmark(cfg, name, config, run, controls=controls, classes=classes))
-    return benchmarks
-
-
-def resolve_benchmarks(
-    cfg: Config, name: str, root: str | None = None, metadata: str | None = None
-) -> dict[str, BenchmarkConfig]:
-    """The benchmarks of ``--benchmark name``, with ``--root`` and ``--metadata`` filled in.
-
-    ``all`` are those of the configuration whose annotations exist. Raises :class:`UserError`.
-    """
-    configured = dict(cfg.evaluate.benchmarks)
-    if name == "own" and name not in configured:
-        log.warning("--benchmark own is now called custom; the old name is read for one more release")
-        name = "custom"
-    if name == "all":
-        if root or metadata:
-            raise UserError("--root and --metadata belong to one benchmark; for all of them use evaluate.benchmarks")
-        existing = {key: each for key, each in configured.items() if each.metadata and Path(each.metadata).exists()}
-        if not existing:
-            raise UserError("no benchmark's data is found: set metadata and root in evaluate.benchmarks")
-        return existing
-    if name not in configured and name not in BENCHMARKS:
-        names = dict.fromkeys([*configured, *(key for key in BENCHMARKS if key not in ("custom", "labels"))])
-        raise UserError(f"--benchmark {name}: there are all, {', '.join(names)}")
-    config = configured.get(name, BenchmarkConfig())
-    return {name: dataclasses.replace(config, root=root or config.root, metadata=metadata or config.metadata)}
-
-
-# --------------------------------------------------------------------------------------------------
-# Protocols: which frames a model sees, how they are resized, and which prompts stand for a class. A published number is
-# reproduced by the protocol of its family and no other: docs/evaluation.md has the table.
-# --------------------------------------------------------------------------------------------------
-
-# AVION and LaViLa resize with torchvision's default, bilinear, which is not antialiased in their versions (0.14, 0.11).
-_UPSTREAM: dict[str, Any] = {"resize": "bicubic", "image_stats": "clip", "prompts": "train+val"}
-_LAVILA: dict[str, Any] = {"resize": "bilinear", "image_stats": "avion", "prompts": "train+val"}
-
-PROTOCOLS = {
-    each.name: each
-    for each in (
-        EvalProtocol("as_trained", "this project: frames as in training, one centre crop"),
-        EvalProtocol("clean", "this project: 16 frames, one centre crop; class prompts from training narrations only"),
-        EvalProtocol("whole_clip", "this project on EGTEA: as clean, floored midpoints", sampling="midpoints"),
-        EvalProtocol("upstream", "upstream EgoHOD", sampling="upstream", **_UPSTREAM),
-        EvalProtocol(
-            "upstream_4", "upstream EgoHOD's base config: 4 frames", frames=4, sampling="upstream", **_UPSTREAM
-        ),
-        EvalProtocol("upstream_egtea", "upstream EgoHOD on EGTEA", sampling="midpoints", **_UPSTREAM),
-        EvalProtocol("avion", "AVION", sampling="avion", **_LAVILA),
-        EvalProtocol("lavila", "LaViLa", sampling="lavila", **_LAVILA),
-        EvalProtocol(
-            "lavila_10x3", "LaViLa on EGTEA: 10 clips of 16 frames 2 apart x 3 crops",
-            sampling="windows", windows=10, stride=2, crops=3, merge="max", **_LAVILA,
-        ),
-    )
-}  # fmt: skip
-
-# EGTEA's clips are files of their own, which published code samples differently from moments of long videos.
-_ON_EGTEA = {"upstream": "upstream_egtea", "upstream_4": "upstream_egtea", "lavila": "lavila_10x3"}
-
-
-def protocol_for(name: str, kind: str) -> EvalProtocol:
-    """The protocol called ``name`` for benchmarks of a kind (``egtea``, ...); ``auto`` is this project's own."""
-    if name == "auto":
-        name = "whole_clip" if kind == "egtea" else "clean"
-    chosen = PROTOCOLS[name]
-    # The name of a project means what that project does on the benchmark at hand.
-    if kind == "egtea" and name in _ON_EGTEA:
-        return replace(PROTOCOLS[_ON_EGTEA[name]], frames=chosen.frames)
-    return chosen

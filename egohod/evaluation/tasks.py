@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -36,11 +36,9 @@ from egohod.evaluation.metrics import (
     FloatArray,
     IntArray,
     Score,
-    expected_average_precision,
-    expected_graded_scores,
+    expected_graded_per_query,
     expected_recall,
     first_relevant_rank,
-    flat,
     graded_per_query,
     label_ranks,
     mean_class_accuracy,
@@ -54,11 +52,12 @@ from egohod.evaluation.metrics import (
 log = logging.getLogger(__name__)
 
 RECALL_AT = (1, 5)
-# Class probabilities are summed over verbs and nouns at the temperature that the released models are trained with.
+# Class probabilities are summed over verbs and nouns at the temperature that the released models are trained with: of a
+# softmax at another one a sum may name another verb.
 TEMPERATURE = 0.07
 # Best answers of a clip that the report shows.
 _SHOWN = 5
-# Clips of which all class probabilities are in memory at a time.
+# Clips of which all class probabilities are in memory at a time: of EK100's 4,000 classes they are 32 MB.
 _ROWS = 1000
 
 
@@ -83,16 +82,12 @@ class EvaluationTask(ABC):
     def restricted(self, mask: NDArray[Any]) -> EvaluationTask:
         """The same over the clips where the mask ``mask`` [N] is true, renumbered."""
 
-    def evaluate(self, video: Tensor, text: Tensor) -> dict[str, float]:
-        """The values of ``measure`` in percent or as ranks from 1; ``<metric>_chance`` is the chance level."""
-        return flat(self.measure(video, text))
-
 
 def similarity(video: Tensor, text: Tensor) -> Tensor:
     """Similarity of clips [N, D] or their views [N, V, D] to texts [M, D]: [N, M], the largest of the views."""
     if video.dim() == 2:
         return video @ text.T
-    # View by view: all at once would need the memory of V matrices.
+    # View by view and in place: all at once would need the memory of V matrices.
     best = video[:, 0] @ text.T
     for view in range(1, video.shape[1]):
         torch.maximum(best, video[:, view] @ text.T, out=best)
@@ -112,15 +107,16 @@ class RetrievalTask(RetrievalData, EvaluationTask):
     def measure(self, video: Tensor, text: Tensor) -> dict[str, Score]:
         """mAP and nDCG by relevancy; recall@k (percent) and median rank (from 1) of a clip's own text and back."""
         sim = similarity(video, text).numpy()
-        v2t, t2v = graded_per_query(sim, self.relevancy), graded_per_query(sim.T, self.relevancy.T)
+        graded = zip(graded_per_query(sim, self.relevancy), graded_per_query(sim.T, self.relevancy.T), strict=True)
         scores = {}
-        for name, of_clips, of_texts in zip(("map", "ndcg"), v2t, t2v, strict=True):
+        for name, values, expected in zip(("map", "ndcg"), graded, self._expected, strict=True):
             # Where clips are left out, a text may have no relevant clip left, and then no average precision.
-            if np.isnan(of_clips).any() or np.isnan(of_texts).any():
-                counts = int(np.isnan(of_clips).sum()), int(np.isnan(of_texts).sum())
-                log.warning("%s leaves out %d clips and %d texts to which nothing is relevant", name, *counts)
-            for suffix, parts in (("", (of_clips, of_texts)), ("_v2t", (of_clips,)), ("_t2v", (of_texts,))):
-                scores[name + suffix] = percent(parts, self._chance[name + suffix])
+            clips, texts = (int(np.isnan(each).sum()) for each in values)
+            if clips or texts:
+                log.warning("%s leaves out %d clips and %d texts to which nothing is relevant", name, clips, texts)
+            # The mean of both directions counts each of them half, however many more clips than texts there are.
+            for suffix, part in (("", slice(2)), ("_v2t", slice(1)), ("_t2v", slice(1, 2))):
+                scores[name + suffix] = percent(values[part], percent(expected[part], None).value)
         if self.text_of_clip is None:
             return scores
         # Several clips may have the same narration: each of them is then a hit of its text.
@@ -128,8 +124,10 @@ class RetrievalTask(RetrievalData, EvaluationTask):
         for direction, each, relevant in (("v2t", sim, own), ("t2v", sim.T, own.T)):
             ranks, chance = first_relevant_rank(each, relevant), expected_recall(relevant.sum(axis=1), each.shape[1])
             for k in RECALL_AT:
+                # A gallery of fewer than k items has no further rank.
                 by_chance = 100 * float(chance[min(k, len(chance)) - 1])
                 scores[f"recall_{k}_{direction}"] = percent([ranks[ranks > 0] <= k], by_chance)
+            # The median of chance is the first rank by which half of the queries have a hit.
             scores[f"median_rank_{direction}"] = median(ranks, float(np.searchsorted(chance, 0.5) + 1))
         return scores
 
@@ -154,23 +152,22 @@ class RetrievalTask(RetrievalData, EvaluationTask):
         return dataclasses.replace(self, text_of_clip=own, relevancy=self.relevancy[mask])
 
     @cached_property
-    def _chance(self) -> dict[str, float]:
+    def _expected(self) -> list[tuple[FloatArray, FloatArray]]:
         # Cached, as it does not depend on features: every temporal control has the same.
-        expected = expected_graded_scores(self.relevancy)
-        return {
-            name + suffix: 100 * value
-            for name, metric in (("map", expected.mean_average_precision), ("ndcg", expected.ndcg))
-            for suffix, value in (("", metric.mean), ("_v2t", metric.v2t), ("_t2v", metric.t2v))
-        }
+        of_clips, of_texts = (expected_graded_per_query(each) for each in (self.relevancy, self.relevancy.T))
+        return list(zip(of_clips, of_texts, strict=True))
 
 
 @dataclass(frozen=True)
 class ClassificationTask(ClassificationData, EvaluationTask):
-    """Zero-shot classification: each clip gets the class whose prompts are most similar.
+    """Classification of clips: zero-shot, each clip gets the class whose prompts are most similar, or by heads.
 
     The probability of a part (verb, noun) is the sum over its classes. Metrics are called ``<name>_top1`` and so on;
     with splits they are those of the first one, and ``<metric>_splits`` is the mean of all.
     """
+
+    by_heads: bool = False
+    """The clips' features are the probabilities of the classes, as a model's heads give them; there are no texts."""
 
     def measure(self, video: Tensor, text: Tensor) -> dict[str, Score]:
         """Top-1, top-5 and mean class accuracy of the classes and top-1 of their parts, in percent."""
@@ -188,25 +185,28 @@ class ClassificationTask(ClassificationData, EvaluationTask):
             scores[f"{self.name}_mean_class_splits"] = self._mean_class(ranks, splits, 100 / classes)
         for part, code in self.parts.items():
             labels, one_hot = torch.from_numpy(code[self.labels[first]]), np.eye(int(code.max()) + 1)[code]
-            correct = [
-                label_ranks(self._probabilities(rows).numpy() @ one_hot, of_rows.numpy()) <= 1
-                for rows, of_rows in zip(logits[first].split(_ROWS), labels.split(_ROWS), strict=True)
-            ]
+            correct = []
+            for rows, of_rows in zip(logits[first].split(_ROWS), labels.split(_ROWS), strict=True):
+                # In float64, as sums over a thousand classes of nearly equal parts decide.
+                probabilities = rows.double() if self.by_heads else rows.double().div(TEMPERATURE).softmax(dim=1)
+                correct.append(label_ranks(probabilities.numpy() @ one_hot, of_rows.numpy()) <= 1)
             scores[f"{part}_top1"] = percent([np.concatenate(correct)], 100 / one_hot.shape[1])
         return scores
 
     def _mean_class(self, ranks: IntArray, splits: Sequence[IntArray], chance: float) -> Score:
         """Accuracy within each class that occurs in a split, averaged over these classes and then over the splits."""
+        # A wrong prediction counts the same whatever it is: -1 is no class.
         predictions = np.where(ranks <= 1, self.labels, -1)
 
         def value(samples: Sequence[IntArray]) -> float:
             return 100 * float(np.mean([mean_class_accuracy(predictions[rows], self.labels[rows]) for rows in samples]))
 
-        def draw(rng: np.random.Generator) -> NDArray[np.float64]:
-            # Whole splits are resampled, not the clips of each class: of a class with one clip nothing could vary.
-            return np.array([value([rng.choice(rows, len(rows)) for rows in splits]) for _ in range(RESAMPLES)])
-
-        return Score(value(splits), chance, draw)
+        # Whole splits are resampled, not the clips of each class: of a class with one clip nothing could vary.
+        return Score(
+            value(splits),
+            chance,
+            lambda rng: np.array([value([rng.choice(rows, len(rows)) for rows in splits]) for _ in range(RESAMPLES)]),
+        )
 
     def details(self, video: Tensor, text: Tensor) -> Mapping[str, Any]:
         """The best classes of each clip; per class: clips and accuracy; confusions as [true, predicted, clips]."""
@@ -215,6 +215,7 @@ class ClassificationTask(ClassificationData, EvaluationTask):
         clips = np.bincount(self.labels, minlength=logits.shape[1])
         correct = np.bincount(self.labels, weights=best[:, 0] == self.labels, minlength=logits.shape[1])
         pairs, counts = np.unique(np.stack([self.labels, best[:, 0]], axis=1), axis=0, return_counts=True)
+        # A benchmark whose classes have no names calls each by its first prompt.
         names = list(self.class_names) or [
             self.texts[int(np.argmax(self.class_of_text == c))] for c in range(len(clips))
         ]
@@ -228,9 +229,8 @@ class ClassificationTask(ClassificationData, EvaluationTask):
                 {"class": int(c), "clips": int(clips[c]), "accuracy": round(100 * correct[c] / clips[c], 2)}
                 for c in np.flatnonzero(clips)
             ],
-            "confusion": [
-                [int(true), int(predicted), int(n)] for (true, predicted), n in zip(pairs, counts, strict=True)
-            ],
+            # Only the cells with a clip: of thousands of classes nearly all pairs are empty.
+            "confusion": np.column_stack([pairs, counts]).tolist(),
         }
 
     def restricted(self, mask: NDArray[Any]) -> ClassificationTask:
@@ -240,11 +240,7 @@ class ClassificationTask(ClassificationData, EvaluationTask):
         return dataclasses.replace(self, labels=self.labels[mask], splits=splits)
 
     def _logits(self, video: Tensor, text: Tensor) -> Tensor:
-        return similarity(video, class_features(text, self.class_of_text))
-
-    def _probabilities(self, logits: Tensor) -> Tensor:
-        # In float64, as sums over a thousand classes of nearly equal parts decide.
-        return logits.double().div(TEMPERATURE).softmax(dim=1)
+        return video if self.by_heads else similarity(video, class_features(text, self.class_of_text))
 
 
 def class_features(text: Tensor, class_of_text: IntArray) -> Tensor:
@@ -257,18 +253,8 @@ def class_features(text: Tensor, class_of_text: IntArray) -> Tensor:
     if (counts == 0).any():
         raise UserError(f"class {int((counts == 0).nonzero()[0, 0])} has no prompt")
     mean = torch.zeros(len(counts), text.shape[1]).index_add_(0, codes, text) / counts[:, None]
+    # Again to unit length: a class with prompts far apart has a short mean and would lose to all others.
     return F.normalize(mean, dim=-1)
-
-
-@dataclass(frozen=True)
-class HeadTask(ClassificationTask):
-    """A classification by a model's heads: the clips' features are probabilities of the classes, summed for parts."""
-
-    def _logits(self, video: Tensor, text: Tensor) -> Tensor:
-        return video
-
-    def _probabilities(self, logits: Tensor) -> Tensor:
-        return logits.double()
 
 
 def head_tasks(tasks: Sequence[EvaluationTask], space: ClassSpace, where: str) -> list[EvaluationTask]:
@@ -288,9 +274,10 @@ def head_tasks(tasks: Sequence[EvaluationTask], space: ClassSpace, where: str) -
                 f"{where}: its classes are identified by {' and '.join(task.key_columns)}, those of the heads by "
                 f"{' and '.join(space.columns)}; train with data.labels.columns=[{','.join(task.key_columns)}]"
             )
+        # Only of classes that occur: a benchmark may list classes for which the training part has no clip.
         number = {c: space.number(task.class_keys[c], where) for c in np.unique(task.labels).tolist()}
         parts = {name: code for name, (_, code) in space.parts.items()} if len(space.columns) > 1 else {}
-        fields = {each.name: getattr(task, each.name) for each in dataclasses.fields(task)} | {
+        changed = {
             "texts": (),
             "class_of_text": np.arange(0),
             "labels": np.array([number[c] for c in task.labels.tolist()], dtype=np.int64),
@@ -298,7 +285,7 @@ def head_tasks(tasks: Sequence[EvaluationTask], space: ClassSpace, where: str) -
             "class_names": space.names,
             "class_keys": space.keys,
         }
-        result.append(HeadTask(**fields))
+        result.append(dataclasses.replace(task, by_heads=True, **changed))
     if not result:
         raise UserError(f"{where}: no classification that heads could be measured on")
     return result
@@ -317,13 +304,16 @@ class MultiLabelTask(MultiLabelData, EvaluationTask):
             # A resampling may have no clip of any class.
             return 100 * float(np.nanmean(precision)) if not np.isnan(precision).all() else float("nan")
 
-        def draw(rng: np.random.Generator) -> NDArray[np.float64]:
-            return np.array([value(rng.integers(0, len(scores), len(scores))) for _ in range(RESAMPLES)])
-
         # Clips without any class rank last in the metric, so they do not take part in its chance level.
         labelled = self.labels[self.labels.any(axis=1)]
-        chance = 100 * float(np.nanmean(expected_average_precision(labelled))) if labelled.size else None
-        return {self.name: Score(value(np.arange(len(scores))), chance, draw)}
+        expected = expected_graded_per_query(labelled.T.astype(np.float64))[0] if labelled.size else None
+        return {
+            self.name: Score(
+                value(np.arange(len(scores))),
+                None if expected is None else 100 * float(np.nanmean(expected)),
+                lambda rng: np.array([value(rng.integers(0, len(scores), len(scores))) for _ in range(RESAMPLES)]),
+            )
+        }
 
     def details(self, video: Tensor, text: Tensor) -> Mapping[str, Any]:
         """The best classes of each clip, and the average precision of each class."""
@@ -333,7 +323,7 @@ class MultiLabelTask(MultiLabelData, EvaluationTask):
             "kind": "multilabel",
             "classes": list(self.texts),
             "labels": [np.flatnonzero(row).tolist() for row in self.labels],
-            "best_classes": rank_items(scores)[:, :_SHOWN].tolist(),
+            "best_classes": _best(scores).tolist(),
             "per_class": [
                 {"class": int(c), "clips": int(self.labels[:, c].sum()), "average_precision": round(100 * value, 2)}
                 for c, value in enumerate(precision.tolist())
@@ -438,13 +428,8 @@ def linear_probe(features: Tensor, labels: Tensor, test: Tensor, count: int, *, 
     # By the training clips alone; a dimension that is constant there would divide by zero.
     mean, scale = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
     features, test = (features - mean) / scale, (test - mean) / scale
-    train, validation = _split(len(features), seed)
-    accuracies = []
-    for decay in WEIGHT_DECAYS:
-        classes = _logistic_regression(features[train], labels[train], features[validation], count, decay)
-        accuracies.append(float((classes == labels[validation]).float().mean()))
-    best = WEIGHT_DECAYS[accuracies.index(max(accuracies))]
-    return ProbeResult(_logistic_regression(features, labels, test, count, best), f"weight decay {best:g}")
+    classes, best = _predict_tuned(_logistic_regression, WEIGHT_DECAYS, features, labels, test, count, seed)
+    return ProbeResult(classes, f"weight decay {best:g}")
 
 
 def _logistic_regression(features: Tensor, labels: Tensor, test: Tensor, count: int, decay: float) -> Tensor:
@@ -455,7 +440,7 @@ def _logistic_regression(features: Tensor, labels: Tensor, test: Tensor, count: 
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = F.cross_entropy(F.linear(features, weight, bias), labels)
-        loss = loss + decay / 2 * weight.square().sum()
+        loss = loss + decay / 2 * weight.square().sum()  # not on the bias, which holds the classes' frequencies
         loss.backward()
         return loss
 
@@ -467,26 +452,37 @@ def _logistic_regression(features: Tensor, labels: Tensor, test: Tensor, count: 
 def knn_probe(features: Tensor, labels: Tensor, test: Tensor, count: int, *, seed: int = 0) -> ProbeResult:
     """The class that the most similar training clips vote for, by cosine; arguments as of :func:`linear_probe`."""
     features, test = F.normalize(features, dim=1), F.normalize(test, dim=1)
-    train, validation = _split(len(features), seed)
-    accuracies = []
-    for k in NEIGHBOURS:
-        classes = _vote(features[train], labels[train], features[validation], count, k)
-        accuracies.append(float((classes == labels[validation]).float().mean()))
-    best = NEIGHBOURS[accuracies.index(max(accuracies))]
-    return ProbeResult(_vote(features, labels, test, count, best), f"{best} neighbours")
+    classes, best = _predict_tuned(_vote, NEIGHBOURS, features, labels, test, count, seed)
+    return ProbeResult(classes, f"{best} neighbours")
 
 
 def _vote(features: Tensor, labels: Tensor, test: Tensor, count: int, k: int) -> Tensor:
     classes = []
-    for rows in test.split(_ROWS):
+    for rows in test.split(_ROWS):  # in parts: a row has a cosine for every training clip
         cosines, nearest = (rows @ features.T).topk(min(k, len(features)), dim=1)
         votes = torch.zeros(len(rows), count)
         classes.append(votes.scatter_add_(1, labels[nearest], (cosines / KNN_TEMPERATURE).exp()).argmax(dim=1))
     return torch.cat(classes)
 
 
-def _split(count: int, seed: int) -> tuple[Tensor, Tensor]:
+def _predict_tuned(
+    predict: Callable[[Tensor, Tensor, Tensor, int, Any], Tensor],
+    settings: Sequence[Any],
+    features: Tensor,
+    labels: Tensor,
+    test: Tensor,
+    count: int,
+    seed: int,
+) -> tuple[Tensor, Any]:
+    """Classes of ``test`` by the setting that is most accurate on held-out training clips; of equal ones the first."""
     # A generator of its own: the same split whatever else draws random numbers.
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    held_out = max(1, round(_VALIDATION_SHARE * count))
-    return order[held_out:], order[:held_out]
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
+    held_out = max(1, round(_VALIDATION_SHARE * len(features)))
+    train, validation = order[held_out:], order[:held_out]
+    accuracies = []
+    for setting in settings:
+        classes = predict(features[train], labels[train], features[validation], count, setting)
+        accuracies.append(float((classes == labels[validation]).float().mean()))
+    best = settings[accuracies.index(max(accuracies))]
+    # Once more on all of them: the held-out tenth is worth having, too.
+    return predict(features, labels, test, count, best), best

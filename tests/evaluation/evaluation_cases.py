@@ -19,8 +19,10 @@ from egohod.demo.world import NOUNS, VERBS, phrase
 from egohod.distributed import Distributed
 from egohod.evaluation import runner
 from egohod.evaluation.config import BenchmarkConfig
-from egohod.evaluation.embed import Execution
-from egohod.evaluation.runner import Benchmark
+from egohod.evaluation.embed import EmbedReport, Execution
+from egohod.evaluation.models import PLAIN
+from egohod.evaluation.runner import Benchmark, BenchmarkResult
+from egohod.evaluation.tasks import EvaluationTask
 from egohod.model.config import ModelConfig
 from egohod.model.dual_encoder import DualEncoder, create_model
 
@@ -50,6 +52,11 @@ def benchmark(folder: Path, dist: Distributed = ALONE, batch_size: int = 7, work
     """The demo benchmark at the size of the demo model, in this process alone unless told otherwise."""
     execution = Execution(batch_size=batch_size, workers=workers, dist=dist)
     return runner.benchmark(config(), "test", world_split(folder), execution)
+
+
+def evaluate(task: EvaluationTask, video: Tensor, text: Tensor) -> dict[str, float]:
+    """The numbers of a task alone, as a training loop gets them."""
+    return BenchmarkResult({PLAIN: task.measure(video, text)}, [], [], EmbedReport()).flat()
 
 
 def small_model() -> DualEncoder:

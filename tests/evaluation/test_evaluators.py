@@ -7,21 +7,21 @@ import logging
 import numpy as np
 import pytest
 import torch
-from evaluation_cases import assert_at_chance, random_features
+from evaluation_cases import assert_at_chance, evaluate, random_features
 from torch.nn.functional import normalize
 
 from egohod.data.formats.base import Question
 from egohod.errors import UserError
+from egohod.evaluation.embed import EmbedReport
 from egohod.evaluation.metrics import (
     RESAMPLES,
     Score,
-    expected_average_precision,
-    expected_graded_scores,
-    flat_with_controls,
+    expected_graded_per_query,
     median,
     percent,
 )
 from egohod.evaluation.results import table
+from egohod.evaluation.runner import BenchmarkResult
 from egohod.evaluation.tasks import (
     ClassificationTask,
     MultiLabelTask,
@@ -45,7 +45,7 @@ def test_retrieval_by_an_oracle_is_perfect() -> None:
     # Texts of one action share a direction, each text has a smaller one of its own; a clip looks like its text.
     relevancy = torch.from_numpy(case.relevancy[: len(case.texts)])
     text = normalize(torch.cat([relevancy, 0.5 * torch.eye(len(case.texts))], dim=1), dim=-1)
-    scores = case.evaluate(text[torch.from_numpy(case.text_of_clip)], text)
+    scores = evaluate(case, text[torch.from_numpy(case.text_of_clip)], text)
     for key in ("map", "map_v2t", "map_t2v", "ndcg", "recall_1_v2t", "recall_5_v2t", "recall_1_t2v", "recall_5_t2v"):
         assert scores[key] == pytest.approx(100)
     assert scores["median_rank_v2t"] == scores["median_rank_t2v"] == 1
@@ -54,7 +54,7 @@ def test_retrieval_by_an_oracle_is_perfect() -> None:
 def test_the_two_directions_of_retrieval_are_told_apart() -> None:
     case = RetrievalTask(["a", "b"], np.arange(2), np.eye(2, dtype=np.float32))
     # Each clip finds its text, but the second text prefers the first clip.
-    scores = case.evaluate(torch.tensor([[3.0, 2.0], [0.0, 1.0]]), torch.eye(2))
+    scores = evaluate(case, torch.tensor([[3.0, 2.0], [0.0, 1.0]]), torch.eye(2))
     assert (scores["recall_1_v2t"], scores["recall_1_t2v"]) == (100, 50)
     assert (scores["median_rank_v2t"], scores["median_rank_t2v"]) == (1, 1.5)
     assert (scores["map_v2t"], scores["map_t2v"], scores["map"]) == (100, 75, 87.5)
@@ -71,13 +71,12 @@ def test_retrieval_by_random_features_is_at_chance(direction: str) -> None:
         case = RetrievalTask([f"text {i}" for i in range(24)], np.arange(6), relevancy.T)
     clips, texts = case.relevancy.shape
     runs = [
-        case.evaluate(random_features(clips, 2 * seed), random_features(texts, 2 * seed + 1)) for seed in range(500)
+        evaluate(case, random_features(clips, 2 * seed), random_features(texts, 2 * seed + 1)) for seed in range(500)
     ]
     # Beside each chance level that of an item too few, for the queries that have theirs among the others.
-    fewer = expected_graded_scores(relevancy[:, 1:])
-    for key, other in (("map", fewer.mean_average_precision.v2t), ("ndcg", fewer.ndcg.v2t)):
-        key = f"{key}_{direction}"
-        assert_at_chance([run[key] for run in runs], runs[0][f"{key}_chance"], 100 * other, said=key)
+    for name, fewer in zip(("map", "ndcg"), expected_graded_per_query(relevancy[:, 1:]), strict=True):
+        key = f"{name}_{direction}"
+        assert_at_chance([run[key] for run in runs], runs[0][f"{key}_chance"], 100 * np.nanmean(fewer), said=key)
     if direction == "v2t":
         assert runs[0]["recall_1_v2t_chance"] == pytest.approx(100 / 6)
         assert_at_chance([run["recall_1_v2t"] for run in runs], 100 / 6, 100 / 5)
@@ -85,14 +84,14 @@ def test_retrieval_by_random_features_is_at_chance(direction: str) -> None:
 
 
 def test_the_median_rank_of_chance_is_the_middle() -> None:
-    assert retrieval_case().evaluate(random_features(60, 0), random_features(40, 1))["median_rank_v2t_chance"] == 20
+    assert evaluate(retrieval_case(), random_features(60, 0), random_features(40, 1))["median_rank_v2t_chance"] == 20
 
 
 def test_retrieval_tells_what_it_leaves_out(caplog: pytest.LogCaptureFixture) -> None:
     case = retrieval_case()
     case.relevancy[3] = 0
     with caplog.at_level(logging.WARNING):
-        case.evaluate(random_features(60, 0), random_features(40, 1))
+        evaluate(case, random_features(60, 0), random_features(40, 1))
     assert "map leaves out 1 clips and 0 texts" in caplog.text
 
 
@@ -113,7 +112,7 @@ def test_classification_by_an_oracle_is_perfect_and_knows_its_parts() -> None:
     case = grid()
     prompts = random_features(40, 5, width=64)
     video = class_features(prompts, case.class_of_text)[torch.from_numpy(case.labels)]
-    scores = case.evaluate(video, prompts)
+    scores = evaluate(case, video, prompts)
     for key in ("verb_noun_top1", "verb_noun_top5", "verb_noun_mean_class", "verb_top1", "noun_top1"):
         assert scores[key] == 100
     assert [scores[f"{key}_top1_chance"] for key in ("verb_noun", "verb", "noun")] == [5, 25, 20]
@@ -125,7 +124,7 @@ def test_classification_sees_which_part_is_wrong() -> None:
     prompts = torch.eye(20).repeat(2, 1)
     verb, noun = case.parts["verb"], case.parts["noun"]
     mistaken = np.array([np.flatnonzero((verb == (verb[c] + 1) % 4) & (noun == noun[c]))[0] for c in case.labels])
-    scores = case.evaluate(torch.eye(20)[torch.from_numpy(mistaken)], prompts)
+    scores = evaluate(case, torch.eye(20)[torch.from_numpy(mistaken)], prompts)
     assert (scores["verb_noun_top1"], scores["verb_top1"], scores["noun_top1"]) == (0, 0, 100)
 
 
@@ -134,7 +133,7 @@ def test_parts_are_marginalised_not_taken_from_the_best_class() -> None:
     case = ClassificationTask("c", ["a", "b", "c"], np.arange(3), np.array([1]), {"verb": np.array([0, 1, 1])})
     text = torch.eye(3)
     video = normalize(torch.tensor([[1.0, 0.99, 0.99]]), dim=-1)
-    scores = case.evaluate(video, text)
+    scores = evaluate(case, video, text)
     assert (scores["c_top1"], scores["verb_top1"]) == (0, 100)
 
 
@@ -143,7 +142,7 @@ def test_classification_by_random_features_is_at_chance() -> None:
     classes = np.arange(6)
     prompts = [f"prompt {i}" for i in range(12)]
     case = ClassificationTask("c", prompts, np.tile(classes, 2), np.tile(classes, 50), {"verb": verb, "noun": noun})
-    runs = [case.evaluate(random_features(300, 2 * seed), random_features(12, 2 * seed + 1)) for seed in range(150)]
+    runs = [evaluate(case, random_features(300, 2 * seed), random_features(12, 2 * seed + 1)) for seed in range(150)]
     # Beside each chance level those of a class (a verb, a noun) too few and too many.
     for key, chance, *wrong in (
         ("c_top1", 100 / 6, 100 / 5, 100 / 7),
@@ -161,11 +160,11 @@ def test_multilabel_map_of_random_features_is_at_chance() -> None:
     for name in range(4):
         labels[name : name + 3 + name, name] = True
     case = MultiLabelTask("map", [f"class {i}" for i in range(4)], labels)
-    runs = [case.evaluate(random_features(10, 2 * seed), random_features(4, 2 * seed + 1)) for seed in range(1500)]
+    runs = [evaluate(case, random_features(10, 2 * seed), random_features(4, 2 * seed + 1)) for seed in range(1500)]
     told = labels[labels.any(axis=1)]
     wrong = told.copy()
     wrong[np.arange(4), np.arange(4)] = False  # each class with a video too few
-    chances = [100 * float(np.nanmean(expected_average_precision(each))) for each in (told, wrong)]
+    chances = [100 * float(np.nanmean(expected_graded_per_query(1.0 * each.T)[0])) for each in (told, wrong)]
     assert runs[0]["map_chance"] == pytest.approx(chances[0])
     assert_at_chance([run["map"] for run in runs], *chances)
 
@@ -187,16 +186,16 @@ def questions() -> MultipleChoiceTask:
 
 def test_multiple_choice_both_ways() -> None:
     features = random_features(50, 1, width=64)
-    assert questions().evaluate(features, features) == pytest.approx(
+    assert evaluate(questions(), features, features) == pytest.approx(
         {"pair": 100, "pair_chance": 50, "clips": 100, "clips_chance": 20}
     )
-    opposite = questions().evaluate(-features, features)
+    opposite = evaluate(questions(), -features, features)
     assert (opposite["pair"], opposite["clips"]) == (0, 0)
 
 
 def test_multiple_choice_by_random_features_is_at_chance() -> None:
     table = questions()
-    runs = [table.evaluate(random_features(50, 2 * s), random_features(50, 2 * s + 1)) for s in range(300)]
+    runs = [evaluate(table, random_features(50, 2 * s), random_features(50, 2 * s + 1)) for s in range(300)]
     # A choice too few or too many.
     for kind, chance, *wrong in (("pair", 50, 100 / 3), ("clips", 20, 25, 100 / 6)):
         assert runs[0][f"{kind}_chance"] == pytest.approx(chance)
@@ -223,7 +222,7 @@ def test_table_shows_the_temporal_controls_as_columns() -> None:
         "freeze": {"map": number(10.0, 1.26), "median_rank": number(7.0, is_rank=True)},
         "shuffle": {"map": number(12.5)},
     }
-    results = flat_with_controls(scores, "plain")
+    results = BenchmarkResult(scores, [], [], EmbedReport()).flat()
     assert results == {
         "map": 12.34,
         "map_chance": 1.26,
@@ -266,8 +265,9 @@ def test_a_drop_is_judged_on_the_same_clips() -> None:
     right = np.random.default_rng(1).random(300) < 0.5
     worse = right.copy()
     worse[np.flatnonzero(right)[:30]] = False
-    value, (low, high) = percent([right], None).drop_to(percent([worse], None))
-    assert value == pytest.approx(10)
+    before, after = percent([right], None), percent([worse], None)
+    low, high = before.interval(minus=after)
+    assert before.value - after.value == pytest.approx(10)
     # Were the two resampled apart, the interval would be about 16 wide.
     assert 6 < low < 10 < high < 14
     assert high - low < 8

@@ -22,7 +22,7 @@ from egohod.data.videos import window_spans
 from egohod.errors import UserError
 from egohod.evaluation import embed as extraction
 from egohod.evaluation.embed import Execution, extract, remaining, shares
-from egohod.evaluation.features import Features, clock, open_index, read_features, read_index, search, write_video
+from egohod.evaluation.features import Features, Hit, open_index, read_features, read_index, search, span, write_video
 from tests.data.video_files import encode_sizes, remux
 from tests.support import Command, ShortRun
 
@@ -221,7 +221,8 @@ def test_search_ranks_and_passes_over_what_overlaps() -> None:
     query = np.array([1.0, 0.0], dtype=np.float32)
     assert [(hit.video, hit.start) for hit in search(query, found, 3)] == [("v", 0), ("v", 2), ("w", 0)]
     assert [hit.start for hit in search(query, found, 2, overlapping=True)] == [0, 1]
-    assert clock(3725.26) == "1:02:05.3"
+    assert span(Hit("v", 59.97, 3725.26, 1.0, "")) == "0:01:00.0 - 1:02:05.3"
+    assert span(Hit("w", 0.0, np.inf, 1.0, "")) == "whole"
 
 
 def test_from_files_to_a_contact_sheet(videos: Path, tmp_path: Path, inside: Command, short_run: ShortRun) -> None:

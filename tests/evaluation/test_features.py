@@ -239,7 +239,7 @@ def outside(tmp_path: Path) -> FrameAverage:
     }
     (tmp_path / "tiny_outside.json").write_text(json.dumps(settings))
     open_clip.add_model_config(tmp_path / "tiny_outside.json")
-    return FrameAverage("tiny_outside")
+    return FrameAverage("open_clip:tiny_outside")
 
 
 def test_an_outside_model_runs_on_every_benchmark(formats: Path, outside: FrameAverage) -> None:
@@ -257,7 +257,7 @@ def test_an_outside_model_runs_on_every_benchmark(formats: Path, outside: FrameA
 
 def test_an_unknown_outside_model_is_refused() -> None:
     with pytest.raises(UserError, match="open_clip:ViT-nothing"):
-        FrameAverage("ViT-nothing")
+        FrameAverage("open_clip:ViT-nothing")
 
 
 def test_a_cache_file_of_too_few_features_is_passed_over(tmp_path: Path) -> None:

@@ -13,20 +13,17 @@ import pytest
 from egohod.errors import UserError
 from egohod.evaluation import metrics
 from egohod.evaluation.metrics import (
-    expected_graded_scores,
+    expected_graded_per_query,
     expected_recall,
     first_relevant_rank,
     graded_per_query,
-    graded_scores,
-    mean_average_precision,
+    label_ranks,
     mean_class_accuracy,
-    median_rank,
+    median,
     multilabel_average_precision,
-    multiple_choice_accuracy,
-    ndcg,
+    multiple_choice_right,
+    percent,
     rank_items,
-    recall_at_k,
-    topk_accuracy,
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -57,31 +54,39 @@ def some_case(seed: int, shape: tuple[int, int] = (13, 17), *, ties: bool) -> tu
     return np.round(sim) if ties else sim, rng.choice([0, 0.25, 0.5, 0.75, 1], p=[0.5, 0.1, 0.2, 0.1, 0.1], size=shape)
 
 
+def both_directions(sim: np.ndarray, rel: np.ndarray) -> dict[str, list[float]]:
+    """mAP and nDCG in percent from video to text, from text to video, and their mean."""
+    per_query = zip(graded_per_query(sim, rel), graded_per_query(sim.T, rel.T), strict=True)
+    return {
+        name: [percent(parts, None).value for parts in ([v2t], [t2v], [v2t, t2v])]
+        for name, (v2t, t2v) in zip(("mAP", "nDCG"), per_query, strict=True)
+    }
+
+
 @pytest.mark.parametrize("case", ["small", "binary", "mid"])
 def test_graded_metrics_equal_the_reference_numbers(case: str) -> None:
     if case == "mid" and not SHARED.exists():
         pytest.skip("needs ../shared/golden (too large to copy)")
     arrays = np.load(SHARED) if case == "mid" else ARRAYS
-    scores = graded_scores(arrays[f"{case}_sim"], arrays[f"{case}_rel"])
-    for metric, name in ((scores.mean_average_precision, "mAP"), (scores.ndcg, "nDCG")):
-        assert [metric.v2t, metric.t2v, metric.mean] == pytest.approx(NUMBERS[case][f"{name}_v2t_t2v_avg"], abs=1e-12)
-        assert metric.left_out == (0, 0)
+    sim, rel = arrays[f"{case}_sim"], arrays[f"{case}_rel"]
+    for name, values in both_directions(sim, rel).items():
+        assert [value / 100 for value in values] == pytest.approx(NUMBERS[case][f"{name}_v2t_t2v_avg"], abs=1e-12)
+    assert not any(np.isnan(values).any() for values in (*graded_per_query(sim, rel), *graded_per_query(sim.T, rel.T)))
 
 
 def test_ties_go_to_the_lower_index_and_lie_in_the_possible_range() -> None:
-    scores, want = graded_scores(ARRAYS["ties_sim"], ARRAYS["ties_rel"]), NUMBERS["ties"]
-    ours = want["lower_index_first"]
-    assert scores.mean_average_precision.v2t == pytest.approx(ours["mAP_v2t"], abs=1e-12)
-    assert scores.mean_average_precision.t2v == pytest.approx(ours["mAP_t2v"], abs=1e-12)
-    assert scores.ndcg.v2t == pytest.approx(ours["nDCG_v2t"], abs=1e-12)
-    assert scores.ndcg.t2v == pytest.approx(ours["nDCG_t2v"], abs=1e-12)
-    assert want["worst_case"]["mAP_v2t"] < scores.mean_average_precision.v2t < want["best_case"]["mAP_v2t"]
+    want = NUMBERS["ties"]
+    for name, (v2t, t2v, _) in both_directions(ARRAYS["ties_sim"], ARRAYS["ties_rel"]).items():
+        assert v2t / 100 == pytest.approx(want["lower_index_first"][f"{name}_v2t"], abs=1e-12)
+        assert t2v / 100 == pytest.approx(want["lower_index_first"][f"{name}_t2v"], abs=1e-12)
+        if name == "mAP":
+            assert want["worst_case"]["mAP_v2t"] < v2t / 100 < want["best_case"]["mAP_v2t"]
 
 
 def test_published_self_check_of_ndcg() -> None:
     sim = [[1, 0.7, 0.4, 0], [0.3, 0.9, 0.6, 0.1], [0.2, 0.5, 0.8, 0.4]]
     rel = [[1, 0.5, 0.25, 0], [0, 1, 0.4, 0], [0.5, 0.3, 1, 0]]
-    assert ndcg(sim, rel).v2t == pytest.approx(0.9371789900735429, abs=1e-12)
+    assert np.mean(graded_per_query(sim, rel)[1]) == pytest.approx(0.9371789900735429, abs=1e-12)
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -96,7 +101,7 @@ def test_graded_metrics_equal_their_definition(ties: bool, dtype: type) -> None:
         np.testing.assert_allclose(gain, [ndcg_by_definition(s, r) for s, r in zip(sim, rel, strict=True)], atol=1e-12)
 
 
-def test_queries_without_a_relevant_item_are_left_out_and_counted() -> None:
+def test_queries_without_a_relevant_item_are_left_out() -> None:
     sim, rel = some_case(3, ties=False)
     rel[2], rel[5] = 0, 0.5  # nothing relevant; nothing fully relevant
     rel[:, 1] = 0
@@ -104,17 +109,14 @@ def test_queries_without_a_relevant_item_are_left_out_and_counted() -> None:
     assert np.isnan(ap[[2, 5]]).all()
     assert np.isnan(gain[2])
     assert gain[5] > 0
-    scores = graded_scores(sim, rel)
-    assert scores.mean_average_precision.v2t == pytest.approx(np.nanmean(ap))
-    assert scores.mean_average_precision.left_out[0] == np.isnan(ap).sum()
-    assert scores.ndcg.left_out == (1, 1)
+    assert percent([ap], None).value == pytest.approx(100 * np.nanmean(ap))
 
 
 def test_the_block_size_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     sim, rel = some_case(7, (29, 11), ties=True)
-    whole = graded_scores(sim, rel)
+    whole = graded_per_query(sim, rel)
     monkeypatch.setattr(metrics, "BLOCK_ELEMENTS", 35)
-    assert graded_scores(sim, rel) == whole
+    np.testing.assert_array_equal(graded_per_query(sim, rel), whole)
 
 
 def test_memory_does_not_grow_with_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +127,7 @@ def test_memory_does_not_grow_with_the_matrix(monkeypatch: pytest.MonkeyPatch) -
     def peak(rows: int) -> int:
         sim, rel = (array.astype(np.float32) for array in some_case(0, (rows, 400), ties=False))
         tracemalloc.start()
-        graded_scores(sim, rel)
+        both_directions(sim, rel)
         _, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         return most
@@ -144,21 +146,19 @@ def test_ranking_is_a_stable_sort_for_every_kind_of_float() -> None:
 
 def test_oracle_is_perfect() -> None:
     _, rel = some_case(11, ties=False)
-    scores = graded_scores(rel, rel)
-    assert scores.mean_average_precision.mean == 1
-    assert scores.ndcg.mean == pytest.approx(1, abs=1e-12)
-    assert mean_average_precision(-rel, rel).mean < 0.5
+    scores = both_directions(rel, rel)
+    assert scores["mAP"][2] == 100
+    assert scores["nDCG"][2] == pytest.approx(100, abs=1e-10)
+    assert both_directions(-rel, rel)["mAP"][2] < 50
 
 
 def test_chance_of_graded_metrics_is_the_mean_over_all_orders() -> None:
     rel = np.array([[1, 0.5, 0, 1, 0, 0.25], [0, 1, 0, 0, 0, 0], [0.5, 0.5, 0, 0, 0, 0]])
     orders = np.array(list(itertools.permutations(range(6))), dtype=np.float64)
     per_order = [graded_per_query(np.tile(order, (3, 1)), rel) for order in orders]
-    expected = expected_graded_scores(rel)
     ap, gain = (np.mean([entry[i] for entry in per_order], axis=0) for i in (0, 1))
-    assert expected.mean_average_precision.v2t == pytest.approx(np.nanmean(ap))
-    assert expected.mean_average_precision.left_out == (1, 3)
-    assert expected.ndcg.v2t == pytest.approx(np.nanmean(gain))
+    np.testing.assert_allclose(expected_graded_per_query(rel), [ap, gain], atol=1e-12)
+    assert [np.isnan(expected_graded_per_query(each)[0]).sum() for each in (rel, rel.T)] == [1, 3]
 
 
 def test_chance_of_recall_is_the_share_of_all_orders() -> None:
@@ -174,8 +174,8 @@ def test_ranks_equal_the_reference_numbers() -> None:
     ranks = first_relevant_rank(ARRAYS["cmx"], np.eye(len(ARRAYS["cmx"]), dtype=bool))
     np.testing.assert_array_equal(ranks - 1, want["cols"])
     for k in (1, 5, 10):
-        assert 100 * recall_at_k(ranks, k) == pytest.approx(want[f"R{k}"])
-    assert median_rank(ranks) == want["MedianR"]
+        assert 100 * np.mean(ranks <= k) == pytest.approx(want[f"R{k}"])
+    assert median(ranks, None).value == want["MedianR"]
 
 
 def test_rank_of_the_first_relevant_item() -> None:
@@ -183,13 +183,13 @@ def test_rank_of_the_first_relevant_item() -> None:
     relevant = np.array([[0, 1, 1, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 1]], dtype=bool)
     ranks = first_relevant_rank(sim, relevant)
     assert ranks.tolist() == [2, 1, 2, 0, 4]
-    assert recall_at_k(ranks, 2) == 3 / 4
-    assert median_rank(ranks) == 2
+    assert median(ranks, None).value == 2, "the query without a relevant item is left out"
 
 
 def test_topk_accuracy_equals_the_reference_numbers() -> None:
     scores, labels = ARRAYS["acc_output"], ARRAYS["acc_target"]
-    assert [100 * topk_accuracy(scores, labels, k) for k in (1, 5)] == pytest.approx(NUMBERS["accuracy_top1_top5"])
+    ranks = label_ranks(scores, labels)
+    assert [100 * np.mean(ranks <= k) for k in (1, 5)] == pytest.approx(NUMBERS["accuracy_top1_top5"])
 
 
 def test_topk_accuracy_with_ties_follows_the_lower_index() -> None:
@@ -197,7 +197,7 @@ def test_topk_accuracy_with_ties_follows_the_lower_index() -> None:
     order = [sorted(range(len(row)), key=lambda i, row=row: (-row[i], i)) for row in scores]
     for k in (1, 5):
         want = np.mean([label in best[:k] for best, label in zip(order, labels, strict=True)])
-        assert topk_accuracy(scores, labels, k) == pytest.approx(want)
+        assert np.mean(label_ranks(scores, labels) <= k) == pytest.approx(want)
 
 
 def test_mean_class_accuracy_leaves_out_classes_without_a_clip() -> None:
@@ -213,17 +213,9 @@ def test_mean_class_accuracy_leaves_out_classes_without_a_clip() -> None:
 
 @pytest.mark.parametrize(("scores", "key"), [("mcq_preds", "egomcq"), ("mcq_preds_ties", "egomcq_ties(first argmax)")])
 def test_multiple_choice_equals_the_reference_numbers(scores: str, key: str) -> None:
-    accuracy = multiple_choice_accuracy(ARRAYS[scores], ARRAYS["mcq_labels"], ARRAYS["mcq_types"])
-    want = {"1": NUMBERS[key]["Inter-video"], "2": NUMBERS[key]["Intra-video"]}
-    assert {kind: 100 * value for kind, value in accuracy.items()} == pytest.approx(want)
-
-
-def test_a_metric_unpacks_into_both_directions_and_their_mean() -> None:
-    sim, rel = some_case(2, ties=False)
-    v2t, t2v, mean = mean_average_precision(sim, rel)
-    want = [np.nanmean(graded_per_query(sim, rel)[0]), np.nanmean(graded_per_query(sim.T, rel.T)[0])]
-    assert [v2t, t2v] == pytest.approx(want)
-    assert mean == (v2t + t2v) / 2
+    right = multiple_choice_right(ARRAYS[scores], ARRAYS["mcq_labels"])
+    for kind, name in ((1, "Inter-video"), (2, "Intra-video")):
+        assert 100 * right[ARRAYS["mcq_types"] == kind].mean() == pytest.approx(NUMBERS[key][name])
 
 
 def test_multilabel_average_precision_equals_its_definition() -> None:
@@ -244,7 +236,7 @@ def test_multilabel_average_precision_equals_its_definition() -> None:
 
 def test_multiple_choice_with_fewer_choices() -> None:
     scores = np.array([[-3, -2, -np.inf], [0.1, 0.2, 0.3]])
-    assert multiple_choice_accuracy(scores, [1, 0], ["pair", "triple"]) == {"pair": 1, "triple": 0}
+    assert multiple_choice_right(scores, [1, 0]).tolist() == [True, False]
 
 
 def test_scores_that_cannot_be_ranked_are_refused() -> None:
@@ -253,20 +245,20 @@ def test_scores_that_cannot_be_ranked_are_refused() -> None:
         broken = sim.copy()
         broken[4, 4] = bad
         with pytest.raises(UserError, match="not finite"):
-            graded_scores(broken, rel)
+            graded_per_query(broken, rel)
         with pytest.raises(UserError, match="not finite"):
             first_relevant_rank(broken, rel == 1)
         with pytest.raises(UserError, match="not finite"):
-            multiple_choice_accuracy(broken, np.zeros(len(broken), dtype=int), ["a"] * len(broken))
+            multiple_choice_right(broken, np.zeros(len(broken), dtype=int))
 
 
 def test_shapes_and_labels_that_do_not_fit_are_refused() -> None:
     sim, rel = some_case(0, ties=False)
     with pytest.raises(UserError, match=r"\[13, 17\] and relevancies \[17, 13\]"):
-        graded_scores(sim, rel.T)
+        graded_per_query(sim, rel.T)
     with pytest.raises(UserError, match="labels run from 0 to 17, but there are 17 columns"):
-        topk_accuracy(sim, np.array([0] * 12 + [17]))
+        label_ranks(sim, np.array([0] * 12 + [17]))
     with pytest.raises(UserError, match="one label per row"):
-        topk_accuracy(sim, np.zeros(3, dtype=int))
+        label_ranks(sim, np.zeros(3, dtype=int))
     with pytest.raises(UserError, match="not among its choices"):
-        multiple_choice_accuracy(np.array([[1.0, -np.inf]]), [1], ["pair"])
+        multiple_choice_right(np.array([[1.0, -np.inf]]), [1])

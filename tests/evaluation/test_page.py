@@ -13,9 +13,9 @@ import pytest
 from evaluation_cases import ALONE, FRAMES, config, small_model
 from test_readers import settings
 
-from egohod.evaluation import html_report as galleries
+from egohod.evaluation import report as galleries
 from egohod.evaluation.features import read_json, write_json
-from egohod.evaluation.html_report import confusion_plot, most_confused, write_report
+from egohod.evaluation.report import confusion_plot, most_confused, write_report
 from egohod.evaluation.results import markdown, write_results
 from egohod.evaluation.runner import benchmark, execution_of
 from tests.browser import browser, needs_chromium
@@ -267,7 +267,7 @@ def test_the_pages_policy_stops_what_would_slip_through(evaluated: Path, tmp_pat
 
 
 def test_a_strip_is_small() -> None:
-    from egohod.evaluation.html_report import HEIGHT, jpeg, strip
+    from egohod.evaluation.report import HEIGHT, jpeg, strip
 
     frames = np.random.default_rng(0).integers(0, 255, (3, 270, 480, 3), dtype=np.uint8)
     picture = strip(frames)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from evaluation_cases import ALONE, FRAMES, config, random_features, small_model
+from evaluation_cases import ALONE, FRAMES, config, evaluate, random_features, small_model
 from test_features import cached
 from test_readers import settings
 from torch import Tensor
@@ -115,24 +115,24 @@ TEXT = torch.eye(3)
 def test_the_maximum_over_views_counts_for_every_kind_of_table() -> None:
     texts = ["a", "b", "c"]
     classes = ClassificationTask("action", texts, np.arange(3), np.array([0]))
-    assert classes.evaluate(VIEWS, TEXT)["action_top1"] == 100
-    assert classes.evaluate(MEAN, TEXT)["action_top1"] == 0
+    assert evaluate(classes, VIEWS, TEXT)["action_top1"] == 100
+    assert evaluate(classes, MEAN, TEXT)["action_top1"] == 0
     assert classes.details(VIEWS, TEXT)["similarity"][0] == pytest.approx([0.9, 0.5, 0.1])
     retrieval = RetrievalTask(texts, np.array([0]), np.eye(3, dtype=np.float32)[:1])
-    assert retrieval.evaluate(VIEWS, TEXT)["recall_1_v2t"] == 100
-    assert retrieval.evaluate(MEAN, TEXT)["recall_1_v2t"] == 0
+    assert evaluate(retrieval, VIEWS, TEXT)["recall_1_v2t"] == 100
+    assert evaluate(retrieval, MEAN, TEXT)["recall_1_v2t"] == 0
     assert retrieval.details(VIEWS, TEXT)["best_texts"] == [[0, 2, 1]]
     questions = MultipleChoiceTask(texts, [Question("q", True, 0, (0, 1, 2), 0)])
-    assert questions.evaluate(VIEWS, TEXT)["q"] == 100
-    assert questions.evaluate(MEAN, TEXT)["q"] == 0
+    assert evaluate(questions, VIEWS, TEXT)["q"] == 100
+    assert evaluate(questions, MEAN, TEXT)["q"] == 0
     assert questions.details(VIEWS, TEXT)["questions"][0]["similarity"] == pytest.approx([0.9, 0.1, 0.5])
     # Two clips and a text: the second clip's mean is nearer, the first one's best view.
     both = torch.cat([VIEWS, torch.tensor([[[0.6, 0.0, 0.0], [0.6, 0.0, 0.0]]])])
     asked = MultipleChoiceTask(texts, [Question("q", False, 0, (0, 1), 0)])
-    assert (asked.evaluate(both, TEXT)["q"], asked.evaluate(both.mean(dim=1), TEXT)["q"]) == (100, 0)
+    assert (evaluate(asked, both, TEXT)["q"], evaluate(asked, both.mean(dim=1), TEXT)["q"]) == (100, 0)
     labels = MultiLabelTask("map", texts, np.array([[True, False, False], [False, True, False]]))
     # The first class is found first or second, the other one second.
-    assert (labels.evaluate(both, TEXT)["map"], labels.evaluate(both.mean(dim=1), TEXT)["map"]) == (75, 50)
+    assert (evaluate(labels, both, TEXT)["map"], evaluate(labels, both.mean(dim=1), TEXT)["map"]) == (75, 50)
 
 
 def test_the_maximum_of_one_view_is_the_mean() -> None:

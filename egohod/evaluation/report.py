@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -41,28 +42,6 @@ PAGE_FILE = "report.html"
 # --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class ClassTable:
-    """The classes of a task as (name, clips, percent), lowest first, and their confusion matrix as a data URI."""
-
-    rows: Sequence[tuple[str, int, float]]
-    measure: str
-    confusion: str | None
-    confusion_of: int
-
-
-@dataclass(frozen=True)
-class Section:
-    """One benchmark: its entry of ``results.json``, and what is shown of its details."""
-
-    name: str
-    result: Mapping[str, Any]
-    controls: Sequence[str]
-    classes: Sequence[ClassTable]
-    galleries: Sequence[Gallery]
-    pictures: Thumbnails | None
-
-
 def write_report(folder: str | Path, *, decoder: str = "auto") -> Path:
     """Write ``report.html`` into the output folder of an evaluation, and return its path.
 
@@ -75,35 +54,42 @@ def write_report(folder: str | Path, *, decoder: str = "auto") -> Path:
     try:
         for name, result in results["benchmarks"].items():
             controls = list(dict.fromkeys(name for each in result["metrics"].values() for name in each["controls"]))
+            section = {"name": name, "result": result, "controls": controls, "classes": [], "galleries": []}
             path = folder / result["details"]
+            # Details are large, and may be left behind where results are kept: the numbers stand without them.
             if path.is_file():
                 details = read_json(path, FORMAT, hint)
                 clips, tables = details["clips"], details["tables"]
-                classes = [_class_table(table) for table in tables if table.get("per_class")]
-                galleries = [gallery(table, clips) for table in tables]
-                sections.append(Section(name, result, controls, classes, galleries, Thumbnails(clips, decoder)))
-            else:
-                sections.append(Section(name, result, controls, [], [], None))
+                section["classes"] = [_class_table(table) for table in tables if table.get("per_class")]
+                section["galleries"] = [gallery(table, clips) for table in tables]
+                section["pictures"] = Thumbnails(clips, decoder)
+            sections.append(section)
             path = folder / RESULTS_FILE
         html = render("report.html.jinja", results=results, sections=sections, shown_classes=SHOWN_CLASSES)
     except UserError:  # a ValueError, too, whose message is clear already
         raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, jinja2.UndefinedError) as error:
+        # A file that was edited, cut or written by something else can break anywhere: ``path`` is the one at hand.
         raise UserError(f"{path}: not what an evaluation writes ({type(error).__name__}: {error})") from error
     write_text(folder / PAGE_FILE, html)
     log.info("wrote %s (%.1f MB)", folder / PAGE_FILE, (folder / PAGE_FILE).stat().st_size / 1e6)
     return folder / PAGE_FILE
 
 
-def _class_table(table: Mapping[str, Any]) -> ClassTable:
+def _class_table(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The classes of a task as (name, clips, percent), lowest first, and their confusion matrix as a data URI."""
     measure = "accuracy" if "accuracy" in table["per_class"][0] else "average_precision"
     rows = [(table["classes"][each["class"]], each["clips"], each[measure]) for each in table["per_class"]]
     # Of equally bad classes the one with more clips comes first: its number is the more certain.
     rows.sort(key=lambda row: (row[2], -row[1], row[0]))
-    confusion = table.get("confusion") or []
+    confusion = table.get("confusion") or []  # clips with several classes have none
     png = confusion_plot(confusion, table["classes"]) if confusion else None
-    plot = None if png is None else data_uri(png, "image/png")
-    return ClassTable(rows, measure.replace("_", " "), plot, len({code for pair in confusion for code in pair[:2]}))
+    return {
+        "rows": rows,
+        "measure": measure.replace("_", " "),
+        "confusion": None if png is None else data_uri(png, "image/png"),
+        "confusion_of": len({code for pair in confusion for code in pair[:2]}),
+    }
 
 
 def render(template: str, **content: Any) -> str:
@@ -115,6 +101,7 @@ def render(template: str, **content: Any) -> str:
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["number"] = number
+    # The policy names the script's checksum instead of allowing inline scripts, so both come from the same bytes.
     script = loader.get_source(environment, "page.js")[0]
     checksum = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template(template).render(script=script, script_checksum=checksum, **content)
@@ -173,56 +160,45 @@ class Gallery:
 
 def gallery(table: Mapping[str, Any], clips: Mapping[str, Any]) -> Gallery:
     """The cards of one of the ``tables`` of ``details/*.json`` over its ``clips``."""
-    title, right, card = _KINDS[table["kind"]](table, clips)
-    groups = []
-    # Evenly over all clips rather than the first ones, which are often of one video.
-    for rows in (np.flatnonzero(right), np.flatnonzero(~right)):
-        count = min(len(rows), CARDS)
-        shown = rows[np.linspace(0, len(rows) - 1, count).round().astype(int)] if count else []
-        groups.append(([card(int(row)) for row in shown], len(rows)))
-    (correct, correct_count), (incorrect, incorrect_count) = groups
-    return Gallery(title, correct, incorrect, correct_count, incorrect_count)
+    title, cards_of = _KINDS[table["kind"]]
+    cards, shown = cards_of(table, clips), []
+    groups = [card for card in cards if card.right], [card for card in cards if not card.right]
+    for group in groups:
+        # Evenly over all clips rather than the first ones, which are often of one video.
+        places = np.linspace(0, len(group) - 1, min(len(group), CARDS)).round().astype(int)
+        shown.append([group[i] for i in places])
+    return Gallery(title, *shown, *map(len, groups))
 
 
-_Cards = tuple[str, np.ndarray, Callable[[int], Card]]
-
-
-def _retrieval(table: Mapping[str, Any], clips: Mapping[str, Any]) -> _Cards:
-    texts, best, similarity, relevancy = (table[name] for name in ("texts", "best_texts", "similarity", "relevancy"))
-    right = np.array([row[0] >= 1 for row in relevancy], dtype=bool)
-
-    def card(row: int) -> Card:
+def _retrieval(table: Mapping[str, Any], clips: Mapping[str, Any]) -> list[Card]:
+    texts, cards = table["texts"], []
+    columns = (table[name] for name in ("best_texts", "similarity", "relevancy", "most_relevant_text"))
+    for row, (best, similarity, relevancy, truth) in enumerate(zip(*columns, strict=True)):
+        # A text of partial relevancy is no correct answer: mAP counts relevancy 1 alone as a hit.
         answers = [
-            Answer(texts[text], sim, rel >= 1, rel)
-            for text, sim, rel in zip(best[row], similarity[row], relevancy[row], strict=True)
+            Answer(texts[text], value, rel >= 1, rel)
+            for text, value, rel in zip(best, similarity, relevancy, strict=True)
         ]
-        truth = texts[table["most_relevant_text"][row]]
-        return Card(bool(right[row]), _name(clips, row), [("", row)], truth, answers[:_ANSWERS])
-
-    return "Retrieval: most similar texts of a clip", right, card
+        cards.append(Card(answers[0].right, _name(clips, row), [("", row)], texts[truth], answers[:_ANSWERS]))
+    return cards
 
 
-def _classification(table: Mapping[str, Any], clips: Mapping[str, Any]) -> _Cards:
-    classes, best = table["classes"], table["best_classes"]
-    several = table["kind"] == "multilabel"
-    labels = [set(each) if several else {each} for each in table["labels"]]
-    right = np.array([row[0] in true for row, true in zip(best, labels, strict=True)], dtype=bool)
-
-    def card(row: int) -> Card:
-        similarity = table["similarity"][row] if "similarity" in table else [None] * len(best[row])
-        answers = [Answer(classes[c], sim, c in labels[row]) for c, sim in zip(best[row], similarity, strict=True)]
-        truth = ", ".join(classes[c] for c in sorted(labels[row])) or "none of the classes"
-        return Card(bool(right[row]), _name(clips, row), [("", row)], truth, answers[:_ANSWERS])
-
-    return "Classification: best classes of a clip", right, card
+def _classification(table: Mapping[str, Any], clips: Mapping[str, Any]) -> list[Card]:
+    classes, cards = table["classes"], []
+    # Tables of several classes a clip come without similarities.
+    similarities = table.get("similarity") or [[None] * len(best) for best in table["best_classes"]]
+    columns = zip(table["best_classes"], similarities, table["labels"], strict=True)
+    for row, (best, similarity, label) in enumerate(columns):
+        true = set(label) if table["kind"] == "multilabel" else {label}
+        answers = [Answer(classes[c], value, c in true) for c, value in zip(best, similarity, strict=True)]
+        truth = ", ".join(classes[c] for c in sorted(true)) or "none of the classes"
+        cards.append(Card(answers[0].right, _name(clips, row), [("", row)], truth, answers[:_ANSWERS]))
+    return cards
 
 
-def _multiple_choice(table: Mapping[str, Any], clips: Mapping[str, Any]) -> _Cards:
-    texts, questions = table["texts"], table["questions"]
-    right = np.array([each["taken"] == each["answer"] for each in questions], dtype=bool)
-
-    def card(row: int) -> Card:
-        question = questions[row]
+def _multiple_choice(table: Mapping[str, Any], clips: Mapping[str, Any]) -> list[Card]:
+    texts, cards = table["texts"], []
+    for question in table["questions"]:
         taken, answer = question["taken"], question["answer"]
         # The choice, and the correct one beside it if that is another.
         shown = [taken] if taken == answer else [taken, answer]
@@ -236,16 +212,15 @@ def _multiple_choice(table: Mapping[str, Any], clips: Mapping[str, Any]) -> _Car
             captions = ["chosen" if i == taken else "correct" for i in shown]
             title, pictures, truth = kind, list(zip(captions, chosen, strict=True)), texts[query]
         answers = [Answer(name, question["similarity"][i], i == answer) for name, i in zip(names, shown, strict=True)]
-        return Card(taken == answer, title, pictures, truth, answers)
+        cards.append(Card(taken == answer, title, pictures, truth, answers))
+    return cards
 
-    return "Multiple choice", right, card
 
-
-_KINDS = {
-    "retrieval": _retrieval,
-    "classification": _classification,
-    "multilabel": _classification,
-    "multiple_choice": _multiple_choice,
+_KINDS: dict[str, tuple[str, Callable[[Mapping[str, Any], Mapping[str, Any]], list[Card]]]] = {
+    "retrieval": ("Retrieval: most similar texts of a clip", _retrieval),
+    "classification": ("Classification: best classes of a clip", _classification),
+    "multilabel": ("Classification: best classes of a clip", _classification),
+    "multiple_choice": ("Multiple choice", _multiple_choice),
 }
 
 
@@ -295,14 +270,12 @@ def _figure_class() -> type[Figure] | None:
 
 
 def most_confused(confusion: Sequence[Sequence[int]], limit: int = SHOWN_CLASSES) -> list[int]:
-    """The ``limit`` classes with most mistakes, as true or as predicted class, ascending.
-
-    ``confusion`` has [true class, predicted class, clips].
-    """
-    mistakes: dict[int, int] = {}
+    """The ``limit`` classes with most mistakes, ascending; ``confusion`` has [true class, predicted class, clips]."""
+    # As true or as predicted: a class that attracts others' clips is as confused as one that loses its own.
+    mistakes: Counter[int] = Counter()
     for true, predicted, clips in confusion:
         for code in (true, predicted):
-            mistakes[code] = mistakes.get(code, 0) + (clips if true != predicted else 0)
+            mistakes[code] += clips if true != predicted else 0
     return sorted(sorted(mistakes, key=lambda code: (-mistakes[code], code))[:limit])
 
 
@@ -369,7 +342,7 @@ class Thumbnails:
     def __init__(self, clips: Mapping[str, Any], decoder: str = "auto") -> None:
         self._clips = clips
         self._store: VideoStore | None = None
-        self._strips: dict[int, str | None] = {}
+        self._strips: dict[int, str | None] = {}  # questions share clips
         try:
             _, opener = choose_decoder(decoder)
             self._store = VideoStore(
@@ -377,6 +350,7 @@ class Thumbnails:
                 min_clip_seconds=clips.get("min_clip_seconds"),
             )  # fmt: skip
         except UserError as error:
+            # Results are often looked at on a machine without the videos: numbers before pictures.
             log.warning("no thumbnails: %s", error)
 
     def strip(self, row: int) -> str | None:
@@ -400,7 +374,7 @@ def strip(frames: np.ndarray, height: int = HEIGHT) -> Image.Image:
         width = min(image.width, round(image.height * _MAX_ASPECT))
         left = (image.width - width) // 2
         image = image.crop((left, 0, left + width, image.height))
-        size = max(1, round(width * height / image.height)), height
+        size = max(1, round(width * height / image.height)), height  # of a sliver of an image at least a pixel
         pictures.append(image.resize(size, Image.Resampling.LANCZOS))
     sheet = Image.new("RGB", (sum(picture.width for picture in pictures) + 2 * (len(pictures) - 1), height), "white")
     left = 0
@@ -426,6 +400,7 @@ def contact_sheet(
     Raises :class:`UserError` if the folder is gone.
     """
     _, opener = choose_decoder(decoder)
+    # Never widened: a hit shows the moment that was encoded.
     store = VideoStore(
         root or index["root"], index["layout"], float(index["chunk_seconds"]), opener, min_clip_seconds=0.0
     )
@@ -435,6 +410,7 @@ def contact_sheet(
             strips.append(strip(store.read(hit.video, hit.start, hit.end, _SHEET_MOMENTS).pictures, _SHEET_HEIGHT))
         except UserError as error:
             log.warning("no picture: %s", error)
+            # An empty place of the same size, or all that follow would move.
             strips.append(Image.new("RGB", (_SHEET_MOMENTS * _SHEET_HEIGHT, _SHEET_HEIGHT), "#dddddd"))
     width, height = max(each.width for each in strips) + _GAP, _SHEET_HEIGHT + _CAPTION + _GAP
     columns = min(2, len(strips))
