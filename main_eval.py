@@ -23,8 +23,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from egohod import cli, config
 from egohod.config import Config
 from egohod.data.labels import ClassSpace
@@ -75,7 +73,12 @@ def main(arguments: Sequence[str]) -> int:
     overrides = ["model.weights.source=checkpoint", *stored, *args.overrides]
     overrides += [f"evaluate.controls=[{args.controls}]"] if args.controls else []
     cfg = config.load(args.config_file, [*overrides, f"model.weights.path={args.checkpoint}"])
-    classes = _classes(cfg, args) if args.heads else None
+    classes = None
+    if args.heads:
+        if not Path(args.checkpoint).is_dir():
+            raise UserError(f"--heads: {args.checkpoint} is not a run or checkpoint folder of main_finetune.py")
+        # The heads are those of the checkpoint, whatever the configuration says.
+        cfg.model.heads, classes = classes_of(Path(args.checkpoint))
     with cli.joined(cfg) as dist:
         if outside:
             model: Any = FrameAverage(args.checkpoint).to(dist.device)
@@ -84,6 +87,7 @@ def main(arguments: Sequence[str]) -> int:
         Path(args.output).mkdir(parents=True, exist_ok=True)
         checkpoint = {"path": args.checkpoint, "sha256": fingerprint(model)}
         benchmarks = _benchmarks(cfg, dist, model, args, checkpoint["sha256"], classes)
+        # All annotations are read by now: a mistake in the last benchmark surfaces before the first is computed.
         results = [(each, each.measure(model)) for each in benchmarks]
         write_results(args.output, cfg, dist, results, checkpoint=checkpoint, published=args.published)
         if dist.is_main:
@@ -91,27 +95,10 @@ def main(arguments: Sequence[str]) -> int:
     return cli.DONE
 
 
-def _classes(cfg: Config, args: Any) -> ClassSpace:
-    """The classes of the checkpoint's heads, which ``cfg`` gets too. Raises :class:`UserError` if it has none."""
-    if not Path(args.checkpoint).is_dir():
-        raise UserError(f"--heads: {args.checkpoint} is not a run or checkpoint folder of main_finetune.py")
-    cfg.model.heads, classes = classes_of(Path(args.checkpoint))
-    return classes
-
-
 def _benchmarks(
-    cfg: Config, dist: Distributed, model: nn.Module, args: Any, weights: str, classes: ClassSpace | None
+    cfg: Config, dist: Distributed, model: Any, args: Any, weights: str, classes: ClassSpace | None
 ) -> list[Benchmark]:
     """What ``--benchmark`` asks for, for this model."""
-    # The same weights give other features with another activation or another path.
-    architecture = {key: value for key, value in vars(cfg.model).items() if key != "weights"}
-    execution = dataclasses.replace(
-        execution_of(cfg, dist),
-        cache=Path(cfg.evaluate.cache) if cfg.evaluate.cache else None,
-        identity={"weights": weights, "model": str(architecture)},
-        allow_missing=args.allow_missing,
-    )
-    outside = model if isinstance(model, FrameAverage) else None
     if args.benchmark:
         chosen = resolve_benchmarks(cfg, args.benchmark, args.root, args.metadata)
     elif args.root or args.metadata:
@@ -121,19 +108,21 @@ def _benchmarks(
         chosen = {name: cfg.evaluate.benchmarks[name] for name in names}
         if not chosen:
             raise UserError("nothing to evaluate: set evaluate.during or evaluate.final, or give --benchmark")
-    return [
-        benchmark(
-            cfg,
-            name,
-            each,
-            execution,
-            size=outside.size if outside else None,
-            tokenizer=outside.tokenizer if outside else Tokenizer(model.geometry.context_length),  # type: ignore[union-attr, arg-type]
-            controls=cfg.evaluate.controls,
-            classes=classes,
-        )
-        for name, each in chosen.items()
-    ]
+    # The same weights give other features with another activation or another path.
+    architecture = {key: value for key, value in vars(cfg.model).items() if key != "weights"}
+    execution = dataclasses.replace(
+        execution_of(cfg, dist),
+        cache=Path(cfg.evaluate.cache) if cfg.evaluate.cache else None,
+        identity={"weights": weights, "model": str(architecture)},
+        allow_missing=args.allow_missing,
+    )
+    # An outside model brings its own resolution and words; cfg.model does not describe it.
+    if isinstance(model, FrameAverage):
+        size, tokenizer = model.size, model.tokenizer
+    else:
+        size, tokenizer = None, Tokenizer(model.geometry.context_length)
+    options = {"size": size, "tokenizer": tokenizer, "controls": cfg.evaluate.controls, "classes": classes}
+    return [benchmark(cfg, name, each, execution, **options) for name, each in chosen.items()]
 
 
 if __name__ == "__main__":

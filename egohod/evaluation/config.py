@@ -7,6 +7,7 @@ from typing import Any
 
 from egohod.knobs import knob
 
+# Known here, too, so that the configuration can be checked without importing torch: runner.py has what they mean.
 PROTOCOL_NAMES = (
     *("as_trained", "clean", "whole_clip", "upstream", "upstream_4", "upstream_egtea"),
     *("avion", "lavila", "lavila_10x3"),
@@ -36,6 +37,7 @@ class BenchmarkConfig:
         "chunks, no other, and no one in whole files; 0: never",
         low=0,
     )
+    # Test clips of one split are training clips of another, so a fine-tuned model has seen those of the others.
     test_split: int | None = knob(
         None,
         "egtea: the only split to test, as a model fine-tuned on its training part needs; null is all",
@@ -65,15 +67,18 @@ class EvaluateConfig:
         "project's own, whole_clip for egtea and clean for others",
         choices=("auto", *PROTOCOL_NAMES),
     )
+    # Two lists, because a number that a step is chosen by is no longer an estimate of how good it is.
     during: list[str] = knob([], "benchmarks that are measured while training, to tune and to choose a step")
     final: list[str] = knob([], "benchmarks that are measured once, when training is done, for the reported table")
     num_frames: int | None = knob(None, "frames a benchmark shows of each clip; null is the protocol's number", low=1)
+    # A benchmark is small beside a training run: reproducible numbers are worth the time.
     precision: str = knob(
         "fp32",
         "autocast type of features, as train.precision; fp32 makes numbers independent of batches and processes, and "
         "here never multiplies in TF32",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
+    # Decoding is most of an evaluation, and most evaluations share clips with an earlier one.
     cache: str | None = knob(
         "features", "folder in which main_eval.py keeps features, by checkpoint, clip and protocol; null keeps none"
     )
@@ -91,6 +96,7 @@ class EvaluateConfig:
         ``below`` are the values that ``section`` is merged into. Returns (old, new) names for a warning.
         """
         renamed = []
+        # A base file may have the old keys and the file on it the new ones, or the other way round.
         for old, name, when in (("demo_val", "val", "during"), ("demo_test", "test", "final")):
             if old not in section:
                 continue

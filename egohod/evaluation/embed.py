@@ -308,11 +308,7 @@ def shares(sizes: Mapping[str, int], count: int) -> list[list[str]]:
 
 
 def extract(
-    model: VideoTextModel,
-    dataset: ClipDataset,
-    folder: Path,
-    todo: Mapping[str, str],
-    run: Execution,
+    model: VideoTextModel, dataset: ClipDataset, folder: Path, todo: Mapping[str, str], run: Execution
 ) -> Extracted:
     """Embed the videos ``todo`` (see :func:`remaining`) into ``folder``, a file each. Collective over all processes.
 
@@ -337,11 +333,7 @@ def extract(
 
 
 def _extract_share(
-    model: VideoTextModel,
-    dataset: ClipDataset,
-    folder: Path,
-    todo: Mapping[str, str],
-    run: Execution,
+    model: VideoTextModel, dataset: ClipDataset, folder: Path, todo: Mapping[str, str], run: Execution
 ) -> Extracted:
     clips, rows_of = dataset.clips, dataset.clips.rows_of_videos()
     rows = np.array([row for video in todo for row in rows_of[video]], dtype=np.int64)

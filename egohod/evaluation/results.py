@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 RESULTS_FILE, MARKDOWN_FILE, DETAILS_FOLDER = "results.json", "results.md", "details"
 FORMAT = 1
+# What a number depends on beside the code: decoding, image resizing and kernels change with versions.
 _PACKAGES = ("egohod", "torch", "numpy", "torchvision", "open_clip_torch")
 
 # Zero-shot numbers of released models in percent, as their papers report them; for comparison, never for tests. None:
@@ -77,16 +78,9 @@ def write_results(
 ) -> None:
     """Log the table and write ``results.json``, its details and ``results.md``; only the first process does.
 
-    Args:
-        folder: where the files go.
-        cfg: the configuration, whose checksum is recorded.
-        dist: this process.
-        evaluated: benchmarks and their results.
-        checkpoint: what was evaluated (path, sha256).
-        also: further numbers by name, such as those of the validation benchmarks while training.
-        published: a model of ``PUBLISHED`` to compare with.
-
-    Raises :class:`OSError` when a file cannot be written; an older one is then untouched.
+    ``checkpoint`` is what was evaluated (path, sha256); ``also`` further numbers by name, such as those of the
+    validation benchmarks while training; ``published`` a model of ``PUBLISHED`` to compare with. Raises
+    :class:`OSError` when a file cannot be written; an older one is then untouched.
     """
     if not dist.is_main:
         return
@@ -109,6 +103,7 @@ def write_results(
     results = {
         "format": FORMAT,
         "checkpoint": dict(checkpoint),
+        # Of the configuration that took effect: overrides of the command line are in no file.
         "config": {"sha256": hashlib.sha256(to_yaml(cfg).encode()).hexdigest(), "model": cfg.model.name},
         "versions": versions,
         "device": str(dist),
@@ -173,8 +168,7 @@ def describe(benchmark: Benchmark, result: BenchmarkResult, published: Mapping[s
 def details(benchmark: Benchmark, result: BenchmarkResult) -> dict[str, Any]:
     """The content of ``details/<name>.json``: the clips, and the details of each task."""
     clips, config, rows = benchmark.dataset.clips, benchmark.dataset.config, result.rows
-    ids, videos = clips.ids, clips.videos
-    ends = [float(clips.end[i]) for i in rows]
+    ids, videos = clips.ids, clips.videos  # once: each is a column that is made from a packed table
     return {
         "format": FORMAT,
         "clips": {
@@ -186,7 +180,7 @@ def details(benchmark: Benchmark, result: BenchmarkResult) -> dict[str, Any]:
             "video": [videos[i] for i in rows],
             "start": [float(clips.start[i]) for i in rows],
             # JSON has no infinity, the end of a clip that is a whole file.
-            "end": [end if end != float("inf") else None for end in ends],
+            "end": [None if clips.end[i] == np.inf else float(clips.end[i]) for i in rows],
         },
         "tables": list(result.details),
     }
@@ -233,10 +227,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     a partial evaluation is marked.
     """
     model = f"{results['config']['model']} `{results['checkpoint']['sha256'][:12]}`"
-    lines = [
-        "| benchmark | result, % [95 % interval] | protocol | clips | weights |",
-        "|---|---|---|---|---|",
-    ]
+    lines = ["| benchmark | result, % [95 % interval] | protocol | clips | weights |", "|---|---|---|---|---|"]
     for name, each in results["benchmarks"].items():
         metrics, protocol, clips = each["metrics"], each["protocol"], f"{each['clips']:,}"
         titles = {key: title for key, title in _HEADLINES.items() if key in metrics}

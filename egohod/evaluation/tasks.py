@@ -22,13 +22,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from egohod.data.formats.base import (
-    BenchmarkData,
-    ClassificationData,
-    MultiLabelData,
-    QuestionData,
-    RetrievalData,
-)
+from egohod.data.formats.base import BenchmarkData, ClassificationData, MultiLabelData, QuestionData, RetrievalData
 from egohod.data.labels import ClassSpace
 from egohod.errors import UserError
 from egohod.evaluation.metrics import (
