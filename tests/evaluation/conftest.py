@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from evaluation_cases import ALONE, config, settings, small_model
 
 from egohod.demo.write import write_benchmarks
+from egohod.evaluation.report import write_report
+from egohod.evaluation.results import write_results
+from egohod.evaluation.runner import benchmark, execution_of
 
 
 @pytest.fixture(autouse=True)
@@ -35,3 +39,18 @@ def formats(demo_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert write_benchmarks(copy)
     assert not write_benchmarks(copy)
     return copy / "test"
+
+
+@pytest.fixture(scope="session")
+def evaluated(formats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output of an evaluation with every kind of table; not to be changed."""
+    folder, cfg, model = tmp_path_factory.mktemp("evaluated"), config(), small_model()
+    found = []
+    for kind in ("custom", "ek100_mir", "ek100_cls", "egomcq", "charades_ego"):
+        bench = benchmark(cfg, kind, settings(formats, kind), execution_of(cfg, ALONE), controls=["shuffle", "freeze"])
+        found.append((bench, bench.measure(model)))
+    write_results(
+        folder, cfg, ALONE, found, checkpoint={"path": "a <run>", "sha256": "0f" * 32}, published="EgoVideo-L"
+    )
+    write_report(folder)
+    return folder

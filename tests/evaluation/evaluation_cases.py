@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,12 @@ from egohod.evaluation import runner
 from egohod.evaluation.config import BenchmarkConfig
 from egohod.evaluation.embed import EmbedReport, Execution
 from egohod.evaluation.models import PLAIN
-from egohod.evaluation.runner import Benchmark, BenchmarkResult
+from egohod.evaluation.runner import Benchmark, BenchmarkResult, benchmark, execution_of
 from egohod.evaluation.tasks import EvaluationTask
 from egohod.model.config import ModelConfig
 from egohod.model.dual_encoder import DualEncoder, create_model
 
 FRAMES = 4
-
 
 ALONE = Distributed(0, 1, torch.device("cpu"), None)
 
@@ -48,7 +48,7 @@ def world_split(folder: Path) -> BenchmarkConfig:
     )
 
 
-def benchmark(folder: Path, dist: Distributed = ALONE, batch_size: int = 7, workers: int = 0) -> Benchmark:
+def demo_benchmark(folder: Path, dist: Distributed = ALONE, batch_size: int = 7, workers: int = 0) -> Benchmark:
     """The demo benchmark at the size of the demo model, in this process alone unless told otherwise."""
     execution = Execution(batch_size=batch_size, workers=workers, dist=dist)
     return runner.benchmark(config(), "test", world_split(folder), execution)
@@ -118,3 +118,41 @@ def _key(clip: Tensor) -> bytes:
 
 def _ids(tokens: Tensor) -> tuple[int, ...]:
     return tuple(token for token in tokens.tolist() if token)
+
+
+def settings(test: Path, kind: str) -> BenchmarkConfig:
+    """Where a benchmark of the demo world lies."""
+    folder = test / "benchmarks"
+    own_videos = {"egtea": folder / "egtea/videos", "charades_ego": folder / "charades_ego/videos"}
+    metadata = {"ek100_mir": "ek100", "ek100_cls": "ek100"}.get(kind, kind)
+    path = test / "hod.csv" if kind == "custom" else folder / metadata
+    return BenchmarkConfig(kind=kind, metadata=str(path), root=str(own_videos.get(kind, test / "videos")))
+
+
+def made(test: Path, kind: str, **evaluate: object) -> Benchmark:
+    cfg = config(**evaluate)
+    return benchmark(cfg, kind, settings(test, kind), execution_of(cfg, ALONE), controls=cfg.evaluate.controls)
+
+
+def cached(test: Path, kind: str, cache: Path, identity: str = "weights", **more: Any) -> Benchmark:
+    cfg = config()
+    execution = dataclasses.replace(execution_of(cfg, ALONE), cache=cache, identity={"weights": identity}, **more)
+    return benchmark(cfg, kind, settings(test, kind), execution, controls=["reverse"])
+
+
+class Counting(nn.Module):
+    """The small model, which counts what it is asked for and may stop working."""
+
+    def __init__(self, limit: int = 10**9) -> None:
+        super().__init__()
+        self.inner, self.limit, self.videos, self.texts = small_model(), limit, 0, 0
+
+    def encode_video(self, video: Tensor, normalize: bool = True) -> Tensor:
+        if self.videos + len(video) > self.limit:
+            raise KeyboardInterrupt
+        self.videos += len(video)
+        return self.inner.encode_video(video, normalize=normalize)
+
+    def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:
+        self.texts += len(tokens)
+        return self.inner.encode_text(tokens, normalize=normalize)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evaluation_cases import FRAMES, benchmark, small_model
+from evaluation_cases import FRAMES, demo_benchmark, small_model
 from torch import Tensor, nn
 
 from egohod.data.text import Tokenizer
@@ -46,13 +46,13 @@ def run_in_group(rank: int, world_size: int, folder: Path, broken: Path, out: Pa
     torch.distributed.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=world_size)
     dist = Distributed(rank, world_size, torch.device("cpu"), "gloo")
     model = small_model()
-    bench = benchmark(folder, dist, batch_size=4)
+    bench = demo_benchmark(folder, dist, batch_size=4)
     run = Execution(4, 0, dist)
     clips, _ = embed_clips(model, bench.dataset, run, controls=["shuffle"])
     texts = embed_texts(model, ["one", "a longer text", "one"], bench.tokenizer, run)
     results = bench(model)
     try:
-        embed_clips(model, benchmark(broken, dist).dataset, run)
+        embed_clips(model, demo_benchmark(broken, dist).dataset, run)
         fault = ""
     except UserError as error:
         fault = str(error)
@@ -68,7 +68,7 @@ def test_two_processes_give_the_features_and_results_of_one(world: Path, tmp_pat
 
     torch.multiprocessing.spawn(run_in_group, (2, world, broken, tmp_path), nprocs=2)
 
-    bench, model = benchmark(world), small_model()
+    bench, model = demo_benchmark(world), small_model()
     assert len(bench.dataset) % 2 == 1, "the shares of the processes should differ in length"
     alone, _ = embed_clips(model, bench.dataset, Execution(7, 0, ALONE), controls=["shuffle"])
     results = bench(model)
@@ -84,7 +84,7 @@ def test_two_processes_give_the_features_and_results_of_one(world: Path, tmp_pat
 
 
 def test_clips_come_in_the_order_of_the_table_with_and_without_workers(world: Path) -> None:
-    dataset = benchmark(world).dataset
+    dataset = demo_benchmark(world).dataset
     want = torch.stack([normalise(dataset[i]["video"])[0].mean(dim=(0, 2, 3)) for i in range(len(dataset))])
     for workers, batch_size in ((0, len(dataset)), (2, 3)):
         model = Recorder()
@@ -121,7 +121,7 @@ def test_fp32_features_are_computed_without_tf32(world: Path, tmp_path: Path) ->
             seen.add(float32_settings())
             return super().encode_text(tokens, normalize)
 
-    seen, dataset, training = set[tuple[str, str]](), benchmark(world).dataset, ("high", "tf32")
+    seen, dataset, training = set[tuple[str, str]](), demo_benchmark(world).dataset, ("high", "tf32")
     assert float32_settings() == training
     embed_clips(Settings(), dataset, Execution(8, 0, ALONE))
     embed_texts(Settings(), ["one"], Tokenizer(), Execution(8, 0, ALONE))
@@ -152,7 +152,7 @@ def test_fp32_is_exact_with_the_switches_of_torch_2_6(monkeypatch: pytest.Monkey
 
 
 def test_evaluation_leaves_mode_gradients_and_random_numbers_alone(world: Path) -> None:
-    dataset, model = benchmark(world).dataset, Recorder()
+    dataset, model = demo_benchmark(world).dataset, Recorder()
     state = torch.get_rng_state()
     embed_clips(model, dataset, Execution(8, 1, ALONE))
     assert model.modes == {(False, False)}
@@ -178,7 +178,7 @@ def test_text_features_do_not_depend_on_the_batch() -> None:
 
 
 def test_features_that_are_not_finite_are_refused(world: Path) -> None:
-    dataset = benchmark(world).dataset
+    dataset = demo_benchmark(world).dataset
     with pytest.raises(UserError, match=f"{len(dataset)} of {len(dataset)} clips are NaN or infinite, first of clip 0"):
         embed_clips(Recorder(float("nan")), dataset, Execution(8, 0, ALONE))
 

@@ -22,7 +22,7 @@ from egohod.data.videos import window_spans
 from egohod.errors import UserError
 from egohod.evaluation import embed as extraction
 from egohod.evaluation.embed import Execution, extract, remaining, shares
-from egohod.evaluation.features import Features, Hit, open_index, read_features, read_index, search, span, write_video
+from egohod.evaluation.features import open_index, read_features, read_index, write_video
 from tests.data.video_files import encode_sizes, remux
 from tests.support import Command, ShortRun
 
@@ -188,41 +188,6 @@ def test_two_processes_write_what_one_writes(
     assert done.returncode != 0
     assert "a 90.00-91.00 s" in done.stderr
     assert (tmp_path / "three" / "b" / "d.npz").exists()
-
-
-def test_features_of_two_models_never_share_a_folder(tmp_path: Path) -> None:
-    said = {
-        "format": 1,
-        "weights": "a",
-        "protocol": {"frames": 4},
-        "root": "r",
-        "layout": "whole",
-        "chunk_seconds": 15.0,
-    }
-    open_index(tmp_path, said | {"videos": {"x": "x.npz"}})
-    open_index(tmp_path, said | {"videos": {"y": "y.npz"}})
-    assert list(read_index(tmp_path)["videos"]) == ["x", "y"]
-    for change, named in (
-        ({"weights": "b"}, "weights"),
-        ({"protocol": {"frames": 5}}, "protocol"),
-        ({"root": "s"}, "in r"),
-    ):
-        with pytest.raises(UserError, match=named):
-            open_index(tmp_path, said | {"videos": {}} | change)
-    with pytest.raises(UserError, match="no video of the index has features yet"):
-        read_features(tmp_path)
-
-
-def test_search_ranks_and_passes_over_what_overlaps() -> None:
-    features = np.array([[1.0, 0.0], [0.9, 0.1], [0.8, 0.2], [0.0, 1.0]], dtype=np.float32)
-    found = Features(
-        features, ["v", "v", "v", "w"], np.array([0.0, 1.0, 2.0, 0.0]), np.array([2.0, 3.0, 4.0, np.inf]), [""] * 4
-    )
-    query = np.array([1.0, 0.0], dtype=np.float32)
-    assert [(hit.video, hit.start) for hit in search(query, found, 3)] == [("v", 0), ("v", 2), ("w", 0)]
-    assert [hit.start for hit in search(query, found, 2, overlapping=True)] == [0, 1]
-    assert span(Hit("v", 59.97, 3725.26, 1.0, "")) == "0:01:00.0 - 1:02:05.3"
-    assert span(Hit("w", 0.0, np.inf, 1.0, "")) == "whole"
 
 
 def test_from_files_to_a_contact_sheet(videos: Path, tmp_path: Path, inside: Command, short_run: ShortRun) -> None:

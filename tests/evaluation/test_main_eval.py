@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from evaluation_cases import FRAMES, small_model
-from test_readers import settings
+from evaluation_cases import FRAMES, settings, small_model
 
 import main_eval
 from egohod.model.config import ModelConfig

@@ -27,8 +27,11 @@ from egohod.evaluation.metrics import (
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+
 SHARED = Path(__file__).parents[2] / "../shared/golden/loss_metrics.npz"
+
 NUMBERS = json.loads((GOLDEN / "loss_metrics.json").read_text())
+
 ARRAYS = np.load(GOLDEN / "metrics.npz")
 
 
@@ -262,3 +265,29 @@ def test_shapes_and_labels_that_do_not_fit_are_refused() -> None:
         label_ranks(sim, np.zeros(3, dtype=int))
     with pytest.raises(UserError, match="not among its choices"):
         multiple_choice_right(np.array([[1.0, -np.inf]]), [1])
+
+
+def test_intervals_hold_the_true_value_about_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(200):
+        low, high = percent([rng.random(80) < 0.3], None).interval()
+        inside += low <= 30 <= high
+    assert 178 <= inside <= 199
+
+
+def test_a_drop_is_judged_on_the_same_clips() -> None:
+    right = np.random.default_rng(1).random(300) < 0.5
+    worse = right.copy()
+    worse[np.flatnonzero(right)[:30]] = False
+    before, after = percent([right], None), percent([worse], None)
+    low, high = before.interval(minus=after)
+    assert before.value - after.value == pytest.approx(10)
+    # Were the two resampled apart, the interval would be about 16 wide.
+    assert 6 < low < 10 < high < 14
+    assert high - low < 8
+
+
+def test_a_number_without_a_query_has_no_interval() -> None:
+    for score in (percent([[np.nan]], None), percent([], None), median([0, 0], None)):
+        assert np.isnan([score.value, *score.interval()]).all()

@@ -7,13 +7,13 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from evaluation_cases import ALONE, assert_at_chance, config, random_features, small_model
+from evaluation_cases import assert_at_chance, made, random_features, settings, small_model
 from torch import Tensor
 
 from egohod.data.config import SourceConfig
@@ -22,15 +22,7 @@ from egohod.data.formats.custom import read_questions
 from egohod.data.table import ClipTable
 from egohod.errors import UserError
 from egohod.evaluation.config import BenchmarkConfig
-from egohod.evaluation.runner import (
-    PROTOCOLS,
-    Benchmark,
-    benchmark,
-    execution_of,
-    read_benchmark,
-    resolve_benchmarks,
-    tasks_of,
-)
+from egohod.evaluation.runner import PROTOCOLS, read_benchmark, tasks_of
 from egohod.evaluation.tasks import (
     ClassificationTask,
     EvaluationTask,
@@ -41,15 +33,6 @@ from egohod.evaluation.tasks import (
 from tests.data.video_files import encode
 
 KINDS = ["ek100_mir", "ek100_cls", "egtea", "egomcq", "charades_ego", "custom"]
-
-
-def settings(test: Path, kind: str) -> BenchmarkConfig:
-    """Where a benchmark of the demo world lies."""
-    folder = test / "benchmarks"
-    own_videos = {"egtea": folder / "egtea/videos", "charades_ego": folder / "charades_ego/videos"}
-    metadata = {"ek100_mir": "ek100", "ek100_cls": "ek100"}.get(kind, kind)
-    path = test / "hod.csv" if kind == "custom" else folder / metadata
-    return BenchmarkConfig(kind=kind, metadata=str(path), root=str(own_videos.get(kind, test / "videos")))
 
 
 class Content(NamedTuple):
@@ -72,11 +55,6 @@ def load(kind: str, config: BenchmarkConfig, protocol: str = "clean") -> Content
 
 def read(test: Path, kind: str, protocol: str = "clean") -> Content:
     return load(kind, settings(test, kind), protocol)
-
-
-def made(test: Path, kind: str, **evaluate: object) -> Benchmark:
-    cfg = config(**evaluate)
-    return benchmark(cfg, kind, settings(test, kind), execution_of(cfg, ALONE), controls=cfg.evaluate.controls)
 
 
 def oracle(table: EvaluationTask, clips: int) -> tuple[Tensor, Tensor]:
@@ -354,40 +332,6 @@ def test_anyones_csv_is_a_benchmark(tmp_path: Path) -> None:
         load("custom", config)
 
 
-def test_what_can_be_asked_for(formats: Path) -> None:
-    cfg = config()
-    assert resolve_benchmarks(cfg, "egtea", root="r", metadata="m") == {
-        "egtea": BenchmarkConfig(root="r", metadata="m")
-    }
-    with pytest.raises(UserError, match="--benchmark mri: there are all, ek100_mir, ek100_cls"):
-        resolve_benchmarks(cfg, "mri")
-    with pytest.raises(UserError, match="no benchmark's data is found"):
-        resolve_benchmarks(cfg, "all")
-    cfg.evaluate.benchmarks = {"mine": settings(formats, "custom"), "gone": BenchmarkConfig(metadata="/nowhere")}
-    assert list(resolve_benchmarks(cfg, "all")) == ["mine"]
-    with pytest.raises(
-        UserError, match=r"benchmark egtea: evaluate.benchmarks.egtea.metadata is not set; give --metadata"
-    ):
-        benchmark(cfg, "egtea", BenchmarkConfig(root="x"), execution_of(cfg, ALONE))
-    with pytest.raises(UserError, match="protocol=lavila_10x3 is for clips that are files of their own"):
-        benchmark(
-            cfg, "mine", BenchmarkConfig(metadata="x", root="x", protocol="lavila_10x3"), execution_of(cfg, ALONE)
-        )
-
-
-def test_details_name_every_clip_with_plain_values(formats: Path) -> None:
-    for kind in KINDS:
-        content = read(formats, kind)
-        for table in content.tables:
-            video, text = oracle(table, len(content.clips))
-            found = json.loads(json.dumps(table.details(video, text)))
-            assert found["kind"] in ("retrieval", "classification", "multilabel", "multiple_choice")
-            if found["kind"] == "classification":
-                assert [row[0] for row in found["best_classes"]] == found["labels"]
-                assert all(each["accuracy"] == 100 for each in found["per_class"])
-                assert sum(count for *_, count in found["confusion"]) == len(content.clips)
-
-
 def test_records_survive_what_other_programs_take_for_line_ends(tmp_path: Path) -> None:
     path, text = tmp_path / "questions.jsonl", "C stops\u2028C\x85turns\x0c\x1e"
     question = {"kind": "order", "query": {"clip": "a"}, "choices": [{"text": text}, {"text": "other"}], "answer": 0}
@@ -421,3 +365,77 @@ def test_annotation_files_may_be_saved_by_an_editor(formats: Path, tmp_path: Pat
         before, after = read(formats, kind), read(tmp_path, kind)
         assert list(after.clips.videos) == list(before.clips.videos)
         assert [list(table.texts) for table in after.tables] == [list(table.texts) for table in before.tables]
+
+
+GOOD: dict[str, Any] = {
+    "kind": "transient",
+    "query": {"clip": "u1"},
+    "choices": [{"text": "a"}, {"text": "b"}],
+    "answer": 1,
+}
+
+
+def test_questions_are_read_with_shared_texts(tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    other = {"kind": "across_clips", "query": {"text": "b"}, "choices": [{"clip": "u0"}, {"clip": "u1"}], "answer": 0}
+    path.write_text(json.dumps(GOOD) + "\n" + json.dumps(other) + "\n")
+    table = read_questions(path, ["u0", "u1"])
+    assert table.texts == ["a", "b"]
+    first, second = table.questions
+    assert (first.kind, first.query_is_clip, first.query, first.choices, first.answer) == (
+        "motion_transient",
+        True,
+        1,
+        (0, 1),
+        1,
+    )
+    assert (second.query_is_clip, second.query, second.choices) == (False, 1, (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "very quick"}, 'kind is "very quick", but becomes a metric'),
+        ({"query": {"clip": "u7"}}, "query is clip 'u7', which is not among the clips"),
+        ({"query": "u1"}, 'query must be {"clip": uid} or'),
+        ({"choices": [{"text": "a"}]}, "choices must be a list of at least two"),
+        ({"choices": [{"text": "a"}, {"clip": "u0"}]}, "the choices of a clip must be texts"),
+        ({"answer": 2}, "answer is 2, but there are 2 choices"),
+        ({"answer": -1}, "answer is -1"),
+        ({"answer": "1"}, "answer is '1'"),
+    ],
+)
+def test_a_bad_question_is_refused_with_its_line(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD | change) + "\n")
+    with pytest.raises(UserError) as error:
+        read_questions(path, ["u0", "u1"])
+    assert f"{path}: line 2: {message}" in str(error.value)
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"kind": "transient"}', "3"])
+def test_a_line_that_is_no_question_is_refused(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text(line)
+    with pytest.raises(UserError, match="line 1: not a question with kind, query, choices and answer"):
+        read_questions(path, ["u0"])
+
+
+def test_a_file_without_questions_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text("")
+    with pytest.raises(UserError, match="not a single question"):
+        read_questions(path, ["u0"])
+
+
+def test_details_name_every_clip_with_plain_values(formats: Path) -> None:
+    for kind in KINDS:
+        content = read(formats, kind)
+        for table in content.tables:
+            video, text = oracle(table, len(content.clips))
+            found = json.loads(json.dumps(table.details(video, text)))
+            assert found["kind"] in ("retrieval", "classification", "multilabel", "multiple_choice")
+            if found["kind"] == "classification":
+                assert [row[0] for row in found["best_classes"]] == found["labels"]
+                assert all(each["accuracy"] == 100 for each in found["per_class"])
+                assert sum(count for *_, count in found["confusion"]) == len(content.clips)

@@ -1,20 +1,23 @@
-"""Temporal controls: what they do to the frames, and that a model sees nothing else."""
+"""What an evaluation takes for a model: temporal controls, fingerprints, an outside baseline."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
-from evaluation_cases import benchmark
+from evaluation_cases import ALONE, config, demo_benchmark, settings, small_model
 from torch import Tensor, nn
 
 from egohod.data.transforms import normalise
 from egohod.distributed import Distributed
 from egohod.errors import UserError
 from egohod.evaluation.embed import Execution, embed_clips
-from egohod.evaluation.models import CONTROLS, apply_control, shuffled_order
+from egohod.evaluation.models import CONTROLS, FrameAverage, apply_control, fingerprint, shuffled_order
+from egohod.evaluation.runner import benchmark, execution_of
 
 FRAMES = 5
 
@@ -80,7 +83,7 @@ class Frames(nn.Module):
 def test_clips_are_decoded_once_for_the_plain_order_and_all_controls(
     world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dataset, decoded = benchmark(world).dataset, list[int]()
+    dataset, decoded = demo_benchmark(world).dataset, list[int]()
     plain_getitem = type(dataset).__getitem__
     monkeypatch.setattr(type(dataset), "__getitem__", lambda self, key: decoded.append(key) or plain_getitem(self, key))
     run = Execution(4, 0, Distributed(0, 1, torch.device("cpu"), None))
@@ -92,3 +95,42 @@ def test_clips_are_decoded_once_for_the_plain_order_and_all_controls(
     for index, row in enumerate(features["shuffle"]):
         order = shuffled_order(dataset.numbers[index], plain.shape[1])
         assert torch.equal(row, plain[index, torch.from_numpy(order)])
+
+
+def test_the_fingerprint_is_that_of_the_weights() -> None:
+    model = small_model()
+    before = fingerprint(model)
+    assert fingerprint(small_model()) == before
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] += 1e-6
+    assert fingerprint(model) != before
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> FrameAverage:
+    settings = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1},
+    }
+    (tmp_path / "tiny_outside.json").write_text(json.dumps(settings))
+    open_clip.add_model_config(tmp_path / "tiny_outside.json")
+    return FrameAverage("open_clip:tiny_outside")
+
+
+def test_an_outside_model_runs_on_every_benchmark(formats: Path, outside: FrameAverage) -> None:
+    cfg = config()
+    for kind in ("custom", "ek100_cls"):
+        bench = benchmark(
+            cfg, kind, settings(formats, kind), execution_of(cfg, ALONE),
+            size=outside.size, tokenizer=outside.tokenizer, controls=["shuffle", "freeze"],
+        )  # fmt: skip
+        results = bench(outside)
+        # It sees frames one by one, so their order means nothing to it; which frames there are does.
+        drops = [value for name, value in results.items() if name.startswith("shuffle/") and name.endswith("_drop")]
+        assert drops == pytest.approx([0] * len(drops), abs=1e-3)
+
+
+def test_an_unknown_outside_model_is_refused() -> None:
+    with pytest.raises(UserError, match="open_clip:ViT-nothing"):
+        FrameAverage("open_clip:ViT-nothing")

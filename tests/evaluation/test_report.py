@@ -10,35 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from evaluation_cases import ALONE, FRAMES, config, small_model
-from test_readers import settings
 
 from egohod.evaluation import report as galleries
-from egohod.evaluation.features import read_json, write_json
 from egohod.evaluation.report import confusion_plot, most_confused, write_report
-from egohod.evaluation.results import markdown, write_results
-from egohod.evaluation.runner import benchmark, execution_of
 from tests.browser import browser, needs_chromium
 from tests.support import Command
 
 HOSTILE = (
     '</td><script>document.title = "owned"</script><img src="https://example.org/x.png" onerror="alert(1)"> $\\frac{'
 )
-
-
-@pytest.fixture(scope="session")
-def evaluated(formats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Output of an evaluation with every kind of table; not to be changed."""
-    folder, cfg, model = tmp_path_factory.mktemp("evaluated"), config(), small_model()
-    found = []
-    for kind in ("custom", "ek100_mir", "ek100_cls", "egomcq", "charades_ego"):
-        bench = benchmark(cfg, kind, settings(formats, kind), execution_of(cfg, ALONE), controls=["shuffle", "freeze"])
-        found.append((bench, bench.measure(model)))
-    write_results(
-        folder, cfg, ALONE, found, checkpoint={"path": "a <run>", "sha256": "0f" * 32}, published="EgoVideo-L"
-    )
-    write_report(folder)
-    return folder
 
 
 @pytest.fixture
@@ -71,35 +51,6 @@ def change(folder: Path, name: str, how: Any) -> None:
 
 def html(folder: Path) -> str:
     return (folder / "report.html").read_text()
-
-
-def test_a_readme_gets_a_row_for_each_benchmark(evaluated: Path) -> None:
-    results = json.loads((evaluated / "results.json").read_text())
-    header, rule, *rows = (evaluated / "results.md").read_text().splitlines()
-    assert {line.count("|") for line in (header, rule, *rows)} == {6}
-    cells = {(row := [cell.strip() for cell in line.strip("|").split("|")])[0]: row[1:] for line in rows}
-    assert list(cells) == list(results["benchmarks"])
-    numbers, protocol, clips, weights = cells["ek100_mir"]
-    told = [results["benchmarks"]["ek100_mir"]["metrics"][name] for name in ("map", "ndcg")]
-    assert numbers == ", ".join(
-        f"{title} {metric['value']:.1f} [{metric['interval'][0]:.1f}, {metric['interval'][1]:.1f}]"
-        for title, metric in zip(("mAP", "nDCG"), told, strict=True)
-    )
-    assert protocol == f"clean: {FRAMES} frames, 40 px"
-    assert clips == str(results["benchmarks"]["ek100_mir"]["clips"])
-    assert weights == "DEMO `0f0f0f0f0f0f`"
-    assert "intra " in cells["egomcq"][0]
-
-
-def test_a_row_says_what_is_partial_and_names_no_number_that_there_is_not() -> None:
-    metrics = {"order|of": {"value": float("nan"), "interval": [float("nan")] * 2}}
-    protocol = {"name": "lavila_10x3", "frames": 16, "size": 224, "windows": 10, "crops": 3}
-    each = {"protocol": protocol, "partial": True, "evaluated": 900, "clips": 1000, "metrics": metrics}
-    table = markdown({"config": {"model": "B"}, "checkpoint": {"sha256": "ab" * 32}, "benchmarks": {"mine": each}})
-    assert table.splitlines()[2] == (
-        "| mine | order\\|of - | lavila_10x3: 16 frames, 224 px, 30 views | **partial**: 900 of 1,000 "
-        "| B `abababababab` |"
-    )
 
 
 def test_every_number_stands_on_the_page(evaluated: Path) -> None:
@@ -274,8 +225,3 @@ def test_a_strip_is_small() -> None:
     assert picture.height == HEIGHT
     assert picture.width == 3 * 128 + 4
     assert len(jpeg(picture)) < 40_000
-
-
-def test_numbers_that_are_none_become_null(tmp_path: Path) -> None:
-    write_json(tmp_path / "a.json", {"format": 1, "nan": float("nan"), "inf": [float("inf"), 1.5]})
-    assert read_json(tmp_path / "a.json", 1, "") == {"format": 1, "nan": None, "inf": [None, 1.5]}

@@ -1,8 +1,9 @@
-"""The three evaluators and the result table on features whose score is known."""
+"""The tasks on features whose score is known, and probes on features whose classes are known."""
 
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,23 +13,18 @@ from torch.nn.functional import normalize
 
 from egohod.data.formats.base import Question
 from egohod.errors import UserError
-from egohod.evaluation.embed import EmbedReport
-from egohod.evaluation.metrics import (
-    RESAMPLES,
-    Score,
-    expected_graded_per_query,
-    median,
-    percent,
-)
-from egohod.evaluation.results import table
-from egohod.evaluation.runner import BenchmarkResult
+from egohod.evaluation.features import INDEX_FORMAT, file_of, open_index, write_video
+from egohod.evaluation.metrics import expected_graded_per_query
 from egohod.evaluation.tasks import (
     ClassificationTask,
     MultiLabelTask,
     MultipleChoiceTask,
     RetrievalTask,
     class_features,
+    knn_probe,
+    linear_probe,
 )
+from tests.support import Command
 
 
 def retrieval_case(clips: int = 60, texts: int = 40, actions: int = 8) -> RetrievalTask:
@@ -202,53 +198,6 @@ def test_multiple_choice_by_random_features_is_at_chance() -> None:
         assert_at_chance([run[kind] for run in runs], chance, *wrong, said=kind)
 
 
-def test_table_shows_the_chance_beside_each_number() -> None:
-    results = {"test/map": 12.34, "test/map_chance": 1.26, "test/median_rank_v2t": 3.0, "test/other": 2.0}
-    assert table(results, "demo").splitlines() == [
-        "demo                    result    chance",
-        "test/map                 12.3%      1.3%",
-        "test/median_rank_v2t      3.0          -",
-        "test/other                2.0%         -",
-    ]
-
-
-def number(value: float, chance: float | None = None, is_rank: bool = False) -> Score:
-    return Score(value, chance, lambda _: np.full(RESAMPLES, value), is_rank)
-
-
-def test_table_shows_the_temporal_controls_as_columns() -> None:
-    scores = {
-        "plain": {"map": number(12.34, 1.26), "median_rank": number(3.0, is_rank=True)},
-        "freeze": {"map": number(10.0, 1.26), "median_rank": number(7.0, is_rank=True)},
-        "shuffle": {"map": number(12.5)},
-    }
-    results = BenchmarkResult(scores, [], [], EmbedReport()).flat()
-    assert results == {
-        "map": 12.34,
-        "map_chance": 1.26,
-        "median_rank": 3.0,
-        "freeze/map": 10.0,
-        "freeze/map_drop": pytest.approx(2.34),
-        "freeze/median_rank": 7.0,
-        "shuffle/map": 12.5,
-        "shuffle/map_drop": pytest.approx(-0.16),
-    }
-    assert table({f"test/{key}": value for key, value in results.items()}).splitlines() == [
-        "                    result    chance   shuffle    freeze",
-        "test/map             12.3%      1.3%     12.5%     10.0%",
-        "test/median_rank      3.0          -         -      7.0",
-    ]
-
-
-def test_intervals_hold_the_true_value_about_as_often_as_they_say() -> None:
-    rng = np.random.default_rng(0)
-    inside = 0
-    for _ in range(200):
-        low, high = percent([rng.random(80) < 0.3], None).interval()
-        inside += low <= 30 <= high
-    assert 178 <= inside <= 199
-
-
 def test_the_interval_of_a_mean_class_accuracy_is_wide_when_classes_have_one_clip() -> None:
     labels = np.arange(20)
     case = ClassificationTask("c", [f"prompt {i}" for i in range(20)], labels, labels)
@@ -261,18 +210,95 @@ def test_the_interval_of_a_mean_class_accuracy_is_wide_when_classes_have_one_cli
     assert 52 <= high <= 68
 
 
-def test_a_drop_is_judged_on_the_same_clips() -> None:
-    right = np.random.default_rng(1).random(300) < 0.5
-    worse = right.copy()
-    worse[np.flatnonzero(right)[:30]] = False
-    before, after = percent([right], None), percent([worse], None)
-    low, high = before.interval(minus=after)
-    assert before.value - after.value == pytest.approx(10)
-    # Were the two resampled apart, the interval would be about 16 wide.
-    assert 6 < low < 10 < high < 14
-    assert high - low < 8
+# Two views of a clip and three texts: one view is sure of the first text, both half like the third.
+# max over views: 0.9, 0.1, 0.5 (text 0); mean: 0.45, 0.05, 0.5 (text 2).
+VIEWS = torch.tensor([[[0.9, 0.0, 0.5], [0.0, 0.1, 0.5]]])
+
+MEAN = VIEWS.mean(dim=1)
+
+TEXT = torch.eye(3)
 
 
-def test_a_number_without_a_query_has_no_interval() -> None:
-    for score in (percent([[np.nan]], None), percent([], None), median([0, 0], None)):
-        assert np.isnan([score.value, *score.interval()]).all()
+def test_the_maximum_over_views_counts_for_every_kind_of_table() -> None:
+    texts = ["a", "b", "c"]
+    classes = ClassificationTask("action", texts, np.arange(3), np.array([0]))
+    assert evaluate(classes, VIEWS, TEXT)["action_top1"] == 100
+    assert evaluate(classes, MEAN, TEXT)["action_top1"] == 0
+    assert classes.details(VIEWS, TEXT)["similarity"][0] == pytest.approx([0.9, 0.5, 0.1])
+    retrieval = RetrievalTask(texts, np.array([0]), np.eye(3, dtype=np.float32)[:1])
+    assert evaluate(retrieval, VIEWS, TEXT)["recall_1_v2t"] == 100
+    assert evaluate(retrieval, MEAN, TEXT)["recall_1_v2t"] == 0
+    assert retrieval.details(VIEWS, TEXT)["best_texts"] == [[0, 2, 1]]
+    questions = MultipleChoiceTask(texts, [Question("q", True, 0, (0, 1, 2), 0)])
+    assert evaluate(questions, VIEWS, TEXT)["q"] == 100
+    assert evaluate(questions, MEAN, TEXT)["q"] == 0
+    assert questions.details(VIEWS, TEXT)["questions"][0]["similarity"] == pytest.approx([0.9, 0.1, 0.5])
+    # Two clips and a text: the second clip's mean is nearer, the first one's best view.
+    both = torch.cat([VIEWS, torch.tensor([[[0.6, 0.0, 0.0], [0.6, 0.0, 0.0]]])])
+    asked = MultipleChoiceTask(texts, [Question("q", False, 0, (0, 1), 0)])
+    assert (evaluate(asked, both, TEXT)["q"], evaluate(asked, both.mean(dim=1), TEXT)["q"]) == (100, 0)
+    labels = MultiLabelTask("map", texts, np.array([[True, False, False], [False, True, False]]))
+    # The first class is found first or second, the other one second.
+    assert (evaluate(labels, both, TEXT)["map"], evaluate(labels, both.mean(dim=1), TEXT)["map"]) == (75, 50)
+
+
+def clusters(count: int, classes: int, width: int, noise: float) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(classes, width, generator=generator)
+    labels = torch.arange(count) % classes
+    return centres[labels] + noise * torch.randn(count, width, generator=generator), labels
+
+
+@pytest.mark.parametrize("probe", [linear_probe, knn_probe])
+def test_probes_tell_clusters_apart(probe: object) -> None:
+    features, labels = clusters(300, 5, 16, 0.5)
+    found = probe(features[:200], labels[:200], features[200:], 5)  # type: ignore[operator]
+    assert (found.classes == labels[200:]).float().mean() > 0.95
+
+
+def test_the_linear_probe_reads_what_neighbours_cannot() -> None:
+    """The class stands in one direction of small spread; all others are noise."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(600, 32, generator=generator)
+    labels = (features[:, 0] > 0).long()
+    features[:, 0] *= 0.2
+    right = {
+        name: (probe(features[:400], labels[:400], features[400:], 2).classes == labels[400:]).float().mean()
+        for name, probe in (("linear", linear_probe), ("knn", knn_probe))
+    }
+    assert right["linear"] > 0.9 > right["knn"]
+
+
+def features(folder: Path, weights: str, values: np.ndarray, texts: list[str], videos: int = 1) -> Path:
+    """As tools/extract_features.py leaves them; of several videos only the first has been embedded yet."""
+    folder.mkdir()
+    names = {f"v{i}": file_of(f"v{i}") for i in range(videos)}
+    protocol = {"frames": 4, "size": 32, "crop": "centre"}
+    index = {"format": INDEX_FORMAT, "weights": weights, "protocol": protocol, "root": "videos", "videos": names}
+    open_index(folder, index | {"layout": "auto", "chunk_seconds": 15.0})
+    times = np.arange(len(texts), dtype=float)
+    write_video(folder, "v0", values.astype(np.float32), times, times + 1, texts, "these")
+    return folder
+
+
+def test_the_program_compares_like_with_like(tmp_path: Path, inside: Command) -> None:
+    values, labels = clusters(60, 3, 8, 0.1)
+    known, texts = values.numpy(), [f"class {int(label)}" for label in labels]
+    train = features(tmp_path / "train", "a", known[:40], texts[:40], videos=2)
+    test = features(tmp_path / "test", "a", known[40:], texts[40:])
+    done = inside("probe.py", "--train", train, "--test", test)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "40 training clips, 20 test clips, 3 classes"
+    assert done.stdout.count("top-1 100.00, mean class 100.00") == 2
+    assert "train: 1 videos have no features yet" in done.stderr
+    other = features(tmp_path / "other", "b", known[40:], texts[40:])
+    broken = features(tmp_path / "broken", "a", known[40:] * np.nan, texts[40:])
+    strange = features(tmp_path / "strange", "a", known[40:], ["class 9"] * 20)
+    for folder, said in (
+        (other, "hold features of another weights"),
+        (broken, "broken: the features of v0 are not finite"),
+        (strange, "class 'class 9' has test clips, but no training clip"),
+    ):
+        done = inside("probe.py", "--train", train, "--test", folder)
+        assert done.returncode == 2, done.stdout
+        assert said in done.stderr
