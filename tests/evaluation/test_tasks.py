@@ -242,6 +242,13 @@ def test_the_maximum_over_views_counts_for_every_kind_of_table() -> None:
     assert (evaluate(labels, both, TEXT)["map"], evaluate(labels, both.mean(dim=1), TEXT)["map"]) == (75, 50)
 
 
+def test_the_maximum_of_one_view_is_the_mean() -> None:
+    labels = np.arange(30) % 5
+    table = ClassificationTask("action", [f"{i}" for i in range(5)], np.arange(5), labels)
+    video, text = random_features(30, 0), random_features(5, 1)
+    assert evaluate(table, video[:, None], text) == pytest.approx(evaluate(table, video, text))
+
+
 def clusters(count: int, classes: int, width: int, noise: float) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(classes, width, generator=generator)
