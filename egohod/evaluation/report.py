@@ -167,7 +167,7 @@ def gallery(table: Mapping[str, Any], clips: Mapping[str, Any]) -> Gallery:
         # Evenly over all clips rather than the first ones, which are often of one video.
         places = np.linspace(0, len(group) - 1, min(len(group), CARDS)).round().astype(int)
         shown.append([group[i] for i in places])
-    return Gallery(title, *shown, *map(len, groups))
+    return Gallery(title, shown[0], shown[1], len(groups[0]), len(groups[1]))
 
 
 def _retrieval(table: Mapping[str, Any], clips: Mapping[str, Any]) -> list[Card]:

@@ -109,20 +109,21 @@ class RetrievalTask(RetrievalData, EvaluationTask):
             if clips or texts:
                 log.warning("%s leaves out %d clips and %d texts to which nothing is relevant", name, clips, texts)
             # The mean of both directions counts each of them half, however many more clips than texts there are.
-            for suffix, part in (("", slice(2)), ("_v2t", slice(1)), ("_t2v", slice(1, 2))):
-                scores[name + suffix] = percent(values[part], percent(expected[part], None).value)
+            for suffix, parts in (("", (0, 1)), ("_v2t", (0,)), ("_t2v", (1,))):
+                chance = percent([expected[i] for i in parts], None).value
+                scores[name + suffix] = percent([values[i] for i in parts], chance)
         if self.text_of_clip is None:
             return scores
         # Several clips may have the same narration: each of them is then a hit of its text.
         own = self.text_of_clip[:, None] == np.arange(len(self.texts))
         for direction, each, relevant in (("v2t", sim, own), ("t2v", sim.T, own.T)):
-            ranks, chance = first_relevant_rank(each, relevant), expected_recall(relevant.sum(axis=1), each.shape[1])
+            ranks, by_k = first_relevant_rank(each, relevant), expected_recall(relevant.sum(axis=1), each.shape[1])
             for k in RECALL_AT:
                 # A gallery of fewer than k items has no further rank.
-                by_chance = 100 * float(chance[min(k, len(chance)) - 1])
-                scores[f"recall_{k}_{direction}"] = percent([ranks[ranks > 0] <= k], by_chance)
+                chance = 100 * float(by_k[min(k, len(by_k)) - 1])
+                scores[f"recall_{k}_{direction}"] = percent([ranks[ranks > 0] <= k], chance)
             # The median of chance is the first rank by which half of the queries have a hit.
-            scores[f"median_rank_{direction}"] = median(ranks, float(np.searchsorted(chance, 0.5) + 1))
+            scores[f"median_rank_{direction}"] = median(ranks, float(np.searchsorted(by_k, 0.5) + 1))
         return scores
 
     def details(self, video: Tensor, text: Tensor) -> Mapping[str, Any]:
@@ -271,15 +272,17 @@ def head_tasks(tasks: Sequence[EvaluationTask], space: ClassSpace, where: str) -
         # Only of classes that occur: a benchmark may list classes for which the training part has no clip.
         number = {c: space.number(task.class_keys[c], where) for c in np.unique(task.labels).tolist()}
         parts = {name: code for name, (_, code) in space.parts.items()} if len(space.columns) > 1 else {}
-        changed = {
-            "texts": (),
-            "class_of_text": np.arange(0),
-            "labels": np.array([number[c] for c in task.labels.tolist()], dtype=np.int64),
-            "parts": parts,
-            "class_names": space.names,
-            "class_keys": space.keys,
-        }
-        result.append(dataclasses.replace(task, by_heads=True, **changed))
+        task = dataclasses.replace(
+            task,
+            by_heads=True,
+            texts=(),
+            class_of_text=np.arange(0),
+            labels=np.array([number[c] for c in task.labels.tolist()], dtype=np.int64),
+            parts=parts,
+            class_names=space.names,
+            class_keys=space.keys,
+        )
+        result.append(task)
     if not result:
         raise UserError(f"{where}: no classification that heads could be measured on")
     return result
