@@ -84,13 +84,15 @@ def main(arguments: Sequence[str]) -> int:
             model: Any = FrameAverage(args.checkpoint).to(dist.device)
         else:
             model = build_model(cfg, dist, classes)
+        # Before the hours: an output that cannot be written should not cost an evaluation.
         Path(args.output).mkdir(parents=True, exist_ok=True)
+        # A path says little: the checksum names the weights in results.json and in the cache of features.
         checkpoint = {"path": args.checkpoint, "sha256": fingerprint(model)}
         benchmarks = _benchmarks(cfg, dist, model, args, checkpoint["sha256"], classes)
         # All annotations are read by now: a mistake in the last benchmark surfaces before the first is computed.
         results = [(each, each.measure(model)) for each in benchmarks]
         write_results(args.output, cfg, dist, results, checkpoint=checkpoint, published=args.published)
-        if dist.is_main:
+        if dist.is_main:  # of the files alone, as tools/report.py makes it again
             write_report(args.output, decoder=cfg.data.decoder)
     return cli.DONE
 

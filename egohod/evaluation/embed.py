@@ -161,7 +161,7 @@ def _encode_clips(
         # Normalised here and not by the workers: bytes are a quarter of floats on the way to the device.
         video = normalise(batch["video"].to(run.dist.device, non_blocking=True).flatten(0, 1), stats)
         numbers = [dataset.numbers[i] for i in np.repeat(batch["index"], views)]
-        # All orders of one decoded clip: decoding costs more than a forward pass.
+        # All orders from one decoding of the clip.
         features = [
             model.encode_video(apply_control(name, video, numbers) if name != PLAIN else video, normalize=True)
             for name in orders
@@ -217,7 +217,7 @@ def _encode_shared(
                     if cache and np.isfinite(orders).all():
                         for key, feature in zip(keys[i], orders, strict=True):
                             cache.add(key, feature)
-    except UserError as error:  # raised on all processes below, or the others would wait for this one for ever
+    except UserError as error:  # raised below
         fault = str(error)
     except Interrupted as request:  # processes have more or fewer batches, but all of them get to the gather below
         interrupted = str(request)
@@ -226,18 +226,25 @@ def _encode_shared(
             cache.flush()
     if requests := [text for text in dist.gather_objects(interrupted) if text is not None]:
         raise Interrupted(requests[0])
-    shares = dist.gather_objects((rows, features, fault, report.faults))
-    if failed := [text for _, _, text, _ in shares if text is not None]:
-        raise UserError(*(line for text in failed for line in text.split("\n")))
-    for _, _, _, faults in shares:
+    shares = _gather_or_raise(dist, (rows, features, report.faults), fault)
+    for _, _, faults in shares:
         report.faults |= faults
     report.from_cache, report.seconds = len(cached), time.perf_counter() - start
-    index = [np.fromiter(cached, dtype=np.int64), *(each for share, _, _, _ in shares for each in share)]
+    index = [np.fromiter(cached, dtype=np.int64), *(each for share, _, _ in shares for each in share)]
     values = [np.stack(list(cached.values()))] if cached else []
-    values += [each for _, share, _, _ in shares for each in share]
+    values += [each for _, share, _ in shares for each in share]
     if not values:
         require_all(report.faults, total)
     return _in_order(np.concatenate(index), np.concatenate(values), total, unit, report.faults)
+
+
+def _gather_or_raise(dist: Distributed, value: Any, fault: str | None) -> list[Any]:
+    """The values of all processes; the faults of any are raised on all, or the others would wait for it for ever."""
+    shares = dist.gather_objects((value, fault))
+    # Each line once: a folder that is gone is gone for every process.
+    if lines := dict.fromkeys(line for _, text in shares if text is not None for line in text.split("\n")):
+        raise UserError(*lines)
+    return [each for each, _ in shares]
 
 
 def _in_order(
@@ -323,13 +330,11 @@ def extract(
     try:
         with _inference(model, run.dist.device, run.precision):
             done = _extract_share(model, dataset, folder, share, run)
-    except UserError as error:  # raised on all processes below, or the others would wait for this one for ever
+    except UserError as error:  # raised below
         fault = str(error)
-    results = run.dist.gather_objects((done, fault))
-    if faults := [line for _, text in results if text is not None for line in text.split("\n")]:
-        raise UserError(*dict.fromkeys(faults))
-    videos, clips = (sum(getattr(each, name) for each, _ in results) for name in ("videos", "clips"))
-    return Extracted(videos, clips, [line for each, _ in results for line in each.faults])
+    results = _gather_or_raise(run.dist, done, fault)
+    videos, clips = (sum(getattr(each, name) for each in results) for name in ("videos", "clips"))
+    return Extracted(videos, clips, [line for each in results for line in each.faults])
 
 
 def _extract_share(

@@ -61,7 +61,7 @@ def write_feature_file(path: Path, features: NDArray[np.float32], **columns: Any
     """Write ``features`` [n, D] and ``columns`` as a whole or not at all. Raises :class:`OSError`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Through an open file: given a name, NumPy would add .npz to one that does not end in it. Not compressed: features
-    # are noise to zip, and reading would take ten times as long.
+    # are noise to zip, which would only make reading slower.
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez(file, features=features, **columns)
 

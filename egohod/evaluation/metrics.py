@@ -264,7 +264,6 @@ def percent(parts: Sequence[ArrayLike], chance: float | None) -> Score:
     values = [part[~np.isnan(part)] for part in (np.asarray(part, dtype=np.float64) for part in parts)]
     if not values or any(not len(part) for part in values):
         return Score(float("nan"), chance, lambda _: np.full(RESAMPLES, np.nan))
-
     mean = 100 * float(np.mean([part.mean() for part in values]))
     return Score(mean, chance, lambda rng: 100 * np.mean([_resampled(part, rng) for part in values], axis=0))
 

@@ -110,7 +110,7 @@ def resolve_benchmarks(
             raise UserError("no benchmark's data is found: set metadata and root in evaluate.benchmarks")
         return existing
     if name not in configured and name not in BENCHMARKS:
-        # The two general formats need columns of their own: they are chosen by kind, not by name.
+        # Without the two general formats: they are the kind of a benchmark that has a name of its own.
         names = dict.fromkeys([*configured, *(key for key in BENCHMARKS if key not in ("custom", "labels"))])
         raise UserError(f"--benchmark {name}: there are all, {', '.join(names)}")
     config = configured.get(name, BenchmarkConfig())
