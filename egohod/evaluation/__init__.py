@@ -1,1 +1,1 @@
-"""Held-out evaluation: features once per clip, metrics, three evaluators, and benchmarks as thin readers onto them."""
+"""Held-out evaluation: runner (which benchmarks) -> embed (features) -> tasks and metrics -> results -> report."""
