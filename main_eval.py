@@ -25,8 +25,8 @@ from typing import Any
 
 from egohod import cli, config
 from egohod.config import Config
+from egohod.data.dataset import Tokenizer
 from egohod.data.labels import ClassSpace
-from egohod.data.text import Tokenizer
 from egohod.distributed import Distributed
 from egohod.errors import UserError
 from egohod.evaluation.models import FrameAverage, fingerprint

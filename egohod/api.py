@@ -11,9 +11,8 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from egohod.config import model_config
+from egohod.data.dataset import Tokenizer, center_crop, normalise
 from egohod.data.decoders import choose_decoder
-from egohod.data.text import Tokenizer
-from egohod.data.transforms import center_crop, normalise
 from egohod.data.videos import read_clip
 from egohod.errors import UserError
 from egohod.loss.config import LossConfig

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
+
 # Exit codes: the run is done; something broke; the user can fix it; the user stopped it; nobody reads the output any
 # more (what a shell reports of a program that SIGPIPE ended).
 DONE, BROKEN, USER_ERROR, INTERRUPTED, UNREAD = 0, 1, 2, 130, 141
 
 # A message stays readable whatever it quotes: what is longer is cut, words first (a path is rarely so long).
 _LONGEST_WORD, _LONGEST_LINE = 250, 1000
+# A damaged file may have any number of names, and comparing them takes time.
+_MOST_COMPARED = 200
 
 
 class UserError(ValueError):
@@ -33,3 +38,10 @@ def _cut(text: str, longest: int) -> str:
     """Both ends: a message begins with the file and ends with the cure."""
     tail = longest // 3
     return text if len(text) <= longest else f"{text[: longest - tail - 5]} ... {text[-tail:]}"
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """The end of a message about an unknown ``name``: which of ``names`` was perhaps meant."""
+    names = names[:_MOST_COMPARED]
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f" (did you mean '{near[0]}'?)" if near else f" (there are: {', '.join(names)})"

@@ -32,15 +32,15 @@ from egohod import config
 from egohod.data import detections
 from egohod.data.chunking import ChunkSettings, Output, VideoReader, find_videos, write_chunks
 from egohod.data.config import SourceConfig
+from egohod.data.dataset import Tokenizer
 from egohod.data.decoders import choose_decoder
 from egohod.data.detections import BoxTable
 from egohod.data.formats import read_clips
-from egohod.data.formats.folder import rows_of_csv
+from egohod.data.formats.custom import rows_of_csv
+from egohod.data.formats.ek100 import cached_matrix, csv_relevancy, read_relevancy, save_matrix
 from egohod.data.labels import ClassLabels, RelevantTexts, class_space
-from egohod.data.relevancy import cached_matrix, csv_relevancy, read_relevancy, save_matrix
 from egohod.data.storage import LocalCache
 from egohod.data.table import ClipReader, choose_text
-from egohod.data.text import Tokenizer
 from egohod.demo import write as demo
 from egohod.distributed import Distributed
 from egohod.errors import UserError

@@ -163,7 +163,7 @@ def _readers() -> dict[str, Callable[[Path], object]]:
 
     from egohod.data import detections
     from egohod.data.formats import read_raw
-    from egohod.data.relevancy import read_relevancy
+    from egohod.data.formats.ek100 import read_relevancy
     from egohod.hod.detectors.torchvision_boxes import TorchvisionBoxes
     from egohod.model.checkpoints import read_weights
     from egohod.training.checkpoint import open_checkpoint

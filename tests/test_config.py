@@ -427,6 +427,7 @@ def test_folders_of_demo_worlds_become_benchmarks(tmp_path: Path, caplog: pytest
     val = cfg.benchmarks["val"]
     assert (val.kind, val.metadata, val.root) == ("custom", "d/val/hod.csv", "d/val/videos")
     assert (val.layout, val.protocol) == ("chunks", "as_trained")
+    assert val.metric_names == load(ROOT / "configs" / "demo.yml").evaluate.benchmarks["val"].metric_names
     cfg = load(tmp_path / "old.yml", [*mine, "evaluate.demo_val=null", "evaluate.demo_test=null"]).evaluate
     assert (cfg.during, cfg.final) == ([], ["mine"])
     assert "evaluate.demo_val is now evaluate.benchmarks.val and evaluate.during" in caplog.text

@@ -13,7 +13,7 @@ from training.test_step import batch, build, config
 import egohod
 import main_pretrain
 from egohod import cli
-from egohod.data.transforms import center_crop, normalise
+from egohod.data.dataset import center_crop, normalise
 from egohod.errors import UserError
 from egohod.evaluation.models import fingerprint
 from egohod.model.config import IMAGE_STATS

@@ -28,7 +28,7 @@ from _common import run_tool, tool_parser
 
 from egohod import cli, config
 from egohod.config import PROJECT, Config
-from egohod.data.text_files import read_lines
+from egohod.data.formats.base import read_lines
 from egohod.demo import make_world
 from egohod.demo.world import Variant
 from egohod.demo.write import write_benchmarks

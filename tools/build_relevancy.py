@@ -16,7 +16,7 @@ import numpy as np
 from _common import run_tool, tool_parser
 
 from egohod import cli
-from egohod.data.relevancy import csv_relevancy, read_relevancy, save_matrix
+from egohod.data.formats.ek100 import csv_relevancy, read_relevancy, save_matrix
 from egohod.errors import UserError
 
 

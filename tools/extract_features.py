@@ -26,7 +26,7 @@ from egohod import cli
 from egohod.config import Config, to_yaml
 from egohod.data.config import SourceConfig
 from egohod.data.dataset import ClipDataset, EvalProtocol
-from egohod.data.formats.folder import rows_of_csv, whole_files, windows
+from egohod.data.formats.custom import rows_of_csv, whole_files, windows
 from egohod.data.storage import open_cache
 from egohod.data.table import ClipTable
 from egohod.distributed import Distributed, setup

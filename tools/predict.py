@@ -23,9 +23,8 @@ from _common import load_for_checkpoint, run_tool, tool_parser
 from egohod import cli
 from egohod.api import load_clip
 from egohod.config import Config
+from egohod.data.dataset import Tokenizer, center_crop, normalise
 from egohod.data.decoders import choose_decoder
-from egohod.data.text import Tokenizer
-from egohod.data.transforms import center_crop, normalise
 from egohod.data.videos import window_spans as spans
 from egohod.distributed import inference_precision, setup
 from egohod.errors import UserError

@@ -19,7 +19,7 @@ import pandas as pd
 from _common import run_tool, tool_parser
 
 from egohod import cli
-from egohod.data.text_files import read_lines
+from egohod.data.formats.base import read_lines
 from egohod.demo.world import VERBS
 from egohod.errors import UserError
 

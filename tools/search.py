@@ -18,7 +18,7 @@ from pathlib import Path
 from _common import run_tool, save_picture, tool_parser
 
 from egohod import cli, config
-from egohod.data.text import Tokenizer
+from egohod.data.dataset import Tokenizer
 from egohod.distributed import setup
 from egohod.errors import UserError
 from egohod.evaluation.embed import Execution, embed_texts

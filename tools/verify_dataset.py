@@ -26,8 +26,9 @@ import numpy as np
 from _common import run_tool
 
 from egohod import cli, config
+from egohod.data.formats.base import EXCLUDE_COLUMNS
 from egohod.data.storage import VideoError, one_clip
-from egohod.data.table import EXCLUDE_COLUMNS, ClipReader
+from egohod.data.table import ClipReader
 from egohod.errors import UserError
 from egohod.runtime import Lost, Progress, Workers, atomic_write, usable_cores
 from egohod.training.build import active_sources, build_dataset

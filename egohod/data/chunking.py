@@ -55,8 +55,8 @@ from egohod.data.decoders import (
     stated_seconds,
     video_stream,
 )
+from egohod.data.formats.base import read_lines
 from egohod.data.storage import VideoError, one_clip
-from egohod.data.text_files import read_lines
 from egohod.errors import UserError
 from egohod.runtime import Lost, Progress, Workers, locked, write_text
 

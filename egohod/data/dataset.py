@@ -6,27 +6,30 @@ import contextlib
 import copy
 import hashlib
 import logging
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
 
 from egohod.data.config import SourceConfig
 from egohod.data.decoders import ReusingOpener, choose_decoder
 from egohod.data.storage import LocalCache, VideoError, VideoFile, one_clip
-from egohod.data.table import ClipReader, ClipRow, ClipTable, choose_text
-from egohod.data.text import Tokenizer, swap_sides, trim
-from egohod.data.transforms import Box, crop, crop_boxes, flip, flip_boxes, random_box, spatial_crops
+from egohod.data.table import ClipReader, ClipRow, ClipTable, choose_text, swap_sides
 from egohod.data.videos import MIN_SECONDS, RULES
 from egohod.errors import UserError
+from egohod.model.config import IMAGE_STATS, ImageStats
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +41,8 @@ _GRACE_CLIPS = 1000
 _SAMPLING = "2"
 
 Key = int | tuple[int, int]
-
+Box = tuple[int, int, int, int]
+"""Top, left, height and width in pixels."""
 
 WHOLE_FILES = ("midpoints", "windows")
 """Samplings of clips that are files of their own, see :func:`frame_numbers`."""
@@ -51,10 +55,9 @@ class EvalProtocol:
     ``frames`` per view. ``sampling``: a rule of :func:`egohod.data.videos.clip_indices`; or, where clips are files of
     their own, *midpoints*, the floored midpoints of equal parts of the file, or *windows*, runs of frames ``stride``
     apart whose starts are spread evenly over the file. A clip has ``windows`` x ``crops`` views. ``merge``: whether the
-    *mean* or the *max* of the views' similarities to a text counts. ``resize``: one of
-    :data:`egohod.data.transforms.RESIZES`. ``image_stats``: the ``model.image_stats`` of the weights whose numbers this
-    protocol reproduces, None for any; frames are always normalised as the model expects. ``prompts``: narrations of
-    which split describe a class.
+    *mean* or the *max* of the views' similarities to a text counts. ``resize``: one of :data:`RESIZES`.
+    ``image_stats``: the ``model.image_stats`` of the weights whose numbers this protocol reproduces, None for any;
+    frames are always normalised as the model expects. ``prompts``: narrations of which split describe a class.
     """
 
     name: str = "plain"
@@ -167,17 +170,6 @@ class ClipDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def __getitem__(self, key: Key) -> dict[str, Any]:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        if self.train:
-            return self._training_sample(epoch, index)
-        source, place = self._place(index)
-        try:
-            with one_clip(self.row(index).video_id):
-                return {"video": self._eval_views(index), "index": index, "fault": None}
-        except VideoError as error:
-            return {"video": None, "index": index, "fault": f"clip {source.table.id(place)}: {error}"}
-
     @property
     def clips(self) -> ClipTable:
         """The table of a dataset that has one."""
@@ -188,34 +180,39 @@ class ClipDataset(Dataset[dict[str, Any]]):
         """Where the videos of the first table are."""
         return self.sources[0].config
 
+    def _place(self, index: int) -> tuple[int, int]:
+        """The number of a clip's table, and its row there."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return number, index - int(self.starts[number])
+
     def row(self, index: int) -> ClipRow:
         """The annotation of a clip."""
-        source, place = self._place(index)
-        return source.table.row(place)
+        number, place = self._place(index)
+        return self.sources[number].table.row(place)
 
     def where(self, index: int) -> str:
         """File and place of a clip's annotation, for messages."""
-        source, place = self._place(index)
-        return source.table.where(place)
+        number, place = self._place(index)
+        return self.sources[number].table.where(place)
 
-    def _place(self, index: int) -> tuple[ClipReader, int]:
-        """The table of a clip, and its row there."""
-        number = self._number(index)
-        return self.sources[number], index - int(self.starts[number])
-
-    def _number(self, index: int) -> int:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return int(np.searchsorted(self.starts, index, side="right")) - 1
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        if self.train:
+            return self._training_sample(epoch, index)
+        # Never replaced in an evaluation: another clip would change what is measured.
+        number, place = self._place(index)
+        try:
+            with one_clip(self.row(index).video_id):
+                return {"video": self._eval_views(index), "index": index, "fault": None}
+        except VideoError as error:
+            fault = f"clip {self.sources[number].table.id(place)}: {error}"
+            return {"video": None, "index": index, "fault": fault}
 
     # ---------------------------------------------------------------------------------------------
     # Training
     # ---------------------------------------------------------------------------------------------
-
-    def view(self, key: tuple[int, int]) -> View:
-        """The steps of ``dataset[key]`` when training. Raises :class:`VideoError`."""
-        epoch, index = key
-        return self._view(index, self._randomness(epoch, index))
 
     def _training_sample(self, epoch: int, index: int) -> dict[str, Any]:
         assert self._tokenizer is not None
@@ -223,7 +220,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         while True:
             try:
                 with one_clip(self.row(index).video_id):
-                    view = self._view(index, rng)
+                    view = self.view((epoch, index), rng)
                     tokens = self._tokenizer([view.text])[0]
                 break
             except VideoError as error:
@@ -231,22 +228,26 @@ class ClipDataset(Dataset[dict[str, Any]]):
             if len(faults) > _MAX_REPLACEMENTS:
                 raise VideoError(f"{len(faults)} clips in a row could not be read; the last: {faults[-1]}")
             # Of the same table, so that the share of each source in a batch stays what its weight says.
-            number = self._number(index)
+            number, _ = self._place(index)
             index = int(rng.integers(self.starts[number], self.starts[number + 1]))
         sample = {"video": view.video, "tokens": tokens, "index": index, "fault": "\n".join(faults) or None}
         sample |= {} if view.labels is None else {"labels": view.labels}
         return sample if view.boxes is None else sample | {"boxes": torch.from_numpy(view.boxes)}
 
     def _randomness(self, epoch: int, index: int) -> np.random.Generator:
+        # A generator for each sample: nothing is left over from the sample that a worker made before.
         return np.random.Generator(np.random.Philox(np.random.SeedSequence((self._seed, epoch, index))))
 
-    def _view(self, index: int, rng: np.random.Generator) -> View:
+    def view(self, key: tuple[int, int], rng: np.random.Generator | None = None) -> View:
+        """The steps of ``dataset[key]`` when training. Raises :class:`VideoError`."""
+        rng, index = self._randomness(*key) if rng is None else rng, key[1]
         # The order of the draws (frames, text, crop, flip) is part of the recipe: another one gives other clips.
-        source, place = self._place(index)
+        number, place = self._place(index)
+        source = self.sources[number]
         row = source.table.row(place)
         frames, seconds, _ = source.read(row, self.num_frames, rng)
         if self.labels:
-            text, labels = self.labels[self._number(index)].draw(place, rng)
+            text, labels = self.labels[number].draw(place, rng)
         else:
             text, labels = choose_text(row.texts, source.config.list_text, rng), None
         height, width = frames.shape[1:3]
@@ -258,7 +259,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
             boxes = flip_boxes(boxes) if flipped else boxes
         if flipped:
             # "the left hand" is the right one in the mirror.
-            video, text = flip(video), swap_sides(text)
+            video, text = video.flip(-1), swap_sides(text)
         return View(row, frames, box, flipped, video, text, boxes, labels)
 
     # ---------------------------------------------------------------------------------------------
@@ -267,7 +268,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
 
     def _eval_views(self, index: int) -> Tensor:
         """[views, 3, T, size, size]: all crops of the first window first."""
-        source, row, protocol = self._place(index)[0], self.row(index), self.protocol
+        source, row, protocol = self.sources[self._place(index)[0]], self.row(index), self.protocol
         # Only the decoder knows how long a file is, so it is asked for the frames of a total.
         if protocol.whole_files:
             frames = source.store(row).read_file(row.video_id, lambda total: frame_numbers(protocol, total))
@@ -292,7 +293,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         for index in range(len(self)):
             row = self.row(index)
             try:
-                self._place(index)[0].store(row).locate(row.video_id, row.start)
+                self.sources[self._place(index)[0]].store(row).locate(row.video_id, row.start)
             except VideoError as error:
                 faults[index] = str(error)
         return faults
@@ -301,14 +302,14 @@ class ClipDataset(Dataset[dict[str, Any]]):
         """How many clips are short, and how many of them were widened; None if none is short."""
         least = self.config.min_clip_seconds or MIN_SECONDS
         short = np.flatnonzero(np.concatenate([each.table.end - each.table.start for each in self.sources]) < least)
+        if not len(short):
+            return None
         widened = 0
         for index in short.tolist():
             row = self.row(index)
             with contextlib.suppress(VideoError):
-                store = self._place(index)[0].store(row)
+                store = self.sources[self._place(index)[0]].store(row)
                 widened += store.end_of(row.video_id, row.start, row.end, self.protocol.sampling) > row.end
-        if not len(short):
-            return None
         return f"{len(short)} clips are shorter than {least:g} s: {widened} of them were widened to it"
 
     @cached_property
@@ -317,7 +318,23 @@ class ClipDataset(Dataset[dict[str, Any]]):
 
         Local files count by name, size and time of change, remote ones by name; missing ones not at all.
         """
-        return [self._identity(index) for index in range(len(self))]
+        hashes = []
+        for index in range(len(self)):
+            source, row = self.sources[self._place(index)[0]], self.row(index)
+            store, end = source.store(row), row.end
+            # A missing clip keeps its annotated end: it is never embedded, but its identity must not fail.
+            files: list[VideoFile] = []
+            with contextlib.suppress(VideoError):
+                end = store.end_of(row.video_id, row.start, row.end, self.protocol.sampling)
+                files = store.locate(row.video_id, row.start, end)
+            clip = [row.video_id, repr(row.start), repr(end), repr(source.config.chunk_seconds)]
+            parts = [_SAMPLING, str(store.root), *clip]
+            for file in files:
+                if isinstance(file, Path):
+                    state = file.stat()
+                    parts += [str(file), str(state.st_size), str(state.st_mtime_ns)]
+            hashes.append(hashlib.sha256("\0".join(parts).encode()).hexdigest())
+        return hashes
 
     @cached_property
     def numbers(self) -> list[int]:
@@ -328,28 +345,6 @@ class ClipDataset(Dataset[dict[str, Any]]):
         # Not the index: with clips left out, or in another benchmark, that would be another one.
         rows = (self.row(index) for index in range(len(self)))
         return [zlib.crc32(f"{row.video_id} {row.start:.3f} {row.end:.3f}".encode()) for row in rows]
-
-    def _identity(self, index: int) -> str:
-        source, row = self._place(index)[0], self.row(index)
-        store, end = source.store(row), row.end
-        # A missing clip keeps its annotated end: it is never embedded, but its identity must not fail.
-        files: list[VideoFile] = []
-        with contextlib.suppress(VideoError):
-            end = store.end_of(row.video_id, row.start, row.end, self.protocol.sampling)
-            files = store.locate(row.video_id, row.start, end)
-        parts = [
-            _SAMPLING,
-            str(store.root),
-            row.video_id,
-            repr(row.start),
-            repr(end),
-            repr(source.config.chunk_seconds),
-        ]
-        for file in files:
-            if isinstance(file, Path):
-                state = file.stat()
-                parts += [str(file), str(state.st_size), str(state.st_mtime_ns)]
-        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 def frame_numbers(protocol: EvalProtocol, total: int) -> NDArray[np.int64]:
@@ -366,14 +361,18 @@ def frame_numbers(protocol: EvalProtocol, total: int) -> NDArray[np.int64]:
     return starts[:, None] + np.arange(protocol.frames) * protocol.stride
 
 
+# --------------------------------------------------------------------------------------------------
+# Batches, and what to do about clips that cannot be read
+# --------------------------------------------------------------------------------------------------
+
+
 def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Training samples -> ``video`` uint8 [B, 3, T, H, W], ``tokens`` int64 [B, L] trimmed, ``index`` int64 [B],
     ``faults``, and ``boxes`` float32 [B, T, 3, 4] and ``labels`` (values by name, each stacked) if there are any.
-
-    Trimming happens here, on the CPU, so that the device never has to be asked for a length.
     """
     # Frames come out of the decoder channels-last; stacking them that way is a plain copy of memory.
     video = torch.stack([sample["video"].permute(1, 2, 3, 0) for sample in samples]).permute(0, 4, 1, 2, 3)
+    # Trimmed here, on the CPU, so that the device never has to be asked for a length.
     tokens: Tensor = trim(torch.stack([sample["tokens"] for sample in samples]))
     batch = {
         "video": video,
@@ -402,6 +401,7 @@ def collate_views(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def require_all(faults: Mapping[int, str], total: int) -> None:
     """Raise one :class:`UserError` that names everything that cannot be read, a line each."""
     if faults:
+        # One line for a file that several clips need.
         lines = list(dict.fromkeys(faults[index] for index in sorted(faults)))
         lines.append(
             f"{len(faults)} of {total} clips cannot be read; main_eval.py --allow_missing evaluates the others and "
@@ -413,43 +413,188 @@ def require_all(faults: Mapping[int, str], total: int) -> None:
 class FaultLedger:
     """Counts unreadable training clips, logs each once, and stops the run when they are too many.
 
-    ``max_fraction`` is the largest tolerated share of the clips asked for. Fewer than a thousand clips are judged as
+    ``max_fraction`` is the largest tolerated share of the requested clips. Fewer than a thousand clips are judged as
     a thousand, so that with 1 % the eleventh bad clip stops a run at the earliest; with 0 the first one does.
     """
 
     def __init__(self, max_fraction: float) -> None:
         self._max_fraction = max_fraction
         self._seen = 0
-        self._bad = 0
-        self._logged: set[str] = set()
-
-    @property
-    def bad(self) -> int:
+        self.bad = 0
         """Clips that could not be read."""
-        return self._bad
+        self._logged: set[str] = set()
 
     def update(self, batch: Mapping[str, Any]) -> None:
         """Take note of a batch of :func:`collate`. Raises :class:`UserError` above the tolerated share."""
         faults = [line for fault in batch["faults"] for line in fault.split("\n")]
         self._seen += len(batch["index"])
-        self._bad += len(faults)
+        self.bad += len(faults)
         # Once each: a bad clip comes back every epoch.
         for fault in faults:
             if fault not in self._logged:
                 self._logged.add(fault)
                 log.warning("unreadable clip, another one takes its place: %s", fault)
-        # Clips asked for, replacements included: a share that does not depend on the size of the data.
-        if self._bad > self._max_fraction * max(self._seen, _GRACE_CLIPS):
+        # A share of what was requested so far: it does not depend on the size of the data.
+        if self.bad > self._max_fraction * max(self._seen, _GRACE_CLIPS):
             raise UserError(
-                f"{self._bad} of {self._seen} clips could not be read, more than data.max_bad_fraction="
+                f"{self.bad} of {self._seen} clips could not be read, more than data.max_bad_fraction="
                 f"{self._max_fraction:g} allows; tools/verify_dataset.py lists them all for the source's "
                 f"exclude; the last: {faults[-1] if faults else 'before the resume'}"
             )
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
-        return {"seen": self._seen, "bad": self._bad, "logged": sorted(self._logged)}
+        # Sorted: checkpoints of equal runs are equal files.
+        return {"seen": self._seen, "bad": self.bad, "logged": sorted(self._logged)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on counting where the checkpoint stood."""
-        self._seen, self._bad, self._logged = int(state["seen"]), int(state["bad"]), set(state["logged"])
+        self._seen, self.bad, self._logged = int(state["seen"]), int(state["bad"]), set(state["logged"])
+
+
+# --------------------------------------------------------------------------------------------------
+# Pixels: crop and flip in the loader, normalise on the device. Clips stay uint8 until they are there: a quarter of the
+# bytes to move, and the integer resize is several times faster than the float one.
+# --------------------------------------------------------------------------------------------------
+
+RESIZES = {"bicubic_antialias": ("bicubic", True), "bicubic": ("bicubic", False), "bilinear": ("bilinear", False)}
+"""Interpolation, and whether it is antialiased, see :func:`spatial_crops`."""
+# Aspect ratios of a training crop, torchvision's and upstream's default.
+ASPECT_RATIO = (3 / 4, 4 / 3)
+
+
+def random_box(height: int, width: int, scale_min: float, rng: np.random.Generator) -> Box:
+    """A box with at least ``scale_min`` of the picture's area and a random aspect ratio, as RandomResizedCrop draws."""
+    low, high = np.log(ASPECT_RATIO)
+    # As torchvision's, but from numpy's generator: all randomness of a sample is a function of (seed, epoch, index).
+    for _ in range(10):
+        area = height * width * rng.uniform(scale_min, 1.0)
+        ratio = np.exp(rng.uniform(low, high))
+        w, h = round(float(np.sqrt(area * ratio))), round(float(np.sqrt(area / ratio)))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    # A very long or tall picture: the largest box of an allowed ratio in its middle.
+    ratio = min(max(width / height, ASPECT_RATIO[0]), ASPECT_RATIO[1])
+    w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def crop(frames: np.ndarray, box: Box, size: int) -> Tensor:
+    """Cut one box out of all frames and resize it: ``frames`` uint8 [T, H, W, 3] -> uint8 [3, T, size, size]."""
+    top, left, height, width = box
+    return _resize(frames[:, top : top + height, left : left + width], size, size)
+
+
+def center_crop(frames: np.ndarray, size: int) -> Tensor:
+    """Resize the short side to ``size`` and cut out the middle square.
+
+    ``frames`` uint8 [T, H, W, 3] -> uint8 [3, T, size, size].
+    """
+    return spatial_crops(frames, size, 1)[0]
+
+
+def spatial_crops(frames: np.ndarray, size: int, count: int, resize: str = "bicubic_antialias") -> Tensor:
+    """Resize the short side to ``size``; cut ``count`` squares spread evenly along the long side, or the middle one.
+
+    ``frames`` uint8 [T, H, W, 3] -> [count, 3, T, size, size], uint8 for *bicubic_antialias*. *bicubic* and *bilinear*
+    are what torchvision before 0.17 made of float32 frames: no antialiasing, and float32 that is neither rounded nor
+    kept within 0..255.
+    """
+    height, width = frames.shape[1:3]
+    short = min(height, width)
+    height, width = (int(size * side / short) for side in (height, width))
+    shares = [0.5] if count == 1 else np.linspace(0, 1, count).tolist()
+    # Half a pixel is rounded to even as torchvision's centre crop does, of several crops up, as LaViLa does.
+    whole = round if count == 1 else math.ceil
+    places = [(whole((height - size) * share), whole((width - size) * share)) for share in shares]
+    # Resized once, then cut: crops overlap.
+    resized = _resize(frames, height, width, resize)
+    return torch.stack([resized[..., top : top + size, left : left + size] for top, left in places])
+
+
+def _resize(frames: np.ndarray, height: int, width: int, resize: str = "bicubic_antialias") -> Tensor:
+    """uint8 [T, H, W, 3] -> [3, T, height, width]; see :func:`spatial_crops` for ``resize``."""
+    mode, antialias = RESIZES[resize]
+    # A channels-last view: torchvision's integer kernel works on it as it is, nothing is copied first.
+    video = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    video = video if antialias else video.float()
+    return F.resize(video, [height, width], InterpolationMode(mode), antialias=antialias).transpose(0, 1)
+
+
+def crop_boxes(boxes: np.ndarray, box: Box, height: int, width: int) -> np.ndarray:
+    """Clip boxes of a ``height`` x ``width`` picture to the crop ``box``.
+
+    ``boxes`` float32 [..., 4]: left, top, right, bottom as shares of the picture, NaN where there is none. The result
+    is in shares of the crop, NaN also where nothing is left.
+    """
+    top, left, rows, columns = box
+    corner, size = np.array([left, top] * 2), np.array([columns, rows] * 2)
+    # Comparisons with NaN are false, so where there was no box nothing is found to be empty, and NaN stays NaN.
+    clipped = ((boxes * np.array([width, height] * 2) - corner) / size).clip(0, 1)
+    is_empty = (clipped[..., 2:] <= clipped[..., :2]).any(axis=-1)
+    return np.where(is_empty[..., None], np.nan, clipped).astype(np.float32)
+
+
+def flip_boxes(boxes: np.ndarray) -> np.ndarray:
+    """Mirror boxes [T, 3, 4] of left hand, right hand and object; the hands swap their rows too."""
+    mirrored = boxes[:, [1, 0, 2]]
+    return np.stack((1 - mirrored[..., 2], mirrored[..., 1], 1 - mirrored[..., 0], mirrored[..., 3]), axis=-1)
+
+
+def normalise(video: Tensor, stats: ImageStats = IMAGE_STATS["clip"]) -> Tensor:
+    """Normalise pixels 0..255 [B, 3, T, H, W], uint8 or float32 in any memory order -> contiguous float32.
+
+    ``stats`` are the mean and deviation that a model's weights expect, its ``image_stats``. The result is on the same
+    device.
+    """
+    scale, shift = _statistics(video.device, stats)
+    pixels = video.to(torch.float32, memory_format=torch.contiguous_format).contiguous()
+    # In place where there is a copy: a second buffer of this size costs more on a CPU than the arithmetic.
+    return torch.addcmul(shift, pixels, scale, out=None if pixels is video else pixels)
+
+
+@cache
+def _statistics(device: torch.device, stats: ImageStats) -> tuple[Tensor, Tensor]:
+    # Factor and offset per channel [3, 1, 1, 1]; cached by device, because a copy to it would wait for its queue.
+    mean, std = torch.tensor(stats.mean, dtype=torch.float64), torch.tensor(stats.std, dtype=torch.float64)
+    # One multiply-add per pixel instead of a division, a subtraction and a division; exact in float64 first.
+    scale, shift = 1 / (255 * std), -mean / std
+    return tuple(each.to(torch.float32).view(3, 1, 1, 1).to(device) for each in (scale, shift))  # type: ignore[return-value]
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokens
+# --------------------------------------------------------------------------------------------------
+
+# Text lengths in a batch are rounded up to this, so that few different shapes reach the device.
+LENGTH_MULTIPLE = 8
+# Narrations repeat within an epoch far less than across; this many per process cost about 20 MB.
+_CACHED_TEXTS = 32768
+
+
+class Tokenizer:
+    """CLIP's byte-pair tokens through open_clip's tokenizer (works offline)."""
+
+    def __init__(self, context_length: int = 77) -> None:
+        self.context_length = context_length
+        self._inner = SimpleTokenizer(context_length=context_length)
+        # int32 halves the cache; ids end at 49,407.
+        self._one = lru_cache(_CACHED_TEXTS)(lambda text: self._inner([text])[0].numpy().astype(np.int32))
+
+    def __call__(self, texts: str | Sequence[str]) -> Tensor:
+        """Tokens of texts, int64 [len(texts), context_length]: start, words, end-of-text (the largest id), zeros.
+
+        Longer texts are cut, the end-of-text token stays last.
+        """
+        texts = [texts] if isinstance(texts, str) else texts
+        return torch.from_numpy(np.stack([self._one(text) for text in texts]).astype(np.int64))
+
+
+def trim(tokens: Tensor) -> Tensor:
+    """[B, L] -> [B, l]: the columns after the last end-of-text token of the batch are cut, l a multiple of 8 or L.
+
+    What stands after the end-of-text token of a causal text tower changes nothing. Call it on the CPU: the new
+    length is a number the host must know.
+    """
+    needed = int(tokens.argmax(dim=1).max()) + 1
+    return tokens[:, : -(-needed // LENGTH_MULTIPLE) * LENGTH_MULTIPLE]

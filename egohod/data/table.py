@@ -1,4 +1,4 @@
-"""Clips as columns, and the reading of their frames. Nothing here needs PyTorch.
+"""Clips as columns, their narrations, and the reading of their frames. Nothing here needs PyTorch.
 
 A :class:`ClipTable` holds Arrow buffers and numpy arrays only. There is no Python object per row whose reference
 count a worker process could touch, so millions of rows are shared with forked workers at no cost.
@@ -6,53 +6,32 @@ count a worker process could touch, so millions of rows are shared with forked w
 
 from __future__ import annotations
 
+import ast
 import copy
-import logging
-from collections.abc import Callable, Sequence
+import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from egohod.data import text_files
 from egohod.data.config import SourceConfig
 from egohod.data.decoders import Opener
 from egohod.data.detections import EDGES, ROLES, BoxTable
 from egohod.data.storage import LocalCache
-from egohod.data.text_files import nearest, read_columns, read_header, seconds, text_column
 from egohod.data.videos import MIN_SECONDS, Frames, VideoStore
-from egohod.errors import UserError
+from egohod.errors import UserError, nearest
 
-log = logging.getLogger(__name__)
+# --------------------------------------------------------------------------------------------------
+# The table
+# --------------------------------------------------------------------------------------------------
 
-# Absolute, climbing or empty ids; a drive letter is absolute too.
-_UNSAFE_ID = r"^\s*$|^[/\\]|^[A-Za-z]:[/\\]|(^|[/\\])\.\.([/\\]|$)|\x00"
-# A line break, and what looks like a further row: an id, two times and their separators.
-_SWALLOWED = r"[\r\n][^,\t\r\n]+[,\t]\s*[\d.:]+\s*[,\t]\s*[\d.:]+\s*[,\t]"
+# Values of a column that decide whether it is stored as a dictionary.
 _SAMPLE = 65536
-EXCLUDE_COLUMNS = ("video_id", "start_second", "end_second")
-
-
-@dataclass(frozen=True)
-class RawClips:
-    """The entries of an annotation file in its order, before any is checked: what a parser of ``formats/`` returns.
-
-    ``columns`` holds video_id, text and all further columns as strings; ``times`` start and end, as strings where a
-    person may have written them, else float64 [N]; ``numbers`` int64 [N] counts the entries as ``unit`` (row, line,
-    ...) of the file from 1; ``time_names`` is what the file calls start and end. ``broken`` are messages about entries
-    that cannot be parsed at all. With ``class_names`` the texts are names of classes, not narrations.
-    """
-
-    columns: pa.Table
-    times: tuple[pa.ChunkedArray | np.ndarray, pa.ChunkedArray | np.ndarray]
-    numbers: np.ndarray
-    unit: str = "row"
-    time_names: tuple[str, str] = ("start_second", "end_second")
-    broken: tuple[str, ...] = ()
-    class_names: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,9 +90,16 @@ class ClipTable:
         self.start, self.end = start, end
         """Seconds, float64 [N]; an infinite end is that of the video."""
         self._unit = unit
-        # Contiguous arrays: looking up a row of a chunked column costs a search. What repeats is stored once.
-        self._columns = {name: _compact(columns[name]) for name in columns.column_names}
         self._rows = np.arange(1, len(start) + 1) if numbers is None else numbers
+        self._columns: dict[str, pa.Array] = {}
+        for name in columns.column_names:
+            # Contiguous arrays: looking up a row of a chunked column costs a search.
+            whole = columns[name].combine_chunks()
+            # As a dictionary where values repeat (a video has many clips). Judged by the first ones: that spares
+            # encoding millions of different narrations in vain.
+            sample = whole.slice(0, _SAMPLE)
+            repeats = len(sample.unique()) <= len(sample) / 2
+            self._columns[name] = whole.dictionary_encode() if repeats else whole
 
     @classmethod
     def of(
@@ -131,47 +117,6 @@ class ClipTable:
         first, last = (np.asarray(each, dtype=np.float64) for each in (start, end))
         return cls(path, pa.table(arrays), first, last, unit=unit)
 
-    @classmethod
-    def checked(
-        cls, path: Path, raw: RawClips, *, strict: bool, exclude: str | None = None, unique: str = ""
-    ) -> ClipTable:
-        """The entries that can be used; see :func:`egohod.data.formats.read_clips`.
-
-        Entries without a readable time or narration, with an id that leads out of the video folder, and duplicates are
-        left out and counted; with ``strict`` the first one raises :class:`UserError` naming file and row. ``exclude``
-        is the path of an exclude list. With ``unique`` entries are duplicates if they agree in that column.
-        """
-        start, end = (seconds(times) for times in raw.times)
-        # Annotators' padding often reaches before the video.
-        negative, first = start < 0, np.maximum(start, 0.0)
-        # Other short clips keep their times: whether they are widened depends on how their video is stored, which only
-        # the reader of videos can see.
-        backwards = end <= first
-        last = np.where(backwards, first + MIN_SECONDS, end)
-        short = last - first < MIN_SECONDS
-
-        usable, left_out = _check(path, raw, start, end, strict, unique)
-        if exclude:
-            excluded = _excluded(Path(exclude), raw.columns["video_id"], first, last) & usable
-            left_out["on the exclude list"] = int(excluded.sum())
-            usable &= ~excluded
-        if not usable.any():
-            raise UserError(
-                f"{path}: no clip with a narration"
-                + "".join(f"; {count:,} left out: {why}" for why, count in left_out.items() if count)
-            )
-        lists = text_files.lists(raw.columns["text"])
-        report = TableReport(
-            rows=int(usable.sum()),
-            short=int((short & usable).sum()),
-            backwards=int((backwards & usable).sum()),
-            negative_start=int((negative & usable).sum()),
-            list_literals=int((lists & usable).sum()),
-            left_out={why: count for why, count in left_out.items() if count},
-        )
-        columns = raw.columns if usable.all() else raw.columns.filter(pa.array(usable))
-        return cls(path, columns, first[usable], last[usable], raw.numbers[usable], raw.unit, report)
-
     def __len__(self) -> int:
         return len(self.start)
 
@@ -182,7 +127,8 @@ class ClipTable:
             video_id=self._columns["video_id"][index].as_py(),
             start=float(self.start[index]),
             end=float(self.end[index]),
-            texts=text_files.narrations_in(text) or (text.strip(),),
+            # A class may be called "none", which as a narration is a missing one.
+            texts=narrations_in(text) or (text.strip(),),
             dataset="" if dataset is None else dataset[index].as_py(),
             row=int(self._rows[index]),
         )
@@ -236,7 +182,7 @@ class ClipTable:
         """
         if name not in self.column_names:
             raise UserError(f"{self.path}: no column '{name}'{nearest(name, self.column_names)}")
-        if name in ("start_second", "end_second"):
+        if name in ("start_second", "end_second"):  # a copy: the table itself does not change
             return (self.start if name == "start_second" else self.end).copy()
         return self._columns[name].to_numpy(zero_copy_only=False)
 
@@ -253,25 +199,98 @@ class ClipTable:
         """
         if not by:
             raise UserError(f"{self.path}: clips cannot be grouped by nothing; name video, window or a column")
-        codes = np.zeros(len(self), dtype=np.int64)
+        parts = list[np.ndarray]()
         for name in by:
-            for part in self._codes(name, window_seconds):
-                # Dense codes after every part, so that the product cannot overflow.
-                codes = np.unique(codes * (int(part.max()) + 1) + part, return_inverse=True)[1].astype(np.int64)
+            if name in ("start_second", "end_second"):  # the only columns that hold numbers
+                parts.append(np.unique(self.column(name), return_inverse=True)[1].astype(np.int64))
+                continue
+            column = self._columns.get("video_id" if name in ("video", "window") else name)
+            if column is None:
+                allowed = ["video", "window", *self.column_names]
+                raise UserError(f"{self.path}: cannot group clips by '{name}'{nearest(name, allowed)}")
+            # The dictionary's indices are codes already: no string is compared.
+            coded = column if isinstance(column, pa.DictionaryArray) else column.dictionary_encode()
+            parts.append(coded.indices.to_numpy(zero_copy_only=False).astype(np.int64))
+            if name == "window":
+                parts.append(((self.start + self.end) / 2 // window_seconds).astype(np.int64))
+        codes = np.zeros(len(self), dtype=np.int64)
+        for part in parts:
+            # Dense codes after every part, so that the product cannot overflow.
+            codes = np.unique(codes * (int(part.max()) + 1) + part, return_inverse=True)[1].astype(np.int64)
         return codes
 
-    def _codes(self, name: str, window_seconds: float) -> list[np.ndarray]:
-        if name in ("video", "window"):
-            video = _codes(self._columns["video_id"])
-            if name == "video":
-                return [video]
-            return [video, ((self.start + self.end) / 2 // window_seconds).astype(np.int64)]
-        if name not in self.column_names:
-            allowed = ["video", "window", *self.column_names]
-            raise UserError(f"{self.path}: cannot group clips by '{name}'{nearest(name, allowed)}")
-        if name in ("start_second", "end_second"):
-            return [np.unique(self.column(name), return_inverse=True)[1].astype(np.int64)]
-        return [_codes(self._columns[name])]
+
+def text_column(values: Sequence[Any]) -> pa.ChunkedArray:
+    """Any values as a column of text."""
+    # large_string: offsets of 32 bits end at 2 GB of narrations.
+    return pa.chunked_array([pa.array(map(str, values), pa.large_string())])
+
+
+# --------------------------------------------------------------------------------------------------
+# Narrations: what a cell holds, which of several is taken, and how it reads in the mirror
+# --------------------------------------------------------------------------------------------------
+
+# How programs spell that there is nothing; as the whole of a narration it is none.
+_NOTHING = r"(?:nan|null|none|n/?a|#n/a|<na>|nat|pd\.na)"
+_PANDAS = r"<\w+Array>\s*(\[.*\])\s*Length: \d+, dtype: \S+"
+_LIST = rf"(?s)^\s*(?:\[.*\]|array\(\s*\[.*\)|\(\s*['\"].*\)|{_PANDAS})\s*$"
+# Lists that may hold nothing at all; only these few are taken apart while reading.
+_BARE_LIST = (
+    rf"(?i)^(?:[\s,\[\]()'\"]|array|<\w+Array>|Length: \d+|dtype: \S+|np\.str_|dtype\s*=\s*[^\s,]+|{_NOTHING})*$"
+)
+_TOKEN = re.compile(
+    rf"""(?P<text>'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|(?P<open>(?:array|np\.str_)?\(|\[)|(?P<close>[\])])"""
+    rf"""|(?P<number>[-+]?\d+(?:\.\d+)?(?=[\s,\])]))|{_NOTHING}(?=[\s,\])])|[\s,]+|dtype\s*=\s*(?:\w+|'[^']*')""",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def narrations_in(cell: str) -> tuple[str, ...]:
+    """The narrations of a cell, without blanks around them; empty if it says nothing."""
+    cell = cell.strip()
+    if cell.startswith("<") and (printed := re.fullmatch(_PANDAS, cell, re.DOTALL)):
+        cell = printed[1]
+    items = _list_items(cell) if re.match(_LIST, cell) else None
+    # '[unsure] stirs [the pot]' is a narration, not a list
+    texts = (cell,) if items is None else (item.strip() for item in items)
+    return tuple(text for text in texts if text and not re.fullmatch(_NOTHING, text, re.IGNORECASE))
+
+
+def _list_items(cell: str) -> list[str] | None:
+    """The texts and numbers in a printed list (Python's, JSON's, numpy's or pandas'); None if it is none."""
+    # Tokens, not ast.literal_eval: it knows neither array(...) nor nan, and recurses into what a file nests.
+    items, depth, at = list[str](), 0, 0
+    while at < len(cell):
+        token = _TOKEN.match(cell, at)
+        if token is None or (at and not depth):
+            return None
+        depth += (token["open"] is not None) - (token["close"] is not None)
+        if text := token["text"]:
+            items.append(_unquoted(text) if "\\" in text else text[1:-1])
+        elif token["number"]:
+            items.append(token["number"])
+        at = token.end()
+    return None if depth else items
+
+
+def _unquoted(text: str) -> str:
+    """What a quoted text with backslashes spells: as JSON writes it or, if it is none, as Python does."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return str(read(text))
+        except (ValueError, SyntaxError):
+            continue
+    return text[1:-1]
+
+
+def inspect_cells(cells: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Which cells hold no narration, and which look like lists, bool [N] each."""
+    # By Arrow's regular expressions: taking millions of cells apart in Python takes minutes.
+    empty = pc.match_substring_regex(cells, rf"(?i)^\s*{_NOTHING}?\s*$").to_numpy().copy()
+    lists = pc.match_substring_regex(cells, _LIST).to_numpy()
+    doubtful = np.flatnonzero(lists & pc.match_substring_regex(cells, _BARE_LIST).to_numpy())
+    empty[doubtful] = [not narrations_in(cells[int(i)].as_py()) for i in doubtful]
+    return empty, lists
 
 
 def choose_text(texts: Sequence[str], mode: str, rng: np.random.Generator) -> str:
@@ -281,129 +300,123 @@ def choose_text(texts: Sequence[str], mode: str, rng: np.random.Generator) -> st
     """
     if mode == "concat":
         return ". ".join(texts)
-    if mode == "first" or len(texts) == 1:
+    if mode == "first" or len(texts) == 1:  # a draw here would change the crop of every clip with one narration
         return texts[0]
     assert mode == "random", mode
     return texts[int(rng.integers(len(texts)))]
 
 
-def _compact(column: pa.ChunkedArray) -> pa.Array:
-    """One contiguous array, as a dictionary where values repeat (a video has many clips)."""
-    whole = column.combine_chunks()
-    # Telling by the first ones spares encoding millions of different narrations in vain.
-    sample = whole.slice(0, _SAMPLE)
-    return whole.dictionary_encode() if len(sample.unique()) <= len(sample) / 2 else whole
+_SIDE = re.compile(
+    r"\b(?:(?P<side>left|right)(?P<tail>(?:most|wards?|side|[- ]?hand(?:s|ed)?)\b)?"
+    r"|(?P<turn>(?:(?:counter|anti)[- ]?)?clock[- ]?wise))\b",
+    re.IGNORECASE,
+)
 
 
-def _codes(column: pa.Array) -> np.ndarray:
-    coded = column if isinstance(column, pa.DictionaryArray) else column.dictionary_encode()
-    return coded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+def _words(text: str) -> frozenset[str]:
+    # A line of words is easier to read and to extend than a list of quoted ones.
+    return frozenset(text.split())
 
 
-def _check(
-    path: Path, raw: RawClips, start: np.ndarray, end: np.ndarray, strict: bool, unique: str
-) -> tuple[np.ndarray, dict[str, int]]:
-    """Which entries can be used, bool [N], and how many cannot, by reason."""
-    videos, texts = raw.columns["video_id"], raw.columns["text"]
-    # A class may be called "none", which as a narration is a missing one.
-    empty = r"^\s*$"
-    silent = pc.match_substring_regex(texts, empty).to_numpy() if raw.class_names else text_files.nothing(texts)
-
-    def bad_time(which: int) -> Callable[[int], str]:
-        name, times = raw.time_names[which], raw.times[which]
-        return lambda i: f"{name} is '{times[i]}', not a time in seconds or HH:MM:SS"
-
-    # (reason, mask, message of one entry); an entry counts under the first reason that applies.
-    checks: list[tuple[str, np.ndarray, Callable[[int], str]]] = [
-        ("no readable time", np.isnan(start), bad_time(0)),
-        ("no readable time", np.isnan(end), bad_time(1)),
-        ("before the video begins", (end <= 0) & (start < 0), lambda i: f"the clip ends at {end[i]:g} s"),
-        (
-            "unsafe or empty video id",
-            pc.match_substring_regex(videos, _UNSAFE_ID).to_numpy(),
-            lambda i: (
-                f"video_id '{videos[i].as_py()}' is empty or leads out of the video folder; ids are relative and "
-                "without '..'"
-            ),
-        ),
-        ("no narration", silent, lambda i: "no narration"),
-        (
-            "several rows in one narration",
-            pc.match_substring_regex(texts, _SWALLOWED).to_numpy(),
-            lambda i: f"a quote that is not closed swallows the rows after it: '{texts[i].as_py()[:60]}...'",
-        ),
-        (
-            "duplicates",
-            raw.columns[unique].to_pandas().duplicated().to_numpy() if unique else _duplicates(raw, start, end),
-            lambda i: (
-                f"{unique} '{raw.columns[unique][i].as_py()}' occurs twice"
-                if unique
-                else f"video '{videos[i].as_py()}' has the same clip and narration before"
-            ),
-        ),
-    ]
-    usable, left_out = np.ones(len(start), dtype=bool), {"malformed": len(raw.broken)}
-    # As errors even where they become warnings: an error's message is one line of bounded length.
-    faults = [UserError(f"{path}: {text}") for text in raw.broken[:1]]
-    for why, mask, message in checks:
-        new = mask & usable
-        left_out[why] = left_out.get(why, 0) + int(new.sum())
-        if new.any():
-            i = int(np.argmax(new))
-            faults.append(UserError(f"{path}: {raw.unit} {raw.numbers[i]}: {message(i)}"))
-        usable &= ~mask
-    if faults and strict:
-        raise faults[0]
-    # One example of each reason; the counts are in the report.
-    for fault in faults:
-        log.warning("left out %s", fault)
-    return usable, left_out
+# What comes as a left and a right one
+_PAIRED = _words(
+    "hand hands arm arms forearm forearms leg legs foot feet side sides finger fingers thumb thumbs index palm "
+    "palms wrist wrists elbow elbows knee knees eye eyes ear ears shoulder shoulders fist fists hip toe shoe "
+    "shoes glove gloves sleeve sleeves corner edge end half pocket burner lane tap knob"
+)
+_BEFORE_A_SIDE = _words(
+    "the his her my your their its our bottom top upper lower front rear far near middle center centre extreme "
+    "towards toward slightly sharply"
+)
+# "left or right", "left to right", "first left, then right"
+_LINKS = _words("and or to then from")
+# "turns left in the corridor"
+_TURNING = re.compile(
+    r"(?:turn|look|lean|move|step|go|walk|swing|tilt|face|slide|bend|shift|rotate|swipe|wipe|drag|steer|veer|sway)"
+    r"(?:s|es|d|ed|ing)?"
+)
+# The verb of leaving: "left the room", "she left", "what was left"
+_OBJECTS = _words("the a an his her their my your its our it them him some this that these those all everything")
+_LEAVING = _words(
+    "c he she they who which that what what's someone somebody person man woman lady boy girl then is are was "
+    "were be been being has have had having just all not"
+)
+# "oil left in the pan", "no water left", "right after that", "right there", "left to dry"
+_ADVERBS = _words(
+    "over overs away now after before behind off out back up alone running unattended unused empty open "
+    "uncovered there here in on at by for inside under above below beside near around through along across onto "
+    "into underneath until next again aside as within where when enough to"
+)
+_REMAINING = _words(
+    "one two three four five six seven eight nine ten "
+    "no any some little much many more few only nothing anything everything bit amount lot rest"
+)
+# "the right amount"
+_FITTING = _words(
+    "balance amount size temperature time way thickness consistency order moment fit quantity proportion "
+    "proportions degree length shape texture method tool tools place position angle angles setting ratio dose "
+    "volume"
+)
 
 
-def _duplicates(raw: RawClips, start: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """Which entries repeat an earlier one in video, times and text, bool [N]."""
-    videos, texts = raw.columns["video_id"], raw.columns["text"]
-    clips = pd.DataFrame({"video": _codes(videos.combine_chunks()), "start": start, "end": end})
-    # Few clips appear twice at all: only their texts need a look.
-    alike = clips.duplicated(keep=False).to_numpy()
-    repeated = np.zeros(len(clips), dtype=bool)
-    repeated[alike] = clips[alike].assign(text=texts.filter(pa.array(alike)).to_pandas().to_numpy()).duplicated()
-    return repeated
+def swap_sides(text: str) -> str:
+    """Mirror a narration: words, possessives, compounds ("leftmost", "right-hand side") and rotations; case is kept.
+
+    Mirrored twice it is the same again; only a rotation that is not spelled "counterclockwise" or "clockwise" comes
+    back in that spelling.
+    """
+
+    def mirrored(match: re.Match[str]) -> str:
+        word = match.group()
+        if not _is_side(text, match):
+            return word
+        if match["side"]:
+            other = ("right" if match["side"].lower() == "left" else "left") + (match["tail"] or "")
+        else:
+            other = "counterclockwise" if match["turn"].lower() == "clockwise" else "clockwise"
+        if word.isupper():
+            return other.upper()
+        return other[0].upper() + other[1:] if word[0].isupper() else other
+
+    return _SIDE.sub(mirrored, text)
 
 
-def _excluded(path: Path, videos: pa.ChunkedArray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """Which clips an exclude list names (by video and times to the millisecond), bool [N]."""
-    # Times to the millisecond, as the tool writes them: floats of two readings need not be equal.
-    header = read_header(path)
-    if missing := [name for name in EXCLUDE_COLUMNS if name not in header.names]:
-        raise UserError(f"{path}: not an exclude list with {', '.join(EXCLUDE_COLUMNS)}: no column '{missing[0]}'")
-    rows = read_columns(path, header, EXCLUDE_COLUMNS)
-    for number, fault in rows.faults:
-        raise UserError(f"{path}: row {number}: {fault}")
-    times = {name: seconds(rows.table[name]) for name in EXCLUDE_COLUMNS[1:]}
-    for name, values in times.items():
-        if np.isnan(values).any():
-            i = int(np.argmax(np.isnan(values)))
-            raise UserError(f"{path}: row {rows.numbers[i]}: {name} is '{rows.table[name][i]}', not a time in seconds")
-    unwanted = pd.MultiIndex.from_arrays([rows.table["video_id"].to_pandas(), *map(_milliseconds, times.values())])
-    ids = videos.to_pandas()
-    clips = pd.MultiIndex.from_arrays([ids, _milliseconds(start), _milliseconds(end)])
-    mask: np.ndarray = clips.isin(unwanted)
-    # Lists of earlier versions hold short clips as widened.
-    if len(left := unwanted.difference(clips)):
-        widened = np.maximum(end, start + MIN_SECONDS)
-        mask |= pd.MultiIndex.from_arrays([ids, _milliseconds(start), _milliseconds(widened)]).isin(left)
-    if len(unwanted) and not mask.any():
-        log.warning("%s: names no clip of this table; is it another one's?", path)
-    return mask
+def _is_side(text: str, match: re.Match[str]) -> bool:
+    """Whether a "left" or "right" is one, by its neighbours; the first rule that fits decides."""
+    # Six words before and one clause after: what decides is never further away.
+    before = re.findall(r"[\w'#]+|[.,;:!?]", text[: match.start()].lower())[-6:]
+    clause = re.split(r"[.,;:!?()\"]", text[match.end() : match.end() + 60].lower(), maxsplit=1)[0]
+    after, second, third, *_ = [*re.findall(r"[\w']+", clause), "", "", ""]
+    last = before[-1] if before else ""
+    sides = {"left", "right"}
+    if match["turn"] or match["tail"] or after in _PAIRED:
+        return True
+    if (after in _LINKS and (second in sides or third in sides)) or (last in _LINKS and sides & set(before[-4:])):
+        return True
+    if after in ("over", "overs"):
+        return False
+    if last in ("from", "to") and not after:
+        return True
+    if last in _BEFORE_A_SIDE:
+        return after not in _FITTING
+    if _TURNING.fullmatch(last):
+        return after not in _OBJECTS | {"away", "now", "after", "before", "at", "back"}
+    # People of Ego4D are called by single letters: "#O the man X left".
+    if last in _LEAVING or len(last.strip("#")) == 1 or after in _ADVERBS | _OBJECTS | _FITTING:
+        return False
+    return bool(after) or not _REMAINING & set(before)
 
 
-def _milliseconds(times: np.ndarray) -> np.ndarray:
-    return np.nan_to_num(times * 1000).round().astype(np.int64)
+# --------------------------------------------------------------------------------------------------
+# Frames and boxes
+# --------------------------------------------------------------------------------------------------
 
 
 class ClipReader:
-    """Reads the frames and boxes of a table's clips; ``config`` has the folders of the videos."""
+    """Reads the frames and boxes of a table's clips; ``config`` has the folders of the videos.
+
+    Raises :class:`UserError` for rows without a video folder.
+    """
 
     def __init__(
         self,
@@ -417,13 +430,22 @@ class ClipReader:
         self.config = config
         self._with_boxes = boxes
         self._boxes = BoxTable.read(config.detections) if boxes and config.detections else None
+        # Folder by dataset name; the name "" stands for all others.
+        datasets = table.datasets()
+        roots = {name: root for name, root in config.dataset_roots.items() if name in datasets}
+        if others := [name for name in datasets if name not in roots]:
+            if not config.root:
+                what = f"the rows of dataset '{others[0]}'" if others[0] else "its rows"
+                raise UserError(f"{table.path}: {what} need a video folder; set root (or dataset_roots.NAME)")
+            roots[""] = config.root
         self._stores = {
             name: VideoStore(root, config.layout, config.chunk_seconds, opener, cache, config.min_clip_seconds)
-            for name, root in _roots(table, config).items()
+            for name, root in roots.items()
         }
 
     def store(self, row: ClipRow) -> VideoStore:
         """The folder that a clip's video is in."""
+        # Rows of a dataset without a folder of its own, and all rows without a dataset, are below root.
         return self._stores.get(row.dataset) or self._stores[""]
 
     def read(self, row: ClipRow, num_frames: int, rng: np.random.Generator | None, rule: str = "middle") -> Frames:
@@ -432,6 +454,7 @@ class ClipReader:
 
     def restricted(self, mask: np.ndarray) -> ClipReader:
         """The same for the clips where ``mask`` bool [N] is true."""
+        # Shallow: the opened folders and what they remember of the videos are shared.
         reader = copy.copy(self)
         reader.table = self.table.restricted(mask)
         return reader
@@ -444,16 +467,3 @@ class ClipReader:
         if self._boxes is None:
             return np.full((len(seconds), len(ROLES), len(EDGES)), np.nan, dtype=np.float32)
         return self._boxes.at(row.video_id, seconds)
-
-
-def _roots(table: ClipTable, config: SourceConfig) -> dict[str, str]:
-    """Video folder by dataset name; the name '' stands for all others."""
-    datasets = table.datasets()
-    roots = {name: root for name, root in config.dataset_roots.items() if name in datasets}
-    others = [name for name in datasets if name not in roots]
-    if others:
-        if not config.root:
-            what = f"the rows of dataset '{others[0]}'" if others[0] else "its rows"
-            raise UserError(f"{table.path}: {what} need a video folder; set root (or dataset_roots.NAME)")
-        roots[""] = config.root
-    return roots

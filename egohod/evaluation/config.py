@@ -29,6 +29,11 @@ class BenchmarkConfig:
     )
     root: str | None = knob(None, "folder of its videos, or an fsspec URI")
     columns: dict[str, str] = knob({}, "custom and labels: as data.train.NAME.columns")
+    metric_names: dict[str, str] = knob(
+        {},
+        "custom: metrics by the kinds of questions in questions.jsonl, e.g. {hands: choice_hands}; a kind that is not "
+        "in it is its own metric's name",
+    )
     layout: str = knob("auto", "as data.train.NAME.layout", choices=("auto", "chunks", "avion", "whole"))
     chunk_seconds: float = knob(15.0, "length of a chunk", above=0)
     min_clip_seconds: float | None = knob(
@@ -110,6 +115,12 @@ class EvaluateConfig:
                         "root": f"{folder}/videos",
                         "layout": "chunks",
                         "protocol": "as_trained",
+                        # Kinds of questions of those worlds, and what their metrics were called.
+                        "metric_names": {
+                            "across_clips": "choice_across_clips",
+                            "state_changing": "motion_state_changing",
+                            "transient": "motion_transient",
+                        },
                     }
                 }
                 section[when] = [name, *names]

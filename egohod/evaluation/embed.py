@@ -17,10 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from egohod.data.config import DataConfig
-from egohod.data.dataset import ClipDataset, collate_views, require_all
+from egohod.data.dataset import ClipDataset, collate_views, normalise, require_all, trim
 from egohod.data.loader import eval_loader
-from egohod.data.text import trim
-from egohod.data.transforms import normalise
 from egohod.distributed import Distributed, inference_precision
 from egohod.errors import UserError
 from egohod.evaluation.features import FeatureCache, feature_key, is_written, write_video

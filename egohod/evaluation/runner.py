@@ -19,15 +19,13 @@ from torch import nn
 
 from egohod.config import Config
 from egohod.data.config import SourceConfig
-from egohod.data.dataset import ClipDataset, EvalProtocol, require_all
+from egohod.data.dataset import ClipDataset, EvalProtocol, Tokenizer, require_all
 from egohod.data.formats import BENCHMARKS
 from egohod.data.formats.base import BenchmarkData, BenchmarkOptions
 from egohod.data.labels import ClassSpace
 from egohod.data.storage import open_cache
-from egohod.data.text import Tokenizer
-from egohod.data.text_files import nearest
 from egohod.distributed import Distributed, pick_precision
-from egohod.errors import UserError
+from egohod.errors import UserError, nearest
 from egohod.evaluation.config import BenchmarkConfig
 from egohod.evaluation.embed import EmbedReport, Execution, TokenizerLike, embed_clips, embed_texts
 from egohod.evaluation.features import FeatureCache
@@ -220,7 +218,7 @@ def read_benchmark(
         chunk_seconds=config.chunk_seconds,
         min_clip_seconds=config.min_clip_seconds,
     )
-    return source, format.read(source, BenchmarkOptions(prompts, config.test_split, cache))
+    return source, format.read(source, BenchmarkOptions(prompts, config.test_split, cache, config.metric_names))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -23,8 +23,8 @@ EQUAL = 1e-3
 def relevancy(verbs: tuple[Tensor, Tensor], nouns: tuple[Tensor, Tensor]) -> Tensor:
     """Relevancy of M items to B others by the classes of both, float [B, M] in 0..1.
 
-    As :func:`egohod.data.relevancy.class_relevancy`, on the device: ``verbs`` int64 [B] and [M], ``nouns`` [B, K] and
-    [M, K], 1 for each class of an item.
+    As :func:`egohod.data.formats.ek100.class_relevancy`, on the device: ``verbs`` int64 [B] and [M], ``nouns`` [B, K]
+    and [M, K], 1 for each class of an item.
     """
     (own, other), common = nouns, nouns[0] @ nouns[1].T
     union = own.sum(dim=1)[:, None] + other.sum(dim=1) - common

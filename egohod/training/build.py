@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from egohod.config import Config
 from egohod.data.config import SourceConfig
-from egohod.data.dataset import ClipDataset, Labels
+from egohod.data.dataset import ClipDataset, Labels, Tokenizer, trim
 from egohod.data.formats import read_clips
 from egohod.data.labels import (
     RELEVANCY_COLUMNS,
@@ -29,7 +29,6 @@ from egohod.data.labels import (
 from egohod.data.loader import BatchPlan, MixedPlan, shares
 from egohod.data.storage import open_cache
 from egohod.data.table import ClipTable
-from egohod.data.text import Tokenizer, trim
 from egohod.distributed import Distributed, pick_precision
 from egohod.errors import UserError
 from egohod.model.checkpoints import HeadClasses, WeightFile, base_of, load_weights

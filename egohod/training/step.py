@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from egohod.config import Config
-from egohod.data.transforms import normalise
+from egohod.data.dataset import normalise
 from egohod.distributed import Distributed, pick_precision
 from egohod.loss.boxes import box_errors
 from egohod.loss.contrastive import Loss

@@ -12,9 +12,8 @@ from video_files import encode
 
 from egohod.data import dataset as clips_module
 from egohod.data.config import SourceConfig
-from egohod.data.dataset import ClipDataset, FaultLedger, collate
+from egohod.data.dataset import ClipDataset, FaultLedger, Tokenizer, collate
 from egohod.data.formats import read_clips
-from egohod.data.text import Tokenizer
 from egohod.data.videos import VideoError
 from egohod.errors import UserError
 

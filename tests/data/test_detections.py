@@ -13,11 +13,9 @@ from show_batch import sheet
 
 from egohod.data import detections
 from egohod.data.config import SourceConfig
-from egohod.data.dataset import ClipDataset, collate
+from egohod.data.dataset import ClipDataset, Tokenizer, collate, crop_boxes, flip_boxes
 from egohod.data.detections import LEFT, NO_CONTACT, PORTABLE_OBJECT, RIGHT, ROLE_COLOURS, SCHEMA, BoxTable
 from egohod.data.formats import read_clips
-from egohod.data.text import Tokenizer
-from egohod.data.transforms import crop_boxes, flip_boxes
 from egohod.errors import UserError
 
 

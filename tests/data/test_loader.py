@@ -396,7 +396,7 @@ def test_a_program_ends_although_it_never_finished_its_batches(demo_world: Path,
         "import sys\nfrom egohod.data.config import SourceConfig\n"
         "from egohod.data.dataset import ClipDataset, collate_views\n"
         "from egohod.data.loader import eval_loader\nfrom egohod.data.formats import read_clips\n"
-        "from egohod.data.text import Tokenizer\nfolder = sys.argv[1]\n"
+        "from egohod.data.dataset import Tokenizer\nfolder = sys.argv[1]\n"
         "source = SourceConfig(metadata=folder + '/hod.csv', root=folder + '/videos')\n"
         "clips = ClipDataset([(read_clips(source), source)], size=32, num_frames=2, tokenizer=Tokenizer())\n"
         "kept = iter(eval_loader(clips, range(8), 1, 2, collate=collate_views))\nnext(kept)\n"

@@ -13,10 +13,9 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from egohod.data import text_files
 from egohod.data.config import SourceConfig
 from egohod.data.formats import read_clips
-from egohod.data.text_files import narrations_in
+from egohod.data.table import inspect_cells, narrations_in
 
 WORDS = ['cuts the dog\'s "red" onion', "台所, stirs", "#C C [unsure] 100%", "back\\slash\nline", "it's", 'a "b"']
 
@@ -72,8 +71,8 @@ def test_nothing_and_what_only_looks_like_it() -> None:
     assert [cell for cell in NOTHING if narrations_in(cell)] == []
     assert [cell for cell in PLAIN if narrations_in(cell) != (cell,)] == []
     cells = [*NOTHING, *PLAIN, *LISTS]
-    found = text_files.nothing(pa.chunked_array([pa.array(cells, pa.large_string())]))
-    assert [cell for cell, nothing in zip(cells, found, strict=True) if nothing] == NOTHING
+    empty, _ = inspect_cells(pa.chunked_array([pa.array(cells, pa.large_string())]))
+    assert [cell for cell, nothing in zip(cells, empty, strict=True) if nothing] == NOTHING
 
 
 CLIPS = [*LISTS, *NOTHING, "#C C says none"]

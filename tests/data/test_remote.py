@@ -13,11 +13,10 @@ from video_files import DECODERS, encode, numbers, opener
 from egohod.config import Config
 from egohod.data import storage
 from egohod.data.config import SourceConfig
-from egohod.data.dataset import ClipDataset, collate_views
+from egohod.data.dataset import ClipDataset, Tokenizer, collate_views
 from egohod.data.formats import read_clips
 from egohod.data.loader import eval_loader
 from egohod.data.storage import LocalCache, StorageError
-from egohod.data.text import Tokenizer
 from egohod.data.videos import VideoError, VideoStore, segment_indices
 from egohod.training.build import build_dataset
 

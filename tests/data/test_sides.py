@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from egohod.data.text import swap_sides
+from egohod.data.table import swap_sides
 
 CAPTIONS = json.loads((Path(__file__).parent / "side_captions.json").read_text(encoding="utf-8"))
 WORD = re.compile(r"\b(?:left|right)\b|\b(?:counter|anti)?-?clockwise\b", re.IGNORECASE)

@@ -20,13 +20,8 @@ import pytest
 from egohod.data.chunking import find_videos
 from egohod.data.config import SourceConfig
 from egohod.data.formats import read_clips
-from egohod.data.text_files import (
-    narrations_in,
-    read_csv,
-    read_header,
-    read_json,
-    read_lines,
-)
+from egohod.data.formats.base import read_csv, read_header, read_json, read_lines
+from egohod.data.table import narrations_in
 from egohod.errors import UserError
 from tests.support import ROOT
 

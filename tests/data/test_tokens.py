@@ -3,8 +3,8 @@ import pytest
 import torch
 from open_clip.tokenizer import SimpleTokenizer
 
+from egohod.data.dataset import Tokenizer, trim
 from egohod.data.table import choose_text
-from egohod.data.text import Tokenizer, trim
 
 TEXTS = ["#C C moves the red cup", "a", "", "Ümläut & emoji \U0001f600 it's", "word " * 2000]
 

@@ -4,7 +4,7 @@ import torch
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from egohod.data.transforms import center_crop, crop, flip, normalise, random_box, spatial_crops
+from egohod.data.dataset import center_crop, crop, normalise, random_box, spatial_crops
 from egohod.model.config import IMAGE_STATS
 
 
@@ -80,11 +80,6 @@ def test_resizing_without_antialiasing_is_interpolation_of_float32(mode: str, he
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
     # A smooth picture shows little of it; it is not the antialiased one all the same.
     assert 0.01 < (got - spatial_crops(frames, size, 1).float()).abs().mean() < 5
-
-
-def test_flip_mirrors_the_width() -> None:
-    video = torch.arange(6).reshape(1, 1, 1, 2, 3)
-    assert flip(video).tolist() == [[[[[2, 1, 0], [5, 4, 3]]]]]
 
 
 # Mean and deviation of 255 as each project's code has them.

@@ -11,11 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from egohod.config import Config
-from egohod.data.dataset import ClipDataset
+from egohod.config import Config, load
+from egohod.data.dataset import ClipDataset, Tokenizer, normalise
 from egohod.data.table import ClipTable
-from egohod.data.text import Tokenizer
-from egohod.data.transforms import normalise
 from egohod.demo.world import NOUNS, VERBS, phrase
 from egohod.distributed import Distributed
 from egohod.evaluation import runner
@@ -26,6 +24,7 @@ from egohod.evaluation.runner import Benchmark, BenchmarkResult, benchmark, exec
 from egohod.evaluation.tasks import EvaluationTask
 from egohod.model.config import ModelConfig
 from egohod.model.dual_encoder import DualEncoder, create_model
+from tests.support import ROOT
 
 FRAMES = 4
 
@@ -42,10 +41,9 @@ def config(**evaluate: Any) -> Config:
 
 
 def world_split(folder: Path) -> BenchmarkConfig:
-    """A split of a demo world as a benchmark."""
-    return BenchmarkConfig(
-        kind="custom", metadata=f"{folder}/hod.csv", root=f"{folder}/videos", layout="chunks", protocol="as_trained"
-    )
+    """A split of a demo world as a benchmark, as configs/demo.yml has it."""
+    settings = load(ROOT / "configs" / "demo.yml").evaluate.benchmarks["test"]
+    return dataclasses.replace(settings, metadata=f"{folder}/hod.csv", root=f"{folder}/videos")
 
 
 def demo_benchmark(folder: Path, dist: Distributed = ALONE, batch_size: int = 7, workers: int = 0) -> Benchmark:

@@ -12,8 +12,7 @@ import torch
 from evaluation_cases import FRAMES, demo_benchmark, small_model
 from torch import Tensor, nn
 
-from egohod.data.text import Tokenizer
-from egohod.data.transforms import normalise
+from egohod.data.dataset import Tokenizer, normalise
 from egohod.distributed import Distributed, inference_precision
 from egohod.errors import UserError
 from egohod.evaluation.embed import Execution, embed_clips, embed_texts, extract, remaining

@@ -14,10 +14,9 @@ from evaluation_cases import ALONE, small_model
 from PIL import Image
 
 from egohod.data.config import SourceConfig
-from egohod.data.dataset import ClipDataset, EvalProtocol
-from egohod.data.formats.folder import rows_of_csv, whole_files, windows
+from egohod.data.dataset import ClipDataset, EvalProtocol, normalise
+from egohod.data.formats.custom import rows_of_csv, whole_files, windows
 from egohod.data.table import ClipTable
-from egohod.data.transforms import normalise
 from egohod.data.videos import window_spans
 from egohod.errors import UserError
 from egohod.evaluation import embed as extraction

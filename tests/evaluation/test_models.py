@@ -12,7 +12,7 @@ import torch
 from evaluation_cases import ALONE, config, demo_benchmark, settings, small_model
 from torch import Tensor, nn
 
-from egohod.data.transforms import normalise
+from egohod.data.dataset import normalise
 from egohod.distributed import Distributed
 from egohod.errors import UserError
 from egohod.evaluation.embed import Execution, embed_clips

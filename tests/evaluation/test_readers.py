@@ -379,7 +379,7 @@ def test_questions_are_read_with_shared_texts(tmp_path: Path) -> None:
     path = tmp_path / "questions.jsonl"
     other = {"kind": "across_clips", "query": {"text": "b"}, "choices": [{"clip": "u0"}, {"clip": "u1"}], "answer": 0}
     path.write_text(json.dumps(GOOD) + "\n" + json.dumps(other) + "\n")
-    table = read_questions(path, ["u0", "u1"])
+    table = read_questions(path, ["u0", "u1"], {"transient": "motion_transient"})
     assert table.texts == ["a", "b"]
     first, second = table.questions
     assert (first.kind, first.query_is_clip, first.query, first.choices, first.answer) == (
@@ -389,7 +389,7 @@ def test_questions_are_read_with_shared_texts(tmp_path: Path) -> None:
         (0, 1),
         1,
     )
-    assert (second.query_is_clip, second.query, second.choices) == (False, 1, (0, 1))
+    assert (second.kind, second.query_is_clip, second.query, second.choices) == ("across_clips", False, 1, (0, 1))
 
 
 @pytest.mark.parametrize(

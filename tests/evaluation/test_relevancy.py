@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from egohod.data.relevancy import GradedTexts, cached_matrix, class_relevancy, csv_relevancy, read_relevancy
+from egohod.data.formats.ek100 import GradedTexts, cached_matrix, class_relevancy, csv_relevancy, read_relevancy
 from egohod.errors import UserError
 from tests.support import ROOT
 

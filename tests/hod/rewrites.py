@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import simplemma
 
-from egohod.data.text import swap_sides
+from egohod.data.table import swap_sides
 
 ROWS, SEED = 300, 0
 

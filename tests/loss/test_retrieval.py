@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
-from egohod.data.relevancy import GradedTexts, class_relevancy
+from egohod.data.formats.ek100 import GradedTexts, class_relevancy
 from egohod.distributed import gather_with_grad
 from egohod.loss.config import RELEVANCY_LOSSES, LossConfig
 from egohod.loss.factory import build_loss

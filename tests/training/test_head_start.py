@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from egohod import config
+from egohod.data.dataset import Tokenizer
 from egohod.data.formats import read_clips
 from egohod.data.labels import class_space
-from egohod.data.text import Tokenizer
 from egohod.errors import UserError
 from egohod.model.dual_encoder import create_model
 from egohod.training.build import class_texts, start_from_text

@@ -47,14 +47,13 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from egohod.config import Config
-from egohod.data import transforms
+from egohod.data import dataset as transforms
 from egohod.data.chunking import ChunkSettings, write_chunks
 from egohod.data.config import DataConfig, SourceConfig
-from egohod.data.dataset import ClipDataset
+from egohod.data.dataset import ClipDataset, Tokenizer
 from egohod.data.decoders import choose_decoder
 from egohod.data.formats import read_clips
 from egohod.data.loader import BatchPlan, train_loader
-from egohod.data.text import Tokenizer
 from egohod.data.videos import read_clip, segment_indices
 from egohod.errors import UserError
 from egohod.model.config import IMAGE_STATS, ModelConfig

@@ -11,18 +11,19 @@ names become values of ``data.train.NAME.format`` and ``evaluate.benchmarks.NAME
 
     def read_benchmark(source, options):                # optional: clips and tasks for evaluation
         path = require_file(source, "test.csv")
-        clips = ClipTable.checked(path, parse(path, source, None), strict=True)
+        clips, notes = require_clips(path, parse(path, source, None))
         texts, own = np.unique(clips.column("text"), return_inverse=True)
         relevancy = (own[:, None] == np.arange(len(texts))).astype(np.float32)
-        return BenchmarkData(clips, [RetrievalData(texts.tolist(), own, relevancy)])
+        return BenchmarkData(clips, [RetrievalData(texts.tolist(), own, relevancy)], notes)
 
     MYDATA = Format("mydata", parse, columns=("clip", "sentence"), benchmarks=(Benchmark("mydata", read_benchmark),))
 
-``base.py`` has the types and what formats share, ``egohod/data/text_files.py`` the reading of text, csv and parquet.
+``base.py`` has the types, what formats share, and the reading of text, csv and parquet.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,16 +32,16 @@ import pyarrow as pa
 from egohod.data.config import SourceConfig
 from egohod.data.formats.base import Benchmark as Benchmark
 from egohod.data.formats.base import Format as Format
+from egohod.data.formats.base import RawClips, check_clips, read_header, read_lines
 from egohod.data.formats.charades import CHARADES
-from egohod.data.formats.custom import HOD
-from egohod.data.formats.ego4d import EGO4D, EGOCLIP
+from egohod.data.formats.custom import HOD, LABELS
+from egohod.data.formats.ego4d import EGO4D, EGOCLIP, PICKLE
 from egohod.data.formats.egtea import EGTEA
 from egohod.data.formats.ek100 import EK100
-from egohod.data.formats.labels import LABELS
-from egohod.data.formats.lavila import PICKLE
-from egohod.data.table import ClipTable, RawClips, log
-from egohod.data.text_files import nearest, read_header, read_lines
-from egohod.errors import UserError
+from egohod.data.table import ClipTable
+from egohod.errors import UserError, nearest
+
+log = logging.getLogger(__name__)
 
 # In the order in which ``format: auto`` tries them; a table that is of none of them is read as ``hod``.
 FORMATS = {each.name: each for each in (EGOCLIP, EK100, EGO4D, PICKLE, EGTEA, CHARADES, LABELS, HOD)}
@@ -60,10 +61,11 @@ def read_clips(
     """
     source = source if isinstance(source, SourceConfig) else SourceConfig(metadata=str(source))
     path = Path(source.metadata)
+    # Parsing is the format's, judging the same for all.
     raw = read_raw(source, extra)
-    table = ClipTable.checked(path, raw, strict=strict, exclude=source.exclude)
+    table = check_clips(path, raw, strict=strict, exclude=source.exclude)
+    # Memory that only reading needed goes back to the system: the entries of a big file take gigabytes.
     del raw
-    # Memory that only reading needed goes back to the system.
     pa.default_memory_pool().release_unused()
     log.info("%s: %s", path, table.report)
     return table
@@ -82,7 +84,7 @@ def read_raw(source: SourceConfig, extra: Sequence[str] | None = None) -> RawCli
         if name not in FORMATS:
             raise UserError(f"{path}: no annotation format '{name}'{nearest(name, ['auto', *FORMATS])}")
         return FORMATS[name].parse(path, source, extra)
-    except OSError as error:
+    except OSError as error:  # no permission, a folder, a disk that is gone
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
@@ -92,6 +94,7 @@ def recognise(path: Path) -> str:
     suffix = (path.with_suffix("") if path.suffix.lower() in (".gz", ".bz2", ".zst") else path).suffix.lower()
     for format in FORMATS.values():
         if suffix in format.suffixes:
+            # A .txt may be EGTEA's list of clips or anybody's table; its first line tells.
             first = next((line for line in read_lines(path) if line.strip()), "") if format.first_line else ""
             if format.first_line is None or format.first_line.match(first):
                 return format.name

@@ -19,17 +19,20 @@ from egohod.data.formats.base import (
     BenchmarkOptions,
     Format,
     MultiLabelData,
+    RawClips,
     labelled_clips,
     numbered_lines,
+    read_columns,
+    read_header,
     require_file,
 )
-from egohod.data.table import ClipTable, RawClips
-from egohod.data.text_files import nearest, read_columns, read_header
-from egohod.errors import UserError
+from egohod.data.table import ClipTable
+from egohod.errors import UserError, nearest
 
 _CLASSES = "Charades_v1_classes.txt"
 
 
+# Training wants the actions, the benchmark the videos, also those without any.
 @dataclasses.dataclass(frozen=True)
 class _Video:
     row: int
@@ -47,6 +50,7 @@ def _parse_file(path: Path, classes: Path) -> tuple[list[_Video], dict[str, str]
             raise UserError(f"{path}: no column '{name}'{nearest(name, header.names)}")
     rows = read_columns(path, header, ["id", "actions"])
     broken = [f"row {number}: {fault}" for number, fault in rows.faults]
+    # Messages, not errors: training leaves bad rows out and counts them, the benchmark refuses them.
     videos = []
     cells = (rows.table[name].to_pylist() for name in ("id", "actions"))
     for video, cell, number in zip(*cells, rows.numbers.tolist(), strict=True):
@@ -81,11 +85,12 @@ def _parse(path: Path, source: SourceConfig, extra: Sequence[str] | None) -> Raw
 def _read_benchmark(source: SourceConfig, options: BenchmarkOptions) -> BenchmarkData:
     """Which of 157 classes occur in a video, by mAP; frames of the whole video."""
     classes, path = require_file(source, _CLASSES), require_file(source, "CharadesEgo_v1_test_only1st.csv")
+    # The first-person videos of the test split, as in the published protocols.
     videos, names, broken = _parse_file(path, classes)
     if broken or not videos:
         raise UserError(f"{path}: {broken[0] if broken else 'not a single row'}")
     ids = [video.id for video in videos]
-    if len(set(ids)) < len(ids):
+    if len(set(ids)) < len(ids):  # it would count twice in the mean
         again = next(video for i, video in enumerate(videos) if video.id in ids[:i])
         raise UserError(f"{path}: row {again.row}: id '{again.id}' occurs twice")
     column_of = {code: column for column, code in enumerate(names)}

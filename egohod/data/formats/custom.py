@@ -1,20 +1,26 @@
 """Your own clips: a table with video_id, start_second, end_second and text (or caption), as the HOD annotations have.
 
-As a benchmark (``kind: custom``) it may have the columns uid and action, and files beside it: relevancy.csv,
-classes.csv, questions.jsonl (docs/evaluation.md).
+hod         the format; as a benchmark (``kind: custom``) it may have the columns uid and action, and files beside it:
+            relevancy.csv, classes.csv, questions.jsonl (docs/evaluation.md)
+labels      a csv of labelled clips: video, start, end, label
+no file     the videos of a folder, windows that slide over them, or the rows of a csv without narrations: see
+            :func:`whole_files`, :func:`windows` and :func:`rows_of_csv`
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from egohod.data.config import SourceConfig
 from egohod.data.formats.base import (
+    NAMELESS,
     Benchmark,
     BenchmarkData,
     BenchmarkOptions,
@@ -22,13 +28,20 @@ from egohod.data.formats.base import (
     Format,
     Question,
     QuestionData,
+    RawClips,
     RetrievalData,
     TaskData,
-    backwards_note,
+    canonical_column,
+    parse_json,
     parse_table,
+    read_csv,
+    read_header,
+    read_lines,
+    require_clips,
+    seconds,
 )
-from egohod.data.table import ClipTable, RawClips
-from egohod.data.text_files import parse_json, read_csv, read_lines
+from egohod.data.table import ClipTable, text_column
+from egohod.data.videos import list_videos, sliding_windows
 from egohod.errors import UserError
 
 _COLUMNS = {
@@ -37,17 +50,11 @@ _COLUMNS = {
     "end_second": ["end_second"],
     "text": ["text", "caption"],
 }
-# Metrics of kinds of questions that have another name than the kind; questions.jsonl of the demo world has these.
-KIND_METRICS = {
-    "across_clips": "choice_across_clips",
-    "object": "object",
-    "state_changing": "motion_state_changing",
-    "transient": "motion_transient",
-}
+_LABEL_COLUMNS = {"video_id": ["video"], "start_second": ["start"], "end_second": ["end"], "text": ["label"]}
 
-
-def _parse(path: Path, source: SourceConfig, extra: Sequence[str] | None) -> RawClips:
-    return parse_table(path, source, extra, _COLUMNS)
+# --------------------------------------------------------------------------------------------------
+# Narrated clips
+# --------------------------------------------------------------------------------------------------
 
 
 def _read_benchmark(source: SourceConfig, options: BenchmarkOptions) -> BenchmarkData:
@@ -58,7 +65,7 @@ def _read_benchmark(source: SourceConfig, options: BenchmarkOptions) -> Benchmar
     column for each coarser label). Multiple choice: questions.jsonl.
     """
     path = Path(source.metadata)
-    table = ClipTable.checked(path, _parse(path, source, None), strict=True)
+    table, notes = require_clips(path, parse_table(path, source, None, _COLUMNS))
     uids = table.ids
     if len(set(uids)) < len(uids):
         again = next(i for i, uid in enumerate(uids) if uid in uids[:i])
@@ -70,8 +77,8 @@ def _read_benchmark(source: SourceConfig, options: BenchmarkOptions) -> Benchmar
             raise UserError(f"{path}: column 'action' is missing, whose classes {classes.name} describes")
         tasks.append(_classification(actions, classes))
     if (questions := path.with_name("questions.jsonl")).exists():
-        tasks.append(read_questions(questions, uids))
-    return BenchmarkData(table, tasks, backwards_note(table.report.backwards))
+        tasks.append(read_questions(questions, uids, options.metric_names))
+    return BenchmarkData(table, tasks, notes)
 
 
 def _retrieval(table: ClipTable, uids: list[str], actions: np.ndarray | None, path: Path) -> RetrievalData:
@@ -83,6 +90,7 @@ def _retrieval(table: ClipTable, uids: list[str], actions: np.ndarray | None, pa
         row_of, column_of = {uid: i for i, uid in enumerate(uids)}, {text: i for i, text in enumerate(texts.tolist())}
         relevancy = np.zeros((len(uids), len(texts)), dtype=np.float32)
         for row, (uid, text, cell) in enumerate(zip(graded["uid"], graded["text"], graded["relevancy"], strict=True)):
+            # A missing pair is 0, a misspelled one must not become that.
             where = f"{path}: row {row + 1}"
             if uid not in row_of or text not in column_of:
                 what = f"uid '{uid}'" if uid not in row_of else f"text '{text}'"
@@ -112,12 +120,10 @@ def _classification(actions: np.ndarray, path: Path) -> ClassificationData:
     code = {name: number for number, name in enumerate(names)}
     if unlisted := [action for action in actions if action not in code]:
         raise UserError(f"{path}: no class '{unlisted[0]}', but a clip has this action")
+    # Of several prompts for a class, the first row has its coarser labels.
     first = prompts.drop_duplicates("action")
-    parts = {
-        str(part): np.unique(first[part], return_inverse=True)[1]
-        for part in prompts.columns
-        if part not in ("action", "text")
-    }
+    further = [column for column in prompts.columns if column not in ("action", "text")]
+    parts = {str(part): np.unique(first[part], return_inverse=True)[1] for part in further}
     columns = list(parts) or ["action"]
     return ClassificationData(
         "_".join(parts) or "action",
@@ -131,9 +137,10 @@ def _classification(actions: np.ndarray, path: Path) -> ClassificationData:
     )
 
 
-def read_questions(path: Path, uids: Sequence[str]) -> QuestionData:
+def read_questions(path: Path, uids: Sequence[str], metric_names: Mapping[str, str] | None = None) -> QuestionData:
     """Multiple-choice questions, one JSON object a line; clips are named by their uid.
 
+    A kind of question gives its metric the name that ``metric_names`` has for it, else its own.
     Raises :class:`UserError` naming file, line and field.
     """
     rows = {uid: row for row, uid in enumerate(uids)}
@@ -144,13 +151,14 @@ def read_questions(path: Path, uids: Sequence[str]) -> QuestionData:
         if not isinstance(item, dict) or set(item) not in ({"clip"}, {"text"}):
             raise UserError(f'{where} must be {{"clip": uid}} or {{"text": "..."}}, not {json.dumps(item)}')
         if "text" in item:
+            # Texts recur in many questions and are encoded once.
             return False, texts.setdefault(str(item["text"]), len(texts))
         if str(item["clip"]) not in rows:
             raise UserError(f"{where} is clip '{item['clip']}', which is not among the clips")
         return True, rows[str(item["clip"])]
 
-    # Numbers of lines, not of questions: that is where an editor goes to.
     questions = []
+    # Numbers of lines, not of questions: that is where an editor goes to.
     for number, line in enumerate(read_lines(path), start=1):
         where = f"{path}: line {number}"
         entry = parse_json(line, f"{where}: not a question with kind, query, choices and answer")
@@ -169,11 +177,108 @@ def read_questions(path: Path, uids: Sequence[str]) -> QuestionData:
         placed = [place(choice, f"{where}: choice {i}") for i, choice in enumerate(choices)]
         if any(is_clip == query_is_clip for is_clip, _ in placed):
             raise UserError(f"{where}: the choices of a clip must be texts, those of a text clips")
-        name = KIND_METRICS.get(kind, kind)
+        name = (metric_names or {}).get(kind, kind)
         questions.append(Question(name, query_is_clip, row, tuple(row for _, row in placed), answer))
     if not questions:
         raise UserError(f"{path}: not a single question")
     return QuestionData(list(texts), questions)
 
 
-HOD = Format("hod", _parse, benchmarks=(Benchmark("custom", _read_benchmark),))
+# --------------------------------------------------------------------------------------------------
+# Labelled clips
+# --------------------------------------------------------------------------------------------------
+
+
+def _parse_labels(path: Path, source: SourceConfig, extra: Sequence[str] | None) -> RawClips:
+    allowed = {name for usual in _LABEL_COLUMNS.values() for name in usual}
+    allowed |= {*source.columns.values(), *map(canonical_column, source.columns.values())}
+    # Refused rather than ignored: a further column is often the start of a csv of another format.
+    strange = [name for name in read_header(path).names if name not in allowed and not NAMELESS.fullmatch(name)]
+    if strange:
+        raise UserError(
+            f"{path}: unknown column '{strange[0]}'; a csv of labelled clips has video,start,end,label "
+            "(the source's columns can name others)"
+        )
+    # A wrong class is worse than a missing clip, so one bad label refuses the file.
+    raw = parse_table(path, source, (), _LABEL_COLUMNS)
+    for number, label in zip(raw.numbers, raw.columns["text"].to_pylist(), strict=True):
+        # "nan" is what a missing one becomes on its way through many programs.
+        if label is None or label.strip().lower() in ("", "nan"):
+            raise UserError(f"{path}: {raw.unit} {number}: the label is '{label or ''}', which is none")
+    columns = raw.columns.append_column("label", raw.columns["text"])
+    return dataclasses.replace(raw, columns=columns, class_names=True)
+
+
+def _read_labels(source: SourceConfig, options: BenchmarkOptions) -> BenchmarkData:
+    """Classification; the prompt of each class is its name."""
+    path = Path(source.metadata)
+    table, notes = require_clips(path, _parse_labels(path, source, None))
+    names, labels = np.unique([str(label).strip() for label in table.column("label")], return_inverse=True)
+    texts = names.tolist()
+    keys = [(name,) for name in texts]
+    classes = ClassificationData(
+        "action", texts, np.arange(len(texts)), labels, class_names=texts, class_keys=keys, key_columns=["label"]
+    )
+    return BenchmarkData(table, [classes], notes)
+
+
+# --------------------------------------------------------------------------------------------------
+# Any videos. Clips of one video are side by side. They are used as they are, so read them with min_clip_seconds=0.
+# --------------------------------------------------------------------------------------------------
+
+
+def whole_files(root: str) -> tuple[ClipTable, list[str]]:
+    """Every video below a local folder as one clip, and why some videos have none.
+
+    Raises :class:`UserError` if there is no video.
+    """
+    files, faults = list_videos(root)
+    # Only the decoder knows how long a file is; an infinite end is that of the video.
+    return _grouped(Path(root), [(video, 0.0, np.inf) for video in files]), faults
+
+
+def windows(root: str, window: float, stride: float, decoder: str = "auto") -> tuple[ClipTable, list[str]]:
+    """Windows of ``window`` seconds every ``stride`` seconds over every video below a local folder.
+
+    They start at 0, stride, 2 x stride, ... until one reaches the end of the video, where it is cut. Also returns why
+    some videos have none. Raises :class:`UserError` if there is no video.
+    """
+    clips, faults = sliding_windows(root, window, stride, decoder)
+    return _grouped(Path(root), clips), faults
+
+
+def rows_of_csv(path: Path) -> ClipTable:
+    """The clips of a csv with video_id, start_second and end_second (seconds or HH:MM:SS.ss), and perhaps text.
+
+    Raises :class:`UserError` naming file, row and column.
+    """
+    table = read_csv(path, ("video_id", "start_second", "end_second"))
+    start, end = (seconds(text_column(table[name].tolist())) for name in ("start_second", "end_second"))
+    clips = list(zip(table["video_id"], start.tolist(), end.tolist(), strict=True))
+    for row, (video, first, last) in enumerate(clips):
+        where, parts = f"{path}: row {row + 1}", PurePosixPath(video)
+        # Feature files are called like the videos: none may lead out of the folder.
+        if not parts.parts or parts.is_absolute() or ".." in parts.parts or "\0" in video:
+            raise UserError(f"{where}: video_id '{video}' leads out of the folder")
+        if not 0 <= first < last:  # false for NaN, too
+            times = f"{table['start_second'][row]}' to '{table['end_second'][row]}"
+            raise UserError(f"{where}: '{times}' is no stretch of time: 0 <= start_second < end_second is needed")
+    return _grouped(path, clips, table["text"].tolist() if "text" in table.columns else None)
+
+
+def _grouped(path: Path, clips: Sequence[tuple[str, float, float]], texts: Sequence[str] | None = None) -> ClipTable:
+    """A table of (video, start, end), videos in the order in which they first occur."""
+    # Stable: features are written video by video, whatever the order of the csv.
+    first = {video: row for row, (video, _, _) in reversed(list(enumerate(clips)))}
+    order = sorted(range(len(clips)), key=lambda row: first[clips[row][0]])
+    videos, starts, ends = zip(*(clips[row] for row in order), strict=True) if clips else ((), (), ())
+    uids = [
+        video if np.isinf(end) else f"{video} {start:.2f}-{end:.2f} s"
+        for video, start, end in zip(videos, starts, ends, strict=True)
+    ]
+    narrations = [texts[row] for row in order] if texts else [""] * len(order)
+    return ClipTable.of(path, videos, starts, ends, uid=uids, text=narrations)
+
+
+HOD = Format("hod", partial(parse_table, columns=_COLUMNS), benchmarks=(Benchmark("custom", _read_benchmark),))
+LABELS = Format("labels", _parse_labels, columns=("video", "label"), benchmarks=(Benchmark("labels", _read_labels),))

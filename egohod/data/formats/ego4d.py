@@ -1,15 +1,20 @@
-"""Ego4D: narration.json, EgoClip's table of clips made of it, and the EgoMCQ benchmark.
+"""Ego4D: narration.json, EgoClip's table of clips made of it, LaViLa's pickles, and the EgoMCQ benchmark.
 
 ego4d       narration.json: {video: {narration_pass_1: {narrations: [{timestamp_sec, narration_text}]}}}
 egoclip     a table with video_uid, clip_start, clip_end, clip_text, tag_verb, tag_noun
+pickle      LaViLa's and AVION's list of (video, start, end, text or [texts])
 egomcq      egomcq.json: {question: {query: {clip_text}, choices: {"0": {video_uid, clip_start, clip_end}}, ...}}
 """
 
 from __future__ import annotations
 
+import gc
 import math
+import pickle
 import re
+import reprlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +22,7 @@ import ijson
 import numpy as np
 import pyarrow as pa
 
+from egohod import pickles
 from egohod.data.config import SourceConfig
 from egohod.data.formats.base import (
     Benchmark,
@@ -25,12 +31,16 @@ from egohod.data.formats.base import (
     Format,
     Question,
     QuestionData,
+    RawClips,
     backwards_note,
+    open_utf8,
     parse_table,
+    read_json,
+    reading,
     require_file,
+    seconds,
 )
-from egohod.data.table import ClipTable, RawClips
-from egohod.data.text_files import open_utf8, read_json, reading, seconds, text_column
+from egohod.data.table import ClipTable, text_column
 from egohod.data.videos import MIN_SECONDS
 from egohod.errors import UserError
 
@@ -42,10 +52,15 @@ _EGOCLIP_COLUMNS = {
 }
 # EgoVLP's names of its two types of questions.
 _EGOMCQ_KINDS = {1: "inter", 2: "intra"}
+# More text than this and that many times a file's size is no list of narrations but one text repeated without end.
+_MOST_TEXT, _MOST_TEXT_PER_BYTE = 64 << 20, 32
+# Texts and lists of one entry of a pickle.
+_MOST_ITEMS = 10_000
 
 
-def _parse_egoclip(path: Path, source: SourceConfig, extra: Sequence[str] | None) -> RawClips:
-    return parse_table(path, source, extra, _EGOCLIP_COLUMNS)
+# --------------------------------------------------------------------------------------------------
+# narration.json
+# --------------------------------------------------------------------------------------------------
 
 
 def _parse_narrations(path: Path, source: SourceConfig, extra: Sequence[str] | None) -> RawClips:
@@ -101,6 +116,22 @@ def _parse_narrations(path: Path, source: SourceConfig, extra: Sequence[str] | N
     )
 
 
+def _narration_passes(path: Path) -> Iterator[tuple[str, list[Any]]]:
+    """(video, narrations) of every annotator's pass, read without holding the whole file."""
+    with reading(path), open_utf8(path) as file:
+        try:
+            for video, content in ijson.kvitems(_Shallow(file), "", use_float=True):
+                # Newer releases put the videos below one more key.
+                below = content if video == "videos" and isinstance(content, dict) else {video: content}
+                for name, passes in below.items():
+                    for key, value in passes.items() if isinstance(passes, dict) else ():
+                        narrations = value.get("narrations") if isinstance(value, dict) else None
+                        if key.startswith("narration_pass") and isinstance(narrations, list):
+                            yield name, narrations
+        except ijson.JSONError as error:
+            raise UserError(f"{path}: not JSON ({' '.join(str(error).split())[:200]})") from error
+
+
 class _Shallow:
     """A stream of JSON that ends in an error where values are nested deeper than in any annotations.
 
@@ -129,22 +160,6 @@ class _Shallow:
         return block
 
 
-def _narration_passes(path: Path) -> Iterator[tuple[str, list[Any]]]:
-    """(video, narrations) of every annotator's pass, read without holding the whole file."""
-    with reading(path), open_utf8(path) as file:
-        try:
-            for video, content in ijson.kvitems(_Shallow(file), "", use_float=True):
-                # Newer releases put the videos below one more key.
-                below = content if video == "videos" and isinstance(content, dict) else {video: content}
-                for name, passes in below.items():
-                    for key, value in passes.items() if isinstance(passes, dict) else ():
-                        narrations = value.get("narrations") if isinstance(value, dict) else None
-                        if key.startswith("narration_pass") and isinstance(narrations, list):
-                            yield name, narrations
-        except ijson.JSONError as error:
-            raise UserError(f"{path}: not JSON ({' '.join(str(error).split())[:200]})") from error
-
-
 def _clip_lengths(times: np.ndarray, group: np.ndarray, rule: str) -> np.ndarray:
     """Seconds per narration; ``group`` numbers the pass that each belongs to, in contiguous runs."""
     # Annotators do not always work forwards: spacing is that of the sorted times.
@@ -168,6 +183,102 @@ def _clip_lengths(times: np.ndarray, group: np.ndarray, rule: str) -> np.ndarray
     result = np.empty_like(length)
     result[order] = length
     return result
+
+
+# --------------------------------------------------------------------------------------------------
+# Pickles
+# --------------------------------------------------------------------------------------------------
+
+
+def _parse_pickle(path: Path, source: SourceConfig, extra: Sequence[str] | None) -> RawClips:
+    collecting = gc.isenabled()
+    # Millions of small tuples: looking for cycles among them takes most of the time.
+    gc.disable()
+    try:
+        entries = pickles.load(path, "plain annotations")
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path}: {error}") from error
+    finally:
+        if collecting:
+            gc.enable()
+    if not isinstance(entries, (list, tuple)) or not entries:
+        raise UserError(f"{path}: holds no list of (video, start, end, text)")
+    mask = [_is_clip(entry) for entry in entries]
+    clips = [entry for entry, good in zip(entries, mask, strict=True) if good]
+    # Several texts are written as in the csv: one list literal.
+    texts = [entry[3] if isinstance(entry[3], str) else list(_flat_texts(entry[3])) for entry in clips]
+    # A pickle can name one text any number of times; a column of a table holds it as often.
+    length = sum(len(entry[0]) for entry in clips)
+    length += sum(len(each) if isinstance(each, str) else sum(map(len, each)) for each in texts)
+    if length > _MOST_TEXT + _MOST_TEXT_PER_BYTE * path.stat().st_size:
+        raise UserError(f"{path}: refused: {length:,} characters of text in a file of {path.stat().st_size:,} bytes")
+    return RawClips(
+        columns=pa.table({"video_id": text_column([entry[0] for entry in clips]), "text": text_column(texts)}),
+        times=(text_column([entry[1] for entry in clips]), text_column([entry[2] for entry in clips])),
+        numbers=np.flatnonzero(mask) + 1,
+        unit="entry",
+        time_names=("start", "end"),
+        broken=tuple(
+            f"entry {i + 1}: {reprlib.repr(entries[i])} is no (video, start, end, text)"
+            for i in np.flatnonzero(~np.array(mask))
+        ),
+    )
+
+
+def _is_clip(entry: Any) -> bool:
+    """Whether an entry is (video, start, end, text or [texts])."""
+    if not isinstance(entry, (list, tuple)) or len(entry) < 4:
+        return False
+    video, start, end, text = entry[:4]
+    # Written out: loops over so few take longer, and there are millions of entries.
+    if not (_is_time(start) and _is_time(end) and isinstance(video, str) and _is_utf8(video)):
+        return False
+    if isinstance(text, str):
+        return _is_utf8(text)
+    return all(isinstance(each, str) and _is_utf8(each) for each in _flat_texts(text))
+
+
+def _is_time(time: Any) -> bool:
+    if isinstance(time, float):
+        return True
+    # Longer numbers would take seconds to print.
+    return (isinstance(time, str) and len(time) < 40) or (isinstance(time, int) and abs(time) < 1e9)
+
+
+def _is_utf8(text: str) -> bool:
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return True
+
+
+def _flat_texts(value: Any, depth: int = 8) -> Iterator[Any]:
+    """What a value from a pickle holds, lists taken apart (up to ``depth`` in each other) and None and NaN left out.
+
+    A value with too many lists in it comes out as it is: lists that hold the same list again and again may be short in
+    a file and without end here.
+    """
+    flat, todo = list[Any](), [(value, depth)]
+    for _ in range(_MOST_ITEMS):
+        if not todo:
+            yield from flat
+            return
+        item, left = todo.pop()
+        if isinstance(item, (list, tuple)) and left:
+            if len(item) + len(todo) > _MOST_ITEMS:
+                break
+            todo += [(inner, left - 1) for inner in reversed(item)]
+        elif item is not None and item == item:  # NaN differs from itself
+            flat.append(item)
+    yield value
+
+
+# --------------------------------------------------------------------------------------------------
+# EgoMCQ
+# --------------------------------------------------------------------------------------------------
 
 
 def _read_egomcq(source: SourceConfig, options: BenchmarkOptions) -> BenchmarkData:
@@ -207,4 +318,5 @@ def _read_egomcq(source: SourceConfig, options: BenchmarkOptions) -> BenchmarkDa
 
 
 EGO4D = Format("ego4d", _parse_narrations, suffixes=(".json",), benchmarks=(Benchmark("egomcq", _read_egomcq),))
-EGOCLIP = Format("egoclip", _parse_egoclip, columns=("video_uid", "clip_text"))
+EGOCLIP = Format("egoclip", partial(parse_table, columns=_EGOCLIP_COLUMNS), columns=("video_uid", "clip_text"))
+PICKLE = Format("pickle", _parse_pickle, suffixes=(".pkl", ".pickle"))

@@ -18,13 +18,14 @@ from egohod.data.formats.base import (
     BenchmarkOptions,
     ClassificationData,
     Format,
+    RawClips,
     labelled_clips,
     look_for,
     numbered_lines,
     require_complete,
     require_file,
 )
-from egohod.data.table import ClipTable, RawClips
+from egohod.data.table import ClipTable
 from egohod.errors import UserError
 
 # Clips are named <person>-<recipe>-<part>-<first ms>-<last ms>-F<first frame>-F<last frame>.
@@ -37,6 +38,7 @@ def _read_classes(path: Path) -> dict[int, str]:
     """Names of the actions by their number."""
     classes: dict[int, str] = {}
     for number, line in numbered_lines(path):
+        # Names have blanks: "Cut bell_pepper 9".
         name, _, code = line.rpartition(" ")
         if not name or not _NUMBER.fullmatch(code) or int(code) in classes:
             raise UserError(f"{path}: line {number}: '{line}' is not a new class such as 'Take bowl 7'")
@@ -53,6 +55,7 @@ def _parse_split(path: Path, classes: dict[int, str]) -> RawClips:
         if not match or not _NUMBER.fullmatch(match["action"]) or int(match["action"]) not in classes:
             broken.append(f"line {number}: '{line}' is not '<clip> <action of action_idx.txt> ...'")
             continue
+        # Behind the action are its verb and noun, which the benchmark does not use.
         clip, action = match["clip"], int(match["action"])
         length = (int(match["end"]) - int(match["start"])) / 1000
         # The file holds this clip alone, so it starts at 0.
@@ -70,11 +73,13 @@ def _read_benchmark(source: SourceConfig, options: BenchmarkOptions) -> Benchmar
     """Action recognition, 106 classes: split 1, and the mean over all splits that are there."""
     index = require_file(source, "action_idx.txt")
     classes = _read_classes(index)
+    # Codes become rows of a matrix of similarities, code - 1.
     if sorted(classes) != list(range(1, len(classes) + 1)):
         raise UserError(f"{index}: classes must be numbered from 1 to {len(classes)} without a gap")
     # The splits overlap: a clip is embedded once and counts in each.
     labels: dict[str, int] = {}
     splits: list[list[str]] = []
+    # A fine-tuned model may be tested on one split only: the other two hold clips that it was trained on.
     for split in [options.test_split] if options.test_split else [1, 2, 3]:
         # Split 1 is what most papers report; without it there is nothing to compare.
         name, optional = f"test_split{split}.txt", options.test_split is None and split > 1
