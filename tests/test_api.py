@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from open_clip.transformer import QuickGELU
 
 import egohod
 from egohod.data.videos import VideoError
 from egohod.errors import UserError
-from egohod.model.vision import QuickGELU
 from tests.support import ROOT, ShortRun, environment
 
 

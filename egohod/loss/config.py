@@ -11,10 +11,7 @@ from egohod.knobs import knob
 LOSSES = {
     "infonce": "contrastive.ContrastiveLoss",
     "sigmoid": "contrastive.SigmoidLoss",
-    "max_margin": "retrieval.MaxMarginLoss",
-    "adaptive_max_margin": "retrieval.AdaptiveMaxMarginLoss",
-    "sms": "retrieval.SymmetricMultiSimilarityLoss",
-    "soft_infonce": "retrieval.SoftInfoNCELoss",
+    **dict.fromkeys(("max_margin", "adaptive_max_margin", "sms", "soft_infonce"), "retrieval.RetrievalLoss"),
     "classes": "classification.ClassificationLoss",
 }
 # Those that need the relevancy of each text to each clip.

@@ -30,6 +30,7 @@ class ContrastiveLoss:
                 "loss.local_loss=true needs loss.gather_with_grad=true: without it the gradient is biased "
                 "(cosine 0.92 to the true one on two processes)"
             )
+        # Of open_clip's class only the gathering and the labels are used: it returns no accuracy.
         self._loss = ClipLoss(
             local_loss=config.local_loss, gather_with_grad=config.gather_with_grad, rank=rank, world_size=world_size
         )
@@ -43,6 +44,7 @@ class ContrastiveLoss:
         by_video, by_text = self._loss.get_logits(video_features, text_features, logit_scale)
         labels = self._loss.get_ground_truth(by_video.device, by_video.shape[0])
         loss = (F.cross_entropy(by_video, labels) + F.cross_entropy(by_text, labels)) / 2
+        # On the device: reading a number back here would make every step wait.
         accuracy = (by_video.detach().argmax(dim=1) == labels).float().mean()
         return {"loss": loss, "accuracy": accuracy}
 
@@ -62,6 +64,7 @@ class SigmoidLoss:
     ) -> dict[str, Tensor]:
         """As :class:`ContrastiveLoss`, with an offset that all similarities share."""
         logits, _ = self._logits.get_logits(video_features, text_features, logit_scale)
+        # Numbers of the own narrations among those of all processes.
         own = self._logits.get_ground_truth(logits.device, logits.shape[0])
         # +1 for a clip with its own narration, -1 for all other pairs.
         sign = 2 * F.one_hot(own, logits.shape[1]).to(logits.dtype) - 1

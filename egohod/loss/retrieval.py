@@ -7,8 +7,6 @@ processes, which DistributedDataParallel forms, is loss and gradient of the join
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,17 +24,19 @@ def relevancy(verbs: tuple[Tensor, Tensor], nouns: tuple[Tensor, Tensor]) -> Ten
     As :func:`egohod.data.formats.ek100.class_relevancy`, on the device: ``verbs`` int64 [B] and [M], ``nouns`` [B, K]
     and [M, K], 1 for each class of an item.
     """
+    # Verbs are equal or not, nouns overlap: intersection over union of their classes.
     (own, other), common = nouns, nouns[0] @ nouns[1].T
     union = own.sum(dim=1)[:, None] + other.sum(dim=1) - common
     return ((verbs[0][:, None] == verbs[1]).to(common.dtype) + common / union.clamp(min=1)) / 2
 
 
-class RetrievalLoss(ABC):
-    """Base of the losses; each defines :meth:`_loss_of_rows`."""
+class RetrievalLoss:
+    """``config.name`` decides what a pair of query and item costs; the rest is shared: see :meth:`_loss_of_rows`."""
 
     def __init__(self, config: LossConfig, *, rank: int = 0, world_size: int = 1) -> None:
         self._rank, self._world_size = rank, world_size
-        self.margin, self.tau = config.margin or DEFAULT_MARGINS.get(config.name, 0.0), config.tau
+        self.name, self.tau = config.name, config.tau
+        self.margin = config.margin or DEFAULT_MARGINS.get(config.name, 0.0)
 
     def __call__(
         self,
@@ -69,61 +69,33 @@ class RetrievalLoss(ABC):
         accuracy = (by_video.argmax(dim=1) == own).float().mean()
         return {"loss": (losses[0] + losses[1]) / 2, "accuracy": accuracy}
 
-    @abstractmethod
     def _loss_of_rows(self, similarity: Tensor, graded: Tensor, own: Tensor, logit_scale: Tensor) -> Tensor:
         """The mean loss of B queries: cosines and relevancies of all items [B, N], the number of each one's own [B]."""
-
-
-class _Pairs(RetrievalLoss):
-    """Losses over the pairs of a query's own item and every other one: their mean over B (N - 1) pairs."""
-
-    def _loss_of_rows(self, similarity: Tensor, graded: Tensor, own: Tensor, logit_scale: Tensor) -> Tensor:
+        if self.name == "soft_infonce":
+            # Cross-entropy to the relevancies of all items, each row scaled to sum 1 (soft targets, 2303.17561). A
+            # query without a single relevant item has a target of zeros, which weighs nothing.
+            target = graded / graded.sum(dim=1, keepdim=True).clamp(min=EQUAL)
+            return F.cross_entropy(logit_scale * similarity, target)
+        # The others are over pairs of the query's own item and every other one. The own item may itself be relevant in
+        # part only, and another item more so.
         lead = similarity.gather(1, own[:, None]) - similarity
-        losses = self._loss_of_pairs(lead, graded.gather(1, own[:, None]), graded)
+        relevancy_of_own = graded.gather(1, own[:, None])
+        if self.name == "max_margin":
+            # The own item must be more similar than any other by the margin (Miech et al., 1804.02516), as Wray et al.
+            # (1908.03477) and AVION's fine-tuning use it: a clip's text is drawn anew among the relevant ones.
+            losses = F.relu(self.margin - lead)
+        elif self.name == "adaptive_max_margin":
+            # The margin is scaled by the relevancy of the drawn text (EgoVLP's MIR report, 2207.01334).
+            losses = F.relu(self.margin * relevancy_of_own - lead)
+        else:
+            # SMS (2406.12256): the lead follows the difference of relevancies, both ways. A more relevant item must
+            # lead by the margin times the difference, a less relevant one must trail by it, and items that are equally
+            # relevant may differ by tau.
+            assert self.name == "sms", self.name
+            difference = relevancy_of_own - graded
+            lacking = self.margin * difference - lead
+            uneven = F.relu(torch.where(difference > 0, lacking, -lacking))
+            losses = torch.where(difference.abs() < EQUAL, F.relu(lead.abs() - self.tau), uneven)
         # An item has no pair with itself; multiplied instead of selected, which would wait for the device.
         others = torch.arange(similarity.shape[1], device=own.device) != own[:, None]
         return (losses * others).sum() / max(1, len(own) * (similarity.shape[1] - 1))
-
-    @abstractmethod
-    def _loss_of_pairs(self, lead: Tensor, own: Tensor, graded: Tensor) -> Tensor:
-        """Loss of each pair [B, N]: how much more similar the own item is, relevancy of the own [B, 1] and of all."""
-
-
-class MaxMarginLoss(_Pairs):
-    """The own item must be more similar than any other by ``margin`` (Miech et al., 1804.02516).
-
-    As Wray et al. (1908.03477) and AVION's fine-tuning use it: a clip's text is drawn anew among the relevant ones.
-    """
-
-    def _loss_of_pairs(self, lead: Tensor, own: Tensor, graded: Tensor) -> Tensor:
-        return F.relu(self.margin - lead)
-
-
-class AdaptiveMaxMarginLoss(_Pairs):
-    """Max-margin whose margin is scaled by the relevancy of the drawn text (EgoVLP's MIR report, 2207.01334)."""
-
-    def _loss_of_pairs(self, lead: Tensor, own: Tensor, graded: Tensor) -> Tensor:
-        return F.relu(self.margin * own - lead)
-
-
-class SymmetricMultiSimilarityLoss(_Pairs):
-    """SMS (2406.12256): the lead of one item over another follows the difference of their relevancies, both ways.
-
-    A more relevant item must lead by ``margin`` times the difference, a less relevant one must trail by it, and items
-    that are equally relevant may differ by ``tau``.
-    """
-
-    def _loss_of_pairs(self, lead: Tensor, own: Tensor, graded: Tensor) -> Tensor:
-        difference = own - graded
-        lacking = self.margin * difference - lead
-        uneven = F.relu(torch.where(difference > 0, lacking, -lacking))
-        return torch.where(difference.abs() < EQUAL, F.relu(lead.abs() - self.tau), uneven)
-
-
-class SoftInfoNCELoss(RetrievalLoss):
-    """Cross-entropy to the relevancies of all items, each row scaled to sum 1 (soft targets as in 2303.17561)."""
-
-    def _loss_of_rows(self, similarity: Tensor, graded: Tensor, own: Tensor, logit_scale: Tensor) -> Tensor:
-        # A query without a single relevant item has a target of zeros, which weighs nothing.
-        target = graded / graded.sum(dim=1, keepdim=True).clamp(min=EQUAL)
-        return F.cross_entropy(logit_scale * similarity, target)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from egohod.knobs import knob, part
+from egohod.model.zoo import GEOMETRIES
 
 
 class ImageStats(NamedTuple):
@@ -84,11 +85,7 @@ class ModelConfig:
     name: str = knob(
         "CLIP_VITB16",
         "geometry, see egohod/model/zoo.py; ..._Slowfast has a fast path with motion adapters",
-        choices=(
-            *("CLIP_VITB16", "CLIP_VITL14", "CLIP_VITL14_336PX", "DEMO", "DEMO_SMALL"),
-            *("CLIP_VITB16_Slowfast", "CLIP_VITL14_Slowfast", "CLIP_VITL14_336PX_Slowfast"),
-            *("DEMO_Slowfast", "DEMO_SMALL_Slowfast"),
-        ),
+        choices=tuple(GEOMETRIES),
     )
     num_frames: int = knob(4, "frames per clip; the released models train on 4, slow-fast ones on 16", low=1)
     fast: FastPathConfig = part(FastPathConfig)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,18 +15,15 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from egohod.loss.config import LossConfig
 from egohod.model.config import FastPathConfig, ModelConfig
 from egohod.model.dual_encoder import create_model
-from egohod.model.vision import ROLES, SHORT, Block
+from egohod.model.vision import ROLES, SHORT
 from egohod.model.zoo import Geometry
 
-_aten = torch.ops.aten
-
-
-Part = tuple[float, float]
-"""Operations forward, and how many times as many the backward pass takes."""
-
+# How many times the forward pass a backward pass takes. Pixels need no gradient but that of the weights; fused
+# attention computes its scores again (five products for two); a product with trained weights has two gradients, as has
+# one of two activations; one with frozen weights has only that of its input.
 PIXELS, FUSED, TRAINED, FROZEN = 1.0, 2.5, 2.0, 1.0
-"""Pixels need no gradient; fused attention computes its scores again (five products for two); a product with trained
-weights has two gradients, as has one of two activations; one with frozen weights has only that of its input."""
+# What batches may take of a device: the rest is for copies of weights, fragmentation and the next batch.
+SHARE = 0.8
 
 
 def forward_flops(
@@ -46,7 +44,7 @@ def forward_flops(
         fast: the paths of a slow-fast geometry (default: as the configuration's).
         boxes: whether there is a box head, which reads all tokens behind the last block.
     """
-    return round(sum(work for work, _ in _parts(geometry, num_frames, text_length, patch_dropout, fast, boxes)))
+    return round(sum(work for work, _ in _products(geometry, num_frames, text_length, patch_dropout, fast, boxes)))
 
 
 def step_flops(
@@ -58,89 +56,77 @@ def step_flops(
     boxes: bool = False,
 ) -> int:
     """Operations of one clip and one text, forward and backward; without recomputation of blocks."""
-    parts = _parts(geometry, num_frames, text_length, patch_dropout, fast, boxes)
-    return round(sum(work * (1 + backward) for work, backward in parts))
+    products = _products(geometry, num_frames, text_length, patch_dropout, fast, boxes)
+    return round(sum(work * (1 + backward) for work, backward in products))
 
 
-def _parts(
+def _products(
     geometry: Geometry,
     num_frames: int,
     text_length: int,
     patch_dropout: float,
     fast: FastPathConfig | None,
     boxes: bool,
-) -> list[Part]:
-    V, L, E = geometry.text_width, text_length, geometry.embed_dim
-    text = [
+) -> list[tuple[float, float]]:
+    """Operations forward, and how many times as many the backward pass takes."""
+    V, L, E, W = geometry.text_width, text_length, geometry.embed_dim, geometry.vision_width
+    # A block's linear layers per token: 4 of the attention's W x W, and the MLP's two.
+    linear = 4 + 2 * geometry.mlp_ratio
+    products = [
         (4.0 * L * L * V * geometry.text_layers, FUSED),
-        (L * 2.0 * V * V * (4 + 2 * geometry.mlp_ratio) * geometry.text_layers + 2 * V * E, TRAINED),
+        (L * 2.0 * V * V * linear * geometry.text_layers + 2 * V * E, TRAINED),
     ]
-    head = [(_patches(geometry, num_frames, patch_dropout) * 2.0 * geometry.vision_width * 5 * ROLES, TRAINED)]
+    per_frame, share = geometry.patches_per_frame, 1 - patch_dropout
     if not geometry.slowfast:
-        return [*text, *_path(geometry, num_frames, patch_dropout, boxes), *(head if boxes else [])]
+        return products + _path(geometry, max(1, round(num_frames * per_frame * share)), boxes, boxes)
     fast = fast or FastPathConfig()
+    # Dropout leaves the same places in all frames.
+    places = max(1, round(per_frame * share))
+    whole = boxes or fast.pool != "cls" or fast.position != "before"
+    pixels, attention, (blocks, _), projection, *head = _path(geometry, num_frames * places, whole, boxes)
+    # Down and up are half of W x W each, the point-wise convolution a quarter, the spatial one nine quarters.
+    adapter = num_frames * places * (2.5 + (4.5 if fast.spatial else 0)) * W * W
     return [
-        *text,
-        *_path(geometry, fast.slow_frames, patch_dropout, whole=False),
-        *_fast_path(geometry, num_frames, patch_dropout, fast, boxes),
+        *products,
+        *_path(geometry, fast.slow_frames * places, whole=False, boxes=False),
+        *(pixels, attention, (blocks, FROZEN), (adapter * geometry.vision_layers, TRAINED), projection, *head),
         (2.0 * 2 * E * E, TRAINED),
-        *(head if boxes else []),
     ]
 
 
-def _patches(geometry: Geometry, frames: int, patch_dropout: float) -> int:
-    if geometry.slowfast:  # whose dropout leaves the same places in all frames
-        return frames * max(1, round(geometry.patches_per_frame * (1 - patch_dropout)))
-    return max(1, round(frames * geometry.patches_per_frame * (1 - patch_dropout)))
-
-
-def _path(geometry: Geometry, frames: int, patch_dropout: float, whole: bool) -> list[Part]:
-    """The plain tower; unless it is ``whole``, its last block computes all but keys and values for CLS only."""
-    W, patches = geometry.vision_width, _patches(geometry, frames, patch_dropout)
+def _path(geometry: Geometry, patches: int, whole: bool, boxes: bool) -> list[tuple[float, float]]:
+    """One pass of the vision tower: pixels, attention, blocks, projection and, with ``boxes``, their head."""
+    W = geometry.vision_width
     N, linear = patches + 1, 2.0 * W * W * (4 + 2 * geometry.mlp_ratio)
     attention, blocks = 4.0 * N * N * W * geometry.vision_layers, N * linear * geometry.vision_layers
     if not whole:
+        # The last block computes all but keys and values for CLS only.
         attention -= 4.0 * N * (N - 1) * W
         blocks -= (N - 1) * (linear - 4.0 * W * W)
-    return [
+    products = [
         (patches * 6.0 * geometry.patch_size**2 * W, PIXELS),
         (attention, FUSED if N > SHORT else TRAINED),
-        (blocks + 2.0 * W * geometry.embed_dim, TRAINED),
+        (blocks, TRAINED),
+        (2.0 * W * geometry.embed_dim, TRAINED),
     ]
-
-
-def _fast_path(geometry: Geometry, frames: int, patch_dropout: float, fast: FastPathConfig, boxes: bool) -> list[Part]:
-    """The tower with frozen blocks and trained adapters."""
-    W, patches, layers = geometry.vision_width, _patches(geometry, frames, patch_dropout), geometry.vision_layers
-    whole = boxes or fast.pool != "cls" or fast.position != "before"
-    pixels, attention, (blocks, _) = _path(geometry, frames, patch_dropout, whole)
-    projection = 2.0 * W * geometry.embed_dim
-    adapter = patches * (2.5 + (4.5 if fast.spatial else 0)) * W * W
-    return [pixels, attention, (blocks - projection, FROZEN), (adapter * layers, TRAINED), (projection, TRAINED)]
+    return [*products, (patches * 2.0 * W * 5 * ROLES, TRAINED)] if boxes else products
 
 
 def count_flops(run: Callable[[], Any]) -> int:
     """Operations of the matrix products that ``run()`` performs, counted as they happen."""
-
+    aten = torch.ops.aten
     # PyTorch counts the attention kernels of GPUs only.
-    counter = FlopCounterMode(
-        display=False,
-        custom_mapping={
-            _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-            _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-        },
-    )
-    with counter:
+    kernels = {
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
+            query, key, value
+        ),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, query, key, value, *_, **__: (
+            sdpa_backward_flop_count(grad, query, key, value)
+        ),
+    }
+    with FlopCounterMode(display=False, custom_mapping=kernels) as counter:
         run()
     return int(counter.get_total_flops())
-
-
-def _attention(query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
-
-
-def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> int:
-    return int(sdpa_backward_flop_count(grad, query, key, value))
 
 
 def saved_bytes(run: Callable[[], Any], model: nn.Module) -> int:
@@ -164,21 +150,17 @@ def saved_bytes(run: Callable[[], Any], model: nn.Module) -> int:
     return sum(storages.values())
 
 
-# What batches may take of a device: the rest is for copies of weights, fragmentation and the next batch.
-SHARE = 0.8
-
-
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one process."""
 
+    # Weights, and of the trained ones gradients and the optimizer's averages, in float32; and what else does not depend
+    # on the batch.
     state: int
-    """Weights, and of those that learn gradients and the optimizer's averages, in float32; and what else does not
-    depend on the batch."""
+    # Kept for the backward pass of one clip with its text.
     per_clip: int
-    """Kept for the backward pass of one clip with its text."""
+    # Needed besides per clip while a checkpointed block is computed again.
     working: int
-    """Needed besides per clip while a checkpointed block is computed again."""
 
     def peak(self, micro_batch: int) -> int:
         """Most memory in use with ``micro_batch`` clips at a time."""
@@ -208,34 +190,32 @@ def predict(
     """
     with FakeTensorMode():
         model = create_model(config, loss, heads)
-        if learning is not None:
-            for name, parameter in model.named_parameters():
+        for name, parameter in model.named_parameters():
+            if learning is not None:
                 parameter.requires_grad_(name in learning)
-        geometry = model.geometry
-        frame, length = (geometry.image_size, geometry.image_size), 1 + config.num_frames * geometry.patches_per_frame
+        geometry, block = model.geometry, model.visual.transformer.resblocks[0]
+        size, length = geometry.image_size, 1 + config.num_frames * geometry.patches_per_frame
 
-        def saved(run: Callable[[], Any]) -> int:
-            with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-                return saved_bytes(run, model)
-
-        def whole(clips: int) -> int:
-            video = torch.empty(clips, 3, config.num_frames, *frame)
-            tokens = torch.zeros(clips, geometry.context_length, dtype=torch.long)
-            return saved(lambda: model(video, tokens))
-
-        def block(clips: int) -> int:
-            x, first = torch.empty(clips, length, geometry.vision_width), model.visual.transformer.resblocks[0]
-            x.requires_grad_()
-            assert isinstance(first, Block)
-            adapter = first.adapter
-            return saved(lambda: first(x if adapter is None else adapter(x, config.num_frames)))
+        def recomputed(x: Tensor) -> Tensor:
+            adapter = block.adapter
+            return block(adapter(x, config.num_frames) if isinstance(adapter, nn.Module) else x)
 
         # Of the difference nothing is shared, such as autocast's copies of the weights; one clip alone spares copies.
-        two, three = whole(2), whole(3)
-        working = block(3) - block(2) if config.gradient_checkpointing else 0
+        whole, working = [], [0, 0]
+        for i, clips in enumerate((2, 3)):
+            video = torch.empty(clips, 3, config.num_frames, size, size)
+            tokens = torch.zeros(clips, geometry.context_length, dtype=torch.long)
+            # A context for each: autocast's copies of weights live as long as it does.
+            with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+                whole.append(saved_bytes(partial(model, video, tokens), model))
+            if config.gradient_checkpointing:
+                x = torch.empty(clips, length, geometry.vision_width, requires_grad=True)
+                with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+                    working[i] = saved_bytes(partial(recomputed, x), model)
     held, trained = (2 if ema else 1), 1 + averages
     copies = (
         (held + trained if parameter.requires_grad else held, parameter.numel()) for parameter in model.parameters()
     )
     state = 4 * sum(count * size for count, size in copies)
-    return Memory(state + 3 * two - 2 * three, three - two, working)
+    # A line through both measurements: what it has at no clips belongs to the state.
+    return Memory(state + 3 * whole[0] - 2 * whole[1], whole[1] - whole[0], working[1] - working[0])

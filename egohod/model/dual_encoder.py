@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,41 +27,31 @@ class TextTower(TextTransformer):
     follows that token changes nothing and need not be computed.
     """
 
-    def __init__(
-        self,
-        *,
-        width: int,
-        layers: int,
-        heads: int,
-        embed_dim: int,
-        context_length: int,
-        vocab_size: int,
-        mlp_ratio: float = 4.0,
-        activation: str = "gelu",
-        gradient_checkpointing: bool = False,
-    ) -> None:
+    def __init__(self, shape: zoo.Geometry, config: ModelConfig) -> None:
         super().__init__(
-            context_length=context_length,
-            vocab_size=vocab_size,
-            width=width,
-            heads=heads,
-            layers=layers,
-            mlp_ratio=mlp_ratio,
-            output_dim=embed_dim,
+            context_length=shape.context_length,
+            vocab_size=shape.vocab_size,
+            width=shape.text_width,
+            heads=shape.text_heads,
+            layers=shape.text_layers,
+            mlp_ratio=shape.mlp_ratio,
+            output_dim=shape.embed_dim,
             pool_type="argmax",
-            act_layer=ACTIVATIONS[activation],
+            act_layer=ACTIVATIONS[config.activation],
         )
+        # CLIP's scheme, of which open_clip sets the weights only: PyTorch starts biases of linear layers at random.
         for block in self.transformer.resblocks:
-            torch.nn.init.zeros_(block.attn.in_proj_bias)
+            nn.init.zeros_(block.attn.in_proj_bias)
             for linear in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj):
-                torch.nn.init.zeros_(linear.bias)
-        self.set_grad_checkpointing(gradient_checkpointing)
+                nn.init.zeros_(linear.bias)
+        self.set_grad_checkpointing(config.gradient_checkpointing)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """``tokens`` int64 [B, L], L up to the context length -> features [B, E], not normalised."""
         B, L = tokens.shape
         x = self.token_embedding(tokens) + self.positional_embedding[:L]
         x = self.transformer(x, attn_mask=self.attn_mask[:L, :L])
+        # The norm and the projection see one token of each text instead of all L.
         end_of_text = x[torch.arange(B, device=x.device), tokens.argmax(dim=1)]
         return self.ln_final(end_of_text) @ self.text_projection
 
@@ -77,7 +68,8 @@ class Base:
 class DualEncoder(nn.Module):
     """``visual``, ``textual`` and ``logit_scale`` = log(1 / temperature), named as in published checkpoints.
 
-    ``logit_bias`` exists only for the sigmoid loss.
+    ``logit_bias`` exists only for the sigmoid loss. Another vision tower needs what :class:`VideoTransformer` offers:
+    a call with the clips, ``forward_with_boxes`` with the boxes too, and the names of the methods to compile.
     """
 
     visual: VideoTransformer
@@ -98,16 +90,14 @@ class DualEncoder(nn.Module):
         super().__init__()
         self.visual, self.textual = visual, textual
         self.geometry, self.num_frames = geometry, num_frames
-        self.image_stats = image_stats
-        """What the pixels of its input must be normalised with."""
-        # A parameter even when fixed, so that it is saved with the weights.
+        self.image_stats = image_stats  # what the pixels of its input must be normalised with
+        # In logarithms, so that no step can make the temperature negative, and a parameter even when fixed, so that it
+        # is saved with the weights.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)), requires_grad=learn_temperature)
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
         self.heads: nn.ModuleDict | None = None
-        self.classes: dict[str, int] = {}
-        """How many classes each head tells apart."""
-        self.base: Base | None = None
-        """Weights that are not trained and stay in the file they came from."""
+        self.classes: dict[str, int] = {}  # how many classes each head has
+        self.base: Base | None = None  # weights that are not trained and stay in the file they came from
 
     def add_heads(self, outputs: Mapping[str, int], dropout: float = 0.0) -> None:
         """Give it classification heads, by name with their classes; it then trains them instead of the text tower."""
@@ -117,6 +107,7 @@ class DualEncoder(nn.Module):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
             self.heads[name] = nn.Sequential(nn.Dropout(dropout), linear)
+        # What no loss reads must not wait for a gradient.
         self.textual.requires_grad_(False)
         self.logit_scale.requires_grad_(False)
         if self.logit_bias is not None:
@@ -131,7 +122,7 @@ class DualEncoder(nn.Module):
 
     def encode_video(self, video: Tensor, normalize: bool = True) -> Tensor:
         """``video`` [B, 3, T, H, W], pixels normalised by ``image_stats`` -> float32 [B, E]."""
-        return _finish(self.visual(video), normalize)
+        return _finish(self._video_features(video, with_boxes=False)[0], normalize)
 
     def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:
         """``tokens`` int64 [B, L], L up to the context length -> float32 [B, E]."""
@@ -145,35 +136,38 @@ class DualEncoder(nn.Module):
         """
         if self.heads is not None:
             return {f"{name}_logits": logits for name, logits in self.classify(video).items()}
+        # Text first: which draws of the random generators an encoder gets is a part of what a seed means.
         output = {"text_features": self.encode_text(tokens), "logit_scale": self.logit_scale.exp()}
-        if self.visual.box_head is None:
-            output["video_features"] = self.encode_video(video)
-        else:
-            features, output["boxes"] = self._video_with_boxes(video)
-            output["video_features"] = _finish(features, normalize=True)
+        features, boxes = self._video_features(video, with_boxes=self.visual.box_head is not None)
+        if boxes is not None:
+            output["boxes"] = boxes
+        output["video_features"] = _finish(features, normalize=True)
         return output if self.logit_bias is None else output | {"logit_bias": self.logit_bias}
 
-    def _video_with_boxes(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        return self.visual.forward_with_boxes(video)
+    def _video_features(self, video: Tensor, with_boxes: bool) -> tuple[Tensor, Tensor | None]:
+        return self.visual.forward_with_boxes(video) if with_boxes else (self.visual(video), None)
 
-    def freeze_all_but_last_blocks(self, count: int) -> None:
-        """Leave the last ``count`` blocks of the vision tower and what follows them to learn."""
-        blocks = len(self.visual.transformer.resblocks)
-        trained = [f"visual.transformer.resblocks.{i}." for i in range(max(0, blocks - count), blocks)]
-        trained += ["visual.ln_post.", "visual.image_projection", "slowfast_projection", "heads."]
-        self._freeze(lambda name: not name.startswith(tuple(trained)))
+    def freeze(self, trainable: str, last_blocks: int = 0) -> None:
+        """Train the part ``trainable`` alone.
 
-    def freeze_text(self) -> None:
-        """Leave everything but the text tower to learn."""
-        self._freeze(lambda name: name.startswith("textual."))
-
-    def freeze_all_but_heads(self) -> None:
-        """Leave the classification heads to learn."""
-        self._freeze(lambda name: not name.startswith("heads."))
-
-    def _freeze(self, frozen: Callable[[str], bool]) -> None:
+        Args:
+            trainable: ``all``; ``vision``, all but the text tower; ``adapters`` with the temporal embedding and the
+                projections, as upstream's class does; ``heads``; or ``last_blocks`` of the vision tower.
+            last_blocks: how many; what follows them is trained with them.
+        """
+        depth = len(self.visual.transformer.resblocks)
+        last = "|".join(str(i) for i in range(max(0, depth - last_blocks), depth)) or "none"
+        behind = r"visual\.ln_post\.|visual\.image_projection|slowfast_projection|heads\."
+        pattern = {
+            "all": "",
+            "vision": r"^(?!textual\.)",
+            "adapters": r"\.adapter\.|temporal_embedding|_projection|logit_|\.box_head\.|heads\.",
+            "last_blocks": rf"^(visual\.transformer\.resblocks\.({last})\.|{behind})",
+            "heads": r"^heads\.",
+        }[trainable]
         for name, parameter in self.named_parameters():
-            if frozen(name):
+            # Frozen from the start (a fixed temperature, an adapter without effect) stays frozen.
+            if not re.search(pattern, name):
                 parameter.requires_grad_(False)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -184,8 +178,9 @@ class DualEncoder(nn.Module):
     def compile_towers(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """torch.compile both towers in place, without graph breaks; names in the state dict stay."""
         self.visual.compile(fullgraph=True, backend=backend)
-        if self.visual.box_head is not None:
-            _compile(self.visual, "forward_with_boxes", backend)
+        # nn.Module.compile covers forward only. Nothing is compiled before its first call, so unused ones cost nothing.
+        for method in self.visual.COMPILED:
+            setattr(self.visual, method, torch.compile(getattr(self.visual, method), fullgraph=True, backend=backend))
         # The text length changes from batch to batch.
         self.textual.compile(fullgraph=True, backend=backend, dynamic=True)
 
@@ -196,45 +191,20 @@ class EgoVideo(DualEncoder):
     It starts as the mean of both paths, so that co-training from a dual encoder begins where that one ended.
     """
 
+    visual: SlowFastTransformer
+
     def __init__(self, visual: SlowFastTransformer, textual: TextTower, *, slow: int, **options: Any) -> None:
         super().__init__(visual, textual, **options)
         embed_dim = self.geometry.embed_dim
         self.slow = slow
-        slow_frames(self.num_frames, slow)
+        slow_frames(self.num_frames, slow)  # refuses frame counts that cannot be shared evenly, before any clip
         self.slowfast_projection = nn.Parameter(torch.eye(embed_dim).repeat(2, 1) / 2)
 
-    def encode_video(self, video: Tensor, normalize: bool = True) -> Tensor:
-        """``video`` [B, 3, T, H, W] holds the fast frames, the slow ones are taken from them -> float32 [B, E]."""
-        return _finish(self._merged(video, self._tower.fast(video)), normalize)
-
-    def _video_with_boxes(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        features, boxes = self._tower.fast_with_boxes(video)
-        return self._merged(video, features), boxes
-
-    def _merged(self, video: Tensor, fast: Tensor) -> Tensor:
-        slow = self._tower(video[:, :, slow_frames(video.shape[2], self.slow)])
-        return torch.cat((slow, fast), dim=1) @ self.slowfast_projection
-
-    @property
-    def _tower(self) -> SlowFastTransformer:
-        assert isinstance(self.visual, SlowFastTransformer)
-        return self.visual
-
-    def freeze_all_but_adapters(self) -> None:
-        """Leave the adapters, the temporal embedding and the projections to learn, as upstream's class does."""
-        learning = (".adapter.", "temporal_embedding", "_projection", "logit_", ".box_head.", "heads.")
-        self._freeze(lambda name: not any(part in name for part in learning))
-
-    def compile_towers(self, backend: str | Callable[..., Any] = "inductor") -> None:
-        """See :meth:`DualEncoder.compile_towers`; both paths."""
-        super().compile_towers(backend)
-        _compile(self._tower, "fast", backend)
-        if self.visual.box_head is not None:
-            _compile(self._tower, "fast_with_boxes", backend)
-
-
-def _compile(tower: nn.Module, method: str, backend: str | Callable[..., Any]) -> None:
-    setattr(tower, method, torch.compile(getattr(tower, method), fullgraph=True, backend=backend))
+    def _video_features(self, video: Tensor, with_boxes: bool) -> tuple[Tensor, Tensor | None]:
+        # The slow frames are taken from the fast ones, so a clip is read and decoded once; upstream samples them apart.
+        fast, boxes = self.visual.fast_with_boxes(video) if with_boxes else (self.visual.fast(video), None)
+        slow = self.visual(video[:, :, slow_frames(video.shape[2], self.slow)])
+        return torch.cat((slow, fast), dim=1) @ self.slowfast_projection, boxes
 
 
 def _finish(features: Tensor, normalize: bool) -> Tensor:
@@ -258,36 +228,8 @@ def create_model(
     if config.embed_dim:
         shape = replace(shape, embed_dim=config.embed_dim)
     loss = loss or LossConfig()
-    vision: dict[str, Any] = {
-        "image_size": shape.image_size,
-        "patch_size": shape.patch_size,
-        "width": shape.vision_width,
-        "layers": shape.vision_layers,
-        "heads": shape.vision_heads,
-        "embed_dim": shape.embed_dim,
-        "num_frames": config.num_frames,
-        "mlp_ratio": shape.mlp_ratio,
-        "activation": config.activation,
-        "temporal_init": config.temporal_init,
-        "spatial_init": config.spatial_init,
-        "sinusoid_scale": config.sinusoid_scale,
-        "patch_dropout": config.patch_dropout,
-        "patch_dropout_tubes": config.patch_dropout_tubes or shape.slowfast,
-        "drop_path": config.drop_path,
-        "gradient_checkpointing": config.gradient_checkpointing,
-        "boxes": loss.boxes > 0,
-    }
-    textual = TextTower(
-        width=shape.text_width,
-        layers=shape.text_layers,
-        heads=shape.text_heads,
-        embed_dim=shape.embed_dim,
-        context_length=shape.context_length,
-        vocab_size=shape.vocab_size,
-        mlp_ratio=shape.mlp_ratio,
-        activation=config.activation,
-        gradient_checkpointing=config.gradient_checkpointing,
-    )
+    # In this order, text tower first: both draw their weights from the same generator.
+    textual = TextTower(shape, config)
     options: dict[str, Any] = {
         "geometry": shape,
         "num_frames": config.num_frames,
@@ -299,11 +241,10 @@ def create_model(
     }
     model: DualEncoder
     if shape.slowfast:
-        fast = config.fast
-        visual = SlowFastTransformer(position=fast.position, pool=fast.pool, spatial=fast.spatial, **vision)
-        model = EgoVideo(visual, textual, slow=fast.slow_frames, **options)
+        tower = SlowFastTransformer(shape, config, boxes=loss.boxes > 0)
+        model = EgoVideo(tower, textual, slow=config.fast.slow_frames, **options)
     else:
-        model = DualEncoder(VideoTransformer(**vision), textual, **options)
+        model = DualEncoder(VideoTransformer(shape, config, boxes=loss.boxes > 0), textual, **options)
     if classes:
         model.add_heads(classes, config.head_dropout)
     return model

@@ -117,16 +117,9 @@ def _with_matching_heads(content: WeightFile, cfg: Config, classes: ClassSpace) 
 
 def freeze(model: DualEncoder, cfg: Config) -> None:
     """Freeze all but the parameters of ``train.trainable``. Raises :class:`UserError` if the model has no such part."""
-    if cfg.train.trainable == "adapters":
-        if not isinstance(model, EgoVideo):
-            raise UserError(f"train.trainable=adapters needs a ..._Slowfast model; model.name is {cfg.model.name}")
-        model.freeze_all_but_adapters()
-    elif cfg.train.trainable == "last_blocks":
-        model.freeze_all_but_last_blocks(cfg.train.last_blocks)
-    elif cfg.train.trainable == "vision":
-        model.freeze_text()
-    elif cfg.train.trainable == "heads":
-        model.freeze_all_but_heads()
+    if cfg.train.trainable == "adapters" and not isinstance(model, EgoVideo):
+        raise UserError(f"train.trainable=adapters needs a ..._Slowfast model; model.name is {cfg.model.name}")
+    model.freeze(cfg.train.trainable, cfg.train.last_blocks)
 
 
 def trainable(model: DualEncoder) -> str:

@@ -32,9 +32,9 @@ from safetensors.torch import load, save_file
 from egohod.config import Config
 from egohod.data.labels import ClassSpace
 from egohod.errors import UserError
-from egohod.model.checkpoints import HeadClasses, WeightFile, checksum, from_tensors, load_pickle, read_weights
+from egohod.model.checkpoints import HeadClasses, WeightFile, checksum, from_tensors, read_weights
 from egohod.model.dual_encoder import Base, DualEncoder
-from egohod.model.weight_names import WeightsError
+from egohod.model.weight_files import load_pickle
 from egohod.runtime import UNFINISHED_PREFIX, atomic_write, file_hash, write_text
 from egohod.training.config import TrainConfig
 
@@ -330,7 +330,7 @@ def read(path: Path) -> Checkpoint:
     try:
         weights = load(content[WEIGHTS])
         training = load_pickle(content[TRAINING])
-    except WeightsError as error:
+    except UserError as error:
         raise CheckpointError(f"{path / TRAINING}: {error}") from error
     except Exception as error:  # a damaged file can raise anything in its reader
         raise CheckpointError(f"{path}: {_reason(error)}") from error

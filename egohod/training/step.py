@@ -28,9 +28,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from egohod.config import Config
 from egohod.data.dataset import normalise
 from egohod.distributed import Distributed, pick_precision
-from egohod.loss.boxes import box_errors
+from egohod.loss import build_loss
+from egohod.loss.classification import box_errors
 from egohod.loss.contrastive import Loss
-from egohod.loss.factory import build_loss
 from egohod.model.dual_encoder import DualEncoder
 from egohod.training.config import TrainConfig, duration_in_steps
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from open_clip.loss import SigLipLoss
 
 from egohod.errors import UserError
+from egohod.loss import build_loss
 from egohod.loss.config import LossConfig
 from egohod.loss.contrastive import ContrastiveLoss, SigmoidLoss
-from egohod.loss.factory import build_loss
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = {

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from egohod.data.formats.ek100 import GradedTexts, class_relevancy
 from egohod.distributed import gather_with_grad
+from egohod.loss import build_loss
 from egohod.loss.config import RELEVANCY_LOSSES, LossConfig
-from egohod.loss.factory import build_loss
 from egohod.loss.retrieval import relevancy
 
 NAMES = list(RELEVANCY_LOSSES)

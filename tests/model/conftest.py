@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from egohod.loss.config import LossConfig
-from egohod.model.checkpoints import load_state
+from egohod.model.checkpoints import from_tensors, load_weights
 from egohod.model.config import ModelConfig
 from egohod.model.dual_encoder import DualEncoder, create_model
 
@@ -43,7 +43,8 @@ def filled() -> Filled:
 
     def build(config: ModelConfig) -> DualEncoder:
         model = create_model(config, LossConfig(learn_temperature=True))
-        load_state(model, {name: golden_value(name, value.shape) for name, value in model.state_dict().items()})
+        values = {name: golden_value(name, value.shape) for name, value in model.state_dict().items()}
+        load_weights(model, from_tensors("golden", values))
         return model.eval()
 
     return build

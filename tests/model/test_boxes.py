@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from egohod.loss.boxes import box_errors
+from egohod.loss.classification import box_errors
 from egohod.loss.config import LossConfig
 from egohod.model.config import FastPathConfig, ModelConfig
 from egohod.model.cost import count_flops, step_flops

@@ -54,7 +54,7 @@ def test_vision_tower_token_by_token(clip_b16: DualEncoder, golden: Golden) -> N
         module.register_forward_hook(lambda _module, _inputs, output, name=name: seen.update({name: output}))
         for name, module in watched.items()
     ]
-    dense = visual.tokens(video())
+    dense = visual.transformer(visual.embed(video())[0])
     for hook in hooks:
         hook.remove()
     index = expected["token_index"]

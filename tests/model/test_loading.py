@@ -15,18 +15,16 @@ from egohod.loss.config import LossConfig
 from egohod.model import zoo
 from egohod.model.checkpoints import (
     PROJECTIONS,
+    Family,
     WeightReport,
     from_tensors,
-    load_state,
     load_weights,
     read_weights,
     upstream_state,
 )
 from egohod.model.config import FastPathConfig, ModelConfig
 from egohod.model.dual_encoder import DualEncoder, create_model
-from egohod.model.weight_names import Family, upstreams
 from tests.model.field_files import (
-    SCHEMA,
     State,
     open_clip_state,
     openai_state,
@@ -45,6 +43,10 @@ TEMPORAL, SPATIAL = "visual.temporal_embedding", "visual.positional_embedding"
 
 def copy(model: nn.Module) -> State:
     return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def loaded(model: nn.Module, state: State) -> WeightReport:
+    return load_weights(model, from_tensors("checkpoint", state))
 
 
 def refuse(model: nn.Module, state: State, said: str, **options: object) -> None:
@@ -194,7 +196,7 @@ def test_upstreams_large_model_equals_its_own_export(tmp_path: Path, monkeypatch
     video, tokens = torch.randn(1, 3, 1, 336, 336), torch.tensor([[49406, 320, 49407]])
     with torch.no_grad():
         for each in (weights, exported):
-            load_state(model, {key: torch.zeros_like(value) for key, value in model.state_dict().items()})
+            loaded(model, {key: torch.zeros_like(value) for key, value in model.state_dict().items()})
             load_weights(model, each)
             features.append(torch.cat((model.encode_video(video), model.encode_text(tokens))))
     assert torch.equal(*features)
@@ -269,12 +271,6 @@ def test_a_run_may_start_from_avion_with_other_statistics_but_is_told(
     assert report.notes[-1] in caplog.text
 
 
-def test_the_two_spellings_are_inverse() -> None:
-    for kind in ("b16_flash", "l14_336_flash", "slowfast_b16_flash"):
-        names = SCHEMA[kind]["first_two_blocks"]
-        assert [upstreams(name) for name in plain(dict.fromkeys(names, torch.zeros(0)))] == list(names)
-
-
 # --------------------------------------------------------------------------------------------------
 # Strictness
 # --------------------------------------------------------------------------------------------------
@@ -327,7 +323,7 @@ def test_numbers_that_are_not_finite(demo_model: DualEncoder) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_floating_point_types_become_the_models(demo_model: DualEncoder, dtype: torch.dtype) -> None:
     state = {name: value.to(dtype) for name, value in copy(demo_model).items()}
-    load_state(demo_model, state)
+    loaded(demo_model, state)
     for name, value in demo_model.state_dict().items():
         assert value.dtype is torch.float32
         assert torch.equal(value, state[name].float())
@@ -335,11 +331,11 @@ def test_other_floating_point_types_become_the_models(demo_model: DualEncoder, d
 
 def test_the_offset_of_the_sigmoid_loss_may_come_and_go(demo_model: DualEncoder) -> None:
     sigmoid = create_model(ModelConfig(name="DEMO", num_frames=8), LossConfig(name="sigmoid", bias=-3.0))
-    report = load_state(sigmoid, copy(demo_model))
+    report = loaded(sigmoid, copy(demo_model))
     assert list(report.missing) == ["logit_bias"]
     assert sigmoid.logit_bias is not None
     assert sigmoid.logit_bias.item() == -3.0
-    assert list(load_state(demo_model, copy(sigmoid)).dropped) == ["logit_bias"]
+    assert list(loaded(demo_model, copy(sigmoid)).dropped) == ["logit_bias"]
     assert "logit_bias" not in upstream_state(from_tensors("x", copy(sigmoid)))
 
 

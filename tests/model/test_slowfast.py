@@ -64,11 +64,16 @@ def test_a_fresh_adapter_changes_nothing_and_a_woken_one_does() -> None:
     assert (y[:, 1:] - x[:, 1:]).abs().min() > 0
 
 
-def test_the_temporal_convolution_is_pytorchs() -> None:
-    """At each location by itself, over time, whatever the number of patches."""
-    adapter, h = MotionAdapter(16), torch.randn(2, 5, 7, 8)
-    expected = adapter.dwconv(h.permute(0, 2, 3, 1).reshape(14, 8, 5)).view(2, 7, 8, 5).permute(0, 3, 1, 2)
-    torch.testing.assert_close(adapter._over_time(h), expected, atol=1e-6, rtol=1e-5)
+def test_an_adapter_computes_what_its_layers_do() -> None:
+    """Its convolutions over time, written as shifted products, are PyTorch's: at each location by itself."""
+    adapter, x = MotionAdapter(16), torch.randn(2, 1 + 5 * 7, 16)
+    torch.nn.init.normal_(adapter.up_proj.weight)
+    torch.nn.init.constant_(adapter.gamma, 0.7)
+    hidden = F.gelu(adapter.down_proj(x[:, 1:])).view(2, 5, 7, 8)
+    over_time = adapter.conv(adapter.dwconv(hidden.permute(0, 2, 3, 1).reshape(14, 8, 5)))
+    mixed = over_time.view(2, 7, 8, 5).permute(0, 3, 1, 2)
+    expected = x[:, 1:] + adapter.gamma * adapter.up_proj((hidden + mixed).flatten(1, 2))
+    torch.testing.assert_close(adapter(x, 5)[:, 1:], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_adapter_sizes_are_the_published_ones() -> None:
@@ -346,7 +351,7 @@ def test_published_adapter(published: EgoVideo, golden: Golden) -> None:
 def fast_tokens(published: EgoVideo) -> Tensor:
     """What the fast path leaves behind the last block; in this arrangement it is pooled from all tokens."""
     with torch.no_grad():
-        return published.visual.fast_tokens(video(16))
+        return published.visual._tokens(video(16), whole=True)[0]
 
 
 def pooled(published: EgoVideo, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> Tensor:

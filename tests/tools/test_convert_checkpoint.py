@@ -13,8 +13,7 @@ import torch
 import main_eval
 from egohod import cli
 from egohod.model import zoo
-from egohod.model.checkpoints import read_weights
-from egohod.model.weight_names import Family
+from egohod.model.checkpoints import Family, read_weights
 from tests.model.field_files import (
     SCHEMA,
     noise,

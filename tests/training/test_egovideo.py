@@ -123,7 +123,7 @@ def slowfast(case: str) -> EgoVideo:
     for block in model.visual.transformer.resblocks:
         torch.nn.init.normal_(block.adapter.up_proj.weight, std=0.02)
     if CASES[case]:
-        model.freeze_all_but_adapters()
+        model.freeze("adapters")
     return model
 
 

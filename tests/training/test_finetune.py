@@ -456,9 +456,9 @@ def test_the_mean_of_three_splits(tmp_path: Path, inside: Command) -> None:
 def test_what_is_trained(kind: str, learning: set[str]) -> None:
     model = create_model(ModelConfig(name="DEMO_SMALL", num_frames=2), classes={"action": 3})
     if kind == "heads":
-        model.freeze_all_but_heads()
+        model.freeze("heads")
     else:
-        model.freeze_all_but_last_blocks(len(model.visual.transformer.resblocks) - 1)
+        model.freeze("last_blocks", len(model.visual.transformer.resblocks) - 1)
         learning = learning | {"visual.transformer.resblocks.2."}
     found = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert found == {name for name, _ in model.named_parameters() if name.startswith(tuple(learning))}

@@ -12,9 +12,10 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from egohod.loss import build_loss
 from egohod.loss.config import LossConfig
 from egohod.loss.contrastive import ContrastiveLoss
-from egohod.loss.factory import build_loss
+from egohod.model.config import ModelConfig
 from egohod.model.dual_encoder import DualEncoder, TextTower
 from egohod.model.vision import VideoTransformer
 from egohod.model.zoo import Geometry
@@ -33,26 +34,10 @@ def bias(config: LossConfig) -> float | None:
 def build(patch_dropout: float = 0.0, drop_path: float = 0.0, bias: float | None = None) -> DualEncoder:
     """A model small enough for many steps; the real vocabulary alone has six million weights."""
     torch.manual_seed(0)
-    visual = VideoTransformer(
-        image_size=TINY.image_size,
-        patch_size=TINY.patch_size,
-        width=TINY.vision_width,
-        layers=TINY.vision_layers,
-        heads=TINY.vision_heads,
-        embed_dim=TINY.embed_dim,
-        num_frames=FRAMES,
-        temporal_init="sinusoidal",
-        patch_dropout=patch_dropout,
-        drop_path=drop_path,
+    config = ModelConfig(
+        num_frames=FRAMES, temporal_init="sinusoidal", patch_dropout=patch_dropout, drop_path=drop_path
     )
-    textual = TextTower(
-        width=TINY.text_width,
-        layers=TINY.text_layers,
-        heads=TINY.text_heads,
-        embed_dim=TINY.embed_dim,
-        context_length=TINY.context_length,
-        vocab_size=TINY.vocab_size,
-    )
+    visual, textual = VideoTransformer(TINY, config), TextTower(TINY, config)
     return DualEncoder(visual, textual, geometry=TINY, num_frames=FRAMES, learn_temperature=True, bias=bias)
 
 

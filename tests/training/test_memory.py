@@ -38,7 +38,7 @@ def test_adapters_alone_take_less() -> None:
     config = ModelConfig(name="DEMO_Slowfast", num_frames=4)
     model = create_model(config)
     assert isinstance(model, EgoVideo)
-    model.freeze_all_but_adapters()
+    model.freeze("adapters")
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     whole, adapters = predict(config), predict(config, learning=names)
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -67,7 +67,7 @@ def test_heads_and_what_they_do_without_are_counted() -> None:
     sgd, averaged = predict(config, heads=heads, averages=1), predict(config, heads=heads, ema=True)
     assert memory.state - sgd.state == 4 * learning
     assert averaged.state - memory.state == 4 * whole
-    model.freeze_all_but_heads()
+    model.freeze("heads")
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert predict(config, heads=heads, learning=names).per_clip < memory.per_clip / 20
 

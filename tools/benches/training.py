@@ -205,7 +205,8 @@ def _nominal_flops(model: DualEncoder, options: argparse.Namespace) -> int:
         tokens = torch.zeros(2, options.text_length, dtype=torch.long)
 
     def plain() -> None:
-        pooled = twin.visual.ln_post(twin.visual.tokens(video)) @ twin.visual.image_projection
+        dense = twin.visual.transformer(twin.visual.embed(video)[0])
+        pooled = twin.visual.ln_post(dense) @ twin.visual.image_projection
         (pooled.sum() + twin.textual(tokens).sum()).backward()
 
     return count_flops(plain) // 2
@@ -256,8 +257,10 @@ def all_trained(model: DualEncoder) -> Iterator[None]:
     def embed(video: Tensor, frozen: bool = False) -> tuple[Tensor, Tensor | None]:
         return VideoTransformer.embed(tower, video)
 
-    # An empty replacement of a module's parameters means that it uses its own, with gradients.
-    with mock.patch.object(slowfast_model, "detached", return_value={}), mock.patch.object(tower, "embed", embed):
+    def call(module: torch.nn.Module, *inputs: Any) -> Tensor:
+        return module(*inputs)
+
+    with mock.patch.object(slowfast_model, "call_frozen", call), mock.patch.object(tower, "embed", embed):
         yield
 
 
