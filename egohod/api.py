@@ -36,6 +36,7 @@ def create_model(name: str, **overrides: Any) -> DualEncoder:
     Raises:
         UserError: unknown name or knob, or a value out of range.
     """
+    # The default loss: a fixed temperature, and no head beside the features.
     return dual_encoder.create_model(model_config(name, **overrides), LossConfig())
 
 
@@ -96,6 +97,7 @@ def create_model_and_transforms(
     else:
         embed_dim = geometry(name).embed_dim
         content = open_weights(weights, download=download)
+        # Only folders of this project name their geometry; of others the shapes tell when the weights are loaded.
         if (geometry_of_file := content.settings.get("model.name", name)) != name:
             raise UserError(f"{content.source}: holds a {geometry_of_file}, not a {name}")
         # Dotted keys of the section "model", such as fast.position, which OmegaConf nests.
@@ -118,6 +120,7 @@ def create_model_and_transforms(
     def preprocess(frames: np.ndarray) -> Tensor:
         return normalise(center_crop(frames, size).unsqueeze(0), model.image_stats)[0]
 
+    # Evaluation mode: dropout and stochastic depth would make features random.
     return model.eval(), preprocess, Tokenizer(model.geometry.context_length)
 
 

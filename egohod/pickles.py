@@ -13,12 +13,11 @@ import mmap
 import pickle
 import pickletools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -36,16 +35,12 @@ _SMALL = 1 << 20
 _REFUSED = "refused: "
 
 
-@dataclass(frozen=True)
-class Scanned:
+class Scanned(NamedTuple):
     """What a pickle holds, without any of it being built."""
 
-    end: int
-    """Position after its last byte."""
-    names: frozenset[str]
-    """The classes and functions that it names in the way of protocols up to 3, which is all PyTorch reads."""
-    longest: int
-    """Length of its longest text, at least 255."""
+    end: int  # position after its last byte
+    names: frozenset[str]  # classes and functions, in the way of protocols up to 3, which is all PyTorch reads
+    longest: int  # length of its longest text, at least 255
 
 
 def scan(content: bytes | mmap.mmap, start: int = 0) -> Scanned:
@@ -56,6 +51,7 @@ def scan(content: bytes | mmap.mmap, start: int = 0) -> Scanned:
     the largest index, more sparsely than any writer does.
     """
     plain = _plain_opcodes(len(content))
+    # Texts of up to 255 bytes are skipped unseen.
     names, longest, place = set[str](), 255, start
     while True:
         # Almost all of a file is skipped here, by the regular expression; what is left is looked at one by one.
@@ -69,7 +65,16 @@ def scan(content: bytes | mmap.mmap, start: int = 0) -> Scanned:
         if code not in _OPCODES:
             raise pickle.UnpicklingError(f"byte {place}: {code:#04x} is no opcode")
         opcode = _OPCODES[code]
-        begin, end = place + 1, _end_of_argument(content, place, opcode)
+        # Where the argument ends: of a fixed size, up to the next line break (or two), or behind a length.
+        begin, kind = place + 1, opcode.arg.n if opcode.arg else 0
+        end = begin + kind
+        if kind == pickletools.UP_TO_NEWLINE:
+            end = begin
+            for _ in range(2 if opcode.arg is pickletools.stringnl_noescape_pair else 1):
+                end = content.find(b"\n", end) + 1 or len(content) + 1
+        elif kind < 0:
+            width = {pickletools.TAKEN_FROM_ARGUMENT1: 1, pickletools.TAKEN_FROM_ARGUMENT8U: 8}.get(kind, 4)
+            end = begin + width + int.from_bytes(content[begin : begin + width], "little")
         if end > len(content):
             raise EOFError(
                 f"byte {place}: {opcode.name} asks for {end - begin:,} bytes, but only {len(content) - begin:,} are "
@@ -145,10 +150,17 @@ def load(path: Path, what: str, *, arrays: bool = False, encoding: str = "ASCII"
         pickle.UnpicklingError: whatever is wrong with it, in one line without the file's name.
         OSError: it cannot be read.
     """
-    with path.open("rb") as file:
+    with path.open("rb") as file, ExitStack() as stack:
         try:
-            allowed = _Budget(_COPIED_PER_BYTE * _scan_file(file) + _COPIED_BESIDES).stand_ins(arrays)
-            value = _PlainUnpickler(file, allowed, what, encoding).load()
+            content: bytes | mmap.mmap
+            try:
+                content = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            except (OSError, ValueError):  # file systems that map nothing, and empty files
+                content = file.read()
+                file.seek(0)
+            scan(content)
+            check_sharing(content)
+            value = _PlainUnpickler(file, _stand_ins(len(content), arrays), what, encoding).load()
         except OSError:
             raise
         except Exception as error:  # a damaged pickle can raise anything
@@ -159,22 +171,49 @@ def load(path: Path, what: str, *, arrays: bool = False, encoding: str = "ASCII"
     return value.value if isinstance(value, _Array) else value
 
 
-def _scan_file(file: BinaryIO) -> int:
-    """Scan and check an open file from its beginning, where it is left; its size."""
-    with ExitStack() as stack:
-        content: bytes | mmap.mmap
-        try:
-            content = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        except (OSError, ValueError):  # file systems that map nothing, and empty files
-            content = file.read()
-            file.seek(0)
-        scan(content)
-        check_sharing(content)
-        return len(content)
+def _stand_ins(size: int, arrays: bool) -> dict[tuple[str, str], Any]:
+    """What a file of ``size`` bytes may name, by module and name.
+
+    Made anew for each file, so that none can leave a mark on what the next one is read with.
+    """
+    # A few opcodes can ask for copies of the same large text over and over; an honest file copies each byte once.
+    total = left = _COPIED_PER_BYTE * size + _COPIED_BESIDES
+
+    def spend(copied: int) -> None:
+        nonlocal left
+        left -= copied
+        if left < 0:
+            raise ValueError(f"it copies more than {total:,} bytes, which its size does not explain")
+
+    def scalar(dtype: _Dtype, data: bytes) -> Any:
+        spend(len(data))
+        return np.frombuffer(data, dtype.code, count=1)[0].item()
+
+    def encode(text: str, _: str) -> bytes:  # how protocols up to 2 write bytes
+        spend(len(text))
+        return text.encode("latin1")
+
+    def from_buffer(data: bytes, dtype: _Dtype, shape: Sequence[int], order: str, *_: Any) -> _Array:
+        array = _Array(spend)
+        array.fill(data, dtype, shape, order if order in ("C", "F") else "C")
+        return array
+
+    allowed: dict[tuple[str, str], Any] = {
+        ("numpy", "dtype"): _Dtype,
+        ("numpy._core.multiarray", "scalar"): scalar,
+        ("_codecs", "encode"): encode,
+    }
+    if arrays:
+        allowed |= {
+            ("numpy", "ndarray"): "the class that is handed to _reconstruct",
+            ("numpy._core.multiarray", "_reconstruct"): lambda *_: _Array(spend),
+            ("numpy._core.numeric", "_frombuffer"): from_buffer,
+        }
+    return allowed
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    def __init__(self, file: Any, allowed: dict[tuple[str, str], Any], what: str, encoding: str) -> None:
+    def __init__(self, file: BinaryIO, allowed: dict[tuple[str, str], Any], what: str, encoding: str) -> None:
         super().__init__(file, encoding=encoding)
         self._allowed, self._what = allowed, what
 
@@ -198,6 +237,7 @@ class _Dtype:
     """Stands in for NumPy's, which a made-up state turns into a way to any memory."""
 
     def __init__(self, code: str, *_: object) -> None:
+        # Numbers and text only: an object dtype holds pointers, and a record's fields overlap as its state says.
         if not (isinstance(code, str) and re.fullmatch(r"[iuf][1248]|b1|U\d{1,6}", code)):
             name = code[:20] if isinstance(code, str) else type(code).__name__
             raise ValueError(f"NumPy's type '{name}' is no plain number or text")
@@ -214,59 +254,17 @@ class _Array:
 
     value: np.ndarray
 
-    def __init__(self, budget: _Budget) -> None:
-        self._budget = budget
+    def __init__(self, spend: Callable[[int], None]) -> None:
+        self._spend = spend
 
     def __setstate__(self, state: Sequence[Any]) -> None:
         _, shape, dtype, is_fortran, data = state
         self.fill(data, dtype, shape, "F" if is_fortran else "C")
 
-    def fill(self, data: bytes, dtype: _Dtype, shape: Sequence[int], order: Any) -> _Array:
-        self._budget.spend(len(data))
+    def fill(self, data: bytes, dtype: _Dtype, shape: Sequence[int], order: Any) -> None:
+        self._spend(len(data))
+        # As many numbers as there are bytes for: a shape that asks for more does not fit them and raises.
         self.value = np.frombuffer(data, dtype.code).reshape(tuple(shape), order=order).copy(order="K")
-        return self
-
-
-class _Budget:
-    """Bytes that what a file names may copy: a few opcodes can ask for the same large text over and over.
-
-    Made anew for each file, with its stand-ins, so that none can leave a mark on what the next one is read with.
-    """
-
-    def __init__(self, total: int) -> None:
-        self._total = self._left = total
-
-    def spend(self, size: int) -> None:
-        self._left -= size
-        if self._left < 0:
-            raise ValueError(f"it copies more than {self._total:,} bytes, which its size does not explain")
-
-    def stand_ins(self, arrays: bool) -> dict[tuple[str, str], Any]:
-        """The functions and classes that a file may name, by module and name."""
-
-        def scalar(dtype: _Dtype, data: bytes) -> Any:
-            self.spend(len(data))
-            return np.frombuffer(data, dtype.code, count=1)[0].item()
-
-        def encode(text: str, _: str) -> bytes:  # how protocols up to 2 write bytes
-            self.spend(len(text))
-            return text.encode("latin1")
-
-        def from_buffer(data: bytes, dtype: _Dtype, shape: Sequence[int], order: str, *_: Any) -> _Array:
-            return _Array(self).fill(data, dtype, shape, order if order in ("C", "F") else "C")
-
-        allowed: dict[tuple[str, str], Any] = {
-            ("numpy", "dtype"): _Dtype,
-            ("numpy._core.multiarray", "scalar"): scalar,
-            ("_codecs", "encode"): encode,
-        }
-        if arrays:
-            allowed |= {
-                ("numpy", "ndarray"): "the class that is handed to _reconstruct",
-                ("numpy._core.multiarray", "_reconstruct"): lambda *_: _Array(self),
-                ("numpy._core.numeric", "_frombuffer"): from_buffer,
-            }
-        return allowed
 
 
 @cache
@@ -300,19 +298,3 @@ def _plain_opcodes(size: int) -> re.Pattern[bytes]:
     parts.append(pickle.LONG_BINPUT + b".{%d}[\\x00-\\x%02x]\\x00{%d}" % (width - 1, top, 4 - width))
     # Possessive: nothing is remembered to go back to.
     return re.compile(b"(?:" + b"|".join(parts) + b")*+", re.DOTALL)
-
-
-def _end_of_argument(content: bytes | mmap.mmap, place: int, opcode: pickletools.OpcodeInfo) -> int:
-    """Where the argument of the opcode at ``place`` ends, which may be behind the content's end."""
-    begin, kind = place + 1, opcode.arg.n if opcode.arg else 0
-    if kind >= 0:
-        return begin + kind
-    if kind == pickletools.UP_TO_NEWLINE:
-        for _ in range(2 if opcode.arg is pickletools.stringnl_noescape_pair else 1):
-            begin = content.find(b"\n", begin) + 1
-            if not begin:
-                return len(content) + 1
-        return begin
-    widths = {pickletools.TAKEN_FROM_ARGUMENT1: 1, pickletools.TAKEN_FROM_ARGUMENT8U: 8}
-    width = widths.get(kind, 4)
-    return begin + width + int.from_bytes(content[begin : begin + width], "little")

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,10 +29,12 @@ from egohod import cli
 from egohod.errors import UserError
 from egohod.model.checkpoints import Family, WeightFile, upstream_state
 from egohod.model.zoo import geometry
+from egohod.runtime import atomic_write
 from egohod.training.checkpoint import open_weights
 
 log = logging.getLogger("convert_checkpoint")
 
+# The configuration that trains each geometry, for the commands of --inspect.
 CONFIGS = {
     "CLIP_VITB16": "configs/config/clip_base.yml",
     "CLIP_VITL14": "configs/config/clip_large.yml",
@@ -56,8 +57,14 @@ def main(arguments: Sequence[str]) -> int:
     args = parser.parse_args(arguments)
     if args.inspect == (args.output is not None):
         raise UserError("give either --inspect or an OUTPUT file; see --help")
-    if args.output:
-        _check_output(args.output, args.force)
+    # Before INPUT is opened, which may take minutes.
+    if output := args.output:
+        if output.suffix != ".safetensors":
+            raise UserError(f"{output}: must end in .safetensors, such as {output.with_suffix('.safetensors').name}")
+        if not output.parent.is_dir():
+            raise UserError(f"{output}: the folder {output.parent} does not exist")
+        if output.exists() and not args.force:
+            raise UserError(f"{output}: exists; --force replaces it")
     weights = open_weights(args.input, download=args.download)
     if args.inspect:
         for name, text in inspect(weights).items():
@@ -90,63 +97,42 @@ def inspect(weights: WeightFile) -> dict[str, str]:
     lines["model"] = f"{shape.name or 'no geometry of this project'}: {shape}"
     lines["frames"] = f"{shape.num_frames}" if shape.num_frames else "an image model: no temporal embedding"
     lines["motion"] = "motion adapters (slow-fast)" if shape.slowfast else "none: a dual encoder without adapters"
-    if shape.name:
-        lines |= _commands(weights, shape.name)
-    return lines
-
-
-def _commands(weights: WeightFile, name: str) -> dict[str, str]:
-    """Commands that train from and evaluate a file."""
-    shape = weights.shape
-    assert shape is not None
-    knobs = [f"model.name={name}"]
+    if shape.name is None:
+        return lines
+    # Commands that train from the file and evaluate it, to be copied: every knob that no shape tells is spelled out.
+    knobs = [f"model.name={shape.name}"]
     if shape.num_frames:
         knobs.append(f"model.num_frames={shape.num_frames}")
-    knobs += [
-        f"{key}={value}" for key, value in weights.settings.items() if key not in ("model.name", "model.num_frames")
-    ]
-    own_space = [] if shape.embed_dim == geometry(name).embed_dim else [f"model.embed_dim={shape.embed_dim}"]
-    config = CONFIGS.get(name, "a config of your own")
-    lines = {}
+    recorded = {key: value for key, value in weights.settings.items() if key not in ("model.name", "model.num_frames")}
+    knobs += [f"{key}={value}" for key, value in recorded.items()]
+    config = CONFIGS.get(shape.name, "a config of your own")
     if weights.family.is_clip:
-        lines["train"] = f"main_pretrain.py --config_file {config} model.weights.source=clip " + (
-            f"model.weights.path={weights.source} {' '.join(knobs)}"
-        )
+        start = f"model.weights.source=clip model.weights.path={weights.source}"
+        lines["train"] = f"main_pretrain.py --config_file {config} {start} {' '.join(knobs)}"
+        # Training learns new projections, but zero-shot evaluation of the file itself needs its own.
         knobs += ["model.weights.source=clip", "model.weights.projections=keep"]
         if weights.family is Family.OPENAI:
             knobs.append("model.activation=quick_gelu")
     elif "model.activation" not in weights.settings:
         knobs.append("model.activation=gelu")
-    lines["evaluate"] = (
-        f"main_eval.py --config_file {config} --checkpoint {weights.source} {' '.join(knobs + own_space)}"
-    )
+    if shape.embed_dim != geometry(shape.name).embed_dim:
+        knobs.append(f"model.embed_dim={shape.embed_dim}")
+    lines["evaluate"] = f"main_eval.py --config_file {config} --checkpoint {weights.source} {' '.join(knobs)}"
     return lines
 
 
 def convert(weights: WeightFile, output: Path, to: str) -> None:
-    """Write ``weights`` to ``output``, under a temporary name first."""
+    """Write ``weights`` to ``output``: an interrupted conversion leaves no half-written file under this name."""
     tensors = upstream_state(weights) if to == "upstream" else weights.tensors
+    # Family and settings travel along: names alone would make an OpenAI model a trained video model of this project.
     metadata = {"format": "pt", "family": str(weights.family), "settings": json.dumps(weights.settings)}
-    # A rename is atomic: an interrupted conversion leaves no half-written file under the final name.
-    temporary = output.with_name(f".{output.name}-{os.getpid()}")
-    try:
+    with atomic_write(output) as temporary:
+        # safetensors refuses views, such as one row that a file repeats.
         save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, metadata=metadata)
-        temporary.rename(output)
-    finally:
-        temporary.unlink(missing_ok=True)
     log.info("%s: %d tensors of %s, %s's names", output, len(tensors), weights.family, to)
     left_out = len(weights.tensors) - len(tensors)
     if weights.dropped or left_out:
         log.info("left out: %s", ", ".join([*weights.dropped, *([f"{left_out} of the loss"] if left_out else [])]))
-
-
-def _check_output(output: Path, force: bool) -> None:
-    if output.suffix != ".safetensors":
-        raise UserError(f"{output}: must end in .safetensors, such as {output.with_suffix('.safetensors').name}")
-    if not output.parent.is_dir():
-        raise UserError(f"{output}: the folder {output.parent} does not exist")
-    if output.exists() and not force:
-        raise UserError(f"{output}: exists; --force replaces it")
 
 
 if __name__ == "__main__":
