@@ -47,10 +47,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from egohod.config import Config
-from egohod.data import dataset as transforms
 from egohod.data.chunking import ChunkSettings, write_chunks
 from egohod.data.config import DataConfig, SourceConfig
-from egohod.data.dataset import ClipDataset, Tokenizer
+from egohod.data.dataset import ClipDataset, Tokenizer, normalise, random_box
 from egohod.data.decoders import choose_decoder
 from egohod.data.formats import read_clips
 from egohod.data.loader import BatchPlan, train_loader
@@ -310,7 +309,7 @@ def rate(loader: DataLoader[Any]) -> tuple[float, float]:
     for batch in loader:
         video = batch["video"]
         if video.dtype == torch.uint8:
-            video = transforms.normalise(video)
+            video = normalise(video)
         clips += len(video)
     seconds = time.perf_counter() - began
     # The workers have ended with the loop, so that their time is known.
@@ -344,7 +343,7 @@ class UsualDataset(Dataset[dict[str, torch.Tensor]]):
         last = min(len(reader), first + round(CLIP_SECONDS * reader.get_avg_fps()))
         frames = reader.get_batch(segment_indices(first, last, self.frames, rng).tolist()).asnumpy()
         video = torch.from_numpy(frames.astype(np.float32)).permute(3, 0, 1, 2)
-        top, left, height, width = transforms.random_box(HEIGHT, WIDTH, CROP_SCALE_MIN, rng)
+        top, left, height, width = random_box(HEIGHT, WIDTH, CROP_SCALE_MIN, rng)
         video = video[:, :, top : top + height, left : left + width]
         video = F.interpolate(video, (self.size, self.size), mode="bicubic", align_corners=False)
         if rng.random() < 0.5:
