@@ -50,17 +50,19 @@ _OUTPUT = (1, 2)
 
 
 class _HelpWithKnobs(argparse.ArgumentParser):
-    """``--help`` ends with every knob of the configuration."""
-
     schema: type = Config
 
     def format_help(self) -> str:
+        # Made when it is asked for, and not wrapped as argparse wraps an epilog.
         explained = "Every knob, as section.key=default (type; allowed values) and its reason:"
         return f"{super().format_help()}\n{explained}\n\n{help_text(self.schema)}\n"
 
 
 def parser(description: str, default_config: str, schema: type = Config) -> argparse.ArgumentParser:
-    """The arguments that every main program takes; programs add their own. ``schema`` holds the knobs."""
+    """The arguments that every main program takes; programs add their own.
+
+    ``schema`` holds the knobs, all of which ``--help`` explains.
+    """
     result = _HelpWithKnobs(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.schema = schema
     add_config_file(result, default_config)
@@ -167,6 +169,7 @@ def while_read(program: Callable[[], int]) -> int:
         try:
             return program()
         finally:
+            # Here, or Python would flush it after the last handler, and complain.
             sys.stdout.flush()
     except BrokenPipeError:
         if not _output_is_closed():
@@ -259,8 +262,8 @@ def joined(cfg: Config, *, stops_cleanly: bool = False) -> Iterator[Distributed]
             raise SystemExit(USER_ERROR) from None
         if dist.rank != 0:
             # Not later, as _run would: the launcher ends this process as soon as another one notices that it failed.
-            for line in str(error).splitlines():
-                print(f"[rank {dist.rank}] error: {line}", file=sys.stderr, flush=True)
+            lines = (f"[rank {dist.rank}] error: {line}" for line in str(error).splitlines())
+            print(*lines, sep="\n", file=sys.stderr, flush=True)
             raise SystemExit(USER_ERROR) from None
         raise
     except RuntimeError as error:
@@ -291,7 +294,8 @@ def stop_signals(stop: StopRequest) -> Iterator[None]:
     previous: dict[signal.Signals, Any] = {}
 
     def receive(number: int, frame: FrameType | None) -> None:
-        stop.request(f"{signal.Signals(number).name} received")
+        # The first one counts: launchers send several.
+        stop.reason = stop.reason or f"{signal.Signals(number).name} received"
         if number == signal.SIGINT:
             signal.signal(number, previous[signal.SIGINT])
         # Once only: a repeat must not break into the way out.
@@ -332,20 +336,19 @@ def train_and_report(description: str, default_config: str, arguments: Sequence[
     from egohod.evaluation.report import write_report
     from egohod.evaluation.results import write_results
     from egohod.evaluation.runner import named_evaluators
-    from egohod.training.build import build_classes, build_data, build_model, describe, read_tables, trainable_table
-    from egohod.training.dry_run import dry_run
+    from egohod.training.build import build_classes, build_data, build_model, dry_run, read_tables
     from egohod.training.train import train
 
     options = parser(description, default_config)
-    options.add_argument("--resume", metavar="auto|none|PATH", help="same as train.resume=...")
-    options.add_argument("--strict", action="store_true", help="same as data.strict=true")
-    options.add_argument(
-        "--dry_run", action="store_true", help="build everything, try three clips and one step, explain, exit"
-    )
+    add = options.add_argument
+    add("--resume", metavar="auto|none|PATH", help="same as train.resume=...")
+    add("--strict", action="store_true", help="same as data.strict=true")
+    add("--dry_run", action="store_true", help="build everything, try three clips and one step, explain, exit")
     args = options.parse_intermixed_args(arguments)
     changes = [*overrides(args), *([f"train.resume={args.resume}"] if args.resume else [])]
     if args.dry_run:
-        return dry_run(args.config_file, changes, named_evaluators)
+        dry_run(args.config_file, changes, named_evaluators)
+        return DONE
 
     cfg = config.load(args.config_file, changes)
     with joined(cfg, stops_cleanly=True) as dist, claimed_run(cfg.train.output, dist):
@@ -353,9 +356,8 @@ def train_and_report(description: str, default_config: str, arguments: Sequence[
         tables = read_tables(cfg) if cfg.model.heads != "none" else None
         classes = build_classes(cfg, tables)
         model = build_model(cfg, dist, classes, tables)
-        log.info("trainable parameters\n%s", trainable_table(model))
         data = build_data(cfg, dist, model, tables)
-        describe(cfg, dist, model, data)
+        # Before training: what is wrong with a benchmark shows now, not after days.
         val = named_evaluators(cfg, dist, "val", classes=classes)
         test = named_evaluators(cfg, dist, "test", controls=cfg.evaluate.controls, classes=classes)
         scores = train(cfg, dist, model, data, val)

@@ -8,9 +8,9 @@ A run is described by one YAML file, read by :func:`load`:
 
 A value is what its setting declares, never what YAML guesses: ``2024_01_01``, ``0123``, ``12:30:45``, ``on`` and
 ``1e3`` are text where the setting is text, in files and on the command line alike. Only ``null``, ``~`` and nothing at
-all are the absent value; quoted (``'null'``) they are words too. A key or value that an earlier release called by
-another name is accepted with a warning that names the new one (``old_names`` and ``old_values`` of
-:func:`egohod.knobs.knob`).
+all are the absent value; quoted (``'null'``) they are words too. What an earlier release called by another
+name is accepted with a warning that names the new one: a section with a static method ``convert_old_keys`` translates
+its own keys and values.
 
 Whatever is wrong (unknown key, wrong type, value out of range, missing file) ends in one :class:`UserError` that names
 the file, the key, what is allowed and the nearest right name.
@@ -28,6 +28,7 @@ import re
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -38,7 +39,7 @@ from omegaconf.errors import OmegaConfBaseException
 from egohod.data.config import DataConfig
 from egohod.errors import UserError
 from egohod.evaluation.config import EvaluateConfig
-from egohod.knobs import allowed_values, knobs, named_sections, out_of_range, part, raw_value, section_of, type_name
+from egohod.knobs import allowed_values, knobs, named_sections, out_of_range, part, section_of, type_name
 from egohod.loss.config import RELEVANCY_LOSSES, LossConfig
 from egohod.model.config import ModelConfig
 from egohod.training.config import TrainConfig, duration_in_steps
@@ -85,47 +86,15 @@ def load_as(
     path: str | Path,
     overrides: Sequence[str],
     check: Callable[[Schema], list[tuple[str, str]]],
+    missing: list[str] | None = None,
 ) -> Schema:
-    """As :func:`load`, for a dataclass of knobs other than :class:`Config`, with a ``check`` like this module's."""
-    config, problems = _load(schema, path, overrides, check)
-    if problems:
-        raise UserError(*problems)
-    return config
+    """As :func:`load`, for a dataclass of knobs other than :class:`Config`, with a ``check`` like this module's.
 
-
-def load_leniently(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, list[str]]:
-    """As :func:`load`, but environment variables that are not set are returned as a list of problems.
-
-    For the dry run, which reports everything that is missing at once; the variable stays in its value as
-    ``$NAME``. Raises :class:`UserError` for anything that is wrong rather than missing.
+    With a list ``missing``, environment variables that are not set are problems to append to it instead of errors.
     """
-    return _load(Config, path, overrides, check)
-
-
-def model_config(name: str, **overrides: Any) -> ModelConfig:
-    """The model section from Python, checked like a file. Raises :class:`UserError`."""
-    origin = "create_model"
-    layer = {"model": {"name": name, **overrides}}
-    config = _resolve(_merge(OmegaConf.structured(Config), layer, origin, Config), origin, Config)
-    if wrong := [f"{origin}: {text}" for _, text in check(config)]:
-        raise UserError(*wrong)
-    return config.model
-
-
-def to_yaml(config: Any) -> str:
-    """The resolved configuration as YAML; reading it back gives the same run."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-def _load(
-    schema: type[Schema],
-    path: str | Path,
-    overrides: Sequence[str],
-    check: Callable[[Schema], list[tuple[str, str]]],
-) -> tuple[Schema, list[str]]:
     tree, origins = OmegaConf.structured(schema), dict[str, str]()
     for origin, layer in [*_layers(Path(path), ()), *(_override(text, schema) for text in overrides)]:
-        layer = _with_new_names(layer, schema, origin, OmegaConf.to_container(tree))
+        layer = _convert_old_keys(layer, schema, origin, OmegaConf.to_container(tree))
         # Layer by layer, so that a wrong type is reported with the file or override that has it.
         tree = _merge(tree, layer, origin, schema)
         origins.update({name: origin for name, _ in _walk(layer)})
@@ -144,9 +113,38 @@ def _load(
                 problems.append(f"{where}, which is not set; export {variable}=/your/path")
 
     config = _resolve(tree, str(path), schema)
-    if wrong := [f"{origins.get(name, path)}: {text}" for name, text in check(config)]:
+    # A value that nobody wrote is a default, whose check can only fail together with the file's own values.
+    wrong = [f"{origins.get(name, path)}: {text}" for name, text in check(config)]
+    if wrong or (problems and missing is None):
         raise UserError(*problems, *wrong)
-    return config, problems
+    if missing is not None:
+        missing += problems
+    return config
+
+
+def load_leniently(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, list[str]]:
+    """As :func:`load`, but environment variables that are not set are returned as a list of problems.
+
+    For the dry run, which reports everything that is missing at once; the variable stays in its value as
+    ``$NAME``. Raises :class:`UserError` for anything that is wrong rather than missing.
+    """
+    missing: list[str] = []
+    return load_as(Config, path, overrides, check, missing), missing
+
+
+def model_config(name: str, **overrides: Any) -> ModelConfig:
+    """The model section from Python, checked like a file. Raises :class:`UserError`."""
+    origin = "create_model"
+    layer = {"model": {"name": name, **overrides}}
+    config = _resolve(_merge(OmegaConf.structured(Config), layer, origin, Config), origin, Config)
+    if wrong := [f"{origin}: {text}" for _, text in check(config)]:
+        raise UserError(*wrong)
+    return config.model
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved configuration as YAML; reading it back gives the same run."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, dict[str, Any]]]:
@@ -166,6 +164,7 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, dict[str, Any
     content = {} if content is None else content
     if not isinstance(content, dict):
         raise UserError(f"{path}: a config must be a mapping of sections, such as 'train: ...'")
+    # Not a knob: it belongs to the file, and is gone before keys are checked.
     bases = content.pop("_base_", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
@@ -187,6 +186,7 @@ def _override(text: str, schema: type) -> tuple[str, dict[str, Any]]:
         else:
             kind = get_args(kind)[1] if get_origin(kind) is dict else None
     try:
+        # By the type of the knob: where it is text, YAML must not have its say.
         if kind is str or set(get_args(kind)) == {str, type(None)}:
             # All that is written, also "a: b" and "[x", unless it is null or in quotes.
             written = written.strip()
@@ -213,52 +213,18 @@ def _walk(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
             yield from _walk(inner, f"{name}[{number}]")
 
 
-def _with_new_names(layer: dict[str, Any], schema: type, origin: str, below: Any) -> dict[str, Any]:
-    """The layer with the keys and values of earlier releases replaced by today's, each with a warning."""
+def _convert_old_keys(layer: dict[str, Any], schema: type, origin: str, below: Any) -> dict[str, Any]:
+    """The layer with the keys and values of earlier releases replaced by today's, each with a warning.
+
+    ``below`` holds the values that the layer is merged into: an old key may stand for several new ones.
+    """
     layer = copy.deepcopy(layer)  # its file may be the base of another one, read again
-    notice = "%s: %s is now %s; the old name is read for one more release"
-    for old, new in _old_keys(schema):
-        pattern = re.compile(re.escape(old).replace("NAME", r"([^.]+)"))
-        for name, value in list(_walk(layer)):
-            if match := pattern.fullmatch(name):
-                *path, last = name.split(".")
-                raw_value(layer, path).pop(last)
-                target = new.replace("NAME", "{}").format(*match.groups())
-                *path, last = target.split(".")
-                section: Any = layer
-                for key in path:  # what is no section is an error, which the check of the shape finds
-                    section = section.setdefault(key, {}) if isinstance(section, dict) else None
-                if isinstance(section, dict):
-                    section.setdefault(last, value)
-                log.warning(notice, origin, name, target)
-    for section_name, kind in typing.get_type_hints(schema).items():
-        # Keys that became several others; ``below`` holds the values that the layer is merged into.
+    for name, kind in typing.get_type_hints(schema).items():
         convert = getattr(kind, "convert_old_keys", None)
-        if convert is not None and isinstance(layer.get(section_name), dict):
-            for old, new in convert(layer[section_name], below[section_name]):
-                log.warning(notice, origin, old, new)
-    for knob_name, entry, _ in knobs(schema):
-        old_values: dict[str, str] = entry.metadata.get("old_values") or {}
-        pattern = re.compile(re.escape(knob_name).replace("NAME", r"([^.]+)"))
-        for name, value in list(_walk(layer)) if old_values else ():
-            if pattern.fullmatch(name) and isinstance(value, str) and value in old_values:
-                *path, last = name.split(".")
-                raw_value(layer, path)[last] = old_values[value]
-                log.warning(notice, origin, f"{name}={value}", old_values[value])
+        if convert is not None and isinstance(layer.get(name), dict):
+            for old, new in convert(layer[name], below[name]):
+                log.warning("%s: %s is now %s; the old name is read for one more release", origin, old, new)
     return layer
-
-
-def _old_keys(schema: type, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(old, new) dotted names of all knobs and sections that were renamed."""
-    hints = typing.get_type_hints(schema)
-    for entry in dataclasses.fields(schema):
-        name, kind = f"{prefix}{entry.name}", hints[entry.name]
-        for old in entry.metadata.get("old_names", ()):
-            yield (old if "." in old else f"{prefix}{old}"), name
-        if section := section_of(kind):
-            yield from _old_keys(section, f"{name}.")
-        elif named := named_sections(kind):
-            yield from _old_keys(named, f"{name}.NAME.")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -384,6 +350,7 @@ def _suggest(key: Any, schema: type, whole: type, prefix: str) -> str:
     """The nearest sibling, else the nearest knob anywhere."""
     siblings = [entry.name for entry in dataclasses.fields(schema)]
     everywhere = {full.rpartition(".")[2]: full for full, _, _ in knobs(whole)}
+    # A key of the right name in the wrong section.
     exact = everywhere.get(str(key))
     near = difflib.get_close_matches(str(key), siblings, n=1, cutoff=0.75)
     far = difflib.get_close_matches(str(key), everywhere, n=1, cutoff=0.6)
@@ -394,7 +361,8 @@ def _suggest(key: Any, schema: type, whole: type, prefix: str) -> str:
 
 def _resolve(tree: DictConfig, origin: str, schema: type[Schema]) -> Schema:
     try:
-        # Interpolations such as ${a.b} are resolved here, and may fail.
+        # To dataclasses: the rest of the program knows neither omegaconf nor interpolations such as ${a.b}, which are
+        # resolved here, and may fail.
         config = typing.cast(Schema, OmegaConf.to_object(tree))
         # Lists and mappings of values are not checked before.
         OmegaConf.structured(config)
@@ -408,6 +376,7 @@ def _explain(error: OmegaConfBaseException, schema: type) -> str:
     entry = next(
         ((e, k) for n, e, k in knobs(schema) if re.fullmatch(re.escape(n).replace("NAME", r"[^.]+"), name)), None
     )
+    # omegaconf names the key and its own type, but neither the range nor what null means.
     text = _one_line(error)
     if entry:
         allowed = allowed_values(entry[0].metadata)
@@ -446,8 +415,7 @@ def check(config: Config) -> list[tuple[str, str]]:
         wrong("model.fast.spatial", "model.fast.spatial=true looks at whole frames, so it needs model.patch_dropout=0")
 
     for name in ("train.duration", "train.log_every", "train.save_every", "evaluate.every", "train.warmup"):
-        section, _, key = name.partition(".")
-        text = getattr(getattr(config, section), key)
+        text = attrgetter(name)(config)
         try:
             steps = duration_in_steps(text, steps_per_epoch=1, global_batch_size=1, key=name)
             if steps == 0 and name != "train.warmup":
@@ -461,10 +429,10 @@ def check(config: Config) -> list[tuple[str, str]]:
 
     # A loss that grades texts needs a relevancy of every pair, and one that does not would ignore it.
     graded, relevancy = loss.name in RELEVANCY_LOSSES, data.labels.target == "relevancy"
+    names = ", ".join(RELEVANCY_LOSSES)
     if graded and not relevancy:
         wrong("loss.name", f"loss.name={loss.name} grades texts by relevancy, so it needs data.labels.target=relevancy")
     if relevancy and not graded:
-        names = ", ".join(RELEVANCY_LOSSES)
         wrong("loss.name", f"loss.name={loss.name} ignores relevancy; data.labels.target=relevancy goes with {names}")
 
     # Heads, their labels and their loss make sense together only.
@@ -472,17 +440,14 @@ def check(config: Config) -> list[tuple[str, str]]:
     classes = (heads, data.labels.target == "class", loss.name == "classes")
     if any(classes) and not all(classes):
         wrong("model.heads", "model.heads=joint or parts, data.labels.target=class and loss.name=classes go together")
-    columns = [name.removesuffix("_class") for name in data.labels.columns]
-    key = "data.labels.columns"
+    # A column verb_class is called verb in heads and metrics.
+    columns, key = [name.removesuffix("_class") for name in data.labels.columns], "data.labels.columns"
     if not columns:
         wrong(key, f"{key}=[] is empty, but a class is given by at least one column")
     elif len(set(columns)) < len(columns):
         wrong(key, f"{key}={data.labels.columns} names a column twice")
     elif len(columns) > 1 and "action" in columns:
-        wrong(
-            key, f"{key}: all columns together are called action, so none of several can be; give that column "
-            "another name"
-        )  # fmt: skip
+        wrong(key, f"{key}: all columns together are called action; give the column of that name another one")
     for key in ("mixup", "cutmix"):
         if getattr(train, key) and loss.name != "classes":
             wrong(f"train.{key}", f"train.{key} mixes labels, so it needs loss.name=classes")

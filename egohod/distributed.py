@@ -122,11 +122,8 @@ def setup(device: str = "auto", *, alone: bool = False, timeout: float = 1800.0)
         torch.set_float32_matmul_precision("high")
     if info.world_size == 1:
         return Distributed(0, 1, chosen, None)
-    backend, store, limit = (
-        "nccl" if chosen.type == "cuda" else "gloo",
-        _meet(info),
-        datetime.timedelta(seconds=timeout),
-    )
+    backend, limit = "nccl" if chosen.type == "cuda" else "gloo", datetime.timedelta(seconds=timeout)
+    store = _meet(info)
     dist.init_process_group(backend, store=store, rank=info.rank, world_size=info.world_size, timeout=limit)
     control = dist.new_group(backend="gloo", timeout=limit)
     return Distributed(info.rank, info.world_size, chosen, backend, control, store)
@@ -174,6 +171,7 @@ def _meet(info: RankInfo) -> dist.Store:
 
 def is_connection_error(error: BaseException) -> bool:
     """Whether a collective operation failed because another process is gone or did not come in time."""
+    # gloo raises plain RuntimeErrors, whose text is all there is to tell them by.
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
@@ -189,11 +187,8 @@ def gather_with_grad(value: Tensor, world_size: int) -> Tensor:
         parts = [torch.empty_like(value) for _ in range(world_size)]
         dist.all_gather(parts, value.contiguous())
         return torch.cat(parts)
+    # Not dist.all_gather, whose outputs have no gradient.
     return torch.cat(dist_nn.all_gather(value.contiguous()))
-
-
-# Where files are may differ from node to node.
-_NODE_SPECIFIC = (".root", ".cache")
 
 
 def require_agreement(cfg: Any, dist: Distributed) -> None:
@@ -209,7 +204,8 @@ def require_agreement(cfg: Any, dist: Distributed) -> None:
         hosts: dict[str, list[str]] = {}
         for rank, (host, values) in enumerate(everyone):
             hosts.setdefault(str(values.get(name, "absent")), []).append(f"{host} (rank {rank})")
-        if len(hosts) > 1 and not name.endswith(_NODE_SPECIFIC):
+        # Where files are may differ from node to node.
+        if len(hosts) > 1 and not name.endswith((".root", ".cache")):
             parts = []
             for value, ranks in hosts.items():
                 more = f" and {len(ranks) - 3} more" if len(ranks) > 3 else ""
@@ -229,10 +225,14 @@ def source_hash(package: Path = Path(__file__).parent) -> str:
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves of nested dicts by dotted name."""
     if not isinstance(tree, dict):
         return {prefix: tree}
-    parts = (_flatten(each, f"{prefix}.{key}".lstrip(".")) for key, each in tree.items())
-    return {name: value for part in parts for name, value in part.items()}
+    return {
+        name: value
+        for key, inner in tree.items()
+        for name, value in _flatten(inner, f"{prefix}.{key}".lstrip(".")).items()
+    }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -278,21 +278,16 @@ def host_name() -> str:
 
 def nvidia_driver(proc: Path = Path("/proc/driver/nvidia/version")) -> str | None:
     """Version of the NVIDIA driver if a device is plugged in, whatever torch thinks of it."""
-    try:
-        answer = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=True,
-        ).stdout.split()
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    # It hangs where a GPU has fallen off the bus, and is absent in most containers.
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split()
         return answer[0] if answer else None
-    except (OSError, subprocess.SubprocessError):
-        pass
-    if proc.is_file():
-        words = proc.read_text(errors="replace").split()
-        return next((word for word in words if word[:1].isdigit() and "." in word), "unknown")
-    return None
+    if not proc.is_file():
+        return None
+    # "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 ..."
+    words = proc.read_text(errors="replace").split()
+    return next((word for word in words if word[:1].isdigit() and "." in word), "unknown")
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import field
 from typing import Any, get_args, get_origin
 
@@ -25,8 +25,6 @@ def knob(
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
-    old_names: Sequence[str] = (),
-    old_values: Mapping[str, str] | None = None,
 ) -> Any:
     """A dataclass field with its reason and its range.
 
@@ -36,23 +34,17 @@ def knob(
         choices: the allowed values.
         low, high: inclusive bounds.
         above: an exclusive bound.
-        old_names: what earlier releases called it: a key of the same section, or a dotted one (``train.peer_timeout``)
-            from the top. Both are read, with a warning that names the new one.
-        old_values: words that earlier releases used for a value, e.g. ``{"own": "custom"}``; read likewise.
     """
-    metadata = {
-        **{"why": why, "choices": choices, "low": low, "high": high, "above": above},
-        **{"old_names": tuple(old_names), "old_values": dict(old_values or {})},
-    }
+    metadata = {"why": why, "choices": choices, "low": low, "high": high, "above": above}
     # A mutable default would be shared by all instances; dataclasses refuse it.
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
-def part(cls: type, *, old_names: Sequence[str] = ()) -> Any:
-    """A nested section; ``old_names`` as of :func:`knob`."""
-    return field(default_factory=cls, metadata={"old_names": tuple(old_names)})
+def part(cls: type) -> Any:
+    """A nested section."""
+    return field(default_factory=cls)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -95,19 +87,24 @@ def out_of_range(config: Any) -> list[tuple[str, str]]:
     problems: list[tuple[str, str]] = []
     tree = dataclasses.asdict(config)
     for name, entry, _ in knobs(type(config), tree):
-        value = raw_value(tree, name.split("."))
-        wrong = None if value is None else _out_of_range(value, entry.metadata)
-        if wrong:
+        value: Any = tree
+        for key in name.split("."):
+            value = value[key]
+        # Whether null is allowed is a matter of the type, which the loader has checked.
+        if value is not None and (wrong := _out_of_range(value, entry.metadata)):
             problems.append((name, f"{name} is {value!r}, but {wrong}"))
     return problems
 
 
 def _out_of_range(value: Any, rule: Any) -> str | None:
+    # The range of a list is that of each of its values.
     if isinstance(value, (list, ListConfig)):
         return next((wrong for each in value if (wrong := _out_of_range(each, rule))), None)
+    # The nearest word: most of what is not allowed is a slip of the keyboard.
     if rule["choices"] is not None and value not in rule["choices"]:
         near = difflib.get_close_matches(str(value), [str(c) for c in rule["choices"]], n=1)
         return f"must be one of {', '.join(map(str, rule['choices']))}" + (f"; did you mean {near[0]}?" if near else "")
+    # YAML's .nan compares as neither above nor below any bound.
     if isinstance(value, float) and not math.isfinite(value):
         return "must be a finite number"
     bad = (
@@ -131,7 +128,7 @@ def help_text(schema: type) -> str:
             lines.append(f"\n{head or 'on top'}: {(owner.__doc__ or '').strip().splitlines()[0]}")
         factory = entry.default_factory
         default = entry.default if factory is dataclasses.MISSING else factory()
-        # As YAML writes it.
+        # As YAML writes it, so that a line of --help can be copied into a file or a command.
         shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
         allowed = allowed_values(entry.metadata)
         lines.append(f"  {name}={shown}  ({type_name(kind)}{'; ' + allowed if allowed else ''})")
@@ -145,25 +142,13 @@ def allowed_values(rule: Any) -> str:
         return ""
     if rule["choices"] is not None:
         return "one of " + ", ".join(map(str, rule["choices"]))
-    parts = []
-    if rule["above"] is not None:
-        parts.append(f"above {rule['above']}")
-    if rule["low"] is not None:
-        parts.append(f"at least {rule['low']}")
-    if rule["high"] is not None:
-        parts.append(f"at most {rule['high']}")
-    return " and ".join(parts)
+    words = {"above": "above", "low": "at least", "high": "at most"}
+    return " and ".join(f"{text} {rule[bound]}" for bound, text in words.items() if rule[bound] is not None)
 
 
 def type_name(kind: Any) -> str:
     """A declared type as ``--help`` and messages show it."""
+    # str | None is written "str | null": null is what users type.
     if get_origin(kind) is not None and type(None) in get_args(kind):
         return " | ".join("null" if part is type(None) else type_name(part) for part in get_args(kind))
     return kind.__name__ if isinstance(kind, type) and get_origin(kind) is None else str(kind)
-
-
-def raw_value(tree: Any, path: Sequence[str]) -> Any:
-    """What a nested dict holds under these keys, one within the other."""
-    for key in path:
-        tree = tree[key]
-    return tree

@@ -126,7 +126,6 @@ class Progress:
         total: units of all work; :meth:`update` may correct it.
         unit: what is counted, in the plural.
         seconds: between two lines, at least.
-        show: how amounts are written, for instance as a clock where seconds of video are counted.
         report: gets a finished line instead of the log.
     """
 
@@ -137,17 +136,20 @@ class Progress:
         *,
         unit: str = "clips",
         seconds: float = 2.0,
-        show: Callable[[float], str] = "{:,.0f}".format,
         report: Callable[[str], None] = log.info,
     ) -> None:
         self.name, self.total, self.unit = name, total, unit
-        self._seconds, self._show, self._report = seconds, show, report
+        self._seconds, self._report = seconds, report
         # The rate counts from the first update: models load before the first clip is done, and a resumed job starts
         # with much of it done already.
         self._first: tuple[float, float] | None = None
         self._last_line = time.monotonic()
         self._bar: Any = None
-        if log.isEnabledFor(logging.INFO) and _is_wide_terminal():
+        # A terminal that nobody sized (of some containers, of expect) has no columns, and a bar there is invisible.
+        columns = 0
+        with suppress(OSError, ValueError):
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns
+        if columns and log.isEnabledFor(logging.INFO):
             from tqdm import tqdm
 
             line = "{desc} {percentage:3.0f}%|{bar}| {postfix}"
@@ -157,43 +159,29 @@ class Progress:
         """Report that ``done`` units in all are finished, if it is time to; ``note`` is added to the line."""
         now = time.monotonic()
         self.total = self.total if total is None else total
-        if self._first is None:
-            self._first = now, done
-        if self._bar is not None:
-            self._bar.total, self._bar.n = self.total, done
-            self._bar.set_postfix_str(self._line(done, now, note), refresh=False)
-            self._bar.update(0)  # which draws ten times a second at most
-        elif now - self._last_line >= self._seconds or done >= self.total:
-            self._last_line = now
-            share = 100 * done / self.total if self.total else 100.0
-            self._report(f"{self.name}: {share:.0f} %  {self._line(done, now, note)}")
-
-    def _line(self, done: float, now: float, note: str) -> str:
-        assert self._first is not None
+        self._first = self._first or (now, done)
+        if self._bar is None and now - self._last_line < self._seconds and done < self.total:
+            return
         began, at_first = self._first
         rate = (done - at_first) / max(now - began, 1e-9)
-        left = time_left(self.total - done, rate)
+        amounts = f"{done:,.0f} of {self.total:,.0f} {self.unit}"
         speed = f"{rate:,.1f} {self.unit}/s, " if rate else ""
-        note = f", {note}" if note else ""
-        return f"{self._show(done)} of {self._show(self.total)} {self.unit}, {speed}ETA {left}{note}"
-
-    def close(self) -> None:
-        """Remove the bar, if there is one."""
+        line = f"{amounts}, {speed}ETA {time_left(self.total - done, rate)}{f', {note}' if note else ''}"
         if self._bar is not None:
-            self._bar.close()
+            self._bar.total, self._bar.n = self.total, done
+            self._bar.set_postfix_str(line, refresh=False)
+            self._bar.update(0)  # which draws ten times a second at most
+        else:
+            self._last_line = now
+            share = 100 * done / self.total if self.total else 100.0
+            self._report(f"{self.name}: {share:.0f} %  {line}")
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _is_wide_terminal() -> bool:
-    # A terminal that nobody sized (of some containers, of expect) has no columns, and a bar there is invisible.
-    with suppress(OSError, ValueError):
-        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
-    return False
+        if self._bar is not None:
+            self._bar.close()  # what else is printed would end up in its line
 
 
 def time_left(remaining: float, rate: float) -> str:
@@ -210,6 +198,7 @@ def time_left(remaining: float, rate: float) -> str:
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
+# Forked, so that tables of millions of clips are shared and not copied.
 _CONTEXT = multiprocessing.get_context("fork")
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 _POLL_SECONDS = 1.0
@@ -220,25 +209,6 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # Linux; macOS has no such call
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def follow_parent() -> None:
-    """Leave interrupts to the main process, and exit when it is gone, however it went.
-
-    An initialiser for process pools. A scheduler sends its signal to all processes at once; the main process decides
-    what becomes of the work.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        # The sentinel becomes readable when the parent dies, even by SIGKILL.
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 class Lost(NamedTuple):
@@ -252,8 +222,8 @@ class Workers(Generic[Task, Result]):
 
     An exception in a task is raised here as it is. A process that dies, or is at one task for longer than ``patience``
     seconds and is killed for it, is replaced, and its task's result is :class:`Lost`: the other tasks go on.
-    concurrent.futures ends the whole pool instead, and has no limit for one task. Leaving the context ends the
-    processes.
+    concurrent.futures ends the whole pool instead, and has no limit for one task. Processes start with the context
+    (``with Workers(...) as workers``) and end with it.
 
     Of ``tasks_in_flight`` tasks all but one wait in the worker's pipe, so that the worker is never idle; 1 is for long
     tasks, none of which should wait behind another while a worker is free.
@@ -310,6 +280,7 @@ class _Worker(Generic[Task, Result]):
         self.tasks = collections.deque[Task]()
         self._process = _CONTEXT.Process(target=_work, args=(theirs, function), daemon=True)
         self._process.start()
+        # Closed here, or the pipe would never end when the worker dies.
         theirs.close()
         self._task_began = time.monotonic()
 
@@ -333,7 +304,11 @@ class _Worker(Generic[Task, Result]):
         except (EOFError, ConnectionError):
             self._process.join()
             self.pipe.close()
-            return (Lost(f"the process that worked on it died ({exit_reason(self._process.exitcode)})"),)
+            code = self._process.exitcode or 0
+            reason = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+            # The kernel's out-of-memory killer is by far the most frequent sender of SIGKILL.
+            reason += "; too little memory?" if code == -signal.SIGKILL else ""
+            return (Lost(f"the process that worked on it died ({reason})"),)
         if time.monotonic() - self._task_began > patience:
             self.end()
             return (Lost(f"it took longer than {patience:g} s"),)
@@ -346,10 +321,22 @@ class _Worker(Generic[Task, Result]):
 
 
 def _work(pipe: Any, function: Callable[[Any], Any]) -> None:
-    follow_parent()
+    """The main loop of a worker: a task comes in by the pipe, its result or error goes out."""
+    # A scheduler and Ctrl-C signal all processes at once; the main process decides what becomes of the work.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow_parent() -> None:
+        # The sentinel becomes readable when the parent dies, even by SIGKILL.
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
     if sys.platform == "linux":
-        # Besides: the thread of follow_parent needs the interpreter's lock, which native code that hangs may hold for
-        # ever. Such a worker of a killed run would keep its locks, and refuse to resume it.
+        # Besides: that thread needs the interpreter's lock, which native code that hangs may hold for ever. Such a
+        # worker of a killed run would keep its locks, and refuse to resume it.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     while True:
         task = pipe.recv()
@@ -363,14 +350,6 @@ def _work(pipe: Any, function: Callable[[Any], Any]) -> None:
             except Exception:  # an error that does not come through a pipe as it is
                 answer = None, RuntimeError(f"{type(error).__name__}: {error}")
         pipe.send(answer)
-
-
-def exit_reason(code: int | None) -> str:
-    """An exit code in words; a negative one is the signal that ended the process."""
-    if code is None or code >= 0:
-        return f"exit code {code}"
-    # The kernel's out-of-memory killer is by far the most frequent sender of SIGKILL.
-    return signal.Signals(-code).name + ("; too little memory?" if -code == signal.SIGKILL else "")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -443,16 +422,12 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.reason = ""
+        # The signal handler raises Interrupted; false while training, which polls and saves first.
         self.at_once = True
-        """The signal handler raises :class:`Interrupted`; false while training, which polls and saves first."""
         self.was_raised = False
 
     def __bool__(self) -> bool:
         return bool(self.reason)
-
-    def request(self, reason: str) -> None:
-        """Ask for a stop. The first request counts: launchers send several signals."""
-        self.reason = self.reason or reason
 
     def check(self) -> None:
         """Raise :class:`Interrupted` if there was a request."""
@@ -509,7 +484,8 @@ def rank_info(environment: Mapping[str, str] = os.environ) -> RankInfo:
             raise UserError(f"RANK={rank} in the environment, but WORLD_SIZE={world_size}: ranks count from 0")
         # On one node its name does not matter: it may not even resolve.
         on_one_node = environment.get("LOCAL_WORLD_SIZE") == environment["WORLD_SIZE"]
-        address, port = "127.0.0.1" if on_one_node else environment["MASTER_ADDR"], _port(environment)
+        address = "127.0.0.1" if on_one_node else environment["MASTER_ADDR"]
+        port = int_variable(environment, "MASTER_PORT", low=1, high=65535)
         return RankInfo(rank, world_size, int_variable(environment, "LOCAL_RANK", 0), address, port)
 
     # The shell of an allocation has variables of Slurm, but no step; a step's own number of tasks is what counts.
@@ -528,7 +504,7 @@ def rank_info(environment: Mapping[str, str] = os.environ) -> RankInfo:
         local_rank=int_variable(environment, "SLURM_LOCALID"),
         address=environment.get("MASTER_ADDR") or ("127.0.0.1" if on_one_node else first_host(nodes)),
         # Steps and jobs that run side by side on a node get different ones.
-        port=_port(environment, _FIRST_PORT + (8 * job + step) % _PORTS),
+        port=int_variable(environment, "MASTER_PORT", _FIRST_PORT + (8 * job + step) % _PORTS, low=1, high=65535),
         owns_gpus="none" not in binding and (bool(binding) or "SLURM_GPUS_PER_TASK" in environment),
     )
 
@@ -550,16 +526,17 @@ def _is_in_interactive_shell(environment: Mapping[str, str]) -> bool:
     return True
 
 
-def int_variable(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
-    """A variable that holds a whole number; ``default`` if it is not set. Raises :class:`UserError`."""
+def int_variable(
+    environment: Mapping[str, str], name: str, default: int | None = None, *, low: int = 0, high: int = 10**18
+) -> int:
+    """A variable that holds a whole number from ``low`` to ``high``; ``default`` if it is not set.
+
+    Raises :class:`UserError` naming the variable and what is allowed.
+    """
     text = environment.get(name, "" if default is None else str(default))
+    # Not int() alone, which also takes "1_000", " 5 " and digits of other scripts.
     if not re.fullmatch("[0-9]{1,18}", text):
         raise UserError(f"{name}={text!r} in the environment is not a number")
+    if not low <= int(text) <= high:
+        raise UserError(f"{name}={text} in the environment is out of range; use {low} to {high}")
     return int(text)
-
-
-def _port(environment: Mapping[str, str], default: int | None = None) -> int:
-    port = int_variable(environment, "MASTER_PORT", default)
-    if not 0 < port < 65536:
-        raise UserError(f"MASTER_PORT={port} in the environment is no port; use 1024 to 65535")
-    return port

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -379,37 +380,53 @@ def test_a_name_of_ones_choice_cannot_be_a_path(tmp_path: Path, name: str) -> No
 
 
 @dataclass
-class Inner:
-    """A section."""
+class Renamed:
+    """A section of which one key and one value have changed since the last release."""
 
-    kind: str = knob("custom", "a renamed value", old_values={"own": "custom"})
-    seconds: float = knob(1.0, "a renamed key", old_names=("patience", "outer_seconds"))
+    kind: str = knob("custom", "a renamed value")
+    seconds: float = knob(1.0, "a renamed key")
+
+    @staticmethod
+    def convert_old_keys(section: dict[str, Any], below: dict[str, Any]) -> list[tuple[str, str]]:
+        renamed = []
+        if section.get("kind") == "own":
+            section["kind"] = "custom"
+            renamed.append(("inner.kind=own", "custom"))
+        if "minutes" in section:
+            section["seconds"] = float(section.pop("minutes")) * 60 + below["seconds"]
+            renamed.append(("inner.minutes", "inner.seconds"))
+        return renamed
 
 
 @dataclass
-class Renamed:
-    """A schema whose names have changed since the last release."""
+class Outer:
+    """A schema."""
 
-    inner: Inner = part(Inner)
-    named: dict[str, Inner] = knob({}, "sections by name")
-    limit: float = knob(2.0, "moved here from a section", old_names=("inner.limit",))
+    inner: Renamed = part(Renamed)
 
 
 def test_keys_and_values_of_the_last_release_are_read_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = write(tmp_path, "{inner: {patience: 3, limit: 5}, named: {a: {kind: own, patience: 4}}}")
-    config = load_as(Renamed, path, ["named.b.patience=6", "named.a.seconds=7"], none)
-    assert (config.inner.seconds, config.limit) == (3, 5)
-    assert (config.named["a"].kind, config.named["a"].seconds, config.named["b"].seconds) == ("custom", 7, 6)
+    path = write(tmp_path, "{inner: {kind: own, minutes: 3}}")
+    config = load_as(Outer, path, ["inner.minutes=2"], none)
+    # The override's 120 seconds come on top of the file's 180 and the default's 1.
+    assert config.inner == Renamed("custom", 301.0)
     notices = [record.getMessage() for record in caplog.records]
-    assert f"{path}: inner.patience is now inner.seconds; the old name is read for one more release" in notices
-    assert f"{path}: named.a.kind=own is now custom; the old name is read for one more release" in notices
-    assert any("named.b.patience is now named.b.seconds" in notice for notice in notices)
-    assert len(notices) == 5
+    assert f"{path}: inner.minutes is now inner.seconds; the old name is read for one more release" in notices
+    assert f"{path}: inner.kind=own is now custom; the old name is read for one more release" in notices
+    assert any(notice.startswith("override 'inner.minutes=2': inner.minutes is now") for notice in notices)
+    assert len(notices) == 3
     caplog.clear()
-    assert load_as(Renamed, write(tmp_path, "{inner: {seconds: 1}}"), [], none) == Renamed()
+    assert load_as(Outer, write(tmp_path, "{inner: {seconds: 1}}"), [], none) == Outer()
     assert not caplog.records
+
+
+def test_a_benchmark_of_the_former_kind_own_is_custom(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path, "evaluate: {benchmarks: {mine: {kind: own, metadata: a.csv, root: b}}}")
+    assert load(path).evaluate.benchmarks["mine"].kind == "custom"
+    assert load(path, ["evaluate.benchmarks.mine.kind=own"]).evaluate.benchmarks["mine"].kind == "custom"
+    assert "evaluate.benchmarks.mine.kind=own is now custom" in caplog.text
 
 
 def test_settings_are_read_without_pytorch() -> None:

@@ -75,7 +75,7 @@ def test_places(environment: dict[str, str], expected: RankInfo) -> None:
         ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a"}, "MASTER_PORT is not"),
         (TORCHRUN | {"RANK": "first"}, "RANK='first'"),
         (TORCHRUN | {"RANK": "4"}, "RANK=4 in the environment, but WORLD_SIZE=4"),
-        (TORCHRUN | {"MASTER_PORT": "99999"}, "MASTER_PORT=99999 in the environment is no port"),
+        (TORCHRUN | {"MASTER_PORT": "99999"}, "MASTER_PORT=99999 in the environment is out of range; use 1 to 65535"),
     ],
 )
 def test_half_a_place_is_refused(environment: dict[str, str], told: str) -> None:

@@ -22,7 +22,6 @@ class BenchmarkConfig:
         "auto",
         "format of the annotations (docs/evaluation.md): custom, labels, ek100_mir, ek100_cls, egtea, egomcq, "
         "charades_ego or one that you added to egohod/data/formats; auto is NAME, or custom if no format has this name",
-        old_values={"own": "custom"},
     )
     metadata: str | None = knob(
         None, "folder of the benchmark's annotation files; for custom and labels, the csv of its clips"
@@ -96,11 +95,17 @@ class EvaluateConfig:
 
     @staticmethod
     def convert_old_keys(section: dict[str, Any], below: dict[str, Any]) -> list[tuple[str, str]]:
-        """Replace the folders ``demo_val`` and ``demo_test`` of earlier releases by benchmarks, in place.
+        """Replace what earlier releases called ``kind: own``, ``demo_val`` and ``demo_test``, in place.
 
         ``below`` are the values that ``section`` is merged into. Returns (old, new) names for a warning.
         """
         renamed = []
+        benchmarks = section.get("benchmarks")
+        for name, benchmark in benchmarks.items() if isinstance(benchmarks, dict) else ():
+            if isinstance(benchmark, dict) and benchmark.get("kind") == "own":
+                benchmark["kind"] = "custom"
+                renamed.append((f"evaluate.benchmarks.{name}.kind=own", "custom"))
+        # Folders of demo worlds, which had keys of their own, are benchmarks as others.
         # A base file may have the old keys and the file on it the new ones, or the other way round.
         for old, name, when in (("demo_val", "val", "during"), ("demo_test", "test", "final")):
             if old not in section:

@@ -1,21 +1,30 @@
-"""Build the parts of a run from its configuration: model, data, and how a global batch is split."""
+"""Build the parts of a run from its configuration: model, data, and how a global batch is split; and try them.
+
+A run needs them in the order of this file: the weights, the parameters that are trained, the clips, the split of the
+batch. :func:`dry_run` builds all of them, and reports instead of training.
+"""
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from egohod.config import Config
+from egohod.config import Config, load_leniently
 from egohod.data.config import SourceConfig
-from egohod.data.dataset import ClipDataset, Labels, Tokenizer, trim
+from egohod.data.dataset import ClipDataset, Labels, Tokenizer, collate, trim
 from egohod.data.formats import read_clips
 from egohod.data.labels import (
     RELEVANCY_COLUMNS,
@@ -29,14 +38,21 @@ from egohod.data.labels import (
 from egohod.data.loader import BatchPlan, MixedPlan, shares
 from egohod.data.storage import open_cache
 from egohod.data.table import ClipTable
-from egohod.distributed import Distributed, pick_precision
+from egohod.distributed import Distributed, pick_precision, setup
 from egohod.errors import UserError
 from egohod.model.checkpoints import HeadClasses, WeightFile, base_of, load_weights
-from egohod.model.cost import Memory, predict
+from egohod.model.cost import Memory, predict, step_flops
 from egohod.model.dual_encoder import DualEncoder, EgoVideo, create_model
 from egohod.training.checkpoint import open_weights
+from egohod.training.config import duration_in_steps
+from egohod.training.step import TrainStep, learning_rates
 
 log = logging.getLogger(__name__)
+
+# Narrations in one forward pass of the text tower.
+BATCH = 256
+# Clips of each source and benchmark that a dry run opens: the first, the last, and between.
+CLIPS_TO_OPEN = 3
 
 
 @dataclass(frozen=True)
@@ -55,10 +71,43 @@ class TrainingData:
         return first.space if isinstance(first, ClassLabels) else None
 
 
+@dataclass
+class Schedule:
+    """The run's durations in steps."""
+
+    total: int
+    log: int
+    save: int
+    evaluate: int
+
+    @classmethod
+    def of(cls, cfg: Config, steps_per_epoch: int) -> Schedule:
+        """Resolve the durations of ``cfg``."""
+        steps = partial(
+            duration_in_steps, steps_per_epoch=steps_per_epoch, global_batch_size=cfg.train.global_batch_size
+        )
+        total = steps(cfg.train.duration, key="train.duration")
+        if steps(cfg.train.warmup, key="train.warmup") > total:
+            log.warning("train.warmup=%s is longer than the run: train.lr is never reached", cfg.train.warmup)
+        every_log = steps(cfg.train.log_every, key="train.log_every")
+        every_save = steps(cfg.train.save_every, key="train.save_every")
+        return cls(total, every_log, every_save, steps(cfg.evaluate.every, key="evaluate.every"))
+
+    def evaluates(self, step: int) -> bool:
+        """Whether the model is evaluated after ``step``: at intervals, and at the end."""
+        return step > 0 and (step == self.total or step % self.evaluate == 0)
+
+
+# --------------------------------------------------------------------------------------------------
+# The model, and what of it is trained
+# --------------------------------------------------------------------------------------------------
+
+
 def build_model(
     cfg: Config, dist: Distributed, classes: ClassSpace | None = None, tables: Sequence[ClipTable] | None = None
 ) -> DualEncoder:
     """The model with its starting weights, on the device; it has heads if there are ``classes`` for them."""
+    # Parameters are initialised on the CPU, so that they are the same on every device and process.
     torch.manual_seed(cfg.train.seed)
     model = create_model(cfg.model, cfg.loss, classes.heads(cfg.model.heads) if classes else None)
     start, content = cfg.model.weights, None
@@ -78,6 +127,7 @@ def build_model(
             content = _with_matching_heads(content, cfg, classes)
         log.info("%s", load_weights(model, content, adapt=start.adapt, projections=start.projections))
     freeze(model, cfg)
+    # Checkpoints then hold only what is trained, and name the file that has the rest.
     if cfg.train.trainable != "all" and content is not None:
         model.base = base_of(model, content)
         if model.base and Path(model.base.path).parent.name == "checkpoints":
@@ -89,6 +139,7 @@ def build_model(
     # Heads that a file brings trained are kept.
     if classes and cfg.model.head_start == "text" and (content is None or content.heads is None):
         start_from_text(model, classes, class_texts(tables or read_tables(cfg), classes))
+    # Last, when weights and frozen parameters are what they will be: both are part of the graph.
     if cfg.model.compile:
         model.compile_towers()
     return model
@@ -104,6 +155,7 @@ def _with_matching_heads(content: WeightFile, cfg: Config, classes: ClassSpace) 
     elif content.heads.kind != cfg.model.heads:
         problem = f"model.heads={content.heads.kind}"
     else:
+        # Of the same number, perhaps: every output would then mean another class without any error.
         problem = "a head for other classes than the data"
     path = cfg.model.weights.path
     if not cfg.model.weights.adapt:
@@ -129,67 +181,75 @@ def trainable(model: DualEncoder) -> str:
     return f"{trained / 1e6:.1f} of {total / 1e6:.1f} M parameters are trainable"
 
 
-def trainable_table(model: DualEncoder) -> str:
-    """Parameters by part of the model, in millions: all and trainable ones."""
-    rows: dict[str, list[int]] = {}
-    for name, parameter in model.named_parameters():
-        tower, _, rest = name.partition(".")
-        part = "motion adapters" if ".adapter." in name else f"{tower} blocks" if ".resblocks." in name else tower
-        part = f"{tower}, rest" if part == tower and rest and tower != "heads" else part
-        counts = rows.setdefault(part, [0, 0])
-        counts[0] += parameter.numel()
-        counts[1] += parameter.numel() if parameter.requires_grad else 0
-    lines = [f"{part:<22}{total / 1e6:>10.3f}{learning / 1e6:>10.3f}" for part, (total, learning) in rows.items()]
-    return "\n".join([f"{'M parameters':<22}{'all':>10}{'trainable':>10}", *lines])
+def class_texts(tables: Sequence[ClipTable], space: ClassSpace) -> list[list[str]]:
+    """The different narrations of the training clips of each class, in order; its name where it has no clip."""
+    # Dictionaries keep the order, and the text tower need not embed a narration twice.
+    texts_of: list[dict[str, None]] = [{} for _ in space.keys]
+    for table in tables:
+        for row, number in enumerate(class_numbers(table, space)):
+            texts_of[number].update(dict.fromkeys(table.row(row).texts))
+    return [list(texts) or [name] for texts, name in zip(texts_of, space.names, strict=True)]
 
 
-def build_dataset(cfg: Config, size: int, tables: Sequence[ClipTable] | None = None) -> ClipDataset:
-    """The training clips at ``size`` pixels, of ``tables`` if they were read already."""
-    sources = active_sources(cfg)
-    for name, source in sources.items():
-        if source.detections and not cfg.loss.boxes:
-            log.warning("data.train.%s.detections does nothing while loss.boxes is 0", name)
-    tables = tables or read_tables(cfg)
-    return ClipDataset(
-        list(zip(tables, sources.values(), strict=True)),
-        size=size,
-        num_frames=cfg.model.num_frames,
-        tokenizer=Tokenizer(),
-        decoder=cfg.data.decoder,
-        cache=open_cache(cfg.data.cache, cfg.data.cache_gb),
-        seed=cfg.train.seed,
-        train=True,
-        crop_scale_min=cfg.data.crop_scale_min,
-        flip=cfg.data.flip,
-        boxes=cfg.loss.boxes > 0,
-        labels=build_labels(cfg, tables),
-    )
+@torch.no_grad()
+def start_from_text(model: DualEncoder, space: ClassSpace, texts: Sequence[Sequence[str]]) -> None:
+    """Set the weights of ``model``'s heads so that their logits are scaled similarities to ``texts`` [C].
+
+    Before the first step they classify as zero-shot does (Wortsman et al., 2109.01903). A class's weights are the mean
+    feature of its texts; a head for a part, such as the verb, takes the mean over the classes that share it.
+    """
+    assert model.heads is not None, "the model was built without heads"
+    device = model.logit_scale.device
+    of_class = torch.tensor([number for number, each in enumerate(texts) for _ in each], device=device)
+    tokens = Tokenizer()([text for each in texts for text in each])
+    of_text = torch.cat([model.encode_text(trim(part).to(device)) for part in tokens.split(BATCH)])
+    # Of unit length in the end, so a sum is as good as a mean.
+    features = F.normalize(of_text.new_zeros(len(texts), of_text.shape[1]).index_add(0, of_class, of_text), dim=1)
+    # A head's input is sqrt(E) times the unit feature of zero-shot (DualEncoder.classify).
+    scale = model.logit_scale.exp() / model.geometry.embed_dim**0.5
+    for name, head in model.heads.items():
+        # A joint head is not among the parts: each class is its own.
+        values, code = space.parts.get(name, (space.keys, np.arange(len(space.keys))))
+        member = F.one_hot(torch.from_numpy(code).to(features.device), len(values)).T.to(features)
+        assert isinstance(head, nn.Sequential)
+        linear = head[-1]
+        assert isinstance(linear, nn.Linear)
+        linear.weight.copy_(scale * F.normalize(member @ features, dim=1))
 
 
-def label_columns(cfg: Config) -> list[str]:
-    """Columns of the annotation files that labels are read from."""
+# --------------------------------------------------------------------------------------------------
+# The clips, their labels and their order
+# --------------------------------------------------------------------------------------------------
+
+
+def active_sources(cfg: Config) -> dict[str, SourceConfig]:
+    """The sources a run draws from. Raises :class:`UserError` if there is none."""
+    sources = {name: source for name, source in cfg.data.train.items() if source.weight != 0}
+    if not sources:
+        raise UserError("data.train names no source of clips; set data.train.NAME.metadata and data.train.NAME.root")
+    return sources
+
+
+def read_tables(cfg: Config) -> list[ClipTable]:
+    """The training clips of each source. A run reads them once, for its classes, its heads and its batches."""
+    # Of the columns that training does not read, memory holds only those that group clips and those of labels.
+    extra = list(cfg.data.hard_negatives.group_by) if cfg.data.hard_negatives.share > 0 else []
     if cfg.data.labels.target == "class":
         columns = cfg.data.labels.columns
-        return [*columns, *(name.removesuffix("_class") for name in columns if name.endswith("_class"))]
-    return list(RELEVANCY_COLUMNS) if cfg.data.labels.target == "relevancy" else []
+        # The words beside numbers of classes, as EPIC-KITCHENS has verb beside verb_class, name them.
+        extra += [*columns, *(name.removesuffix("_class") for name in columns if name.endswith("_class"))]
+    elif cfg.data.labels.target == "relevancy":
+        extra += RELEVANCY_COLUMNS
+    return [read_clips(source, strict=cfg.data.strict, extra=extra) for source in active_sources(cfg).values()]
 
 
 def build_classes(cfg: Config, tables: Sequence[ClipTable] | None = None) -> ClassSpace | None:
     """The classes of the training clips and of ``data.labels.classes``, if the model is to have heads for them."""
     if cfg.model.heads == "none":
         return None
+    labels = cfg.data.labels
     # Without warnings: they come when the training clips get their labels.
-    return class_space(
-        tables or read_tables(cfg), list(cfg.data.labels.columns), list(cfg.data.labels.classes), warn=False
-    )
-
-
-def read_tables(cfg: Config) -> list[ClipTable]:
-    """The training clips of each source. A run reads them once, for its classes, its heads and its batches."""
-    # Of the columns that training does not read, memory holds only those that group clips.
-    extra = list(cfg.data.hard_negatives.group_by) if cfg.data.hard_negatives.share > 0 else []
-    extra += label_columns(cfg)
-    return [read_clips(source, strict=cfg.data.strict, extra=extra) for source in active_sources(cfg).values()]
+    return class_space(tables or read_tables(cfg), list(labels.columns), list(labels.classes), warn=False)
 
 
 def build_labels(cfg: Config, tables: Sequence[ClipTable]) -> list[Labels] | None:
@@ -205,24 +265,36 @@ def build_labels(cfg: Config, tables: Sequence[ClipTable]) -> list[Labels] | Non
         return [each.widened(width) for each in labels]
     if config.target == "class":
         space = class_space(tables, list(config.columns), list(config.classes))
+        # A mirrored clip keeps its class, which is wrong for "left hand".
         if cfg.data.flip > 0:
             warn_of_sides(space, cfg.data.flip)
         return [ClassLabels(table, space, cfg.model.heads) for table in tables]
     return None
 
 
-def active_sources(cfg: Config) -> dict[str, SourceConfig]:
-    """The sources a run draws from. Raises :class:`UserError` if there is none."""
-    sources = {name: source for name, source in cfg.data.train.items() if source.weight != 0}
-    if not sources:
-        raise UserError("data.train names no source of clips; set data.train.NAME.metadata and data.train.NAME.root")
-    return sources
+def build_dataset(cfg: Config, size: int, tables: Sequence[ClipTable] | None = None) -> ClipDataset:
+    """The training clips at ``size`` pixels, of ``tables`` if they were read already."""
+    sources = active_sources(cfg)
+    for name, source in sources.items():
+        if source.detections and not cfg.loss.boxes:
+            log.warning("data.train.%s.detections does nothing while loss.boxes is 0", name)
+    tables = tables or read_tables(cfg)
+    return ClipDataset(
+        list(zip(tables, sources.values(), strict=True)),
+        size=size, num_frames=cfg.model.num_frames, tokenizer=Tokenizer(), labels=build_labels(cfg, tables),
+        decoder=cfg.data.decoder, cache=open_cache(cfg.data.cache, cfg.data.cache_gb), boxes=cfg.loss.boxes > 0,
+        seed=cfg.train.seed, train=True, crop_scale_min=cfg.data.crop_scale_min, flip=cfg.data.flip,
+    )  # fmt: skip
 
 
 def build_plan(cfg: Config, dataset: ClipDataset) -> BatchPlan | MixedPlan:
-    """The order of the clips."""
+    """The order of the clips: one shuffled list, or a fixed number of each source in every batch if they have weights.
+
+    Raises :class:`UserError` if a source has fewer clips than its weight asks for.
+    """
     hard, batch_size, seed = cfg.data.hard_negatives, cfg.train.global_batch_size, cfg.train.seed
     tables = [source.table for source in dataset.sources]
+    plan = partial(BatchPlan, seed=seed, share=hard.share, group_size=hard.group_size)
     codes = None
     if hard.share > 0:
         codes = [table.group_codes(list(hard.group_by), hard.window_seconds) for table in tables]
@@ -233,15 +305,12 @@ def build_plan(cfg: Config, dataset: ClipDataset) -> BatchPlan | MixedPlan:
                     table.path, hard.group_size, ", ".join(hard.group_by),
                 )  # fmt: skip
 
-    def plan(size: int, batch_size: int, groups: np.ndarray | None) -> BatchPlan:
-        return BatchPlan(size, batch_size, seed, groups=groups, share=hard.share, group_size=hard.group_size)
-
     names, weights = zip(*((name, source.weight) for name, source in active_sources(cfg).items()), strict=True)
     if len(tables) == 1 or weights[0] is None:
         if codes:
             # Clips of two sources are never hard negatives of each other, so their groups get other numbers.
             codes = [code + first for code, first in zip(codes, dataset.starts, strict=False)]
-        return plan(len(dataset), batch_size, np.concatenate(codes) if codes else None)
+        return plan(len(dataset), batch_size, groups=np.concatenate(codes) if codes else None)
     counts = shares([float(weight or 0) for weight in weights], batch_size)
     for name, table, count in zip(names, tables, counts, strict=True):
         if len(table) < count:
@@ -250,8 +319,8 @@ def build_plan(cfg: Config, dataset: ClipDataset) -> BatchPlan | MixedPlan:
                 f"{batch_size}; lower data.train.{name}.weight"
             )
     plans = [
-        plan(len(table), count, codes[i] if codes else None)
-        for i, (table, count) in enumerate(zip(tables, counts, strict=True))
+        plan(len(table), count, groups=codes[number] if codes else None)
+        for number, (table, count) in enumerate(zip(tables, counts, strict=True))
     ]
     return MixedPlan(plans, dataset.starts[:-1].tolist(), seed)
 
@@ -259,11 +328,34 @@ def build_plan(cfg: Config, dataset: ClipDataset) -> BatchPlan | MixedPlan:
 def build_data(
     cfg: Config, dist: Distributed, model: DualEncoder, tables: Sequence[ClipTable] | None = None
 ) -> TrainingData:
-    """Everything that feeds the loop."""
-    # Before anything is read: whether the batch can be shared at all.
+    """Everything that feeds the loop; logs what will be trained, on what, and in which batches."""
+    # M parameters by part of the model: what a wrong train.trainable freezes shows here, before hours of training.
+    parts: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        tower, _, rest = name.partition(".")
+        part = "motion adapters" if ".adapter." in name else f"{tower} blocks" if ".resblocks." in name else tower
+        part = f"{tower}, rest" if part == tower and rest and tower != "heads" else part
+        counts = parts.setdefault(part, [0, 0])
+        counts[0] += parameter.numel()
+        counts[1] += parameter.numel() if parameter.requires_grad else 0
+    lines = [f"{part:<22}{total / 1e6:>10.3f}{trained / 1e6:>10.3f}" for part, (total, trained) in parts.items()]
+    log.info("trainable parameters\n%s", "\n".join([f"{'M parameters':<22}{'all':>10}{'trainable':>10}", *lines]))
+
+    # Before clips are read, which may take minutes: whether the batch can be shared at all.
     micro_batch, accumulation = micro_batches(cfg, dist, model)
     dataset = build_dataset(cfg, model.geometry.image_size, tables)
-    return TrainingData(dataset, build_plan(cfg, dataset), micro_batch, accumulation)
+    data = TrainingData(dataset, build_plan(cfg, dataset), micro_batch, accumulation)
+    log.info(
+        "%s, precision %s, decoder %s; %s; %s clips, global batch %d = %d x %d x %d accumulated",
+        dist, str(pick_precision(cfg.train.precision, dist.device)).removeprefix("torch."), dataset.decoder,
+        trainable(model), f"{len(dataset):,}", cfg.train.global_batch_size, dist.world_size, micro_batch, accumulation,
+    )  # fmt: skip
+    return data
+
+
+# --------------------------------------------------------------------------------------------------
+# How a global batch is split
+# --------------------------------------------------------------------------------------------------
 
 
 def micro_batches(cfg: Config, dist: Distributed, model: DualEncoder) -> tuple[int, int]:
@@ -272,6 +364,7 @@ def micro_batches(cfg: Config, dist: Distributed, model: DualEncoder) -> tuple[i
     Raises :class:`UserError` if the batch cannot be shared, if not one clip fits, or if clips to mix are an odd number.
     """
     size, mixes = cfg.train.global_batch_size, bool(cfg.train.mixup or cfg.train.cutmix)
+    # First whether the processes can share the batch at all: to predict the memory takes much longer.
     split_batch(size, dist.world_size, largest=1)
     largest = cfg.train.max_batch_per_process or largest_batch(cfg, dist, model)
     micro_batch, accumulation = split_batch(size, dist.world_size, largest, even=mixes)
@@ -295,6 +388,7 @@ def split_batch(global_batch_size: int, world_size: int, largest: int, even: boo
             f"{(global_batch_size // world_size + 1) * world_size}"
         )
     share = global_batch_size // world_size
+    # All micro-batches have one size, so that a compiled model is compiled once.
     fitting = [size for size in range(min(share, largest), 0, -1) if share % size == 0]
     micro_batch = next((size for size in fitting if even and size % 2 == 0), fitting[0])
     return micro_batch, share // micro_batch
@@ -302,14 +396,12 @@ def split_batch(global_batch_size: int, world_size: int, largest: int, even: boo
 
 def predict_memory(cfg: Config, dist: Distributed, model: DualEncoder) -> Memory:
     """Device memory of one step of this run."""
+    dtype = pick_precision(cfg.train.precision, dist.device)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    # AdamW keeps two moments of every trained weight, SGD its momentum.
+    averages, ema = {"adamw": 2, "sgd": 1}[cfg.train.optimizer], cfg.train.ema > 0
     return predict(
-        cfg.model,
-        dtype=pick_precision(cfg.train.precision, dist.device),
-        loss=cfg.loss,
-        heads=model.classes,
-        learning={name for name, parameter in model.named_parameters() if parameter.requires_grad},
-        averages={"adamw": 2, "sgd": 1}[cfg.train.optimizer],
-        ema=cfg.train.ema > 0,
+        cfg.model, dtype=dtype, loss=cfg.loss, heads=model.classes, learning=trained, averages=averages, ema=ema
     )
 
 
@@ -318,7 +410,12 @@ def largest_batch(cfg: Config, dist: Distributed, model: DualEncoder) -> int:
     if dist.device.type == "cuda":
         memory = torch.cuda.get_device_properties(dist.device).total_memory
     else:
-        memory = _main_memory() // max(1, dist.world_size)
+        memory = int(psutil.virtual_memory().total)
+        # A container is often allowed less than the machine has; without a limit the file reads "max".
+        with suppress(OSError, ValueError):
+            memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        memory //= max(1, dist.world_size)
+    # All processes need the same number of passes, or their collectives would not meet.
     smallest = min(dist.gather_objects(predict_memory(cfg, dist, model).fits(memory)))
     if smallest < 1:
         raise UserError(
@@ -329,70 +426,132 @@ def largest_batch(cfg: Config, dist: Distributed, model: DualEncoder) -> int:
     return smallest
 
 
-def _main_memory() -> int:
-    """Bytes of main memory, or what a container is allowed of it."""
-    total = int(psutil.virtual_memory().total)
-    try:
-        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # no limit, which reads "max"
-        return total
+# --------------------------------------------------------------------------------------------------
+# Dry run
+# --------------------------------------------------------------------------------------------------
 
 
-def describe(cfg: Config, dist: Distributed, model: DualEncoder, data: TrainingData) -> None:
-    """Log device, precision, decoder, parameters, clips and batch in one line."""
-    log.info(
-        "%s, precision %s, decoder %s; %s; %s clips, global batch %d = %d x %d x %d accumulated",
-        dist,
-        str(pick_precision(cfg.train.precision, dist.device)).removeprefix("torch."),
-        data.dataset.decoder,
-        trainable(model),
-        f"{len(data.dataset):,}",
-        cfg.train.global_batch_size,
-        dist.world_size,
-        data.micro_batch,
-        data.accumulation,
-    )
+def dry_run(path: str, overrides: Sequence[str], evaluators: Callable[..., Sequence[Any]]) -> None:
+    """Build everything, open three clips, take one step, and report; writes nothing.
 
-
-# Narrations in one forward pass of the text tower.
-BATCH = 256
-
-
-def class_texts(tables: Sequence[ClipTable], space: ClassSpace) -> list[list[str]]:
-    """The different narrations of the training clips of each class, in order; its name where it has no clip."""
-    # Dictionaries keep the order, and the text tower need not embed a narration twice.
-    texts_of: list[dict[str, None]] = [{} for _ in space.keys]
-    for table in tables:
-        for row, number in enumerate(class_numbers(table, space)):
-            texts_of[number].update(dict.fromkeys(table.row(row).texts))
-    return [list(texts) or [name] for texts, name in zip(texts_of, space.names, strict=True)]
-
-
-@torch.no_grad()
-def start_from_text(model: DualEncoder, space: ClassSpace, texts: Sequence[Sequence[str]]) -> None:
-    """Set the weights of ``model``'s heads so that their logits are scaled similarities to ``texts`` [C].
-
-    Before the first step they classify as zero-shot does (Wortsman et al., 2109.01903). A class's weights are the mean
-    feature of its texts; a head for a part, such as the verb, takes the mean over the classes that share it.
+    Continues past what is missing, so that one dry run names every problem; raises one :class:`UserError` of all.
+    ``evaluators(cfg, dist, name, classes=...)`` builds the benchmarks of a set ("val", "test"), for heads of these
+    classes if there are any; three clips of each are opened, none is evaluated.
     """
-    assert model.heads is not None, "the model was built without heads"
-    features = _means(model, texts)
-    scale = model.logit_scale.exp() / model.geometry.embed_dim**0.5
-    for name, head in model.heads.items():
-        # A joint head is not among the parts: each class is its own.
-        values, code = space.parts.get(name, (space.keys, np.arange(len(space.keys))))
-        member = F.one_hot(torch.from_numpy(code).to(features.device), len(values)).T.to(features)
-        assert isinstance(head, nn.Sequential)
-        linear = head[-1]
-        assert isinstance(linear, nn.Linear)
-        linear.weight.copy_(scale * F.normalize(member @ features, dim=1))
+    cfg, problems = load_leniently(path, overrides)
+    dist, run = setup(cfg.train.device), Path(cfg.train.output)
+    precision = str(pick_precision(cfg.train.precision, dist.device)).removeprefix("torch.")
+    _report("config", f"{path}{' ' + ' '.join(overrides) if overrides else ''}")
+    _report("device", f"{dist}, precision {precision}")
+    classes = None
+    try:
+        classes = build_classes(cfg)
+    except UserError as error:
+        problems.append(str(error))
+    model = _try_model(cfg, dist, classes, problems)
+
+    peak, start, end = learning_rates(cfg.train)
+    text = f"{cfg.train.optimizer}, {peak:g}"
+    if not cfg.train.warmup.lstrip().startswith("0 "):
+        text += f" after a warm-up of {cfg.train.warmup} from {start:g}"
+    if cfg.train.schedule == "cosine":
+        text += f", then a cosine down to {end:g}"
+    if reference := cfg.train.lr_reference_batch:
+        text += f" (train.lr={cfg.train.lr:g} is for {reference} clips, a step has {cfg.train.global_batch_size})"
+    _report("lr", text)
+
+    try:
+        _try_data(cfg, dist, model, problems)
+    except UserError as error:
+        problems.append(str(error))
+    for name in ("val", "test"):
+        try:
+            for each in evaluators(cfg, dist, name, classes=classes):
+                rows = torch.linspace(0, len(each.dataset) - 1, CLIPS_TO_OPEN).long().tolist()
+                problems += [fault for row in rows if (fault := each.dataset[row]["fault"])]
+                _report("evaluate", f"{name}: {len(each.dataset):,} clips, {CLIPS_TO_OPEN} opened")
+        except UserError as error:
+            problems.append(str(error))
+    files = "checkpoints/, metrics.jsonl, tensorboard/, config.yml, environment.json, results.json, report.html"
+    _report("writes", f"{run}/: {files}")
+    if (run / "checkpoints").is_dir():
+        _report("resume", f"{run}/checkpoints exists; train.resume={cfg.train.resume}")
+    # A missing file is a problem of several parts; an error may have several lines, one for each problem.
+    problems = list(dict.fromkeys(line for text in problems for line in text.splitlines()))
+    _report("verdict", f"{len(problems)} problem(s)" if problems else "ready to run")
+    if problems:
+        raise UserError(*problems)
 
 
-def _means(model: DualEncoder, texts: Sequence[Sequence[str]]) -> Tensor:
-    """The mean of the texts' features of each class, normalised: [C, E]."""
-    device = model.logit_scale.device
-    of_class = torch.tensor([number for number, each in enumerate(texts) for _ in each], device=device)
-    tokens = Tokenizer()([text for each in texts for text in each])
-    features = torch.cat([model.encode_text(trim(part).to(device)) for part in tokens.split(BATCH)])
-    # Of unit length in the end, so a sum is as good as a mean.
-    return F.normalize(features.new_zeros(len(texts), features.shape[1]).index_add(0, of_class, features), dim=1)
+def _report(name: str, text: str) -> None:
+    log.info("%-10s %s", name, text)
+
+
+def _try_model(cfg: Config, dist: Distributed, classes: ClassSpace | None, problems: list[str]) -> DualEncoder:
+    """Build the model and report its size and cost; with random weights where its own cannot be used."""
+    start = cfg.model.weights.source
+    if cfg.model.heads != "none" and classes is None:
+        # The classes are missing, which is reported already; whether the weights fit shows without heads too.
+        cfg = copy.deepcopy(cfg)
+        cfg.model.heads, cfg.model.head_start, cfg.train.trainable = "none", "random", "all"
+        start += ", without the heads of unknown classes"
+    try:
+        model = build_model(cfg, dist, classes)
+    except UserError as error:
+        problems.append(str(error))
+        model = create_model(cfg.model, cfg.loss).to(dist.device)
+        start = f"random, because {cfg.model.weights.path} cannot be used"
+    geometry, frames = model.geometry, cfg.model.num_frames
+    towers: dict[str, nn.Module | None] = {"vision": model.visual, "text": model.textual, "heads": model.heads}
+    count = {name: sum(p.numel() for p in each.parameters()) / 1e6 for name, each in towers.items() if each is not None}
+    parts = ", ".join(f"{part} {number:.1f} M" for part, number in count.items())
+    _report("model", f"{cfg.model.name} from {start}: {sum(count.values()):.1f} M parameters ({parts})")
+    _report("training", trainable(model))
+    patches = f"{geometry.patches_per_frame} patches ({geometry.image_size} px in steps of {geometry.patch_size})"
+    tokens = 1 + frames * geometry.patches_per_frame
+    _report("tokens", f"{tokens} a clip: {frames} frames of {patches}, one CLS")
+    # With heads the text tower computes nothing.
+    texts = geometry.context_length if model.heads is None else 0
+    flops = step_flops(geometry, frames, texts, cfg.model.patch_dropout, cfg.model.fast, boxes=cfg.loss.boxes > 0)
+    _report("compute", f"{flops / 1e9:.1f} GFLOP a clip for forward and backward, with {texts} text tokens")
+    memory = predict_memory(cfg, dist, model)
+    state = f"{memory.state / 1e9:.1f} GB for weights, gradients and averages"
+    _report("memory", f"{memory.per_clip / 1e6:.0f} MB a clip kept for the backward pass, {state}")
+    return model
+
+
+def _try_data(cfg: Config, dist: Distributed, model: DualEncoder, problems: list[str]) -> None:
+    """Open clips, split the batch and take one step. Raises :class:`UserError` for what nothing after it can do."""
+    try:
+        dataset = build_dataset(cfg, model.geometry.image_size)
+    except UserError:
+        # The videos too, which nobody looked for without the clips.
+        roots = [source.root for source in active_sources(cfg).values()]
+        missing = [root for root in roots if "://" not in root and not Path(root).is_dir()]
+        problems += [f"{root}: no such folder of videos" for root in missing]
+        raise
+    for source in dataset.sources:
+        _report("data", f"{source.table.path}: {source.table.report}, decoder {dataset.decoder}")
+    clips = []
+    for first, end in pairwise(dataset.starts.tolist()):
+        for index in torch.linspace(first, end - 1, CLIPS_TO_OPEN).long().tolist():
+            clip = dataset[(0, index)]
+            if clip["fault"]:
+                problems.append(clip["fault"])
+            else:
+                clips.append(clip)
+                texts = " / ".join(dataset.row(index).texts)
+                _report("clip", f"{dataset.where(index)}: video {list(clip['video'].shape)}, '{texts[:90]}'")
+    plan = build_plan(cfg, dataset)
+    micro_batch, accumulation = micro_batches(cfg, dist, model)
+    schedule = Schedule.of(cfg, plan.steps_per_epoch)
+    batch = f"{dist.world_size} process(es) x {micro_batch} x {accumulation}"
+    _report("batch", f"{cfg.train.global_batch_size} clips = {batch}")
+    intervals = f"evaluation every {schedule.evaluate}, checkpoint every {schedule.save}"
+    _report("length", f"{plan.steps_per_epoch} steps an epoch, {schedule.total} in all; {intervals}")
+    # Without its classes the model has no heads to try.
+    if clips and (cfg.model.heads == "none" or model.heads is not None):
+        # Two clips, or one: enough to go through every layer and the loss.
+        step = TrainStep(model, cfg, dist, total_steps=schedule.total, steps_per_epoch=plan.steps_per_epoch)
+        loss = step(1, [collate(clips[:2])])["loss"].item()
+        _report("one step", f"forward, backward and update on {len(clips[:2])} clip(s): loss {loss:.4f}")

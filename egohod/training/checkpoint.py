@@ -22,6 +22,7 @@ import logging
 import re
 import shutil
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,11 @@ log = logging.getLogger(__name__)
 _NAME = re.compile(r"step-\d{8}")
 WEIGHTS, TRAINING, MANIFEST, LAST = "model.safetensors", "training.pt", "manifest.json", "LAST"
 
+# Settings that always change the trajectory; :func:`identity` adds others where they differ from their defaults.
+_IDENTITY = (
+    *("model.name", "model.num_frames", "model.activation", "model.image_stats"),
+    *("loss.name", "loss.boxes", "loss.learn_temperature", "train.seed", "train.global_batch_size"),
+)
 # Keys of identities as earlier releases wrote them.
 _RENAMED_KEYS = {
     "checksum of the weights that are not trained": "base.sha256",
@@ -103,7 +109,9 @@ class CheckpointStore:
                 shutil.rmtree(path, ignore_errors=True)
             with atomic_write(final, sync=True) as temporary:
                 temporary.mkdir()
+                # safetensors refuses views that are not contiguous.
                 save_file({name: value.contiguous() for name, value in weights.items()}, temporary / WEIGHTS)
+                # Nested, with numbers and lists, which safetensors has no place for.
                 torch.save(training, temporary / TRAINING)
                 manifest = {
                     "format": 1,
@@ -118,6 +126,7 @@ class CheckpointStore:
                 if final.exists():  # left torn by an earlier crash, or saved twice at the same step
                     self._remove(final)
             write_text(self.folder / LAST, final.name + "\n", sync=True)
+        # A full disk is an OSError, safetensors' own error, or of torch.save a RuntimeError.
         except (OSError, SafetensorError, RuntimeError) as error:
             raise CheckpointError(f"{final}: not saved: {_reason(error)}; older checkpoints are untouched") from error
         self._prune(final)
@@ -156,11 +165,19 @@ class CheckpointStore:
         return None
 
     def _prune(self, newest: Path) -> None:
-        """Keep ``newest`` and those before it, and the best ones; torn ones do not count."""
-        paths = [path for path in self.steps() if path == newest or _is_whole(path)]
-        ranked = sorted(paths, key=lambda path: _metric(path, self._best), reverse=True)
-        best = [path for path in ranked if _metric(path, self._best) > float("-inf")][: self._keep_best]
-        for path in set(paths) - {newest, *paths[-self._keep_last :], *best}:
+        """Keep ``newest`` and those before it, and the best ones; torn ones do not count, and stay."""
+        scores: dict[Path, float] = {}
+        for path in self.steps():
+            try:
+                score = read_manifest(path)["metrics"].get(self._best)
+            except CheckpointError:
+                continue
+            # Whether the files are there is enough here: to read them would take minutes, and resuming does it.
+            if path == newest or all((path / name).is_file() for name in (WEIGHTS, TRAINING)):
+                scores[path] = float(score) if isinstance(score, (int, float)) else float("-inf")
+        # Of equal checkpoints the oldest stays, which a stable sort has in front.
+        best = sorted((path for path in scores if scores[path] > float("-inf")), key=lambda path: -scores[path])
+        for path in scores.keys() - {newest, *list(scores)[-self._keep_last :], *best[: self._keep_best]}:
             with contextlib.suppress(OSError):  # one checkpoint too many ends no run
                 self._remove(path)
 
@@ -175,29 +192,15 @@ class CheckpointStore:
 def identity(cfg: Config, model: DualEncoder, clips: int, classes: ClassSpace | None) -> dict[str, Any]:
     """Settings on which a checkpoint and the run that resumes it must agree for the trajectory to be the same.
 
-    Args:
-        cfg: the run's.
-        model: as it is trained.
-        clips: of all training sources.
-        classes: of the training clips, if the model has heads for them.
-
-    Returns:
-        Values as JSON has them, by the name of the setting; what is left out has its default.
+    ``clips`` is the number of clips of all training sources, ``classes`` are theirs if the model has heads. Returns
+    values as JSON has them, by the name of the setting; what is left out has its default.
     """
-    result: dict[str, Any] = {
-        "model.name": cfg.model.name,
-        "model.fast": dict(vars(cfg.model.fast)),
-        "loss.name": cfg.loss.name,
-        "loss.boxes": cfg.loss.boxes,
-        "loss.learn_temperature": cfg.loss.learn_temperature,
-        "model.num_frames": cfg.model.num_frames,
-        "model.activation": cfg.model.activation,
-        "model.image_stats": cfg.model.image_stats,
-        "train.seed": cfg.train.seed,
-        "train.global_batch_size": cfg.train.global_batch_size,
-        "data.train": {name: [source.metadata, source.weight] for name, source in cfg.data.train.items()},
-        "data.train.clips": clips,
-    }
+    result: dict[str, Any] = {name: attrgetter(name)(cfg) for name in _IDENTITY}
+    result["model.fast"] = dict(vars(cfg.model.fast))
+    # Folders may move, annotations and their shares may not.
+    result["data.train"] = {name: [source.metadata, source.weight] for name, source in cfg.data.train.items()}
+    result["data.train.clips"] = clips
+    # Of every parameter by name: whatever changes the architecture, also by a release of the code, shows here.
     shapes = repr([(name, tuple(value.shape)) for name, value in model.state_dict().items()])
     result["state_dict.shapes_sha256"] = hashlib.sha256(shapes.encode()).hexdigest()[:12]
     # Defaults are left out, so that checkpoints from before a setting existed still agree.
@@ -217,6 +220,7 @@ def identity(cfg: Config, model: DualEncoder, clips: int, classes: ClassSpace | 
 def require_identity(checkpoint: Checkpoint, current: dict[str, Any]) -> None:
     """Raise :class:`UserError` unless ``checkpoint`` is of a run with the identity ``current``."""
     saved = checkpoint.manifest["identity"]
+    # Of both: a setting that only one of them has is as different as another value.
     for key in {**current, **saved}:
         if saved.get(key) != current.get(key):
             was, now = (values.get(key, "its default") for values in (saved, current))
@@ -245,15 +249,34 @@ def open_weights(source: str | Path, *, download: bool = False, base: str | None
 
     Raises :class:`UserError` as :func:`open_checkpoint` and :func:`egohod.model.checkpoints.read_weights` do.
     """
+    # A folder without a manifest may be shards of a released model.
     folder = Path(source)
     if not (folder / MANIFEST).exists() and not CheckpointStore(folder).steps():
         return read_weights(source, download=download)
     checkpoint = open_checkpoint(folder)
-    identity = checkpoint.manifest["identity"]
-    weights = from_tensors(str(checkpoint.path), {**_base_tensors(checkpoint, download, base), **checkpoint.weights})
+    identity, tensors, rest = checkpoint.manifest["identity"], checkpoint.weights, checkpoint.manifest.get("base")
+    if rest is not None:
+        path = base or rest["path"]
+        try:
+            base_tensors = open_weights(path, download=download).tensors
+        except UserError as error:
+            raise CheckpointError(
+                f"{checkpoint.path}: holds only what was trained; the rest is in {path}, which cannot be used "
+                f"({error}); set model.weights.base to where it is now"
+            ) from error
+        # A checksum of the tensors, not of the file: the same weights may be saved again, or in another format.
+        is_complete = all(name in base_tensors for name in rest["names"])
+        if not is_complete or checksum(base_tensors, rest["names"]) != rest["sha256"]:
+            raise CheckpointError(
+                f"{checkpoint.path}: was trained from other weights than {path} holds now (the checksum differs); "
+                "set model.weights.base to the right file"
+            )
+        tensors = {name: base_tensors[name] for name in rest["names"]} | tensors
+    weights = from_tensors(str(checkpoint.path), tensors)
+    # What convert_checkpoint.py --inspect shows.
     weights.beside = {name: str(value) for name, value in identity.items()}
     if "data.classes.keys" in identity:
-        kind, classes = _classes(checkpoint)
+        kind, classes = classes_of(checkpoint)
         weights.heads = HeadClasses(kind, classes.keys)
     weights.settings = {
         name: value
@@ -267,17 +290,15 @@ def open_weights(source: str | Path, *, download: bool = False, base: str | None
     return weights
 
 
-def classes_of(path: Path) -> tuple[str, ClassSpace]:
+def classes_of(source: Path | Checkpoint) -> tuple[str, ClassSpace]:
     """The kind of heads (``model.heads``) of a checkpoint or run folder, and their classes.
 
     Raises :class:`CheckpointError` if it has none.
     """
-    return _classes(open_checkpoint(path))
-
-
-def _classes(checkpoint: Checkpoint) -> tuple[str, ClassSpace]:
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     identity = checkpoint.manifest["identity"]
     try:
+        # As text throughout: a manifest by another hand may have numbers, and classes are compared as text.
         keys = tuple(tuple(str(value) for value in key) for key in identity["data.classes.keys"])
         names = tuple(str(name) for name in identity["data.classes.names"])
         columns = tuple(str(name) for name in identity["data.labels.columns"])
@@ -350,23 +371,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     kinds = {"step": int, "sha256": dict, "identity": dict, "metrics": dict}
     if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), kind) for key, kind in kinds.items()):
         raise CheckpointError(f"{path / MANIFEST}: not a manifest of this project")
+    # Everything else here sees today's names only.
     renamed = {_RENAMED_KEYS.get(name, name): value for name, value in manifest["identity"].items()}
     return manifest | {"identity": _IMPLIED | renamed}
-
-
-def _metric(path: Path, name: str) -> float:
-    try:
-        return float(read_manifest(path)["metrics"][name])
-    except (CheckpointError, KeyError, TypeError, ValueError):
-        return float("-inf")
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether the manifest and the files it names are there at all; reading checks their content."""
-    try:
-        return read_manifest(path) is not None and all((path / name).is_file() for name in (WEIGHTS, TRAINING))
-    except CheckpointError:
-        return False
 
 
 def _reason(error: BaseException) -> str:

@@ -17,6 +17,7 @@ _DURATION = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*(step|epoch|sample)
 class TrainConfig:
     """The run and its optimisation."""
 
+    # The run: where it writes, how long it is, and how many clips make a step.
     output: str = knob("runs/pretrain", "run folder: checkpoints, metrics.jsonl, TensorBoard, environment.json")
     duration: str = knob("15 epochs", "length of the run in steps, epochs or samples")
     global_batch_size: int = knob(2048, "clips per optimizer step over all processes (upstream: 128 x 16)", low=1)
@@ -26,6 +27,7 @@ class TrainConfig:
         "the memory",
         low=1,
     )
+    # What of the model is trained.
     trainable: str = knob(
         "all",
         "trainable parameters: adapters is the motion adapters, the temporal embedding and the projections of a "
@@ -34,6 +36,7 @@ class TrainConfig:
         choices=("all", "adapters", "last_blocks", "vision", "heads"),
     )
     last_blocks: int = knob(4, "number of blocks, for train.trainable=last_blocks", low=1)
+    # Optimizer and regularisation. Defaults are upstream's pretraining; AVION's for classes are named beside them.
     optimizer: str = knob("adamw", "adamw; sgd as AVION fine-tunes for classes", choices=("adamw", "sgd"))
     momentum: float = knob(0.9, "of SGD", low=0, high=0.999)
     layer_decay: float = knob(
@@ -53,6 +56,7 @@ class TrainConfig:
         low=0,
         high=0.99999,
     )
+    # The learning rate at every step.
     lr: float = knob(4e-5, "peak learning rate; upstream's base recipe at a global batch of 2,048", above=0)
     lr_reference_batch: int | None = knob(
         None,
@@ -60,6 +64,7 @@ class TrainConfig:
         "AVION does for classes (128); null: no scaling",
         low=1,
     )
+    # In lists, not tuples: YAML and omegaconf have no tuples.
     betas: list[float] = knob([0.9, 0.999], "AdamW's betas")
     eps: float = knob(1e-8, "AdamW's epsilon", above=0)
     weight_decay: float = knob(
@@ -79,6 +84,7 @@ class TrainConfig:
     lr_start: float = knob(1e-6, "learning rate at the start of the warm-up", low=0)
     lr_end: float = knob(1e-5, "learning rate at the end of the cosine", low=0)
     clip_norm: float | None = knob(None, "maximum gradient norm; upstream does not clip", above=0)
+    # The machine. None of it changes what is computed but for rounding.
     device: str = knob(
         "auto", "auto is the GPU if there is one; cpu never looks for one", choices=("auto", "cpu", "cuda")
     )
@@ -101,6 +107,7 @@ class TrainConfig:
         "noticed at once",
         low=1,
     )
+    # What is written, and how often.
     log_every: str = knob("10 steps", "interval of metrics; in between, nothing waits for the device")
     save_every: str = knob("1 epochs", "interval of checkpoints")
     keep_last: int = knob(2, "newest checkpoints kept", low=1)
@@ -111,6 +118,7 @@ class TrainConfig:
         """Drop ``peer_timeout``: it bounded silence, a collective also waits while a checkpoint is written."""
         if "peer_timeout" not in section:
             return []
+        # Its 120 seconds would end a run that writes a large checkpoint to a slow disk.
         del section["peer_timeout"]
         return [("train.peer_timeout", "train.collective_timeout, which is longer and keeps its own value")]
 
@@ -126,5 +134,6 @@ def duration_in_steps(text: str, *, steps_per_epoch: int, global_batch_size: int
     amount, unit = float(match.group(1)), match.group(2).lower()
     if not math.isfinite(amount):
         raise UserError(f"{key}: '{text}' is too long")
+    # An epoch is whole steps: the clips that fill no batch are left for the next shuffle.
     steps = amount * {"step": 1.0, "epoch": float(steps_per_epoch), "sample": 1.0 / global_batch_size}[unit]
     return max(1, round(steps)) if steps > 0 else 0

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -57,12 +57,13 @@ class TrainStep:
         self._ema = ModelEmaV3(model, decay=cfg.train.ema, use_warmup=True) if cfg.train.ema else None
         self._stopwatch = Stopwatch(dist.device)
         # Weights that a checkpoint leaves in the file the run started from.
+        # A run that trains adapters alone would otherwise write gigabytes that never change.
         self._base_names = frozenset(model.base.names if model.base else ())
         self._is_first = True
         self._model: nn.Module = model
         if dist.world_size > 1:
             ids = [dist.device.index] if dist.device.type == "cuda" else None
-            # The only buffer is the constant causal mask.
+            # The only buffer is the constant causal mask. Views of buckets save a copy of all gradients.
             self._model = DistributedDataParallel(
                 model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
             )
@@ -89,13 +90,15 @@ class TrainStep:
             forward_backward(self._forward, self._model, micro_batches, self._loss, self._scaler.scale)
             torch.manual_seed(seed)
         self._is_first = False
-        # The schedule counts from 0.
+        # The schedule counts from 0. It is a function of the step alone, so a checkpoint holds no state of it.
         self._schedule.step_update(step - 1)
         self._optimizer.zero_grad(set_to_none=True)
         self._stopwatch.start()
         scalars = forward_backward(self._forward, self._model, micro_batches, self._timed_loss, self._scaler.scale)
+        # Unscaled first: the norm, and its clipping, are of the true gradient.
         self._scaler.unscale_(self._optimizer)
         parameters = list(self._inner.parameters())
+        # Also where nothing is clipped: it is logged, and says whether the step is skipped.
         norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         if self._cfg.clip_norm:
             clip_grads_with_norm_(parameters, self._cfg.clip_norm, norm)
@@ -103,6 +106,7 @@ class TrainStep:
         # Outside of fp16 the scale is set back to 1: a skipped step must not halve it.
         self._scaler.update(None if self._is_fp16 else 1.0)
         if self._inner.logit_scale.requires_grad:
+            # As CLIP: a temperature near zero makes the softmax one-hot and training unstable.
             with torch.no_grad():
                 self._inner.logit_scale.clamp_(0, self._max_log_scale)
         if self._ema is not None:
@@ -110,11 +114,13 @@ class TrainStep:
         return scalars | {
             "grad_norm": norm,
             "logit_scale": self._inner.logit_scale.detach().exp(),
+            # A loss that is not finite has no finite gradient, so the norm is enough.
             "skipped": 1.0 - torch.isfinite(norm).float(),
         }
 
     def _forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """A micro-batch's inputs to the loss, by name; called twice for each where batches are accumulated."""
+        # Copied as bytes, a quarter of what float32 would be, while the device still computes the step before.
         video = batch["video"].to(self._device, non_blocking=True)
         tokens = batch["tokens"].to(self._device, non_blocking=True)
         video, mixing = normalise(video, self._inner.image_stats), None
@@ -163,15 +169,16 @@ class TrainStep:
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Weights (without those of a base file), and all else that the next step depends on (waits for the device)."""
+
+        def without_base(model: nn.Module) -> dict[str, Tensor]:
+            named = model.state_dict().items()
+            return {name: value.detach().cpu() for name, value in named if name not in self._base_names}
+
         training: dict[str, Any] = {"optimizer": self._optimizer.state_dict(), "scaler": self._scaler.state_dict()}
         if self._ema is not None:
             # The average is what the checkpoint is for; training continues with the weights themselves.
-            training["weights"] = self._own_weights(self._inner)
-        return self._own_weights(self.ema_or_model), training
-
-    def _own_weights(self, model: nn.Module) -> dict[str, Tensor]:
-        names_and_values = model.state_dict().items()
-        return {name: value.detach().cpu() for name, value in names_and_values if name not in self._base_names}
+            training["weights"] = without_base(self._inner)
+        return without_base(self.ema_or_model), training
 
     def load_state_dict(self, weights: dict[str, Tensor], training: dict[str, Any]) -> None:
         """Continue from what :meth:`state_dict` returned."""
@@ -211,8 +218,7 @@ def forward_backward(
         forward: micro-batch -> values of each clip (``video_features`` [b, E], ``text_features`` [b, E], ``box_errors``
             [b], classes of which the loss takes no gradient) and scalars that all chunks share (``logit_scale``,
             ``logit_bias``); enters autocast itself if wanted, so that the loss stays in float32.
-        model: what ``forward`` calls; under DistributedDataParallel gradients are averaged over the processes
-            once, in the last backward pass.
+        model: what ``forward`` calls.
         micro_batches: chunks of this process's batch, anything ``forward`` takes.
         loss_fn: takes what ``forward`` gives by name, e.g. :class:`egohod.loss.contrastive.ContrastiveLoss`.
         scale: applied to the loss before its backward pass, e.g. ``GradScaler.scale``.
@@ -227,10 +233,12 @@ def forward_backward(
         return {name: value.detach() for name, value in scalars.items()}
 
     device = next(model.parameters()).device
+    on_gpu = device.type == "cuda"
     outputs, random_states = [], []
     with torch.no_grad():
         for batch in micro_batches:
-            random_states.append(_random_state(device))
+            # Of the generators a forward pass may draw from; they live on the host, the device is not waited for.
+            random_states.append((torch.get_rng_state(), torch.cuda.get_rng_state(device) if on_gpu else None))
             outputs.append(forward(batch))
 
     sizes = [next(len(value) for value in output.values() if value.ndim) for output in outputs]
@@ -250,7 +258,10 @@ def forward_backward(
 
     for i, batch in enumerate(micro_batches):
         is_last = i == len(micro_batches) - 1
-        _set_random_state(device, random_states[i])
+        cpu_state, gpu_state = random_states[i]
+        torch.set_rng_state(cpu_state)
+        if gpu_state is not None:
+            torch.cuda.set_rng_state(gpu_state, device)
         # The processes exchange gradients once, in the last backward pass.
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not is_last else nullcontext():
             output = forward(batch)
@@ -262,17 +273,6 @@ def forward_backward(
                     surrogate = surrogate + output[name] * gradient
             surrogate.backward()
     return {name: value.detach() for name, value in scalars.items()}
-
-
-def _random_state(device: torch.device) -> list[Tensor]:
-    # Of the generators a forward pass may draw from; read on the host, the device is not waited for.
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-
-
-def _set_random_state(device: torch.device, state: list[Tensor]) -> None:
-    torch.set_rng_state(state[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state[1], device)
 
 
 class ClipMixer:
@@ -305,18 +305,11 @@ class ClipMixer:
 # --------------------------------------------------------------------------------------------------
 
 
-class LearningRates(NamedTuple):
-    """The rates of a run: its peak, the start of the warm-up and the end of a cosine."""
-
-    peak: float
-    start: float
-    end: float
-
-
-def learning_rates(cfg: TrainConfig) -> LearningRates:
-    """Scale ``lr``, ``lr_start`` and ``lr_end`` to this batch size (see ``train.lr_reference_batch``)."""
+def learning_rates(cfg: TrainConfig) -> tuple[float, float, float]:
+    """``lr``, ``lr_start`` and ``lr_end``, scaled to this batch size (see ``train.lr_reference_batch``)."""
+    # Linear scaling (Goyal et al., 1706.02677).
     scale = cfg.global_batch_size / cfg.lr_reference_batch if cfg.lr_reference_batch else 1.0
-    return LearningRates(cfg.lr * scale, cfg.lr_start * scale, cfg.lr_end * scale)
+    return cfg.lr * scale, cfg.lr_start * scale, cfg.lr_end * scale
 
 
 def build_optimizer(model: torch.nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
@@ -325,8 +318,8 @@ def build_optimizer(model: torch.nn.Module, cfg: TrainConfig) -> torch.optim.Opt
     The fused implementation skips a step with a non-finite gradient on the device itself, so that nothing
     has to wait for the answer.
     """
-    lr = learning_rates(cfg).peak
-    # timm compares whole names.
+    lr, _, _ = learning_rates(cfg)
+    # Of both towers; timm compares whole names.
     names = [name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "positional_embedding"]
     no_decay = () if cfg.decay_positions else names
     if cfg.layer_decay < 1:
@@ -337,8 +330,7 @@ def build_optimizer(model: torch.nn.Module, cfg: TrainConfig) -> torch.optim.Opt
         groups = param_groups_weight_decay(model, weight_decay=cfg.weight_decay, no_weight_decay_list=no_decay)
     if cfg.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=cfg.momentum, fused=True)
-    first, second = cfg.betas
-    return torch.optim.AdamW(groups, lr=lr, betas=(first, second), eps=cfg.eps, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=(cfg.betas[0], cfg.betas[1]), eps=cfg.eps, fused=True)
 
 
 def build_schedule(
@@ -352,15 +344,15 @@ def build_schedule(
     warmup = duration_in_steps(
         cfg.warmup, steps_per_epoch=steps_per_epoch, global_batch_size=cfg.global_batch_size, key="train.warmup"
     )
-    rates = learning_rates(cfg)
+    peak, start, end = learning_rates(cfg)
     return CosineLRScheduler(
         optimizer,
         # timm divides by it, and a run may be all warm-up.
         t_initial=max(1, total_steps - warmup),
         # A cosine between equal ends is a constant.
-        lr_min=rates.peak if cfg.schedule == "constant" else rates.end,
+        lr_min=peak if cfg.schedule == "constant" else end,
         warmup_t=warmup,
-        warmup_lr_init=rates.start,
+        warmup_lr_init=start,
         warmup_prefix=True,
         t_in_epochs=False,
     )
@@ -370,7 +362,7 @@ class Stopwatch:
     """Seconds between starts and stops on a device, which is not waited for until they are read."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._on_gpu = device.type == "cuda"
         self._begin: Any = None
         self._spans: list[tuple[Any, Any]] = []
 
@@ -379,21 +371,20 @@ class Stopwatch:
         self._begin = self._now()
 
     def stop(self) -> None:
-        """End what was begun, if anything was."""
-        if self._begin is not None:
-            self._spans.append((self._begin, self._now()))
-            self._begin = None
+        """End what was begun."""
+        self._spans.append((self._begin, self._now()))
 
     def seconds(self) -> float:
         """The sum since the last call."""
         spans, self._spans = self._spans, []
-        if self._cuda and spans:
+        if self._on_gpu and spans:
+            # Events of one stream complete in order: the last one stands for all.
             spans[-1][1].synchronize()
             return float(sum(begin.elapsed_time(end) for begin, end in spans)) / 1000
         return float(sum(end - begin for begin, end in spans))
 
     def _now(self) -> Any:
-        if not self._cuda:
+        if not self._on_gpu:
             return time.perf_counter()
         # The device notes the time when it gets here, long after this line has run.
         event = torch.cuda.Event(enable_timing=True)

@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,21 +23,14 @@ import torch
 
 from egohod.config import Config, to_yaml
 from egohod.distributed import Distributed
-from egohod.runtime import write_text
+from egohod.runtime import time_left, write_text
 
 log = logging.getLogger(__name__)
 
+# What a result may depend on: the version of each goes into environment.json.
 PACKAGES = (
-    "torch",
-    "torchvision",
-    "timm",
-    "open_clip_torch",
-    "decord",
-    "av",
-    "torchcodec",
-    "numpy",
-    "pyarrow",
-    "omegaconf",
+    *("torch", "torchvision", "timm", "open_clip_torch", "decord", "av", "torchcodec"),
+    *("numpy", "pyarrow", "omegaconf"),
 )
 
 
@@ -62,43 +54,31 @@ class Clock:
         """Around anything that is not training."""
         start = time.perf_counter()
         yield
+        # As if the lap had begun later: clips a second are those of training alone.
         self._start += time.perf_counter() - start
 
     def step(self) -> None:
         """One optimisation step is done."""
         self._steps += 1
 
-    def lap(self, forward: float) -> Lap:
-        """The time since the last lap, ``forward`` being the seconds of :meth:`TrainStep.forward_seconds`."""
+    def lap(self) -> tuple[int, float, float]:
+        """Steps, seconds, and seconds of waiting for data since the last lap."""
         now = time.perf_counter()
-        lap = Lap(self._steps, max(now - self._start, 1e-9), self._waited, forward)
+        # Not zero, by which speeds would be divided.
+        lap = self._steps, max(now - self._start, 1e-9), self._waited
         self._start, self._waited, self._steps = now, 0.0, 0
         return lap
 
 
 @dataclass(frozen=True)
-class Lap:
-    """A logging window of one process, in seconds."""
-
-    steps: int
-    seconds: float
-    waited: float
-    """For data."""
-    forward: float
-    """From the start of a step to its first collective."""
-
-    @property
-    def compute_seconds(self) -> float:
-        """What a step takes this process before its first collective; after that it may wait for the others."""
-        return (self.waited + self.forward) / max(self.steps, 1)
-
-
-@dataclass(frozen=True)
 class Share:
-    """One process's part of a line of the log."""
+    """One process's part of a line of the log, since the last line."""
 
     host: str
-    lap: Lap
+    steps: int
+    seconds: float
+    waited: float  # seconds, for data
+    forward: float  # seconds, from the start of a step to its first collective
     memory_gb: float
     clips_lost: int
 
@@ -116,15 +96,17 @@ class Stragglers:
 
     def update(self, shares: Sequence[Share]) -> dict[str, float]:
         """Smallest, median and largest compute seconds of a step, and the rank of the largest."""
-        seconds = [share.lap.compute_seconds for share in shares]
+        # What a step takes a process before its first collective; after that it may wait for the others.
+        seconds = [(share.waited + share.forward) / max(share.steps, 1) for share in shares]
         rank = max(range(len(seconds)), key=seconds.__getitem__)
+        # The median of the others: of two processes it is the other one, and a second slow one does not hide the first.
         others = statistics.median(seconds[:rank] + seconds[rank + 1 :])
         slow = rank if seconds[rank] > self._ratio * others else -1
         self._times = self._times + 1 if slow == self._slowest else 1
         self._slowest = slow
         if slow >= 0 and self._times % self._windows == 0:
             share = shares[rank]
-            cause = "waiting for clips" if share.lap.waited > share.lap.forward else "computing"
+            cause = "waiting for clips" if share.waited > share.forward else "computing"
             log.warning(
                 "rank %d on %s is the slowest for %d windows: %.2f s a step before it meets the others, mostly %s; "
                 "others need %.2f s",
@@ -148,18 +130,19 @@ class MetricWindow:
     def add(self, metrics: dict[str, torch.Tensor]) -> None:
         """Add one step's scalars."""
         for name, value in metrics.items():
-            # A skipped step is counted in 'skipped'; its loss would make the mean meaningless.
+            # A skipped step is counted in 'skipped'; its loss, NaN or infinite, would make the mean meaningless.
             value = torch.nan_to_num(value.detach().float(), nan=0.0, posinf=0.0, neginf=0.0)
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._count += 1
 
     def means(self) -> dict[str, float]:
         """The means, read from the device (the only wait of a step), and a fresh window. ``skipped`` is a sum."""
-        names = list(self._sums)
-        values = torch.stack([self._sums[name] for name in names]).tolist() if names else []
-        sums, count = dict(zip(names, values, strict=True)), max(self._count, 1)
+        # One copy for all of them: each .item() would wait for the device by itself.
+        values = torch.stack(list(self._sums.values())).tolist() if self._sums else []
+        sums, count = dict(zip(self._sums, values, strict=True)), max(self._count, 1)
         skipped = sums.pop("skipped", 0.0)
         self._sums, self._count = {}, 0
+        # Skipped steps added zeros, so the mean is over the others.
         good = max(count - skipped, 1)
         return {name: value / good for name, value in sums.items()} | {"skipped": skipped, "steps": float(count)}
 
@@ -174,22 +157,16 @@ class MetricWindow:
 
 
 class Telemetry:
-    """Writes metrics of the main process; on others every call does nothing."""
+    """Writes metrics of the main process; on others every call does nothing.
+
+    A run that resumes at ``start_step`` writes the later lines again; with ``evaluates_first`` also those of the
+    evaluation of ``start_step``.
+    """
 
     def __init__(
-        self,
-        run: Path,
-        cfg: Config,
-        dist: Distributed,
-        *,
-        total_steps: int,
-        start_step: int,
-        evaluates_first: bool = False,
+        self, run: Path, cfg: Config, dist: Distributed, *, total_steps: int, start_step: int, evaluates_first: bool
     ) -> None:
-        self._active = dist.is_main
-        self._dist = dist
-        self._total = total_steps
-        self._batch = cfg.train.global_batch_size
+        self._active, self._total, self._batch = dist.is_main, total_steps, cfg.train.global_batch_size
         self._seconds_per_step: float | None = None
         self._stragglers = Stragglers()
         if not self._active:
@@ -197,46 +174,50 @@ class Telemetry:
         run.mkdir(parents=True, exist_ok=True)
         _truncate(run / "metrics.jsonl", start_step, evaluates_first)
         self._file = (run / "metrics.jsonl").open("a")
-        self._board = _open_board(run / "tensorboard", start_step)
-        (run / "config.yml").write_text(to_yaml(cfg))
-        (run / "environment.json").write_text(json.dumps(environment(cfg, dist), indent=1))
+        self._board: Any = None
+        try:
+            # Here: with a protobuf that does not fit, the import alone fails, which would end --help too.
+            from torch.utils.tensorboard import SummaryWriter
+
+            # Drops the events of the steps that come again.
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start_step or None)
+        except OSError:
+            raise
+        except Exception as error:  # protobuf raises many kinds; metrics.jsonl holds the same
+            log.warning(
+                "no TensorBoard, metrics.jsonl only: %s: %s; pip install --force-reinstall tensorboard protobuf",
+                type(error).__name__, next(iter(str(error).splitlines()), ""),
+            )  # fmt: skip
+        write_text(run / "config.yml", to_yaml(cfg))
+        write_text(run / "environment.json", json.dumps(environment(cfg, dist), indent=1))
 
     def training(self, step: int, metrics: dict[str, float], shares: Sequence[Share]) -> None:
         """Log the means of a window that ended with step ``step`` (counted from 1); ``shares`` in rank order."""
-        steps, seconds = shares[0].lap.steps, shares[0].lap.seconds
-        recent = seconds / max(steps, 1)
-        before = self._seconds_per_step
+        steps, seconds = shares[0].steps, shares[0].seconds
+        # Smoothed, so that one slow window does not move the end of the run by hours.
+        recent, before = seconds / max(steps, 1), self._seconds_per_step
         self._seconds_per_step = recent if before is None else 0.7 * before + 0.3 * recent
         speed = {
             "clips_per_second": steps * self._batch / seconds,
             # Of the process that waits longest, and that holds most: nothing runs faster than these.
-            "data_wait": max(share.lap.waited / share.lap.seconds for share in shares),
+            "data_wait": max(share.waited / share.seconds for share in shares),
             "memory_gb": max(share.memory_gb for share in shares),
             "clips_lost": float(sum(share.clips_lost for share in shares)),
         }
-        if self._active and len(shares) > 1:
+        if not self._active:
+            return
+        if len(shares) > 1:
             speed |= self._stragglers.update(shares)
         shown = {name: value for name, value in (metrics | speed).items() if name != "steps"}
         self.write(step, {f"train/{name}": value for name, value in shown.items()})
-        if self._active:
-            eta = timedelta(seconds=round((self._total - step) * self._seconds_per_step))
-            lost = f"  {speed['clips_lost']:.0f} clips lost" if speed["clips_lost"] else ""
-            skipped = f"  skipped {metrics['skipped']:.0f}" if metrics.get("skipped") else ""
-            log.info(
-                "step %d/%d  loss %.4f  acc %.3f  lr %.2e  grad %.2f  %.1f clips/s  waits %.0f %%  %.1f GB  ETA %s%s%s",
-                step,
-                self._total,
-                metrics["loss"],
-                metrics["accuracy"],
-                metrics["lr"],
-                metrics["grad_norm"],
-                speed["clips_per_second"],
-                100 * speed["data_wait"],
-                speed["memory_gb"],
-                eta,
-                skipped,
-                lost,
-            )
+        eta = time_left((self._total - step) * self._seconds_per_step, rate=1.0)
+        skipped = f"  skipped {metrics['skipped']:.0f}" if metrics.get("skipped") else ""
+        lost = f"  {speed['clips_lost']:.0f} clips lost" if speed["clips_lost"] else ""
+        log.info(
+            "step %d/%d  loss %.4f  acc %.3f  lr %.2e  grad %.2f  %.1f clips/s  waits %.0f %%  %.1f GB  ETA %s%s%s",
+            step, self._total, metrics["loss"], metrics["accuracy"], metrics["lr"], metrics["grad_norm"],
+            speed["clips_per_second"], 100 * speed["data_wait"], speed["memory_gb"], eta, skipped, lost,
+        )  # fmt: skip
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Append metrics of any kind to metrics.jsonl and TensorBoard."""
@@ -260,23 +241,6 @@ class Telemetry:
                 self._board.close()
 
 
-def _open_board(folder: Path, start_step: int) -> Any:
-    """TensorBoard's writer; None, with a warning, where it cannot be used: metrics.jsonl holds the same."""
-    try:
-        # Here: with a protobuf that does not fit, the import alone fails, which would end --help too.
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(str(folder), purge_step=start_step or None)
-    except OSError:
-        raise
-    except Exception as error:  # protobuf raises many kinds
-        log.warning(
-            "no TensorBoard, metrics.jsonl only: %s: %s; pip install --force-reinstall tensorboard protobuf",
-            type(error).__name__, next(iter(str(error).splitlines()), ""),
-        )  # fmt: skip
-        return None
-
-
 def memory_gb(device: torch.device) -> float:
     """Peak memory of the GPU, or the present size of this process and its loader workers on the CPU, in GB."""
     if device.type == "cuda":
@@ -295,18 +259,25 @@ def memory_gb(device: torch.device) -> float:
 
 def environment(cfg: Config, dist: Distributed) -> dict[str, Any]:
     """Versions, machine and command: what is needed to reproduce a result."""
+    versions: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None  # optional, as some decoders are
     return {
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": platform.node(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": versions,
         "device": str(dist),
         "cuda": torch.version.cuda,
         "processes": dist.world_size,
         "cpus": os.cpu_count(),
         "commit": git_commit(),
+        # Two runs with the same hash had the same settings, whatever their files are called.
         "config_sha256": hashlib.sha256(to_yaml(cfg).encode()).hexdigest(),
     }
 
@@ -315,18 +286,13 @@ def git_commit() -> str | None:
     """Commit of the code that runs, with ``+changes`` if the working tree differs; None outside a checkout."""
     here = Path(__file__).resolve().parent
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        status = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
+        head, status = (
+            subprocess.run(["git", *command.split()], cwd=here, capture_output=True, text=True, check=True).stdout
+            for command in ("rev-parse HEAD", "status --porcelain")
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head.stdout.strip() + ("+changes" if status.stdout.strip() else "")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    return head.strip() + ("+changes" if status.strip() else "")
 
 
 def _truncate(path: Path, step: int, evaluates_first: bool) -> None:
@@ -343,8 +309,8 @@ def _truncate(path: Path, step: int, evaluates_first: bool) -> None:
             metrics = json.loads(line)
             is_repeated = evaluates_first and metrics["step"] == step and "train/loss" not in metrics
             if metrics["step"] <= step and not is_repeated:
-                lines.append(line)
+                lines.append(line + "\n")
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
     # Under another name first: a kill here must not cost the metrics of days.
-    write_text(path, "".join(line + "\n" for line in lines))
+    write_text(path, "".join(lines))

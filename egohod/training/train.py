@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,9 +23,8 @@ from egohod.distributed import Distributed, host_name
 from egohod.errors import UserError
 from egohod.model.dual_encoder import DualEncoder
 from egohod.runtime import Interrupted
-from egohod.training.build import TrainingData
+from egohod.training.build import Schedule, TrainingData
 from egohod.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore, identity, read, require_identity
-from egohod.training.config import duration_in_steps
 from egohod.training.step import TrainStep
 from egohod.training.telemetry import Clock, MetricWindow, Share, Telemetry, memory_gb
 
@@ -49,40 +47,6 @@ class Evaluator(Protocol):
         ...
 
 
-@dataclass
-class Schedule:
-    """The run's durations in steps."""
-
-    total: int
-    log: int
-    save: int
-    evaluate: int
-
-    @classmethod
-    def of(cls, cfg: Config, steps_per_epoch: int) -> Schedule:
-        """Resolve the durations of ``cfg``."""
-        durations = {
-            "train.duration": cfg.train.duration,
-            "train.log_every": cfg.train.log_every,
-            "train.save_every": cfg.train.save_every,
-            "evaluate.every": cfg.evaluate.every,
-            "train.warmup": cfg.train.warmup,
-        }
-        total, every_log, every_save, every_evaluation, warmup = (
-            duration_in_steps(
-                text, steps_per_epoch=steps_per_epoch, global_batch_size=cfg.train.global_batch_size, key=key
-            )
-            for key, text in durations.items()
-        )
-        if warmup > total:
-            log.warning("train.warmup=%s is longer than the run: train.lr is never reached", cfg.train.warmup)
-        return cls(total, every_log, every_save, every_evaluation)
-
-    def evaluates(self, step: int) -> bool:
-        """Whether the model is evaluated after ``step``: at intervals, and at the end."""
-        return step > 0 and (step == self.total or step % self.evaluate == 0)
-
-
 def train(
     cfg: Config, dist: Distributed, model: DualEncoder, data: TrainingData, evaluators: Sequence[Evaluator]
 ) -> dict[str, float]:
@@ -98,6 +62,7 @@ def train(
     start = state.resume()
     # A run that was stopped during an evaluation left a checkpoint without metrics.
     evaluates_first = bool(evaluators) and schedule.evaluates(start) and not state.scores
+    # Lines of steps after the checkpoint are written again, so they are dropped from metrics.jsonl here.
     telemetry = Telemetry(
         Path(cfg.train.output), cfg, dist, total_steps=schedule.total, start_step=start, evaluates_first=evaluates_first
     )
@@ -107,8 +72,10 @@ def train(
             telemetry.write(start, state.evaluate(start, evaluators))
             state.add_scores(start)
             state.require_best_metric()
+
         batches = _micro_batches(cfg, dist, data, start, schedule.total)
         for step in range(start + 1, schedule.total + 1):
+            # A batch, which the loader's workers have decoded ahead.
             try:
                 with clock.waiting():
                     micro_batches = list(islice(batches, data.accumulation))
@@ -120,6 +87,8 @@ def train(
                 raise
             for batch in micro_batches:
                 state.faults.update(batch)
+
+            # The step. Its numbers stay on the device until they are logged: to read one would wait for the GPU.
             state.window.add(state.train_step(step, micro_batches))
             clock.step()
 
@@ -133,6 +102,7 @@ def train(
                         telemetry.write(step, state.evaluate(step, evaluators))
                     except Interrupted:
                         stopping = True
+
             # A metric that does not exist would silently keep no best checkpoint. The step is saved before it ends.
             is_misnamed = state.scores_step == step and state.best not in state.scores
             ends = is_last or stopping or is_misnamed
@@ -160,25 +130,40 @@ class RunState:
         self._identity = identity(cfg, model, len(data.dataset), data.classes)
         # The check of the configuration requires it where something is evaluated.
         self.best = cfg.evaluate.best or ""
-        self.store = CheckpointStore(
-            Path(cfg.train.output),
-            keep_last=cfg.train.keep_last,
-            keep_best=cfg.train.keep_best,
-            best=self.best,
-        )
-        self.train_step = TrainStep(
-            model, cfg, dist, total_steps=total_steps, steps_per_epoch=data.plan.steps_per_epoch
-        )
+        keep = cfg.train.keep_last, cfg.train.keep_best
+        self.store = CheckpointStore(Path(cfg.train.output), keep_last=keep[0], keep_best=keep[1], best=self.best)
+        steps_per_epoch = data.plan.steps_per_epoch
+        self.train_step = TrainStep(model, cfg, dist, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
         self.faults, self.window = FaultLedger(cfg.data.max_bad_fraction), MetricWindow()
         self.scores: dict[str, float] = {}
+        # The step whose weights have these scores.
         self.scores_step = 0
-        """The step whose weights have these scores."""
         self._resumed: Path | None = None
 
     def resume(self) -> int:
-        """Load the checkpoint of ``train.resume``, if there is one; the step it was saved at, else 0."""
-        checkpoint = self._checkpoint_to_resume()
-        _require_same(checkpoint, self.store.folder, self._dist)
+        """Load the checkpoint of ``train.resume``, if there is one; the step it was saved at, else 0.
+
+        Raises :class:`UserError` if it is of another run, damaged, beyond the end, or not the same on all processes.
+        """
+        resume, store = self._cfg.train.resume, self.store
+        if resume == "none":
+            if store.steps():
+                raise UserError(
+                    f"{store.folder} holds checkpoints of an earlier run; continue it with --resume auto, "
+                    "or choose another train.output, or delete that folder"
+                )
+            checkpoint = None
+        else:
+            checkpoint = store.newest() if resume == "auto" else read(Path(resume))
+            if checkpoint is None and store.steps():
+                raise UserError(
+                    f"{store.folder}: no checkpoint is readable; --resume none in another train.output starts anew"
+                )
+        if checkpoint is not None:
+            if not checkpoint.training.keys() >= {"optimizer", "scaler", "window", "ledgers"}:
+                raise UserError(f"{checkpoint.path}: training.pt is not the training state of this project")
+            require_identity(checkpoint, self._identity)
+        _require_same(checkpoint, store.folder, self._dist)
         if checkpoint is None:
             return 0
         if checkpoint.step > self._total_steps:
@@ -187,55 +172,31 @@ class RunState:
                 f"({self._total_steps} steps)"
             )
         if self._dist.is_main:
-            self.store.set_aside_after(checkpoint.step)
+            store.set_aside_after(checkpoint.step)
         self.train_step.load_state_dict(checkpoint.weights, checkpoint.training)
-        self.window.load_state_dict(_window_of_rank(checkpoint.training["window"], self._dist), self._dist.device)
-        self.faults.load_state_dict(_faults_of_rank(checkpoint.training["ledgers"], self._dist))
+        window, faults = _state_of_rank(checkpoint.training, self._dist)
+        self.window.load_state_dict(window, self._dist.device)
+        self.faults.load_state_dict(faults)
         self.scores, self.scores_step = checkpoint.manifest["metrics"], checkpoint.step
         self._resumed = checkpoint.path
         log.info("resuming %s at step %d of %d", checkpoint.path, checkpoint.step, self._total_steps)
         return checkpoint.step
 
-    def _checkpoint_to_resume(self) -> Checkpoint | None:
-        """The checkpoint of ``train.resume``, checked to belong to this run."""
-        resume, store = self._cfg.train.resume, self.store
-        if resume == "none":
-            if store.steps():
-                raise UserError(
-                    f"{store.folder} holds checkpoints of an earlier run; continue it with --resume auto, "
-                    "or choose another train.output, or delete that folder"
-                )
-            return None
-        checkpoint = store.newest() if resume == "auto" else read(Path(resume))
-        if checkpoint is None:
-            if store.steps():
-                raise UserError(
-                    f"{store.folder}: no checkpoint is readable; --resume none in another train.output starts anew"
-                )
-            return None
-        if not checkpoint.training.keys() >= {"optimizer", "scaler", "window", "ledgers"}:
-            raise UserError(f"{checkpoint.path}: training.pt is not the training state of this project")
-        require_identity(checkpoint, self._identity)
-        return checkpoint
-
     def save(self, step: int, *, required: bool) -> None:
         """Write a checkpoint, collective over the processes. Unless it is ``required``, a failure is only logged."""
         # Each process counts its own clips and, with a local loss, scores its own rows.
-        per_rank = self._dist.gather_objects((self.window.state_dict(), self.faults.state_dict()))
+        windows, ledgers = zip(
+            *self._dist.gather_objects((self.window.state_dict(), self.faults.state_dict())), strict=True
+        )
         if not self._dist.is_main:
             return
         weights, training = self.train_step.state_dict()
-        windows, ledgers = zip(*per_rank, strict=True)
         training |= {"window": list(windows), "ledgers": list(ledgers)}
+        # A score belongs to the weights it was measured on.
+        metrics = self.scores if self.scores_step == step else {}
         try:
             path = self.store.save(
-                step,
-                weights,
-                training,
-                # A score belongs to the weights it was measured on.
-                metrics=self.scores if self.scores_step == step else {},
-                identity=self._identity,
-                base=self._model.base,
+                step, weights, training, metrics=metrics, identity=self._identity, base=self._model.base
             )
             log.info("saved %s", path)
         except CheckpointError as error:
@@ -260,15 +221,15 @@ class RunState:
 
     def require_best_metric(self) -> None:
         """Raise :class:`UserError` unless ``evaluate.best`` is among the scores."""
-        name = self.best
-        if name not in self.scores:
-            nearest = difflib.get_close_matches(name, self.scores, n=1, cutoff=0.3)
+        if self.best not in self.scores:
+            nearest = difflib.get_close_matches(self.best, self.scores, n=1, cutoff=0.3)
             hint = f"; did you mean {nearest[0]}?" if nearest else ""
-            raise UserError(f"evaluate.best={name}: no such metric{hint}")
+            raise UserError(f"evaluate.best={self.best}: no such metric{hint}")
 
 
 def _require_same(checkpoint: Checkpoint | None, folder: Path, dist: Distributed) -> None:
     """Raise the same :class:`UserError` on every process unless all resume the same checkpoint."""
+    # The checksums too: two runs on disks of their own would both have a step 500.
     mine = (checkpoint.step, checkpoint.manifest["sha256"]) if checkpoint else (0, {})
     reported = dist.gather_objects((host_name(), mine))
     if any(other != reported[0][1] for _, other in reported):
@@ -276,30 +237,26 @@ def _require_same(checkpoint: Checkpoint | None, folder: Path, dist: Distributed
         raise UserError(f"{folder}: the processes do not see the same checkpoint ({seen}); is it a shared folder?")
 
 
-def _window_of_rank(windows: Any, dist: Distributed) -> dict[str, Any]:
-    """This process's part of an unfinished logging window; another number of processes shares the mean."""
-    # Earlier checkpoints hold that of the first process alone.
-    windows = windows if isinstance(windows, list) else [windows]
+def _state_of_rank(training: dict[str, Any], dist: Distributed) -> tuple[dict[str, Any], dict[str, Any]]:
+    """This process's part of an unfinished logging window, and its counts of clips, from ``training`` of a checkpoint.
+
+    A run may go on with another number of processes: then all take the mean of the windows, and the first process
+    takes over all counts.
+    """
+    # Earlier checkpoints hold the window of the first process alone.
+    windows = training["window"] if isinstance(training["window"], list) else [training["window"]]
+    ledgers = training["ledgers"]
     if len(windows) == dist.world_size:
-        return dict(windows[dist.rank])
-    names = windows[0]["sums"]
-    return {
-        "sums": {name: torch.stack([each["sums"][name] for each in windows]).mean(dim=0) for name in names},
-        "count": windows[0]["count"],
-    }
-
-
-def _faults_of_rank(ledgers: list[dict[str, Any]], dist: Distributed) -> dict[str, Any]:
-    """This process's count of clips; of another number of processes, the first one takes over the sum of all."""
+        window = dict(windows[dist.rank])
+    else:
+        sums = {name: torch.stack([each["sums"][name] for each in windows]).mean(dim=0) for name in windows[0]["sums"]}
+        window = {"sums": sums, "count": windows[0]["count"]}
     if len(ledgers) == dist.world_size:
-        return ledgers[dist.rank]
+        return window, ledgers[dist.rank]
     counted = ledgers if dist.is_main else []
-    return {
-        "seen": sum(each["seen"] for each in counted),
-        "bad": sum(each["bad"] for each in counted),
-        # All of them, so that no fault is logged twice.
-        "logged": sorted({fault for each in ledgers for fault in each["logged"]}),
-    }
+    faults = {name: sum(each[name] for each in counted) for name in ("seen", "bad")}
+    # All of them, so that no fault is logged twice.
+    return window, {**faults, "logged": sorted({fault for each in ledgers for fault in each["logged"]})}
 
 
 def _micro_batches(
@@ -311,27 +268,22 @@ def _micro_batches(
         return iter(())
     return iter(
         train_loader(
-            data.dataset,
-            data.plan,
-            start_step=start,
-            total_steps=total,
-            rank=dist.rank,
-            world_size=dist.world_size,
-            accumulation=data.accumulation,
-            workers=cfg.data.workers,
-            prefetch=cfg.data.prefetch,
-            timeout=cfg.data.timeout,
-            stop=dist.stop,
+            data.dataset, data.plan, start_step=start, total_steps=total,
+            rank=dist.rank, world_size=dist.world_size, accumulation=data.accumulation,
+            workers=cfg.data.workers, prefetch=cfg.data.prefetch, timeout=cfg.data.timeout, stop=dist.stop,
+            # Page-locked memory, from which copies to the GPU overlap with computing.
             pin_memory=cfg.data.pin_memory and dist.device.type == "cuda",
         )
-    )
+    )  # fmt: skip
 
 
 def _log_window(telemetry: Telemetry, step: int, state: RunState, clock: Clock, dist: Distributed) -> None:
     """Log the steps since the last time, of all processes."""
     means = state.window.means()
-    lap = clock.lap(state.train_step.forward_seconds())
-    share = Share(host_name(), lap, memory_gb(dist.device), state.faults.bad)
+    # The device has been waited for, so that the lap is over when its steps are.
+    steps, seconds, waited = clock.lap()
+    forward = state.train_step.forward_seconds()
+    share = Share(host_name(), steps, seconds, waited, forward, memory_gb(dist.device), state.faults.bad)
     of_ranks, shares = zip(*dist.gather_objects((means, share)), strict=True)
     # With a local loss each process scores its own rows only.
     average = {name: sum(each[name] for each in of_ranks) / len(of_ranks) for name in means}

@@ -11,7 +11,7 @@ import torch
 from egohod.distributed import Distributed
 from egohod.errors import UserError
 from egohod.training.checkpoint import Checkpoint
-from egohod.training.telemetry import Lap, Share, Stragglers
+from egohod.training.telemetry import Share, Stragglers
 from egohod.training.train import _require_same
 
 HOST = "node-b"
@@ -35,8 +35,7 @@ def pair(other: object) -> Pair:
 def shares(*own: tuple[float, float]) -> list[Share]:
     """Of processes that wait and compute so many seconds in each of ten steps."""
     return [
-        Share(f"node-{rank}", Lap(10, 20.0, 10 * waited, 10 * forward), 1.0, 0)
-        for rank, (waited, forward) in enumerate(own)
+        Share(f"node-{rank}", 10, 20.0, 10 * waited, 10 * forward, 1.0, 0) for rank, (waited, forward) in enumerate(own)
     ]
 
 
