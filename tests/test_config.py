@@ -178,7 +178,7 @@ def test_every_missing_variable_is_named_at_once(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    ("text", "override", "said"),
+    ("text", "override", "expected"),
     [
         ("{}", "train.lrr=1", ["override 'train.lrr=1'", "unknown key 'train.lrr'", "train.lr'"]),
         ("train: {warm_up: 3 steps}", None, ["run.yml", "train.warm_up", "did you mean 'train.warmup'"]),
@@ -228,12 +228,12 @@ def test_every_missing_variable_is_named_at_once(tmp_path: Path, monkeypatch: py
     ],
 )
 def test_a_mistake_gets_one_line_with_file_key_and_cure(
-    tmp_path: Path, text: str, override: str | None, said: list[str]
+    tmp_path: Path, text: str, override: str | None, expected: list[str]
 ) -> None:
     with pytest.raises(UserError) as caught:
         load(write(tmp_path, text), [override] if override else [])
     assert "\n" not in str(caught.value)
-    for words in said:
+    for words in expected:
         assert words in str(caught.value)
 
 
@@ -310,7 +310,7 @@ def test_sources_have_names_of_the_users_choice(tmp_path: Path) -> None:
         ("a", "a.csv", 1.0),
         ("b", "b.csv", 0.5),
     ]
-    for override, said in {
+    for override, expected in {
         "data.train.a.metadat=x": "unknown key 'data.train.a.metadat'; did you mean 'data.train.a.metadata'",
         "data.train.a=3": "'data.train.a' is a section",
         "data.train=3": "'data.train' holds sections with names of your choice",
@@ -318,7 +318,7 @@ def test_sources_have_names_of_the_users_choice(tmp_path: Path) -> None:
         "data.train.a.chunk_seconds=long": "key data.train.a.chunk_seconds: float, above 0",
         "data.train.b.metadata=b.csv": "data.train.b.weight is not set",
     }.items():
-        with pytest.raises(UserError, match=re.escape(said)):
+        with pytest.raises(UserError, match=re.escape(expected)):
             load(path, [override])
 
 
@@ -357,7 +357,7 @@ def test_aliases_of_aliases_are_refused_before_they_fill_the_memory(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("train: {betas: {a: 0.9}}", "'train.betas' is a list, such as [a, b], not a dict"),
         ("data: {train: {a: {columns: [b]}}}", "'data.train.a.columns' is a mapping, such as {a: b}, not a list"),
@@ -365,8 +365,8 @@ def test_aliases_of_aliases_are_refused_before_they_fill_the_memory(tmp_path: Pa
         ("data: {train: {a: {columns: {text: {b: c}}}}}", "'data.train.a.columns.text' is one value, not a dict"),
     ],
 )
-def test_lists_and_mappings_are_what_their_knob_is(tmp_path: Path, text: str, said: str) -> None:
-    with pytest.raises(UserError, match=re.escape(said)) as caught:
+def test_lists_and_mappings_are_what_their_knob_is(tmp_path: Path, text: str, expected: str) -> None:
+    with pytest.raises(UserError, match=re.escape(expected)) as caught:
         load(write(tmp_path, text))
     assert "\n" not in str(caught.value)
 

@@ -1,4 +1,4 @@
-"""Rank, world size and meeting point, read from what launchers leave in the environment; what is said if they fail."""
+"""Rank, world size and meeting point, read from what launchers leave in the environment; errors where they fail."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_places(environment: dict[str, str], expected: RankInfo) -> None:
 
 
 @pytest.mark.parametrize(
-    ("environment", "told"),
+    ("environment", "message"),
     [
         ({"WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK is not"),
         ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a"}, "MASTER_PORT is not"),
@@ -78,8 +78,8 @@ def test_places(environment: dict[str, str], expected: RankInfo) -> None:
         (TORCHRUN | {"MASTER_PORT": "99999"}, "MASTER_PORT=99999 in the environment is out of range; use 1 to 65535"),
     ],
 )
-def test_half_a_place_is_refused(environment: dict[str, str], told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_half_a_place_is_refused(environment: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         rank_info(environment)
 
 
@@ -110,13 +110,13 @@ def place_of(environment: dict[str, str], task: str, terminal: bool) -> str:
     child, end = pty.fork()
     if child == 0:
         os.execve(sys.executable, command, variables)
-    said = b""
+    output = b""
     with contextlib.suppress(OSError):  # how a terminal ends on Linux
         while part := os.read(end, 1000):
-            said += part
+            output += part
     os.close(end)
-    assert os.waitpid(child, 0)[1] == 0, said
-    return said.decode().strip()
+    assert os.waitpid(child, 0)[1] == 0, output
+    return output.decode().strip()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Nodes of different code or configuration do not train together; a slow process is told by name."""
+"""Nodes of different code or configuration do not train together; a slow process is named."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HOST = "node-b"
 
 
 class Pair(Distributed):
-    """This process and another one, which said ``other``; collectives of two real processes are in test_ranks.py."""
+    """This process and another one, which sends ``other``; collectives of two real processes are in test_ranks.py."""
 
     other: object = None
 
@@ -46,12 +46,12 @@ def test_a_process_that_is_late_again_and_again_is_named(caplog: pytest.LogCaptu
     for window in (late, late, even, late, late):
         watch.update(window)
     assert not caplog.records
-    told = watch.update(late)
+    summary = watch.update(late)
     assert "rank 2 on node-2 is the slowest for 3 windows: 1.40 s" in caplog.text
     assert "waiting for clips" in caplog.text
-    assert told["slowest_rank"] == 2
-    assert told["compute_seconds_median"] == pytest.approx(0.6)
-    assert told["compute_seconds_max"] == pytest.approx(1.4)
+    assert summary["slowest_rank"] == 2
+    assert summary["compute_seconds_median"] == pytest.approx(0.6)
+    assert summary["compute_seconds_max"] == pytest.approx(1.4)
 
 
 def test_processes_that_see_other_checkpoints_do_not_train(tmp_path: Path) -> None:

@@ -181,10 +181,10 @@ def test_a_torn_checkpoint_does_not_push_out_a_good_one(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep_last=1)
     torn = save(store, 600)
     (torn / "model.safetensors").unlink()
-    kept = save(store, 550)
+    saved = save(store, 550)
     newest = store.newest()
     assert newest is not None
-    assert newest.path == kept
+    assert newest.path == saved
 
 
 def test_folders_of_the_user_are_left_alone_and_leftovers_are_cleared(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Fine-tuning from annotation files to the report, and what is said about labels that cannot be learned from."""
+"""Fine-tuning from annotation files to the report, and the errors for labels that cannot be learned from."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def test_texts_are_drawn_by_relevancy(ek100: Path) -> None:
 
 def test_a_sentence_csv_names_classes_itself_or_through_its_clips(ek100: Path, tmp_path: Path) -> None:
     clips = pd.read_csv(ek100 / "EPIC_100_train.csv", dtype=str).drop_duplicates("narration")
-    (told := clips[["narration_id", "narration"]]).to_csv(tmp_path / "ids.csv", index=False)
-    told.assign(verb_class=clips["verb_class"], noun_classes=clips["all_noun_classes"]).to_csv(
+    (texts := clips[["narration_id", "narration"]]).to_csv(tmp_path / "ids.csv", index=False)
+    texts.assign(verb_class=clips["verb_class"], noun_classes=clips["all_noun_classes"]).to_csv(
         tmp_path / "classes.csv", index=False
     )
     both = [
@@ -78,7 +78,7 @@ def test_a_sentence_csv_names_classes_itself_or_through_its_clips(ek100: Path, t
         for name in ("ids.csv", "classes.csv")
     ]
     np.testing.assert_array_equal(*(each.relevancy(range(9)) for each in both))
-    told.assign(narration_id="nowhere_" + told["narration_id"]).to_csv(tmp_path / "ids.csv", index=False)
+    texts.assign(narration_id="nowhere_" + texts["narration_id"]).to_csv(tmp_path / "ids.csv", index=False)
     with pytest.raises(UserError, match=r"ids\.csv: row 1: narration_id 'nowhere_"):
         RelevantTexts(table(ek100 / "EPIC_100_train.csv"), 0.1, str(tmp_path / "ids.csv"))
 
@@ -191,14 +191,14 @@ def test_classification_from_the_csv_to_the_report(
 
 
 def test_heads_labels_and_loss_go_together(mir: list[str], inside: Command) -> None:
-    for override, said in (
+    for override, expected in (
         ("model.heads=joint", "go together"),
         ("train.mixup=0.8", "mixes labels"),
         ("train.trainable=heads", "needs heads to train"),
     ):
         done = inside("main_finetune.py", *mir, override)
         assert done.returncode == 2
-        assert said in done.stderr
+        assert expected in done.stderr
 
 
 def labelled(folder: Path, labels: list[str], columns: str = "video,start,end,label") -> Path:
@@ -260,13 +260,13 @@ def test_columns_by_whose_name_no_head_can_be_called() -> None:
 def test_heads_are_measured_on_classes_of_the_same_columns(ek100: Path) -> None:
     train = table(ek100 / "EPIC_100_train.csv")
     keys = [("0", "1"), ("2", "3")]
-    told = ClassificationTask(
+    task = ClassificationTask(
         "action", ["a", "b"], np.arange(2), np.array([0]), class_keys=keys, key_columns=["verb_class", "noun_class"]
     )
     for columns in (["noun_class", "verb_class"], ["verb_class"]):
         space = class_space([train], columns)
         with pytest.raises(UserError, match=r"its classes are identified by verb_class and noun_class, those of"):
-            head_tasks([told], space, "here")
+            head_tasks([task], space, "here")
 
 
 def test_slips_of_the_pen_in_labels(ek100: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -304,8 +304,8 @@ def test_labels_that_tell_left_from_right_are_named_when_clips_are_mirrored(
     for flip in (0.0, 0.5):
         cfg.data.flip = flip
         build_labels(cfg, [table(tmp_path / "labels.csv")])
-        said = "3 of 6 classes tell left from right ('left hand pick', 'pick_right', 'turn clockwise')" in caplog.text
-        assert said == (flip > 0)
+        warned = "3 of 6 classes tell left from right ('left hand pick', 'pick_right', 'turn clockwise')" in caplog.text
+        assert warned == (flip > 0)
 
 
 def test_texts_whose_mirror_image_is_graded_otherwise_are_named(
@@ -323,8 +323,8 @@ def test_texts_whose_mirror_image_is_graded_otherwise_are_named(
         cfg.data.flip = flip
         build_labels(cfg, [table(tmp_path / "sides.csv")])
         # Both gloves are of one class, so a mirrored clip is graded rightly.
-        said = "2 of 5 texts tell left from right ('turn cup clockwise', 'turn cup counterclockwise')" in caplog.text
-        assert said == (flip > 0)
+        warned = "2 of 5 texts tell left from right ('turn cup clockwise', 'turn cup counterclockwise')" in caplog.text
+        assert warned == (flip > 0)
 
 
 def test_a_cut_takes_the_share_of_pixels_that_its_label_says() -> None:
@@ -383,8 +383,8 @@ def stepped(steps: int = 1, **train: object) -> tuple[dict[str, torch.Tensor], T
         "tokens": torch.ones(4, 4, dtype=torch.long),
         "labels": {"action_label": torch.tensor([0, 1, 2, 0])},
     }
-    found = [float(step(number, [batch])["loss"]) for number in range(1, steps + 1)]
-    return before, step, found[0]
+    losses = [float(step(number, [batch])["loss"]) for number in range(1, steps + 1)]
+    return before, step, losses[0]
 
 
 def test_the_average_of_the_weights_is_what_is_evaluated_and_saved() -> None:
@@ -436,8 +436,8 @@ def test_a_recipe_is_chosen_by_the_configuration(knob: dict[str, object]) -> Non
 def test_the_mean_of_three_splits(tmp_path: Path, inside: Command) -> None:
     for number, top1 in ((1, 70.0), (2, 80.0), (3, 93.0)):
         (tmp_path / f"split{number}").mkdir()
-        found = {"format": 1, "metrics": {"egtea/action_top1": top1, f"only/{number}": 1.0}}
-        (tmp_path / f"split{number}" / "results.json").write_text(json.dumps(found))
+        results = {"format": 1, "metrics": {"egtea/action_top1": top1, f"only/{number}": 1.0}}
+        (tmp_path / f"split{number}" / "results.json").write_text(json.dumps(results))
     done = inside("mean_results.py", *(tmp_path / f"split{number}" for number in (1, 2, 3)))
     (_, line) = done.stdout.splitlines()
     assert line.split() == ["egtea/action_top1", "70.00", "80.00", "93.00", "81.00"]
@@ -460,8 +460,8 @@ def test_what_is_trained(kind: str, learning: set[str]) -> None:
     else:
         model.freeze("last_blocks", len(model.visual.transformer.resblocks) - 1)
         learning = learning | {"visual.transformer.resblocks.2."}
-    found = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert found == {name for name, _ in model.named_parameters() if name.startswith(tuple(learning))}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if name.startswith(tuple(learning))}
 
 
 def test_a_small_checkpoint_holds_what_was_trained_and_knows_its_base(
@@ -567,8 +567,8 @@ def test_own_labels_train_and_are_evaluated(mir: list[str], demo_world: Path, tm
     metrics = json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]
     assert 0 <= metrics["mir/action_top1"] <= 100
     # The same heads, measured once more by the program that only evaluates.
-    asked = ["--checkpoint", str(tmp_path / "run"), "--benchmark", "mir", "--output", str(tmp_path / "again")]
-    done = inside("main_eval.py", *command[:2], *command[-2:], *asked, "--heads")
+    options = ["--checkpoint", str(tmp_path / "run"), "--benchmark", "mir", "--output", str(tmp_path / "again")]
+    done = inside("main_eval.py", *command[:2], *command[-2:], *options, "--heads")
     assert done.returncode == 0, done.stderr
     again = json.loads((tmp_path / "again" / "results.json").read_text())["metrics"]
     assert again == pytest.approx(metrics)
@@ -624,15 +624,15 @@ def test_predict_names_classes_and_writes_a_timeline(
     command = [*classes(mir, "verb_class", "noun_class", heads="parts"), "evaluate.final=[]", "train.duration=1 steps"]
     assert inside("main_finetune.py", *command).returncode == 0
     chunk = next((demo_world / "test" / "videos").rglob("*.mp4"))
-    run = ["--checkpoint", tmp_path / "run", "--output", tmp_path / "told", "train.device=cpu"]
+    run = ["--checkpoint", tmp_path / "run", "--output", tmp_path / "predicted", "train.device=cpu"]
     done = inside("predict.py", chunk, *run)
     assert done.returncode == 0, done.stderr
-    timeline = pd.read_csv(tmp_path / "told" / "timeline.csv")
+    timeline = pd.read_csv(tmp_path / "predicted" / "timeline.csv")
     assert (timeline.groupby("start")["rank"].max() == 5).all()
     # No scrap of a window at the end.
     assert (timeline["end"] - timeline["start"] >= 1).all()
     assert timeline["score"].between(0, 1).all()
-    assert (tmp_path / "told" / "timeline.png").stat().st_size > 1000
+    assert (tmp_path / "predicted" / "timeline.png").stat().st_size > 1000
     done = inside("predict.py", chunk, *run, "--window", "1000")
     assert len(done.stdout.splitlines()) == 5
     # The text tower is still there, and a $ is no formula.
@@ -655,16 +655,16 @@ def test_predict_names_classes_and_writes_a_timeline(
     assert done.returncode == 2
     assert f"--output {weights}: " in done.stderr
     # Whoever asks for no heads needs no classes, and so no training csv.
-    asked = ["--sentences", "cuts", "data.train.demo.metadata=/gone.csv", *command[2:7]]
-    done = inside("predict.py", chunk, *command[:2], *run, *asked)
+    options = ["--sentences", "cuts", "data.train.demo.metadata=/gone.csv", *command[2:7]]
+    done = inside("predict.py", chunk, *command[:2], *run, *options)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.ci
 def test_predict_on_a_real_clip(shared: Path, short_run: ShortRun, inside: Command) -> None:
     clip = next((shared / "media" / "lavila").glob("3c0dffd0*.mp4"))
-    said = ["--sentences", "stirs the sauce", "opens a car", "--window", "1000"]
-    done = inside("predict.py", clip, "--checkpoint", short_run.folder, *said)
+    options = ["--sentences", "stirs the sauce", "opens a car", "--window", "1000"]
+    done = inside("predict.py", clip, "--checkpoint", short_run.folder, *options)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 2
 
@@ -706,9 +706,9 @@ def test_two_processes_fine_tune_as_one_does(
     for (step, *values), (_, *others) in zip(one, two, strict=True):
         # The same arithmetic in another order; AdamW's division by small averages widens it as steps go by.
         assert values == pytest.approx(others, rel=1e-5 if step == 1 else 2e-3), step
-    found = newest(tmp_path / "two").weights
+    weights = newest(tmp_path / "two").weights
     for name, weight in newest(tmp_path / "one").weights.items():
-        torch.testing.assert_close(weight, found[name], atol=4e-4, rtol=0, msg=name)
+        torch.testing.assert_close(weight, weights[name], atol=4e-4, rtol=0, msg=name)
     first, second = (json.loads((tmp_path / n / "results.json").read_text())["metrics"] for n in ("one", "two"))
     assert first.keys() == second.keys()
     # Of fifteen clips a near tie may fall to the other side.

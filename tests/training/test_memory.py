@@ -25,11 +25,11 @@ def test_the_prediction_is_what_a_real_forward_pass_keeps(name: str, checkpointi
     memory, model = predict(config), create_model(config)
     size = model.geometry.image_size
 
-    def kept(clips: int) -> int:
+    def saved(clips: int) -> int:
         video, tokens = torch.zeros(clips, 3, 4, size, size), torch.zeros(clips, 77, dtype=torch.long)
         return saved_bytes(lambda: model(video, tokens), model)
 
-    assert kept(4) - kept(2) == 2 * memory.per_clip
+    assert saved(4) - saved(2) == 2 * memory.per_clip
     assert (memory.working > 0) == checkpointing
     assert memory.state >= 16 * sum(parameter.numel() for parameter in model.parameters())
 
@@ -52,11 +52,11 @@ def test_heads_and_what_they_do_without_are_counted() -> None:
     memory, model = predict(config, heads=heads), create_model(config, classes=heads)
     size = model.geometry.image_size
 
-    def kept(clips: int) -> int:
+    def saved(clips: int) -> int:
         video, tokens = torch.zeros(clips, 3, 4, size, size), torch.zeros(clips, 77, dtype=torch.long)
         return saved_bytes(lambda: model(video, tokens), model)
 
-    assert kept(4) - kept(2) == 2 * memory.per_clip
+    assert saved(4) - saved(2) == 2 * memory.per_clip
     # The text tower is kept, but neither trained nor computed.
     without = predict(config)
     assert memory.per_clip < without.per_clip

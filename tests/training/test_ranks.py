@@ -144,19 +144,19 @@ def test_a_signal_during_an_evaluation_costs_nothing(ranks, demo_world: Path, tm
     again = ranks(2, *settings)
     assert again.wait() == [0, 0]
     assert again.log(0).index("evaluating the model of step 2") < again.log(0).index("step 3/4")
-    told = [metrics(tmp_path / name) for name in ("straight", "run")]
-    assert told[0] == told[1]
-    assert len(told[0]) == 6
-    found = newest(tmp_path / "run").weights
+    runs = [metrics(tmp_path / name) for name in ("straight", "run")]
+    assert runs[0] == runs[1]
+    assert len(runs[0]) == 6
+    weights = newest(tmp_path / "run").weights
     for name, weight in newest(tmp_path / "straight").weights.items():
-        assert torch.equal(weight, found[name]), name
+        assert torch.equal(weight, weights[name]), name
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
     """What metrics.jsonl says about the model."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    kept = ("step", "train/loss", "train/grad_norm")
-    return [{name: line[name] for name in line if name in kept or name.startswith("val/")} for line in lines]
+    names = ("step", "train/loss", "train/grad_norm")
+    return [{name: line[name] for name in line if name in names or name.startswith("val/")} for line in lines]
 
 
 def test_torchrun_goes_on_from_the_last_checkpoint(tiny_config: Path, tmp_path: Path, program: Command) -> None:
@@ -190,9 +190,9 @@ def test_torchrun_goes_on_from_the_last_checkpoint(tiny_config: Path, tmp_path: 
     assert "resuming" in done.stderr
     assert "exitcode: -9" in done.stderr
     assert losses(tmp_path / "straight") == losses(tmp_path / "killed")
-    found = newest(tmp_path / "killed").weights
+    weights = newest(tmp_path / "killed").weights
     for name, weight in newest(tmp_path / "straight").weights.items():
-        assert torch.equal(weight, found[name]), name
+        assert torch.equal(weight, weights[name]), name
 
 
 def test_the_number_of_processes_does_not_change_the_losses(ranks, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

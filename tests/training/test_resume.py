@@ -44,13 +44,13 @@ def start(config: Path, *overrides: str, main: str = "main_pretrain.py", **more:
 
 def wait_for(process: subprocess.Popen[str], text: str) -> str:
     """Read the log until ``text`` appears."""
-    said = ""
+    output = ""
     assert process.stderr is not None
     for line in process.stderr:
-        said += line
+        output += line
         if text in line:
-            return said
-    raise AssertionError(f"'{text}' never came:\n{said}")
+            return output
+    raise AssertionError(f"'{text}' never came:\n{output}")
 
 
 @pytest.mark.ci
@@ -95,9 +95,9 @@ def test_a_signal_saves_and_leaves_in_peace(tiny_config: Path, tmp_path: Path, n
     process = start(tiny_config, "train.duration=100000 steps", "data.workers=2")
     wait_for(process, "step 2/")
     process.send_signal(number)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 0, said
-    assert number.name in said
+    _, output = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert number.name in output
     last = newest(tmp_path / "run")
     assert last.step == losses(tmp_path / "run")[-1][0]
 

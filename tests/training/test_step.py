@@ -72,7 +72,7 @@ def test_a_step_never_waits_for_the_device(chunks: int, clip_norm: float | None)
     window.add(step(1, [batch()] * chunks))
     with Waits() as waits:
         window.add(step(2, [batch()] * chunks))
-    # On a CPU the optimizer is told of a non-finite gradient on the spot; on a GPU the fused kernel reads the flag
+    # On a CPU the optimizer hears of a non-finite gradient on the spot; on a GPU the fused kernel reads the flag
     # there. Everything else must be free of waits.
     assert [name for name in waits.seen if name] == []
     with Waits() as waits:
@@ -213,12 +213,12 @@ def test_learning_rates_scale_with_the_batch_where_the_recipe_is_avions(monkeypa
             **{"optimizer": "sgd", "schedule": "cosine", "warmup": "3 steps"},
         )
     )
-    found = []
+    rates = []
     for i in range(10):
         step._schedule.step_update(i)
-        found.append(step.lr)
-    assert [found[0], found[3]] == pytest.approx([4e-6, 0.012])
-    assert found[9] == pytest.approx(4e-5 + 0.5 * (0.012 - 4e-5) * (1 + math.cos(math.pi * 6 / 7)))
+        rates.append(step.lr)
+    assert [rates[0], rates[3]] == pytest.approx([4e-6, 0.012])
+    assert rates[9] == pytest.approx(4e-5 + 0.5 * (0.012 - 4e-5) * (1 + math.cos(math.pi * 6 / 7)))
 
 
 def test_warmup_peaks_one_step_after_avions() -> None:
