@@ -294,8 +294,7 @@ def stop_signals(stop: StopRequest) -> Iterator[None]:
     previous: dict[signal.Signals, Any] = {}
 
     def receive(number: int, frame: FrameType | None) -> None:
-        # The first one counts: launchers send several.
-        stop.reason = stop.reason or f"{signal.Signals(number).name} received"
+        stop.request(f"{signal.Signals(number).name} received")
         if number == signal.SIGINT:
             signal.signal(number, previous[signal.SIGINT])
         # Once only: a repeat must not break into the way out.

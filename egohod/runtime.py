@@ -429,6 +429,10 @@ class StopRequest:
     def __bool__(self) -> bool:
         return bool(self.reason)
 
+    def request(self, reason: str) -> None:
+        """Ask for a stop. The first request counts: launchers send several signals."""
+        self.reason = self.reason or reason
+
     def check(self) -> None:
         """Raise :class:`Interrupted` if there was a request."""
         if self.reason:
