@@ -1,4 +1,4 @@
-"""The set-up that all tools share: the project importable, one parser, one way to start.
+"""What all tools share: the project importable, one parser, one way to start, to load and to write.
 
 Import it before egohod. Python puts this folder on sys.path when it starts a tool, from whatever folder, so that
 ``from _common import ...`` always works; egohod itself is installed by exps/setup.sh, but not in a read-only checkout
@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[1]
 # In front: a copy of egohod elsewhere on the path must not be mixed with these tools.
@@ -22,6 +23,10 @@ from egohod import cli, config
 from egohod.config import Config
 from egohod.errors import UserError
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
 
 def tool_parser(description: str | None) -> argparse.ArgumentParser:
     """A parser for a tool without configuration knobs; ``description`` is its docstring, printed as it is written."""
@@ -30,6 +35,7 @@ def tool_parser(description: str | None) -> argparse.ArgumentParser:
 
 def run_tool(main: Callable[[Sequence[str]], int]) -> None:
     """Run ``main`` on the command line and exit: one line per mistake on stderr and exit code 2, see egohod.cli."""
+    # Not sys.exit(main()) in each tool: all exit codes and one-line errors are decided in one place.
     sys.exit(cli.run(main))
 
 
@@ -48,9 +54,20 @@ def load_for_checkpoint(args: argparse.Namespace) -> Config:
     return config.load(args.config_file, ["model.weights.source=checkpoint", *model, *args.overrides, path])
 
 
-def save_picture(picture: object, path: Path) -> None:
-    """Save a PIL image; raise :class:`UserError` where that cannot be done."""
+def save_picture(picture: Image | Figure, path: Path) -> None:
+    """Save a PIL image or a matplotlib figure; raise :class:`UserError` where that cannot be done."""
     try:
-        picture.save(path)  # type: ignore[attr-defined]
+        # A matplotlib figure; its labels are outside the picture without tight_layout.
+        if hasattr(picture, "savefig"):
+            picture.tight_layout()
+            picture.savefig(path, dpi=90)
+        else:
+            picture.save(path)
     except (OSError, ValueError) as error:  # ValueError: an ending that names no picture format
         raise UserError(f"cannot write {path}: {error}") from error
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    head_line, *lines = ("|" + "".join(f" {cell} |" if cell else " |" for cell in cells) for cells in (head, *rows))
+    return [head_line, "|" + "---|" * len(head), *lines]

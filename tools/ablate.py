@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _common import run_tool, tool_parser
+from _common import markdown_table, run_tool, save_picture, tool_parser
 
 from egohod import cli, config
 from egohod.config import PROJECT, Config
@@ -120,6 +120,7 @@ class Run:
 def read_study(path: Path) -> Study:
     """Raises :class:`UserError` naming the file."""
     study = config.load_as(Study, path, (), lambda _: [])
+    # Not as defaults of the dataclass: a study that names its own replaces them all.
     if not study.metrics:
         study.metrics, study.chance = dict(METRICS), dict(CHANCE)
     return study
@@ -134,6 +135,7 @@ def plan(study: Study, path: Path, tune: bool) -> list[Run]:
     runs = []
     for seed in study.seeds:
         for name, row in study.rows.items():
+            # What is not trained has no seed: it is measured with the first.
             if row.start and seed != study.seeds[0]:
                 continue
             folder = output / f"{name}-{seed}"
@@ -156,8 +158,10 @@ def plan(study: Study, path: Path, tune: bool) -> list[Run]:
 
 def select(runs: Sequence[Run], rows: Sequence[str], seeds: Sequence[str]) -> list[Run]:
     """The runs of some rows and seeds, all if none is named. Raises :class:`UserError` for unknown names."""
-    all_rows, all_seeds = [run.row for run in runs], [str(run.seed) for run in runs]
-    for requested, allowed, what in ((rows, all_rows, "row"), (seeds, all_seeds, "seed")):
+    for requested, allowed, what in (
+        (rows, [run.row for run in runs], "row"),
+        (seeds, [str(run.seed) for run in runs], "seed"),
+    ):
         if unknown := [name for name in requested if name not in allowed]:
             raise UserError(f"no {what} '{unknown[0]}'; there are {', '.join(dict.fromkeys(allowed))}")
     return [run for run in runs if run.row in (rows or [run.row]) and str(run.seed) in (seeds or [str(run.seed)])]
@@ -177,20 +181,19 @@ def cost(cfg: Config) -> dict[str, float]:
     }
 
 
-def train(run: Run) -> float:
-    """Run to the end; returns the seconds it took. Raises :class:`UserError` if the run ended early."""
-    begin = time.monotonic()
+def train(run: Run) -> None:
+    """Run to the end. Raises :class:`UserError` if the run ended early."""
     run.folder.mkdir(parents=True, exist_ok=True)
     # Appended: a resumed run keeps the log of its first part.
     with (run.folder / "log.txt").open("a") as out:
         code = subprocess.run(run.command, stdout=out, stderr=out, check=False).returncode
+    # Exit code 0 is not enough: a run that a signal stopped has saved and left in good order.
     if code or (run.trains and int(steps_of(run)[-1]["step"]) < Schedule.of(run.cfg, steps_per_epoch=1).total):
         raise UserError(f"{run.folder}: the run ended early (exit code {code}); see {run.folder}/log.txt")
     if not run.trains:
         (run.folder / "config.yml").write_text(config.to_yaml(run.cfg))
     # Last, so that a run that was killed before this line counts as unfinished and is resumed.
     (run.folder / DONE_FILE).touch()
-    return time.monotonic() - begin
 
 
 def steps_of(run: Run) -> list[dict[str, float]]:
@@ -207,6 +210,7 @@ def gather(study: Study, runs: Sequence[Run], tuned: bool) -> dict[str, Any]:
         of_seed = {run.seed: _of_run(run, tuned, study.metrics) for run in of_row if run.done}
         spent = {"start": True} if row.start else cost(of_row[0].cfg)
         rows[name] = {"title": row.title, **spent, "seeds": of_seed}
+    # A 16-frame step costs four 4-frame steps: at equal steps alone the comparison would favour it.
     least = at_equal_flops(rows)
     return {
         "commit": git_commit(),
@@ -224,95 +228,76 @@ def gather(study: Study, runs: Sequence[Run], tuned: bool) -> dict[str, Any]:
 
 def at_equal_flops(rows: dict[str, Any]) -> float:
     """Add to each run its val metrics at the compute of the cheapest complete run; returns that compute in GFLOP."""
-    trained = [row for row in rows.values() if not row.get("start")]
-    spent = [row["gflop_per_step"] * one["steps"] for row in trained for one in row["seeds"].values()]
-    least = min(spent, default=0.0)
-    for row in trained:
-        for one in row["seeds"].values():
-            one["at_equal_flops"] = _nearest(one["val"], least / row["gflop_per_step"])
+    trained = [(row["gflop_per_step"], run) for row in rows.values() for run in row["seeds"].values() if _trains(row)]
+    least = min((gflop * run["steps"] for gflop, run in trained), default=0.0)
+    for gflop, run in trained:
+        # The nearest step that was evaluated.
+        run["at_equal_flops"] = run["val"][min(run["val"], key=lambda step: abs(step - least / gflop))]
     return least
 
 
+def _trains(row: dict[str, Any]) -> bool:
+    return not row.get("start")
+
+
 def _of_run(run: Run, tuned: bool, names: Iterable[str]) -> dict[str, Any]:
+    def metrics(line: dict[str, float], prefix: str) -> dict[str, float]:
+        return {name: line[prefix + name] for name in names if prefix + name in line}
+
+    final = {} if tuned and run.trains else json.loads((run.folder / RESULTS_FILE).read_text())["metrics"]
+    if not run.trains and tuned:
+        return {"steps": 0, "val": {0: metrics(final, "val/")}}
+    test = {"test": metrics(final, "test/"), "controls": {name: metrics(final, f"test/{name}/") for name in CONTROLS}}
     if not run.trains:
-        metrics = json.loads((run.folder / RESULTS_FILE).read_text())["metrics"]
-        if tuned:
-            return {"steps": 0, "val": {0: _metrics(metrics, "val/", names)}}
-        return _test(metrics, names)
+        return test
     lines = steps_of(run)
-    val = {int(line["step"]): metrics for line in lines if (metrics := _metrics(line, "val/", names))}
-    speeds = [line["train/clips_per_second"] for line in lines if "train/clips_per_second" in line]
+    val = {int(line["step"]): scores for line in lines if (scores := metrics(line, "val/"))}
+    # The median: a first step compiles, and some steps wait for an evaluation.
+    speed = np.median([line["train/clips_per_second"] for line in lines if "train/clips_per_second" in line])
     result = {
         "commit": json.loads((run.folder / "environment.json").read_text())["commit"],
         "steps": max(val),
-        "seconds_per_step": run.cfg.train.global_batch_size / float(np.median(speeds)),
+        "seconds_per_step": run.cfg.train.global_batch_size / float(speed),
         "val": val,
     }
-    if not tuned:
-        result |= _test(json.loads((run.folder / RESULTS_FILE).read_text())["metrics"], names)
-    return result
-
-
-def _test(metrics: dict[str, float], names: Iterable[str]) -> dict[str, Any]:
-    controls = {name: _metrics(metrics, f"test/{name}/", names) for name in CONTROLS}
-    return {"test": _metrics(metrics, "test/", names), "controls": controls}
-
-
-def _metrics(line: dict[str, float], prefix: str, names: Iterable[str]) -> dict[str, float]:
-    return {name: line[prefix + name] for name in names if prefix + name in line}
-
-
-def _nearest(val: dict[int, dict[str, float]], step: float) -> dict[str, float]:
-    return val[min(val, key=lambda each: abs(each - step))]
+    return result if tuned else result | test
 
 
 def tables(results: dict[str, Any]) -> str:
     """The study as Markdown."""
     world, metrics, chance = results["world_of_the_numbers"], results["metrics"], results["chance"]
-    head = ["row", *metrics.values(), "GFLOP a step", "s a step", "M trainable", "seeds"]
-    lines = [
-        f"{results['note']}; mean ± standard deviation over seeds, {world} world, equal steps:",
-        "",
-        *_header(head),
-    ]
+    equal_steps, equal_flops, controls = [], [], []
     for row in results["rows"].values():
-        seeds = list(row["seeds"].values())
-        last = [one["test"] if world == "test" else one["val"][one["steps"]] for one in seeds]
-        cells = [_spread([each[name] for each in last if name in each]) for name in metrics]
-        if row.get("start"):
-            costs = ["-", "-", "-", str(len(seeds))]
-        else:
-            seconds = _spread([one["seconds_per_step"] for one in seeds], "{:.2f}")
-            costs = [f"{row['gflop_per_step']:.0f}", seconds, f"{row['million_trainable']:.1f}", str(len(seeds))]
-        lines.append(_line([row["title"], *cells, *costs]))
-    lines += ["", f"At equal training FLOPs ({results['equal_flops']}):", "", *_header(["row", *metrics.values()])]
-    for row in (each for each in results["rows"].values() if not each.get("start")):
-        equal = [one["at_equal_flops"] for one in row["seeds"].values()]
-        lines.append(_line([row["title"], *(_spread([e[name] for e in equal if name in e]) for name in metrics)]))
+        title, seeds = row["title"], list(row["seeds"].values())
+        last = [run["test"] if world == "test" else run["val"][run["steps"]] for run in seeds]
+        costs = ["-", "-", "-"]
+        if _trains(row):
+            seconds = _spread([run["seconds_per_step"] for run in seeds], "{:.2f}")
+            costs = [f"{row['gflop_per_step']:.0f}", seconds, f"{row['million_trainable']:.1f}"]
+            equal_flops.append([title, *_spreads([run["at_equal_flops"] for run in seeds], metrics)])
+        equal_steps.append([title, *_spreads(last, metrics), *costs, str(len(seeds))])
+        for name in chance if world == "test" else ():
+            under = [_spread([run["controls"][control][name] for run in seeds]) for control in CONTROLS]
+            controls.append([title, metrics[name], _spread([run["test"][name] for run in seeds]), *under])
+    head = ["row", *metrics.values()]
+    lines = [f"{results['note']}; mean ± standard deviation over seeds, {world} world, equal steps:", ""]
+    lines += markdown_table([*head, "GFLOP a step", "s a step", "M trainable", "seeds"], equal_steps)
+    lines += ["", f"At equal training FLOPs ({results['equal_flops']}):", "", *markdown_table(head, equal_flops)]
     if world == "test":
         lines += ["", "With time destroyed (test world, both paths alike):", ""]
-        lines += _header(["row", "questions", "as filmed", *CONTROLS])
-        for row in results["rows"].values():
-            for name in chance:
-                seeds = list(row["seeds"].values())
-                under = [[one["controls"][control][name] for one in seeds] for control in CONTROLS]
-                cells = [_spread(values) for values in ([one["test"][name] for one in seeds], *under)]
-                lines.append(_line([row["title"], metrics[name], *cells]))
+        lines += markdown_table(["row", "questions", "as filmed", *CONTROLS], controls)
     return "\n".join(lines) + "\n"
 
 
-def _header(cells: Sequence[str]) -> list[str]:
-    return [_line(cells), "|" + "---|" * len(cells)]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _spreads(runs: Sequence[dict[str, float]], metrics: Iterable[str]) -> list[str]:
+    return [_spread([run[name] for run in runs if name in run]) for name in metrics]
 
 
 def _spread(values: Sequence[float], form: str = "{:.1f}") -> str:
     if not values:
         return "-"
     mean = form.format(float(np.mean(values)))
+    # Of the sample (ddof=1): three seeds stand for all.
     return f"{mean} ± {form.format(float(np.std(values, ddof=1)))}" if len(values) > 1 else mean
 
 
@@ -324,8 +309,9 @@ def plot(results: dict[str, Any], path: Path) -> None:
         return
     ((*axes,),) = figure.subplots(1, len(chance), sharey=True, squeeze=False)
     for axis, name in zip(axes, chance, strict=True):
-        for row in (each for each in results["rows"].values() if not each.get("start")):
-            curves = [one["val"] for one in row["seeds"].values()]
+        for row in filter(_trains, results["rows"].values()):
+            curves = [run["val"] for run in row["seeds"].values()]
+            # Only steps that every seed has reached: a mean over fewer seeds would jump.
             steps = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
             values = np.array([[curve[step].get(name, np.nan) for step in steps] for curve in curves])
             if steps:
@@ -335,8 +321,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axis.set(title=metrics[name], xlabel="steps")
     axes[0].set_ylabel("val world (%)")
     axes[0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=90)
+    save_picture(figure, path)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -349,8 +334,9 @@ def main(argv: Sequence[str]) -> int:
     add("--tables", action="store_true", help="train nothing")
     add("--dry_run", action="store_true", help="list the runs to do, and exit")
     args = parser.parse_args(argv)
-    study = read_study(Path(args.config_file))
-    world, runs = study.world, plan(study, Path(args.config_file), args.tune)
+    path = Path(args.config_file)
+    study = read_study(path)
+    world, runs = study.world, plan(study, path, args.tune)
     chosen = select(runs, *([name for name in text.split(",") if name] for text in (args.only, args.seeds)))
     todo = [run for run in chosen if not run.done]
     log.info("%d of %d runs are done", len(chosen) - len(todo), len(chosen))
@@ -365,20 +351,22 @@ def main(argv: Sequence[str]) -> int:
             # Fine-tuning reads the benchmarks' formats.
             for split in ("val", "test"):
                 write_benchmarks(Path(world.folder), split)
-        seconds = []
+        begin = time.monotonic()
         for number, run in enumerate(todo):
-            left = f", {timedelta(seconds=round(np.mean(seconds) * (len(todo) - number)))} left" if seconds else ""
+            # By the mean of this call's runs: resumed studies may be on another machine than their first runs.
+            mean = (time.monotonic() - begin) / max(1, number)
+            left = f", {timedelta(seconds=round(mean * (len(todo) - number)))} left" if number else ""
             log.info("run %d of %d: %s, seed %d%s", number + 1, len(todo), run.row, run.seed, left)
-            seconds.append(train(run))
+            train(run)
+    # All finished runs, not only the chosen: the files always show the whole study.
     results = gather(study, runs, args.tune)
-    output = Path(study.output)
-    output.mkdir(parents=True, exist_ok=True)
-    name = "tune" if args.tune else "final"
-    write_json(output / f"{name}.json", results)
-    (output / f"{name}.md").write_text(tables(results))
-    plot(results, output / f"{name}.png")
-    print(tables(results))
-    log.info("wrote %s/%s.json, .md and .png", output, name)
+    output = Path(study.output) / ("tune" if args.tune else "final")
+    markdown = tables(results)
+    write_json(output.with_suffix(".json"), results)
+    output.with_suffix(".md").write_text(markdown)
+    plot(results, output.with_suffix(".png"))
+    print(markdown)
+    log.info("wrote %s.json, .md and .png", output)
     return cli.DONE
 
 

@@ -35,56 +35,22 @@ def values(result: dict[str, Any]) -> str:
 class Benchmark(NamedTuple):
     """A benchmark: its options, the measurement that returns what ``--json`` prints, and that result as text."""
 
-    help: str
     add_options: Callable[[argparse.ArgumentParser], None]
     measure: Callable[[argparse.Namespace], Any]
     text: Callable[[Any], str] = values
 
 
+# What training and its data cost first, then what runs on a trained model.
 BENCHMARKS = {
-    "decode": Benchmark(
-        "CPU time to read a clip, by decoder and kind of file", data.decode_options, data.decode, data.decode_text
-    ),
-    "loader": Benchmark(
-        "clips/s from file to training-ready batch, ours and the usual way",
-        data.loader_options,
-        data.loader,
-        data.loader_text,
-    ),
-    "step": Benchmark("a training step: speed, share of the matmul peak, memory", training.step_options, training.step),
-    "slowfast": Benchmark(
-        "a co-training step against one with all weights trained", training.slowfast_options, training.slowfast
-    ),
-    "memory": Benchmark(
-        "batch, frames, checkpointing, accumulation -> peak memory",
-        training.memory_options,
-        training.memory,
-        training.memory_text,
-    ),
-    "table": Benchmark(
-        "millions of rows: start to first batch, memory of all processes",
-        data.table_options,
-        data.table,
-        data.table_text,
-    ),
-    "eval": Benchmark(
-        "mAP and nDCG of a full benchmark, against full-matrix sorting",
-        inference.eval_options,
-        inference.evaluation,
-        inference.eval_text,
-    ),
-    "hod": Benchmark(
-        "clips a second of the HOD pipeline by stage, and memory of a worker",
-        inference.hod_options,
-        inference.hod,
-        inference.hod_text,
-    ),
-    "probe": Benchmark(
-        "linear and k-NN probes on cached features: seconds, CPU seconds",
-        inference.probe_options,
-        inference.probe,
-        inference.probe_text,
-    ),
+    "decode": Benchmark(data.decode_options, data.decode, data.decode_text),
+    "loader": Benchmark(data.loader_options, data.loader, data.loader_text),
+    "step": Benchmark(training.step_options, training.step),
+    "slowfast": Benchmark(training.slowfast_options, training.slowfast),
+    "memory": Benchmark(training.memory_options, training.memory, training.memory_text),
+    "table": Benchmark(data.table_options, data.table, data.table_text),
+    "eval": Benchmark(inference.eval_options, inference.evaluation, inference.eval_text),
+    "hod": Benchmark(inference.hod_options, inference.hod, inference.hod_text),
+    "probe": Benchmark(inference.probe_options, inference.probe, inference.probe_text),
 }
 
 
@@ -92,12 +58,14 @@ def main(argv: Sequence[str]) -> int:
     parser = tool_parser(__doc__)
     commands = parser.add_subparsers(required=True, dest="benchmark", metavar="NAME")
     for name, each in BENCHMARKS.items():
-        command = commands.add_parser(name, help=each.help)
+        # The docstring of the measurement says what it measures: a second text would only get out of date.
+        command = commands.add_parser(name, help=each.measure.__doc__)
         command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
         each.add_options(command)
     options = parser.parse_args(argv)
     benchmark = BENCHMARKS[options.benchmark]
     result = benchmark.measure(options)
+    # On one line: benchmarks that start themselves again read the last line that a process printed.
     print(json.dumps(result) if options.json else benchmark.text(result))
     return cli.DONE
 

@@ -28,7 +28,6 @@ from egohod.data.config import SourceConfig
 from egohod.data.dataset import ClipDataset, EvalProtocol
 from egohod.data.formats.custom import rows_of_csv, whole_files, windows
 from egohod.data.storage import open_cache
-from egohod.data.table import ClipTable
 from egohod.distributed import Distributed, setup
 from egohod.errors import UserError
 from egohod.evaluation.embed import extract, remaining
@@ -44,42 +43,62 @@ log = logging.getLogger("extract_features")
 def main(arguments: Sequence[str]) -> int:
     parser = cli.parser(__doc__ or "", "configs/demo.yml")
     add = parser.add_argument
-    add(
-        "--videos", required=True, metavar="FOLDER", help="folder of video files (with --clips also s3://... or chunks)"
-    )
+    videos = "folder of video files (with --clips also s3://... or chunks)"
+    layouts = ("auto", "chunks", "avion", "whole")
+    add("--videos", required=True, metavar="FOLDER", help=videos)
     add("--checkpoint", required=True, metavar="PATH", help="checkpoint or run folder, or a file of trained weights")
     add("--output", required=True, type=Path, metavar="FOLDER", help="where the features go")
     add("--clips", type=Path, metavar="CSV", help="embed these clips: video_id,start_second,end_second[,text]")
     add("--window", type=float, metavar="SECONDS", help="embed windows of this length")
     add("--stride", type=float, metavar="SECONDS", help="from one window's start to the next (default: half a window)")
     add("--frames", type=int, metavar="N", help="frames of each clip (default: model.num_frames)")
-    add(
-        "--layout",
-        default="auto",
-        choices=("auto", "chunks", "avion", "whole"),
-        help="file layout of the videos of --clips",
-    )
+    add("--layout", default="auto", choices=layouts, help="file layout of the videos of --clips")
     add("--chunk_seconds", type=float, default=15.0, metavar="SECONDS", help="length of chunks (default: 15)")
     add("--allow_missing", action="store_true", help="leave out what cannot be read")
     add("--dry_run", action="store_true", help="print how much there is to do, and write nothing")
     args = parser.parse_intermixed_args(arguments)
+    # The model is that of the checkpoint; --config_file only adds what a checkpoint does not store.
     cfg = load_for_checkpoint(args)
-    clips, faults = _clips(args, cfg)
+    dataset = _dataset(args, cfg)
+    dist = setup(cfg.train.device)
+    try:
+        _embed(args, cfg, dist, dataset)
+    finally:
+        dist.close()
+    return cli.DONE
+
+
+def _dataset(args: argparse.Namespace, cfg: Config) -> ClipDataset:
+    """The clips to embed, without those that cannot be read if the user allows it."""
+    faults: list[str] = []
+    if args.clips and args.window is not None:
+        raise UserError("--clips and --window are two ways to say which clips; give one of them")
+    if args.stride is not None and args.window is None:
+        raise UserError("--stride needs --window")
+    if args.clips:
+        clips = rows_of_csv(args.clips)
+    elif args.window is not None:
+        # Half a window: a moment at the border of one window is in the middle of another.
+        stride = args.window / 2 if args.stride is None else args.stride
+        clips, faults = windows(args.videos, args.window, stride, cfg.data.decoder)
+    else:
+        clips, faults = whole_files(args.videos)
     layout = args.layout if args.clips else "whole"
     # Short clips are not widened, unlike in training: a user who asks for half a second gets half a second.
     source = SourceConfig(root=args.videos, layout=layout, chunk_seconds=args.chunk_seconds, min_clip_seconds=0.0)
     frames = cfg.model.num_frames if args.frames is None else args.frames
     if frames < 1:
         raise UserError(f"--frames must be at least 1, not {frames}")
-    protocol = EvalProtocol("features", "this project: one centre crop", frames=frames)
     dataset = ClipDataset(
         [(clips, source)],
-        protocol=protocol,
+        # One view of a clip: methods on top of features expect one vector a window.
+        protocol=EvalProtocol("features", "this project: one centre crop", frames=frames),
         size=geometry(cfg.model.name).image_size,
         decoder=cfg.data.decoder,
         cache=open_cache(cfg.data.cache, cfg.data.cache_gb),
     )
     missing = dataset.missing()
+    # Many clips of one video have one fault.
     lines = list(dict.fromkeys([*faults, *missing.values()]))
     if lines and not args.allow_missing:
         # All at once: a user with many videos should not mend them one run at a time.
@@ -90,13 +109,7 @@ def main(arguments: Sequence[str]) -> int:
     readable[list(missing)] = False
     if not readable.any():
         raise UserError(f"{args.videos}: not a single clip can be read")
-    dataset = dataset.restricted(readable)
-    dist = setup(cfg.train.device)
-    try:
-        _embed(args, cfg, dist, dataset)
-    finally:
-        dist.close()
-    return cli.DONE
+    return dataset.restricted(readable)
 
 
 def _embed(args: argparse.Namespace, cfg: Config, dist: Distributed, dataset: ClipDataset) -> None:
@@ -108,13 +121,16 @@ def _embed(args: argparse.Namespace, cfg: Config, dist: Distributed, dataset: Cl
     log.info(
         "%s clips of %s videos, of which %s clips of %s videos are to be embedded (%d frames, %d px); about %.3g MB",
         f"{len(dataset):,}", f"{len(rows_of):,}", f"{clips:,}", f"{len(todo):,}", frames, dataset.size,
+        # float32
         4e-6 * clips * (cfg.model.embed_dim or geometry(cfg.model.name).embed_dim),
     )  # fmt: skip
     if args.dry_run:
         return
     model = build_model(cfg, dist)
+    # Two runs into one folder would mix their features, which nobody could tell apart later.
     with cli.claimed_run(str(args.output), dist):
         if dist.is_main:
+            # All that two folders must share to be searched or compared together.
             index = {
                 "format": INDEX_FORMAT,
                 "model": cfg.model.name,
@@ -133,21 +149,6 @@ def _embed(args: argparse.Namespace, cfg: Config, dist: Distributed, dataset: Cl
     log.info("%s: embedded %s clips of %s videos", args.output, f"{done.clips:,}", f"{done.videos:,}")
     if done.faults:
         log.warning("%d clips could not be read and were left out", len(done.faults))
-
-
-def _clips(args: argparse.Namespace, cfg: Config) -> tuple[ClipTable, list[str]]:
-    """The clips to embed, and why some videos have none."""
-    if args.clips and args.window is not None:
-        raise UserError("--clips and --window are two ways to say which clips; give one of them")
-    if args.stride is not None and args.window is None:
-        raise UserError("--stride needs --window")
-    if args.clips:
-        return rows_of_csv(args.clips), []
-    if args.window is not None:
-        return windows(
-            args.videos, args.window, args.window / 2 if args.stride is None else args.stride, cfg.data.decoder
-        )
-    return whole_files(args.videos)
 
 
 if __name__ == "__main__":

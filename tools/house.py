@@ -21,6 +21,7 @@ import tempfile
 import threading
 import tokenize
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -51,9 +52,7 @@ class Measure:
 
     def __str__(self) -> str:
         low, high = self.limit
-        bound = (
-            f"{low:g} to {high:g}" if None not in self.limit else f"<= {high:g}" if high is not None else f">= {low:g}"
-        )
+        bound = f">= {low:g}" if high is None else f"<= {high:g}" if low is None else f"{low:g} to {high:g}"
         return f"{self.name:58} {self.value:>9,.6g}   {bound:>10}   {'' if self.is_met else 'EXCEEDED'}"
 
 
@@ -77,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     measures = measure(read_modules(ROOT), args.only)
     if args.trace:
         measures += trace()
+    # Measures that are met are printed as well: the table is the report.
     for each in measures:
         print(each)
         if args.details:
@@ -86,13 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def read_modules(root: Path) -> list[Module]:
     """Every Python file of the project outside tests/."""
-    paths = [
-        *sorted((root / "egohod").rglob("*.py")),
-        *sorted((root / "tools").rglob("*.py")),
-        *sorted(root.glob("*.py")),
-    ]
     modules = []
-    for path in paths:
+    for path in (path for below in ("egohod/**/", "tools/**/", "") for path in sorted(root.glob(f"{below}*.py"))):
         name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
         text = path.read_text(encoding="utf-8")
         modules.append(Module(path, name, text, ast.parse(text)))
@@ -101,18 +96,28 @@ def read_modules(root: Path) -> list[Module]:
 
 def measure(modules: Sequence[Module], only: str = "") -> list[Measure]:
     """All measures that need no running code; imports are always those of the whole project."""
-    imports = {each.name: _imports(each, {other.name for other in modules}) for each in modules}
+    names = {each.name for each in modules}
+    imports = {each.name: _imports(each, names) for each in modules}
+    # A package's cycles and importers lie mostly outside it: these two are always of the whole project.
     modules = [each for each in modules if str(each.path.relative_to(ROOT)).startswith(only)]
     lines = sum(len(each.text.splitlines()) for each in modules)
     comments = sum(_comment_lines(each.text) for each in modules)
+    # Python starts with a cycle as long as one side is delayed; a reader does not.
     cycles = _cycles(imports)
     lonely = _single_importers(imports)
     exceptions = _exception_classes(modules)
     banned = [f"{each.name}: {name}" for each in modules for name in sorted(_banned_identifiers(each.tree))]
+    # A median and not a mean: a few long tables must not hide that all else is chopped.
+    lengths = [
+        (node.end_lineno or node.lineno) - node.lineno + 1
+        for each in modules
+        for node in ast.walk(each.tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
     return [
         Measure("Python files", len(modules), (None, 100)),
         Measure("lines", lines, (None, 24_100)),
-        Measure("median function, lines", statistics.median(_function_lengths(modules)), (10, 15)),
+        Measure("median function, lines", statistics.median(lengths), (10, 15)),
         Measure("comment lines, percent", round(100 * comments / lines, 1), (8, None)),
         Measure("import cycles, lazy imports included", len(cycles), (None, 0), [" -> ".join(each) for each in cycles]),
         Measure("modules with one importer, not behind a protocol", len(lonely), (None, 0), lonely),
@@ -121,24 +126,14 @@ def measure(modules: Sequence[Module], only: str = "") -> list[Measure]:
     ]
 
 
-def _function_lengths(modules: Sequence[Module]) -> list[int]:
-    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
-    return [
-        (node.end_lineno or node.lineno) - node.lineno + 1
-        for each in modules
-        for node in ast.walk(each.tree)
-        if isinstance(node, functions)
-    ]
-
-
 def _comment_lines(text: str) -> int:
-    """Lines that hold a comment, alone or after code."""
+    # By tokens: a # within a string is no comment.
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
     return sum(token.type == tokenize.COMMENT for token in tokens)
 
 
 def _imports(module: Module, names: set[str]) -> set[str]:
-    """The project's modules that ``module`` imports, anywhere in it."""
+    # Anywhere in it, also within functions.
     imported = set()
     for node in _executed(module.tree):
         if isinstance(node, ast.Import):
@@ -155,6 +150,7 @@ def _imports(module: Module, names: set[str]) -> set[str]:
 def _executed(tree: ast.AST) -> Iterator[ast.AST]:
     """All nodes but those under ``if TYPE_CHECKING``."""
     for child in ast.iter_child_nodes(tree):
+        # Never run: annotations may point upwards.
         if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
             continue
         yield child
@@ -162,7 +158,7 @@ def _executed(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def _cycles(imports: dict[str, set[str]]) -> list[list[str]]:
-    """One shortest cycle through each module that is on one, each cycle once."""
+    # Breadth first from each module: one shortest cycle through it. A cycle is met from each of its modules.
     cycles: dict[frozenset[str], list[str]] = {}
     for start in imports:
         paths = [[start]]
@@ -179,7 +175,7 @@ def _cycles(imports: dict[str, set[str]]) -> list[list[str]]:
 
 
 def _single_importers(imports: dict[str, set[str]]) -> list[str]:
-    """Modules of the package that exactly one other module imports, and that are no variant behind a protocol."""
+    # Such a module is a part of its importer that a reader has to open another file for.
     lonely = []
     for name in imports:
         importers = [other for other, targets in imports.items() if name in targets]
@@ -196,6 +192,7 @@ def _exception_classes(modules: Sequence[Module]) -> list[str]:
         if isinstance(node, ast.ClassDef)
     }
 
+    # By name: importing every module to ask its classes would start torch.
     def is_exception(name: str) -> bool:
         builtin = getattr(builtins, name, None)
         if isinstance(builtin, type):
@@ -206,7 +203,7 @@ def _exception_classes(modules: Sequence[Module]) -> list[str]:
 
 
 def _banned_identifiers(tree: ast.AST) -> set[str]:
-    """Names that are defined (functions, classes, arguments, variables, attributes) with a banned part."""
+    # Where a name is defined: its uses follow, and those of other libraries are not ours.
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -226,6 +223,7 @@ def trace() -> list[Measure]:
         folder = Path(name)
         from egohod.demo import make_world
 
+        # The smallest world there is, cut to the first clip of each table.
         make_world(folder / "world", scale=0.01, workers=1, splits=["train"])
         for table in ("hod.csv", "narrations.csv"):
             path = folder / "world" / "train" / table
@@ -239,31 +237,32 @@ def trace() -> list[Measure]:
     ]
 
 
-class _Trace:
-    """Within, records the files of the package whose functions are called, also by threads that start meanwhile."""
+@contextmanager
+def _traced(files: set[str], folder: str = "egohod") -> Iterator[None]:
+    """Within, add the files of ``folder`` whose functions are called, also by threads that start meanwhile."""
 
-    def __init__(self, below: str = "egohod") -> None:
-        self.files: set[str] = set()
-        self._prefix = f"{ROOT / below}/"
+    def record(frame: FrameType, event: str, _: object) -> None:
+        code = frame.f_code
+        # A module's body runs when it is imported: that is set-up.
+        if event == "call" and code.co_filename.startswith(f"{ROOT / folder}/") and code.co_name != "<module>":
+            files.add(str(Path(code.co_filename).relative_to(ROOT)))
 
-    def __enter__(self) -> _Trace:
-        threading.setprofile(self._record)
-        sys.setprofile(self._record)
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    threading.setprofile(record)
+    sys.setprofile(record)
+    try:
+        yield
+    finally:
         sys.setprofile(None)
         threading.setprofile(None)
 
-    def _record(self, frame: FrameType, event: str, _: object) -> None:
-        code = frame.f_code
-        # A module's body runs when it is imported: that is set-up.
-        if event == "call" and code.co_filename.startswith(self._prefix) and code.co_name != "<module>":
-            self.files.add(str(Path(code.co_filename).relative_to(ROOT)))
 
-    def rows(self) -> set[str]:
-        """Of a trace of opening an annotation file: what parses a row. Choosing the format is set-up."""
-        return {each for each in self.files if not each.endswith("__init__.py")}
+@contextmanager
+def _traced_rows(files: set[str]) -> Iterator[None]:
+    """Within, which opens an annotation file, add what parses its rows. Choosing the format is set-up."""
+    opened: set[str] = set()
+    with _traced(opened, "egohod/data/formats"):
+        yield
+    files |= {each for each in opened if not each.endswith("__init__.py")}
 
 
 def _trace_training(folder: Path) -> list[str]:
@@ -277,18 +276,19 @@ def _trace_training(folder: Path) -> list[str]:
     split = folder / "world" / "train"
     knobs = [f"data.train.demo.metadata={split}/hod.csv", f"data.train.demo.root={split}/videos", "data.workers=0"]
     knobs += ["data.hard_negatives.share=0", "train.global_batch_size=1", "train.device=cpu", "model.num_frames=2"]
+    # Given, not searched for: how many clips fit the memory is set-up.
     cfg = config.load(ROOT / "configs" / "demo.yml", [*knobs, "train.max_batch_per_process=1"])
     dist = setup("cpu", alone=True)
     model = build_model(cfg, dist)
-    # The row is parsed when the annotation file is opened; the rest of that is set-up.
-    with _Trace("egohod/data/formats") as formats:
+    files: set[str] = set()
+    with _traced_rows(files):
         data = build_data(cfg, dist, model)
     step = TrainStep(model, cfg, dist, total_steps=1, steps_per_epoch=1)
     batches = train_loader(data.dataset, data.plan, start_step=0, total_steps=1, workers=0)
-    with _Trace() as trace:
+    with _traced(files):
         for batch in batches:
             step(1, [batch])
-    return sorted(trace.files | formats.rows())
+    return sorted(files)
 
 
 def _trace_pipeline(folder: Path, output: str) -> list[str]:
@@ -299,17 +299,19 @@ def _trace_pipeline(folder: Path, output: str) -> list[str]:
 
     split = folder / "world" / "train"
     knobs = [f"source.metadata={split}/narrations.csv", f"source.root={split}/videos", f"output={folder / output}"]
+    # Without workers: a profile function sees its own process alone.
     knobs += [f"detector.options.path={split}/detections.parquet", "demo.folder=null", "workers=0"]
     cfg = config.load(ROOT / "configs" / "hod" / "demo.yml", knobs)
-    with _Trace("egohod/data/formats") as formats:
+    files: set[str] = set()
+    with _traced_rows(files):
         pipeline = build(cfg)
         # Reads the files of detections and chooses the detector by its name, once for all clips: set-up too.
         pipeline.stages[0].prepare()
-    with _Trace() as trace:
+    with _traced(files):
         pipeline.run_all(Shard())
         pipeline.finish(Shard())
         pipeline.merge(1)
-    return sorted(trace.files | formats.rows())
+    return sorted(files)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from egohod.evaluation.results import mean_table
 def main(arguments: Sequence[str]) -> int:
     parser = tool_parser(__doc__)
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="output folders of evaluations")
+    # Read as results.json has them: a mean of rounded numbers could differ in the digit that papers print.
     print(mean_table(parser.parse_args(arguments).folders))
     return cli.DONE
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _common import load_for_checkpoint, run_tool, tool_parser
+from _common import load_for_checkpoint, run_tool, save_picture, tool_parser
 
 from egohod import cli
 from egohod.api import load_clip
@@ -47,16 +47,13 @@ def main(arguments: Sequence[str]) -> int:
     add("video", type=Path, metavar="VIDEO", help="a video file")
     add("overrides", nargs="*", metavar="section.key=value", help="change single knobs, e.g. train.device=cpu")
     cli.add_config_file(parser, "configs/demo.yml")  # for settings that the checkpoint does not store
-    add(
-        "--checkpoint",
-        required=True,
-        metavar="PATH",
-        help="run or checkpoint folder; with --sentences any weights file",
-    )
+    weights = "run or checkpoint folder; with --sentences any weights file"
+    add("--checkpoint", required=True, metavar="PATH", help=weights)
     add("--sentences", nargs="+", metavar="TEXT", help="rank these instead of classes")
     add("--window", type=float, default=2.0, metavar="SECONDS", help="length of a window of a long video (default: 2)")
     add("--output", type=Path, default=Path(), metavar="FOLDER", help="where a timeline goes (default: here)")
     args = parser.parse_intermixed_args(arguments)
+    # Not <=, which NaN would pass.
     if not args.window > 0:
         raise UserError(f"--window must be above 0, not {args.window:g}")
     try:
@@ -66,27 +63,34 @@ def main(arguments: Sequence[str]) -> int:
     cfg = load_for_checkpoint(args)
     windows = _windows(args.video, args.window, cfg.data.decoder)
     names, scores = _scores(cfg, args, windows)
+    # Stable: equal scores come in the order of the names, on every machine.
     best = np.argsort(-scores, axis=1, kind="stable")[:, : min(SHOWN, len(names))]
     if len(windows) == 1:
         for number in best[0]:
             print(f"{scores[0, number]:.3f}  {names[number]}")
         return cli.DONE
-    _write_csv(args.output / "timeline.csv", windows, names, scores, best)
-    log.info("wrote %s", args.output / "timeline.csv")
-    for (start, end), row, order in zip(windows, scores, best, strict=True):
-        print(f"{start:8.1f} - {end:.1f} s  {row[order[0]]:.3f}  {names[order[0]]}")
+    path = args.output / "timeline.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["start", "end", "rank", "label", "score"])
+        for (start, end), row, order in zip(windows, scores, best, strict=True):
+            for rank, number in enumerate(order, start=1):
+                writer.writerow([f"{start:.2f}", f"{end:.2f}", rank, names[number], f"{row[number]:.4f}"])
+            print(f"{start:8.1f} - {end:.1f} s  {row[order[0]]:.3f}  {names[order[0]]}")
+    log.info("wrote %s", path)
     _draw(args.output / "timeline.png", windows, names, scores)
     return cli.DONE
 
 
 def _windows(video: Path, window: float, decoder: str) -> list[tuple[float, float]]:
-    """The whole video, or windows of a long one; a rest at its end is a window of its own if it has half the length."""
+    """The whole video, or windows of a long one."""
     opened = choose_decoder(decoder)[1](video, str(video))
     duration = opened.duration
     opened.close()
     if duration <= 2 * window:
         return [(0.0, duration)]
     *before, (start, end) = spans(duration, window, window)
+    # A rest of less than half a window joins the one before: the model saw no such short clips.
     return [*before, (start, end)] if end - start >= window / 2 else [*before[:-1], (before[-1][0], end)]
 
 
@@ -97,6 +101,7 @@ def _scores(
     dist = setup(cfg.train.device, alone=True)
     if args.sentences:
         encoder: DualEncoder | ClassProbabilities = build_model(cfg, dist).eval()
+        # Both encoders return unit vectors, whose product is the cosine similarity.
         tokens = Tokenizer(encoder.geometry.context_length)(args.sentences).to(dist.device)
         with torch.inference_mode(), inference_precision(dist.device, torch.float32):
             names, columns = args.sentences, encoder.encode_text(tokens).T
@@ -108,10 +113,12 @@ def _scores(
             what = file if Path(args.checkpoint).is_file() else str(error)
             raise UserError(f"--checkpoint {args.checkpoint}: {what}; --sentences ranks sentences instead") from error
         encoder = ClassProbabilities(build_model(cfg, dist, classes), classes).eval()
+        # Features of this encoder are probabilities, one a class: the product below changes nothing.
         names, columns = classes.names, torch.eye(len(classes.names), device=dist.device)
     size = geometry(cfg.model.name).image_size
     rows = []
     with torch.inference_mode(), inference_precision(dist.device, torch.float32):
+        # One window in memory at a time, however long the video is.
         for start, end in windows:
             frames = load_clip(args.video, start, end, cfg.model.num_frames, cfg.data.decoder)
             video = normalise(center_crop(frames, size)[None].to(dist.device), encoder.image_stats)
@@ -119,19 +126,9 @@ def _scores(
     return names, np.stack(rows)
 
 
-def _write_csv(
-    path: Path, windows: Sequence[tuple[float, float]], names: Sequence[str], scores: np.ndarray, best: np.ndarray
-) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["start", "end", "rank", "label", "score"])
-        for (start, end), row, order in zip(windows, scores, best, strict=True):
-            for rank, number in enumerate(order, start=1):
-                writer.writerow([f"{start:.2f}", f"{end:.2f}", rank, names[number], f"{row[number]:.4f}"])
-
-
 def _draw(path: Path, windows: Sequence[tuple[float, float]], names: Sequence[str], scores: np.ndarray) -> None:
     """Plot the classes with the highest scores over time, a row each."""
+    # By its best moment: an action that lasts two of a hundred windows is worth a row.
     shown = np.argsort(-scores.max(axis=0), kind="stable")[:DRAWN]
     edges = [start for start, _ in windows] + [windows[-1][1]]
     figure = new_figure((12, 1 + 0.35 * len(shown)))
@@ -142,10 +139,10 @@ def _draw(path: Path, windows: Sequence[tuple[float, float]], names: Sequence[st
     axis.set(yticks=np.arange(len(shown)) + 0.5, yticklabels=[names[i] for i in shown], xlabel="seconds")
     for label in axis.get_yticklabels():
         label.set_parse_math(False)  # a $ is a $
+    # The best class at the top.
     axis.invert_yaxis()
     figure.colorbar(mesh, label="score")
-    figure.tight_layout()
-    figure.savefig(path, dpi=90)
+    save_picture(figure, path)
     log.info("wrote %s", path)
 
 

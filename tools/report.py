@@ -21,6 +21,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("folder", type=Path, help="the --output folder of main_eval.py")
     parser.add_argument("--decoder", default="auto", help="pyav, torchcodec, decord or auto (default)")
     args = parser.parse_args(arguments)
+    # Thumbnails are decoded again from the videos; all else is in the folder.
     write_report(args.folder, decoder=args.decoder)
     return cli.DONE
 

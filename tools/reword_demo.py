@@ -23,78 +23,72 @@ from egohod.data.formats.base import read_lines
 from egohod.demo.world import VERBS
 from egohod.errors import UserError
 
-SPLITS = ("val", "test")
-
 
 def reworded(questions: Sequence[dict], clips: pd.DataFrame, narrations: pd.Series) -> list[dict]:
     """``questions`` in the words of ``narrations`` (by uid); those without a narration are left out.
 
     ``clips`` has the columns of the world's hod.csv, with the uids as its index.
     """
-    opposite = {uid: _opposite(uid, row, clips) for uid, row in clips.iterrows()}
-    reworded_questions = []
+    results = []
     for question in questions:
         right = question["choices"][question["answer"]]
-        uid = right["clip"] if question["kind"] == "across_clips" else question["query"]["clip"]
+        across = question["kind"] == "across_clips"
+        uid = right["clip"] if across else question["query"]["clip"]
+        # The pipeline's check stage rejects some clips: their questions are left out, for all models alike.
         if uid not in narrations:
             continue
-        if question["kind"] == "across_clips":
-            reworded_questions.append({**question, "query": {"text": narrations[uid]}})
+        if across:
+            results.append({**question, "query": {"text": narrations[uid]}})
             continue
-        wrong = question["choices"][1 - question["answer"]]["text"]
         if question["kind"] == "object":
+            wrong = question["choices"][1 - question["answer"]]["text"]
+            # The two texts of the world differ in the object alone.
             (noun,) = set(wrong.split()) - set(right["text"].split())
             other = narrations[uid].replace(clips.loc[uid, "noun"], noun)
-        elif opposite[uid] in narrations:
-            other = narrations[opposite[uid]]
         else:
-            continue
+            row = clips.loc[uid]
+            same = clips[(clips.video_id == row.video_id) & (clips.noun == row.noun) & (clips.hand == row.hand)]
+            # The first, if several: their narrations differ by chance only.
+            opposite = same.index[same.verb == VERBS[row.verb].opposite]
+            if not len(opposite) or opposite[0] not in narrations:
+                continue
+            other = narrations[opposite[0]]
+        # The right answer keeps its place, which the world has drawn at random.
         choices = [{"text": other}, {"text": other}]
         choices[question["answer"]] = {"text": narrations[uid]}
-        reworded_questions.append({**question, "choices": choices})
-    return reworded_questions
-
-
-def _opposite(uid: str, row: pd.Series, clips: pd.DataFrame) -> str | None:
-    """The clip of the same video with the opposite verb, the same object and the same hand; the first, if several."""
-    same = clips[(clips.video_id == row.video_id) & (clips.noun == row.noun) & (clips.hand == row.hand)]
-    opposite = same.index[same.verb == VERBS[row.verb].opposite]
-    return str(opposite[0]) if len(opposite) else None
+        results.append({**question, "choices": choices})
+    return results
 
 
 def main(argv: Sequence[str]) -> int:
     parser = tool_parser(__doc__)
     add = parser.add_argument
+    narrated = "val.csv and test.csv of tools/generate_hod.py"
     add("--world", type=Path, required=True, metavar="FOLDER", help="the demo world")
-    add(
-        "--narrations", type=Path, required=True, metavar="FOLDER", help="val.csv and test.csv of tools/generate_hod.py"
-    )
+    add("--narrations", type=Path, required=True, metavar="FOLDER", help=narrated)
     add("--output", type=Path, required=True, metavar="FOLDER", help="val and test with other questions, videos linked")
     args = parser.parse_args(argv)
-    for split in SPLITS:
-        source, target = args.world / split, args.output / split
-        for path in (source / "hod.csv", args.narrations / f"{split}.csv"):
+    for split in ("val", "test"):
+        source, target, generated = args.world / split, args.output / split, args.narrations / f"{split}.csv"
+        for path in (source / "hod.csv", generated):
             if not path.is_file():
                 raise UserError(f"{path}: not found")
         clips = pd.read_csv(source / "hod.csv").set_index("uid")
-        narrations = pd.read_csv(args.narrations / f"{split}.csv").set_index("uid")["text"]
-        if strange := sorted(set(narrations.index) - set(clips.index)):
-            raise UserError(f"{args.narrations / split}.csv: uid '{strange[0]}' is of no clip of {source / 'hod.csv'}")
+        texts = pd.read_csv(generated).set_index("uid")["text"]
+        if strange := sorted(set(texts.index) - set(clips.index)):
+            raise UserError(f"{generated}: uid '{strange[0]}' is of no clip of {source / 'hod.csv'}")
         # Some narrations name the object's colour: without this, the colour alone would give the answer away.
-        narrations = pd.Series(
-            {
-                uid: text.replace(f"{clips.colour[uid]} {clips.noun[uid]}", clips.noun[uid])
-                for uid, text in narrations.items()
-            }
-        )
+        colour, noun = clips.colour, clips.noun
+        plain = {uid: text.replace(f"{colour[uid]} {noun[uid]}", noun[uid]) for uid, text in texts.items()}
         questions = [json.loads(line) for line in read_lines(source / "questions.jsonl")]
-        questions_out = reworded(questions, clips, narrations)
+        results = reworded(questions, clips, pd.Series(plain))
         target.mkdir(parents=True, exist_ok=True)
+        # Links: the videos are those of the world, and much larger than all else.
         for name in ("hod.csv", "classes.csv", "videos"):
             (target / name).unlink(missing_ok=True)
             (target / name).symlink_to((source / name).resolve())
-        (target / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions_out))
-        print(f"{split}: {len(questions_out)} of {len(questions)} questions in the pipeline's words")
+        (target / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in results))
+        print(f"{split}: {len(results)} of {len(questions)} questions in the pipeline's words")
     return cli.DONE
 
 

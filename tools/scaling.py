@@ -8,12 +8,12 @@ Nothing is measured here; each constant has its source beside it, measured or as
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from _common import tool_parser
+from _common import markdown_table, run_tool, tool_parser
 
 from egohod import cli
 from egohod.config import PROJECT, load_leniently
@@ -29,7 +29,8 @@ CROP = {4: 0.001, 16: 0.003}
 # Measured: bytes of a 15 s chunk of 426x320 H.264, the most that a clip within one chunk fetches.
 CHUNK_BYTES = 1.3e6
 # Assumed: network bandwidth of a node (8 GPUs), bytes a second (200 Gbit/s).
-LINK = 25e9
+LINK, NODE_GPUS = 25e9, 8
+GPUS = (8, 64, 512)
 
 
 @dataclass(frozen=True)
@@ -57,16 +58,12 @@ class Plan:
 
     gpus: int
     per_gpu: float
-    clips_per_second: float
-    """Of one GPU."""
+    clips_per_second: float  # of one GPU
     cores_original: float
     cores_chunked: float
-    storage: float
-    """Of all GPUs, a second."""
-    gathered: float
-    """Received by each GPU a step: the others' features forward, their gradients backward."""
-    reduced: float
-    """Sent and received by each GPU a step: the gradients of the weights, ring all-reduce in float32."""
+    storage: float  # of all GPUs, a second
+    gathered: float  # received by each GPU a step: the others' features forward, their gradients backward
+    reduced: float  # sent and received by each GPU a step: gradients of the weights, ring all-reduce in float32
     compute_seconds: float
     network_seconds: float
     hours: float
@@ -92,6 +89,7 @@ def cost(recipe: Recipe) -> Cost:
     work = float(step_flops(*sizes))
     if cfg.model.gradient_checkpointing:  # blocks are computed again in the backward pass
         work += forward_flops(*sizes)
+    # The weights of the largest model are gigabytes; on the meta device only their shapes exist.
     with torch.device("meta"):
         model = create_model(cfg.model, cfg.loss)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -107,53 +105,52 @@ def plan(recipe: Recipe, gpus: int, peak: float, utilisation: float) -> Plan:
     gathered = 2 * 2 * batch * each.width * 4 * others
     reduced = 2 * each.trained * 4 * others
     # Within a node links are ten times as fast: only what crosses between nodes counts, and in a ring all crosses once.
-    network = (gathered + reduced) / LINK if gpus > 8 else 0.0
-    step = max(compute, network)
+    network = (gathered + reduced) / LINK if gpus > NODE_GPUS else 0.0
+    # The network works while the GPUs compute the next gradients: the slower of both decides.
+    rate = batch / max(compute, network)
     return Plan(
-        gpus,
-        batch / gpus,
-        speed,
-        batch / step / gpus * (ORIGINAL[frames] + CROP[frames]),
-        batch / step / gpus * (CHUNKED[frames] + CROP[frames]),
-        batch / step * CHUNK_BYTES,
-        gathered,
-        reduced,
-        compute,
-        network,
-        recipe.epochs * recipe.clips / (batch / step) / 3600,
+        gpus=gpus,
+        per_gpu=batch / gpus,
+        clips_per_second=speed,
+        cores_original=rate / gpus * (ORIGINAL[frames] + CROP[frames]),
+        cores_chunked=rate / gpus * (CHUNKED[frames] + CROP[frames]),
+        storage=rate * CHUNK_BYTES,
+        gathered=gathered,
+        reduced=reduced,
+        compute_seconds=compute,
+        network_seconds=network,
+        hours=recipe.epochs * recipe.clips / rate / 3600,
     )
 
 
 def table(recipe: Recipe, peak: float, utilisation: float) -> str:
-    """The plans of one recipe on 8, 64 and 512 GPUs, in Markdown."""
-    lines = [
-        "| GPUs | clips a step and GPU | clips/s and GPU, computing | decode cores a GPU, original / chunked "
-        "| storage | features gathered | gradients reduced | computing / network a step | hours |",
-        "|" + "---|" * 9,
+    """The plans of one recipe by number of GPUs, in Markdown."""
+    head = [
+        *("GPUs", "clips a step and GPU", "clips/s and GPU, computing", "decode cores a GPU, original / chunked"),
+        *("storage", "features gathered", "gradients reduced", "computing / network a step", "hours"),
     ]
-    for gpus in (8, 64, 512):
+    rows = []
+    for gpus in GPUS:
         each = plan(recipe, gpus, peak, utilisation)
+        cells = [f"{each.per_gpu:g}", f"{each.clips_per_second:.0f}"]
+        cells += [f"{each.cores_original:.1f} / {each.cores_chunked:.1f}", f"{each.storage / 1e9:.2f} GB/s"]
+        cells += [f"{each.gathered / 1e6:.1f} MB", f"{each.reduced / 1e9:.2f} GB"]
+        cells += [f"{each.compute_seconds * 1000:.0f} / {each.network_seconds * 1000:.0f} ms", f"{each.hours:.1f}"]
         if each.per_gpu < 1:
-            lines.append(f"| {gpus} | the batch has fewer clips than there are GPUs |" + " |" * 7)
-            continue
-        lines.append(
-            f"| {each.gpus} | {each.per_gpu:g} | {each.clips_per_second:.0f} | {each.cores_original:.1f} / "
-            f"{each.cores_chunked:.1f} | {each.storage / 1e9:.2f} GB/s | {each.gathered / 1e6:.1f} MB | "
-            f"{each.reduced / 1e9:.2f} GB | {each.compute_seconds * 1000:.0f} / {each.network_seconds * 1000:.0f} ms | "
-            f"{each.hours:.1f} |"
-        )
-    return "\n".join(lines)
+            cells = ["the batch has fewer clips than there are GPUs", *[""] * 7]
+        rows.append([str(gpus), *cells])
+    return "\n".join(markdown_table(head, rows))
 
 
-def main() -> int:
+def main(arguments: Sequence[str]) -> int:
     parser = tool_parser(__doc__)
     parser.add_argument("--peak", type=float, default=312.0, help="bf16 TFLOP/s of the GPU (default: 312, A100)")
     parser.add_argument("--utilisation", type=float, default=0.4, help="fraction that a step reaches (default: 0.4)")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     for recipe in RECIPES:
         print(f"{recipe.name} (`{recipe.config}`)\n\n{table(recipe, args.peak * 1e12, args.utilisation)}\n")
     return cli.DONE
 
 
 if __name__ == "__main__":
-    sys.exit(cli.while_read(main))
+    run_tool(main)

@@ -46,20 +46,24 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"--top must be at least 1, not {args.top}")
     if not args.sentence.strip():
         raise UserError("the sentence is empty")
+    # Both are read before the model, which takes seconds to load: a wrong folder fails at once.
     index = read_index(args.index)
     features, missing = read_features(args.index)
     if missing:
         log.warning("%d of %d videos have no features yet", missing, len(index["videos"]))
     cfg = config.load(args.index / CONFIG_FILE, [f"model.weights.path={args.checkpoint}"] if args.checkpoint else [])
+    # Alone: variables of a launcher, as in an interactive Slurm job, must not make it wait for others.
     dist = setup(cfg.train.device, alone=True)
     model = build_model(cfg, dist)
     # Another checkpoint has another embedding space: similarities to these features would be noise.
     if fingerprint(model) != index["weights"]:
         raise UserError(f"{cfg.model.weights.path}: not the weights that made {args.index}; give --checkpoint")
     tokenizer = Tokenizer(model.geometry.context_length)
+    # One text, no workers.
     query = embed_texts(model, [args.sentence], tokenizer, Execution(1, 0, dist))[0].numpy()
     hits = search(query, features, args.top, args.overlapping)
     if args.json:
+        # The end of a whole video is infinite in the index, which JSON cannot hold.
         print(json.dumps([dataclasses.asdict(hit) | {"end": hit.end if hit.end < 1e18 else None} for hit in hits]))
     else:
         width = max(len(hit.video) for hit in hits)

@@ -28,6 +28,7 @@ from egohod.training.build import build_dataset, build_plan
 
 log = logging.getLogger("show_batch")
 
+# Pixels: half of the usual input, so that sixteen frames fit a screen.
 CELL = 112
 GAP, CAPTION = 4, 30
 PAPER, INK, FRAME = (250, 250, 247), (20, 20, 20), (230, 60, 30)
@@ -40,12 +41,14 @@ def sheet(views: Sequence[tuple[str, View]], columns: int = 16) -> Image.Image:
     """
     count = min(columns, views[0][1].video.shape[1])
     wide = 4 * CELL // 3
+    # Left the whole picture, at most 4:3; then the frames.
     size = (wide + count * (CELL + GAP) + 2 * GAP, len(views) * (CELL + CAPTION + GAP) + GAP)
     image = Image.new("RGB", size, PAPER)
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(11)
     for row, (title, view) in enumerate(views):
         top = GAP + row * (CELL + CAPTION + GAP)
         mirrored = " [mirrored]" if view.flipped else ""
+        # About six pixels a letter.
         lines = textwrap.wrap(f"{title}{mirrored}: {view.text}", max(40, size[0] // 6), max_lines=2, placeholder=" ...")
         pen.multiline_text((GAP, top), "\n".join(lines), INK, font, spacing=1)
         whole = Image.fromarray(view.frames[0])
@@ -60,6 +63,7 @@ def sheet(views: Sequence[tuple[str, View]], columns: int = 16) -> Image.Image:
             # Small inputs are shown pixel by pixel, as the model gets them.
             resampling = Image.Resampling.NEAREST if picture.width < CELL else Image.Resampling.BICUBIC
             picture = picture.resize((CELL, CELL), resampling)
+            # Boxes are fractions of the crop, NaN where a hand or an object is not in the frame.
             for box, colour in zip(view.boxes[frame] if view.boxes is not None else (), ROLE_COLOURS, strict=False):
                 if np.isfinite(box).all():
                     edges = (box * (CELL - 1)).round().tolist()
@@ -80,6 +84,7 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError("--step and --clips count from 1")
     cfg = config.load(args.config_file, cli.overrides(args))
     dataset = build_dataset(cfg, geometry(cfg.model.name).image_size)
+    # The plan of training itself: the same clips, crops and flips as in that step of a run.
     keys = build_plan(cfg, dataset).keys(args.step - 1)[: args.clips].tolist()
     views = []
     for epoch, index in keys:
@@ -88,6 +93,7 @@ def main(arguments: Sequence[str]) -> int:
             continue
         try:
             views.append((dataset.where(index), dataset.view((epoch, index))))
+        # As in training, which draws another clip in its place; here the gap is worth a line.
         except VideoError as error:
             if args.strict:
                 raise UserError(f"{dataset.where(index)}: {error}") from error

@@ -15,6 +15,7 @@ is checked before anything is submitted.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import signal
@@ -29,17 +30,17 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from _common import run_tool, tool_parser
+from _common import ROOT, run_tool, tool_parser
 
 from egohod import cli, config
 from egohod.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = {"pretrain": "main_pretrain.py", "finetune": "main_finetune.py"}
 FOLDER = "submitted"
 # A copy: a task unpickles Training before this project can be imported, so that it must not refer to egohod.
 UNFINISHED = cli.UNFINISHED
 UNITS = {"m": 1, "h": 60, "d": 24 * 60}
+# squeue loads the scheduler, which clusters ask users to spare.
 STATUS_SECONDS = 10
 
 
@@ -56,7 +57,11 @@ class Training:
         """Run the program to its end. Raises RuntimeError if it fails."""
         with tempfile.TemporaryDirectory() as folder:
             unfinished = Path(folder) / "unfinished"
-            ours = self.environment | _local_place() | {UNFINISHED: str(unfinished)}
+            ours = self.environment | {UNFINISHED: str(unfinished)}
+            if "SUBMITIT_LOCAL_NTASKS" in os.environ:
+                # The variables that torchrun would set: without Slurm this tool is the launcher.
+                names = {"RANK": "GLOBALID", "LOCAL_RANK": "LOCALID", "WORLD_SIZE": "NTASKS"}
+                ours |= {name: os.environ[f"SUBMITIT_LOCAL_{theirs}"] for name, theirs in names.items()}
             # Slurm signals all processes of a job; the program ignores that one, and checkpoint() stops it instead.
             self._child = subprocess.Popen(
                 self.command,
@@ -64,6 +69,7 @@ class Training:
                 env=os.environ | ours,
                 preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
             )
+            # Waited for in a thread, because a signal handler of the main one may have to wait as well.
             threading.Thread(target=lambda: self._codes.append(self._child.wait()), daemon=True).start()
             code = self._wait()
             if code == 0 and unfinished.exists() and _may_requeue():
@@ -85,6 +91,7 @@ class Training:
             # is no point in trying again.
             if code not in (0, -signal.SIGUSR1):
                 raise RuntimeError(f"exit code {code}")
+        # A fresh one: this one holds a process, which cannot be pickled.
         again = Training(self.command, self.environment)
         again.folder = self.folder
         return DelayedSubmission(again)
@@ -96,20 +103,10 @@ class Training:
         return self._codes[0]
 
 
-def _local_place() -> dict[str, str]:
-    """The variables that torchrun would set; without Slurm this tool is the launcher."""
-    if "SUBMITIT_LOCAL_NTASKS" not in os.environ:
-        return {}
-    names = {"RANK": "GLOBALID", "LOCAL_RANK": "LOCALID", "WORLD_SIZE": "NTASKS"}
-    return {name: os.environ[f"SUBMITIT_LOCAL_{theirs}"] for name, theirs in names.items()}
-
-
 def _may_requeue() -> bool:
-    """False for a job that was cancelled, which Slurm would requeue as well."""
+    # False for a job that was cancelled, which Slurm would requeue as well.
     job = os.environ.get("SLURM_JOB_ID")
-    if job is None:
-        return True
-    return _queue(job)[:1] == ["RUNNING"]
+    return job is None or _queue(job)[:1] == ["RUNNING"]
 
 
 def _queue(job: str) -> list[str]:
@@ -128,30 +125,33 @@ def main(arguments: Sequence[str]) -> int:
         return cli.DONE
     if not args.config:
         raise UserError("which configuration? python tools/submit.py --help shows examples")
-    cfg = config.load(args.config, args.overrides)
-    folder = Path(cfg.train.output).resolve() / FOLDER
+    # Loaded here only to find mistakes before a job waits in the queue for hours; and for its output folder.
+    run = Path(config.load(args.config, args.overrides).train.output).resolve()
+    # Absolute: a job may start in another folder.
     command = [sys.executable, str(ROOT / PROGRAMS[args.program]), "--config_file", str(Path(args.config).resolve())]
-    command += [*args.overrides, f"train.output={Path(cfg.train.output).resolve()}"]
+    command += [*args.overrides, f"train.output={run}"]
     parameters = _parameters(args)
     if args.dry_run:
-        print(_sbatch_file(folder, parameters))
+        print(_sbatch_file(run / FOLDER, parameters))
         print("# in every task: " + " ".join(command))
         return cli.DONE
-    return _submit(folder, command, parameters, args)
+    return _submit(run, command, parameters, args)
 
 
-def _submit(folder: Path, command: list[str], parameters: dict[str, Any], args: argparse.Namespace) -> int:
+def _submit(run: Path, command: list[str], parameters: dict[str, Any], args: argparse.Namespace) -> int:
     import submitit
 
-    environment = {}
+    folder, environment = run / FOLDER, {}
     if args.cluster == "local":
         if args.nodes > 1:
             raise UserError("--cluster local is one node; --processes says how many processes")
-        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    # submitit counts how often a job ran out of time and gives up after this many.
+    requeues = {f"{args.cluster}_max_num_timeout": args.requeues}
     try:
-        executor = submitit.AutoExecutor(
-            folder, cluster=args.cluster, **{f"{args.cluster}_max_num_timeout": args.requeues}
-        )
+        executor = submitit.AutoExecutor(folder, cluster=args.cluster, **requeues)
     except RuntimeError as error:
         raise UserError(f"no Slurm here ({error}); --cluster local runs on this machine") from error
     executor.update_parameters(**parameters)
@@ -159,15 +159,12 @@ def _submit(folder: Path, command: list[str], parameters: dict[str, Any], args: 
         job = executor.submit(Training(command, environment))
     except (submitit.core.utils.FailedSubmissionError, submitit.core.utils.FailedJobError) as error:
         raise UserError(f"sbatch refused: {str(error).strip()}") from error
+    # For --status, which may be asked much later.
     (folder / "job").write_text(f"{args.cluster} {job.job_id}")
     print(f"job {job.job_id}; {job.paths.stderr} is its log")
-    if args.cluster == "local" or args.watch:
-        return _watch(folder.parent, job)
-    print(f"python tools/submit.py --status {folder.parent}")
-    return cli.DONE
-
-
-def _watch(run: Path, job: Any) -> int:
+    if args.cluster != "local" and not args.watch:
+        print(f"python tools/submit.py --status {run}")
+        return cli.DONE
     printed, due = "", 0.0
     while not job.done():
         time.sleep(0.5)
@@ -192,6 +189,7 @@ def status(run: Path) -> str:
         raise UserError(f"{run}: nothing was submitted with this run folder") from error
     log = folder / f"{job}_0_log.err"
     text = log.read_text(errors="replace") if log.exists() else ""
+    # The log is the only thing that is always there; metrics.jsonl comes with the first logged step.
     steps = re.findall(r"step \d+/\d+ .*", text)
     state = _state(cluster, job, folder)
     progress = f"{steps[-1]}  ({time.time() - log.stat().st_mtime:.0f} s ago)" if steps else "no step yet"
@@ -202,8 +200,11 @@ def _state(cluster: str, job: str, folder: Path) -> str:
     if cluster == "slurm":
         if queued := _queue(job):
             return queued[0] if queued[-1] == "None" else f"{queued[0]} ({queued[-1]})"
-    elif _is_alive(int(job)):
-        return "RUNNING"
+    else:
+        # A zombie has ended; only this process, its parent, has not collected it yet.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if psutil.Process(int(job)).status() != psutil.STATUS_ZOMBIE:
+                return "RUNNING"
     result = folder / f"{job}_0_result.pkl"
     if not result.exists():
         return "GONE"
@@ -211,24 +212,19 @@ def _state(cluster: str, job: str, folder: Path) -> str:
     return "FINISHED" if b"success" in result.read_bytes()[:40] else "FAILED"
 
 
-def _is_alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 def _parameters(args: argparse.Namespace) -> dict[str, Any]:
     """The command line as parameters of submitit."""
-    processes = args.processes or args.gpus or 1
+    time_limit = re.fullmatch(r"(\d+)([mhd])", args.time)
+    if not time_limit:
+        raise UserError(f"--time {args.time}: write 90m, 4h or 2d")
     parameters = {
         "name": args.name,
         "nodes": args.nodes,
-        "tasks_per_node": processes,
+        "tasks_per_node": args.processes or args.gpus or 1,
         "gpus_per_node": args.gpus,
         "cpus_per_task": args.cpus,
         "mem_gb": args.mem,
-        "timeout_min": _minutes(args.time),
+        "timeout_min": int(time_limit[1]) * UNITS[time_limit[2]],
         "slurm_partition": args.partition,
         "slurm_account": args.account,
         "slurm_qos": args.qos,
@@ -238,6 +234,7 @@ def _parameters(args: argparse.Namespace) -> dict[str, Any]:
         "slurm_srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={args.cpus}"],
         "slurm_additional_parameters": {"requeue": True},
     }
+    # What is not given is left to the cluster's defaults.
     return {name: value for name, value in parameters.items() if value}
 
 
@@ -245,6 +242,7 @@ def _sbatch_file(folder: Path, parameters: dict[str, Any]) -> str:
     """What submitit would give to sbatch, also where there is none."""
     from submitit.slurm import slurm
 
+    # submitit's own private functions: its executor makes the file only where sbatch is installed.
     its = slurm.SlurmExecutor._equivalence_dict() | {"mem_gb": "mem"}
     named = {name.removeprefix("slurm_"): value for name, value in parameters.items()}
     named = {its.get(name, name): value for name, value in named.items()}
@@ -253,19 +251,7 @@ def _sbatch_file(folder: Path, parameters: dict[str, Any]) -> str:
     return slurm._make_sbatch_string(f"{sys.executable} -u -m submitit.core._submit {folder}", folder, **named)
 
 
-def _minutes(text: str) -> int:
-    match = re.fullmatch(r"(\d+)([mhd])", text)
-    if not match:
-        raise UserError(f"--time {text}: write 90m, 4h or 2d")
-    return int(match[1]) * UNITS[match[2]]
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
+# Names are Slurm's where it has one, so that a line of an sbatch file can be copied.
 def _parser() -> argparse.ArgumentParser:
     parser = tool_parser(__doc__)
     add = parser.add_argument

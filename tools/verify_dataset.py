@@ -11,6 +11,7 @@ be read; 1: some cannot; 2: something in the configuration or the tables that th
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import logging
@@ -30,14 +31,15 @@ from egohod.data.formats.base import EXCLUDE_COLUMNS
 from egohod.data.storage import VideoError, one_clip
 from egohod.data.table import ClipReader
 from egohod.errors import UserError
+from egohod.evaluation.features import write_json
 from egohod.runtime import Lost, Progress, Workers, atomic_write, usable_cores
 from egohod.training.build import active_sources, build_dataset
 
 log = logging.getLogger("verify_dataset")
 
-# Clips that are read, noted and reported together.
+# Clips that are read, noted and reported together: what a killed run loses at most.
 BLOCK = 64
-# Seconds for a block, or for one clip of a block that took longer.
+# Seconds for a block, or for one clip of a block that took longer. Long: a network drive may stall for minutes.
 _PATIENCE = 600.0
 
 Fault = tuple[int, str]
@@ -69,26 +71,24 @@ class Verifier:
     """
 
     def __init__(self, name: str, source: ClipReader, folder: Path, frames: int = 4) -> None:
-        self.name = name
-        self.source = source
+        self.name, self.source = name, source
         self.exclude = folder / f"{name}_exclude.csv"
         self._notes = folder / f"{name}_progress.jsonl"
         self._frames = frames
         table = source.table
         # By video and time: neighbours share files, which the system then still has in memory.
-        self._order = np.lexsort((table.column("start_second"), table.group_codes(["video"])))
+        order = np.lexsort((table.column("start_second"), table.group_codes(["video"])))
+        self._blocks = [order[i : i + BLOCK] for i in range(0, len(order), BLOCK)]
         status = table.path.stat()
         # All that a result depends on: when it changes, everything is read again.
         self._identity = [repr(source.config), status.st_size, status.st_mtime_ns, len(table), frames]
-
-    def _clips(self, block: int) -> list[int]:
-        return self._order[block * BLOCK : (block + 1) * BLOCK].tolist()
 
     def _fault(self, index: int) -> str | None:
         """Why a clip cannot be read, None if it can."""
         row = self.source.table.row(index)
         try:
             with one_clip(row.video_id):
+                # As in training, but the middle of each segment: a fault must not depend on chance.
                 self.source.read(row, self._frames, None)
         except VideoError as error:
             return str(error)
@@ -96,17 +96,17 @@ class Verifier:
 
     def _check(self, block: int) -> list[Fault]:
         """The clips of a block that cannot be read."""
-        faults = ((index, self._fault(index)) for index in self._clips(block))
+        faults = ((index, self._fault(index)) for index in self._blocks[block].tolist())
         return [(index, reason) for index, reason in faults if reason is not None]
 
     def estimate(self, samples: int = 3) -> float:
         """Seconds that one process needs for all clips, measured on a few blocks."""
-        blocks = -(-len(self._order) // BLOCK)
-        chosen = np.unique(np.linspace(0, blocks - 1, samples).astype(int)).tolist()
+        # Spread over the table: sources differ from folder to folder.
+        chosen = np.unique(np.linspace(0, len(self._blocks) - 1, samples).astype(int)).tolist()
         begin = time.perf_counter()
         for block in chosen:
             self._check(block)
-        return (time.perf_counter() - begin) / len(chosen) * blocks
+        return (time.perf_counter() - begin) / len(chosen) * len(self._blocks)
 
     def run(self, workers: int, progress: Progress | None = None, strict: bool = False) -> Verdict:
         """Read the clips that are not noted yet, and write the exclude list.
@@ -115,30 +115,32 @@ class Verifier:
         that clip's fault. With ``strict`` the first fault is raised as :class:`UserError`.
         """
         noted = self._read_notes()
-        blocks = range(-(-len(self._order) // BLOCK))
         if noted:
-            log.info("%s: %d of %d blocks were read before an interruption", self.name, len(noted), len(blocks))
+            log.info("%s: %d of %d blocks were read before an interruption", self.name, len(noted), len(self._blocks))
         faults = [fault for block in noted.values() for fault in block]
-        todo = [block for block in blocks if block not in noted]
-        done = len(self._order) - sum(len(self._clips(block)) for block in todo)
+        todo = [block for block in range(len(self._blocks)) if block not in noted]
+        total = len(self.source.table)
+        done = total - sum(len(self._blocks[block]) for block in todo)
         try:
             with self._notes.open("a", encoding="utf-8") as notes:
                 if not noted:
-                    notes.truncate(0)
+                    notes.truncate(0)  # what another table or another setting left
                     notes.write(json.dumps(self._identity) + "\n")
                 for block, block_faults in self._results(todo, workers):
                     notes.write(json.dumps([block, block_faults]) + "\n")
+                    # A run of days is killed sooner or later; what is not in the file by then is read again.
                     notes.flush()
                     faults += block_faults
-                    done += len(self._clips(block))
+                    done += len(self._blocks[block])
                     if progress:
-                        progress.update(done, total=len(self._order), note=f"{len(faults):,} unreadable")
+                        progress.update(done, total=total, note=f"{len(faults):,} unreadable")
                     if strict and block_faults:
                         index, reason = block_faults[0]
                         raise UserError(f"{self.source.table.where(index)}: {reason}")
             with atomic_write(self.exclude) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file)
                 writer.writerow([*EXCLUDE_COLUMNS, "row", "reason"])
+                # In the table's order: workers finish in another one each time.
                 for index, reason in sorted(faults):
                     row = self.source.table.row(index)
                     writer.writerow([row.video_id, f"{row.start:.3f}", f"{row.end:.3f}", row.row, reason])
@@ -146,7 +148,7 @@ class Verifier:
             self._notes.unlink()
         except OSError as error:
             raise UserError(f"cannot write {self.exclude.parent}: {error.strerror or error}; run again") from error
-        return Verdict(len(self._order), sorted(faults))
+        return Verdict(total, sorted(faults))
 
     def _results(self, todo: list[int], workers: int) -> Iterator[tuple[int, list[Fault]]]:
         if not workers:
@@ -161,7 +163,7 @@ class Verifier:
         """The faults of a block at which a process died or took too long: the clip to blame is among them."""
         faults = list[Fault]()
         with Workers(1, self._fault, _PATIENCE) as pool:
-            for index, reason in pool.unordered(self._clips(block)):
+            for index, reason in pool.unordered(self._blocks[block].tolist()):
                 if isinstance(reason, Lost):
                     reason = f"{self.source.table.row(index).video_id}: {reason.reason}"
                 if reason is not None:
@@ -171,66 +173,62 @@ class Verifier:
     def _read_notes(self) -> dict[int, list[Fault]]:
         """Faults by block, of an earlier run over the same table."""
         try:
-            lines = self._notes.read_text(encoding="utf-8", errors="replace").split("\n")
+            first, *lines = self._notes.read_text(encoding="utf-8", errors="replace").split("\n")
         except FileNotFoundError:
             return {}
-        if not lines or lines[0] != json.dumps(self._identity):
-            return {}
-        noted = {}
-        for line in lines[1:]:
-            try:
+        noted: dict[int, list[Fault]] = {}
+        if first != json.dumps(self._identity):
+            return noted
+        for line in lines:
+            # A line may be cut off where the run was killed, or damaged: its block is read again.
+            with contextlib.suppress(ValueError, TypeError, RecursionError):
                 block, faults = json.loads(line)
                 noted[block] = [(index, reason) for index, reason in faults]
-            except (ValueError, TypeError, RecursionError):  # cut off when the run was killed, or damaged
-                continue
         return noted
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = cli.parser(__doc__ or "", "configs/demo.yml")
-    parser.add_argument("--output", type=Path, default=Path("verified"), help="folder of the lists (default: verified)")
-    cores = usable_cores()
-    parser.add_argument("--workers", type=int, default=cores, help="processes (default: one per core)")
-    parser.add_argument("--frames", type=int, default=4, help="frames read of each clip (default: 4)")
-    parser.add_argument("--strict", action="store_true", help="stop at the first clip or row that cannot be used")
-    parser.add_argument("--dry_run", action="store_true", help="print how much there is to do, and write nothing")
+    add = parser.add_argument
+    add("--output", type=Path, default=Path("verified"), help="folder of the lists (default: verified)")
+    add("--workers", type=int, default=usable_cores(), help="processes (default: one per core)")
+    add("--frames", type=int, default=4, help="frames read of each clip (default: 4)")
+    add("--strict", action="store_true", help="stop at the first clip or row that cannot be used")
+    add("--dry_run", action="store_true", help="print how much there is to do, and write nothing")
     args = parser.parse_intermixed_args(arguments)
     if args.workers < 1 or args.frames < 1:
         raise UserError("--workers and --frames count from 1")
+    # --strict counts for rows, which are read while the dataset is built, and for clips.
     cfg = config.load(args.config_file, cli.overrides(args))
-    dataset = build_dataset(cfg, size=1)
-    verifiers = [
-        Verifier(name, source, args.output, args.frames)
-        for name, source in zip(active_sources(cfg), dataset.sources, strict=True)
-    ]
+    # The size does not matter: clips are read as they are in the file, and not transformed.
+    sources = zip(active_sources(cfg), build_dataset(cfg, size=1).sources, strict=True)
+    verifiers = [Verifier(name, source, args.output, args.frames) for name, source in sources]
     if args.dry_run:
         for verifier in verifiers:
             table = verifier.source.table
             videos = len(set(table.group_codes(["video"]).tolist()))
-            hours = verifier.estimate() / max(1, args.workers) / 3600
-            log.info(
-                "%s: %s clips of %s videos, about %s (%.3g hours)",
-                verifier.name, f"{len(table):,}", f"{videos:,}", timedelta(seconds=round(3600 * hours)), hours,
-            )  # fmt: skip
+            seconds = verifier.estimate() / args.workers
+            log.info("%s: %s clips of %s videos, about %s (%.3g hours)", verifier.name, f"{len(table):,}",
+                     f"{videos:,}", timedelta(seconds=round(seconds)), seconds / 3600)  # fmt: skip
         return cli.DONE
     args.output.mkdir(parents=True, exist_ok=True)
-    verdicts = dict[str, Verdict]()
+    report, has_faults = {}, False
     for verifier in verifiers:
         with Progress(verifier.name, len(verifier.source.table)) as progress:
-            verdicts[verifier.name] = verifier.run(args.workers, progress, args.strict)
-    report = {
-        name: {"clips": verdict.clips, "unreadable": len(verdict.faults), "reasons": verdict.reasons}
-        for name, verdict in verdicts.items()
-    }
-    (args.output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            verdict = verifier.run(args.workers, progress, args.strict)
+        unreadable, reasons = len(verdict.faults), verdict.reasons
+        report[verifier.name] = {"clips": verdict.clips, "unreadable": unreadable, "reasons": reasons}
+        has_faults |= unreadable > 0
+    write_json(args.output / "report.json", report)
+    # After all sources: progress lines of the next one would push the reasons out of sight.
     for verifier in verifiers:
-        verdict = verdicts[verifier.name]
-        log.info("%s: %d clips, %d unreadable", verifier.name, verdict.clips, len(verdict.faults))
-        for reason, count in verdict.reasons.items():
+        result = report[verifier.name]
+        log.info("%s: %d clips, %d unreadable", verifier.name, result["clips"], result["unreadable"])
+        for reason, count in result["reasons"].items():
             log.info("    %6d  %s", count, reason)
-        if verdict.faults:
+        if result["unreadable"]:
             log.info("    leave them out with data.train.%s.exclude=%s", verifier.name, verifier.exclude)
-    return cli.BROKEN if any(verdict.faults for verdict in verdicts.values()) else cli.DONE
+    return cli.BROKEN if has_faults else cli.DONE
 
 
 if __name__ == "__main__":

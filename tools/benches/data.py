@@ -23,17 +23,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import json
 import os
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import av
@@ -42,6 +42,7 @@ import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
+from benches.training import alternate, json_of, timed
 from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -62,8 +63,7 @@ from egohod.training.config import TrainConfig
 DECODERS = ("pyav", "torchcodec", "decord")
 # As in EK100_320p_15sec, the form in which AVION trains: a short side of 320 pixels, chunks of 15 s.
 WIDTH, HEIGHT, FPS, CHUNK_SECONDS, KEYFRAME_EVERY = 426, 320, 30, 15, 15
-CLIP_SECONDS = 2.0
-CROP_SCALE_MIN = 0.5
+CLIP_SECONDS, CROP_SCALE_MIN = 2.0, 0.5
 # Of the original that is chunked: what cameras and archives have.
 ORIGINAL_KEYFRAME_EVERY, CHUNKED_SHORT_SIDE = 250, 256
 BUCKET = "egohod-bench"
@@ -76,10 +76,13 @@ server.start()
 print(server.get_host_and_port()[1], flush=True)
 sys.stdin.read()  # until the benchmark closes the pipe or is gone
 """
+# Of the table: small pictures and few frames, so that rows and not pixels decide time and memory.
 BATCH, BATCHES, SIZE, FRAMES, SECONDS = 64, 8, 32, 4, 60
-FEW_ROWS = BATCH * BATCHES
 VERBS = ["picks up", "puts down", "opens", "closes", "cuts", "stirs", "washes", "wipes", "holds", "turns"]
 THINGS = ["the red cup", "a spoon", "the dough", "an onion", "the tap", "a plate", "the lid of the pot", "the knife"]
+
+Row = tuple[str, float, str]
+"""Video, start in seconds and text of a clip."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -109,13 +112,12 @@ def decode(options: argparse.Namespace) -> list[dict[str, Any]]:
         for kind, path in kinds.items():
             for frames in options.frames:
                 spent: dict[str, list[float]] = {name: [] for name in openers}
+                # The same moments for all: what a clip costs depends on how far the last key frame is.
                 for start in np.random.default_rng(0).uniform(0, CHUNK_SECONDS - CLIP_SECONDS, options.clips):
                     for name, opener in openers.items():
-                        before = time.process_time()
-                        read_clip(opener, path, str(path), start, start + CLIP_SECONDS, frames)
-                        spent[name].append(1000 * (time.process_time() - before))
-                medians = {name: statistics.median(each) for name, each in spent.items()}
-                rows.append({"file": kind, "frames": frames, **medians})
+                        read = partial(read_clip, opener, path, str(path), start, start + CLIP_SECONDS, frames)
+                        spent[name].append(1000 * timed(read).cpu)
+                rows.append({"file": kind, "frames": frames, **{name: median(each) for name, each in spent.items()}})
     return rows
 
 
@@ -133,16 +135,17 @@ def decode_text(rows: list[dict[str, Any]]) -> str:
 
 
 def loader_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workers", type=int, default=2, help="decoding processes (default: 2)")
-    parser.add_argument("--frames", type=int, default=16, help="frames per clip (default: 16)")
-    parser.add_argument("--size", type=int, default=224, help="pixels of the crop (default: 224)")
-    parser.add_argument("--batch_size", type=int, default=8, help="clips per batch (default: 8)")
-    parser.add_argument("--clips", type=int, default=64, help="clips per round (default: 64)")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of each way (default: 3)")
-    parser.add_argument("--chunks", type=int, default=4, help="chunks of 15 s to draw clips from (default: 4)")
-    parser.add_argument("--decoder", default="auto", help="our decoder (default: auto)")
-    parser.add_argument("--chunked", action="store_true", help="ours on chunks made of the original by chunk_videos")
-    parser.add_argument("--s3", action="store_true", help="also read from an S3 server on loopback, without a cache")
+    add = parser.add_argument
+    add("--workers", type=int, default=2, help="decoding processes (default: 2)")
+    add("--frames", type=int, default=16, help="frames per clip (default: 16)")
+    add("--size", type=int, default=224, help="pixels of the crop (default: 224)")
+    add("--batch_size", type=int, default=8, help="clips per batch (default: 8)")
+    add("--clips", type=int, default=64, help="clips per round (default: 64)")
+    add("--rounds", type=int, default=3, help="rounds of each way (default: 3)")
+    add("--chunks", type=int, default=4, help="chunks of 15 s to draw clips from (default: 4)")
+    add("--decoder", default="auto", help="our decoder (default: auto)")
+    add("--chunked", action="store_true", help="ours on chunks made of the original by chunk_videos")
+    add("--s3", action="store_true", help="also read from an S3 server on loopback, without a cache")
 
 
 def loader(options: argparse.Namespace) -> dict[str, Any]:
@@ -151,123 +154,101 @@ def loader(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rows = make_videos(
-            folder, options.chunks, options.clips, ORIGINAL_KEYFRAME_EVERY if options.chunked else KEYFRAME_EVERY
-        )
+        keyframe_every = ORIGINAL_KEYFRAME_EVERY if options.chunked else KEYFRAME_EVERY
+        rows = make_videos(folder, options.chunks, options.clips, keyframe_every)
         videos = chunked(folder, options.chunks) if options.chunked else folder / "videos"
         with s3_server(videos) if options.s3 else contextlib.nullcontext() as server:
-            return compare_loaders(folder, videos, rows, options, server)
+            return _compare_loaders(folder, videos, rows, options, server)
 
 
 def loader_text(result: dict[str, Any]) -> str:
-    s3 = ""
+    def line(title: str, prefix: str, more: str = "") -> str:
+        speed, cpu = result[f"{prefix}clips_per_second"], result[f"{prefix}milliseconds_per_clip"]
+        return f"{title:<41} {speed:6.1f} clips/s, {cpu:.0f} ms CPU each{more}"
+
+    def rounds(name: str) -> str:
+        return f"{result[f'{name}ratio']:.2f} (rounds: {', '.join(f'{each:.2f}' for each in result[f'{name}ratios'])})"
+
+    lines = [
+        f"{result['workers']} workers, {result['frames']} frames at {result['size']} px, batches of "
+        f"{result['batch_size']}, {result['baseline_kilobits_per_second']:.0f} kbit/s, "
+        f"ours {result['kilobits_per_second']:.0f} kbit/s",
+        line("usual way (decord, float32 in the worker)", "baseline_"),
+        line(f"egohod.data ({result['decoder']}, uint8)", ""),
+        f"ratio {rounds('')}",
+    ]
     if "s3_ratio" in result:
-        each_round = ", ".join(f"{ratio:.2f}" for ratio in result["s3_ratios"])
-        s3 = (
-            f"\negohod.data from S3 on loopback           {result['s3_clips_per_second']:6.1f} clips/s, "
-            f"{result['s3_milliseconds_per_clip']:.0f} ms CPU each and {result['server_milliseconds_per_clip']:.1f} ms "
-            f"in the server\ndisk to S3 {result['s3_ratio']:.2f} (rounds: {each_round})\n"
-            f"in one process that is connected {result['warm_s3_ratio']:.2f}: "
-            f"{result['warm_milliseconds_per_clip']:.0f} and {result['warm_s3_milliseconds_per_clip']:.0f} ms CPU each"
-        )
-    return (
-        f"{result['workers']} workers, {result['frames']} frames at {result['size']} px, "
-        f"batches of {result['batch_size']}, "
-        f"{result['baseline_kilobits_per_second']:.0f} kbit/s, ours {result['kilobits_per_second']:.0f} kbit/s\n"
-        f"usual way (decord, float32 in the worker) {result['baseline_clips_per_second']:6.1f} clips/s, "
-        f"{result['baseline_milliseconds_per_clip']:.0f} ms CPU each\n"
-        f"egohod.data ({result['decoder']}, uint8){'':13}{result['clips_per_second']:6.1f} clips/s, "
-        f"{result['milliseconds_per_clip']:.0f} ms CPU each\n"
-        f"ratio {result['ratio']:.2f} (rounds: {', '.join(f'{ratio:.2f}' for ratio in result['ratios'])})" + s3
-    )
+        server = f" and {result['server_milliseconds_per_clip']:.1f} ms in the server"
+        lines += [line("egohod.data from S3 on loopback", "s3_", server), f"disk to S3 {rounds('s3_')}"]
+        disk, s3 = result["warm_milliseconds_per_clip"], result["warm_s3_milliseconds_per_clip"]
+        ratio = f"in one process that is connected {result['warm_s3_ratio']:.2f}"
+        lines.append(f"{ratio}: {disk:.0f} and {s3:.0f} ms CPU each")
+    return "\n".join(lines)
 
 
-def our_dataset(folder: Path, root: str, options: argparse.Namespace) -> ClipDataset:
-    """Our dataset over the videos below ``root``."""
-    return ClipDataset(
-        [
-            (
-                read_clips(folder / "clips.csv"),
-                SourceConfig(root=root, layout="chunks", chunk_seconds=CHUNK_SECONDS),
-            )
-        ],
-        size=options.size,
-        num_frames=options.frames,
-        tokenizer=Tokenizer(),
-        decoder=options.decoder,
-        train=True,
-        crop_scale_min=CROP_SCALE_MIN,
-        flip=0.5,
-    )
-
-
-def compare_loaders(
-    folder: Path,
-    videos: Path,
-    rows: list[tuple[str, float, str]],
-    options: argparse.Namespace,
-    server: psutil.Process | None,
+def _compare_loaders(
+    folder: Path, videos: Path, rows: list[Row], options: argparse.Namespace, server: psutil.Process | None
 ) -> dict[str, Any]:
     """See :func:`loader`; ``videos`` holds the files that our loader reads."""
-    dataset = our_dataset(folder, str(videos), options)
-    remote = our_dataset(folder, f"s3://{BUCKET}", options) if server else None
-    plan = BatchPlan(len(dataset), options.batch_size, seed=0)
+
+    def ours(root: str) -> ClipDataset:
+        source = SourceConfig(root=root, layout="chunks", chunk_seconds=CHUNK_SECONDS)
+        sampling = {"num_frames": options.frames, "size": options.size, "crop_scale_min": CROP_SCALE_MIN, "flip": 0.5}
+        clips = [(read_clips(folder / "clips.csv"), source)]
+        return ClipDataset(clips, tokenizer=Tokenizer(), decoder=options.decoder, train=True, **sampling)
+
     usual = UsualDataset(folder / "videos", rows, options.frames, options.size)
-    ours, theirs, from_s3, busy = [], [], [], []
+    # By what their numbers' names begin with.
+    datasets = {"": ours(str(videos))} | ({"s3_": ours(f"s3://{BUCKET}")} if server else {})
+    plan = BatchPlan(len(datasets[""]), options.batch_size, seed=0)
+    rates: dict[str, list[tuple[float, float]]] = {prefix: [] for prefix in ("baseline_", *datasets)}
+    in_server = []
     for number in range(options.rounds + 1):
         start = number * plan.steps_per_epoch
         when = {"start_step": start, "total_steps": start + plan.steps_per_epoch, "workers": options.workers}
-        theirs.append(rate(DataLoader(usual, options.batch_size, shuffle=True, num_workers=options.workers)))
-        ours.append(rate(train_loader(dataset, plan, **when)))
-        if remote and server:
-            before = sum(server.cpu_times()[:2])
-            from_s3.append(rate(train_loader(remote, plan, **when)))
-            busy.append(1000 * (sum(server.cpu_times()[:2]) - before) / (plan.steps_per_epoch * plan.batch_size))
-    # The first round warms the page cache and the imports.
-    ours, theirs, from_s3, busy = ours[1:], theirs[1:], from_s3[1:], busy[1:]
-    ratios = [a / b for (a, _), (b, _) in zip(ours, theirs, strict=True)]
-    s3 = {}
-    if remote:
-        s3_ratios = [a / b for (a, _), (b, _) in zip(ours, from_s3, strict=True)]
-        s3 = {
-            "s3_clips_per_second": statistics.median(each for each, _ in from_s3),
-            "s3_ratio": statistics.median(s3_ratios),
-            "s3_ratios": s3_ratios,
-            "s3_milliseconds_per_clip": statistics.median(each for _, each in from_s3),
-            "server_milliseconds_per_clip": statistics.median(busy),
-            **warm(dataset, remote),
-        }
-    return {
-        "clips_per_second": statistics.median(each for each, _ in ours),
-        "baseline_clips_per_second": statistics.median(each for each, _ in theirs),
-        "ratio": statistics.median(ratios),
-        "ratios": ratios,
-        "milliseconds_per_clip": statistics.median(each for _, each in ours),
-        "baseline_milliseconds_per_clip": statistics.median(each for _, each in theirs),
-        **s3,
-        "decoder": dataset.decoder,
+        rates["baseline_"].append(rate(DataLoader(usual, plan.batch_size, shuffle=True, num_workers=options.workers)))
+        for prefix, dataset in datasets.items():
+            before = sum(server.cpu_times()[:2]) if server else 0.0
+            rates[prefix].append(rate(train_loader(dataset, plan, **when)))
+            spent = sum(server.cpu_times()[:2]) - before if server else 0.0
+        in_server.append(1000 * spent / (plan.steps_per_epoch * plan.batch_size))  # of the last way, which is S3
+    result: dict[str, Any] = {}
+    for prefix, of_way in rates.items():
+        # The first round warms the page cache and the imports.
+        del of_way[0]
+        result[f"{prefix}clips_per_second"] = median(speed for speed, _ in of_way)
+        result[f"{prefix}milliseconds_per_clip"] = median(cpu for _, cpu in of_way)
+    for prefix, fast, slow in (("", "", "baseline_"), ("s3_", "", "s3_")):
+        if slow in rates:
+            ratios = [a / b for (a, _), (b, _) in zip(rates[fast], rates[slow], strict=True)]
+            result |= {f"{prefix}ratio": median(ratios), f"{prefix}ratios": ratios}
+    if server:
+        result |= {"server_milliseconds_per_clip": median(in_server[1:])} | _warm(datasets[""], datasets["s3_"])
+    return result | {
+        "decoder": datasets[""].decoder,
         "kilobits_per_second": kilobits(videos) / (options.chunks * CHUNK_SECONDS),
         "baseline_kilobits_per_second": kilobits(folder / "videos") / (options.chunks * CHUNK_SECONDS),
         **{name: getattr(options, name) for name in ("workers", "frames", "size", "batch_size", "clips", "chunked")},
     }
 
 
-def warm(dataset: ClipDataset, remote: ClipDataset) -> dict[str, float]:
+def _warm(disk: ClipDataset, s3: ClipDataset) -> dict[str, float]:
     """One process that has its connection already, as in the middle of a long run: a few clips of each in turns."""
-    wall, busy = [], []
-    for turn in range(WARM_TURNS + 1):
-        keys = [(turn, i % len(dataset)) for i in range(turn * WARM_CLIPS, (turn + 1) * WARM_CLIPS)]
-        for source in (dataset, remote):
-            began, before = time.perf_counter(), time.process_time()
-            for key in keys:
-                source[key]
-            wall.append(time.perf_counter() - began)
-            busy.append(1000 * (time.process_time() - before) / WARM_CLIPS)
+    turn = {"disk": 0, "s3": 0}
+
+    def read(name: str, dataset: ClipDataset) -> None:
+        first = turn[name] * WARM_CLIPS
+        for i in range(first, first + WARM_CLIPS):
+            dataset[turn[name], i % len(dataset)]
+        turn[name] += 1
+
+    runs = alternate(WARM_TURNS + 1, {"disk": partial(read, "disk", disk), "s3": partial(read, "s3", s3)})
     # The first turn connects.
+    of_disk, of_s3 = runs["disk"][1:], runs["s3"][1:]
     return {
-        "warm_s3_ratio": statistics.median(s3 / disk for disk, s3 in zip(wall[2::2], wall[3::2], strict=True)),
-        "warm_milliseconds_per_clip": statistics.median(busy[2::2]),
-        "warm_s3_milliseconds_per_clip": statistics.median(busy[3::2]),
+        "warm_s3_ratio": median(b.seconds / a.seconds for a, b in zip(of_disk, of_s3, strict=True)),
+        "warm_milliseconds_per_clip": 1000 * median(run.cpu for run in of_disk) / WARM_CLIPS,
+        "warm_s3_milliseconds_per_clip": 1000 * median(run.cpu for run in of_s3) / WARM_CLIPS,
     }
 
 
@@ -293,6 +274,7 @@ def s3_server(folder: Path) -> Iterator[psutil.Process]:
                 AWS_SECRET_ACCESS_KEY="bench",
                 AWS_DEFAULT_REGION="us-east-1",
             )
+            # fsspec would return a connection to an earlier address.
             system = fsspec.filesystem("s3", skip_instance_cache=True)
             system.mkdir(BUCKET)
             for path in folder.rglob("*.mp4"):
@@ -303,28 +285,27 @@ def s3_server(folder: Path) -> Iterator[psutil.Process]:
             process.kill()
 
 
-def rate(loader: DataLoader[Any]) -> tuple[float, float]:
+def rate(loader: Iterable[Any]) -> tuple[float, float]:
     """Clips/s until the last batch is ready to be trained on, and CPU milliseconds per clip, those of workers too."""
-    clips, began, busy = 0, time.perf_counter(), cpu_seconds()
-    for batch in loader:
-        video = batch["video"]
-        if video.dtype == torch.uint8:
-            video = normalise(video)
-        clips += len(video)
-    seconds = time.perf_counter() - began
-    # The workers have ended with the loop, so that their time is known.
-    return clips / seconds, 1000 * (cpu_seconds() - busy) / clips
 
+    def read() -> int:
+        clips = 0
+        for batch in loader:
+            video = batch["video"]
+            if video.dtype == torch.uint8:
+                video = normalise(video)
+            clips += len(video)
+        return clips
 
-def cpu_seconds() -> float:
-    """CPU time of this process and of its children that have ended."""
-    return sum(os.times()[:4])
+    # The workers have ended with the loop, so that their time counts.
+    clips, seconds, cpu = timed(read)
+    return clips / seconds, 1000 * cpu / clips
 
 
 class UsualDataset(Dataset[dict[str, torch.Tensor]]):
     """decord to float32 full frames, one bicubic random resized crop and the normalisation, in the worker."""
 
-    def __init__(self, root: Path, rows: list[tuple[str, float, str]], frames: int, size: int) -> None:
+    def __init__(self, root: Path, rows: list[Row], frames: int, size: int) -> None:
         choose_decoder("decord")  # which not every machine has
         self.root, self.rows, self.frames, self.size = root, rows, frames, size
         self.tokenizer = SimpleTokenizer(context_length=77)
@@ -348,6 +329,7 @@ class UsualDataset(Dataset[dict[str, torch.Tensor]]):
         video = F.interpolate(video, (self.size, self.size), mode="bicubic", align_corners=False)
         if rng.random() < 0.5:
             video = video.flip(-1)
+        # The pixels still count to 255.
         mean, std = (255 * torch.tensor(each).view(3, 1, 1, 1) for each in IMAGE_STATS["clip"])
         return {"video": (video - mean) / std, "tokens": self.tokenizer([text])[0]}
 
@@ -368,19 +350,25 @@ def table(options: argparse.Namespace) -> dict[str, float]:
     """Seconds to the first batch and memory of all processes, over all rows and over a few."""
     if options.measure:
         return feed_table(options.measure, options.workers)
+    workers = str(options.workers)
+    results = []
     with tempfile.TemporaryDirectory() as name:
-        few, many = (write_world(Path(name), rows, options.videos) for rows in (FEW_ROWS, options.rows))
-        empty, full = (_feed_in_a_child(path, options.workers) for path in (few, many))
-        size = many.stat().st_size
+        for rows in (BATCH * BATCHES, options.rows):
+            path = write_world(Path(name), rows, options.videos)
+            # In a fresh process, whose start is part of the time and whose memory holds nothing else.
+            command = [sys.executable, sys.argv[0], "table", "--json", "--measure", str(path), "--workers", workers]
+            results.append(json_of(command))
+        size = path.stat().st_size
+    few, full = results
     return {
         "rows": options.rows,
         "workers": options.workers,
         "csv_mb": size / 1e6,
         "first_batch_s": full["first_batch_s"],
-        "first_batch_empty_s": empty["first_batch_s"],
+        "first_batch_empty_s": few["first_batch_s"],
         "pss_mb": full["pss_mb"],
-        "pss_empty_mb": empty["pss_mb"],
-        "pss_above_empty_mb": full["pss_mb"] - empty["pss_mb"],
+        "pss_empty_mb": few["pss_mb"],
+        "pss_above_empty_mb": full["pss_mb"] - few["pss_mb"],
     }
 
 
@@ -396,11 +384,13 @@ def write_world(folder: Path, rows: int, videos: int) -> Path:
     """A csv in the form of the released HOD files, and its videos; the csv's path."""
     rng = random.Random(0)  # the same table in both processes that are compared
     names = [str(uuid.UUID(int=rng.getrandbits(128))) for _ in range(videos)]
-    (folder / "videos").mkdir(exist_ok=True)
     original = folder / "original.mp4"
     if not original.exists():
-        write_video(original)
+        (folder / "videos").mkdir()
+        grey = (np.full((48, 64, 3), i % 256, np.uint8) for i in range(10 * SECONDS))
+        encode(original, grey, 64, 48, 10, g="10", preset="ultrafast")
         for name in names:
+            # A link each: thousands of copies would take longer to write than to read.
             os.link(original, folder / "videos" / f"{name}.mp4")
     path = folder / f"hod-{rows}.csv"
     with path.open("w", newline="") as file:
@@ -414,24 +404,6 @@ def write_world(folder: Path, rows: int, videos: int) -> Path:
     return path
 
 
-def write_video(path: Path) -> None:
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=10, options={"g": "10", "preset": "ultrafast"})
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for i in range(10 * SECONDS):
-            frame = np.full((48, 64, 3), i % 256, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode(None))
-
-
-def _feed_in_a_child(path: Path, workers: int) -> dict[str, float]:
-    command = [sys.executable, sys.argv[0], "table", "--json", "--measure", str(path)]
-    done = subprocess.run([*command, "--workers", str(workers)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def feed_table(path: Path, workers: int) -> dict[str, float]:
     """Feed a few batches from a table; seconds from the start of this process to the first, and the tree's PSS then."""
     source = SourceConfig(metadata=str(path), root=str(path.parent / "videos"), layout="whole")
@@ -443,18 +415,20 @@ def feed_table(path: Path, workers: int) -> dict[str, float]:
     dataset = build_dataset(cfg, SIZE)
     batches = iter(train_loader(dataset, build_plan(cfg, dataset), start_step=0, total_steps=BATCHES, workers=workers))
     next(batches)
-    first = time.time() - psutil.Process().create_time()
+    me = psutil.Process()
+    first = time.time() - me.create_time()
+    # Not to the end, where the workers leave.
     for _ in range(BATCHES - 2):
         next(batches)
-    me = psutil.Process()
     tree = [me, *me.children(recursive=True)]
     assert len(tree) == 1 + workers, "workers must be alive while memory is measured"
+    # PSS divides a page among those that share it: the table, which forked workers share, counts once.
     pss = sum(process.memory_full_info().pss for process in tree) / 1e6
     return {"first_batch_s": first, "pss_mb": pss}
 
 
 # --------------------------------------------------------------------------------------------------
-# Videos for decode and loader
+# Videos
 # --------------------------------------------------------------------------------------------------
 
 
@@ -464,12 +438,13 @@ def chunked(folder: Path, chunks: int) -> Path:
     for name in ("one", "chunked/v"):
         (folder / name).mkdir(parents=True)
     for number in range(chunks):
+        # Each file is a video to the chunking, which calls its only chunk the first.
         write_chunks(folder / "videos" / "v" / f"{number:04d}.mp4", folder / "one", settings)
         (folder / "one" / settings.name(0)).rename(folder / "chunked" / "v" / settings.name(number))
     return folder / "chunked"
 
 
-def make_videos(folder: Path, chunks: int, clips: int, keyframe_every: int) -> list[tuple[str, float, str]]:
+def make_videos(folder: Path, chunks: int, clips: int, keyframe_every: int) -> list[Row]:
     """One video of ``chunks`` chunks, and clips that lie within a chunk (the usual way reads one file a clip)."""
     for number in range(chunks):
         write_chunk(folder / "videos" / "v" / f"{number:04d}.mp4", number, keyframe_every)
@@ -485,20 +460,30 @@ def make_videos(folder: Path, chunks: int, clips: int, keyframe_every: int) -> l
 
 def write_chunk(path: Path, seed: int, keyframe_every: int) -> None:
     """A textured scene under a moving camera with sensor noise, by libx264 with its default settings."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     rng, margin = np.random.default_rng(seed), 64
     wide, high = WIDTH + 2 * margin, HEIGHT + 2 * margin
     coarse = rng.integers(0, 256, (high // 16, wide // 16, 3), dtype=np.uint8)
     scene = np.asarray(Image.fromarray(coarse).resize((wide, high), Image.Resampling.BICUBIC)).astype(np.int16)
     scene = scene + rng.normal(0, 8, scene.shape).astype(np.int16)
-    with av.open(str(path), "w") as container:
-        options = {"g": str(keyframe_every), "threads": "1"}
-        stream = container.add_stream("libx264", rate=FPS, options=options)
-        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+
+    def views() -> Iterator[np.ndarray]:
         for number in range(FPS * CHUNK_SECONDS):
             x = margin + round(50 * np.sin(number / 17 + seed))
             y = margin + round(50 * np.cos(number / 23))
-            view = scene[y : y + HEIGHT, x : x + WIDTH] + rng.integers(-2, 3, (HEIGHT, WIDTH, 1), dtype=np.int16)
-            frame = av.VideoFrame.from_ndarray(view.clip(0, 255).astype(np.uint8), format="rgb24")
-            container.mux(stream.encode(frame))
+            # Every frame has its own noise: without it H.264 makes files that decode far faster than filmed ones.
+            noise = rng.integers(-2, 3, (HEIGHT, WIDTH, 1), dtype=np.int16)
+            yield (scene[y : y + HEIGHT, x : x + WIDTH] + noise).clip(0, 255).astype(np.uint8)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # With one thread the file is the same on every machine.
+    encode(path, views(), WIDTH, HEIGHT, FPS, g=str(keyframe_every), threads="1")
+
+
+def encode(path: Path, pictures: Iterable[np.ndarray], width: int, height: int, rate: int, **options: str) -> None:
+    """Write uint8 [H, W, 3] pictures as H.264."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=rate, options=options)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for picture in pictures:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode(None))

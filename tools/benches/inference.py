@@ -15,18 +15,19 @@ from __future__ import annotations
 
 import argparse
 import resource
-import statistics
 import tempfile
 import threading
 import time
 import tracemalloc
-from pathlib import Path
+from functools import partial
+from statistics import median
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
-from benches.training import peak_bytes
+import torch.nn.functional as F
+from benches.training import alternate, cpu_seconds, peak_bytes, timed
 
 from egohod import cli
 from egohod import config as training_config
@@ -45,6 +46,7 @@ from egohod.model.config import IMAGE_STATS
 from egohod.model.dual_encoder import create_model
 
 CHUNK_SECONDS = 15.0
+# Of the probe: noise as wide as the classes are apart, or one guess would do.
 TEST_CLIPS, NOISE = 1000, 4.0
 
 # --------------------------------------------------------------------------------------------------
@@ -54,6 +56,7 @@ TEST_CLIPS, NOISE = 1000, 4.0
 
 def eval_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    # As many as the retrieval test split of EPIC-KITCHENS-100 has.
     add("--videos", type=int, default=9668)
     add("--texts", type=int, default=3842)
     add("--rounds", type=int, default=3)
@@ -66,36 +69,47 @@ def eval_options(parser: argparse.ArgumentParser) -> None:
 def evaluation(options: argparse.Namespace) -> dict[str, Any]:
     """Time of graded metrics against full-matrix sorting, or one of the two end-to-end variants."""
     if options.full:
-        return _full_benchmark(options)
+        return _full_benchmark(options.full)
     if options.demo:
         return _throughput(options)
     rng = np.random.default_rng(0)
     sim = rng.standard_normal((options.videos, options.texts))
+    # A tenth of the pairs is related at all, one in two hundred fully.
     rel = rng.choice([0, 0.25, 0.5, 1], size=sim.shape, p=[0.9, 0.05, 0.045, 0.005])
-    times: dict[str, list[float]] = {"ours": [], "baseline": []}
-    # Alternating, so that a noisy machine disturbs both.
-    for _ in range(options.rounds):
-        start = time.perf_counter()
+
+    def plain() -> list[tuple[float, float]]:
+        results = []
+        for s, r in ((sim, rel), (sim.T, rel.T)):
+            order = np.argsort(-s, axis=1)
+            ranks = np.arange(1, r.shape[1] + 1)
+            ranked = np.take_along_axis(r, order, axis=1)
+            full = ranked == 1
+            precision = np.cumsum(ranked, axis=1) / ranks
+            average_precision = (precision * full).sum(axis=1) / full.sum(axis=1)
+            # nDCG sorts once more, as public code does; its gain is cut at the number of relevant items.
+            counted = (ranks <= (r > 0).sum(axis=1, keepdims=True)) / np.log2(ranks + 1)
+            gain, ideal = (np.take_along_axis(r, np.argsort(-by, axis=1), axis=1) * counted for by in (s, r))
+            results.append((float(np.mean(average_precision)), float(np.mean(gain.sum(axis=1) / ideal.sum(axis=1)))))
+        return results
+
+    def ours() -> list[tuple[np.ndarray, np.ndarray]]:
         single = sim.astype(np.float32)
-        scores = [graded_per_query(s, r) for s, r in ((single, rel), (single.T, rel.T))]
-        times["ours"].append(time.perf_counter() - start)
-        start = time.perf_counter()
-        plain = [(_plain_map(s, r), _plain_ndcg(s, r)) for s, r in ((sim, rel), (sim.T, rel.T))]
-        times["baseline"].append(time.perf_counter() - start)
-    ours = [tuple(float(np.nanmean(values)) for values in direction) for direction in scores]
+        return [graded_per_query(s, r) for s, r in ((single, rel), (single.T, rel.T))]
+
+    runs = alternate(options.rounds, {"ours": ours, "baseline": plain})
+    scores = [tuple(float(np.nanmean(values)) for values in direction) for direction in runs["ours"][-1].result]
     # Traced separately: tracing slows every allocation down.
     tracemalloc.start()
-    for s, r in ((single, rel), (single.T, rel.T)):
-        graded_per_query(s, r)
+    ours()
     _, extra = tracemalloc.get_traced_memory()
     return {
         "videos": options.videos,
         "texts": options.texts,
-        "ours_s": float(np.median(times["ours"])),
-        "baseline_s": float(np.median(times["baseline"])),
-        "ratios": [slow / fast for slow, fast in zip(times["baseline"], times["ours"], strict=True)],
+        "ours_s": median(run.seconds for run in runs["ours"]),
+        "baseline_s": median(run.seconds for run in runs["baseline"]),
+        "ratios": [slow.seconds / fast.seconds for slow, fast in zip(runs["baseline"], runs["ours"], strict=True)],
         "extra_mb": extra / 1e6,
-        "largest_difference": float(np.abs(np.subtract(ours, plain)).max()),
+        "largest_difference": float(np.abs(np.subtract(scores, runs["baseline"][-1].result)).max()),
     }
 
 
@@ -106,43 +120,29 @@ def eval_text(result: dict[str, Any]) -> str:
     return (
         f"mAP and nDCG, both directions, {result['videos']:,} x {result['texts']:,}: {result['ours_s']:.1f} s, "
         f"by plain sorting {result['baseline_s']:.1f} s\n"
-        f"ratio {np.median(ratios):.1f} ({ratios[0]:.1f} to {ratios[-1]:.1f}); "
+        f"ratio {median(ratios):.1f} ({ratios[0]:.1f} to {ratios[-1]:.1f}); "
         f"{result['extra_mb']:.0f} MB extra; largest difference {result['largest_difference']:.1e}"
     )
 
 
-def _plain_map(sim: np.ndarray, rel: np.ndarray) -> float:
-    ranked = np.take_along_axis(rel, np.argsort(-sim, axis=1), axis=1)
-    precision = np.cumsum(ranked, axis=1) / np.arange(1, rel.shape[1] + 1)
-    full = ranked == 1
-    return float(np.mean((precision * full).sum(axis=1) / full.sum(axis=1)))
-
-
-def _plain_ndcg(sim: np.ndarray, rel: np.ndarray) -> float:
-    rank = np.arange(1, rel.shape[1] + 1)
-    counted = (rank <= (rel > 0).sum(axis=1, keepdims=True)) / np.log2(rank + 1)
-    gain, ideal = (np.take_along_axis(rel, np.argsort(-by, axis=1), axis=1) * counted for by in (sim, rel))
-    return float(np.mean(gain.sum(axis=1) / ideal.sum(axis=1)))
-
-
-def _full_benchmark(options: argparse.Namespace) -> dict[str, Any]:
+def _full_benchmark(folder: str) -> dict[str, Any]:
     """MIR and CLS of the real EPIC-KITCHENS-100 csvs, end to end except for the videos: features are random."""
-    protocol, start = PROTOCOLS["clean"], time.perf_counter()
     generator = torch.Generator().manual_seed(0)
 
     def features(rows: int) -> torch.Tensor:
-        return torch.nn.functional.normalize(torch.randn(rows, 512, generator=generator), dim=-1)
+        return F.normalize(torch.randn(rows, 512, generator=generator), dim=-1)
 
-    lines = []
+    lines, start = [], time.perf_counter()
     for kind in ("ek100_mir", "ek100_cls"):
-        settings = BenchmarkConfig(kind=kind, metadata=options.full, root=".")
-        content = read_benchmark(kind, settings, protocol.prompts)[1]
+        settings = BenchmarkConfig(kind=kind, metadata=folder, root=".")
+        content = read_benchmark(kind, settings, PROTOCOLS["clean"].prompts)[1]
         video = features(len(content.clips))
         for table in tasks_of(content):
             text = features(len(table.texts))
             for name, score in table.measure(video, text).items():
                 low, high = score.interval()
                 lines.append(f"{kind}/{name:<20} {score.value:6.2f} [{low:.2f}, {high:.2f}]  chance {score.chance:.2f}")
+            # Not printed, but part of every evaluation's time.
             table.details(video, text)
         lines += content.notes
     seconds, peak = time.perf_counter() - start, peak_bytes() / 1e9
@@ -157,73 +157,67 @@ def _throughput(options: argparse.Namespace) -> dict[str, Any]:
     """
     knobs = [f"data.workers={options.workers}", "data.decoder=auto", f"evaluate.precision={options.precision}"]
     cfg = training_config.load(training_config.PROJECT / "configs" / "demo.yml", knobs)
-    dist = setup("cpu")
     model = create_model(cfg.model, cfg.loss).eval()
-    settings = BenchmarkConfig(
-        kind="ek100_cls", metadata=f"{options.demo}/benchmarks/ek100", root=f"{options.demo}/videos"
-    )
-    bench = benchmark(cfg, "ek100_cls", settings, execution_of(cfg, dist))
-    size, clips, precision = bench.dataset.size, bench.dataset.clips, bench.execution.precision
-    videos = clips.videos
-    wall: dict[str, list[float]] = {"ours": [], "loop": []}
-    cpu: dict[str, list[float]] = {"ours": [], "loop": []}
-    waiting, decoding = [], []
-    for _ in range(options.rounds):
-        start, before, children = time.perf_counter(), cpu_seconds(), cpu_seconds(resource.RUSAGE_CHILDREN)
-        _, report = embed_clips(model, bench.dataset, bench.execution)
-        wall["ours"].append(time.perf_counter() - start)
-        cpu["ours"].append(cpu_seconds() - before)
-        decoding.append((cpu_seconds(resource.RUSAGE_CHILDREN) - children) / cpu["ours"][-1])
-        waiting.append(report.waiting / report.seconds)
-        start, before = time.perf_counter(), cpu_seconds()
+    metadata, root = f"{options.demo}/benchmarks/ek100", f"{options.demo}/videos"
+    settings = BenchmarkConfig(kind="ek100_cls", metadata=metadata, root=root)
+    bench = benchmark(cfg, "ek100_cls", settings, execution_of(cfg, setup("cpu")))
+    clips, precision, frames = bench.dataset.clips, bench.execution.precision, cfg.model.num_frames
+    decoding: list[float] = []
+
+    def ours() -> Any:
+        before = cpu_seconds(resource.RUSAGE_CHILDREN)
+        report = embed_clips(model, bench.dataset, bench.execution)[1]
+        decoding.append(cpu_seconds(resource.RUSAGE_CHILDREN) - before)
+        return report
+
+    def loop() -> None:
         with torch.autocast("cpu", precision, enabled=precision != torch.float32):
-            for i in range(len(clips)):
-                _one_clip(model, options.demo, videos[i], clips.start[i], clips.end[i], cfg.model.num_frames, size)
-        wall["loop"].append(time.perf_counter() - start)
-        cpu["loop"].append(cpu_seconds() - before)
-    ratios = sorted(slow / fast for slow, fast in zip(wall["loop"], wall["ours"], strict=True))
-    ours, loop = (len(clips) / float(np.median(wall[name])) for name in ("ours", "loop"))
-    ours_ms, loop_ms = (1000 * float(np.median(cpu[name])) / len(clips) for name in ("ours", "loop"))
+            for video, start, end in zip(clips.videos, clips.start, clips.end, strict=True):
+                _one_clip(model, f"{root}/{video}", start, end, frames, bench.dataset.size)
+
+    runs = alternate(options.rounds, {"ours": ours, "loop": loop})
+    ratios = sorted(slow.seconds / fast.seconds for slow, fast in zip(runs["loop"], runs["ours"], strict=True))
+    speed = {name: len(clips) / median(run.seconds for run in each) for name, each in runs.items()}
+    cpu_ms = {name: 1000 * median(run.cpu for run in each) / len(clips) for name, each in runs.items()}
+    waiting = median(run.result.waiting / run.result.seconds for run in runs["ours"])
+    decoded = median(part / run.cpu for part, run in zip(decoding, runs["ours"], strict=True))
     lines = [
-        f"{len(clips)} clips of {cfg.model.num_frames} frames: {ours:.1f} clips/s, one at a time {loop:.1f} clips/s",
-        f"ratio {np.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}); "
-        f"waits for clips {np.median(waiting):.0%}",
-        f"CPU time a clip: {ours_ms:.1f} ms, of which {np.median(decoding):.0%} in the decoding processes; "
-        f"one at a time {loop_ms:.1f} ms",
+        f"{len(clips)} clips of {frames} frames: {speed['ours']:.1f} clips/s, one at a time {speed['loop']:.1f}",
+        f"ratio {median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}); waits for clips {waiting:.0%}",
+        f"CPU time a clip: {cpu_ms['ours']:.1f} ms, of which {decoded:.0%} in the decoding processes; "
+        f"one at a time {cpu_ms['loop']:.1f} ms",
     ]
-    return {"clips_per_second": ours, "baseline_clips_per_second": loop, "ratios": ratios, "lines": lines}
-
-
-def cpu_seconds(*processes: int) -> float:
-    """CPU time of this process and of the workers that have ended, or of one of both."""
-    return sum(
-        sum(resource.getrusage(who)[:2]) for who in processes or (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
+    return {
+        "clips_per_second": speed["ours"],
+        "baseline_clips_per_second": speed["loop"],
+        "ratios": ratios,
+        "lines": lines,
+    }
 
 
 @torch.no_grad()
-def _one_clip(model: Any, root: str, video: str, start: float, end: float, frames: int, size: int) -> torch.Tensor:
+def _one_clip(model: Any, folder: str, start: float, end: float, frames: int, size: int) -> torch.Tensor:
     """The usual way: decord to full frames, float32, resize, crop, normalise, encode."""
     choose_decoder("decord")  # which not every machine has
     import decord
 
     pictures = []
+    # A clip may lie in two chunks; one that ends at a border does not touch the chunk behind it.
     for number in range(int(start // CHUNK_SECONDS), int(np.nextafter(end, start) // CHUNK_SECONDS) + 1):
-        reader = decord.VideoReader(f"{root}/videos/{video}/{number:04d}.mp4", num_threads=1)
+        reader = decord.VideoReader(f"{folder}/{number:04d}.mp4", num_threads=1)
         fps = reader.get_avg_fps()
         wanted = segment_indices(round(start * fps), round(end * fps), frames) - round(number * CHUNK_SECONDS * fps)
         wanted = wanted[(wanted >= 0) & (wanted < len(reader))]
         if len(wanted):
             pictures.append(reader.get_batch(wanted.tolist()).asnumpy())
-    clip = torch.from_numpy(np.concatenate(pictures)).permute(3, 0, 1, 2).float() / 255
+    clip = torch.from_numpy(np.concatenate(pictures)).permute(0, 3, 1, 2).float() / 255
     height, width = clip.shape[2:]
     scale = size / min(height, width)
-    clip = torch.nn.functional.interpolate(
-        clip.transpose(0, 1), (round(height * scale), round(width * scale)), mode="bicubic", antialias=True
-    )
+    clip = F.interpolate(clip, (round(height * scale), round(width * scale)), mode="bicubic", antialias=True)
     left = (clip.shape[3] - size) // 2
     mean, std = (torch.tensor(each).view(3, 1, 1) for each in IMAGE_STATS["clip"])
-    return model.encode_video(((clip[..., left : left + size] - mean) / std).transpose(0, 1)[None], normalize=True)
+    clip = (clip[..., left : left + size] - mean) / std
+    return model.encode_video(clip.transpose(0, 1)[None], normalize=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -249,9 +243,8 @@ def probe(options: argparse.Namespace) -> dict[str, Any]:
     result = {name: vars(options)[name] for name in ("clips", "width", "classes", "threads")}
     train, test = slice(options.clips), slice(options.clips, None)
     for name, fit in (("linear", linear_probe), ("knn", knn_probe)):
-        wall, cpu = time.monotonic(), time.process_time()
-        answer = fit(features[train], labels[train], features[test], options.classes)
-        result |= {f"{name}_s": time.monotonic() - wall, f"{name}_cpu_s": time.process_time() - cpu}
+        answer, seconds, cpu = timed(partial(fit, features[train], labels[train], features[test], options.classes))
+        result |= {f"{name}_s": seconds, f"{name}_cpu_s": cpu}
         result[f"{name}_top1"] = 100 * float((answer.classes == labels[test]).float().mean())
     return result
 
@@ -281,47 +274,47 @@ def hod(options: argparse.Namespace) -> dict[str, Any]:
     """Clips per second of the pipeline, the share of each stage, and peak memory."""
     spent: dict[str, list[float]] = {stage: [] for stage in (*STAGES, "loop")}
     memory = _MemoryPeak()
-    # Alternating, so that a noisy machine disturbs both.
+
+    def pipeline_in(folder: str, *more: str) -> Pipeline:
+        knobs = [*options.overrides, f"block={options.clips}", f"output={folder}/hod.csv", *more]
+        return build(config.load(options.config_file, knobs))
+
+    # Pipeline and loop alternate, so that a noisy machine disturbs both.
     for _ in range(options.rounds):
+        # A folder of its own: a round must not read what an earlier one stored.
         with tempfile.TemporaryDirectory() as folder:
-            pipeline = _pipeline(options, Path(folder))
+            pipeline = pipeline_in(folder)
             # A shard of one block is the first clips.
             shard = Shard(0, -(-len(pipeline.table) // options.clips))
             clips = pipeline.clips(shard)
             with memory:
                 for stage in STAGES:
-                    start = time.perf_counter()
-                    pipeline.run([stage], shard)
-                    spent[stage].append(time.perf_counter() - start)
+                    spent[stage].append(timed(partial(pipeline.run, [stage], shard)).seconds)
             start = time.perf_counter()
-            alone = _pipeline(options, Path(folder), "workers=0")
+            alone = pipeline_in(folder, "workers=0")
             for index in clips:
                 for _ in alone.try_clip(index):
                     pass
             spent["loop"].append(time.perf_counter() - start)
     ours = [sum(spent[stage][i] for stage in STAGES) for i in range(options.rounds)]
+    shares = {stage: median(part / all_ for part, all_ in zip(spent[stage], ours, strict=True)) for stage in STAGES}
     return {
         "clips": len(clips),
         "workers": pipeline.cfg.workers,
-        "clips_per_second": len(clips) / statistics.median(ours),
-        "share": {
-            stage: statistics.median(part / whole for part, whole in zip(spent[stage], ours, strict=True))
-            for stage in STAGES
-        },
-        "milliseconds": {stage: 1000 * statistics.median(spent[stage]) / len(clips) for stage in STAGES},
-        "ratio_to_a_loop": statistics.median(slow / fast for slow, fast in zip(spent["loop"], ours, strict=True)),
+        "clips_per_second": len(clips) / median(ours),
+        "share": shares,
+        "milliseconds": {stage: 1000 * median(spent[stage]) / len(clips) for stage in STAGES},
+        "ratio_to_a_loop": median(slow / fast for slow, fast in zip(spent["loop"], ours, strict=True)),
         "worker_mb": memory.worker,
         "main_mb": memory.main,
     }
 
 
 def hod_text(result: dict[str, Any]) -> str:
-    stages = ", ".join(
-        f"{stage} {result['milliseconds'][stage]:.1f} ms ({result['share'][stage]:.0%})" for stage in STAGES
-    )
+    stages = (f"{stage} {result['milliseconds'][stage]:.1f} ms ({result['share'][stage]:.0%})" for stage in STAGES)
     return (
         f"{result['clips']} clips, {result['workers']} workers: {result['clips_per_second']:.1f} clips/s, "
-        f"{result['ratio_to_a_loop']:.2f} x a loop in one process\na clip: {stages}\n"
+        f"{result['ratio_to_a_loop']:.2f} x a loop in one process\na clip: {', '.join(stages)}\n"
         f"peak memory: a worker {result['worker_mb']:.0f} MB of its own, the main process {result['main_mb']:.0f} MB"
     )
 
@@ -354,10 +347,5 @@ class _MemoryPeak:
                     processes = [each, *each.children(recursive=True)]
                     # USS: pages that a forked worker shares with its parent are counted once, as the parent's.
                     self.worker = max(self.worker, sum(one.memory_full_info().uss for one in processes) / 1e6)
-                except psutil.NoSuchProcess:
+                except psutil.NoSuchProcess:  # it ended between the listing and the look
                     continue
-
-
-def _pipeline(options: argparse.Namespace, folder: Path, *more: str) -> Pipeline:
-    knobs = [*options.overrides, f"block={options.clips}", f"output={folder / 'hod.csv'}", *more]
-    return build(config.load(options.config_file, knobs))

@@ -1,4 +1,4 @@
-"""Benchmarks of a training step: ``step``, ``slowfast`` and ``memory`` of ``tools/bench.py``.
+"""Benchmarks of a training step: ``step``, ``slowfast`` and ``memory`` of ``tools/bench.py``; and how all measure.
 
 ``step``: forward, loss and backward of both towers on random clips. Operations are counted as they happen (PyTorch's
 FlopCounterMode, attention included) in the plain form: all tokens pass every block, 77 text tokens. The fraction of
@@ -24,13 +24,14 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from _common import markdown_table
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -39,7 +40,7 @@ from egohod.distributed import pick_device, pick_precision, setup
 from egohod.loss.contrastive import ContrastiveLoss
 from egohod.model import slowfast as slowfast_model
 from egohod.model.config import ModelConfig
-from egohod.model.cost import SHARE, Memory, count_flops, predict, saved_bytes, step_flops
+from egohod.model.cost import SHARE, count_flops, predict, saved_bytes, step_flops
 from egohod.model.dual_encoder import DualEncoder, create_model
 from egohod.model.vision import VideoTransformer
 from egohod.model.zoo import GEOMETRIES
@@ -47,12 +48,71 @@ from egohod.training.build import split_batch
 from egohod.training.config import TrainConfig
 from egohod.training.step import TrainStep
 
-# Large enough to be bound by arithmetic, small enough that a round takes less than a second.
-MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
-MATMULS_PER_ROUND = {"cpu": 4, "cuda": 50}
+# Side and number of the matrix products of a round: large enough to be bound by arithmetic, less than a second in all.
+MATMUL_SIZE, MATMULS_PER_ROUND = {"cpu": 2048, "cuda": 8192}, {"cpu": 4, "cuda": 50}
+# CLIP's: the text tower reads its feature at the highest token, so that random tokens must stay below.
 START_OF_TEXT, END_OF_TEXT = 49406, 49407
-DEVICES_GB = (24, 80)
-PROCESSES = (1, 4, 8)
+# The machines of the memory table: what research groups and clusters mostly have.
+DEVICES_GB, PROCESSES = (24, 80), (1, 4, 8)
+
+
+# --------------------------------------------------------------------------------------------------
+# How all benchmarks measure
+# --------------------------------------------------------------------------------------------------
+
+
+class Timed(NamedTuple):
+    """What some work returned, its seconds by the clock, and its CPU seconds, those of ended children included."""
+
+    result: Any
+    seconds: float
+    cpu: float
+
+
+def timed(work: Callable[[], Any], device: torch.device | None = None) -> Timed:
+    """Run ``work`` until ``device`` has finished it."""
+    on_gpu = device is not None and device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    start, cpu = time.perf_counter(), cpu_seconds()
+    result = work()
+    if on_gpu:
+        # Kernels are queued: without this only the launches would be timed.
+        torch.cuda.synchronize(device)
+    return Timed(result, time.perf_counter() - start, cpu_seconds() - cpu)
+
+
+def alternate(
+    rounds: int, ways: Mapping[str, Callable[[], Any]], device: torch.device | None = None
+) -> dict[str, list[Timed]]:
+    """Time all ways in turns, so that a noisy machine disturbs all of them alike."""
+    runs: dict[str, list[Timed]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, work in ways.items():
+            runs[name].append(timed(work, device))
+    return runs
+
+
+def cpu_seconds(*processes: int) -> float:
+    """CPU time of this process and of its children that have ended, or of one of both."""
+    # Not os.times(), which counts in ticks of 10 ms: reading one clip takes about as long.
+    chosen = processes or (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return sum(sum(resource.getrusage(each)[:2]) for each in chosen)
+
+
+def peak_bytes() -> int:
+    """The peak resident memory of this process; macOS counts bytes, Linux kilobytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def json_of(command: list[str]) -> dict[str, Any]:
+    """What a benchmark prints in a process of its own, whose memory is not this one's."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    # The last line: libraries may print others before.
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -61,7 +121,7 @@ PROCESSES = (1, 4, 8)
 
 
 def _add_step_options(parser: argparse.ArgumentParser, *, model: str, frames: int, batch_size: int) -> None:
-    """Options of a benchmark that runs a step; it accepts geometries of the same kind as ``model``."""
+    # Only geometries of the same kind: the other benchmark's make no sense here.
     alike = [name for name, geometry in GEOMETRIES.items() if geometry.slowfast == GEOMETRIES[model].slowfast]
     add = parser.add_argument
     add("--model", default=model, choices=alike, help=f"geometry (default: {model})")
@@ -71,14 +131,6 @@ def _add_step_options(parser: argparse.ArgumentParser, *, model: str, frames: in
     add("--rounds", type=int, default=3, help="timed steps, after one to warm up (default: 3)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
-
-
-def _machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "precision": str(dtype).removeprefix("torch."),
-    }
 
 
 def _prepare(
@@ -104,22 +156,13 @@ def _prepare(
     return model, step, device, dtype
 
 
-def _seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """Time until the device has finished ``work()``."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        # Kernels are queued: without this only the launches would be timed.
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
-def peak_bytes() -> int:
-    """The peak resident memory of this process; macOS counts bytes, Linux kilobytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+def _head(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    result = {name: vars(options)[name] for name in ("model", "frames", "batch_size", "text_length")}
+    return result | {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "precision": str(dtype).removeprefix("torch."),
+    }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -135,7 +178,7 @@ def step_options(parser: argparse.ArgumentParser) -> None:
 
 
 def step(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds per step and the share of the matmul peak (the best round of each counts), and memory by variant."""
+    """A training step: seconds, share of the matmul peak (the best round of each counts), memory by variant."""
     if options.memory_of:
         return _step_memory(options)
     memory = {}
@@ -143,27 +186,26 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
     for variant in () if options.no_memory else ("plain", "checkpointed"):
         # The peak of a process can only be read once, so each variant gets a process of its own.
         command = [sys.executable, str(Path(sys.argv[0]).resolve()), *sys.argv[1:], "--json", "--memory_of", variant]
-        child = subprocess.run(command, capture_output=True, text=True, check=True)
-        memory[variant] = json.loads(child.stdout.splitlines()[-1])
+        memory[variant] = json_of(command)
     model, run_step, device, dtype = _prepare(options, checkpointing=False)
     counted = count_flops(run_step)  # also the warm-up
     if options.compile:
         model.compile_towers()
         run_step()
-    steps, matmuls = [], []
-    # Alternating, so that a noisy machine disturbs both.
-    for _ in range(options.rounds):
-        matmuls.append(_matmul_flops_per_second(device, dtype))
-        steps.append(_seconds(run_step, device))
-    best, peak = min(steps), max(matmuls)
+    side, repeats = MATMUL_SIZE[device.type], MATMULS_PER_ROUND[device.type]
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+
+    def matmuls() -> None:
+        for _ in range(repeats):
+            torch.mm(a, b)
+
+    matmuls()  # warm-up
+    runs = alternate(options.rounds, {"matmul": matmuls, "step": run_step}, device)
+    best = min(run.seconds for run in runs["step"])
+    peak = repeats * 2 * side**3 / min(run.seconds for run in runs["matmul"])
     nominal = options.batch_size * _nominal_flops(model, options)
     formula = options.batch_size * step_flops(model.geometry, options.frames, options.text_length)
-    return {
-        "model": options.model,
-        "frames": options.frames,
-        "batch_size": options.batch_size,
-        "text_length": options.text_length,
-        **_machine(device, dtype),
+    return _head(options, device, dtype) | {
         "compiled": options.compile,
         "step_seconds": best,
         "clips_per_second": options.batch_size / best,
@@ -198,6 +240,7 @@ def _step_memory(options: argparse.Namespace) -> dict[str, float]:
 
 def _nominal_flops(model: DualEncoder, options: argparse.Namespace) -> int:
     """Operations per clip of a plain implementation, which takes all tokens through the last block."""
+    # On the meta device nothing is computed: only the shapes count.
     with torch.device("meta"):
         twin = create_model(ModelConfig(name=options.model, num_frames=options.frames))
         size = model.geometry.image_size
@@ -210,18 +253,6 @@ def _nominal_flops(model: DualEncoder, options: argparse.Namespace) -> int:
         (pooled.sum() + twin.textual(tokens).sum()).backward()
 
     return count_flops(plain) // 2
-
-
-def _matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    n, repeats = MATMUL_SIZE[device.type], MATMULS_PER_ROUND[device.type]
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    torch.mm(a, b)  # warm-up
-
-    def products() -> None:
-        for _ in range(repeats):
-            torch.mm(a, b)
-
-    return repeats * 2 * n**3 / _seconds(products, device)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -238,12 +269,11 @@ def slowfast(options: argparse.Namespace) -> dict[str, Any]:
     """Cost of a co-training step, of the step with all weights trained, and their ratios."""
     device = pick_device(options.device)
     dtype = pick_precision(options.precision, device)
-    result = {"model": options.model, "frames": options.frames, "batch_size": options.batch_size}
-    result |= _machine(device, dtype)
     config = ModelConfig(name=options.model, num_frames=options.frames)
     pairs = count_slowfast(config, options.batch_size, options.text_length, dtype)
     if not options.no_time:
         pairs |= _time_slowfast(options)
+    result = _head(options, device, dtype)
     for name, (ours, twin) in pairs.items():
         result |= {name: ours, f"{name}_all_trained": twin, f"{name}_ratio": ours / twin}
     return result
@@ -295,18 +325,17 @@ def _time_slowfast(options: argparse.Namespace) -> dict[str, tuple[float, float]
     for block in model.visual.transformer.resblocks:
         # An adapter at its zero start is the same work, but no kernel should be able to exploit the zeros.
         torch.nn.init.normal_(block.adapter.up_proj.weight, std=0.02)
-    clock: tuple[list[float], list[float]] = ([], [])
-    processor: tuple[list[float], list[float]] = ([], [])
-    for _ in range(options.rounds + 1):
-        for which, variant in enumerate((nullcontext(), all_trained(model))):
-            with variant:
-                start = time.process_time()
-                clock[which].append(_seconds(run_step, device))
-                processor[which].append(time.process_time() - start)
+
+    def run_twin() -> None:
+        with all_trained(model):
+            run_step()
+
+    runs = alternate(options.rounds + 1, {"ours": run_step, "twin": run_twin}, device)
     # The first round is the warm-up.
-    pairs = {"step_seconds": (min(clock[0][1:]), min(clock[1][1:]))}
+    ours, twin = (runs[name][1:] for name in ("ours", "twin"))
+    pairs = {"step_seconds": (min(run.seconds for run in ours), min(run.seconds for run in twin))}
     if device.type == "cpu":
-        pairs["step_cpu_seconds"] = (min(processor[0][1:]), min(processor[1][1:]))
+        pairs["step_cpu_seconds"] = (min(run.cpu for run in ours), min(run.cpu for run in twin))
     return pairs
 
 
@@ -334,26 +363,26 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
         for checkpointing in (False, True):
             config = ModelConfig(name=options.model, num_frames=frames, gradient_checkpointing=checkpointing)
             memory = predict(config, dtype=dtype)
+            fits: dict[int, dict[int, str]] = {}
+            for size in DEVICES_GB:
+                # Processes -> clips at a time x passes per step; '-' where not even one clip fits.
+                largest = memory.fits(size * 1e9)
+                batch = options.global_batch_size
+                fits[size] = {
+                    n: "{} x {}".format(*split_batch(batch, n, largest)) if largest >= 1 else "-" for n in PROCESSES
+                }
             row: dict[str, Any] = {
                 "frames": frames,
                 "checkpointing": checkpointing,
                 "mb_per_clip": memory.per_clip / 1e6,
                 "peak_gb": {batch: memory.peak(batch) / 1e9 for batch in options.batches},
-                "fits": {size: _splits(memory, size, options.global_batch_size) for size in DEVICES_GB},
+                "fits": fits,
             }
             if device.type == "cuda":
                 row["measured_gb"] = _measured_peak(config, options, min(options.batches)) / 1e9
             rows.append(row)
     result = {"model": options.model, "precision": options.precision, "global_batch_size": options.global_batch_size}
     return result | {"rows": rows}
-
-
-def _splits(memory: Memory, gigabytes: int, global_batch_size: int) -> dict[int, str]:
-    """Processes -> clips at a time x passes per step; '-' where not even one clip fits."""
-    largest = memory.fits(gigabytes * 1e9)
-    if largest < 1:
-        return dict.fromkeys(PROCESSES, "-")
-    return {n: "{} x {}".format(*split_batch(global_batch_size, n, largest)) for n in PROCESSES}
 
 
 def _measured_peak(config: ModelConfig, options: argparse.Namespace, batch: int) -> int:
@@ -378,19 +407,16 @@ def memory_text(result: dict[str, Any]) -> str:
     """A Markdown table, as in docs/large_batches.md."""
     rows = result["rows"]
     measured = ["measured"] if "measured_gb" in rows[0] else []
-    batches = [f"{batch} clips" for batch in rows[0]["peak_gb"]]
-    devices = [f"{n} x {size} GB" for size in DEVICES_GB for n in PROCESSES]
-    head = ["frames", "checkpointing", "MB a clip", *batches, *measured, *devices]
-    lines = [
-        f"{result['model']}, {result['precision']}: peak GB by clips at a time, and how a step of "
-        f"{result['global_batch_size']} clips is split (clips at a time x passes, {SHARE:.0%} of the memory used)",
-        "| " + " | ".join(head) + " |",
-        "|" + "---|" * len(head),
-    ]
+    head = ["frames", "checkpointing", "MB a clip", *(f"{batch} clips" for batch in rows[0]["peak_gb"]), *measured]
+    head += [f"{n} x {size} GB" for size in DEVICES_GB for n in PROCESSES]
+    lines = []
     for row in rows:
         cells = [str(row["frames"]), "yes" if row["checkpointing"] else "no", f"{row['mb_per_clip']:.0f}"]
         cells += [f"{peak:.1f}" for peak in row["peak_gb"].values()]
         cells += [f"{row['measured_gb']:.1f}"] if measured else []
-        cells += [row["fits"][size][n] for size in DEVICES_GB for n in PROCESSES]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells + [row["fits"][size][n] for size in DEVICES_GB for n in PROCESSES])
+    title = (
+        f"{result['model']}, {result['precision']}: peak GB by clips at a time, and how a step of "
+        f"{result['global_batch_size']} clips is split (clips at a time x passes, {SHARE:.0%} of the memory used)"
+    )
+    return "\n".join([title, *markdown_table(head, lines)])
