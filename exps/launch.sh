@@ -103,7 +103,7 @@ _slurm_step() {
     wait "$step" || status=$?
     trap - USR1 TERM
     [ "$status" != 0 ] || return 0
-    # A program that does not know the signal dies of it; what it has kept so far counts. An error stays one.
+    # A program that does not know the signal dies of it; what it has saved so far counts. An error stays one.
     [ -n "$stop_requested" ] && [ "$status" -gt 128 ] || exit "$status"
     touch "$EGOHOD_UNFINISHED"
 }

@@ -43,10 +43,10 @@ class Page:
             message["sessionId"] = self._session
         os.write(self._out, json.dumps(message).encode() + b"\0")
         while True:
-            told = self._read()
-            if told.get("id") == self._number:
-                assert "error" not in told, told
-                return told["result"]
+            reply = self._read()
+            if reply.get("id") == self._number:
+                assert "error" not in reply, reply
+                return reply["result"]
 
     def open(self, path: Path) -> None:
         """Load a file and wait until it is all there."""
@@ -57,9 +57,9 @@ class Page:
 
     def run(self, script: str) -> Any:
         """What a JavaScript expression gives."""
-        told = self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in told, told
-        return told["result"].get("value")
+        reply = self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in reply, reply
+        return reply["result"].get("value")
 
     def pictures(self) -> list[int]:
         """The widths of the page's images in pixels; one that is broken is an error.
@@ -90,20 +90,20 @@ class Page:
             assert more, "Chromium has ended"
             self._rest += more
         message, _, self._rest = self._rest.partition(b"\0")
-        told = json.loads(message)
-        self._note(told.get("method", ""), told.get("params", {}))
-        return told
+        reply = json.loads(message)
+        self._note(reply.get("method", ""), reply.get("params", {}))
+        return reply
 
-    def _note(self, method: str, said: dict[str, Any]) -> None:
+    def _note(self, method: str, event: dict[str, Any]) -> None:
         self._events.append(method)
         if method == "Network.requestWillBeSent":
-            self.requests.append(said["request"]["url"])
+            self.requests.append(event["request"]["url"])
         elif method == "Runtime.exceptionThrown":
-            self.complaints.append(json.dumps(said["exceptionDetails"]))
-        elif method == "Runtime.consoleAPICalled" and said["type"] in ("error", "warning", "assert"):
-            self.complaints.append(json.dumps(said["args"]))
-        elif method == "Log.entryAdded" and said["entry"]["level"] in ("error", "warning"):
-            self.complaints.append(said["entry"]["text"])
+            self.complaints.append(json.dumps(event["exceptionDetails"]))
+        elif method == "Runtime.consoleAPICalled" and event["type"] in ("error", "warning", "assert"):
+            self.complaints.append(json.dumps(event["args"]))
+        elif method == "Log.entryAdded" and event["entry"]["level"] in ("error", "warning"):
+            self.complaints.append(event["entry"]["text"])
 
 
 @contextlib.contextmanager

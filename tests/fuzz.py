@@ -111,8 +111,8 @@ class Notes:
         self._path = path
         self.chunks: dict[str, dict[str, Any]] = {}
         if path.is_file():
-            known = json.loads(path.read_text())
-            self.chunks = known["chunks"] if known["of"] == self._of else {}
+            stored = json.loads(path.read_text())
+            self.chunks = stored["chunks"] if stored["of"] == self._of else {}
 
     def add(self, first: int, chunk: dict[str, Any]) -> None:
         self.chunks[str(first)] = chunk
@@ -410,9 +410,9 @@ def run(chosen: Sequence[Target], cases: int, jobs: int, of: int, work: Path, no
             running.append(waiting.pop(0))
             running[-1].start(seeds[running[-1].target.name], of, work)
         for job in list(running):
-            known = job.chunk["cases"]
+            before = job.chunk["cases"]
             over = job.step()
-            done += job.chunk["cases"] - known
+            done += job.chunk["cases"] - before
             if over and job.next < job.stop:
                 job.start(seeds[job.target.name], of, work)
             elif over:

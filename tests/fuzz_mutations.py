@@ -54,8 +54,8 @@ def fire(*_: object) -> None:
 def mutate(content: bytes, name: str, rng: random.Random, others: Sequence[bytes] = ()) -> bytes:
     """``content`` of the file ``name`` with one change or a few; ``others`` are files to splice parts of."""
     for _ in range(rng.choice((1, 1, 1, 1, 2, 2, 3, 6))):
-        known = _of_format(content, name)
-        change = rng.choice(known) if known and rng.random() < 0.6 else None
+        fitting = _of_format(content, name)
+        change = rng.choice(fitting) if fitting and rng.random() < 0.6 else None
         try:
             content = change(content, rng) if change else _bytes(content, rng, others)
         except Exception:  # an earlier change has left nothing of the format

@@ -188,13 +188,13 @@ def main(arguments: list[str]) -> None:
         before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
         try:
             readers[reader](Path(path))
-            said = "read"
+            message = "read"
         except UserError as error:
-            said = str(error)
+            message = str(error)
         except BaseException as error:
-            said = f"not a UserError: {error!r}"[:1000]
+            message = f"not a UserError: {error!r}"[:1000]
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-        results.append({"said": said, "seconds": time.process_time() - start, "grown_mb": grown})
+        results.append({"message": message, "seconds": time.process_time() - start, "grown_mb": grown})
     print(json.dumps(results))
 
 

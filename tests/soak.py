@@ -45,8 +45,8 @@ def main() -> int:
     if not (work / "world").is_dir():
         make_world(work / "world", seed=0, scale=0.03, workers=1)
     config = write_tiny_config(work, work / "world")
-    known = work / "trials.json"
-    done = json.loads(known.read_text()) if known.is_file() else {}
+    notes = work / "trials.json"
+    done = json.loads(notes.read_text()) if notes.is_file() else {}
     if done.get("source") != source_hash() or done.get("seed") != args.seed:
         shutil.rmtree(work / "undisturbed", ignore_errors=True)
         done = {"source": source_hash(), "commit": git_commit(), "seed": args.seed, "trials": []}
@@ -54,7 +54,7 @@ def main() -> int:
     assert codes == [0, 0], codes
     for number in range(len(done["trials"]), args.trials):
         done["trials"].append(trial(number, args.seed, config, work))
-        known.write_text(json.dumps(done, indent=1))
+        notes.write_text(json.dumps(done, indent=1))
         print(json.dumps(done["trials"][-1]), flush=True)
     trials = done["trials"][: args.trials]
     failed = [each["trial"] for each in trials if not each["passed"]]
@@ -172,8 +172,8 @@ def unreadable(run: Path) -> list[str]:
 
 def compare(one: Path, other: Path) -> list[str]:
     """How two finished runs differ: weights and averages to the bit, losses and scores to the last digit."""
-    expected, found = newest(one).weights, newest(other).weights
-    problems = [f"{name} differs" for name, weight in expected.items() if not torch.equal(weight, found[name])]
+    expected, actual = newest(one).weights, newest(other).weights
+    problems = [f"{name} differs" for name, weight in expected.items() if not torch.equal(weight, actual[name])]
     if _metrics(one) != _metrics(other):
         problems.append("metrics.jsonl differs")
     return problems

@@ -71,8 +71,8 @@ def test_mediapipe_is_looked_for_in_the_project(elsewhere: Path, monkeypatch: py
 
     monkeypatch.delenv("EGOHOD_MEDIAPIPE", raising=False)
     monkeypatch.setattr(mediapipe_hands, "PROJECT", elsewhere / "checkout")
-    said = r"is not in .*/checkout/\.mediapipe; cure: .* -r .*/checkout/exps/mediapipe_requirements\.txt"
-    with pytest.raises(UserError, match=said):
+    message = r"is not in .*/checkout/\.mediapipe; cure: .* -r .*/checkout/exps/mediapipe_requirements\.txt"
+    with pytest.raises(UserError, match=message):
         mediapipe_hands.MediapipeHands()
 
 

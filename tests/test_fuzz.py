@@ -113,8 +113,8 @@ def test_every_kind_of_fault_is_noticed(tmp_path: Path) -> None:
         "read": (1, 0),
         "refused": (0, 1),
     }
-    said = {name: [fault["what"] for fault in chunk["faults"]] for name, chunk in chunks.items() if chunk["faults"]}
-    assert all(len(each) == 1 for each in said.values())
+    messages = {name: [fault["what"] for fault in chunk["faults"]] for name, chunk in chunks.items() if chunk["faults"]}
+    assert all(len(each) == 1 for each in messages.values())
     expected = {
         "exception": "KeyError: 'key' at ",
         "crash": "ends the process (SIGABRT)",
@@ -128,7 +128,7 @@ def test_every_kind_of_fault_is_noticed(tmp_path: Path) -> None:
         "fires": "runs code of the file",
         "system": "leaves its folder: os.system",
     }
-    assert {name: each[0][: len(expected[name])] for name, each in said.items()} == expected
+    assert {name: each[0][: len(expected[name])] for name, each in messages.items()} == expected
     assert "--reader crash --case 0" in chunks["crash"]["faults"][0]["command"]
     assert not list(tmp_path.rglob("escaped.txt"))
 

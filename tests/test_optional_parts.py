@@ -85,8 +85,8 @@ def test_a_package_that_a_command_needs_is_named(capsys: pytest.CaptureFixture[s
         raise ModuleNotFoundError(f"No module named '{name}'", name=name)
 
     assert cli.run(lambda _: needs("submitit"), []) == cli.USER_ERROR
-    said = capsys.readouterr().err
-    assert said == (
+    error = capsys.readouterr().err
+    assert error == (
         "error: a package that this command needs cannot be imported: No module named 'submitit'; pip install -r "
         "requirements.txt\n"
     )

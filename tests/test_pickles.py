@@ -27,10 +27,10 @@ def read_with_little_memory(readers_and_paths: list[tuple[str, Path]]) -> None:
     results = json.loads(done.stdout)
     wrong = []
     for (reader, path), result in zip(readers_and_paths, results, strict=True):
-        said = result["said"]
+        message = result["message"]
         # Entries that are no clips are counted, not refused.
-        fine = said == "read" or (said.startswith(str(path)) and "\n" not in said and len(said) < 500)
-        if not fine or "MemoryError" in said or result["seconds"] > 5 or result["grown_mb"] > 300:
+        fine = message == "read" or (message.startswith(str(path)) and "\n" not in message and len(message) < 500)
+        if not fine or "MemoryError" in message or result["seconds"] > 5 or result["grown_mb"] > 300:
             wrong.append((reader, path.name, result))
     assert not wrong
 

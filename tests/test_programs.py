@@ -65,7 +65,7 @@ def test_a_metric_that_does_not_exist_costs_no_step(
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("model.num_frames=0", "model.num_frames"),
         ("train.precision=foo", "train.precision"),
@@ -73,10 +73,10 @@ def test_a_metric_that_does_not_exist_costs_no_step(
         ("evaluate.demo_test=/nowhere", "/nowhere"),
     ],
 )
-def test_a_dry_run_finds_what_would_stop_a_run(tiny_config: Path, inside: Command, override: str, said: str) -> None:
+def test_a_dry_run_finds_what_would_stop_a_run(tiny_config: Path, inside: Command, override: str, message: str) -> None:
     done = inside("main_pretrain.py", override, "--config_file", tiny_config, "--dry_run")
     assert done.returncode == 2, done.stderr
-    assert said in done.stderr
+    assert message in done.stderr
 
 
 def test_a_dry_run_of_a_good_config_tries_it_and_writes_nothing(
@@ -115,7 +115,7 @@ def test_a_run_whose_clips_stop_coming_can_be_stopped(
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("data.train.demo.root=/nowhere", "/nowhere"),
         ("data.train.demo.metadata=/nowhere.csv", "/nowhere.csv"),
@@ -128,10 +128,12 @@ def test_a_run_whose_clips_stop_coming_can_be_stopped(
         ("data.hard_negatives.group_by=[nouns]", "nouns"),
     ],
 )
-def test_what_is_missing_is_said_in_one_line(tiny_config: Path, inside: Command, override: str, said: str) -> None:
+def test_a_missing_part_is_reported_in_one_line(
+    tiny_config: Path, inside: Command, override: str, message: str
+) -> None:
     done = inside("main_pretrain.py", "--config_file", tiny_config, override)
     assert done.returncode == 2, done.stderr
-    assert said in done.stderr
+    assert message in done.stderr
 
 
 @pytest.mark.ci

@@ -81,7 +81,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         ablate.read_study(path)
 
 
-def test_tables_say_means_spreads_and_equal_flops(tmp_path: Path) -> None:
+def test_tables_have_means_spreads_and_equal_flops(tmp_path: Path) -> None:
     def seed(last: float) -> dict[str, object]:
         val = {step: dict.fromkeys(ablate.METRICS, float(step)) for step in (10, 20, 30)}
         test = dict.fromkeys(ablate.METRICS, last)
@@ -101,15 +101,15 @@ def test_tables_say_means_spreads_and_equal_flops(tmp_path: Path) -> None:
         "dear": dear | {"seeds": {0: seed(70.0)}},
     }
     ablate.at_equal_flops(rows)
-    told = {"metrics": ablate.METRICS, "chance": ablate.CHANCE}
-    found = {"rows": rows, **told, "note": "note", "world_of_the_numbers": "test", "equal_flops": "0.3 TFLOP"}
-    text = ablate.tables(found)
+    headings = {"metrics": ablate.METRICS, "chance": ablate.CHANCE}
+    results = {"rows": rows, **headings, "note": "note", "world_of_the_numbers": "test", "equal_flops": "0.3 TFLOP"}
+    text = ablate.tables(results)
     assert "| start | 40.0 | 40.0 | 40.0 | 40.0 | - | - | - | 1 |" in text
     assert text.count("| start |") == 1 + len(ablate.CHANCE), "there is nothing to spend on it"
     assert "| cheap | 62.0 ± 2.8 | 62.0 ± 2.8 | 62.0 ± 2.8 | 62.0 ± 2.8 | 10 | 0.50 ± 0.00 | 1.0 | 2 |" in text
     assert "| dear | 10.0 | 10.0 | 10.0 | 10.0 |" in text, "thirty cheap steps buy ten dear ones"
     assert "| dear | transient pairs | 70.0 | 50.0 | 50.0 | 50.0 |" in text
-    ablate.plot(found, tmp_path / "plot.png")
+    ablate.plot(results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
@@ -142,13 +142,13 @@ def test_a_tiny_study_runs_in_parts_and_refuses_to_mix_recipes(
     done = program(*command, "--only", "start,both")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "study" / "final" / "four-0" / "results.json").stat().st_mtime_ns == before
-    found = json.loads((tmp_path / "study" / "final.json").read_text())
-    assert set(found["rows"]) == {"four", "start", "both"}
-    four, start = (found["rows"][name]["seeds"]["0"] for name in ("four", "start"))
+    results = json.loads((tmp_path / "study" / "final.json").read_text())
+    assert set(results["rows"]) == {"four", "start", "both"}
+    four, start = (results["rows"][name]["seeds"]["0"] for name in ("four", "start"))
     # The same weights, frames and questions.
     assert start["test"] == pytest.approx(four["test"])
     assert start["controls"]["freeze"] == pytest.approx(four["controls"]["freeze"])
-    for row in (found["rows"][name] for name in ("four", "both")):
+    for row in (results["rows"][name] for name in ("four", "both")):
         assert set(row["seeds"]["0"]["val"]) == {"2", "4"}
         assert set(row["seeds"]["0"]["controls"]) == set(CONTROLS)
         assert 0 <= row["seeds"]["0"]["test"]["motion_transient"] <= 100
@@ -158,7 +158,7 @@ def test_a_tiny_study_runs_in_parts_and_refuses_to_mix_recipes(
     assert "four-0: holds a run of another configuration" in done.stderr
 
 
-def test_a_study_is_told_by_its_own_numbers_or_the_demos() -> None:
+def test_a_study_names_its_own_metrics_or_has_those_of_the_demo() -> None:
     assert ablate.read_study(ROOT / "configs" / "ablation_demo.yml").metrics == ablate.METRICS
     study = ablate.read_study(ROOT / "configs" / "ablation_finetune.yml")
     assert set(study.metrics) == {"map", "ndcg", "map_v2t", "map_t2v"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 from pathlib import Path
 
 import house
@@ -11,18 +12,30 @@ import pytest
 from tests.support import ROOT
 
 MEASURES = {each.name: each for each in house.measure(house.read_modules(ROOT))}
-# Limits that hold; those that are not met yet are not listed.
-HELD = [
-    "import cycles, lazy imports included",
-    "exception classes",
-    "identifiers with a banned part",
-]
+# Measures beyond their limit, which is beside each: they may come nearer to it, and not get worse than this.
+RATCHET = {
+    "Python files": 119,  # 100
+    "lines": 28_540,  # 24,100
+    "median function, lines": 8,  # 10 to 15
+    "comment lines, percent": 5.5,  # 8
+    "modules with one importer, not behind a protocol": 2,  # 0
+    "files that a training clip runs through, row to loss": 16,  # 12
+    "files that a clip runs through, video to HOD csv": 21,  # 14
+}
 
 
-@pytest.mark.parametrize("name", HELD)
+def require(measure: house.Measure) -> None:
+    """Fail if a measure is beyond its limit and worse than in ``RATCHET``."""
+    low, high = measure.limit
+    if (allowed := RATCHET.get(measure.name)) is not None:
+        low, high = low and min(low, allowed), high if high is None else max(high, allowed)
+    held = dataclasses.replace(measure, limit=(low, high))
+    assert held.is_met, "\n".join([str(held), *measure.details])
+
+
+@pytest.mark.parametrize("name", list(MEASURES))
 def test_the_code_base_keeps_its_shape(name: str) -> None:
-    measure = MEASURES[name]
-    assert measure.is_met, "\n".join([str(measure), *measure.details])
+    require(MEASURES[name])
 
 
 def module(name: str, text: str) -> house.Module:
@@ -53,6 +66,8 @@ def test_comments_banned_names_and_exceptions_are_counted_as_tokens_and_definiti
 
 def test_one_clip_is_traced_from_row_to_loss_and_from_video_to_csv() -> None:
     training, pipeline = house.trace()
+    require(training)
+    require(pipeline)
     for part in ("data/formats/", "data/loader.py", "data/dataset.py", "training/step.py", "loss/contrastive.py"):
         assert any(part in each for each in training.details), part
     for part in ("data/formats/", "hod/detectors/", "hod/facts.py", "hod/narrators/template.py", "hod/pipeline.py"):

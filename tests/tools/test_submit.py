@@ -17,9 +17,9 @@ from tests.support import ROOT, Command, environment
 from tests.training.test_resume import assert_same, losses, newest
 
 
-def test_the_sbatch_file_says_what_was_asked_for(tiny_config: Path, inside: Command) -> None:
-    asked = "--nodes 2 --gpus 8 --cpus 12 --mem 200 --partition big --account us --time 4h --signal_before 90"
-    done = inside("submit.py", tiny_config, "train.lr=1e-4", *asked.split(), "--dry_run")
+def test_the_sbatch_file_has_the_requested_resources(tiny_config: Path, inside: Command) -> None:
+    options = "--nodes 2 --gpus 8 --cpus 12 --mem 200 --partition big --account us --time 4h --signal_before 90"
+    done = inside("submit.py", tiny_config, "train.lr=1e-4", *options.split(), "--dry_run")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     for flag in ("nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "cpus-per-task=12", "mem=200GB", "time=240"):
@@ -35,7 +35,7 @@ def test_mistakes_show_before_anything_is_submitted(
     tiny_config: Path, tmp_path: Path, inside: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    for arguments, told in (
+    for arguments, message in (
         ([tiny_config, "train.learning=1"], "train.learning"),
         ([tiny_config, "--time", "soon"], "--time soon: write 90m, 4h or 2d"),
         ([tiny_config], "no Slurm here"),
@@ -45,7 +45,7 @@ def test_mistakes_show_before_anything_is_submitted(
     ):
         done = inside("submit.py", *arguments)
         assert done.returncode == 2, arguments
-        assert told in done.stderr
+        assert message in done.stderr
 
 
 @pytest.mark.ci
@@ -66,8 +66,8 @@ def test_a_preempted_job_goes_on_and_ends_the_same(tiny_config: Path, tmp_path: 
         assert submitter.poll() is None
         time.sleep(0.1)
     os.kill(_first_task(int(job)), signal.SIGUSR2)
-    said, _ = submitter.communicate()
-    assert submitter.returncode == 0, said
+    output, _ = submitter.communicate()
+    assert submitter.returncode == 0, output
     assert "Caught signal SIGUSR2" in log.read_text()
     assert "resuming" in log.read_text()
     one, other = newest(straight), newest(broken)

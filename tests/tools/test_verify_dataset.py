@@ -126,7 +126,7 @@ def test_what_stops_a_run_stops_it_at_once_in_several_processes(folder: Path, mo
         Verifier("own", source(folder)[1], folder).run(2)
 
 
-def test_a_video_that_makes_its_process_crash_or_hang_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_video_that_makes_its_process_crash_or_hang_is_listed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As decoders do on some damaged files."""
     inner = ClipReader.read
 
@@ -145,7 +145,7 @@ def test_a_video_that_makes_its_process_crash_or_hang_is_found(folder: Path, mon
     assert sorted(faults) == [1, 2, 3, 4]
 
 
-def test_several_processes_find_the_same(folder: Path) -> None:
+def test_several_processes_give_the_same_result(folder: Path) -> None:
     one, two = (Verifier(name, source(folder)[1], folder).run(n) for name, n in (("one", 0), ("two", 2)))
     assert one == two
 
