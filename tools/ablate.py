@@ -186,6 +186,7 @@ def train(run: Run) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     # Appended: a resumed run keeps the log of its first part.
     with (run.folder / "log.txt").open("a") as out:
+        # In a process of its own: its memory is freed, and a crash costs this run alone.
         code = subprocess.run(run.command, stdout=out, stderr=out, check=False).returncode
     # Exit code 0 is not enough: a run that a signal stopped has saved and left in good order.
     if code or (run.trains and int(steps_of(run)[-1]["step"]) < Schedule.of(run.cfg, steps_per_epoch=1).total):
@@ -208,12 +209,14 @@ def gather(study: Study, runs: Sequence[Run], tuned: bool) -> dict[str, Any]:
     for name, row in study.rows.items():
         of_row = [run for run in runs if run.row == name]
         of_seed = {run.seed: _of_run(run, tuned, study.metrics) for run in of_row if run.done}
+        # All seeds of a row cost the same.
         spent = {"start": True} if row.start else cost(of_row[0].cfg)
         rows[name] = {"title": row.title, **spent, "seeds": of_seed}
     # A 16-frame step costs four 4-frame steps: at equal steps alone the comparison would favour it.
     least = at_equal_flops(rows)
     return {
         "commit": git_commit(),
+        # Seconds a step mean nothing without it.
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "world": {"scale": study.world.scale, **asdict(study.world.variant)},
         "note": "tuned on the val world alone"
@@ -255,6 +258,7 @@ def _of_run(run: Run, tuned: bool, names: Iterable[str]) -> dict[str, Any]:
     # The median: a first step compiles, and some steps wait for an evaluation.
     speed = np.median([line["train/clips_per_second"] for line in lines if "train/clips_per_second" in line])
     result = {
+        # Of the run: a study may take days, in which the code changes.
         "commit": json.loads((run.folder / "environment.json").read_text())["commit"],
         "steps": max(val),
         "seconds_per_step": run.cfg.train.global_batch_size / float(speed),
@@ -275,6 +279,7 @@ def tables(results: dict[str, Any]) -> str:
             seconds = _spread([run["seconds_per_step"] for run in seeds], "{:.2f}")
             costs = [f"{row['gflop_per_step']:.0f}", seconds, f"{row['million_trainable']:.1f}"]
             equal_flops.append([title, *_spreads([run["at_equal_flops"] for run in seeds], metrics)])
+        # With the number of seeds: a table of an unfinished study is honest about its rows.
         equal_steps.append([title, *_spreads(last, metrics), *costs, str(len(seeds))])
         for name in chance if world == "test" else ():
             under = [_spread([run["controls"][control][name] for run in seeds]) for control in CONTROLS]
@@ -294,6 +299,7 @@ def _spreads(runs: Sequence[dict[str, float]], metrics: Iterable[str]) -> list[s
 
 
 def _spread(values: Sequence[float], form: str = "{:.1f}") -> str:
+    # No run of this row is finished yet.
     if not values:
         return "-"
     mean = form.format(float(np.mean(values)))
@@ -305,6 +311,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     """Plot the metrics over training: a line per row, and the range of its seeds."""
     metrics, chance = results["metrics"], results["chance"]
     figure = new_figure((13, 4))
+    # Without matplotlib the tables are written all the same.
     if figure is None:
         return
     ((*axes,),) = figure.subplots(1, len(chance), sharey=True, squeeze=False)
@@ -346,6 +353,7 @@ def main(argv: Sequence[str]) -> int:
             print(f"{run.row}, seed {run.seed}: {what}, {run.folder}")
         return cli.DONE
     if not args.tables:
+        # Here and not in the runs: two of them must not render the same world.
         make_world(Path(world.folder), scale=world.scale, variant=world.variant)
         if study.program != Study.program:
             # Fine-tuning reads the benchmarks' formats.

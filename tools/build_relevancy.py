@@ -34,6 +34,7 @@ def main(arguments: Sequence[str]) -> int:
         # In float64: all printed digits of a sum over 37 million cells have to be right.
         f"{100 * np.mean(matrix == 1):.3f} % exactly 1, sum {matrix.sum(dtype=np.float64):,.2f}"
     )
+    # Before the comparison, which may fail: building the matrix takes the longest.
     if args.output:
         save_matrix(matrix, args.output)
     if args.compare:

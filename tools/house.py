@@ -53,6 +53,7 @@ class Measure:
     def __str__(self) -> str:
         low, high = self.limit
         bound = f">= {low:g}" if high is None else f"<= {high:g}" if low is None else f"{low:g} to {high:g}"
+        # In words: a colour would be lost in a log.
         return f"{self.name:58} {self.value:>9,.6g}   {bound:>10}   {'' if self.is_met else 'EXCEEDED'}"
 
 
@@ -87,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def read_modules(root: Path) -> list[Module]:
     """Every Python file of the project outside tests/."""
     modules = []
+    # Sorted: lists of names must not depend on the file system.
     for path in (path for below in ("egohod/**/", "tools/**/", "") for path in sorted(root.glob(f"{below}*.py"))):
         name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
         text = path.read_text(encoding="utf-8")
@@ -105,6 +107,7 @@ def measure(modules: Sequence[Module], only: str = "") -> list[Measure]:
     # Python starts with a cycle as long as one side is delayed; a reader does not.
     cycles = _cycles(imports)
     lonely = _single_importers(imports)
+    # Each class is a promise that somebody catches it by type.
     exceptions = _exception_classes(modules)
     banned = [f"{each.name}: {name}" for each in modules for name in sorted(_banned_identifiers(each.tree))]
     # A median and not a mean: a few long tables must not hide that all else is chopped.
@@ -116,6 +119,7 @@ def measure(modules: Sequence[Module], only: str = "") -> list[Measure]:
     ]
     return [
         Measure("Python files", len(modules), (None, 100)),
+        # 21,000 of the plan, and what later steps have added.
         Measure("lines", lines, (None, 24_100)),
         Measure("median function, lines", statistics.median(lengths), (10, 15)),
         Measure("comment lines, percent", round(100 * comments / lines, 1), (8, None)),
@@ -148,7 +152,6 @@ def _imports(module: Module, names: set[str]) -> set[str]:
 
 
 def _executed(tree: ast.AST) -> Iterator[ast.AST]:
-    """All nodes but those under ``if TYPE_CHECKING``."""
     for child in ast.iter_child_nodes(tree):
         # Never run: annotations may point upwards.
         if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
@@ -283,6 +286,7 @@ def _trace_training(folder: Path) -> list[str]:
     files: set[str] = set()
     with _traced_rows(files):
         data = build_data(cfg, dist, model)
+    # Optimizer and schedule are built once a run: set-up, like the model.
     step = TrainStep(model, cfg, dist, total_steps=1, steps_per_epoch=1)
     batches = train_loader(data.dataset, data.plan, start_step=0, total_steps=1, workers=0)
     with _traced(files):

@@ -83,7 +83,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _windows(video: Path, window: float, decoder: str) -> list[tuple[float, float]]:
-    """The whole video, or windows of a long one."""
+    # The whole video if it is short: two windows or less would cut one action in two.
     opened = choose_decoder(decoder)[1](video, str(video))
     duration = opened.duration
     opened.close()
@@ -115,6 +115,7 @@ def _scores(
         encoder = ClassProbabilities(build_model(cfg, dist, classes), classes).eval()
         # Features of this encoder are probabilities, one a class: the product below changes nothing.
         names, columns = classes.names, torch.eye(len(classes.names), device=dist.device)
+    # One centre crop: the protocol of features and of most published numbers.
     size = geometry(cfg.model.name).image_size
     rows = []
     with torch.inference_mode(), inference_precision(dist.device, torch.float32):
@@ -131,6 +132,7 @@ def _draw(path: Path, windows: Sequence[tuple[float, float]], names: Sequence[st
     # By its best moment: an action that lasts two of a hundred windows is worth a row.
     shown = np.argsort(-scores.max(axis=0), kind="stable")[:DRAWN]
     edges = [start for start, _ in windows] + [windows[-1][1]]
+    # A row for each class, so that names stay readable.
     figure = new_figure((12, 1 + 0.35 * len(shown)))
     if figure is None:
         return

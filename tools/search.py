@@ -66,9 +66,11 @@ def main(arguments: Sequence[str]) -> int:
         # The end of a whole video is infinite in the index, which JSON cannot hold.
         print(json.dumps([dataclasses.asdict(hit) | {"end": hit.end if hit.end < 1e18 else None} for hit in hits]))
     else:
+        # Names of videos are of any length, and the columns behind them should be aligned.
         width = max(len(hit.video) for hit in hits)
         for rank, hit in enumerate(hits, start=1):
             print(f"{rank:3d}  {hit.similarity:6.3f}  {hit.video:<{width}}  {span(hit):<25}  {hit.text}".rstrip())
+    # Last: the answer is printed even if the videos were moved and no picture can be drawn.
     if args.sheet:
         sheet = contact_sheet(hits, index, cfg.data.decoder, args.videos)
         save_picture(sheet, args.sheet)

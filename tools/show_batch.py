@@ -56,6 +56,7 @@ def sheet(views: Sequence[tuple[str, View]], columns: int = 16) -> Image.Image:
             y, x, height, width = view.box
             line = max(2, whole.height // 60)
             ImageDraw.Draw(whole).rectangle((x, y, x + width - 1, y + height - 1), outline=FRAME, width=line)
+        # After the box is drawn, whose line is as wide as the picture is high by 60.
         whole.thumbnail((wide, CELL))
         image.paste(whole, (GAP, top + CAPTION))
         for column, frame in enumerate(np.linspace(0, view.video.shape[1] - 1, count).round().astype(int)):

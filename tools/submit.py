@@ -111,6 +111,7 @@ def _may_requeue() -> bool:
 
 def _queue(job: str) -> list[str]:
     """Slurm's state of a job and its reason; empty for one that has left the queue. Raises :class:`UserError`."""
+    # Not sacct, which needs an accounting database that small clusters do not run.
     command = ["squeue", "--noheader", "--jobs", job, "--format=%T %r"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
@@ -142,6 +143,7 @@ def _submit(run: Path, command: list[str], parameters: dict[str, Any], args: arg
     import submitit
 
     folder, environment = run / FOLDER, {}
+    # Under Slurm the program itself finds the first node's address among the job's variables.
     if args.cluster == "local":
         if args.nodes > 1:
             raise UserError("--cluster local is one node; --processes says how many processes")
@@ -188,6 +190,7 @@ def status(run: Path) -> str:
     except OSError as error:
         raise UserError(f"{run}: nothing was submitted with this run folder") from error
     log = folder / f"{job}_0_log.err"
+    # It may end within a character: the job is writing it.
     text = log.read_text(errors="replace") if log.exists() else ""
     # The log is the only thing that is always there; metrics.jsonl comes with the first logged step.
     steps = re.findall(r"step \d+/\d+ .*", text)
@@ -213,7 +216,6 @@ def _state(cluster: str, job: str, folder: Path) -> str:
 
 
 def _parameters(args: argparse.Namespace) -> dict[str, Any]:
-    """The command line as parameters of submitit."""
     time_limit = re.fullmatch(r"(\d+)([mhd])", args.time)
     if not time_limit:
         raise UserError(f"--time {args.time}: write 90m, 4h or 2d")

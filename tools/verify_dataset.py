@@ -95,7 +95,6 @@ class Verifier:
         return None
 
     def _check(self, block: int) -> list[Fault]:
-        """The clips of a block that cannot be read."""
         faults = ((index, self._fault(index)) for index in self._blocks[block].tolist())
         return [(index, reason) for index, reason in faults if reason is not None]
 
@@ -171,7 +170,7 @@ class Verifier:
         return faults
 
     def _read_notes(self) -> dict[int, list[Fault]]:
-        """Faults by block, of an earlier run over the same table."""
+        # Lines of another table or other settings are of no use: the first line says whose they are.
         try:
             first, *lines = self._notes.read_text(encoding="utf-8", errors="replace").split("\n")
         except FileNotFoundError:

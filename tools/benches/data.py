@@ -99,12 +99,14 @@ def decode(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Median CPU milliseconds by kind of file, frames and decoder; a decoder that does not load is left out."""
     openers = {}
     for name in DECODERS:
+        # decord has no wheel for ARM, and torchcodec needs a matching FFmpeg.
         with contextlib.suppress(UserError):
             openers[name] = choose_decoder(name)[1]
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         close, far = folder / "close.mp4", folder / "videos" / "v" / "0000.mp4"
+        # The same pictures in all files: only the encoding differs.
         write_chunk(close, 0, KEYFRAME_EVERY)
         write_chunk(far, 0, ORIGINAL_KEYFRAME_EVERY)
         kinds = {f"key frame every {KEYFRAME_EVERY}": close, f"every {ORIGINAL_KEYFRAME_EVERY}": far}
@@ -189,7 +191,7 @@ def loader_text(result: dict[str, Any]) -> str:
 def _compare_loaders(
     folder: Path, videos: Path, rows: list[Row], options: argparse.Namespace, server: psutil.Process | None
 ) -> dict[str, Any]:
-    """See :func:`loader`; ``videos`` holds the files that our loader reads."""
+    # videos holds the files that our loader reads: the original ones, or their chunks.
 
     def ours(root: str) -> ClipDataset:
         source = SourceConfig(root=root, layout="chunks", chunk_seconds=CHUNK_SECONDS)
@@ -267,6 +269,7 @@ def s3_server(folder: Path) -> Iterator[psutil.Process]:
         try:
             port = process.stdout.readline()
             if not port:
+                # moto is a package of the tests, which a user need not have.
                 sys.exit("error: --s3 needs a server: pip install -r tests/requirements.txt")
             os.environ.update(
                 AWS_ENDPOINT_URL=f"http://127.0.0.1:{int(port)}",
@@ -292,6 +295,7 @@ def rate(loader: Iterable[Any]) -> tuple[float, float]:
         clips = 0
         for batch in loader:
             video = batch["video"]
+            # What ours leaves to the main process, or to the GPU.
             if video.dtype == torch.uint8:
                 video = normalise(video)
             clips += len(video)
@@ -308,6 +312,7 @@ class UsualDataset(Dataset[dict[str, torch.Tensor]]):
     def __init__(self, root: Path, rows: list[Row], frames: int, size: int) -> None:
         choose_decoder("decord")  # which not every machine has
         self.root, self.rows, self.frames, self.size = root, rows, frames, size
+        # open_clip's, which the usual loaders call for every clip.
         self.tokenizer = SimpleTokenizer(context_length=77)
 
     def __len__(self) -> int:
@@ -343,6 +348,7 @@ def table_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, default=4_000_000, help="clips in the table (default: 4 million)")
     parser.add_argument("--videos", type=int, default=9000, help="videos that hold them (default: 9,000)")
     parser.add_argument("--workers", type=int, default=4, help="loader processes (default: 4)")
+    # Of the process that this benchmark starts itself.
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
 
 
@@ -398,6 +404,7 @@ def write_world(folder: Path, rows: int, videos: int) -> Path:
         writer.writerow(["video_id", "start_second", "end_second", "text", "dataset", "uid"])
         for i in range(rows):
             start = rng.random() * (SECONDS - 3)
+            # As long as a HOD narration, and each another: equal texts could share their memory.
             text = f"#C C {rng.choice(VERBS)} {rng.choice(THINGS)} with the left hand while the right hand"
             text += f" {rng.choice(VERBS)} {rng.choice(THINGS)}, {i} times"
             writer.writerow([rng.choice(names), f"{start:.3f}", f"{start + 1.5:.3f}", text, "ego4d", f"u{i:08d}"])
@@ -413,6 +420,7 @@ def feed_table(path: Path, workers: int) -> dict[str, float]:
         train=TrainConfig(global_batch_size=BATCH),
     )
     dataset = build_dataset(cfg, SIZE)
+    # As a run does, but without its model, which would take most of the memory.
     batches = iter(train_loader(dataset, build_plan(cfg, dataset), start_step=0, total_steps=BATCHES, workers=workers))
     next(batches)
     me = psutil.Process()

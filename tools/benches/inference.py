@@ -92,15 +92,15 @@ def evaluation(options: argparse.Namespace) -> dict[str, Any]:
             results.append((float(np.mean(average_precision)), float(np.mean(gain.sum(axis=1) / ideal.sum(axis=1)))))
         return results
 
-    def ours() -> list[tuple[np.ndarray, np.ndarray]]:
-        single = sim.astype(np.float32)
+    def ours(single: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
         return [graded_per_query(s, r) for s, r in ((single, rel), (single.T, rel.T))]
 
-    runs = alternate(options.rounds, {"ours": ours, "baseline": plain})
+    runs = alternate(options.rounds, {"ours": lambda: ours(sim.astype(np.float32)), "baseline": plain})
     scores = [tuple(float(np.nanmean(values)) for values in direction) for direction in runs["ours"][-1].result]
+    single = sim.astype(np.float32)
     # Traced separately: tracing slows every allocation down.
     tracemalloc.start()
-    ours()
+    ours(single)
     _, extra = tracemalloc.get_traced_memory()
     return {
         "videos": options.videos,
@@ -109,6 +109,7 @@ def evaluation(options: argparse.Namespace) -> dict[str, Any]:
         "baseline_s": median(run.seconds for run in runs["baseline"]),
         "ratios": [slow.seconds / fast.seconds for slow, fast in zip(runs["baseline"], runs["ours"], strict=True)],
         "extra_mb": extra / 1e6,
+        # Fast but wrong would be no comparison.
         "largest_difference": float(np.abs(np.subtract(scores, runs["baseline"][-1].result)).max()),
     }
 
@@ -130,6 +131,7 @@ def _full_benchmark(folder: str) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
 
     def features(rows: int) -> torch.Tensor:
+        # They must score at chance, which is printed beside each number.
         return F.normalize(torch.randn(rows, 512, generator=generator), dim=-1)
 
     lines, start = [], time.perf_counter()
@@ -157,6 +159,7 @@ def _throughput(options: argparse.Namespace) -> dict[str, Any]:
     """
     knobs = [f"data.workers={options.workers}", "data.decoder=auto", f"evaluate.precision={options.precision}"]
     cfg = training_config.load(training_config.PROJECT / "configs" / "demo.yml", knobs)
+    # Random weights: what a clip costs does not depend on them.
     model = create_model(cfg.model, cfg.loss).eval()
     metadata, root = f"{options.demo}/benchmarks/ek100", f"{options.demo}/videos"
     settings = BenchmarkConfig(kind="ek100_cls", metadata=metadata, root=root)
@@ -197,7 +200,7 @@ def _throughput(options: argparse.Namespace) -> dict[str, Any]:
 
 @torch.no_grad()
 def _one_clip(model: Any, folder: str, start: float, end: float, frames: int, size: int) -> torch.Tensor:
-    """The usual way: decord to full frames, float32, resize, crop, normalise, encode."""
+    # The usual way: decord to full frames, float32, resize, crop, normalise, encode; one clip after the other.
     choose_decoder("decord")  # which not every machine has
     import decord
 
@@ -235,6 +238,7 @@ def probe_options(parser: argparse.ArgumentParser) -> None:
 
 def probe(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds, CPU seconds and top-1 accuracy of both probes."""
+    # Given, so that two machines with other numbers of cores can be compared.
     torch.set_num_threads(options.threads)
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(options.clips + TEST_CLIPS) % options.classes
@@ -292,6 +296,7 @@ def hod(options: argparse.Namespace) -> dict[str, Any]:
                     spent[stage].append(timed(partial(pipeline.run, [stage], shard)).seconds)
             start = time.perf_counter()
             alone = pipeline_in(folder, "workers=0")
+            # A generator of stages: it has to be read to its end.
             for index in clips:
                 for _ in alone.try_clip(index):
                     pass
@@ -340,6 +345,7 @@ class _MemoryPeak:
 
     def _sample(self) -> None:
         this = psutil.Process()
+        # In a thread of this process: a child of its own would be counted as a worker.
         while not self._over.wait(0.1):
             self.main = max(self.main, this.memory_info().rss / 1e6)
             for each in this.children():

@@ -139,6 +139,7 @@ def _prepare(
     """The model and a function that runs one step of it on fixed random data."""
     device = pick_device(options.device)
     dtype = pick_precision(options.precision, device)
+    # Random clips: the time of a step does not depend on what they show.
     torch.manual_seed(0)
     config = ModelConfig(name=options.model, num_frames=options.frames, gradient_checkpointing=checkpointing)
     model, loss_fn = create_model(config).to(device), ContrastiveLoss()
@@ -148,6 +149,7 @@ def _prepare(
     tokens[:, 0], tokens[:, -1] = START_OF_TEXT, END_OF_TEXT
 
     def step() -> None:
+        # As in training, where gradients are freed and not overwritten.
         model.zero_grad()
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             output = model(video, tokens)
@@ -174,6 +176,7 @@ def step_options(parser: argparse.ArgumentParser) -> None:
     _add_step_options(parser, model="CLIP_VITB16", frames=4, batch_size=4)
     parser.add_argument("--compile", action="store_true", help="torch.compile both towers")
     parser.add_argument("--no_memory", action="store_true", help="leave the memory variants out")
+    # Of the processes that this benchmark starts itself.
     parser.add_argument("--memory_of", choices=("plain", "checkpointed"), help=argparse.SUPPRESS)
 
 
@@ -201,6 +204,7 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
 
     matmuls()  # warm-up
     runs = alternate(options.rounds, {"matmul": matmuls, "step": run_step}, device)
+    # The best of both: noise of the machine only ever makes a round slower.
     best = min(run.seconds for run in runs["step"])
     peak = repeats * 2 * side**3 / min(run.seconds for run in runs["matmul"])
     nominal = options.batch_size * _nominal_flops(model, options)
@@ -220,7 +224,6 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _step_memory(options: argparse.Namespace) -> dict[str, float]:
-    """Peak over two steps, and what autograd saves per clip."""
     model, run_step, device, dtype = _prepare(options, checkpointing=options.memory_of == "checkpointed")
     # The second step has the gradients of the first in memory, as in training.
     run_step()
@@ -299,6 +302,7 @@ def count_slowfast(
 ) -> dict[str, tuple[float, float]]:
     """TFLOP of a step, and GB that autograd saves for its backward pass: (co-training, all trained)."""
     counts = []
+    # Fake tensors have shapes but no content: a step of the published size is counted on any machine in seconds.
     with FakeTensorMode():
         model = create_model(config)
         size = model.geometry.image_size
@@ -378,6 +382,7 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
                 "peak_gb": {batch: memory.peak(batch) / 1e9 for batch in options.batches},
                 "fits": fits,
             }
+            # The smallest batch alone: the others are in the table to show where they stop to fit.
             if device.type == "cuda":
                 row["measured_gb"] = _measured_peak(config, options, min(options.batches)) / 1e9
             rows.append(row)
@@ -404,7 +409,7 @@ def _measured_peak(config: ModelConfig, options: argparse.Namespace, batch: int)
 
 
 def memory_text(result: dict[str, Any]) -> str:
-    """A Markdown table, as in docs/large_batches.md."""
+    # Markdown: it is the table of docs/large_batches.md.
     rows = result["rows"]
     measured = ["measured"] if "measured_gb" in rows[0] else []
     head = ["frames", "checkpointing", "MB a clip", *(f"{batch} clips" for batch in rows[0]["peak_gb"]), *measured]
