@@ -22,7 +22,7 @@ _PATIENCE = 60.0
 
 
 class Page:
-    """One tab. ``requests`` are the addresses it asked for, ``complaints`` what it put on the console as wrong."""
+    """One tab. ``requests`` are the addresses it requested, ``complaints`` the errors and warnings of its console."""
 
     def __init__(self, incoming: int, outgoing: int) -> None:
         self._in, self._out, self._rest, self._number = incoming, outgoing, b"", 0
@@ -85,7 +85,7 @@ class Page:
         until = time.monotonic() + _PATIENCE
         while b"\0" not in self._rest:
             ready, _, _ = select.select([self._in], [], [], max(0, until - time.monotonic()))
-            assert ready, "Chromium says nothing"
+            assert ready, "Chromium does not start"
             more = os.read(self._in, 1 << 20)
             assert more, "Chromium has ended"
             self._rest += more

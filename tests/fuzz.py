@@ -361,7 +361,7 @@ class Job:
         self.began = time.monotonic()
 
     def step(self) -> bool:
-        """Take what the process has to say; whether it is over."""
+        """Read the messages of the process; whether it has ended."""
         alive = self.process.is_alive()  # before the pipe is read: what a process sent before it died can then be read
         slow = False
         with contextlib.suppress(EOFError):

@@ -422,7 +422,7 @@ def _npy(content: bytes, rng: random.Random) -> bytes:
 
 
 def _parquet(content: bytes, rng: random.Random) -> bytes:
-    """The table of contents, which stands at the end."""
+    """The table of contents, which is at the end."""
     length = int.from_bytes(content[-8:-4], "little")
     footer = _bytes(content[-8 - length : -8], rng)
     declared = len(footer) if rng.random() < 0.9 else rng.choice(_BORDERS) & 0xFFFFFFFF

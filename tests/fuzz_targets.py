@@ -1,7 +1,7 @@
 """Every reader of the project with a small valid input: what tests/fuzz.py damages, and how it is read.
 
 ``seed`` writes a folder that ``read`` accepts; the files below it are what gets damaged (``only`` narrows
-them). ``mend`` makes checksums right again, so that what lies behind them is reached as well.
+them). ``mend`` makes checksums right again, so that the code behind them is reached as well.
 """
 
 from __future__ import annotations
@@ -417,7 +417,7 @@ def _seed_videos(folder: Path) -> None:
     for ending in ("mkv", "ts", "avi", "mov", "flv", "wmv", "mpg"):
         with av.open(str(folder / f"plain.{ending}"), "w") as target:
             codec = {"avi": "mpeg4", "mpg": "mpeg2video"}.get(ending, "libx264")
-            rate = 25 if ending == "mpg" else 10  # the only one of the two that MPEG-2 knows
+            rate = 25 if ending == "mpg" else 10  # the only one of the two that MPEG-2 has
             stream = target.add_stream(codec, rate=rate, options={"threads": "1"})
             stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
             for i in range(30):
@@ -535,7 +535,7 @@ def _detect(path: Path) -> None:
 
 
 def _hod() -> HodConfig:
-    """Of relative paths: results are kept under what they are made of, which detections' place is part of."""
+    """With relative paths: results are stored under a hash of their inputs, which has the path of the detections."""
     cfg = HodConfig(output="out/hod.csv", frames=4, block=2, workers=0, decoder="pyav")
     cfg.source.metadata, cfg.source.root = "in/hod.csv", "in"
     cfg.detector.kind, cfg.detector.options, cfg.tracks.camera = "detections", {"path": "in/boxes.parquet"}, False
@@ -590,7 +590,7 @@ def _seed_answer(folder: Path) -> None:
 
 
 def _read_answer(folder: Path) -> None:
-    """What a server says is no file, but no less damaged: it must cost its request, never the run."""
+    """A server's answer is no file, but may be as damaged: it must cost its request, never the run."""
     narrator = _narrator()
     try:
         answer = narrator._endpoint._read((folder / "answer.json").read_bytes())

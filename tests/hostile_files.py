@@ -2,7 +2,7 @@
 
     python -m tests.hostile_files READER PATH [READER PATH ...]
 
-prints for each what the reader says, how long it computed and by how much the process grew.
+prints for each the reader's message, its CPU seconds and by how much the process grew.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ SIZES = {
     "a number of 2 GB": b"\x80\x02\x8b" + length(2**31 - 1, 4) + b"abc.",
     "a frame of a TB": b"\x80\x04\x95" + length(1 << 40, 8) + b"].",
 }
-"""Pickles with a length or an index that nothing in them stands behind."""
+"""Pickles with a length or an index far beyond their content."""
 
 DTYPE = b"cnumpy\ndtype\nX\x02\x00\x00\x00f8\x89\x88\x87R"
 ENTRY = b"(" + text(b"v") + b"K\x00K\x02"
@@ -144,7 +144,7 @@ def older_file(content: bytes) -> bytes:
 
 
 def write_training(folder: Path, content: bytes) -> Path:
-    """A checkpoint folder whose manifest knows its hostile training state."""
+    """A checkpoint folder whose manifest has the hash of its hostile training state."""
     from safetensors.torch import save_file
 
     folder.mkdir()

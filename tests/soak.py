@@ -2,9 +2,9 @@
 
     bash tests/soak.sh [--trials 20] [--seed 0] [--work runs/soak] [--output docs/results/soak.json]
 
-A trial is a training from scratch that is killed once and started again: SIGKILL of one rank or of both, or SIGTERM of
+A trial is a training run that is killed once and started again: SIGKILL of one rank or of both, or SIGTERM of
 one, in a step, a save or an evaluation. Then the final weights must be the bits of the undisturbed run, metrics.jsonl
-must tell the same losses and scores, and every checkpoint that was ever there under its name must be readable. What is
+must have the same losses and scores, and every checkpoint that was ever there under its name must be readable. What is
 done is in --work; rerun to resume with the next trial (of the same code).
 """
 
@@ -131,7 +131,7 @@ def trial(number: int, seed: int, config: Path, work: Path) -> dict[str, object]
 
 
 def wait_for_phase(ranks: Ranks, run: Path, phase: str, rng: random.Random) -> str:
-    """Return a random moment into a random step, save or evaluation; says which."""
+    """Return at a random moment of a random step, save or evaluation: its log text."""
     if phase == "step":
         text, longest = f"step {rng.randrange(1, STEPS)}/", 0.5
         ranks.wait_for(text)
@@ -180,7 +180,7 @@ def compare(one: Path, other: Path) -> list[str]:
 
 
 def _metrics(run: Path) -> list[dict[str, float]]:
-    """All that metrics.jsonl says but speeds and sizes, which no two runs share."""
+    """The content of metrics.jsonl but speeds and sizes, which no two runs share."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     same = ("train/loss", "train/accuracy", "train/grad_norm", "train/lr", "train/skipped", "step")
     return [{name: line[name] for name in line if name in same or name.startswith("val/")} for line in lines]

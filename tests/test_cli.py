@@ -1,4 +1,4 @@
-"""What the programs share: a closed output, and names that cannot be printed."""
+"""What the programs share: a closed output, names that cannot be printed, packages that are missing."""
 
 from __future__ import annotations
 
@@ -78,3 +78,18 @@ def test_names_that_are_not_utf8() -> None:
         assert (done.returncode, done.stdout.strip()) == expected[:2]
         if done.returncode:
             assert done.stderr == "error: b'caf\\xe9.mp4': a name that is not UTF-8; rename the file or folder\n"
+
+
+def test_a_package_that_a_command_needs_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    def needs(name: str) -> int:
+        raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+
+    assert cli.run(lambda _: needs("submitit"), []) == cli.USER_ERROR
+    error = capsys.readouterr().err
+    assert error == (
+        "error: a package that this command needs cannot be imported: No module named 'submitit'; pip install -r "
+        "requirements.txt\n"
+    )
+    # A fault of our own stays one.
+    with pytest.raises(ModuleNotFoundError):
+        cli.run(lambda _: needs("egohod.nothing"), [])

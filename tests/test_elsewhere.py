@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import pwd
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import extract_features
 import generate_hod
@@ -19,14 +18,13 @@ import verify_dataset
 import main_eval
 from egohod.config import load
 from egohod.errors import UserError
-from egohod.model.checkpoints import read_weights
 from tests.hod.runs import head
 from tests.support import ROOT, ShortRun, environment
 
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, demo_world: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of the user's own, who stands in it."""
+    """An empty folder of the user, as working directory."""
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -36,7 +34,7 @@ def elsewhere(tmp_path: Path, demo_world: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def commands(world: Path, run: Path) -> dict[str, list[str]]:
-    """Programs without ``--config_file``; what they write is relative to where the user stands."""
+    """Programs without ``--config_file``; what they write is relative to the working directory."""
     boxes = [f"detector.options.path={world}/train/detections.parquet", "detector.kind=oracle", "workers=0"]
     return {
         "extract_features": [
@@ -64,31 +62,6 @@ def test_default_configurations_are_those_of_the_project(
 def test_a_config_that_the_project_has_is_named_in_full(elsewhere: Path) -> None:
     with pytest.raises(UserError, match=rf"no such config file; did you mean {ROOT}/configs/demo\.yml\?"):
         load("configs/demo.yml")
-
-
-def test_mediapipe_is_looked_for_in_the_project(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from egohod.hod.detectors import mediapipe_hands
-
-    monkeypatch.delenv("EGOHOD_MEDIAPIPE", raising=False)
-    monkeypatch.setattr(mediapipe_hands, "PROJECT", elsewhere / "checkout")
-    message = r"is not in .*/checkout/\.mediapipe; cure: .* -r .*/checkout/exps/mediapipe_requirements\.txt"
-    with pytest.raises(UserError, match=message):
-        mediapipe_hands.MediapipeHands()
-
-
-def test_a_tag_is_looked_for_without_a_home(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a container that runs under any user id."""
-
-    def unknown(uid: int) -> NoReturn:
-        raise KeyError(f"getpwuid(): uid not found: {uid}")
-
-    monkeypatch.delenv("HOME", raising=False)
-    monkeypatch.setattr(pwd, "getpwuid", unknown)
-    with pytest.raises(UserError, match=r"ViT-B-16:openai: open_clip knows it, but it is not in its local cache"):
-        read_weights("ViT-B-16:openai")
-    with pytest.raises(UserError, match="no home folder to download it to; set HOME"):
-        read_weights("ViT-B-16:openai", download=True)
-    assert [path.name for path in elsewhere.iterdir()] == ["clips.csv"]
 
 
 @pytest.mark.ci

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-
-from egohod import cli
 from tests.support import ROOT, Command
 
 # As protobuf speaks where the generated code of tensorboard is of another version.
@@ -63,33 +60,3 @@ def test_a_broken_tensorboard_costs_its_own_file_only(tiny_config: Path, tmp_pat
     assert done.stderr.count("no TensorBoard, metrics.jsonl only: TypeError: Descriptors cannot be created") == 1
     (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line)["step"] == 1
-
-
-def test_a_broken_protobuf_is_named_where_it_is_needed(tmp_path: Path, program: Command) -> None:
-    package(tmp_path / "broken" / "google", "protobuf", TOO_NEW)
-    (tmp_path / "boxes").mkdir()
-    (tmp_path / "boxes" / "P01_01.pkl").touch()
-    code = (
-        "import sys; sys.path.insert(0, 'tools'); import generate_hod\n"
-        "from egohod.hod.detectors.files import DetectionFiles\n"
-        "from egohod.errors import UserError\n"
-        "try:\n    DetectionFiles(sys.argv[1])\nexcept UserError as error:\n    print(error)"
-    )
-    done = program("-c", code, tmp_path / "boxes", PYTHONPATH=f"{tmp_path}/broken:{ROOT}")
-    assert done.returncode == 0, done.stderr
-    assert "boxes: EPIC-KITCHENS' files need protobuf, which cannot be used (Descriptors cannot" in done.stdout
-
-
-def test_a_package_that_a_command_needs_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    def needs(name: str) -> int:
-        raise ModuleNotFoundError(f"No module named '{name}'", name=name)
-
-    assert cli.run(lambda _: needs("submitit"), []) == cli.USER_ERROR
-    error = capsys.readouterr().err
-    assert error == (
-        "error: a package that this command needs cannot be imported: No module named 'submitit'; pip install -r "
-        "requirements.txt\n"
-    )
-    # A fault of our own stays one.
-    with pytest.raises(ModuleNotFoundError):
-        cli.run(lambda _: needs("egohod.nothing"), [])

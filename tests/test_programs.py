@@ -55,7 +55,7 @@ def test_a_metric_that_does_not_exist_costs_no_step(
     assert done.returncode == 2, done.stderr
     assert "evaluate.best=val/choice_across_clip: no such metric; did you mean val/choice_across_clips?" in done.stderr
     assert newest(tmp_path / "run").step == 2
-    # What an earlier run measured says nothing about what this one will: it goes on to its own evaluation.
+    # Metrics of an earlier run need not be those of this one: it continues to its own evaluation.
     done = inside("main_pretrain.py", *command, "evaluate.best=val/choice_across_clip")
     assert done.returncode == 2
     assert newest(tmp_path / "run").step == 4

@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     parser = tool_parser(__doc__)
     commands = parser.add_subparsers(required=True, dest="benchmark", metavar="NAME")
     for name, each in BENCHMARKS.items():
-        # The docstring of the measurement says what it measures: a second text would only get out of date.
+        # From the docstring of the measurement: a second text would only get out of date.
         command = commands.add_parser(name, help=each.measure.__doc__)
         command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
         each.add_options(command)

@@ -72,7 +72,7 @@ def _dataset(args: argparse.Namespace, cfg: Config) -> ClipDataset:
     """The clips to embed, without those that cannot be read if the user allows it."""
     faults: list[str] = []
     if args.clips and args.window is not None:
-        raise UserError("--clips and --window are two ways to say which clips; give one of them")
+        raise UserError("--clips and --window both choose the clips; give one of them")
     if args.stride is not None and args.window is None:
         raise UserError("--stride needs --window")
     if args.clips:
@@ -127,7 +127,7 @@ def _embed(args: argparse.Namespace, cfg: Config, dist: Distributed, dataset: Cl
     if args.dry_run:
         return
     model = build_model(cfg, dist)
-    # Two runs into one folder would mix their features, which nobody could tell apart later.
+    # Two runs into one folder would mix their features, which nobody could separate later.
     with cli.claimed_run(str(args.output), dist):
         if dist.is_main:
             # All that two folders must share to be searched or compared together.

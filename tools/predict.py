@@ -37,7 +37,7 @@ from egohod.training.checkpoint import CheckpointError, classes_of
 
 log = logging.getLogger("predict")
 
-# Classes printed for a window, and rows of the picture: more than ten are hard to tell apart by eye.
+# Classes printed for a window, and rows of the picture: more than ten are hard to compare by eye.
 SHOWN, DRAWN = 5, 10
 
 

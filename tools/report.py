@@ -2,7 +2,7 @@
 
     python tools/report.py results/demo_ek100_cls
 
-main_eval.py writes the page by itself. It is one file, opens from disk, and asks the network for nothing.
+main_eval.py writes the page by itself. It is one file, opens from disk, and needs no network.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ def _submit(run: Path, command: list[str], parameters: dict[str, Any], args: arg
     # Under Slurm the program itself finds the first node's address among the job's variables.
     if args.cluster == "local":
         if args.nodes > 1:
-            raise UserError("--cluster local is one node; --processes says how many processes")
+            raise UserError("--cluster local is one node; set the number of processes with --processes")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}

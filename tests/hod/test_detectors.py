@@ -27,7 +27,7 @@ from egohod.hod.detectors.files import DetectionFiles, Oracle
 from egohod.hod.detectors.mediapipe_hands import FOLDER, MediapipeHands
 from egohod.hod.detectors.torchvision_boxes import TorchvisionBoxes
 from egohod.hod.facts import facts_of
-from tests.support import ROOT
+from tests.support import ROOT, Command
 
 FPS = 12
 
@@ -264,3 +264,30 @@ def test_a_mediapipe_that_dies_costs_one_clip_and_comes_back(
     with pytest.raises(UserError, match="MediaPipe does not run: no MediaPipe"):
         other.detect("v", *frames([0]), dark)
     other.close()
+
+
+def test_mediapipe_is_looked_for_in_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("EGOHOD_MEDIAPIPE", raising=False)
+    monkeypatch.setattr("egohod.hod.detectors.mediapipe_hands.PROJECT", tmp_path / "checkout")
+    message = r"is not in .*/checkout/\.mediapipe; cure: .* -r .*/checkout/exps/mediapipe_requirements\.txt"
+    with pytest.raises(UserError, match=message):
+        MediapipeHands()
+
+
+def test_a_broken_protobuf_is_named_where_it_is_needed(tmp_path: Path, program: Command) -> None:
+    protobuf = tmp_path / "broken" / "google" / "protobuf"
+    protobuf.mkdir(parents=True)
+    # As protobuf speaks where the generated code is of another version.
+    error = "Descriptors cannot be created directly. If this call came from a _pb2.py file ..."
+    (protobuf / "__init__.py").write_text(f"raise TypeError({error!r})")
+    (tmp_path / "boxes").mkdir()
+    (tmp_path / "boxes" / "P01_01.pkl").touch()
+    code = (
+        "import sys; sys.path.insert(0, 'tools'); import generate_hod\n"
+        "from egohod.hod.detectors.files import DetectionFiles\n"
+        "from egohod.errors import UserError\n"
+        "try:\n    DetectionFiles(sys.argv[1])\nexcept UserError as error:\n    print(error)"
+    )
+    done = program("-c", code, tmp_path / "boxes", PYTHONPATH=f"{tmp_path}/broken:{ROOT}")
+    assert done.returncode == 0, done.stderr
+    assert "boxes: EPIC-KITCHENS' files need protobuf, which cannot be used (Descriptors cannot" in done.stdout

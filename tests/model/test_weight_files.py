@@ -6,12 +6,13 @@ import argparse
 import json
 import os
 import pickle
+import pwd
 import re
 import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import open_clip
@@ -611,3 +612,19 @@ def test_unknown_tags_are_named_with_those_there_are() -> None:
         read_weights("ViT-B-16:laion2b")
     with pytest.raises(UserError, match="knows no model 'ViT-Q-16' either"):
         read_weights("ViT-Q-16:openai")
+
+
+def test_a_tag_is_looked_for_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs under any user id."""
+
+    def unknown(uid: int) -> NoReturn:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    with pytest.raises(UserError, match=r"ViT-B-16:openai: open_clip knows it, but it is not in its local cache"):
+        read_weights("ViT-B-16:openai")
+    with pytest.raises(UserError, match="no home folder to download it to; set HOME"):
+        read_weights("ViT-B-16:openai", download=True)
+    assert not list(tmp_path.iterdir())

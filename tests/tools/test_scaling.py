@@ -1,4 +1,4 @@
-"""The tables of docs/scaling.md are what tools/scaling.py says, and its arithmetic is the one that stands there."""
+"""docs/scaling.md has the tables that tools/scaling.py prints, and describes its arithmetic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tools that look at a dataset before a training: what is broken, and what a batch looks like."""
+"""Tools that check a dataset before a training run: unreadable clips, and a picture of a batch."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_a_picture_of_a_batch(folder: Path, inside: Command) -> None:
 
 
 def test_chunks_of_another_length_are_reported(tmp_path: Path) -> None:
-    """Every moment is there to be read, but not the one that the file's name stands for."""
+    """Every moment can be read, but under the name of a chunk that covers another one."""
     for number in range(3):
         encode(tmp_path / "videos" / "v" / f"{number:04d}.mp4", 300, first=300 * number)
     (tmp_path / "clips.csv").write_text(HEADER + "v,3,5,a\nv,21,23,b\nv,55,57,c\n")
