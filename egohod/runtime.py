@@ -6,6 +6,7 @@ Nothing here knows of clips, models or runs, and only the standard library is im
 from __future__ import annotations
 
 import collections
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -210,6 +211,7 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 _CONTEXT = multiprocessing.get_context("fork")
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 _POLL_SECONDS = 1.0
 
 
@@ -345,6 +347,10 @@ class _Worker(Generic[Task, Result]):
 
 def _work(pipe: Any, function: Callable[[Any], Any]) -> None:
     follow_parent()
+    if sys.platform == "linux":
+        # Besides: the thread of follow_parent needs the interpreter's lock, which native code that hangs may hold for
+        # ever. Such a worker of a killed run would keep its locks, and refuse to resume it.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     while True:
         task = pipe.recv()
         answer: tuple[Any, Exception | None]

@@ -227,7 +227,8 @@ class Pipeline:
         at = counts[stage.name]
         for task, outcome in stage.run(task for task in group if self._is_due(task, stage, at)):
             if not at.done:
-                results.mark(self.fingerprint, None)
+                # Other settings may share the result that a retry replaces: their narrations are no longer complete.
+                results.unmark(None if self.retry else self.fingerprint)
             # At once: a killed run loses the clips that it is working on, and no answer of a model that was paid for.
             results.put(*self.keys(task.index)[stage.name], outcome)
             task.outcomes[stage.name] = outcome
@@ -377,6 +378,10 @@ class Pipeline:
                 for name, key in self.keys(index).items():
                     outcome = results.get(*key)
                     if outcome is None:
+                        # A finished shard may lack one too: it is damaged, or was in a file that is gone. With its mark
+                        # the next run would have nothing to do, and never mend it.
+                        if results.finished(self.fingerprint):
+                            results.unmark(self.fingerprint)
                         place = self.table.where(index)
                         raise UserError(f"{place}: has not been through the stage {name}; run it first")
                     if outcome.fault is not None or name == self.stages[-1].name:

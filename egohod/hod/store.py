@@ -227,13 +227,14 @@ class Results:
             row = self._files[0][1].execute(query, (fingerprint,)).fetchone()
         return Finished(*row) if row and all(isinstance(each, int) for each in row) else None
 
-    def mark(self, fingerprint: str, finished: Finished | None) -> None:
-        """Mark the shard as finished with these settings; with None take the mark away: results are about to change."""
-        if finished is not None:
-            row = (fingerprint, finished.narrations, finished.failures, finished.fallbacks)
-            self._write("INSERT OR REPLACE INTO finished VALUES (?, ?, ?, ?)", row)
-        elif self.finished(fingerprint):
-            self._write("DELETE FROM finished WHERE fingerprint = ?", (fingerprint,))
+    def mark(self, fingerprint: str, finished: Finished) -> None:
+        """Mark the shard as finished with these settings."""
+        row = (fingerprint, finished.narrations, finished.failures, finished.fallbacks)
+        self._write("INSERT OR REPLACE INTO finished VALUES (?, ?, ?, ?)", row)
+
+    def unmark(self, fingerprint: str | None) -> None:
+        """Take the mark of these settings away, with None the marks of all: results are about to change."""
+        self._write("DELETE FROM finished WHERE fingerprint = coalesce(?, fingerprint)", (fingerprint,))
 
     def close(self) -> None:
         """Close the files."""

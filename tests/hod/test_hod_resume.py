@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import signal
 import sqlite3
+import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import closing, suppress
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +63,11 @@ def test_shards_that_write_the_same_settings_at_once(tmp_path: Path) -> None:
     assert path.read_text() == "frames: 16\n"
 
 
-def made(metadata: Path, videos: Path, output: Path, workers: int, look: type[DetectStage] = Mean) -> Pipeline:
-    cfg = HodConfig(output=str(output), frames=4, block=5, workers=workers, clip_seconds=3)
+def made(
+    metadata: Path, videos: Path, output: Path, workers: int, look: type[DetectStage] = Mean, clip_seconds: float = 120
+) -> Pipeline:
+    """``clip_seconds`` is long: on a machine under load a clip that is only slow would fail."""
+    cfg = HodConfig(output=str(output), frames=4, block=5, workers=workers, clip_seconds=clip_seconds)
     cfg.source.metadata, cfg.source.root = str(metadata), str(videos)
     cfg.detector.kind, cfg.detector.options = "detections", {"path": "none.parquet"}
     table = read_clips(cfg.source)
@@ -82,13 +88,25 @@ def stored(pipeline: Pipeline) -> set[tuple[str, ...]]:
     """Every result that another process can see."""
     rows = set[tuple[str, ...]]()
     for path in pipeline.store.folder.rglob("*.sqlite"):
-        # The file may be so new that it has no tables.
-        with (
-            closing(sqlite3.connect(path, timeout=30)) as database,
-            suppress(sqlite3.OperationalError),
-        ):
-            rows |= set(database.execute("SELECT clip, stage, value FROM results"))
+        with closing(sqlite3.connect(path, timeout=30)) as database:
+            # The file may be so new that it has no tables.
+            if database.execute("SELECT 1 FROM sqlite_master WHERE name = 'results'").fetchone():
+                rows |= set(database.execute("SELECT clip, stage, value FROM results"))
     return rows
+
+
+def fork(work: Callable[[], object]) -> int:
+    """A child process that does ``work`` and exits with 0, with 1 after an exception; never into pytest."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    return child
 
 
 @pytest.fixture(scope="module")
@@ -108,12 +126,8 @@ def test_a_killed_run_loses_the_clips_in_work_and_resumes_to_the_same_bytes(
         monkeypatch.setattr(store, "_LOCAL_FILE_SYSTEMS", frozenset())
     train = demo_world / "train"
     pipeline = made(train / "narrations.csv", train / "videos", tmp_path / "hod.csv", 2)
-    child = os.fork()
-    if child == 0:
-        run(pipeline)
-        time.sleep(60)  # a fast machine may be done before the signal comes
-        os._exit(0)
-    deadline = time.monotonic() + 60
+    child = fork(lambda: (run(pipeline), time.sleep(300)))  # a fast machine may be done before the signal comes
+    deadline = time.monotonic() + 300
     while len(stored(pipeline)) < after and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(child, signal.SIGKILL)
@@ -136,20 +150,50 @@ def test_runs_that_are_killed_at_random_moments_write_the_same_bytes(
     kills = 0
     for shard in Shard.all(2):
         before = set[tuple[str, ...]]()
+
+        def run_claimed(shard: Shard = shard) -> None:
+            with pipeline.store.claim(shard):
+                run(pipeline, shard)
+
         while True:
-            child = os.fork()
-            if child == 0:
-                with pipeline.store.claim(shard):
-                    run(pipeline, shard)
-                os._exit(0)
+            child = fork(run_claimed)
             time.sleep(rng.uniform(0.02, 0.5))
             os.kill(child, signal.SIGKILL)
-            if os.waitpid(child, 0)[1] == 0:
+            status = os.waitpid(child, 0)[1]
+            if status == 0:
                 break
+            assert status == signal.SIGKILL
             kills += 1
             assert before <= (before := stored(pipeline))
     assert kills > 1
     assert merge(pipeline, 2) == whole
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux only: the kernel ends a worker with its parent")
+def test_a_killed_run_whose_worker_hangs_leaves_no_lock(demo_world: Path, tmp_path: Path) -> None:
+    class Hang(Mean):
+        """A decoder that hangs in native code and holds the interpreter's lock, which PyDLL does not release."""
+
+        def look(self, frames: Frames, video_id: str) -> dict[str, Any]:
+            (tmp_path / "hangs").touch()
+            ctypes.PyDLL(None).sleep(60)
+            return {}
+
+    train = demo_world / "train"
+    pipeline = made(train / "narrations.csv", train / "videos", tmp_path / "hod.csv", 2, Hang)
+
+    def run_claimed() -> None:
+        with pipeline.store.claim(WHOLE):
+            run(pipeline)
+
+    child = fork(run_claimed)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "hangs").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    with pipeline.store.claim(WHOLE):
+        pass
 
 
 def test_workers_change_nothing(demo_world: Path, tmp_path: Path, whole: bytes) -> None:
@@ -217,12 +261,12 @@ def test_a_clip_that_kills_or_hangs_its_worker_is_a_failure_and_left_alone_by_th
             return super().look(frames, video_id)
 
     for _ in range(2):
-        pipeline = made(tmp_path / "clips.csv", train / "videos", tmp_path / "hod.csv", 2, Poison)
+        pipeline = made(tmp_path / "clips.csv", train / "videos", tmp_path / "hod.csv", 2, Poison, clip_seconds=8)
         run(pipeline)
         merge(pipeline)
         ledger = (tmp_path / "hod.csv.failures.csv").read_text()
         assert "died (exit code 7)" in ledger
-        assert "longer than 3 s" in ledger
+        assert "longer than 8 s" in ledger
         assert len(ledger.splitlines()) == 3
         assert len((tmp_path / "hod.csv").read_text().splitlines()) == 7
         assert len(log.read_text().splitlines()) == 8, "each clip was looked at once"

@@ -168,6 +168,22 @@ def test_failures_are_in_the_ledger_and_tried_again_with_retry(
     assert healed.finish(WHOLE) == Finished(11, 0, 0)
 
 
+def test_a_retry_takes_the_marks_of_all_settings_that_share_the_result(table: ClipTable, tmp_path: Path) -> None:
+    def made(depth: int, retry: bool = False) -> Pipeline:
+        detect = Straw("detect", None if retry else {4: "no such file"})
+        return pipeline(table, tmp_path, detect, Straw("track", depth=depth), retry=retry)
+
+    for depth in (1, 2):
+        made(depth).run_all(WHOLE)
+        assert made(depth).finish(WHOLE) == Finished(10, 1, 0)
+    assert made(1).finished(WHOLE) == made(2).finished(WHOLE) == Finished(10, 1, 0)
+    made(1, retry=True).run_all(WHOLE)
+    # Its clip now has boxes but no facts: with its mark it could be neither merged nor run.
+    assert made(2).finished(WHOLE) is None
+    made(2).run_all(WHOLE)
+    assert made(2).finish(WHOLE) == made(2).merge(1) == Finished(11, 0, 0)
+
+
 def test_too_many_failures_stop_a_stage(tmp_path: Path) -> None:
     table = write_table(tmp_path, 120)
     made = pipeline(table, tmp_path, Straw("detect", dict.fromkeys(range(120), "gone")))
@@ -361,6 +377,7 @@ def test_a_damaged_result_costs_its_clip_alone(
     assert "a damaged result is ignored" in caplog.text
     with pytest.raises(UserError, match="row 6: has not been through the stage detect"):
         made.merge(1)
+    assert made.finished(WHOLE) is None, "else a rerun would have nothing to do"
     assert made.run(["detect"], WHOLE)["detect"].done == 1
     made.finish(WHOLE)
     assert made.merge(1) == Finished(11, 0, 0)
@@ -392,7 +409,6 @@ def test_a_file_is_touched_only_to_add_to_it(tmp_path: Path, file_system: str) -
     stamp = path.stat().st_mtime_ns
     with closing(Results(path)) as results:
         assert results.get("a", "detect") == Outcome(b"1", None, True)
-        results.mark("print", None)
     assert path.stat().st_mtime_ns == stamp
     assert [each.name for each in path.parent.iterdir()] == [path.name]
     path.unlink()
