@@ -24,7 +24,7 @@ from egohod import config
 from egohod.config import PROJECT, Config
 from egohod.errors import BROKEN, DONE, INTERRUPTED, UNREAD, USER_ERROR, UserError
 from egohod.knobs import help_text, knobs
-from egohod.runtime import Interrupted, RankInfo, StopRequest, locked, rank_info
+from egohod.runtime import Interrupted, RankInfo, StopRequest, locked, process_tqdm, rank_info
 
 if TYPE_CHECKING:
     from egohod.distributed import Distributed
@@ -206,9 +206,7 @@ class _AroundBars(logging.StreamHandler):
         if "tqdm" not in sys.modules:  # no bar was ever drawn, and importing it would take longer than the line
             super().emit(record)
             return
-        from tqdm import tqdm
-
-        with tqdm.external_write_mode(file=self.stream):
+        with process_tqdm().external_write_mode(file=self.stream):
             super().emit(record)
 
 

@@ -148,8 +148,7 @@ class Progress:
         self._last_line = time.monotonic()
         self._bar: Any = None
         if log.isEnabledFor(logging.INFO) and _is_wide_terminal():
-            from tqdm import tqdm
-
+            tqdm = process_tqdm()
             line = "{desc} {percentage:3.0f}%|{bar}| {postfix}"
             self._bar = tqdm(total=total, desc=name, bar_format=line, dynamic_ncols=True, leave=False)
 
@@ -194,6 +193,19 @@ def _is_wide_terminal() -> bool:
     with suppress(OSError, ValueError):
         return os.get_terminal_size(sys.stderr.fileno()).columns > 0
     return False
+
+
+def process_tqdm() -> Any:
+    """The class tqdm, with a lock of this process alone."""
+    from tqdm import tqdm
+
+    # tqdm's own lock is shared with forked processes: one that is killed while it logs or draws (a worker that hangs,
+    # or where memory runs out) never releases it, and this process would wait for it at its next line for ever.
+    if not isinstance(tqdm.get_lock(), type(threading.RLock())):
+        tqdm.set_lock(threading.RLock())
+        # Another thread may hold it at the moment of a fork.
+        os.register_at_fork(after_in_child=lambda: tqdm.set_lock(threading.RLock()))
+    return tqdm
 
 
 def time_left(remaining: float, rate: float) -> str:

@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -31,6 +32,7 @@ from egohod.runtime import (
     content_hash,
     file_hash,
     locked,
+    process_tqdm,
     usable_cores,
     write_text,
 )
@@ -75,6 +77,23 @@ def test_a_lock_is_released_while_a_forked_worker_lives(tmp_path: Path) -> None:
     finally:
         os.kill(worker, signal.SIGKILL)
         os.waitpid(worker, 0)
+
+
+def test_a_worker_that_is_killed_while_it_logs_does_not_stop_the_log() -> None:
+    """tqdm is imported by many libraries, and its own lock is one of all forked processes."""
+    process_tqdm()
+    handler = cli._AroundBars()
+    record = logging.LogRecord("egohod", logging.INFO, "", 0, "a line", (), None)
+    handler.emit(record)
+    worker = os.fork()
+    if worker == 0:
+        process_tqdm().get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitpid(worker, 0)[1] == signal.SIGKILL
+    lines = threading.Thread(target=handler.emit, args=(record,), daemon=True)
+    lines.start()
+    lines.join(30)
+    assert not lines.is_alive()
 
 
 @pytest.fixture(params=[errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS], ids=errno.errorcode.get)
