@@ -83,7 +83,8 @@ def start(config: Path, run: Path) -> Ranks:
         "train.max_batch_per_process": 4,
         "train.save_every": f"{SAVE_EVERY} steps",
         "evaluate.every": f"{EVALUATE_EVERY} steps",
-        "evaluate.demo_val": run.parent / "world" / "val",
+        "evaluate.benchmarks.val.metadata": run.parent / "world" / "val" / "hod.csv",
+        "evaluate.benchmarks.val.root": run.parent / "world" / "val" / "videos",
         # Many small batches: an evaluation that is long enough to be hit.
         "evaluate.batch_size": 1,
     }
@@ -142,8 +143,10 @@ def wait_for_phase(ranks: Ranks, run: Path, phase: str, rng: random.Random) -> s
         )
         ranks.wait_for(text)
     else:
-        text, longest = f".tmp-step-{rng.randrange(SAVE_EVERY, STEPS + 1, SAVE_EVERY):08d}", 0.5
-        while not any(name.startswith(text) for name in _names(run / "checkpoints")):
+        checkpoint = f"step-{rng.randrange(SAVE_EVERY, STEPS + 1, SAVE_EVERY):08d}"
+        text, longest = f".tmp-{checkpoint}", 0.5
+        # The unfinished folder is there for some milliseconds, which a busy machine may miss.
+        while not any(name.startswith(text) or name == checkpoint for name in _names(run / "checkpoints")):
             assert ranks.processes[0].is_alive(), ranks.log()
             time.sleep(0.001)
     time.sleep(rng.uniform(0, longest))
