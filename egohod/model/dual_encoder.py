@@ -235,8 +235,8 @@ def create_model(
         "num_frames": config.num_frames,
         "temperature": loss.temperature,
         # What no loss reads must not wait for a gradient.
-        "learn_temperature": loss.learn_temperature and loss.name not in DEFAULT_MARGINS,
-        "bias": loss.bias if loss.name == "sigmoid" else None,
+        "learn_temperature": loss.learn_temperature and LOSSES[loss.name].has_temperature,
+        "bias": loss.bias if LOSSES[loss.name].has_bias else None,
         "image_stats": IMAGE_STATS[config.image_stats],
     }
     model: DualEncoder

@@ -12,8 +12,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from egohod.loss import build_loss
-from egohod.loss.config import LossConfig
+from egohod.loss.config import LossConfig, build_loss
 from egohod.loss.contrastive import ContrastiveLoss
 from egohod.model.config import ModelConfig
 from egohod.model.dual_encoder import DualEncoder, TextTower
