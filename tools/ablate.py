@@ -39,8 +39,9 @@ from egohod.evaluation.report import new_figure
 from egohod.evaluation.results import RESULTS_FILE
 from egohod.model.cost import step_flops
 from egohod.model.dual_encoder import create_model
-from egohod.training.build import Schedule, freeze
+from egohod.training.build import freeze
 from egohod.training.telemetry import git_commit
+from egohod.training.train import Schedule
 
 log = logging.getLogger("ablate")
 
