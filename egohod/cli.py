@@ -329,7 +329,7 @@ def claimed_run(folder: str, dist: Distributed) -> Iterator[None]:
 
 def train_and_report(description: str, default_config: str, arguments: Sequence[str]) -> int:
     """The whole of a program that trains, from its command line to results.json and report.html; the exit code."""
-    from egohod.evaluation.models import fingerprint
+    from egohod.evaluation.embed import fingerprint
     from egohod.evaluation.report import write_report
     from egohod.evaluation.results import write_results
     from egohod.evaluation.runner import named_evaluators

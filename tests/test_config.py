@@ -16,7 +16,7 @@ import yaml
 
 from egohod.config import Config, load, load_as, load_leniently, to_yaml
 from egohod.errors import UserError
-from egohod.evaluation.models import CONTROLS
+from egohod.evaluation.embed import CONTROLS
 from egohod.hod import config as hod
 from egohod.knobs import help_text, knob, knobs, part
 from egohod.training.config import duration_in_steps

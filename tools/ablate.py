@@ -33,8 +33,8 @@ from egohod.demo import make_world
 from egohod.demo.world import Variant
 from egohod.demo.write import write_benchmarks
 from egohod.errors import UserError
+from egohod.evaluation.embed import CONTROLS
 from egohod.evaluation.features import write_json
-from egohod.evaluation.models import CONTROLS
 from egohod.evaluation.report import new_figure
 from egohod.evaluation.results import RESULTS_FILE
 from egohod.model.cost import step_flops

@@ -19,7 +19,6 @@ from egohod import cli
 from egohod.config import PROJECT, load_leniently
 from egohod.model.cost import forward_flops, step_flops
 from egohod.model.dual_encoder import create_model
-from egohod.model.zoo import geometry
 
 # Measured: CPU seconds of one core to read and decode a clip of 2 s, by frames (docs/benchmarks.md, decoding): the
 # original 426x320 with a key frame every 15, and chunks of tools/chunk_videos.py at short side 256.

@@ -27,14 +27,22 @@ from egohod.data.storage import open_cache
 from egohod.distributed import Distributed, pick_precision
 from egohod.errors import UserError, nearest
 from egohod.evaluation.config import BenchmarkConfig
-from egohod.evaluation.embed import EmbedReport, Execution, TokenizerLike, embed_clips, embed_texts
+from egohod.evaluation.embed import (
+    PLAIN,
+    ClassProbabilities,
+    EmbedReport,
+    Execution,
+    TokenizerLike,
+    VideoTextModel,
+    embed_clips,
+    embed_texts,
+    image_stats_of,
+)
 from egohod.evaluation.features import FeatureCache
 from egohod.evaluation.metrics import CHANCE, DROP, Score
-from egohod.evaluation.models import PLAIN, ClassProbabilities, VideoTextModel, image_stats_of
 from egohod.evaluation.tasks import EvaluationTask, head_tasks, tasks_of
-from egohod.model.config import IMAGE_STATS
+from egohod.model.config import IMAGE_STATS, geometry
 from egohod.model.dual_encoder import DualEncoder
-from egohod.model.zoo import geometry
 
 log = logging.getLogger(__name__)
 

@@ -29,11 +29,9 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from egohod.errors import UserError
-from egohod.model import zoo
-from egohod.model.config import IMAGE_STATS
+from egohod.model.config import GEOMETRIES, IMAGE_STATS
 from egohod.model.dual_encoder import Base, DualEncoder
-from egohod.model.slowfast import SlowFastTransformer
-from egohod.model.vision import ACTIVATIONS, Block
+from egohod.model.vision import ACTIVATIONS, Block, SlowFastTransformer
 from egohod.model.weight_files import AVERAGE, Inert, StateDict, describe, errors_of, locate, open_weight_file
 
 log = logging.getLogger(__name__)
@@ -147,9 +145,9 @@ class Shape:
 
     @property
     def name(self) -> str | None:
-        """The geometry of :mod:`egohod.model.zoo`, whatever its shared space; None if there is none."""
+        """The geometry of :mod:`egohod.model.config`, whatever its shared space; None if there is none."""
         fields = ("image_size", "patch_size", "vision_width", "vision_layers", "text_width", "text_layers", "slowfast")
-        for geometry in zoo.GEOMETRIES.values():
+        for geometry in GEOMETRIES.values():
             if all(getattr(geometry, field) == getattr(self, field) for field in fields):
                 return geometry.name
         return None

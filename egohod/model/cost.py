@@ -13,10 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from egohod.loss.config import LossConfig
-from egohod.model.config import FastPathConfig, ModelConfig
+from egohod.model.config import FastPathConfig, Geometry, ModelConfig
 from egohod.model.dual_encoder import create_model
 from egohod.model.vision import ROLES, SHORT
-from egohod.model.zoo import Geometry
 
 # How many times the forward pass a backward pass takes. Pixels need no gradient but that of the weights; fused
 # attention computes its scores again (five products for two); a product with trained weights has two gradients, as has

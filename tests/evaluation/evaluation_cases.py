@@ -18,8 +18,7 @@ from egohod.demo.world import NOUNS, VERBS, phrase
 from egohod.distributed import Distributed
 from egohod.evaluation import runner
 from egohod.evaluation.config import BenchmarkConfig
-from egohod.evaluation.embed import EmbedReport, Execution
-from egohod.evaluation.models import PLAIN
+from egohod.evaluation.embed import PLAIN, EmbedReport, Execution
 from egohod.evaluation.runner import Benchmark, BenchmarkResult, benchmark, execution_of
 from egohod.evaluation.tasks import EvaluationTask
 from egohod.model.config import ModelConfig

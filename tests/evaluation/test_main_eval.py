@@ -14,7 +14,6 @@ from evaluation_cases import FRAMES, settings, small_model
 import main_eval
 from egohod.model.config import ModelConfig
 from egohod.model.dual_encoder import create_model
-from egohod.model.zoo import geometry
 from egohod.training.checkpoint import CheckpointStore
 from tests.support import ROOT, environment
 

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from evaluation_cases import ALONE, FRAMES, config, made, small_model
 
-from egohod.evaluation.embed import EmbedReport
+from egohod.evaluation.embed import EmbedReport, fingerprint
 from egohod.evaluation.metrics import RESAMPLES, Score
-from egohod.evaluation.models import fingerprint
 from egohod.evaluation.results import RESULTS_FILE, markdown, table, write_results
 from egohod.evaluation.runner import BenchmarkResult
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from egohod.errors import UserError
 from egohod.loss.config import LossConfig
-from egohod.model import zoo
 from egohod.model.checkpoints import (
     PROJECTIONS,
     Family,
@@ -22,7 +21,7 @@ from egohod.model.checkpoints import (
     read_weights,
     upstream_state,
 )
-from egohod.model.config import FastPathConfig, ModelConfig
+from egohod.model.config import GEOMETRIES, FastPathConfig, Geometry, ModelConfig, geometry
 from egohod.model.dual_encoder import DualEncoder, create_model
 from tests.model.field_files import (
     State,
@@ -37,7 +36,7 @@ from tests.model.field_files import (
 )
 from tests.model.field_files import upstream_state as of_upstream
 
-DEMO = zoo.geometry("DEMO")
+DEMO = geometry("DEMO")
 TEMPORAL, SPATIAL = "visual.temporal_embedding", "visual.positional_embedding"
 
 
@@ -368,7 +367,7 @@ def test_another_frame_count_is_interpolated(demo_model: DualEncoder, clips: Ten
 def test_another_patch_grid_is_resized_bicubically(
     demo_model: DualEncoder, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
-    monkeypatch.setitem(zoo.GEOMETRIES, "SIZED", zoo.Geometry("SIZED", size, 8, 128, 4, 4, 128, 2, 4, 128))
+    monkeypatch.setitem(GEOMETRIES, "SIZED", Geometry("SIZED", size, 8, 128, 4, 4, 128, 2, 4, 128))
     model = create_model(ModelConfig(name="SIZED", num_frames=8))
     own = copy(demo_model)
     value, _ = adapted(model, own, SPATIAL)
@@ -389,8 +388,8 @@ def test_a_grid_that_is_no_square_cannot_be_adapted(demo_model: DualEncoder) -> 
 def test_another_text_length_keeps_the_first_positions(
     demo_model: DualEncoder, monkeypatch: pytest.MonkeyPatch, tokens: Tensor, length: int
 ) -> None:
-    longer = zoo.Geometry("TEXT", 40, 8, 128, 4, 4, 128, 2, 4, 128, context_length=length)
-    monkeypatch.setitem(zoo.GEOMETRIES, "TEXT", longer)
+    longer = Geometry("TEXT", 40, 8, 128, 4, 4, 128, 2, 4, 128, context_length=length)
+    monkeypatch.setitem(GEOMETRIES, "TEXT", longer)
     model = create_model(ModelConfig(name="TEXT", num_frames=8)).eval()
     fresh = copy(model)["textual.positional_embedding"]
     value, _ = adapted(model, copy(demo_model), "textual.positional_embedding")

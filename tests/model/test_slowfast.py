@@ -16,11 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from egohod.errors import UserError
 from egohod.loss.contrastive import ContrastiveLoss
-from egohod.model import zoo
-from egohod.model.config import FastPathConfig, ModelConfig
+from egohod.model.config import GEOMETRIES, FastPathConfig, ModelConfig, geometry
 from egohod.model.cost import count_flops, step_flops
 from egohod.model.dual_encoder import DualEncoder, EgoVideo, create_model
-from egohod.model.slowfast import MotionAdapter, slow_frames
+from egohod.model.vision import MotionAdapter, slow_frames
 
 Golden = Callable[[str], dict[str, Tensor]]
 Filled = Callable[[ModelConfig], DualEncoder]
@@ -293,8 +292,8 @@ def test_both_paths_compile_without_a_break(
     position: str, pool: str, checkpointing: bool, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch._dynamo.reset()
-    shallow = replace(zoo.geometry("DEMO_Slowfast"), vision_layers=2)  # compiling takes time by the block
-    monkeypatch.setitem(zoo.GEOMETRIES, "DEMO_Slowfast", shallow)
+    shallow = replace(geometry("DEMO_Slowfast"), vision_layers=2)  # compiling takes time by the block
+    monkeypatch.setitem(GEOMETRIES, "DEMO_Slowfast", shallow)
     expected = backward(wake(build(position, pool)), tokens)
     model = wake(build(position, pool, gradient_checkpointing=checkpointing))
     model.compile_towers(backend="aot_eager")  # every graph is whole, or this raises

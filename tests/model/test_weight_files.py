@@ -21,7 +21,6 @@ import torch
 from omegaconf import OmegaConf
 
 from egohod.errors import UserError
-from egohod.model import zoo
 from egohod.model.checkpoints import Family, load_weights, read_weights
 from egohod.model.dual_encoder import DualEncoder
 from egohod.training.checkpoint import open_weights
@@ -39,7 +38,7 @@ from tests.model.field_files import (
     write_upstream,
 )
 
-DEMO = zoo.geometry("DEMO")
+DEMO = geometry("DEMO")
 
 
 def avion_state() -> State:

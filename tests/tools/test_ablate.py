@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from egohod.errors import UserError
-from egohod.evaluation.models import CONTROLS
-from egohod.loss.config import RELEVANCY_LOSSES
+from egohod.evaluation.embed import CONTROLS
+from egohod.loss.config import LOSSES
 from tests.support import ROOT, Command
 from tools import ablate
 

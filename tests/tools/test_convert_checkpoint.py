@@ -12,7 +12,6 @@ import torch
 
 import main_eval
 from egohod import cli
-from egohod.model import zoo
 from egohod.model.checkpoints import Family, read_weights
 from tests.model.field_files import (
     SCHEMA,
@@ -30,7 +29,7 @@ from tests.model.field_files import (
 from tests.support import Command, ShortRun
 from tools import convert_checkpoint
 
-DEMO = zoo.geometry("DEMO")
+DEMO = geometry("DEMO")
 
 
 def run(*arguments: object) -> int:

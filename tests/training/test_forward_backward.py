@@ -14,10 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from egohod.loss.config import LossConfig, build_loss
 from egohod.loss.contrastive import ContrastiveLoss
-from egohod.model.config import ModelConfig
+from egohod.model.config import Geometry, ModelConfig
 from egohod.model.dual_encoder import DualEncoder, TextTower
 from egohod.model.vision import VideoTransformer
-from egohod.model.zoo import Geometry
 from egohod.training.step import forward_backward
 
 BATCH, FRAMES = 8, 2

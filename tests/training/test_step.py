@@ -14,7 +14,6 @@ from egohod.distributed import Distributed
 from egohod.errors import UserError
 from egohod.loss.config import LossConfig
 from egohod.model.dual_encoder import DualEncoder, create_model
-from egohod.model.zoo import geometry
 from egohod.training.build import split_batch
 from egohod.training.step import TrainStep, learning_rates
 from egohod.training.telemetry import MetricWindow
