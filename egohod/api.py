@@ -19,6 +19,7 @@ from egohod.loss.config import LossConfig
 from egohod.model import checkpoints as weights_of_files
 from egohod.model import dual_encoder
 from egohod.model.checkpoints import WeightReport
+from egohod.model.config import geometry
 from egohod.model.dual_encoder import DualEncoder
 from egohod.training.checkpoint import open_weights
 

@@ -30,6 +30,7 @@ from egohod.distributed import inference_precision, setup
 from egohod.errors import UserError
 from egohod.evaluation.embed import ClassProbabilities
 from egohod.evaluation.report import new_figure
+from egohod.model.config import geometry
 from egohod.model.dual_encoder import DualEncoder
 from egohod.training.build import build_model
 from egohod.training.checkpoint import CheckpointError, classes_of

@@ -17,6 +17,7 @@ from _common import markdown_table, run_tool, tool_parser
 
 from egohod import cli
 from egohod.config import PROJECT, load_leniently
+from egohod.model.config import geometry
 from egohod.model.cost import forward_flops, step_flops
 from egohod.model.dual_encoder import create_model
 

@@ -27,8 +27,9 @@ from PIL import Image, ImageDraw, ImageFont
 from egohod.data.decoders import choose_decoder
 from egohod.data.videos import VideoStore
 from egohod.errors import UserError
-from egohod.evaluation.features import Hit, read_json, span, write_text
+from egohod.evaluation.features import Hit, read_json, span
 from egohod.evaluation.results import FORMAT, RESULTS_FILE
+from egohod.runtime import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

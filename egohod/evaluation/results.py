@@ -26,6 +26,7 @@ from egohod.evaluation.embed import CONTROLS, PLAIN
 from egohod.evaluation.features import read_json, write_json
 from egohod.evaluation.metrics import CHANCE, DROP
 from egohod.evaluation.runner import Benchmark, BenchmarkResult
+from egohod.runtime import write_text
 
 log = logging.getLogger(__name__)
 
