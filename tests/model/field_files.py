@@ -1,4 +1,4 @@
-"""Files as the projects of the field write them: their key names, shapes and what lies beside the weights."""
+"""Files as the projects of the field write them: their key names, shapes and the content beside the weights."""
 
 from __future__ import annotations
 

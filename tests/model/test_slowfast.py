@@ -269,10 +269,10 @@ def test_any_grid_any_frames_and_patch_dropout(tokens: Tensor) -> None:
 
 
 def test_frames_that_do_not_divide_are_named() -> None:
-    said = r"10 frames \(model.num_frames, or those of a clip\) are no multiple of model.fast.slow_frames=4"
-    with pytest.raises(UserError, match=said):
+    message = r"10 frames \(model.num_frames, or those of a clip\) are no multiple of model.fast.slow_frames=4"
+    with pytest.raises(UserError, match=message):
         build(frames=10)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         build().encode_video(clips(10))
     with pytest.raises(UserError, match=r"2 frames .* are no multiple of model.fast.slow_frames=4"):
         build().encode_video(clips(2))

@@ -13,6 +13,7 @@ import torch
 import main_eval
 from egohod import cli
 from egohod.model.checkpoints import Family, read_weights
+from egohod.model.config import geometry
 from tests.model.field_files import (
     SCHEMA,
     noise,

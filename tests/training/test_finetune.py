@@ -327,7 +327,7 @@ def test_texts_whose_mirror_image_is_graded_otherwise_are_named(
         assert warned == (flip > 0)
 
 
-def test_a_cut_takes_the_share_of_pixels_that_its_label_says() -> None:
+def test_a_cut_takes_the_share_of_pixels_of_its_label() -> None:
     torch.manual_seed(0)
     mixer = ClipMixer(TrainConfig(cutmix=1.0))
     for _ in range(20):
