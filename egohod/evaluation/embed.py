@@ -344,7 +344,10 @@ def _encode_shared(
     keys: Sequence[Sequence[str]],
     report: EmbedReport,
 ) -> Tensor:
-    """Features [total, orders, ...] of all rows: from the cache, the others by ``encode`` on all processes together."""
+    """Features [total, orders, ...] of all rows: from the cache, the others by ``encode`` on all processes together.
+
+    Raises :class:`UserError` for features that are not finite.
+    """
     if total == 0:
         raise UserError(f"nothing to evaluate: there is not a single {unit}")
     start, dist = time.perf_counter(), run.dist
@@ -397,7 +400,21 @@ def _encode_shared(
     values += [each for _, share, _ in shares for each in share]
     if not values:
         require_all(report.faults, total)
-    return _in_order(np.concatenate(index), np.concatenate(values), total, unit, report.faults)
+    # In the order of the rows, NaN for clips that could not be read.
+    joined, place = np.concatenate(values), np.concatenate(index)
+    counts = np.bincount(place, minlength=total)
+    counts[list(report.faults)] += 1
+    assert (counts == 1).all(), f"each {unit} must be encoded exactly once"
+    # Refused, as ranks of NaN are arbitrary: a broken checkpoint would get a plausible number.
+    broken = np.sort(place[~np.isfinite(joined).reshape(len(joined), -1).all(axis=1)])
+    if broken.size:
+        raise UserError(
+            f"the features of {broken.size} of {total} {unit}s are NaN or infinite, first of {unit} {broken[0]}: "
+            "the model's weights are broken or the precision is too low"
+        )
+    ordered = np.full((total, *joined.shape[1:]), np.nan, dtype=np.float32)
+    ordered[place] = joined
+    return torch.from_numpy(ordered)
 
 
 def _gather_or_raise(dist: Distributed, value: Any, fault: str | None) -> list[Any]:
@@ -407,25 +424,6 @@ def _gather_or_raise(dist: Distributed, value: Any, fault: str | None) -> list[A
     if lines := dict.fromkeys(line for _, text in shares if text is not None for line in text.split("\n")):
         raise UserError(*lines)
     return [each for each, _ in shares]
-
-
-def _in_order(
-    index: NDArray[np.int64], values: NDArray[np.float32], total: int, unit: str, faults: dict[int, str]
-) -> Tensor:
-    """Features in the order of their rows, NaN for those of ``faults``. Raises :class:`UserError` for other NaN."""
-    counts = np.bincount(index, minlength=total)
-    counts[list(faults)] += 1
-    assert (counts == 1).all(), f"each {unit} must be encoded exactly once"
-    # Refused, as ranks of NaN are arbitrary: a broken checkpoint would get a plausible number.
-    broken = np.sort(index[~np.isfinite(values).reshape(len(values), -1).all(axis=1)])
-    if broken.size:
-        raise UserError(
-            f"the features of {broken.size} of {total} {unit}s are NaN or infinite, first of {unit} {broken[0]}: "
-            "the model's weights are broken or the precision is too low"
-        )
-    ordered = np.full((total, *values.shape[1:]), np.nan, dtype=np.float32)
-    ordered[index] = values
-    return torch.from_numpy(ordered)
 
 
 @contextlib.contextmanager

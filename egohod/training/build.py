@@ -40,7 +40,7 @@ from egohod.data.table import ClipTable
 from egohod.distributed import Distributed, pick_precision, setup
 from egohod.errors import UserError
 from egohod.model.checkpoints import HeadClasses, WeightFile, base_of, load_weights
-from egohod.model.cost import Memory, predict, step_flops
+from egohod.model.cost import Memory, clip_flops, predict
 from egohod.model.dual_encoder import DualEncoder, EgoVideo, create_model
 from egohod.training.checkpoint import open_weights
 from egohod.training.step import TrainStep, learning_rates
@@ -468,7 +468,7 @@ def _try_model(cfg: Config, dist: Distributed, classes: ClassSpace | None, probl
     _report("tokens", f"{tokens} a clip: {frames} frames of {patches}, one CLS")
     # With heads the text tower computes nothing.
     texts = geometry.context_length if model.heads is None else 0
-    flops = step_flops(geometry, frames, texts, cfg.model.patch_dropout, cfg.model.fast, boxes=cfg.loss.boxes > 0)
+    flops = clip_flops(geometry, frames, texts, cfg.model.patch_dropout, cfg.model.fast, boxes=cfg.loss.boxes > 0).step
     _report("compute", f"{flops / 1e9:.1f} GFLOP a clip for forward and backward, with {texts} text tokens")
     memory = predict_memory(cfg, dist, model)
     state = f"{memory.state / 1e9:.1f} GB for weights, gradients and averages"
