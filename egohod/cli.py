@@ -53,7 +53,7 @@ class _HelpWithKnobs(argparse.ArgumentParser):
     schema: type = Config
 
     def format_help(self) -> str:
-        # Made when it is asked for, and not wrapped as argparse wraps an epilog.
+        # Built for --help only, and not wrapped as argparse wraps an epilog.
         explained = "Every knob, as section.key=default (type; allowed values) and its reason:"
         return f"{super().format_help()}\n{explained}\n\n{help_text(self.schema)}\n"
 
@@ -349,7 +349,7 @@ def train_and_report(description: str, default_config: str, arguments: Sequence[
 
     cfg = config.load(args.config_file, changes)
     with joined(cfg, stops_cleanly=True) as dist, claimed_run(cfg.train.output, dist):
-        # Without heads the clips are read last, when all else is known to be right.
+        # Without heads the clips are read last, when all else has been checked.
         tables = read_tables(cfg) if cfg.model.heads != "none" else None
         classes = build_classes(cfg, tables)
         model = build_model(cfg, dist, classes, tables)

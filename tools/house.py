@@ -102,7 +102,7 @@ def measure(modules: Sequence[Module], only: str = "") -> list[Measure]:
     """All measures that need no running code; imports are always those of the whole project."""
     names = {each.name for each in modules}
     imports = {each.name: _imports(each, names) for each in modules}
-    # A package's cycles and importers lie mostly outside it: these two are always of the whole project.
+    # A package's cycles and importers are mostly outside it: these two are always of the whole project.
     modules = [each for each in modules if str(each.path.relative_to(ROOT)).startswith(only)]
     if not modules:
         raise UserError(f"--only {only}: no Python file of the project begins with this path; e.g. egohod/data")

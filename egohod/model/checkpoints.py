@@ -171,7 +171,7 @@ _FLASH_TO_PLAIN = ((".attn.Wqkv.", ".attn.in_proj_"), (".mlp.fc1.", ".mlp.c_fc."
 _SIZES = ("input_resolution", "context_length", "vocab_size")
 # Buffers that modules rebuild by themselves, and counters of training frameworks.
 _CONSTANTS = ("attn_mask", "position_ids", "n_averaged", "_extra_state")
-# Parts of names that modules add which stand around others; they may be anywhere in a name.
+# Parts of names that wrapping modules add; they may be anywhere in a name.
 _WRAPPERS = frozenset(
     {
         *("module", "_forward_module"),  # DistributedDataParallel, DeepSpeed, AveragedModel
@@ -412,7 +412,7 @@ class Part(NamedTuple):
 
     name: str
     pattern: str
-    only_trains: bool = False  # it shapes the loss and no feature, so that it may come and go without being asked
+    only_trains: bool = False  # it shapes the loss and no feature, so that it may come and go without adapt
 
 
 # More special ones first: a name belongs to the first part that it matches.
@@ -650,7 +650,7 @@ def base_of(model: nn.Module, content: WeightFile) -> Base | None:
     # A fixed temperature is not worth a second file.
     if all(content.tensors[name].dim() == 0 for name in unchanged):
         return None
-    # Whoever opens the checkpoint may stand in another folder.
+    # The checkpoint may be opened from another working directory.
     file = Path(content.source)
     return Base(str(file.resolve() if file.exists() else file), tuple(unchanged), checksum(content.tensors, unchanged))
 

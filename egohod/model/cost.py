@@ -171,7 +171,7 @@ def predict(
     Of its parameters, ``learning`` are trained (None: all that the model trains by itself), with ``averages`` of the
     optimizer for each (AdamW's two), and ``ema`` says whether there is a moving average of all.
 
-    Autograd is asked what it keeps, on tensors without content; nothing is allocated and no device is touched.
+    What autograd saves is counted on tensors without content; nothing is allocated and no device is touched.
     """
     with FakeTensorMode():
         model = create_model(config, loss, heads)

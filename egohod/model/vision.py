@@ -162,7 +162,7 @@ class BoxHead(nn.Module):
         patch = (torch.stack((place % self.side, place // self.side), dim=2) + 0.5) / self.side
         centre, size = patch.unsqueeze(2) + centre, size.sigmoid()
         boxes = torch.cat((centre - size / 2, centre + size / 2), dim=3)
-        # Frames differ in how many tokens patch dropout leaves them: absent patches get no say. Not minus infinity,
+        # Frames differ in how many tokens patch dropout leaves them: absent patches have no weight. Not minus infinity,
         # whose softmax over a frame without any token is NaN.
         shares = scores.new_full((B, frames * P, ROLES), -1e4).scatter(1, chosen.unsqueeze(2).expand_as(scores), scores)
         shares = shares.view(B, frames, P, ROLES).softmax(dim=2).flatten(1, 2)
@@ -312,7 +312,7 @@ class MotionAdapter(nn.Module):
         self.conv = nn.Conv1d(hidden, hidden, 1)
         self.conv2d = nn.Conv2d(hidden, hidden, 3, padding=1) if spatial else None
         self.up_proj = nn.Linear(hidden, width)
-        # Upstream says truncated normal, whose default bounds lie a hundred standard deviations away.
+        # Upstream says truncated normal, whose default bounds are a hundred standard deviations away.
         nn.init.normal_(self.down_proj.weight, std=0.02)
         # He's scheme for the convolutions: 2 / inputs that one output reads.
         nn.init.normal_(self.dwconv.weight, std=(2 / KERNEL) ** 0.5)

@@ -473,7 +473,7 @@ def test_a_small_checkpoint_holds_what_was_trained_and_knows_its_base(
     last = newest(tmp_path / "run")
     assert set(last.weights) >= {"heads.action.1.weight", "heads.action.1.bias"}
     assert not [name for name in last.weights if name.startswith(("visual.", "textual."))]
-    # It goes on, and it is whole again for whoever opens it.
+    # It resumes, and it is whole again for whoever opens it.
     assert inside("main_finetune.py", *command, "train.duration=4 steps").returncode == 0
     whole, base = open_weights(tmp_path / "run"), newest(short_run.folder).weights
     assert torch.equal(whole.tensors["visual.conv1.weight"], base["visual.conv1.weight"])
