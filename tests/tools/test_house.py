@@ -15,7 +15,7 @@ from tests.support import ROOT
 MEASURES = {each.name: each for each in house.measure(house.read_modules(ROOT))}
 # Measures beyond their limit, which is beside each: they may come nearer to it, and not get worse than this.
 RATCHET = {
-    "lines": 27_400,  # 24,100
+    "lines": 27_329,  # 24,100
 }
 
 
@@ -33,17 +33,21 @@ def test_the_code_base_keeps_its_shape(name: str) -> None:
     require(MEASURES[name])
 
 
-def test_only_measures_a_path_even_without_functions() -> None:
-    (path,) = (each.path for each in house.read_modules(ROOT) if each.name == "egohod.model")
-    only = {each.name: each for each in house.measure(house.read_modules(ROOT), str(path.relative_to(ROOT)))}
-    assert only["Python files"].value == only["lines"].value == 1
-    assert "median function, lines" not in only
-    with pytest.raises(UserError, match="--only egohod/nowhere: no Python file"):
-        house.measure(house.read_modules(ROOT), "egohod/nowhere")
-
-
 def module(name: str, text: str) -> house.Module:
     return house.Module(Path(f"{name}.py"), name, text, ast.parse(text))
+
+
+def test_only_measures_a_path_even_without_functions() -> None:
+    settings, code = "RATE = 1\n", "def f():\n    pass\n"
+    modules = [
+        dataclasses.replace(module(f"egohod.{name}", text), path=ROOT / "egohod" / f"{name}.py")
+        for name, text in (("settings", settings), ("code", code))
+    ]
+    only = {each.name: each.value for each in house.measure(modules, "egohod/settings.py")}
+    assert only["Python files"] == only["lines"] == 1
+    assert "median function, lines" not in only
+    with pytest.raises(UserError, match="--only egohod/nowhere: no Python file"):
+        house.measure(modules, "egohod/nowhere")
 
 
 def test_imports_inside_functions_count_and_those_for_types_do_not() -> None:
