@@ -29,7 +29,7 @@ from egohod.data.dataset import Tokenizer
 from egohod.data.labels import ClassSpace
 from egohod.distributed import Distributed
 from egohod.errors import UserError
-from egohod.evaluation.models import FrameAverage, fingerprint
+from egohod.evaluation.embed import FrameAverage, fingerprint
 from egohod.evaluation.report import write_report
 from egohod.evaluation.results import PUBLISHED, write_results
 from egohod.evaluation.runner import Benchmark, benchmark, execution_of, resolve_benchmarks

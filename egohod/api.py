@@ -19,8 +19,8 @@ from egohod.loss.config import LossConfig
 from egohod.model import checkpoints as weights_of_files
 from egohod.model import dual_encoder
 from egohod.model.checkpoints import WeightReport
+from egohod.model.config import geometry
 from egohod.model.dual_encoder import DualEncoder
-from egohod.model.zoo import geometry
 from egohod.training.checkpoint import open_weights
 
 Preprocess = Callable[[np.ndarray], Tensor]
@@ -30,7 +30,7 @@ def create_model(name: str, **overrides: Any) -> DualEncoder:
     """A model with fresh weights from torch's global generator, in training mode on the CPU.
 
     Args:
-        name: a geometry of :mod:`egohod.model.zoo`, e.g. ``CLIP_VITB16``.
+        name: a geometry of :mod:`egohod.model.config`, e.g. ``CLIP_VITB16``.
         overrides: knobs of the section ``model``, e.g. ``num_frames=16, activation="quick_gelu"``.
 
     Raises:
@@ -76,7 +76,7 @@ def create_model_and_transforms(
     """A dual encoder ready to embed, in evaluation mode on the CPU.
 
     Args:
-        name: a geometry of :mod:`egohod.model.zoo`, e.g. ``CLIP_VITB16``.
+        name: a geometry of :mod:`egohod.model.config`, e.g. ``CLIP_VITB16``.
         weights: whatever :func:`load_weights` reads, or None for random weights. Frame count and shared space are the
             file's unless given; a folder of this project also holds activation and image statistics.
         adapt, projections, download: see :func:`load_weights`.

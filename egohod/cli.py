@@ -53,7 +53,7 @@ class _HelpWithKnobs(argparse.ArgumentParser):
     schema: type = Config
 
     def format_help(self) -> str:
-        # Made when it is asked for, and not wrapped as argparse wraps an epilog.
+        # Built for --help only, and not wrapped as argparse wraps an epilog.
         explained = "Every knob, as section.key=default (type; allowed values) and its reason:"
         return f"{super().format_help()}\n{explained}\n\n{help_text(self.schema)}\n"
 
@@ -329,7 +329,7 @@ def claimed_run(folder: str, dist: Distributed) -> Iterator[None]:
 
 def train_and_report(description: str, default_config: str, arguments: Sequence[str]) -> int:
     """The whole of a program that trains, from its command line to results.json and report.html; the exit code."""
-    from egohod.evaluation.models import fingerprint
+    from egohod.evaluation.embed import fingerprint
     from egohod.evaluation.report import write_report
     from egohod.evaluation.results import write_results
     from egohod.evaluation.runner import named_evaluators
@@ -349,7 +349,7 @@ def train_and_report(description: str, default_config: str, arguments: Sequence[
 
     cfg = config.load(args.config_file, changes)
     with joined(cfg, stops_cleanly=True) as dist, claimed_run(cfg.train.output, dist):
-        # Without heads the clips are read last, when all else is known to be right.
+        # Without heads the clips are read last, when all else has been checked.
         tables = read_tables(cfg) if cfg.model.heads != "none" else None
         classes = build_classes(cfg, tables)
         model = build_model(cfg, dist, classes, tables)

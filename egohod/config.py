@@ -40,7 +40,7 @@ from egohod.data.config import DataConfig
 from egohod.errors import UserError
 from egohod.evaluation.config import EvaluateConfig
 from egohod.knobs import allowed_values, knobs, named_sections, out_of_range, part, section_of, type_name
-from egohod.loss.config import RELEVANCY_LOSSES, LossConfig
+from egohod.loss.config import LOSSES, LossConfig
 from egohod.model.config import ModelConfig
 from egohod.training.config import TrainConfig, duration_in_steps
 
@@ -428,8 +428,9 @@ def check(config: Config) -> list[tuple[str, str]]:
         wrong("train.lr_end", f"train.lr_end is {train.lr_end}, but a cosine falls: at most train.lr={train.lr}")
 
     # A loss that grades texts needs a relevancy of every pair, and one that does not would ignore it.
-    graded, relevancy = loss.name in RELEVANCY_LOSSES, data.labels.target == "relevancy"
-    names = ", ".join(RELEVANCY_LOSSES)
+    target = LOSSES[loss.name].target
+    graded, relevancy = target == "relevancy", data.labels.target == "relevancy"
+    names = ", ".join(name for name, kind in LOSSES.items() if kind.target == "relevancy")
     if graded and not relevancy:
         wrong("loss.name", f"loss.name={loss.name} grades texts by relevancy, so it needs data.labels.target=relevancy")
     if relevancy and not graded:
@@ -437,7 +438,7 @@ def check(config: Config) -> list[tuple[str, str]]:
 
     # Heads, their labels and their loss make sense together only.
     heads = model.heads != "none"
-    classes = (heads, data.labels.target == "class", loss.name == "classes")
+    classes = (heads, data.labels.target == "class", target == "class")
     if any(classes) and not all(classes):
         wrong("model.heads", "model.heads=joint or parts, data.labels.target=class and loss.name=classes go together")
     # A column verb_class is called verb in heads and metrics.
@@ -449,7 +450,7 @@ def check(config: Config) -> list[tuple[str, str]]:
     elif len(columns) > 1 and "action" in columns:
         wrong(key, f"{key}: all columns together are called action; give the column of that name another one")
     for key in ("mixup", "cutmix"):
-        if getattr(train, key) and loss.name != "classes":
+        if getattr(train, key) and target != "class":
             wrong(f"train.{key}", f"train.{key} mixes labels, so it needs loss.name=classes")
     if heads and model.head_start == "text" and model.weights.source == "scratch":
         wrong("model.head_start", "model.head_start=text needs a text tower that was trained; set model.weights")

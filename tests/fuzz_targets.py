@@ -58,9 +58,8 @@ from egohod.hod.narrators.llm import Endpoint, LanguageModelNarrator
 from egohod.hod.pipeline import build
 from egohod.hod.store import Shard
 from egohod.loss.config import LossConfig
-from egohod.model import zoo
 from egohod.model.checkpoints import load_weights
-from egohod.model.config import ModelConfig
+from egohod.model.config import GEOMETRIES, Geometry, ModelConfig
 from egohod.model.dual_encoder import DualEncoder, create_model
 from egohod.training.checkpoint import CheckpointStore, classes_of, open_checkpoint, open_weights
 from egohod.training.telemetry import _truncate
@@ -304,12 +303,12 @@ def _overrides(folder: Path) -> None:
 # Weights
 # --------------------------------------------------------------------------------------------------
 
-SMALL = zoo.Geometry("FUZZ", 16, 8, 16, 1, 2, 16, 1, 2, 8, context_length=8, vocab_size=32)
+SMALL = Geometry("FUZZ", 16, 8, 16, 1, 2, 16, 1, 2, 8, context_length=8, vocab_size=32)
 ALONE = Distributed(0, 1, torch.device("cpu"), None)
 
 
 def _model() -> DualEncoder:
-    zoo.GEOMETRIES[SMALL.name] = SMALL
+    GEOMETRIES[SMALL.name] = SMALL
     torch.manual_seed(0)
     return create_model(ModelConfig(name=SMALL.name, num_frames=2), LossConfig())
 

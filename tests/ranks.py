@@ -1,4 +1,5 @@
-"""The processes of a run, started as srun starts them (rank in the environment, nobody watches) or by torchrun."""
+"""The processes of a run: started as srun starts them (rank in the environment, nobody watches) or by torchrun, or one
+process beside an imitation of another."""
 
 from __future__ import annotations
 
@@ -14,6 +15,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from egohod.distributed import Distributed
 from tests.support import ROOT, environment
 
 # Forked from a server that has imported everything: importing costs more than such small runs compute.
@@ -72,8 +76,6 @@ class Ranks:
 
 
 def _be_rank(program: str, arguments: list[str], variables: dict[str, str], log: Path) -> None:
-    import torch
-
     from egohod import cli
 
     os.environ.update(variables, CUDA_VISIBLE_DEVICES="")
@@ -121,3 +123,20 @@ class Torchrun:
         except subprocess.TimeoutExpired:
             self.agent.kill()
             raise AssertionError(f"still running after {seconds:g} s:\n{self.log()}") from None
+
+
+class Pair(Distributed):
+    """This process and another one, which sends ``other``; collectives of two real processes are in test_ranks.py."""
+
+    other: object = None
+
+    def gather_objects(self, value: object) -> list[object]:
+        return [value, self.other]
+
+
+def pair(other: object) -> Pair:
+    """Rank 0 of a run of two, whose other process sends ``other``."""
+    dist = Pair(0, 2, torch.device("cpu"), "gloo")
+    # Distributed is frozen.
+    object.__setattr__(dist, "other", other)
+    return dist

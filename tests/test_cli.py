@@ -62,7 +62,7 @@ def test_every_program_ends_this_way() -> None:
 
 
 def test_names_that_are_not_utf8() -> None:
-    """Python stands them in for by characters that can be neither printed nor written."""
+    """Python replaces them by characters that can be neither printed nor written."""
     name = os.fsdecode(b"caf\xe9.mp4")
     code = "import sys; from egohod import cli; sys.exit(cli.run(lambda args: {}, sys.argv[1:]))"
     for body, expected in (("print(args[0]) or 0", (0, "caf\\udce9.mp4", "")), ("args[0].encode() and 0", (2, "", ""))):

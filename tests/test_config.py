@@ -16,7 +16,7 @@ import yaml
 
 from egohod.config import Config, load, load_as, load_leniently, to_yaml
 from egohod.errors import UserError
-from egohod.evaluation.models import CONTROLS
+from egohod.evaluation.embed import CONTROLS
 from egohod.hod import config as hod
 from egohod.knobs import help_text, knob, knobs, part
 from egohod.training.config import duration_in_steps
@@ -274,7 +274,7 @@ def test_the_written_config_reads_back_as_the_same_run(tmp_path: Path) -> None:
     assert load(write(tmp_path, to_yaml(cfg), "again.yml")) == cfg
 
 
-def test_shipped_configs_are_valid_and_say_how_to_run_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shipped_configs_are_valid_and_name_their_command(monkeypatch: pytest.MonkeyPatch) -> None:
     paths = sorted((ROOT / "configs").rglob("*.yml"))
     assert len(paths) >= 5
     for path in paths:
@@ -331,7 +331,7 @@ def test_temporal_controls_are_checked_one_by_one(tmp_path: Path) -> None:
         load(path, ["evaluate.controls=[reverse]", "model.num_frames=1"])
 
 
-def test_every_temporal_control_can_be_asked_for() -> None:
+def test_every_temporal_control_is_accepted() -> None:
     choices = {name: field.metadata["choices"] for name, field, _ in knobs(Config)}
     assert choices["evaluate.controls"] == tuple(CONTROLS)
 

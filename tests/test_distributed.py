@@ -9,8 +9,9 @@ import torch
 
 import egohod
 from egohod import config, distributed
-from egohod.distributed import Distributed, require_agreement, source_hash
+from egohod.distributed import require_agreement, source_hash
 from egohod.errors import UserError
+from tests.ranks import Pair, pair
 
 
 def test_a_gpu_that_torch_cannot_use_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,7 +27,7 @@ def test_a_gpu_that_torch_cannot_use_stops_the_run(monkeypatch: pytest.MonkeyPat
     assert distributed.pick_device("auto").type == "cpu"
 
 
-def test_the_driver_is_found_without_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_driver_version_needs_no_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     version = tmp_path / "version"
     assert distributed.nvidia_driver(version) is None
@@ -48,21 +49,6 @@ def test_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
         assert distributed.pick_precision("auto", torch.device("cuda")) == expected
     assert distributed.pick_precision("fp16", cpu) == torch.float16
-
-
-class Pair(Distributed):
-    """This process and another one, which sends ``other``; collectives of two real processes are in test_ranks.py."""
-
-    other: object = None
-
-    def gather_objects(self, value: object) -> list[object]:
-        return [value, self.other]
-
-
-def pair(other: object) -> Pair:
-    made = Pair(0, 2, torch.device("cpu"), "gloo")
-    object.__setattr__(made, "other", other)
-    return made
 
 
 def reported_by(cfg: config.Config) -> tuple[str, dict[str, object]]:
@@ -89,7 +75,7 @@ def test_a_knob_that_differs_is_named_with_the_nodes(tiny_config: Path) -> None:
     assert text.count("disagree") == 1
 
 
-def test_videos_may_lie_elsewhere_on_each_node(tiny_config: Path) -> None:
+def test_videos_may_have_another_root_on_each_node(tiny_config: Path) -> None:
     mine, other = config.load(tiny_config), config.load(tiny_config, ["data.train.demo.root=/local/b"])
     require_agreement(mine, pair(reported_by(other)))
 

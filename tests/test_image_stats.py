@@ -15,7 +15,7 @@ import main_pretrain
 from egohod import cli
 from egohod.data.dataset import center_crop, normalise
 from egohod.errors import UserError
-from egohod.evaluation.models import fingerprint
+from egohod.evaluation.embed import fingerprint
 from egohod.model.config import IMAGE_STATS
 from tests.support import ShortRun, newest, write_tiny_config
 

@@ -168,7 +168,7 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     assert distributed.pick_device("auto", RankInfo(3, 4, 3, owns_gpus=True)) == torch.device("cuda", 0)
 
 
-def test_a_job_without_gpus_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_without_gpus_gets_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
@@ -200,7 +200,7 @@ def test_a_taken_port_is_named() -> None:
 
 @pytest.mark.usefixtures("meeting")
 @pytest.mark.parametrize("rank", [0, 1])
-def test_processes_that_do_not_meet_say_where(rank: int) -> None:
+def test_processes_that_do_not_meet_name_the_address(rank: int) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -209,7 +209,7 @@ def test_processes_that_do_not_meet_say_where(rank: int) -> None:
 
 
 @pytest.mark.usefixtures("meeting")
-def test_a_name_that_does_not_resolve_is_said_at_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_name_that_does_not_resolve_is_reported_at_once(caplog: pytest.LogCaptureFixture) -> None:
     nowhere = RankInfo(0, 2, 0, "nowhere.invalid", 29400)
     start = time.monotonic()
     with pytest.raises(
@@ -220,7 +220,7 @@ def test_a_name_that_does_not_resolve_is_said_at_once(caplog: pytest.LogCaptureF
 
 
 @pytest.mark.ci
-def test_the_scripts_start_processes_on_a_node_without_a_known_name(tmp_path: Path) -> None:
+def test_the_scripts_start_processes_on_a_node_without_a_name_in_dns(tmp_path: Path) -> None:
     """torchrun alone waits for ten minutes there."""
     unshared = ["unshare", "-ru", "sh", "-c", 'hostname no-such-node && exec "$@"', "sh"]
     if sys.platform != "linux" or subprocess.run([*unshared, "true"], capture_output=True, check=False).returncode:

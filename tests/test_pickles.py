@@ -78,7 +78,7 @@ def test_whatever_python_writes_is_scanned_to_its_end() -> None:
                     pickles.scan(content[:cut])
 
 
-def test_names_and_texts_are_found() -> None:
+def test_names_and_texts_are_read() -> None:
     scanned = pickles.scan(pickle.dumps([np.float64(1), "x" * 1000, Counter], protocol=2))
     assert scanned.names == {"numpy._core.multiarray.scalar", "numpy.dtype", "_codecs.encode", "collections.Counter"}
     assert 1000 <= scanned.longest < 1010

@@ -192,7 +192,7 @@ def test_a_file_appears_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_hashes_do_not_change() -> None:
-    """Caches of features and HOD work folders are found by them."""
+    """They are the names of cached features and HOD work folders."""
     assert content_hash("clip", "v1") == hashlib.sha256(b"clip\0v1").hexdigest()
     assert content_hash("\udcff", length=24) == hashlib.sha256(b"\xed\xb3\xbf").hexdigest()[:24]
     assert file_hash(__file__) == hashlib.sha256(Path(__file__).read_bytes()).hexdigest()

@@ -33,14 +33,15 @@ from egohod.demo import make_world
 from egohod.demo.world import Variant
 from egohod.demo.write import write_benchmarks
 from egohod.errors import UserError
+from egohod.evaluation.embed import CONTROLS
 from egohod.evaluation.features import write_json
-from egohod.evaluation.models import CONTROLS
 from egohod.evaluation.report import new_figure
 from egohod.evaluation.results import RESULTS_FILE
-from egohod.model.cost import step_flops
+from egohod.model.cost import clip_flops
 from egohod.model.dual_encoder import create_model
-from egohod.training.build import Schedule, freeze
+from egohod.training.build import freeze
 from egohod.training.telemetry import git_commit
+from egohod.training.train import Schedule
 
 log = logging.getLogger("ablate")
 
@@ -176,7 +177,7 @@ def cost(cfg: Config) -> dict[str, float]:
     text = 0 if heads else TEXT_LENGTH
     sizes = model.geometry, cfg.model.num_frames, text, cfg.model.patch_dropout, cfg.model.fast
     return {
-        "gflop_per_step": cfg.train.global_batch_size * step_flops(*sizes, boxes=cfg.loss.boxes > 0) / 1e9,
+        "gflop_per_step": cfg.train.global_batch_size * clip_flops(*sizes, boxes=cfg.loss.boxes > 0).step / 1e9,
         "million_trainable": sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6,
     }
 

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from egohod import cli
 from egohod.errors import UserError
 from egohod.model.checkpoints import Family, WeightFile, upstream_state
-from egohod.model.zoo import geometry
+from egohod.model.config import geometry
 from egohod.runtime import atomic_write
 from egohod.training.checkpoint import open_weights
 

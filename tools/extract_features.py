@@ -30,11 +30,10 @@ from egohod.data.formats.custom import rows_of_csv, whole_files, windows
 from egohod.data.storage import open_cache
 from egohod.distributed import Distributed, setup
 from egohod.errors import UserError
-from egohod.evaluation.embed import extract, remaining
+from egohod.evaluation.embed import extract, fingerprint, remaining
 from egohod.evaluation.features import CONFIG_FILE, INDEX_FORMAT, file_of, open_index
-from egohod.evaluation.models import fingerprint
 from egohod.evaluation.runner import execution_of
-from egohod.model.zoo import geometry
+from egohod.model.config import geometry
 from egohod.training.build import build_model
 
 log = logging.getLogger("extract_features")

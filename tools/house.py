@@ -26,7 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from _common import ROOT, tool_parser
+from _common import ROOT, run_tool, tool_parser
+
+from egohod.errors import UserError
 
 # Parts of identifiers that no field uses; words of the domain that contain one are allowed by name.
 BANNED_PARTS = frozenset(["told", "said", "asked", "found", "kept", "owed", "known", "say"])
@@ -67,7 +69,7 @@ class Module:
     tree: ast.Module
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     parser = tool_parser(__doc__)
     parser.add_argument("--details", action="store_true", help="list what is behind each number")
     parser.add_argument("--check", action="store_true", help="exit code 1 when a limit is exceeded")
@@ -100,8 +102,10 @@ def measure(modules: Sequence[Module], only: str = "") -> list[Measure]:
     """All measures that need no running code; imports are always those of the whole project."""
     names = {each.name for each in modules}
     imports = {each.name: _imports(each, names) for each in modules}
-    # A package's cycles and importers lie mostly outside it: these two are always of the whole project.
+    # A package's cycles and importers are mostly outside it: these two are always of the whole project.
     modules = [each for each in modules if str(each.path.relative_to(ROOT)).startswith(only)]
+    if not modules:
+        raise UserError(f"--only {only}: no Python file of the project begins with this path; e.g. egohod/data")
     lines = sum(len(each.text.splitlines()) for each in modules)
     comments = sum(_comment_lines(each.text) for each in modules)
     # Python starts with a cycle as long as one side is delayed; a reader does not.
@@ -121,8 +125,9 @@ def measure(modules: Sequence[Module], only: str = "") -> list[Measure]:
         Measure("Python files", len(modules), (None, 100)),
         # 21,000 of the plan, and what later steps have added.
         Measure("lines", lines, (None, 24_100)),
-        Measure("median function, lines", statistics.median(lengths), (10, 15)),
-        Measure("comment lines, percent", round(100 * comments / lines, 1), (8, None)),
+        # A file of settings may have no function, and an empty file no line: nothing of them is too short.
+        *([Measure("median function, lines", statistics.median(lengths), (10, 15))] if lengths else []),
+        *([Measure("comment lines, percent", round(100 * comments / lines, 1), (8, None))] if lines else []),
         Measure("import cycles, lazy imports included", len(cycles), (None, 0), [" -> ".join(each) for each in cycles]),
         Measure("modules with one importer, not behind a protocol", len(lonely), (None, 0), lonely),
         Measure("exception classes", len(exceptions), (None, 12), exceptions),
@@ -319,4 +324,4 @@ def _trace_pipeline(folder: Path, output: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool(main)

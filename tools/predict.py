@@ -28,10 +28,10 @@ from egohod.data.decoders import choose_decoder
 from egohod.data.videos import window_spans as spans
 from egohod.distributed import inference_precision, setup
 from egohod.errors import UserError
-from egohod.evaluation.models import ClassProbabilities
+from egohod.evaluation.embed import ClassProbabilities
 from egohod.evaluation.report import new_figure
+from egohod.model.config import geometry
 from egohod.model.dual_encoder import DualEncoder
-from egohod.model.zoo import geometry
 from egohod.training.build import build_model
 from egohod.training.checkpoint import CheckpointError, classes_of
 

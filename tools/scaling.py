@@ -17,9 +17,9 @@ from _common import markdown_table, run_tool, tool_parser
 
 from egohod import cli
 from egohod.config import PROJECT, load_leniently
-from egohod.model.cost import forward_flops, step_flops
+from egohod.model.config import geometry
+from egohod.model.cost import clip_flops
 from egohod.model.dual_encoder import create_model
-from egohod.model.zoo import geometry
 
 # Measured: CPU seconds of one core to read and decode a clip of 2 s, by frames (docs/benchmarks.md, decoding): the
 # original 426x320 with a key frame every 15, and chunks of tools/chunk_videos.py at short side 256.
@@ -86,9 +86,9 @@ def cost(recipe: Recipe) -> Cost:
     cfg, _ = load_leniently(PROJECT / recipe.config)
     towers = geometry(cfg.model.name)
     sizes = towers, cfg.model.num_frames, towers.context_length, cfg.model.patch_dropout, cfg.model.fast
-    work = float(step_flops(*sizes))
+    work = float(clip_flops(*sizes).step)
     if cfg.model.gradient_checkpointing:  # blocks are computed again in the backward pass
-        work += forward_flops(*sizes)
+        work += clip_flops(*sizes).forward
     # The weights of the largest model are gigabytes; on the meta device only their shapes exist.
     with torch.device("meta"):
         model = create_model(cfg.model, cfg.loss)

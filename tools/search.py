@@ -21,9 +21,8 @@ from egohod import cli, config
 from egohod.data.dataset import Tokenizer
 from egohod.distributed import setup
 from egohod.errors import UserError
-from egohod.evaluation.embed import Execution, embed_texts
+from egohod.evaluation.embed import Execution, embed_texts, fingerprint
 from egohod.evaluation.features import CONFIG_FILE, read_features, read_index, search, span
-from egohod.evaluation.models import fingerprint
 from egohod.evaluation.report import contact_sheet
 from egohod.training.build import build_model
 

@@ -23,7 +23,7 @@ from egohod.data.dataset import View
 from egohod.data.detections import ROLE_COLOURS
 from egohod.data.storage import VideoError
 from egohod.errors import UserError
-from egohod.model.zoo import geometry
+from egohod.model.config import geometry
 from egohod.training.build import build_dataset, build_plan
 
 log = logging.getLogger("show_batch")

@@ -30,12 +30,12 @@ from egohod import cli
 from egohod.data.detections import EDGES, LEFT, NO_CONTACT, ROLE_COLOURS
 from egohod.data.videos import VideoError
 from egohod.errors import UserError
-from egohod.evaluation.features import write_text
 from egohod.evaluation.report import data_uri, jpeg, render
 from egohod.hod import config
 from egohod.hod.config import HodConfig
 from egohod.hod.facts import ClipFacts
 from egohod.hod.pipeline import CHECK, DETECT, TRACK, Pipeline, build, from_plain, open_videos, source_text
+from egohod.runtime import write_text
 
 log = logging.getLogger("visualize_hod")
 
@@ -75,6 +75,7 @@ def main(arguments: Sequence[str]) -> int:
     if args.no_frames:
         clips = [replace(view, pictures=np.full_like(view.pictures, 255)) for view in clips]
     if args.page:
+        args.page.parent.mkdir(parents=True, exist_ok=True)
         write_text(args.page, _page(pipeline, clips, None if args.clips else args.seed))
     if args.sheet or args.film:
         clips = [view for view in clips if len(view.pictures)]

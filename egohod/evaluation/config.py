@@ -16,7 +16,7 @@ PROTOCOL_NAMES = (
 
 @dataclass
 class BenchmarkConfig:
-    """A benchmark of main_eval.py and where its data lies; NAME is one of the known ones or yours to choose."""
+    """A benchmark of main_eval.py and its data; NAME is one of the known ones or yours to choose."""
 
     kind: str = knob(
         "auto",
@@ -64,7 +64,7 @@ class EvaluateConfig:
     best: str | None = knob(
         None, "metric that keep_best ranks by, BENCHMARK/METRIC of a benchmark in evaluate.during (higher is better)"
     )
-    benchmarks: dict[str, BenchmarkConfig] = knob({}, "what main_eval.py --benchmark can be asked for")
+    benchmarks: dict[str, BenchmarkConfig] = knob({}, "names that main_eval.py --benchmark accepts")
     protocol: str = knob(
         "auto",
         "of the benchmarks that name none: upstream, avion or lavila reproduces that project's numbers; auto is this "

@@ -31,8 +31,7 @@ from numpy.typing import NDArray
 
 from egohod.errors import UserError
 from egohod.evaluation.metrics import rank_items
-from egohod.runtime import UNFINISHED_PREFIX, atomic_write, content_hash
-from egohod.runtime import write_text as write_existing
+from egohod.runtime import UNFINISHED_PREFIX, atomic_write, content_hash, write_text
 
 log = logging.getLogger(__name__)
 
@@ -82,14 +81,9 @@ def read_feature_file(path: Path, *columns: str) -> tuple[NDArray[np.float32], l
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a file for :func:`read_json` as a whole or not at all."""
-    write_text(path, json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, content: str) -> None:
-    """Write a file as a whole or not at all, and its folder if there is none."""
+    """Write a file for :func:`read_json` as a whole or not at all, and its folder if there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_existing(path, content)
+    write_text(path, json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: Path, version: int, hint: str) -> dict[str, Any]:

@@ -166,7 +166,7 @@ def expected_graded_per_query(rel: ArrayLike) -> tuple[NDArray[np.float64], NDAr
     """Average precision and nDCG that random scores reach on average, as :func:`graded_per_query`; ``rel`` [Q, N].
 
     An item of relevancy 1 has each rank k of N with equal probability, and each of the others (relevancies adding up
-    to S - 1) stands before it with (k - 1)/(N - 1); so AP averages ``mean_k((1 + (k - 1) (S - 1)/(N - 1)) / k)``.
+    to S - 1) precedes it with (k - 1)/(N - 1); so AP averages ``mean_k((1 + (k - 1) (S - 1)/(N - 1)) / k)``.
     For nDCG every rank holds the mean relevancy.
     """
     # Exactly, not by sampling: a chance level must not change between runs.

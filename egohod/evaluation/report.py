@@ -27,8 +27,9 @@ from PIL import Image, ImageDraw, ImageFont
 from egohod.data.decoders import choose_decoder
 from egohod.data.videos import VideoStore
 from egohod.errors import UserError
-from egohod.evaluation.features import Hit, read_json, span, write_text
+from egohod.evaluation.features import Hit, read_json, span
 from egohod.evaluation.results import FORMAT, RESULTS_FILE
+from egohod.runtime import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,7 +57,7 @@ def write_report(folder: str | Path, *, decoder: str = "auto") -> Path:
             controls = list(dict.fromkeys(name for each in result["metrics"].values() for name in each["controls"]))
             section = {"name": name, "result": result, "controls": controls, "classes": [], "galleries": []}
             path = folder / result["details"]
-            # Details are large, and may be left behind where results are kept: the numbers stand without them.
+            # Details are large, and may be left behind where results are kept: the page shows the numbers without them.
             if path.is_file():
                 details = read_json(path, FORMAT, hint)
                 clips, tables = details["clips"], details["tables"]
@@ -69,7 +70,7 @@ def write_report(folder: str | Path, *, decoder: str = "auto") -> Path:
     except UserError:  # a ValueError, too, whose message is clear already
         raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, jinja2.UndefinedError) as error:
-        # A file that was edited, cut or written by something else can break anywhere: ``path`` is the one at hand.
+        # A file that was edited, cut or written by something else can break anywhere: ``path`` is the one being read.
         raise UserError(f"{path}: not what an evaluation writes ({type(error).__name__}: {error})") from error
     write_text(folder / PAGE_FILE, html)
     log.info("wrote %s (%.1f MB)", folder / PAGE_FILE, (folder / PAGE_FILE).stat().st_size / 1e6)

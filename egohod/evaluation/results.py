@@ -22,10 +22,11 @@ import numpy as np
 from egohod.config import Config, to_yaml
 from egohod.distributed import Distributed
 from egohod.errors import UserError
-from egohod.evaluation.features import read_json, write_json, write_text
+from egohod.evaluation.embed import CONTROLS, PLAIN
+from egohod.evaluation.features import read_json, write_json
 from egohod.evaluation.metrics import CHANCE, DROP
-from egohod.evaluation.models import CONTROLS, PLAIN
 from egohod.evaluation.runner import Benchmark, BenchmarkResult
+from egohod.runtime import write_text
 
 log = logging.getLogger(__name__)
 

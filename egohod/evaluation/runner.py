@@ -27,14 +27,22 @@ from egohod.data.storage import open_cache
 from egohod.distributed import Distributed, pick_precision
 from egohod.errors import UserError, nearest
 from egohod.evaluation.config import BenchmarkConfig
-from egohod.evaluation.embed import EmbedReport, Execution, TokenizerLike, embed_clips, embed_texts
+from egohod.evaluation.embed import (
+    PLAIN,
+    ClassProbabilities,
+    EmbedReport,
+    Execution,
+    TokenizerLike,
+    VideoTextModel,
+    embed_clips,
+    embed_texts,
+    image_stats_of,
+)
 from egohod.evaluation.features import FeatureCache
 from egohod.evaluation.metrics import CHANCE, DROP, Score
-from egohod.evaluation.models import PLAIN, ClassProbabilities, VideoTextModel, image_stats_of
 from egohod.evaluation.tasks import EvaluationTask, head_tasks, tasks_of
-from egohod.model.config import IMAGE_STATS
+from egohod.model.config import IMAGE_STATS, geometry
 from egohod.model.dual_encoder import DualEncoder
-from egohod.model.zoo import geometry
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +85,7 @@ def protocol_for(name: str, kind: str) -> EvalProtocol:
     if name == "auto":
         name = "whole_clip" if kind == "egtea" else "clean"
     chosen = PROTOCOLS[name]
-    # The name of a project means what that project does on the benchmark at hand.
+    # The name of a project means what that project does on this benchmark.
     if kind == "egtea" and name in _ON_EGTEA:
         return dataclasses.replace(PROTOCOLS[_ON_EGTEA[name]], frames=chosen.frames)
     return chosen
@@ -116,22 +124,20 @@ def resolve_benchmarks(
 
 
 def named_evaluators(
-    cfg: Config, dist: Distributed, *names: str, controls: Sequence[str] = (), classes: ClassSpace | None = None
+    cfg: Config, dist: Distributed, part: str, controls: Sequence[str] = (), classes: ClassSpace | None = None
 ) -> list[Benchmark]:
-    """The benchmarks that the configuration measures while training (``val``) and once at its end (``test``).
+    """The benchmarks of a part: ``val``, measured while training, or ``test``, measured once at its end.
 
     They are those of ``evaluate.during`` and ``evaluate.final``; with ``classes`` they measure a model's heads.
     """
-    parts, run = {"val": cfg.evaluate.during, "test": cfg.evaluate.final}, execution_of(cfg, dist)
+    names, run = {"val": cfg.evaluate.during, "test": cfg.evaluate.final}[part], execution_of(cfg, dist)
     return [
-        benchmark(cfg, name, cfg.evaluate.benchmarks[name], run, controls=controls, classes=classes)
-        for part in names
-        for name in parts[part]
+        benchmark(cfg, name, cfg.evaluate.benchmarks[name], run, controls=controls, classes=classes) for name in names
     ]
 
 
 def execution_of(cfg: Config, dist: Distributed) -> Execution:
-    """How the run ``cfg`` computes features; nothing is kept."""
+    """How the run ``cfg`` computes features, without a cache."""
     return Execution(
         batch_size=cfg.evaluate.batch_size,
         workers=cfg.data.workers,
@@ -169,7 +175,7 @@ def benchmark(
     protocol = protocol_for(chosen, kind)
     if protocol.whole_files and not BENCHMARKS[kind].whole_files:
         raise UserError(f"{key}={chosen} is for clips that are files of their own, which {name} does not have")
-    # What is asked for wins over what a protocol prescribes; its own number is what reproduces a published result.
+    # An explicit number of frames wins over the protocol's, which is the one that reproduces a published result.
     trained = cfg.model.num_frames if chosen == "as_trained" else protocol.frames
     protocol = dataclasses.replace(protocol, frames=cfg.evaluate.num_frames or trained)
     if classes is not None:

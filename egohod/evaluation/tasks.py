@@ -1,4 +1,4 @@
-"""Tasks: what is asked of the clips of a benchmark, scored from features. And probes of frozen features.
+"""Tasks: what a benchmark measures on its clips, scored from features. And probes of frozen features.
 
 Every task has the texts to embed and the same three methods: ``measure`` turns features into scores, ``details`` into
 what the report shows clip by clip, and ``restricted`` gives the task over a part of the clips.

@@ -1,23 +1,43 @@
-"""Settings of the objective."""
+"""The registry of objectives, their settings, and how one is built from them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from egohod.knobs import knob
 
-# The registry: a new loss is a class of egohod/loss, built as Class(config, rank=..., world_size=...) and called with
-# what the model returns, by name. As text, so that reading a configuration does not import PyTorch.
+if TYPE_CHECKING:
+    from egohod.loss.contrastive import Loss
+
+
+class LossKind(NamedTuple):
+    """A registered loss: its class, and what it needs of the data and the model."""
+
+    path: str
+    """``module.Class`` in egohod/loss; as text, so that reading a configuration does not import PyTorch."""
+    target: str = "narration"
+    """The ``data.labels.target`` that it learns from."""
+    has_temperature: bool = False
+    """Whether ``logit_scale`` gets a gradient where ``loss.learn_temperature`` is set."""
+    has_bias: bool = False
+    """Whether the model has a learned ``logit_bias``."""
+    margin: float = 0.0
+    """Default of ``loss.margin``, in cosine similarity; 0 for losses without a margin."""
+
+
+# A new loss is a class and a line here. It is built as Class(config, rank=..., world_size=...) and called with what the
+# model returns, by name. Margins are those of their sources.
 LOSSES = {
-    "infonce": "contrastive.ContrastiveLoss",
-    "sigmoid": "contrastive.SigmoidLoss",
-    **dict.fromkeys(("max_margin", "adaptive_max_margin", "sms", "soft_infonce"), "retrieval.RetrievalLoss"),
-    "classes": "classification.ClassificationLoss",
+    "infonce": LossKind("contrastive.ContrastiveLoss", has_temperature=True),
+    "sigmoid": LossKind("contrastive.SigmoidLoss", has_temperature=True, has_bias=True),
+    "max_margin": LossKind("retrieval.RetrievalLoss", target="relevancy", margin=0.2),
+    "adaptive_max_margin": LossKind("retrieval.RetrievalLoss", target="relevancy", margin=0.4),
+    "sms": LossKind("retrieval.RetrievalLoss", target="relevancy", margin=0.6),
+    "soft_infonce": LossKind("retrieval.RetrievalLoss", target="relevancy", has_temperature=True),
+    "classes": LossKind("classification.ClassificationLoss", target="class"),
 }
-# Those that need the relevancy of each text to each clip.
-RELEVANCY_LOSSES = tuple(name for name, place in LOSSES.items() if place.startswith("retrieval."))
-# What their sources use, in cosines. These losses have no temperature.
-DEFAULT_MARGINS = {"max_margin": 0.2, "adaptive_max_margin": 0.4, "sms": 0.6}
 
 
 @dataclass
@@ -63,3 +83,16 @@ class LossConfig:
         "(the fast path's, if there is one); needs data.train.NAME.detections; 0 leaves it out, as published",
         low=0,
     )
+
+
+def build_loss(config: LossConfig, *, rank: int = 0, world_size: int = 1) -> Loss:
+    """The loss ``config.name``, over the features of all processes, and the auxiliary box loss if it has a weight."""
+
+    def load(path: str) -> Any:
+        module, _, name = path.partition(".")
+        return getattr(import_module(f"egohod.loss.{module}"), name)
+
+    loss: Loss = load(LOSSES[config.name].path)(config, rank=rank, world_size=world_size)
+    if config.boxes:
+        loss = load("classification.WithBoxes")(loss, config.boxes)
+    return loss

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from egohod.distributed import gather_with_grad
-from egohod.loss.config import DEFAULT_MARGINS, LossConfig
+from egohod.loss.config import LOSSES, LossConfig
 
 # Relevancies are sums of halves and small fractions: two that differ at all differ by more than this.
 EQUAL = 1e-3
@@ -36,7 +36,7 @@ class RetrievalLoss:
     def __init__(self, config: LossConfig, *, rank: int = 0, world_size: int = 1) -> None:
         self._rank, self._world_size = rank, world_size
         self.name, self.tau = config.name, config.tau
-        self.margin = config.margin or DEFAULT_MARGINS.get(config.name, 0.0)
+        self.margin = config.margin or LOSSES[config.name].margin
 
     def __call__(
         self,

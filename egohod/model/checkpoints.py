@@ -29,11 +29,9 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from egohod.errors import UserError
-from egohod.model import zoo
-from egohod.model.config import IMAGE_STATS
+from egohod.model.config import GEOMETRIES, IMAGE_STATS
 from egohod.model.dual_encoder import Base, DualEncoder
-from egohod.model.slowfast import SlowFastTransformer
-from egohod.model.vision import ACTIVATIONS, Block
+from egohod.model.vision import ACTIVATIONS, Block, SlowFastTransformer
 from egohod.model.weight_files import AVERAGE, Inert, StateDict, describe, errors_of, locate, open_weight_file
 
 log = logging.getLogger(__name__)
@@ -147,9 +145,9 @@ class Shape:
 
     @property
     def name(self) -> str | None:
-        """The geometry of :mod:`egohod.model.zoo`, whatever its shared space; None if there is none."""
+        """The geometry of :mod:`egohod.model.config`, whatever its shared space; None if there is none."""
         fields = ("image_size", "patch_size", "vision_width", "vision_layers", "text_width", "text_layers", "slowfast")
-        for geometry in zoo.GEOMETRIES.values():
+        for geometry in GEOMETRIES.values():
             if all(getattr(geometry, field) == getattr(self, field) for field in fields):
                 return geometry.name
         return None
@@ -173,7 +171,7 @@ _FLASH_TO_PLAIN = ((".attn.Wqkv.", ".attn.in_proj_"), (".mlp.fc1.", ".mlp.c_fc."
 _SIZES = ("input_resolution", "context_length", "vocab_size")
 # Buffers that modules rebuild by themselves, and counters of training frameworks.
 _CONSTANTS = ("attn_mask", "position_ids", "n_averaged", "_extra_state")
-# Parts of names that modules add which stand around others; they may be anywhere in a name.
+# Parts of names that wrapping modules add; they may be anywhere in a name.
 _WRAPPERS = frozenset(
     {
         *("module", "_forward_module"),  # DistributedDataParallel, DeepSpeed, AveragedModel
@@ -414,7 +412,7 @@ class Part(NamedTuple):
 
     name: str
     pattern: str
-    only_trains: bool = False  # it shapes the loss and no feature, so that it may come and go without being asked
+    only_trains: bool = False  # it shapes the loss and no feature, so that it may come and go without adapt
 
 
 # More special ones first: a name belongs to the first part that it matches.
@@ -652,7 +650,7 @@ def base_of(model: nn.Module, content: WeightFile) -> Base | None:
     # A fixed temperature is not worth a second file.
     if all(content.tensors[name].dim() == 0 for name in unchanged):
         return None
-    # Whoever opens the checkpoint may stand in another folder.
+    # The checkpoint may be opened from another working directory.
     file = Path(content.source)
     return Base(str(file.resolve() if file.exists() else file), tuple(unchanged), checksum(content.tensors, unchanged))
 

@@ -13,11 +13,9 @@ import torch.nn.functional as F
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
-from egohod.loss.config import DEFAULT_MARGINS, LossConfig
-from egohod.model import zoo
-from egohod.model.config import IMAGE_STATS, ImageStats, ModelConfig
-from egohod.model.slowfast import SlowFastTransformer, slow_frames
-from egohod.model.vision import ACTIVATIONS, VideoTransformer
+from egohod.loss.config import LOSSES, LossConfig
+from egohod.model.config import IMAGE_STATS, Geometry, ImageStats, ModelConfig, geometry
+from egohod.model.vision import ACTIVATIONS, SlowFastTransformer, VideoTransformer, slow_frames
 
 
 class TextTower(TextTransformer):
@@ -27,7 +25,7 @@ class TextTower(TextTransformer):
     follows that token changes nothing and need not be computed.
     """
 
-    def __init__(self, shape: zoo.Geometry, config: ModelConfig) -> None:
+    def __init__(self, shape: Geometry, config: ModelConfig) -> None:
         super().__init__(
             context_length=shape.context_length,
             vocab_size=shape.vocab_size,
@@ -80,7 +78,7 @@ class DualEncoder(nn.Module):
         visual: VideoTransformer,
         textual: TextTower,
         *,
-        geometry: zoo.Geometry,
+        geometry: Geometry,
         num_frames: int,
         temperature: float = 0.07,
         learn_temperature: bool = False,
@@ -224,7 +222,7 @@ def create_model(
     ``config.weights`` and ``config.compile`` are left to the caller: weights are read by
     :mod:`egohod.model.checkpoints`, compiling is :meth:`DualEncoder.compile_towers`.
     """
-    shape = zoo.geometry(config.name)
+    shape = geometry(config.name)
     if config.embed_dim:
         shape = replace(shape, embed_dim=config.embed_dim)
     loss = loss or LossConfig()
@@ -235,8 +233,8 @@ def create_model(
         "num_frames": config.num_frames,
         "temperature": loss.temperature,
         # What no loss reads must not wait for a gradient.
-        "learn_temperature": loss.learn_temperature and loss.name not in DEFAULT_MARGINS,
-        "bias": loss.bias if loss.name == "sigmoid" else None,
+        "learn_temperature": loss.learn_temperature and LOSSES[loss.name].has_temperature,
+        "bias": loss.bias if LOSSES[loss.name].has_bias else None,
         "image_stats": IMAGE_STATS[config.image_stats],
     }
     model: DualEncoder

@@ -10,7 +10,6 @@ import copy
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -41,11 +40,11 @@ from egohod.data.table import ClipTable
 from egohod.distributed import Distributed, pick_precision, setup
 from egohod.errors import UserError
 from egohod.model.checkpoints import HeadClasses, WeightFile, base_of, load_weights
-from egohod.model.cost import Memory, predict, step_flops
+from egohod.model.cost import Memory, clip_flops, predict
 from egohod.model.dual_encoder import DualEncoder, EgoVideo, create_model
 from egohod.training.checkpoint import open_weights
-from egohod.training.config import duration_in_steps
 from egohod.training.step import TrainStep, learning_rates
+from egohod.training.train import Schedule, TrainingData
 
 log = logging.getLogger(__name__)
 
@@ -53,49 +52,6 @@ log = logging.getLogger(__name__)
 BATCH = 256
 # Clips of each source and benchmark that a dry run opens: the first, the last, and between.
 CLIPS_TO_OPEN = 3
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """Clips, their order, and how many forward passes make one step."""
-
-    dataset: ClipDataset
-    plan: BatchPlan | MixedPlan
-    micro_batch: int
-    accumulation: int
-
-    @property
-    def classes(self) -> ClassSpace | None:
-        """The classes that the clips are labelled with, the same for all sources; None without class labels."""
-        first = self.dataset.labels[0] if self.dataset.labels else None
-        return first.space if isinstance(first, ClassLabels) else None
-
-
-@dataclass
-class Schedule:
-    """The run's durations in steps."""
-
-    total: int
-    log: int
-    save: int
-    evaluate: int
-
-    @classmethod
-    def of(cls, cfg: Config, steps_per_epoch: int) -> Schedule:
-        """Resolve the durations of ``cfg``."""
-        steps = partial(
-            duration_in_steps, steps_per_epoch=steps_per_epoch, global_batch_size=cfg.train.global_batch_size
-        )
-        total = steps(cfg.train.duration, key="train.duration")
-        if steps(cfg.train.warmup, key="train.warmup") > total:
-            log.warning("train.warmup=%s is longer than the run: train.lr is never reached", cfg.train.warmup)
-        every_log = steps(cfg.train.log_every, key="train.log_every")
-        every_save = steps(cfg.train.save_every, key="train.save_every")
-        return cls(total, every_log, every_save, steps(cfg.evaluate.every, key="evaluate.every"))
-
-    def evaluates(self, step: int) -> bool:
-        """Whether the model is evaluated after ``step``: at intervals, and at the end."""
-        return step > 0 and (step == self.total or step % self.evaluate == 0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -512,7 +468,7 @@ def _try_model(cfg: Config, dist: Distributed, classes: ClassSpace | None, probl
     _report("tokens", f"{tokens} a clip: {frames} frames of {patches}, one CLS")
     # With heads the text tower computes nothing.
     texts = geometry.context_length if model.heads is None else 0
-    flops = step_flops(geometry, frames, texts, cfg.model.patch_dropout, cfg.model.fast, boxes=cfg.loss.boxes > 0)
+    flops = clip_flops(geometry, frames, texts, cfg.model.patch_dropout, cfg.model.fast, boxes=cfg.loss.boxes > 0).step
     _report("compute", f"{flops / 1e9:.1f} GFLOP a clip for forward and backward, with {texts} text tokens")
     memory = predict_memory(cfg, dist, model)
     state = f"{memory.state / 1e9:.1f} GB for weights, gradients and averages"

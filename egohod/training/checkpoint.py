@@ -312,27 +312,6 @@ def classes_of(source: Path | Checkpoint) -> tuple[str, ClassSpace]:
     return kind, ClassSpace(columns, keys, names)
 
 
-def _base_tensors(checkpoint: Checkpoint, download: bool, moved_to: str | None) -> dict[str, torch.Tensor]:
-    """Read what a checkpoint leaves in the file it was started from. Raises :class:`CheckpointError`."""
-    base = checkpoint.manifest.get("base")
-    if base is None:
-        return {}
-    path = moved_to or base["path"]
-    try:
-        tensors = open_weights(path, download=download).tensors
-    except UserError as error:
-        raise CheckpointError(
-            f"{checkpoint.path}: holds only what was trained; the rest is in {path}, which cannot be used ({error}); "
-            "set model.weights.base to where it is now"
-        ) from error
-    if not all(name in tensors for name in base["names"]) or checksum(tensors, base["names"]) != base["sha256"]:
-        raise CheckpointError(
-            f"{checkpoint.path}: was trained from other weights than {path} holds now (the checksum differs); "
-            "set model.weights.base to the right file"
-        )
-    return {name: tensors[name] for name in base["names"]}
-
-
 def read(path: Path) -> Checkpoint:
     """Read one checkpoint folder and check it against its manifest.
 

@@ -28,8 +28,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from egohod.config import Config
 from egohod.data.dataset import normalise
 from egohod.distributed import Distributed, pick_precision
-from egohod.loss import build_loss
 from egohod.loss.classification import box_errors
+from egohod.loss.config import build_loss
 from egohod.loss.contrastive import Loss
 from egohod.model.dual_encoder import DualEncoder
 from egohod.training.config import TrainConfig, duration_in_steps

@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,14 +19,15 @@ import torch
 from torch import nn
 
 from egohod.config import Config
-from egohod.data.dataset import FaultLedger
-from egohod.data.loader import train_loader
+from egohod.data.dataset import ClipDataset, FaultLedger
+from egohod.data.labels import ClassLabels, ClassSpace
+from egohod.data.loader import BatchPlan, MixedPlan, train_loader
 from egohod.distributed import Distributed, host_name
 from egohod.errors import UserError
 from egohod.model.dual_encoder import DualEncoder
 from egohod.runtime import Interrupted
-from egohod.training.build import Schedule, TrainingData
 from egohod.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore, identity, read, require_identity
+from egohod.training.config import duration_in_steps
 from egohod.training.step import TrainStep
 from egohod.training.telemetry import Clock, MetricWindow, Share, Telemetry, memory_gb
 
@@ -32,6 +35,49 @@ log = logging.getLogger(__name__)
 
 # A loss scaler skips a few steps while it finds its scale; this many in a row have another cause.
 FEWEST_SKIPPED = 10
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Clips, their order, and how many forward passes make one step."""
+
+    dataset: ClipDataset
+    plan: BatchPlan | MixedPlan
+    micro_batch: int
+    accumulation: int
+
+    @property
+    def classes(self) -> ClassSpace | None:
+        """The classes that the clips are labelled with, the same for all sources; None without class labels."""
+        first = self.dataset.labels[0] if self.dataset.labels else None
+        return first.space if isinstance(first, ClassLabels) else None
+
+
+@dataclass
+class Schedule:
+    """The run's durations in steps."""
+
+    total: int
+    log: int
+    save: int
+    evaluate: int
+
+    @classmethod
+    def of(cls, cfg: Config, steps_per_epoch: int) -> Schedule:
+        """Resolve the durations of ``cfg``."""
+        steps = partial(
+            duration_in_steps, steps_per_epoch=steps_per_epoch, global_batch_size=cfg.train.global_batch_size
+        )
+        total = steps(cfg.train.duration, key="train.duration")
+        if steps(cfg.train.warmup, key="train.warmup") > total:
+            log.warning("train.warmup=%s is longer than the run: train.lr is never reached", cfg.train.warmup)
+        every_log = steps(cfg.train.log_every, key="train.log_every")
+        every_save = steps(cfg.train.save_every, key="train.save_every")
+        return cls(total, every_log, every_save, steps(cfg.evaluate.every, key="evaluate.every"))
+
+    def evaluates(self, step: int) -> bool:
+        """Whether the model is evaluated after ``step``: at intervals, and at the end."""
+        return step > 0 and (step == self.total or step % self.evaluate == 0)
 
 
 class Evaluator(Protocol):

@@ -45,12 +45,12 @@ def formats(demo_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def evaluated(formats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output of an evaluation with every kind of table; not to be changed."""
     folder, cfg, model = tmp_path_factory.mktemp("evaluated"), config(), small_model()
-    found = []
+    results = []
     for kind in ("custom", "ek100_mir", "ek100_cls", "egomcq", "charades_ego"):
         bench = benchmark(cfg, kind, settings(formats, kind), execution_of(cfg, ALONE), controls=["shuffle", "freeze"])
-        found.append((bench, bench.measure(model)))
+        results.append((bench, bench.measure(model)))
     write_results(
-        folder, cfg, ALONE, found, checkpoint={"path": "a <run>", "sha256": "0f" * 32}, published="EgoVideo-L"
+        folder, cfg, ALONE, results, checkpoint={"path": "a <run>", "sha256": "0f" * 32}, published="EgoVideo-L"
     )
     write_report(folder)
     return folder

@@ -1,4 +1,4 @@
-"""The demo benchmark in small, and models whose scores on it are known."""
+"""The demo benchmark in small, and models with expected scores on it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from egohod.demo.world import NOUNS, VERBS, phrase
 from egohod.distributed import Distributed
 from egohod.evaluation import runner
 from egohod.evaluation.config import BenchmarkConfig
-from egohod.evaluation.embed import EmbedReport, Execution
-from egohod.evaluation.models import PLAIN
+from egohod.evaluation.embed import PLAIN, EmbedReport, Execution
 from egohod.evaluation.runner import Benchmark, BenchmarkResult, benchmark, execution_of
 from egohod.evaluation.tasks import EvaluationTask
 from egohod.model.config import ModelConfig
@@ -47,7 +46,7 @@ def world_split(folder: Path) -> BenchmarkConfig:
 
 
 def demo_benchmark(folder: Path, dist: Distributed = ALONE, batch_size: int = 7, workers: int = 0) -> Benchmark:
-    """The demo benchmark at the size of the demo model, in this process alone unless told otherwise."""
+    """The demo benchmark at the size of the demo model, in this process alone by default."""
     execution = Execution(batch_size=batch_size, workers=workers, dist=dist)
     return runner.benchmark(config(), "test", world_split(folder), execution)
 
@@ -67,17 +66,17 @@ def random_features(rows: int, seed: int, width: int = 16) -> Tensor:
     return normalize(torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-def assert_at_chance(values: list[float], chance: float | None, *wrong: float, said: str = "") -> None:
+def assert_at_chance(values: list[float], chance: float | None, *wrong: float, name: str = "") -> None:
     """Independent runs without knowledge average ``chance``, and would not pass for any of ``wrong``.
 
-    The interval is four standard errors to either side. What is wrong must lie outside whichever way the runs fell,
+    The interval is four standard errors to either side. Wrong values must be outside whichever way the runs fell,
     so the test cannot pass by being blunt.
     """
     assert chance is not None
     error = 4 * float(np.std(values, ddof=1)) / len(values) ** 0.5
-    assert abs(np.mean(values) - chance) < error, f"{said}: {np.mean(values):.2f} is not {chance:.2f} +- {error:.2f}"
+    assert abs(np.mean(values) - chance) < error, f"{name}: {np.mean(values):.2f} is not {chance:.2f} +- {error:.2f}"
     for other in wrong:
-        assert abs(other - chance) > 2 * error, f"{said}: cannot tell {chance:.2f} from {other:.2f} +- {error:.2f}"
+        assert abs(other - chance) > 2 * error, f"{name}: cannot tell {chance:.2f} from {other:.2f} +- {error:.2f}"
 
 
 class Oracle(nn.Module):
@@ -119,7 +118,7 @@ def _ids(tokens: Tensor) -> tuple[int, ...]:
 
 
 def settings(test: Path, kind: str) -> BenchmarkConfig:
-    """Where a benchmark of the demo world lies."""
+    """Annotations and videos of a benchmark of the demo world."""
     folder = test / "benchmarks"
     own_videos = {"egtea": folder / "egtea/videos", "charades_ego": folder / "charades_ego/videos"}
     metadata = {"ek100_mir": "ek100", "ek100_cls": "ek100"}.get(kind, kind)
@@ -139,7 +138,7 @@ def cached(test: Path, kind: str, cache: Path, identity: str = "weights", **more
 
 
 class Counting(nn.Module):
-    """The small model, which counts what it is asked for and may stop working."""
+    """The small model, which counts its calls and may stop working."""
 
     def __init__(self, limit: int = 10**9) -> None:
         super().__init__()

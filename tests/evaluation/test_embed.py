@@ -127,7 +127,7 @@ def test_fp32_features_are_computed_without_tf32(world: Path, tmp_path: Path) ->
     todo = remaining(dataset, tmp_path)
     extract(Settings(), dataset, tmp_path, todo, Execution(8, 0, ALONE))
     assert seen == {("highest", "ieee")}
-    # Training goes on as before, also after an evaluation that failed.
+    # Training continues as before, also after an evaluation that failed.
     assert float32_settings() == training
     with pytest.raises(UserError, match="NaN"):
         embed_clips(Recorder(float("nan")), dataset, Execution(8, 0, ALONE))

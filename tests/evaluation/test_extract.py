@@ -30,9 +30,9 @@ from tests.support import Command, ShortRun
 def videos(formats: Path, tmp_path: Path) -> Path:
     """Three files of some 2.5 s in two folders."""
     folder = tmp_path / "videos"
-    found = sorted((formats / "benchmarks" / "egtea" / "videos").rglob("*.mp4"))
+    videos = sorted((formats / "benchmarks" / "egtea" / "videos").rglob("*.mp4"))
     (folder / "b").mkdir(parents=True)
-    for path, name in zip(found, ("a.mp4", "b/c.MP4", "b/d.mp4"), strict=False):
+    for path, name in zip(videos, ("a.mp4", "b/c.MP4", "b/d.mp4"), strict=False):
         shutil.copy(path, folder / name)
     return folder
 
@@ -84,7 +84,7 @@ def test_a_csv_may_mix_videos_and_orders(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
         ("../../x,0,1", r"clips\.csv: row 1: video_id '\.\./\.\./x' leads out"),
         ("/etc/x,0,1", "leads out"),
@@ -93,9 +93,9 @@ def test_a_csv_may_mix_videos_and_orders(tmp_path: Path) -> None:
         ("a,-1,1", "row 1: '-1' to '1'"),
     ],
 )
-def test_a_bad_row_is_named(tmp_path: Path, row: str, said: str) -> None:
+def test_a_bad_row_is_named(tmp_path: Path, row: str, message: str) -> None:
     (tmp_path / "clips.csv").write_text(f"video_id,start_second,end_second\n{row}\n")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         rows_of_csv(tmp_path / "clips.csv")
 
 
@@ -180,7 +180,7 @@ def test_two_processes_write_what_one_writes(
     assert (shared.videos, shared.start.tolist()) == (alone.videos, alone.start.tolist())
     np.testing.assert_allclose(shared.features, alone.features, atol=1e-6)
 
-    # Only one process meets the broken clip; the other's work is kept, and the run fails.
+    # Only one process meets the broken clip; the other's files stay, and the run fails.
     (tmp_path / "clips.csv").write_text("video_id,start_second,end_second\na,90,91\nb/d,0,1\n")
     arguments[arguments.index("--window") :] = ["--clips", tmp_path / "clips.csv", "--output", tmp_path / "three"]
     done = program(*launcher, "tools/extract_features.py", *arguments)
@@ -208,9 +208,9 @@ def test_from_files_to_a_contact_sheet(videos: Path, tmp_path: Path, inside: Com
     assert done.returncode == 0, done.stderr
     hits = json.loads(done.stdout)
     assert [hit["similarity"] for hit in hits] == sorted((hit["similarity"] for hit in hits), reverse=True)
-    found, lacking = read_features(features)
+    index, lacking = read_features(features)
     assert lacking == 0
-    assert {hit["video"] for hit in hits} <= set(found.videos)
+    assert {hit["video"] for hit in hits} <= set(index.videos)
     with Image.open(sheet) as picture:
         assert picture.width > 400
         assert picture.height > 200
@@ -220,7 +220,7 @@ def test_from_files_to_a_contact_sheet(videos: Path, tmp_path: Path, inside: Com
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--videos", "/nowhere"], "/nowhere: no such video folder"),
         (["--videos", ".", "--stride", "1"], "--stride needs --window"),
@@ -230,11 +230,11 @@ def test_from_files_to_a_contact_sheet(videos: Path, tmp_path: Path, inside: Com
     ],
 )
 def test_mistakes_are_one_line(
-    inside: Command, short_run: ShortRun, tmp_path: Path, arguments: list[str], said: str
+    inside: Command, short_run: ShortRun, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     done = inside("extract_features.py", "--checkpoint", short_run.folder, "--output", tmp_path / "f", *arguments)
     assert done.returncode == 2
-    assert said in done.stderr
+    assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 
@@ -304,9 +304,9 @@ def test_videos_in_other_containers_are_embedded(
     command = ["extract_features.py", *short_run.command, "data.decoder=pyav", "--checkpoint", short_run.folder]
     done = inside(*command, "--videos", videos, "--output", tmp_path / "f")
     assert done.returncode == 0, done.stderr
-    found, lacking = read_features(tmp_path / "f")
+    index, lacking = read_features(tmp_path / "f")
     assert lacking == 0
-    assert sorted(found.videos) == ["b/c", "b/d", "t"]
+    assert sorted(index.videos) == ["b/c", "b/d", "t"]
 
 
 def test_search_refuses_what_is_no_index_and_other_weights(
@@ -326,7 +326,7 @@ def test_search_refuses_what_is_no_index_and_other_weights(
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"features": np.ones((3, 4), np.float32)}, r"have the shapes \(3, 4\), \(2,\), \(2,\), \(2,\)"),
         ({"features": np.ones(2, np.float32)}, r"have the shapes \(2,\)"),
@@ -335,7 +335,9 @@ def test_search_refuses_what_is_no_index_and_other_weights(
         ({}, "start is not a file in the archive"),
     ],
 )
-def test_features_that_do_not_fit_are_refused_by_name(tmp_path: Path, change: dict[str, np.ndarray], said: str) -> None:
+def test_features_that_do_not_fit_are_refused_by_name(
+    tmp_path: Path, change: dict[str, np.ndarray], message: str
+) -> None:
     index = {"format": 1, "weights": "w", "protocol": "p", "root": "videos", "layout": "whole", "chunk_seconds": 15.0}
     open_index(tmp_path, index | {"videos": {"a": "a.npz", "b": "b.npz"}})
     for video in ("a", "b"):
@@ -343,7 +345,7 @@ def test_features_that_do_not_fit_are_refused_by_name(tmp_path: Path, change: di
     with np.load(tmp_path / "b.npz") as content:
         whole = dict(content)
     np.savez(tmp_path / "b.npz", **(whole | change if change else {"features": whole["features"]}))
-    with pytest.raises(UserError, match=rf"b\.npz: .*({said}).*; delete it and extract again"):
+    with pytest.raises(UserError, match=rf"b\.npz: .*({message}).*; delete it and extract again"):
         read_features(tmp_path)
 
 

@@ -52,9 +52,9 @@ def test_a_later_benchmark_finds_the_features_of_an_earlier_one(formats: Path, t
 def test_controls_do_not_depend_on_which_benchmark_computed_them(formats: Path, tmp_path: Path) -> None:
     def features(kind: str, cache: Path | None) -> Tensor:
         bench = made(formats, kind)
-        kept = FeatureCache(cache, {}) if cache else None
+        feature_cache = FeatureCache(cache, {}) if cache else None
         run = Execution(8, 0, ALONE)
-        return embed_clips(small_model(), bench.dataset, run, controls=["shuffle"], cache=kept)[0]["shuffle"]
+        return embed_clips(small_model(), bench.dataset, run, controls=["shuffle"], cache=feature_cache)[0]["shuffle"]
 
     features("ek100_mir", tmp_path)
     torch.testing.assert_close(features("egomcq", tmp_path), features("egomcq", None), atol=1e-6, rtol=0)
@@ -158,18 +158,18 @@ def test_numbers_that_are_none_become_null(tmp_path: Path) -> None:
 
 def test_search_ranks_and_passes_over_what_overlaps() -> None:
     features = np.array([[1.0, 0.0], [0.9, 0.1], [0.8, 0.2], [0.0, 1.0]], dtype=np.float32)
-    found = Features(
+    index = Features(
         features, ["v", "v", "v", "w"], np.array([0.0, 1.0, 2.0, 0.0]), np.array([2.0, 3.0, 4.0, np.inf]), [""] * 4
     )
     query = np.array([1.0, 0.0], dtype=np.float32)
-    assert [(hit.video, hit.start) for hit in search(query, found, 3)] == [("v", 0), ("v", 2), ("w", 0)]
-    assert [hit.start for hit in search(query, found, 2, overlapping=True)] == [0, 1]
+    assert [(hit.video, hit.start) for hit in search(query, index, 3)] == [("v", 0), ("v", 2), ("w", 0)]
+    assert [hit.start for hit in search(query, index, 2, overlapping=True)] == [0, 1]
     assert span(Hit("v", 59.97, 3725.26, 1.0, "")) == "0:01:00.0 - 1:02:05.3"
     assert span(Hit("w", 0.0, np.inf, 1.0, "")) == "whole"
 
 
 def test_features_of_two_models_never_share_a_folder(tmp_path: Path) -> None:
-    said = {
+    settings = {
         "format": 1,
         "weights": "a",
         "protocol": {"frames": 4},
@@ -177,8 +177,8 @@ def test_features_of_two_models_never_share_a_folder(tmp_path: Path) -> None:
         "layout": "whole",
         "chunk_seconds": 15.0,
     }
-    open_index(tmp_path, said | {"videos": {"x": "x.npz"}})
-    open_index(tmp_path, said | {"videos": {"y": "y.npz"}})
+    open_index(tmp_path, settings | {"videos": {"x": "x.npz"}})
+    open_index(tmp_path, settings | {"videos": {"y": "y.npz"}})
     assert list(read_index(tmp_path)["videos"]) == ["x", "y"]
     for change, named in (
         ({"weights": "b"}, "weights"),
@@ -186,6 +186,6 @@ def test_features_of_two_models_never_share_a_folder(tmp_path: Path) -> None:
         ({"root": "s"}, "in r"),
     ):
         with pytest.raises(UserError, match=named):
-            open_index(tmp_path, said | {"videos": {}} | change)
+            open_index(tmp_path, settings | {"videos": {}} | change)
     with pytest.raises(UserError, match="no video of the index has features yet"):
         read_features(tmp_path)

@@ -12,9 +12,8 @@ import torch
 from evaluation_cases import FRAMES, settings, small_model
 
 import main_eval
-from egohod.model.config import ModelConfig
+from egohod.model.config import ModelConfig, geometry
 from egohod.model.dual_encoder import create_model
-from egohod.model.zoo import geometry
 from egohod.training.checkpoint import CheckpointStore
 from tests.support import ROOT, environment
 
@@ -35,7 +34,7 @@ def where(formats: Path, kind: str) -> list[str]:
     return ["--benchmark", kind, "--metadata", str(source.metadata), "--root", str(source.root)]
 
 
-def test_a_benchmark_is_asked_for_on_the_command_line(formats: Path, tmp_path: Path, arguments: list[str]) -> None:
+def test_a_benchmark_is_chosen_on_the_command_line(formats: Path, tmp_path: Path, arguments: list[str]) -> None:
     more = ["--controls", "freeze", "--output", str(tmp_path), "--published", "EgoVideo-L"]
     assert main_eval.main([*arguments, *where(formats, "egtea"), *more]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
@@ -44,7 +43,7 @@ def test_a_benchmark_is_asked_for_on_the_command_line(formats: Path, tmp_path: P
     assert (tmp_path / "details/egtea.json").exists()
 
 
-def test_the_model_is_what_the_checkpoint_says(formats: Path, tmp_path: Path) -> None:
+def test_the_model_is_that_of_the_checkpoint(formats: Path, tmp_path: Path) -> None:
     """The configuration names another geometry, activation and number of frames; the checkpoint knows better."""
     identity = {
         "model.name": "DEMO",
@@ -61,12 +60,12 @@ def test_the_model_is_what_the_checkpoint_says(formats: Path, tmp_path: Path) ->
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["config"]["model"] == "DEMO"
     assert results["benchmarks"]["ek100_mir"]["protocol"]["size"] == geometry("DEMO").image_size
-    said = main_eval.cli.model_of(f"{tmp_path}/run")
-    assert {"model.activation=quick_gelu", f"model.num_frames={FRAMES}"} <= set(said)
+    knobs = main_eval.cli.model_of(f"{tmp_path}/run")
+    assert {"model.activation=quick_gelu", f"model.num_frames={FRAMES}"} <= set(knobs)
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "expected"),
     [
         (["--benchmark", "mri"], "--benchmark mri: there are all, ek100_mir"),
         (["--benchmark", "egtea"], "evaluate.benchmarks.egtea.metadata is not set; give --metadata"),
@@ -78,17 +77,17 @@ def test_the_model_is_what_the_checkpoint_says(formats: Path, tmp_path: Path) ->
     ],
 )
 def test_mistakes_are_one_line(
-    arguments: list[str], more: list[str], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    arguments: list[str], more: list[str], expected: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert main_eval.cli.run(main_eval.main, [*arguments, *more, "--output", str(tmp_path)]) == 2
     message = capsys.readouterr().err
-    assert said in message
+    assert expected in message
     assert len([line for line in message.splitlines() if line.startswith("error: ")]) == 1
 
 
 @pytest.mark.ci
 def test_two_processes_give_the_numbers_of_one(formats: Path, tmp_path: Path, arguments: list[str]) -> None:
-    found = []
+    metrics = []
     for processes in (1, 2):
         output = tmp_path / str(processes)
         command = [
@@ -101,5 +100,5 @@ def test_two_processes_give_the_numbers_of_one(formats: Path, tmp_path: Path, ar
             [sys.executable, *command], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
-        found.append(json.loads((output / "results.json").read_text())["metrics"])
-    assert found[1] == pytest.approx(found[0], abs=1e-6)
+        metrics.append(json.loads((output / "results.json").read_text())["metrics"])
+    assert metrics[1] == pytest.approx(metrics[0], abs=1e-6)

@@ -225,15 +225,18 @@ def test_multilabel_average_precision_equals_its_definition() -> None:
     rng = np.random.default_rng(4)
     scores, labels = np.round(rng.standard_normal((40, 6)), 1), rng.random((40, 6)) < 0.2
     labels[:, 3] = False
-    told = labels.any(axis=1)
-    assert not told.all()
+    labelled = labels.any(axis=1)
+    assert not labelled.all()
     got = multilabel_average_precision(scores, labels)
-    want = [ap_by_definition(s, label.astype(float)) for s, label in zip(scores[told].T, labels[told].T, strict=True)]
+    want = [
+        ap_by_definition(s, label.astype(float))
+        for s, label in zip(scores[labelled].T, labels[labelled].T, strict=True)
+    ]
     np.testing.assert_allclose(got, want, atol=1e-12)
     assert np.isnan(got[3])
     assert np.nanmean(multilabel_average_precision(labels * 1.0, labels)) == 1
     # A video without any class ranks behind all others, however high its scores are.
-    scores[~told] = 100
+    scores[~labelled] = 100
     np.testing.assert_array_equal(multilabel_average_precision(scores, labels), got)
 
 
@@ -267,7 +270,7 @@ def test_shapes_and_labels_that_do_not_fit_are_refused() -> None:
         multiple_choice_right(np.array([[1.0, -np.inf]]), [1])
 
 
-def test_intervals_hold_the_true_value_about_as_often_as_they_say() -> None:
+def test_intervals_hold_the_true_value_about_as_often_as_their_level() -> None:
     rng = np.random.default_rng(0)
     inside = 0
     for _ in range(200):

@@ -15,8 +15,15 @@ from torch import Tensor, nn
 from egohod.data.dataset import normalise
 from egohod.distributed import Distributed
 from egohod.errors import UserError
-from egohod.evaluation.embed import Execution, embed_clips
-from egohod.evaluation.models import CONTROLS, FrameAverage, apply_control, fingerprint, shuffled_order
+from egohod.evaluation.embed import (
+    CONTROLS,
+    Execution,
+    FrameAverage,
+    apply_control,
+    embed_clips,
+    fingerprint,
+    shuffled_order,
+)
 from egohod.evaluation.runner import benchmark, execution_of
 
 FRAMES = 5

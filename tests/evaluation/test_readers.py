@@ -99,7 +99,7 @@ def test_random_features_are_at_chance(formats: Path, kind: str) -> None:
         parts = {f"{part}_top1" for part in getattr(table, "parts", {})}
         for name, score in runs[0].items():
             if not score.is_rank and name not in parts:
-                assert_at_chance([run[name].value for run in runs], score.chance, said=name)
+                assert_at_chance([run[name].value for run in runs], score.chance, name=name)
 
 
 def test_every_format_tells_of_the_same_world(formats: Path) -> None:
@@ -220,7 +220,7 @@ def test_class_prompts_follow_the_protocol(formats: Path, tmp_path: Path) -> Non
     clean, upstream = (read(formats, "ek100_cls", name) for name in ("clean", "upstream"))
     assert len(clean.tables[0].texts) <= len(upstream.tables[0].texts)
     assert not upstream.notes
-    # Without the training csv the classes are those of actions.csv, told by their names or by validation.
+    # Without the training csv the classes are those of actions.csv, identified by their names or by validation.
     shutil.copytree(formats / "benchmarks/ek100", tmp_path / "ek100")
     (tmp_path / "ek100/EPIC_100_train.csv").unlink()
     cfg = BenchmarkConfig(metadata=str(tmp_path / "ek100"), root="x")
@@ -233,7 +233,7 @@ def test_class_prompts_follow_the_protocol(formats: Path, tmp_path: Path) -> Non
     assert "juggle anvil" in content.tables[0].texts
 
 
-def test_a_test_class_that_train_lacks_is_told_by_its_name_and_counted(formats: Path, tmp_path: Path) -> None:
+def test_a_test_class_that_train_lacks_is_reported_by_name_and_counted(formats: Path, tmp_path: Path) -> None:
     shutil.copytree(formats / "benchmarks/ek100", tmp_path / "ek100")
     path = tmp_path / "ek100/EPIC_100_validation.csv"
     table = pd.read_csv(path, dtype=str)
@@ -273,7 +273,7 @@ def emptied(name: str) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "change", "said"),
+    ("kind", "change", "expected"),
     [
         ("ek100_cls", replace("EPIC_100_validation.csv", "start_timestamp", "begin"), "no column .start_time"),
         ("ek100_cls", replace("EPIC_100_validation.csv", ".000000,00", ".000000,xx"), "row 1: .*'xx:.*', not a time"),
@@ -292,13 +292,13 @@ def emptied(name: str) -> Callable[[Path], None]:
     ],
 )  # fmt: skip
 def test_bad_annotations_are_refused_with_file_and_place(
-    formats: Path, tmp_path: Path, kind: str, change: Callable[[Path], None], said: str
+    formats: Path, tmp_path: Path, kind: str, change: Callable[[Path], None], expected: str
 ) -> None:
     source = settings(formats, kind)
     folder = tmp_path / "annotations"
     shutil.copytree(str(source.metadata), folder, ignore=shutil.ignore_patterns("videos"))
     change(folder)
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=expected) as error:
         load(kind, BenchmarkConfig(metadata=str(folder), root=source.root))
     assert str(error.value).startswith(str(folder))
     assert "\n" not in str(error.value)
@@ -341,14 +341,14 @@ def test_records_survive_what_other_programs_take_for_line_ends(tmp_path: Path) 
         table = read_questions(path, ["a"])
         assert list(table.texts) == [text, "other"]
         assert len(table.questions) == 2
-    for content, said in (
+    for content, expected in (
         (line.encode() + b"\n\xff\n", r"line 2, byte 0xff at column 1"),
         (line.encode() + b"\n\n", r"line 2: not a question"),
         (b"[" * 100_000, r"line 1: not a question"),
         (line.replace("order", "x" * 5000 + "\\n!").encode(), r"line 1: kind is .*becomes a metric's name"),
     ):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=said) as caught:
+        with pytest.raises(UserError, match=expected) as caught:
             read_questions(path, ["a"])
         assert len(str(caught.value)) < 1000
         assert "\n" not in str(caught.value)
@@ -433,9 +433,9 @@ def test_details_name_every_clip_with_plain_values(formats: Path) -> None:
         content = read(formats, kind)
         for table in content.tables:
             video, text = oracle(table, len(content.clips))
-            found = json.loads(json.dumps(table.details(video, text)))
-            assert found["kind"] in ("retrieval", "classification", "multilabel", "multiple_choice")
-            if found["kind"] == "classification":
-                assert [row[0] for row in found["best_classes"]] == found["labels"]
-                assert all(each["accuracy"] == 100 for each in found["per_class"])
-                assert sum(count for *_, count in found["confusion"]) == len(content.clips)
+            details = json.loads(json.dumps(table.details(video, text)))
+            assert details["kind"] in ("retrieval", "classification", "multilabel", "multiple_choice")
+            if details["kind"] == "classification":
+                assert [row[0] for row in details["best_classes"]] == details["labels"]
+                assert all(each["accuracy"] == 100 for each in details["per_class"])
+                assert sum(count for *_, count in details["confusion"]) == len(content.clips)

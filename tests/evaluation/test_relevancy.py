@@ -55,8 +55,8 @@ def test_the_real_annotation_gives_the_published_matrix(shared: Path, tmp_path: 
     assert len(np.unique(matrix)) == 18
     assert 100 * np.mean(matrix == 1) == pytest.approx(0.168, abs=5e-4)
     assert matrix.sum(dtype=np.float64) == pytest.approx(2_040_309.23, abs=0.005)
-    (kept,) = tmp_path.iterdir()
-    assert np.array_equal(np.load(kept), matrix)
+    (file,) = tmp_path.iterdir()
+    assert np.array_equal(np.load(file), matrix)
 
 
 def test_the_cache_belongs_to_the_files_content(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_the_cache_belongs_to_the_files_content(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (("verb_class", "werb_class"), r"clips\.csv: column 'verb_class' is missing \(did you mean 'werb_class'"),
         (("c1", "c0"), r"clips\.csv: row 2: narration_id 'c0' occurs twice"),
@@ -79,8 +79,8 @@ def test_the_cache_belongs_to_the_files_content(tmp_path: Path) -> None:
         (("c2", "c9"), r"sentences\.csv: row 2: narration_id 'c2' is not in .*clips\.csv"),
     ],
 )
-def test_a_bad_csv_is_refused_with_its_row(tmp_path: Path, change: tuple[str, str], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_a_bad_csv_is_refused_with_its_row(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         csv_relevancy(*write(tmp_path, clips=CLIPS.replace(*change)))
 
 
@@ -131,8 +131,8 @@ def test_the_tool_writes_and_compares(tmp_path: Path) -> None:
 
 def test_a_damaged_matrix_of_the_cache_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first = cached(write(tmp_path), tmp_path)
-    (kept,) = tmp_path.glob("relevancy-*.npy")
-    for content in (kept.read_bytes()[:-3], b"", b"\x80\x04N."):
-        kept.write_bytes(content)
+    (file,) = tmp_path.glob("relevancy-*.npy")
+    for content in (file.read_bytes()[:-3], b"", b"\x80\x04N."):
+        file.write_bytes(content)
         np.testing.assert_array_equal(cached(write(tmp_path), tmp_path), first)
     assert caplog.text.count("computed again") == 3

@@ -1,4 +1,4 @@
-"""report.html: what stands on it, that text stays text, that it needs nothing but itself; looked at in Chromium."""
+"""report.html: its content, that text stays text, that it needs nothing but itself; looked at in Chromium."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_the_tool_makes_the_page_again(copy: Path, inside: Command) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("results.json", None, "No such file"),
         ("results.json", "{", "not readable as JSON"),
@@ -133,8 +133,8 @@ def test_the_tool_makes_the_page_again(copy: Path, inside: Command) -> None:
         ),
     ],
 )
-def test_a_folder_without_results_is_said_in_one_line(
-    copy: Path, inside: Command, name: str, content: str | None, said: str
+def test_a_folder_without_results_is_an_error_of_one_line(
+    copy: Path, inside: Command, name: str, content: str | None, message: str
 ) -> None:
     if content is None:
         (copy / name).unlink()
@@ -142,7 +142,7 @@ def test_a_folder_without_results_is_said_in_one_line(
         (copy / name).write_text(content)
     done = inside("report.py", copy)
     assert done.returncode == 2
-    assert said in done.stderr
+    assert message in done.stderr
     assert name.rpartition("/")[2] in done.stderr
 
 

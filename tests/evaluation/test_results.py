@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from evaluation_cases import ALONE, FRAMES, config, made, small_model
 
-from egohod.evaluation.embed import EmbedReport
+from egohod.evaluation.embed import EmbedReport, fingerprint
 from egohod.evaluation.metrics import RESAMPLES, Score
-from egohod.evaluation.models import fingerprint
 from egohod.evaluation.results import RESULTS_FILE, markdown, table, write_results
 from egohod.evaluation.runner import BenchmarkResult
 
@@ -98,10 +97,10 @@ def test_a_readme_gets_a_row_for_each_benchmark(evaluated: Path) -> None:
     cells = {(row := [cell.strip() for cell in line.strip("|").split("|")])[0]: row[1:] for line in rows}
     assert list(cells) == list(results["benchmarks"])
     numbers, protocol, clips, weights = cells["ek100_mir"]
-    told = [results["benchmarks"]["ek100_mir"]["metrics"][name] for name in ("map", "ndcg")]
+    measured = [results["benchmarks"]["ek100_mir"]["metrics"][name] for name in ("map", "ndcg")]
     assert numbers == ", ".join(
         f"{title} {metric['value']:.1f} [{metric['interval'][0]:.1f}, {metric['interval'][1]:.1f}]"
-        for title, metric in zip(("mAP", "nDCG"), told, strict=True)
+        for title, metric in zip(("mAP", "nDCG"), measured, strict=True)
     )
     assert protocol == f"clean: {FRAMES} frames, 40 px"
     assert clips == str(results["benchmarks"]["ek100_mir"]["clips"])

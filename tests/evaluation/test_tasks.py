@@ -1,4 +1,4 @@
-"""The tasks on features whose score is known, and probes on features whose classes are known."""
+"""The tasks on features with an expected score, and probes on features of given classes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_retrieval_by_an_oracle_is_perfect() -> None:
     assert scores["median_rank_v2t"] == scores["median_rank_t2v"] == 1
 
 
-def test_the_two_directions_of_retrieval_are_told_apart() -> None:
+def test_the_two_directions_of_retrieval_differ() -> None:
     case = RetrievalTask(["a", "b"], np.arange(2), np.eye(2, dtype=np.float32))
     # Each clip finds its text, but the second text prefers the first clip.
     scores = evaluate(case, torch.tensor([[3.0, 2.0], [0.0, 1.0]]), torch.eye(2))
@@ -72,7 +72,7 @@ def test_retrieval_by_random_features_is_at_chance(direction: str) -> None:
     # Beside each chance level that of an item too few, for the queries that have theirs among the others.
     for name, fewer in zip(("map", "ndcg"), expected_graded_per_query(relevancy[:, 1:]), strict=True):
         key = f"{name}_{direction}"
-        assert_at_chance([run[key] for run in runs], runs[0][f"{key}_chance"], 100 * np.nanmean(fewer), said=key)
+        assert_at_chance([run[key] for run in runs], runs[0][f"{key}_chance"], 100 * np.nanmean(fewer), name=key)
     if direction == "v2t":
         assert runs[0]["recall_1_v2t_chance"] == pytest.approx(100 / 6)
         assert_at_chance([run["recall_1_v2t"] for run in runs], 100 / 6, 100 / 5)
@@ -148,7 +148,7 @@ def test_classification_by_random_features_is_at_chance() -> None:
         ("noun_top1", 100 / 3, 50, 25),
     ):
         assert runs[0][f"{key}_chance"] == pytest.approx(chance)
-        assert_at_chance([run[key] for run in runs], chance, *wrong, said=key)
+        assert_at_chance([run[key] for run in runs], chance, *wrong, name=key)
 
 
 def test_multilabel_map_of_random_features_is_at_chance() -> None:
@@ -157,10 +157,10 @@ def test_multilabel_map_of_random_features_is_at_chance() -> None:
         labels[name : name + 3 + name, name] = True
     case = MultiLabelTask("map", [f"class {i}" for i in range(4)], labels)
     runs = [evaluate(case, random_features(10, 2 * seed), random_features(4, 2 * seed + 1)) for seed in range(1500)]
-    told = labels[labels.any(axis=1)]
-    wrong = told.copy()
+    labelled = labels[labels.any(axis=1)]
+    wrong = labelled.copy()
     wrong[np.arange(4), np.arange(4)] = False  # each class with a video too few
-    chances = [100 * float(np.nanmean(expected_graded_per_query(1.0 * each.T)[0])) for each in (told, wrong)]
+    chances = [100 * float(np.nanmean(expected_graded_per_query(1.0 * each.T)[0])) for each in (labelled, wrong)]
     assert runs[0]["map_chance"] == pytest.approx(chances[0])
     assert_at_chance([run["map"] for run in runs], *chances)
 
@@ -195,7 +195,7 @@ def test_multiple_choice_by_random_features_is_at_chance() -> None:
     # A choice too few or too many.
     for kind, chance, *wrong in (("pair", 50, 100 / 3), ("clips", 20, 25, 100 / 6)):
         assert runs[0][f"{kind}_chance"] == pytest.approx(chance)
-        assert_at_chance([run[kind] for run in runs], chance, *wrong, said=kind)
+        assert_at_chance([run[kind] for run in runs], chance, *wrong, name=kind)
 
 
 def test_the_interval_of_a_mean_class_accuracy_is_wide_when_classes_have_one_clip() -> None:
@@ -235,10 +235,10 @@ def test_the_maximum_over_views_counts_for_every_kind_of_table() -> None:
     assert questions.details(VIEWS, TEXT)["questions"][0]["similarity"] == pytest.approx([0.9, 0.1, 0.5])
     # Two clips and a text: the second clip's mean is nearer, the first one's best view.
     both = torch.cat([VIEWS, torch.tensor([[[0.6, 0.0, 0.0], [0.6, 0.0, 0.0]]])])
-    asked = MultipleChoiceTask(texts, [Question("q", False, 0, (0, 1), 0)])
-    assert (evaluate(asked, both, TEXT)["q"], evaluate(asked, both.mean(dim=1), TEXT)["q"]) == (100, 0)
+    task = MultipleChoiceTask(texts, [Question("q", False, 0, (0, 1), 0)])
+    assert (evaluate(task, both, TEXT)["q"], evaluate(task, both.mean(dim=1), TEXT)["q"]) == (100, 0)
     labels = MultiLabelTask("map", texts, np.array([[True, False, False], [False, True, False]]))
-    # The first class is found first or second, the other one second.
+    # The first class ranks first or second, the other one second.
     assert (evaluate(labels, both, TEXT)["map"], evaluate(labels, both.mean(dim=1), TEXT)["map"]) == (75, 50)
 
 
@@ -259,12 +259,12 @@ def clusters(count: int, classes: int, width: int, noise: float) -> tuple[torch.
 @pytest.mark.parametrize("probe", [linear_probe, knn_probe])
 def test_probes_tell_clusters_apart(probe: object) -> None:
     features, labels = clusters(300, 5, 16, 0.5)
-    found = probe(features[:200], labels[:200], features[200:], 5)  # type: ignore[operator]
-    assert (found.classes == labels[200:]).float().mean() > 0.95
+    result = probe(features[:200], labels[:200], features[200:], 5)  # type: ignore[operator]
+    assert (result.classes == labels[200:]).float().mean() > 0.95
 
 
 def test_the_linear_probe_reads_what_neighbours_cannot() -> None:
-    """The class stands in one direction of small spread; all others are noise."""
+    """The class is in one direction of small spread; all others are noise."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(600, 32, generator=generator)
     labels = (features[:, 0] > 0).long()
@@ -290,22 +290,22 @@ def features(folder: Path, weights: str, values: np.ndarray, texts: list[str], v
 
 def test_the_program_compares_like_with_like(tmp_path: Path, inside: Command) -> None:
     values, labels = clusters(60, 3, 8, 0.1)
-    known, texts = values.numpy(), [f"class {int(label)}" for label in labels]
-    train = features(tmp_path / "train", "a", known[:40], texts[:40], videos=2)
-    test = features(tmp_path / "test", "a", known[40:], texts[40:])
+    rows, texts = values.numpy(), [f"class {int(label)}" for label in labels]
+    train = features(tmp_path / "train", "a", rows[:40], texts[:40], videos=2)
+    test = features(tmp_path / "test", "a", rows[40:], texts[40:])
     done = inside("probe.py", "--train", train, "--test", test)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == "40 training clips, 20 test clips, 3 classes"
     assert done.stdout.count("top-1 100.00, mean class 100.00") == 2
     assert "train: 1 videos have no features yet" in done.stderr
-    other = features(tmp_path / "other", "b", known[40:], texts[40:])
-    broken = features(tmp_path / "broken", "a", known[40:] * np.nan, texts[40:])
-    strange = features(tmp_path / "strange", "a", known[40:], ["class 9"] * 20)
-    for folder, said in (
+    other = features(tmp_path / "other", "b", rows[40:], texts[40:])
+    broken = features(tmp_path / "broken", "a", rows[40:] * np.nan, texts[40:])
+    strange = features(tmp_path / "strange", "a", rows[40:], ["class 9"] * 20)
+    for folder, message in (
         (other, "hold features of another weights"),
         (broken, "broken: the features of v0 are not finite"),
         (strange, "class 'class 9' has test clips, but no training clip"),
     ):
         done = inside("probe.py", "--train", train, "--test", folder)
         assert done.returncode == 2, done.stdout
-        assert said in done.stderr
+        assert message in done.stderr

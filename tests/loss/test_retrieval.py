@@ -14,11 +14,10 @@ from torch import Tensor
 
 from egohod.data.formats.ek100 import GradedTexts, class_relevancy
 from egohod.distributed import gather_with_grad
-from egohod.loss import build_loss
-from egohod.loss.config import RELEVANCY_LOSSES, LossConfig
+from egohod.loss.config import LOSSES, LossConfig, build_loss
 from egohod.loss.retrieval import relevancy
 
-NAMES = list(RELEVANCY_LOSSES)
+NAMES = [name for name, kind in LOSSES.items() if kind.target == "relevancy"]
 BATCH, WIDTH, NOUNS = 8, 6, 5
 
 

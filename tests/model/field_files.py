@@ -1,4 +1,4 @@
-"""Files as the projects of the field write them: their key names, shapes and what lies beside the weights."""
+"""Files as the projects of the field write them: their key names, shapes and the content beside the weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from egohod.model import zoo
+from egohod.model.config import GEOMETRIES, Geometry, geometry
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SCHEMA: dict[str, Any] = json.loads((GOLDEN / "upstream_names.json").read_text())
@@ -52,12 +52,12 @@ def plain(state: State) -> State:
 
 def two_blocks(monkeypatch: pytest.MonkeyPatch, name: str, **more: Any) -> str:
     """Register a geometry that is ``name`` two blocks deep; returns what it is called."""
-    shallow = replace(zoo.geometry(name), name=f"{name}_2", vision_layers=2, text_layers=2, **more)
-    monkeypatch.setitem(zoo.GEOMETRIES, shallow.name, shallow)
+    shallow = replace(geometry(name), name=f"{name}_2", vision_layers=2, text_layers=2, **more)
+    monkeypatch.setitem(GEOMETRIES, shallow.name, shallow)
     return shallow.name
 
 
-def open_clip_state(geometry: zoo.Geometry, embed_dim: int | None = None, custom_text: bool = False) -> State:
+def open_clip_state(geometry: Geometry, embed_dim: int | None = None, custom_text: bool = False) -> State:
     """Random weights under the names of open_clip's own model; ``custom_text`` is its class with a separate tower."""
     with torch.device("meta"):
         model = (open_clip.CustomTextCLIP if custom_text else open_clip.CLIP)(
@@ -74,7 +74,7 @@ def open_clip_state(geometry: zoo.Geometry, embed_dim: int | None = None, custom
     return noise({name: list(value.shape) for name, value in model.state_dict().items()}, torch.float32)
 
 
-def openai_state(geometry: zoo.Geometry, embed_dim: int | None = None) -> State:
+def openai_state(geometry: Geometry, embed_dim: int | None = None) -> State:
     """OpenAI's names are open_clip's, and three numbers; weights in half precision."""
     state = {name: value.half() for name, value in open_clip_state(geometry, embed_dim).items()}
     numbers = {

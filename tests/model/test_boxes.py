@@ -9,7 +9,7 @@ from torch import Tensor
 from egohod.loss.classification import box_errors
 from egohod.loss.config import LossConfig
 from egohod.model.config import FastPathConfig, ModelConfig
-from egohod.model.cost import count_flops, step_flops
+from egohod.model.cost import clip_flops, count_flops
 from egohod.model.dual_encoder import DualEncoder, create_model
 from egohod.model.vision import BoxHead
 
@@ -93,7 +93,7 @@ def test_the_formula_counts_the_head(name: str, patch_dropout: float, clips: Ten
         output = model(clips, tokens)
         (output["boxes"].sum() + output["video_features"].sum() + output["text_features"].sum()).backward()
 
-    expected = step_flops(model.geometry, FRAMES, tokens.shape[1], patch_dropout, fast, boxes=True)
+    expected = clip_flops(model.geometry, FRAMES, tokens.shape[1], patch_dropout, fast, boxes=True).step
     assert count_flops(step) == pytest.approx(len(clips) * expected, rel=0.03)
 
 

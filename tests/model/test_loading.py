@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from egohod.errors import UserError
 from egohod.loss.config import LossConfig
-from egohod.model import zoo
 from egohod.model.checkpoints import (
     PROJECTIONS,
     Family,
@@ -22,7 +21,7 @@ from egohod.model.checkpoints import (
     read_weights,
     upstream_state,
 )
-from egohod.model.config import FastPathConfig, ModelConfig
+from egohod.model.config import GEOMETRIES, FastPathConfig, Geometry, ModelConfig, geometry
 from egohod.model.dual_encoder import DualEncoder, create_model
 from tests.model.field_files import (
     State,
@@ -37,7 +36,7 @@ from tests.model.field_files import (
 )
 from tests.model.field_files import upstream_state as of_upstream
 
-DEMO = zoo.geometry("DEMO")
+DEMO = geometry("DEMO")
 TEMPORAL, SPATIAL = "visual.temporal_embedding", "visual.positional_embedding"
 
 
@@ -49,10 +48,10 @@ def loaded(model: nn.Module, state: State) -> WeightReport:
     return load_weights(model, from_tensors("checkpoint", state))
 
 
-def refuse(model: nn.Module, state: State, said: str, **options: object) -> None:
-    """Loading fails with ``said`` in one line, and the model stays as it was."""
+def refuse(model: nn.Module, state: State, message: str, **options: object) -> None:
+    """Loading fails with ``message`` in one line, and the model stays as it was."""
     before = copy(model)
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         load_weights(model, from_tensors("x.safetensors", state), **options)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
     for name, value in model.state_dict().items():
@@ -86,8 +85,8 @@ def test_the_published_start_leaves_projections_and_temperature(
     before = copy(demo_model)
     report = load_weights(demo_model, read_weights(path))
     after = demo_model.state_dict()
-    kept = {name for name in after if torch.equal(after[name], before[name])}
-    assert kept == set(report.missing) == {*PROJECTIONS, TEMPORAL}
+    unchanged = {name for name in after if torch.equal(after[name], before[name])}
+    assert unchanged == set(report.missing) == {*PROJECTIONS, TEMPORAL}
     accounted(report, demo_model, len(state))
     torch.testing.assert_close(after["visual.conv1.weight"], state["visual.conv1.weight"].flatten(1).float())
     torch.testing.assert_close(after["textual.ln_final.bias"], state["ln_final.bias"].float())
@@ -97,7 +96,7 @@ def test_the_published_start_leaves_projections_and_temperature(
     assert "visual.image_projection, textual.text_projection, logit_scale (started anew)" in text
 
 
-def test_projections_can_be_kept(demo_model: DualEncoder, tmp_path: Path) -> None:
+def test_the_models_projections_can_stay(demo_model: DualEncoder, tmp_path: Path) -> None:
     state = open_clip_state(DEMO) | {"logit_scale": torch.tensor(4.6052)}
     weights = read_weights(write_safetensors(tmp_path / "clip.safetensors", state))
     report = load_weights(demo_model, weights, projections="keep")
@@ -261,7 +260,7 @@ def test_avions_space_of_256_dimensions(tmp_path: Path, monkeypatch: pytest.Monk
     }
 
 
-def test_a_run_may_start_from_avion_with_other_statistics_but_is_told(
+def test_a_run_may_start_from_avion_with_other_statistics_after_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     weights = read_weights(write_avion(tmp_path / "avion.pt", of_upstream("b16_flash")))
@@ -368,7 +367,7 @@ def test_another_frame_count_is_interpolated(demo_model: DualEncoder, clips: Ten
 def test_another_patch_grid_is_resized_bicubically(
     demo_model: DualEncoder, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
-    monkeypatch.setitem(zoo.GEOMETRIES, "SIZED", zoo.Geometry("SIZED", size, 8, 128, 4, 4, 128, 2, 4, 128))
+    monkeypatch.setitem(GEOMETRIES, "SIZED", Geometry("SIZED", size, 8, 128, 4, 4, 128, 2, 4, 128))
     model = create_model(ModelConfig(name="SIZED", num_frames=8))
     own = copy(demo_model)
     value, _ = adapted(model, own, SPATIAL)
@@ -389,8 +388,8 @@ def test_a_grid_that_is_no_square_cannot_be_adapted(demo_model: DualEncoder) -> 
 def test_another_text_length_keeps_the_first_positions(
     demo_model: DualEncoder, monkeypatch: pytest.MonkeyPatch, tokens: Tensor, length: int
 ) -> None:
-    longer = zoo.Geometry("TEXT", 40, 8, 128, 4, 4, 128, 2, 4, 128, context_length=length)
-    monkeypatch.setitem(zoo.GEOMETRIES, "TEXT", longer)
+    longer = Geometry("TEXT", 40, 8, 128, 4, 4, 128, 2, 4, 128, context_length=length)
+    monkeypatch.setitem(GEOMETRIES, "TEXT", longer)
     model = create_model(ModelConfig(name="TEXT", num_frames=8)).eval()
     fresh = copy(model)["textual.positional_embedding"]
     value, _ = adapted(model, copy(demo_model), "textual.positional_embedding")
@@ -401,7 +400,7 @@ def test_another_text_length_keeps_the_first_positions(
         torch.testing.assert_close(model.encode_text(tokens), demo_model.eval().encode_text(tokens))
 
 
-def test_parts_start_anew_or_are_left_out_only_when_asked(demo_model: DualEncoder) -> None:
+def test_parts_start_anew_or_are_left_out_only_with_adapt(demo_model: DualEncoder) -> None:
     own = copy(demo_model)
     parts = {
         **{f"visual.transformer.resblocks.{i}.adapter.gamma": torch.ones(1) for i in range(4)},
@@ -416,13 +415,13 @@ def test_parts_start_anew_or_are_left_out_only_when_asked(demo_model: DualEncode
     )
     report = load_weights(demo_model, from_tensors("x", own | parts), adapt=True)
     assert report.dropped.keys() == parts.keys()
-    # Half a part is damage, whatever is asked.
+    # Half a part is damage, whatever the options.
     half = own | {name: value for name, value in parts.items() if ".2." not in name}
     refuse(slowfast, half, r"it lacks visual\.transformer\.resblocks\.2\.adapter\.gamma", adapt=True)
 
 
 def test_an_image_model_has_no_order_to_lose(demo_model: DualEncoder) -> None:
-    """AVION saves no temporal embedding for one frame; that is a missing part, said and asked for."""
+    """AVION saves no temporal embedding for one frame; that is a missing part, which is reported and needs adapt."""
     state = {name: value for name, value in copy(demo_model).items() if name != TEMPORAL}
     refuse(demo_model, state, r"it lacks the temporal embedding .*adapt=true")
     assert list(load_weights(demo_model, from_tensors("x", state), adapt=True).missing) == [TEMPORAL]

@@ -16,11 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from egohod.errors import UserError
 from egohod.loss.contrastive import ContrastiveLoss
-from egohod.model import zoo
-from egohod.model.config import FastPathConfig, ModelConfig
-from egohod.model.cost import count_flops, step_flops
+from egohod.model.config import GEOMETRIES, FastPathConfig, ModelConfig, geometry
+from egohod.model.cost import clip_flops, count_flops
 from egohod.model.dual_encoder import DualEncoder, EgoVideo, create_model
-from egohod.model.slowfast import MotionAdapter, slow_frames
+from egohod.model.vision import MotionAdapter, slow_frames
 
 Golden = Callable[[str], dict[str, Tensor]]
 Filled = Callable[[ModelConfig], DualEncoder]
@@ -231,7 +230,7 @@ def test_flops_are_counted_as_they_happen(position: str, pool: str, tokens: Tens
     fast = FastPathConfig(position=position, pool=pool)
     video, texts = clips()[:2], tokens[:2]
     counted = count_flops(lambda: ContrastiveLoss()(**model(video, texts))["loss"].backward()) / 2
-    assert counted == pytest.approx(step_flops(model.geometry, 8, texts.shape[1], fast=fast), rel=0.03)
+    assert counted == pytest.approx(clip_flops(model.geometry, 8, texts.shape[1], fast=fast).step, rel=0.03)
 
 
 @pytest.mark.ci
@@ -270,10 +269,10 @@ def test_any_grid_any_frames_and_patch_dropout(tokens: Tensor) -> None:
 
 
 def test_frames_that_do_not_divide_are_named() -> None:
-    said = r"10 frames \(model.num_frames, or those of a clip\) are no multiple of model.fast.slow_frames=4"
-    with pytest.raises(UserError, match=said):
+    message = r"10 frames \(model.num_frames, or those of a clip\) are no multiple of model.fast.slow_frames=4"
+    with pytest.raises(UserError, match=message):
         build(frames=10)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         build().encode_video(clips(10))
     with pytest.raises(UserError, match=r"2 frames .* are no multiple of model.fast.slow_frames=4"):
         build().encode_video(clips(2))
@@ -293,8 +292,8 @@ def test_both_paths_compile_without_a_break(
     position: str, pool: str, checkpointing: bool, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch._dynamo.reset()
-    shallow = replace(zoo.geometry("DEMO_Slowfast"), vision_layers=2)  # compiling takes time by the block
-    monkeypatch.setitem(zoo.GEOMETRIES, "DEMO_Slowfast", shallow)
+    shallow = replace(geometry("DEMO_Slowfast"), vision_layers=2)  # compiling takes time by the block
+    monkeypatch.setitem(GEOMETRIES, "DEMO_Slowfast", shallow)
     expected = backward(wake(build(position, pool)), tokens)
     model = wake(build(position, pool, gradient_checkpointing=checkpointing))
     model.compile_towers(backend="aot_eager")  # every graph is whole, or this raises

@@ -21,8 +21,8 @@ import torch
 from omegaconf import OmegaConf
 
 from egohod.errors import UserError
-from egohod.model import zoo
 from egohod.model.checkpoints import Family, load_weights, read_weights
+from egohod.model.config import geometry
 from egohod.model.dual_encoder import DualEncoder
 from egohod.training.checkpoint import open_weights
 from tests.model.field_files import (
@@ -39,7 +39,7 @@ from tests.model.field_files import (
     write_upstream,
 )
 
-DEMO = zoo.geometry("DEMO")
+DEMO = geometry("DEMO")
 
 
 def avion_state() -> State:
@@ -75,7 +75,7 @@ WRITERS: dict[str, tuple[Family, Callable[[Path], Path]]] = {
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_families_are_told_apart_and_speak_our_names(tmp_path: Path, kind: str) -> None:
+def test_families_are_recognised_and_renamed(tmp_path: Path, kind: str) -> None:
     family, write = WRITERS[kind]
     weights = read_weights(write(tmp_path / "weights.pt"))
     assert weights.family is family
@@ -275,8 +275,8 @@ def test_shards_that_are_not_whole_are_named(tmp_path: Path) -> None:
     content = json.loads(index.read_text())
     last = "model-00003-of-00003.safetensors"
 
-    def refuses(said: str) -> None:
-        with pytest.raises(UserError, match=said) as caught:
+    def refuses(message: str) -> None:
+        with pytest.raises(UserError, match=message) as caught:
             read_weights(index.parent)
         assert "\n" not in str(caught.value)
 
@@ -287,7 +287,7 @@ def test_shards_that_are_not_whole_are_named(tmp_path: Path) -> None:
     refuses(rf"hub: 1 of its 3 shards are not there, such as {last}")
     (index.parent / last).write_bytes(whole)
     places = content["weight_map"]
-    for change, said in (
+    for change, message in (
         (places | {"more": last}, f"{last}: lacks more, which model.safetensors.index.json says is in it"),
         (
             places | {"more": "../model.safetensors"},
@@ -299,12 +299,12 @@ def test_shards_that_are_not_whole_are_named(tmp_path: Path) -> None:
         ({}, "names no tensors"),
     ):
         index.write_text(json.dumps(content | {"weight_map": change}))
-        refuses(said)
+        refuses(message)
     index.write_text("[" * 100_000)
     refuses("no index of shards")
 
 
-def test_folders_without_weights_of_their_own_say_what_is_in_them(tmp_path: Path) -> None:
+def test_errors_for_folders_without_weights_list_their_content(tmp_path: Path) -> None:
     for open_ in (read_weights, open_weights):
         with pytest.raises(UserError, match="not a file of weights, and neither a checkpoint nor an index"):
             open_(tmp_path)
@@ -364,7 +364,7 @@ class Stateful:
     """Unpickling it calls a method of a class that the reader may know."""
 
     def __init__(self) -> None:
-        self.kept = 1
+        self.value = 1
 
     def __setstate__(self, state: Any) -> None:
         raise AssertionError("code of the file was run")
@@ -507,7 +507,7 @@ def test_code_in_a_torchscript_archive_is_never_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["OpenAI's archive", "open_clip, pickle", "open_clip, safetensors", "older format"])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.999])
-def test_half_downloaded_files_say_so(tmp_path: Path, kind: str, share: float) -> None:
+def test_half_downloaded_files_are_reported_as_such(tmp_path: Path, kind: str, share: float) -> None:
     path = tmp_path / "weights.pt"
     if kind == "older format":
         write_upstream(path, openai_state(DEMO), zipped=False)
@@ -523,7 +523,7 @@ def test_half_downloaded_files_say_so(tmp_path: Path, kind: str, share: float) -
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "Git LFS pointer"),
         (b"<!DOCTYPE html><html>404</html>", "web page"),
@@ -531,19 +531,19 @@ def test_half_downloaded_files_say_so(tmp_path: Path, kind: str, share: float) -
         (b"PK\x03\x04 a torn archive", "cut off"),
     ],
 )
-def test_what_is_no_weights_file(tmp_path: Path, content: bytes, said: str) -> None:
+def test_what_is_no_weights_file(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "weights.pt"
     with pytest.raises(UserError, match=r"weights\.pt: no such file"):
         read_weights(path)
     with pytest.raises(UserError, match="not a file of weights"):
         read_weights(tmp_path)
     path.write_bytes(content)
-    with pytest.raises(UserError, match=rf"weights\.pt: .*{said}"):
+    with pytest.raises(UserError, match=rf"weights\.pt: .*{message}"):
         read_weights(path)
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ([torch.zeros(2)], "no state dict"),
         ({}, "no state dict"),
@@ -555,9 +555,9 @@ def test_what_is_no_weights_file(tmp_path: Path, content: bytes, said: str) -> N
         ({"visual.transformer.resblocks.0.ln_1.bias": torch.zeros(2)}, "no known model"),
     ],
 )
-def test_what_is_no_checkpoint_of_these_families(tmp_path: Path, content: Any, said: str) -> None:
+def test_what_is_no_checkpoint_of_these_families(tmp_path: Path, content: Any, message: str) -> None:
     torch.save(content, tmp_path / "weights.pt")
-    with pytest.raises(UserError, match=rf"weights\.pt: .*{said}"):
+    with pytest.raises(UserError, match=rf"weights\.pt: .*{message}"):
         read_weights(tmp_path / "weights.pt")
 
 
@@ -573,16 +573,16 @@ def test_the_same_weight_in_two_spellings(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def test_a_tag_is_found_in_the_local_cache_and_never_downloaded_unasked(
+def test_a_tag_is_read_from_the_local_cache_and_never_downloaded_by_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    asked: list[dict[str, Any]] = []
+    requests: list[dict[str, Any]] = []
 
     def download(entry: dict[str, Any]) -> str:
-        asked.append(entry)
+        requests.append(entry)
         return str(write_safetensors(tmp_path / "fetched.safetensors", open_clip_state(DEMO)))
 
     monkeypatch.setattr(open_clip.pretrained, "download_pretrained", download)
@@ -591,7 +591,7 @@ def test_a_tag_is_found_in_the_local_cache_and_never_downloaded_unasked(
         UserError, match=rf"not in its local cache \({tmp_path}\), and nothing is downloaded unless asked"
     ):
         read_weights(tag)
-    assert not asked
+    assert not requests
     # A plain file, under the names that the hub's client gives a cache.
     repository = open_clip.pretrained.get_pretrained_cfg(*tag.split(":"))["hf_hub"].rstrip("/")
     folder = tmp_path / f"models--{repository.replace('/', '--')}"
@@ -601,10 +601,10 @@ def test_a_tag_is_found_in_the_local_cache_and_never_downloaded_unasked(
     cached = write_safetensors(folder / "snapshots" / "0123" / "open_clip_model.safetensors", open_clip_state(DEMO))
     weights = read_weights(tag)
     assert (weights.source, weights.family) == (tag, Family.OPEN_CLIP)
-    assert not asked
+    assert not requests
     cached.unlink()
     assert read_weights(tag, download=True).family is Family.OPEN_CLIP
-    assert len(asked) == 1
+    assert len(requests) == 1
 
 
 def test_unknown_tags_are_named_with_those_there_are() -> None:

@@ -12,8 +12,8 @@ import torch
 
 import main_eval
 from egohod import cli
-from egohod.model import zoo
 from egohod.model.checkpoints import Family, read_weights
+from egohod.model.config import geometry
 from tests.model.field_files import (
     SCHEMA,
     noise,
@@ -30,7 +30,7 @@ from tests.model.field_files import (
 from tests.support import Command, ShortRun
 from tools import convert_checkpoint
 
-DEMO = zoo.geometry("DEMO")
+DEMO = geometry("DEMO")
 
 
 def run(*arguments: object) -> int:

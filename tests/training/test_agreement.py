@@ -6,30 +6,14 @@ import logging
 from pathlib import Path
 
 import pytest
-import torch
 
-from egohod.distributed import Distributed
 from egohod.errors import UserError
 from egohod.training.checkpoint import Checkpoint
 from egohod.training.telemetry import Share, Stragglers
 from egohod.training.train import _require_same
+from tests.ranks import pair
 
 HOST = "node-b"
-
-
-class Pair(Distributed):
-    """This process and another one, which sends ``other``; collectives of two real processes are in test_ranks.py."""
-
-    other: object = None
-
-    def gather_objects(self, value: object) -> list[object]:
-        return [value, self.other]
-
-
-def pair(other: object) -> Pair:
-    made = Pair(0, 2, torch.device("cpu"), "gloo")
-    object.__setattr__(made, "other", other)
-    return made
 
 
 def shares(*own: tuple[float, float]) -> list[Share]:

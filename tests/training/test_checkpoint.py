@@ -38,14 +38,14 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     assert not list((tmp_path / "checkpoints").glob(".tmp*"))
 
 
-def test_newest_and_best_are_kept(tmp_path: Path) -> None:
+def test_newest_and_best_stay(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep_last=2, keep_best=1, best="val/top1")
     for step, metric in ((1, 0.2), (2, 0.9), (3, 0.3), (4, 0.4), (5, 0.1)):
         save(store, step, metric)
     assert [path.name for path in store.steps()] == ["step-00000002", "step-00000004", "step-00000005"]
 
 
-def test_a_score_that_comes_later_is_kept_and_counts(tmp_path: Path) -> None:
+def test_a_later_score_is_saved_and_counts(tmp_path: Path) -> None:
     """As when an evaluation was cut short and the resumed run made up for it."""
     store = CheckpointStore(tmp_path, keep_last=1, keep_best=1, best="val/top1")
     save(store, 1, 0.5)

@@ -56,7 +56,7 @@ def test_adapters_alone(tiny_config: Path, tmp_path: Path, caplog: pytest.LogCap
 
 
 def test_two_stages(tiny_config: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Co-training starts from a dual encoder's run, and says what it took and what starts anew."""
+    """Co-training starts from a dual encoder's run, and reports what it took and what starts anew."""
     command = ["--config_file", str(tiny_config), "train.duration=1 steps", "model.patch_dropout=0"]
     assert main_pretrain.main(command) == 0
     start = ["model.weights.source=checkpoint", f"model.weights.path={tmp_path}/run", f"train.output={tmp_path}/two"]
@@ -143,7 +143,7 @@ def in_two_processes(rank: int, folder: Path) -> None:
     for case in CASES:
         model = slowfast(case)
         parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
-        for _ in range(2):  # a parameter that waits for a gradient in vain is noticed in the second step
+        for _ in range(2):  # a parameter that never gets a gradient is noticed in the second step
             parallel.zero_grad()
             loss(parallel(*share(rank))).backward()
         torch.save(
@@ -182,5 +182,12 @@ def test_boxes_are_learned_as_part_of_a_run_and_go_without_notice(
     assert "the model has no head of the box loss" in caplog.text
     assert "data.train.demo.detections does nothing while loss.boxes is 0" in caplog.text
     # And so does an evaluation, whose configuration has no boxes to learn from.
-    evaluation = ["--config_file", str(tiny_config), "--checkpoint", f"{tmp_path}/run", "--output", f"{tmp_path}/found"]
+    evaluation = [
+        "--config_file",
+        str(tiny_config),
+        "--checkpoint",
+        f"{tmp_path}/run",
+        "--output",
+        f"{tmp_path}/results",
+    ]
     assert main_eval.main([*evaluation, f"evaluate.demo_test={demo_world}/test", "evaluate.cache=null"]) == 0

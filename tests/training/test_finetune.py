@@ -327,7 +327,7 @@ def test_texts_whose_mirror_image_is_graded_otherwise_are_named(
         assert warned == (flip > 0)
 
 
-def test_a_cut_takes_the_share_of_pixels_that_its_label_says() -> None:
+def test_a_cut_takes_the_share_of_pixels_of_its_label() -> None:
     torch.manual_seed(0)
     mixer = ClipMixer(TrainConfig(cutmix=1.0))
     for _ in range(20):
@@ -473,7 +473,7 @@ def test_a_small_checkpoint_holds_what_was_trained_and_knows_its_base(
     last = newest(tmp_path / "run")
     assert set(last.weights) >= {"heads.action.1.weight", "heads.action.1.bias"}
     assert not [name for name in last.weights if name.startswith(("visual.", "textual."))]
-    # It goes on, and it is whole again for whoever opens it.
+    # It resumes, and it is whole again for whoever opens it.
     assert inside("main_finetune.py", *command, "train.duration=4 steps").returncode == 0
     whole, base = open_weights(tmp_path / "run"), newest(short_run.folder).weights
     assert torch.equal(whole.tensors["visual.conv1.weight"], base["visual.conv1.weight"])

@@ -12,13 +12,11 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from egohod.loss import build_loss
-from egohod.loss.config import LossConfig
+from egohod.loss.config import LossConfig, build_loss
 from egohod.loss.contrastive import ContrastiveLoss
-from egohod.model.config import ModelConfig
+from egohod.model.config import Geometry, ModelConfig
 from egohod.model.dual_encoder import DualEncoder, TextTower
 from egohod.model.vision import VideoTransformer
-from egohod.model.zoo import Geometry
 from egohod.training.step import forward_backward
 
 BATCH, FRAMES = 8, 2

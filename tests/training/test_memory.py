@@ -57,7 +57,7 @@ def test_heads_and_what_they_do_without_are_counted() -> None:
         return saved_bytes(lambda: model(video, tokens), model)
 
     assert saved(4) - saved(2) == 2 * memory.per_clip
-    # The text tower is kept, but neither trained nor computed.
+    # The text tower is in memory, but neither trained nor computed.
     without = predict(config)
     assert memory.per_clip < without.per_clip
     whole = sum(p.numel() for p in model.parameters())
@@ -80,7 +80,7 @@ def test_peak_and_fit_agree() -> None:
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
-def test_presets_fit_and_say_so(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_presets_fit_the_memory_that_they_name(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("EGO4D_ROOT", "HOD_CSV", "CLIP_WEIGHTS"):
         monkeypatch.setenv(name, "/data")
     cfg = load(path)

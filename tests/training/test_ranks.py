@@ -1,4 +1,4 @@
-"""A run of which one process dies, hangs, fails or is asked to stop, with and without torchrun's agent; and runs on
+"""A run of which one process dies, hangs, fails or gets a stop signal, with and without torchrun's agent; and runs on
 different numbers of processes, which are the same. Real processes, real signals."""
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def test_what_one_rank_cannot_do_ends_all_with_one_line(ranks, tmp_path: Path) -
     assert "Traceback" not in run.log(0) + run.log(1)
 
 
-def test_processes_that_cannot_share_the_batch_say_so_once(ranks) -> None:  # type: ignore[no-untyped-def]
+def test_a_batch_that_processes_cannot_share_is_one_error(ranks) -> None:  # type: ignore[no-untyped-def]
     run = ranks(2, "train.global_batch_size=5")
     assert run.wait() == [2, 2]
     log = run.log(0) + run.log(1)
@@ -153,7 +153,7 @@ def test_a_signal_during_an_evaluation_costs_nothing(ranks, demo_world: Path, tm
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
-    """What metrics.jsonl says about the model."""
+    """The lines of metrics.jsonl about the model."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     names = ("step", "train/loss", "train/grad_norm")
     return [{name: line[name] for name in line if name in names or name.startswith("val/")} for line in lines]
@@ -217,7 +217,7 @@ def test_the_number_of_processes_does_not_change_the_losses(ranks, tmp_path: Pat
             assert loss == pytest.approx(other, abs=1e-4), (name, step)
 
 
-def test_the_slowest_rank_is_told(ranks, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_the_slowest_rank_is_named(ranks, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     run = ranks(2, "train.duration=4 steps", "train.log_every=2 steps")
     assert run.wait() == [0, 0]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""One optimisation step: no waiting for the device, non-finite numbers kept out, the schedule, accumulation."""
+"""One optimisation step: no waiting for the device, non-finite numbers skipped, the schedule, accumulation."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from egohod.config import Config, load
 from egohod.distributed import Distributed
 from egohod.errors import UserError
 from egohod.loss.config import LossConfig
+from egohod.model.config import geometry
 from egohod.model.dual_encoder import DualEncoder, create_model
-from egohod.model.zoo import geometry
 from egohod.training.build import split_batch
 from egohod.training.step import TrainStep, learning_rates
 from egohod.training.telemetry import MetricWindow
@@ -160,7 +160,7 @@ def test_the_box_loss_in_chunks_is_that_of_the_whole_batch(name: str) -> None:
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
-def test_gradients_are_clipped_to_the_norm_that_was_asked_for() -> None:
+def test_gradients_are_clipped_to_clip_norm() -> None:
     model, step = build(config(clip_norm=0.01))
     norm = step(1, [batch()])["grad_norm"]
     assert norm > 0.01
@@ -177,7 +177,7 @@ def test_no_decay_on_biases_norms_and_temperature() -> None:
 
 
 @pytest.mark.parametrize("layer_decay", [1.0, 0.75])
-def test_positional_embeddings_are_decayed_as_the_recipe_says(layer_decay: float) -> None:
+def test_positional_embeddings_are_decayed_as_in_the_recipe(layer_decay: float) -> None:
     for decay_positions in (True, False):
         model, step = build(config(decay_positions=decay_positions, layer_decay=layer_decay, weight_decay=0.1))
         names = {id(p): name for name, p in model.named_parameters()}

@@ -38,12 +38,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from egohod.config import Config
 from egohod.distributed import pick_device, pick_precision, setup
 from egohod.loss.contrastive import ContrastiveLoss
-from egohod.model import slowfast as slowfast_model
-from egohod.model.config import ModelConfig
-from egohod.model.cost import SHARE, count_flops, predict, saved_bytes, step_flops
+from egohod.model import vision
+from egohod.model.config import GEOMETRIES, ModelConfig
+from egohod.model.cost import SHARE, clip_flops, count_flops, predict, saved_bytes
 from egohod.model.dual_encoder import DualEncoder, create_model
 from egohod.model.vision import VideoTransformer
-from egohod.model.zoo import GEOMETRIES
 from egohod.training.build import split_batch
 from egohod.training.config import TrainConfig
 from egohod.training.step import TrainStep
@@ -208,7 +207,7 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
     best = min(run.seconds for run in runs["step"])
     peak = repeats * 2 * side**3 / min(run.seconds for run in runs["matmul"])
     nominal = options.batch_size * _nominal_flops(model, options)
-    formula = options.batch_size * step_flops(model.geometry, options.frames, options.text_length)
+    formula = options.batch_size * clip_flops(model.geometry, options.frames, options.text_length).step
     return _head(options, device, dtype) | {
         "compiled": options.compile,
         "step_seconds": best,
@@ -293,7 +292,7 @@ def all_trained(model: DualEncoder) -> Iterator[None]:
     def call(module: torch.nn.Module, *inputs: Any) -> Tensor:
         return module(*inputs)
 
-    with mock.patch.object(slowfast_model, "call_frozen", call), mock.patch.object(tower, "embed", embed):
+    with mock.patch.object(vision, "call_frozen", call), mock.patch.object(tower, "embed", embed):
         yield
 
 
