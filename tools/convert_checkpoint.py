@@ -10,9 +10,9 @@ executed, and nothing is downloaded without --download. Tensors keep their dtype
 
 --to egohod   this project's names (plain blocks: attn.in_proj_weight, mlp.c_fc, mlp.c_proj); upstream reads these too
               where it runs without flash attention
---to upstream as upstream's released configs save them (vision blocks: attn.Wqkv.weight, mlp.fc1, mlp.fc2)
+--to upstream the names that upstream's released configs save (vision blocks: attn.Wqkv.weight, mlp.fc1, mlp.fc2)
 
-Exit code 2: a mistake in the input or the output, named by the message. See docs/checkpoints.md.
+Exit code 2: an error in the input or the output, which the message explains. See docs/checkpoints.md.
 """
 
 from __future__ import annotations
@@ -34,15 +34,16 @@ from egohod.training.checkpoint import open_weights
 
 log = logging.getLogger("convert_checkpoint")
 
-# The configuration that trains each geometry, for the commands of --inspect.
+# For the commands of --inspect: STEM.yml trains a geometry; STEM_eval.yml evaluates it and needs no training data.
 CONFIGS = {
-    "CLIP_VITB16": "configs/config/clip_base.yml",
-    "CLIP_VITL14": "configs/config/clip_large.yml",
-    "CLIP_VITL14_336PX": "configs/config/clip_large.yml",
-    "CLIP_VITB16_Slowfast": "configs/config/egovideo_base.yml",
-    "CLIP_VITL14_336PX_Slowfast": "configs/config/egovideo_large.yml",
-    "DEMO": "configs/demo.yml",
-    "DEMO_Slowfast": "configs/demo_egovideo.yml",
+    "CLIP_VITB16": "configs/config/clip_base",
+    "CLIP_VITL14": "configs/config/clip_large",
+    "CLIP_VITL14_336PX": "configs/config/clip_large",
+    "CLIP_VITB16_Slowfast": "configs/config/egovideo_base",
+    "CLIP_VITL14_Slowfast": "configs/config/egovideo_large",
+    "CLIP_VITL14_336PX_Slowfast": "configs/config/egovideo_large",
+    "DEMO": "configs/demo",
+    "DEMO_Slowfast": "configs/demo",
 }
 
 
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("output", metavar="OUTPUT", nargs="?", type=Path, help="safetensors file to write")
     parser.add_argument("--to", choices=("egohod", "upstream"), default="egohod", help="names (default: egohod)")
     parser.add_argument("--inspect", action="store_true", help="describe INPUT; write nothing")
-    parser.add_argument("--download", action="store_true", help="let open_clip download what a tag names")
+    parser.add_argument("--download", action="store_true", help="let open_clip download a tag that is not cached")
     parser.add_argument("--force", action="store_true", help="replace OUTPUT if it exists")
     args = parser.parse_args(arguments)
     if args.inspect == (args.output is not None):
@@ -99,16 +100,16 @@ def inspect(weights: WeightFile) -> dict[str, str]:
     lines["motion"] = "motion adapters (slow-fast)" if shape.slowfast else "none: a dual encoder without adapters"
     if shape.name is None:
         return lines
-    # Commands that train from the file and evaluate it, to be copied: every knob that no shape tells is spelled out.
+    # Commands to copy, which train from the file and evaluate it, with every knob that shapes leave open.
     knobs = [f"model.name={shape.name}"]
     if shape.num_frames:
         knobs.append(f"model.num_frames={shape.num_frames}")
     recorded = {key: value for key, value in weights.settings.items() if key not in ("model.name", "model.num_frames")}
     knobs += [f"{key}={value}" for key, value in recorded.items()]
-    config = CONFIGS.get(shape.name, "a config of your own")
+    stem = CONFIGS.get(shape.name, "YOURS")
     if weights.family.is_clip:
         start = f"model.weights.source=clip model.weights.path={weights.source}"
-        lines["train"] = f"main_pretrain.py --config_file {config} {start} {' '.join(knobs)}"
+        lines["train"] = f"main_pretrain.py --config_file {stem}.yml {start} {' '.join(knobs)}"
         # Training learns new projections, but zero-shot evaluation of the file itself needs its own.
         knobs += ["model.weights.source=clip", "model.weights.projections=keep"]
         if weights.family is Family.OPENAI:
@@ -117,7 +118,7 @@ def inspect(weights: WeightFile) -> dict[str, str]:
         knobs.append("model.activation=gelu")
     if shape.embed_dim != geometry(shape.name).embed_dim:
         knobs.append(f"model.embed_dim={shape.embed_dim}")
-    lines["evaluate"] = f"main_eval.py --config_file {config} --checkpoint {weights.source} {' '.join(knobs)}"
+    lines["evaluate"] = f"main_eval.py --config_file {stem}_eval.yml --checkpoint {weights.source} {' '.join(knobs)}"
     return lines
 
 

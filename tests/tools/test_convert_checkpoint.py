@@ -1,9 +1,10 @@
-"""tools/convert_checkpoint.py: what it says of a file, and what it writes."""
+"""tools/convert_checkpoint.py: its description of a file, and what it writes."""
 
 from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import pytest
 import torch
 
 import main_eval
-from egohod import cli
+from egohod import cli, config
+from egohod.evaluation.runner import resolve_benchmarks
 from egohod.model.checkpoints import Family, read_weights
-from egohod.model.config import geometry
+from egohod.model.config import GEOMETRIES, geometry
 from tests.model.field_files import (
     SCHEMA,
     noise,
@@ -46,45 +48,84 @@ def test_all_five_families_are_named(
     tmp_path: Path, short_run: ShortRun, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("CLIP_VITB16", "CLIP_VITL14_336PX", "CLIP_VITB16_Slowfast"):
-        monkeypatch.setitem(convert_checkpoint.CONFIGS, two_blocks(monkeypatch, name), f"{name}.yml")
-    said = inspected(capsys, write_archive(tmp_path / "ViT.pt", openai_state(DEMO)))
-    assert "OpenAI CLIP (TorchScript archive, plain spelling)" in said
-    assert "DEMO: ViT of 4 blocks x 128, 40 px in patches of 8" in said
-    assert "3 tensors (numbers, no weights)" in said
-    assert "an image model: no temporal embedding" in said
-    assert "model.activation=quick_gelu" in said
+        monkeypatch.setitem(convert_checkpoint.CONFIGS, two_blocks(monkeypatch, name), name)
+    printed = inspected(capsys, write_archive(tmp_path / "ViT.pt", openai_state(DEMO)))
+    assert "OpenAI CLIP (TorchScript archive, plain spelling)" in printed
+    assert "DEMO: ViT of 4 blocks x 128, 40 px in patches of 8" in printed
+    assert "3 tensors (numbers, no weights)" in printed
+    assert "an image model: no temporal embedding" in printed
+    assert "model.activation=quick_gelu" in printed
 
-    said = inspected(capsys, write_safetensors(tmp_path / "open_clip.safetensors", open_clip_state(DEMO)))
-    assert "open_clip (safetensors, plain spelling)" in said
-    assert "model.weights.source=clip" in said
+    printed = inspected(capsys, write_safetensors(tmp_path / "open_clip.safetensors", open_clip_state(DEMO)))
+    assert "open_clip (safetensors, plain spelling)" in printed
+    assert "model.weights.source=clip" in printed
 
-    said = inspected(capsys, write_upstream(tmp_path / "large_best.pt", upstream_state("l14_336_flash")))
-    assert "upstream EgoHOD (pickle (zip), flash spelling)" in said
-    assert "CLIP_VITL14_336PX_2: ViT of 2 blocks x 1024, 336 px in patches of 14; text 2 blocks x 768" in said
-    assert "none: a dual encoder without adapters" in said
-    assert "omegaconf.dictconfig.DictConfig: model={2 values}, lr=1e-05" in said
-    assert f"main_eval.py --config_file CLIP_VITL14_336PX.yml --checkpoint {tmp_path}/large_best.pt" in said
-    assert "model.num_frames=4 model.activation=gelu\n" in said
+    printed = inspected(capsys, write_upstream(tmp_path / "large_best.pt", upstream_state("l14_336_flash")))
+    assert "upstream EgoHOD (pickle (zip), flash spelling)" in printed
+    assert "CLIP_VITL14_336PX_2: ViT of 2 blocks x 1024, 336 px in patches of 14; text 2 blocks x 768" in printed
+    assert "none: a dual encoder without adapters" in printed
+    assert "omegaconf.dictconfig.DictConfig: model={2 values}, lr=1e-05" in printed
+    assert f"main_eval.py --config_file CLIP_VITL14_336PX_eval.yml --checkpoint {tmp_path}/large_best.pt" in printed
+    assert "model.num_frames=4 model.activation=gelu\n" in printed
 
     names = SCHEMA["b16_flash"]["first_two_blocks"]
     cut = {name: [shape[0], 256] for name, shape in names.items() if name.endswith("_projection")}
-    said = inspected(capsys, write_avion(tmp_path / "avion.pt", noise(names | cut)))
-    assert "AVION (pickle (zip), flash spelling)" in said
-    assert "argparse.Namespace: model=CLIP_VITB16" in said
-    assert "model.image_stats=avion" in said
-    assert "model.embed_dim=256" in said
+    printed = inspected(capsys, write_avion(tmp_path / "avion.pt", noise(names | cut)))
+    assert "AVION (pickle (zip), flash spelling)" in printed
+    assert "argparse.Namespace: model=CLIP_VITB16" in printed
+    assert "model.image_stats=avion" in printed
+    assert "model.embed_dim=256" in printed
 
-    said = inspected(capsys, write_upstream(tmp_path / "slowfast.pt", upstream_state("slowfast_b16_flash")))
-    assert "motion adapters (slow-fast)" in said
-    assert "26 tensors (never used by upstream)" in said
-    assert "model.fast.position=after model.fast.pool=cls" in said
-    assert "16" in next(line for line in said.splitlines() if line.startswith("frames"))
+    printed = inspected(capsys, write_upstream(tmp_path / "slowfast.pt", upstream_state("slowfast_b16_flash")))
+    assert "motion adapters (slow-fast)" in printed
+    assert "26 tensors (never used by upstream)" in printed
+    assert "model.fast.position=after model.fast.pool=cls" in printed
+    assert "16" in next(line for line in printed.splitlines() if line.startswith("frames"))
 
-    said = inspected(capsys, short_run.folder)
-    assert "EgoHOD (this project) (safetensors, plain spelling)" in said
-    assert "checkpoints/step-00000001" in said
-    assert "model.activation=quick_gelu" in said
-    assert "model.activation=gelu" not in said
+    printed = inspected(capsys, short_run.folder)
+    assert "EgoHOD (this project) (safetensors, plain spelling)" in printed
+    assert "checkpoints/step-00000001" in printed
+    assert "model.activation=quick_gelu" in printed
+    assert "model.activation=gelu" not in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "schema"),
+    [
+        ("CLIP_VITB16", "b16_flash"),
+        ("CLIP_VITL14_336PX", "l14_336_flash"),
+        ("CLIP_VITB16_Slowfast", "slowfast_b16_flash"),
+    ],
+)
+def test_the_printed_evaluation_needs_only_the_benchmarks(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    schema: str,
+) -> None:
+    """The printed config exists and evaluates the file without any variable of training data, up to the videos."""
+    stem = convert_checkpoint.CONFIGS[name]
+    shallow = replace(GEOMETRIES[name], vision_layers=2, text_layers=2)  # under its own name, as knobs need
+    monkeypatch.setitem(GEOMETRIES, name, shallow)
+    path = write_upstream(tmp_path / "best.pt", upstream_state(schema))
+    (command,) = (line for line in inspected(capsys, path).splitlines() if line.startswith("evaluate"))
+    assert f"--config_file {stem}_eval.yml" in command
+    monkeypatch.chdir(config.PROJECT)
+    options = [*command.split()[2:], "--benchmark", "all", "--output", str(tmp_path / "results")]
+    assert cli.run(main_eval.main, options) == 2
+    # The message after the model was built and loaded: no benchmark's variable is set here.
+    assert "no benchmark's data is found" in capsys.readouterr().err
+
+
+def test_every_geometry_with_a_config_has_one_for_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EK100_ANNOTATIONS", "annotations")
+    for name, stem in convert_checkpoint.CONFIGS.items():
+        # The geometry and its frames are spelled out in the command, as --inspect does.
+        frames = 16 if name.endswith("_Slowfast") else 4
+        knobs = ["model.weights.source=checkpoint", "model.weights.path=x", f"model.name={name}"]
+        cfg = config.load(config.PROJECT / f"{stem}_eval.yml", [*knobs, f"model.num_frames={frames}"])
+        assert resolve_benchmarks(cfg, "ek100_mir")["ek100_mir"].metadata
 
 
 def test_there_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,13 +176,13 @@ def test_a_converted_run_evaluates_as_the_run_does(
         arguments = ["--checkpoint", str(checkpoint), "--output", str(output)]
         knobs = [f"evaluate.demo_test={demo_world}/test", "evaluate.cache=null"]
         assert main_eval.main([*short_run.command, *arguments, *knobs]) == 0
-        found = json.loads((output / "results.json").read_text())
-        results.append((found["metrics"], found["checkpoint"]["sha256"]))
+        written = json.loads((output / "results.json").read_text())
+        results.append((written["metrics"], written["checkpoint"]["sha256"]))
     assert results[0] == results[1] == results[2]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["none.pt", "out.safetensors"], "none.pt: no such file"),
         (["clip.pt", "out.pt"], "must end in .safetensors, such as out.safetensors"),
@@ -155,7 +196,7 @@ def test_a_converted_run_evaluates_as_the_run_does(
     ],
 )
 def test_mistakes_end_in_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     class Evil:
         def __reduce__(self) -> tuple[Any, ...]:
@@ -171,7 +212,7 @@ def test_mistakes_end_in_one_line(
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
-    assert said.format(tmp_path) in error
+    assert message.format(tmp_path) in error
     assert not (tmp_path / "sprung").exists()
     assert not (tmp_path / "out.safetensors").exists()
     assert (tmp_path / "there.safetensors").read_text() == "precious"
