@@ -1,20 +1,21 @@
-"""Hand-object narrations from anyone's egocentric videos: detect, track, narrate, check.
+"""Generate hand-object narrations from egocentric videos: detect, track, narrate, check.
 
 Your narrations: python tools/generate_hod.py --metadata narrations.csv --root videos --output hod.csv
 The demo world:  python tools/generate_hod.py --config_file configs/hod/demo.yml
-Look first:      ... --dry_run          what there is to do, a few clips tried, how long it takes
-One stage:       ... --stage detect     then track, narrate and check, when and where you like
-Many machines:   ... --shard 3/64       a part of the clips; 0/64 is the first
-                 ... --submit 64        all of them as a Slurm array, and a job that merges
-                 ... --merge            put the finished parts together
-What failed:     ... --retry            try those clips again
+Dry run:         ... --dry_run          print what is left to do, try a few clips, estimate the time
+One stage:       ... --stage detect     then track, narrate and check, each on a machine of your choice
+Shards:          ... --shard 3/64       one part of the clips; 0/64 is the first
+                 ... --submit 64        all parts as a Slurm array, and a job that merges them
+                 ... --merge            merge the finished parts
+Failed clips:    ... --retry            try them again
+The boxes:       ... --export_detections boxes.parquet     for training (data.train.NAME.detections) or another run
 
 --metadata is any file of narrations that main_pretrain.py reads, or EPIC-KITCHENS-100's csv; without one, windows over
 the videos of --root are narrated (narrator.kind=vlm). The results of each stage are stored in OUTPUT.work: rerun the
-command to resume after an interruption; with other settings only what they change is computed again. main_pretrain.py
-trains on OUTPUT; OUTPUT.failures.csv lists the clips without a narration, with the reason.
+command to resume after an interruption; after a change of settings only the stages that depend on it are recomputed.
+main_pretrain.py trains on OUTPUT; OUTPUT.failures.csv lists the clips without a narration, each with the reason.
 
-Exit code 0: done; 2: a mistake that the last line names and you can correct; 130: interrupted.
+Exit code: 0 done; 2 an error in the input or the settings, which the last line explains; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -67,6 +68,10 @@ def main(arguments: Sequence[str]) -> int:
         return _dry_run(pipeline, shard)
     if args.submit is not None:
         return _submit(pipeline, args)
+    if args.export_detections:
+        count = pipeline.export_detections(args.export_detections)
+        log.info("%s: %s boxes", args.export_detections, f"{count:,}")
+        return cli.DONE
     if args.merge:
         return _merge(pipeline, shard.count if args.shard else None)
     with pipeline.store.claim(shard):
@@ -100,11 +105,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--output", metavar="CSV", help="hand-object narrations (output)")
     add("--stage", default="all", choices=("all", *STAGES), help="run one stage only (default: all)")
     add("--shard", metavar="I/N", help="only part I of N, counted from 0")
-    add("--merge", action="store_true", help="put the parts of finished shards together")
-    add("--retry", action="store_true", help="try clips again that failed, or that a model did not answer")
+    add("--merge", action="store_true", help="merge the finished shards into OUTPUT")
+    add("--export_detections", type=Path, metavar="PARQUET", help="write the boxes detected so far to a file, and exit")
+    add("--retry", action="store_true", help="try failed clips again, and those without an answer from the model")
     add("--submit", type=int, metavar="N", help="submit N shards and a merge to Slurm, and exit")
-    add("--which_detector", action="store_true", help="only print the detector of the configuration")
-    add("--dry_run", action="store_true", help="print what there is to do, try a few clips, and write nothing")
+    add("--which_detector", action="store_true", help="print the configured detector, and exit")
+    add("--dry_run", action="store_true", help="print what is left to do, try a few clips, write nothing")
     return parser.parse_intermixed_args(arguments)
 
 

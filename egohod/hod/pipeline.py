@@ -38,6 +38,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet
 
 from egohod.data.decoders import choose_decoder
 from egohod.data.detections import SCHEMA
@@ -53,7 +54,7 @@ from egohod.hod.facts import ClipFacts, camera_shifts, facts_of, without_rare
 from egohod.hod.narrators import Narration, Narrator, Request, caption_settings, make_narrator
 from egohod.hod.narrators.template import TemplateNarrator
 from egohod.hod.store import Finished, Outcome, Results, Shard, Store, text_file
-from egohod.runtime import Lost, Progress, Workers, content_hash, file_hash
+from egohod.runtime import Lost, Progress, Workers, atomic_write, content_hash, file_hash
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,8 @@ _GRACE = 1000
 _LOGGED_FAILURES = 20
 # Clips that are taken through the stages after detect together, where no stage wants fewer.
 _GROUP = 256
+# Clips in a row group of exported boxes: one clip each would make the file several times larger and slower to read.
+_EXPORTED_AT_A_TIME = 4096
 # A larger share of captions from the template instead of the narrator, or without a hand, is worth a warning.
 _MOST = 0.5
 # Digits of numbers in results: hundred-thousandths of the picture or of a second. Rounded before the next stage reads
@@ -368,6 +371,53 @@ class Pipeline:
                 )
         return Finished(narrations, failures, fallbacks)
 
+    def export_detections(self, path: Path) -> int:
+        """Write the boxes of all clips that are detected to the parquet file ``path``; returns their number.
+
+        Training reads them as ``data.train.NAME.detections``, and the detector ``detections`` as its ``path``. A frame
+        that several clips share has the boxes of the first of them in the metadata. Numbers are rounded as in the
+        results, so facts made of them are the same, except that the camera's motion (``tracks.camera``), whose masks
+        are the boxes, may differ by 1e-4 of the picture. Raises :class:`UserError` if no clip has been through the
+        detect stage, or if ``path`` exists or cannot be written.
+        """
+        if path.suffix != ".parquet" or path.exists():
+            raise UserError(f"{path}: {'exists; choose another file' if path.exists() else 'must end in .parquet'}")
+        count, missing, batch = 0, 0, list[pa.Table]()
+        # By video: the frames that were written already are then those of one video, not of millions of clips.
+        videos = self.table.column("video_id")
+        order = np.argsort(videos, kind="stable")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with (
+                self.store.results() as results,
+                atomic_write(path) as temporary,
+                pa.parquet.ParquetWriter(temporary, SCHEMA) as writer,
+            ):
+                for _, clips in itertools.groupby(order.tolist(), key=lambda index: videos[index]):
+                    written: set[int] = set()
+                    for index in clips:
+                        outcome = results.get(*self.keys(index)[DETECT])
+                        if outcome is None or outcome.fault is not None:
+                            missing += 1
+                            continue
+                        boxes = box_table(videos[index], outcome.parsed())
+                        numbers = boxes["frame_number"].to_pylist()
+                        batch.append(boxes.filter(pa.array([n not in written for n in numbers], pa.bool_())))
+                        written.update(numbers)
+                        count += len(batch[-1])
+                        if len(batch) == _EXPORTED_AT_A_TIME:
+                            writer.write_table(pa.concat_tables(batch))
+                            batch.clear()
+                if missing == len(videos):
+                    raise UserError(f"{self.store.folder}: no clip is detected with these settings; --stage detect")
+                if batch:
+                    writer.write_table(pa.concat_tables(batch))
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        if missing:
+            log.warning("%s of %s clips are not detected, or failed", f"{missing:,}", f"{len(videos):,}")
+        return count
+
     def _final(self, shard: Shard) -> Iterator[tuple[int, str, Outcome]]:
         """(index, stage, outcome) of each clip of a shard: of its last stage, or of the one at which it failed."""
         with self.store.results(shard) as results:
@@ -569,9 +619,15 @@ class DetectStage(Stage):
         boxes = self._detector.detect(video_id, numbers, seconds, pictures)
         height, width = pictures.shape[1:3]
         shifts = camera_shifts(pictures, seconds, boxes) if self._cfg.tracks.camera else None
-        # All boxes are of one video.
+        # Without the video, which is the same in all rows; see box_table.
         columns = {name: boxes[name].to_pylist() for name in SCHEMA.names if name != "video_id"}
         return to_plain({"seconds": seconds, "aspect": width / height, "boxes": columns, "shifts": shifts})
+
+
+def box_table(video_id: str, detected: Mapping[str, Any]) -> pa.Table:
+    """The boxes of a result of the detect stage, as a table of ``SCHEMA``."""
+    columns = detected["boxes"]
+    return pa.table({"video_id": [video_id] * len(columns["second"]), **columns}).select(SCHEMA.names).cast(SCHEMA)
 
 
 class TrackStage(Stage):
@@ -590,10 +646,9 @@ class TrackStage(Stage):
         """See :class:`Stage`."""
         for task in tasks:
             row, detected = self._table.row(task.index), task.outcomes[DETECT].parsed()
-            boxes, shifts = detected["boxes"], detected["shifts"]
-            videos = {"video_id": [row.video_id] * len(boxes["second"])}
+            shifts = detected["shifts"]
             facts = facts_of(
-                pa.table(videos | boxes).select(SCHEMA.names).cast(SCHEMA),
+                box_table(row.video_id, detected),
                 np.array(detected["seconds"]),
                 video_id=row.video_id,
                 start=row.start,

@@ -76,8 +76,10 @@ def write_ego4d(path: Path, entries: Sequence[Entry]) -> None:
     """The start is the moment; the end follows from the rule."""
     content: dict[str, dict[str, dict[str, list[dict[str, object]]]]] = {}
     for video, stamp, _, text in entries:
-        said = {"timestamp_sec": stamp, "narration_text": text, "more": 1}
-        content.setdefault(video, {"narration_pass_1": {"narrations": []}})["narration_pass_1"]["narrations"] += [said]
+        narration = {"timestamp_sec": stamp, "narration_text": text, "more": 1}
+        content.setdefault(video, {"narration_pass_1": {"narrations": []}})["narration_pass_1"]["narrations"] += [
+            narration
+        ]
     path.write_text("\ufeff" + json.dumps(content), encoding="utf-8")
 
 
@@ -128,11 +130,11 @@ def test_bad_entries_are_left_out_counted_and_named_or_stop_if_strict(
     table = read_clips(path)
     assert [row.texts for row in map(table.row, range(len(table)))] == [("x",)]
     assert sum(table.report.left_out.values()) == 5
-    for number, (_, said) in enumerate(bad, 2):
-        assert re.search(rf"{re.escape(str(path))}: {unit} {number}: .*{re.escape(said)}", caplog.text)
-    for entry, said in bad:
+    for number, (_, expected) in enumerate(bad, 2):
+        assert re.search(rf"{re.escape(str(path))}: {unit} {number}: .*{re.escape(expected)}", caplog.text)
+    for entry, expected in bad:
         write(path, [("v", 10, 12, "x"), entry])
-        with pytest.raises(UserError, match=rf"^{re.escape(str(path))}: {unit} 2: .*{re.escape(said)}[^\n]*$"):
+        with pytest.raises(UserError, match=rf"^{re.escape(str(path))}: {unit} 2: .*{re.escape(expected)}[^\n]*$"):
             read(path)
 
 
@@ -207,7 +209,7 @@ def test_times_of_narrations_may_be_text_and_the_file_may_have_a_byte_order_mark
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "expected"),
     [
         ("{", "not JSON"),
         ("[1, 2]", "no narrations"),
@@ -215,10 +217,10 @@ def test_times_of_narrations_may_be_text_and_the_file_may_have_a_byte_order_mark
         ('{"a": {"b": 1}, "c', "not JSON"),
     ],
 )
-def test_json_that_is_no_narration_file(tmp_path: Path, content: str, said: str) -> None:
+def test_json_that_is_no_narration_file(tmp_path: Path, content: str, expected: str) -> None:
     path = tmp_path / "narration.json"
     path.write_text(content)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=expected):
         read(path)
 
 
@@ -266,9 +268,9 @@ def test_numbers_of_made_up_types_are_refused(tmp_path: Path) -> None:
 
 def test_pickles_that_are_no_annotations(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "clips.pkl"
-    for content, said in ((b"nothing", "not a readable pickle"), (pickle.dumps({"a": 1}), "holds no list")):
+    for content, expected in ((b"nothing", "not a readable pickle"), (pickle.dumps({"a": 1}), "holds no list")):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=expected):
             read(path)
     path.write_bytes(
         pickle.dumps([("v", 0, 2, "x"), ("v", 1), ("v", "soon", 5, "y"), ("v", 1, 3, None), ("\ud800", 1, 3, "z")])
@@ -278,7 +280,7 @@ def test_pickles_that_are_no_annotations(tmp_path: Path, caplog: pytest.LogCaptu
     assert "entry 3: start is 'soon'" in caplog.text
 
 
-def test_the_format_can_be_said_rather_than_guessed(tmp_path: Path) -> None:
+def test_the_format_can_be_given_instead_of_detected(tmp_path: Path) -> None:
     path = tmp_path / "clips.data"
     path.write_bytes(pickle.dumps([("v", 0, 2, "x")]))
     assert len(read(path, format="pickle")) == 1
@@ -307,8 +309,8 @@ def test_json_that_nests_without_end_is_refused_at_once(tmp_path: Path, text: st
 
 def test_open_brackets_in_narrations_are_text(tmp_path: Path) -> None:
     path = tmp_path / "narration.json"
-    told = [{"timestamp_sec": i, "narration_text": f"#C C opens {{ the [ {i}"} for i in range(1000)]
-    path.write_text(json.dumps({"v": {"narration_pass_1": {"narrations": told}}}))
+    written = [{"timestamp_sec": i, "narration_text": f"#C C opens {{ the [ {i}"} for i in range(1000)]
+    path.write_text(json.dumps({"v": {"narration_pass_1": {"narrations": written}}}))
     assert len(read_clips(SourceConfig(metadata=str(path)))) == 1000
 
 
@@ -319,9 +321,9 @@ def test_json_nested_without_end_is_refused_before_it_takes_the_memory(tmp_path:
         with pytest.raises(UserError, match="nested deeper than 100 levels"):
             read_clips(path)
     # What only looks like nesting, across the borders of blocks.
-    said = 'says "[[{" \\ ' * 20_000
-    path.write_text(json.dumps({"v": {"narration_pass_1": narrations(2.0, 6.0, text=said)}}))
-    assert read_clips(path).row(1).texts == (f"{said} 6.0",)
+    long_text = 'says "[[{" \\ ' * 20_000
+    path.write_text(json.dumps({"v": {"narration_pass_1": narrations(2.0, 6.0, text=long_text)}}))
+    assert read_clips(path).row(1).texts == (f"{long_text} 6.0",)
 
 
 @pytest.mark.parametrize("content", ['{"v": {"'.encode("utf-16")[:-1], gzip.compress(b'{"v": {}}' * 99)[:-20]])

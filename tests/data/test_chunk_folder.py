@@ -59,13 +59,13 @@ def test_ids_are_paths_without_ending(recordings: Path, tmp_path: Path) -> None:
     names = tmp_path / "names.txt"
     names.write_text("z.avi\r\n\n./day 1/küche 2.MP4\n", encoding="utf-8-sig")
     assert [video.video_id for video in find_videos(recordings, names=names)] == ["day 1/küche 2", "z"]
-    for line, said in (
+    for line, expected in (
         ("nothing.mp4", "no such file"),
         ("../a.mp4", "not a path below"),
         ("/etc/passwd", "not a path"),
     ):
         names.write_text(f"a.mp4\n{line}\n")
-        with pytest.raises(UserError, match=f"line 2: .*{said}"):
+        with pytest.raises(UserError, match=f"line 2: .*{expected}"):
             find_videos(recordings, names=names)
     with pytest.raises(UserError, match=r"no videos that match '\*\.wmv'"):
         find_videos(recordings, "*.wmv")
@@ -85,7 +85,7 @@ def test_files_that_would_be_in_each_others_way(tmp_path: Path) -> None:
         find_videos(tmp_path)
 
 
-def test_links_out_of_the_folder_are_followed_only_when_asked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_links_out_of_the_folder_need_an_option(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root, outside = tmp_path / "root", tmp_path / "outside"
     for path in (root / "in.mp4", outside / "out.mp4", outside / "deep" / "x.mp4"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +152,7 @@ def test_one_long_video_in_ranges(recordings: Path, tmp_path: Path, monkeypatch:
     assert [numbers(reference(path)[1])[0] for path in chunks] == [0, 10, 20, 30]
 
 
-def test_damaged_files_are_named_and_the_others_go_on(recordings: Path, tmp_path: Path) -> None:
+def test_damaged_files_are_named_and_the_others_are_written(recordings: Path, tmp_path: Path) -> None:
     root, out = tmp_path / "root", tmp_path / "out"
     shutil.copytree(recordings / "b.c", root / "good")
     content = encode(root / "cut.mp4", 60, x264="keyint=10:qp=1", faststart=True).read_bytes()
@@ -213,7 +213,7 @@ def test_another_file_under_the_same_id_is_not_taken_for_done(tmp_path: Path) ->
         pytest.param(signal.SIGKILL, -9, marks=pytest.mark.ci),
     ],
 )
-def test_an_interrupted_run_goes_on_and_ends_as_any_other(tmp_path: Path, sent: signal.Signals, code: int) -> None:
+def test_an_interrupted_run_resumes_to_the_same_result(tmp_path: Path, sent: signal.Signals, code: int) -> None:
     root, out, straight = tmp_path / "root", tmp_path / "out", tmp_path / "straight"
     encode(root / "a.mp4", 10)
     encode(root / "b.mp4", 120, size=(320, 240), x264="keyint=250:qp=30:bframes=0")
@@ -229,12 +229,12 @@ def test_an_interrupted_run_goes_on_and_ends_as_any_other(tmp_path: Path, sent: 
     while run.poll() is None and not ((parts / "0001.mp4").exists() and (out / "a").exists()):
         time.sleep(0.01)
     run.send_signal(sent)
-    _, said = run.communicate()
+    _, errors = run.communicate()
     assert run.returncode == code
-    assert b"Traceback" not in said
+    assert b"Traceback" not in errors
     assert [path.name for path in out.iterdir() if not path.name.startswith(".")] == ["a"]
     if sent != signal.SIGKILL:
-        assert said == b"interrupted; rerun the same command to resume\n"
+        assert errors == b"interrupted; rerun the same command to resume\n"
         assert not parts.exists()
     else:  # its process leaves too, and then the folder is free
         while (out / ".chunk_videos" / "lock").exists() and not free(out):
@@ -321,7 +321,7 @@ def test_progress_counts_seconds_of_video(recordings: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "expected"),
     [
         (["--short_side", "225"], "--short_side is 225"),
         (["--preset", "swift"], "preset 'swift'"),
@@ -330,11 +330,11 @@ def test_progress_counts_seconds_of_video(recordings: Path, tmp_path: Path) -> N
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(
-    recordings: Path, tmp_path: Path, options: list[str], said: str
+    recordings: Path, tmp_path: Path, options: list[str], expected: str
 ) -> None:
     done = tool(recordings, tmp_path / "out", *options)
     assert done.returncode == 2
-    assert said in done.stderr
+    assert expected in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()

@@ -301,7 +301,7 @@ def test_a_file_that_is_no_video_is_named_with_the_reason(tmp_path: Path, kind: 
     assert "\n" not in str(caught.value)
 
 
-def test_sound_that_goes_on_is_no_missing_picture(tmp_path: Path) -> None:
+def test_longer_sound_is_no_missing_picture(tmp_path: Path) -> None:
     for name in ("v.mp4", "v.mkv", "v.avi"):
         with av.open(str(tmp_path / name), "w") as container:
             video = container.add_stream("libx264", rate=10)

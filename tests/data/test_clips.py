@@ -184,7 +184,7 @@ def test_a_ledger_without_tolerance_and_one_with_all() -> None:
     FaultLedger(1.0).update(batch_of(3, "a\nb", "c"))
 
 
-def test_the_ledger_goes_on_after_a_resume(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_ledger_continues_after_a_resume(caplog: pytest.LogCaptureFixture) -> None:
     ledger, resumed = FaultLedger(0.01), FaultLedger(0.01)
     ledger.update(batch_of(100, *(f"clip {i}: broken" for i in range(10))))
     state = ledger.state_dict()

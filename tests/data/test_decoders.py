@@ -75,9 +75,9 @@ def check(path: Path, decoder: str) -> None:
     times, pictures = reference(path)
     opened = opener(decoder)(path)
     rng = np.random.default_rng(0)
-    asked = [rng.uniform(0, times[-1], n) for n in (1, 1, 1, 1, 4, 4, 16)]
-    asked += [np.array([times[-1] + 50, -1.0]), times[:8] + 1e-4, np.array([0.5, 0.5, 0.5])]
-    for seconds in asked:
+    requested = [rng.uniform(0, times[-1], n) for n in (1, 1, 1, 1, 4, 4, 16)]
+    requested += [np.array([times[-1] + 50, -1.0]), times[:8] + 1e-4, np.array([0.5, 0.5, 0.5])]
+    for seconds in requested:
         shown = np.maximum(np.searchsorted(times, seconds + 1e-6, side="right") - 1, 0)
         got = opened.read_at(seconds)
         assert got.dtype == np.uint8
@@ -201,7 +201,7 @@ def test_auto_takes_the_first_that_loads(monkeypatch: pytest.MonkeyPatch) -> Non
         choose_decoder("auto")
 
 
-def test_an_absent_decoder_is_said_with_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_a_missing_decoder_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoders, "_cannot_import", lambda module: "libavutil.so.56: no such file")
     with pytest.raises(UserError, match=r"torchcodec does not load .libavutil.*apt-get install ffmpeg"):
         choose_decoder("torchcodec")
@@ -241,18 +241,18 @@ def test_an_unknown_decoder() -> None:
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_a_file_that_is_kept_open_gives_the_same_frames(tmp_path: Path, name: str) -> None:
+def test_a_file_that_stays_open_gives_the_same_frames(tmp_path: Path, name: str) -> None:
     plain, opened = opener(name), list[Path]()
 
     def counting(source: Any, called: str = "") -> Any:
         opened.append(source)
         return plain(source, called)
 
-    kept = ReusingOpener(counting)
+    reusing = ReusingOpener(counting)
     paths = [encode(tmp_path / f"{i}.mp4", x264="keyint=12:bframes=2") for i in range(2)]
     for path, start in ((paths[0], 0.5), (paths[0], 2.0), (paths[0], 0.1), (paths[1], 1.0), (paths[0], 2.0)):
         seconds = start + np.arange(4) / 10
-        fresh, decoder = plain(path), kept(path)
+        fresh, decoder = plain(path), reusing(path)
         assert (decoder.fps, decoder.duration) == (fresh.fps, fresh.duration)
         np.testing.assert_array_equal(decoder.read_at(seconds), fresh.read_at(seconds))
         fresh.close()
@@ -261,32 +261,32 @@ def test_a_file_that_is_kept_open_gives_the_same_frames(tmp_path: Path, name: st
 
 
 def test_what_changed_failed_or_is_in_use_is_opened_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept, path = ReusingOpener(opener("pyav")), encode(tmp_path / "a.mp4")
+    reusing, path = ReusingOpener(opener("pyav")), encode(tmp_path / "a.mp4")
     seconds = np.zeros(1)
-    first, second = kept(path), kept(path)
+    first, second = reusing(path), reusing(path)
     assert first is not second
     np.testing.assert_array_equal(first.read_at(seconds), second.read_at(seconds))
     first.close()
     second.close()
-    third = kept(path)
+    third = reusing(path)
     assert third is second
     with pytest.raises(VideoError, match=r"a\.mp4: cannot be read: TypeError"):
         third.read_at(None)  # type: ignore[arg-type]
     third.close()
-    fourth = kept(path)
+    fourth = reusing(path)
     assert fourth is not third
     fourth.close()
     monkeypatch.setattr(decoders.os, "getpid", lambda: -1)  # a forked process
-    fifth = kept(path)
+    fifth = reusing(path)
     assert fifth is not fourth
     fifth.close()
     encode(path, frames=7)
-    sixth = kept(path)
+    sixth = reusing(path)
     assert sixth.duration < fifth.duration
     sixth.close()
     path.unlink()
     with pytest.raises(VideoError, match="no such file"):
-        kept(path)
+        reusing(path)
 
 
 def fail(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
@@ -298,7 +298,7 @@ def fail(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     monkeypatch.setattr(decoders.PyavDecoder, "_decode", raising)
 
 
-def test_where_a_decoder_fails_the_next_is_tried_and_that_is_said_once(
+def test_where_a_decoder_fails_the_next_is_tried_with_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     opener("decord")
@@ -313,8 +313,8 @@ def test_where_a_decoder_fails_the_next_is_tried_and_that_is_said_once(
         for seconds in ([0.05, 1.25], [0.75]):
             assert np.array_equal(opened.read_at(np.array(seconds)), reference(path)[1][[int(10 * s) for s in seconds]])
         opened.close()
-    (said,) = caplog.messages
-    assert said.startswith(f"{paths[0]}: cannot be read: NotImplementedError: this profile; decord reads it")
+    (message,) = caplog.messages
+    assert message.startswith(f"{paths[0]}: cannot be read: NotImplementedError: this profile; decord reads it")
     # Where none can, the first one's reason counts, and a decoder that was asked for by name has no stand-in.
     monkeypatch.setattr(decoders.DecordDecoder, "read_at", lambda *_: 1 / 0)
     for choice in ("auto", "pyav"):

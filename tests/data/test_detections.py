@@ -32,11 +32,11 @@ def table(*rows: dict[str, object]) -> BoxTable:
 
 def test_the_nearest_moment_answers_and_far_ones_do_not() -> None:
     boxes = table(row(1.0, left=0.1), row(1.2, left=0.5), row(0.0, left=0.9, video_id="w", side=RIGHT))
-    found = boxes.at("v", np.array([0.0, 0.95, 1.09, 1.11, 1.25, 1.31]))
-    assert found.shape == (6, 3, 4)
-    np.testing.assert_allclose(found[1:5, 0, 0], [0.1, 0.1, 0.5, 0.5])
-    assert np.isnan(found[[0, 5]]).all()
-    assert np.isnan(found[:, 1:]).all()
+    actual = boxes.at("v", np.array([0.0, 0.95, 1.09, 1.11, 1.25, 1.31]))
+    assert actual.shape == (6, 3, 4)
+    np.testing.assert_allclose(actual[1:5, 0, 0], [0.1, 0.1, 0.5, 0.5])
+    assert np.isnan(actual[[0, 5]]).all()
+    assert np.isnan(actual[:, 1:]).all()
     np.testing.assert_allclose(boxes.at("w", np.array([0.05]))[0, 1], [0.9, 0.2, 1.0, 0.4])
     assert np.isnan(boxes.at("nowhere", np.array([1.0]))).all()
 
@@ -82,11 +82,11 @@ def test_mistakes_name_the_file_and_the_row(tmp_path: Path) -> None:
 
 def test_crops_and_flips_take_the_boxes_along() -> None:
     boxes = np.array([[[0.0, 0.0, 0.5, 1.0], [0.5, 0.5, 0.75, 0.75], [0.9, 0.9, 1.0, 1.0]]], dtype=np.float32)
-    kept = crop_boxes(boxes, (0, 50, 80, 100), height=100, width=200)
-    np.testing.assert_allclose(kept[0, 0], [0, 0, 0.5, 1])
-    np.testing.assert_allclose(kept[0, 1], [0.5, 0.625, 1, 0.9375])
-    assert np.isnan(kept[0, 2]).all(), "what lies outside of the crop is unknown"
-    mirrored = flip_boxes(kept)
+    cropped = crop_boxes(boxes, (0, 50, 80, 100), height=100, width=200)
+    np.testing.assert_allclose(cropped[0, 0], [0, 0, 0.5, 1])
+    np.testing.assert_allclose(cropped[0, 1], [0.5, 0.625, 1, 0.9375])
+    assert np.isnan(cropped[0, 2]).all(), "what lies outside of the crop is unknown"
+    mirrored = flip_boxes(cropped)
     np.testing.assert_allclose(mirrored[0, 1], [0.5, 0, 1, 1])
     np.testing.assert_allclose(mirrored[0, 0], [0, 0.625, 0.5, 0.9375])
 

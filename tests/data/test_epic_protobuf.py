@@ -85,7 +85,7 @@ def test_files_that_are_not_what_they_should_be(tmp_path: Path, monkeypatch: pyt
         detections.write_epic(pa.Table.from_pylist([row(0, video_id="../up")], SCHEMA), tmp_path)
 
 
-def test_class_names_are_kept_in_parquet_and_old_files_lack_them(tmp_path: Path) -> None:
+def test_class_names_survive_parquet_and_old_files_lack_them(tmp_path: Path) -> None:
     table = pa.Table.from_pylist([row(0, "object", name="cup")], SCHEMA)
     detections.write(table, tmp_path / "new.parquet")
     assert detections.read(tmp_path / "new.parquet").column("name").to_pylist() == ["cup"]

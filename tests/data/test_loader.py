@@ -182,7 +182,7 @@ def test_an_uneven_share_is_refused() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_resuming_anywhere_goes_on_with_the_same_batches(workers: int) -> None:
+def test_resuming_at_any_step_yields_the_same_batches(workers: int) -> None:
     plan = BatchPlan(40, 8, 0)
     straight = clips_of(train_loader(Numbers(), plan, start_step=0, total_steps=12, accumulation=2))
     assert len(straight) == 24
@@ -286,11 +286,11 @@ def test_batches_come_through_pipes_where_shared_memory_is_small() -> None:
     command = [*unshared, sys.executable, "-c", IN_LITTLE_SHARED_MEMORY, str(root), str(here)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    said = done.stdout.splitlines()
-    assert said[:2] == ["whole", "whole"]
+    lines = done.stdout.splitlines()
+    assert lines[:2] == ["whole", "whole"]
     assert done.stderr.count("docker run --shm-size") == 1
-    assert said[2].startswith("error: data.workers=2: no loader process can be started")
-    assert said[2].endswith("data.workers=0 decodes in the process itself")
+    assert lines[2].startswith("error: data.workers=2: no loader process can be started")
+    assert lines[2].endswith("data.workers=0 decodes in the process itself")
     assert "Traceback" not in done.stderr
 
 
@@ -378,9 +378,9 @@ def test_workers_end_with_a_killed_parent() -> None:
     parent = subprocess.Popen([sys.executable, "-c", ORPHANS, str(root), str(here)], stdout=subprocess.PIPE)
     assert parent.stdout is not None
     pipe = parent.stdout.fileno()
-    said = b""
-    while said.count(b"stuck") < 2:
-        said += os.read(pipe, 100)
+    output = b""
+    while output.count(b"stuck") < 2:
+        output += os.read(pipe, 100)
     parent.kill()
     parent.wait()
     # The pipe ends when the last process that holds it is gone; these would hold it for ever.

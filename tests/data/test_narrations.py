@@ -97,8 +97,10 @@ def write_pickle(path: Path, cells: list[str]) -> None:
 
 
 def write_ego4d(path: Path, cells: list[str]) -> None:
-    said = ([{"timestamp_sec": 1, "narration_text": cell}] for cell in cells)
-    path.write_text(json.dumps({f"v{i}": {"narration_pass_1": {"narrations": each}} for i, each in enumerate(said)}))
+    narrations = ([{"timestamp_sec": 1, "narration_text": cell}] for cell in cells)
+    path.write_text(
+        json.dumps({f"v{i}": {"narration_pass_1": {"narrations": each}} for i, each in enumerate(narrations)})
+    )
 
 
 @pytest.mark.parametrize("write", [write_hod, write_egoclip, write_pickle, write_ego4d])

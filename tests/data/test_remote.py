@@ -160,7 +160,7 @@ def test_auto_costs_nothing_once_it_knows(counting: FaultyS3) -> None:
     assert len(counting.requests) == 4
 
 
-def test_a_data_set_is_found_once_and_what_is_nowhere_is_looked_for_once(counting: FaultyS3, folder: Path) -> None:
+def test_a_dataset_is_located_once_and_a_missing_one_is_searched_once(counting: FaultyS3, folder: Path) -> None:
     whole = (folder / "P01" / "whole.MP4").read_bytes()
     counting.objects |= {f"/videos/EPIC-KITCHENS/P01/videos/P01_0{number}.MP4": whole for number in range(3)}
     reader = store("s3://videos")
@@ -187,12 +187,12 @@ def test_the_cache_of_the_settings_is_used(counting: FaultyS3, tmp_path: Path) -
     source = SourceConfig(metadata=str(tmp_path / "clips.csv"), root="s3://videos", chunk_seconds=2)
     config.data.train = {"bucket": source}
     config.data.cache = str(tmp_path / "cache")
-    for gigabytes, kept in ((1.0, 3), (1e-7, 0)):
+    for gigabytes, retained in ((1.0, 3), (1e-7, 0)):
         config.data.cache_gb = gigabytes
         clips = build_dataset(config, 32)
         for index in range(3):
             clips[0, index]
-        assert len(list((tmp_path / "cache").glob("*/*"))) == kept
+        assert len(list((tmp_path / "cache").glob("*/*"))) == retained
         for path in (tmp_path / "cache").glob("*/*"):
             path.unlink()
 

@@ -42,7 +42,7 @@ def test_a_small_object_is_one_request(s3: FaultyS3) -> None:
     assert s3.requests == [f"GET /bucket/v/0000.mp4 bytes=0-{(64 << 20) - 1}"]
 
 
-def test_a_size_is_asked_for_once(s3: FaultyS3) -> None:
+def test_a_size_is_requested_once(s3: FaultyS3) -> None:
     root = open_root("s3://bucket")
     for _ in range(3):
         root.open("v/0000.mp4", size_first=True)
@@ -95,7 +95,7 @@ def test_what_passes_is_tried_again(s3: FaultyS3, fault: str, size_first: bool) 
     assert len(s3.requests) == 3 + size_first
 
 
-def test_a_server_that_goes_on_failing_costs_one_clip(s3: FaultyS3) -> None:
+def test_a_server_that_keeps_failing_costs_one_clip(s3: FaultyS3) -> None:
     s3.script = [(503, "SlowDown")] * 5
     text = r"^s3://bucket/v/0000\.mp4: the server failed in 5 tries \(SlowDown, HTTP 503\)$"
     with pytest.raises(VideoError, match=text):
@@ -128,8 +128,8 @@ def test_what_stays_wrong_ends_at_once_and_shows_no_secret(
     assert text in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(s3.requests) == 1
-    told = "".join(traceback.format_exception(caught.value)) + caplog.text
-    assert not [secret for secret in (SECRET, TOKEN, SIGNATURE, "AKIA") if secret in told]
+    logged = "".join(traceback.format_exception(caught.value)) + caplog.text
+    assert not [secret for secret in (SECRET, TOKEN, SIGNATURE, "AKIA") if secret in logged]
 
 
 def test_a_missing_key(s3: FaultyS3) -> None:
@@ -140,7 +140,7 @@ def test_a_missing_key(s3: FaultyS3) -> None:
         fetch(key="v/0001.mp4", size_first=True)
 
 
-def test_an_answer_nobody_understands_is_not_repeated(s3: FaultyS3) -> None:
+def test_an_answer_that_cannot_be_parsed_is_not_retried(s3: FaultyS3) -> None:
     s3.script = [(409, "SomethingNew")]
     with pytest.raises(VideoError, match=r"cannot be read \(SomethingNew, HTTP 409\)"):
         fetch()
@@ -214,7 +214,7 @@ def test_a_file_uri_is_a_local_folder(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def test_what_was_fetched_is_kept(s3: FaultyS3, tmp_path: Path) -> None:
+def test_fetched_files_stay_in_the_cache(s3: FaultyS3, tmp_path: Path) -> None:
     cache = open_cache(str(tmp_path / "cache"), 1.0)
     for key in ("v/0000.mp4", "v/0000.mp4"):
         assert open_root("s3://bucket", cache).open(key).read() == CONTENT  # type: ignore[union-attr]
@@ -286,8 +286,8 @@ def test_a_full_disk_only_ends_the_caching(
     monkeypatch.setattr(Path, "write_bytes", full)
     for _ in range(3):
         cache.put("a", bytes(100_000))
-    told = [record.getMessage() for record in caplog.records]
-    assert told == [f"data.cache={tmp_path}: not used any further: No space left on device"]
+    logged = [record.getMessage() for record in caplog.records]
+    assert logged == [f"data.cache={tmp_path}: not used any further: No space left on device"]
     assert list(tmp_path.glob("*/*")) == []
     assert cache.get("a") is None
 

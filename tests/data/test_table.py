@@ -115,10 +115,10 @@ ROWS: dict[str, tuple[str, str]] = {
 
 @pytest.mark.parametrize("case", FILES)
 def test_bad_files_are_refused_with_their_name(tmp_path: Path, case: str) -> None:
-    content, said = FILES[case]
+    content, expected = FILES[case]
     with pytest.raises(UserError) as caught:
         table(tmp_path, content)
-    assert said in str(caught.value)
+    assert expected in str(caught.value)
     assert str(tmp_path / "clips.csv") in str(caught.value)
     assert "\n" not in str(caught.value)
     assert isinstance(caught.value, UserError)
@@ -128,18 +128,18 @@ def test_bad_files_are_refused_with_their_name(tmp_path: Path, case: str) -> Non
 def test_a_bad_row_is_left_out_and_counted_or_an_error_if_strict(
     tmp_path: Path, case: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    row, said = ROWS[case]
+    row, expected = ROWS[case]
     path = write(tmp_path / "clips.csv", HEADER + f"first,0,2,x\n{row}\nlast,0,2,x\n")
     clips = read_clips(path)
     assert [(clips.row(i).video_id, clips.row(i).row) for i in range(len(clips))] == [("first", 1), ("last", 3)]
     assert sum(clips.report.left_out.values()) == 1
-    assert said in caplog.text
-    with pytest.raises(UserError, match=re.escape(said)) as caught:
+    assert expected in caplog.text
+    with pytest.raises(UserError, match=re.escape(expected)) as caught:
         read_clips(path, strict=True)
     assert str(caught.value).startswith(f"{path}: row 2: ")
 
 
-def test_a_quote_that_is_never_closed_is_found(tmp_path: Path) -> None:
+def test_an_unclosed_quote_is_an_error(tmp_path: Path) -> None:
     path = write(tmp_path / "clips.csv", HEADER + 'u,0,2,x\nv,0,2,"open the door\nw,3,5,cut\nx,6,8,stir\n')
     with pytest.raises(UserError, match=r"row 2: a quote that is not closed swallows .*: 'open the door"):
         read_clips(path, strict=True)
@@ -168,7 +168,7 @@ def test_columns_in_any_order_under_any_name_with_odd_contents(tmp_path: Path) -
         read_clips(SourceConfig(metadata=str(path), columns={"txet": "sentence"}))
 
 
-def test_only_asked_for_columns_are_kept(tmp_path: Path) -> None:
+def test_only_requested_columns_are_read(tmp_path: Path) -> None:
     path = write(tmp_path / "clips.csv", "uid,verb,noun," + HEADER + "u,cut,onion,v,0,2,x\n")
     assert set(read_clips(path).column_names) >= {"uid", "verb", "noun"}
     assert "noun" not in read_clips(path, extra=["verb"]).column_names
@@ -188,11 +188,11 @@ def test_an_exclude_list_leaves_clips_out(tmp_path: Path, caplog: pytest.LogCapt
         write(exclude, "video_id,start_second,end_second\n" + content)
         assert len(read_clips(SourceConfig(metadata=str(path), exclude=str(exclude)))) == 5
         assert ("names no clip of this table" in caplog.text) == warned
-    for content, said in (
+    for content, expected in (
         ("video,start\n", "not an exclude list"),
         ("video_id,start_second,end_second\nv,x,1\n", "row 1: start_second is 'x', not a time in seconds"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=expected):
             read_clips(SourceConfig(metadata=str(path), exclude=str(write(exclude, content))))
 
 

@@ -96,8 +96,8 @@ def test_tables_are_read_whatever_their_program_made_of_them(way: str, name: str
     path.write_bytes(WAYS[way]())
     table = read_clips(SourceConfig(metadata=str(path)), strict=False)
     assert table.report.left_out.keys() <= {"malformed"}
-    found = [(row.video_id, row.start, row.end, row.texts) for row in map(table.row, range(len(table)))]
-    assert found == [(video, float(start), float(end), (said,)) for video, start, end, said, _ in ROWS]
+    actual = [(row.video_id, row.start, row.end, row.texts) for row in map(table.row, range(len(table)))]
+    assert actual == [(video, float(start), float(end), (narration,)) for video, start, end, narration, _ in ROWS]
     assert table.column("verb_class").tolist() == ["3", "14", "0"]
     assert not [column for column in table.column_names if column.startswith("Unnamed")]
     rows = read_csv(path, NAMES)
@@ -117,21 +117,21 @@ def test_decimal_commas_go_with_semicolons(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "said"),
+    ("names", "expected"),
     [
         (["TEXT", "text"], None),  # both are there: each is what it is
         (["Text", "TEXT"], "no column 'text'"),
         (["text", "text"], "column 'text' appears twice"),
     ],
 )
-def test_columns_that_differ_in_case_only(names: list[str], said: str | None, tmp_path: Path) -> None:
+def test_columns_that_differ_in_case_only(names: list[str], expected: str | None, tmp_path: Path) -> None:
     path = tmp_path / "clips.csv"
     path.write_text(f"video_id,start_second,end_second,{','.join(names)}\nv,0,2,x,y\n")
-    if said is None:
+    if expected is None:
         table = read_clips(path)
         assert (table.row(0).texts, table.column("TEXT").tolist()) == (("y",), ["x"])
     else:
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=expected):
             read_clips(path)
 
 
@@ -172,13 +172,13 @@ STRANGE = {
 
 @pytest.mark.parametrize("case", STRANGE)
 def test_what_cannot_be_read_is_named_with_its_cure(case: str, tmp_path: Path) -> None:
-    content, said = STRANGE[case]
+    content, expected = STRANGE[case]
     path = tmp_path / "clips.csv"
     path.write_bytes(content)
     for read in (read_clips, lambda path: read_csv(path, ("video_id",))):
         with pytest.raises(UserError) as caught:
             read(path)
-        assert said in str(caught.value)
+        assert expected in str(caught.value)
         assert str(path) in str(caught.value)
 
 
@@ -225,8 +225,8 @@ def test_json_in_any_encoding(tmp_path: Path) -> None:
 
 
 def test_narrations_may_be_packed(tmp_path: Path) -> None:
-    said = {"timestamp_sec": 3.0, "narration_text": "#C C stirs"}
-    content = json.dumps({"v": {"narration_pass_1": {"narrations": [said]}}})
+    narration = {"timestamp_sec": 3.0, "narration_text": "#C C stirs"}
+    content = json.dumps({"v": {"narration_pass_1": {"narrations": [narration]}}})
     for name, data in (("a.json.gz", gzip.compress(content.encode())), ("a.json", content.encode("utf-16"))):
         (tmp_path / name).write_bytes(data)
         assert read_clips(tmp_path / name).row(0).texts == ("#C C stirs",)

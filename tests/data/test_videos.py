@@ -229,7 +229,7 @@ def test_the_shortest_clip_can_be_chosen(videos: Path, video: str) -> None:
         assert numbers(read.pictures) == segment_indices(10, 10 + shown, 6).tolist()
 
 
-def test_training_and_fine_tuning_read_clips_as_their_source_says(videos: Path, tmp_path: Path) -> None:
+def test_training_and_fine_tuning_read_clips_by_the_settings_of_their_source(videos: Path, tmp_path: Path) -> None:
     (tmp_path / "P01/videos").mkdir(parents=True)
     shutil.copy(videos / "whole.mp4", tmp_path / "P01/videos/P01_101.MP4")
     shutil.copytree(videos / "cut", tmp_path / "cut")
@@ -270,12 +270,12 @@ TREES = {
 
 
 @pytest.mark.parametrize("path", TREES)
-def test_datasets_are_found_as_their_owners_lay_them_out(videos: Path, tmp_path: Path, path: str) -> None:
+def test_the_layouts_of_published_datasets_are_detected(videos: Path, tmp_path: Path, path: str) -> None:
     (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(videos / "cut" / "0000.mp4", tmp_path / path)
     layout = {"0000.mp4": "chunks", "0.mp4": "avion", "0.MP4": "avion"}.get(path.rpartition("/")[2], "whole")
-    for asked in ("auto", layout):
-        reader = store(tmp_path, asked)
+    for requested in ("auto", layout):
+        reader = store(tmp_path, requested)
         assert numbers(reader.read(TREES[path], 0.5, 1.5, 4).pictures) == segment_indices(5, 15, 4).tolist()
         assert reader.locate(TREES[path], 0.5, 1.5) == [tmp_path / path]
         if layout == "whole":
@@ -317,7 +317,7 @@ def test_a_video_is_looked_for_once(videos: Path, tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("path", ["v.mkv", "v.MOV", "v/0000.mkv"])
-def test_other_containers_are_found_last(videos: Path, tmp_path: Path, path: str) -> None:
+def test_other_containers_are_tried_last(videos: Path, tmp_path: Path, path: str) -> None:
     (tmp_path / path).parent.mkdir(exist_ok=True)
     shutil.copy(videos / "cut" / "0000.mp4", tmp_path / path)
     assert numbers(store(tmp_path).read("v", 0.5, 1.5, 4).pictures) == segment_indices(5, 15, 4).tolist()
@@ -358,10 +358,10 @@ def test_avion_opens_the_chunk_that_begins_where_a_clip_ends(tmp_path: Path) -> 
 def test_longer_chunks_than_expected_are_refused_with_the_cure(tmp_path: Path, decoder: str, second: float) -> None:
     """Second 2.5 is in the chunk 0000, but the chunk 0001 would show second 6.5, and 4.5 the last one's 8.5."""
     cut(tmp_path / "v", [40, 40, 15])
-    said = r"v/000[01]\.mp4: has 4\.00 s, but chunk_seconds is 2; set chunk_seconds=4 if all but the last have"
+    expected = r"v/000[01]\.mp4: has 4\.00 s, but chunk_seconds is 2; set chunk_seconds=4 if all but the last have"
     reader = store(tmp_path, decoder=decoder)
     for _ in range(2):
-        with pytest.raises(VideoError, match=said):
+        with pytest.raises(VideoError, match=expected):
             reader.read("v", second, second + 1.0, 4)
     read = store(tmp_path, decoder=decoder, chunk=4.0).read("v", second, second + 1.0, 4)
     assert read.numbers.tolist() == segment_indices(round(10 * second), round(10 * second) + 10, 4).tolist()
@@ -442,12 +442,12 @@ def test_accents_in_the_other_form_of_unicode(tmp_path: Path, csv: str, disk: st
     name = unicodedata.normalize(disk, video)  # type: ignore[arg-type]
     keys = {"whole": f"{name}.mp4", "chunks": f"{name}/0000.mp4", "avion": f"{name}.mp4/0.mp4"}
     encode(tmp_path / keys[layout], 20)
-    asked = unicodedata.normalize(csv, video)  # type: ignore[arg-type]
-    assert numbers(store(tmp_path).read(asked, 0.5, 1.5, 1).pictures) == [9]
+    requested = unicodedata.normalize(csv, video)  # type: ignore[arg-type]
+    assert numbers(store(tmp_path).read(requested, 0.5, 1.5, 1).pictures) == [9]
     # Chunk 3 is missing, which only a listing tells.
     if layout != "whole":
         with pytest.raises(VideoError, match=r"no such file"):
-            store(tmp_path).read(asked, 6.5, 7, 1)
+            store(tmp_path).read(requested, 6.5, 7, 1)
     with pytest.raises(VideoError, match=r"no such file"):
         store(tmp_path).read("K\u00fcche/caf\u00e9", 0, 1, 1)
 

@@ -40,8 +40,8 @@ def picture(number: int, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray
 def numbers(frames: np.ndarray) -> list[int]:
     """Which frame (modulo 55) each of ``frames`` [n, H, W, 3] is, by its bar."""
     bars = frames[:, 4 : frames.shape[1] // 2 - 4, 8:-8].astype(float).mean((1, 2, 3))
-    known = np.array([brightness(i) for i in range(DISTINCT)])
-    return [int(np.abs(known - bar).argmin()) for bar in bars]
+    levels = np.array([brightness(i) for i in range(DISTINCT)])
+    return [int(np.abs(levels - bar).argmin()) for bar in bars]
 
 
 def encode(

@@ -259,10 +259,10 @@ def test_a_variant_can_leave_nothing_but_the_motion_to_tell_of() -> None:
 def test_few_objects_ask_no_object_question_without_an_alternative() -> None:
     """With four objects there is a verb that only one of them suits."""
     videos = [make_video(0, "val", number, variant=Variant(objects=4)) for number in range(10)]
-    asked = [question["kind"] for question in questions(videos, np.random.default_rng(0))]
+    kinds = [question["kind"] for question in questions(videos, np.random.default_rng(0))]
     holding = sum(clip.verb == "hold" for video in videos for clip in video.clips)
     assert holding > 0
-    assert asked.count("object") == sum(len(video.clips) for video in videos) - holding
+    assert kinds.count("object") == sum(len(video.clips) for video in videos) - holding
 
 
 def clips_of(variant: Variant) -> list[Clip]:

@@ -81,10 +81,10 @@ def test_tables_agree_with_each_other(world: Path) -> None:
     assert len(boxes) == sum(clip.frames for clip in clips)
     # Each frame finds its own boxes, not those of a neighbour.
     video = make_split(SEED, "test", SCALE)[0]
-    found = boxes.at(video.video_id, (np.arange(video.frames) + 0.5) / FPS)[:, 2]
+    actual = boxes.at(video.video_id, (np.arange(video.frames) + 0.5) / FPS)[:, 2]
     stage = Stage(video)
     own = [stage.moment(c, frame_time(i)).box(c.noun) for c in video.clips for i in range(c.frames)]
-    np.testing.assert_allclose(found, own, atol=1e-6)
+    np.testing.assert_allclose(actual, own, atol=1e-6)
     for row in hod:
         assert classes[row["action"]]["verb"] == row["verb"]
         assert row["motion"] == VERBS[row["verb"]].path
@@ -103,10 +103,10 @@ def test_seconds_lead_back_to_their_frame() -> None:
 def test_questions_have_one_right_answer() -> None:
     videos = make_split(SEED, "test", 0.2)
     clips = {clip.uid: (video.video_id, clip) for video in videos for clip in video.clips}
-    asked = list(questions(videos, np.random.default_rng(0)))
-    kinds = [question["kind"] for question in asked]
+    drawn = list(questions(videos, np.random.default_rng(0)))
+    kinds = [question["kind"] for question in drawn]
     assert kinds.count("across_clips") == kinds.count("object") == len(clips)
-    for question in asked:
+    for question in drawn:
         choices, answer = question["choices"], question["answer"]
         if question["kind"] == "across_clips":
             chosen = [clips[choice["clip"]] for choice in choices]
@@ -126,7 +126,7 @@ def test_questions_have_one_right_answer() -> None:
             assert right.endswith(f" with the {clip.hand} hand")
             assert wrong.endswith(f" with the {clip.hand} hand")
     for kind, count in (("across_clips", 5), ("object", 2), ("state_changing", 2), ("transient", 2)):
-        answers = [question["answer"] for question in asked if question["kind"] == kind]
+        answers = [question["answer"] for question in drawn if question["kind"] == kind]
         assert set(answers) == set(range(count))
 
 
@@ -158,7 +158,7 @@ def test_other_settings_and_other_folders_are_refused(world: Path, tmp_path: Pat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["letter.txt", "torn"]
 
 
-def test_a_killed_run_goes_on_where_it_stopped_and_ends_as_any_other(tmp_path: Path) -> None:
+def test_a_killed_run_resumes_to_the_same_result(tmp_path: Path) -> None:
     out, straight = tmp_path / "killed", tmp_path / "straight"
     command = [*TOOL, "--output", str(out), "--scale", str(SCALE), "--splits", "train", "--workers", "1"]
     videos = out / "train" / "videos"

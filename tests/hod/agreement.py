@@ -37,12 +37,12 @@ EXPECTED = {
 }  # fmt: skip
 
 
-def disagreement(found: ClipFacts, verb: str, hand: str) -> str:
+def disagreement(actual: ClipFacts, verb: str, hand: str) -> str:
     """What the facts of a clip say otherwise than its truth; empty if nothing."""
-    if found.acting != hand:
-        return f"acting hand {found.acting}"
-    acting = found.hands[hand]
-    said, times = acting.motion.directions, acting.motion.repeats
+    if actual.acting != hand:
+        return f"acting hand {actual.acting}"
+    acting = actual.hands[hand]
+    legs, times = acting.motion.directions, acting.motion.repeats
     if acting.contact is None:
         return "no contact"
     if acting.relation != {"open": "off", "close": "onto"}.get(verb):
@@ -50,13 +50,13 @@ def disagreement(found: ClipFacts, verb: str, hand: str) -> str:
     if verb in ("open", "close"):
         # The lid goes aside to the hand's own side, over an arc.
         out = (hand == "right") == (verb == "open")
-        right = [word for word in said if word in ("left", "right")] == ["right" if out else "left"]
+        right = [word for word in legs if word in ("left", "right")] == ["right" if out else "left"]
     elif VERBS[verb].path in ("wipe", "flick"):
         # Back to the middle may be told as a third leg.
-        right = said[:2] == EXPECTED[verb] and said[2:] in ((), said[:1]) and times == 1
+        right = legs[:2] == EXPECTED[verb] and legs[2:] in ((), legs[:1]) and times == 1
     else:
-        right = said == EXPECTED[verb] and (VERBS[verb].path != "tap" or times == (2 if verb == "tap twice" else 1))
-    return "" if right else f"{said} x {times}"
+        right = legs == EXPECTED[verb] and (VERBS[verb].path != "tap" or times == (2 if verb == "tap twice" else 1))
+    return "" if right else f"{legs} x {times}"
 
 
 def measure(clips: pd.DataFrame, detector: Detector, frames: int = EVERY_FRAME) -> Iterator[tuple[str, str]]:
@@ -91,8 +91,8 @@ def measure_swaying(video: Video, sway: float, compensate: bool = True) -> Itera
         rows = oracle.detect(video.video_id, numbers, seconds, None)
         moved = facts.camera_shifts(pictures[numbers], seconds, rows) if compensate else None
         start, end = clip.start / FPS, (clip.start + clip.frames) / FPS
-        found = facts_of(rows, seconds, video_id=video.video_id, start=start, end=end, shifts=moved)
-        yield clip.verb, disagreement(found, clip.verb, clip.hand)
+        actual = facts_of(rows, seconds, video_id=video.video_id, start=start, end=end, shifts=moved)
+        yield clip.verb, disagreement(actual, clip.verb, clip.hand)
 
 
 def main() -> None:
@@ -113,7 +113,7 @@ def main() -> None:
     else:
         videos = [make_video(0, args.split, number) for number in range(args.videos)]
         results = [each for v in videos for each in measure_swaying(v, args.sway, not args.leave_camera)]
-    wrong = pd.Series([f"{verb}: {said}" for verb, said in results if said], dtype=str)
+    wrong = pd.Series([f"{verb}: {difference}" for verb, difference in results if difference], dtype=str)
     print(f"{len(results) - len(wrong)} of {len(results)} clips agree: {1 - len(wrong) / len(results):.1%}")
     print(wrong.value_counts().head(10).to_string())
 

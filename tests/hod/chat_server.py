@@ -94,8 +94,8 @@ class ChatServer:
     def _do(self, request: BaseHTTPRequestHandler, body: dict[str, Any], step: Any) -> None:
         if isinstance(step, tuple):
             # Some services repeat the key that they refuse.
-            said = f"refused {request.headers.get('Authorization')}".encode()
-            self._send(request, step[0], said, step[1])
+            refusal = f"refused {request.headers.get('Authorization')}".encode()
+            self._send(request, step[0], refusal, step[1])
             return
         if step == "hang":
             self._over.wait(10)

@@ -21,9 +21,9 @@ def motion(*directions: str, repeats: int = 1) -> Motion:
 
 def hand(side: str, *directions: str, **more: Any) -> HandFacts:
     """A hand; unless said otherwise it touches nothing, and rests."""
-    known = {"seen": 1.0, "contact": None, "release": None, "approach": None, "touches": None}
+    values = {"seen": 1.0, "contact": None, "release": None, "approach": None, "touches": None}
     return HandFacts(
-        side, motion=motion(*(directions or ("still",)), repeats=more.pop("repeats", 1)), **{**known, **more}
+        side, motion=motion(*(directions or ("still",)), repeats=more.pop("repeats", 1)), **{**values, **more}
     )
 
 
@@ -32,8 +32,8 @@ def clip(*hands: HandFacts, acting: str | None = "right", thing: str | None = "s
     by_side = {each.side: each for each in hands}
     moved = by_side[acting].motion if acting in by_side else motion("still")
     active = ObjectFacts(thing, False, moved) if thing else None
-    known = {"hands_together": None, **more}
-    return ClipFacts("video", 0.0, 2.0, np.linspace(0, 2, 16), by_side, active, acting, **known)
+    values = {"hands_together": None, **more}
+    return ClipFacts("video", 0.0, 2.0, np.linspace(0, 2, 16), by_side, active, acting, **values)
 
 
 WIPE = clip(hand("right", "left", "right", touches="object", contact=0.0), hand("left"))

@@ -55,17 +55,17 @@ def disagreements(world: Path, split: str, output: Path) -> list[tuple[str, str]
     clips = pd.read_csv(world / split / "hod.csv")
     boxes = pd.read_parquet(world / split / "detections.parquet")
     hands = dict(iter(boxes[boxes["kind"] == "hand"].groupby(["video_id", "side"])))
-    told = dict(pd.read_csv(output)[["uid", "text"]].itertuples(index=False))
-    found = []
+    written = dict(pd.read_csv(output)[["uid", "text"]].itertuples(index=False))
+    actual = []
     for row in clips.itertuples():
         states = {}
         for side, name in enumerate(("left", "right")):
             rows = hands.get((row.video_id, side), boxes.iloc[:0])
             inside = (rows["second"] >= row.start_second) & (rows["second"] < row.end_second)
             states[name] = rows[inside].sort_values("second")["state"].tolist()
-        wrong = _disagreement(told[row.uid], row.verb, row.hand, states) if row.uid in told else "no narration"
-        found.append((row.verb, wrong))
-    return found
+        wrong = _disagreement(written[row.uid], row.verb, row.hand, states) if row.uid in written else "no narration"
+        actual.append((row.verb, wrong))
+    return actual
 
 
 def _disagreement(text: str, verb: str, hand: str, states: dict[str, list[int]]) -> str:
@@ -113,10 +113,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "hod.csv"
         narrate(args.world, args.split, output, args.overrides)
-        found = disagreements(args.world, args.split, output)
-    right = sum(not wrong for _, wrong in found)
-    print(f"{right} of {len(found)} narrations agree: {right / len(found):.1%}")
-    for (verb, wrong), count in Counter((verb, wrong) for verb, wrong in found if wrong).most_common(15):
+        actual = disagreements(args.world, args.split, output)
+    right = sum(not wrong for _, wrong in actual)
+    print(f"{right} of {len(actual)} narrations agree: {right / len(actual):.1%}")
+    for (verb, wrong), count in Counter((verb, wrong) for verb, wrong in actual if wrong).most_common(15):
         print(f"  {count} x {verb}: {wrong}")
 
 

@@ -75,11 +75,11 @@ class Corpus:
         self, key: str, classes: Classes, used: collections.Counter[str], least: int, but: frozenset[str]
     ) -> list[str]:
         """Words of the classes that the corpus has, used at least so often."""
-        known = {number for row in self.others for number in ast.literal_eval(row[key])}
+        others = {number for row in self.others for number in ast.literal_eval(row[key])}
         return sorted(
             word
             for word, own in classes.items()
-            if own & known and re.fullmatch("[a-z]{3,}", word) and word not in but and used[word] >= least
+            if own & others and re.fullmatch("[a-z]{3,}", word) and word not in but and used[word] >= least
         )
 
     def falsified(self, row: dict[str, str], kind: str, rng: random.Random) -> str | None:
@@ -90,11 +90,11 @@ class Corpus:
             return swapped if swapped != text else None
         classes, pool = (self.verb_classes, self.verbs) if kind == "verb" else (self.noun_classes, self.nouns)
         own = set(ast.literal_eval(row["verb" if kind == "verb" else "noun"]))
-        found = [word for word in self._words(text, kind) if classes.get(lemma(word), set()) & own]
-        found = [word for word in found if kind != "verb" or lemma(word) not in _LIGHT] or found
-        if not found:
+        matches = [word for word in self._words(text, kind) if classes.get(lemma(word), set()) & own]
+        matches = [word for word in matches if kind != "verb" or lemma(word) not in _LIGHT] or matches
+        if not matches:
             return None
-        word = rng.choice(sorted(set(found)))
+        word = rng.choice(sorted(set(matches)))
         seen = own.union(*(classes.get(lemma(each), set()) for each in _tokens(row["narration_en"] + " " + text)))
         base = lemma(word)
         other = rng.choice(
@@ -132,8 +132,8 @@ def measure(corpus: Corpus, passes: Callable[[str, str], bool], seed: int = SEED
 
 
 def lemma(word: str) -> str:
-    found = simplemma.lemmatize(word, lang="en").lower()
-    return "mix" if found == "mixe" else found
+    base = simplemma.lemmatize(word, lang="en").lower()
+    return "mix" if base == "mixe" else base
 
 
 def _tokens(text: str) -> list[str]:

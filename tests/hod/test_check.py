@@ -101,14 +101,14 @@ def test_a_hand_that_was_not_seen_may_not_be_named() -> None:
     assert names(TRUE, source="#C C moves the sponge with the right hand beside the left hand", facts=alone) == set()
 
 
-def test_both_hands_may_hold_what_the_source_says_is_held() -> None:
+def test_both_hands_may_hold_what_the_source_holds() -> None:
     both = clip(hand("right", touches="object", contact=0.0), hand("left", touches="other", contact=0.0))
     source = "#C C holds the sponge"
-    told = f"{source} with the right hand, while the left hand holds another object still"
-    assert names(told, source, facts=both) == set()
+    caption = f"{source} with the right hand, while the left hand holds another object still"
+    assert names(caption, source, facts=both) == set()
     assert names(f"{source} with the left hand, while the right hand rests", source, facts=both) == {"side"}
     alone = clip(hand("right", touches="object", contact=0.0), hand("left"))
-    assert names(told, source, facts=alone) == {"contact"}
+    assert names(caption, source, facts=alone) == {"contact"}
     wiped = "The right hand wipes the sponge and the left hand wipes the sponge"
     assert names(wiped, "#C C wipes the sponge", facts=both) == {"side"}
 
@@ -129,7 +129,7 @@ def test_the_prompt_may_not_be_repeated() -> None:
         ("#C C opens the system prompt", False),
     ],
 )
-def test_what_the_narration_itself_says_is_no_talk_of_a_model(source: str, passes: bool) -> None:
+def test_words_of_the_narration_are_no_talk_of_a_model(source: str, passes: bool) -> None:
     caption = f"{source} with the right hand"
     assert ("prompt" not in names(caption, source=source)) == passes
     assert names(caption, source="#C C moves the sponge") >= {"prompt"}
@@ -162,14 +162,16 @@ def test_left_and_right_are_hands_directions_or_neither() -> None:
     assert sides("passes it from the right hand to the left hand") == ("right", "left")
     assert sides("the left and right hands press") == ("left", "right")
     assert sides("slides it to the left, the oil left in the pan") == ()
-    found = clauses("#C C cuts it with the right hand, slowly, while the other hand rests")
-    assert [clause.sides for clause in found] == [("right",), ("right",), ("left",)]
-    said = [(claim.sides, claim.what) for claim in claims("moves the cup to the left with the left hand, then right")]
-    assert said == [(("left",), "left"), (("left",), "right")]
+    actual = clauses("#C C cuts it with the right hand, slowly, while the other hand rests")
+    assert [clause.sides for clause in actual] == [("right",), ("right",), ("left",)]
+    motions = [
+        (claim.sides, claim.what) for claim in claims("moves the cup to the left with the left hand, then right")
+    ]
+    assert motions == [(("left",), "left"), (("left",), "right")]
     assert claims("picks up the cup left on the table, puts it down right away, next to the left hand") == []
 
 
-def test_english_is_told_from_other_languages() -> None:
+def test_english_is_distinguished_from_other_languages() -> None:
     assert is_english("#C C wipes the counter", 0.6)
     assert not is_english("#C C essuie la table avec un torchon", 0.6)
     assert not is_english("用右手拿刀", 0.6)

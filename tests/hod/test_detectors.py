@@ -53,18 +53,18 @@ def frames(numbers: list[int]) -> tuple[np.ndarray, np.ndarray]:
 def test_files_give_each_moment_once_to_the_nearest_picture(truth: Path, tmp_path: Path) -> None:
     files = DetectionFiles(str(truth))
     assert files.reads_files
-    found = files.detect("v", *frames([0, 4, 8, 39])).to_pandas()
-    assert found["frame_number"].tolist() == [0, 0, 4, 4, 8, 8, 39, 39]
+    actual = files.detect("v", *frames([0, 4, 8, 39])).to_pandas()
+    assert actual["frame_number"].tolist() == [0, 0, 4, 4, 8, 8, 39, 39]
     assert len(files.detect("elsewhere", *frames([0]))) == 0
     assert len(files.detect("v", *frames([100]))) == 0
     # Where frames lack boxes the neighbours' boxes are not told twice.
     thin = detections.read(truth).to_pandas().query("frame_number % 3 == 0")
     detections.write(pa.Table.from_pandas(thin, preserve_index=False), tmp_path / "thin.parquet")
-    found = DetectionFiles(str(tmp_path)).detect("v", *frames(list(range(12)))).to_pandas()
-    assert found["frame_number"].tolist() == [0, 0, 3, 3, 6, 6, 9, 9]
+    actual = DetectionFiles(str(tmp_path)).detect("v", *frames(list(range(12)))).to_pandas()
+    assert actual["frame_number"].tolist() == [0, 0, 3, 3, 6, 6, 9, 9]
 
 
-def test_epic_files_are_found_by_video_and_take_the_rate_of_the_frames(truth: Path, tmp_path: Path) -> None:
+def test_epic_files_are_read_by_video_at_the_rate_of_the_frames(truth: Path, tmp_path: Path) -> None:
     folder = tmp_path / "P01"
     detections.write_epic(detections.read(truth), folder)
     one, other = (DetectionFiles(str(path)).detect("v", *frames([3, 4, 5])) for path in (truth, tmp_path))
@@ -93,14 +93,14 @@ def test_noise_follows_from_the_seed_and_the_frame_alone(truth: Path) -> None:
     assert boxes(every, drop=1.0).empty
 
 
-def test_two_hands_of_one_side_are_told_apart() -> None:
+def test_two_hands_of_one_side_get_different_sides() -> None:
     box = np.array([[0.1, 0.5, 0.3, 0.8], [0.6, 0.5, 0.8, 0.8], [0.61, 0.5, 0.8, 0.8]])
-    kept, sides = assign_sides(box, np.array([0.6, 0.9, 0.8]), np.array([RIGHT, RIGHT, LEFT]))
-    assert dict(zip(kept.tolist(), sides.tolist(), strict=True)) == {1: RIGHT, 0: LEFT}
+    chosen, sides = assign_sides(box, np.array([0.6, 0.9, 0.8]), np.array([RIGHT, RIGHT, LEFT]))
+    assert dict(zip(chosen.tolist(), sides.tolist(), strict=True)) == {1: RIGHT, 0: LEFT}
     above = box[:2] * (0, 1, 0, 1) + [[0.4, 0, 0.6, 0], [0.41, -0.4, 0.61, -0.4]]
     assert assign_sides(above, np.array([0.6, 0.9]), np.array([LEFT, LEFT]))[1].tolist() == [LEFT, RIGHT]
-    kept, sides = assign_sides(np.zeros((0, 4)), np.zeros(0), np.zeros(0, dtype=np.int64))
-    assert len(kept) == len(sides) == 0
+    chosen, sides = assign_sides(np.zeros((0, 4)), np.zeros(0), np.zeros(0, dtype=np.int64))
+    assert len(chosen) == len(sides) == 0
 
 
 def test_unknown_detectors_and_options(truth: Path) -> None:
@@ -157,9 +157,9 @@ def test_a_faster_rcnn_gives_rows_of_the_schema(checkpoint: Path) -> None:
     labels = {1: "hand", "2": "cup", 3: "object"}
     detector = TorchvisionBoxes(str(checkpoint), labels, **SMALL)
     pictures = np.random.default_rng(0).integers(0, 255, (3, 60, 80, 3), dtype=np.uint8)
-    found = detector.detect("v", *frames([0, 1, 2]), pictures)
-    detections.check(found, "found")
-    rows = found.to_pandas()
+    actual = detector.detect("v", *frames([0, 1, 2]), pictures)
+    detections.check(actual, "found")
+    rows = actual.to_pandas()
     assert len(rows) > 3
     assert rows[rows["kind"] == "hand"].groupby(["frame_number", "side"]).size().max() <= 1
     assert rows[rows["kind"] == "hand"]["frame_number"].nunique() == 3
@@ -196,7 +196,7 @@ def test_checkpoints_and_label_maps_that_do_not_fit(checkpoint: Path, tmp_path: 
     refuses(tmp_path / "cut.pth", {1: "hand"}, "cut.pth")
 
 
-def test_mediapipe_that_is_not_there_or_does_not_start_says_what_to_do(tmp_path: Path) -> None:
+def test_a_missing_or_broken_mediapipe_is_an_error_with_a_cure(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="pip install --no-deps --target"):
         MediapipeHands(str(tmp_path))
     (tmp_path / "mediapipe").mkdir()
@@ -220,10 +220,10 @@ def test_mediapipe_sees_the_right_hand_stir_and_the_left_hold(mediapipe_hands: M
     """The real Ego4D clip: the left hand holds the pan below, the right one stirs on the right side of the picture."""
     path = shared / "media" / "lavila" / "3c0dffd0-e38e-4643-bc48-d513943dc20b_012_014.mp4"
     pictures, seconds, _ = read_clip(choose_decoder()[1], path, path.name, 0, 2, 16)
-    found = mediapipe_hands.detect("v", np.round(seconds * 30 - 0.5), seconds, pictures)
-    detections.check(found, "found")
+    actual = mediapipe_hands.detect("v", np.round(seconds * 30 - 0.5), seconds, pictures)
+    detections.check(actual, "found")
     facts = facts_of(
-        found, seconds, video_id="v", start=0, end=2, shifts=tracking.camera_shifts(pictures, seconds, found)
+        actual, seconds, video_id="v", start=0, end=2, shifts=tracking.camera_shifts(pictures, seconds, actual)
     )
     left, right = facts.hands["left"], facts.hands["right"]
     assert left.seen >= 0.9
@@ -243,8 +243,8 @@ def test_mediapipe_finds_hands_in_epic_frames_and_none_in_the_dark(
     files = sorted((shared / "media" / "hoi-forecast" / "P01_01").glob("*.jpg"))
     pictures = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
     numbers = np.array([int(file.stem.removeprefix("frame_")) for file in files])
-    found = mediapipe_hands.detect("P01_01", numbers, numbers / 60, pictures)
-    assert len(set(found.column("frame_number").to_pylist())) >= 8
+    actual = mediapipe_hands.detect("P01_01", numbers, numbers / 60, pictures)
+    assert len(set(actual.column("frame_number").to_pylist())) >= 8
     dark = np.zeros((2, 240, 320, 3), dtype=np.uint8)
     assert len(mediapipe_hands.detect("dark", *frames([0, 1]), dark)) == 0
 

@@ -60,7 +60,7 @@ def test_a_swaying_camera_is_taken_out() -> None:
     assert share(results) >= 0.83, results
 
 
-def test_camera_shifts_are_found_to_parts_of_a_pixel_beside_boxes() -> None:
+def test_camera_shifts_are_estimated_to_parts_of_a_pixel_outside_boxes() -> None:
     rng = np.random.default_rng(0)
     scene = np.kron(rng.integers(0, 255, (60, 80, 3)), np.ones((8, 8, 1))).astype(np.uint8)
     true = np.array([(0, 0), (9, 4), (30, -2), (12, 10)])
@@ -69,8 +69,8 @@ def test_camera_shifts_are_found_to_parts_of_a_pixel_beside_boxes() -> None:
     rows = boxes(np.full(24, 170 / 320), np.full(24, 120 / 240))
     edges = {"left": 120 / 320, "top": 80 / 240, "right": 220 / 320, "bottom": 160 / 240}
     hand = pa.Table.from_pylist([each | edges for each in rows[:4]], SCHEMA)
-    found = camera_shifts(pictures, TIMES[:4], hand) * (320, 240)
-    np.testing.assert_allclose(found, true, atol=1.0)
+    actual = camera_shifts(pictures, TIMES[:4], hand) * (320, 240)
+    np.testing.assert_allclose(actual, true, atol=1.0)
     nothing = SCHEMA.empty_table()
     assert not camera_shifts(np.zeros((3, 24, 32, 3), np.uint8), TIMES[:3], nothing).any()
     assert camera_shifts(pictures[:1], TIMES[:1], nothing).shape == (1, 2)
@@ -88,25 +88,25 @@ def test_shifts_are_subtracted_from_paths() -> None:
 def test_words_of_paths() -> None:
     t = np.linspace(0, 1, 24)
 
-    def said(x: np.ndarray, y: np.ndarray, slope: float = 0.0) -> tuple[tuple[str, ...], int]:
+    def legs(x: np.ndarray, y: np.ndarray, slope: float = 0.0) -> tuple[tuple[str, ...], int]:
         return directions_of(np.stack([x, y], axis=1), 0.2, slope, 1.0)
 
     flat, there = np.full(24, 0.5), np.sin(np.pi * t)
-    assert said(0.2 + 0.5 * t, flat) == (("right",), 1)
-    assert said(0.8 - 0.5 * t, flat) == (("left",), 1)
-    assert said(flat, 0.8 - 0.5 * t) == (("up",), 1)
-    assert said(flat, 0.8 - 0.5 * t, slope=1.0) == (("away",), 1)
-    assert said(flat, 0.2 + 0.5 * t, slope=1.0) == (("closer",), 1)
-    assert said(flat, 0.2 + 0.5 * t, slope=-1.0) == (("down",), 1)
-    assert said(0.2 + 0.4 * there, flat) == (("right", "left"), 1)
-    assert said(0.2 + 0.4 * np.abs(np.sin(2 * np.pi * t)), flat) == (("right", "left"), 2)
-    assert said(0.5 + 0.1 * np.sin(10 * np.pi * t), flat)[0] == ("back and forth",)
+    assert legs(0.2 + 0.5 * t, flat) == (("right",), 1)
+    assert legs(0.8 - 0.5 * t, flat) == (("left",), 1)
+    assert legs(flat, 0.8 - 0.5 * t) == (("up",), 1)
+    assert legs(flat, 0.8 - 0.5 * t, slope=1.0) == (("away",), 1)
+    assert legs(flat, 0.2 + 0.5 * t, slope=1.0) == (("closer",), 1)
+    assert legs(flat, 0.2 + 0.5 * t, slope=-1.0) == (("down",), 1)
+    assert legs(0.2 + 0.4 * there, flat) == (("right", "left"), 1)
+    assert legs(0.2 + 0.4 * np.abs(np.sin(2 * np.pi * t)), flat) == (("right", "left"), 2)
+    assert legs(0.5 + 0.1 * np.sin(10 * np.pi * t), flat)[0] == ("back and forth",)
     for turns in (1, 2):
         x, y = 0.5 + 0.2 * np.cos(2 * np.pi * turns * t), 0.5 + 0.2 * np.sin(2 * np.pi * turns * t)
-        assert said(x, y) == (("clockwise",), turns)
-        assert said(x, 1 - y) == (("counterclockwise",), turns)
-    assert said(np.minimum(0.2 + t, 0.7), np.maximum(0.7 - 0.9 * np.clip(t - 0.5, 0, 1), 0)) == (("right", "up"), 1)
-    assert said(flat, flat) == (("still",), 1)
+        assert legs(x, y) == (("clockwise",), turns)
+        assert legs(x, 1 - y) == (("counterclockwise",), turns)
+    assert legs(np.minimum(0.2 + t, 0.7), np.maximum(0.7 - 0.9 * np.clip(t - 0.5, 0, 1), 0)) == (("right", "up"), 1)
+    assert legs(flat, flat) == (("still",), 1)
 
 
 def test_a_hand_that_carries_something_without_contact_states() -> None:
@@ -117,12 +117,12 @@ def test_a_hand_that_carries_something_without_contact_states() -> None:
     thing_x = np.where(np.arange(24) < 9, 0.68, x - 0.02)
     thing = boxes(thing_x, np.full(24, 0.52), 0.12, "object", name="cup")
     still = boxes(np.full(24, 0.1), np.full(24, 0.8), side=0)
-    found = facts(boxes(x, y) + thing + still)
-    assert found.acting == "right"
-    assert found.object is not None
-    assert (found.object.name, found.object.guessed) == ("cup", False)
-    assert found.object.motion.directions == ("left",)
-    right, left = found.hands["right"], found.hands["left"]
+    actual = facts(boxes(x, y) + thing + still)
+    assert actual.acting == "right"
+    assert actual.object is not None
+    assert (actual.object.name, actual.object.guessed) == ("cup", False)
+    assert actual.object.motion.directions == ("left",)
+    right, left = actual.hands["right"], actual.hands["left"]
     assert right.touches == "object"
     assert right.motion.directions == ("left",)
     assert right.contact is not None
@@ -130,16 +130,16 @@ def test_a_hand_that_carries_something_without_contact_states() -> None:
     assert right.approach is not None
     assert right.approach < 0.3
     assert (left.contact, left.touches, left.motion.directions) == (None, None, ("still",))
-    assert found.hands_together == "closing"
+    assert actual.hands_together == "closing"
     assert (right.motion.start_region, right.motion.end_region) == ("lower right", "left")
 
 
 def test_without_objects_one_is_guessed_beside_the_hand_and_marked() -> None:
-    found = facts(boxes(np.linspace(0.2, 0.7, 24), np.full(24, 0.6)))
-    assert found.object is not None
-    assert found.object.guessed
-    assert found.object.motion.directions == ("right",)
-    assert found.hands["right"].contact is None
+    actual = facts(boxes(np.linspace(0.2, 0.7, 24), np.full(24, 0.6)))
+    assert actual.object is not None
+    assert actual.object.guessed
+    assert actual.object.motion.directions == ("right",)
+    assert actual.hands["right"].contact is None
 
 
 def test_gaps_are_bridged_if_they_are_short() -> None:

@@ -15,11 +15,11 @@ from tests.hod.runs import command, encode, head, rows
 from tests.support import Command
 
 
-def caption(asked: dict[str, Any]) -> str:
+def caption(request: dict[str, Any]) -> str:
     """Says of the acting hand that it acts, and nothing more."""
-    lines = " ".join(str(value) for value in asked.values())
+    lines = " ".join(str(value) for value in request.values())
     side = re.search(r"(left|right) hand: does the action", lines)
-    return f"{asked['narration']} with the {side[1]} hand" if side else asked["narration"]
+    return f"{request['narration']} with the {side[1]} hand" if side else request["narration"]
 
 
 def llm(server: ChatServer, **more: Any) -> list[str]:
@@ -27,19 +27,19 @@ def llm(server: ChatServer, **more: Any) -> list[str]:
     return [f"narrator.{name}={value}" for name, value in knobs.items()]
 
 
-def test_a_language_model_words_the_clips_and_is_never_asked_too_much(
+def test_a_language_model_captions_the_clips_with_no_request_twice(
     few: list[str], tmp_path: Path, inside: Command
 ) -> None:
     with ChatServer(caption) as server:
         done = inside("generate_hod.py", *few, *llm(server))
         assert done.returncode == 0, done.stderr
-        asked = len(server.bodies)
+        requests = len(server.bodies)
         assert server.most <= 2
-        assert asked >= 5
+        assert requests >= 5
         assert inside("generate_hod.py", *few, *llm(server)).returncode == 0
-        assert len(server.bodies) == asked, "what was answered is not asked again"
-    told = [row["text"] for row in rows(tmp_path / "hod.csv")]
-    assert sum(bool(re.search(r"with the (left|right) hand$", text)) for text in told) >= 8, told
+        assert len(server.bodies) == requests, "what was answered is not asked again"
+    written = [row["text"] for row in rows(tmp_path / "hod.csv")]
+    assert sum(bool(re.search(r"with the (left|right) hand$", text)) for text in written) >= 8, written
 
 
 def test_an_endpoint_that_goes_away_costs_nothing_that_was_answered(
@@ -73,7 +73,7 @@ def test_a_model_that_repeats_its_orders_is_replaced_by_the_template(
     assert page.read_text().count('data-verdict="replaced"') == 10
 
 
-def test_clips_without_an_answer_are_asked_for_again_with_retry(
+def test_clips_without_an_answer_are_requested_again_with_retry(
     few: list[str], tmp_path: Path, inside: Command
 ) -> None:
     with ChatServer(caption, script=["ok", (500, {})]) as server:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -12,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
+from egohod.data.detections import EDGES, BoxTable
 from egohod.data.formats import read_clips
 from egohod.hod.store import Shard, Store
 from tests.browser import browser, needs_chromium
@@ -30,10 +35,10 @@ def test_a_run_its_stages_its_shards_and_a_second_run(few: list[str], tmp_path: 
     done = inside("generate_hod.py", *few)
     assert done.returncode == 0, done.stderr
     output = tmp_path / "hod.csv"
-    told = rows(output)
-    assert list(told[0]) == ["video_id", "start_second", "end_second", "text", "dataset", "uid"]
-    assert [row["uid"] for row in told] == [f"demo_train_0000_{i:02d}" for i in range(10)]
-    assert all("hand" in row["text"] for row in told)
+    written = rows(output)
+    assert list(written[0]) == ["video_id", "start_second", "end_second", "text", "dataset", "uid"]
+    assert [row["uid"] for row in written] == [f"demo_train_0000_{i:02d}" for i in range(10)]
+    assert all("hand" in row["text"] for row in written)
     assert len(read_clips(output, strict=True)) == 10
     whole = output.read_bytes()
     stamp = {path: path.stat().st_mtime_ns for path in (tmp_path / "hod.csv.work").rglob("*.sqlite")}
@@ -55,7 +60,47 @@ def test_a_run_its_stages_its_shards_and_a_second_run(few: list[str], tmp_path: 
     assert (tmp_path / "parted.csv").read_bytes() == whole
 
 
-def test_videos_without_detections_are_said(demo_world: Path, tmp_path: Path, inside: Command) -> None:
+def test_exported_boxes_make_the_same_facts(few: list[str], tmp_path: Path, inside: Command) -> None:
+    """Noisy boxes, which are in no file before."""
+    noisy = [*few, "detector.options.jitter=0.05", "detector.options.drop=0.2"]
+    boxes = tmp_path / "b.parquet"
+    command = [*noisy, "--export_detections", str(boxes)]
+    done = inside("generate_hod.py", *command)
+    assert (done.returncode, "no clip is detected with these settings" in done.stderr) == (2, True)
+    assert not boxes.exists()
+    # Two narrations of the same seconds: each frame is exported once.
+    clips = tmp_path / "clips.csv"
+    clips.write_text("\n".join(lines := clips.read_text().splitlines()) + f"\n{lines[1]} again\n")
+    assert inside("generate_hod.py", *noisy).returncode == 0
+    done = inside("generate_hod.py", *command)
+    count = int(re.search(r"b\.parquet: ([\d,]+) boxes", done.stderr)[1].replace(",", ""))  # type: ignore[index]
+    table = pd.read_parquet(boxes)
+    assert len(table) == count
+    assert not table.duplicated(["video_id", "frame_number", "kind", "side", "left"]).any()
+    assert "exists; choose another file" in inside("generate_hod.py", *command).stderr
+
+    output = f"output={tmp_path}/again.csv"
+    detector = ["detector.kind=detections", f"detector.options={{path: {boxes}}}"]
+    assert inside("generate_hod.py", *few, *detector, output).returncode == 0
+    facts = [_facts(tmp_path / name) for name in ("hod.csv", "again.csv")]
+    assert len(facts[0]) == 10
+    assert facts[0] == facts[1]
+    assert (tmp_path / "again.csv").read_bytes() == (tmp_path / "hod.csv").read_bytes()
+
+    # Training reads it as well: the box of the first hand at its own time.
+    hand = table[table["kind"] == "hand"].iloc[0]
+    at = BoxTable.read(boxes).at(hand["video_id"], np.array([hand["second"]]))
+    np.testing.assert_array_equal(at[0, hand["side"]], hand[list(EDGES)].to_numpy(np.float32))
+
+
+def _facts(output: Path) -> list[Any]:
+    """What the track stage stored for each clip."""
+    with contextlib.closing(sqlite3.connect(output.with_name(f"{output.name}.work") / "results/0-of-1.sqlite")) as file:
+        rows = file.execute("SELECT value FROM results WHERE stage LIKE 'track-%' ORDER BY clip").fetchall()
+    return [json.loads(value) for (value,) in rows]
+
+
+def test_videos_without_detections_are_reported(demo_world: Path, tmp_path: Path, inside: Command) -> None:
     lines = (demo_world / "train" / "narrations.csv").read_text().splitlines()
     second = [line for line in lines if line.startswith("demo_train_0001")]
     few = command(demo_world, tmp_path, [*lines[:3], *second[:3]])
@@ -71,7 +116,7 @@ def test_videos_without_detections_are_said(demo_world: Path, tmp_path: Path, in
     assert "other.parquet: has detections of none of the 2 videos" in done.stderr
 
 
-def test_what_is_read_and_which_narration_is_chosen_are_part_of_what_is_remembered(
+def test_results_depend_on_the_input_columns_and_the_chosen_narration(
     demo_world: Path, tmp_path: Path, inside: Command
 ) -> None:
     two = "\"['#C C moves the cup', '#C C lifts the jar']\""
@@ -82,11 +127,11 @@ def test_what_is_read_and_which_narration_is_chosen_are_part_of_what_is_remember
         return inside("generate_hod.py", *few, *more).stderr
 
     assert "detect  done: 4 clips" in done("source.list_text=first")
-    told = [row["text"] for row in rows(tmp_path / "hod.csv")]
-    assert all("cup" in text for text in told)
-    said = done("source.list_text=concat")
-    assert "detect  done: 0 clips, 4 stored by an earlier run" in said
-    assert "narrate done: 4 clips" in said
+    written = [row["text"] for row in rows(tmp_path / "hod.csv")]
+    assert all("cup" in text for text in written)
+    log = done("source.list_text=concat")
+    assert "detect  done: 0 clips, 4 stored by an earlier run" in log
+    assert "narrate done: 4 clips" in log
     assert "detect  done: 4 clips" in done("source.chunk_seconds=5")
     assert "detect  done: 4 clips" in done("source.layout=chunks")
 
@@ -100,7 +145,7 @@ def test_a_merge_before_its_time_and_stages_out_of_order(few: list[str], inside:
     assert "check: not one of 10 clips has been through detect, track, narrate; run that first" in done.stderr
 
 
-def test_a_wrong_root_ends_with_an_error_and_the_right_one_with_retry_mends_it(
+def test_a_wrong_root_is_an_error_and_retry_with_the_right_one_succeeds(
     few: list[str], tmp_path: Path, inside: Command
 ) -> None:
     (tmp_path / "empty").mkdir()
@@ -125,7 +170,7 @@ def test_a_dry_run_writes_nothing(few: list[str], tmp_path: Path, inside: Comman
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "expected"),
     [
         (["narator.kind=llm"], "did you mean 'narrator"),
         (["frames=0"], "frames is 0, but must be at least 1"),
@@ -144,14 +189,14 @@ def test_a_dry_run_writes_nothing(few: list[str], tmp_path: Path, inside: Comman
         (["detector.options.jitter=abc"], "detector.options.jitter is 'abc', but must be float"),
     ],
 )
-def test_a_mistake_is_one_line(few: list[str], inside: Command, more: list[str], said: str) -> None:
+def test_an_error_is_one_line(few: list[str], inside: Command, more: list[str], expected: str) -> None:
     done = inside("generate_hod.py", *few, *more)
     assert done.returncode == 2, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert said in line
+    assert expected in line
 
 
-def test_what_is_read_is_never_overwritten(few: list[str], tmp_path: Path, inside: Command) -> None:
+def test_inputs_are_never_overwritten(few: list[str], tmp_path: Path, inside: Command) -> None:
     clips = tmp_path / "clips.csv"
     before = clips.read_bytes()
     (tmp_path / "link.csv").symlink_to(clips)
@@ -166,7 +211,7 @@ def test_what_is_read_is_never_overwritten(few: list[str], tmp_path: Path, insid
     assert ledger.read_bytes() == before
 
 
-def test_the_script_asks_the_program_for_the_detector(few: list[str], inside: Command) -> None:
+def test_the_script_reads_the_detector_from_the_program(few: list[str], inside: Command) -> None:
     assert inside("generate_hod.py", *few, "--which_detector").stdout == "oracle\n"
     assert inside("generate_hod.py", "--config_file", "configs/hod/default.yml", "--which_detector").stdout == (
         "mediapipe\n"
@@ -219,9 +264,9 @@ def test_bad_clips_and_bad_narrations(demo_world: Path, tmp_path: Path, inside: 
     assert "the video ends at" in ledger["3"]
     assert "broken.mp4" in ledger["4"]
     assert "no such file" in ledger["5"]
-    told = {row["uid"]: row["text"] for row in rows(tmp_path / "hod.csv")}
-    assert "script" not in " ".join(told.values())
-    assert len(told) + len(ledger) == 8, "every clip is in one of the two"
+    written = {row["uid"]: row["text"] for row in rows(tmp_path / "hod.csv")}
+    assert "script" not in " ".join(written.values())
+    assert len(written) + len(ledger) == 8, "every clip is in one of the two"
     page = tmp_path / "page.html"
     done = inside("visualize_hod.py", *arguments, "tracks.camera=true", "--page", page)
     assert done.returncode == 0, done.stderr
@@ -263,7 +308,7 @@ def test_pictures_and_films(few: list[str], tmp_path: Path, inside: Command) -> 
     assert inside("visualize_hod.py", *few).returncode == 2
     done = inside("visualize_hod.py", *few, "--page", tmp_path / "page.html")
     assert "no clip has been through a stage" in done.stderr
-    for option, said in (
+    for option, expected in (
         (("--sheet", "x.xyz"), "--sheet is 'x.xyz'"),
         (("--sheet", "x.pdf"), "must end in one of .png, .jpg, .jpeg, .webp"),
         (("--film", "x"), "--film is 'x', but must end"),
@@ -272,7 +317,7 @@ def test_pictures_and_films(few: list[str], tmp_path: Path, inside: Command) -> 
     ):
         done = inside("visualize_hod.py", *few, *option)
         assert done.returncode == 2
-        assert said in done.stderr
+        assert expected in done.stderr
     assert inside("generate_hod.py", *few).returncode == 0
     sheet, film = tmp_path / "sheet.png", tmp_path / "deep" / "er" / "film.mp4"
     done = inside("visualize_hod.py", *few, "--sheet", sheet, "--film", film, "--clips", "2,5")
@@ -305,8 +350,8 @@ def test_the_page_in_a_browser(few: list[str], tmp_path: Path, inside: Command) 
     assert inside("generate_hod.py", *few).returncode == 0
     page = tmp_path / "page.html"
     assert inside("visualize_hod.py", *few, "--page", page).returncode == 0
-    told = rows(tmp_path / "hod.csv")
-    texts = [row["text"].lower() for row in told]
+    written = rows(tmp_path / "hod.csv")
+    texts = [row["text"].lower() for row in written]
     word = next(each for each in texts[3].split() if 0 < sum(each in text for text in texts) < 5)
     shown = "[...document.querySelectorAll('#clips > *')].filter((each) => each.offsetParent).length"
 
@@ -335,15 +380,15 @@ def test_the_page_in_a_browser(few: list[str], tmp_path: Path, inside: Command) 
 def test_narrations_agree_with_what_was_rendered(demo_world: Path, tmp_path: Path) -> None:
     """docs/hod.md has the figures of the whole test split; few clips need a lower bound for chance."""
     assert narrate(demo_world, "val", tmp_path / "hod.csv").finished(Shard()) is not None
-    found = disagreements(demo_world, "val", tmp_path / "hod.csv")
-    assert sum(not wrong for _, wrong in found) >= 0.85 * len(found), found
+    actual = disagreements(demo_world, "val", tmp_path / "hod.csv")
+    assert sum(not wrong for _, wrong in actual) >= 0.85 * len(actual), actual
     # A hand that holds something nameless beside the action is no reason to say less.
-    told = [row["text"] for row in rows(tmp_path / "hod.csv")]
-    assert sum(text.startswith(("The left", "The right")) for text in told) <= 0.1 * len(told), told
+    written = [row["text"] for row in rows(tmp_path / "hod.csv")]
+    assert sum(text.startswith(("The left", "The right")) for text in written) <= 0.1 * len(written), written
 
 
 @pytest.mark.ci
-def test_a_killed_program_goes_on_and_a_training_takes_what_it_wrote(
+def test_a_killed_program_resumes_and_training_reads_its_output(
     demo_world: Path, tmp_path: Path, inside: Command, program: Command
 ) -> None:
     arguments = command(demo_world, tmp_path, (demo_world / "train" / "narrations.csv").read_text().splitlines())

@@ -291,7 +291,7 @@ def odd(task: int) -> int:
     raise Odd("task", str(task))
 
 
-def test_an_error_that_cannot_be_pickled_is_told_and_no_dead_process() -> None:
+def test_an_error_that_cannot_be_pickled_is_reported_as_itself() -> None:
     with Workers(1, odd, 10.0) as workers, pytest.raises(RuntimeError, match="Odd: task: 7"):
         list(workers.unordered([7]))
 

@@ -221,9 +221,9 @@ def test_shards_merge_to_what_a_single_run_writes(table: ClipTable, tmp_path: Pa
         made.run(["detect"], Shard(index, shards))
         made.finish(Shard(index, shards))
     assert made.merge(shards) == Finished(10, 1, 0)
-    told = rows(made.store.output)
-    assert told[0] == list(COLUMNS)
-    assert [row[1] for row in told[1:]] == [str(i) for i in range(11) if i != 7]
+    written = rows(made.store.output)
+    assert written[0] == list(COLUMNS)
+    assert [row[1] for row in written[1:]] == [str(i) for i in range(11) if i != 7]
     assert [row[0] for row in rows(made.store.failures)] == ["row", "8"]
     assert sum(len(made.clips(shard)) for shard in Shard.all(shards)) == 11
     assert made.store.divisions(made.fingerprint) == [shards]
@@ -274,10 +274,10 @@ def test_no_narration_at_all_is_an_error(table: ClipTable, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("3", "i/n"), ("4/4", "0/64 is the first"), ("-1/4", "i/n"), ("0/0", "i/n")]
+    ("text", "expected"), [("3", "i/n"), ("4/4", "0/64 is the first"), ("-1/4", "i/n"), ("0/0", "i/n")]
 )
-def test_a_shard_that_is_none(text: str, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_a_shard_that_is_none(text: str, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
         Shard.parse(text)
 
 
@@ -353,7 +353,7 @@ def test_a_process_that_is_killed_while_it_makes_the_file_leaves_no_results(tabl
     assert made.run(["detect"], WHOLE)["detect"].done == 11
 
 
-def test_somebody_who_looks_does_not_disturb_a_run(table: ClipTable, tmp_path: Path, file_system: str) -> None:
+def test_a_reader_does_not_disturb_a_run(table: ClipTable, tmp_path: Path, file_system: str) -> None:
     made = pipeline(table, tmp_path, Straw("detect"))
     with made.store.results(WHOLE) as results:
         for index in range(3):

@@ -22,30 +22,30 @@ def wordings(source: str, facts: object, count: int = 60) -> set[str]:
 
 
 def test_hand_direction_and_the_other_hand_are_added() -> None:
-    said = wordings("#C C moves the sponge", WIPE)
+    captions = wordings("#C C moves the sponge", WIPE)
     assert (
         "#C C moves the sponge with the right hand, first to the left, then to the right, while the left hand rests"
-        in said
+        in captions
     )
-    assert any(each.startswith("#C C uses the right hand and moves the sponge, first to the left") for each in said)
-    assert len(said) > 4
-    for each in said:
+    assert any(each.startswith("#C C uses the right hand and moves the sponge, first to the left") for each in captions)
+    assert len(captions) > 4
+    for each in captions:
         assert re.search(r"moves the sponge.*first to the left, then to the right", each)
         assert "the left hand rests" in each
 
 
-def test_the_same_seed_says_the_same() -> None:
-    asked = [Request("#C C moves the sponge", WIPE, seed=seed) for seed in range(20)]
-    first, again = (dict(make_narrator(NarratorConfig(seed=3)).narrate(asked)) for _ in range(2))
+def test_the_same_seed_makes_the_same_caption() -> None:
+    requested = [Request("#C C moves the sponge", WIPE, seed=seed) for seed in range(20)]
+    first, again = (dict(make_narrator(NarratorConfig(seed=3)).narrate(requested)) for _ in range(2))
     assert first == again
     assert len({each.text for each in first.values()}) > 2
-    other = dict(make_narrator(NarratorConfig(seed=4)).narrate(asked))
+    other = dict(make_narrator(NarratorConfig(seed=4)).narrate(requested))
     assert other != first
 
 
-def test_without_variety_the_same_facts_are_said_in_the_same_words() -> None:
-    asked = [Request("#C C moves the sponge", WIPE, seed=seed) for seed in range(20)]
-    texts = {each.text for _, each in make_narrator(NarratorConfig(varied=False)).narrate(asked)}
+def test_without_variety_the_same_facts_have_the_same_words() -> None:
+    requested = [Request("#C C moves the sponge", WIPE, seed=seed) for seed in range(20)]
+    texts = {each.text for _, each in make_narrator(NarratorConfig(varied=False)).narrate(requested)}
     assert texts == {
         "#C C moves the sponge with the right hand, first to the left, then to the right, while the left hand rests"
     }
@@ -56,7 +56,7 @@ def test_without_variety_the_same_facts_are_said_in_the_same_words() -> None:
     )
 
 
-def test_opposite_motions_are_told_apart() -> None:
+def test_opposite_motions_have_different_captions() -> None:
     for one, other in (("left", "right"), ("away", "closer"), ("clockwise", "counterclockwise"), ("up", "down")):
         texts = [template("#C C moves the cup", clip(hand("right", way)), 0) for way in (one, other)]
         assert texts[0] != texts[1]
@@ -75,7 +75,7 @@ def test_opposite_motions_are_told_apart() -> None:
         ("C wipes the table.", "C wipes the table with the right hand", "table."),
     ],
 )
-def test_what_the_source_says_stays(source: str, keeps: str, lacks: str) -> None:
+def test_the_words_of_the_source_stay(source: str, keeps: str, lacks: str) -> None:
     text = template(source, WIPE, 1)
     assert keeps in text or "uses the right hand and" in text
     assert lacks not in text
@@ -84,26 +84,26 @@ def test_what_the_source_says_stays(source: str, keeps: str, lacks: str) -> None
 @pytest.mark.parametrize("hand_words", ["with the hand", "with his hand", "using one hand", "with a hand"])
 def test_a_hand_without_a_side_gets_its_side(hand_words: str) -> None:
     source = f"#C C moves the sponge {hand_words}"
-    for said in wordings(source, WIPE):
-        assert len(re.findall(r"right hand", said)) == 1, said
-        assert hand_words not in said
-        assert check(said, source, WIPE, CheckConfig()).passed, said
+    for caption in wordings(source, WIPE):
+        assert len(re.findall(r"right hand", caption)) == 1, caption
+        assert hand_words not in caption
+        assert check(caption, source, WIPE, CheckConfig()).passed, caption
 
 
-def test_hands_without_a_side_stay_and_both_are_told() -> None:
+def test_hands_without_a_side_stay_and_both_are_described() -> None:
     source = "#C C moves the sponge with her hands"
-    for said in wordings(source, WIPE):
-        assert said.startswith(source)
-        assert "the right hand moves first to the left, then to the right" in said
-        assert "with the right hand" not in said
-        assert check(said, source, WIPE, CheckConfig()).passed, said
+    for caption in wordings(source, WIPE):
+        assert caption.startswith(source)
+        assert "the right hand moves first to the left, then to the right" in caption
+        assert "with the right hand" not in caption
+        assert check(caption, source, WIPE, CheckConfig()).passed, caption
 
 
 def test_a_hand_that_moves_off_what_it_touches() -> None:
     lid = clip(hand("right", "right", touches="object", contact=0.0, relation="off"), thing="jar")
-    for said in wordings("#C C opens the jar", lid):
-        assert ", off the jar" in said
-        assert check(said, "#C C opens the jar", lid, CheckConfig()).passed, said
+    for caption in wordings("#C C opens the jar", lid):
+        assert ", off the jar" in caption
+        assert check(caption, "#C C opens the jar", lid, CheckConfig()).passed, caption
     assert template("", lid, 0) == "The right hand moves to the right, off the jar"
     assert "off the jar" in describe(lid)[1]
 
@@ -114,7 +114,7 @@ def test_narrated_from_the_facts_alone() -> None:
     assert template("", clip(hand("left"), acting="left", thing=None), 0) == "The left hand rests"
 
 
-def test_what_a_language_model_is_told() -> None:
+def test_the_prompt_of_a_language_model() -> None:
     facts = clip(hand("right", "left", "right", touches="object", contact=0.5, release=1.5, approach=0.2))
     assert describe(facts) == [
         "left hand: not visible, do not mention it",
@@ -165,11 +165,11 @@ def test_any_source_ends_in_a_caption(source: str) -> None:
     assert "Ignore" not in result.text
 
 
-def test_nothing_is_said_where_nothing_is_known() -> None:
+def test_no_caption_without_facts_or_source() -> None:
     facts = clip(acting=None, thing=None)
     made = make_narrator(NarratorConfig())
-    asked = [Request("", facts), Request("#C C opens the jar", facts)]
-    results = narrate_checked(made, asked, CheckConfig())
+    requested = [Request("", facts), Request("#C C opens the jar", facts)]
+    results = narrate_checked(made, requested, CheckConfig())
     assert results[1].text == "#C C opens the jar"
     assert results[0].text is None
     assert not results[0].verdict.passed

@@ -17,7 +17,7 @@ def test_the_page_holds_what_the_tool_prints(monkeypatch: pytest.MonkeyPatch) ->
         assert table(recipe, 312e12, 0.4) in page, recipe.name
 
 
-def test_a_plan_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_matches_a_worked_example(monkeypatch: pytest.MonkeyPatch) -> None:
     """ViT-B/16, batch 2,048, on 64 GPUs of 100 TFLOP/s of which half are used."""
     monkeypatch.chdir(ROOT)
     base = RECIPES[0]

@@ -49,7 +49,7 @@ def test_mistakes_show_before_anything_is_submitted(
 
 
 @pytest.mark.ci
-def test_a_preempted_job_goes_on_and_ends_the_same(tiny_config: Path, tmp_path: Path, program: Command) -> None:
+def test_a_preempted_job_resumes_to_the_same_end(tiny_config: Path, tmp_path: Path, program: Command) -> None:
     """What a cluster does: submitit's signal to the first task, which then requeues the job."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     settings = ["tools/submit.py", tiny_config, "train.duration=30 steps", "--cluster", "local", "--processes", "2"]

@@ -87,7 +87,7 @@ def test_a_picture_that_changes_its_proportions_costs_its_clips_alone(folder: Pa
     assert "fake.mp4: the picture size changes from 96x64 to 64x96 at 2." in reason
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_resumes_where_it_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify_dataset, "BLOCK", 2)
     read: list[int] = []
     inner = ClipReader.read
