@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import re
 import textwrap
 from pathlib import Path
 
@@ -14,16 +14,19 @@ from egohod.data.config import SourceConfig
 from egohod.data.formats import BENCHMARKS, FORMATS, read_clips
 from egohod.data.formats.base import BenchmarkOptions, Format
 from egohod.errors import UserError
+from tests import fuzz_targets
 
-IMPORTS = "from egohod.data.formats.base import *\nfrom egohod.data.table import ClipTable\nimport numpy as np\n"
+# The parts of the example, by the file that a comment names.
+_MODULE, _, _TARGET = re.split(
+    r"^# \S+\.py.*$", textwrap.dedent((formats.__doc__ or "").split("::\n")[1].split("\n``base.py``")[0]), flags=re.M
+)[1:]
 
 
 @pytest.fixture
 def mydata(monkeypatch: pytest.MonkeyPatch) -> Format:
-    """The format of the example, registered."""
-    example = textwrap.dedent(inspect.cleandoc(formats.__doc__ or "").split("::\n")[1].split("\n``base.py``")[0])
+    """The format of the example, registered as the example describes."""
     names: dict[str, Format] = {}
-    exec(IMPORTS + example, names)
+    exec(_MODULE, names)
     format = names["MYDATA"]
     monkeypatch.setitem(FORMATS, format.name, format)
     for benchmark in format.benchmarks:
@@ -38,6 +41,12 @@ def test_the_example_of_a_new_format_is_recognised_trained_on_and_evaluated(myda
     data = BENCHMARKS[mydata.name].read(SourceConfig(metadata=str(tmp_path)), BenchmarkOptions())
     (task,) = data.tasks
     np.testing.assert_array_equal(task.relevancy, [[1, 0], [0, 1], [0, 1]])
+
+
+def test_the_fuzz_target_of_the_example_accepts_its_own_file(mydata: Format, tmp_path: Path) -> None:
+    target = eval(_TARGET.strip(), vars(fuzz_targets))
+    target.seed(tmp_path)
+    target.read(tmp_path)
 
 
 def test_a_format_that_does_not_exist_is_refused_with_the_nearest_name(tmp_path: Path) -> None:

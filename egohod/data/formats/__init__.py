@@ -1,9 +1,16 @@
 """Annotation formats: each dataset's files are parsed by one module, for training, evaluation and the HOD pipeline.
 
-To add a dataset, write one module here and add its :class:`Format` to ``FORMATS`` below. Nothing else changes: its
-names become values of ``data.train.NAME.format`` and ``evaluate.benchmarks.NAME.kind``. A small complete one::
+To add a dataset, write one module here, add its :class:`Format` to ``FORMATS`` below, and a valid file of it to
+``tests/fuzz_targets.py``, which the tests then damage. The names of the format and of its benchmark become values of
+``data.train.NAME.format`` and ``evaluate.benchmarks.NAME.kind``. A complete example::
 
     # egohod/data/formats/mydata.py
+    import numpy as np
+
+    from egohod.data.formats.base import (
+        Benchmark, BenchmarkData, Format, RetrievalData, parse_table, require_clips, require_file
+    )
+
     COLUMNS = {"video_id": ["clip"], "start_second": ["from"], "end_second": ["to"], "text": ["sentence"]}
 
     def parse(path, source, extra):                     # clips for training, fine-tuning and HOD
@@ -17,6 +24,11 @@ names become values of ``data.train.NAME.format`` and ``evaluate.benchmarks.NAME
         return BenchmarkData(clips, [RetrievalData(texts.tolist(), own, relevancy)], notes)
 
     MYDATA = Format("mydata", parse, columns=("clip", "sentence"), benchmarks=(Benchmark("mydata", read_benchmark),))
+
+    # egohod/data/formats/__init__.py: import MYDATA and add it to FORMATS
+
+    # tests/fuzz_targets.py, in the list of targets
+    Target("clips_mydata", _files(mydata__csv="clip,from,to,sentence\\nv,0,1,cuts\\n"), _clips("mydata.csv"))
 
 ``base.py`` has the types, what formats share, and the reading of text, csv and parquet.
 """
@@ -51,7 +63,7 @@ BENCHMARKS: dict[str, Benchmark] = {each.name: each for format in FORMATS.values
 def read_clips(
     source: SourceConfig | str | Path, *, strict: bool = False, extra: Sequence[str] | None = None
 ) -> ClipTable:
-    """Read an annotation file (a path stands for one with default settings).
+    """Read an annotation file (a path is read with default settings).
 
     Entries that cannot be used (no readable time, no narration, an id that leads out of the video folder, a duplicate)
     are left out and counted; with ``strict`` the first one is an error. ``extra`` names further columns to keep; None
@@ -94,10 +106,10 @@ def recognise(path: Path) -> str:
     suffix = (path.with_suffix("") if path.suffix.lower() in (".gz", ".bz2", ".zst") else path).suffix.lower()
     for format in FORMATS.values():
         if suffix in format.suffixes:
-            # A .txt may be EGTEA's list of clips or anybody's table; its first line tells.
+            # A .txt may be EGTEA's list of clips or another table; its first line decides.
             first = next((line for line in read_lines(path) if line.strip()), "") if format.first_line else ""
             if format.first_line is None or format.first_line.match(first):
                 return format.name
-    # By column names: endings say nothing, a csv may be called .txt or have none.
+    # By column names: extensions are no evidence, a csv may be called .txt or have none.
     names = set(read_header(path).names)
     return next((each.name for each in FORMATS.values() if each.columns and names.issuperset(each.columns)), HOD.name)
