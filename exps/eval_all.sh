@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Zero-shot evaluation: every benchmark whose data is there. Without arguments on the demo world; see exps/eval.sh.
+# Zero-shot evaluation: every benchmark whose data exists. Without arguments on the demo world; see exps/eval.sh.
 #SBATCH --signal=B:USR1@120 --requeue --open-mode=append
 exps=$(dirname "$0") && [ -e "$exps/eval.sh" ] || exps=${SLURM_SUBMIT_DIR:-.}/exps # sbatch runs a copy of this file
 source "$exps/eval.sh" all "$@"

@@ -5,7 +5,8 @@
 #   bash exps/generate_hod.sh --metadata narrations.csv --root videos --output hod.csv
 #   SHARDS=64 bash exps/generate_hod.sh --metadata ... --root ... --output ...      64 jobs on a Slurm cluster
 #
-# Without Slurm, SHARDS is ignored: one run on this machine with `workers` processes. Rerun to resume. MediaPipe is installed into .mediapipe (or EGOHOD_MEDIAPIPE) if it is the detector.
+# Without Slurm, SHARDS is ignored: one run on this machine with `workers` processes. Rerun to resume.
+# The detector MediaPipe is installed into .mediapipe (or EGOHOD_MEDIAPIPE).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 

@@ -6,7 +6,7 @@
 #   NODES=4 MASTER_ADDR=node1           torchrun, on each of four machines
 #   PROCESSES=8                         torchrun with eight processes on this machine (default: one per GPU)
 #
-# RESTARTS=3 lets torchrun start all again from the last checkpoint when one process dies. A Slurm job whose time is
+# RESTARTS=3 lets torchrun restart all processes from the last checkpoint when one dies. A Slurm job whose time is
 # up, or that is preempted, saves and goes back to the queue (sbatch --no-requeue: it ends). docs/launching.md
 # The shell of srun --ntasks=4 --pty bash has a terminal, the tasks of a step have none (see egohod/runtime.py).
 _in_interactive_shell() {
@@ -17,7 +17,7 @@ if [ -n "${SLURM_STEP_ID:-}" ] && [ "${SLURM_STEP_NUM_TASKS:-1}" != 1 ] && ! _in
     exit 2
 fi
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-# Loader processes share the cores with the model: a thread that waits must not spin.
+# Loader processes share the cores with the model: waiting threads must not spin.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 
 # launch PROGRAM ARGUMENTS...: returns when the program is done. The script exits when the program fails, or was

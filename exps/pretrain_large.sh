@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pretraining of the large model: ViT-L/14 at 336 px on Ego4D and HowTo100M, the published recipe. There is no demo of it.
+# Pretraining of the large model: ViT-L/14 at 336 px on Ego4D and HowTo100M, the published recipe. Without a demo version.
 #
 #   EGO4D_ROOT=... HOWTO_ROOT=... HOD_CSV=... CLIP_WEIGHTS=... bash exps/pretrain_large.sh --dry_run
 #

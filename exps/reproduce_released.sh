@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A released checkpoint on every benchmark whose data is there: our number, the published one and the difference.
+# A released checkpoint on every benchmark whose data exists: our number, the published one and the difference.
 #
 #   EK100_ANNOTATIONS=... EK100_VIDEOS=... bash exps/reproduce_released.sh CHECKPOINT [MODEL] [main_eval.py arguments]
 #

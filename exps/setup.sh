@@ -1,4 +1,4 @@
-# Sourced by the other scripts: go to the project, make sure that a Python has everything installed, set $PYTHON.
+# Sourced by the other scripts: go to the project, install the requirements if needed, set $PYTHON.
 #
 # Uses the active virtual or conda environment, else makes .venv here. Packages installed before are skipped.
 # EGOHOD_PYTHON=/usr/bin/python3.11 chooses the interpreter that makes .venv.

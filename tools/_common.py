@@ -2,7 +2,7 @@
 
 Import it before egohod. Python puts this folder on sys.path when it starts a tool, from whatever folder, so that
 ``from _common import ...`` always works; egohod itself is installed by exps/setup.sh, but not in a read-only checkout
-nor where somebody only cloned the repository. This module is the one place that makes up for it.
+nor in a mere clone of the repository. This module is the one place that makes up for it.
 """
 
 from __future__ import annotations

@@ -171,7 +171,7 @@ def select(runs: Sequence[Run], rows: Sequence[str], seeds: Sequence[str]) -> li
 def cost(cfg: Config) -> dict[str, float]:
     """Operations of a training step and number of trainable parameters, the same on every machine."""
     heads = cfg.model.heads != "none"
-    # One class stands for all: heads cost next to nothing, and their number is in the data, which is not read here.
+    # One class represents all: heads cost next to nothing, and their number is in the data, which is not read here.
     model = create_model(cfg.model, cfg.loss, {"action": 1} if heads else None)
     freeze(model, cfg)
     text = 0 if heads else TEXT_LENGTH

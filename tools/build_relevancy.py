@@ -1,4 +1,4 @@
-"""Build the relevancy matrix of an EK100-like retrieval split from its csvs, or look at a published one.
+"""Build the relevancy matrix of an EK100-like retrieval split from its csvs, or compare it with a published one.
 
     python tools/build_relevancy.py --clips EPIC_100_retrieval_test.csv \
         --sentences EPIC_100_retrieval_test_sentence.csv --output relevancy.npy

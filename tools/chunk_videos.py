@@ -1,13 +1,14 @@
-"""Cut a folder of camera files into small chunks that training reads fast.
+"""Cut a folder of camera files into short chunks that training can read fast.
 
-    python tools/chunk_videos.py my/recordings my/chunks --dry_run     # how long it takes, how large it gets
-    python tools/chunk_videos.py my/recordings my/chunks               # again after an interruption: goes on
+    python tools/chunk_videos.py my/recordings my/chunks --dry_run     # estimate the time and the size
+    python tools/chunk_videos.py my/recordings my/chunks               # rerun to resume after an interruption
 
 my/recordings/day 1/GX010042.MP4 becomes my/chunks/day 1/GX010042/0000.mp4, 0001.mp4, ... and its video id in a csv is
-"day 1/GX010042". Any container and codec that FFmpeg reads. A video's folder appears only when it is complete.
+"day 1/GX010042". Every container and codec that FFmpeg reads is supported. A video's folder appears only when it is
+complete.
 
-Exit code: 0 all done, 1 some files could not be read (they are listed), 2 nothing to be done before you mend what the
-last line says, 130 interrupted.
+Exit code: 0 done; 1 some files could not be read (they are listed); 2 an error in the arguments, the input or the
+output, which the last line explains; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -53,57 +54,59 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     usual = ChunkSettings()
     parser = tool_parser(__doc__)
-    parser.add_argument("input", type=Path, help="folder of camera files, in sub-folders as you like")
-    parser.add_argument("output", type=Path, help="folder of the chunks; new, or that of an earlier run to go on with")
+    parser.add_argument("input", type=Path, help="folder of camera files, with any sub-folders")
+    parser.add_argument("output", type=Path, help="folder of the chunks; an interrupted run resumes in its own")
 
     which = parser.add_argument_group("which files")
     which.add_argument(
-        "--pattern", metavar="GLOB", help="only files whose path below the input matches, instead of all video endings"
+        "--pattern",
+        metavar="GLOB",
+        help="only files whose path below the input matches (default: all videos)",
     )
     which.add_argument(
-        "--list", type=Path, metavar="TXT", help="only these: a file with a path below the input per line"
+        "--list", type=Path, metavar="TXT", help="only the files listed in TXT, one path below the input per line"
     )
     which.add_argument(
-        "--follow_links", action="store_true", help="read links that lead out of the input too; without it nothing "
-        "outside the folder you named is read"
+        "--follow_links", action="store_true", help="also read links that lead out of the input; by default nothing "
+        "outside the input is read"
     )  # fmt: skip
 
     how = parser.add_argument_group("chunks")
     how.add_argument(
         "--seconds", type=float, default=usual.seconds,
-        help="length of a chunk: short enough to open fast, long enough that few clips cross a border; a change "
-        "must be told to the training, chunk_seconds (default: %(default)g)",
+        help="length of a chunk: short enough to open fast, long enough that few clips cross a border; if changed, set "
+        "chunk_seconds of the data source too (default: %(default)g)",
     )  # fmt: skip
     how.add_argument(
         "--short_side", type=int, default=usual.short_side,
-        help="pixels: room for crops at 224; 256 decodes faster, models at 336 want 384 or more; smaller sources keep "
-        "their size (default: %(default)s)",
+        help="shorter side in pixels, for crops of 224; 256 decodes faster, models at 336 px need 384 or more; "
+        "smaller sources keep their size (default: %(default)s)",
     )  # fmt: skip
     how.add_argument(
         "--keyint", type=int, default=usual.keyint,
-        help="frames from key frame to key frame: fewer are faster to reach, more are smaller (default: %(default)s)",
+        help="frames between key frames: fewer seek faster, more make smaller files (default: %(default)s)",
     )  # fmt: skip
     how.add_argument(
         "--fps", type=float, default=None,
-        help="a constant frame rate: frames are repeated or left out; half the rate saves a fifth of the size "
+        help="constant frame rate: frames are repeated or dropped; half the rate saves a fifth of the size "
         "(default: the source's own timing, variable or not)",
     )  # fmt: skip
     how.add_argument(
         "--crf", type=float, default=usual.crf,
-        help="quality, 0 to 51: 6 less is twice the size; at 23 the loss is hardly visible (default: %(default)g)",
+        help="quality, 0 (best) to 51: 6 less doubles the size; at 23 loss is hardly visible (default: %(default)g)",
     )  # fmt: skip
     how.add_argument(
         "--preset", default=usual.preset,
-        help="effort of the encoder: fast takes twice as long for a twelfth of the size (default: %(default)s)",
+        help="encoder preset: fast takes twice as long and saves a twelfth of the size (default: %(default)s)",
     )  # fmt: skip
     how.add_argument(
         "--codec", choices=CODECS, default=usual.codec,
-        help="libx265 (HEVC) at crf 28 is half as large, but takes twice as long to decode and 4 times to make "
+        help="libx265 (HEVC) at crf 28 is half as large, but decoding takes twice and encoding 4 times as long "
         "(default: %(default)s)",
     )  # fmt: skip
     how.add_argument(
         "--no_fastdecode", action="store_true",
-        help="let the encoder use CABAC and deblocking: a tenth smaller, but 1.6 times as long to decode",
+        help="let the encoder use CABAC and deblocking: a tenth smaller, but decoding takes 1.6 times as long",
     )  # fmt: skip
     how.add_argument(
         "--layout", choices=LAYOUTS, default=usual.layout,
@@ -112,11 +115,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
 
     run = parser.add_argument_group("the run")
-    run.add_argument("--workers", type=int, default=None, help="processes (default: one per core that may be used)")
+    run.add_argument("--workers", type=int, default=None, help="processes (default: one per available core)")
     run.add_argument("--strict", action="store_true", help="stop at the first file that cannot be read")
     run.add_argument(
-        "--dry_run", action="store_true", help="look at every file, chunk a few seconds of some, log hours and size; "
-        "writes nothing to the output"
+        "--dry_run", action="store_true", help="read all headers, chunk a few seconds of some files, log the estimated "
+        "time and size; writes nothing to the output"
     )  # fmt: skip
     return parser.parse_args(argv)
 
@@ -154,14 +157,14 @@ def report_estimate(probes: dict[Video, Probe], cost: Estimate, output: Path, wo
         clock(3600 * cost.hours), cost.hours, workers, size(cost.bytes), cost.bytes / 1e12, size(free), place,
     )  # fmt: skip
     if cost.bytes > free:
-        log.warning("that does not fit: a smaller --short_side, a higher --crf or a lower --fps make it smaller")
+        log.warning("the disk is too small: lower --short_side or --fps, or raise --crf")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Find, probe, write; the exit code."""
     args = parse(argv)
     log_to_stdout()
-    # As Ctrl-C: the workers end and what is half-made is removed, also where a scheduler takes the machine back.
+    # As on Ctrl-C: the workers end and incomplete videos are removed, also when a scheduler ends the job.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     settings = ChunkSettings(
         args.seconds, args.short_side, args.keyint, args.fps, args.crf, args.preset, args.codec,
@@ -170,12 +173,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers is {args.workers}, but must be at least 1")
     output = Output(args.output, settings, args.input)
-    # Before the search, which may take minutes: a wrong preset is found at once.
+    # Before the search, which may take minutes: a wrong preset fails at once.
     try_encoder(settings)
     videos = find_videos(args.input, args.pattern, args.list, args.follow_links)
     todo = [video for video in videos if not output.is_done(video)]
     if len(todo) < len(videos):
-        log.info("%d of %d videos are there already", len(videos) - len(todo), len(videos))
+        log.info("%d of %d videos are complete already", len(videos) - len(todo), len(videos))
     if not todo:
         log.info("%s is complete, nothing to do", args.output)
         return DONE
@@ -183,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         if not args.dry_run:
             stack.enter_context(output.claim())
-        with Progress("look at files", len(todo), unit="files", seconds=PROGRESS_SECONDS) as progress:
+        with Progress("read headers", len(todo), unit="files", seconds=PROGRESS_SECONDS) as progress:
             probes, faults = probe_videos(todo, workers, progress)
         if faults and args.strict:
             raise UserError(next(iter(faults.values())))

@@ -4,7 +4,7 @@
     python tools/extract_features.py --videos my/videos --clips clips.csv --checkpoint ... --output ...
     python tools/extract_features.py --videos long --window 2 --stride 1 --checkpoint ... --output ...
 
-By default every video of the folder is one clip. --clips is a csv with video_id,start_second,end_second and optionally
+By default every video in the folder is one clip. --clips is a csv with video_id,start_second,end_second and optionally
 text. --window and --stride, in seconds, slide over long videos, as methods for EgoNLQ and EgoMQ expect their features.
 --output gets one .npz a video (features [n, D] of unit length, start, end, text) and index.json, which tools/search.py
 reads. The model is that of --config_file. Rerun to resume after an interruption; a video or clip that changed is
@@ -100,7 +100,7 @@ def _dataset(args: argparse.Namespace, cfg: Config) -> ClipDataset:
     # Many clips of one video have one fault.
     lines = list(dict.fromkeys([*faults, *missing.values()]))
     if lines and not args.allow_missing:
-        # All at once: a user with many videos should not mend them one run at a time.
+        # All at once: a user with many videos should not fix them one run at a time.
         raise UserError(*lines, f"{len(lines)} videos cannot be read; --allow_missing leaves them out")
     for line in lines:
         log.warning("left out: %s", line)

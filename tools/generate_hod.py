@@ -187,7 +187,7 @@ def _submit(pipeline: Pipeline, args: argparse.Namespace) -> int:
     command = [sys.executable, str(Path(__file__).resolve()), "--config_file", str((folder / "config.yml").resolve())]
     options = ["--stage", args.stage, *(["--retry"] if args.retry else [])]
     shards = [str(shard) for shard in Shard.all(args.submit)]
-    # A plain command, not a pickled function: a job starts as if somebody typed it, with the code of that moment.
+    # A plain command, not a pickled function: a job starts as from a shell, with the code of that moment.
     try:
         jobs = executor.map_array(lambda shard: CommandFunction([*command, *options, "--shard", shard])(), shards)
         array = jobs[0].job_id.partition("_")[0]

@@ -31,11 +31,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = tool_parser(__doc__)
     add = parser.add_argument
     add("--output", type=Path, default=Path("demo_data"), help="folder of the world (default: demo_data)")
-    add("--seed", type=int, default=0, help="the world is a function of it, bit for bit (default: 0)")
+    add("--seed", type=int, default=0, help="random seed; the same seed makes the same bytes (default: 0)")
     add("--scale", type=float, default=1.0, help="1 is 2,000 + 300 + 500 clips (default: 1)")
-    add("--objects", type=int, default=DEFAULT.objects, help="how many objects there are (default: all 12)")
-    add("--reach", type=float, default=DEFAULT.reach, help="how far motions go (default: 1)")
-    spread = "where brief events are: anywhere in a clip (1) to its very middle (0); default: 1"
+    add("--objects", type=int, default=DEFAULT.objects, help="number of objects (default: all 12)")
+    add("--reach", type=float, default=DEFAULT.reach, help="length of motions (default: 1)")
+    spread = "position of brief events: from anywhere in a clip (1) to its centre (0); default: 1"
     add("--event_spread", type=float, default=DEFAULT.event_spread, help=spread)
     rests = "the other hand always rests: the motion alone distinguishes takes"
     add("--idle_rests", action="store_true", help=rests)

@@ -3,10 +3,10 @@
     for split in val test; do SPLIT=$split python tools/generate_hod.py --config_file configs/hod/demo_words.yml; done
     python tools/reword_demo.py --world demo_motion --narrations runs/hod_demo_words --output demo_motion_words
 
-The world says "picks up the jar", the pipeline "moves the jar upward": a model that learned from the pipeline has never
-seen the world's words. Here the two texts of a question about motion are the pipeline's narrations of the clip itself
-and of the clip of the same video in which the same hand does the opposite with the same object. Questions about objects
-replace the object in the first of them; those across clips use it as the query.
+The world's captions have "picks up the jar" where the pipeline has "moves the jar upward": a model trained on the
+pipeline's has never seen the world's words. Here the two texts of a question about motion are the pipeline's
+narrations of the clip itself and of the clip of the same video in which the same hand does the opposite with the same
+object. Questions about objects replace the object in the first of them; those across clips use it as the query.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
         source, target, generated = args.world / split, args.output / split, args.narrations / f"{split}.csv"
         for path in (source / "hod.csv", generated):
             if not path.is_file():
-                raise UserError(f"{path}: not found")
+                raise UserError(f"{path}: no such file")
         clips = pd.read_csv(source / "hod.csv").set_index("uid")
         texts = pd.read_csv(generated).set_index("uid")["text"]
         if strange := sorted(set(texts.index) - set(clips.index)):

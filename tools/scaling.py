@@ -1,9 +1,9 @@
-"""From figures measured on one core to 8, 64 and 512 GPUs: the tables of docs/scaling.md.
+"""Predict throughput on 8, 64 and 512 GPUs from measurements on one core: the tables of docs/scaling.md.
 
     python tools/scaling.py                               the tables for an A100 80 GB
     python tools/scaling.py --peak 989 --utilisation 0.3  another GPU (bf16 TFLOP/s), another share of its peak
 
-Nothing is measured here; each constant has its source beside it, measured or assumed.
+Nothing is measured here; each constant in the code states whether it was measured or assumed.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
     add("sentence", help='the query, e.g. "cut an onion"')
     add("--index", required=True, type=Path, metavar="FOLDER", help="--output of tools/extract_features.py")
     add("--top", type=int, default=10, metavar="N", help="how many clips (default: 10)")
-    add("--overlapping", action="store_true", help="show windows that overlap a better one, too")
+    add("--overlapping", action="store_true", help="also show windows that overlap a better one")
     add("--sheet", type=Path, metavar="PNG", help="draw a contact sheet of the results")
     add("--videos", metavar="FOLDER", help="folder of the videos if they were moved, for --sheet")
     add("--checkpoint", metavar="PATH", help="the checkpoint if it was moved")

@@ -3,8 +3,8 @@
     python tools/show_batch.py --config_file configs/demo.yml --output batch.png
     python tools/show_batch.py --config_file my.yml --step 1000 --clips 16 data.flip=0
 
-Left in each row is the whole first picture with the crop in it, then the frames in the model's resolution; the
-caption is the one that goes with them (left and right changed where the clip is mirrored).
+Each row shows the whole first frame with the crop marked, then the frames at the model's resolution, and their caption
+(with left and right exchanged if the clip is mirrored).
 """
 
 from __future__ import annotations

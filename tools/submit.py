@@ -161,7 +161,7 @@ def _submit(run: Path, command: list[str], parameters: dict[str, Any], args: arg
         job = executor.submit(Training(command, environment))
     except (submitit.core.utils.FailedSubmissionError, submitit.core.utils.FailedJobError) as error:
         raise UserError(f"sbatch refused: {str(error).strip()}") from error
-    # For --status, which may be asked much later.
+    # For --status, which may be called much later.
     (folder / "job").write_text(f"{args.cluster} {job.job_id}")
     print(f"job {job.job_id}; {job.paths.stderr} is its log")
     if args.cluster != "local" and not args.watch:
@@ -266,8 +266,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--processes", type=int, metavar="N", help="processes on each machine (default: one per GPU)")
     add("--cpus", type=int, default=4, metavar="N", help="processor cores of each process (default: 4)")
     add("--mem", type=float, metavar="GB", help="memory of each machine (default: the cluster's)")
-    add("--time", default="4h", metavar="4h", help="after which it returns to the queue: 90m, 4h, 2d (default: 4h)")
-    add("--partition", metavar="NAME", help="Slurm's; so are the next three")
+    add(
+        "--time",
+        default="4h",
+        metavar="4h",
+        help="time limit, then it is requeued: 90m, 4h, 2d (default: 4h)",
+    )
+    add("--partition", metavar="NAME", help="Slurm partition")
     add("--account", metavar="NAME")
     add("--qos", metavar="NAME")
     add("--constraint", metavar="FEATURE")
@@ -275,8 +280,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--requeues", type=int, default=1000, metavar="N", help="how often it may run out of time (default: 1000)")
     before = "from the signal to the end of the time: a step and a checkpoint must fit (default: 120)"
     add("--signal_before", type=int, default=120, metavar="SECONDS", help=before)
-    add("--watch", action="store_true", help="stay and print the status line until the end (local: always)")
-    add("--status", metavar="RUN", help="print the status line of a submitted run, and leave")
+    add("--watch", action="store_true", help="print the status line until the end (always with --cluster local)")
+    add("--status", metavar="RUN", help="print the status line of a submitted run, and exit")
     add("--dry_run", action="store_true", help="print the sbatch file, submit nothing")
     return parser
 

@@ -1,12 +1,12 @@
-"""Open every clip that a configuration's sources name; report what cannot be read, and write exclude lists.
+"""Open every clip of a configuration's sources, report what cannot be read, and write exclude lists.
 
     python tools/verify_dataset.py --config_file configs/demo.yml
-    python tools/verify_dataset.py --config_file my.yml --dry_run      # how long it would take
+    python tools/verify_dataset.py --config_file my.yml --dry_run      # estimate the time
     python main_pretrain.py --config_file my.yml data.train.own.exclude=verified/own_exclude.csv
 
 For each source NAME of data.train the output folder gets NAME_exclude.csv (a row for each clip that cannot be read,
 with the reason), and report.json counts the reasons. Rerun to resume after an interruption. Exit code 0: every clip can
-be read; 1: some cannot; 2: something in the configuration or the tables that the message names.
+be read; 1: some cannot; 2: an error in the configuration or the tables, which the message explains.
 """
 
 from __future__ import annotations
@@ -146,7 +146,9 @@ class Verifier:
             # The next run reads everything again: files may have been mended since.
             self._notes.unlink()
         except OSError as error:
-            raise UserError(f"cannot write {self.exclude.parent}: {error.strerror or error}; run again") from error
+            raise UserError(
+                f"cannot write {self.exclude.parent}: {error.strerror or error}; rerun to resume"
+            ) from error
         return Verdict(total, sorted(faults))
 
     def _results(self, todo: list[int], workers: int) -> Iterator[tuple[int, list[Fault]]]:
@@ -170,7 +172,7 @@ class Verifier:
         return faults
 
     def _read_notes(self) -> dict[int, list[Fault]]:
-        # Lines of another table or other settings are of no use: the first line says whose they are.
+        # Lines of another table or other settings are of no use: the first line identifies them.
         try:
             first, *lines = self._notes.read_text(encoding="utf-8", errors="replace").split("\n")
         except FileNotFoundError:
@@ -193,7 +195,7 @@ def main(arguments: Sequence[str]) -> int:
     add("--workers", type=int, default=usable_cores(), help="processes (default: one per core)")
     add("--frames", type=int, default=4, help="frames read of each clip (default: 4)")
     add("--strict", action="store_true", help="stop at the first clip or row that cannot be used")
-    add("--dry_run", action="store_true", help="print how much there is to do, and write nothing")
+    add("--dry_run", action="store_true", help="print the amount of work, write nothing")
     args = parser.parse_intermixed_args(arguments)
     if args.workers < 1 or args.frames < 1:
         raise UserError("--workers and --frames count from 1")

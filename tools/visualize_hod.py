@@ -1,13 +1,13 @@
-"""Look at what the HOD pipeline detected and wrote.
+"""Show what the HOD pipeline detected and wrote.
 
     python tools/visualize_hod.py --config_file configs/hod/demo.yml --page hod.html --number 40
     python tools/visualize_hod.py --config_file my_hod.yml --output hod.csv --sheet sheet.png --clips 3,17,204
     python tools/visualize_hod.py --config_file my_hod.yml --output hod.csv --film clip.mp4 --clips 17
 
 Give the configuration and the --metadata, --root and --output of the run, which may still be in progress. --page is one
-file with filters by hand, verdict, narrator and words; --sheet a picture; --film the sampled frames of the first clip
-with boxes and growing tracks, as long as the clip. --clips counts the rows of the metadata from 1; without it --number
-clips are drawn at random by --seed.
+HTML file with filters for hand, verdict, narrator and words; --sheet is a picture; --film shows the sampled frames of
+the first clip with boxes and growing tracks, at the speed of the clip. --clips counts the rows of the metadata from 1;
+without it --number clips are chosen at random with --seed.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The arguments; folders of outputs are made, and mistakes found before the work instead of after it."""
+    """The arguments; creates the folders of outputs, so that errors show before the work instead of after it."""
     parser = cli.parser(__doc__ or "", "configs/hod/default.yml", HodConfig)
     add = parser.add_argument
     add("--metadata", metavar="FILE", help="narrations (source.metadata)")
@@ -101,8 +101,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--sheet", type=Path, metavar="PNG", help="write a picture")
     add("--film", type=Path, metavar="MP4", help="write a film of the first clip")
     add("--clips", metavar="ROWS", help="these rows of the metadata, e.g. 3,17,204")
-    add("--number", type=int, default=24, metavar="N", help="so many clips at random (default: 24)")
-    add("--no_frames", action="store_true", help="draw on white paper, where the pictures may not be shown")
+    add("--number", type=int, default=24, metavar="N", help="number of random clips (default: 24)")
+    add("--no_frames", action="store_true", help="draw on white instead of frames, for videos that may not be shown")
     add("--seed", type=int, default=0, help="of the random choice (default: 0)")
     args = parser.parse_intermixed_args(arguments)
     if not (args.sheet or args.film or args.page):

@@ -289,7 +289,7 @@ class VideoReader:
         for packet in chain(packets, [None]):
             if packet is not None:
                 if packet.pts is not None:
-                    # Of all streams: where sound goes on, the pictures were not cut off.
+                    # Of all streams: while sound continues, the pictures were not cut off.
                     self._other_end = max(self._other_end, float(packet.pts * packet.time_base) - start)
                 if packet.stream_index != self._stream.index:
                     continue
@@ -468,7 +468,7 @@ class _Encoder:
             if path is not None:
                 path.write_bytes(content)
         except OSError as error:
-            reason = f"{error.strerror or error}; what is done is kept, run again once that is mended"
+            reason = f"{error.strerror or error}; complete videos are kept, rerun to resume after fixing this"
             raise UserError(f"cannot write {path}: {reason}") from error
         return len(content)
 
@@ -716,7 +716,7 @@ class Output:
             except BrokenPipeError:  # of the program's output, there is no other pipe
                 raise
             except OSError as error:
-                reason = f"{error.strerror or error}; what is done is kept, run again to go on"
+                reason = f"{error.strerror or error}; complete videos are kept, rerun to resume"
                 raise UserError(f"cannot write {self.folder}: {reason}") from error
 
     def is_done(self, video: Video) -> bool:
@@ -771,7 +771,7 @@ def _run(
     with Workers(workers, guarded, math.inf, tasks_in_flight=1) as pool:
         for task, result in pool.unordered(tasks, on_wait):
             if isinstance(result, Lost):
-                raise UserError(f"{result.reason}; run again to go on")
+                raise UserError(f"{result.reason}; rerun to resume")
             yield task, result
 
 

@@ -16,10 +16,10 @@ class HardNegativesConfig:
     )
     group_by: list[str] = knob(
         ["video"],
-        "what the clips of a group have in common: video (the same scene), window (the same time window of a video) "
+        "what the clips of a group share: video (the same scene), window (the same time window of a video) "
         "or any column of the annotation file",
     )
-    group_size: int = knob(4, "clips of a group that are put in a batch together", low=2)
+    group_size: int = knob(4, "clips of a group in a batch", low=2)
     window_seconds: float = knob(60.0, "length of a time window", above=0)
 
 
@@ -44,7 +44,7 @@ class SourceConfig:
         "videos, as published; neighbours: spacing to the neighbours over the video's mean",
         choices=("egoclip", "neighbours"),
     )
-    exclude: str | None = knob(None, "csv of clips to leave out, as tools/verify_dataset.py writes it")
+    exclude: str | None = knob(None, "csv of clips to leave out, such as tools/verify_dataset.py writes")
     weight: float | None = knob(
         None,
         "share of every batch relative to the other sources' weights, set for all or none; 0 leaves the source out; "
@@ -58,7 +58,7 @@ class SourceConfig:
     layout: str = knob(
         "auto",
         "chunks is root/<video>/<0000>.mp4, avion is root/<video>.mp4/<start second>.mp4, whole is root/<video>.mp4; "
-        "auto looks at what is there",
+        "auto detects it from the files",
         choices=("auto", "chunks", "avion", "whole"),
     )
     chunk_seconds: float = knob(15.0, "length of a chunk; upstream's Ego4D and HowTo100M chunks have 15 s", above=0)

@@ -227,7 +227,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
                 faults.append(f"{self.where(index)}: {error}")
             if len(faults) > _MAX_REPLACEMENTS:
                 raise VideoError(f"{len(faults)} clips in a row could not be read; the last: {faults[-1]}")
-            # Of the same table, so that the share of each source in a batch stays what its weight says.
+            # Of the same table, so that the share of each source in a batch follows its weight.
             number, _ = self._place(index)
             index = int(rng.integers(self.starts[number], self.starts[number + 1]))
         sample = {"video": view.video, "tokens": tokens, "index": index, "fault": "\n".join(faults) or None}
@@ -269,7 +269,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
     def _eval_views(self, index: int) -> Tensor:
         """[views, 3, T, size, size]: all crops of the first window first."""
         source, row, protocol = self.sources[self._place(index)[0]], self.row(index), self.protocol
-        # Only the decoder knows how long a file is, so it is asked for the frames of a total.
+        # Only the decoder knows how long a file is, so the number of frames is passed to it.
         if protocol.whole_files:
             frames = source.store(row).read_file(row.video_id, lambda total: frame_numbers(protocol, total))
         else:
@@ -372,7 +372,7 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     # Frames come out of the decoder channels-last; stacking them that way is a plain copy of memory.
     video = torch.stack([sample["video"].permute(1, 2, 3, 0) for sample in samples]).permute(0, 4, 1, 2, 3)
-    # Trimmed here, on the CPU, so that the device never has to be asked for a length.
+    # Trimmed here, on the CPU, so that no length is ever read from the device.
     tokens: Tensor = trim(torch.stack([sample["tokens"] for sample in samples]))
     batch = {
         "video": video,
@@ -498,7 +498,7 @@ def spatial_crops(frames: np.ndarray, size: int, count: int, resize: str = "bicu
 
     ``frames`` uint8 [T, H, W, 3] -> [count, 3, T, size, size], uint8 for *bicubic_antialias*. *bicubic* and *bilinear*
     are what torchvision before 0.17 made of float32 frames: no antialiasing, and float32 that is neither rounded nor
-    kept within 0..255.
+    clipped to 0..255.
     """
     height, width = frames.shape[1:3]
     short = min(height, width)
@@ -529,7 +529,7 @@ def crop_boxes(boxes: np.ndarray, box: Box, height: int, width: int) -> np.ndarr
     """
     top, left, rows, columns = box
     corner, size = np.array([left, top] * 2), np.array([columns, rows] * 2)
-    # Comparisons with NaN are false, so where there was no box nothing is found to be empty, and NaN stays NaN.
+    # Comparisons with NaN are false, so a missing box never counts as empty, and NaN stays NaN.
     clipped = ((boxes * np.array([width, height] * 2) - corner) / size).clip(0, 1)
     is_empty = (clipped[..., 2:] <= clipped[..., :2]).any(axis=-1)
     return np.where(is_empty[..., None], np.nan, clipped).astype(np.float32)
@@ -593,7 +593,7 @@ class Tokenizer:
 def trim(tokens: Tensor) -> Tensor:
     """[B, L] -> [B, l]: the columns after the last end-of-text token of the batch are cut, l a multiple of 8 or L.
 
-    What stands after the end-of-text token of a causal text tower changes nothing. Call it on the CPU: the new
+    Tokens after the end-of-text token of a causal text tower have no effect. Call it on the CPU: the new
     length is a number the host must know.
     """
     needed = int(tokens.argmax(dim=1).max()) + 1

@@ -40,7 +40,7 @@ HEAD_PACKETS = 64
 FORMATS_WITH_LENGTH = ("mov", "matroska", "avi", "asf")
 # Containers that hold times of display, and lead by a table to key frames.
 _INDEXED = ("mov", "matroska")
-# Containers in which torchcodec and decord find the pictures asked for.
+# Containers in which torchcodec and decord find the requested pictures.
 _SOUGHT_BY_ALL = ("mov", "matroska", "flv")
 # H.264 and HEVC let a picture be decoded at most so many pictures before it is shown.
 _REORDER = 17
@@ -181,7 +181,7 @@ def size_change(first: tuple[int, int], other: tuple[int, int]) -> str:
 
 
 def error_text(error: BaseException) -> str:
-    """What a library says, as one short line without the C++ files and lines that torchcodec and decord put first."""
+    """A library's error as one short line, without the C++ file and line that torchcodec and decord put first."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return re.sub(r"^.*\.(cpp|cc):\d+[,:]\s*", "", " ".join(text.split()))[:200]
 
@@ -226,7 +226,7 @@ Raises :class:`VideoError`.
 
 
 class _Packet(NamedTuple):
-    """A compressed picture with its time of display in ticks, None where the container does not say."""
+    """A compressed picture with its time of display in ticks, None where the container has none."""
 
     pts: int | None
     is_key: bool
@@ -338,7 +338,7 @@ class PyavDecoder:
         end, other_end = self._ends(self._start + round(length / self._tick), float(1 / rate) if rate else 0.0)
         self.duration = max(0.0, end - self._start * self._tick)
         if self._format in FORMATS_WITH_LENGTH:
-            # Where only the whole file's length is known, sound may be longer than the pictures.
+            # Where only the whole file has a length, sound may be longer than the pictures.
             stated, reached = stated_seconds(self._stream, self._format), self.duration
             if stated is None:
                 stated, reached = length, max(end, other_end) - zero
@@ -550,8 +550,7 @@ class DecordDecoder:
         self._file, self._name, self._error = file, name or str(file), decord.DECORDError
         if (index := _stream_index(file, self._name, "decord")) is not None:
             raise DecoderError(
-                f"{self._name}: holds several videos, and decord cannot be told to take stream {index}; "
-                "set data.decoder=pyav"
+                f"{self._name}: holds several videos, and decord cannot select stream {index}; set data.decoder=pyav"
             )
         try:
             self._reader = decord.VideoReader(plain(file), num_threads=1)
@@ -606,20 +605,20 @@ def _stream_index(file: VideoFile, name: str, library: str) -> int | None:
             if stream is not None and stream.frames > container.size:
                 raise VideoError(f"{name}: damaged, a table of {stream.frames:,} pictures in {container.size:,} bytes")
             return None if stream is None or alone else int(stream.index)
-    except (av.FFmpegError, OSError):  # the library itself will say what is wrong
+    except (av.FFmpegError, OSError):  # the library itself will report the error
         return None
 
 
 def _failure(file: VideoFile, name: str, error: Exception, opening: bool = False) -> Exception:
     """The error to raise for what a library raised."""
-    # The error of the file itself says more than what a library makes of it.
+    # The error of the file itself is more precise than a library's.
     if (failure := getattr(file, "failure", None)) is not None:
         return failure
     # What FFmpeg calls damaged is final: another library might show it with pictures missing.
     kind = VideoError if type(error).__name__ == "InvalidDataError" else DecoderError
     if not opening:
         return kind(f"{name}: cannot be decoded: {error_text(error)}")
-    # Some libraries say nothing better than 'cannot open' of an MP4 whose handlers name sound but no picture. Its table
+    # Some libraries report only 'cannot open' for an MP4 whose handlers name sound but no picture. Its table
     # of contents is at one end of the file or the other.
     with file.open("rb") if isinstance(file, Path) else contextlib.nullcontext(file) as opened:
         opened.seek(0)
@@ -741,7 +740,7 @@ class ReusingOpener:
         try:
             status = file.stat()
             version = (status.st_mtime_ns, status.st_size)
-        except OSError:  # its opener will say that it is not there
+        except OSError:  # its opener will report that it is missing
             version = (0, 0)
         # The process too: two processes that share an open file would move each other's position in it.
         state = (os.getpid(), file, *version)

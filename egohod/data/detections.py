@@ -1,7 +1,7 @@
 """Boxes of hands and objects, in the schema of EPIC-KITCHENS' hand-object detections, as a table.
 
 One row a box, in a parquet file (or a folder of them). The names are those of the published protobuf messages;
-``second`` stands beside ``frame_number``, since a training clip asks for times: it is the middle of the time that the
+``second`` is beside ``frame_number``, since training looks boxes up by time: it is the middle of the time that the
 frame is on display, (frame + 1/2) / fps, so that neighbours are never confused. Coordinates are shares of the picture.
 
     video_id, frame_number, second     where the box was seen
@@ -15,7 +15,7 @@ frame is on display, (frame + 1/2) / fps, so that neighbours are never confused.
 
 EPIC-KITCHENS' own files are one a video: a pickled list of bytes, each of them a serialised protobuf message
 ``Detections`` of one frame, which :func:`read_epic` and :func:`write_epic` convert. Only lists and bytes are taken from
-the pickle: whatever asks for more is refused before anything runs.
+the pickle: anything else is refused before it runs.
 
 Source: epic-kitchens/epic-kitchens-100-hand-object-bboxes, ``types.proto`` and ``hoa/io.py``. Frames count from 1 there
 and from 0 in our table.
@@ -45,7 +45,7 @@ EDGES = ("left", "top", "right", "bottom")
 ROLES = ("left hand", "right hand", "active object")
 """The boxes that :meth:`BoxTable.at` returns of each moment, in this order."""
 ROLE_COLOURS = ((40, 120, 230), (240, 160, 20), (40, 180, 80))
-"""In which pictures show the roles."""
+"""Colours of the roles in pictures (RGB)."""
 
 SCHEMA = pa.schema(
     [

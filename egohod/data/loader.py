@@ -291,7 +291,7 @@ class ClipLoader(DataLoader[dict[str, Any]]):
             yield _received(batch)
 
     def _next(self, batches: Iterator[dict[str, Any]], workers: Sequence[Any]) -> dict[str, Any]:
-        """The next batch; checks every second whether to go on waiting."""
+        """The next batch; checks every second whether to keep waiting."""
         start = time.monotonic()
         stop_requested: float | None = None
         while True:

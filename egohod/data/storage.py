@@ -183,7 +183,7 @@ class RemoteFolder:
             data = self._fetch(key, 0, _WHOLE_BYTES)
         if data is None or len(data) == _WHOLE_BYTES:
             size = self._size(key)
-            if size is None:  # the server does not say
+            if size is None:  # the server sends no size
                 data = self._fetch(key, 0, _WHOLE_BYTES) if data is None else data
                 if len(data) < _WHOLE_BYTES:
                     return io.BytesIO(data)
@@ -335,7 +335,7 @@ def _require_range(parsed: dict[str, Any], **_: Any) -> None:
 
 
 def _http_response() -> type:
-    """aiohttp's response, except that it refuses to read a whole large file where a range was asked for."""
+    """aiohttp's response, except that it refuses to read a whole large file where a range was requested."""
     aiohttp = importlib.import_module("aiohttp")
 
     class Response(aiohttp.ClientResponse):  # type: ignore[name-defined]
@@ -408,11 +408,11 @@ def _diagnose(error: Exception) -> _Fault:
     elif code == "NoSuchBucket":
         reason = "no such bucket"
     elif types & _NO_CREDENTIALS:
-        reason = "no credentials were found"
+        reason = "there are no credentials"
     elif code in _BAD_CREDENTIALS or status == 401:
         reason = "the credentials have expired or are not valid"
     elif status == 403 or "PermissionError" in types:
-        reason = "access denied; S3 also says so of a missing file where listing is not allowed"
+        reason = "access denied; S3 also answers so for a missing file if listing is not allowed"
     elif types & _PARTIAL_RESPONSE:
         reason, kind, is_final = "the server sent only a part of the file", VideoError, False
     elif not status and types & _NO_CONNECTION:
@@ -493,7 +493,7 @@ class LocalCache:
     """Whole objects in a folder of the local disk; beyond ``gigabytes`` the least recently used are removed.
 
     Any number of processes may share a folder: files appear by being renamed, and are named by a hash, so that no
-    key leads out of it. Where the disk is full the process goes on without the cache. Raises :class:`UserError` if the
+    key leads out of it. If the disk is full, the process continues without the cache. Raises :class:`UserError` if the
     folder cannot be made.
     """
 

@@ -96,7 +96,7 @@ class ClipTable:
             # Contiguous arrays: looking up a row of a chunked column costs a search.
             whole = columns[name].combine_chunks()
             # As a dictionary where values repeat (a video has many clips). Judged by the first ones: that spares
-            # encoding millions of different narrations in vain.
+            # encoding millions of different narrations without saving anything.
             sample = whole.slice(0, _SAMPLE)
             repeats = len(sample.unique()) <= len(sample) / 2
             self._columns[name] = whole.dictionary_encode() if repeats else whole
@@ -246,7 +246,7 @@ _TOKEN = re.compile(
 
 
 def narrations_in(cell: str) -> tuple[str, ...]:
-    """The narrations of a cell, without blanks around them; empty if it says nothing."""
+    """The narrations of a cell, without blanks around them; empty if it has no narration."""
     cell = cell.strip()
     if cell.startswith("<") and (printed := re.fullmatch(_PANDAS, cell, re.DOTALL)):
         cell = printed[1]
@@ -360,7 +360,7 @@ _FITTING = _words(
 
 
 def swap_sides(text: str) -> str:
-    """Mirror a narration: words, possessives, compounds ("leftmost", "right-hand side") and rotations; case is kept.
+    """Mirror a narration: words, possessives, compounds ("leftmost", "right-hand side") and rotations; case stays.
 
     Mirrored twice it is the same again; only a rotation that is not spelled "counterclockwise" or "clockwise" comes
     back in that spelling.
@@ -430,7 +430,7 @@ class ClipReader:
         self.config = config
         self._with_boxes = boxes
         self._boxes = BoxTable.read(config.detections) if boxes and config.detections else None
-        # Folder by dataset name; the name "" stands for all others.
+        # Folder by dataset name; the name "" is for all others.
         datasets = table.datasets()
         roots = {name: root for name, root in config.dataset_roots.items() if name in datasets}
         if others := [name for name in datasets if name not in roots]:

@@ -413,7 +413,7 @@ class VideoStore:
             except FileNotFoundError:
                 continue
             # On a remote root a wrong guess costs a round trip, and the next video is most likely where this one is. On
-            # a disk the order stays fixed: what is found must not depend on what was read before.
+            # a disk the order stays fixed: the result must not depend on what was read before.
             if self._files.is_remote:
                 self._forms.sort(key=lambda other: other != form)
             return self._locations.put(video, place), file
@@ -546,7 +546,7 @@ class VideoStore:
         is_last = self._last_chunks.get(place.path) == number
         if duration < expected and (is_last or not self._has_later(place, number)):
             if not is_last and place.layout != "avion" and number > 0:
-                # A last chunk's own length says nothing about chunk_seconds; the one before it must have it.
+                # A last chunk's own length does not show chunk_seconds; the one before it must have it.
                 with contextlib.suppress(FileNotFoundError):
                     file, name = self._open(place, number - 1), self._name(place, number - 1)
                     with contextlib.closing(self._opener(file, name)) as before:
@@ -617,7 +617,7 @@ def list_videos(root: str) -> tuple[dict[str, Path], list[str]]:
         raise UserError(f"{root}: not a single video file in it or below ({', '.join(VIDEO_ENDINGS)})")
     videos, faults = dict[str, Path](), list[str]()
     for path in paths:
-        if path.suffix not in ENDINGS:  # by its id alone it could not be found again
+        if path.suffix not in ENDINGS:  # its id alone would not lead to it again
             faults.append(f"{path}: its ending is in mixed case; rename it to {path.suffix.lower()}")
             continue
         video = path.relative_to(folder).with_suffix("").as_posix()

@@ -99,7 +99,7 @@ def write_video(video: Video, folder: Path) -> pa.Table:
                 for chunk in range(math.ceil(video.frames / size)):
                     encode(itertools.islice(frames, size), part / f"{chunk:04d}.mp4")
     except (OSError, av.FFmpegError) as error:  # PyAV's own errors cannot be sent to another process
-        raise UserError(f"cannot write {final}: {error}; run again to resume once that is mended") from error
+        raise UserError(f"cannot write {final}: {error}; rerun to resume after fixing this") from error
     return pa.Table.from_pylist(list(stage.truth()), detections.SCHEMA)
 
 
@@ -269,7 +269,7 @@ def make_world(
             ):
                 for video, boxes in pool.unordered(videos):
                     if isinstance(boxes, Lost):
-                        raise UserError(f"{boxes.reason}; run again to resume")
+                        raise UserError(f"{boxes.reason}; rerun to resume")
                     truth[video.video_id] = boxes
                     done += video.frames
                     progress.update(done)
@@ -278,7 +278,7 @@ def make_world(
             world["done"][split] = True
             write_text(out / "world.json", json.dumps(world, indent=1) + "\n")
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"cannot write {out}: {error}; run again to resume once that is mended") from error
+        raise UserError(f"cannot write {out}: {error}; rerun to resume after fixing this") from error
     return list(todo)
 
 

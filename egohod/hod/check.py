@@ -90,7 +90,7 @@ _ORDER = re.compile(
     r"|\b(?:system|user) prompt\b",
     re.IGNORECASE,
 )
-# What models say about their task; about a clip only if the narration has it, as in "reads the instructions".
+# Words of models about their task; about a clip only if the narration has them, as in "reads the instructions".
 _TALK = re.compile(
     r"\bas an ai\b|\bi(?:'m| am) sorry\b|\bi can(?:'t|not)\b|\bhere (?:is|are)\b|\bsure[,!]|\bcertainly\b"
     r"|\b(?:caption|narration|output|answer|rewritten|facts?|clip \d+) ?:|\binstructions?\b|\bjson\b"
@@ -398,7 +398,7 @@ def compare(source: str, caption: str, thing: str = "") -> Comparison:
 
 
 def is_specific(thing: str) -> bool:
-    """Whether it is a known thing, no common tool, and no word for many things."""
+    """Whether the vocabulary has it as a thing, no common tool, and no word for many things."""
     return thing in _THINGS and thing not in _TOOLS and thing not in _GENERIC
 
 
@@ -445,7 +445,7 @@ _FEW = 2
 
 
 def compare_words(caption: str, source: str, facts: ClipFacts | None, thing: str) -> tuple[list[str], float]:
-    """The half of the check that needs no tracks: reasons, and the share of the source's words that is kept.
+    """The half of the check that needs no tracks: reasons, and the share of the source's words that remains.
 
     ``facts`` may allow hands that the source does not name; ``thing`` is a further object that may be named.
     """
@@ -496,7 +496,7 @@ def _action_of_other_hand(caption: str, verbs: tuple[str, ...], acting: str) -> 
 TWICE, ONCE, ABSENT, CONTACT, RELEASE = "twice", "once", "out of sight", "contact", "release"
 CLOSING, PARTING = "closing", "parting"
 
-# Seen from the head, what goes away over a table goes up in the picture: narrators say either.
+# Seen from the head, what goes away over a table goes up in the picture: narrators write either.
 _AXES = ({LEFT: -1, RIGHT: 1}, {UP: -1, AWAY: -1, DOWN: 1, CLOSER: 1})
 _TURNS = (CLOCKWISE, COUNTERCLOCKWISE)
 # Least net way, in shares of the picture, for "from the left side to the right side" of a motion with several legs
@@ -568,8 +568,8 @@ def claims(text: str) -> list[Claim]:
 def unsupported_claims(caption: str, source: str, facts: ClipFacts, min_seen: float) -> tuple[list[str], int]:
     """What the tracks do not support, as reasons; and the number of statements.
 
-    A caption that names no hand although one acts is no hand-object narration. What the source says of a hand's motion
-    or contact is accepted without the tracks; where it names no hand it speaks of the one that acts.
+    A caption that names no hand although one acts is no hand-object narration. A hand's motion or contact in the source
+    is accepted without the tracks; where it names no hand it speaks of the one that acts.
     """
     before, statements = claims(source), claims(caption)
     reasons: list[str] = []

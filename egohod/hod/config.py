@@ -30,7 +30,7 @@ COLUMNS = ("video_id", "start_second", "end_second", "text", "dataset", "uid")
 
 @dataclass
 class WindowsConfig:
-    """How videos without narrations are cut into clips; used where source.metadata is empty."""
+    """Clips of videos without narrations; used if source.metadata is empty."""
 
     seconds: float = knob(4.0, "length of a window", above=0)
     stride: float = knob(4.0, "from one window's start to the next; windows overlap if less than seconds", above=0)
@@ -40,18 +40,18 @@ class WindowsConfig:
 class DemoConfig:
     """The demo world, rendered first if it does not exist."""
 
-    folder: str | None = knob(None, "where it is; null for other videos")
+    folder: str | None = knob(None, "its folder; null for other videos")
     scale: float = knob(1.0, "its size; 1 has 2,000 training clips", above=0, high=100)
 
 
 @dataclass
 class DetectorConfig:
-    """What finds hands and objects."""
+    """The detector of hands and objects."""
 
     kind: str = knob(
         "mediapipe",
-        "mediapipe: hands, on any CPU; detections: files made elsewhere; torchvision: your own checkpoint; oracle: "
-        "files with synthetic noise, to see how much the other stages tolerate",
+        "mediapipe: hands, on any CPU; detections: boxes from files; torchvision: your own checkpoint; oracle: "
+        "files with synthetic noise, to measure how much the other stages tolerate",
         choices=tuple(DETECTORS),  # a new detector needs no change here
     )
     # Not dataclasses of their own: the constructor of a detector declares its options, and they are checked against it.
@@ -60,12 +60,14 @@ class DetectorConfig:
 
 @dataclass
 class TracksConfig:
-    """How boxes become tracks."""
+    """Tracks from boxes."""
 
-    camera: bool = knob(True, "subtract the motion of the camera, estimated from what is outside of the boxes")
+    camera: bool = knob(True, "subtract the motion of the camera, estimated from the picture outside the boxes")
     min_score: float = knob(0.3, "boxes with a lower confidence are ignored", low=0, high=1)
     max_gap: float = knob(
-        0.6, "longest time without a box that is interpolated, in seconds; a hand may be anywhere after it", low=0
+        0.6,
+        "longest interpolated gap without a box, in seconds; after a longer one a hand may be anywhere",
+        low=0,
     )
     smooth: float = knob(0.04, "seconds over which jitter is smoothed; a quick tap lasts a quarter of a second", low=0)
     max_jump: float = knob(0.35, "farthest that a box moves between two frames, as a share of the picture", above=0)
@@ -73,7 +75,7 @@ class TracksConfig:
 
 @dataclass
 class NarratorConfig:
-    """What turns facts into sentences."""
+    """The narrator, which turns facts into sentences."""
 
     kind: str = knob(
         "template",
@@ -92,37 +94,40 @@ class NarratorConfig:
     endpoint: str = knob(
         "http://127.0.0.1:8000/v1", "base address of any OpenAI-compatible server (vLLM, Ollama, llama.cpp, a service)"
     )
-    model: str = knob("", "the server's name for the model; empty is right for servers that have only one")
+    model: str = knob("", "the server's name for the model; may be empty for servers with a single model")
     api_key_env: str | None = knob(
-        None, "environment variable with the API key; null sends none. The key itself is in no file and no log"
+        None, "environment variable with the API key; null sends none. The key is never written to a file or log"
     )
     prompt: str | None = knob(
         None, "Jinja file of the prompt; null is configs/hod/prompts/llm.jinja or vlm.jinja, by kind"
     )
     batch: int = knob(
-        8, "clips in a request; a small model mixes up many, for a large one the prompt is then sent less often", low=1
+        8, "clips in a request; small models confuse many clips, large ones need the prompt less often", low=1
     )
     concurrency: int = knob(4, "requests in flight at most", low=1)
-    timeout_seconds: float = knob(120.0, "a request without a whole answer after so long is tried again", above=0)
-    retries: int = knob(5, "further tries of a request that times out, is rejected for load or breaks off", low=0)
+    timeout_seconds: float = knob(120.0, "a request without a complete answer after this time is retried", above=0)
+    retries: int = knob(5, "retries of a request that times out, is rejected for load or breaks off", low=0)
     give_up_seconds: float = knob(
-        600.0, "stop the run, which can be resumed, when no request at all has succeeded for so long", above=0
+        600.0, "stop the run, which can be resumed, when no request has succeeded for this long", above=0
     )
     temperature: float = knob(
-        0.7, "0 makes captions alike, which a training learns less from; above 1 models invent", low=0, high=2
+        0.7,
+        "sampling temperature; 0 makes captions uniform, which train a model less well; above 1 models hallucinate",
+        low=0,
+        high=2,
     )
-    max_tokens: int = knob(128, "tokens of the answer for each clip", low=16)
+    max_tokens: int = knob(128, "maximum tokens of the answer for each clip", low=16)
     answer_format: str = knob(
         "json_schema",
-        "how the server is asked to follow the schema: json_schema (vLLM, llama.cpp, Ollama, OpenAI), "
-        "json_object_schema (llama-cpp-python), json_object for those without schemas, none to ask in the prompt "
-        "alone; the answer is validated in any case",
+        "response_format of a request: json_schema (vLLM, llama.cpp, Ollama, OpenAI), "
+        "json_object_schema (llama-cpp-python), json_object for those without schemas, none to use the prompt "
+        "alone; the answer is always validated",
         choices=("json_schema", "json_object_schema", "json_object", "none"),
     )
     # --- vision-language models ---
     frames: int = knob(4, "vlm: frames of a clip that are sent, evenly spaced", low=1)
     frame_size: int = knob(448, "vlm: longer side of a sent frame in pixels; tokens grow with its square", low=32)
-    jpeg_quality: int = knob(85, "vlm: of the sent frames", low=10, high=100)
+    jpeg_quality: int = knob(85, "vlm: JPEG quality of the sent frames", low=10, high=100)
 
 
 @dataclass
@@ -130,9 +135,9 @@ class CheckConfig:
     """What a caption must satisfy."""
 
     # --- form ---
-    min_words: int = knob(3, "shorter captions say nothing", low=1)
+    min_words: int = knob(3, "shorter captions carry no information", low=1)
     max_words: int = knob(60, "the text tower reads 77 tokens and cuts longer captions off", low=4)
-    # Applied before narrating too: a narrator is not told of such a hand.
+    # Applied before narrating too: such a hand is not in the narrator's input.
     min_seen: float = knob(
         0.1, "a hand that was detected in a smaller share of the frames may not be mentioned", low=0, high=1
     )
@@ -140,7 +145,7 @@ class CheckConfig:
     words: bool = knob(True, "compare verbs, objects and sides with the narration before")
     tracks: bool = knob(True, "compare hands, directions and contact with the tracks")
     language: float = knob(0.6, "least share of English words in a caption; 0 allows any language", low=0, high=1)
-    ask_again: bool = knob(True, "ask for a refused caption once more, with the reasons, before the template is used")
+    ask_again: bool = knob(True, "request a refused caption once more, with the reasons, before the template is used")
 
 
 @dataclass
@@ -148,7 +153,7 @@ class SlurmConfig:
     """What --submit requests from Slurm for each shard; null leaves it to the cluster."""
 
     partition: str | None = knob(None, "partition of the jobs")
-    minutes: int | None = knob(None, "time limit of a job; one that was cut off resumes when it is rerun", low=1)
+    minutes: int | None = knob(None, "time limit of a job; rerun a job that hit it to resume", low=1)
     memory_gb: float | None = knob(None, "memory of a job", above=0)
     gpus: int | None = knob(None, "for a torchvision detector", low=0)
     at_once: int | None = knob(None, "jobs that run at the same time", low=1)
@@ -159,7 +164,7 @@ class HodConfig:
     """The whole pipeline."""
 
     output: str = knob("hod.csv", "the narrations; results of the stages are in the folder OUTPUT.work")
-    # The same section as a training's, so that a configuration can be moved between the two.
+    # The same section as in training configurations, so that it can be copied between the two.
     source: SourceConfig = part(SourceConfig)
     windows: WindowsConfig = part(WindowsConfig)
     # Rendered by tools/generate_hod.py, so that the demo is one command.
@@ -170,25 +175,25 @@ class HodConfig:
     check: CheckConfig = part(CheckConfig)
     slurm: SlurmConfig = part(SlurmConfig)
     frames: int = knob(16, "frames of each clip that are searched for hands, as published", low=1)
-    decoder: str = knob("auto", "as data.decoder of a training", choices=("auto", "torchcodec", "pyav", "decord"))
-    cache: str | None = knob(None, "as data.cache of a training: a folder for files of remote roots")
+    decoder: str = knob("auto", "as data.decoder of main_pretrain.py", choices=("auto", "torchcodec", "pyav", "decord"))
+    cache: str | None = knob(None, "as data.cache of main_pretrain.py: a folder for files of remote roots")
     cache_gb: float = knob(50.0, "size of cache in GB (1e9 bytes)", above=0)
     workers: int = knob(
         2,
-        "processes that decode and detect; 0 does so in the main process, which a clip that crashes the decoder ends",
+        "processes that decode and detect; 0 uses the main process, which then ends if a clip crashes the decoder",
         low=0,
     )
     # A decoder that hangs does so in native code: its process cannot be interrupted, only killed.
     clip_seconds: float = knob(
-        600.0, "a clip that takes a worker longer fails: a damaged video may hang its decoder", above=0
+        600.0, "a clip that takes longer fails, since a damaged video may hang its decoder", above=0
     )
     keep: list[str] = knob(
         [], "further columns of the metadata to copy to the output, for instance to group hard negatives by"
     )
-    dataset: str = knob("", "dataset column of rows whose metadata has none; a training chooses the video root by it")
-    seed: int = knob(0, "draws one of several narrations of a clip, where source.list_text=random", low=0)
-    block: int = knob(256, "shards are multiples of so many clips", low=1)  # for a resumed run the same one
-    # A wrong root or a broken mount fails every clip: found after fifty of them, not after a day.
+    dataset: str = knob("", "dataset column of rows whose metadata has none; training chooses the video root by it")
+    seed: int = knob(0, "draws one of several narrations of a clip, if source.list_text=random", low=0)
+    block: int = knob(256, "shards are multiples of this many clips", low=1)  # for a resumed run the same one
+    # A wrong root or a broken mount fails every clip: the run stops after fifty of them, not after a day.
     max_bad_fraction: float = knob(
         0.05,
         "stop when more than this share of the rows, or of the clips that a stage has tried, fails; fewer than a "
@@ -206,12 +211,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> HodConfig:
 def check(config: HodConfig) -> list[tuple[str, str]]:
     """Everything that is out of range or contradicts itself, as (key, what is wrong with it)."""
     problems = out_of_range(config)
-    # The section is shared with trainings. What has no effect here is an error rather than a silent surprise.
+    # The section is shared with training. What has no effect here is an error rather than a silent surprise.
     default = SourceConfig()
     for name in ("weight", "detections"):
         if getattr(config.source, name) != getattr(default, name):
             key = f"source.{name}"
-            problems.append((key, f"{key} is a setting of trainings, the pipeline does not use it"))
+            problems.append((key, f"{key} is for training only, the pipeline does not use it"))
     for name in dict.fromkeys(config.keep):
         if name in COLUMNS or config.keep.count(name) > 1:
             why = "which the output has anyway" if name in COLUMNS else "twice"

@@ -27,7 +27,7 @@ _AT_EDGE = 0.005  # a box that comes so close to the picture's edge is assumed t
 class Track:
     """One hand or object over the sampled times."""
 
-    boxes: np.ndarray  # [T, 4] of the detector, NaN where it found none
+    boxes: np.ndarray  # [T, 4] of the detector, NaN where there is none
     # [T, 2] of the whole thing even where the picture cuts it off; gaps filled, smoothed, camera motion removed
     centre: np.ndarray
     extent: np.ndarray  # [T, 2] width and height of the whole thing, gaps filled
@@ -226,7 +226,7 @@ def _overlaps_and_follows(hand: Track, thing: Track) -> np.ndarray:
 _WIDTH = 96  # pictures are compared at this many columns; the parabola through the peak gives fractions of one
 _REACH = 0.25  # largest motion between two samples that is searched, in shares of the picture
 _MIN_SHARED = 0.2  # share of the picture that must be free of boxes in both, and overlap
-_SIMILAR = 0.7  # correlation above which the reference frame is kept
+_SIMILAR = 0.7  # correlation above which the reference frame stays
 _FAR_PENALTY = 0.1  # correlation that a motion of _REACH must gain over none
 _MIN_CORRELATION = 0.3  # below, the correlation is chance: the pictures show different things, or nothing
 

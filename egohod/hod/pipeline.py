@@ -87,7 +87,7 @@ class Task:
 
     index: int  # of the clip in the table
     outcomes: dict[str, Outcome] = field(default_factory=dict)  # what stages made of it so far
-    # What the narrator is asked. Built by the narrate stage and used again by the check stage: both need the facts
+    # The narrator's input. Built by the narrate stage and used again by the check stage: both need the facts
     # decoded and, for a vision-language model, the frames.
     request: Request | None = None
 
@@ -300,7 +300,7 @@ class Pipeline:
         counts = Finished(narrations, failures, fallbacks)
         with self.store.results(shard) as results:
             results.mark(self.fingerprint, counts)
-        # A run in which every caption was refused ends as well as any: only these lines show it.
+        # A run in which every caption was refused ends normally: only these lines show it.
         notes = []
         for what, counter in (("by", narrators), ("captions refused for", refusals), ("tokens:", +tokens)):
             if counter:
@@ -310,8 +310,7 @@ class Pipeline:
         replaced = narrators["template"] if narrator != "template" else 0
         if replaced > _MOST * narrations:
             log.warning(
-                "the template replaced the captions of %s in %s of %s narrations: is the model good enough, and "
-                "reachable?",
+                "the template replaced the captions of %s in %s of %s narrations: check the model and its endpoint",
                 *(narrator, f"{replaced:,}", f"{narrations:,}"),
             )
         if without_hand:
@@ -350,7 +349,7 @@ class Pipeline:
                 # To the microsecond, which tells any two frames apart; in full a third of a second has 16 digits.
                 times = [f"{seconds:.6f}".rstrip("0").rstrip(".") for seconds in (row.start, row.end)]
                 place = [row.video_id, *times]
-                # Without a name of its own a clip is called by its place, which a training reports.
+                # Without a name of its own a clip is called by its place, which training reports.
                 uid = ("uid" in self.table.column_names and self.table.value("uid", index)) or "_".join(place)
                 if outcome.fault is None:
                     columns = [self.table.value(name, index) for name in self.cfg.keep]
@@ -426,7 +425,7 @@ class Pipeline:
                     outcome = results.get(*key)
                     if outcome is None:
                         # A finished shard may lack one too: it is damaged, or was in a file that is gone. With its mark
-                        # the next run would have nothing to do, and never mend it.
+                        # the next run would have nothing to do, and the gap would stay.
                         if results.finished(self.fingerprint):
                             results.unmark(self.fingerprint)
                         place = self.table.where(index)
@@ -690,7 +689,7 @@ class NarrateStage(Stage):
         yield from failed
 
     def requests(self, tasks: Iterable[Task]) -> tuple[list[tuple[Task, Request]], list[tuple[Task, Outcome]]]:
-        """What is asked of the narrator for each task, and the tasks of which the frames cannot be read."""
+        """Each task's input for the narrator, and the tasks whose frames cannot be read."""
         ready, failed = [], []
         for task in tasks:
             try:
@@ -712,11 +711,11 @@ class NarrateStage(Stage):
 class Checked:
     """A caption that went through the check."""
 
-    text: str | None  # None where not even the template has something true to say
+    text: str | None  # None where even the template's caption is refused
     narrator: str  # whose caption it is in the end; template too where it replaced another's
     verdict: Verdict
-    attempts: int  # how often the narrator was asked: 1 or 2
-    refusals: tuple[str, ...]  # why its captions were refused, if it was asked twice or replaced
+    attempts: int  # requests to the narrator: 1 or 2
+    refusals: tuple[str, ...]  # why its captions were refused, if there was a second request or a replacement
     prompt_tokens: int
     completion_tokens: int
     unanswered: bool  # the narrator had no usable answer at least once: another day it may have one
@@ -731,8 +730,8 @@ def check_narrations(
 ) -> Iterator[tuple[int, Checked]]:
     """Check the first narration of each request, and replace those that are refused.
 
-    A refused caption is asked for once more, with the reasons (``settings.ask_again``; never of the template, which
-    would say the same). If that is refused too, ``template`` narrates the source, and if that fails, the facts alone.
+    A refused caption is requested once more, with the reasons (``settings.ask_again``; never from the template, which
+    would repeat it). If that is refused too, ``template`` narrates the source, and if that fails, the facts alone.
     Yields (index of the request, result) once for each, as soon as it is decided. Raises what the narrator raises.
     """
     instructions = getattr(narrator, "instructions", "")
@@ -754,7 +753,7 @@ def check_narrations(
         unanswered = any(answer.problem is not None for answer in own)
         return number, Checked(text, who, verdict, len(own), refusals[number], *tokens, unanswered)
 
-    # The second answers are asked for when all of the first are judged: their requests are then full.
+    # The second answers are requested after all of the first are checked: their requests are then full.
     for number, answer in itertools.chain(enumerate(narrations), second_answers()):
         request, verdict = requests[number], Verdict(0.0, (answer.problem or "no answer",))
         if answer.text is not None:
@@ -795,8 +794,8 @@ class CheckStage(Stage):
         for number, checked in check_narrations(requests, narrations, self._narrate.narrator, settings, template):
             if checked.text is None:
                 reasons = "; ".join(dict.fromkeys((*checked.refusals, *checked.verdict.reasons)))
-                # No fallback: a training learns nothing false from a clip that it does not have.
-                yield ready[number][0], Outcome(None, f"nothing true to say: {reasons}")
+                # No fallback: a missing clip teaches a model nothing false.
+                yield ready[number][0], Outcome(None, f"no caption passes the check: {reasons}")
             else:
                 value = to_plain(checked) | {"text": " ".join(checked.text.split())}
                 yield ready[number][0], Outcome(value, is_fallback=checked.unanswered)

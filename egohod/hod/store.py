@@ -156,8 +156,8 @@ class Store:
 
     def results(self, shard: Shard | None = None) -> contextlib.closing[Results]:
         """Results of a shard, to read and write; without a shard those of all shards, to read."""
-        # Where a shard has no result, other divisions may: somebody ran 64 shards and now runs one. Other shards of the
-        # same division have other clips, and looking into their files would slow down the processes that write there.
+        # Results of other divisions are used too, as after a run of 64 shards that is now rerun as one. Other shards of
+        # the same division have other clips, and reading their files would slow down the processes that write there.
         others = [path for path, each in self._files() if shard is None or each.count != shard.count]
         own = self.folder / "results" / f"{shard.stem}.sqlite" if shard else None
         return contextlib.closing(Results(own, others))
@@ -169,7 +169,7 @@ class Store:
             with contextlib.closing(Results(path)) as results:
                 if results.finished(fingerprint):
                     counts.add(shard.count)
-        return sorted(counts)  # several where somebody tried another number of shards
+        return sorted(counts)  # several after runs with different numbers of shards
 
     def _files(self) -> list[tuple[Path, Shard]]:
         paths = sorted((self.folder / "results").glob("*.sqlite"))
@@ -241,7 +241,7 @@ class Results:
         for path, connection in self._files:
             if path == self._path and self._is_writable:
                 # Without a log beside it the file can be copied, and read where the folder is read-only. It stays in
-                # that mode where somebody is reading, or the disk is full; nothing is lost by that.
+                # that mode while another process reads, or if the disk is full; nothing is lost by that.
                 with contextlib.suppress(sqlite3.Error):
                     connection.execute("PRAGMA busy_timeout = 0")
                     connection.execute("PRAGMA journal_mode = DELETE")
@@ -259,7 +259,7 @@ class Results:
                 # With the log a killed process loses nothing, and a machine that crashes what was not flushed yet; in
                 # neither case is the file damaged.
                 journal = "WAL" if _file_system(self._path) in _LOCAL_FILE_SYSTEMS else "TRUNCATE"
-                # Not possible while somebody reads. The mode that it is in does as well, only slower.
+                # Not possible while another process reads. Its present mode works too, only slower.
                 with contextlib.suppress(sqlite3.OperationalError):
                     connection.execute(f"PRAGMA journal_mode = {journal}")
                 connection.execute("PRAGMA synchronous = NORMAL")
@@ -276,9 +276,9 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            pass  # held by somebody, so there are locks
+            pass  # another process holds it, so locks work
         except OSError:
-            # SQLite refuses to work then, unless told so. claim() has warned that two runs would not notice each other.
+            # Without this option SQLite refuses to work. claim() has warned that two runs would not notice each other.
             vfs = "&vfs=unix-none"
         finally:
             os.close(descriptor)

@@ -1,4 +1,4 @@
-"""S3 on loopback: a real server in a process of its own, and one that fails as it is told."""
+"""S3 on loopback: a real server in a process of its own, and one that fails on request."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def moto_server() -> Iterator[str]:
 
 
 def point_to(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
-    """Send this process's S3 requests to ``address``, with credentials that nobody may see."""
+    """Send this process's S3 requests to ``address``, with credentials that no message may show."""
     for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL_S3"):
         monkeypatch.delenv(name, raising=False)
     settings = {
@@ -70,7 +70,7 @@ class FaultyS3:
     """Serves ``objects`` (by ``/bucket/key``), except that the first answers are those of ``script``.
 
     An entry of the script is an error as (status, code), ``"half"`` for a body that ends early, ``"drop"`` for a
-    connection that is closed without an answer, or ``"ok"``. ``requests`` tells what was asked for. Without ``ranges``
+    connection that is closed without an answer, or ``"ok"``. ``requests`` records the requests. Without ``ranges``
     it sends whole objects, as simple servers do; ``sizes`` false leaves out how large they are.
     """
 
@@ -108,7 +108,7 @@ class FaultyS3:
             step = (404, "NoSuchKey")
         if isinstance(step, tuple):
             status, code = step
-            # What real services do say, and nobody should repeat.
+            # Real services put such things into their answers; our messages must not repeat them.
             text = f"<Error><Code>{code}</Code><Message>{TOKEN} https://x.test/?{SIGNATURE} {SECRET}</Message></Error>"
             self._send(request, status, text.encode())
         elif step == "drop":

@@ -1,4 +1,4 @@
-"""Folders of camera files: what is found, what is refused, interruptions, damage, full disks, estimates."""
+"""Folders of camera files: search, refusals, interruptions, damage, full disks, estimates."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_a_folder_becomes_chunks_whatever_the_number_of_processes(recordings: Pa
     shutil.rmtree(out / "day 1")
     one = tool(recordings, out, "--seconds", 1, "--short_side", 48, "--workers", 1)
     assert (one.returncode, tree(out)) == (0, files)
-    assert "3 of 5 videos are there already" in one.stdout
+    assert "3 of 5 videos are complete already" in one.stdout
 
 
 def test_one_long_video_in_ranges(recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +256,7 @@ def free(out: Path) -> bool:
 
 
 def test_a_full_disk_ends_in_one_line_and_loses_nothing(tmp_path: Path) -> None:
-    """A limit on the size of files stands in for a disk without room."""
+    """A limit on the size of files imitates a full disk."""
     root, out = tmp_path / "root", tmp_path / "out"
     encode(root / "a.mp4", 2)
     encode(root / "b.mp4", 60, size=(320, 240), x264="qp=10")
@@ -293,7 +293,7 @@ def test_a_dry_run_estimates_and_writes_nothing(recordings: Path, tmp_path: Path
         assert part in done.stdout, part
     assert not out.parent.exists()
 
-    # The estimate holds: the chunks of a file of the same kind are about as large as said.
+    # The estimate holds: the chunks of a file of the same kind are about as large as estimated.
     (root / "none.mp4").unlink()
     settings = ChunkSettings()
     probes, _ = chunking.probe_videos(find_videos(root), 1)

@@ -40,7 +40,7 @@ def camera(
     aspect: Fraction | None = None,
     options: dict[str, str] | None = None,
 ) -> Path:
-    """A file as cameras write them; the picture tells its number (see ``video_files``)."""
+    """A file as cameras write them; the picture shows its number (see ``video_files``)."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, options=options or {})
         (stream.width, stream.height), stream.pix_fmt, stream.bit_rate = size, pix_fmt, 4_000_000
@@ -217,7 +217,7 @@ def test_a_constant_rate(tmp_path: Path) -> None:
 
 
 def test_a_rate_keeps_to_the_clock() -> None:
-    # 24 frames at 24 a second, asked for at 30: as long as before, each moment's frame on display.
+    # 24 frames at 24 a second, resampled to 30: as long as before, each moment's frame on display.
     frames = [DisplayedFrame(i, 10_000 * i, 10_000 * (i + 1)) for i in range(24)]
     made = list(at_rate(frames, 30))
     assert [frame.begin for frame in made] == [8000 * i for i in range(30)]

@@ -203,7 +203,7 @@ def test_generator_streams_of_neighbours_are_independent(world: Path) -> None:
 
 
 def test_whatever_a_clip_raises_costs_that_clip(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here its text; libraries raise all kinds at odd files, too."""
+    """Its text is tested here; libraries raise many other types for damaged files."""
     clips, plain = dataset(world), clips_module.choose_text
 
     def odd(texts: object, mode: str, rng: object) -> str:

@@ -45,7 +45,7 @@ FILES: dict[str, tuple[str, dict[str, str], dict[str, str]]] = {
 def write(
     path: Path, codec: str, options: dict[str, str], muxer: dict[str, str], frames: int = FRAMES, sound: float = 3.0
 ) -> Path:
-    """Frames that tell their number, and sound that goes on for longer."""
+    """Frames that show their number, and sound that is longer."""
     formats = {".mpg": "mpeg", ".m2ts": "mpegts", ".wmv": "asf"}
     with av.open(str(path), "w", format=formats.get(path.suffix), options=muxer) as container:
         stream = container.add_stream(codec, rate=RATE, options=options)
@@ -226,7 +226,7 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_is_no_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """FFmpeg takes what stands before a colon for a protocol, unless a path is absolute."""
+    """FFmpeg takes the text before a colon for a protocol, unless a path is absolute."""
     path = encode(tmp_path / "v.mp4", 20)
     monkeypatch.chdir(tmp_path)
     target = Path(name)

@@ -121,7 +121,7 @@ def test_a_file_in_memory(tmp_path: Path, decoder: str) -> None:
     path = encode(tmp_path / "v.mp4", 30)
     times, pictures = reference(path)
     stream = BytesIO(path.read_bytes())
-    stream.seek(100)  # wherever somebody left it
+    stream.seek(100)  # any position
     opened = opener(decoder)(stream, "s3://bucket/v.mp4")
     assert np.array_equal(opened.read_at(times[[25, 3, 4]] + 0.05), pictures[[25, 3, 4]])
     opened.close()
@@ -160,7 +160,7 @@ def test_rate_and_duration(tmp_path: Path, decoder: str) -> None:
     opened = opener(decoder)(encode(tmp_path / "v.mp4", 25))
     assert opened.fps == pytest.approx(10)
     assert opened.duration == pytest.approx(2.5)
-    # Neither sound that goes on nor a late first picture makes the pictures last longer.
+    # Neither longer sound nor a late first picture makes the pictures last longer.
     for name in ("sound is longer", "begins late, with sound"):
         assert opener(decoder)(write(tmp_path / "v.mp4", STREAMS[name])).duration == pytest.approx(4, abs=0.11)
 
@@ -315,7 +315,7 @@ def test_where_a_decoder_fails_the_next_is_tried_with_one_warning(
         opened.close()
     (message,) = caplog.messages
     assert message.startswith(f"{paths[0]}: cannot be read: NotImplementedError: this profile; decord reads it")
-    # Where none can, the first one's reason counts, and a decoder that was asked for by name has no stand-in.
+    # Where none can, the first one's reason counts, and a decoder chosen by name has no substitute.
     monkeypatch.setattr(decoders.DecordDecoder, "read_at", lambda *_: 1 / 0)
     for choice in ("auto", "pyav"):
         with pytest.raises(VideoError, match=r"a\.mp4: cannot be read: NotImplementedError: this profile$"):

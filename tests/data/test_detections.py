@@ -1,4 +1,4 @@
-"""Boxes of hands and objects: read from the schema, found by time, and carried through crop and flip."""
+"""Boxes of hands and objects: read from the schema, looked up by time, and carried through crop and flip."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def test_a_table_survives_the_way_to_the_protobuf_and_back(tmp_path: Path) -> No
 
 
 def test_bytes_are_those_of_the_published_schema(tmp_path: Path) -> None:
-    """Worked out by hand from the field numbers of types.proto: a hand of the right side in frame 4."""
+    """Encoded from the field numbers of types.proto: a hand of the right side in frame 4."""
     box = b"\x0d\x00\x00\x80\x3e\x15\x00\x00\x00\x3f\x1d\x00\x00\x00\x3f\x25\x00\x00\x40\x3f"
     offset = b"\x0d\x00\x00\x00\x3e\x15\x00\x00\x80\xbe"
     hand = b"\x0a\x14" + box + b"\x15\x00\x00\x40\x3f" + b"\x18\x03" + b"\x22\x0a" + offset + b"\x28\x01"

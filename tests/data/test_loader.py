@@ -21,7 +21,7 @@ from tests.support import Command
 
 
 class Numbers:
-    """Stands in for a ClipDataset: the 'video' says which key was asked for, and in which process."""
+    """Stands in for a ClipDataset: the 'video' holds the requested key and the process."""
 
     def __init__(self, size: int = 40) -> None:
         self.size = size

@@ -1,4 +1,4 @@
-"""What a cell says, in the spellings of the programs that write annotation files."""
+"""Narrations of a cell, in the spellings of the programs that write annotation files."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ def test_a_dataset_is_located_once_and_a_missing_one_is_searched_once(counting: 
     for number, most in enumerate((34, 2, 2)):
         counting.requests.clear()
         assert numbers(reader.read(f"P01_0{number}", 1, 2, 4).pictures) == segment_indices(10, 20, 4).tolist()
-        assert len(counting.requests) <= most  # two a look: the size of a whole file is asked for first
+        assert len(counting.requests) <= most  # two for each: the size of a whole file is requested first
     for most in (80, 0):
         counting.requests.clear()
         with pytest.raises(VideoError, match=r"P02_07\.mp4: no such file \(nor P02/videos/P02_07\.mp4, "):
@@ -203,13 +203,13 @@ def test_server_errors_in_the_middle_of_a_large_file(counting: FaultyS3, monkeyp
     monkeypatch.setattr(storage, "_AHEAD_BYTES", 1000)
     for decoder in DECODERS:
         reader = store("s3://videos", "avion", decoder)
-        reader.read("one", 0, 2, 4)  # from here on the size is known
+        reader.read("one", 0, 2, 4)  # from here on the size is cached
         counting.requests.clear()
         expected = reader.read("one", 0, 2, 4).pictures
         needed = len(counting.requests)
         counting.script = [(503, "SlowDown"), "half", "ok", "drop"]
         assert np.array_equal(reader.read("one", 0, 2, 4).pictures, expected)
-        # Whenever it happens: what the storage says, and not what a decoder makes of it.
+        # Whenever it happens: the storage's error, not a decoder's.
         for position in range(needed):
             counting.script = ["ok"] * position + [(400, "ExpiredToken")] * 50
             with pytest.raises(StorageError, match=r"s3://videos/one\.mp4/0\.mp4: the credentials have expired"):

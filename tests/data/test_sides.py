@@ -1,4 +1,4 @@
-"""Captions labelled by hand: which words change places when the picture is mirrored."""
+"""Manually labelled captions: which words change places when the picture is mirrored."""
 
 import csv
 import hashlib

@@ -265,7 +265,7 @@ print(rows, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 102
 
 
 def test_packed_and_wide_text_is_streamed(tmp_path: Path) -> None:
-    """A table of 150 MB in UTF-16, of which a tenth is asked for, is never in memory as a whole."""
+    """A table of 150 MB in UTF-16, of which a tenth is requested, is never in memory as a whole."""
     path = tmp_path / "clips.csv.gz"
     row = "v,{0},{1},x{0}," + "much else " * 100 + "\n"
     with gzip.open(path, "wt", encoding="utf-16", compresslevel=1) as file:

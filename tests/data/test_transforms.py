@@ -56,7 +56,7 @@ def step(before: int, after: int) -> np.ndarray:
 
 
 def test_resizing_without_antialiasing_overshoots_as_torchvision_0_14_did() -> None:
-    """Halving by hand: bicubic weighs four neighbours -0.09375, 0.59375, 0.59375, -0.09375 (a = -0.75)."""
+    """Halving, computed separately: bicubic weighs four neighbours -0.09375, 0.59375, 0.59375, -0.09375 (a = -0.75)."""
     row = spatial_crops(step(0, 255), 4, 1, "bicubic")[0, 0, 0, 0]
     assert row.tolist() == [0, -0.09375 * 255, 1.09375 * 255, 255], "neither rounded nor kept within 0..255"
     assert spatial_crops(step(10, 20), 4, 1, "bilinear")[0, 0, 0, 0].tolist() == [10, 10, 20, 20]

@@ -210,7 +210,7 @@ def test_no_file_is_left_open(videos: Path, tmp_path: Path, decoder: str) -> Non
 @pytest.mark.parametrize("video", ["whole", "cut", "avion"])
 @pytest.mark.parametrize(("rule", "whole", "chunks"), [("middle", 3, 10), ("upstream", 6, 10), ("lavila", 3, 6)])
 def test_only_chunks_widen_a_short_clip(videos: Path, video: str, rule: str, whole: int, chunks: int) -> None:
-    """0.3 s at 10 fps are 3 frames; a second 10; some loaders show at least as many frames as they are asked for."""
+    """0.3 s at 10 fps are 3 frames; a second 10; some loaders show at least as many frames as requested."""
     read = store(videos, least=None).read(video, 1.0, 1.3, 6, rule=rule)
     assert read.numbers.tolist() == segment_indices(10, 10 + (whole if video == "whole" else chunks), 6).tolist()
     assert numbers(read.pictures) == read.numbers.tolist()
@@ -444,7 +444,7 @@ def test_accents_in_the_other_form_of_unicode(tmp_path: Path, csv: str, disk: st
     encode(tmp_path / keys[layout], 20)
     requested = unicodedata.normalize(csv, video)  # type: ignore[arg-type]
     assert numbers(store(tmp_path).read(requested, 0.5, 1.5, 1).pictures) == [9]
-    # Chunk 3 is missing, which only a listing tells.
+    # Chunk 3 is missing, which only a listing shows.
     if layout != "whole":
         with pytest.raises(VideoError, match=r"no such file"):
             store(tmp_path).read(requested, 6.5, 7, 1)

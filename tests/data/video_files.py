@@ -1,4 +1,4 @@
-"""Real video files whose frames tell their number."""
+"""Real video files whose frames show their number."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def remux(source: Path, path: Path, **metadata: str) -> Path:
 
 
 def turn(path: Path, degrees: int) -> Path:
-    """Have the file say that its pictures are shown turned clockwise, as a camera held upright does."""
+    """Mark the file's pictures as rotated clockwise, as a camera held upright does."""
     content = bytearray(path.read_bytes())
     cos, sin = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
     # The matrix of the track header box, version 0: 40 bytes behind its name, 16.16 (the last column 2.30) fixed point.

@@ -1,4 +1,4 @@
-"""What the demo world says must be what it shows."""
+"""The demo world's annotations must match its pictures."""
 
 from __future__ import annotations
 

@@ -181,7 +181,7 @@ def test_a_killed_run_resumes_to_the_same_result(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_ends_in_one_line_and_leaves_no_half_video(tmp_path: Path) -> None:
-    """A limit on the size of files stands in for a disk without room."""
+    """A limit on the size of files imitates a full disk."""
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000));"

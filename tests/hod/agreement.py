@@ -1,4 +1,4 @@
-"""How often the facts of demo clips agree with what was rendered: acting side, way it goes, how often, and contact.
+"""How often the facts of demo clips agree with what was rendered: acting hand, direction, repeats and contact.
 
 python -m tests.hod.agreement --world demo_data --split test                            # true boxes
 python -m tests.hod.agreement --world demo_data --split test --jitter 0.05 --drop 0.2   # spoiled ones
@@ -38,7 +38,7 @@ EXPECTED = {
 
 
 def disagreement(actual: ClipFacts, verb: str, hand: str) -> str:
-    """What the facts of a clip say otherwise than its truth; empty if nothing."""
+    """How the facts of a clip differ from the truth; empty if they do not."""
     if actual.acting != hand:
         return f"acting hand {actual.acting}"
     acting = actual.hands[hand]
@@ -52,7 +52,7 @@ def disagreement(actual: ClipFacts, verb: str, hand: str) -> str:
         out = (hand == "right") == (verb == "open")
         right = [word for word in legs if word in ("left", "right")] == ["right" if out else "left"]
     elif VERBS[verb].path in ("wipe", "flick"):
-        # Back to the middle may be told as a third leg.
+        # The way back to the middle may be described as a third leg.
         right = legs[:2] == EXPECTED[verb] and legs[2:] in ((), legs[:1]) and times == 1
     else:
         right = legs == EXPECTED[verb] and (VERBS[verb].path != "tap" or times == (2 if verb == "tap twice" else 1))

@@ -1,4 +1,4 @@
-"""A chat endpoint on loopback that answers, or misbehaves, as it is told."""
+"""A chat endpoint on loopback that answers, or misbehaves, on request."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Captioner = Callable[[dict[str, Any]], str]
 
 
 def clips_of(body: dict[str, Any]) -> list[dict[str, Any]]:
-    """The clips that a request asks about."""
+    """The clips of a request."""
     content = body["messages"][1]["content"]
     text = content if isinstance(content, str) else content[0]["text"]
     return json.loads(text[text.index("[") : text.rindex("]") + 1])

@@ -1,4 +1,4 @@
-"""Facts of clips, made by hand."""
+"""Facts of clips, written out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def motion(*directions: str, repeats: int = 1) -> Motion:
 
 
 def hand(side: str, *directions: str, **more: Any) -> HandFacts:
-    """A hand; unless said otherwise it touches nothing, and rests."""
+    """A hand; by default it touches nothing and rests."""
     values = {"seen": 1.0, "contact": None, "release": None, "approach": None, "touches": None}
     return HandFacts(
         side, motion=motion(*(directions or ("still",)), repeats=more.pop("repeats", 1)), **{**values, **more}

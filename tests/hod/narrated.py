@@ -51,7 +51,7 @@ def narrate(world: Path, split: str, output: Path, overrides: Sequence[str] = ()
 
 
 def disagreements(world: Path, split: str, output: Path) -> list[tuple[str, str]]:
-    """(verb, what the narration says otherwise) of each clip; a clip without a narration says nothing right."""
+    """(verb, difference of the narration from the truth) of each clip; a missing narration is a difference."""
     clips = pd.read_csv(world / split / "hod.csv")
     boxes = pd.read_parquet(world / split / "detections.parquet")
     hands = dict(iter(boxes[boxes["kind"] == "hand"].groupby(["video_id", "side"])))
@@ -83,7 +83,7 @@ def _disagreement(text: str, verb: str, hand: str, states: dict[str, list[int]])
     else:
         # Clauses end at an "and".
         legs = _EXPECTED[verb].split() if path != "shake" else ["back forth"]
-        # A wipe's or a flick's way back to the middle may be told as a third leg.
+        # A wipe's or a flick's way back to the middle may be described as a third leg.
         right = ways == legs or (path in ("wipe", "flick") and ways == [*legs, legs[0]])
     if path == "tap":
         right = right and ("twice" in acting) == (verb == "tap twice")

@@ -28,7 +28,7 @@ def _words(text: str) -> frozenset[str]:
 
 _SIDES = re.compile(r"\b(left|right|both)\b")
 _WORD = re.compile(r"[A-Za-z]+(?:-[a-z]+)*")
-# Handling of any kind: what stands for these, or these for others, need not be false.
+# Handling of any kind: replacing these, or replacing others by these, need not make a sentence false.
 _HANDLING = _words(
     "take grab get pick hold use keep put place bring move carry lift pass transfer set give return leave hand raise "
     "fetch collect gather grasp grip have contain display see view release start serve point draw drop stand light "

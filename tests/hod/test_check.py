@@ -97,7 +97,7 @@ def test_a_hand_that_was_not_seen_may_not_be_named() -> None:
     rare = replace(WIPE, hands={**WIPE.hands, "left": hand("left", seen=0.05)})
     assert names(TRUE, facts=rare) == {"hand"}
     assert names(TRUE, facts=rare, min_seen=0.01) == set()
-    # A person said so before; the tracks need not have seen it.
+    # It is in the human narration; the tracks need not show it.
     assert names(TRUE, source="#C C moves the sponge with the right hand beside the left hand", facts=alone) == set()
 
 

@@ -57,7 +57,7 @@ def test_files_give_each_moment_once_to_the_nearest_picture(truth: Path, tmp_pat
     assert actual["frame_number"].tolist() == [0, 0, 4, 4, 8, 8, 39, 39]
     assert len(files.detect("elsewhere", *frames([0]))) == 0
     assert len(files.detect("v", *frames([100]))) == 0
-    # Where frames lack boxes the neighbours' boxes are not told twice.
+    # Where frames lack boxes the neighbours' boxes are not used twice.
     thin = detections.read(truth).to_pandas().query("frame_number % 3 == 0")
     detections.write(pa.Table.from_pandas(thin, preserve_index=False), tmp_path / "thin.parquet")
     actual = DetectionFiles(str(tmp_path)).detect("v", *frames(list(range(12)))).to_pandas()
@@ -142,7 +142,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real Faster R-CNN of three classes with random weights, as training scripts save it."""
     torch.manual_seed(0)
     model = detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None, num_classes=4)
-    with torch.no_grad():  # all classes are then equally likely, so that each one is found
+    with torch.no_grad():  # all classes are then equally likely, so that each one is detected
         model.roi_heads.box_predictor.cls_score.weight.zero_()
         model.roi_heads.box_predictor.cls_score.bias.zero_()
     path = tmp_path_factory.mktemp("weights") / "model.pth"

@@ -16,7 +16,7 @@ from tests.support import Command
 
 
 def caption(request: dict[str, Any]) -> str:
-    """Says of the acting hand that it acts, and nothing more."""
+    """Names the acting hand, and nothing more."""
     lines = " ".join(str(value) for value in request.values())
     side = re.search(r"(left|right) hand: does the action", lines)
     return f"{request['narration']} with the {side[1]} hand" if side else request["narration"]
@@ -37,7 +37,7 @@ def test_a_language_model_captions_the_clips_with_no_request_twice(
         assert server.most <= 2
         assert requests >= 5
         assert inside("generate_hod.py", *few, *llm(server)).returncode == 0
-        assert len(server.bodies) == requests, "what was answered is not asked again"
+        assert len(server.bodies) == requests, "answered clips are not requested again"
     written = [row["text"] for row in rows(tmp_path / "hod.csv")]
     assert sum(bool(re.search(r"with the (left|right) hand$", text)) for text in written) >= 8, written
 

@@ -174,7 +174,7 @@ def test_a_dry_run_writes_nothing(few: list[str], tmp_path: Path, inside: Comman
     [
         (["narator.kind=llm"], "did you mean 'narrator"),
         (["frames=0"], "frames is 0, but must be at least 1"),
-        (["source.weight=2"], "source.weight is a setting of trainings"),
+        (["source.weight=2"], "source.weight is for training only"),
         (["--shard", "4/4"], "0/64 is the first of 64"),
         (["--root", "/nowhere"], "/nowhere: no such video folder"),
         (["--metadata", "/nowhere.csv"], "/nowhere.csv: no such annotation file"),
@@ -276,7 +276,7 @@ def test_bad_clips_and_bad_narrations(demo_world: Path, tmp_path: Path, inside: 
 def test_shards_are_submitted_as_an_array_and_a_merge_that_waits_for_it(
     few: list[str], tmp_path: Path, inside: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stand-in for sbatch; docs/hod.md says what was run on a real Slurm."""
+    """A stand-in for sbatch; docs/hod.md lists what was run on a real Slurm cluster."""
     tools = tmp_path / "bin"
     tools.mkdir()
     for name in ("sbatch", "srun"):
@@ -382,7 +382,7 @@ def test_narrations_agree_with_what_was_rendered(demo_world: Path, tmp_path: Pat
     assert narrate(demo_world, "val", tmp_path / "hod.csv").finished(Shard()) is not None
     actual = disagreements(demo_world, "val", tmp_path / "hod.csv")
     assert sum(not wrong for _, wrong in actual) >= 0.85 * len(actual), actual
-    # A hand that holds something nameless beside the action is no reason to say less.
+    # A hand that holds something nameless beside the action must not shorten the caption.
     written = [row["text"] for row in rows(tmp_path / "hod.csv")]
     assert sum(text.startswith(("The left", "The right")) for text in written) <= 0.1 * len(written), written
 

@@ -45,7 +45,7 @@ def requests(count: int) -> list[Request]:
 
 
 def narrator(server: ChatServer, waits: list[float] | None = None, **settings: Any) -> LanguageModelNarrator:
-    """One that does not wait between tries, but says how long it would have."""
+    """A narrator that records how long it would wait between tries instead of waiting."""
     chosen = NarratorConfig(**{"kind": "llm", "endpoint": server.address, "batch": 2, **settings})
     held = Endpoint(chosen, sleep=waits.append if waits is not None else lambda _: None)
     return LanguageModelNarrator(chosen, PROMPTS / f"{chosen.kind}.jinja", held)
@@ -97,7 +97,7 @@ def test_waits_as_long_as_the_server_asks() -> None:
         assert None not in texts(narrator(server, waits), requests(1))
     assert waits[0] == 7
     assert 30 < waits[1] <= 40
-    # Never less long than without: a server that says 0 would be asked without end.
+    # Never shorter than the default: a server that sends 0 would get requests without end.
     assert waits[2:] == [2.0, 4.0, 8.0, 16.0]
 
 

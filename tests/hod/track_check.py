@@ -1,11 +1,11 @@
-"""How well the check's track half tells true from falsified words, on tracks of demo clips.
+"""How well the check's track half separates true from falsified words, on tracks of demo clips.
 
 python -m tests.hod.track_check --world demo_data --split test                            # true boxes
 python -m tests.hod.track_check --world demo_data --split test --jitter 0.05 --drop 0.2   # spoiled ones
 
 A caption is the world's own, of what was rendered. Falsified are its way (the verb of the same path run backwards, or
-the other count of taps), its hand (left for right), and its contact (the idle hand said to hold the thing). Only the
-tracks are asked: the narration before is not compared.
+the other count of taps), its hand (left for right), and its contact (the idle hand as holding the thing). Only
+the tracks are checked: the source narration is not compared.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ONLY_TRACKS = CheckConfig(words=False)
 def captions(verb: str, noun: str, hand: str) -> Iterator[tuple[str, str]]:
     """(kind, caption), the true one first."""
     own = VERBS[verb]
-    # How a lid goes is no direction of a hand: opening and closing are not told apart by these words.
+    # A lid's motion is no direction of a hand: these words do not distinguish opening from closing.
     true = f"{phrase(verb, noun, hand)}, {own.detail}"
     yield "true", true
     if own.opposite is not None and verb not in ("open", "close"):

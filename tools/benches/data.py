@@ -322,7 +322,7 @@ class UsualDataset(Dataset[dict[str, torch.Tensor]]):
         import decord
 
         video_id, start, text = self.rows[index]
-        rng = np.random.default_rng()  # unseeded, as in the loaders that it stands for
+        rng = np.random.default_rng()  # unseeded, as in the loaders that it imitates
         chunk, offset = divmod(start, CHUNK_SECONDS)
         reader = decord.VideoReader(str(self.root / video_id / f"{int(chunk):04d}.mp4"), num_threads=1)
         first = round(offset * reader.get_avg_fps())

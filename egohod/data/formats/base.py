@@ -535,7 +535,7 @@ def read_header(path: Path) -> Header:
 
 
 def _column_names(path: Path, cells: Sequence[str]) -> tuple[str, ...]:
-    """Column names: without blanks around them, known ones as the formats spell them, nameless ones numbered."""
+    """Column names: stripped, those of a format in its spelling, nameless ones numbered."""
     stripped = (cell.strip() for cell in cells)
     names = [f"Unnamed: {place}" if NAMELESS.fullmatch(name) else name for place, name in enumerate(stripped)]
     forms = [canonical_column(name) for name in names]
@@ -739,7 +739,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def _why_no_text(path: Path) -> str:
-    """Where a text stops being UTF-8: Arrow says only that it does."""
+    """Where a text stops being UTF-8: Arrow reports only that it does."""
     try:
         # Latin-1 maps bytes to characters one to one: it splits bytes into lines.
         with open_utf8(path) as file, TextIOWrapper(file, encoding="latin-1", newline="\n") as lines:

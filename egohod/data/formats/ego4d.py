@@ -149,7 +149,7 @@ class _Shallow:
         """The next bytes."""
         block: bytes = self._file.read(size)
         brackets, begun, text = self._TEXT.sub(b"", self._open + block).partition(b'"')
-        # A text goes on in the next block, perhaps with the character that a backslash stands in front of.
+        # A text continues in the next block, perhaps with the character after a backslash.
         self._open = begun + b"\\" * ((len(text) - len(text.rstrip(b"\\"))) % 2)
         codes = np.frombuffer(brackets.translate(None, self._NO_BRACKETS), np.uint8)
         depths = self._depth + np.cumsum(np.where((codes == ord("[")) | (codes == ord("{")), 1, -1))

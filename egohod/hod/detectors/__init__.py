@@ -135,7 +135,7 @@ def assign_sides(boxes: np.ndarray, scores: np.ndarray, sides: np.ndarray) -> tu
         first, second = middle[chosen]
         if abs(first - second) >= _SIDE_BY_SIDE:
             assigned = np.array([0, 1] if first < second else [1, 0])
-        else:  # one above the other: place says nothing, the higher score does
+        else:  # one above the other: the place decides nothing, so the higher score does
             assigned[1] = 1 - assigned[0]
     return np.array(chosen, dtype=np.int64), assigned
 

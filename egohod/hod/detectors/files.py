@@ -41,7 +41,7 @@ class DetectionFiles(Detector):
             if not self._epic:
                 raise UserError(f"{path}: holds neither parquet files nor EPIC-KITCHENS' .pkl files")
             try:
-                detections.epic_message_class()  # protobuf may be missing or broken: say so before the first clip
+                detections.epic_message_class()  # protobuf may be missing or broken: fail before the first clip
             except UserError as error:
                 raise UserError(f"{path}: {error}") from error
         else:

@@ -81,7 +81,7 @@ class Narrator(Protocol):
 _TEMPLATE = ("kind", "seed", "varied")
 _MODEL = (*_TEMPLATE, "model", "prompt", "batch", "temperature", "max_tokens", "answer_format")
 _READ = {"template": _TEMPLATE, "llm": _MODEL, "vlm": (*_MODEL, "frames", "frame_size", "jpeg_quality")}
-# What changes whom a model is asked, and how long that takes, but not what it is asked: no part of what results are
+# Settings of the endpoint and its timing, which do not change the content of a request: no part of what results are
 # stored under, so that a run can be resumed with another server.
 _ROUTE = ("endpoint", "api_key_env", "concurrency", "timeout_seconds", "retries", "give_up_seconds")
 
