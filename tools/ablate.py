@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,7 @@ from egohod.evaluation.results import RESULTS_FILE
 from egohod.model.cost import clip_flops
 from egohod.model.dual_encoder import create_model
 from egohod.training.build import freeze
+from egohod.runtime import time_left
 from egohod.training.telemetry import git_commit
 from egohod.training.train import Schedule
 
@@ -364,7 +364,7 @@ def main(argv: Sequence[str]) -> int:
         for number, run in enumerate(todo):
             # By the mean of this call's runs: resumed studies may be on another machine than their first runs.
             mean = (time.monotonic() - begin) / max(1, number)
-            left = f", {timedelta(seconds=round(mean * (len(todo) - number)))} left" if number else ""
+            left = f", {time_left(mean * (len(todo) - number), 1.0)} left" if number else ""
             log.info("run %d of %d: %s, seed %d%s", number + 1, len(todo), run.row, run.seed, left)
             train(run)
     # All finished runs, not only the chosen: the files always show the whole study.

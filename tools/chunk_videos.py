@@ -22,7 +22,6 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 
 from _common import log_to_stdout, run_tool, tool_parser
@@ -42,7 +41,7 @@ from egohod.data.chunking import (
     write_videos,
 )
 from egohod.errors import DONE, UserError
-from egohod.runtime import Progress, usable_cores
+from egohod.runtime import Progress, time_left, usable_cores
 
 log = logging.getLogger("chunk_videos")
 
@@ -50,77 +49,45 @@ SOME_FAILED = 1
 PROGRESS_SECONDS = 5.0
 
 
+# Fields of ChunkSettings that are options of the same name, with their help.
+SETTINGS = {
+    "seconds": "length of a chunk: short enough to open fast, long enough that few clips cross a border; set "
+    "chunk_seconds of the data source too",
+    "short_side": "shorter side in pixels, for crops of 224; 256 decodes faster, models at 336 px need 384 or more; "
+    "smaller sources keep their size",
+    "keyint": "frames between key frames: fewer seek faster, more make smaller files",
+    "fps": "constant frame rate: frames are repeated or dropped; half the rate saves a fifth of the size (default: the "
+    "source's own timing, variable or not)",
+    "crf": "quality, 0 (best) to 51: 6 less doubles the size; at 23 the loss is hardly visible",
+    "preset": "encoder preset: fast takes twice as long and saves a twelfth of the size",
+    "codec": "libx265 (HEVC) at crf 28 is half as large, but decoding takes twice and encoding 4 times as long",
+    "layout": "chunks: <id>/<0000>.mp4 by number; avion: <id>.mp4/<second>.mp4, which AVION and LaViLa read",
+}
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    usual = ChunkSettings()
     parser = tool_parser(__doc__)
     parser.add_argument("input", type=Path, help="folder of camera files, with any sub-folders")
     parser.add_argument("output", type=Path, help="folder of the chunks; an interrupted run resumes in its own")
-
-    which = parser.add_argument_group("which files")
-    which.add_argument(
-        "--pattern",
-        metavar="GLOB",
-        help="only files whose path below the input matches (default: all videos)",
-    )
-    which.add_argument(
-        "--list", type=Path, metavar="TXT", help="only the files listed in TXT, one path below the input per line"
-    )
-    which.add_argument(
-        "--follow_links", action="store_true", help="also read links that lead out of the input; by default nothing "
-        "outside the input is read"
-    )  # fmt: skip
-
-    how = parser.add_argument_group("chunks")
-    how.add_argument(
-        "--seconds", type=float, default=usual.seconds,
-        help="length of a chunk: short enough to open fast, long enough that few clips cross a border; if changed, set "
-        "chunk_seconds of the data source too (default: %(default)g)",
-    )  # fmt: skip
-    how.add_argument(
-        "--short_side", type=int, default=usual.short_side,
-        help="shorter side in pixels, for crops of 224; 256 decodes faster, models at 336 px need 384 or more; "
-        "smaller sources keep their size (default: %(default)s)",
-    )  # fmt: skip
-    how.add_argument(
-        "--keyint", type=int, default=usual.keyint,
-        help="frames between key frames: fewer seek faster, more make smaller files (default: %(default)s)",
-    )  # fmt: skip
-    how.add_argument(
-        "--fps", type=float, default=None,
-        help="constant frame rate: frames are repeated or dropped; half the rate saves a fifth of the size "
-        "(default: the source's own timing, variable or not)",
-    )  # fmt: skip
-    how.add_argument(
-        "--crf", type=float, default=usual.crf,
-        help="quality, 0 (best) to 51: 6 less doubles the size; at 23 loss is hardly visible (default: %(default)g)",
-    )  # fmt: skip
-    how.add_argument(
-        "--preset", default=usual.preset,
-        help="encoder preset: fast takes twice as long and saves a twelfth of the size (default: %(default)s)",
-    )  # fmt: skip
-    how.add_argument(
-        "--codec", choices=CODECS, default=usual.codec,
-        help="libx265 (HEVC) at crf 28 is half as large, but decoding takes twice and encoding 4 times as long "
-        "(default: %(default)s)",
-    )  # fmt: skip
-    how.add_argument(
-        "--no_fastdecode", action="store_true",
-        help="let the encoder use CABAC and deblocking: a tenth smaller, but decoding takes 1.6 times as long",
-    )  # fmt: skip
-    how.add_argument(
-        "--layout", choices=LAYOUTS, default=usual.layout,
-        help="chunks: <id>/<0000>.mp4 by number; avion: <id>.mp4/<second>.mp4, which AVION and LaViLa read (default: "
-        "%(default)s)",
-    )  # fmt: skip
-
-    run = parser.add_argument_group("the run")
-    run.add_argument("--workers", type=int, default=None, help="processes (default: one per available core)")
-    run.add_argument("--strict", action="store_true", help="stop at the first file that cannot be read")
-    run.add_argument(
-        "--dry_run", action="store_true", help="read all headers, chunk a few seconds of some files, log the estimated "
-        "time and size; writes nothing to the output"
-    )  # fmt: skip
+    add = parser.add_argument_group("which files").add_argument
+    add("--pattern", metavar="GLOB", help="only files whose path below the input matches (default: all videos)")
+    add("--list", type=Path, metavar="TXT", help="only the files listed in TXT, one path below the input per line")
+    add("--follow_links", action="store_true", help="also read links that lead out of the input (default: left out)")
+    add = parser.add_argument_group("chunks").add_argument
+    for name, text in SETTINGS.items():
+        default = getattr(ChunkSettings, name)
+        if default is not None:  # else the help describes it
+            text += f" (default: {default:g})" if isinstance(default, float) else f" (default: {default})"
+        choices = {"codec": CODECS, "layout": LAYOUTS}.get(name)
+        add(f"--{name}", type=float if default is None else type(default), default=default, choices=choices, help=text)
+    fast = "let the encoder use CABAC and deblocking: a tenth smaller, but decoding takes 1.6 times as long"
+    add("--no_fastdecode", action="store_true", help=fast)
+    add = parser.add_argument_group("the run").add_argument
+    add("--workers", type=int, help="processes (default: one per available core)")
+    add("--strict", action="store_true", help="stop at the first file that cannot be read")
+    dry_run = "read all headers, chunk a few seconds of some files, log the estimated time and size; write nothing"
+    add("--dry_run", action="store_true", help=dry_run)
     return parser.parse_args(argv)
 
 
@@ -131,10 +98,6 @@ def size(number: float) -> str:
             return f"{number:.3g} {unit}"
         number /= 1000
     return f"{number:.3g} TB"
-
-
-def clock(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
 
 
 def report_estimate(probes: dict[Video, Probe], cost: Estimate, output: Path, workers: int) -> None:
@@ -154,7 +117,7 @@ def report_estimate(probes: dict[Video, Probe], cost: Estimate, output: Path, wo
     free = shutil.disk_usage(place).free
     log.info(
         "about %s (%.3g hours) with %d workers, about %s (%.3g TB) on disk; %s free at %s",
-        clock(3600 * cost.hours), cost.hours, workers, size(cost.bytes), cost.bytes / 1e12, size(free), place,
+        time_left(3600 * cost.hours, 1.0), cost.hours, workers, size(cost.bytes), cost.bytes / 1e12, size(free), place,
     )  # fmt: skip
     if cost.bytes > free:
         log.warning("the disk is too small: lower --short_side or --fps, or raise --crf")
@@ -166,10 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log_to_stdout()
     # As on Ctrl-C: the workers end and incomplete videos are removed, also when a scheduler ends the job.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    settings = ChunkSettings(
-        args.seconds, args.short_side, args.keyint, args.fps, args.crf, args.preset, args.codec,
-        not args.no_fastdecode, args.layout,
-    )  # fmt: skip
+    settings = ChunkSettings(**{name: getattr(args, name) for name in SETTINGS}, fastdecode=not args.no_fastdecode)
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers is {args.workers}, but must be at least 1")
     output = Output(args.output, settings, args.input)
@@ -200,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 summary = write_videos(probes, output, workers, args.strict, progress)
     if not args.dry_run:
         faults = summary.faults | faults
-        spent, read, made = clock(time.monotonic() - began), size(summary.bytes_in), size(summary.bytes_out)
+        spent, read, made = time_left(time.monotonic() - began, 1.0), size(summary.bytes_in), size(summary.bytes_out)
         log.info(
             "%s: wrote %d videos, %.2f h, in %s: %s became %s",
             args.output, summary.videos, summary.seconds / 3600, spent, read, made,

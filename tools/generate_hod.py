@@ -48,7 +48,7 @@ TRIED = 3
 
 def main(arguments: Sequence[str]) -> int:
     # Schedulers and containers end a job with SIGTERM: as after Ctrl-C the workers are ended and the files closed.
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     args = _parse(arguments)
     shard = Shard.parse(args.shard) if args.shard else Shard()
     named = {"source.metadata": args.metadata, "source.root": args.root, "output": args.output}
@@ -201,10 +201,6 @@ def _submit(pipeline: Pipeline, args: argparse.Namespace) -> int:
     except FailedJobError as error:
         raise UserError(f"--submit: Slurm does not take the jobs: {' '.join(str(error).split())}") from error
     return cli.DONE
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

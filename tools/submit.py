@@ -72,7 +72,9 @@ class Training:
             # Waited for in a thread, because a signal handler of the main one may have to wait as well.
             threading.Thread(target=lambda: self._codes.append(self._child.wait()), daemon=True).start()
             code = self._wait()
-            if code == 0 and unfinished.exists() and _may_requeue():
+            job = os.environ.get("SLURM_JOB_ID")
+            # Not a job that was cancelled, which Slurm would requeue as well.
+            if code == 0 and unfinished.exists() and (job is None or _queue(job)[:1] == ["RUNNING"]):
                 # A preemption that came as SIGTERM, which submitit ignores.
                 signal.raise_signal(signal.SIGUSR2)
         if code != 0:
@@ -101,12 +103,6 @@ class Training:
         while not self._codes:
             time.sleep(0.1)
         return self._codes[0]
-
-
-def _may_requeue() -> bool:
-    # False for a job that was cancelled, which Slurm would requeue as well.
-    job = os.environ.get("SLURM_JOB_ID")
-    return job is None or _queue(job)[:1] == ["RUNNING"]
 
 
 def _queue(job: str) -> list[str]:
@@ -266,12 +262,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--processes", type=int, metavar="N", help="processes on each machine (default: one per GPU)")
     add("--cpus", type=int, default=4, metavar="N", help="processor cores of each process (default: 4)")
     add("--mem", type=float, metavar="GB", help="memory of each machine (default: the cluster's)")
-    add(
-        "--time",
-        default="4h",
-        metavar="4h",
-        help="time limit, then it is requeued: 90m, 4h, 2d (default: 4h)",
-    )
+    add("--time", default="4h", metavar="4h", help="time limit, then it is requeued: 90m, 4h, 2d (default: 4h)")
     add("--partition", metavar="NAME", help="Slurm partition")
     add("--account", metavar="NAME")
     add("--qos", metavar="NAME")

@@ -20,7 +20,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +31,7 @@ from egohod.data.storage import VideoError, one_clip
 from egohod.data.table import ClipReader
 from egohod.errors import UserError
 from egohod.evaluation.features import write_json
-from egohod.runtime import Lost, Progress, Workers, atomic_write, usable_cores
+from egohod.runtime import Lost, Progress, Workers, atomic_write, time_left, usable_cores
 from egohod.training.build import active_sources, build_dataset
 
 log = logging.getLogger("verify_dataset")
@@ -146,9 +145,7 @@ class Verifier:
             # The next run reads everything again: files may have been mended since.
             self._notes.unlink()
         except OSError as error:
-            raise UserError(
-                f"cannot write {self.exclude.parent}: {error.strerror or error}; rerun to resume"
-            ) from error
+            raise UserError(f"cannot write {self.exclude.parent}: {error.strerror or error}; rerun it") from error
         return Verdict(total, sorted(faults))
 
     def _results(self, todo: list[int], workers: int) -> Iterator[tuple[int, list[Fault]]]:
@@ -210,7 +207,7 @@ def main(arguments: Sequence[str]) -> int:
             videos = len(set(table.group_codes(["video"]).tolist()))
             seconds = verifier.estimate() / args.workers
             log.info("%s: %s clips of %s videos, about %s (%.3g hours)", verifier.name, f"{len(table):,}",
-                     f"{videos:,}", timedelta(seconds=round(seconds)), seconds / 3600)  # fmt: skip
+                     f"{videos:,}", time_left(seconds, 1.0), seconds / 3600)  # fmt: skip
         return cli.DONE
     args.output.mkdir(parents=True, exist_ok=True)
     report, has_faults = {}, False

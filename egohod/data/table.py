@@ -69,7 +69,8 @@ class TableReport:
             (self.list_literals, "with several narrations"),
             *((count, f"left out: {why}") for why, count in self.left_out.items()),
         ]
-        return ", ".join([f"{self.rows:,} clips", *(f"{count:,} {what}" for count, what in notes if count)])
+        clips = "1 clip" if self.rows == 1 else f"{self.rows:,} clips"
+        return ", ".join([clips, *(f"{count:,} {what}" for count, what in notes if count)])
 
 
 class ClipTable:

@@ -65,9 +65,7 @@ class TracksConfig:
     camera: bool = knob(True, "subtract the motion of the camera, estimated from the picture outside the boxes")
     min_score: float = knob(0.3, "boxes with a lower confidence are ignored", low=0, high=1)
     max_gap: float = knob(
-        0.6,
-        "longest interpolated gap without a box, in seconds; after a longer one a hand may be anywhere",
-        low=0,
+        0.6, "longest interpolated gap without a box, in seconds; after a longer one a hand may be anywhere", low=0
     )
     smooth: float = knob(0.04, "seconds over which jitter is smoothed; a quick tap lasts a quarter of a second", low=0)
     max_jump: float = knob(0.35, "farthest that a box moves between two frames, as a share of the picture", above=0)
@@ -111,10 +109,7 @@ class NarratorConfig:
         600.0, "stop the run, which can be resumed, when no request has succeeded for this long", above=0
     )
     temperature: float = knob(
-        0.7,
-        "sampling temperature; 0 makes captions uniform, which train a model less well; above 1 models hallucinate",
-        low=0,
-        high=2,
+        0.7, "sampling temperature; 0 makes uniform captions, worse to train on; above 1 models invent", low=0, high=2
     )
     max_tokens: int = knob(128, "maximum tokens of the answer for each clip", low=16)
     answer_format: str = knob(

@@ -373,18 +373,14 @@ class Pipeline:
     def export_detections(self, path: Path) -> int:
         """Write the boxes of all clips that are detected to the parquet file ``path``; returns their number.
 
-        Training reads them as ``data.train.NAME.detections``, and the detector ``detections`` as its ``path``. A frame
-        that several clips share has the boxes of the first of them in the metadata. Numbers are rounded as in the
-        results, so facts made of them are the same, except that the camera's motion (``tracks.camera``), whose masks
-        are the boxes, may differ by 1e-4 of the picture. Raises :class:`UserError` if no clip has been through the
-        detect stage, or if ``path`` exists or cannot be written.
+        A frame that several clips share has the boxes of the first of them in the metadata. Boxes are rounded as in the
+        results: facts made of them are the same, but the camera's motion, whose masks they are, may differ by 1e-4 of
+        the picture. Raises :class:`UserError` if no clip is detected, or if ``path`` exists or cannot be written.
         """
         if path.suffix != ".parquet" or path.exists():
             raise UserError(f"{path}: {'exists; choose another file' if path.exists() else 'must end in .parquet'}")
-        count, missing, batch = 0, 0, list[pa.Table]()
-        # By video: the frames that were written already are then those of one video, not of millions of clips.
-        videos = self.table.column("video_id")
-        order = np.argsort(videos, kind="stable")
+        videos, count, missing, batch = self.table.column("video_id"), 0, 0, list[pa.Table]()
+        written, video = set[int](), None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with (
@@ -392,25 +388,25 @@ class Pipeline:
                 atomic_write(path) as temporary,
                 pa.parquet.ParquetWriter(temporary, SCHEMA) as writer,
             ):
-                for _, clips in itertools.groupby(order.tolist(), key=lambda index: videos[index]):
-                    written: set[int] = set()
-                    for index in clips:
-                        outcome = results.get(*self.keys(index)[DETECT])
-                        if outcome is None or outcome.fault is not None:
-                            missing += 1
-                            continue
-                        boxes = box_table(videos[index], outcome.parsed())
-                        numbers = boxes["frame_number"].to_pylist()
-                        batch.append(boxes.filter(pa.array([n not in written for n in numbers], pa.bool_())))
-                        written.update(numbers)
-                        count += len(batch[-1])
-                        if len(batch) == _EXPORTED_AT_A_TIME:
-                            writer.write_table(pa.concat_tables(batch))
-                            batch.clear()
+                # By video: ``written`` then holds the frames of one video, not of millions of clips.
+                for index in np.argsort(videos, kind="stable").tolist():
+                    if videos[index] != video:
+                        written, video = set(), videos[index]
+                    outcome = results.get(*self.keys(index)[DETECT])
+                    if outcome is None or outcome.fault is not None:
+                        missing += 1
+                        continue
+                    boxes = box_table(videos[index], outcome.parsed())
+                    numbers = boxes["frame_number"].to_pylist()
+                    batch.append(boxes.filter(pa.array([number not in written for number in numbers], pa.bool_())))
+                    written.update(numbers)
+                    count += len(batch[-1])
+                    if len(batch) == _EXPORTED_AT_A_TIME:
+                        writer.write_table(pa.concat_tables(batch))
+                        batch.clear()
                 if missing == len(videos):
                     raise UserError(f"{self.store.folder}: no clip is detected with these settings; --stage detect")
-                if batch:
-                    writer.write_table(pa.concat_tables(batch))
+                writer.write_table(pa.concat_tables([SCHEMA.empty_table(), *batch]))
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}") from error
         if missing:

@@ -206,7 +206,7 @@ def test_the_video_is_the_same_stream_for_all(tmp_path: Path, ending: str, cover
         frames = with_second.read_at(np.array([0.05, 1.25]))
         assert frames.shape == (2, 64, 96, 3)
         assert numbers(frames) == [0, 12]
-    with pytest.raises(VideoError, match=r"several videos, and decord cannot be told to take stream 1; set data"):
+    with pytest.raises(VideoError, match=r"several videos, and decord cannot select stream 1; set data"):
         opener("decord")(path)
     assert (probe(path).width, probe(path).height) == (96, 64)
     assert choose_decoder("auto")[1](path).read_at(np.zeros(1)).shape == (1, 64, 96, 3)
