@@ -1,17 +1,17 @@
-"""Evaluation, zero-shot or of fine-tuned heads, on a benchmark or the held-out worlds that the configuration names.
+"""Evaluate a checkpoint, zero-shot or with its fine-tuned heads, on a benchmark or on those of the configuration.
 
 The demo worlds:    python main_eval.py --config_file configs/demo.yml --checkpoint runs/demo
 A benchmark:        python main_eval.py --config_file configs/config/clip_base_eval.yml --benchmark ek100_mir \\
                         --checkpoint base_best.pt --metadata epic-kitchens-100 --root EK100_320p_15sec
-What data there is: python main_eval.py --config_file configs/config/clip_base_eval.yml --benchmark all --checkpoint ...
-Does time matter?   python main_eval.py --checkpoint runs/demo --controls shuffle,reverse,freeze
-A fine-tuned model:  python main_eval.py --config_file configs/finetune/ek100_cls.yml --checkpoint runs/ek100_cls \\
+All with data:      python main_eval.py --config_file configs/config/clip_base_eval.yml --benchmark all --checkpoint ...
+Temporal controls:  python main_eval.py --checkpoint runs/demo --controls shuffle,reverse,freeze
+Fine-tuned heads:   python main_eval.py --config_file configs/finetune/ek100_cls.yml --checkpoint runs/ek100_cls \\
                         --benchmark ek100_cls --heads
 An outside model:   python main_eval.py --checkpoint open_clip:ViT-B-16:weights.pt --benchmark ek100_cls ...
 Several processes:  torchrun --nproc_per_node=2 main_eval.py --config_file configs/demo.yml --checkpoint runs/demo
 
-Prints the table and writes results.json, details/ and report.html, the page to look at, to --output. Clips are decoded
-and encoded once: features are kept in evaluate.cache for other benchmarks and for the next try after an interruption.
+Prints the results as a table, and writes results.json, details/ and report.html to --output. Clips are decoded and
+encoded once: evaluate.cache stores features for other benchmarks and to resume after an interruption.
 """
 
 from __future__ import annotations
@@ -56,10 +56,8 @@ def main(arguments: Sequence[str]) -> int:
     add("--metadata", metavar="PATH", help="the benchmark's annotations (evaluate.benchmarks.NAME.metadata)")
     add("--root", metavar="FOLDER", help="the benchmark's videos (evaluate.benchmarks.NAME.root)")
     add("--controls", metavar="LIST", help="shuffle,reverse,freeze: same as evaluate.controls=[...]")
-    add(
-        "--heads", action="store_true", help="measure the classes that the checkpoint was fine-tuned for, not its texts"
-    )
-    add("--allow_missing", action="store_true", help="leave out clips that cannot be read; marks numbers as partial")
+    add("--heads", action="store_true", help="evaluate the fine-tuned classification heads instead of text similarity")
+    add("--allow_missing", action="store_true", help="skip clips that cannot be read; marks numbers as partial")
     add("--published", choices=list(PUBLISHED), metavar="MODEL", help=f"compare with {', '.join(PUBLISHED)}")
     add("--output", default="results", metavar="FOLDER", help="where results.json, report.html go (default: results)")
     args = parser.parse_intermixed_args(arguments)
@@ -84,7 +82,7 @@ def main(arguments: Sequence[str]) -> int:
             model: Any = FrameAverage(args.checkpoint).to(dist.device)
         else:
             model = build_model(cfg, dist, classes)
-        # Before the hours: an output that cannot be written should not cost an evaluation.
+        # First: an output that cannot be written should not cost an evaluation of hours.
         Path(args.output).mkdir(parents=True, exist_ok=True)
         # A path says little: the checksum names the weights in results.json and in the cache of features.
         checkpoint = {"path": args.checkpoint, "sha256": fingerprint(model)}

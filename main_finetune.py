@@ -1,12 +1,12 @@
-"""Fine-tune a pretrained video and text encoder for graded retrieval or action classes, on anyone's labels.
+"""Fine-tune a pretrained video and text encoder for graded retrieval or action classes, on your own labels.
 
 Retrieval:           python main_finetune.py --config_file configs/finetune/ek100_mir.yml model.weights.path=PATH
 The demo world:      python main_finetune.py --config_file configs/finetune/demo_mir.yml model.weights.path=runs/demo
 Several on a node:   torchrun --nproc_per_node=4 main_finetune.py --config_file configs/finetune/ek100_mir.yml ...
 Dry run:             the same with --dry_run
 
-It runs the loop of main_pretrain.py: the same configuration, checkpoints, --resume auto, telemetry and exit codes.
-Ends with results.json and report.html of the benchmarks in evaluate.final.
+The training loop is that of main_pretrain.py, with the same configuration, checkpoints, --resume auto, telemetry and
+exit codes. The run ends with results.json and report.html of the benchmarks in evaluate.final.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ Dry run:             python main_pretrain.py --config_file configs/config/clip_b
 Change a knob:       python main_pretrain.py --config_file configs/demo.yml train.lr=1e-4 train.output=runs/mine
 
 Rerun the same command to resume an interrupted run (--resume auto). The run ends with results.json and report.html
-where the configuration names benchmarks for the end. Exit code 0: done, or stopped by a signal after saving; 2: a
-mistake in the configuration or the data, which the message names; 1: anything else.
+if evaluate.final names benchmarks. Exit code 0: done, or stopped by a signal after saving; 2: an error in the
+configuration or the data, which the message explains; 1: anything else.
 """
 
 from __future__ import annotations
