@@ -150,7 +150,7 @@ def test_an_answer_that_cannot_be_parsed_is_not_retried(s3: FaultyS3) -> None:
 def test_missing_credentials(s3: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
         monkeypatch.delenv(name)
-    with pytest.raises(StorageError, match=r"no credentials were found \(NoCredentialsError\)"):
+    with pytest.raises(StorageError, match=r"there are no credentials \(NoCredentialsError\)"):
         fetch()
     assert s3.requests == []
 
