@@ -38,8 +38,8 @@ from egohod.evaluation.report import new_figure
 from egohod.evaluation.results import RESULTS_FILE
 from egohod.model.cost import clip_flops
 from egohod.model.dual_encoder import create_model
-from egohod.training.build import freeze
 from egohod.runtime import time_left
+from egohod.training.build import freeze
 from egohod.training.telemetry import git_commit
 from egohod.training.train import Schedule
 
