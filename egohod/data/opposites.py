@@ -31,7 +31,8 @@ take > put; pick > put; grab > put; get > put; retrieve > put; fetch > put; get 
 return > take; place > remove; remove > put back; insert > remove; add > remove; install > remove; store > take out
 hang up > take down; hang > take down; take down > hang up; pull out <> push in; pull off > put on; push <> pull
 lower <> lift; raise > lower; lift up > lower; load <> unload; attach <> detach; connect <> disconnect
-screw <> unscrew; plug in <> unplug; plug > unplug; inject <> extract; aspirate > inject
+screw <> unscrew; screw in > unscrew; plug in <> unplug; plug > unplug; inject <> extract; aspirate > inject
+aspirate up > inject; draw up > inject; draw out > inject; draw > inject
 """
 # Here the rest of the clause stays as it is.
 _CHANGING = """
@@ -48,25 +49,34 @@ _CARRYING = _words(
     "throw ladle pass go push pull"
 )
 _TURNING = _words("lean tilt swing bend turn roll flick wipe swipe stretch look point reach rotate spin circle twist")
-# "scoops up the rice", "wipes down the counter"
-_NEVER_UP = _words("pour scoop spoon tip transfer ladle scrape sweep wipe throw toss pass run go twist turn")
-_IN_AND_OUT = _words("move slide pour walk step climb lean swing bring reach push pull scoop jump crawl")
+# Not all of them go in every direction: "scoops up the rice", "wipes down the counter", "throws away the skin".
+_UP = (_CARRYING | _TURNING) - _words(
+    "pour scoop spoon tip transfer ladle scrape sweep wipe throw toss pass run go turn"
+)
+_AWAY_AND_CLOSER = _words("move push pull slide shift drag lean turn walk step look swing reach go carry")
+_IN = _words("move slide pour walk step climb lean swing bring reach push pull scoop jump crawl")
 _DIRECTIONS = (
     "up down, upwards downwards, upward downward, forward backward, forwards backwards, in out, inwards outwards, "
-    "inward outward, away closer, clockwise counterclockwise, left right, leftwards rightwards, leftward rightward"
+    "inward outward, away closer, clockwise counterclockwise, left right, far near, leftwards rightwards, leftward rightward"
 )
 # What comes from a place; all other verbs above are about what goes to it.
 _AWAY = _words(
-    "take pick grab get retrieve fetch remove pull lift raise unload detach disconnect unscrew unplug extract aspirate"
+    "take pick grab get retrieve fetch remove pull lift raise unload detach disconnect unscrew unplug extract aspirate "
+    "draw"
 )
-_TO, _FROM = _words("in into inside on onto to at under"), _words("from off")
+_TO, _FROM = _words("in into inside outside on onto to at under"), _words("from off")
+# Without a place these are no motion: "draws the plunger", "returns".
+_NEED_A_PLACE = frozenset(
+    ["return", "hang", "store", "inject", "connect", "aspirate", "aspirate up", "draw", "draw up", "draw out"]
+)
+_GOALS = _words("to into onto towards toward")
 # New prepositions other than in and on.
 _PREPOSITIONS = {"attach": "to", "connect": "to", "screw": "onto", "push": "into", "load": "into", "inject": "into"}
 _PARTICLES = _words("up down on off in out away back together apart closer aside over around through")
 # What things are in, rather than on.
 _CONTAINERS = _words(
-    "air drawer fridge freezer refrigerator cupboard cabinet bag box bowl pan pot sink cup mug glass jar bottle can tin "
-    "bin basket bucket oven microwave dishwasher washer machine pocket container tube beaker wok saucepan skillet "
+    "air drawer fridge freezer refrigerator cupboard cabinet bag box bowl pan pot sink cup mug glass jar bottle can "
+    "tin bin basket bucket oven microwave dishwasher washer machine pocket container tube beaker wok saucepan skillet "
     "blender kettle pantry closet tank carton packet pack hole case trash dustbin basin water oil tupperware jug flask "
     "tub purse backpack wallet casserole colander sieve mixer mixture soup dish"
 )
@@ -81,7 +91,8 @@ _ENDS = _words("then while until as so before after but who which that when wher
 _ACTIONS = _words(
     "stir cut wash rinse hold mix press use shake clean wipe chop slice peel dry adjust cook fry flip check continue "
     "start begin make keep let prepare spread sprinkle knead grind crush smash break crack weigh measure taste eat "
-    "drink scrub lather tap touch gather arrange separate tear dip soak coat serve stack align examine inspect"
+    "drink scrub lather tap touch gather arrange separate tear dip soak coat serve stack align examine inspect drain "
+    "boil scatter squeeze fill season"
 )
 # These are more often things than actions, unless a determiner or particle follows.
 _THINGS = _words("cover lock screw wrap fold lift cap tie button seal pack load place plug drop slide tip step roll")
@@ -90,6 +101,16 @@ _IDIOMS = _words(
     "look picture pictures photo bite sip step break note notes turn rest seat shower breath care place ready rid used "
     "button buttons switch effort pressure to"
 )
+# "first left, then right"
+_IN_TURN = _words("left right far near")
+_TIMES = {"once": "twice", "twice": "once"}
+# "rice that has been washed twice": before the clip.
+_PASSIVE = _words("been was were")
+# The demo world's words for a tap and two taps within the same time.
+_TOUCHES = {
+    ("one", "slow", "touch"): ("two", "quick", "touches"),
+    ("two", "quick", "touches"): ("one", "slow", "touch"),
+}
 _IRREGULAR = {
     "take": ("took", "taking"), "put": ("put", "putting"), "get": ("got", "getting"), "set": ("set", "setting"),
     "shut": ("shut", "shutting"), "lay": ("laid", "laying"), "hang": ("hung", "hanging"), "sit": ("sat", "sitting"),
@@ -171,19 +192,46 @@ def opposite(caption: str) -> str | None:
 def _clause_end(words: list[_Word], i: int) -> int:
     """The number of the first word after the clause of the verb ``i``."""
     for j in range(i + 1, len(words)):
-        if words[j].clause != words[i].clause or words[j].text in _ENDS:
+        if words[j].text in _ENDS or (words[j].clause != words[j - 1].clause and not _goes_on(words, j)):
             return j
         # "the plate and the cup" is one thing more, "the plate and stirs" another action.
-        if words[j].text in ("and", "or", "to") and j + 1 < len(words):
-            after = words[j + 2].text if words[j + 1].text.endswith("ly") and j + 2 < len(words) else words[j + 1].text
-            if after in _NEXT_ACTION:
-                return j
+        if words[j].text in ("and", "or") and _begins_action(words, j + 1):
+            return j
+        if words[j].text == "to" and not _is_to_a_place(words, j):
+            return j
     return len(words)
 
 
-def _np_end(words: list[_Word], start: int, end: int) -> int:
-    """Where the thing that begins at ``start`` ends."""
-    stops = _TO | _FROM | {"and", "or", "back", "again"}
+def _begins_action(words: list[_Word], i: int) -> bool:
+    i += i < len(words) and words[i].text.endswith("ly")
+    return i < len(words) and words[i].text in _NEXT_ACTION
+
+
+def _goes_on(words: list[_Word], i: int) -> bool:
+    """Whether a list of things goes on after a comma before word ``i``: "the salt, the sugar, and the oil"."""
+    texts = [word.text for word in words[i : i + 8]]
+    last = next((j for j, text in enumerate(texts) if text in ("and", "or")), None)
+    if last is None or _begins_action(words, i + last + 1) or _begins_action(words, i):
+        return False
+    # Another action, or the other hand's.
+    return not (set(texts[: last + 3]) & (_ENDS | _TO | _FROM | {"hand", "hands", "use", "one"})) and all(
+        text not in _FORM_OF or text in _THINGS for text in texts[:last]
+    )
+
+
+def _is_to_a_place(words: list[_Word], i: int) -> bool:
+    """Whether a "to" is followed by a place, and not by a verb ("to season it")."""
+    after = words[i + 1].text if i + 1 < len(words) else ""
+    if after in _DETERMINERS | {"left", "right", "another", "it", "them", "one", "two", "far"}:
+        return True
+    # Who writes "from sink to counter" writes no determiners; elsewhere a bare word is a verb of any kind.
+    is_telegraphic = not any(word.text in ("the", "a", "an", "your") for word in words)
+    return bool(after) and after not in _NEXT_ACTION and (is_telegraphic or (i > 1 and words[i - 2].text == "from"))
+
+
+def _place_end(words: list[_Word], start: int, end: int) -> int:
+    """Where the place that begins at ``start`` ends."""
+    stops = _TO | _FROM | {"back", "again"}
     return next((j for j in range(start + 1, end) if words[j].text in stops), end)
 
 
@@ -197,14 +245,17 @@ def _swap_places(words: list[_Word], caption: str, new: dict[int, str]) -> None:
         if word.text != "from":
             continue
         end = _clause_end(words, i)
-        to = next((j for j in range(i + 2, min(i + 7, end)) if words[j].text in ("to", "into", "onto")), end)
-        stop = _np_end(words, to + 1, end)
-        if to + 1 >= end or stop - to > 6:
+        to = next((j for j in range(i + 2, min(i + 11, end)) if words[j].text in ("to", "into", "onto")), end)
+        stop = _place_end(words, to + 1, end)
+        stop = next((j for j in range(to + 1, stop) if words[j].clause != word.clause or words[j].text == "held"), stop)
+        between = {each.text for each in words[i + 1 : to]}
+        # "from the board and placed it onto the knife" are two actions.
+        if to + 1 >= stop or stop - to > 10 or between & (_PRONOUNS | set(_FORM_OF)) - _THINGS:
             continue
         one, other = (caption[words[a].start : words[b - 1].end] for a, b in ((i + 1, to), (to + 1, stop)))
         if one.lower() != other.lower():
             new |= dict.fromkeys((*range(i + 1, to), *range(to + 1, stop)), "")
-            new[i + 1], new[to + 1] = other, one
+            new |= {i: "from", i + 1: other, to + 1: one}
             # "from the counter into the air", "from the air onto the counter"
             new[to] = "to" if words[to].text == "to" else _in_or_on(words[i + 1 : to]) + "to"
 
@@ -215,7 +266,7 @@ def _is_verb(words: list[_Word], i: int, verb: str, form: int) -> bool:
     if verb in _THINGS and i and following not in _DETERMINERS | _PRONOUNS | _PARTICLES:
         return False
     j = i - 1
-    while j >= 0 and (words[j].text.endswith("ly") or words[j].text in ("then", "also", "again")):
+    while j >= 0 and (words[j].text.endswith("ly") or words[j].text in ("then", "also", "again", "still", "just")):
         j -= 1
     if j < 0 or words[j].clause != words[i].clause:
         # "The plate, covered with foil"
@@ -229,9 +280,11 @@ def _is_verb(words: list[_Word], i: int, verb: str, form: int) -> bool:
     return {THIRD: people or before in _SUBJECTS, PAST: people, ING: before in _BEFORE_ING}[form]
 
 
-def _is_last(words: list[_Word], j: int, end: int) -> bool:
-    """Whether the clause is over after word ``j``, but for a place."""
-    return j + 1 >= end or words[j + 1].text in _TO | _FROM | {"and", "again"}
+def _is_last(words: list[_Word], j: int, end: int | None = None) -> bool:
+    """Whether the clause (of a verb, up to ``end``) is over after word ``j``, but for a place."""
+    if j + 1 >= (len(words) if end is None else end) or words[j + 1].clause != words[j].clause:
+        return True
+    return words[j + 1].text in _TO | _FROM | _ENDS | {"and", "again"}
 
 
 def _swap_verbs(words: list[_Word], new: dict[int, str]) -> bool:
@@ -244,135 +297,135 @@ def _swap_verbs(words: list[_Word], new: dict[int, str]) -> bool:
         end = _clause_end(words, i)
         texts = [each.text for each in words[:end]]
         # A particle follows at once ("puts down the cup"), or at the end of the clause ("puts the cup down on ...").
-        at = next(
-            (
-                j for j in range(i + 1, end)
-                if texts[j] in _PARTICLES and j not in new and texts[j + 1 : j + 2] != ["of"]
-                and (j == i + 1 or _is_last(words, j, end))
-            ), end,
+        particles = (
+            j for j in range(i + 1, end)
+            if texts[j] in _PARTICLES and j not in new and texts[j + 1 : j + 2] != ["of"]
+            and (j == i + 1 or _is_last(words, j, end))
         )  # fmt: skip
+        at = next(particles, end)
         if at == i + 1 < end - 1 and texts[at] in ("in", "on") and _in_or_on(words[end - 1 : end]) == "in":
-            at = end  # "put in fridge" names the place alone
+            # "put in fridge" names the place alone.
+            at = end
         phrase = f"{verb} {texts[at]}" if at < end else verb
-        is_placing = phrase in _PLACED
         result = _PLACED.get(phrase) or _CHANGED.get(phrase)
-        thing = [text for text in texts[i + 1 : i + 3] if text not in _DETERMINERS]
-        if result is None or (thing and thing[0] in _IDIOMS) or (phrase == "open" and thing[:1] == ["and"]):
+        thing = [text for text in texts[i + 1 : i + 4] if text not in _DETERMINERS]
+        if result is None or _IDIOMS & set(thing[:1]) or (thing[:1] in (["left"], ["right"]) and "hand" in thing):
             continue
-        other, _, particle = result.partition(" ")
-        is_away, place = verb in _AWAY, end
-        if is_placing:
-            start = at + 1 if at < end else i + 1
-            sought = _FROM if is_away else _TO
-            place = next(
-                (j for j in range(start, end) if texts[j] in sought or (is_away and texts[j : j + 2] == ["out", "of"])),
-                end,
-            )
-            if place + 1 >= end:
-                place = end
-        # "takes it from the table to the sink" is turned round already.
+        # "takes it from the table to the sink" is reversed already.
         if any(j in new for j in range(i + 1, end)):
             continue
-        # "takes the pan to the sink", "takes it towards him": nothing is put there.
-        if is_away and verb != "pull" and place == end and {"to", "towards", "toward"} & set(texts[i:end]):
-            continue
-        if verb in ("return", "hang", "store", "inject", "aspirate", "connect") and place == end and at == end:
+        is_placing, is_away, place = phrase in _PLACED, verb in _AWAY, end
+        if is_placing:
+            start = at + 1 if at < end else i + 1
+            places = (j for j in range(start, end - 1) if _is_place(texts, j, _FROM if is_away else _TO))
+            place = next(places, end)
+        if place == end and (phrase in _NEED_A_PLACE or (is_away and _GOALS & set(texts[i:end]))):
+            # "takes the pan to the sink": it is not put there.
             continue
         if verb == "push" and place < end and texts[place] not in ("in", "into", "inside"):
             place = end
         things = set(texts[i + 1 : place]) - _DETERMINERS - _PARTICLES
         for earlier, was_away, before in done:
-            same = not things or bool(things & (before | _PRONOUNS))
-            undone = _PLACED.get(earlier) == phrase or _CHANGED.get(earlier) == phrase or (is_placing and was_away != is_away)
-            if same and undone:
+            is_undone = phrase in (_PLACED.get(earlier), _CHANGED.get(earlier)) or (is_placing and was_away != is_away)
+            if is_undone and (not things or not before or things & (before | _PRONOUNS)):
                 return False
         done.append((phrase, is_away, things))
+        other, _, particle = result.partition(" ")
         new[i] = _forms(other)[form]
         if at < end:
             new[at] = particle
-        elif particle:
-            new[i] += f" {particle}"
-        elif other == "put" and place == end:
-            new[i] += " down"
+        elif particle or (other == "put" and place == end):
+            # "takes the cup", "puts down the cup"
+            new[i] += f" {particle or 'down'}"
         if place < end:
-            length = 2 if texts[place + 1] == "of" else 1
-            where = words[place + length : _np_end(words, place + length, end)]
-            new |= dict.fromkeys(range(place, place + length), "")
-            new[place] = "from" if other in _AWAY else _PREPOSITIONS.get(other, _in_or_on(where))
-        # "takes the cup in the right hand", "puts down the cup with the right hand"
+            where = place + (2 if texts[place + 1] == "of" else 1)
+            new |= dict.fromkeys(range(place, where), "")
+            to = _PREPOSITIONS.get(other) or _in_or_on(words[where : _place_end(words, where, end)])
+            new[place] = "from" if other in _AWAY else to
         for j in range(i + 1, end - 1):
+            # "takes the cup in the right hand", "puts down the cup with the right hand"
             if is_away and texts[j] == "in" and {"hand", "hands"} & set(texts[j + 1 : j + 4]):
                 new[j] = "with"
     return True
 
 
+def _is_place(texts: list[str], j: int, prepositions: frozenset[str]) -> bool:
+    """Whether the place of a verb begins with word ``j``, to which or from which something is moved."""
+    if texts[j : j + 2] == ["out", "of"]:
+        return prepositions is _FROM
+    # "the glass next to the sink", "the lid attached to it"
+    is_of_thing = texts[j] == "to" and (texts[j - 1] in ("next", "close") or texts[j - 1].endswith("ed"))
+    return texts[j] in prepositions and not is_of_thing
+
+
 def _swap_directions(words: list[_Word], new: dict[int, str]) -> None:
-    """Exchange directions, of all verbs and of those that stay, and once and twice, before and after."""
+    """Exchange directions, of all verbs and of those that stay; once and twice, before and after."""
     texts = [word.text for word in words]
-    here = set(texts)
-
-    def is_two_way(word: str) -> bool:
-        # "up and down" is the same backwards
-        return word in here and _OTHER_WAY[word] in here
-
+    # "up and down" is the same backwards.
+    way = {word: other for word, other in _OTHER_WAY.items() if other not in texts or word in _IN_TURN}
     for i, text in enumerate(texts):
         before, after = texts[i - 1] if i else "", texts[i + 1] if i + 1 < len(texts) else ""
-        last = i + 1 == len(words) or words[i + 1].clause != words[i].clause or after in _ENDS | _TO | _FROM | {"and"}
+        is_first = i == 0 or words[i - 1].clause != words[i].clause
         if i in new:
             continue
-        if re.search(r"wards?$|clockwise$", text) and text in _OTHER_WAY and not is_two_way(text):
-            new[i] = _OTHER_WAY[text]
-        elif text in ("once", "twice") and last and before not in ("at", "for", "than", "") and "once" not in here & {"twice"}:
-            new[i] = "twice" if text == "once" else "once"
-        elif text in ("before", "after") and after.endswith("ing"):
+        if re.search(r"wards?$|clockwise$", text) and text in way:
+            new[i] = way[text]
+        elif text in _TIMES and not is_first and _is_last(words, i) and not _PASSIVE & set(texts[max(0, i - 7) : i]):
+            new[i] = _TIMES[text]
+        elif text in ("before", "after") and after.endswith("ing") and not is_first:
+            # At the start of a sentence it names what came earlier, which the clip does not show.
             new[i] = "after" if text == "before" else "before"
-        elif texts[i : i + 2] in (["slow", "touch"], ["quick", "touches"]) and before in ("one", "two"):
-            # The demo world's words for a tap and two taps within the same time.
-            new |= dict(zip(range(i - 1, i + 2), ("two", "quick", "touches") if before == "one" else ("one", "slow", "touch")))
-        elif text in ("left", "right", "far", "near") and before in ("first", "then"):
-            new[i] = {"far": "near", "near": "far"}.get(text) or _OTHER_WAY[text]
+        elif (before, text, after) in _TOUCHES:
+            new |= dict(zip(range(i - 1, i + 2), _TOUCHES[before, text, after], strict=True))
+        elif before in ("first", "then") and text in _IN_TURN:
+            new[i] = way[text]
         elif text in ("left", "right") and after not in ("hand", "hands", "of"):
             # "to the left", "over the left side"
             j = i - 2 if before in _DETERMINERS else i - 1
-            leads = j >= 0 and j not in new and (texts[j] in ("to", "towards", "toward") or (texts[j], after) == ("over", "side"))
-            if leads and not (after == "side" and texts[i + 2 : i + 3] == ["of"]):
-                new[i] = _OTHER_WAY[text]
-
+            leads = texts[j] in ("to", "towards", "toward") or (texts[j], after) == ("over", "side")
+            if leads and j >= 0 and j not in new and texts[i + 1 : i + 3] != ["side", "of"]:
+                new[i] = way[text]
     for i, word in enumerate(words):
         verb, form = _FORM_OF.get(word.text, ("", BASE))
-        if i in new or verb not in _CARRYING | _TURNING or not _is_verb(words, i, verb, form):
-            continue
-        end = _clause_end(words, i)
-        for j in range(i + 1, end):
-            text, after = texts[j], texts[j + 1] if j + 1 < end else ""
-            if j in new:
-                # One change is enough: "slides it to the left into the box".
-                break
-            if text in ("away", "back") and verb == "flick" and _is_last(words, j, end):
-                new[j] = "back" if text == "away" else "away"
-            elif text == "away" and after == "from" and verb in _CARRYING | {"turn", "lean"}:
-                new |= {j: "towards", j + 1: ""}
-            elif text in ("towards", "toward") and after:
-                new[j] = "away from"
-            elif text == "closer" and after == "to":
-                new |= {j: "away", j + 1: "from"}
-            elif text in _OTHER_WAY and not is_two_way(text) and (j == i + 1 or _is_last(words, j, end)):
-                if (text in ("up", "down") and verb in _NEVER_UP) or (text in ("in", "out") and verb not in _IN_AND_OUT):
-                    continue
-                # "pours in the milk" has a direction, "walks in the park" a place.
-                if (text in ("in", "out") and after and (after == "of" or verb != "pour")) or (text in ("left", "right") and after in _DETERMINERS):
-                    continue
-                new[j] = _OTHER_WAY[text]
-            elif verb in _CARRYING and after and (text == "into" or (text == "in" and verb == "pour")):
-                new[j] = "out of"
-            elif verb in _CARRYING and text == "out" and after == "of":
-                new |= {j: "into", j + 1: ""}
-            elif verb in _CARRYING and after and (text == "onto" or (text == "on" and verb == "pour")):
-                new[j] = "off"
-            elif verb in _CARRYING and text == "from" and after:
-                new[j] = _in_or_on(words[j + 1 : _np_end(words, j + 1, end)]) + "to"
-            elif verb in _CARRYING and text == "to" and after in _DETERMINERS and texts[j + 2 : j + 3] not in (["left"], ["right"]):
-                new[j] = "away from"
-            else:
-                continue
-            break
+        if i not in new and verb in _CARRYING | _TURNING and _is_verb(words, i, verb, form):
+            end = _clause_end(words, i)
+            # One change is enough: "slides it to the left into the box".
+            changes = ({} if j in new else _direction(verb, texts[:end], i, j, words, way) for j in range(i + 1, end))
+            fresh = not any(j in new for j in range(i + 1, end))
+            new |= next((change for change in changes if change), {}) if fresh else {}
+
+
+def _direction(verb: str, texts: list[str], i: int, j: int, words: list[_Word], way: dict[str, str]) -> dict[int, str]:
+    """What changes if word ``j`` is the direction of the verb ``i`` or leads to its place; nothing if it is neither."""
+    text, after, rest = texts[j], texts[j + 1] if j + 1 < len(texts) else "", set(texts[j + 1 :])
+    is_last = _is_last(words, j, len(texts))
+    if verb == "flick" and text in ("away", "back") and is_last:
+        return {j: "back" if text == "away" else "away"}
+    if verb in _AWAY_AND_CLOSER and (text, after) in (("away", "from"), ("closer", "to")):
+        return {j: "towards", j + 1: ""} if text == "away" else {j: "away", j + 1: "from"}
+    if text in ("towards", "toward") and after:
+        return {j: "away from"}
+    if text in way and (is_last or j == i + 1):
+        # "pours in the milk" has a direction, "walks in the park" a place.
+        is_place = after and (text in ("in", "out") and (verb != "pour" or rest & {"of", "from", "in", "into"}))
+        is_place = is_place or (text in ("left", "right") and after in _DETERMINERS)
+        verbs = {"up": _UP, "down": _UP, "away": _AWAY_AND_CLOSER, "closer": _AWAY_AND_CLOSER, "in": _IN, "out": _IN}
+        return {} if is_place or verb not in verbs.get(text, (verb,)) else {j: way[text]}
+    if verb not in _CARRYING or not after:
+        return {}
+    pours_in = verb == "pour" and text in ("in", "on") and "into" not in rest
+    if text in ("into", "onto") or pours_in:
+        return {j: "out of" if text in ("in", "into") else "off"}
+    if (text, after) == ("out", "of"):
+        return {j: "into", j + 1: ""}
+    if text == "from":
+        # "scoops out the rice from the pot"
+        out = {texts.index("out", i): ""} if "out" in texts[i:] else {}
+        return out | {j: _in_or_on(words[j + 1 : _place_end(words, j + 1, len(texts))]) + "to"}
+    if (
+        _is_place(texts, j, frozenset(("to",)))
+        and after in _DETERMINERS
+        and texts[j + 2 : j + 3] not in (["boil"], ["left"], ["right"])
+    ):
+        return {j: "away from"} if "into" not in rest else {}
+    return {}
