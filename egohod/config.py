@@ -456,6 +456,22 @@ def check(config: Config) -> list[tuple[str, str]]:
         wrong("model.head_start", "model.head_start=text needs a text tower that was trained; set model.weights")
     if heads and loss.boxes:
         wrong("loss.boxes", "loss.boxes does not go with model.heads: a model with heads predicts no boxes")
+    opposites = [name for name in ("opposites", "separation") if getattr(loss, name)]
+    if heads and opposites:
+        wrong(f"loss.{opposites[0]}", f"loss.{opposites[0]} compares captions, but a model with model.heads reads none")
+    if loss.separation and train.trainable in ("vision", "last_blocks"):
+        wrong(
+            "loss.separation",
+            f"loss.separation separates captions in the text tower, which train.trainable={train.trainable} freezes; "
+            "set it to 0",
+        )
+    for name, source in data.train.items():
+        if source.opposite_column and data.labels.target == "relevancy":
+            key = f"data.train.{name}.opposite_column"
+            wrong(
+                key,
+                f"{key} has the opposites of the clips' own captions, but data.labels.target=relevancy draws others",
+            )
     if train.trainable == "heads" and not heads:
         wrong("train.trainable", "train.trainable=heads needs heads to train; set model.heads")
 

@@ -195,6 +195,17 @@ def test_every_missing_variable_is_named_at_once(tmp_path: Path, monkeypatch: py
         ("model: {weights: {source: clip}}", None, ["model.weights.path"]),
         ("model: {fast: {spatial: true}, patch_dropout: 0.5}", None, ["model.fast.spatial", "model.patch_dropout=0"]),
         ("loss: {boxes: 1}\ndata: {train: {mine: {root: x}}}", None, ["data.train.mine.detections", "loss.boxes"]),
+        (
+            "model: {heads: joint}\ndata: {labels: {target: class}}\nloss: {name: classes, opposites: 1}",
+            None,
+            ["loss.opposites", "model.heads"],
+        ),
+        ("loss: {separation: 1}\ntrain: {trainable: vision}", None, ["loss.separation", "train.trainable=vision"]),
+        (
+            "loss: {name: sms, opposites: 1}\ndata: {labels: {target: relevancy}, train: {mine: {opposite_column: x}}}",
+            None,
+            ["data.train.mine.opposite_column", "data.labels.target=relevancy"],
+        ),
         ("train: [", None, ["run.yml", "YAML"]),
         ("train: {seed: 1, seed: 2}", None, ["run.yml", "duplicate key 'seed'"]),
         ("train: {seed: 12:30:45}", None, ["run.yml", "train.seed", "int"]),

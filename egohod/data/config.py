@@ -78,6 +78,11 @@ class SourceConfig:
         "for a clip with several narrations: draw one, join all with '. ' as upstream does, or take the first",
         choices=("random", "concat", "first"),
     )
+    opposite_column: str | None = knob(
+        None,
+        "column with the opposite of each caption for loss.opposites (a list literal where there are several; empty: "
+        "none), as generate_hod.py writes with narrator.opposites; null: by the rules of egohod/data/opposites.py",
+    )
 
 
 @dataclass

@@ -105,6 +105,8 @@ class View:
     None where no boxes are requested."""
     labels: Mapping[str, Tensor] | None = None
     """Values for the loss by name, see :class:`Labels`; None where there are none."""
+    opposite: str | None = None
+    """``text`` with its motion run backwards; None where there is none, or none is requested."""
 
 
 class Labels(Protocol):
@@ -120,10 +122,11 @@ class ClipDataset(Dataset[dict[str, Any]]):
 
     With ``train=True``, ``dataset[(epoch, index)]`` is a dict of ``video`` uint8 [3, num_frames, size, size],
     ``tokens`` int64 [context], ``index`` (of the clip that is delivered), ``fault`` (``None``, or which clips could
-    not be read and why, one per line), with ``boxes`` those of :class:`View` (NaN where a table has no detections) and
-    with ``labels``, one for each table, their values. All randomness (frames, crop, flip, choice of text) is a
-    function of (seed, epoch, index), so it depends neither on the number of workers nor on where a run was resumed. An
-    unreadable clip is replaced by another one of its table, chosen by the same randomness.
+    not be read and why, one per line), with ``boxes`` those of :class:`View` (NaN where a table has no detections),
+    with ``labels``, one for each table, their values, and with ``opposites`` the tokens of the opposite caption and
+    ``has_opposite`` (where false, the tokens are the caption's). All randomness (frames, crop, flip, choice of text)
+    is a function of (seed, epoch, index), so it depends neither on the number of workers nor on where a run was
+    resumed. An unreadable clip is replaced by another one of its table, chosen by the same randomness.
 
     Otherwise ``dataset[index]`` is a dict of ``video`` [views, 3, T, size, size] as ``protocol`` shows it (default: one
     centre crop of ``num_frames`` frames), ``index`` and ``fault``. Pixels are 0..255, uint8 or, for protocols that
@@ -149,6 +152,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         flip: float = 0.0,
         boxes: bool = False,
         labels: Sequence[Labels] | None = None,
+        opposites: bool = False,
     ) -> None:
         assert sources, "a dataset needs a table"
         assert labels is None or len(labels) == len(sources), "each table has labels, or none has"
@@ -166,6 +170,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         self._seed = seed
         self._crop_scale_min = crop_scale_min
         self._flip = flip
+        self._with_opposites = opposites
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -232,6 +237,10 @@ class ClipDataset(Dataset[dict[str, Any]]):
             index = int(rng.integers(self.starts[number], self.starts[number + 1]))
         sample = {"video": view.video, "tokens": tokens, "index": index, "fault": "\n".join(faults) or None}
         sample |= {} if view.labels is None else {"labels": view.labels}
+        if self._with_opposites:
+            # Every clip has tokens, for batches of one shape; those of a clip without an opposite count nothing.
+            sample["opposites"] = self._tokenizer([view.opposite or view.text])[0]
+            sample["has_opposite"] = torch.tensor(view.opposite is not None)
         return sample if view.boxes is None else sample | {"boxes": torch.from_numpy(view.boxes)}
 
     def _randomness(self, epoch: int, index: int) -> np.random.Generator:
@@ -250,6 +259,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
             text, labels = self.labels[number].draw(place, rng)
         else:
             text, labels = choose_text(row.texts, source.config.list_text, rng), None
+        reverse = source.opposite(place, text) if self._with_opposites else None
         height, width = frames.shape[1:3]
         box = random_box(height, width, self._crop_scale_min, rng)
         video, flipped = crop(frames, box, self.size), rng.random() < self._flip
@@ -259,8 +269,8 @@ class ClipDataset(Dataset[dict[str, Any]]):
             boxes = flip_boxes(boxes) if flipped else boxes
         if flipped:
             # "the left hand" is the right one in the mirror.
-            video, text = video.flip(-1), swap_sides(text)
-        return View(row, frames, box, flipped, video, text, boxes, labels)
+            video, text, reverse = video.flip(-1), swap_sides(text), reverse and swap_sides(reverse)
+        return View(row, frames, box, flipped, video, text, boxes, labels, reverse)
 
     # ---------------------------------------------------------------------------------------------
     # Evaluation
@@ -368,18 +378,24 @@ def frame_numbers(protocol: EvalProtocol, total: int) -> NDArray[np.int64]:
 
 def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Training samples -> ``video`` uint8 [B, 3, T, H, W], ``tokens`` int64 [B, L] trimmed, ``index`` int64 [B],
-    ``faults``, and ``boxes`` float32 [B, T, 3, 4] and ``labels`` (values by name, each stacked) if there are any.
+    ``faults``, and, if there are any, ``boxes`` float32 [B, T, 3, 4], ``labels`` (values by name, each stacked) and
+    ``opposites`` int64 [B, L] with ``has_opposite`` bool [B].
     """
     # Frames come out of the decoder channels-last; stacking them that way is a plain copy of memory.
     video = torch.stack([sample["video"].permute(1, 2, 3, 0) for sample in samples]).permute(0, 4, 1, 2, 3)
-    # Trimmed here, on the CPU, so that no length is ever read from the device.
-    tokens: Tensor = trim(torch.stack([sample["tokens"] for sample in samples]))
+    opposites = [sample["opposites"] for sample in samples if "opposites" in sample]
+    # Trimmed here, on the CPU, so that no length is ever read from the device; together with the opposites, as the text
+    # tower embeds both in one pass.
+    tokens: Tensor = trim(torch.stack([*(sample["tokens"] for sample in samples), *opposites]))
     batch = {
         "video": video,
-        "tokens": tokens.contiguous(),
+        "tokens": tokens[: len(samples)].contiguous(),
         "index": torch.tensor([sample["index"] for sample in samples]),
         "faults": [sample["fault"] for sample in samples if sample["fault"]],
     }
+    if opposites:
+        batch["opposites"] = tokens[len(samples) :].contiguous()
+        batch["has_opposite"] = torch.stack([sample["has_opposite"] for sample in samples])
     if "boxes" in samples[0]:
         batch["boxes"] = torch.stack([sample["boxes"] for sample in samples])
     if "labels" in samples[0]:

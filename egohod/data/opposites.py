@@ -57,7 +57,8 @@ _AWAY_AND_CLOSER = _words("move push pull slide shift drag lean turn walk step l
 _IN = _words("move slide pour walk step climb lean swing bring reach push pull scoop jump crawl")
 _DIRECTIONS = (
     "up down, upwards downwards, upward downward, forward backward, forwards backwards, in out, inwards outwards, "
-    "inward outward, away closer, clockwise counterclockwise, left right, far near, leftwards rightwards, leftward rightward"
+    "inward outward, away closer, clockwise counterclockwise, left right, far near, leftwards rightwards, "
+    "leftward rightward"
 )
 # What comes from a place; all other verbs above are about what goes to it.
 _AWAY = _words(

@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 from egohod.data.config import SourceConfig
 from egohod.data.decoders import Opener
 from egohod.data.detections import EDGES, ROLES, BoxTable
+from egohod.data.opposites import opposite
 from egohod.data.storage import LocalCache
 from egohod.data.videos import MIN_SECONDS, Frames, VideoStore
 from egohod.errors import UserError, nearest
@@ -452,6 +453,17 @@ class ClipReader:
     def read(self, row: ClipRow, num_frames: int, rng: np.random.Generator | None, rule: str = "middle") -> Frames:
         """``num_frames`` frames of a clip; see :meth:`VideoStore.read`."""
         return self.store(row).read(row.video_id, row.start, row.end, num_frames, rng, rule)
+
+    def opposite(self, index: int, text: str) -> str | None:
+        """``text`` of clip ``index`` with its motion backwards, by ``config.opposite_column`` or by rule, if any."""
+        column = self.config.opposite_column
+        if not column:
+            return opposite(text)
+        texts, given = self.table.row(index).texts, narrations_in(self.table.value(column, index))
+        # Of several narrations each has its own; a list with a gap does not say which one lacks it.
+        if len(given) != len(texts):
+            return None
+        return ". ".join(given) if self.config.list_text == "concat" else given[texts.index(text)]
 
     def restricted(self, mask: np.ndarray) -> ClipReader:
         """The same for the clips where ``mask`` bool [N] is true."""

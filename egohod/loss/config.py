@@ -83,16 +83,46 @@ class LossConfig:
         "(the fast path's, if there is one); needs data.train.NAME.detections; 0 leaves it out, as published",
         low=0,
     )
+    # Frame order: nothing in a batch of other clips asks for it (docs/motion.md).
+    opposites: float = knob(
+        0.0,
+        "weight of a ranking loss: a clip's caption before the same with its motion run backwards ('opens', 'closes'); "
+        "0.5 to 1 where motion is to be learned; 0, as published, costs nothing",
+        low=0,
+    )
+    separation: float = knob(
+        0.0,
+        "weight of the cosine between captions and their opposites above loss.separation_margin: a text tower gives "
+        "both almost the same feature, and then the video has nothing to learn; 1 to 2 beside loss.opposites",
+        low=0,
+    )
+    separation_margin: float = knob(
+        0.3, "cosine that opposite captions may keep: they share their hands and objects", low=-1, high=1
+    )
+    opposites_schedule: str = knob(
+        "constant",
+        "weights of opposites and separation over the run: constant, or falling once motion is learned",
+        choices=("constant", "linear", "cosine"),
+    )
+    opposites_hold: float = knob(0.5, "share of the run before they fall", low=0, high=0.99)
+    opposites_end: float = knob(0.0, "share of both weights that is left at the end of the run", low=0, high=1)
+
+    @property
+    def has_opposites(self) -> bool:
+        """Whether a term reads the opposites of captions."""
+        return self.opposites > 0 or self.separation > 0
 
 
 def build_loss(config: LossConfig, *, rank: int = 0, world_size: int = 1) -> Loss:
-    """The loss ``config.name``, over the features of all processes, and the auxiliary box loss if it has a weight."""
+    """The loss ``config.name``, over the features of all processes, and the auxiliary losses that have a weight."""
 
     def load(path: str) -> Any:
         module, _, name = path.partition(".")
         return getattr(import_module(f"egohod.loss.{module}"), name)
 
     loss: Loss = load(LOSSES[config.name].path)(config, rank=rank, world_size=world_size)
+    if config.has_opposites:
+        loss = load("opposites.WithOpposites")(loss, config, world_size=world_size)
     if config.boxes:
         loss = load("classification.WithBoxes")(loss, config.boxes)
     return loss

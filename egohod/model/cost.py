@@ -40,6 +40,7 @@ def clip_flops(
     patch_dropout: float = 0.0,
     fast: FastPathConfig | None = None,
     boxes: bool = False,
+    texts: int = 1,
 ) -> Flops:
     """Operations by formula, within 3 % of those that PyTorch counts (tests/model/test_cost.py).
 
@@ -50,14 +51,15 @@ def clip_flops(
         patch_dropout: share of patch tokens left out.
         fast: the paths of a slow-fast geometry (default: as the configuration's).
         boxes: whether there is a box head, which reads all tokens behind the last block.
+        texts: texts per clip, two with opposite captions.
     """
     V, L, E, W = geometry.text_width, text_length, geometry.embed_dim, geometry.vision_width
     # A block's linear layers per token: 4 of the attention's W x W, and the MLP's two.
     linear = 4 + 2 * geometry.mlp_ratio
     # Each with how many times as many operations its backward pass takes.
     products = [
-        (4.0 * L * L * V * geometry.text_layers, FUSED),
-        (L * 2.0 * V * V * linear * geometry.text_layers + 2 * V * E, TRAINED),
+        (texts * 4.0 * L * L * V * geometry.text_layers, FUSED),
+        (texts * (L * 2.0 * V * V * linear * geometry.text_layers + 2 * V * E), TRAINED),
     ]
     per_frame, share = geometry.patches_per_frame, 1 - patch_dropout
     if not geometry.slowfast:
@@ -189,7 +191,9 @@ def predict(
         whole, working = [], [0, 0]
         for i, clips in enumerate((2, 3)):
             video = torch.empty(clips, 3, config.num_frames, size, size)
-            tokens = torch.zeros(clips, geometry.context_length, dtype=torch.long)
+            # The opposites of captions are embedded with them.
+            texts = 2 * clips if loss is not None and loss.has_opposites else clips
+            tokens = torch.zeros(texts, geometry.context_length, dtype=torch.long)
             # A context for each: autocast's copies of weights live as long as it does.
             with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
                 whole.append(saved_bytes(partial(model, video, tokens), model))

@@ -52,6 +52,8 @@ log = logging.getLogger(__name__)
 BATCH = 256
 # Clips of each source and benchmark that a dry run opens: the first, the last, and between.
 CLIPS_TO_OPEN = 3
+# Captions of a source whose opposites are counted before a run.
+CAPTIONS_TO_TRY = 1000
 
 
 # --------------------------------------------------------------------------------------------------
@@ -196,7 +198,10 @@ def read_tables(cfg: Config) -> list[ClipTable]:
         extra += [*columns, *(name.removesuffix("_class") for name in columns if name.endswith("_class"))]
     elif cfg.data.labels.target == "relevancy":
         extra += RELEVANCY_COLUMNS
-    return [read_clips(source, strict=cfg.data.strict, extra=extra) for source in active_sources(cfg).values()]
+    return [
+        read_clips(source, strict=cfg.data.strict, extra=[*extra, *filter(None, [source.opposite_column])])
+        for source in active_sources(cfg).values()
+    ]
 
 
 def build_classes(cfg: Config, tables: Sequence[ClipTable] | None = None) -> ClassSpace | None:
@@ -234,13 +239,38 @@ def build_dataset(cfg: Config, size: int, tables: Sequence[ClipTable] | None = N
     for name, source in sources.items():
         if source.detections and not cfg.loss.boxes:
             log.warning("data.train.%s.detections does nothing while loss.boxes is 0", name)
+        if source.opposite_column and not cfg.loss.has_opposites:
+            log.warning("data.train.%s.opposite_column does nothing while loss.opposites is 0", name)
     tables = tables or read_tables(cfg)
-    return ClipDataset(
+    dataset = ClipDataset(
         list(zip(tables, sources.values(), strict=True)),
         size=size, num_frames=cfg.model.num_frames, tokenizer=Tokenizer(), labels=build_labels(cfg, tables),
         decoder=cfg.data.decoder, cache=open_cache(cfg.data.cache, cfg.data.cache_gb), boxes=cfg.loss.boxes > 0,
         seed=cfg.train.seed, train=True, crop_scale_min=cfg.data.crop_scale_min, flip=cfg.data.flip,
+        opposites=cfg.loss.has_opposites,
     )  # fmt: skip
+    if cfg.loss.has_opposites:
+        _check_opposites(dataset)
+    return dataset
+
+
+def _check_opposites(dataset: ClipDataset) -> None:
+    """Log how many captions have an opposite. Raises :class:`UserError` if a column is missing or none has one."""
+    counts = []
+    for source in dataset.sources:
+        table, column = source.table, source.config.opposite_column
+        if column and column not in table.column_names:
+            have = ", ".join(table.column_names)
+            raise UserError(f"{table.path}: no column '{column}' for opposite_column; there are {have}")
+        # Of millions of captions some are enough to see whether rules fit them.
+        rows = np.unique(np.linspace(0, len(table) - 1, CAPTIONS_TO_TRY).astype(int)).tolist()
+        counts.append(sum(source.opposite(row, table.row(row).texts[0]) is not None for row in rows))
+        log.info("%s: %.0f %% of the captions have an opposite", table.path, 100 * counts[-1] / len(rows))
+    if not any(counts):
+        raise UserError(
+            f"{dataset.clips.path}: no caption has an opposite, so loss.opposites and loss.separation do nothing; set "
+            "them to 0, or name a column with opposites in data.train.NAME.opposite_column"
+        )
 
 
 def build_plan(cfg: Config, dataset: ClipDataset) -> BatchPlan | MixedPlan:
@@ -468,7 +498,10 @@ def _try_model(cfg: Config, dist: Distributed, classes: ClassSpace | None, probl
     _report("tokens", f"{tokens} a clip: {frames} frames of {patches}, one CLS")
     # With heads the text tower computes nothing.
     texts = geometry.context_length if model.heads is None else 0
-    flops = clip_flops(geometry, frames, texts, cfg.model.patch_dropout, cfg.model.fast, boxes=cfg.loss.boxes > 0).step
+    flops = clip_flops(
+        geometry, frames, texts, cfg.model.patch_dropout, cfg.model.fast, boxes=cfg.loss.boxes > 0,
+        texts=1 + cfg.loss.has_opposites,
+    ).step  # fmt: skip
     _report("compute", f"{flops / 1e9:.1f} GFLOP a clip for forward and backward, with {texts} text tokens")
     memory = predict_memory(cfg, dist, model)
     state = f"{memory.state / 1e9:.1f} GB for weights, gradients and averages"

@@ -37,7 +37,6 @@ from egohod.model.checkpoints import HeadClasses, WeightFile, checksum, from_ten
 from egohod.model.dual_encoder import Base, DualEncoder
 from egohod.model.weight_files import load_pickle
 from egohod.runtime import UNFINISHED_PREFIX, atomic_write, file_hash, write_text
-from egohod.training.config import TrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -204,9 +203,10 @@ def identity(cfg: Config, model: DualEncoder, clips: int, classes: ClassSpace | 
     shapes = repr([(name, tuple(value.shape)) for name, value in model.state_dict().items()])
     result["state_dict.shapes_sha256"] = hashlib.sha256(shapes.encode()).hexdigest()[:12]
     # Defaults are left out, so that checkpoints from before a setting existed still agree.
-    for name in ("ema", "trainable", "last_blocks", "optimizer", "layer_decay", "decay_positions"):
-        if getattr(cfg.train, name) != getattr(TrainConfig(), name):
-            result[f"train.{name}"] = getattr(cfg.train, name)
+    train = ("ema", "trainable", "last_blocks", "optimizer", "layer_decay", "decay_positions")
+    for name in (*(f"train.{name}" for name in train), "loss.opposites", "loss.separation"):
+        if attrgetter(name)(cfg) != attrgetter(name)(Config()):
+            result[name] = attrgetter(name)(cfg)
     if cfg.data.labels.target != "narration":
         result["data.labels.target"] = cfg.data.labels.target
     if model.base:

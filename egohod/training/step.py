@@ -31,6 +31,7 @@ from egohod.distributed import Distributed, pick_precision
 from egohod.loss.classification import box_errors
 from egohod.loss.config import build_loss
 from egohod.loss.contrastive import Loss
+from egohod.loss.opposites import weight_share
 from egohod.model.dual_encoder import DualEncoder
 from egohod.training.config import TrainConfig, duration_in_steps
 
@@ -42,10 +43,11 @@ class TrainStep:
     """Model, loss, optimizer, schedule and loss scaler of a run; calling it is one step."""
 
     def __init__(self, model: DualEncoder, cfg: Config, dist: Distributed, *, total_steps: int, steps_per_epoch: int):
-        self._inner, self._cfg, self._device = model, cfg.train, dist.device
+        self._inner, self._cfg, self._loss_config, self._device = model, cfg.train, cfg.loss, dist.device
         self._dtype = pick_precision(cfg.train.precision, dist.device)
         self._seed = (cfg.train.seed, dist.rank)
         self._loss = build_loss(cfg.loss, rank=dist.rank, world_size=dist.world_size)
+        self._total_steps, self._step = total_steps, 1
         self._max_log_scale = math.log(cfg.loss.max_logit_scale)
         self._optimizer = build_optimizer(model, cfg.train)
         self._schedule = build_schedule(self._optimizer, cfg.train, total_steps, steps_per_epoch)
@@ -74,10 +76,12 @@ class TrainStep:
         Args:
             step: counts from 1.
             micro_batches: each with ``video`` uint8 [B, C, T, H, W], ``tokens`` int64 [B, L] and, for the box loss,
-                ``boxes`` [B, T, 3, 4], and ``labels`` by name for losses that need classes.
+                ``boxes`` [B, T, 3, 4], ``labels`` by name for losses that need classes and, for opposite captions,
+                ``opposites`` int64 [B, L] and ``has_opposite`` bool [B].
 
         Returns:
-            Scalars on the device: the loss's (loss, accuracy, box_error), grad_norm, logit_scale, and skipped (1 where
+            Scalars on the device: the loss's (loss, accuracy, box_error, opposite_accuracy,
+            opposite_cosine), grad_norm, logit_scale, and skipped (1 where
             loss or gradient was not finite).
         """
         # Dropout and the like depend on (seed, rank, step) alone, so that a resumed run draws the same numbers.
@@ -89,7 +93,7 @@ class TrainStep:
             # in another order than the same step of a run that was never interrupted.
             forward_backward(self._forward, self._model, micro_batches, self._loss, self._scaler.scale)
             torch.manual_seed(seed)
-        self._is_first = False
+        self._is_first, self._step = False, step
         # The schedule counts from 0. It is a function of the step alone, so a checkpoint holds no state of it.
         self._schedule.step_update(step - 1)
         self._optimizer.zero_grad(set_to_none=True)
@@ -123,6 +127,8 @@ class TrainStep:
         # Copied as bytes, a quarter of what float32 would be, while the device still computes the step before.
         video = batch["video"].to(self._device, non_blocking=True)
         tokens = batch["tokens"].to(self._device, non_blocking=True)
+        if "opposites" in batch:
+            tokens = torch.cat((tokens, batch["opposites"].to(self._device, non_blocking=True)))
         video, mixing = normalise(video, self._inner.image_stats), None
         if self._mixer is not None:
             video, mixing = self._mixer(video)
@@ -130,6 +136,9 @@ class TrainStep:
         with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
             output: dict[str, Tensor] = self._model(video, tokens)
         output |= {name: value.to(self._device, non_blocking=True) for name, value in batch.get("labels", {}).items()}
+        if "opposites" in batch:
+            output["text_features"], output["opposite_features"] = output["text_features"].chunk(2)
+            output["has_opposite"] = batch["has_opposite"].to(self._device, non_blocking=True)
         if mixing is not None:
             output["mixing"] = mixing
         if "boxes" in output:
@@ -141,6 +150,9 @@ class TrainStep:
     def _timed_loss(self, **features: Tensor) -> dict[str, Tensor]:
         # The first collective of a step is the loss's: until here no process waits for another.
         self._stopwatch.stop()
+        cfg = self._loss_config
+        if cfg.has_opposites:
+            return self._loss(**features, weight_share=weight_share(cfg, self._step, self._total_steps))
         return self._loss(**features)
 
     def forward_seconds(self) -> float:

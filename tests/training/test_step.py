@@ -160,6 +160,43 @@ def test_the_box_loss_in_chunks_is_that_of_the_whole_batch(name: str) -> None:
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
+def with_opposites(size: int = 8) -> dict[str, Any]:
+    has_opposite = torch.arange(size) % 3 > 0
+    return batch(size) | {"opposites": batch(size, seed=1)["tokens"], "has_opposite": has_opposite}
+
+
+@pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
+def test_opposites_in_chunks_are_those_of_the_whole_batch(loss: str) -> None:
+    results = []
+    for chunks in (1, 4):
+        cfg = config()
+        cfg.loss.name, cfg.loss.opposites, cfg.loss.separation = loss, 1.0, 2.0
+        model, step = build(cfg)
+        parts = [{key: value.chunk(chunks)[i] for key, value in with_opposites().items()} for i in range(chunks)]
+        with Waits() as waits:
+            metrics = step(1, parts)
+        # On a CPU one_hot of the sigmoid loss looks at its labels.
+        assert loss == "sigmoid" or not waits.seen
+        results.append([*metrics.values(), *(p.grad for p in model.parameters() if p.grad is not None)])
+        assert {"opposite_accuracy", "opposite_cosine"} < metrics.keys()
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_the_weight_of_opposites_follows_from_the_step_alone() -> None:
+    cfg = config()
+    cfg.loss.opposites, cfg.loss.opposites_schedule, cfg.loss.opposites_hold = 1.0, "linear", 0.0
+    # The first and the last of ten steps, without a step between: nothing is counted.
+    losses = [build(cfg)[1](number, [with_opposites()])["loss"] for number in (1, 10)]
+    cfg.loss.opposites_schedule = "constant"
+    constant = [build(cfg)[1](number, [with_opposites()])["loss"] for number in (1, 10)]
+    assert torch.equal(losses[0], constant[0])
+    assert losses[1] < constant[1]
+    cfg.loss.opposites = 0.0
+    plain = build(cfg)[1](10, [batch(8)])["loss"]
+    torch.testing.assert_close(losses[1], plain)
+
+
 def test_gradients_are_clipped_to_clip_norm() -> None:
     model, step = build(config(clip_norm=0.01))
     norm = step(1, [batch()])["grad_norm"]

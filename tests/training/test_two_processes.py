@@ -11,14 +11,24 @@ from tests.support import Command, losses, newest
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("variant", [[], ["train.max_batch_per_process=2"]], ids=["plain", "accumulated"])
-def test_two_processes_equal_one(tiny_config: Path, tmp_path: Path, program: Command, variant: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("objective", "variant"),
+    [
+        pytest.param([], [], id="plain"),
+        pytest.param([], ["train.max_batch_per_process=2"], id="accumulated"),
+        pytest.param(["loss.opposites=1", "loss.separation=1"], ["train.max_batch_per_process=2"], id="opposites"),
+    ],
+)
+def test_two_processes_equal_one(
+    tiny_config: Path, tmp_path: Path, program: Command, objective: list[str], variant: list[str]
+) -> None:
     settings = [
         "main_pretrain.py",
         "--config_file",
         tiny_config,
         "model.patch_dropout=0",
         "loss.learn_temperature=true",
+        *objective,
     ]
     one, two = tmp_path / "one", tmp_path / "two"
     done = program(*settings, f"train.output={one}")

@@ -1,10 +1,19 @@
-"""Opposite captions by rule: the demo's exactly, written ones, and those that must have none."""
+"""Opposite captions by rule: the demo's exactly, written ones, and those that must have none; and in samples."""
 
+import csv
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from video_files import encode
 
+from egohod.data.config import SourceConfig
+from egohod.data.dataset import ClipDataset, Tokenizer, collate
+from egohod.data.formats import read_clips
 from egohod.data.opposites import opposite
+from egohod.data.table import swap_sides
 from egohod.demo.world import VAGUE, VERBS, phrase
 
 WRITTEN = [
@@ -107,3 +116,78 @@ def test_written_captions(text: str, expected: str) -> None:
 @pytest.mark.parametrize("text", NONE)
 def test_captions_without_an_opposite(text: str) -> None:
     assert opposite(text) is None
+
+
+# --------------------------------------------------------------------------------------------------
+# In training samples
+# --------------------------------------------------------------------------------------------------
+
+TOKENIZER = Tokenizer()
+CAPTIONS = {
+    "opens the jar": "closes the jar",
+    "slides the cup to the left with the left hand": "slides the cup to the right with the left hand",
+    "washes the cup": None,
+}
+
+
+def dataset(folder: Path, column: str | None = None, list_text: str = "random", **options: Any) -> ClipDataset:
+    """Clips of ``CAPTIONS``, the last with two narrations, and columns with other opposites."""
+    if not (folder / "clips.csv").exists():
+        encode(folder / "videos" / "v.mp4", 40)
+        lists = ["""['opens the jar', 'wipes the pot']""", """['shuts the jar', 'dirties the pot']"""]
+        rows = [(text, f"not {text}", "") for text in CAPTIONS] + [(*lists, "['only one']")]
+        cells = ["video_id,start_second,end_second,text,reversed,partial"]
+        cells += [f'v,0,2,"{text}","{given}","{partial}"' for text, given, partial in rows]
+        (folder / "clips.csv").write_text("\n".join(cells) + "\n")
+    source = SourceConfig(
+        metadata=str(folder / "clips.csv"), root=str(folder / "videos"), opposite_column=column, list_text=list_text
+    )
+    chosen: dict[str, Any] = {"size": 32, "num_frames": 4, "tokenizer": TOKENIZER, "train": True, "opposites": True}
+    return ClipDataset([(read_clips(source), source)], **chosen | options)
+
+
+def test_a_sample_has_the_tokens_of_its_opposite(tmp_path: Path) -> None:
+    for index, (text, expected) in enumerate(CAPTIONS.items()):
+        sample = dataset(tmp_path)[0, index]
+        assert sample["has_opposite"] == (expected is not None)
+        assert torch.equal(sample["opposites"], TOKENIZER([expected or text])[0])
+        plain = dataset(tmp_path, opposites=False)[0, index]
+        assert set(sample) - set(plain) == {"opposites", "has_opposite"}
+        assert torch.equal(sample["video"], plain["video"])
+        assert torch.equal(sample["tokens"], plain["tokens"])
+
+
+def test_a_mirrored_clip_has_the_opposite_of_its_mirrored_caption(tmp_path: Path) -> None:
+    view = dataset(tmp_path, flip=1.0).view((0, 1))
+    assert view.text == "slides the cup to the right with the right hand"
+    assert view.opposite == "slides the cup to the left with the right hand"
+    given = dataset(tmp_path, "reversed", flip=1.0).view((0, 1))
+    assert given.opposite == "not slides the cup to the right with the right hand"
+
+
+def test_a_column_has_an_opposite_for_each_narration(tmp_path: Path) -> None:
+    drawn = {
+        (view.text, view.opposite) for view in (dataset(tmp_path, "reversed", seed=s).view((0, 3)) for s in range(9))
+    }
+    assert drawn == {("opens the jar", "shuts the jar"), ("wipes the pot", "dirties the pot")}
+    joined = dataset(tmp_path, "reversed", list_text="concat").view((0, 3))
+    assert joined.opposite == "shuts the jar. dirties the pot"
+    # A gap in the list does not say whose it is; an empty cell is none.
+    assert [dataset(tmp_path, "partial").view((0, i)).opposite for i in (0, 3)] == [None, None]
+
+
+def test_captions_and_opposites_of_a_batch_have_one_length(tmp_path: Path) -> None:
+    clips = dataset(tmp_path)
+    batch = collate([clips[0, i] for i in range(3)])
+    assert batch["tokens"].shape == batch["opposites"].shape == (3, 16)
+    assert batch["has_opposite"].tolist() == [True, True, False]
+    assert "opposites" not in collate([dataset(tmp_path, opposites=False)[0, i] for i in range(3)])
+
+
+def test_mirroring_and_reversing_commute(shared: Path) -> None:
+    path = shared / "annotations" / "egoexolearn" / "association_exo_train.csv"
+    with path.open(encoding="utf-8", newline="") as file:
+        captions = [row["narration_en"] for row in csv.DictReader(file)]
+    pairs = [(text, reverse) for text in captions if (reverse := opposite(text))]
+    wrong = [text for text, reverse in pairs if opposite(swap_sides(text)) != swap_sides(reverse)]
+    assert len(wrong) <= 0.01 * len(pairs), wrong[:5]

@@ -1,0 +1,56 @@
+"""Opposite captions as part of a run: they separate the text tower, resume exactly, and are refused where none is."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+import main_pretrain
+from egohod.errors import UserError
+from tests.support import losses, newest
+
+TERMS = ["loss.opposites=1", "loss.separation=2"]
+
+
+def test_a_run_separates_opposites_and_resumes_exactly(
+    tiny_config: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = ["--config_file", str(tiny_config), *TERMS, "loss.opposites_schedule=linear", "data.flip=0.5"]
+    command += ["loss.opposites_hold=0.2", "train.max_batch_per_process=4", "train.save_every=8 steps"]
+    caplog.set_level(logging.INFO)
+    assert main_pretrain.main([*command, f"train.output={tmp_path}/straight"]) == 0
+    # All verbs of the demo but two have an opposite.
+    assert "train/hod.csv: 90 % of the captions have an opposite" in caplog.text
+    middle = tmp_path / "straight" / "checkpoints" / "step-00000008"
+    assert main_pretrain.main([*command, "--resume", str(middle)]) == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")[8:]
+    for name, weight in newest(tmp_path / "straight").weights.items():
+        assert torch.equal(weight, newest(tmp_path / "run").weights[name]), name
+    lines = [json.loads(line) for line in (tmp_path / "straight" / "metrics.jsonl").read_text().splitlines()]
+    cosines = [line["train/opposite_cosine"] for line in lines if "train/opposite_cosine" in line]
+    assert cosines[0] > 0.8
+    assert cosines[-1] < cosines[0] - 0.2
+    assert all(0 <= line["train/opposite_accuracy"] <= 1 for line in lines if "train/opposite_accuracy" in line)
+    # A checkpoint of other weights is another run.
+    with pytest.raises(UserError, match=r"loss\.opposites=1"):
+        main_pretrain.main([*command, "loss.opposites=0.5", "--resume", str(middle)])
+
+
+def test_captions_without_opposites_and_missing_columns_are_refused(tiny_config: Path, demo_world: Path) -> None:
+    command = ["--config_file", str(tiny_config), *TERMS]
+    # Coarse narrations name no direction.
+    coarse = demo_world / "train" / "narrations.csv"
+    with pytest.raises(UserError, match=r"narrations\.csv: no caption has an opposite"):
+        main_pretrain.main([*command, f"data.train.demo.metadata={coarse}"])
+    with pytest.raises(UserError, match=r"hod\.csv: no column 'reversed' for opposite_column; there are video_id"):
+        main_pretrain.main([*command, "data.train.demo.opposite_column=reversed"])
+
+
+def test_a_column_without_a_weight_is_reported(tiny_config: Path, caplog: pytest.LogCaptureFixture) -> None:
+    command = ["--config_file", str(tiny_config), "data.train.demo.opposite_column=action", "train.duration=1 steps"]
+    assert main_pretrain.main(command) == 0
+    assert "data.train.demo.opposite_column does nothing while loss.opposites is 0" in caplog.text
