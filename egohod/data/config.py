@@ -81,7 +81,7 @@ class SourceConfig:
     opposite_column: str | None = knob(
         None,
         "column with the opposite of each caption for loss.opposites (a list literal where there are several; empty: "
-        "none), as generate_hod.py writes with narrator.opposites; null: by the rules of egohod/data/opposites.py",
+        "none), as tools/opposites.py writes it; null: by the rules of egohod/data/opposites.py",
     )
 
 

@@ -47,7 +47,7 @@ class TrainStep:
         self._dtype = pick_precision(cfg.train.precision, dist.device)
         self._seed = (cfg.train.seed, dist.rank)
         self._loss = build_loss(cfg.loss, rank=dist.rank, world_size=dist.world_size)
-        self._total_steps, self._step = total_steps, 1
+        self._has_opposites, self._total_steps, self._step = cfg.loss.has_opposites, total_steps, 1
         self._max_log_scale = math.log(cfg.loss.max_logit_scale)
         self._optimizer = build_optimizer(model, cfg.train)
         self._schedule = build_schedule(self._optimizer, cfg.train, total_steps, steps_per_epoch)
@@ -150,10 +150,9 @@ class TrainStep:
     def _timed_loss(self, **features: Tensor) -> dict[str, Tensor]:
         # The first collective of a step is the loss's: until here no process waits for another.
         self._stopwatch.stop()
-        cfg = self._loss_config
-        if cfg.has_opposites:
-            return self._loss(**features, weight_share=weight_share(cfg, self._step, self._total_steps))
-        return self._loss(**features)
+        if not self._has_opposites:
+            return self._loss(**features)
+        return self._loss(**features, weight_share=weight_share(self._loss_config, self._step, self._total_steps))
 
     def forward_seconds(self) -> float:
         """How long forward passes took since the last call, until losses met the other processes' features.

@@ -1,6 +1,8 @@
 """Opposite captions by rule: the demo's exactly, written ones, and those that must have none; and in samples."""
 
 import csv
+import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from video_files import encode
 from egohod.data.config import SourceConfig
 from egohod.data.dataset import ClipDataset, Tokenizer, collate
 from egohod.data.formats import read_clips
+from egohod.data.formats.base import read_csv
 from egohod.data.opposites import opposite
 from egohod.data.table import swap_sides
 from egohod.demo.world import VAGUE, VERBS, phrase
@@ -191,3 +194,17 @@ def test_mirroring_and_reversing_commute(shared: Path) -> None:
     pairs = [(text, reverse) for text in captions if (reverse := opposite(text))]
     wrong = [text for text, reverse in pairs if opposite(swap_sides(text)) != swap_sides(reverse)]
     assert len(wrong) <= 0.01 * len(pairs), wrong[:5]
+
+
+def test_at_least_95_percent_of_100_labelled_pairs_are_right(shared: Path) -> None:
+    """``tools/opposites.py --sample 50 --seed 0`` of two files; a rule that changes a pair needs its label again."""
+    labels = json.loads((Path(__file__).parent / "opposite_captions.json").read_text())
+    captions: dict[tuple[str, str], list[str]] = {}
+    for label in labels:
+        key = label["file"], label["column"]
+        if key not in captions:
+            captions[key] = [str(text) for text in read_csv(shared / "annotations" / key[0], ())[key[1]]]
+        text = opposite(captions[key][label["row"] - 1]) or ""
+        assert hashlib.sha256(text.encode()).hexdigest().startswith(label["sha256"]), (label, text)
+    assert len(labels) == 100
+    assert sum(label["right"] for label in labels) >= 95
