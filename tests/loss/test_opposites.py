@@ -12,8 +12,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
-from egohod.loss import build_loss
-from egohod.loss.config import LOSSES, LossConfig
+from egohod.loss.config import LOSSES, LossConfig, build_loss
 from egohod.loss.opposites import WithOpposites, weight_share
 
 NAMES = [name for name in LOSSES if name != "classes"]
