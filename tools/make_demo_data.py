@@ -5,7 +5,7 @@
     python tools/make_demo_data.py --benchmarks                  # and the test world as EK100, EGTEA, EgoMCQ, ...
     python tools/make_demo_data.py --preview world.png           # only a contact sheet (.webp: a moving picture)
 
-Rerun to resume after an interruption; a complete folder is left as it is.
+Rerun to resume after an interruption; a complete folder is left as it is, one of another version is rendered again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from _common import log_to_stdout, run_tool, tool_parser
 
 from egohod.demo import make_world, plan
 from egohod.demo.render import preview
-from egohod.demo.world import DEFAULT, FPS, SPLITS, Variant
+from egohod.demo.world import DEFAULT, FPS, SPLITS, VERSIONS, Variant
 from egohod.demo.write import write_benchmarks
 
 log = logging.getLogger("make_demo_data")
@@ -39,6 +39,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--event_spread", type=float, default=DEFAULT.event_spread, help=spread)
     rests = "the other hand always rests: the motion alone distinguishes takes"
     add("--idle_rests", action="store_true", help=rests)
+    version = "5: tidy counter and level camera; 6: clutter, rotation, zoom, blur, varying speed (default: %(default)s)"
+    add("--world_version", type=int, default=DEFAULT.version, choices=list(VERSIONS), help=version)
     add("--workers", type=int, default=None, help="rendering processes (default: one per core)")
     add("--splits", default=",".join(SPLITS), help="which of train, val and test, comma-separated (default: all)")
     add("--preview", type=Path, metavar="FILE", help="draw a few clips instead of a world: .png or .webp")
@@ -50,21 +52,21 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     log_to_stdout()
-    variant = Variant(args.objects, args.reach, args.event_spread, args.idle_rests)
+    variant = Variant(args.objects, args.reach, args.event_spread, args.idle_rests, args.world_version)
     splits = [split.strip() for split in args.splits.split(",") if split.strip()]
     if args.preview:
         if not args.dry_run:
-            preview(args.preview, args.seed)
+            preview(args.preview, args.seed, variant)
         log.info("%s %s", "would draw" if args.dry_run else "drew", args.preview)
         return 0
     if args.dry_run:
-        for split, videos in plan(args.output, args.seed, args.scale, splits, variant).items():
+        for split, videos in plan(args.output, args.seed, args.scale, splits, variant, replace=True).items():
             clips, frames = sum(len(video.clips) for video in videos), sum(video.frames for video in videos)
             counts = f"{len(videos)} videos, {clips} clips, {frames / FPS:.0f} s"
             log.info("would write %s: %s", args.output / split, counts)
         return 0
     began = time.monotonic()
-    splits = make_world(args.output, args.seed, args.scale, args.workers, splits=splits, variant=variant)
+    splits = make_world(args.output, args.seed, args.scale, args.workers, splits=splits, variant=variant, replace=True)
     # The benchmarks are read from the test world, so that they come last, also where that was there before.
     if args.benchmarks and write_benchmarks(args.output):
         log.info("%s: wrote the benchmarks of the test world", args.output)

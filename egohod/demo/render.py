@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
@@ -15,7 +17,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from egohod.data.detections import EDGES, NO_CONTACT, PORTABLE_OBJECT, SCHEMA, STATIONARY_OBJECT
 from egohod.demo.world import (
     COLOURS,
-    EVENT_SECONDS,
+    DEFAULT,
     FPS,
     LID_HEIGHT,
     OTHER_HAND,
@@ -26,8 +28,11 @@ from egohod.demo.world import (
     XY,
     Clip,
     Kitchen,
+    Pose,
+    Variant,
     Video,
     grip_point,
+    lens,
     make_video,
     mix,
     pose,
@@ -39,6 +44,7 @@ UNIT = 4  # sprites are drawn this many times larger than shown, then reduced
 SPRITE = 84  # an object's square, in canvas pixels
 HAND = (150, 330)  # a hand with its sleeve, in canvas pixels
 MARGIN = 32  # how far the counter reaches over the canvas on every side
+LENS_MARGIN = 48  # the same where the camera turns 10 degrees and zooms out to 0.9
 
 # Strokes on a square of 100 x 100 units: shape, numbers (of a rect the corner radius first), fill and, if any, edge. A
 # colour that is a number is the object's own colour made darker or lighter by that factor.
@@ -79,7 +85,7 @@ def shade(colour: RGB, factor: float) -> RGB:
     return tuple(round(min(255, c * factor) if factor <= 1 else c + (255 - c) * (factor - 1)) for c in colour)
 
 
-@dataclass
+@dataclass(eq=False)  # compared by identity: comparing pixels takes as long as drawing them
 class Sprite:
     """A picture with an anchor point; ``marked`` masks what the truth box encloses (a hand without its sleeve)."""
 
@@ -177,11 +183,11 @@ def draw_hand(grip: str, hand: str, kitchen: Kitchen) -> Sprite:
     return Sprite(image.reduce(UNIT), marked.reduce(UNIT), anchor)
 
 
-def draw_counter(kitchen: Kitchen, size: tuple[int, int]) -> Image.Image:
-    """Wall tiles over a textured counter, ``MARGIN`` larger than the canvas on every side."""
+def draw_counter(kitchen: Kitchen, size: tuple[int, int], margin: int) -> Image.Image:
+    """Wall tiles over a textured counter, ``margin`` larger than the canvas on every side."""
     rng = np.random.default_rng((*kitchen.seed, 1))  # not the stream that drew the takes
-    width, height = size[0] + 2 * MARGIN, size[1] + 2 * MARGIN
-    edge = MARGIN + round(0.13 * size[1])
+    width, height = size[0] + 2 * margin, size[1] + 2 * margin
+    edge = margin + round(0.13 * size[1])
 
     def noise(columns: int, rows: int) -> np.ndarray:
         """Smooth noise in 0..1 with about ``columns`` x ``rows`` spots."""
@@ -199,6 +205,19 @@ def draw_counter(kitchen: Kitchen, size: tuple[int, int]) -> Image.Image:
         veins = np.abs(noise(9, 7) + 0.5 * noise(22, 17) - 0.75)
         light *= 1.03 - 0.3 * np.exp(-30 * veins) + 0.05 * (noise(80, 60) - 0.5)
     picture = light[..., None] * np.array(kitchen.counter, np.float32)
+    y, x = ((axis + 0.5 - margin) / size[0] for axis in np.ogrid[:height, :width])
+    for patch in kitchen.patches:
+        turn = math.radians(patch.turn)
+        along, across = (
+            (x - patch.centre[0]) * math.cos(angle) + (y - patch.centre[1]) * math.sin(angle)
+            for angle in (turn, turn + math.pi / 2)
+        )
+        u, v = np.abs(along) / patch.size[0], np.abs(across) / patch.size[1]
+        inside = u * u + v * v < 1 if patch.round else np.maximum(u, v) < 1
+        striped = (along[inside] // patch.stripes) % 2 if patch.stripes else 0
+        # A patch keeps half of the counter's grain: it is a cloth, a board or a stain.
+        grain = (0.5 + 0.5 * light[inside]) * (1 - 0.25 * striped)
+        picture[inside] = grain[:, None] * np.array(patch.colour, np.float32)
     tile, offset = 38, int(rng.integers(38))
     wall = 1 + 0.1 * (noise(width // tile, height // tile)[:edge] - 0.5)
     rows, columns = np.arange(edge)[:, None], np.arange(width)[None]
@@ -221,19 +240,59 @@ def frame_time(frame: int) -> float:
     return (frame + 0.5) / FPS
 
 
+Placed = tuple[Sprite, tuple[int, int], str]  # view, its top left canvas pixel, role
+BLUR_STEP = 5  # canvas pixels between the pictures that make a blur
+BLUR_MOST = 5  # pictures
+
+
+class Lens(NamedTuple):
+    """The map from a pixel (x, y) of the picture, at canvas size, to the scene: (ax + by + c, dx + ey + f)."""
+
+    a: float
+    b: float
+    c: float
+    d: float
+    e: float
+    f: float
+
+    def shifted(self, x: int, y: int) -> Lens:
+        """The same map with the scene's pixel (x, y) as origin."""
+        return self._replace(c=self.c - x, f=self.f - y)
+
+    def apply(self, scene: Image.Image, size: tuple[int, int] = CANVAS) -> Image.Image:
+        """Warp the scene to the picture."""
+        # Nearest and then a reduction take 0.12 ms, a bilinear warp of the reduced scene 0.33 ms.
+        return scene.transform(size, Image.Transform.AFFINE, self, Image.Resampling.NEAREST)
+
+    def bounds(self, scene: Image.Image) -> tuple[int, int, int, int] | None:
+        """What ``apply(scene).getbbox()`` gives, in a quarter of the time: warps only the part that shows the scene."""
+        square = self.a * self.a + self.b * self.b
+        corners = [(x - self.c, y - self.f) for x in (0, scene.width) for y in (0, scene.height)]
+        columns = [(self.a * x + self.d * y) / square for x, y in corners]
+        rows = [(self.b * x + self.e * y) / square for x, y in corners]
+        left, top = max(math.floor(min(columns)), 0), max(math.floor(min(rows)), 0)
+        right, bottom = min(math.ceil(max(columns)), CANVAS[0]), min(math.ceil(max(rows)), CANVAS[1])
+        if left >= right or top >= bottom:
+            return None
+        part = self._replace(c=self.c + self.a * left + self.b * top, f=self.f + self.d * left + self.e * top)
+        seen = part.apply(scene, (right - left, bottom - top)).getbbox()
+        return seen and (seen[0] + left, seen[1] + top, seen[2] + left, seen[3] + top)
+
+
 @dataclass
 class Moment:
     """The visible sprites at one time, the farthest first, and what the hands touch."""
 
-    shift: XY  # of the whole picture, by the moving head
+    shift: XY  # of every sprite, by the moving head
     contact: dict[str, int]
-    placed: list[tuple[Sprite, tuple[int, int], str]] = field(default_factory=list)
-    """View, its top left canvas pixel, role."""
+    lens: Lens | None = None
+    placed: list[Placed] = field(default_factory=list)
 
     def put(self, sprite: Sprite, at: XY, scale: float = 1.0, turn: float = 0.0, role: str = "") -> None:
         """Place a sprite in front; ``role`` is the hand or the object whose box it gives, if any."""
         view = sprite.at(scale, turn)
-        x, y = (round((at[i] + self.shift[i]) * CANVAS[0] - view.anchor[i]) for i in (0, 1))
+        x = round((at[0] + self.shift[0]) * CANVAS[0] - view.anchor[0])
+        y = round((at[1] + self.shift[1]) * CANVAS[0] - view.anchor[1])
         self.placed.append((view, (x, y), role))
 
     def box(self, role: str) -> tuple[float, ...] | None:
@@ -241,11 +300,21 @@ class Moment:
         for view, (x, y), placed_role in self.placed:
             if placed_role != role:
                 continue
-            seen = view.marked.crop((-x, -y, CANVAS[0] - x, CANVAS[1] - y)).getbbox()
+            if self.lens:
+                seen = self.lens.shifted(x, y).bounds(view.marked)
+            else:
+                seen = view.marked.crop((-x, -y, CANVAS[0] - x, CANVAS[1] - y)).getbbox()
             # Less than two pixels of the written picture is nothing that a detector could see.
             if seen and min(seen[2] - seen[0], seen[3] - seen[1]) >= 2 * SHRINK:
                 return tuple(edge / CANVAS[i % 2] for i, edge in enumerate(seen))
         return None
+
+
+def _paste(canvas: Image.Image, placed: Sequence[Placed], origin: tuple[int, int] = (0, 0)) -> Image.Image:
+    """Paste sprites on ``canvas``, whose top left pixel is ``origin``; returns it."""
+    for view, (x, y), _ in placed:
+        canvas.paste(view.image, (x - origin[0], y - origin[1]), view.image)
+    return canvas
 
 
 class Stage:
@@ -258,7 +327,11 @@ class Stage:
         self.objects = {noun: draw_object(OBJECTS[noun], colour) for noun, colour in colours.items()}
         self.lids = {noun: draw_object(LIDS[noun], colour) for noun, colour in colours.items() if noun in LIDS}
         self.hands = {(grip, hand): draw_hand(grip, hand, kitchen) for grip in TIPS for hand in SIDE}
-        self.counter = draw_counter(kitchen, CANVAS)
+        self.margin = LENS_MARGIN if video.clips[0].lens else MARGIN
+        self.counter = draw_counter(kitchen, CANVAS, self.margin)
+        # Under a lens, draw what does not move once a clip, and hand and object only when they move.
+        self._scenery: tuple[Clip, Moment, Image.Image] | None = None
+        self._drawn: tuple[Clip | None, list[list[Placed]], Image.Image] = (None, [], self.counter)
         # The shadow of any object: a soft dark ellipse.
         alpha = Image.new("L", (SPRITE, SPRITE))
         ImageDraw.Draw(alpha).ellipse((4, 26, SPRITE - 4, SPRITE - 26), fill=110)
@@ -276,40 +349,91 @@ class Stage:
         if noun in self.lids:
             to.put(self.lids[noun], lid or (at[0], at[1] - LID_HEIGHT * depth), depth, turn)
 
-    def moment(self, clip: Clip, t: float) -> Moment:
-        """Place all sprites ``t`` seconds into the clip."""
-        now, other = pose(clip, t), OTHER_HAND[clip.hand]
-        touch = PORTABLE_OBJECT if now.touching else NO_CONTACT
-        moment = Moment(sway(clip, t), {clip.hand: touch})
+    def _put_scenery(self, to: Moment, clip: Clip) -> None:
+        """Place what does not move: the distractors, and the other hand."""
+        other = OTHER_HAND[clip.hand]
         for noun, x, y in clip.distractors:
-            self._put(moment, noun, (x, y), 0.75)
+            self._put(to, noun, (x, y), 0.75)
         if clip.other == "rest":
-            moment.put(self.hands["open", other], REST[other], 0.9, role=other)
-            moment.contact[other] = STATIONARY_OBJECT
+            to.put(self.hands["open", other], REST[other], 0.9, role=other)
+            to.contact[other] = STATIONARY_OBJECT
         elif clip.other != "absent":
             at = (0.5 + 0.36 * SIDE[other], 0.52)
-            self._put(moment, clip.other, at, 0.85)
-            moment.put(self.hands["grip", other], grip_point(other, at), 0.9, role=other)
-            moment.contact[other] = PORTABLE_OBJECT
-        self._put(moment, clip.noun, now.object, now.depth, now.turn, now.lid, now.height)
+            self._put(to, clip.other, at, 0.85)
+            to.put(self.hands["grip", other], grip_point(other, at), 0.9, role=other)
+            to.contact[other] = PORTABLE_OBJECT
+
+    def _put_action(self, to: Moment, clip: Clip, now: Pose) -> Moment:
+        """Place the acting hand and its object, and note what it touches."""
+        self._put(to, clip.noun, now.object, now.depth, now.turn, now.lid, now.height)
         # The acting hand last: it is in front of everything.
-        moment.put(self.hands[now.grip, clip.hand], now.hand, 0.5 + 0.5 * now.depth, role=clip.hand)
-        return moment
+        to.put(self.hands[now.grip, clip.hand], now.hand, 0.5 + 0.5 * now.depth, role=clip.hand)
+        to.contact[clip.hand] = PORTABLE_OBJECT if now.touching else NO_CONTACT
+        return to
+
+    def _scenery_of(self, clip: Clip) -> tuple[Moment, Image.Image]:
+        """What does not move in a clip under a lens, and its picture on the counter, with margins."""
+        if self._scenery is None or self._scenery[0] is not clip:
+            scenery = Moment((0.0, 0.0), {})
+            self._put_scenery(scenery, clip)
+            self._scenery = clip, scenery, _paste(self.counter.copy(), scenery.placed, (-self.margin, -self.margin))
+        return self._scenery[1:]
+
+    def moment(self, clip: Clip, t: float) -> Moment:
+        """Place all sprites ``t`` seconds into the clip."""
+        if clip.lens:
+            # Sprites stay on the canvas; the whole picture rotates, zooms and moves. Pillow takes the inverse map.
+            (roll, zoom), shift = lens(clip, t), sway(clip, t)
+            cos, sin = math.cos(roll) / zoom, math.sin(roll) / zoom
+            middle = CANVAS[0] / 2, CANVAS[1] / 2
+            x, y = middle[0] + shift[0] * CANVAS[0], middle[1] + shift[1] * CANVAS[0]
+            back = Lens(cos, sin, middle[0] - cos * x - sin * y, -sin, cos, middle[1] + sin * x - cos * y)
+            scenery, _ = self._scenery_of(clip)
+            moment = Moment((0.0, 0.0), dict(scenery.contact), back, list(scenery.placed))
+        else:
+            moment = Moment(sway(clip, t), {})
+            self._put_scenery(moment, clip)
+        return self._put_action(moment, clip, pose(clip, t))
 
     def draw(self, clip: Clip, t: float) -> Image.Image:
-        """Draw the picture ``t`` seconds into the clip, at canvas size."""
+        """Draw the picture ``t`` seconds into the clip, at the size of ``PICTURE``."""
         moment = self.moment(clip, t)
-        x, y = (MARGIN - round(v * CANVAS[0]) for v in moment.shift)
-        canvas = self.counter.crop((x, y, x + CANVAS[0], y + CANVAS[1]))
-        for view, corner, _ in moment.placed:
-            canvas.paste(view.image, corner, view.image)
-        return canvas
+        if moment.lens is None:
+            x, y = (self.margin - round(v * CANVAS[0]) for v in moment.shift)
+            canvas = self.counter.crop((x, y, x + CANVAS[0], y + CANVAS[1]))
+            return _paste(canvas, moment.placed).reduce(SHRINK)
+        # Blur is the mean of pictures at times symmetric about t, so that a motion and its reverse look the same. Only
+        # the hand and its object differ between them: the camera is too slow to blur.
+        exposure = self.video.realism.exposure
+        hands = [pose(clip, t + side * exposure / 2).hand for side in (-1, 0, 1)]
+        way = sum(math.dist(a, b) for a, b in pairwise(hands)) * CANVAS[0]
+        count = min(1 + round(way / BLUR_STEP), BLUR_MOST)
+        still, scenery = self._scenery_of(clip)
+        layers = [moment.placed[len(still.placed) :]]
+        if count > 1:
+            times = [t + ((number + 0.5) / count - 0.5) * exposure for number in range(count)]
+            layers = [self._put_action(Moment((0.0, 0.0), {}), clip, pose(clip, time)).placed for time in times]
+        if (clip, layers) != self._drawn[:2]:  # otherwise only the camera moves
+            # Draw only the region that sprites cover, and copy it into the scenery.
+            placed = [(*corner, *view.image.size) for view, corner, _ in itertools.chain(*layers)]
+            corners, sizes = np.split(np.array(placed), 2, axis=1)
+            left, top = np.maximum(corners.min(0), -self.margin).tolist()
+            right, bottom = ((corners + sizes).max(0) + self.margin).tolist()
+            place = left + self.margin, top + self.margin
+            part = scenery.crop((*place, min(right, scenery.width), min(bottom, scenery.height)))
+            mean = _paste(part.copy(), layers[0], (left, top))
+            for number, layer in enumerate(layers[1:], start=2):
+                mean = Image.blend(mean, _paste(part.copy(), layer, (left, top)), 1 / number)
+            canvas = scenery.copy()
+            canvas.paste(mean, place)
+            self._drawn = clip, layers, canvas
+        return moment.lens.shifted(-self.margin, -self.margin).apply(self._drawn[2]).reduce(SHRINK)
 
     def frames(self) -> Iterator[np.ndarray]:
         """Render every frame of the video, uint8 [H, W, 3]."""
         for clip in self.video.clips:
             for i in range(clip.frames):
-                yield np.asarray(self.draw(clip, frame_time(i)).reduce(SHRINK))
+                yield np.asarray(self.draw(clip, frame_time(i)))
 
     def truth(self) -> Iterator[dict[str, object]]:
         """Compute the true boxes of both hands and the acted object, in the schema of detections."""
@@ -343,7 +467,7 @@ PALETTE = 256  # colours of the sheet, which keeps the file small
 MOMENTS, MOMENT_MS = 16, 160  # of the moving picture
 
 
-def preview(path: Path, seed: int = 0) -> None:
+def preview(path: Path, seed: int = 0, variant: Variant = DEFAULT) -> None:
     """Draw a clip of each of eight verbs, every one from another kitchen of the training split.
 
     A ``.webp`` is a moving picture; any other format is a sheet with one row per clip.
@@ -351,7 +475,7 @@ def preview(path: Path, seed: int = 0) -> None:
     Raises :class:`UserError` if the file cannot be written.
     """
     clips = []
-    videos = (make_video(seed, "train", number) for number in itertools.count())
+    videos = (make_video(seed, "train", number, variant=variant) for number in itertools.count())
     for row, verb in enumerate(SHOWN):
         video = next(video for video in videos if any(clip.verb == verb for clip in video.clips))
         hand = ("right", "left")[row % 2]
@@ -400,6 +524,6 @@ def _moments(stage: Stage, clip: Clip, count: int, margin: float = 0.0) -> Itera
     """Evenly spread pictures of a clip; of a brief event with ``margin`` seconds around it alone."""
     begin, length = 0.0, clip.seconds
     if VERBS[clip.verb].brief:  # nothing else moves in its clip
-        begin, length = max(0.0, clip.begin - margin), EVENT_SECONDS + 2 * margin
+        begin, length = max(0.0, clip.begin - margin), clip.event_seconds + 2 * margin
     for number in range(count):
-        yield stage.draw(clip, begin + (number + 0.5) / count * length).reduce(SHRINK)
+        yield stage.draw(clip, begin + (number + 0.5) / count * length)

@@ -10,7 +10,7 @@ import colorsys
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +19,8 @@ SPLITS = {"train": 2000, "val": 300, "test": 500}  # clips at scale 1
 FPS = 12
 CLIPS_PER_VIDEO = 20
 CLIP_FRAMES = (29, 32)  # four uniform frames of a clip are at least 7 frames apart,
-EVENT_SECONDS = 7 / FPS  # so at most one of them sees a brief event; sixteen see it three or four times
+EVENT_SECONDS = 7 / FPS  # at typical speed: at most one of them sees a brief event; sixteen see it three to five times
+ACTION_SHARE = 0.48  # of a clip that changes a state: how long the motion itself takes, without reach and withdrawal
 
 RGB = tuple[int, ...]
 XY = tuple[float, float]
@@ -100,6 +101,34 @@ FEW = ("jar", "box", "sponge", "spoon")  # with these alone every verb still has
 
 
 @dataclass(frozen=True)
+class Realism:
+    """What a version of the world adds to a tidy counter under a level camera; the defaults add nothing."""
+
+    clutter: int = 0
+    """At most so many objects in a row at the back, beside the up to two distractors."""
+    patches: int = 0
+    """At most so many cloths, boards and stains on a kitchen's counter."""
+    roll: float = 0.0
+    """Bound on the camera's rotation (degrees). Up to 10, left and up in the scene are left and up in the picture."""
+    zoom: tuple[float, float] = (1.0, 1.0)
+    """Bounds on the camera's zoom."""
+    speed: tuple[float, float] = (1.0, 1.0)
+    """Bounds on the speed of motions; a brief event lasts ``EVENT_SECONDS / speed``."""
+    exposure: float = 0.0
+    """Seconds of motion blur."""
+
+
+VERSION = 6  # the default
+# Older versions stay renderable, byte for byte, so that their results can be reproduced. A change of pictures or texts
+# needs a new version.
+VERSIONS = {
+    5: Realism(),
+    # An exposure of half a frame is that of an action camera indoors.
+    6: Realism(clutter=3, patches=6, roll=10.0, zoom=(0.9, 1.15), speed=(0.7, 1.4), exposure=0.5 / FPS),
+}
+
+
+@dataclass(frozen=True)
 class Variant:
     """What may differ between demo worlds of one seed; the default is the world that the README reports."""
 
@@ -111,6 +140,8 @@ class Variant:
     """Where brief events may be: from anywhere in the clip (1) to between the middle two of four frames (0)."""
     idle_rests: bool = False
     """Whether the other hand always rests in sight, so that no word about it distinguishes takes."""
+    version: int = VERSION
+    """Which of ``VERSIONS``. Takes, captions and questions are the same in all of them."""
 
     @property
     def nouns(self) -> list[str]:
@@ -127,6 +158,17 @@ class Variant:
 DEFAULT = Variant()
 
 
+class Patch(NamedTuple):
+    """A flat thing on the counter, a rectangle or an ellipse, plain or with stripes."""
+
+    centre: XY
+    size: XY  # half of its length and of its width
+    turn: float  # degrees
+    round: bool
+    stripes: float  # width of a stripe, 0 for none
+    colour: RGB
+
+
 @dataclass(frozen=True)
 class Kitchen:
     """The looks of one video; splits draw their hues from different arcs, so no two splits share one."""
@@ -140,6 +182,7 @@ class Kitchen:
     sleeve: RGB
     stripes: bool
     nouns: dict[str, str]  # object -> colour word
+    patches: tuple[Patch, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -162,11 +205,18 @@ class Clip:
     sway: tuple[float, ...]  # amplitudes, frequencies (Hz) and phases of the camera
     narration: str
     hod: str
+    speed: float = 1.0  # of the motion, 1 is typical
+    lens: tuple[float, ...] = ()  # roll (degrees) and zoom: means, amplitudes, frequencies (Hz) and phases; () for none
 
     @property
     def seconds(self) -> float:
         """Length of the clip."""
         return self.frames / FPS
+
+    @property
+    def event_seconds(self) -> float:
+        """Length of a brief event."""
+        return EVENT_SECONDS / self.speed
 
 
 @dataclass(frozen=True)
@@ -176,6 +226,7 @@ class Video:
     video_id: str
     kitchen: Kitchen
     clips: tuple[Clip, ...]
+    realism: Realism = VERSIONS[5]
 
     @property
     def frames(self) -> int:
@@ -183,8 +234,15 @@ class Video:
         return sum(clip.frames for clip in self.clips)
 
 
-def _kitchen(rng: np.random.Generator, seed: tuple[int, ...], name: str, nouns: list[str]) -> Kitchen:
-    def hue() -> float:
+def _kitchen(
+    rng: np.random.Generator,
+    extra: np.random.Generator,
+    seed: tuple[int, ...],
+    name: str,
+    nouns: list[str],
+    patches: int,
+) -> Kitchen:
+    def hue(rng: np.random.Generator = rng) -> float:
         # From the split's own arcs: of every six sixtieths of the circle train has four, val and test one each. A model
         # cannot learn the test kitchens' colours from train.
         slot = int(rng.integers(4)) if seed[1] == 0 else 3 + seed[1]
@@ -193,6 +251,18 @@ def _kitchen(rng: np.random.Generator, seed: tuple[int, ...], name: str, nouns: 
     def rgb(hue: float, saturation: float, value: float) -> RGB:
         return tuple(round(255 * v) for v in colorsys.hsv_to_rgb(hue % 1.0, saturation, value))
 
+    # Muted colours: a patch must not be taken for an object.
+    flat = tuple(
+        Patch(
+            centre=(extra.uniform(-0.05, 1.05), extra.uniform(0.14, 0.75)),
+            size=(extra.uniform(0.06, 0.24), extra.uniform(0.03, 0.12)),
+            turn=extra.uniform(0, 180),
+            round=extra.random() < 0.4,
+            stripes=extra.uniform(0.015, 0.04) if extra.random() < 0.5 else 0.0,
+            colour=rgb(hue(extra), extra.uniform(0.05, 0.4), extra.uniform(0.3, 0.85)),
+        )
+        for _ in range(extra.integers(patches // 2, patches + 1) if patches else 0)
+    )
     # The order of the draws is the world: a draw more or less changes every kitchen that follows.
     sleeve, skin = hue(), 0.03 + 0.06 * hue()
     counter = rng.choice([0.02, 0.52]) + 0.13 * hue()  # woods and warm stones, or slates
@@ -207,6 +277,7 @@ def _kitchen(rng: np.random.Generator, seed: tuple[int, ...], name: str, nouns: 
         sleeve=rgb(sleeve, rng.uniform(0.45, 0.8), rng.uniform(0.35, 0.75)),
         stripes=rng.random() < 0.4,
         nouns={noun: str(rng.choice(NOUNS[noun].split())) for noun in nouns},
+        patches=flat,
     )
 
 
@@ -250,17 +321,17 @@ def _narrations(rng: np.random.Generator, take: Take, colour: str, other: str) -
     return "#C C " + wording.format(o=f"the {shown}"), hod
 
 
-def event_range(frames: int, spread: float = 1.0) -> tuple[float, float]:
+def event_range(frames: int, spread: float = 1.0, length: float = EVENT_SECONDS) -> tuple[float, float]:
     """Earliest and latest start of a brief event: wholly between the first and the last of four uniform frames.
 
-    The two frames between then see every phase of it equally often. If one could see its beginning alone, a hand to
-    the left would mean that the event goes left.
+    The two frames between then see every phase of it equally often, unless its ``length`` in seconds is more than the
+    typical one. If one could see its beginning alone, a hand to the left would mean that the event goes left.
     """
     step = (frames - 1) / 4
     first, last = round(step) // 2, (round(3 * step) + frames - 1) // 2
-    earliest, latest = (first + 0.5) / FPS, (last + 0.5) / FPS - EVENT_SECONDS
+    earliest, latest = (first + 0.5) / FPS, (last + 0.5) / FPS - length
     second, third = ((round(i * step) + round((i + 1) * step)) // 2 for i in (1, 2))
-    between = ((second + third) / 2 + 0.5) / FPS - EVENT_SECONDS / 2
+    between = ((second + third) / 2 + 0.5) / FPS - length / 2
     return between + spread * (earliest - between), between + spread * (latest - between)
 
 
@@ -285,18 +356,55 @@ def _clip(rng: np.random.Generator, kitchen: Kitchen, uid: str, start: int, take
     )
 
 
+def _add_realism(rng: np.random.Generator, clip: Clip, kitchen: Kitchen, realism: Realism, spread: float) -> Clip:
+    """The clip with another speed and moment of its motion, clutter and a camera that turns and zooms."""
+    verb, (slowest, fastest) = VERBS[clip.verb], realism.speed
+    if verb.path == "tap":
+        fastest = 1.0  # sixteen frames of a clip are too few to count faster touches
+    if verb.brief:
+        slowest = 1 - spread * (1 - slowest)  # without spread an event must fit between two of four frames
+    speed, begin, end = rng.uniform(slowest, fastest), clip.begin, clip.end
+    if verb.brief:
+        begin = rng.uniform(*event_range(clip.frames, spread, EVENT_SECONDS / speed))
+    elif verb.kind == "state_changing":
+        # Symmetric, as a backwards verb exchanges begin and end: neither reveals the direction. At least 0.15 of the
+        # clip on either side, in which the hand is away and the state is visible.
+        begin = rng.uniform(0.15, 0.85 - ACTION_SHARE / speed)
+        end = 1 - ACTION_SHARE / speed - begin
+    placed = (clip.noun, clip.other, *(noun for noun, *_ in clip.distractors))
+    spare = rng.permutation([noun for noun in kitchen.nouns if noun not in placed])[: rng.integers(realism.clutter + 1)]
+    # Between the places of the distractors.
+    places = rng.permutation((0.32, 0.5, 0.68)) + rng.uniform(-0.03, 0.03, 3)
+    clutter = tuple((str(noun), float(x), rng.uniform(0.13, 0.17)) for noun, x in zip(spare, places, strict=False))
+    # The mean takes up to 70 % of the range, the slow oscillation around it the rest.
+    (low, high), roll = realism.zoom, realism.roll
+    middle, half = (low + high) / 2, (high - low) / 2
+    lens = rng.uniform(
+        (-0.7 * roll, middle - 0.7 * half, 0, 0, 0.15, 0.15, 0, 0),
+        (0.7 * roll, middle + 0.7 * half, 0.3 * roll, 0.3 * half, 0.45, 0.45, 6.28, 6.28),
+    )
+    return replace(
+        clip, speed=speed, begin=begin, end=end, distractors=clutter + clip.distractors, lens=tuple(lens.tolist())
+    )
+
+
 def make_video(seed: int, split: str, number: int, clips: int = CLIPS_PER_VIDEO, variant: Variant = DEFAULT) -> Video:
     """Video ``number`` of a split with its first ``clips`` takes; a pure function of its arguments."""
     # A stream of its own for each video: a larger world begins with the videos of a smaller one.
     key = (seed, list(SPLITS).index(split), number)
     rng = np.random.default_rng(key)
     name = f"{split}_{number:04d}"
-    kitchen = _kitchen(rng, key, f"kitchen_{name}", variant.nouns)
+    # A second stream for what versions add: kitchens, takes and captions stay the same.
+    realism, extra = VERSIONS[variant.version], np.random.default_rng((*key, 3))
+    kitchen = _kitchen(rng, extra, key, f"kitchen_{name}", variant.nouns, realism.patches)
     takes = list[Clip]()
     for i, take in enumerate(_schedule(rng, number, variant)[:clips]):
         start = takes[-1].start + takes[-1].frames if takes else 0
-        takes.append(_clip(rng, kitchen, f"demo_{name}_{i:02d}", start, take, variant))
-    return Video(f"demo_{name}", kitchen, tuple(takes))
+        clip = _clip(rng, kitchen, f"demo_{name}_{i:02d}", start, take, variant)
+        takes.append(
+            clip if realism == Realism() else _add_realism(extra, clip, kitchen, realism, variant.event_spread)
+        )
+    return Video(f"demo_{name}", kitchen, tuple(takes), realism)
 
 
 def make_split(seed: int, split: str, scale: float, variant: Variant = DEFAULT) -> list[Video]:
@@ -341,6 +449,15 @@ def sway(clip: Clip, t: float) -> XY:
     return ax * math.sin(2 * math.pi * fx * t + px), ay * math.sin(2 * math.pi * fy * t + py)
 
 
+def lens(clip: Clip, t: float) -> tuple[float, float]:
+    """Roll (radians, clockwise in the picture) and zoom of the camera around the middle of the picture."""
+    if not clip.lens:
+        return 0.0, 1.0
+    means, amplitudes, rates, phases = (clip.lens[i : i + 2] for i in (0, 2, 4, 6))
+    roll, zoom = (means[i] + amplitudes[i] * math.sin(2 * math.pi * rates[i] * t + phases[i]) for i in (0, 1))
+    return math.radians(roll), zoom
+
+
 def pose(clip: Clip, t: float) -> Pose:
     """The acting hand and its object ``t`` seconds into the clip.
 
@@ -351,7 +468,7 @@ def pose(clip: Clip, t: float) -> Pose:
     if verb.kind == "state_changing":
         u = t / clip.seconds
         return _state_changing(clip, verb.path, 1 - u if verb.backwards else u)
-    p = min(max((t - clip.begin) / EVENT_SECONDS, 0.0), 1.0) if verb.brief else t
+    p = min(max((t - clip.begin) / clip.event_seconds, 0.0), 1.0) if verb.brief else t * clip.speed
     if verb.path == "tap":
         # One hump for "tap once", two of half the length for "tap twice"; the object stays where it is.
         s = abs(math.sin(math.pi * p * (2 if verb.backwards else 1)))
@@ -392,7 +509,7 @@ def _state_changing(clip: Clip, path: str, u: float) -> Pose:
 
 
 def _carry(clip: Clip, path: str, p: float) -> Pose:
-    # The object stays in the hand and makes one loop: ``p`` runs from 0 to 1 (for a shake, in seconds).
+    # The object stays in the hand and makes one loop: ``p`` runs from 0 to 1 (a shake: in seconds).
     wave, x, y, depth, turn = math.sin(2 * math.pi * p), clip.centre, 0.4, 1.0, clip.tilt
     if path == "wipe":
         x -= 0.2 * clip.size * wave

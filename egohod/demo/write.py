@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -51,6 +52,7 @@ from egohod.demo.world import (
     NOUNS,
     SPLITS,
     VERBS,
+    VERSIONS,
     Variant,
     Video,
     make_split,
@@ -67,7 +69,8 @@ from egohod.runtime import (
     write_text,
 )
 
-VERSION = 5  # of the world: raised by a change of pictures or texts
+log = logging.getLogger(__name__)
+
 MAX_SCALE = 100
 MAX_REACH = 1.6  # beyond, motions leave the picture
 CHUNK_SECONDS = 15
@@ -179,12 +182,12 @@ def _write_tables(
         (folder / "questions.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def _read_world(out: Path, seed: int, scale: float, variant: Variant) -> dict[str, Any]:
-    """The present or future content of ``world.json``.
+def _read_world(out: Path, seed: int, scale: float, variant: Variant, replace: bool) -> dict[str, Any]:
+    """The present or future content of ``world.json``; with ``replace``, nothing of another version counts as done.
 
     Raises :class:`UserError` if the folder holds anything but a world of these settings.
     """
-    settings: dict[str, Any] = {"seed": seed, "scale": scale, **asdict(variant), "version": VERSION}
+    settings: dict[str, Any] = {"seed": seed, "scale": scale, **asdict(variant)}
     file = out / "world.json"
     if not file.exists():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -197,13 +200,41 @@ def _read_world(out: Path, seed: int, scale: float, variant: Variant) -> dict[st
         reason = f"not a demo world's description ({error})"
         raise UserError(f"{file}: {reason}; remove it or choose another folder") from error
     # A key that an older file lacks had its default when that world was written.
-    world = asdict(DEFAULT) | world
-    other = [
-        f"{key} {world.get(key)} (requested: {value})" for key, value in settings.items() if world.get(key) != value
-    ]
+    world = asdict(DEFAULT) | {"version": None} | world
+    other = {key: value for key, value in settings.items() if world.get(key) != value}
+    if replace and list(other) == ["version"]:
+        return settings | {"done": dict.fromkeys(SPLITS, False)}
     if other:
-        raise UserError(f"{out} holds a demo world with {', '.join(other)}; choose another folder or remove it")
+        held = ", ".join(f"{key} {world.get(key)} (requested: {value})" for key, value in other.items())
+        raise UserError(f"{out} holds a demo world with {held}; choose another folder or remove it")
     return settings | {"done": done}
+
+
+def _remove_other_version(out: Path, world: dict[str, Any]) -> None:
+    """Remove what :func:`make_world` wrote into ``out`` with another version; ``world`` is the new ``world.json``.
+
+    Files that it did not write stay.
+    """
+    file = out / "world.json"
+    held = json.loads(file.read_bytes()) if file.exists() else world
+    if held.get("version") == world["version"]:
+        return
+    log.warning(
+        "%s holds version %s of the demo world; it is replaced by version %s",
+        out,
+        held.get("version"),
+        world["version"],
+    )
+    # If this is interrupted, the old version is unfinished; the new one is announced only when no old video is left,
+    # since a video that is there counts as rendered.
+    write_text(file, json.dumps(held | {"done": dict.fromkeys(SPLITS, False)}, indent=1) + "\n")
+    for folder in (out / split for split in SPLITS):
+        for name in ("videos", "benchmarks"):
+            if (folder / name).exists():
+                shutil.rmtree(folder / name)
+        for name in ("hod.csv", "narrations.csv", "classes.csv", "detections.parquet", "questions.jsonl"):
+            (folder / name).unlink(missing_ok=True)
+    write_text(file, json.dumps(world, indent=1) + "\n")
 
 
 def plan(
@@ -212,11 +243,12 @@ def plan(
     scale: float = 1.0,
     splits: Sequence[str] = tuple(SPLITS),
     variant: Variant = DEFAULT,
+    replace: bool = False,
 ) -> dict[str, list[Video]]:
     """List the videos of the splits that ``out`` does not hold yet; writes nothing.
 
     Raises :class:`UserError` for an unknown split, a bad scale, seed or variant, and for a folder that holds something
-    else or cannot be read.
+    else (with ``replace``, other than another version) or cannot be read.
     """
     unknown = [split for split in splits if split not in SPLITS]
     if unknown or not splits:
@@ -229,8 +261,10 @@ def plan(
         raise UserError(f"{allowed}; got {variant.objects} objects, reach {variant.reach}")
     if not 0 <= variant.event_spread <= 1:
         raise UserError(f"the spread of brief events must be from 0 to 1; got {variant.event_spread}")
+    if variant.version not in VERSIONS:
+        raise UserError(f"versions of the world are {', '.join(map(str, VERSIONS))}; got {variant.version}")
     try:
-        done = _read_world(out, seed, scale, variant)["done"]
+        done = _read_world(out, seed, scale, variant, replace)["done"]
     except OSError as error:
         raise UserError(f"cannot read {out}: {error}") from error
     return {split: make_split(seed, split, scale, variant) for split in splits if not done[split]}
@@ -244,18 +278,21 @@ def make_world(
     *,
     splits: Sequence[str] = tuple(SPLITS),
     variant: Variant = DEFAULT,
+    replace: bool = False,
 ) -> list[str]:
     """Write a demo world; returns the splits that were written now (none when all were there).
 
     ``scale`` multiplies the 2,000 + 300 + 500 clips; ``workers`` processes render (default: one per core). The same
-    seed gives the same frames. Raises :class:`UserError` as :func:`plan` does, and for a folder that is not writable or
-    whose disk is full.
+    seed gives the same frames. With ``replace``, a world that differs in its version alone is removed first. Raises
+    :class:`UserError` as :func:`plan` does, and for a folder that is not writable or whose disk is full.
     """
-    todo = plan(out, seed, scale, splits, variant)
+    todo = plan(out, seed, scale, splits, variant, replace)
     try:
+        if replace:
+            _remove_other_version(out, _read_world(out, seed, scale, variant, replace))
         for split, videos in todo.items():
             folder = out / split
-            world = _read_world(out, seed, scale, variant)
+            world = _read_world(out, seed, scale, variant, replace=False)
             out.mkdir(parents=True, exist_ok=True)
             write_text(out / "world.json", json.dumps(world, indent=1) + "\n")
             (folder / "videos").mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
@@ -10,15 +15,17 @@ import pytest
 
 from egohod.data.detections import NO_CONTACT, PORTABLE_OBJECT
 from egohod.demo import world
-from egohod.demo.render import CANVAS, MARGIN, SHRINK, Stage, frame_time
+from egohod.demo.render import CANVAS, MARGIN, PICTURE, SHRINK, Stage, frame_time
 from egohod.demo.world import (
     CLIP_FRAMES,
     CLIPS_PER_VIDEO,
     DEFAULT,
     EVENT_SECONDS,
     FEW,
+    FPS,
     SPLITS,
     VERBS,
+    VERSIONS,
     Clip,
     Variant,
     event_range,
@@ -35,7 +42,15 @@ def _take(verb: str, noun: str, **changes: object) -> Clip:
     """A clip of a verb, alike in all but what is changed."""
     base = make_video(0, "train", 0).clips[0]
     brief = VERBS[verb].brief
-    plain = {"verb": verb, "noun": noun, "hand": "right", "other": "absent", "distractors": (), "frames": 30}
+    plain = {
+        "verb": verb,
+        "noun": noun,
+        "hand": "right",
+        "other": "absent",
+        "distractors": (),
+        "frames": 30,
+        "speed": 1,
+    }
     return dataclasses.replace(
         base, **(plain | {"begin": 0.9 if brief else 0.243, "end": 0.243, "size": 1.0} | changes)
     )
@@ -192,14 +207,17 @@ def test_frames_follow_from_the_seed() -> None:
     assert np.abs(once.astype(int) - other).mean() > 5
 
 
+@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("number", range(3))
-def test_true_boxes_enclose_what_is_drawn(number: int) -> None:
+def test_true_boxes_enclose_what_is_drawn(number: int, version: int) -> None:
     """The hands are painted in a colour that nothing else has; its pixels are then the hand."""
-    video, grey = make_video(1, "train", number, 6), (90, 90, 90)
-    looks = {"skin": (255, 0, 255), "sleeve": (0, 90, 0), "counter": grey, "wall": grey}
+    video, grey = make_video(1, "train", number, 6, Variant(version=version)), (90, 90, 90)
+    looks = {"skin": (255, 0, 255), "sleeve": (0, 90, 0), "counter": grey, "wall": grey, "patches": ()}
     kitchen = dataclasses.replace(video.kitchen, **looks, nouns=dict.fromkeys(video.kitchen.nouns, "green"))
     clips = tuple(dataclasses.replace(clip, other="absent", distractors=()) for clip in video.clips)
-    stage = Stage(dataclasses.replace(video, kitchen=kitchen, clips=clips))
+    # Blur would widen a hand; its box is that of the middle of the exposure.
+    sharp = dataclasses.replace(video.realism, exposure=0.0)
+    stage = Stage(dataclasses.replace(video, kitchen=kitchen, clips=clips, realism=sharp))
     for clip in clips:
         for t in (0.3, 1.1, 1.9):
             picture = np.asarray(stage.draw(clip, t)).astype(int)
@@ -207,8 +225,11 @@ def test_true_boxes_enclose_what_is_drawn(number: int) -> None:
             rows, columns = np.nonzero(hand)
             moment = stage.moment(clip, t)
             seen = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
-            box = np.multiply(moment.box(clip.hand) or np.nan, (*CANVAS, *CANVAS))
-            np.testing.assert_allclose(box, seen, atol=2)
+            box = np.multiply(moment.box(clip.hand) or np.nan, (*PICTURE, *PICTURE))
+            assert (box[:2] <= np.add(seen[:2], 1)).all()
+            assert (box[2:] >= np.subtract(seen[2:], 1)).all()
+            # A turned fingertip at the border is too thin to be seen in full.
+            np.testing.assert_allclose(box, seen, atol=1 if version == 5 else 2)
             assert moment.box("left" if clip.hand == "right" else "right") is None
 
 
@@ -251,6 +272,13 @@ def test_without_spread_four_frames_see_nothing_of_a_brief_event(frames: int) ->
     assert ((many > 0) & (many < EVENT_SECONDS)).sum() >= 3
 
 
+def test_without_spread_four_frames_see_nothing_in_any_version() -> None:
+    for clip in clips_of(Variant(event_spread=0)):
+        if VERBS[clip.verb].brief:
+            few = np.array([frame_time(i) for i in _segments(clip.frames, 4)]) - clip.begin
+            assert not ((few > 1e-9) & (few < clip.event_seconds - 1e-9)).any()
+
+
 def test_a_variant_can_leave_nothing_but_the_motion_to_tell_of() -> None:
     assert {clip.other for clip in clips_of(Variant(idle_rests=True))} == {"rest"}
     assert len({clip.other for clip in clips_of(DEFAULT)}) > 2
@@ -273,3 +301,161 @@ def test_the_camera_never_leaves_the_counter() -> None:
     for number in range(5):
         for clip in make_video(0, "train", number).clips:
             assert max(clip.sway[:2]) * CANVAS[0] < MARGIN
+    # The worst case of version 6, in which a pixel beyond the counter would be black.
+    video = make_video(0, "train", 0, 1)
+    shift, counter = (0.012, 0.012, 0.0, 0.0), (255, 255, 255)
+    kitchen = dataclasses.replace(video.kitchen, counter=counter, wall=counter, patches=())
+    for roll, side, down in itertools.product((-10, 10), (-1, 1), (-1, 1)):
+        lens = (roll, 0.9, *[0.0] * 6)
+        sway = (*shift, side * math.pi / 2, down * math.pi / 2)
+        clip = dataclasses.replace(video.clips[0], lens=lens, sway=sway, other="absent", distractors=())
+        stage = Stage(dataclasses.replace(video, kitchen=kitchen, clips=(clip,)))
+        picture = np.asarray(stage.draw(clip, 0.0))
+        assert picture[0].min() > 0
+        assert picture[:, 0].min() > 0
+        assert picture[:, -1].min() > 0
+        assert picture[:20].min() > 0
+
+
+# --------------------------------------------------------------------------------------------------
+# Versions
+# --------------------------------------------------------------------------------------------------
+
+
+def _differences(version: int) -> Iterator[tuple[Clip, Clip]]:
+    """Each clip in version 5 and in another."""
+    for number in range(5):
+        old, new = (make_video(0, "train", number, variant=Variant(version=v)) for v in (5, version))
+        yield from zip(old.clips, new.clips, strict=True)
+
+
+def test_frames_of_version_5_are_unchanged() -> None:
+    digests = {}
+    for seed, split, number in ((0, "train", 0), (1, "val", 3), (4, "test", 0)):
+        digest = hashlib.sha256()
+        for frame in Stage(make_video(seed, split, number, 4, Variant(version=5))).frames():
+            digest.update(frame.tobytes())
+        digests[seed, split, number] = digest.hexdigest()[:16]
+    assert digests == {
+        (0, "train", 0): "d11f470f623ca5a5",
+        (1, "val", 3): "9ee5f0d147bd6577",
+        (4, "test", 0): "5b64602a14124875",
+    }
+
+
+def test_versions_have_the_same_takes_and_captions() -> None:
+    for old, new in _differences(6):
+        for name in ("uid", "start", "frames", "verb", "noun", "hand", "other", "narration", "hod", "centre", "sway"):
+            assert getattr(old, name) == getattr(new, name)
+
+
+def test_version_6_varies_speed_and_moment_and_keeps_events_inside() -> None:
+    lengths, begins, shares = list[float](), list[float](), list[float]()
+    for old, new in _differences(6):
+        verb, (slowest, fastest) = VERBS[new.verb], VERSIONS[6].speed
+        assert slowest <= new.speed <= (1 if verb.path == "tap" else fastest)
+        assert old.speed == 1
+        if verb.brief:
+            few = [frame_time(i) for i in _segments(new.frames, 4)]
+            assert few[0] - 1e-9 <= new.begin
+            assert new.begin + new.event_seconds <= few[-1] + 1e-9
+            before, after = _states(new, np.array([0.0, new.seconds]))
+            np.testing.assert_allclose(before, after, atol=1e-9)
+            lengths.append(new.event_seconds)
+            begins.append(new.begin)
+        elif verb.kind == "state_changing":
+            assert min(new.begin, new.end) >= 0.15 - 1e-9
+            shares.append(1 - new.begin - new.end)
+    assert min(lengths) < 0.5 < 0.75 < max(lengths)
+    assert np.ptp(begins) > 0.8
+    assert min(shares) < 0.4 < 0.6 < max(shares)
+
+
+def test_version_6_has_clutter_and_a_camera_within_its_bounds() -> None:
+    more, rolls, zooms = 0, list[float](), list[float]()
+    for old, new in _differences(6):
+        nouns = [noun for noun, *_ in new.distractors]
+        assert not {new.noun, new.other} & set(nouns)
+        assert len(set(nouns)) == len(nouns) <= 5
+        assert set(old.distractors) <= set(new.distractors)
+        more += len(nouns) - len(old.distractors)
+        for t in np.linspace(0, new.seconds, 9):
+            roll, zoom = world.lens(new, float(t))
+            rolls.append(math.degrees(roll))
+            zooms.append(zoom)
+        assert world.lens(old, 0.0) == (0.0, 1.0)
+    assert more > 100
+    assert -10 <= min(rolls) < -6 < 6 < max(rolls) <= 10
+    assert 0.9 <= min(zooms) < 0.95 < 1.1 < max(zooms) <= 1.15
+    patches = [len(make_video(0, "train", number).kitchen.patches) for number in range(10)]
+    assert 3 <= min(patches) < max(patches) <= 6
+
+
+def test_boxes_turn_and_zoom_with_the_camera() -> None:
+    """Checked against every marked pixel, transformed separately."""
+    for number in range(3):
+        video = make_video(2, "val", number, 6)
+        stage = Stage(video)
+        for clip in video.clips:
+            for t in (0.4, 1.3):
+                moment, (roll, zoom), shift = stage.moment(clip, t), world.lens(clip, t), world.sway(clip, t)
+                view, corner, _ = next(each for each in moment.placed if each[2] == clip.noun)
+                y, x = np.nonzero(np.asarray(view.marked))
+                x, y = x + 0.5 + corner[0] - CANVAS[0] / 2, y + 0.5 + corner[1] - CANVAS[1] / 2
+                columns = (zoom * (math.cos(roll) * x - math.sin(roll) * y) + shift[0] * CANVAS[0]) / CANVAS[0] + 0.5
+                rows = (zoom * (math.sin(roll) * x + math.cos(roll) * y) + shift[1] * CANVAS[0]) / CANVAS[1] + 0.5
+                ends = np.clip((columns.min(), rows.min(), columns.max(), rows.max()), 0, 1)
+                np.testing.assert_allclose(moment.box(clip.noun), ends, atol=1.5 / CANVAS[1])
+
+
+def test_only_what_moves_is_blurred() -> None:
+    video = make_video(0, "train", 0)
+    still = Stage(dataclasses.replace(video, realism=dataclasses.replace(video.realism, exposure=0.0)))
+    blurred = Stage(video)
+    clip = next(clip for clip in video.clips if VERBS[clip.verb].path in ("wipe", "flick"))
+    for t, differs in ((clip.begin - 0.1, False), (clip.begin + 0.5 * clip.event_seconds, True)):
+        pictures = [np.asarray(stage.draw(clip, t)).astype(int) for stage in (still, blurred)]
+        share = (np.abs(pictures[0] - pictures[1]).max(2) > 4).mean()
+        assert (0.02 < share < 0.6) if differs else share == 0
+
+
+def _way(clip: Clip, stage: Stage) -> np.ndarray:
+    """Centres of the object's box in the frames of a clip, [T, 2] in picture widths."""
+    boxes = np.array([stage.moment(clip, frame_time(i)).box(clip.noun) or [np.nan] * 4 for i in range(clip.frames)])
+    return (boxes[:, :2] + boxes[:, 2:]) / 2 * (1, 0.75)
+
+
+def test_captions_name_the_direction_in_the_picture() -> None:
+    """200 clips of version 6: the object's box moves in the direction of the caption, camera motion included."""
+    counts = Counter[str]()
+    for number in itertools.count():
+        video = make_video(7, "train", number)
+        stage = Stage(video)
+        for clip in video.clips:
+            verb = VERBS[clip.verb]
+            if verb.path not in ("lift", "push", "slide", "wipe", "flick", "circle"):
+                continue
+            counts[clip.verb] += 1
+            way = _way(clip, stage)
+            moved = way[-1] - way[0]
+            # Of a brief event: from its first to its second quarter, when it is farthest on either side.
+            at = [round((clip.begin + share * clip.event_seconds) * FPS - 0.5) for share in (0.25, 0.75)]
+            leg = way[at[1]] - way[at[0]]
+            sign = 1 if verb.backwards else -1
+            if verb.path in ("lift", "push"):  # up and away are up in the picture
+                assert moved[1] * sign > abs(moved[0]), clip
+            elif verb.path == "slide":
+                assert moved[0] * sign > 2 * abs(moved[1]), clip
+            elif verb.path == "wipe":  # first one side, then the other
+                assert -leg[0] * sign > 2 * abs(leg[1]), clip
+            elif verb.path == "flick":
+                assert -leg[1] * sign > 2 * abs(leg[0]), clip
+            else:
+                # Twice the area that the way encloses: in a picture, whose y points down, positive is clockwise.
+                round_trip = way[at[0] - 3 : at[1] + 4]
+                x, y = (round_trip - round_trip.mean(0)).T
+                assert (np.roll(y, -1) * x - np.roll(x, -1) * y).sum() * -sign > 0.02, clip
+        if counts.total() >= 200:
+            break
+    assert len(counts) == 12
+    assert min(counts.values()) >= 5

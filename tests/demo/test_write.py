@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import itertools
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import av
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from egohod.data.detections import BoxTable
-from egohod.demo import make_world
+from egohod.data.detections import EDGES, BoxTable
+from egohod.demo import make_world, plan
 from egohod.demo.render import PICTURE, Stage, frame_time, preview
-from egohod.demo.world import DEFAULT, FPS, VERBS, make_split
+from egohod.demo.world import DEFAULT, FPS, VERBS, Variant, make_split
 from egohod.demo.write import CHUNK_SECONDS, questions, seconds
 from egohod.errors import UserError
 
@@ -158,6 +163,66 @@ def test_other_settings_and_other_folders_are_refused(world: Path, tmp_path: Pat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["letter.txt", "torn"]
 
 
+def test_annotation_files_of_version_5_are_unchanged(tmp_path: Path) -> None:
+    make_world(tmp_path / "w", SEED, SCALE, workers=1, splits=("val",), variant=Variant(version=5))
+    digests = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        for path in (tmp_path / "w" / "val").iterdir()
+        if path.suffix in (".csv", ".jsonl")
+    }
+    assert digests == {
+        "classes.csv": "3cc1737f9f5e3653",
+        "hod.csv": "a352a2b60cee31f8",
+        "narrations.csv": "e928dc05a3887da1",
+        "questions.jsonl": "f3a20b8b466f1045",
+    }
+    # Not the bytes of the boxes: they depend on the version of Arrow as well.
+    boxes = pq.read_table(tmp_path / "w" / "val" / "detections.parquet").to_pandas()
+    digest = hashlib.sha256(boxes[list(EDGES)].to_numpy(np.float64).round(6).tobytes())
+    assert digest.hexdigest()[:16] == "d4812612047ac29b"
+
+
+def test_a_world_of_another_version_is_refused_or_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, fresh, old = tmp_path / "w", tmp_path / "fresh", Variant(version=5)
+    make_world(out, SEED, 0.01, workers=1, splits=("val", "test"), variant=old)
+    (out / "val" / "own.txt").write_text("keep me")
+    with pytest.raises(UserError, match=r"version 5 \(requested: 6\)"):
+        make_world(out, SEED, 0.01, splits=("val",))
+    with pytest.raises(UserError, match=r"seed 4 \(requested: 5\), version 5 \(requested: 6\)"):
+        make_world(out, 5, 0.01, splits=("val",), replace=True)
+    with pytest.raises(UserError, match="versions of the world are 5, 6; got 7"):
+        make_world(out, SEED, 0.01, variant=Variant(version=7))
+    before = _tree(out)
+    assert list(plan(out, SEED, 0.01, ("val",), replace=True)) == ["val"]
+    assert _tree(out) == before
+    # Interrupted between two splits: no video of the old version may be taken for one of the new.
+    monkeypatch.setattr(shutil, "rmtree", _raise_after(1, shutil.rmtree))
+    with pytest.raises(UserError, match="stopped"):
+        make_world(out, SEED, 0.01, workers=1, splits=("val",), replace=True)
+    monkeypatch.undo()
+    world = json.loads((out / "world.json").read_text())
+    assert (world["version"], any(world["done"].values())) == (5, False)
+    assert make_world(out, SEED, 0.01, workers=1, splits=("val",), replace=True) == ["val"]
+    assert make_world(out, SEED, 0.01, workers=1, splits=("val",), replace=True) == []
+    make_world(fresh, SEED, 0.01, workers=1, splits=("val",))
+    assert (out / "val" / "own.txt").read_text() == "keep me"
+    files = sorted(p.relative_to(fresh) for p in fresh.rglob("*") if p.is_file())
+    assert files == sorted(p.relative_to(out) for p in out.rglob("*") if p.is_file() and p.name != "own.txt")
+    assert all((fresh / file).read_bytes() == (out / file).read_bytes() for file in files)
+
+
+def _raise_after(times: int, function: Callable[..., None]) -> Callable[..., None]:
+    """The function that fails from its call number ``times`` + 1 on."""
+    calls = itertools.count()
+
+    def call(*args: object, **kwargs: object) -> None:
+        if next(calls) >= times:
+            raise OSError("stopped")
+        function(*args, **kwargs)
+
+    return call
+
+
 def test_a_killed_run_resumes_to_the_same_result(tmp_path: Path) -> None:
     out, straight = tmp_path / "killed", tmp_path / "straight"
     command = [*TOOL, "--output", str(out), "--scale", str(SCALE), "--splits", "train", "--workers", "1"]
@@ -204,6 +269,12 @@ def test_the_tool_explains_itself_and_its_errors(tmp_path: Path) -> None:
     assert dry.returncode == 0
     assert "100 videos, 2000 clips" in dry.stdout
     assert not (tmp_path / "new").exists()
+    world = ("--output", str(tmp_path / "w"), "--scale", "0.005", "--splits", "val", "--workers", "1")
+    assert call(*world, "--world_version", "5").returncode == 0
+    again = call(*world)
+    assert again.returncode == 0
+    assert "holds version 5 of the demo world; it is replaced by version 6" in again.stdout + again.stderr
+    assert json.loads((tmp_path / "w" / "world.json").read_text())["version"] == 6
     (tmp_path / "file").write_text("")
     wrong = call("--output", str(tmp_path / "file" / "world"), "--scale", "0.01")
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
@@ -219,5 +290,8 @@ def test_preview_is_a_small_picture(tmp_path: Path) -> None:
     with Image.open(tmp_path / "moving.webp") as moving:
         assert (moving.width, moving.n_frames) == (4 * PICTURE[0], 16)
     assert (tmp_path / "moving.webp").stat().st_size < 400_000
+    preview(tmp_path / "tidy.png", seed=1, variant=Variant(version=5))
+    with Image.open(tmp_path / "tidy.png") as tidy, Image.open(tmp_path / "a" / "sheet.png") as sheet:
+        assert np.abs(np.asarray(tidy.convert("RGB"), float) - np.asarray(sheet.convert("RGB"))).mean() > 5
     with pytest.raises(UserError, match="cannot write"):
         preview(tmp_path / "sheet.nothing")
