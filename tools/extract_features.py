@@ -95,6 +95,7 @@ def _dataset(args: argparse.Namespace, cfg: Config) -> ClipDataset:
         size=geometry(cfg.model.name).image_size,
         decoder=cfg.data.decoder,
         cache=open_cache(cfg.data.cache, cfg.data.cache_gb),
+        frame_cache=cfg.data.frame_cache,
     )
     missing = dataset.missing()
     # Many clips of one video have one fault.

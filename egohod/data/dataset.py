@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from egohod.data.config import SourceConfig
-from egohod.data.decoders import ReusingOpener, choose_decoder
+from egohod.data.decoders import CachingOpener, ReusingOpener, choose_decoder
 from egohod.data.storage import LocalCache, VideoError, VideoFile, one_clip
 from egohod.data.table import ClipReader, ClipRow, ClipTable, choose_text, swap_sides
 from egohod.data.videos import MIN_SECONDS, RULES
@@ -146,6 +146,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         protocol: EvalProtocol | None = None,
         decoder: str = "auto",
         cache: LocalCache | None = None,
+        frame_cache: str | None = None,
         seed: int = 0,
         train: bool = False,
         crop_scale_min: float = 0.5,
@@ -160,6 +161,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         self.size, self.num_frames, self.train = size, num_frames, train
         self.protocol = protocol or EvalProtocol(frames=num_frames)
         self.decoder, opener = choose_decoder(decoder)
+        opener = CachingOpener(frame_cache, opener) if frame_cache else opener
         # Evaluation goes through the clips of a video in order; training almost never needs a file twice.
         opener = opener if train else ReusingOpener(opener)
         self.sources = [ClipReader(table, config, opener, cache, boxes) for table, config in sources]

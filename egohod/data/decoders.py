@@ -15,6 +15,7 @@ import itertools
 import logging
 import os
 import re
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -24,6 +25,7 @@ import numpy as np
 
 from egohod.data.storage import VideoError, VideoFile, one_clip
 from egohod.errors import UserError
+from egohod.runtime import atomic_write, content_hash
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +36,8 @@ VIDEO_ENDINGS = (
 """Endings of video files, in lower case; files may write them in any case."""
 MISSING_SECONDS = 1.0
 """A file whose pictures end this much before its header says was cut off."""
+MAX_CACHED_BYTES = 1 << 28
+"""Decoded size up to which :class:`CachingOpener` keeps a video: a minute at 224 x 224."""
 HEAD_PACKETS = 64
 """Packets at a file's beginning that show what its time stamps are like."""
 # Only the headers of these state the true length; elsewhere it is guessed from the bit rate or the last time stamps.
@@ -312,6 +316,24 @@ class PyavDecoder:
             scaled = self._reformatter.reformat(frame, width=width, height=height, interpolation="BICUBIC", threads=1)
             pictures[row] = scaled.to_ndarray()
         return np.stack(pictures)
+
+    @property
+    def frame_bytes(self) -> int:
+        """Bytes of a decoded frame."""
+        return int(self._codec.width * self._codec.height * 3)
+
+    def read_all(self) -> tuple[np.ndarray, np.ndarray, float]:
+        """Every frame, uint8 [N, H, W, 3], its time from the first one's in ticks, int64 [N], and a tick's seconds.
+
+        Raises :class:`VideoError` if one of them cannot be decoded.
+        """
+        try:
+            packets = self._packets(self._start, np.iinfo(np.int64).max // 2)
+        except (self._av.FFmpegError, OSError) as error:
+            raise _failure(self._file, self._name, error) from error
+        ticks = np.unique([packet.pts for packet in packets if packet.pts is not None]) - self._start
+        ticks = ticks[ticks >= 0]
+        return self.read_at(ticks * self._tick), ticks, self._tick
 
     def close(self) -> None:
         """See :class:`Decoder`."""
@@ -773,3 +795,64 @@ class _ReusedDecoder:
             replaced.decoder.close()
         if not self._failed:
             self._owner.idle = self
+
+
+class CachingOpener:
+    """Decodes each local video once, into plain frames in ``folder``, and reads the frames of all clips from there.
+
+    For small videos that are read for many epochs: a frame takes height x width x 3 bytes. The frames are PyAV's, bit
+    for bit. Remote files, videos of more than :data:`MAX_CACHED_BYTES` and whatever cannot be decoded as a whole are
+    left to ``opener``. A video is identified by path, size and time of change: a changed one is decoded anew.
+    """
+
+    def __init__(self, folder: str | Path, opener: Opener) -> None:
+        self._folder, self._opener = Path(folder), opener
+
+    def __call__(self, file: VideoFile, name: str = "") -> Decoder:
+        """See :data:`Opener`."""
+        if not isinstance(file, Path) or not file.is_file():
+            return self._opener(file, name)
+        status = file.stat()
+        key = content_hash(os.path.abspath(file), str(status.st_size), str(status.st_mtime_ns), length=32)
+        folder = self._folder / key[:2] / key
+        # A damaged entry is as good as none: a disk that ran full leaves files without content.
+        with contextlib.suppress(OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+            return _CachedDecoder(folder)
+        decoder = self._opener(file, name)
+        try:
+            with one_clip(name or str(file)), contextlib.closing(PyavDecoder(file, name)) as whole:
+                if whole.duration * whole.fps * whole.frame_bytes > MAX_CACHED_BYTES:
+                    return decoder
+                frames, ticks, tick = whole.read_all()
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_write(folder) as temporary:
+                    temporary.mkdir()
+                    np.save(temporary / "frames.npy", frames)
+                    np.savez(temporary / "times.npz", ticks=ticks, tick=tick, fps=whole.fps, duration=whole.duration)
+        except VideoError as error:
+            # Another process may have been faster; a full disk, or a picture that is damaged, is worth one line.
+            if not folder.is_dir() and str(self._folder) not in _LOGGED:
+                _LOGGED.add(str(self._folder))
+                log.warning("data.frame_cache: %s; such videos are decoded for every clip", error)
+        return decoder
+
+
+class _CachedDecoder:
+    """The frames that a :class:`CachingOpener` left in ``folder``; only those that are read come from the disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self._frames = np.load(folder / "frames.npy", mmap_mode="r")
+        with np.load(folder / "times.npz") as times:
+            self._ticks, self._tick = times["ticks"], float(times["tick"])
+            self.fps, self.duration = float(times["fps"]), float(times["duration"])
+        if len(self._ticks) != len(self._frames):
+            raise ValueError("not as many times as frames")
+
+    def read_at(self, seconds: np.ndarray) -> np.ndarray:
+        # The same rounding as in PyavDecoder.read_at.
+        ticks = np.floor(np.maximum(seconds, 0) / self._tick + 1e-3)
+        frames: np.ndarray = self._frames[np.maximum(np.searchsorted(self._ticks, ticks, side="right") - 1, 0)]
+        return frames
+
+    def close(self) -> None:
+        pass  # the file is closed with the last reference to it

@@ -197,6 +197,7 @@ def benchmark(
         size=size or geometry(cfg.model.name).image_size,
         decoder=cfg.data.decoder,
         cache=open_cache(cfg.data.cache, cfg.data.cache_gb),
+        frame_cache=cfg.data.frame_cache,
     )
     return Benchmark(
         name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from egohod.loss.config import LOSSES, LossConfig
 from egohod.model.config import IMAGE_STATS, Geometry, ImageStats, ModelConfig, geometry
@@ -48,7 +50,10 @@ class TextTower(TextTransformer):
         """``tokens`` int64 [B, L], L up to the context length -> features [B, E], not normalised."""
         B, L = tokens.shape
         x = self.token_embedding(tokens) + self.positional_embedding[:L]
-        x = self.transformer(x, attn_mask=self.attn_mask[:L, :L])
+        # PyTorch's fused kernel for CPUs takes twice as long over a text tower's few tokens in bf16.
+        plain = sdpa_kernel(SDPBackend.MATH) if x.device.type == "cpu" else nullcontext()
+        with plain:
+            x = self.transformer(x, attn_mask=self.attn_mask[:L, :L])
         # The norm and the projection see one token of each text instead of all L.
         end_of_text = x[torch.arange(B, device=x.device), tokens.argmax(dim=1)]
         return self.ln_final(end_of_text) @ self.text_projection

@@ -245,8 +245,9 @@ def build_dataset(cfg: Config, size: int, tables: Sequence[ClipTable] | None = N
     dataset = ClipDataset(
         list(zip(tables, sources.values(), strict=True)),
         size=size, num_frames=cfg.model.num_frames, tokenizer=Tokenizer(), labels=build_labels(cfg, tables),
-        decoder=cfg.data.decoder, cache=open_cache(cfg.data.cache, cfg.data.cache_gb), boxes=cfg.loss.boxes > 0,
-        seed=cfg.train.seed, train=True, crop_scale_min=cfg.data.crop_scale_min, flip=cfg.data.flip,
+        decoder=cfg.data.decoder, cache=open_cache(cfg.data.cache, cfg.data.cache_gb), frame_cache=cfg.data.frame_cache,
+        boxes=cfg.loss.boxes > 0, seed=cfg.train.seed, train=True, crop_scale_min=cfg.data.crop_scale_min,
+        flip=cfg.data.flip,
         opposites=cfg.loss.has_opposites,
     )  # fmt: skip
     if cfg.loss.has_opposites:

@@ -12,7 +12,7 @@ import pytest
 from video_files import DECODERS, encode, encode_sizes, numbers, opener, picture
 
 from egohod.data.chunking import ChunkSettings, probe, write_chunks
-from egohod.data.decoders import choose_decoder
+from egohod.data.decoders import CachingOpener, choose_decoder
 from egohod.data.storage import VideoError
 
 FRAMES, RATE = 50, 25
@@ -95,14 +95,20 @@ def in_order(path: Path) -> np.ndarray:
 @pytest.mark.parametrize(
     ("name", "decoder"),
     [
-        *((name, "pyav") for name in FILES),
+        *((name, decoder) for name in FILES for decoder in ("pyav", "cached")),
         *((name, other) for name in ("screen.mkv", "browser.webm", "stream.flv") for other in DECODERS[1:]),
     ],
 )
-def test_any_frame_of_any_container(files: Path, name: str, decoder: str) -> None:
+def test_any_frame_of_any_container(files: Path, tmp_path: Path, name: str, decoder: str) -> None:
     pictures = in_order(files / name)
     assert numbers(pictures) == list(range(FRAMES))
-    opened = opener(decoder)(files / name)
+    if decoder == "cached":
+        cache = CachingOpener(tmp_path, opener("pyav"))
+        cache(files / name).close()
+        assert list(tmp_path.rglob("frames.npy"))
+        opened = cache(files / name)
+    else:
+        opened = opener(decoder)(files / name)
     assert opened.fps == pytest.approx(RATE, rel=1e-3)
     assert opened.duration == pytest.approx(FRAMES / RATE, abs=0.011)  # of the pictures, not of the sound
     for number in np.random.default_rng(0).permutation(FRAMES).tolist():

@@ -9,11 +9,22 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
-from video_files import DECODERS, encode, encode_sound, opener, picture, reference, remux, skip_start, turn
+from video_files import (
+    DECODERS,
+    encode,
+    encode_sizes,
+    encode_sound,
+    opener,
+    picture,
+    reference,
+    remux,
+    skip_start,
+    turn,
+)
 
 from egohod.data import decoders
-from egohod.data.decoders import ReusingOpener, choose_decoder
-from egohod.data.storage import VideoError
+from egohod.data.decoders import CachingOpener, Opener, ReusingOpener, choose_decoder
+from egohod.data.storage import VideoError, VideoFile
 from egohod.data.videos import frame_times, segment_indices
 from egohod.errors import UserError
 
@@ -70,10 +81,10 @@ def write(path: Path, settings: dict[str, Any]) -> Path:
     return skip_start(path, settings["skip"]) if "skip" in settings else path
 
 
-def check(path: Path, decoder: str) -> None:
+def check(path: Path, open_video: Opener) -> None:
     """Single frames, dense and sparse sets, in any order, with repeats, in one open decoder."""
     times, pictures = reference(path)
-    opened = opener(decoder)(path)
+    opened = open_video(path)
     rng = np.random.default_rng(0)
     requested = [rng.uniform(0, times[-1], n) for n in (1, 1, 1, 1, 4, 4, 16)]
     requested += [np.array([times[-1] + 50, -1.0]), times[:8] + 1e-4, np.array([0.5, 0.5, 0.5])]
@@ -89,7 +100,57 @@ def check(path: Path, decoder: str) -> None:
     ("stream", "decoder"), [(s, d) for s in STREAMS for d in DECODERS if s not in NOT_EXACT.get(d, ())]
 )
 def test_frames_are_identical_to_decoding_everything(tmp_path: Path, stream: str, decoder: str) -> None:
-    check(write(tmp_path / "v.mp4", STREAMS[stream]), decoder)
+    check(write(tmp_path / "v.mp4", STREAMS[stream]), opener(decoder))
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_cached_frames_are_identical_to_decoding_everything(tmp_path: Path, stream: str) -> None:
+    path, cache = write(tmp_path / "v.mp4", STREAMS[stream]), CachingOpener(tmp_path / "cache", opener("pyav"))
+    decoded, cached = cache(path), cache(path)
+    assert (cached.fps, cached.duration) == (decoded.fps, decoded.duration)
+    check(path, cache)
+    # Times as the sampling rules ask for them, at the very time stamps and between them.
+    seconds = np.random.default_rng(1).uniform(-0.1, decoded.duration + 0.1, 50)
+    seconds = np.concatenate([seconds, frame_times(np.arange(20), decoded.fps)])
+    assert np.array_equal(cached.read_at(seconds), decoded.read_at(seconds))
+
+
+def test_the_frame_cache_follows_changes_and_faults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, folder = encode(tmp_path / "v.mp4", 20), tmp_path / "cache"
+    opened, first = list[str](), np.array([0.0])
+
+    def count(file: VideoFile, name: str = "") -> decoders.Decoder:
+        opened.append(name)
+        return opener("pyav")(file, name)
+
+    cache = CachingOpener(folder, count)
+    before = cache(path).read_at(first)
+    assert np.array_equal(cache(path).read_at(first), before)
+    assert len(opened) == 1
+    # A file of the same name that changed, an entry that lost its content, a remote file.
+    encode_sizes(path, [(64, 48)])
+    assert cache(path).read_at(first).shape != before.shape
+    for entry in folder.rglob("frames.npy"):
+        entry.write_bytes(b"")
+    assert np.array_equal(cache(path).read_at(first), opener("pyav")(path).read_at(first))
+    assert np.array_equal(cache(BytesIO(path.read_bytes())).read_at(first), opener("pyav")(path).read_at(first))
+    assert len(opened) == 4
+    # A video that is too large is decoded for every clip, and one that cannot be decoded fails as without the cache.
+    monkeypatch.setattr(decoders, "MAX_CACHED_BYTES", 1000)
+    long = encode(tmp_path / "long.mp4", 20)
+    for _ in range(2):
+        assert np.array_equal(cache(long).read_at(first), opener("pyav")(long).read_at(first))
+    monkeypatch.undo()
+    assert not caplog.text
+    (tmp_path / "file").touch()
+    cache = CachingOpener(tmp_path / "file", count)
+    for _ in range(2):
+        assert np.array_equal(cache(long).read_at(first), opener("pyav")(long).read_at(first))
+    assert caplog.text.count("data.frame_cache") == 1
+    with pytest.raises(VideoError, match="no such file"):
+        cache(tmp_path / "gone.mp4")
 
 
 @pytest.mark.parametrize(
