@@ -65,9 +65,8 @@ def main(arguments: Sequence[str]) -> int:
         log.warning("--benchmark demo is now the default; the old name is read for one more release")
         args.benchmark = None
     # A CLIP file can be measured too: model.weights.source=clip model.weights.projections=keep.
-    outside = args.checkpoint.startswith("open_clip:")
     # Of the file: what model it holds.
-    stored = [] if outside else cli.model_of(args.checkpoint, args.overrides)
+    stored = cli.model_of(args.checkpoint, args.overrides)
     overrides = ["model.weights.source=checkpoint", *stored, *args.overrides]
     overrides += [f"evaluate.controls=[{args.controls}]"] if args.controls else []
     cfg = config.load(args.config_file, [*overrides, f"model.weights.path={args.checkpoint}"])
@@ -78,7 +77,7 @@ def main(arguments: Sequence[str]) -> int:
         # The heads are those of the checkpoint, whatever the configuration says.
         cfg.model.heads, classes = classes_of(Path(args.checkpoint))
     with cli.joined(cfg) as dist:
-        if outside:
+        if args.checkpoint.startswith("open_clip:"):
             model: Any = FrameAverage(args.checkpoint).to(dist.device)
         else:
             model = build_model(cfg, dist, classes)

@@ -90,6 +90,9 @@ def model_of(checkpoint: str, overrides: Sequence[str] = ()) -> list[str]:
     ``overrides`` are the command line's, of which ``model.weights.base`` counts. Raises :class:`UserError` if the
     checkpoint cannot be read.
     """
+    # A model of open_clip is no file, and brings all of its settings.
+    if checkpoint.startswith("open_clip:"):
+        return []
     from egohod.training.checkpoint import open_weights
 
     base = [text.partition("=")[2] for text in overrides if text.startswith("model.weights.base=")]

@@ -422,8 +422,8 @@ def require_all(faults: Mapping[int, str], total: int) -> None:
         # One line for a file that several clips need.
         lines = list(dict.fromkeys(faults[index] for index in sorted(faults)))
         lines.append(
-            f"{len(faults)} of {total} clips cannot be read; main_eval.py --allow_missing evaluates the others and "
-            "marks the numbers as partial"
+            f"{len(faults)} of {total} clips cannot be read; main_eval.py --allow_missing (tools/probe_order.py has it "
+            "too) evaluates the others and marks the numbers as partial"
         )
         raise UserError(*lines)
 

@@ -237,6 +237,8 @@ def _name(clips: Mapping[str, Any], row: int) -> str:
 # Of the confusion matrix: more classes would not be readable.
 SHOWN_CLASSES = 20
 _INK = "#22313f"
+# Of overlaid histograms: distinct for colour-blind readers, too.
+_HISTOGRAM_COLOURS = ("#2f6db5", "#d9822b", "#5b8c5a")
 
 
 def new_figure(size: tuple[float, float], **options: Any) -> Figure | None:
@@ -318,6 +320,36 @@ def confusion_plot(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -
     axes.grid(which="minor", color="#dfe5ea", linewidth=0.6)
     axes.tick_params(which="minor", length=0)
     axes.spines[:].set_color("#dfe5ea")
+    return _png(figure)
+
+
+def histogram_plot(values: Mapping[str, np.ndarray], label: str, mark: float | None = None) -> bytes | None:
+    """Overlaid histograms of named values [N] over ``label``, as PNG; None where matplotlib cannot be used.
+
+    Each is in percent of its own values, as there may be more of one than of another; ``mark`` is a vertical line.
+    """
+    figure = new_figure((7.2, 2.6), dpi=150, layout="constrained")
+    if figure is None:
+        return None
+    axes = figure.add_subplot()
+    low, high = (extreme(np.concatenate(list(values.values()))) for extreme in (np.min, np.max))
+    # The same bins for all, or their heights could not be compared. A blind model has all values in one place.
+    edges = np.linspace(low, high if high - low > 1e-4 else low + 1e-4, 41).tolist()
+    for (name, each), colour in zip(values.items(), _HISTOGRAM_COLOURS, strict=False):
+        weights = np.full(len(each), 100 / max(len(each), 1))
+        axes.hist(each, edges, weights=weights, color=colour, alpha=0.25)
+        axes.hist(each, edges, weights=weights, histtype="step", color=colour, label=name)
+    if mark is not None:
+        axes.axvline(mark, color=_INK, linewidth=1, linestyle="--")
+    axes.set_xlabel(label, color=_INK, fontsize=9)
+    axes.set_ylabel("percent", color=_INK, fontsize=9)
+    axes.tick_params(labelsize=8, colors=_INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     # Without the version of matplotlib, so that equal results give equal pages.
     figure.savefig(buffer, format="png", metadata={"Software": None})

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 from evaluation_cases import ALONE, config, settings, small_model
@@ -54,3 +56,16 @@ def evaluated(formats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     write_report(folder)
     return folder
+
+
+@pytest.fixture
+def tiny_outside(tmp_path: Path) -> str:
+    """The name of a small open_clip model with random weights."""
+    settings = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1},
+    }
+    (tmp_path / "tiny_outside.json").write_text(json.dumps(settings))
+    open_clip.add_model_config(tmp_path / "tiny_outside.json")
+    return "open_clip:tiny_outside"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 from evaluation_cases import ALONE, config, demo_benchmark, settings, small_model
@@ -114,15 +112,8 @@ def test_the_fingerprint_is_that_of_the_weights() -> None:
 
 
 @pytest.fixture
-def outside(tmp_path: Path) -> FrameAverage:
-    settings = {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1},
-    }
-    (tmp_path / "tiny_outside.json").write_text(json.dumps(settings))
-    open_clip.add_model_config(tmp_path / "tiny_outside.json")
-    return FrameAverage("open_clip:tiny_outside")
+def outside(tiny_outside: str) -> FrameAverage:
+    return FrameAverage(tiny_outside)
 
 
 def test_an_outside_model_runs_on_every_benchmark(formats: Path, outside: FrameAverage) -> None:
