@@ -98,6 +98,8 @@ def inspect(weights: WeightFile) -> dict[str, str]:
     lines["model"] = f"{shape.name or 'no geometry of this project'}: {shape}"
     lines["frames"] = f"{shape.num_frames}" if shape.num_frames else "an image model: no temporal embedding"
     lines["motion"] = "motion adapters (slow-fast)" if shape.slowfast else "none: a dual encoder without adapters"
+    if shape.motion_stem:
+        lines["motion"] = f"a motion stem{' and motion adapters (slow-fast)' if shape.slowfast else ''}"
     if shape.name is None:
         return lines
     # Commands to copy, which train from the file and evaluate it, with every knob that shapes leave open.

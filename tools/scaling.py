@@ -86,9 +86,10 @@ def cost(recipe: Recipe) -> Cost:
     cfg, _ = load_leniently(PROJECT / recipe.config)
     towers = geometry(cfg.model.name)
     sizes = towers, cfg.model.num_frames, towers.context_length, cfg.model.patch_dropout, cfg.model.fast
-    work = float(clip_flops(*sizes).step)
+    flops = clip_flops(*sizes, motion_stem=cfg.model.motion_stem)
+    work = float(flops.step)
     if cfg.model.gradient_checkpointing:  # blocks are computed again in the backward pass
-        work += clip_flops(*sizes).forward
+        work += flops.forward
     # The weights of the largest model are gigabytes; on the meta device only their shapes exist.
     with torch.device("meta"):
         model = create_model(cfg.model, cfg.loss)

@@ -94,6 +94,7 @@ class WeightFile:
             return None
         patch, side = round((pixels / 3) ** 0.5), round((places - 1) ** 0.5)
         temporal = self.tensors.get("visual.temporal_embedding")
+        stem = self.tensors.get("visual.motion_stem.spatial.0.weight")
         vision_layers, text_layers = (
             len({name.split(".")[3] for name in self.tensors if name.startswith(f"{tower}.transformer.resblocks.")})
             for tower in ("visual", "textual")
@@ -110,6 +111,7 @@ class WeightFile:
             vocab_size=vocab_size,
             num_frames=None if temporal is None else len(temporal),
             slowfast="slowfast_projection" in self.tensors or any(".adapter." in name for name in self.tensors),
+            motion_stem=None if stem is None else len(stem),
         )
 
     @property
@@ -119,6 +121,7 @@ class WeightFile:
         if shape := self.shape:
             knobs["embed_dim"] = shape.embed_dim
             knobs |= {"num_frames": shape.num_frames} if shape.num_frames else {}
+            knobs |= {"motion_stem": shape.motion_stem} if shape.motion_stem else {}
         return knobs
 
     def without_heads(self) -> WeightFile:
@@ -142,6 +145,7 @@ class Shape:
     vocab_size: int
     num_frames: int | None  # rows of the temporal embedding; None for an image model
     slowfast: bool  # whether there are motion adapters or a merge of two paths
+    motion_stem: int | None  # channels of its first layer; None without one
 
     @property
     def name(self) -> str | None:
@@ -383,8 +387,11 @@ def _family(
 def upstream_state(weights: WeightFile) -> dict[str, Tensor]:
     """The weights under upstream's names, as its released configs save them (flash spelling, matrix ``conv1``).
 
-    Left out is what upstream has no name for: parts that shape the loss alone.
+    Left out is what upstream has no name for: parts that shape the loss alone. Raises :class:`UserError` for a part
+    that upstream's model lacks and whose features would be others without it.
     """
+    if weights.shape and weights.shape.motion_stem:
+        raise UserError(f"{weights.source}: has a motion stem, which upstream's model cannot have; use --to egohod")
     unnamed = "|".join(part.pattern for part in PARTS if part.only_trains)
     state = {}
     for name, value in weights.tensors.items():
@@ -413,6 +420,7 @@ class Part(NamedTuple):
     name: str
     pattern: str
     only_trains: bool = False  # it shapes the loss and no feature, so that it may come and go without adapt
+    starts_at_zero: bool = False  # a fresh one changes no feature, so that it may be added without adapt
 
 
 # More special ones first: a name belongs to the first part that it matches.
@@ -421,6 +429,7 @@ PARTS = (
     Part("spatial branch of the motion adapters", r"visual\..*\.adapter\.conv2d\..*"),
     Part("motion adapters", r"visual\..*\.adapter\..*"),
     Part("merge of the two paths", r"slowfast_projection"),
+    Part("motion stem (model.motion_stem)", r"visual\.motion_stem\..*", starts_at_zero=True),
     Part("offset of the sigmoid loss", r"logit_bias", only_trains=True),
     Part("classification heads", r"heads\..*", only_trains=True),
     Part("head of the box loss", r"visual\.box_head\..*", only_trains=True),
@@ -538,6 +547,8 @@ def _settings_of(model: nn.Module) -> dict[str, str]:
     }
     if isinstance(model.visual, SlowFastTransformer):
         settings |= {"model.fast.position": model.visual.position, "model.fast.pool": model.visual.pool}
+        if model.visual.motion_stem is not None:
+            settings["model.fast.stem_paths"] = model.visual.stem_paths
     return settings
 
 
@@ -562,7 +573,7 @@ def _match_parts(own: Mapping[str, Tensor], theirs: dict[str, Tensor], report: W
         elif to_initialise and not in_file:
             report.missing |= dict.fromkeys(to_initialise, f"the file has no {part.name}")
             # CLIP files never have the parts of a video model, so nobody needs to ask for their start.
-            if not (part.only_trains or report.family.is_clip or adapt):
+            if not (part.only_trains or part.starts_at_zero or report.family.is_clip or adapt):
                 problems.append(
                     f"it lacks the {part.name} ({_listed(to_initialise)}); model.weights.adapt=true starts them anew"
                 )

@@ -122,6 +122,12 @@ class FastPathConfig:
         choices=("cls", "mean", "both"),
     )
     spatial: bool = knob(False, "a 3x3 convolution over each frame before the temporal one")
+    stem_paths: str = knob(
+        "fast",
+        "where the vectors of model.motion_stem are added: on the fast path, so that the slow one stays the plain "
+        "tower, or on both; the slow path then gets those of its frames, computed once from all frames",
+        choices=("fast", "both"),
+    )
 
 
 @dataclass
@@ -160,6 +166,13 @@ class ModelConfig:
         choices=("random", "sinusoidal"),
     )
     sinusoid_scale: float = knob(0.5, "amplitude of sinusoidal embeddings", above=0)
+    motion_stem: int | None = knob(
+        None,
+        "channels of the motion stem's first layer (32 learns the demo world's motions): convolutions over frames and "
+        "their differences, added to the patch tokens; zero at the start, so it may be added to trained weights; "
+        "null, as published, is no stem",
+        low=1,
+    )
     patch_dropout: float = knob(
         0.0, "fraction of patch tokens dropped while training; saves memory at some cost in accuracy", low=0, high=0.95
     )

@@ -41,6 +41,7 @@ def clip_flops(
     fast: FastPathConfig | None = None,
     boxes: bool = False,
     texts: int = 1,
+    motion_stem: int | None = None,
 ) -> Flops:
     """Operations by formula, within 3 % of those that PyTorch counts (tests/model/test_cost.py).
 
@@ -52,6 +53,7 @@ def clip_flops(
         fast: the paths of a slow-fast geometry (default: as the configuration's).
         boxes: whether there is a box head, which reads all tokens behind the last block.
         texts: texts per clip, two with opposite captions.
+        motion_stem: channels of the motion stem's first layer, if there is one.
     """
     V, L, E, W = geometry.text_width, text_length, geometry.embed_dim, geometry.vision_width
     # A block's linear layers per token: 4 of the attention's W x W, and the MLP's two.
@@ -62,12 +64,23 @@ def clip_flops(
         (texts * (L * 2.0 * V * V * linear * geometry.text_layers + 2 * V * E), TRAINED),
     ]
     per_frame, share = geometry.patches_per_frame, 1 - patch_dropout
+    fast = fast or FastPathConfig()
+    # Adapters need the same places in all frames.
+    places = max(1, round(per_frame * share))
+    if motion_stem:
+        C, fine = motion_stem, max(1, round(geometry.patch_size / 8)) ** 2
+        # The convolutions see all patches of all frames, the projection those that dropout leaves.
+        positions = num_frames * per_frame * 2.0 * C
+        projected = num_frames * per_frame * share
+        if geometry.slowfast:
+            projected = places * (num_frames + (fast.slow_frames if fast.stem_paths == "both" else 0))
+        products += [
+            (positions * 4 * fine * 6 * 25, PIXELS),
+            (positions * fine * 2 * C * 27 + positions * 2 * W * 27 + projected * 2 * W * W, TRAINED),
+        ]
     if not geometry.slowfast:
         products += _path(geometry, max(1, round(num_frames * per_frame * share)), boxes, boxes)
     else:
-        fast = fast or FastPathConfig()
-        # Dropout leaves the same places in all frames.
-        places = max(1, round(per_frame * share))
         whole = boxes or fast.pool != "cls" or fast.position != "before"
         pixels, attention, (blocks, _), projection, *head = _path(geometry, num_frames * places, whole, boxes)
         # Down and up are half of W x W each, the point-wise convolution a quarter, the spatial one nine quarters.

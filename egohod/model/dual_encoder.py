@@ -155,7 +155,8 @@ class DualEncoder(nn.Module):
 
         Args:
             trainable: ``all``; ``vision``, all but the text tower; ``adapters`` with the temporal embedding and the
-                projections, as upstream's class does; ``heads``; or ``last_blocks`` of the vision tower.
+                projections, as upstream's class does, and the motion stem; ``heads``; or ``last_blocks`` of the vision
+                tower.
             last_blocks: how many; what follows them is trained with them.
         """
         depth = len(self.visual.transformer.resblocks)
@@ -164,7 +165,7 @@ class DualEncoder(nn.Module):
         pattern = {
             "all": "",
             "vision": r"^(?!textual\.)",
-            "adapters": r"\.adapter\.|temporal_embedding|_projection|logit_|\.box_head\.|heads\.",
+            "adapters": r"\.adapter\.|\.motion_stem\.|temporal_embedding|_projection|logit_|\.box_head\.|heads\.",
             "last_blocks": rf"^(visual\.transformer\.resblocks\.({last})\.|{behind})",
             "heads": r"^heads\.",
         }[trainable]
@@ -175,7 +176,7 @@ class DualEncoder(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Which layer a parameter is of, as timm's layer-wise decay asks; the text tower counts as the last."""
-        stem = r"^visual\.(?:conv1|class_embedding|positional_embedding|temporal_embedding|ln_pre)"
+        stem = r"^visual\.(?:conv1|motion_stem|class_embedding|positional_embedding|temporal_embedding|ln_pre)"
         return {"stem": stem, "blocks": r"^visual\.transformer\.resblocks\.(\d+)"}
 
     def compile_towers(self, backend: str | Callable[..., Any] = "inductor") -> None:
@@ -205,8 +206,17 @@ class EgoVideo(DualEncoder):
 
     def _video_features(self, video: Tensor, with_boxes: bool) -> tuple[Tensor, Tensor | None]:
         # The slow frames are taken from the fast ones, so a clip is read and decoded once; upstream samples them apart.
-        fast, boxes = self.visual.fast_with_boxes(video) if with_boxes else (self.visual.fast(video), None)
-        slow = self.visual(video[:, :, slow_frames(video.shape[2], self.slow)])
+        taken = slow_frames(video.shape[2], self.slow)
+        # Convolved over all frames for both paths: the slow path's own are too far apart to differ by one motion.
+        motion = self.visual.motion(video) if self.visual.stem_paths == "both" else None
+        boxes: Tensor | None = None
+        if with_boxes:
+            fast, boxes = self.visual.fast_with_boxes(video, motion)
+        else:
+            fast = self.visual.fast(video, motion)
+        if motion is not None:
+            motion = motion.unflatten(1, (video.shape[2], -1))[:, taken].flatten(1, 2)
+        slow = self.visual(video[:, :, taken], motion)
         return torch.cat((slow, fast), dim=1) @ self.slowfast_projection, boxes
 
 

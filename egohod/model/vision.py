@@ -33,6 +33,8 @@ KERNEL = 3
 LAYER_NORM_EPS = 1e-6
 # Tokens up to which a CPU attends by plain matrix products (docs/benchmarks.md).
 SHORT = 320
+# Most groups of channels in the motion stem's norms.
+GROUPS = 8
 # OpenAI trained CLIP with the sigmoid approximation of GELU; upstream and AVION load its weights and train on with the
 # exact one, so the released video models need "gelu".
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
@@ -172,12 +174,61 @@ class BoxHead(nn.Module):
         return total.scatter_add(1, frame, weighted)
 
 
+class MotionStem(nn.Module):
+    """Convolutions over frames and their differences: one vector for each patch of each frame.
+
+    The patch embedding sees one frame at a time, so a transformer compares frames only after it has learned to match
+    patches by position and content, which a short run does not learn. Here the difference to the frame before is an
+    input, and what it means is learned by convolutions over 3 x 3 patches and 3 frames at each of two layers.
+
+    ``project`` starts at zero, so a fresh stem changes nothing. It is linear in features that are not zero, so it
+    learns from the first step and all other parameters from the second.
+    """
+
+    def __init__(self, width: int, grid: int, patch_size: int, channels: int) -> None:
+        super().__init__()
+        self.grid = grid
+        # Positions of the second layer along a patch. The input has four times as many pixels: half the frame's
+        # resolution, or the nearest one at which each position belongs to one patch, whatever the patch size is.
+        self.fine = max(1, round(patch_size / 8))
+
+        def layer(inputs: int, outputs: int, kernel: tuple[int, int, int], stride: int) -> nn.Sequential:
+            padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
+            conv = nn.Conv3d(inputs, outputs, kernel, (1, stride, stride), padding, bias=False)
+            # Not batch norm: with statistics of a clip alone, a clip's features do not depend on the micro-batch or
+            # process that it is in, and so cached accumulation is exact. Not a layer norm of each position either: it
+            # would give positions without motion the same norm as those with motion.
+            return nn.Sequential(conv, nn.GroupNorm(math.gcd(GROUPS, outputs), outputs), nn.ReLU())
+
+        # 3 colours, and as many differences.
+        self.spatial = layer(6, channels, (1, 5, 5), stride=2)
+        self.motion = layer(channels, 2 * channels, (3, 3, 3), stride=2)
+        self.patches = layer(2 * channels, width, (3, 3, 3), stride=1)
+        self.project = nn.Linear(width, width)
+        nn.init.zeros_(self.project.weight)
+        nn.init.zeros_(self.project.bias)
+
+    def forward(self, video: Tensor) -> Tensor:
+        """``video`` [B, 3, T, H, W], normalised -> features in front of ``project`` [B, N, D], frame by frame."""
+        side = 4 * self.fine * self.grid
+        # In two dimensions, which torch.compile has a kernel for: time stands where channels would.
+        frames = F.adaptive_avg_pool2d(video.flatten(0, 1), side).unflatten(0, video.shape[:2])
+        # The first frame has none before it, and no difference.
+        change = frames - torch.cat((frames[:, :, :1], frames[:, :, :-1]), dim=2)
+        # Neighbouring frames are alike: twice the difference has about the frames' own variance.
+        x = self.motion(self.spatial(torch.cat((frames, 2 * change), dim=1)))
+        # Averaged before the widest layer, which then costs the same for every patch size.
+        x = self.patches(F.avg_pool3d(x, (1, self.fine, self.fine)))
+        return x.flatten(2).transpose(1, 2)  # [B, D, T, grid, grid] -> [B, N, D]
+
+
 class VideoTransformer(nn.Module):
     """ViT over the patches of all frames and one CLS token.
 
     A patch's position is a spatial embedding (shared by the frames) plus a temporal one (shared by the patches of a
     frame). Patch embedding is a Linear without bias over flattened patches, order (C, h, w): CLIP's convolution with
-    stride P as the matrix that upstream saves. ``boxes`` gives it a head for :meth:`forward_with_boxes`.
+    stride P as the matrix that upstream saves. ``boxes`` gives it a head for :meth:`forward_with_boxes`;
+    ``config.motion_stem`` gives it a :class:`MotionStem`, whose vectors are added to the patch tokens.
     """
 
     # What DualEncoder.compile_towers compiles besides forward.
@@ -200,6 +251,7 @@ class VideoTransformer(nn.Module):
         self.ln_post = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.image_projection = nn.Parameter(torch.empty(width, shape.embed_dim))
         self.box_head = BoxHead(width, side**2) if boxes else None
+        self.motion_stem: MotionStem | None = None
         with torch.no_grad():
             # CLIP's scheme: standard deviations from the width.
             nn.init.normal_(self.class_embedding, std=width**-0.5)
@@ -216,6 +268,9 @@ class VideoTransformer(nn.Module):
                 # Half of the channels tell the row, half the column.
                 rows, columns = waves.repeat_interleave(side, dim=0), waves.repeat(side, 1)
                 self.positional_embedding[1:] = torch.cat((rows, columns), dim=1)
+        # Last, so that the tower's other weights are those of the same seed without a stem.
+        if config.motion_stem:
+            self.motion_stem = MotionStem(width, side, shape.patch_size, config.motion_stem)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy, such as the moving average of the weights, must not take compiled methods along: they would still
@@ -224,22 +279,32 @@ class VideoTransformer(nn.Module):
 
     def forward(self, video: Tensor) -> Tensor:
         """``video`` [B, 3, T, H, W], normalised -> [B, E], not normalised."""
-        x, _ = self.embed(video)
+        x, _ = self.embed(video, self.motion(video))
         # Only CLS is pooled, so only CLS passes the last block; that is exact and spares most of a block.
         return self.ln_post(self.transformer(x, keep=1)[:, 0]) @ self.image_projection
 
     def forward_with_boxes(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """As calling it, and the boxes of all frames from the same tokens: [B, E] and [B, T, 3, 4]."""
         assert self.box_head is not None, "the tower was built without boxes"
-        x, chosen = self.embed(video)
+        x, chosen = self.embed(video, self.motion(video))
         x = self.transformer(x)
         boxes: Tensor = self.box_head(x[:, 1:], chosen, video.shape[2])
         return self.ln_post(x[:, 0]) @ self.image_projection, boxes
 
-    def embed(self, video: Tensor, frozen: bool = False) -> tuple[Tensor, Tensor | None]:
+    def motion(self, video: Tensor) -> Tensor | None:
+        """The motion stem's features of all patches, [B, N, D]; None without a stem."""
+        if self.motion_stem is None:
+            return None
+        if self.transformer.gradient_checkpointing and torch.is_grad_enabled():
+            features: Tensor = checkpoint(self.motion_stem, video, use_reentrant=False)
+            return features
+        return self.motion_stem(video)
+
+    def embed(self, video: Tensor, motion: Tensor | None = None, frozen: bool = False) -> tuple[Tensor, Tensor | None]:
         """Tokens in front of the first block: [B, 1 + N, D], fewer with patch dropout while training.
 
-        The second value tells which of the T * P patches they are, int64 [B, N], None for all.
+        The second value tells which of the T * P patches they are, int64 [B, N], None for all. ``motion`` is what
+        :meth:`motion` gives for these frames; without it nothing is added to the tokens.
 
         Any frame count is taken; the temporal embedding is interpolated to it. ``frozen`` (of the fast path, see
         :class:`SlowFastTransformer`) takes the class and spatial embedding and ``ln_pre`` as constants.
@@ -255,8 +320,13 @@ class VideoTransformer(nn.Module):
             chosen = self._chosen(B, T, patches.shape[1] // T, video.device)
             patches = patches.gather(1, chosen.unsqueeze(2).expand(-1, -1, patches.shape[2]))
             placed = self.conv1(patches) + F.embedding(chosen, positions)
+            if motion is not None:
+                # The convolutions need whole frames, the projection does not.
+                motion = motion.gather(1, chosen.unsqueeze(2).expand(-1, -1, motion.shape[2]))
         else:
             placed = self.conv1(patches) + positions
+        if motion is not None and self.motion_stem is not None:
+            placed = placed + self.motion_stem.project(motion)
         # CLS has a place of its own, the first of the spatial embedding, and no time.
         first = (self.class_embedding + self.positional_embedding[0]).expand(B, 1, -1)
         if frozen:
@@ -289,9 +359,9 @@ class VideoTransformer(nn.Module):
 # EgoVideo: the tower on two paths, trained together (EgoHOD, section 3.3)
 #
 # The slow path is the plain tower on few frames; it trains the backbone. The fast path runs many frames through the
-# same weights, frozen, with a motion adapter at each block; it trains the adapters, the patch and temporal embedding
-# and the projections. Frozen means that weights receive no gradient from this path; activations do, so every adapter
-# learns.
+# same weights, frozen, with a motion adapter at each block; it trains the adapters, the patch and temporal embedding,
+# the motion stem and the projections. Frozen means that weights receive no gradient from this path; activations do, so
+# every adapter learns.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -360,27 +430,39 @@ class SlowFastTransformer(VideoTransformer):
     tokens, or the mean of ``both``. Published are ``after`` and ``cls``, which leave the last adapter without effect.
     """
 
-    COMPILED = (*VideoTransformer.COMPILED, "fast", "fast_with_boxes")
+    COMPILED = (*VideoTransformer.COMPILED, "fast", "fast_with_boxes", "motion")
 
     def __init__(self, shape: Geometry, config: ModelConfig, boxes: bool = False) -> None:
         super().__init__(shape, config, boxes)
         self.position, self.pool = config.fast.position, config.fast.pool
+        self.stem_paths = config.fast.stem_paths
         for block in self.transformer.resblocks:
             block.adapter = MotionAdapter(shape.vision_width, config.fast.spatial)
         if (self.position, self.pool) == ("after", "cls"):
             # What the last adapter writes is never read: DistributedDataParallel must not wait for its gradients.
             self.transformer.resblocks[-1].adapter.requires_grad_(False)
 
-    def fast(self, video: Tensor) -> Tensor:
-        """``video`` [B, 3, T, H, W], normalised -> [B, E], not normalised."""
+    def forward(self, video: Tensor, motion: Tensor | None = None) -> Tensor:
+        """The slow path: ``video`` [B, 3, T, H, W], normalised -> [B, E], not normalised.
+
+        ``motion`` are the stem's features of these frames, if this path is to have them.
+        """
+        x, _ = self.embed(video, motion)
+        return self.ln_post(self.transformer(x, keep=1)[:, 0]) @ self.image_projection
+
+    def fast(self, video: Tensor, motion: Tensor | None = None) -> Tensor:
+        """``video`` [B, 3, T, H, W], normalised -> [B, E], not normalised.
+
+        ``motion`` are the stem's features of these frames if they were computed already.
+        """
         # Where only CLS is read in the end, only CLS needs the last block; an adapter after it reads all tokens.
-        x, _ = self._tokens(video, whole=self.pool != "cls" or self.position != "before")
+        x, _ = self._tokens(video, motion, whole=self.pool != "cls" or self.position != "before")
         return self._pooled(x)
 
-    def fast_with_boxes(self, video: Tensor) -> tuple[Tensor, Tensor]:
+    def fast_with_boxes(self, video: Tensor, motion: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As :meth:`fast`, and the boxes of all frames from the same tokens: [B, E] and [B, T, 3, 4]."""
         assert self.box_head is not None, "the tower was built without boxes"
-        x, chosen = self._tokens(video, whole=True)
+        x, chosen = self._tokens(video, motion, whole=True)
         boxes: Tensor = self.box_head(x[:, 1:], chosen, video.shape[2])
         return self._pooled(x), boxes
 
@@ -395,10 +477,10 @@ class SlowFastTransformer(VideoTransformer):
         # The norm belongs to the backbone, the projection is trained by both paths.
         return call_frozen(self.ln_post, x) @ self.image_projection
 
-    def _tokens(self, video: Tensor, whole: bool) -> tuple[Tensor, Tensor | None]:
+    def _tokens(self, video: Tensor, motion: Tensor | None, whole: bool) -> tuple[Tensor, Tensor | None]:
         """Tokens behind the last block and which patches they are; unless ``whole``, of these CLS alone."""
         frames = video.shape[2]
-        x, chosen = self.embed(video, frozen=True)
+        x, chosen = self.embed(video, self.motion(video) if motion is None else motion, frozen=True)
         blocks = self.transformer.resblocks
         for i, block in enumerate(blocks):
             keep = 1 if i == len(blocks) - 1 and not whole else None

@@ -321,6 +321,7 @@ def build_data(
     for name, parameter in model.named_parameters():
         tower, _, rest = name.partition(".")
         part = "motion adapters" if ".adapter." in name else f"{tower} blocks" if ".resblocks." in name else tower
+        part = "motion stem" if ".motion_stem." in name else part
         part = f"{tower}, rest" if part == tower and rest and tower != "heads" else part
         counts = parts.setdefault(part, [0, 0])
         counts[0] += parameter.numel()
@@ -499,10 +500,9 @@ def _try_model(cfg: Config, dist: Distributed, classes: ClassSpace | None, probl
     _report("tokens", f"{tokens} a clip: {frames} frames of {patches}, one CLS")
     # With heads the text tower computes nothing.
     texts = geometry.context_length if model.heads is None else 0
-    flops = clip_flops(
-        geometry, frames, texts, cfg.model.patch_dropout, cfg.model.fast, boxes=cfg.loss.boxes > 0,
-        texts=1 + cfg.loss.has_opposites,
-    ).step  # fmt: skip
+    sizes = geometry, frames, texts, cfg.model.patch_dropout, cfg.model.fast
+    options = {"boxes": cfg.loss.boxes > 0, "texts": 1 + cfg.loss.has_opposites, "motion_stem": cfg.model.motion_stem}
+    flops = clip_flops(*sizes, **options).step
     _report("compute", f"{flops / 1e9:.1f} GFLOP a clip for forward and backward, with {texts} text tokens")
     memory = predict_memory(cfg, dist, model)
     state = f"{memory.state / 1e9:.1f} GB for weights, gradients and averages"

@@ -195,7 +195,11 @@ def identity(cfg: Config, model: DualEncoder, clips: int, classes: ClassSpace | 
     values as JSON has them, by the name of the setting; what is left out has its default.
     """
     result: dict[str, Any] = {name: attrgetter(name)(cfg) for name in _IDENTITY}
-    result["model.fast"] = dict(vars(cfg.model.fast))
+    result["model.fast"] = {name: value for name, value in vars(cfg.model.fast).items() if name != "stem_paths"}
+    if cfg.model.motion_stem:
+        result["model.motion_stem"] = cfg.model.motion_stem
+        # Without a stem it means nothing, and checkpoints from before it existed must still agree.
+        result |= {"model.fast.stem_paths": cfg.model.fast.stem_paths} if model.geometry.slowfast else {}
     # Folders may move, annotations and their shares may not.
     result["data.train"] = {name: [source.metadata, source.weight] for name, source in cfg.data.train.items()}
     result["data.train.clips"] = clips

@@ -350,12 +350,12 @@ def test_published_adapter(published: EgoVideo, golden: Golden) -> None:
 def fast_tokens(published: EgoVideo) -> Tensor:
     """What the fast path leaves behind the last block; in this arrangement it is pooled from all tokens."""
     with torch.no_grad():
-        return published.visual._tokens(video(16), whole=True)[0]
+        return published.visual._tokens(video(16), None, whole=True)[0]
 
 
 def pooled(published: EgoVideo, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """The fast path's feature of these tokens, which need not be computed again."""
-    monkeypatch.setattr(published.visual, "_tokens", lambda _, whole: (tokens, None))
+    monkeypatch.setattr(published.visual, "_tokens", lambda *_, whole: (tokens, None))
     return published.visual.fast(video(16))
 
 

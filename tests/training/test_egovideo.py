@@ -108,20 +108,31 @@ def test_a_clip_shorter_than_the_fast_frames_shows_some_twice(
     assert main_pretrain.main(["--config_file", str(tiny_config), *overrides]) == 0
 
 
-CASES = {"before cls": False, "after both": False, "after cls": False, "before mean": True}
-"""Arrangement, and whether only the adapters learn."""
+CASES = {
+    **{"before cls": False, "after both": False, "after cls": False, "before mean": True},
+    **{"before cls fast": True, "after both both": False},
+}
+"""Arrangement, with paths of a motion stem if it has one, and whether only the adapters and the stem learn."""
 
 
 def slowfast(case: str) -> EgoVideo:
-    position, pool = case.split()
+    position, pool, *stem = case.split()
     torch.manual_seed(0)
-    fast = FastPathConfig(slow_frames=2, position=position, pool=pool)
+    fast = FastPathConfig(slow_frames=2, position=position, pool=pool, stem_paths=stem[0] if stem else "fast")
     # Recomputing blocks under DistributedDataParallel is part of what is tested.
-    config = ModelConfig(name="DEMO_Slowfast", num_frames=4, fast=fast, gradient_checkpointing=pool == "both")
+    config = ModelConfig(
+        name="DEMO_Slowfast",
+        num_frames=4,
+        fast=fast,
+        motion_stem=8 if stem else None,
+        gradient_checkpointing=pool == "both",
+    )
     model = create_model(config)
     assert isinstance(model, EgoVideo)
     for block in model.visual.transformer.resblocks:
         torch.nn.init.normal_(block.adapter.up_proj.weight, std=0.02)
+    if model.visual.motion_stem is not None:
+        torch.nn.init.normal_(model.visual.motion_stem.project.weight, std=0.1)
     if CASES[case]:
         model.freeze("adapters")
     return model

@@ -19,9 +19,9 @@ PRESETS = sorted((ROOT / "configs" / "presets").glob("*.yml"))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", ["DEMO", "DEMO_Slowfast"])
-def test_the_prediction_is_what_a_real_forward_pass_keeps(name: str, checkpointing: bool) -> None:
-    config = ModelConfig(name=name, num_frames=4, gradient_checkpointing=checkpointing)
+@pytest.mark.parametrize(("name", "stem"), [("DEMO", None), ("DEMO_Slowfast", None), ("DEMO_Slowfast", 32)])
+def test_the_prediction_is_what_a_real_forward_pass_keeps(name: str, stem: int | None, checkpointing: bool) -> None:
+    config = ModelConfig(name=name, num_frames=4, motion_stem=stem, gradient_checkpointing=checkpointing)
     memory, model = predict(config), create_model(config)
     size = model.geometry.image_size
 

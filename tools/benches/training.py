@@ -286,8 +286,8 @@ def all_trained(model: DualEncoder) -> Iterator[None]:
     """Within, the fast path trains the blocks' weights too: the same outputs, all gradients."""
     tower = model.visual
 
-    def embed(video: Tensor, frozen: bool = False) -> tuple[Tensor, Tensor | None]:
-        return VideoTransformer.embed(tower, video)
+    def embed(video: Tensor, motion: Tensor | None = None, frozen: bool = False) -> tuple[Tensor, Tensor | None]:
+        return VideoTransformer.embed(tower, video, motion)
 
     def call(module: torch.nn.Module, *inputs: Any) -> Tensor:
         return module(*inputs)
