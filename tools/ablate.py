@@ -176,8 +176,9 @@ def cost(cfg: Config) -> dict[str, float]:
     freeze(model, cfg)
     text = 0 if heads else TEXT_LENGTH
     sizes = model.geometry, cfg.model.num_frames, text, cfg.model.patch_dropout, cfg.model.fast
-    options = {"boxes": cfg.loss.boxes > 0, "texts": 1 + cfg.loss.has_opposites, "motion_stem": cfg.model.motion_stem}
-    flops = clip_flops(*sizes, **options).step
+    flops = clip_flops(
+        *sizes, boxes=cfg.loss.boxes > 0, texts=1 + cfg.loss.has_opposites, motion_stem=cfg.model.motion_stem
+    ).step
     return {
         "gflop_per_step": cfg.train.global_batch_size * flops / 1e9,
         "million_trainable": sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6,
