@@ -360,7 +360,11 @@ def _work(pipe: Any, function: Callable[[Any], Any]) -> None:
                 pickle.loads(pickle.dumps(error))
                 answer = None, error
             except Exception:  # an error that does not come through a pipe as it is
-                answer = None, RuntimeError(f"{type(error).__name__}: {error}")
+                replacement = RuntimeError(f"{type(error).__name__}: {error}")
+                # Notes tell which task it was; they pass the pipe with an error, but have to be copied to another.
+                for note in getattr(error, "__notes__", ()):
+                    replacement.add_note(note)
+                answer = None, replacement
         pipe.send(answer)
 
 

@@ -161,6 +161,23 @@ def test_a_wrong_root_is_an_error_and_retry_with_the_right_one_succeeds(
     assert len(rows(tmp_path / "hod.csv")) == 10
 
 
+def test_options_of_a_detector_are_checked_before_anything_is_rendered_or_read(
+    few: list[str], tmp_path: Path, inside: Command
+) -> None:
+    knobs = [f"demo.folder={tmp_path}/world", "source.metadata=absent.csv", "detector.options.jiter=1"]
+    done = inside("generate_hod.py", *few, *knobs)
+    assert done.returncode == 2
+    assert "detector oracle does not know jiter" in done.stderr
+    assert not (tmp_path / "world").exists()
+
+
+def test_another_detector_ignores_the_options_of_the_configuration(few: list[str], inside: Command) -> None:
+    done = inside("generate_hod.py", *few, "detector.kind=mediapipe", "detector.options.folder=absent")
+    assert done.returncode == 2
+    assert done.stderr.count("detector.options.path is ignored: detector.kind=mediapipe does not read it") == 1
+    assert "MediaPipe is not in" in done.stderr
+
+
 def test_a_dry_run_writes_nothing(few: list[str], tmp_path: Path, inside: Command) -> None:
     done = inside("generate_hod.py", *few, "--dry_run")
     assert done.returncode == 0, done.stderr
