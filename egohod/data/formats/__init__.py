@@ -94,7 +94,7 @@ def recognise(path: Path) -> str:
     suffix = (path.with_suffix("") if path.suffix.lower() in (".gz", ".bz2", ".zst") else path).suffix.lower()
     for format in FORMATS.values():
         if suffix in format.suffixes:
-            # A .txt may be EGTEA's list of clips or anybody's table; its first line tells.
+            # A .txt may be EGTEA's list of clips or anybody's table: the first line decides.
             first = next((line for line in read_lines(path) if line.strip()), "") if format.first_line else ""
             if format.first_line is None or format.first_line.match(first):
                 return format.name
