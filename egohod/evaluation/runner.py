@@ -111,7 +111,7 @@ def resolve_benchmarks(
     if name == "all":
         if root or metadata:
             raise UserError("--root and --metadata belong to one benchmark; for all of them use evaluate.benchmarks")
-        # Nobody has all data sets, and the configuration names all. Those of its two lists are wanted for certain.
+        # Nobody has all data sets, and the configuration names all. Those of its two lists are required.
         existing = {key: each for key, each in configured.items() if each.metadata and Path(each.metadata).exists()}
         listed, problems = {*cfg.evaluate.during, *cfg.evaluate.final}, []
         for key, each in configured.items():

@@ -33,7 +33,7 @@ from egohod.training.telemetry import Clock, MetricWindow, Share, Telemetry, mem
 
 log = logging.getLogger(__name__)
 
-# A loss scaler skips a few steps while it finds its scale; so many in a row have another cause.
+# A loss scaler skips a few steps while it finds its scale; this many in a row have another cause.
 FEWEST_SKIPPED = 10
 
 

@@ -189,7 +189,7 @@ def test_the_ledger_judges_many_clips_by_their_share() -> None:
 
 
 def test_clips_that_replace_others_count_as_tried() -> None:
-    """Half of all clips are bad: of 1,000 that are delivered, as many were tried in vain."""
+    """Half of all clips are bad: in front of 1,000 that are delivered, 1,000 could not be read."""
     ledger = FaultLedger(0.55)
     update(ledger, *[batch_of(10, *(f"{i}: broken" for i in range(10)))] * 100)
     assert (ledger.seen, ledger.bad) == (2000, 1000)
