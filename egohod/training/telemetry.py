@@ -253,10 +253,14 @@ class Telemetry:
 
     def __exit__(self, *_: object) -> None:
         # Also after an error: TensorBoard's thread would keep its last events.
-        if self._active:
+        if not self._active:
+            return
+        try:
             self._file.close()
             if self._board is not None:
                 self._board.close()
+        except OSError as error:  # a lost folder, whose own error ends the run and must not be replaced
+            log.error("metrics not written: %s", error.strerror or error)
 
 
 def memory_gb(device: torch.device) -> float:
