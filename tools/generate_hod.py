@@ -40,7 +40,7 @@ from egohod.hod.config import HodConfig
 from egohod.hod.detectors import typed_options
 from egohod.hod.pipeline import Pipeline, build
 from egohod.hod.store import Shard, text_file
-from egohod.runtime import time_left
+from egohod.runtime import STOP_SIGNALS, time_left
 
 log = logging.getLogger("generate_hod")
 
@@ -49,8 +49,9 @@ TRIED = 3
 
 
 def main(arguments: Sequence[str]) -> int:
-    # Schedulers and containers end a job with SIGTERM: as after Ctrl-C the workers are ended and the files closed.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Schedulers and containers end a job by signals: as after Ctrl-C the workers are ended and the files closed.
+    for each in STOP_SIGNALS:
+        signal.signal(each, signal.default_int_handler)
     args = _parse(arguments)
     shard = Shard.parse(args.shard) if args.shard else Shard()
     named = {"source.metadata": args.metadata, "source.root": args.root, "output": args.output}

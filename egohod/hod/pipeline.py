@@ -52,14 +52,12 @@ from egohod.hod.facts import ClipFacts, camera_shifts, facts_of, without_rare
 from egohod.hod.narrators import Narration, Narrator, Request, caption_settings, check_narrations, make_narrator
 from egohod.hod.narrators.template import TemplateNarrator
 from egohod.hod.store import Finished, Outcome, Results, Shard, Store, from_plain, text_file, to_plain
-from egohod.runtime import Lost, Progress, Workers, atomic_write, content_hash, file_hash
+from egohod.runtime import Lost, Progress, Workers, atomic_write, content_hash, file_hash, is_above_share
 
 log = logging.getLogger(__name__)
 
 DETECT, TRACK, NARRATE, CHECK = "detect", "track", "narrate", "check"
 FAILURE_COLUMNS = ("row", "video_id", "start_second", "end_second", "uid", "stage", "reason")
-# A share of failures is judged as if at least so many clips (or rows) had been tried: a few at the start stop nothing.
-_GRACE = 1000
 # Failures that are logged one by one; the ledger has all of them.
 _LOGGED_FAILURES = 20
 # Clips that are taken through the stages after detect together, where no stage wants fewer.
@@ -280,7 +278,7 @@ class Pipeline:
                     where = self.table.where(task.index)
                     log.warning("%s failed: %s", stage.name, UserError(f"{where}: {outcome.fault}{more}"))
                 # Failures of earlier runs do not count: their cause may be gone.
-                if at.failed > self.cfg.max_bad_fraction * max(at.done, _GRACE):
+                if is_above_share(at.failed, at.done, self.cfg.max_bad_fraction):
                     raise UserError(
                         f"{stage.name}: {at.failed} of {at.done} clips failed, more than max_bad_fraction="
                         f"{self.cfg.max_bad_fraction:g} allows; the last: {self.table.where(task.index)}: "
@@ -512,7 +510,7 @@ def narrated_clips(cfg: HodConfig) -> ClipTable:
     # Rows that are left out on purpose are no damage; too many others mean that the file is not what it should be.
     bad = {why: n for why, n in table.report.left_out.items() if why not in ("duplicates", "on the exclude list")}
     rows = len(table) + sum(table.report.left_out.values())
-    if sum(bad.values()) > cfg.max_bad_fraction * max(rows, _GRACE):
+    if is_above_share(sum(bad.values()), rows, cfg.max_bad_fraction):
         reasons = ", ".join(f"{count:,} {why}" for why, count in bad.items())
         raise UserError(
             f"{table.path}: {sum(bad.values()):,} of {rows:,} rows cannot be used ({reasons}), more than "
@@ -649,10 +647,10 @@ class DetectStage(Stage):
         numbers, pictures = frames.numbers[first], frames.pictures[first]
         if self._detector is None:  # a model is loaded by each worker
             self._detector = make_detector(self._cfg.detector.kind, self._options)
-        boxes = check_boxes(
-            self._detector.detect(video_id, numbers, seconds, pictures),
-            f"detector.kind={self._cfg.detector.kind}, boxes of {video_id} at {seconds[0]:.3f} to {seconds[-1]:.3f} s",
-        )
+        boxes = self._detector.detect(video_id, numbers, seconds, pictures)
+        if not self._detector.reads_files:  # those were checked when their file was read
+            span = f"{seconds[0]:.3f} to {seconds[-1]:.3f} s"
+            boxes = check_boxes(boxes, f"detector.kind={self._cfg.detector.kind}, boxes of {video_id} at {span}")
         height, width = pictures.shape[1:3]
         shifts = camera_shifts(pictures, seconds, boxes) if self._cfg.tracks.camera else None
         # Without the video, which is the same in all rows; see box_table.

@@ -404,6 +404,34 @@ def test_narrations_agree_with_what_was_rendered(demo_world: Path, tmp_path: Pat
     assert sum(text.startswith(("The left", "The right")) for text in written) <= 0.1 * len(written), written
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.ci)])
+def test_a_signal_to_all_processes_ends_the_run_and_costs_no_clip(
+    demo_world: Path, tmp_path: Path, inside: Command, number: signal.Signals
+) -> None:
+    """As a scheduler sends it; SIGUSR1 by Slurm's --signal."""
+    arguments = command(demo_world, tmp_path, (demo_world / "train" / "narrations.csv").read_text().splitlines())
+    arguments += ["workers=2"]
+    process = subprocess.Popen(
+        [sys.executable, "tools/generate_hod.py", *arguments],
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 300
+    while not any(path.stat().st_size > 30_000 for path in tmp_path.rglob("*.sqlite-wal")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "interrupted; rerun the same command to resume" in errors
+    done = inside("generate_hod.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "failed" not in done.stderr
+
+
 @pytest.mark.ci
 def test_a_killed_program_resumes_and_training_reads_its_output(
     demo_world: Path, tmp_path: Path, inside: Command, program: Command
