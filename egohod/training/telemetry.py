@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import statistics
@@ -239,7 +240,9 @@ class Telemetry:
         if not self._active:
             return
         try:
-            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            # A window in which every step was skipped has no mean: null, as JSON has no NaN.
+            finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+            self._file.write(json.dumps({"step": step, **finite}) + "\n")
             self._file.flush()
             if self._board is not None:
                 for name, value in metrics.items():
