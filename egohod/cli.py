@@ -24,7 +24,7 @@ from egohod import config
 from egohod.config import PROJECT, Config
 from egohod.errors import BROKEN, DONE, INTERRUPTED, UNREAD, USER_ERROR, UserError
 from egohod.knobs import help_text, knobs
-from egohod.runtime import Interrupted, RankInfo, StopRequest, locked, process_tqdm, rank_info
+from egohod.runtime import STOP_SIGNALS, Interrupted, RankInfo, StopRequest, locked, process_tqdm, rank_info
 
 if TYPE_CHECKING:
     from egohod.distributed import Distributed
@@ -39,8 +39,6 @@ UNFINISHED = "EGOHOD_UNFINISHED"
 REPORT_AFTER_SECONDS = 5.0
 # Launchers signal all processes of a run in the same moment, or nearly so.
 SIGNAL_SPREAD_SECONDS = 2.0
-# SIGTERM: schedulers before they take a node back; SIGUSR1: Slurm's --signal; SIGINT: Ctrl-C.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # File descriptors of standard output and standard error.
 _OUTPUT = (1, 2)
 

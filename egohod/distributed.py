@@ -69,14 +69,14 @@ class Distributed:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def any(self, flag: bool) -> bool:
-        """Whether ``flag`` is true on at least one process; every process gets the same answer."""
+    def sum(self, *counts: int) -> list[int]:
+        """Each of ``counts`` summed over all processes; every process gets the same sums."""
         if self.world_size == 1:
-            return flag
-        # On the CPU, over gloo: the answer is there at once, whatever the GPU still has to do.
-        answer = torch.tensor([int(flag)])
-        dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=self.control)
-        return bool(answer.item())
+            return list(counts)
+        # On the CPU, over gloo: the sums are there at once, whatever the GPU still has to do.
+        sums = torch.tensor(counts)
+        dist.all_reduce(sums, group=self.control)
+        return sums.tolist()
 
     def is_first_with(self, message: str) -> bool:
         """Whether no other process has asked this for the same message: a mistake of all is printed once.

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -73,7 +74,9 @@ def atomic_write(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
             temporary.unlink()
         raise
     if sync:
-        _flush(path.parent)
+        # The file is complete by now. FUSE and CIFS cannot flush a folder, nor can one that this process may not read.
+        with suppress(OSError):
+            _flush(path.parent)
 
 
 def write_text(path: str | Path, content: str, *, sync: bool = False) -> None:
@@ -203,6 +206,15 @@ def process_tqdm() -> Any:
     return tqdm
 
 
+# The share of failures is judged as if at least so many items had been tried: a few at the start stop nothing.
+_FEWEST_JUDGED = 1000
+
+
+def is_above_share(bad: int, total: int, max_fraction: float) -> bool:
+    """Whether ``bad`` of ``total`` items are more than ``max_fraction`` of them, or of a thousand if they are fewer."""
+    return bad > max_fraction * max(total, _FEWEST_JUDGED)
+
+
 # --------------------------------------------------------------------------------------------------
 # Worker processes
 # --------------------------------------------------------------------------------------------------
@@ -214,6 +226,11 @@ Result = TypeVar("Result")
 _CONTEXT = multiprocessing.get_context("fork")
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 _POLL_SECONDS = 1.0
+# The smallest buffer of a pipe that is in use (macOS: 8 KB), less what the system adds to each message.
+_PIPE_BYTES = 4096
+
+# SIGTERM: schedulers before they take a node back; SIGUSR1: Slurm's --signal; SIGINT: Ctrl-C.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def usable_cores() -> int:
@@ -233,17 +250,20 @@ class Workers(Generic[Task, Result]):
     """``count`` processes that call one function on tasks, and share this process's memory as it is when they start.
 
     An exception in a task is raised here as it is. A process that dies, or is at one task for longer than ``patience``
-    seconds and is killed for it, is replaced, and its task's result is :class:`Lost`: the other tasks go on.
+    seconds and is killed for it, is replaced, and its task's result is :class:`Lost`; the other tasks continue.
     concurrent.futures ends the whole pool instead, and has no limit for one task. Processes start with the context
     (``with Workers(...) as workers``) and end with it.
 
-    Of ``tasks_in_flight`` tasks all but one wait in the worker's pipe, so that the worker is never idle; 1 is for long
-    tasks, none of which should wait behind another while a worker is free.
+    Of ``tasks_in_flight`` tasks, 1 or 2, the second one waits in the worker's pipe, so that the worker is never idle;
+    it must pickle to 4 KB or less. 1 is for long tasks, none of which should wait behind another while a worker is
+    free, and for large ones: an idle worker takes any size. Results have no limit.
     """
 
     def __init__(
         self, count: int, function: Callable[[Task], Result], patience: float, tasks_in_flight: int = 2
     ) -> None:
+        # A third task would share the pipe's buffer with the second one.
+        assert tasks_in_flight in (1, 2), tasks_in_flight
         self._count, self._function, self._patience = count, function, patience
         self._tasks_in_flight = tasks_in_flight
         self._workers: list[_Worker[Task, Result]] = []
@@ -298,22 +318,26 @@ class _Worker(Generic[Task, Result]):
 
     def give(self, tasks: Iterable[Task]) -> None:
         for task in tasks:
+            content = ForkingPickler.dumps(task)
+            # A worker that is sending a large result reads nothing, and while this process waits for it to read a task
+            # that does not fit in the pipe, nobody reads that result.
+            assert not self.tasks or len(content) <= _PIPE_BYTES, (
+                f"a task of {len(content)} bytes cannot wait in a pipe"
+            )
             if not self.tasks:
                 self._task_began = time.monotonic()
             self.tasks.append(task)
             with suppress(OSError):  # it is dead, which is noticed when its answer is read
-                self.pipe.send(task)
+                self.pipe.send_bytes(content)
 
     def answer(self, patience: float) -> tuple[Result | Lost] | None:
         """The result of its first task, or None if it is still at it. Raises what the task raised."""
+        content = None
         try:
             if self.pipe.poll():
-                result, error = self.pipe.recv()
-                self._task_began = time.monotonic()
-                if error is not None:
-                    raise error
-                return (result,)
-        except (EOFError, ConnectionError):
+                content = self.pipe.recv_bytes()
+        # An end within a message is a plain OSError.
+        except (EOFError, OSError):
             self._process.join()
             self.pipe.close()
             code = self._process.exitcode or 0
@@ -321,6 +345,13 @@ class _Worker(Generic[Task, Result]):
             # The kernel's out-of-memory killer is by far the most frequent sender of SIGKILL.
             reason += "; too little memory?" if code == -signal.SIGKILL else ""
             return (Lost(f"the process that worked on it died ({reason})"),)
+        if content is not None:
+            # Outside of the try: a task, too, may raise EOFError or ConnectionError, and its worker is alive.
+            result, error = pickle.loads(content)
+            self._task_began = time.monotonic()
+            if error is not None:
+                raise error
+            return (result,)
         if time.monotonic() - self._task_began > patience:
             self.end()
             return (Lost(f"it took longer than {patience:g} s"),)
@@ -335,8 +366,8 @@ class _Worker(Generic[Task, Result]):
 def _work(pipe: Any, function: Callable[[Any], Any]) -> None:
     """The main loop of a worker: a task comes in by the pipe, its result or error goes out."""
     # A scheduler and Ctrl-C signal all processes at once; the main process decides what becomes of the work.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for each in STOP_SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -360,7 +391,11 @@ def _work(pipe: Any, function: Callable[[Any], Any]) -> None:
                 pickle.loads(pickle.dumps(error))
                 answer = None, error
             except Exception:  # an error that does not come through a pipe as it is
-                answer = None, RuntimeError(f"{type(error).__name__}: {error}")
+                replacement = RuntimeError(f"{type(error).__name__}: {error}")
+                # Notes tell which task it was; they pass the pipe with an error, but have to be copied to another.
+                for note in getattr(error, "__notes__", ()):
+                    replacement.add_note(note)
+                answer = None, replacement
         pipe.send(answer)
 
 
@@ -381,7 +416,7 @@ def locked(path: Path, patience: float = 0.0) -> Iterator[None]:
 
     The kernel drops the lock with the last process that has the file open, however it ends, so that nothing stale is
     left; at the end of the context it is released also where a forked worker still has the file open. Where the file
-    system has no locks, a warning says so and the work goes on: a marker file instead would outlive a node that died,
+    system has no locks, a warning says so and the work continues: a marker file instead would outlive a node that died,
     and refuse to resume. Raises :class:`BlockingIOError` with the file's name if another process holds it, or another
     :class:`OSError` if there can be no file.
     """

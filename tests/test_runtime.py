@@ -26,8 +26,11 @@ from egohod.distributed import Distributed
 from egohod.errors import UserError
 from egohod.hod.store import Shard, Store
 from egohod.runtime import (
+    STOP_SIGNALS,
     UNFINISHED_PREFIX,
+    Lost,
     Progress,
+    Workers,
     atomic_write,
     content_hash,
     file_hash,
@@ -189,6 +192,85 @@ def test_a_file_appears_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         write_text(tmp_path / "lost" / "file", "x")
     assert not list(tmp_path.glob(f"{UNFINISHED_PREFIX}*"))
+
+
+@pytest.mark.parametrize("failing", ["open", "fsync"])
+def test_a_folder_that_cannot_be_flushed_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    """FUSE and CIFS refuse fsync of a folder; a folder without permission to read cannot be opened."""
+    inner = getattr(os, failing)
+
+    def refuse(target: object, *arguments: int) -> object:
+        path = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else target
+        if os.path.isdir(path):  # type: ignore[arg-type]
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return inner(target, *arguments)
+
+    monkeypatch.setattr(os, failing, refuse)
+    write_text(tmp_path / "file", "whole", sync=True)
+    assert (tmp_path / "file").read_text() == "whole"
+
+
+class Cut(ConnectionError):
+    """Of a server, not of the pipe to a worker."""
+
+
+def fails(task: int) -> int:
+    raise {0: EOFError("ran out of input"), 1: ConnectionResetError("reset by peer"), 2: Cut("no route")}[task]
+
+
+@pytest.mark.parametrize(("task", "kind"), [(0, EOFError), (1, ConnectionResetError), (2, Cut)])
+def test_an_error_that_a_broken_pipe_raises_too_comes_from_the_task(task: int, kind: type[Exception]) -> None:
+    """A truncated pickle or npz raises EOFError; the worker is alive, and must not be waited for."""
+    with Workers(1, fails, 10.0) as workers, pytest.raises(kind):
+        list(workers.unordered([task]))
+
+
+def cut_short(task: int) -> int:
+    """Die in the middle of sending a result: the pipe ends within a message."""
+    if task == 1:
+        # Its pipe to the parent is among its sockets.
+        for each in range(3, 256):
+            with suppress(OSError):
+                if os.readlink(f"/proc/self/fd/{each}").startswith("socket:"):
+                    os.write(each, struct.pack("!i", 1000) + b"part")
+        os._exit(3)
+    return task
+
+
+def test_a_worker_that_dies_while_it_sends_is_lost() -> None:
+    with Workers(1, cut_short, 10.0, tasks_in_flight=1) as workers:
+        results = dict(workers.unordered([0, 1, 2]))
+    assert (results[0], results[2]) == (0, 2)
+    assert isinstance(results[1], Lost)
+    assert "exit code 3" in results[1].reason
+
+
+def large(task: bytes) -> bytes:
+    return task * 2
+
+
+def test_large_tasks_and_results_do_not_wait_for_each_other() -> None:
+    content = bytes(4_000_000)
+    with Workers(2, large, 30.0, tasks_in_flight=1) as workers:
+        assert [len(result) for _, result in workers.unordered([content] * 5)] == [8_000_000] * 5
+    # A second task that would not fit in the pipe could never be sent to a worker that sends a large result.
+    with Workers(1, large, 30.0) as workers, pytest.raises(AssertionError, match="cannot wait in a pipe"):
+        list(workers.unordered([content] * 2))
+    with Workers(1, large, 30.0) as workers:
+        assert len(list(workers.unordered([content, b"small"]))) == 2
+
+
+def signalled(task: int) -> int:
+    for each in STOP_SIGNALS:
+        os.kill(os.getpid(), each)
+    return task
+
+
+def test_signals_to_all_processes_do_not_end_workers() -> None:
+    with Workers(2, signalled, 10.0) as workers:
+        assert sorted(workers.unordered(range(4))) == [(task, task) for task in range(4)]
 
 
 def test_hashes_do_not_change() -> None:

@@ -35,10 +35,12 @@ from egohod.config import to_yaml
 from egohod.demo import make_world
 from egohod.errors import UserError
 from egohod.hod import config
+from egohod.hod import pipeline as hod_pipeline
 from egohod.hod.config import HodConfig
-from egohod.hod.pipeline import STAGES, Pipeline, build
+from egohod.hod.detectors import typed_options
+from egohod.hod.pipeline import Pipeline, build
 from egohod.hod.store import Shard, text_file
-from egohod.runtime import time_left
+from egohod.runtime import STOP_SIGNALS, time_left
 
 log = logging.getLogger("generate_hod")
 
@@ -47,8 +49,9 @@ TRIED = 3
 
 
 def main(arguments: Sequence[str]) -> int:
-    # Schedulers and containers end a job with SIGTERM: as after Ctrl-C the workers are ended and the files closed.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Schedulers and containers end a job by signals: as after Ctrl-C the workers are ended and the files closed.
+    for each in STOP_SIGNALS:
+        signal.signal(each, signal.default_int_handler)
     args = _parse(arguments)
     shard = Shard.parse(args.shard) if args.shard else Shard()
     named = {"source.metadata": args.metadata, "source.root": args.root, "output": args.output}
@@ -57,6 +60,8 @@ def main(arguments: Sequence[str]) -> int:
     if args.which_detector:
         print(cfg.detector.kind)
         return cli.DONE
+    # First of all: rendering a world and reading metadata take minutes.
+    cfg.detector.options = typed_options(cfg.detector.kind, cfg.detector.options)
     if cfg.demo.folder:
         folder = Path(cfg.demo.folder)
         if args.dry_run and not (folder / "train" / "hod.csv").exists():
@@ -88,7 +93,7 @@ def main(arguments: Sequence[str]) -> int:
                 pipeline.run_all(shard)
             else:
                 pipeline.run([args.stage], shard)
-            if args.stage not in ("all", STAGES[-1]):
+            if args.stage not in ("all", pipeline.stages[-1].name):
                 return cli.DONE  # a shard is finished when its last stage is
             log.info("shard %s: %s narrations", shard, f"{pipeline.finish(shard).narrations:,}")
         if shard.count > 1:
@@ -99,11 +104,11 @@ def main(arguments: Sequence[str]) -> int:
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = cli.parser(__doc__ or "", "configs/hod/default.yml", HodConfig)
-    add = parser.add_argument
+    add, stages = parser.add_argument, [stage.name for stage in hod_pipeline.STAGES]
     add("--metadata", metavar="FILE", help="narrations (source.metadata)")
     add("--root", metavar="FOLDER", help="videos, a folder or s3://... (source.root)")
     add("--output", metavar="CSV", help="hand-object narrations (output)")
-    add("--stage", default="all", choices=("all", *STAGES), help="run one stage only (default: all)")
+    add("--stage", default="all", choices=("all", *stages), help="run one stage only (default: all)")
     add("--shard", metavar="I/N", help="only part I of N, counted from 0")
     add("--merge", action="store_true", help="merge the finished shards into OUTPUT")
     add("--export_detections", type=Path, metavar="PARQUET", help="write the boxes detected so far to a file, and exit")
@@ -134,14 +139,14 @@ def _merge(pipeline: Pipeline, shards: int | None) -> int:
 
 
 def _dry_run(pipeline: Pipeline, shard: Shard) -> int:
-    clips, table = pipeline.clips(shard), pipeline.table
+    clips, table, names = pipeline.clips(shard), pipeline.table, [stage.name for stage in pipeline.stages]
     log.info("shard %s: %s of %s clips", shard, f"{len(clips):,}", f"{len(table):,}")
     with pipeline.store.results(shard) as results:
         stored = [pipeline.stored(index, results) for index in clips]
-    to_do = {stage: sum(stage not in each for each in stored) for stage in STAGES}
+    to_do = {stage: sum(stage not in each for each in stored) for stage in names}
     for stage, count in to_do.items():
         log.info("  %-8s %s to do", stage, f"{count:,}")
-    seconds: dict[str, list[float]] = {stage: [] for stage in STAGES}
+    seconds: dict[str, list[float]] = {stage: [] for stage in names}
     # Spread over the shard: neighbouring clips are of one video, which may be the odd one.
     for index in clips[:: max(1, len(clips) // TRIED)][:TRIED]:
         log.info("%s: %s", table.where(index), " / ".join(table.row(index).texts))
@@ -153,7 +158,7 @@ def _dry_run(pipeline: Pipeline, shard: Shard) -> int:
             log.info("  -> %s", outcome.value["text"])
     # The first clip waits for models to load, which no other does.
     each = {stage: statistics.mean(spent[1:] or spent or [0.0]) for stage, spent in seconds.items()}
-    total = sum(each[stage] * to_do[stage] for stage in STAGES)
+    total = sum(each[stage] * to_do[stage] for stage in names)
     log.info("about %s with one process; would write %s", time_left(total, 1.0), pipeline.store.output)
     return cli.DONE
 
@@ -192,7 +197,7 @@ def _submit(pipeline: Pipeline, args: argparse.Namespace) -> int:
         jobs = executor.map_array(lambda shard: CommandFunction([*command, *options, "--shard", shard])(), shards)
         array = jobs[0].job_id.partition("_")[0]
         log.info("submitted %d shards as job %s", args.submit, array)
-        if args.stage in ("all", STAGES[-1]):
+        if args.stage in ("all", pipeline.stages[-1].name):
             # afterok: without all shards a merge would only refuse. --shard names the division, of which there may be
             # several in the folder.
             executor.update_parameters(cpus_per_task=1, slurm_additional_parameters={"dependency": f"afterok:{array}"})

@@ -34,7 +34,8 @@ from egohod.evaluation.report import data_uri, jpeg, render
 from egohod.hod import config
 from egohod.hod.config import HodConfig
 from egohod.hod.facts import ClipFacts
-from egohod.hod.pipeline import CHECK, DETECT, TRACK, Pipeline, build, from_plain, open_videos, source_text
+from egohod.hod.pipeline import CHECK, DETECT, TRACK, Pipeline, build, open_videos, source_text
+from egohod.hod.store import from_plain
 from egohod.runtime import write_text
 
 log = logging.getLogger("visualize_hod")

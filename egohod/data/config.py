@@ -151,6 +151,10 @@ class DataConfig:
         0.5, "probability of a horizontal flip; left and right are exchanged in the caption too", low=0, high=1
     )
     max_bad_fraction: float = knob(
-        0.01, "stop when more than this fraction of the requested clips could not be read", low=0, high=1
+        0.01,
+        "stop when more than this fraction of the clips that were tried, by all processes, could not be read; a run "
+        "that stopped is resumed with a larger one",
+        low=0,
+        high=1,
     )
     hard_negatives: HardNegativesConfig = part(HardNegativesConfig)

@@ -28,15 +28,15 @@ from egohod.data.decoders import CachingOpener, ReusingOpener, choose_decoder
 from egohod.data.storage import LocalCache, VideoError, VideoFile, one_clip
 from egohod.data.table import ClipReader, ClipRow, ClipTable, choose_text, swap_sides
 from egohod.data.videos import MIN_SECONDS, RULES
+from egohod.distributed import Distributed
 from egohod.errors import UserError
 from egohod.model.config import IMAGE_STATS, ImageStats
+from egohod.runtime import is_above_share
 
 log = logging.getLogger(__name__)
 
 # So many unreadable clips in a row are no accident but a wrong folder.
 _MAX_REPLACEMENTS = 10
-# The share of bad clips is judged as if at least so many had been seen: a few at the start stop nothing.
-_GRACE_CLIPS = 1000
 # Part of what cached features depend on; counts up when the same settings show other frames.
 _SAMPLING = "2"
 
@@ -179,12 +179,14 @@ class ClipDataset(Dataset[dict[str, Any]]):
 
     @property
     def clips(self) -> ClipTable:
-        """The table of a dataset that has one."""
+        """The table of a dataset that has one, as those of evaluation."""
+        assert len(self.sources) == 1, "which of the tables?"
         return self.sources[0].table
 
     @property
     def config(self) -> SourceConfig:
-        """Where the videos of the first table are."""
+        """Where the videos of a dataset of one table are."""
+        assert len(self.sources) == 1, "which of the sources?"
         return self.sources[0].config
 
     def _place(self, index: int) -> tuple[int, int]:
@@ -311,9 +313,10 @@ class ClipDataset(Dataset[dict[str, Any]]):
         return faults
 
     def length_note(self) -> str | None:
-        """How many clips are short, and how many of them were widened; None if none is short."""
+        """How many clips are short, and how many of them were widened; None if none is short. Of one table only."""
+        # What is short is a setting of each table's source.
         least = self.config.min_clip_seconds or MIN_SECONDS
-        short = np.flatnonzero(np.concatenate([each.table.end - each.table.start for each in self.sources]) < least)
+        short = np.flatnonzero(self.clips.end - self.clips.start < least)
         if not len(short):
             return None
         widened = 0
@@ -386,8 +389,8 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     # Frames come out of the decoder channels-last; stacking them that way is a plain copy of memory.
     video = torch.stack([sample["video"].permute(1, 2, 3, 0) for sample in samples]).permute(0, 4, 1, 2, 3)
     opposites = [sample["opposites"] for sample in samples if "opposites" in sample]
-    # Trimmed here, on the CPU, so that no length is ever read from the device; together with the opposites, as the text
-    # tower embeds both in one pass.
+    # Trimmed here, on the CPU: reading the length back from the device would wait for it. Together with the opposites,
+    # as the text tower embeds both in one pass.
     tokens: Tensor = trim(torch.stack([*(sample["tokens"] for sample in samples), *opposites]))
     batch = {
         "video": video,
@@ -429,45 +432,54 @@ def require_all(faults: Mapping[int, str], total: int) -> None:
 
 
 class FaultLedger:
-    """Counts unreadable training clips, logs each once, and stops the run when they are too many.
+    """Counts this process's unreadable training clips, logs each once, and stops a run that has too many.
 
-    ``max_fraction`` is the largest tolerated share of the requested clips. Fewer than a thousand clips are judged as
-    a thousand, so that with 1 % the eleventh bad clip stops a run at the earliest; with 0 the first one does.
+    ``max_fraction`` is the largest tolerated share of the clips that were read, by all processes. Fewer than a thousand
+    clips are judged as a thousand, so that with 1 % the eleventh bad clip stops a run at the earliest; with 0 the first
+    one does.
     """
 
     def __init__(self, max_fraction: float) -> None:
         self._max_fraction = max_fraction
-        self._seen = 0
+        self.seen = 0
+        """Clips that were tried: those of the batches, and those whose place they took."""
         self.bad = 0
-        """Clips that could not be read."""
+        """Clips among them that could not be read."""
+        self._last: str | None = None
         self._logged: set[str] = set()
 
     def update(self, batch: Mapping[str, Any]) -> None:
-        """Take note of a batch of :func:`collate`. Raises :class:`UserError` above the tolerated share."""
+        """Take note of a batch of :func:`collate`."""
         faults = [line for fault in batch["faults"] for line in fault.split("\n")]
-        self._seen += len(batch["index"])
+        self.seen += len(batch["index"]) + len(faults)
         self.bad += len(faults)
+        self._last = faults[-1] if faults else self._last
         # Once each: a bad clip comes back every epoch.
         for fault in faults:
             if fault not in self._logged:
                 self._logged.add(fault)
                 log.warning("unreadable clip, another one takes its place: %s", fault)
-        # A share of what was requested so far: it does not depend on the size of the data.
-        if self.bad > self._max_fraction * max(self._seen, _GRACE_CLIPS):
+
+    def check_share(self, seen: int, bad: int, dist: Distributed) -> None:
+        """Raise the same :class:`UserError` on all processes if ``bad`` of ``seen`` clips, their sums, are too many."""
+        # A share of what was read so far: it does not depend on the size of the data.
+        if is_above_share(bad, seen, self._max_fraction):
+            last = next((fault for fault in dist.gather_objects(self._last) if fault), "before the resume")
+            # Not exclude alone: other clips are another run, and a checkpoint of this one does not fit it.
             raise UserError(
-                f"{self.bad} of {self._seen} clips could not be read, more than data.max_bad_fraction="
-                f"{self._max_fraction:g} allows; tools/verify_dataset.py lists them all for the source's "
-                f"exclude; the last: {faults[-1] if faults else 'before the resume'}"
+                f"{bad} of {seen} clips could not be read, more than data.max_bad_fraction={self._max_fraction:g} "
+                "allows; to resume this run, raise data.max_bad_fraction; for a new run, tools/verify_dataset.py lists "
+                f"them all for the source's exclude; the last: {last}"
             )
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
         # Sorted: checkpoints of equal runs are equal files.
-        return {"seen": self._seen, "bad": self.bad, "logged": sorted(self._logged)}
+        return {"seen": self.seen, "bad": self.bad, "logged": sorted(self._logged)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on counting where the checkpoint stood."""
-        self._seen, self.bad, self._logged = int(state["seen"]), int(state["bad"]), set(state["logged"])
+        """Continue the counts of a checkpoint."""
+        self.seen, self.bad, self._logged = int(state["seen"]), int(state["bad"]), set(state["logged"])
 
 
 # --------------------------------------------------------------------------------------------------

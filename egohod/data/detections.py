@@ -26,7 +26,7 @@ from __future__ import annotations
 import functools
 import pickle
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,20 +137,29 @@ def read(path: str | Path) -> pa.Table:
             names = table.column_names
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # the last for names of columns
             raise UserError(f"{file}: not readable as parquet: {' '.join(str(error).split())}") from error
-        if OPTIONAL not in names:
-            table = table.append_column(OPTIONAL, pa.nulls(len(table), pa.string()))
-        missing = [name for name in SCHEMA.names if name not in (*names, OPTIONAL)]
-        if missing:
-            raise UserError(f"{file}: lacks the columns {', '.join(missing)}; there are {', '.join(SCHEMA.names)}")
-        try:
-            # The cast takes what other programs write for the same numbers, such as float64.
-            table = table.select(SCHEMA.names).cast(SCHEMA)
-            table.validate(full=True)  # such as texts that are no UTF-8
-        except (pa.ArrowException, ValueError) as error:
-            raise UserError(f"{file}: a column is of another type: {' '.join(str(error).split())}") from error
-        check(table, str(file))
-        tables.append(table)
+        tables.append(conform(table, names, str(file)))
     return pa.concat_tables(tables)
+
+
+def conform(table: pa.Table, names: Sequence[str], name: str) -> pa.Table:
+    """A table with the columns ``names`` in the types and order of ``SCHEMA``, checked.
+
+    Raises :class:`UserError`, with ``name`` as its origin, for columns that are missing or of another type and for what
+    :func:`check` refuses.
+    """
+    if OPTIONAL not in names:
+        table = table.append_column(OPTIONAL, pa.nulls(len(table), pa.string()))
+    missing = [column for column in SCHEMA.names if column not in (*names, OPTIONAL)]
+    if missing:
+        raise UserError(f"{name}: lacks the columns {', '.join(missing)}; there are {', '.join(SCHEMA.names)}")
+    try:
+        # The cast takes what other programs write for the same numbers, such as float64.
+        table = table.select(SCHEMA.names).cast(SCHEMA)
+        table.validate(full=True)  # such as texts that are no UTF-8
+    except (pa.ArrowException, ValueError) as error:
+        raise UserError(f"{name}: a column is of another type: {' '.join(str(error).split())}") from error
+    check(table, name)
+    return table
 
 
 def check(detections: pa.Table, name: str) -> None:

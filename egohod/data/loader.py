@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from egohod.data.config import DataConfig
 from egohod.data.dataset import ClipDataset, Key, collate
 from egohod.errors import UserError
-from egohod.runtime import Interrupted, StopRequest
+from egohod.runtime import STOP_SIGNALS, Interrupted, StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -291,7 +291,7 @@ class ClipLoader(DataLoader[dict[str, Any]]):
             yield _received(batch)
 
     def _next(self, batches: Iterator[dict[str, Any]], workers: Sequence[Any]) -> dict[str, Any]:
-        """The next batch; checks every second whether to keep waiting."""
+        """The next batch; while it waits, checks for a timeout and for a request to stop once a second."""
         start = time.monotonic()
         stop_requested: float | None = None
         while True:
@@ -394,7 +394,7 @@ class _Piped:
     array: np.ndarray
 
 
-_warned = set[str]()
+_has_warned_of_pipes = False
 
 
 def _sendable(batch: dict[str, Any]) -> dict[str, Any]:
@@ -420,8 +420,9 @@ def _received(batch: dict[str, Any]) -> dict[str, Any]:
     _mapped(arrays.append, batch, _Piped)
     if not arrays:
         return batch
-    if not _warned:
-        _warned.add(SHARED_MEMORY)
+    global _has_warned_of_pipes
+    if not _has_warned_of_pipes:
+        _has_warned_of_pipes = True
         log.warning(
             "%s has %.1f MB free, too little for batches of %.1f MB from loader processes (and %.0f MB for others): "
             "they come through pipes, which takes longer. Containers: docker run --shm-size=8g, or --ipc=host",
@@ -457,8 +458,8 @@ def _report_lost(queue: Any, error: Exception, lost: Any) -> None:
 def start_worker(_: int) -> None:
     """Initialise a loader process: it ignores signals, ends with its parent, and keeps its memory."""
     # The main process alone decides when to stop; the signals of a scheduler or of Ctrl-C reach all processes.
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(name, signal.SIG_IGN)
+    for each in STOP_SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
     # Python's own hook prints a traceback and drops the batch, for which the main process would wait for ever.
     multiprocessing.queues.Queue._on_queue_feeder_error = _report_lost  # type: ignore[attr-defined]
     if sys.platform == "linux":

@@ -101,7 +101,8 @@ def resolve_benchmarks(
 ) -> dict[str, BenchmarkConfig]:
     """The benchmarks of ``--benchmark name``, with ``--root`` and ``--metadata`` filled in.
 
-    ``all`` are those of the configuration whose annotations exist. Raises :class:`UserError`.
+    ``all`` are those of the configuration whose annotations exist; the others are logged. Raises :class:`UserError`,
+    also where one of ``evaluate.during`` or ``evaluate.final`` is among the others.
     """
     configured = dict(cfg.evaluate.benchmarks)
     if name == "own" and name not in configured:
@@ -110,8 +111,23 @@ def resolve_benchmarks(
     if name == "all":
         if root or metadata:
             raise UserError("--root and --metadata belong to one benchmark; for all of them use evaluate.benchmarks")
-        # Those that are there: nobody has all data sets, and the configuration names all.
+        # Nobody has all data sets, and the configuration names all. Those of its two lists are required.
         existing = {key: each for key, each in configured.items() if each.metadata and Path(each.metadata).exists()}
+        listed, problems = {*cfg.evaluate.during, *cfg.evaluate.final}, []
+        for key, each in configured.items():
+            if key in existing:
+                continue
+            reason = (
+                f"{each.metadata} does not exist" if each.metadata else f"evaluate.benchmarks.{key}.metadata is not set"
+            )
+            if key in listed:
+                problems.append(
+                    f"benchmark {key} of evaluate.during or evaluate.final: {reason}; correct it, or the list"
+                )
+            else:
+                log.info("benchmark %s is left out: %s", key, reason)
+        if problems:
+            raise UserError(*problems)
         if not existing:
             raise UserError("no benchmark's data is found: set metadata and root in evaluate.benchmarks")
         return existing
@@ -130,10 +146,9 @@ def named_evaluators(
 
     They are those of ``evaluate.during`` and ``evaluate.final``; with ``classes`` they measure a model's heads.
     """
-    names, run = {"val": cfg.evaluate.during, "test": cfg.evaluate.final}[part], execution_of(cfg, dist)
-    return [
-        benchmark(cfg, name, cfg.evaluate.benchmarks[name], run, controls=controls, classes=classes) for name in names
-    ]
+    names, execution = {"val": cfg.evaluate.during, "test": cfg.evaluate.final}[part], execution_of(cfg, dist)
+    options: dict[str, Any] = {"controls": controls, "classes": classes}
+    return [benchmark(cfg, name, cfg.evaluate.benchmarks[name], execution, **options) for name in names]
 
 
 def execution_of(cfg: Config, dist: Distributed) -> Execution:
@@ -191,6 +206,14 @@ def benchmark(
     cache = Path(cfg.evaluate.cache) if cfg.evaluate.cache else None
     source, data = read_benchmark(kind, config, protocol.prompts, cache)
     tasks = tasks_of(data)
+    if classes is not None:
+        tasks = head_tasks(tasks, classes, f"benchmark {name}")
+    metrics = [metric for task in tasks for metric in {*task.metric_names}]
+    if twice := {metric for metric in metrics if metrics.count(metric) > 1}:
+        raise UserError(
+            f"benchmark {name}: two of its tasks have a metric called '{min(twice)}'; rename kinds of questions "
+            f"by evaluate.benchmarks.{name}.metric_names"
+        )
     dataset = ClipDataset(
         [(data.clips, source)],
         protocol=protocol,
@@ -202,7 +225,7 @@ def benchmark(
     return Benchmark(
         name,
         dataset,
-        head_tasks(tasks, classes, f"benchmark {name}") if classes else tasks,
+        tasks,
         tokenizer=tokenizer or Tokenizer(geometry(cfg.model.name).context_length),
         execution=execution,
         controls=controls,
@@ -290,17 +313,17 @@ class Benchmark:
             assert isinstance(model, DualEncoder), f"{type(model).__name__} has no heads"
             model = ClassProbabilities(model, self.classes)
         assert isinstance(model, VideoTextModel), f"{type(model).__name__} has no encode_video and encode_text"
-        run, total = self.execution, len(self.dataset)
+        execution, total = self.execution, len(self.dataset)
         self._check_image_stats(model)
         # Before anything is decoded: a missing file should not come up after an hour.
-        missing = run.dist.gather_objects(self.dataset.missing() if run.dist.is_main else None)[0]
+        missing = execution.dist.gather_objects(self.dataset.missing() if execution.dist.is_main else None)[0]
         rows = np.setdiff1d(np.arange(total), list(missing))
-        if not run.allow_missing or not len(rows):
+        if not execution.allow_missing or not len(rows):
             require_all(missing, total)
         dataset = self.dataset if len(rows) == total else self.dataset.restricted(np.isin(np.arange(total), rows))
-        cache = FeatureCache(run.cache, self._dependencies(model)) if run.cache else None
+        cache = FeatureCache(execution.cache, self._dependencies(model)) if execution.cache else None
         # Missing files are known already; what comes up while decoding is numbered among the remaining clips.
-        video, report = embed_clips(model, dataset, run, controls=self.controls, cache=cache)
+        video, report = embed_clips(model, dataset, execution, controls=self.controls, cache=cache)
         if report.faults:
             readable = np.setdiff1d(np.arange(len(rows)), list(report.faults))
             report.faults = {int(rows[i]): text for i, text in report.faults.items()}
@@ -314,7 +337,7 @@ class Benchmark:
         texts = [text for task in tasks for text in task.texts]
         # All tasks at once: texts that they share are encoded once.
         if texts:
-            embedded = embed_texts(model, texts, self.tokenizer, run, cache=cache)
+            embedded = embed_texts(model, texts, self.tokenizer, execution, cache=cache)
         else:  # heads need none
             embedded = torch.zeros(0, video[PLAIN].shape[-1])
         features = embedded.split([len(task.texts) for task in tasks])
@@ -322,10 +345,7 @@ class Benchmark:
         for order, clips in video.items():
             scores[order] = {}
             for task, text in zip(tasks, features, strict=True):
-                of_task = task.measure(clips, text)
-                if twice := scores[order].keys() & of_task.keys():
-                    raise UserError(f"two tasks of a benchmark use the metric name '{min(twice)}'")
-                scores[order] |= of_task
+                scores[order] |= task.measure(clips, text)
         details = [task.details(video[PLAIN], text) for task, text in zip(tasks, features, strict=True)]
         return BenchmarkResult(scores, details, rows.tolist(), report)
 
@@ -346,13 +366,13 @@ class Benchmark:
         # Neither names nor class prompts change a feature, and the image statistics in use are the model's.
         for name in ("name", "source", "prompts", "image_stats"):
             del protocol[name]
-        run = self.execution
+        dist, precision = self.execution.dist, self.execution.precision
         # Earlier versions computed these in TF32; what they cached must not come back.
-        exact = ", no TF32" if run.dist.device.type == "cuda" and run.precision == torch.float32 else ""
+        exact = ", no TF32" if dist.device.type == "cuda" and precision == torch.float32 else ""
         return {
-            "identity": dict(run.identity),
+            "identity": dict(self.execution.identity),
             "protocol": protocol,
             "image_stats": image_stats_of(model),
             "size": self.dataset.size,
-            "precision": str(run.precision) + exact,
+            "precision": str(precision) + exact,
         }

@@ -68,6 +68,11 @@ class EvaluationTask(ABC):
         ``video`` is [N, D], or [N, V, D] where the best of V views counts, see :func:`similarity`.
         """
 
+    @property
+    @abstractmethod
+    def metric_names(self) -> list[str]:
+        """What ``measure`` calls its metrics."""
+
     @abstractmethod
     def details(self, video: Tensor, text: Tensor) -> Mapping[str, Any]:
         """Answers clip by clip, in plain values for JSON."""
@@ -125,6 +130,13 @@ class RetrievalTask(RetrievalData, EvaluationTask):
             # The median of chance is the first rank by which half of the queries have a hit.
             scores[f"median_rank_{direction}"] = median(ranks, float(np.searchsorted(by_k, 0.5) + 1))
         return scores
+
+    @property
+    def metric_names(self) -> list[str]:
+        """See :class:`EvaluationTask`."""
+        graded = [name + suffix for name in ("map", "ndcg") for suffix in ("", "_v2t", "_t2v")]
+        ranked = [*(f"recall_{k}" for k in RECALL_AT), "median_rank"] if self.text_of_clip is not None else []
+        return graded + [f"{name}_{direction}" for name in ranked for direction in ("v2t", "t2v")]
 
     def details(self, video: Tensor, text: Tensor) -> Mapping[str, Any]:
         """The best texts of each clip with their similarity and relevancy, and its average precision."""
@@ -187,6 +199,12 @@ class ClassificationTask(ClassificationData, EvaluationTask):
                 correct.append(label_ranks(probabilities.numpy() @ one_hot, of_rows.numpy()) <= 1)
             scores[f"{part}_top1"] = percent([np.concatenate(correct)], 100 / one_hot.shape[1])
         return scores
+
+    @property
+    def metric_names(self) -> list[str]:
+        """See :class:`EvaluationTask`."""
+        names = ["top1", "top5", "mean_class", *(["top1_splits", "mean_class_splits"] if len(self.splits) > 1 else [])]
+        return [f"{self.name}_{name}" for name in names] + [f"{part}_top1" for part in self.parts]
 
     def _mean_class(self, ranks: IntArray, splits: Sequence[IntArray], chance: float) -> Score:
         """Accuracy within each class that occurs in a split, averaged over these classes and then over the splits."""
@@ -312,6 +330,11 @@ class MultiLabelTask(MultiLabelData, EvaluationTask):
             )
         }
 
+    @property
+    def metric_names(self) -> list[str]:
+        """See :class:`EvaluationTask`."""
+        return [self.name]
+
     def details(self, video: Tensor, text: Tensor) -> Mapping[str, Any]:
         """The best classes of each clip, and the average precision of each class."""
         scores = similarity(video, text).numpy()
@@ -348,6 +371,11 @@ class MultipleChoiceTask(QuestionData, EvaluationTask):
             str(kind): percent([right[kinds == kind]], 100 * float(guess[kinds == kind].mean()))
             for kind in np.unique(kinds)
         }
+
+    @property
+    def metric_names(self) -> list[str]:
+        """See :class:`EvaluationTask`."""
+        return list(dict.fromkeys(question.kind for question in self.questions))
 
     def details(self, video: Tensor, text: Tensor) -> Mapping[str, Any]:
         """Each question with the choice that was taken and the similarity to all choices."""

@@ -10,28 +10,26 @@ stages and stores what each makes of each clip (:mod:`egohod.hod.store`); what i
 :meth:`Pipeline.finish` marks a shard as finished, and :meth:`Pipeline.merge` writes the csv of all shards.
 
 A detector is added in :mod:`egohod.hod.detectors`, a narrator in :mod:`egohod.hod.narrators`: a module and a line in
-the registry each. A further stage is a class like those below, and a place in the list of :func:`build`.
+the registry each. A further stage is a class like those below, and a place in ``STAGES`` at the end of this module. The
+values of the last one have at least the fields of :class:`~egohod.hod.narrators.Checked`.
 """
 
 from __future__ import annotations
 
 import csv
-import dataclasses
 import functools
 import hashlib
 import itertools
 import json
 import logging
-import math
 import re
 import time
-import types
-import typing
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
@@ -47,24 +45,19 @@ from egohod.data.storage import open_cache
 from egohod.data.table import ClipReader, ClipTable, choose_text
 from egohod.data.videos import Frames, VideoError, sliding_windows
 from egohod.errors import UserError
-from egohod.hod.check import Verdict, check, sides
-from egohod.hod.config import COLUMNS, CheckConfig, HodConfig
-from egohod.hod.detectors import Detector, detector_class, make_detector, typed_options
+from egohod.hod.check import sides
+from egohod.hod.config import COLUMNS, HodConfig
+from egohod.hod.detectors import Detector, check_boxes, detector_class, make_detector, typed_options
 from egohod.hod.facts import ClipFacts, camera_shifts, facts_of, without_rare
-from egohod.hod.narrators import Narration, Narrator, Request, caption_settings, make_narrator
+from egohod.hod.narrators import Narration, Narrator, Request, caption_settings, check_narrations, make_narrator
 from egohod.hod.narrators.template import TemplateNarrator
-from egohod.hod.store import Finished, Outcome, Results, Shard, Store, text_file
-from egohod.runtime import Lost, Progress, Workers, atomic_write, content_hash, file_hash
+from egohod.hod.store import Finished, Outcome, Results, Shard, Store, from_plain, text_file, to_plain
+from egohod.runtime import Lost, Progress, Workers, atomic_write, content_hash, file_hash, is_above_share
 
 log = logging.getLogger(__name__)
 
-DETECT, TRACK, NARRATE, CHECK = STAGES = ("detect", "track", "narrate", "check")
-# Part of the hash under which results are stored. Raise a stage's number when its code makes something else of the
-# same clip and settings: results of the code before are then computed again.
-VERSIONS = {DETECT: 1, TRACK: 2, NARRATE: 8, CHECK: 5}
+DETECT, TRACK, NARRATE, CHECK = "detect", "track", "narrate", "check"
 FAILURE_COLUMNS = ("row", "video_id", "start_second", "end_second", "uid", "stage", "reason")
-# A share of failures is judged as if at least so many clips (or rows) had been tried: a few at the start stop nothing.
-_GRACE = 1000
 # Failures that are logged one by one; the ledger has all of them.
 _LOGGED_FAILURES = 20
 # Clips that are taken through the stages after detect together, where no stage wants fewer.
@@ -73,9 +66,6 @@ _GROUP = 256
 _EXPORTED_AT_A_TIME = 4096
 # A larger share of captions from the template instead of the narrator, or without a hand, is worth a warning.
 _MOST = 0.5
-# Digits of numbers in results: hundred-thousandths of the picture or of a second. Rounded before the next stage reads
-# them, so that it gets the same whether the stage before ran just now or last week.
-_DIGITS = 5
 
 
 # --- Orchestration ---
@@ -96,9 +86,16 @@ class Stage(ABC):
     """One step from videos to narrations."""
 
     name: str
+    # Part of the hash under which results are stored. Raised when the code makes something else of the same clip and
+    # settings: results of the code before are then computed again.
+    version = 1
     settings: Mapping[str, Any]  # all that its results depend on, apart from the clip and the stages before
     reads_text = False  # whether its results depend on the clip's narration too
     group: int | None = _GROUP  # the number of tasks that run() gets at a time; None for all, one by one
+
+    @abstractmethod
+    def __init__(self, cfg: HodConfig, source: ClipReader, before: Mapping[str, Stage]) -> None:
+        """``source`` reads the clips, and has their table; ``before`` holds the stages before, by name."""
 
     def prepare(self) -> None:  # noqa: B027
         """Load what all clips share; :meth:`run` does it before its first task."""
@@ -106,6 +103,15 @@ class Stage(ABC):
     @abstractmethod
     def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Outcome]]:
         """What it makes of each task, in any order, each as soon as it is done."""
+
+
+class State(Enum):
+    """Whether a stage has to work on a clip."""
+
+    DUE = auto()
+    STORED = auto()  # an earlier run did
+    BLOCKED = auto()  # it failed at an earlier stage
+    UNREADY = auto()  # it has not been through the stages before
 
 
 @dataclass
@@ -120,6 +126,14 @@ class StageCounts:
     blocked: int = 0  # failed at an earlier stage
     unready: int = 0  # not been through the stages before
 
+    def skip(self, state: State, outcome: Outcome | None) -> None:
+        """Count a clip that the stage does not work on, by its state and what the stage made of it before."""
+        assert state is not State.DUE
+        self.stored += state is State.STORED
+        self.blocked += state is State.BLOCKED
+        self.unready += state is State.UNREADY
+        self.failed_before += state is State.STORED and outcome is not None and outcome.fault is not None
+
 
 class Pipeline:
     """Stages over the clips of a table. ``retry`` tries clips again that failed, or have a fallback value."""
@@ -127,7 +141,7 @@ class Pipeline:
     def __init__(self, cfg: HodConfig, table: ClipTable, stages: Sequence[Stage], *, retry: bool = False) -> None:
         self.cfg, self.table, self.stages, self.retry = cfg, table, list(stages), retry
         self.store = Store(Path(cfg.output))
-        settings = [(stage.name, stage.settings) for stage in stages]
+        settings = [(stage.name, {"version": stage.version, **stage.settings}) for stage in stages]
         self.fingerprint = _hash(_table_hash(cfg, table), settings, cfg.keep, cfg.dataset, cfg.seed, cfg.block)
         # Of a stage's settings and those of all stages before: once for all clips.
         self._versions = [f"{stage.name}-{_hash(settings[: number + 1])}" for number, stage in enumerate(stages)]
@@ -207,29 +221,21 @@ class Pipeline:
             task = Task(index, self.stored(index, results))
             # Groups are made of these alone: where few clips are due, as with --retry, requests to a model are full
             # all the same.
-            if any(self._state(task, stage) == "due" for stage in stages):
+            states = [self._state(task, stage) for stage in stages]
+            if State.DUE in states:
                 yield task
             else:
-                for stage in stages:
-                    self._is_due(task, stage, counts[stage.name])
+                for stage, state in zip(stages, states, strict=True):
+                    counts[stage.name].skip(state, task.outcomes.get(stage.name))
 
-    def _state(self, task: Task, stage: Stage) -> str:
-        """``due`` if a stage has to work on a clip, else the field of :class:`StageCounts` that it counts for."""
+    def _state(self, task: Task, stage: Stage) -> State:
         outcome = task.outcomes.get(stage.name)
         if outcome is not None and not (self.retry and (outcome.fault or outcome.is_fallback)):
-            return "stored"
+            return State.STORED
         before = [task.outcomes.get(each.name) for each in self.stages[: self.stages.index(stage)]]
         if any(each is not None and each.fault for each in before):
-            return "blocked"
-        return "unready" if None in before else "due"
-
-    def _is_due(self, task: Task, stage: Stage, at: StageCounts) -> bool:
-        state = self._state(task, stage)
-        if state == "due":
-            return True
-        setattr(at, state, getattr(at, state) + 1)
-        at.failed_before += state == "stored" and task.outcomes[stage.name].fault is not None
-        return False
+            return State.BLOCKED
+        return State.UNREADY if None in before else State.DUE
 
     def _run_stage(
         self,
@@ -239,13 +245,29 @@ class Pipeline:
         counts: Mapping[str, StageCounts],
         progress: Progress,
     ) -> None:
-        at = counts[stage.name]
-        for task, outcome in stage.run(task for task in group if self._is_due(task, stage, at)):
+        at, later = counts[stage.name], self.stages[self.stages.index(stage) + 1 :]
+        pending = set[int]()
+
+        def due() -> Iterator[Task]:
+            for task in group:
+                state = self._state(task, stage)
+                if state is State.DUE:
+                    pending.add(task.index)
+                    yield task
+                else:
+                    at.skip(state, task.outcomes.get(stage.name))
+
+        tasks = due()
+        for task, outcome in stage.run(tasks):
+            pending.remove(task.index)
             if not at.done:
                 # Other settings may share the result that a retry replaces: their narrations are no longer complete.
                 results.unmark(None if self.retry else self.fingerprint)
             # At once: a killed run loses the clips that it is working on, and no answer of a model that was paid for.
-            results.put(*self.keys(task.index)[stage.name], outcome)
+            # What later stages made of the result that this one replaces goes with it, in the same transaction.
+            keys = self.keys(task.index)
+            stale = [keys[each.name] for each in later if task.outcomes.pop(each.name, None) is not None]
+            results.put(*keys[stage.name], outcome, stale)
             task.outcomes[stage.name] = outcome
             at.done += 1
             at.failed += outcome.fault is not None
@@ -256,7 +278,7 @@ class Pipeline:
                     where = self.table.where(task.index)
                     log.warning("%s failed: %s", stage.name, UserError(f"{where}: {outcome.fault}{more}"))
                 # Failures of earlier runs do not count: their cause may be gone.
-                if at.failed > self.cfg.max_bad_fraction * max(at.done, _GRACE):
+                if is_above_share(at.failed, at.done, self.cfg.max_bad_fraction):
                     raise UserError(
                         f"{stage.name}: {at.failed} of {at.done} clips failed, more than max_bad_fraction="
                         f"{self.cfg.max_bad_fraction:g} allows; the last: {self.table.where(task.index)}: "
@@ -265,6 +287,9 @@ class Pipeline:
             settled = sum(each.stored + each.done + each.blocked + each.unready for each in counts.values())
             failed = sum(each.failed for each in counts.values())
             progress.update(settled / len(counts), note=f"{failed:,} failed" if failed else "")
+        # A clip without an outcome would be missing without a reason, and again after every rerun.
+        pending.update(task.index for task in tasks)
+        assert not pending, f"stage {stage.name} has no outcome for {self.table.where(min(pending))}"
 
     def try_clip(self, index: int) -> Iterator[tuple[str, Outcome, float]]:
         """Take one clip through the stages up to a failure and store nothing: (stage, outcome, seconds)."""
@@ -444,6 +469,9 @@ def build(cfg: HodConfig, *, retry: bool = False) -> Pipeline:
 
     Raises :class:`UserError` for whatever is missing.
     """
+    # Before the metadata is read, which takes minutes where it is large.
+    options = typed_options(cfg.detector.kind, cfg.detector.options)
+    cfg = replace(cfg, detector=replace(cfg.detector, options=options))
     store = Store(Path(cfg.output))
     if store.output.is_dir():
         raise UserError(f"output is '{cfg.output}', which is a folder; it must be a file, such as {cfg.output}/hod.csv")
@@ -463,10 +491,10 @@ def build(cfg: HodConfig, *, retry: bool = False) -> Pipeline:
             "no narrations to start from: give --metadata (source.metadata), or narrator.kind=vlm to narrate windows "
             "of the videos of --root"
         )
-    source = open_videos(cfg, table)
-    narrate = NarrateStage(cfg, source)
-    stages = [DetectStage(cfg, source), TrackStage(cfg, table), narrate, CheckStage(narrate)]
-    return Pipeline(cfg, table, stages, retry=retry)
+    source, stages = open_videos(cfg, table), dict[str, Stage]()
+    for cls in STAGES:
+        stages[cls.name] = cls(cfg, source, stages)
+    return Pipeline(cfg, table, list(stages.values()), retry=retry)
 
 
 def narrated_clips(cfg: HodConfig) -> ClipTable:
@@ -482,7 +510,7 @@ def narrated_clips(cfg: HodConfig) -> ClipTable:
     # Rows that are left out on purpose are no damage; too many others mean that the file is not what it should be.
     bad = {why: n for why, n in table.report.left_out.items() if why not in ("duplicates", "on the exclude list")}
     rows = len(table) + sum(table.report.left_out.values())
-    if sum(bad.values()) > cfg.max_bad_fraction * max(rows, _GRACE):
+    if is_above_share(sum(bad.values()), rows, cfg.max_bad_fraction):
         reasons = ", ".join(f"{count:,} {why}" for why, count in bad.items())
         raise UserError(
             f"{table.path}: {sum(bad.values()):,} of {rows:,} rows cannot be used ({reasons}), more than "
@@ -520,7 +548,9 @@ def source_text(cfg: HodConfig, table: ClipTable, index: int) -> str:
 def _table_hash(cfg: HodConfig, table: ClipTable) -> str:
     """Of all that a table was read from; the same on all machines, wherever the files are."""
     source = cfg.source
-    digest = hashlib.sha256(repr((source.format, source.columns, source.clip_rule, source.list_text)).encode())
+    # Sorted: the same names in another order are the same table.
+    columns = dict(sorted(source.columns.items()))
+    digest = hashlib.sha256(repr((source.format, columns, source.clip_rule, source.list_text)).encode())
     if source.metadata:
         for path in filter(None, (source.metadata, source.exclude)):
             digest.update(bytes.fromhex(file_hash(path)))
@@ -543,15 +573,15 @@ class DetectStage(Stage):
     name = DETECT
     group = None  # a worker takes the next clip as soon as it is free; at the end of a group it would wait for others
 
-    def __init__(self, cfg: HodConfig, source: ClipReader) -> None:
+    def __init__(self, cfg: HodConfig, source: ClipReader, before: Mapping[str, Stage]) -> None:
         self._cfg, self._source = cfg, source
         self._detector: Detector | None = None
+        # With their types: "0.5" from the command line and 0.5 from a file are the same detector.
+        self._options = typed_options(cfg.detector.kind, cfg.detector.options)
         self.settings: Mapping[str, Any] = {
-            "version": VERSIONS[DETECT],
             "frames": cfg.frames,
             "detector": cfg.detector.kind,
-            # With their types: "0.5" from the command line and 0.5 from a file are the same detector.
-            "options": typed_options(cfg.detector.kind, cfg.detector.options),
+            "options": self._options,
             "camera": cfg.tracks.camera,
             # In which files a clip's frames are, and where in them; folders are left out, which differ by machine.
             "layout": cfg.source.layout,
@@ -579,22 +609,24 @@ class DetectStage(Stage):
 
         Raises :class:`UserError` if they are of other videos: all clips would keep their narrations without a warning.
         """
-        kind, options = self._cfg.detector.kind, self._cfg.detector.options
+        kind, table = self._cfg.detector.kind, self._source.table
         if self._detector is not None or not detector_class(kind).reads_files:
             return
-        self._detector = make_detector(kind, options)
-        videos, table, path = pd.unique(self._source.table.column("video_id")), self._source.table, options["path"]
+        self._detector = make_detector(kind, self._options)
+        # Its files are among its options that are text, whatever it calls them.
+        texts = [f"detector.options.{name}={value}" for name, value in self._options.items() if isinstance(value, str)]
+        place, videos = ", ".join(texts) or f"detector.kind={kind}", pd.unique(table.column("video_id"))
         with_boxes = self._detector.videos()
         missing = [video for video in videos if video not in with_boxes]
         if len(missing) == len(videos):
             raise UserError(
-                f"{path}: has detections of none of the {len(videos):,} videos of {table.path}, such as "
+                f"{place}: has detections of none of the {len(videos):,} videos of {table.path}, such as "
                 f"'{missing[0]}'; the video_id must be the same in both"
             )
         if missing:
             log.warning(
                 "%s: %s of %s videos have no detections, such as '%s'; their narrations will name no hand",
-                *(path, f"{len(missing):,}", f"{len(videos):,}", missing[0]),
+                *(place, f"{len(missing):,}", f"{len(videos):,}", missing[0]),
             )
 
     def _process(self, task: Task) -> Outcome:
@@ -603,6 +635,10 @@ class DetectStage(Stage):
             return Outcome(self.look(self._source.read(row, self._cfg.frames, None), row.video_id))
         except VideoError as error:
             return Outcome(None, str(error))
+        except Exception as error:
+            # Such as a mistake in somebody's detector: without the clip it could not be reproduced.
+            error.add_note(self._source.table.where(task.index))
+            raise
 
     def look(self, frames: Frames, video_id: str) -> dict[str, Any]:
         """Boxes in the frames of a clip."""
@@ -610,8 +646,11 @@ class DetectStage(Stage):
         seconds, first = np.unique(frames.seconds, return_index=True)
         numbers, pictures = frames.numbers[first], frames.pictures[first]
         if self._detector is None:  # a model is loaded by each worker
-            self._detector = make_detector(self._cfg.detector.kind, self._cfg.detector.options)
+            self._detector = make_detector(self._cfg.detector.kind, self._options)
         boxes = self._detector.detect(video_id, numbers, seconds, pictures)
+        if not self._detector.reads_files:  # those were checked when their file was read
+            span = f"{seconds[0]:.3f} to {seconds[-1]:.3f} s"
+            boxes = check_boxes(boxes, f"detector.kind={self._cfg.detector.kind}, boxes of {video_id} at {span}")
         height, width = pictures.shape[1:3]
         shifts = camera_shifts(pictures, seconds, boxes) if self._cfg.tracks.camera else None
         # Without the video, which is the same in all rows; see box_table.
@@ -628,14 +667,12 @@ def box_table(video_id: str, detected: Mapping[str, Any]) -> pa.Table:
 class TrackStage(Stage):
     """Facts from boxes."""
 
-    name = TRACK
+    name, version = TRACK, 2
 
-    def __init__(self, cfg: HodConfig, table: ClipTable) -> None:
-        self._params = cfg.tracks
-        self._table = table
+    def __init__(self, cfg: HodConfig, source: ClipReader, before: Mapping[str, Stage]) -> None:
+        self._params, self._table = cfg.tracks, source.table
         # The motion of the camera is measured with the boxes, from the pictures.
-        knobs = {name: value for name, value in vars(cfg.tracks).items() if name != "camera"}
-        self.settings: Mapping[str, Any] = {"version": VERSIONS[TRACK], **knobs}
+        self.settings = {name: value for name, value in vars(cfg.tracks).items() if name != "camera"}
 
     def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Outcome]]:
         """See :class:`Stage`."""
@@ -658,15 +695,14 @@ class TrackStage(Stage):
 class NarrateStage(Stage):
     """Narrations from facts, by the narrator of the configuration."""
 
-    name, reads_text = NARRATE, True
+    name, version, reads_text = NARRATE, 8, True
 
-    def __init__(self, cfg: HodConfig, source: ClipReader) -> None:
+    def __init__(self, cfg: HodConfig, source: ClipReader, before: Mapping[str, Stage]) -> None:
         self.cfg, self._source = cfg, source
         # Enough that no request waits for another at the end of a group; the frames of a group are in memory.
         at_once = cfg.narrator.batch * cfg.narrator.concurrency
         self.group = {"template": _GROUP, "vlm": 2 * at_once}.get(cfg.narrator.kind, 8 * at_once)
         self.settings: Mapping[str, Any] = {
-            "version": VERSIONS[NARRATE],
             "min_seen": cfg.check.min_seen,  # rarer hands are no part of the facts that it gets
             **caption_settings(cfg.narrator),
         }
@@ -703,83 +739,17 @@ class NarrateStage(Stage):
         return ready, failed
 
 
-@dataclass(frozen=True)
-class Checked:
-    """A caption that went through the check."""
-
-    text: str | None  # None where even the template's caption is refused
-    narrator: str  # whose caption it is in the end; template too where it replaced another's
-    verdict: Verdict
-    attempts: int  # requests to the narrator: 1 or 2
-    refusals: tuple[str, ...]  # why its captions were refused, if there was a second request or a replacement
-    prompt_tokens: int
-    completion_tokens: int
-    unanswered: bool  # the narrator had no usable answer at least once: another day it may have one
-
-
-def check_narrations(
-    requests: Sequence[Request],
-    narrations: Sequence[Narration],
-    narrator: Narrator,
-    settings: CheckConfig,
-    template: TemplateNarrator,
-) -> Iterator[tuple[int, Checked]]:
-    """Check the first narration of each request, and replace those that are refused.
-
-    A refused caption is requested once more, with the reasons (``settings.ask_again``; never from the template, which
-    would repeat it). If that is refused too, ``template`` narrates the source, and if that fails, the facts alone.
-    Yields (index of the request, result) once for each, as soon as it is decided. Raises what the narrator raises.
-    """
-    instructions = getattr(narrator, "instructions", "")
-    answers: list[list[Narration]] = [[] for _ in requests]
-    refusals: list[tuple[str, ...]] = [() for _ in requests]
-    refused: list[int] = []
-
-    def second_answers() -> Iterator[tuple[int, Narration]]:
-        if refused and settings.ask_again and narrator.name != "template":
-            numbers = refused.copy()
-            refused.clear()
-            again = [replace(requests[n], complaints=refusals[n], refused=answers[n][0].text) for n in numbers]
-            for place, answer in narrator.narrate(again):
-                yield numbers[place], answer
-
-    def result(number: int, text: str | None, who: str, verdict: Verdict) -> tuple[int, Checked]:
-        own = answers[number]
-        tokens = sum(answer.prompt_tokens for answer in own), sum(answer.completion_tokens for answer in own)
-        unanswered = any(answer.problem is not None for answer in own)
-        return number, Checked(text, who, verdict, len(own), refusals[number], *tokens, unanswered)
-
-    # The second answers are requested after all of the first are checked: their requests are then full.
-    for number, answer in itertools.chain(enumerate(narrations), second_answers()):
-        request, verdict = requests[number], Verdict(0.0, (answer.problem or "no answer",))
-        if answer.text is not None:
-            verdict = check(answer.text, request.source, request.facts, settings, instructions)
-        answers[number].append(answer)
-        refusals[number] += verdict.reasons
-        if verdict.passed:
-            yield result(number, answer.text, answer.narrator, verdict)
-        else:
-            refused.append(number)
-    for number in refused:
-        request, text, verdict = requests[number], None, Verdict(0.0, refusals[number])
-        for source in dict.fromkeys((request.source, "")):
-            caption = template.caption(source, request)
-            # The facts alone are checked as what they are, a caption without a narration before.
-            verdict = check(caption, source, request.facts, settings, instructions if source == request.source else "")
-            if verdict.passed:
-                text = caption
-                break
-        yield result(number, text, "template", verdict)
-
-
 class CheckStage(Stage):
     """Judges the narrations; what is refused is narrated once more, or by the template."""
 
-    name, reads_text = CHECK, True
+    name, version, reads_text = CHECK, 5, True
 
-    def __init__(self, narrate: NarrateStage) -> None:
+    def __init__(self, cfg: HodConfig, source: ClipReader, before: Mapping[str, Stage]) -> None:
+        # The narrator is shared: it answers what the check refuses, and a server that is down is noticed once.
+        narrate = before[NARRATE]
+        assert isinstance(narrate, NarrateStage), "the check comes after the narrator"
         self._narrate, self.group = narrate, narrate.group
-        self.settings: Mapping[str, Any] = {"version": VERSIONS[CHECK], **vars(narrate.cfg.check)}
+        self.settings = vars(cfg.check)
 
     def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Outcome]]:
         """See :class:`Stage`."""
@@ -798,42 +768,10 @@ class CheckStage(Stage):
         yield from failed
 
 
-# --- Results as plain values ---
-
-
-def to_plain(value: Any) -> Any:
-    """Dataclasses, arrays and containers as what JSON can hold: numbers rounded, NaN as None."""
-    if dataclasses.is_dataclass(value):  # not dataclasses.asdict: it copies arrays before they are converted
-        return {entry.name: to_plain(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {str(key): to_plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_plain(each) for each in value]
-    if isinstance(value, np.ndarray):
-        return to_plain(value.tolist())
-    if isinstance(value, (np.floating, np.integer, np.bool_)):
-        return to_plain(value.item())
-    if isinstance(value, float):
-        return round(value, _DIGITS) if math.isfinite(value) else None  # JSON has no NaN
-    return value
-
-
-def from_plain(kind: Any, value: Any) -> Any:
-    """A value of the type ``kind`` (a dataclass, or the type of one of its fields) of what :func:`to_plain` made of it.
-
-    None in an array becomes NaN.
-    """
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        (inner,) = (part for part in parts if part is not types.NoneType)
-        return None if value is None else from_plain(inner, value)
-    if origin is dict:
-        return {key: from_plain(parts[1], each) for key, each in value.items()}
-    if origin in (tuple, list):
-        return origin(from_plain(parts[0], each) for each in value)
-    if kind is np.ndarray:
-        return np.array(value, dtype=np.float64)
-    if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        return kind(**{name: from_plain(hints[name], each) for name, each in value.items()})  # type: ignore[operator]
-    return value
+STAGES: tuple[type[Stage], ...] = (
+    DetectStage,
+    TrackStage,
+    NarrateStage,
+    CheckStage,
+)
+"""The stages in their order; names, the --stage of the program and its dry run follow from this."""

@@ -8,24 +8,32 @@
 
 A result is stored under its clip and a hash of what made it: the settings and code versions of its stage and of all
 stages before. Other settings therefore add rows, and with earlier settings the earlier rows are used again. Every
-result is a transaction: a killed process loses the clips that it was working on, nothing else.
+result is a transaction: a killed process loses the clips that it was working on, nothing else. A result that is
+replaced, as by --retry, takes with it those of later stages, which were made from it: their rows then have neither a
+value nor a fault, which also hides rows of other shards' files, opened only for reading.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import logging
+import math
 import os
 import re
 import sqlite3
+import types
+import typing
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 from urllib.parse import quote
+
+import numpy as np
 
 from egohod.errors import UserError
 from egohod.runtime import atomic_write, locked
@@ -38,6 +46,9 @@ _PATIENCE = 3.0
 # Unknown ones count as such: there every result costs two fsyncs instead of none.
 _LOCAL_FILE_SYSTEMS = frozenset(["apfs", "bcachefs", "btrfs", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"])
 _MOUNTS = Path("/proc/self/mounts")
+# Digits of numbers in results: hundred-thousandths of the picture or of a second. Rounded before the next stage reads
+# them, so that it gets the same whether the stage before ran just now or last week.
+_DIGITS = 5
 # Small columns first: SQLite then reads them without the pages of the value. The checksum detects damage of the disk,
 # which JSON would mostly survive as other numbers.
 _SCHEMA = """
@@ -203,6 +214,8 @@ class Results:
             if row is None:
                 continue
             fault, is_fallback, checksum, value = row
+            if fault is None and value is None:
+                return None  # made from a result that was replaced; older files may have it, no later one
             if fault:
                 return Outcome(None, str(fault))
             if isinstance(value, bytes) and zlib.crc32(value) == checksum:
@@ -210,13 +223,16 @@ class Results:
             log.warning("%s: a damaged result is ignored; its clip is processed again", path)
         return None
 
-    def put(self, clip: str, stage: str, outcome: Outcome) -> None:
-        """Store what a stage made of a clip."""
+    def put(self, clip: str, stage: str, outcome: Outcome, stale: Sequence[tuple[str, str]] = ()) -> None:
+        """Store what a stage made of a clip; ``stale`` are the keys of results that it makes invalid."""
         value = b"" if outcome.fault else json.dumps(outcome.value, separators=(",", ":"), allow_nan=False).encode()
         # What is no Unicode, as names of files may be, becomes what the ledger would write for it.
         fault = outcome.fault.encode("utf-8", "replace").decode() if outcome.fault else None
         row = (clip, stage, fault, outcome.is_fallback, zlib.crc32(value), value)
-        self._write("INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?, ?)", row)
+        rows = [row, *((*key, None, False, 0, None) for key in stale)]
+        # One statement, and so one transaction: no kill leaves the one without the others.
+        places = ", ".join(["(?, ?, ?, ?, ?, ?)"] * len(rows))
+        self._write(f"INSERT OR REPLACE INTO results VALUES {places}", [each for row in rows for each in row])
 
     def finished(self, fingerprint: str) -> Finished | None:
         """What the shard contained when it was finished with these settings; None if it was not, or changed since."""
@@ -328,3 +344,44 @@ def text_file(path: Path) -> Iterator[TextIO]:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; finished clips are kept, rerun to resume"
         ) from error
+
+
+# --- Results as plain values ---
+
+
+def to_plain(value: Any) -> Any:
+    """Dataclasses, arrays and containers as what JSON can hold: numbers rounded, NaN as None."""
+    if dataclasses.is_dataclass(value):  # not dataclasses.asdict: it copies arrays before they are converted
+        return {entry.name: to_plain(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): to_plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(each) for each in value]
+    if isinstance(value, np.ndarray):
+        return to_plain(value.tolist())
+    if isinstance(value, (np.floating, np.integer, np.bool_)):
+        return to_plain(value.item())
+    if isinstance(value, float):
+        return round(value, _DIGITS) if math.isfinite(value) else None  # JSON has no NaN
+    return value
+
+
+def from_plain(kind: Any, value: Any) -> Any:
+    """A value of the type ``kind`` (a dataclass, or the type of one of its fields) of what :func:`to_plain` made of it.
+
+    None in an array becomes NaN.
+    """
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        (inner,) = (part for part in parts if part is not types.NoneType)
+        return None if value is None else from_plain(inner, value)
+    if origin is dict:
+        return {key: from_plain(parts[1], each) for key, each in value.items()}
+    if origin in (tuple, list):
+        return origin(from_plain(parts[0], each) for each in value)
+    if kind is np.ndarray:
+        return np.array(value, dtype=np.float64)
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        return kind(**{name: from_plain(hints[name], each) for name, each in value.items()})  # type: ignore[operator]
+    return value

@@ -33,6 +33,7 @@ from safetensors.torch import load, save_file
 from egohod.config import Config
 from egohod.data.labels import ClassSpace
 from egohod.errors import UserError
+from egohod.loss.config import LOSSES
 from egohod.model.checkpoints import HeadClasses, WeightFile, checksum, from_tensors, read_weights
 from egohod.model.dual_encoder import Base, DualEncoder
 from egohod.model.weight_files import load_pickle
@@ -48,6 +49,8 @@ _IDENTITY = (
     *("model.name", "model.num_frames", "model.activation", "model.image_stats"),
     *("loss.name", "loss.boxes", "loss.learn_temperature", "train.seed", "train.global_batch_size"),
 )
+# Settings that earlier releases did not record: a checkpoint without them is resumed with any value.
+_RECORDED_LATER = ("loss.margin", "loss.tau", "loss.label_smoothing")
 # Keys of identities as earlier releases wrote them.
 _RENAMED_KEYS = {
     "checksum of the weights that are not trained": "base.sha256",
@@ -163,8 +166,23 @@ class CheckpointStore:
                 log.warning("%s; trying the one before", error)
         return None
 
+    def would_keep(self, score: float) -> bool:
+        """Whether a new checkpoint with this score would be among the ``keep_best`` best; never if it is NaN."""
+        best = self._ranked(self._scores())[: self._keep_best]
+        # The last of them would make room for a better one, but not for an equal one: the oldest stays.
+        least = best[-1][1] if best and len(best) == self._keep_best else float("-inf")
+        return self._keep_best > 0 and score > least
+
     def _prune(self, newest: Path) -> None:
         """Keep ``newest`` and those before it, and the best ones; torn ones do not count, and stay."""
+        scores = self._scores()
+        best = [path for path, _ in self._ranked(scores)[: self._keep_best]]
+        for path in scores.keys() - {newest, *list(scores)[-self._keep_last :], *best}:
+            with contextlib.suppress(OSError):  # one checkpoint too many ends no run
+                self._remove(path)
+
+    def _scores(self) -> dict[Path, float]:
+        """The metric ``best`` of each whole checkpoint, oldest first; minus infinity where it was not measured."""
         scores: dict[Path, float] = {}
         for path in self.steps():
             try:
@@ -172,13 +190,15 @@ class CheckpointStore:
             except CheckpointError:
                 continue
             # Whether the files are there is enough here: to read them would take minutes, and resuming does it.
-            if path == newest or all((path / name).is_file() for name in (WEIGHTS, TRAINING)):
+            if all((path / name).is_file() for name in (WEIGHTS, TRAINING)):
                 scores[path] = float(score) if isinstance(score, (int, float)) else float("-inf")
+        return scores
+
+    @staticmethod
+    def _ranked(scores: dict[Path, float]) -> list[tuple[Path, float]]:
         # Of equal checkpoints the oldest stays, which a stable sort has in front.
-        best = sorted((path for path in scores if scores[path] > float("-inf")), key=lambda path: -scores[path])
-        for path in scores.keys() - {newest, *list(scores)[-self._keep_last :], *best[: self._keep_best]}:
-            with contextlib.suppress(OSError):  # one checkpoint too many ends no run
-                self._remove(path)
+        measured = [(path, score) for path, score in scores.items() if score > float("-inf")]
+        return sorted(measured, key=lambda each: -each[1])
 
     def _remove(self, path: Path) -> None:
         """Delete a checkpoint folder; raises :class:`OSError` if it cannot be renamed."""
@@ -211,6 +231,13 @@ def identity(cfg: Config, model: DualEncoder, clips: int, classes: ClassSpace | 
     for name in (*(f"train.{name}" for name in train), "loss.opposites", "loss.separation"):
         if attrgetter(name)(cfg) != attrgetter(name)(Config()):
             result[name] = attrgetter(name)(cfg)
+    # Settings of the loss that it does not use may change.
+    if margin := LOSSES[cfg.loss.name].margin:
+        result["loss.margin"] = cfg.loss.margin or margin
+    if cfg.loss.name == "sms":
+        result["loss.tau"] = cfg.loss.tau
+    if cfg.loss.name == "classes":
+        result["loss.label_smoothing"] = cfg.loss.label_smoothing
     if cfg.data.labels.target != "narration":
         result["data.labels.target"] = cfg.data.labels.target
     if model.base:
@@ -226,6 +253,8 @@ def require_identity(checkpoint: Checkpoint, current: dict[str, Any]) -> None:
     saved = checkpoint.manifest["identity"]
     # Of both: a setting that only one of them has is as different as another value.
     for key in {**current, **saved}:
+        if key not in saved and key in _RECORDED_LATER:
+            continue
         if saved.get(key) != current.get(key):
             was, now = (values.get(key, "its default") for values in (saved, current))
             raise UserError(

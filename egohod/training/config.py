@@ -109,7 +109,9 @@ class TrainConfig:
     )
     # What is written, and how often.
     log_every: str = knob("10 steps", "interval of metrics; in between, nothing waits for the device")
-    save_every: str = knob("1 epochs", "interval of checkpoints")
+    save_every: str = knob(
+        "1 epochs", "interval of checkpoints; a step that is evaluated in between is saved if it is among keep_best"
+    )
     keep_last: int = knob(2, "newest checkpoints kept", low=1)
     keep_best: int = knob(1, "best checkpoints kept, by evaluate.best", low=0)
 

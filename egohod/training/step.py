@@ -52,7 +52,7 @@ class TrainStep:
         self._optimizer = build_optimizer(model, cfg.train)
         self._schedule = build_schedule(self._optimizer, cfg.train, total_steps, steps_per_epoch)
         # Scaling only matters in fp16; the scaler is used in every precision because it also skips steps with
-        # non-finite gradients without asking the device (the optimizer is fused).
+        # non-finite gradients without a wait for the device (the optimizer is fused).
         self._is_fp16 = self._dtype == torch.float16
         self._scaler = torch.amp.GradScaler(dist.device.type, init_scale=2.0**16 if self._is_fp16 else 1.0)
         self._mixer = ClipMixer(cfg.train) if cfg.train.mixup or cfg.train.cutmix else None
@@ -80,9 +80,8 @@ class TrainStep:
                 ``opposites`` int64 [B, L] and ``has_opposite`` bool [B].
 
         Returns:
-            Scalars on the device: the loss's (loss, accuracy, box_error, opposite_accuracy,
-            opposite_cosine), grad_norm, logit_scale, and skipped (1 where
-            loss or gradient was not finite).
+            Scalars on the device: the loss's (loss, accuracy, box_error, opposite_accuracy, opposite_cosine),
+            grad_norm, logit_scale, and skipped (1 where loss or gradient was not finite).
         """
         # Dropout and the like depend on (seed, rank, step) alone, so that a resumed run draws the same numbers.
         seed = int(np.random.SeedSequence((*self._seed, step)).generate_state(1)[0])
@@ -93,12 +92,20 @@ class TrainStep:
             # in another order than the same step of a run that was never interrupted.
             forward_backward(self._forward, self._model, micro_batches, self._loss, self._scaler.scale)
             torch.manual_seed(seed)
-        self._is_first, self._step = False, step
+        self._is_first = False
         # The schedule counts from 0. It is a function of the step alone, so a checkpoint holds no state of it.
         self._schedule.step_update(step - 1)
         self._optimizer.zero_grad(set_to_none=True)
+
+        def loss(**features: Tensor) -> dict[str, Tensor]:
+            # The first collective of a step is the loss's: until here no process waits for another.
+            self._stopwatch.stop()
+            if not self._has_opposites:
+                return self._loss(**features)
+            return self._loss(**features, weight_share=weight_share(self._loss_config, step, self._total_steps))
+
         self._stopwatch.start()
-        scalars = forward_backward(self._forward, self._model, micro_batches, self._timed_loss, self._scaler.scale)
+        scalars = forward_backward(self._forward, self._model, micro_batches, loss, self._scaler.scale)
         # Unscaled first: the norm, and its clipping, are of the true gradient.
         self._scaler.unscale_(self._optimizer)
         parameters = list(self._inner.parameters())
@@ -146,13 +153,6 @@ class TrainStep:
             target = batch["boxes"].to(self._device, non_blocking=True)
             output["box_errors"] = box_errors(output.pop("boxes"), target)
         return output
-
-    def _timed_loss(self, **features: Tensor) -> dict[str, Tensor]:
-        # The first collective of a step is the loss's: until here no process waits for another.
-        self._stopwatch.stop()
-        if not self._has_opposites:
-            return self._loss(**features)
-        return self._loss(**features, weight_share=weight_share(self._loss_config, self._step, self._total_steps))
 
     def forward_seconds(self) -> float:
         """How long forward passes took since the last call, until losses met the other processes' features.
@@ -358,8 +358,9 @@ def build_schedule(
     peak, start, end = learning_rates(cfg)
     return CosineLRScheduler(
         optimizer,
-        # timm divides by it, and a run may be all warm-up.
-        t_initial=max(1, total_steps - warmup),
+        # timm divides by it, and a run may be all warm-up. Of one step it warns that the cosine has no effect, but that
+        # step has the peak rate, as the first of two.
+        t_initial=max(2, total_steps - warmup),
         # A cosine between equal ends is a constant.
         lr_min=peak if cfg.schedule == "constant" else end,
         warmup_t=warmup,

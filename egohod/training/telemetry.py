@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import statistics
@@ -126,34 +127,49 @@ class MetricWindow:
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
         self._count = 0
+        # Skipped steps since the last finite one, also of earlier windows: a scalar on the device.
+        self._consecutive: torch.Tensor | float = 0.0
 
     def add(self, metrics: dict[str, torch.Tensor]) -> None:
-        """Add one step's scalars."""
+        """Add one step's scalars, of which ``skipped`` is 1 if the step changed no weight, else 0."""
+        skipped = metrics["skipped"].detach().float()
+        finite = 1 - skipped
         for name, value in metrics.items():
-            # A skipped step is counted in 'skipped'; its loss, NaN or infinite, would make the mean meaningless.
+            # A loss that is NaN would make the mean meaningless, and the finite numbers of a skipped step (accuracy,
+            # logit_scale) are not of a step either.
             value = torch.nan_to_num(value.detach().float(), nan=0.0, posinf=0.0, neginf=0.0)
+            value = skipped if name == "skipped" else value * finite
             self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._consecutive = (self._consecutive + 1) * skipped
         self._count += 1
 
     def means(self) -> dict[str, float]:
-        """The means, read from the device (the only wait of a step), and a fresh window. ``skipped`` is a sum."""
+        """The means over the steps that were not skipped, NaN where all were; starts a new window.
+
+        Reads them from the device, the only wait of a step. ``skipped`` and ``steps`` are numbers of steps since the
+        last call, ``consecutive_skips`` is that of the steps since the last finite one, also of earlier windows.
+        """
+        assert self._sums, "a window of no steps has no means"
         # One copy for all of them: each .item() would wait for the device by itself.
-        values = torch.stack(list(self._sums.values())).tolist() if self._sums else []
-        sums, count = dict(zip(self._sums, values, strict=True)), max(self._count, 1)
-        skipped = sums.pop("skipped", 0.0)
+        *values, consecutive = torch.stack([*self._sums.values(), torch.as_tensor(self._consecutive)]).tolist()
+        sums, count = dict(zip(self._sums, values, strict=True)), self._count
+        skipped = sums.pop("skipped")
         self._sums, self._count = {}, 0
-        # Skipped steps added zeros, so the mean is over the others.
-        good = max(count - skipped, 1)
-        return {name: value / good for name, value in sums.items()} | {"skipped": skipped, "steps": float(count)}
+        good = count - skipped
+        means = {name: value / good if good else float("nan") for name, value in sums.items()}
+        return means | {"skipped": skipped, "steps": float(count), "consecutive_skips": consecutive}
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint: a run interrupted within a window logs the same means as one that was not."""
-        return {"sums": {name: value.cpu() for name, value in self._sums.items()}, "count": self._count}
+        sums = {name: value.cpu() for name, value in self._sums.items()}
+        return {"sums": sums, "count": self._count, "consecutive_skips": float(self._consecutive)}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Continue the window of a checkpoint."""
         self._sums = {name: value.to(device) for name, value in state["sums"].items()}
         self._count = state["count"]
+        # Earlier releases did not count them.
+        self._consecutive = torch.tensor(state.get("consecutive_skips", 0.0), device=device)
 
 
 class Telemetry:
@@ -208,7 +224,7 @@ class Telemetry:
             return
         if len(shares) > 1:
             speed |= self._stragglers.update(shares)
-        shown = {name: value for name, value in (metrics | speed).items() if name != "steps"}
+        shown = {name: value for name, value in (metrics | speed).items() if name not in ("steps", "consecutive_skips")}
         self.write(step, {f"train/{name}": value for name, value in shown.items()})
         eta = time_left((self._total - step) * self._seconds_per_step, rate=1.0)
         skipped = f"  skipped {metrics['skipped']:.0f}" if metrics.get("skipped") else ""
@@ -224,7 +240,9 @@ class Telemetry:
         if not self._active:
             return
         try:
-            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            # A window in which every step was skipped has no mean: null, as JSON has no NaN.
+            finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+            self._file.write(json.dumps({"step": step, **finite}) + "\n")
             self._file.flush()
             if self._board is not None:
                 for name, value in metrics.items():
@@ -233,12 +251,19 @@ class Telemetry:
         except OSError as error:
             log.error("metrics of step %d not written: %s; training continues", step, error.strerror or error)
 
-    def close(self) -> None:
-        """Flush and close the files."""
-        if self._active:
+    def __enter__(self) -> Telemetry:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Also after an error: TensorBoard's thread would keep its last events.
+        if not self._active:
+            return
+        try:
             self._file.close()
             if self._board is not None:
                 self._board.close()
+        except OSError as error:  # a lost folder, whose own error ends the run and must not be replaced
+            log.error("metrics not written: %s", error.strerror or error)
 
 
 def memory_gb(device: torch.device) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -100,20 +100,20 @@ def train(
 
     A request to stop (``dist.stop``) ends the loop after the current step, or the evaluation after the current batch,
     with a checkpoint and :class:`Interrupted`; an evaluation that it cut short is the first thing that a resumed run
-    does. Raises :class:`UserError` when too many clips are unreadable or when no step of a whole logging window was
-    finite.
+    does. Raises :class:`UserError` when too many clips are unreadable or when ``FEWEST_SKIPPED`` or more steps up to a
+    line of the log were not finite.
     """
     schedule = Schedule.of(cfg, data.plan.steps_per_epoch)
     state = RunState(cfg, dist, model, data, schedule.total)
     start = state.resume()
     # A run that was stopped during an evaluation left a checkpoint without metrics.
-    evaluates_first = bool(evaluators) and schedule.evaluates(start) and not state.scores
+    evaluates_first = bool(evaluators) and schedule.evaluates(start) and not state.scores.values
     # Lines of steps after the checkpoint are written again, so they are dropped from metrics.jsonl here.
-    telemetry = Telemetry(
+    files = Telemetry(
         Path(cfg.train.output), cfg, dist, total_steps=schedule.total, start_step=start, evaluates_first=evaluates_first
     )
     clock = Clock()
-    with dist.stop.polled():
+    with files as telemetry, dist.stop.polled():
         if evaluates_first:
             telemetry.write(start, state.evaluate(start, evaluators))
             state.add_scores(start)
@@ -128,7 +128,6 @@ def train(
             except Interrupted as request:  # asked to stop while waiting for clips
                 if step - 1 > start:
                     state.save(step - 1, required=True)
-                    telemetry.close()
                     raise Interrupted(f"{request}; step {step - 1} of {schedule.total} is saved") from None
                 raise
             for batch in micro_batches:
@@ -138,8 +137,11 @@ def train(
             state.window.add(state.train_step(step, micro_batches))
             clock.step()
 
-            # Every process stops at the same step, or the others would wait in the next one's collectives for ever.
-            is_last, stopping = step == schedule.total, dist.any(bool(dist.stop))
+            # One collective for both. Every process stops at the same step, or the others would wait in the next one's
+            # collectives for ever; and the share of bad clips is that of all, however many processes there are.
+            requests, seen, bad = dist.sum(int(bool(dist.stop)), state.faults.seen, state.faults.bad)
+            state.faults.check_share(seen, bad, dist)
+            is_last, stopping = step == schedule.total, requests > 0
             if is_last or step % schedule.log == 0:
                 _log_window(telemetry, step, state, clock, dist)
             if evaluators and schedule.evaluates(step) and not stopping:
@@ -150,22 +152,30 @@ def train(
                         stopping = True
 
             # A metric that does not exist would silently keep no best checkpoint. The step is saved before it ends.
-            is_misnamed = state.scores_step == step and state.best not in state.scores
-            ends = is_last or stopping or is_misnamed
-            if ends or step % schedule.save == 0:
+            is_evaluated = state.scores.step == step
+            lacks_best_metric = is_evaluated and state.best not in state.scores.values
+            ends = is_last or stopping or lacks_best_metric
+            # The best step is saved wherever it comes: train.save_every need not be a multiple of evaluate.every.
+            if ends or step % schedule.save == 0 or (is_evaluated and state.is_among_best()):
                 with clock.paused():
                     state.save(step, required=ends)
-            if is_misnamed:
+            if lacks_best_metric:
                 state.require_best_metric()
             if stopping:
                 # Nobody leaves before the first process has saved: a launcher ends all when one has left.
                 dist.gather_objects(None)
-                telemetry.close()
                 reason = dist.stop.reason or "another process was asked to stop"
                 raise Interrupted(f"{reason}; step {step} of {schedule.total} is saved")
-    telemetry.close()
     state.train_step.load_ema_weights()
-    return state.scores
+    return state.scores.values
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Metrics by name, and the step whose weights they were measured on."""
+
+    step: int = 0
+    values: dict[str, float] = field(default_factory=dict)
 
 
 class RunState:
@@ -181,9 +191,7 @@ class RunState:
         steps_per_epoch = data.plan.steps_per_epoch
         self.train_step = TrainStep(model, cfg, dist, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
         self.faults, self.window = FaultLedger(cfg.data.max_bad_fraction), MetricWindow()
-        self.scores: dict[str, float] = {}
-        # The step whose weights have these scores.
-        self.scores_step = 0
+        self.scores = Scores()
         self._resumed: Path | None = None
 
     def resume(self) -> int:
@@ -223,7 +231,7 @@ class RunState:
         window, faults = _state_of_rank(checkpoint.training, self._dist)
         self.window.load_state_dict(window, self._dist.device)
         self.faults.load_state_dict(faults)
-        self.scores, self.scores_step = checkpoint.manifest["metrics"], checkpoint.step
+        self.scores = Scores(checkpoint.step, checkpoint.manifest["metrics"])
         self._resumed = checkpoint.path
         log.info("resuming %s at step %d of %d", checkpoint.path, checkpoint.step, self._total_steps)
         return checkpoint.step
@@ -239,7 +247,7 @@ class RunState:
         weights, training = self.train_step.state_dict()
         training |= {"window": list(windows), "ledgers": list(ledgers)}
         # A score belongs to the weights it was measured on.
-        metrics = self.scores if self.scores_step == step else {}
+        metrics = self.scores.values if self.scores.step == step else {}
         try:
             path = self.store.save(
                 step, weights, training, metrics=metrics, identity=self._identity, base=self._model.base
@@ -255,20 +263,26 @@ class RunState:
         """All evaluators' numbers, each under ``<evaluator>/<metric>``."""
         log.info("evaluating the model of step %d", step)
         model = self.train_step.ema_or_model
-        self.scores = {f"{each.name}/{name}": value for each in evaluators for name, value in each(model).items()}
-        self.scores_step = step
-        return self.scores
+        values = {f"{each.name}/{name}": value for each in evaluators for name, value in each(model).items()}
+        self.scores = Scores(step, values)
+        return values
 
     def add_scores(self, step: int) -> None:
         """Write the scores into the checkpoint of ``step`` that this run was resumed from."""
         # A checkpoint of another folder stays as it is.
         if self._dist.is_main and self._resumed is not None and self._resumed.parent == self.store.folder:
-            self.store.rate(step, self.scores)
+            self.store.rate(step, self.scores.values)
+
+    def is_among_best(self) -> bool:
+        """Whether a checkpoint with these scores is one that ``train.keep_best`` keeps; collective."""
+        value = self.scores.values.get(self.best, float("nan"))
+        # One process decides for all: only its disk is sure to hold the checkpoints.
+        return self._dist.sum(int(self._dist.is_main and self.store.would_keep(value)))[0] > 0
 
     def require_best_metric(self) -> None:
         """Raise :class:`UserError` unless ``evaluate.best`` is among the scores."""
-        if self.best not in self.scores:
-            nearest = difflib.get_close_matches(self.best, self.scores, n=1, cutoff=0.3)
+        if self.best not in self.scores.values:
+            nearest = difflib.get_close_matches(self.best, self.scores.values, n=1, cutoff=0.3)
             hint = f"; did you mean {nearest[0]}?" if nearest else ""
             raise UserError(f"evaluate.best={self.best}: no such metric{hint}")
 
@@ -286,7 +300,7 @@ def _require_same(checkpoint: Checkpoint | None, folder: Path, dist: Distributed
 def _state_of_rank(training: dict[str, Any], dist: Distributed) -> tuple[dict[str, Any], dict[str, Any]]:
     """This process's part of an unfinished logging window, and its counts of clips, from ``training`` of a checkpoint.
 
-    A run may go on with another number of processes: then all take the mean of the windows, and the first process
+    A run may be resumed with another number of processes: then all take the mean of the windows, and the first process
     takes over all counts.
     """
     # Earlier checkpoints hold the window of the first process alone.
@@ -296,7 +310,8 @@ def _state_of_rank(training: dict[str, Any], dist: Distributed) -> tuple[dict[st
         window = dict(windows[dist.rank])
     else:
         sums = {name: torch.stack([each["sums"][name] for each in windows]).mean(dim=0) for name in windows[0]["sums"]}
-        window = {"sums": sums, "count": windows[0]["count"]}
+        # The numbers of steps are those of every process.
+        window = windows[0] | {"sums": sums}
     if len(ledgers) == dist.world_size:
         return window, ledgers[dist.rank]
     counted = ledgers if dist.is_main else []
@@ -338,10 +353,10 @@ def _log_window(telemetry: Telemetry, step: int, state: RunState, clock: Clock, 
 
 
 def require_finite(means: dict[str, float]) -> None:
-    """Raise :class:`UserError` if the window had at least ``FEWEST_SKIPPED`` steps and not one was finite."""
-    if means["skipped"] >= max(means["steps"], FEWEST_SKIPPED):
+    """Raise :class:`UserError` if the last ``FEWEST_SKIPPED`` steps or more were skipped, in however many windows."""
+    if means["consecutive_skips"] >= FEWEST_SKIPPED:
         raise UserError(
-            f"the last {means['steps']:.0f} steps all had a non-finite loss or gradient and were skipped; "
+            f"the last {means['consecutive_skips']:.0f} steps all had a non-finite loss or gradient and were skipped; "
             "the weights are those of the last good step: lower train.lr, clip gradients (train.clip_norm=1), "
             "or look at the data"
         )

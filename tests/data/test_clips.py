@@ -15,7 +15,9 @@ from egohod.data.config import SourceConfig
 from egohod.data.dataset import ClipDataset, FaultLedger, Tokenizer, collate
 from egohod.data.formats import read_clips
 from egohod.data.videos import VideoError
+from egohod.distributed import Distributed
 from egohod.errors import UserError
+from tests.ranks import pair
 
 CLIPS = 12
 TOKENIZER = Tokenizer()
@@ -159,41 +161,73 @@ def batch_of(size: int, *faults: str) -> dict[str, Any]:
     return {"index": torch.arange(size), "faults": list(faults)}
 
 
+def update(ledger: FaultLedger, *batches: dict[str, Any]) -> None:
+    """As the training loop of a single process does after every step."""
+    for batch in batches:
+        ledger.update(batch)
+        ledger.check_share(ledger.seen, ledger.bad, Distributed(0, 1, torch.device("cpu"), None))
+
+
 def test_the_ledger_logs_once_and_stops_above_the_share(caplog: pytest.LogCaptureFixture) -> None:
     ledger = FaultLedger(0.01)
     with caplog.at_level(logging.WARNING):
-        for _ in range(5):
-            ledger.update(batch_of(50, "a: broken", "b: broken"))
+        update(ledger, *[batch_of(48, "a: broken", "b: broken")] * 5)
     assert [record.getMessage().count("broken") for record in caplog.records] == [1, 1]
-    with pytest.raises(UserError, match=r"12 of 300 clips could not be read.*max_bad_fraction=0\.01.*c: broken"):
-        ledger.update(batch_of(50, "b: broken", "c: broken"))
+    with pytest.raises(
+        UserError, match=r"12 of 300 clips could not be read.*max_bad_fraction=0\.01.*c: broken"
+    ) as error:
+        update(ledger, batch_of(48, "b: broken", "c: broken"))
+    # exclude alone would change the clips, and a checkpoint of this run would be refused.
+    assert "to resume this run, raise data.max_bad_fraction; for a new run, tools/verify_dataset.py" in str(error.value)
 
 
 def test_the_ledger_judges_many_clips_by_their_share() -> None:
     ledger = FaultLedger(0.01)
-    for _ in range(100):
-        ledger.update(batch_of(100, "a: broken"))
-    ledger.update(batch_of(1100, *("b: broken",) * 11))
-    with pytest.raises(UserError, match="112 of 11100"):
-        ledger.update(batch_of(0, "c: broken"))
+    update(ledger, *[batch_of(99, "a: broken")] * 100, batch_of(1089, *("b: broken",) * 11))
+    with pytest.raises(UserError, match="112 of 11101"):
+        update(ledger, batch_of(0, "c: broken"))
+
+
+def test_clips_that_replace_others_count_as_tried() -> None:
+    """Half of all clips are bad: in front of 1,000 that are delivered, 1,000 could not be read."""
+    ledger = FaultLedger(0.55)
+    update(ledger, *[batch_of(10, *(f"{i}: broken" for i in range(10)))] * 100)
+    assert (ledger.seen, ledger.bad) == (2000, 1000)
 
 
 def test_a_ledger_without_tolerance_and_one_with_all() -> None:
     with pytest.raises(UserError, match="1 of 10000"):
-        FaultLedger(0.0).update(batch_of(10_000, "a: broken"))
-    FaultLedger(1.0).update(batch_of(3, "a\nb", "c"))
+        update(FaultLedger(0.0), batch_of(9_999, "a: broken"))
+    update(FaultLedger(1.0), batch_of(3, "a\nb", "c"))
+
+
+def test_the_share_is_that_of_all_processes() -> None:
+    """One of two processes has more than its share of bad clips, which is no other run than with one process."""
+    ledger, other = FaultLedger(0.01), pair("clip 8: broken")
+    ledger.update(batch_of(985, *(f"clip {i}: broken" for i in range(15))))
+    ledger.check_share(ledger.seen + 1000, ledger.bad + 5, other)
+    with pytest.raises(UserError, match=r"21 of 2000 .*clip 14: broken"):
+        ledger.check_share(ledger.seen + 1000, ledger.bad + 6, other)
 
 
 def test_the_ledger_continues_after_a_resume(caplog: pytest.LogCaptureFixture) -> None:
     ledger, resumed = FaultLedger(0.01), FaultLedger(0.01)
-    ledger.update(batch_of(100, *(f"clip {i}: broken" for i in range(10))))
+    update(ledger, batch_of(90, *(f"clip {i}: broken" for i in range(10))))
     state = ledger.state_dict()
     assert all(isinstance(value, (int, list)) for value in state.values())
     resumed.load_state_dict(state)
     caplog.clear()
     with pytest.raises(UserError, match="11 of 110"):
-        resumed.update(batch_of(10, "clip 3: broken"))
+        update(resumed, batch_of(9, "clip 3: broken"))
     assert not caplog.records
+
+
+def test_what_is_of_one_table_is_not_taken_for_that_of_several(world: Path) -> None:
+    source = dataset(world).sources[0]
+    several = ClipDataset([(source.table, source.config)] * 2, size=32, decoder="pyav")
+    for each in (lambda: several.clips, lambda: several.config, several.length_note):
+        with pytest.raises(AssertionError):
+            each()
 
 
 def test_generator_streams_of_neighbours_are_independent(world: Path) -> None:

@@ -272,6 +272,29 @@ def test_views_are_averaged(formats: Path) -> None:
     assert all(np.isfinite(value) for value in bench(small_model()).values())
 
 
+def test_all_names_what_it_leaves_out(formats: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cfg = config()
+    cfg.evaluate.benchmarks = {
+        "mine": settings(formats, "custom"),
+        "gone": BenchmarkConfig(metadata="/nowhere/gone.csv"),
+        "egtea": BenchmarkConfig(),
+    }
+    with caplog.at_level(logging.INFO):
+        assert list(resolve_benchmarks(cfg, "all")) == ["mine"]
+    assert "benchmark gone is left out: /nowhere/gone.csv does not exist" in caplog.text
+    assert "benchmark egtea is left out: evaluate.benchmarks.egtea.metadata is not set" in caplog.text
+    cfg.evaluate.during, cfg.evaluate.final = ["mine"], ["mine", "gone"]
+    with pytest.raises(UserError, match=r"benchmark gone of evaluate.during or evaluate.final: /nowhere/gone.csv does"):
+        resolve_benchmarks(cfg, "all")
+
+
+def test_two_metrics_of_a_name_are_an_error_before_anything_is_computed(formats: Path) -> None:
+    custom = dataclasses.replace(settings(formats, "custom"), metric_names={"across_clips": "map"})
+    cfg = config()
+    with pytest.raises(UserError, match="benchmark mine: two of its tasks have a metric called 'map'; rename"):
+        benchmark(cfg, "mine", custom, execution_of(cfg, ALONE))
+
+
 def test_names_of_benchmarks(formats: Path) -> None:
     cfg = config()
     assert resolve_benchmarks(cfg, "egtea", root="r", metadata="m") == {

@@ -12,9 +12,8 @@ import av
 import numpy as np
 
 from egohod.hod.config import CheckConfig
-from egohod.hod.narrators import Narrator, Request
+from egohod.hod.narrators import Checked, Narrator, Request, check_narrations
 from egohod.hod.narrators.template import TemplateNarrator
-from egohod.hod.pipeline import Checked, check_narrations
 
 
 def head(world: Path, rows: int) -> list[str]:

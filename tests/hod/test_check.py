@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from egohod.demo.world import VERBS, phrase
 from egohod.hod.check import check, claims, clauses, compare_words, is_english, sides
 from egohod.hod.config import CheckConfig
-from egohod.hod.narrators import Request
+from egohod.hod.narrators import Narration, Request
 from egohod.hod.narrators.template import TemplateNarrator
 from tests.hod import rewrites
 from tests.hod.hod_facts import WIPE, clip, hand
@@ -238,3 +239,15 @@ def test_real_rewrites(shared: Path) -> None:
     assert shares["object"][0] <= 0.05
     assert shares["verb"][0] <= 0.05
     assert min(count for _, count in shares.values()) >= 280
+
+
+def test_a_narrator_without_a_second_answer_is_a_mistake() -> None:
+    class Silent:
+        name = "silent"
+
+        def narrate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Narration]]:
+            if requests[0].refused is None:
+                yield 0, Narration("cat", self.name)
+
+    with pytest.raises(AssertionError, match=r"narrator silent has not answered the requests \[0\]"):
+        narrate_checked(Silent(), [Request("#C C wipes the table", WIPE)], CheckConfig())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -22,7 +23,8 @@ from egohod.data.videos import VideoError, read_clip
 from egohod.errors import UserError
 from egohod.hod import config as hod
 from egohod.hod import facts as tracking
-from egohod.hod.detectors import assign_sides, make_detector, typed_options
+from egohod.hod.config import DETECTORS
+from egohod.hod.detectors import Detector, assign_sides, make_detector, typed_options
 from egohod.hod.detectors.files import DetectionFiles, Oracle
 from egohod.hod.detectors.mediapipe_hands import FOLDER, MediapipeHands
 from egohod.hod.detectors.torchvision_boxes import TorchvisionBoxes
@@ -135,6 +137,80 @@ def test_options_of_a_configuration_get_the_types_that_the_detector_declares(tmp
     assert typed_options("mediapipe", {"folder": None, "margin": "1"}) == {"folder": None, "margin": 1}
     with pytest.raises(UserError, match=r"options\.seed is '1.5', but must be int"):
         typed_options("oracle", {"path": "x", "seed": "1.5"})
+
+
+class Region(Detector):
+    """Somebody's detector, with options of every shape."""
+
+    def __init__(
+        self,
+        box: list[float],
+        sizes: Mapping[str, int] | None = None,
+        corner: tuple[float, float] = (0.0, 0.0),
+        names: list[str] | None = None,
+        is_mirrored: bool = False,
+        order: Literal["x", "y"] = "x",
+    ) -> None:
+        self.given = {"box": box, "sizes": sizes, "corner": corner, "names": names}
+
+    def detect(
+        self, video_id: str, frame_numbers: np.ndarray, seconds: np.ndarray, pictures: np.ndarray | None
+    ) -> pa.Table:
+        return SCHEMA.empty_table()
+
+
+@pytest.fixture
+def region(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of that detector."""
+    # A path within the package of detectors, as every line of the registry.
+    monkeypatch.setattr("egohod.hod.detectors.files.Region", Region, raising=False)
+    monkeypatch.setitem(DETECTORS, "region", "files.Region")
+    return "region"
+
+
+def test_elements_of_lists_and_mappings_get_their_types_too(region: str, tmp_path: Path) -> None:
+    path = tmp_path / "hod.yml"
+    path.write_text(
+        "detector:\n  options: {box: [0.5, .5, 8e-1, 1], sizes: {cup: 12}, corner: [1, 2.5], names: [01, x],"
+        " is_mirrored: true, order: y}"
+    )
+    typed = typed_options(region, hod.load(path).detector.options)
+    assert typed == {
+        "box": [0.5, 0.5, 0.8, 1],
+        "sizes": {"cup": 12},
+        "corner": (1, 2.5),
+        "names": ["01", "x"],
+        "is_mirrored": True,
+        "order": "y",
+    }
+    assert typed_options(region, typed) == typed
+    for options, pattern in (
+        ({"box": ["a", "b"]}, r"options.box is \['a', 'b'\], but must be list\[float\]"),
+        ({"box": "0.5"}, r"options.box is '0.5', but must be list\[float\]"),
+        ({"box": [], "sizes": {"cup": "1.5"}}, r"options.sizes is \{'cup': '1.5'\}, but must be Mapping\[str, int\]"),
+        ({"box": [], "corner": [1]}, r"options.corner is \[1\], but must be tuple\[float, float\]"),
+        ({"box": [], "is_mirrored": "ja"}, "options.is_mirrored is 'ja', but must be bool"),
+        ({"box": [], "order": "z"}, "options.order is 'z', but must be Literal"),
+    ):
+        with pytest.raises(UserError, match=pattern):
+            typed_options(region, options)
+
+
+def test_options_of_other_detectors_are_ignored_with_a_warning(truth: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As after detector.kind=mediapipe over a configuration for files."""
+    assert typed_options("mediapipe", {"path": str(truth), "margin": "0.2"}) == {"margin": 0.2}
+    assert "detector.options.path is ignored: detector.kind=mediapipe does not read it" in caplog.text
+    with pytest.raises(UserError, match="does not know marign; its options are folder"):
+        typed_options("mediapipe", {"path": str(truth), "marign": 1})
+
+
+def test_a_clip_of_one_frame_at_second_0_shows_no_frame_rate(truth: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "P01"
+    detections.write_epic(detections.read(truth), folder)
+    first = np.array([0]), np.array([0.0])
+    with pytest.raises(VideoError, match=r"v: .*set detector\.options\.fps"):
+        DetectionFiles(str(folder)).detect("v", *first)
+    assert len(DetectionFiles(str(folder), fps=FPS).detect("v", *first)) == 2
 
 
 @pytest.fixture(scope="module")
@@ -264,6 +340,25 @@ def test_a_mediapipe_that_dies_costs_one_clip_and_comes_back(
     with pytest.raises(UserError, match="MediaPipe does not run: no MediaPipe"):
         other.detect("v", *frames([0]), dark)
     other.close()
+
+
+def test_half_an_answer_of_a_mediapipe_that_dies_costs_one_clip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import sys\n"
+        "print('\"ready\"', flush=True)\n"
+        "sys.stdin.buffer.readline()\n"
+        "sys.stdout.write('[[[\"Le')\n"
+        "sys.exit('out of memory')\n"
+    )
+    monkeypatch.setattr("egohod.hod.detectors.mediapipe_worker.__file__", str(worker))
+    (tmp_path / "mediapipe").mkdir()
+    hands = MediapipeHands(str(tmp_path))
+    with pytest.raises(VideoError, match="MediaPipe died: out of memory"):
+        hands.detect("v", *frames([0]), np.zeros((1, 2, 2, 3), dtype=np.uint8))
+    hands.close()
 
 
 def test_mediapipe_is_looked_for_in_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

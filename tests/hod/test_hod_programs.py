@@ -161,6 +161,23 @@ def test_a_wrong_root_is_an_error_and_retry_with_the_right_one_succeeds(
     assert len(rows(tmp_path / "hod.csv")) == 10
 
 
+def test_options_of_a_detector_are_checked_before_anything_is_rendered_or_read(
+    few: list[str], tmp_path: Path, inside: Command
+) -> None:
+    knobs = [f"demo.folder={tmp_path}/world", "source.metadata=absent.csv", "detector.options.jiter=1"]
+    done = inside("generate_hod.py", *few, *knobs)
+    assert done.returncode == 2
+    assert "detector oracle does not know jiter" in done.stderr
+    assert not (tmp_path / "world").exists()
+
+
+def test_another_detector_ignores_the_options_of_the_configuration(few: list[str], inside: Command) -> None:
+    done = inside("generate_hod.py", *few, "detector.kind=mediapipe", "detector.options.folder=absent")
+    assert done.returncode == 2
+    assert done.stderr.count("detector.options.path is ignored: detector.kind=mediapipe does not read it") == 1
+    assert "MediaPipe is not in" in done.stderr
+
+
 def test_a_dry_run_writes_nothing(few: list[str], tmp_path: Path, inside: Command) -> None:
     done = inside("generate_hod.py", *few, "--dry_run")
     assert done.returncode == 0, done.stderr
@@ -385,6 +402,34 @@ def test_narrations_agree_with_what_was_rendered(demo_world: Path, tmp_path: Pat
     # A hand that holds something nameless beside the action must not shorten the caption.
     written = [row["text"] for row in rows(tmp_path / "hod.csv")]
     assert sum(text.startswith(("The left", "The right")) for text in written) <= 0.1 * len(written), written
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.ci)])
+def test_a_signal_to_all_processes_ends_the_run_and_costs_no_clip(
+    demo_world: Path, tmp_path: Path, inside: Command, number: signal.Signals
+) -> None:
+    """As a scheduler sends it; SIGUSR1 by Slurm's --signal."""
+    arguments = command(demo_world, tmp_path, (demo_world / "train" / "narrations.csv").read_text().splitlines())
+    arguments += ["workers=2"]
+    process = subprocess.Popen(
+        [sys.executable, "tools/generate_hod.py", *arguments],
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 300
+    while not any(path.stat().st_size > 30_000 for path in tmp_path.rglob("*.sqlite-wal")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "interrupted; rerun the same command to resume" in errors
+    done = inside("generate_hod.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "failed" not in done.stderr
 
 
 @pytest.mark.ci

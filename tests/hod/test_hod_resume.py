@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import random
 import signal
@@ -15,13 +16,20 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
+from egohod.data.detections import RIGHT, SCHEMA
 from egohod.data.formats import read_clips
 from egohod.data.videos import Frames
+from egohod.errors import UserError
 from egohod.hod import store
-from egohod.hod.config import HodConfig
-from egohod.hod.pipeline import DETECT, TRACK, VERSIONS, DetectStage, Pipeline, Stage, Task, open_videos
+from egohod.hod.config import DETECTORS, HodConfig
+from egohod.hod.detectors import Detector
+from egohod.hod.detectors.files import DetectionFiles
+from egohod.hod.pipeline import DETECT, TRACK, DetectStage, Pipeline, Stage, Task, build, open_videos
 from egohod.hod.store import Outcome, Shard, text_file
 from egohod.runtime import Workers
 from tests.hod.test_pipeline import SUMMARY
@@ -44,10 +52,10 @@ class Mean(DetectStage):
 class Caption(Stage):
     """The brightness as a narration."""
 
-    name, group = TRACK, 7
+    name, version, group = TRACK, 2, 7
 
     def __init__(self) -> None:
-        self.settings = {"version": VERSIONS[TRACK]}
+        self.settings = {}
 
     def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Outcome]]:
         for task in tasks:
@@ -71,7 +79,7 @@ def made(
     cfg.source.metadata, cfg.source.root = str(metadata), str(videos)
     cfg.detector.kind, cfg.detector.options = "detections", {"path": "none.parquet"}
     table = read_clips(cfg.source)
-    return Pipeline(cfg, table, [look(cfg, open_videos(cfg, table)), Caption()])
+    return Pipeline(cfg, table, [look(cfg, open_videos(cfg, table), {}), Caption()])
 
 
 def run(pipeline: Pipeline, shard: Shard = WHOLE) -> None:
@@ -241,9 +249,9 @@ def test_results_of_older_code_are_made_again(
 
     assert done() == (3, 3)
     assert done() == (0, 0)
-    monkeypatch.setitem(VERSIONS, TRACK, VERSIONS[TRACK] + 1)
+    monkeypatch.setattr(Caption, "version", Caption.version + 1)
     assert done() == (0, 3)
-    monkeypatch.setitem(VERSIONS, DETECT, VERSIONS[DETECT] + 1)
+    monkeypatch.setattr(Mean, "version", Mean.version + 1)
     assert done() == (3, 3)
 
 
@@ -288,12 +296,120 @@ class Odd(Exception):
 
 
 def odd(task: int) -> int:
-    raise Odd("task", str(task))
+    error = Odd("task", str(task))
+    error.add_note("row 8")
+    raise error
 
 
 def test_an_error_that_cannot_be_pickled_is_reported_as_itself() -> None:
-    with Workers(1, odd, 10.0) as workers, pytest.raises(RuntimeError, match="Odd: task: 7"):
+    with Workers(1, odd, 10.0) as workers, pytest.raises(RuntimeError, match="Odd: task: 7") as raised:
         list(workers.unordered([7]))
+    assert raised.value.__notes__ == ["row 8"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unexpected_error_names_its_clip(demo_world: Path, tmp_path: Path, workers: int) -> None:
+    class Broken(Mean):
+        def look(self, frames: Frames, video_id: str) -> dict[str, Any]:
+            raise KeyError("of somebody's detector")
+
+    train = demo_world / "train"
+    pipeline = made(train / "narrations.csv", train / "videos", tmp_path / "hod.csv", workers, Broken)
+    with pytest.raises(KeyError) as raised:
+        run(pipeline)
+    assert "narrations.csv: row " in raised.value.__notes__[0]
+
+
+BOX = dict.fromkeys(SCHEMA.names) | {"frame_number": 3, "second": 0.3, "kind": "hand", "side": RIGHT, "state": 0}
+BOX |= {"video_id": "v", "score": 0.9, "left": 0.1, "top": 0.2, "right": 0.3, "bottom": 0.4}
+
+
+class Custom(Detector):
+    """Somebody's detector: gives a table of the test's."""
+
+    answer: Any = None
+
+    def detect(
+        self, video_id: str, frame_numbers: np.ndarray, seconds: np.ndarray, pictures: np.ndarray | None
+    ) -> pa.Table:
+        return type(self).answer
+
+
+@pytest.mark.parametrize(
+    ("change", "pattern"),
+    [
+        ({"side": 5}, "row 1"),
+        ({"kind": "object", "side": 5}, "row 1"),
+        ({"left": math.nan}, "row 1"),
+        ({"left": 0.5}, "row 1"),
+        ({"score": 5.0}, "row 1"),
+        ({"score": math.nan}, "row 1"),
+        ({"state": None}, "row 1"),
+        ({"second": math.inf}, "row 1"),
+        ({"kind": "foot"}, "row 1"),
+        ("score", "lacks the columns score"),
+        ("side", "lacks the columns side"),
+        (None, "NoneType instead of a table"),
+    ],
+)
+def test_boxes_against_the_schema_name_detector_and_clip(
+    demo_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, pattern: str
+) -> None:
+    table = None
+    if change is not None:
+        table = pa.Table.from_pylist([BOX | (change if isinstance(change, dict) else {})], SCHEMA)
+        table = table.drop_columns(change) if isinstance(change, str) else table
+    monkeypatch.setattr(Custom, "answer", table)
+    monkeypatch.setattr("egohod.hod.detectors.files.Custom", Custom, raising=False)
+    monkeypatch.setitem(DETECTORS, "custom", "files.Custom")
+    train = demo_world / "train"
+    cfg = HodConfig(output=str(tmp_path / "hod.csv"), frames=4, workers=0)
+    cfg.source.metadata, cfg.source.root = str(train / "narrations.csv"), str(train / "videos")
+    cfg.detector.kind = "custom"
+    with pytest.raises(UserError, match=rf"detector\.kind=custom, boxes of demo_train_0000 .*{pattern}"):
+        next(build(cfg).try_clip(0))
+
+
+def test_boxes_that_follow_the_schema_are_stored(
+    demo_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64, and without the optional column."""
+    table = pa.Table.from_pylist([BOX, BOX | {"kind": "object", "side": -1}]).drop_columns("name")
+    monkeypatch.setattr(Custom, "answer", table)
+    monkeypatch.setattr("egohod.hod.detectors.files.Custom", Custom, raising=False)
+    monkeypatch.setitem(DETECTORS, "custom", "files.Custom")
+    train = demo_world / "train"
+    cfg = HodConfig(output=str(tmp_path / "hod.csv"), frames=4, workers=0)
+    cfg.source.metadata, cfg.source.root = str(train / "narrations.csv"), str(train / "videos")
+    cfg.detector.kind = "custom"
+    stage, outcome, _ = next(build(cfg).try_clip(0))
+    assert stage == DETECT
+    assert outcome.value["boxes"]["score"] == [0.9, 0.9]
+
+
+class Folder(DetectionFiles):
+    """Reads files, from an option with a name of its own."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(where)
+
+
+def test_a_detector_that_reads_files_may_call_its_option_as_it_likes(
+    demo_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("egohod.hod.detectors.files.Folder", Folder, raising=False)
+    monkeypatch.setitem(DETECTORS, "folder", "files.Folder")
+    train = demo_world / "train"
+    cfg = HodConfig(output=str(tmp_path / "hod.csv"), frames=4, workers=0)
+    cfg.source.metadata, cfg.source.root = str(train / "narrations.csv"), str(train / "videos")
+    cfg.detector.kind, cfg.detector.options = "folder", {"where": str(train / "detections.parquet")}
+    assert next(build(cfg).try_clip(0))[1].fault is None
+    boxes = pa.parquet.read_table(train / "detections.parquet")
+    other = boxes.set_column(0, "video_id", pa.array(["other"] * len(boxes)))
+    pa.parquet.write_table(other, tmp_path / "other.parquet")
+    cfg.detector.options = {"where": str(tmp_path / "other.parquet")}
+    with pytest.raises(UserError, match=r"detector\.options\.where=.*other\.parquet: has detections of none"):
+        next(build(cfg).try_clip(0))
 
 
 def test_frames_have_their_numbers_in_the_video(demo_world: Path, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import os
+import re
 import signal
 import sqlite3
 import threading
@@ -17,14 +19,15 @@ import pytest
 
 from egohod.data.config import SourceConfig
 from egohod.data.formats import read_clips
-from egohod.data.table import ClipTable
+from egohod.data.table import ClipReader, ClipTable
 from egohod.errors import UserError
 from egohod.hod import store
 from egohod.hod.config import COLUMNS, HodConfig
-from egohod.hod.pipeline import Pipeline, Stage, Task, narrated_clips
+from egohod.hod.pipeline import STAGES, Pipeline, Stage, Task, narrated_clips
 from egohod.hod.store import Finished, Outcome, Results, Shard, Store
 from egohod.runtime import locked
 from tests.hod.runs import full_disk
+from tests.support import Command
 
 WHOLE = Shard()
 
@@ -524,3 +527,106 @@ def test_a_file_of_something_else_is_no_result(tmp_path: Path) -> None:
     database.close()
     with closing(Results(path)) as results, pytest.raises(UserError, match=r"cannot read .*no such column"):
         results.get("a", "detect")
+
+
+class Captions(Straw):
+    """A narrator: its answers are fallbacks until ``answers``; the check copies what it reads."""
+
+    answers = False
+
+    def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Outcome]]:
+        for task in tasks:
+            is_fallback = not type(self).answers
+            if self.name == "check":
+                value = task.outcomes["narrate"].parsed()
+                is_fallback = value["text"] == "fallback"
+            else:
+                value = {"text": "fallback" if is_fallback else "answer"} | SUMMARY
+            yield task, Outcome(value, is_fallback=is_fallback)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_retry_that_is_killed_between_two_stages_leaves_no_stale_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int
+) -> None:
+    """Also where the later result is in a file that this run only reads, of another division."""
+    table = write_table(tmp_path, 3)
+
+    def made(retry: bool = False) -> Pipeline:
+        return pipeline(table, tmp_path, Captions("narrate"), Captions("check"), retry=retry, block=1)
+
+    for shard in Shard.all(shards):
+        made().run_all(shard)
+    assert made().finish(WHOLE) == Finished(3, 0, 3)
+    monkeypatch.setattr(Captions, "answers", True)
+    made(retry=True).run(["narrate"], WHOLE)  # killed before the check
+    at = made().run(["check"], WHOLE)["check"]
+    assert (at.stored, at.done) == (0, 3)
+    assert made().finish(WHOLE) == made().merge(1) == Finished(3, 0, 0)
+    assert [row[3] for row in rows(made().store.output)[1:]] == ["answer"] * 3
+
+
+def test_a_result_that_is_replaced_and_those_that_follow_change_together(tmp_path: Path) -> None:
+    path = tmp_path / "0-of-1.sqlite"
+    with closing(Results(path)) as results:
+        results.put("a", "narrate", Outcome(1, is_fallback=True))
+        results.put("a", "check", Outcome(2))
+        results.put("b", "check", Outcome(3))
+        results.put("a", "narrate", Outcome(4), stale=[("a", "check")])
+        assert [results.get(clip, stage) for clip, stage in (("a", "narrate"), ("a", "check"), ("b", "check"))] == [
+            Outcome(b"4"),
+            None,
+            Outcome(b"3"),
+        ]
+        results.put("a", "check", Outcome(5))
+        assert results.get("a", "check") == Outcome(b"5")
+
+
+def test_a_stage_that_drops_a_clip_is_a_mistake(table: ClipTable, tmp_path: Path) -> None:
+    class Forgetful(Straw):
+        def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Outcome]]:
+            return itertools.islice(super().run(tasks), 2)
+
+    with pytest.raises(AssertionError, match=r"stage narrate has no outcome for .*clips\.csv: row 3"):
+        pipeline(table, tmp_path, Forgetful("narrate")).run(["narrate"], WHOLE)
+
+
+def test_the_order_of_renamed_columns_makes_no_other_settings(tmp_path: Path) -> None:
+    path = tmp_path / "clips.csv"
+    path.write_text("video,start_second,end_second,words\nv,1,2,moves a cup\n")
+    prints = []
+    for columns in ({"video_id": "video", "text": "words"}, {"text": "words", "video_id": "video"}):
+        cfg = HodConfig(output=str(tmp_path / "hod.csv"))
+        cfg.source = SourceConfig(metadata=str(path), columns=columns)
+        prints.append(Pipeline(cfg, read_clips(cfg.source), [Straw("detect")]).fingerprint)
+    assert prints[0] == prints[1]
+
+
+class Shout(Stage):
+    """A further stage, as a user adds it: a class and a place in the list."""
+
+    name, version, reads_text = "shout", 1, True
+
+    def __init__(self, cfg: HodConfig, source: ClipReader, before: Mapping[str, Stage]) -> None:
+        self.settings = {"mark": "!"}
+
+    def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Outcome]]:
+        for task in tasks:
+            value = task.outcomes["check"].parsed()
+            yield task, Outcome(value | {"text": value["text"].upper() + self.settings["mark"]})
+
+
+def test_a_stage_is_added_by_a_class_and_a_place_in_the_list(
+    few: list[str], tmp_path: Path, inside: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("egohod.hod.pipeline.STAGES", (*STAGES, Shout))
+    done = inside("generate_hod.py", *few, "--dry_run")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"shout +10 to do", done.stderr)
+    assert re.search(r"-> [^a-z]+!$", done.stderr, re.MULTILINE)
+    for stage in ("detect", "track", "narrate", "check"):
+        assert inside("generate_hod.py", *few, "--stage", stage).returncode == 0
+        assert not (tmp_path / "hod.csv").exists()
+    done = inside("generate_hod.py", *few, "--stage", "shout")
+    assert done.returncode == 0, done.stderr
+    assert all(row[3].endswith("!") and row[3].isupper() for row in rows(tmp_path / "hod.csv")[1:])

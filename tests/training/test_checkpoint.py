@@ -16,7 +16,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from egohod.training.checkpoint import CheckpointError, CheckpointStore, classes_of, read
+from egohod.config import Config
+from egohod.errors import UserError
+from egohod.model.config import ModelConfig
+from egohod.model.dual_encoder import create_model
+from egohod.training.checkpoint import (
+    CheckpointError,
+    CheckpointStore,
+    classes_of,
+    identity,
+    read,
+    require_identity,
+)
 
 WEIGHTS = {"w": torch.arange(6.0).view(2, 3), "scale": torch.tensor(2.5)}
 
@@ -45,6 +56,15 @@ def test_newest_and_best_stay(tmp_path: Path) -> None:
     assert [path.name for path in store.steps()] == ["step-00000002", "step-00000004", "step-00000005"]
 
 
+def test_a_score_is_kept_if_it_is_among_the_best(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep_last=1, keep_best=2, best="val/top1")
+    assert store.would_keep(0.0)
+    for step, metric in enumerate((0.5, 0.9, 0.1), start=1):
+        save(store, step, metric)
+    assert [store.would_keep(score) for score in (0.4, 0.5, 0.6, float("nan"))] == [False, False, True, False]
+    assert not CheckpointStore(tmp_path, keep_best=0, best="val/top1").would_keep(1.0)
+
+
 def test_a_later_score_is_saved_and_counts(tmp_path: Path) -> None:
     """As when an evaluation was cut short and the resumed run made up for it."""
     store = CheckpointStore(tmp_path, keep_last=1, keep_best=1, best="val/top1")
@@ -55,6 +75,31 @@ def test_a_later_score_is_saved_and_counts(tmp_path: Path) -> None:
     assert [each.name for each in store.steps()] == ["step-00000002"]
     assert read(path).manifest["metrics"] == {"val/top1": 0.9}
     assert {each.name for each in path.iterdir()} == {"model.safetensors", "training.pt", "manifest.json"}
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "was", "now"),
+    [("max_margin", "margin", 0.2, 0.3), ("sms", "tau", 0.1, 0.2), ("classes", "label_smoothing", 0.0, 0.1)],
+)
+def test_a_run_is_resumed_with_the_objective_that_it_was_trained_with(
+    tmp_path: Path, name: str, setting: str, was: float, now: float
+) -> None:
+    cfg, model = Config(), create_model(ModelConfig(name="DEMO"))
+    cfg.loss.name = name
+    saved = identity(cfg, model, 60, None)
+    assert saved[f"loss.{setting}"] == was
+    path = CheckpointStore(tmp_path).save(1, WEIGHTS, {}, metrics={}, identity=saved)
+    require_identity(read(path), identity(cfg, model, 60, None))
+    setattr(cfg.loss, setting, now)
+    with pytest.raises(UserError, match=f"was trained with loss.{setting}={was}, this run has {now}"):
+        require_identity(read(path), identity(cfg, model, 60, None))
+    # Earlier releases did not record it.
+    del saved[f"loss.{setting}"]
+    path = CheckpointStore(tmp_path).save(2, WEIGHTS, {}, metrics={}, identity=saved)
+    require_identity(read(path), identity(cfg, model, 60, None))
+    # Losses that ignore a setting do not mind another value.
+    cfg.loss.name = "infonce"
+    assert f"loss.{setting}" not in identity(cfg, model, 60, None)
 
 
 def test_a_lost_run_folder_is_not_made_anew(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from egohod.training.checkpoint import read
+from egohod.training.checkpoint import CheckpointStore, read
 from tests.support import ROOT, Command, environment, losses, newest
 
 
@@ -137,6 +137,32 @@ def test_resume_none_never_overwrites(tiny_config: Path, inside: Command) -> Non
     other = inside(*command, "model.num_frames=8")
     assert other.returncode == 2
     assert "model.num_frames=4" in other.stderr
+
+
+def test_the_best_step_is_saved_wherever_it_comes(
+    tiny_config: Path, demo_world: Path, tmp_path: Path, inside: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evaluated every 3 steps, saved every 4, and both at the end of each part; a resumed run knows the best so far."""
+    # After steps 3 and 4, 6 and 7, 9 and 12.
+    scores = iter([0.2, 0.1, 0.9, 0.3, 0.5, 0.4])
+    monkeypatch.setattr("egohod.evaluation.runner.Benchmark.__call__", lambda *_: {"map": next(scores)})
+    command = ["main_pretrain.py", "--config_file", tiny_config, f"evaluate.demo_val={demo_world}/val"]
+    command += ["evaluate.every=3 steps", "evaluate.best=val/map", "train.save_every=4 steps", "train.keep_last=1"]
+    for duration, expected in ((4, [3, 4]), (7, [6, 7]), (12, [6, 12])):
+        done = inside(*command, f"train.duration={duration} steps", "train.schedule=constant")
+        assert done.returncode == 0, done.stderr
+        assert [int(path.name[-8:]) for path in CheckpointStore(tmp_path / "run").steps()] == expected
+
+
+def test_a_run_that_skips_all_steps_ends_with_an_error(tiny_config: Path, tmp_path: Path, inside: Command) -> None:
+    """However short the windows of the log are."""
+    command = ["main_pretrain.py", "--config_file", tiny_config, "train.duration=25 steps", "train.log_every=5 steps"]
+    done = inside(*command, "train.lr=1e30", "train.warmup=0 steps", "train.schedule=constant")
+    assert done.returncode == 2, done.stderr
+    assert "steps all had a non-finite loss or gradient" in done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) < 5
+    assert lines[-1]["train/loss"] is None
 
 
 def test_a_checkpoint_of_an_earlier_release_is_resumed(tiny_config: Path, tmp_path: Path, inside: Command) -> None:

@@ -76,8 +76,8 @@ def test_a_step_never_waits_for_the_device(chunks: int, clip_norm: float | None)
     # there. Everything else must be free of waits.
     assert [name for name in waits.seen if name] == []
     with Waits() as waits:
-        window.means()
-    assert window.means()["skipped"] == 0
+        means = window.means()
+    assert means["skipped"] == 0
 
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
@@ -108,8 +108,8 @@ def test_a_non_finite_step_changes_nothing(poison: str) -> None:
 def test_a_run_of_skipped_steps_ends_with_advice() -> None:
     from egohod.training.train import FEWEST_SKIPPED, require_finite
 
-    window = MetricWindow()
     for skipped, steps, ends in ((FEWEST_SKIPPED, FEWEST_SKIPPED, True), (3, 3, False), (20, 21, False)):
+        window = MetricWindow()
         for step in range(steps):
             window.add({"loss": torch.tensor(1.0), "skipped": torch.tensor(float(step < skipped))})
         if ends:
@@ -119,12 +119,39 @@ def test_a_run_of_skipped_steps_ends_with_advice() -> None:
             require_finite(window.means())
 
 
+def test_skipped_steps_are_counted_over_windows_and_checkpoints() -> None:
+    skipped, finite = ({"loss": torch.tensor(1.0), "skipped": torch.tensor(value)} for value in (1.0, 0.0))
+    window, counts = MetricWindow(), []
+    for steps in ([skipped] * 3, [finite] + [skipped] * 3, [skipped] * 5, [skipped] * 2):
+        for step in steps:
+            window.add(step)
+        # As through a checkpoint; training.pt is read with weights_only.
+        state, window = window.state_dict(), MetricWindow()
+        window.load_state_dict(state, torch.device("cpu"))
+        counts.append(window.means()["consecutive_skips"])
+    assert counts == [3, 3, 8, 10]
+    window = MetricWindow()
+    window.load_state_dict({"sums": {"skipped": torch.tensor(4.0)}, "count": 4}, torch.device("cpu"))
+    window.add(skipped)
+    assert window.means()["consecutive_skips"] == 1  # an earlier release's checkpoint
+
+
 def test_the_window_leaves_skipped_steps_out_of_its_means() -> None:
     window = MetricWindow()
-    window.add({"loss": torch.tensor(2.0), "skipped": torch.tensor(0.0)})
-    window.add({"loss": torch.tensor(math.nan), "skipped": torch.tensor(1.0)})
-    window.add({"loss": torch.tensor(4.0), "skipped": torch.tensor(0.0)})
-    assert window.means() == {"loss": 3.0, "skipped": 1.0, "steps": 3.0}
+
+    def add(loss: float, skipped: float) -> None:
+        # Accuracy and logit_scale of a skipped step are finite, and no less meaningless.
+        scalars = {"loss": loss, "accuracy": 0.5, "logit_scale": 14.0, "skipped": skipped}
+        window.add({name: torch.tensor(value) for name, value in scalars.items()})
+
+    for loss, skipped in ((2.0, 0.0), (math.nan, 1.0), (4.0, 0.0), *[(math.inf, 1.0)] * 7):
+        add(loss, skipped)
+    means = {"loss": 3.0, "accuracy": 0.5, "logit_scale": 14.0}
+    assert window.means() == means | {"skipped": 8.0, "steps": 10.0, "consecutive_skips": 7.0}
+    add(math.nan, 1.0)
+    nothing = window.means()
+    assert all(math.isnan(nothing[name]) for name in means)
+    assert (nothing["skipped"], nothing["steps"]) == (1.0, 1.0)
 
 
 def test_accumulated_chunks_give_the_step_of_the_whole_batch() -> None:
@@ -268,6 +295,14 @@ def test_warmup_peaks_one_step_after_avions() -> None:
         ours.append(step.lr)
     assert ours[:4] == pytest.approx([0.1, 0.325, 0.55, 0.775])
     assert ours[4:] == pytest.approx(avion[4:], abs=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_a_run_of_one_step_has_the_peak_rate_and_no_warning(schedule: str, caplog: pytest.LogCaptureFixture) -> None:
+    _, step = build(config(schedule=schedule, lr=1e-3, lr_end=1e-5), total=1)
+    step(1, [batch()])
+    assert step.lr == 1e-3
+    assert "Cosine annealing" not in caplog.text
 
 
 def test_learning_rates() -> None:

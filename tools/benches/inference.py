@@ -267,6 +267,9 @@ def probe_text(result: dict[str, Any]) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
+_HOD_STAGES = [stage.name for stage in STAGES]
+
+
 def hod_options(parser: argparse.ArgumentParser) -> None:
     cli.add_config_file(parser, "configs/hod/demo.yml")
     parser.add_argument("--clips", type=int, default=60, help="of the first clips of the metadata (default: 60)")
@@ -276,7 +279,7 @@ def hod_options(parser: argparse.ArgumentParser) -> None:
 
 def hod(options: argparse.Namespace) -> dict[str, Any]:
     """Clips per second of the pipeline, the share of each stage, and peak memory."""
-    spent: dict[str, list[float]] = {stage: [] for stage in (*STAGES, "loop")}
+    spent: dict[str, list[float]] = {stage: [] for stage in (*_HOD_STAGES, "loop")}
     memory = _MemoryPeak()
 
     def pipeline_in(folder: str, *more: str) -> Pipeline:
@@ -292,7 +295,7 @@ def hod(options: argparse.Namespace) -> dict[str, Any]:
             shard = Shard(0, -(-len(pipeline.table) // options.clips))
             clips = pipeline.clips(shard)
             with memory:
-                for stage in STAGES:
+                for stage in _HOD_STAGES:
                     spent[stage].append(timed(partial(pipeline.run, [stage], shard)).seconds)
             start = time.perf_counter()
             alone = pipeline_in(folder, "workers=0")
@@ -301,14 +304,16 @@ def hod(options: argparse.Namespace) -> dict[str, Any]:
                 for _ in alone.try_clip(index):
                     pass
             spent["loop"].append(time.perf_counter() - start)
-    ours = [sum(spent[stage][i] for stage in STAGES) for i in range(options.rounds)]
-    shares = {stage: median(part / all_ for part, all_ in zip(spent[stage], ours, strict=True)) for stage in STAGES}
+    ours = [sum(spent[stage][i] for stage in _HOD_STAGES) for i in range(options.rounds)]
+    shares = {
+        stage: median(part / all_ for part, all_ in zip(spent[stage], ours, strict=True)) for stage in _HOD_STAGES
+    }
     return {
         "clips": len(clips),
         "workers": pipeline.cfg.workers,
         "clips_per_second": len(clips) / median(ours),
         "share": shares,
-        "milliseconds": {stage: 1000 * median(spent[stage]) / len(clips) for stage in STAGES},
+        "milliseconds": {stage: 1000 * median(spent[stage]) / len(clips) for stage in _HOD_STAGES},
         "ratio_to_a_loop": median(slow / fast for slow, fast in zip(spent["loop"], ours, strict=True)),
         "worker_mb": memory.worker,
         "main_mb": memory.main,
@@ -316,7 +321,7 @@ def hod(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def hod_text(result: dict[str, Any]) -> str:
-    stages = (f"{stage} {result['milliseconds'][stage]:.1f} ms ({result['share'][stage]:.0%})" for stage in STAGES)
+    stages = (f"{stage} {result['milliseconds'][stage]:.1f} ms ({result['share'][stage]:.0%})" for stage in _HOD_STAGES)
     return (
         f"{result['clips']} clips, {result['workers']} workers: {result['clips_per_second']:.1f} clips/s, "
         f"{result['ratio_to_a_loop']:.2f} x a loop in one process\na clip: {', '.join(stages)}\n"

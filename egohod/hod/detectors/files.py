@@ -58,6 +58,11 @@ class DetectionFiles(Detector):
     ) -> pa.Table:
         """See :meth:`Detector.detect`. Raises :class:`VideoError` where a file is damaged."""
         if video_id in self._epic and video_id not in self._videos:
+            if self._fps is None and not (len(seconds) and seconds[-1] > 0):
+                # An infinite rate would put the boxes of all frames at second 0, for later clips of the video too.
+                raise VideoError(
+                    f"{video_id}: a frame at second 0 does not show the frame rate; set detector.options.fps"
+                )
             fps = self._fps if self._fps is not None else float((frame_numbers[-1] + 0.5) / seconds[-1])
             try:
                 rows = detections.read_epic(self._epic[video_id], fps).to_pandas()

@@ -118,7 +118,8 @@ class MediapipeHands(Detector):
         """One line of the worker as JSON; None where the worker is gone."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        return json.loads(line) if line else None
+        # Without its end it is what the worker wrote before it died.
+        return json.loads(line) if line.endswith(b"\n") else None
 
     def _last_words(self) -> str:
         """The last line that the worker logged before it died, else its exit code."""

@@ -1,4 +1,5 @@
-"""Narrators, which turn facts of a clip into a sentence: their protocol, how one is made by name, facts as phrases.
+"""Narrators, which turn facts of a clip into a sentence: their protocol, how one is made by name, how their captions
+are checked and replaced, facts as phrases.
 
 To add one: a module in this package with a :class:`Narrator` that is built as ``Class(settings)``, and a line in
 ``NARRATORS`` of :mod:`egohod.hod.config`, whose :class:`~egohod.hod.config.NarratorConfig` also has its settings.
@@ -7,16 +8,18 @@ To add one: a module in this package with a :class:`Narrator` that is built as `
 from __future__ import annotations
 
 import importlib
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from egohod.config import PROJECT
-from egohod.hod.config import NARRATORS, NarratorConfig
+from egohod.hod.check import Verdict, check
+from egohod.hod.config import NARRATORS, CheckConfig, NarratorConfig
 from egohod.hod.facts import (
     AWAY,
     CLOCKWISE,
@@ -32,6 +35,9 @@ from egohod.hod.facts import (
     HandFacts,
     Motion,
 )
+
+if TYPE_CHECKING:
+    from egohod.hod.narrators.template import TemplateNarrator
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +128,83 @@ def caption_settings(settings: NarratorConfig) -> dict[str, Any]:
         # A prompt that is missing, or no text, is reported by the narrator.
         values["prompt"] = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else str(path)
     return values
+
+
+# --- Captions that pass the check ---
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A caption that went through the check."""
+
+    text: str | None  # None where even the template's caption is refused
+    narrator: str  # whose caption it is in the end; template too where it replaced another's
+    verdict: Verdict
+    attempts: int  # requests to the narrator: 1 or 2
+    refusals: tuple[str, ...]  # why its captions were refused, if there was a second request or a replacement
+    prompt_tokens: int
+    completion_tokens: int
+    unanswered: bool  # the narrator had no usable answer at least once: another day it may have one
+
+
+def check_narrations(
+    requests: Sequence[Request],
+    narrations: Sequence[Narration],
+    narrator: Narrator,
+    settings: CheckConfig,
+    template: TemplateNarrator,
+) -> Iterator[tuple[int, Checked]]:
+    """Check the first narration of each request, and replace those that are refused.
+
+    A refused caption is requested once more, with the reasons (``settings.ask_again``; never from the template, which
+    would repeat it). If that is refused too, ``template`` narrates the source, and if that fails, the facts alone.
+    Yields (index of the request, result) once for each, as soon as it is decided. Raises what the narrator raises, and
+    AssertionError if it leaves a request without an answer.
+    """
+    instructions = getattr(narrator, "instructions", "")
+    answers: list[list[Narration]] = [[] for _ in requests]
+    refusals: list[tuple[str, ...]] = [() for _ in requests]
+    refused: list[int] = []
+    undecided = set(range(len(requests)))
+
+    def second_answers() -> Iterator[tuple[int, Narration]]:
+        if refused and settings.ask_again and narrator.name != "template":
+            numbers = refused.copy()
+            refused.clear()
+            again = [replace(requests[n], complaints=refusals[n], refused=answers[n][0].text) for n in numbers]
+            for place, answer in narrator.narrate(again):
+                yield numbers[place], answer
+
+    def result(number: int, text: str | None, who: str, verdict: Verdict) -> tuple[int, Checked]:
+        own = answers[number]
+        undecided.remove(number)
+        tokens = sum(answer.prompt_tokens for answer in own), sum(answer.completion_tokens for answer in own)
+        unanswered = any(answer.problem is not None for answer in own)
+        return number, Checked(text, who, verdict, len(own), refusals[number], *tokens, unanswered)
+
+    # The second answers are requested after all of the first are checked: their requests are then full.
+    for number, answer in itertools.chain(enumerate(narrations), second_answers()):
+        request, verdict = requests[number], Verdict(0.0, (answer.problem or "no answer",))
+        if answer.text is not None:
+            verdict = check(answer.text, request.source, request.facts, settings, instructions)
+        answers[number].append(answer)
+        refusals[number] += verdict.reasons
+        if verdict.passed:
+            yield result(number, answer.text, answer.narrator, verdict)
+        else:
+            refused.append(number)
+    for number in refused:
+        request, text, verdict = requests[number], None, Verdict(0.0, refusals[number])
+        for source in dict.fromkeys((request.source, "")):
+            caption = template.caption(source, request)
+            # The facts alone are checked as what they are, a caption without a narration before.
+            verdict = check(caption, source, request.facts, settings, instructions if source == request.source else "")
+            if verdict.passed:
+                text = caption
+                break
+        yield result(number, text, "template", verdict)
+    # Not the template's caption: with an answer missing, which numbers the others have is in doubt too.
+    assert not undecided, f"narrator {narrator.name} has not answered the requests {sorted(undecided)}"
 
 
 # --- Phrases ---
