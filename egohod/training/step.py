@@ -47,7 +47,7 @@ class TrainStep:
         self._dtype = pick_precision(cfg.train.precision, dist.device)
         self._seed = (cfg.train.seed, dist.rank)
         self._loss = build_loss(cfg.loss, rank=dist.rank, world_size=dist.world_size)
-        self._has_opposites, self._total_steps, self._step = cfg.loss.has_opposites, total_steps, 1
+        self._has_opposites, self._total_steps = cfg.loss.has_opposites, total_steps
         self._max_log_scale = math.log(cfg.loss.max_logit_scale)
         self._optimizer = build_optimizer(model, cfg.train)
         self._schedule = build_schedule(self._optimizer, cfg.train, total_steps, steps_per_epoch)
