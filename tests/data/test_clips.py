@@ -64,6 +64,16 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(world: Path) -> None:
     assert not any(equal(dataset(world, seed=1)[0, i], first[0, i]) for i in range(CLIPS))
 
 
+def test_a_frame_cache_changes_no_sample(world: Path, tmp_path: Path) -> None:
+    cached = dataset(world, train=True, frame_cache=str(tmp_path / "frames"))
+    plain = dataset(world, train=True)
+    for index in (0, 1, 0):
+        assert equal(cached[0, index], plain[0, index])
+    assert list(tmp_path.rglob("frames.npy"))
+    shown, decoded = dataset(world, frame_cache=str(tmp_path / "frames")), dataset(world)
+    assert torch.equal(shown[1]["video"], decoded[1]["video"])
+
+
 def test_shapes_and_types(world: Path) -> None:
     sample = dataset(world)[0, 5]
     assert sample["video"].shape == (3, 4, 32, 32)
