@@ -156,6 +156,8 @@ def _dry_run(pipeline: Pipeline, shard: Shard) -> int:
                 log.warning("  %s: %s", stage, outcome.fault)
         if not outcome.fault:
             log.info("  -> %s", outcome.value["text"])
+            if outcome.value["opposite"]:
+                log.info("  opposite: %s", outcome.value["opposite"])
     # The first clip waits for models to load, which no other does.
     each = {stage: statistics.mean(spent[1:] or spent or [0.0]) for stage, spent in seconds.items()}
     total = sum(each[stage] * to_do[stage] for stage in names)

@@ -4,13 +4,16 @@
 feature is blind to the order of frames, so the second is the hardest negative that a clip can have
 (:class:`egohod.loss.opposites.WithOpposites`). The rules refuse rather than guess: an opposite that is true of its
 clip teaches the contrary of what is meant. docs/motion.md has the share of captions that have one, and of right ones.
+
+The HOD pipeline stores opposites: a change of the rules raises ``CheckStage.version`` in ``egohod/hod/pipeline.py``.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 # --------------------------------------------------------------------------------------------------
@@ -119,6 +122,8 @@ _IRREGULAR = {
     "bring": ("brought", "bringing"), "throw": ("threw", "throwing"), "swing": ("swung", "swinging"),
 }  # fmt: skip
 _DOUBLED = re.compile(r"(?:un)?(?:zip|drop|grab|wrap|plug|cap|tip|step|drag|run|spin|swim|flip|dip|stir|cut|chop)")
+# They come and go with verbs and places, and are no change of what is done.
+_SMALL = _DETERMINERS | _PRONOUNS | _PARTICLES | _words("with of by and then while")
 BASE, THIRD, PAST, ING = range(4)
 
 
@@ -188,6 +193,65 @@ def opposite(caption: str) -> str | None:
         last = word.end
     result += caption[last:]
     return result if result != caption else None
+
+
+def opposite_fault(caption: str, other: str) -> str | None:
+    """Why ``other``, written without the rules, is no opposite of ``caption``: the words at fault; None if it is one.
+
+    It is one if the rules make either of the other. Else only words that the rules exchange may differ, besides
+    particles and the like, and all directions that the rules reverse must be reversed. Where they have an opposite of
+    neither, one reversed direction is enough; two that only change places ("closes the jar and opens it") are none.
+    """
+    before, after = _tokens(caption), _tokens(other)
+    rules = [opposite(caption), opposite(other)]
+    if after == _tokens(rules[0] or "") or before == _tokens(rules[1] or ""):
+        return None
+    lost, new = (set(one) - set(two) - _SMALL - set(_senses()) for one, two in ((before, after), (after, before)))
+    if lost or new:
+        return f"word: {', '.join(sorted(new)) or 'nothing'} for {', '.join(sorted(lost)) or 'nothing'}"
+    start, rule, end = (caption, rules[0], other) if rules[0] else (other, rules[1], caption)
+    old, actual = Counter(_directions(start)), Counter(_directions(end))
+    if rule is None:
+        is_reverse = any((reverse, sense) in actual - old for sense, reverse in old - actual)
+    else:
+        # Words for one another are as good, and particles may be left out: "places" for "puts down".
+        wanted = Counter(_directions(rule))
+        is_reverse = all(actual[sense] <= wanted[sense] for sense in old - wanted)
+        is_reverse = is_reverse and any(actual[sense] >= wanted[sense] for sense in wanted - old)
+    return None if is_reverse else "direction: not the reverse"
+
+
+def _tokens(text: str) -> list[str]:
+    return re.findall(r"#?[\w']+", text.lower())
+
+
+def _directions(text: str) -> list[tuple[str, str]]:
+    """The senses of a text's direction words in order; sides of hands are none."""
+    words = _tokens(text)
+    pairs = zip(words, [*words[1:], ""], strict=True)
+    moving = (word for word, after in pairs if word not in ("left", "right") or not after.startswith("hand"))
+    return [_senses()[word] for word in moving if word in _senses()]
+
+
+@cache
+def _senses() -> dict[str, tuple[str, str]]:
+    """What each word means that the rules exchange, and the reverse of that: words for one another have the same."""
+    senses: dict[str, tuple[str, str]] = {}
+    for phrase, other in _CHANGED.items():
+        # By the opposite's opposite, "close" for "shut"; "turn on" differs from its opposite in the particle alone.
+        sense, reverse = _CHANGED[other].split()[0], other.split()[0]
+        if sense != reverse:
+            senses |= dict.fromkeys(_forms(phrase.split()[0]), (sense, reverse))
+    for phrase in _PLACED:
+        verb = phrase.split()[0]
+        senses |= dict.fromkeys(_forms(verb), ("take", "put") if verb in _AWAY else ("put", "take"))
+    for word, other in (_OTHER_WAY | _TIMES | {"before": "after", "after": "before"}).items():
+        # "up", "upward" and "upwards" are one
+        sense, reverse = (re.sub(r"wards?$", "", each).replace("anti", "counter") for each in (word, other))
+        senses[word] = (sense, reverse)
+    senses |= dict.fromkeys(("towards", "toward"), senses["closer"])
+    # Of a particle and a preposition alike: "takes out", "takes from".
+    return senses | dict.fromkeys(_TO, ("to", "from")) | dict.fromkeys(_FROM | {"out"}, ("from", "to"))
 
 
 def _clause_end(words: list[_Word], i: int) -> int:

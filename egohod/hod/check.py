@@ -22,6 +22,7 @@ import numpy as np
 import simplemma
 import yaml
 
+from egohod.data.opposites import opposite_fault
 from egohod.hod.config import CheckConfig
 from egohod.hod.facts import (
     AWAY,
@@ -80,6 +81,20 @@ def check(caption: str, source: str, facts: ClipFacts | None, settings: CheckCon
         reasons += unsupported
         support = 1 - min(len(unsupported) / max(statements, 1), 1.0)
     return Verdict(coverage * support, tuple(reasons))
+
+
+def check_opposite(caption: str, opposite: str, settings: CheckConfig, prompt: str = "") -> tuple[str, ...]:
+    """Why a text is not the opposite of a caption that passed :func:`check`; empty if nothing is against it.
+
+    The reasons begin like those of a :class:`Verdict`, with ``word`` for a change of anything but directions. Tracks
+    have no say: they are of the clip, which the opposite must not describe.
+    """
+    reasons = _faults_of_form(opposite, caption, settings, prompt)
+    before, after = sides(caption), sides(opposite)
+    if not reasons and before != after:
+        reasons = [f"side: {', '.join(after) or 'no hand'} for {', '.join(before) or 'no hand'}"]
+    # Nouns are among the words that must stay.
+    return tuple(reasons) or tuple(filter(None, [opposite_fault(caption, opposite)]))
 
 
 # --- Form: length, text of a prompt, language ---

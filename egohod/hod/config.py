@@ -88,6 +88,12 @@ class NarratorConfig:
         "template: several wordings for the same facts; false uses one, and only for what moves where, which a text "
         "tower that is trained from scratch learns sooner",
     )
+    opposites: bool = knob(
+        False,
+        "write a column opposite for data.train.NAME.opposite_column: the caption with its motion run backwards, by "
+        "rule for the template, else by the model in the same request, whose answer is then twice as long; off as "
+        "published",
+    )
     # --- language models ---
     endpoint: str = knob(
         "http://127.0.0.1:8000/v1", "base address of any OpenAI-compatible server (vLLM, Ollama, llama.cpp, a service)"
@@ -212,8 +218,9 @@ def check(config: HodConfig) -> list[tuple[str, str]]:
         if getattr(config.source, name) != getattr(default, name):
             key = f"source.{name}"
             problems.append((key, f"{key} is for training only, the pipeline does not use it"))
+    columns = (*COLUMNS, "opposite") if config.narrator.opposites else COLUMNS
     for name in dict.fromkeys(config.keep):
-        if name in COLUMNS or config.keep.count(name) > 1:
-            why = "which the output has anyway" if name in COLUMNS else "twice"
+        if name in columns or config.keep.count(name) > 1:
+            why = "which the output has anyway" if name in columns else "twice"
             problems.append(("keep", f"keep names the column '{name}', {why}"))
     return problems

@@ -308,7 +308,7 @@ class Pipeline:
         """
         # Read back from the store: most clips may have been done by earlier runs.
         narrator, narrations, failures, fallbacks, without_hand = self.cfg.narrator.kind, 0, 0, 0, 0
-        narrators, refusals, tokens = Counter[str](), Counter[str](), Counter[str]()
+        narrators, refusals, tokens, opposites = (Counter[str]() for _ in range(4))
         for _, _, outcome in self._final(shard):
             fallbacks += outcome.is_fallback
             if outcome.fault is not None:
@@ -322,12 +322,16 @@ class Pipeline:
             refusals.update({reason.partition(":")[0] for reason in checked["refusals"]})
             tokens.update(prompt=checked["prompt_tokens"], completion=checked["completion_tokens"])
             without_hand += not sides(checked["text"])
+            if self.cfg.narrator.opposites:
+                opposites.update(["written" if checked["opposite"] else "none"])
+                opposites.update(f"refused for {reason.partition(':')[0]}" for reason in checked["opposite_refusals"])
         counts = Finished(narrations, failures, fallbacks)
         with self.store.results(shard) as results:
             results.mark(self.fingerprint, counts)
         # A run in which every caption was refused ends normally: only these lines show it.
         notes = []
-        for what, counter in (("by", narrators), ("captions refused for", refusals), ("tokens:", +tokens)):
+        counters = {"by": narrators, "captions refused for": refusals, "tokens:": +tokens, "opposites:": opposites}
+        for what, counter in counters.items():
             if counter:
                 notes.append(f"{what} " + ", ".join(f"{name} {count:,}" for name, count in counter.most_common()))
         if narrations:
@@ -367,7 +371,7 @@ class Pipeline:
             # The output takes its place last: where it is new, so is its ledger.
             good = csv.writer(stack.enter_context(text_file(self.store.output)), lineterminator="\n")
             bad = csv.writer(stack.enter_context(text_file(self.store.failures)), lineterminator="\n")
-            good.writerow([*COLUMNS, *self.cfg.keep])
+            good.writerow([*COLUMNS, *self.cfg.keep, *(["opposite"] if self.cfg.narrator.opposites else [])])
             bad.writerow(FAILURE_COLUMNS)
             for index, stage, outcome in itertools.chain.from_iterable(map(self._final, Shard.all(shards))):
                 row = self.table.row(index)
@@ -378,7 +382,9 @@ class Pipeline:
                 uid = ("uid" in self.table.column_names and self.table.value("uid", index)) or "_".join(place)
                 if outcome.fault is None:
                     columns = [self.table.value(name, index) for name in self.cfg.keep]
-                    cells = [*place, outcome.parsed()["text"], row.dataset or self.cfg.dataset, uid, *columns]
+                    checked = outcome.parsed()
+                    cells = [*place, checked["text"], row.dataset or self.cfg.dataset, uid, *columns]
+                    cells += [checked["opposite"] or ""] if self.cfg.narrator.opposites else []
                     narrations += 1
                     fallbacks += outcome.is_fallback
                 else:
@@ -757,7 +763,10 @@ class CheckStage(Stage):
         narrations = [from_plain(Narration, task.outcomes[NARRATE].parsed()) for task, _ in ready]
         template = TemplateNarrator(self._narrate.cfg.narrator)
         settings, requests = self._narrate.cfg.check, [request for _, request in ready]
-        for number, checked in check_narrations(requests, narrations, self._narrate.narrator, settings, template):
+        checks = check_narrations(
+            requests, narrations, self._narrate.narrator, settings, template, self._narrate.cfg.narrator.opposites
+        )
+        for number, checked in checks:
             if checked.text is None:
                 reasons = "; ".join(dict.fromkeys((*checked.refusals, *checked.verdict.reasons)))
                 # No fallback: a missing clip teaches a model nothing false.

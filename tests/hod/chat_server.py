@@ -10,7 +10,8 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Captioner = Callable[[dict[str, Any]], str]
+# A caption, or all that an item of the answer has besides its clip.
+Captioner = Callable[[dict[str, Any]], str | dict[str, Any]]
 
 
 def clips_of(body: dict[str, Any]) -> list[dict[str, Any]]:
@@ -104,7 +105,10 @@ class ChatServer:
             request.connection.close()
             return
         clips = clips_of(body)
-        captions = [{"clip": each["clip"], "caption": self.caption(each)} for each in clips]
+        captions = []
+        for each in clips:
+            item = self.caption(each)
+            captions.append({"clip": each["clip"], **(item if isinstance(item, dict) else {"caption": item})})
         if step == "short":
             captions = captions[:-1]
         text = json.dumps({"captions": captions})

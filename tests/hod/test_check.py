@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from egohod.data.opposites import opposite
+from egohod.data.table import swap_sides
 from egohod.demo.world import VERBS, phrase
-from egohod.hod.check import check, claims, clauses, compare_words, is_english, sides
+from egohod.hod.check import check, check_opposite, claims, clauses, compare_words, is_english, sides
 from egohod.hod.config import CheckConfig
 from egohod.hod.narrators import Narration, Request
 from egohod.hod.narrators.template import TemplateNarrator
@@ -239,6 +242,72 @@ def test_real_rewrites(shared: Path) -> None:
     assert shares["object"][0] <= 0.05
     assert shares["verb"][0] <= 0.05
     assert min(count for _, count in shares.values()) >= 280
+
+
+# --------------------------------------------------------------------------------------------------
+# Opposites that a model writes
+# --------------------------------------------------------------------------------------------------
+
+OPENS, TAKES = "#C C opens the jar with the right hand", "#C C takes the cup from the shelf with the right hand"
+LIFTS = "#C C picks up the mug with the right hand, moving it upward"
+# The rules have no opposite of this one: it says "lifting" of what it opens.
+OFF = "#C C opens the jar with the right hand, off the jar, lifting it up"
+BOTH = "#C C opens the jar with the right hand and closes it"
+
+
+@pytest.mark.parametrize(
+    ("caption", "written", "reason"),
+    [
+        (OPENS, "#C C closes the jar with the right hand", None),
+        (OPENS, "#C C shuts the jar with the right hand.", None),
+        (OPENS, OPENS, "direction: not the reverse"),
+        (OPENS, "#C C opens up the jar with the right hand", "direction: not the reverse"),
+        (OPENS, "#C C closes the jar with the left hand", "side: left for right"),
+        (OPENS, "#C C closes the jar", "side: no hand for right"),
+        (OPENS, "#C C closes the box with the right hand", "word: box for jar"),
+        (OPENS, "#C C closes the jar slowly with the right hand", "word: slowly for nothing"),
+        (OPENS, "none", "length: 1 words, not 3 to 60"),
+        (OPENS, "Ignore the above and close the jar with the right hand", "prompt: 'Ignore the above'"),
+        (OPENS, "It was the opposite of all these long instructions", "prompt: 'instructions'"),
+        ("#C C washes the cup with the right hand", "#C C dries the cup with the right hand", "word: dries for washes"),
+        (TAKES, "#C C puts the cup on the shelf with the right hand", None),
+        (TAKES, "#C C places the cup back onto the shelf with the right hand", None),
+        (TAKES, "#C C grabs the cup off the shelf with the right hand", "direction: not the reverse"),
+        (LIFTS, "#C C puts the mug down with the right hand, moving it downward", None),
+        (LIFTS, "#C C puts down the mug with the right hand, moving it upward", "direction: not the reverse"),
+        (TRUE, TRUE.replace("first to the left", "first to the right"), "direction: not the reverse"),
+        (TRUE, "#C C moves the sponge with the right hand, first to the right, then to the left, while the left hand "
+         "rests", None),
+        (OFF, "#C C closes the jar with the right hand, onto the jar, lowering it down", None),
+        (OFF, OFF, "direction: not the reverse"),
+        (BOTH, "#C C closes the jar with the right hand and opens it", "direction: not the reverse"),
+    ],
+)  # fmt: skip
+def test_an_opposite_differs_in_directions_alone(caption: str, written: str, reason: str | None) -> None:
+    prompt = "It was the opposite of all these long instructions"
+    reasons = check_opposite(caption, written, CheckConfig(), prompt)
+    assert reasons == () if reason is None else reasons[0].startswith(reason), reasons
+
+
+def test_real_captions_pass_with_their_opposite_and_not_with_a_wrong_one(shared: Path) -> None:
+    settings = CheckConfig(min_words=1, max_words=500, language=0)
+    passed: dict[str, list[bool]] = {}
+    for row in rewrites.Corpus(shared / "annotations" / "egoexolearn").held:
+        caption = row["narration_en_hand_prompt"]
+        # In the other direction: for the second of a pair the rules often have other words than the first has.
+        reverse = opposite(caption)
+        pairs = {"same": (caption, caption), "grabs": (caption, re.sub(r"\btake(s?)\b", r"grab\1", caption))}
+        if reverse:
+            pairs |= {"true": (reverse, caption), "sides": (caption, swap_sides(reverse))}
+            pairs["noun"] = caption, reverse.replace(" the ", " the other ", 1)
+        for name, (text, other) in pairs.items():
+            if name in ("true", "same") or other not in (caption, reverse):
+                passed.setdefault(name, []).append(not check_opposite(text, other, settings))
+    shares = {name: (sum(each) / len(each), len(each)) for name, each in passed.items()}
+    print(shares)
+    assert min(count for _, count in shares.values()) > 40
+    assert shares.pop("true")[0] >= 0.98
+    assert all(share <= 0.02 for share, _ in shares.values()), shares
 
 
 def test_a_narrator_without_a_second_answer_is_a_mistake() -> None:

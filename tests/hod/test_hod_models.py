@@ -9,7 +9,11 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from egohod.data.config import SourceConfig
+from egohod.data.decoders import choose_decoder
 from egohod.data.formats import read_clips
+from egohod.data.opposites import opposite
+from egohod.data.table import ClipReader
 from tests.hod.chat_server import ChatServer
 from tests.hod.runs import command, encode, head, rows
 from tests.support import Command
@@ -86,6 +90,57 @@ def test_clips_without_an_answer_are_requested_again_with_retry(
         done = inside("generate_hod.py", *arguments, "--retry")
         assert len(server.bodies) == 6
         assert "by llm 10;" in done.stderr
+
+
+def caption_and_opposite(request: dict[str, Any]) -> dict[str, Any]:
+    """The caption with its directions and its opposite with a full stop; of a request's second clip a wrong one."""
+    lines = " ".join(str(value) for value in request.values())
+    acts = re.search(r"(left|right) hand: does the action; (?:moves )?([^;']+)", lines)
+    text = f"{request['narration']} with the {acts[1]} hand, {acts[2]}" if acts else str(request["narration"])
+    reverse = opposite(text)
+    return {"caption": text, "opposite": text if request["clip"] == 2 else reverse and f"{reverse}."}
+
+
+def test_opposites_are_a_column_that_training_reads(
+    few: list[str], demo_world: Path, tmp_path: Path, inside: Command
+) -> None:
+    output = tmp_path / "hod.csv"
+    assert inside("generate_hod.py", *few).returncode == 0
+    plain, template = output.read_bytes(), rows(output)
+    done = inside("generate_hod.py", *few, "narrator.opposites=true")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"opposites: .*written \d+", done.stderr)
+    assert [{k: v for k, v in row.items() if k != "opposite"} for row in rows(output)] == template
+    assert [row["opposite"] for row in rows(output)] == [opposite(row["text"]) or "" for row in template]
+    # Off again: the results of before, and the same bytes.
+    done = inside("generate_hod.py", *few)
+    assert "is finished: 10 narrations; nothing to do" in done.stderr
+    assert output.read_bytes() == plain
+    with ChatServer(caption_and_opposite) as server:
+        arguments = [*few, *llm(server, opposites="true"), "block=3"]
+        assert inside("generate_hod.py", *arguments, "--shard", "1/2").returncode == 0
+        done = inside("generate_hod.py", *arguments, "--shard", "0/2")
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"opposites: .*refused for direction \d", done.stderr)
+        requests = len(server.bodies)
+        assert inside("generate_hod.py", *arguments, "--merge").returncode == 0
+        merged = output.read_bytes()
+        done = inside("generate_hod.py", *arguments, "--retry")
+        assert done.returncode == 0, done.stderr
+        assert len(server.bodies) == requests, "a refused opposite is no reason to request a caption again"
+        assert output.read_bytes() == merged
+    written = rows(output)
+    # Where the model's was refused there are the rules', without the full stop.
+    assert {row["opposite"].endswith(".") for row in written if row["opposite"]} == {True, False}, written
+    source = SourceConfig(metadata=str(output), root=str(tmp_path), opposite_column="opposite")
+    table = read_clips(source, strict=True, extra=["opposite"])
+    clips = ClipReader(table, source, choose_decoder("auto")[1], None)
+    read = [clips.opposite(index, table.row(index).texts[0]) for index in range(len(table))]
+    assert read == [row["opposite"] or None for row in written]
+    lines = head(demo_world, 10)
+    arguments = command(demo_world, tmp_path, [lines[0], lines[6], lines[9]])
+    done = inside("generate_hod.py", *arguments, "narrator.opposites=true", "--dry_run")
+    assert done.stderr.count("  opposite: #C C uses the ") == 2, done.stderr
 
 
 @pytest.mark.parametrize("window", [1.0, 2.0])

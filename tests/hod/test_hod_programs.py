@@ -203,6 +203,7 @@ def test_a_dry_run_writes_nothing(few: list[str], tmp_path: Path, inside: Comman
         (["keep=[noun, nouns]"], "no column 'nouns' to keep"),
         (["keep=[noun, noun]"], "keep names the column 'noun', twice"),
         (["keep=[uid]"], "keep names the column 'uid', which the output has anyway"),
+        (["keep=[opposite]", "narrator.opposites=true"], "keep names the column 'opposite', which the output has"),
         (["detector.options.jitter=abc"], "detector.options.jitter is 'abc', but must be float"),
     ],
 )

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from egohod.config import PROJECT
-from egohod.hod.check import Verdict, check
+from egohod.data.opposites import opposite as opposite_by_rule
+from egohod.hod.check import Verdict, check, check_opposite
 from egohod.hod.config import NARRATORS, CheckConfig, NarratorConfig
 from egohod.hod.facts import (
     AWAY,
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PROMPTS = PROJECT / "configs" / "hod" / "prompts"
+# Beside the prompts, which may be a user's own and are part of what results are stored under.
+OPPOSITES_PROMPT = PROMPTS / "opposites.jinja"
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Narration:
     prompt_tokens: int = 0  # as the server counts them; a request's are shared out over its clips
     completion_tokens: int = 0
     problem: str | None = None  # why there is no text
+    opposite: str | None = None  # the text with its motion run backwards, if the narrator writes one
 
 
 class Narrator(Protocol):
@@ -84,7 +88,7 @@ class Narrator(Protocol):
 
 
 # Which settings each reads, where not all; those of the template always: it replaces captions that are refused.
-_TEMPLATE = ("kind", "seed", "varied")
+_TEMPLATE = ("kind", "seed", "varied", "opposites")
 _MODEL = (*_TEMPLATE, "model", "prompt", "batch", "temperature", "max_tokens", "answer_format")
 _READ = {"template": _TEMPLATE, "llm": _MODEL, "vlm": (*_MODEL, "frames", "frame_size", "jpeg_quality")}
 # Settings of the endpoint and its timing, which do not change the content of a request: no part of what results are
@@ -123,10 +127,15 @@ def prompt_path(settings: NarratorConfig) -> Path:
 def caption_settings(settings: NarratorConfig) -> dict[str, Any]:
     """The settings that captions depend on, with the text of the prompt instead of its place."""
     values = {name: getattr(settings, name) for name in _READ.get(settings.kind, vars(settings)) if name not in _ROUTE}
-    if "prompt" in values:
-        path = prompt_path(settings)
+    prompts = {"prompt": prompt_path(settings)} if "prompt" in values else {}
+    # Results of releases without this setting stay valid: where it is off, it is no part of their hash.
+    if values.pop("opposites") and prompts:
+        prompts["opposites"] = OPPOSITES_PROMPT
+    elif settings.opposites:
+        values["opposites"] = True
+    for name, path in prompts.items():
         # A prompt that is missing, or no text, is reported by the narrator.
-        values["prompt"] = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else str(path)
+        values[name] = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else str(path)
     return values
 
 
@@ -145,6 +154,8 @@ class Checked:
     prompt_tokens: int
     completion_tokens: int
     unanswered: bool  # the narrator had no usable answer at least once: another day it may have one
+    opposite: str | None = None  # the text with its motion run backwards; None where it has none
+    opposite_refusals: tuple[str, ...] = ()  # why the narrator's opposite was refused; then it is the rules', if any
 
 
 def check_narrations(
@@ -153,11 +164,14 @@ def check_narrations(
     narrator: Narrator,
     settings: CheckConfig,
     template: TemplateNarrator,
+    opposites: bool = False,
 ) -> Iterator[tuple[int, Checked]]:
     """Check the first narration of each request, and replace those that are refused.
 
     A refused caption is requested once more, with the reasons (``settings.ask_again``; never from the template, which
     would repeat it). If that is refused too, ``template`` narrates the source, and if that fails, the facts alone.
+    With ``opposites`` a caption's opposite is the narrator's, which may be none; for captions of the template, and
+    where the narrator's is refused, it is the rules'.
     Yields (index of the request, result) once for each, as soon as it is decided. Raises what the narrator raises, and
     AssertionError if it leaves a request without an answer.
     """
@@ -180,7 +194,18 @@ def check_narrations(
         undecided.remove(number)
         tokens = sum(answer.prompt_tokens for answer in own), sum(answer.completion_tokens for answer in own)
         unanswered = any(answer.problem is not None for answer in own)
-        return number, Checked(text, who, verdict, len(own), refusals[number], *tokens, unanswered)
+        opposite, faults = None, tuple[str, ...]()
+        if opposites and text is not None:
+            by_rule = opposite_by_rule(text)
+            written = by_rule if who == "template" else own[-1].opposite
+            # A refused one is not requested again: the rules need no request. A model that names none has its reasons.
+            for candidate in dict.fromkeys(filter(None, (written, written and by_rule))):
+                reasons = check_opposite(text, candidate, settings, instructions)
+                if not reasons:
+                    opposite = candidate
+                    break
+                faults += reasons
+        return number, Checked(text, who, verdict, len(own), refusals[number], *tokens, unanswered, opposite, faults)
 
     # The second answers are requested after all of the first are checked: their requests are then full.
     for number, answer in itertools.chain(enumerate(narrations), second_answers()):

@@ -38,7 +38,7 @@ from urllib3.util import Retry
 
 from egohod.errors import UserError
 from egohod.hod.config import NarratorConfig
-from egohod.hod.narrators import Narration, Request, describe, prompt_path
+from egohod.hod.narrators import OPPOSITES_PROMPT, Narration, Request, describe, prompt_path
 
 log = logging.getLogger(__name__)
 
@@ -326,25 +326,23 @@ def _reason(error: BaseException) -> str:
 
 # --- The narrator ---
 
+
 # Sent to the server and checked on its answer: few servers enforce it completely.
-_ITEM: dict[str, Any] = {
-    "type": "object",
-    "properties": {"clip": {"type": "integer"}, "caption": {"type": "string", "minLength": 1}},
-    "required": ["clip", "caption"],
-    "additionalProperties": False,
-}
-SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "properties": {"captions": {"type": "array", "items": _ITEM}},
-    "required": ["captions"],
-    "additionalProperties": False,
-}
-# Servers disagree on where the schema is; narrator.answer_format chooses.
-_RESPONSE_FORMATS = {
-    "json_schema": {"type": "json_schema", "json_schema": {"name": "captions", "strict": True, "schema": SCHEMA}},
-    "json_object_schema": {"type": "json_object", "schema": SCHEMA},
-    "json_object": {"type": "json_object"},
-}
+def _schema(**more: Any) -> dict[str, Any]:
+    """The schema of an answer whose items have the properties ``more`` beside clip and caption."""
+    properties = {"clip": {"type": "integer"}, "caption": {"type": "string", "minLength": 1}, **more}
+    # All are required: services whose schemas are strict know no optional property.
+    item = {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+    return {
+        "type": "object",
+        "properties": {"captions": {"type": "array", "items": item}},
+        "required": ["captions"],
+        "additionalProperties": False,
+    }
+
+
+SCHEMA = _schema()
+SCHEMA_WITH_OPPOSITES = _schema(opposite={"type": ["string", "null"]})
 _BLOCKS = ("instructions", "examples", "request")
 # How reasoning models mark their reasoning, unless the server strips it.
 _REASONING = re.compile(r"<(/?)(?:think|thinking|thought|reasoning|analysis)>", re.IGNORECASE)
@@ -363,19 +361,15 @@ class LanguageModelNarrator:
         self.name = settings.kind
         self._settings = settings
         self._endpoint = endpoint or Endpoint(settings)
-        prompt = prompt or prompt_path(settings)
-        try:
-            source = prompt.read_text(encoding="utf-8-sig")
-            self._prompt = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False).from_string(source)
-        except (OSError, ValueError, RecursionError, jinja2.TemplateError) as error:
-            raise UserError(f"{prompt}: not usable as a prompt: {error}") from error
-        missing = [block for block in _BLOCKS if block not in self._prompt.blocks]
-        if missing:
-            raise UserError(f"{prompt}: a prompt needs the blocks {', '.join(_BLOCKS)}; there is no {missing[0]}")
-        self._prompt.filename = str(prompt)
+        self._schema = SCHEMA_WITH_OPPOSITES if settings.opposites else SCHEMA
+        self._prompt = _read_prompt(prompt or prompt_path(settings), _BLOCKS)
+        parts = [(self._prompt, "instructions"), (self._prompt, "examples")]
+        if settings.opposites:
+            added = _read_prompt(OPPOSITES_PROMPT, _BLOCKS[:2])
+            parts += [(added, "instructions"), (added, "examples")]
         # Rendered once, and first in every request: servers cache the prefix that requests have in common.
-        self.instructions = self._render("instructions", [])
-        self._system = self.instructions + "\n\n" + self._render("examples", [])
+        texts = [_render(prompt, block, []) for prompt, block in parts]
+        self.instructions, self._system = "\n\n".join(texts[::2]), "\n\n".join(texts)
 
     def narrate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Narration]]:
         """See :class:`~egohod.hod.narrators.Narrator`. A batch without usable answer has no texts."""
@@ -401,7 +395,7 @@ class LanguageModelNarrator:
             }
             for number, request in enumerate(requests, 1)
         ]
-        text = self._render("request", clips)
+        text = _render(self._prompt, "request", clips)
         content: str | list[dict[str, Any]] = text
         if settings.kind == "vlm":
             content = [{"type": "text", "text": text}]
@@ -420,20 +414,27 @@ class LanguageModelNarrator:
         body: dict[str, Any] = {
             "messages": [{"role": "system", "content": self._system}, {"role": "user", "content": content}],
             "temperature": settings.temperature,
-            "max_tokens": settings.max_tokens * len(requests),
+            "max_tokens": settings.max_tokens * len(requests) * (2 if settings.opposites else 1),
             "seed": settings.seed + requests[0].seed,
         }
         if settings.model:
             body["model"] = settings.model
-        if settings.answer_format in _RESPONSE_FORMATS:
-            body["response_format"] = _RESPONSE_FORMATS[settings.answer_format]
+        # Servers disagree on where the schema is.
+        schema = {"name": "captions", "strict": True, "schema": self._schema}
+        formats = {
+            "json_schema": {"type": "json_schema", "json_schema": schema},
+            "json_object_schema": {"type": "json_object", "schema": self._schema},
+            "json_object": {"type": "json_object"},
+        }
+        if settings.answer_format in formats:
+            body["response_format"] = formats[settings.answer_format]
         return body
 
     def _narrations(self, answer: Answer, count: int) -> list[Narration]:
         """One narration for each clip of the batch."""
         if answer.text is None:
             return [Narration(None, self.name, problem=f"no answer: {answer.problem}")] * count
-        texts, problem = _captions(answer.text)
+        items, problem = _captions(answer.text, self._schema)
         if problem and answer.is_cut:
             problem += "; cut off at its limit of tokens, raise narrator.max_tokens"
         wrong = f"schema: {problem}" if problem else "schema: the answer leaves this clip out, or has it twice"
@@ -443,20 +444,36 @@ class LanguageModelNarrator:
             tokens = [
                 total // count + (place < total % count) for total in (answer.prompt_tokens, answer.completion_tokens)
             ]
-            text = texts.get(place + 1)
-            narrations.append(Narration(text, self.name, tokens[0], tokens[1], wrong if text is None else None))
+            text, opposite = items.get(place + 1, (None, None))
+            problem = wrong if text is None else None
+            narrations.append(Narration(text, self.name, tokens[0], tokens[1], problem, opposite))
         return narrations
 
-    def _render(self, block: str, clips: list[dict[str, Any]]) -> str:
-        context = self._prompt.new_context({"clips": clips})
-        try:
-            return "".join(self._prompt.blocks[block](context)).strip()
-        except Exception as error:  # whatever the expressions of a user's prompt raise
-            raise UserError(f"{self._prompt.filename}: {type(error).__name__}: {error}") from error
+
+def _read_prompt(path: Path, blocks: Sequence[str]) -> jinja2.Template:
+    """The prompt in a file, which must have these blocks. Raises :class:`UserError`."""
+    try:
+        source = path.read_text(encoding="utf-8-sig")
+        prompt = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False).from_string(source)
+    except (OSError, ValueError, RecursionError, jinja2.TemplateError) as error:
+        raise UserError(f"{path}: not usable as a prompt: {error}") from error
+    missing = [block for block in blocks if block not in prompt.blocks]
+    if missing:
+        raise UserError(f"{path}: a prompt needs the blocks {', '.join(blocks)}; there is no {missing[0]}")
+    prompt.filename = str(path)
+    return prompt
 
 
-def _captions(text: str) -> tuple[dict[int, str], str | None]:
-    """Captions by clip, and the problem of the answer as a whole."""
+def _render(prompt: jinja2.Template, block: str, clips: list[dict[str, Any]]) -> str:
+    context = prompt.new_context({"clips": clips})
+    try:
+        return "".join(prompt.blocks[block](context)).strip()
+    except Exception as error:  # whatever the expressions of a user's prompt raise
+        raise UserError(f"{prompt.filename}: {type(error).__name__}: {error}") from error
+
+
+def _captions(text: str, schema: dict[str, Any]) -> tuple[dict[int, tuple[str, str | None]], str | None]:
+    """(caption, its opposite if any) by clip, and the problem of the answer as a whole."""
     # The answer follows the reasoning. Some chat templates open that in the prompt, so that only its end is here;
     # reasoning without an end is no answer, whatever drafts are in it.
     marks = list(_REASONING.finditer(text))
@@ -477,7 +494,10 @@ def _captions(text: str) -> tuple[dict[int, str], str | None]:
                 number = item.get("clip") if isinstance(item, dict) else None
                 if isinstance(number, str) and re.fullmatch(r"\s*[0-9]{1,9}\s*", number):
                     item["clip"] = int(number)
-            jsonschema.validate(answer, SCHEMA)
+                # Left out, or of another type, it is none: the captions are as good.
+                if isinstance(item, dict) and schema is SCHEMA_WITH_OPPOSITES:
+                    item["opposite"] = item["opposite"] if isinstance(item.get("opposite"), str) else None
+            jsonschema.validate(answer, schema)
             valid = answer
             break
         except (ValueError, RecursionError) as error:
@@ -491,6 +511,9 @@ def _captions(text: str) -> tuple[dict[int, str], str | None]:
     for item in valid["captions"]:
         if numbers.count(item["clip"]) == 1:  # a clip with two captions is ambiguous
             # On one line, without control characters and surrogates, which no UTF-8 file can hold.
-            printable = (c for c in item["caption"] if c.isspace() or unicodedata.category(c) not in ("Cc", "Cs"))
-            captions[item["clip"]] = " ".join("".join(printable).split())
+            caption, opposite = (
+                " ".join("".join(c for c in each if c.isspace() or unicodedata.category(c) not in ("Cc", "Cs")).split())
+                for each in (item["caption"], item.get("opposite") or "")
+            )
+            captions[item["clip"]] = caption, opposite or None
     return captions, None
