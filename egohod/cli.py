@@ -250,6 +250,8 @@ def joined(cfg: Config, *, stops_cleanly: bool = False) -> Iterator[Distributed]
                 require_agreement(cfg, dist)
                 yield dist
                 # Nobody leaves before the first process has written what comes last: if it cannot, the run has failed.
+                # A signal must no longer end one process alone, which the others would take for its death.
+                dist.stop.at_once = False
                 dist.gather_objects(None)
             except Interrupted:
                 # The others must get their signal before they notice that this process is gone.

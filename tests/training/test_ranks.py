@@ -159,6 +159,16 @@ def metrics(run: Path) -> list[dict[str, float]]:
     return [{name: line[name] for name in line if name in names or name.startswith("val/")} for line in lines]
 
 
+def test_a_signal_to_one_process_while_the_first_one_writes_the_report_changes_nothing(
+    ranks, demo_world: Path, tmp_path: Path
+) -> None:  # type: ignore[no-untyped-def]
+    run = ranks(2, *evaluating(demo_world), f"evaluate.demo_test={demo_world}/test")
+    run.wait_for("for a README")
+    run.send(signal.SIGTERM, 1)
+    assert run.wait() == [0, 0], run.log(0) + run.log(1)
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
 def test_torchrun_goes_on_from_the_last_checkpoint(tiny_config: Path, tmp_path: Path, program: Command) -> None:
     """The second rank kills itself once, in the fifth step; the agent starts all ranks again."""
     saboteur = tmp_path / "sabotage.py"
