@@ -50,8 +50,10 @@ class TextTower(TextTransformer):
         """``tokens`` int64 [B, L], L up to the context length -> features [B, E], not normalised."""
         B, L = tokens.shape
         x = self.token_embedding(tokens) + self.positional_embedding[:L]
-        # PyTorch's fused kernel for CPUs takes twice as long over a text tower's few tokens in bf16.
-        plain = sdpa_kernel(SDPBackend.MATH) if x.device.type == "cpu" else nullcontext()
+        # PyTorch's fused kernel for CPUs takes twice as long over a text tower's few tokens in bf16. Not where blocks
+        # are recomputed: the backward pass is outside of this context and would recompute with the other kernel.
+        is_plain = x.device.type == "cpu" and not self.transformer.grad_checkpointing
+        plain = sdpa_kernel(SDPBackend.MATH) if is_plain else nullcontext()
         with plain:
             x = self.transformer(x, attn_mask=self.attn_mask[:L, :L])
         # The norm and the projection see one token of each text instead of all L.
