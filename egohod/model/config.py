@@ -110,6 +110,12 @@ class FastPathConfig:
     """The two paths of a ..._Slowfast model; other models have one and ignore this."""
 
     slow_frames: int = knob(4, "frames of the slow path, taken evenly from model.num_frames", low=1)
+    slow_every: int = knob(
+        1,
+        "train the slow path, and with it the backbone, on the first of this many steps only; the others embed a clip "
+        "by the fast path alone and cost less; 1, as published, is every step; evaluation always uses both paths",
+        low=1,
+    )
     position: str = knob(
         "before",
         "a motion adapter is before its block, whose attention then reads its output, or after it, as published",

@@ -30,7 +30,7 @@ class Flops(NamedTuple):
 
     forward: int
     step: int
-    """Forward and backward, without recomputation of blocks."""
+    """Forward and backward, without recomputation of blocks; the mean over steps with and without the slow path."""
 
 
 def clip_flops(
@@ -71,13 +71,12 @@ def clip_flops(
         C, fine = motion_stem, max(1, round(geometry.patch_size / 8)) ** 2
         # The convolutions see all patches of all frames, the projection those that dropout leaves.
         positions = num_frames * per_frame * 2.0 * C
-        projected = num_frames * per_frame * share
-        if geometry.slowfast:
-            projected = places * (num_frames + (fast.slow_frames if fast.stem_paths == "both" else 0))
+        projected = num_frames * (places if geometry.slowfast else per_frame * share)
         products += [
             (positions * 4 * fine * 6 * 25, PIXELS),
             (positions * fine * 2 * C * 27 + positions * 2 * W * 27 + projected * 2 * W * W, TRAINED),
         ]
+    skipped = 0.0
     if not geometry.slowfast:
         products += _path(geometry, max(1, round(num_frames * per_frame * share)), boxes, boxes)
     else:
@@ -85,13 +84,17 @@ def clip_flops(
         pixels, attention, (blocks, _), projection, *head = _path(geometry, num_frames * places, whole, boxes)
         # Down and up are half of W x W each, the point-wise convolution a quarter, the spatial one nine quarters.
         adapter = num_frames * places * (2.5 + (4.5 if fast.spatial else 0)) * W * W
+        slow = _path(geometry, fast.slow_frames * places, whole=False, boxes=False)
+        if motion_stem and fast.stem_paths == "both":
+            slow.append((fast.slow_frames * places * 2 * W * W, TRAINED))
+        # Evaluation has it always, training on a share of the steps.
+        skipped = (1 - 1 / fast.slow_every) * sum(work * (1 + backward) for work, backward in slow)
         products += [
-            *_path(geometry, fast.slow_frames * places, whole=False, boxes=False),
             *(pixels, attention, (blocks, FROZEN), (adapter * geometry.vision_layers, TRAINED), projection, *head),
-            (2.0 * 2 * E * E, TRAINED),
+            *(*slow, (2.0 * 2 * E * E, TRAINED)),
         ]
     forward = round(sum(work for work, _ in products))
-    return Flops(forward, round(sum(work * (1 + backward) for work, backward in products)))
+    return Flops(forward, round(sum(work * (1 + backward) for work, backward in products) - skipped))
 
 
 def _path(geometry: Geometry, patches: int, whole: bool, boxes: bool) -> list[tuple[float, float]]:

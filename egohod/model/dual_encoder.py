@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -203,8 +203,24 @@ class EgoVideo(DualEncoder):
         super().__init__(visual, textual, **options)
         embed_dim = self.geometry.embed_dim
         self.slow = slow
+        self.skips_slow = False  # set by without_slow_path
         slow_frames(self.num_frames, slow)  # refuses frame counts that cannot be shared evenly, before any clip
         self.slowfast_projection = nn.Parameter(torch.eye(embed_dim).repeat(2, 1) / 2)
+
+    @contextmanager
+    def without_slow_path(self) -> Iterator[None]:
+        """Forward and backward passes in training mode that leave out the slow path; the backbone gets no gradient.
+
+        The feature of a clip is then the fast path's part of the merge, which the loss normalises.
+        """
+        self.skips_slow = True
+        try:
+            yield
+        finally:
+            self.skips_slow = False
+            for parameter in self.visual.backbone():
+                # Not zeros, which _video_features makes: momentum and weight decay would still move the weights.
+                parameter.grad = None
 
     def _video_features(self, video: Tensor, with_boxes: bool) -> tuple[Tensor, Tensor | None]:
         # The slow frames are taken from the fast ones, so a clip is read and decoded once; upstream samples them apart.
@@ -216,6 +232,11 @@ class EgoVideo(DualEncoder):
             fast, boxes = self.visual.fast_with_boxes(video, motion)
         else:
             fast = self.visual.fast(video, motion)
+        if self.training and self.skips_slow:
+            # Zero, and a function of all weights that are left out: DistributedDataParallel expects a gradient of every
+            # parameter. Searching for unused ones instead would make the host wait for the device.
+            zero = torch.stack([parameter.flatten()[:0].sum() for parameter in self.visual.backbone()]).sum()
+            return fast @ self.slowfast_projection[self.geometry.embed_dim :] + zero, boxes
         if motion is not None:
             motion = motion.unflatten(1, (video.shape[2], -1))[:, taken].flatten(1, 2)
         slow = self.visual(video[:, :, taken], motion)

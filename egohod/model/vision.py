@@ -466,6 +466,12 @@ class SlowFastTransformer(VideoTransformer):
         boxes: Tensor = self.box_head(x[:, 1:], chosen, video.shape[2])
         return self._pooled(x), boxes
 
+    def backbone(self) -> list[nn.Parameter]:
+        """What only the slow path trains: blocks without adapters, norms, class and spatial embedding."""
+        both = ("conv1.", "temporal_embedding", "image_projection", "motion_stem.", "box_head.")
+        named = self.named_parameters()
+        return [each for name, each in named if ".adapter." not in name and not name.startswith(both)]
+
     def _pooled(self, x: Tensor) -> Tensor:
         # CLS passes the adapters untouched; the mean of the patches sees directly what they have written.
         if self.pool == "cls":

@@ -215,7 +215,10 @@ def identity(cfg: Config, model: DualEncoder, clips: int, classes: ClassSpace | 
     values as JSON has them, by the name of the setting; what is left out has its default.
     """
     result: dict[str, Any] = {name: attrgetter(name)(cfg) for name in _IDENTITY}
-    result["model.fast"] = {name: value for name, value in vars(cfg.model.fast).items() if name != "stem_paths"}
+    later = ("stem_paths", "slow_every")
+    result["model.fast"] = {name: value for name, value in vars(cfg.model.fast).items() if name not in later}
+    if model.geometry.slowfast and cfg.model.fast.slow_every > 1:
+        result["model.fast.slow_every"] = cfg.model.fast.slow_every
     if cfg.model.motion_stem:
         result["model.motion_stem"] = cfg.model.motion_stem
         # Without a stem it means nothing, and checkpoints from before it existed must still agree.

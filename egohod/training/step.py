@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
@@ -32,7 +32,7 @@ from egohod.loss.classification import box_errors
 from egohod.loss.config import build_loss
 from egohod.loss.contrastive import Loss
 from egohod.loss.opposites import weight_share
-from egohod.model.dual_encoder import DualEncoder
+from egohod.model.dual_encoder import DualEncoder, EgoVideo
 from egohod.training.config import TrainConfig, duration_in_steps
 
 Batch = TypeVar("Batch")
@@ -49,6 +49,7 @@ class TrainStep:
         self._loss = build_loss(cfg.loss, rank=dist.rank, world_size=dist.world_size)
         self._has_opposites, self._total_steps = cfg.loss.has_opposites, total_steps
         self._max_log_scale = math.log(cfg.loss.max_logit_scale)
+        self._slow_every = cfg.model.fast.slow_every
         self._optimizer = build_optimizer(model, cfg.train)
         self._schedule = build_schedule(self._optimizer, cfg.train, total_steps, steps_per_epoch)
         # Scaling only matters in fp16; the scaler is used in every precision because it also skips steps with
@@ -104,8 +105,14 @@ class TrainStep:
                 return self._loss(**features)
             return self._loss(**features, weight_share=weight_share(self._loss_config, step, self._total_steps))
 
+        # A function of the step, as the schedule is. The first step has both paths, so that the warm-up above, which
+        # always has both, and AdamW's averages know all parameters from the start.
+        paths: AbstractContextManager[None] = nullcontext()
+        if isinstance(self._inner, EgoVideo) and (step - 1) % self._slow_every > 0:
+            paths = self._inner.without_slow_path()
         self._stopwatch.start()
-        scalars = forward_backward(self._forward, self._model, micro_batches, loss, self._scaler.scale)
+        with paths:
+            scalars = forward_backward(self._forward, self._model, micro_batches, loss, self._scaler.scale)
         # Unscaled first: the norm, and its clipping, are of the true gradient.
         self._scaler.unscale_(self._optimizer)
         parameters = list(self._inner.parameters())

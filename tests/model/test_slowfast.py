@@ -196,6 +196,52 @@ def test_without_the_fast_branch_gradients_are_the_plain_models(tokens: Tensor) 
             torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-7, rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize(("position", "pool"), PLACES)
+def test_without_the_slow_path_all_but_the_backbone_learns(position: str, pool: str, tokens: Tensor) -> None:
+    """Compared with the gradient of the same loss through the fast path alone."""
+    model = wake(build(position, pool))
+    with model.without_slow_path():
+        ContrastiveLoss()(**model(clips(), tokens))["loss"].backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad), "DDP would wait for it"
+    ours = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    alone = wake(build(position, pool))
+    features = F.normalize(alone.visual.fast(clips()) @ alone.slowfast_projection[128:], dim=-1)
+    ContrastiveLoss()(features, alone.encode_text(tokens), alone.logit_scale.exp())["loss"].backward()
+    expected = {name: p.grad for name, p in alone.named_parameters() if p.grad is not None}
+    assert ours.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(ours[name], gradient, atol=1e-7, rtol=1e-4, msg=name)
+    backbone = {id(parameter) for parameter in model.visual.backbone()}
+    left = {name for name, p in model.visual.named_parameters() if id(p) in backbone}
+    assert left == {name for name, p in model.visual.named_parameters() if p.requires_grad and p.grad is None}
+    # Evaluation has both paths.
+    model.eval()
+    with torch.no_grad(), model.without_slow_path():
+        within = model.encode_video(clips())
+    assert torch.equal(within, model.encode_video(clips()))
+
+
+@pytest.mark.parametrize("stem_paths", [None, "both"])
+def test_flops_of_steps_without_the_slow_path_are_counted(stem_paths: str | None, tokens: Tensor) -> None:
+    stem = {} if stem_paths is None else {"motion_stem": 16}
+    model, video, texts = wake(build(**stem)), clips()[:2], tokens[:2]
+    model.visual.stem_paths = stem_paths or "fast"
+
+    def step() -> None:
+        ContrastiveLoss()(**model(video, texts))["loss"].backward()
+
+    both = count_flops(step) / 2
+    with model.without_slow_path():
+        fast_alone = count_flops(step) / 2
+    for every in (1, 4):
+        fast = FastPathConfig(slow_every=every, stem_paths=stem_paths or "fast")
+        flops = clip_flops(model.geometry, 8, texts.shape[1], fast=fast, **stem)
+        assert flops.step == pytest.approx((both + (every - 1) * fast_alone) / every, rel=0.03)
+        assert (
+            flops.forward == clip_flops(model.geometry, 8, texts.shape[1], fast=replace(fast, slow_every=1), **stem)[0]
+        )
+
+
 class Products(TorchDispatchMode):
     """Shapes of the results of all matrix products."""
 

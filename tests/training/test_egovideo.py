@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from egohod.errors import UserError
 from egohod.model.config import FastPathConfig, ModelConfig
 from egohod.model.dual_encoder import EgoVideo, create_model
 from egohod.training.build import build_dataset
+from egohod.training.checkpoint import read
 from tests.support import ROOT, losses, newest
 
 SLOWFAST = ["model.name=DEMO_Slowfast", "model.num_frames=8", "model.patch_dropout=0"]
@@ -37,6 +39,33 @@ def test_a_run_trains_every_adapter_and_resumes(tiny_config: Path, tmp_path: Pat
     adapters = [name for name in after if ".adapter." in name]
     assert len(adapters) == 4 * 9
     assert all(not torch.equal(before[name], after[name]) for name in adapters)
+
+
+def test_the_slow_path_is_trained_on_every_nth_step_and_resumes(tiny_config: Path, tmp_path: Path) -> None:
+    command = ["--config_file", str(tiny_config), *SLOWFAST, "model.fast.slow_every=3", "train.save_every=1 steps"]
+    command += ["train.keep_last=5"]
+    assert main_pretrain.main([*command, "train.duration=5 steps", f"train.output={tmp_path}/straight"]) == 0
+    weights = [read(tmp_path / "straight" / "checkpoints" / f"step-{step:08d}").weights for step in range(1, 6)]
+    backbone = "visual.transformer.resblocks.0.mlp.c_fc.weight"
+    changes = {
+        name: [not torch.equal(before[name], after[name]) for before, after in pairwise(weights)]
+        for name in (backbone, backbone.replace("mlp.c_fc", "adapter.down_proj"), "visual.conv1.weight")
+    }
+    # Steps 1 and 4 train it: neither momentum nor decay moves it in between.
+    assert changes.pop(backbone) == [False, False, True, False]
+    assert all(all(each) for each in changes.values()), changes
+    for start in (2, 3):
+        middle = tmp_path / "straight" / "checkpoints" / f"step-{start:08d}"
+        resumed = tmp_path / f"resumed{start}"
+        assert (
+            main_pretrain.main([*command, "train.duration=5 steps", f"train.output={resumed}", "--resume", str(middle)])
+            == 0
+        )
+        assert losses(resumed) == losses(tmp_path / "straight")[start:]
+        for name, weight in newest(resumed).weights.items():
+            assert torch.equal(weight, weights[-1][name]), name
+    with pytest.raises(UserError, match=r"model\.fast\.slow_every=3, this run has its default"):
+        main_pretrain.main([*command, "model.fast.slow_every=1", "--resume", str(middle)])
 
 
 def test_adapters_alone(tiny_config: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

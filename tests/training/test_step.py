@@ -80,6 +80,16 @@ def test_a_step_never_waits_for_the_device(chunks: int, clip_norm: float | None)
     assert means["skipped"] == 0
 
 
+def test_nor_does_a_step_without_the_slow_path() -> None:
+    cfg = config()
+    cfg.model.name, cfg.model.fast.slow_frames, cfg.model.fast.slow_every = "DEMO_Slowfast", 1, 2
+    _, step = build(cfg)
+    step(1, [batch()])
+    with Waits() as waits:
+        step(2, [batch()])
+    assert waits.seen == []
+
+
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
 def test_a_non_finite_step_changes_nothing(poison: str) -> None:
     model, step = build(config())

@@ -17,6 +17,7 @@ from tests.support import Command, losses, newest
         pytest.param([], [], id="plain"),
         pytest.param([], ["train.max_batch_per_process=2"], id="accumulated"),
         pytest.param(["loss.opposites=1", "loss.separation=1"], ["train.max_batch_per_process=2"], id="opposites"),
+        pytest.param(["model.name=DEMO_Slowfast", "model.fast.slow_every=2"], [], id="slow-every-2"),
     ],
 )
 def test_two_processes_equal_one(
@@ -47,11 +48,13 @@ def test_two_processes_equal_one(
 
 
 @pytest.mark.ci
-def test_four_processes_go_on_exactly(tiny_config: Path, tmp_path: Path, program: Command) -> None:
+@pytest.mark.parametrize("model", [[], ["model.name=DEMO_Slowfast", "model.fast.slow_every=2"]], ids=["plain", "skips"])
+def test_four_processes_go_on_exactly(tiny_config: Path, tmp_path: Path, program: Command, model: list[str]) -> None:
     """Sums over more than two processes depend on the layout of what is summed, also in the first step of a start."""
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", "main_pretrain.py"]
-    command += ["--config_file", tiny_config, "train.save_every=5 steps"]
+    # The first step that is resumed, the sixth, is one without the slow path.
+    command += ["--config_file", tiny_config, "train.save_every=5 steps", *model]
     done = program(*command, f"train.output={straight}")
     assert done.returncode == 0, done.stderr
     middle = straight / "checkpoints" / "step-00000005"
