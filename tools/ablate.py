@@ -1,11 +1,12 @@
 """Train the rows of a study, each with several seeds, and write its tables, its plot and its result file.
 
-    python tools/ablate.py --config_file configs/ablation_demo.yml --dry_run    list the runs to do
+    python tools/ablate.py --config_file configs/ablation_demo.yml --dry_run    list the runs to do, with their cost
     python tools/ablate.py --config_file configs/ablation_demo.yml              all runs, then the tables
     python tools/ablate.py --config_file configs/ablation_demo.yml --tables     only the tables, from finished runs
 
 Every run has its own folder. Rerun to resume a study after an interruption; ``--only egovideo --seeds 0`` runs a part
-of it. ``--tune`` never uses the test world, so that choices cannot overfit to it, and keeps its runs apart.
+of it, ``--jobs 2`` trains two at a time. ``--tune`` never uses the test world, so that choices cannot overfit to it,
+and keeps its runs apart.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -38,7 +41,7 @@ from egohod.evaluation.report import new_figure
 from egohod.evaluation.results import RESULTS_FILE
 from egohod.model.cost import clip_flops
 from egohod.model.dual_encoder import create_model
-from egohod.runtime import time_left
+from egohod.runtime import time_left, usable_cores
 from egohod.training.build import freeze
 from egohod.training.telemetry import git_commit
 from egohod.training.train import Schedule
@@ -75,6 +78,8 @@ class Row:
     overrides: list[str] = field(default_factory=list)
     # Not trained: the weights that the other rows start from (model.weights.path), measured once.
     start: bool = False
+    # Measured with one thread on the machine of the study's header: what --dry_run predicts times from.
+    seconds_per_step: float | None = None
 
 
 @dataclass
@@ -89,8 +94,11 @@ class Study:
     # The program that the runs start, and the overrides that all of them share.
     program: str = "main_pretrain.py"
     overrides: list[str] = field(default_factory=list)
-    # Metrics of the val and the test world with their titles; and those that are plotted and measured under controls,
-    # with their chance level. Default: the metrics of the demo's questions; a study that names its own replaces them.
+    # Seconds that a run takes beside its steps: the start, evaluations, controls.
+    seconds_besides: float = 0.0
+    # Metrics of the val and the test world with their titles ("a+b" is the mean of a and b); and those that are plotted
+    # and measured under controls, with their chance level. Default: the metrics of the demo's questions; a study that
+    # names its own replaces them.
     metrics: dict[str, str] = field(default_factory=dict)
     chance: dict[str, float] = field(default_factory=dict)
 
@@ -185,13 +193,70 @@ def cost(cfg: Config) -> dict[str, float]:
     }
 
 
-def train(run: Run) -> None:
+def forecast(study: Study, runs: Sequence[Run], jobs: int) -> str:
+    """The runs to do as a Markdown table, with their operations and, where the study has measured it, their time."""
+    lines, minutes = [], 0.0
+    costs = {run.row: cost(run.cfg) for run in runs if run.trains}
+    for run in runs:
+        if not run.trains:
+            lines.append([run.row, str(run.seed), "-", "-", "-", "-", str(run.folder)])
+            continue
+        steps, gflop = Schedule.of(run.cfg, steps_per_epoch=1).total, costs[run.row]["gflop_per_step"]
+        seconds, time_text = study.rows[run.row].seconds_per_step, "-"
+        if seconds is not None:
+            expected = (steps * seconds + study.seconds_besides) / 60
+            minutes += expected
+            time_text = f"{expected:.1f}"
+        work = f"{steps * gflop / 1e3:.1f}"
+        lines.append([run.row, str(run.seed), str(steps), f"{gflop:.1f}", work, time_text, str(run.folder)])
+    head = ["row", "seed", "steps", "GFLOP a step", "TFLOP", "minutes", "folder"]
+    total = f"{len(runs)} runs, {minutes / jobs:.0f} minutes with {jobs} at a time on a core each"
+    return "\n".join([*markdown_table(head, lines), "", total if minutes else f"{len(runs)} runs"])
+
+
+def train_all(runs: Sequence[Run], jobs: int) -> None:
+    """Run all to the end, ``jobs`` at a time on as many equal parts of the cores.
+
+    When a run fails, those under way are finished, no other is started, and its :class:`UserError` is raised.
+    """
+    # A thread for each core: runs that compete for cores take longer than one after the other.
+    threads = max(1, usable_cores() // jobs) if jobs > 1 else None
+    begin, done, stopped = time.monotonic(), 0, Event()
+
+    def train_next(number: int, run: Run) -> None:
+        nonlocal done
+        if stopped.is_set():
+            return
+        # By the mean of this call's runs: resumed studies may be on another machine than their first runs.
+        mean = (time.monotonic() - begin) / max(1, done)
+        left = f", {time_left(mean * (len(runs) - done), 1.0)} left" if done else ""
+        log.info("run %d of %d: %s, seed %d%s", number, len(runs), run.row, run.seed, left)
+        try:
+            train(run, threads)
+        except BaseException:
+            # Here, before this thread takes the next run.
+            stopped.set()
+            raise
+        done += 1
+
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(train_next, *numbered) for numbered in enumerate(runs, start=1)]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            # Also when a signal asks this program to stop: the runs have got it too, and save.
+            stopped.set()
+
+
+def train(run: Run, threads: int | None = None) -> None:
     """Run to the end. Raises :class:`UserError` if the run ended early."""
     run.folder.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
     # Appended: a resumed run keeps the log of its first part.
     with (run.folder / "log.txt").open("a") as out:
         # In a process of its own: its memory is freed, and a crash costs this run alone.
-        code = subprocess.run(run.command, stdout=out, stderr=out, check=False).returncode
+        code = subprocess.run(run.command, stdout=out, stderr=out, check=False, env=environment).returncode
     # Exit code 0 is not enough: a run that a signal stopped has saved and left in good order.
     if code or (run.trains and int(steps_of(run)[-1]["step"]) < Schedule.of(run.cfg, steps_per_epoch=1).total):
         raise UserError(f"{run.folder}: the run ended early (exit code {code}); see {run.folder}/log.txt")
@@ -249,7 +314,9 @@ def _trains(row: dict[str, Any]) -> bool:
 
 def _of_run(run: Run, tuned: bool, names: Iterable[str]) -> dict[str, Any]:
     def metrics(line: dict[str, float], prefix: str) -> dict[str, float]:
-        return {name: line[prefix + name] for name in names if prefix + name in line}
+        parts = {name: [prefix + part for part in name.split("+")] for name in names}
+        means = {name: [line[key] for key in keys if key in line] for name, keys in parts.items()}
+        return {name: sum(values) / len(values) for name, values in means.items() if len(values) == len(parts[name])}
 
     final = {} if tuned and run.trains else json.loads((run.folder / RESULTS_FILE).read_text())["metrics"]
     if not run.trains and tuned:
@@ -343,7 +410,8 @@ def main(argv: Sequence[str]) -> int:
     add("--seeds", default="", metavar="N,N", help="these seeds only")
     add("--tune", action="store_true", help="use the val world only; separate runs under OUTPUT/tune")
     add("--tables", action="store_true", help="train nothing")
-    add("--dry_run", action="store_true", help="list the runs to do, and exit")
+    add("--jobs", type=int, default=1, metavar="N", help="runs at a time, each with its share of the cores")
+    add("--dry_run", action="store_true", help="list the runs to do with their cost and expected time, and exit")
     args = parser.parse_args(argv)
     path = Path(args.config_file)
     study = read_study(path)
@@ -351,10 +419,10 @@ def main(argv: Sequence[str]) -> int:
     chosen = select(runs, *([name for name in text.split(",") if name] for text in (args.only, args.seeds)))
     todo = [run for run in chosen if not run.done]
     log.info("%d of %d runs are done", len(chosen) - len(todo), len(chosen))
+    if args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs}: at least one run at a time")
     if args.dry_run:
-        for run in todo:
-            what = f"{cost(run.cfg)['gflop_per_step']:.0f} GFLOP a step" if run.trains else "measured, not trained"
-            print(f"{run.row}, seed {run.seed}: {what}, {run.folder}")
+        print(forecast(study, todo, args.jobs))
         return cli.DONE
     if not args.tables:
         # Here and not in the runs: two of them must not render the same world.
@@ -363,13 +431,7 @@ def main(argv: Sequence[str]) -> int:
             # Fine-tuning reads the benchmarks' formats.
             for split in ("val", "test"):
                 write_benchmarks(Path(world.folder), split)
-        begin = time.monotonic()
-        for number, run in enumerate(todo):
-            # By the mean of this call's runs: resumed studies may be on another machine than their first runs.
-            mean = (time.monotonic() - begin) / max(1, number)
-            left = f", {time_left(mean * (len(todo) - number), 1.0)} left" if number else ""
-            log.info("run %d of %d: %s, seed %d%s", number + 1, len(todo), run.row, run.seed, left)
-            train(run)
+        train_all(todo, args.jobs)
     # All finished runs, not only the chosen: the files always show the whole study.
     results = gather(study, runs, args.tune)
     output = Path(study.output) / ("tune" if args.tune else "final")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
+from egohod.config import Config
 from egohod.errors import UserError
 from egohod.evaluation.embed import CONTROLS
 from egohod.loss.config import LOSSES
@@ -70,6 +73,69 @@ def test_the_study_of_generated_narrations_differs_in_the_narrations_alone() -> 
     assert len({(run.cfg.train.duration, run.cfg.model.num_frames) for run in runs}) == 1
 
 
+def test_the_study_of_motion_compares_like_with_like(capsys: pytest.CaptureFixture[str]) -> None:
+    path = ROOT / "configs" / "ablation_motion.yml"
+    study = ablate.read_study(path)
+    runs = ablate.plan(study, path, tune=False)
+    assert len(runs) == 3 * len(study.rows)
+    rows = {run.row: run.cfg for run in runs}
+    # Two blocks, in which all rows have the same objective.
+    assert [cfg.loss.opposites > 0 for cfg in rows.values()] == [False] * 3 + [True] * (len(rows) - 3)
+    for block in (list(rows.values())[:3], list(rows.values())[3:]):
+        assert len({(cfg.loss.opposites, cfg.loss.separation) for cfg in block}) == 1
+    same = {
+        (cfg.train.duration, cfg.train.global_batch_size, cfg.model.num_frames, cfg.model.patch_dropout, cfg.train.lr)
+        for cfg in rows.values()
+    }
+    assert len(same) == 1
+    gflop = {name: ablate.cost(cfg)["gflop_per_step"] for name, cfg in rows.items()}
+    # Opposites are texts that are embedded, the stem is convolutions, and both are counted.
+    assert gflop["plain_opposites"] - gflop["plain"] == pytest.approx(gflop["stem_opposites"] - gflop["stem"])
+    assert gflop["plain"] < gflop["plain_opposites"] < gflop["stem"] < gflop["stem_opposites"]
+    assert gflop["egovideo_cheap"] < 0.9 * gflop["plain_opposites"]
+    assert gflop["egovideo_stem_cheapest"] < gflop["egovideo_stem_cheap"] < 0.95 * gflop["stem_opposites"]
+    assert ablate.main(["--config_file", str(path), "--dry_run", "--jobs", "2", "--only", "plain,stem"]) == 0
+    *lines, total = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[:3] for line in lines[2:4]] == [["| plain", "0", "600"], ["| stem", "0", "600"]]
+    minutes = [float(line.split(" | ")[5]) for line in lines if line.startswith(("| plain", "| stem"))]
+    assert total.startswith(f"6 runs, {sum(minutes) / 2:.0f} minutes with 2 at a time")
+
+
+@pytest.mark.parametrize("name", ["ablation_demo", "ablation_hod", "ablation_finetune", "ablation_finetune_cls"])
+def test_studies_with_published_numbers_have_the_world_of_these_numbers(name: str) -> None:
+    assert ablate.read_study(ROOT / "configs" / f"{name}.yml").world.variant.version == 5
+
+
+def test_a_metric_may_be_the_mean_of_two(tmp_path: Path) -> None:
+    runs = ablate.plan(ablate.read_study(CONFIG), CONFIG, tune=True)[:1]
+    run = dataclasses.replace(runs[0], folder=tmp_path)
+    (tmp_path / "environment.json").write_text('{"commit": "abc"}')
+    lines = [{"step": 1, "train/clips_per_second": 2.0}, {"step": 2, "val/a": 40.0, "val/b": 60.0, "val/c": 1.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert ablate._of_run(run, True, ["a+b", "c", "a+d"])["val"] == {2: {"a+b": 50.0, "c": 1.0}}
+
+
+def test_runs_share_the_cores_and_a_failure_starts_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four runs, two at a time, of which the second fails."""
+    script = "import os, sys, time; time.sleep(0.5); print(os.environ['OMP_NUM_THREADS']); sys.exit(int(sys.argv[1]))"
+    runs = [
+        ablate.Run(
+            str(code), 0, tmp_path / str(number), [sys.executable, "-c", script, str(code)], Config(), trains=False
+        )
+        for number, code in enumerate((0, 3, 0, 0))
+    ]
+    monkeypatch.setattr(ablate, "usable_cores", lambda: 6)
+    with pytest.raises(UserError, match=r"1: the run ended early \(exit code 3\)"):
+        ablate.train_all(runs, jobs=2)
+    assert (tmp_path / "0" / "log.txt").read_text() == "3\n", "half of the cores"
+    assert runs[0].done, "what was under way is finished"
+    assert not (tmp_path / "3").exists()
+    ablate.train_all(runs[2:], jobs=2)
+    assert all(run.done for run in runs[2:])
+    with pytest.raises(UserError, match="--jobs 0: at least one run at a time"):
+        ablate.main(["--config_file", str(CONFIG), "--jobs", "0"])
+
+
 def test_mistakes_are_named(tmp_path: Path) -> None:
     runs = ablate.plan(ablate.read_study(CONFIG), CONFIG, tune=False)
     with pytest.raises(UserError, match="no row 'egovidoe'; there are plain_4"):
@@ -129,7 +195,7 @@ def test_a_tiny_study_runs_in_parts_and_refuses_to_mix_recipes(
     )
     study.write_text(
         f"base: base.yml\noutput: {tmp_path}/study\nseeds: [0]\n"
-        f"world: {{folder: {demo_world}, scale: 0.03}}\n"
+        f"world: {{folder: {demo_world}, scale: 0.03, variant: {{version: 5}}}}\n"
         "rows:\n  four: {title: four frames, overrides: [model.num_frames=4]}\n"
         "  start: {title: what four frames know, start: true, overrides: [model.num_frames=4, "
         f"model.weights.path={tmp_path}/study/final/four-0]}}\n"
@@ -140,7 +206,7 @@ def test_a_tiny_study_runs_in_parts_and_refuses_to_mix_recipes(
     assert done.returncode == 0, done.stderr
     before = (tmp_path / "study" / "final" / "four-0" / "results.json").stat().st_mtime_ns
     assert (tmp_path / "study" / "final" / "four-0" / "report.html").stat().st_size > 1000
-    done = program(*command, "--only", "start,both")
+    done = program(*command, "--only", "start,both", "--jobs", "2")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "study" / "final" / "four-0" / "results.json").stat().st_mtime_ns == before
     results = json.loads((tmp_path / "study" / "final.json").read_text())

@@ -17,7 +17,11 @@ from tests.support import Command, losses, newest
         pytest.param([], [], id="plain"),
         pytest.param([], ["train.max_batch_per_process=2"], id="accumulated"),
         pytest.param(["loss.opposites=1", "loss.separation=1"], ["train.max_batch_per_process=2"], id="opposites"),
-        pytest.param(["model.name=DEMO_Slowfast", "model.fast.slow_every=2"], [], id="slow-every-2"),
+        pytest.param(
+            ["model.name=DEMO_Slowfast", "model.fast.slow_every=2"],
+            ["train.max_batch_per_process=2"],
+            id="slow-every-2",
+        ),
     ],
 )
 def test_two_processes_equal_one(
