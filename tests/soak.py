@@ -24,14 +24,16 @@ import torch
 
 from egohod.demo import make_world
 from egohod.distributed import source_hash
+from egohod.runtime import UNFINISHED_PREFIX
 from egohod.training.checkpoint import CheckpointStore, read
 from egohod.training.telemetry import git_commit
 from tests.ranks import Ranks
 from tests.support import newest, write_tiny_config
 
 STEPS, SAVE_EVERY, EVALUATE_EVERY = 12, 3, 4
-# Seconds from the moment that is waited for to the signal; the last steps take longer.
-LONGEST = 0.3
+# Seconds, at most, from the moment that is waited for to the signal: the last steps take longer, and a save is over in
+# some milliseconds.
+LONGEST = {"step": 0.3, "evaluation": 0.3, "save": 0.02}
 KINDS, PHASES = ("SIGKILL one rank", "SIGKILL both ranks", "SIGTERM one rank"), ("step", "save", "evaluation")
 
 
@@ -113,7 +115,7 @@ def trial(number: int, seed: int, config: Path, work: Path) -> dict[str, object]
     chosen = [0, 1] if kind == "SIGKILL both ranks" else [rng.randrange(2)]
     ranks.send(signal.SIGTERM if kind.startswith("SIGTERM") else signal.SIGKILL, *chosen)
     codes = ranks.wait()
-    left = [path.name for path in (run / "checkpoints").glob(".tmp-step-*")]
+    left = list((run / "checkpoints").glob(f"{UNFINISHED_PREFIX}*"))
     # The rank that died is named by the launcher, which is not here (tests/training/test_ranks.py).
     problems = [] if all(codes) or kind.startswith("SIGTERM") else [f"exit codes {codes}"]
     problems += [f"exit codes {codes}"] if kind.startswith("SIGTERM") and codes != [0, 0] else []
@@ -148,12 +150,12 @@ def wait_for_phase(ranks: Ranks, run: Path, phase: str, rng: random.Random) -> s
         ranks.wait_for(text)
     else:
         checkpoint = f"step-{rng.randrange(SAVE_EVERY, STEPS, SAVE_EVERY):08d}"
-        text = f".tmp-{checkpoint}"
-        # The unfinished folder is there for some milliseconds, which a busy machine may miss.
-        while not any(name.startswith(text) or name == checkpoint for name in _names(run / "checkpoints")):
+        text = f"unfinished {checkpoint}"
+        # The unfinished folder is there for some milliseconds, which a busy machine may miss: the finished one counts.
+        while not any(name.endswith(checkpoint) for name in _names(run / "checkpoints")):
             assert ranks.processes[0].is_alive(), ranks.log()
             time.sleep(0.001)
-    time.sleep(rng.uniform(0, LONGEST))
+    time.sleep(rng.uniform(0, LONGEST[phase]))
     return text.strip().rstrip("/")
 
 
