@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Twenty kills at random moments of a training on two processes; see tests/soak.py. Resumable.
 #
-#   bash tests/soak.sh                     about twenty minutes on two idle cores; writes docs/results/soak.json
+#   bash tests/soak.sh                     four to twenty minutes on two cores; writes docs/results/soak.json
 #   bash tests/soak.sh --trials 3 --output /tmp/soak.json
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../exps/setup.sh"
