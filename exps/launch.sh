@@ -135,5 +135,5 @@ demo_checkpoint() {
     export DEMO_CHECKPOINT=${DEMO_CHECKPOINT:-runs/demo}
     ls "$DEMO_CHECKPOINT"/checkpoints/step-* >/dev/null 2>&1 && return
     echo "no checkpoint in $DEMO_CHECKPOINT yet: training one (DEMO_CHECKPOINT=... names another)"
-    "$PYTHON" main_pretrain.py --config_file configs/demo.yml train.output="$DEMO_CHECKPOINT"
+    train_demo "$DEMO_CHECKPOINT"
 }

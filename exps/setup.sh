@@ -47,4 +47,18 @@ install() {
     rm -f "$_environment/.egohod-$1-"*
     touch "$stamp"
 }
+
+# train_demo FOLDER [KNOB=VALUE...]: both stages of the demo, the first one into FOLDER_start; resumes, and skips a
+# stage that is finished.
+train_demo() {
+    local folder=$1
+    shift
+    # Decoding is half of a step of so small a model; 1.2 GB of decoded frames.
+    set -- data.frame_cache=runs/frames "$@"
+    # The test world is evaluated by the second stage, once.
+    "$PYTHON" main_pretrain.py --config_file configs/demo.yml train.output="${folder}_start" \
+        "train.duration=450 steps" "evaluate.every=450 steps" "evaluate.final=[]" "$@"
+    DEMO_START=${folder}_start "$PYTHON" main_pretrain.py --config_file configs/demo_order.yml \
+        train.output="$folder" "$@"
+}
 install run requirements.txt

@@ -59,9 +59,10 @@ def commands(project: Path, script: str, *arguments: str, code: int = 0, **varia
 def test_each_evaluation_script_runs_its_benchmark(project: Path, script: str, benchmark: str) -> None:
     (line,) = commands(project, f"exps/{script}.sh", "--checkpoint", "a file.pt")
     assert line == f"main_eval.py --benchmark {benchmark} --checkpoint a file.pt"
-    world, checkpoint, last = commands(project, f"exps/{script}.sh")
+    world, start, checkpoint, last = commands(project, f"exps/{script}.sh")
     assert world == "tools/make_demo_data.py --output demo_data --scale 1.0 --benchmarks"
-    assert checkpoint == "main_pretrain.py --config_file configs/demo.yml train.output=runs/demo"
+    assert start.startswith("main_pretrain.py --config_file configs/demo.yml train.output=runs/demo_start ")
+    assert checkpoint.startswith("main_pretrain.py --config_file configs/demo_order.yml train.output=runs/demo ")
     assert last.startswith(f"main_eval.py --benchmark {benchmark} --config_file configs/demo_eval.yml")
 
 
