@@ -699,7 +699,8 @@ def _read_metrics(folder: Path) -> None:
 
 
 def _seed_world(folder: Path) -> None:
-    world = demo._read_world(folder, 0, 0.01, demo.DEFAULT) | {"done": {"train": True, "val": True, "test": True}}
+    world = demo._read_world(folder, 0, 0.01, demo.DEFAULT, replace=False)
+    world |= {"done": {"train": True, "val": True, "test": True}}
     (folder / "world.json").write_text(json.dumps(world))
 
 

@@ -31,7 +31,9 @@ def test_the_prediction_is_what_a_real_forward_pass_keeps(name: str, stem: int |
 
     assert saved(4) - saved(2) == 2 * memory.per_clip
     assert (memory.working > 0) == checkpointing
-    assert memory.state >= 16 * sum(parameter.numel() for parameter in model.parameters())
+    # Weights, and gradient and two averages of those that are trained, which a constant temperature is not.
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert memory.state >= 4 * sum(parameter.numel() for parameter in model.parameters()) + 12 * trained
 
 
 def test_adapters_alone_take_less() -> None:
