@@ -150,7 +150,7 @@ def _meet(info: RankInfo) -> dist.Store:
     # Where torch reads them; Slurm sets neither.
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = info.address, str(info.port)
     log.info(
-        "%d processes meet at %s within %d s; a shell of a Slurm step in which one process is meant to be alone: "
+        "%d processes meet at %s within %d s; to run a single process in the shell of a Slurm step: "
         "env -u SLURM_STEP_ID -u WORLD_SIZE ...",
         info.world_size, where, seconds,
     )  # fmt: skip

@@ -253,7 +253,7 @@ def _warn_of_gaps(column: str, values: set[str]) -> None:
     """Warn where all values are numbers and some between them are missing: perhaps rows of the file are."""
     ordered = sorted(map(_order, values))
     ids = [number for words, number, _ in ordered if not words]
-    # Counted, not listed: one slip of the pen makes a gap of millions.
+    # Counted, not listed: one typing error makes a gap of millions.
     if len(ids) == len(ordered) and (gaps := ids[-1] - ids[0] + 1 - len(ids)):
         first = next(one + 1 for one, other in pairwise(ids) if other > one + 1)
         log.warning(

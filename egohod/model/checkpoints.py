@@ -452,7 +452,7 @@ class WeightReport:
         lines = [f"{self.source} ({self.family}): {len(self.taken)} tensors taken over"]
         if self.resized:
             lines.append("resized: " + ", ".join(f"{name} {shapes}" for name, shapes in self.resized.items()))
-        for title, names in (("not taken over", self.dropped), ("kept their initial values", self.missing)):
+        for title, names in (("not taken over", self.dropped), ("newly initialised", self.missing)):
             for reason in dict.fromkeys(names.values()):
                 of_reason = [name for name in names if names[name] == reason]
                 lines.append(f"{title}: {_listed(of_reason, 6)} ({reason})")
@@ -502,7 +502,7 @@ def load_weights(
     for key, here in _settings_of(model).items():
         there = weights.settings.get(key, here)
         if there != here and key == "model.image_stats" and weights.family is not Family.OURS:
-            # Inferred from the family alone, and a run may well go on with other statistics.
+            # Inferred from the family alone, and training on with other statistics is legitimate.
             warning = f"{weights.family} trains with {key}={there}, here it is {here}"
         elif there != here:
             problems.append(f"they were trained with {key}={there}, not {here}")
@@ -517,7 +517,7 @@ def load_weights(
         scales = own["logit_scale"], fitted["logit_scale"].to(own["logit_scale"])
         if not scales[0].isclose(scales[1], atol=1e-3):
             old, new = (f"{(-scale.float()).exp().item():.4f}" for scale in scales)
-            report.notes.append(f"temperature {old} gave way to the file's {new}")
+            report.notes.append(f"temperature {old} replaced by the file's {new}")
     with torch.no_grad():
         for name, value in fitted.items():
             own[name].copy_(value)

@@ -326,7 +326,11 @@ def test_json_nested_without_end_is_refused_before_it_takes_the_memory(tmp_path:
     assert read_clips(path).row(1).texts == (f"{long_text} 6.0",)
 
 
-@pytest.mark.parametrize("content", ['{"v": {"'.encode("utf-16")[:-1], gzip.compress(b'{"v": {}}' * 99)[:-20]])
+@pytest.mark.parametrize(
+    "content",
+    ['{"v": {"'.encode("utf-16")[:-1], gzip.compress(b'{"v": {}}' * 99, mtime=0)[:-20]],
+    ids=["utf-16", "gzip"],
+)
 def test_narrations_that_are_cut_off_are_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "narration.json"
     path.write_bytes(content)

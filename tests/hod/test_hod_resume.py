@@ -335,6 +335,18 @@ class Custom(Detector):
         return type(self).answer
 
 
+@pytest.fixture
+def custom_detector(demo_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HodConfig:
+    """The settings of a run with :class:`Custom`."""
+    monkeypatch.setattr("egohod.hod.detectors.files.Custom", Custom, raising=False)
+    monkeypatch.setitem(DETECTORS, "custom", "files.Custom")
+    train = demo_world / "train"
+    cfg = HodConfig(output=str(tmp_path / "hod.csv"), frames=4, workers=0)
+    cfg.source.metadata, cfg.source.root = str(train / "narrations.csv"), str(train / "videos")
+    cfg.detector.kind = "custom"
+    return cfg
+
+
 @pytest.mark.parametrize(
     ("change", "pattern"),
     [
@@ -353,36 +365,22 @@ class Custom(Detector):
     ],
 )
 def test_boxes_against_the_schema_name_detector_and_clip(
-    demo_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, pattern: str
+    custom_detector: HodConfig, monkeypatch: pytest.MonkeyPatch, change: Any, pattern: str
 ) -> None:
     table = None
     if change is not None:
         table = pa.Table.from_pylist([BOX | (change if isinstance(change, dict) else {})], SCHEMA)
         table = table.drop_columns(change) if isinstance(change, str) else table
     monkeypatch.setattr(Custom, "answer", table)
-    monkeypatch.setattr("egohod.hod.detectors.files.Custom", Custom, raising=False)
-    monkeypatch.setitem(DETECTORS, "custom", "files.Custom")
-    train = demo_world / "train"
-    cfg = HodConfig(output=str(tmp_path / "hod.csv"), frames=4, workers=0)
-    cfg.source.metadata, cfg.source.root = str(train / "narrations.csv"), str(train / "videos")
-    cfg.detector.kind = "custom"
     with pytest.raises(UserError, match=rf"detector\.kind=custom, boxes of demo_train_0000 .*{pattern}"):
-        next(build(cfg).try_clip(0))
+        next(build(custom_detector).try_clip(0))
 
 
-def test_boxes_that_follow_the_schema_are_stored(
-    demo_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_boxes_that_follow_the_schema_are_stored(custom_detector: HodConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float64, and without the optional column."""
     table = pa.Table.from_pylist([BOX, BOX | {"kind": "object", "side": -1}]).drop_columns("name")
     monkeypatch.setattr(Custom, "answer", table)
-    monkeypatch.setattr("egohod.hod.detectors.files.Custom", Custom, raising=False)
-    monkeypatch.setitem(DETECTORS, "custom", "files.Custom")
-    train = demo_world / "train"
-    cfg = HodConfig(output=str(tmp_path / "hod.csv"), frames=4, workers=0)
-    cfg.source.metadata, cfg.source.root = str(train / "narrations.csv"), str(train / "videos")
-    cfg.detector.kind = "custom"
-    stage, outcome, _ = next(build(cfg).try_clip(0))
+    stage, outcome, _ = next(build(custom_detector).try_clip(0))
     assert stage == DETECT
     assert outcome.value["boxes"]["score"] == [0.9, 0.9]
 

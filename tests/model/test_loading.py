@@ -104,7 +104,7 @@ def test_the_models_projections_can_stay(demo_model: DualEncoder, tmp_path: Path
     assert torch.equal(demo_model.visual.image_projection, state["visual.proj"])
     assert torch.equal(demo_model.textual.text_projection, state["text_projection"])
     assert demo_model.logit_scale.item() == pytest.approx(4.6052)
-    assert report.notes == ["temperature 0.0700 gave way to the file's 0.0100"]
+    assert report.notes == ["temperature 0.0700 replaced by the file's 0.0100"]
     with pytest.raises(UserError, match="projections is 'yes', but must be auto, fresh or keep"):
         load_weights(demo_model, weights, projections="yes")
 

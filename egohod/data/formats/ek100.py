@@ -51,7 +51,7 @@ _COLUMNS = {
 # What grading needs of a clip; users' own retrieval files have the same columns.
 _CLIP_COLUMNS = ("narration_id", "narration", "verb_class", "all_noun_classes")
 _INTEGERS = re.compile(r"\[\s*(\d{1,18}(\s*,\s*\d{1,18})*)?\s*\]")
-# Sets of classes become columns of a matrix: a slip of the pen must not ask for gigabytes.
+# Sets of classes become columns of a matrix: a typing error must not allocate gigabytes.
 _LARGEST_CLASS = 9999
 
 Place = Path | Callable[[int], str]
