@@ -195,8 +195,9 @@ def cost(cfg: Config) -> dict[str, float]:
 
 def forecast(study: Study, runs: Sequence[Run], jobs: int) -> str:
     """The runs to do as a Markdown table, with their operations and, where the study has measured it, their time."""
-    lines, minutes = [], 0.0
-    costs = {run.row: cost(run.cfg) for run in runs if run.trains}
+    lines, minutes, unknown = [], 0.0, 0
+    # Of one run of each row: to count, the model is built.
+    costs = {row: cost(cfg) for row, cfg in {run.row: run.cfg for run in runs if run.trains}.items()}
     for run in runs:
         if not run.trains:
             lines.append([run.row, str(run.seed), "-", "-", "-", "-", str(run.folder)])
@@ -207,11 +208,15 @@ def forecast(study: Study, runs: Sequence[Run], jobs: int) -> str:
             expected = (steps * seconds + study.seconds_besides) / 60
             minutes += expected
             time_text = f"{expected:.1f}"
+        unknown += seconds is None
         work = f"{steps * gflop / 1e3:.1f}"
         lines.append([run.row, str(run.seed), str(steps), f"{gflop:.1f}", work, time_text, str(run.folder)])
     head = ["row", "seed", "steps", "GFLOP a step", "TFLOP", "minutes", "folder"]
-    total = f"{len(runs)} runs, {minutes / jobs:.0f} minutes with {jobs} at a time on a core each"
-    return "\n".join([*markdown_table(head, lines), "", total if minutes else f"{len(runs)} runs"])
+    total = f"{len(runs)} runs"
+    if minutes:
+        total += f", {minutes / jobs:.0f} minutes with {jobs} at a time on a core each"
+        total += f", and {unknown} of unknown time" if unknown else ""
+    return "\n".join([*markdown_table(head, lines), "", total])
 
 
 def train_all(runs: Sequence[Run], jobs: int) -> None:
