@@ -4,7 +4,7 @@
     python tools/opposites.py clips.csv --column text --output clips_with_opposites.csv
 
 With --output, the table is written with a column "opposite", to be corrected and named by
-data.train.NAME.opposite_column.
+data.train.NAME.opposite_column. A list of narrations counts as one caption, which has an opposite if one of them has.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from egohod import cli
 from egohod.data.formats.base import read_csv
 from egohod.data.opposites import opposite
+from egohod.data.table import narrations_in
 from egohod.errors import UserError, nearest
 from egohod.runtime import atomic_write
 
@@ -41,7 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.column not in rows.columns:
         raise UserError(f"{options.table}: no column '{options.column}'{nearest(options.column, list(rows.columns))}")
     captions = [str(text) for text in rows[options.column]]
-    opposites = [opposite(text) for text in captions]
+    opposites = list[str]()
+    for cell in captions:
+        texts = narrations_in(cell)
+        reverse = [opposite(text) or text for text in texts]
+        # In a list, a narration without an opposite is left as it is, which a training run counts as none.
+        column = reverse[0] if len(texts) == 1 else str(reverse)
+        opposites.append("" if reverse == list(texts) else column)
     numbers = [i for i, text in enumerate(opposites) if text]
     share = 100 * len(numbers) / max(1, len(captions))
     log.info("%s: %d of %d captions (%.1f %%) have an opposite", options.table, len(numbers), len(captions), share)
@@ -51,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{i + 1}\t{captions[i]}\n\t{opposites[i]}")
     if options.output:
         with atomic_write(options.output) as part:
-            rows.assign(opposite=[text or "" for text in opposites]).to_csv(part, index=False)
+            rows.assign(opposite=opposites).to_csv(part, index=False)
     return 0
 
 

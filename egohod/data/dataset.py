@@ -242,9 +242,10 @@ class ClipDataset(Dataset[dict[str, Any]]):
         sample = {"video": view.video, "tokens": tokens, "index": index, "fault": "\n".join(faults) or None}
         sample |= {} if view.labels is None else {"labels": view.labels}
         if self._with_opposites:
-            # Every clip has tokens, for batches of one shape; those of a clip without an opposite count nothing.
+            # Every clip has tokens, for batches of one shape; those of a clip without an opposite are its caption's and
+            # count nothing. A long text may be reversed behind its last token only.
             sample["opposites"] = self._tokenizer([view.opposite or view.text])[0]
-            sample["has_opposite"] = torch.tensor(view.opposite is not None)
+            sample["has_opposite"] = (sample["opposites"] != tokens).any()
         return sample if view.boxes is None else sample | {"boxes": torch.from_numpy(view.boxes)}
 
     def _randomness(self, epoch: int, index: int) -> np.random.Generator:

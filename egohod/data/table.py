@@ -463,7 +463,9 @@ class ClipReader:
         # Of several narrations each has its own; a list with a gap does not say which one lacks it.
         if len(given) != len(texts):
             return None
-        return ". ".join(given) if self.config.list_text == "concat" else given[texts.index(text)]
+        reverse = ". ".join(given) if self.config.list_text == "concat" else given[texts.index(text)]
+        # A copy of the caption, by which a list can have none for one of its narrations, would train nothing.
+        return None if reverse == text else reverse
 
     def restricted(self, mask: np.ndarray) -> ClipReader:
         """The same for the clips where ``mask`` bool [N] is true."""

@@ -501,10 +501,9 @@ def _try_model(cfg: Config, dist: Distributed, classes: ClassSpace | None, probl
     # With heads the text tower computes nothing.
     texts = geometry.context_length if model.heads is None else 0
     sizes = geometry, frames, texts, cfg.model.patch_dropout, cfg.model.fast
-    flops = clip_flops(
-        *sizes, boxes=cfg.loss.boxes > 0, texts=1 + cfg.loss.has_opposites, motion_stem=cfg.model.motion_stem
-    ).step
-    _report("compute", f"{flops / 1e9:.1f} GFLOP a clip for forward and backward, with {texts} text tokens")
+    captions = 1 + cfg.loss.has_opposites
+    flops = clip_flops(*sizes, boxes=cfg.loss.boxes > 0, texts=captions, motion_stem=cfg.model.motion_stem).step
+    _report("compute", f"{flops / 1e9:.1f} GFLOP a clip for forward and backward, with {captions * texts} text tokens")
     memory = predict_memory(cfg, dist, model)
     state = f"{memory.state / 1e9:.1f} GB for weights, gradients and averages"
     _report("memory", f"{memory.per_clip / 1e6:.0f} MB a clip kept for the backward pass, {state}")

@@ -231,10 +231,18 @@ def identity(cfg: Config, model: DualEncoder, clips: int, classes: ClassSpace | 
     result["state_dict.shapes_sha256"] = hashlib.sha256(shapes.encode()).hexdigest()[:12]
     # Defaults are left out, so that checkpoints from before a setting existed still agree.
     train = ("ema", "trainable", "last_blocks", "optimizer", "layer_decay", "decay_positions")
-    for name in (*(f"train.{name}" for name in train), "loss.opposites", "loss.separation"):
+    names = [*(f"train.{name}" for name in train), "loss.opposites", "loss.separation"]
+    # Settings of the loss that it does not use may change.
+    names += ["loss.separation_margin"] if cfg.loss.separation else []
+    if cfg.loss.has_opposites:
+        columns = {name: source.opposite_column for name, source in cfg.data.train.items() if source.opposite_column}
+        result |= {f"data.train.{name}.opposite_column": column for name, column in columns.items()}
+        names += ["loss.opposites_schedule"]
+        if cfg.loss.opposites_schedule != "constant":
+            names += ["loss.opposites_hold", "loss.opposites_end"]
+    for name in names:
         if attrgetter(name)(cfg) != attrgetter(name)(Config()):
             result[name] = attrgetter(name)(cfg)
-    # Settings of the loss that it does not use may change.
     if margin := LOSSES[cfg.loss.name].margin:
         result["loss.margin"] = cfg.loss.margin or margin
     if cfg.loss.name == "sms":

@@ -138,9 +138,10 @@ def dataset(folder: Path, column: str | None = None, list_text: str = "random", 
     if not (folder / "clips.csv").exists():
         encode(folder / "videos" / "v.mp4", 40)
         lists = ["""['opens the jar', 'wipes the pot']""", """['shuts the jar', 'dirties the pot']"""]
-        rows = [(text, f"not {text}", "") for text in CAPTIONS] + [(*lists, "['only one']")]
-        cells = ["video_id,start_second,end_second,text,reversed,partial"]
-        cells += [f'v,0,2,"{text}","{given}","{partial}"' for text, given, partial in rows]
+        rows = [(text, f"not {text}", "", text) for text in CAPTIONS]
+        rows += [(*lists, "['only one']", "['opens the jar', 'dirties the pot']")]
+        cells = ["video_id,start_second,end_second,text,reversed,partial,copied"]
+        cells += ["v,0,2," + ",".join(f'"{cell}"' for cell in row) for row in rows]
         (folder / "clips.csv").write_text("\n".join(cells) + "\n")
     source = SourceConfig(
         metadata=str(folder / "clips.csv"), root=str(folder / "videos"), opposite_column=column, list_text=list_text
@@ -177,6 +178,21 @@ def test_a_column_has_an_opposite_for_each_narration(tmp_path: Path) -> None:
     assert joined.opposite == "shuts the jar. dirties the pot"
     # A gap in the list does not say whose it is; an empty cell is none.
     assert [dataset(tmp_path, "partial").view((0, i)).opposite for i in (0, 3)] == [None, None]
+    # A copy is none, also of one narration in a list.
+    assert dataset(tmp_path, "copied").view((0, 0)).opposite is None
+    views = [dataset(tmp_path, "copied", seed=seed).view((0, 3)) for seed in range(9)]
+    assert {(view.text, view.opposite) for view in views} == {
+        ("opens the jar", None),
+        ("wipes the pot", "dirties the pot"),
+    }
+
+
+def test_a_difference_beyond_the_last_token_counts_nothing(tmp_path: Path) -> None:
+    long = " ".join(["washes the cup,"] * 40) + " opens the jar"
+    assert opposite(long) == long.replace("opens", "closes")
+    encode(tmp_path / "videos" / "v.mp4", 40)
+    (tmp_path / "clips.csv").write_text(f'video_id,start_second,end_second,text\nv,0,2,"{long}"\n')
+    assert not dataset(tmp_path)[0, 0]["has_opposite"]
 
 
 def test_captions_and_opposites_of_a_batch_have_one_length(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ NAMES = [name for name in LOSSES if name != "classes"]
 FEATURES = ("video_features", "text_features", "opposite_features")
 # All clips of the first half have an opposite, and one of the second: processes have different numbers.
 HAS = torch.tensor([True, True, True, False, False, True])
+# Also with a process, or both, that have none.
+CASES = {"some": HAS, "one": HAS & (torch.arange(6) < 3), "none": torch.zeros(6, dtype=torch.bool)}
 
 
 def inputs(name: str = "infonce") -> dict[str, Tensor]:
@@ -99,12 +101,23 @@ def test_the_schedule_holds_the_weights_and_lets_them_fall() -> None:
     assert quarters == pytest.approx({"linear": 0.75, "cosine": 0.8536}, abs=1e-4)
 
 
+def test_with_the_box_loss_all_terms_add_up() -> None:
+    values, errors = inputs(), torch.rand(6, dtype=torch.float64)
+    both = build_loss(LossConfig(opposites=0.7, boxes=2.0))(box_errors=errors, weight_share=0.5, **values)
+    plain, one = (build_loss(LossConfig(opposites=weight))(**values) for weight in (1e-9, 0.7))
+    expected = plain["loss"] + 0.5 * (one["loss"] - plain["loss"]) + 2 * errors.mean()
+    torch.testing.assert_close(both["loss"], expected)
+    assert both.keys() == one.keys() | {"box_error"}
+
+
 def in_two_processes(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    for name in NAMES:
-        share = {each: value.chunk(2)[rank] if value.ndim else value for each, value in inputs(name).items()}
-        torch.save(run(share, rank, 2, name=name), folder / f"{name}-{rank}.pt")
+    for case, has_opposite in CASES.items():
+        for name in NAMES:
+            values = inputs(name) | {"has_opposite": has_opposite}
+            share = {each: value.chunk(2)[rank] if value.ndim else value for each, value in values.items()}
+            torch.save(run(share, rank, 2, name=name), folder / f"{case}-{name}-{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -115,10 +128,11 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", NAMES)
-def test_two_processes_give_loss_and_gradients_of_one(two_processes: Path, name: str) -> None:
-    expected = run(inputs(name), name=name)
-    parts = [torch.load(two_processes / f"{name}-{rank}.pt", weights_only=True) for rank in (0, 1)]
+def test_two_processes_give_loss_and_gradients_of_one(two_processes: Path, name: str, case: str) -> None:
+    expected = run(inputs(name) | {"has_opposite": CASES[case]}, name=name)
+    parts = [torch.load(two_processes / f"{case}-{name}-{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert parts[0].keys() == expected.keys()
     for each, value in expected.items():
         # The mean over processes, which DistributedDataParallel forms of gradients and telemetry of scalars.

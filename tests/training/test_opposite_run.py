@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -35,9 +36,17 @@ def test_a_run_separates_opposites_and_resumes_exactly(
     assert cosines[0] > 0.8
     assert cosines[-1] < cosines[0] - 0.01
     assert all(0 <= line["train/opposite_accuracy"] <= 1 for line in lines if "train/opposite_accuracy" in line)
-    # A checkpoint of other weights is another run.
-    with pytest.raises(UserError, match=r"loss\.opposites=1"):
-        main_pretrain.main([*command, "loss.opposites=0.5", "--resume", str(middle)])
+    # A checkpoint of other weights, of another schedule of them or of other opposites is another run.
+    for other, was in (
+        ("loss.opposites=0.5", "loss.opposites=1"),
+        ("loss.separation_margin=0.5", "loss.separation_margin=its default"),
+        ("loss.opposites_schedule=cosine", "loss.opposites_schedule=linear"),
+        ("loss.opposites_hold=0.3", "loss.opposites_hold=0.2"),
+        ("loss.opposites_end=0.1", "loss.opposites_end=its default"),
+        ("data.train.demo.opposite_column=verb", "data.train.demo.opposite_column=its default"),
+    ):
+        with pytest.raises(UserError, match=re.escape(was)):
+            main_pretrain.main([*command, other, "--resume", str(middle)])
 
 
 def test_captions_without_opposites_and_missing_columns_are_refused(tiny_config: Path, demo_world: Path) -> None:
@@ -48,6 +57,9 @@ def test_captions_without_opposites_and_missing_columns_are_refused(tiny_config:
         main_pretrain.main([*command, f"data.train.demo.metadata={coarse}"])
     with pytest.raises(UserError, match=r"hod\.csv: no column 'reversed' for opposite_column; there are video_id"):
         main_pretrain.main([*command, "data.train.demo.opposite_column=reversed"])
+    # The captions themselves are no opposites.
+    with pytest.raises(UserError, match=r"hod\.csv: no caption has an opposite"):
+        main_pretrain.main([*command, "data.train.demo.opposite_column=text"])
 
 
 def test_a_column_without_a_weight_is_reported(tiny_config: Path, caplog: pytest.LogCaptureFixture) -> None:
