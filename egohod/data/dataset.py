@@ -244,8 +244,8 @@ class ClipDataset(Dataset[dict[str, Any]]):
         if self._with_opposites:
             # Every clip has tokens, for batches of one shape; those of a clip without an opposite are its caption's and
             # count nothing. A long text may be reversed behind its last token only.
-            sample["opposites"] = self._tokenizer([view.opposite or view.text])[0]
-            sample["has_opposite"] = (sample["opposites"] != tokens).any()
+            opposites: Tensor = self._tokenizer([view.opposite or view.text])[0]
+            sample |= {"opposites": opposites, "has_opposite": (opposites != tokens).any()}
         return sample if view.boxes is None else sample | {"boxes": torch.from_numpy(view.boxes)}
 
     def _randomness(self, epoch: int, index: int) -> np.random.Generator:
