@@ -51,6 +51,8 @@ FORMAT, RESULTS_FILE, PAGE_FILE = 1, "order.json", "order.html"
 # Borders of the table by distance, in percent of the distance of unrelated captions: whether only clips whose captions
 # are apart are answered correctly.
 DISTANCES = (5, 20)
+# Distances of unrelated captions or clips below this are rounding: the model gives all of them one vector.
+MIN_SCALE = 1e-6
 # Groups and captions on the page: longer tables are not read. The file has all of them.
 SHOWN_GROUPS, SHOWN_CAPTIONS = 30, 100
 # Percent of clips that random answers reach; both a positive and then a negative margin is half of a half.
@@ -142,8 +144,10 @@ def read_pairs(args: argparse.Namespace) -> Pairs:
     inspected = 0
     for row in np.random.default_rng(0).permutation(len(table)).tolist():
         inspected += 1
-        caption = table.row(row).texts[0]
-        other = opposite(caption) if written is None else next(iter(narrations_in(str(written[row] or ""))), None)
+        texts = table.row(row).texts
+        caption, others = texts[0], narrations_in(str(written[row] or "")) if written is not None else ()
+        # Of several narrations each has its own opposite, as in training: a list with a gap does not say whose is left.
+        other = opposite(caption) if written is None else others[0] if len(others) == len(texts) else None
         if other and other != caption:
             chosen.append((row, caption, other))
         if len(chosen) == args.limit:
@@ -168,6 +172,11 @@ def probe(args: argparse.Namespace, cfg: Config, dist: Distributed, pairs: Pairs
     else:
         model = build_model(cfg, dist)
         size, tokenizer = geometry(cfg.model.name).image_size, Tokenizer(model.geometry.context_length)
+    # Some texts are longer than the model reads: where it reads the same of both, nothing can be measured.
+    same = np.array([torch.equal(*tokenizer([*pair])) for pair in zip(pairs.captions, pairs.opposites, strict=True)])
+    if same.all():
+        raise UserError(f"{args.metadata}: the model reads too little of each caption to see how its opposite differs")
+    pairs = pairs.restricted(~same)
     run = dataclasses.replace(execution_of(cfg, dist), allow_missing=args.allow_missing)
     frames, videos, left_out = cfg.evaluate.num_frames or cfg.model.num_frames, dict[str, torch.Tensor](), 0
     if args.root:
@@ -179,6 +188,7 @@ def probe(args: argparse.Namespace, cfg: Config, dist: Distributed, pairs: Pairs
             size=size,
             decoder=cfg.data.decoder,
             cache=open_cache(cfg.data.cache, cfg.data.cache_gb),
+            frame_cache=cfg.data.frame_cache,
         )
         dataset = everything.restricted(np.isin(np.arange(len(everything)), pairs.rows))
         missing = dist.gather_objects(dataset.missing() if dist.is_main else None)[0]
@@ -200,7 +210,7 @@ def probe(args: argparse.Namespace, cfg: Config, dist: Distributed, pairs: Pairs
     groups = pairs.table.column(args.by)[list(pairs.rows)].tolist() if args.by else [""] * len(pairs.rows)
     # If only clips whose captions are apart are answered correctly, the text tower is part of the cause.
     scale = 1 - numbers["distributions"].get("text_other", {"mean": np.nan})["mean"]
-    bins = np.digitize(100 * (1 - measured["text_opposite"]) / scale, DISTANCES)
+    bins = np.digitize(100 * (1 - measured["text_opposite"]) / max(scale, MIN_SCALE), DISTANCES)
     names = [f"below {DISTANCES[0]} %", f"{DISTANCES[0]} to {DISTANCES[1]} %", f"above {DISTANCES[1]} %"]
     return {
         "format": FORMAT,
@@ -210,6 +220,7 @@ def probe(args: argparse.Namespace, cfg: Config, dist: Distributed, pairs: Pairs
         "root": args.root,
         "opposites": f"column {args.opposite_column}" if args.opposite_column else "rules",
         "captions_inspected": pairs.inspected,
+        "captions_cut": int(same.sum()),
         "clips": len(pairs.rows),
         "clips_left_out": left_out,
         "frames": frames if videos else None,
@@ -217,7 +228,7 @@ def probe(args: argparse.Namespace, cfg: Config, dist: Distributed, pairs: Pairs
         "by_distance": {
             name: summary({key: each[bins == i] for key, each in measured.items()})
             for i, name in enumerate(names)
-            if (bins == i).any() and np.isfinite(scale)
+            if (bins == i).any() and scale > MIN_SCALE
         },
         "by": args.by,
         "groups": {
@@ -288,7 +299,7 @@ def summary(measured: Mapping[str, Floats]) -> dict[str, Any]:
     for name, reference in REFERENCES.items():
         if name in distributions and reference in distributions:
             scale = 1 - distributions[reference]["mean"]
-            distances[name] = (1 - distributions[name]["mean"]) / scale if scale > 1e-6 else float("nan")
+            distances[name] = (1 - distributions[name]["mean"]) / scale if scale > MIN_SCALE else float("nan")
     shares = {}
     if "margin_plain" in measured:
         above = {name: measured[f"margin_{name}"] > 0 for name in (PLAIN, "reverse", "shuffle")}
@@ -304,6 +315,8 @@ def findings(results: Mapping[str, Any]) -> list[str]:
     """What the numbers mean, one sentence each."""
     cosine, distance, shares = results["distributions"], results["distances"], results["shares"]
     lines = [f"{results['clips']} clips have a caption with an opposite ({results['captions_inspected']} inspected)"]
+    if results["captions_cut"]:
+        lines.append(f"{results['captions_cut']} more are cut by the model before the word that differs, and left out")
     for name, what, unrelated in (
         ("text_opposite", "a caption and its opposite", "captions of two clips"),
         ("video_reverse", "a clip and its reversal", "two clips"),

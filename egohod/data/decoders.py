@@ -15,6 +15,7 @@ import itertools
 import logging
 import os
 import re
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
@@ -807,6 +808,9 @@ class CachingOpener:
 
     def __init__(self, folder: str | Path, opener: Opener) -> None:
         self._folder, self._opener = Path(folder), opener
+        # Videos that cannot be cached: finding that out decodes all of a video, which must not happen for every clip.
+        self._left_out = set[str]()
+        self._is_writable = True
 
     def __call__(self, file: VideoFile, name: str = "") -> Decoder:
         """See :data:`Opener`."""
@@ -815,26 +819,47 @@ class CachingOpener:
         status = file.stat()
         key = content_hash(os.path.abspath(file), str(status.st_size), str(status.st_mtime_ns), length=32)
         folder = self._folder / key[:2] / key
-        # A damaged entry is as good as none: a disk that ran full leaves files without content.
-        with contextlib.suppress(OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        with contextlib.suppress(*_UNUSABLE):
             return _CachedDecoder(folder)
-        decoder = self._opener(file, name)
+        if self._is_writable and key not in self._left_out:
+            self._decode(file, name, folder)
+            # From the cache the first time, too: other libraries than PyAV differ from it in a few files.
+            with contextlib.suppress(*_UNUSABLE):
+                return _CachedDecoder(folder)
+            self._left_out.add(key)
+        return self._opener(file, name)
+
+    def _decode(self, file: Path, name: str, folder: Path) -> None:
+        """Write the frames of a video into ``folder``, unless it is too large, damaged, or there is no space."""
+        # A disk that ran full leaves files without content, and a folder can only take the place of none.
+        shutil.rmtree(folder, ignore_errors=True)
         try:
             with one_clip(name or str(file)), contextlib.closing(PyavDecoder(file, name)) as whole:
                 if whole.duration * whole.fps * whole.frame_bytes > MAX_CACHED_BYTES:
-                    return decoder
+                    return
                 frames, ticks, tick = whole.read_all()
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                with atomic_write(folder) as temporary:
-                    temporary.mkdir()
-                    np.save(temporary / "frames.npy", frames)
-                    np.savez(temporary / "times.npz", ticks=ticks, tick=tick, fps=whole.fps, duration=whole.duration)
         except VideoError as error:
-            # Another process may have been faster; a full disk, or a picture that is damaged, is worth one line.
-            if not folder.is_dir() and str(self._folder) not in _LOGGED:
+            # Clips elsewhere in the video may be whole; those that are not are reported as without a cache.
+            log.debug("data.frame_cache: %s", error)
+            return
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(folder) as temporary:
+                temporary.mkdir()
+                np.save(temporary / "frames.npy", frames)
+                np.savez(temporary / "times.npz", ticks=ticks, tick=tick, fps=whole.fps, duration=whole.duration)
+        except OSError as error:
+            if folder.is_dir():
+                return  # another process was faster
+            self._is_writable = False
+            if str(self._folder) not in _LOGGED:
                 _LOGGED.add(str(self._folder))
-                log.warning("data.frame_cache: %s; such videos are decoded for every clip", error)
-        return decoder
+                message = "data.frame_cache=%s: cannot be written (%s); videos that it lacks are decoded for every clip"
+                log.warning(message, self._folder, error_text(error))
+
+
+# What opening a damaged entry of the cache raises, or none.
+_UNUSABLE = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile)
 
 
 class _CachedDecoder:

@@ -405,6 +405,9 @@ class Stage:
         # Blur is the mean of pictures at times symmetric about t, so that a motion and its reverse look the same. Only
         # the hand and its object differ between them: the camera is too slow to blur.
         exposure = self.video.realism.exposure
+        if clip.verb == "tap twice":
+            # Twice as fast as tapping once, which a single frame would show. Exposed for half as long, it blurs alike.
+            exposure /= 2
         hands = [pose(clip, t + side * exposure / 2).hand for side in (-1, 0, 1)]
         way = sum(math.dist(a, b) for a, b in pairwise(hands)) * CANVAS[0]
         count = min(1 + round(way / BLUR_STEP), BLUR_MOST)

@@ -1,6 +1,10 @@
 """Every decoder gives the frame that is on display, bit for bit the same as decoding the whole file."""
 
+import errno
+import os
+import subprocess
 import sys
+import time
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -27,6 +31,7 @@ from egohod.data.decoders import CachingOpener, Opener, ReusingOpener, choose_de
 from egohod.data.storage import VideoError, VideoFile
 from egohod.data.videos import frame_times, segment_indices
 from egohod.errors import UserError
+from egohod.runtime import UNFINISHED_PREFIX
 
 # Streams that need different care: what may be left out, and where decoding may begin.
 STREAMS: dict[str, dict[str, Any]] = {
@@ -106,7 +111,7 @@ def test_frames_are_identical_to_decoding_everything(tmp_path: Path, stream: str
 @pytest.mark.parametrize("stream", STREAMS)
 def test_cached_frames_are_identical_to_decoding_everything(tmp_path: Path, stream: str) -> None:
     path, cache = write(tmp_path / "v.mp4", STREAMS[stream]), CachingOpener(tmp_path / "cache", opener("pyav"))
-    decoded, cached = cache(path), cache(path)
+    decoded, cached = opener("pyav")(path), cache(path)
     assert (cached.fps, cached.duration) == (decoded.fps, decoded.duration)
     check(path, cache)
     # Times as the sampling rules ask for them, at the very time stamps and between them.
@@ -125,32 +130,83 @@ def test_the_frame_cache_follows_changes_and_faults(
         opened.append(name)
         return opener("pyav")(file, name)
 
+    whole = list[Path]()
+    read_all = decoders.PyavDecoder.read_all
+    monkeypatch.setattr(decoders.PyavDecoder, "read_all", lambda self: (whole.append(self._file), read_all(self))[1])
     cache = CachingOpener(folder, count)
     before = cache(path).read_at(first)
     assert np.array_equal(cache(path).read_at(first), before)
-    assert len(opened) == 1
-    # A file of the same name that changed, an entry that lost its content, a remote file.
+    assert len(whole) == 1
+    # A file of the same name that changed, then entries that lost their content or a file.
     encode_sizes(path, [(64, 48)])
     assert cache(path).read_at(first).shape != before.shape
-    for entry in folder.rglob("frames.npy"):
-        entry.write_bytes(b"")
-    assert np.array_equal(cache(path).read_at(first), opener("pyav")(path).read_at(first))
+    for name, content in (("frames.npy", b""), ("times.npz", b"no zip"), ("frames.npy", None), ("times.npz", None)):
+        for entry in folder.rglob(name):
+            entry.unlink()
+            if content is not None:
+                entry.write_bytes(content)
+        for _ in range(2):
+            assert np.array_equal(cache(path).read_at(first), opener("pyav")(path).read_at(first))
+    assert len(whole) == 6, "a damaged entry is replaced, once"
+    assert not opened
+    # A remote file, and a video that is too large, are decoded for every clip.
     assert np.array_equal(cache(BytesIO(path.read_bytes())).read_at(first), opener("pyav")(path).read_at(first))
-    assert len(opened) == 4
-    # A video that is too large is decoded for every clip, and one that cannot be decoded fails as without the cache.
     monkeypatch.setattr(decoders, "MAX_CACHED_BYTES", 1000)
     long = encode(tmp_path / "long.mp4", 20)
     for _ in range(2):
         assert np.array_equal(cache(long).read_at(first), opener("pyav")(long).read_at(first))
-    monkeypatch.undo()
-    assert not caplog.text
-    (tmp_path / "file").touch()
-    cache = CachingOpener(tmp_path / "file", count)
+    monkeypatch.setattr(decoders, "MAX_CACHED_BYTES", 1 << 28)
+    assert (len(opened), len(whole)) == (3, 6)
+    # So is one with a damaged picture, of which everything is decoded once only.
+    cut = encode(tmp_path / "cut.mp4", 300)
+    content = bytearray(cut.read_bytes())
+    half, end = len(content) // 2, content.index(b"moov") - 200
+    content[half:end] = bytes(end - half)
+    cut.write_bytes(content)
     for _ in range(2):
-        assert np.array_equal(cache(long).read_at(first), opener("pyav")(long).read_at(first))
-    assert caplog.text.count("data.frame_cache") == 1
+        assert np.array_equal(cache(cut).read_at(first), opener("pyav")(cut).read_at(first))
+    assert (len(opened), len(whole)) == (5, 7)
+    assert not caplog.text
     with pytest.raises(VideoError, match="no such file"):
         cache(tmp_path / "gone.mp4")
+
+
+def test_a_frame_cache_on_a_full_disk_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    videos, first, tries = [encode(tmp_path / f"{i}.mp4", 20) for i in range(3)], np.array([0.0]), list[int]()
+
+    def full(*_: Any) -> None:
+        tries.append(1)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    cache = CachingOpener(tmp_path / "cache", opener("pyav"))
+    cache(videos[0])
+    monkeypatch.setattr(np, "save", full)
+    for video in videos * 2:
+        assert np.array_equal(cache(video).read_at(first), opener("pyav")(video).read_at(first))
+    assert len(tries) == 1
+    assert caplog.text.count("No space left on device") == 1
+    assert len(list((tmp_path / "cache").rglob("*.npy"))) == 1
+    assert not list((tmp_path / "cache").rglob(f"{UNFINISHED_PREFIX}*"))
+
+
+def test_processes_share_a_frame_cache(tmp_path: Path) -> None:
+    """They decode the same video at the same time; whoever comes second keeps the first one's frames."""
+    path, start = encode(tmp_path / "v.mp4", 200), time.monotonic() + 3
+    code = (
+        "import sys, time, hashlib; import numpy as np; from pathlib import Path\n"
+        "from egohod.data.decoders import CachingOpener, choose_decoder\n"
+        "cache = CachingOpener(sys.argv[2], choose_decoder('pyav')[1])\n"
+        "time.sleep(max(0, float(sys.argv[3]) - time.monotonic()))\n"
+        "print(type(cache(Path(sys.argv[1]))).__name__, cache(Path(sys.argv[1])).read_at(np.array([0, 3.0])).sum())"
+    )
+    command = [sys.executable, "-c", code, str(path), str(tmp_path / "cache"), str(start)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in "abc"]
+    outputs = {process.communicate(timeout=60) for process in processes}
+    expected = opener("pyav")(path).read_at(np.array([0, 3.0])).sum()
+    assert outputs == {(f"_CachedDecoder {expected}\n", "")}
+    assert len(list((tmp_path / "cache").rglob("*.npy"))) == 1
 
 
 @pytest.mark.parametrize(

@@ -419,6 +419,18 @@ def test_only_what_moves_is_blurred() -> None:
         assert (0.02 < share < 0.6) if differs else share == 0
 
 
+def test_blur_does_not_show_how_often_something_is_tapped() -> None:
+    """At the same place the hand of two taps is twice as fast as that of one; a single frame must not show it."""
+    pictures = []
+    for verb, shares in (("tap once", (0.25, 0.8)), ("tap twice", (0.125, 0.4))):
+        clip = _take(verb, VERBS[verb].nouns[0], speed=0.8, lens=(3, 1, *[0] * 6), sway=(0,) * 6)
+        stage = Stage(dataclasses.replace(make_video(0, "train", 0), clips=(clip,)))
+        pictures.append([np.asarray(stage.draw(clip, clip.begin + share * clip.event_seconds)) for share in shares])
+    once, twice = np.array(pictures, int)
+    assert np.abs(once - twice).max() <= 2
+    assert np.abs(once[0] - once[1]).max() > 50
+
+
 def _way(clip: Clip, stage: Stage) -> np.ndarray:
     """Centres of the object's box in the frames of a clip, [T, 2] in picture widths."""
     boxes = np.array([stage.moment(clip, frame_time(i)).box(clip.noun) or [np.nan] * 4 for i in range(clip.frames)])

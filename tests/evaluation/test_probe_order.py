@@ -146,6 +146,51 @@ def test_opposites_of_a_column_and_clips_that_are_missing(
     assert (results["clips"], results["clips_left_out"], results["opposites"]) == (3, 1, "column other")
 
 
+def test_opposites_that_are_not_those_of_the_caption_are_left_out(
+    short_run: ShortRun, tmp_path: Path, inside: Command
+) -> None:
+    long = " ".join(["word"] * 90)
+    rows = [
+        ("takes the cup", "puts the cup"),
+        # The gap may be the first caption's: the model learned nothing from it, and is not measured on it.
+        ("['holds the cup', 'opens the box']", "['', 'closes the box']"),
+        ("['opens the jar', 'holds the cup']", "['closes the jar', 'drops the cup']"),
+        # The model reads 77 tokens.
+        (f"{long} opens", f"{long} closes"),
+    ]
+    with (tmp_path / "captions.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "other"), *rows])
+    command = [short_run.folder, "--opposite_column", "other", "--output", tmp_path / "order", "--metadata"]
+    done = inside("probe_order.py", *command, tmp_path / "captions.csv")
+    assert done.returncode == 0, done.stderr
+    captions = [(row["caption"], row["opposite"]) for row in results_of(tmp_path / "order")["rows"]]
+    assert captions == [("takes the cup", "puts the cup"), ("opens the jar", "closes the jar")]
+    assert "1 more are cut by the model before the word that differs" in done.stdout
+    (tmp_path / "long.csv").write_text(f"text,other\n{long} opens,{long} closes\n")
+    done = inside("probe_order.py", *command, tmp_path / "long.csv")
+    assert done.returncode == 2
+    assert "long.csv: the model reads too little of each caption" in done.stderr
+
+
+def test_a_text_tower_with_one_vector_for_all_has_no_distances(
+    tiny_outside: str, tmp_path: Path, inside: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def blind(model: object, texts: list[str], *_: object) -> torch.Tensor:
+        return normalize(torch.ones(len(texts), 16), dim=1)
+
+    monkeypatch.setattr(probe_order, "embed_texts", blind)
+    (tmp_path / "captions.csv").write_text("\n".join(["caption,verb", *(f"{each},v" for each in CAPTIONS)]) + "\n")
+    command = [tiny_outside, "--metadata", tmp_path / "captions.csv", "--by", "verb", "--output", tmp_path / "order"]
+    done = inside("probe_order.py", *command)
+    assert done.returncode == 0, done.stderr
+    results = results_of(tmp_path / "order")
+    assert results["by_distance"] == {}
+    assert results["distances"]["text_opposite"] is None
+    page = (tmp_path / "order" / "order.html").read_text()
+    assert "By verb" in page
+    assert "In percent of the distance" not in page
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

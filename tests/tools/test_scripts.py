@@ -13,6 +13,8 @@ from tests.support import ROOT
 
 STAND_IN = """#!/usr/bin/env bash
 case "$*" in
+    *"${STOPPED:-none}"*) echo "$*"; touch "$EGOHOD_UNFINISHED" ;;
+    *"${FAILED:-none}"*) exit 3 ;;
     *main_*.py*|*tools/*) echo "$*" ;;
     *torch.cuda.device_count*) echo 1 ;;
 esac
@@ -61,9 +63,41 @@ def test_each_evaluation_script_runs_its_benchmark(project: Path, script: str, b
     assert line == f"main_eval.py --benchmark {benchmark} --checkpoint a file.pt"
     world, start, checkpoint, last = commands(project, f"exps/{script}.sh")
     assert world == "tools/make_demo_data.py --output demo_data --scale 1.0 --benchmarks"
-    assert start.startswith("main_pretrain.py --config_file configs/demo.yml train.output=runs/demo_start ")
-    assert checkpoint.startswith("main_pretrain.py --config_file configs/demo_order.yml train.output=runs/demo ")
+    assert start.startswith("main_pretrain.py --config_file configs/demo.yml ")
+    assert start.endswith(" train.output=runs/demo_start")
+    assert checkpoint.startswith("main_pretrain.py --config_file configs/demo_order.yml ")
+    assert checkpoint.endswith(" train.output=runs/demo")
     assert last.startswith(f"main_eval.py --benchmark {benchmark} --config_file configs/demo_eval.yml")
+
+
+def test_both_stages_of_the_demo_get_the_knobs_and_a_folder_each(project: Path) -> None:
+    (project / "runs" / "mine_frames").mkdir(parents=True)
+    _, start, order = commands(project, "exps/demo.sh", "train.output=runs/mine", "train.seed=1")
+    assert start.endswith(
+        " data.frame_cache=runs/mine_frames train.output=runs/mine train.seed=1 train.output=runs/mine_start"
+    )
+    assert order.endswith(
+        " data.frame_cache=runs/mine_frames train.output=runs/mine train.seed=1 train.output=runs/mine"
+    )
+    assert not (project / "runs" / "mine_frames").exists()
+    _, start, order = commands(project, "exps/demo.sh", "--short")
+    assert start.endswith(" train.output=runs/demo_short_start")
+    assert order.endswith(" train.output=runs/demo_short")
+
+
+def test_a_stage_of_the_demo_that_is_stopped_or_fails_is_the_last(project: Path) -> None:
+    """A stage that a signal stops exits with 0; the next one would begin with the weights of half a run."""
+    (project / "runs" / "demo_frames").mkdir(parents=True)
+    for script in ("demo", "eval_mir", "finetune_mir"):
+        _, start = commands(project, f"exps/{script}.sh", STOPPED="configs/demo.yml")
+        assert start.endswith(" train.output=runs/demo_start")
+        *_, order = commands(project, f"exps/{script}.sh", STOPPED="configs/demo_order.yml")
+        assert order.endswith(" train.output=runs/demo")
+        commands(project, f"exps/{script}.sh", code=3, FAILED="configs/demo_order.yml")
+        (_,) = commands(project, f"exps/{script}.sh", code=3, FAILED="configs/demo.yml")
+    # Rerunning resumes, and would decode all videos again.
+    assert (project / "runs" / "demo_frames").exists()
+    assert len(commands(project, "exps/eval_mir.sh")) == 4
 
 
 @pytest.mark.parametrize(("script", "task"), [("finetune_mir", "ek100_mir"), ("finetune_ekcls", "ek100_cls")])
