@@ -93,7 +93,7 @@ class LossConfig:
     separation: float = knob(
         0.0,
         "weight of the cosine between captions and their opposites above loss.separation_margin: a text tower gives "
-        "both almost the same feature, and then the video has nothing to learn; 1 to 2 beside loss.opposites",
+        "both almost the same feature, and then the video has nothing to learn; 1 to 5 beside loss.opposites",
         low=0,
     )
     separation_margin: float = knob(
