@@ -35,6 +35,10 @@ from egohod.runtime import RankInfo, StopRequest, content_hash, int_variable, ra
 # shared disk takes minutes.
 MEETING_SECONDS = 600
 _LOOKUP_SECONDS = 10.0
+_INTERFACE_HINT = (
+    "on all nodes GLOO_SOCKET_IFNAME and, for GPUs, NCCL_SOCKET_IFNAME must name the network interface that reaches "
+    "the other nodes"
+)
 
 log = logging.getLogger(__name__)
 
@@ -88,10 +92,12 @@ class Distributed:
                 return bool(self.store.add(f"egohod/message/{content_hash(message)}", 1) == 1)
         return True
 
-    def close(self) -> None:
-        """Leave the process group."""
+    def close(self, *, after_error: bool = False) -> None:
+        """Leave the process groups; ``after_error`` without waiting for the other processes."""
         if self.world_size > 1:
-            dist.destroy_process_group()
+            # NCCL may wait here for collectives that the others never join, and no launcher would notice the error
+            # before the timeout. Its group ends with the process; gloo's threads abort a process that leaves them.
+            dist.destroy_process_group(self.control if after_error and self.backend == "nccl" else None)
 
     def __str__(self) -> str:
         if self.device.type == "cuda":
@@ -111,7 +117,7 @@ def setup(device: str = "auto", *, alone: bool = False, timeout: float = 1800.0)
 
     Raises:
         UserError: a GPU was asked for, or is plugged in, but torch cannot use it; or the processes do not meet within
-            ``EGOHOD_MEETING_SECONDS`` (ten minutes).
+            ``EGOHOD_MEETING_SECONDS`` (ten minutes), or meet but cannot exchange data.
     """
     info = RankInfo() if alone else rank_info()
     chosen = pick_device(device, info)
@@ -124,8 +130,18 @@ def setup(device: str = "auto", *, alone: bool = False, timeout: float = 1800.0)
         return Distributed(0, 1, chosen, None)
     backend, limit = "nccl" if chosen.type == "cuda" else "gloo", datetime.timedelta(seconds=timeout)
     store = _meet(info)
-    dist.init_process_group(backend, store=store, rank=info.rank, world_size=info.world_size, timeout=limit)
-    control = dist.new_group(backend="gloo", timeout=limit)
+    try:
+        dist.init_process_group(backend, store=store, rank=info.rank, world_size=info.world_size, timeout=limit)
+        control = dist.new_group(backend="gloo", timeout=limit)
+        # NCCL connects in its first collective: a network that it cannot use is an error now, not in the first step.
+        dist.all_reduce(torch.zeros(1, device=chosen))
+    except RuntimeError as error:
+        # Logged by every process, since the cause may be one node's alone; the cure is the same for all.
+        log.error("%s cannot exchange data: %s", host_name(), first_lines(error))
+        raise UserError(
+            f"the processes met at {info.address}:{info.port}, but cannot exchange data over {backend}: "
+            f"{first_lines(error, 1)}; {_INTERFACE_HINT} (this node has {_interfaces()}; docs/launching.md)"
+        ) from error
     return Distributed(info.rank, info.world_size, chosen, backend, control, store)
 
 
@@ -160,13 +176,36 @@ def _meet(info: RankInfo) -> dist.Store:
     except dist.DistError as error:
         if "EADDRINUSE" in str(error):
             raise UserError(f"port {info.port} of {info.address} is taken; set MASTER_PORT to a free one") from error
+        # On one node no interface can be the wrong one.
+        is_local = info.address in ("127.0.0.1", "localhost")
+        hint = "" if is_local else f"; {_INTERFACE_HINT}, and MASTER_ADDR an address on it (here: {_interfaces()})"
         raise UserError(
             f"process {info.rank} of {info.world_size} did not meet the others at {where} within {seconds} s "
-            f"(MASTER_ADDR, MASTER_PORT, EGOHOD_MEETING_SECONDS): {str(error).splitlines()[0]}"
+            f"(MASTER_ADDR, MASTER_PORT, EGOHOD_MEETING_SECONDS): {first_lines(error, 1)}{hint}"
         ) from error
     # torchrun's own store outlives the processes that it restarts, with the addresses of the dead ones in it, to which
     # gloo would connect. exps/launch.sh sets TORCH_DISABLE_SHARE_RDZV_TCP_STORE; this is for a plain torchrun.
     return dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def _interfaces() -> str:
+    """Network interfaces of this node that are up, with their addresses: ``eth0 10.0.0.3, ib0 10.1.0.3``."""
+    import psutil
+
+    is_up = {name: state.isup for name, state in psutil.net_if_stats().items()}
+    interfaces = [
+        f"{name} {address.address}"
+        for name, addresses in psutil.net_if_addrs().items()
+        for address in addresses
+        if address.family == socket.AF_INET and is_up.get(name)
+    ]
+    return ", ".join(interfaces) or "no interface with an IPv4 address"
+
+
+def first_lines(error: BaseException, count: int = 4) -> str:
+    """The type and the first ``count`` lines of an error as one line of a log: NCCL's cause is in the last of four."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()][:count]
+    return f"{type(error).__name__}: {' | '.join(lines)}"[:1000]
 
 
 def is_connection_error(error: BaseException) -> bool:

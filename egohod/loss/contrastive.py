@@ -24,7 +24,7 @@ def hash_captions(tokens: Tensor) -> Tensor:
     """
     assert tokens.shape[1] <= _MAX_TOKENS, tokens.shape
     # A hash, because comparing the tokens of all pairs would cost as much as the similarities: with odd weights,
-    # modulo 2^64, captions that differ in one token never collide, and others about once in 2^48 pairs.
+    # modulo 2^64, captions that differ in one token never collide, and others at most once in 2^48 pairs.
     return (tokens * _token_weights(tokens.device)[: tokens.shape[1]]).sum(dim=1)
 
 
