@@ -15,7 +15,6 @@ import logging
 import os
 import platform
 import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,7 +28,15 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from egohod.errors import UserError
-from egohod.runtime import RankInfo, StopRequest, content_hash, int_variable, rank_info
+from egohod.runtime import (
+    RankInfo,
+    StopRequest,
+    content_hash,
+    int_variable,
+    nvidia_driver,
+    rank_info,
+    torch_advice,
+)
 
 # How long the first process waits for the others to start, and they for it. A node that loads PyTorch from a busy
 # shared disk takes minutes.
@@ -124,6 +131,7 @@ def setup(device: str = "auto", *, alone: bool = False, timeout: float = 1800.0)
     if chosen.type == "cuda":
         # Before anything else touches CUDA, or every process would open a context on the first GPU.
         torch.cuda.set_device(chosen)
+        _require_kernels(chosen)
         # What is left of float32 in training (embeddings, losses) may use TF32; evaluation switches it off.
         torch.set_float32_matmul_precision("high")
     if info.world_size == 1:
@@ -300,8 +308,8 @@ def pick_device(device: str, info: RankInfo | None = None) -> torch.device:
     if driver and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
         raise UserError(
             f"an NVIDIA device is present (driver {driver}) but torch {torch.__version__} (built for CUDA "
-            f"{torch.version.cuda or 'none: a CPU build'}) cannot use it{hint}; install a matching torch or "
-            "driver, or set train.device=cpu"
+            f"{torch.version.cuda or 'none: a CPU build'}) cannot use it{hint}; install a matching torch or driver "
+            f"({torch_advice(driver)}), or set train.device=cpu"
         )
     if device == "cuda":
         raise UserError(
@@ -310,23 +318,29 @@ def pick_device(device: str, info: RankInfo | None = None) -> torch.device:
     return torch.device("cpu")
 
 
+def _require_kernels(device: torch.device) -> None:
+    """Raise :class:`UserError` if this build of torch has no code for the GPU ``device``.
+
+    torch only warns, and the first operation on the GPU fails with "no kernel image is available".
+    """
+    capability, builds = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
+    for build in builds:  # sm_75, sm_90a, compute_120
+        major, minor = divmod(int("".join(filter(str.isdigit, build)) or 0), 10)
+        # Machine code runs on GPUs of its generation from its own version up; PTX is compiled for all later ones.
+        is_later = (major, minor) <= capability
+        if is_later and (major == capability[0] or build.startswith("compute_")):
+            return
+    if builds and torch.version.hip is None:
+        raise UserError(
+            f"torch {torch.__version__} has no code for {torch.cuda.get_device_name(device)}, of compute capability "
+            f"{'.'.join(map(str, capability))}, only for {', '.join(builds)}; "
+            f"{torch_advice(nvidia_driver() or '', capability)}"
+        )
+
+
 def host_name() -> str:
     """What people call the node of this process."""
     return os.environ.get("SLURMD_NODENAME") or platform.node()
-
-
-def nvidia_driver(proc: Path = Path("/proc/driver/nvidia/version")) -> str | None:
-    """Version of the NVIDIA driver if a device is plugged in, whatever torch thinks of it."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    # It hangs where a GPU has fallen off the bus, and is absent in most containers.
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split()
-        return answer[0] if answer else None
-    if not proc.is_file():
-        return None
-    # "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 ..."
-    words = proc.read_text(errors="replace").split()
-    return next((word for word in words if word[:1].isdigit() and "." in word), "unknown")
 
 
 @contextlib.contextmanager
