@@ -17,6 +17,7 @@ from egohod.config import Config, check, load
 from egohod.data.dataset import Tokenizer, trim
 from egohod.loss.config import LOSSES, LossConfig, build_loss
 from egohod.loss.contrastive import hash_captions
+from egohod.training.checkpoint import identity
 from egohod.training.step import forward_backward
 from tests.support import ROOT
 from tests.training.test_forward_backward import assert_equal, bias, build, chunked, data, gradients
@@ -223,6 +224,15 @@ def test_our_recipes_mask_and_published_ones_do_not(monkeypatch: pytest.MonkeyPa
     assert {name for name, value in masks.items() if not value} == {"clip_base", "clip_large"}
     assert len(masks) == 6
     assert not Config().loss.mask_duplicates
+
+
+def test_a_checkpoint_records_it_where_it_is_on() -> None:
+    """So that a run with the other value does not resume it, and checkpoints from before it existed still agree."""
+    cfg = config()
+    model, _ = build_step(cfg)
+    assert "loss.mask_duplicates" not in identity(cfg, model, 8, None)
+    cfg.loss.mask_duplicates = True
+    assert identity(cfg, model, 8, None)["loss.mask_duplicates"] is True
 
 
 @pytest.mark.parametrize("name", ["sms", "soft_infonce", "classes"])
