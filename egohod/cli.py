@@ -241,7 +241,7 @@ def joined(cfg: Config, *, stops_cleanly: bool = False) -> Iterator[Distributed]
     loop. Raises :class:`UserError` on every process if the processes do not run the same code and configuration, and
     :class:`ConnectionError` when another process died or does not come to a collective operation in time.
     """
-    from egohod.distributed import is_connection_error, require_agreement, setup
+    from egohod.distributed import first_lines, is_connection_error, require_agreement, setup
 
     dist = setup(cfg.train.device, timeout=cfg.train.collective_timeout)
     try:
@@ -268,14 +268,19 @@ def joined(cfg: Config, *, stops_cleanly: bool = False) -> Iterator[Distributed]
             raise SystemExit(USER_ERROR) from None
         raise
     except RuntimeError as error:
-        if dist.world_size == 1 or not is_connection_error(error):
+        if dist.world_size == 1:
             raise
-        if dist.stop:
+        if is_connection_error(error) and dist.stop:
             raise Interrupted(dist.stop.reason) from None
+        # At once, by every process: when the first one leaves, a launcher ends the others, and what they would have
+        # printed on their way out is lost.
+        log.error("this process stops after %s", first_lines(error))
+        if not is_connection_error(error):
+            raise
         message = (
             "another process of this run died, or did not come within train.collective_timeout="
-            f"{cfg.train.collective_timeout:g} s ({str(error).splitlines()[0][:300]}); the launcher's report names the "
-            "one that failed first; rerun the same command to resume from the last checkpoint"
+            f"{cfg.train.collective_timeout:g} s (the error is logged above); the launcher's report names "
+            "the one that failed first; rerun the same command to resume from the last checkpoint"
         )
         if dist.is_main:
             log.error("%s", message)
@@ -283,7 +288,7 @@ def joined(cfg: Config, *, stops_cleanly: bool = False) -> Iterator[Distributed]
         time.sleep(REPORT_AFTER_SECONDS)
         raise ConnectionError(message) from None
     finally:
-        dist.close()
+        dist.close(after_error=sys.exc_info()[0] is not None)
 
 
 @contextmanager

@@ -436,6 +436,10 @@ def check(config: Config) -> list[tuple[str, str]]:
     if relevancy and not graded:
         wrong("loss.name", f"loss.name={loss.name} ignores relevancy; data.labels.target=relevancy goes with {names}")
 
+    if loss.mask_duplicates and not LOSSES[loss.name].has_negatives:
+        names = ", ".join(name for name, kind in LOSSES.items() if kind.has_negatives)
+        wrong("loss.mask_duplicates", f"loss.mask_duplicates goes with {names}; loss.name={loss.name} has no negatives")
+
     # Heads, their labels and their loss make sense together only.
     heads = model.heads != "none"
     classes = (heads, data.labels.target == "class", target == "class")

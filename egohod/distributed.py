@@ -15,7 +15,6 @@ import logging
 import os
 import platform
 import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,12 +28,24 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from egohod.errors import UserError
-from egohod.runtime import RankInfo, StopRequest, content_hash, int_variable, rank_info
+from egohod.runtime import (
+    RankInfo,
+    StopRequest,
+    content_hash,
+    int_variable,
+    nvidia_driver,
+    rank_info,
+    torch_advice,
+)
 
 # How long the first process waits for the others to start, and they for it. A node that loads PyTorch from a busy
 # shared disk takes minutes.
 MEETING_SECONDS = 600
 _LOOKUP_SECONDS = 10.0
+_INTERFACE_HINT = (
+    "on all nodes GLOO_SOCKET_IFNAME and, for GPUs, NCCL_SOCKET_IFNAME must name the network interface that reaches "
+    "the other nodes"
+)
 
 log = logging.getLogger(__name__)
 
@@ -88,10 +99,12 @@ class Distributed:
                 return bool(self.store.add(f"egohod/message/{content_hash(message)}", 1) == 1)
         return True
 
-    def close(self) -> None:
-        """Leave the process group."""
+    def close(self, *, after_error: bool = False) -> None:
+        """Leave the process groups; ``after_error`` without waiting for the other processes."""
         if self.world_size > 1:
-            dist.destroy_process_group()
+            # NCCL may wait here for collectives that the others never join, and no launcher would notice the error
+            # before the timeout. Its group ends with the process; gloo's threads abort a process that leaves them.
+            dist.destroy_process_group(self.control if after_error and self.backend == "nccl" else None)
 
     def __str__(self) -> str:
         if self.device.type == "cuda":
@@ -111,21 +124,32 @@ def setup(device: str = "auto", *, alone: bool = False, timeout: float = 1800.0)
 
     Raises:
         UserError: a GPU was asked for, or is plugged in, but torch cannot use it; or the processes do not meet within
-            ``EGOHOD_MEETING_SECONDS`` (ten minutes).
+            ``EGOHOD_MEETING_SECONDS`` (ten minutes), or meet but cannot exchange data.
     """
     info = RankInfo() if alone else rank_info()
     chosen = pick_device(device, info)
     if chosen.type == "cuda":
         # Before anything else touches CUDA, or every process would open a context on the first GPU.
         torch.cuda.set_device(chosen)
+        _require_kernels(chosen)
         # What is left of float32 in training (embeddings, losses) may use TF32; evaluation switches it off.
         torch.set_float32_matmul_precision("high")
     if info.world_size == 1:
         return Distributed(0, 1, chosen, None)
     backend, limit = "nccl" if chosen.type == "cuda" else "gloo", datetime.timedelta(seconds=timeout)
     store = _meet(info)
-    dist.init_process_group(backend, store=store, rank=info.rank, world_size=info.world_size, timeout=limit)
-    control = dist.new_group(backend="gloo", timeout=limit)
+    try:
+        dist.init_process_group(backend, store=store, rank=info.rank, world_size=info.world_size, timeout=limit)
+        control = dist.new_group(backend="gloo", timeout=limit)
+        # NCCL connects in its first collective: a network that it cannot use is an error now, not in the first step.
+        dist.all_reduce(torch.zeros(1, device=chosen))
+    except RuntimeError as error:
+        # Logged by every process, since the cause may be one node's alone; the cure is the same for all.
+        log.error("%s cannot exchange data: %s", host_name(), first_lines(error))
+        raise UserError(
+            f"the processes met at {info.address}:{info.port}, but cannot exchange data over {backend}: "
+            f"{first_lines(error, 1)}; {_INTERFACE_HINT} (this node has {_interfaces()}; docs/launching.md)"
+        ) from error
     return Distributed(info.rank, info.world_size, chosen, backend, control, store)
 
 
@@ -160,13 +184,36 @@ def _meet(info: RankInfo) -> dist.Store:
     except dist.DistError as error:
         if "EADDRINUSE" in str(error):
             raise UserError(f"port {info.port} of {info.address} is taken; set MASTER_PORT to a free one") from error
+        # On one node no interface can be the wrong one.
+        is_local = info.address in ("127.0.0.1", "localhost")
+        hint = "" if is_local else f"; {_INTERFACE_HINT}, and MASTER_ADDR an address on it (here: {_interfaces()})"
         raise UserError(
             f"process {info.rank} of {info.world_size} did not meet the others at {where} within {seconds} s "
-            f"(MASTER_ADDR, MASTER_PORT, EGOHOD_MEETING_SECONDS): {str(error).splitlines()[0]}"
+            f"(MASTER_ADDR, MASTER_PORT, EGOHOD_MEETING_SECONDS): {first_lines(error, 1)}{hint}"
         ) from error
     # torchrun's own store outlives the processes that it restarts, with the addresses of the dead ones in it, to which
     # gloo would connect. exps/launch.sh sets TORCH_DISABLE_SHARE_RDZV_TCP_STORE; this is for a plain torchrun.
     return dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def _interfaces() -> str:
+    """Network interfaces of this node that are up, with their addresses: ``eth0 10.0.0.3, ib0 10.1.0.3``."""
+    import psutil
+
+    is_up = {name: state.isup for name, state in psutil.net_if_stats().items()}
+    interfaces = [
+        f"{name} {address.address}"
+        for name, addresses in psutil.net_if_addrs().items()
+        for address in addresses
+        if address.family == socket.AF_INET and is_up.get(name)
+    ]
+    return ", ".join(interfaces) or "no interface with an IPv4 address"
+
+
+def first_lines(error: BaseException, count: int = 4) -> str:
+    """The type and the first ``count`` lines of an error as one line of a log: NCCL's cause is in the last of four."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()][:count]
+    return f"{type(error).__name__}: {' | '.join(lines)}"[:1000]
 
 
 def is_connection_error(error: BaseException) -> bool:
@@ -261,8 +308,8 @@ def pick_device(device: str, info: RankInfo | None = None) -> torch.device:
     if driver and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
         raise UserError(
             f"an NVIDIA device is present (driver {driver}) but torch {torch.__version__} (built for CUDA "
-            f"{torch.version.cuda or 'none: a CPU build'}) cannot use it{hint}; install a matching torch or "
-            "driver, or set train.device=cpu"
+            f"{torch.version.cuda or 'none: a CPU build'}) cannot use it{hint}; install a matching torch or driver "
+            f"({torch_advice(driver)}), or set train.device=cpu"
         )
     if device == "cuda":
         raise UserError(
@@ -271,23 +318,29 @@ def pick_device(device: str, info: RankInfo | None = None) -> torch.device:
     return torch.device("cpu")
 
 
+def _require_kernels(device: torch.device) -> None:
+    """Raise :class:`UserError` if this build of torch has no code for the GPU ``device``.
+
+    torch only warns, and the first operation on the GPU fails with "no kernel image is available".
+    """
+    capability, builds = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
+    for build in builds:  # sm_75, sm_90a, compute_120
+        major, minor = divmod(int("".join(filter(str.isdigit, build)) or 0), 10)
+        # Machine code runs on GPUs of its generation from its own version up; PTX is compiled for all later ones.
+        is_later = (major, minor) <= capability
+        if is_later and (major == capability[0] or build.startswith("compute_")):
+            return
+    if builds and torch.version.hip is None:
+        raise UserError(
+            f"torch {torch.__version__} has no code for {torch.cuda.get_device_name(device)}, of compute capability "
+            f"{'.'.join(map(str, capability))}, only for {', '.join(builds)}; "
+            f"{torch_advice(nvidia_driver() or '', capability)}"
+        )
+
+
 def host_name() -> str:
     """What people call the node of this process."""
     return os.environ.get("SLURMD_NODENAME") or platform.node()
-
-
-def nvidia_driver(proc: Path = Path("/proc/driver/nvidia/version")) -> str | None:
-    """Version of the NVIDIA driver if a device is plugged in, whatever torch thinks of it."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    # It hangs where a GPU has fallen off the bus, and is absent in most containers.
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split()
-        return answer[0] if answer else None
-    if not proc.is_file():
-        return None
-    # "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 ..."
-    words = proc.read_text(errors="replace").split()
-    return next((word for word in words if word[:1].isdigit() and "." in word), "unknown")
 
 
 @contextlib.contextmanager

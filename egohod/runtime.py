@@ -10,6 +10,7 @@ import ctypes
 import errno
 import fcntl
 import hashlib
+import importlib.metadata
 import itertools
 import logging
 import multiprocessing
@@ -20,6 +21,7 @@ import re
 import secrets
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -591,3 +593,93 @@ def int_variable(
     if not low <= int(text) <= high:
         raise UserError(f"{name}={text} in the environment is out of range; use {low} to {high}")
     return int(text)
+
+
+# --------------------------------------------------------------------------------------------------
+# The NVIDIA driver and the build of PyTorch that it can run: exps/setup.sh asks before PyTorch is installed
+# --------------------------------------------------------------------------------------------------
+
+
+class TorchBuild(NamedTuple):
+    """One of the CUDA builds in which PyTorch publishes a release, on x86-64."""
+
+    name: str
+    driver: int
+    """First driver branch that runs it; later ones do too."""
+    oldest: tuple[int, int]
+    newest: tuple[int, int]
+    """Compute capabilities of the GPUs that it has code for."""
+
+
+# Those of the torch in requirements.txt, best first; the first one is what pip installs if nothing else is requested.
+# A driver runs every minor version of its major version of CUDA (NVIDIA's minor version compatibility). The last
+# release with a cu128 build was 2.11, so that Blackwell GPUs need the driver of cu130.
+TORCH_BUILDS = (
+    TorchBuild("cu130", 580, (7, 5), (12, 9)),
+    TorchBuild("cu126", 525, (5, 0), (9, 0)),
+)
+
+
+def torch_advice(driver: str, capability: tuple[int, int] | None = None, *, installed: str | None = None) -> str:
+    """What to install on a machine with this driver and GPU, as part of a sentence; empty if ``installed`` will do.
+
+    ``driver`` as :func:`nvidia_driver` gives it (empty or ``unknown``: any); ``capability``: compute capability of the
+    GPU, None if unknown; ``installed``: name of the build that is installed or about to be.
+    """
+    branch = int(match[0]) if (match := re.match(r"\d+", driver)) else 10**6
+
+    def has_code(build: TorchBuild) -> bool:
+        return capability is None or build.oldest <= capability <= build.newest
+
+    usable = [build.name for build in TORCH_BUILDS if branch >= build.driver and has_code(build)]
+    if installed in usable:
+        return ""
+    if usable:
+        return f"TORCH_INDEX={usable[0]} bash exps/setup.sh installs the build for it (docs/faq.md#installation)"
+    # The newest drivers know all GPUs that a build has code for.
+    drivers = [build.driver for build in TORCH_BUILDS if has_code(build)]
+    if not drivers:
+        return "no build of this release has code for this GPU (docs/faq.md#installation)"
+    return f"it needs driver {min(drivers)} or later (docs/faq.md#installation)"
+
+
+def nvidia_driver(proc: Path = Path("/proc/driver/nvidia/version")) -> str | None:
+    """Version of the NVIDIA driver if a device is plugged in, whatever torch thinks of it."""
+    if answer := _nvidia_smi("driver_version"):
+        return answer
+    if not proc.is_file():
+        return None
+    # "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 ..."
+    words = proc.read_text(errors="replace").split()
+    return next((word for word in words if word[:1].isdigit() and "." in word), "unknown")
+
+
+def _nvidia_smi(field: str) -> str | None:
+    """A property of the first GPU; None if it cannot be had."""
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
+    # It hangs where a GPU has fallen off the bus, and is absent in most containers.
+    with suppress(OSError, subprocess.SubprocessError):
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split()
+        return answer[0] if answer else None
+    return None
+
+
+def torch_problem() -> str:
+    """Why the torch that is installed, or pip would install, cannot run on this machine's GPU; empty if it can."""
+    driver, build = nvidia_driver(), ""
+    if driver is None:  # no GPU, or a login node
+        return ""
+    # Wheels of PyTorch's own index have their build in the version: 2.14.1+cu126.
+    with suppress(importlib.metadata.PackageNotFoundError):
+        build = importlib.metadata.version("torch").partition("+")[2]
+    build = build or TORCH_BUILDS[0].name
+    # Drivers before 470 do not know this property.
+    parts = re.fullmatch(r"(\d+)\.(\d+)", _nvidia_smi("compute_cap") or "")
+    capability = (int(parts[1]), int(parts[2])) if parts else None
+    # Of other builds (cpu, those of other releases) nothing is known here.
+    is_listed = build in (each.name for each in TORCH_BUILDS)
+    advice = torch_advice(driver, capability, installed=build) if is_listed else ""
+    if not advice:
+        return ""
+    gpu = f" and GPU of compute capability {parts[0]}" if parts else ""
+    return f"the {build} build of PyTorch does not run with this machine's NVIDIA driver {driver}{gpu}: {advice}"

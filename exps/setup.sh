@@ -2,6 +2,9 @@
 #
 # Uses the active virtual or conda environment, else makes .venv here. Packages installed before are skipped.
 # EGOHOD_PYTHON=/usr/bin/python3.11 chooses the interpreter that makes .venv.
+# TORCH_INDEX=cu126 (or cu130, cpu) chooses the build of PyTorch. Builds other than the default are in an index of
+# PyTorch's own: TORCH_INDEX=ADDRESS/cu126 names it, unless pip's configuration (pip config set global.extra-index-url
+# ADDRESS/cu126, PIP_EXTRA_INDEX_URL) does. Which build for which driver: docs/faq.md
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 _environment=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
@@ -34,12 +37,31 @@ fi
 # install NAME FILE...: pip install the files' pins once per content.
 install() {
     local stamp
-    stamp=$_environment/.egohod-$1-$(cat "${@:2}" pyproject.toml <(pwd) | cksum | cut -d' ' -f1)
+    stamp=$_environment/.egohod-$1-$(cat "${@:2}" pyproject.toml <(pwd; printf %s "${TORCH_INDEX:-}") | cksum | cut -d' ' -f1)
     [ -e "$stamp" ] && return
+    local options=(--quiet --disable-pip-version-check) build=${TORCH_INDEX:-} builds=$_environment/.torch-build.txt problem
+    [[ $build != *://* ]] || options+=(--extra-index-url "$build")
+    build=${build%/} build=${build##*/}
+    if [ -n "$build" ]; then
+        # All builds of a release satisfy its pin: the constraint is what makes pip take, or change to, this one.
+        sed -nE "s/^(torch|torchvision)==([^ ;+]+).*/\1==\2+$build/p" requirements.txt >"$builds"
+        options+=(--constraint "$builds")
+    else
+        # Before gigabytes are downloaded that this machine cannot run. An explicit choice is not questioned.
+        problem=$("$PYTHON" -c 'from egohod.runtime import torch_problem; print(torch_problem())' || true)
+        if [ -n "$problem" ]; then
+            echo "error: $problem; TORCH_INDEX=cpu installs the build without CUDA" >&2
+            exit 2
+        fi
+    fi
     echo "installing $1 packages (once; PyTorch alone is several GB)"
     local files=()
     for file in "${@:2}"; do files+=(-r "$file"); done
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check "${files[@]}" || exit 1
+    if ! "$PYTHON" -m pip install "${options[@]}" "${files[@]}"; then
+        [ -z "$build" ] || echo "error: if pip cannot find $(head -n 1 "$builds"), give the address of PyTorch's own index" \
+            "for that build, which PyTorch's install page shows: TORCH_INDEX=ADDRESS/$build (docs/faq.md)" >&2
+        exit 1
+    fi
     # pip cannot install a read-only checkout; the scripts run in its folder and do not need it installed.
     if [ -w . ]; then
         "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --editable . || exit 1

@@ -11,6 +11,7 @@ import egohod
 from egohod import config, distributed
 from egohod.distributed import require_agreement, source_hash
 from egohod.errors import UserError
+from egohod.runtime import TORCH_BUILDS, torch_advice, torch_problem
 from tests.ranks import Pair, pair
 
 
@@ -20,7 +21,7 @@ def test_a_gpu_that_torch_cannot_use_stops_the_run(monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with pytest.raises(UserError) as caught:
         distributed.pick_device("auto")
-    for part in ("535.104", torch.__version__, "train.device=cpu"):
+    for part in ("535.104", torch.__version__, "train.device=cpu", "TORCH_INDEX=cu126"):
         assert part in str(caught.value)
     assert distributed.pick_device("cpu").type == "cpu"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -33,6 +34,93 @@ def test_the_driver_version_needs_no_nvidia_smi(tmp_path: Path, monkeypatch: pyt
     assert distributed.nvidia_driver(version) is None
     version.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n")
     assert distributed.nvidia_driver(version) == "535.104.05"
+
+
+A100, V100, B200, T4, KEPLER = (8, 0), (7, 0), (10, 0), (7, 5), (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("driver", "capability", "installed", "advice"),
+    [
+        ("580.65.06", A100, "cu130", ""),
+        ("580.65.06", B200, "cu130", ""),
+        ("570.124.06", A100, "cu130", "TORCH_INDEX=cu126"),
+        ("535.104.05", T4, "cu126", ""),
+        ("525.60.13", None, "cu130", "TORCH_INDEX=cu126"),
+        # CUDA 13 has no code for Volta, whatever the driver; 12.6 none for Blackwell.
+        ("580.65.06", V100, "cu130", "TORCH_INDEX=cu126"),
+        ("570.124.06", B200, "cu130", "it needs driver 580 or later"),
+        ("580.65.06", B200, "cu126", "TORCH_INDEX=cu130"),
+        ("470.256.02", A100, "cu130", "it needs driver 525 or later"),
+        ("580.65.06", KEPLER, "cu130", "no build of this release has code for this GPU"),
+        ("580.65.06", A100, None, "TORCH_INDEX=cu130"),
+        ("unknown", A100, "cu130", ""),
+    ],
+)
+def test_driver_and_gpu_decide_which_build_of_torch_to_install(
+    driver: str, capability: tuple[int, int] | None, installed: str | None, advice: str
+) -> None:
+    text = torch_advice(driver, capability, installed=installed)
+    assert text.startswith(advice)
+    assert bool(text) == bool(advice)
+
+
+def test_the_default_build_is_the_pinned_torch() -> None:
+    version, _, build = torch.__version__.partition("+")
+    pins = (Path(__file__).parents[1] / "requirements.txt").read_text().splitlines()
+    if f"torch=={version}" not in pins or not build.startswith("cu"):
+        pytest.skip("another torch")
+    (row,) = (each for each in TORCH_BUILDS if each.name == build)
+    versions = [divmod(int(arch.removeprefix("sm_")), 10) for arch in torch.cuda.get_arch_list()]
+    assert row.oldest == min(versions)
+    assert row.newest[0] == max(versions)[0]
+    if build == TORCH_BUILDS[0].name:
+        assert torch.version.cuda == f"{build[2:4]}.{build[4:]}"
+
+
+def test_a_build_that_the_machine_cannot_run_is_noticed_before_it_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text('#!/bin/sh\ncase "$1" in *driver*) echo 535.104.05 ;; *) echo 8.0 ;; esac\n')
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "2.14.1")
+    assert torch_problem() == (
+        "the cu130 build of PyTorch does not run with this machine's NVIDIA driver 535.104.05 and GPU of compute "
+        "capability 8.0: TORCH_INDEX=cu126 bash exps/setup.sh installs the build for it (docs/faq.md#installation)"
+    )
+    for version in ("2.14.1+cu126", "2.14.1+cpu", "2.11.0+cu128"):
+        monkeypatch.setattr("importlib.metadata.version", lambda _, version=version: version)
+        assert torch_problem() == ""
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "2.14.1")
+    smi.unlink()
+    assert torch_problem() == ""
+
+
+@pytest.mark.parametrize(
+    ("capability", "builds", "advice"),
+    [
+        ((8, 9), ["sm_75", "sm_80", "sm_86", "sm_90"], None),
+        ((9, 0), ["sm_75", "sm_90a"], None),
+        ((12, 0), ["sm_90", "compute_90"], None),
+        ((7, 0), ["sm_75", "sm_80", "sm_120"], "TORCH_INDEX=cu126"),
+        ((10, 0), ["sm_50", "sm_80", "sm_90"], "TORCH_INDEX=cu130"),
+        ((8, 0), ["sm_86"], "TORCH_INDEX=cu130"),
+    ],
+)
+def test_a_gpu_without_code_in_this_torch_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], builds: list[str], advice: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: builds)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA card")
+    monkeypatch.setattr(distributed, "nvidia_driver", lambda: "580.65.06")
+    if advice is None:
+        distributed._require_kernels(torch.device("cuda", 0))
+        return
+    with pytest.raises(UserError, match=f"no code for NVIDIA card, of compute capability .*{builds[0]}.*{advice}"):
+        distributed._require_kernels(torch.device("cuda", 0))
 
 
 def test_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,6 +209,50 @@ def test_processes_that_do_not_meet_name_the_address(rank: int) -> None:
 
 
 @pytest.mark.usefixtures("meeting")
+def test_processes_on_other_nodes_that_do_not_meet_name_the_interfaces() -> None:
+    # Of the networks that are reserved for documentation: it resolves, and nobody answers.
+    with pytest.raises(UserError, match="did not meet") as caught:
+        distributed._meet(RankInfo(1, 2, 0, "203.0.113.1", 29400))
+    for part in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "lo 127.0.0.1", "EGOHOD_MEETING_SECONDS"):
+        assert part in str(caught.value)
+
+
+NCCL_ERROR = (
+    "NCCL error in: ProcessGroupNCCL.cpp:94, unhandled system error, NCCL version 2.30.7\n"
+    "ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error.\n"
+    "Last error:\n"
+    "socketStartConnect: Connect to 10.0.0.3<45631> failed : Connection refused\n"
+)
+
+
+def test_a_failed_connection_of_nccl_names_its_variables(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise torch.distributed.DistBackendError(NCCL_ERROR)
+
+    # NCCL cannot run here; its place in the set-up is what is tested.
+    monkeypatch.setattr(distributed, "rank_info", lambda: RankInfo(1, 2, 0, "127.0.0.1", 29400))
+    monkeypatch.setattr(distributed, "_meet", lambda _: None)
+    for name in ("init_process_group", "new_group"):
+        monkeypatch.setattr(torch.distributed, name, lambda *_, **__: None)
+    monkeypatch.setattr(torch.distributed, "all_reduce", fails)
+    with pytest.raises(UserError, match=r"met at 127\.0\.0\.1:29400.*NCCL_SOCKET_IFNAME.*docs/launching\.md"):
+        distributed.setup("cpu")
+    assert "Last error: | socketStartConnect: Connect to 10.0.0.3<45631> failed" in caplog.text
+
+
+def test_after_an_error_nobody_waits_for_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[object] = []
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", ended.append)
+    for backend in ("nccl", "gloo"):
+        dist = distributed.Distributed(0, 2, torch.device("cpu"), backend, control="control")
+        dist.close()
+        dist.close(after_error=True)
+    assert ended == [None, "control", None, None]
+
+
+@pytest.mark.usefixtures("meeting")
 def test_a_name_that_does_not_resolve_is_reported_at_once(caplog: pytest.LogCaptureFixture) -> None:
     nowhere = RankInfo(0, 2, 0, "nowhere.invalid", 29400)
     start = time.monotonic()

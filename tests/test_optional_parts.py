@@ -53,10 +53,13 @@ def test_a_broken_matplotlib_costs_the_plots_only(tmp_path: Path, program: Comma
 
 def test_a_broken_tensorboard_costs_its_own_file_only(tiny_config: Path, tmp_path: Path, program: Command) -> None:
     package(tmp_path / "broken", "tensorboard", TOO_NEW)
+    # As on a machine for which it has no wheels: nothing imports it unless it is chosen.
+    package(tmp_path / "broken", "decord", "raise ImportError('no decord here')")
     path = f"{tmp_path}/broken:{ROOT}"
     command = ["--config_file", str(tiny_config), "train.duration=1 steps"]
     done = program("main_pretrain.py", *command, PYTHONPATH=path, MPLBACKEND=NOTEBOOK)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("no TensorBoard, metrics.jsonl only: TypeError: Descriptors cannot be created") == 1
+    assert "decord" not in done.stderr
     (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line)["step"] == 1

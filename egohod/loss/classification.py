@@ -7,8 +7,7 @@ from timm.data.mixup import one_hot
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor
 
-from egohod.loss.config import LossConfig
-from egohod.loss.contrastive import Loss
+from egohod.loss.config import Loss, LossConfig
 
 
 class ClassificationLoss:

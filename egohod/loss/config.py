@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,7 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from egohod.knobs import knob
 
 if TYPE_CHECKING:
-    from egohod.loss.contrastive import Loss
+    from torch import Tensor
+
+Loss = Callable[..., "dict[str, Tensor]"]
+"""Takes the output of the dual encoder by name; returns scalars ``loss`` and ``accuracy`` on the features' device."""
 
 
 class LossKind(NamedTuple):
@@ -25,15 +29,17 @@ class LossKind(NamedTuple):
     """Whether the model has a learned ``logit_bias``."""
     margin: float = 0.0
     """Default of ``loss.margin``, in cosine similarity; 0 for losses without a margin."""
+    has_negatives: bool = False
+    """Whether every other item of the batch is a negative, whatever its caption is; see ``loss.mask_duplicates``."""
 
 
 # A new loss is a class and a line here. It is built as Class(config, rank=..., world_size=...) and called with what the
 # model returns, by name. Margins are those of their sources.
 LOSSES = {
-    "infonce": LossKind("contrastive.ContrastiveLoss", has_temperature=True),
-    "sigmoid": LossKind("contrastive.SigmoidLoss", has_temperature=True, has_bias=True),
-    "max_margin": LossKind("retrieval.RetrievalLoss", target="relevancy", margin=0.2),
-    "adaptive_max_margin": LossKind("retrieval.RetrievalLoss", target="relevancy", margin=0.4),
+    "infonce": LossKind("contrastive.ContrastiveLoss", has_temperature=True, has_negatives=True),
+    "sigmoid": LossKind("contrastive.SigmoidLoss", has_temperature=True, has_bias=True, has_negatives=True),
+    "max_margin": LossKind("retrieval.RetrievalLoss", target="relevancy", margin=0.2, has_negatives=True),
+    "adaptive_max_margin": LossKind("retrieval.RetrievalLoss", target="relevancy", margin=0.4, has_negatives=True),
     "sms": LossKind("retrieval.RetrievalLoss", target="relevancy", margin=0.6),
     "soft_infonce": LossKind("retrieval.RetrievalLoss", target="relevancy", has_temperature=True),
     "classes": LossKind("classification.ClassificationLoss", target="class"),
@@ -66,6 +72,11 @@ class LossConfig:
         "classes: probability that is spread evenly over all classes; AVION fine-tunes with 0.1",
         low=0,
         high=0.9,
+    )
+    mask_duplicates: bool = knob(
+        False,
+        "clips with the same caption, in the batch of all processes, are no negatives of each other; of infonce, "
+        "sigmoid, max_margin and adaptive_max_margin (sms, soft_infonce grade them by relevancy); false as published",
     )
     local_loss: bool = knob(
         True, "infonce: each process computes its own rows only: exact and cheapest together with gather_with_grad"

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from egohod.distributed import gather_with_grad
-from egohod.loss.config import LossConfig
-from egohod.loss.contrastive import Loss
+from egohod.loss.config import Loss, LossConfig
 
 
 def weight_share(config: LossConfig, step: int, total_steps: int) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from egohod.distributed import gather_with_grad
 from egohod.loss.config import LOSSES, LossConfig
+from egohod.loss.contrastive import duplicates
 
 # Relevancies are sums of halves and small fractions: two that differ at all differ by more than this.
 EQUAL = 1e-3
@@ -47,13 +48,16 @@ class RetrievalLoss:
         clip_nouns: Tensor,
         text_verbs: Tensor,
         text_nouns: Tensor,
+        caption_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Features [B, E], normalised, and the classes of clips and texts -> scalars ``loss`` and ``accuracy``.
 
         ``*_verbs`` int64 [B], ``*_nouns`` [B, K]. ``accuracy`` is the share (0 to 1) of the clips whose own text wins.
+        ``caption_ids`` int64 [B] (``loss.mask_duplicates``): items with the text of the query's own are no negatives.
         """
         clips, texts = (clip_verbs, clip_nouns), (text_verbs, text_nouns)
         own = torch.arange(len(video_features), device=video_features.device) + self._rank * len(video_features)
+        masked = None if caption_ids is None else duplicates(caption_ids, own, self._world_size)
         losses, by_video = [], None
         for queries, items, query_classes, item_classes in (
             (video_features, text_features, clips, texts),
@@ -64,13 +68,19 @@ class RetrievalLoss:
             verbs, nouns = (gather_with_grad(each, self._world_size) for each in item_classes)
             # Cached accumulation makes leaves of all floats, so nouns would get a gradient.
             graded = relevancy((query_classes[0], verbs), (query_classes[1].detach(), nouns.detach()))
-            losses.append(self._loss_of_rows(similarity, graded, own, logit_scale))
+            losses.append(self._loss_of_rows(similarity, graded, own, logit_scale, masked))
         assert by_video is not None
+        by_video = by_video if masked is None else by_video.masked_fill(masked, -torch.inf)
         accuracy = (by_video.argmax(dim=1) == own).float().mean()
         return {"loss": (losses[0] + losses[1]) / 2, "accuracy": accuracy}
 
-    def _loss_of_rows(self, similarity: Tensor, graded: Tensor, own: Tensor, logit_scale: Tensor) -> Tensor:
-        """The mean loss of B queries: cosines and relevancies of all items [B, N], the number of each one's own [B]."""
+    def _loss_of_rows(
+        self, similarity: Tensor, graded: Tensor, own: Tensor, logit_scale: Tensor, masked: Tensor | None
+    ) -> Tensor:
+        """The mean loss of B queries: cosines and relevancies of all items [B, N], the number of each one's own [B].
+
+        ``masked`` bool [B, N]: pairs that cost nothing.
+        """
         if self.name == "soft_infonce":
             # Cross-entropy to the relevancies of all items, each row scaled to sum 1 (soft targets, 2303.17561). A
             # query without a single relevant item has a target of zeros, which weighs nothing.
@@ -98,4 +108,7 @@ class RetrievalLoss:
             losses = torch.where(difference.abs() < EQUAL, F.relu(lead.abs() - self.tau), uneven)
         # An item has no pair with itself; multiplied instead of selected, which would wait for the device.
         others = torch.arange(similarity.shape[1], device=own.device) != own[:, None]
+        if masked is not None:
+            others = others & ~masked
+        # Divided by all pairs, masked or not: a pair has the same weight in every batch and every process.
         return (losses * others).sum() / max(1, len(own) * (similarity.shape[1] - 1))

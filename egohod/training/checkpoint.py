@@ -231,7 +231,7 @@ def identity(cfg: Config, model: DualEncoder, clips: int, classes: ClassSpace | 
     result["state_dict.shapes_sha256"] = hashlib.sha256(shapes.encode()).hexdigest()[:12]
     # Defaults are left out, so that checkpoints from before a setting existed still agree.
     train = ("ema", "trainable", "last_blocks", "optimizer", "layer_decay", "decay_positions")
-    names = [*(f"train.{name}" for name in train), "loss.opposites", "loss.separation"]
+    names = [*(f"train.{name}" for name in train), "loss.opposites", "loss.separation", "loss.mask_duplicates"]
     # Settings of the loss that it does not use may change.
     names += ["loss.separation_margin"] if cfg.loss.separation else []
     if cfg.loss.has_opposites:

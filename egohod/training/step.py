@@ -29,8 +29,8 @@ from egohod.config import Config
 from egohod.data.dataset import normalise
 from egohod.distributed import Distributed, pick_precision
 from egohod.loss.classification import box_errors
-from egohod.loss.config import build_loss
-from egohod.loss.contrastive import Loss
+from egohod.loss.config import Loss, build_loss
+from egohod.loss.contrastive import hash_captions
 from egohod.loss.opposites import weight_share
 from egohod.model.dual_encoder import DualEncoder, EgoVideo
 from egohod.training.config import TrainConfig, duration_in_steps
@@ -141,6 +141,7 @@ class TrainStep:
         # Copied as bytes, a quarter of what float32 would be, while the device still computes the step before.
         video = batch["video"].to(self._device, non_blocking=True)
         tokens = batch["tokens"].to(self._device, non_blocking=True)
+        captions = hash_captions(tokens) if self._loss_config.mask_duplicates else None
         if "opposites" in batch:
             tokens = torch.cat((tokens, batch["opposites"].to(self._device, non_blocking=True)))
         video, mixing = normalise(video, self._inner.image_stats), None
@@ -153,6 +154,8 @@ class TrainStep:
         if "opposites" in batch:
             output["text_features"], output["opposite_features"] = output["text_features"].chunk(2)
             output["has_opposite"] = batch["has_opposite"].to(self._device, non_blocking=True)
+        if captions is not None:
+            output["caption_ids"] = captions
         if mixing is not None:
             output["mixing"] = mixing
         if "boxes" in output:

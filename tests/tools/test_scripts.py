@@ -142,6 +142,55 @@ def test_a_copy_elsewhere_as_sbatch_makes_it_finds_the_project(project: Path, tm
         assert line.endswith(" --x")
 
 
+INSTALLING = """#!/usr/bin/env bash
+case "$*" in
+    *"pip install"*requirements.txt*) echo "$*" >>"$PIP_CALLS"; exit "${PIP_CODE:-0}" ;;
+    *torch_problem*) echo "$PROBLEM" ;;
+esac
+"""
+
+
+def set_up(project: Path, code: int = 0, **variables: str) -> tuple[str, list[str]]:
+    """Run exps/setup.sh: what it prints as errors, and the options of each pip install of the requirements."""
+    python = project.parent / "environment" / "bin" / "python"
+    python.write_text(INSTALLING)
+    calls = project.parent / "pip_calls"
+    calls.write_text("")
+    environment = {name: value for name, value in os.environ.items() if name != "TORCH_INDEX"}
+    environment |= {"VIRTUAL_ENV": str(python.parents[1]), "PIP_CALLS": str(calls), "PROBLEM": ""} | variables
+    command = ["bash", "-eu", str(project / "exps" / "setup.sh")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    return done.stderr, calls.read_text().splitlines()
+
+
+def test_the_build_of_torch_is_chosen_by_one_variable(project: Path) -> None:
+    _, (call,) = set_up(project)
+    assert "--constraint" not in call
+    assert set_up(project) == ("", []), "once"
+    builds = project.parent / "environment" / ".torch-build.txt"
+    _, (call,) = set_up(project, TORCH_INDEX="cu126")
+    assert f"--constraint {builds} -r requirements.txt" in call
+    assert "--extra-index-url" not in call
+    pins = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("torch")]
+    assert builds.read_text().splitlines() == [f"{pin}+cu126" for pin in pins if not pin.startswith("torchcodec")]
+    _, (call,) = set_up(project, TORCH_INDEX="https://mirror.example/torch/cu126/")
+    assert "--extra-index-url https://mirror.example/torch/cu126/ --constraint" in call
+    assert builds.read_text().startswith("torch==")
+    assert builds.read_text().count("+cu126\n") == 2
+
+
+def test_the_first_failure_names_the_build_to_choose(project: Path) -> None:
+    errors, calls = set_up(project, code=2, PROBLEM="driver 535 is too old: TORCH_INDEX=cu126 helps")
+    assert errors.startswith("error: driver 535 is too old: TORCH_INDEX=cu126 helps; TORCH_INDEX=cpu installs the ")
+    assert not calls, "nothing is downloaded"
+    # An explicit choice is installed without a question, and a build that pip lacks is explained.
+    errors, calls = set_up(project, code=1, PROBLEM="too old", TORCH_INDEX="cu130", PIP_CODE="1")
+    assert len(calls) == 1
+    assert "+cu130, give the address of PyTorch's own index" in errors
+    assert set_up(project, code=1, PIP_CODE="1")[0] == "", "pip's message is all there is"
+
+
 def test_all_scripts_are_valid_bash() -> None:
     for path in (ROOT / "exps").glob("*.sh"):
         subprocess.run(["bash", "-n", path], check=True)

@@ -82,6 +82,33 @@ def test_a_killed_rank_ends_the_others_without_a_launcher(ranks, killed: int) ->
     assert "Traceback" not in log
 
 
+def test_each_rank_logs_its_own_error_at_once(ranks) -> None:  # type: ignore[no-untyped-def]
+    """The first one that leaves, five seconds later, makes a launcher end the others."""
+    run = ranks(3, ENDLESS, "train.global_batch_size=6")
+    run.wait_for("step 2/")
+    run.send(signal.SIGKILL, 1)
+    for rank in (0, 2):
+        # Not on its way out: wait_for fails when the process is gone.
+        run.wait_for("this process stops after", rank)
+    assert "error:" not in run.log(0) + run.log(2)
+    assert run.wait() == [1, -signal.SIGKILL, 1]
+    for rank in (0, 2):
+        (line,) = (line for line in run.log(rank).splitlines() if "this process stops after" in line)
+        assert re.search(rf"\[rank {rank}\] E this process stops after \w+Error: .*gloo", line)
+        assert "error: another process of this run died" in run.log(rank)
+        assert "Traceback" not in run.log(rank)
+
+
+def test_processes_that_meet_but_cannot_exchange_data_name_the_interface(torchrun, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no_such_if")
+    run = torchrun()
+    assert run.wait(300) == 1
+    # The agent may end the other process before it has logged.
+    assert re.search(r"E \S+ cannot exchange data: RuntimeError: .*no_such_if", run.log())
+    assert "must name the network interface that reaches the other nodes (this node has lo 127" in run.log()
+    assert run.log().count("Traceback") <= 1, "the agent's own"
+
+
 def test_a_rank_that_hangs_ends_the_run(torchrun) -> None:  # type: ignore[no-untyped-def]
     run = torchrun(ENDLESS, "train.collective_timeout=15")
     run.wait_for("step 2/")
