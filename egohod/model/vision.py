@@ -217,8 +217,8 @@ class MotionStem(nn.Module):
         change = frames - torch.cat((frames[:, :, :1], frames[:, :, :-1]), dim=2)
         # Neighbouring frames are alike: twice the difference has about the frames' own variance.
         x = self.motion(self.spatial(torch.cat((frames, 2 * change), dim=1)))
-        # Averaged before the widest layer, which then costs the same for every patch size. In two dimensions here too: on
-        # a GPU the gradient of avg_pool3d adds up in no fixed order.
+        # Averaged before the widest layer, which then costs the same for every patch size. In two dimensions here too:
+        # on a GPU the gradient of avg_pool3d adds up in no fixed order.
         x = self.patches(F.avg_pool2d(x.flatten(1, 2), self.fine).unflatten(1, x.shape[1:3]))
         return x.flatten(2).transpose(1, 2)  # [B, D, T, grid, grid] -> [B, N, D]
 

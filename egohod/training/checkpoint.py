@@ -86,7 +86,7 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint read from disk, complete and with the right checksums."""
+    """A checkpoint on disk, complete and with the right checksums; its tensors are mapped from the files."""
 
     path: Path
     step: int

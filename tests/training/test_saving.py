@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -109,6 +110,7 @@ def stop_in(name: str) -> None:
         calls.append(1)
         # Each checkpoint has two checksums, and one of the others.
         if len(calls) > (3 if name == "file_hash" else 1) and threading.current_thread() is not threading.main_thread():
+            os.write(2, f"stopped in {name}\n".encode())
             time.sleep(10_000)
         return inner(*arguments, **more)
 
@@ -139,6 +141,7 @@ def test_killed_while_a_checkpoint_is_written_in_the_background(
     assert run(f"train.output={straight}").wait() == [0]
     killed = run(prepare=partial(stop_in, function))
     killed.wait_for("step 7/8")
+    killed.wait_for(f"stopped in {function}")
     killed.send(signal.SIGKILL, 0)
     assert killed.wait() == [-signal.SIGKILL]
     assert newest(broken).step == last
@@ -227,7 +230,7 @@ def watch():
     global peak
     while True:
         peak = max(peak, megabytes("RssAnon"))
-        time.sleep(0.002)
+        time.sleep(0.005)
 threading.Thread(target=watch, daemon=True).start()
 assert state.resume() == 5
 time.sleep(0.05)
