@@ -243,7 +243,8 @@ def joined(cfg: Config, *, stops_cleanly: bool = False) -> Iterator[Distributed]
     """
     from egohod.distributed import first_lines, is_connection_error, require_agreement, setup
 
-    dist = setup(cfg.train.device, timeout=cfg.train.collective_timeout)
+    train = cfg.train
+    dist = setup(train.device, timeout=train.collective_timeout, deterministic=train.deterministic)
     try:
         with stop_signals(dist.stop) if stops_cleanly else nullcontext():
             try:

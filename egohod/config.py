@@ -42,7 +42,7 @@ from egohod.evaluation.config import EvaluateConfig
 from egohod.knobs import allowed_values, knobs, named_sections, out_of_range, part, section_of, type_name
 from egohod.loss.config import LOSSES, LossConfig
 from egohod.model.config import ModelConfig
-from egohod.training.config import TrainConfig, duration_in_steps
+from egohod.training.config import TrainConfig, clock_seconds, duration_in_steps
 
 log = logging.getLogger(__name__)
 
@@ -417,7 +417,11 @@ def check(config: Config) -> list[tuple[str, str]]:
     for name in ("train.duration", "train.log_every", "train.save_every", "evaluate.every", "train.warmup"):
         text = attrgetter(name)(config)
         try:
-            steps = duration_in_steps(text, steps_per_epoch=1, global_batch_size=1, key=name)
+            seconds = clock_seconds(text) if name == "train.save_every" else None
+            if seconds is None:
+                steps = duration_in_steps(text, steps_per_epoch=1, global_batch_size=1, key=name)
+            else:
+                steps = math.ceil(seconds)
             if steps == 0 and name != "train.warmup":
                 wrong(name, f"{name} is '{text}', but must be longer than nothing")
         except UserError as error:

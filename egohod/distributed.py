@@ -66,6 +66,8 @@ class Distributed:
     control: Any = None
     store: Any = field(default=None, compare=False)
     stop: StopRequest = field(default_factory=StopRequest, compare=False)
+    # Among the processes of this node: one of them reads what all need.
+    local_rank: int = 0
 
     @property
     def is_main(self) -> bool:
@@ -114,19 +116,25 @@ class Distributed:
         return f"{name}, {self.world_size} process{f'es over {self.backend}' if self.world_size > 1 else ''}"
 
 
-def setup(device: str = "auto", *, alone: bool = False, timeout: float = 1800.0) -> Distributed:
+def setup(
+    device: str = "auto", *, alone: bool = False, timeout: float = 1800.0, deterministic: bool = False
+) -> Distributed:
     """Join the run that torchrun or Slurm describes in the environment, or be its only process.
 
     Args:
         device: ``auto``, ``cpu`` or ``cuda``. NCCL joins GPUs, gloo CPUs.
         alone: this program is one process, whatever the environment says.
         timeout: seconds that a process waits for the others in a collective operation before that raises.
+        deterministic: see :func:`use_deterministic_algorithms`.
 
     Raises:
         UserError: a GPU was asked for, or is plugged in, but torch cannot use it; or the processes do not meet within
             ``EGOHOD_MEETING_SECONDS`` (ten minutes), or meet but cannot exchange data.
     """
     info = RankInfo() if alone else rank_info()
+    if deterministic:
+        # Before CUDA is initialised, which reads the environment once.
+        use_deterministic_algorithms()
     chosen = pick_device(device, info)
     if chosen.type == "cuda":
         # Before anything else touches CUDA, or every process would open a context on the first GPU.
@@ -150,7 +158,7 @@ def setup(device: str = "auto", *, alone: bool = False, timeout: float = 1800.0)
             f"the processes met at {info.address}:{info.port}, but cannot exchange data over {backend}: "
             f"{first_lines(error, 1)}; {_INTERFACE_HINT} (this node has {_interfaces()}; docs/launching.md)"
         ) from error
-    return Distributed(info.rank, info.world_size, chosen, backend, control, store)
+    return Distributed(info.rank, info.world_size, chosen, backend, control, store, local_rank=info.local_rank)
 
 
 def _meet(info: RankInfo) -> dist.Store:
@@ -341,6 +349,24 @@ def _require_kernels(device: torch.device) -> None:
 def host_name() -> str:
     """What people call the node of this process."""
     return os.environ.get("SLURMD_NODENAME") or platform.node()
+
+
+def use_deterministic_algorithms() -> None:
+    """Compute the same bits from the same input every time, for the rest of this process.
+
+    For the same GPU, driver, versions and number of processes. What has no such algorithm on a GPU raises an error that
+    names the operation. Call it before CUDA is initialised.
+    """
+    # The two workspaces with which cuBLAS is deterministic (its manual, "Results reproducibility").
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Sums within NVSwitch are in no fixed order; trees and rings of the same processes are.
+    os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")
+    # Of cuDNN, attention's backward pass, embeddings, gather, and the choices of torch.compile.
+    torch.use_deterministic_algorithms(True)
+    # cuDNN would try its algorithms and take the one that was fastest this time.
+    torch.backends.cudnn.benchmark = False
+    # For finding reads of uninitialised memory, which is filled at some cost; nothing here reads any.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

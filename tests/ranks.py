@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -27,9 +27,19 @@ _SECONDS = 1800
 
 
 class Ranks:
-    """``world_size`` processes of a main program in the project's folder; rank r logs to ``log(r)``."""
+    """``world_size`` processes of a main program in the project's folder; rank r logs to ``log(r)``.
 
-    def __init__(self, world_size: int, program: str, arguments: Sequence[object], folder: Path) -> None:
+    ``prepare`` is called in each process before the program, to change what is imported.
+    """
+
+    def __init__(
+        self,
+        world_size: int,
+        program: str,
+        arguments: Sequence[object],
+        folder: Path,
+        prepare: Callable[[], None] | None = None,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._logs = [folder / f"rank_{rank}.log" for rank in range(world_size)]
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -42,7 +52,7 @@ class Ranks:
             variables = {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
             words = [str(each) for each in arguments]
             log.unlink(missing_ok=True)
-            self.processes.append(_SERVER.Process(target=_be_rank, args=(program, words, variables, log)))
+            self.processes.append(_SERVER.Process(target=_be_rank, args=(program, words, variables, log, prepare)))
             self.processes[-1].start()
         if before is None:
             del os.environ["PYTHONPATH"]
@@ -75,7 +85,9 @@ class Ranks:
         return [process.exitcode for process in self.processes]
 
 
-def _be_rank(program: str, arguments: list[str], variables: dict[str, str], log: Path) -> None:
+def _be_rank(
+    program: str, arguments: list[str], variables: dict[str, str], log: Path, prepare: Callable[[], None] | None
+) -> None:
     from egohod import cli
 
     os.environ.update(variables, CUDA_VISIBLE_DEVICES="")
@@ -85,6 +97,8 @@ def _be_rank(program: str, arguments: list[str], variables: dict[str, str], log:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     main = importlib.import_module(program.removesuffix(".py")).main
+    if prepare is not None:
+        prepare()
     sys.exit(cli.run(main, arguments))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -192,6 +193,27 @@ class ClipTable:
         """The distinct values of the dataset column; one empty string without it."""
         column = self._columns.get("dataset")
         return [""] if column is None else sorted(str(name) for name in column.unique().to_pylist())
+
+    def content_hash(self) -> str:
+        """SHA-256 of the clips in their order: videos, times, narrations and datasets.
+
+        The same wherever the file is, and whatever else it holds.
+        """
+        digest = hashlib.sha256(self.start.tobytes() + self.end.tobytes())
+        for name in ("video_id", "text", "dataset"):
+            if name not in self._columns:
+                continue
+            digest.update(name.encode())
+            # In slices: decoded from its dictionary, a column of millions of rows would take a gigabyte.
+            for first in range(0, len(self), _SAMPLE):
+                part = pa.table({name: self._columns[name].slice(first, _SAMPLE)})[name]
+                part = pc.fill_null(pc.cast(part, pa.large_string()), "").combine_chunks()
+                _, offsets, text = part.buffers()
+                # Lengths too, or "ab", "c" would be "a", "bc".
+                borders = np.frombuffer(offsets, dtype=np.int64)[part.offset : part.offset + len(part) + 1]
+                digest.update(np.diff(borders).tobytes())
+                digest.update(memoryview(text)[borders[0] : borders[-1]] if text is not None else b"")
+        return digest.hexdigest()
 
     def group_codes(self, by: Sequence[str], window_seconds: float = 60.0) -> np.ndarray:
         """One int64 code per clip; clips with equal codes agree in everything that ``by`` names.

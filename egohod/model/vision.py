@@ -217,8 +217,9 @@ class MotionStem(nn.Module):
         change = frames - torch.cat((frames[:, :, :1], frames[:, :, :-1]), dim=2)
         # Neighbouring frames are alike: twice the difference has about the frames' own variance.
         x = self.motion(self.spatial(torch.cat((frames, 2 * change), dim=1)))
-        # Averaged before the widest layer, which then costs the same for every patch size.
-        x = self.patches(F.avg_pool3d(x, (1, self.fine, self.fine)))
+        # Averaged before the widest layer, which then costs the same for every patch size. In two dimensions here too:
+        # on a GPU the gradient of avg_pool3d adds up in no fixed order.
+        x = self.patches(F.avg_pool2d(x.flatten(1, 2), self.fine).unflatten(1, x.shape[1:3]))
         return x.flatten(2).transpose(1, 2)  # [B, D, T, grid, grid] -> [B, N, D]
 
 
@@ -350,7 +351,13 @@ class VideoTransformer(nn.Module):
         temporal: Tensor = self.temporal_embedding
         # A model may be shown more or fewer frames than it was trained with: they cover the same clip.
         if frames != temporal.shape[0]:
-            temporal = F.interpolate(temporal.T[None], size=frames, mode="linear", align_corners=False)[0].T
+            shape: dict[str, Any] = {"size": frames, "mode": "linear", "align_corners": False}
+            if torch.are_deterministic_algorithms_enabled():
+                # On a GPU the gradient of F.interpolate adds up in no fixed order: the same by its matrix [frames, T].
+                matrix = F.interpolate(torch.eye(len(temporal), device=temporal.device)[None], **shape)[0].T
+                temporal = (matrix.unsqueeze(2) * temporal).sum(dim=1)
+            else:
+                temporal = F.interpolate(temporal.T[None], **shape)[0].T
         spatial = self.positional_embedding[1:]
         return ((spatial.detach() if frozen else spatial) + temporal.unsqueeze(1)).flatten(0, 1)
 

@@ -37,7 +37,7 @@ from egohod.data.labels import (
 from egohod.data.loader import BatchPlan, MixedPlan, shares
 from egohod.data.storage import open_cache
 from egohod.data.table import ClipTable
-from egohod.distributed import Distributed, pick_precision, setup
+from egohod.distributed import Distributed, inference_precision, pick_precision, setup
 from egohod.errors import UserError
 from egohod.model.checkpoints import HeadClasses, WeightFile, base_of, load_weights
 from egohod.model.cost import Memory, clip_flops, predict
@@ -160,7 +160,9 @@ def start_from_text(model: DualEncoder, space: ClassSpace, texts: Sequence[Seque
     device = model.logit_scale.device
     of_class = torch.tensor([number for number, each in enumerate(texts) for _ in each], device=device)
     tokens = Tokenizer()([text for each in texts for text in each])
-    of_text = torch.cat([model.encode_text(trim(part).to(device)) for part in tokens.split(BATCH)])
+    # As an evaluation would embed them, which does not use TF32.
+    with inference_precision(device, torch.float32):
+        of_text = torch.cat([model.encode_text(trim(part).to(device)) for part in tokens.split(BATCH)])
     # Of unit length in the end, so a sum is as good as a mean.
     features = F.normalize(of_text.new_zeros(len(texts), of_text.shape[1]).index_add(0, of_class, of_text), dim=1)
     # A head's input is sqrt(E) times the unit feature of zero-shot (DualEncoder.classify).
@@ -427,7 +429,7 @@ def dry_run(path: str, overrides: Sequence[str], evaluators: Callable[..., Seque
     classes if there are any; three clips of each are opened, none is evaluated.
     """
     cfg, problems = load_leniently(path, overrides)
-    dist, run = setup(cfg.train.device), Path(cfg.train.output)
+    dist, run = setup(cfg.train.device, deterministic=cfg.train.deterministic), Path(cfg.train.output)
     precision = str(pick_precision(cfg.train.precision, dist.device)).removeprefix("torch.")
     _report("config", f"{path}{' ' + ' '.join(overrides) if overrides else ''}")
     _report("device", f"{dist}, precision {precision}")
@@ -537,7 +539,7 @@ def _try_data(cfg: Config, dist: Distributed, model: DualEncoder, problems: list
     schedule = Schedule.of(cfg, plan.steps_per_epoch)
     batch = f"{dist.world_size} process(es) x {micro_batch} x {accumulation}"
     _report("batch", f"{cfg.train.global_batch_size} clips = {batch}")
-    intervals = f"evaluation every {schedule.evaluate}, checkpoint every {schedule.save}"
+    intervals = f"evaluation every {schedule.evaluate}, checkpoint every {schedule.save or cfg.train.save_every}"
     _report("length", f"{plan.steps_per_epoch} steps an epoch, {schedule.total} in all; {intervals}")
     # Without its classes the model has no heads to try.
     if clips and (cfg.model.heads == "none" or model.heads is not None):

@@ -21,6 +21,7 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -28,7 +29,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from egohod.config import Config
 from egohod.data.labels import ClassSpace
@@ -49,8 +51,22 @@ _IDENTITY = (
     *("model.name", "model.num_frames", "model.activation", "model.image_stats"),
     *("loss.name", "loss.boxes", "loss.learn_temperature", "train.seed", "train.global_batch_size"),
 )
+# Settings of how clips are drawn and changed.
+_SAMPLING = (
+    *("data.crop_scale_min", "data.flip", "data.hard_negatives.share"),
+    *("model.patch_dropout", "model.drop_path", "train.mixup", "train.cutmix"),
+)
 # Settings that earlier releases did not record: a checkpoint without them is resumed with any value.
-_RECORDED_LATER = ("loss.margin", "loss.tau", "loss.label_smoothing")
+_RECORDED_LATER = (
+    *("loss.margin", "loss.tau", "loss.label_smoothing", "data.train.sha256", "data.train.list_text"),
+    *("data.labels.threshold", "data.labels.sentences_sha256", "model.patch_dropout_tubes", *_SAMPLING),
+    *(f"data.hard_negatives.{name}" for name in ("group_size", "group_by", "window_seconds")),
+)
+# Settings of the model that do not change what embeds a clip, so whoever loads it need not have them. Those of the two
+# paths are passed on one by one.
+_NOT_OF_FEATURES = (
+    *("model.fast", "model.heads", "model.drop_path", "model.patch_dropout", "model.patch_dropout_tubes"),
+)
 # Keys of identities as earlier releases wrote them.
 _RENAMED_KEYS = {
     "checksum of the weights that are not trained": "base.sha256",
@@ -70,11 +86,11 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint read from disk, complete and with the right checksums."""
+    """A checkpoint on disk, complete and with the right checksums; its tensors are mapped from the files."""
 
     path: Path
     step: int
-    weights: dict[str, torch.Tensor]
+    weights: dict[str, Tensor]
     training: dict[str, Any]
     manifest: dict[str, Any]
 
@@ -89,7 +105,7 @@ class CheckpointStore:
     def save(
         self,
         step: int,
-        weights: dict[str, torch.Tensor],
+        weights: dict[str, Tensor],
         training: dict[str, Any],
         *,
         metrics: dict[str, float],
@@ -102,7 +118,7 @@ class CheckpointStore:
         (geometry, batch size, seed ...). Raises :class:`CheckpointError` if it cannot be written; older checkpoints
         are untouched then.
         """
-        final = self.folder / f"step-{step:08d}"
+        final = self.path(step)
         try:
             # Not with its parents: a shared folder that is lost would come back on the disk below its mount point.
             self.folder.mkdir(exist_ok=True)
@@ -112,7 +128,7 @@ class CheckpointStore:
             with atomic_write(final, sync=True) as temporary:
                 temporary.mkdir()
                 # safetensors refuses views that are not contiguous.
-                save_file({name: value.contiguous() for name, value in weights.items()}, temporary / WEIGHTS)
+                save_file({name: value.cpu().contiguous() for name, value in weights.items()}, temporary / WEIGHTS)
                 # Nested, with numbers and lists, which safetensors has no place for.
                 torch.save(training, temporary / TRAINING)
                 manifest = {
@@ -136,13 +152,17 @@ class CheckpointStore:
 
     def rate(self, step: int, metrics: dict[str, float]) -> None:
         """Add the metrics that a checkpoint was saved without. Raises :class:`CheckpointError`."""
-        path = self.folder / f"step-{step:08d}"
+        path = self.path(step)
         manifest = read_manifest(path) | {"metrics": metrics}
         try:
             write_text(path / MANIFEST, json.dumps(manifest, indent=1), sync=True)
         except OSError as error:
             raise CheckpointError(f"{path / MANIFEST}: metrics not written: {_reason(error)}") from error
         self._prune(self.steps()[-1])
+
+    def path(self, step: int) -> Path:
+        """The folder of the checkpoint of ``step``."""
+        return self.folder / f"step-{step:08d}"
 
     def steps(self) -> list[Path]:
         """Checkpoint folders, oldest first."""
@@ -208,11 +228,32 @@ class CheckpointStore:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def identity(cfg: Config, model: DualEncoder, clips: int, classes: ClassSpace | None) -> dict[str, Any]:
+def copy_to_host(state: Any, memory: dict[tuple[Any, ...], Tensor], _place: tuple[Any, ...] = ()) -> Any:
+    """``state`` (nested dicts, lists and tuples) with its tensors copied, so that training may change the originals.
+
+    The copies are in ``memory``, which is filled by the first call and overwritten by the next ones: new pages cost as
+    much as copying. Waits for the device.
+    """
+    if isinstance(state, Tensor):
+        copy = memory.get(_place)
+        if copy is None or copy.shape != state.shape or copy.dtype != state.dtype:
+            copy = memory[_place] = torch.empty(state.shape, dtype=state.dtype)
+        return copy.copy_(state)
+    if isinstance(state, dict):
+        return {key: copy_to_host(value, memory, (*_place, key)) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(copy_to_host(value, memory, (*_place, at)) for at, value in enumerate(state))
+    return state
+
+
+def identity(
+    cfg: Config, model: DualEncoder, clips: int, classes: ClassSpace | None, content: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Settings on which a checkpoint and the run that resumes it must agree for the trajectory to be the same.
 
-    ``clips`` is the number of clips of all training sources, ``classes`` are theirs if the model has heads. Returns
-    values as JSON has them, by the name of the setting; what is left out has its default.
+    ``clips`` is the number of clips of all training sources, ``classes`` are theirs if the model has heads, ``content``
+    is a hash of each source's clips by its name. Returns values as JSON has them, by the name of the setting; what is
+    left out has its default.
     """
     result: dict[str, Any] = {name: attrgetter(name)(cfg) for name in _IDENTITY}
     later = ("stem_paths", "slow_every")
@@ -223,9 +264,21 @@ def identity(cfg: Config, model: DualEncoder, clips: int, classes: ClassSpace | 
         result["model.motion_stem"] = cfg.model.motion_stem
         # Without a stem it means nothing, and checkpoints from before it existed must still agree.
         result |= {"model.fast.stem_paths": cfg.model.fast.stem_paths} if model.geometry.slowfast else {}
-    # Folders may move, annotations and their shares may not.
-    result["data.train"] = {name: [source.metadata, source.weight] for name, source in cfg.data.train.items()}
+    # Files may move, as a copy in the folder of each job does; the clips in them and their shares may not change.
+    result["data.train.weight"] = {name: source.weight for name, source in cfg.data.train.items()}
     result["data.train.clips"] = clips
+    if content is not None:
+        result["data.train.sha256"] = dict(content)
+    result["data.train.list_text"] = {name: source.list_text for name, source in cfg.data.train.items()}
+    # Also where they have their defaults: a checkpoint without them may have been trained with any value.
+    result |= {name: attrgetter(name)(cfg) for name in _SAMPLING}
+    if (hard := cfg.data.hard_negatives).share > 0:
+        result["data.hard_negatives.group_size"] = hard.group_size
+        result["data.hard_negatives.group_by"] = list(hard.group_by)
+        if "window" in hard.group_by:
+            result["data.hard_negatives.window_seconds"] = hard.window_seconds
+    if cfg.model.patch_dropout > 0:
+        result["model.patch_dropout_tubes"] = cfg.model.patch_dropout_tubes
     # Of every parameter by name: whatever changes the architecture, also by a release of the code, shows here.
     shapes = repr([(name, tuple(value.shape)) for name, value in model.state_dict().items()])
     result["state_dict.shapes_sha256"] = hashlib.sha256(shapes.encode()).hexdigest()[:12]
@@ -251,6 +304,10 @@ def identity(cfg: Config, model: DualEncoder, clips: int, classes: ClassSpace | 
         result["loss.label_smoothing"] = cfg.loss.label_smoothing
     if cfg.data.labels.target != "narration":
         result["data.labels.target"] = cfg.data.labels.target
+    if cfg.data.labels.target == "relevancy":
+        result["data.labels.threshold"] = cfg.data.labels.threshold
+        if cfg.data.labels.sentences is not None:
+            result["data.labels.sentences_sha256"] = file_hash(cfg.data.labels.sentences)[:12]
     if model.base:
         result["base.sha256"] = model.base.sha256
     if classes is not None:
@@ -298,7 +355,9 @@ def open_weights(source: str | Path, *, download: bool = False, base: str | None
     if not (folder / MANIFEST).exists() and not CheckpointStore(folder).steps():
         return read_weights(source, download=download)
     checkpoint = open_checkpoint(folder)
-    identity, tensors, rest = checkpoint.manifest["identity"], checkpoint.weights, checkpoint.manifest.get("base")
+    identity, rest = checkpoint.manifest["identity"], checkpoint.manifest.get("base")
+    # Copied: the run may still be training and delete this checkpoint, whose pages NFS would then no longer deliver.
+    tensors = {name: value.clone() for name, value in checkpoint.weights.items()}
     if rest is not None:
         path = base or rest["path"]
         try:
@@ -325,8 +384,7 @@ def open_weights(source: str | Path, *, download: bool = False, base: str | None
     weights.settings = {
         name: value
         for name, value in identity.items()
-        # Heads are not part of what embeds a clip, so whoever loads the model need not want them.
-        if name.startswith(("model.", "loss.")) and name not in ("model.fast", "model.heads")
+        if name.startswith(("model.", "loss.")) and name not in _NOT_OF_FEATURES
     }
     # A model with one path ignores the settings of the other.
     if weights.shape and weights.shape.slowfast:
@@ -356,24 +414,27 @@ def classes_of(source: Path | Checkpoint) -> tuple[str, ClassSpace]:
     return kind, ClassSpace(columns, keys, names)
 
 
-def read(path: Path) -> Checkpoint:
-    """Read one checkpoint folder and check it against its manifest.
+def read(path: Path, *, verify: bool = True) -> Checkpoint:
+    """Open one checkpoint folder and check it against its manifest.
+
+    The tensors are mapped from the files: they take no memory of their own, processes of one node share them, and they
+    hold their file open, so whoever continues with them copies them. Without ``verify`` checksums are not computed: for
+    processes that know that another one on their node has done so, and whose reads come from its page cache.
 
     Raises :class:`CheckpointError` naming the file and what is wrong with it. Nothing in the files is executed.
     """
     manifest = read_manifest(path)
-    content = {}
-    for name in (WEIGHTS, TRAINING):
+    for name in (WEIGHTS, TRAINING) if verify else ():
         try:
-            # Read once, into memory: what is checked is what is used, even if the file changes afterwards.
-            content[name] = (path / name).read_bytes()
+            # In small pieces. Nobody writes to a checkpoint once it has its name, so what was checked is what is used.
+            digest = file_hash(path / name)
         except OSError as error:
             raise CheckpointError(f"{path / name}: {_reason(error)}") from error
-        if hashlib.sha256(content[name]).hexdigest() != manifest["sha256"].get(name):
+        if digest != manifest["sha256"].get(name):
             raise CheckpointError(f"{path / name}: damaged (its checksum is not the manifest's)")
     try:
-        weights = load(content[WEIGHTS])
-        training = load_pickle(content[TRAINING])
+        weights = load_file(path / WEIGHTS)
+        training = load_pickle(path / TRAINING)
     except UserError as error:
         raise CheckpointError(f"{path / TRAINING}: {error}") from error
     except Exception as error:  # a damaged file can raise anything in its reader
@@ -396,6 +457,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path / MANIFEST}: not a manifest of this project")
     # Everything else here sees today's names only.
     renamed = {_RENAMED_KEYS.get(name, name): value for name, value in manifest["identity"].items()}
+    # Once [path of the annotations, weight] of each source. What was in that file is not recorded.
+    if isinstance(sources := renamed.pop("data.train", None), dict):
+        renamed["data.train.weight"] = {
+            name: value[-1] if isinstance(value, list) and value else value for name, value in sources.items()
+        }
     return manifest | {"identity": _IMPLIED | renamed}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from egohod.errors import UserError
 from egohod.knobs import knob
 
+_CLOCK = re.compile(r"^\s*([0-9]*\.?[0-9]+)\s*(second|minute|hour)s?\s*$", re.IGNORECASE)
 _DURATION = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*(step|epoch|sample)s?\s*$", re.IGNORECASE)
 
 
@@ -94,6 +95,11 @@ class TrainConfig:
         "TF32 on GPUs that have it",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
+    deterministic: bool = knob(
+        False,
+        "only algorithms that compute the same bits every time, so that a resumed run on the same GPUs equals an "
+        "uninterrupted one bit for bit; slower on GPUs. On CPUs this is so without it. docs/reliability.md",
+    )
     seed: int = knob(0, "all randomness follows from it", low=0, high=2**63 - 1)
     resume: str = knob(
         "auto",
@@ -110,7 +116,15 @@ class TrainConfig:
     # What is written, and how often.
     log_every: str = knob("10 steps", "interval of metrics; in between, nothing waits for the device")
     save_every: str = knob(
-        "1 epochs", "interval of checkpoints; a step that is evaluated in between is saved if it is among keep_best"
+        "1 epochs",
+        "interval of checkpoints in steps, epochs or samples, or by the clock of the first process in seconds, minutes "
+        "or hours ('10 minutes'); a step that is evaluated in between is saved if it is among keep_best",
+    )
+    async_save: bool = knob(
+        False,
+        "write checkpoints in the background: training pauses while the state is copied to the memory of the first "
+        "process (weights, AdamW's two moments, the average: 12 to 16 bytes a parameter for the rest of the run), not "
+        "while files are written. The last checkpoint of a run, and that of a signal, is always waited for",
     )
     keep_last: int = knob(2, "newest checkpoints kept", low=1)
     keep_best: int = knob(1, "best checkpoints kept, by evaluate.best", low=0)
@@ -132,10 +146,19 @@ def duration_in_steps(text: str, *, steps_per_epoch: int, global_batch_size: int
     """
     match = _DURATION.match(text)
     if not match:
-        raise UserError(f"{key}: '{text}' is not a duration; write e.g. '500 steps', '1.5 epochs' or '4e6 samples'")
+        by_clock = ", or '10 minutes'" if key == "train.save_every" else ""
+        raise UserError(
+            f"{key}: '{text}' is not a duration; write e.g. '500 steps', '1.5 epochs' or '4e6 samples'{by_clock}"
+        )
     amount, unit = float(match.group(1)), match.group(2).lower()
     if not math.isfinite(amount):
         raise UserError(f"{key}: '{text}' is too long")
     # An epoch is whole steps: the clips that fill no batch are left for the next shuffle.
     steps = amount * {"step": 1.0, "epoch": float(steps_per_epoch), "sample": 1.0 / global_batch_size}[unit]
     return max(1, round(steps)) if steps > 0 else 0
+
+
+def clock_seconds(text: str) -> float | None:
+    """The seconds of ``"90 seconds"``, ``"10 minutes"`` or ``"1.5 hours"``; None for any other text."""
+    match = _CLOCK.match(text)
+    return float(match.group(1)) * {"second": 1, "minute": 60, "hour": 3600}[match.group(2).lower()] if match else None

@@ -59,6 +59,7 @@ class TrainStep:
         self._mixer = ClipMixer(cfg.train) if cfg.train.mixup or cfg.train.cutmix else None
         self._ema = ModelEmaV3(model, decay=cfg.train.ema, use_warmup=True) if cfg.train.ema else None
         self._stopwatch = Stopwatch(dist.device)
+        self._to_device = DeviceCopies(dist.device)
         # Weights that a checkpoint leaves in the file the run started from.
         # A run that trains adapters alone would otherwise write gigabytes that never change.
         self._base_names = frozenset(model.base.names if model.base else ())
@@ -138,8 +139,8 @@ class TrainStep:
 
     def _forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """A micro-batch's inputs to the loss, by name; called twice for each where batches are accumulated."""
-        # Copied as bytes, a quarter of what float32 would be, while the device still computes the step before.
-        video = batch["video"].to(self._device, non_blocking=True)
+        # Copied as bytes, a quarter of what float32 would be, while the device still computes what came before.
+        video = self._to_device(batch["video"])
         tokens = batch["tokens"].to(self._device, non_blocking=True)
         captions = hash_captions(tokens) if self._loss_config.mask_duplicates else None
         if "opposites" in batch:
@@ -189,11 +190,14 @@ class TrainStep:
             self._inner.load_state_dict(self._ema.module.state_dict())
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Weights (without those of a base file), and all else that the next step depends on (waits for the device)."""
+        """Weights (without those of a base file), and all else that the next step depends on.
+
+        The tensors are those of the model and the optimizer, on their device: the next step changes them.
+        """
 
         def without_base(model: nn.Module) -> dict[str, Tensor]:
             named = model.state_dict().items()
-            return {name: value.detach().cpu() for name, value in named if name not in self._base_names}
+            return {name: value.detach() for name, value in named if name not in self._base_names}
 
         training: dict[str, Any] = {"optimizer": self._optimizer.state_dict(), "scaler": self._scaler.state_dict()}
         if self._ema is not None:
@@ -202,13 +206,18 @@ class TrainStep:
         return without_base(self.ema_or_model), training
 
     def load_state_dict(self, weights: dict[str, Tensor], training: dict[str, Any]) -> None:
-        """Continue from what :meth:`state_dict` returned."""
+        """Continue from what :meth:`state_dict` returned, of which copies are made."""
         base = {name: value for name, value in self._inner.state_dict().items() if name in self._base_names}
         self._inner.load_state_dict(base | training.get("weights", weights))
         if self._ema is not None:
             self._ema.module.load_state_dict(base | weights)
         configured = [dict(group, params=None) for group in self._optimizer.param_groups]
         self._optimizer.load_state_dict(training["optimizer"])
+        for state in self._optimizer.state.values():
+            for name, value in state.items():
+                # On the CPU it is still the checkpoint's tensor, which would hold the whole file in memory.
+                if isinstance(value, Tensor) and value.device.type == "cpu":
+                    state[name] = value.clone()
         for group, settings in zip(self._optimizer.param_groups, configured, strict=True):
             # Learning rate and the like follow the configuration, AdamW's moments the checkpoint.
             group.update({name: value for name, value in settings.items() if name != "params"})
@@ -378,6 +387,40 @@ def build_schedule(
         warmup_prefix=True,
         t_in_epochs=False,
     )
+
+
+class DeviceCopies:
+    """Copies batches to a GPU on a stream of its own, so that the next one arrives while the last one is computed.
+
+    On the stream that computes, a copy would wait for all that is queued there, although copying occupies no
+    multiprocessor. The host runs ahead of the GPU, up to the next line of the log, so copies are held back until the
+    batch before the last one has been computed: two are on the GPU, never more. Nothing here makes the host wait.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # The last two copies, oldest first, each with an event after all that was queued before the next call.
+        self._copies: list[tuple[Tensor, Any]] = []
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        """``batch`` on the device; to be read by what is queued before the next call, and not later."""
+        if self._stream is None:
+            return batch.to(self._device, non_blocking=True)
+        computing = torch.cuda.current_stream(self._device)
+        if self._copies:
+            last, _ = self._copies.pop()
+            # The last copy has been read when the stream that computes gets here.
+            self._copies.append((last, computing.record_event()))
+        with torch.cuda.stream(self._stream):
+            if len(self._copies) == 2:
+                # Its memory, which belongs to this stream, is free for the next copy, which waits until it was read.
+                self._stream.wait_event(self._copies.pop(0)[1])
+            copy = batch.to(self._device, non_blocking=True)
+            arrived = self._stream.record_event()
+        computing.wait_event(arrived)
+        self._copies.append((copy, None))
+        return copy
 
 
 class Stopwatch:

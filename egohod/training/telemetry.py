@@ -166,7 +166,8 @@ class MetricWindow:
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Continue the window of a checkpoint."""
-        self._sums = {name: value.to(device) for name, value in state["sums"].items()}
+        # Copied, as the values of a checkpoint are mapped from its file.
+        self._sums = {name: value.to(device, copy=True) for name, value in state["sums"].items()}
         self._count = state["count"]
         # Earlier releases did not count them.
         self._consecutive = torch.tensor(state.get("consecutive_skips", 0.0), device=device)

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import difflib
 import logging
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -26,8 +29,16 @@ from egohod.distributed import Distributed, host_name
 from egohod.errors import UserError
 from egohod.model.dual_encoder import DualEncoder
 from egohod.runtime import Interrupted
-from egohod.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore, identity, read, require_identity
-from egohod.training.config import duration_in_steps
+from egohod.training.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointStore,
+    copy_to_host,
+    identity,
+    read,
+    require_identity,
+)
+from egohod.training.config import clock_seconds, duration_in_steps
 from egohod.training.step import TrainStep
 from egohod.training.telemetry import Clock, MetricWindow, Share, Telemetry, memory_gb
 
@@ -59,8 +70,9 @@ class Schedule:
 
     total: int
     log: int
-    save: int
+    save: int  # 0 where it is by the clock
     evaluate: int
+    save_seconds: float = float("inf")
 
     @classmethod
     def of(cls, cfg: Config, steps_per_epoch: int) -> Schedule:
@@ -72,8 +84,10 @@ class Schedule:
         if steps(cfg.train.warmup, key="train.warmup") > total:
             log.warning("train.warmup=%s is longer than the run: train.lr is never reached", cfg.train.warmup)
         every_log = steps(cfg.train.log_every, key="train.log_every")
-        every_save = steps(cfg.train.save_every, key="train.save_every")
-        return cls(total, every_log, every_save, steps(cfg.evaluate.every, key="evaluate.every"))
+        every_evaluation = steps(cfg.evaluate.every, key="evaluate.every")
+        if seconds := clock_seconds(cfg.train.save_every):
+            return cls(total, every_log, 0, every_evaluation, seconds)
+        return cls(total, every_log, steps(cfg.train.save_every, key="train.save_every"), every_evaluation)
 
     def evaluates(self, step: int) -> bool:
         """Whether the model is evaluated after ``step``: at intervals, and at the end."""
@@ -113,7 +127,7 @@ def train(
         Path(cfg.train.output), cfg, dist, total_steps=schedule.total, start_step=start, evaluates_first=evaluates_first
     )
     clock = Clock()
-    with files as telemetry, dist.stop.polled():
+    with files as telemetry, state.saving(), dist.stop.polled():
         if evaluates_first:
             telemetry.write(start, state.evaluate(start, evaluators))
             state.add_scores(start)
@@ -137,10 +151,15 @@ def train(
             state.window.add(state.train_step(step, micro_batches))
             clock.step()
 
-            # One collective for both. Every process stops at the same step, or the others would wait in the next one's
-            # collectives for ever; and the share of bad clips is that of all, however many processes there are.
-            requests, seen, bad = dist.sum(int(bool(dist.stop)), state.faults.seen, state.faults.bad)
+            # One collective for all. Every process stops at the same step, or the others would wait in the next one's
+            # collectives for ever; so with saving, for which the first one's clock counts; and the share of bad clips
+            # is that of all, however many processes there are.
+            by_clock = dist.is_main and time.monotonic() - state.saved_at >= schedule.save_seconds
+            counts = int(bool(dist.stop)), int(by_clock), state.faults.seen, state.faults.bad
+            requests, saves, seen, bad = dist.sum(*counts)
+            saves = saves or (schedule.save > 0 and step % schedule.save == 0)
             state.faults.check_share(seen, bad, dist)
+            state.report_save(wait=False)
             is_last, stopping = step == schedule.total, requests > 0
             if is_last or step % schedule.log == 0:
                 _log_window(telemetry, step, state, clock, dist)
@@ -156,7 +175,7 @@ def train(
             lacks_best_metric = is_evaluated and state.best not in state.scores.values
             ends = is_last or stopping or lacks_best_metric
             # The best step is saved wherever it comes: train.save_every need not be a multiple of evaluate.every.
-            if ends or step % schedule.save == 0 or (is_evaluated and state.is_among_best()):
+            if ends or saves or (is_evaluated and state.is_among_best()):
                 with clock.paused():
                     state.save(step, required=ends)
             if lacks_best_metric:
@@ -183,7 +202,9 @@ class RunState:
 
     def __init__(self, cfg: Config, dist: Distributed, model: DualEncoder, data: TrainingData, total_steps: int):
         self._cfg, self._dist, self._model, self._total_steps = cfg, dist, model, total_steps
-        self._identity = identity(cfg, model, len(data.dataset), data.classes)
+        names = [name for name, source in cfg.data.train.items() if source.weight != 0]
+        content = {name: each.table.content_hash()[:12] for name, each in zip(names, data.dataset.sources, strict=True)}
+        self._identity = identity(cfg, model, len(data.dataset), data.classes, content)
         # The check of the configuration requires it where something is evaluated.
         self.best = cfg.evaluate.best or ""
         keep = cfg.train.keep_last, cfg.train.keep_best
@@ -193,33 +214,32 @@ class RunState:
         self.faults, self.window = FaultLedger(cfg.data.max_bad_fraction), MetricWindow()
         self.scores = Scores()
         self._resumed: Path | None = None
+        # With train.async_save: the thread that writes, its checkpoint, and the memory that this one is copied to.
+        self._writer = ThreadPoolExecutor(max_workers=1)
+        self._pending: Future[Path] | None = None
+        self._host_copy: dict[tuple[Any, ...], torch.Tensor] = {}
+        self.saved_at = time.monotonic()
 
     def resume(self) -> int:
         """Load the checkpoint of ``train.resume``, if there is one; the step it was saved at, else 0.
 
+        Its tensors are mapped from the files and copied to where they are used, so that it takes no memory afterwards.
         Raises :class:`UserError` if it is of another run, damaged, beyond the end, or not the same on all processes.
         """
-        resume, store = self._cfg.train.resume, self.store
-        if resume == "none":
+        store = self.store
+        if self._cfg.train.resume == "none":
             if store.steps():
                 raise UserError(
                     f"{store.folder} holds checkpoints of an earlier run; continue it with --resume auto, "
                     "or choose another train.output, or delete that folder"
                 )
-            checkpoint = None
-        else:
-            checkpoint = store.newest() if resume == "auto" else read(Path(resume))
-            if checkpoint is None and store.steps():
-                raise UserError(
-                    f"{store.folder}: no checkpoint is readable; --resume none in another train.output starts anew"
-                )
-        if checkpoint is not None:
-            if not checkpoint.training.keys() >= {"optimizer", "scaler", "window", "ledgers"}:
-                raise UserError(f"{checkpoint.path}: training.pt is not the training state of this project")
-            require_identity(checkpoint, self._identity)
-        _require_same(checkpoint, store.folder, self._dist)
+            return 0
+        checkpoint = _open_on_all(store, self._cfg.train.resume, self._dist)
         if checkpoint is None:
             return 0
+        if not checkpoint.training.keys() >= {"optimizer", "scaler", "window", "ledgers"}:
+            raise UserError(f"{checkpoint.path}: training.pt is not the training state of this project")
+        require_identity(checkpoint, self._identity)
         if checkpoint.step > self._total_steps:
             raise UserError(
                 f"{checkpoint.path} is of step {checkpoint.step}, beyond train.duration={self._cfg.train.duration} "
@@ -237,30 +257,63 @@ class RunState:
         return checkpoint.step
 
     def save(self, step: int, *, required: bool) -> None:
-        """Write a checkpoint, collective over the processes. Unless it is ``required``, a failure is only logged."""
+        """Write a checkpoint, collective over the processes. Unless it is ``required``, a failure is only logged.
+
+        With ``train.async_save`` one that is not required is only copied here and written meanwhile.
+        """
+        self.saved_at = time.monotonic()
         # Each process counts its own clips and, with a local loss, scores its own rows.
         windows, ledgers = zip(
             *self._dist.gather_objects((self.window.state_dict(), self.faults.state_dict())), strict=True
         )
         if not self._dist.is_main:
             return
+        # Never two at a time: the copy is reused, and disks are no faster for two.
+        self.report_save(wait=True)
         weights, training = self.train_step.state_dict()
         training |= {"window": list(windows), "ledgers": list(ledgers)}
+        in_background = self._cfg.train.async_save and not required
+        if in_background:
+            weights, training = copy_to_host((weights, training), self._host_copy)
         # A score belongs to the weights it was measured on.
         metrics = self.scores.values if self.scores.step == step else {}
+        self._pending = self._writer.submit(
+            self.store.save, step, weights, training, metrics=metrics, identity=self._identity, base=self._model.base
+        )
+        if not in_background:
+            self.report_save(wait=True, required=required)
+
+    def report_save(self, *, wait: bool, required: bool = False) -> None:
+        """Log what became of the checkpoint that is being written, if it is done; ``wait`` until it is.
+
+        Raises :class:`CheckpointError` if it failed and was ``required``.
+        """
+        if self._pending is None or not (wait or self._pending.done()):
+            return
+        pending, self._pending = self._pending, None
         try:
-            path = self.store.save(
-                step, weights, training, metrics=metrics, identity=self._identity, base=self._model.base
-            )
-            log.info("saved %s", path)
+            log.info("saved %s", pending.result())
         except CheckpointError as error:
             if required:
                 raise
             # A full disk may be emptied before the next one; hours of training are worth more than this checkpoint.
             log.error("%s; training continues", error)
 
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around all saves: at the end, also after an error, nothing is being written any more."""
+        try:
+            yield
+        finally:
+            # The lock of the run folder is released next.
+            self.report_save(wait=True)
+            self._writer.shutdown()
+
     def evaluate(self, step: int, evaluators: Sequence[Evaluator]) -> dict[str, float]:
         """All evaluators' numbers, each under ``<evaluator>/<metric>``."""
+        # Its loader processes are forked, which no other thread should be in the middle of something for; and which
+        # checkpoints there are decides whether this step is among the best.
+        self.report_save(wait=True)
         log.info("evaluating the model of step %d", step)
         model = self.train_step.ema_or_model
         values = {f"{each.name}/{name}": value for each in evaluators for name, value in each(model).items()}
@@ -287,14 +340,40 @@ class RunState:
             raise UserError(f"evaluate.best={self.best}: no such metric{hint}")
 
 
-def _require_same(checkpoint: Checkpoint | None, folder: Path, dist: Distributed) -> None:
-    """Raise the same :class:`UserError` on every process unless all resume the same checkpoint."""
+def _open_on_all(store: CheckpointStore, resume: str, dist: Distributed) -> Checkpoint | None:
+    """The checkpoint to resume, ``resume`` as in ``train.resume``, on every process; None if there is none.
+
+    One process of each node reads it and checks its checksums; the others map the same files, whose content is then in
+    the node's page cache. Collective; raises the same :class:`UserError` on every process if the checkpoint cannot be
+    read or is not the same on all nodes.
+    """
+    checkpoint, problem = None, ""
+    if dist.local_rank == 0:
+        try:
+            checkpoint = store.newest() if resume == "auto" else read(Path(resume))
+            if checkpoint is None and store.steps():
+                problem = (
+                    f"{store.folder}: no checkpoint is readable; --resume none in another train.output starts anew"
+                )
+        except UserError as error:
+            # Raised by all, or the others would wait for this one.
+            problem = str(error)
     # The checksums too: two runs on disks of their own would both have a step 500.
     mine = (checkpoint.step, checkpoint.manifest["sha256"]) if checkpoint else (0, {})
-    reported = dist.gather_objects((host_name(), mine))
-    if any(other != reported[0][1] for _, other in reported):
-        seen = "; ".join(f"rank {rank} on {host}: step {step}" for rank, (host, (step, _)) in enumerate(reported))
-        raise UserError(f"{folder}: the processes do not see the same checkpoint ({seen}); is it a shared folder?")
+    reported = dist.gather_objects((host_name(), problem, mine if dist.local_rank == 0 else None))
+    if problems := dict.fromkeys(text for _, text, _ in reported if text):
+        raise UserError(*problems)
+    step, sums = reported[0][2]
+    if any(other not in (None, (step, sums)) for _, _, other in reported):
+        seen = "; ".join(
+            f"rank {rank} on {host}: step {each[0]}" for rank, (host, _, each) in enumerate(reported) if each
+        )
+        raise UserError(
+            f"{store.folder}: the processes do not see the same checkpoint ({seen}); is it a shared folder?"
+        )
+    if checkpoint is None and step > 0:
+        checkpoint = read(store.path(step) if resume == "auto" else Path(resume), verify=False)
+    return checkpoint
 
 
 def _state_of_rank(training: dict[str, Any], dist: Distributed) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -332,7 +411,7 @@ def _micro_batches(
             data.dataset, data.plan, start_step=start, total_steps=total,
             rank=dist.rank, world_size=dist.world_size, accumulation=data.accumulation,
             workers=cfg.data.workers, prefetch=cfg.data.prefetch, timeout=cfg.data.timeout, stop=dist.stop,
-            # Page-locked memory, from which copies to the GPU overlap with computing.
+            # Page-locked memory, from which the GPU copies while it computes (DeviceCopies).
             pin_memory=cfg.data.pin_memory and dist.device.type == "cuda",
         )
     )  # fmt: skip

@@ -6,11 +6,15 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 
+from egohod.distributed import Distributed
 from egohod.errors import UserError
-from egohod.training.checkpoint import Checkpoint
+from egohod.runtime import file_hash
+from egohod.training import checkpoint
+from egohod.training.checkpoint import CheckpointStore, read
 from egohod.training.telemetry import Share, Stragglers
-from egohod.training.train import _require_same
+from egohod.training.train import _open_on_all
 from tests.ranks import pair
 
 HOST = "node-b"
@@ -39,10 +43,36 @@ def test_a_process_that_is_late_again_and_again_is_named(caplog: pytest.LogCaptu
 
 
 def test_processes_that_see_other_checkpoints_do_not_train(tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoints"
-    _require_same(None, folder, pair((HOST, (0, {}))))
-    mine = Checkpoint(folder / "step-00000500", 500, {}, {}, {"sha256": {"model.safetensors": "ab"}})
-    _require_same(mine, folder, pair((HOST, (500, {"model.safetensors": "ab"}))))
-    for other in ((0, {}), (500, {"model.safetensors": "cd"})):
+    store = CheckpointStore(tmp_path)
+    assert _open_on_all(store, "auto", pair((HOST, "", (0, {})))) is None
+    store.save(500, {"w": torch.zeros(2)}, {}, metrics={}, identity={})
+    sums = store.newest().manifest["sha256"]  # type: ignore[union-attr]
+    # The other process is on another node, which has read it, or on this one, which leaves that to this process.
+    for other in ((500, sums), None):
+        assert _open_on_all(store, "auto", pair((HOST, "", other))).step == 500  # type: ignore[union-attr]
+    for other in ((0, {}), (500, sums | {"model.safetensors": "cd"})):
         with pytest.raises(UserError, match=r"do not see the same checkpoint .*rank 1 on node-b: step \d"):
-            _require_same(mine, folder, pair((HOST, other)))
+            _open_on_all(store, "auto", pair((HOST, "", other)))
+    with pytest.raises(UserError, match="no permission there"):
+        _open_on_all(store, "auto", pair((HOST, "no permission there", (0, {}))))
+
+
+def test_one_process_of_a_node_reads_a_checkpoint_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others open the same files: neither do they compute checksums, nor look for the newest one that is whole."""
+
+    class Second(Distributed):
+        """The second process of the node."""
+
+        def gather_objects(self, value: object) -> list[object]:
+            return [(HOST, "", (500, sums)), value]
+
+    store = CheckpointStore(tmp_path)
+    path = store.save(500, {"w": torch.arange(3.0)}, {"note": "x"}, metrics={}, identity={})
+    sums, computed = read(path).manifest["sha256"], list[Path]()
+    monkeypatch.setattr(checkpoint, "file_hash", lambda path: computed.append(path) or file_hash(path))
+    for local_rank, count in ((0, 2), (1, 0)):
+        computed.clear()
+        opened = _open_on_all(store, "auto", Second(1, 2, torch.device("cpu"), "gloo", local_rank=local_rank))
+        assert opened is not None
+        assert opened.weights["w"].tolist() == [0, 1, 2]
+        assert len(computed) == count

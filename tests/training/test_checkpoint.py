@@ -11,12 +11,15 @@ import shutil
 import signal
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 import torch
 
 from egohod.config import Config
+from egohod.data.config import SourceConfig
+from egohod.data.formats import read_clips
 from egohod.errors import UserError
 from egohod.model.config import ModelConfig
 from egohod.model.dual_encoder import create_model
@@ -24,6 +27,7 @@ from egohod.training.checkpoint import (
     CheckpointError,
     CheckpointStore,
     classes_of,
+    copy_to_host,
     identity,
     read,
     require_identity,
@@ -100,6 +104,96 @@ def test_a_run_is_resumed_with_the_objective_that_it_was_trained_with(
     # Losses that ignore a setting do not mind another value.
     cfg.loss.name = "infonce"
     assert f"loss.{setting}" not in identity(cfg, model, 60, None)
+
+
+@pytest.mark.parametrize(
+    ("key", "now"),
+    [
+        ("data.flip", 0.25),
+        ("data.crop_scale_min", 0.9),
+        ("data.hard_negatives.share", 0.5),
+        ("data.hard_negatives.group_size", 3),
+        ("data.hard_negatives.group_by", ["noun"]),
+        ("model.patch_dropout", 0.5),
+        ("model.drop_path", 0.1),
+        ("train.mixup", 0.8),
+        ("train.cutmix", 1.0),
+    ],
+)
+def test_a_run_is_resumed_with_the_clips_drawn_and_changed_as_before(tmp_path: Path, key: str, now: object) -> None:
+    cfg, model = Config(), create_model(ModelConfig(name="DEMO"))
+    if key.startswith("data.hard_negatives.group"):
+        # Without hard negatives it means nothing, and may change.
+        before = identity(cfg, model, 60, None)
+        change(cfg, key, now)
+        assert identity(cfg, model, 60, None) == before
+        cfg = Config()
+        cfg.data.hard_negatives.share = 0.25
+    saved = identity(cfg, model, 60, None)
+    store = CheckpointStore(tmp_path)
+    path = store.save(1, WEIGHTS, {}, metrics={}, identity=saved)
+    require_identity(read(path), identity(cfg, model, 60, None))
+    change(cfg, key, now)
+    with pytest.raises(UserError, match=f"was trained with {key}=.*, this run has"):
+        require_identity(read(path), identity(cfg, model, 60, None))
+    # Earlier releases did not record it.
+    earlier = {name: value for name, value in saved.items() if not name.startswith(key.rpartition(".")[0])}
+    path = store.save(2, WEIGHTS, {}, metrics={}, identity=identity(cfg, model, 60, None) | earlier)
+    require_identity(read(path), identity(cfg, model, 60, None))
+
+
+def change(cfg: Config, key: str, value: object) -> None:
+    section, _, name = key.rpartition(".")
+    assert hasattr(attrgetter(section)(cfg), name)
+    setattr(attrgetter(section)(cfg), name, value)
+
+
+def test_annotations_may_move_and_may_not_change(tmp_path: Path) -> None:
+    """As a csv does that every job of a requeued run copies to a folder of its own."""
+    rows = "video_id,start_second,end_second,text\na,0,2,C cuts\na,2,4,C opens\na,4,5,C cuts\nb,1,3,C stirs\n"
+    cfg, model = Config(), create_model(ModelConfig(name="DEMO"))
+
+    def of(folder: str, content: str, name: str = "hod.csv") -> dict[str, object]:
+        path = tmp_path / folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+        cfg.data.train = {"hod": SourceConfig(metadata=str(path))}
+        return identity(cfg, model, 3, None, {"hod": read_clips(str(path)).content_hash()})
+
+    saved = of("job-1", rows)
+    assert str(tmp_path) not in json.dumps(saved)
+    path = CheckpointStore(tmp_path).save(1, WEIGHTS, {}, metrics={}, identity=saved)
+    require_identity(read(path), of("job-2", rows, "copy.txt"))
+    # A column that training does not read.
+    require_identity(read(path), of("job-3", rows.replace("text\n", "text,note\n").replace("s\n", "s,x\n")))
+    for old, new in (("C stirs", "C stirs it"), ("b,1,3", "b,1,2.5"), ("b,1", "c,1"), ("a,2,4,C opens\n", "")):
+        with pytest.raises(UserError, match=r"was trained with data\.train\.sha256="):
+            require_identity(read(path), of("job-4", rows.replace(old, new)))
+    lines = rows.splitlines(keepends=True)
+    with pytest.raises(UserError, match=r"data\.train\.sha256"):
+        require_identity(read(path), of("job-5", "".join([lines[0], *reversed(lines[1:])])))
+    # Earlier releases recorded the path and the weight, and nothing of the content.
+    earlier = {name: value for name, value in saved.items() if not name.startswith("data.train.")}
+    earlier |= {"data.train": {"hod": ["/gone/hod.csv", None]}, "data.train.clips": 3}
+    path = CheckpointStore(tmp_path).save(2, WEIGHTS, {}, metrics={}, identity=earlier)
+    require_identity(read(path), of("job-6", rows))
+    cfg.data.train["hod"].weight = 2.0
+    with pytest.raises(UserError, match=r"data\.train\.weight"):
+        require_identity(read(path), identity(cfg, model, 3, None))
+
+
+def test_a_copy_of_the_state_is_not_changed_by_training() -> None:
+    weight, memory = torch.arange(3.0), dict[tuple[object, ...], torch.Tensor]()
+    state = ({"w": weight}, {"groups": [{"lr": 0.1, "step": torch.tensor(1.0)}], "betas": (0.9, weight[1:])})
+    first = copy_to_host(state, memory)
+    weight.add_(10)
+    assert first[0]["w"].tolist() == [0, 1, 2]
+    assert first[1]["betas"][1].tolist() == [1, 2]
+    assert (first[1]["groups"], type(first[1]["betas"])) == ([{"lr": 0.1, "step": 1}], tuple)
+    # The next copy takes no memory of its own, unless a shape has changed.
+    second = copy_to_host(state, memory)
+    assert second[0]["w"].data_ptr() == first[0]["w"].data_ptr()
+    assert copy_to_host(({"w": torch.zeros(5)},), memory)[0]["w"].shape == (5,)
 
 
 def test_a_lost_run_folder_is_not_made_anew(tmp_path: Path) -> None:

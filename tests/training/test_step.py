@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -16,7 +19,7 @@ from egohod.loss.config import LossConfig
 from egohod.model.config import geometry
 from egohod.model.dual_encoder import DualEncoder, create_model
 from egohod.training.build import split_batch
-from egohod.training.step import TrainStep, learning_rates
+from egohod.training.step import DeviceCopies, TrainStep, learning_rates
 from egohod.training.telemetry import MetricWindow
 from tests.support import ROOT
 
@@ -78,6 +81,81 @@ def test_a_step_never_waits_for_the_device(chunks: int, clip_norm: float | None)
     with Waits() as waits:
         means = window.means()
     assert means["skipped"] == 0
+
+
+class Queue:
+    """A CUDA stream that notes in ``log`` what is queued: (stream, operation, value)."""
+
+    def __init__(self, name: str, log: list[tuple[str, str, int]]) -> None:
+        self.name, self.log = name, log
+
+    def put(self, operation: str, value: int) -> None:
+        self.log.append((self.name, operation, value))
+
+    def record_event(self) -> int:
+        self.put("record", len(self.log))
+        return len(self.log) - 1
+
+    def wait_event(self, event: int) -> None:
+        self.put("wait", event)
+
+
+def test_the_next_batch_is_copied_while_the_last_one_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: the order in which copies, reads, events and waits are queued on its two streams."""
+    log: list[tuple[str, str, int]] = []
+    computing, copying = Queue("computing", log), Queue("copying", log)
+    current, alive = [computing], weakref.WeakSet["Copy"]()
+
+    class Copy:
+        """A batch on the device."""
+
+    class Clips:
+        """A batch in page-locked memory."""
+
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def to(self, device: torch.device, non_blocking: bool) -> Copy:
+            assert (device.type, non_blocking) == ("cuda", True)
+            current[-1].put("copy", self.number)
+            copy = Copy()
+            alive.add(copy)
+            return copy
+
+    @contextmanager
+    def stream(queue: Queue) -> Iterator[None]:
+        current.append(queue)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: copying)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    to_device = DeviceCopies(torch.device("cuda", 0))
+    for number in range(5):
+        to_device(Clips(number))  # type: ignore[arg-type]
+        computing.put("read", number)
+        assert len(alive) == min(number + 1, 2), "memory for two batches, however far the host is ahead"
+
+    def awaited(name: str, before: int) -> int:
+        """The last entry that ``name`` has waited for when it gets to entry ``before``; a queue runs in its order."""
+        return max((value for stream, what, value in log[:before] if (stream, what) == (name, "wait")), default=-1)
+
+    for number in range(5):
+        copied, read = log.index(("copying", "copy", number)), log.index(("computing", "read", number))
+        # It is complete when it is read.
+        event = awaited("computing", read)
+        assert log[event][0] == "copying"
+        assert event > copied
+        if number >= 2:
+            # What was in this memory has been read; of the batch in between nothing is waited for, which is the point.
+            event = awaited("copying", copied)
+            assert log[event][0] == "computing"
+            first, second = (log.index(("computing", "read", number - behind)) for behind in (2, 1))
+            assert first < event < second
+    # On the CPU there is nothing to copy.
+    clips = torch.zeros(2)
+    assert DeviceCopies(torch.device("cpu"))(clips) is clips
 
 
 def test_nor_does_a_step_without_the_slow_path() -> None:
