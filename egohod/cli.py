@@ -343,6 +343,7 @@ def train_and_report(description: str, default_config: str, arguments: Sequence[
     from egohod.evaluation.results import write_results
     from egohod.evaluation.runner import named_evaluators
     from egohod.training.build import build_classes, build_data, build_model, dry_run, read_tables
+    from egohod.training.telemetry import require_trackers
     from egohod.training.train import train
 
     options = parser(description, default_config)
@@ -357,6 +358,7 @@ def train_and_report(description: str, default_config: str, arguments: Sequence[
         return DONE
 
     cfg = config.load(args.config_file, changes)
+    require_trackers(cfg)
     with joined(cfg, stops_cleanly=True) as dist, claimed_run(cfg.train.output, dist):
         # Without heads the clips are read last, when all else has been checked.
         tables = read_tables(cfg) if cfg.model.heads != "none" else None

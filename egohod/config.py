@@ -428,6 +428,8 @@ def check(config: Config) -> list[tuple[str, str]]:
             wrong(name, str(error))
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         wrong("train.betas", f"train.betas is {list(train.betas)}, but must be two numbers in [0, 1)")
+    if train.profile and (len(train.profile) != 2 or train.profile[0] > train.profile[1]):
+        wrong("train.profile", f"train.profile is {list(train.profile)}, but must be a first and a last step, or []")
     if train.schedule == "cosine" and train.lr_end > train.lr:
         wrong("train.lr_end", f"train.lr_end is {train.lr_end}, but a cosine falls: at most train.lr={train.lr}")
 

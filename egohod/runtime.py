@@ -471,6 +471,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.reason = ""
+        # By the monotonic clock: a scheduler takes the node a fixed time after its first signal.
+        self.since: float | None = None
         # The signal handler raises Interrupted; false while training, which polls and saves first.
         self.at_once = True
         self.was_raised = False
@@ -481,6 +483,7 @@ class StopRequest:
     def request(self, reason: str) -> None:
         """Ask for a stop. The first request counts: launchers send several signals."""
         self.reason = self.reason or reason
+        self.since = self.since or time.monotonic()
 
     def check(self) -> None:
         """Raise :class:`Interrupted` if there was a request."""

@@ -5,6 +5,7 @@ python tools/bench.py loader --json      # file to training-ready batch, against
 python tools/bench.py loader --s3        # also from an S3 server on loopback, without a cache
 python tools/bench.py step --json        # a training step: clips/s, share of the matmul peak, memory
 python tools/bench.py slowfast           # a co-training step of both paths, against one with all weights trained
+python tools/bench.py accumulation       # cached features: how much a step waits for clips that come as fast
 python tools/bench.py memory             # batch, frames, checkpointing, accumulation -> peak memory
 python tools/bench.py table              # four million rows: start to first batch, memory of all processes
 python tools/bench.py hod                # the HOD pipeline by stage, memory of a worker
@@ -46,6 +47,7 @@ BENCHMARKS = {
     "loader": Benchmark(data.loader_options, data.loader, data.loader_text),
     "step": Benchmark(training.step_options, training.step),
     "slowfast": Benchmark(training.slowfast_options, training.slowfast),
+    "accumulation": Benchmark(training.accumulation_options, training.accumulation),
     "memory": Benchmark(training.memory_options, training.memory, training.memory_text),
     "table": Benchmark(data.table_options, data.table, data.table_text),
     "eval": Benchmark(inference.eval_options, inference.evaluation, inference.eval_text),

@@ -134,7 +134,12 @@ class DataConfig:
         "decodes for every clip",
     )
     workers: int = knob(8, "decoding processes per training process; 0 decodes in the training process", low=0)
-    prefetch: int = knob(2, "batches each worker holds ready", low=1)
+    prefetch: int = knob(
+        2,
+        "batches each worker holds ready, at least; with several micro-batches a step, all workers together hold the "
+        "next step's",
+        low=1,
+    )
     timeout: float = knob(
         900.0,
         "seconds without a batch from the workers after which a run ends, as on a file system that hangs; longer than "

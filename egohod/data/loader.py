@@ -191,6 +191,10 @@ def train_loader(
             f"{accumulation} micro-batches each"
         )
     batches = _TrainBatches(plan, range(start_step, total_steps), rank, world_size, accumulation)
+    if workers:
+        # The second pass of cached accumulation takes nothing from the loader for most of a step: the workers continue,
+        # up to a whole step, or they would be idle meanwhile and the device in the next first pass.
+        prefetch = max(prefetch, -(-accumulation // workers))
     return ClipLoader(
         dataset, batches, workers=workers, prefetch=prefetch, pin_memory=pin_memory, timeout=timeout, stop=stop,
         leaves_alone=world_size == 1,

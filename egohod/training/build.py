@@ -23,7 +23,7 @@ from torch import nn
 
 from egohod.config import Config, load_leniently
 from egohod.data.config import SourceConfig
-from egohod.data.dataset import ClipDataset, Labels, Tokenizer, collate, trim
+from egohod.data.dataset import ClipDataset, Labels, Tokenizer, collate, normalise, trim
 from egohod.data.formats import read_clips
 from egohod.data.labels import (
     RELEVANCY_COLUMNS,
@@ -40,11 +40,13 @@ from egohod.data.table import ClipTable
 from egohod.distributed import Distributed, inference_precision, pick_precision, setup
 from egohod.errors import UserError
 from egohod.model.checkpoints import HeadClasses, WeightFile, base_of, load_weights
-from egohod.model.cost import Memory, clip_flops, predict
+from egohod.model.cost import SHARE, Memory, predict
 from egohod.model.dual_encoder import DualEncoder, EgoVideo, create_model
+from egohod.runtime import content_hash
 from egohod.training.checkpoint import open_weights
 from egohod.training.step import TrainStep, learning_rates
-from egohod.training.train import Schedule, TrainingData
+from egohod.training.telemetry import require_trackers, step_flops
+from egohod.training.train import MicroBatchRecord, Schedule, TrainingData
 
 log = logging.getLogger(__name__)
 
@@ -332,9 +334,10 @@ def build_data(
     log.info("trainable parameters\n%s", "\n".join([f"{'M parameters':<22}{'all':>10}{'trainable':>10}", *lines]))
 
     # Before clips are read, which may take minutes: whether the batch can be shared at all.
-    micro_batch, accumulation = micro_batches(cfg, dist, model)
+    record = micro_batch_record(cfg, dist)
+    micro_batch, accumulation = micro_batches(cfg, dist, model, record)
     dataset = build_dataset(cfg, model.geometry.image_size, tables)
-    data = TrainingData(dataset, build_plan(cfg, dataset), micro_batch, accumulation)
+    data = TrainingData(dataset, build_plan(cfg, dataset), micro_batch, accumulation, record)
     log.info(
         "%s, precision %s, decoder %s; %s; %s clips, global batch %d = %d x %d x %d accumulated",
         dist, str(pick_precision(cfg.train.precision, dist.device)).removeprefix("torch."), dataset.decoder,
@@ -348,15 +351,30 @@ def build_data(
 # --------------------------------------------------------------------------------------------------
 
 
-def micro_batches(cfg: Config, dist: Distributed, model: DualEncoder) -> tuple[int, int]:
+def micro_batches(
+    cfg: Config, dist: Distributed, model: DualEncoder, record: MicroBatchRecord | None = None
+) -> tuple[int, int]:
     """Clips per forward pass of one process, and forward passes per step.
 
+    With ``record`` the number is what an earlier start of this run recorded, or is tried on a GPU and recorded.
     Raises :class:`UserError` if the batch cannot be shared, if not one clip fits, or if clips to mix are an odd number.
     """
     size, mixes = cfg.train.global_batch_size, bool(cfg.train.mixup or cfg.train.cutmix)
     # First whether the processes can share the batch at all: to predict the memory takes much longer.
     split_batch(size, dist.world_size, largest=1)
-    largest = cfg.train.max_batch_per_process or largest_batch(cfg, dist, model)
+    largest = cfg.train.max_batch_per_process
+    if largest is None and record is not None:
+        # One process reads: the others' copies of a shared disk may be older.
+        largest = dist.gather_objects(record.read() if dist.is_main else None)[0]
+        if largest is not None:
+            log.info("%s: %d clips at a time, as tried before on this device", record.path, largest)
+    if largest is None:
+        largest, peak = largest_batch(cfg, dist, model), 0
+        if record is not None and dist.device.type == "cuda":
+            # Not on a CPU: where its memory runs out, the system ends a process without an exception.
+            largest, peak = try_batch(cfg, dist, model, largest)
+        if record is not None and dist.is_main:
+            record.write(largest, peak_gb=round(peak / 1e9, 2))
     micro_batch, accumulation = split_batch(size, dist.world_size, largest, even=mixes)
     if mixes and micro_batch % 2:
         raise UserError(
@@ -405,8 +423,13 @@ def largest_batch(cfg: Config, dist: Distributed, model: DualEncoder) -> int:
         with suppress(OSError, ValueError):
             memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
         memory //= max(1, dist.world_size)
+    predicted = predict_memory(cfg, dist, model)
+    fitting = predicted.fits(memory)
+    if dist.world_size > 1 and fitting < cfg.train.global_batch_size // dist.world_size:
+        # Several passes: under no_sync their gradients add up outside of DDP's buckets, which are in memory too.
+        fitting = predicted.fits(memory - trained_bytes(model) / SHARE)
     # All processes need the same number of passes, or their collectives would not meet.
-    smallest = min(dist.gather_objects(predict_memory(cfg, dist, model).fits(memory)))
+    smallest = min(dist.gather_objects(fitting))
     if smallest < 1:
         raise UserError(
             f"not one clip fits the memory of {dist.device} ({memory / 1e9:.0f} GB): try "
@@ -414,6 +437,105 @@ def largest_batch(cfg: Config, dist: Distributed, model: DualEncoder) -> int:
             "or set train.max_batch_per_process=1 to try all the same"
         )
     return smallest
+
+
+def trained_bytes(model: DualEncoder) -> int:
+    """Bytes of the gradients of all trainable parameters, and of one of the optimizer's averages."""
+    return sum(4 * parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def micro_batch_record(cfg: Config, dist: Distributed) -> MicroBatchRecord | None:
+    """Where this run records its micro-batch; None if ``train.max_batch_per_process`` sets it."""
+    if cfg.train.max_batch_per_process:
+        return None
+    train = {name: getattr(cfg.train, name) for name in ("global_batch_size", "precision", "trainable", "last_blocks")}
+    train |= {"optimizer": cfg.train.optimizer, "ema": cfg.train.ema > 0}
+    device = torch.cuda.get_device_properties(dist.device) if dist.device.type == "cuda" else None
+    setting = {
+        "device": [device.name, device.total_memory] if device else ["cpu", int(psutil.virtual_memory().total)],
+        "processes": dist.world_size,
+        # All of the model and the loss: a forward pass depends on most of it.
+        "settings_sha256": content_hash(repr((vars(cfg.model) | {"weights": None}, vars(cfg.loss), train)), length=12),
+    }
+    return MicroBatchRecord(Path(cfg.train.output) / "micro_batch.json", setting)
+
+
+def try_batch(
+    cfg: Config, dist: Distributed, model: DualEncoder, predicted: int, attempt: Callable[..., int] | None = None
+) -> tuple[int, int]:
+    """The largest of ``predicted``, half of it, a quarter ... clips with which a step runs on all devices.
+
+    Also gives the peak bytes of the fullest device. ``attempt`` stands in for :func:`step_peak` in tests. Raises
+    :class:`UserError` on all processes if one clip is too many. Collective.
+    """
+    size = predicted
+    while True:
+        # As it will be used: a divisor of the share.
+        size, passes = split_batch(cfg.train.global_batch_size, dist.world_size, size)
+        peak, failure = 0, ""
+        try:
+            peak = (attempt or step_peak)(model, cfg, dist, size, passes)
+        except torch.OutOfMemoryError as error:
+            failure = str(error).splitlines()[0]
+        if dist.device.type == "cuda":
+            # Fragments of this trial would be in the way of the next one, or of the run, whose own peak is logged.
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(dist.device)
+        # One failure counts for all: the run's collectives need the same number of passes everywhere.
+        peaks, failures = zip(*dist.gather_objects((peak, failure)), strict=True)
+        if not any(failures):
+            log.info("tried %d clips at a time on %s: %.1f GB at the peak", size, dist.device, max(peaks) / 1e9)
+            return size, max(peaks)
+        log.warning("%d clips at a time do not fit: %s", size, next(filter(None, failures)))
+        if size == 1:
+            raise UserError(
+                f"a step with one clip at a time does not fit the memory of {dist.device}: set "
+                "model.gradient_checkpointing=true, fewer model.num_frames or a smaller model.name; do other programs "
+                "use the device?"
+            )
+        size //= 2
+        if cfg.model.compile:
+            # Compiled for the size that failed; the next one would be compiled for sizes that vary.
+            torch.compiler.reset()
+
+
+def step_peak(model: DualEncoder, cfg: Config, dist: Distributed, clips: int, passes: int) -> int:
+    """Peak bytes on the device of a training step with ``clips`` at a time, 0 on a CPU; the model stays as it is.
+
+    Forward and backward passes of the model on random clips, two of them where a step has several ``passes``, beside
+    empty memory of the size that the rest of a step takes. No collectives: a process that fails must not leave the
+    others waiting. Raises ``torch.OutOfMemoryError``.
+    """
+    device, on_gpu = dist.device, dist.device.type == "cuda"
+    geometry, frames, share = model.geometry, cfg.model.num_frames, cfg.train.global_batch_size // dist.world_size
+    rest = {"adamw": 2, "sgd": 1}[cfg.train.optimizer] * trained_bytes(model)
+    rest += sum(4 * parameter.numel() for parameter in model.parameters()) if cfg.train.ema else 0
+    # DDP's buckets; without no_sync they are the gradients themselves.
+    rest += trained_bytes(model) if dist.world_size > 1 and passes > 1 else 0
+    # Similarities of the loss, their softmax and gradients, in both directions; with several passes they are alone.
+    rest += 6 * 4 * share * cfg.train.global_batch_size if passes == 1 else 0
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+        # NCCL, cuBLAS and fragments take what the allocator does not count.
+        rest += torch.cuda.get_device_properties(device).total_memory // 20
+    dtype = pick_precision(cfg.train.precision, device)
+    try:
+        held = torch.empty(rest, dtype=torch.uint8, device=device)
+        with torch.random.fork_rng([device] if on_gpu else []):
+            for _ in range(min(passes, 2)):
+                video = torch.randint(
+                    256, (clips, 3, frames, geometry.image_size, geometry.image_size), dtype=torch.uint8, device=device
+                )
+                # Of full length, which captions rarely have, and twice with opposites.
+                texts = clips * (1 + cfg.loss.has_opposites)
+                tokens = torch.ones(texts, geometry.context_length, dtype=torch.long, device=device)
+                with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                    output = model(normalise(video, model.image_stats), tokens)
+                sum(value.float().sum() for value in output.values() if value.requires_grad).backward()
+        del held
+        return torch.cuda.max_memory_allocated(device) if on_gpu else 0
+    finally:
+        model.zero_grad(set_to_none=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -435,6 +557,7 @@ def dry_run(path: str, overrides: Sequence[str], evaluators: Callable[..., Seque
     _report("device", f"{dist}, precision {precision}")
     classes = None
     try:
+        require_trackers(cfg)
         classes = build_classes(cfg)
     except UserError as error:
         problems.append(str(error))
@@ -462,7 +585,8 @@ def dry_run(path: str, overrides: Sequence[str], evaluators: Callable[..., Seque
                 _report("evaluate", f"{name}: {len(each.dataset):,} clips, {CLIPS_TO_OPEN} opened")
         except UserError as error:
             problems.append(str(error))
-    files = "checkpoints/, metrics.jsonl, tensorboard/, config.yml, environment.json, results.json, report.html"
+    trackers = "".join(f"{name}, " for name in cfg.train.trackers)
+    files = f"checkpoints/, metrics.jsonl, {trackers}config.yml, environment.json, results.json, report.html"
     _report("writes", f"{run}/: {files}")
     if (run / "checkpoints").is_dir():
         _report("resume", f"{run}/checkpoints exists; train.resume={cfg.train.resume}")
@@ -502,10 +626,8 @@ def _try_model(cfg: Config, dist: Distributed, classes: ClassSpace | None, probl
     _report("tokens", f"{tokens} a clip: {frames} frames of {patches}, one CLS")
     # With heads the text tower computes nothing.
     texts = geometry.context_length if model.heads is None else 0
-    sizes = geometry, frames, texts, cfg.model.patch_dropout, cfg.model.fast
-    captions = 1 + cfg.loss.has_opposites
-    flops = clip_flops(*sizes, boxes=cfg.loss.boxes > 0, texts=captions, motion_stem=cfg.model.motion_stem).step
-    _report("compute", f"{flops / 1e9:.1f} GFLOP a clip for forward and backward, with {captions * texts} text tokens")
+    flops, texts = step_flops(cfg, model), texts * (1 + cfg.loss.has_opposites)
+    _report("compute", f"{flops / 1e9:.1f} GFLOP a clip for forward and backward, with {texts} text tokens")
     memory = predict_memory(cfg, dist, model)
     state = f"{memory.state / 1e9:.1f} GB for weights, gradients and averages"
     _report("memory", f"{memory.per_clip / 1e6:.0f} MB a clip kept for the backward pass, {state}")

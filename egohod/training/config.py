@@ -95,6 +95,12 @@ class TrainConfig:
         "TF32 on GPUs that have it",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
+    gradient_dtype: str = knob(
+        "fp32",
+        "type in which several processes exchange gradients; bf16 halves the traffic of slow networks and rounds each "
+        "gradient to 8 bits of mantissa (relative error up to 1/256 per rounding); losses and accumulation stay exact",
+        choices=("fp32", "bf16"),
+    )
     deterministic: bool = knob(
         False,
         "only algorithms that compute the same bits every time, so that a resumed run on the same GPUs equals an "
@@ -113,6 +119,13 @@ class TrainConfig:
         "noticed at once",
         low=1,
     )
+    stop_seconds: float = knob(
+        20.0,
+        "seconds that a step of several micro-batches may still take after a signal; then it is given up between two "
+        "of them and the step before it is saved. Less than the scheduler's notice (torchrun 30 s, Slurm as in "
+        "exps/: 120 s) minus the time to save",
+        low=0,
+    )
     # What is written, and how often.
     log_every: str = knob("10 steps", "interval of metrics; in between, nothing waits for the device")
     save_every: str = knob(
@@ -128,6 +141,29 @@ class TrainConfig:
     )
     keep_last: int = knob(2, "newest checkpoints kept", low=1)
     keep_best: int = knob(1, "best checkpoints kept, by evaluate.best", low=0)
+    trackers: list[str] = knob(
+        ["tensorboard"],
+        "where metrics go beside metrics.jsonl; each is imported only if it is named, and configured by its own "
+        "environment variables (WANDB_MODE=offline, TRACKIO_DIR, MLFLOW_TRACKING_URI)",
+        choices=("tensorboard", "wandb", "trackio", "mlflow"),
+    )
+    peak_tflops: float | None = knob(
+        None,
+        "dense matrix TFLOP/s of one device in train.precision, for MFU in the log; null looks the GPU's name up in "
+        "the table of egohod/training/telemetry.py",
+        above=0,
+    )
+    profile: list[int] = knob(
+        [],
+        "first and last step to record with torch.profiler on the first process, e.g. [20, 22]: a trace and a table of "
+        "operators in the run folder; recording slows these steps; [] is none",
+        low=1,
+    )
+    memory_history: bool = knob(
+        False,
+        "GPU: record the Python stack of every allocation for the snapshot that is written when memory runs out; the "
+        "snapshot itself is always written. Costs time of the host at each allocation",
+    )
 
     @staticmethod
     def convert_old_keys(section: dict[str, Any], below: dict[str, Any]) -> list[tuple[str, str]]:

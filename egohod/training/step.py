@@ -1,18 +1,20 @@
 """One optimisation step: a global batch in, updated weights and device-side scalars out. No I/O, no waiting.
 
 :meth:`TrainStep.__call__` is the whole step; :func:`forward_backward` within it accumulates a contrastive batch over
-micro-batches. Nothing here reads a number back from the device, so a GPU always has work queued; the loop reads the
-means of many steps at once when it logs. Shapes: B clips, C channels, T frames, H x W pixels, L text tokens, E
-embedding.
+micro-batches, the first pass of which computes while the later ones are still loaded. Nothing here reads a number back
+from the device, so a GPU always has work queued; the loop reads the means of many steps at once when it logs. Shapes: B
+clips, C channels, T frames, H x W pixels, L text tokens, E embedding.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from itertools import pairwise
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +24,8 @@ from timm.scheduler import CosineLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.autograd import profiler
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -35,8 +39,32 @@ from egohod.loss.opposites import weight_share
 from egohod.model.dual_encoder import DualEncoder, EgoVideo
 from egohod.training.config import TrainConfig, duration_in_steps
 
+# Beginnings of parts that the stopwatch holds before it adds them up.
+_MOST_MARKS = 4096
+
 Batch = TypeVar("Batch")
+Batch_co = TypeVar("Batch_co", covariant=True)
 Features = Mapping[str, Tensor]
+
+
+class MicroBatches(Protocol[Batch_co]):
+    """The micro-batches of one step, a list or anything that loads each of them when the step asks for it."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Batch_co]: ...
+
+
+class Abandonment(Protocol):
+    """Decides whether a step of several micro-batches is given up, as for a request to stop that leaves little time."""
+
+    def is_due(self) -> bool:
+        """Whether this process wants to give the step up; called between micro-batches, so it must be fast."""
+        ...
+
+    def agree(self) -> None:
+        """Raise :class:`~egohod.runtime.Interrupted` on all processes if it is due on one of them; collective."""
+        ...
 
 
 class TrainStep:
@@ -58,7 +86,7 @@ class TrainStep:
         self._scaler = torch.amp.GradScaler(dist.device.type, init_scale=2.0**16 if self._is_fp16 else 1.0)
         self._mixer = ClipMixer(cfg.train) if cfg.train.mixup or cfg.train.cutmix else None
         self._ema = ModelEmaV3(model, decay=cfg.train.ema, use_warmup=True) if cfg.train.ema else None
-        self._stopwatch = Stopwatch(dist.device)
+        self.stopwatch = Stopwatch(dist.device)
         self._to_device = DeviceCopies(dist.device)
         # Weights that a checkpoint leaves in the file the run started from.
         # A run that trains adapters alone would otherwise write gigabytes that never change.
@@ -68,11 +96,17 @@ class TrainStep:
         if dist.world_size > 1:
             ids = [dist.device.index] if dist.device.type == "cuda" else None
             # The only buffer is the constant causal mask. Views of buckets save a copy of all gradients.
-            self._model = DistributedDataParallel(
+            parallel = DistributedDataParallel(
                 model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
             )
+            if cfg.train.gradient_dtype == "bf16":
+                # Only what is sent is rounded: micro-batches and AdamW's averages still add up in float32.
+                parallel.register_comm_hook(None, bf16_compress_hook)
+            self._model = parallel
 
-    def __call__(self, step: int, micro_batches: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(
+        self, step: int, micro_batches: MicroBatches[dict[str, Any]], abandonment: Abandonment | None = None
+    ) -> dict[str, Tensor]:
         """Update the weights with one global batch.
 
         Args:
@@ -80,6 +114,8 @@ class TrainStep:
             micro_batches: each with ``video`` uint8 [B, C, T, H, W], ``tokens`` int64 [B, L] and, for the box loss,
                 ``boxes`` [B, T, 3, 4], ``labels`` by name for losses that need classes and, for opposite captions,
                 ``opposites`` int64 [B, L] and ``has_opposite`` bool [B].
+            abandonment: may end a step of several micro-batches early, with
+                :class:`~egohod.runtime.Interrupted`; weights and all else are then as after the step before.
 
         Returns:
             Scalars on the device: the loss's (loss, accuracy, box_error, opposite_accuracy, opposite_cosine),
@@ -92,7 +128,10 @@ class TrainStep:
             # A warm-up backward pass. DDP rebuilds its buckets after the first one, and with more than two processes
             # another order of buckets rounds differently: without this the first step of a resumed run would add up
             # in another order than the same step of a run that was never interrupted.
-            forward_backward(self._forward, self._model, micro_batches, self._loss, self._scaler.scale)
+            micro_batches = list(micro_batches)
+            forward_backward(
+                self._forward, self._model, micro_batches, self._loss, self._scaler.scale, abandonment=abandonment
+            )
             torch.manual_seed(seed)
         self._is_first = False
         # The schedule counts from 0. It is a function of the step alone, so a checkpoint holds no state of it.
@@ -100,8 +139,6 @@ class TrainStep:
         self._optimizer.zero_grad(set_to_none=True)
 
         def loss(**features: Tensor) -> dict[str, Tensor]:
-            # The first collective of a step is the loss's: until here no process waits for another.
-            self._stopwatch.stop()
             if not self._has_opposites:
                 return self._loss(**features)
             return self._loss(**features, weight_share=weight_share(self._loss_config, step, self._total_steps))
@@ -111,9 +148,12 @@ class TrainStep:
         paths: AbstractContextManager[None] = nullcontext()
         if isinstance(self._inner, EgoVideo) and (step - 1) % self._slow_every > 0:
             paths = self._inner.without_slow_path()
-        self._stopwatch.start()
         with paths:
-            scalars = forward_backward(self._forward, self._model, micro_batches, loss, self._scaler.scale)
+            scalars = forward_backward(
+                self._forward, self._model, micro_batches, loss, self._scaler.scale,
+                enter=self.stopwatch.enter, abandonment=abandonment,
+            )  # fmt: skip
+        self.stopwatch.enter("optimizer")
         # Unscaled first: the norm, and its clipping, are of the true gradient.
         self._scaler.unscale_(self._optimizer)
         parameters = list(self._inner.parameters())
@@ -130,6 +170,7 @@ class TrainStep:
                 self._inner.logit_scale.clamp_(0, self._max_log_scale)
         if self._ema is not None:
             self._ema.update(self._inner, step=step)
+        self.stopwatch.enter("")
         return scalars | {
             "grad_norm": norm,
             "logit_scale": self._inner.logit_scale.detach().exp(),
@@ -164,13 +205,6 @@ class TrainStep:
             target = batch["boxes"].to(self._device, non_blocking=True)
             output["box_errors"] = box_errors(output.pop("boxes"), target)
         return output
-
-    def forward_seconds(self) -> float:
-        """How long forward passes took since the last call, until losses met the other processes' features.
-
-        Waits for the device: for the steps that read numbers from it anyway.
-        """
-        return self._stopwatch.seconds()
 
     @property
     def lr(self) -> float:
@@ -232,45 +266,70 @@ class TrainStep:
 def forward_backward(
     forward: Callable[[Batch], Features],
     model: nn.Module,
-    micro_batches: Sequence[Batch],
+    micro_batches: MicroBatches[Batch],
     loss_fn: Loss,
     scale: Callable[[Tensor], Tensor] = lambda loss: loss,
+    *,
+    enter: Callable[[str], None] = lambda part: None,
+    abandonment: Abandonment | None = None,
 ) -> dict[str, Tensor]:
     """Add the gradient of the loss over all micro-batches (of all processes) to the parameters.
 
     Plain gradient accumulation would contrast each micro-batch only with itself. Here the features are cached
-    (GradCache, 2101.06983), with the exact gradient: (1) all micro-batches are embedded without gradient, (2) the loss
-    over all features gives the gradient of each feature, (3) every micro-batch is embedded again, with gradient, and
-    its features' gradient is passed on to the weights. One micro-batch is a plain forward and backward pass; several
-    cost one more forward pass each. Dropout and the like repeat exactly, because each chunk's random state is kept.
+    (GradCache, 2101.06983), with the exact gradient: (1) all micro-batches are embedded without gradient, each as soon
+    as it is loaded, (2) the loss over all features gives the gradient of each feature, (3) every micro-batch is
+    embedded again, with gradient, and its features' gradient is passed on to the weights. One micro-batch is a plain
+    forward and backward pass; several cost one more forward pass each. Dropout and the like repeat exactly, because
+    each chunk's random state is kept.
 
     Args:
         forward: micro-batch -> values of each clip (``video_features`` [b, E], ``text_features`` [b, E], ``box_errors``
             [b], classes of which the loss takes no gradient) and scalars that all chunks share (``logit_scale``,
             ``logit_bias``); enters autocast itself if wanted, so that the loss stays in float32.
         model: what ``forward`` calls.
-        micro_batches: chunks of this process's batch, anything ``forward`` takes.
+        micro_batches: chunks of this process's batch, anything ``forward`` takes; iterated over once, and held until
+            the second pass has used them.
         loss_fn: takes what ``forward`` gives by name, e.g. :class:`egohod.loss.contrastive.ContrastiveLoss`.
         scale: applied to the loss before its backward pass, e.g. ``GradScaler.scale``.
+        enter: called with the name of each part when it begins: data, features (until the first collective), loss,
+            forward (the second time) and backward.
+        abandonment: consulted between micro-batches, where there are several.
 
     Returns:
         What ``loss_fn`` gives (``loss`` not scaled), detached scalars on the device.
     """
-    assert micro_batches, "a step needs at least one micro-batch"
-    if len(micro_batches) == 1:
-        scalars = loss_fn(**forward(micro_batches[0]))
+    count = len(micro_batches)
+    assert count, "a step needs at least one micro-batch"
+    enter("data")
+    if count == 1:
+        batch = next(iter(micro_batches))
+        enter("features")
+        output = forward(batch)
+        enter("loss")
+        scalars = loss_fn(**output)
+        enter("backward")
         scale(scalars["loss"]).backward()
         return {name: value.detach() for name, value in scalars.items()}
 
     device = next(model.parameters()).device
     on_gpu = device.type == "cuda"
-    outputs, random_states = [], []
+    batches, outputs, random_states = deque[Batch](), [], []
     with torch.no_grad():
         for batch in micro_batches:
+            enter("features")
             # Of the generators a forward pass may draw from; they live on the host, the device is not waited for.
             random_states.append((torch.get_rng_state(), torch.cuda.get_rng_state(device) if on_gpu else None))
             outputs.append(forward(batch))
+            batches.append(batch)
+            if abandonment is not None and abandonment.is_due():
+                break
+            # While this one is computed, the workers load the next: nothing waits for the whole batch.
+            enter("data")
+    # Before the first collective, which all processes have to enter or none.
+    if abandonment is not None:
+        abandonment.agree()
 
+    enter("loss")
     sizes = [next(len(value) for value in output.values() if value.ndim) for output in outputs]
     # Features are joined; scalars are the same in every chunk.
     joint = {
@@ -286,13 +345,19 @@ def forward_backward(
     of_clips = {name: gradient.split(sizes) for name, gradient in gradients.items() if gradient.ndim}
     of_scalars = {name: gradient for name, gradient in gradients.items() if not gradient.ndim}
 
-    for i, batch in enumerate(micro_batches):
-        is_last = i == len(micro_batches) - 1
+    for i in range(count):
+        is_last = i == count - 1
+        # The processes exchange gradients once, in the last backward pass. Whoever wants to give the step up goes to
+        # the vote at once; the others get there before the exchange.
+        if abandonment is not None and (is_last or abandonment.is_due()):
+            abandonment.agree()
+        enter("forward")
+        # Not held any longer: the loader fills up with the next step's micro-batches meanwhile.
+        batch = batches.popleft()
         cpu_state, gpu_state = random_states[i]
         torch.set_rng_state(cpu_state)
         if gpu_state is not None:
             torch.cuda.set_rng_state(gpu_state, device)
-        # The processes exchange gradients once, in the last backward pass.
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not is_last else nullcontext():
             output = forward(batch)
             # The gradient of feature . constant is that constant: this sum has the loss's gradient by the weights.
@@ -301,6 +366,7 @@ def forward_backward(
                 # Shared by all chunks: the gradient is already whole and counts once.
                 for name, gradient in of_scalars.items():
                     surrogate = surrogate + output[name] * gradient
+            enter("backward")
             surrogate.backward()
     return {name: value.detach() for name, value in scalars.items()}
 
@@ -424,34 +490,52 @@ class DeviceCopies:
 
 
 class Stopwatch:
-    """Seconds between starts and stops on a device, which is not waited for until they are read."""
+    """Seconds of each part of the steps on a device, which is not waited for until they are read.
+
+    On a GPU they are the times between events of its stream. So ``data`` is how long the device had nothing to do for
+    want of clips: what the host waits while work is still queued costs nothing.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._begin: Any = None
-        self._spans: list[tuple[Any, Any]] = []
+        self._marks: list[tuple[str, Any]] = []
+        self._sums: dict[str, float] = {}
+        self._label: Any = None
 
-    def start(self) -> None:
-        """Begin to measure."""
-        self._begin = self._now()
-
-    def stop(self) -> None:
-        """End what was begun."""
-        self._spans.append((self._begin, self._now()))
-
-    def seconds(self) -> float:
-        """The sum since the last call."""
-        spans, self._spans = self._spans, []
-        if self._on_gpu and spans:
-            # Events of one stream complete in order: the last one stands for all.
-            spans[-1][1].synchronize()
-            return float(sum(begin.elapsed_time(end) for begin, end in spans)) / 1000
-        return float(sum(end - begin for begin, end in spans))
-
-    def _now(self) -> Any:
+    def enter(self, part: str) -> None:
+        """End the part that is measured, and begin ``part``; an empty name measures nothing."""
         if not self._on_gpu:
-            return time.perf_counter()
-        # The device notes the time when it gets here, long after this line has run.
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+            now: Any = time.perf_counter()
+        else:
+            # The device notes the time when it gets here, long after this line has run.
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+        self._marks.append((part, now))
+        # Events are a resource of the driver, and days may pass between two lines of the log. So far back the device
+        # is done with them, and nothing waits.
+        if len(self._marks) > 2 * _MOST_MARKS and (not self._on_gpu or self._marks[_MOST_MARKS][1].query()):
+            self._add(_MOST_MARKS)
+        # The parts by name in a trace of torch.profiler.
+        if self._label is not None:
+            self._label.__exit__(None, None, None)
+            self._label = None
+        if part and profiler._is_profiler_enabled:
+            self._label = profiler.record_function(part).__enter__()
+
+    def seconds(self) -> dict[str, float]:
+        """Sums by part since the last call; waits for the device."""
+        if self._on_gpu and self._marks:
+            # Events of one stream complete in order: the last one stands for all.
+            self._marks[-1][1].synchronize()
+        self._add(len(self._marks) - 1)
+        sums, self._marks, self._sums = self._sums, [], {}
+        # Between steps.
+        sums.pop("", None)
+        return sums
+
+    def _add(self, count: int) -> None:
+        """Add the first ``count`` parts to the sums, and forget their marks."""
+        for (part, begin), (_, end) in pairwise(self._marks[: count + 1]):
+            passed = begin.elapsed_time(end) / 1000 if self._on_gpu else end - begin
+            self._sums[part] = self._sums.get(part, 0.0) + float(passed)
+        del self._marks[: max(count, 0)]

@@ -1,13 +1,17 @@
-"""Telemetry of a run: a console line, metrics.jsonl, TensorBoard, environment.json."""
+"""Telemetry of a run: a console line, metrics.jsonl, trackers such as TensorBoard, environment.json, profiles."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import importlib
+import importlib.util
 import json
 import logging
 import math
 import os
 import platform
+import secrets
 import statistics
 import subprocess
 import sys
@@ -17,13 +21,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import psutil
 import torch
 
 from egohod.config import Config, to_yaml
-from egohod.distributed import Distributed
+from egohod.distributed import Distributed, pick_precision
+from egohod.errors import UserError
+from egohod.model.cost import clip_flops
+from egohod.model.dual_encoder import DualEncoder
 from egohod.runtime import time_left, write_text
 
 log = logging.getLogger(__name__)
@@ -35,39 +42,82 @@ PACKAGES = (
 )
 
 
+# Dense matrix TFLOP/s in bf16 or fp16 with float32 sums, from the makers' data sheets (half of those with sparsity),
+# by a part of the name that CUDA gives. The first that fits counts, so the longer names come first.
+PEAK_TFLOPS = {
+    "GB200": 2500.0,
+    "B200": 2250.0,
+    "GH200": 989.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "H800": 989.0,
+    "H20": 148.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "A10G": 70.0,
+    "A10": 125.0,
+    "A40": 149.7,
+    "RTX A6000": 154.8,
+    "L40S": 362.0,
+    "L40": 181.0,
+    "L4": 121.0,
+    "RTX 6000 Ada": 182.0,
+    "RTX 4090": 165.2,
+    "RTX 3090": 71.0,
+    "V100": 125.0,
+    "T4": 65.0,
+}
+# The parts of a step as they are reported, and what the stopwatch of the step calls them.
+PARTS = {
+    "data": ("data",),
+    "forward": ("features", "loss", "forward"),
+    "backward": ("backward",),
+    "optimizer": ("optimizer",),
+}
+
+
+class Lap(NamedTuple):
+    """What happened since the last line of the log."""
+
+    steps: int
+    seconds: float
+    """Of training alone, not below 1e-9: speeds are divided by it."""
+    text_tokens: int
+    paused: dict[str, float]
+    """Seconds of evaluation and save."""
+
+
 class Clock:
-    """Training time, with the waiting for data counted apart and pauses (evaluation, saving) left out."""
+    """Training time, with pauses (evaluation, saving) counted apart."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
-        self._waited = 0.0
-        self._steps = 0
+        self._steps = self._text_tokens = 0
+        self._paused: dict[str, float] = {}
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around the fetching of a batch."""
-        start = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - start
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self, part: str) -> Iterator[None]:
         """Around anything that is not training."""
         start = time.perf_counter()
         yield
+        seconds = time.perf_counter() - start
         # As if the lap had begun later: clips a second are those of training alone.
-        self._start += time.perf_counter() - start
+        self._start += seconds
+        self._paused[part] = self._paused.get(part, 0.0) + seconds
+        log.info("%s took %.1f s", part, seconds)
 
-    def step(self) -> None:
-        """One optimisation step is done."""
+    def step(self, text_tokens: int) -> None:
+        """One optimisation step is done, in which this process computed so many tokens of texts."""
         self._steps += 1
+        self._text_tokens += text_tokens
 
-    def lap(self) -> tuple[int, float, float]:
-        """Steps, seconds, and seconds of waiting for data since the last lap."""
+    def lap(self) -> Lap:
+        """What is counted since the last lap."""
         now = time.perf_counter()
-        # Not zero, by which speeds would be divided.
-        lap = self._steps, max(now - self._start, 1e-9), self._waited
-        self._start, self._waited, self._steps = now, 0.0, 0
+        lap = Lap(self._steps, max(now - self._start, 1e-9), self._text_tokens, self._paused)
+        self._start, self._steps, self._text_tokens, self._paused = now, 0, 0, {}
         return lap
 
 
@@ -78,10 +128,20 @@ class Share:
     host: str
     steps: int
     seconds: float
-    waited: float  # seconds, for data
-    forward: float  # seconds, from the start of a step to its first collective
+    parts: dict[str, float]
+    """Seconds by part, as the step's stopwatch names them, and those of evaluation and save."""
     memory_gb: float
     clips_lost: int
+
+    @property
+    def waited(self) -> float:
+        """Seconds of waiting for data."""
+        return self.parts.get("data", 0.0)
+
+    @property
+    def forward(self) -> float:
+        """Seconds of computing before the first collective of a step."""
+        return self.parts.get("features", 0.0)
 
 
 class Stragglers:
@@ -191,20 +251,7 @@ class Telemetry:
         run.mkdir(parents=True, exist_ok=True)
         _truncate(run / "metrics.jsonl", start_step, evaluates_first)
         self._file = (run / "metrics.jsonl").open("a")
-        self._board: Any = None
-        try:
-            # Here: with a protobuf that does not fit, the import alone fails, which would end --help too.
-            from torch.utils.tensorboard import SummaryWriter
-
-            # Drops the events of the steps that come again.
-            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start_step or None)
-        except OSError:
-            raise
-        except Exception as error:  # protobuf raises many kinds; metrics.jsonl holds the same
-            log.warning(
-                "no TensorBoard, metrics.jsonl only: %s: %s; pip install --force-reinstall tensorboard protobuf",
-                type(error).__name__, next(iter(str(error).splitlines()), ""),
-            )  # fmt: skip
+        self._trackers = start_trackers(run, cfg, start_step)
         write_text(run / "config.yml", to_yaml(cfg))
         write_text(run / "environment.json", json.dumps(environment(cfg, dist), indent=1))
 
@@ -221,6 +268,14 @@ class Telemetry:
             "memory_gb": max(share.memory_gb for share in shares),
             "clips_lost": float(sum(share.clips_lost for share in shares)),
         }
+        # Of a step, the mean of all processes: where one computes, another may wait for it.
+        for name, parts in PARTS.items():
+            total = sum(share.parts.get(part, 0.0) for share in shares for part in parts)
+            speed[f"seconds_{name}"] = total / (len(shares) * max(steps, 1))
+        # Those since the line before, on the process that took longest; most lines have none.
+        for name in ("evaluation", "save"):
+            if paused := max(share.parts.get(name, 0.0) for share in shares):
+                speed[f"seconds_{name}"] = paused
         if not self._active:
             return
         if len(shares) > 1:
@@ -230,14 +285,16 @@ class Telemetry:
         eta = time_left((self._total - step) * self._seconds_per_step, rate=1.0)
         skipped = f"  skipped {metrics['skipped']:.0f}" if metrics.get("skipped") else ""
         lost = f"  {speed['clips_lost']:.0f} clips lost" if speed["clips_lost"] else ""
+        computing = "".join(f"  {name} {100 * speed[f'seconds_{name}'] / recent:.0f} %" for name in list(PARTS)[1:])
+        mfu = f"  MFU {100 * metrics['mfu']:.0f} %" if "mfu" in metrics else ""
         log.info(
-            "step %d/%d  loss %.4f  acc %.3f  lr %.2e  grad %.2f  %.1f clips/s  waits %.0f %%  %.1f GB  ETA %s%s%s",
+            "step %d/%d  loss %.4f  acc %.3f  lr %.2e  grad %.2f  %.1f clips/s%s  waits %.0f %%%s  %.1f GB  ETA %s%s%s",
             step, self._total, metrics["loss"], metrics["accuracy"], metrics["lr"], metrics["grad_norm"],
-            speed["clips_per_second"], 100 * speed["data_wait"], speed["memory_gb"], eta, skipped, lost,
+            speed["clips_per_second"], mfu, 100 * speed["data_wait"], computing, speed["memory_gb"], eta, skipped, lost,
         )  # fmt: skip
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Append metrics of any kind to metrics.jsonl and TensorBoard."""
+        """Append metrics of any kind to metrics.jsonl and the trackers."""
         if not self._active:
             return
         try:
@@ -245,12 +302,13 @@ class Telemetry:
             finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             self._file.write(json.dumps({"step": step, **finite}) + "\n")
             self._file.flush()
-            if self._board is not None:
-                for name, value in metrics.items():
-                    self._board.add_scalar(name, value, step)
-                self._board.flush()
         except OSError as error:
             log.error("metrics of step %d not written: %s; training continues", step, error.strerror or error)
+        for name, tracker in self._trackers.items():
+            try:
+                tracker.write(step, metrics)
+            except Exception as error:  # a server that is away for a moment; metrics.jsonl has the same
+                log.error("metrics of step %d not sent to %s: %s; training continues", step, name, first_line(error))
 
     def __enter__(self) -> Telemetry:
         return self
@@ -259,12 +317,269 @@ class Telemetry:
         # Also after an error: TensorBoard's thread would keep its last events.
         if not self._active:
             return
+        for close in (self._file.close, *(tracker.close for tracker in self._trackers.values())):
+            try:
+                close()
+            except Exception as error:  # a lost folder, whose own error ends the run and must not be replaced
+                log.error("metrics not written: %s", first_line(error))
+
+
+# --------------------------------------------------------------------------------------------------
+# Trackers
+# --------------------------------------------------------------------------------------------------
+
+
+class Tracker(Protocol):
+    """Where metrics go beside metrics.jsonl."""
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Add the metrics of a step by name; those of an interrupted run may come again."""
+        ...
+
+    def close(self) -> None:
+        """Send what is left."""
+        ...
+
+
+def require_trackers(cfg: Config) -> None:
+    """Raise :class:`UserError` unless all of ``train.trackers`` are installed; imports none of them."""
+    for name in cfg.train.trackers:
+        # TensorBoard is the default, and a run without it loses nothing: metrics.jsonl has the same.
+        if name != "tensorboard" and importlib.util.find_spec(name) is None:
+            raise UserError(f"train.trackers names {name}, which is not installed: pip install {name}")
+
+
+def start_trackers(run: Path, cfg: Config, start_step: int) -> dict[str, Tracker]:
+    """The trackers of ``train.trackers`` by name; a resumed run continues what it began there.
+
+    Raises :class:`UserError` if one cannot be imported or started. Only TensorBoard is then left out with a warning.
+    """
+    # Their own names of this run; one that starts anew in a folder that was used before must not continue the old one.
+    path = run / "trackers.json"
+    ids: dict[str, str] = json.loads(path.read_text()) if start_step and path.is_file() else {}
+    kinds: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _Wandb, "trackio": _Wandb, "mlflow": _MLflow}
+    trackers: dict[str, Tracker] = {}
+    for name in cfg.train.trackers:
         try:
-            self._file.close()
-            if self._board is not None:
-                self._board.close()
-        except OSError as error:  # a lost folder, whose own error ends the run and must not be replaced
-            log.error("metrics not written: %s", error.strerror or error)
+            trackers[name] = kinds[name](name, run, cfg, start_step, ids)
+        except Exception as error:  # protobuf raises many kinds, and so do servers and accounts
+            if name == "tensorboard":
+                if isinstance(error, OSError):  # its files are in the run folder, which is lost then
+                    raise
+                log.warning(
+                    "no TensorBoard, metrics.jsonl only: %s: %s; pip install --force-reinstall tensorboard protobuf",
+                    type(error).__name__, first_line(error),
+                )  # fmt: skip
+                continue
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise UserError(f"train.trackers: {name} does not start: {reason}") from error
+    if ids:
+        write_text(path, json.dumps(ids))
+    return trackers
+
+
+class _TensorBoard:
+    """Event files in the run folder."""
+
+    def __init__(self, name: str, run: Path, cfg: Config, start_step: int, ids: dict[str, str]) -> None:
+        # Here: with a protobuf that does not fit, the import alone fails, which would end --help too.
+        from torch.utils.tensorboard import SummaryWriter
+
+        # Drops the events of the steps that come again.
+        self._board = SummaryWriter(str(run / name), purge_step=start_step or None)
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+        self._board.flush()
+
+    def close(self) -> None:
+        self._board.close()
+
+
+class _Wandb:
+    """Weights & Biases, or Trackio, which has the same calls and keeps its data on this machine."""
+
+    def __init__(self, name: str, run: Path, cfg: Config, start_step: int, ids: dict[str, str]) -> None:
+        self._module: Any = importlib.import_module(name)
+        number = ids.setdefault(name, secrets.token_hex(4))
+        # Trackio continues a run by its name, Weights & Biases by its id, under whatever name.
+        own = {"id": number, "dir": str(run)} if name == "wandb" else {}
+        self._module.init(
+            project="egohod", name=f"{run.name}-{number}", config=dataclasses.asdict(cfg), resume="allow", **own
+        )
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        # Steps that come again after a resume are dropped there; they have the same values.
+        self._module.log(metrics, step=step)
+
+    def close(self) -> None:
+        self._module.finish()
+
+
+class _MLflow:
+    """MLflow: the server of ``MLFLOW_TRACKING_URI``, else a database in the run folder."""
+
+    def __init__(self, name: str, run: Path, cfg: Config, start_step: int, ids: dict[str, str]) -> None:
+        self._module: Any = importlib.import_module(name)
+        if not os.environ.get("MLFLOW_TRACKING_URI"):
+            self._module.set_tracking_uri(f"sqlite:///{run.resolve() / 'mlflow.db'}")
+        self._module.set_experiment("egohod")
+        started = self._module.start_run(run_id=ids.get(name), run_name=None if name in ids else run.name)
+        ids[name] = started.info.run_id
+        # As a file: MLflow refuses parameters that a resumed run has changed, such as train.duration.
+        self._module.log_dict(dataclasses.asdict(cfg), "config.json")
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        self._module.log_metrics({name: value for name, value in metrics.items() if math.isfinite(value)}, step=step)
+
+    def close(self) -> None:
+        self._module.end_run()
+
+
+def first_line(error: BaseException) -> str:
+    """The message of an exception of another library, without what follows its first line."""
+    return next(iter(str(getattr(error, "strerror", None) or error).splitlines()), "")
+
+
+# --------------------------------------------------------------------------------------------------
+# Speed, profile and memory
+# --------------------------------------------------------------------------------------------------
+
+
+def step_flops(cfg: Config, model: DualEncoder, text_length: float | None = None) -> float:
+    """Operations of one clip's forward and backward pass with ``text_length`` tokens computed (None: all).
+
+    As if all weights were trained; nothing that is computed twice counts twice.
+    """
+    geometry = model.geometry
+    # With heads the text tower computes nothing.
+    length = 0 if model.heads is not None else geometry.context_length if text_length is None else round(text_length)
+    return clip_flops(
+        geometry, cfg.model.num_frames, length, cfg.model.patch_dropout, cfg.model.fast,
+        boxes=cfg.loss.boxes > 0, texts=1 + cfg.loss.has_opposites, motion_stem=cfg.model.motion_stem,
+    ).step  # fmt: skip
+
+
+def peak_flops(cfg: Config, dist: Distributed) -> float | None:
+    """Dense matrix FLOP/s of this process's device in the precision of training, None if it is not in the table."""
+    if cfg.train.peak_tflops:
+        return cfg.train.peak_tflops * 1e12
+    if dist.device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(dist.device)
+    tera = next((value for part, value in PEAK_TFLOPS.items() if part in name), None)
+    if tera is not None and pick_precision(cfg.train.precision, dist.device) == torch.float32:
+        # TF32 has half the speed of bf16 on all cards that have it, which are those of Ampere and later.
+        tera = tera / 2 if torch.cuda.get_device_capability(dist.device)[0] >= 8 else None
+    return tera and tera * 1e12
+
+
+def throughput(
+    cfg: Config, model: DualEncoder, dist: Distributed, clips_per_second: float, text_length: float
+) -> dict[str, float]:
+    """Tokens per second of all processes, TFLOP/s of each, and MFU (the share of the peak) if the peak is given.
+
+    Model FLOPs utilisation as in PaLM (2204.02311): the operations that the model needs, without those that
+    checkpointing and cached accumulation repeat. Left out where not all weights are trained: the formula counts all.
+    """
+    geometry, fast = model.geometry, cfg.model.fast
+    places = geometry.patches_per_frame * (1 - cfg.model.patch_dropout)
+    tokens = 1 + cfg.model.num_frames * places
+    if geometry.slowfast:
+        tokens += (1 + fast.slow_frames * places) / fast.slow_every
+    texts = 0.0 if model.heads is not None else text_length * (1 + cfg.loss.has_opposites)
+    result = {"tokens_per_second": clips_per_second * (tokens + texts)}
+    if cfg.train.trainable == "all":
+        done = clips_per_second * step_flops(cfg, model, text_length) / dist.world_size
+        result["tflops"] = done / 1e12
+        if peak := peak_flops(cfg, dist):
+            result["mfu"] = done / peak
+    return result
+
+
+class StepProfiler:
+    """torch.profiler over the steps of ``train.profile`` on the first process: a trace and a table in the run folder.
+
+    The trace (``profile/steps-20-22.json.gz``, for ui.perfetto.dev or chrome://tracing) has the parts of each step by
+    name. The step before the first one is recorded and thrown away, if the run has it: a profiler's start is slow.
+    """
+
+    def __init__(self, cfg: Config, dist: Distributed, start_step: int) -> None:
+        first, last = (max(cfg.train.profile[0], start_step + 1), cfg.train.profile[1]) if cfg.train.profile else (0, 0)
+        self._first, self._last = (first, last) if dist.is_main else (0, 0)
+        self._warm_up = int(first > start_step + 1)
+        self._folder = Path(cfg.train.output) / "profile"
+        self._on_gpu = dist.device.type == "cuda"
+        self._profile: torch.profiler.profile | None = None
+
+    @contextmanager
+    def around(self, step: int) -> Iterator[None]:
+        """Around each step of the run, counted from 1."""
+        if step == self._first - self._warm_up and self._first <= self._last and self._first:
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            activities += [torch.profiler.ProfilerActivity.CUDA] if self._on_gpu else []
+            recorded = self._last - self._first + 1
+            self._profile = torch.profiler.profile(
+                activities=activities,
+                schedule=torch.profiler.schedule(wait=0, warmup=self._warm_up, active=recorded, repeat=1),
+                on_trace_ready=self._write,
+            )
+            self._profile.start()
+        yield
+        if self._profile is not None:
+            # Writes after the last one.
+            self._profile.step()
+            if step == self._last:
+                self._profile.stop()
+                self._profile = None
+
+    def _write(self, profile: torch.profiler.profile) -> None:
+        name = f"steps-{self._first}-{self._last}"
+        try:
+            self._folder.mkdir(exist_ok=True)
+            profile.export_chrome_trace(str(self._folder / f"{name}.json.gz"))
+            order = "self_cuda_time_total" if self._on_gpu else "self_cpu_time_total"
+            write_text(self._folder / f"{name}.txt", profile.key_averages().table(sort_by=order, row_limit=40))
+            log.info("profile of steps %d to %d: %s", self._first, self._last, self._folder / f"{name}.json.gz")
+        except OSError as error:
+            log.error("profile not written: %s; training continues", error.strerror or error)
+
+    def __enter__(self) -> StepProfiler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._profile is not None:  # the run ends within the window: what there is is written
+            self._profile.stop()
+
+
+def snapshot_on_out_of_memory(cfg: Config, dist: Distributed) -> None:
+    """On a GPU, write what fills its memory to ``memory-rank0.pickle`` when an allocation fails, once per process.
+
+    For pytorch.org/memory_viz. The allocator calls back at the moment of the failure: afterwards, when the exception
+    has unwound the step, most of it would be free again.
+    """
+    if dist.device.type != "cuda":
+        return
+    if cfg.train.memory_history:
+        # A bound, or days of allocations would fill the memory of the host.
+        torch.cuda.memory._record_memory_history(stacks="python", max_entries=200_000)
+    path = Path(cfg.train.output) / f"memory-rank{dist.rank}.pickle"
+    is_written = False
+
+    def write(device: int, size: int, total: int, free: int) -> None:
+        nonlocal is_written
+        if is_written:
+            return
+        is_written = True
+        try:
+            torch.cuda.memory._dump_snapshot(str(path))
+            log.error("out of memory at an allocation of %.2f GB: snapshot in %s", size / 1e9, path)
+        except OSError as error:
+            log.error("out of memory; no snapshot: %s", error.strerror or error)
+
+    # Private, and the only way to be called in time. A build of PyTorch for the CPU has no such function.
+    torch._C._cuda_attach_out_of_memory_observer(write)  # type: ignore[attr-defined]
 
 
 def memory_gb(device: torch.device) -> float:

@@ -7,14 +7,14 @@ resumed run to equal one that was never interrupted, bit for bit. What is evalua
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,7 +28,7 @@ from egohod.data.loader import BatchPlan, MixedPlan, train_loader
 from egohod.distributed import Distributed, host_name
 from egohod.errors import UserError
 from egohod.model.dual_encoder import DualEncoder
-from egohod.runtime import Interrupted
+from egohod.runtime import Interrupted, write_text
 from egohod.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -40,12 +40,48 @@ from egohod.training.checkpoint import (
 )
 from egohod.training.config import clock_seconds, duration_in_steps
 from egohod.training.step import TrainStep
-from egohod.training.telemetry import Clock, MetricWindow, Share, Telemetry, memory_gb
+from egohod.training.telemetry import (
+    Clock,
+    MetricWindow,
+    Share,
+    StepProfiler,
+    Telemetry,
+    memory_gb,
+    snapshot_on_out_of_memory,
+    throughput,
+)
 
 log = logging.getLogger(__name__)
 
 # A loss scaler skips a few steps while it finds its scale; this many in a row have another cause.
 FEWEST_SKIPPED = 10
+# In the store of the processes: one of them was asked to stop. How often the others look.
+_STOP_KEY, _LOOK_SECONDS = "egohod/stop", 1.0
+
+
+@dataclass(frozen=True)
+class MicroBatchRecord:
+    """The micro-batch that was tried on this device, in a file beside the run, so that a resumed run uses the same."""
+
+    path: Path
+    # What it depends on: another device or model has to be tried again.
+    setting: dict[str, Any]
+
+    def read(self) -> int | None:
+        """The number of clips, None if there is no record or one of another setting."""
+        # A damaged file is no record.
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            return int(content["micro_batch"]) if content["setting"] == self.setting else None
+        return None
+
+    def write(self, micro_batch: int, **measured: float) -> None:
+        """Replace the record; ``measured`` is for people to read. A failure costs only another trial."""
+        content = {"micro_batch": micro_batch, "setting": self.setting, **measured}
+        try:
+            write_text(self.path, json.dumps(content, indent=1) + "\n")
+        except OSError as error:
+            log.warning("%s: not written: %s", self.path, error.strerror or error)
 
 
 @dataclass(frozen=True)
@@ -56,6 +92,8 @@ class TrainingData:
     plan: BatchPlan | MixedPlan
     micro_batch: int
     accumulation: int
+    # None where the user chose the micro-batch.
+    record: MicroBatchRecord | None = None
 
     @property
     def classes(self) -> ClassSpace | None:
@@ -114,8 +152,9 @@ def train(
 
     A request to stop (``dist.stop``) ends the loop after the current step, or the evaluation after the current batch,
     with a checkpoint and :class:`Interrupted`; an evaluation that it cut short is the first thing that a resumed run
-    does. Raises :class:`UserError` when too many clips are unreadable or when ``FEWEST_SKIPPED`` or more steps up to a
-    line of the log were not finite.
+    does. A step of several micro-batches that takes longer than ``train.stop_seconds`` more is given up between two of
+    them, and the step before it is saved. Raises :class:`UserError` when too many clips are unreadable, when memory
+    runs out, or when ``FEWEST_SKIPPED`` or more steps up to a line of the log were not finite.
     """
     schedule = Schedule.of(cfg, data.plan.steps_per_epoch)
     state = RunState(cfg, dist, model, data, schedule.total)
@@ -126,30 +165,35 @@ def train(
     files = Telemetry(
         Path(cfg.train.output), cfg, dist, total_steps=schedule.total, start_step=start, evaluates_first=evaluates_first
     )
-    clock = Clock()
-    with files as telemetry, state.saving(), dist.stop.polled():
+    clock, deadline = Clock(), StopDeadline(dist, cfg.train.stop_seconds)
+    snapshot_on_out_of_memory(cfg, dist)
+    profiler = StepProfiler(cfg, dist, start)
+    with files as telemetry, state.saving(), dist.stop.polled(), profiler:
         if evaluates_first:
-            telemetry.write(start, state.evaluate(start, evaluators))
+            with memory_advice(cfg, dist, data, start, evaluates=True):
+                telemetry.write(start, state.evaluate(start, evaluators))
             state.add_scores(start)
             state.require_best_metric()
 
         batches = _micro_batches(cfg, dist, data, start, schedule.total)
         for step in range(start + 1, schedule.total + 1):
-            # A batch, which the loader's workers have decoded ahead.
+            # Batches that the loader's workers decode ahead; the step takes each micro-batch when it needs it. Its
+            # numbers stay on the device until they are logged: to read one would wait for the GPU.
+            arriving = ArrivingBatches(batches, data.accumulation)
             try:
-                with clock.waiting():
-                    micro_batches = list(islice(batches, data.accumulation))
-            except Interrupted as request:  # asked to stop while waiting for clips
-                if step - 1 > start:
-                    state.save(step - 1, required=True)
-                    raise Interrupted(f"{request}; step {step - 1} of {schedule.total} is saved") from None
-                raise
-            for batch in micro_batches:
+                with memory_advice(cfg, dist, data, step), profiler.around(step):
+                    state.window.add(state.train_step(step, arriving, deadline))
+            except Interrupted as request:  # asked to stop while waiting for clips, or in a step that takes too long
+                if step - 1 == start:
+                    raise
+                state.save(step - 1, required=True)
+                # Nobody leaves before the first process has saved: a launcher ends all when one has left.
+                dist.gather_objects(None)
+                raise Interrupted(f"{request}; step {step - 1} of {schedule.total} is saved") from None
+            for batch in arriving.read:
+                # Not earlier: a step that was given up reads its clips again when it is resumed.
                 state.faults.update(batch)
-
-            # The step. Its numbers stay on the device until they are logged: to read one would wait for the GPU.
-            state.window.add(state.train_step(step, micro_batches))
-            clock.step()
+            clock.step(arriving.text_tokens)
 
             # One collective for all. Every process stops at the same step, or the others would wait in the next one's
             # collectives for ever; so with saving, for which the first one's clock counts; and the share of bad clips
@@ -162,9 +206,9 @@ def train(
             state.report_save(wait=False)
             is_last, stopping = step == schedule.total, requests > 0
             if is_last or step % schedule.log == 0:
-                _log_window(telemetry, step, state, clock, dist)
+                _log_window(telemetry, step, state, clock, cfg, dist)
             if evaluators and schedule.evaluates(step) and not stopping:
-                with clock.paused():
+                with clock.paused("evaluation"), memory_advice(cfg, dist, data, step, evaluates=True):
                     try:
                         telemetry.write(step, state.evaluate(step, evaluators))
                     except Interrupted:
@@ -176,7 +220,7 @@ def train(
             ends = is_last or stopping or lacks_best_metric
             # The best step is saved wherever it comes: train.save_every need not be a multiple of evaluate.every.
             if ends or saves or (is_evaluated and state.is_among_best()):
-                with clock.paused():
+                with clock.paused("save"):
                     state.save(step, required=ends)
             if lacks_best_metric:
                 state.require_best_metric()
@@ -187,6 +231,91 @@ def train(
                 raise Interrupted(f"{reason}; step {step} of {schedule.total} is saved")
     state.train_step.load_ema_weights()
     return state.scores.values
+
+
+class ArrivingBatches:
+    """The micro-batches of one step, each taken from the loader when the step asks for it; iterated over once."""
+
+    def __init__(self, batches: Iterator[dict[str, Any]], count: int) -> None:
+        self._batches, self._count = batches, count
+        # What the counts of clips need of each; the clips themselves are let go when the step has used them.
+        self.read: list[dict[str, Any]] = []
+        self.text_tokens = 0
+        """Text tokens so far, padding within micro-batches included."""
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for _ in range(self._count):
+            # The loader draws random numbers too, at its start and perhaps without workers. Those of a step must not
+            # depend on it: dropout would differ in the first step of a resumed run.
+            state = torch.get_rng_state()
+            batch = next(self._batches)
+            torch.set_rng_state(state)
+            self.read.append({name: batch[name] for name in ("index", "faults")})
+            self.text_tokens += batch["tokens"].numel()
+            yield batch
+
+
+class StopDeadline:
+    """Gives up a step that is not done ``seconds`` after a request to stop, on all processes or on none.
+
+    Schedulers give a notice (Slurm's ``--signal`` 120 s here), and a step of many micro-batches may take longer. Its
+    weights change at its end only, so what was computed of it is all that is lost.
+    """
+
+    def __init__(self, dist: Distributed, seconds: float) -> None:
+        self._dist, self._seconds = dist, seconds
+        self._since: float | None = None
+        self._next_look = 0.0
+
+    def is_due(self) -> bool:
+        """Whether the time is over; no collective, and rarely more than a look at the clock."""
+        now, stop, store = time.monotonic(), self._dist.stop, self._dist.store
+        if self._since is None and stop:
+            self._since = stop.since
+            if store is not None:
+                store.set(_STOP_KEY, "1")
+        elif self._since is None and store is not None and now >= self._next_look:
+            # A signal may reach one process alone. The others would finish the step that it gives up.
+            self._next_look = now + _LOOK_SECONDS
+            self._since = now if store.check([_STOP_KEY]) else None
+        return self._since is not None and now - self._since >= self._seconds
+
+    def agree(self) -> None:
+        """Raise :class:`Interrupted` on all processes if the time is over on one of them; collective."""
+        if self._dist.sum(int(self.is_due()))[0]:
+            raise Interrupted(self._dist.stop.reason or "another process was asked to stop")
+
+
+@contextmanager
+def memory_advice(
+    cfg: Config, dist: Distributed, data: TrainingData, step: int, evaluates: bool = False
+) -> Iterator[None]:
+    """Within, running out of memory is a :class:`UserError` of one line that names the settings to change."""
+    try:
+        yield
+    except RuntimeError as error:
+        # A GPU has an exception of its own (with many lines of text), the CPU's allocator a plain one.
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        if evaluates:
+            raise UserError(
+                f"evaluation after step {step}: {dist.device} ran out of memory; lower evaluate.batch_size="
+                f"{cfg.evaluate.batch_size}"
+            ) from error
+        size, less = data.micro_batch, data.micro_batch // 2
+        if data.record is not None and less:
+            # Both the prediction and the trial were wrong; a rerun must not end the same way.
+            data.record.write(less)
+            advice = f"rerun the same command to resume with {less} at a time, or set "
+        else:
+            advice = f"set train.max_batch_per_process={less}, " if less else "set "
+        raise UserError(
+            f"step {step}: {dist.device} ran out of memory with {size} clips at a time; {advice}"
+            "model.gradient_checkpointing=true, or lower model.num_frames; other programs may also use the device"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -417,18 +546,22 @@ def _micro_batches(
     )  # fmt: skip
 
 
-def _log_window(telemetry: Telemetry, step: int, state: RunState, clock: Clock, dist: Distributed) -> None:
+def _log_window(telemetry: Telemetry, step: int, state: RunState, clock: Clock, cfg: Config, dist: Distributed) -> None:
     """Log the steps since the last time, of all processes."""
     means = state.window.means()
     # The device has been waited for, so that the lap is over when its steps are.
-    steps, seconds, waited = clock.lap()
-    forward = state.train_step.forward_seconds()
-    share = Share(host_name(), steps, seconds, waited, forward, memory_gb(dist.device), state.faults.bad)
+    lap = clock.lap()
+    parts = state.train_step.stopwatch.seconds() | lap.paused
+    share = Share(host_name(), lap.steps, lap.seconds, parts, memory_gb(dist.device), state.faults.bad)
     of_ranks, shares = zip(*dist.gather_objects((means, share)), strict=True)
     # With a local loss each process scores its own rows only.
     average = {name: sum(each[name] for each in of_ranks) / len(of_ranks) for name in means}
     require_finite(average)
-    telemetry.training(step, average | {"lr": state.train_step.lr}, shares)
+    clips = lap.steps * cfg.train.global_batch_size
+    # Of this process's texts; those of the others are padded to much the same length.
+    length = lap.text_tokens * dist.world_size / max(clips, 1)
+    speed = throughput(cfg, state.train_step.ema_or_model, dist, clips / lap.seconds, length)
+    telemetry.training(step, average | {"lr": state.train_step.lr} | speed, shares)
 
 
 def require_finite(means: dict[str, float]) -> None:

@@ -405,3 +405,12 @@ def test_a_program_ends_although_it_never_finished_its_batches(demo_world: Path,
     done = program("-c", code, str(demo_world / "val"))
     assert done.returncode == 0, done.stderr
     assert "left in the middle" in done.stdout
+
+
+@pytest.mark.parametrize(("accumulation", "given", "used"), [(1, 2, 2), (3, 2, 2), (6, 2, 3), (7, 2, 4), (6, 5, 5)])
+def test_workers_hold_the_micro_batches_of_a_whole_step(accumulation: int, given: int, used: int) -> None:
+    plan = BatchPlan(84, 42, 0)
+    loader = train_loader(
+        Numbers(), plan, start_step=0, total_steps=1, accumulation=accumulation, workers=2, prefetch=given
+    )
+    assert loader.prefetch_factor == used

@@ -23,7 +23,8 @@ HOST = "node-b"
 def shares(*own: tuple[float, float]) -> list[Share]:
     """Of processes that wait and compute so many seconds in each of ten steps."""
     return [
-        Share(f"node-{rank}", 10, 20.0, 10 * waited, 10 * forward, 1.0, 0) for rank, (waited, forward) in enumerate(own)
+        Share(f"node-{rank}", 10, 20.0, {"data": 10 * waited, "features": 10 * forward, "backward": 9.0}, 1.0, 0)
+        for rank, (waited, forward) in enumerate(own)
     ]
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +15,16 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from egohod.config import Config
+from egohod.distributed import Distributed
 from egohod.loss.config import LossConfig, build_loss
 from egohod.loss.contrastive import ContrastiveLoss
 from egohod.model.config import Geometry, ModelConfig
 from egohod.model.dual_encoder import DualEncoder, TextTower
 from egohod.model.vision import VideoTransformer
-from egohod.training.step import forward_backward
+from egohod.runtime import Interrupted
+from egohod.training.step import TrainStep, forward_backward
+from egohod.training.train import ArrivingBatches, StopDeadline
 
 BATCH, FRAMES = 8, 2
 TINY = Geometry("TINY", 32, 16, 32, 2, 2, 32, 1, 2, 16, vocab_size=100)
@@ -145,6 +152,37 @@ def test_fixed_temperature_has_no_gradient() -> None:
     assert model.logit_scale.grad is None
 
 
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_each_micro_batch_is_computed_as_soon_as_it_is_loaded_and_released_after_its_second_pass(chunks: int) -> None:
+    model, events, alive = build(), list[str](), list[weakref.ref[Tensor]]()
+
+    def load() -> Iterator[dict[str, Any]]:
+        for number, (video, tokens) in enumerate(chunked(data(), chunks)):
+            events.append(f"load {number}")
+            torch.rand(3)  # as torch's loader does when it starts
+            # A copy, as chunks are views of tensors that this function holds.
+            copy = video.clone()
+            alive.append(weakref.ref(copy))
+            yield {"video": copy, "tokens": tokens, "index": [number], "faults": []}
+
+    def forward(batch: dict[str, Any]) -> dict[str, Tensor]:
+        events.append(f"forward {batch['index'][0]}")
+        if torch.is_grad_enabled() and chunks > 1:
+            # Those before it are gone, as the loader has the next step's in memory by now.
+            assert [each() is not None for each in alive].count(True) == chunks - batch["index"][0]
+        return model(batch["video"], batch["tokens"])
+
+    arriving, state = ArrivingBatches(load(), chunks), torch.get_rng_state()
+    forward_backward(forward, model, arriving, ContrastiveLoss(), enter=events.append)
+    features = [event for i in range(chunks) for event in ("data", f"load {i}", "features", f"forward {i}")]
+    again = [event for i in range(chunks) for event in ("forward", f"forward {i}", "backward")]
+    expected = [*features, "loss", "backward"] if chunks == 1 else [*features, "data", "loss", *again]
+    assert events == expected
+    assert [each["index"] for each in arriving.read] == [[number] for number in range(chunks)]
+    assert arriving.text_tokens == BATCH * 8
+    assert torch.equal(torch.get_rng_state(), state), "loading must not change the random numbers of the step"
+
+
 CASES = {
     "whole, local": (1, LossConfig()),
     "chunks, local": (2, LossConfig()),
@@ -163,6 +201,40 @@ def in_two_processes(rank: int, folder: Path) -> None:
         loss_fn = build_loss(config, rank=rank, world_size=2)
         result = forward_backward(lambda batch, model=model: model(*batch), model, chunked(share, chunks), loss_fn)
         torch.save({"gradients": gradients(model), **result}, folder / f"{case}-{rank}.pt")
+
+    here = Distributed(rank, 2, torch.device("cpu"), "gloo", store=dist.FileStore(str(folder / "store"), 2))
+    video, tokens = ((share[0] * 50).clamp(0, 255).to(torch.uint8), share[1])
+    batches = [{"video": part, "tokens": text} for part, text in chunked((video, tokens), 2)]
+    for dtype in ("fp32", "bf16"):
+        cfg = Config(loss=LossConfig(learn_temperature=True))
+        cfg.train.precision, cfg.train.gradient_dtype = "fp32", dtype
+        model = build()
+        step = TrainStep(model, cfg, here, total_steps=2, steps_per_epoch=2)
+        scalars = step(1, batches)
+        torch.save({"gradients": gradients(model), **scalars}, folder / f"{dtype}-{rank}.pt")
+
+    # A step of eighty passes of 25 ms, of which one process alone is asked to stop after the fourth.
+    before, began = {name: value.clone() for name, value in model.state_dict().items()}, time.monotonic()
+    passes = 0
+    inner = step._forward
+
+    def forward(batch: dict[str, Any]) -> dict[str, Tensor]:
+        nonlocal passes
+        passes += 1
+        if rank == 1 and passes == 4:
+            here.stop.request("SIGTERM received")
+        time.sleep(0.025)
+        return inner(batch)
+
+    step._forward = forward  # type: ignore[method-assign]
+    try:
+        step(2, batches * 40, StopDeadline(here, 0.1))
+        reason = ""
+    except Interrupted as interruption:
+        reason = str(interruption)
+    same = all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    torch.save({"reason": reason, "passes": passes, "same": same}, folder / f"stopped-{rank}.pt")
+    assert time.monotonic() - began < 60
     dist.destroy_process_group()
 
 
@@ -184,3 +256,30 @@ def test_two_processes_give_loss_and_gradients_of_one(two_processes: Path, case:
         torch.testing.assert_close(mean, expected[name].detach(), atol=1e-5, rtol=0)
     for result in results:
         assert_equal(result["gradients"], expected_gradients)
+
+
+def test_gradients_exchanged_in_bf16_are_rounded_and_nothing_else(two_processes: Path) -> None:
+    exact, rounded = (torch.load(two_processes / f"{dtype}-0.pt", weights_only=True) for dtype in ("fp32", "bf16"))
+    for name in ("loss", "accuracy"):
+        assert torch.equal(exact[name], rounded[name]), name
+    differs = False
+    for name, gradient in exact["gradients"].items():
+        # Rounded once before the sum and once by it; relative to the largest, as small ones may be sums of large ones.
+        error = (rounded["gradients"][name] - gradient).abs().max()
+        assert error <= gradient.abs().max() * 2 / 256, name
+        differs |= bool(error > 0)
+    assert differs
+    for dtype in ("fp32", "bf16"):
+        other = torch.load(two_processes / f"{dtype}-1.pt", weights_only=True)
+        mine = torch.load(two_processes / f"{dtype}-0.pt", weights_only=True)
+        for name, gradient in mine["gradients"].items():
+            assert torch.equal(gradient, other["gradients"][name]), name
+
+
+def test_a_signal_to_one_process_ends_a_long_step_of_all(two_processes: Path) -> None:
+    results = [torch.load(two_processes / f"stopped-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert [each["reason"] for each in results] == ["another process was asked to stop", "SIGTERM received"]
+    assert all(each["same"] for each in results), "the step that was given up changed weights"
+    # Of 160: the one that was asked after 0.1 s, the other one when it has looked and waited as long.
+    assert results[1]["passes"] < 30
+    assert results[0]["passes"] < 79

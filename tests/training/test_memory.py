@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from egohod.config import load
+from egohod.config import Config, load
+from egohod.distributed import Distributed
+from egohod.errors import UserError
 from egohod.model.config import ModelConfig
 from egohod.model.cost import Memory, predict, saved_bytes
 from egohod.model.dual_encoder import EgoVideo, create_model
-from egohod.training.build import split_batch
-from tests.support import ROOT
+from egohod.training import build
+from egohod.training.build import largest_batch, micro_batches, split_batch, step_peak, trained_bytes, try_batch
+from egohod.training.train import MicroBatchRecord, TrainingData, memory_advice
+from tests.ranks import pair
+from tests.support import ROOT, Command
 
 PRESETS = sorted((ROOT / "configs" / "presets").glob("*.yml"))
 
@@ -102,3 +109,151 @@ def test_presets_fit_the_memory_that_they_name(path: Path, monkeypatch: pytest.M
 
 def test_three_presets() -> None:
     assert [path.stem for path in PRESETS] == ["1x24gb", "4x24gb", "8x80gb"]
+
+
+HERE = Distributed(0, 1, torch.device("cpu"), None)
+
+
+def demo(**train: Any) -> Config:
+    cfg = Config()
+    cfg.model.name, cfg.model.num_frames = "DEMO", 2
+    for name, value in {"global_batch_size": 48, "precision": "fp32", **train}.items():
+        setattr(cfg.train, name, value)
+    return cfg
+
+
+def fails_above(largest: int, tried: list[int]) -> Any:
+    """In place of a GPU that holds ``largest`` clips."""
+
+    def attempt(model: Any, cfg: Config, dist: Distributed, clips: int, passes: int) -> int:
+        tried.append(clips)
+        assert clips * passes * dist.world_size == cfg.train.global_batch_size
+        if clips > largest:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore text.")
+        return clips * 1_000_000_000
+
+    return attempt
+
+
+def test_a_predicted_micro_batch_that_does_not_fit_is_halved(caplog: pytest.LogCaptureFixture) -> None:
+    cfg, tried = demo(), list[int]()
+    model = create_model(cfg.model)
+    assert try_batch(cfg, HERE, model, 40, fails_above(7, tried)) == (6, 6_000_000_000)
+    # Divisors of the batch, as they would be used.
+    assert tried == [24, 12, 6]
+    assert "24 clips at a time do not fit: CUDA out of memory. Tried to allocate 2.00 GiB." in caplog.text
+    with pytest.raises(UserError, match=r"one clip at a time does not fit .* model.gradient_checkpointing=true"):
+        try_batch(cfg, HERE, model, 2, fails_above(0, tried))
+
+
+def test_a_failure_on_another_process_counts() -> None:
+    cfg, tried = demo(), list[int]()
+    other = pair((0, "CUDA out of memory"))
+    with pytest.raises(UserError, match="one clip"):
+        try_batch(cfg, other, create_model(cfg.model), 2, fails_above(48, tried))
+    assert tried == [2, 1]
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_a_trial_leaves_the_model_and_the_random_numbers_as_they_were(passes: int) -> None:
+    cfg = demo(ema=0.9)
+    cfg.model.patch_dropout = 0.5
+    model = create_model(cfg.model)
+    before, state = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
+    assert step_peak(model, cfg, HERE, 2, passes) == 0  # a CPU is not measured
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_gradients_outside_of_buckets_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several processes that accumulate have them twice; without accumulation they are the buckets."""
+    model = create_model(demo().model)
+    amounts = list[float]()
+
+    class Fits(Memory):
+        def fits(self, memory: float) -> int:
+            amounts.append(memory)
+            return 8
+
+    monkeypatch.setattr(build, "predict_memory", lambda *_: Fits(0, 1, 0))
+    for dist, batch, more in ((HERE, 64, False), (pair(8), 16, False), (pair(8), 64, True)):
+        amounts.clear()
+        assert largest_batch(demo(global_batch_size=batch), dist, model) == 8
+        assert len(amounts) == 1 + more
+        if more:
+            assert amounts[0] - amounts[1] == pytest.approx(trained_bytes(model) / 0.8)
+
+
+def test_the_micro_batch_is_remembered_for_the_same_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = demo(output=str(tmp_path), global_batch_size=64)
+    model, sizes = create_model(cfg.model), iter([20, 40])
+    monkeypatch.setattr(build, "largest_batch", lambda *_: next(sizes))
+
+    def split() -> tuple[int, int]:
+        return micro_batches(cfg, HERE, model, build.micro_batch_record(cfg, HERE))
+
+    assert split() == (16, 4)
+    assert json.loads((tmp_path / "micro_batch.json").read_text())["micro_batch"] == 20
+    assert split() == (16, 4)  # without another prediction
+    cfg.model.num_frames = 1
+    assert split() == (32, 2)
+    (tmp_path / "micro_batch.json").write_text("{}")
+    with pytest.raises(StopIteration):
+        split()
+    cfg.train.max_batch_per_process = 4
+    assert build.micro_batch_record(cfg, HERE) is None
+    assert micro_batches(cfg, HERE, model) == (4, 16)
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_running_out_of_memory_is_one_line_that_names_the_settings(tmp_path: Path, chosen: bool) -> None:
+    record = None if chosen else MicroBatchRecord(tmp_path / "micro_batch.json", {"device": "x"})
+    data = TrainingData(None, None, 16, 4, record)  # type: ignore[arg-type]
+    with pytest.raises(UserError) as failure, memory_advice(demo(), HERE, data, 7):
+        # More than any address space has: the allocator's own error.
+        torch.empty(1 << 60)
+    text = str(failure.value)
+    assert "\n" not in text
+    assert "step 7: cpu ran out of memory with 16 clips at a time" in text
+    assert "model.gradient_checkpointing=true" in text
+    if record is None:
+        assert "train.max_batch_per_process=8" in text
+    else:
+        assert "rerun the same command to resume with 8 at a time" in text
+        assert record.read() == 8
+    with (
+        pytest.raises(UserError, match=r"evaluation after step 7: .* lower evaluate.batch_size=32"),
+        memory_advice(demo(), HERE, data, 7, evaluates=True),
+    ):
+        torch.empty(1 << 60)
+    with pytest.raises(RuntimeError, match="another"), memory_advice(demo(), HERE, data, 7):
+        raise RuntimeError("another error")
+
+
+def test_a_run_that_ran_out_of_memory_continues_with_half(
+    tiny_config: Path, tmp_path: Path, inside: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from egohod.training.step import TrainStep
+
+    command = ["main_pretrain.py", "--config_file", tiny_config, "train.max_batch_per_process=null"]
+    command += ["train.duration=3 steps", "train.save_every=1 steps"]
+    step = TrainStep.__call__
+
+    def fail(self: TrainStep, number: int, *arguments: Any) -> Any:
+        if number == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return step(self, number, *arguments)
+
+    monkeypatch.setattr(TrainStep, "__call__", fail)
+    failed = inside(*command)
+    assert failed.returncode == 2, failed.stderr
+    assert [line for line in failed.stderr.splitlines() if line.startswith("error")] == [
+        "error: step 2: cpu ran out of memory with 8 clips at a time; rerun the same command to resume with 4 at a "
+        "time, or set model.gradient_checkpointing=true, or lower model.num_frames; other programs may also use the "
+        "device"
+    ]
+    monkeypatch.setattr(TrainStep, "__call__", step)
+    resumed = inside(*command)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "global batch 8 = 1 x 4 x 2 accumulated" in resumed.stderr

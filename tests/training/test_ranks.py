@@ -159,6 +159,22 @@ def test_a_signal_during_set_up_ends_all_in_peace(ranks) -> None:  # type: ignor
     assert "Traceback" not in run.log(0) + run.log(1)
 
 
+def test_a_signal_to_one_rank_within_a_step_of_many_micro_batches(ranks, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Given up by both at once, whichever of them is further; the step before is saved, and the run continues."""
+    settings = ["train.global_batch_size=16", "train.max_batch_per_process=1"]
+    assert ranks(2, *settings, "train.duration=6 steps", run="straight").wait() == [0, 0]
+    run = ranks(2, *settings, "train.duration=6 steps", "train.stop_seconds=0")
+    run.wait_for("step 2/")
+    run.send(signal.SIGTERM, 1)
+    assert run.wait() == [0, 0], run.log(0) + run.log(1)
+    assert re.search(r"step [2-5] of 6 is saved", run.log(0)), run.log(0)
+    assert "Traceback" not in run.log(0) + run.log(1)
+    again = ranks(2, *settings, "train.duration=6 steps")
+    assert again.wait() == [0, 0]
+    assert "resuming" in again.log(0)
+    assert losses(tmp_path / "straight") == losses(tmp_path / "run")
+
+
 def test_a_signal_during_an_evaluation_costs_nothing(ranks, demo_world: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     settings = [*evaluating(demo_world), "train.duration=4 steps"]
     assert ranks(2, *settings, run="straight").wait() == [0, 0]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from egohod.training.checkpoint import CheckpointStore, read
+from egohod.training.step import TrainStep
 from tests.support import ROOT, Command, environment, losses, newest
 
 
@@ -100,6 +103,40 @@ def test_a_signal_saves_and_leaves_in_peace(tiny_config: Path, tmp_path: Path, n
     assert number.name in output
     last = newest(tmp_path / "run")
     assert last.step == losses(tmp_path / "run")[-1][0]
+
+
+@pytest.mark.parametrize("interrupted", [2, 6], ids=["first pass", "second pass"])
+def test_a_signal_in_a_long_step_saves_the_step_before(
+    tiny_config: Path, tmp_path: Path, inside: Command, monkeypatch: pytest.MonkeyPatch, interrupted: int
+) -> None:
+    """Four micro-batches a step, each computed twice; the signal comes within the third step."""
+    command = ["main_pretrain.py", "--config_file", tiny_config, "train.max_batch_per_process=2"]
+    command += ["train.duration=4 steps", "model.num_frames=2"]
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert inside(*command, f"train.output={straight}").returncode == 0
+
+    forward, calls = TrainStep._forward, 0
+
+    def interrupt(self: TrainStep, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        nonlocal calls
+        calls += 1
+        if calls == 2 * 8 + interrupted:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return forward(self, batch)
+
+    monkeypatch.setattr(TrainStep, "_forward", interrupt)
+    stopped = inside(*command, f"train.output={broken}", "train.stop_seconds=0")
+    assert stopped.returncode == 0, stopped.stderr
+    assert "SIGUSR1 received; step 2 of 4 is saved" in stopped.stderr
+    assert calls == 2 * 8 + interrupted
+    assert newest(broken).step == 2
+    assert inside(*command, f"train.output={broken}").returncode == 0
+    one, other = newest(straight), newest(broken)
+    assert_same(one.weights, other.weights)
+    assert_same(one.training["optimizer"], other.training["optimizer"])
+    # Clips of the step that was given up count once.
+    assert_same(one.training["ledgers"], other.training["ledgers"])
+    assert losses(straight) == losses(broken)
 
 
 @pytest.mark.ci

@@ -45,8 +45,8 @@ def test_training_continues_while_a_checkpoint_of_its_step_is_written(
     done, writing, late = [0], list[int](), list[int]()
     train_step, save = TrainStep.__call__, CheckpointStore.save
 
-    def counted(self: TrainStep, step: int, batches: list[dict[str, Any]]) -> Any:
-        result = train_step(self, step, batches)
+    def counted(self: TrainStep, step: int, *arguments: Any) -> Any:
+        result = train_step(self, step, *arguments)
         done[0] = step
         return result
 
@@ -85,11 +85,11 @@ def test_a_failure_in_the_background_is_reported_at_the_next_step(
             raise CheckpointError("step 2: not saved: the disk is full")
         return save(self, step, *state, **more)
 
-    def step_after_failure(self: TrainStep, step: int, batches: list[dict[str, Any]]) -> Any:
+    def step_after_failure(self: TrainStep, step: int, *arguments: Any) -> Any:
         if step == 3:
             failed.wait()
             time.sleep(0.1)
-        return train_step(self, step, batches)
+        return train_step(self, step, *arguments)
 
     train_step = TrainStep.__call__
     monkeypatch.setattr(CheckpointStore, "save", refuse)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +19,9 @@ from egohod.errors import UserError
 from egohod.loss.config import LossConfig
 from egohod.model.config import geometry
 from egohod.model.dual_encoder import DualEncoder, create_model
+from egohod.runtime import Interrupted
 from egohod.training.build import split_batch
-from egohod.training.step import DeviceCopies, TrainStep, learning_rates
+from egohod.training.step import DeviceCopies, Stopwatch, TrainStep, learning_rates
 from egohod.training.telemetry import MetricWindow
 from tests.support import ROOT
 
@@ -444,3 +446,94 @@ def test_clips_to_be_mixed_are_held_in_pairs_where_that_is_possible() -> None:
 def test_a_batch_that_processes_cannot_share_is_refused() -> None:
     with pytest.raises(UserError, match="the nearest sizes are 63 and 66"):
         split_batch(64, 3, 64)
+
+
+class DueAfter:
+    """Wants to give a step up at the given question, and notes that it could."""
+
+    def __init__(self, questions: int) -> None:
+        self._left = questions
+
+    def is_due(self) -> bool:
+        self._left -= 1
+        return self._left < 0
+
+    def agree(self) -> None:
+        if self._left < 0:
+            raise Interrupted("SIGUSR1 received")
+
+
+@pytest.mark.parametrize("questions", [0, 2, 4])
+def test_a_step_that_is_given_up_leaves_no_trace(questions: int) -> None:
+    """In the first pass, and in the second one after gradients of some micro-batches."""
+    chunks = [batch(2, seed) for seed in range(4)]
+    states = []
+    for interrupted in (False, True):
+        _, step = build(config(ema=0.9))
+        step(1, chunks)
+        if interrupted:
+            with pytest.raises(Interrupted, match="SIGUSR1"):
+                step(2, chunks, DueAfter(questions))
+        metrics = step(2, chunks)
+        states.append((step.state_dict(), metrics))
+    (weights, training), metrics = states[0]
+    (others, other_training), other_metrics = states[1]
+    for name, value in weights.items():
+        assert torch.equal(value, others[name]), name
+    assert str(training["optimizer"]) == str(other_training["optimizer"])
+    assert all(torch.equal(value, other_metrics[name]) for name, value in metrics.items())
+
+
+def test_a_step_of_one_micro_batch_is_never_given_up() -> None:
+    _, step = build(config())
+    assert step(1, [batch()], DueAfter(0))["skipped"] == 0
+
+
+def test_the_parts_of_a_step_are_timed() -> None:
+    _, step = build(config())
+    step(1, [batch()])
+    assert step.stopwatch.seconds().keys() == {"data", "features", "loss", "backward", "optimizer"}
+    begin = time.perf_counter()
+    step(2, [batch(), batch()])
+    passed, parts = time.perf_counter() - begin, step.stopwatch.seconds()
+    assert parts.keys() == {"data", "features", "loss", "forward", "backward", "optimizer"}
+    assert 0.5 * passed < sum(parts.values()) <= passed
+    assert step.stopwatch.seconds() == {}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_parts_of_many_steps_are_added_up_without_waiting(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events are imitated: each is recorded 2 ms after the one before, and nobody may wait before the sums are read."""
+    waits, now = [], 0.0
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            nonlocal now
+            now += 2
+            self.time = now
+
+        def query(self) -> bool:
+            return True
+
+        def synchronize(self) -> None:
+            waits.append(self.time)
+
+        def elapsed_time(self, other: Event) -> float:
+            return other.time - self.time
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    watch = Stopwatch(torch.device(device))
+    for _ in range(5000):
+        for part in ("data", "features", ""):
+            watch.enter(part)
+    assert len(watch._marks) < 10_000
+    assert not waits
+    sums = watch.seconds()
+    assert sums.keys() == {"data", "features"}
+    if device == "cuda":
+        assert waits == [30_000]
+        assert sums == pytest.approx({"data": 10.0, "features": 10.0})
+    assert watch.seconds() == {}

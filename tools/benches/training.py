@@ -1,4 +1,5 @@
-"""Benchmarks of a training step: ``step``, ``slowfast`` and ``memory`` of ``tools/bench.py``; and how all measure.
+"""Benchmarks of a training step, ``step``, ``slowfast``, ``accumulation`` and ``memory`` of ``tools/bench.py``; and how
+all measure.
 
 ``step``: forward, loss and backward of both towers on random clips. Operations are counted as they happen (PyTorch's
 FlopCounterMode, attention included) in the plain form: all tokens pass every block, 77 text tokens. The fraction of
@@ -11,6 +12,10 @@ every frozen product backward. Operations and bytes saved for the backward pass 
 are the same on every machine; seconds are the best of alternating rounds, by the clock and, without a GPU, of
 processor time, which other work on the machine changes less.
 
+``accumulation``: the real loader and the real step of cached features around a model and a decoder that sleep, so that
+waiting is all that is measured and any machine gives the same. A forward pass sleeps once, a backward pass twice as
+long, and the workers together decode exactly as fast as the step computes: the ideal step is that of batches in memory.
+
 ``memory``: frames, checkpointing and batch against peak memory. Without a GPU the peak is predicted: weights,
 gradients and AdamW's moments, plus what autograd saves per clip, counted on fake tensors. On a GPU a step of the
 smallest batch of each row is run as well, and the measured peak is printed beside the prediction.
@@ -21,11 +26,14 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -36,6 +44,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from egohod.config import Config
+from egohod.data.loader import BatchPlan, ClipLoader, train_loader
 from egohod.distributed import pick_device, pick_precision, setup
 from egohod.loss.contrastive import ContrastiveLoss
 from egohod.model import vision
@@ -45,7 +54,8 @@ from egohod.model.dual_encoder import DualEncoder, create_model
 from egohod.model.vision import VideoTransformer
 from egohod.training.build import split_batch
 from egohod.training.config import TrainConfig
-from egohod.training.step import TrainStep
+from egohod.training.step import TrainStep, forward_backward
+from egohod.training.train import ArrivingBatches
 
 # Side and number of the matrix products of a round: large enough to be bound by arithmetic, less than a second in all.
 MATMUL_SIZE, MATMULS_PER_ROUND = {"cpu": 2048, "cuda": 8192}, {"cpu": 4, "cuda": 50}
@@ -340,6 +350,100 @@ def _time_slowfast(options: argparse.Namespace) -> dict[str, tuple[float, float]
     if device.type == "cpu":
         pairs["step_cpu_seconds"] = (min(run.cpu for run in ours), min(run.cpu for run in twin))
     return pairs
+
+
+# --------------------------------------------------------------------------------------------------
+# accumulation
+# --------------------------------------------------------------------------------------------------
+
+
+def accumulation_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--passes", type=int, nargs="+", default=[32, 64], help="micro-batches of a step (default: 32 64)")
+    add("--forward_ms", type=float, default=20.0, help="time of a forward pass of one micro-batch (default: 20)")
+    add("--workers", type=int, default=8, help="loader processes (default: 8)")
+    add("--steps", type=int, default=3, help="timed steps, after one to warm up (default: 3)")
+
+
+def accumulation(options: argparse.Namespace) -> dict[str, Any]:
+    """Step of cached features with decoding as fast as computing, over the step with all clips in memory."""
+    result: dict[str, Any] = {"workers": options.workers, "forward_ms": options.forward_ms}
+    for passes in options.passes:
+        clips = SleepingClips(0.0)
+        sample = [clips[(0, index)] for index in range(passes)]
+        ideal = min(_sleeping_steps(iter(sample * (options.steps + 1)), passes, options, whole=True))
+        # Processes and pipes take time too, more on a busy machine: what is left for the sleep is measured.
+        clips = SleepingClips(options.workers * ideal / passes)
+        batches = iter(_sleeping_loader(clips, passes, options, passes))
+        # The first step has the start of the workers in it.
+        drained = [timed(partial(list, islice(batches, passes))).seconds for _ in range(3)][-1]
+        clips = SleepingClips(options.workers * (2 * ideal - drained) / passes)
+        result[f"{passes}_ideal_seconds"] = ideal
+        # A loader that knows of no accumulation, as it was before, and one that does.
+        for name, accumulation in (("whole_batch_first", 1), ("as_they_arrive", passes)):
+            batches = iter(_sleeping_loader(clips, passes, options, accumulation))
+            seconds = _sleeping_steps(batches, passes, options, whole=accumulation == 1)
+            # Not the best one: a step after one that was held up finds all its clips ready.
+            result[f"{passes}_{name}_over_ideal"] = statistics.median(seconds[1:]) / ideal
+    return result
+
+
+def _sleeping_loader(clips: SleepingClips, passes: int, options: argparse.Namespace, accumulation: int) -> ClipLoader:
+    """Micro-batches of one clip for all steps, one to warm up included."""
+    steps = (options.steps + 1) * passes // accumulation
+    plan = BatchPlan(len(clips), accumulation, 0)
+    return train_loader(
+        clips, plan, start_step=0, total_steps=steps, workers=options.workers, accumulation=accumulation
+    )
+
+
+class SleepingClips:
+    """A dataset of small clips, each of which takes ``seconds`` to read."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def __len__(self) -> int:
+        return 1 << 14
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        time.sleep(self._seconds)
+        # CLIP's tokens, as collate trims texts at their end.
+        tokens = torch.tensor([START_OF_TEXT, END_OF_TEXT])
+        return {"video": torch.zeros(3, 1, 8, 8, dtype=torch.uint8), "tokens": tokens, "index": key[1], "fault": ""}
+
+
+class _Sleep(torch.autograd.Function):
+    """The identity, whose backward pass takes ``seconds``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seconds: float) -> Tensor:
+        ctx.seconds = seconds
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        time.sleep(ctx.seconds)
+        return gradients[0], None
+
+
+def _sleeping_steps(
+    batches: Iterator[dict[str, Any]], passes: int, options: argparse.Namespace, whole: bool
+) -> list[float]:
+    """Seconds of each step, with ``whole`` only when its batch is complete."""
+    model, forward_seconds = torch.nn.Linear(4, 4), options.forward_ms / 1000
+
+    def forward(_: dict[str, Any]) -> dict[str, Tensor]:
+        time.sleep(forward_seconds)
+        features = _Sleep.apply(model(torch.eye(4)), 2 * forward_seconds)
+        return {"video_features": features, "text_features": features, "logit_scale": torch.ones(())}
+
+    def step() -> None:
+        arriving = ArrivingBatches(batches, passes)
+        ready = list(islice(batches, passes)) if whole else arriving
+        forward_backward(forward, model, ready, ContrastiveLoss())
+
+    return [timed(step).seconds for _ in range(options.steps + 1)]
 
 
 # --------------------------------------------------------------------------------------------------
