@@ -222,11 +222,11 @@ def test_torchrun_goes_on_from_the_last_checkpoint(tiny_config: Path, tmp_path: 
         "from egohod import cli\n"
         "from egohod.training.step import TrainStep\n"
         "inner, mark = TrainStep.__call__, pathlib.Path(sys.argv.pop(1))\n"
-        "def step(self, number, batches):\n"
+        "def step(self, number, *arguments):\n"
         "    if number == 5 and os.environ['RANK'] == '1' and not mark.exists():\n"
         "        mark.touch()\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return inner(self, number, batches)\n"
+        "    return inner(self, number, *arguments)\n"
         "TrainStep.__call__ = step\n"
         "sys.exit(cli.run(main_pretrain.main))\n"
     )
