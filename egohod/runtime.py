@@ -13,6 +13,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import logging
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -240,6 +241,18 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # Linux; macOS has no such call
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def core_quota(file: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:
+    """Cores' worth of time that this process's container may use (``docker run --cpus``), infinite without a limit.
+
+    All its processes share it, and unlike their affinity it does not show in the number of cores.
+    """
+    with suppress(OSError, ValueError, ZeroDivisionError):
+        quota, period = file.read_text().split()
+        if quota != "max":
+            return int(quota) / int(period)
+    return math.inf
 
 
 class Lost(NamedTuple):

@@ -39,7 +39,7 @@ from egohod.data.formats import read_clips
 from egohod.data.formats.custom import rows_of_csv
 from egohod.data.formats.ek100 import cached_matrix, csv_relevancy, read_relevancy, save_matrix
 from egohod.data.labels import ClassLabels, RelevantTexts, class_space
-from egohod.data.storage import LocalCache
+from egohod.data.storage import LocalCache, ShardIndex, one_clip, open_root
 from egohod.data.table import ClipReader, choose_text
 from egohod.demo import write as demo
 from egohod.distributed import Distributed
@@ -467,6 +467,20 @@ def _read_chunks(folder: Path) -> None:
         output.is_done(video)
 
 
+def _seed_shards_of_chunks(folder: Path) -> None:
+    (folder / "shard-00000.tar").write_bytes(bytes(range(256)) * 8)
+    places = [("a/0000.mp4", 512, 300), ("a/0001.mp4", 1024, 200), ("b c/0000.mp4", 1536, 512)]
+    ShardIndex.write(folder, [(name, "shard-00000.tar", offset, size) for name, offset, size in places])
+
+
+def _read_shards_of_chunks(folder: Path) -> None:
+    root = open_root(folder / "shards.parquet")
+    root.names("a")
+    for name in (*root.names("")[:3], "a/0000.mp4", "b c/0000.mp4"):
+        with contextlib.suppress(FileNotFoundError), one_clip(root.name_of(name)):
+            root.open(name).read(1 << 20)  # type: ignore[union-attr]
+
+
 def _seed_cache(folder: Path) -> None:
     LocalCache(folder, 1.0).put("v.mp4", b"content")
 
@@ -809,6 +823,7 @@ TARGETS: dict[str, Target] = {
         *(Target(f"video_{name}", _seed_videos, _videos(name)) for name in ("pyav", "torchcodec", "decord")),
         Target("video_chunker", _seed_videos, _chunk),
         Target("chunk_folder", _seed_chunks, _read_chunks, only="**/*.*"),
+        Target("chunk_shards", _seed_shards_of_chunks, _read_shards_of_chunks),
         Target("cache_of_files", _seed_cache, _read_cache),
         Target("verify_notes", _seed_verify, _read_verify, only="mine_progress.jsonl"),
         Target("boxes_parquet", _seed_parquet, _read_parquet),

@@ -132,6 +132,15 @@ def test_numbers_and_switches_are_read_tolerantly(written: str, value: int, tmp_
         assert (data.strict, data.pin_memory) == (True, False)
 
 
+@pytest.mark.parametrize("written", ["auto", "null"])
+def test_the_machine_may_choose_the_number_of_workers(
+    written: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert load(write(tmp_path, f"data: {{workers: {written}}}")).data.workers is None
+    assert load(write(tmp_path, "data: {workers: 3}"), [f"data.workers={written}"]).data.workers is None
+    assert not caplog.records
+
+
 def test_yaml_features_that_stay(tmp_path: Path) -> None:
     text = "train: &a {lr: 1e-3, seed: 1}\nmodel: {fast: {slow_frames: 2}}\n"
     assert load(write(tmp_path, "\ufeff" + text)).train.seed == 1

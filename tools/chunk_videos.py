@@ -2,6 +2,7 @@
 
     python tools/chunk_videos.py my/recordings my/chunks --dry_run     # estimate the time and the size
     python tools/chunk_videos.py my/recordings my/chunks               # rerun to resume after an interruption
+    python tools/chunk_videos.py my/recordings my/shards --tar         # a few tar files: root=my/shards/shards.parquet
 
 my/recordings/day 1/GX010042.MP4 becomes my/chunks/day 1/GX010042/0000.mp4, 0001.mp4, ... and its video id in a csv is
 "day 1/GX010042". Every container and codec that FFmpeg reads is supported. A video's folder appears only when it is
@@ -83,6 +84,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         add(f"--{name}", type=float if default is None else type(default), default=default, choices=choices, help=text)
     fast = "let the encoder use CABAC and deblocking: a tenth smaller, but decoding takes 1.6 times as long"
     add("--no_fastdecode", action="store_true", help=fast)
+    tar = "pack the chunks into tar files of 1 GB and an index, OUTPUT/shards.parquet, which is the root to train from"
+    add("--tar", action="store_true", help=tar)
     add = parser.add_argument_group("the run").add_argument
     add("--workers", type=int, help="processes (default: one per available core)")
     add("--strict", action="store_true", help="stop at the first file that cannot be read")
@@ -129,7 +132,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     log_to_stdout()
     # As on Ctrl-C: the workers end and incomplete videos are removed, also when a scheduler ends the job.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    settings = ChunkSettings(**{name: getattr(args, name) for name in SETTINGS}, fastdecode=not args.no_fastdecode)
+    settings = ChunkSettings(
+        **{name: getattr(args, name) for name in SETTINGS}, fastdecode=not args.no_fastdecode, tar=args.tar
+    )
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers is {args.workers}, but must be at least 1")
     output = Output(args.output, settings, args.input)

@@ -96,6 +96,7 @@ def _dataset(args: argparse.Namespace, cfg: Config) -> ClipDataset:
         decoder=cfg.data.decoder,
         cache=open_cache(cfg.data.cache, cfg.data.cache_gb),
         frame_cache=cfg.data.frame_cache,
+        read_ahead=cfg.data.read_ahead,
     )
     missing = dataset.missing()
     # Many clips of one video have one fault.

@@ -40,6 +40,9 @@ FOLDER = "submitted"
 # A copy: a task unpickles Training before this project can be imported, so that it must not refer to egohod.
 UNFINISHED = cli.UNFINISHED
 UNITS = {"m": 1, "h": 60, "d": 24 * 60}
+# What feeds a GPU from original videos with ViT-B/16 (docs/scaling.md), and upstream's number.
+GPU_WORKERS = 8
+FEWEST_CORES = 4
 # squeue loads the scheduler, which clusters ask users to spare.
 STATUS_SECONDS = 10
 
@@ -123,7 +126,11 @@ def main(arguments: Sequence[str]) -> int:
     if not args.config:
         raise UserError("which configuration? python tools/submit.py --help shows examples")
     # Loaded here only to find mistakes before a job waits in the queue for hours; and for its output folder.
-    run = Path(config.load(args.config, args.overrides).train.output).resolve()
+    cfg = config.load(args.config, args.overrides)
+    run = Path(cfg.train.output).resolve()
+    # The decoding processes of the loader and the training process itself. Automatic ones take what the job gets.
+    workers = cfg.data.workers if cfg.data.workers is not None else GPU_WORKERS if args.gpus else 0
+    args.cpus = args.cpus or max(FEWEST_CORES, workers + 1)
     # Absolute: a job may start in another folder.
     command = [sys.executable, str(ROOT / PROGRAMS[args.program]), "--config_file", str(Path(args.config).resolve())]
     command += [*args.overrides, f"train.output={run}"]
@@ -260,7 +267,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--nodes", type=int, default=1, metavar="N", help="machines (default: 1)")
     add("--gpus", type=int, default=0, metavar="N", help="GPUs of each machine (default: none)")
     add("--processes", type=int, metavar="N", help="processes on each machine (default: one per GPU)")
-    add("--cpus", type=int, default=4, metavar="N", help="processor cores of each process (default: 4)")
+    cores = (
+        "processor cores of each process (default: data.workers + 1, for automatic workers 9 with a GPU; at least 4)"
+    )
+    add("--cpus", type=int, metavar="N", help=cores)
     add("--mem", type=float, metavar="GB", help="memory of each machine (default: the cluster's)")
     add("--time", default="4h", metavar="4h", help="time limit, then it is requeued: 90m, 4h, 2d (default: 4h)")
     add("--partition", metavar="NAME", help="Slurm partition")

@@ -11,6 +11,12 @@ A folder of camera files becomes a folder of chunks, over several processes:
     out/.chunk_videos/done.jsonl         a line for each video: its source's size, what was made of it
     out/.chunk_videos/parts/             videos in progress, removed at the end
 
+With ``tar`` the chunks are members of a few large files instead, for storage that is slow at millions of small ones:
+
+    out/shard-00000.tar, ...             chunks of complete videos, under the same names
+    out/shards.parquet                   where each chunk is (egohod.data.storage.ShardIndex): the root to train from
+    out/.chunk_videos/done.jsonl         beside the above, the place of every chunk, from which a run resumes
+
 A video id is the file's path below the input folder without its ending. Long videos are cut in several ranges at once,
 so that one of them keeps all processes busy.
 """
@@ -27,6 +33,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import tarfile
 import tempfile
 import time
 from collections import defaultdict
@@ -56,7 +63,7 @@ from egohod.data.decoders import (
     video_stream,
 )
 from egohod.data.formats.base import read_lines
-from egohod.data.storage import VideoError, one_clip
+from egohod.data.storage import ShardIndex, VideoError, one_clip
 from egohod.errors import UserError
 from egohod.runtime import Lost, Progress, Workers, locked, write_text
 
@@ -80,14 +87,16 @@ _OWN_FOLDER = ".chunk_videos"
 # Work is handed out in ranges of about this length: short enough to share out, long enough that seeking is free.
 _RANGE_SECONDS = 300.0
 _SAMPLES, _SAMPLE_SECONDS = 6, 4.0
+# A shard that has reached this size gets no further video.
+_SHARD_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class ChunkSettings:
-    """How chunks are cut and encoded. Raises :class:`UserError` for values out of range.
+    """How chunks are cut, encoded and stored. Raises :class:`UserError` for values out of range.
 
     ``fps`` None keeps the source's timing; ``fastdecode`` leaves out what costs time at decoding (CABAC, deblocking,
-    weighted prediction). The reasons for the defaults are in docs/data.md.
+    weighted prediction); ``tar`` packs the chunks into shards. The reasons for the defaults are in docs/data.md.
     """
 
     seconds: float = 15.0
@@ -99,6 +108,7 @@ class ChunkSettings:
     codec: str = "libx264"
     fastdecode: bool = True
     layout: str = "chunks"
+    tar: bool = False
 
     def __post_init__(self) -> None:
         for name, good, rule in (
@@ -666,6 +676,9 @@ class Output:
     def __init__(self, folder: Path, settings: ChunkSettings, root: Path) -> None:
         self.folder, self.settings = folder, settings
         self._own = folder / _OWN_FOLDER
+        # With tar: the place of each chunk of a complete video, and the bytes of a shard that are complete videos.
+        self._members = dict[str, list[tuple[str, str, int, int]]]()
+        self._shards = dict[str, int]()
         if folder.resolve().is_relative_to(root.resolve()):
             raise UserError(f"{folder}: is in the input folder {root}; choose another output folder")
         try:
@@ -684,7 +697,7 @@ class Output:
                 raise UserError(f"{self.folder}: not empty and not made by chunk_videos; choose another output folder")
             return {}
         try:
-            made = json.loads(file.read_bytes())
+            made = {"tar": False} | json.loads(file.read_bytes())  # which earlier releases did not have
             other = [f"{k} {made[k]} (requested: {v})" for k, v in asdict(self.settings).items() if made[k] != v]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{file}: damaged ({error}); choose another output folder") from error
@@ -696,6 +709,14 @@ class Output:
             # A line may be cut short by a full disk, or damaged.
             with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
                 entry = json.loads(line)
+                if self.settings.tar:
+                    shard, end = self.folder / entry["shard"], int(entry["end"])
+                    # A power cut may keep the line and lose what it is about.
+                    if not shard.is_file() or shard.stat().st_size < end:
+                        continue
+                    members = [(str(name), shard.name, int(at), int(size)) for name, at, size in entry["members"]]
+                    self._members[entry["video_id"]] = members
+                    self._shards[shard.name] = max(end, self._shards.get(shard.name, 0))
                 sizes[entry["video_id"]] = int(entry["source_bytes"])
         return sizes
 
@@ -712,6 +733,9 @@ class Output:
                 held.callback(shutil.rmtree, self._own / "parts", ignore_errors=True)
                 shutil.rmtree(self._own / "parts", ignore_errors=True)
                 write_text(self._own / "settings.json", json.dumps(asdict(self.settings), indent=1) + "\n")
+                if self.settings.tar:
+                    # Also after an interruption: what is complete can be trained on.
+                    held.callback(lambda: ShardIndex.write(self.folder, list(chain(*self._members.values()))))
                 yield
             except BrokenPipeError:  # of the program's output, there is no other pipe
                 raise
@@ -721,7 +745,7 @@ class Output:
 
     def is_done(self, video: Video) -> bool:
         """Whether a video's chunks are there. Raises :class:`UserError` if they are those of another file."""
-        if not self.final(video).is_dir():
+        if not (video.video_id in self._members if self.settings.tar else self.final(video).is_dir()):
             return False
         # By size alone: to hash terabytes would take hours.
         source_bytes = self._source_bytes.get(video.video_id)
@@ -741,14 +765,47 @@ class Output:
         return self.folder / (video.video_id if self.settings.layout == "chunks" else f"{video.video_id}.mp4")
 
     def finish(self, video: Video, source: Probe, written: Written) -> None:
-        """Move a complete video to its name."""
-        final = self.final(video)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        # The folder under its name is what counts as done; the note below adds the size of the source.
-        self.part(video).rename(final)
+        """Move a complete video to its name, or into a shard."""
         line = {"video_id": video.video_id, "source_bytes": source.bytes, **written._asdict()}
+        if self.settings.tar:
+            # The line is what counts as done: what a killed run left behind the last one is overwritten.
+            line |= self._append(video)
+        else:
+            final = self.final(video)
+            final.parent.mkdir(parents=True, exist_ok=True)
+            # The folder under its name is what counts as done; the line adds the size of the source.
+            self.part(video).rename(final)
         with (self._own / "done.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+    def _append(self, video: Video) -> dict[str, Any]:
+        """Append a complete video's chunks to the last shard; their places, for ``done.jsonl``."""
+        shard = max(self._shards, default="shard-00000.tar")
+        if self._shards.get(shard, 0) >= _SHARD_BYTES:
+            shard = f"shard-{int(shard.removeprefix('shard-').removesuffix('.tar')) + 1:05d}.tar"
+        folder, members = self.final(video).relative_to(self.folder).as_posix(), list[tuple[str, str, int, int]]()
+        descriptor = os.open(self.folder / shard, os.O_RDWR | os.O_CREAT, 0o666)
+        with open(descriptor, "r+b") as file:
+            file.truncate(self._shards.get(shard, 0))
+            file.seek(0, os.SEEK_END)
+            archive = tarfile.TarFile(fileobj=file, mode="w", format=tarfile.PAX_FORMAT)
+            for chunk in sorted(self.part(video).iterdir()):
+                # No owner and no time: equal chunks are equal shards.
+                member = tarfile.TarInfo(f"{folder}/{chunk.name}")
+                member.size = chunk.stat().st_size
+                with chunk.open("rb") as content:
+                    archive.addfile(member, content)
+                # Behind the data, which fills whole blocks; how long the header is depends on the name.
+                blocks = -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                members.append((member.name, shard, archive.offset - blocks, member.size))
+            end = archive.offset
+            # Where an archive ends; the next video overwrites it, so that a shard is valid at any time.
+            file.write(bytes(2 * tarfile.BLOCKSIZE))
+            file.flush()
+            os.fsync(file.fileno())
+        shutil.rmtree(self.part(video), ignore_errors=True)
+        self._members[video.video_id], self._shards[shard] = members, end
+        return {"shard": shard, "end": end, "members": [(name, at, size) for name, _, at, size in members]}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from egohod.knobs import knob, part
 
@@ -118,8 +119,9 @@ class DataConfig:
     strict: bool = knob(False, "stop at the first unusable annotation row; false leaves it out and counts it")
     decoder: str = knob(
         "auto",
-        "auto takes the fastest that can be imported (pyav, then torchcodec, then decord) and logs which",
-        choices=("auto", "torchcodec", "pyav", "decord"),
+        "auto takes the fastest that can be imported (pyav, then torchcodec, then decord) and logs which; cuda decodes "
+        "on the GPU (NVDEC, through torchcodec) in data.workers threads, for nodes with too few cores",
+        choices=("auto", "torchcodec", "pyav", "decord", "cuda"),
     )
     cache: str | None = knob(
         None, "folder on a local disk that keeps files of remote roots (those up to 64 MB); null keeps none"
@@ -133,7 +135,20 @@ class DataConfig:
         "halves a small model's step on a CPU; for small datasets, videos of more than 256 MB are left out; null "
         "decodes for every clip",
     )
-    workers: int = knob(8, "decoding processes per training process; 0 decodes in the training process", low=0)
+    # The same clips whatever it is, so that the machine may choose.
+    workers: int | None = knob(
+        None,
+        "decoding processes per training process; 0 decodes in the training process; null or auto: the cores of the "
+        "node divided by its training processes, less one for the training process itself, at most 16 (upstream: 8)",
+        low=0,
+    )
+    # Four hide a round trip of 100 ms behind the 30 ms that a clip takes to decode.
+    read_ahead: int = knob(
+        4,
+        "clips of remote videos that each worker fetches while it decodes the ones before them; 0 fetches each clip "
+        "when it is decoded",
+        low=0,
+    )
     prefetch: int = knob(
         2,
         "batches each worker holds ready, at least; with several micro-batches a step, all workers together hold the "
@@ -163,3 +178,10 @@ class DataConfig:
         high=1,
     )
     hard_negatives: HardNegativesConfig = part(HardNegativesConfig)
+
+    @staticmethod
+    def convert_old_keys(section: dict[str, Any], below: dict[str, Any]) -> list[tuple[str, str]]:
+        """Replace ``workers: auto`` by null, in place: a number is a number in Python. Nothing in it is old."""
+        if section.get("workers") == "auto":
+            section["workers"] = None
+        return []

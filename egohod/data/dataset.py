@@ -11,7 +11,6 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,9 +24,9 @@ from torchvision.transforms.v2 import functional as F
 
 from egohod.data.config import SourceConfig
 from egohod.data.decoders import CachingOpener, ReusingOpener, choose_decoder
-from egohod.data.storage import LocalCache, VideoError, VideoFile, one_clip
+from egohod.data.storage import LocalCache, VideoError, one_clip
 from egohod.data.table import ClipReader, ClipRow, ClipTable, choose_text, swap_sides
-from egohod.data.videos import MIN_SECONDS, RULES
+from egohod.data.videos import MIN_SECONDS, RULES, VideoStore
 from egohod.distributed import Distributed
 from egohod.errors import UserError
 from egohod.model.config import IMAGE_STATS, ImageStats
@@ -154,6 +153,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         boxes: bool = False,
         labels: Sequence[Labels] | None = None,
         opposites: bool = False,
+        read_ahead: int = 0,
     ) -> None:
         assert sources, "a dataset needs a table"
         assert labels is None or len(labels) == len(sources), "each table has labels, or none has"
@@ -162,11 +162,16 @@ class ClipDataset(Dataset[dict[str, Any]]):
         self.protocol = protocol or EvalProtocol(frames=num_frames)
         self.decoder, opener = choose_decoder(decoder)
         opener = CachingOpener(frame_cache, opener) if frame_cache else opener
-        # Evaluation goes through the clips of a video in order; training almost never needs a file twice.
-        opener = opener if train else ReusingOpener(opener)
+        # Evaluation goes through the clips of a video in order; training almost never needs a file twice. With cuda
+        # threads read, which cannot share an open file.
+        opener = opener if train or self.decoder == "cuda" else ReusingOpener(opener)
         self.sources = [ClipReader(table, config, opener, cache, boxes) for table, config in sources]
         self.starts = np.cumsum([0, *(len(source.table) for source in self.sources)])
         """Number of the first clip of each table, and the number of all clips."""
+        self.read_ahead = read_ahead if any(store.reads_ahead for store in self.stores) else 0
+        """Clips of a batch to :meth:`request` before one is read; 0 where nothing is remote."""
+        self.origin, self.rows = self, np.arange(len(self))
+        """The dataset that this one is a part of, itself if none, and the places of the clips there, ascending."""
         self.labels = labels
         self._tokenizer = tokenizer
         self._seed = seed
@@ -300,18 +305,54 @@ class ClipDataset(Dataset[dict[str, Any]]):
         masks = np.split(mask, self.starts[1:-1])
         dataset.sources = [source.restricted(each) for source, each in zip(self.sources, masks, strict=True)]
         dataset.starts = np.cumsum([0, *(len(source.table) for source in dataset.sources)])
+        dataset.rows = self.rows[mask]
         return dataset
 
-    def missing(self) -> dict[int, str]:
-        """Clips whose file is not there, by index, with a message that names the file; opens no video."""
+    def missing(self, part: int = 0, parts: int = 1) -> dict[int, str]:
+        """Clips whose file is not there, by index, with a message that names the file; opens no video.
+
+        With ``parts`` those of one part of the videos alone: what several processes look for is shared by video, since
+        the clips of one are in one folder, which is listed once.
+        """
+        rows = [self.row(index) for index in range(len(self))]
+        videos = sorted({row.video_id for row in rows})
+        mine = set(videos[len(videos) * part // parts : len(videos) * (part + 1) // parts])
         faults = {}
-        for index in range(len(self)):
-            row = self.row(index)
+        for index, row in enumerate(rows):
+            if row.video_id not in mine:
+                continue
             try:
-                self.sources[self._place(index)[0]].store(row).locate(row.video_id, row.start)
+                self.sources[self._place(index)[0]].store(row).states(row.video_id, row.start)
             except VideoError as error:
                 faults[index] = str(error)
         return faults
+
+    @property
+    def stores(self) -> list[VideoStore]:
+        """The folders of the videos, in an order that is the same on every process."""
+        return [store for source in self.sources for store in source.stores.values()]
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of a sample's pixels."""
+        if self.train:
+            return 3 * self.num_frames * self.size**2
+        protocol = self.protocol
+        # Protocols that resize without rounding give float32.
+        return protocol.views * 3 * protocol.frames * self.size**2 * (1 if RESIZES[protocol.resize][1] else 4)
+
+    def forget_requests(self) -> None:
+        """Drop what was requested and not read, as of clips that could not be."""
+        for store in self.stores:
+            store.forget_requests()
+
+    def request(self, key: Key) -> None:
+        """Begin to fetch the files of a sample that will be read soon, if they are remote."""
+        index = key[1] if isinstance(key, tuple) else key
+        source, row = self.sources[self._place(index)[0]], self.row(index)
+        # Of a clip that is a file of its own the whole file is read, whatever its times.
+        end = row.start if not self.train and self.protocol.whole_files else row.end
+        source.store(row).request(row.video_id, row.start, end, "middle" if self.train else self.protocol.sampling)
 
     def length_note(self) -> str | None:
         """How many clips are short, and how many of them were widened; None if none is short. Of one table only."""
@@ -332,23 +373,20 @@ class ClipDataset(Dataset[dict[str, Any]]):
     def identities(self) -> list[str]:
         """A hash of each clip and its files: a change of any of them gives other features.
 
-        Local files count by name, size and time of change, remote ones by name; missing ones not at all.
+        Local files count by name, size and time of change, remote ones by name, those in tar shards by their place;
+        missing ones not at all.
         """
         hashes = []
         for index in range(len(self)):
             source, row = self.sources[self._place(index)[0]], self.row(index)
             store, end = source.store(row), row.end
             # A missing clip keeps its annotated end: it is never embedded, but its identity must not fail.
-            files: list[VideoFile] = []
+            states: list[tuple[str, ...]] = []
             with contextlib.suppress(VideoError):
                 end = store.end_of(row.video_id, row.start, row.end, self.protocol.sampling)
-                files = store.locate(row.video_id, row.start, end)
+                states = store.states(row.video_id, row.start, end)
             clip = [row.video_id, repr(row.start), repr(end), repr(source.config.chunk_seconds)]
-            parts = [_SAMPLING, str(store.root), *clip]
-            for file in files:
-                if isinstance(file, Path):
-                    state = file.stat()
-                    parts += [str(file), str(state.st_size), str(state.st_mtime_ns)]
+            parts = [_SAMPLING, str(store.root), *clip, *(part for state in states for part in state)]
             hashes.append(hashlib.sha256("\0".join(parts).encode()).hexdigest())
         return hashes
 

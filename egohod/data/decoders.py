@@ -1,4 +1,4 @@
-"""Video files: their containers, and three decoders behind one protocol: seconds in, upright RGB frames out.
+"""Video files: their containers, and four decoders behind one protocol: seconds in, upright RGB frames out.
 
 Times are seconds from a file's first frame. A frame is on display from its own time stamp until the next frame's;
 reading at a time gives the frame on display, so variable frame rates need no special case. Which containers are
@@ -11,6 +11,7 @@ import contextlib
 import functools
 import heapq
 import importlib
+import io
 import itertools
 import logging
 import os
@@ -530,13 +531,15 @@ def _needed_groups(packets: Sequence[_Packet], wanted: set[int]) -> list[tuple[S
 class TorchcodecDecoder:
     """torchcodec: needs FFmpeg's shared libraries on the machine."""
 
+    _device = "cpu"
+
     def __init__(self, file: VideoFile, name: str = "") -> None:
         decoders = importlib.import_module("torchcodec.decoders")
         self._file, self._name = file, name or str(file)
         index = _stream_index(file, self._name, "torchcodec")
         try:
             self._decoder = decoders.VideoDecoder(
-                plain(file), stream_index=index, dimension_order="NHWC", num_ffmpeg_threads=1
+                plain(file), stream_index=index, dimension_order="NHWC", num_ffmpeg_threads=1, device=self._device
             )
         except (RuntimeError, ValueError, TypeError, OSError) as error:
             raise _failure(file, self._name, error, opening=True) from error
@@ -556,13 +559,61 @@ class TorchcodecDecoder:
         # torchcodec refuses times outside of [begin, end), where the last frame is still wanted.
         times = np.clip(seconds + self._begin, self._begin, np.nextafter(self._end, 0))
         try:
-            return self._decoder.get_frames_played_at(times.tolist()).data.numpy()
+            return self._decoder.get_frames_played_at(times.tolist()).data.cpu().numpy()
         except (RuntimeError, IndexError, ValueError) as error:
             raise _failure(self._file, self._name, error) from error
 
     def close(self) -> None:
         """See :class:`Decoder`."""
         del self._decoder
+
+
+class CudaDecoder(TorchcodecDecoder):
+    """NVDEC, the video decoder of an NVIDIA GPU, through torchcodec.
+
+    The pictures come back to the CPU, where crops and resizing are the same as with other decoders. Colours differ from
+    theirs in the last bits: NVDEC's pictures are converted by other code than FFmpeg's.
+    """
+
+    def __init__(self, file: VideoFile, name: str = "") -> None:
+        # The GPU of this process: each thread has a current device of its own, which begins as the first.
+        self._device = _gpu()
+        super().__init__(file, name)
+        # What NVDEC does not take, such as 4:4:4 or very small pictures, torchcodec decodes on the CPU.
+        if (fallback := getattr(self._decoder, "cpu_fallback", None)) and "cuda" not in _LOGGED:
+            _LOGGED.add("cuda")
+            log.warning("%s: %s; such files are decoded on the CPU without a further word", self._name, fallback)
+
+
+@functools.cache
+def _gpu() -> str:
+    """This process's GPU, as torch names it; first called in its main thread, by :func:`choose_decoder`."""
+    return f"cuda:{importlib.import_module('torch').cuda.current_device()}"
+
+
+def _why_no_nvdec() -> str | None:
+    """Why videos cannot be decoded by the GPU, None if they can: a small one is."""
+    if (reason := _cannot_import("torchcodec")) is not None:
+        return f"torchcodec does not load ({reason})"
+    if not importlib.import_module("torch").cuda.is_available():
+        return "torch has no NVIDIA GPU here"
+    if _cannot_import("av") is not None:  # nothing to try it with
+        return None
+    av, video = importlib.import_module("av"), io.BytesIO()
+    with av.open(video, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=10)
+        # Large enough for every generation of NVDEC.
+        stream.width, stream.height, stream.pix_fmt = 256, 256, "yuv420p"
+        frame = av.VideoFrame.from_ndarray(np.full((256, 256, 3), 128, np.uint8), format="rgb24")
+        container.mux([*stream.encode(frame), *stream.encode(None)])
+    try:
+        decoders = importlib.import_module("torchcodec.decoders")
+        decoder = decoders.VideoDecoder(video.getvalue(), device=_gpu())
+        decoder[0]
+    except Exception as error:  # a wheel without CUDA, a container without the driver's video library
+        return f"torchcodec cannot use it: {error_text(error)}"
+    fallback = getattr(decoder, "cpu_fallback", None)
+    return str(fallback) if fallback else None
 
 
 class DecordDecoder:
@@ -665,8 +716,16 @@ _DECODERS: dict[str, tuple[Opener, str, str]] = {
         "torchcodec",
         "pip install torchcodec, and FFmpeg's shared libraries: apt-get install ffmpeg",
     ),
+    "cuda": (
+        CudaDecoder,
+        "torchcodec",
+        "a torchcodec of torch's CUDA version, and a driver with its video part (in containers "
+        "NVIDIA_DRIVER_CAPABILITIES=compute,utility,video); data.decoder=auto decodes on the CPU",
+    ),
     "decord": (DecordDecoder, "decord", "pip install decord, which has wheels for Linux and Windows on x86-64 alone"),
 }
+# ``cuda`` is used where it is named: it takes memory and time of the GPU that trains.
+_AUTO = ("pyav", "torchcodec", "decord")
 # Fallback decoders that this process has warned of: once each, not once per clip.
 _LOGGED: set[str] = set()
 
@@ -678,12 +737,12 @@ def choose_decoder(name: str = "auto") -> tuple[str, Opener]:
     :class:`VideoError`. Raises :class:`UserError` with the command that installs what is missing.
     """
     missing = []
-    candidates = list(_DECODERS) if name == "auto" else [name]
+    candidates = list(_AUTO) if name == "auto" else [name]
     for place, candidate in enumerate(candidates):
         if candidate not in _DECODERS:
             raise UserError(f"data.decoder is '{name}', but must be auto, {', '.join(_DECODERS)}")
         _, module, cure = _DECODERS[candidate]
-        why = _cannot_import(module)
+        why = _why_no_nvdec() if candidate == "cuda" else _cannot_import(module)
         if why is None:
             return candidate, functools.partial(_FallbackDecoder, candidates[place:])
         missing.append(f"{candidate} does not load ({why}); cure: {cure}")

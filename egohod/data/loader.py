@@ -1,4 +1,4 @@
-"""The order of clips in batches (the sampler), and the processes that load them."""
+"""The order of clips in batches (the sampler), and the processes or threads that load them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import atexit
 import contextlib
 import ctypes
 import logging
+import math
 import multiprocessing.queues
 import os
+import re
 import signal
 import sys
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -23,9 +27,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from egohod.data.config import DataConfig
-from egohod.data.dataset import ClipDataset, Key, collate
+from egohod.data.dataset import ClipDataset, Key, collate, collate_views
+from egohod.distributed import Distributed, host_name
 from egohod.errors import UserError
-from egohod.runtime import STOP_SIGNALS, Interrupted, StopRequest
+from egohod.runtime import STOP_SIGNALS, Interrupted, StopRequest, core_quota, int_variable
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +41,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 # Batches leave this much of the shared memory free: semaphores of later processes and NCCL need some of it. A container
 # of Docker has 64 MB unless it is given more.
 SHARED_MEMORY, _RESERVED_BYTES = "/dev/shm", 8_000_000
+# More decoding processes than this feed any GPU, and each has batches in shared memory.
+_MOST_WORKERS = 16
 # How often a process that waits for a batch checks for a request to stop.
 _POLL_SECONDS = 1.0
 # How long one of several processes still waits for the clips of a step after a request to stop.
@@ -163,6 +170,31 @@ def shares(weights: Sequence[float], batch_size: int) -> list[int]:
     return counts.tolist()
 
 
+def worker_count(workers: int | None, dist: Distributed) -> int:
+    """The decoding processes of this process by ``data.workers``: None is its share of the cores, less one for itself.
+
+    Collective for None: a core that several processes of the run may use is shared by them, whether torchrun leaves all
+    cores to every process or Slurm gives each its own.
+    """
+    if workers is not None:
+        return workers
+    mine = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    here = host_name()
+    of_node = [cores for host, cores in dist.gather_objects((here, mine)) if host == here]
+    share = sum(1 / sum(core in cores for cores in of_node) for core in mine)
+    # Rounded first: three thirds of a core are one.
+    share = round(min(share, core_quota() / len(of_node)), 6)
+    count = min(max(1, int(share) - 1), _MOST_WORKERS)
+    if dist.is_main and count not in _logged_counts:  # for training and for each set of benchmarks
+        _logged_counts.add(count)
+        cores = len(set().union(*of_node))
+        log.info("data.workers=%d: %d cores for %d training processes of this node", count, cores, len(of_node))
+    return count
+
+
+_logged_counts: set[int] = set()
+
+
 def train_loader(
     dataset: ClipDataset,
     plan: BatchPlan | MixedPlan,
@@ -197,7 +229,7 @@ def train_loader(
         prefetch = max(prefetch, -(-accumulation // workers))
     return ClipLoader(
         dataset, batches, workers=workers, prefetch=prefetch, pin_memory=pin_memory, timeout=timeout, stop=stop,
-        leaves_alone=world_size == 1,
+        leaves_alone=world_size == 1, clips=plan.batch_size // (world_size * accumulation), accumulation=accumulation,
     )  # fmt: skip
 
 
@@ -210,14 +242,108 @@ def eval_loader(
     collate: Collate = collate,
     timeout: float = DataConfig.timeout,
     stop: StopRequest | None = None,
+    pin_memory: bool = False,
 ) -> ClipLoader:
     """Load the clips ``indices``, in that order, ``batch_size`` at a time (the last batch may be smaller)."""
     numbers = [int(index) for index in indices]
     batches = [numbers[first : first + batch_size] for first in range(0, len(numbers), batch_size)]
     return ClipLoader(
-        dataset, batches, workers=workers, prefetch=prefetch, pin_memory=False, collate=collate, timeout=timeout,
-        stop=stop,
+        dataset, batches, workers=workers, prefetch=prefetch, pin_memory=pin_memory, collate=collate, timeout=timeout,
+        stop=stop, clips=batch_size,
     )  # fmt: skip
+
+
+class EvalLoader:
+    """Loader processes that the data sets of several benchmarks share: they start once, and end with the last of them.
+
+    Starting them costs seconds for each benchmark where the parent is large. They are forked with all data sets that
+    were added, and with what those remember of their folders: look for files before the first clip is read.
+    """
+
+    def __init__(self) -> None:
+        self.datasets: list[ClipDataset] = []
+        self.missing: dict[int, dict[int, str]] = {}
+        """Clips without a file by the id of their data set, looked for before the processes start; until the last of
+        :meth:`finish`."""
+        self._loader: ClipLoader | None = None
+        self._batches: list[list[tuple[int, int]]] = []
+        self._finished: set[int] = set()
+
+    def add(self, dataset: ClipDataset) -> None:
+        """Add a data set; processes that run do not have it, and end."""
+        self.datasets.append(dataset)
+        self.missing.clear()
+        self.close()
+
+    def read(
+        self,
+        dataset: ClipDataset,
+        indices: Sequence[int],
+        batch_size: int,
+        workers: int,
+        *,
+        timeout: float,
+        stop: StopRequest | None,
+        pin_memory: bool,
+    ) -> Iterator[dict[str, Any]]:
+        """Batches as of :func:`eval_loader` with ``collate_views``, of a data set that was added or a part of one."""
+        if not len(indices):
+            return
+        number = next(place for place, each in enumerate(self.datasets) if each is dataset.origin)
+        # In place: the loader keeps the list.
+        self._batches[:] = [
+            [(number, int(dataset.rows[index])) for index in indices[first : first + batch_size]]
+            for first in range(0, len(indices), batch_size)
+        ]
+        try:
+            if self._loader is None:
+                self._loader = ClipLoader(
+                    _Joined(self.datasets), self._batches, workers=workers, prefetch=2, pin_memory=pin_memory,
+                    collate=collate_views, timeout=timeout, stop=stop, stays=True,
+                )  # fmt: skip
+            self._loader.batch_bytes = batch_size * dataset.sample_bytes
+            for batch in self._loader:
+                batch["index"] = np.searchsorted(dataset.rows, batch["index"])
+                batch["faults"] = {
+                    int(np.searchsorted(dataset.rows, row)): text for row, text in batch["faults"].items()
+                }
+                yield batch
+        except BaseException:  # also where the caller stops reading: batches that nobody takes are on their way
+            self.close()
+            raise
+
+    def finish(self, dataset: ClipDataset) -> None:
+        """End the processes if ``dataset`` is the last of all data sets."""
+        self._finished.add(id(dataset))
+        if len(self._finished) == len(self.datasets):
+            self._finished.clear()
+            self.missing.clear()
+            self.close()
+
+    def close(self) -> None:
+        """End the processes; the next batch starts new ones."""
+        self._loader = None
+
+
+class _Joined(Dataset[dict[str, Any]]):
+    """Samples of several data sets by (number of the data set, index)."""
+
+    def __init__(self, datasets: Sequence[ClipDataset]) -> None:
+        self._datasets = list(datasets)
+        self.decoder = self._datasets[0].decoder  # one setting for all
+        self.read_ahead = max(each.read_ahead for each in self._datasets)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        return self._datasets[key[0]][key[1]]
+
+    def request(self, key: tuple[int, int]) -> None:
+        """See :meth:`ClipDataset.request`."""
+        self._datasets[key[0]].request(key[1])
+
+    def forget_requests(self) -> None:
+        """See :meth:`ClipDataset.forget_requests`."""
+        for each in self._datasets:
+            each.forget_requests()
 
 
 class ClipLoader(DataLoader[dict[str, Any]]):
@@ -225,7 +351,9 @@ class ClipLoader(DataLoader[dict[str, Any]]):
 
     A batch that does not come within ``timeout`` seconds is an error, and a request to ``stop`` ends the waiting with
     :class:`Interrupted`, or, unless the process ``leaves_alone``, with an error after 20 s: the other processes wait
-    for this one within the step. Batches go through shared memory, or through pipes where that is too small.
+    for this one within the step. Batches of ``clips`` clips go through shared memory, or through pipes where that is
+    too small, of which a warning at the start says what to set. With ``stays`` the processes wait for another iteration
+    at the end of one.
     """
 
     def __init__(
@@ -240,9 +368,18 @@ class ClipLoader(DataLoader[dict[str, Any]]):
         timeout: float = DataConfig.timeout,
         stop: StopRequest | None = None,
         leaves_alone: bool = True,
+        clips: int = 0,
+        accumulation: int = 1,
+        stays: bool = False,
     ) -> None:
+        # Small without pixels, as the data sets of tests are.
+        self.batch_bytes = clips * getattr(dataset, "sample_bytes", 0)
+        self._accumulation = accumulation
         # ``timeout`` is torch's attribute, which here is the interval of polling.
-        self._patience, self._stop, self._leaves_alone = timeout, stop, leaves_alone
+        self._patience, self._stop, self._leaves_alone, self._ready = timeout, stop, leaves_alone, prefetch
+        # What the GPU decodes is read by threads: a forked process cannot use the GPU of its parent.
+        self._threads = workers if getattr(dataset, "decoder", "") == "cuda" else 0
+        workers = 0 if self._threads else workers
         super().__init__(
             _Guarded(dataset),
             batch_sampler=batches,  # the order is ours: torch's samplers cannot resume within an epoch
@@ -253,17 +390,27 @@ class ClipLoader(DataLoader[dict[str, Any]]):
             # Forked workers share the table's memory with this process.
             multiprocessing_context="fork" if workers else None,
             prefetch_factor=prefetch if workers else None,
+            persistent_workers=stays and workers > 0,
             # Not the user's limit: between polls a request to stop is looked for.
             timeout=_POLL_SECONDS if workers else 0,
         )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
         """Batches as of :func:`~egohod.data.dataset.collate`; raises :class:`UserError`."""
+        if self.num_workers:
+            check_shared_memory(
+                self.batch_bytes, self.num_workers, self.prefetch_factor or 1, self._accumulation, self.pin_memory
+            )
         try:
             if self.num_workers:
                 multiprocessing.Lock()  # torch's queues need semaphores; its own failure leaves a traceback behind
-            batches = super().__iter__()
-        except (OSError, ImportError) as error:
+            if (waiting := self._iterator) is not None:
+                # Processes that stayed have to answer first, however busy the machine is.
+                waiting._timeout = self._patience
+            batches: Any = _Threads(self, self._threads, self._ready) if self._threads else super().__iter__()
+            if waiting is not None:
+                waiting._timeout = _POLL_SECONDS
+        except (OSError, ImportError, RuntimeError) as error:  # RuntimeError: one that stayed has died since
             raise UserError(
                 f"data.workers={self.num_workers}: no loader process can be started ({error}; {SHARED_MEMORY} is full, "
                 "absent or read-only?); data.workers=0 decodes in the process itself"
@@ -276,7 +423,7 @@ class ClipLoader(DataLoader[dict[str, Any]]):
             except StopIteration:
                 return
             except (RuntimeError, OSError, EOFError) as error:
-                if not self.num_workers or isinstance(error, UserError):
+                if not self.num_workers or isinstance(error, UserError):  # threads' errors are of this process
                     raise
                 # One line, however many the library wrote.
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -323,6 +470,31 @@ class ClipLoader(DataLoader[dict[str, Any]]):
                 )
 
 
+class _Threads:
+    """Batches of a loader in order, read ahead by threads of this process; raises as torch's own iterator does."""
+
+    def __init__(self, loader: ClipLoader, threads: int, prefetch: int) -> None:
+        self._loader, self._keys, self._limit = loader, iter(loader.batch_sampler or ()), threads * prefetch
+        self._pool, self._pending = ThreadPoolExecutor(threads, "clips"), deque[Future[dict[str, Any]]]()
+
+    def __next__(self) -> dict[str, Any]:
+        while len(self._pending) < self._limit and (keys := next(self._keys, None)) is not None:
+            self._pending.append(self._pool.submit(self._load, keys))
+        if not self._pending:
+            raise StopIteration
+        if not wait([self._pending[0]], _POLL_SECONDS).done:
+            raise RuntimeError("DataLoader timed out")
+        return self._pending.popleft().result()
+
+    def __del__(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _load(self, keys: Sequence[Any]) -> dict[str, Any]:
+        batch: dict[str, Any] = self._loader.collate_fn(self._loader.dataset.__getitems__(keys))  # type: ignore[attr-defined]
+        # Pinned here, so that the copy costs the training thread nothing.
+        return _mapped(Tensor.pin_memory, batch, Tensor) if self._loader.pin_memory else batch
+
+
 def _kill(workers: Sequence[Any]) -> None:
     # Workers may be stuck, and torch would wait five seconds for each of them: all are killed, then all are awaited.
     for end in (lambda worker: worker.kill(), lambda worker: worker.join(1.0)):
@@ -367,7 +539,11 @@ class _TrainBatches:
 
 
 class _Guarded(Dataset[Any]):
-    """Returns an exception as a value: torch would wrap it in a traceback within a traceback."""
+    """Returns an exception as a value: torch would wrap it in a traceback within a traceback.
+
+    The files of the clips that follow in a batch are requested before a clip is decoded, so that several requests of a
+    process are in flight.
+    """
 
     def __init__(self, dataset: Dataset[dict[str, Any]]) -> None:
         self._dataset = dataset
@@ -381,6 +557,20 @@ class _Guarded(Dataset[Any]):
             if get_worker_info() is None:
                 raise
             return UserError(f"a loader process failed on clip {key}: {type(error).__name__}: {error}")
+
+    def __getitems__(self, keys: Sequence[Any]) -> list[dict[str, Any] | UserError]:
+        """The samples of a batch; torch calls this instead of getting them one by one."""
+        # Sources of clips that are not files, as those of tests, have nothing to fetch.
+        ahead = getattr(self._dataset, "read_ahead", 0)
+        samples = list[dict[str, Any] | UserError]()
+        for place, key in enumerate(keys):
+            # The first clip is requested with those after it, then one more for each that is decoded.
+            for later in keys[place and place + ahead : place + ahead + 1] if ahead else ():
+                self._dataset.request(later)  # type: ignore[attr-defined]
+            samples.append(self[key])
+        if ahead:
+            self._dataset.forget_requests()  # type: ignore[attr-defined]
+        return samples
 
 
 def _collate_or_failure(samples: Sequence[Any], collate: Collate) -> dict[str, Any]:
@@ -396,6 +586,46 @@ class _Piped:
     """A tensor that goes to the main process through a pipe, as numpy's array: torch pickles tensors by reference."""
 
     array: np.ndarray
+
+
+def check_shared_memory(
+    batch_bytes: int, workers: int, prefetch: int, accumulation: int = 1, is_pinned: bool = True
+) -> None:
+    """Warn, before loader processes start, if their batches of ``batch_bytes`` do not fit into the shared memory.
+
+    Of each loader ``workers`` x ``prefetch`` batches can be ready, one is being pinned, and one is computed on; those
+    that are not pinned stay in this memory until the second pass of all ``accumulation`` batches of a step. The
+    training processes of a node share the memory.
+    """
+    processes, taken = _processes_here(), 1 + (1 if is_pinned else accumulation)
+    free = _free_shared_memory() - _RESERVED_BYTES
+    needed = processes * (workers * prefetch + taken) * batch_bytes
+    global _has_warned_of_pipes
+    if needed <= free or _has_warned_of_pipes:
+        return
+    _has_warned_of_pipes = True  # what will happen is said here, and need not be repeated when it does
+    fitting = int(free / processes / max(batch_bytes, 1)) - taken
+    cures = [f"docker run --shm-size={math.ceil((needed + 2 * _RESERVED_BYTES) / 1e9)}g, or --ipc=host"]
+    # All workers together hold the micro-batches of a step at least, see train_loader.
+    fewer = next((count for count in range(workers, 0, -1) if count * -(-accumulation // count) <= fitting), 0)
+    if fewer == workers:
+        cures.append(f"data.prefetch={fitting // workers}")
+    elif fewer:
+        cures.append(f"data.prefetch=1 data.workers={fewer}")
+    log.warning(
+        "%s has %.2f GB free, but the loader processes of this node hold up to %.2f GB in it (%d training processes x "
+        "(%d workers x %d batches ready + %d) x %.0f MB): batches without room come through pipes, which takes longer; "
+        "cure: %s",
+        SHARED_MEMORY, max(free, 0) / 1e9, needed / 1e9, processes, workers, prefetch, taken, batch_bytes / 1e6,
+        "; or ".join(cures),
+    )  # fmt: skip
+
+
+def _processes_here() -> int:
+    """Training processes of this node, by what their launcher says."""
+    # "8(x2)" are eight on each of two nodes.
+    tasks = re.match(r"\d+", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    return int_variable(os.environ, "LOCAL_WORLD_SIZE", int(tasks[0]) if tasks else 1, low=1)
 
 
 _has_warned_of_pipes = False

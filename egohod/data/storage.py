@@ -10,6 +10,7 @@ http does not), so those two are ours.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import errno
 import importlib
@@ -17,10 +18,13 @@ import io
 import logging
 import os
 import random
+import re
+import threading
 import time
 import unicodedata
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -43,6 +47,10 @@ _TRIES, _PAUSE = 5, 0.5
 _CONNECT_TIMEOUT, _SILENCE_TIMEOUT, _REQUEST_TIMEOUT = 10, 30, 120
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
 _LENGTH_BYTES = 8
+# Stands for the size of a folder in a listing.
+_IS_FOLDER = -1
+SHARD_INDEX = "shards.parquet"
+"""Name of the index beside tar shards; such a root ends with it."""
 
 VideoFile = Path | io.BufferedIOBase
 """A path, or an open binary file that can seek."""
@@ -79,12 +87,24 @@ def open_cache(folder: str | None, gigabytes: float) -> LocalCache | None:
     return LocalCache(folder, gigabytes) if folder else None
 
 
-def open_root(root: str | Path, cache: LocalCache | None = None) -> LocalFolder | RemoteFolder:
-    """Open the files below ``root``, a local folder or an fsspec URI such as ``s3://bucket/prefix``.
+def open_root(root: str | Path, cache: LocalCache | None = None) -> Folder:
+    """Open the files below ``root``: a local folder, an fsspec URI such as ``s3://bucket/prefix``, or tar shards.
 
-    ``cache`` holds copies of remote files. No request is made here. Raises :class:`UserError` if a local folder
-    is missing, and :class:`StorageError` if the package for a URI is, or if the URI carries credentials.
+    Tar shards are named by their index, ``FOLDER/shards.parquet``, which is read here; otherwise no request is made.
+    ``cache`` holds copies of remote files. Raises :class:`UserError` if a local folder is missing, and
+    :class:`StorageError` if the package for a URI is, or if the URI carries credentials.
     """
+    folder, _, name = str(root).rpartition("/")
+    if name == SHARD_INDEX:
+        # The cache keeps members, not shards.
+        return TarFolder(_open_folder(folder or "."), cache)
+    opened = _open_folder(root, cache)
+    if isinstance(opened, LocalFolder) and opened.has(SHARD_INDEX):
+        raise UserError(f"{root}: a folder of tar shards; set the root to their index, {root}/{SHARD_INDEX}")
+    return opened
+
+
+def _open_folder(root: str | Path, cache: LocalCache | None = None) -> LocalFolder | RemoteFolder:
     text = str(root)
     if "://" in text and not isinstance(root, Path):
         protocol, _, rest = text.partition("://")
@@ -106,8 +126,10 @@ def _spellings(key: str) -> Iterator[str]:
 class LocalFolder:
     """Files on a disk of this machine; keys are relative paths with ``/``."""
 
-    is_remote = False
+    is_remote: bool = False
     """Whether a look costs a round trip."""
+    reads_ahead: bool = False
+    """Whether :meth:`request` does anything."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -121,6 +143,39 @@ class LocalFolder:
             if (self._root / spelling).is_file():
                 return self._root / spelling
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._root / key))
+
+    def has(self, key: str) -> bool:
+        """Whether there is a file ``key``."""
+        with contextlib.suppress(FileNotFoundError):
+            return bool(self.open(key))
+        return False
+
+    def request(self, key: str, *, size_first: bool = False) -> None:
+        """Begin to open a file that :meth:`open` will soon be called for."""
+
+    def forget_requests(self) -> None:
+        """Drop the files that were requested and not opened."""
+
+    def state(self, key: str) -> tuple[str, ...]:
+        """What changes when the content of the file ``key`` does, as far as that shows without reading it.
+
+        Raises :class:`FileNotFoundError`, and a remote folder :class:`StorageError`.
+        """
+        path = self.open(key)
+        assert isinstance(path, Path)
+        status = path.stat()
+        return str(path), str(status.st_size), str(status.st_mtime_ns)
+
+    def fetch(self, key: str, start: int, end: int, *, exact: bool = False) -> bytes:
+        """Bytes [start, end) of a file; with ``exact`` fewer are an error, otherwise the file's end."""
+        path = self.open(key)
+        assert isinstance(path, Path)
+        with path.open("rb") as file:
+            file.seek(start)
+            data = file.read(end - start)
+        if exact and len(data) != end - start:
+            raise VideoError(f"{path}: truncated, has fewer than {end:,} bytes")
+        return data
 
     def name_of(self, key: str) -> str:
         """The file's address, for messages."""
@@ -140,7 +195,8 @@ class RemoteFolder:
     The connection is made at the first request, once per process: an asynchronous file system does not survive a fork.
     """
 
-    is_remote = True
+    is_remote: bool = True
+    reads_ahead: bool = True
 
     def __init__(self, uri: str, cache: LocalCache | None = None) -> None:
         self._uri = uri.rstrip("/")
@@ -154,7 +210,12 @@ class RemoteFolder:
             )
         self._cache = cache
         self._sizes: LruCache[str, int] = LruCache(16384)
-        self._listings: LruCache[str, list[str]] = LruCache(4096)
+        # Folder -> size of every entry, None for an unknown one, _IS_FOLDER for a folder.
+        self.listings: LruCache[str, dict[str, int | None]] = LruCache(16384)
+        # A web server's folder is a page for people, if there is one at all.
+        self._can_list = self._protocol not in ("http", "https")
+        self._requests = _Requests()
+        self._connecting = threading.Lock()
         # By process. Those inherited over a fork stay referenced: closing them would reach for a thread that is gone.
         self._systems: dict[int, tuple[fsspec.AbstractFileSystem, str]] = {}
         try:
@@ -167,10 +228,54 @@ class RemoteFolder:
 
     def open(self, key: str, *, size_first: bool = False) -> io.BufferedIOBase:
         """See :class:`LocalFolder`."""
+        return self._requests.result(key, lambda: self._open_any(key, size_first))
+
+    def request(self, key: str, *, size_first: bool = False) -> None:
+        """See :class:`LocalFolder`."""
+        self._requests.begin(key, lambda: self._open_any(key, size_first))
+
+    def forget_requests(self) -> None:
+        """See :class:`LocalFolder`."""
+        self._requests.forget()
+
+    def _open_any(self, key: str, size_first: bool) -> io.BufferedIOBase:
         for spelling in _spellings(key):
             with contextlib.suppress(FileNotFoundError):
                 return self._open(spelling, size_first)
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.name_of(key))
+
+    def state(self, key: str) -> tuple[str, ...]:
+        """See :class:`LocalFolder`; empty, because a listing's times differ between services."""
+        for spelling in _spellings(key):
+            with contextlib.suppress(FileNotFoundError):
+                if self._exists(spelling):
+                    return ()
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.name_of(key))
+
+    def _exists(self, key: str) -> bool:
+        """Whether there is a file ``key``: by listings, one for each folder, or where those are refused by a HEAD."""
+        if not self.can_list():
+            self._size(key)
+            return True
+        # From the root down: what a folder does not hold needs no request.
+        listing = self._list("")
+        *folders, name = key.split("/")
+        for depth, folder in enumerate(folders, 1):
+            if listing.get(folder) != _IS_FOLDER:
+                return False
+            listing = self._list("/".join(folders[:depth]))
+        return listing.get(name, _IS_FOLDER) != _IS_FOLDER
+
+    def can_list(self) -> bool:
+        """Whether the root can be listed; the listing is made, once."""
+        if self._can_list and self.listings.get("") is None:
+            try:
+                self._list("")
+            except UserError as error:
+                # Reading may be allowed where listing is not; what fails for another reason fails again when it reads.
+                log.info("%s; files are looked up one by one", error)
+                self._can_list = False
+        return self._can_list
 
     def _open(self, key: str, size_first: bool) -> io.BufferedIOBase:
         name = self.name_of(key)
@@ -180,17 +285,17 @@ class RemoteFolder:
         # A small file is one request: nobody asks for its size first. What fills the whole buffer may be longer.
         # Chunks are small by design; whole videos (``size_first``) are not, and would be read to the limit for nothing.
         if not size_first and self._sizes.get(key) is None:
-            data = self._fetch(key, 0, _WHOLE_BYTES)
+            data = self.fetch(key, 0, _WHOLE_BYTES)
         if data is None or len(data) == _WHOLE_BYTES:
             size = self._size(key)
             if size is None:  # the server sends no size
-                data = self._fetch(key, 0, _WHOLE_BYTES) if data is None else data
+                data = self.fetch(key, 0, _WHOLE_BYTES) if data is None else data
                 if len(data) < _WHOLE_BYTES:
                     return io.BytesIO(data)
                 raise VideoError(f"{name}: the server does not tell its size, which {_LARGE} need; {_CURE}")
             if size > _WHOLE_BYTES:
-                return RangedFile(lambda start, end: self._fetch(key, start, end, exact=True), size)
-            data = self._fetch(key, 0, size, exact=True) if size else b""
+                return RangedFile(lambda start, end: self.fetch(key, start, end, exact=True), size)
+            data = self.fetch(key, 0, size, exact=True) if size else b""
         if self._cache:
             self._cache.put(name, data)
         return io.BytesIO(data)
@@ -201,17 +306,35 @@ class RemoteFolder:
 
     def names(self, folder: str) -> list[str]:
         """See :class:`LocalFolder`."""
-        names = self._listings.get(folder)
-        if names is None:
-            paths = list[str]()
+        return list(self._list(folder))
+
+    def _list(self, folder: str) -> dict[str, int | None]:
+        """Size by name of the entries of ``folder``, see ``listings``; empty if there is no such folder."""
+        listing = self.listings.get(folder)
+        if listing is None:
+            listing = {}
             for spelling in _spellings(folder):
+                # A folder that a listing does not have needs no request; of nothing, s3fs would make two.
+                parts = spelling.split("/") if spelling else []
+                above = [self.listings.get("/".join(parts[:depth])) for depth in range(len(parts))]
+                if any(each is not None and each.get(parts[depth]) != _IS_FOLDER for depth, each in enumerate(above)):
+                    continue
+                entries = list[dict[str, Any]]()
                 with contextlib.suppress(FileNotFoundError):  # no such folder is an empty list, on disks as well
-                    paths = paths or self._request(spelling, lambda system, path: system.ls(path, detail=False))
-            names = self._listings.put(folder, [path.rstrip("/").rpartition("/")[2] for path in paths])
-        return names
+                    entries = self._request(spelling, lambda system, path: system.ls(path.rstrip("/"), detail=True))
+                for entry in entries:
+                    size = _IS_FOLDER if entry["type"] == "directory" else entry.get("size")
+                    listing.setdefault(entry["name"].rstrip("/").rpartition("/")[2], size)
+            self.listings.put(folder, listing)
+        return listing
 
     def _size(self, key: str) -> int | None:
         size = self._sizes.get(key)
+        if size is None:
+            # A listing that is there already has the sizes of all files of the folder.
+            folder, _, name = key.rpartition("/")
+            size = (self.listings.get(folder) or {}).get(name)
+            size = None if size == _IS_FOLDER else size
         if size is None:
             info = self._request(key, lambda system, path: _call(system, "info", path))
             if info["type"] == "directory":
@@ -221,8 +344,8 @@ class RemoteFolder:
             size = self._sizes.put(key, int(info["size"]))
         return size
 
-    def _fetch(self, key: str, start: int, end: int, *, exact: bool = False) -> bytes:
-        """Bytes [start, end) of an object; with ``exact`` fewer are an error, otherwise the object's end."""
+    def fetch(self, key: str, start: int, end: int, *, exact: bool = False) -> bytes:
+        """See :class:`LocalFolder`."""
 
         def get(system: fsspec.AbstractFileSystem, path: str) -> bytes:
             data: bytes = _call(system, "cat_file", path, start=start, end=end)
@@ -259,13 +382,200 @@ class RemoteFolder:
 
     def _connect(self) -> tuple[fsspec.AbstractFileSystem, str]:
         """This process's file system, and the root's path in it."""
-        if os.getpid() not in self._systems:
+        with self._connecting:
+            if os.getpid() in self._systems:
+                return self._systems[os.getpid()]
             system, prefix = fsspec.core.url_to_fs(self._uri, skip_instance_cache=True, **_options(self._protocol))
             system.retries = 1  # s3fs would repeat what is repeated here
             if self._protocol in ("s3", "s3a"):
                 system.s3.meta.events.register("after-call.s3.GetObject", _require_range)
             self._systems[os.getpid()] = system, prefix
-        return self._systems[os.getpid()]
+            return system, prefix
+
+
+class TarFolder:
+    """Files in tar shards below ``folder``, found by an index (:class:`ShardIndex`) that is held in memory.
+
+    Bytes are read by their place in a shard: one range request a file on a remote folder, whatever the shard's size.
+    """
+
+    is_remote: bool = False
+
+    def __init__(self, folder: LocalFolder | RemoteFolder, cache: LocalCache | None = None) -> None:
+        self._folder, self._cache = folder, cache
+        self.reads_ahead: bool = folder.reads_ahead
+        self._requests = _Requests()
+        self._index = ShardIndex.read(folder)
+
+    def open(self, key: str, *, size_first: bool = False) -> io.BufferedIOBase:
+        """See :class:`LocalFolder`; raises :class:`VideoError` also for a shard that is missing or too short."""
+        return self._requests.result(key, lambda: self._open(key))
+
+    def request(self, key: str, *, size_first: bool = False) -> None:
+        """See :class:`LocalFolder`."""
+        if self.reads_ahead:
+            self._requests.begin(key, lambda: self._open(key))
+
+    def forget_requests(self) -> None:
+        """See :class:`LocalFolder`."""
+        self._requests.forget()
+
+    def _open(self, key: str) -> io.BufferedIOBase:
+        shard, offset, size = self._find(key)
+
+        def fetch(start: int, end: int) -> bytes:
+            try:
+                return self._folder.fetch(shard, offset + start, offset + end, exact=True)
+            except FileNotFoundError:
+                raise VideoError(f"{self._folder.name_of(shard)}: no such file, though {SHARD_INDEX} has it") from None
+
+        if size > _WHOLE_BYTES:
+            return RangedFile(fetch, size)
+        name = self.name_of(key)
+        data = self._cache.get(name) if self._cache else None
+        if data is None:
+            data = fetch(0, size)
+            if self._cache:
+                self._cache.put(name, data)
+        return io.BytesIO(data)
+
+    def state(self, key: str) -> tuple[str, ...]:
+        """See :class:`LocalFolder`: shard, offset and size."""
+        return tuple(map(str, self._find(key)))
+
+    def _find(self, key: str) -> tuple[str, int, int]:
+        for spelling in _spellings(key):
+            if (place := self._index.find(spelling)) is not None:
+                return place
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.name_of(key))
+
+    def name_of(self, key: str) -> str:
+        """See :class:`LocalFolder`."""
+        return f"{self._folder.name_of(SHARD_INDEX)}/{key}"
+
+    def names(self, folder: str) -> list[str]:
+        """See :class:`LocalFolder`."""
+        return next((names for each in _spellings(folder) if (names := self._index.names(each))), [])
+
+
+class ShardIndex:
+    """Which tar shard holds a file, and where: a parquet file beside the shards, sorted by name.
+
+    Columns: ``name`` (path of the file, as below an ordinary root), ``shard`` (file name), ``offset`` and ``size`` in
+    bytes. Arrow columns, because forked loader processes share them: a dict of two million names would be copied.
+    """
+
+    def __init__(self, table: Any) -> None:
+        """``table`` as read from a file. Raises :class:`ValueError`, or Arrow's errors, for one that is damaged."""
+        pyarrow, compute = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.compute")
+        types = {"name": pyarrow.string(), "offset": pyarrow.int64(), "size": pyarrow.int64()}
+        table.validate(full=True)
+        columns = {name: table[name].cast(kind).combine_chunks() for name, kind in types.items()}
+        self._names, self._shards = columns["name"], table["shard"].combine_chunks()
+        self._offsets, self._sizes = columns["offset"].to_numpy(), columns["size"].to_numpy()
+        if any(column.null_count for column in (*columns.values(), self._shards)):
+            raise ValueError("has empty cells")
+        if (self._offsets < 0).any() or (self._sizes < 0).any():
+            raise ValueError("has negative offsets or sizes")
+        # A shard elsewhere would be read with this process's rights.
+        for shard in self._shards.unique().to_pylist():
+            if not re.fullmatch(r"[\w-][\w.-]*\.tar", shard):
+                raise ValueError(f"names the shard {shard!r}")
+        if compute.all(compute.less(self._names[:-1], self._names[1:])).as_py() is False:  # None of a single name
+            raise ValueError("is not sorted by name")
+
+    @classmethod
+    def read(cls, folder: LocalFolder | RemoteFolder) -> ShardIndex:
+        """The index in ``folder``. Raises :class:`UserError` if it is missing or damaged."""
+        name = folder.name_of(SHARD_INDEX)
+        try:
+            file = folder.open(SHARD_INDEX)
+            parquet = importlib.import_module("pyarrow.parquet")
+            index = cls(parquet.read_table(file, columns=["name", "shard", "offset", "size"]))
+        except FileNotFoundError:
+            raise UserError(f"{name}: no such index of tar shards; tools/chunk_videos.py --tar writes it") from None
+        except UserError:
+            raise
+        except Exception as error:  # Arrow raises many kinds at damaged files
+            raise UserError(f"{name}: not an index of tar shards ({' '.join(str(error).split())[:200]})") from error
+        return index
+
+    @staticmethod
+    def write(folder: Path, members: Sequence[tuple[str, str, int, int]]) -> None:
+        """Write the index of ``members`` (name, shard, offset, size) into ``folder``, as a whole or not at all."""
+        pyarrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+        rows = sorted(members)  # by code points, which is the order of UTF-8 bytes and of Python's text
+        table = pyarrow.table(
+            {
+                "name": pyarrow.array([row[0] for row in rows], pyarrow.string()),
+                # A dictionary: a shard has thousands of files.
+                "shard": pyarrow.array([row[1] for row in rows], pyarrow.string()).dictionary_encode(),
+                "offset": pyarrow.array([row[2] for row in rows], pyarrow.int64()),
+                "size": pyarrow.array([row[3] for row in rows], pyarrow.int64()),
+            }
+        )
+        with atomic_write(folder / SHARD_INDEX, sync=True) as temporary:
+            parquet.write_table(table, temporary)
+
+    def find(self, name: str) -> tuple[str, int, int] | None:
+        """Shard, offset and size of a file; None if there is no such file."""
+        row = self._row(name)
+        if row == len(self._names) or self._names[row].as_py() != name:
+            return None
+        return self._shards[row].as_py(), int(self._offsets[row]), int(self._sizes[row])
+
+    def names(self, folder: str) -> list[str]:
+        """Names of the entries of ``folder``, "" for the root."""
+        prefix, entries = f"{folder}/" if folder else "", dict[str, None]()
+        for row in range(self._row(prefix), len(self._names)):
+            name = self._names[row].as_py()
+            if not name.startswith(prefix):
+                break
+            entries[name[len(prefix) :].partition("/")[0]] = None
+        return list(entries)
+
+    def _row(self, name: str) -> int:
+        return bisect.bisect_left(range(len(self._names)), name, key=lambda row: self._names[row].as_py())
+
+
+Folder = LocalFolder | RemoteFolder | TarFolder
+"""Where files are read from: three classes with the same methods."""
+
+
+class _Requests:
+    """Files that threads of this process are opening, so that several requests are in flight while a clip decodes."""
+
+    def __init__(self) -> None:
+        # With the process, since a thread does not survive a fork, and its result would never come; and with the thread
+        # that reads, which forgets its own alone.
+        self._futures: dict[tuple[int, int, str], Future[io.BufferedIOBase]] = {}
+
+    def begin(self, key: str, open_file: Callable[[], io.BufferedIOBase]) -> None:
+        """Call ``open_file`` in a thread, unless one is at it."""
+        place = os.getpid(), threading.get_ident(), key
+        if place in self._futures:
+            return
+        future = self._futures[place] = Future[io.BufferedIOBase]()
+
+        def run() -> None:
+            try:
+                future.set_result(open_file())
+            except BaseException as error:  # raised where the file is needed
+                future.set_exception(error)
+
+        # A daemon and not an executor's thread, for which the process would wait at its end.
+        threading.Thread(target=run, daemon=True).start()
+
+    def result(self, key: str, open_file: Callable[[], io.BufferedIOBase]) -> io.BufferedIOBase:
+        """The file that a thread opened, or is opening; else ``open_file`` itself."""
+        future = self._futures.pop((os.getpid(), threading.get_ident(), key), None)
+        return open_file() if future is None else future.result()
+
+    def forget(self) -> None:
+        """Drop those that this thread began; they finish on their own."""
+        here = os.getpid(), threading.get_ident()
+        for place in [place for place in list(self._futures) if place[:2] == here]:
+            del self._futures[place]
 
 
 class RangedFile(io.BufferedIOBase):
@@ -476,9 +786,21 @@ class LruCache(Generic[Key, Value]):
 
     def get(self, key: Key) -> Value | None:
         """The value of ``key``, None if it is not there or no longer."""
-        if key in self._entries:
+        with contextlib.suppress(KeyError):  # another thread may drop it in the meantime
             self._entries.move_to_end(key)
         return self._entries.get(key)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def entries(self) -> dict[Key, Value]:
+        """All of them, the one used last at the end."""
+        return dict(self._entries)
+
+    def update(self, entries: Mapping[Key, Value]) -> None:
+        """Put all ``entries``."""
+        for key, value in entries.items():
+            self.put(key, value)
 
     def put(self, key: Key, value: Value) -> Value:
         """Set and return the value of ``key``."""

@@ -462,7 +462,7 @@ class ClipReader:
                 what = f"the rows of dataset '{others[0]}'" if others[0] else "its rows"
                 raise UserError(f"{table.path}: {what} need a video folder; set root (or dataset_roots.NAME)")
             roots[""] = config.root
-        self._stores = {
+        self.stores = {
             name: VideoStore(root, config.layout, config.chunk_seconds, opener, cache, config.min_clip_seconds)
             for name, root in roots.items()
         }
@@ -470,7 +470,7 @@ class ClipReader:
     def store(self, row: ClipRow) -> VideoStore:
         """The folder that a clip's video is in."""
         # Rows of a dataset without a folder of its own, and all rows without a dataset, are below root.
-        return self._stores.get(row.dataset) or self._stores[""]
+        return self.stores.get(row.dataset) or self.stores[""]
 
     def read(self, row: ClipRow, num_frames: int, rng: np.random.Generator | None, rule: str = "middle") -> Frames:
         """``num_frames`` frames of a clip; see :meth:`VideoStore.read`."""

@@ -9,15 +9,25 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from egohod.data.decoders import VIDEO_ENDINGS, Decoder, Opener, choose_decoder
-from egohod.data.storage import LocalCache, LruCache, StorageError, VideoError, VideoFile, open_root
+from egohod.data.storage import (
+    LocalCache,
+    LruCache,
+    RemoteFolder,
+    StorageError,
+    VideoError,
+    VideoFile,
+    open_root,
+)
 from egohod.errors import UserError
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 # A shorter clip of a chunked video is widened to this, as upstream does (SPEC 5).
 MIN_SECONDS = 1.0
@@ -275,11 +285,13 @@ class VideoStore:
             )
         self.root = root
         self._files = open_root(root, cache)
+        self.reads_ahead = self._files.reads_ahead
+        """Whether :meth:`request` fetches anything."""
         self._chunk_seconds = chunk_seconds
         self._tolerance = min(_INEXACT_SHARE * chunk_seconds, _INEXACT_SECONDS)
         self._min_clip_seconds = min_clip_seconds
         self._opener = opener
-        layouts = LAYOUTS if layout == "auto" else (layout,)
+        self._layouts = layouts = LAYOUTS if layout == "auto" else (layout,)
         # The ways in which a video may be stored: tree, layout and ending.
         self._forms = [
             (tree, kind, ending)
@@ -315,7 +327,7 @@ class VideoStore:
         :class:`~egohod.data.storage.StorageError`.
         """
         with self._checked(video_id) as video:
-            place, file = self._find(video, start)
+            place, file = self._find(video, start, self._open)
             end = self._widened(place, start, end, rule)
             if place.layout == "whole":
                 return read_clip(self._opener, file, self._name(place, 0), start, end, num_frames, rng, rule)
@@ -333,21 +345,62 @@ class VideoStore:
         Raises as :meth:`read` does.
         """
         with self._checked(video_id) as video:
-            return self._widened(self._locations.get(video) or self._find(video, start)[0], start, end, rule)
+            place = self._locations.get(video) or self._find(video, start, self._state)[0]
+            return self._widened(place, start, end, rule)
 
-    def locate(self, video_id: str, start: float, end: float | None = None) -> list[VideoFile]:
-        """The files in which a clip begins and, where it is another one, ends; without ``end`` the former.
+    def states(self, video_id: str, start: float, end: float | None = None) -> list[tuple[str, ...]]:
+        """The states of the files in which a clip begins and, where it is another one, ends.
 
-        Nothing is decoded unless chunks have to be measured. Raises as :meth:`read` does.
+        Without ``end`` of the former alone; see :meth:`~egohod.data.storage.LocalFolder.state`. No file is opened
+        unless chunks have to be measured. Raises as :meth:`read` does.
         """
         with self._checked(video_id) as video:
-            place, file = self._find(video, start)
+            place, state = self._find(video, start, self._state)
             first = place.chunk(start)
             last = first if end is None or np.isinf(end) else place.chunk(np.nextafter(end, start))
             if last > first:
                 with contextlib.suppress(FileNotFoundError):  # a clip may end beyond the video
-                    return [file, self._open(place, last)]
-            return [file]
+                    return [state, self._state(place, last)]
+            return [state]
+
+    def request(self, video_id: str, start: float, end: float, rule: str = "middle") -> None:
+        """Begin to fetch the files of a clip that will be read soon, if they are remote."""
+        if not self.reads_ahead or self._missing.get(video_id) is not None:
+            return
+        with contextlib.suppress(VideoError), self._checked(video_id) as video:  # reading will raise it
+            # Of a new video the first place to look for it, which is where the last one was.
+            _, guess = next(self._candidates(video, self._layouts), (None, None))
+            place = self._locations.get(video) or guess
+            if not len(self._locations):  # of the first video only what reading it would try
+                end = start
+            if place is not None:
+                first, end = place.chunk(start), self._widened(place, start, end, rule)
+                last = place.chunk(float(np.nextafter(end, start))) if np.isfinite(end) else first
+                for number in range(first, max(first, last) + 1):
+                    self._files.request(place.key(number), size_first=place.layout == "whole")
+
+    def forget_requests(self) -> None:
+        """Drop what was requested and not read."""
+        self._files.forget_requests()
+
+    def list_root(self) -> None:
+        """List the root, if it is remote, so that other processes need not."""
+        if isinstance(self._files, RemoteFolder):
+            self._files.can_list()
+
+    def findings(self) -> tuple[dict[str, _Location], dict[str, str], dict[str, Any]] | None:
+        """What looking for videos found, which other processes may :meth:`learn`; None where looking is free."""
+        if not isinstance(self._files, RemoteFolder):
+            return None
+        return self._locations.entries(), self._missing.entries(), self._files.listings.entries()
+
+    def learn(self, findings: tuple[dict[str, _Location], dict[str, str], dict[str, Any]]) -> None:
+        """Use what another process found, instead of asking the server again."""
+        assert isinstance(self._files, RemoteFolder)
+        locations, missing, listings = findings
+        self._locations.update(locations)
+        self._missing.update(missing)
+        self._files.listings.update(listings)
 
     def read_file(self, video_id: str, numbers: Callable[[int], np.ndarray]) -> np.ndarray:
         """Read frames of a video that is one whole file, uint8 [..., H, W, 3].
@@ -356,7 +409,7 @@ class VideoStore:
         frames. Raises as :meth:`read` does.
         """
         with self._checked(video_id) as video:
-            place, file = self._find(video, 0.0, ("whole",))
+            place, file = self._find(video, 0.0, self._open, ("whole",))
             with contextlib.closing(self._opener(file, self._name(place, 0))) as decoder:
                 total = max(1, round(decoder.duration * decoder.fps))
                 wanted = numbers(total)
@@ -383,6 +436,9 @@ class VideoStore:
     def _open(self, place: _Location, number: int) -> VideoFile:
         return self._files.open(place.key(number), size_first=place.layout == "whole")
 
+    def _state(self, place: _Location, number: int) -> tuple[str, ...]:
+        return self._files.state(place.key(number))
+
     def _widened(self, place: _Location, start: float, end: float, rule: str) -> float:
         least = self._min_clip_seconds
         if least is None:
@@ -393,34 +449,43 @@ class VideoStore:
     # Where a video is
     # ----------------------------------------------------------------------------------------------
 
-    def _find(self, video: str, second: float, layouts: Sequence[str] = LAYOUTS) -> tuple[_Location, VideoFile]:
-        """Where a video is, and the file that holds a second of it."""
+    def _candidates(self, video: str, layouts: Sequence[str]) -> Iterator[tuple[tuple[Any, ...], _Location]]:
+        """(form, location) of every way in which a video may be stored, in the order of looking."""
+        for form in self._forms:
+            tree, layout, ending = form
+            if layout in layouts and (match := tree.ids.fullmatch(video)):
+                yield form, _Location(layout, tree.path.format(**match.groupdict()), ending, self._chunk_seconds)
+
+    def _find(
+        self,
+        video: str,
+        second: float,
+        look: Callable[[_Location, int], Result],
+        layouts: Sequence[str] = LAYOUTS,
+    ) -> tuple[_Location, Result]:
+        """Where a video is, and the file that holds a second of it, as ``look`` (``_open``, ``_state``) returns it."""
         cached = self._locations.get(video)
         if cached is not None and cached.layout in layouts:
             with contextlib.suppress(FileNotFoundError):
-                return cached, self._open(cached, cached.chunk(second))
+                return cached, look(cached, cached.chunk(second))
         if (reason := self._missing.get(video)) is not None:
             raise VideoError(reason)
-        candidates = [
-            (form, _Location(layout, tree.path.format(**match.groupdict()), ending, self._chunk_seconds))
-            for form in self._forms
-            for tree, layout, ending in [form]
-            if layout in layouts and (match := tree.ids.fullmatch(video))
-        ]
+        candidates = list(self._candidates(video, layouts))
         for form, place in candidates:
             try:
-                file = self._open(place, place.chunk(second))
+                result = look(place, place.chunk(second))
             except FileNotFoundError:
                 continue
             # On a remote root a wrong guess costs a round trip, and the next video is most likely where this one is. On
             # a disk the order stays fixed: the result must not depend on what was read before.
             if self._files.is_remote:
-                self._forms.sort(key=lambda other: other != form)
-            return self._locations.put(video, place), file
+                # A new list: another thread may be going through this one.
+                self._forms = sorted(self._forms, key=lambda other: other != form)
+            return self._locations.put(video, place), result
         places = list(dict.fromkeys(place for _, place in candidates))
-        located = self._find_uneven(places, second)
-        if located is not None:
-            return self._locations.put(video, located[0]), located[1]
+        uneven = self._find_uneven(places, second)
+        if uneven is not None:
+            return self._locations.put(video, uneven), look(uneven, uneven.chunk(second))
         # The shortest way to store a video is the one to name.
         places.sort(key=lambda place: place.layout != "whole")
         first, *others = dict.fromkeys(
@@ -433,8 +498,9 @@ class VideoStore:
             self._missing.put(video, reason)
         raise VideoError(reason)
 
-    def _find_uneven(self, places: Sequence[_Location], second: float) -> tuple[_Location, VideoFile] | None:
+    def _find_uneven(self, places: Sequence[_Location], second: float) -> _Location | None:
         """A video in chunks of which none has the expected name; None if there is no chunk at all."""
+        self.list_root()  # which spares listings of folders that are not there
         for place in places:
             chunks = self._list_chunks(place) if place.layout != "whole" else ()
             if not chunks:
@@ -447,7 +513,7 @@ class VideoStore:
             with contextlib.closing(self._opener(file, self._name(near, number))) as decoder:
                 duration = decoder.duration
             if place.layout == "avion" and near.start(number) <= second < near.start(number) + duration:
-                return near, file
+                return near
             if place.layout == "chunks" and duration > place.seconds + self._tolerance:
                 raise self._wrong_length(place, place.chunk(near.start(number)), duration)
             # The file to name is the chunk, since the video has others.

@@ -24,7 +24,7 @@ from torch.nn.functional import normalize as unit
 from egohod.data.config import DataConfig
 from egohod.data.dataset import ClipDataset, collate_views, normalise, require_all, trim
 from egohod.data.labels import ClassSpace
-from egohod.data.loader import eval_loader
+from egohod.data.loader import EvalLoader, eval_loader
 from egohod.distributed import Distributed, inference_precision
 from egohod.errors import UserError
 from egohod.evaluation.features import FeatureCache, feature_key, is_written, write_video
@@ -201,7 +201,8 @@ class Execution:
 
     ``cache`` is the folder of cached features and ``identity`` what they depend on beside the clips and the protocol,
     above all the checksum of the weights. ``allow_missing`` leaves out clips that cannot be read; ``timeout`` is how
-    many seconds a batch may take to decode.
+    many seconds a batch may take to decode. ``pin_memory`` is for a GPU. With a ``loader`` all benchmarks that were
+    added to it share decoding processes.
     """
 
     batch_size: int
@@ -212,6 +213,8 @@ class Execution:
     identity: Mapping[str, Any] = field(default_factory=dict)
     allow_missing: bool = False
     timeout: float = DataConfig.timeout
+    pin_memory: bool = False
+    loader: EvalLoader | None = None
 
 
 @dataclass
@@ -305,12 +308,11 @@ def _encode_clips(
 ) -> Iterator[Batch]:
     """Decode and encode the clips ``rows`` in their order; ``report`` gets the seconds of waiting for clips."""
     views, stats = dataset.protocol.views, image_stats_of(model)
-    batches = iter(
-        eval_loader(
-            dataset, rows.tolist(), batch_size, run.workers,
-            collate=collate_views, timeout=run.timeout, stop=run.dist.stop,
-        )
-    )  # fmt: skip
+    options: dict[str, Any] = {"timeout": run.timeout, "stop": run.dist.stop, "pin_memory": run.pin_memory}
+    if run.loader is not None and dataset.origin in run.loader.datasets:
+        batches = run.loader.read(dataset, rows.tolist(), batch_size, run.workers, **options)
+    else:
+        batches = iter(eval_loader(dataset, rows.tolist(), batch_size, run.workers, collate=collate_views, **options))
     while True:
         start = time.perf_counter()
         batch = next(batches, None)
@@ -391,7 +393,7 @@ def _encode_shared(
             cache.flush()
     if requests := [text for text in dist.gather_objects(interrupted) if text is not None]:
         raise Interrupted(requests[0])
-    shares = _gather_or_raise(dist, (rows, features, report.faults), fault)
+    shares = gather_or_raise(dist, (rows, features, report.faults), fault)
     for _, _, faults in shares:
         report.faults |= faults
     report.from_cache, report.seconds = len(cached), time.perf_counter() - start
@@ -417,7 +419,7 @@ def _encode_shared(
     return torch.from_numpy(ordered)
 
 
-def _gather_or_raise(dist: Distributed, value: Any, fault: str | None) -> list[Any]:
+def gather_or_raise(dist: Distributed, value: Any, fault: str | None) -> list[Any]:
     """The values of all processes; the faults of any are raised on all, or the others would wait for it for ever."""
     shares = dist.gather_objects((value, fault))
     # Each line once: a folder that is gone is gone for every process.
@@ -492,7 +494,7 @@ def extract(
             done = _extract_share(model, dataset, folder, share, run)
     except UserError as error:  # raised below
         fault = str(error)
-    results = _gather_or_raise(run.dist, done, fault)
+    results = gather_or_raise(run.dist, done, fault)
     videos, clips = (sum(getattr(each, name) for each in results) for name in ("videos", "clips"))
     return Extracted(videos, clips, [line for each in results for line in each.faults])
 

@@ -23,6 +23,7 @@ from egohod.data.dataset import ClipDataset, EvalProtocol, Tokenizer, require_al
 from egohod.data.formats import BENCHMARKS
 from egohod.data.formats.base import BenchmarkData, BenchmarkOptions
 from egohod.data.labels import ClassSpace
+from egohod.data.loader import EvalLoader, worker_count
 from egohod.data.storage import open_cache
 from egohod.distributed import Distributed, pick_precision
 from egohod.errors import UserError, nearest
@@ -36,6 +37,7 @@ from egohod.evaluation.embed import (
     VideoTextModel,
     embed_clips,
     embed_texts,
+    gather_or_raise,
     image_stats_of,
 )
 from egohod.evaluation.features import FeatureCache
@@ -155,10 +157,13 @@ def execution_of(cfg: Config, dist: Distributed) -> Execution:
     """How the run ``cfg`` computes features, without a cache."""
     return Execution(
         batch_size=cfg.evaluate.batch_size,
-        workers=cfg.data.workers,
+        workers=worker_count(cfg.data.workers, dist),
         timeout=cfg.data.timeout,
+        # Page-locked memory, from which copies to the GPU overlap with computing.
+        pin_memory=cfg.data.pin_memory and dist.device.type == "cuda",
         dist=dist,
         precision=pick_precision(cfg.evaluate.precision, dist.device),
+        loader=EvalLoader(),
     )
 
 
@@ -221,7 +226,10 @@ def benchmark(
         decoder=cfg.data.decoder,
         cache=open_cache(cfg.data.cache, cfg.data.cache_gb),
         frame_cache=cfg.data.frame_cache,
+        read_ahead=cfg.data.read_ahead,
     )
+    if execution.loader is not None:
+        execution.loader.add(dataset)
     return Benchmark(
         name,
         dataset,
@@ -254,6 +262,35 @@ def read_benchmark(
 # --------------------------------------------------------------------------------------------------
 # From a benchmark to its numbers
 # --------------------------------------------------------------------------------------------------
+
+
+def missing_clips(dataset: ClipDataset, dist: Distributed) -> dict[int, str]:
+    """Clips whose file is not there, as of :meth:`ClipDataset.missing`, looked for by all processes together.
+
+    On remote roots a folder is listed at most once, by one process, and no file is read. Collective. Raises
+    :class:`UserError` on every process where one cannot use its storage.
+    """
+
+    def share(value: Any, fault: str | None) -> list[Any]:
+        gathered = gather_or_raise(dist, (value, [store.findings() for store in dataset.stores]), fault)
+        for rank, (_, findings) in enumerate(gathered):
+            for store, others in zip(dataset.stores, findings, strict=True):
+                if others is not None and rank != dist.rank:
+                    store.learn(others)
+        return [each for each, _ in gathered]
+
+    faults, fault = dict[int, str](), None
+    if dist.world_size > 1:  # every process would list the root for itself
+        for store in dataset.stores if dist.is_main else ():
+            store.list_root()
+        share(None, None)
+    try:
+        faults = dataset.missing(dist.rank, dist.world_size)
+    except UserError as error:  # raised on all processes, which would wait for this one
+        fault = str(error)
+    for others in share(faults, fault):
+        faults |= others
+    return dict(sorted(faults.items()))
 
 
 @dataclass(frozen=True)
@@ -313,10 +350,30 @@ class Benchmark:
             assert isinstance(model, DualEncoder), f"{type(model).__name__} has no heads"
             model = ClassProbabilities(model, self.classes)
         assert isinstance(model, VideoTextModel), f"{type(model).__name__} has no encode_video and encode_text"
-        execution, total = self.execution, len(self.dataset)
         self._check_image_stats(model)
-        # Before anything is decoded: a missing file should not come up after an hour.
-        missing = execution.dist.gather_objects(self.dataset.missing() if execution.dist.is_main else None)[0]
+        try:
+            return self._measure(model, self._missing())
+        finally:
+            if self.execution.loader is not None:
+                self.execution.loader.finish(self.dataset)
+
+    def _missing(self) -> dict[int, str]:
+        """Clips whose file is not there, as of :func:`missing_clips`."""
+        execution, loader = self.execution, self.execution.loader
+        if loader is None:
+            return missing_clips(self.dataset, execution.dist)
+        # Of all benchmarks before anything is decoded: a missing file should not come up after an hour, and the loader
+        # processes, which start once, shall know where the videos are.
+        if not loader.missing:
+            for dataset in loader.datasets:
+                loader.missing[id(dataset)] = missing_clips(dataset, execution.dist)
+        if not execution.allow_missing:
+            for dataset in loader.datasets:
+                require_all(loader.missing[id(dataset)], len(dataset))
+        return loader.missing[id(self.dataset)]
+
+    def _measure(self, model: VideoTextModel, missing: dict[int, str]) -> BenchmarkResult:
+        execution, total = self.execution, len(self.dataset)
         rows = np.setdiff1d(np.arange(total), list(missing))
         if not execution.allow_missing or not len(rows):
             require_all(missing, total)

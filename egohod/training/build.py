@@ -252,7 +252,7 @@ def build_dataset(cfg: Config, size: int, tables: Sequence[ClipTable] | None = N
         decoder=cfg.data.decoder, cache=open_cache(cfg.data.cache, cfg.data.cache_gb), frame_cache=cfg.data.frame_cache,
         boxes=cfg.loss.boxes > 0, seed=cfg.train.seed, train=True, crop_scale_min=cfg.data.crop_scale_min,
         flip=cfg.data.flip,
-        opposites=cfg.loss.has_opposites,
+        opposites=cfg.loss.has_opposites, read_ahead=cfg.data.read_ahead,
     )  # fmt: skip
     if cfg.loss.has_opposites:
         _check_opposites(dataset)
@@ -641,7 +641,7 @@ def _try_data(cfg: Config, dist: Distributed, model: DualEncoder, problems: list
     except UserError:
         # The videos too, which nobody looked for without the clips.
         roots = [source.root for source in active_sources(cfg).values()]
-        missing = [root for root in roots if "://" not in root and not Path(root).is_dir()]
+        missing = [root for root in roots if "://" not in root and not Path(root).exists()]
         problems += [f"{root}: no such folder of videos" for root in missing]
         raise
     for source in dataset.sources:

@@ -24,7 +24,7 @@ from torch import nn
 from egohod.config import Config
 from egohod.data.dataset import ClipDataset, FaultLedger
 from egohod.data.labels import ClassLabels, ClassSpace
-from egohod.data.loader import BatchPlan, MixedPlan, train_loader
+from egohod.data.loader import BatchPlan, MixedPlan, train_loader, worker_count
 from egohod.distributed import Distributed, host_name
 from egohod.errors import UserError
 from egohod.model.dual_encoder import DualEncoder
@@ -539,7 +539,8 @@ def _micro_batches(
         train_loader(
             data.dataset, data.plan, start_step=start, total_steps=total,
             rank=dist.rank, world_size=dist.world_size, accumulation=data.accumulation,
-            workers=cfg.data.workers, prefetch=cfg.data.prefetch, timeout=cfg.data.timeout, stop=dist.stop,
+            workers=worker_count(cfg.data.workers, dist), prefetch=cfg.data.prefetch,
+            timeout=cfg.data.timeout, stop=dist.stop,
             # Page-locked memory, from which the GPU copies while it computes (DeviceCopies).
             pin_memory=cfg.data.pin_memory and dist.device.type == "cuda",
         )

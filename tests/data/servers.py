@@ -8,6 +8,8 @@ import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs
+from xml.sax.saxutils import escape
 
 import pytest
 
@@ -71,7 +73,8 @@ class FaultyS3:
 
     An entry of the script is an error as (status, code), ``"half"`` for a body that ends early, ``"drop"`` for a
     connection that is closed without an answer, or ``"ok"``. ``requests`` records the requests. Without ``ranges``
-    it sends whole objects, as simple servers do; ``sizes`` false leaves out how large they are.
+    it sends whole objects, as simple servers do; ``sizes`` false leaves out how large they are. Once
+    ``opened`` is cleared, answers wait until ``gate`` requests are in flight.
     """
 
     def __init__(self) -> None:
@@ -80,6 +83,8 @@ class FaultyS3:
         self.requests: list[str] = []
         self.ranges = self.sizes = True
         self.sent = 0
+        self.gate = self.most_in_flight = self._in_flight = 0
+        self._lock, self.opened = threading.Lock(), threading.Event()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -100,10 +105,35 @@ class FaultyS3:
         self._server.shutdown()
         self._server.server_close()
 
+    @property
+    def listed(self) -> list[str]:
+        """The folders that were listed, in order."""
+        return [
+            parse_qs(each.partition("?")[2].partition(" ")[0]).get("prefix", [""])[0]
+            for each in self.requests
+            if "list-type=2" in each
+        ]
+
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         wanted = request.headers.get("Range", "")
         self.requests.append(f"{request.command} {request.path} {wanted}".strip())
+        with self._lock:
+            self._in_flight += 1
+            self.most_in_flight = max(self.most_in_flight, self._in_flight)
+            if self._in_flight >= self.gate:
+                self.opened.set()
+        self.opened.wait(60)
+        self.opened.set()
+        try:
+            self._answer(request, wanted)
+        finally:
+            with self._lock:
+                self._in_flight -= 1
+
+    def _answer(self, request: BaseHTTPRequestHandler, wanted: str) -> None:
         step = self.script.pop(0) if self.script else "ok"
+        if step == "ok" and "list-type=2" in request.path:
+            return self._send(request, 200, self._listing(request.path).encode())
         if step == "ok" and request.path.partition("?")[0] not in self.objects:
             step = (404, "NoSuchKey")
         if isinstance(step, tuple):
@@ -121,6 +151,27 @@ class FaultyS3:
                 first, last = (int(each) for each in wanted.removeprefix("bytes=").split("-"))
                 body = body[first : last + 1]
             self._send(request, 206 if wanted else 200, body, cut=step == "half")
+
+    def _listing(self, path: str) -> str:
+        """One page of a folder's files and sub-folders, as ListObjectsV2 answers."""
+        bucket, _, query = path.partition("?")
+        prefix = parse_qs(query).get("prefix", [""])[0]
+        below = {key[len(bucket) + 1 :]: body for key, body in self.objects.items() if key.startswith(f"{bucket}/")}
+        entries = {}
+        for key, body in below.items():
+            if key.startswith(prefix):
+                name, slash, _ = key[len(prefix) :].partition("/")
+                entries[prefix + name + slash] = len(body)
+        lines = [
+            f"<CommonPrefixes><Prefix>{escape(key)}</Prefix></CommonPrefixes>"
+            if key.endswith("/")
+            else f"<Contents><Key>{escape(key)}</Key><Size>{size}</Size></Contents>"
+            for key, size in sorted(entries.items())
+        ]
+        return (
+            '<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><IsTruncated>false</IsTruncated>'
+            f"<KeyCount>{len(lines)}</KeyCount><Prefix>{escape(prefix)}</Prefix>{''.join(lines)}</ListBucketResult>"
+        )
 
     def _send(self, request: BaseHTTPRequestHandler, status: int, body: bytes, *, cut: bool = False) -> None:
         request.send_response(status)

@@ -9,14 +9,22 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import pytest
+import torch
+from servers import FaultyS3, point_to
 from video_files import encode, numbers, reference
 
 from egohod.data import chunking
 from egohod.data.chunking import ChunkSettings, Output, Video, find_videos, split
+from egohod.data.config import SourceConfig
+from egohod.data.dataset import ClipDataset, Tokenizer, collate, collate_views
+from egohod.data.formats import read_clips
+from egohod.data.loader import eval_loader
+from egohod.data.storage import open_root
 from egohod.errors import UserError
 from egohod.runtime import Progress, locked
 
@@ -346,3 +354,138 @@ def test_help_gives_a_reason_for_every_option() -> None:
     for option in [*vars(ChunkSettings()), "workers", "pattern", "list", "strict", "follow_links", "dry_run"]:
         option = option.replace("fastdecode", "no_fastdecode")
         assert f"--{option} " in done.stdout, option
+
+
+# --------------------------------------------------------------------------------------------------
+# Tar shards
+# --------------------------------------------------------------------------------------------------
+
+
+def members(folder: Path) -> dict[str, bytes]:
+    """Every member of the shards in a folder, which tar itself can read."""
+    contents = {}
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as archive:
+            for member in archive.getmembers():
+                file = archive.extractfile(member)
+                assert file is not None
+                contents[member.name] = file.read()
+    return contents
+
+
+def test_shards_hold_the_chunks_of_a_folder(recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, packed = tmp_path / "plain", tmp_path / "packed"
+    options = ["--seconds", 1, "--short_side", 48, "--workers", 2]
+    assert tool(recordings, plain, *options).returncode == 0
+    done = tool(recordings, packed, *options, "--tar")
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in packed.iterdir()) == [".chunk_videos", "shard-00000.tar", "shards.parquet"]
+    assert members(packed) == tree(plain)
+    index = open_root(packed / "shards.parquet")
+    for name, content in tree(plain).items():
+        assert index.open(name).read() == content  # type: ignore[union-attr]
+    assert index.names("") == sorted(video.partition("/")[0] for video in {"a", "b.c", "day 1", "z"})
+    assert index.names("day 1/küche 2") == ["0000.mp4", "0001.mp4"]
+    assert index.names("day") == []
+    with pytest.raises(FileNotFoundError):
+        index.open("a/0009.mp4")
+    # Ordinary folders and shards are not mixed.
+    assert "tar False (requested: True)" in tool(recordings, plain, *options, "--tar").stderr
+    with pytest.raises(UserError, match=r"a folder of tar shards; set the root to their index, .*shards\.parquet"):
+        open_root(packed)
+    # Rerun: nothing is written.
+    before = {path.name: path.stat().st_mtime_ns for path in packed.iterdir()}
+    assert "is complete, nothing to do" in tool(recordings, packed, *options, "--tar").stdout
+    assert {path.name: path.stat().st_mtime_ns for path in packed.iterdir()} == before
+
+
+def test_killed_shards_resume_to_the_same_content(recordings: Path, tmp_path: Path) -> None:
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    options = [recordings, "{}", "--seconds", 0.5, "--short_side", 48, "--workers", 1, "--tar"]
+    assert tool(options[0], straight, *options[2:]).returncode == 0
+    for lines in (1, 3):  # killed once after the first video, once after the third
+        command = [*TOOL, str(recordings), str(killed), *map(str, options[2:])]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        done = killed / ".chunk_videos" / "done.jsonl"
+        while not done.exists() or done.read_bytes().count(b"\n") < lines:
+            assert process.poll() is None
+            time.sleep(0.002)
+        process.kill()
+        process.wait()
+    # As if it had died within a member, and a disk had lost the last video that it noted.
+    shard, notes = killed / "shard-00000.tar", done.read_text().splitlines(keepends=True)
+    with shard.open("ab") as file:
+        file.write(b"half a chunk")
+    lost = json.loads(notes[-1]) | {"video_id": "z", "end": 1 << 40}
+    done.write_text("".join([*notes, json.dumps(lost) + "\n", '{"video_id": "z", "sou']))
+    assert tool(recordings, killed, *options[2:]).returncode == 0
+    assert members(killed) == members(straight)
+    assert sorted(open_root(killed / "shards.parquet").names("")) == ["a", "b.c", "day 1", "z"]
+
+
+def test_a_full_shard_is_followed_by_another(recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunking, "_SHARD_BYTES", 20_000)
+    output = Output(tmp_path / "out", ChunkSettings(seconds=1, short_side=48, tar=True), recordings)
+    videos = find_videos(recordings)
+    with output.claim():
+        chunking.write_videos(chunking.probe_videos(videos, 1)[0], output, 1)
+    shards = sorted(path.name for path in (tmp_path / "out").glob("*.tar"))
+    assert shards[:2] == ["shard-00000.tar", "shard-00001.tar"]
+    again = Output(tmp_path / "out", ChunkSettings(seconds=1, short_side=48, tar=True), recordings)
+    assert all(again.is_done(video) for video in videos)
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_training_and_evaluation_read_shards_as_any_root(
+    recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remote: bool
+) -> None:
+    plain, packed = tmp_path / "plain", tmp_path / "packed"
+    for folder, tar in ((plain, False), (packed, True)):
+        output = Output(folder, ChunkSettings(seconds=1, short_side=48, tar=tar), recordings)
+        with output.claim():
+            chunking.write_videos(chunking.probe_videos(find_videos(recordings), 1)[0], output, 1)
+    rows = [f"{video},{start},{start + 1.5},text" for video in ("a", "day 1/küche 2") for start in (0.2, 0.4)]
+    (tmp_path / "clips.csv").write_text("video_id,start_second,end_second,text\n" + "\n".join(rows) + "\n")
+    server, root = FaultyS3(), str(packed / "shards.parquet")
+    try:
+        if remote:
+            point_to(monkeypatch, server.address)
+            server.objects |= {f"/bucket/{path.name}": path.read_bytes() for path in packed.glob("s*")}
+            root = "s3://bucket/shards.parquet"
+
+        def clips(root: str, train: bool) -> ClipDataset:
+            source = SourceConfig(root=root, chunk_seconds=1.0)
+            table = read_clips(tmp_path / "clips.csv")
+            options = {"size": 32, "num_frames": 3, "tokenizer": Tokenizer(), "train": train, "read_ahead": 2}
+            return ClipDataset([(table, source)], decoder="pyav", **options)
+
+        for train in (False, True):
+            batches = [
+                next(iter(eval_loader(clips(each, train), range(4), 4, 0, collate=collate if train else collate_views)))
+                for each in (str(plain), root)
+            ]
+            assert torch.equal(batches[0]["video"], batches[1]["video"])
+        data = clips(root, False)
+        assert data.missing() == {}
+        assert len(set(data.identities)) == 4
+        if remote:  # the index once, then a range for each of a clip's two chunks
+            server.requests.clear()
+            data = clips(root, False)
+            list(eval_loader(data, range(4), 4, 0, collate=collate_views))
+            assert len(server.requests) == 1 + 8
+            server.objects["/bucket/shard-00000.tar"] = b"short"
+            monkeypatch.setattr("egohod.data.storage._PAUSE", 0.001)
+            assert "shards.parquet/a/0000.mp4" in data[0]["fault"] or "shard-00000.tar" in data[0]["fault"]
+        else:
+            (packed / "shard-00000.tar").write_bytes(b"short")
+            assert "shard-00000.tar: truncated" in data[0]["fault"]
+            (packed / "shard-00000.tar").unlink()
+            assert "shard-00000.tar: no such file, though shards.parquet has it" in data[0]["fault"]
+            (packed / "shards.parquet").write_bytes(b"PAR1 damaged")
+            with pytest.raises(UserError, match=r"shards\.parquet: not an index of tar shards"):
+                clips(root, False)
+            (packed / "shards.parquet").unlink()
+            with pytest.raises(UserError, match=r"shards\.parquet: no such index .*--tar writes it"):
+                clips(root, False)
+    finally:
+        server.close()

@@ -12,6 +12,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from video_files import (
     DECODERS,
@@ -27,7 +28,11 @@ from video_files import (
 )
 
 from egohod.data import decoders
+from egohod.data.config import SourceConfig
+from egohod.data.dataset import ClipDataset, Tokenizer, collate, collate_views
 from egohod.data.decoders import CachingOpener, Opener, ReusingOpener, choose_decoder
+from egohod.data.formats import read_clips
+from egohod.data.loader import eval_loader
 from egohod.data.storage import VideoError, VideoFile
 from egohod.data.videos import frame_times, segment_indices
 from egohod.errors import UserError
@@ -322,6 +327,58 @@ def test_the_error_of_a_missing_decoder_names_its_package(monkeypatch: pytest.Mo
     monkeypatch.setattr(decoders, "_cannot_import", lambda module: "libavutil.so.56: no such file")
     with pytest.raises(UserError, match=r"torchcodec does not load .libavutil.*apt-get install ffmpeg"):
         choose_decoder("torchcodec")
+
+
+@pytest.fixture
+def no_gpu_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``data.decoder=cuda`` on the CPU: the same library and the same path, with another device."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(decoders, "_gpu", lambda: "cpu")
+
+
+def test_the_gpus_decoder_is_refused_where_it_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        UserError, match=r"data\.decoder=cuda: cuda does not load \(torch has no NVIDIA GPU here\); cure"
+    ):
+        choose_decoder("cuda")
+    assert choose_decoder("auto")[0] == "pyav"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(decoders, "_gpu", lambda: "cuda:0")
+    with pytest.raises(UserError, match=r"cuda does not load \(torchcodec cannot use it: .*video part"):
+        choose_decoder("cuda")  # there is none
+
+
+@pytest.mark.usefixtures("no_gpu_needed")
+def test_the_gpus_decoder_shows_the_same_frames_in_training_and_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    encode(tmp_path / "v.mp4", 40)
+    (tmp_path / "clips.csv").write_text(
+        "video_id,start_second,end_second,text\n" + "".join(f"v,{i / 4},{i / 4 + 1.5},text\n" for i in range(8))
+    )
+    table, source = read_clips(tmp_path / "clips.csv"), SourceConfig(root=str(tmp_path))
+    for train in (False, True):
+        batches = {}
+        for decoder in ("cuda", "torchcodec"):
+            clips = ClipDataset(
+                [(table, source)], size=32, num_frames=4, tokenizer=Tokenizer(), train=train, decoder=decoder
+            )
+            loader = eval_loader(clips, range(8), 4, 2, collate=collate if train else collate_views)
+            assert (loader.num_workers, clips.decoder) == ({"cuda": 0, "torchcodec": 2}[decoder], decoder)
+            batches[decoder] = [batch["video"] for batch in loader]
+        assert all(torch.equal(*pair) for pair in zip(*batches.values(), strict=True))
+
+    class Fallback(decoders.CudaDecoder):
+        """Of a video that NVDEC does not take."""
+
+        def __init__(self, file: VideoFile, name: str = "") -> None:
+            monkeypatch.setattr("torchcodec.decoders.VideoDecoder.cpu_fallback", "Video not supported")
+            super().__init__(file, name)
+
+    for _ in range(2):
+        Fallback(tmp_path / "v.mp4")
+    assert caplog.text.count("Video not supported; such files are decoded on the CPU without a further word") == 1
+    decoders._LOGGED.discard("cuda")
 
 
 def test_a_machine_without_decord(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

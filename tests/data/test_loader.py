@@ -1,6 +1,8 @@
 """Order of the clips, resuming, and processes that fail or must end."""
 
+import copy
 import itertools
+import math
 import os
 import select
 import signal
@@ -8,15 +10,28 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
-from egohod.data.loader import BatchPlan, ClipLoader, MixedPlan, eval_loader, shares, train_loader
+from egohod.data import loader
+from egohod.data.loader import (
+    BatchPlan,
+    ClipLoader,
+    EvalLoader,
+    MixedPlan,
+    check_shared_memory,
+    eval_loader,
+    shares,
+    train_loader,
+    worker_count,
+)
+from egohod.distributed import Distributed
 from egohod.errors import UserError
-from egohod.runtime import Interrupted, StopRequest
+from egohod.runtime import Interrupted, StopRequest, core_quota
 from tests.support import Command
 
 
@@ -292,6 +307,214 @@ def test_batches_come_through_pipes_where_shared_memory_is_small() -> None:
     assert lines[2].startswith("error: data.workers=2: no loader process can be started")
     assert lines[2].endswith("data.workers=0 decodes in the process itself")
     assert "Traceback" not in done.stderr
+
+
+ROOM_FOR_FEW_BATCHES = """
+import logging, sys
+sys.path[:0] = sys.argv[1:3]
+import torch
+from test_loader import Numbers
+from egohod.data.loader import eval_loader
+
+class Large(Numbers):
+    sample_bytes = 3 * 4 * 256 * 256
+
+    def sample(self, epoch, index):
+        return super().sample(epoch, index) | {"video": torch.full((3, 4, 256, 256), index, dtype=torch.uint8)}
+
+logging.basicConfig(level=logging.INFO)
+for _ in range(2):
+    batches = 0
+    for batch in eval_loader(Large(400), range(400), 8, 4, prefetch=4):
+        assert (batch["video"].flatten(1) == batch["index"][:, None]).all()
+        batches += 1
+    print(batches)
+"""
+
+
+def test_four_workers_that_fill_the_shared_memory_lose_no_batch_and_are_announced() -> None:
+    """Room for three batches of 6.3 MB, with up to 18 on their way: a bus error would end a worker."""
+    unshared = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=28m tmpfs /dev/shm && exec "$@"', "sh"]
+    if sys.platform != "linux" or subprocess.run([*unshared, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("needs a mount namespace")
+    root, here = Path(__file__).parents[2], Path(__file__).parent
+    command = [*unshared, sys.executable, "-c", ROOM_FOR_FEW_BATCHES, str(root), str(here)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["50", "50"]
+    assert done.stderr.count("docker run --shm-size=1g") == 1
+    assert "hold up to 0.11 GB in it (1 training processes x (4 workers x 4 batches ready + 2) x 6 MB)" in done.stderr
+
+
+def test_the_warning_of_too_little_shared_memory_says_what_fits(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    for free, expected in (
+        (25e9, None),
+        (20e9, "--shm-size=23g, or --ipc=host; or data.prefetch=1"),
+        (8e9, "--shm-size=23g, or --ipc=host; or data.prefetch=1 data.workers=4"),
+        (64e6, "--shm-size=23g, or --ipc=host"),
+    ):
+        monkeypatch.setattr(loader, "_has_warned_of_pipes", False)
+        monkeypatch.setattr(loader, "_free_shared_memory", lambda free=free: free)
+        caplog.clear()
+        # The recipe: 256 clips of 4 frames at 224 px, eight workers.
+        check_shared_memory(256 * 3 * 4 * 224**2, 8, 2)
+        assert [record.getMessage().partition("cure: docker run ")[2] for record in caplog.records] == (
+            [expected] if expected else []
+        )
+
+
+@pytest.mark.parametrize(
+    ("workers", "pinned", "free", "more", "cure"),
+    [
+        # Eleven hold three each as well, and twelve cannot hold fewer.
+        (12, True, 5.5e9, 2, "6g, or --ipc=host; or data.prefetch=1 data.workers=11"),
+        (8, True, 5.2e9, 2, "6g, or --ipc=host"),
+        (8, False, 9e9, 33, "11g, or --ipc=host"),
+    ],
+)
+def test_shared_memory_for_the_micro_batches_of_a_whole_step(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    workers: int,
+    pinned: bool,
+    free: float,
+    more: int,
+    cure: str,
+) -> None:
+    """32 micro-batches of 154 MB a step: the workers hold them all, and those without pinned copies are held twice."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setattr(loader, "_has_warned_of_pipes", False)
+    monkeypatch.setattr(loader, "_free_shared_memory", lambda: free)
+    ready = -(-32 // workers)
+    check_shared_memory(256 * 3 * 4 * 224**2, workers, ready, 32, pinned)
+    (record,) = caplog.records
+    assert f"{workers} workers x {ready} batches ready + {more})" in record.getMessage()
+    assert record.getMessage().endswith(f"--shm-size={cure}")
+
+
+def test_workers_follow_the_cores_and_the_processes_of_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Node(Distributed):
+        """Processes that see the given cores."""
+
+        cores: ClassVar[list[list[int]]] = []
+
+        def gather_objects(self, value: Any) -> list[Any]:
+            assert value[1] == self.cores[self.rank]
+            return [(value[0], cores) for cores in self.cores] + [("another node", [0, 1])]
+
+    for cores, quota, expected in (
+        ([list(range(96))] * 8, math.inf, 11),  # torchrun: all see all
+        ([list(range(12 * rank, 12 * rank + 12)) for rank in range(8)], math.inf, 11),  # Slurm: each its own
+        ([list(range(2))], math.inf, 1),
+        ([list(range(2))] * 4, math.inf, 1),
+        ([list(range(256))], math.inf, 16),
+        ([list(range(96))] * 2, 10.0, 4),  # docker run --cpus=10
+    ):
+        monkeypatch.setattr(Node, "cores", cores)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(cores[0]))
+        monkeypatch.setattr(loader, "core_quota", lambda quota=quota: quota)
+        node = Node(0, len(cores), torch.device("cpu"), None)
+        assert worker_count(None, node) == expected, cores
+        assert worker_count(3, node) == 3
+
+
+def test_a_containers_limit_of_cores(tmp_path: Path) -> None:
+    for text, expected in (("max 100000\n", math.inf), ("250000 100000\n", 2.5), ("damaged", math.inf)):
+        (tmp_path / "cpu.max").write_text(text)
+        assert core_quota(tmp_path / "cpu.max") == expected
+    assert core_quota(tmp_path / "none") == math.inf
+
+
+class Threaded(Numbers):
+    decoder = "cuda"
+
+
+def test_what_the_gpu_decodes_is_read_by_threads_of_this_process() -> None:
+    plan = BatchPlan(40, 8, 0)
+    expected = clips_of(train_loader(Numbers(), plan, start_step=0, total_steps=12, accumulation=2))
+    threads = train_loader(Threaded(), plan, start_step=0, total_steps=12, accumulation=2, workers=3)
+    assert threads.num_workers == 0
+    assert clips_of(threads) == expected
+    process = {int(batch["video"][0, 2, 0, 0, 0]) for batch in threads}
+    assert process == {os.getpid()}
+
+    class Broken(Threaded):
+        def sample(self, epoch: int, index: int) -> dict[str, Any]:
+            if index == 5:
+                raise UserError("clip.mp4: is broken")
+            return super().sample(epoch, index)
+
+    with pytest.raises(UserError, match=r"^clip\.mp4: is broken$"):
+        list(eval_loader(Broken(), range(8), 2, 2))
+
+    released = threading.Event()
+
+    class Slow(Threaded):
+        def sample(self, epoch: int, index: int) -> dict[str, Any]:
+            released.wait()
+            return super().sample(epoch, index)
+
+    with pytest.raises(UserError, match=r"no batch of clips came for 0.1 s"):
+        list(eval_loader(Slow(), range(8), 2, 2, timeout=0.1))
+    released.set()
+
+
+class Benchmarked(Numbers):
+    """A part of a data set, the clips ``rows`` of it; the 'video' holds the process and the data set's number."""
+
+    decoder, read_ahead, sample_bytes = "pyav", 0, 0
+
+    def __init__(self, number: int, size: int = 40) -> None:
+        super().__init__(size)
+        self.number, self.origin, self.rows = number, self, np.arange(size)
+
+    def sample(self, epoch: int, index: int) -> dict[str, Any]:
+        fault = "damaged" if index == 9 else None
+        video = torch.tensor([os.getpid(), self.number])
+        return {"video": None if fault else video, "index": index, "fault": fault}
+
+
+def test_benchmarks_share_their_workers_until_the_last_is_done() -> None:
+    first, second = Benchmarked(0), Benchmarked(1, 20)
+    part = copy.copy(second)
+    part.rows = np.array([3, 9, 14, 19])
+    shared = EvalLoader()
+    for each in (first, second):
+        shared.add(each)  # type: ignore[arg-type]
+    how: dict[str, Any] = {"timeout": 60.0, "stop": None, "pin_memory": False}
+    processes = []
+    for _ in range(2):  # two evaluations of a run
+        pids = set()
+        for dataset, indices in ((first, [0, 1, 2, 7, 8]), (part, [0, 1, 2, 3]), (second, [4]), (first, [])):
+            batches = list(shared.read(dataset, indices, 2, 2, **how))  # type: ignore[arg-type]
+            faults = {row: text for batch in batches for row, text in batch["faults"].items()}
+            assert faults == ({1: "damaged"} if dataset is part else {})
+            read = [int(index) for batch in batches for index in batch["index"]]
+            assert read == [index for index in indices if index not in faults]
+            videos = torch.cat([batch["video"] for batch in batches]) if batches else torch.zeros(0, 2)
+            assert set(videos[:, 1].tolist()) == ({dataset.number} if indices else set())
+            pids |= set(videos[:, 0].tolist())
+        assert len(pids) == 2
+        assert os.getpid() not in pids
+        processes.append(pids)
+        shared.finish(first)  # type: ignore[arg-type]
+        assert all(psutil.pid_exists(pid) for pid in pids)
+        shared.finish(second)  # type: ignore[arg-type]
+        assert not any(psutil.pid_exists(pid) for pid in pids)
+    assert not processes[0] & processes[1]
+
+
+def test_a_benchmark_that_fails_leaves_no_workers() -> None:
+    shared, dataset = EvalLoader(), Benchmarked(0)
+    shared.add(dataset)  # type: ignore[arg-type]
+    batches = shared.read(dataset, range(40), 2, 2, timeout=60.0, stop=None, pin_memory=False)  # type: ignore[arg-type]
+    pid = int(next(batches)["video"][0, 0])
+    assert psutil.pid_exists(pid)
+    batches.close()
+    assert not psutil.pid_exists(pid)
 
 
 def test_other_processes_may_take_the_shared_memory_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,17 @@
 """Clips from a real S3 server and other remote roots: layouts, requests, forked workers."""
 
 import logging
+import pickle
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
 import pytest
+import torch
 from servers import FaultyS3, moto_server, point_to
 from video_files import DECODERS, encode, numbers, opener
 
@@ -18,6 +23,8 @@ from egohod.data.formats import read_clips
 from egohod.data.loader import eval_loader
 from egohod.data.storage import LocalCache, StorageError
 from egohod.data.videos import VideoError, VideoStore, segment_indices
+from egohod.distributed import Distributed
+from egohod.evaluation.runner import missing_clips
 from egohod.training.build import build_dataset
 
 ROOT = "s3://videos/some/prefix"
@@ -252,3 +259,112 @@ def test_parts_of_a_large_file_over_http(tmp_path: Path, faststart: bool, monkey
                 store(f"{server.address}/some", "whole", decoder).read("v", 1.0, 5.0, 8)
     finally:
         server.close()
+
+
+class TwoRanks:
+    """Two processes of a run as threads of this one: each gathers what both give."""
+
+    def __init__(self) -> None:
+        self.barrier, self.values = threading.Barrier(2), [None, None]
+
+    def rank(self, number: int) -> Distributed:
+        outer = self
+
+        class Rank(Distributed):
+            def gather_objects(self, value: Any) -> list[Any]:
+                outer.values[self.rank] = pickle.dumps(value)
+                outer.barrier.wait(60)
+                values = [pickle.loads(each) for each in outer.values]
+                outer.barrier.wait(60)
+                return values
+
+        return Rank(number, 2, torch.device("cpu"), None)
+
+
+@pytest.mark.parametrize("layout", ["auto", "chunks", "avion", "whole"])
+def test_an_evaluation_lists_a_folder_once_and_gets_a_clip_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    """By two processes, which find a missing video, hash the clips for the cache of features, and read them."""
+    server, chunk = FaultyS3(), (folder / "avion.mp4" / "0.mp4").read_bytes()
+    point_to(monkeypatch, server.address)
+    kind = "chunks" if layout == "auto" else layout
+    for video in range(4):
+        for second in (0, 2):
+            number = second // 2
+            key = {"chunks": f"v{video}/{number:04d}.mp4", "avion": f"v{video}.mp4/{second}.mp4"}.get(kind)
+            server.objects[f"/videos/{key or f'v{video}_{number}.mp4'}"] = chunk
+    if kind == "whole":
+        rows = [f"v{video}_{number},0,1.5,text" for video in range(4) for number in range(2)]
+    else:  # clips within the two chunks of a video
+        rows = [f"v{video},{start},{start + 1.5},text" for video in range(4) for start in (0.2, 2.2)]
+    (tmp_path / "clips.csv").write_text("video_id,start_second,end_second,text\n" + "\n".join([*rows, "v9,0,1,text"]))
+    source = SourceConfig(root="s3://videos", chunk_seconds=2.0, layout=layout)
+    ranks, results, folders = TwoRanks(), [{}, {}], {}
+
+    def evaluate(rank: int) -> None:
+        clips = ClipDataset([(read_clips(tmp_path / "clips.csv"), source)], size=32, num_frames=2, decoder="pyav")
+        missing = missing_clips(clips, ranks.rank(rank))
+        assert list(missing) == [8]
+        assert "v9" in missing[8]
+        results[rank] = {"identities": clips.identities}
+        assert all(request.split()[0] == "GET" and "list-type=2" in request for request in server.requests)
+        ranks.barrier.wait(60)
+        for index in range(rank, 8, 2):
+            sample = clips[index]
+            assert sample["fault"] is None, sample["fault"]
+
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(evaluate, range(2)))
+        folders = server.listed
+        gets = [request for request in server.requests if "list-type=2" not in request]
+    finally:
+        server.close()
+    assert results[0] == results[1]
+    assert len(set(folders)) == len(folders) == (1 if kind == "whole" else 5)
+    assert len(set(gets)) == len(gets) == 8
+    assert all(request.startswith("GET") for request in gets)
+
+
+def test_where_listing_is_refused_files_are_looked_up_one_by_one(counting: FaultyS3, folder: Path) -> None:
+    reader = store("s3://videos", "avion")
+    counting.script = [(403, "AccessDenied")]
+    assert reader.states("one", 0.0) == [()]
+    assert [request.split()[0] for request in counting.requests] == ["GET", "HEAD"]
+
+
+def test_several_requests_of_a_worker_are_in_flight(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that answers when four requests have come; the clips and the requests are the same."""
+    server = FaultyS3()
+    point_to(monkeypatch, server.address)
+    for video in range(12):
+        for path in (folder / "avion.mp4").iterdir():
+            server.objects[f"/videos/v{video}.mp4/{path.name}"] = path.read_bytes()
+    rows = [f"v{video},1,3,text" for video in range(12)]  # each across two chunks
+    (tmp_path / "clips.csv").write_text("video_id,start_second,end_second,text\n" + "\n".join([*rows, "v99,1,3,text"]))
+    source = SourceConfig(root="s3://videos", chunk_seconds=2.0, layout="avion")
+    batches, requests, in_flight = {}, {}, {}
+    try:
+        for ahead in (0, 2, 4):
+            clips = ClipDataset(
+                [(read_clips(tmp_path / "clips.csv"), source)], size=32, num_frames=2, decoder="pyav", read_ahead=ahead
+            )
+            clips[0]  # connect
+            server.requests.clear()
+            server.most_in_flight, server.gate = 0, ahead
+            server.opened.clear()
+            batches[ahead] = next(iter(eval_loader(clips, range(13), 13, 0, collate=collate_views)))
+            requests[ahead], in_flight[ahead] = sorted(server.requests), server.most_in_flight
+            assert "v99" in batches[ahead]["faults"][12]
+    finally:
+        server.close()
+    for ahead in (2, 4):
+        assert torch.equal(batches[0]["video"], batches[ahead]["video"])
+        # Of a missing video both chunks are requested.
+        same, expected = ([each for each in requests[way] if "v99" not in each] for way in (ahead, 0))
+        assert same == expected
+    assert in_flight[2] >= 2
+    assert in_flight[4] >= 4

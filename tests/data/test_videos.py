@@ -277,7 +277,7 @@ def test_the_layouts_of_published_datasets_are_detected(videos: Path, tmp_path: 
     for requested in ("auto", layout):
         reader = store(tmp_path, requested)
         assert numbers(reader.read(TREES[path], 0.5, 1.5, 4).pictures) == segment_indices(5, 15, 4).tolist()
-        assert reader.locate(TREES[path], 0.5, 1.5) == [tmp_path / path]
+        assert [each[0] for each in reader.states(TREES[path], 0.5, 1.5)] == [str(tmp_path / path)]
         if layout == "whole":
             shown = reader.read_file(TREES[path], lambda total: np.arange(0, total, 5)[None])
             assert numbers(shown[0]) == [0, 5, 10, 15]

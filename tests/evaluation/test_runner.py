@@ -16,6 +16,7 @@ import torch
 from evaluation_cases import (
     ALONE,
     FRAMES,
+    Counting,
     Oracle,
     cached,
     config,
@@ -106,6 +107,16 @@ def test_a_familys_name_means_its_own_egtea() -> None:
     assert protocol_for("lavila", "egtea").name == "lavila_10x3"
     assert protocol_for("lavila", "charades_ego").name == "lavila"
     assert protocol_for("avion", "egtea").name == "avion"
+
+
+def test_a_missing_file_of_any_benchmark_shows_before_the_first_is_decoded(formats: Path, tmp_path: Path) -> None:
+    cfg, model = config(), Counting()
+    execution, here = execution_of(cfg, ALONE), settings(formats, "custom")
+    first = benchmark(cfg, "custom", here, execution)
+    benchmark(cfg, "other", dataclasses.replace(here, root=str(tmp_path)), execution)
+    with pytest.raises(UserError, match="no such file"):
+        first(model)
+    assert model.videos == 0
 
 
 def test_one_knob_chooses_the_protocol_of_all_benchmarks(formats: Path) -> None:

@@ -31,6 +31,23 @@ def test_the_sbatch_file_has_the_requested_resources(tiny_config: Path, inside: 
     assert not (tiny_config.parent / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "cores"),
+    [
+        (["--gpus", "8"], 9),  # automatic workers
+        (["--gpus", "8", "data.workers=12"], 13),
+        (["data.workers=0"], 4),
+        (["--gpus", "8", "data.workers=12", "--cpus", "6"], 6),
+    ],
+)
+def test_a_job_gets_the_cores_that_its_loader_wants(
+    tiny_config: Path, inside: Command, arguments: list[str], cores: int
+) -> None:
+    done = inside("submit.py", tiny_config, "data.workers=auto", *arguments, "--dry_run")
+    assert f"#SBATCH --cpus-per-task={cores}" in done.stdout.splitlines(), done.stdout + done.stderr
+    assert f"--cpus-per-task={cores}" in done.stdout.partition("srun")[2]
+
+
 def test_mistakes_show_before_anything_is_submitted(
     tiny_config: Path, tmp_path: Path, inside: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
