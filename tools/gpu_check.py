@@ -169,6 +169,8 @@ def run_process(command: Sequence[str], limit: float) -> dict[str, Any]:
         rows.touch()
         start = time.monotonic()
         with log.open("w") as output:
+            # As Ctrl-C: a scheduler's signal must not leave the part behind, alone on the GPU.
+            before = signal.signal(signal.SIGTERM, signal.default_int_handler)
             # A session of its own: at the end the loaders' workers and torchrun's processes end with it.
             process = subprocess.Popen(
                 [*command, "--rows", str(rows)], stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -182,6 +184,7 @@ def run_process(command: Sequence[str], limit: float) -> dict[str, Any]:
                 status = f"stopped after {limit:.0f} s"
             finally:
                 end_session(process)
+                signal.signal(signal.SIGTERM, before)
         # The last line is unfinished where the process was killed while it wrote.
         lines = [line for line in rows.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
         outcome = {"status": status, "seconds": time.monotonic() - start, "rows": [json.loads(each) for each in lines]}

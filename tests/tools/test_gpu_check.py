@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,6 +109,15 @@ def test_processes_that_a_part_started_end_with_it(code: str, tmp_path: Path) ->
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < end, "it is still running"
         time.sleep(0.1)
+
+
+def test_a_signal_ends_the_part_too(tmp_path: Path) -> None:
+    path, before = tmp_path / "pid", signal.getsignal(signal.SIGTERM)
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(KeyboardInterrupt):
+        run_process(["sh", "-c", f"echo $$ > {path}; sleep 600", "sh"], limit=60)
+    assert not psutil.pid_exists(int(path.read_text()))
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_finished_parts_are_not_run_again(

@@ -275,10 +275,10 @@ def machine(check: Check) -> Iterator[Row]:
 
         def products(name: str = name, dtype: torch.dtype = dtype) -> Row:
             torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-            return {"value": f"{matmul_peak(check.device, dtype) / 1e12:.1f} TFLOP/s"}
+            return {"value": f"{matmul_peak(check.device, dtype) / 1e12:.3g} TFLOP/s"}
 
         yield attempt({"item": f"matrix products, {name}"}, products)
-    yield attempt({"item": "copies within the device"}, lambda: {"value": f"{_copy_rate(check) / 1e9:.0f} GB/s"})
+    yield attempt({"item": "copies within the device"}, lambda: {"value": f"{_copy_rate(check) / 1e9:,.0f} GB/s"})
 
 
 def is_built_for(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
