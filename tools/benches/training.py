@@ -109,6 +109,18 @@ def cpu_seconds(*processes: int) -> float:
     return sum(sum(resource.getrusage(each)[:2]) for each in chosen)
 
 
+def matmul_round(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], None], float]:
+    """A round of large matrix products, and its operations: what steps are compared with."""
+    side, repeats = MATMUL_SIZE[device.type], MATMULS_PER_ROUND[device.type]
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+
+    def matmuls() -> None:
+        for _ in range(repeats):
+            torch.mm(a, b)
+
+    return matmuls, repeats * 2.0 * side**3
+
+
 def peak_bytes() -> int:
     """The peak resident memory of this process; macOS counts bytes, Linux kilobytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -204,18 +216,12 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
     if options.compile:
         model.compile_towers()
         run_step()
-    side, repeats = MATMUL_SIZE[device.type], MATMULS_PER_ROUND[device.type]
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-
-    def matmuls() -> None:
-        for _ in range(repeats):
-            torch.mm(a, b)
-
+    matmuls, operations = matmul_round(device, dtype)
     matmuls()  # warm-up
     runs = alternate(options.rounds, {"matmul": matmuls, "step": run_step}, device)
     # The best of both: noise of the machine only ever makes a round slower.
     best = min(run.seconds for run in runs["step"])
-    peak = repeats * 2 * side**3 / min(run.seconds for run in runs["matmul"])
+    peak = operations / min(run.seconds for run in runs["matmul"])
     nominal = options.batch_size * _nominal_flops(model, options)
     formula = options.batch_size * clip_flops(model.geometry, options.frames, options.text_length).step
     return _head(options, device, dtype) | {
