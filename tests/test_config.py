@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from egohod.config import Config, load, load_as, load_leniently, to_yaml
+from egohod.config import Config, load, load_as, load_leniently, model_config, to_yaml
 from egohod.errors import UserError
 from egohod.evaluation.embed import CONTROLS
 from egohod.hod import config as hod
@@ -466,3 +466,23 @@ def test_the_timeout_of_the_former_monitor_is_dropped(tmp_path: Path, caplog: py
     (tmp_path / "old.yml").write_text("train: {peer_timeout: 120}\n")
     assert load(tmp_path / "old.yml", ["train.peer_timeout=60"]).train.collective_timeout == 1800
     assert "train.peer_timeout is now train.collective_timeout, which is longer" in caplog.text
+
+
+def test_gradient_checkpointing_is_all_blocks_or_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As configurations of earlier releases have it, where it and compile were truth values."""
+    (tmp_path / "old.yml").write_text("model: {gradient_checkpointing: true, compile: True}\n")
+    model = load(tmp_path / "old.yml").model
+    assert (model.checkpoint_blocks, model.compile) == ("all", "true")
+    assert load(tmp_path / "old.yml", ["model.gradient_checkpointing=no"]).model.checkpoint_blocks == "none"
+    assert model_config("DEMO", gradient_checkpointing=True).checkpoint_blocks == "all"
+    assert "model.gradient_checkpointing is now model.checkpoint_blocks" in caplog.text
+    assert load(tmp_path / "old.yml", ["model.checkpoint_blocks=3"]).model.checkpoint_blocks == "3"
+    for change in (
+        "model.checkpoint_blocks=some",
+        "model.checkpoint_blocks=-1",
+        "model.gradient_checkpointing=perhaps",
+    ):
+        with pytest.raises(
+            UserError, match=r"model.checkpoint_blocks is '.*', but must be auto, all, none or a number"
+        ):
+            load(tmp_path / "old.yml", [change])

@@ -94,7 +94,7 @@ def test_a_fresh_model_is_the_mean_of_the_plain_tower_on_both_paths() -> None:
 def test_every_adapter_parameter_of_every_block_learns(
     position: str, pool: str, checkpointing: bool, tokens: Tensor
 ) -> None:
-    model = wake(build(position, pool, gradient_checkpointing=checkpointing))
+    model = wake(build(position, pool, checkpoint_blocks="all" if checkpointing else "none"))
     gradients = backward(model, tokens)
     for name, parameter in model.named_parameters():
         if ".adapter." in name:
@@ -341,7 +341,7 @@ def test_both_paths_compile_without_a_break(
     shallow = replace(geometry("DEMO_Slowfast"), vision_layers=2)  # compiling takes time by the block
     monkeypatch.setitem(GEOMETRIES, "DEMO_Slowfast", shallow)
     expected = backward(wake(build(position, pool)), tokens)
-    model = wake(build(position, pool, gradient_checkpointing=checkpointing))
+    model = wake(build(position, pool, checkpoint_blocks="all" if checkpointing else "none"))
     model.compile_towers(backend="aot_eager")  # every graph is whole, or this raises
     gradients = backward(model, tokens)
     assert gradients.keys() == expected.keys()
