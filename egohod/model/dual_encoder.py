@@ -281,7 +281,7 @@ def compiles(choice: str, device: torch.device) -> bool:
         return choice == "true"
     # What PyTorch's compiler needs for a GPU, and a slim container may lack: a default must not end a run.
     lacks = [] if importlib.util.find_spec("triton") else ["the package triton"]
-    if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+    if not any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")):
         lacks.append("a C compiler")
     if lacks:
         log.warning("model.compile=auto: the model is not compiled, for lack of %s", " and ".join(lacks))
