@@ -159,6 +159,8 @@ def test_the_temporal_convolution_of_an_adapter_is_one_kernel() -> None:
     """All between two matrix products is: GELU; padding, shifts, products and sums; the residual; the output."""
     code = """
 import torch
+from torch._inductor import metrics
+from egohod.model.vision import MotionAdapter
 adapter, tokens = MotionAdapter(64), torch.randn(2, 1 + 4 * 9, 64)
 with torch.no_grad():
     output = torch.compile(adapter, fullgraph=True, dynamic=False)(tokens, 4)

@@ -358,9 +358,11 @@ def test_a_copy_of_a_compiled_model_computes_with_its_own_weights() -> None:
         for parameter in model.parameters():
             parameter.add_(1)
     tower = copied.visual
-    assert tower.fast.__self__ is tower  # type: ignore[operator, union-attr]
-    assert model.visual.fast is not type(tower).fast  # type: ignore[union-attr]
-    assert "fast" in vars(model.visual), "the model itself stays compiled"
+    assert tower._adapted.__self__ is tower  # type: ignore[operator, union-attr]
+    assert "_adapted" in vars(model.visual), "the model itself stays compiled"
+    for mine, theirs in zip(model.visual.transformer.resblocks, tower.transformer.resblocks, strict=True):
+        assert mine._compiled_call_impl is not None
+        assert theirs._compiled_call_impl is None
 
 
 @pytest.fixture(scope="module")
