@@ -41,7 +41,7 @@ from egohod.errors import UserError
 from egohod.evaluation.config import EvaluateConfig
 from egohod.knobs import allowed_values, knobs, named_sections, out_of_range, part, section_of, type_name
 from egohod.loss.config import LOSSES, LossConfig
-from egohod.model.config import ModelConfig
+from egohod.model.config import ModelConfig, checkpointed_blocks
 from egohod.training.config import TrainConfig, clock_seconds, duration_in_steps
 
 log = logging.getLogger(__name__)
@@ -135,8 +135,9 @@ def load_leniently(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Con
 def model_config(name: str, **overrides: Any) -> ModelConfig:
     """The model section from Python, checked like a file. Raises :class:`UserError`."""
     origin = "create_model"
-    layer = {"model": {"name": name, **overrides}}
-    config = _resolve(_merge(OmegaConf.structured(Config), layer, origin, Config), origin, Config)
+    tree = OmegaConf.structured(Config)
+    layer = _convert_old_keys({"model": {"name": name, **overrides}}, Config, origin, OmegaConf.to_container(tree))
+    config = _resolve(_merge(tree, layer, origin, Config), origin, Config)
     if wrong := [f"{origin}: {text}" for _, text in check(config)]:
         raise UserError(*wrong)
     return config.model
@@ -414,6 +415,10 @@ def check(config: Config) -> list[tuple[str, str]]:
     if model.fast.spatial and model.patch_dropout > 0:
         wrong("model.fast.spatial", "model.fast.spatial=true looks at whole frames, so it needs model.patch_dropout=0")
 
+    try:
+        checkpointed_blocks(model.checkpoint_blocks, depth=1)
+    except UserError as error:
+        wrong("model.checkpoint_blocks", str(error))
     for name in ("train.duration", "train.log_every", "train.save_every", "evaluate.every", "train.warmup"):
         text = attrgetter(name)(config)
         try:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from egohod.config import Config, load, load_as, load_leniently, to_yaml
+from egohod.config import Config, load, load_as, load_leniently, model_config, to_yaml
 from egohod.errors import UserError
 from egohod.evaluation.embed import CONTROLS
 from egohod.hod import config as hod
@@ -52,7 +52,8 @@ def values(config: object, name: str) -> object:
 @pytest.mark.parametrize("schema", [Config, hod.HodConfig], ids=lambda schema: schema.__name__)
 def test_a_text_knob_takes_text_as_it_is_written(schema: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = {name.replace("NAME", "on"): kind for name, _, kind in knobs(schema)}
-    texts = [name for name, kind in kinds.items() if kind in (str, str | None)]
+    # model.compile was a truth value in earlier releases, so all spellings of one are read.
+    texts = [name for name, kind in kinds.items() if kind in (str, str | None) and name != "model.compile"]
     lists = [name for name, kind in kinds.items() if kind == list[str]]
     maps = [name for name, kind in kinds.items() if kind == dict[str, str]]
     assert len(texts) > 10
@@ -475,3 +476,23 @@ def test_the_timeout_of_the_former_monitor_is_dropped(tmp_path: Path, caplog: py
     (tmp_path / "old.yml").write_text("train: {peer_timeout: 120}\n")
     assert load(tmp_path / "old.yml", ["train.peer_timeout=60"]).train.collective_timeout == 1800
     assert "train.peer_timeout is now train.collective_timeout, which is longer" in caplog.text
+
+
+def test_gradient_checkpointing_is_all_blocks_or_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As configurations of earlier releases have it, where it and compile were truth values."""
+    (tmp_path / "old.yml").write_text("model: {gradient_checkpointing: true, compile: True}\n")
+    model = load(tmp_path / "old.yml").model
+    assert (model.checkpoint_blocks, model.compile) == ("all", "true")
+    assert load(tmp_path / "old.yml", ["model.gradient_checkpointing=no"]).model.checkpoint_blocks == "none"
+    assert model_config("DEMO", gradient_checkpointing=True).checkpoint_blocks == "all"
+    assert "model.gradient_checkpointing is now model.checkpoint_blocks" in caplog.text
+    assert load(tmp_path / "old.yml", ["model.checkpoint_blocks=3"]).model.checkpoint_blocks == "3"
+    for change in (
+        "model.checkpoint_blocks=some",
+        "model.checkpoint_blocks=-1",
+        "model.gradient_checkpointing=perhaps",
+    ):
+        with pytest.raises(
+            UserError, match=r"model.checkpoint_blocks is '.*', but must be auto, all, none or a number"
+        ):
+            load(tmp_path / "old.yml", [change])

@@ -17,7 +17,7 @@ from _common import markdown_table, run_tool, tool_parser
 
 from egohod import cli
 from egohod.config import PROJECT, load_leniently
-from egohod.model.config import geometry
+from egohod.model.config import checkpointed_blocks, geometry
 from egohod.model.cost import clip_flops
 from egohod.model.dual_encoder import create_model
 
@@ -88,7 +88,8 @@ def cost(recipe: Recipe) -> Cost:
     sizes = towers, cfg.model.num_frames, towers.context_length, cfg.model.patch_dropout, cfg.model.fast
     flops = clip_flops(*sizes, motion_stem=cfg.model.motion_stem)
     work = float(flops.step)
-    if cfg.model.gradient_checkpointing:  # blocks are computed again in the backward pass
+    # Blocks are computed again in the backward pass: all of them, the most that auto chooses.
+    if checkpointed_blocks(cfg.model.checkpoint_blocks, towers.vision_layers):
         work += flops.forward
     # The weights of the largest model are gigabytes; on the meta device only their shapes exist.
     with torch.device("meta"):

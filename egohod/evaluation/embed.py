@@ -436,7 +436,15 @@ def _inference(model: VideoTextModel, device: torch.device, precision: torch.dty
     try:
         # A DataLoader draws a seed from the global generator: without the fork, training would go on with other random
         # numbers after an evaluation than without one.
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), inference_precision(device, precision):
+        #
+        # A benchmark has its own batch sizes, frames and text lengths, and each would be compiled anew in a model that
+        # is compiled for training: without the stance a few of them take minutes, and the limit on variants is reached.
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.no_grad(),
+            torch.compiler.set_stance("force_eager"),
+            inference_precision(device, precision),
+        ):
             yield
     finally:
         model.train(training)

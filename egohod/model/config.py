@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from egohod.errors import UserError
 from egohod.knobs import knob, part
@@ -201,8 +201,53 @@ class ModelConfig:
         choices=("random", "text"),
     )
     head_dropout: float = knob(0.0, "dropout before the heads; AVION fine-tunes with 0.5", low=0, high=0.95)
-    gradient_checkpointing: bool = knob(
-        False, "recompute blocks in the backward pass: far less memory for about a third more time"
+    residual: str = knob(
+        "auto",
+        "type of the tokens between the vision tower's blocks under autocast: autocast's (bf16 or fp16), as open_clip "
+        "and the published code, which halves their memory, or float32; auto is autocast's on GPUs and float32 on CPUs",
+        choices=("auto", "autocast", "float32"),
     )
-    compile: bool = knob(False, "torch.compile both towers; pays off on GPUs, 3-6 % on CPUs")
+    checkpoint_blocks: str = knob(
+        "none",
+        "blocks that are computed again in the backward pass instead of kept: none, all (far less memory for about a "
+        "third more time), the first N of the vision tower, or auto, as few of them as the device's memory needs; with "
+        "any of them also those of the text tower and the motion stem",
+    )
+    compile: str = knob(
+        "auto",
+        "torch.compile the blocks of both towers for training; evaluation is not compiled; auto is true on GPUs and "
+        "false on CPUs, where it gains 3-6 %",
+        choices=("auto", "true", "false"),
+    )
+    attention: str = knob(
+        "auto",
+        "kernel of the vision tower's attention that a GPU tries first: flash, cudnn, efficient or math; where it does "
+        "not load, or not for the type of the tokens, PyTorch's order decides; auto is FlashAttention 3 on Hopper "
+        "where it is installed, else cudnn on GPUs from Hopper on and flash on earlier ones; a CPU ignores it",
+        choices=("auto", "flash", "cudnn", "efficient", "math"),
+    )
     weights: WeightsConfig = part(WeightsConfig)
+
+    @staticmethod
+    def convert_old_keys(section: dict[str, Any], below: dict[str, Any]) -> list[tuple[str, str]]:
+        """Replace ``gradient_checkpointing``, which was all blocks or none, in place."""
+        truth = {"true": "true", "yes": "true", "on": "true", "false": "false", "no": "false", "off": "false"}
+        if "compile" in section:  # it was a truth value, and all spellings of one are read
+            section["compile"] = truth.get(str(section["compile"]).lower(), section["compile"])
+        if "gradient_checkpointing" not in section:
+            return []
+        old = str(section.pop("gradient_checkpointing"))
+        section.setdefault("checkpoint_blocks", {"true": "all", "false": "none"}.get(truth.get(old.lower(), ""), old))
+        return [("model.gradient_checkpointing", "model.checkpoint_blocks")]
+
+
+def checkpointed_blocks(text: str, depth: int) -> int:
+    """How many of the first of ``depth`` blocks ``model.checkpoint_blocks`` means; all for ``auto``.
+
+    Raises :class:`UserError` for another value.
+    """
+    # Until the memory of a device is known, auto is what needs least of it.
+    words = {"none": 0, "all": depth, "auto": depth}
+    if text not in words and not text.isdecimal():
+        raise UserError(f"model.checkpoint_blocks is {text!r}, but must be auto, all, none or a number of blocks")
+    return min(words[text] if text in words else int(text), depth)

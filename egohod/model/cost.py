@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -183,14 +183,20 @@ def predict(
     learning: Container[str] | None = None,
     averages: int = 2,
     ema: bool = False,
+    blocks: int | None = None,
+    on_gpu: bool = True,
 ) -> Memory:
     """Memory of training the model of ``config`` with classification ``heads`` under autocast to ``dtype``.
 
     Of its parameters, ``learning`` are trained (None: all that the model trains by itself), with ``averages`` of the
-    optimizer for each (AdamW's two), and ``ema`` says whether there is a moving average of all.
+    optimizer for each (AdamW's two), and ``ema`` says whether there is a moving average of all. The first ``blocks``
+    are checkpointed (None: as configured). ``on_gpu`` says which device ``model.residual=auto`` means.
 
     What autograd saves is counted on tensors without content; nothing is allocated and no device is touched.
     """
+    if config.residual == "auto":
+        # Counted on tensors of a CPU: that a GPU saves the same, but for its attention, is tested.
+        config = replace(config, residual="autocast" if on_gpu else "float32")
     with FakeTensorMode():
         model = create_model(config, loss, heads)
         for name, parameter in model.named_parameters():
@@ -198,29 +204,42 @@ def predict(
                 parameter.requires_grad_(name in learning)
         geometry, block = model.geometry, model.visual.transformer.resblocks[0]
         size, length = geometry.image_size, 1 + config.num_frames * geometry.patches_per_frame
+        if blocks is None:
+            blocks = model.visual.transformer.checkpoint_blocks
 
-        def recomputed(x: Tensor) -> Tensor:
-            adapter = block.adapter
-            return block(adapter(x, config.num_frames) if isinstance(adapter, nn.Module) else x)
-
-        # Of the difference nothing is shared, such as autocast's copies of the weights; one clip alone spares copies.
-        whole, working = [], [0, 0]
-        for i, clips in enumerate((2, 3)):
+        def step(clips: int) -> Any:
             video = torch.empty(clips, 3, config.num_frames, size, size)
             # The opposites of captions are embedded with them.
             texts = 2 * clips if loss is not None and loss.has_opposites else clips
-            tokens = torch.zeros(texts, geometry.context_length, dtype=torch.long)
-            # A context for each: autocast's copies of weights live as long as it does.
-            with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-                whole.append(saved_bytes(partial(model, video, tokens), model))
-            if config.gradient_checkpointing:
-                x = torch.empty(clips, length, geometry.vision_width, requires_grad=True)
+            return model(video, torch.zeros(texts, geometry.context_length, dtype=torch.long))
+
+        def recomputed(clips: int) -> Tensor:
+            # The tokens that a block starts from are kept in any case.
+            x = torch.empty(clips, length, geometry.vision_width, requires_grad=True)
+            adapter = block.adapter
+            return block(adapter(x, config.num_frames) if isinstance(adapter, nn.Module) else x)
+
+        def line(run: Callable[[int], Any]) -> tuple[int, int]:
+            """Saved bytes of no clips, and of each."""
+            saved = []
+            # Of the difference nothing is shared, such as autocast's copies of the weights; one clip alone spares
+            # copies.
+            for clips in (2, 3):
+                # A context for each: autocast's copies of weights live as long as it does.
                 with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-                    working[i] = saved_bytes(partial(recomputed, x), model)
+                    saved.append(saved_bytes(partial(run, clips), model))
+            return 3 * saved[0] - 2 * saved[1], saved[1] - saved[0]
+
+        model.set_grad_checkpointing(blocks)
+        shared, per_clip = line(step)
+        working = line(recomputed)[1] if blocks else 0
+        if 0 < blocks < geometry.vision_layers:
+            # The other blocks come first in the backward pass, and what they kept is free again when it is needed.
+            model.set_grad_checkpointing(geometry.vision_layers)
+            working = max(0, working - (per_clip - line(step)[1]))
     held, trained = (2 if ema else 1), 1 + averages
     copies = (
         (held + trained if parameter.requires_grad else held, parameter.numel()) for parameter in model.parameters()
     )
     state = 4 * sum(count * size for count, size in copies)
-    # A line through both measurements: what it has at no clips belongs to the state.
-    return Memory(state + 3 * whole[0] - 2 * whole[1], whole[1] - whole[0], working[1] - working[0])
+    return Memory(state + shared, per_clip, working)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import math
+import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -16,8 +20,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from egohod.loss.config import LOSSES, LossConfig
-from egohod.model.config import IMAGE_STATS, Geometry, ImageStats, ModelConfig, geometry
+from egohod.model.config import IMAGE_STATS, Geometry, ImageStats, ModelConfig, checkpointed_blocks, geometry
 from egohod.model.vision import ACTIVATIONS, SlowFastTransformer, VideoTransformer, slow_frames
+
+log = logging.getLogger(__name__)
+
+# Variants of a block's code that may be compiled: with and without gradients, of all tokens and of CLS alone, and with
+# stochastic depth for each block, because its rate is a constant of the graph.
+RECOMPILE_LIMIT = 128
 
 
 class TextTower(TextTransformer):
@@ -44,7 +54,7 @@ class TextTower(TextTransformer):
             nn.init.zeros_(block.attn.in_proj_bias)
             for linear in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj):
                 nn.init.zeros_(linear.bias)
-        self.set_grad_checkpointing(config.gradient_checkpointing)
+        self.set_grad_checkpointing(checkpointed_blocks(config.checkpoint_blocks, shape.vision_layers) > 0)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """``tokens`` int64 [B, L], L up to the context length -> features [B, E], not normalised."""
@@ -74,7 +84,7 @@ class DualEncoder(nn.Module):
     """``visual``, ``textual`` and ``logit_scale`` = log(1 / temperature), named as in published checkpoints.
 
     ``logit_bias`` exists only for the sigmoid loss. Another vision tower needs what :class:`VideoTransformer` offers:
-    a call with the clips, ``forward_with_boxes`` with the boxes too, and the names of the methods to compile.
+    a call with the clips, ``forward_with_boxes`` with the boxes too, and ``compile_blocks``.
     """
 
     visual: VideoTransformer
@@ -181,14 +191,30 @@ class DualEncoder(nn.Module):
         stem = r"^visual\.(?:conv1|motion_stem|class_embedding|positional_embedding|temporal_embedding|ln_pre)"
         return {"stem": stem, "blocks": r"^visual\.transformer\.resblocks\.(\d+)"}
 
+    def set_grad_checkpointing(self, blocks: int) -> None:
+        """Compute the first ``blocks`` blocks of the vision tower again in the backward pass, 0 for none of them.
+
+        With any of them also the motion stem and the text tower, which is narrower and so frees more memory for each
+        operation that is computed again.
+        """
+        self.visual.transformer.checkpoint_blocks = blocks
+        self.textual.set_grad_checkpointing(blocks > 0)
+
     def compile_towers(self, backend: str | Callable[..., Any] = "inductor") -> None:
-        """torch.compile both towers in place, without graph breaks; names in the state dict stay."""
-        self.visual.compile(fullgraph=True, backend=backend)
-        # nn.Module.compile covers forward only. Nothing is compiled before its first call, so unused ones cost nothing.
-        for method in self.visual.COMPILED:
-            setattr(self.visual, method, torch.compile(getattr(self.visual, method), fullgraph=True, backend=backend))
+        """torch.compile both towers in place, block by block, without graph breaks; names in the state dict stay.
+
+        Blocks are alike, so that all of a tower share one compiled graph: a start takes as long as that of one block.
+        What is between them is a small part of a step. Nothing is compiled before its first call.
+        """
+        # PyTorch counts the variants of all blocks together, as they run the same code. By its former name, which
+        # every supported version has.
+        torch._dynamo.config.cache_size_limit = RECOMPILE_LIMIT
+        options: dict[str, Any] = {"fullgraph": True, "backend": backend}
+        # Clips have one size, or two with a slow and a fast path: kernels of fixed sizes are faster.
+        self.visual.compile_blocks(dynamic=False, **options)
         # The text length changes from batch to batch.
-        self.textual.compile(fullgraph=True, backend=backend, dynamic=True)
+        for block in self.textual.transformer.resblocks:
+            block.compile(dynamic=True, **options)
 
 
 class EgoVideo(DualEncoder):
@@ -249,6 +275,19 @@ def _finish(features: Tensor, normalize: bool) -> Tensor:
     return F.normalize(features, dim=-1) if normalize else features
 
 
+def compiles(choice: str, device: torch.device) -> bool:
+    """Whether a run on ``device`` is compiled with ``model.compile=choice``; logs why ``auto`` does not on a GPU."""
+    if choice != "auto" or device.type != "cuda":
+        return choice == "true"
+    # What PyTorch's compiler needs for a GPU, and a slim container may lack: a default must not end a run.
+    lacks = [] if importlib.util.find_spec("triton") else ["the package triton"]
+    if not any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")):
+        lacks.append("a C compiler")
+    if lacks:
+        log.warning("model.compile=auto: the model is not compiled, for lack of %s", " and ".join(lacks))
+    return not lacks
+
+
 def create_model(
     config: ModelConfig, loss: LossConfig | None = None, classes: Mapping[str, int] | None = None
 ) -> DualEncoder:
@@ -257,8 +296,8 @@ def create_model(
     ``loss`` says what else the model needs: the temperature, the sigmoid loss's offset, a head for boxes. ``classes``
     are the outputs of its classification heads by name.
 
-    ``config.weights`` and ``config.compile`` are left to the caller: weights are read by
-    :mod:`egohod.model.checkpoints`, compiling is :meth:`DualEncoder.compile_towers`.
+    ``config.weights``, ``config.compile`` and ``config.attention`` are left to the caller: weights are read by
+    :mod:`egohod.model.checkpoints`, compiling is :meth:`DualEncoder.compile_towers`, and both others need a device.
     """
     shape = geometry(config.name)
     if config.embed_dim:

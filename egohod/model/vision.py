@@ -10,8 +10,11 @@ be another model for every seed that a result names.
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import warnings
 from collections import OrderedDict
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,10 +23,11 @@ from open_clip.transformer import QuickGELU
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from egohod.errors import UserError
-from egohod.model.config import Geometry, ModelConfig
+from egohod.model.config import Geometry, ModelConfig, checkpointed_blocks
 
 # Left hand, right hand, active object.
 ROLES = 3
@@ -33,11 +37,31 @@ KERNEL = 3
 LAYER_NORM_EPS = 1e-6
 # Tokens up to which a CPU attends by plain matrix products (docs/benchmarks.md).
 SHORT = 320
+# Kernels of attention by the names of ``model.attention``, in the order in which a GPU tries them.
+KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 # Most groups of channels in the motion stem's norms.
 GROUPS = 8
 # OpenAI trained CLIP with the sigmoid approximation of GELU; upstream and AVION load its weights and train on with the
 # exact one, so the released video models need "gelu".
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
+
+
+class LowPrecisionLayerNorm(nn.LayerNorm):
+    """Layer norm whose output has its input's type; its sums are in float32 whatever that type is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [..., D] -> the same shape and type."""
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
+        # Autocast runs layer norms of a GPU in float32: it would copy the tokens to float32, keep the copy for the
+        # backward pass, and the next product would copy the result back. The kernel itself sums in float32.
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -47,6 +71,8 @@ class Attention(nn.Module):
         super().__init__()
         assert width % heads == 0, "width must be a multiple of heads"
         self.heads = heads
+        # Kernels that are tried, the first first (attention_order); empty is PyTorch's order.
+        self.kernels: list[SDPBackend] = []
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
@@ -69,8 +95,50 @@ class Attention(nn.Module):
             scores = (query * query.shape[3] ** -0.5) @ key.transpose(2, 3)
             mixed = scores.softmax(dim=3) @ value
         else:
-            mixed = F.scaled_dot_product_attention(query, key, value)
+            # Here and not around the model: a checkpointed block must be computed again by the same kernel.
+            with sdpa_kernel(self.kernels, set_priority=True) if self.kernels else nullcontext():
+                mixed = F.scaled_dot_product_attention(query, key, value)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))  # [B, heads, keep or N, d] -> [B, keep or N, D]
+
+
+def attention_order(
+    name: str, device: torch.device, dtype: torch.dtype, head_width: int
+) -> tuple[list[SDPBackend], str]:
+    """Kernels of attention that load on ``device``, in the order of ``model.attention=name``, and a line for the log.
+
+    A kernel loads if a forward and a backward pass with ``head_width`` channels of ``dtype`` go through it. "auto"
+    activates FlashAttention 3 where it is installed; it is for compute capability 9.0 alone.
+    """
+    on_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    version, notes = "2", []
+    # Earlier versions of PyTorch cannot use it.
+    activate = getattr(torch.nn.attention, "activate_flash_attention_impl", None)
+    if on_hopper and name in ("auto", "flash") and activate and importlib.util.find_spec("flash_attn_interface"):
+        try:
+            activate("FA3")
+            version = "3"
+        except (ImportError, OSError, RuntimeError) as error:  # built for another PyTorch or CUDA
+            notes.append(f"; flash_attn_interface is installed but does not load: {error}")
+    loads = []
+    for kernel, backend in KERNELS.items():
+        query = torch.zeros(1, 1, 64, head_width, device=device, dtype=dtype, requires_grad=True)
+        try:
+            # PyTorch warns of every reason against a kernel that it is not to use.
+            with warnings.catch_warnings(action="ignore"), sdpa_kernel(backend):
+                F.scaled_dot_product_attention(query, query, query).sum().backward()
+            loads.append(kernel)
+        except RuntimeError as error:
+            if kernel == name:
+                notes.append(f"; model.attention={name} does not: {str(error).splitlines()[0]}")
+    first = name
+    if name == "auto":
+        # cuDNN has kernels for Hopper and later, FlashAttention 2 is of the time of Ampere.
+        is_recent = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        first = "cudnn" if is_recent and version == "2" else "flash"
+    order = sorted(loads, key=lambda kernel: kernel != first)
+    names = {kernel: "FlashAttention " + version if kernel == "flash" else kernel for kernel in KERNELS}
+    line = f"attention: {names[order[0]]} is tried first; loads: {', '.join(names[kernel] for kernel in order)}"
+    return [KERNELS[kernel] for kernel in order], line + "".join(notes)
 
 
 class Block(nn.Module):
@@ -79,9 +147,9 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, mlp_ratio: float, activation: str, drop_path: float, depth: int) -> None:
         super().__init__()
         hidden = int(width * mlp_ratio)
-        self.ln_1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.ln_1 = LowPrecisionLayerNorm(width, eps=LAYER_NORM_EPS)
         self.attn = Attention(width, heads)
-        self.ln_2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.ln_2 = LowPrecisionLayerNorm(width, eps=LAYER_NORM_EPS)
         c_fc, c_proj = nn.Linear(width, hidden), nn.Linear(hidden, width)
         # OpenAI's names: the activation is called gelu whichever it is.
         self.mlp = nn.Sequential(OrderedDict(c_fc=c_fc, gelu=ACTIVATIONS[activation](), c_proj=c_proj))
@@ -107,7 +175,11 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks, optionally recomputed in the backward pass."""
+    """A stack of blocks, of which the first ``checkpoint_blocks`` are computed again in the backward pass.
+
+    The first and not the last: the backward pass has freed what the others kept when it gets to them, so that the
+    tensors of a block that is computed again need no memory beyond that.
+    """
 
     def __init__(self, shape: Geometry, config: ModelConfig) -> None:
         super().__init__()
@@ -117,7 +189,7 @@ class Transformer(nn.Module):
         self.resblocks = nn.ModuleList(
             Block(width, shape.vision_heads, shape.mlp_ratio, config.activation, rate, depth) for rate in rates
         )
-        self.gradient_checkpointing = config.gradient_checkpointing
+        self.checkpoint_blocks = checkpointed_blocks(config.checkpoint_blocks, depth)
 
     def forward(self, x: Tensor, keep: int | None = None) -> Tensor:
         """``x`` [B, N, D] -> [B, keep or N, D]."""
@@ -125,7 +197,7 @@ class Transformer(nn.Module):
         for i, block in enumerate(self.resblocks):
             tokens_out = keep if i == last else None
             # Without gradients nothing is saved, so there is nothing to recompute.
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+            if i < self.checkpoint_blocks and torch.is_grad_enabled():
                 x = checkpoint(block, x, tokens_out, use_reentrant=False)
             else:
                 x = block(x, tokens_out)
@@ -142,7 +214,7 @@ class BoxHead(nn.Module):
     def __init__(self, width: int, patches_per_frame: int) -> None:
         super().__init__()
         self.side = round(patches_per_frame**0.5)
-        self.norm = nn.LayerNorm(width)
+        self.norm = LowPrecisionLayerNorm(width)
         self.score = nn.Linear(width, ROLES)
         self.box = nn.Linear(width, 4 * ROLES)
 
@@ -232,14 +304,11 @@ class VideoTransformer(nn.Module):
     ``config.motion_stem`` gives it a :class:`MotionStem`, whose vectors are added to the patch tokens.
     """
 
-    # What DualEncoder.compile_towers compiles besides forward.
-    COMPILED: tuple[str, ...] = ("forward_with_boxes",)
-
     def __init__(self, shape: Geometry, config: ModelConfig, boxes: bool = False) -> None:
         super().__init__()
         assert shape.image_size % shape.patch_size == 0, "the image must be whole patches"
         self.image_size, self.patch_size = shape.image_size, shape.patch_size
-        self.patch_dropout = config.patch_dropout
+        self.residual, self.patch_dropout = config.residual, config.patch_dropout
         # Motion adapters convolve each location over time, so it must be there in all frames or in none.
         self.patch_dropout_tubes = config.patch_dropout_tubes or shape.slowfast
         width, frames, side = shape.vision_width, config.num_frames, shape.image_size // shape.patch_size
@@ -247,9 +316,9 @@ class VideoTransformer(nn.Module):
         self.positional_embedding = nn.Parameter(torch.empty(1 + side**2, width))
         self.temporal_embedding = nn.Parameter(torch.empty(frames, width))
         self.conv1 = nn.Linear(3 * shape.patch_size**2, width, bias=False)
-        self.ln_pre = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.ln_pre = LowPrecisionLayerNorm(width, eps=LAYER_NORM_EPS)
         self.transformer = Transformer(shape, config)
-        self.ln_post = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.ln_post = LowPrecisionLayerNorm(width, eps=LAYER_NORM_EPS)
         self.image_projection = nn.Parameter(torch.empty(width, shape.embed_dim))
         self.box_head = BoxHead(width, side**2) if boxes else None
         self.motion_stem: MotionStem | None = None
@@ -278,6 +347,18 @@ class VideoTransformer(nn.Module):
         # compute with the weights of this tower.
         return {name: value for name, value in super().__getstate__().items() if not hasattr(type(self), name)}
 
+    def set_attention(self, kernels: list[SDPBackend]) -> None:
+        """Let all blocks try these kernels of attention, in the order of :func:`attention_order`."""
+        for block in self.transformer.resblocks:
+            assert isinstance(block, Block)
+            block.attn.kernels = kernels
+
+    def compile_blocks(self, **options: Any) -> None:
+        """torch.compile the blocks, and the motion stem, each by itself with ``options``."""
+        for part in (*self.transformer.resblocks, self.motion_stem):
+            if part is not None:
+                part.compile(**options)
+
     def forward(self, video: Tensor) -> Tensor:
         """``video`` [B, 3, T, H, W], normalised -> [B, E], not normalised."""
         x, _ = self.embed(video, self.motion(video))
@@ -296,7 +377,7 @@ class VideoTransformer(nn.Module):
         """The motion stem's features of all patches, [B, N, D]; None without a stem."""
         if self.motion_stem is None:
             return None
-        if self.transformer.gradient_checkpointing and torch.is_grad_enabled():
+        if self.transformer.checkpoint_blocks and torch.is_grad_enabled():
             features: Tensor = checkpoint(self.motion_stem, video, use_reentrant=False)
             return features
         return self.motion_stem(video)
@@ -320,12 +401,14 @@ class VideoTransformer(nn.Module):
             # Dropping pixels instead of embedded tokens spares their embedding too.
             chosen = self._chosen(B, T, patches.shape[1] // T, video.device)
             patches = patches.gather(1, chosen.unsqueeze(2).expand(-1, -1, patches.shape[2]))
-            placed = self.conv1(patches) + F.embedding(chosen, positions)
             if motion is not None:
                 # The convolutions need whole frames, the projection does not.
                 motion = motion.gather(1, chosen.unsqueeze(2).expand(-1, -1, motion.shape[2]))
-        else:
-            placed = self.conv1(patches) + positions
+        placed = self.conv1(patches)
+        # A sum with float32 is float32, as would then be all that the blocks add to.
+        if self.residual == "autocast" or (self.residual == "auto" and video.device.type == "cuda"):
+            positions = positions.to(placed.dtype)
+        placed = placed + (positions if chosen is None else F.embedding(chosen, positions))
         if motion is not None and self.motion_stem is not None:
             placed = placed + self.motion_stem.project(motion)
         # CLS has a place of its own, the first of the spatial embedding, and no time.
@@ -437,8 +520,6 @@ class SlowFastTransformer(VideoTransformer):
     tokens, or the mean of ``both``. Published are ``after`` and ``cls``, which leave the last adapter without effect.
     """
 
-    COMPILED = (*VideoTransformer.COMPILED, "fast", "fast_with_boxes", "motion")
-
     def __init__(self, shape: Geometry, config: ModelConfig, boxes: bool = False) -> None:
         super().__init__(shape, config, boxes)
         self.position, self.pool = config.fast.position, config.fast.pool
@@ -448,6 +529,13 @@ class SlowFastTransformer(VideoTransformer):
         if (self.position, self.pool) == ("after", "cls"):
             # What the last adapter writes is never read: DistributedDataParallel must not wait for its gradients.
             self.transformer.resblocks[-1].adapter.requires_grad_(False)
+
+    def compile_blocks(self, **options: Any) -> None:
+        """As the base class, and a block with its adapter on the fast path."""
+        super().compile_blocks(**options)
+        # Of the class: the method may be compiled already.
+        method = type(self)._adapted.__get__(self)
+        self._adapted = torch.compile(method, **options)  # type: ignore[method-assign]
 
     def forward(self, video: Tensor, motion: Tensor | None = None) -> Tensor:
         """The slow path: ``video`` [B, 3, T, H, W], normalised -> [B, E], not normalised.
@@ -497,7 +585,7 @@ class SlowFastTransformer(VideoTransformer):
         blocks = self.transformer.resblocks
         for i, block in enumerate(blocks):
             keep = 1 if i == len(blocks) - 1 and not whole else None
-            if self.transformer.gradient_checkpointing and torch.is_grad_enabled():
+            if i < self.transformer.checkpoint_blocks and torch.is_grad_enabled():
                 x = checkpoint(self._adapted, block, x, frames, keep, use_reentrant=False)
             else:
                 x = self._adapted(block, x, frames, keep)

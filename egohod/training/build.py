@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -40,8 +42,10 @@ from egohod.data.table import ClipTable
 from egohod.distributed import Distributed, inference_precision, pick_precision, setup
 from egohod.errors import UserError
 from egohod.model.checkpoints import HeadClasses, WeightFile, base_of, load_weights
+from egohod.model.config import geometry
 from egohod.model.cost import SHARE, Memory, predict
 from egohod.model.dual_encoder import DualEncoder, EgoVideo, create_model
+from egohod.model.vision import attention_order
 from egohod.runtime import content_hash
 from egohod.training.checkpoint import open_weights
 from egohod.training.step import TrainStep, learning_rates
@@ -54,6 +58,8 @@ log = logging.getLogger(__name__)
 BATCH = 256
 # Clips of each source and benchmark that a dry run opens: the first, the last, and between.
 CLIPS_TO_OPEN = 3
+# Tokens of the vision tower in a pass that keep a GPU busy: ten clips of ViT-B/16, not measured.
+BUSY_TOKENS = 8192
 # Captions of a source whose opposites are counted before a run.
 CAPTIONS_TO_TRY = 1000
 
@@ -96,12 +102,16 @@ def build_model(
                 "the checkpoints of this run will need %s: keep it when its own run is resumed", model.base.path
             )
     model = model.to(dist.device)
+    if dist.device.type == "cuda":
+        shape, dtype = model.geometry, pick_precision(cfg.train.precision, dist.device)
+        kernels, line = attention_order(
+            cfg.model.attention, dist.device, dtype, shape.vision_width // shape.vision_heads
+        )
+        log.info("%s", line)
+        model.visual.set_attention(kernels)
     # Heads that a file brings trained are kept.
     if classes and cfg.model.head_start == "text" and (content is None or content.heads is None):
         start_from_text(model, classes, class_texts(tables or read_tables(cfg), classes))
-    # Last, when weights and frozen parameters are what they will be: both are part of the graph.
-    if cfg.model.compile:
-        model.compile_towers()
     return model
 
 
@@ -362,6 +372,9 @@ def micro_batches(
     size, mixes = cfg.train.global_batch_size, bool(cfg.train.mixup or cfg.train.cutmix)
     # First whether the processes can share the batch at all: to predict the memory takes much longer.
     split_batch(size, dist.world_size, largest=1)
+    if cfg.model.checkpoint_blocks == "auto":
+        # Before the micro-batch is tried; the same for a resumed run, since it depends on what the record does.
+        checkpoint_as_needed(cfg, dist, model)
     largest = cfg.train.max_batch_per_process
     if largest is None and record is not None:
         # One process reads: the others' copies of a shared disk may be older.
@@ -402,38 +415,78 @@ def split_batch(global_batch_size: int, world_size: int, largest: int, even: boo
     return micro_batch, share // micro_batch
 
 
-def predict_memory(cfg: Config, dist: Distributed, model: DualEncoder) -> Memory:
-    """Device memory of one step of this run."""
+def checkpoint_as_needed(cfg: Config, dist: Distributed, model: DualEncoder) -> None:
+    """Checkpoint the fewest blocks of ``model`` with which the passes of a step fit the memory, by prediction."""
+    depth, memory = model.geometry.vision_layers, min(dist.gather_objects(device_memory(dist)))
+    blocks, clips = fewest_blocks(cfg, dist.world_size, partial(clips_that_fit, cfg, dist, model, memory))
+    model.set_grad_checkpointing(blocks)
+    log.info(
+        "model.checkpoint_blocks=auto: %d of %d blocks are checkpointed, for %d clips at a time in %.0f GB",
+        blocks, depth, clips, memory / 1e9,
+    )  # fmt: skip
+
+
+def fewest_blocks(cfg: Config, world_size: int, fits: Callable[[int], int]) -> tuple[int, int]:
+    """How many blocks ``model.checkpoint_blocks=auto`` checkpoints, and for how many clips at a time.
+
+    ``fits`` gives the clips at a time that fit the memory with so many blocks checkpointed.
+
+    A block that is computed again costs a third of its time, and a second pass over the batch costs that of all
+    blocks. So a process's share of the batch is one pass if it fits with all blocks checkpointed. If it does not, the
+    passes are only as large as keeps a GPU busy.
+    """
+    shape, batch, largest = geometry(cfg.model.name), cfg.train.global_batch_size, cfg.train.max_batch_per_process
+    depth, share = shape.vision_layers, batch // world_size
+    if largest is None and fits(depth) < share:
+        largest = math.ceil(BUSY_TOKENS / (1 + cfg.model.num_frames * shape.patches_per_frame))
+    clips, _ = split_batch(batch, world_size, largest or share)
+    # More blocks never need more memory. Most often it is none, which is then the only prediction.
+    return 0 if fits(0) >= clips else bisect_left(range(depth), clips, lo=1, key=fits), clips
+
+
+def predict_memory(cfg: Config, dist: Distributed, model: DualEncoder, blocks: int | None = None) -> Memory:
+    """Device memory of one step of this run, with as many ``blocks`` checkpointed (None: as in ``model``)."""
     dtype = pick_precision(cfg.train.precision, dist.device)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     # AdamW keeps two moments of every trained weight, SGD its momentum.
     averages, ema = {"adamw": 2, "sgd": 1}[cfg.train.optimizer], cfg.train.ema > 0
     return predict(
-        cfg.model, dtype=dtype, loss=cfg.loss, heads=model.classes, learning=trained, averages=averages, ema=ema
-    )
+        cfg.model, dtype=dtype, loss=cfg.loss, heads=model.classes, learning=trained, averages=averages, ema=ema,
+        blocks=model.visual.transformer.checkpoint_blocks if blocks is None else blocks,
+        on_gpu=dist.device.type == "cuda",
+    )  # fmt: skip
+
+
+def device_memory(dist: Distributed) -> int:
+    """Bytes of the GPU of this process, or its share of the machine's memory."""
+    if dist.device.type == "cuda":
+        return int(torch.cuda.get_device_properties(dist.device).total_memory)
+    memory = int(psutil.virtual_memory().total)
+    # A container is often allowed less than the machine has; without a limit the file reads "max".
+    with suppress(OSError, ValueError):
+        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return memory // max(1, dist.world_size)
+
+
+def clips_that_fit(cfg: Config, dist: Distributed, model: DualEncoder, memory: int, blocks: int | None = None) -> int:
+    """Clips at a time with which a step fits ``memory`` bytes by prediction; ``blocks`` as of predict_memory."""
+    predicted = predict_memory(cfg, dist, model, blocks)
+    clips = predicted.fits(memory)
+    if dist.world_size > 1 and clips < cfg.train.global_batch_size // dist.world_size:
+        # Several passes: under no_sync their gradients add up outside of DDP's buckets, which are in memory too.
+        clips = predicted.fits(memory - trained_bytes(model) / SHARE)
+    return clips
 
 
 def largest_batch(cfg: Config, dist: Distributed, model: DualEncoder) -> int:
     """Clips at a time that fit the smallest device of the run."""
-    if dist.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(dist.device).total_memory
-    else:
-        memory = int(psutil.virtual_memory().total)
-        # A container is often allowed less than the machine has; without a limit the file reads "max".
-        with suppress(OSError, ValueError):
-            memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-        memory //= max(1, dist.world_size)
-    predicted = predict_memory(cfg, dist, model)
-    fitting = predicted.fits(memory)
-    if dist.world_size > 1 and fitting < cfg.train.global_batch_size // dist.world_size:
-        # Several passes: under no_sync their gradients add up outside of DDP's buckets, which are in memory too.
-        fitting = predicted.fits(memory - trained_bytes(model) / SHARE)
+    memory = device_memory(dist)
     # All processes need the same number of passes, or their collectives would not meet.
-    smallest = min(dist.gather_objects(fitting))
+    smallest = min(dist.gather_objects(clips_that_fit(cfg, dist, model, memory)))
     if smallest < 1:
         raise UserError(
             f"not one clip fits the memory of {dist.device} ({memory / 1e9:.0f} GB): try "
-            "model.gradient_checkpointing=true, fewer model.num_frames or a smaller model.name, "
+            "model.checkpoint_blocks=all, fewer model.num_frames or a smaller model.name, "
             "or set train.max_batch_per_process=1 to try all the same"
         )
     return smallest
@@ -490,21 +543,18 @@ def try_batch(
         if size == 1:
             raise UserError(
                 f"a step with one clip at a time does not fit the memory of {dist.device}: set "
-                "model.gradient_checkpointing=true, fewer model.num_frames or a smaller model.name; do other programs "
+                "model.checkpoint_blocks=all, fewer model.num_frames or a smaller model.name; do other programs "
                 "use the device?"
             )
         size //= 2
-        if cfg.model.compile:
-            # Compiled for the size that failed; the next one would be compiled for sizes that vary.
-            torch.compiler.reset()
 
 
 def step_peak(model: DualEncoder, cfg: Config, dist: Distributed, clips: int, passes: int) -> int:
     """Peak bytes on the device of a training step with ``clips`` at a time, 0 on a CPU; the model stays as it is.
 
     Forward and backward passes of the model on random clips, two of them where a step has several ``passes``, beside
-    empty memory of the size that the rest of a step takes. No collectives: a process that fails must not leave the
-    others waiting. Raises ``torch.OutOfMemoryError``.
+    empty memory of the size that the rest of a step takes. The model is not compiled yet, which needs more memory. No
+    collectives: a process that fails must not leave the others waiting. Raises ``torch.OutOfMemoryError``.
     """
     device, on_gpu = dist.device, dist.device.type == "cuda"
     geometry, frames, share = model.geometry, cfg.model.num_frames, cfg.train.global_batch_size // dist.world_size

@@ -36,7 +36,7 @@ from egohod.loss.classification import box_errors
 from egohod.loss.config import Loss, build_loss
 from egohod.loss.contrastive import hash_captions
 from egohod.loss.opposites import weight_share
-from egohod.model.dual_encoder import DualEncoder, EgoVideo
+from egohod.model.dual_encoder import DualEncoder, EgoVideo, compiles
 from egohod.training.config import TrainConfig, duration_in_steps
 
 # Beginnings of parts that the stopwatch holds before it adds them up.
@@ -79,6 +79,9 @@ class TrainStep:
         self._max_log_scale = math.log(cfg.loss.max_logit_scale)
         self._slow_every = cfg.model.fast.slow_every
         self._optimizer = build_optimizer(model, cfg.train)
+        # Here and not where the model is built: evaluation is not compiled (egohod.evaluation.embed).
+        if compiles(cfg.model.compile, dist.device):
+            model.compile_towers()
         self._schedule = build_schedule(self._optimizer, cfg.train, total_steps, steps_per_epoch)
         # Scaling only matters in fp16; the scaler is used in every precision because it also skips steps with
         # non-finite gradients without a wait for the device (the optimizer is fused).

@@ -314,7 +314,7 @@ def memory_advice(
             advice = f"set train.max_batch_per_process={less}, " if less else "set "
         raise UserError(
             f"step {step}: {dist.device} ran out of memory with {size} clips at a time; {advice}"
-            "model.gradient_checkpointing=true, or lower model.num_frames; other programs may also use the device"
+            "model.checkpoint_blocks=all, or lower model.num_frames; other programs may also use the device"
         ) from error
 
 

@@ -180,7 +180,7 @@ def test_direction_is_learned_in_forty_steps_and_not_without() -> None:
 def test_gradient_checkpointing_saves_memory_and_changes_nothing(
     name: str, paths: str, clips: Tensor, tokens: Tensor
 ) -> None:
-    flags = {"motion_stem": 32, "gradient_checkpointing": True}
+    flags = {"motion_stem": 32, "checkpoint_blocks": "all"}
     plain, thrifty = wake(build(name, paths, motion_stem=32)), wake(build(name, paths, **flags))
     assert_close(backward(thrifty, clips, tokens), backward(plain, clips, tokens))
     whole, kept = (saved_bytes(partial(each.visual.motion, clips), each) for each in (plain, thrifty))
@@ -201,7 +201,7 @@ def test_compiled_equals_eager(
     # Compiling takes time by the block.
     monkeypatch.setitem(GEOMETRIES, name, replace(geometry(name), vision_layers=1))
     expected = backward(wake(build(name, paths)), clips, tokens)
-    model = wake(build(name, paths, gradient_checkpointing=name != "DEMO"))
+    model = wake(build(name, paths, checkpoint_blocks="none" if name == "DEMO" else "all"))
     model.compile_towers(backend="aot_eager")  # every graph is whole, or this raises
     assert_close(backward(model, clips, tokens), expected, rtol=1e-3)
 

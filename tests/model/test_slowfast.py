@@ -94,7 +94,7 @@ def test_a_fresh_model_is_the_mean_of_the_plain_tower_on_both_paths() -> None:
 def test_every_adapter_parameter_of_every_block_learns(
     position: str, pool: str, checkpointing: bool, tokens: Tensor
 ) -> None:
-    model = wake(build(position, pool, gradient_checkpointing=checkpointing))
+    model = wake(build(position, pool, checkpoint_blocks="all" if checkpointing else "none"))
     gradients = backward(model, tokens)
     for name, parameter in model.named_parameters():
         if ".adapter." in name:
@@ -341,7 +341,7 @@ def test_both_paths_compile_without_a_break(
     shallow = replace(geometry("DEMO_Slowfast"), vision_layers=2)  # compiling takes time by the block
     monkeypatch.setitem(GEOMETRIES, "DEMO_Slowfast", shallow)
     expected = backward(wake(build(position, pool)), tokens)
-    model = wake(build(position, pool, gradient_checkpointing=checkpointing))
+    model = wake(build(position, pool, checkpoint_blocks="all" if checkpointing else "none"))
     model.compile_towers(backend="aot_eager")  # every graph is whole, or this raises
     gradients = backward(model, tokens)
     assert gradients.keys() == expected.keys()
@@ -358,9 +358,11 @@ def test_a_copy_of_a_compiled_model_computes_with_its_own_weights() -> None:
         for parameter in model.parameters():
             parameter.add_(1)
     tower = copied.visual
-    assert tower.fast.__self__ is tower  # type: ignore[operator, union-attr]
-    assert model.visual.fast is not type(tower).fast  # type: ignore[union-attr]
-    assert "fast" in vars(model.visual), "the model itself stays compiled"
+    assert tower._adapted.__self__ is tower  # type: ignore[operator, union-attr]
+    assert "_adapted" in vars(model.visual), "the model itself stays compiled"
+    for mine, theirs in zip(model.visual.transformer.resblocks, tower.transformer.resblocks, strict=True):
+        assert mine._compiled_call_impl is not None
+        assert theirs._compiled_call_impl is None
 
 
 @pytest.fixture(scope="module")

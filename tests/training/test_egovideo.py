@@ -154,7 +154,7 @@ def slowfast(case: str) -> EgoVideo:
         num_frames=4,
         fast=fast,
         motion_stem=8 if stem else None,
-        gradient_checkpointing=pool == "both",
+        checkpoint_blocks="all" if pool == "both" else "none",
     )
     model = create_model(config)
     assert isinstance(model, EgoVideo)

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import json
 import re
+import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from egohod.config import Config, load
 from egohod.distributed import Distributed
 from egohod.errors import UserError
 from egohod.model.config import ModelConfig
-from egohod.model.cost import Memory, predict, saved_bytes
+from egohod.model.cost import SHARE, Memory, predict, saved_bytes
 from egohod.model.dual_encoder import EgoVideo, create_model
 from egohod.training import build
-from egohod.training.build import largest_batch, micro_batches, split_batch, step_peak, trained_bytes, try_batch
+from egohod.training.build import (
+    fewest_blocks,
+    largest_batch,
+    micro_batches,
+    split_batch,
+    step_peak,
+    trained_bytes,
+    try_batch,
+)
 from egohod.training.train import MicroBatchRecord, TrainingData, memory_advice
 from tests.ranks import pair
 from tests.support import ROOT, Command
@@ -25,10 +37,10 @@ from tests.support import ROOT, Command
 PRESETS = sorted((ROOT / "configs" / "presets").glob("*.yml"))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("blocks", ["none", "2", "all"])
 @pytest.mark.parametrize(("name", "stem"), [("DEMO", None), ("DEMO_Slowfast", None), ("DEMO_Slowfast", 32)])
-def test_the_prediction_is_what_a_real_forward_pass_keeps(name: str, stem: int | None, checkpointing: bool) -> None:
-    config = ModelConfig(name=name, num_frames=4, motion_stem=stem, gradient_checkpointing=checkpointing)
+def test_the_prediction_is_what_a_real_forward_pass_keeps(name: str, stem: int | None, blocks: str) -> None:
+    config = ModelConfig(name=name, num_frames=4, motion_stem=stem, checkpoint_blocks=blocks)
     memory, model = predict(config), create_model(config)
     size = model.geometry.image_size
 
@@ -37,7 +49,8 @@ def test_the_prediction_is_what_a_real_forward_pass_keeps(name: str, stem: int |
         return saved_bytes(lambda: model(video, tokens), model)
 
     assert saved(4) - saved(2) == 2 * memory.per_clip
-    assert (memory.working > 0) == checkpointing
+    # With two of four blocks what the others kept is free again before a block is computed a second time.
+    assert (memory.working > 0) == (blocks == "all")
     # Weights, and gradient and two averages of those that are trained, which a constant temperature is not.
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert memory.state >= 4 * sum(parameter.numel() for parameter in model.parameters()) + 12 * trained
@@ -94,7 +107,11 @@ def test_presets_fit_the_memory_that_they_name(path: Path, monkeypatch: pytest.M
         monkeypatch.setenv(name, "/data")
     cfg = load(path)
     processes, gigabytes = map(int, re.fullmatch(r"(\d+)x(\d+)gb", path.stem).groups())  # type: ignore[union-attr]
-    memory = predict(cfg.model, dtype=torch.bfloat16)
+    predicted = partial(predict, cfg.model, dtype=torch.bfloat16)
+    blocks = 0
+    if cfg.model.checkpoint_blocks == "auto":
+        blocks, _ = fewest_blocks(cfg, processes, lambda number: predicted(blocks=number).fits(gigabytes * 1e9))
+    memory = predicted(blocks=blocks)
     assert cfg.train.max_batch_per_process is not None
     peak = memory.peak(cfg.train.max_batch_per_process) / 1e9
     assert peak < 0.9 * gigabytes
@@ -104,7 +121,92 @@ def test_presets_fit_the_memory_that_they_name(path: Path, monkeypatch: pytest.M
         f"= {processes} {'process' if processes == 1 else 'processes'} x {batch} clips at a time x {passes} pass"
         in head
     )
+    checkpointed = re.search(r"with (\d+) of 12 blocks checkpointed", head)
+    assert blocks == int(checkpointed[1] if checkpointed else 0)
     assert float(re.search(r"= ([\d.]+) GB", head)[1]) == pytest.approx(peak, abs=0.3)  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "largest", "expected"),
+    [
+        (8, None, (0, 16)),  # a share of 16 fits as it is
+        (2, None, (16, 64)),  # one pass, with as many blocks as it needs
+        (1, None, (0, 4)),  # it takes several passes in any case: as large as keeps a GPU busy
+        (1, 32, (7, 32)),
+        (1, 128, (24, 128)),  # nothing is enough
+    ],
+)
+def test_auto_checkpoints_as_few_blocks_as_the_memory_needs(
+    world_size: int, largest: int | None, expected: tuple[int, int]
+) -> None:
+    cfg = Config()
+    cfg.model.name, cfg.train.global_batch_size, cfg.train.max_batch_per_process = "CLIP_VITL14_336PX", 128, largest
+
+    def fits(blocks: int) -> int:
+        return 25 + blocks + (24 if blocks >= 16 else 0)
+
+    assert fewest_blocks(cfg, world_size, fits) == expected
+
+
+def test_auto_is_resolved_by_the_memory_of_the_device(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    cfg = Config(model=ModelConfig(name="DEMO", num_frames=8, checkpoint_blocks="auto"))
+    cfg.train.global_batch_size, cfg.train.precision = 64, "fp32"
+    model, memory = create_model(cfg.model), [predict(cfg.model, blocks=blocks, on_gpu=False) for blocks in range(5)]
+    assert model.visual.transformer.checkpoint_blocks == 4, "until the memory is known"
+    dist = Distributed(0, 1, torch.device("cpu"), None)
+    for blocks in (0, 2):
+        # Enough for the batch with so many blocks checkpointed, not with one less.
+        enough = memory[blocks].peak(64) / SHARE + 1
+        monkeypatch.setattr(build, "device_memory", lambda _, size=enough: size)
+        assert build.micro_batches(cfg, dist, model) == (64, 1)
+        assert model.visual.transformer.checkpoint_blocks == blocks
+        assert model.textual.transformer.grad_checkpointing == (blocks > 0)
+        assert f"model.checkpoint_blocks=auto: {blocks} of 4 blocks are checkpointed, for 64 clips" in caplog.text
+
+
+class LiveBytes(TorchDispatchMode):
+    """Sums the storages that are alive, and keeps the most there were at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.most = 0
+        self.seen: set[int] = set()
+
+    def _free(self, key: int, size: int) -> None:
+        self.live -= size
+        self.seen.discard(key)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            storage = value.untyped_storage() if isinstance(value, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.seen:
+                self.seen.add(storage._cdata)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        self.most = max(self.most, self.live)
+        return result
+
+
+def test_a_block_that_is_computed_again_needs_no_memory_beyond_what_the_later_ones_kept() -> None:
+    """Why the first blocks are checkpointed and not the last."""
+    most = {}
+    for blocks in ("2", "all"):
+        torch.manual_seed(0)
+        model = create_model(ModelConfig(name="DEMO", num_frames=16, checkpoint_blocks=blocks))
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        size = model.geometry.image_size
+        video = torch.randn(8, 3, 16, size, size)
+        saved = saved_bytes(partial(model.encode_video, video), model)
+        with LiveBytes() as live:
+            model.encode_video(video).sum().backward()
+        most[blocks] = live.most / saved
+    assert most["2"] < 1.25
+    assert most["all"] > 2
 
 
 def test_three_presets() -> None:
@@ -142,7 +244,7 @@ def test_a_predicted_micro_batch_that_does_not_fit_is_halved(caplog: pytest.LogC
     # Divisors of the batch, as they would be used.
     assert tried == [24, 12, 6]
     assert "24 clips at a time do not fit: CUDA out of memory. Tried to allocate 2.00 GiB." in caplog.text
-    with pytest.raises(UserError, match=r"one clip at a time does not fit .* model.gradient_checkpointing=true"):
+    with pytest.raises(UserError, match=r"one clip at a time does not fit .* model.checkpoint_blocks=all"):
         try_batch(cfg, HERE, model, 2, fails_above(0, tried))
 
 
@@ -216,7 +318,7 @@ def test_running_out_of_memory_is_one_line_that_names_the_settings(tmp_path: Pat
     text = str(failure.value)
     assert "\n" not in text
     assert "step 7: cpu ran out of memory with 16 clips at a time" in text
-    assert "model.gradient_checkpointing=true" in text
+    assert "model.checkpoint_blocks=all" in text
     if record is None:
         assert "train.max_batch_per_process=8" in text
     else:
@@ -250,7 +352,7 @@ def test_a_run_that_ran_out_of_memory_continues_with_half(
     assert failed.returncode == 2, failed.stderr
     assert [line for line in failed.stderr.splitlines() if line.startswith("error")] == [
         "error: step 2: cpu ran out of memory with 8 clips at a time; rerun the same command to resume with 4 at a "
-        "time, or set model.gradient_checkpointing=true, or lower model.num_frames; other programs may also use the "
+        "time, or set model.checkpoint_blocks=all, or lower model.num_frames; other programs may also use the "
         "device"
     ]
     monkeypatch.setattr(TrainStep, "__call__", step)
