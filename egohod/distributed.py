@@ -139,7 +139,7 @@ def setup(
     if chosen.type == "cuda":
         # Before anything else touches CUDA, or every process would open a context on the first GPU.
         torch.cuda.set_device(chosen)
-        _require_kernels(chosen)
+        require_kernels(chosen)
         # What is left of float32 in training (embeddings, losses) may use TF32; evaluation switches it off.
         torch.set_float32_matmul_precision("high")
     if info.world_size == 1:
@@ -326,7 +326,7 @@ def pick_device(device: str, info: RankInfo | None = None) -> torch.device:
     return torch.device("cpu")
 
 
-def _require_kernels(device: torch.device) -> None:
+def require_kernels(device: torch.device) -> None:
     """Raise :class:`UserError` if this build of torch has no code for the GPU ``device``.
 
     torch only warns, and the first operation on the GPU fails with "no kernel image is available".

@@ -104,6 +104,7 @@ def test_a_build_that_the_machine_cannot_run_is_noticed_before_it_is_installed(
         ((8, 9), ["sm_75", "sm_80", "sm_86", "sm_90"], None),
         ((9, 0), ["sm_75", "sm_90a"], None),
         ((12, 0), ["sm_90", "compute_90"], None),
+        ((12, 1), ["sm_75", "sm_120"], None),
         ((7, 0), ["sm_75", "sm_80", "sm_120"], "TORCH_INDEX=cu126"),
         ((10, 0), ["sm_50", "sm_80", "sm_90"], "TORCH_INDEX=cu130"),
         ((8, 0), ["sm_86"], "TORCH_INDEX=cu130"),
@@ -117,10 +118,10 @@ def test_a_gpu_without_code_in_this_torch_is_refused(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA card")
     monkeypatch.setattr(distributed, "nvidia_driver", lambda: "580.65.06")
     if advice is None:
-        distributed._require_kernels(torch.device("cuda", 0))
+        distributed.require_kernels(torch.device("cuda", 0))
         return
     with pytest.raises(UserError, match=f"no code for NVIDIA card, of compute capability .*{builds[0]}.*{advice}"):
-        distributed._require_kernels(torch.device("cuda", 0))
+        distributed.require_kernels(torch.device("cuda", 0))
 
 
 def test_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:

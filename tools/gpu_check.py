@@ -30,7 +30,7 @@ from _common import markdown_table, run_tool, tool_parser
 from benches import gpu, gpu_runs
 from benches.gpu import Check, Row
 
-from egohod.distributed import pick_device, setup, source_hash
+from egohod.distributed import pick_device, require_kernels, setup, source_hash
 from egohod.errors import BROKEN, DONE, UserError
 from egohod.runtime import write_text
 
@@ -99,6 +99,8 @@ def main(argv: Sequence[str]) -> int:
         )
         return DONE
 
+    if device.type == "cuda":
+        require_kernels(device)
     results = open_results(options.out / "gpu_check.json", device, options)
     for name in options.only:
         done = results["parts"].get(name, {})

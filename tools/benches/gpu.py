@@ -48,8 +48,9 @@ from egohod.model.config import IMAGE_STATS, FastPathConfig, Geometry, ModelConf
 from egohod.model.cost import clip_flops
 from egohod.model.dual_encoder import DualEncoder
 from egohod.runtime import usable_cores
-from egohod.training.build import build_model, micro_batches, predict_memory
+from egohod.training.build import build_model, micro_batches, predict_memory, try_batch
 from egohod.training.step import TrainStep
+from egohod.training.telemetry import peak_flops, step_flops
 
 Row = dict[str, Any]
 
@@ -173,13 +174,6 @@ def random_batch(cfg: Config, model: DualEncoder, clips: int, check: Check) -> d
     return batch | ({"labels": {name: on_host(label) for name, label in labels.items()}} if labels else {})
 
 
-def run_flops(cfg: Config, model: DualEncoder) -> float:
-    """Operations of a clip in one step, without recomputed blocks."""
-    texts = 0 if model.heads is not None else model.geometry.context_length
-    sizes = model.geometry, cfg.model.num_frames, texts, cfg.model.patch_dropout, cfg.model.fast
-    return float(clip_flops(*sizes, motion_stem=cfg.model.motion_stem).step)
-
-
 def best_seconds(run: Callable[[], Any], device: torch.device) -> float:
     """Seconds of the best run: noise of the machine only ever makes one slower."""
     seconds: list[float] = []
@@ -222,7 +216,7 @@ class Steps:
             torch.cuda.reset_peak_memory_stats(device)
         seconds = best_seconds(self, device)
         rate = self.micro_batch / seconds
-        work = rate * run_flops(self.cfg, self.model)
+        work = rate * step_flops(self.cfg, self.model)
         predicted = predict_memory(self.cfg, self.check.run, self.model).peak(self.micro_batch)
         row = {
             "micro-batch": self.micro_batch,
@@ -255,13 +249,11 @@ def machine(check: Check) -> Iterator[Row]:
     }
     if check.on_gpu:
         major, minor = cuda.get_device_capability(check.device)
-        built = cuda.get_arch_list()
-        verdict = "this GPU is among them" if is_built_for(built, (major, minor)) else "NOT for this GPU"
         items |= {
             "GPU": lambda: f"{cuda.device_count()} x {cuda.get_device_name(check.device)}, sm_{major}{minor}",
             "GPU memory": lambda: f"{cuda.get_device_properties(check.device).total_memory / 1e9:.1f} GB",
             "NCCL": lambda: ".".join(map(str, cuda.nccl.version())),
-            "architectures of this torch": lambda: f"{', '.join(built)}: {verdict}",
+            "architectures of this torch": lambda: ", ".join(cuda.get_arch_list()),
             "bf16": lambda: "native" if cuda.is_bf16_supported(including_emulation=False) else "emulated",
         }
     for name, backend in BACKENDS.items():
@@ -275,22 +267,15 @@ def machine(check: Check) -> Iterator[Row]:
 
         def products(name: str = name, dtype: torch.dtype = dtype) -> Row:
             torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-            return {"value": f"{matmul_peak(check.device, dtype) / 1e12:.3g} TFLOP/s"}
+            rate, text = matmul_peak(check.device, dtype), ""
+            # The table has the rates of tensor cores, which products of float32 do not use without TF32.
+            cfg = recipe_config(BASE, check, f"train.precision={'fp32' if name == 'tf32' else name}")
+            if name != "fp32" and (sheet := peak_flops(cfg, check.run)):
+                text = f", {rate / sheet:.0%} of the data sheet's"
+            return {"value": f"{rate / 1e12:.3g} TFLOP/s{text}"}
 
         yield attempt({"item": f"matrix products, {name}"}, products)
     yield attempt({"item": "copies within the device"}, lambda: {"value": f"{_copy_rate(check) / 1e9:,.0f} GB/s"})
-
-
-def is_built_for(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
-    """Whether a build of torch has kernels for a GPU: binaries (sm_) of its generation, or older code (compute_)."""
-    for each in architectures:
-        kind, _, number = each.partition("_")
-        # The last digit is the minor version; letters mark code for one chip alone, which has its number.
-        digits = re.sub(r"\D", "", number)
-        built = int(digits[:-1]), int(digits[-1])
-        if built <= capability and (kind == "compute" or built[0] == capability[0]):
-            return True
-    return False
 
 
 def _precisions(check: Check) -> dict[str, torch.dtype]:
@@ -408,7 +393,7 @@ def steps(check: Check) -> Iterator[Row]:
     """One step of every recipe as a run of its header's command would take it on this GPU, not compiled."""
     peak = _peak(check)
     for names, path in computations(check).items():
-        yield attempt({"recipe": names}, lambda path=path: Recipe.of(path, check).measure(check, peak))
+        yield attempt({"recipe": names}, lambda path=path: Recipe.of(path, check).measure(check, peak, is_tried=True))
 
 
 def checkpointing(check: Check) -> Iterator[Row]:
@@ -478,15 +463,24 @@ class Recipe:
         """Its path below configs/, or below configs/config/."""
         return str(self.path.relative_to(ROOT / "configs").with_suffix("")).removeprefix("config/")
 
-    def measure(self, check: Check, peak: float) -> Row:
-        """The step with the micro-batch that this GPU would take of the recipe's batch."""
+    def measure(self, check: Check, peak: float, *, is_tried: bool = False) -> Row:
+        """The step with the micro-batch that this GPU would take of the recipe's batch.
+
+        With ``is_tried`` the predicted micro-batch is tried first, as a run does unless its configuration sets one.
+        """
         cfg = copy.deepcopy(self.cfg)
         # One process of the run, so its share of the batch.
         cfg.train.global_batch_size //= self.processes
         model = build(cfg, check)
         micro_batch, passes = (2, 1) if check.tiny else micro_batches(cfg, check.run, model)
-        row = {"processes": self.processes, "passes": passes}
-        return row | Steps(cfg, check, model, micro_batch).measure(peak)
+        row: Row = {"processes": self.processes, "blocks recomputed": model.visual.transformer.checkpoint_blocks}
+        if is_tried and not cfg.train.max_batch_per_process:
+            predicted = micro_batch
+            micro_batch, tried = try_batch(cfg, check.run, model, predicted)
+            passes = passes * predicted // micro_batch
+            row |= {"tried GB": tried / 1e9} if check.on_gpu else {}
+            row |= {"predicted micro-batch": predicted} if micro_batch != predicted else {}
+        return row | {"passes": passes} | Steps(cfg, check, model, micro_batch).measure(peak)
 
 
 def computations(check: Check, *, sizes: bool = True) -> dict[str, Path]:
@@ -648,7 +642,7 @@ def accumulation(check: Check) -> Iterator[Row]:
         def measure(passes: int = passes) -> Row:
             step(passes)
             seconds = best_seconds(lambda: step(passes), check.device)
-            ideal = passes * once * (1 + forward / run_flops(cfg, step.model))
+            ideal = passes * once * (1 + forward / step_flops(cfg, step.model))
             clips = passes * step.micro_batch
             return {"step s": seconds, "ideal s": ideal, "ratio": seconds / ideal, "clips/s": clips / seconds}
 
