@@ -27,7 +27,7 @@ import psutil
 import torch
 
 from egohod.config import Config, to_yaml
-from egohod.distributed import Distributed, pick_precision
+from egohod.distributed import Distributed, first_lines, pick_precision
 from egohod.errors import UserError
 from egohod.model.cost import clip_flops
 from egohod.model.dual_encoder import DualEncoder
@@ -308,7 +308,8 @@ class Telemetry:
             try:
                 tracker.write(step, metrics)
             except Exception as error:  # a server that is away for a moment; metrics.jsonl has the same
-                log.error("metrics of step %d not sent to %s: %s; training continues", step, name, first_line(error))
+                reason = first_lines(error, 1)
+                log.error("metrics of step %d not sent to %s: %s; training continues", step, name, reason)
 
     def __enter__(self) -> Telemetry:
         return self
@@ -321,7 +322,7 @@ class Telemetry:
             try:
                 close()
             except Exception as error:  # a lost folder, whose own error ends the run and must not be replaced
-                log.error("metrics not written: %s", first_line(error))
+                log.error("metrics not written: %s", first_lines(error, 1))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -367,12 +368,11 @@ def start_trackers(run: Path, cfg: Config, start_step: int) -> dict[str, Tracker
                 if isinstance(error, OSError):  # its files are in the run folder, which is lost then
                     raise
                 log.warning(
-                    "no TensorBoard, metrics.jsonl only: %s: %s; pip install --force-reinstall tensorboard protobuf",
-                    type(error).__name__, first_line(error),
-                )  # fmt: skip
+                    "no TensorBoard, metrics.jsonl only: %s; pip install --force-reinstall tensorboard protobuf",
+                    first_lines(error, 1),
+                )
                 continue
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            raise UserError(f"train.trackers: {name} does not start: {reason}") from error
+            raise UserError(f"train.trackers: {name} does not start: {first_lines(error, 1)}") from error
     if ids:
         write_text(path, json.dumps(ids))
     return trackers
@@ -435,11 +435,6 @@ class _MLflow:
 
     def close(self) -> None:
         self._module.end_run()
-
-
-def first_line(error: BaseException) -> str:
-    """The message of an exception of another library, without what follows its first line."""
-    return next(iter(str(getattr(error, "strerror", None) or error).splitlines()), "")
 
 
 # --------------------------------------------------------------------------------------------------
