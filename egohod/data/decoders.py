@@ -582,7 +582,7 @@ class CudaDecoder(TorchcodecDecoder):
         # What NVDEC does not take, such as 4:4:4 or very small pictures, torchcodec decodes on the CPU.
         if (fallback := getattr(self._decoder, "cpu_fallback", None)) and "cuda" not in _LOGGED:
             _LOGGED.add("cuda")
-            log.warning("%s: %s; such files are decoded on the CPU without a further word", self._name, fallback)
+            log.warning("%s: %s; such files are decoded on the CPU; this is logged once", self._name, fallback)
 
 
 @functools.cache

@@ -553,7 +553,7 @@ def step_peak(model: DualEncoder, cfg: Config, dist: Distributed, clips: int, pa
     """Peak bytes on the device of a training step with ``clips`` at a time, 0 on a CPU; the model stays as it is.
 
     Forward and backward passes of the model on random clips, two of them where a step has several ``passes``, beside
-    empty memory of the size that the rest of a step takes. The model is not compiled yet, which needs more memory. No
+    empty memory of the size that the rest of a step takes. The model is not compiled yet, which usually takes more. No
     collectives: a process that fails must not leave the others waiting. Raises ``torch.OutOfMemoryError``.
     """
     device, on_gpu = dist.device, dist.device.type == "cuda"

@@ -377,7 +377,7 @@ def test_the_gpus_decoder_shows_the_same_frames_in_training_and_evaluation(
 
     for _ in range(2):
         Fallback(tmp_path / "v.mp4")
-    assert caplog.text.count("Video not supported; such files are decoded on the CPU without a further word") == 1
+    assert caplog.text.count("Video not supported; such files are decoded on the CPU; this is logged once") == 1
     decoders._LOGGED.discard("cuda")
 
 
