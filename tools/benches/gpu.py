@@ -40,14 +40,14 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from egohod.config import Config, load_leniently
 from egohod.data.decoders import choose_decoder
 from egohod.data.labels import ClassSpace
-from egohod.distributed import Distributed, inference_precision, nvidia_driver, pick_precision
+from egohod.distributed import Distributed, inference_precision, pick_precision
 from egohod.knobs import knobs
 from egohod.loss.config import LOSSES
 from egohod.loss.contrastive import ContrastiveLoss
 from egohod.model.config import IMAGE_STATS, FastPathConfig, Geometry, ModelConfig, geometry
 from egohod.model.cost import clip_flops
 from egohod.model.dual_encoder import DualEncoder
-from egohod.runtime import usable_cores
+from egohod.runtime import nvidia_driver, usable_cores
 from egohod.training.build import build_model, micro_batches, predict_memory, try_batch
 from egohod.training.step import TrainStep
 from egohod.training.telemetry import peak_flops, step_flops
