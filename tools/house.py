@@ -40,7 +40,7 @@ VARIANTS = ("egohod.data.formats.", "egohod.hod.detectors.", "egohod.hod.narrato
 LINES = (
     "1,700 of the excess are comments (8.6 % of all lines, once 2.7 %); the rest are features and checks that no merge "
     "of duplicates took away; 3,800 are for GPUs and clusters: 1,400 of gpu_check, 1,000 of training (memory, "
-    "deadlines, saving, speed, trackers), 800 of loading (tar shards, read-ahead, workers), the rest of set-up and models"
+    "deadlines, saving, speed, trackers), 800 of loading (tar shards, read-ahead, workers), the rest of set-up, models"
 )
 
 
