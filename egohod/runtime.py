@@ -236,11 +236,16 @@ _PIPE_BYTES = 4096
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
-def usable_cores() -> int:
+def core_numbers() -> list[int]:
     """Cores that this process may run on; a container or a scheduler often grants fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):  # Linux; macOS has no such call
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def usable_cores() -> int:
+    """The number of :func:`core_numbers`."""
+    return len(core_numbers())
 
 
 def core_quota(file: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:

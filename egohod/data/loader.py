@@ -30,7 +30,7 @@ from egohod.data.config import DataConfig
 from egohod.data.dataset import ClipDataset, Key, collate, collate_views
 from egohod.distributed import Distributed, host_name
 from egohod.errors import UserError
-from egohod.runtime import STOP_SIGNALS, Interrupted, StopRequest, core_quota, int_variable
+from egohod.runtime import STOP_SIGNALS, Interrupted, StopRequest, core_numbers, core_quota, int_variable
 
 log = logging.getLogger(__name__)
 
@@ -178,8 +178,7 @@ def worker_count(workers: int | None, dist: Distributed) -> int:
     """
     if workers is not None:
         return workers
-    mine = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    here = host_name()
+    here, mine = host_name(), core_numbers()
     of_node = [cores for host, cores in dist.gather_objects((here, mine)) if host == here]
     share = sum(1 / sum(core in cores for cores in of_node) for core in mine)
     # Rounded first: three thirds of a core are one.
