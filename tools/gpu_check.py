@@ -51,7 +51,7 @@ PARTS = {
     "waits": Part(gpu.waits, 15),
     "resume": Part(gpu_runs.resume, 35),
     "deterministic": Part(gpu_runs.deterministic, 25),
-    "loader": Part(gpu_runs.loader, 30),
+    "loader": Part(gpu_runs.loader, 35),
     "evaluation": Part(gpu_runs.evaluation, 45),
     "collectives": Part(gpu_runs.collectives, 15),
     "attention": Part(gpu.attention, 15),
@@ -60,7 +60,7 @@ PARTS = {
     "checkpointing": Part(gpu.checkpointing, 45),
     "settings": Part(gpu.settings, 15),
     "compiled": Part(gpu.compiled, 40),
-    "peer": Part(gpu.peer, 60),
+    "peer": Part(gpu.peer, 55),
 }
 DONE_STATUS = "done"
 # Of what a part that failed printed last.

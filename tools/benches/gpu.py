@@ -41,6 +41,7 @@ from egohod.config import Config, load_leniently
 from egohod.data.decoders import choose_decoder
 from egohod.data.labels import ClassSpace
 from egohod.distributed import Distributed, inference_precision, pick_precision
+from egohod.errors import UserError
 from egohod.knobs import knobs
 from egohod.loss.config import LOSSES
 from egohod.loss.contrastive import ContrastiveLoss
@@ -130,6 +131,15 @@ def missing_knob(override: str) -> str | None:
         return f"this version has no {name}"
     choices = rules[name]["choices"]
     return None if choices is None or value in map(str, choices) else f"this version has no {override}"
+
+
+def missing_decoder(name: str) -> str | None:
+    """Why ``data.decoder=name`` does not load here; None if it does."""
+    try:
+        choose_decoder(name)
+    except UserError as error:
+        return str(error)[:200]
+    return None
 
 
 def recipe_config(path: str | Path, check: Check, *overrides: str) -> Config:
@@ -260,7 +270,7 @@ def machine(check: Check) -> Iterator[Row]:
         items[f"attention, {name}"] = lambda backend=backend: _try_attention(check, backend)
     rules = {name: entry.metadata for name, entry, _ in knobs(Config)}
     for name in rules["data.decoder"]["choices"]:
-        items[f"decoder, {name}"] = lambda name=name: f"{choose_decoder(name)[0]} loads"
+        items[f"decoder, {name}"] = lambda name=name: missing_decoder(name) or f"{choose_decoder(name)[0]} loads"
     for name, read in items.items():
         yield attempt({"item": name}, lambda read=read: {"value": read()})
     for name, dtype in _precisions(check).items():

@@ -33,16 +33,16 @@ from benches.gpu import (
     best_seconds,
     build,
     matmul_peak,
+    missing_decoder,
     missing_knob,
     recipe_config,
 )
 from benches.training import Timed, timed
 
-from egohod.data.loader import train_loader
+from egohod.data.loader import train_loader, worker_count
 from egohod.distributed import pick_precision
 from egohod.evaluation.config import BenchmarkConfig
 from egohod.evaluation.runner import benchmark, execution_of
-from egohod.runtime import usable_cores
 from egohod.training.build import build_dataset, build_plan
 from egohod.training.train import RunState, TrainingData, train
 
@@ -56,8 +56,7 @@ DETERMINISTIC = "train.deterministic=true"
 
 
 def _workers(check: Check) -> int:
-    # The main process feeds the device.
-    return 1 if check.tiny else max(1, usable_cores() - 1)
+    return 1 if check.tiny else worker_count(None, check.run)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -67,17 +66,16 @@ def _workers(check: Check) -> int:
 
 def loader(check: Check) -> Iterator[Row]:
     """ViT-B/16 fed from H.264 files of 426x320: the loader alone, steps on one batch, and steps fed by the loader."""
-    batch, steps = (2, 2) if check.tiny else (128, 8)
+    batch, workers = 2 if check.tiny else 64, _workers(check)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        # Clips enough for both measurements of all decoders, so that no epoch ends within one.
-        videos.make_videos(folder, 1, batch * (1 + steps), videos.KEYFRAME_EVERY)
+        # Each measurement is an epoch of three batches for each worker.
+        videos.make_videos(folder, 1, 3 * workers * batch, videos.KEYFRAME_EVERY)
         for decoder in ("auto", "cuda"):
-            override = f"data.decoder={decoder}"
-            if reason := missing_knob(override):
+            if reason := missing_decoder(decoder):
                 yield {"decoder": decoder, "left out": reason}
             else:
-                yield attempt({"decoder": decoder}, partial(_fed, check, folder, batch, steps, override))
+                yield attempt({"decoder": decoder}, partial(_fed, check, folder, batch, workers, decoder))
 
 
 def data_overrides(folder: Path, batch: int, workers: int) -> list[str]:
@@ -93,8 +91,8 @@ def data_overrides(folder: Path, batch: int, workers: int) -> list[str]:
     ]
 
 
-def _fed(check: Check, folder: Path, batch: int, steps: int, override: str) -> Row:
-    cfg = recipe_config(BASE, check, *data_overrides(folder, batch, _workers(check)), override)
+def _fed(check: Check, folder: Path, batch: int, workers: int, decoder: str) -> Row:
+    cfg = recipe_config(BASE, check, *data_overrides(folder, batch, workers), f"data.decoder={decoder}")
     step = Steps(cfg, check, build(cfg, check), batch)
     step()
     alone = best_seconds(step, check.device)
@@ -102,20 +100,27 @@ def _fed(check: Check, folder: Path, batch: int, steps: int, override: str) -> R
     plan = build_plan(cfg, dataset)
 
     def batches(epoch: int) -> Iterator[dict[str, Any]]:
-        start = epoch * (1 + steps)
-        loading = {"workers": cfg.data.workers, "prefetch": cfg.data.prefetch, "pin_memory": check.on_gpu}
-        each = iter(train_loader(dataset, plan, start_step=start, total_steps=start + 1 + steps, **loading))
-        # Starting the workers is no part of their speed.
-        next(each)
+        start = epoch * 3 * workers
+        each = iter(
+            train_loader(
+                dataset, plan, start_step=start, total_steps=start + 3 * workers, workers=workers,
+                prefetch=cfg.data.prefetch, pin_memory=check.on_gpu,
+            )
+        )  # fmt: skip
+        # Workers start together and so finish their first batches together: from here on it is their usual speed.
+        for _ in range(workers):
+            next(each)
         return each
 
-    clips = steps * batch
-    fetched, fed = batches(0), batches(1)
+    steps = 2 * workers
+    clips, fetched = steps * batch, batches(0)
     loaded = timed(lambda: [each["video"].to(check.device, non_blocking=True) for each in fetched], check.device)
+    # Not earlier, or its workers would decode while the others are measured.
+    fed = batches(1)
     together = timed(lambda: [step.on(each) for each in fed], check.device)
     return {
         "decodes": dataset.decoder,
-        "workers": cfg.data.workers,
+        "workers": workers,
         "frames": cfg.model.num_frames,
         "loader clips/s": clips / loaded.seconds,
         "steps clips/s": batch / alone,
