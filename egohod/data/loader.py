@@ -307,7 +307,7 @@ class EvalLoader:
                     int(np.searchsorted(dataset.rows, row)): text for row, text in batch["faults"].items()
                 }
                 yield batch
-        except BaseException:  # also where the caller stops reading: batches that nobody takes are on their way
+        except BaseException:  # also where the caller stops reading: more batches are on their way
             self.close()
             raise
 
@@ -602,7 +602,7 @@ def check_shared_memory(
     global _has_warned_of_pipes
     if needed <= free or _has_warned_of_pipes:
         return
-    _has_warned_of_pipes = True  # what will happen is said here, and need not be repeated when it does
+    _has_warned_of_pipes = True  # no second warning when it happens
     fitting = int(free / processes / max(batch_bytes, 1)) - taken
     cures = [f"docker run --shm-size={math.ceil((needed + 2 * _RESERVED_BYTES) / 1e9)}g, or --ipc=host"]
     # All workers together hold the micro-batches of a step at least, see train_loader.
@@ -621,7 +621,7 @@ def check_shared_memory(
 
 
 def _processes_here() -> int:
-    """Training processes of this node, by what their launcher says."""
+    """Training processes of this node, by the variables of their launcher."""
     # "8(x2)" are eight on each of two nodes.
     tasks = re.match(r"\d+", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
     return int_variable(os.environ, "LOCAL_WORLD_SIZE", int(tasks[0]) if tasks else 1, low=1)

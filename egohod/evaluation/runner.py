@@ -363,7 +363,7 @@ class Benchmark:
         if loader is None:
             return missing_clips(self.dataset, execution.dist)
         # Of all benchmarks before anything is decoded: a missing file should not come up after an hour, and the loader
-        # processes, which start once, shall know where the videos are.
+        # processes, which start once, inherit where the videos are.
         if not loader.missing:
             for dataset in loader.datasets:
                 loader.missing[id(dataset)] = missing_clips(dataset, execution.dist)

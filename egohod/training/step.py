@@ -350,8 +350,8 @@ def forward_backward(
 
     for i in range(count):
         is_last = i == count - 1
-        # The processes exchange gradients once, in the last backward pass. Whoever wants to give the step up goes to
-        # the vote at once; the others get there before the exchange.
+        # The processes exchange gradients once, in the last backward pass. A process that wants to give the step up
+        # votes at once; the others vote before the exchange.
         if abandonment is not None and (is_last or abandonment.is_due()):
             abandonment.agree()
         enter("forward")

@@ -440,8 +440,8 @@ class RunState:
 
     def evaluate(self, step: int, evaluators: Sequence[Evaluator]) -> dict[str, float]:
         """All evaluators' numbers, each under ``<evaluator>/<metric>``."""
-        # Its loader processes are forked, which no other thread should be in the middle of something for; and which
-        # checkpoints there are decides whether this step is among the best.
+        # Its loader processes are forked, and a lock that another thread holds at that moment stays locked in them; and
+        # which checkpoints there are decides whether this step is among the best.
         self.report_save(wait=True)
         log.info("evaluating the model of step %d", step)
         model = self.train_step.ema_or_model
