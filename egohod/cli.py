@@ -260,14 +260,15 @@ def joined(cfg: Config, *, stops_cleanly: bool = False) -> Iterator[Distributed]
                     time.sleep(SIGNAL_SPREAD_SECONDS)
                 raise
     except UserError as error:
-        if not dist.is_first_with(str(error)):
-            raise SystemExit(USER_ERROR) from None
-        if dist.rank != 0:
+        if dist.world_size == 1:
+            raise
+        if dist.is_first_with(str(error)):
             # Not later, as _run would: the launcher ends this process as soon as another one notices that it failed.
-            lines = (f"[rank {dist.rank}] error: {line}" for line in str(error).splitlines())
-            print(*lines, sep="\n", file=sys.stderr, flush=True)
-            raise SystemExit(USER_ERROR) from None
-        raise
+            rank = f"[rank {dist.rank}] " if dist.rank else ""
+            print(*(f"{rank}error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr, flush=True)
+        if dist.is_main:
+            dist.wait_for_others_with(str(error), REPORT_AFTER_SECONDS)
+        raise SystemExit(USER_ERROR) from None
     except RuntimeError as error:
         if dist.world_size == 1:
             raise

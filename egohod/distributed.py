@@ -96,10 +96,23 @@ class Distributed:
 
         Not collective: it is asked on the way out, when others may be gone, and the answer is then true.
         """
+        return self._count(message, 1) <= 1
+
+    def wait_for_others_with(self, message: str, seconds: float) -> None:
+        """Wait until every process has asked :meth:`is_first_with` for ``message``, at most ``seconds``.
+
+        The first process may hold the store in which they ask: it must not leave before the others have.
+        """
+        end = time.monotonic() + seconds
+        while 0 < self._count(message, 0) < self.world_size and time.monotonic() < end:
+            time.sleep(0.05)
+
+    def _count(self, message: str, more: int) -> int:
+        """How many processes have this message, with ``more``; 0 if the store is gone."""
         if self.world_size > 1:
             with contextlib.suppress(RuntimeError):
-                return bool(self.store.add(f"egohod/message/{content_hash(message)}", 1) == 1)
-        return True
+                return int(self.store.add(f"egohod/message/{content_hash(message)}", more))
+        return 0
 
     def close(self, *, after_error: bool = False) -> None:
         """Leave the process groups; ``after_error`` without waiting for the other processes."""

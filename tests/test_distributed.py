@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 import egohod
 from egohod import config, distributed
-from egohod.distributed import require_agreement, source_hash
+from egohod.distributed import Distributed, require_agreement, source_hash
 from egohod.errors import UserError
 from egohod.runtime import TORCH_BUILDS, torch_advice, torch_problem
 from tests.ranks import Pair, pair
@@ -185,3 +186,19 @@ def test_the_hash_of_the_code_follows_every_file(tmp_path: Path) -> None:
     (tmp_path / "b" / "part" / "one.py").write_text("x = 2\n")
     assert source_hash(tmp_path / "a") != source_hash(tmp_path / "b")
     assert source_hash() == source_hash(Path(egohod.__file__).parent)
+
+
+def test_the_first_process_leaves_after_the_others_have_asked_for_its_message() -> None:
+    """Its store goes with it: a slower process would print the same mistake again."""
+    store = torch.distributed.HashStore()
+    first, second = (Distributed(rank, 2, torch.device("cpu"), "gloo", store=store) for rank in range(2))
+    assert first.is_first_with("a mistake")
+    answers: list[bool] = []
+    slow = threading.Timer(0.3, lambda: answers.append(second.is_first_with("a mistake")))
+    slow.start()
+    first.wait_for_others_with("a mistake", seconds=60)
+    assert answers == [False]
+    slow.join()
+    # A mistake of the first process alone: nobody asks, and it leaves all the same.
+    assert first.is_first_with("its own mistake")
+    first.wait_for_others_with("its own mistake", seconds=0.1)
