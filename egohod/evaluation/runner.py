@@ -360,7 +360,7 @@ class Benchmark:
     def _missing(self) -> dict[int, str]:
         """Clips whose file is not there, as of :func:`missing_clips`."""
         execution, loader = self.execution, self.execution.loader
-        if loader is None:
+        if loader is None or self.dataset not in loader.datasets:  # a caller may have put another one here
             return missing_clips(self.dataset, execution.dist)
         # Of all benchmarks before anything is decoded: a missing file should not come up after an hour, and the loader
         # processes, which start once, inherit where the videos are.

@@ -410,7 +410,7 @@ def test_torchcodec_without_ffmpeg_is_absent(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_an_unknown_decoder() -> None:
-    with pytest.raises(UserError, match="must be auto, pyav, torchcodec, decord"):
+    with pytest.raises(UserError, match="must be auto, pyav, torchcodec, cuda, decord"):
         choose_decoder("gstreamer")
 
 
