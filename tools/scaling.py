@@ -10,16 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from _common import markdown_table, run_tool, tool_parser
 
 from egohod import cli
 from egohod.config import PROJECT, load_leniently
-from egohod.model.config import checkpointed_blocks, geometry
-from egohod.model.cost import clip_flops
+from egohod.model.config import geometry
+from egohod.model.cost import clip_flops, predict
 from egohod.model.dual_encoder import create_model
+from egohod.training.build import fewest_blocks
 
 # Measured: CPU seconds of one core to read and decode a clip of 2 s, by frames (docs/benchmarks.md, decoding): the
 # original 426x320 with a key frame every 15, and chunks of tools/chunk_videos.py at short side 256.
@@ -30,6 +31,8 @@ CROP = {4: 0.001, 16: 0.003}
 CHUNK_BYTES = 1.3e6
 # Assumed: network bandwidth of a node (8 GPUs), bytes a second (200 Gbit/s).
 LINK, NODE_GPUS = 25e9, 8
+# Assumed: bytes of memory of a GPU, which decide how many blocks are checkpointed.
+MEMORY = 80e9
 GPUS = (8, 64, 512)
 
 
@@ -74,6 +77,7 @@ class Cost:
     """Machine-independent cost of a recipe: operations of a clip, trainable parameters, and sizes of its features."""
 
     work: float
+    forward: float
     trained: int
     batch: int
     frames: int
@@ -87,22 +91,34 @@ def cost(recipe: Recipe) -> Cost:
     towers = geometry(cfg.model.name)
     sizes = towers, cfg.model.num_frames, towers.context_length, cfg.model.patch_dropout, cfg.model.fast
     flops = clip_flops(*sizes, motion_stem=cfg.model.motion_stem)
-    work = float(flops.step)
-    # Blocks are computed again in the backward pass: all of them, the most that auto chooses.
-    if checkpointed_blocks(cfg.model.checkpoint_blocks, towers.vision_layers):
-        work += flops.forward
     # The weights of the largest model are gigabytes; on the meta device only their shapes exist.
     with torch.device("meta"):
         model = create_model(cfg.model, cfg.loss)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return Cost(work, trained, cfg.train.global_batch_size, cfg.model.num_frames, towers.embed_dim)
+    return Cost(flops.step, flops.forward, trained, cfg.train.global_batch_size, cfg.model.num_frames, towers.embed_dim)
+
+
+@lru_cache
+def clips_that_fit(recipe: Recipe, blocks: int) -> int:
+    """Clips at a time on a GPU with so many blocks checkpointed, as training predicts it."""
+    cfg, _ = load_leniently(PROJECT / recipe.config)
+    return predict(cfg.model, dtype=torch.bfloat16, loss=cfg.loss, blocks=blocks, on_gpu=True).fits(MEMORY)
+
+
+def forward_passes(recipe: Recipe, gpus: int) -> float:
+    """Forward passes that a step repeats to save memory: of checkpointed blocks, and of all where it accumulates."""
+    cfg, _ = load_leniently(PROJECT / recipe.config)
+    assert cfg.model.checkpoint_blocks == "auto"
+    blocks, clips = fewest_blocks(cfg, gpus, partial(clips_that_fit, recipe))
+    return blocks / geometry(cfg.model.name).vision_layers + (clips * gpus < cfg.train.global_batch_size)
 
 
 def plan(recipe: Recipe, gpus: int, peak: float, utilisation: float) -> Plan:
     """The arithmetic of docs/scaling.md. ``peak`` in operations a second; ``utilisation``: the fraction reached."""
     each = cost(recipe)
     batch, frames, others = each.batch, each.frames, (gpus - 1) / gpus
-    speed = peak * utilisation / each.work
+    repeated = forward_passes(recipe, gpus) if batch >= gpus else 0.0
+    speed = peak * utilisation / (each.work + repeated * each.forward)
     compute = batch / gpus / speed
     gathered = 2 * 2 * batch * each.width * 4 * others
     reduced = 2 * each.trained * 4 * others
