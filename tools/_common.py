@@ -57,9 +57,10 @@ def load_for_checkpoint(args: argparse.Namespace) -> Config:
 def save_picture(picture: Image | Figure, path: Path) -> None:
     """Save a PIL image or a matplotlib figure; raise :class:`UserError` where that cannot be done."""
     try:
-        # A matplotlib figure; its labels are outside the picture without tight_layout.
         if hasattr(picture, "savefig"):
-            picture.tight_layout()
+            # Without any layout a matplotlib figure's labels are outside the picture.
+            if picture.get_layout_engine() is None:
+                picture.tight_layout()
             picture.savefig(path, dpi=90)
         else:
             picture.save(path)

@@ -386,7 +386,7 @@ def _spread(values: Sequence[float], form: str = "{:.1f}") -> str:
 def plot(results: dict[str, Any], path: Path) -> None:
     """Plot the metrics over training: a line per row, and the range of its seeds."""
     metrics, chance = results["metrics"], results["chance"]
-    figure = new_figure((13, 4))
+    figure = new_figure((13, 4.8), layout="constrained")
     # Without matplotlib the tables are written all the same.
     if figure is None:
         return
@@ -403,7 +403,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axis.axhline(chance[name], color="grey", linestyle=":", linewidth=1)
         axis.set(title=metrics[name], xlabel="steps")
     axes[0].set_ylabel("val world (%)")
-    axes[0].legend(fontsize=7)
+    # Below all of them: of ten rows it would cover the curves.
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     save_picture(figure, path)
 
 

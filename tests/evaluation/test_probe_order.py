@@ -6,6 +6,8 @@ import csv
 import json
 import re
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,16 @@ import torch
 from evaluation_cases import random_features
 from torch.nn.functional import normalize
 
+from egohod.model.config import GEOMETRIES, geometry
+from tests.model.field_files import (
+    open_clip_state,
+    openai_state,
+    upstream_state,
+    write_archive,
+    write_avion,
+    write_safetensors,
+    write_upstream,
+)
 from tests.support import Command, ShortRun
 
 CAPTIONS = "#C C opens the box", "#C C closes the box", "#C C pulls the cup closer", "#C C holds the cup still"
@@ -217,3 +229,35 @@ def test_a_mistake_is_one_clear_line(
     assert message in done.stderr
     assert len(re.findall("^error: ", done.stderr, re.MULTILINE)) == 1
     assert "Traceback" not in done.stderr
+
+
+RELEASED: dict[str, Callable[[Path], Path]] = {
+    "OpenAI CLIP": lambda path: write_archive(path, openai_state(geometry("DEMO"))),
+    "open_clip": lambda path: write_safetensors(path, open_clip_state(geometry("DEMO"))),
+    "upstream EgoHOD": lambda path: write_upstream(path, upstream_state("b16_flash")),
+    "upstream EgoVideo": lambda path: write_upstream(path, upstream_state("slowfast_b16_flash")),
+    "AVION": lambda path: write_avion(path, upstream_state("b16_flash")),
+}
+
+
+@pytest.mark.parametrize("family", RELEASED)
+def test_every_family_of_checkpoints_is_probed(
+    family: str, world: Path, tmp_path: Path, inside: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two blocks deep, with random weights: that each is read and embedded, not what it knows."""
+    for name in ("CLIP_VITB16", "CLIP_VITB16_Slowfast"):
+        monkeypatch.setitem(GEOMETRIES, name, replace(geometry(name), vision_layers=2, text_layers=2))
+    settings = ["model.name=CLIP_VITB16", "model.num_frames=4"]
+    if family in ("OpenAI CLIP", "open_clip"):
+        settings = ["model.name=DEMO", "model.num_frames=4", "model.weights.source=clip"]
+        settings += ["model.weights.projections=keep", "model.weights.adapt=true"]
+    elif family == "upstream EgoVideo":
+        settings = ["model.name=CLIP_VITB16_Slowfast", "model.num_frames=16", "model.fast.position=after"]
+    weights = RELEASED[family](tmp_path / "weights.pt")
+    command = [weights, "--metadata", world / "hod.csv", "--root", world / "videos", "--limit", 3]
+    done = inside("probe_order.py", *command, "--output", tmp_path / "order", "data.workers=0", *settings)
+    assert done.returncode == 0, done.stderr
+    results = results_of(tmp_path / "order")
+    assert results["clips"] == 3
+    assert set(results["shares"]) == {"plain", "reverse", "shuffle", "turned"}
+    assert all(np.isfinite(row["margin_plain"]) for row in results["rows"])
