@@ -248,6 +248,30 @@ def test_a_predicted_micro_batch_that_does_not_fit_is_halved(caplog: pytest.LogC
         try_batch(cfg, HERE, model, 2, fails_above(0, tried))
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
+    ],
+)
+def test_memory_that_others_than_the_allocator_lack_counts(text: str) -> None:
+    cfg, data = demo(), TrainingData(None, None, 16, 4, None)  # type: ignore[arg-type]
+
+    def attempt(model: Any, cfg: Config, dist: Distributed, clips: int, passes: int) -> int:
+        if clips > 16:
+            raise RuntimeError(text)
+        return 0
+
+    assert try_batch(cfg, HERE, create_model(cfg.model), 48, attempt) == (12, 0)
+    with pytest.raises(UserError, match="step 7: cpu ran out of memory"), memory_advice(cfg, HERE, data, 7):
+        raise RuntimeError(text)
+    text = "CUDA error: an illegal memory access was encountered"
+    with pytest.raises(RuntimeError, match="illegal"):
+        try_batch(cfg, HERE, create_model(cfg.model), 48, attempt)
+
+
 def test_a_failure_on_another_process_counts() -> None:
     cfg, tried = demo(), list[int]()
     other = pair((0, "CUDA out of memory"))
