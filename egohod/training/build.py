@@ -682,7 +682,9 @@ def _try_model(cfg: Config, dist: Distributed, classes: ClassSpace | None, probl
     _report("compute", f"{flops / 1e9:.1f} GFLOP a clip for forward and backward, with {texts} text tokens")
     memory = predict_memory(cfg, dist, model)
     state = f"{memory.state / 1e9:.1f} GB for weights, gradients and averages"
-    _report("memory", f"{memory.per_clip / 1e6:.0f} MB a clip kept for the backward pass, {state}")
+    # How many auto needs is known when the batch is split, further down.
+    blocks = " with all blocks checkpointed" if cfg.model.checkpoint_blocks == "auto" else ""
+    _report("memory", f"{memory.per_clip / 1e6:.0f} MB a clip kept for the backward pass{blocks}, {state}")
     return model
 
 

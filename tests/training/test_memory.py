@@ -272,6 +272,17 @@ def test_memory_that_others_than_the_allocator_lack_counts(text: str) -> None:
         try_batch(cfg, HERE, create_model(cfg.model), 48, attempt)
 
 
+def test_a_dry_run_says_for_which_blocks_its_memory_is(caplog: pytest.LogCaptureFixture) -> None:
+    cfg = demo()
+    cfg.model.weights.source = "scratch"
+    with caplog.at_level("INFO"):
+        for blocks in ("all", "auto"):
+            cfg.model.checkpoint_blocks = blocks
+            build._try_model(cfg, HERE, None, [])
+    reports = [line for line in caplog.messages if line.startswith("memory")]
+    assert ["with all blocks checkpointed" in line for line in reports] == [False, True]
+
+
 def test_a_failure_on_another_process_counts() -> None:
     cfg, tried = demo(), list[int]()
     other = pair((0, "CUDA out of memory"))
