@@ -426,7 +426,7 @@ def check(config: Config) -> list[tuple[str, str]]:
             if seconds is None:
                 steps = duration_in_steps(text, steps_per_epoch=1, global_batch_size=1, key=name)
             else:
-                steps = math.ceil(seconds)
+                steps = int(seconds > 0)
             if steps == 0 and name != "train.warmup":
                 wrong(name, f"{name} is '{text}', but must be longer than nothing")
         except UserError as error:

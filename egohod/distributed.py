@@ -42,6 +42,7 @@ from egohod.runtime import (
 # shared disk takes minutes.
 MEETING_SECONDS = 600
 _LOOKUP_SECONDS = 10.0
+_OUT_OF_MEMORY = ("out of memory", "_STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
 _INTERFACE_HINT = (
     "on all nodes GLOO_SOCKET_IFNAME and, for GPUs, NCCL_SOCKET_IFNAME must name the network interface that reaches "
     "the other nodes"
@@ -241,6 +242,15 @@ def is_connection_error(error: BaseException) -> bool:
     """Whether a collective operation failed because another process is gone or did not come in time."""
     # gloo raises plain RuntimeErrors, whose text is all there is to tell them by.
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an operation failed because the memory of a GPU, or of the CPU's allocator, ran out."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    # What takes memory beside PyTorch's allocator raises RuntimeErrors of other kinds: CUDA itself, NCCL ("Cuda failure
+    # 2 'out of memory'"), cuBLAS for its workspace, cuDNN. So does the CPU's allocator.
+    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _OUT_OF_MEMORY)
 
 
 def gather_with_grad(value: Tensor, world_size: int) -> Tensor:

@@ -63,7 +63,7 @@ from egohod.data.decoders import (
     video_stream,
 )
 from egohod.data.formats.base import read_lines
-from egohod.data.storage import ShardIndex, VideoError, one_clip
+from egohod.data.storage import SHARD_INDEX, ShardIndex, VideoError, one_clip
 from egohod.errors import UserError
 from egohod.runtime import Lost, Progress, Workers, locked, write_text
 
@@ -734,8 +734,15 @@ class Output:
                 shutil.rmtree(self._own / "parts", ignore_errors=True)
                 write_text(self._own / "settings.json", json.dumps(asdict(self.settings), indent=1) + "\n")
                 if self.settings.tar:
+
+                    def write_index() -> None:
+                        ShardIndex.write(self.folder, list(chain(*self._members.values())))
+
+                    if (self.folder / SHARD_INDEX).exists():
+                        # Of a chunk whose line a power cut took, the place is overwritten from now on.
+                        write_index()
                     # Also after an interruption: what is complete can be trained on.
-                    held.callback(lambda: ShardIndex.write(self.folder, list(chain(*self._members.values()))))
+                    held.callback(write_index)
                 yield
             except BrokenPipeError:  # of the program's output, there is no other pipe
                 raise

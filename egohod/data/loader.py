@@ -474,7 +474,10 @@ class _Threads:
 
     def __init__(self, loader: ClipLoader, threads: int, prefetch: int) -> None:
         self._loader, self._keys, self._limit = loader, iter(loader.batch_sampler or ()), threads * prefetch
-        self._pool, self._pending = ThreadPoolExecutor(threads, "clips"), deque[Future[dict[str, Any]]]()
+        # A GPU's current stream belongs to a thread, and so does its current device, which begins as the first.
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        self._pool = ThreadPoolExecutor(threads, "clips", _use_own_stream, (device,))
+        self._pending = deque[Future[dict[str, Any]]]()
 
     def __next__(self) -> dict[str, Any]:
         while len(self._pending) < self._limit and (keys := next(self._keys, None)) is not None:
@@ -492,6 +495,14 @@ class _Threads:
         batch: dict[str, Any] = self._loader.collate_fn(self._loader.dataset.__getitems__(keys))  # type: ignore[attr-defined]
         # Pinned here, so that the copy costs the training thread nothing.
         return _mapped(Tensor.pin_memory, batch, Tensor) if self._loader.pin_memory else batch
+
+
+def _use_own_stream(device: int | None) -> None:
+    """Let this thread's work on the GPU ``device``, if there is one, run beside that of the other threads."""
+    if device is not None:
+        # On the default stream a decoded frame would return after all that the training step has queued by then, so
+        # that each thread would decode a clip or two a step.
+        torch.cuda.set_stream(torch.cuda.Stream(device))
 
 
 def _kill(workers: Sequence[Any]) -> None:

@@ -8,9 +8,11 @@ import math
 import os
 import re
 import shutil
+import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -209,6 +211,9 @@ class DualEncoder(nn.Module):
         # PyTorch counts the variants of all blocks together, as they run the same code. By its former name, which
         # every supported version has.
         torch._dynamo.config.cache_size_limit = RECOMPILE_LIMIT
+        # Within DistributedDataParallel it would cut each block again, at the borders of 25 MB buckets of gradients.
+        # Gradients are ready block by block as it is, and are exchanged while the blocks before them are computed.
+        torch._dynamo.config.optimize_ddp = False
         options: dict[str, Any] = {"fullgraph": True, "backend": backend}
         # Clips have one size, or two with a slow and a fast path: kernels of fixed sizes are faster.
         self.visual.compile_blocks(dynamic=False, **options)
@@ -283,6 +288,11 @@ def compiles(choice: str, device: torch.device) -> bool:
     lacks = [] if importlib.util.find_spec("triton") else ["the package triton"]
     if not any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")):
         lacks.append("a C compiler")
+    # Triton compiles what starts its kernels against it; Debian's Python has it in a package of its own.
+    if not Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").is_file():
+        lacks.append("Python.h (apt-get install python3-dev)")
+    if torch.cuda.get_device_capability(device) < (7, 0):
+        lacks.append("a GPU of compute capability 7.0")
     if lacks:
         log.warning("model.compile=auto: the model is not compiled, for lack of %s", " and ".join(lacks))
     return not lacks

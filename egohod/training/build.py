@@ -39,7 +39,7 @@ from egohod.data.labels import (
 from egohod.data.loader import BatchPlan, MixedPlan, shares
 from egohod.data.storage import open_cache
 from egohod.data.table import ClipTable
-from egohod.distributed import Distributed, inference_precision, pick_precision, setup
+from egohod.distributed import Distributed, inference_precision, is_out_of_memory, pick_precision, setup
 from egohod.errors import UserError
 from egohod.model.checkpoints import HeadClasses, WeightFile, base_of, load_weights
 from egohod.model.config import geometry
@@ -528,7 +528,9 @@ def try_batch(
         peak, failure = 0, ""
         try:
             peak = (attempt or step_peak)(model, cfg, dist, size, passes)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             failure = str(error).splitlines()[0]
         if dist.device.type == "cuda":
             # Fragments of this trial would be in the way of the next one, or of the run, whose own peak is logged.
@@ -680,7 +682,9 @@ def _try_model(cfg: Config, dist: Distributed, classes: ClassSpace | None, probl
     _report("compute", f"{flops / 1e9:.1f} GFLOP a clip for forward and backward, with {texts} text tokens")
     memory = predict_memory(cfg, dist, model)
     state = f"{memory.state / 1e9:.1f} GB for weights, gradients and averages"
-    _report("memory", f"{memory.per_clip / 1e6:.0f} MB a clip kept for the backward pass, {state}")
+    # How many auto needs is known when the batch is split, further down.
+    blocks = " with all blocks checkpointed" if cfg.model.checkpoint_blocks == "auto" else ""
+    _report("memory", f"{memory.per_clip / 1e6:.0f} MB a clip kept for the backward pass{blocks}, {state}")
     return model
 
 

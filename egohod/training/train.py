@@ -25,7 +25,7 @@ from egohod.config import Config
 from egohod.data.dataset import ClipDataset, FaultLedger
 from egohod.data.labels import ClassLabels, ClassSpace
 from egohod.data.loader import BatchPlan, MixedPlan, train_loader, worker_count
-from egohod.distributed import Distributed, host_name
+from egohod.distributed import Distributed, host_name, is_out_of_memory
 from egohod.errors import UserError
 from egohod.model.dual_encoder import DualEncoder
 from egohod.runtime import Interrupted, write_text
@@ -297,8 +297,7 @@ def memory_advice(
     try:
         yield
     except RuntimeError as error:
-        # A GPU has an exception of its own (with many lines of text), the CPU's allocator a plain one.
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+        if not is_out_of_memory(error):
             raise
         if evaluates:
             raise UserError(

@@ -462,6 +462,23 @@ def test_what_the_gpu_decodes_is_read_by_threads_of_this_process() -> None:
     released.set()
 
 
+def test_threads_that_decode_on_the_gpu_do_not_queue_behind_the_training_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams are imitated: each thread has one of its own, on the GPU of the process."""
+    streams: dict[int, str] = {}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream of GPU {device}")
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: streams.update({threading.get_ident(): stream}))
+
+    class Streamed(Threaded):
+        def sample(self, epoch: int, index: int) -> dict[str, Any]:
+            assert streams[threading.get_ident()] == "a stream of GPU 3"
+            return super().sample(epoch, index)
+
+    assert len(list(eval_loader(Streamed(), range(8), 2, 2))) == 4
+    assert threading.get_ident() not in streams, "the training step's stays"
+
+
 class Benchmarked(Numbers):
     """A part of a data set, the clips ``rows`` of it; the 'video' holds the process and the data set's number."""
 

@@ -53,12 +53,15 @@ def test_auto_depends_on_the_generation_of_the_gpu(
     assert attention_order("cudnn", torch.device("cuda"), torch.bfloat16, 64)[0][0] is SDPBackend.CUDNN_ATTENTION
 
 
-def test_a_broken_installation_of_flash_attention_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [ImportError, AttributeError])
+def test_a_broken_installation_of_flash_attention_is_reported(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(vision.importlib.util, "find_spec", lambda name: True)  # type: ignore[attr-defined]
 
     def fail(name: str) -> None:
-        raise ImportError("undefined symbol")
+        raise kind("undefined symbol")
 
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", fail)
     zeros = torch.zeros

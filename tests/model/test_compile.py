@@ -7,12 +7,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention import SDPBackend
+from torch.nn.parallel import DistributedDataParallel
 
 from egohod.config import Config
 from egohod.distributed import Distributed
@@ -83,6 +87,29 @@ def test_all_blocks_share_the_graphs_of_one(name: str, clips: Tensor, monkeypatc
     assert graphs == {2: 2 * paths, 5: 2 * paths}
 
 
+def test_several_processes_compile_the_graphs_of_one(
+    clips: Tensor, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch divides graphs within DDP by its buckets, which are small here; and with the kernels of a GPU's order."""
+    monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 1024)
+    monkeypatch.setattr("egohod.model.vision.SHORT", 0)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    graphs, losses = [], []
+    try:
+        for is_parallel in (False, True):
+            torch.manual_seed(0)
+            model, counter = compiled()
+            model.visual.set_attention([SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
+            forward = DistributedDataParallel(model, bucket_cap_mb=0.1) if is_parallel else model
+            losses.append(ContrastiveLoss()(**forward(clips, tokens))["loss"])
+            losses[-1].backward()
+            graphs.append(counter.frame_count)
+    finally:
+        dist.destroy_process_group()
+    assert graphs[1] == graphs[0]
+    assert torch.equal(losses[1], losses[0])
+
+
 @pytest.mark.ci
 def test_more_variants_than_pytorch_allows_by_default_are_compiled(
     clips: Tensor, monkeypatch: pytest.MonkeyPatch
@@ -140,9 +167,12 @@ def test_which_runs_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_auto_compiles_on_a_gpu_where_the_compiler_has_all_it_needs(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     gpu = torch.device("cuda")
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr("sysconfig.get_path", lambda name, scheme: str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     assert compiles("auto", gpu)
@@ -152,6 +182,10 @@ def test_auto_compiles_on_a_gpu_where_the_compiler_has_all_it_needs(
     assert not compiles("auto", gpu)
     assert "model.compile=auto: the model is not compiled, for lack of a C compiler" in caplog.text
     assert compiles("true", gpu), "then PyTorch says what it lacks"
+    (tmp_path / "Python.h").unlink()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))  # Pascal, which cu126 has code for
+    assert not compiles("auto", gpu)
+    assert "lack of a C compiler and Python.h (apt-get install python3-dev) and a GPU of compute cap" in caplog.text
 
 
 @pytest.mark.ci

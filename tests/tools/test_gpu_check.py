@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -227,6 +228,13 @@ def test_an_output_beyond_its_limit_fails() -> None:
     # Relative in half precision: these numbers are large.
     assert "failed" not in gpu._difference(TINY, "bf16", lambda: 100.5 * expected, 100 * expected, absolute=2e-5)
     assert gpu._difference(TINY, "bf16", lambda: 110 * expected, 100 * expected, absolute=2e-5)["failed"]
+
+
+def test_rows_that_compile_come_after_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The part may end within one of them: what was not compiled must have been measured by then."""
+    monkeypatch.setattr(gpu, "_against_peer", lambda *_: {"speed ratio": 1.0})
+    rows = list(gpu.peer(replace(TINY, tiny=False)))
+    assert [row["compiled"] for row in rows] == [False, False, False, True, True]
 
 
 def test_the_peer_computes_the_same_as_a_plain_step_of_ours() -> None:

@@ -248,6 +248,41 @@ def test_a_predicted_micro_batch_that_does_not_fit_is_halved(caplog: pytest.LogC
         try_batch(cfg, HERE, model, 2, fails_above(0, tried))
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
+    ],
+)
+def test_memory_that_others_than_the_allocator_lack_counts(text: str) -> None:
+    cfg, data = demo(), TrainingData(None, None, 16, 4, None)  # type: ignore[arg-type]
+
+    def attempt(model: Any, cfg: Config, dist: Distributed, clips: int, passes: int) -> int:
+        if clips > 16:
+            raise RuntimeError(text)
+        return 0
+
+    assert try_batch(cfg, HERE, create_model(cfg.model), 48, attempt) == (12, 0)
+    with pytest.raises(UserError, match="step 7: cpu ran out of memory"), memory_advice(cfg, HERE, data, 7):
+        raise RuntimeError(text)
+    text = "CUDA error: an illegal memory access was encountered"
+    with pytest.raises(RuntimeError, match="illegal"):
+        try_batch(cfg, HERE, create_model(cfg.model), 48, attempt)
+
+
+def test_a_dry_run_says_for_which_blocks_its_memory_is(caplog: pytest.LogCaptureFixture) -> None:
+    cfg = demo()
+    cfg.model.weights.source = "scratch"
+    with caplog.at_level("INFO"):
+        for blocks in ("all", "auto"):
+            cfg.model.checkpoint_blocks = blocks
+            build._try_model(cfg, HERE, None, [])
+    reports = [line for line in caplog.messages if line.startswith("memory")]
+    assert ["with all blocks checkpointed" in line for line in reports] == [False, True]
+
+
 def test_a_failure_on_another_process_counts() -> None:
     cfg, tried = demo(), list[int]()
     other = pair((0, "CUDA out of memory"))

@@ -20,6 +20,7 @@ from egohod.errors import UserError
 from egohod.training import checkpoint
 from egohod.training.checkpoint import CheckpointError, CheckpointStore, read
 from egohod.training.step import TrainStep
+from egohod.training.train import Schedule
 from tests.ranks import Ranks
 from tests.support import ROOT, Command, environment, losses, newest
 from tests.training.test_resume import assert_same
@@ -173,6 +174,11 @@ def test_saved_by_the_clock(
     command = ["main_pretrain.py", "--config_file", tiny_config, "train.duration=3 steps", f"train.save_every={every}"]
     assert inside(*command).returncode == 0
     assert steps(tmp_path / "run") == expected
+
+
+def test_a_time_beyond_all_clocks_is_never(tiny_config: Path) -> None:
+    cfg = load(tiny_config, [f"train.save_every={'9' * 400} hours"])
+    assert Schedule.of(cfg, steps_per_epoch=1).save_seconds == float("inf")
 
 
 @pytest.mark.parametrize("every", ["0 minutes", "ten minutes", "10 min", "10"])
