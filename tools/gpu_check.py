@@ -84,10 +84,8 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     if options.part:
         # Whatever Slurm's environment says a part is one process, but for those that torchrun starts within one.
-        more: dict[str, Any] = {"alone": "TORCHELASTIC_RUN_ID" not in os.environ}
-        if options.part == "deterministic" and not gpu.missing_knob(gpu_runs.DETERMINISTIC):
-            more["deterministic"] = True
-        run = setup(options.device, **more)
+        alone = "TORCHELASTIC_RUN_ID" not in os.environ
+        run = setup(options.device, alone=alone, deterministic=options.part == "deterministic")
         return run_rows(PARTS[options.part], Check(run, options.tiny), options.rows)
     # A GPU that torch cannot use is an error, which names the versions; no GPU at all is not.
     device = pick_device(options.device)
