@@ -275,7 +275,7 @@ def missing_clips(dataset: ClipDataset, dist: Distributed) -> dict[int, str]:
         gathered = gather_or_raise(dist, (value, [store.findings() for store in dataset.stores]), fault)
         for rank, (_, findings) in enumerate(gathered):
             for store, others in zip(dataset.stores, findings, strict=True):
-                if others is not None and rank != dist.rank:
+                if rank != dist.rank:
                     store.learn(others)
         return [each for each, _ in gathered]
 
