@@ -289,7 +289,7 @@ class EvalLoader:
         if not len(indices):
             return
         number = next(place for place, each in enumerate(self.datasets) if each is dataset.origin)
-        # In place: the loader keeps the list.
+        # Changed in place, since the loader holds this list.
         self._batches[:] = [
             [(number, int(dataset.rows[index])) for index in indices[first : first + batch_size]]
             for first in range(0, len(indices), batch_size)

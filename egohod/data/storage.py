@@ -139,7 +139,7 @@ class Folder:
     """
 
     is_remote: bool = False
-    """Whether a look costs a round trip."""
+    """Whether looking a file up costs a round trip."""
     reads_ahead: bool = False
     """Whether :meth:`request` does anything."""
 

@@ -360,10 +360,10 @@ class VideoStore:
         if not self.reads_ahead or self._missing.get(video_id) is not None:
             return
         with contextlib.suppress(VideoError), self._checked(video_id) as video:  # reading will raise it
-            # Of a new video the first place to look for it, which is where the last one was.
+            # A new video is most likely stored as the last one was, so that is the only form to request.
             _, guess = next(self._candidates(video, self._layouts), (None, None))
             place = self._locations.get(video) or guess
-            if not len(self._locations):  # of the first video only what reading it would try
+            if not len(self._locations):  # for the first video only what reading it would try
                 end = start
             if place is not None:
                 first, end = place.chunk(start), self._widened(place, start, end, rule)

@@ -362,8 +362,8 @@ class Benchmark:
         execution, loader = self.execution, self.execution.loader
         if loader is None or self.dataset not in loader.datasets:  # a caller may have put another one here
             return missing_clips(self.dataset, execution.dist)
-        # Of all benchmarks before anything is decoded: a missing file should not come up after an hour, and the loader
-        # processes, which start once, inherit where the videos are.
+        # All benchmarks are checked before anything is decoded: a missing file should not come up after an hour, and
+        # the loader processes, which start once, inherit where the videos are.
         if not loader.missing:
             for dataset in loader.datasets:
                 loader.missing[id(dataset)] = missing_clips(dataset, execution.dist)

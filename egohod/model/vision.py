@@ -536,7 +536,7 @@ class SlowFastTransformer(VideoTransformer):
     def compile_blocks(self, **options: Any) -> None:
         """As the base class, and a block with its adapter on the fast path."""
         super().compile_blocks(**options)
-        # Of the class: the method may be compiled already.
+        # From the class, since the instance's own method may be compiled already.
         method = type(self)._adapted.__get__(self)
         self._adapted = torch.compile(method, **options)  # type: ignore[method-assign]
 

@@ -83,7 +83,7 @@ class Lap(NamedTuple):
 
     steps: int
     seconds: float
-    """Of training alone, not below 1e-9: speeds are divided by it."""
+    """Training time without pauses, at least 1e-9: speeds are divided by it."""
     text_tokens: int
     paused: dict[str, float]
     """Seconds of evaluation and save."""
@@ -268,11 +268,11 @@ class Telemetry:
             "memory_gb": max(share.memory_gb for share in shares),
             "clips_lost": float(sum(share.clips_lost for share in shares)),
         }
-        # Of a step, the mean of all processes: where one computes, another may wait for it.
+        # Per step, the mean of all processes: where one computes, another may wait for it.
         for name, parts in PARTS.items():
             total = sum(share.parts.get(part, 0.0) for share in shares for part in parts)
             speed[f"seconds_{name}"] = total / (len(shares) * max(steps, 1))
-        # Those since the line before, on the process that took longest; most lines have none.
+        # Pauses since the line before, on the process that took longest; most lines have none.
         for name in ("evaluation", "save"):
             if paused := max(share.parts.get(name, 0.0) for share in shares):
                 speed[f"seconds_{name}"] = paused
@@ -352,7 +352,7 @@ def start_trackers(run: Path, cfg: Config, start_step: int) -> dict[str, Tracker
 
     Raises :class:`UserError` if one cannot be imported or started. Only TensorBoard is then left out with a warning.
     """
-    # Their own names of this run; one that starts anew in a folder that was used before must not continue the old one.
+    # The ids that they gave to this run; a run that starts anew in a used folder must not continue the old one there.
     path = run / "trackers.json"
     ids: dict[str, str] = json.loads(path.read_text()) if start_step and path.is_file() else {}
     trackers: dict[str, Tracker] = {}
@@ -381,7 +381,7 @@ def start_trackers(run: Path, cfg: Config, start_step: int) -> dict[str, Tracker
 
 def _start_tensorboard(run: Path, start_step: int) -> Tracker:
     """Event files in the run folder."""
-    # Here: with a protobuf that does not fit, the import alone fails, which would end --help too.
+    # Imported here, since with a protobuf that does not fit the import fails, which would end even --help.
     from torch.utils.tensorboard import SummaryWriter
 
     # Drops the events of the steps that come again.
@@ -499,7 +499,7 @@ class StepProfiler:
         """Around each step of the run, counted from 1."""
         if step == self._first - self._warm_up and self._first <= self._last:
             recorded = self._last - self._first + 1
-            # Of all kinds of activity that this machine has.
+            # Without a choice of activities it records those of the CPU and of a GPU, if there is one.
             self._profile = torch.profiler.profile(
                 schedule=torch.profiler.schedule(wait=0, warmup=self._warm_up, active=recorded, repeat=1),
                 on_trace_ready=self._write,

@@ -236,7 +236,7 @@ class ArrivingBatches:
 
     def __init__(self, batches: Iterator[dict[str, Any]], count: int) -> None:
         self._batches, self._count = batches, count
-        # What the counts of clips need of each; the clips themselves are let go when the step has used them.
+        # Only what the counts of clips need of each batch, so that its clips can be freed once the step has used them.
         self.read: list[dict[str, Any]] = []
         self.text_tokens = 0
         """Text tokens so far, padding within micro-batches included."""
@@ -526,7 +526,7 @@ def _log_window(telemetry: Telemetry, step: int, state: RunState, clock: Clock, 
     average = {name: sum(each[name] for each in of_ranks) / len(of_ranks) for name in means}
     require_finite(average)
     clips = lap.steps * cfg.train.global_batch_size
-    # Of this process's texts; those of the others are padded to much the same length.
+    # The mean of this process's texts; those of the others are padded to much the same length.
     length = lap.text_tokens * dist.world_size / max(clips, 1)
     speed = throughput(cfg, state.train_step.ema_or_model, dist, clips / lap.seconds, length)
     telemetry.training(step, average | {"lr": state.train_step.lr} | speed, shares)

@@ -56,7 +56,7 @@ from egohod.training.telemetry import peak_flops, step_flops
 Row = dict[str, Any]
 
 BASE, EGOVIDEO = "configs/config/clip_base.yml", "configs/config/egovideo_base.yml"
-# What a recipe needs of data is left out: weights, and heads that start from class names.
+# Without what a recipe reads from files: weights, and class names from which heads start.
 WITHOUT_DATA = ("model.weights.source=scratch", "model.head_start=random")
 # As many as EPIC-KITCHENS-100 has pairs of a verb and a noun, of 40 nouns each; and all its noun classes.
 CLASSES, NOUNS, NOUN_CLASSES = 3806, 40, 300
@@ -84,7 +84,7 @@ class Check:
 
     @property
     def device(self) -> torch.device:
-        """What is measured."""
+        """The device that is measured."""
         return self.run.device
 
     @property
@@ -105,7 +105,7 @@ class Check:
 
 def attempt(head: Row, work: Callable[[], Row]) -> Row:
     """``head`` with what ``work()`` measured, or with what went wrong: one row must not cost the others."""
-    # Before and not after: until here the exception of an earlier row may hold its tensors.
+    # Here and not after the work: the exception of an earlier row may hold its tensors until then.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -351,7 +351,7 @@ def _difference(check: Check, precision: str, run: Callable[[], Tensor], expecte
 
 
 def _gradients(check: Check, precision: str, model: DualEncoder) -> Row:
-    """Of a training step of two clips: the largest relative difference of the norm of a parameter's gradient."""
+    """The largest relative difference of the norm of a parameter's gradient, in a training step of two clips."""
     reference = golden_schema()["clip_b16_train_B2"]["grad_norms"]
     tokens = golden_tensors("text_b")["tokens"][:2].long().to(check.device)
     model.zero_grad()

@@ -224,7 +224,7 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
             model.visual.compile(fullgraph=True)
             model.textual.compile(fullgraph=True, dynamic=True)
         first = timed(run_step, device)
-        # Of processor time too: kernels of a CPU are compiled by processes, which share it with other work.
+        # Processor time too: kernels for a CPU are compiled by processes, which compete with other work.
         start_up = {"start_up_seconds": first.seconds, "start_up_cpu_seconds": first.cpu}
     matmuls, operations = matmul_round(device, dtype)
     matmuls()  # warm-up
