@@ -676,7 +676,7 @@ def nvidia_driver(proc: Path = Path("/proc/driver/nvidia/version")) -> str | Non
 
 
 def _nvidia_smi(field: str) -> str | None:
-    """A property of the first GPU; None if it cannot be had."""
+    """A property of the first GPU; None if nvidia-smi does not give it."""
     command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
     # It hangs where a GPU has fallen off the bus, and is absent in most containers.
     with suppress(OSError, subprocess.SubprocessError):

@@ -517,8 +517,8 @@ class DeviceCopies:
 class Stopwatch:
     """Seconds of each part of the steps on a device, which is not waited for until they are read.
 
-    On a GPU they are the times between events of its stream. So ``data`` is how long the device had nothing to do for
-    want of clips: what the host waits while work is still queued costs nothing.
+    On a GPU they are the times between events of its stream. So ``data`` is how long the device was idle, waiting for
+    clips: what the host waits while work is still queued costs nothing.
     """
 
     def __init__(self, device: torch.device) -> None:

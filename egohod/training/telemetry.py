@@ -483,7 +483,7 @@ class StepProfiler:
     """torch.profiler over the steps of ``train.profile`` on the first process: a trace and a table in the run folder.
 
     The trace (``profile/steps-20-22.json.gz``, for ui.perfetto.dev or chrome://tracing) has the parts of each step by
-    name. The step before the first one is recorded and thrown away, if the run has it: a profiler's start is slow.
+    name. The step before the first one, if the run has it, is a warm-up that is discarded: a profiler's start is slow.
     """
 
     def __init__(self, cfg: Config, dist: Distributed, start_step: int) -> None:

@@ -470,7 +470,7 @@ def computations(check: Check, *, sizes: bool = True) -> dict[str, Path]:
 
 
 def egovideo(check: Check) -> Iterator[Row]:
-    """A co-training step of both paths, against the same step with all weights trained (operations: about 0.84)."""
+    """A co-training step of both paths, against the same step with all weights trained (operations: 0.85)."""
     name, frames, batch = ("DEMO_Slowfast", 16, 2) if check.tiny else ("CLIP_VITB16_Slowfast", 16, 16)
     options = argparse.Namespace(model=name, frames=frames, batch_size=batch, text_length=77, rounds=MOST_RUNS)
     options.device, options.precision, options.no_time = check.device.type, "auto", False
