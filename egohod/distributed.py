@@ -384,7 +384,7 @@ def use_deterministic_algorithms() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # Sums within NVSwitch are in no fixed order; trees and rings of the same processes are.
     os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")
-    # Of cuDNN, attention's backward pass, embeddings, gather, and the choices of torch.compile.
+    # Affects cuDNN, attention's backward pass, embeddings, gather, and the kernels that torch.compile chooses.
     torch.use_deterministic_algorithms(True)
     # cuDNN would try its algorithms and take the one that was fastest this time.
     torch.backends.cudnn.benchmark = False

@@ -632,7 +632,7 @@ class TorchBuild(NamedTuple):
     """Compute capabilities of the GPUs that it has code for."""
 
 
-# Those of the torch in requirements.txt, best first; the first one is what pip installs if nothing else is requested.
+# Builds of the torch in requirements.txt, best first; pip installs the first one if nothing else is requested.
 # A driver runs every minor version of its major version of CUDA (NVIDIA's minor version compatibility). The last
 # release with a cu128 build was 2.11, so that Blackwell GPUs need the driver of cu130.
 TORCH_BUILDS = (
@@ -676,7 +676,7 @@ def nvidia_driver(proc: Path = Path("/proc/driver/nvidia/version")) -> str | Non
 
 
 def _nvidia_smi(field: str) -> str | None:
-    """A property of the first GPU; None if it cannot be had."""
+    """A property of the first GPU; None if nvidia-smi does not give it."""
     command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
     # It hangs where a GPU has fallen off the bus, and is absent in most containers.
     with suppress(OSError, subprocess.SubprocessError):
@@ -697,7 +697,7 @@ def torch_problem() -> str:
     # Drivers before 470 do not know this property.
     parts = re.fullmatch(r"(\d+)\.(\d+)", _nvidia_smi("compute_cap") or "")
     capability = (int(parts[1]), int(parts[2])) if parts else None
-    # Of other builds (cpu, those of other releases) nothing is known here.
+    # Other builds (cpu, or of another release) are not judged.
     is_listed = build in (each.name for each in TORCH_BUILDS)
     advice = torch_advice(driver, capability, installed=build) if is_listed else ""
     if not advice:

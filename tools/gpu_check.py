@@ -63,9 +63,9 @@ PARTS = {
     "peer": Part(gpu.peer, 55),
 }
 DONE_STATUS = "done"
-# Of what a part that failed printed last.
+# Last lines of a failed part's output that are shown.
 LINES_SHOWN = 15
-# Seconds that processes have to end after a request.
+# Seconds that processes have to end after a signal.
 GRACE = 5.0
 
 
@@ -78,16 +78,14 @@ def main(argv: Sequence[str]) -> int:
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--tiny", action="store_true", help="small models and few clips: a test of the tool, not of the GPU")
     add("--time_factor", type=float, default=1.0, help="multiplies the time limits, for slower GPUs (default: 1)")
-    # Of the processes that this tool starts itself.
+    # For the processes that this tool starts itself.
     add("--part", choices=list(PARTS), help=argparse.SUPPRESS)
     add("--rows", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.part:
-        # Whatever Slurm's environment says a part is one process, but for those that torchrun starts within one.
-        more: dict[str, Any] = {"alone": "TORCHELASTIC_RUN_ID" not in os.environ}
-        if options.part == "deterministic" and not gpu.missing_knob(gpu_runs.DETERMINISTIC):
-            more["deterministic"] = True
-        run = setup(options.device, **more)
+        # A part is one process, whatever Slurm's environment describes, unless torchrun started it (collectives).
+        alone = "TORCHELASTIC_RUN_ID" not in os.environ
+        run = setup(options.device, alone=alone, deterministic=options.part == "deterministic")
         return run_rows(PARTS[options.part], Check(run, options.tiny), options.rows)
     # A GPU that torch cannot use is an error, which names the versions; no GPU at all is not.
     device = pick_device(options.device)
@@ -143,7 +141,7 @@ def open_results(path: Path, device: torch.device, options: argparse.Namespace) 
     if recorded != here and not options.fresh:
         raise UserError(f"{path}: is of {recorded}, this is {here}; choose another --out, or start anew with --fresh")
     again = options.only if options.fresh else ()
-    # Of other hardware nothing is left beside what is measured now.
+    # Results of other hardware are dropped: a table is of one machine.
     results["parts"] = {key: each for key, each in parts.items() if key not in again and recorded == here}
     return results
 
@@ -156,7 +154,7 @@ def open_results(path: Path, device: torch.device, options: argparse.Namespace) 
 def run_rows(part: Part, check: Check, path: Path) -> int:
     """Run a part within this process; every row is in the file ``path`` as soon as it is measured."""
     for row in part.run(check):
-        # Of several processes one writes.
+        # With several processes, as in collectives, only the first one writes.
         if check.run.is_main:
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -204,7 +202,7 @@ def end_session(process: subprocess.Popen[bytes]) -> None:
             os.killpg(process.pid, request)
         end = time.monotonic() + GRACE
         while time.monotonic() < end:
-            process.poll()  # or its own remains would count as alive
+            process.poll()  # or the process itself, as a zombie, would count as alive
             try:
                 os.killpg(process.pid, 0)
             except ProcessLookupError:
@@ -219,7 +217,7 @@ def end_session(process: subprocess.Popen[bytes]) -> None:
 
 def as_markdown(results: Mapping[str, Any]) -> str:
     """The results as a page."""
-    # Tables first of all say on what they were measured.
+    # A table means nothing without the device that it was measured on.
     lines = [f"# GPU check: {results['count']} x {results['device']}", ""]
     lines += [f"torch {results['torch']}, code {results['code']}{', tiny models' if results['tiny'] else ''}", ""]
     for name, outcome in results["parts"].items():

@@ -802,7 +802,7 @@ class Output:
                 member.size = chunk.stat().st_size
                 with chunk.open("rb") as content:
                     archive.addfile(member, content)
-                # Behind the data, which fills whole blocks; how long the header is depends on the name.
+                # Counted from the end of the data, which fills whole blocks: a header's length depends on the name.
                 blocks = -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 members.append((member.name, shard, archive.offset - blocks, member.size))
             end = archive.offset

@@ -350,7 +350,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         """Begin to fetch the files of a sample that will be read soon, if they are remote."""
         index = key[1] if isinstance(key, tuple) else key
         source, row = self.sources[self._place(index)[0]], self.row(index)
-        # Of a clip that is a file of its own the whole file is read, whatever its times.
+        # A clip that is a file of its own is read whole, whatever its times.
         end = row.start if not self.train and self.protocol.whole_files else row.end
         source.store(row).request(row.video_id, row.start, end, "middle" if self.train else self.protocol.sampling)
 

@@ -280,16 +280,16 @@ class EvalLoader:
         indices: Sequence[int],
         batch_size: int,
         workers: int,
-        *,
-        timeout: float,
-        stop: StopRequest | None,
-        pin_memory: bool,
+        **options: Any,
     ) -> Iterator[dict[str, Any]]:
-        """Batches as of :func:`eval_loader` with ``collate_views``, of a data set that was added or a part of one."""
+        """Batches as of :func:`eval_loader` with ``collate_views``, of a data set that was added or a part of one.
+
+        ``options`` (timeout, stop, pin_memory) are those of :class:`ClipLoader`; they count when processes start.
+        """
         if not len(indices):
             return
         number = next(place for place, each in enumerate(self.datasets) if each is dataset.origin)
-        # In place: the loader keeps the list.
+        # Changed in place, since the loader holds this list.
         self._batches[:] = [
             [(number, int(dataset.rows[index])) for index in indices[first : first + batch_size]]
             for first in range(0, len(indices), batch_size)
@@ -297,8 +297,8 @@ class EvalLoader:
         try:
             if self._loader is None:
                 self._loader = ClipLoader(
-                    _Joined(self.datasets), self._batches, workers=workers, prefetch=2, pin_memory=pin_memory,
-                    collate=collate_views, timeout=timeout, stop=stop, stays=True,
+                    _Joined(self.datasets), self._batches, workers=workers, prefetch=2, collate=collate_views,
+                    stays=True, **options,
                 )  # fmt: skip
             self._loader.batch_bytes = batch_size * dataset.sample_bytes
             for batch in self._loader:

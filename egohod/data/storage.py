@@ -29,6 +29,9 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import fsspec
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.caching import ReadAheadCache
 
@@ -99,8 +102,10 @@ def open_root(root: str | Path, cache: LocalCache | None = None) -> Folder:
         # The cache keeps members, not shards.
         return TarFolder(_open_folder(folder or "."), cache)
     opened = _open_folder(root, cache)
-    if isinstance(opened, LocalFolder) and opened.has(SHARD_INDEX):
-        raise UserError(f"{root}: a folder of tar shards; set the root to their index, {root}/{SHARD_INDEX}")
+    if isinstance(opened, LocalFolder):
+        with contextlib.suppress(FileNotFoundError):
+            opened.open(SHARD_INDEX)
+            raise UserError(f"{root}: a folder of tar shards; set the root to their index, {root}/{SHARD_INDEX}")
     return opened
 
 
@@ -123,53 +128,102 @@ def _spellings(key: str) -> Iterator[str]:
         yield from {unicodedata.normalize("NFC", key), unicodedata.normalize("NFD", key)} - {key}
 
 
-class LocalFolder:
-    """Files on a disk of this machine; keys are relative paths with ``/``."""
+def _no_such_file(name: str) -> FileNotFoundError:
+    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+
+
+class Folder:
+    """Where files are read from, by keys, which are relative paths with ``/``.
+
+    Threads of this process may open files ahead, so that several requests are in flight while a clip decodes.
+    """
 
     is_remote: bool = False
-    """Whether a look costs a round trip."""
+    """Whether looking a file up costs a round trip."""
     reads_ahead: bool = False
     """Whether :meth:`request` does anything."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self) -> None:
+        # With the process, since a thread does not survive a fork, and its result would never come; and with the thread
+        # that reads, which forgets its own alone.
+        self._requested: dict[tuple[int, int, str], Future[VideoFile]] = {}
 
     def open(self, key: str, *, size_first: bool = False) -> VideoFile:
         """Open the file ``key``; ``size_first`` if it may be large.
 
-        Raises :class:`FileNotFoundError`, and a remote folder :class:`VideoError` and :class:`StorageError`.
+        Raises :class:`FileNotFoundError`, and other folders than those of a disk :class:`VideoError` and
+        :class:`StorageError`.
         """
-        for spelling in _spellings(key):
-            if (self._root / spelling).is_file():
-                return self._root / spelling
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._root / key))
-
-    def has(self, key: str) -> bool:
-        """Whether there is a file ``key``."""
-        with contextlib.suppress(FileNotFoundError):
-            return bool(self.open(key))
-        return False
+        future = self._requested.pop((os.getpid(), threading.get_ident(), key), None)
+        return self._open(key, size_first) if future is None else future.result()
 
     def request(self, key: str, *, size_first: bool = False) -> None:
         """Begin to open a file that :meth:`open` will soon be called for."""
+        place = os.getpid(), threading.get_ident(), key
+        if not self.reads_ahead or place in self._requested:
+            return
+        future = self._requested[place] = Future[VideoFile]()
+
+        def run() -> None:
+            try:
+                future.set_result(self._open(key, size_first))
+            except BaseException as error:  # raised where the file is needed
+                future.set_exception(error)
+
+        # A daemon and not an executor's thread, for which the process would wait at its end.
+        threading.Thread(target=run, daemon=True).start()
 
     def forget_requests(self) -> None:
-        """Drop the files that were requested and not opened."""
+        """Drop the files that this thread requested and did not open; their requests finish on their own."""
+        here = os.getpid(), threading.get_ident()
+        for place in [place for place in list(self._requested) if place[:2] == here]:
+            del self._requested[place]
+
+    def _open(self, key: str, size_first: bool) -> VideoFile:
+        raise NotImplementedError
 
     def state(self, key: str) -> tuple[str, ...]:
         """What changes when the content of the file ``key`` does, as far as that shows without reading it.
 
-        Raises :class:`FileNotFoundError`, and a remote folder :class:`StorageError`.
+        Raises as :meth:`open`.
         """
-        path = self.open(key)
-        assert isinstance(path, Path)
+        raise NotImplementedError
+
+    def fetch(self, key: str, start: int, end: int, *, exact: bool = False) -> bytes:
+        """Bytes [start, end) of a file; with ``exact`` fewer are an error, otherwise the file's end."""
+        raise NotImplementedError
+
+    def name_of(self, key: str) -> str:
+        """The file's address, for messages."""
+        raise NotImplementedError
+
+    def names(self, folder: str) -> list[str]:
+        """Names of the entries of ``folder``, "" for the root; none if there is no such folder."""
+        raise NotImplementedError
+
+
+class LocalFolder(Folder):
+    """Files on a disk of this machine."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self._root = root
+
+    def _open(self, key: str, size_first: bool = False) -> Path:
+        for spelling in _spellings(key):
+            if (self._root / spelling).is_file():
+                return self._root / spelling
+        raise _no_such_file(self.name_of(key))
+
+    def state(self, key: str) -> tuple[str, ...]:
+        """Name, size and time of change."""
+        path = self._open(key)
         status = path.stat()
         return str(path), str(status.st_size), str(status.st_mtime_ns)
 
     def fetch(self, key: str, start: int, end: int, *, exact: bool = False) -> bytes:
-        """Bytes [start, end) of a file; with ``exact`` fewer are an error, otherwise the file's end."""
-        path = self.open(key)
-        assert isinstance(path, Path)
+        """See :class:`Folder`."""
+        path = self._open(key)
         with path.open("rb") as file:
             file.seek(start)
             data = file.read(end - start)
@@ -178,27 +232,28 @@ class LocalFolder:
         return data
 
     def name_of(self, key: str) -> str:
-        """The file's address, for messages."""
+        """See :class:`Folder`."""
         return str(self._root / key)
 
     def names(self, folder: str) -> list[str]:
-        """Names of the entries of ``folder``; none if there is no such folder."""
+        """See :class:`Folder`."""
         for spelling in _spellings(folder):
             if (self._root / spelling).is_dir():
                 return os.listdir(self._root / spelling)
         return []
 
 
-class RemoteFolder:
+class RemoteFolder(Folder):
     """Files behind an fsspec URI.
 
     The connection is made at the first request, once per process: an asynchronous file system does not survive a fork.
     """
 
-    is_remote: bool = True
-    reads_ahead: bool = True
+    is_remote = True
+    reads_ahead = True
 
     def __init__(self, uri: str, cache: LocalCache | None = None) -> None:
+        super().__init__()
         self._uri = uri.rstrip("/")
         self._protocol, _, rest = uri.partition("://")
         # abfs://container@account names no secret; a user or password before an "@" elsewhere may be one.
@@ -214,7 +269,6 @@ class RemoteFolder:
         self.listings: LruCache[str, dict[str, int | None]] = LruCache(16384)
         # A web server's folder is a page for people, if there is one at all.
         self._can_list = self._protocol not in ("http", "https")
-        self._requests = _Requests()
         self._connecting = threading.Lock()
         # By process. Those inherited over a fork stay referenced: closing them would reach for a thread that is gone.
         self._systems: dict[int, tuple[fsspec.AbstractFileSystem, str]] = {}
@@ -226,31 +280,19 @@ class RemoteFolder:
         except ValueError:
             raise StorageError(f"{self._uri}: no fsspec file system is called '{self._protocol}'") from None
 
-    def open(self, key: str, *, size_first: bool = False) -> io.BufferedIOBase:
-        """See :class:`LocalFolder`."""
-        return self._requests.result(key, lambda: self._open_any(key, size_first))
-
-    def request(self, key: str, *, size_first: bool = False) -> None:
-        """See :class:`LocalFolder`."""
-        self._requests.begin(key, lambda: self._open_any(key, size_first))
-
-    def forget_requests(self) -> None:
-        """See :class:`LocalFolder`."""
-        self._requests.forget()
-
-    def _open_any(self, key: str, size_first: bool) -> io.BufferedIOBase:
+    def _open(self, key: str, size_first: bool) -> io.BufferedIOBase:
         for spelling in _spellings(key):
             with contextlib.suppress(FileNotFoundError):
-                return self._open(spelling, size_first)
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.name_of(key))
+                return self._open_as(spelling, size_first)
+        raise _no_such_file(self.name_of(key))
 
     def state(self, key: str) -> tuple[str, ...]:
-        """See :class:`LocalFolder`; empty, because a listing's times differ between services."""
+        """See :class:`Folder`; empty, because a listing's times differ between services."""
         for spelling in _spellings(key):
             with contextlib.suppress(FileNotFoundError):
                 if self._exists(spelling):
                     return ()
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.name_of(key))
+        raise _no_such_file(self.name_of(key))
 
     def _exists(self, key: str) -> bool:
         """Whether there is a file ``key``: by listings, one for each folder, or where those are refused by a HEAD."""
@@ -277,7 +319,7 @@ class RemoteFolder:
                 self._can_list = False
         return self._can_list
 
-    def _open(self, key: str, size_first: bool) -> io.BufferedIOBase:
+    def _open_as(self, key: str, size_first: bool) -> io.BufferedIOBase:
         name = self.name_of(key)
         data = self._cache.get(name) if self._cache else None
         if data is not None:
@@ -301,11 +343,11 @@ class RemoteFolder:
         return io.BytesIO(data)
 
     def name_of(self, key: str) -> str:
-        """See :class:`LocalFolder`."""
+        """See :class:`Folder`."""
         return f"{self._uri}/{key}"
 
     def names(self, folder: str) -> list[str]:
-        """See :class:`LocalFolder`."""
+        """See :class:`Folder`."""
         return list(self._list(folder))
 
     def _list(self, folder: str) -> dict[str, int | None]:
@@ -338,14 +380,14 @@ class RemoteFolder:
         if size is None:
             info = self._request(key, lambda system, path: _call(system, "info", path))
             if info["type"] == "directory":
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.name_of(key))
+                raise _no_such_file(self.name_of(key))
             if info.get("size") is None:
                 return None
             size = self._sizes.put(key, int(info["size"]))
         return size
 
     def fetch(self, key: str, start: int, end: int, *, exact: bool = False) -> bytes:
-        """See :class:`LocalFolder`."""
+        """See :class:`Folder`."""
 
         def get(system: fsspec.AbstractFileSystem, path: str) -> bytes:
             data: bytes = _call(system, "cat_file", path, start=start, end=end)
@@ -371,7 +413,7 @@ class RemoteFolder:
             if fault.code == "InvalidRange" or fault.status == 416:  # an empty object has no first byte
                 return b""
             if fault.is_missing:
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+                raise _no_such_file(name)
             if fault.is_final:
                 break
             if attempt + 1 < _TRIES:
@@ -393,34 +435,19 @@ class RemoteFolder:
             return system, prefix
 
 
-class TarFolder:
-    """Files in tar shards below ``folder``, found by an index (:class:`ShardIndex`) that is held in memory.
+class TarFolder(Folder):
+    """Files in tar shards below ``folder``, located by an index (:class:`ShardIndex`) that is held in memory.
 
     Bytes are read by their place in a shard: one range request a file on a remote folder, whatever the shard's size.
+    Raises :class:`VideoError` for a shard that is missing or too short.
     """
 
-    is_remote: bool = False
-
     def __init__(self, folder: LocalFolder | RemoteFolder, cache: LocalCache | None = None) -> None:
-        self._folder, self._cache = folder, cache
-        self.reads_ahead: bool = folder.reads_ahead
-        self._requests = _Requests()
-        self._index = ShardIndex.read(folder)
+        super().__init__()
+        self._folder, self._cache, self._index = folder, cache, ShardIndex.read(folder)
+        self.reads_ahead = folder.reads_ahead
 
-    def open(self, key: str, *, size_first: bool = False) -> io.BufferedIOBase:
-        """See :class:`LocalFolder`; raises :class:`VideoError` also for a shard that is missing or too short."""
-        return self._requests.result(key, lambda: self._open(key))
-
-    def request(self, key: str, *, size_first: bool = False) -> None:
-        """See :class:`LocalFolder`."""
-        if self.reads_ahead:
-            self._requests.begin(key, lambda: self._open(key))
-
-    def forget_requests(self) -> None:
-        """See :class:`LocalFolder`."""
-        self._requests.forget()
-
-    def _open(self, key: str) -> io.BufferedIOBase:
+    def _open(self, key: str, size_first: bool) -> io.BufferedIOBase:
         shard, offset, size = self._find(key)
 
         def fetch(start: int, end: int) -> bytes:
@@ -440,21 +467,21 @@ class TarFolder:
         return io.BytesIO(data)
 
     def state(self, key: str) -> tuple[str, ...]:
-        """See :class:`LocalFolder`: shard, offset and size."""
+        """Shard, offset and size."""
         return tuple(map(str, self._find(key)))
 
     def _find(self, key: str) -> tuple[str, int, int]:
         for spelling in _spellings(key):
             if (place := self._index.find(spelling)) is not None:
                 return place
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.name_of(key))
+        raise _no_such_file(self.name_of(key))
 
     def name_of(self, key: str) -> str:
-        """See :class:`LocalFolder`."""
+        """See :class:`Folder`."""
         return f"{self._folder.name_of(SHARD_INDEX)}/{key}"
 
     def names(self, folder: str) -> list[str]:
-        """See :class:`LocalFolder`."""
+        """See :class:`Folder`."""
         return next((names for each in _spellings(folder) if (names := self._index.names(each))), [])
 
 
@@ -467,8 +494,7 @@ class ShardIndex:
 
     def __init__(self, table: Any) -> None:
         """``table`` as read from a file. Raises :class:`ValueError`, or Arrow's errors, for one that is damaged."""
-        pyarrow, compute = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.compute")
-        types = {"name": pyarrow.string(), "offset": pyarrow.int64(), "size": pyarrow.int64()}
+        types = {"name": pa.string(), "offset": pa.int64(), "size": pa.int64()}
         table.validate(full=True)
         columns = {name: table[name].cast(kind).combine_chunks() for name, kind in types.items()}
         self._names, self._shards = columns["name"], table["shard"].combine_chunks()
@@ -481,7 +507,7 @@ class ShardIndex:
         for shard in self._shards.unique().to_pylist():
             if not re.fullmatch(r"[\w-][\w.-]*\.tar", shard):
                 raise ValueError(f"names the shard {shard!r}")
-        if compute.all(compute.less(self._names[:-1], self._names[1:])).as_py() is False:  # None of a single name
+        if pc.all(pc.less(self._names[:-1], self._names[1:])).as_py() is False:  # None of a single name
             raise ValueError("is not sorted by name")
 
     @classmethod
@@ -489,33 +515,24 @@ class ShardIndex:
         """The index in ``folder``. Raises :class:`UserError` if it is missing or damaged."""
         name = folder.name_of(SHARD_INDEX)
         try:
-            file = folder.open(SHARD_INDEX)
-            parquet = importlib.import_module("pyarrow.parquet")
-            index = cls(parquet.read_table(file, columns=["name", "shard", "offset", "size"]))
+            return cls(pq.read_table(folder.open(SHARD_INDEX), columns=["name", "shard", "offset", "size"]))
         except FileNotFoundError:
             raise UserError(f"{name}: no such index of tar shards; tools/chunk_videos.py --tar writes it") from None
         except UserError:
             raise
         except Exception as error:  # Arrow raises many kinds at damaged files
             raise UserError(f"{name}: not an index of tar shards ({' '.join(str(error).split())[:200]})") from error
-        return index
 
     @staticmethod
     def write(folder: Path, members: Sequence[tuple[str, str, int, int]]) -> None:
         """Write the index of ``members`` (name, shard, offset, size) into ``folder``, as a whole or not at all."""
-        pyarrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+        types = {"name": pa.string(), "shard": pa.string(), "offset": pa.int64(), "size": pa.int64()}
         rows = sorted(members)  # by code points, which is the order of UTF-8 bytes and of Python's text
-        table = pyarrow.table(
-            {
-                "name": pyarrow.array([row[0] for row in rows], pyarrow.string()),
-                # A dictionary: a shard has thousands of files.
-                "shard": pyarrow.array([row[1] for row in rows], pyarrow.string()).dictionary_encode(),
-                "offset": pyarrow.array([row[2] for row in rows], pyarrow.int64()),
-                "size": pyarrow.array([row[3] for row in rows], pyarrow.int64()),
-            }
-        )
+        columns = {name: pa.array([row[i] for row in rows], kind) for i, (name, kind) in enumerate(types.items())}
+        # A dictionary: a shard has thousands of files.
+        columns["shard"] = columns["shard"].dictionary_encode()
         with atomic_write(folder / SHARD_INDEX, sync=True) as temporary:
-            parquet.write_table(table, temporary)
+            pq.write_table(pa.table(columns), temporary)
 
     def find(self, name: str) -> tuple[str, int, int] | None:
         """Shard, offset and size of a file; None if there is no such file."""
@@ -536,46 +553,6 @@ class ShardIndex:
 
     def _row(self, name: str) -> int:
         return bisect.bisect_left(range(len(self._names)), name, key=lambda row: self._names[row].as_py())
-
-
-Folder = LocalFolder | RemoteFolder | TarFolder
-"""Where files are read from: three classes with the same methods."""
-
-
-class _Requests:
-    """Files that threads of this process are opening, so that several requests are in flight while a clip decodes."""
-
-    def __init__(self) -> None:
-        # With the process, since a thread does not survive a fork, and its result would never come; and with the thread
-        # that reads, which forgets its own alone.
-        self._futures: dict[tuple[int, int, str], Future[io.BufferedIOBase]] = {}
-
-    def begin(self, key: str, open_file: Callable[[], io.BufferedIOBase]) -> None:
-        """Call ``open_file`` in a thread, unless one is at it."""
-        place = os.getpid(), threading.get_ident(), key
-        if place in self._futures:
-            return
-        future = self._futures[place] = Future[io.BufferedIOBase]()
-
-        def run() -> None:
-            try:
-                future.set_result(open_file())
-            except BaseException as error:  # raised where the file is needed
-                future.set_exception(error)
-
-        # A daemon and not an executor's thread, for which the process would wait at its end.
-        threading.Thread(target=run, daemon=True).start()
-
-    def result(self, key: str, open_file: Callable[[], io.BufferedIOBase]) -> io.BufferedIOBase:
-        """The file that a thread opened, or is opening; else ``open_file`` itself."""
-        future = self._futures.pop((os.getpid(), threading.get_ident(), key), None)
-        return open_file() if future is None else future.result()
-
-    def forget(self) -> None:
-        """Drop those that this thread began; they finish on their own."""
-        here = os.getpid(), threading.get_ident()
-        for place in [place for place in list(self._futures) if place[:2] == here]:
-            del self._futures[place]
 
 
 class RangedFile(io.BufferedIOBase):

@@ -14,15 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from egohod.data.decoders import VIDEO_ENDINGS, Decoder, Opener, choose_decoder
-from egohod.data.storage import (
-    LocalCache,
-    LruCache,
-    RemoteFolder,
-    StorageError,
-    VideoError,
-    VideoFile,
-    open_root,
-)
+from egohod.data.storage import LocalCache, LruCache, RemoteFolder, StorageError, VideoError, VideoFile, open_root
 from egohod.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -351,7 +343,7 @@ class VideoStore:
     def states(self, video_id: str, start: float, end: float | None = None) -> list[tuple[str, ...]]:
         """The states of the files in which a clip begins and, where it is another one, ends.
 
-        Without ``end`` of the former alone; see :meth:`~egohod.data.storage.LocalFolder.state`. No file is opened
+        Without ``end`` of the former alone; see :meth:`~egohod.data.storage.Folder.state`. No file is opened
         unless chunks have to be measured. Raises as :meth:`read` does.
         """
         with self._checked(video_id) as video:
@@ -368,10 +360,10 @@ class VideoStore:
         if not self.reads_ahead or self._missing.get(video_id) is not None:
             return
         with contextlib.suppress(VideoError), self._checked(video_id) as video:  # reading will raise it
-            # Of a new video the first place to look for it, which is where the last one was.
+            # A new video is most likely stored as the last one was, so that is the only form to request.
             _, guess = next(self._candidates(video, self._layouts), (None, None))
             place = self._locations.get(video) or guess
-            if not len(self._locations):  # of the first video only what reading it would try
+            if not len(self._locations):  # for the first video only what reading it would try
                 end = start
             if place is not None:
                 first, end = place.chunk(start), self._widened(place, start, end, rule)
@@ -388,19 +380,18 @@ class VideoStore:
         if isinstance(self._files, RemoteFolder):
             self._files.can_list()
 
-    def findings(self) -> tuple[dict[str, _Location], dict[str, str], dict[str, Any]] | None:
-        """What looking for videos found, which other processes may :meth:`learn`; None where looking is free."""
-        if not isinstance(self._files, RemoteFolder):
-            return None
-        return self._locations.entries(), self._missing.entries(), self._files.listings.entries()
+    def findings(self) -> list[dict[str, Any]]:
+        """Results of looking for videos, for other processes to :meth:`learn`; none where looking is free."""
+        return [each.entries() for each in self._lookups]
 
-    def learn(self, findings: tuple[dict[str, _Location], dict[str, str], dict[str, Any]]) -> None:
-        """Use what another process found, instead of asking the server again."""
-        assert isinstance(self._files, RemoteFolder)
-        locations, missing, listings = findings
-        self._locations.update(locations)
-        self._missing.update(missing)
-        self._files.listings.update(listings)
+    def learn(self, findings: list[dict[str, Any]]) -> None:
+        """Use the :meth:`findings` of another process, instead of asking the server again."""
+        for lookup, entries in zip(self._lookups, findings, strict=True):
+            lookup.update(entries)
+
+    @property
+    def _lookups(self) -> list[LruCache[str, Any]]:
+        return [self._locations, self._missing, self._files.listings] if isinstance(self._files, RemoteFolder) else []
 
     def read_file(self, video_id: str, numbers: Callable[[int], np.ndarray]) -> np.ndarray:
         """Read frames of a video that is one whole file, uint8 [..., H, W, 3].

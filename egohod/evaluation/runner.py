@@ -275,7 +275,7 @@ def missing_clips(dataset: ClipDataset, dist: Distributed) -> dict[int, str]:
         gathered = gather_or_raise(dist, (value, [store.findings() for store in dataset.stores]), fault)
         for rank, (_, findings) in enumerate(gathered):
             for store, others in zip(dataset.stores, findings, strict=True):
-                if others is not None and rank != dist.rank:
+                if rank != dist.rank:
                     store.learn(others)
         return [each for each, _ in gathered]
 
@@ -362,8 +362,8 @@ class Benchmark:
         execution, loader = self.execution, self.execution.loader
         if loader is None or self.dataset not in loader.datasets:  # a caller may have put another one here
             return missing_clips(self.dataset, execution.dist)
-        # Of all benchmarks before anything is decoded: a missing file should not come up after an hour, and the loader
-        # processes, which start once, inherit where the videos are.
+        # All benchmarks are checked before anything is decoded: a missing file should not come up after an hour, and
+        # the loader processes, which start once, inherit where the videos are.
         if not loader.missing:
             for dataset in loader.datasets:
                 loader.missing[id(dataset)] = missing_clips(dataset, execution.dist)

@@ -222,8 +222,8 @@ def predict(
         def line(run: Callable[[int], Any]) -> tuple[int, int]:
             """Saved bytes of no clips, and of each."""
             saved = []
-            # Of the difference nothing is shared, such as autocast's copies of the weights; one clip alone spares
-            # copies.
+            # What clips share, such as autocast's copies of the weights, cancels out in the difference. Not from one
+            # clip, for which some copies are not made.
             for clips in (2, 3):
                 # A context for each: autocast's copies of weights live as long as it does.
                 with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):

@@ -106,8 +106,7 @@ def attention_order(
 ) -> tuple[list[SDPBackend], str]:
     """Kernels of attention that load on ``device``, in the order of ``model.attention=name``, and a line for the log.
 
-    A kernel loads if a forward and a backward pass with ``head_width`` channels of ``dtype`` go through it. "auto"
-    activates FlashAttention 3 where it is installed; it is for compute capability 9.0 alone.
+    "auto" activates FlashAttention 3 where it is installed; it is for compute capability 9.0 alone.
     """
     on_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
     version, notes = "2", []
@@ -119,18 +118,10 @@ def attention_order(
             version = "3"
         except Exception as error:  # built for another PyTorch or CUDA, it raises many kinds
             notes.append(f"; flash_attn_interface is installed but does not load: {error}")
-    loads = []
-    for kernel, backend in KERNELS.items():
-        query = torch.zeros(1, 1, 64, head_width, device=device, dtype=dtype, requires_grad=True)
-        try:
-            # PyTorch warns of every reason against a kernel that it is not to use.
-            with warnings.catch_warnings(action="ignore"), sdpa_kernel(backend):
-                F.scaled_dot_product_attention(query, query, query).sum().backward()
-            loads.append(kernel)
-        except RuntimeError as error:
-            if kernel == name:
-                notes.append(f"; model.attention={name} does not: {str(error).splitlines()[0]}")
-    first = name
+    faults = {kernel: kernel_fault(backend, device, dtype, head_width) for kernel, backend in KERNELS.items()}
+    if faults.get(name):
+        notes.append(f"; model.attention={name} does not: {faults[name]}")
+    loads, first = [kernel for kernel, fault in faults.items() if not fault], name
     if name == "auto":
         # cuDNN has kernels for Hopper and later, FlashAttention 2 is of the time of Ampere.
         is_recent = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
@@ -139,6 +130,18 @@ def attention_order(
     names = {kernel: "FlashAttention " + version if kernel == "flash" else kernel for kernel in KERNELS}
     line = f"attention: {names[order[0]]} is tried first; loads: {', '.join(names[kernel] for kernel in order)}"
     return [KERNELS[kernel] for kernel in order], line + "".join(notes)
+
+
+def kernel_fault(backend: SDPBackend, device: torch.device, dtype: torch.dtype, head_width: int) -> str:
+    """Why a kernel of attention does not load, that is, run forward and backward on such inputs; empty if it does."""
+    query = torch.zeros(1, 1, 64, head_width, device=device, dtype=dtype, requires_grad=True)
+    try:
+        # PyTorch warns of every reason against a kernel that it is not to use.
+        with warnings.catch_warnings(action="ignore"), sdpa_kernel(backend):
+            F.scaled_dot_product_attention(query, query, query).sum().backward()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return ""
 
 
 class Block(nn.Module):
@@ -533,7 +536,7 @@ class SlowFastTransformer(VideoTransformer):
     def compile_blocks(self, **options: Any) -> None:
         """As the base class, and a block with its adapter on the fast path."""
         super().compile_blocks(**options)
-        # Of the class: the method may be compiled already.
+        # From the class, since the instance's own method may be compiled already.
         method = type(self)._adapted.__get__(self)
         self._adapted = torch.compile(method, **options)  # type: ignore[method-assign]
 

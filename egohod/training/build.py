@@ -374,7 +374,13 @@ def micro_batches(
     split_batch(size, dist.world_size, largest=1)
     if cfg.model.checkpoint_blocks == "auto":
         # Before the micro-batch is tried; the same for a resumed run, since it depends on what the record does.
-        checkpoint_as_needed(cfg, dist, model)
+        memory = min(dist.gather_objects(device_memory(dist)))
+        blocks, clips = fewest_blocks(cfg, dist.world_size, partial(clips_that_fit, cfg, dist, model, memory))
+        model.set_grad_checkpointing(blocks)
+        log.info(
+            "model.checkpoint_blocks=auto: %d of %d blocks are checkpointed, for %d clips at a time in %.0f GB",
+            blocks, model.geometry.vision_layers, clips, memory / 1e9,
+        )  # fmt: skip
     largest = cfg.train.max_batch_per_process
     if largest is None and record is not None:
         # One process reads: the others' copies of a shared disk may be older.
@@ -413,17 +419,6 @@ def split_batch(global_batch_size: int, world_size: int, largest: int, even: boo
     fitting = [size for size in range(min(share, largest), 0, -1) if share % size == 0]
     micro_batch = next((size for size in fitting if even and size % 2 == 0), fitting[0])
     return micro_batch, share // micro_batch
-
-
-def checkpoint_as_needed(cfg: Config, dist: Distributed, model: DualEncoder) -> None:
-    """Checkpoint the fewest blocks of ``model`` with which the passes of a step fit the memory, by prediction."""
-    depth, memory = model.geometry.vision_layers, min(dist.gather_objects(device_memory(dist)))
-    blocks, clips = fewest_blocks(cfg, dist.world_size, partial(clips_that_fit, cfg, dist, model, memory))
-    model.set_grad_checkpointing(blocks)
-    log.info(
-        "model.checkpoint_blocks=auto: %d of %d blocks are checkpointed, for %d clips at a time in %.0f GB",
-        blocks, depth, clips, memory / 1e9,
-    )  # fmt: skip
 
 
 def fewest_blocks(cfg: Config, world_size: int, fits: Callable[[int], int]) -> tuple[int, int]:
@@ -578,7 +573,7 @@ def step_peak(model: DualEncoder, cfg: Config, dist: Distributed, clips: int, pa
                 video = torch.randint(
                     256, (clips, 3, frames, geometry.image_size, geometry.image_size), dtype=torch.uint8, device=device
                 )
-                # Of full length, which captions rarely have, and twice with opposites.
+                # Texts of full length, which captions rarely have; twice as many with opposites.
                 texts = clips * (1 + cfg.loss.has_opposites)
                 tokens = torch.ones(texts, geometry.context_length, dtype=torch.long, device=device)
                 with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):

@@ -37,8 +37,11 @@ from egohod.loss.config import Loss, build_loss
 from egohod.loss.contrastive import hash_captions
 from egohod.loss.opposites import weight_share
 from egohod.model.dual_encoder import DualEncoder, EgoVideo, compiles
+from egohod.runtime import Interrupted
 from egohod.training.config import TrainConfig, duration_in_steps
 
+# In the store of the processes: one of them was asked to stop. How often the others look.
+_STOP_KEY, _LOOK_SECONDS = "egohod/stop", 1.0
 # Beginnings of parts that the stopwatch holds before it adds them up.
 _MOST_MARKS = 4096
 
@@ -53,18 +56,6 @@ class MicroBatches(Protocol[Batch_co]):
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Iterator[Batch_co]: ...
-
-
-class Abandonment(Protocol):
-    """Decides whether a step of several micro-batches is given up, as for a request to stop that leaves little time."""
-
-    def is_due(self) -> bool:
-        """Whether this process wants to give the step up; called between micro-batches, so it must be fast."""
-        ...
-
-    def agree(self) -> None:
-        """Raise :class:`~egohod.runtime.Interrupted` on all processes if it is due on one of them; collective."""
-        ...
 
 
 class TrainStep:
@@ -108,7 +99,7 @@ class TrainStep:
             self._model = parallel
 
     def __call__(
-        self, step: int, micro_batches: MicroBatches[dict[str, Any]], abandonment: Abandonment | None = None
+        self, step: int, micro_batches: MicroBatches[dict[str, Any]], deadline: StopDeadline | None = None
     ) -> dict[str, Tensor]:
         """Update the weights with one global batch.
 
@@ -117,7 +108,7 @@ class TrainStep:
             micro_batches: each with ``video`` uint8 [B, C, T, H, W], ``tokens`` int64 [B, L] and, for the box loss,
                 ``boxes`` [B, T, 3, 4], ``labels`` by name for losses that need classes and, for opposite captions,
                 ``opposites`` int64 [B, L] and ``has_opposite`` bool [B].
-            abandonment: may end a step of several micro-batches early, with
+            deadline: may end a step of several micro-batches early, with
                 :class:`~egohod.runtime.Interrupted`; weights and all else are then as after the step before.
 
         Returns:
@@ -133,7 +124,7 @@ class TrainStep:
             # in another order than the same step of a run that was never interrupted.
             micro_batches = list(micro_batches)
             forward_backward(
-                self._forward, self._model, micro_batches, self._loss, self._scaler.scale, abandonment=abandonment
+                self._forward, self._model, micro_batches, self._loss, self._scaler.scale, deadline=deadline
             )
             torch.manual_seed(seed)
         self._is_first = False
@@ -154,7 +145,7 @@ class TrainStep:
         with paths:
             scalars = forward_backward(
                 self._forward, self._model, micro_batches, loss, self._scaler.scale,
-                enter=self.stopwatch.enter, abandonment=abandonment,
+                enter=self.stopwatch.enter, deadline=deadline,
             )  # fmt: skip
         self.stopwatch.enter("optimizer")
         # Unscaled first: the norm, and its clipping, are of the true gradient.
@@ -274,7 +265,7 @@ def forward_backward(
     scale: Callable[[Tensor], Tensor] = lambda loss: loss,
     *,
     enter: Callable[[str], None] = lambda part: None,
-    abandonment: Abandonment | None = None,
+    deadline: StopDeadline | None = None,
 ) -> dict[str, Tensor]:
     """Add the gradient of the loss over all micro-batches (of all processes) to the parameters.
 
@@ -296,7 +287,7 @@ def forward_backward(
         scale: applied to the loss before its backward pass, e.g. ``GradScaler.scale``.
         enter: called with the name of each part when it begins: data, features (until the first collective), loss,
             forward (the second time) and backward.
-        abandonment: consulted between micro-batches, where there are several.
+        deadline: looked at between micro-batches, where there are several.
 
     Returns:
         What ``loss_fn`` gives (``loss`` not scaled), detached scalars on the device.
@@ -324,13 +315,13 @@ def forward_backward(
             random_states.append((torch.get_rng_state(), torch.cuda.get_rng_state(device) if on_gpu else None))
             outputs.append(forward(batch))
             batches.append(batch)
-            if abandonment is not None and abandonment.is_due():
+            if deadline is not None and deadline.is_due():
                 break
             # While this one is computed, the workers load the next: nothing waits for the whole batch.
             enter("data")
     # Before the first collective, which all processes have to enter or none.
-    if abandonment is not None:
-        abandonment.agree()
+    if deadline is not None:
+        deadline.agree()
 
     enter("loss")
     sizes = [next(len(value) for value in output.values() if value.ndim) for output in outputs]
@@ -352,8 +343,8 @@ def forward_backward(
         is_last = i == count - 1
         # The processes exchange gradients once, in the last backward pass. A process that wants to give the step up
         # votes at once; the others vote before the exchange.
-        if abandonment is not None and (is_last or abandonment.is_due()):
-            abandonment.agree()
+        if deadline is not None and (is_last or deadline.is_due()):
+            deadline.agree()
         enter("forward")
         # Not held any longer: the loader fills up with the next step's micro-batches meanwhile.
         batch = batches.popleft()
@@ -372,6 +363,37 @@ def forward_backward(
             enter("backward")
             surrogate.backward()
     return {name: value.detach() for name, value in scalars.items()}
+
+
+class StopDeadline:
+    """Gives up a step that is not done ``seconds`` after a request to stop, on all processes or on none.
+
+    Schedulers give a notice (Slurm's ``--signal`` 120 s here), and a step of many micro-batches may take longer. Its
+    weights change at its end only, so what was computed of it is all that is lost.
+    """
+
+    def __init__(self, dist: Distributed, seconds: float) -> None:
+        self._dist, self._seconds = dist, seconds
+        self._since: float | None = None
+        self._next_look = 0.0
+
+    def is_due(self) -> bool:
+        """Whether the time is over; no collective, and rarely more than a look at the clock."""
+        now, stop, store = time.monotonic(), self._dist.stop, self._dist.store
+        if self._since is None and stop:
+            self._since = stop.since
+            if store is not None:
+                store.set(_STOP_KEY, "1")
+        elif self._since is None and store is not None and now >= self._next_look:
+            # A signal may reach one process alone. The others would finish the step that it gives up.
+            self._next_look = now + _LOOK_SECONDS
+            self._since = now if store.check([_STOP_KEY]) else None
+        return self._since is not None and now - self._since >= self._seconds
+
+    def agree(self) -> None:
+        """Raise :class:`Interrupted` on all processes if the time is over on one of them; collective."""
+        if self._dist.sum(int(self.is_due()))[0]:
+            raise Interrupted(self._dist.stop.reason or "another process was asked to stop")
 
 
 class ClipMixer:
@@ -495,8 +517,8 @@ class DeviceCopies:
 class Stopwatch:
     """Seconds of each part of the steps on a device, which is not waited for until they are read.
 
-    On a GPU they are the times between events of its stream. So ``data`` is how long the device had nothing to do for
-    want of clips: what the host waits while work is still queued costs nothing.
+    On a GPU they are the times between events of its stream. So ``data`` is how long the device was idle, waiting for
+    clips: what the host waits while work is still queued costs nothing.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -16,12 +16,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -83,7 +83,7 @@ class Lap(NamedTuple):
 
     steps: int
     seconds: float
-    """Of training alone, not below 1e-9: speeds are divided by it."""
+    """Training time without pauses, at least 1e-9: speeds are divided by it."""
     text_tokens: int
     paused: dict[str, float]
     """Seconds of evaluation and save."""
@@ -268,11 +268,11 @@ class Telemetry:
             "memory_gb": max(share.memory_gb for share in shares),
             "clips_lost": float(sum(share.clips_lost for share in shares)),
         }
-        # Of a step, the mean of all processes: where one computes, another may wait for it.
+        # Per step, the mean of all processes: where one computes, another may wait for it.
         for name, parts in PARTS.items():
             total = sum(share.parts.get(part, 0.0) for share in shares for part in parts)
             speed[f"seconds_{name}"] = total / (len(shares) * max(steps, 1))
-        # Those since the line before, on the process that took longest; most lines have none.
+        # Pauses since the line before, on the process that took longest; most lines have none.
         for name in ("evaluation", "save"):
             if paused := max(share.parts.get(name, 0.0) for share in shares):
                 speed[f"seconds_{name}"] = paused
@@ -330,16 +330,13 @@ class Telemetry:
 # --------------------------------------------------------------------------------------------------
 
 
-class Tracker(Protocol):
+class Tracker(NamedTuple):
     """Where metrics go beside metrics.jsonl."""
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Add the metrics of a step by name; those of an interrupted run may come again."""
-        ...
-
-    def close(self) -> None:
-        """Send what is left."""
-        ...
+    write: Callable[[int, dict[str, float]], None]
+    """Adds the metrics of a step by name; those of an interrupted run may come again."""
+    close: Callable[[], None]
+    """Sends what is left."""
 
 
 def require_trackers(cfg: Config) -> None:
@@ -355,14 +352,18 @@ def start_trackers(run: Path, cfg: Config, start_step: int) -> dict[str, Tracker
 
     Raises :class:`UserError` if one cannot be imported or started. Only TensorBoard is then left out with a warning.
     """
-    # Their own names of this run; one that starts anew in a folder that was used before must not continue the old one.
+    # The ids that they gave to this run; a run that starts anew in a used folder must not continue the old one there.
     path = run / "trackers.json"
     ids: dict[str, str] = json.loads(path.read_text()) if start_step and path.is_file() else {}
-    kinds: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _Wandb, "trackio": _Wandb, "mlflow": _MLflow}
     trackers: dict[str, Tracker] = {}
     for name in cfg.train.trackers:
         try:
-            trackers[name] = kinds[name](name, run, cfg, start_step, ids)
+            if name == "tensorboard":
+                trackers[name] = _start_tensorboard(run, start_step)
+            elif name == "mlflow":
+                trackers[name] = _start_mlflow(run, cfg, ids)
+            else:
+                trackers[name] = _start_wandb(name, run, cfg, ids)
         except Exception as error:  # protobuf raises many kinds, and so do servers and accounts
             if name == "tensorboard":
                 if isinstance(error, OSError):  # its files are in the run folder, which is lost then
@@ -378,63 +379,48 @@ def start_trackers(run: Path, cfg: Config, start_step: int) -> dict[str, Tracker
     return trackers
 
 
-class _TensorBoard:
+def _start_tensorboard(run: Path, start_step: int) -> Tracker:
     """Event files in the run folder."""
+    # Imported here, since with a protobuf that does not fit the import fails, which would end even --help.
+    from torch.utils.tensorboard import SummaryWriter
 
-    def __init__(self, name: str, run: Path, cfg: Config, start_step: int, ids: dict[str, str]) -> None:
-        # Here: with a protobuf that does not fit, the import alone fails, which would end --help too.
-        from torch.utils.tensorboard import SummaryWriter
+    # Drops the events of the steps that come again.
+    board = SummaryWriter(str(run / "tensorboard"), purge_step=start_step or None)
 
-        # Drops the events of the steps that come again.
-        self._board = SummaryWriter(str(run / name), purge_step=start_step or None)
-
-    def write(self, step: int, metrics: dict[str, float]) -> None:
+    def write(step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
-        self._board.flush()
+            board.add_scalar(name, value, step)
+        board.flush()
 
-    def close(self) -> None:
-        self._board.close()
+    return Tracker(write, board.close)
 
 
-class _Wandb:
+def _start_wandb(name: str, run: Path, cfg: Config, ids: dict[str, str]) -> Tracker:
     """Weights & Biases, or Trackio, which has the same calls and keeps its data on this machine."""
-
-    def __init__(self, name: str, run: Path, cfg: Config, start_step: int, ids: dict[str, str]) -> None:
-        self._module: Any = importlib.import_module(name)
-        number = ids.setdefault(name, secrets.token_hex(4))
-        # Trackio continues a run by its name, Weights & Biases by its id, under whatever name.
-        own = {"id": number, "dir": str(run)} if name == "wandb" else {}
-        self._module.init(
-            project="egohod", name=f"{run.name}-{number}", config=dataclasses.asdict(cfg), resume="allow", **own
-        )
-
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        # Steps that come again after a resume are dropped there; they have the same values.
-        self._module.log(metrics, step=step)
-
-    def close(self) -> None:
-        self._module.finish()
+    module: Any = importlib.import_module(name)
+    number = ids.setdefault(name, secrets.token_hex(4))
+    # Trackio continues a run by its name, Weights & Biases by its id, under whatever name.
+    own = {"id": number, "dir": str(run)} if name == "wandb" else {}
+    module.init(project="egohod", name=f"{run.name}-{number}", config=dataclasses.asdict(cfg), resume="allow", **own)
+    # Steps that come again after a resume are dropped there; they have the same values.
+    return Tracker(lambda step, metrics: module.log(metrics, step=step), module.finish)
 
 
-class _MLflow:
+def _start_mlflow(run: Path, cfg: Config, ids: dict[str, str]) -> Tracker:
     """MLflow: the server of ``MLFLOW_TRACKING_URI``, else a database in the run folder."""
+    module: Any = importlib.import_module("mlflow")
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        module.set_tracking_uri(f"sqlite:///{run.resolve() / 'mlflow.db'}")
+    module.set_experiment("egohod")
+    started = module.start_run(run_id=ids.get("mlflow"), run_name=None if "mlflow" in ids else run.name)
+    ids["mlflow"] = started.info.run_id
+    # As a file: MLflow refuses parameters that a resumed run has changed, such as train.duration.
+    module.log_dict(dataclasses.asdict(cfg), "config.json")
 
-    def __init__(self, name: str, run: Path, cfg: Config, start_step: int, ids: dict[str, str]) -> None:
-        self._module: Any = importlib.import_module(name)
-        if not os.environ.get("MLFLOW_TRACKING_URI"):
-            self._module.set_tracking_uri(f"sqlite:///{run.resolve() / 'mlflow.db'}")
-        self._module.set_experiment("egohod")
-        started = self._module.start_run(run_id=ids.get(name), run_name=None if name in ids else run.name)
-        ids[name] = started.info.run_id
-        # As a file: MLflow refuses parameters that a resumed run has changed, such as train.duration.
-        self._module.log_dict(dataclasses.asdict(cfg), "config.json")
+    def write(step: int, metrics: dict[str, float]) -> None:
+        module.log_metrics({name: value for name, value in metrics.items() if math.isfinite(value)}, step=step)
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        self._module.log_metrics({name: value for name, value in metrics.items() if math.isfinite(value)}, step=step)
-
-    def close(self) -> None:
-        self._module.end_run()
+    return Tracker(write, module.end_run)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -497,12 +483,12 @@ class StepProfiler:
     """torch.profiler over the steps of ``train.profile`` on the first process: a trace and a table in the run folder.
 
     The trace (``profile/steps-20-22.json.gz``, for ui.perfetto.dev or chrome://tracing) has the parts of each step by
-    name. The step before the first one is recorded and thrown away, if the run has it: a profiler's start is slow.
+    name. The step before the first one, if the run has it, is a warm-up that is discarded: a profiler's start is slow.
     """
 
     def __init__(self, cfg: Config, dist: Distributed, start_step: int) -> None:
-        first, last = (max(cfg.train.profile[0], start_step + 1), cfg.train.profile[1]) if cfg.train.profile else (0, 0)
-        self._first, self._last = (first, last) if dist.is_main else (0, 0)
+        first, self._last = cfg.train.profile if cfg.train.profile and dist.is_main else (0, 0)
+        self._first = max(first, start_step + 1)
         self._warm_up = int(first > start_step + 1)
         self._folder = Path(cfg.train.output) / "profile"
         self._on_gpu = dist.device.type == "cuda"
@@ -511,12 +497,10 @@ class StepProfiler:
     @contextmanager
     def around(self, step: int) -> Iterator[None]:
         """Around each step of the run, counted from 1."""
-        if step == self._first - self._warm_up and self._first <= self._last and self._first:
-            activities = [torch.profiler.ProfilerActivity.CPU]
-            activities += [torch.profiler.ProfilerActivity.CUDA] if self._on_gpu else []
+        if step == self._first - self._warm_up and self._first <= self._last:
             recorded = self._last - self._first + 1
+            # Without a choice of activities it records those of the CPU and of a GPU, if there is one.
             self._profile = torch.profiler.profile(
-                activities=activities,
                 schedule=torch.profiler.schedule(wait=0, warmup=self._warm_up, active=recorded, repeat=1),
                 on_trace_ready=self._write,
             )

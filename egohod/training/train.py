@@ -39,7 +39,7 @@ from egohod.training.checkpoint import (
     require_identity,
 )
 from egohod.training.config import clock_seconds, duration_in_steps
-from egohod.training.step import TrainStep
+from egohod.training.step import StopDeadline, TrainStep
 from egohod.training.telemetry import (
     Clock,
     MetricWindow,
@@ -55,8 +55,6 @@ log = logging.getLogger(__name__)
 
 # A loss scaler skips a few steps while it finds its scale; this many in a row have another cause.
 FEWEST_SKIPPED = 10
-# In the store of the processes: one of them was asked to stop. How often the others look.
-_STOP_KEY, _LOOK_SECONDS = "egohod/stop", 1.0
 
 
 @dataclass(frozen=True)
@@ -238,7 +236,7 @@ class ArrivingBatches:
 
     def __init__(self, batches: Iterator[dict[str, Any]], count: int) -> None:
         self._batches, self._count = batches, count
-        # What the counts of clips need of each; the clips themselves are let go when the step has used them.
+        # Only what the counts of clips need of each batch, so that its clips can be freed once the step has used them.
         self.read: list[dict[str, Any]] = []
         self.text_tokens = 0
         """Text tokens so far, padding within micro-batches included."""
@@ -256,37 +254,6 @@ class ArrivingBatches:
             self.read.append({name: batch[name] for name in ("index", "faults")})
             self.text_tokens += batch["tokens"].numel()
             yield batch
-
-
-class StopDeadline:
-    """Gives up a step that is not done ``seconds`` after a request to stop, on all processes or on none.
-
-    Schedulers give a notice (Slurm's ``--signal`` 120 s here), and a step of many micro-batches may take longer. Its
-    weights change at its end only, so what was computed of it is all that is lost.
-    """
-
-    def __init__(self, dist: Distributed, seconds: float) -> None:
-        self._dist, self._seconds = dist, seconds
-        self._since: float | None = None
-        self._next_look = 0.0
-
-    def is_due(self) -> bool:
-        """Whether the time is over; no collective, and rarely more than a look at the clock."""
-        now, stop, store = time.monotonic(), self._dist.stop, self._dist.store
-        if self._since is None and stop:
-            self._since = stop.since
-            if store is not None:
-                store.set(_STOP_KEY, "1")
-        elif self._since is None and store is not None and now >= self._next_look:
-            # A signal may reach one process alone. The others would finish the step that it gives up.
-            self._next_look = now + _LOOK_SECONDS
-            self._since = now if store.check([_STOP_KEY]) else None
-        return self._since is not None and now - self._since >= self._seconds
-
-    def agree(self) -> None:
-        """Raise :class:`Interrupted` on all processes if the time is over on one of them; collective."""
-        if self._dist.sum(int(self.is_due()))[0]:
-            raise Interrupted(self._dist.stop.reason or "another process was asked to stop")
 
 
 @contextmanager
@@ -558,7 +525,7 @@ def _log_window(telemetry: Telemetry, step: int, state: RunState, clock: Clock, 
     average = {name: sum(each[name] for each in of_ranks) / len(of_ranks) for name in means}
     require_finite(average)
     clips = lap.steps * cfg.train.global_batch_size
-    # Of this process's texts; those of the others are padded to much the same length.
+    # The mean of this process's texts; those of the others are padded to much the same length.
     length = lap.text_tokens * dist.world_size / max(clips, 1)
     speed = throughput(cfg, state.train_step.ema_or_model, dist, clips / lap.seconds, length)
     telemetry.training(step, average | {"lr": state.train_step.lr} | speed, shares)

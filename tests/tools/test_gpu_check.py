@@ -18,7 +18,7 @@ import gpu_check
 import psutil
 import pytest
 import torch
-from benches import gpu, gpu_runs, training
+from benches import gpu, training
 from benches.gpu import Check
 from gpu_check import DONE_STATUS, PARTS, run_process
 
@@ -45,10 +45,7 @@ def test_every_part_runs_on_a_cpu_and_a_second_call_runs_none(tmp_path: Path) ->
     assert list(parts) == list(PARTS)
     for name, outcome in parts.items():
         assert outcome["status"] == DONE_STATUS, (name, outcome)
-        # Parts that are about one setting have nothing to measure in a version without it.
-        needs = {"deterministic": gpu_runs.DETERMINISTIC, "checkpointing": "model.checkpoint_blocks=none"}.get(name)
-        is_lacking = bool(needs and gpu.missing_knob(needs))
-        assert all("left out" in row for row in outcome["rows"]) == is_lacking, name
+        assert any("left out" not in row for row in outcome["rows"]), name
     assert {row["precision"] for row in parts["parity"]["rows"]} == {"fp32", "bf16"}
     assert all(row["equal bit for bit"] for row in parts["resume"]["rows"] if "left out" not in row)
     assert {row["operation"] for row in parts["collectives"]["rows"]} == {"all-reduce", "all-gather"}
@@ -175,13 +172,6 @@ def test_a_row_that_fails_does_not_end_its_part() -> None:
     assert failed == {"recipe": "a", "failed": "ZeroDivisionError: division by zero"}
 
 
-def test_settings_that_this_version_lacks_are_left_out_with_a_reason() -> None:
-    assert gpu.missing_knob("model.no_such_thing=true") == "this version has no model.no_such_thing"
-    assert gpu.missing_knob("train.precision=int8") == "this version has no train.precision=int8"
-    assert gpu.missing_knob("train.precision=bf16") is None
-    assert gpu.missing_knob("train.clip_norm=1") is None
-
-
 def test_every_recipe_is_measured_once_with_the_processes_of_its_command() -> None:
     names = [name for group in gpu.computations(TINY) for name in group.split(", ")]
     assert len(names) == len(set(names))
@@ -192,7 +182,7 @@ def test_every_recipe_is_measured_once_with_the_processes_of_its_command() -> No
     assert any({"presets/1x24gb", "presets/4x24gb"} <= set(group.split(", ")) for group in gpu.computations(TINY))
     for name, processes in (("clip_base", 8), ("clip_large", 16), ("finetune/ek100_mir", 4), ("finetune/custom", 1)):
         folder = "" if "/" in name else "config/"
-        assert gpu.Recipe.of(ROOT / "configs" / f"{folder}{name}.yml", TINY).processes == processes
+        assert gpu.processes_of(ROOT / "configs" / f"{folder}{name}.yml") == processes
 
 
 def test_waits_and_busy_time_are_those_of_the_step() -> None:

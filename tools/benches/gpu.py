@@ -8,7 +8,6 @@ products are those of ``tools/bench.py``, models, batches and steps those that a
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import gc
 import json
@@ -20,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +47,7 @@ from egohod.loss.contrastive import ContrastiveLoss
 from egohod.model.config import IMAGE_STATS, FastPathConfig, Geometry, ModelConfig, geometry
 from egohod.model.cost import clip_flops
 from egohod.model.dual_encoder import DualEncoder
+from egohod.model.vision import KERNELS, kernel_fault
 from egohod.runtime import nvidia_driver, usable_cores
 from egohod.training.build import build_model, micro_batches, predict_memory, try_batch
 from egohod.training.step import TrainStep
@@ -56,18 +56,12 @@ from egohod.training.telemetry import peak_flops, step_flops
 Row = dict[str, Any]
 
 BASE, EGOVIDEO = "configs/config/clip_base.yml", "configs/config/egovideo_base.yml"
-# What a recipe needs of data is left out: weights, and heads that start from class names.
+# Without what a recipe reads from files: weights, and class names from which heads start.
 WITHOUT_DATA = ("model.weights.source=scratch", "model.head_start=random")
 # As many as EPIC-KITCHENS-100 has pairs of a verb and a noun, of 40 nouns each; and all its noun classes.
 CLASSES, NOUNS, NOUN_CLASSES = 3806, 40, 300
 # A step of seconds is timed once, a short one at most three times: more rows are worth more than more digits.
 MOST_RUNS, ENOUGH_SECONDS = 3, 1.0
-BACKENDS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
 # Calls of the CUDA runtime in which the host waits for the device, and what makes them in PyTorch.
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy", "cudaFree")
 READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::unique")
@@ -76,11 +70,8 @@ READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "a
 # by far more.
 POOLED, DENSE, GRADIENT_NORM = 2e-5, 1e-4, 1e-3
 HALF = {"tf32": 1e-2, "bf16": 5e-2, "fp16": 1e-2}
-# Settings whose effect on a step of ViT-B/16 is measured; what this version does not have is left out.
-SETTINGS = (
-    "model.residual=float32",
-    *(f"model.attention={name}" for name in ("flash", "cudnn", "efficient")),
-)
+# Settings whose effect on a step of ViT-B/16 is measured.
+SETTINGS = ("model.residual=float32", *(f"model.attention={name}" for name in ("flash", "cudnn", "efficient")))
 
 
 @dataclass(frozen=True)
@@ -93,13 +84,18 @@ class Check:
 
     @property
     def device(self) -> torch.device:
-        """What is measured."""
+        """The device that is measured."""
         return self.run.device
 
     @property
     def on_gpu(self) -> bool:
         """Whether there is a GPU to measure."""
         return self.device.type == "cuda"
+
+    @cached_property
+    def peak(self) -> float:
+        """Operations a second of large matrix products in the precision of training."""
+        return matmul_peak(self.device, pick_precision("auto", self.device))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -109,7 +105,7 @@ class Check:
 
 def attempt(head: Row, work: Callable[[], Row]) -> Row:
     """``head`` with what ``work()`` measured, or with what went wrong: one row must not cost the others."""
-    # Before and not after: until here the exception of an earlier row may hold its tensors.
+    # Here and not after the work: the exception of an earlier row may hold its tensors until then.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -121,16 +117,6 @@ def attempt(head: Row, work: Callable[[], Row]) -> Row:
     except Exception as error:  # whatever a kernel, compiler or driver raises is the result of the row
         traceback.print_exc()
         return head | {"failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"}
-
-
-def missing_knob(override: str) -> str | None:
-    """Why this version does not have the setting or value of ``section.key=value``; None if it has."""
-    name, _, value = override.partition("=")
-    rules = {key: entry.metadata for key, entry, _ in knobs(Config)}
-    if name not in rules:
-        return f"this version has no {name}"
-    choices = rules[name]["choices"]
-    return None if choices is None or value in map(str, choices) else f"this version has no {override}"
 
 
 def missing_decoder(name: str) -> str | None:
@@ -266,8 +252,9 @@ def machine(check: Check) -> Iterator[Row]:
             "architectures of this torch": lambda: ", ".join(cuda.get_arch_list()),
             "bf16": lambda: "native" if cuda.is_bf16_supported(including_emulation=False) else "emulated",
         }
-    for name, backend in BACKENDS.items():
-        items[f"attention, {name}"] = lambda backend=backend: _try_attention(check, backend)
+    for name, backend in KERNELS.items():
+        fault = kernel_fault(backend, check.device, torch.bfloat16, head_width=64)
+        items[f"attention, {name}"] = partial(str, f"does not load: {fault[:100]}" if fault else "loads")
     rules = {name: entry.metadata for name, entry, _ in knobs(Config)}
     for name in rules["data.decoder"]["choices"]:
         items[f"decoder, {name}"] = lambda name=name: missing_decoder(name) or f"{choose_decoder(name)[0]} loads"
@@ -293,17 +280,6 @@ def _precisions(check: Check) -> dict[str, torch.dtype]:
     exact = {"fp32": torch.float32}
     half = {"tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     return exact | half if check.on_gpu else exact
-
-
-def _try_attention(check: Check, backend: SDPBackend) -> str:
-    """``loads``, or the reason why not."""
-    query = torch.randn(1, 2, 64, 64, device=check.device, dtype=torch.bfloat16, requires_grad=True)
-    try:
-        with sdpa_kernel(backend):
-            F.scaled_dot_product_attention(query, query, query).sum().backward()
-    except RuntimeError as error:
-        return f"does not load: {str(error).splitlines()[0][:100]}"
-    return "loads"
 
 
 def _copy_rate(check: Check) -> float:
@@ -375,7 +351,7 @@ def _difference(check: Check, precision: str, run: Callable[[], Tensor], expecte
 
 
 def _gradients(check: Check, precision: str, model: DualEncoder) -> Row:
-    """Of a training step of two clips: the largest relative difference of the norm of a parameter's gradient."""
+    """The largest relative difference of the norm of a parameter's gradient, in a training step of two clips."""
     reference = golden_schema()["clip_b16_train_B2"]["grad_norms"]
     tokens = golden_tensors("text_b")["tokens"][:2].long().to(check.device)
     model.zero_grad()
@@ -401,96 +377,64 @@ def _gradients(check: Check, precision: str, model: DualEncoder) -> Row:
 
 def steps(check: Check) -> Iterator[Row]:
     """One step of every recipe as a run of its header's command would take it on this GPU, not compiled."""
-    peak = _peak(check)
     for names, path in computations(check).items():
-        yield attempt({"recipe": names}, lambda path=path: Recipe.of(path, check).measure(check, peak, is_tried=True))
+        yield attempt({"recipe": names}, partial(measure_step, path, check, is_tried=True))
 
 
 def checkpointing(check: Check) -> Iterator[Row]:
     """The same steps with blocks that are never, partly or always recomputed, each with the clips that then fit."""
-    peak = _peak(check)
     for names, path in computations(check, sizes=False).items():
         depth = geometry(recipe_config(path, check).model.name).vision_layers
         for blocks in ("none", depth // 2, "all"):
-            yield _changed({"recipe": names}, f"model.checkpoint_blocks={blocks}", path, check, peak)
+            override = f"model.checkpoint_blocks={blocks}"
+            yield attempt({"recipe": names, "setting": override}, partial(measure_step, path, check, override))
 
 
 def compiled(check: Check) -> Iterator[Row]:
     """Each recipe compiled; beside it the same step in eager mode."""
-    peak = _peak(check)
     for names, path in computations(check, sizes=False).items():
-
-        def both(path: Path = path) -> Row:
-            # An attempt of its own, which also frees the memory before the next.
-            eager = attempt({}, lambda: Recipe.of(path, check).measure(check, peak))
-            fast = attempt({}, lambda: Recipe.of(path, check, "model.compile=true").measure(check, peak))
-            if "failed" not in eager | fast:
-                fast |= {"eager clips/s": eager["clips/s"], "speed-up": fast["clips/s"] / eager["clips/s"]}
-            return eager | fast
-
-        yield attempt({"recipe": names}, both)
+        # An attempt each, which also frees the memory before the next.
+        eager = attempt({"recipe": names}, partial(measure_step, path, check))
+        fast = attempt({}, partial(measure_step, path, check, "model.compile=true"))
+        if "failed" not in eager | fast:
+            fast |= {"eager clips/s": eager["clips/s"], "speed-up": fast["clips/s"] / eager["clips/s"]}
+        yield eager | fast
         if check.tiny:  # compiling takes a CPU a minute a model
             return
 
 
 def settings(check: Check) -> Iterator[Row]:
     """ViT-B/16 with single settings changed, not compiled; the first row has none changed."""
-    peak, base = _peak(check), ROOT / BASE
-    yield attempt({"setting": "-"}, lambda: Recipe.of(base, check).measure(check, peak))
-    for override in SETTINGS:
-        yield _changed({}, override, base, check, peak)
+    for overrides in ((), *((each,) for each in SETTINGS)):
+        yield attempt({"setting": " ".join(overrides) or "-"}, partial(measure_step, BASE, check, *overrides))
 
 
-def _changed(head: Row, override: str, path: Path, check: Check, peak: float) -> Row:
-    head = head | {"setting": override}
-    if reason := missing_knob(override):
-        return head | {"left out": reason}
-    return attempt(head, lambda: Recipe.of(path, check, override).measure(check, peak))
+def measure_step(path: str | Path, check: Check, *overrides: str, is_tried: bool = False) -> Row:
+    """A step of a recipe with the micro-batch that this GPU would take of the recipe's batch.
+
+    With ``is_tried`` the predicted micro-batch is tried first, as a run does unless its configuration sets one.
+    """
+    # Measured before the model fills the memory.
+    peak, cfg, processes = check.peak, recipe_config(path, check, *overrides), processes_of(ROOT / path)
+    # One process of the run, so its share of the batch.
+    cfg.train.global_batch_size //= processes
+    model = build(cfg, check)
+    micro_batch, passes = (2, 1) if check.tiny else micro_batches(cfg, check.run, model)
+    row: Row = {"processes": processes, "blocks recomputed": model.visual.transformer.checkpoint_blocks}
+    if is_tried and not cfg.train.max_batch_per_process:
+        predicted = micro_batch
+        micro_batch, tried = try_batch(cfg, check.run, model, predicted)
+        passes = passes * predicted // micro_batch
+        row |= {"tried GB": tried / 1e9} if check.on_gpu else {}
+        row |= {"predicted micro-batch": predicted} if micro_batch != predicted else {}
+    return row | {"passes": passes} | Steps(cfg, check, model, micro_batch).measure(peak)
 
 
-def _peak(check: Check) -> float:
-    return matmul_peak(check.device, pick_precision("auto", check.device))
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A configuration that trains, and the number of processes that the command in its header starts."""
-
-    path: Path
-    cfg: Config
-    processes: int
-
-    @classmethod
-    def of(cls, path: Path, check: Check, *overrides: str) -> Recipe:
-        """Read ``path``, relative to the project or absolute."""
-        text = path.read_text(encoding="utf-8")
-        counts = [int(each) for each in re.findall(r"^# Command:.*?--nproc_per_node=(\d+)", text, re.MULTILINE)]
-        nodes = [int(each) for each in re.findall(r"^# Command:.*?--nnodes=(\d+)", text, re.MULTILINE)]
-        return cls(path, recipe_config(path, check, *overrides), math.prod(counts[:1] + nodes[:1]))
-
-    @property
-    def name(self) -> str:
-        """Its path below configs/, or below configs/config/."""
-        return str(self.path.relative_to(ROOT / "configs").with_suffix("")).removeprefix("config/")
-
-    def measure(self, check: Check, peak: float, *, is_tried: bool = False) -> Row:
-        """The step with the micro-batch that this GPU would take of the recipe's batch.
-
-        With ``is_tried`` the predicted micro-batch is tried first, as a run does unless its configuration sets one.
-        """
-        cfg = copy.deepcopy(self.cfg)
-        # One process of the run, so its share of the batch.
-        cfg.train.global_batch_size //= self.processes
-        model = build(cfg, check)
-        micro_batch, passes = (2, 1) if check.tiny else micro_batches(cfg, check.run, model)
-        row: Row = {"processes": self.processes, "blocks recomputed": model.visual.transformer.checkpoint_blocks}
-        if is_tried and not cfg.train.max_batch_per_process:
-            predicted = micro_batch
-            micro_batch, tried = try_batch(cfg, check.run, model, predicted)
-            passes = passes * predicted // micro_batch
-            row |= {"tried GB": tried / 1e9} if check.on_gpu else {}
-            row |= {"predicted micro-batch": predicted} if micro_batch != predicted else {}
-        return row | {"passes": passes} | Steps(cfg, check, model, micro_batch).measure(peak)
+def processes_of(path: Path) -> int:
+    """How many processes the command in a configuration's header starts, over all nodes."""
+    text = path.read_text(encoding="utf-8")
+    options = (re.search(rf"^# Command:.*?--{name}=(\d+)", text, re.MULTILINE) for name in ("nproc_per_node", "nnodes"))
+    return math.prod(int(match[1]) for match in options if match)
 
 
 def computations(check: Check, *, sizes: bool = True) -> dict[str, Path]:
@@ -498,23 +442,26 @@ def computations(check: Check, *, sizes: bool = True) -> dict[str, Path]:
 
     Without ``sizes`` two recipes are the same where they differ only in how many clips are held at a time.
     """
-    alike: dict[str, list[Recipe]] = {}
+    alike: dict[str, list[Path]] = {}
     for folder in ("config", "presets", "finetune"):
         for path in sorted((ROOT / "configs" / folder).glob("*.yml")):
             # Bases are never run alone, evaluations do not train, and the demo is for CPUs.
             if path.stem.startswith(("default_", "demo_")) or path.stem.endswith("_eval"):
                 continue
-            recipe = Recipe.of(path, check)
-            cfg, train = recipe.cfg, recipe.cfg.train
-            share = train.global_batch_size // recipe.processes
+            cfg = recipe_config(path, check)
+            train, share = cfg.train, cfg.train.global_batch_size // processes_of(path)
             held = min(share, train.max_batch_per_process or share)
             model = {name: value for name, value in dataclasses.asdict(cfg.model).items() if name != "weights"}
             if not sizes:
                 held = 0
                 model = {name: value for name, value in model.items() if "checkpoint" not in name}
             work = (LOSSES[cfg.loss.name].path, train.trainable, train.optimizer, train.mixup > 0, train.ema > 0)
-            alike.setdefault(json.dumps([held, model, work], default=str), []).append(recipe)
-    return {", ".join(each.name for each in group): group[0].path for group in alike.values()}
+            alike.setdefault(json.dumps([held, model, work], default=str), []).append(path)
+
+    def name(path: Path) -> str:
+        return str(path.relative_to(ROOT / "configs").with_suffix("")).removeprefix("config/")
+
+    return {", ".join(map(name, group)): group[0] for group in alike.values()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -523,19 +470,17 @@ def computations(check: Check, *, sizes: bool = True) -> dict[str, Path]:
 
 
 def egovideo(check: Check) -> Iterator[Row]:
-    """A co-training step of both paths, against the same step with all weights trained (operations: about 0.84)."""
+    """A co-training step of both paths, against the same step with all weights trained (operations: 0.85)."""
     name, frames, batch = ("DEMO_Slowfast", 16, 2) if check.tiny else ("CLIP_VITB16_Slowfast", 16, 16)
     options = argparse.Namespace(model=name, frames=frames, batch_size=batch, text_length=77, rounds=MOST_RUNS)
     options.device, options.precision, options.no_time = check.device.type, "auto", False
     result = attempt({}, lambda: slowfast(options))
     if "failed" in result:
         yield result
+    columns = {"co-training": "", "all trained": "_all_trained", "ratio": "_ratio"}
     for measured in [name for name in result if f"{name}_ratio" in result]:
-        numbers = {column: result[f"{measured}{ending}"] for column, ending in _SLOWFAST.items()}
-        yield {"measured": measured, "clips": batch, **numbers}
-
-
-_SLOWFAST = {"co-training": "", "all trained": "_all_trained", "ratio": "_ratio"}
+        numbers = {column: result[f"{measured}{ending}"] for column, ending in columns.items()}
+        yield {"measured": measured, "clips": batch} | numbers
 
 
 def attention(check: Check) -> Iterator[Row]:
@@ -543,7 +488,7 @@ def attention(check: Check) -> Iterator[Row]:
     shapes = ((50, 2),) if check.tiny else ((785, 32), (3137, 8))
     list_of = getattr(sdpa, "list_flash_attention_impls", list)  # newer versions of torch have it
     for tokens, clips in shapes:
-        for name, backend in BACKENDS.items():
+        for name, backend in KERNELS.items():
             # The plain kernel saves all scores: a row of its own shows what the others are for.
             head = {"tokens": tokens, "clips": clips, "kernel": name}
             yield attempt(head, partial(_time_attention, check, tokens, clips, backend))

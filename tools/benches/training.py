@@ -16,9 +16,8 @@ processor time, which other work on the machine changes less.
 waiting is all that is measured and any machine gives the same. A forward pass sleeps once, a backward pass twice as
 long, and the workers together decode exactly as fast as the step computes: the ideal step is that of batches in memory.
 
-``memory``: frames, checkpointing and batch against peak memory. Without a GPU the peak is predicted: weights,
-gradients and AdamW's moments, plus what autograd saves per clip, counted on fake tensors. On a GPU a step of the
-smallest batch of each row is run as well, and the measured peak is printed beside the prediction.
+``memory``: frames, checkpointing and batch against predicted peak memory: weights, gradients and AdamW's moments, plus
+what autograd saves per clip, counted on fake tensors. ``tools/gpu_check.py`` measures it.
 """
 
 from __future__ import annotations
@@ -43,9 +42,8 @@ from _common import markdown_table
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from egohod.config import Config
 from egohod.data.loader import BatchPlan, ClipLoader, train_loader
-from egohod.distributed import pick_device, pick_precision, setup
+from egohod.distributed import pick_device, pick_precision
 from egohod.loss.contrastive import ContrastiveLoss
 from egohod.model import vision
 from egohod.model.config import GEOMETRIES, ModelConfig
@@ -53,8 +51,7 @@ from egohod.model.cost import SHARE, clip_flops, count_flops, predict, saved_byt
 from egohod.model.dual_encoder import DualEncoder, create_model
 from egohod.model.vision import VideoTransformer
 from egohod.training.build import split_batch
-from egohod.training.config import TrainConfig
-from egohod.training.step import TrainStep, forward_backward
+from egohod.training.step import forward_backward
 from egohod.training.train import ArrivingBatches
 
 # Side and number of the matrix products of a round: large enough to be bound by arithmetic, less than a second in all.
@@ -224,7 +221,7 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
             model.visual.compile(fullgraph=True)
             model.textual.compile(fullgraph=True, dynamic=True)
         first = timed(run_step, device)
-        # Of processor time too: kernels of a CPU are compiled by processes, which share it with other work.
+        # Processor time too: kernels for a CPU are compiled by processes, which compete with other work.
         start_up = {"start_up_seconds": first.seconds, "start_up_cpu_seconds": first.cpu}
     matmuls, operations = matmul_round(device, dtype)
     matmuls()  # warm-up
@@ -474,15 +471,13 @@ def memory_options(parser: argparse.ArgumentParser) -> None:
     add("--frames", type=int, nargs="+", default=[4, 16], help="frames per clip (default: 4 16)")
     add("--batches", type=int, nargs="+", default=[8, 32, 128], help="clips at a time (8 32 128)")
     add("--global_batch_size", type=int, default=2048, help="clips per step (default: 2048)")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--precision", default="bf16", choices=("fp32", "bf16", "fp16"))
 
 
 def memory(options: argparse.Namespace) -> dict[str, Any]:
-    """Predicted peak memory by frames, checkpointing and clips at a time; measured as well where there is a GPU."""
-    device = pick_device(options.device)
-    dtype = pick_precision(options.precision, device)
-    rows = []
+    """Predicted peak memory on a GPU by frames, checkpointing and clips at a time."""
+    # The device only matters to an automatic precision, which is no choice here.
+    dtype, rows = pick_precision(options.precision, torch.device("cpu")), []
     for frames in options.frames:
         for checkpointing in (False, True):
             config = ModelConfig(
@@ -497,50 +492,22 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
                 fits[size] = {
                     n: "{} x {}".format(*split_batch(batch, n, largest)) if largest >= 1 else "-" for n in PROCESSES
                 }
-            row: dict[str, Any] = {
-                "frames": frames,
-                "checkpointing": checkpointing,
-                "mb_per_clip": memory.per_clip / 1e6,
-                "peak_gb": {batch: memory.peak(batch) / 1e9 for batch in options.batches},
-                "fits": fits,
-            }
-            # The smallest batch alone: the others are in the table to show where they stop to fit.
-            if device.type == "cuda":
-                row["measured_gb"] = _measured_peak(config, options, min(options.batches)) / 1e9
-            rows.append(row)
+            peaks = {batch: memory.peak(batch) / 1e9 for batch in options.batches}
+            row = {"frames": frames, "checkpointing": checkpointing, "mb_per_clip": memory.per_clip / 1e6}
+            rows.append(row | {"peak_gb": peaks, "fits": fits})
     result = {"model": options.model, "precision": options.precision, "global_batch_size": options.global_batch_size}
     return result | {"rows": rows}
-
-
-def _measured_peak(config: ModelConfig, options: argparse.Namespace, batch: int) -> int:
-    """Peak bytes of a training step on the GPU, optimizer included."""
-    dist = setup(options.device)
-    cfg = Config(model=config, train=TrainConfig(global_batch_size=batch, precision=options.precision))
-    model = create_model(config).to(dist.device)
-    train_step = TrainStep(model, cfg, dist, total_steps=2, steps_per_epoch=2)
-    size, length = model.geometry.image_size, model.geometry.context_length
-    clips = {
-        "video": torch.randint(256, (batch, 3, config.num_frames, size, size), dtype=torch.uint8),
-        "tokens": torch.ones(batch, length, dtype=torch.long),
-    }
-    torch.cuda.reset_peak_memory_stats()
-    # AdamW allocates its moments in the first step; only the second has all of them at its peak.
-    for number in (1, 2):
-        train_step(number, [clips])
-    return torch.cuda.max_memory_allocated()
 
 
 def memory_text(result: dict[str, Any]) -> str:
     # Markdown: it is the table of docs/large_batches.md.
     rows = result["rows"]
-    measured = ["measured"] if "measured_gb" in rows[0] else []
-    head = ["frames", "checkpointing", "MB a clip", *(f"{batch} clips" for batch in rows[0]["peak_gb"]), *measured]
+    head = ["frames", "checkpointing", "MB a clip", *(f"{batch} clips" for batch in rows[0]["peak_gb"])]
     head += [f"{n} x {size} GB" for size in DEVICES_GB for n in PROCESSES]
     lines = []
     for row in rows:
         cells = [str(row["frames"]), "yes" if row["checkpointing"] else "no", f"{row['mb_per_clip']:.0f}"]
         cells += [f"{peak:.1f}" for peak in row["peak_gb"].values()]
-        cells += [f"{row['measured_gb']:.1f}"] if measured else []
         lines.append(cells + [row["fits"][size][n] for size in DEVICES_GB for n in PROCESSES])
     title = (
         f"{result['model']}, {result['precision']}: peak GB by clips at a time, and how a step of "
