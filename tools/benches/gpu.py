@@ -70,6 +70,8 @@ READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "a
 # by far more.
 POOLED, DENSE, GRADIENT_NORM = 2e-5, 1e-4, 1e-3
 HALF = {"tf32": 1e-2, "bf16": 5e-2, "fp16": 1e-2}
+# For steps whose number of clips is given: auto follows from a micro-batch that is chosen.
+NOTHING_RECOMPUTED = "model.checkpoint_blocks=none"
 # Settings whose effect on a step of ViT-B/16 is measured.
 SETTINGS = ("model.residual=float32", *(f"model.attention={name}" for name in ("flash", "cudnn", "efficient")))
 
@@ -547,7 +549,7 @@ def waits(check: Check) -> Iterator[Row]:
 
 
 def _profile(check: Check, path: str, passes: int, overrides: Sequence[str]) -> Row:
-    cfg = recipe_config(path, check, *overrides)
+    cfg = recipe_config(path, check, NOTHING_RECOMPUTED, *overrides)
     step = Steps(cfg, check, build(cfg, check), 2 if check.tiny else 16)
     for _ in range(2):  # the first ones allocate
         step(passes)
@@ -587,7 +589,7 @@ def waits_in(events: Sequence[Any], on_gpu: bool) -> Row:
 
 def accumulation(check: Check) -> Iterator[Row]:
     """Cached accumulation of batches that are in memory: the ideal is a forward pass more for each micro-batch."""
-    cfg = recipe_config(BASE, check)
+    cfg = recipe_config(BASE, check, NOTHING_RECOMPUTED)
     step = Steps(cfg, check, build(cfg, check), 2 if check.tiny else 32)
     step()
     forward = clip_flops(step.model.geometry, cfg.model.num_frames, step.model.geometry.context_length).forward
@@ -625,7 +627,8 @@ def peer(check: Check) -> Iterator[Row]:
 
 
 def _against_peer(check: Check, name: str, frames: int, clips: int, is_compiled: bool) -> Row:
-    wanted = (f"model.name={name}", f"model.num_frames={frames}", f"model.compile={str(is_compiled).lower()}")
+    wanted = [f"model.name={name}", f"model.num_frames={frames}", f"model.compile={str(is_compiled).lower()}"]
+    wanted.append(NOTHING_RECOMPUTED)
     cfg, device = load_leniently(ROOT / BASE, [*WITHOUT_DATA, *wanted])[0], check.device
     resident = []
 

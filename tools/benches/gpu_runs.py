@@ -22,6 +22,7 @@ import torch.distributed as dist
 from benches import data as videos
 from benches.gpu import (
     BASE,
+    NOTHING_RECOMPUTED,
     CLASSES,
     NOUNS,
     Check,
@@ -88,7 +89,8 @@ def data_overrides(folder: Path, batch: int, workers: int) -> list[str]:
 
 
 def _fed(check: Check, folder: Path, batch: int, workers: int, decoder: str) -> Row:
-    cfg = recipe_config(BASE, check, *data_overrides(folder, batch, workers), f"data.decoder={decoder}")
+    wanted = [*data_overrides(folder, batch, workers), f"data.decoder={decoder}", NOTHING_RECOMPUTED]
+    cfg = recipe_config(BASE, check, *wanted)
     step = Steps(cfg, check, build(cfg, check), batch)
     step()
     alone = best_seconds(step, check.device)
@@ -200,7 +202,7 @@ def evaluation(check: Check) -> Iterator[Row]:
         videos.write_chunk(folder / "videos" / "v" / "0000.mp4", 0, videos.ORIGINAL_KEYFRAME_EVERY)
         root = videos.chunked(folder, 1)
         # The complete benchmark first: the time of the part may end within the other.
-        for precision, count in (("bf16", clips), ("fp32", clips // EXACT_SHARE)):
+        for precision, count in (("bf16", clips), ("fp32", max(12, clips // EXACT_SHARE))):
             write_ek100(folder / precision, count, 12 if check.tiny else CLASSES)
             head = {"precision": precision, "clips": count}
             yield attempt(head, partial(_evaluate, check, folder / precision, root, precision))
