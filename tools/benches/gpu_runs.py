@@ -22,8 +22,8 @@ import torch.distributed as dist
 from benches import data as videos
 from benches.gpu import (
     BASE,
-    NOTHING_RECOMPUTED,
     CLASSES,
+    NOTHING_RECOMPUTED,
     NOUNS,
     Check,
     Row,
