@@ -70,7 +70,9 @@ def test_the_default_build_is_the_pinned_torch() -> None:
     version, _, build = torch.__version__.partition("+")
     pins = (Path(__file__).parents[1] / "requirements.txt").read_text().splitlines()
     if f"torch=={version}" not in pins or not build.startswith("cu"):
-        pytest.skip("another torch")
+        pytest.skip(
+            "this environment has another version of torch, or a build without CUDA, than requirements.txt pins"
+        )
     (row,) = (each for each in TORCH_BUILDS if each.name == build)
     versions = [divmod(int(arch.removeprefix("sm_")), 10) for arch in torch.cuda.get_arch_list()]
     assert row.oldest == min(versions)

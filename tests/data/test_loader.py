@@ -292,14 +292,18 @@ except UserError as error:
 """
 
 
+def with_shared_memory(size: str, code: str, timeout: float) -> subprocess.CompletedProcess[str]:
+    """Run ``code`` where /dev/shm has ``size``; its arguments are the folders of the project and of this file."""
+    command = ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"', "sh"]
+    if sys.platform != "linux" or subprocess.run([*command, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("a /dev/shm of another size needs Linux and the right to make a mount namespace (unshare -rm)")
+    command += [sys.executable, "-c", code, str(Path(__file__).parents[2]), str(Path(__file__).parent)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+
+
 def test_batches_come_through_pipes_where_shared_memory_is_small() -> None:
     """A batch has 400 kB, /dev/shm 200; then not even a semaphore has room."""
-    unshared = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=200k tmpfs /dev/shm && exec "$@"', "sh"]
-    if sys.platform != "linux" or subprocess.run([*unshared, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("needs a mount namespace")
-    root, here = Path(__file__).parents[2], Path(__file__).parent
-    command = [*unshared, sys.executable, "-c", IN_LITTLE_SHARED_MEMORY, str(root), str(here)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = with_shared_memory("200k", IN_LITTLE_SHARED_MEMORY, timeout=120)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[:2] == ["whole", "whole"]
@@ -334,12 +338,7 @@ for _ in range(2):
 
 def test_four_workers_that_fill_the_shared_memory_lose_no_batch_and_are_announced() -> None:
     """Room for three batches of 6.3 MB, with up to 18 on their way: a bus error would end a worker."""
-    unshared = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=28m tmpfs /dev/shm && exec "$@"', "sh"]
-    if sys.platform != "linux" or subprocess.run([*unshared, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("needs a mount namespace")
-    root, here = Path(__file__).parents[2], Path(__file__).parent
-    command = [*unshared, sys.executable, "-c", ROOM_FOR_FEW_BATCHES, str(root), str(here)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    done = with_shared_memory("28m", ROOM_FOR_FEW_BATCHES, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["50", "50"]
     assert done.stderr.count("docker run --shm-size=1g") == 1

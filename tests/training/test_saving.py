@@ -247,7 +247,7 @@ print(files, moments, peak - before, megabytes("RssAnon") - before, megabytes("V
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="measures memory by /proc/self/status, which only Linux has")
 def test_a_resumed_run_holds_no_memory_of_its_checkpoint(tmp_path: Path) -> None:
     """Of its own it takes what the optimizer needs; the files are mapped while they are copied from, and no longer."""
     (tmp_path / "run").mkdir()
