@@ -42,7 +42,6 @@ from egohod.data.table import ClipTable
 from egohod.distributed import Distributed, inference_precision, pick_precision, setup
 from egohod.errors import UserError
 from egohod.model.checkpoints import HeadClasses, WeightFile, base_of, load_weights
-from egohod.model.config import geometry
 from egohod.model.cost import SHARE, Memory, predict
 from egohod.model.dual_encoder import DualEncoder, EgoVideo, create_model
 from egohod.model.vision import attention_order
@@ -435,7 +434,7 @@ def fewest_blocks(cfg: Config, world_size: int, fits: Callable[[int], int]) -> t
     blocks. So a process's share of the batch is one pass if it fits with all blocks checkpointed. If it does not, the
     passes are only as large as keeps a GPU busy.
     """
-    shape, batch, largest = geometry(cfg.model.name), cfg.train.global_batch_size, cfg.train.max_batch_per_process
+    shape, batch, largest = cfg.model.geometry(), cfg.train.global_batch_size, cfg.train.max_batch_per_process
     depth, share = shape.vision_layers, batch // world_size
     if largest is None and fits(depth) < share:
         largest = math.ceil(BUSY_TOKENS / (1 + cfg.model.num_frames * shape.patches_per_frame))

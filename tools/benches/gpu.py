@@ -410,7 +410,7 @@ def checkpointing(check: Check) -> Iterator[Row]:
     """The same steps with blocks that are never, partly or always recomputed, each with the clips that then fit."""
     peak = _peak(check)
     for names, path in computations(check, sizes=False).items():
-        depth = geometry(recipe_config(path, check).model.name).vision_layers
+        depth = recipe_config(path, check).model.geometry().vision_layers
         for blocks in ("none", depth // 2, "all"):
             yield _changed({"recipe": names}, f"model.checkpoint_blocks={blocks}", path, check, peak)
 
