@@ -45,6 +45,8 @@ class Geometry:
     """Entries of the matrices of a block on average, None: four of the attention and two of the MLP."""
     memory_weights: float | None = None
     """Of these the ones that keys and values are made with, None: two of the attention's."""
+    pool_weights: int = 0
+    """Entries of the matrices of attention pooling."""
     rope: bool = False
     """Whether queries and keys are rotated by the place of their patch."""
     image_stats: ImageStats | None = None
@@ -152,7 +154,10 @@ def _timm_geometry(name: str, image_size: int | None, options: tuple[tuple[str, 
         raise UserError(f"{label} is a {type(model).__name__}, no plain vision transformer; {_nearest(architecture)}")
     block, (side, other), (patch, across) = model.blocks[0], model.patch_embed.img_size, model.patch_embed.patch_size
     if (side, patch) != (other, across):
-        raise UserError(f"{label}: frames and patches must be squares, not {side} x {other} and {patch} x {across}")
+        raise UserError(
+            f"{label}: frames and patches must be squares, not {side} x {other} and {patch} x {across}; set "
+            "model.image_size"
+        )
     if side % patch:
         near = f"{side // patch * patch} or {(side // patch + 1) * patch}"
         raise UserError(f"{label}: patches of {patch} px do not divide {side} px; set model.image_size to {near}")
@@ -177,7 +182,7 @@ def _timm_geometry(name: str, image_size: int | None, options: tuple[tuple[str, 
         matrices += sum(weight.numel() for weight in each.parameters() if weight.dim() == 2)
         attn = each.attn
         memory += 2 * width * attn.head_dim * getattr(attn, "num_kv_heads", attn.num_heads)
-    depth, stats = len(model.blocks), model.pretrained_cfg
+    depth, stats, pooling = len(model.blocks), model.pretrained_cfg, model.attn_pool
     return Geometry(
         TIMM + name,
         side,
@@ -194,6 +199,7 @@ def _timm_geometry(name: str, image_size: int | None, options: tuple[tuple[str, 
         pool=model.global_pool,
         block_weights=matrices / depth,
         memory_weights=memory / depth,
+        pool_weights=sum(each.numel() for each in pooling.parameters() if each.dim() == 2) if pooling else 0,
         rope=rope is not None,
         image_stats=ImageStats(tuple(stats["mean"]), tuple(stats["std"])),
     )

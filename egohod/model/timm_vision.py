@@ -42,6 +42,12 @@ class TimmBlock(nn.Module):
     residuals in the type of the tokens. Norms are in front of attention and MLP or behind them.
     """
 
+    norm1: nn.Module
+    norm2: nn.Module
+    mlp: nn.Module
+    drop_path1: nn.Module
+    drop_path2: nn.Module
+
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         for name, part in block.named_children():
@@ -262,7 +268,8 @@ def _gather(rotation: Tensor, chosen: Tensor) -> Tensor:
 
 def _low_precision_norms(module: nn.Module) -> nn.Module:
     """``module`` with its layer norms replaced by those that keep the type of half-precision tokens."""
-    if type(module) in (nn.LayerNorm, LayerNorm) and module.weight is not None:
+    # Of exactly these kinds: norms in float32 by purpose are subclasses.
+    if isinstance(module, nn.LayerNorm) and type(module) in (nn.LayerNorm, LayerNorm) and module.weight is not None:
         norm = LowPrecisionLayerNorm(module.normalized_shape, eps=module.eps)
         norm.weight, norm.bias = module.weight, module.bias
         return norm

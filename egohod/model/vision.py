@@ -310,9 +310,9 @@ class VisionTower(nn.Module):
 
     # How the names of parameters begin: in front of the blocks (the stem of layer-wise decay), behind them, and those
     # in front that both paths of a slow-fast tower train.
-    STEM = ("motion_stem", "temporal_embedding")
-    HEAD = ("image_projection",)
-    BOTH_PATHS = ("temporal_embedding", "image_projection", "motion_stem.", "box_head.")
+    STEM: tuple[str, ...] = ("motion_stem", "temporal_embedding")
+    HEAD: tuple[str, ...] = ("image_projection",)
+    BOTH_PATHS: tuple[str, ...] = ("temporal_embedding", "image_projection", "motion_stem.", "box_head.")
 
     temporal_embedding: nn.Parameter  # [T, D]
     transformer: Transformer

@@ -671,8 +671,9 @@ def _try_model(cfg: Config, dist: Distributed, classes: ClassSpace | None, probl
     _report("model", f"{cfg.model.name} from {start}: {sum(count.values()):.1f} M parameters ({parts})")
     _report("training", trainable(model))
     patches = f"{geometry.patches_per_frame} patches ({geometry.image_size} px in steps of {geometry.patch_size})"
-    tokens = 1 + frames * geometry.patches_per_frame
-    _report("tokens", f"{tokens} a clip: {frames} frames of {patches}, one CLS")
+    prefix, pool = geometry.prefix_tokens, geometry.pool
+    first = "one CLS" if (prefix, pool) == (1, "token") else f"{prefix} prefix tokens, pooling '{pool}'"
+    _report("tokens", f"{prefix + frames * geometry.patches_per_frame} a clip: {frames} frames of {patches}, {first}")
     # With heads the text tower computes nothing.
     texts = geometry.context_length if model.heads is None else 0
     flops, texts = step_flops(cfg, model), texts * (1 + cfg.loss.has_opposites)
