@@ -130,6 +130,7 @@ def _timm_geometry(name: str, image_size: int | None, options: tuple[tuple[str, 
     import torch
     from timm.layers import PatchEmbed
     from timm.models import Eva, VisionTransformer
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     label = f"model.name: timm/{name}"
     architecture, _, tag = name.partition(".")
@@ -145,7 +146,8 @@ def _timm_geometry(name: str, image_size: int | None, options: tuple[tuple[str, 
     if image_size is not None:
         options = (*options, ("img_size", image_size))
     try:
-        with torch.device("meta"):
+        # A prediction of memory asks on fake tensors, from which timm could read no numbers.
+        with unset_fake_temporarily(), torch.device("meta"):
             model = timm.create_model(name, num_classes=0, **dict(options))
     except (TypeError, AssertionError, ValueError, RuntimeError) as error:
         # What timm says of a wrong argument names it.
@@ -166,7 +168,7 @@ def _timm_geometry(name: str, image_size: int | None, options: tuple[tuple[str, 
     rope = getattr(model, "rope", None)
     if rope is not None and image_size is not None and getattr(rope, "periods", None) is None:
         # DINOv3's positions are shares of the picture. EVA's count patches, in units of the grid of its pretraining.
-        with torch.device("meta"):
+        with unset_fake_temporarily(), torch.device("meta"):
             own = timm.create_model(name, num_classes=0, **{k: v for k, v in options if k != "img_size"})
         if own.patch_embed.grid_size != model.patch_embed.grid_size and getattr(rope, "ref_feat_shape", None) is None:
             grid = " x ".join(map(str, own.patch_embed.grid_size))
@@ -214,9 +216,10 @@ def _nearest(architecture: str) -> str:
     import timm
 
     names = [name for module in ("vision_transformer", "eva", "deit") for name in timm.list_models(module=module)]
-    # Without a cutoff: whoever asks for a convolutional net sees names too.
-    near = difflib.get_close_matches(architecture, names, n=5, cutoff=0.0)
-    return f"the nearest vision transformers are {', '.join(near)}"
+    near = difflib.get_close_matches(architecture, [name for name in names if not name.startswith("test_")], n=5)
+    # Whoever asks for a convolutional net sees one name of each family.
+    families = ["vit_base_patch16_siglip_224", "eva02_base_patch16_clip_224", "vit_pe_core_base_patch16_224"]
+    return f"the nearest vision transformers are {', '.join(near or ['vit_base_patch16_clip_224', *families])}"
 
 
 class ImageStats(NamedTuple):

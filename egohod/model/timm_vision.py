@@ -11,12 +11,14 @@ torch's global generator.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import timm
 import torch
 from timm.layers import LayerNorm, apply_rot_embed_cat, global_pool_nlc
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn.attention import SDPBackend
 
 from egohod.model.config import Geometry, ModelConfig
@@ -123,14 +125,7 @@ class TimmTransformer(VisionTower):
 
     def __init__(self, shape: Geometry, config: ModelConfig, boxes: bool = False) -> None:
         super().__init__(shape, config)
-        model: Any = timm.create_model(
-            shape.backbone,
-            num_classes=0,
-            # Rotations are then computed once.
-            dynamic_img_size=False,
-            drop_path_rate=config.drop_path,
-            **dict(shape.backbone_options),
-        )
+        model = _backbone(shape, config)
         width, side = shape.vision_width, shape.image_size // shape.patch_size
         self.global_pool, self.rope_time = shape.pool, config.rope_time
         self.num_frames = config.num_frames
@@ -252,6 +247,29 @@ class TimmTransformer(VisionTower):
 
 class TimmSlowFast(SlowFastTower, TimmTransformer):
     """A tower on a timm backbone on two paths."""
+
+
+def _backbone(shape: Geometry, config: ModelConfig) -> Any:
+    """timm's model with fresh weights; also on fake tensors, as for predictions of memory."""
+    with ExitStack() as stack:
+        # timm reads numbers from tensors while it builds, which fake ones do not have.
+        is_fake = stack.enter_context(unset_fake_temporarily()) is not None
+        if is_fake:
+            stack.enter_context(torch.device("meta"))
+        model = timm.create_model(
+            shape.backbone,
+            num_classes=0,
+            # Rotations are then computed once.
+            dynamic_img_size=False,
+            drop_path_rate=config.drop_path,
+            **dict(shape.backbone_options),
+        )
+    for part in model.modules() if is_fake else ():
+        for name, value in part.named_parameters(recurse=False):
+            setattr(part, name, nn.Parameter(torch.empty(value.shape, dtype=value.dtype)))
+        for name, value in part.named_buffers(recurse=False):
+            setattr(part, name, torch.empty(value.shape, dtype=value.dtype))
+    return model
 
 
 def _rotated(x: Tensor, rotation: Tensor, half: bool) -> Tensor:
