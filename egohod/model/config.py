@@ -85,14 +85,14 @@ def geometry(name: str, image_size: int | None = None, backbone: Mapping[str, An
     """
     plain = name.removesuffix("_Slowfast")
     if plain.startswith(TIMM):
-        options = tuple(sorted((key, _hashable(value)) for key, value in (backbone or {}).items()))
+        options = tuple(sorted((key, _argument(value)) for key, value in (backbone or {}).items()))
         shape = _timm_geometry(plain.removeprefix(TIMM), image_size, options)
         return replace(shape, name=name, slowfast=name != plain)
     if name not in GEOMETRIES:
         near = difflib.get_close_matches(name, GEOMETRIES, n=1)
         raise UserError(
-            f"model.name: no geometry '{name}'; there are {', '.join(GEOMETRIES)}, and timm/NAME for the vision "
-            f"transformers of timm{f'; did you mean {near[0]}?' if near else ''}"
+            f"model.name is '{name}', but must be one of {', '.join(GEOMETRIES)}, or timm/NAME for a transformer of "
+            f"timm{f'; did you mean {near[0]}?' if near else ''}"
         )
     if backbone or image_size not in (None, GEOMETRIES[name].image_size):
         raise UserError(
@@ -118,8 +118,19 @@ _RESERVED = {
 }
 
 
-def _hashable(value: Any) -> Any:
-    return tuple(_hashable(each) for each in value) if isinstance(value, (list, tuple)) else value
+def _argument(value: Any) -> Any:
+    """An argument of timm, hashable; numbers of a YAML file arrive as text, as no setting declares their type."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_argument(each) for each in value)
+    words = {"true": True, "false": False, "null": None}
+    if not isinstance(value, str) or value in words:
+        return words[value] if isinstance(value, str) else value
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            pass  # a word, such as token
+    return value
 
 
 @lru_cache(maxsize=64)

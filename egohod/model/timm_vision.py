@@ -62,10 +62,6 @@ class TimmBlock(nn.Module):
         self.adapter: nn.Module | None = None
         self.kernels: list[SDPBackend] = []
 
-    def set_attention(self, kernels: list[SDPBackend]) -> None:
-        """Let it try these kernels of attention in turn."""
-        self.kernels = kernels
-
     def forward(self, x: Tensor, keep: int | None = None, rotation: Tensor | None = None) -> Tensor:
         """``x`` [B, N, D] -> [B, keep or N, D]; ``rotation`` [N - prefix, 2 d] or with dimensions in front of these."""
         if self.norm_first:
@@ -121,6 +117,7 @@ class TimmTransformer(VisionTower):
 
     STEM = (*VisionTower.STEM, "patch_embed.", "cls_token", "reg_token", "pos_embed", "norm_pre.", "rope.")
     HEAD = (*VisionTower.HEAD, "norm.", "fc_norm.", "attn_pool.")
+    NORM = "norm_pre"
     BOTH_PATHS = (*VisionTower.BOTH_PATHS, "patch_embed.")
 
     def __init__(self, shape: Geometry, config: ModelConfig, boxes: bool = False) -> None:
@@ -166,26 +163,17 @@ class TimmTransformer(VisionTower):
         normed: Tensor = self.patch_embed.norm(embedded)
         return normed
 
-    def prefix(self) -> Tensor:
-        """CLS and registers, with their positions where the backbone has any: [prefix_tokens, D]."""
+    def places(self) -> tuple[Tensor, Tensor]:
+        """CLS and registers, with their positions where the backbone has any, and the places of a frame."""
         tokens = [each[0] for each in (self.cls_token, self.reg_token) if each is not None]
         first = torch.cat(tokens) if tokens else self.temporal_embedding[:0]
-        positions = self.pos_embed
-        if positions is not None and positions.shape[1] > (self.image_size // self.patch_size) ** 2:
-            first = first + positions[0, : len(first)]
-        return first
-
-    def spatial(self) -> Tensor:
-        """See the base class."""
-        places = (self.image_size // self.patch_size) ** 2
+        number = (self.image_size // self.patch_size) ** 2
         if self.pos_embed is None:
-            return self.temporal_embedding.new_zeros(places, 1)
-        positions: Tensor = self.pos_embed[0, -places:]
-        return positions
-
-    def norm_tokens(self, x: Tensor, frozen: bool) -> Tensor:
-        """See the base class."""
-        return call_frozen(self.norm_pre, x) if frozen else self.norm_pre(x)
+            return first, self.temporal_embedding.new_zeros(number, 1)
+        positions: Tensor = self.pos_embed[0]
+        if len(positions) > number:
+            first = first + positions[: len(first)]
+        return first, positions[-number:]
 
     def rotations(self, frames: int, chosen: Tensor | None) -> Sequence[Tensor] | None:
         """Sine and cosine for each block, [N, 2 d] or with heads, or clips of patch dropout, in front of these."""
@@ -200,11 +188,12 @@ class TimmTransformer(VisionTower):
         depth = len(self.transformer.resblocks)
         # Of the kind "mixed" each block and head has its own.
         each = list(rotation.unbind(0)) if rotation.dim() == 4 else [rotation] * depth
-        if chosen is not None:
-            # [N, 2 d] -> [B, 1, n, 2 d], [heads, N, 2 d] -> [B, heads, n, 2 d].
-            gathered = {id(one): _gather(one, chosen) for one in each}
-            each = [gathered[id(one)] for one in each]
-        return each
+        if chosen is None:
+            return each
+        # [N, 2 d] -> [B, 1, n, 2 d], and [heads, N, 2 d] -> [B, heads, n, 2 d]; once where all blocks have the same.
+        if rotation.dim() == 2:
+            return [rotation[chosen].unsqueeze(1)] * depth
+        return [one[:, chosen.flatten()].unflatten(1, chosen.shape).transpose(0, 1) for one in each]
 
     def _with_time(self, rotation: Tensor, frames: int) -> Tensor:
         """Rotations by place turned on by time, on all channels: the sine and cosine of the sum of both angles."""
@@ -276,12 +265,6 @@ def _rotated(x: Tensor, rotation: Tensor, half: bool) -> Tensor:
     """``x`` [B, heads, N, d] with all tokens but those in front of the places of ``rotation`` turned by them."""
     prefix = x.shape[2] - rotation.shape[-2]
     return torch.cat((x[:, :, :prefix], apply_rot_embed_cat(x[:, :, prefix:], rotation, half=half)), dim=2)
-
-
-def _gather(rotation: Tensor, chosen: Tensor) -> Tensor:
-    """Rows of ``rotation`` [N, 2 d] or [heads, N, 2 d] for ``chosen`` [B, n]: [B, 1 or heads, n, 2 d]."""
-    rows = rotation[..., chosen.flatten(), :].unflatten(-2, chosen.shape)
-    return rows.unsqueeze(1) if rows.dim() == 3 else rows.transpose(0, 1)
 
 
 def _low_precision_norms(module: nn.Module) -> nn.Module:

@@ -173,10 +173,6 @@ class Block(nn.Module):
             nn.init.normal_(weight, std=std)
             nn.init.zeros_(bias)
 
-    def set_attention(self, kernels: list[SDPBackend]) -> None:
-        """Let it try these kernels of attention in turn."""
-        self.attn.kernels = kernels
-
     def forward(self, x: Tensor, keep: int | None = None) -> Tensor:
         """``x`` [B, N, D] -> [B, keep or N, D]; tokens that nobody reads afterwards need not leave the block."""
         x = x[:, :keep] + self.drop_path(self.attn(self.ln_1(x), keep))
@@ -312,6 +308,7 @@ class VisionTower(nn.Module):
     # in front that both paths of a slow-fast tower train.
     STEM: tuple[str, ...] = ("motion_stem", "temporal_embedding")
     HEAD: tuple[str, ...] = ("image_projection",)
+    NORM = "ln_pre"  # the norm in front of the blocks
     BOTH_PATHS: tuple[str, ...] = ("temporal_embedding", "image_projection", "motion_stem.", "box_head.")
 
     temporal_embedding: nn.Parameter  # [T, D]
@@ -336,16 +333,8 @@ class VisionTower(nn.Module):
         """Flattened patches [B, N, C P P], order (C, h, w) -> [B, N, D]."""
         raise NotImplementedError
 
-    def prefix(self) -> Tensor:
-        """Embedding and position of the prefix tokens: [prefix_tokens, D]."""
-        raise NotImplementedError
-
-    def spatial(self) -> Tensor:
-        """Embedding of the places of a frame: [P, D], or [P, 1] of zeros without one."""
-        raise NotImplementedError
-
-    def norm_tokens(self, x: Tensor, frozen: bool) -> Tensor:
-        """The norm in front of the blocks, if there is one."""
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Prefix tokens with their positions [prefix_tokens, D], and the embedding of a frame's places [P, D or 1]."""
         raise NotImplementedError
 
     def pooled(self, x: Tensor, frozen: bool = False, pool: str = "cls") -> Tensor:
@@ -366,8 +355,9 @@ class VisionTower(nn.Module):
 
     def set_attention(self, kernels: list[SDPBackend]) -> None:
         """Let all blocks try these kernels of attention, in the order of :func:`attention_order`."""
-        for block in self.transformer.resblocks:
-            block.set_attention(kernels)  # type: ignore[operator]
+        for module in self.transformer.modules():
+            if hasattr(module, "kernels"):
+                module.kernels = kernels  # type: ignore[assignment]
 
     def compile_blocks(self, **options: Any) -> None:
         """torch.compile the blocks, and the motion stem, each by itself with ``options``."""
@@ -427,9 +417,10 @@ class VisionTower(nn.Module):
         if motion is not None and self.motion_stem is not None:
             placed = placed + self.motion_stem.project(motion)
         # Prefix tokens have no time.
-        first = self.prefix().expand(B, -1, -1)
-        first = (first.detach() if frozen else first).to(placed.dtype)
-        return self.norm_tokens(torch.cat((first, placed), dim=1), frozen), chosen
+        first = self.places()[0].expand(B, -1, -1)
+        x = torch.cat(((first.detach() if frozen else first).to(placed.dtype), placed), dim=1)
+        norm = getattr(self, self.NORM)
+        return (call_frozen(norm, x) if frozen else norm(x)), chosen
 
     def _chosen(self, B: int, T: int, P: int, device: torch.device) -> Tensor:
         """Numbers of the patches that dropout leaves of T frames with P patches each: int64 [B, fewer]."""
@@ -454,7 +445,7 @@ class VisionTower(nn.Module):
                 temporal = (matrix.unsqueeze(2) * temporal).sum(dim=1)
             else:
                 temporal = F.interpolate(temporal.T[None], **shape)[0].T
-        spatial = self.spatial()
+        spatial = self.places()[1]
         return ((spatial.detach() if frozen else spatial) + temporal.unsqueeze(1)).flatten(0, 1)
 
     def init_temporal(self, config: ModelConfig) -> None:
@@ -519,17 +510,9 @@ class VideoTransformer(VisionTower):
         embedded: Tensor = self.conv1(patches)
         return embedded
 
-    def prefix(self) -> Tensor:
-        """CLS, whose place is the first of the spatial embedding: [1, D]."""
-        return (self.class_embedding + self.positional_embedding[0]).unsqueeze(0)
-
-    def spatial(self) -> Tensor:
-        """See the base class."""
-        return self.positional_embedding[1:]
-
-    def norm_tokens(self, x: Tensor, frozen: bool) -> Tensor:
-        """See the base class."""
-        return call_frozen(self.ln_pre, x) if frozen else self.ln_pre(x)
+    def places(self) -> tuple[Tensor, Tensor]:
+        """CLS, whose place is the first of the spatial embedding, and the other places."""
+        return (self.class_embedding + self.positional_embedding[0]).unsqueeze(0), self.positional_embedding[1:]
 
     def pooled(self, x: Tensor, frozen: bool = False, pool: str = "cls") -> Tensor:
         """See the base class."""

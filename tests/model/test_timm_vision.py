@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from egohod.config import model_config
+from egohod.config import load, model_config
 from egohod.errors import UserError
 from egohod.loss.config import LossConfig
 from egohod.loss.contrastive import ContrastiveLoss
@@ -372,7 +373,7 @@ def test_the_prediction_of_memory_is_what_a_forward_pass_keeps(family: str, slow
 # --------------------------------------------------------------------------------------------------
 
 
-def test_a_name_is_resolved_without_weights() -> None:
+def test_a_name_is_resolved_without_weights(tmp_path: Path) -> None:
     shape = geometry("timm/vit_so400m_patch14_siglip_378.v2_webli")
     assert (shape.image_size, shape.patch_size, shape.vision_width, shape.vision_layers) == (378, 14, 1152, 27)
     assert (shape.pool, shape.prefix_tokens, shape.rope) == ("map", 0, False)
@@ -382,6 +383,14 @@ def test_a_name_is_resolved_without_weights() -> None:
     assert two.slowfast
     assert (two.image_size, two.prefix_tokens, two.rope) == (320, 5, True)
     assert geometry("timm/vit_large_patch14_clip_224").text_width == 768
+    # A file's numbers are numbers.
+    path = tmp_path / "run.yml"
+    path.write_text(
+        "model: {name: timm/eva02_tiny_patch14_224, backbone: {depth: 3, init_values: 1e-4}, image_size: 56}"
+    )
+    cfg = load(path, ["model.backbone.ref_feat_shape=[4,4]", "model.backbone.swiglu_mlp=false"])
+    options = {"depth": 3, "init_values": 1e-4, "ref_feat_shape": (4, 4), "swiglu_mlp": False, "img_size": 56}
+    assert dict(cfg.model.geometry().backbone_options) == options
 
 
 @pytest.mark.parametrize(
