@@ -416,6 +416,12 @@ def check(config: Config) -> list[tuple[str, str]]:
         wrong("model.fast.spatial", "model.fast.spatial=true looks at whole frames, so it needs model.patch_dropout=0")
 
     try:
+        shape = model.geometry()
+        if model.rope_time and not shape.rope:
+            wrong("model.rope_time", f"model.rope_time=true needs rotary positions, which {model.name} does not have")
+    except UserError as error:
+        wrong("model.name", str(error))
+    try:
         checkpointed_blocks(model.checkpoint_blocks, depth=1)
     except UserError as error:
         wrong("model.checkpoint_blocks", str(error))

@@ -33,7 +33,6 @@ from egohod.errors import UserError
 from egohod.evaluation.embed import extract, fingerprint, remaining
 from egohod.evaluation.features import CONFIG_FILE, INDEX_FORMAT, file_of, open_index
 from egohod.evaluation.runner import execution_of
-from egohod.model.config import geometry
 from egohod.training.build import build_model
 
 log = logging.getLogger("extract_features")
@@ -92,7 +91,7 @@ def _dataset(args: argparse.Namespace, cfg: Config) -> ClipDataset:
         [(clips, source)],
         # One view of a clip: methods on top of features expect one vector a window.
         protocol=EvalProtocol("features", "this project: one centre crop", frames=frames),
-        size=geometry(cfg.model.name).image_size,
+        size=cfg.model.geometry().image_size,
         decoder=cfg.data.decoder,
         cache=open_cache(cfg.data.cache, cfg.data.cache_gb),
         frame_cache=cfg.data.frame_cache,
@@ -123,7 +122,7 @@ def _embed(args: argparse.Namespace, cfg: Config, dist: Distributed, dataset: Cl
         "%s clips of %s videos, of which %s clips of %s videos are to be embedded (%d frames, %d px); about %.3g MB",
         f"{len(dataset):,}", f"{len(rows_of):,}", f"{clips:,}", f"{len(todo):,}", frames, dataset.size,
         # float32
-        4e-6 * clips * (cfg.model.embed_dim or geometry(cfg.model.name).embed_dim),
+        4e-6 * clips * cfg.model.geometry().embed_dim,
     )  # fmt: skip
     if args.dry_run:
         return

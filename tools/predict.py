@@ -30,7 +30,6 @@ from egohod.distributed import inference_precision, setup
 from egohod.errors import UserError
 from egohod.evaluation.embed import ClassProbabilities
 from egohod.evaluation.report import new_figure
-from egohod.model.config import geometry
 from egohod.model.dual_encoder import DualEncoder
 from egohod.training.build import build_model
 from egohod.training.checkpoint import CheckpointError, classes_of
@@ -116,7 +115,7 @@ def _scores(
         # Features of this encoder are probabilities, one a class: the product below changes nothing.
         names, columns = classes.names, torch.eye(len(classes.names), device=dist.device)
     # One centre crop: the protocol of features and of most published numbers.
-    size = geometry(cfg.model.name).image_size
+    size = cfg.model.geometry().image_size
     rows = []
     with torch.inference_mode(), inference_precision(dist.device, torch.float32):
         # One window in memory at a time, however long the video is.

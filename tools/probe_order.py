@@ -42,7 +42,6 @@ from egohod.evaluation.features import write_json, write_text
 from egohod.evaluation.metrics import percent
 from egohod.evaluation.report import data_uri, histogram_plot, number, render
 from egohod.evaluation.runner import execution_of
-from egohod.model.config import geometry
 from egohod.training.build import build_model
 
 log = logging.getLogger("probe_order")
@@ -171,7 +170,7 @@ def probe(args: argparse.Namespace, cfg: Config, dist: Distributed, pairs: Pairs
         size, tokenizer = model.size, model.tokenizer
     else:
         model = build_model(cfg, dist)
-        size, tokenizer = geometry(cfg.model.name).image_size, Tokenizer(model.geometry.context_length)
+        size, tokenizer = cfg.model.geometry().image_size, Tokenizer(model.geometry.context_length)
     # Some texts are longer than the model reads: where it reads the same of both, nothing can be measured.
     same = np.array([torch.equal(*tokenizer([*pair])) for pair in zip(pairs.captions, pairs.opposites, strict=True)])
     if same.all():

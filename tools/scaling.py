@@ -17,7 +17,6 @@ from _common import markdown_table, run_tool, tool_parser
 
 from egohod import cli
 from egohod.config import PROJECT, load_leniently
-from egohod.model.config import geometry
 from egohod.model.cost import clip_flops, predict
 from egohod.model.dual_encoder import create_model
 from egohod.training.build import fewest_blocks
@@ -88,7 +87,7 @@ class Cost:
 def cost(recipe: Recipe) -> Cost:
     """Cost of a recipe by its configuration; no data is read, so that its paths need not be set."""
     cfg, _ = load_leniently(PROJECT / recipe.config)
-    towers = geometry(cfg.model.name)
+    towers = cfg.model.geometry()
     sizes = towers, cfg.model.num_frames, towers.context_length, cfg.model.patch_dropout, cfg.model.fast
     flops = clip_flops(*sizes, motion_stem=cfg.model.motion_stem)
     # The weights of the largest model are gigabytes; on the meta device only their shapes exist.
@@ -110,7 +109,7 @@ def forward_passes(recipe: Recipe, gpus: int) -> float:
     cfg, _ = load_leniently(PROJECT / recipe.config)
     assert cfg.model.checkpoint_blocks == "auto"
     blocks, clips = fewest_blocks(cfg, gpus, partial(clips_that_fit, recipe))
-    return blocks / geometry(cfg.model.name).vision_layers + (clips * gpus < cfg.train.global_batch_size)
+    return blocks / cfg.model.geometry().vision_layers + (clips * gpus < cfg.train.global_batch_size)
 
 
 def plan(recipe: Recipe, gpus: int, peak: float, utilisation: float) -> Plan:

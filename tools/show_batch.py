@@ -23,7 +23,6 @@ from egohod.data.dataset import View
 from egohod.data.detections import ROLE_COLOURS
 from egohod.data.storage import VideoError
 from egohod.errors import UserError
-from egohod.model.config import geometry
 from egohod.training.build import build_dataset, build_plan
 
 log = logging.getLogger("show_batch")
@@ -84,7 +83,7 @@ def main(arguments: Sequence[str]) -> int:
     if args.step < 1 or args.clips < 1:
         raise UserError("--step and --clips count from 1")
     cfg = config.load(args.config_file, cli.overrides(args))
-    dataset = build_dataset(cfg, geometry(cfg.model.name).image_size)
+    dataset = build_dataset(cfg, cfg.model.geometry().image_size)
     # The plan of training itself: the same clips, crops and flips as in that step of a run.
     keys = build_plan(cfg, dataset).keys(args.step - 1)[: args.clips].tolist()
     views = []

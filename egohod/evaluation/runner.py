@@ -43,7 +43,7 @@ from egohod.evaluation.embed import (
 from egohod.evaluation.features import FeatureCache
 from egohod.evaluation.metrics import CHANCE, DROP, Score
 from egohod.evaluation.tasks import EvaluationTask, head_tasks, tasks_of
-from egohod.model.config import IMAGE_STATS, geometry
+from egohod.model.config import IMAGE_STATS
 from egohod.model.dual_encoder import DualEncoder
 
 log = logging.getLogger(__name__)
@@ -222,7 +222,7 @@ def benchmark(
     dataset = ClipDataset(
         [(data.clips, source)],
         protocol=protocol,
-        size=size or geometry(cfg.model.name).image_size,
+        size=size or cfg.model.geometry().image_size,
         decoder=cfg.data.decoder,
         cache=open_cache(cfg.data.cache, cfg.data.cache_gb),
         frame_cache=cfg.data.frame_cache,
@@ -234,7 +234,7 @@ def benchmark(
         name,
         dataset,
         tasks,
-        tokenizer=tokenizer or Tokenizer(geometry(cfg.model.name).context_length),
+        tokenizer=tokenizer or Tokenizer(cfg.model.geometry().context_length),
         execution=execution,
         controls=controls,
         notes=data.notes,

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from egohod.errors import UserError
 from egohod.model.config import GEOMETRIES, IMAGE_STATS
 from egohod.model.dual_encoder import Base, DualEncoder
-from egohod.model.vision import ACTIVATIONS, Block, SlowFastTransformer
+from egohod.model.vision import ACTIVATIONS, Block, SlowFastTower
 from egohod.model.weight_files import AVERAGE, Inert, StateDict, describe, errors_of, locate, open_weight_file
 
 log = logging.getLogger(__name__)
@@ -540,12 +540,13 @@ def _settings_of(model: nn.Module) -> dict[str, str]:
     if not isinstance(model, DualEncoder):
         return {}
     block = model.visual.transformer.resblocks[0]
-    assert isinstance(block, Block)
-    settings = {
-        "model.activation": next(name for name, kind in ACTIVATIONS.items() if isinstance(block.mlp.gelu, kind)),
-        "model.image_stats": next(name for name, stats in IMAGE_STATS.items() if stats == model.image_stats),
-    }
-    if isinstance(model.visual, SlowFastTransformer):
+    settings: dict[str, str] = {}
+    if isinstance(block, Block):  # a timm backbone's name says both
+        settings = {
+            "model.activation": next(name for name, kind in ACTIVATIONS.items() if isinstance(block.mlp.gelu, kind)),
+            "model.image_stats": next(name for name, stats in IMAGE_STATS.items() if stats == model.image_stats),
+        }
+    if isinstance(model.visual, SlowFastTower):
         settings |= {"model.fast.position": model.visual.position, "model.fast.pool": model.visual.pool}
         if model.visual.motion_stem is not None:
             settings["model.fast.stem_paths"] = model.visual.stem_paths

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from egohod.errors import UserError
@@ -25,9 +28,29 @@ class Geometry:
     embed_dim: int
     mlp_ratio: float = 4.0
     slowfast: bool = False
-    """Two paths with motion adapters, see :class:`egohod.model.vision.SlowFastTransformer`."""
+    """Two paths with motion adapters, see :class:`egohod.model.vision.SlowFastTower`."""
     context_length: int = 77
     vocab_size: int = 49408
+    backbone: str = ""
+    """timm's name of the vision tower (:mod:`egohod.model.timm_vision`); empty is the project's own."""
+    backbone_options: tuple[tuple[str, Any], ...] = ()
+    """Arguments of ``timm.create_model``: ``model.backbone``, and the resolution if it is not the backbone's own."""
+    prefix_tokens: int = 1
+    """Tokens in front of the patches, once per clip: CLS and registers."""
+    pool: str = "token"
+    """What makes one vector of all tokens, in timm's words: token (CLS), avg, max, avgmax or map (attention)."""
+    projection: str = "matrix"
+    """From the pooled vector to the shared space: matrix, linear (with a bias) or none (the vector itself)."""
+    block_weights: float | None = None
+    """Entries of the matrices of a block on average, None: four of the attention and two of the MLP."""
+    memory_weights: float | None = None
+    """Of these the ones that keys and values are made with, None: two of the attention's."""
+    pool_weights: int = 0
+    """Entries of the matrices of attention pooling."""
+    rope: bool = False
+    """Whether queries and keys are rotated by the place of their patch."""
+    image_stats: ImageStats | None = None
+    """What a timm backbone's weights expect of pixels; None leaves it to ``model.image_stats``."""
 
     @property
     def patches_per_frame(self) -> int:
@@ -48,11 +71,166 @@ _SLOWFAST = (replace(plain, name=f"{plain.name}_Slowfast", slowfast=True) for pl
 GEOMETRIES = {geometry.name: geometry for geometry in (*_PLAIN, *_SLOWFAST)}
 
 
-def geometry(name: str) -> Geometry:
-    """The geometry called ``name``; :class:`UserError` lists the names there are."""
+def geometry(name: str, image_size: int | None = None, backbone: Mapping[str, Any] | None = None) -> Geometry:
+    """The geometry called ``name``.
+
+    Args:
+        name: one of :data:`GEOMETRIES`, or ``timm/NAME`` with timm's name of a plain or EVA vision transformer
+            (``timm/NAME.TAG`` for the pixel statistics of certain weights); with ``_Slowfast`` behind it for two paths.
+        image_size: side of the frames in pixels, if not the backbone's own.
+        backbone: other arguments of ``timm.create_model``, such as ``{"depth": 4}``.
+
+    Raises:
+        UserError: an unknown name, with the nearest ones; sizes that do not fit each other.
+    """
+    plain = name.removesuffix("_Slowfast")
+    if plain.startswith(TIMM):
+        options = tuple(sorted((key, _argument(value)) for key, value in (backbone or {}).items()))
+        shape = _timm_geometry(plain.removeprefix(TIMM), image_size, options)
+        return replace(shape, name=name, slowfast=name != plain)
     if name not in GEOMETRIES:
-        raise UserError(f"model.name: no geometry '{name}'; there are {', '.join(GEOMETRIES)}")
+        near = difflib.get_close_matches(name, GEOMETRIES, n=1)
+        raise UserError(
+            f"model.name is '{name}', but must be one of {', '.join(GEOMETRIES)}, or timm/NAME for a transformer of "
+            f"timm{f'; did you mean {near[0]}?' if near else ''}"
+        )
+    if backbone or image_size not in (None, GEOMETRIES[name].image_size):
+        raise UserError(
+            f"model.{'backbone' if backbone else 'image_size'} is for model.name=timm/NAME; the sizes of {name} are "
+            f"fixed ({GEOMETRIES[name].image_size} px)"
+        )
     return GEOMETRIES[name]
+
+
+# How the names of timm's backbones begin.
+TIMM = "timm/"
+# Text towers of CLIP for vision towers up to a width: width, blocks and heads, and the shared space. OpenAI's B and L
+# (in whose stead the shared space is 512, as upstream's), open_clip's H; the first is for tiny towers of the demo.
+_TEXT_FOR = ((256, (128, 2, 4, 128)), (896, (512, 12, 8, 512)), (1152, (768, 12, 12, 512)), (0, (1024, 24, 16, 1024)))
+# Arguments of timm that have a setting here, or none at all.
+_RESERVED = {
+    "img_size": "model.image_size",
+    "drop_path_rate": "model.drop_path",
+    "patch_drop_rate": "model.patch_dropout",
+    "pretrained": "model.weights",
+    "checkpoint_path": "model.weights",
+    **dict.fromkeys(("num_classes", "in_chans", "dynamic_img_size", "dynamic_img_pad", "features_only"), ""),
+}
+
+
+def _argument(value: Any) -> Any:
+    """An argument of timm, hashable; numbers of a YAML file arrive as text, as no setting declares their type."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_argument(each) for each in value)
+    words = {"true": True, "false": False, "null": None}
+    if not isinstance(value, str) or value in words:
+        return words[value] if isinstance(value, str) else value
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            pass  # a word, such as token
+    return value
+
+
+@lru_cache(maxsize=64)
+def _timm_geometry(name: str, image_size: int | None, options: tuple[tuple[str, Any], ...]) -> Geometry:
+    """The sizes of timm's model ``name``, read from the model itself, whose weights are not allocated."""
+    # Only these names need it, and this module is imported by everything.
+    import timm
+    import torch
+    from timm.layers import PatchEmbed
+    from timm.models import Eva, VisionTransformer
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    label = f"model.name: timm/{name}"
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        raise UserError(f"{label} is no model of timm; {_nearest(architecture)}")
+    if tag and not timm.models.is_model_pretrained(name):
+        tags = timm.list_pretrained(f"{architecture}.*") or ["none"]
+        raise UserError(f"{label}: timm has no weights '{tag}' of it; there are {', '.join(tags)}")
+    for key, _ in options:
+        if key in _RESERVED:
+            cure = f"set {_RESERVED[key]} instead" if _RESERVED[key] else "it cannot be set"
+            raise UserError(f"model.backbone.{key}: {cure}")
+    if image_size is not None:
+        options = (*options, ("img_size", image_size))
+    try:
+        # A prediction of memory asks on fake tensors, from which timm could read no numbers.
+        with unset_fake_temporarily(), torch.device("meta"):
+            model = timm.create_model(name, num_classes=0, **dict(options))
+    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+        # What timm says of a wrong argument names it.
+        raise UserError(f"{label} with model.backbone={dict(options)}: {str(error).splitlines()[0]}") from error
+    if type(model) not in (VisionTransformer, Eva) or type(model.patch_embed) is not PatchEmbed:
+        raise UserError(f"{label} is a {type(model).__name__}, no plain vision transformer; {_nearest(architecture)}")
+    block, (side, other), (patch, across) = model.blocks[0], model.patch_embed.img_size, model.patch_embed.patch_size
+    if (side, patch) != (other, across):
+        raise UserError(
+            f"{label}: frames and patches must be squares, not {side} x {other} and {patch} x {across}; set "
+            "model.image_size"
+        )
+    if side % patch:
+        near = f"{side // patch * patch} or {(side // patch + 1) * patch}"
+        raise UserError(f"{label}: patches of {patch} px do not divide {side} px; set model.image_size to {near}")
+    if (attention := type(block.attn).__name__ if hasattr(block, "attn") else "") not in _ATTENTIONS:
+        raise UserError(f"{label}: blocks of kind {type(block).__name__} {attention} are not supported".rstrip())
+    rope = getattr(model, "rope", None)
+    if rope is not None and image_size is not None and getattr(rope, "periods", None) is None:
+        # DINOv3's positions are shares of the picture. EVA's count patches, in units of the grid of its pretraining.
+        with unset_fake_temporarily(), torch.device("meta"):
+            own = timm.create_model(name, num_classes=0, **{k: v for k, v in options if k != "img_size"})
+        if own.patch_embed.grid_size != model.patch_embed.grid_size and getattr(rope, "ref_feat_shape", None) is None:
+            grid = " x ".join(map(str, own.patch_embed.grid_size))
+            raise UserError(
+                f"{label}: its RoPE counts the patches of a {grid} grid and has no positions for model.image_size="
+                f"{image_size}; leave it null, or scale positions to that grid with "
+                f"model.backbone.ref_feat_shape={list(own.patch_embed.grid_size)} if its RoPE is of the kind 'cat'"
+            )
+    width, text = model.embed_dim, next(sizes for limit, sizes in _TEXT_FOR if model.embed_dim <= limit or not limit)
+    # On average: blocks of some models differ in their keys and values.
+    matrices, memory = 0, 0
+    for each in model.blocks:
+        matrices += sum(weight.numel() for weight in each.parameters() if weight.dim() == 2)
+        attn = each.attn
+        memory += 2 * width * attn.head_dim * getattr(attn, "num_kv_heads", attn.num_heads)
+    depth, stats, pooling = len(model.blocks), model.pretrained_cfg, model.attn_pool
+    return Geometry(
+        TIMM + name,
+        side,
+        patch,
+        width,
+        depth,
+        block.attn.num_heads,
+        *text[:3],
+        text[3],
+        mlp_ratio=4.0,
+        backbone=name,
+        backbone_options=options,
+        prefix_tokens=model.num_prefix_tokens,
+        pool=model.global_pool,
+        block_weights=matrices / depth,
+        memory_weights=memory / depth,
+        pool_weights=sum(each.numel() for each in pooling.parameters() if each.dim() == 2) if pooling else 0,
+        rope=rope is not None,
+        image_stats=ImageStats(tuple(stats["mean"]), tuple(stats["std"])),
+    )
+
+
+# Attention that egohod/model/timm_vision.py can compute.
+_ATTENTIONS = ("Attention", "EvaAttention", "AttentionRope")
+
+
+def _nearest(architecture: str) -> str:
+    """The vision transformers of timm whose names are the most like ``architecture``."""
+    import timm
+
+    names = [name for module in ("vision_transformer", "eva", "deit") for name in timm.list_models(module=module)]
+    near = difflib.get_close_matches(architecture, [name for name in names if not name.startswith("test_")], n=5)
+    # Whoever asks for a convolutional net sees one name of each family.
+    families = ["vit_base_patch16_siglip_224", "eva02_base_patch16_clip_224", "vit_pe_core_base_patch16_224"]
+    return f"the nearest vision transformers are {', '.join(near or ['vit_base_patch16_clip_224', *families])}"
 
 
 class ImageStats(NamedTuple):
@@ -142,8 +320,21 @@ class ModelConfig:
 
     name: str = knob(
         "CLIP_VITB16",
-        "geometry, see egohod/model/config.py; ..._Slowfast has a fast path with motion adapters",
-        choices=tuple(GEOMETRIES),
+        f"geometry: {', '.join(GEOMETRIES)}, or timm/NAME for a vision transformer of timm; ..._Slowfast has a fast "
+        "path with motion adapters. docs/backbones.md",
+    )
+    image_size: int | None = knob(
+        None, "side of the frames in pixels, of a timm backbone; null is the one that it was trained with", low=1
+    )
+    backbone: dict[str, Any] = knob(
+        {},
+        "arguments of timm.create_model that replace those of a timm backbone, such as depth or global_pool; none, as "
+        "its weights need",
+    )
+    rope_time: bool = knob(
+        False,
+        "rotate queries and keys by the time of their frame too, on all channels as EVA02-AT does; for backbones with "
+        "rotary positions; false leaves time to the temporal embedding, with which a clip starts as the image model",
     )
     num_frames: int = knob(4, "frames per clip; the released models train on 4, slow-fast ones on 16", low=1)
     fast: FastPathConfig = part(FastPathConfig)
@@ -227,6 +418,11 @@ class ModelConfig:
         choices=("auto", "flash", "cudnn", "efficient", "math"),
     )
     weights: WeightsConfig = part(WeightsConfig)
+
+    def geometry(self) -> Geometry:
+        """Sizes of both towers with the settings that change them. Raises :class:`UserError`."""
+        shape = geometry(self.name, self.image_size, self.backbone)
+        return replace(shape, embed_dim=self.embed_dim) if self.embed_dim else shape
 
     @staticmethod
     def convert_old_keys(section: dict[str, Any], below: dict[str, Any]) -> list[tuple[str, str]]:

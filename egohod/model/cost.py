@@ -56,7 +56,7 @@ def clip_flops(
         motion_stem: channels of the motion stem's first layer, if there is one.
     """
     V, L, E, W = geometry.text_width, text_length, geometry.embed_dim, geometry.vision_width
-    # A block's linear layers per token: 4 of the attention's W x W, and the MLP's two.
+    # A block's linear layers per token: 4 of the attention's V x V, and the MLP's two.
     linear = 4 + 2 * geometry.mlp_ratio
     # Each with how many times as many operations its backward pass takes.
     products = [
@@ -81,7 +81,9 @@ def clip_flops(
         products += _path(geometry, max(1, round(num_frames * per_frame * share)), boxes, boxes)
     else:
         whole = boxes or fast.pool != "cls" or fast.position != "before"
-        pixels, attention, (blocks, _), projection, *head = _path(geometry, num_frames * places, whole, boxes)
+        pixels, attention, blocks, pooling, *rest = _path(geometry, num_frames * places, whole, boxes)
+        # The backbone's weights are constants here.
+        blocks, pooling = (blocks[0], FROZEN), (pooling[0], FROZEN)
         # Down and up are half of W x W each, the point-wise convolution a quarter, the spatial one nine quarters.
         adapter = num_frames * places * (2.5 + (4.5 if fast.spatial else 0)) * W * W
         slow = _path(geometry, fast.slow_frames * places, whole=False, boxes=False)
@@ -90,7 +92,7 @@ def clip_flops(
         # Evaluation has it always, training on a share of the steps.
         skipped = (1 - 1 / fast.slow_every) * sum(work * (1 + backward) for work, backward in slow)
         products += [
-            *(pixels, attention, (blocks, FROZEN), (adapter * geometry.vision_layers, TRAINED), projection, *head),
+            *(pixels, attention, blocks, (adapter * geometry.vision_layers, TRAINED), pooling, *rest),
             *(*slow, (2.0 * 2 * E * E, TRAINED)),
         ]
     forward = round(sum(work for work, _ in products))
@@ -98,19 +100,22 @@ def clip_flops(
 
 
 def _path(geometry: Geometry, patches: int, whole: bool, boxes: bool) -> list[tuple[float, float]]:
-    """One pass of the vision tower: pixels, attention, blocks, projection and, with ``boxes``, their head."""
-    W = geometry.vision_width
-    N, linear = patches + 1, 2.0 * W * W * (4 + 2 * geometry.mlp_ratio)
+    """One pass of the vision tower: pixels, attention, blocks, pooling, projection and, with ``boxes``, their head."""
+    W, N = geometry.vision_width, patches + geometry.prefix_tokens
+    linear = 2.0 * (geometry.block_weights or W * W * (4 + 2 * geometry.mlp_ratio))
     attention, blocks = 4.0 * N * N * W * geometry.vision_layers, N * linear * geometry.vision_layers
-    if not whole:
+    if not whole and geometry.pool == "token":
         # The last block computes all but keys and values for CLS only.
         attention -= 4.0 * N * (N - 1) * W
-        blocks -= (N - 1) * (linear - 4.0 * W * W)
+        blocks -= (N - 1) * (linear - 2.0 * (geometry.memory_weights or 2 * W * W))
+    # Attention pooling makes keys and values of all tokens; its other matrices see one.
+    pooling = N * 4.0 * W * (W + 1) + 2.0 * (geometry.pool_weights - 2 * W * W) if geometry.pool_weights else 0.0
     products = [
         (patches * 6.0 * geometry.patch_size**2 * W, PIXELS),
         (attention, FUSED if N > SHORT else TRAINED),
         (blocks, TRAINED),
-        (2.0 * W * geometry.embed_dim, TRAINED),
+        (pooling, TRAINED),
+        (0.0 if geometry.projection == "none" else 2.0 * W * geometry.embed_dim, TRAINED),
     ]
     return [*products, (patches * 2.0 * W * 5 * ROLES, TRAINED)] if boxes else products
 
@@ -203,7 +208,8 @@ def predict(
             if learning is not None:
                 parameter.requires_grad_(name in learning)
         geometry, block = model.geometry, model.visual.transformer.resblocks[0]
-        size, length = geometry.image_size, 1 + config.num_frames * geometry.patches_per_frame
+        prefix, size = geometry.prefix_tokens, geometry.image_size
+        length = prefix + config.num_frames * geometry.patches_per_frame
         if blocks is None:
             blocks = model.visual.transformer.checkpoint_blocks
 
@@ -216,8 +222,10 @@ def predict(
         def recomputed(clips: int) -> Tensor:
             # The tokens that a block starts from are kept in any case.
             x = torch.empty(clips, length, geometry.vision_width, requires_grad=True)
-            adapter = block.adapter
-            return block(adapter(x, config.num_frames) if isinstance(adapter, nn.Module) else x)
+            adapter, rotations = block.adapter, model.visual.rotations(config.num_frames, None)
+            x = adapter(x, config.num_frames, prefix) if isinstance(adapter, nn.Module) else x
+            output: Tensor = block(x) if rotations is None else block(x, None, rotations[0])
+            return output
 
         def line(run: Callable[[int], Any]) -> tuple[int, int]:
             """Saved bytes of no clips, and of each."""

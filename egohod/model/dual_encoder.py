@@ -9,9 +9,9 @@ import os
 import re
 import shutil
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,16 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from egohod.loss.config import LOSSES, LossConfig
-from egohod.model.config import IMAGE_STATS, Geometry, ImageStats, ModelConfig, checkpointed_blocks, geometry
-from egohod.model.vision import ACTIVATIONS, SlowFastTransformer, VideoTransformer, slow_frames
+from egohod.model.config import IMAGE_STATS, Geometry, ImageStats, ModelConfig, checkpointed_blocks
+from egohod.model.timm_vision import TimmSlowFast, TimmTransformer
+from egohod.model.vision import (
+    ACTIVATIONS,
+    SlowFastTower,
+    SlowFastTransformer,
+    VideoTransformer,
+    VisionTower,
+    slow_frames,
+)
 
 log = logging.getLogger(__name__)
 
@@ -85,16 +93,15 @@ class Base:
 class DualEncoder(nn.Module):
     """``visual``, ``textual`` and ``logit_scale`` = log(1 / temperature), named as in published checkpoints.
 
-    ``logit_bias`` exists only for the sigmoid loss. Another vision tower needs what :class:`VideoTransformer` offers:
-    a call with the clips, ``forward_with_boxes`` with the boxes too, and ``compile_blocks``.
+    ``logit_bias`` exists only for the sigmoid loss.
     """
 
-    visual: VideoTransformer
+    visual: VisionTower
     textual: TextTower
 
     def __init__(
         self,
-        visual: VideoTransformer,
+        visual: VisionTower,
         textual: TextTower,
         *,
         geometry: Geometry,
@@ -175,7 +182,7 @@ class DualEncoder(nn.Module):
         """
         depth = len(self.visual.transformer.resblocks)
         last = "|".join(str(i) for i in range(max(0, depth - last_blocks), depth)) or "none"
-        behind = r"visual\.ln_post\.|visual\.image_projection|slowfast_projection|heads\."
+        behind = rf"{self._named(self.visual.HEAD)}|slowfast_projection|heads\."
         pattern = {
             "all": "",
             "vision": r"^(?!textual\.)",
@@ -190,8 +197,12 @@ class DualEncoder(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Which layer a parameter is of, as timm's layer-wise decay asks; the text tower counts as the last."""
-        stem = r"^visual\.(?:conv1|motion_stem|class_embedding|positional_embedding|temporal_embedding|ln_pre)"
-        return {"stem": stem, "blocks": r"^visual\.transformer\.resblocks\.(\d+)"}
+        return {"stem": "^" + self._named(self.visual.STEM), "blocks": r"^visual\.transformer\.resblocks\.(\d+)"}
+
+    @staticmethod
+    def _named(starts: Iterable[str]) -> str:
+        """A regular expression of the vision tower's parameters whose names begin so."""
+        return rf"visual\.(?:{'|'.join(map(re.escape, starts))})"
 
     def set_grad_checkpointing(self, blocks: int) -> None:
         """Compute the first ``blocks`` blocks of the vision tower again in the backward pass, 0 for none of them.
@@ -228,9 +239,9 @@ class EgoVideo(DualEncoder):
     It starts as the mean of both paths, so that co-training from a dual encoder begins where that one ended.
     """
 
-    visual: SlowFastTransformer
+    visual: SlowFastTower
 
-    def __init__(self, visual: SlowFastTransformer, textual: TextTower, *, slow: int, **options: Any) -> None:
+    def __init__(self, visual: SlowFastTower, textual: TextTower, *, slow: int, **options: Any) -> None:
         super().__init__(visual, textual, **options)
         embed_dim = self.geometry.embed_dim
         self.slow = slow
@@ -309,9 +320,7 @@ def create_model(
     ``config.weights``, ``config.compile`` and ``config.attention`` are left to the caller: weights are read by
     :mod:`egohod.model.checkpoints`, compiling is :meth:`DualEncoder.compile_towers`, and both others need a device.
     """
-    shape = geometry(config.name)
-    if config.embed_dim:
-        shape = replace(shape, embed_dim=config.embed_dim)
+    shape = config.geometry()
     loss = loss or LossConfig()
     # In this order, text tower first: both draw their weights from the same generator.
     textual = TextTower(shape, config)
@@ -322,14 +331,16 @@ def create_model(
         # What no loss reads must not wait for a gradient.
         "learn_temperature": loss.learn_temperature and LOSSES[loss.name].has_temperature,
         "bias": loss.bias if LOSSES[loss.name].has_bias else None,
-        "image_stats": IMAGE_STATS[config.image_stats],
+        "image_stats": shape.image_stats or IMAGE_STATS[config.image_stats],
     }
     model: DualEncoder
+    boxes = loss.boxes > 0
     if shape.slowfast:
-        tower = SlowFastTransformer(shape, config, boxes=loss.boxes > 0)
-        model = EgoVideo(tower, textual, slow=config.fast.slow_frames, **options)
+        two_paths = TimmSlowFast if shape.backbone else SlowFastTransformer
+        model = EgoVideo(two_paths(shape, config, boxes), textual, slow=config.fast.slow_frames, **options)
     else:
-        model = DualEncoder(VideoTransformer(shape, config, boxes=loss.boxes > 0), textual, **options)
+        one_path = TimmTransformer if shape.backbone else VideoTransformer
+        model = DualEncoder(one_path(shape, config, boxes), textual, **options)
     if classes:
         model.add_heads(classes, config.head_dropout)
     return model

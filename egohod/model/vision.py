@@ -14,6 +14,7 @@ import importlib.util
 import math
 import warnings
 from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -90,15 +91,19 @@ class Attention(nn.Module):
             query = F.linear(x[:, :keep], query_weight, query_bias).view(B, keep, self.heads, -1).transpose(1, 2)
             memory = F.linear(x, memory_weight, memory_bias).view(B, N, 2, self.heads, -1)
             key, value = memory.permute(2, 0, 3, 1, 4).unbind(0)
-        if x.device.type == "cpu" and N <= SHORT:
-            # A third of a small model's step: PyTorch's fused kernel for CPUs is slow on few tokens going backward.
-            scores = (query * query.shape[3] ** -0.5) @ key.transpose(2, 3)
-            mixed = scores.softmax(dim=3) @ value
-        else:
-            # Here and not around the model: a checkpointed block must be computed again by the same kernel.
-            with sdpa_kernel(self.kernels, set_priority=True) if self.kernels else nullcontext():
-                mixed = F.scaled_dot_product_attention(query, key, value)
+        mixed = attend(query, key, value, self.kernels)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))  # [B, heads, keep or N, d] -> [B, keep or N, D]
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, kernels: list[SDPBackend]) -> Tensor:
+    """Attention of ``query`` [B, heads, M, d] over N tokens -> [B, heads, M, d]; ``kernels`` are tried in order."""
+    if query.device.type == "cpu" and key.shape[2] <= SHORT:
+        # A third of a small model's step: PyTorch's fused kernel for CPUs is slow on few tokens going backward.
+        scores = (query * query.shape[3] ** -0.5) @ key.transpose(2, 3)
+        return scores.softmax(dim=3) @ value
+    # Here and not around the model: a checkpointed block must be computed again by the same kernel.
+    with sdpa_kernel(kernels, set_priority=True) if kernels else nullcontext():
+        return F.scaled_dot_product_attention(query, key, value)
 
 
 def attention_order(
@@ -184,26 +189,21 @@ class Transformer(nn.Module):
     tensors of a block that is computed again need no memory beyond that.
     """
 
-    def __init__(self, shape: Geometry, config: ModelConfig) -> None:
+    def __init__(self, blocks: Iterable[nn.Module], config: ModelConfig) -> None:
         super().__init__()
-        width, depth = shape.vision_width, shape.vision_layers
-        # Later blocks refine what earlier ones computed, so they are dropped more often (Huang et al., 1603.09382).
-        rates = [config.drop_path * i / max(1, depth - 1) for i in range(depth)]
-        self.resblocks = nn.ModuleList(
-            Block(width, shape.vision_heads, shape.mlp_ratio, config.activation, rate, depth) for rate in rates
-        )
-        self.checkpoint_blocks = checkpointed_blocks(config.checkpoint_blocks, depth)
+        self.resblocks = nn.ModuleList(blocks)
+        self.checkpoint_blocks = checkpointed_blocks(config.checkpoint_blocks, len(self.resblocks))
 
-    def forward(self, x: Tensor, keep: int | None = None) -> Tensor:
-        """``x`` [B, N, D] -> [B, keep or N, D]."""
+    def forward(self, x: Tensor, keep: int | None = None, rotations: Sequence[Tensor] | None = None) -> Tensor:
+        """``x`` [B, N, D] -> [B, keep or N, D]; each block has its own of :meth:`VisionTower.rotations`."""
         last = len(self.resblocks) - 1
         for i, block in enumerate(self.resblocks):
-            tokens_out = keep if i == last else None
+            inputs = (x, keep if i == last else None, *(() if rotations is None else (rotations[i],)))
             # Without gradients nothing is saved, so there is nothing to recompute.
             if i < self.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, tokens_out, use_reentrant=False)
+                x = checkpoint(block, *inputs, use_reentrant=False)
             else:
-                x = block(x, tokens_out)
+                x = block(*inputs)
         return x
 
 
@@ -298,52 +298,58 @@ class MotionStem(nn.Module):
         return x.flatten(2).transpose(1, 2)  # [B, D, T, grid, grid] -> [B, N, D]
 
 
-class VideoTransformer(nn.Module):
-    """ViT over the patches of all frames and one CLS token.
+class VisionTower(nn.Module):
+    """ViT over the patches of all frames and prefix tokens (CLS, registers), which are there once per clip.
 
     A patch's position is a spatial embedding (shared by the frames) plus a temporal one (shared by the patches of a
-    frame). Patch embedding is a Linear without bias over flattened patches, order (C, h, w): CLIP's convolution with
-    stride P as the matrix that upstream saves. ``boxes`` gives it a head for :meth:`forward_with_boxes`;
-    ``config.motion_stem`` gives it a :class:`MotionStem`, whose vectors are added to the patch tokens.
+    frame). The tower's own parts, such as its patch embedding, norms and pooling, are a subclass's:
+    :class:`VideoTransformer` or :class:`egohod.model.timm_vision.TimmTransformer`. ``boxes`` gives it a head for
+    :meth:`forward_with_boxes`; ``config.motion_stem`` a :class:`MotionStem`, whose vectors are added to the patches.
     """
 
-    def __init__(self, shape: Geometry, config: ModelConfig, boxes: bool = False) -> None:
+    # How the names of parameters begin: in front of the blocks (the stem of layer-wise decay), behind them, and those
+    # in front that both paths of a slow-fast tower train.
+    STEM: tuple[str, ...] = ("motion_stem", "temporal_embedding")
+    HEAD: tuple[str, ...] = ("image_projection",)
+    NORM = "ln_pre"  # the norm in front of the blocks
+    BOTH_PATHS: tuple[str, ...] = ("temporal_embedding", "image_projection", "motion_stem.", "box_head.")
+
+    temporal_embedding: nn.Parameter  # [T, D]
+    transformer: Transformer
+    box_head: BoxHead | None
+    motion_stem: MotionStem | None
+
+    def __init__(self, shape: Geometry, config: ModelConfig) -> None:
         super().__init__()
         assert shape.image_size % shape.patch_size == 0, "the image must be whole patches"
         self.image_size, self.patch_size = shape.image_size, shape.patch_size
+        self.prefix_tokens = shape.prefix_tokens
+        # Tokens that must leave the last block; where only CLS is pooled this spares most of a block, and is exact.
+        self.keep = 1 if shape.pool == "token" else None
         self.residual, self.patch_dropout = config.residual, config.patch_dropout
         # Motion adapters convolve each location over time, so it must be there in all frames or in none.
         self.patch_dropout_tubes = config.patch_dropout_tubes or shape.slowfast
-        width, frames, side = shape.vision_width, config.num_frames, shape.image_size // shape.patch_size
-        self.class_embedding = nn.Parameter(torch.empty(width))
-        self.positional_embedding = nn.Parameter(torch.empty(1 + side**2, width))
-        self.temporal_embedding = nn.Parameter(torch.empty(frames, width))
-        self.conv1 = nn.Linear(3 * shape.patch_size**2, width, bias=False)
-        self.ln_pre = LowPrecisionLayerNorm(width, eps=LAYER_NORM_EPS)
-        self.transformer = Transformer(shape, config)
-        self.ln_post = LowPrecisionLayerNorm(width, eps=LAYER_NORM_EPS)
-        self.image_projection = nn.Parameter(torch.empty(width, shape.embed_dim))
-        self.box_head = BoxHead(width, side**2) if boxes else None
-        self.motion_stem: MotionStem | None = None
-        with torch.no_grad():
-            # CLIP's scheme: standard deviations from the width.
-            nn.init.normal_(self.class_embedding, std=width**-0.5)
-            nn.init.normal_(self.positional_embedding, std=width**-0.5)
-            nn.init.normal_(self.image_projection, std=width**-0.5)
-            nn.init.normal_(self.conv1.weight, std=self.conv1.in_features**-0.5)
-            # Zeros make a clip of CLIP's image model at the start; a short run from scratch needs an order of frames.
-            if config.temporal_init == "zeros":
-                nn.init.zeros_(self.temporal_embedding)
-            else:
-                self.temporal_embedding.copy_(config.sinusoid_scale * sinusoids(frames, width))
-            if config.spatial_init == "sinusoidal":
-                waves = config.sinusoid_scale * sinusoids(side, width // 2)
-                # Half of the channels tell the row, half the column.
-                rows, columns = waves.repeat_interleave(side, dim=0), waves.repeat(side, 1)
-                self.positional_embedding[1:] = torch.cat((rows, columns), dim=1)
-        # Last, so that the tower's other weights are those of the same seed without a stem.
-        if config.motion_stem:
-            self.motion_stem = MotionStem(width, side, shape.patch_size, config.motion_stem)
+
+    # What a subclass gives. ``frozen`` is the fast path, on which the backbone's weights are constants.
+
+    def embed_patches(self, patches: Tensor) -> Tensor:
+        """Flattened patches [B, N, C P P], order (C, h, w) -> [B, N, D]."""
+        raise NotImplementedError
+
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Prefix tokens with their positions [prefix_tokens, D], and the embedding of a frame's places [P, D or 1]."""
+        raise NotImplementedError
+
+    def pooled(self, x: Tensor, frozen: bool = False, pool: str = "cls") -> Tensor:
+        """Tokens behind the last block, [B, keep or 1 + N, D], -> [B, E], not normalised.
+
+        ``pool`` is ``model.fast.pool``: the tower's own pooling (``cls``), the ``mean`` of the patches, or ``both``.
+        """
+        raise NotImplementedError
+
+    def rotations(self, frames: int, chosen: Tensor | None) -> Sequence[Tensor] | None:
+        """Rotary positions for each block of the patches ``chosen`` (see :meth:`embed`); None without any."""
+        return None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy, such as the moving average of the weights, must not take compiled methods along: they would still
@@ -352,9 +358,9 @@ class VideoTransformer(nn.Module):
 
     def set_attention(self, kernels: list[SDPBackend]) -> None:
         """Let all blocks try these kernels of attention, in the order of :func:`attention_order`."""
-        for block in self.transformer.resblocks:
-            assert isinstance(block, Block)
-            block.attn.kernels = kernels
+        for module in self.transformer.modules():
+            if hasattr(module, "kernels"):
+                module.kernels = kernels  # type: ignore[assignment]
 
     def compile_blocks(self, **options: Any) -> None:
         """torch.compile the blocks, and the motion stem, each by itself with ``options``."""
@@ -364,17 +370,16 @@ class VideoTransformer(nn.Module):
 
     def forward(self, video: Tensor) -> Tensor:
         """``video`` [B, 3, T, H, W], normalised -> [B, E], not normalised."""
-        x, _ = self.embed(video, self.motion(video))
-        # Only CLS is pooled, so only CLS passes the last block; that is exact and spares most of a block.
-        return self.ln_post(self.transformer(x, keep=1)[:, 0]) @ self.image_projection
+        x, chosen = self.embed(video, self.motion(video))
+        return self.pooled(self.transformer(x, self.keep, self.rotations(video.shape[2], chosen)))
 
     def forward_with_boxes(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """As calling it, and the boxes of all frames from the same tokens: [B, E] and [B, T, 3, 4]."""
         assert self.box_head is not None, "the tower was built without boxes"
         x, chosen = self.embed(video, self.motion(video))
-        x = self.transformer(x)
-        boxes: Tensor = self.box_head(x[:, 1:], chosen, video.shape[2])
-        return self.ln_post(x[:, 0]) @ self.image_projection, boxes
+        x = self.transformer(x, None, self.rotations(video.shape[2], chosen))
+        boxes: Tensor = self.box_head(x[:, self.prefix_tokens :], chosen, video.shape[2])
+        return self.pooled(x), boxes
 
     def motion(self, video: Tensor) -> Tensor | None:
         """The motion stem's features of all patches, [B, N, D]; None without a stem."""
@@ -386,13 +391,13 @@ class VideoTransformer(nn.Module):
         return self.motion_stem(video)
 
     def embed(self, video: Tensor, motion: Tensor | None = None, frozen: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Tokens in front of the first block: [B, 1 + N, D], fewer with patch dropout while training.
+        """Tokens in front of the first block: [B, prefix + N, D], fewer with patch dropout while training.
 
         The second value tells which of the T * P patches they are, int64 [B, N], None for all. ``motion`` is what
         :meth:`motion` gives for these frames; without it nothing is added to the tokens.
 
         Any frame count is taken; the temporal embedding is interpolated to it. ``frozen`` (of the fast path, see
-        :class:`SlowFastTransformer`) takes the class and spatial embedding and ``ln_pre`` as constants.
+        :class:`SlowFastTower`) takes the prefix and spatial embedding and the norm as constants.
         """
         B, C, T, H, W = video.shape
         P = self.patch_size
@@ -407,19 +412,18 @@ class VideoTransformer(nn.Module):
             if motion is not None:
                 # The convolutions need whole frames, the projection does not.
                 motion = motion.gather(1, chosen.unsqueeze(2).expand(-1, -1, motion.shape[2]))
-        placed = self.conv1(patches)
+        placed = self.embed_patches(patches)
         # A sum with float32 is float32, as would then be all that the blocks add to.
         if self.residual == "autocast" or (self.residual == "auto" and video.device.type == "cuda"):
             positions = positions.to(placed.dtype)
         placed = placed + (positions if chosen is None else F.embedding(chosen, positions))
         if motion is not None and self.motion_stem is not None:
             placed = placed + self.motion_stem.project(motion)
-        # CLS has a place of its own, the first of the spatial embedding, and no time.
-        first = (self.class_embedding + self.positional_embedding[0]).expand(B, 1, -1)
-        if frozen:
-            x = torch.cat((first.detach().to(placed.dtype), placed), dim=1)
-            return call_frozen(self.ln_pre, x), chosen
-        return self.ln_pre(torch.cat((first.to(placed.dtype), placed), dim=1)), chosen
+        # Prefix tokens have no time.
+        first = self.places()[0].expand(B, -1, -1)
+        x = torch.cat(((first.detach() if frozen else first).to(placed.dtype), placed), dim=1)
+        norm = getattr(self, self.NORM)
+        return (call_frozen(norm, x) if frozen else norm(x)), chosen
 
     def _chosen(self, B: int, T: int, P: int, device: torch.device) -> Tensor:
         """Numbers of the patches that dropout leaves of T frames with P patches each: int64 [B, fewer]."""
@@ -444,8 +448,86 @@ class VideoTransformer(nn.Module):
                 temporal = (matrix.unsqueeze(2) * temporal).sum(dim=1)
             else:
                 temporal = F.interpolate(temporal.T[None], **shape)[0].T
-        spatial = self.positional_embedding[1:]
+        spatial = self.places()[1]
         return ((spatial.detach() if frozen else spatial) + temporal.unsqueeze(1)).flatten(0, 1)
+
+    def init_temporal(self, config: ModelConfig) -> None:
+        """Fill the temporal embedding by ``model.temporal_init``; call without gradients."""
+        # Zeros make a clip of CLIP's image model at the start; a short run from scratch needs an order of frames.
+        if config.temporal_init == "zeros":
+            nn.init.zeros_(self.temporal_embedding)
+        else:
+            self.temporal_embedding.copy_(config.sinusoid_scale * sinusoids(*self.temporal_embedding.shape))
+
+    def spatial_waves(self, config: ModelConfig, width: int) -> Tensor:
+        """The spatial embedding of ``model.spatial_init=sinusoidal``: [P, D]."""
+        side = self.image_size // self.patch_size
+        waves = config.sinusoid_scale * sinusoids(side, width // 2)
+        # Half of the channels tell the row, half the column.
+        return torch.cat((waves.repeat_interleave(side, dim=0), waves.repeat(side, 1)), dim=1)
+
+
+class VideoTransformer(VisionTower):
+    """The project's own tower, CLIP's ViT with one CLS token.
+
+    Patch embedding is a Linear without bias over flattened patches: CLIP's convolution with stride P as the matrix that
+    upstream saves.
+    """
+
+    STEM = (*VisionTower.STEM, "conv1", "class_embedding", "positional_embedding", "ln_pre")
+    HEAD = (*VisionTower.HEAD, "ln_post.")
+    BOTH_PATHS = (*VisionTower.BOTH_PATHS, "conv1.")
+
+    def __init__(self, shape: Geometry, config: ModelConfig, boxes: bool = False) -> None:
+        super().__init__(shape, config)
+        width, depth, side = shape.vision_width, shape.vision_layers, shape.image_size // shape.patch_size
+        self.class_embedding = nn.Parameter(torch.empty(width))
+        self.positional_embedding = nn.Parameter(torch.empty(1 + side**2, width))
+        self.temporal_embedding = nn.Parameter(torch.empty(config.num_frames, width))
+        self.conv1 = nn.Linear(3 * shape.patch_size**2, width, bias=False)
+        self.ln_pre = LowPrecisionLayerNorm(width, eps=LAYER_NORM_EPS)
+        # Later blocks refine what earlier ones computed, so they are dropped more often (Huang et al., 1603.09382).
+        rates = [config.drop_path * i / max(1, depth - 1) for i in range(depth)]
+        heads, ratio = shape.vision_heads, shape.mlp_ratio
+        blocks = (Block(width, heads, ratio, config.activation, rate, depth) for rate in rates)
+        self.transformer = Transformer(blocks, config)
+        self.ln_post = LowPrecisionLayerNorm(width, eps=LAYER_NORM_EPS)
+        self.image_projection = nn.Parameter(torch.empty(width, shape.embed_dim))
+        self.box_head = BoxHead(width, side**2) if boxes else None
+        self.motion_stem = None
+        with torch.no_grad():
+            # CLIP's scheme: standard deviations from the width.
+            nn.init.normal_(self.class_embedding, std=width**-0.5)
+            nn.init.normal_(self.positional_embedding, std=width**-0.5)
+            nn.init.normal_(self.image_projection, std=width**-0.5)
+            nn.init.normal_(self.conv1.weight, std=self.conv1.in_features**-0.5)
+            self.init_temporal(config)
+            if config.spatial_init == "sinusoidal":
+                self.positional_embedding[1:] = self.spatial_waves(config, width)
+        # Last, so that the tower's other weights are those of the same seed without a stem.
+        if config.motion_stem:
+            self.motion_stem = MotionStem(width, side, shape.patch_size, config.motion_stem)
+
+    def embed_patches(self, patches: Tensor) -> Tensor:
+        """See the base class."""
+        embedded: Tensor = self.conv1(patches)
+        return embedded
+
+    def places(self) -> tuple[Tensor, Tensor]:
+        """CLS, whose place is the first of the spatial embedding, and the other places."""
+        return (self.class_embedding + self.positional_embedding[0]).unsqueeze(0), self.positional_embedding[1:]
+
+    def pooled(self, x: Tensor, frozen: bool = False, pool: str = "cls") -> Tensor:
+        """See the base class."""
+        # CLS passes the adapters untouched; the mean of the patches sees directly what they have written.
+        if pool == "cls":
+            x = x[:, 0]
+        elif pool == "mean":
+            x = x[:, 1:].mean(dim=1)
+        else:
+            x = (x[:, 0] + x[:, 1:].mean(dim=1)) / 2
+        # The norm belongs to the backbone, the projection is trained by both paths.
+        return (call_frozen(self.ln_post, x) if frozen else self.ln_post(x)) @ self.image_projection
 
 
 # --------------------------------------------------------------------------------------------------
@@ -487,12 +569,12 @@ class MotionAdapter(nn.Module):
             if layer is not None and layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor, frames: int) -> Tensor:
-        """``x`` [B, 1 + frames * P, D], CLS first, then frame by frame with P patches each -> the same shape."""
+    def forward(self, x: Tensor, frames: int, prefix: int = 1) -> Tensor:
+        """``x`` [B, prefix + frames * P, D], frame by frame with P patches each -> the same shape."""
         B, N, _ = x.shape
-        P = (N - 1) // frames
-        assert frames * P == N - 1, f"{N - 1} patch tokens are no {frames} frames"
-        cls, patches = x[:, :1], x[:, 1:]
+        P = (N - prefix) // frames
+        assert frames * P == N - prefix, f"{N - prefix} patch tokens are no {frames} frames"
+        first, patches = x[:, :prefix], x[:, prefix:]
         h = F.gelu(self.down_proj(patches)).view(B, frames, P, -1)
         spatial = h
         if self.conv2d is not None:
@@ -512,11 +594,13 @@ class MotionAdapter(nn.Module):
         mixed = F.linear(mixed, self.conv.weight.squeeze(2), self.conv.bias)
         # Scaling the few weights instead of all tokens spares keeping the tokens for gamma's gradient.
         up = F.linear((h + mixed).flatten(1, 2), self.gamma * self.up_proj.weight, self.gamma * self.up_proj.bias)
-        return torch.cat((cls, patches + up), dim=1)
+        return torch.cat((first, patches + up), dim=1)
 
 
-class SlowFastTransformer(VideoTransformer):
-    """A vision tower with an adapter at each block; calling it is the slow path, :meth:`fast` the fast one.
+class SlowFastTower(VisionTower):
+    """What makes a tower one with an adapter at each block; calling it is the slow path, :meth:`fast` the fast one.
+
+    It is put in front of the tower among a class's bases, as in :class:`SlowFastTransformer`.
 
     ``config.fast.position`` is where an adapter is: ``before`` its block, whose attention then reads what it writes, or
     ``after`` it, as published. ``config.fast.pool`` is what the fast path projects: ``cls``, the ``mean`` of the patch
@@ -524,12 +608,12 @@ class SlowFastTransformer(VideoTransformer):
     """
 
     def __init__(self, shape: Geometry, config: ModelConfig, boxes: bool = False) -> None:
-        super().__init__(shape, config, boxes)
+        super().__init__(shape, config, boxes)  # type: ignore[call-arg]
         self.position, self.pool = config.fast.position, config.fast.pool
         self.stem_paths = config.fast.stem_paths
         for block in self.transformer.resblocks:
             block.adapter = MotionAdapter(shape.vision_width, config.fast.spatial)
-        if (self.position, self.pool) == ("after", "cls"):
+        if (self.position, self.pool, shape.pool) == ("after", "cls", "token"):
             # What the last adapter writes is never read: DistributedDataParallel must not wait for its gradients.
             self.transformer.resblocks[-1].adapter.requires_grad_(False)
 
@@ -545,8 +629,8 @@ class SlowFastTransformer(VideoTransformer):
 
         ``motion`` are the stem's features of these frames, if this path is to have them.
         """
-        x, _ = self.embed(video, motion)
-        return self.ln_post(self.transformer(x, keep=1)[:, 0]) @ self.image_projection
+        x, chosen = self.embed(video, motion)
+        return self.pooled(self.transformer(x, self.keep, self.rotations(video.shape[2], chosen)))
 
     def fast(self, video: Tensor, motion: Tensor | None = None) -> Tensor:
         """``video`` [B, 3, T, H, W], normalised -> [B, E], not normalised.
@@ -555,51 +639,45 @@ class SlowFastTransformer(VideoTransformer):
         """
         # Where only CLS is read in the end, only CLS needs the last block; an adapter after it reads all tokens.
         x, _ = self._tokens(video, motion, whole=self.pool != "cls" or self.position != "before")
-        return self._pooled(x)
+        return self.pooled(x, frozen=True, pool=self.pool)
 
     def fast_with_boxes(self, video: Tensor, motion: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As :meth:`fast`, and the boxes of all frames from the same tokens: [B, E] and [B, T, 3, 4]."""
         assert self.box_head is not None, "the tower was built without boxes"
         x, chosen = self._tokens(video, motion, whole=True)
-        boxes: Tensor = self.box_head(x[:, 1:], chosen, video.shape[2])
-        return self._pooled(x), boxes
+        boxes: Tensor = self.box_head(x[:, self.prefix_tokens :], chosen, video.shape[2])
+        return self.pooled(x, frozen=True, pool=self.pool), boxes
 
     def backbone(self) -> list[nn.Parameter]:
         """What only the slow path trains: blocks without adapters, norms, class and spatial embedding."""
-        both = ("conv1.", "temporal_embedding", "image_projection", "motion_stem.", "box_head.")
         named = self.named_parameters()
-        return [each for name, each in named if ".adapter." not in name and not name.startswith(both)]
-
-    def _pooled(self, x: Tensor) -> Tensor:
-        # CLS passes the adapters untouched; the mean of the patches sees directly what they have written.
-        if self.pool == "cls":
-            x = x[:, 0]
-        elif self.pool == "mean":
-            x = x[:, 1:].mean(dim=1)
-        else:
-            x = (x[:, 0] + x[:, 1:].mean(dim=1)) / 2
-        # The norm belongs to the backbone, the projection is trained by both paths.
-        return call_frozen(self.ln_post, x) @ self.image_projection
+        return [each for name, each in named if ".adapter." not in name and not name.startswith(self.BOTH_PATHS)]
 
     def _tokens(self, video: Tensor, motion: Tensor | None, whole: bool) -> tuple[Tensor, Tensor | None]:
         """Tokens behind the last block and which patches they are; unless ``whole``, of these CLS alone."""
         frames = video.shape[2]
         x, chosen = self.embed(video, self.motion(video) if motion is None else motion, frozen=True)
-        blocks = self.transformer.resblocks
+        blocks, rotations = self.transformer.resblocks, self.rotations(frames, chosen)
         for i, block in enumerate(blocks):
-            keep = 1 if i == len(blocks) - 1 and not whole else None
+            keep = self.keep if i == len(blocks) - 1 and not whole else None
+            # Learned rotations are the backbone's.
+            inputs = (block, x, frames, keep, *(() if rotations is None else (rotations[i].detach(),)))
             if i < self.transformer.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(self._adapted, block, x, frames, keep, use_reentrant=False)
+                x = checkpoint(self._adapted, *inputs, use_reentrant=False)
             else:
-                x = self._adapted(block, x, frames, keep)
+                x = self._adapted(*inputs)
         return x, chosen
 
-    def _adapted(self, block: nn.Module, x: Tensor, frames: int, keep: int | None) -> Tensor:
+    def _adapted(self, block: nn.Module, x: Tensor, frames: int, keep: int | None, *rotation: Tensor) -> Tensor:
         adapter = block.adapter
         assert isinstance(adapter, MotionAdapter)
         if self.position == "before":
-            return call_frozen(block, adapter(x, frames), keep)
-        return adapter(call_frozen(block, x, keep), frames)
+            return call_frozen(block, adapter(x, frames, self.prefix_tokens), keep, *rotation)
+        return adapter(call_frozen(block, x, keep, *rotation), frames, self.prefix_tokens)
+
+
+class SlowFastTransformer(SlowFastTower, VideoTransformer):
+    """The project's own tower on two paths."""
 
 
 def slow_frames(fast: int, slow: int) -> slice:

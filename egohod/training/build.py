@@ -42,7 +42,6 @@ from egohod.data.table import ClipTable
 from egohod.distributed import Distributed, inference_precision, is_out_of_memory, pick_precision, setup
 from egohod.errors import UserError
 from egohod.model.checkpoints import HeadClasses, WeightFile, base_of, load_weights
-from egohod.model.config import geometry
 from egohod.model.cost import SHARE, Memory, predict
 from egohod.model.dual_encoder import DualEncoder, EgoVideo, create_model
 from egohod.model.vision import attention_order
@@ -430,7 +429,7 @@ def fewest_blocks(cfg: Config, world_size: int, fits: Callable[[int], int]) -> t
     blocks. So a process's share of the batch is one pass if it fits with all blocks checkpointed. If it does not, the
     passes are only as large as keeps a GPU busy.
     """
-    shape, batch, largest = geometry(cfg.model.name), cfg.train.global_batch_size, cfg.train.max_batch_per_process
+    shape, batch, largest = cfg.model.geometry(), cfg.train.global_batch_size, cfg.train.max_batch_per_process
     depth, share = shape.vision_layers, batch // world_size
     if largest is None and fits(depth) < share:
         largest = math.ceil(BUSY_TOKENS / (1 + cfg.model.num_frames * shape.patches_per_frame))
@@ -669,8 +668,9 @@ def _try_model(cfg: Config, dist: Distributed, classes: ClassSpace | None, probl
     _report("model", f"{cfg.model.name} from {start}: {sum(count.values()):.1f} M parameters ({parts})")
     _report("training", trainable(model))
     patches = f"{geometry.patches_per_frame} patches ({geometry.image_size} px in steps of {geometry.patch_size})"
-    tokens = 1 + frames * geometry.patches_per_frame
-    _report("tokens", f"{tokens} a clip: {frames} frames of {patches}, one CLS")
+    prefix, pool = geometry.prefix_tokens, geometry.pool
+    first = "one CLS" if (prefix, pool) == (1, "token") else f"{prefix} prefix tokens, pooling '{pool}'"
+    _report("tokens", f"{prefix + frames * geometry.patches_per_frame} a clip: {frames} frames of {patches}, {first}")
     # With heads the text tower computes nothing.
     texts = geometry.context_length if model.heads is None else 0
     flops, texts = step_flops(cfg, model), texts * (1 + cfg.loss.has_opposites)

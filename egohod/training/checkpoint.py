@@ -287,6 +287,7 @@ def identity(
     names = [*(f"train.{name}" for name in train), "loss.opposites", "loss.separation", "loss.mask_duplicates"]
     # Settings of the loss that it does not use may change.
     names += ["loss.separation_margin"] if cfg.loss.separation else []
+    names += ["model.image_size", "model.backbone", "model.rope_time"]
     if cfg.loss.has_opposites:
         columns = {name: source.opposite_column for name, source in cfg.data.train.items() if source.opposite_column}
         result |= {f"data.train.{name}.opposite_column": column for name, column in columns.items()}

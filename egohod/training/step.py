@@ -440,9 +440,14 @@ def build_optimizer(model: torch.nn.Module, cfg: TrainConfig) -> torch.optim.Opt
     has to wait for the answer.
     """
     lr, _, _ = learning_rates(cfg)
-    # Of both towers; timm compares whole names.
-    names = [name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "positional_embedding"]
-    no_decay = () if cfg.decay_positions else names
+    # Of both towers; timm compares whole names. Of its backbones it never decays the tokens and learned rotations.
+    exempt = (
+        "cls_token",
+        "reg_token",
+        "freqs",
+        *(() if cfg.decay_positions else ("positional_embedding", "pos_embed")),
+    )
+    no_decay = [name for name, _ in model.named_parameters() if name.rpartition(".")[2] in exempt]
     if cfg.layer_decay < 1:
         groups = param_groups_layer_decay(
             model, weight_decay=cfg.weight_decay, no_weight_decay_list=no_decay, layer_decay=cfg.layer_decay

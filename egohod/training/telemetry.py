@@ -466,9 +466,9 @@ def throughput(
     """
     geometry, fast = model.geometry, cfg.model.fast
     places = geometry.patches_per_frame * (1 - cfg.model.patch_dropout)
-    tokens = 1 + cfg.model.num_frames * places
+    tokens = geometry.prefix_tokens + cfg.model.num_frames * places
     if geometry.slowfast:
-        tokens += (1 + fast.slow_frames * places) / fast.slow_every
+        tokens += (geometry.prefix_tokens + fast.slow_frames * places) / fast.slow_every
     texts = 0.0 if model.heads is not None else text_length * (1 + cfg.loss.has_opposites)
     result = {"tokens_per_second": clips_per_second * (tokens + texts)}
     if cfg.train.trainable == "all":

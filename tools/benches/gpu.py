@@ -386,7 +386,7 @@ def steps(check: Check) -> Iterator[Row]:
 def checkpointing(check: Check) -> Iterator[Row]:
     """The same steps with blocks that are never, partly or always recomputed, each with the clips that then fit."""
     for names, path in computations(check, sizes=False).items():
-        depth = geometry(recipe_config(path, check).model.name).vision_layers
+        depth = recipe_config(path, check).model.geometry().vision_layers
         for blocks in ("none", depth // 2, "all"):
             override = f"model.checkpoint_blocks={blocks}"
             yield attempt({"recipe": names, "setting": override}, partial(measure_step, path, check, override))

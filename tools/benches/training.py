@@ -30,7 +30,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -44,12 +44,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from egohod.data.loader import BatchPlan, ClipLoader, train_loader
 from egohod.distributed import pick_device, pick_precision
+from egohod.errors import UserError
 from egohod.loss.contrastive import ContrastiveLoss
-from egohod.model import vision
-from egohod.model.config import GEOMETRIES, ModelConfig
+from egohod.model import timm_vision, vision
+from egohod.model.config import GEOMETRIES, ModelConfig, geometry
 from egohod.model.cost import SHARE, clip_flops, count_flops, predict, saved_bytes
 from egohod.model.dual_encoder import DualEncoder, create_model
-from egohod.model.vision import VideoTransformer
+from egohod.model.vision import VisionTower
 from egohod.training.build import split_batch
 from egohod.training.step import forward_backward
 from egohod.training.train import ArrivingBatches
@@ -140,15 +141,26 @@ def json_of(command: list[str]) -> dict[str, Any]:
 
 def _add_step_options(parser: argparse.ArgumentParser, *, model: str, frames: int, batch_size: int) -> None:
     # Only geometries of the same kind: the other benchmark's make no sense here.
-    alike = [name for name, geometry in GEOMETRIES.items() if geometry.slowfast == GEOMETRIES[model].slowfast]
+    kind = partial(_geometry_name, slowfast=GEOMETRIES[model].slowfast)
     add = parser.add_argument
-    add("--model", default=model, choices=alike, help=f"geometry (default: {model})")
+    add("--model", default=model, type=kind, help=f"geometry, or timm/NAME (default: {model})")
     add("--frames", type=int, default=frames, help=f"frames per clip (default: {frames})")
     add("--batch_size", type=int, default=batch_size, help=f"clips per step (default: {batch_size})")
     add("--text_length", type=int, default=77, help="text tokens computed (default: 77, no cutting)")
     add("--rounds", type=int, default=3, help="timed steps, after one to warm up (default: 3)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
+
+
+def _geometry_name(name: str, slowfast: bool | None = None) -> str:
+    """``name``, if it is a geometry and, unless ``slowfast`` is None, one of this kind: a type of argparse."""
+    try:
+        shape = geometry(name)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if slowfast not in (None, shape.slowfast):
+        raise argparse.ArgumentTypeError(f"{name} has {'two paths' if shape.slowfast else 'one path'}")
+    return name
 
 
 def _prepare(
@@ -274,8 +286,9 @@ def _nominal_flops(model: DualEncoder, options: argparse.Namespace) -> int:
         tokens = torch.zeros(2, options.text_length, dtype=torch.long)
 
     def plain() -> None:
-        dense = twin.visual.transformer(twin.visual.embed(video)[0])
-        pooled = twin.visual.ln_post(dense) @ twin.visual.image_projection
+        tokens_in, chosen = twin.visual.embed(video)
+        dense = twin.visual.transformer(tokens_in, None, twin.visual.rotations(options.frames, chosen))
+        pooled = twin.visual.pooled(dense)
         (pooled.sum() + twin.textual(tokens).sum()).backward()
 
     return count_flops(plain) // 2
@@ -311,12 +324,15 @@ def all_trained(model: DualEncoder) -> Iterator[None]:
     tower = model.visual
 
     def embed(video: Tensor, motion: Tensor | None = None, frozen: bool = False) -> tuple[Tensor, Tensor | None]:
-        return VideoTransformer.embed(tower, video, motion)
+        return VisionTower.embed(tower, video, motion)
 
     def call(module: torch.nn.Module, *inputs: Any) -> Tensor:
         return module(*inputs)
 
-    with mock.patch.object(vision, "call_frozen", call), mock.patch.object(tower, "embed", embed):
+    with ExitStack() as stack:
+        for module in (vision, timm_vision):
+            stack.enter_context(mock.patch.object(module, "call_frozen", call))
+        stack.enter_context(mock.patch.object(tower, "embed", embed))
         yield
 
 
@@ -467,7 +483,7 @@ def _sleeping_steps(
 
 def memory_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", default="CLIP_VITB16", choices=list(GEOMETRIES), help="geometry")
+    add("--model", default="CLIP_VITB16", type=_geometry_name, help="geometry, or timm/NAME")
     add("--frames", type=int, nargs="+", default=[4, 16], help="frames per clip (default: 4 16)")
     add("--batches", type=int, nargs="+", default=[8, 32, 128], help="clips at a time (8 32 128)")
     add("--global_batch_size", type=int, default=2048, help="clips per step (default: 2048)")
