@@ -25,7 +25,7 @@ from typing import Any
 
 from egohod import cli, config
 from egohod.config import Config
-from egohod.data.dataset import Tokenizer
+from egohod.data.dataset import tokenizer_for
 from egohod.data.labels import ClassSpace
 from egohod.distributed import Distributed
 from egohod.errors import UserError
@@ -119,8 +119,9 @@ def _benchmarks(
     if isinstance(model, FrameAverage):
         size, tokenizer = model.size, model.tokenizer
     else:
-        size, tokenizer = None, Tokenizer(model.geometry.context_length)
-    options = {"size": size, "tokenizer": tokenizer, "controls": cfg.evaluate.controls, "classes": classes}
+        size, tokenizer = None, tokenizer_for(cfg.model)
+    options: dict[str, Any] = {"size": size, "tokenizer": tokenizer}
+    options |= {"controls": cfg.evaluate.controls, "classes": classes}
     return [benchmark(cfg, name, each, execution, **options) for name, each in chosen.items()]
 
 

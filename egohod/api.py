@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from egohod.config import model_config
-from egohod.data.dataset import Tokenizer, center_crop, normalise
+from egohod.data.dataset import Tokenizer, center_crop, normalise, tokenizer_for
 from egohod.data.decoders import choose_decoder
 from egohod.data.videos import read_clip
 from egohod.errors import UserError
@@ -19,7 +19,6 @@ from egohod.loss.config import LossConfig
 from egohod.model import checkpoints as weights_of_files
 from egohod.model import dual_encoder
 from egohod.model.checkpoints import WeightReport
-from egohod.model.config import geometry
 from egohod.model.dual_encoder import DualEncoder
 from egohod.training.checkpoint import open_weights
 
@@ -30,14 +29,13 @@ def create_model(name: str, **overrides: Any) -> DualEncoder:
     """A model with fresh weights from torch's global generator, in training mode on the CPU.
 
     Args:
-        name: a geometry of :mod:`egohod.model.config`, e.g. ``CLIP_VITB16``.
+        name: a geometry of :mod:`egohod.model.config`, e.g. ``CLIP_VITB16``, ``timm/NAME`` or ``open_clip/NAME``.
         overrides: knobs of the section ``model``, e.g. ``num_frames=16, activation="quick_gelu"``.
 
     Raises:
         UserError: unknown name or knob, or a value out of range.
     """
-    # The default loss: a fixed temperature, and no head beside the features.
-    return dual_encoder.create_model(model_config(name, **overrides), LossConfig())
+    return dual_encoder.create_model(model_config(name, **overrides))
 
 
 def load_weights(
@@ -47,8 +45,9 @@ def load_weights(
 
     Args:
         model: what :func:`create_model` returns.
-        path: a file of OpenAI CLIP, open_clip, upstream EgoHOD, AVION or this project, a run or checkpoint folder of
-            this project, or an open_clip tag such as ``ViT-B-16:laion2b_s34b_b88k``.
+        path: a file of OpenAI CLIP, open_clip, timm, transformers, upstream EgoHOD, AVION or this project, a folder of
+            the Hugging Face Hub, a run or checkpoint folder of this project, or an open_clip tag such as
+            ``ViT-B-16:laion2b_s34b_b88k``.
         adapt: resize position embeddings, and start parts anew that the file does not have; else these are errors.
         projections: ``fresh`` keeps the model's output projections and temperature, ``keep`` takes the file's; ``auto``
             is fresh for CLIP models, as published, and keep for trained video models.
@@ -76,7 +75,7 @@ def create_model_and_transforms(
     """A dual encoder ready to embed, in evaluation mode on the CPU.
 
     Args:
-        name: a geometry of :mod:`egohod.model.config`, e.g. ``CLIP_VITB16``.
+        name: as of :func:`create_model`.
         weights: whatever :func:`load_weights` reads, or None for random weights. Frame count and shared space are the
             file's unless given; a folder of this project also holds activation and image statistics.
         adapt, projections, download: see :func:`load_weights`.
@@ -93,9 +92,9 @@ def create_model_and_transforms(
         UserError: unknown name, or weights that are missing, unreadable or of another geometry.
     """
     if weights is None:
-        model = create_model(name, **overrides)
+        config = model_config(name, **overrides)
+        model = dual_encoder.create_model(config)
     else:
-        embed_dim = geometry(name).embed_dim
         content = open_weights(weights, download=download)
         # Only folders of this project name their geometry; of others the shapes tell when the weights are loaded.
         if (geometry_of_file := content.settings.get("model.name", name)) != name:
@@ -106,22 +105,24 @@ def create_model_and_transforms(
             if key != "name":
                 OmegaConf.update(settings, key, value, force_add=True)
         # New projections are of the geometry's size, whatever the file's were.
-        if weights_of_files.starts_projections_anew(content, projections) or settings.get("embed_dim") == embed_dim:
+        if weights_of_files.starts_projections_anew(content, projections, name):
             settings.pop("embed_dim", None)
         # What the caller asks for counts more than what the file says of itself.
         config = model_config(name, **OmegaConf.to_container(OmegaConf.merge(settings, overrides)))  # type: ignore[arg-type]
-        # The loss decides whether the model has a temperature and a bias.
-        loss = LossConfig(name=content.settings.get("loss.name", LossConfig().name))
-        model = dual_encoder.create_model(config, loss)
+        # Where the file records its loss, that decides whether the model has a temperature and a bias.
+        loss = content.settings.get("loss.name")
+        model = dual_encoder.create_model(config, LossConfig(name=loss) if loss else None)
         weights_of_files.load_weights(model, content, adapt=adapt, projections=projections)
     size = model.geometry.image_size
+    # Where the tokenizer of a Hugging Face folder is, and whether one may be fetched.
+    config.weights.path, config.weights.download = None if weights is None else str(weights), download
 
     # The same crop and statistics as in evaluation (egohod/evaluation), so that features are the same.
     def preprocess(frames: np.ndarray) -> Tensor:
         return normalise(center_crop(frames, size).unsqueeze(0), model.image_stats)[0]
 
     # Evaluation mode: dropout and stochastic depth would make features random.
-    return model.eval(), preprocess, Tokenizer(model.geometry.context_length)
+    return model.eval(), preprocess, tokenizer_for(config)
 
 
 def load_clip(path: str | Path, start: float, end: float, frames: int, decoder: str = "auto") -> np.ndarray:

@@ -41,7 +41,7 @@ from egohod.errors import UserError
 from egohod.evaluation.config import EvaluateConfig
 from egohod.knobs import allowed_values, knobs, named_sections, out_of_range, part, section_of, type_name
 from egohod.loss.config import LOSSES, LossConfig
-from egohod.model.config import ModelConfig, checkpointed_blocks
+from egohod.model.config import ModelConfig, checkpointed_blocks, image_stats
 from egohod.training.config import TrainConfig, clock_seconds, duration_in_steps
 
 log = logging.getLogger(__name__)
@@ -417,6 +417,8 @@ def check(config: Config) -> list[tuple[str, str]]:
 
     try:
         shape = model.geometry()
+        if model.image_stats != "auto":
+            image_stats(model.image_stats)
         if model.rope_time and not shape.rope:
             wrong("model.rope_time", f"model.rope_time=true needs rotary positions, which {model.name} does not have")
     except UserError as error:

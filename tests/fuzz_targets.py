@@ -59,7 +59,7 @@ from egohod.hod.pipeline import build
 from egohod.hod.store import Shard
 from egohod.loss.config import LossConfig
 from egohod.model.checkpoints import load_weights
-from egohod.model.config import GEOMETRIES, Geometry, ModelConfig
+from egohod.model.config import GEOMETRIES, Geometry, ModelConfig, geometry
 from egohod.model.dual_encoder import DualEncoder, create_model
 from egohod.training.checkpoint import CheckpointStore, classes_of, open_checkpoint, open_weights
 from egohod.training.telemetry import _truncate
@@ -288,6 +288,18 @@ rows:
 metrics: {object: objects}
 chance: {object: 50.0}
 """
+OPEN_CLIP_CONFIG = json.dumps(
+    {
+        "model_cfg": {
+            "embed_dim": 32,
+            "quick_gelu": True,
+            "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "norm_kwargs": {"eps": 1e-6}},
+            "text_cfg": {"width": 32, "heads": 2, "layers": 2, "tokenizer_kwargs": {"clean": "canonicalize"}},
+        },
+        "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
+    },
+    indent=1,
+)
 OVERRIDES = "train.lr=1e-4\ntrain.output=2024_01_01\ntrain.betas=[0.9,0.95]\ndata.train.a.columns={text: b}\n" + (
     "evaluate.batch_size=4\nmodel.fast.pool=mean\ntrain.clip_norm=null\ndata.train.a.metadata=a=b.csv\ndata.train.a.weight=2\n"
 )
@@ -801,6 +813,11 @@ TARGETS: dict[str, Target] = {
             lambda folder: ablate.plan(ablate.read_study(folder / "study.yml"), folder / "study.yml", tune=False),
             only="study.yml",
             lines=60,
+        ),
+        Target(
+            "open_clip_config",
+            _files(open_clip_config__json=OPEN_CLIP_CONFIG),
+            lambda folder: geometry(f"open_clip/{folder}"),
         ),
         Target("weights_run", _seed_run, _read_run, mend=_right_checksums),
         Target("weights_zip", lambda at: write_upstream(at / "w.pt", _model().state_dict()), _weights("w.pt")),

@@ -321,7 +321,8 @@ def test_published_recipe() -> None:
         assert (cfg.train.schedule, cfg.train.clip_norm, cfg.train.warmup) == ("constant", None, "0 steps")
         assert (cfg.loss.temperature, cfg.loss.learn_temperature) == (0.07, False)
         assert (cfg.train.betas, cfg.train.weight_decay) == ([0.9, 0.999], 0.01)
-        assert (cfg.model.num_frames, cfg.model.activation, cfg.data.crop_scale_min) == (4, "gelu", 0.5)
+        assert cfg.model.activation_of(cfg.model.geometry()) == "gelu"
+        assert (cfg.model.num_frames, cfg.data.crop_scale_min) == (4, 0.5)
 
 
 def test_sources_have_names_of_the_users_choice(tmp_path: Path) -> None:

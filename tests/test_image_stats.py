@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from training.test_step import batch, build, config
@@ -17,6 +18,7 @@ from egohod.data.dataset import center_crop, normalise
 from egohod.errors import UserError
 from egohod.evaluation.embed import fingerprint
 from egohod.model.config import IMAGE_STATS
+from tests.model.field_files import write_open_clip
 from tests.support import ShortRun, newest, write_tiny_config
 
 
@@ -84,3 +86,29 @@ def test_the_fingerprint_tells_statistics_apart() -> None:
     before = fingerprint(model)
     model.image_stats = IMAGE_STATS["avion"]
     assert fingerprint(model) != before
+
+
+def test_what_a_model_of_open_clip_expects_travels_with_it(demo_world: Path, tmp_path: Path) -> None:
+    """Pixels, resolution, context and activation: nobody sets them, and none is a default of this project."""
+    hub = tmp_path / "hub"
+    write_open_clip(hub, "PE")
+    command = ["--config_file", str(write_tiny_config(tmp_path, demo_world)), "train.duration=1 steps"]
+    command += [f"model.name=open_clip/{hub}", "model.weights.source=clip", f"model.weights.path={hub}"]
+    assert main_pretrain.main(command) == 0
+    run = tmp_path / "run"
+    identity = newest(run).manifest["identity"]
+    assert (identity["model.image_stats"], identity["model.activation"]) == ("inception", "gelu")
+    assert {f"model.name=open_clip/{hub}", "model.image_stats=inception"} <= {*cli.model_of(str(run))}
+    assert cli.model_of(str(hub)) == ["model.image_stats=inception"]
+    model, preprocess, tokenizer = egohod.create_model_and_transforms(f"open_clip/{hub}", run)
+    assert model.image_stats == IMAGE_STATS["inception"]
+    assert tokenizer(["cuts an onion"]).shape == (1, 24)
+    frames = np.full((4, 50, 60, 3), 255, np.uint8)
+    torch.testing.assert_close(preprocess(frames), torch.ones(3, 4, 32, 32))
+    # Trained on with other pixels, a file of the Hub warns, a checkpoint of this project refuses.
+    other = egohod.create_model(f"open_clip/{hub}", num_frames=4, image_stats="imagenet")
+    assert "open_clip trains with model.image_stats=inception, here it is imagenet" in str(
+        egohod.load_weights(other, hub)
+    )
+    with pytest.raises(UserError, match=r"they were trained with model\.image_stats=inception, not imagenet"):
+        egohod.load_weights(other, run)

@@ -93,7 +93,10 @@ def inspect(weights: WeightFile) -> dict[str, str]:
     for name, text in weights.beside.items():
         lines[f"  {name}"] = text
     if shape is None:
-        lines["model"] = "not a whole dual encoder, so no config loads it"
+        kind = "not a whole dual encoder, so no config loads it"
+        if weights.spelling == "timm":
+            kind = "on a timm backbone: model.name=timm/NAME, or open_clip/NAME for both towers of an open_clip model"
+        lines["model"] = kind
         return lines
     lines["model"] = f"{shape.name or 'no geometry of this project'}: {shape}"
     lines["frames"] = f"{shape.num_frames}" if shape.num_frames else "an image model: no temporal embedding"

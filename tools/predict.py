@@ -23,7 +23,7 @@ from _common import load_for_checkpoint, run_tool, save_picture, tool_parser
 from egohod import cli
 from egohod.api import load_clip
 from egohod.config import Config
-from egohod.data.dataset import Tokenizer, center_crop, normalise
+from egohod.data.dataset import center_crop, normalise, tokenizer_for
 from egohod.data.decoders import choose_decoder
 from egohod.data.videos import window_spans as spans
 from egohod.distributed import inference_precision, setup
@@ -101,7 +101,7 @@ def _scores(
     if args.sentences:
         encoder: DualEncoder | ClassProbabilities = build_model(cfg, dist).eval()
         # Both encoders return unit vectors, whose product is the cosine similarity.
-        tokens = Tokenizer(encoder.geometry.context_length)(args.sentences).to(dist.device)
+        tokens = tokenizer_for(cfg.model)(args.sentences).to(dist.device)
         with torch.inference_mode(), inference_precision(dist.device, torch.float32):
             names, columns = args.sentences, encoder.encode_text(tokens).T
     else:

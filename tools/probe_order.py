@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from egohod import cli
 from egohod.config import Config
 from egohod.data.config import SourceConfig
-from egohod.data.dataset import ClipDataset, EvalProtocol, Tokenizer, require_all
+from egohod.data.dataset import ClipDataset, EvalProtocol, require_all, tokenizer_for
 from egohod.data.formats import read_clips, recognise
 from egohod.data.formats.base import read_csv, read_header
 from egohod.data.opposites import opposite
@@ -170,7 +170,7 @@ def probe(args: argparse.Namespace, cfg: Config, dist: Distributed, pairs: Pairs
         size, tokenizer = model.size, model.tokenizer
     else:
         model = build_model(cfg, dist)
-        size, tokenizer = cfg.model.geometry().image_size, Tokenizer(model.geometry.context_length)
+        size, tokenizer = model.geometry.image_size, tokenizer_for(cfg.model)
     # Some texts are longer than the model reads: where it reads the same of both, nothing can be measured.
     same = np.array([torch.equal(*tokenizer([*pair])) for pair in zip(pairs.captions, pairs.opposites, strict=True)])
     if same.all():

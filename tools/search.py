@@ -18,7 +18,7 @@ from pathlib import Path
 from _common import run_tool, save_picture, tool_parser
 
 from egohod import cli, config
-from egohod.data.dataset import Tokenizer
+from egohod.data.dataset import tokenizer_for
 from egohod.distributed import setup
 from egohod.errors import UserError
 from egohod.evaluation.embed import Execution, embed_texts, fingerprint
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     # Another checkpoint has another embedding space: similarities to these features would be noise.
     if fingerprint(model) != index["weights"]:
         raise UserError(f"{cfg.model.weights.path}: not the weights that made {args.index}; give --checkpoint")
-    tokenizer = Tokenizer(model.geometry.context_length)
+    tokenizer = tokenizer_for(cfg.model)
     # One text, no workers.
     query = embed_texts(model, [args.sentence], tokenizer, Execution(1, 0, dist))[0].numpy()
     hits = search(query, features, args.top, args.overlapping)

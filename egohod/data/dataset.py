@@ -11,12 +11,13 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from open_clip.tokenizer import SimpleTokenizer
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode
@@ -29,7 +30,7 @@ from egohod.data.table import ClipReader, ClipRow, ClipTable, choose_text, swap_
 from egohod.data.videos import MIN_SECONDS, RULES, VideoStore
 from egohod.distributed import Distributed
 from egohod.errors import UserError
-from egohod.model.config import IMAGE_STATS, ImageStats
+from egohod.model.config import GEOMETRIES, IMAGE_STATS, Geometry, ImageStats, ModelConfig
 from egohod.runtime import is_above_share
 
 log = logging.getLogger(__name__)
@@ -641,17 +642,51 @@ LENGTH_MULTIPLE = 8
 _CACHED_TEXTS = 32768
 
 
-class Tokenizer:
-    """CLIP's byte-pair tokens through open_clip's tokenizer (works offline)."""
+# Files of a Hugging Face tokenizer, of which not every repository has all.
+_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
 
-    def __init__(self, context_length: int = 77) -> None:
-        self.context_length = context_length
-        self._inner = SimpleTokenizer(context_length=context_length)
-        # int32 halves the cache; ids end at 49,407.
-        self._one = lru_cache(_CACHED_TEXTS)(lambda text: self._inner([text])[0].numpy().astype(np.int32))
+
+class Tokenizer:
+    """Texts as the text tower of ``shape`` reads them, through open_clip's tokenizers: always from local files.
+
+    CLIP's byte pairs are in open_clip's package; for a tower with a Hugging Face tokenizer (SigLIP, CLIPA) ``folder``
+    has its files, see :func:`tokenizer_for`. Raises :class:`UserError` for files that are none, or without the package
+    transformers.
+    """
+
+    def __init__(self, shape: Geometry = GEOMETRIES["CLIP_VITB16"], folder: Path | None = None) -> None:
+        self.context_length, self._vocab_size, self._folder = shape.context_length, shape.vocab_size, folder
+        self._inner: Any
+        if not shape.text.tokenizer:
+            self._inner = SimpleTokenizer(context_length=shape.context_length, clean=shape.text.clean)
+        else:
+            assert folder is not None, "tokenizer_for looks for the files"
+            options: dict[str, Any] = {"clean": shape.text.clean, "strip_sep_token": shape.text.strip_sep_token}
+            try:
+                # As open_clip does, but from a folder: whether anything is downloaded is decided by tokenizer_for.
+                self._inner = HFTokenizer(str(folder), shape.context_length, local_files_only=True, **options)
+            except ImportError as error:
+                raise UserError(
+                    f"the text tower of {shape.name} has a Hugging Face tokenizer, which needs the package "
+                    "transformers: pip install transformers sentencepiece"
+                ) from error
+            except Exception as error:  # damaged files raise anything in their readers
+                raise UserError(f"{folder}: no readable tokenizer ({' '.join(str(error).split())[:300]})") from error
+        # int32 halves the cache; ids are far below its limit.
+        self._one = lru_cache(_CACHED_TEXTS)(lambda text: self._tokens(text).astype(np.int32))
+
+    def _tokens(self, text: str) -> np.ndarray:
+        tokens: np.ndarray = self._inner([text])[0].numpy()
+        # An embedding of fewer tokens would end a GPU's process with no more than an assertion of the device.
+        if (largest := int(tokens.max())) >= self._vocab_size:
+            raise UserError(
+                f"{self._folder}: its tokenizer has a token {largest}, but the text tower has only "
+                f"{self._vocab_size:,}; it is that of another model"
+            )
+        return tokens
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
-        """Tokens of texts, int64 [len(texts), context_length]: start, words, end-of-text (the largest id), zeros.
+        """Tokens of texts, int64 [len(texts), context_length]: CLIP's are start, words, end-of-text and zeros.
 
         Longer texts are cut, the end-of-text token stays last.
         """
@@ -659,11 +694,55 @@ class Tokenizer:
         return torch.from_numpy(np.stack([self._one(text) for text in texts]).astype(np.int64))
 
 
-def trim(tokens: Tensor) -> Tensor:
-    """[B, L] -> [B, l]: the columns after the last end-of-text token of the batch are cut, l a multiple of 8 or L.
+def tokenizer_for(config: ModelConfig) -> Tokenizer:
+    """The tokenizer of the configured model's text tower.
 
-    Tokens after the end-of-text token of a causal text tower have no effect. Call it on the CPU: the new
-    length is a number the host must know.
+    A Hugging Face tokenizer is looked for in ``model.tokenizer``, beside ``model.weights.path`` and in the local cache
+    of Hugging Face, in this order; it is downloaded with ``model.weights.download`` alone. Raises :class:`UserError` if
+    its files are not there.
     """
-    needed = int(tokens.argmax(dim=1).max()) + 1
+    shape = config.geometry()
+    repository = shape.text.tokenizer
+    if not repository:
+        if config.tokenizer:
+            log.warning("model.tokenizer does nothing: the text tower of %s has CLIP's tokenizer", shape.name)
+        return Tokenizer(shape)
+    if config.tokenizer and not Path(config.tokenizer).is_dir():
+        raise UserError(f"model.tokenizer={config.tokenizer}: no such folder")
+    # A tag of open_clip is no path.
+    weights = Path(config.weights.path) if config.weights.path and Path(config.weights.path).exists() else None
+    beside = weights and (weights if weights.is_dir() else weights.parent)
+    for folder in (config.tokenizer, repository, beside):
+        # Whatever its kind is, a tokenizer has this file.
+        if folder and (Path(folder) / "tokenizer_config.json").is_file():
+            return Tokenizer(shape, Path(folder))
+    if config.tokenizer:
+        raise UserError(f"model.tokenizer={config.tokenizer}: it has no tokenizer_config.json, so no tokenizer")
+    from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(repository, "tokenizer_config.json")
+    if isinstance(cached, str):
+        return Tokenizer(shape, Path(cached).parent)
+    if not config.weights.download:
+        raise UserError(
+            f"the tokenizer of {shape.name} ({repository}) is not in the local cache ({constants.HF_HUB_CACHE}), and "
+            "nothing is downloaded unless asked: set model.tokenizer to a folder with its files, or "
+            "model.weights.download=true"
+        )
+    try:
+        return Tokenizer(shape, Path(snapshot_download(repository, allow_patterns=[*_TOKENIZER_FILES])))
+    except Exception as error:  # the network has many ways to fail
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{repository}: the tokenizer was not downloaded: {' '.join(str(error).split())}") from error
+
+
+def trim(tokens: Tensor) -> Tensor:
+    """[B, L] -> [B, l]: columns of zeros behind the longest text of the batch are cut, l a multiple of 8 or L.
+
+    In a causal text tower tokens after the end-of-text token have no effect; other towers put the zeros back. Call it
+    on the CPU: the new length is a number the host must know.
+    """
+    filled = tokens.any(dim=0).nonzero()
+    needed = int(filled[-1]) + 1 if len(filled) else 1
     return tokens[:, : -(-needed // LENGTH_MULTIPLE) * LENGTH_MULTIPLE]

@@ -22,20 +22,20 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize as unit
 
 from egohod.data.config import DataConfig
-from egohod.data.dataset import ClipDataset, collate_views, normalise, require_all, trim
+from egohod.data.dataset import ClipDataset, collate_views, normalise, require_all, tokenizer_for, trim
 from egohod.data.labels import ClassSpace
 from egohod.data.loader import EvalLoader, eval_loader
 from egohod.distributed import Distributed, inference_precision
 from egohod.errors import UserError
 from egohod.evaluation.features import FeatureCache, feature_key, is_written, write_video
-from egohod.model.config import IMAGE_STATS, ImageStats
+from egohod.model.config import IMAGE_STATS, ImageStats, ModelConfig, WeightsConfig
 from egohod.model.dual_encoder import DualEncoder
 from egohod.runtime import Interrupted, Progress
 
 log = logging.getLogger(__name__)
 
 TokenizerLike = Callable[[Sequence[str]], Tensor]
-"""Texts to int64 [B, L]: start, words, end-of-text (the largest id), zeros."""
+"""Texts to int64 [B, L], as the text tower reads them: CLIP's are start, words, end-of-text and zeros."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -120,8 +120,14 @@ class FrameAverage(nn.Module):
         name, _, pretrained = spec.removeprefix("open_clip:").partition(":")
         try:
             self.inner = open_clip.create_model(name, pretrained=pretrained or None)
-            self.tokenizer = open_clip.get_tokenizer(name)
-        except (RuntimeError, ValueError, OSError, AssertionError) as error:
+            text = open_clip.get_model_config(name)["text_cfg"]
+            if text.get("hf_tokenizer_name") and not text.get("hf_model_name"):
+                # open_clip would fetch it; from local files alone, as for our own models.
+                config = ModelConfig(text=name, weights=WeightsConfig(path=pretrained or None))
+                self.tokenizer: TokenizerLike = tokenizer_for(config)
+            else:
+                self.tokenizer = open_clip.get_tokenizer(name)
+        except (ImportError, RuntimeError, ValueError, OSError, AssertionError) as error:
             raise UserError(f"open_clip:{name}: {' '.join(str(error).split())}") from error
         # Its own resolution and statistics: a baseline is measured as it was trained, not as our models are.
         config = open_clip.get_model_preprocess_cfg(self.inner)

@@ -19,7 +19,7 @@ from torch import nn
 
 from egohod.config import Config
 from egohod.data.config import SourceConfig
-from egohod.data.dataset import ClipDataset, EvalProtocol, Tokenizer, require_all
+from egohod.data.dataset import ClipDataset, EvalProtocol, require_all, tokenizer_for
 from egohod.data.formats import BENCHMARKS
 from egohod.data.formats.base import BenchmarkData, BenchmarkOptions
 from egohod.data.labels import ClassSpace
@@ -234,7 +234,7 @@ def benchmark(
         name,
         dataset,
         tasks,
-        tokenizer=tokenizer or Tokenizer(cfg.model.geometry().context_length),
+        tokenizer=tokenizer or tokenizer_for(cfg.model),
         execution=execution,
         controls=controls,
         notes=data.notes,

@@ -4,10 +4,12 @@ The way of a checkpoint: :func:`read_weights` opens a file and finds its state d
 translates the names and says whose file it is; :func:`load_weights` fits it into a model, all or nothing, and reports
 what happened to every tensor.
 
-Names come in two layouts: ``clip`` (OpenAI and open_clip; the text tower at the top level or under ``text.``) and
-``dual`` (upstream EgoHOD, AVION and this project; ``visual.`` and ``textual.``). Blocks have two spellings: plain
-(``attn.in_proj_weight``, ``mlp.c_fc``, ``mlp.c_proj``; OpenAI's and ours) and flash (``attn.Wqkv.weight``, ``mlp.fc1``,
-``mlp.fc2``; what upstream and AVION save with flash attention).
+Names come in four layouts: ``dual`` (upstream EgoHOD, AVION and this project; ``visual.`` and ``textual.``), ``clip``
+(OpenAI and open_clip; the text tower at the top level or under ``text.``, a timm backbone under ``visual.trunk.``),
+``transformers`` (``vision_model.`` and ``text_model.``) and ``timm`` (a backbone alone). CLIP's blocks have two
+spellings: plain (``attn.in_proj_weight``, ``mlp.c_fc``, ``mlp.c_proj``; OpenAI's and ours) and flash
+(``attn.Wqkv.weight``, ``mlp.fc1``, ``mlp.fc2``; what upstream and AVION save with flash attention). The blocks of a
+timm backbone have timm's names in every layout.
 """
 
 from __future__ import annotations
@@ -29,12 +31,26 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from egohod.errors import UserError
-from egohod.model.config import GEOMETRIES, IMAGE_STATS
+from egohod.model.config import GEOMETRIES, OPEN_CLIP, ImageStats, stats_name
 from egohod.model.dual_encoder import Base, DualEncoder
-from egohod.model.vision import ACTIVATIONS, Block, SlowFastTower
-from egohod.model.weight_files import AVERAGE, Inert, StateDict, describe, errors_of, locate, open_weight_file
+from egohod.model.vision import SlowFastTower
+from egohod.model.weight_files import (
+    AVERAGE,
+    INDEX,
+    WEIGHT_NAMES,
+    Inert,
+    StateDict,
+    describe,
+    errors_of,
+    locate,
+    open_weight_file,
+)
 
 log = logging.getLogger(__name__)
+
+_TEMPORAL, _SPATIAL, _TEXT = "visual.temporal_embedding", "visual.positional_embedding", "textual.positional_embedding"
+# Has as many rows as model.motion_stem says.
+_STEM = "visual.motion_stem.spatial.0.weight"
 
 
 class Family(StrEnum):
@@ -42,14 +58,16 @@ class Family(StrEnum):
 
     OPENAI = "OpenAI CLIP"
     OPEN_CLIP = "open_clip"
+    TRANSFORMERS = "transformers"
+    TIMM = "timm"
     UPSTREAM = "upstream EgoHOD"
     AVION = "AVION"
     OURS = "EgoHOD (this project)"
 
     @property
     def is_clip(self) -> bool:
-        """An image-text model, which trainings start from; the others are trained video models."""
-        return self in (Family.OPENAI, Family.OPEN_CLIP)
+        """A model of images, which trainings start from; the others are trained video models."""
+        return self in (Family.OPENAI, Family.OPEN_CLIP, Family.TRANSFORMERS, Family.TIMM)
 
 
 class HeadClasses(NamedTuple):
@@ -66,7 +84,7 @@ class WeightFile:
     source: str  # file, folder or tag
     family: Family
     container: str
-    spelling: str  # how the file spells the blocks: plain or flash
+    spelling: str  # how the file spells the blocks: plain, flash or timm
     # As stored, in any floating-point type; the patch embedding as a matrix [D, 3 P P].
     tensors: dict[str, Tensor]
     # Tensors that no model needs, under the file's own names, with the reason.
@@ -93,8 +111,6 @@ class WeightFile:
         except (KeyError, ValueError, IndexError):
             return None
         patch, side = round((pixels / 3) ** 0.5), round((places - 1) ** 0.5)
-        temporal = self.tensors.get("visual.temporal_embedding")
-        stem = self.tensors.get("visual.motion_stem.spatial.0.weight")
         vision_layers, text_layers = (
             len({name.split(".")[3] for name in self.tensors if name.startswith(f"{tower}.transformer.resblocks.")})
             for tower in ("visual", "textual")
@@ -109,20 +125,31 @@ class WeightFile:
             embed_dim=embed_dim,
             context_length=context_length,
             vocab_size=vocab_size,
-            num_frames=None if temporal is None else len(temporal),
-            slowfast="slowfast_projection" in self.tensors or any(".adapter." in name for name in self.tensors),
-            motion_stem=None if stem is None else len(stem),
+            num_frames=self.rows(_TEMPORAL),
+            slowfast=self.slowfast,
+            motion_stem=self.rows(_STEM),
         )
+
+    @property
+    def slowfast(self) -> bool:
+        """Whether there are motion adapters or a merge of two paths."""
+        return "slowfast_projection" in self.tensors or any(".adapter." in name for name in self.tensors)
+
+    def rows(self, name: str) -> int | None:
+        """Rows of a tensor, such as the frames of the temporal embedding; None without it."""
+        return len(self.tensors[name]) if name in self.tensors else None
 
     @property
     def model_knobs(self) -> dict[str, Any]:
         """Recorded settings of the model as knobs of the section ``model`` (``activation``, ``fast.position``, ...)."""
         knobs = {key.removeprefix("model."): value for key, value in self.settings.items() if key.startswith("model.")}
-        if shape := self.shape:
-            knobs["embed_dim"] = shape.embed_dim
-            knobs |= {"num_frames": shape.num_frames} if shape.num_frames else {}
-            knobs |= {"motion_stem": shape.motion_stem} if shape.motion_stem else {}
-        return knobs
+        projection = self.tensors.get("visual.image_projection")
+        read = {
+            "embed_dim": None if projection is None or projection.dim() != 2 else projection.shape[1],
+            "num_frames": self.rows(_TEMPORAL),
+            "motion_stem": self.rows(_STEM),
+        }
+        return knobs | {name: value for name, value in read.items() if value}
 
     def without_heads(self) -> WeightFile:
         """The same without classification heads and the classes that they are for."""
@@ -186,10 +213,11 @@ _WRAPPERS = frozenset(
 )
 # How the names of other architectures begin, so that a user reads what the file is instead of a list of names.
 _STRANGERS = (
-    ("vision_model.", "the transformers library's CLIP; take the file of open_clip or OpenAI instead"),
-    ("visual.trunk.", "an open_clip model with a timm tower, another architecture"),
+    ("video_model.", "EgoVLP's TimeSformer, another architecture"),
     ("visual.blocks.", "a TimeSformer (LaViLa, EgoVLP), another architecture"),
     ("visual.layer", "a CLIP with a ResNet, another architecture"),
+    ("visual.trunk.stage", "an open_clip model with a convolutional tower, another architecture"),
+    ("text.transformer.embeddings.", "an open_clip model with a text tower of Hugging Face, which is not supported"),
     ("fc_cls.", "a classifier without text tower"),
 )
 
@@ -206,7 +234,8 @@ def _pick_model(names: Iterable[str]) -> tuple[dict[str, str], dict[str, str], l
     its average: of several models the first that is no average is taken.
     """
     short = {name: without_wrappers(name) for name in names}
-    holders = [match.group(1) for name in short.values() if (match := re.match(r"((?:[^.]+\.)*?)visual\.", name))]
+    tower = re.compile(r"((?:[^.]+\.)*?)(visual|vision_model)\.")
+    holders = [match.group(1) for name in short.values() if (match := tower.match(name))]
     if "" in holders or not holders:
         return short, {}, []
     ranked = sorted(dict.fromkeys(holders), key=lambda holder: any(AVERAGE.search(part) for part in holder.split(".")))
@@ -224,20 +253,29 @@ def _pick_model(names: Iterable[str]) -> tuple[dict[str, str], dict[str, str], l
 
 
 def _require_layout(names: Sequence[str]) -> str:
-    """``clip`` or ``dual``; :class:`UserError` for names of neither."""
+    """``dual``, ``clip``, ``transformers`` or ``timm``; :class:`UserError` for names of none."""
     for start, whose in _STRANGERS:
         if any(name.startswith(start) for name in names):
             raise UserError(f"holds the weights of {whose}")
-    if any(name.startswith("visual.transformer.resblocks.") for name in names):
-        if any(name.startswith("textual.") for name in names):
-            return "dual"
-        if any(re.match(r"(text\.)?transformer\.resblocks\.", name) for name in names):
-            return "clip"
+    if any(re.search(r"\.(temporal_attn|timeattn)\.", name) for name in names):
+        raise UserError("holds the weights of a TimeSformer, another architecture")
+    # The first part of every name, and the first two.
+    first, second = ({".".join(name.split(".")[:count]) for name in names} for count in (1, 2))
+    blocks = "visual.transformer" in second
+    # Without a text tower: a timm backbone that tools/convert_checkpoint.py has renamed.
+    if blocks and ("textual" in first or "visual.patch_embed" in second):
+        return "dual"
+    if (blocks or "visual.trunk" in second) and {"transformer.resblocks", "text.transformer"} & second:
+        return "clip"
+    if {"vision_model.encoder", "text_model.encoder"} <= second:
+        return "transformers"
+    if "blocks.0" in second and "patch_embed" in first:
+        return "timm"
     if any("flat_param" in name.rpartition(".")[2] for name in names):
         raise UserError("holds the flat parameters of FSDP; save a full state dict (StateDictType.FULL_STATE_DICT)")
     raise UserError(
         f"its names ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}) are those of no known model: "
-        "OpenAI CLIP, open_clip, upstream EgoHOD, AVION or this project"
+        "OpenAI CLIP, open_clip, transformers (CLIP and SigLIP), timm, upstream EgoHOD, AVION or this project"
     )
 
 
@@ -254,6 +292,88 @@ def _useless(names: Iterable[str]) -> dict[str, str]:
         elif any(part in name for part in dead):
             reasons[name] = "never used by upstream"
     return reasons
+
+
+# Names of the transformers library's models, and of the same parts in open_clip's; weights and biases follow them.
+_TRANSFORMERS = {
+    "text_model.embeddings.token_embedding": "text.token_embedding",
+    "text_model.final_layer_norm": "text.ln_final",
+    "text_model.head": "text.text_projection",
+    "vision_model.pre_layrnorm": "visual.ln_pre",  # sic
+    "vision_model.post_layernorm": "visual.ln_post",
+}
+_TRANSFORMERS_TENSORS = {
+    "text_model.embeddings.position_embedding.weight": "text.positional_embedding",
+    "text_projection.weight": "text.text_projection",
+    "visual_projection.weight": "visual.proj",
+    "vision_model.embeddings.class_embedding": "visual.class_embedding",
+    "vision_model.embeddings.patch_embedding.weight": "visual.conv1.weight",
+    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+}
+# SigLIP's vision tower is timm's in open_clip, with attention pooling.
+_TRANSFORMERS_SIGLIP = {
+    "vision_model.embeddings.patch_embedding": "visual.trunk.patch_embed.proj",
+    "vision_model.post_layernorm": "visual.trunk.norm",
+    "vision_model.head.attention.out_proj": "visual.trunk.attn_pool.proj",
+    "vision_model.head.layernorm": "visual.trunk.attn_pool.norm",
+    "vision_model.head.mlp.fc1": "visual.trunk.attn_pool.mlp.fc1",
+    "vision_model.head.mlp.fc2": "visual.trunk.attn_pool.mlp.fc2",
+}
+# Parts of a block: of transformers, of open_clip and of timm.
+_BLOCK_PARTS = (
+    ("self_attn.out_proj", "attn.out_proj", "attn.proj"),
+    ("layer_norm1", "ln_1", "norm1"),
+    ("layer_norm2", "ln_2", "norm2"),
+    ("mlp.fc1", "mlp.c_fc", "mlp.fc1"),
+    ("mlp.fc2", "mlp.c_proj", "mlp.fc2"),
+)
+
+
+def _from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of the transformers library's ``CLIPModel`` or ``SiglipModel`` under the names of open_clip's models.
+
+    Names that neither has are left as they are. Raises :class:`UserError` for SigLIP 2 of variable resolution.
+    """
+    is_siglip = "vision_model.head.probe" in state
+    patches = state.get("vision_model.embeddings.patch_embedding.weight")
+    if patches is not None and patches.dim() != 4:
+        raise UserError("holds a SigLIP 2 model of variable resolution (NaFlex), another architecture")
+    names = _TRANSFORMERS | (_TRANSFORMERS_SIGLIP if is_siglip else {})
+    blocks = {"text_model": "text.transformer.resblocks", "vision_model": "visual.transformer.resblocks"}
+    if is_siglip:
+        blocks["vision_model"] = "visual.trunk.blocks"
+    result: dict[str, Tensor] = {}
+    thirds: dict[str, dict[str, Tensor]] = {}  # of query, key and value, by the name of the three together
+    for name, value in state.items():
+        stem, _, kind = name.rpartition(".")
+        if block := re.fullmatch(r"(text_model|vision_model)\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name):
+            tower, number, part, kind = block.groups()
+            is_timm = blocks[tower].startswith("visual.trunk")
+            if third := re.fullmatch(r"self_attn\.([qkv])_proj", part):
+                together = f"attn.qkv.{kind}" if is_timm else f"attn.in_proj_{kind}"
+                thirds.setdefault(f"{blocks[tower]}.{number}.{together}", {})[third[1]] = value
+                continue
+            part = next((each[1 + is_timm] for each in _BLOCK_PARTS if each[0] == part), part)
+            result[f"{blocks[tower]}.{number}.{part}.{kind}"] = value
+        elif name in ("vision_model.head.attention.in_proj_weight", "vision_model.head.attention.in_proj_bias"):
+            width, kind = len(value) // 3, name.rpartition("_")[2]
+            result[f"visual.trunk.attn_pool.q.{kind}"] = value[:width]
+            result[f"visual.trunk.attn_pool.kv.{kind}"] = value[width:]
+        elif name == "vision_model.head.probe":
+            result["visual.trunk.attn_pool.latent"] = value
+        elif is_siglip and name == "vision_model.embeddings.position_embedding.weight":
+            result["visual.trunk.pos_embed"] = value.unsqueeze(0)
+        elif stem in names:
+            result[f"{names[stem]}.{kind}"] = value
+        else:
+            # A linear layer without bias there, a matrix here.
+            value = value.T if name in ("text_projection.weight", "visual_projection.weight") else value
+            result[_TRANSFORMERS_TENSORS.get(name, name)] = value
+    for name, each in thirds.items():
+        if lacking := [letter for letter in "qkv" if letter not in each]:
+            raise UserError(f"lacks the {lacking[0]}_proj of {name}")
+        result[name] = torch.cat([each[letter] for letter in "qkv"])
+    return result
 
 
 # --------------------------------------------------------------------------------------------------
@@ -280,7 +400,41 @@ def read_weights(source: str | Path, *, download: bool = False) -> WeightFile:
         UserError: no such file, cut off, damaged, a pickle that asks for more than weights, or a strange model.
     """
     with errors_of(str(source)):
-        return _translate(str(source), open_weight_file(locate(source, download)))
+        path = locate(source, download)
+        return _translate(str(source), open_weight_file(path), _published_stats(str(source), path))
+
+
+def _published_stats(source: str, path: Path) -> ImageStats | None:
+    """What the tag ``source``, or the files in the folder of the weights ``path``, say of the pixels they expect.
+
+    These are open_clip_config.json (open_clip), preprocessor_config.json (transformers) and config.json (timm).
+    """
+    pixels: Mapping[str, Any] = {}
+    if path != Path(source):
+        from open_clip import pretrained
+
+        # What was located in the cache for a tag.
+        pixels = pretrained.get_pretrained_cfg(*source.split(":"))
+    else:
+        folder = path if path.is_dir() else path.parent
+        is_folder = path.is_dir() or path.name in WEIGHT_NAMES or path.name.endswith(INDEX)
+        for name, section in (
+            ("open_clip_config.json", "preprocess_cfg"),
+            ("preprocessor_config.json", ""),
+            ("config.json", "pretrained_cfg"),
+        ):
+            # Of a file under another name nothing tells that they belong together.
+            if pixels or not is_folder or not (folder / name).is_file():
+                continue
+            with errors_of(name):
+                content = json.loads((folder / name).read_bytes())
+                content = content.get(section, {}) if section else content
+            if isinstance(content, Mapping) and (mean := content.get("mean", content.get("image_mean"))):
+                pixels = {"mean": mean, "std": content.get("std", content.get("image_std"))}
+    if not pixels:
+        return None
+    mean, std = (tuple(float(value) for value in pixels[part]) for part in ("mean", "std"))
+    return ImageStats(mean, std)  # type: ignore[arg-type]
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], list[str]]:
@@ -298,30 +452,44 @@ def from_tensors(source: str, tensors: Mapping[str, Tensor]) -> WeightFile:
     return _translate(source, StateDict("safetensors", dict(tensors), {}, {}, []))
 
 
-def _translate(source: str, opened: StateDict) -> WeightFile:
-    """The weights under our names, and whose they are. Raises :class:`UserError` without the file's name."""
+def _translate(source: str, opened: StateDict, stats: ImageStats | None = None) -> WeightFile:
+    """The weights under our names, and whose they are. Raises :class:`UserError` without the file's name.
+
+    ``stats`` are what the files beside the weights say of pixels.
+    """
     names, outside, remarks = _pick_model(opened.tensors)
     layout = _require_layout([*names.values()])
     dropped = _useless([*names.values()])
     tensors: dict[str, Tensor] = {}
-    spelling = "plain"
-    for full, name in names.items():
-        if any(flash in name for flash, _ in _FLASH_TO_PLAIN):
-            spelling = "flash"
-        if name in dropped:
-            continue
-        if layout == "clip":
-            if name == "visual.proj":
-                name = "visual.image_projection"
-            elif name.startswith("text."):
-                name = f"textual.{name.removeprefix('text.')}"
-            elif name.startswith(_CLIP_TEXT):
-                name = f"textual.{name}"
-        for flash, plain in _FLASH_TO_PLAIN:
-            name = name.replace(flash, plain)
+    state = {name: opened.tensors[full] for full, name in names.items() if name not in dropped}
+    if layout == "transformers":
+        state = _from_transformers(state)
+    elif layout == "timm":
+        classifier = [name for name in state if re.match(r"(head|fc|head_dist)\.", name)]
+        dropped |= dict.fromkeys(classifier, "timm's classifier")
+        state = {f"visual.trunk.{name}": value for name, value in state.items() if name not in dropped}
+    # timm's MLPs have the names of the flash spelling.
+    is_timm = any(name.startswith(("visual.trunk.", "visual.patch_embed.")) for name in state)
+    is_flash = not is_timm and any(flash in name for name in state for flash, _ in _FLASH_TO_PLAIN)
+    for name, value in state.items():
+        if name == "visual.proj":
+            name = "visual.image_projection"
+        elif name in ("visual.trunk.head.weight", "visual.head.proj.weight"):
+            # A linear layer there, a matrix here.
+            name, value = "visual.image_projection", value.T
+        elif name in ("visual.trunk.head.bias", "visual.head.proj.bias"):
+            name = "visual.image_projection_bias"
+        elif name.startswith("visual.trunk."):
+            name = name.replace("trunk.blocks.", "transformer.resblocks.").replace("trunk.", "", 1)
+        elif layout != "dual" and name.startswith("text."):
+            name = f"textual.{name.removeprefix('text.')}"
+        elif layout != "dual" and name.startswith(_CLIP_TEXT):
+            name = f"textual.{name}"
+        if is_flash:
+            for flash, plain in _FLASH_TO_PLAIN:
+                name = name.replace(flash, plain)
         if name in tensors:
             raise UserError(f"holds {name} twice, in two spellings")
-        value = opened.tensors[full]
         if name == "visual.conv1.weight":
             # A convolution whose stride is its kernel is a product with flattened patches: [D, 3, P, P] -> [D, 3 P P].
             value = value.flatten(1)
@@ -338,17 +506,19 @@ def _translate(source: str, opened: StateDict) -> WeightFile:
     settings = json.loads(opened.metadata.get("settings", "{}"))
     if not isinstance(settings, dict):
         raise UserError("its metadata names no settings")
+    if stats is not None:
+        settings = {"model.image_stats": stats_name(stats)} | settings
     if family is Family.UPSTREAM and any(".adapter." in name for name in tensors):
         settings = _UPSTREAM_ARRANGEMENT | settings
     if family is Family.AVION:
         # What its training script normalised pixels with: the option norm_style, openai unless it says timm.
-        stats = "imagenet" if options.get("norm_style") == "timm" else "avion"
-        settings = {"model.image_stats": stats} | settings
+        name = "imagenet" if options.get("norm_style") == "timm" else "avion"
+        settings = {"model.image_stats": name} | settings
     return WeightFile(
         source,
         family,
         opened.container,
-        spelling,
+        "timm" if is_timm else "flash" if is_flash else "plain",
         tensors,
         dropped=dropped | outside,
         beside={name: describe(value) for name, value in opened.beside.items()},
@@ -368,6 +538,8 @@ def _family(
     # Files that this project has converted keep whose they were.
     if opened.metadata.get("family") in set(Family):
         return Family(opened.metadata["family"])
+    if layout in ("timm", "transformers"):
+        return Family(layout)
     if layout == "clip":
         half = {value.dtype for name, value in tensors.items() if name.endswith(("projection", "ln_post.weight"))}
         is_archive = opened.container == "TorchScript archive"
@@ -390,8 +562,9 @@ def upstream_state(weights: WeightFile) -> dict[str, Tensor]:
     Left out is what upstream has no name for: parts that shape the loss alone. Raises :class:`UserError` for a part
     that upstream's model lacks and whose features would be others without it.
     """
-    if weights.shape and weights.shape.motion_stem:
-        raise UserError(f"{weights.source}: has a motion stem, which upstream's model cannot have; use --to egohod")
+    if weights.rows(_STEM) or weights.spelling == "timm":
+        part = "motion stem" if weights.rows(_STEM) else "timm backbone"
+        raise UserError(f"{weights.source}: has a {part}, which upstream's model cannot have; use --to egohod")
     unnamed = "|".join(part.pattern for part in PARTS if part.only_trains)
     state = {}
     for name, value in weights.tensors.items():
@@ -409,7 +582,7 @@ def upstream_state(weights: WeightFile) -> dict[str, Tensor]:
 # Loading into a model
 # --------------------------------------------------------------------------------------------------
 
-# What the published recipe starts anew from CLIP: both output projections and the temperature.
+# How the names begin of what the published recipe starts anew from CLIP: both output projections and the temperature.
 PROJECTIONS = ("visual.image_projection", "textual.text_projection", "logit_scale")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -477,12 +650,17 @@ def load_weights(
     """
     own, theirs = model.state_dict(), dict(weights.tensors)
     report = WeightReport(weights.source, weights.family, dropped=dict(weights.dropped), notes=list(weights.remarks))
-    if starts_projections_anew(weights, projections):
-        for name in PROJECTIONS:
-            if theirs.pop(name, None) is not None:
+    geometry = getattr(model, "geometry", None)
+    if starts_projections_anew(weights, projections, geometry.name if geometry else ""):
+        for part in PROJECTIONS:
+            for name in [name for name in theirs if name.startswith(part)]:
+                del theirs[name]
                 report.dropped[name] = "model.weights.projections=fresh"
-            if name in own:
-                report.missing[name] = "started anew"
+            report.missing |= {name: "started anew" for name in own if name.startswith(part)}
+    if weights.family is Family.TIMM:
+        # A backbone alone: no text tower, and no shared space.
+        of_pairs = ("textual.", *PROJECTIONS)
+        report.missing |= {name: "the file is a vision backbone" for name in own if name.startswith(of_pairs)}
     problems = _match_parts(own, theirs, report, adapt)
     unknown = [name for name in theirs if name not in own]
     lacking = [name for name in own if name not in theirs and name not in report.missing]
@@ -496,7 +674,9 @@ def load_weights(
         ("it holds numbers that are not finite in", broken),
     ):
         if names:
-            problems.append(f"{problem} {_listed(names)}")
+            of_text = all(name.startswith("textual.") for name in names) and "not finite" not in problem
+            cure = " (its text tower is another one, which model.text or model.name chooses)" if of_text else ""
+            problems.append(f"{problem} {_listed(names)}{cure}")
     # Under another activation or arrangement the same weights would be another model, and no shape would tell.
     warning = ""
     for key, here in _settings_of(model).items():
@@ -507,7 +687,6 @@ def load_weights(
         elif there != here:
             problems.append(f"they were trained with {key}={there}, not {here}")
     if problems:
-        geometry = getattr(model, "geometry", None)
         kind = f"{geometry.name}, {getattr(model, 'num_frames', '?')} frames" if geometry else type(model).__name__
         raise UserError(
             f"{weights.source} ({weights.family}): these weights do not fit the model ({kind}): {'; '.join(problems)}"
@@ -527,25 +706,24 @@ def load_weights(
     return report
 
 
-def starts_projections_anew(weights: WeightFile, projections: str) -> bool:
-    """Whether the model keeps its own projections and temperature. Raises :class:`UserError` for a wrong choice."""
+def starts_projections_anew(weights: WeightFile, projections: str, name: str) -> bool:
+    """Whether the model ``name`` keeps its own projections and temperature.
+
+    Raises :class:`UserError` for a wrong choice.
+    """
     if projections not in ("auto", "fresh", "keep"):
         raise UserError(f"projections is '{projections}', but must be auto, fresh or keep")
     # CLIP's space is of single images; the published recipe learns one of clips from scratch.
-    return projections == "fresh" or (projections == "auto" and weights.family.is_clip)
+    # A model of open_clip is taken as a whole: some (SigLIP) have no projection of images that could be learned anew.
+    is_start = weights.family.is_clip and not name.startswith(OPEN_CLIP)
+    return projections == "fresh" or (projections == "auto" and is_start)
 
 
 def _settings_of(model: nn.Module) -> dict[str, str]:
     """Knobs of a model that its weights depend on without any shape to tell."""
     if not isinstance(model, DualEncoder):
         return {}
-    block = model.visual.transformer.resblocks[0]
-    settings: dict[str, str] = {}
-    if isinstance(block, Block):  # a timm backbone's name says both
-        settings = {
-            "model.activation": next(name for name, kind in ACTIVATIONS.items() if isinstance(block.mlp.gelu, kind)),
-            "model.image_stats": next(name for name, stats in IMAGE_STATS.items() if stats == model.image_stats),
-        }
+    settings = {"model.activation": model.activation, "model.image_stats": stats_name(model.image_stats)}
     if isinstance(model.visual, SlowFastTower):
         settings |= {"model.fast.position": model.visual.position, "model.fast.pool": model.visual.pool}
         if model.visual.motion_stem is not None:
@@ -607,6 +785,18 @@ def _fit_shapes(
                 )
         elif name.startswith("heads."):
             cure = " (a head for other classes: train it on data with the same ones)"
+        elif name == "textual.token_embedding.weight":
+            cure = " (it is of another text tower, which model.text or model.name chooses)"
+        elif name == _BACKBONE and value.dim() == 3 and value.shape[2] == wanted.shape[2]:
+            # CLS and registers are in front of a square of patches, if the backbone places them at all.
+            squares, places = {side**2: side for side in range(1, 200)}, [value.shape[1], wanted.shape[1]]
+            prefix = next((count for count in range(8) if all(each - count in squares for each in places)), None)
+            if prefix is not None and adapt:
+                side = squares[places[1] - prefix]
+                fitted[name] = resample_abs_pos_embed(value.float(), [side, side], num_prefix_tokens=prefix)
+                report.resized[name] = f"{list(value.shape)} -> {list(wanted.shape)}"
+                continue
+            cure = "" if prefix is None else " (model.weights.adapt=true resizes it)"
         elif name in _RESIZED and value.dim() == 2 and value.shape[1] == wanted.shape[1] and 0 not in value.shape:
             sides = [(len(each) - 1) ** 0.5 for each in (value, wanted)]
             if name == _SPATIAL and not all(side > 0 and side == round(side) for side in sides):
@@ -621,8 +811,9 @@ def _fit_shapes(
     return fitted, misfits
 
 
-_TEMPORAL, _SPATIAL, _TEXT = "visual.temporal_embedding", "visual.positional_embedding", "textual.positional_embedding"
 _RESIZED = (_TEMPORAL, _SPATIAL, _TEXT)
+# Of a timm backbone, [1, prefix + S S, D].
+_BACKBONE = "visual.pos_embed"
 
 
 def _resize(name: str, value: Tensor, wanted: Tensor) -> Tensor:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from egohod.errors import UserError
@@ -13,8 +18,31 @@ from egohod.knobs import knob, part
 
 
 @dataclass(frozen=True)
+class TextOptions:
+    """What a text tower has beside its sizes; the defaults are those of OpenAI's CLIP."""
+
+    mlp_ratio: float = 4.0
+    causal: bool = True
+    pool: str = "argmax"
+    """The token whose feature is taken: argmax (CLIP's end of text has the largest id), eos, first or last."""
+    eos_id: int = 2
+    """Of pool="eos"."""
+    projection: str = "matrix"
+    """matrix [D, E], linear (with a bias, SigLIP) or none."""
+    norm_eps: float = 1e-5
+    activation: str = ""
+    """gelu, quick_gelu or gelu_tanh, its approximation (SigLIP 2); "" is that of ``model.activation``."""
+    tokenizer: str = ""
+    """Repository of a Hugging Face tokenizer, or a folder with its files; "" is CLIP's, which open_clip contains."""
+    clean: str = "lower"
+    """How open_clip cleans a text before it is split: lower, whitespace or canonicalize (no punctuation)."""
+    strip_sep_token: bool = False
+    """Whether the tokenizer's separator becomes padding (CLIPA with BERT's tokenizer)."""
+
+
+@dataclass(frozen=True)
 class Geometry:
-    """Sizes of both towers."""
+    """Sizes of both towers, and what else the name of a model decides."""
 
     name: str
     image_size: int
@@ -50,7 +78,16 @@ class Geometry:
     rope: bool = False
     """Whether queries and keys are rotated by the place of their patch."""
     image_stats: ImageStats | None = None
-    """What a timm backbone's weights expect of pixels; None leaves it to ``model.image_stats``."""
+    """Of ``model.image_stats=auto``: what the weights expect of pixels; None is OpenAI's, as upstream's."""
+    text: TextOptions = TextOptions()
+    activation: str = "gelu"
+    """Of ``model.activation=auto``; upstream trains OpenAI's weights with erf GELU."""
+    norm_eps: float = 1e-6
+    """Of the LayerNorms of our own vision tower: upstream's; OpenAI's and open_clip's ViTs have 1e-5."""
+    logit_scale: float | None = None
+    """log(1 / temperature) of a model that is published with both towers; None is the loss's temperature."""
+    logit_bias: float | None = None
+    """Initial offset of the similarities of such a model (SigLIP); None is a model without one."""
 
     @property
     def patches_per_frame(self) -> int:
@@ -84,6 +121,10 @@ def geometry(name: str, image_size: int | None = None, backbone: Mapping[str, An
         UserError: an unknown name, with the nearest ones; sizes that do not fit each other.
     """
     plain = name.removesuffix("_Slowfast")
+    if plain.startswith(OPEN_CLIP):
+        with _open_clip_errors(f"model.name: {plain}"):
+            shape = _open_clip_geometry(plain.removeprefix(OPEN_CLIP), image_size, backbone)
+        return replace(shape, name=name, slowfast=name != plain)
     if plain.startswith(TIMM):
         options = tuple(sorted((key, _argument(value)) for key, value in (backbone or {}).items()))
         shape = _timm_geometry(plain.removeprefix(TIMM), image_size, options)
@@ -91,8 +132,8 @@ def geometry(name: str, image_size: int | None = None, backbone: Mapping[str, An
     if name not in GEOMETRIES:
         near = difflib.get_close_matches(name, GEOMETRIES, n=1)
         raise UserError(
-            f"model.name is '{name}', but must be one of {', '.join(GEOMETRIES)}, or timm/NAME for a transformer of "
-            f"timm{f'; did you mean {near[0]}?' if near else ''}"
+            f"model.name is '{name}', but must be one of {', '.join(GEOMETRIES)}, timm/NAME for a transformer of timm, "
+            f"or open_clip/NAME for a model of open_clip{f'; did you mean {near[0]}?' if near else ''}"
         )
     if backbone or image_size not in (None, GEOMETRIES[name].image_size):
         raise UserError(
@@ -102,8 +143,8 @@ def geometry(name: str, image_size: int | None = None, backbone: Mapping[str, An
     return GEOMETRIES[name]
 
 
-# How the names of timm's backbones begin.
-TIMM = "timm/"
+# How the names of timm's backbones begin, and those of open_clip's models.
+TIMM, OPEN_CLIP = "timm/", "open_clip/"
 # Text towers of CLIP for vision towers up to a width: width, blocks and heads, and the shared space. OpenAI's B and L
 # (in whose stead the shared space is 512, as upstream's), open_clip's H; the first is for tiny towers of the demo.
 _TEXT_FOR = ((256, (128, 2, 4, 128)), (896, (512, 12, 8, 512)), (1152, (768, 12, 12, 512)), (0, (1024, 24, 16, 1024)))
@@ -233,6 +274,165 @@ def _nearest(architecture: str) -> str:
     return f"the nearest vision transformers are {', '.join(near or ['vit_base_patch16_clip_224', *families])}"
 
 
+# --------------------------------------------------------------------------------------------------
+# Models of open_clip
+# --------------------------------------------------------------------------------------------------
+
+# What open_clip's own vision towers may have beyond their sizes that ours has not, with the value at which it is off.
+_BEYOND_OURS = {
+    "ls_init_value": None, "attentional_pool": False, "no_ln_pre": False, "pos_embed_type": "learnable",
+    "final_ln_after_pool": False, "pool_type": "tok", "act_kwargs": None, "block_type": None, "qk_norm": False,
+    "scaled_cosine_attn": False, "scale_heads": False, "scale_attn_inner": False, "scale_attn": False,
+    "scale_fc": False,
+}  # fmt: skip
+# The same of its text towers.
+_BEYOND_TEXT = {
+    "hf_model_name": None, "embed_cls": False, "ls_init_value": None, "final_ln_after_pool": False, "block_type": None,
+    "tokenizer_mode": None, "qk_norm": False, "scaled_cosine_attn": False, "scale_heads": False,
+    "scale_attn_inner": False, "scale_attn": False, "scale_fc": False,
+}  # fmt: skip
+
+
+def _open_clip_config(name: str, label: str) -> tuple[dict[str, Any], ImageStats | None]:
+    """open_clip's configuration of a model, and the pixels that its weights expect.
+
+    ``name`` is one of open_clip's, or a folder with ``open_clip_config.json``, as on the Hugging Face Hub. Raises
+    :class:`UserError`, whose text begins with ``label``, the setting.
+    """
+    import open_clip
+    from open_clip import pretrained
+
+    if (config := open_clip.get_model_config(name)) is not None:
+        tags = [pretrained.get_pretrained_cfg(name, tag) for tag in pretrained.list_pretrained_tags_by_model(name)]
+        # Most weights of a name agree; others bring their own by tag or folder, which load_weights compares.
+        stats = Counter((tuple(tag["mean"]), tuple(tag["std"])) for tag in tags).most_common(1)
+        return config, ImageStats(*stats[0][0]) if stats else None
+    path = Path(name) / "open_clip_config.json"
+    if not path.is_file():
+        near = difflib.get_close_matches(name, open_clip.list_models(), n=5, cutoff=0.0)
+        raise UserError(
+            f"{label}: open_clip has no model '{name}' (the nearest are {', '.join(near)}), and it is no folder with "
+            "open_clip_config.json"
+        )
+    try:
+        content = json.loads(path.read_bytes())
+        config, pixels = content["model_cfg"], content.get("preprocess_cfg", {})
+        if not all(isinstance(config[part], dict) for part in ("vision_cfg", "text_cfg")):
+            raise TypeError
+        # As on the Hub: the tokenizer of a model is beside its weights.
+        if (path.parent / "tokenizer_config.json").is_file() and config["text_cfg"].get("hf_tokenizer_name"):
+            config["text_cfg"]["hf_tokenizer_name"] = name
+        if "mean" not in pixels:
+            return config, None
+        mean, std = ([float(value) for value in pixels[key]] for key in ("mean", "std"))
+        return config, image_stats(stats_name(ImageStats((mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: no configuration of open_clip ({error!r})") from error
+
+
+def _text_of(name: str, config: Mapping[str, Any], label: str) -> dict[str, Any]:
+    """Fields of :class:`Geometry` for the text tower of an open_clip configuration, and for what both towers share."""
+    from open_clip.model import CLIPTextCfg
+
+    text = CLIPTextCfg(**config["text_cfg"])
+    _require_sizes(text.width, text.heads, text.layers, text.context_length, text.vocab_size, config["embed_dim"])
+    beyond = [key for key, off in _BEYOND_TEXT.items() if getattr(text, key) != off]
+    if text.pool_type not in ("argmax", "eos", "first", "last"):
+        beyond.append(f"pool_type={text.pool_type}")
+    if beyond or "multimodal_cfg" in config:
+        what = "is of CoCa" if "multimodal_cfg" in config else f"has {beyond[0]}"
+        raise UserError(f"{label}: the text tower of open_clip's {name} {what}, which is not supported")
+    options = dict(text.tokenizer_kwargs or {})
+    repository = text.hf_tokenizer_name or ""
+    # Each tokenizer of open_clip has a default of its own.
+    clean = options.pop("clean", "whitespace" if repository else "lower")
+    strip = bool(options.pop("strip_sep_token", False))
+    if options:
+        raise UserError(f"{label}: the tokenizer of open_clip's {name} has {min(options)}, which is not supported")
+    return {
+        "text_width": text.width,
+        "text_layers": text.layers,
+        "text_heads": text.heads,
+        "context_length": text.context_length,
+        "vocab_size": text.vocab_size,
+        "embed_dim": config["embed_dim"],
+        "activation": "quick_gelu" if config.get("quick_gelu") else "gelu",
+        "text": TextOptions(
+            mlp_ratio=float(text.mlp_ratio),
+            causal=not text.no_causal_mask,
+            pool=text.pool_type,
+            eos_id=text.eos_id,
+            projection="none" if text.proj_type == "none" else "linear" if text.proj_bias else "matrix",
+            norm_eps=float((text.norm_kwargs or {}).get("eps", 1e-5)),
+            activation="gelu_tanh" if (text.act_kwargs or {}).get("approximate") == "tanh" else "",
+            tokenizer=repository,
+            clean=clean,
+            strip_sep_token=strip,
+        ),
+    }
+
+
+def _require_sizes(width: int, heads: int, *others: int) -> None:
+    """Raise :class:`ValueError` for sizes of a file that no tower can have."""
+    if not all(type(size) is int and 0 < size < 10**7 for size in (width, heads, *others)) or width % heads:
+        raise ValueError(f"sizes must be whole numbers above 0, and {heads} heads share a width of {width}")
+
+
+@contextmanager
+def _open_clip_errors(label: str) -> Iterator[None]:
+    """Turn what a damaged configuration in a folder raises into a :class:`UserError` that begins with ``label``."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{label}: its open_clip_config.json cannot be used ({error!r})") from error
+
+
+def _open_clip_geometry(name: str, image_size: int | None, backbone: Mapping[str, Any] | None) -> Geometry:
+    """Both towers of open_clip's model ``name``: on a timm backbone, or on our own tower where open_clip's is a ViT."""
+    from open_clip.model import CLIPVisionCfg
+
+    label = f"model.name: {OPEN_CLIP}{name}"
+    config, stats = _open_clip_config(name, label)
+    both = _text_of(name, config, label)
+    both |= {
+        "image_stats": stats,
+        "logit_scale": float(config.get("init_logit_scale", math.log(1 / 0.07))),
+        # A whole number in the files.
+        "logit_bias": None if config.get("init_logit_bias") is None else float(config["init_logit_bias"]),
+    }
+    vision = CLIPVisionCfg(**config["vision_cfg"])
+    if vision.timm_model_name:
+        if vision.timm_proj == "mlp" or vision.timm_pool in ("abs_attn", "rot_attn"):
+            raise UserError(f"{label}: its vision tower has {vision.timm_proj or vision.timm_pool}, not supported")
+        # open_clip builds the backbone in its own size, which its name says; behind a projection of open_clip's, with
+        # the norms of its own pooling.
+        pool = {"global_pool": vision.timm_pool} if vision.timm_proj != "linear" else {}
+        shape = geometry(TIMM + vision.timm_model_name, image_size, pool | dict(backbone or {}))
+        if vision.timm_pool not in ("", shape.pool):
+            raise UserError(f"{label}: its backbone pools by {vision.timm_pool} instead of {shape.pool}, not supported")
+        # Without a projection of its own the backbone's classifier is one.
+        kinds = {"none": "none", "linear": "linear" if vision.timm_proj_bias else "matrix"}
+        both["image_stats"] = stats or shape.image_stats
+        return replace(shape, projection=kinds.get(vision.timm_proj or "", "linear"), **both)
+    beyond = [key for key, off in _BEYOND_OURS.items() if getattr(vision, key) != off]
+    if isinstance(vision.layers, (list, tuple)) or beyond:
+        what = f"a vision transformer with {beyond[0]}" if beyond else "a ResNet"
+        raise UserError(f"{label}: its vision tower is {what}, which is not supported")
+    heads = vision.width // vision.head_width
+    _require_sizes(vision.width, heads, vision.layers, vision.image_size, vision.patch_size)
+    if vision.image_size % vision.patch_size:
+        raise UserError(f"{label}: patches of {vision.patch_size} px do not divide {vision.image_size} px")
+    if backbone or image_size not in (None, vision.image_size):
+        key = "backbone" if backbone else "image_size"
+        raise UserError(f"model.{key} is for timm backbones; the sizes of {name} are fixed ({vision.image_size} px)")
+    return Geometry(
+        OPEN_CLIP + name, vision.image_size, vision.patch_size, vision.width, vision.layers, heads,
+        mlp_ratio=float(vision.mlp_ratio), norm_eps=float((vision.norm_kwargs or {}).get("eps", 1e-5)), **both,
+    )  # fmt: skip
+
+
 class ImageStats(NamedTuple):
     """Normalisation of pixels: mean and standard deviation of R, G and B in 0..1."""
 
@@ -246,7 +446,36 @@ IMAGE_STATS = {
     # LaViLa's code, and AVION's after it, has 108.3272985 of 255 for red where OpenAI's 0.48145466 is 122.77.
     "avion": ImageStats((108.3272985 / 255, 0.4578275, 0.40821073), _CLIP_STD),
     "imagenet": ImageStats((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    # SigLIP, PE and most of timm's ViTs trained on ImageNet-21k.
+    "inception": ImageStats((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
+
+
+def image_stats(name: str) -> ImageStats:
+    """The statistics called ``name``, or written as six numbers: ``r,g,b/r,g,b``, mean first.
+
+    Raises :class:`UserError` for anything else.
+    """
+    if name in IMAGE_STATS:
+        return IMAGE_STATS[name]
+    try:
+        mean, std = (tuple(float(number) for number in half.split(",")) for half in name.split("/"))
+    except ValueError:
+        mean, std = (), ()
+    if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
+        allowed = f"auto, {', '.join(IMAGE_STATS)}"
+        raise UserError(f"model.image_stats is '{name}', but must be {allowed}, or mean/deviation as r,g,b/r,g,b")
+    return ImageStats(mean, std)
+
+
+def stats_name(stats: ImageStats) -> str:
+    """The inverse of :func:`image_stats`: what a checkpoint records."""
+    # Files of other libraries round: 0.4815 is OpenAI's 0.48145466, and AVION's red mean is 0.06 away.
+    for name, named in IMAGE_STATS.items():
+        numbers = zip([*named.mean, *named.std], [*stats.mean, *stats.std], strict=True)
+        if all(abs(ours - theirs) < 1e-3 for ours, theirs in numbers):
+            return name
+    return "/".join(",".join(f"{value:g}" for value in part) for part in stats)
 
 
 @dataclass
@@ -255,12 +484,14 @@ class WeightsConfig:
 
     source: str = knob(
         "scratch",
-        "one explicit choice: random weights; an image-text model of OpenAI or open_clip (clip); or a trained video "
-        "model of this project, upstream EgoHOD or AVION (checkpoint). docs/checkpoints.md",
+        "one explicit choice: random weights; an image model of OpenAI, open_clip, transformers or timm (clip); or a "
+        "trained video model of this project, upstream EgoHOD or AVION (checkpoint). docs/checkpoints.md",
         choices=("scratch", "clip", "checkpoint"),
     )
     path: str | None = knob(
-        None, "a file, a run or checkpoint folder, or an open_clip tag such as ViT-B-16:laion2b_s34b_b88k"
+        None,
+        "a file, a folder of the Hugging Face Hub, a run or checkpoint folder, or an open_clip tag such as "
+        "ViT-B-16:laion2b_s34b_b88k",
     )
     base: str | None = knob(
         None,
@@ -275,11 +506,13 @@ class WeightsConfig:
     projections: str = knob(
         "auto",
         "both output projections and the temperature: fresh, as the published recipe starts from CLIP, or keep; auto "
-        "is fresh for clip and keep for checkpoint",
+        "is fresh for clip and keep for checkpoint, and keep for open_clip/... models, whose towers belong together",
         choices=("auto", "fresh", "keep"),
     )
     download: bool = knob(
-        False, "let open_clip download what a tag names; false looks at its local cache only, nothing is downloaded"
+        False,
+        "let open_clip download what a tag names, and Hugging Face the tokenizer of a text tower; false looks at local "
+        "caches only, nothing is downloaded",
     )
 
 
@@ -320,8 +553,9 @@ class ModelConfig:
 
     name: str = knob(
         "CLIP_VITB16",
-        f"geometry: {', '.join(GEOMETRIES)}, or timm/NAME for a vision transformer of timm; ..._Slowfast has a fast "
-        "path with motion adapters. docs/backbones.md",
+        f"geometry: {', '.join(GEOMETRIES)}, or timm/NAME for a vision transformer of timm, open_clip/NAME for both "
+        "towers of an open_clip model (or of a folder with open_clip_config.json); ..._Slowfast has a fast path with "
+        "motion adapters. docs/backbones.md",
     )
     image_size: int | None = knob(
         None, "side of the frames in pixels, of a timm backbone; null is the one that it was trained with", low=1
@@ -336,21 +570,32 @@ class ModelConfig:
         "rotate queries and keys by the time of their frame too, on all channels as EVA02-AT does; for backbones with "
         "rotary positions; false leaves time to the temporal embedding, with which a clip starts as the image model",
     )
+    text: str | None = knob(
+        None,
+        "text tower: a name of open_clip whose text tower and tokenizer are taken, such as ViT-B-16-SigLIP2; null is "
+        "that of model.name",
+    )
+    tokenizer: str | None = knob(
+        None,
+        "folder with the files of a Hugging Face tokenizer (tokenizer.json), for a text tower that has one; null looks "
+        "into the local cache of Hugging Face; CLIP's own tokenizer needs no files",
+    )
     num_frames: int = knob(4, "frames per clip; the released models train on 4, slow-fast ones on 16", low=1)
     fast: FastPathConfig = part(FastPathConfig)
     embed_dim: int | None = knob(
         None, "dimensions of the shared space; null is the geometry's, AVION's released models have 256", low=1
     )
     activation: str = knob(
-        "gelu",
-        "upstream and AVION checkpoints expect erf GELU, although OpenAI trained CLIP with quick_gelu",
-        choices=("gelu", "quick_gelu"),
+        "auto",
+        "auto is the one of model.name: gelu for CLIP_..., as upstream and AVION checkpoints expect, although OpenAI "
+        "trained CLIP with quick_gelu; that of its configuration for open_clip/...",
+        choices=("auto", "gelu", "quick_gelu"),
     )
     image_stats: str = knob(
-        "clip",
-        "mean and standard deviation that the weights expect of pixels; they are saved with the weights. clip: "
-        "OpenAI's, as upstream trains; avion: AVION's and LaViLa's, whose red mean is 0.21 deviations lower; imagenet",
-        choices=tuple(IMAGE_STATS),
+        "auto",
+        "mean and standard deviation that the weights expect of pixels; they are saved with the weights. auto: those "
+        "of model.name; clip: OpenAI's, as upstream trains; avion: AVION's and LaViLa's, whose red mean is 0.21 "
+        "deviations lower; imagenet; inception: 0.5 and 0.5, as SigLIP; or mean/deviation as r,g,b/r,g,b",
     )
     temporal_init: str = knob(
         "zeros",
@@ -422,7 +667,30 @@ class ModelConfig:
     def geometry(self) -> Geometry:
         """Sizes of both towers with the settings that change them. Raises :class:`UserError`."""
         shape = geometry(self.name, self.image_size, self.backbone)
-        return replace(shape, embed_dim=self.embed_dim) if self.embed_dim else shape
+        if self.text:
+            config, _ = _open_clip_config(self.text, "model.text")
+            with _open_clip_errors(f"model.text: {self.text}"):
+                fields = _text_of(self.text, config, "model.text")
+            # Of another model than the vision tower, so with an activation of its own.
+            activation = fields.pop("activation")
+            text = replace(fields["text"], activation=fields["text"].activation or activation)
+            shape = replace(shape, **fields | {"text": text})
+        if self.embed_dim:
+            shape = replace(shape, embed_dim=self.embed_dim)
+        for tower, projection, width in (
+            ("vision", shape.projection, shape.vision_width),
+            ("text", shape.text.projection, shape.text_width),
+        ):
+            if projection == "none" and width != shape.embed_dim:
+                raise UserError(
+                    f"the {tower} tower of {shape.name} has no projection: its {width} dimensions are the shared "
+                    f"space, which would have {shape.embed_dim} by model.embed_dim or model.text"
+                )
+        return shape
+
+    def activation_of(self, shape: Geometry) -> str:
+        """``model.activation``, where ``auto`` is that of ``shape``."""
+        return shape.activation if self.activation == "auto" else self.activation
 
     @staticmethod
     def convert_old_keys(section: dict[str, Any], below: dict[str, Any]) -> list[tuple[str, str]]:

@@ -57,7 +57,7 @@ def clip_flops(
     """
     V, L, E, W = geometry.text_width, text_length, geometry.embed_dim, geometry.vision_width
     # A block's linear layers per token: 4 of the attention's V x V, and the MLP's two.
-    linear = 4 + 2 * geometry.mlp_ratio
+    linear = 4 + 2 * geometry.text.mlp_ratio
     # Each with how many times as many operations its backward pass takes.
     products = [
         (texts * 4.0 * L * L * V * geometry.text_layers, FUSED),

@@ -12,17 +12,18 @@ import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import TextTransformer
+from open_clip.transformer import LayerNorm, TextTransformer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from egohod.loss.config import LOSSES, LossConfig
-from egohod.model.config import IMAGE_STATS, Geometry, ImageStats, ModelConfig, checkpointed_blocks
+from egohod.model.config import IMAGE_STATS, Geometry, ImageStats, ModelConfig, checkpointed_blocks, image_stats
 from egohod.model.timm_vision import TimmSlowFast, TimmTransformer
 from egohod.model.vision import (
     ACTIVATIONS,
@@ -43,22 +44,32 @@ RECOMPILE_LIMIT = 128
 class TextTower(TextTransformer):
     """open_clip's ``TextTransformer``, which also takes tokens cut off behind the longest text.
 
-    The feature is the projected end-of-text token, the one with the largest id. Attention is causal, so what
-    follows that token changes nothing and need not be computed.
+    The feature is that of one token, projected: of CLIP's the end of text, the token with the largest id. Where
+    attention is causal, what follows that token changes nothing and need not be computed.
     """
 
     def __init__(self, shape: Geometry, config: ModelConfig) -> None:
+        options = shape.text
+        # nn.GELU's approximation is an argument, open_clip builds activations without any.
+        kinds: dict[str, Callable[[], nn.Module]] = {**ACTIVATIONS, "gelu_tanh": partial(nn.GELU, approximate="tanh")}
         super().__init__(
             context_length=shape.context_length,
             vocab_size=shape.vocab_size,
             width=shape.text_width,
             heads=shape.text_heads,
             layers=shape.text_layers,
-            mlp_ratio=shape.mlp_ratio,
+            mlp_ratio=options.mlp_ratio,
             output_dim=shape.embed_dim,
-            pool_type="argmax",
-            act_layer=ACTIVATIONS[config.activation],
+            no_causal_mask=not options.causal,
+            pool_type=options.pool,
+            eos_id=options.eos_id,
+            proj_type="none" if options.projection == "none" else "linear",
+            proj_bias=options.projection == "linear",
+            act_layer=kinds[options.activation or config.activation_of(shape)],
+            norm_layer=partial(LayerNorm, eps=options.norm_eps),
         )
+        # SigLIP's tokens attend to the padding behind them, with which it was trained.
+        self.needs_padding = not options.causal or options.pool == "last"
         # CLIP's scheme, of which open_clip sets the weights only: PyTorch starts biases of linear layers at random.
         for block in self.transformer.resblocks:
             nn.init.zeros_(block.attn.in_proj_bias)
@@ -68,6 +79,9 @@ class TextTower(TextTransformer):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """``tokens`` int64 [B, L], L up to the context length -> features [B, E], not normalised."""
+        if self.needs_padding:
+            # Columns of zeros are cut on the host (egohod.data.dataset.trim); here they are padding again.
+            tokens = F.pad(tokens, (0, self.context_length - tokens.shape[1]))
         B, L = tokens.shape
         x = self.token_embedding(tokens) + self.positional_embedding[:L]
         # PyTorch's fused kernel for CPUs takes twice as long over a text tower's few tokens in bf16. Not where blocks
@@ -75,10 +89,20 @@ class TextTower(TextTransformer):
         is_plain = x.device.type == "cpu" and not self.transformer.grad_checkpointing
         plain = sdpa_kernel(SDPBackend.MATH) if is_plain else nullcontext()
         with plain:
-            x = self.transformer(x, attn_mask=self.attn_mask[:L, :L])
+            x = self.transformer(x, attn_mask=None if self.attn_mask is None else self.attn_mask[:L, :L])
+        if self.pool_type == "argmax":
+            place = tokens.argmax(dim=1)
+        elif self.pool_type == "eos":
+            place = (tokens == self.eos_id).int().argmax(dim=1)
+        else:
+            place = torch.full((B,), L - 1 if self.pool_type == "last" else 0, device=x.device)
         # The norm and the projection see one token of each text instead of all L.
-        end_of_text = x[torch.arange(B, device=x.device), tokens.argmax(dim=1)]
-        return self.ln_final(end_of_text) @ self.text_projection
+        feature: Tensor = self.ln_final(x[torch.arange(B, device=x.device), place])
+        if self.text_projection is None:
+            return feature
+        if isinstance(self.text_projection, nn.Linear):
+            return self.text_projection(feature)
+        return feature @ self.text_projection
 
 
 @dataclass(frozen=True)
@@ -109,11 +133,13 @@ class DualEncoder(nn.Module):
         temperature: float = 0.07,
         learn_temperature: bool = False,
         bias: float | None = None,
+        activation: str = "gelu",
         image_stats: ImageStats = IMAGE_STATS["clip"],
     ) -> None:
         super().__init__()
         self.visual, self.textual = visual, textual
         self.geometry, self.num_frames = geometry, num_frames
+        self.activation = activation  # of both towers, unless a timm backbone has its own
         self.image_stats = image_stats  # what the pixels of its input must be normalised with
         # In logarithms, so that no step can make the temperature negative, and a parameter even when fixed, so that it
         # is saved with the weights.
@@ -314,24 +340,31 @@ def create_model(
 ) -> DualEncoder:
     """A dual encoder with fresh weights (CLIP's initialisation, from torch's global generator).
 
-    ``loss`` says what else the model needs: the temperature, the sigmoid loss's offset, a head for boxes. ``classes``
-    are the outputs of its classification heads by name.
+    ``loss`` says what else the model needs: the temperature, the sigmoid loss's offset, a head for boxes; None is the
+    default loss, with the scale and offset of ``open_clip/...`` models. ``classes`` are the outputs of its
+    classification heads by name.
 
     ``config.weights``, ``config.compile`` and ``config.attention`` are left to the caller: weights are read by
     :mod:`egohod.model.checkpoints`, compiling is :meth:`DualEncoder.compile_towers`, and both others need a device.
     """
     shape = config.geometry()
+    stats = shape.image_stats or IMAGE_STATS["clip"]
+    # Without a loss, as for embedding alone, a model of open_clip has its own scale and offset of similarities.
+    temperature, bias = (LossConfig.temperature, shape.logit_bias) if loss is None else (loss.temperature, None)
+    if loss is None and shape.logit_scale is not None:
+        temperature = math.exp(-shape.logit_scale)
     loss = loss or LossConfig()
     # In this order, text tower first: both draw their weights from the same generator.
     textual = TextTower(shape, config)
     options: dict[str, Any] = {
         "geometry": shape,
         "num_frames": config.num_frames,
-        "temperature": loss.temperature,
+        "temperature": temperature,
         # What no loss reads must not wait for a gradient.
         "learn_temperature": loss.learn_temperature and LOSSES[loss.name].has_temperature,
-        "bias": loss.bias if LOSSES[loss.name].has_bias else None,
-        "image_stats": shape.image_stats or IMAGE_STATS[config.image_stats],
+        "bias": loss.bias if LOSSES[loss.name].has_bias else bias,
+        "activation": config.activation_of(shape),
+        "image_stats": stats if config.image_stats == "auto" else image_stats(config.image_stats),
     }
     model: DualEncoder
     boxes = loss.boxes > 0

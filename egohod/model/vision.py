@@ -34,8 +34,6 @@ from egohod.model.config import Geometry, ModelConfig, checkpointed_blocks
 ROLES = 3
 # Frames that the temporal convolution of a motion adapter sees at once.
 KERNEL = 3
-# Of every LayerNorm in the vision tower, as in upstream's code (OpenAI's CLIP and the text tower have PyTorch's 1e-5).
-LAYER_NORM_EPS = 1e-6
 # Tokens up to which a CPU attends by plain matrix products (docs/benchmarks.md).
 SHORT = 320
 # Kernels of attention by the names of ``model.attention``, in the order in which a GPU tries them.
@@ -150,14 +148,15 @@ def kernel_fault(backend: SDPBackend, device: torch.device, dtype: torch.dtype, 
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block with stochastic depth, initialised for a stack of ``depth`` of them."""
+    """Pre-norm transformer block with stochastic depth, initialised for a stack of ``shape.vision_layers`` of them."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, activation: str, drop_path: float, depth: int) -> None:
+    def __init__(self, shape: Geometry, activation: str, drop_path: float) -> None:
         super().__init__()
+        width, heads, mlp_ratio, depth = shape.vision_width, shape.vision_heads, shape.mlp_ratio, shape.vision_layers
         hidden = int(width * mlp_ratio)
-        self.ln_1 = LowPrecisionLayerNorm(width, eps=LAYER_NORM_EPS)
+        self.ln_1 = LowPrecisionLayerNorm(width, eps=shape.norm_eps)
         self.attn = Attention(width, heads)
-        self.ln_2 = LowPrecisionLayerNorm(width, eps=LAYER_NORM_EPS)
+        self.ln_2 = LowPrecisionLayerNorm(width, eps=shape.norm_eps)
         c_fc, c_proj = nn.Linear(width, hidden), nn.Linear(hidden, width)
         # OpenAI's names: the activation is called gelu whichever it is.
         self.mlp = nn.Sequential(OrderedDict(c_fc=c_fc, gelu=ACTIVATIONS[activation](), c_proj=c_proj))
@@ -485,13 +484,12 @@ class VideoTransformer(VisionTower):
         self.positional_embedding = nn.Parameter(torch.empty(1 + side**2, width))
         self.temporal_embedding = nn.Parameter(torch.empty(config.num_frames, width))
         self.conv1 = nn.Linear(3 * shape.patch_size**2, width, bias=False)
-        self.ln_pre = LowPrecisionLayerNorm(width, eps=LAYER_NORM_EPS)
+        self.ln_pre = LowPrecisionLayerNorm(width, eps=shape.norm_eps)
         # Later blocks refine what earlier ones computed, so they are dropped more often (Huang et al., 1603.09382).
         rates = [config.drop_path * i / max(1, depth - 1) for i in range(depth)]
-        heads, ratio = shape.vision_heads, shape.mlp_ratio
-        blocks = (Block(width, heads, ratio, config.activation, rate, depth) for rate in rates)
+        blocks = (Block(shape, config.activation_of(shape), rate) for rate in rates)
         self.transformer = Transformer(blocks, config)
-        self.ln_post = LowPrecisionLayerNorm(width, eps=LAYER_NORM_EPS)
+        self.ln_post = LowPrecisionLayerNorm(width, eps=shape.norm_eps)
         self.image_projection = nn.Parameter(torch.empty(width, shape.embed_dim))
         self.box_head = BoxHead(width, side**2) if boxes else None
         self.motion_stem = None

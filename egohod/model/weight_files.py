@@ -38,6 +38,12 @@ from egohod.errors import UserError
 # How the index of a sharded file ends: model.safetensors.index.json, pytorch_model.bin.index.json.
 INDEX = ".index.json"
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+# Under which names a folder of the Hugging Face Hub has its weights. Those of open_clip first: a timm backbone alone or
+# the same model for transformers may be beside them; and safetensors first: nothing needs to be unpickled.
+WEIGHT_NAMES = (
+    *("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"),
+    *("model.safetensors", "pytorch_model.bin"),
+)
 # Tensors may share or repeat their numbers, but not without end.
 _MORE_BYTES, _TIMES_THE_FILE = 1 << 30, 16
 _LONGEST_HEADER = 100 << 20  # the limit of safetensors itself
@@ -127,7 +133,7 @@ def locate(source: str | Path, download: bool = False) -> Path:
 
 
 def open_weight_file(path: Path) -> StateDict:
-    """The state dict of a file, of an index of shards, or of a folder with such an index.
+    """The state dict of a file, of an index of shards, or of a folder with such an index or a file of usual name.
 
     Raises :class:`UserError` without the file's name, and whatever a reader raises for a damaged file: call it within
     :func:`errors_of`.
@@ -138,6 +144,10 @@ def open_weight_file(path: Path) -> StateDict:
     if path.is_dir():
         # Of two indices in one folder that of safetensors: nothing needs to be unpickled.
         indices = sorted(path.glob(f"*{INDEX}"), key=lambda each: ("safetensors" in each.name, each.name))
+        single = next((path / name for name in WEIGHT_NAMES if (path / name).is_file()), None)
+        # open_clip's own file is the whole model where an index beside it is of transformers.
+        if single and (not indices or single.name.startswith("open_clip")):
+            return open_weight_file(single)
         if not indices:
             files = sorted(file.name for file in path.glob("*") if file.suffix in _SUFFIXES)
             hint = f"; name the file, such as {files[0]}" if files else ""

@@ -25,7 +25,7 @@ from torch import nn
 
 from egohod.config import Config, load_leniently
 from egohod.data.config import SourceConfig
-from egohod.data.dataset import ClipDataset, Labels, Tokenizer, collate, normalise, trim
+from egohod.data.dataset import ClipDataset, Labels, Tokenizer, collate, normalise, tokenizer_for, trim
 from egohod.data.formats import read_clips
 from egohod.data.labels import (
     RELEVANCY_COLUMNS,
@@ -110,7 +110,8 @@ def build_model(
         model.visual.set_attention(kernels)
     # Heads that a file brings trained are kept.
     if classes and cfg.model.head_start == "text" and (content is None or content.heads is None):
-        start_from_text(model, classes, class_texts(tables or read_tables(cfg), classes))
+        texts = class_texts(tables or read_tables(cfg), classes)
+        start_from_text(model, classes, texts, tokenizer_for(cfg.model))
     return model
 
 
@@ -161,7 +162,9 @@ def class_texts(tables: Sequence[ClipTable], space: ClassSpace) -> list[list[str
 
 
 @torch.no_grad()
-def start_from_text(model: DualEncoder, space: ClassSpace, texts: Sequence[Sequence[str]]) -> None:
+def start_from_text(
+    model: DualEncoder, space: ClassSpace, texts: Sequence[Sequence[str]], tokenizer: Tokenizer
+) -> None:
     """Set the weights of ``model``'s heads so that their logits are scaled similarities to ``texts`` [C].
 
     Before the first step they classify as zero-shot does (Wortsman et al., 2109.01903). A class's weights are the mean
@@ -170,7 +173,7 @@ def start_from_text(model: DualEncoder, space: ClassSpace, texts: Sequence[Seque
     assert model.heads is not None, "the model was built without heads"
     device = model.logit_scale.device
     of_class = torch.tensor([number for number, each in enumerate(texts) for _ in each], device=device)
-    tokens = Tokenizer()([text for each in texts for text in each])
+    tokens = tokenizer([text for each in texts for text in each])
     # As an evaluation would embed them, which does not use TF32.
     with inference_precision(device, torch.float32):
         of_text = torch.cat([model.encode_text(trim(part).to(device)) for part in tokens.split(BATCH)])
@@ -257,7 +260,8 @@ def build_dataset(cfg: Config, size: int, tables: Sequence[ClipTable] | None = N
     tables = tables or read_tables(cfg)
     dataset = ClipDataset(
         list(zip(tables, sources.values(), strict=True)),
-        size=size, num_frames=cfg.model.num_frames, tokenizer=Tokenizer(), labels=build_labels(cfg, tables),
+        size=size, num_frames=cfg.model.num_frames,
+        tokenizer=tokenizer_for(cfg.model), labels=build_labels(cfg, tables),
         decoder=cfg.data.decoder, cache=open_cache(cfg.data.cache, cfg.data.cache_gb), frame_cache=cfg.data.frame_cache,
         boxes=cfg.loss.boxes > 0, seed=cfg.train.seed, train=True, crop_scale_min=cfg.data.crop_scale_min,
         flip=cfg.data.flip,

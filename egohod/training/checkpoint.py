@@ -37,6 +37,7 @@ from egohod.data.labels import ClassSpace
 from egohod.errors import UserError
 from egohod.loss.config import LOSSES
 from egohod.model.checkpoints import HeadClasses, WeightFile, checksum, from_tensors, read_weights
+from egohod.model.config import stats_name
 from egohod.model.dual_encoder import Base, DualEncoder
 from egohod.model.weight_files import load_pickle
 from egohod.runtime import UNFINISHED_PREFIX, atomic_write, file_hash, write_text
@@ -48,7 +49,7 @@ WEIGHTS, TRAINING, MANIFEST, LAST = "model.safetensors", "training.pt", "manifes
 
 # Settings that always change the trajectory; :func:`identity` adds others where they differ from their defaults.
 _IDENTITY = (
-    *("model.name", "model.num_frames", "model.activation", "model.image_stats"),
+    *("model.name", "model.num_frames"),
     *("loss.name", "loss.boxes", "loss.learn_temperature", "train.seed", "train.global_batch_size"),
 )
 # Settings of how clips are drawn and changed.
@@ -256,10 +257,14 @@ def identity(
     left out has its default.
     """
     result: dict[str, Any] = {name: attrgetter(name)(cfg) for name in _IDENTITY}
+    # What auto means may change with a later release.
+    result |= {"model.activation": model.activation, "model.image_stats": stats_name(model.image_stats)}
     later = ("stem_paths", "slow_every")
     result["model.fast"] = {name: value for name, value in vars(cfg.model.fast).items() if name not in later}
     if model.geometry.slowfast and cfg.model.fast.slow_every > 1:
         result["model.fast.slow_every"] = cfg.model.fast.slow_every
+    if cfg.model.text:
+        result["model.text"] = cfg.model.text
     if cfg.model.motion_stem:
         result["model.motion_stem"] = cfg.model.motion_stem
         # Without a stem it means nothing, and checkpoints from before it existed must still agree.
@@ -388,7 +393,7 @@ def open_weights(source: str | Path, *, download: bool = False, base: str | None
         if name.startswith(("model.", "loss.")) and name not in _NOT_OF_FEATURES
     }
     # A model with one path ignores the settings of the other.
-    if weights.shape and weights.shape.slowfast:
+    if weights.slowfast:
         weights.settings |= {f"model.fast.{name}": value for name, value in identity.get("model.fast", {}).items()}
     return weights
 

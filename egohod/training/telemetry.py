@@ -434,8 +434,11 @@ def step_flops(cfg: Config, model: DualEncoder, text_length: float | None = None
     As if all weights were trained; nothing that is computed twice counts twice.
     """
     geometry = model.geometry
+    length = geometry.context_length if text_length is None else round(text_length)
+    if model.textual.needs_padding:
+        length = geometry.context_length
     # With heads the text tower computes nothing.
-    length = 0 if model.heads is not None else geometry.context_length if text_length is None else round(text_length)
+    length = 0 if model.heads is not None else length
     return clip_flops(
         geometry, cfg.model.num_frames, length, cfg.model.patch_dropout, cfg.model.fast,
         boxes=cfg.loss.boxes > 0, texts=1 + cfg.loss.has_opposites, motion_stem=cfg.model.motion_stem,

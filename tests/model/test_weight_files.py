@@ -308,8 +308,8 @@ def test_errors_for_folders_without_weights_list_their_content(tmp_path: Path) -
     for open_ in (read_weights, open_weights):
         with pytest.raises(UserError, match="not a file of weights, and neither a checkpoint nor an index"):
             open_(tmp_path)
-    write_safetensors(tmp_path / "open_clip_model.safetensors", open_clip_state(DEMO))
-    with pytest.raises(UserError, match=r"; name the file, such as open_clip_model\.safetensors"):
+    write_safetensors(tmp_path / "epoch_10.safetensors", open_clip_state(DEMO))
+    with pytest.raises(UserError, match=r"; name the file, such as epoch_10\.safetensors"):
         open_weights(tmp_path)
     (tmp_path / "__0_0.distcp").touch()
     with pytest.raises(UserError, match=r"convert it first: python -m torch\.distributed\.checkpoint\.format_utils"):
@@ -549,8 +549,12 @@ def test_what_is_no_weights_file(tmp_path: Path, content: bytes, message: str) -
         ({}, "no state dict"),
         ({"state_dict": {"visual.proj": 3.0}}, "'visual.proj' is no tensor"),
         ({"a.weight": torch.zeros(2)}, "a.weight.* are those of no known model"),
-        ({"vision_model.embeddings.class_embedding": torch.zeros(2)}, "transformers library"),
-        ({"visual.trunk.cls_token": torch.zeros(2)}, "timm tower"),
+        ({"vision_model.embeddings.class_embedding": torch.zeros(2)}, "no known model"),
+        ({"visual.trunk.stages.0.downsample.0.bias": torch.zeros(2)}, "convolutional tower"),
+        ({"text.transformer.embeddings.word_embeddings.weight": torch.zeros(2)}, "text tower of Hugging Face"),
+        ({"video_model.blocks.0.norm1.weight": torch.zeros(2)}, "EgoVLP's TimeSformer"),
+        ({"model.blocks.0.temporal_attn.qkv.weight": torch.zeros(2)}, "TimeSformer"),
+        ({"blocks.0.timeattn.qkv.weight": torch.zeros(2)}, "TimeSformer"),
         ({"module.visual.blocks.0.norm1.weight": torch.zeros(2)}, "TimeSformer"),
         ({"visual.transformer.resblocks.0.ln_1.bias": torch.zeros(2)}, "no known model"),
     ],
@@ -601,6 +605,7 @@ def test_a_tag_is_read_from_the_local_cache_and_never_downloaded_by_default(
     cached = write_safetensors(folder / "snapshots" / "0123" / "open_clip_model.safetensors", open_clip_state(DEMO))
     weights = read_weights(tag)
     assert (weights.source, weights.family) == (tag, Family.OPEN_CLIP)
+    assert weights.settings == {"model.image_stats": "clip"}
     assert not requests
     cached.unlink()
     assert read_weights(tag, download=True).family is Family.OPEN_CLIP

@@ -41,7 +41,7 @@ def test_heads_begin_as_the_zero_shot_classifier(tmp_path: Path, kind: str) -> N
     torch.manual_seed(0)
     model = create_model(cfg.model, cfg.loss, space.heads(kind)).eval()
     texts[0] = [*texts[0], "#C C cuts a slice"]
-    start_from_text(model, space, texts)
+    start_from_text(model, space, texts, Tokenizer())
     video = torch.randn(2, 3, cfg.model.num_frames, 40, 40)
     with torch.no_grad():
         logits = model.classify(video)

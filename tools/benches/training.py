@@ -45,6 +45,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from egohod.data.loader import BatchPlan, ClipLoader, train_loader
 from egohod.distributed import pick_device, pick_precision
 from egohod.errors import UserError
+from egohod.loss.config import LossConfig
 from egohod.loss.contrastive import ContrastiveLoss
 from egohod.model import timm_vision, vision
 from egohod.model.config import GEOMETRIES, ModelConfig, geometry
@@ -174,11 +175,13 @@ def _prepare(
     config = ModelConfig(
         name=options.model, num_frames=options.frames, checkpoint_blocks="all" if checkpointing else "none"
     )
-    model, loss_fn = create_model(config).to(device), ContrastiveLoss()
-    size = model.geometry.image_size
+    model, loss_fn = create_model(config, LossConfig()).to(device), ContrastiveLoss()
+    size, context, last = model.geometry.image_size, model.geometry.context_length, model.geometry.vocab_size - 1
+    # SigLIP's text tower computes its padding too.
+    options.text_length = context if model.textual.needs_padding else min(options.text_length, context)
     video = torch.randn(options.batch_size, 3, options.frames, size, size, device=device)
-    tokens = torch.randint(1, START_OF_TEXT, (options.batch_size, options.text_length), device=device)
-    tokens[:, 0], tokens[:, -1] = START_OF_TEXT, END_OF_TEXT
+    tokens = torch.randint(1, last - 1, (options.batch_size, options.text_length), device=device)
+    tokens[:, 0], tokens[:, -1] = last - 1, last
 
     def step() -> None:
         # As in training, where gradients are freed and not overwritten.
