@@ -6,10 +6,9 @@ such products in place; :func:`merge_low_rank` adds those of a state dict to the
 
 Names of the model stay: beside ``mlp.c_fc.weight`` there are ``mlp.c_fc.lora.down``, ``.up`` and ``.scale``, beside
 ``attn.in_proj_weight`` those of ``attn.lora``. So every file loads as before, and a checkpoint is the base and a few
-tensors more. The PEFT library moves the weight to ``c_fc.base_layer.weight`` below ``base_model.model.``, changes fused
-attention weights in place around each forward pass (which the fast path's detached weights and DistributedDataParallel
-would not see), and leaves out layers whose weight a model reads without calling them, as timm's EVA does
-(docs/finetuning.md#low-rank-training).
+tensors more. The PEFT library moves the weight to ``c_fc.base_layer.weight`` below ``base_model.model.``, adds to the
+weights of ``nn.MultiheadAttention`` and subtracts again in each forward pass, which rounds the base, and has no effect
+on layers whose weight a model reads without calling them, as timm's EVA does (docs/finetuning.md#low-rank-training).
 """
 
 from __future__ import annotations
