@@ -69,7 +69,9 @@ def main(arguments: Sequence[str]) -> int:
     stored = cli.model_of(args.checkpoint, args.overrides)
     overrides = ["model.weights.source=checkpoint", *stored, *args.overrides]
     overrides += [f"evaluate.controls=[{args.controls}]"] if args.controls else []
-    cfg = config.load(args.config_file, [*overrides, f"model.weights.path={args.checkpoint}"])
+    # Nothing is trained here, so no low-rank parts are added and no base file is compared.
+    overrides += [f"model.weights.path={args.checkpoint}", "train.trainable=all"]
+    cfg = config.load(args.config_file, overrides)
     classes = None
     if args.heads:
         if not Path(args.checkpoint).is_dir():

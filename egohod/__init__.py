@@ -5,9 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from egohod.api import create_model, create_model_and_transforms, load_clip, load_weights
+    from egohod.api import (
+        create_model,
+        create_model_and_transforms,
+        list_models,
+        load_clip,
+        load_weights,
+        model_info,
+    )
 
-__all__ = ["create_model", "create_model_and_transforms", "load_clip", "load_weights"]
+__all__ = ["create_model", "create_model_and_transforms", "list_models", "load_clip", "load_weights", "model_info"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The Python interface: a model with its preprocessing and tokenizer, and clips as arrays."""
+"""The Python interface: models and their cards, preprocessing and tokenizer, and clips as arrays."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from egohod.errors import UserError
 from egohod.loss.config import LossConfig
 from egohod.model import checkpoints as weights_of_files
 from egohod.model import dual_encoder
+from egohod.model.cards import list_models as list_models
+from egohod.model.cards import model_info as model_info
 from egohod.model.checkpoints import WeightReport
 from egohod.model.dual_encoder import DualEncoder
 from egohod.training.checkpoint import open_weights

@@ -482,11 +482,17 @@ def check(config: Config) -> list[tuple[str, str]]:
     opposites = [name for name in ("opposites", "separation") if getattr(loss, name)]
     if heads and opposites:
         wrong(f"loss.{opposites[0]}", f"loss.{opposites[0]} compares captions, but a model with model.heads reads none")
-    if loss.separation and train.trainable in ("vision", "last_blocks"):
+    for key, chosen in (("train.lora.layers", train.lora.layers), ("train.lora.towers", train.lora.towers)):
+        if not chosen:
+            wrong(key, f"{key}=[] names nothing that is trained")
+    freezes_text = train.trainable in ("vision", "last_blocks")
+    if train.trainable == "lora" and "textual" not in train.lora.towers:
+        freezes_text = True
+    if loss.separation and freezes_text:
         wrong(
             "loss.separation",
-            f"loss.separation separates captions in the text tower, which train.trainable={train.trainable} freezes; "
-            "set it to 0",
+            f"loss.separation separates captions in the text tower, which train.trainable={train.trainable} freezes"
+            f"{' without textual in train.lora.towers' if train.trainable == 'lora' else ''}; set it to 0",
         )
     for name, source in data.train.items():
         if source.opposite_column and data.labels.target == "relevancy":

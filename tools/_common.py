@@ -50,8 +50,9 @@ def load_for_checkpoint(args: argparse.Namespace) -> Config:
     The checkpoint's own model settings come before the command line's, so that a user can still override them.
     """
     model = cli.model_of(args.checkpoint, args.overrides)
-    path = f"model.weights.path={args.checkpoint}"
-    return config.load(args.config_file, ["model.weights.source=checkpoint", *model, *args.overrides, path])
+    # Nothing is trained, so no low-rank parts are added and no base file is compared.
+    last = [f"model.weights.path={args.checkpoint}", "train.trainable=all"]
+    return config.load(args.config_file, ["model.weights.source=checkpoint", *model, *args.overrides, *last])
 
 
 def save_picture(picture: Image | Figure, path: Path) -> None:

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from egohod.errors import UserError
 from egohod.model.config import GEOMETRIES, OPEN_CLIP, ImageStats, stats_name
 from egohod.model.dual_encoder import Base, DualEncoder
+from egohod.model.lora import merge_low_rank
 from egohod.model.vision import SlowFastTower
 from egohod.model.weight_files import (
     AVERAGE,
@@ -497,6 +498,9 @@ def _translate(source: str, opened: StateDict, stats: ImageStats | None = None) 
             # Some projects save a scalar as [1].
             value = value.reshape(())
         tensors[name] = value
+    # From here on it is a model like any other, whatever trained it.
+    tensors, count = merge_low_rank(tensors)
+    remarks += [f"{count} low-rank parts are added to their weights"] if count else []
     # The command line of a training script, which argparse holds in an object.
     args = opened.beside.get("args")
     options: Mapping[str, Any] = {}

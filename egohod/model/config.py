@@ -517,6 +517,32 @@ class WeightsConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank parts of the blocks' weights, for ``train.trainable=lora``."""
+
+    rank: int = knob(
+        16,
+        "rank of the product that is added to each weight; its parameters, and what it can learn, grow with it; the "
+        "paper (2106.09685) uses 1 to 64",
+        low=1,
+    )
+    alpha: float = knob(
+        16.0, "the product is scaled by alpha / rank, so that another rank needs no other learning rate", above=0
+    )
+    layers: list[str] = knob(
+        ["qkv", "proj", "mlp"],
+        "layers of each block that have one: qkv (queries, keys and values), proj (the attention's output), mlp (both "
+        "layers); the paper has it on queries and values, QLoRA (2305.14314) needed all layers to match full training",
+        choices=("qkv", "proj", "mlp"),
+    )
+    towers: list[str] = knob(
+        ["visual", "textual"],
+        "towers whose blocks have them; with model.heads the text tower is not trained in any case",
+        choices=("visual", "textual"),
+    )
+
+
+@dataclass
 class FastPathConfig:
     """The two paths of a ..._Slowfast model; other models have one and ignore this."""
 

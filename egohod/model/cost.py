@@ -13,8 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from egohod.loss.config import LossConfig
-from egohod.model.config import FastPathConfig, Geometry, ModelConfig
+from egohod.model.config import FastPathConfig, Geometry, LoraConfig, ModelConfig
 from egohod.model.dual_encoder import create_model
+from egohod.model.lora import add_low_rank
 from egohod.model.vision import ROLES, SHORT
 
 # How many times the forward pass a backward pass takes. Pixels need no gradient but that of the weights; fused
@@ -190,12 +191,14 @@ def predict(
     ema: bool = False,
     blocks: int | None = None,
     on_gpu: bool = True,
+    lora: LoraConfig | None = None,
 ) -> Memory:
     """Memory of training the model of ``config`` with classification ``heads`` under autocast to ``dtype``.
 
     Of its parameters, ``learning`` are trained (None: all that the model trains by itself), with ``averages`` of the
     optimizer for each (AdamW's two), and ``ema`` says whether there is a moving average of all. The first ``blocks``
-    are checkpointed (None: as configured). ``on_gpu`` says which device ``model.residual=auto`` means.
+    are checkpointed (None: as configured). ``on_gpu`` says which device ``model.residual=auto`` means. With ``lora``
+    the model has its low-rank parts.
 
     What autograd saves is counted on tensors without content; nothing is allocated and no device is touched.
     """
@@ -204,6 +207,8 @@ def predict(
         config = replace(config, residual="autocast" if on_gpu else "float32")
     with FakeTensorMode():
         model = create_model(config, loss, heads)
+        if lora is not None:
+            add_low_rank(model, lora)
         for name, parameter in model.named_parameters():
             if learning is not None:
                 parameter.requires_grad_(name in learning)

@@ -202,17 +202,20 @@ class DualEncoder(nn.Module):
 
         Args:
             trainable: ``all``; ``vision``, all but the text tower; ``adapters`` with the temporal embedding and the
-                projections, as upstream's class does, and the motion stem; ``heads``; or ``last_blocks`` of the vision
-                tower.
+                projections, as upstream's class does, and the motion stem; ``lora``, the same and the low-rank parts of
+                :mod:`egohod.model.lora`; ``heads``; or ``last_blocks`` of the vision tower.
             last_blocks: how many; what follows them is trained with them.
         """
         depth = len(self.visual.transformer.resblocks)
         last = "|".join(str(i) for i in range(max(0, depth - last_blocks), depth)) or "none"
         behind = rf"{self._named(self.visual.HEAD)}|slowfast_projection|heads\."
+        # What weights of another model do not have, and is small.
+        added = r"\.adapter\.|\.motion_stem\.|temporal_embedding|_projection|logit_|\.box_head\.|heads\."
         pattern = {
             "all": "",
             "vision": r"^(?!textual\.)",
-            "adapters": r"\.adapter\.|\.motion_stem\.|temporal_embedding|_projection|logit_|\.box_head\.|heads\.",
+            "adapters": added,
+            "lora": rf"\.lora\.|{added}",
             "last_blocks": rf"^(visual\.transformer\.resblocks\.({last})\.|{behind})",
             "heads": r"^heads\.",
         }[trainable]

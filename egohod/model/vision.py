@@ -75,20 +75,26 @@ class Attention(nn.Module):
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
+        # A low-rank part of in_proj_weight (egohod.model.lora): a call gives what it adds to the product [B, N, 3 D].
+        self.lora: nn.Module | None = None
 
     def forward(self, x: Tensor, keep: int | None = None) -> Tensor:
         """``x`` [B, N, D] -> [B, keep or N, D]: the first ``keep`` tokens ask, all tokens answer."""
         B, N, D = x.shape
+        added = None if self.lora is None else self.lora(x)
         if keep is None:
             # One product for all three is faster than three.
-            qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(B, N, 3, self.heads, -1)
+            qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+            qkv = (qkv if added is None else qkv + added).view(B, N, 3, self.heads, -1)
             query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         else:
             query_weight, memory_weight = self.in_proj_weight.split((D, 2 * D))
             query_bias, memory_bias = self.in_proj_bias.split((D, 2 * D))
-            query = F.linear(x[:, :keep], query_weight, query_bias).view(B, keep, self.heads, -1).transpose(1, 2)
-            memory = F.linear(x, memory_weight, memory_bias).view(B, N, 2, self.heads, -1)
-            key, value = memory.permute(2, 0, 3, 1, 4).unbind(0)
+            query, memory = F.linear(x[:, :keep], query_weight, query_bias), F.linear(x, memory_weight, memory_bias)
+            if added is not None:
+                query, memory = query + added[:, :keep, :D], memory + added[:, :, D:]
+            query = query.view(B, keep, self.heads, -1).transpose(1, 2)
+            key, value = memory.view(B, N, 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         mixed = attend(query, key, value, self.kernels)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))  # [B, heads, keep or N, d] -> [B, keep or N, D]
 

@@ -44,6 +44,7 @@ from egohod.errors import UserError
 from egohod.model.checkpoints import HeadClasses, WeightFile, base_of, load_weights
 from egohod.model.cost import SHARE, Memory, predict
 from egohod.model.dual_encoder import DualEncoder, EgoVideo, create_model
+from egohod.model.lora import add_low_rank
 from egohod.model.vision import attention_order
 from egohod.runtime import content_hash
 from egohod.training.checkpoint import open_weights
@@ -138,9 +139,14 @@ def _with_matching_heads(content: WeightFile, cfg: Config, classes: ClassSpace) 
 
 
 def freeze(model: DualEncoder, cfg: Config) -> None:
-    """Freeze all but the parameters of ``train.trainable``. Raises :class:`UserError` if the model has no such part."""
+    """Freeze all but the parameters of ``train.trainable``, low-rank parts being added for ``lora``.
+
+    Raises :class:`UserError` if the model has no such part.
+    """
     if cfg.train.trainable == "adapters" and not isinstance(model, EgoVideo):
         raise UserError(f"train.trainable=adapters needs a ..._Slowfast model; model.name is {cfg.model.name}")
+    if cfg.train.trainable == "lora":
+        add_low_rank(model, cfg.train.lora)
     model.freeze(cfg.train.trainable, cfg.train.last_blocks)
 
 
@@ -338,7 +344,7 @@ def build_data(
     for name, parameter in model.named_parameters():
         tower, _, rest = name.partition(".")
         part = "motion adapters" if ".adapter." in name else f"{tower} blocks" if ".resblocks." in name else tower
-        part = "motion stem" if ".motion_stem." in name else part
+        part = "motion stem" if ".motion_stem." in name else f"{tower} low-rank" if ".lora." in name else part
         part = f"{tower}, rest" if part == tower and rest and tower != "heads" else part
         counts = parts.setdefault(part, [0, 0])
         counts[0] += parameter.numel()
@@ -451,7 +457,7 @@ def predict_memory(cfg: Config, dist: Distributed, model: DualEncoder, blocks: i
     return predict(
         cfg.model, dtype=dtype, loss=cfg.loss, heads=model.classes, learning=trained, averages=averages, ema=ema,
         blocks=model.visual.transformer.checkpoint_blocks if blocks is None else blocks,
-        on_gpu=dist.device.type == "cuda",
+        on_gpu=dist.device.type == "cuda", lora=cfg.train.lora if cfg.train.trainable == "lora" else None,
     )  # fmt: skip
 
 
@@ -501,6 +507,7 @@ def micro_batch_record(cfg: Config, dist: Distributed) -> MicroBatchRecord | Non
         return None
     train = {name: getattr(cfg.train, name) for name in ("global_batch_size", "precision", "trainable", "last_blocks")}
     train |= {"optimizer": cfg.train.optimizer, "ema": cfg.train.ema > 0}
+    train |= {"lora": vars(cfg.train.lora)} if cfg.train.trainable == "lora" else {}
     device = torch.cuda.get_device_properties(dist.device) if dist.device.type == "cuda" else None
     setting = {
         "device": [device.name, device.total_memory] if device else ["cpu", int(psutil.virtual_memory().total)],
@@ -664,6 +671,9 @@ def _try_model(cfg: Config, dist: Distributed, classes: ClassSpace | None, probl
     except UserError as error:
         problems.append(str(error))
         model = create_model(cfg.model, cfg.loss).to(dist.device)
+        if cfg.train.trainable == "lora":
+            # Its memory is reported, which would be that of training everything.
+            freeze(model, cfg)
         start = f"random, because {cfg.model.weights.path} cannot be used"
     geometry, frames = model.geometry, cfg.model.num_frames
     towers: dict[str, nn.Module | None] = {"vision": model.visual, "text": model.textual, "heads": model.heads}

@@ -302,6 +302,8 @@ def identity(
     for name in names:
         if attrgetter(name)(cfg) != attrgetter(name)(Config()):
             result[name] = attrgetter(name)(cfg)
+    if cfg.train.trainable == "lora":
+        result["train.lora"] = dict(vars(cfg.train.lora))
     if margin := LOSSES[cfg.loss.name].margin:
         result["loss.margin"] = cfg.loss.margin or margin
     if cfg.loss.name == "sms":

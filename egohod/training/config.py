@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from egohod.errors import UserError
-from egohod.knobs import knob
+from egohod.knobs import knob, part
+from egohod.model.config import LoraConfig
 
 _CLOCK = re.compile(r"^\s*([0-9]*\.?[0-9]+)\s*(second|minute|hour)s?\s*$", re.IGNORECASE)
 _DURATION = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*(step|epoch|sample)s?\s*$", re.IGNORECASE)
@@ -32,11 +33,13 @@ class TrainConfig:
     trainable: str = knob(
         "all",
         "trainable parameters: adapters is the motion adapters, the temporal embedding and the projections of a "
-        "slow-fast model; last_blocks the last train.last_blocks blocks of the vision tower and all after them; vision "
-        "all but the text tower; heads the classification heads alone",
-        choices=("all", "adapters", "last_blocks", "vision", "heads"),
+        "slow-fast model; lora the same parts of any model and low-rank parts of the blocks' weights (train.lora); "
+        "last_blocks the last train.last_blocks blocks of the vision tower and all after them; vision all but the text "
+        "tower; heads the classification heads alone",
+        choices=("all", "adapters", "lora", "last_blocks", "vision", "heads"),
     )
     last_blocks: int = knob(4, "number of blocks, for train.trainable=last_blocks", low=1)
+    lora: LoraConfig = part(LoraConfig)
     # Optimizer and regularisation. Defaults are upstream's pretraining; AVION's for classes are named beside them.
     optimizer: str = knob("adamw", "adamw; sgd as AVION fine-tunes for classes", choices=("adamw", "sgd"))
     momentum: float = knob(0.9, "of SGD", low=0, high=0.999)
