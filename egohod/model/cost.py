@@ -57,7 +57,7 @@ def clip_flops(
     """
     V, L, E, W = geometry.text_width, text_length, geometry.embed_dim, geometry.vision_width
     # A block's linear layers per token: 4 of the attention's W x W, and the MLP's two.
-    linear = 4 + 2 * geometry.mlp_ratio
+    linear = 4 + 2 * geometry.text_mlp_ratio
     # Each with how many times as many operations its backward pass takes.
     products = [
         (texts * 4.0 * L * L * V * geometry.text_layers, FUSED),
@@ -185,12 +185,14 @@ def predict(
     ema: bool = False,
     blocks: int | None = None,
     on_gpu: bool = True,
+    processes: int = 1,
 ) -> Memory:
     """Memory of training the model of ``config`` with classification ``heads`` under autocast to ``dtype``.
 
     Of its parameters, ``learning`` are trained (None: all that the model trains by itself), with ``averages`` of the
     optimizer for each (AdamW's two), and ``ema`` says whether there is a moving average of all. The first ``blocks``
-    are checkpointed (None: as configured). ``on_gpu`` says which device ``model.residual=auto`` means.
+    are checkpointed (None: as configured). ``on_gpu`` says which device ``model.residual=auto`` means. ``processes`` is
+    over how many the weights are split (``train.sharding``).
 
     What autograd saves is counted on tensors without content; nothing is allocated and no device is touched.
     """
@@ -242,4 +244,13 @@ def predict(
         (held + trained if parameter.requires_grad else held, parameter.numel()) for parameter in model.parameters()
     )
     state = 4 * sum(count * size for count, size in copies)
+    if processes > 1:
+        # Of the block that computes and the one that is gathered meanwhile, weights in the type they compute in; of the
+        # first also the gradient, and its copy in float32 that is reduced. What is not in blocks is whole in float32
+        # for a whole pass. Copies for autocast, which are shared by the clips of a pass, are not made.
+        parts = [*model.visual.transformer.resblocks, *model.textual.transformer.resblocks]
+        sizes = [sum(parameter.numel() for parameter in part.parameters()) for part in parts]
+        rest = sum(parameter.numel() for parameter in model.parameters()) - sum(sizes)
+        largest = max(sizes)
+        return Memory(state // processes + (3 * dtype.itemsize + 4) * largest + 2 * 4 * rest, per_clip, working)
     return Memory(state + shared, per_clip, working)
