@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from egohod.loss.config import LossConfig
 from egohod.model.config import FastPathConfig, Geometry, ModelConfig
-from egohod.model.dual_encoder import create_model
+from egohod.model.dual_encoder import DualEncoder, create_model
 from egohod.model.vision import ROLES, SHORT
 
 # How many times the forward pass a backward pass takes. Pixels need no gradient but that of the weights; fused
@@ -245,12 +245,18 @@ def predict(
     )
     state = 4 * sum(count * size for count, size in copies)
     if processes > 1:
-        # Of the block that computes and the one that is gathered meanwhile, weights in the type they compute in; of the
-        # first also the gradient, and its copy in float32 that is reduced. What is not in blocks is whole in float32
-        # for a whole pass. Copies for autocast, which are shared by the clips of a pass, are not made.
-        parts = [*model.visual.transformer.resblocks, *model.textual.transformer.resblocks]
-        sizes = [sum(parameter.numel() for parameter in part.parameters()) for part in parts]
-        rest = sum(parameter.numel() for parameter in model.parameters()) - sum(sizes)
-        largest = max(sizes)
-        return Memory(state // processes + (3 * dtype.itemsize + 4) * largest + 2 * 4 * rest, per_clip, working)
+        # Copies for autocast, which the clips of a pass share, are not made: blocks are gathered in its type.
+        return Memory(split_state(model, state, dtype, processes), per_clip, working)
     return Memory(state + shared, per_clip, working)
+
+
+def split_state(model: DualEncoder, state: int, dtype: torch.dtype, processes: int) -> int:
+    """Bytes of one process if ``state`` of weights, gradients and averages is split over ``processes``.
+
+    With what is gathered at a time: of the largest block the weights, and those of the next one meanwhile, its gradient
+    and the float32 copy that is reduced. What is not in blocks is whole in float32, with its gradient, for a whole pass.
+    """
+    blocks = [*model.visual.transformer.resblocks, *model.textual.transformer.resblocks]
+    sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
+    rest = sum(parameter.numel() for parameter in model.parameters()) - sum(sizes)
+    return state // processes + (3 * dtype.itemsize + 4) * max(sizes) + 2 * 4 * rest

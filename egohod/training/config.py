@@ -104,8 +104,8 @@ class TrainConfig:
     sharding: str = knob(
         "none",
         "what each of several processes holds: none, all weights (DistributedDataParallel); fsdp, a part of weights, "
-        "gradients and averages (FSDP2), for models that do not fit one GPU; hsdp, a part of those of its node, so that "
-        "no weights are sent between nodes. docs/large_models.md",
+        "gradients and averages (FSDP2), for models that do not fit one GPU; hsdp, a part of its node's, so that no "
+        "weights are sent between nodes. docs/large_models.md",
         choices=("none", "fsdp", "hsdp"),
     )
     shard_processes: int | None = knob(

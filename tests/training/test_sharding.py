@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,17 @@ from egohod.loss.config import LossConfig
 from egohod.model.config import Geometry, ModelConfig
 from egohod.model.dual_encoder import DualEncoder, EgoVideo, TextTower
 from egohod.model.vision import SlowFastTransformer, VideoTransformer
-from egohod.training.checkpoint import CheckpointError, CheckpointStore, read
+from egohod.runtime import Interrupted
+from egohod.training.build import sharing
+from egohod.training.checkpoint import CheckpointError, read
 from egohod.training.step import TrainStep
-from tests.ranks import in_processes
-from tests.support import Command, losses, newest
+from egohod.training.train import StopDeadline
+from tests.ranks import Ranks, in_processes
+from tests.support import losses, newest
 
 STEPS, FRAMES, CLIPS = 20, 4, 8
-# Widths that four processes do not share evenly, and fewer classes of frames than processes.
+# Parts of four processes differ in size: of 5 positions, 102 words, 18 channels; of an adapter's one gamma three have
+# nothing.
 TINY = Geometry("TINY", 32, 16, 36, 2, 2, 36, 2, 2, 18, vocab_size=102)
 
 
@@ -80,51 +86,62 @@ CASES: dict[str, tuple[bool, int, dict[str, Any]]] = {
 """Both paths, micro-batches of a process, and knobs."""
 
 
-def rank_main(rank: int, world_size: int, folder: Path, shardings: dict[str, int | None]) -> None:
-    """All cases without sharding and with each of ``shardings``, whose results the first process writes."""
+def run(step: TrainStep, here: Distributed, count: int, steps: int) -> Tensor:
+    """Mean loss and gradient norm of each step: float32 [steps, 2]."""
+    lines = [step(number, micro_batches(number, here, count)) for number in range(1, steps + 1)]
+    means = torch.stack([torch.stack([each["loss"], each["grad_norm"]]) for each in lines])
+    torch_dist.all_reduce(means)
+    return means / here.world_size
+
+
+def join(rank: int, world_size: int, folder: Path) -> Distributed:
     torch.set_num_threads(1)
     torch_dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
-    here = Distributed(rank, world_size, torch.device("cpu"), "gloo", control=torch_dist.new_group(backend="gloo"))
-    results: dict[str, Any] = {}
+    store = torch_dist.FileStore(str(folder / "store"), world_size)
+    control = torch_dist.new_group(backend="gloo")
+    return Distributed(rank, world_size, torch.device("cpu"), "gloo", control=control, store=store)
+
+
+def leave(here: Distributed, folder: Path, results: dict[str, Any]) -> None:
+    torch.save(results, folder / f"results-{here.rank}.pt")
+    torch_dist.barrier()
+    torch_dist.destroy_process_group()
+
+
+def all_cases(rank: int, world_size: int, folder: Path, shardings: dict[str, int | None]) -> None:
+    """All cases without sharding and with each of ``shardings``."""
+    here, results = join(rank, world_size, folder), dict[str, Any]()
     for case, (slowfast, count, knobs) in CASES.items():
         for sharding, processes in {"none": None, **shardings}.items():
             cfg = config(**knobs, train__sharding=sharding, train__shard_processes=processes)
             model = build(cfg, slowfast)
             step = TrainStep(model, cfg, here, total_steps=STEPS, steps_per_epoch=STEPS)
-            lines = [step(number, micro_batches(number, here, count)) for number in range(1, STEPS + 1)]
-            means = [torch.stack([each["loss"], each["grad_norm"]]) for each in lines]
-            for mean in means:
-                torch_dist.all_reduce(mean)
+            lines = run(step, here, count, STEPS)
             held = sum(parameter.numel() for parameter in model.parameters())
             with step.gathered() as whole:
                 evaluated = {name: value.clone() for name, value in whole.state_dict().items()}
-            results[f"{case}, {sharding}"] = {
-                "lines": torch.stack(means) / world_size,
-                "evaluated": evaluated,
-                "held": held / sum(value.numel() for value in evaluated.values()),
-            }
-    if rank == 0:
-        torch.save(results, folder / "results.pt")
-    torch_dist.barrier()
-    torch_dist.destroy_process_group()
+            share = held / sum(value.numel() for value in evaluated.values())
+            results[f"{case}, {sharding}"] = {"lines": lines, "evaluated": evaluated, "share": share}
+    leave(here, folder, results)
 
 
 def check_cases(folder: Path, world_size: int, shardings: dict[str, int | None]) -> None:
-    in_processes(world_size, rank_main, folder, shardings)
-    results = torch.load(folder / "results.pt", weights_only=True)
+    in_processes(world_size, all_cases, folder, shardings)
+    results = torch.load(folder / "results-0.pt", weights_only=True)
     for case in CASES:
         whole = results[f"{case}, none"]
-        assert whole["held"] == 1
+        assert whole["share"] == 1
         for sharding, processes in shardings.items():
-            split = results[f"{case}, {sharding}"]
+            split, name = results[f"{case}, {sharding}"], f"{case}, {sharding}"
             # Scalars are not split, and a part of a short tensor is a whole row.
-            assert split["held"] < 1.1 / (processes or world_size), case
-            torch.testing.assert_close(
-                split["lines"][:, 0], whole["lines"][:, 0], atol=1e-6, rtol=0, msg=lambda text, c=case: f"{c}: {text}"
-            )
-            torch.testing.assert_close(split["lines"][:, 1], whole["lines"][:, 1], atol=0, rtol=1e-4)
-            for name, value in whole["evaluated"].items():
-                torch.testing.assert_close(split["evaluated"][name], value, atol=1e-4, rtol=0, msg=f"{case}: {name}")
+            assert split["share"] < 1.1 / (processes or world_size), name
+            (loss, norm), (other_loss, other_norm) = split["lines"].T, whole["lines"].T
+            torch.testing.assert_close(loss, other_loss, atol=1e-6, rtol=0, msg=f"{name}: {loss - other_loss}")
+            torch.testing.assert_close(norm, other_norm, atol=0, rtol=1e-4, msg=name)
+            for weight, value in whole["evaluated"].items():
+                torch.testing.assert_close(
+                    split["evaluated"][weight], value, atol=1e-4, rtol=0, msg=f"{name}: {weight}"
+                )
 
 
 @pytest.mark.ci
@@ -135,3 +152,199 @@ def test_two_processes_that_share_weights_equal_two_that_have_all(tmp_path: Path
 @pytest.mark.ci
 def test_four_processes_that_share_weights_equal_four_that_have_all(tmp_path: Path) -> None:
     check_cases(tmp_path, 4, {"fsdp": None, "hsdp": 2})
+
+
+def special_cases(rank: int, world_size: int, folder: Path) -> None:
+    """What needs no run with whole weights beside it."""
+    here, results = join(rank, world_size, folder), dict[str, Any]()
+    slowfast, count, knobs = CASES["slow-fast"]
+    for backend in ("none", "aot_eager"):
+        cfg = config(**knobs, train__sharding="fsdp")
+        step = TrainStep(build(cfg, slowfast), cfg, here, total_steps=STEPS, steps_per_epoch=STEPS)
+        if backend != "none" and step.shards is not None:
+            step.shards.compile(backend)
+        results[backend] = run(step, here, count, 3)
+
+    # bf16: blocks are gathered in it. The same numbers on all processes, and near those of float32.
+    cfg = config(**knobs, train__sharding="fsdp", train__precision="bf16", train__gradient_dtype="bf16")
+    model = build(cfg, slowfast)
+    step = TrainStep(model, cfg, here, total_steps=STEPS, steps_per_epoch=STEPS)
+    results["bf16"] = run(step, here, count, 3)
+
+    # A gradient that is not finite in the part of one process is skipped by both.
+    before = {name: value.clone() for name, value in step.state_dict()[0].items()}
+    assert step.shards is not None
+    forward, collect = step._forward, step.shards.collect_gradients
+
+    def collect_infinite() -> None:
+        collect()
+        parts = [each.grad for each in model.parameters() if each.grad is not None and each.grad.numel()]
+        parts[-1].flatten()[0] *= torch.inf if rank == 1 else 1
+
+    step.shards.collect_gradients = collect_infinite  # type: ignore[method-assign]
+    results["skipped"] = step(4, micro_batches(4, here, 1))["skipped"]
+    step.shards.collect_gradients = collect  # type: ignore[method-assign]
+    results["same"] = all(torch.equal(value, before[name]) for name, value in step.state_dict()[0].items())
+
+    # Eighty micro-batches of 25 ms, during which one process alone is asked to stop.
+    passes = 0
+
+    def slow_forward(batch: dict[str, Any]) -> dict[str, Tensor]:
+        nonlocal passes
+        passes += 1
+        if rank == 1 and passes == 4:
+            here.stop.request("SIGTERM received")
+        time.sleep(0.025)
+        return forward(batch)
+
+    step._forward = slow_forward  # type: ignore[method-assign]
+    try:
+        step(5, micro_batches(5, here, 1) * 80, StopDeadline(here, 0.1))
+    except Interrupted as interruption:
+        results["reason"] = str(interruption)
+    results["passes"] = passes
+    leave(here, folder, results)
+
+
+@pytest.mark.ci
+def test_sharded_blocks_are_compiled_rounded_skipped_and_given_up_alike(tmp_path: Path) -> None:
+    in_processes(2, special_cases, tmp_path)
+    results, others = (torch.load(tmp_path / f"results-{rank}.pt", weights_only=True) for rank in (0, 1))
+    # The frozen path and the trained one are compiled apart: one for both would train too little or too much.
+    torch.testing.assert_close(results["aot_eager"], results["none"], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(results["bf16"], results["none"], atol=0.05, rtol=0.05)
+    assert not torch.equal(results["bf16"], results["none"])
+    for each in (results, others):
+        assert each["skipped"] == 1
+        # Of the second process nothing is gathered.
+        assert each["same"]
+        # At the same place: one that is ahead would wait for weights that never come.
+        assert each["passes"] == results["passes"] < 40
+    assert [results["reason"], others["reason"]] == ["another process was asked to stop", "SIGTERM received"]
+
+
+def test_sharding_needs_several_processes() -> None:
+    cfg = config(train__sharding="fsdp")
+    with pytest.raises(UserError, match="this run has one: start several with torchrun --nproc_per_node=N"):
+        sharing(cfg, Distributed(0, 1, torch.device("cpu"), None))
+
+
+class Nodes(Distributed):
+    """The first process of a run whose processes are on these nodes."""
+
+    hosts: Sequence[str] = ()
+
+    def gather_objects(self, value: object) -> list[object]:
+        return list(self.hosts)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "processes", "result"),
+    [
+        ("aabb", None, 2),
+        ("aaaa", None, 4),
+        ("aaaa", 2, 2),
+        ("aabb", 3, "cannot be split over 3 of 4 processes; set train.shard_processes to one of 2, 4"),
+        ("abcd", None, "cannot be split over 1 of 4"),
+        ("aaab", None, "the nodes have different numbers of processes"),
+    ],
+)
+def test_hsdp_shares_weights_within_a_node(hosts: str, processes: int | None, result: int | str) -> None:
+    dist = Nodes(0, len(hosts), torch.device("cpu"), "gloo")
+    object.__setattr__(dist, "hosts", tuple(hosts))
+    cfg = config(train__sharding="hsdp", train__shard_processes=processes)
+    if isinstance(result, int):
+        assert sharing(cfg, dist) == result
+    else:
+        with pytest.raises(UserError, match=result):
+            sharing(cfg, dist)
+
+
+# Sharded, with all that a checkpoint has to hold: averages of weights and of the optimizer, several micro-batches, both
+# paths, checkpointed blocks, a step without the slow path.
+SETTINGS = [
+    "model.name=DEMO_Slowfast", "model.fast.slow_frames=2", "model.fast.slow_every=2", "model.checkpoint_blocks=1",
+    "model.patch_dropout=0", "train.ema=0.9", "train.clip_norm=1", "train.max_batch_per_process=2",
+    "train.save_every=5 steps",
+]  # fmt: skip
+
+
+def start(ranks: int, config: Path, run: Path, *knobs: str) -> str:
+    """The log of a training run that ends well."""
+    settings = ["--config_file", config, *SETTINGS, f"train.output={run}", *knobs]
+    processes = Ranks(ranks, "main_pretrain.py", settings, run.parent / f"{run.name}_logs")
+    assert processes.wait() == [0] * ranks, processes.log()
+    return processes.log()
+
+
+def assert_same_run(one: Path, other: Path, first: int = 0) -> None:
+    assert losses(other) == losses(one)[first:]
+    weights = newest(other).weights
+    for name, weight in newest(one).weights.items():
+        assert torch.equal(weight, weights[name]), name
+
+
+def scores(run: Path) -> list[dict[str, float]]:
+    """The benchmark's numbers of each evaluation."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [found for line in lines if (found := {name: line[name] for name in line if name.startswith("val/")})]
+
+
+@pytest.mark.ci
+def test_two_processes_go_on_exactly_and_what_they_save_is_whole(
+    tiny_config: Path, demo_world: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    evaluated = [f"evaluate.demo_val={demo_world}/val", "evaluate.every=6 steps"]
+    start(2, tiny_config, run, "train.sharding=fsdp", "train.async_save=true", *evaluated)
+    folder = run / "checkpoints" / "step-00000005"
+    assert len(list((folder / "parts").iterdir())) == 2
+    # The moments of AdamW, which are twice the weights, and the weights beside their average are not in it.
+    assert (folder / "training.pt").stat().st_size < (folder / "model.safetensors").stat().st_size / 10
+    log = start(2, tiny_config, tmp_path / "resumed", "train.sharding=fsdp", f"train.resume={folder}")
+    assert "resuming" in log
+    assert_same_run(run, tmp_path / "resumed", 5)
+
+    # The same run with whole weights; and either goes on from the other's checkpoint, on another number of processes.
+    start(2, tiny_config, tmp_path / "whole", *evaluated)
+    shapes = {name: value.shape for name, value in newest(tmp_path / "whole").weights.items()}
+    assert {name: value.shape for name, value in newest(run).weights.items()} == shapes
+    start(1, tiny_config, tmp_path / "alone", f"train.resume={folder}")
+    from_whole = tmp_path / "whole" / "checkpoints" / "step-00000005"
+    start(2, tiny_config, tmp_path / "split", "train.sharding=fsdp", f"train.resume={from_whole}")
+    for (step, loss, _), (_, other, _) in zip(losses(run), losses(tmp_path / "whole"), strict=True):
+        assert loss == pytest.approx(other, abs=1e-3), step
+    for mine, theirs in zip(scores(run), scores(tmp_path / "whole"), strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-2)
+    assert len(scores(run)) == 2
+    for name in ("alone", "split"):
+        for (step, loss, _), (_, other, _) in zip(losses(run)[5:], losses(tmp_path / name), strict=True):
+            assert loss == pytest.approx(other, abs=1e-3), (name, step)
+
+    # Half written: of what one process had to write there is a part.
+    last = newest(run).path
+    part = sorted((last / "parts").iterdir())[1]
+    part.write_bytes(part.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match=f"{part.name}: damaged"):
+        read(last)
+    part.unlink()
+    with pytest.raises(CheckpointError, match=f"{part.name}: No such file"):
+        read(last)
+    assert newest(run).step == 10
+    assert "trying the one before" in start(2, tiny_config, run, "train.sharding=fsdp", *evaluated)
+    assert_same_run(run, tmp_path / "resumed", 5)
+
+
+@pytest.mark.ci
+def test_four_processes_in_two_groups_go_on_exactly(tiny_config: Path, tmp_path: Path) -> None:
+    run, knobs = tmp_path / "run", ("train.sharding=hsdp", "train.shard_processes=2")
+    start(4, tiny_config, run, *knobs)
+    folder = run / "checkpoints" / "step-00000005"
+    # Weights and two moments, each once, whichever of the two processes that have a part has written it.
+    parts = sum(path.stat().st_size for path in (folder / "parts").iterdir())
+    assert parts < 3.1 * (folder / "model.safetensors").stat().st_size
+    start(4, tiny_config, tmp_path / "resumed", *knobs, f"train.resume={folder}")
+    assert_same_run(run, tmp_path / "resumed", 5)
+    start(2, tiny_config, tmp_path / "two", "train.sharding=fsdp", f"train.resume={folder}")
+    for (step, loss, _), (_, other, _) in zip(losses(run)[5:], losses(tmp_path / "two"), strict=True):
+        assert loss == pytest.approx(other, abs=1e-3), step
