@@ -254,7 +254,8 @@ def split_state(model: DualEncoder, state: int, dtype: torch.dtype, processes: i
     """Bytes of one process if ``state`` of weights, gradients and averages is split over ``processes``.
 
     With what is gathered at a time: of the largest block the weights, and those of the next one meanwhile, its gradient
-    and the float32 copy that is reduced. What is not in blocks is whole in float32, with its gradient, for a whole pass.
+    and the float32 copy that is reduced. What is not in blocks is whole in float32, with its gradient, during all of a
+    pass.
     """
     blocks = [*model.visual.transformer.resblocks, *model.textual.transformer.resblocks]
     sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]

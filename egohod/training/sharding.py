@@ -16,6 +16,7 @@ import datetime
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,6 @@ class Shards:
         exact = MixedPrecisionPolicy(reduce_dtype=reduced, cast_forward_inputs=False)
         # Blocks are gathered in the type they compute in: half the bytes, and autocast has nothing to copy.
         low = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, reduced, cast_forward_inputs=False)
-        self._frozen = []
         for block in self._blocks():
             adapter = getattr(block, "adapter", None)
             if isinstance(adapter, nn.Module):
@@ -147,8 +147,7 @@ class Shards:
             # On CPUs the norms of other libraries' blocks take weights of their input's type alone.
             takes_low = isinstance(block, Block) or dist.device.type == "cuda"
             fully_shard(block, mesh=mesh, mp_policy=low if takes_low else exact)
-            self._frozen.append(_FrozenCall(block))
-            block.frozen_call = self._frozen[-1]
+            block.frozen_call = _FrozenCall(block)
         # Scalars are whole everywhere, and their gradients are averaged in collect_gradients.
         scalars = {parameter for parameter in self.module.parameters() if parameter.ndim == 0}
         fully_shard(self.module, mesh=mesh, mp_policy=exact, ignored_params=scalars)
@@ -161,11 +160,17 @@ class Shards:
     def compile(self, backend: Any = "inductor") -> None:
         """As :meth:`DualEncoder.compile_towers`, each block between its gathering and its letting go."""
         torch._dynamo.config.cache_size_limit = RECOMPILE_LIMIT
-        for block, frozen in zip(self._blocks(), self._frozen, strict=True):
-            _compile_forward(block, frozen, dynamic=not isinstance(block, Block), fullgraph=True, backend=backend)
-            adapter = getattr(block, "adapter", None)
-            if isinstance(adapter, nn.Module):
-                _compile_forward(adapter, None, dynamic=False, fullgraph=True, backend=backend)
+        for module in self.module.modules():
+            # PyTorch would take a block compiled for one call or block for any other: of sharded modules it checks
+            # neither settings, such as the rate of stochastic depth, nor whether weights are constants.
+            module._is_fsdp_managed_module = False
+        blocks, of_text = self._blocks(), set(self.module.textual.modules())
+        adapters = [block.adapter for block in blocks if isinstance(getattr(block, "adapter", None), nn.Module)]
+        stem = getattr(self.module.visual, "motion_stem", None)
+        for module in (*blocks, *adapters, *([] if stem is None else [stem])):
+            # The text length changes from batch to batch.
+            compiled = torch.compile(_forward, dynamic=module in of_text, fullgraph=True, backend=backend)
+            module.forward = partial(compiled, module)
 
     @torch.no_grad()
     def collect_gradients(self) -> None:
@@ -280,25 +285,25 @@ class _FrozenCall:
     """
 
     def __init__(self, block: nn.Module) -> None:
-        self._block, self.is_active, self._constants = block, False, list[nn.Parameter]()
+        self._block, self._is_active, self._constants = block, False, list[nn.Parameter]()
         # Hooks are called in the order in which they came: fully_shard's was the first.
         block.register_forward_pre_hook(self._make_constant)
 
     def __call__(self, *inputs: Any) -> Tensor:
         """As the block."""
-        self.is_active = True
+        self._is_active = True
         try:
             output: Tensor = self._block(*inputs)
             return output
         finally:
             # Also when a checkpointed block that is computed again is stopped as soon as it has what it needs.
-            self.is_active = False
+            self._is_active = False
             for parameter in self._constants:
                 parameter.requires_grad_(True)
             self._constants = []
 
     def _make_constant(self, block: nn.Module, _: Any) -> None:
-        if self.is_active:
+        if self._is_active:
             named = block.named_parameters()
             # An adapter is a part of its block, but called outside of it and trained.
             self._constants = [each for name, each in named if each.requires_grad and not name.startswith("adapter.")]
@@ -306,14 +311,6 @@ class _FrozenCall:
                 parameter.requires_grad_(False)
 
 
-def _compile_forward(module: nn.Module, frozen: _FrozenCall | None, **options: Any) -> None:
-    """torch.compile what ``module`` computes, without the hooks around it, which communicate."""
-    forward = module.forward
-
-    def run(is_frozen: bool, *args: Any, **kwargs: Any) -> Any:
-        return forward(*args, **kwargs)
-
-    # PyTorch checks nothing of sharded weights when it looks for a compiled variant, also not whether they need
-    # gradients; so the two kinds of call differ in an argument.
-    compiled = torch.compile(run, **options)
-    module.forward = lambda *args, **kwargs: compiled(frozen is not None and frozen.is_active, *args, **kwargs)
+def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What a module computes, without the hooks around it, which communicate."""
+    return type(module).forward(module, *args, **kwargs)

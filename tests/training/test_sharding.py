@@ -19,7 +19,8 @@ from egohod.distributed import Distributed
 from egohod.errors import UserError
 from egohod.loss.config import LossConfig
 from egohod.model.config import Geometry, ModelConfig
-from egohod.model.dual_encoder import DualEncoder, EgoVideo, TextTower
+from egohod.model.cost import predict
+from egohod.model.dual_encoder import DualEncoder, EgoVideo, TextTower, create_model
 from egohod.model.vision import SlowFastTransformer, VideoTransformer
 from egohod.runtime import Interrupted
 from egohod.training.build import sharing
@@ -27,7 +28,7 @@ from egohod.training.checkpoint import Checkpoint, CheckpointError, CheckpointSt
 from egohod.training.step import TrainStep
 from egohod.training.train import StopDeadline
 from tests.ranks import Ranks, in_processes
-from tests.support import losses, newest
+from tests.support import Command, losses, newest
 
 STEPS, FRAMES, CLIPS = 20, 4, 8
 # Parts of four processes differ in size: of 5 positions, 102 words, 18 channels; of an adapter's one gamma three have
@@ -299,7 +300,7 @@ def special_cases(rank: int, world_size: int, folder: Path) -> None:
 def test_sharded_blocks_are_compiled_rounded_skipped_and_given_up_alike(tmp_path: Path) -> None:
     in_processes(2, special_cases, tmp_path)
     results, others = (torch.load(tmp_path / f"results-{rank}.pt", weights_only=True) for rank in (0, 1))
-    # The frozen path and the trained one are compiled apart: one for both would train too little or too much.
+    # A variant for the frozen path and one for the trained one: one for both would train too little or too much.
     torch.testing.assert_close(results["aot_eager"], results["none"], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(results["bf16"], results["none"], atol=0.05, rtol=0.05)
     assert not torch.equal(results["bf16"], results["none"])
@@ -316,6 +317,25 @@ def test_sharding_needs_several_processes() -> None:
     cfg = config(train__sharding="fsdp")
     with pytest.raises(UserError, match="this run has one: start several with torchrun --nproc_per_node=N"):
         sharing(cfg, Distributed(0, 1, torch.device("cpu"), None))
+
+
+def test_one_process_ends_with_a_message_and_a_dry_run_says_what_it_tries(inside: Command, tiny_config: Path) -> None:
+    command = ["main_pretrain.py", "--config_file", tiny_config, "train.sharding=fsdp"]
+    done = inside(*command)
+    assert done.returncode == 2
+    assert done.stderr.count("error: train.sharding=fsdp splits the weights over processes, but this run has one") == 1
+    done = inside(*command, "--dry_run")
+    assert done.returncode == 0, done.stderr
+    assert "fsdp, which this one process tries without" in done.stderr
+
+
+def test_predicted_memory_of_split_weights() -> None:
+    memory = ModelConfig(name="DEMO", num_frames=2)
+    whole, half, quarter = (predict(memory, processes=processes) for processes in (1, 2, 4))
+    state = 16 * sum(parameter.numel() for parameter in create_model(memory).parameters() if parameter.requires_grad)
+    # What is gathered at a time does not depend on how many share it; what a clip keeps is the same.
+    assert half.state - quarter.state == pytest.approx(state / 4, rel=1e-3)
+    assert half.per_clip == quarter.per_clip == whole.per_clip
 
 
 class Nodes(Distributed):
