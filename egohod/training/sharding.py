@@ -66,7 +66,7 @@ def mesh_shape(sharding: str, shard_processes: int | None, dist: Distributed) ->
     hosts = dist.gather_objects(host_name())
     shared = shard_processes or hosts.count(hosts[0])
     # Neighbours in the order of ranks form a group: those of a node, whose links are fast.
-    if shard_processes is None and any(len(set(hosts[i : i + shared])) > 1 for i in range(0, world, shared)):
+    if shard_processes is None and any(hosts[i : i + shared] != [hosts[i]] * shared for i in range(0, world, shared)):
         raise UserError(f"{key}: the nodes have different numbers of processes; set train.shard_processes")
     if world % shared or shared == 1:
         allowed = ", ".join(str(n) for n in range(2, world + 1) if world % n == 0)

@@ -360,7 +360,7 @@ class Nodes(Distributed):
 )
 def test_hsdp_shares_weights_within_a_node(hosts: str, processes: int | None, result: int | str) -> None:
     dist = Nodes(0, len(hosts), torch.device("cpu"), "gloo")
-    object.__setattr__(dist, "hosts", tuple(hosts))
+    object.__setattr__(dist, "hosts", hosts)
     cfg = config(train__sharding="hsdp", train__shard_processes=processes)
     if isinstance(result, int):
         assert sharing(cfg, dist) == result
@@ -437,7 +437,7 @@ def test_programs_on_two_processes_go_on_exactly_and_save_whole_weights(
     with pytest.raises(CheckpointError, match=f"{part.name}: damaged"):
         read(last)
     part.unlink()
-    with pytest.raises(CheckpointError, match=f"{part.name}: No such file"):
+    with pytest.raises(CheckpointError, match=f"{part.name}: .*No such file"):
         read(last)
     assert newest(run).step == 10
     assert "trying the one before" in start(2, tiny_config, run, "train.sharding=fsdp", *evaluated)
