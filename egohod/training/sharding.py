@@ -106,7 +106,7 @@ class Shards:
         self._world_size, self._control, self._group = dist.world_size, dist.control, mesh.get_group("shard")
         # Of its own: checkpoints are written by a thread, whose messages must not mix with those of the run.
         limit = datetime.timedelta(seconds=cfg.train.collective_timeout)
-        self._writers = torch_dist.new_group(backend="gloo", timeout=limit)
+        self._writers: Any = torch_dist.new_group(backend="gloo", timeout=limit)
         for parameter in model.parameters():
             # As DistributedDataParallel does: all start from the first process's weights.
             torch_dist.broadcast(parameter.data, 0)
@@ -163,7 +163,7 @@ class Shards:
         for module in self.module.modules():
             # PyTorch would take a block compiled for one call or block for any other: of sharded modules it checks
             # neither settings, such as the rate of stochastic depth, nor whether weights are constants.
-            module._is_fsdp_managed_module = False
+            vars(module)["_is_fsdp_managed_module"] = False
         blocks, of_text = self._blocks(), set(self.module.textual.modules())
         adapters = [block.adapter for block in blocks if isinstance(getattr(block, "adapter", None), nn.Module)]
         stem = getattr(self.module.visual, "motion_stem", None)
@@ -176,7 +176,8 @@ class Shards:
     def collect_gradients(self) -> None:
         """Hand the gradients of ``module`` to the model's parameters, for which they are the mean of all processes."""
         for parameter, shard in self._parts.values():
-            parameter.grad = None if shard.grad is None else shard.grad.to_local()
+            gradient: Any = shard.grad
+            parameter.grad = None if gradient is None else gradient.to_local()
             # Or the next step would add to it.
             shard.grad = None
         for parameter in self._scalars:
@@ -267,6 +268,7 @@ def read_parts(folder: Path, shards: Shards | None) -> dict[str, Tensor]:
     The number of processes may be another one than when it was written. Collective with ``shards``.
     """
     reader, state = HuggingFaceStorageReader(str(folder)), dict[str, Any]()
+    stored: Any
     for key, stored in reader.read_metadata().state_dict_metadata.items():
         # exp_avg/visual.conv1.weight
         name = key.partition("/")[2]
