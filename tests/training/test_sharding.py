@@ -19,7 +19,7 @@ from egohod.distributed import Distributed
 from egohod.errors import UserError
 from egohod.loss.config import LossConfig
 from egohod.model.config import Geometry, ModelConfig
-from egohod.model.cost import predict
+from egohod.model.cost import predict, split_state
 from egohod.model.dual_encoder import DualEncoder, EgoVideo, TextTower, create_model
 from egohod.model.vision import SlowFastTransformer, VideoTransformer
 from egohod.runtime import Interrupted
@@ -28,7 +28,7 @@ from egohod.training.checkpoint import Checkpoint, CheckpointError, CheckpointSt
 from egohod.training.step import TrainStep
 from egohod.training.train import StopDeadline
 from tests.ranks import Ranks, in_processes
-from tests.support import Command, losses, newest
+from tests.support import ROOT, Command, losses, newest
 
 STEPS, FRAMES, CLIPS = 20, 4, 8
 # Parts of four processes differ in size: of 5 positions, 102 words, 18 channels; of an adapter's one gamma three have
@@ -338,6 +338,20 @@ def test_predicted_memory_of_split_weights() -> None:
     assert half.per_clip == quarter.per_clip == whole.per_clip
 
 
+@pytest.mark.parametrize(("name", "frames"), [("CLIP_VITG14", 4), ("CLIP_VITG14_Slowfast", 16)])
+def test_the_memory_table_of_the_docs_is_current(name: str, frames: int) -> None:
+    """Its part that takes no minutes: parameters and what does not depend on the batch."""
+    with torch.device("meta"):
+        model = create_model(ModelConfig(name=name, num_frames=frames))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    rows = (ROOT / "docs" / "large_models.md").read_text().splitlines()
+    [row] = [row for row in rows if row.startswith(f"| {name} | {parameters / 1e6:,.0f} | {frames} | all |")]
+    whole, over_8, over_64 = (row.split(" | ")[column] for column in (5, 8, 11))
+    assert float(whole) == pytest.approx(16 * parameters / 1e9, abs=0.06)
+    for text, processes in ((over_8, 8), (over_64, 64)):
+        assert text == f"{split_state(model, 16 * parameters, torch.bfloat16, processes) / 1e9:.1f}"
+
+
 class Nodes(Distributed):
     """The first process of a run whose processes are on these nodes."""
 
@@ -396,7 +410,7 @@ def assert_same_run(one: Path, other: Path, first: int = 0) -> None:
 def scores(run: Path) -> list[dict[str, float]]:
     """The benchmark's numbers of each evaluation."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [found for line in lines if (found := {name: line[name] for name in line if name.startswith("val/")})]
+    return [values for line in lines if (values := {name: line[name] for name in line if name.startswith("val/")})]
 
 
 @pytest.mark.ci
