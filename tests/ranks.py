@@ -102,6 +102,16 @@ def _be_rank(
     sys.exit(cli.run(main, arguments))
 
 
+def in_processes(world_size: int, function: Callable[..., None], *arguments: object) -> None:
+    """Run ``function(rank, world_size, *arguments)`` in as many processes, until all are done."""
+    processes = [_SERVER.Process(target=function, args=(rank, world_size, *arguments)) for rank in range(world_size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(_SECONDS)
+    assert [process.exitcode for process in processes] == [0] * world_size
+
+
 class Torchrun:
     """The same under torchrun's agent, which logs to one file and ends the other processes when one fails."""
 

@@ -7,6 +7,7 @@ python tools/bench.py step --json        # a training step: clips/s, share of th
 python tools/bench.py slowfast           # a co-training step of both paths, against one with all weights trained
 python tools/bench.py accumulation       # cached features: how much a step waits for clips that come as fast
 python tools/bench.py memory             # batch, frames, checkpointing, accumulation -> peak memory
+python tools/bench.py sharding           # models beyond one GPU's memory: state and batch by how weights are split
 python tools/bench.py table              # four million rows: start to first batch, memory of all processes
 python tools/bench.py hod                # the HOD pipeline by stage, memory of a worker
 python tools/bench.py eval               # mAP and nDCG of a full benchmark, against full-matrix sorting
@@ -49,6 +50,7 @@ BENCHMARKS = {
     "slowfast": Benchmark(training.slowfast_options, training.slowfast),
     "accumulation": Benchmark(training.accumulation_options, training.accumulation),
     "memory": Benchmark(training.memory_options, training.memory, training.memory_text),
+    "sharding": Benchmark(training.sharding_options, training.sharding, training.sharding_text),
     "table": Benchmark(data.table_options, data.table, data.table_text),
     "eval": Benchmark(inference.eval_options, inference.evaluation, inference.eval_text),
     "hod": Benchmark(inference.hod_options, inference.hod, inference.hod_text),

@@ -99,6 +99,8 @@ _PLAIN = (
     Geometry("CLIP_VITB16", 224, 16, 768, 12, 12, 512, 12, 8, 512),
     Geometry("CLIP_VITL14", 224, 14, 1024, 24, 16, 768, 12, 12, 512),
     Geometry("CLIP_VITL14_336PX", 336, 14, 1024, 24, 16, 768, 12, 12, 512),
+    # open_clip's ViT-g-14, 1.4 B parameters; the ratio gives an MLP of 6,144.
+    Geometry("CLIP_VITG14", 224, 14, 1408, 40, 16, 1024, 24, 16, 1024, mlp_ratio=4.3637),
     # Small enough to learn the demo world from scratch on two CPU cores in minutes.
     Geometry("DEMO", 40, 8, 128, 4, 4, 128, 2, 4, 128),
     # For studies of many runs on the demo world: 257 tokens of 16 frames, half of DEMO's time.

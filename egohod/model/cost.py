@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from egohod.loss.config import LossConfig
 from egohod.model.config import FastPathConfig, Geometry, LoraConfig, ModelConfig
-from egohod.model.dual_encoder import create_model
+from egohod.model.dual_encoder import DualEncoder, create_model
 from egohod.model.lora import add_low_rank
 from egohod.model.vision import ROLES, SHORT
 
@@ -192,13 +192,15 @@ def predict(
     blocks: int | None = None,
     on_gpu: bool = True,
     lora: LoraConfig | None = None,
+    processes: int = 1,
 ) -> Memory:
     """Memory of training the model of ``config`` with classification ``heads`` under autocast to ``dtype``.
 
     Of its parameters, ``learning`` are trained (None: all that the model trains by itself), with ``averages`` of the
     optimizer for each (AdamW's two), and ``ema`` says whether there is a moving average of all. The first ``blocks``
     are checkpointed (None: as configured). ``on_gpu`` says which device ``model.residual=auto`` means. With ``lora``
-    the model has its low-rank parts.
+    the model has its low-rank parts. ``processes`` is
+    over how many the weights are split (``train.sharding``).
 
     What autograd saves is counted on tensors without content; nothing is allocated and no device is touched.
     """
@@ -255,4 +257,20 @@ def predict(
         (held + trained if parameter.requires_grad else held, parameter.numel()) for parameter in model.parameters()
     )
     state = 4 * sum(count * size for count, size in copies)
+    if processes > 1:
+        # Copies for autocast, which the clips of a pass share, are not made: blocks are gathered in its type.
+        return Memory(split_state(model, state, dtype, processes), per_clip, working)
     return Memory(state + shared, per_clip, working)
+
+
+def split_state(model: DualEncoder, state: int, dtype: torch.dtype, processes: int) -> int:
+    """Bytes of one process if ``state`` of weights, gradients and averages is split over ``processes``.
+
+    With what is gathered at a time: of the largest block the weights, and those of the next one meanwhile, its gradient
+    and the float32 copy that is reduced. What is not in blocks is whole in float32, with its gradient, during all of a
+    pass.
+    """
+    blocks = [*model.visual.transformer.resblocks, *model.textual.transformer.resblocks]
+    sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
+    rest = sum(parameter.numel() for parameter in model.parameters()) - sum(sizes)
+    return state // processes + (3 * dtype.itemsize + 4) * max(sizes) + 2 * 4 * rest

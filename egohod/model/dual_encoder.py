@@ -148,6 +148,7 @@ class DualEncoder(nn.Module):
         self.heads: nn.ModuleDict | None = None
         self.classes: dict[str, int] = {}  # how many classes each head has
         self.base: Base | None = None  # weights that are not trained and stay in the file they came from
+        self.is_sharded = False  # set by egohod.training.sharding: blocks have weights only while they compute
 
     def add_heads(self, outputs: Mapping[str, int], dropout: float = 0.0) -> None:
         """Give it classification heads, by name with their classes; it then trains them instead of the text tower."""
@@ -303,6 +304,9 @@ class EgoVideo(DualEncoder):
             fast, boxes = self.visual.fast_with_boxes(video, motion)
         else:
             fast = self.visual.fast(video, motion)
+        if self.training and self.skips_slow and self.is_sharded:
+            # Nothing waits for gradients, and the weights of blocks are not here.
+            return fast @ self.slowfast_projection[self.geometry.embed_dim :], boxes
         if self.training and self.skips_slow:
             # Zero, and a function of all weights that are left out: DistributedDataParallel expects a gradient of every
             # parameter. Searching for unused ones instead would make the host wait for the device.

@@ -55,7 +55,7 @@ class LowPrecisionLayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., D] -> the same shape and type."""
-        if x.dtype == self.weight.dtype:
+        if x.dtype == self.weight.dtype == torch.float32:
             return super().forward(x)
         # Autocast runs layer norms of a GPU in float32: it would copy the tokens to float32, keep the copy for the
         # backward pass, and the next product would copy the result back. The kernel itself sums in float32.
@@ -700,6 +700,10 @@ def slow_frames(fast: int, slow: int) -> slice:
 
 def call_frozen(module: nn.Module, *inputs: Any) -> Tensor:
     """Call ``module`` with its weights as constants: gradients pass through to the inputs, none reaches the weights."""
+    if (sharded := getattr(module, "frozen_call", None)) is not None:
+        # Its weights are here only while it computes (egohod.training.sharding).
+        result: Tensor = sharded(*inputs)
+        return result
     # An adapter is named as a part of its block, but is called outside of it and trained.
     weights = {name: value.detach() for name, value in module.named_parameters() if not name.startswith("adapter.")}
     output: Tensor = functional_call(module, weights, inputs)

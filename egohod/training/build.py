@@ -381,6 +381,7 @@ def micro_batches(
     size, mixes = cfg.train.global_batch_size, bool(cfg.train.mixup or cfg.train.cutmix)
     # First whether the processes can share the batch at all: to predict the memory takes much longer.
     split_batch(size, dist.world_size, largest=1)
+    sharing(cfg, dist)
     if cfg.model.checkpoint_blocks == "auto":
         # Before the micro-batch is tried; the same for a resumed run, since it depends on what the record does.
         memory = min(dist.gather_objects(device_memory(dist)))
@@ -398,8 +399,9 @@ def micro_batches(
             log.info("%s: %d clips at a time, as tried before on this device", record.path, largest)
     if largest is None:
         largest, peak = largest_batch(cfg, dist, model), 0
-        if record is not None and dist.device.type == "cuda":
-            # Not on a CPU: where its memory runs out, the system ends a process without an exception.
+        if record is not None and dist.device.type == "cuda" and cfg.train.sharding == "none":
+            # Not on a CPU: where its memory runs out, the system ends a process without an exception. Nor where weights
+            # will be split: they are whole here.
             largest, peak = try_batch(cfg, dist, model, largest)
         if record is not None and dist.is_main:
             record.write(largest, peak_gb=round(peak / 1e9, 2))
@@ -430,6 +432,19 @@ def split_batch(global_batch_size: int, world_size: int, largest: int, even: boo
     return micro_batch, share // micro_batch
 
 
+def sharing(cfg: Config, dist: Distributed) -> int:
+    """Over how many processes ``train.sharding`` splits the weights, 1 without it. Collective.
+
+    Raises :class:`UserError` as :func:`egohod.training.sharding.mesh_shape` does.
+    """
+    if cfg.train.sharding == "none":
+        return 1
+    # Imported here: most runs do without.
+    from egohod.training.sharding import mesh_shape
+
+    return mesh_shape(cfg.train.sharding, cfg.train.shard_processes, dist)[1]
+
+
 def fewest_blocks(cfg: Config, world_size: int, fits: Callable[[int], int]) -> tuple[int, int]:
     """How many blocks ``model.checkpoint_blocks=auto`` checkpoints, and for how many clips at a time.
 
@@ -458,6 +473,7 @@ def predict_memory(cfg: Config, dist: Distributed, model: DualEncoder, blocks: i
         cfg.model, dtype=dtype, loss=cfg.loss, heads=model.classes, learning=trained, averages=averages, ema=ema,
         blocks=model.visual.transformer.checkpoint_blocks if blocks is None else blocks,
         on_gpu=dist.device.type == "cuda", lora=cfg.train.lora if cfg.train.trainable == "lora" else None,
+        processes=sharing(cfg, dist),
     )  # fmt: skip
 
 
@@ -476,7 +492,8 @@ def clips_that_fit(cfg: Config, dist: Distributed, model: DualEncoder, memory: i
     """Clips at a time with which a step fits ``memory`` bytes by prediction; ``blocks`` as of predict_memory."""
     predicted = predict_memory(cfg, dist, model, blocks)
     clips = predicted.fits(memory)
-    if dist.world_size > 1 and clips < cfg.train.global_batch_size // dist.world_size:
+    several_passes = clips < cfg.train.global_batch_size // dist.world_size
+    if dist.world_size > 1 and several_passes and cfg.train.sharding == "none":
         # Several passes: under no_sync their gradients add up outside of DDP's buckets, which are in memory too.
         clips = predicted.fits(memory - trained_bytes(model) / SHARE)
     return clips
@@ -508,6 +525,8 @@ def micro_batch_record(cfg: Config, dist: Distributed) -> MicroBatchRecord | Non
     train = {name: getattr(cfg.train, name) for name in ("global_batch_size", "precision", "trainable", "last_blocks")}
     train |= {"optimizer": cfg.train.optimizer, "ema": cfg.train.ema > 0}
     train |= {"lora": vars(cfg.train.lora)} if cfg.train.trainable == "lora" else {}
+    if cfg.train.sharding != "none":  # or records from before it existed would not count
+        train |= {"sharding": cfg.train.sharding, "shard_processes": cfg.train.shard_processes}
     device = torch.cuda.get_device_properties(dist.device) if dist.device.type == "cuda" else None
     setting = {
         "device": [device.name, device.total_memory] if device else ["cpu", int(psutil.virtual_memory().total)],
@@ -609,9 +628,15 @@ def dry_run(path: str, overrides: Sequence[str], evaluators: Callable[..., Seque
     """
     cfg, problems = load_leniently(path, overrides)
     dist, run = setup(cfg.train.device, deterministic=cfg.train.deterministic), Path(cfg.train.output)
+    sharding = cfg.train.sharding
+    if dist.world_size == 1:
+        # Splitting needs several processes, and a dry run is most often one.
+        cfg.train.sharding = "none"
     precision = str(pick_precision(cfg.train.precision, dist.device)).removeprefix("torch.")
     _report("config", f"{path}{' ' + ' '.join(overrides) if overrides else ''}")
     _report("device", f"{dist}, precision {precision}")
+    if sharding != cfg.train.sharding:
+        _report("sharding", f"{sharding}, which this one process tries without; memory below is that of whole weights")
     classes = None
     try:
         require_trackers(cfg)

@@ -5,6 +5,8 @@
         step-00000500/
             model.safetensors         weights, readable by anything that reads safetensors
             training.pt               optimizer, loss scaler, progress; loadable with weights_only
+            parts/shard-00001-...     with train.sharding (torch.distributed.checkpoint): what each process has of the
+                                      optimizer's averages and, beside a moving average, of the weights
             manifest.json             step, metrics, identity of the run, SHA-256 of the files above
 
 A checkpoint is written under a temporary name, flushed to the disk, then renamed: it is there as a whole or not
@@ -21,7 +23,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -46,6 +48,7 @@ log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step-\d{8}")
 WEIGHTS, TRAINING, MANIFEST, LAST = "model.safetensors", "training.pt", "manifest.json", "LAST"
+PARTS = "parts"
 
 # Settings that always change the trajectory; :func:`identity` adds others where they differ from their defaults.
 _IDENTITY = (
@@ -95,6 +98,11 @@ class Checkpoint:
     training: dict[str, Any]
     manifest: dict[str, Any]
 
+    @property
+    def parts(self) -> Path | None:
+        """The folder of what the processes of a sharded run wrote; None if there is none."""
+        return self.path / PARTS if len(_files(self.manifest)) > 2 else None
+
 
 class CheckpointStore:
     """The checkpoints of one run."""
@@ -112,32 +120,40 @@ class CheckpointStore:
         metrics: dict[str, float],
         identity: dict[str, Any],
         base: Base | None = None,
+        write_parts: Callable[[], dict[str, str]] | None = None,
     ) -> Path:
         """Write one checkpoint and delete those beyond ``keep_last`` and ``keep_best``.
 
         With ``base`` the weights that it names are left out. ``identity`` is what a resumed run must agree with
-        (geometry, batch size, seed ...). Raises :class:`CheckpointError` if it cannot be written; older checkpoints
-        are untouched then.
+        (geometry, batch size, seed ...). With ``write_parts``, which is called first and gives the checksums of the
+        files that it and the other processes have written to :meth:`parts`, :meth:`prepare` was called before. Raises
+        :class:`CheckpointError` if it cannot be written; older checkpoints are untouched then.
         """
         final = self.path(step)
         try:
-            # Not with its parents: a shared folder that is lost would come back on the disk below its mount point.
-            self.folder.mkdir(exist_ok=True)
-            # A run folder has one writer at a time, so what is unfinished is what a killed process left.
-            for path in self.folder.glob(f"{UNFINISHED_PREFIX}*step-*"):
-                shutil.rmtree(path, ignore_errors=True)
+            parts: dict[str, str] = {}
+            if write_parts is None:
+                self.prepare()
+            else:
+                # Before anything that may fail: the other processes wait for this one.
+                parts = write_parts()
+                if missing := [name for name in parts if not (self.parts(step) / name).is_file()]:
+                    raise OSError(f"{missing[0]} of another process is not here: is {self.folder} a shared folder?")
             with atomic_write(final, sync=True) as temporary:
                 temporary.mkdir()
                 # safetensors refuses views that are not contiguous.
                 save_file({name: value.cpu().contiguous() for name, value in weights.items()}, temporary / WEIGHTS)
                 # Nested, with numbers and lists, which safetensors has no place for.
                 torch.save(training, temporary / TRAINING)
+                if parts:
+                    self.parts(step).rename(temporary / PARTS)
                 manifest = {
                     "format": 1,
                     "step": step,
                     "metrics": metrics,
                     "identity": identity,
-                    "sha256": {name: file_hash(temporary / name) for name in (WEIGHTS, TRAINING)},
+                    "sha256": {name: file_hash(temporary / name) for name in (WEIGHTS, TRAINING)}
+                    | {f"{PARTS}/{name}": value for name, value in parts.items()},
                     # A checkpoint without one is whole.
                     **({"base": dataclasses.asdict(base)} if base else {}),
                 }
@@ -145,11 +161,23 @@ class CheckpointStore:
                 if final.exists():  # left torn by an earlier crash, or saved twice at the same step
                     self._remove(final)
             write_text(self.folder / LAST, final.name + "\n", sync=True)
-        # A full disk is an OSError, safetensors' own error, or of torch.save a RuntimeError.
-        except (OSError, SafetensorError, RuntimeError) as error:
+        # A full disk is an OSError, safetensors' own error, or of torch.save a RuntimeError; of parts a UserError.
+        except (OSError, SafetensorError, RuntimeError, UserError) as error:
             raise CheckpointError(f"{final}: not saved: {_reason(error)}; older checkpoints are untouched") from error
         self._prune(final)
         return final
+
+    def prepare(self) -> None:
+        """Make the folder, and remove what a killed process left in it. Raises :class:`OSError`."""
+        # Not with its parents: a shared folder that is lost would come back on the disk below its mount point.
+        self.folder.mkdir(exist_ok=True)
+        # A run folder has one writer at a time, so what is unfinished is what a killed process left.
+        for path in self.folder.glob(f"{UNFINISHED_PREFIX}*step-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def parts(self, step: int) -> Path:
+        """Where the processes of a sharded run write their parts, before they become a part of the checkpoint."""
+        return self.folder / f"{UNFINISHED_PREFIX}parts-{self.path(step).name}"
 
     def rate(self, step: int, metrics: dict[str, float]) -> None:
         """Add the metrics that a checkpoint was saved without. Raises :class:`CheckpointError`."""
@@ -207,11 +235,12 @@ class CheckpointStore:
         scores: dict[Path, float] = {}
         for path in self.steps():
             try:
-                score = read_manifest(path)["metrics"].get(self._best)
+                manifest = read_manifest(path)
             except CheckpointError:
                 continue
+            score = manifest["metrics"].get(self._best)
             # Whether the files are there is enough here: to read them would take minutes, and resuming does it.
-            if all((path / name).is_file() for name in (WEIGHTS, TRAINING)):
+            if all((path / name).is_file() for name in _files(manifest)):
                 scores[path] = float(score) if isinstance(score, (int, float)) else float("-inf")
         return scores
 
@@ -432,7 +461,7 @@ def read(path: Path, *, verify: bool = True) -> Checkpoint:
     Raises :class:`CheckpointError` naming the file and what is wrong with it. Nothing in the files is executed.
     """
     manifest = read_manifest(path)
-    for name in (WEIGHTS, TRAINING) if verify else ():
+    for name in _files(manifest) if verify else ():
         try:
             # In small pieces. Nobody writes to a checkpoint once it has its name, so what was checked is what is used.
             digest = file_hash(path / name)
@@ -471,6 +500,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
             name: value[-1] if isinstance(value, list) and value else value for name, value in sources.items()
         }
     return manifest | {"identity": _IMPLIED | renamed}
+
+
+def _files(manifest: Mapping[str, Any]) -> list[str]:
+    """Names of the files of a checkpoint, beside its manifest."""
+    # By its form: a manifest by another hand must not lead to files elsewhere.
+    return [WEIGHTS, TRAINING, *(name for name in manifest["sha256"] if re.fullmatch(rf"{PARTS}/[\w-][\w.-]*", name))]
 
 
 def _reason(error: BaseException) -> str:

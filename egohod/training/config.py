@@ -104,6 +104,16 @@ class TrainConfig:
         "gradient to 8 bits of mantissa (relative error up to 1/256 per rounding); losses and accumulation stay exact",
         choices=("fp32", "bf16"),
     )
+    sharding: str = knob(
+        "none",
+        "what each of several processes holds: none, all weights (DistributedDataParallel); fsdp, a part of weights, "
+        "gradients and averages (FSDP2), for models that do not fit one GPU; hsdp, a part of its node's, so that no "
+        "weights are sent between nodes. docs/large_models.md",
+        choices=("none", "fsdp", "hsdp"),
+    )
+    shard_processes: int | None = knob(
+        None, "hsdp: processes that a copy of the weights is split over; null is those of one node", low=2
+    )
     deterministic: bool = knob(
         False,
         "only algorithms that compute the same bits every time, so that a resumed run on the same GPUs equals an "

@@ -14,7 +14,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
-from typing import Any, Protocol, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.autograd import profiler
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -39,6 +41,9 @@ from egohod.loss.opposites import weight_share
 from egohod.model.dual_encoder import DualEncoder, EgoVideo, compiles
 from egohod.runtime import Interrupted
 from egohod.training.config import TrainConfig, duration_in_steps
+
+if TYPE_CHECKING:
+    from egohod.training.sharding import Shards
 
 # In the store of the processes: one of them was asked to stop. How often the others look.
 _STOP_KEY, _LOOK_SECONDS = "egohod/stop", 1.0
@@ -59,7 +64,10 @@ class MicroBatches(Protocol[Batch_co]):
 
 
 class TrainStep:
-    """Model, loss, optimizer, schedule and loss scaler of a run; calling it is one step."""
+    """Model, loss, optimizer, schedule and loss scaler of a run; calling it is one step.
+
+    With ``train.sharding`` the parameters of ``model`` are this process's parts while it trains; see :meth:`gathered`.
+    """
 
     def __init__(self, model: DualEncoder, cfg: Config, dist: Distributed, *, total_steps: int, steps_per_epoch: int):
         self._inner, self._cfg, self._loss_config, self._device = model, cfg.train, cfg.loss, dist.device
@@ -69,15 +77,25 @@ class TrainStep:
         self._has_opposites, self._total_steps = cfg.loss.has_opposites, total_steps
         self._max_log_scale = math.log(cfg.loss.max_logit_scale)
         self._slow_every = cfg.model.fast.slow_every
+        self.shards: Shards | None = None
+        """How the weights are split over the processes; None if they are not."""
+        scaler: type[torch.amp.GradScaler] = torch.amp.GradScaler
+        if cfg.train.sharding != "none":
+            # Imported here: most runs do without.
+            from egohod.training.sharding import ShardedScaler, Shards
+
+            self.shards, scaler = Shards(model, cfg, dist), ShardedScaler
+        # What computes; without sharding it is the model itself.
+        self._runs: DualEncoder = self.shards.module if self.shards else model
         self._optimizer = build_optimizer(model, cfg.train)
         # Here and not where the model is built: evaluation is not compiled (egohod.evaluation.embed).
         if compiles(cfg.model.compile, dist.device):
-            model.compile_towers()
+            (self.shards.compile if self.shards else model.compile_towers)()
         self._schedule = build_schedule(self._optimizer, cfg.train, total_steps, steps_per_epoch)
         # Scaling only matters in fp16; the scaler is used in every precision because it also skips steps with
         # non-finite gradients without a wait for the device (the optimizer is fused).
         self._is_fp16 = self._dtype == torch.float16
-        self._scaler = torch.amp.GradScaler(dist.device.type, init_scale=2.0**16 if self._is_fp16 else 1.0)
+        self._scaler = scaler(dist.device.type, init_scale=2.0**16 if self._is_fp16 else 1.0)
         self._mixer = ClipMixer(cfg.train) if cfg.train.mixup or cfg.train.cutmix else None
         self._ema = ModelEmaV3(model, decay=cfg.train.ema, use_warmup=True) if cfg.train.ema else None
         self.stopwatch = Stopwatch(dist.device)
@@ -85,9 +103,13 @@ class TrainStep:
         # Weights that a checkpoint leaves in the file the run started from.
         # A run that trains adapters alone would otherwise write gigabytes that never change.
         self._base_names = frozenset(model.base.names if model.base else ())
+        self._is_main = dist.is_main
+        # Names of the trained parameters in the optimizer's order, by which its state is numbered.
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        self._names = [names[each] for group in self._optimizer.param_groups for each in group["params"]]
         self._is_first = True
-        self._model: nn.Module = model
-        if dist.world_size > 1:
+        self._model: nn.Module = self._runs
+        if dist.world_size > 1 and self.shards is None:
             ids = [dist.device.index] if dist.device.type == "cuda" else None
             # The only buffer is the constant causal mask. Views of buckets save a copy of all gradients.
             parallel = DistributedDataParallel(
@@ -140,19 +162,22 @@ class TrainStep:
         # A function of the step, as the schedule is. The first step has both paths, so that the warm-up above, which
         # always has both, and AdamW's averages know all parameters from the start.
         paths: AbstractContextManager[None] = nullcontext()
-        if isinstance(self._inner, EgoVideo) and (step - 1) % self._slow_every > 0:
-            paths = self._inner.without_slow_path()
+        if isinstance(self._runs, EgoVideo) and (step - 1) % self._slow_every > 0:
+            paths = self._runs.without_slow_path()
         with paths:
             scalars = forward_backward(
                 self._forward, self._model, micro_batches, loss, self._scaler.scale,
                 enter=self.stopwatch.enter, deadline=deadline,
             )  # fmt: skip
         self.stopwatch.enter("optimizer")
+        if self.shards:
+            self.shards.collect_gradients()
         # Unscaled first: the norm, and its clipping, are of the true gradient.
         self._scaler.unscale_(self._optimizer)
         parameters = list(self._inner.parameters())
         # Also where nothing is clipped: it is logged, and says whether the step is skipped.
-        norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = self.shards.gradient_norm() if self.shards else get_total_norm(gradients)
         if self._cfg.clip_norm:
             clip_grads_with_norm_(parameters, self._cfg.clip_norm, norm)
         self._scaler.step(self._optimizer)
@@ -209,18 +234,26 @@ class TrainStep:
 
     @property
     def ema_or_model(self) -> DualEncoder:
-        """The model to evaluate: the moving average of the weights if there is one."""
+        """The model to evaluate: the moving average of the weights if there is one. To be called within gathered()."""
         return self._inner if self._ema is None else self._ema.module
 
+    def gathered(self) -> AbstractContextManager[DualEncoder]:
+        """Within, :attr:`ema_or_model` has whole weights, on every process; collective where they are split."""
+        return self.shards.gathered(self.ema_or_model) if self.shards else nullcontext(self.ema_or_model)
+
     def load_ema_weights(self) -> None:
-        """Leave the model with the weights to evaluate, those of the moving average if there is one."""
+        """Leave the model with the weights to evaluate, whole: those of the moving average if there is one."""
         if self._ema is not None:
             self._inner.load_state_dict(self._ema.module.state_dict())
+        if self.shards:
+            self.shards.gather(self._inner)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Weights (without those of a base file), and all else that the next step depends on.
 
-        The tensors are those of the model and the optimizer, on their device: the next step changes them.
+        The tensors are those of the model and the optimizer, on their device: the next step changes them. With
+        sharding it is collective: the weights are whole, on the host and on the first process alone, and ``parts`` of
+        the second value has this process's parts of all else, for :meth:`egohod.training.sharding.Shards.write`.
         """
 
         def without_base(model: nn.Module) -> dict[str, Tensor]:
@@ -228,19 +261,54 @@ class TrainStep:
             return {name: value.detach() for name, value in named if name not in self._base_names}
 
         training: dict[str, Any] = {"optimizer": self._optimizer.state_dict(), "scaler": self._scaler.state_dict()}
+        weights = without_base(self.ema_or_model)
         if self._ema is not None:
             # The average is what the checkpoint is for; training continues with the weights themselves.
             training["weights"] = without_base(self._inner)
-        return without_base(self.ema_or_model), training
+        if self.shards is None:
+            return weights, training
+        parts: dict[str, Any] = {}
+        for number, values in training["optimizer"]["state"].items():
+            # Of AdamW's state the number of steps is whole everywhere.
+            name = self._names[number]
+            split = [key for key, value in values.items() if name in self.shards and value.ndim]
+            parts |= {f"{key}/{name}": self.shards.distributed(name, values[key]) for key in split}
+            training["optimizer"]["state"][number] = {key: values[key] for key in values if key not in split}
+        for name in [name for name in training.get("weights", ()) if name in self.shards]:
+            parts[f"weights/{name}"] = self.shards.distributed(name, training["weights"].pop(name))
+        # One at a time, so that the device never holds more than one whole.
+        whole = ((name, self.shards.whole(name, value)) for name, value in weights.items())
+        return {name: value.cpu() for name, value in whole if self._is_main}, training | {"parts": parts}
 
-    def load_state_dict(self, weights: dict[str, Tensor], training: dict[str, Any]) -> None:
-        """Continue from what :meth:`state_dict` returned, of which copies are made."""
+    def load_state_dict(self, weights: dict[str, Tensor], training: dict[str, Any], parts: Path | None = None) -> None:
+        """Continue from what :meth:`state_dict` returned, of which copies are made.
+
+        ``parts`` is the folder of a sharded run's parts. Whether this run is sharded, and over how many processes, does
+        not matter.
+        """
+        weights, training = dict(weights), dict(training)
+        raw = dict(training["weights"]) if "weights" in training else weights
+        state = {number: dict(values) for number, values in training["optimizer"]["state"].items()}
+        if self.shards:
+            cut = self.shards.cut
+            weights, raw = ({name: cut(name, value) for name, value in each.items()} for each in (weights, raw))
+            for number, values in state.items():
+                state[number] = {
+                    key: cut(self._names[number], value) if value.ndim else value for key, value in values.items()
+                }
+        if parts is not None:
+            from egohod.training.sharding import read_parts
+
+            numbers = {name: number for number, name in enumerate(self._names)}
+            for key, value in read_parts(parts, self.shards).items():
+                kind, _, name = key.partition("/")
+                (raw if kind == "weights" else state[numbers[name]])[name if kind == "weights" else kind] = value
         base = {name: value for name, value in self._inner.state_dict().items() if name in self._base_names}
-        self._inner.load_state_dict(base | training.get("weights", weights))
+        self._inner.load_state_dict(base | raw)
         if self._ema is not None:
             self._ema.module.load_state_dict(base | weights)
         configured = [dict(group, params=None) for group in self._optimizer.param_groups]
-        self._optimizer.load_state_dict(training["optimizer"])
+        self._optimizer.load_state_dict(training["optimizer"] | {"state": state})
         for state in self._optimizer.state.values():
             for name, value in state.items():
                 # On the CPU it is still the checkpoint's tensor, which would hold the whole file in memory.
@@ -305,6 +373,8 @@ def forward_backward(
         scale(scalars["loss"]).backward()
         return {name: value.detach() for name, value in scalars.items()}
 
+    # A sharded model gathers its weights in every pass: nobody leaves, or is ahead, alone.
+    in_step = isinstance(model, FSDPModule)
     device = next(model.parameters()).device
     on_gpu = device.type == "cuda"
     batches, outputs, random_states = deque[Batch](), [], []
@@ -315,7 +385,9 @@ def forward_backward(
             random_states.append((torch.get_rng_state(), torch.cuda.get_rng_state(device) if on_gpu else None))
             outputs.append(forward(batch))
             batches.append(batch)
-            if deadline is not None and deadline.is_due():
+            if deadline is not None and in_step:
+                deadline.agree()
+            elif deadline is not None and deadline.is_due():
                 break
             # While this one is computed, the workers load the next: nothing waits for the whole batch.
             enter("data")
@@ -343,7 +415,7 @@ def forward_backward(
         is_last = i == count - 1
         # The processes exchange gradients once, in the last backward pass. A process that wants to give the step up
         # votes at once; the others vote before the exchange.
-        if deadline is not None and (is_last or deadline.is_due()):
+        if deadline is not None and (is_last or in_step or deadline.is_due()):
             deadline.agree()
         enter("forward")
         # Not held any longer: the loader fills up with the next step's micro-batches meanwhile.
@@ -352,6 +424,10 @@ def forward_backward(
         torch.set_rng_state(cpu_state)
         if gpu_state is not None:
             torch.cuda.set_rng_state(gpu_state, device)
+        if isinstance(model, FSDPModule):
+            # Gradients are reduced with each micro-batch: whole ones would take the memory that sharding saves. Between
+            # copies of the weights (hsdp), whose links are slow, they are added up once.
+            model.set_requires_all_reduce(is_last)
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not is_last else nullcontext():
             output = forward(batch)
             # The gradient of feature . constant is that constant: this sum has the loss's gradient by the weights.

@@ -311,7 +311,7 @@ class RunState:
         self._resumed: Path | None = None
         # With train.async_save: the thread that writes, its checkpoint, and the memory that this one is copied to.
         self._writer = ThreadPoolExecutor(max_workers=1)
-        self._pending: Future[Path] | None = None
+        self._pending: Future[Any] | None = None
         self._host_copy: dict[tuple[Any, ...], torch.Tensor] = {}
         self.saved_at = time.monotonic()
 
@@ -342,7 +342,7 @@ class RunState:
             )
         if self._dist.is_main:
             store.set_aside_after(checkpoint.step)
-        self.train_step.load_state_dict(checkpoint.weights, checkpoint.training)
+        self.train_step.load_state_dict(checkpoint.weights, checkpoint.training, checkpoint.parts)
         window, faults = _state_of_rank(checkpoint.training, self._dist)
         self.window.load_state_dict(window, self._dist.device)
         self.faults.load_state_dict(faults)
@@ -354,27 +354,51 @@ class RunState:
     def save(self, step: int, *, required: bool) -> None:
         """Write a checkpoint, collective over the processes. Unless it is ``required``, a failure is only logged.
 
-        With ``train.async_save`` one that is not required is only copied here and written meanwhile.
+        With ``train.async_save`` one that is not required is only copied here and written meanwhile. The first process
+        writes; with ``train.sharding`` each writes its own parts of what only a resumed run needs.
         """
         self.saved_at = time.monotonic()
         # Each process counts its own clips and, with a local loss, scores its own rows.
         windows, ledgers = zip(
             *self._dist.gather_objects((self.window.state_dict(), self.faults.state_dict())), strict=True
         )
-        if not self._dist.is_main:
+        shards = self.train_step.shards
+        if not self._dist.is_main and not shards:
             return
         # Never two at a time: the copy is reused, and disks are no faster for two.
         self.report_save(wait=True)
         weights, training = self.train_step.state_dict()
+        parts = training.pop("parts", {})
         training |= {"window": list(windows), "ledgers": list(ledgers)}
         in_background = self._cfg.train.async_save and not required
         if in_background:
-            weights, training = copy_to_host((weights, training), self._host_copy)
+            # The weights of a sharded model are new copies on the host already.
+            training, copies = copy_to_host((training, {} if shards else weights), self._host_copy)
+            weights = weights if shards else copies
+            parts = {name: value.to("cpu", copy=True) for name, value in parts.items()}
         # A score belongs to the weights it was measured on.
         metrics = self.scores.values if self.scores.step == step else {}
-        self._pending = self._writer.submit(
+        save = partial(
             self.store.save, step, weights, training, metrics=metrics, identity=self._identity, base=self._model.base
         )
+        if shards is None:
+            self._pending = self._writer.submit(save)
+        else:
+            # The others write into a folder that the first process makes; what keeps it from that ends the save of all.
+            problem = ""
+            if self._dist.is_main:
+                try:
+                    self.store.prepare()
+                except OSError as error:
+                    problem = f"{self.store.path(step)}: not saved: {error.strerror or error}"
+            problem = self._dist.gather_objects(problem)[0]
+            if problem and required:
+                raise CheckpointError(problem)
+            if problem:
+                log.error("%s; training continues", problem)
+                return
+            write = partial(shards.write, self.store.parts(step), parts)
+            self._pending = self._writer.submit(partial(save, write_parts=write) if self._dist.is_main else write)
         if not in_background:
             self.report_save(wait=True, required=required)
 
@@ -387,8 +411,10 @@ class RunState:
             return
         pending, self._pending = self._pending, None
         try:
-            log.info("saved %s", pending.result())
-        except CheckpointError as error:
+            result = pending.result()
+            if self._dist.is_main:
+                log.info("saved %s", result)
+        except UserError as error:
             if required:
                 raise
             # A full disk may be emptied before the next one; hours of training are worth more than this checkpoint.
@@ -410,8 +436,8 @@ class RunState:
         # which checkpoints there are decides whether this step is among the best.
         self.report_save(wait=True)
         log.info("evaluating the model of step %d", step)
-        model = self.train_step.ema_or_model
-        values = {f"{each.name}/{name}": value for each in evaluators for name, value in each(model).items()}
+        with self.train_step.gathered() as model:
+            values = {f"{each.name}/{name}": value for each in evaluators for name, value in each(model).items()}
         self.scores = Scores(step, values)
         return values
 

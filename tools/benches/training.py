@@ -31,6 +31,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -49,7 +50,7 @@ from egohod.loss.config import LossConfig
 from egohod.loss.contrastive import ContrastiveLoss
 from egohod.model import timm_vision, vision
 from egohod.model.config import GEOMETRIES, ModelConfig, geometry
-from egohod.model.cost import SHARE, clip_flops, count_flops, predict, saved_bytes
+from egohod.model.cost import SHARE, clip_flops, count_flops, predict, saved_bytes, split_state
 from egohod.model.dual_encoder import DualEncoder, create_model
 from egohod.model.vision import VisionTower
 from egohod.training.build import split_batch
@@ -530,6 +531,72 @@ def memory_text(result: dict[str, Any]) -> str:
         lines.append(cells + [row["fits"][size][n] for size in DEVICES_GB for n in PROCESSES])
     title = (
         f"{result['model']}, {result['precision']}: peak GB by clips at a time, and how a step of "
+        f"{result['global_batch_size']} clips is split (clips at a time x passes, {SHARE:.0%} of the memory used)"
+    )
+    return "\n".join([title, *markdown_table(head, lines)])
+
+
+# --------------------------------------------------------------------------------------------------
+# Models beyond one GPU's memory
+# --------------------------------------------------------------------------------------------------
+
+# Over how many processes the weights are split, and processes of the run: nodes of eight GPUs.
+SPLITS = ((1, 8), (1, 64), (8, 8), (8, 64), (64, 64))
+
+
+def sharding_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--models", nargs="+", default=["CLIP_VITG14", "CLIP_VITG14_Slowfast"], help="geometries")
+    add("--frames", type=int, nargs="+", default=[4, 16], help="frames per clip (default: 4 16; of two paths 16 alone)")
+    add("--gigabytes", type=float, default=80, help="of one GPU (default: 80)")
+    add("--global_batch_size", type=int, default=2048, help="clips per step (default: 2048)")
+
+
+def sharding(options: argparse.Namespace) -> dict[str, Any]:
+    """Predicted memory of models whose weights are whole or split over processes (train.sharding), in bf16."""
+    rows = []
+    for name in options.models:
+        for frames in [16] if name.endswith("_Slowfast") else options.frames:
+            for checkpointing in ("none", "all"):
+                config = ModelConfig(name=name, num_frames=frames, checkpoint_blocks=checkpointing)
+                whole = predict(config, dtype=torch.bfloat16)
+                # The weights of a large model are gigabytes; here only their shapes exist.
+                with torch.device("meta"):
+                    model = create_model(config)
+                parameters = sum(each.numel() for each in model.parameters())
+                row: dict[str, Any] = {
+                    "model": name, "frames": frames, "checkpointing": checkpointing, "parameters": parameters,
+                    "mb_per_clip": whole.per_clip / 1e6, "state_gb": {}, "fits": {},
+                }  # fmt: skip
+                for parts, processes in SPLITS:
+                    # Weight, gradient and AdamW's two moments in float32.
+                    state = split_state(model, 16 * parameters, torch.bfloat16, parts) if parts > 1 else whole.state
+                    memory = replace(whole, state=state)
+                    largest = memory.fits(options.gigabytes * 1e9)
+                    size, passes = split_batch(options.global_batch_size, processes, max(largest, 1))
+                    row["state_gb"][parts] = state / 1e9
+                    row["fits"][f"{parts}/{processes}"] = f"{size} x {passes}" if largest >= 1 else "-"
+                rows.append(row)
+    return {"gigabytes": options.gigabytes, "global_batch_size": options.global_batch_size, "rows": rows}
+
+
+def sharding_text(result: dict[str, Any]) -> str:
+    # Markdown: it is the table of docs/large_models.md.
+    names = {1: "none", 8: "over 8", 64: "over 64"}
+    head = ["model", "M parameters", "frames", "blocks checkpointed", "MB a clip"]
+    for parts in names:
+        head += [f"{names[parts]}: state, GB"]
+        head += [f"{names[parts]}: {processes} GPUs" for each, processes in SPLITS if each == parts]
+    lines = []
+    for row in result["rows"]:
+        cells = [row["model"], f"{row['parameters'] / 1e6:,.0f}", str(row["frames"]), row["checkpointing"]]
+        cells += [f"{row['mb_per_clip']:.0f}"]
+        for parts in names:
+            cells += [f"{row['state_gb'][parts]:.1f}"]
+            cells += [row["fits"][f"{parts}/{processes}"] for each, processes in SPLITS if each == parts]
+        lines.append(cells)
+    title = (
+        f"bf16, GPUs of {result['gigabytes']:g} GB: what does not depend on the batch, and how a step of "
         f"{result['global_batch_size']} clips is split (clips at a time x passes, {SHARE:.0%} of the memory used)"
     )
     return "\n".join([title, *markdown_table(head, lines)])
