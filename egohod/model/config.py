@@ -157,6 +157,10 @@ _RESERVED = {
     "patch_drop_rate": "model.patch_dropout",
     "pretrained": "model.weights",
     "checkpoint_path": "model.weights",
+    # The blocks here attend by egohod.model.vision.attend, which drops nothing.
+    **dict.fromkeys(
+        ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate"), "model.drop_path or model.patch_dropout"
+    ),
     **dict.fromkeys(("num_classes", "in_chans", "dynamic_img_size", "dynamic_img_pad", "features_only"), ""),
 }
 
@@ -214,6 +218,8 @@ def _timm_geometry(name: str, image_size: int | None, options: tuple[tuple[str, 
             f"{label}: frames and patches must be squares, not {side} x {other} and {patch} x {across}; set "
             "model.image_size"
         )
+    if not model.global_pool:
+        raise UserError(f"{label}: without pooling a clip has no feature; set model.backbone.global_pool")
     if side % patch:
         near = f"{side // patch * patch} or {(side // patch + 1) * patch}"
         raise UserError(f"{label}: patches of {patch} px do not divide {side} px; set model.image_size to {near}")

@@ -404,6 +404,9 @@ def test_a_name_is_resolved_without_weights(tmp_path: Path) -> None:
         ("timm/vit_base_patch16_clip_224", {"image_size": 230}, ["do not divide 230 px", "224 or 240"]),
         ("timm/vit_base_patch16_clip_224", {"backbone": {"dpeth": 2}}, ["model.backbone", "dpeth"]),
         ("timm/vit_base_patch16_clip_224", {"backbone": {"img_size": 224}}, ["set model.image_size instead"]),
+        # Attention of this project would ignore it.
+        ("timm/eva02_tiny_patch14_224", {"backbone": {"attn_drop_rate": 0.1}}, ["attn_drop_rate", "model.drop_path"]),
+        ("timm/vit_base_patch16_clip_224", {"backbone": {"global_pool": ""}}, ["set model.backbone.global_pool"]),
         ("timm/vit_small_patch16_rope_mixed_224", {"image_size": 256}, ["RoPE", "14 x 14 grid", "image_size=256"]),
         ("timm/vit_base_patch16_clip_224", {"rope_time": True}, ["model.rope_time", "rotary"]),
         ("CLIP_VITB16", {"image_size": 336}, ["model.image_size is for model.name=timm/NAME"]),
