@@ -662,6 +662,9 @@ class Tokenizer:
         else:
             assert folder is not None, "tokenizer_for looks for the files"
             options: dict[str, Any] = {"clean": shape.text.clean, "strip_sep_token": shape.text.strip_sep_token}
+            # Some folders ask for Python files of their own, and Gemma's class (SigLIP 2) pads in front of the text
+            # unless its files say otherwise, which no text tower of open_clip was trained with.
+            options |= {"trust_remote_code": False, "padding_side": "right"}
             try:
                 # As open_clip does, but from a folder: whether anything is downloaded is decided by tokenizer_for.
                 self._inner = HFTokenizer(str(folder), shape.context_length, local_files_only=True, **options)
@@ -726,8 +729,9 @@ def tokenizer_for(config: ModelConfig) -> Tokenizer:
     if not config.weights.download:
         raise UserError(
             f"the tokenizer of {shape.name} ({repository}) is not in the local cache ({constants.HF_HUB_CACHE}), and "
-            "nothing is downloaded unless asked: set model.tokenizer to a folder with its files, or "
-            "model.weights.download=true"
+            "nothing is downloaded unless asked: set model.tokenizer to a folder with its files "
+            "(tokenizer_config.json, tokenizer.json), or model.weights.download=true; reading them needs the package "
+            "transformers"
         )
     try:
         return Tokenizer(shape, Path(snapshot_download(repository, allow_patterns=[*_TOKENIZER_FILES])))

@@ -477,7 +477,8 @@ def stats_name(stats: ImageStats) -> str:
         numbers = zip([*named.mean, *named.std], [*stats.mean, *stats.std], strict=True)
         if all(abs(ours - theirs) < 1e-3 for ours, theirs in numbers):
             return name
-    return "/".join(",".join(f"{value:g}" for value in part) for part in stats)
+    # All digits of float32, so that the pixels of a model that is loaded are those of the one that was trained.
+    return "/".join(",".join(f"{value:.9g}" for value in part) for part in stats)
 
 
 @dataclass
