@@ -527,7 +527,10 @@ class FaultLedger:
 # bytes to move, and the integer resize is several times faster than the float one.
 # --------------------------------------------------------------------------------------------------
 
-RESIZES = {"bicubic_antialias": ("bicubic", True), "bicubic": ("bicubic", False), "bilinear": ("bilinear", False)}
+RESIZES = {
+    **{"bicubic_antialias": ("bicubic", True), "squash": ("bicubic", True)},
+    **{"bicubic": ("bicubic", False), "bilinear": ("bilinear", False)},
+}
 """Interpolation, and whether it is antialiased, see :func:`spatial_crops`."""
 # Aspect ratios of a training crop, torchvision's and upstream's default.
 ASPECT_RATIO = (3 / 4, 4 / 3)
@@ -566,13 +569,13 @@ def center_crop(frames: np.ndarray, size: int) -> Tensor:
 def spatial_crops(frames: np.ndarray, size: int, count: int, resize: str = "bicubic_antialias") -> Tensor:
     """Resize the short side to ``size``; cut ``count`` squares spread evenly along the long side, or the middle one.
 
-    ``frames`` uint8 [T, H, W, 3] -> [count, 3, T, size, size], uint8 for *bicubic_antialias*. *bicubic* and *bilinear*
-    are what torchvision before 0.17 made of float32 frames: no antialiasing, and float32 that is neither rounded nor
-    clipped to 0..255.
+    ``frames`` uint8 [T, H, W, 3] -> [count, 3, T, size, size], uint8 for *bicubic_antialias* and *squash*, which makes
+    the whole picture a square, so that all crops are the same. *bicubic* and *bilinear* are what torchvision before
+    0.17 made of float32 frames: no antialiasing, and float32 that is neither rounded nor clipped to 0..255.
     """
     height, width = frames.shape[1:3]
     short = min(height, width)
-    height, width = (int(size * side / short) for side in (height, width))
+    height, width = (size if resize == "squash" else int(size * side / short) for side in (height, width))
     shares = [0.5] if count == 1 else np.linspace(0, 1, count).tolist()
     # Half a pixel is rounded to even as torchvision's centre crop does, of several crops up, as LaViLa does.
     whole = round if count == 1 else math.ceil
