@@ -126,6 +126,19 @@ def test_a_text_tower_goes_with_another_vision_tower(tmp_path: Path) -> None:
         egohod.create_model(f"open_clip/{tmp_path}", embed_dim=32)
 
 
+def test_the_resolution_is_that_of_the_configuration(tmp_path: Path) -> None:
+    """Also where the name of a backbone says another one."""
+    write_open_clip(tmp_path, "SigLIP")
+    path = tmp_path / "open_clip_config.json"
+    content = json.loads(path.read_text())
+    content["model_cfg"]["vision_cfg"]["image_size"] = 48
+    path.write_text(json.dumps(content))
+    model = egohod.create_model(f"open_clip/{tmp_path}", num_frames=1)
+    assert (model.geometry.image_size, model.visual.pos_embed.shape[1]) == (48, 36)
+    with pytest.raises(UserError, match=r"pos_embed is \[1, 16, 48\] there and \[1, 36, 48\] here .*adapt=true"):
+        egohod.load_weights(model, tmp_path)
+
+
 # --------------------------------------------------------------------------------------------------
 # Weights
 # --------------------------------------------------------------------------------------------------
