@@ -414,10 +414,14 @@ def _open_clip_geometry(name: str, image_size: int | None, backbone: Mapping[str
     if vision.timm_model_name:
         if vision.timm_proj == "mlp" or vision.timm_pool in ("abs_attn", "rot_attn"):
             raise UserError(f"{label}: its vision tower has {vision.timm_proj or vision.timm_pool}, not supported")
-        # open_clip builds the backbone in its own size, which its name says; behind a projection of open_clip's, with
-        # the norms of its own pooling.
+        # Behind a projection of open_clip's the backbone has the norms of its own pooling.
         pool = {"global_pool": vision.timm_pool} if vision.timm_proj != "linear" else {}
-        shape = geometry(TIMM + vision.timm_model_name, image_size, pool | dict(backbone or {}))
+        options = pool | dict(backbone or {})
+        shape = geometry(TIMM + vision.timm_model_name, image_size, options)
+        # The backbone's name says a size, but weights may have been trained on with another one.
+        side = config["vision_cfg"].get("image_size", shape.image_size)
+        if image_size is None and side != shape.image_size:
+            shape = geometry(TIMM + vision.timm_model_name, side, options)
         if vision.timm_pool not in ("", shape.pool):
             raise UserError(f"{label}: its backbone pools by {vision.timm_pool} instead of {shape.pool}, not supported")
         # Without a projection of its own the backbone's classifier is one.
@@ -483,7 +487,8 @@ def stats_name(stats: ImageStats) -> str:
         numbers = zip([*named.mean, *named.std], [*stats.mean, *stats.std], strict=True)
         if all(abs(ours - theirs) < 1e-3 for ours, theirs in numbers):
             return name
-    return "/".join(",".join(f"{value:g}" for value in part) for part in stats)
+    # All digits of float32, so that the pixels of a model that is loaded are those of the one that was trained.
+    return "/".join(",".join(f"{value:.9g}" for value in part) for part in stats)
 
 
 @dataclass
