@@ -69,6 +69,7 @@ class Distributed:
     stop: StopRequest = field(default_factory=StopRequest, compare=False)
     # Among the processes of this node: one of them reads what all need.
     local_rank: int = 0
+    _more_controls: list[Any] = field(default_factory=list, init=False, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -91,6 +92,11 @@ class Distributed:
         sums = torch.tensor(counts)
         dist.all_reduce(sums, group=self.control)
         return sums.tolist()
+
+    def new_control(self, timeout: float) -> Any:
+        """Another group over gloo, for a thread whose messages must not mix with those of ``control``; collective."""
+        self._more_controls.append(dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout)))
+        return self._more_controls[-1]
 
     def is_first_with(self, message: str) -> bool:
         """Whether no other process has asked this for the same message: a mistake of all is printed once.
@@ -120,7 +126,9 @@ class Distributed:
         if self.world_size > 1:
             # NCCL may wait here for collectives that the others never join, and no launcher would notice the error
             # before the timeout. Its group ends with the process; gloo's threads abort a process that leaves them.
-            dist.destroy_process_group(self.control if after_error and self.backend == "nccl" else None)
+            only_gloo = after_error and self.backend == "nccl"
+            for group in (self.control, *self._more_controls) if only_gloo else (None,):
+                dist.destroy_process_group(group)
 
     def __str__(self) -> str:
         if self.device.type == "cuda":

@@ -57,7 +57,8 @@ class LowRank(nn.Module):
 
     def added_to(self, weight: Tensor) -> Tensor:
         """The whole weight [out, in]."""
-        return weight + self.scale * self.up @ self.down
+        # Outside of a block's call fully_shard looks up its part of the parameter by this name, a DTensor.
+        return weight if hasattr(weight, "device_mesh") else weight + self.scale * self.up @ self.down
 
 
 class LowRankLinear(nn.Linear):

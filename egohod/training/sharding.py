@@ -12,7 +12,6 @@ Parts are along the first dimension, as ``Tensor.chunk`` cuts it; of a short one
 from __future__ import annotations
 
 import copy
-import datetime
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -86,7 +85,8 @@ class ShardedScaler(torch.amp.GradScaler):
     def _unscale_grads_(self, *args: Any) -> dict[torch.device, Tensor]:
         flags = super()._unscale_grads_(*args)
         for flag in flags.values():
-            torch_dist.all_reduce(flag)
+            # Not their sum: the fused optimizers skip a step if the flag is exactly 1.
+            torch_dist.all_reduce(flag, torch_dist.ReduceOp.MAX)
         return flags
 
 
@@ -105,8 +105,7 @@ class Shards:
             mesh = init_device_mesh(dist.device.type, (copies, shared), mesh_dim_names=("replicate", "shard"))
         self._world_size, self._control, self._group = dist.world_size, dist.control, mesh.get_group("shard")
         # Of its own: checkpoints are written by a thread, whose messages must not mix with those of the run.
-        limit = datetime.timedelta(seconds=cfg.train.collective_timeout)
-        self._writers: Any = torch_dist.new_group(backend="gloo", timeout=limit)
+        self._writers = dist.new_control(cfg.train.collective_timeout)
         for parameter in model.parameters():
             # As DistributedDataParallel does: all start from the first process's weights.
             torch_dist.broadcast(parameter.data, 0)

@@ -385,10 +385,9 @@ def forward_backward(
             random_states.append((torch.get_rng_state(), torch.cuda.get_rng_state(device) if on_gpu else None))
             outputs.append(forward(batch))
             batches.append(batch)
-            if deadline is not None and in_step:
+            # A process that wants to give the step up votes at once; the others vote below.
+            if deadline is not None and (in_step or deadline.is_due()):
                 deadline.agree()
-            elif deadline is not None and deadline.is_due():
-                break
             # While this one is computed, the workers load the next: nothing waits for the whole batch.
             enter("data")
     # Before the first collective, which all processes have to enter or none.
@@ -413,8 +412,7 @@ def forward_backward(
 
     for i in range(count):
         is_last = i == count - 1
-        # The processes exchange gradients once, in the last backward pass. A process that wants to give the step up
-        # votes at once; the others vote before the exchange.
+        # The processes exchange gradients once, in the last backward pass, in front of which all vote.
         if deadline is not None and (is_last or in_step or deadline.is_due()):
             deadline.agree()
         enter("forward")

@@ -375,7 +375,9 @@ class RunState:
             # The weights of a sharded model are new copies on the host already.
             training, copies = copy_to_host((training, {} if shards else weights), self._host_copy)
             weights = weights if shards else copies
-            parts = {name: value.to("cpu", copy=True) for name, value in parts.items()}
+        # Also where this waits for the writer: its thread has another current GPU, whose stream
+        # torch.distributed.checkpoint would wait for instead of the one that copies.
+        parts = {name: value.to("cpu", copy=in_background) for name, value in parts.items()}
         # A score belongs to the weights it was measured on.
         metrics = self.scores.values if self.scores.step == step else {}
         save = partial(
