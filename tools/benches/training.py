@@ -542,11 +542,15 @@ def memory_text(result: dict[str, Any]) -> str:
 
 # Over how many processes the weights are split, and processes of the run: nodes of eight GPUs.
 SPLITS = ((1, 8), (1, 64), (8, 8), (8, 64), (64, 64))
+LARGE = (
+    *("CLIP_VITG14", "CLIP_VITG14_Slowfast"),
+    *("timm/vit_so400m_patch14_siglip_378", "timm/vit_giantopt_patch16_siglip_384"),
+)
 
 
 def sharding_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--models", nargs="+", default=["CLIP_VITG14", "CLIP_VITG14_Slowfast"], help="geometries")
+    add("--models", nargs="+", default=LARGE, help=f"default: {' '.join(LARGE)}")
     add("--frames", type=int, nargs="+", default=[4, 16], help="frames per clip (default: 4 16; of two paths 16 alone)")
     add("--gigabytes", type=float, default=80, help="of one GPU (default: 80)")
     add("--global_batch_size", type=int, default=2048, help="clips per step (default: 2048)")
