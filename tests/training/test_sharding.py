@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -363,6 +365,20 @@ def special_cases(rank: int, world_size: int, folder: Path) -> None:
     step.shards.collect_gradients = collect  # type: ignore[method-assign]
     results["same"] = all(torch.equal(value, before[name]) for name, value in step.state_dict()[0].items())
 
+    # The disk of one process is full: nobody waits for it, and the next save succeeds.
+    from egohod.training.sharding import HuggingFaceStorageWriter as Writer
+
+    def write_nothing(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    parts = step.state_dict()[1]["parts"]
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(Writer, "write_data", write_nothing)
+        with pytest.raises(UserError) as full:
+            step.shards.write(folder / "full", parts)
+    results["full"], results["files"] = str(full.value), list(step.shards.write(folder / "parts", parts))
+
     # Eighty micro-batches of 25 ms, during which one process alone is asked to stop.
     passes = 0
 
@@ -393,6 +409,8 @@ def test_sharded_blocks_are_compiled_rounded_skipped_and_given_up_alike(tmp_path
         torch.testing.assert_close(results[precision], results["none"], atol=0.05, rtol=0.05)
         assert not torch.equal(results[precision], results["none"])
     for each in (results, others):
+        assert each["full"] == f"{tmp_path / 'full'}: process 1 failed: [Errno 28] No space left on device"
+        assert len(each["files"]) == 2
         assert each["skipped"] == [1, 1]
         # Of the second process nothing is gathered.
         assert each["same"]
