@@ -454,7 +454,8 @@ def test_the_memory_table_of_the_docs_is_current(name: str) -> None:
     rows = (ROOT / "docs" / "large_models.md").read_text().splitlines()
     [row] = [row for row in rows if row.startswith(f"| {name} | {parameters / 1e6:,.0f} | {frames} | all |")]
     whole, over_8, over_64 = (row.split(" | ")[column] for column in (5, 8, 11))
-    assert float(whole) == pytest.approx(16 * parameters / 1e9, abs=0.06)
+    # With the copies for autocast of what is not in blocks.
+    assert float(whole) == pytest.approx(16 * parameters / 1e9, rel=0.01)
     for text, processes in ((over_8, 8), (over_64, 64)):
         assert text == f"{split_state(model, 16 * parameters, torch.bfloat16, processes) / 1e9:.1f}"
 
