@@ -208,6 +208,9 @@ def _timm_geometry(name: str, image_size: int | None, options: tuple[tuple[str, 
         with unset_fake_temporarily(), torch.device("meta"):
             model = timm.create_model(name, num_classes=0, **dict(options))
     except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+        if timm.models.model_entrypoint(architecture).__module__.rpartition(".")[2] not in _MODULES:
+            # Of an argument that transformers have, and this model has not.
+            raise UserError(f"{label} is no plain vision transformer; {_nearest(architecture)}") from error
         # What timm says of a wrong argument names it.
         raise UserError(f"{label} with model.backbone={dict(options)}: {str(error).splitlines()[0]}") from error
     if type(model) not in (VisionTransformer, Eva) or type(model.patch_embed) is not PatchEmbed:
@@ -267,6 +270,8 @@ def _timm_geometry(name: str, image_size: int | None, options: tuple[tuple[str, 
     )
 
 
+# timm's modules with transformers of the classes above.
+_MODULES = ("vision_transformer", "eva", "deit")
 # Attention that egohod/model/timm_vision.py can compute.
 _ATTENTIONS = ("Attention", "EvaAttention", "AttentionRope")
 
@@ -275,7 +280,7 @@ def _nearest(architecture: str) -> str:
     """The vision transformers of timm whose names are the most like ``architecture``."""
     import timm
 
-    names = [name for module in ("vision_transformer", "eva", "deit") for name in timm.list_models(module=module)]
+    names = [name for module in _MODULES for name in timm.list_models(module=module)]
     near = difflib.get_close_matches(architecture, [name for name in names if not name.startswith("test_")], n=5)
     # Whoever asks for a convolutional net sees one name of each family.
     families = ["vit_base_patch16_siglip_224", "eva02_base_patch16_clip_224", "vit_pe_core_base_patch16_224"]
