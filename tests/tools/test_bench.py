@@ -61,7 +61,7 @@ def test_counted_operations_are_those_of_the_formula(name: str, capsys: pytest.C
 
 
 def test_two_models_take_turns_and_have_the_same_features_on_the_same_weights(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ["--model", "timm/vit_base_patch16_clip_224", *AS_DEMO, "--against"]
     result = measured(capsys, *command, "DEMO")
@@ -69,6 +69,8 @@ def test_two_models_take_turns_and_have_the_same_features_on_the_same_weights(
     assert result["step_over_against"] == pytest.approx(result["step_seconds"] / result["against_step_seconds"])
     assert result["step_cpu_over_against"] > 0
     assert measured(capsys, *command, "DEMO_SMALL")["features_difference"] is None
+    monkeypatch.setattr(training, "give_weights", lambda *towers: None)
+    assert measured(capsys, *command, "DEMO")["features_difference"] > 1e-2, "each with its own"
 
 
 @pytest.mark.parametrize(
