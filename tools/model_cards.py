@@ -37,7 +37,7 @@ twice. The text tower of `timm/...` is new, CLIP's of the size that goes with th
 ## Published weights
 
 Licences are quoted from where they are stated; this project gives no opinion on whether they hold for the weights, \
-whose training data have terms of their own. *unknown*: nothing was stated where the weights are published. \
+whose training data have terms of their own. *unknown*: none is recorded in what was read. \
 [checkpoints.md](checkpoints.md) says how each file is loaded.
 
 {weights}
