@@ -33,6 +33,7 @@ from egohod.evaluation.embed import FrameAverage, fingerprint
 from egohod.evaluation.report import write_report
 from egohod.evaluation.results import PUBLISHED, write_results
 from egohod.evaluation.runner import Benchmark, benchmark, execution_of, resolve_benchmarks
+from egohod.model.config import OPEN_CLIP
 from egohod.training.build import build_model
 from egohod.training.checkpoint import classes_of
 
@@ -111,10 +112,14 @@ def _benchmarks(
             raise UserError("nothing to evaluate: set evaluate.during or evaluate.final, or give --benchmark")
     # The same weights give other features with another activation or another path.
     architecture = {key: value for key, value in vars(cfg.model).items() if key != "weights"}
+    identity = {"weights": weights, "model": str(architecture)}
+    if cfg.model.text or cfg.model.name.startswith(OPEN_CLIP):
+        # What the configuration of a folder says can change while its name and its weights stay.
+        identity["geometry"] = str(cfg.model.geometry())
     execution = dataclasses.replace(
         execution_of(cfg, dist),
         cache=Path(cfg.evaluate.cache) if cfg.evaluate.cache else None,
-        identity={"weights": weights, "model": str(architecture)},
+        identity=identity,
         allow_missing=args.allow_missing,
     )
     # An outside model brings its own resolution and words; cfg.model does not describe it.

@@ -91,13 +91,14 @@ def model_of(checkpoint: str, overrides: Sequence[str] = ()) -> list[str]:
     # A model of open_clip is no file, and brings all of its settings.
     if checkpoint.startswith("open_clip:"):
         return []
+    from egohod.model.checkpoints import PUBLISHED_SETTINGS
     from egohod.training.checkpoint import open_weights
 
     base = [text.partition("=")[2] for text in overrides if text.startswith("model.weights.base=")]
     content = open_weights(checkpoint, base=base[-1] if base else None)
     if content.family.is_clip:
-        # Files beside the weights may say what pixels they expect; all else is for the configuration to choose.
-        return [f"{name}={value}" for name, value in content.settings.items() if name == "model.image_stats"]
+        # Files beside the weights may say what they were trained with; all else is for the configuration to choose.
+        return [f"{name}={value}" for name, value in content.settings.items() if name in PUBLISHED_SETTINGS]
     # A file of a later release may have knobs that this one lacks.
     allowed = {name for name, _, _ in knobs(Config)}
     settings = {f"model.{name}": value for name, value in content.model_knobs.items()}

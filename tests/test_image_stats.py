@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,13 +13,15 @@ import torch
 from training.test_step import batch, build, config
 
 import egohod
+import main_eval
 import main_pretrain
 from egohod import cli
 from egohod.data.dataset import center_crop, normalise
 from egohod.errors import UserError
 from egohod.evaluation.embed import fingerprint
-from egohod.model.config import IMAGE_STATS
-from tests.model.field_files import write_open_clip
+from egohod.model.config import IMAGE_STATS, ImageStats
+from egohod.model.dual_encoder import DualEncoder
+from tests.model.field_files import OPEN_CLIP_FAMILIES, OWN_VIT, TEXT, write_open_clip
 from tests.support import ShortRun, newest, write_tiny_config
 
 
@@ -99,7 +102,7 @@ def test_what_a_model_of_open_clip_expects_travels_with_it(demo_world: Path, tmp
     identity = newest(run).manifest["identity"]
     assert (identity["model.image_stats"], identity["model.activation"]) == ("inception", "gelu")
     assert {f"model.name=open_clip/{hub}", "model.image_stats=inception"} <= {*cli.model_of(str(run))}
-    assert cli.model_of(str(hub)) == ["model.image_stats=inception"]
+    assert cli.model_of(str(hub)) == ["model.activation=gelu", "model.image_stats=inception"]
     model, preprocess, tokenizer = egohod.create_model_and_transforms(f"open_clip/{hub}", run)
     assert model.image_stats == IMAGE_STATS["inception"]
     assert tokenizer(["cuts an onion"]).shape == (1, 24)
@@ -112,3 +115,78 @@ def test_what_a_model_of_open_clip_expects_travels_with_it(demo_world: Path, tmp
     )
     with pytest.raises(UserError, match=r"they were trained with model\.image_stats=inception, not imagenet"):
         egohod.load_weights(other, run)
+
+
+def record_videos(monkeypatch: pytest.MonkeyPatch, method: str) -> list[torch.Tensor]:
+    """What dual encoders get as video from now on, call by call."""
+    original, videos = getattr(DualEncoder, method), []
+
+    def call(self: DualEncoder, video: torch.Tensor, *more: Any, **options: Any) -> Any:
+        videos.append(video.clone())
+        return original(self, video, *more, **options)
+
+    monkeypatch.setattr(DualEncoder, method, call)
+    return videos
+
+
+def test_no_property_of_a_model_of_open_clip_comes_from_a_default(
+    demo_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Odd values of all of them, on two paths, as training, evaluation and Python interface use them."""
+    config = {"embed_dim": 40, "vision_cfg": OWN_VIT | {"image_size": 48}, "text_cfg": TEXT}
+    config |= {"quick_gelu": True, "init_logit_scale": 1.5, "init_logit_bias": -3.0}
+    stats = ImageStats((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    monkeypatch.setitem(OPEN_CLIP_FAMILIES, "odd", (config, stats._asdict()))
+    hub, name, run = tmp_path / "hub", f"open_clip/{tmp_path}/hub_Slowfast", tmp_path / "run"
+    theirs = write_open_clip(hub, "odd")
+    trained, evaluated = (record_videos(monkeypatch, method) for method in ("forward", "encode_video"))
+    command = ["--config_file", str(write_tiny_config(tmp_path, demo_world)), "train.duration=1 steps"]
+    command += ["train.lr=1e-9", "train.lr_end=0"]
+    command += [f"model.name={name}", "model.num_frames=8", "model.weights.source=clip", f"model.weights.path={hub}"]
+    assert main_pretrain.main([*command, "loss.name=sigmoid", "loss.learn_temperature=true"]) == 0
+    assert all(video.shape[1:] == (3, 8, 48, 48) for video in trained)
+    # Normalised by other statistics these would be no whole numbers.
+    mean, std = (torch.tensor(each).view(3, 1, 1, 1) for each in stats)
+    pixels = (trained[0] * std + mean) * 255
+    torch.testing.assert_close(pixels, pixels.round(), atol=1e-3, rtol=0)
+    checkpoint = newest(run)
+    for scalar in ("logit_scale", "logit_bias"):
+        torch.testing.assert_close(checkpoint.weights[scalar], getattr(theirs, scalar).detach())
+    identity = {key: checkpoint.manifest["identity"][f"model.{key}"] for key in ("activation", "image_stats")}
+    assert identity == {"activation": "quick_gelu", "image_stats": "0.1,0.2,0.3/0.4,0.5,0.6"}
+
+    clips = demo_world / "val"
+    (tmp_path / "eval.yml").write_text(
+        f"""
+data: {{workers: 0}}
+evaluate:
+  benchmarks:
+    val: {{kind: custom, metadata: {clips}/hod.csv, root: {clips}/videos, layout: chunks, protocol: as_trained}}
+  final: [val]
+"""
+    )
+    command = ["--config_file", f"{tmp_path}/eval.yml", "--output", f"{tmp_path}/results"]
+    # The run says which model it is; of the folder itself, evaluated zero-shot, the name does.
+    hubs = [str(hub), f"model.name=open_clip/{hub}", "model.weights.source=clip", "model.num_frames=8"]
+    for checkpoint_of, loaded in (([str(run)], (name, run)), (hubs, (f"open_clip/{hub}", hub))):
+        evaluated.clear()
+        assert main_eval.main([*command, "--checkpoint", *checkpoint_of]) == 0
+        model, preprocess, _ = egohod.create_model_and_transforms(*loaded, num_frames=8)
+        row = (clips / "hod.csv").read_text().splitlines()[1].split(",")
+        frames = egohod.load_clip(clips / "videos" / row[0] / "0000.mp4", float(row[1]), float(row[2]), 8)
+        expected = normalise(center_crop(frames, 48)[None], stats)[0]
+        assert torch.equal(preprocess(frames), expected)
+        assert any(torch.equal(video, expected) for batch in evaluated for video in batch)
+        assert (model.activation, model.image_stats) == ("quick_gelu", stats)
+        assert type(model.textual.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
+        torch.testing.assert_close(model.logit_scale, theirs.logit_scale)
+        torch.testing.assert_close(model.logit_bias, theirs.logit_bias)
+
+
+def test_another_activation_than_the_folders_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_open_clip(tmp_path, "CLIP, quick GELU")
+    assert "model.activation=quick_gelu" in cli.model_of(str(tmp_path))
+    other = egohod.create_model(f"open_clip/{tmp_path}", activation="gelu")
+    report = egohod.load_weights(other, tmp_path)
+    assert report.notes[-1] == "open_clip trains with model.activation=quick_gelu, here it is gelu"
+    assert report.notes[-1] in caplog.text

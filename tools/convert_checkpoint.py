@@ -98,7 +98,8 @@ def inspect(weights: WeightFile) -> dict[str, str]:
             kind = "on a timm backbone: model.name=timm/NAME, or open_clip/NAME for both towers of an open_clip model"
         lines["model"] = kind
         return lines
-    lines["model"] = f"{shape.name or 'no geometry of this project'}: {shape}"
+    # A run on a model of open_clip records its name.
+    lines["model"] = f"{shape.name or weights.settings.get('model.name', 'no geometry of this project')}: {shape}"
     lines["frames"] = f"{shape.num_frames}" if shape.num_frames else "an image model: no temporal embedding"
     lines["motion"] = "motion adapters (slow-fast)" if shape.slowfast else "none: a dual encoder without adapters"
     if shape.motion_stem:

@@ -527,7 +527,10 @@ class FaultLedger:
 # bytes to move, and the integer resize is several times faster than the float one.
 # --------------------------------------------------------------------------------------------------
 
-RESIZES = {"bicubic_antialias": ("bicubic", True), "bicubic": ("bicubic", False), "bilinear": ("bilinear", False)}
+RESIZES = {
+    **{"bicubic_antialias": ("bicubic", True), "squash": ("bicubic", True)},
+    **{"bicubic": ("bicubic", False), "bilinear": ("bilinear", False)},
+}
 """Interpolation, and whether it is antialiased, see :func:`spatial_crops`."""
 # Aspect ratios of a training crop, torchvision's and upstream's default.
 ASPECT_RATIO = (3 / 4, 4 / 3)
@@ -566,13 +569,13 @@ def center_crop(frames: np.ndarray, size: int) -> Tensor:
 def spatial_crops(frames: np.ndarray, size: int, count: int, resize: str = "bicubic_antialias") -> Tensor:
     """Resize the short side to ``size``; cut ``count`` squares spread evenly along the long side, or the middle one.
 
-    ``frames`` uint8 [T, H, W, 3] -> [count, 3, T, size, size], uint8 for *bicubic_antialias*. *bicubic* and *bilinear*
-    are what torchvision before 0.17 made of float32 frames: no antialiasing, and float32 that is neither rounded nor
-    clipped to 0..255.
+    ``frames`` uint8 [T, H, W, 3] -> [count, 3, T, size, size], uint8 for *bicubic_antialias* and *squash*, which makes
+    the whole picture a square, so that all crops are the same. *bicubic* and *bilinear* are what torchvision before
+    0.17 made of float32 frames: no antialiasing, and float32 that is neither rounded nor clipped to 0..255.
     """
     height, width = frames.shape[1:3]
     short = min(height, width)
-    height, width = (int(size * side / short) for side in (height, width))
+    height, width = (size if resize == "squash" else int(size * side / short) for side in (height, width))
     shares = [0.5] if count == 1 else np.linspace(0, 1, count).tolist()
     # Half a pixel is rounded to even as torchvision's centre crop does, of several crops up, as LaViLa does.
     whole = round if count == 1 else math.ceil
@@ -662,6 +665,9 @@ class Tokenizer:
         else:
             assert folder is not None, "tokenizer_for looks for the files"
             options: dict[str, Any] = {"clean": shape.text.clean, "strip_sep_token": shape.text.strip_sep_token}
+            # Some folders ask for Python files of their own, and Gemma's class (SigLIP 2) pads in front of the text
+            # unless its files say otherwise, which no text tower of open_clip was trained with.
+            options |= {"trust_remote_code": False, "padding_side": "right"}
             try:
                 # As open_clip does, but from a folder: whether anything is downloaded is decided by tokenizer_for.
                 self._inner = HFTokenizer(str(folder), shape.context_length, local_files_only=True, **options)
@@ -726,8 +732,9 @@ def tokenizer_for(config: ModelConfig) -> Tokenizer:
     if not config.weights.download:
         raise UserError(
             f"the tokenizer of {shape.name} ({repository}) is not in the local cache ({constants.HF_HUB_CACHE}), and "
-            "nothing is downloaded unless asked: set model.tokenizer to a folder with its files, or "
-            "model.weights.download=true"
+            "nothing is downloaded unless asked: set model.tokenizer to a folder with its files "
+            "(tokenizer_config.json, tokenizer.json), or model.weights.download=true; reading them needs the package "
+            "transformers"
         )
     try:
         return Tokenizer(shape, Path(snapshot_download(repository, allow_patterns=[*_TOKENIZER_FILES])))

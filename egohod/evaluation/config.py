@@ -9,7 +9,7 @@ from egohod.knobs import knob
 
 # Known here, too, so that the configuration can be checked without importing torch: runner.py has what they mean.
 PROTOCOL_NAMES = (
-    *("as_trained", "clean", "whole_clip", "upstream", "upstream_4", "upstream_egtea"),
+    *("as_trained", "clean", "squash", "whole_clip", "upstream", "upstream_4", "upstream_egtea"),
     *("avion", "lavila", "lavila_10x3"),
 )
 

@@ -63,6 +63,7 @@ PROTOCOLS = {
     for each in (
         EvalProtocol("as_trained", "this project: frames as in training, one centre crop"),
         EvalProtocol("clean", "this project: 16 frames, one centre crop; class prompts from training narrations only"),
+        EvalProtocol("squash", "this project: as clean, the whole picture as a square (SigLIP, PE)", resize="squash"),
         EvalProtocol("whole_clip", "this project on EGTEA: as clean, floored midpoints", sampling="midpoints"),
         EvalProtocol("upstream", "upstream EgoHOD", sampling="upstream", **_UPSTREAM),
         EvalProtocol(

@@ -387,6 +387,8 @@ _UPSTREAM_ARRANGEMENT = {"model.fast.position": "after", "model.fast.pool": "cls
 _OPENAI_TYPES = {torch.float16, torch.float32}
 # AVION's released models share a space of 256 dimensions, the default of its training script; upstream's have 512.
 _AVION_EMBED_DIM = 256
+# What the weights of other projects come with, beside them or by their family.
+PUBLISHED_SETTINGS = ("model.activation", "model.image_stats")
 
 
 def read_weights(source: str | Path, *, download: bool = False) -> WeightFile:
@@ -402,40 +404,43 @@ def read_weights(source: str | Path, *, download: bool = False) -> WeightFile:
     """
     with errors_of(str(source)):
         path = locate(source, download)
-        return _translate(str(source), open_weight_file(path), _published_stats(str(source), path))
+        return _translate(str(source), open_weight_file(path), _published_settings(str(source), path))
 
 
-def _published_stats(source: str, path: Path) -> ImageStats | None:
-    """What the tag ``source``, or the files in the folder of the weights ``path``, say of the pixels they expect.
+def _published_settings(source: str, path: Path) -> dict[str, str]:
+    """What the tag ``source``, or the files beside the weights ``path``, say of their pixels and their activation.
 
-    These are open_clip_config.json (open_clip), preprocessor_config.json (transformers) and config.json (timm).
+    These are open_clip_config.json (open_clip), preprocessor_config.json and config.json (transformers, timm).
     """
     pixels: Mapping[str, Any] = {}
+    activation: Any = None
     if path != Path(source):
         from open_clip import pretrained
 
         # What was located in the cache for a tag.
         pixels = pretrained.get_pretrained_cfg(*source.split(":"))
-    else:
+        activation = "quick_gelu" if pixels.get("quick_gelu") else None
+    # Of a file under another name nothing tells that they belong together.
+    elif path.is_dir() or path.name in WEIGHT_NAMES or path.name.endswith(INDEX):
         folder = path if path.is_dir() else path.parent
-        is_folder = path.is_dir() or path.name in WEIGHT_NAMES or path.name.endswith(INDEX)
-        for name, section in (
-            ("open_clip_config.json", "preprocess_cfg"),
-            ("preprocessor_config.json", ""),
-            ("config.json", "pretrained_cfg"),
-        ):
-            # Of a file under another name nothing tells that they belong together.
-            if pixels or not is_folder or not (folder / name).is_file():
+        for name in ("open_clip_config.json", "preprocessor_config.json", "config.json"):
+            if not (folder / name).is_file():
                 continue
             with errors_of(name):
                 content = json.loads((folder / name).read_bytes())
-                content = content.get(section, {}) if section else content
-            if isinstance(content, Mapping) and (mean := content.get("mean", content.get("image_mean"))):
-                pixels = {"mean": mean, "std": content.get("std", content.get("image_std"))}
-    if not pixels:
-        return None
-    mean, std = (tuple(float(value) for value in pixels[part]) for part in ("mean", "std"))
-    return ImageStats(mean, std)  # type: ignore[arg-type]
+                about = content.get("preprocess_cfg") or content.get("pretrained_cfg") or content
+                mean, std = (about.get(key, about.get(f"image_{key}")) for key in ("mean", "std"))
+                if mean and not pixels:
+                    pixels = {"mean": mean, "std": std}
+                if "model_cfg" in content:
+                    activation = "quick_gelu" if content["model_cfg"].get("quick_gelu") else "gelu"
+                # SigLIP's approximation of GELU is a part of model.name.
+                activation = activation or content.get("text_config", {}).get("hidden_act")
+    settings = {"model.activation": activation} if activation in ("gelu", "quick_gelu") else {}
+    if pixels:
+        mean, std = (tuple(float(value) for value in pixels[part]) for part in ("mean", "std"))
+        settings["model.image_stats"] = stats_name(ImageStats(mean, std))  # type: ignore[arg-type]
+    return settings
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], list[str]]:
@@ -453,10 +458,10 @@ def from_tensors(source: str, tensors: Mapping[str, Tensor]) -> WeightFile:
     return _translate(source, StateDict("safetensors", dict(tensors), {}, {}, []))
 
 
-def _translate(source: str, opened: StateDict, stats: ImageStats | None = None) -> WeightFile:
+def _translate(source: str, opened: StateDict, published: Mapping[str, str] | None = None) -> WeightFile:
     """The weights under our names, and whose they are. Raises :class:`UserError` without the file's name.
 
-    ``stats`` are what the files beside the weights say of pixels.
+    ``published`` are settings of the model that are beside the weights.
     """
     names, outside, remarks = _pick_model(opened.tensors)
     layout = _require_layout([*names.values()])
@@ -510,8 +515,7 @@ def _translate(source: str, opened: StateDict, stats: ImageStats | None = None) 
     settings = json.loads(opened.metadata.get("settings", "{}"))
     if not isinstance(settings, dict):
         raise UserError("its metadata names no settings")
-    if stats is not None:
-        settings = {"model.image_stats": stats_name(stats)} | settings
+    settings = {**(published or {}), **settings}
     if family is Family.UPSTREAM and any(".adapter." in name for name in tensors):
         settings = _UPSTREAM_ARRANGEMENT | settings
     if family is Family.AVION:
@@ -682,12 +686,12 @@ def load_weights(
             cure = " (its text tower is another one, which model.text or model.name chooses)" if of_text else ""
             problems.append(f"{problem} {_listed(names)}{cure}")
     # Under another activation or arrangement the same weights would be another model, and no shape would tell.
-    warning = ""
+    warnings = []
     for key, here in _settings_of(model).items():
         there = weights.settings.get(key, here)
-        if there != here and key == "model.image_stats" and weights.family is not Family.OURS:
-            # Inferred from the family alone, and training on with other statistics is legitimate.
-            warning = f"{weights.family} trains with {key}={there}, here it is {here}"
+        if there != here and key in PUBLISHED_SETTINGS and weights.family is not Family.OURS:
+            # Training on with others is legitimate: the published recipe does so, with OpenAI's weights and erf GELU.
+            warnings.append(f"{weights.family} trains with {key}={there}, here it is {here}")
         elif there != here:
             problems.append(f"they were trained with {key}={there}, not {here}")
     if problems:
@@ -704,7 +708,7 @@ def load_weights(
     with torch.no_grad():
         for name, value in fitted.items():
             own[name].copy_(value)
-    if warning:
+    for warning in warnings:
         report.notes.append(warning)
         log.warning("%s: %s", weights.source, warning)
     return report

@@ -159,6 +159,10 @@ _RESERVED = {
     "patch_drop_rate": "model.patch_dropout",
     "pretrained": "model.weights",
     "checkpoint_path": "model.weights",
+    # The blocks here attend by egohod.model.vision.attend, which drops nothing.
+    **dict.fromkeys(
+        ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate"), "model.drop_path or model.patch_dropout"
+    ),
     **dict.fromkeys(("num_classes", "in_chans", "dynamic_img_size", "dynamic_img_pad", "features_only"), ""),
 }
 
@@ -216,6 +220,8 @@ def _timm_geometry(name: str, image_size: int | None, options: tuple[tuple[str, 
             f"{label}: frames and patches must be squares, not {side} x {other} and {patch} x {across}; set "
             "model.image_size"
         )
+    if not model.global_pool:
+        raise UserError(f"{label}: without pooling a clip has no feature; set model.backbone.global_pool")
     if side % patch:
         near = f"{side // patch * patch} or {(side // patch + 1) * patch}"
         raise UserError(f"{label}: patches of {patch} px do not divide {side} px; set model.image_size to {near}")
@@ -435,10 +441,14 @@ def _open_clip_geometry(name: str, image_size: int | None, backbone: Mapping[str
     if vision.timm_model_name:
         if vision.timm_proj == "mlp" or vision.timm_pool in ("abs_attn", "rot_attn"):
             raise UserError(f"{label}: its vision tower has {vision.timm_proj or vision.timm_pool}, not supported")
-        # open_clip builds the backbone in its own size, which its name says; behind a projection of open_clip's, with
-        # the norms of its own pooling.
+        # Behind a projection of open_clip's the backbone has the norms of its own pooling.
         pool = {"global_pool": vision.timm_pool} if vision.timm_proj != "linear" else {}
-        shape = geometry(TIMM + vision.timm_model_name, image_size, pool | dict(backbone or {}))
+        options = pool | dict(backbone or {})
+        shape = geometry(TIMM + vision.timm_model_name, image_size, options)
+        # The backbone's name says a size, but weights may have been trained on with another one.
+        side = config["vision_cfg"].get("image_size", shape.image_size)
+        if image_size is None and side != shape.image_size:
+            shape = geometry(TIMM + vision.timm_model_name, side, options)
         if vision.timm_pool not in ("", shape.pool):
             raise UserError(f"{label}: its backbone pools by {vision.timm_pool} instead of {shape.pool}, not supported")
         # Without a projection of its own the backbone's classifier is one.
@@ -504,7 +514,8 @@ def stats_name(stats: ImageStats) -> str:
         numbers = zip([*named.mean, *named.std], [*stats.mean, *stats.std], strict=True)
         if all(abs(ours - theirs) < 1e-3 for ours, theirs in numbers):
             return name
-    return "/".join(",".join(f"{value:g}" for value in part) for part in stats)
+    # All digits of float32, so that the pixels of a model that is loaded are those of the one that was trained.
+    return "/".join(",".join(f"{value:.9g}" for value in part) for part in stats)
 
 
 @dataclass

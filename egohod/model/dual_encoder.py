@@ -209,7 +209,7 @@ class DualEncoder(nn.Module):
         """
         depth = len(self.visual.transformer.resblocks)
         last = "|".join(str(i) for i in range(max(0, depth - last_blocks), depth)) or "none"
-        behind = rf"{self._named(self.visual.HEAD)}|slowfast_projection|heads\."
+        behind = rf"{self._named(self.visual.HEAD)}|visual\.box_head\.|slowfast_projection|heads\."
         # What weights of another model do not have, and is small.
         added = r"\.adapter\.|\.motion_stem\.|temporal_embedding|_projection|logit_|\.box_head\.|heads\."
         pattern = {

@@ -69,7 +69,7 @@ class WordTokenizer:
         self.words: list[str] = json.loads((folder / "tokenizer.json").read_text())
 
     @classmethod
-    def from_pretrained(cls, folder: str, *, cache_dir: Any, local_files_only: bool) -> "WordTokenizer":
+    def from_pretrained(cls, folder: str, *, local_files_only: bool, **options: Any) -> "WordTokenizer":
         assert local_files_only, "whether anything is downloaded is decided before"
         return cls(Path(folder))
 

@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
 import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
@@ -116,3 +118,17 @@ def test_normalise_leaves_its_input_alone() -> None:
     video = torch.full((1, 3, 2, 4, 4), 100.0)
     normalise(video)
     assert (video == 100).all()
+
+
+def test_a_squashed_picture_is_open_clips() -> None:
+    """SigLIP and PE see the whole picture, whatever its shape, as a square."""
+    frames = np.random.default_rng(0).integers(0, 256, (1, 9, 16, 3), np.uint8).repeat(8, 1).repeat(8, 2)
+    settings = PreprocessCfg(
+        size=32, mode="RGB", resize_mode="squash", interpolation="bicubic", mean=(0,) * 3, std=(1,) * 3
+    )
+    theirs = image_transform_v2(settings, is_train=False)(Image.fromarray(frames[0]))
+    (ours,) = spatial_crops(frames, 32, 1, "squash")
+    assert (ours.shape, ours.dtype) == ((3, 1, 32, 32), torch.uint8)
+    # Pillow rounds between the two directions.
+    torch.testing.assert_close(ours[:, 0] / 255, theirs, atol=2 / 255, rtol=0)
+    assert (ours[:, 0] / 255 - center_crop(frames, 32)[:, 0] / 255).abs().mean() > 0.05

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -125,6 +126,19 @@ def test_a_text_tower_goes_with_another_vision_tower(tmp_path: Path) -> None:
         egohod.create_model(f"open_clip/{tmp_path}", embed_dim=32)
 
 
+def test_the_resolution_is_that_of_the_configuration(tmp_path: Path) -> None:
+    """Also where the name of a backbone says another one."""
+    write_open_clip(tmp_path, "SigLIP")
+    path = tmp_path / "open_clip_config.json"
+    content = json.loads(path.read_text())
+    content["model_cfg"]["vision_cfg"]["image_size"] = 48
+    path.write_text(json.dumps(content))
+    model = egohod.create_model(f"open_clip/{tmp_path}", num_frames=1)
+    assert (model.geometry.image_size, model.visual.pos_embed.shape[1]) == (48, 36)
+    with pytest.raises(UserError, match=r"pos_embed is \[1, 16, 48\] there and \[1, 36, 48\] here .*adapt=true"):
+        egohod.load_weights(model, tmp_path)
+
+
 # --------------------------------------------------------------------------------------------------
 # Weights
 # --------------------------------------------------------------------------------------------------
@@ -201,25 +215,66 @@ def test_names_of_transformers_are_the_same_weights(tmp_path: Path, family: str)
             read_weights(hub)
 
 
-@pytest.mark.parametrize("prefix", ["module._orig_mod.", "_orig_mod.module.", "model."])
-def test_shards_prefixes_and_half_precision(tmp_path: Path, prefix: str) -> None:
-    state = write_open_clip(tmp_path, "PE").state_dict()
-    expected = read_weights(tmp_path).tensors
-    hub, index = tmp_path / "hub", {}
-    hub.mkdir()
-    named = {prefix + name: value.bfloat16() for name, value in state.items()}
-    for number, part in enumerate((list(named)[::2], list(named)[1::2]), start=1):
-        shard = f"model-0000{number}-of-00002.safetensors"
-        write_safetensors(hub / shard, {name: named[name] for name in part})
+def write_form(folder: Path, form: str, state: State) -> Path:
+    """``state`` as one of the forms that are read; the path to open."""
+    folder.mkdir()
+    if form == "one pickle":
+        torch.save({"state_dict": state, "epoch": 3}, folder / "epoch_3.pt")
+        return folder / "epoch_3.pt"
+    if form == "a folder with pickle":
+        torch.save(state, folder / "pytorch_model.bin")
+        return folder
+    if form == "one safetensors":
+        return write_safetensors(folder / "weights.safetensors", state)
+    if form == "a folder":
+        write_safetensors(folder / "open_clip_model.safetensors", state)
+        # Of the same model for transformers, which does not count.
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+        return folder
+    suffix = "safetensors" if form.endswith("safetensors") else "bin"
+    index: dict[str, str] = {}
+    for number, part in enumerate((list(state)[::2], list(state)[1::2]), start=1):
+        shard = f"model-0000{number}-of-00002.{suffix}"
+        tensors = {name: state[name] for name in part}
+        if suffix == "bin":
+            torch.save(tensors, folder / shard)
+        else:
+            write_safetensors(folder / shard, tensors)
         index |= dict.fromkeys(part, shard)
-    (hub / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    weights = read_weights(hub)
-    assert weights.tensors.keys() == expected.keys()
-    model = egohod.create_model(f"open_clip/{tmp_path}", num_frames=1)
-    egohod.load_weights(model, hub)
-    for name, value in model.state_dict().items():
-        if name != "visual.temporal_embedding":
-            assert torch.equal(value, expected[name].bfloat16().float()), name
+    path = folder / f"model.{suffix}.index.json"
+    path.write_text(json.dumps({"weight_map": index}))
+    return folder if form.startswith("a folder") else path
+
+
+FORMS = (
+    *("one safetensors", "one pickle", "a folder", "a folder with pickle", "a folder of shards, safetensors"),
+    *("an index of shards, safetensors", "a folder of shards, bin"),
+)
+
+
+@pytest.mark.parametrize("family", ["CLIP", "SigLIP 2", "EVA-CLIP", "PE", "a projection behind the backbone"])
+def test_every_form_of_file_with_any_prefix_is_the_same_weights(tmp_path: Path, family: str) -> None:
+    """Also in half precision, and with the names of transformers where it has the model."""
+    state = write_open_clip(tmp_path / "hub", family).state_dict()
+    model = egohod.create_model(f"open_clip/{tmp_path}/hub", num_frames=1)
+    egohod.load_weights(model, tmp_path / "hub")
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    prefixes = ["", "module.", "_orig_mod.module.", "module._orig_mod.", "model."]
+    layouts = {"open_clip": state} | (
+        {"transformers": in_transformers(state)} if family in ("CLIP", "SigLIP 2") else {}
+    )
+    for number, (form, (layout, weights)) in enumerate(itertools.product(FORMS, layouts.items())):
+        prefix, is_half = prefixes[number % len(prefixes)], number % 3 == 1
+        named = {prefix + name: value.bfloat16() if is_half else value for name, value in weights.items()}
+        path = write_form(tmp_path / f"{number}", form, named)
+        for value in model.state_dict().values():
+            value.fill_(7.0)
+        report = egohod.load_weights(model, path)
+        case = f"{form}, {layout}, {prefix!r}"
+        assert (report.dropped, {*report.missing}) == ({}, {"visual.temporal_embedding"}), case
+        for name, value in model.state_dict().items():
+            wanted = expected[name].bfloat16().float() if is_half else expected[name]
+            assert name == "visual.temporal_embedding" or torch.equal(value, wanted), f"{case}: {name}"
 
 
 def test_a_backbone_alone_is_the_vision_tower(tmp_path: Path) -> None:
@@ -231,6 +286,13 @@ def test_a_backbone_alone_is_the_vision_tower(tmp_path: Path) -> None:
     weights = read_weights(tmp_path)
     assert (weights.family, weights.settings) == (Family.TIMM, {"model.image_stats": "inception"})
     assert {*weights.dropped} == {"head.weight", "head.bias"}
+    # As scripts of timm save it.
+    content = {
+        "arch": "tiny_siglip",
+        "state_dict": {f"module._orig_mod.{k}": v for k, v in backbone.state_dict().items()},
+    }
+    torch.save(content | {"state_dict_ema": backbone.state_dict()}, tmp_path / "last.pth.tar")
+    assert read_weights(tmp_path / "last.pth.tar").tensors.keys() == weights.tensors.keys()
     model = egohod.create_model("timm/tiny_siglip", num_frames=1).eval()
     report = egohod.load_weights(model, tmp_path)
     assert {name.split(".")[0] for name in report.missing} == {"visual", "textual", "logit_scale"}

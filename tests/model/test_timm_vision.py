@@ -311,7 +311,7 @@ def test_a_motion_stem_starts_without_effect_and_learns(family: str, slowfast: b
 
 @families
 def test_layers_and_parts_are_recognised_by_name(family: str) -> None:
-    model = build(family)
+    model = build(family, boxes=1.0)
     pattern = model.group_matcher()
     layers = timm.models.group_parameters(
         model.visual, {key: value.replace(r"visual\.", "") for key, value in pattern.items()}
@@ -328,7 +328,8 @@ def test_layers_and_parts_are_recognised_by_name(family: str) -> None:
     model.freeze("last_blocks", 1)
     trained = {name for name, parameter in model.visual.named_parameters() if parameter.requires_grad}
     assert {name.split(".")[2] for name in trained if ".resblocks." in name} == {"1"}
-    assert "image_projection" in trained
+    # The head of the box loss starts at random: frozen, it would teach the blocks nothing.
+    assert {"image_projection", "box_head.norm.weight"} <= trained
     assert not any(name.startswith(("patch_embed", "pos_embed", "cls_token", "temporal")) for name in trained)
 
 
@@ -408,6 +409,9 @@ def test_a_name_is_resolved_without_weights(tmp_path: Path) -> None:
         ("timm/vit_base_patch16_clip_224", {"image_size": 230}, ["do not divide 230 px", "224 or 240"]),
         ("timm/vit_base_patch16_clip_224", {"backbone": {"dpeth": 2}}, ["model.backbone", "dpeth"]),
         ("timm/vit_base_patch16_clip_224", {"backbone": {"img_size": 224}}, ["set model.image_size instead"]),
+        # Attention of this project would ignore it.
+        ("timm/eva02_tiny_patch14_224", {"backbone": {"attn_drop_rate": 0.1}}, ["attn_drop_rate", "model.drop_path"]),
+        ("timm/vit_base_patch16_clip_224", {"backbone": {"global_pool": ""}}, ["set model.backbone.global_pool"]),
         ("timm/vit_small_patch16_rope_mixed_224", {"image_size": 256}, ["RoPE", "14 x 14 grid", "image_size=256"]),
         ("timm/vit_base_patch16_clip_224", {"rope_time": True}, ["model.rope_time", "rotary"]),
         ("CLIP_VITB16", {"image_size": 336}, ["model.image_size is for model.name=timm/NAME"]),

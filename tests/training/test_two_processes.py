@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.model.field_files import write_open_clip
 from tests.support import Command, losses, newest
 
 
@@ -66,5 +67,24 @@ def test_four_processes_go_on_exactly(tiny_config: Path, tmp_path: Path, program
     assert done.returncode == 0, done.stderr
     assert [step for step, _, _ in losses(resumed)] == list(range(6, 13))
     assert losses(resumed) == losses(straight)[5:]
+    for name, weight in newest(straight).weights.items():
+        assert torch.equal(weight, newest(resumed).weights[name]), name
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("paths", ["", "_Slowfast"], ids=["one-path", "two-paths"])
+def test_a_model_of_open_clip_goes_on_exactly(tiny_config: Path, tmp_path: Path, program: Command, paths: str) -> None:
+    """Both towers from a folder of the Hub, on two processes."""
+    hub, straight, resumed = tmp_path / "hub", tmp_path / "straight", tmp_path / "resumed"
+    write_open_clip(hub, "CLIP, quick GELU")
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main_pretrain.py"]
+    command += ["--config_file", tiny_config, f"model.name=open_clip/{hub}{paths}", "train.save_every=2 steps"]
+    command += ["train.duration=4 steps", "model.weights.source=clip", f"model.weights.path={hub}", "loss.name=sigmoid"]
+    done = program(*command, f"train.output={straight}")
+    assert done.returncode == 0, done.stderr
+    middle = straight / "checkpoints" / "step-00000002"
+    done = program(*command, f"train.output={resumed}", "--resume", middle)
+    assert done.returncode == 0, done.stderr
+    assert losses(resumed) == losses(straight)[2:]
     for name, weight in newest(straight).weights.items():
         assert torch.equal(weight, newest(resumed).weights[name]), name

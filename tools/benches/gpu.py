@@ -44,7 +44,7 @@ from egohod.errors import UserError
 from egohod.knobs import knobs
 from egohod.loss.config import LOSSES
 from egohod.loss.contrastive import ContrastiveLoss
-from egohod.model.config import IMAGE_STATS, FastPathConfig, Geometry, ModelConfig, geometry
+from egohod.model.config import IMAGE_STATS, FastPathConfig, Geometry, ModelConfig
 from egohod.model.cost import clip_flops
 from egohod.model.dual_encoder import DualEncoder
 from egohod.model.vision import KERNELS, kernel_fault
