@@ -4,6 +4,7 @@ python tools/bench.py decode             # CPU time to read a clip, by decoder a
 python tools/bench.py loader --json      # file to training-ready batch, against the usual way
 python tools/bench.py loader --s3        # also from an S3 server on loopback, without a cache
 python tools/bench.py step --json        # a training step: clips/s, share of the matmul peak, memory
+python tools/bench.py step --model timm/vit_base_patch16_clip_224 --against CLIP_VITB16    # two models in turns
 python tools/bench.py slowfast           # a co-training step of both paths, against one with all weights trained
 python tools/bench.py accumulation       # cached features: how much a step waits for clips that come as fast
 python tools/bench.py memory             # batch, frames, checkpointing, accumulation -> peak memory

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import fnmatch
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import open_clip
@@ -11,7 +13,7 @@ import timm
 import torch
 
 from egohod.config import model_config
-from egohod.model.config import GEOMETRIES
+from egohod.model.config import model_names
 from egohod.model.cost import count_flops
 from egohod.model.dual_encoder import EgoVideo, create_model
 
@@ -52,9 +54,17 @@ class ModelInfo:
     weights: tuple[PublishedWeights, ...]
 
 
-def list_models(pattern: str = "*") -> list[str]:
-    """Names of models that match ``pattern``, as in a shell: ``list_models("*_Slowfast")``."""
-    return fnmatch.filter(GEOMETRIES, pattern)
+def list_models(pattern: str | Sequence[str] = "*", pretrained: bool = False) -> list[str]:
+    """Names of models: this project's, and those of timm and open_clip that can be built.
+
+    Args:
+        pattern: names to list, or several, as in a shell and in any case: ``list_models("timm/*siglip*")``.
+        pretrained: list timm's names with the tags of published weights, ``timm/NAME.TAG``.
+
+    ``_Slowfast`` may be put behind every name of timm and open_clip; only this project's are listed with it.
+    """
+    patterns = [each.lower() for each in ([pattern] if isinstance(pattern, str) else pattern)]
+    return [name for name in model_names(pretrained) if any(fnmatchcase(name.lower(), each) for each in patterns)]
 
 
 def model_info(name: str, **overrides: Any) -> ModelInfo:
@@ -64,7 +74,7 @@ def model_info(name: str, **overrides: Any) -> ModelInfo:
     others, unless ``num_frames`` is given.
 
     Args:
-        name: any model that ``egohod.create_model`` builds, e.g. ``CLIP_VITB16``.
+        name: any model that ``egohod.create_model`` builds, e.g. ``CLIP_VITB16``, ``timm/NAME`` or ``open_clip/NAME``.
         overrides: knobs of the section ``model``, as of ``egohod.create_model``.
 
     Raises:
@@ -72,7 +82,9 @@ def model_info(name: str, **overrides: Any) -> ModelInfo:
     """
     config = model_config(name, **({"num_frames": 16 if name.endswith("_Slowfast") else 4} | overrides))
     with torch.device("meta"), torch.no_grad():
-        model = create_model(config).eval()
+        # Without gradients of weights: PyTorch's counter fails where a layer is called with a trained one (SigLIP's
+        # attention pooling), although none is recorded.
+        model = create_model(config).eval().requires_grad_(False)
         shape = model.geometry
         video = torch.empty(1, 3, config.num_frames, shape.image_size, shape.image_size)
         texts = torch.zeros(1, shape.context_length, dtype=torch.long)
@@ -107,12 +119,10 @@ def published_weights(name: str) -> tuple[PublishedWeights, ...]:
     Of ``timm/NAME`` and ``open_clip/NAME`` those that the installed libraries list.
     """
     family, _, backbone = name.removesuffix("_Slowfast").rpartition("/")
-    if family == "timm" and timm.is_model(backbone.partition(".")[0]):
+    if family == "timm" and timm.models.is_model_pretrained(backbone):
         cfg = timm.get_pretrained_cfg(backbone)
-        if cfg is None or not (cfg.hf_hub_id or cfg.url):
-            return ()
         # A default of the family in timm's code, where the entry of the model does not override it.
-        stated = f"pretrained_cfg of timm {timm.__version__}, perhaps its family's default; see the model's page"
+        stated = f"pretrained_cfg of timm {timm.__version__}, perhaps its family's default"
         source = f"huggingface.co/{cfg.hf_hub_id}" if cfg.hf_hub_id else cfg.url
         return (PublishedWeights(f"{cfg.architecture}.{cfg.tag}", source, cfg.license or UNKNOWN, stated),)
     if family == "open_clip":
@@ -120,9 +130,15 @@ def published_weights(name: str) -> tuple[PublishedWeights, ...]:
         for tag in open_clip.list_pretrained_tags_by_model(backbone):
             cfg = open_clip.get_pretrained_cfg(backbone, tag)
             source = f"huggingface.co/{cfg['hf_hub'].strip('/')}" if cfg.get("hf_hub") else cfg.get("url", UNKNOWN)
-            listed.append(
-                PublishedWeights(f"{backbone}:{tag}", source, UNKNOWN, "open_clip records none; see its page")
-            )
+            file, licence = f"{backbone}:{tag}", (UNKNOWN, "not in open_clip; see its page")
+            # Some are weights of our own towers too, and were looked up for these; others are in timm's list.
+            quoted = [each for entries in _PUBLISHED.values() for each in entries if each.file == f"open_clip {file}"]
+            quoted += [each for each in published_weights(f"timm/{Path(source).name}") if each.source == source]
+            if tag == "openai":
+                licence = _OPENAI[1:]
+            elif quoted:
+                licence = (quoted[0].licence, quoted[0].stated)
+            listed.append(PublishedWeights(file, source, *licence))
         return tuple(listed)
     return _PUBLISHED.get(name, ())
 

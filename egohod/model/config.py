@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from fnmatch import fnmatchcase
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,7 +133,8 @@ def geometry(name: str, image_size: int | None = None, backbone: Mapping[str, An
         shape = _timm_geometry(plain.removeprefix(TIMM), image_size, options)
         return replace(shape, name=name, slowfast=name != plain)
     if name not in GEOMETRIES:
-        near = difflib.get_close_matches(name, GEOMETRIES, n=1)
+        # Also of timm and open_clip, without whose prefix names are known.
+        near = difflib.get_close_matches(name, GEOMETRIES, n=1) or difflib.get_close_matches(name, model_names(), n=1)
         raise UserError(
             f"model.name is '{name}', but must be one of {', '.join(GEOMETRIES)}, timm/NAME for a transformer of timm, "
             f"or open_clip/NAME for a model of open_clip{f'; did you mean {near[0]}?' if near else ''}"
@@ -276,12 +278,36 @@ _MODULES = ("vision_transformer", "eva", "deit")
 _ATTENTIONS = ("Attention", "EvaAttention", "AttentionRope")
 
 
-def _nearest(architecture: str) -> str:
-    """The vision transformers of timm whose names are the most like ``architecture``."""
+# Of timm's modules with plain transformers: blocks in parallel, differential attention, a second classifier, timm's own
+# tests; and pictures that are no squares or that the patches do not divide, which need a model.image_size.
+_NOT_OF_TIMM = (
+    *("vit_*_18x2_*", "vit_*_xp_*", "vit_pwee_*", "vit_dlittle_*", "vit_dwee_*", "vit_dpwee_*", "deit_*_distilled_*"),
+    *("test_*", "*_sapiens2", "vit_so400m_patch14_siglip_384", "vit_so400m_patch14_siglip_gap_384"),
+)
+# Of open_clip's models: convolutional towers, windows, other blocks, CoCa, text towers of Hugging Face.
+_NOT_OF_OPEN_CLIP = (
+    *("RN*", "convnext*", "swin*", "vit_relpos*", "MobileCLIP-*", "MobileCLIP2-[BS]*", "ViTamin*", "*CLIPA*", "coca*"),
+    *("ViT-M-16-alt", "ViT-SO400M-14-SigLIP-384", "mt5*", "nllb*", "roberta*", "xlm*"),
+)
+
+
+def model_names(pretrained: bool = False) -> list[str]:
+    """Names that :func:`geometry` builds as they are; ``_Slowfast`` may be put behind those of timm and open_clip.
+
+    With ``pretrained`` those of timm have tags (``timm/NAME.TAG``), and are those with published weights.
+    """
+    import open_clip
     import timm
 
-    names = [name for module in _MODULES for name in timm.list_models(module=module)]
-    near = difflib.get_close_matches(architecture, [name for name in names if not name.startswith("test_")], n=5)
+    backbones = timm.list_models(module=list(_MODULES), exclude_filters=list(_NOT_OF_TIMM), pretrained=pretrained)
+    models = (name for name in open_clip.list_models() if not any(map(partial(fnmatchcase, name), _NOT_OF_OPEN_CLIP)))
+    return [*GEOMETRIES, *(TIMM + name for name in backbones), *(OPEN_CLIP + name for name in models)]
+
+
+def _nearest(architecture: str) -> str:
+    """The vision transformers of timm whose names are the most like ``architecture``."""
+    names = [name.removeprefix(TIMM) for name in model_names() if name.startswith(TIMM)]
+    near = difflib.get_close_matches(architecture, names, n=5)
     # Whoever asks for a convolutional net sees one name of each family.
     families = ["vit_base_patch16_siglip_224", "eva02_base_patch16_clip_224", "vit_pe_core_base_patch16_224"]
     return f"the nearest vision transformers are {', '.join(near or ['vit_base_patch16_clip_224', *families])}"

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from egohod.loss.config import LossConfig
 from egohod.model.config import FastPathConfig, Geometry, LoraConfig, ModelConfig
-from egohod.model.dual_encoder import DualEncoder, create_model
+from egohod.model.dual_encoder import DualEncoder, EgoVideo, create_model
 from egohod.model.lora import add_low_rank
 from egohod.model.vision import ROLES, SHORT
 
@@ -208,12 +208,7 @@ def predict(
         # Counted on tensors of a CPU: that a GPU saves the same, but for its attention, is tested.
         config = replace(config, residual="autocast" if on_gpu else "float32")
     with FakeTensorMode():
-        model = create_model(config, loss, heads)
-        if lora is not None:
-            add_low_rank(model, lora)
-        for name, parameter in model.named_parameters():
-            if learning is not None:
-                parameter.requires_grad_(name in learning)
+        model = _stand_in(config, loss, heads, learning, lora)
         geometry, block = model.geometry, model.visual.transformer.resblocks[0]
         prefix, size = geometry.prefix_tokens, geometry.image_size
         length = prefix + config.num_frames * geometry.patches_per_frame
@@ -261,6 +256,57 @@ def predict(
         # Copies for autocast, which the clips of a pass share, are not made: blocks are gathered in its type.
         return Memory(split_state(model, state, dtype, processes), per_clip, working)
     return Memory(state + shared, per_clip, working)
+
+
+def _stand_in(
+    config: ModelConfig,
+    loss: LossConfig | None,
+    heads: Mapping[str, int] | None,
+    learning: Container[str] | None,
+    lora: LoraConfig | None,
+) -> DualEncoder:
+    """The model of :func:`predict`, on the fake tensors of its caller."""
+    model = create_model(config, loss, heads)
+    if lora is not None:
+        add_low_rank(model, lora)
+    for name, parameter in model.named_parameters():
+        if learning is not None:
+            parameter.requires_grad_(name in learning)
+    return model
+
+
+def count_step(
+    config: ModelConfig,
+    text_length: int,
+    *,
+    loss: LossConfig | None = None,
+    heads: Mapping[str, int] | None = None,
+    learning: Container[str] | None = None,
+    lora: LoraConfig | None = None,
+) -> int:
+    """Operations of one clip and its text in a training step, as :func:`clip_flops`, where not all is trained.
+
+    Which gradients are computed depends on where trained weights are, so that no formula is simpler than counting. The
+    arguments are those of :func:`predict`; nothing is allocated.
+    """
+    clips = 2
+    # What would be computed twice is no work of the model.
+    config = replace(config, checkpoint_blocks="none")
+    with FakeTensorMode():
+        model = _stand_in(config, loss, heads, learning, lora)
+        size = model.geometry.image_size
+        video = torch.empty(clips, 3, config.num_frames, size, size)
+        texts = 2 * clips if loss is not None and loss.has_opposites else clips
+        tokens = torch.zeros(texts, text_length, dtype=torch.long)
+
+        def step() -> None:
+            sum(each.sum() for each in model(video, tokens).values()).backward()
+
+        total, every = count_flops(step), config.fast.slow_every
+        if isinstance(model, EgoVideo) and every > 1:
+            with model.without_slow_path():
+                total = (total + (every - 1) * count_flops(step)) // every
+    return total // clips
 
 
 def split_state(model: DualEncoder, state: int, dtype: torch.dtype, processes: int) -> int:

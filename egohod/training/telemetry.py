@@ -29,7 +29,7 @@ import torch
 from egohod.config import Config, to_yaml
 from egohod.distributed import Distributed, first_lines, pick_precision
 from egohod.errors import UserError
-from egohod.model.cost import clip_flops
+from egohod.model.cost import clip_flops, count_step
 from egohod.model.dual_encoder import DualEncoder
 from egohod.runtime import time_left, write_text
 
@@ -431,7 +431,7 @@ def _start_mlflow(run: Path, cfg: Config, ids: dict[str, str]) -> Tracker:
 def step_flops(cfg: Config, model: DualEncoder, text_length: float | None = None) -> float:
     """Operations of one clip's forward and backward pass with ``text_length`` tokens computed (None: all).
 
-    As if all weights were trained; nothing that is computed twice counts twice.
+    Nothing that is computed twice counts twice. By formula, and counted where not all weights are trained.
     """
     geometry = model.geometry
     length = geometry.context_length if text_length is None else round(text_length)
@@ -439,6 +439,10 @@ def step_flops(cfg: Config, model: DualEncoder, text_length: float | None = None
         length = geometry.context_length
     # With heads the text tower computes nothing.
     length = 0 if model.heads is not None else length
+    if (trainable := cfg.train.trainable) != "all":
+        learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        lora = cfg.train.lora if trainable == "lora" else None
+        return count_step(cfg.model, max(length, 1), loss=cfg.loss, heads=model.classes, learning=learning, lora=lora)
     return clip_flops(
         geometry, cfg.model.num_frames, length, cfg.model.patch_dropout, cfg.model.fast,
         boxes=cfg.loss.boxes > 0, texts=1 + cfg.loss.has_opposites, motion_stem=cfg.model.motion_stem,
@@ -465,7 +469,7 @@ def throughput(
     """Tokens per second of all processes, TFLOP/s of each, and MFU (the share of the peak) if the peak is given.
 
     Model FLOPs utilisation as in PaLM (2204.02311): the operations that the model needs, without those that
-    checkpointing and cached accumulation repeat. Left out where not all weights are trained: the formula counts all.
+    checkpointing and cached accumulation repeat. Left out where not all weights are trained, which counting would need.
     """
     geometry, fast = model.geometry, cfg.model.fast
     places = geometry.patches_per_frame * (1 - cfg.model.patch_dropout)

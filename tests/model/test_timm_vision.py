@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from benches.training import give_weights
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -177,19 +178,7 @@ def _pair(slowfast: bool) -> tuple[VideoTransformer, TimmTransformer]:
     ours = (SlowFastTransformer if slowfast else VideoTransformer)(shape, ModelConfig(fast=fast, **options))
     cfg = config("plain", slowfast)
     theirs = (TimmSlowFast if slowfast else TimmTransformer)(replace(cfg.geometry(), embed_dim=48), cfg)
-    renamed = {}
-    for name, value in ours.state_dict().items():
-        for old, new in (
-            *(("attn.in_proj_", "attn.qkv."), ("out_proj", "proj"), ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2")),
-            *(("ln_pre", "norm_pre"), ("ln_post", "norm"), ("ln_1", "norm1"), ("ln_2", "norm2")),
-            *(("conv1", "patch_embed.proj"), ("class_embedding", "cls_token"), ("positional_embedding", "pos_embed")),
-        ):
-            name = name.replace(old, new)
-        renamed[name] = value.view(theirs.state_dict()[name].shape)
-    theirs.load_state_dict(renamed)
-    for module in theirs.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.eps = 1e-6  # of our tower; timm's CLIP has OpenAI's 1e-5
+    give_weights(ours, theirs)
     return ours, theirs
 
 
@@ -295,14 +284,29 @@ def test_blocks_compile_without_a_break_and_share_their_graphs(family: str) -> N
     torch._dynamo.reset()
 
 
-def test_the_kernels_of_attention_are_those_set(monkeypatch: pytest.MonkeyPatch) -> None:
+@families
+def test_the_kernels_of_attention_are_those_set(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
     attend = timm_vision.attend
     monkeypatch.setattr(timm_vision, "attend", lambda *inputs: (used.append(inputs[3]), attend(*inputs))[1])
-    model = build("eva02")
+    model = build(family)
     model.visual.set_attention([KERNELS["math"]])
     model.visual(clips())
     assert used == [[KERNELS["math"]]] * 2
+
+
+@pytest.mark.parametrize("slowfast", [False, True])
+@families
+def test_a_motion_stem_starts_without_effect_and_learns(family: str, slowfast: bool) -> None:
+    models = []
+    for channels in (None, 8):
+        torch.manual_seed(0)
+        models.append(create_model(config(family, slowfast, motion_stem=channels)))
+    plain, stem = models
+    with torch.no_grad():
+        assert torch.equal(plain.eval().encode_video(clips()), stem.eval().encode_video(clips()))
+    learned = {name for name, each in gradients(stem.train(), clips()).items() if each.any()}
+    assert [name for name in learned if name.startswith("visual.motion_stem.")]
 
 
 @families

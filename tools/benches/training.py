@@ -4,7 +4,9 @@ all measure.
 ``step``: forward, loss and backward of both towers on random clips. Operations are counted as they happen (PyTorch's
 FlopCounterMode, attention included) in the plain form: all tokens pass every block, 77 text tokens. The fraction of
 peak is that nominal work per second over a large matrix product's, both in the same precision, in alternating rounds
-of one run. Memory is measured in a fresh process per variant.
+of one run. Memory is measured in a fresh process per variant. ``--against`` times the step of a second model in turns
+with the first; where one tower is timm's CLIP ViT and the other ours, of the same sizes, they get the same weights and
+their features are compared.
 
 ``slowfast``: a co-training step beside the same step with all weights trained. In the twin step the blocks' weights
 receive gradients from the fast path as well, which is the same computation forward and a weight gradient more for
@@ -40,19 +42,23 @@ from unittest import mock
 
 import torch
 from _common import markdown_table
+from omegaconf import OmegaConf
+from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from egohod.config import model_config
 from egohod.data.loader import BatchPlan, ClipLoader, train_loader
 from egohod.distributed import pick_device, pick_precision
 from egohod.errors import UserError
 from egohod.loss.config import LossConfig
 from egohod.loss.contrastive import ContrastiveLoss
 from egohod.model import timm_vision, vision
-from egohod.model.config import GEOMETRIES, ModelConfig, geometry
+from egohod.model.config import ModelConfig
 from egohod.model.cost import SHARE, clip_flops, count_flops, predict, saved_bytes, split_state
 from egohod.model.dual_encoder import DualEncoder, create_model
-from egohod.model.vision import VisionTower
+from egohod.model.timm_vision import TimmTransformer
+from egohod.model.vision import VideoTransformer, VisionTower
 from egohod.training.build import split_batch
 from egohod.training.step import forward_backward
 from egohod.training.train import ArrivingBatches
@@ -142,10 +148,9 @@ def json_of(command: list[str]) -> dict[str, Any]:
 
 
 def _add_step_options(parser: argparse.ArgumentParser, *, model: str, frames: int, batch_size: int) -> None:
-    # Only geometries of the same kind: the other benchmark's make no sense here.
-    kind = partial(_geometry_name, slowfast=GEOMETRIES[model].slowfast)
     add = parser.add_argument
-    add("--model", default=model, type=kind, help=f"geometry, or timm/NAME (default: {model})")
+    add("overrides", nargs="*", metavar="model.KEY=VALUE", help="settings of --model, such as model.image_size=64")
+    add("--model", default=model, help=f"geometry, timm/NAME or open_clip/NAME (default: {model})")
     add("--frames", type=int, default=frames, help=f"frames per clip (default: {frames})")
     add("--batch_size", type=int, default=batch_size, help=f"clips per step (default: {batch_size})")
     add("--text_length", type=int, default=77, help="text tokens computed (default: 77, no cutting)")
@@ -154,28 +159,27 @@ def _add_step_options(parser: argparse.ArgumentParser, *, model: str, frames: in
     add("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
 
 
-def _geometry_name(name: str, slowfast: bool | None = None) -> str:
-    """``name``, if it is a geometry and, unless ``slowfast`` is None, one of this kind: a type of argparse."""
-    try:
-        shape = geometry(name)
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    if slowfast not in (None, shape.slowfast):
-        raise argparse.ArgumentTypeError(f"{name} has {'two paths' if shape.slowfast else 'one path'}")
-    return name
+def _model_config(options: argparse.Namespace, slowfast: bool, **more: Any) -> ModelConfig:
+    """The model of a benchmark of models with one path or two. Raises :class:`UserError`."""
+    for text in options.overrides:
+        if not text.startswith("model.") or text.startswith("model.name="):
+            raise UserError(f"{text}: overrides are of the form model.KEY=VALUE; the name is --model")
+    settings: Any = OmegaConf.to_container(OmegaConf.from_dotlist(options.overrides))
+    config = model_config(options.model, **settings.get("model", {}) | {"num_frames": options.frames} | more)
+    if config.geometry().slowfast != slowfast:
+        # The other benchmark is for it: its numbers make no sense here.
+        raise UserError(f"--model {options.model} has {'one path' if slowfast else 'two paths'}")
+    return config
 
 
 def _prepare(
-    options: argparse.Namespace, checkpointing: bool
+    options: argparse.Namespace, config: ModelConfig
 ) -> tuple[DualEncoder, Callable[[], None], torch.device, torch.dtype]:
     """The model and a function that runs one step of it on fixed random data."""
     device = pick_device(options.device)
     dtype = pick_precision(options.precision, device)
     # Random clips: the time of a step does not depend on what they show.
     torch.manual_seed(0)
-    config = ModelConfig(
-        name=options.model, num_frames=options.frames, checkpoint_blocks="all" if checkpointing else "none"
-    )
     model, loss_fn = create_model(config, LossConfig()).to(device), ContrastiveLoss()
     size, context, last = model.geometry.image_size, model.geometry.context_length, model.geometry.vocab_size - 1
     # SigLIP's text tower computes its padding too.
@@ -213,6 +217,7 @@ def step_options(parser: argparse.ArgumentParser) -> None:
     help_text = "torch.compile: block by block, as training does, or each tower as a whole"
     parser.add_argument("--compile", nargs="?", const="blocks", choices=("blocks", "towers"), help=help_text)
     parser.add_argument("--no_memory", action="store_true", help="leave the memory variants out")
+    parser.add_argument("--against", metavar="MODEL", help="a second model to time in turns with --model")
     # Of the processes that this benchmark starts itself.
     parser.add_argument("--memory_of", choices=("plain", "checkpointed"), help=argparse.SUPPRESS)
 
@@ -221,14 +226,19 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
     """A training step: seconds, share of the matmul peak (the best round of each counts), memory by variant."""
     if options.memory_of:
         return _step_memory(options)
-    memory = {}
+    config, memory = _model_config(options, slowfast=False), {}
     # Before this process grows: Linux passes its own peak on to its children.
     for variant in () if options.no_memory else ("plain", "checkpointed"):
         # The peak of a process can only be read once, so each variant gets a process of its own.
         command = [sys.executable, str(Path(sys.argv[0]).resolve()), *sys.argv[1:], "--json", "--memory_of", variant]
         memory[variant] = json_of(command)
-    model, run_step, device, dtype = _prepare(options, checkpointing=False)
+    model, run_step, device, dtype = _prepare(options, config)
     counted = count_flops(run_step)  # also the warm-up
+    ways = {"step": run_step}
+    if options.against:
+        peer_options = argparse.Namespace(**vars(options) | {"model": options.against, "overrides": []})
+        peer, ways["against"], *_ = _prepare(peer_options, _model_config(peer_options, slowfast=False))
+        ways["against"]()  # warm-up
     start_up = {}
     if options.compile:
         if options.compile == "blocks":
@@ -241,17 +251,25 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
         start_up = {"start_up_seconds": first.seconds, "start_up_cpu_seconds": first.cpu}
     matmuls, operations = matmul_round(device, dtype)
     matmuls()  # warm-up
-    runs = alternate(options.rounds, {"matmul": matmuls, "step": run_step}, device)
+    runs = alternate(options.rounds, {"matmul": matmuls} | ways, device)
     # The best of both: noise of the machine only ever makes a round slower.
     best = min(run.seconds for run in runs["step"])
     peak = operations / min(run.seconds for run in runs["matmul"])
-    nominal = options.batch_size * _nominal_flops(model, options)
+    against: dict[str, Any] = {}
+    if options.against:
+        # Processor time too, which other work on the machine changes less.
+        theirs, cpu = (min(getattr(run, kind) for run in runs["against"]) for kind in ("seconds", "cpu"))
+        against = {"against": options.against, "against_step_seconds": theirs, "step_over_against": best / theirs}
+        against["step_cpu_over_against"] = min(run.cpu for run in runs["step"]) / cpu
+        against["features_difference"] = _features_difference(model, peer)
+    nominal = options.batch_size * _nominal_flops(config, options)
     formula = options.batch_size * clip_flops(model.geometry, options.frames, options.text_length).step
     return _head(options, device, dtype) | {
         "compiled": options.compile,
         **start_up,
         "step_seconds": best,
         "clips_per_second": options.batch_size / best,
+        **against,
         "nominal_tflop": nominal / 1e12,
         "counted_tflop": counted / 1e12,
         "counted_over_formula": counted / formula,
@@ -263,7 +281,9 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _step_memory(options: argparse.Namespace) -> dict[str, float]:
-    model, run_step, device, dtype = _prepare(options, checkpointing=options.memory_of == "checkpointed")
+    blocks = "all" if options.memory_of == "checkpointed" else "none"
+    config = _model_config(options, slowfast=False, checkpoint_blocks=blocks)
+    model, run_step, device, dtype = _prepare(options, config)
     # The second step has the gradients of the first in memory, as in training.
     run_step()
     run_step()
@@ -280,12 +300,46 @@ def _step_memory(options: argparse.Namespace) -> dict[str, float]:
     return {"peak_gb": round(peak / 1e9, 3), "saved_per_clip_mb": round(saved_bytes(forward, model) / 1e6, 1)}
 
 
-def _nominal_flops(model: DualEncoder, options: argparse.Namespace) -> int:
+def give_weights(ours: VideoTransformer, theirs: TimmTransformer) -> None:
+    """Give a tower on timm's CLIP ViT the weights of ours of the same sizes, and the eps of its norms."""
+    state = {f"visual.{name}": value for name, value in ours.state_dict().items()}
+    # A product with flattened patches here, a convolution there.
+    state["visual.conv1.weight"] = state["visual.conv1.weight"].view_as(theirs.patch_embed.proj.weight)
+    converted = checkpoint_filter_fn(state, theirs)
+    theirs.load_state_dict(
+        {name.replace("blocks.", "transformer.resblocks.", 1): value for name, value in converted.items()}
+    )
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            # Upstream's; timm's CLIP has OpenAI's.
+            module.eps = ours.ln_pre.eps
+
+
+def _features_difference(one: DualEncoder, other: DualEncoder) -> float | None:
+    """Largest difference of the features of random clips on the same weights; None if the towers are no such pair."""
+    ours, theirs = (one, other) if isinstance(one.visual, VideoTransformer) else (other, one)
+    sizes = ("image_size", "patch_size", "vision_width", "vision_layers", "vision_heads", "embed_dim", "pool")
+    if not isinstance(ours.visual, VideoTransformer) or not isinstance(theirs.visual, TimmTransformer):
+        return None
+    if any(getattr(ours.geometry, name) != getattr(theirs.geometry, name) for name in sizes):
+        return None
+    try:
+        give_weights(ours.visual, theirs.visual)
+    except RuntimeError:
+        return None  # of the same sizes, but no CLIP
+    size = ours.geometry.image_size
+    video = torch.randn(2, 3, ours.num_frames, size, size).to(ours.logit_scale.device)
+    with torch.no_grad():
+        features = [model.eval().encode_video(video, normalize=False) for model in (ours, theirs)]
+    return (features[0] - features[1]).abs().max().item()
+
+
+def _nominal_flops(config: ModelConfig, options: argparse.Namespace) -> int:
     """Operations per clip of a plain implementation, which takes all tokens through the last block."""
     # On the meta device nothing is computed: only the shapes count.
     with torch.device("meta"):
-        twin = create_model(ModelConfig(name=options.model, num_frames=options.frames))
-        size = model.geometry.image_size
+        twin = create_model(config)
+        size = twin.geometry.image_size
         video = torch.empty(2, 3, options.frames, size, size)
         tokens = torch.zeros(2, options.text_length, dtype=torch.long)
 
@@ -312,10 +366,10 @@ def slowfast(options: argparse.Namespace) -> dict[str, Any]:
     """Cost of a co-training step, of the step with all weights trained, and their ratios."""
     device = pick_device(options.device)
     dtype = pick_precision(options.precision, device)
-    config = ModelConfig(name=options.model, num_frames=options.frames)
+    config = _model_config(options, slowfast=True)
     pairs = count_slowfast(config, options.batch_size, options.text_length, dtype)
     if not options.no_time:
-        pairs |= _time_slowfast(options)
+        pairs |= _time_slowfast(options, config)
     result = _head(options, device, dtype)
     for name, (ours, twin) in pairs.items():
         result |= {name: ours, f"{name}_all_trained": twin, f"{name}_ratio": ours / twin}
@@ -366,9 +420,9 @@ def count_slowfast(
     return {"tflop": (flops, all_flops), "saved_gb": (saved, all_saved)}
 
 
-def _time_slowfast(options: argparse.Namespace) -> dict[str, tuple[float, float]]:
+def _time_slowfast(options: argparse.Namespace, config: ModelConfig) -> dict[str, tuple[float, float]]:
     """Seconds of a step, by the clock and of the processor: (co-training, all trained)."""
-    model, run_step, device, _ = _prepare(options, checkpointing=False)
+    model, run_step, device, _ = _prepare(options, config)
     for block in model.visual.transformer.resblocks:
         # An adapter at its zero start is the same work, but no kernel should be able to exploit the zeros.
         torch.nn.init.normal_(block.adapter.up_proj.weight, std=0.02)
@@ -487,7 +541,7 @@ def _sleeping_steps(
 
 def memory_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", default="CLIP_VITB16", type=_geometry_name, help="geometry, or timm/NAME")
+    add("--model", default="CLIP_VITB16", help="geometry, timm/NAME or open_clip/NAME")
     add("--frames", type=int, nargs="+", default=[4, 16], help="frames per clip (default: 4 16)")
     add("--batches", type=int, nargs="+", default=[8, 32, 128], help="clips at a time (8 32 128)")
     add("--global_batch_size", type=int, default=2048, help="clips per step (default: 2048)")
