@@ -519,6 +519,13 @@ def check(config: Config) -> list[tuple[str, str]]:
             f"evaluate.best={evaluate.best}: while training {' and '.join(measured)} is measured; set "
             f"evaluate.best={measured[0]}/METRIC",
         )
+    levels = evaluate.supervision
+    if (levels or evaluate.submission) and (len(levels) != 3 or not all(0 <= level <= 5 for level in levels)):
+        wrong(
+            "evaluate.supervision",
+            f"evaluate.supervision={levels}: a challenge wants three levels from 0 to 5, of pretraining, training "
+            "labels and training data; docs/evaluation.md#challenges says which",
+        )
     if evaluate.controls and model.num_frames < 2:
         wrong("evaluate.controls", "evaluate.controls destroy the order of frames, but model.num_frames is 1")
     # Weights are relative to each other: a source without one has no place among them.

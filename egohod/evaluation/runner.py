@@ -157,8 +157,8 @@ def named_evaluators(
     return [benchmark(cfg, name, cfg.evaluate.benchmarks[name], execution, **options) for name in names]
 
 
-def execution_of(cfg: Config, dist: Distributed) -> Execution:
-    """How the run ``cfg`` computes features, without a cache."""
+def execution_of(cfg: Config, dist: Distributed, loader: EvalLoader | None = None) -> Execution:
+    """How the run ``cfg`` computes features, without a cache; with the decoding processes of ``loader`` or its own."""
     return Execution(
         batch_size=cfg.evaluate.batch_size,
         workers=worker_count(cfg.data.workers, dist),
@@ -167,7 +167,7 @@ def execution_of(cfg: Config, dist: Distributed) -> Execution:
         pin_memory=cfg.data.pin_memory and dist.device.type == "cuda",
         dist=dist,
         precision=pick_precision(cfg.evaluate.precision, dist.device),
-        loader=EvalLoader(),
+        loader=loader or EvalLoader(),
     )
 
 
