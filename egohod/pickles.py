@@ -9,6 +9,7 @@ own unpickler.
 
 from __future__ import annotations
 
+import io
 import mmap
 import pickle
 import pickletools
@@ -137,11 +138,11 @@ def check_sharing(content: bytes | mmap.mmap) -> None:
                 raise pickle.UnpicklingError(f"byte {place}: it holds the same values again and again, without end")
 
 
-def load(path: Path, what: str, *, arrays: bool = False, encoding: str = "ASCII") -> Any:
+def load(path: Path | bytes, what: str, *, arrays: bool = False, encoding: str = "ASCII") -> Any:
     """Texts, bytes, numbers, lists, tuples and dicts; NumPy's scalars become Python's own.
 
     Args:
-        path: the file.
+        path: the file, or its content.
         what: what it should be, for the message, such as "plain annotations".
         arrays: whether it may be an array of numbers, or a dict of such arrays, which are copied. Arrays of texts and
             pandas' indices of texts become lists.
@@ -151,12 +152,12 @@ def load(path: Path, what: str, *, arrays: bool = False, encoding: str = "ASCII"
         pickle.UnpicklingError: whatever is wrong with it, in one line without the file's name.
         OSError: it cannot be read.
     """
-    with path.open("rb") as file, ExitStack() as stack:
+    with io.BytesIO(path) if isinstance(path, bytes) else path.open("rb") as file, ExitStack() as stack:
         try:
             content: bytes | mmap.mmap
             try:
                 content = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            except (OSError, ValueError):  # file systems that map nothing, and empty files
+            except (OSError, ValueError):  # file systems that map nothing, empty files, and bytes in memory
                 content = file.read()
                 file.seek(0)
             scan(content)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -138,18 +137,13 @@ def check_submission(path: str | Path, clips: Sequence[str], texts: Sequence[str
     everything that is wrong.
     """
     path = Path(path)
-    with tempfile.TemporaryDirectory() as folder:
-        file = _unpacked(path, Path(folder))
-        name = f"test{file.suffix}"
-        try:
-            if name == "test.json":
-                content = json.loads(file.read_bytes())
-            else:
-                content = pickles.load(file, "a submission", arrays=True)
-        except (OSError, ValueError, RecursionError, pickle.UnpicklingError) as error:
-            raise UserError(f"{path}: {file.name} cannot be read: {error}") from error
+    name, raw = _unpacked(path)
+    try:
+        content = json.loads(raw) if name == "test.json" else pickles.load(raw, "a submission", arrays=True)
+    except (OSError, ValueError, RecursionError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path}: {name} cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: {file.name} holds no dictionary")
+        raise UserError(f"{path}: {name} holds no dictionary")
     problems = []
     expected = {"version": _VERSIONS[name], "challenge": (_CHALLENGES[name],)} | dict.fromkeys(LEVELS, range(6))
     for key, allowed in expected.items():
@@ -162,40 +156,41 @@ def check_submission(path: str | Path, clips: Sequence[str], texts: Sequence[str
     else:
         problems += _matrix_problems(content, clips, texts)
     if problems:
-        more = [f"and {len(problems) - _NAMED} more problems"] if len(problems) > _NAMED else []
-        raise UserError(*(f"{path}: {each}" for each in [*problems[:_NAMED], *more]))
+        more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
+        raise UserError(f"{path}: {'; '.join(problems[:_NAMED])}{more}")
     levels = "-".join(str(content[level]) for level in LEVELS)
     return f"{path}: {_CHALLENGES[name]}, {len(clips)} clips, supervision SLS-{levels}: follows the rules"
 
 
 def is_retrieval(path: Path) -> bool:
     """Whether a submission's name says that it is one of retrieval: its own, or that of the file in the zip."""
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return "test.pkl" in archive.namelist()
+    except Exception:  # no zip, or a damaged one, which check_submission names
         return path.suffix == ".pkl"
-    with zipfile.ZipFile(path) as archive:
-        return "test.pkl" in archive.namelist()
 
 
-def _unpacked(path: Path, folder: Path) -> Path:
-    """The file itself, or the one inside a zip."""
+def _unpacked(path: Path) -> tuple[str, bytes]:
+    """The name and content of the file inside a zip, or of the file itself."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    if not zipfile.is_zipfile(path):
-        if path.suffix not in (".json", ".pkl"):
-            raise UserError(f"{path}: neither a zip nor a .json or .pkl file")
-        return path
     try:
+        if not zipfile.is_zipfile(path):
+            if path.suffix not in (".json", ".pkl"):
+                raise UserError(f"{path}: neither a zip nor a .json or .pkl file")
+            return f"test{path.suffix}", path.read_bytes()
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             if len(names) != 1 or names[0] not in _CHALLENGES:
                 raise UserError(f"{path}: must hold test.json or test.pkl alone, not {', '.join(names[:_NAMED])}")
             if archive.infolist()[0].file_size > _LARGEST:
                 raise UserError(f"{path}: {names[0]} would have {archive.infolist()[0].file_size:,} bytes")
-            return Path(archive.extract(names[0], folder))
-    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile, NotImplementedError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: a damaged zip: {error}") from error
+            return names[0], archive.read(names[0])
+    except UserError:
+        raise
+    except Exception as error:  # a damaged zip can raise anything
+        raise UserError(f"{path}: cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _id_problems(what: str, ids: Sequence[Any], expected: Sequence[str]) -> list[str]:
