@@ -7,6 +7,9 @@ All with data:      python main_eval.py --config_file configs/config/clip_base_e
 Temporal controls:  python main_eval.py --checkpoint runs/demo --controls shuffle,reverse,freeze
 Fine-tuned heads:   python main_eval.py --config_file configs/finetune/ek100_cls.yml --checkpoint runs/ek100_cls \\
                         --benchmark ek100_cls --heads
+Ensemble:           python main_eval.py --checkpoint runs/a --benchmark ek100_mir evaluate.ensemble=[runs/b,runs/c] ...
+Challenge files:    python main_eval.py --checkpoint runs/a --benchmark ek100_mir evaluate.submission=submission \\
+                        evaluate.supervision=[2,3,3] ...
 An outside model:   python main_eval.py --checkpoint open_clip:ViT-B-16:weights.pt --benchmark ek100_cls ...
 Several processes:  torchrun --nproc_per_node=2 main_eval.py --config_file configs/demo.yml --checkpoint runs/demo
 
@@ -17,6 +20,7 @@ encoded once: evaluate.cache stores features for other benchmarks and to resume 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import sys
 from collections.abc import Sequence
@@ -27,12 +31,14 @@ from egohod import cli, config
 from egohod.config import Config
 from egohod.data.dataset import tokenizer_for
 from egohod.data.labels import ClassSpace
+from egohod.data.loader import EvalLoader
 from egohod.distributed import Distributed
 from egohod.errors import UserError
 from egohod.evaluation.embed import FrameAverage, fingerprint
 from egohod.evaluation.report import write_report
 from egohod.evaluation.results import PUBLISHED, write_results
 from egohod.evaluation.runner import Benchmark, benchmark, execution_of, resolve_benchmarks
+from egohod.evaluation.submission import challenge_task, write_submission
 from egohod.model.config import OPEN_CLIP
 from egohod.training.build import build_model
 from egohod.training.checkpoint import classes_of
@@ -65,42 +71,80 @@ def main(arguments: Sequence[str]) -> int:
     if args.benchmark == "demo":
         log.warning("--benchmark demo is now the default; the old name is read for one more release")
         args.benchmark = None
-    # A CLIP file can be measured too: model.weights.source=clip model.weights.projections=keep.
-    # Of the file: what model it holds.
-    stored = cli.model_of(args.checkpoint, args.overrides)
-    overrides = ["model.weights.source=checkpoint", *stored, *args.overrides]
-    overrides += [f"evaluate.controls=[{args.controls}]"] if args.controls else []
-    # Nothing is trained here, so no low-rank parts are added and no base file is compared.
-    overrides += [f"model.weights.path={args.checkpoint}", "train.trainable=all"]
-    cfg = config.load(args.config_file, overrides)
-    classes = None
-    if args.heads:
-        if not Path(args.checkpoint).is_dir():
-            raise UserError(f"--heads: {args.checkpoint} is not a run or checkpoint folder of main_finetune.py")
-        # The heads are those of the checkpoint, whatever the configuration says.
-        cfg.model.heads, classes = classes_of(Path(args.checkpoint))
+    cfg, classes = _configuration(args, args.checkpoint)
+    members = [(cfg, classes), *(_configuration(args, path) for path in cfg.evaluate.ensemble)]
+    for path, (other, others) in zip(cfg.evaluate.ensemble, members[1:], strict=True):
+        if others != classes or other.model.heads != cfg.model.heads:
+            raise UserError(f"evaluate.ensemble: {path} has heads of another kind or classes than {args.checkpoint}")
     with cli.joined(cfg) as dist:
-        if args.checkpoint.startswith("open_clip:"):
-            model: Any = FrameAverage(args.checkpoint).to(dist.device)
-        else:
-            model = build_model(cfg, dist, classes)
         # First: an output that cannot be written should not cost an evaluation of hours.
         Path(args.output).mkdir(parents=True, exist_ok=True)
-        # A path says little: the checksum names the weights in results.json and in the cache of features.
-        checkpoint = {"path": args.checkpoint, "sha256": fingerprint(model)}
-        benchmarks = _benchmarks(cfg, dist, model, args, checkpoint["sha256"], classes)
+        models, described, benchmarks = list[Any](), list[dict[str, str]](), list[list[Benchmark]]()
+        loader: EvalLoader | None = None
+        for path, (each, _) in zip([args.checkpoint, *cfg.evaluate.ensemble], members, strict=True):
+            if path.startswith("open_clip:"):
+                models.append(FrameAverage(path).to(dist.device))
+            else:
+                models.append(build_model(each, dist, classes))
+            # A path says little: the checksum names the weights in results.json and in the cache of features.
+            name = path if path.startswith("open_clip:") else each.model.name
+            described.append({"path": path, "sha256": fingerprint(models[-1]), "model": name})
+            made = _benchmarks(each, dist, models[-1], args, described[-1]["sha256"], classes, loader)
+            loader = made[0].execution.loader  # one set of decoding processes for all
+            benchmarks.append(made)
+        own = benchmarks[0]
+        for place, bench in enumerate(own):
+            bench.members = [(made[place], model) for made, model in zip(benchmarks[1:], models[1:], strict=True)]
+            for member, _ in bench.members:
+                member.tasks = bench.tasks  # of the same files, so one copy of a large matrix is enough
+        submitted = [challenge_task(bench) is not None for bench in own]
+        if cfg.evaluate.submission and not any(submitted):
+            raise UserError("evaluate.submission: only benchmarks of EK100 have a challenge, and none is evaluated")
         # All annotations are read by now: a mistake in the last benchmark surfaces before the first is computed.
-        results = [(each, each.measure(model)) for each in benchmarks]
+        results = [(bench, bench.measure(models[0])) for bench in own]
+        checkpoint: dict[str, Any] = {"path": args.checkpoint, "sha256": described[0]["sha256"]}
+        if len(described) > 1:
+            together = "".join(each["sha256"] for each in described)
+            checkpoint |= {"sha256": hashlib.sha256(together.encode()).hexdigest(), "members": described}
         write_results(args.output, cfg, dist, results, checkpoint=checkpoint, published=args.published)
-        if dist.is_main:  # of the files alone, as tools/report.py makes it again
-            write_report(args.output, decoder=cfg.data.decoder)
+        if dist.is_main:
+            for is_submitted, (bench, result) in zip(submitted, results, strict=True):
+                if cfg.evaluate.submission and is_submitted:
+                    written = write_submission(cfg.evaluate.submission, bench, result, cfg.evaluate.supervision)
+                    log.info("wrote and checked %s", written)
+            write_report(args.output, decoder=cfg.data.decoder)  # of the files alone, as tools/report.py makes it again
     return cli.DONE
 
 
+def _configuration(args: Any, checkpoint: str) -> tuple[Config, ClassSpace | None]:
+    """The configuration for a checkpoint, and with ``--heads`` the classes of its heads."""
+    # A CLIP file can be measured too: model.weights.source=clip model.weights.projections=keep.
+    # Of the file: what model it holds.
+    stored = cli.model_of(checkpoint, args.overrides)
+    overrides = ["model.weights.source=checkpoint", *stored, *args.overrides]
+    overrides += [f"evaluate.controls=[{args.controls}]"] if args.controls else []
+    # Nothing is trained here, so no low-rank parts are added and no base file is compared.
+    overrides += [f"model.weights.path={checkpoint}", "train.trainable=all"]
+    cfg = config.load(args.config_file, overrides)
+    if not args.heads:
+        return cfg, None
+    if not Path(checkpoint).is_dir():
+        raise UserError(f"--heads: {checkpoint} is not a run or checkpoint folder of main_finetune.py")
+    # The heads are those of the checkpoint, whatever the configuration says.
+    cfg.model.heads, classes = classes_of(Path(checkpoint))
+    return cfg, classes
+
+
 def _benchmarks(
-    cfg: Config, dist: Distributed, model: Any, args: Any, weights: str, classes: ClassSpace | None
+    cfg: Config,
+    dist: Distributed,
+    model: Any,
+    args: Any,
+    weights: str,
+    classes: ClassSpace | None,
+    loader: EvalLoader | None,
 ) -> list[Benchmark]:
-    """What ``--benchmark`` asks for, for this model."""
+    """What ``--benchmark`` asks for, for this model; ``loader`` is that of the other members of an ensemble."""
     if args.benchmark:
         chosen = resolve_benchmarks(cfg, args.benchmark, args.root, args.metadata)
     elif args.root or args.metadata:
@@ -117,7 +161,7 @@ def _benchmarks(
         # What the configuration of a folder says can change while its name and its weights stay.
         identity["geometry"] = str(cfg.model.geometry())
     execution = dataclasses.replace(
-        execution_of(cfg, dist),
+        execution_of(cfg, dist, loader),
         cache=Path(cfg.evaluate.cache) if cfg.evaluate.cache else None,
         identity=identity,
         allow_missing=args.allow_missing,

@@ -463,7 +463,7 @@ def check(config: Config) -> list[tuple[str, str]]:
     heads = model.heads != "none"
     classes = (heads, data.labels.target == "class", target == "class")
     if any(classes) and not all(classes):
-        wrong("model.heads", "model.heads=joint or parts, data.labels.target=class and loss.name=classes go together")
+        wrong("model.heads", "model.heads, data.labels.target=class and loss.name=classes go together")
     # A column verb_class is called verb in heads and metrics.
     columns, key = [name.removesuffix("_class") for name in data.labels.columns], "data.labels.columns"
     if not columns:
@@ -472,6 +472,8 @@ def check(config: Config) -> list[tuple[str, str]]:
         wrong(key, f"{key}={data.labels.columns} names a column twice")
     elif len(columns) > 1 and "action" in columns:
         wrong(key, f"{key}: all columns together are called action; give the column of that name another one")
+    if model.heads == "all" and len(columns) < 2:
+        wrong("model.heads", f"model.heads=all needs several data.labels.columns, or its heads are alike: {columns}")
     for key in ("mixup", "cutmix"):
         if getattr(train, key) and target != "class":
             wrong(f"train.{key}", f"train.{key} mixes labels, so it needs loss.name=classes")
@@ -516,6 +518,13 @@ def check(config: Config) -> list[tuple[str, str]]:
             "evaluate.best",
             f"evaluate.best={evaluate.best}: while training {' and '.join(measured)} is measured; set "
             f"evaluate.best={measured[0]}/METRIC",
+        )
+    levels = evaluate.supervision
+    if (levels or evaluate.submission) and (len(levels) != 3 or not all(0 <= level <= 5 for level in levels)):
+        wrong(
+            "evaluate.supervision",
+            f"evaluate.supervision={levels}: a challenge wants three levels from 0 to 5, of pretraining, training "
+            "labels and training data; docs/evaluation.md#challenges says which",
         )
     if evaluate.controls and model.num_frames < 2:
         wrong("evaluate.controls", "evaluate.controls destroy the order of frames, but model.num_frames is 1")

@@ -9,6 +9,7 @@ own unpickler.
 
 from __future__ import annotations
 
+import io
 import mmap
 import pickle
 import pickletools
@@ -137,25 +138,26 @@ def check_sharing(content: bytes | mmap.mmap) -> None:
                 raise pickle.UnpicklingError(f"byte {place}: it holds the same values again and again, without end")
 
 
-def load(path: Path, what: str, *, arrays: bool = False, encoding: str = "ASCII") -> Any:
+def load(path: Path | bytes, what: str, *, arrays: bool = False, encoding: str = "ASCII") -> Any:
     """Texts, bytes, numbers, lists, tuples and dicts; NumPy's scalars become Python's own.
 
     Args:
-        path: the file.
+        path: the file, or its content.
         what: what it should be, for the message, such as "plain annotations".
-        arrays: whether it may be an array of numbers (and nothing around it), which is copied.
+        arrays: whether it may be an array of numbers, or a dict of such arrays, which are copied. Arrays of texts and
+            pandas' indices of texts become lists.
         encoding: of texts that Python 2 wrote.
 
     Raises:
         pickle.UnpicklingError: whatever is wrong with it, in one line without the file's name.
         OSError: it cannot be read.
     """
-    with path.open("rb") as file, ExitStack() as stack:
+    with io.BytesIO(path) if isinstance(path, bytes) else path.open("rb") as file, ExitStack() as stack:
         try:
             content: bytes | mmap.mmap
             try:
                 content = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            except (OSError, ValueError):  # file systems that map nothing, and empty files
+            except (OSError, ValueError):  # file systems that map nothing, empty files, and bytes in memory
                 content = file.read()
                 file.seek(0)
             scan(content)
@@ -168,6 +170,8 @@ def load(path: Path, what: str, *, arrays: bool = False, encoding: str = "ASCII"
                 raise pickle.UnpicklingError(str(error)) from error
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise pickle.UnpicklingError(f"not a readable pickle ({reason})") from error
+    if isinstance(value, dict):
+        return {key: each.value if isinstance(each, _Array) else each for key, each in value.items()}
     return value.value if isinstance(value, _Array) else value
 
 
@@ -206,6 +210,10 @@ def _stand_ins(size: int, arrays: bool) -> dict[tuple[str, str], Any]:
     if arrays:
         allowed |= {
             ("numpy", "ndarray"): "the class that is handed to _reconstruct",
+            # pandas 3 calls it by its public name.
+            ("pandas.core.indexes.base", "Index"): "the class that is handed to _new_Index",
+            ("pandas", "Index"): "the same",
+            ("pandas.core.indexes.base", "_new_Index"): lambda _, state: state["data"],
             ("numpy._core.multiarray", "_reconstruct"): lambda *_: _Array(spend),
             ("numpy._core.numeric", "_frombuffer"): from_buffer,
         }
@@ -237,8 +245,8 @@ class _Dtype:
     """Stands in for NumPy's, which a made-up state turns into a way to any memory."""
 
     def __init__(self, code: str, *_: object) -> None:
-        # Numbers and text only: an object dtype holds pointers, and a record's fields overlap as its state says.
-        if not (isinstance(code, str) and re.fullmatch(r"[iuf][1248]|b1|U\d{1,6}", code)):
+        # Numbers and text only: a record's fields overlap as its state says. Objects are a list of plain data.
+        if not (isinstance(code, str) and re.fullmatch(r"[iuf][1248]|b1|U\d{1,6}|O8?", code)):
             name = code[:20] if isinstance(code, str) else type(code).__name__
             raise ValueError(f"NumPy's type '{name}' is no plain number or text")
         self.code = code
@@ -252,7 +260,7 @@ class _Dtype:
 class _Array:
     """Stands in for NumPy's, whose constructor reserves whatever size it is given."""
 
-    value: np.ndarray
+    value: np.ndarray | list[Any]
 
     def __init__(self, spend: Callable[[int], None]) -> None:
         self._spend = spend
@@ -263,6 +271,12 @@ class _Array:
 
     def fill(self, data: bytes, dtype: _Dtype, shape: Sequence[int], order: Any) -> None:
         self._spend(len(data))
+        if dtype.code.startswith("O"):
+            # Never as an array, which would make it of pointers: pickle hands over a list, bytes are not one.
+            if not isinstance(data, list) or not all(isinstance(each, str) for each in data):
+                raise ValueError("its array of objects holds no texts")
+            self.value = data
+            return
         # As many numbers as there are bytes for: a shape that asks for more does not fit them and raises.
         self.value = np.frombuffer(data, dtype.code).reshape(tuple(shape), order=order).copy(order="K")
 

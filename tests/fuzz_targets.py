@@ -15,6 +15,7 @@ import json
 import pickle
 import shutil
 import sqlite3
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 import av
 import numpy as np
 import open_clip
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet
 import torch
@@ -50,6 +52,7 @@ from egohod.evaluation.features import FeatureCache, search
 from egohod.evaluation.report import contact_sheet, write_report
 from egohod.evaluation.results import mean_table, write_results
 from egohod.evaluation.runner import PROTOCOLS, benchmark, execution_of, read_benchmark
+from egohod.evaluation.submission import CLASSES, LEVELS, check_submission
 from egohod.hod import config as hod_config
 from egohod.hod.config import HodConfig, NarratorConfig
 from egohod.hod.detectors.files import DetectionFiles
@@ -243,6 +246,24 @@ def _read_relevancy(folder: Path) -> None:
         read_relevancy(folder / name)
     csv_files = folder / "test.csv", folder / "sentence.csv"
     save_matrix(cached_matrix(folder / "cache", csv_files, lambda: csv_relevancy(*csv_files)), folder / "again.npy")
+
+
+def _seed_submission(folder: Path) -> None:
+    clip = {part: {str(c): 0.5 for c in range(count)} for part, count in CLASSES.items()}
+    levels = dict.fromkeys(LEVELS, 2)
+    recognition = {"version": "0.2", "challenge": "action_recognition", "results": {"P01_1": clip}} | levels
+    ids = {"vis_ids": pd.Index(["P01_1"], dtype=object), "txt_ids": np.array(["P01_1"], dtype=object)}
+    retrieval = {"version": 0.1, "challenge": "multi_instance_retrieval", "sim_mat": np.eye(1)} | ids | levels
+    (folder / "test.json").write_text(json.dumps(recognition))
+    for protocol in (3, 4):
+        with zipfile.ZipFile(folder / f"{protocol}.zip", "w") as archive:
+            archive.writestr("test.pkl", pickle.dumps(retrieval, protocol=protocol))
+        (folder / f"{protocol}.pkl").write_bytes(pickle.dumps(retrieval, protocol=protocol))
+
+
+def _read_submission(folder: Path) -> None:
+    for name in ("test.json", "3.zip", "4.zip", "3.pkl", "4.pkl"):
+        check_submission(folder / name, ["P01_1"], ["P01_1"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -793,6 +814,7 @@ TARGETS: dict[str, Target] = {
             _benchmark("charades_ego"),
         ),
         Target("relevancy", _seed_relevancy, _read_relevancy),
+        Target("submission", _seed_submission, _read_submission),
         Target(
             "config_train",
             _files(base__yml=BASE, run__yml=TRAIN),

@@ -112,8 +112,9 @@ def _scores(
             what = file if Path(args.checkpoint).is_file() else str(error)
             raise UserError(f"--checkpoint {args.checkpoint}: {what}; --sentences ranks sentences instead") from error
         encoder = ClassProbabilities(build_model(cfg, dist, classes), classes).eval()
-        # Features of this encoder are probabilities, one a class: the product below changes nothing.
-        names, columns = classes.names, torch.eye(len(classes.names), device=dist.device)
+        # Features of this encoder are probabilities, one a class and perhaps those of verb and noun behind them: the
+        # product below takes the former.
+        names, columns = classes.names, torch.eye(len(encoder.mirrored), len(classes.names), device=dist.device)
     # One centre crop: the protocol of features and of most published numbers.
     size = cfg.model.geometry().image_size
     rows = []

@@ -165,17 +165,16 @@ class ClassSpace:
         return result
 
     def heads(self, kind: str) -> dict[str, int]:
-        """Outputs of each head: one for all classes (``joint``), or one for each column (``parts``).
+        """Outputs of each head: one for all classes (``joint``), one for each column (``parts``), or both (``all``).
 
         Raises :class:`UserError` for a column by whose name no head can be called.
         """
         for name in self.parts:
             # Heads are attributes of a ModuleDict: a dot would be a path, and "items" or "keys" its own methods.
-            if "." in name or (kind == "parts" and hasattr(torch.nn.ModuleDict, name)):
+            if "." in name or (kind != "joint" and hasattr(torch.nn.ModuleDict, name)):
                 raise UserError(f"data.labels.columns: no head can be called '{name}'; give that column another name")
-        if kind == "joint":
-            return {"action": len(self.keys)}
-        return {name: len(values) for name, (values, _) in self.parts.items()}
+        parts = {name: len(values) for name, (values, _) in self.parts.items()}
+        return parts if kind == "parts" else {"action": len(self.keys)} | (parts if kind == "all" else {})
 
     def number(self, key: Sequence[str], where: str) -> int:
         """The class of some values. Raises :class:`UserError` naming ``where`` if there is none."""
@@ -276,7 +275,7 @@ class ClassLabels:
         classes = class_numbers(table, space)
         parts = {name: code[classes] for name, (_, code) in space.parts.items()}
         self.space = space
-        self._labels = {"action": classes} if heads == "joint" else parts
+        self._labels = {name: classes if name == "action" else parts[name] for name in space.heads(heads)}
         self._classes = classes
 
     def draw(self, index: int, rng: np.random.Generator) -> tuple[str, dict[str, Tensor]]:

@@ -91,6 +91,33 @@ class EvaluateConfig:
         "temporal controls of the final evaluation, each the same clips with their time destroyed: shuffle puts the "
         "frames of a clip in a fixed random order, reverse plays them backwards, freeze repeats the middle one",
         choices=("shuffle", "reverse", "freeze"),
+    )  # Everything below makes other numbers than a single pass of one model, which results name.
+    ensemble: list[str] = knob(
+        [], "main_eval.py: further checkpoints, as --checkpoint, whose similarities are averaged with its own"
+    )
+    combine: str = knob(
+        "standardised",
+        "similarities that an ensemble averages: standardised to mean 0 and deviation 1 over all pairs, since models "
+        "spread theirs differently, or raw; probabilities of heads are always averaged as they are",
+        choices=("standardised", "raw"),
+    )
+    flip: bool = knob(
+        False,
+        "average with the similarities of mirrored clips to the texts with left and right exchanged; twice the compute",
+    )
+    dual_softmax: float | None = knob(
+        None,
+        "retrieval: temperature of a softmax of the similarities over texts times one over clips (0.01 to 0.1; null is "
+        "none); it knows all queries at once, so such a number is not comparable with others",
+        above=0,
+    )
+    submission: str | None = knob(
+        None, "main_eval.py: folder for files in the format of the challenges (EK100 retrieval and action recognition)"
+    )
+    supervision: list[int] = knob(
+        [],
+        "supervision levels that a challenge wants declared, [pretraining, training labels, training data], 0 to 5 "
+        "each (docs/evaluation.md)",
     )
 
     @staticmethod

@@ -25,6 +25,7 @@ from egohod.data.config import DataConfig
 from egohod.data.dataset import ClipDataset, collate_views, normalise, require_all, tokenizer_for, trim
 from egohod.data.labels import ClassSpace
 from egohod.data.loader import EvalLoader, eval_loader
+from egohod.data.table import swap_sides
 from egohod.distributed import Distributed, inference_precision
 from egohod.errors import UserError
 from egohod.evaluation.features import FeatureCache, feature_key, is_written, write_video
@@ -82,22 +83,35 @@ def fingerprint(model: nn.Module) -> str:
 class ClassProbabilities(nn.Module):
     """A model with classification heads, whose feature of a clip is the probability of every class, [B, C].
 
-    With heads for verb and noun a class has the product of both, normalised over the classes that exist.
+    With heads for verb and noun a class has the product of both, normalised over the classes that exist. Where there is
+    also one for all classes, it gives these probabilities, and those of verb and noun follow in the same row.
     """
+
+    mirrored: Tensor
 
     def __init__(self, model: DualEncoder, space: ClassSpace) -> None:
         super().__init__()
         self.model, self.image_stats = model, model.image_stats
+        # A clip of "left hand pick", mirrored, is one of "right hand pick": where each probability is then.
+        words = [name.replace("_", " ") for name in space.names]
+        number = {name: i for i, name in enumerate(words)}
+        mirrored = np.array([number.get(swap_sides(name), i) for i, name in enumerate(words)])
+        columns = [mirrored]
         # They follow from the class list, so they are no part of the state dict.
-        for name, (_, code) in space.parts.items():
+        for name, (values, code) in space.parts.items():
             self.register_buffer(f"{name}_of_class", torch.from_numpy(code), persistent=False)
+            if "action" in model.classes and name in model.classes and name != "action":
+                of_part = np.arange(len(values))
+                of_part[code] = code[mirrored]
+                columns.append(of_part + sum(map(len, columns)))
+        self.register_buffer("mirrored", torch.from_numpy(np.concatenate(columns)), persistent=False)
         self.to(model.logit_scale.device)
 
     def encode_video(self, video: Tensor, normalize: bool = True) -> Tensor:
-        """Frames normalised with ``image_stats`` [B, 3, T, H, W] -> probabilities float32 [B, C]."""
+        """Frames normalised with ``image_stats`` [B, 3, T, H, W] -> probabilities float32 [B, C or more]."""
         logits = self.model.classify(video)
-        if "action" in logits and len(logits) == 1:
-            return logits["action"].softmax(dim=1)
+        if "action" in logits:
+            return torch.cat([each.softmax(dim=1) for each in logits.values()], dim=1)
         # Products of probabilities as sums of logarithms, which do not underflow.
         joint = [each.log_softmax(dim=1)[:, getattr(self, f"{name}_of_class")] for name, each in logits.items()]
         return torch.stack(joint).sum(dim=0).softmax(dim=1)
@@ -158,6 +172,8 @@ class FrameAverage(nn.Module):
 CONTROLS = ("shuffle", "reverse", "freeze")
 # The name of the original order of frames, beside those of the temporal controls.
 PLAIN = "plain"
+# Behind the name of an order: of the same frames, mirrored left to right.
+MIRRORED = " mirrored"
 # A clip's shuffled order is a function of this and of the clip's number.
 SEED = 0
 
@@ -251,18 +267,21 @@ def embed_clips(
     run: Execution,
     *,
     controls: Sequence[str] = (),
+    flip: bool = False,
     cache: FeatureCache | None = None,
 ) -> tuple[dict[str, Tensor], EmbedReport]:
     """Features of every clip of ``dataset``: float32 [N, D] on the CPU, row i is clip i, the same on every process.
 
-    The result has those of the original order (``plain``) and those under each temporal control; a clip is decoded once
-    for all of them. The features of several views are averaged, which averages their similarities; a protocol that
-    merges by the maximum gets them all, [N, V, D].
+    The result has those of the original order (``plain``) and those under each temporal control, and with ``flip`` also
+    those of the mirrored clips, each name followed by ``MIRRORED``; a clip is decoded once for all of them. The
+    features of several views are averaged, which averages their similarities; a protocol that merges by the maximum
+    gets them all, [N, V, D].
 
     Raises :class:`UserError` on every process, naming all clips that cannot be read; with ``run.allow_missing`` their
     rows are NaN and the report names them.
     """
     orders, report = (PLAIN, *controls), EmbedReport(clips=len(dataset))
+    orders += tuple(name + MIRRORED for name in orders) if flip else ()
     # So that views of long protocols need no more memory than one view of others.
     at_a_time = max(1, run.batch_size // dataset.protocol.views)
 
@@ -332,10 +351,11 @@ def _encode_clips(
         video = normalise(batch["video"].to(run.dist.device, non_blocking=True).flatten(0, 1), stats)
         numbers = [dataset.numbers[i] for i in np.repeat(batch["index"], views)]
         # All orders from one decoding of the clip.
-        features = [
-            model.encode_video(apply_control(name, video, numbers) if name != PLAIN else video, normalize=True)
-            for name in orders
-        ]
+        features = []
+        for name in orders:
+            order, mirrored = name.removesuffix(MIRRORED), name.endswith(MIRRORED)
+            ordered = apply_control(order, video, numbers) if order != PLAIN else video
+            features.append(model.encode_video(ordered.flip(-1) if mirrored else ordered, normalize=True))
         stacked = torch.stack(features).float().unflatten(1, (-1, views)).transpose(0, 1)
         merged = stacked if dataset.protocol.merge == "max" else stacked.mean(dim=2)
         yield Batch(batch["index"], merged, batch["faults"])

@@ -222,6 +222,7 @@ _KINDS: dict[str, tuple[str, Callable[[Mapping[str, Any], Mapping[str, Any]], li
     "classification": ("Classification: best classes of a clip", _classification),
     "multilabel": ("Classification: best classes of a clip", _classification),
     "multiple_choice": ("Multiple choice", _multiple_choice),
+    "unlabelled": ("", lambda table, clips: []),  # nothing is known to be correct
 }
 
 

@@ -26,6 +26,7 @@ from egohod.evaluation.embed import CONTROLS, PLAIN
 from egohod.evaluation.features import read_json, write_json
 from egohod.evaluation.metrics import CHANCE, DROP
 from egohod.evaluation.runner import Benchmark, BenchmarkResult
+from egohod.evaluation.tasks import RetrievalTask
 from egohod.runtime import write_text
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,8 @@ def write_results(
 ) -> None:
     """Log the table and write ``results.json``, its details and ``results.md``; only the first process does.
 
-    ``checkpoint`` is what was evaluated (path, sha256); ``also`` further numbers by name, such as those of the
+    ``checkpoint`` is what was evaluated (path, sha256, and of an ensemble the members, each with its path, sha256 and
+    model); ``also`` further numbers by name, such as those of the
     validation benchmarks while training; ``published`` a model of ``PUBLISHED`` to compare with. Raises
     :class:`OSError` when a file cannot be written; an older one is then untouched.
     """
@@ -140,7 +142,8 @@ def describe(benchmark: Benchmark, result: BenchmarkResult, published: Mapping[s
     # Rates are of what was computed: reading the cache is no throughput.
     encoded = report.clips - report.from_cache - len(report.faults)
     lengths, partial = benchmark.dataset.length_note(), evaluated < report.clips
-    notes = [*benchmark.notes, *([lengths] if lengths else [])]
+    scoring = _scoring(benchmark)
+    notes = [*benchmark.notes, *scoring.values(), *([lengths] if lengths else [])]
     if partial:
         # Loud, as such a number is easily taken for the benchmark's.
         share = 100 * evaluated / report.clips
@@ -148,6 +151,7 @@ def describe(benchmark: Benchmark, result: BenchmarkResult, published: Mapping[s
     return {
         "protocol": dataclasses.asdict(benchmark.dataset.protocol) | {"size": benchmark.dataset.size},
         "heads": benchmark.classes is not None,
+        "scoring": list(scoring),
         "clips": report.clips,
         "evaluated": evaluated,
         "partial": partial,
@@ -164,6 +168,24 @@ def describe(benchmark: Benchmark, result: BenchmarkResult, published: Mapping[s
         "metrics": metrics,
         "details": f"{DETAILS_FOLDER}/{benchmark.name}.json",
     }
+
+
+def _scoring(benchmark: Benchmark) -> dict[str, str]:
+    """What makes the scores other than a single pass of one model's: in a few words, and as a note."""
+    result = {}
+    if benchmark.members:
+        count, how = len(benchmark.members) + 1, {"raw": "", "standardised": "standardised "}[benchmark.combine]
+        what = "class probabilities" if benchmark.classes else f"{how}similarities"
+        result[f"ensemble of {count}"] = f"ENSEMBLE: the mean of the {what} of {count} models, which results name"
+    if benchmark.flip:
+        result["flip"] = "FLIP: averaged with mirrored clips, for which texts have left and right exchanged"
+    temperatures = {task.temperature for task in benchmark.tasks if isinstance(task, RetrievalTask)} - {None}
+    if temperatures:
+        result["dual softmax"] = (
+            f"DUAL SOFTMAX (temperature {temperatures.pop():g}): retrieval scores know all clips and texts of the test "
+            "set at once; not comparable with numbers without it"
+        )
+    return result
 
 
 def details(benchmark: Benchmark, result: BenchmarkResult) -> dict[str, Any]:
@@ -227,7 +249,9 @@ def markdown(results: Mapping[str, Any]) -> str:
     A row has the benchmark's main metrics with their 95 % intervals, protocol, clips and the checksum of the weights;
     a partial evaluation is marked.
     """
-    model = f"{results['config']['model']} `{results['checkpoint']['sha256'][:12]}`"
+    checkpoint, name = results["checkpoint"], results["config"]["model"]
+    members = checkpoint.get("members") or [{"model": name, "sha256": checkpoint["sha256"]}]
+    model = " + ".join(f"{each['model']} `{each['sha256'][:12]}`" for each in members)
     lines = ["| benchmark | result, % [95 % interval] | protocol | clips | weights |", "|---|---|---|---|---|"]
     for name, each in results["benchmarks"].items():
         metrics, protocol, clips = each["metrics"], each["protocol"], f"{each['clips']:,}"
@@ -241,6 +265,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         shown = f"{protocol['name']}: {protocol['frames']} frames, {protocol['size']} px"
         shown += f", {views} views" if views > 1 else ""
         shown += ", classification heads" if each.get("heads") else ""
+        shown += "".join(f", {words}" for words in each.get("scoring", []))
         clips = f"**partial**: {each['evaluated']:,} of {clips}" if each["partial"] else clips
         # A | in a name would end the cell.
         cells = [cell.replace("|", "\\|") for cell in (name, ", ".join(numbers), shown, clips, model)]

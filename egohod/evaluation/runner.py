@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from egohod.config import Config
 from egohod.data.config import SourceConfig
@@ -25,10 +26,12 @@ from egohod.data.formats.base import BenchmarkData, BenchmarkOptions
 from egohod.data.labels import ClassSpace
 from egohod.data.loader import EvalLoader, worker_count
 from egohod.data.storage import open_cache
+from egohod.data.table import swap_sides
 from egohod.distributed import Distributed, pick_precision
 from egohod.errors import UserError, nearest
 from egohod.evaluation.config import BenchmarkConfig
 from egohod.evaluation.embed import (
+    MIRRORED,
     PLAIN,
     ClassProbabilities,
     EmbedReport,
@@ -42,7 +45,7 @@ from egohod.evaluation.embed import (
 )
 from egohod.evaluation.features import FeatureCache
 from egohod.evaluation.metrics import CHANCE, DROP, Score
-from egohod.evaluation.tasks import EvaluationTask, head_tasks, tasks_of
+from egohod.evaluation.tasks import EvaluationTask, Features, Members, RetrievalTask, head_tasks, tasks_of
 from egohod.model.config import IMAGE_STATS
 from egohod.model.dual_encoder import DualEncoder
 
@@ -154,8 +157,8 @@ def named_evaluators(
     return [benchmark(cfg, name, cfg.evaluate.benchmarks[name], execution, **options) for name in names]
 
 
-def execution_of(cfg: Config, dist: Distributed) -> Execution:
-    """How the run ``cfg`` computes features, without a cache."""
+def execution_of(cfg: Config, dist: Distributed, loader: EvalLoader | None = None) -> Execution:
+    """How the run ``cfg`` computes features, without a cache; with the decoding processes of ``loader`` or its own."""
     return Execution(
         batch_size=cfg.evaluate.batch_size,
         workers=worker_count(cfg.data.workers, dist),
@@ -164,7 +167,7 @@ def execution_of(cfg: Config, dist: Distributed) -> Execution:
         pin_memory=cfg.data.pin_memory and dist.device.type == "cuda",
         dist=dist,
         precision=pick_precision(cfg.evaluate.precision, dist.device),
-        loader=EvalLoader(),
+        loader=loader or EvalLoader(),
     )
 
 
@@ -214,6 +217,11 @@ def benchmark(
     tasks = tasks_of(data)
     if classes is not None:
         tasks = head_tasks(tasks, classes, f"benchmark {name}")
+    temperature = cfg.evaluate.dual_softmax
+    tasks = [
+        dataclasses.replace(task, temperature=temperature) if isinstance(task, RetrievalTask) else task
+        for task in tasks
+    ]
     metrics = [metric for task in tasks for metric in {*task.metric_names}]
     if twice := {metric for metric in metrics if metrics.count(metric) > 1}:
         raise UserError(
@@ -240,6 +248,8 @@ def benchmark(
         controls=controls,
         notes=data.notes,
         classes=classes,
+        flip=cfg.evaluate.flip,
+        combine="raw" if classes else cfg.evaluate.combine,
     )
 
 
@@ -303,6 +313,8 @@ class BenchmarkResult:
     rows: Sequence[int]
     """Indices of the clips that the numbers are about."""
     report: EmbedReport
+    features: Sequence[tuple[Features, Features]] = ()
+    """Of clips in their own order of frames and of texts, for each task."""
 
     def flat(self) -> dict[str, float]:
         """Values by name, each followed by its chance level if it has one.
@@ -323,6 +335,18 @@ class BenchmarkResult:
         return numbers
 
 
+@dataclass(frozen=True)
+class Embedded:
+    """What a model makes of a benchmark: features of the clips ``rows`` that could be read, and of all tasks' texts."""
+
+    rows: NDArray[np.int64]
+    video: Mapping[str, Tensor]
+    """By order of frames, in the order of ``rows``; with :data:`MIRRORED` behind the name of mirrored clips."""
+    texts: Mapping[str, Tensor]
+    """Under the same names: of the texts, and of the texts with left and right exchanged."""
+    report: EmbedReport
+
+
 @dataclass(eq=False)
 class Benchmark:
     """Tasks over the clips of one dataset; clips and distinct texts are encoded once for all tasks."""
@@ -337,6 +361,12 @@ class Benchmark:
     """Facts about the numbers that a report must not hide."""
     classes: ClassSpace | None = None
     """Those of a model's classification heads, which are then measured instead of its texts."""
+    flip: bool = False
+    """Whether similarities of mirrored clips are averaged in."""
+    combine: str = "raw"
+    members: Sequence[tuple[Benchmark, nn.Module]] = ()
+    """Further models of an ensemble, each with this benchmark as that model needs it; ``combine`` is as of
+    :class:`~egohod.evaluation.tasks.Members`."""
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Numbers as of :meth:`BenchmarkResult.flat`, percent or ranks from 1: what a training loop calls."""
@@ -347,13 +377,50 @@ class Benchmark:
 
         Raises :class:`UserError` when clips cannot be read (naming all of them) or features are not finite.
         """
+        every = [self.embed(model), *(each.embed(member) for each, member in self.members)]
+        report, total = every[0].report, len(self.dataset)
+        for each in every[1:]:
+            report.faults |= each.report.faults
+            report.from_cache = min(report.from_cache, each.report.from_cache)
+            report.seconds, report.waiting = report.seconds + each.report.seconds, report.waiting + each.report.waiting
+        # A clip counts if every member could read it.
+        mask = np.isin(np.arange(total), list(report.faults), invert=True)
+        if not mask.any():
+            require_all(report.faults, total)
+        tasks = self.tasks if mask.all() else [task.restricted(mask) for task in self.tasks]
+        counts = [len(task.texts) for task in tasks]
+
+        def features_of(each: Embedded, name: str) -> tuple[Tensor, Sequence[Tensor]]:
+            clips = each.video[name][torch.from_numpy(mask[each.rows])]
+            return clips, each.texts[MIRRORED if name.endswith(MIRRORED) else PLAIN].split(counts)
+
+        scores: dict[str, dict[str, Score]] = {}
+        details, features = list[Mapping[str, Any]](), list[tuple[Features, Features]]()
+        for order in (PLAIN, *self.controls):
+            names = (order, order + MIRRORED) if self.flip else (order,)
+            models = [[features_of(each, name) for name in names] for each in every]
+            scores[order] = {}
+            for number, task in enumerate(tasks):
+                pairs = [[(clips, texts[number]) for clips, texts in passes] for passes in models]
+                video, text = (
+                    _joined([_joined([pair[side] for pair in passes], "raw") for passes in pairs], self.combine)
+                    for side in (0, 1)
+                )
+                scores[order] |= task.measure(video, text)
+                if order == PLAIN:
+                    details.append(task.details(video, text))
+                    features.append((video, text))
+        return BenchmarkResult(scores, details, np.flatnonzero(mask).tolist(), report, features)
+
+    def embed(self, model: nn.Module) -> Embedded:
+        """The features of one model. Collective. Raises as :meth:`measure`."""
         if self.classes is not None:
             assert isinstance(model, DualEncoder), f"{type(model).__name__} has no heads"
             model = ClassProbabilities(model, self.classes)
         assert isinstance(model, VideoTextModel), f"{type(model).__name__} has no encode_video and encode_text"
         self._check_image_stats(model)
         try:
-            return self._measure(model, self._missing())
+            return self._embed(model, self._missing())
         finally:
             if self.execution.loader is not None:
                 self.execution.loader.finish(self.dataset)
@@ -373,7 +440,7 @@ class Benchmark:
                 require_all(loader.missing[id(dataset)], len(dataset))
         return loader.missing[id(self.dataset)]
 
-    def _measure(self, model: VideoTextModel, missing: dict[int, str]) -> BenchmarkResult:
+    def _embed(self, model: VideoTextModel, missing: dict[int, str]) -> Embedded:
         execution, total = self.execution, len(self.dataset)
         rows = np.setdiff1d(np.arange(total), list(missing))
         if not execution.allow_missing or not len(rows):
@@ -381,7 +448,7 @@ class Benchmark:
         dataset = self.dataset if len(rows) == total else self.dataset.restricted(np.isin(np.arange(total), rows))
         cache = FeatureCache(execution.cache, self._dependencies(model)) if execution.cache else None
         # Missing files are known already; what comes up while decoding is numbered among the remaining clips.
-        video, report = embed_clips(model, dataset, execution, controls=self.controls, cache=cache)
+        video, report = embed_clips(model, dataset, execution, controls=self.controls, flip=self.flip, cache=cache)
         if report.faults:
             readable = np.setdiff1d(np.arange(len(rows)), list(report.faults))
             report.faults = {int(rows[i]): text for i, text in report.faults.items()}
@@ -390,22 +457,18 @@ class Benchmark:
                 require_all(report.faults, total)
             video = {order: features[torch.from_numpy(readable)] for order, features in video.items()}
         report.faults, report.clips = missing | report.faults, total
-        mask = np.isin(np.arange(total), rows)
-        tasks = self.tasks if mask.all() else [task.restricted(mask) for task in self.tasks]
-        texts = [text for task in tasks for text in task.texts]
+        if isinstance(model, ClassProbabilities):  # heads need no texts
+            place = model.mirrored.cpu()
+            video = {name: each[:, place] if name.endswith(MIRRORED) else each for name, each in video.items()}
         # All tasks at once: texts that they share are encoded once.
+        texts = [text for task in self.tasks for text in task.texts]
+        swapped = [swap_sides(text) for text in texts] if self.flip else []
         if texts:
-            embedded = embed_texts(model, texts, self.tokenizer, execution, cache=cache)
-        else:  # heads need none
+            embedded = embed_texts(model, texts + swapped, self.tokenizer, execution, cache=cache)
+        else:
             embedded = torch.zeros(0, video[PLAIN].shape[-1])
-        features = embedded.split([len(task.texts) for task in tasks])
-        scores: dict[str, dict[str, Score]] = {}
-        for order, clips in video.items():
-            scores[order] = {}
-            for task, text in zip(tasks, features, strict=True):
-                scores[order] |= task.measure(clips, text)
-        details = [task.details(video[PLAIN], text) for task, text in zip(tasks, features, strict=True)]
-        return BenchmarkResult(scores, details, rows.tolist(), report)
+        by_name = {PLAIN: embedded[: len(texts)], MIRRORED: embedded[len(texts) :]}
+        return Embedded(rows, video, by_name, report)
 
     def _check_image_stats(self, model: VideoTextModel) -> None:
         """Warn where a protocol reproduces numbers of weights that expect other image statistics than ``model``."""
@@ -434,3 +497,8 @@ class Benchmark:
             "size": self.dataset.size,
             "precision": str(precision) + exact,
         }
+
+
+def _joined(features: Sequence[Features], combine: str) -> Features:
+    # One alone stays what it is: its similarities are not averaged with anything.
+    return features[0] if len(features) == 1 else Members(features, combine)

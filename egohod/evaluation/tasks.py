@@ -55,6 +55,44 @@ _SHOWN = 5
 _ROWS = 1000
 
 
+@dataclass(frozen=True)
+class Members:
+    """The clips (or the texts) as each member of an ensemble embeds them, whose similarities are averaged.
+
+    A member may be an ensemble itself, such as a model on clips and on mirrored clips. ``combine``: as they are
+    (``raw``), or each with the mean and deviation over all pairs that members have on average (``standardised``).
+    """
+
+    features: Sequence[Features]
+    combine: str = "raw"
+
+
+Features = Tensor | Members
+
+
+def over_members(compute: Callable[[Tensor, Tensor], Tensor], video: Features, text: Features) -> Tensor:
+    """``compute(video, text)`` of one model, or its average over all members; -inf marks what does not exist."""
+    if not isinstance(video, Members):
+        assert not isinstance(text, Members)
+        return compute(video, text)
+    assert isinstance(text, Members)
+    total, centre, spread = torch.zeros(()), 0.0, 0.0
+    for clips, texts in zip(video.features, text.features, strict=True):
+        scores = over_members(compute, clips, texts)
+        if video.combine == "standardised":
+            # Models spread their cosines differently: unscaled, the one with the widest spread would decide.
+            pairs = scores[scores.isfinite()]
+            mean, deviation = float(pairs.mean()), max(float(pairs.std(correction=0)), 1e-12)
+            scores, centre, spread = (scores - mean) / deviation, centre + mean, spread + deviation
+        # One matrix and the sum in memory, however many members there are.
+        total = total + scores
+    average = total / len(video.features)
+    if video.combine == "raw":
+        return average
+    # Back to the scale of one model, which softmaxes with a fixed temperature need.
+    return (average * spread + centre) / len(video.features)
+
+
 class EvaluationTask(ABC):
     """One evaluation over the clips of a dataset."""
 
@@ -62,10 +100,11 @@ class EvaluationTask(ABC):
     """The texts to embed, in the order in which ``measure`` takes their features."""
 
     @abstractmethod
-    def measure(self, video: Tensor, text: Tensor) -> dict[str, Score]:
+    def measure(self, video: Features, text: Features) -> dict[str, Score]:
         """Metrics from features of all clips and of ``texts`` [M, D], L2-normalised float32 on the CPU.
 
-        ``video`` is [N, D], or [N, V, D] where the best of V views counts, see :func:`similarity`.
+        ``video`` is [N, D], or [N, V, D] where the best of V views counts, see :func:`similarity`. Several models'
+        features are :class:`Members` on both sides.
         """
 
     @property
@@ -74,7 +113,7 @@ class EvaluationTask(ABC):
         """What ``measure`` calls its metrics."""
 
     @abstractmethod
-    def details(self, video: Tensor, text: Tensor) -> Mapping[str, Any]:
+    def details(self, video: Features, text: Features) -> Mapping[str, Any]:
         """Answers clip by clip, in plain values for JSON."""
 
     @abstractmethod
@@ -93,6 +132,15 @@ def similarity(video: Tensor, text: Tensor) -> Tensor:
     return best
 
 
+def dual_softmax(scores: Tensor, temperature: float) -> Tensor:
+    """The logarithm of a softmax over each row times one over each column of ``scores`` [N, M] (2104.00680).
+
+    A text that is similar to every clip, and a clip that is to every text, loses what it has in common with all.
+    """
+    scaled = scores / temperature
+    return 2 * scaled - scaled.logsumexp(dim=1, keepdim=True) - scaled.logsumexp(dim=0, keepdim=True)
+
+
 def _best(scores: FloatArray) -> IntArray:
     """The highest columns of each row [N, 5]."""
     # In parts: a ranking of all columns of a large benchmark is eight bytes for every similarity.
@@ -103,9 +151,21 @@ def _best(scores: FloatArray) -> IntArray:
 class RetrievalTask(RetrievalData, EvaluationTask):
     """Every clip against all distinct texts, and every text against all clips; relevancy 1 counts as a hit in mAP."""
 
-    def measure(self, video: Tensor, text: Tensor) -> dict[str, Score]:
+    temperature: float | None = None
+    """That of a :func:`dual_softmax` of each member's similarities; None is none."""
+
+    def scores(self, video: Features, text: Features) -> Tensor:
+        """What clips and texts are ranked by, [N, M]."""
+
+        def compute(clips: Tensor, texts: Tensor) -> Tensor:
+            plain = similarity(clips, texts)
+            return plain if self.temperature is None else dual_softmax(plain, self.temperature)
+
+        return over_members(compute, video, text)
+
+    def measure(self, video: Features, text: Features) -> dict[str, Score]:
         """mAP and nDCG by relevancy; recall@k (percent) and median rank (from 1) of a clip's own text and back."""
-        sim = similarity(video, text).numpy()
+        sim = self.scores(video, text).numpy()
         graded = zip(graded_per_query(sim, self.relevancy), graded_per_query(sim.T, self.relevancy.T), strict=True)
         scores = {}
         for name, values, expected in zip(("map", "ndcg"), graded, self._expected, strict=True):
@@ -138,9 +198,9 @@ class RetrievalTask(RetrievalData, EvaluationTask):
         ranked = [*(f"recall_{k}" for k in RECALL_AT), "median_rank"] if self.text_of_clip is not None else []
         return graded + [f"{name}_{direction}" for name in ranked for direction in ("v2t", "t2v")]
 
-    def details(self, video: Tensor, text: Tensor) -> Mapping[str, Any]:
+    def details(self, video: Features, text: Features) -> Mapping[str, Any]:
         """The best texts of each clip with their similarity and relevancy, and its average precision."""
-        sim = similarity(video, text).numpy()
+        sim = self.scores(video, text).numpy()
         precision, _ = graded_per_query(sim, self.relevancy)
         best, rows = _best(sim), np.arange(len(sim))[:, None]
         return {
@@ -174,11 +234,14 @@ class ClassificationTask(ClassificationData, EvaluationTask):
     """
 
     by_heads: bool = False
-    """The clips' features are the probabilities of the classes, as a model's heads give them; there are no texts."""
+    """The clips' features are the probabilities of the classes, as a model's heads give them; there are no texts. Those
+    of the parts may follow, in the order of ``parts``, from heads of their own."""
 
-    def measure(self, video: Tensor, text: Tensor) -> dict[str, Score]:
+    def measure(self, video: Features, text: Features) -> dict[str, Score]:
         """Top-1, top-5 and mean class accuracy of the classes and top-1 of their parts, in percent."""
-        logits = self._logits(video, text)
+        if not self.is_labelled:
+            return {}
+        logits = self.scores(video, text)
         ranks, classes = label_ranks(logits.numpy(), self.labels), logits.shape[1]
         splits = self.splits or [np.arange(len(ranks))]
         first = splits[0]
@@ -190,19 +253,46 @@ class ClassificationTask(ClassificationData, EvaluationTask):
         if len(splits) > 1:
             scores[f"{self.name}_top1_splits"] = percent([ranks[rows] <= 1 for rows in splits], 100 / classes)
             scores[f"{self.name}_mean_class_splits"] = self._mean_class(ranks, splits, 100 / classes)
+        for part, probabilities in self.part_scores(video, text).items():
+            labels = self.parts[part][self.labels[first]]
+            correct = label_ranks(probabilities[first], labels) <= 1
+            scores[f"{part}_top1"] = percent([correct], 100 / probabilities.shape[1])
+        return scores
+
+    def scores(self, video: Features, text: Features) -> Tensor:
+        """Similarities to the classes, or their probabilities by heads, [N, C]."""
+        if self.by_heads:
+            return over_members(lambda clips, _: clips, video, text)[:, : len(self.class_keys) or None]
+        return over_members(lambda v, t: similarity(v, class_features(t, self.class_of_text)), video, text)
+
+    def part_scores(self, video: Features, text: Features) -> dict[str, FloatArray]:
+        """Probabilities of each part's values, float64 [N, values]: by heads of their own, else sums over classes."""
+        logits, result, place = self.scores(video, text), dict[str, FloatArray](), len(self.class_keys)
+        heads = over_members(lambda clips, _: clips, video, text) if self.by_heads else logits
         for part, code in self.parts.items():
-            labels, one_hot = torch.from_numpy(code[self.labels[first]]), np.eye(int(code.max()) + 1)[code]
-            correct = []
-            for rows, of_rows in zip(logits[first].split(_ROWS), labels.split(_ROWS), strict=True):
+            one_hot = np.eye(int(code.max()) + 1)[code]
+            if self.by_heads and heads.shape[1] > logits.shape[1]:
+                result[part] = heads[:, place : place + one_hot.shape[1]].double().numpy()
+                place += one_hot.shape[1]
+                continue
+            sums = []
+            for rows in logits.split(_ROWS):
                 # In float64, as sums over a thousand classes of nearly equal parts decide.
                 probabilities = rows.double() if self.by_heads else rows.double().div(TEMPERATURE).softmax(dim=1)
-                correct.append(label_ranks(probabilities.numpy() @ one_hot, of_rows.numpy()) <= 1)
-            scores[f"{part}_top1"] = percent([np.concatenate(correct)], 100 / one_hot.shape[1])
-        return scores
+                sums.append(probabilities.numpy() @ one_hot)
+            result[part] = np.concatenate(sums)
+        return result
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether the clips' classes are public; else there is nothing to measure."""
+        return not len(self.labels) or int(self.labels.min()) >= 0
 
     @property
     def metric_names(self) -> list[str]:
         """See :class:`EvaluationTask`."""
+        if not self.is_labelled:
+            return []
         names = ["top1", "top5", "mean_class", *(["top1_splits", "mean_class_splits"] if len(self.splits) > 1 else [])]
         return [f"{self.name}_{name}" for name in names] + [f"{part}_top1" for part in self.parts]
 
@@ -221,10 +311,12 @@ class ClassificationTask(ClassificationData, EvaluationTask):
             lambda rng: np.array([value([rng.choice(rows, len(rows)) for rows in splits]) for _ in range(RESAMPLES)]),
         )
 
-    def details(self, video: Tensor, text: Tensor) -> Mapping[str, Any]:
+    def details(self, video: Features, text: Features) -> Mapping[str, Any]:
         """The best classes of each clip; per class: clips and accuracy; confusions as [true, predicted, clips]."""
-        logits = self._logits(video, text).numpy()
+        logits = self.scores(video, text).numpy()
         best = _best(logits)
+        if not self.is_labelled:
+            return {"kind": "unlabelled", "best_classes": best.tolist()}
         clips = np.bincount(self.labels, minlength=logits.shape[1])
         correct = np.bincount(self.labels, weights=best[:, 0] == self.labels, minlength=logits.shape[1])
         pairs, counts = np.unique(np.stack([self.labels, best[:, 0]], axis=1), axis=0, return_counts=True)
@@ -251,9 +343,6 @@ class ClassificationTask(ClassificationData, EvaluationTask):
         number = np.cumsum(mask) - 1
         splits = [number[rows[mask[rows]]] for rows in self.splits]
         return dataclasses.replace(self, labels=self.labels[mask], splits=splits)
-
-    def _logits(self, video: Tensor, text: Tensor) -> Tensor:
-        return video if self.by_heads else similarity(video, class_features(text, self.class_of_text))
 
 
 def class_features(text: Tensor, class_of_text: IntArray) -> Tensor:
@@ -288,7 +377,8 @@ def head_tasks(tasks: Sequence[EvaluationTask], space: ClassSpace, where: str) -
                 f"{' and '.join(space.columns)}; train with data.labels.columns=[{','.join(task.key_columns)}]"
             )
         # Only of classes that occur: a benchmark may list classes for which the training part has no clip.
-        number = {c: space.number(task.class_keys[c], where) for c in np.unique(task.labels).tolist()}
+        occurring = [c for c in np.unique(task.labels).tolist() if c >= 0]
+        number = {c: space.number(task.class_keys[c], where) for c in occurring} | {-1: -1}
         parts = {name: code for name, (_, code) in space.parts.items()} if len(space.columns) > 1 else {}
         task = dataclasses.replace(
             task,
@@ -310,9 +400,9 @@ def head_tasks(tasks: Sequence[EvaluationTask], space: ClassSpace, where: str) -
 class MultiLabelTask(MultiLabelData, EvaluationTask):
     """Which of several classes occur in every clip (Charades); each class is described by one text."""
 
-    def measure(self, video: Tensor, text: Tensor) -> dict[str, Score]:
+    def measure(self, video: Features, text: Features) -> dict[str, Score]:
         """Mean over the classes of the average precision over the clips, in percent; resampled by clips."""
-        scores = similarity(video, text).numpy()
+        scores = over_members(similarity, video, text).numpy()
 
         def value(rows: IntArray) -> float:
             precision = multilabel_average_precision(scores[rows], self.labels[rows])
@@ -335,9 +425,9 @@ class MultiLabelTask(MultiLabelData, EvaluationTask):
         """See :class:`EvaluationTask`."""
         return [self.name]
 
-    def details(self, video: Tensor, text: Tensor) -> Mapping[str, Any]:
+    def details(self, video: Features, text: Features) -> Mapping[str, Any]:
         """The best classes of each clip, and the average precision of each class."""
-        scores = similarity(video, text).numpy()
+        scores = over_members(similarity, video, text).numpy()
         precision = multilabel_average_precision(scores, self.labels)
         return {
             "kind": "multilabel",
@@ -360,7 +450,7 @@ class MultiLabelTask(MultiLabelData, EvaluationTask):
 class MultipleChoiceTask(QuestionData, EvaluationTask):
     """Which of a few texts describes a clip, or which of a few clips shows a text; one metric a kind of question."""
 
-    def measure(self, video: Tensor, text: Tensor) -> dict[str, Score]:
+    def measure(self, video: Features, text: Features) -> dict[str, Score]:
         """Accuracy and chance level of each kind, in percent."""
         kinds = np.array([question.kind for question in self.questions])
         answers = np.array([question.answer for question in self.questions], dtype=np.int64)
@@ -377,7 +467,7 @@ class MultipleChoiceTask(QuestionData, EvaluationTask):
         """See :class:`EvaluationTask`."""
         return list(dict.fromkeys(question.kind for question in self.questions))
 
-    def details(self, video: Tensor, text: Tensor) -> Mapping[str, Any]:
+    def details(self, video: Features, text: Features) -> Mapping[str, Any]:
         """Each question with the choice that was taken and the similarity to all choices."""
         questions = []
         for question, row in zip(self.questions, self._scores(video, text), strict=True):
@@ -396,11 +486,14 @@ class MultipleChoiceTask(QuestionData, EvaluationTask):
                 questions.append(dataclasses.replace(question, **changed))
         return dataclasses.replace(self, questions=questions)
 
-    def _scores(self, clips: Tensor, texts: Tensor) -> FloatArray:
+    def _scores(self, video: Features, text: Features) -> FloatArray:
         """Similarity of each query to its choices [Q, largest number of choices], -inf behind the last.
 
-        ``clips`` [N, D] or [N, V, D], of whose views the most similar counts; ``texts`` [M, D].
+        Clips are [N, D] or [N, V, D], of whose views the most similar counts; texts [M, D].
         """
+        return over_members(lambda clips, texts: torch.from_numpy(self._compare(clips, texts)), video, text).numpy()
+
+    def _compare(self, clips: Tensor, texts: Tensor) -> FloatArray:
         video, text = clips.numpy(), texts.numpy()
         widest = max((len(question.choices) for question in self.questions), default=1)
         scores = np.full((len(self.questions), widest), -np.inf, dtype=np.float32)

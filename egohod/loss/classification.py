@@ -22,10 +22,11 @@ class ClassificationLoss:
         self._loss = SoftTargetCrossEntropy()
 
     def __call__(self, mixing: Tensor | None = None, **values: Tensor) -> dict[str, Tensor]:
-        """``<head>_logits`` [B, C], ``<head>_label`` int64 [B]; scalars ``loss`` and ``accuracy`` (of all heads).
+        """``<head>_logits`` [B, C], ``<head>_label`` int64 [B]; scalars ``loss`` and ``accuracy``.
 
         ``mixing`` [B, b] is the share of each clip's pixels by the clip they are of, within chunks of b clips; None
-        if none is mixed. ``accuracy`` counts a clip as the one that most of its pixels are of.
+        if none is mixed. ``accuracy`` counts a clip as the one that most of its pixels are of, and
+        is that of the head ``action``, or of all heads together where there is none.
         """
         heads = [name.removesuffix("_logits") for name in values if name.endswith("_logits")]
         loss, correct = torch.zeros((), device=values[f"{heads[0]}_logits"].device), None
@@ -42,8 +43,9 @@ class ClassificationLoss:
                 ).flatten(0, 1)
             loss = loss + self._loss(logits, target)
             is_correct = logits.detach().argmax(dim=1) == target.argmax(dim=1)
-            # An action counts when verb and noun are right.
-            correct = is_correct if correct is None else correct & is_correct
+            # Without a head of its own an action counts when verb and noun are right.
+            if "action" not in heads or head == "action":
+                correct = is_correct if correct is None else correct & is_correct
         assert correct is not None
         return {"loss": loss, "accuracy": correct.float().mean()}
 

@@ -696,9 +696,10 @@ class ModelConfig:
     )
     heads: str = knob(
         "none",
-        "classification heads on the clip's feature in the shared space: one for all classes (joint) or one for each "
-        "of data.labels.columns, such as verb and noun (parts); none for pretraining and retrieval",
-        choices=("none", "joint", "parts"),
+        "classification heads on the clip's feature in the shared space: one for all classes (joint), one for each of "
+        "data.labels.columns, such as verb and noun (parts), or these together, trained on the sum of their losses "
+        "(all); none for pretraining and retrieval",
+        choices=("none", "joint", "parts", "all"),
     )
     head_start: str = knob(
         "random",

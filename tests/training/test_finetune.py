@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -25,6 +26,7 @@ from egohod.demo.world import NOUNS
 from egohod.demo.write import write_benchmarks
 from egohod.distributed import Distributed
 from egohod.errors import UserError
+from egohod.evaluation.embed import ClassProbabilities
 from egohod.evaluation.tasks import ClassificationTask, head_tasks
 from egohod.loss.classification import ClassificationLoss
 from egohod.loss.config import LossConfig
@@ -168,6 +170,7 @@ def classes(mir: list[str], *columns: str, heads: str = "joint") -> list[str]:
     [
         ("joint", ["train.optimizer=sgd", "train.mixup=0.8", "train.cutmix=1.0", "loss.label_smoothing=0.1"]),
         ("parts", ["train.ema=0.9", "train.layer_decay=0.7", "model.head_dropout=0.5", "model.drop_path=0.1"]),
+        ("all", ["train.ema=0.9", "train.mixup=0.8"]),
     ],
 )
 def test_classification_from_the_csv_to_the_report(
@@ -184,7 +187,8 @@ def test_classification_from_the_csv_to_the_report(
         assert line in done.stderr
     last = newest(tmp_path / "run")
     assert last.manifest["identity"]["data.labels.columns"] == ["verb_class", "noun_class"]
-    assert "heads.action.1.weight" in last.weights if heads == "joint" else "heads.verb.1.weight" in last.weights
+    trained = {"joint": ["action"], "parts": ["noun", "verb"], "all": ["action", "noun", "verb"]}[heads]
+    assert sorted(name.split(".")[1] for name in last.weights if re.fullmatch(r"heads\..*\.weight", name)) == trained
     again = inside("main_finetune.py", *command, *recipe, further, "train.max_batch_per_process=4")
     assert again.returncode == 0, again.stderr
     assert json.loads((tmp_path / "run" / "results.json").read_text())["metrics"] == metrics
@@ -193,6 +197,7 @@ def test_classification_from_the_csv_to_the_report(
 def test_heads_labels_and_loss_go_together(mir: list[str], inside: Command) -> None:
     for override, expected in (
         ("model.heads=joint", "go together"),
+        ("model.heads=all", "model.heads=all needs several data.labels.columns"),
         ("train.mixup=0.8", "mixes labels"),
         ("train.trainable=heads", "needs heads to train"),
     ):
@@ -226,6 +231,9 @@ def test_verb_and_noun_are_marginals(ek100: Path) -> None:
     verbs, code = space.parts["verb"]
     assert space.heads("joint") == {"action": len(space.keys)}
     assert space.heads("parts") == {"verb": len(verbs), "noun": len(space.parts["noun"][0])}
+    assert space.heads("all") == space.heads("joint") | space.heads("parts")
+    labels = ClassLabels(table(ek100 / "EPIC_100_train.csv"), space, "all").draw(0, np.random.default_rng(0))[1]
+    assert verbs[labels["verb_label"]] == space.keys[labels["action_label"]][0]
     assert all(verbs[code[i]] == key[0] for i, key in enumerate(space.keys))
     more = class_space([table(ek100 / "EPIC_100_train.csv")], space.columns, [str(ek100 / "EPIC_100_validation.csv")])
     assert set(space.keys) <= set(more.keys)
@@ -363,6 +371,43 @@ def test_the_loss_of_heads_is_cross_entropy_with_smoothing_and_mixing() -> None:
     # Of two chunks each mixes its own clips.
     chunks = torch.cat([shares[:2, :2] / 0.7, shares[:2, :2] / 0.7])
     torch.testing.assert_close(ClassificationLoss()(**values, mixing=chunks)["loss"], F.cross_entropy(logits, label))
+
+
+def test_three_heads_are_trained_together_and_measured_each_by_itself() -> None:
+    torch.manual_seed(0)
+    sizes = {"action": 6, "verb": 2, "noun": 3}
+    logits = {name: torch.randn(4, count, requires_grad=True) for name, count in sizes.items()}
+    labels = {name: torch.arange(4) % count for name, count in sizes.items()}
+    values = {f"{name}_logits": each for name, each in logits.items()}
+    values |= {f"{name}_label": each for name, each in labels.items()}
+    result = ClassificationLoss()(**values)
+    torch.testing.assert_close(result["loss"], sum(F.cross_entropy(logits[name], labels[name]) for name in sizes))
+    result["loss"].backward()
+    assert all(each.grad is not None and each.grad.abs().sum() > 0 for each in logits.values())
+    # An action is right when its own head is, whatever those of verb and noun say.
+    expected = (logits["action"].argmax(dim=1) == labels["action"]).float().mean()
+    torch.testing.assert_close(result["accuracy"], expected)
+
+    keys = tuple((str(verb), str(noun)) for verb in range(2) for noun in range(3))
+    space = ClassSpace(("verb_class", "noun_class"), keys, tuple(map(" ".join, keys)))
+    model = create_model(ModelConfig(name="DEMO", num_frames=4), classes=space.heads("all")).eval()
+    encoder, video = ClassProbabilities(model, space), torch.randn(5, 3, 4, 40, 40)
+    with torch.no_grad():
+        features = encoder.encode_video(video)
+        own = {name: each.softmax(dim=1) for name, each in model.classify(video).items()}
+    torch.testing.assert_close(features, torch.cat([own["action"], own["verb"], own["noun"]], dim=1))
+    task = ClassificationTask(
+        "action", ["x"] * 6, np.arange(6), np.arange(5), class_keys=keys, key_columns=["verb_class", "noun_class"]
+    )
+    (heads,) = head_tasks([task], space, "here")
+    assert isinstance(heads, ClassificationTask)
+    nothing = torch.zeros(0, 1)
+    torch.testing.assert_close(heads.scores(features, nothing), own["action"])
+    for name, probabilities in heads.part_scores(features, nothing).items():
+        np.testing.assert_allclose(probabilities, own[name].numpy(), rtol=1e-6)
+    # Without heads of their own verb and noun are sums over the classes.
+    marginals = heads.part_scores(features[:, :6], nothing)
+    np.testing.assert_allclose(marginals["verb"][:, 0], own["action"][:, :3].sum(dim=1).numpy(), rtol=1e-6)
 
 
 def stepped(steps: int = 1, **train: object) -> tuple[dict[str, torch.Tensor], TrainStep, float]:

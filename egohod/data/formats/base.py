@@ -119,12 +119,14 @@ class RawClips:
 class RetrievalData:
     """N clips against ``texts`` [M]: ``relevancy`` [N, M] in 0..1.
 
-    ``text_of_clip`` [N] is the one text that is the clip's own; None where there is none.
+    ``text_of_clip`` [N] is the one text that is the clip's own; None where there is none. ``text_ids`` [M] name the
+    texts in a challenge.
     """
 
     texts: Sequence[str]
     text_of_clip: IntArray | None
     relevancy: NDArray[np.float32]
+    text_ids: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -132,9 +134,10 @@ class ClassificationData:
     """C classes described by prompts, and the class of every clip.
 
     ``texts`` P prompts; ``class_of_text`` [P] in 0..C-1, at least one prompt for each class; ``labels`` [N] true
-    classes; ``parts`` maps the name of a coarser label (verb, noun) to its code for each class, [C]. ``class_names``
-    [C] are for people; ``class_keys`` [C] are the values of ``key_columns`` by which annotation files identify a class.
-    ``splits`` are rows of clips: metrics are those of the first split, and the mean of all.
+    classes, all -1 where a challenge keeps them secret; ``parts`` maps the name of a coarser label (verb, noun) to its
+    code for each class, [C]. ``class_names`` [C] are for people; ``class_keys`` [C] are the values of ``key_columns``
+    by which annotation files identify a class. ``splits`` are rows of clips: metrics are those of the first split, and
+    the mean of all.
     """
 
     name: str

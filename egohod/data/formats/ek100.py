@@ -89,7 +89,8 @@ def _read_mir(source: SourceConfig, options: BenchmarkOptions) -> BenchmarkData:
     clips = GradedTexts.of_clips(rows["text"].tolist(), rows, path)
     sentences = read_sentences(sentences_path, clips, list(rows["uid"]), path)
     relevancy = cached_matrix(options.cache, (path, sentences_path), lambda: class_relevancy(clips, sentences))
-    return BenchmarkData(table, [RetrievalData(sentences.texts, None, relevancy)], notes)
+    ids = read_csv(sentences_path, ("narration_id",))["narration_id"].tolist()
+    return BenchmarkData(table, [RetrievalData(sentences.texts, None, relevancy, ids)], notes)
 
 
 def _read_cls(source: SourceConfig, options: BenchmarkOptions) -> BenchmarkData:
@@ -149,6 +150,19 @@ def _read_cls(source: SourceConfig, options: BenchmarkOptions) -> BenchmarkData:
         key_columns=["verb_class", "noun_class"],
     )
     return BenchmarkData(table, [classes], notes)
+
+
+def _read_cls_test(source: SourceConfig, options: BenchmarkOptions) -> BenchmarkData:
+    """The clips of the challenge's test split, with the classes of :func:`_read_cls` and without labels."""
+    classes = _read_cls(source, options).tasks[0]
+    assert isinstance(classes, ClassificationData)
+    path = require_file(source, "EPIC_100_test_timestamps.csv")
+    # It has no narrations, and every clip needs a text, which nothing reads here.
+    columns = {"uid": "narration_id", "text": "participant_id"}
+    raw = require_complete(path, parse_table(path, SourceConfig(columns=columns), (), _COLUMNS))
+    table, notes = require_clips(path, raw, unique="uid")
+    notes.append("labels are not public, so there is no number; evaluate.submission writes what the challenge scores")
+    return BenchmarkData(table, [dataclasses.replace(classes, labels=np.full(len(table), -1))], notes)
 
 
 def _pairs(rows: pd.DataFrame, path: Path) -> list[tuple[int, int]]:
@@ -344,5 +358,9 @@ EK100 = Format(
     "ek100",
     _parse,
     columns=("narration_id", "start_timestamp", "stop_timestamp", "narration"),
-    benchmarks=(Benchmark("ek100_mir", _read_mir), Benchmark("ek100_cls", _read_cls)),
+    benchmarks=(
+        Benchmark("ek100_mir", _read_mir),
+        Benchmark("ek100_cls", _read_cls),
+        Benchmark("ek100_cls_test", _read_cls_test),
+    ),
 )
