@@ -25,16 +25,22 @@ from typing import Any
 
 import av
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from egohod.config import PROJECT, Config
 from egohod.distributed import pick_device
 from egohod.errors import UserError
+from egohod.evaluation.config import BenchmarkConfig
+from egohod.evaluation.embed import PLAIN, EmbedReport, Execution, fingerprint
 from egohod.evaluation.features import read_json, write_json
 from egohod.evaluation.metrics import RESAMPLES, Score
 from egohod.evaluation.report import PAGE_FILE, number, render
 from egohod.evaluation.results import RESULTS_FILE
+from egohod.evaluation.runner import BenchmarkResult
+from egohod.model.dual_encoder import DualEncoder, create_model
 from egohod.robot.cloning import Input, StateInput, VideoInput, clone, roll_out
-from egohod.robot.config import RobotConfig
+from egohod.robot.config import RobotConfig, load
 from egohod.robot.simulation import INSTALL, Demonstration, Scene, Simulators
 from egohod.runtime import Progress, atomic_write, content_hash, file_hash, usable_cores, write_text
 
@@ -274,6 +280,8 @@ def summarise(
                 best = 100 * float(np.mean([array.mean(axis=2).max(axis=0) for array in arrays]))
                 cells[name] = {"value": each.value, "interval": each.interval(), "best": best}
                 cells[name]["seeds"] = (100 * seeds).tolist()
+                # Of every rollout, [checkpoints, seeds, rollouts], for statistics of one's own.
+                cells[name]["outcomes"] = [array.astype(int).tolist() for array in arrays]
             scores[row] = score([*success.values()])
             films = {task: each["films"] for task, each in parts.items() if each["films"]}
             diverged = sum(each["diverged"] for each in parts.values())
@@ -316,6 +324,73 @@ def write_page(output: Path) -> Path:
     write_text(output / PAGE_FILE, render("robot.html.jinja", results=results, films=films, checkpoint=CHECKPOINT))
     log.info("wrote %s", output / PAGE_FILE)
     return output / PAGE_FILE
+
+
+# --------------------------------------------------------------------------------------------------
+# A benchmark of main_eval.py
+# --------------------------------------------------------------------------------------------------
+
+
+class RobotBenchmark:
+    """What an evaluation needs of a benchmark; ``metadata`` is a YAML file of this one's settings.
+
+    Numbers are of the checkpoint's row; its row of one frame is the temporal control ``freeze``, and the baselines are
+    remarks. The full table is in a folder of its own.
+    """
+
+    def __init__(self, cfg: Config, name: str, config: BenchmarkConfig, execution: Execution, **options: Any) -> None:
+        if execution.dist.world_size > 1:
+            raise UserError(f"{name}: runs in one process, which starts the simulators; use no torchrun or srun")
+        if not options.get("need_videos", True):
+            raise UserError(f"{name}: draws its own frames, so stored features cannot be evaluated; give a model")
+        self.name, self._cfg, self._dist = name, cfg, execution.dist
+        self._robot = load(config.metadata or PROJECT / "configs" / "robot.yml")
+        self._robot.device = execution.dist.device.type
+        self._notes = list[str]()
+
+    def measure(self, model: Any) -> BenchmarkResult:
+        """Run it for a model, and for its tower with random weights if it is one of this project's."""
+        random, sha256 = None, fingerprint(model)
+        if isinstance(model, DualEncoder):
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                random = create_model(self._cfg.model).to(self._dist.device).eval()
+        output = Path(self._robot.cache) / "pages" / sha256[:12]
+        output.mkdir(parents=True, exist_ok=True)
+        checkpoint = {"path": str(self._cfg.model.weights.path), "sha256": sha256}
+        results = run(self._robot, model.eval(), random, checkpoint, output)
+        self._notes = [f"all rows, and films: {output / PAGE_FILE}"]
+        scores: dict[str, dict[str, Score]] = {}
+        for row in results["rows"]:
+            count, mean = row["demonstrations"], row["cells"]["mean"]
+            order = {CHECKPOINT: PLAIN, "one frame": "freeze"}.get(row["row"])
+            if order is None:
+                low, high = (number(bound) for bound in mean["interval"])
+                text = f"{count} demonstrations, {row['row']}: {number(mean['value'])} % ({low} to {high})"
+                self._notes.append(text)
+                continue
+            for task, cell in row["cells"].items():
+                key = f"success_{count}" if task == "mean" else f"success_{count}_{task}"
+                scores.setdefault(order, {})[key] = score([np.asarray(each, np.float64) for each in cell["outcomes"]])
+        return BenchmarkResult(scores, [], [], EmbedReport())
+
+    def about(self) -> dict[str, Any]:
+        """How it is measured, in ``results.json``."""
+        shown = {"frames": self._robot.features.frames, "size": self._robot.scene.image_size, "windows": 1, "crops": 1}
+        return {"protocol": {"name": "robot", "source": "docs/robot.md", **shown}, "heads": False}
+
+    def remarks(self) -> list[str]:
+        """The baselines, without which the numbers say little."""
+        return list(self._notes)
+
+    def clips_of(self, rows: Sequence[int]) -> dict[str, Any]:
+        """No clips: episodes are simulated."""
+        places: dict[str, Any] = {"root": "", "layout": "whole", "chunk_seconds": 15.0, "min_clip_seconds": None}
+        return {**places, "id": [], "video": [], "start": [], "end": []}
+
+    def timing(self) -> dict[str, Any]:
+        """The precision of features."""
+        return {"precision": "float32"}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -13,7 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+from egohod.config import Config
+from egohod.distributed import Distributed
 from egohod.errors import UserError
+from egohod.evaluation.config import BenchmarkConfig
+from egohod.evaluation.embed import Execution
+from egohod.evaluation.features import read_json
 from egohod.robot import benchmark
 from egohod.robot.config import PolicyConfig, RobotConfig, SceneConfig, load
 from tests.robot.test_cloning import Pixels
@@ -175,3 +180,26 @@ def test_without_a_window_or_a_second_model_there_are_fewer_rows(cfg: RobotConfi
 def test_settings_that_are_refused(override: str, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         load(ROOT / "configs/robot.yml", [override])
+
+
+def test_an_evaluation_reports_the_checkpoint_and_one_frame_as_a_control(
+    cfg: RobotConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark, "load", lambda path: cfg)
+    dist = Distributed(0, 1, torch.device("cpu"), None)
+    execution, config = Execution(8, 0, dist), BenchmarkConfig()
+    bench = benchmark.RobotBenchmark(Config(), "metaworld", config, execution)
+    result = bench.measure(Pixels())
+    names = [f"success_{count}{task}" for count in (3, 8) for task in ("_reach", "")]
+    assert sorted(result.scores) == ["freeze", "plain"]
+    assert list(result.scores["plain"]) == names == list(result.scores["freeze"])
+    # The same numbers as in the full table.
+    rows = read_json(next(tmp_path.rglob("results.json")), benchmark.FORMAT, "")["rows"]
+    for row in rows:
+        if row["row"] == "checkpoint":
+            assert result.scores["plain"][f"success_{row['demonstrations']}"].value == row["cells"]["mean"]["value"]
+    assert any("8 demonstrations, full state: " in line for line in bench.remarks())
+    with pytest.raises(UserError, match="metaworld: runs in one process"):
+        benchmark.RobotBenchmark(Config(), "metaworld", config, replace(execution, dist=replace(dist, world_size=2)))
+    with pytest.raises(UserError, match="metaworld: draws its own frames"):
+        benchmark.RobotBenchmark(Config(), "metaworld", config, execution, need_videos=False)

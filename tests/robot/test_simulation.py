@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+import egohod
 from egohod.errors import UserError
 from egohod.robot.kitchen import read_recordings
 from egohod.robot.simulation import Scene, Simulators
@@ -131,10 +133,12 @@ def test_a_simulator_that_is_not_installed_is_named(tmp_path: Path, monkeypatch:
 @metaworld
 @pytest.mark.ci
 def test_a_smoke_run_of_the_program(tmp_path: Path, program: Command) -> None:
-    command: list[object] = ["tools/robot.py", "--checkpoint", "open_clip:ViT-S-32", "--output", tmp_path / "out"]
-    command += ["scene.tasks=[drawer-open]", "demonstrations=[3]", "scene.image_size=64", "features.frames=2"]
+    torch.manual_seed(1)
+    torch.save(egohod.create_model("DEMO", num_frames=4).state_dict(), tmp_path / "weights.pt")
+    command: list[object] = ["tools/robot.py", "--checkpoint", tmp_path / "weights.pt", "--output", tmp_path / "out"]
+    command += ["--model", "DEMO", "scene.tasks=[drawer-open]", "demonstrations=[3]", "scene.image_size=64"]
     command += ["policy.steps=200", "policy.checkpoint_every=100", "policy.checkpoints=1", "seeds=2", "rollouts=2"]
-    command += ["scene.horizon=100", "slots=4", f"cache={tmp_path}/cache", "device=cpu"]
+    command += ["features.frames=2", "scene.horizon=100", "slots=4", f"cache={tmp_path}/cache", "device=cpu"]
     done = program(*command)
     assert done.returncode == 0, done.stderr
     assert "| 3 | full state |" in done.stdout
