@@ -10,7 +10,6 @@ Prints the table, and writes results.json, report.html and films to --output. Re
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,8 +62,10 @@ def encoders(checkpoint: str, name: str | None) -> tuple[Any, Any]:
     for key, value in content.model_knobs.items():
         if key != "name":
             OmegaConf.update(knobs, key, value, force_add=True)
-    random = egohod.create_model(name, **json.loads(json.dumps(OmegaConf.to_container(knobs))))
-    return egohod.create_model_and_transforms(name, checkpoint)[0], random
+    random = egohod.create_model(name, **{str(key): value for key, value in OmegaConf.to_container(knobs).items()})
+    # Of CLIP's own weights, too, features are what they were trained to be.
+    projections = "keep" if content.family.is_clip else "auto"
+    return egohod.create_model_and_transforms(name, checkpoint, projections=projections)[0], random
 
 
 if __name__ == "__main__":

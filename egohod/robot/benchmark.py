@@ -350,16 +350,14 @@ class RobotBenchmark:
 
     def measure(self, model: Any) -> BenchmarkResult:
         """Run it for a model, and for its tower with random weights if it is one of this project's."""
-        random, sha256 = None, fingerprint(model)
-        if isinstance(model, DualEncoder):
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                random = create_model(self._cfg.model).to(self._dist.device).eval()
+        random, sha256 = self._untrained(model), fingerprint(model)
         output = Path(self._robot.cache) / "pages" / sha256[:12]
         output.mkdir(parents=True, exist_ok=True)
         checkpoint = {"path": str(self._cfg.model.weights.path), "sha256": sha256}
         results = run(self._robot, model.eval(), random, checkpoint, output)
         self._notes = [f"all rows, and films: {output / PAGE_FILE}"]
+        if random is None:
+            self._notes.append("no row of random weights: the configuration does not describe this model")
         scores: dict[str, dict[str, Score]] = {}
         for row in results["rows"]:
             count, mean = row["demonstrations"], row["cells"]["mean"]
@@ -369,10 +367,23 @@ class RobotBenchmark:
                 text = f"{count} demonstrations, {row['row']}: {number(mean['value'])} % ({low} to {high})"
                 self._notes.append(text)
                 continue
-            for task, cell in row["cells"].items():
+            # The mean first: a benchmark is summarised by its first number.
+            for task in ("mean", *self._robot.scene.tasks):
+                cell = row["cells"][task]
                 key = f"success_{count}" if task == "mean" else f"success_{count}_{task}"
                 scores.setdefault(order, {})[key] = score([np.asarray(each, np.float64) for each in cell["outcomes"]])
         return BenchmarkResult(scores, [], [], EmbedReport())
+
+    def _untrained(self, model: Any) -> DualEncoder | None:
+        """The tower that the configuration describes with random weights, if ``model`` is one."""
+        try:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                twin = create_model(self._cfg.model).to(self._dist.device).eval()
+        except UserError:  # from Python a model comes without its configuration
+            return None
+        shapes = [{name: each.shape for name, each in one.state_dict().items()} for one in (model, twin)]
+        return twin if shapes[0] == shapes[1] else None
 
     def about(self) -> dict[str, Any]:
         """How it is measured, in ``results.json``."""

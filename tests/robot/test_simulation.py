@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ import egohod
 from egohod.errors import UserError
 from egohod.robot.kitchen import read_recordings
 from egohod.robot.simulation import Scene, Simulators
-from tests.support import Command
+from tests.support import ROOT, Command, environment
 
 WITH_METAWORLD = importlib.util.find_spec("metaworld") is not None
 WITH_KITCHEN = importlib.util.find_spec("gymnasium_robotics") is not None
@@ -103,6 +106,21 @@ def test_a_simulator_that_dies_is_reported() -> None:
         os.kill(simulators._children[0][0].pid, signal.SIGKILL)
         with pytest.raises(ConnectionError, match=r"a simulator of drawer-open ended with exit code -9 .* to resume"):
             simulators.call({0: ("reset", 0, False)})
+
+
+@metaworld
+def test_simulators_end_with_a_parent_that_is_killed() -> None:
+    lines = ["import os", "from tests.robot.test_simulation import SCENE, Simulators"]
+    lines += ["simulators = Simulators(SCENE, 2, 2).__enter__()"]
+    lines += ["print(*(child.pid for child, _ in simulators._children), flush=True)", "os.kill(os.getpid(), 9)"]
+    command = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(done.stdout.split()) == 2
+    deadline = time.monotonic() + 30
+    while alive := [pid for pid in done.stdout.split() if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.1)
 
 
 @metaworld
