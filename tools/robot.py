@@ -1,6 +1,6 @@
 """Success of a robot that sees through a model's frozen features (docs/robot.md): behaviour cloning in simulation.
 
-python tools/robot.py --checkpoint runs/demo --output results/robot              # configs/robot.yml: half an hour
+python tools/robot.py --checkpoint runs/demo --output results/robot              # configs/robot/metaworld.yml
 python tools/robot.py --checkpoint base_best.pt --model CLIP_VITB16 scene.image_size=224 device=cuda
 python tools/robot.py --checkpoint open_clip:ViT-B-16:weights.pt                 # a baseline of single frames
 python tools/robot.py --checkpoint runs/demo --dry_run                           # what it would cost
@@ -29,7 +29,7 @@ from egohod.training.checkpoint import open_weights
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = cli.parser(__doc__ or "", "configs/robot.yml", RobotConfig)
+    parser = cli.parser(__doc__ or "", "configs/robot/metaworld.yml", RobotConfig)
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="PATH", help="whatever load_weights reads, or open_clip:NAME[:FILE]")
     add("--model", metavar="NAME", help="what the checkpoint holds, e.g. CLIP_VITB16; run folders name it themselves")

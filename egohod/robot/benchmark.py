@@ -344,7 +344,7 @@ class RobotBenchmark:
         if not options.get("need_videos", True):
             raise UserError(f"{name}: draws its own frames, so stored features cannot be evaluated; give a model")
         self.name, self._cfg, self._dist = name, cfg, execution.dist
-        self._robot = load(config.metadata or PROJECT / "configs" / "robot.yml")
+        self._robot = load(config.metadata or PROJECT / "configs" / "robot" / "metaworld.yml")
         self._robot.device = execution.dist.device.type
         self._notes = list[str]()
 

@@ -179,7 +179,7 @@ def test_without_a_window_or_a_second_model_there_are_fewer_rows(cfg: RobotConfi
 )
 def test_settings_that_are_refused(override: str, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
-        load(ROOT / "configs/robot.yml", [override])
+        load(ROOT / "configs/robot/metaworld.yml", [override])
 
 
 def test_an_evaluation_reports_the_checkpoint_and_one_frame_as_a_control(
