@@ -228,7 +228,7 @@ def test_a_file_that_holds_no_recordings_is_named(tmp_path: Path) -> None:
     with h5py.File(write(tmp_path / "nan.hdf5", "minari"), "a") as file:
         file["episode_1/observations/observation"][0, 0] = np.nan
     for name, reason in (("text", ""), ("empty", "no episode"), ("short", "5 actions"), ("nan", "episode 1 has")):
-        with pytest.raises(UserError, match=rf"{name}\.hdf5: no demonstrations of Franka Kitchen .*{reason}"):
+        with pytest.raises(UserError, match=rf"{name}\.hdf5: no recordings of Franka Kitchen .*{reason}"):
             read_recordings(str(tmp_path / f"{name}.hdf5"))
 
 
