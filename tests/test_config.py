@@ -19,6 +19,7 @@ from egohod.errors import UserError
 from egohod.evaluation.embed import CONTROLS
 from egohod.hod import config as hod
 from egohod.knobs import help_text, knob, knobs, part
+from egohod.robot import config as robot
 from egohod.training.config import duration_in_steps
 
 ROOT = Path(__file__).parents[1]
@@ -305,7 +306,7 @@ def test_shipped_configs_are_valid_and_name_their_command(monkeypatch: pytest.Mo
         names += " EK100_ANNOTATIONS EK100_VIDEOS EGTEA_ANNOTATIONS EGTEA_VIDEOS CHARADES_ANNOTATIONS CHARADES_VIDEOS"
         for variable in names.split():
             monkeypatch.setenv(variable, "/somewhere")
-        (hod.load if path.parent.name == "hod" else load)(path)  # raises what is wrong with it
+        {"hod": hod.load, "robot": robot.load}.get(path.parent.name, load)(path)  # raises what is wrong with it
         header = path.read_text().splitlines()[:8]
         for word in ("Command:", "Hardware:", "Time:", "Result:"):
             assert any(line.startswith("#") and word in line for line in header), f"{path}: no '{word}' on top"

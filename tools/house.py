@@ -34,7 +34,7 @@ from egohod.errors import UserError
 BANNED_PARTS = frozenset(["told", "said", "asked", "found", "kept", "owed", "known", "say"])
 ALLOWED_NAMES = frozenset[str]()
 # Modules behind a protocol may have a single importer: the registry or factory that chooses among them.
-VARIANTS = ("egohod.data.formats.", "egohod.hod.detectors.", "egohod.hod.narrators.", "egohod.loss.")
+VARIANTS = ("egohod.data.formats.", "egohod.hod.detectors.", "egohod.hod.narrators.", "egohod.loss.", "egohod.robot.")
 
 # 24,100 is what was planned for the features of the time, and what more formats of input added.
 LINES = (

@@ -1,0 +1,1 @@
+"""Robot manipulation as a benchmark: behaviour cloning on frozen features, success in simulation (docs/robot.md)."""
