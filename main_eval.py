@@ -8,6 +8,7 @@ Temporal controls:  python main_eval.py --checkpoint runs/demo --controls shuffl
 Fine-tuned heads:   python main_eval.py --config_file configs/finetune/ek100_cls.yml --checkpoint runs/ek100_cls \\
                         --benchmark ek100_cls --heads
 An outside model:   python main_eval.py --checkpoint open_clip:ViT-B-16:weights.pt --benchmark ek100_cls ...
+                    (transformers:FOLDER is a CLIP-like model of transformers, features:FOLDER stored features)
 Several processes:  torchrun --nproc_per_node=2 main_eval.py --config_file configs/demo.yml --checkpoint runs/demo
 
 Prints the results as a table, and writes results.json, details/ and report.html to --output. Clips are decoded and
@@ -29,10 +30,12 @@ from egohod.data.dataset import tokenizer_for
 from egohod.data.labels import ClassSpace
 from egohod.distributed import Distributed
 from egohod.errors import UserError
-from egohod.evaluation.embed import FrameAverage, fingerprint
+from egohod.evaluation.adapters import StoredFeatures
+from egohod.evaluation.cards import PUBLISHED
+from egohod.evaluation.embed import OUTSIDE, fingerprint, outside_model
 from egohod.evaluation.report import write_report
-from egohod.evaluation.results import PUBLISHED, write_results
-from egohod.evaluation.runner import Benchmark, benchmark, execution_of, resolve_benchmarks
+from egohod.evaluation.results import write_results
+from egohod.evaluation.runner import Measured, execution_of, measured, resolve_benchmarks
 from egohod.model.config import OPEN_CLIP
 from egohod.training.build import build_model
 from egohod.training.checkpoint import classes_of
@@ -47,7 +50,8 @@ def main(arguments: Sequence[str]) -> int:
         "--checkpoint",
         required=True,
         metavar="PATH",
-        help="a checkpoint or run folder, a file of upstream EgoHOD or AVION, or open_clip:NAME:FILE",
+        help="a checkpoint or run folder, a file of upstream EgoHOD or AVION; open_clip:NAME:FILE, "
+        "transformers:FOLDER or features:FOLDER",
     )
     add(
         "--benchmark",
@@ -80,8 +84,8 @@ def main(arguments: Sequence[str]) -> int:
         # The heads are those of the checkpoint, whatever the configuration says.
         cfg.model.heads, classes = classes_of(Path(args.checkpoint))
     with cli.joined(cfg) as dist:
-        if args.checkpoint.startswith("open_clip:"):
-            model: Any = FrameAverage(args.checkpoint).to(dist.device)
+        if args.checkpoint.startswith(OUTSIDE):
+            model: Any = outside_model(args.checkpoint).to(dist.device)
         else:
             model = build_model(cfg, dist, classes)
         # First: an output that cannot be written should not cost an evaluation of hours.
@@ -99,7 +103,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _benchmarks(
     cfg: Config, dist: Distributed, model: Any, args: Any, weights: str, classes: ClassSpace | None
-) -> list[Benchmark]:
+) -> list[Measured]:
     """What ``--benchmark`` asks for, for this model."""
     if args.benchmark:
         chosen = resolve_benchmarks(cfg, args.benchmark, args.root, args.metadata)
@@ -116,20 +120,21 @@ def _benchmarks(
     if cfg.model.text or cfg.model.name.startswith(OPEN_CLIP):
         # What the configuration of a folder says can change while its name and its weights stay.
         identity["geometry"] = str(cfg.model.geometry())
+    stored = isinstance(model, StoredFeatures)
     execution = dataclasses.replace(
         execution_of(cfg, dist),
-        cache=Path(cfg.evaluate.cache) if cfg.evaluate.cache else None,
+        cache=Path(cfg.evaluate.cache) if cfg.evaluate.cache and not stored else None,
         identity=identity,
         allow_missing=args.allow_missing,
     )
     # An outside model brings its own resolution and words; cfg.model does not describe it.
-    if isinstance(model, FrameAverage):
+    if args.checkpoint.startswith(OUTSIDE):
         size, tokenizer = model.size, model.tokenizer
     else:
         size, tokenizer = None, tokenizer_for(cfg.model)
     options: dict[str, Any] = {"size": size, "tokenizer": tokenizer}
-    options |= {"controls": cfg.evaluate.controls, "classes": classes}
-    return [benchmark(cfg, name, each, execution, **options) for name, each in chosen.items()]
+    options |= {"controls": cfg.evaluate.controls, "classes": classes, "need_videos": not stored}
+    return [measured(cfg, name, each, execution, **options) for name, each in chosen.items()]
 
 
 if __name__ == "__main__":

@@ -13,8 +13,19 @@ if TYPE_CHECKING:
         load_weights,
         model_info,
     )
+    from egohod.evaluation.benchmarks import load_benchmark
+    from egohod.evaluation.cards import list_benchmarks
 
-__all__ = ["create_model", "create_model_and_transforms", "list_models", "load_clip", "load_weights", "model_info"]
+__all__ = [
+    "create_model",
+    "create_model_and_transforms",
+    "list_benchmarks",
+    "list_models",
+    "load_benchmark",
+    "load_clip",
+    "load_weights",
+    "model_info",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,6 +15,8 @@ from egohod.data.dataset import Tokenizer, center_crop, normalise, tokenizer_for
 from egohod.data.decoders import choose_decoder
 from egohod.data.videos import read_clip
 from egohod.errors import UserError
+from egohod.evaluation.benchmarks import load_benchmark as load_benchmark
+from egohod.evaluation.cards import list_benchmarks as list_benchmarks
 from egohod.loss.config import LossConfig
 from egohod.model import checkpoints as weights_of_files
 from egohod.model import dual_encoder

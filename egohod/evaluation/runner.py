@@ -11,7 +11,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ from egohod.data.loader import EvalLoader, worker_count
 from egohod.data.storage import open_cache
 from egohod.distributed import Distributed, pick_precision
 from egohod.errors import UserError, nearest
+from egohod.evaluation.adapters import StoredFeatures
+from egohod.evaluation.cards import CARDS
 from egohod.evaluation.config import BenchmarkConfig
 from egohod.evaluation.embed import (
     PLAIN,
@@ -134,9 +136,10 @@ def resolve_benchmarks(
         if not existing:
             raise UserError("no benchmark's data is found: set metadata and root in evaluate.benchmarks")
         return existing
-    if name not in configured and name not in BENCHMARKS:
+    built = [card.name for card in CARDS.values() if card.builder]
+    if name not in configured and name not in BENCHMARKS and name not in built:
         # Without the two general formats: they are the kind of a benchmark that has a name of its own.
-        names = dict.fromkeys([*configured, *(key for key in BENCHMARKS if key not in ("custom", "labels"))])
+        names = dict.fromkeys([*configured, *(key for key in BENCHMARKS if key not in ("custom", "labels")), *built])
         raise UserError(f"--benchmark {name}: there are all, {', '.join(names)}")
     config = configured.get(name, BenchmarkConfig())
     return {name: dataclasses.replace(config, root=root or config.root, metadata=metadata or config.metadata)}
@@ -168,6 +171,19 @@ def execution_of(cfg: Config, dist: Distributed) -> Execution:
     )
 
 
+def measured(cfg: Config, name: str, config: BenchmarkConfig, execution: Execution, **options: Any) -> Measured:
+    """The benchmark ``name``: of clips by :func:`benchmark`, else by the function that its card names.
+
+    Parameters and errors as of :func:`benchmark`.
+    """
+    card = CARDS.get(name if config.kind == "auto" else config.kind)
+    return (
+        card.build()(cfg, name, config, execution, **options)
+        if card and card.builder
+        else benchmark(cfg, name, config, execution, **options)
+    )
+
+
 def benchmark(
     cfg: Config,
     name: str,
@@ -178,10 +194,12 @@ def benchmark(
     tokenizer: TokenizerLike | None = None,
     controls: Sequence[str] = (),
     classes: ClassSpace | None = None,
+    need_videos: bool = True,
 ) -> Benchmark:
     """Build the benchmark that ``config`` describes, at the resolution (pixels) and with the tokenizer of a model.
 
-    With ``classes`` it measures a model's heads instead of its texts. All annotations are read here, so that mistakes
+    With ``classes`` it measures a model's heads instead of its texts, and without ``need_videos`` features that are
+    stored already. All annotations are read here, so that mistakes
     surface before anything is computed. Raises :class:`UserError`.
     """
     kind = config.kind
@@ -202,7 +220,7 @@ def benchmark(
     if classes is not None:
         # The maximum is for similarities: LaViLa, too, averages the views of a fine-tuned model.
         protocol = dataclasses.replace(protocol, merge="mean")
-    if not config.metadata or not config.root:
+    if not config.metadata or (need_videos and not config.root):
         unset = "metadata" if not config.metadata else "root"
         raise UserError(
             f"benchmark {name}: evaluate.benchmarks.{name}.{unset} is not set; give --{unset}, or set it in the "
@@ -211,6 +229,8 @@ def benchmark(
     # Parsed relevancies and the like are cached beside the features.
     cache = Path(cfg.evaluate.cache) if cfg.evaluate.cache else None
     source, data = read_benchmark(kind, config, protocol.prompts, cache)
+    # No file is opened where features are stored.
+    source.root = source.root or "."
     tasks = tasks_of(data)
     if classes is not None:
         tasks = head_tasks(tasks, classes, f"benchmark {name}")
@@ -323,6 +343,31 @@ class BenchmarkResult:
         return numbers
 
 
+class Measured(Protocol):
+    """What main_eval.py, results.py and report.py need of a benchmark: :class:`Benchmark`, or one of another kind.
+
+    One that is not about clips of a dataset, such as a simulation, is a class with these members; the card of its name
+    (cards.py) names the function that builds it, whose parameters are those of :func:`benchmark`.
+    """
+
+    name: str
+
+    def measure(self, model: Any) -> BenchmarkResult:
+        """Scores of a model. Collective over all processes of the run."""
+
+    def about(self) -> dict[str, Any]:
+        """``protocol``: name, source, frames, size, windows and crops (1 of each); ``heads``: whether they are used."""
+
+    def remarks(self) -> list[str]:
+        """What a report says beside the numbers."""
+
+    def clips_of(self, rows: Sequence[int]) -> dict[str, Any]:
+        """The evaluated clips for ``details/<name>.json``: lists id, video, start, end; and their root."""
+
+    def timing(self) -> dict[str, Any]:
+        """What the speed of the computation depends on."""
+
+
 @dataclass(eq=False)
 class Benchmark:
     """Tasks over the clips of one dataset; clips and distinct texts are encoded once for all tasks."""
@@ -342,6 +387,37 @@ class Benchmark:
         """Numbers as of :meth:`BenchmarkResult.flat`, percent or ranks from 1: what a training loop calls."""
         return self.measure(model).flat()
 
+    def about(self) -> dict[str, Any]:
+        """How it is measured, in ``results.json``: the protocol, and whether heads are."""
+        protocol = dataclasses.asdict(self.dataset.protocol) | {"size": self.dataset.size}
+        return {"protocol": protocol, "heads": self.classes is not None}
+
+    def remarks(self) -> list[str]:
+        """What a report says beside the numbers."""
+        lengths = self.dataset.length_note()
+        return [*self.notes, *([lengths] if lengths else [])]
+
+    def clips_of(self, rows: Sequence[int]) -> dict[str, Any]:
+        """The clips ``rows``, in ``details/<name>.json``, and where their videos are."""
+        clips, config = self.dataset.clips, self.dataset.config
+        ids, videos = clips.ids, clips.videos  # once: each is a column that is made from a packed table
+        return {
+            "root": config.root,
+            "layout": config.layout,
+            "chunk_seconds": config.chunk_seconds,
+            "min_clip_seconds": config.min_clip_seconds,
+            "id": [ids[i] for i in rows],
+            "video": [videos[i] for i in rows],
+            "start": [float(clips.start[i]) for i in rows],
+            # JSON has no infinity, the end of a clip that is a whole file.
+            "end": [None if clips.end[i] == np.inf else float(clips.end[i]) for i in rows],
+        }
+
+    def timing(self) -> dict[str, Any]:
+        """What the speed of the computation depends on."""
+        precision = str(self.execution.precision).removeprefix("torch.")
+        return {"decoder": self.dataset.decoder, "precision": precision}
+
     def measure(self, model: nn.Module) -> BenchmarkResult:
         """Scores of all tasks for a :class:`VideoTextModel`. Collective over all processes of the run.
 
@@ -353,14 +429,16 @@ class Benchmark:
         assert isinstance(model, VideoTextModel), f"{type(model).__name__} has no encode_video and encode_text"
         self._check_image_stats(model)
         try:
-            return self._measure(model, self._missing())
+            return self._measure(model, self._missing(model))
         finally:
             if self.execution.loader is not None:
                 self.execution.loader.finish(self.dataset)
 
-    def _missing(self) -> dict[int, str]:
+    def _missing(self, model: VideoTextModel) -> dict[int, str]:
         """Clips whose file is not there, as of :func:`missing_clips`."""
         execution, loader = self.execution, self.execution.loader
+        if isinstance(model, StoredFeatures):
+            return {}
         if loader is None or self.dataset not in loader.datasets:  # a caller may have put another one here
             return missing_clips(self.dataset, execution.dist)
         # All benchmarks are checked before anything is decoded: a missing file should not come up after an hour, and

@@ -1,0 +1,127 @@
+"""Cards of benchmarks: what each measures, its size and chance level, licence, source, and published numbers."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+
+class PublishedNumber(NamedTuple):
+    """A number that somebody else reports, in percent, for comparison and never for tests."""
+
+    model: str
+    metric: str
+    value: float
+    source: str
+
+
+@dataclass(frozen=True)
+class BenchmarkCard:
+    """A benchmark before any file of it is read."""
+
+    name: str
+    """Of ``--benchmark`` and of ``egohod.load_benchmark``."""
+    task: str
+    size: str
+    chance: str
+    """What random answers reach, in percent; results state it exactly for the files that were read."""
+    licence: str
+    """As its publisher states it, else ``unknown``; no substitute for reading it."""
+    source: str
+    """Where annotations and videos come from."""
+    paper: str
+    builder: str = ""
+    """``module:function`` of a benchmark that is not read by :mod:`egohod.data.formats`, such as a simulation: a
+    function with the parameters of :func:`egohod.evaluation.runner.benchmark` that returns a
+    :class:`~egohod.evaluation.runner.Measured`."""
+
+    @property
+    def published(self) -> tuple[PublishedNumber, ...]:
+        """Published numbers of its metrics."""
+        return tuple(
+            PublishedNumber(model, metric.partition("/")[2], value, _SOURCES[model])
+            for model, metric, value in _published()
+            if metric.partition("/")[0] == self.name
+        )
+
+    def build(self) -> Callable[..., Any]:
+        """The function that ``builder`` names, imported now: what it needs may be an optional extra."""
+        module, _, function = self.builder.partition(":")
+        return getattr(importlib.import_module(module), function)
+
+
+_EK100 = "annotations: github.com/epic-kitchens/epic-kitchens-100-annotations; videos: epic-kitchens.github.io"
+CARDS = {
+    card.name: card
+    for card in (
+        BenchmarkCard(
+            "ek100_mir", "text-video retrieval, both ways, graded by verb and nouns", "9,668 clips, 3,842 texts",
+            "mAP 5.6, nDCG 10.8", "CC BY-NC 4.0", _EK100, "2006.13256",
+        ),
+        BenchmarkCard(
+            "ek100_cls", "action recognition, 3,806 verb-noun classes", "9,668 clips", "0.03", "CC BY-NC 4.0", _EK100,
+            "2006.13256",
+        ),
+        BenchmarkCard(
+            "egtea", "action recognition, 106 classes, three splits", "2,022 clips of split 1", "0.9", "research only",
+            "cbs.ic.gatech.edu/fpv", "1910.09165",
+        ),
+        BenchmarkCard(
+            "egomcq", "which of five clips a narration describes, of different videos or of one", "39,751 questions",
+            "20", "Ego4D licence", "github.com/showlab/EgoVLP; videos: ego4d-data.org", "2206.01670",
+        ),
+        BenchmarkCard(
+            "charades_ego", "which of 157 actions occur in a video", "846 videos", "about 5", "non-commercial",
+            "prior.allenai.org/projects/charades-ego", "1804.09627",
+        ),
+    )
+}  # fmt: skip
+
+# Zero-shot numbers of released models. None: not reported.
+_COLUMNS = (
+    *("ek100_mir/map", "ek100_mir/ndcg", "ek100_cls/action_top1", "egtea/action_top1", "egtea/action_mean_class"),
+    *("egomcq/inter", "egomcq/intra"),
+)
+_ROWS: dict[str, tuple[float | None, ...]] = {
+    "EgoVideo-L": (41.8, None, 24.0, 51.7, 47.1, 95.9, 65.5),
+    "EgoVideo-G": (47.1, None, 28.5, 63.0, None, None, 69.1),
+    "EVA02-AT-B": (34.3, 34.1, None, None, None, 95.0, 63.2),
+    "EVA02-AT-L": (38.9, 36.2, None, None, None, 95.9, 66.5),
+    "EgoVideo-2024": (45.9, 38.6, None, None, None, None, None),
+    "AVION-B": (32.9, 32.7, None, None, None, 94.5, 61.4),
+    "AVION-L": (37.6, 35.3, None, None, None, 95.4, 64.5),
+    "LaViLa-B": (30.9, 32.0, None, None, 28.9, 93.8, 59.9),
+    "LaViLa-L": (36.1, 34.6, None, None, 34.1, 94.5, 63.1),
+}
+_SOURCES = {
+    "EgoVideo-L": "ICLR 2025, zero-shot tables (2503.00986)",
+    "EgoVideo-G": "ICLR 2025, zero-shot tables (2503.00986)",
+    "EVA02-AT-B": "2506.14356",
+    "EVA02-AT-L": "2506.14356",
+    "EgoVideo-2024": "2406.18070",
+    "AVION-B": "AVION, docs/MODEL_ZOO.md",
+    "AVION-L": "AVION, docs/MODEL_ZOO.md",
+    "LaViLa-B": "LaViLa, docs/MODEL_ZOO.md",
+    "LaViLa-L": "LaViLa, docs/MODEL_ZOO.md",
+}
+
+
+def _published() -> Iterator[tuple[str, str, float]]:
+    for model, row in _ROWS.items():
+        for metric, value in zip(_COLUMNS, row, strict=True):
+            if value is not None:
+                yield model, metric, value
+
+
+PUBLISHED: dict[str, dict[str, float]] = {model: {} for model in _ROWS}
+"""Numbers by model and ``BENCHMARK/METRIC``."""
+for _model, _metric, _value in _published():
+    PUBLISHED[_model][_metric] = _value
+
+
+def list_benchmarks(pattern: str = "*") -> list[BenchmarkCard]:
+    """Cards of the benchmarks whose name matches ``pattern``, as in a shell: task, size, licence, source, numbers."""
+    return [card for name, card in CARDS.items() if fnmatch.fnmatch(name, pattern)]
