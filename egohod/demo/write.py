@@ -18,6 +18,8 @@ A split can also be written in the formats of the field's benchmarks, so that ea
     charades_ego/   CharadesEgo_v1_test_only1st.csv, Charades_v1_classes.txt; videos/<id>.mp4, two actions each;
                     CharadesEgo_v1_train_only1st.csv over the train world's chunks
     labels/         train.csv, test.csv (video,start,end,label) over the chunks of the train world and of the split
+    <name>/         handyvqa, egohoibench, chirality, ... as egohod/data/formats/questions.py and moments.py read them,
+                    over the split's own chunks or over egtea's files
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import json
 import logging
 import math
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -44,6 +47,7 @@ from egohod.data.config import SourceConfig
 from egohod.data.decoders import choose_decoder
 from egohod.data.formats import read_clips
 from egohod.data.table import ClipReader
+from egohod.demo.questions import write_questions
 from egohod.demo.render import PICTURE, Stage
 from egohod.demo.world import (
     DEFAULT,
@@ -332,7 +336,7 @@ def write_benchmarks(world: Path, split: str = "test") -> bool:
     """Write ``world/<split>/benchmarks`` as a whole or not at all; returns False if it was there."""
     final = world / split / "benchmarks"
     if final.exists():
-        return False
+        return _add_questions(final)
     part = final.with_name(".benchmarks.part")
     shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
     train, table = (pd.read_csv(world / name / "hod.csv") for name in ("train", split))
@@ -350,7 +354,26 @@ def write_benchmarks(world: Path, split: str = "test") -> bool:
     columns = {"video_id": "video", "start_second": "start", "end_second": "end", "action": "label"}
     for name, labelled in (("train", train), ("test", table)):
         labelled[list(columns)].rename(columns=columns).to_csv(part / "labels" / f"{name}.csv", index=False)
+    _add_questions(part, table)
     part.rename(final)
+    return True
+
+
+def _add_questions(folder: Path, table: pd.DataFrame | None = None) -> bool:
+    """The benchmarks of questions, also into a folder that an earlier release wrote; False if they were there."""
+    if (folder / "handyvqa").exists():
+        return False
+    table = pd.read_csv(folder.parent / "hod.csv") if table is None else table
+    videos = folder / "egtea" / "videos"
+    # F000012 is the clip's number, see _write_egtea.
+    files = {int(path.stem.split("-F")[1]): path for path in videos.rglob("*.mp4")}
+    names = [files[row].relative_to(videos).with_suffix("").as_posix() for row in range(len(table))]
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".questions.") as part:
+        write_questions(Path(part), table, names)
+        # handyvqa last: by it a later call sees that all are there.
+        for each in sorted(Path(part).iterdir(), key=lambda path: path.name == "handyvqa"):
+            shutil.rmtree(folder / each.name, ignore_errors=True)
+            each.rename(folder / each.name)
     return True
 
 

@@ -21,7 +21,7 @@ from egohod.config import Config
 from egohod.data.config import SourceConfig
 from egohod.data.dataset import ClipDataset, EvalProtocol, require_all, tokenizer_for
 from egohod.data.formats import BENCHMARKS
-from egohod.data.formats.base import BenchmarkData, BenchmarkOptions
+from egohod.data.formats.base import BenchmarkData, BenchmarkOptions, GroundingData
 from egohod.data.labels import ClassSpace
 from egohod.data.loader import EvalLoader, worker_count
 from egohod.data.storage import open_cache
@@ -43,6 +43,7 @@ from egohod.evaluation.embed import (
     image_stats_of,
 )
 from egohod.evaluation.features import FeatureCache
+from egohod.evaluation.grounding import GroundingTask
 from egohod.evaluation.metrics import CHANCE, DROP, Score
 from egohod.evaluation.tasks import EvaluationTask, head_tasks, tasks_of
 from egohod.model.config import IMAGE_STATS
@@ -231,7 +232,9 @@ def benchmark(
     source, data = read_benchmark(kind, config, protocol.prompts, cache)
     # No file is opened where features are stored.
     source.root = source.root or "."
-    tasks = tasks_of(data)
+    tasks: list[EvaluationTask] = [
+        GroundingTask(**vars(task)) if isinstance(task, GroundingData) else task for task in tasks_of(data)
+    ]
     if classes is not None:
         tasks = head_tasks(tasks, classes, f"benchmark {name}")
     metrics = [metric for task in tasks for metric in {*task.metric_names}]
@@ -277,7 +280,9 @@ def read_benchmark(
         chunk_seconds=config.chunk_seconds,
         min_clip_seconds=config.min_clip_seconds,
     )
-    return source, format.read(source, BenchmarkOptions(prompts, config.test_split, cache, config.metric_names))
+    return source, format.read(
+        source, BenchmarkOptions(prompts, config.test_split, cache, config.metric_names, config.window_seconds)
+    )
 
 
 # --------------------------------------------------------------------------------------------------
