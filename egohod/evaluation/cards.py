@@ -77,6 +77,45 @@ CARDS = {
             "charades_ego", "which of 157 actions occur in a video", "846 videos", "about 5", "non-commercial",
             "prior.allenai.org/projects/charades-ego", "1804.09627",
         ),
+        BenchmarkCard(
+            "handyvqa", "questions about hand-object dynamics: action, process, location, state, parts; objects by AP",
+            "11.1 k questions", "20; objects by their share", "unknown",
+            "masatate.github.io/HanDyVQA-project-page; videos: ego4d-data.org", "2512.00885",
+        ),
+        BenchmarkCard(
+            "egohoibench", "a clip's caption against the same with the verb or the noun replaced", "29 k clips",
+            "9.1; action 4.8", "MIT (code); Ego4D licence (videos)", "github.com/xuboshen/EgoNCEpp", "2405.17719",
+        ),
+        BenchmarkCard(
+            "chirality", "opposite actions on the same object (CiA): the text of a clip, and the clips of a text",
+            "SSv2, EPIC-KITCHENS and Charades", "50", "unknown",
+            "huggingface.co/datasets/bpiyush/chirality-in-action", "2509.08502, 2512.13511",
+        ),
+        BenchmarkCard(
+            "egoexolearn_mcq", "questions about what each hand does", "depends on the file", "about 24", "MIT",
+            "github.com/OpenGVLab/EgoExoLearn", "2403.16182",
+        ),
+        BenchmarkCard(
+            "egoexolearn_association", "the clip of the other view that shows the same action", "depends on the file",
+            "5", "MIT", "github.com/OpenGVLab/EgoExoLearn", "2403.16182",
+        ),
+        BenchmarkCard(
+            "hd_epic_vqa", "questions about one clip: actions, how, why, gaze; which moment shows an action",
+            "those of 26 k that a dual encoder can answer", "20", "CC BY-NC 4.0",
+            "github.com/hd-epic/hd-epic-annotations; videos: hd-epic.github.io", "2502.04144",
+        ),
+        BenchmarkCard(
+            "egotempo", "the answer to a question about time, among those of its type", "500 questions", "about 2",
+            "CC BY 4.0", "github.com/google-research-datasets/egotempo; videos: ego4d-data.org", "2503.13646",
+        ),
+        BenchmarkCard(
+            "ego4d_nlq", "when a question about the past is answered in a clip of minutes", "validation part of 19 k",
+            "by random segments", "Ego4D licence", "ego4d-data.org", "2110.07058",
+        ),
+        BenchmarkCard(
+            "ego4d_mq", "when each of 110 activities happens in a clip of minutes", "validation of 2,488 clips",
+            "by random segments", "Ego4D licence", "ego4d-data.org", "2110.07058",
+        ),
     )
 }  # fmt: skip
 
@@ -106,7 +145,23 @@ _SOURCES = {
     "AVION-L": "AVION, docs/MODEL_ZOO.md",
     "LaViLa-B": "LaViLa, docs/MODEL_ZOO.md",
     "LaViLa-L": "LaViLa, docs/MODEL_ZOO.md",
+    **dict.fromkeys(("EgoVLP", "EgoVLP++", "EgoVLPv2", "LaViLa", "LaViLa++"), "EgoNCE++, README.md (2405.17719)"),
+    "Qwen2.5-VL-72B": "HanDyVQA, README.md (2512.00885)",
 }
+
+
+# Of the benchmarks' own papers. EgoHOIBench: the table of its repository's README.
+_FURTHER: dict[str, dict[str, float]] = {
+    "EgoVLP": {"egohoibench/verb": 40.27, "egohoibench/noun": 68.6, "egohoibench/action": 30.16},
+    "EgoVLP++": {"egohoibench/verb": 56.11, "egohoibench/noun": 69.05, "egohoibench/action": 41.63},
+    "EgoVLPv2": {"egohoibench/verb": 36.1, "egohoibench/noun": 63.4, "egohoibench/action": 26.4},
+    "LaViLa": {"egohoibench/verb": 46.61, "egohoibench/noun": 74.33, "egohoibench/action": 36.85},
+    "LaViLa++": {"egohoibench/verb": 80.63, "egohoibench/noun": 75.3, "egohoibench/action": 63.17},
+    "Qwen2.5-VL-72B": {
+        "handyvqa/action": 77.3, "handyvqa/process": 73.0, "handyvqa/location": 61.4, "handyvqa/state": 71.1,
+        "handyvqa/parts": 61.2, "handyvqa/objects": 73.5,
+    },
+}  # fmt: skip
 
 
 def _published() -> Iterator[tuple[str, str, float]]:
@@ -114,9 +169,12 @@ def _published() -> Iterator[tuple[str, str, float]]:
         for metric, value in zip(_COLUMNS, row, strict=True):
             if value is not None:
                 yield model, metric, value
+    for model, numbers in _FURTHER.items():
+        for metric, value in numbers.items():
+            yield model, metric, value
 
 
-PUBLISHED: dict[str, dict[str, float]] = {model: {} for model in _ROWS}
+PUBLISHED: dict[str, dict[str, float]] = {model: {} for model in _SOURCES}
 """Numbers by model and ``BENCHMARK/METRIC``."""
 for _model, _metric, _value in _published():
     PUBLISHED[_model][_metric] = _value

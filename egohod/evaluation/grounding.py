@@ -32,8 +32,8 @@ _KEPT, _SAME = 10, 0.5
 _WIDTH, _EPOCHS, _BATCH, _RATE = 64, 12, 16, 2e-3
 # Queries about what does not happen, for each that does, in training a detector.
 _ABSENT = 2
-# Dimensions of the random features that the chance level is measured with.
-_RANDOM_WIDTH = 16
+# Draws of random segments whose mean is the chance level, of recall and of detection, which takes longer.
+_CHANCE_DRAWS = (50, 5)
 
 Segments = NDArray[np.float64]
 """Start, end and score of each, best first: [n, 3]."""
@@ -45,9 +45,11 @@ class GroundingHead(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.video, self.text = nn.Linear(width, _WIDTH), nn.Linear(width, _WIDTH)
+        # It sees 14 windows to either side, enough for both ends of most moments.
         self.mix = nn.Sequential(
             nn.Conv1d(2 * _WIDTH + 1, _WIDTH, 5, padding=2), nn.GELU(),
-            nn.Conv1d(_WIDTH, _WIDTH, 5, padding=2), nn.GELU(), nn.Conv1d(_WIDTH, 3, 1),
+            nn.Conv1d(_WIDTH, _WIDTH, 5, padding=4, dilation=2), nn.GELU(),
+            nn.Conv1d(_WIDTH, _WIDTH, 5, padding=8, dilation=4), nn.GELU(), nn.Conv1d(_WIDTH, 3, 1),
         )  # fmt: skip
 
     def forward(self, video: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,11 +119,19 @@ class GroundingTask(GroundingData, EvaluationTask):
 
     @cached_property
     def _chance(self) -> dict[str, float]:
-        """What the head reaches on random features: it knows how long moments are, and nothing else."""
-        generator = torch.Generator().manual_seed(0)
-        sizes = len(self.centres), len(self.texts)
-        features = [F.normalize(torch.randn(size, _RANDOM_WIDTH, generator=generator), dim=1) for size in sizes]
-        return {name: score.value for name, score in self._scores(self._segments(*features), {}).items()}
+        """What random segments reach that are as long as moments of the training part."""
+        generator = np.random.default_rng(0)
+        lengths = np.array([end - start for query in self.queries if query.train for start, end in query.moments])
+        values: dict[str, list[float]] = {}
+        for _ in range(_CHANCE_DRAWS[self.detection]):
+            drawn = []
+            for query in self._tested:
+                centres, half = self.centres[self.recordings[query.recording]], generator.choice(lengths, _KEPT) / 2
+                middle = generator.uniform(centres[0], centres[-1], _KEPT)
+                drawn.append(_suppressed(np.stack([middle - half, middle + half, generator.random(_KEPT)], axis=1)))
+            for name, score in self._scores(drawn, {}).items():
+                values.setdefault(name, []).append(score.value)
+        return {name: float(np.mean(each)) for name, each in values.items()}
 
     def _segments(self, video: Tensor, text: Tensor) -> list[Segments]:
         """The best segments of every tested query, by a head that is trained now."""
@@ -182,21 +192,23 @@ class GroundingTask(GroundingData, EvaluationTask):
         mask = torch.tensor([[1.0] * len(each) + [0.0] * (longest - len(each)) for each in rows])
         padded = torch.stack([F.pad(video[each], (0, 0, 0, longest - len(each))) for each in rows])
         score, sides = head(padded, text[[query.text for query in batch]], mask)
-        inside, target = torch.zeros_like(mask), torch.zeros(*mask.shape, 2)
+        inside, target, counted = torch.zeros_like(mask), torch.zeros(*mask.shape, 2), mask.clone()
         for place, (query, each) in enumerate(zip(batch, rows, strict=True)):
             centres = self.centres[each]
             for start, end in query.moments:
-                # A moment shorter than a window belongs to the nearest one.
-                hit = (centres >= start) & (centres <= end)
-                hit[np.abs(centres - (start + end) / 2).argmin()] = True
+                # The middle half, from which both ends are near; the rest of a moment counts neither way. A moment
+                # shorter than a window belongs to the nearest one.
+                away = np.abs(centres - (start + end) / 2)
+                hit = away <= (end - start) / 4
+                hit[away.argmin()] = True
+                counted[place, : len(each)][torch.from_numpy((away <= (end - start) / 2) & ~hit)] = 0.0
                 distances = np.stack([centres - start, end - centres], axis=1)[hit] / self.stride
                 inside[place, : len(each)][torch.from_numpy(hit)] = 1.0
                 target[place, : len(each)][torch.from_numpy(hit)] = torch.from_numpy(distances).float()
-        losses = F.binary_cross_entropy_with_logits(score, inside, reduction="none") * mask
-        positive = inside.sum().clamp(min=1)
-        balanced = (losses * inside).sum() / positive + (losses * (1 - inside)).sum() / (mask - inside).sum().clamp(
-            min=1
-        )
+        losses = F.binary_cross_entropy_with_logits(score, inside, reduction="none")
+        # Where two moments of a class meet, a window may be in the middle of the other.
+        positive, negative = inside.sum().clamp(min=1), counted * (1 - inside)
+        balanced = (losses * inside).sum() / positive + (losses * negative).sum() / negative.sum().clamp(min=1)
         common = torch.minimum(sides, target).sum(dim=-1)
         union = torch.maximum(sides, target).sum(dim=-1).clamp(min=1e-6)
         return balanced + ((1 - common / union) * inside).sum() / positive

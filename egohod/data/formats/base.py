@@ -702,6 +702,17 @@ _OTHER = {
 _MARKS = {b"\xff\xfe\x00\x00": "utf-32", b"\x00\x00\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written; JSON and pickles may hold halves of characters."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return True
+
+
 def read_lines(path: Path) -> list[str]:
     """The lines of a text, without their ends (LF, CRLF or CR; nothing else ends a line).
 

@@ -29,6 +29,7 @@ from egohod.data.formats.base import (
     BenchmarkOptions,
     Format,
     RawClips,
+    is_utf8,
     open_utf8,
     parse_table,
     reading,
@@ -227,11 +228,11 @@ def _is_clip(entry: Any) -> bool:
         return False
     video, start, end, text = entry[:4]
     # Written out: loops over so few take longer, and there are millions of entries.
-    if not (_is_time(start) and _is_time(end) and isinstance(video, str) and _is_utf8(video)):
+    if not (_is_time(start) and _is_time(end) and isinstance(video, str) and is_utf8(video)):
         return False
     if isinstance(text, str):
-        return _is_utf8(text)
-    return all(isinstance(each, str) and _is_utf8(each) for each in _flat_texts(text))
+        return is_utf8(text)
+    return all(isinstance(each, str) and is_utf8(each) for each in _flat_texts(text))
 
 
 def _is_time(time: Any) -> bool:
@@ -239,16 +240,6 @@ def _is_time(time: Any) -> bool:
         return True
     # Longer numbers would take seconds to print.
     return (isinstance(time, str) and len(time) < 40) or (isinstance(time, int) and abs(time) < 1e9)
-
-
-def _is_utf8(text: str) -> bool:
-    if text.isascii():
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair
-        return False
-    return True
 
 
 def _flat_texts(value: Any, depth: int = 8) -> Iterator[Any]:

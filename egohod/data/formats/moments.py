@@ -24,11 +24,15 @@ from egohod.data.formats.base import (
     BenchmarkOptions,
     GroundingData,
     MomentQuery,
+    is_utf8,
     read_json,
     require_file,
 )
 from egohod.data.table import ClipTable
 from egohod.errors import UserError
+
+# Seconds of a clip: a damaged time must not ask for windows without end.
+_LONGEST = 86400.0
 
 
 def _read(source: SourceConfig, options: BenchmarkOptions, stem: str) -> BenchmarkData:
@@ -90,9 +94,12 @@ def _clips(path: Path) -> Iterator[tuple[str, float, float, Any, str]]:
             for clip in video["clips"]:
                 where = f"{path}: clip '{clip['clip_uid']}'"
                 start, end = max(float(clip["video_start_sec"]), 0.0), float(clip["video_end_sec"])
-                if not start < end < math.inf:
-                    raise UserError(f"{where}: {start:g} to {end:g} is no stretch of time")
-                yield str(video["video_uid"]), start, end, clip, where
+                if not start < end < start + _LONGEST:
+                    raise UserError(f"{where}: {start:g} to {end:g} s is no stretch of time, or longer than a day")
+                name = str(video["video_uid"])
+                if not name or name.startswith(("/", "\\")) or ".." in name or "\0" in name or not is_utf8(name):
+                    raise UserError(f"{where}: video_uid '{name}' leads out of the folder")
+                yield name, start, end, clip, where
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         if isinstance(error, UserError):
             raise
@@ -106,14 +113,28 @@ def _moments(clip: Any, stem: str, where: str) -> Iterator[tuple[str, float, flo
             if stem == "nlq":
                 for query in annotation["language_queries"]:
                     # The template of some queries was never filled in.
-                    text = str(query.get("query") or "").strip()
-                    yield text, float(query["video_start_sec"]), float(query["video_end_sec"])
+                    times = _times(query, "video_start_sec", "video_end_sec")
+                    yield _text(query.get("query")), *times
             else:
                 for label in annotation["labels"]:
                     if label["primary"]:  # as the official conversion
-                        yield str(label["label"]), float(label["video_start_time"]), float(label["video_end_time"])
+                        yield _text(label["label"]), *_times(label, "video_start_time", "video_end_time")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{where}: {type(error).__name__} {error}") from error
+
+
+def _times(moment: Any, start: str, end: str) -> tuple[float, float]:
+    first, last = float(moment[start]), float(moment[end])
+    if not math.isfinite(first) or not math.isfinite(last):
+        raise ValueError("a time is not finite")
+    return first, last
+
+
+def _text(value: Any) -> str:
+    text = str(value or "").strip()
+    if not is_utf8(text):
+        raise ValueError("a text is no UTF-8")
+    return text
 
 
 def _windows(start: float, end: float, length: float) -> list[tuple[float, float]]:

@@ -30,6 +30,7 @@ from egohod.data.formats.base import (
     Question,
     QuestionData,
     backwards_note,
+    is_utf8,
     parse_json,
     read_csv,
     read_json,
@@ -169,12 +170,13 @@ class Questions:
 
     def _place(self, item: Clip | str, where: str) -> int:
         if isinstance(item, str):
-            if not item.strip():
-                raise UserError(f"{where}: a text is empty")
+            if not item.strip() or not is_utf8(item):
+                raise UserError(f"{where}: a text is {'no UTF-8' if item.strip() else 'empty'}")
             return self._texts.setdefault(item.strip(), len(self._texts))
         video, start, end = item
         parts = PurePosixPath(video)
-        if not parts.parts or parts.is_absolute() or ".." in parts.parts or "\0" in video:
+        unsafe = not parts.parts or parts.is_absolute() or ".." in parts.parts or "\0" in video
+        if unsafe or not is_utf8(video):
             raise UserError(f"{where}: video '{video}' leads out of the folder")
         if not math.isfinite(start) or math.isnan(end):
             raise UserError(f"{where}: a time is not finite")
