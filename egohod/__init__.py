@@ -8,13 +8,13 @@ if TYPE_CHECKING:
     from egohod.api import (
         create_model,
         create_model_and_transforms,
+        list_benchmarks,
         list_models,
+        load_benchmark,
         load_clip,
         load_weights,
         model_info,
     )
-    from egohod.evaluation.benchmarks import load_benchmark
-    from egohod.evaluation.cards import list_benchmarks
 
 __all__ = [
     "create_model",

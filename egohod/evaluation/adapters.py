@@ -113,7 +113,11 @@ class TransformersModel(nn.Module):
 
     def encode_video(self, video: Tensor, normalize: bool = True) -> Tensor:
         """Frames normalised with ``image_stats`` [B, 3, T, H, W] -> [B, D]."""
-        return mean_of_frames(lambda x: _pooled(self.inner.get_image_features(pixel_values=x)), video, normalize)
+        # A tensor up to version 4 of transformers, an object from 5 on; so for texts.
+        encode = self.inner.get_image_features
+        return mean_of_frames(
+            lambda x: getattr(value := encode(pixel_values=x), "pooler_output", value), video, normalize
+        )
 
     def encode_text(self, sentences: Sequence[str], normalize: bool = True) -> Tensor:
         """B sentences -> [B, D]."""
@@ -121,13 +125,9 @@ class TransformersModel(nn.Module):
         length = self._tokenizer.model_max_length
         padding = {"padding": "max_length", "max_length": length} if length < 1000 else {"padding": True}
         tokens = self._tokenizer(list(sentences), truncation=True, return_tensors="pt", **padding)
-        features = _pooled(self.inner.get_text_features(**tokens.to(self.inner.device)))
+        output = self.inner.get_text_features(**tokens.to(self.inner.device))
+        features = getattr(output, "pooler_output", output)
         return unit(features, dim=-1) if normalize else features
-
-
-def _pooled(output: Any) -> Tensor:
-    # A tensor up to version 4, an object from 5 on.
-    return getattr(output, "pooler_output", output)
 
 
 class StoredFeatures(nn.Module):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-import importlib
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class PublishedNumber(NamedTuple):
@@ -42,15 +40,11 @@ class BenchmarkCard:
     def published(self) -> tuple[PublishedNumber, ...]:
         """Published numbers of its metrics."""
         return tuple(
-            PublishedNumber(model, metric.partition("/")[2], value, _SOURCES[model])
-            for model, metric, value in _published()
-            if metric.partition("/")[0] == self.name
+            PublishedNumber(model, metric.removeprefix(f"{self.name}/"), value, _SOURCES[model])
+            for model, numbers in PUBLISHED.items()
+            for metric, value in numbers.items()
+            if metric.startswith(f"{self.name}/")
         )
-
-    def build(self) -> Callable[..., Any]:
-        """The function that ``builder`` names, imported now: what it needs may be an optional extra."""
-        module, _, function = self.builder.partition(":")
-        return getattr(importlib.import_module(module), function)
 
 
 _EK100 = "annotations: github.com/epic-kitchens/epic-kitchens-100-annotations; videos: epic-kitchens.github.io"
@@ -164,20 +158,12 @@ _FURTHER: dict[str, dict[str, float]] = {
 }  # fmt: skip
 
 
-def _published() -> Iterator[tuple[str, str, float]]:
-    for model, row in _ROWS.items():
-        for metric, value in zip(_COLUMNS, row, strict=True):
-            if value is not None:
-                yield model, metric, value
-    for model, numbers in _FURTHER.items():
-        for metric, value in numbers.items():
-            yield model, metric, value
-
-
-PUBLISHED: dict[str, dict[str, float]] = {model: {} for model in _SOURCES}
+PUBLISHED: dict[str, dict[str, float]] = {
+    model: {name: value for name, value in zip(_COLUMNS, _ROWS.get(model, ()), strict=False) if value is not None}
+    | _FURTHER.get(model, {})
+    for model in _SOURCES
+}
 """Numbers by model and ``BENCHMARK/METRIC``."""
-for _model, _metric, _value in _published():
-    PUBLISHED[_model][_metric] = _value
 
 
 def list_benchmarks(pattern: str = "*") -> list[BenchmarkCard]:

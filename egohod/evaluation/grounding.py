@@ -28,7 +28,7 @@ from egohod.evaluation.tasks import EvaluationTask
 RECALL_AT, OVERLAPS = (1, 5), (0.3, 0.5)
 DETECTION_OVERLAPS = (0.1, 0.2, 0.3, 0.4, 0.5)
 # Segments of a query that are kept, and the overlap with a better one from which on a segment is the same.
-_KEPT, _SAME = 10, 0.5
+_SEGMENTS, _SAME = 10, 0.5
 _WIDTH, _EPOCHS, _BATCH, _RATE = 64, 12, 16, 2e-3
 # Queries about what does not happen, for each that does, in training a detector.
 _ABSENT = 2
@@ -55,8 +55,8 @@ class GroundingHead(nn.Module):
     def forward(self, video: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Windows [Q, L, D] with ``mask`` [Q, L] of those that exist, texts [Q, D] -> logits [Q, L], [Q, L, 2]."""
         similarity = (video * text[:, None]).sum(dim=-1, keepdim=True)
-        shown, asked = self.video(video), self.text(text)[:, None]
-        joined = torch.cat([shown * asked, shown, similarity], dim=-1) * mask[..., None]
+        clips, query = self.video(video), self.text(text)[:, None]
+        joined = torch.cat([clips * query, clips, similarity], dim=-1) * mask[..., None]
         score, *sides = self.mix(joined.transpose(1, 2)).unbind(dim=1)
         return score, F.softplus(torch.stack(sides, dim=-1))
 
@@ -84,15 +84,17 @@ class GroundingTask(GroundingData, EvaluationTask):
                 continue
             rows = self.recordings[query.recording]
 
-            def nearest(span: Sequence[float], rows: NDArray[Any] = rows) -> int:
-                return int(rows[np.abs(self.centres[rows] - (span[0] + span[1]) / 2).argmin()])
-
             best = [round(float(value), 3) for value in segments[0]]
             overlap = max(_overlap(best, span) for span in query.moments)
+            # The windows in the middles.
+            shown, true = (
+                int(rows[np.abs(self.centres[rows] - (start + end) / 2).argmin()])
+                for start, end in (best[:2], query.moments[0])
+            )
             queries.append(
                 {
                     "text": query.text, "moments": [list(span) for span in query.moments], "best": best,
-                    "overlap": round(overlap, 3), "shown": nearest(best), "true": nearest(query.moments[0]),
+                    "overlap": round(overlap, 3), "shown": shown, "true": true,
                 }
             )  # fmt: skip
         return {"kind": "grounding", "texts": list(self.texts), "queries": queries}
@@ -104,7 +106,7 @@ class GroundingTask(GroundingData, EvaluationTask):
         place = np.cumsum(whole) - 1
         return dataclasses.replace(
             self,
-            recordings=[number[rows] for rows, kept in zip(self.recordings, whole, strict=True) if kept],
+            recordings=[number[rows] for rows, complete in zip(self.recordings, whole, strict=True) if complete],
             centres=self.centres[mask],
             queries=[
                 dataclasses.replace(query, recording=int(place[query.recording]))
@@ -126,9 +128,9 @@ class GroundingTask(GroundingData, EvaluationTask):
         for _ in range(_CHANCE_DRAWS[self.detection]):
             drawn = []
             for query in self._tested:
-                centres, half = self.centres[self.recordings[query.recording]], generator.choice(lengths, _KEPT) / 2
-                middle = generator.uniform(centres[0], centres[-1], _KEPT)
-                drawn.append(_suppressed(np.stack([middle - half, middle + half, generator.random(_KEPT)], axis=1)))
+                centres, half = self.centres[self.recordings[query.recording]], generator.choice(lengths, _SEGMENTS) / 2
+                middle = generator.uniform(centres[0], centres[-1], _SEGMENTS)
+                drawn.append(_suppressed(np.stack([middle - half, middle + half, generator.random(_SEGMENTS)], axis=1)))
             for name, score in self._scores(drawn, {}).items():
                 values.setdefault(name, []).append(score.value)
         return {name: float(np.mean(each)) for name, each in values.items()}
@@ -136,17 +138,10 @@ class GroundingTask(GroundingData, EvaluationTask):
     def _segments(self, video: Tensor, text: Tensor) -> list[Segments]:
         """The best segments of every tested query, by a head that is trained now."""
         # Both numbers and details need them. The features are kept with them: an address alone may be another's later.
-        if (result := self._segments_of.get((id(video), id(text)))) is not None:
-            return result[0]
-        result = self._computed_segments(video, text), video, text
-        self._segments_of[id(video), id(text)] = result
-        return result[0]
-
-    @cached_property
-    def _segments_of(self) -> dict[tuple[int, int], tuple[list[Segments], Tensor, Tensor]]:
-        return {}
-
-    def _computed_segments(self, video: Tensor, text: Tensor) -> list[Segments]:
+        earlier: dict[Any, Any] = self.__dict__.setdefault("_earlier", {})
+        if (id(video), id(text)) in earlier:
+            return earlier[id(video), id(text)][0]
+        given = video, text
         video = video if video.dim() == 2 else video.mean(dim=1)
         # Without effect on whatever else draws random numbers, and the same on all processes.
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
@@ -163,6 +158,7 @@ class GroundingTask(GroundingData, EvaluationTask):
             centres = self.centres[rows]
             spans = centres[:, None] + self.stride * sides[0].double().numpy() * [-1, 1]
             result.append(_suppressed(np.column_stack([spans, score[0].double().numpy()])))
+        earlier[id(given[0]), id(given[1])] = result, *given
         return result
 
     def _train(self, head: GroundingHead, video: Tensor, text: Tensor) -> None:
@@ -294,13 +290,13 @@ def _overlap(one: Sequence[float] | NDArray[Any], other: Sequence[float] | NDArr
 
 def _suppressed(segments: Segments) -> Segments:
     """The best segments, without those that a better one overlaps."""
-    kept: list[NDArray[np.float64]] = []
+    best: list[NDArray[np.float64]] = []
     for segment in segments[np.argsort(-segments[:, 2], kind="stable")]:
-        if all(_overlap(segment, other) < _SAME for other in kept):
-            kept.append(segment)
-        if len(kept) == _KEPT:
+        if all(_overlap(segment, other) < _SAME for other in best):
+            best.append(segment)
+        if len(best) == _SEGMENTS:
             break
-    return np.stack(kept)
+    return np.stack(best)
 
 
 def _interpolated_precision(right: NDArray[np.bool_], count: int) -> float:

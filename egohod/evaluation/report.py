@@ -28,6 +28,7 @@ from egohod.data.decoders import choose_decoder
 from egohod.data.videos import VideoStore
 from egohod.errors import UserError
 from egohod.evaluation.features import Hit, read_json, span
+from egohod.evaluation.grounding import OVERLAPS
 from egohod.evaluation.results import FORMAT, RESULTS_FILE
 from egohod.runtime import write_text
 
@@ -226,7 +227,7 @@ def _grounding(table: Mapping[str, Any], clips: Mapping[str, Any]) -> list[Card]
     cards = []
     for query in table["queries"]:
         spans = [f"{start:.1f}–{end:.1f} s" for start, end, *_ in (query["best"], *query["moments"])]
-        right = query["overlap"] >= 0.5  # the stricter of the overlaps that recall is measured at
+        right = query["overlap"] >= OVERLAPS[-1]
         pictures = [("chosen", query["shown"]), ("correct", query["true"])]
         answer = Answer(f"{spans[0]}, overlap {query['overlap']:.2f}", None, right)
         text = table["texts"][query["text"]]

@@ -131,13 +131,15 @@ def describe(benchmark: Measured, result: BenchmarkResult, published: Mapping[st
     report, seconds, evaluated = result.report, result.report.seconds, len(result.rows)
     # Rates are of what was computed: reading the cache is no throughput.
     encoded = report.clips - report.from_cache - len(report.faults)
-    notes, partial = benchmark.remarks(), evaluated < report.clips
+    about, partial = benchmark.about(), evaluated < report.clips
+    notes = list(about["notes"])
     if partial:
         # Loud, as such a number is easily taken for the benchmark's.
         share = 100 * evaluated / report.clips
         notes.append(f"PARTIAL: {evaluated} of {report.clips} clips ({share:.1f} %) could be read")
     return {
-        **benchmark.about(),
+        "protocol": about["protocol"],
+        "heads": about["heads"],
         "clips": report.clips,
         "evaluated": evaluated,
         "partial": partial,
@@ -148,7 +150,7 @@ def describe(benchmark: Measured, result: BenchmarkResult, published: Mapping[st
             "clips_per_second": encoded / seconds if seconds and encoded else None,
             "waiting_for_clips": report.waiting / seconds if seconds and encoded else None,
             "from_cache": report.from_cache,
-            **benchmark.timing(),
+            **about["timing"],
         },
         "metrics": metrics,
         "details": f"{DETAILS_FOLDER}/{benchmark.name}.json",

@@ -7,6 +7,7 @@ computes features (embed.py) and scores (tasks.py). Then results.py writes the n
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -177,12 +178,13 @@ def measured(cfg: Config, name: str, config: BenchmarkConfig, execution: Executi
 
     Parameters and errors as of :func:`benchmark`.
     """
+    build: Any = benchmark
     card = CARDS.get(name if config.kind == "auto" else config.kind)
-    return (
-        card.build()(cfg, name, config, execution, **options)
-        if card and card.builder
-        else benchmark(cfg, name, config, execution, **options)
-    )
+    if card is not None and card.builder:
+        # Imported now, as what it needs may be an optional extra.
+        module, _, function = card.builder.partition(":")
+        build = getattr(importlib.import_module(module), function)
+    return build(cfg, name, config, execution, **options)
 
 
 def benchmark(
@@ -361,16 +363,14 @@ class Measured(Protocol):
         """Scores of a model. Collective over all processes of the run."""
 
     def about(self) -> dict[str, Any]:
-        """``protocol``: name, source, frames, size, windows and crops (1 of each); ``heads``: whether they are used."""
+        """For ``results.json``.
 
-    def remarks(self) -> list[str]:
-        """What a report says beside the numbers."""
+        ``protocol``: name, source, frames, size, windows and crops (1 of each); ``heads``: whether they are used;
+        ``notes``: facts that a report states beside the numbers; ``timing``: what the speed depends on.
+        """
 
     def clips_of(self, rows: Sequence[int]) -> dict[str, Any]:
         """The evaluated clips for ``details/<name>.json``: lists id, video, start, end; and their root."""
-
-    def timing(self) -> dict[str, Any]:
-        """What the speed of the computation depends on."""
 
 
 @dataclass(eq=False)
@@ -393,14 +393,15 @@ class Benchmark:
         return self.measure(model).flat()
 
     def about(self) -> dict[str, Any]:
-        """How it is measured, in ``results.json``: the protocol, and whether heads are."""
-        protocol = dataclasses.asdict(self.dataset.protocol) | {"size": self.dataset.size}
-        return {"protocol": protocol, "heads": self.classes is not None}
-
-    def remarks(self) -> list[str]:
-        """What a report says beside the numbers."""
+        """See :class:`Measured`."""
         lengths = self.dataset.length_note()
-        return [*self.notes, *([lengths] if lengths else [])]
+        precision = str(self.execution.precision).removeprefix("torch.")
+        return {
+            "protocol": dataclasses.asdict(self.dataset.protocol) | {"size": self.dataset.size},
+            "heads": self.classes is not None,
+            "notes": [*self.notes, *([lengths] if lengths else [])],
+            "timing": {"decoder": self.dataset.decoder, "precision": precision},
+        }
 
     def clips_of(self, rows: Sequence[int]) -> dict[str, Any]:
         """The clips ``rows``, in ``details/<name>.json``, and where their videos are."""
@@ -417,11 +418,6 @@ class Benchmark:
             # JSON has no infinity, the end of a clip that is a whole file.
             "end": [None if clips.end[i] == np.inf else float(clips.end[i]) for i in rows],
         }
-
-    def timing(self) -> dict[str, Any]:
-        """What the speed of the computation depends on."""
-        precision = str(self.execution.precision).removeprefix("torch.")
-        return {"decoder": self.dataset.decoder, "precision": precision}
 
     def measure(self, model: nn.Module) -> BenchmarkResult:
         """Scores of all tasks for a :class:`VideoTextModel`. Collective over all processes of the run.

@@ -14,9 +14,9 @@ import torch
 from evaluation_cases import ALONE, FRAMES, config, random_features, settings, small_model
 
 import egohod
+from egohod.api import LoadedBenchmark
 from egohod.data.dataset import tokenizer_for
 from egohod.errors import UserError
-from egohod.evaluation.benchmarks import LoadedBenchmark
 from egohod.evaluation.cards import CARDS
 from egohod.evaluation.features import INDEX_FORMAT, file_of, open_index, write_feature_file, write_video
 from egohod.evaluation.runner import benchmark, execution_of

@@ -203,7 +203,7 @@ def test_the_real_questions_of_egoexolearn_are_read(shared: Path) -> None:
         ("handyvqa", "a/q.json", {**HANDY, "correct_idx": []}, "question 'q': answer is missing"),
         ("handyvqa", "a/q.json", {"options": HANDY["options"]}, "question 'q': no 'correct_idx'"),
         ("handyvqa", "a/q.json", {**HANDY, "options": ["one"]}, "at least two choices, not 1"),
-        ("handyvqa", "a/q.json", {**HANDY, "options": ["one", " "]}, "a text is empty"),
+        ("handyvqa", "a/q.json", {**HANDY, "options": ["one", " "], "correct_idx": [0]}, "a text is empty"),
         ("handyvqa", "a/q.json", {**HANDY, "options": [1, 2]}, "neither a list of texts nor a prompt"),
         ("handyvqa", "a/q.json", {**HANDY, "correct_idx": [True]}, "answer is True"),
         ("handyvqa", "a/q.json", {**HANDY, "video": "../x"}, "video '../x' leads out of the folder"),

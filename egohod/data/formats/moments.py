@@ -45,12 +45,16 @@ def _read(source: SourceConfig, options: BenchmarkOptions, stem: str) -> Benchma
     for part in ("train", "val"):
         path = require_file(source, f"{stem}_{part}.json")
         for video, start, end, clip, where in _clips(path):
-            rows = _windows(start, end, options.window_seconds)
+            # Windows overlap by half, and the last one ends with the clip.
+            length = options.window_seconds
+            count = max(1, math.ceil((end - start - length) / (length / 2)) + 1)
+            firsts = [start + i * length / 2 for i in range(count)]
+            rows = [(first, min(first + length, end)) for first in firsts]
             recordings.append(len(windows) + np.arange(len(rows)))
             windows += [(video, first, last) for first, last in rows]
             moments: dict[str, list[tuple[float, float]]] = {}
             for text, first, last in _moments(clip, stem, where):
-                # A known fault of the annotations, which the official evaluation keeps: nothing can overlap with them.
+                # A fault of the annotations that the official evaluation leaves in: nothing can overlap with them.
                 empty, short = empty + (not text), short + bool(text and last - first < 1e-3)
                 if text:
                     # Several annotators mark the same moment.
@@ -64,13 +68,13 @@ def _read(source: SourceConfig, options: BenchmarkOptions, stem: str) -> Benchma
         texts.setdefault(text, len(texts))
     queries = [MomentQuery(r, texts[text], tuple(spans), train) for r, text, spans, train in entries]
     if stem != "nlq":  # a class that does not occur in a clip may still be detected there
-        known = {(query.recording, query.text) for query in queries}
+        annotated = {(query.recording, query.text) for query in queries}
         trained = {query.recording: query.train for query in queries}
         queries += [
             MomentQuery(recording, text, (), train)
             for recording, train in trained.items()
             for text in range(len(texts))
-            if (recording, text) not in known
+            if (recording, text) not in annotated
         ]
     for train, part in ((True, "train"), (False, "val")):
         if not any(query.train == train and query.moments for query in queries):
@@ -81,7 +85,8 @@ def _read(source: SourceConfig, options: BenchmarkOptions, stem: str) -> Benchma
     ids = [f"{video}:{first:.2f}-{last:.2f}" for video, first, last in windows]
     table = ClipTable.of(Path(source.metadata), videos, starts, ends, uid=ids)
     centres = (np.array(starts) + np.array(ends)) / 2
-    names = [text if stem == "nlq" else _words(text) for text in texts]
+    # Classes are called "clean_/_wipe_a_table".
+    names = [text if stem == "nlq" else " ".join(text.replace("_", " ").replace("/", " or ").split()) for text in texts]
     data = GroundingData(names, recordings, centres, options.window_seconds / 2, queries, detection=stem != "nlq")
     return BenchmarkData(table, [data], notes)
 
@@ -113,51 +118,33 @@ def _moments(clip: Any, stem: str, where: str) -> Iterator[tuple[str, float, flo
             if stem == "nlq":
                 for query in annotation["language_queries"]:
                     # The template of some queries was never filled in.
-                    times = _times(query, "video_start_sec", "video_end_sec")
-                    yield _text(query.get("query")), *times
+                    yield _checked(query.get("query"), query["video_start_sec"], query["video_end_sec"])
             else:
                 for label in annotation["labels"]:
                     if label["primary"]:  # as the official conversion
-                        yield _text(label["label"]), *_times(label, "video_start_time", "video_end_time")
+                        yield _checked(label["label"], label["video_start_time"], label["video_end_time"])
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{where}: {type(error).__name__} {error}") from error
 
 
-def _times(moment: Any, start: str, end: str) -> tuple[float, float]:
-    first, last = float(moment[start]), float(moment[end])
-    if not math.isfinite(first) or not math.isfinite(last):
-        raise ValueError("a time is not finite")
-    return first, last
-
-
-def _text(value: Any) -> str:
-    text = str(value or "").strip()
+def _checked(text: Any, start: Any, end: Any) -> tuple[str, float, float]:
+    text, first, last = str(text or "").strip(), float(start), float(end)
     if not is_utf8(text):
         raise ValueError("a text is no UTF-8")
-    return text
-
-
-def _windows(start: float, end: float, length: float) -> list[tuple[float, float]]:
-    """Windows that overlap by half, the last one ending with the clip."""
-    count = max(1, math.ceil((end - start - length) / (length / 2)) + 1)
-    firsts = [start + i * length / 2 for i in range(count)]
-    return [(first, min(first + length, end)) for first in firsts]
+    if not math.isfinite(first) or not math.isfinite(last):
+        raise ValueError("a time is not finite")
+    return text, first, last
 
 
 def _merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """Moments of one class, those of several annotators that overlap by half and more once."""
-    kept: list[tuple[float, float]] = []
+    chosen: list[tuple[float, float]] = []
     for start, end in sorted(spans):
-        overlaps = (min(end, b) - max(start, a) for a, b in kept)
-        unions = (max(end, b) - min(start, a) for a, b in kept)
+        overlaps = (min(end, b) - max(start, a) for a, b in chosen)
+        unions = (max(end, b) - min(start, a) for a, b in chosen)
         if not any(common >= 0.5 * whole for common, whole in zip(overlaps, unions, strict=True)):
-            kept.append((start, end))
-    return kept
-
-
-def _words(label: str) -> str:
-    """``clean_/_wipe_a_table`` as a text."""
-    return " ".join(label.replace("_", " ").replace("/", " or ").split())
+            chosen.append((start, end))
+    return chosen
 
 
 MOMENTS = (

@@ -134,7 +134,9 @@ class QuestionFormat:
                 raise UserError(f"{self.video} is '{video}', not a video and two times")
             video, start, end = match["video"], float(match["start"]), float(match["end"])
         video = video.removesuffix(suffix) if (suffix := PurePosixPath(video).suffix) in ENDINGS else video
-        kind = str(_value(entry, self.kind, default=path.parent.name if name == _of(path) else path.stem))
+        kind = str(
+            _value(entry, self.kind, default=path.parent.name if name == f"question '{path.stem}'" else path.stem)
+        )
         answer = _value(entry, self.answer)
         if not self.choices:
             return Entry(kind, (video, start, end), [str(answer)], (0,))
@@ -246,7 +248,7 @@ def _entries(place: Path, pattern: str, inside: str) -> Iterator[tuple[Path, str
             except UserError as error:
                 raise UserError(f"{path}: {error}") from error
             if isinstance(content, dict) and not all(isinstance(each, dict) for each in content.values()):
-                yield path, _of(path), content  # a file of its own for each question
+                yield path, f"question '{path.stem}'", content  # a file of its own for each question
             elif isinstance(content, (dict, list)):
                 named = content.items() if isinstance(content, dict) else enumerate(content, 1)
                 for name, entry in named:
@@ -259,10 +261,6 @@ def _entries(place: Path, pattern: str, inside: str) -> Iterator[tuple[Path, str
         else:
             for number, row in enumerate(read_csv(path, ()).to_dict("records"), 1):
                 yield path, f"row {number}", {str(key): value for key, value in row.items()}
-
-
-def _of(path: Path) -> str:
-    return f"question '{path.stem}'"
 
 
 def _value(entry: Any, path: str, default: str | None = None) -> Any:
