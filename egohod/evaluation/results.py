@@ -43,6 +43,11 @@ _HEADLINES = {
     "action_mean_class": "mean class",
     "inter": "inter",
     "intra": "intra",
+    "action": "action",
+    "verb": "verb",
+    "noun": "noun",
+    "objects": "objects AP",
+    "recall_1_mean": "recall@1",
 }
 
 

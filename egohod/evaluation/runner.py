@@ -22,7 +22,15 @@ from egohod.config import Config
 from egohod.data.config import SourceConfig
 from egohod.data.dataset import ClipDataset, EvalProtocol, require_all, tokenizer_for
 from egohod.data.formats import BENCHMARKS
-from egohod.data.formats.base import BenchmarkData, BenchmarkOptions, GroundingData
+from egohod.data.formats.base import (
+    BenchmarkData,
+    BenchmarkOptions,
+    ClassificationData,
+    GroundingData,
+    MultiLabelData,
+    QuestionData,
+    RetrievalData,
+)
 from egohod.data.labels import ClassSpace
 from egohod.data.loader import EvalLoader, worker_count
 from egohod.data.storage import open_cache
@@ -46,7 +54,14 @@ from egohod.evaluation.embed import (
 from egohod.evaluation.features import FeatureCache
 from egohod.evaluation.grounding import GroundingTask
 from egohod.evaluation.metrics import CHANCE, DROP, Score
-from egohod.evaluation.tasks import EvaluationTask, head_tasks, tasks_of
+from egohod.evaluation.tasks import (
+    ClassificationTask,
+    EvaluationTask,
+    MultiLabelTask,
+    MultipleChoiceTask,
+    RetrievalTask,
+    head_tasks,
+)
 from egohod.model.config import IMAGE_STATS
 from egohod.model.dual_encoder import DualEncoder
 
@@ -234,9 +249,7 @@ def benchmark(
     source, data = read_benchmark(kind, config, protocol.prompts, cache)
     # No file is opened where features are stored.
     source.root = source.root or "."
-    tasks: list[EvaluationTask] = [
-        GroundingTask(**vars(task)) if isinstance(task, GroundingData) else task for task in tasks_of(data)
-    ]
+    tasks = tasks_of(data)
     if classes is not None:
         tasks = head_tasks(tasks, classes, f"benchmark {name}")
     metrics = [metric for task in tasks for metric in {*task.metric_names}]
@@ -285,6 +298,18 @@ def read_benchmark(
     return source, format.read(
         source, BenchmarkOptions(prompts, config.test_split, cache, config.metric_names, config.window_seconds)
     )
+
+
+def tasks_of(data: BenchmarkData) -> list[EvaluationTask]:
+    """The tasks that the files of a benchmark describe, one class for each kind of data."""
+    classes: dict[type, type[Any]] = {
+        RetrievalData: RetrievalTask,
+        ClassificationData: ClassificationTask,
+        MultiLabelData: MultiLabelTask,
+        QuestionData: MultipleChoiceTask,
+        GroundingData: GroundingTask,
+    }
+    return [classes[type(task)](**vars(task)) for task in data.tasks]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from egohod.data.formats.base import BenchmarkData, ClassificationData, MultiLabelData, QuestionData, RetrievalData
+from egohod.data.formats.base import ClassificationData, MultiLabelData, QuestionData, RetrievalData
 from egohod.data.labels import ClassSpace
 from egohod.errors import UserError
 from egohod.evaluation.metrics import (
@@ -449,17 +449,6 @@ class MultipleChoiceTask(QuestionData, EvaluationTask):
             # Of several views the most similar counts.
             row[: len(question.choices)] = products.reshape(len(chosen), -1).max(axis=1)
         return scores
-
-
-def tasks_of(data: BenchmarkData) -> list[EvaluationTask]:
-    """The tasks that the files of a benchmark describe, one class for each kind of data."""
-    classes: dict[type, type[Any]] = {
-        RetrievalData: RetrievalTask,
-        ClassificationData: ClassificationTask,
-        MultiLabelData: MultiLabelTask,
-        QuestionData: MultipleChoiceTask,
-    }
-    return [classes[type(task)](**vars(task)) for task in data.tasks]
 
 
 # --------------------------------------------------------------------------------------------------
