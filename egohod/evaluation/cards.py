@@ -103,6 +103,11 @@ CARDS = {
             "CC BY 4.0", "github.com/google-research-datasets/egotempo; videos: ego4d-data.org", "2503.13646",
         ),
         BenchmarkCard(
+            "ssv2_temporal", "templates of Something-Something v2 that need time, read as a benchmark of your own",
+            "those of the validation part", "by the number of templates", "research only",
+            "developer.qualcomm.com; docs/motion_check.md has the conversion", "1706.04261, 1907.08340",
+        ),
+        BenchmarkCard(
             "ego4d_nlq", "when a question about the past is answered in a clip of minutes", "validation part of 19 k",
             "by random segments", "Ego4D licence", "ego4d-data.org", "2110.07058",
         ),

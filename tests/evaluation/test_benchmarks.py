@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -153,6 +154,49 @@ def test_an_open_clip_model_and_a_transformers_folder_are_named(
     assert results.contents["config"]["model"] == tiny_outside
     with pytest.raises(UserError, match="transformers:"):
         loaded(formats, "egomcq").evaluate(f"transformers:{tmp_path}", **OPTIONS)
+
+
+class _Clip(torch.nn.Module):
+    """The interface of transformers' CLIPModel, as far as it is used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images, self.texts = torch.nn.Linear(3, 8), torch.nn.Embedding(256, 8)
+        self.device = torch.device("cpu")
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        assert pixel_values.shape[1:] == (3, 40, 40)
+        return self.images(pixel_values.mean(dim=(2, 3)))
+
+    def get_text_features(self, input_ids: torch.Tensor) -> SimpleNamespace:
+        # Version 5 returns an object.
+        return SimpleNamespace(pooler_output=self.texts(input_ids).mean(dim=1))
+
+
+class _Tokens(dict[str, torch.Tensor]):
+    def to(self, device: torch.device) -> _Tokens:
+        return self
+
+
+def _tokenizer(texts: list[str], **how: Any) -> _Tokens:
+    rows = [[ord(letter) % 256 for letter in text.ljust(how["max_length"])[: how["max_length"]]] for text in texts]
+    return _Tokens(input_ids=torch.tensor(rows))
+
+
+def test_a_model_of_transformers_is_averaged_over_frames(formats: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the package, which is no requirement of the project."""
+    torch.manual_seed(0)
+    _tokenizer.model_max_length = 16  # type: ignore[attr-defined]
+    images = SimpleNamespace(do_center_crop=True, crop_size={"height": 40}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    model, processor = _Clip(), SimpleNamespace(image_processor=images, tokenizer=_tokenizer)
+    package = SimpleNamespace(
+        AutoModel=SimpleNamespace(from_pretrained=lambda folder, local_files_only: model),
+        AutoProcessor=SimpleNamespace(from_pretrained=lambda folder, local_files_only: processor),
+    )
+    monkeypatch.setitem(sys.modules, "transformers", package)  # type: ignore[arg-type]
+    results = loaded(formats, "egomcq").evaluate("transformers:folder", ["reverse"], **OPTIONS)
+    # Blind to the order of frames.
+    assert results.metrics["egomcq/reverse/intra"] == results.metrics["egomcq/intra"]
 
 
 def run_egohod(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

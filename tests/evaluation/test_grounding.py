@@ -17,7 +17,9 @@ from egohod.data.config import SourceConfig
 from egohod.data.formats import BENCHMARKS
 from egohod.data.formats.base import BenchmarkData, BenchmarkOptions, GroundingData
 from egohod.errors import UserError
+from egohod.evaluation.config import BenchmarkConfig
 from egohod.evaluation.grounding import GroundingTask, _interpolated_precision, _overlap
+from egohod.evaluation.runner import read_benchmark
 
 SECONDS = 60.0
 
@@ -168,3 +170,14 @@ def test_detections_are_ranked_as_activitynet_does() -> None:
     # Hits at ranks 2 and 3 of three: the precision at recall 1/3 is that of the higher recall, 2/3.
     right = np.array([False, True, True])
     assert _interpolated_precision(right, 3) == pytest.approx((2 / 3 + 2 / 3) / 3)
+
+
+def test_the_length_of_windows_is_a_setting(tmp_path: Path) -> None:
+    annotated(tmp_path, "nlq")
+    counts = []
+    for seconds in (2.0, 4.0):
+        settings = BenchmarkConfig(kind="ego4d_nlq", metadata=str(tmp_path), root="x", window_seconds=seconds)
+        _, data = read_benchmark("ego4d_nlq", settings)
+        assert data.clips.end[0] - data.clips.start[0] == seconds
+        counts.append(len(data.clips))
+    assert counts[0] == pytest.approx(2 * counts[1], rel=0.05)
