@@ -11,6 +11,7 @@ Ensemble:           python main_eval.py --checkpoint runs/a --benchmark ek100_mi
 Challenge files:    python main_eval.py --checkpoint runs/a --benchmark ek100_mir evaluate.submission=submission \\
                         evaluate.supervision=[2,3,3] ...
 An outside model:   python main_eval.py --checkpoint open_clip:ViT-B-16:weights.pt --benchmark ek100_cls ...
+                    (transformers:FOLDER is a CLIP-like model of transformers, features:FOLDER stored features)
 Several processes:  torchrun --nproc_per_node=2 main_eval.py --config_file configs/demo.yml --checkpoint runs/demo
 
 Prints the results as a table, and writes results.json, details/ and report.html to --output. Clips are decoded and
@@ -34,10 +35,12 @@ from egohod.data.labels import ClassSpace
 from egohod.data.loader import EvalLoader
 from egohod.distributed import Distributed
 from egohod.errors import UserError
-from egohod.evaluation.embed import FrameAverage, fingerprint
+from egohod.evaluation.adapters import StoredFeatures
+from egohod.evaluation.cards import PUBLISHED
+from egohod.evaluation.embed import OUTSIDE, fingerprint, outside_model
 from egohod.evaluation.report import write_report
-from egohod.evaluation.results import PUBLISHED, write_results
-from egohod.evaluation.runner import Benchmark, benchmark, execution_of, resolve_benchmarks
+from egohod.evaluation.results import write_results
+from egohod.evaluation.runner import Benchmark, Measured, execution_of, measured, resolve_benchmarks
 from egohod.evaluation.submission import challenge_task, write_submission
 from egohod.model.config import OPEN_CLIP
 from egohod.training.build import build_model
@@ -53,7 +56,8 @@ def main(arguments: Sequence[str]) -> int:
         "--checkpoint",
         required=True,
         metavar="PATH",
-        help="a checkpoint or run folder, a file of upstream EgoHOD or AVION, or open_clip:NAME:FILE",
+        help="a checkpoint or run folder, a file of upstream EgoHOD or AVION; open_clip:NAME:FILE, "
+        "transformers:FOLDER or features:FOLDER",
     )
     add(
         "--benchmark",
@@ -79,26 +83,24 @@ def main(arguments: Sequence[str]) -> int:
     with cli.joined(cfg) as dist:
         # First: an output that cannot be written should not cost an evaluation of hours.
         Path(args.output).mkdir(parents=True, exist_ok=True)
-        models, described, benchmarks = list[Any](), list[dict[str, str]](), list[list[Benchmark]]()
-        loader: EvalLoader | None = None
+        models, described, benchmarks = list[Any](), list[dict[str, str]](), list[list[Measured]]()
+        loader = EvalLoader()  # one set of decoding processes for all
         for path, (each, _) in zip([args.checkpoint, *cfg.evaluate.ensemble], members, strict=True):
-            if path.startswith("open_clip:"):
-                models.append(FrameAverage(path).to(dist.device))
+            if path.startswith(OUTSIDE):
+                models.append(outside_model(path).to(dist.device))
             else:
                 models.append(build_model(each, dist, classes))
             # A path says little: the checksum names the weights in results.json and in the cache of features.
-            name = path if path.startswith("open_clip:") else each.model.name
+            name = path if path.startswith(OUTSIDE) else each.model.name
             described.append({"path": path, "sha256": fingerprint(models[-1]), "model": name})
-            made = _benchmarks(each, dist, models[-1], args, described[-1]["sha256"], classes, loader)
-            loader = made[0].execution.loader  # one set of decoding processes for all
-            benchmarks.append(made)
+            benchmarks.append(_benchmarks(each, dist, models[-1], args, described[-1]["sha256"], classes, loader))
         own = benchmarks[0]
-        for place, bench in enumerate(own):
-            bench.members = [(made[place], model) for made, model in zip(benchmarks[1:], models[1:], strict=True)]
-            for member, _ in bench.members:
-                member.tasks = bench.tasks  # of the same files, so one copy of a large matrix is enough
-        submitted = [challenge_task(bench) is not None for bench in own]
-        if cfg.evaluate.submission and not any(submitted):
+        for model, made in zip(models[1:], benchmarks[1:], strict=True):
+            for bench, member in zip(own, made, strict=True):
+                if isinstance(bench, Benchmark) and isinstance(member, Benchmark):  # others refuse an ensemble
+                    bench.members = [*bench.members, (member, model)]
+                    member.tasks = bench.tasks  # of the same files, so one copy of a large matrix is enough
+        if cfg.evaluate.submission and all(challenge_task(bench) is None for bench in own):
             raise UserError("evaluate.submission: only benchmarks of EK100 have a challenge, and none is evaluated")
         # All annotations are read by now: a mistake in the last benchmark surfaces before the first is computed.
         results = [(bench, bench.measure(models[0])) for bench in own]
@@ -108,8 +110,8 @@ def main(arguments: Sequence[str]) -> int:
             checkpoint |= {"sha256": hashlib.sha256(together.encode()).hexdigest(), "members": described}
         write_results(args.output, cfg, dist, results, checkpoint=checkpoint, published=args.published)
         if dist.is_main:
-            for is_submitted, (bench, result) in zip(submitted, results, strict=True):
-                if cfg.evaluate.submission and is_submitted:
+            for bench, result in results:
+                if cfg.evaluate.submission and isinstance(bench, Benchmark) and challenge_task(bench) is not None:
                     written = write_submission(cfg.evaluate.submission, bench, result, cfg.evaluate.supervision)
                     log.info("wrote and checked %s", written)
             write_report(args.output, decoder=cfg.data.decoder)  # of the files alone, as tools/report.py makes it again
@@ -142,9 +144,9 @@ def _benchmarks(
     args: Any,
     weights: str,
     classes: ClassSpace | None,
-    loader: EvalLoader | None,
-) -> list[Benchmark]:
-    """What ``--benchmark`` asks for, for this model; ``loader`` is that of the other members of an ensemble."""
+    loader: EvalLoader,
+) -> list[Measured]:
+    """What ``--benchmark`` asks for, for this model; all members of an ensemble have the same ``loader``."""
     if args.benchmark:
         chosen = resolve_benchmarks(cfg, args.benchmark, args.root, args.metadata)
     elif args.root or args.metadata:
@@ -160,20 +162,21 @@ def _benchmarks(
     if cfg.model.text or cfg.model.name.startswith(OPEN_CLIP):
         # What the configuration of a folder says can change while its name and its weights stay.
         identity["geometry"] = str(cfg.model.geometry())
+    stored = isinstance(model, StoredFeatures)
     execution = dataclasses.replace(
         execution_of(cfg, dist, loader),
-        cache=Path(cfg.evaluate.cache) if cfg.evaluate.cache else None,
+        cache=Path(cfg.evaluate.cache) if cfg.evaluate.cache and not stored else None,
         identity=identity,
         allow_missing=args.allow_missing,
     )
     # An outside model brings its own resolution and words; cfg.model does not describe it.
-    if isinstance(model, FrameAverage):
+    if str(cfg.model.weights.path).startswith(OUTSIDE):
         size, tokenizer = model.size, model.tokenizer
     else:
         size, tokenizer = None, tokenizer_for(cfg.model)
     options: dict[str, Any] = {"size": size, "tokenizer": tokenizer}
-    options |= {"controls": cfg.evaluate.controls, "classes": classes}
-    return [benchmark(cfg, name, each, execution, **options) for name, each in chosen.items()]
+    options |= {"controls": cfg.evaluate.controls, "classes": classes, "need_videos": not stored}
+    return [measured(cfg, name, each, execution, **options) for name, each in chosen.items()]
 
 
 if __name__ == "__main__":

@@ -8,13 +8,24 @@ if TYPE_CHECKING:
     from egohod.api import (
         create_model,
         create_model_and_transforms,
+        list_benchmarks,
         list_models,
+        load_benchmark,
         load_clip,
         load_weights,
         model_info,
     )
 
-__all__ = ["create_model", "create_model_and_transforms", "list_models", "load_clip", "load_weights", "model_info"]
+__all__ = [
+    "create_model",
+    "create_model_and_transforms",
+    "list_benchmarks",
+    "list_models",
+    "load_benchmark",
+    "load_clip",
+    "load_weights",
+    "model_info",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -88,12 +88,13 @@ def model_of(checkpoint: str, overrides: Sequence[str] = ()) -> list[str]:
     ``overrides`` are the command line's, of which ``model.weights.base`` counts. Raises :class:`UserError` if the
     checkpoint cannot be read.
     """
-    # A model of open_clip is no file, and brings all of its settings.
-    if checkpoint.startswith("open_clip:"):
-        return []
+    from egohod.evaluation.embed import OUTSIDE
     from egohod.model.checkpoints import PUBLISHED_SETTINGS
     from egohod.training.checkpoint import open_weights
 
+    # A model of another project brings all of its settings.
+    if checkpoint.startswith(OUTSIDE):
+        return []
     base = [text.partition("=")[2] for text in overrides if text.startswith("model.weights.base=")]
     content = open_weights(checkpoint, base=base[-1] if base else None)
     if content.family.is_clip:

@@ -226,9 +226,59 @@ def _benchmark(kind: str, name: str = "") -> Callable[[Path], None]:
         settings = BenchmarkConfig(kind=kind, metadata=str(folder / name), root=str(folder))
         for protocol in ("clean", "upstream"):
             for task in read_benchmark(kind, settings, PROTOCOLS[protocol].prompts)[1].tasks:
-                _tokenizer()(list(task.texts))
+                if task.texts:  # clips that ask for clips have none
+                    _tokenizer()(list(task.texts))
 
     return read
+
+
+_OPTIONS = {"options": ["cuts", "stirs"], "choices": ["cuts", "stirs"], "correct_idx": 1, "question": "What?"}
+_PROMPT = [{"value": "<video>\nWhat?\n(A) cuts\n(B) stirs\nAnswer."}, {"value": "B"}]
+_STRETCH = {"video_uid": VIDEO, "start_sec": 0.5, "end_sec": 1.5}
+_CLIP = {"clip_uid": "c", "video_start_sec": 0.0, "video_end_sec": 9.0}
+_NLQ = {"query": "what", "video_start_sec": 1.0, "video_end_sec": 3.0}
+_MOMENT = {"label": "cut_/_stir", "video_start_time": 1.0, "video_end_time": 3.0, "primary": True}
+
+
+def _moments(key: str, *labels: Any) -> dict[str, Any]:
+    return {"videos": [{"video_uid": VIDEO, "clips": [_CLIP | {"annotations": [{key: list(labels)}]}]}]}
+
+
+# Files by benchmark: JSON, or text.
+_QUESTIONS: dict[str, dict[str, Any]] = {
+    "handyvqa": {"action/q.json": _OPTIONS | {"video": VIDEO, "correct_idx": [1]}},
+    "egohoibench": {
+        "e.csv": "video_uid\tclip_start\tclip_end\tclip_text\tverb_neg\tnoun_neg\nv\t0\t1\tcuts\tstirs,eats\thits\n"
+    },
+    "chirality": {"cia-x.csv": "id,chiral_triplet_id,chiral_label,template\n1,a,0,opens\n2,a,1,closes\n3,a,1,closes\n"},
+    "egoexolearn_mcq": {"m.jsonl": json.dumps({"image": {"video": "v.mp4"}, "conversations": _PROMPT}) + "\n"},
+    "egoexolearn_association": {
+        "association_x.json": {
+            "0": {"query": _STRETCH, "choices": {"0": _STRETCH, "1": _STRETCH}, "answer": 0, "types": 1}
+        }
+    },
+    "hd_epic_vqa": {
+        "a.json": {
+            "q": _OPTIONS | {"inputs": {"video 1": {"id": VIDEO, "start_time": "00:00:01.5", "end_time": "2.5"}}}
+        }
+    },
+    "egotempo": {
+        "egotempo_openQA.json": {
+            "annotations": [{"clip_id": f"{VIDEO}_1.5_2.5", "question_type": "a b", "answer": text} for text in "xy"]
+        }
+    },
+    "ego4d_nlq": {f"nlq_{part}.json": _moments("language_queries", _NLQ, _NLQ) for part in ("train", "val")},
+    "ego4d_mq": {f"moments_{part}.json": _moments("labels", _MOMENT, _MOMENT) for part in ("train", "val")},
+}
+
+
+def _seed_questions(kind: str) -> Callable[[Path], None]:
+    def seed(folder: Path) -> None:
+        for name, content in _QUESTIONS[kind].items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+
+    return seed
 
 
 def _seed_relevancy(folder: Path) -> None:
@@ -813,6 +863,7 @@ TARGETS: dict[str, Target] = {
             _files(CharadesEgo_v1_test_only1st__csv=CHARADES, Charades_v1_classes__txt=CHARADES_CLASSES),
             _benchmark("charades_ego"),
         ),
+        *(Target(f"benchmark_{kind}", _seed_questions(kind), _benchmark(kind)) for kind in _QUESTIONS),
         Target("relevancy", _seed_relevancy, _read_relevancy),
         Target("submission", _seed_submission, _read_submission),
         Target(

@@ -144,6 +144,7 @@ _EGO4D = re.compile(r"(?P<video>[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})")
 _EGTEA_CLIP = re.compile(r"(?:[^/]+/)?(?P<video>(?P<session>[A-Z]+\d\d-R\d\d-\w+)-\d+-\d+-F\d+-F\d+)")
 _EGTEA_SESSION = re.compile(r"(?P<video>[A-Z]+\d\d-R\d\d-\w+)")
 _CHARADES = re.compile(r"(?P<video>[0-9A-Z]{5}(?:EGO)?)")
+_HD_EPIC = re.compile(r"(?P<video>(?P<person>P\d\d)-\d{8}-\d{6})")
 # In search order. The patterns keep the list short for any one video: ids of no data set cost the root's look alone.
 TREES = (
     _Tree(re.compile(r"(?P<video>.+)", re.DOTALL), "{video}", LAYOUTS),
@@ -152,6 +153,7 @@ TREES = (
     _Tree(_EPIC, "{person}/videos/{video}", LAYOUTS),
     _Tree(_EPIC, "{person}/{video}", LAYOUTS),
     _Tree(_EPIC, "EPIC-KITCHENS/{person}/videos/{video}", LAYOUTS),
+    *(_Tree(_HD_EPIC, f"{folder}{{person}}/{{video}}") for folder in ("", "Videos/")),
     # The small copy first: it is faster to read, and crops are smaller still.
     *(
         _Tree(_EGO4D, f"{version}{folder}/{{video}}")

@@ -20,8 +20,8 @@ class BenchmarkConfig:
 
     kind: str = knob(
         "auto",
-        "format of the annotations (docs/evaluation.md): custom, labels, ek100_mir, ek100_cls, egtea, egomcq, "
-        "charades_ego or one that you added to egohod/data/formats; auto is NAME, or custom if no format has this name",
+        "format of the annotations (docs/evaluation.md): custom, labels, a name that 'egohod benchmarks' lists or one "
+        "that you added to egohod/data/formats; auto is NAME, or custom if no format has this name",
     )
     metadata: str | None = knob(
         None, "folder of the benchmark's annotation files; for custom and labels, the csv of its clips"
@@ -47,6 +47,10 @@ class BenchmarkConfig:
         "egtea: the only split to test, as a model fine-tuned on its training part needs; null is all",
         low=1,
         high=3,
+    )
+    # Half a window is the finest border that features can tell. Ego4D's own features are of 1.07 s, which costs twice.
+    window_seconds: float = knob(
+        2.0, "ego4d_nlq and ego4d_mq: length of the windows that cover a recording; they overlap by half", above=0
     )
     protocol: str = knob(
         "auto",

@@ -19,7 +19,6 @@ import open_clip
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import normalize as unit
 
 from egohod.data.config import DataConfig
 from egohod.data.dataset import ClipDataset, collate_views, normalise, require_all, tokenizer_for, trim
@@ -28,6 +27,7 @@ from egohod.data.loader import EvalLoader, eval_loader
 from egohod.data.table import swap_sides
 from egohod.distributed import Distributed, inference_precision
 from egohod.errors import UserError
+from egohod.evaluation.adapters import StoredFeatures, TransformersModel, mean_of_frames
 from egohod.evaluation.features import FeatureCache, feature_key, is_written, write_video
 from egohod.model.config import IMAGE_STATS, ImageStats, ModelConfig, WeightsConfig
 from egohod.model.dual_encoder import DualEncoder
@@ -35,8 +35,9 @@ from egohod.runtime import Interrupted, Progress
 
 log = logging.getLogger(__name__)
 
-TokenizerLike = Callable[[Sequence[str]], Tensor]
-"""Texts to int64 [B, L], as the text tower reads them: CLIP's are start, words, end-of-text and zeros."""
+TokenizerLike = Callable[[Sequence[str]], Any]
+"""Texts to what the text tower reads: int64 [B, L], CLIP's being start, words, end-of-text and zeros; or the texts as
+they are (``list``)."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -56,8 +57,8 @@ class VideoTextModel(Protocol):
     def encode_video(self, video: Tensor, normalize: bool = ...) -> Tensor:
         """Frames [B, 3, T, H, W], normalised with :func:`image_stats_of`, to features [B, D]."""
 
-    def encode_text(self, tokens: Tensor, normalize: bool = ...) -> Tensor:
-        """Token ids [B, L] to features [B, D]."""
+    def encode_text(self, tokens: Any, normalize: bool = ...) -> Tensor:
+        """What the tokenizer makes of B texts, mostly token ids [B, L], to features [B, D]."""
 
 
 def image_stats_of(model: object) -> ImageStats:
@@ -67,6 +68,8 @@ def image_stats_of(model: object) -> ImageStats:
 
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over a model's class and the names, types and bytes of its weights."""
+    if isinstance(model, StoredFeatures):
+        return model.weights
     digest = hashlib.sha256(type(model).__qualname__.encode())
     # The same weights give other features with other image statistics. CLIP's are left out, so that fingerprints from
     # before there were any others stay valid.
@@ -151,11 +154,7 @@ class FrameAverage(nn.Module):
 
     def encode_video(self, video: Tensor, normalize: bool = True) -> Tensor:
         """Frames normalised with ``image_stats`` [B, 3, T, H, W] -> [B, D]."""
-        batch, _, frames, *_ = video.shape
-        images = video.transpose(1, 2).flatten(0, 1)
-        # Unit vectors first, or a frame of large norm would outvote the others.
-        mean = unit(self.inner.encode_image(images), dim=-1).unflatten(0, (batch, frames)).mean(dim=1)
-        return unit(mean, dim=-1) if normalize else mean
+        return mean_of_frames(self.inner.encode_image, video, normalize)
 
     def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:
         """Token ids [B, L] -> [B, D]."""
@@ -163,6 +162,24 @@ class FrameAverage(nn.Module):
         full = tokens.new_zeros(len(tokens), self.inner.context_length)
         full[:, : tokens.shape[1]] = tokens
         return self.inner.encode_text(full, normalize=normalize)
+
+
+# What a name begins with that is no checkpoint of ours, and what is made of the rest.
+_OUTSIDE: dict[str, Callable[[str], nn.Module]] = {
+    "open_clip:": lambda rest: FrameAverage(f"open_clip:{rest}"),
+    "transformers:": TransformersModel,
+    "features:": StoredFeatures,
+}
+OUTSIDE = tuple(_OUTSIDE)
+
+
+def outside_model(spec: str) -> Any:
+    """The model that ``open_clip:NAME[:WEIGHTS]``, ``transformers:FOLDER`` or ``features:FOLDER`` names.
+
+    It has ``size``, the resolution in pixels, and ``tokenizer`` if it reads tokens. Raises :class:`UserError`.
+    """
+    family = next(each for each in OUTSIDE if spec.startswith(each))
+    return _OUTSIDE[family](spec.removeprefix(family))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -282,6 +299,14 @@ def embed_clips(
     """
     orders, report = (PLAIN, *controls), EmbedReport(clips=len(dataset))
     orders += tuple(name + MIRRORED for name in orders) if flip else ()
+    if isinstance(model, StoredFeatures):
+        if len(orders) > 1:
+            model.encode_video(torch.empty(0))  # raises
+        stored, report.faults = model.of_clips(dataset.clips)
+        report.from_cache = len(dataset) - len(report.faults)
+        if not run.allow_missing:
+            require_all(report.faults, len(dataset))
+        return {PLAIN: stored}, report
     # So that views of long protocols need no more memory than one view of others.
     at_a_time = max(1, run.batch_size // dataset.protocol.views)
 
@@ -314,8 +339,10 @@ def embed_texts(
     def encode(rows: NDArray[np.int64]) -> Iterator[Batch]:
         for start in range(0, len(rows), run.batch_size):
             index = rows[start : start + run.batch_size]
-            tokens = trim(tokenizer([ordered[row] for row in index]))
-            yield Batch(index, model.encode_text(tokens.to(run.dist.device), normalize=True)[:, None])
+            read = tokenizer([ordered[row] for row in index])
+            if isinstance(read, Tensor):
+                read = trim(read).to(run.dist.device)
+            yield Batch(index, model.encode_text(read, normalize=True)[:, None])
 
     keys = [[feature_key("text", text)] for text in ordered] if cache else []
     features = _encode_shared(model, encode, len(ordered), run.batch_size, "text", run, cache, keys, EmbedReport())

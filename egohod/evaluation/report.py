@@ -28,6 +28,7 @@ from egohod.data.decoders import choose_decoder
 from egohod.data.videos import VideoStore
 from egohod.errors import UserError
 from egohod.evaluation.features import Hit, read_json, span
+from egohod.evaluation.grounding import OVERLAPS
 from egohod.evaluation.results import FORMAT, RESULTS_FILE
 from egohod.runtime import write_text
 
@@ -63,7 +64,8 @@ def write_report(folder: str | Path, *, decoder: str = "auto") -> Path:
                 clips, tables = details["clips"], details["tables"]
                 section["classes"] = [_class_table(table) for table in tables if table.get("per_class")]
                 section["galleries"] = [gallery(table, clips) for table in tables]
-                section["pictures"] = Thumbnails(clips, decoder)
+                if clips["id"]:  # a simulation has none
+                    section["pictures"] = Thumbnails(clips, decoder)
             sections.append(section)
             path = folder / RESULTS_FILE
         html = render("report.html.jinja", results=results, sections=sections, shown_classes=SHOWN_CLASSES)
@@ -206,14 +208,31 @@ def _multiple_choice(table: Mapping[str, Any], clips: Mapping[str, Any]) -> list
         chosen = [question["choices"][i] for i in shown]
         kind, query = question["kind"].replace("_", " "), question["query"]
         if question["query_is_clip"]:
+            title, pictures, truth = f"{kind}: {_name(clips, query)}", [("", query)], ""
+        else:
+            title, pictures, truth = kind, [], texts[query]
+        # Results of earlier releases have no clips that ask for clips.
+        if question["query_is_clip"] and not question.get("of_clips"):
             names = [texts[text] for text in chosen]
-            title, pictures, truth = f"{kind}: {_name(clips, query)}", [("", query)], names[-1]
-        else:  # a text asks for its clip: the pictures are the answers
+        else:  # the pictures are the answers
             names = [_name(clips, clip) for clip in chosen]
             captions = ["chosen" if i == taken else "correct" for i in shown]
-            title, pictures, truth = kind, list(zip(captions, chosen, strict=True)), texts[query]
+            pictures += zip(captions, chosen, strict=True)
+        truth = truth or names[-1]
         answers = [Answer(name, question["similarity"][i], i == answer) for name, i in zip(names, shown, strict=True)]
         cards.append(Card(taken == answer, title, pictures, truth, answers))
+    return cards
+
+
+def _grounding(table: Mapping[str, Any], clips: Mapping[str, Any]) -> list[Card]:
+    cards = []
+    for query in table["queries"]:
+        spans = [f"{start:.1f}–{end:.1f} s" for start, end, *_ in (query["best"], *query["moments"])]
+        right = query["overlap"] >= OVERLAPS[-1]
+        pictures = [("chosen", query["shown"]), ("correct", query["true"])]
+        answer = Answer(f"{spans[0]}, overlap {query['overlap']:.2f}", None, right)
+        text = table["texts"][query["text"]]
+        cards.append(Card(right, f"{text}: {clips['video'][query['true']]}", pictures, ", ".join(spans[1:]), [answer]))
     return cards
 
 
@@ -223,6 +242,7 @@ _KINDS: dict[str, tuple[str, Callable[[Mapping[str, Any], Mapping[str, Any]], li
     "multilabel": ("Classification: best classes of a clip", _classification),
     "multiple_choice": ("Multiple choice", _multiple_choice),
     "unlabelled": ("", lambda table, clips: []),  # nothing is known to be correct
+    "grounding": ("Grounding: the best segment of a query", _grounding),
 }
 
 

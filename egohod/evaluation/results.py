@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import importlib.metadata
 import logging
@@ -22,11 +21,11 @@ import numpy as np
 from egohod.config import Config, to_yaml
 from egohod.distributed import Distributed
 from egohod.errors import UserError
+from egohod.evaluation.cards import PUBLISHED
 from egohod.evaluation.embed import CONTROLS, PLAIN
 from egohod.evaluation.features import read_json, write_json
 from egohod.evaluation.metrics import CHANCE, DROP
-from egohod.evaluation.runner import Benchmark, BenchmarkResult
-from egohod.evaluation.tasks import RetrievalTask
+from egohod.evaluation.runner import BenchmarkResult, Measured
 from egohod.runtime import write_text
 
 log = logging.getLogger(__name__)
@@ -36,27 +35,6 @@ FORMAT = 1
 # What a number depends on beside the code: decoding, image resizing and kernels change with versions.
 _PACKAGES = ("egohod", "torch", "numpy", "torchvision", "open_clip_torch")
 
-# Zero-shot numbers of released models in percent, as their papers report them; for comparison, never for tests. None:
-# not reported.
-_COLUMNS = (
-    *("ek100_mir/map", "ek100_mir/ndcg", "ek100_cls/action_top1", "egtea/action_top1", "egtea/action_mean_class"),
-    *("egomcq/inter", "egomcq/intra"),
-)
-_PUBLISHED_ROWS: dict[str, tuple[float | None, ...]] = {
-    "EgoVideo-L": (41.8, None, 24.0, 51.7, 47.1, 95.9, 65.5),
-    "EgoVideo-G": (47.1, None, 28.5, 63.0, None, None, 69.1),
-    "EVA02-AT-B": (34.3, 34.1, None, None, None, 95.0, 63.2),
-    "EVA02-AT-L": (38.9, 36.2, None, None, None, 95.9, 66.5),
-    "EgoVideo-2024": (45.9, 38.6, None, None, None, None, None),
-    "AVION-B": (32.9, 32.7, None, None, None, 94.5, 61.4),
-    "AVION-L": (37.6, 35.3, None, None, None, 95.4, 64.5),
-    "LaViLa-B": (30.9, 32.0, None, None, 28.9, 93.8, 59.9),
-    "LaViLa-L": (36.1, 34.6, None, None, 34.1, 94.5, 63.1),
-}
-PUBLISHED: dict[str, dict[str, float]] = {
-    model: {name: value for name, value in zip(_COLUMNS, row, strict=True) if value is not None}
-    for model, row in _PUBLISHED_ROWS.items()
-}
 # Main metrics of a benchmark and their names in papers; a benchmark without any of them is summarised by its first one.
 _HEADLINES = {
     "map": "mAP",
@@ -65,6 +43,11 @@ _HEADLINES = {
     "action_mean_class": "mean class",
     "inter": "inter",
     "intra": "intra",
+    "action": "action",
+    "verb": "verb",
+    "noun": "noun",
+    "objects": "objects AP",
+    "recall_1_mean": "recall@1",
 }
 
 
@@ -72,7 +55,7 @@ def write_results(
     folder: str | Path,
     cfg: Config,
     dist: Distributed,
-    evaluated: Sequence[tuple[Benchmark, BenchmarkResult]],
+    evaluated: Sequence[tuple[Measured, BenchmarkResult]],
     *,
     checkpoint: Mapping[str, Any],
     also: Mapping[str, float] | None = None,
@@ -87,32 +70,14 @@ def write_results(
     """
     if not dist.is_main:
         return
-    folder, flat = Path(folder), dict(also or {})
-    for benchmark, result in evaluated:
-        flat |= {f"{benchmark.name}/{name}": value for name, value in result.flat().items()}
-    log.info("results\n%s", table(flat))
-    described = {}
-    for benchmark, result in evaluated:
-        described[benchmark.name] = describe(benchmark, result, PUBLISHED.get(published or "", {}))
-        for note in described[benchmark.name]["notes"]:
-            log.info("%s: %s", benchmark.name, note)
+    folder = Path(folder)
+    results = contents(cfg, dist, evaluated, checkpoint=checkpoint, also=also, published=published)
+    log.info("results\n%s", table(results["metrics"]))
+    for name, described in results["benchmarks"].items():
+        for note in described["notes"]:
+            log.info("%s: %s", name, note)
     if published:
-        log.info("comparison with %s, as published\n%s", published, comparison(described))
-    versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        # egohod itself is not installed where it runs from a checkout.
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    results = {
-        "format": FORMAT,
-        "checkpoint": dict(checkpoint),
-        # Of the configuration that took effect: overrides of the command line are in no file.
-        "config": {"sha256": hashlib.sha256(to_yaml(cfg).encode()).hexdigest(), "model": cfg.model.name},
-        "versions": versions,
-        "device": str(dist),
-        "metrics": flat,
-        "benchmarks": described,
-    }
+        log.info("comparison with %s, as published\n%s", published, comparison(results["benchmarks"]))
     for benchmark, result in evaluated:
         write_json(folder / DETAILS_FOLDER / f"{benchmark.name}.json", details(benchmark, result))
     # After its details: whoever finds results.json finds all that it names.
@@ -123,7 +88,38 @@ def write_results(
         log.info("for a README (%s)\n%s", folder / MARKDOWN_FILE, rows.rstrip())
 
 
-def describe(benchmark: Benchmark, result: BenchmarkResult, published: Mapping[str, float]) -> dict[str, Any]:
+def contents(
+    cfg: Config,
+    dist: Distributed,
+    evaluated: Sequence[tuple[Measured, BenchmarkResult]],
+    *,
+    checkpoint: Mapping[str, Any],
+    also: Mapping[str, float] | None = None,
+    published: str | None = None,
+) -> dict[str, Any]:
+    """The content of ``results.json``; arguments as of :func:`write_results`."""
+    flat, described = dict(also or {}), {}
+    for benchmark, result in evaluated:
+        flat |= {f"{benchmark.name}/{name}": value for name, value in result.flat().items()}
+        described[benchmark.name] = describe(benchmark, result, PUBLISHED.get(published or "", {}))
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        # egohod itself is not installed where it runs from a checkout.
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {
+        "format": FORMAT,
+        "checkpoint": dict(checkpoint),
+        # Of the configuration that took effect: overrides of the command line are in no file.
+        "config": {"sha256": hashlib.sha256(to_yaml(cfg).encode()).hexdigest(), "model": cfg.model.name},
+        "versions": versions,
+        "device": str(dist),
+        "metrics": flat,
+        "benchmarks": described,
+    }
+
+
+def describe(benchmark: Measured, result: BenchmarkResult, published: Mapping[str, float]) -> dict[str, Any]:
     """A benchmark in ``results.json``: protocol, coverage, notes, timing and every metric."""
     metrics: dict[str, Any] = {}
     for name, plain in result.scores[PLAIN].items():
@@ -141,17 +137,16 @@ def describe(benchmark: Benchmark, result: BenchmarkResult, published: Mapping[s
     report, seconds, evaluated = result.report, result.report.seconds, len(result.rows)
     # Rates are of what was computed: reading the cache is no throughput.
     encoded = report.clips - report.from_cache - len(report.faults)
-    lengths, partial = benchmark.dataset.length_note(), evaluated < report.clips
-    scoring = _scoring(benchmark)
-    notes = [*benchmark.notes, *scoring.values(), *([lengths] if lengths else [])]
+    about, partial = benchmark.about(), evaluated < report.clips
+    notes = list(about["notes"])
     if partial:
         # Loud, as such a number is easily taken for the benchmark's.
         share = 100 * evaluated / report.clips
         notes.append(f"PARTIAL: {evaluated} of {report.clips} clips ({share:.1f} %) could be read")
     return {
-        "protocol": dataclasses.asdict(benchmark.dataset.protocol) | {"size": benchmark.dataset.size},
-        "heads": benchmark.classes is not None,
-        "scoring": list(scoring),
+        "protocol": about["protocol"],
+        "heads": about["heads"],
+        "scoring": list(about["scoring"]),
         "clips": report.clips,
         "evaluated": evaluated,
         "partial": partial,
@@ -162,51 +157,16 @@ def describe(benchmark: Benchmark, result: BenchmarkResult, published: Mapping[s
             "clips_per_second": encoded / seconds if seconds and encoded else None,
             "waiting_for_clips": report.waiting / seconds if seconds and encoded else None,
             "from_cache": report.from_cache,
-            "decoder": benchmark.dataset.decoder,
-            "precision": str(benchmark.execution.precision).removeprefix("torch."),
+            **about["timing"],
         },
         "metrics": metrics,
         "details": f"{DETAILS_FOLDER}/{benchmark.name}.json",
     }
 
 
-def _scoring(benchmark: Benchmark) -> dict[str, str]:
-    """What makes the scores other than a single pass of one model's: in a few words, and as a note."""
-    result = {}
-    if benchmark.members:
-        count, how = len(benchmark.members) + 1, {"raw": "", "standardised": "standardised "}[benchmark.combine]
-        what = "class probabilities" if benchmark.classes else f"{how}similarities"
-        result[f"ensemble of {count}"] = f"ENSEMBLE: the mean of the {what} of {count} models, which results name"
-    if benchmark.flip:
-        result["flip"] = "FLIP: averaged with mirrored clips, for which texts have left and right exchanged"
-    temperatures = {task.temperature for task in benchmark.tasks if isinstance(task, RetrievalTask)} - {None}
-    if temperatures:
-        result["dual softmax"] = (
-            f"DUAL SOFTMAX (temperature {temperatures.pop():g}): retrieval scores know all clips and texts of the test "
-            "set at once; not comparable with numbers without it"
-        )
-    return result
-
-
-def details(benchmark: Benchmark, result: BenchmarkResult) -> dict[str, Any]:
+def details(benchmark: Measured, result: BenchmarkResult) -> dict[str, Any]:
     """The content of ``details/<name>.json``: the clips, and the details of each task."""
-    clips, config, rows = benchmark.dataset.clips, benchmark.dataset.config, result.rows
-    ids, videos = clips.ids, clips.videos  # once: each is a column that is made from a packed table
-    return {
-        "format": FORMAT,
-        "clips": {
-            "root": config.root,
-            "layout": config.layout,
-            "chunk_seconds": config.chunk_seconds,
-            "min_clip_seconds": config.min_clip_seconds,
-            "id": [ids[i] for i in rows],
-            "video": [videos[i] for i in rows],
-            "start": [float(clips.start[i]) for i in rows],
-            # JSON has no infinity, the end of a clip that is a whole file.
-            "end": [None if clips.end[i] == np.inf else float(clips.end[i]) for i in rows],
-        },
-        "tables": list(result.details),
-    }
+    return {"format": FORMAT, "clips": benchmark.clips_of(result.rows), "tables": list(result.details)}
 
 
 def table(results: Mapping[str, float], title: str = "") -> str:

@@ -7,11 +7,12 @@ computes features (embed.py) and scores (tasks.py). Then results.py writes the n
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,13 +23,23 @@ from egohod.config import Config
 from egohod.data.config import SourceConfig
 from egohod.data.dataset import ClipDataset, EvalProtocol, require_all, tokenizer_for
 from egohod.data.formats import BENCHMARKS
-from egohod.data.formats.base import BenchmarkData, BenchmarkOptions
+from egohod.data.formats.base import (
+    BenchmarkData,
+    BenchmarkOptions,
+    ClassificationData,
+    GroundingData,
+    MultiLabelData,
+    QuestionData,
+    RetrievalData,
+)
 from egohod.data.labels import ClassSpace
 from egohod.data.loader import EvalLoader, worker_count
 from egohod.data.storage import open_cache
 from egohod.data.table import swap_sides
 from egohod.distributed import Distributed, pick_precision
 from egohod.errors import UserError, nearest
+from egohod.evaluation.adapters import StoredFeatures
+from egohod.evaluation.cards import CARDS
 from egohod.evaluation.config import BenchmarkConfig
 from egohod.evaluation.embed import (
     MIRRORED,
@@ -44,8 +55,18 @@ from egohod.evaluation.embed import (
     image_stats_of,
 )
 from egohod.evaluation.features import FeatureCache
+from egohod.evaluation.grounding import GroundingTask
 from egohod.evaluation.metrics import CHANCE, DROP, Score
-from egohod.evaluation.tasks import EvaluationTask, Features, Members, RetrievalTask, head_tasks, tasks_of
+from egohod.evaluation.tasks import (
+    ClassificationTask,
+    EvaluationTask,
+    Features,
+    Members,
+    MultiLabelTask,
+    MultipleChoiceTask,
+    RetrievalTask,
+    head_tasks,
+)
 from egohod.model.config import IMAGE_STATS
 from egohod.model.dual_encoder import DualEncoder
 
@@ -137,9 +158,10 @@ def resolve_benchmarks(
         if not existing:
             raise UserError("no benchmark's data is found: set metadata and root in evaluate.benchmarks")
         return existing
-    if name not in configured and name not in BENCHMARKS:
+    built = [card.name for card in CARDS.values() if card.builder]
+    if name not in configured and name not in BENCHMARKS and name not in built:
         # Without the two general formats: they are the kind of a benchmark that has a name of its own.
-        names = dict.fromkeys([*configured, *(key for key in BENCHMARKS if key not in ("custom", "labels"))])
+        names = dict.fromkeys([*configured, *(key for key in BENCHMARKS if key not in ("custom", "labels")), *built])
         raise UserError(f"--benchmark {name}: there are all, {', '.join(names)}")
     config = configured.get(name, BenchmarkConfig())
     return {name: dataclasses.replace(config, root=root or config.root, metadata=metadata or config.metadata)}
@@ -171,6 +193,31 @@ def execution_of(cfg: Config, dist: Distributed, loader: EvalLoader | None = Non
     )
 
 
+def measured(cfg: Config, name: str, config: BenchmarkConfig, execution: Execution, **options: Any) -> Measured:
+    """The benchmark ``name``: of clips by :func:`benchmark`, else by the function that its card names.
+
+    Parameters and errors as of :func:`benchmark`.
+    """
+    build: Any = benchmark
+    card = CARDS.get(name if config.kind == "auto" else config.kind)
+    if card is not None and card.builder:
+        _refuse_averages(cfg, name)
+        # Imported now, as what it needs may be an optional extra.
+        module, _, function = card.builder.partition(":")
+        build = getattr(importlib.import_module(module), function)
+    return build(cfg, name, config, execution, **options)
+
+
+def _refuse_averages(cfg: Config, name: str) -> None:
+    """Raises :class:`UserError` where similarities shall be averaged, for a benchmark that has none."""
+    for key in ("ensemble", "flip"):
+        if getattr(cfg.evaluate, key):
+            raise UserError(
+                f"benchmark {name}: evaluate.{key} averages similarities, but this benchmark trains on the features "
+                f"of one model; evaluate it without evaluate.{key}, or name the others by --benchmark"
+            )
+
+
 def benchmark(
     cfg: Config,
     name: str,
@@ -181,11 +228,13 @@ def benchmark(
     tokenizer: TokenizerLike | None = None,
     controls: Sequence[str] = (),
     classes: ClassSpace | None = None,
+    need_videos: bool = True,
 ) -> Benchmark:
     """Build the benchmark that ``config`` describes, at the resolution (pixels) and with the tokenizer of a model.
 
-    With ``classes`` it measures a model's heads instead of its texts. All annotations are read here, so that mistakes
-    surface before anything is computed. Raises :class:`UserError`.
+    With ``classes`` it measures a model's heads instead of its texts, and without ``need_videos`` features that are
+    stored already. All annotations are read here, so that mistakes surface before anything is computed. Raises
+    :class:`UserError`.
     """
     kind = config.kind
     if kind == "auto":
@@ -205,7 +254,7 @@ def benchmark(
     if classes is not None:
         # The maximum is for similarities: LaViLa, too, averages the views of a fine-tuned model.
         protocol = dataclasses.replace(protocol, merge="mean")
-    if not config.metadata or not config.root:
+    if not config.metadata or (need_videos and not config.root):
         unset = "metadata" if not config.metadata else "root"
         raise UserError(
             f"benchmark {name}: evaluate.benchmarks.{name}.{unset} is not set; give --{unset}, or set it in the "
@@ -214,9 +263,13 @@ def benchmark(
     # Parsed relevancies and the like are cached beside the features.
     cache = Path(cfg.evaluate.cache) if cfg.evaluate.cache else None
     source, data = read_benchmark(kind, config, protocol.prompts, cache)
+    # No file is opened where features are stored.
+    source.root = source.root or "."
     tasks = tasks_of(data)
     if classes is not None:
         tasks = head_tasks(tasks, classes, f"benchmark {name}")
+    if any(isinstance(task, GroundingTask) for task in tasks):
+        _refuse_averages(cfg, name)
     temperature = cfg.evaluate.dual_softmax
     tasks = [
         dataclasses.replace(task, temperature=temperature) if isinstance(task, RetrievalTask) else task
@@ -237,7 +290,7 @@ def benchmark(
         frame_cache=cfg.data.frame_cache,
         read_ahead=cfg.data.read_ahead,
     )
-    if execution.loader is not None:
+    if execution.loader is not None and need_videos:
         execution.loader.add(dataset)
     return Benchmark(
         name,
@@ -267,7 +320,21 @@ def read_benchmark(
         chunk_seconds=config.chunk_seconds,
         min_clip_seconds=config.min_clip_seconds,
     )
-    return source, format.read(source, BenchmarkOptions(prompts, config.test_split, cache, config.metric_names))
+    return source, format.read(
+        source, BenchmarkOptions(prompts, config.test_split, cache, config.metric_names, config.window_seconds)
+    )
+
+
+def tasks_of(data: BenchmarkData) -> list[EvaluationTask]:
+    """The tasks that the files of a benchmark describe, one class for each kind of data."""
+    classes: dict[type, type[Any]] = {
+        RetrievalData: RetrievalTask,
+        ClassificationData: ClassificationTask,
+        MultiLabelData: MultiLabelTask,
+        QuestionData: MultipleChoiceTask,
+        GroundingData: GroundingTask,
+    }
+    return [classes[type(task)](**vars(task)) for task in data.tasks]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -347,6 +414,30 @@ class Embedded:
     report: EmbedReport
 
 
+class Measured(Protocol):
+    """What main_eval.py, results.py and report.py need of a benchmark: :class:`Benchmark`, or one of another kind.
+
+    One that is not about clips of a dataset, such as a simulation, is a class with these members; the card of its name
+    (cards.py) names the function that builds it, whose parameters are those of :func:`benchmark`.
+    """
+
+    name: str
+
+    def measure(self, model: Any) -> BenchmarkResult:
+        """Scores of a model. Collective over all processes of the run."""
+
+    def about(self) -> dict[str, Any]:
+        """For ``results.json``.
+
+        ``protocol``: name, source, frames, size, windows and crops (1 of each); ``heads``: whether they are used;
+        ``scoring``: in a few words each, what makes the scores other than a single pass of one model's; ``notes``:
+        facts that a report states beside the numbers; ``timing``: what the speed depends on.
+        """
+
+    def clips_of(self, rows: Sequence[int]) -> dict[str, Any]:
+        """The evaluated clips for ``details/<name>.json``: lists id, video, start, end; and their root."""
+
+
 @dataclass(eq=False)
 class Benchmark:
     """Tasks over the clips of one dataset; clips and distinct texts are encoded once for all tasks."""
@@ -371,6 +462,51 @@ class Benchmark:
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Numbers as of :meth:`BenchmarkResult.flat`, percent or ranks from 1: what a training loop calls."""
         return self.measure(model).flat()
+
+    def about(self) -> dict[str, Any]:
+        """See :class:`Measured`."""
+        lengths, scoring = self.dataset.length_note(), self._scoring()
+        precision = str(self.execution.precision).removeprefix("torch.")
+        return {
+            "protocol": dataclasses.asdict(self.dataset.protocol) | {"size": self.dataset.size},
+            "heads": self.classes is not None,
+            "scoring": list(scoring),
+            "notes": [*self.notes, *scoring.values(), *([lengths] if lengths else [])],
+            "timing": {"decoder": self.dataset.decoder, "precision": precision},
+        }
+
+    def _scoring(self) -> dict[str, str]:
+        """What makes the scores other than a single pass of one model's: in a few words, and as a note."""
+        result = {}
+        if self.members:
+            count, how = len(self.members) + 1, {"raw": "", "standardised": "standardised "}[self.combine]
+            what = "class probabilities" if self.classes else f"{how}similarities"
+            result[f"ensemble of {count}"] = f"ENSEMBLE: the mean of the {what} of {count} models, which results name"
+        if self.flip:
+            result["flip"] = "FLIP: averaged with mirrored clips, for which texts have left and right exchanged"
+        temperatures = {task.temperature for task in self.tasks if isinstance(task, RetrievalTask)} - {None}
+        if temperatures:
+            result["dual softmax"] = (
+                f"DUAL SOFTMAX (temperature {temperatures.pop():g}): retrieval scores know all clips and texts of the "
+                "test set at once; not comparable with numbers without it"
+            )
+        return result
+
+    def clips_of(self, rows: Sequence[int]) -> dict[str, Any]:
+        """The clips ``rows``, in ``details/<name>.json``, and where their videos are."""
+        clips, config = self.dataset.clips, self.dataset.config
+        ids, videos = clips.ids, clips.videos  # once: each is a column that is made from a packed table
+        return {
+            "root": config.root,
+            "layout": config.layout,
+            "chunk_seconds": config.chunk_seconds,
+            "min_clip_seconds": config.min_clip_seconds,
+            "id": [ids[i] for i in rows],
+            "video": [videos[i] for i in rows],
+            "start": [float(clips.start[i]) for i in rows],
+            # JSON has no infinity, the end of a clip that is a whole file.
+            "end": [None if clips.end[i] == np.inf else float(clips.end[i]) for i in rows],
+        }
 
     def measure(self, model: nn.Module) -> BenchmarkResult:
         """Scores of all tasks for a :class:`VideoTextModel`. Collective over all processes of the run.
@@ -420,14 +556,16 @@ class Benchmark:
         assert isinstance(model, VideoTextModel), f"{type(model).__name__} has no encode_video and encode_text"
         self._check_image_stats(model)
         try:
-            return self._embed(model, self._missing())
+            return self._embed(model, self._missing(model))
         finally:
             if self.execution.loader is not None:
                 self.execution.loader.finish(self.dataset)
 
-    def _missing(self) -> dict[int, str]:
+    def _missing(self, model: VideoTextModel) -> dict[int, str]:
         """Clips whose file is not there, as of :func:`missing_clips`."""
         execution, loader = self.execution, self.execution.loader
+        if isinstance(model, StoredFeatures):
+            return {}
         if loader is None or self.dataset not in loader.datasets:  # a caller may have put another one here
             return missing_clips(self.dataset, execution.dist)
         # All benchmarks are checked before anything is decoded: a missing file should not come up after an hour, and

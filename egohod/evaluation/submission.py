@@ -21,7 +21,7 @@ import numpy as np
 from egohod import pickles
 from egohod.errors import UserError
 from egohod.evaluation.metrics import rank_items
-from egohod.evaluation.runner import Benchmark, BenchmarkResult
+from egohod.evaluation.runner import Benchmark, BenchmarkResult, Measured
 from egohod.evaluation.tasks import TEMPERATURE, ClassificationTask, RetrievalTask
 from egohod.runtime import atomic_write
 
@@ -40,9 +40,9 @@ _NAMED = 5
 _LARGEST = 4 << 30
 
 
-def challenge_task(benchmark: Benchmark) -> int | None:
+def challenge_task(benchmark: Measured) -> int | None:
     """Which of the benchmark's tasks a challenge scores; None if there is no challenge for any."""
-    for number, task in enumerate(benchmark.tasks):
+    for number, task in enumerate(benchmark.tasks if isinstance(benchmark, Benchmark) else ()):
         if isinstance(task, RetrievalTask) and task.text_ids:
             return number
         if isinstance(task, ClassificationTask) and list(task.key_columns) == _KEY_COLUMNS:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from egohod.data.formats.base import BenchmarkData, ClassificationData, MultiLabelData, QuestionData, RetrievalData
+from egohod.data.formats.base import ClassificationData, MultiLabelData, QuestionData, RetrievalData
 from egohod.data.labels import ClassSpace
 from egohod.errors import UserError
 from egohod.evaluation.metrics import (
@@ -454,13 +454,49 @@ class MultipleChoiceTask(QuestionData, EvaluationTask):
         """Accuracy and chance level of each kind, in percent."""
         kinds = np.array([question.kind for question in self.questions])
         answers = np.array([question.answer for question in self.questions], dtype=np.int64)
-        right = multiple_choice_right(self._scores(video, text), answers)
+        scores = self._scores(video, text)
+        right = multiple_choice_right(scores, answers)
         # Questions of one kind may have different numbers of choices.
         guess = np.array([1 / len(question.choices) for question in self.questions])
-        return {
-            str(kind): percent([right[kinds == kind]], 100 * float(guess[kinds == kind].mean()))
-            for kind in np.unique(kinds)
-        }
+        result = {}
+        for kind in map(str, np.unique(kinds)):
+            rows = np.flatnonzero(kinds == kind)
+            if kind in self.precision:
+                result[kind] = self._average_precision(scores, rows, pooled=self.precision[kind] == "pooled")
+            else:
+                result[kind] = percent([right[rows]], 100 * float(guess[rows].mean()))
+        return result
+
+    def _average_precision(self, scores: FloatArray, rows: IntArray, pooled: bool) -> Score:
+        """Of the questions ``rows``, whose choices are ranked together or question by question."""
+        ranked, labels = [], []
+        for row in rows:
+            question = self.questions[row]
+            ranked.append(scores[row, : len(question.choices)])
+            labels.append(np.isin(np.arange(len(question.choices)), (question.answer, *question.also)))
+        if not pooled:
+            pairs = list(zip(ranked, labels, strict=True))
+            values = np.array([graded_per_query(s[None], r[None].astype(float))[0][0] for s, r in pairs])
+            chance = np.array([expected_graded_per_query(r[None].astype(float))[0][0] for r in labels])
+            weights = np.array([len(r) for r in labels])
+
+            def mean(i: IntArray) -> float:
+                return 100 * float(np.average(values[i], weights=weights[i]))
+
+            expected = 100 * float(np.average(chance, weights=weights))
+        else:
+
+            def mean(i: IntArray) -> float:
+                together, right = (np.concatenate([each[k] for k in i]) for each in (ranked, labels))
+                return 100 * float(graded_per_query(together[None], right[None].astype(float))[0][0])
+
+            expected = 100 * float(expected_graded_per_query(np.concatenate(labels)[None].astype(float))[0][0])
+        every = np.arange(len(rows))
+        return Score(
+            mean(every),
+            expected,
+            lambda rng: np.array([mean(rng.integers(0, len(rows), len(rows))) for _ in range(RESAMPLES)]),
+        )
 
     @property
     def metric_names(self) -> list[str]:
@@ -479,10 +515,12 @@ class MultipleChoiceTask(QuestionData, EvaluationTask):
         """See :class:`EvaluationTask`; a question about a clip that is left out goes, too."""
         number, questions = np.cumsum(mask) - 1, []
         for question in self.questions:
-            clips = [question.query] if question.query_is_clip else list(question.choices)
-            if mask[clips].all():
-                new = tuple(int(number[clip]) for clip in clips)
-                changed = {"query": new[0]} if question.query_is_clip else {"choices": new}
+            if mask[list(question.clips)].all():
+                changed: dict[str, Any] = {}
+                if question.query_is_clip:
+                    changed["query"] = int(number[question.query])
+                if question.choices_are_clips:
+                    changed["choices"] = tuple(int(number[clip]) for clip in question.choices)
                 questions.append(dataclasses.replace(question, **changed))
         return dataclasses.replace(self, questions=questions)
 
@@ -499,23 +537,11 @@ class MultipleChoiceTask(QuestionData, EvaluationTask):
         scores = np.full((len(self.questions), widest), -np.inf, dtype=np.float32)
         # Question by question: of all pairs of clips and texts only these few are needed.
         for row, question in zip(scores, self.questions, strict=True):
-            if question.query_is_clip:
-                products = text[list(question.choices)] @ video[question.query].T
-            else:
-                products = video[list(question.choices)] @ text[question.query]
-            row[: len(question.choices)] = products if products.ndim == 1 else products.max(axis=1)
+            chosen = (video if question.choices_are_clips else text)[list(question.choices)]
+            products = chosen @ (video if question.query_is_clip else text)[question.query].T
+            # Of several views the most similar counts.
+            row[: len(question.choices)] = products.reshape(len(chosen), -1).max(axis=1)
         return scores
-
-
-def tasks_of(data: BenchmarkData) -> list[EvaluationTask]:
-    """The tasks that the files of a benchmark describe, one class for each kind of data."""
-    classes: dict[type, type[Any]] = {
-        RetrievalData: RetrievalTask,
-        ClassificationData: ClassificationTask,
-        MultiLabelData: MultiLabelTask,
-        QuestionData: MultipleChoiceTask,
-    }
-    return [classes[type(task)](**vars(task)) for task in data.tasks]
 
 
 # --------------------------------------------------------------------------------------------------

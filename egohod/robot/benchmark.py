@@ -334,8 +334,8 @@ def write_page(output: Path) -> Path:
 class RobotBenchmark:
     """What an evaluation needs of a benchmark; ``metadata`` is a YAML file of this one's settings.
 
-    Numbers are of the checkpoint's row; its row of one frame is the temporal control ``freeze``, and the baselines are
-    remarks. The full table is in a folder of its own.
+    Numbers are of the checkpoint's row; its row of one frame is the temporal control ``freeze``, which is always
+    measured, and the baselines are notes. The full table is in a folder of its own.
     """
 
     def __init__(self, cfg: Config, name: str, config: BenchmarkConfig, execution: Execution, **options: Any) -> None:
@@ -388,20 +388,18 @@ class RobotBenchmark:
     def about(self) -> dict[str, Any]:
         """How it is measured, in ``results.json``."""
         shown = {"frames": self._robot.features.frames, "size": self._robot.scene.image_size, "windows": 1, "crops": 1}
-        return {"protocol": {"name": "robot", "source": "docs/robot.md", **shown}, "heads": False}
-
-    def remarks(self) -> list[str]:
-        """The baselines, without which the numbers say little."""
-        return list(self._notes)
+        return {
+            "protocol": {"name": "robot", "source": "docs/robot.md", **shown},
+            "heads": False,
+            "scoring": [],
+            "notes": list(self._notes),  # the baselines, without which the numbers say little
+            "timing": {"precision": "float32"},
+        }
 
     def clips_of(self, rows: Sequence[int]) -> dict[str, Any]:
         """No clips: episodes are simulated."""
         places: dict[str, Any] = {"root": "", "layout": "whole", "chunk_seconds": 15.0, "min_clip_seconds": None}
         return {**places, "id": [], "video": [], "start": [], "end": []}
-
-    def timing(self) -> dict[str, Any]:
-        """The precision of features."""
-        return {"precision": "float32"}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -124,6 +124,7 @@ def settings(test: Path, kind: str) -> BenchmarkConfig:
     """Annotations and videos of a benchmark of the demo world."""
     folder = test / "benchmarks"
     own_videos = {"egtea": folder / "egtea/videos", "charades_ego": folder / "charades_ego/videos"}
+    own_videos |= dict.fromkeys(("handyvqa", "chirality", "egoexolearn_mcq"), folder / "egtea/videos")
     metadata = {"ek100_mir": "ek100", "ek100_cls": "ek100"}.get(kind, kind)
     path = test / "hod.csv" if kind == "custom" else folder / metadata
     return BenchmarkConfig(kind=kind, metadata=str(path), root=str(own_videos.get(kind, test / "videos")))

@@ -12,6 +12,7 @@ import torch
 from evaluation_cases import FRAMES, settings, small_model
 
 import main_eval
+from egohod.data.formats import BENCHMARKS
 from egohod.model.config import ModelConfig, geometry
 from egohod.model.dual_encoder import create_model
 from egohod.training.checkpoint import CheckpointStore
@@ -101,4 +102,43 @@ def test_two_processes_give_the_numbers_of_one(formats: Path, tmp_path: Path, ar
         )
         assert done.returncode == 0, done.stderr
         metrics.append(json.loads((output / "results.json").read_text())["metrics"])
+    assert metrics[1] == pytest.approx(metrics[0], abs=1e-6)
+
+
+@pytest.mark.ci
+def test_all_benchmarks_of_the_demo_world_are_on_one_page_whatever_the_processes(
+    formats: Path, tmp_path: Path, arguments: list[str]
+) -> None:
+    """The two commands of docs/motion_check.md on a small world: ``egohod eval --benchmark all``."""
+    metrics = []
+    overrides = arguments[arguments.index("--checkpoint") :]
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        command = [
+            *("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m", "egohod", "eval"),
+            *("--config_file", "configs/demo_eval.yml", *overrides, "--benchmark", "all"),
+            *("--controls", "reverse", "--output", str(output)),
+        ]
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=environment(DEMO_DATA=str(formats.parent)),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        results = json.loads((output / "results.json").read_text())
+        assert set(results["benchmarks"]) == {
+            "val",
+            "test",
+            *(set(BENCHMARKS) - {"custom", "labels", "ek100_cls_test"}),
+        }
+        page = (output / "report.html").read_text()
+        for name, each in results["benchmarks"].items():
+            assert f"<h2>{name}" in page
+            for metric, numbers in each["metrics"].items():
+                assert numbers["chance"] is not None, (name, metric)
+                assert "reverse" in numbers["controls"], (name, metric)
+        metrics.append(results["metrics"])
     assert metrics[1] == pytest.approx(metrics[0], abs=1e-6)

@@ -33,6 +33,8 @@ from egohod.evaluation.tasks import (
 from tests.data.video_files import encode
 
 KINDS = ["ek100_mir", "ek100_cls", "egtea", "egomcq", "charades_ego", "custom"]
+QUESTIONS = ["handyvqa", "egohoibench", "chirality", "egoexolearn_mcq", "egoexolearn_association", "hd_epic_vqa"]
+KINDS += [*QUESTIONS, "egotempo"]
 
 
 class Content(NamedTuple):
@@ -68,10 +70,15 @@ def oracle(table: EvaluationTask, clips: int) -> tuple[Tensor, Tensor]:
     if isinstance(table, MultiLabelTask):
         return torch.from_numpy(table.labels).float(), torch.eye(len(table.texts))
     assert isinstance(table, MultipleChoiceTask)
-    video, text = torch.zeros(clips, len(table.texts)), torch.eye(len(table.texts))
+    # Of what is alike, a group; a question about clips has a dimension of its own for each of its query's clips.
+    width = len(table.texts)
+    video, text = torch.zeros(clips, width + clips), torch.eye(width, width + clips)
     for question in table.questions:
-        right = question.choices[question.answer]
-        video[(question.query, right) if question.query_is_clip else (right, question.query)] = 1
+        for right in (question.choices[i] for i in (question.answer, *question.also)):
+            if question.of_clips:
+                video[[question.query, right], width + question.query] = 1
+            else:
+                video[(question.query, right) if question.query_is_clip else (right, question.query)] = 1
     return video, text
 
 

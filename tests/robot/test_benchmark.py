@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import json
+import logging
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,19 @@ import av
 import numpy as np
 import pytest
 import torch
+import yaml
 
+import egohod
+from egohod.__main__ import main
 from egohod.config import Config
 from egohod.distributed import Distributed
 from egohod.errors import UserError
 from egohod.evaluation.config import BenchmarkConfig
 from egohod.evaluation.embed import Execution
 from egohod.evaluation.features import read_json
+from egohod.evaluation.runner import resolve_benchmarks
+from egohod.model.config import ModelConfig
+from egohod.model.dual_encoder import create_model
 from egohod.robot import benchmark
 from egohod.robot.config import PolicyConfig, RobotConfig, SceneConfig, load
 from tests.robot.test_cloning import Pixels
@@ -198,8 +206,69 @@ def test_an_evaluation_reports_the_checkpoint_and_one_frame_as_a_control(
     for row in rows:
         if row["row"] == "checkpoint":
             assert result.scores["plain"][f"success_{row['demonstrations']}"].value == row["cells"]["mean"]["value"]
-    assert any("8 demonstrations, full state: " in line for line in bench.remarks())
+    assert any("8 demonstrations, full state: " in line for line in bench.about()["notes"])
     with pytest.raises(UserError, match="metaworld: runs in one process"):
         benchmark.RobotBenchmark(Config(), "metaworld", config, replace(execution, dist=replace(dist, world_size=2)))
     with pytest.raises(UserError, match="metaworld: draws its own frames"):
         benchmark.RobotBenchmark(Config(), "metaworld", config, execution, need_videos=False)
+
+
+class Colours:
+    """An outside model: the mean colours of every frame."""
+
+    image_size = 40
+
+    def encode_video(self, frames: torch.Tensor) -> torch.Tensor:
+        return frames.mean(dim=(2, 3)).flatten(1)
+
+
+def test_the_command_and_python_find_it_by_its_card(
+    cfg: RobotConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg.demonstrations = [3]
+    settings, weights = tmp_path / "robot.yml", tmp_path / "demo.pt"
+    settings.write_text(yaml.safe_dump(asdict(cfg)))
+    torch.manual_seed(0)
+    torch.save({"state_dict": create_model(ModelConfig(name="DEMO", num_frames=4)).state_dict()}, weights)
+    (tmp_path / "eval.yml").write_text("{}")
+    command = [
+        *(
+            "eval",
+            "--config_file",
+            str(tmp_path / "eval.yml"),
+            "--checkpoint",
+            str(weights),
+            "--benchmark",
+            "metaworld",
+        ),
+        *("--metadata", str(settings), "--output", str(tmp_path / "out"), "model.name=DEMO", "model.num_frames=4"),
+    ]
+    with caplog.at_level(logging.INFO):
+        assert main(command) == 0
+    assert "thumbnail" not in caplog.text
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["benchmarks"]["metaworld"]
+    assert list(results["metrics"]) == ["success_3", "success_3_reach"]
+    assert list(results["metrics"]["success_3"]["controls"]) == ["freeze"]
+    for row in ("full state", "proprioception", "random weights"):
+        assert any(f"3 demonstrations, {row}: " in note for note in results["notes"])
+    assert "| metaworld | success_3 " in (tmp_path / "out" / "results.md").read_text()
+    assert "<h2>metaworld" in (tmp_path / "out" / "report.html").read_text()
+    for knob in (f"ensemble=[{weights}]", "flip=true"):
+        with pytest.raises(UserError, match=f"metaworld: evaluate.{knob.split('=')[0]} averages similarities"):
+            main([*command, f"evaluate.{knob}"])
+
+    bench = egohod.load_benchmark("metaworld", settings)
+    assert bench.clips.empty
+    assert not bench.texts
+    assert bench.card is not None
+    assert "metaworld/freeze/success_3" in bench.evaluate(Colours()).metrics
+
+
+def test_all_benchmarks_include_it_only_with_its_settings(tmp_path: Path) -> None:
+    config = Config()
+    config.evaluate.benchmarks = {"metaworld": BenchmarkConfig()}
+    with pytest.raises(UserError, match="no benchmark's data is found"):
+        resolve_benchmarks(config, "all")
+    assert list(resolve_benchmarks(config, "metaworld")) == ["metaworld"]
+    config.evaluate.benchmarks["metaworld"].metadata = str(ROOT / "configs/robot/metaworld.yml")
+    assert list(resolve_benchmarks(config, "all")) == ["metaworld"]

@@ -37,8 +37,8 @@ from egohod.distributed import setup
 from egohod.evaluation.config import BenchmarkConfig
 from egohod.evaluation.embed import embed_clips
 from egohod.evaluation.metrics import graded_per_query
-from egohod.evaluation.runner import PROTOCOLS, benchmark, execution_of, read_benchmark
-from egohod.evaluation.tasks import knn_probe, linear_probe, tasks_of
+from egohod.evaluation.runner import PROTOCOLS, benchmark, execution_of, read_benchmark, tasks_of
+from egohod.evaluation.tasks import knn_probe, linear_probe
 from egohod.hod import config
 from egohod.hod.pipeline import STAGES, Pipeline, build
 from egohod.hod.store import Shard

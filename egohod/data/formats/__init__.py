@@ -50,6 +50,8 @@ from egohod.data.formats.custom import HOD, LABELS
 from egohod.data.formats.ego4d import EGO4D, EGOCLIP, PICKLE
 from egohod.data.formats.egtea import EGTEA
 from egohod.data.formats.ek100 import EK100
+from egohod.data.formats.moments import MOMENTS
+from egohod.data.formats.questions import QUESTIONS
 from egohod.data.table import ClipTable
 from egohod.errors import UserError, nearest
 
@@ -57,7 +59,10 @@ log = logging.getLogger(__name__)
 
 # In the order in which ``format: auto`` tries them; a table that is of none of them is read as ``hod``.
 FORMATS = {each.name: each for each in (EGOCLIP, EK100, EGO4D, PICKLE, EGTEA, CHARADES, LABELS, HOD)}
-BENCHMARKS: dict[str, Benchmark] = {each.name: each for format in FORMATS.values() for each in format.benchmarks}
+BENCHMARKS: dict[str, Benchmark] = {
+    each.name: each
+    for each in (*(each for format in FORMATS.values() for each in format.benchmarks), *QUESTIONS, *MOMENTS)
+}
 
 
 def read_clips(

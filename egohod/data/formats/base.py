@@ -51,13 +51,15 @@ class BenchmarkOptions:
 
     ``prompts``: narrations of which split describe a class, train or train+val. ``test_split`` is the only split of
     EGTEA to read. ``cache`` is a folder for what is costly to compute. ``metric_names`` maps kinds of questions to the
-    names of their metrics; a kind that is not in it is its own name.
+    names of their metrics; a kind that is not in it is its own name. ``window_seconds`` is the length of the windows
+    that cover recordings.
     """
 
     prompts: str = "train"
     test_split: int | None = None
     cache: Path | None = None
     metric_names: Mapping[str, str] = field(default_factory=dict)
+    window_seconds: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,8 @@ class MultiLabelData:
 class Question:
     """One question: the query and its choices are rows of the clips or of the texts.
 
-    ``query_is_clip``: choose the text of a clip; otherwise choose the clip of a text. ``answer`` indexes ``choices``.
+    ``query_is_clip``: choose the text of a clip, or with ``of_clips`` another clip; otherwise the clip of a text.
+    ``answer`` indexes ``choices``, and so do ``also``, further correct ones.
     """
 
     kind: str
@@ -172,17 +175,60 @@ class Question:
     query: int
     choices: tuple[int, ...]
     answer: int
+    of_clips: bool = False
+    also: tuple[int, ...] = ()
+
+    @property
+    def choices_are_clips(self) -> bool:
+        """Whether ``choices`` are rows of the clips."""
+        return self.of_clips or not self.query_is_clip
+
+    @property
+    def clips(self) -> tuple[int, ...]:
+        """All clips that it is about."""
+        return (*((self.query,) if self.query_is_clip else ()), *(self.choices if self.choices_are_clips else ()))
 
 
 @dataclass(frozen=True)
 class QuestionData:
-    """Multiple-choice questions over the clips and ``texts``; each kind of question has a metric of its name."""
+    """Multiple-choice questions over the clips and ``texts``; each kind of question has a metric of its name.
+
+    The metric is accuracy, but for kinds in ``precision`` average precision: ``pooled``, that of all choices of all
+    questions in one ranking, or ``each``, the mean over the questions, weighted by their numbers of choices.
+    """
 
     texts: Sequence[str]
     questions: Sequence[Question]
+    precision: Mapping[str, str] = field(default_factory=dict)
 
 
-TaskData = RetrievalData | ClassificationData | MultiLabelData | QuestionData
+@dataclass(frozen=True)
+class MomentQuery:
+    """A text (its row) and its ``moments`` in a recording, (start, end) in seconds of the video; none: it is absent."""
+
+    recording: int
+    text: int
+    moments: tuple[tuple[float, float], ...]
+    train: bool
+
+
+@dataclass(frozen=True)
+class GroundingData:
+    """When texts happen in recordings, which are covered by windows: the clips of the benchmark.
+
+    ``recordings`` [R] are rows of windows in order, ``centres`` [N] of the windows in seconds of their videos,
+    ``stride`` the distance of two windows. With ``detection`` a text may happen several times, or not at all.
+    """
+
+    texts: Sequence[str]
+    recordings: Sequence[IntArray]
+    centres: NDArray[np.float64]
+    stride: float
+    queries: Sequence[MomentQuery]
+    detection: bool = False
+
+
+TaskData = RetrievalData | ClassificationData | MultiLabelData | QuestionData | GroundingData
 
 
 @dataclass(frozen=True)
@@ -657,6 +703,17 @@ _OTHER = {
 }
 # Longest first: UTF-32's mark begins like UTF-16's.
 _MARKS = {b"\xff\xfe\x00\x00": "utf-32", b"\x00\x00\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written; JSON and pickles may hold halves of characters."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return True
 
 
 def read_lines(path: Path) -> list[str]:

@@ -9,7 +9,6 @@ egomcq      egomcq.json: {question: {query: {clip_text}, choices: {"0": {video_u
 from __future__ import annotations
 
 import gc
-import math
 import pickle
 import re
 import reprlib
@@ -29,18 +28,16 @@ from egohod.data.formats.base import (
     BenchmarkData,
     BenchmarkOptions,
     Format,
-    Question,
-    QuestionData,
     RawClips,
-    backwards_note,
+    is_utf8,
     open_utf8,
     parse_table,
-    read_json,
     reading,
     require_file,
     seconds,
 )
-from egohod.data.table import ClipTable, text_column
+from egohod.data.formats.questions import clip_choices
+from egohod.data.table import text_column
 from egohod.data.videos import MIN_SECONDS
 from egohod.errors import UserError
 
@@ -231,11 +228,11 @@ def _is_clip(entry: Any) -> bool:
         return False
     video, start, end, text = entry[:4]
     # Written out: loops over so few take longer, and there are millions of entries.
-    if not (_is_time(start) and _is_time(end) and isinstance(video, str) and _is_utf8(video)):
+    if not (_is_time(start) and _is_time(end) and isinstance(video, str) and is_utf8(video)):
         return False
     if isinstance(text, str):
-        return _is_utf8(text)
-    return all(isinstance(each, str) and _is_utf8(each) for each in _flat_texts(text))
+        return is_utf8(text)
+    return all(isinstance(each, str) and is_utf8(each) for each in _flat_texts(text))
 
 
 def _is_time(time: Any) -> bool:
@@ -243,16 +240,6 @@ def _is_time(time: Any) -> bool:
         return True
     # Longer numbers would take seconds to print.
     return (isinstance(time, str) and len(time) < 40) or (isinstance(time, int) and abs(time) < 1e9)
-
-
-def _is_utf8(text: str) -> bool:
-    if text.isascii():
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair
-        return False
-    return True
 
 
 def _flat_texts(value: Any, depth: int = 8) -> Iterator[Any]:
@@ -283,38 +270,7 @@ def _flat_texts(value: Any, depth: int = 8) -> Iterator[Any]:
 
 def _read_egomcq(source: SourceConfig, options: BenchmarkOptions) -> BenchmarkData:
     """EgoMCQ: which of five clips does a narration describe; inter-video and intra-video questions apart."""
-    path = require_file(source, "egomcq.json")
-    entries = read_json(path)
-    if not isinstance(entries, dict) or not entries:
-        raise UserError(f"{path}: not a single question")
-    clips: dict[tuple[str, float, float], int] = {}
-    texts: dict[str, int] = {}
-    questions = []
-    for name, entry in entries.items():
-        try:
-            choices = entry["choices"]
-            named = [
-                (str(c["video_uid"]), float(c["clip_start"]), float(c["clip_end"]))
-                # JSON objects have no order, and "10" sorts before "2".
-                for c in (choices[key] for key in sorted(choices, key=int))
-            ]
-            if not all(math.isfinite(time) for _, *times in named for time in times):
-                raise ValueError("a time is not finite")
-            # Clips and texts recur in many questions and are encoded once.
-            rows = tuple(clips.setdefault(clip, len(clips)) for clip in named)
-            kind, answer = _EGOMCQ_KINDS[int(entry["types"])], int(entry["answer"])
-            text = texts.setdefault(str(entry["query"]["clip_text"]), len(texts))
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise UserError(f"{path}: question '{name}': {type(error).__name__} {error}") from error
-        if not 0 <= answer < len(rows):
-            raise UserError(f"{path}: question '{name}': answer is {answer}, but there are {len(rows)} choices")
-        questions.append(Question(kind, False, text, rows, answer))
-    videos, starts, ends = zip(*clips, strict=True)
-    start, end = np.maximum(np.array(starts, dtype=np.float64), 0), np.array(ends, dtype=np.float64)
-    backwards = end <= start
-    ids = [f"{video}:{a:.2f}-{b:.2f}" for video, a, b in clips]
-    table = ClipTable.of(path, videos, start, np.where(backwards, start + MIN_SECONDS, end), uid=ids)
-    return BenchmarkData(table, [QuestionData(list(texts), questions)], backwards_note(int(backwards.sum())))
+    return clip_choices(require_file(source, "egomcq.json"), ("clip_start", "clip_end"), _EGOMCQ_KINDS, "clip_text")
 
 
 EGO4D = Format("ego4d", _parse_narrations, suffixes=(".json",), benchmarks=(Benchmark("egomcq", _read_egomcq),))
