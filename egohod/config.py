@@ -501,6 +501,9 @@ def check(config: Config) -> list[tuple[str, str]]:
                 key,
                 f"{key} has the opposites of the clips' own captions, but data.labels.target=relevancy draws others",
             )
+        if len(source.tag_columns) not in (0, 2):
+            key = f"data.train.{name}.tag_columns"
+            wrong(key, f"{key}={list(source.tag_columns)} must name two columns, of verbs and of nouns, or none")
     if train.trainable == "heads" and not heads:
         wrong("train.trainable", "train.trainable=heads needs heads to train; set model.heads")
 
