@@ -34,6 +34,7 @@ from egohod.evaluation.report import write_report
 from egohod.evaluation.results import PUBLISHED, write_results
 from egohod.evaluation.runner import Benchmark, benchmark, execution_of, resolve_benchmarks
 from egohod.model.config import OPEN_CLIP
+from egohod.model.reranker import load_reranker
 from egohod.training.build import build_model
 from egohod.training.checkpoint import classes_of
 
@@ -129,7 +130,12 @@ def _benchmarks(
         size, tokenizer = None, tokenizer_for(cfg.model)
     options: dict[str, Any] = {"size": size, "tokenizer": tokenizer}
     options |= {"controls": cfg.evaluate.controls, "classes": classes}
-    return [benchmark(cfg, name, each, execution, **options) for name, each in chosen.items()]
+    if cfg.evaluate.rerank.path and classes is None:
+        options["reranker"] = load_reranker(cfg.evaluate.rerank.path)
+    benchmarks = [benchmark(cfg, name, each, execution, **options) for name, each in chosen.items()]
+    if cfg.evaluate.rerank.path and all(each.reranker is None for each in benchmarks):
+        log.warning("evaluate.rerank does nothing: none of %s is retrieval by texts", ", ".join(chosen))
+    return benchmarks
 
 
 if __name__ == "__main__":

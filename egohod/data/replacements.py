@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from functools import cache, lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +34,7 @@ _PARTICLES = opposites.word_set("up down out away back together apart aside")  #
 # "on" may begin a place.
 _TAIL = re.compile(
     r"(?:(?:over )?to the (?:left|right)|(?:up|down|for|back)wards?|away|closer|back|up|down|still|once|twice|"
-    r"(?:counter|anti)?clockwise|together|apart|aside)\b(?! the\b)|"
+    r"(?:counter|anti)?clockwise|together|apart|aside)\b(?! (?:the|hand)\b)|"
     r"(?:on|off|in|out|over|open|shut)\b(?=\s*(?:[.,;:!?]|$|with\b|while\b|and\b|using\b))",
     re.IGNORECASE,
 )
@@ -42,6 +43,7 @@ _LINKS = opposites.word_set(
     "with from into onto in on at to off under over near by for through against around towards toward using"
 )
 _ENDS = opposites.word_set("while and then until as so before after but who which that when where because if or is are")
+_DIVIDING = _LINKS | opposites.DETERMINERS | {"of"}
 _NO_NOUNS = (
     opposites.DETERMINERS
     | opposites.PRONOUNS
@@ -49,17 +51,22 @@ _NO_NOUNS = (
     | opposites.word_set("left right hand hands other still once twice again")
 )
 _NO_VERBS = (
-    _LINKS | _ENDS | opposites.DETERMINERS | opposites.PRONOUNS | opposites.word_set("can will must should has does")
+    _LINKS
+    | _ENDS
+    | opposites.DETERMINERS
+    | opposites.PRONOUNS
+    | opposites.word_set("can will must should has does i first next one two once twice")
 )
 # Verbs of one group may be true of one clip, beside those that the rules for opposites know.
 _ALIKE = """
 cut slice chop dice mince carve trim peel; wash rinse clean scrub wipe dry; stir mix whisk beat blend; look check
-inspect examine read watch; walk go move step; press push squeeze; knead roll flatten; tap pat knock hit touch; throw
+inspect examine read watch; walk go step; press push squeeze; knead roll flatten; tap pat knock hit touch; throw
 toss drop; turn rotate twist spin; adjust arrange fix set; pour add empty; cook fry heat boil; break tear crack split
 """
 # True of too many clips to be false of one, unless something is said of how ("holds the cup still").
 _VAGUE = "use hold touch move handle work have keep do get grip continue start make"
-_LEAST = 2  # captions that have a verb: one may be a misspelling, or no verb
+# Captions that have a verb, and their share: a rare one may be a misspelling, or no verb.
+_LEAST, _LEAST_SHARE = 2, 1 / 2000
 
 
 class Pattern(NamedTuple):
@@ -109,45 +116,46 @@ def _group_of() -> dict[str, str]:
 # Narrations repeat; a worker meets each of them every epoch.
 @lru_cache(32768)
 def parse(caption: str) -> Parsed | None:
-    """The verb, its object's end and the nouns of a caption's first clause; None where there are no words."""
-    start = _HEAD.match(caption)
-    words = [*re.finditer(r"[\w']+", caption[start.end() if start else 0 :].split(";")[0])]
-    offset = start.end() if start else 0
-    texts, ends = [word.group().lower() for word in words], len(words)
+    """The verb, its object's end and the nouns of a caption's first clause; None where no verb is."""
+    head = _HEAD.match(caption)
+    offset = head.end() if head else 0
+    words = [*re.compile(r"[\w']+").finditer(caption, offset)]
+    texts = [word.group().lower() for word in words]
     # "Evenly", "in the left hand is": no verb where narrations have theirs.
     if not words or not texts[0].isalpha() or texts[0].endswith("ly") or texts[0] in _NO_VERBS:
         return None
-    for i in range(1, ends):
-        # The clause ends at punctuation and conjunctions.
-        if texts[i] in _ENDS or re.search(r"[.,:!?]", caption[offset + words[i - 1].end() : offset + words[i].start()]):
-            ends = i
-            break
-    verb, first = texts[0], 1
-    particle = texts[1] if ends > 1 else ""
+    # The clause ends at punctuation and conjunctions.
+    gaps = (caption[one.end() : other.start()] for one, other in pairwise(words))
+    ends = (i for i, gap in enumerate(gaps, 1) if texts[i] in _ENDS or re.search(r"[.,;:!?]", gap))
+    clause = next(ends, len(words))
+    verb, particle, first = texts[0], texts[1] if clause > 1 else "", 2
     # "put in fridge" names the place alone.
-    if particle in _PARTICLES or f"{stem_of(verb)} {particle}" in opposites.PLACED | opposites.CHANGED:
-        first = 2
-    else:
-        particle = ""
+    phrase = f"{stem_of(verb)} {particle}"
+    if not (particle in _PARTICLES or phrase in opposites.PLACED or phrase in opposites.CHANGED):
+        particle, first = "", 1
     end, tail = first, None
-    while end < ends:
-        tail = _TAIL.match(caption, offset + words[end].start())
+    while end < clause:
+        tail = _TAIL.match(caption, words[end].start())
         if tail or texts[end] in _LINKS:
             break
         end += 1
-    known = opposites.FORM_OF.get(verb)
-    suffix = {"g": ING, "d": PAST, "s": THIRD}.get(verb[-1], BASE) if re.search(r"(?:ing|ed|[^s]s)$", verb) else BASE
+    # Nouns are the last words of what determiners and prepositions divide.
     chunks: list[list[str]] = [[]]
-    for text in texts[first:ends]:
-        if text in _LINKS | opposites.DETERMINERS or text == "of":
+    for text in texts[first:clause]:
+        if text in _DIVIDING:
             chunks.append([])
         elif text not in _NO_NOUNS and not text.endswith(("ly", "wise", "wards", "closer", "ing")):
             chunks[-1].append(text)
     nouns = dict.fromkeys(re.sub(r"(?<=[^s])s$", "", chunk[-1]) for chunk in chunks if chunk)
-    place = offset + words[end - 1].end()
+    if verb in opposites.FORM_OF:
+        form = opposites.FORM_OF[verb][1]
+    else:
+        suffix = re.search(r"(ing|ed|[^s]s)$", verb)
+        form = {"g": ING, "d": PAST, "s": THIRD}[verb[-1]] if suffix else BASE
+    place = words[end - 1].end()
     return Parsed(
-        Pattern(verb, particle, tail.group().lower() if tail else "", known[1] if known else suffix, end > first),
-        (offset + words[0].start(), offset + words[first - 1].end()),
+        Pattern(verb, particle, tail.group().lower() if tail else "", form, has_object=end > first),
+        (words[0].start(), words[first - 1].end()),
         (place, tail.end() if tail else place),
         tuple(nouns),
     )
@@ -164,12 +172,14 @@ class Verbs:
 
     def __init__(self, captions: Iterable[str]) -> None:
         counts = Counter(parsed.pattern for text in captions if (parsed := parse(text)) is not None)
-        self._of_kind: dict[tuple[int, bool], list[Pattern]] = {}
+        least = max(_LEAST, _LEAST_SHARE * counts.total())
+        # By form and whether there is an object, with their meanings, which every draw compares.
+        self._of_kind: dict[tuple[int, bool], list[tuple[Pattern, tuple[str, ...]]]] = {}
         # In an order that the order of the captions does not change: a draw is a number.
         vague = {stem_of(verb) for verb in _VAGUE.split()}
-        for pattern in sorted(pattern for pattern, count in counts.items() if count >= _LEAST):
+        for pattern in sorted(pattern for pattern, count in counts.items() if count >= least):
             if stem_of(pattern.verb) not in vague or pattern.tail:
-                self._of_kind.setdefault(pattern[3:], []).append(pattern)
+                self._of_kind.setdefault(pattern[3:], []).append((pattern, pattern.meaning))
 
     def __len__(self) -> int:
         return sum(map(len, self._of_kind.values()))
@@ -179,10 +189,8 @@ class Verbs:
         parsed = parse(caption)
         if parsed is None:
             return []
-        others = [
-            pattern for pattern in self._of_kind.get(parsed.pattern[3:], ())
-            if pattern.meaning != parsed.pattern.meaning
-        ]  # fmt: skip
+        own = parsed.pattern.meaning
+        others = [pattern for pattern, meaning in self._of_kind.get(parsed.pattern[3:], ()) if meaning != own]
         drawn = rng.permutation(len(others))[:count]
         return [with_verb(caption, parsed, others[i]) for i in drawn.tolist()]
 

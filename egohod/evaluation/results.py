@@ -145,7 +145,26 @@ def describe(benchmark: Benchmark, result: BenchmarkResult, published: Mapping[s
         # Loud, as such a number is easily taken for the benchmark's.
         share = 100 * evaluated / report.clips
         notes.append(f"PARTIAL: {evaluated} of {report.clips} clips ({share:.1f} %) could be read")
-    return {
+    reranked = {}
+    if (stage := result.reranking) is not None:
+        notes.append(
+            f"RERANKED: the first {stage.top_k} candidates of every query, {stage.gflop_per_query:.3g} GFLOP a query, "
+            f"{stage.seconds:.1f} s; not comparable with numbers of a dual encoder alone"
+        )
+        gains = {name: result.scores[PLAIN][name].interval(minus=each) for name, each in stage.first_stage.items()}
+        reranked["rerank"] = {
+            "top_k": stage.top_k,
+            "gflop_per_query": stage.gflop_per_query,
+            "seconds": stage.seconds,
+            "trained": benchmark.reranker.shape.trained if benchmark.reranker else "",
+            # Of the same queries, which vary together: the interval is of the gain itself.
+            "first_stage": {
+                name: {"value": each.value, "gain": result.scores[PLAIN][name].value - each.value}
+                | {"gain_interval": list(gains[name])}
+                for name, each in stage.first_stage.items()
+            },
+        }
+    return reranked | {
         "protocol": dataclasses.asdict(benchmark.dataset.protocol) | {"size": benchmark.dataset.size},
         "heads": benchmark.classes is not None,
         "clips": report.clips,
@@ -241,6 +260,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         shown = f"{protocol['name']}: {protocol['frames']} frames, {protocol['size']} px"
         shown += f", {views} views" if views > 1 else ""
         shown += ", classification heads" if each.get("heads") else ""
+        shown += f", top {each['rerank']['top_k']} reranked" if "rerank" in each else ""
         clips = f"**partial**: {each['evaluated']:,} of {clips}" if each["partial"] else clips
         # A | in a name would end the cell.
         cells = [cell.replace("|", "\\|") for cell in (name, ", ".join(numbers), shown, clips, model)]

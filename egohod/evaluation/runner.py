@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from egohod.config import Config
 from egohod.data.config import SourceConfig
@@ -35,16 +36,20 @@ from egohod.evaluation.embed import (
     Execution,
     TokenizerLike,
     VideoTextModel,
+    WithTokens,
     embed_clips,
     embed_texts,
+    fingerprint,
     gather_or_raise,
     image_stats_of,
+    rerank,
 )
 from egohod.evaluation.features import FeatureCache
 from egohod.evaluation.metrics import CHANCE, DROP, Score
-from egohod.evaluation.tasks import EvaluationTask, head_tasks, tasks_of
+from egohod.evaluation.tasks import EvaluationTask, RetrievalTask, head_tasks, similarity, tasks_of
 from egohod.model.config import IMAGE_STATS
 from egohod.model.dual_encoder import DualEncoder
+from egohod.model.reranker import Reranker
 
 log = logging.getLogger(__name__)
 
@@ -149,6 +154,8 @@ def named_evaluators(
 
     They are those of ``evaluate.during`` and ``evaluate.final``; with ``classes`` they measure a model's heads.
     """
+    if cfg.evaluate.rerank.path:
+        log.warning("evaluate.rerank does nothing here: a reranker is of one checkpoint, see main_eval.py")
     names, execution = {"val": cfg.evaluate.during, "test": cfg.evaluate.final}[part], execution_of(cfg, dist)
     options: dict[str, Any] = {"controls": controls, "classes": classes}
     return [benchmark(cfg, name, cfg.evaluate.benchmarks[name], execution, **options) for name in names]
@@ -178,10 +185,12 @@ def benchmark(
     tokenizer: TokenizerLike | None = None,
     controls: Sequence[str] = (),
     classes: ClassSpace | None = None,
+    reranker: Reranker | None = None,
 ) -> Benchmark:
     """Build the benchmark that ``config`` describes, at the resolution (pixels) and with the tokenizer of a model.
 
-    With ``classes`` it measures a model's heads instead of its texts. All annotations are read here, so that mistakes
+    With ``classes`` it measures a model's heads instead of its texts, with ``reranker`` retrieval in two stages
+    (``evaluate.rerank``). All annotations are read here, so that mistakes
     surface before anything is computed. Raises :class:`UserError`.
     """
     kind = config.kind
@@ -240,6 +249,8 @@ def benchmark(
         controls=controls,
         notes=data.notes,
         classes=classes,
+        reranker=reranker if any(isinstance(task, RetrievalTask) for task in tasks) else None,
+        top_k=cfg.evaluate.rerank.top_k,
     )
 
 
@@ -295,6 +306,16 @@ def missing_clips(dataset: ClipDataset, dist: Distributed) -> dict[int, str]:
 
 
 @dataclass(frozen=True)
+class Reranking:
+    """What the second stage of retrieval cost, and the scores without it."""
+
+    top_k: int
+    gflop_per_query: float
+    seconds: float
+    first_stage: Mapping[str, Score]
+
+
+@dataclass(frozen=True)
 class BenchmarkResult:
     """Scores by order of frames and metric, details by task, and how the features were computed."""
 
@@ -303,6 +324,8 @@ class BenchmarkResult:
     rows: Sequence[int]
     """Indices of the clips that the numbers are about."""
     report: EmbedReport
+    reranking: Reranking | None = None
+    """The second stage, if there was one; ``scores`` are then behind it."""
 
     def flat(self) -> dict[str, float]:
         """Values by name, each followed by its chance level if it has one.
@@ -337,6 +360,9 @@ class Benchmark:
     """Facts about the numbers that a report must not hide."""
     classes: ClassSpace | None = None
     """Those of a model's classification heads, which are then measured instead of its texts."""
+    reranker: Reranker | None = None
+    """Orders the first ``top_k`` candidates of retrieval anew."""
+    top_k: int = 0
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Numbers as of :meth:`BenchmarkResult.flat`, percent or ranks from 1: what a training loop calls."""
@@ -350,6 +376,8 @@ class Benchmark:
         if self.classes is not None:
             assert isinstance(model, DualEncoder), f"{type(model).__name__} has no heads"
             model = ClassProbabilities(model, self.classes)
+        if self.reranker is not None:
+            model = self._with_tokens(model, self.reranker)
         assert isinstance(model, VideoTextModel), f"{type(model).__name__} has no encode_video and encode_text"
         self._check_image_stats(model)
         try:
@@ -357,6 +385,21 @@ class Benchmark:
         finally:
             if self.execution.loader is not None:
                 self.execution.loader.finish(self.dataset)
+
+    def _with_tokens(self, model: nn.Module, head: Reranker) -> WithTokens:
+        """Raises :class:`UserError` if the reranker cannot be used with this model or protocol."""
+        protocol, shape = self.dataset.protocol, head.shape
+        if not isinstance(model, DualEncoder) or fingerprint(model) != shape.encoder:
+            raise UserError(
+                f"evaluate.rerank.path: was trained on the tokens of other weights ({shape.encoder[:12]}); train one "
+                "for this checkpoint with tools/train_reranker.py"
+            )
+        if protocol.views > 1 or protocol.frames != shape.frames:
+            raise UserError(
+                f"benchmark {self.name}: protocol {protocol.name} shows {protocol.views} views of {protocol.frames} "
+                f"frames, but the reranker reads one of {shape.frames}; set evaluate.num_frames or another protocol"
+            )
+        return WithTokens(model, head)
 
     def _missing(self) -> dict[int, str]:
         """Clips whose file is not there, as of :func:`missing_clips`."""
@@ -399,13 +442,31 @@ class Benchmark:
         else:  # heads need none
             embedded = torch.zeros(0, video[PLAIN].shape[-1])
         features = embedded.split([len(task.texts) for task in tasks])
-        scores: dict[str, dict[str, Score]] = {}
-        for order, clips in video.items():
-            scores[order] = {}
-            for task, text in zip(tasks, features, strict=True):
-                scores[order] |= task.measure(clips, text)
-        details = [task.details(video[PLAIN], text) for task, text in zip(tasks, features, strict=True)]
-        return BenchmarkResult(scores, details, rows.tolist(), report)
+        tokens: dict[str, Tensor] = {}
+        if self.reranker is not None:
+            width = embedded.shape[1]
+            tokens = {order: clips[:, width:] for order, clips in video.items()}
+            video = {order: clips[:, :width].contiguous() for order, clips in video.items()}
+        scores: dict[str, dict[str, Score]] = {order: {} for order in video}
+        details, reranking = list[Mapping[str, Any]](), None
+        for task, text in zip(tasks, features, strict=True):
+            first = {order: task.measure(clips, text) for order, clips in video.items()}
+            if self.reranker is None or not isinstance(task, RetrievalTask):
+                details.append(task.details(video[PLAIN], text))
+                scores = {order: scores[order] | each for order, each in first.items()}
+                continue
+            assert isinstance(model, WithTokens)
+            for order, clips in video.items():
+                start, sim = time.perf_counter(), similarity(clips, text)
+                by_clip, by_text, flops = rerank(
+                    model.model, self.reranker, tokens[order], task.texts, self.tokenizer, sim, self.top_k, execution
+                )
+                scores[order] |= task.measure_ranking(by_clip, by_text)
+                if order == PLAIN:
+                    seconds = time.perf_counter() - start
+                    reranking = Reranking(self.top_k, flops / 1e9, seconds, first[PLAIN])
+                    details.append(task.details_of_ranking(sim.numpy(), by_clip))
+        return BenchmarkResult(scores, details, rows.tolist(), report, reranking)
 
     def _check_image_stats(self, model: VideoTextModel) -> None:
         """Warn where a protocol reproduces numbers of weights that expect other image statistics than ``model``."""
@@ -433,4 +494,6 @@ class Benchmark:
             "image_stats": image_stats_of(model),
             "size": self.dataset.size,
             "precision": str(precision) + exact,
+            # Clips' features are then followed by tokens.
+            **({"tokens": self.reranker.shape.grid} if self.reranker is not None else {}),
         }
