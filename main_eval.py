@@ -43,6 +43,7 @@ from egohod.evaluation.results import write_results
 from egohod.evaluation.runner import Benchmark, Measured, execution_of, measured, resolve_benchmarks
 from egohod.evaluation.submission import challenge_task, write_submission
 from egohod.model.config import OPEN_CLIP
+from egohod.model.reranker import load_reranker
 from egohod.training.build import build_model
 from egohod.training.checkpoint import classes_of
 
@@ -176,7 +177,12 @@ def _benchmarks(
         size, tokenizer = None, tokenizer_for(cfg.model)
     options: dict[str, Any] = {"size": size, "tokenizer": tokenizer}
     options |= {"controls": cfg.evaluate.controls, "classes": classes, "need_videos": not stored}
-    return [measured(cfg, name, each, execution, **options) for name, each in chosen.items()]
+    if cfg.evaluate.rerank.path and classes is None:
+        options["reranker"] = load_reranker(cfg.evaluate.rerank.path)
+    benchmarks = [measured(cfg, name, each, execution, **options) for name, each in chosen.items()]
+    if cfg.evaluate.rerank.path and not any(isinstance(each, Benchmark) and each.reranker for each in benchmarks):
+        log.warning("evaluate.rerank does nothing: none of %s is retrieval by texts", ", ".join(chosen))
+    return benchmarks
 
 
 if __name__ == "__main__":

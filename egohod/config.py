@@ -503,6 +503,9 @@ def check(config: Config) -> list[tuple[str, str]]:
                 key,
                 f"{key} has the opposites of the clips' own captions, but data.labels.target=relevancy draws others",
             )
+        if len(source.tag_columns) not in (0, 2):
+            key = f"data.train.{name}.tag_columns"
+            wrong(key, f"{key}={list(source.tag_columns)} must name two columns, of verbs and of nouns, or none")
     if train.trainable == "heads" and not heads:
         wrong("train.trainable", "train.trainable=heads needs heads to train; set model.heads")
 
@@ -526,6 +529,13 @@ def check(config: Config) -> list[tuple[str, str]]:
             f"evaluate.supervision={levels}: a challenge wants three levels from 0 to 5, of pretraining, training "
             "labels and training data; docs/evaluation.md#challenges says which",
         )
+    for key in ("ensemble", "flip", "dual_softmax", "submission"):
+        if evaluate.rerank.path and getattr(evaluate, key):
+            wrong(
+                f"evaluate.{key}",
+                f"evaluate.{key} cannot be used with evaluate.rerank.path: a reranker orders the candidates of one "
+                "model's own similarities, to each clip and to each text another way",
+            )
     if evaluate.controls and model.num_frames < 2:
         wrong("evaluate.controls", "evaluate.controls destroy the order of frames, but model.num_frames is 1")
     # Weights are relative to each other: a source without one has no place among them.

@@ -64,6 +64,7 @@ from egohod.loss.config import LossConfig
 from egohod.model.checkpoints import load_weights
 from egohod.model.config import GEOMETRIES, Geometry, ModelConfig, geometry
 from egohod.model.dual_encoder import DualEncoder, create_model
+from egohod.model.reranker import Reranker, RerankerShape, load_reranker
 from egohod.training.checkpoint import CheckpointStore, classes_of, open_checkpoint, open_weights
 from egohod.training.telemetry import _truncate
 from tests.data.video_files import encode, picture
@@ -907,6 +908,11 @@ TARGETS: dict[str, Target] = {
                 at / "w.safetensors", _model().state_dict(), settings='{"model.activation": "gelu"}'
             ),
             _weights("w.safetensors"),
+        ),
+        Target(
+            "weights_reranker",
+            lambda at: Reranker(RerankerShape(8, 8, 2, 2, width=8)).save(at / "r.safetensors"),
+            lambda at: load_reranker(at / "r.safetensors"),
         ),
         Target("weights_shards", _seed_shards, _weights("")),
         Target("weights_detector", _seed_detector, _read_detector),

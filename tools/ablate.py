@@ -185,7 +185,7 @@ def cost(cfg: Config) -> dict[str, float]:
     text = 0 if heads else TEXT_LENGTH
     sizes = model.geometry, cfg.model.num_frames, text, cfg.model.patch_dropout, cfg.model.fast
     flops = clip_flops(
-        *sizes, boxes=cfg.loss.boxes > 0, texts=1 + cfg.loss.has_opposites, motion_stem=cfg.model.motion_stem
+        *sizes, boxes=cfg.loss.boxes > 0, texts=1 + cfg.loss.negatives, motion_stem=cfg.model.motion_stem
     ).step
     return {
         "gflop_per_step": cfg.train.global_batch_size * flops / 1e9,

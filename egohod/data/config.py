@@ -84,6 +84,17 @@ class SourceConfig:
         "column with the opposite of each caption for loss.opposites (a list literal where there are several; empty: "
         "none), as tools/opposites.py writes it; null: by the rules of egohod/data/opposites.py",
     )
+    replacement_column: str | None = knob(
+        None,
+        "column with a list literal of captions that are false of the clip, for loss.name=egonce_pp, as "
+        "tools/opposites.py --replacements writes it; null, and clips with several narrations: by the rules of "
+        "egohod/data/replacements.py",
+    )
+    tag_columns: list[str] = knob(
+        [],
+        "two columns with the verbs and the nouns of a clip, words or classes, each one or a list literal, for "
+        "loss.name=egonce and egonce_pp: [tag_verb, tag_noun] of EgoClip; []: the words of the caption, by rule",
+    )
 
 
 @dataclass

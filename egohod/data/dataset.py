@@ -8,9 +8,10 @@ import hashlib
 import logging
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ from torchvision.transforms.v2 import functional as F
 
 from egohod.data.config import SourceConfig
 from egohod.data.decoders import CachingOpener, ReusingOpener, choose_decoder
+from egohod.data.replacements import Verbs
 from egohod.data.storage import LocalCache, VideoError, one_clip
 from egohod.data.table import ClipReader, ClipRow, ClipTable, choose_text, swap_sides
 from egohod.data.videos import MIN_SECONDS, RULES, VideoStore
@@ -105,8 +107,29 @@ class View:
     None where no boxes are requested."""
     labels: Mapping[str, Tensor] | None = None
     """Values for the loss by name, see :class:`Labels`; None where there are none."""
-    opposite: str | None = None
-    """``text`` with its motion run backwards; None where there is none, or none is requested."""
+    negatives: tuple[str | None, ...] = ()
+    """Captions that are false of the clip, those that are requested: ``text`` with its motion run backwards, and with
+    other verbs; None where there is none."""
+    tags: tuple[tuple[str, ...], ...] | None = None
+    """Verbs and nouns, if they are requested."""
+
+
+# Verbs or nouns of a clip that count; a narration rarely has more than three.
+MOST_TAGS = 8
+# Captions of a source of which the verbs are taken: as good as all of millions.
+_CAPTIONS_FOR_VERBS = 50_000
+
+
+@lru_cache(32768)
+def tag_number(word: str) -> int:
+    """A number for a verb or noun, the same in every process; 0 is none."""
+    # 63 bits: among the words of any vocabulary no two get the same.
+    return int.from_bytes(hashlib.blake2b(word.lower().encode(), digest_size=8).digest(), "big") >> 1 or 1
+
+
+def _some_captions(source: ClipReader) -> Iterator[str]:
+    rows = np.unique(np.linspace(0, len(source.table) - 1, _CAPTIONS_FOR_VERBS).astype(int))
+    return (text for row in rows.tolist() for text in source.table.row(row).texts)
 
 
 class Labels(Protocol):
@@ -123,10 +146,12 @@ class ClipDataset(Dataset[dict[str, Any]]):
     With ``train=True``, ``dataset[(epoch, index)]`` is a dict of ``video`` uint8 [3, num_frames, size, size],
     ``tokens`` int64 [context], ``index`` (of the clip that is delivered), ``fault`` (``None``, or which clips could
     not be read and why, one per line), with ``boxes`` those of :class:`View` (NaN where a table has no detections),
-    with ``labels``, one for each table, their values, and with ``opposites`` the tokens of the opposite caption and
-    ``has_opposite`` (where false, the tokens are the caption's). All randomness (frames, crop, flip, choice of text)
-    is a function of (seed, epoch, index), so it depends neither on the number of workers nor on where a run was
-    resumed. An unreadable clip is replaced by another one of its table, chosen by the same randomness.
+    with ``labels``, one for each table, their values. With ``opposites`` or ``replacements`` it has ``negatives`` int64
+    [K, context], the tokens of the opposite and of captions with another verb, and ``has_negative`` bool [K] (where
+    false, the tokens are the caption's); with ``tags`` numbers of the verbs and nouns, ``verb_tags`` and ``noun_tags``
+    int64 [8], among its labels. All randomness (frames, crop, flip, choice of texts) is a function of (seed, epoch,
+    index), so it depends neither on the number of workers nor on where a run was resumed. An unreadable clip is
+    replaced by another one of its table, chosen by the same randomness.
 
     Otherwise ``dataset[index]`` is a dict of ``video`` [views, 3, T, size, size] as ``protocol`` shows it (default: one
     centre crop of ``num_frames`` frames), ``index`` and ``fault``. Pixels are 0..255, uint8 or, for protocols that
@@ -154,6 +179,8 @@ class ClipDataset(Dataset[dict[str, Any]]):
         boxes: bool = False,
         labels: Sequence[Labels] | None = None,
         opposites: bool = False,
+        replacements: int = 0,
+        tags: bool = False,
         read_ahead: int = 0,
     ) -> None:
         assert sources, "a dataset needs a table"
@@ -178,7 +205,9 @@ class ClipDataset(Dataset[dict[str, Any]]):
         self._seed = seed
         self._crop_scale_min = crop_scale_min
         self._flip = flip
-        self._with_opposites = opposites
+        self._with_opposites, self._replacements, self._with_tags = opposites, replacements, tags
+        self.verbs = Verbs(chain.from_iterable(map(_some_captions, self.sources))) if replacements else None
+        """The verbs of the captions, which replace one another; None where none is requested."""
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -246,12 +275,16 @@ class ClipDataset(Dataset[dict[str, Any]]):
             number, _ = self._place(index)
             index = int(rng.integers(self.starts[number], self.starts[number + 1]))
         sample = {"video": view.video, "tokens": tokens, "index": index, "fault": "\n".join(faults) or None}
-        sample |= {} if view.labels is None else {"labels": view.labels}
-        if self._with_opposites:
-            # Every clip has tokens, for batches of one shape; those of a clip without an opposite are its caption's and
-            # count nothing. A long text may be reversed behind its last token only.
-            opposites: Tensor = self._tokenizer([view.opposite or view.text])[0]
-            sample |= {"opposites": opposites, "has_opposite": (opposites != tokens).any()}
+        labels = dict(view.labels or {})
+        for name, words in zip(("verb_tags", "noun_tags"), view.tags or (), strict=False):
+            numbers = [tag_number(word) for word in words[:MOST_TAGS]]
+            labels[name] = torch.tensor(numbers + [0] * (MOST_TAGS - len(numbers)))
+        sample |= {"labels": labels} if labels else {}
+        if view.negatives:
+            # Every clip has tokens, for batches of one shape; those of a clip without a negative are its caption's and
+            # count nothing. A long text may be changed behind its last token only.
+            negatives: Tensor = self._tokenizer([text or view.text for text in view.negatives])
+            sample |= {"negatives": negatives, "has_negative": (negatives != tokens).any(dim=1)}
         return sample if view.boxes is None else sample | {"boxes": torch.from_numpy(view.boxes)}
 
     def _randomness(self, epoch: int, index: int) -> np.random.Generator:
@@ -270,18 +303,25 @@ class ClipDataset(Dataset[dict[str, Any]]):
             text, labels = self.labels[number].draw(place, rng)
         else:
             text, labels = choose_text(row.texts, source.config.list_text, rng), None
-        reverse = source.opposite(place, text) if self._with_opposites else None
+        negatives = [source.opposite(place, text)] if self._with_opposites else []
+        tags = source.tags(place, text) if self._with_tags else None
         height, width = frames.shape[1:3]
         box = random_box(height, width, self._crop_scale_min, rng)
         video, flipped = crop(frames, box, self.size), rng.random() < self._flip
+        if self.verbs is not None:
+            # Drawn last: the other draws are those of a run without replacements.
+            others = source.replacements(place, text, self._replacements, self.verbs, rng)
+            negatives += [*others, *[None] * (self._replacements - len(others))]
         boxes = source.boxes(row, seconds)
         if boxes is not None:
             boxes = crop_boxes(boxes, box, height, width)
             boxes = flip_boxes(boxes) if flipped else boxes
         if flipped:
             # "the left hand" is the right one in the mirror.
-            video, text, reverse = video.flip(-1), swap_sides(text), reverse and swap_sides(reverse)
-        return View(row, frames, box, flipped, video, text, boxes, labels, reverse)
+            video, text, negatives = video.flip(-1), swap_sides(text), [each and swap_sides(each) for each in negatives]
+            tags = tags and [[swap_sides(word) for word in words] for words in tags]
+        words = None if tags is None else tuple(map(tuple, tags))
+        return View(row, frames, box, flipped, video, text, boxes, labels, tuple(negatives), words)
 
     # ---------------------------------------------------------------------------------------------
     # Evaluation
@@ -424,23 +464,23 @@ def frame_numbers(protocol: EvalProtocol, total: int) -> NDArray[np.int64]:
 def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Training samples -> ``video`` uint8 [B, 3, T, H, W], ``tokens`` int64 [B, L] trimmed, ``index`` int64 [B],
     ``faults``, and, if there are any, ``boxes`` float32 [B, T, 3, 4], ``labels`` (values by name, each stacked) and
-    ``opposites`` int64 [B, L] with ``has_opposite`` bool [B].
+    ``negatives`` int64 [B, K, L] with ``has_negative`` bool [B, K].
     """
     # Frames come out of the decoder channels-last; stacking them that way is a plain copy of memory.
     video = torch.stack([sample["video"].permute(1, 2, 3, 0) for sample in samples]).permute(0, 4, 1, 2, 3)
-    opposites = [sample["opposites"] for sample in samples if "opposites" in sample]
-    # Trimmed here, on the CPU: reading the length back from the device would wait for it. Together with the opposites,
-    # as the text tower embeds both in one pass.
-    tokens: Tensor = trim(torch.stack([*(sample["tokens"] for sample in samples), *opposites]))
+    negatives = [sample["negatives"] for sample in samples if "negatives" in sample]
+    # Trimmed here, on the CPU: reading the length back from the device would wait for it. Together with the negatives,
+    # as the text tower embeds all in one pass.
+    tokens: Tensor = trim(torch.cat([torch.stack([sample["tokens"] for sample in samples]), *negatives]))
     batch = {
         "video": video,
         "tokens": tokens[: len(samples)].contiguous(),
         "index": torch.tensor([sample["index"] for sample in samples]),
         "faults": [sample["fault"] for sample in samples if sample["fault"]],
     }
-    if opposites:
-        batch["opposites"] = tokens[len(samples) :].contiguous()
-        batch["has_opposite"] = torch.stack([sample["has_opposite"] for sample in samples])
+    if negatives:
+        batch["negatives"] = tokens[len(samples) :].unflatten(0, (len(samples), -1)).contiguous()
+        batch["has_negative"] = torch.stack([sample["has_negative"] for sample in samples])
     if "boxes" in samples[0]:
         batch["boxes"] = torch.stack([sample["boxes"] for sample in samples])
     if "labels" in samples[0]:

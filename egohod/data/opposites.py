@@ -21,7 +21,8 @@ from typing import NamedTuple
 # --------------------------------------------------------------------------------------------------
 
 
-def _words(text: str) -> frozenset[str]:
+def word_set(text: str) -> frozenset[str]:
+    """The words of a text."""
     return frozenset(text.split())
 
 
@@ -47,69 +48,69 @@ turn up <> turn down; stand up <> sit down; put together <> take apart; push awa
 pull up <> pull down; push up <> push down; inflate <> deflate; extend <> retract; buckle <> unbuckle
 """
 # Verbs that stay, while their direction changes; first those that go into a place and out of it.
-_CARRYING = _words(
+_CARRYING = word_set(
     "move slide shift drag pour scoop spoon tip transfer walk step climb bring carry scrape sweep jump run crawl toss "
     "throw ladle pass go push pull"
 )
-_TURNING = _words("lean tilt swing bend turn roll flick wipe swipe stretch look point reach rotate spin circle twist")
+_TURNING = word_set("lean tilt swing bend turn roll flick wipe swipe stretch look point reach rotate spin circle twist")
 # Not all of them go in every direction: "scoops up the rice", "wipes down the counter", "throws away the skin".
-_UP = (_CARRYING | _TURNING) - _words(
+_UP = (_CARRYING | _TURNING) - word_set(
     "pour scoop spoon tip transfer ladle scrape sweep wipe throw toss pass run go turn"
 )
-_AWAY_AND_CLOSER = _words("move push pull slide shift drag lean turn walk step look swing reach go carry")
-_IN = _words("move slide pour walk step climb lean swing bring reach push pull scoop jump crawl")
+_AWAY_AND_CLOSER = word_set("move push pull slide shift drag lean turn walk step look swing reach go carry")
+_IN = word_set("move slide pour walk step climb lean swing bring reach push pull scoop jump crawl")
 _DIRECTIONS = (
     "up down, upwards downwards, upward downward, forward backward, forwards backwards, in out, inwards outwards, "
     "inward outward, away closer, clockwise counterclockwise, left right, far near, leftwards rightwards, "
     "leftward rightward"
 )
 # What comes from a place; all other verbs above are about what goes to it.
-_AWAY = _words(
+_AWAY = word_set(
     "take pick grab get retrieve fetch remove pull lift raise unload detach disconnect unscrew unplug extract aspirate "
     "draw"
 )
-_TO, _FROM = _words("in into inside outside on onto to at under"), _words("from off")
+_TO, _FROM = word_set("in into inside outside on onto to at under"), word_set("from off")
 # Without a place these are no motion: "draws the plunger", "returns".
 _NEED_A_PLACE = frozenset(
     ["return", "hang", "store", "inject", "connect", "aspirate", "aspirate up", "draw", "draw up", "draw out"]
 )
-_GOALS = _words("to into onto towards toward")
+_GOALS = word_set("to into onto towards toward")
 # New prepositions other than in and on.
 _PREPOSITIONS = {"attach": "to", "connect": "to", "screw": "onto", "push": "into", "load": "into", "inject": "into"}
-_PARTICLES = _words("up down on off in out away back together apart closer aside over around through")
+_PARTICLES = word_set("up down on off in out away back together apart closer aside over around through")
 # What things are in, rather than on.
-_CONTAINERS = _words(
+_CONTAINERS = word_set(
     "air drawer fridge freezer refrigerator cupboard cabinet bag box bowl pan pot sink cup mug glass jar bottle can "
     "tin bin basket bucket oven microwave dishwasher washer machine pocket container tube beaker wok saucepan skillet "
     "blender kettle pantry closet tank carton packet pack hole case trash dustbin basin water oil tupperware jug flask "
     "tub purse backpack wallet casserole colander sieve mixer mixture soup dish"
 )
-_DETERMINERS = _words("the a an his her their your my its our some this that these those both")
-_PRONOUNS = _words("it them one each these those this")
-_PEOPLE = _words("c #c o #o x y he she i you we they man woman person lady boy girl guy someone who")
-_SUBJECTS = _PEOPLE | _words("hand hands which and or then also")
-_BEFORE_BASE = _words("to and or will can should must then not i you we they hands also")
-_BEFORE_ING = _words("while by before after and is are was when starts start keeps continues")
+DETERMINERS = word_set("the a an his her their your my its our some this that these those both")
+PRONOUNS = word_set("it them one each these those this")
+_PEOPLE = word_set("c #c o #o x y he she i you we they man woman person lady boy girl guy someone who")
+_SUBJECTS = _PEOPLE | word_set("hand hands which and or then also")
+_BEFORE_BASE = word_set("to and or will can should must then not i you we they hands also")
+_BEFORE_ING = word_set("while by before after and is are was when starts start keeps continues")
 # A clause ends here, and at "and" or "to" before an action.
-_ENDS = _words("then while until as so before after but who which that when where using for with by because if")
-_ACTIONS = _words(
+_ENDS = word_set("then while until as so before after but who which that when where using for with by because if")
+_ACTIONS = word_set(
     "stir cut wash rinse hold mix press use shake clean wipe chop slice peel dry adjust cook fry flip check continue "
     "start begin make keep let prepare spread sprinkle knead grind crush smash break crack weigh measure taste eat "
     "drink scrub lather tap touch gather arrange separate tear dip soak coat serve stack align examine inspect drain "
     "boil scatter squeeze fill season"
 )
 # These are more often things than actions, unless a determiner or particle follows.
-_THINGS = _words("cover lock screw wrap fold lift cap tie button seal pack load place plug drop slide tip step roll")
+_THINGS = word_set("cover lock screw wrap fold lift cap tie button seal pack load place plug drop slide tip step roll")
 # "takes a look", "gets ready", "pushes the button": nothing of it is taken or pushed away.
-_IDIOMS = _words(
+_IDIOMS = word_set(
     "look picture pictures photo bite sip step break note notes turn rest seat shower breath care place ready rid used "
     "button buttons switch effort pressure to"
 )
 # "first left, then right"
-_IN_TURN = _words("left right far near")
+_IN_TURN = word_set("left right far near")
 _TIMES = {"once": "twice", "twice": "once"}
 # "rice that has been washed twice": before the clip.
-_PASSIVE = _words("been was were")
+_PASSIVE = word_set("been was were")
 # The demo world's words for a tap and two taps within the same time.
 _TOUCHES = {
     ("one", "slow", "touch"): ("two", "quick", "touches"),
@@ -123,7 +124,7 @@ _IRREGULAR = {
 }  # fmt: skip
 _DOUBLED = re.compile(r"(?:un)?(?:zip|drop|grab|wrap|plug|cap|tip|step|drag|run|spin|swim|flip|dip|stir|cut|chop)")
 # They come and go with verbs and places, and are no change of what is done.
-_SMALL = _DETERMINERS | _PRONOUNS | _PARTICLES | _words("with of by and then while")
+_SMALL = DETERMINERS | PRONOUNS | _PARTICLES | word_set("with of by and then while")
 BASE, THIRD, PAST, ING = range(4)
 
 
@@ -141,10 +142,10 @@ def _pairs(rules: str) -> Iterator[tuple[str, str]]:
         yield from [(one, other), (other, one)][: 2 if arrow == "<>" else 1]
 
 
-_PLACED, _CHANGED = dict(_pairs(_PLACING)), dict(_pairs(_CHANGING))
-_VERBS = {phrase.split()[0] for phrase in _PLACED | _CHANGED} | _CARRYING | _TURNING
+PLACED, CHANGED = dict(_pairs(_PLACING)), dict(_pairs(_CHANGING))
+_VERBS = {phrase.split()[0] for phrase in PLACED | CHANGED} | _CARRYING | _TURNING
 # From the last form to the first: "put" and "set" are the base form, not the past.
-_FORM_OF = {_forms(verb)[form]: (verb, form) for form in (ING, PAST, THIRD, BASE) for verb in sorted(_VERBS)}
+FORM_OF = {_forms(verb)[form]: (verb, form) for form in (ING, PAST, THIRD, BASE) for verb in sorted(_VERBS)}
 _NEXT_ACTION = {_forms(verb)[form] for verb in (_VERBS | _ACTIONS) - _THINGS for form in (BASE, THIRD)}
 _OTHER_WAY = dict(pair.split() for pair in _DIRECTIONS.split(", "))
 _OTHER_WAY |= {other: word for word, other in _OTHER_WAY.items()} | {"anticlockwise": "clockwise"}
@@ -206,7 +207,9 @@ def opposite_fault(caption: str, other: str) -> str | None:
     rules = [opposite(caption), opposite(other)]
     if after == _tokens(rules[0] or "") or before == _tokens(rules[1] or ""):
         return None
-    lost, new = (set(one) - set(two) - _SMALL - set(_senses()) for one, two in ((before, after), (after, before)))
+    lost, new = (
+        set(one) - set(two) - _SMALL - set(senses_of_words()) for one, two in ((before, after), (after, before))
+    )
     if lost or new:
         return f"word: {', '.join(sorted(new)) or 'nothing'} for {', '.join(sorted(lost)) or 'nothing'}"
     start, rule, end = (caption, rules[0], other) if rules[0] else (other, rules[1], caption)
@@ -230,19 +233,19 @@ def _directions(text: str) -> list[tuple[str, str]]:
     words = _tokens(text)
     pairs = zip(words, [*words[1:], ""], strict=True)
     moving = (word for word, after in pairs if word not in ("left", "right") or not after.startswith("hand"))
-    return [_senses()[word] for word in moving if word in _senses()]
+    return [senses_of_words()[word] for word in moving if word in senses_of_words()]
 
 
 @cache
-def _senses() -> dict[str, tuple[str, str]]:
+def senses_of_words() -> dict[str, tuple[str, str]]:
     """What each word means that the rules exchange, and the reverse of that: words for one another have the same."""
     senses: dict[str, tuple[str, str]] = {}
-    for phrase, other in _CHANGED.items():
+    for phrase, other in CHANGED.items():
         # By the opposite's opposite, "close" for "shut"; "turn on" differs from its opposite in the particle alone.
-        sense, reverse = _CHANGED[other].split()[0], other.split()[0]
+        sense, reverse = CHANGED[other].split()[0], other.split()[0]
         if sense != reverse:
             senses |= dict.fromkeys(_forms(phrase.split()[0]), (sense, reverse))
-    for phrase in _PLACED:
+    for phrase in PLACED:
         verb = phrase.split()[0]
         senses |= dict.fromkeys(_forms(verb), ("take", "put") if verb in _AWAY else ("put", "take"))
     for word, other in (_OTHER_WAY | _TIMES | {"before": "after", "after": "before"}).items():
@@ -280,14 +283,14 @@ def _goes_on(words: list[_Word], i: int) -> bool:
         return False
     # Another action, or the other hand's.
     return not (set(texts[: last + 3]) & (_ENDS | _TO | _FROM | {"hand", "hands", "use", "one"})) and all(
-        text not in _FORM_OF or text in _THINGS for text in texts[:last]
+        text not in FORM_OF or text in _THINGS for text in texts[:last]
     )
 
 
 def _is_to_a_place(words: list[_Word], i: int) -> bool:
     """Whether a "to" is followed by a place, and not by a verb ("to season it")."""
     after = words[i + 1].text if i + 1 < len(words) else ""
-    if after in _DETERMINERS | {"left", "right", "another", "it", "them", "one", "two", "far"}:
+    if after in DETERMINERS | {"left", "right", "another", "it", "them", "one", "two", "far"}:
         return True
     # Who writes "from sink to counter" writes no determiners; elsewhere a bare word is a verb of any kind.
     is_telegraphic = not any(word.text in ("the", "a", "an", "your") for word in words)
@@ -315,7 +318,7 @@ def _swap_places(words: list[_Word], caption: str, new: dict[int, str]) -> None:
         stop = next((j for j in range(to + 1, stop) if words[j].clause != word.clause or words[j].text == "held"), stop)
         between = {each.text for each in words[i + 1 : to]}
         # "from the board and placed it onto the knife" are two actions.
-        if to + 1 >= stop or stop - to > 10 or between & (_PRONOUNS | set(_FORM_OF)) - _THINGS:
+        if to + 1 >= stop or stop - to > 10 or between & (PRONOUNS | set(FORM_OF)) - _THINGS:
             continue
         one, other = (caption[words[a].start : words[b - 1].end] for a, b in ((i + 1, to), (to + 1, stop)))
         if one.lower() != other.lower():
@@ -328,7 +331,7 @@ def _swap_places(words: list[_Word], caption: str, new: dict[int, str]) -> None:
 def _is_verb(words: list[_Word], i: int, verb: str, form: int) -> bool:
     """Whether a word that may be a verb is one, by its neighbours."""
     following = words[i + 1].text if i + 1 < len(words) and words[i + 1].clause == words[i].clause else ""
-    if verb in _THINGS and i and following not in _DETERMINERS | _PRONOUNS | _PARTICLES:
+    if verb in _THINGS and i and following not in DETERMINERS | PRONOUNS | _PARTICLES:
         return False
     j = i - 1
     while j >= 0 and (words[j].text.endswith("ly") or words[j].text in ("then", "also", "again", "still", "just")):
@@ -356,7 +359,7 @@ def _swap_verbs(words: list[_Word], new: dict[int, str]) -> bool:
     """Exchange verbs, their particles and the preposition of their place; False if one undoes another."""
     done: list[tuple[str, bool, set[str]]] = []
     for i, word in enumerate(words):
-        verb, form = _FORM_OF.get(word.text, ("", BASE))
+        verb, form = FORM_OF.get(word.text, ("", BASE))
         if not verb or not _is_verb(words, i, verb, form):
             continue
         end = _clause_end(words, i)
@@ -372,14 +375,14 @@ def _swap_verbs(words: list[_Word], new: dict[int, str]) -> bool:
             # "put in fridge" names the place alone.
             at = end
         phrase = f"{verb} {texts[at]}" if at < end else verb
-        result = _PLACED.get(phrase) or _CHANGED.get(phrase)
-        thing = [text for text in texts[i + 1 : i + 4] if text not in _DETERMINERS]
+        result = PLACED.get(phrase) or CHANGED.get(phrase)
+        thing = [text for text in texts[i + 1 : i + 4] if text not in DETERMINERS]
         if result is None or _IDIOMS & set(thing[:1]) or (thing[:1] in (["left"], ["right"]) and "hand" in thing):
             continue
         # "takes it from the table to the sink" is reversed already.
         if any(j in new for j in range(i + 1, end)):
             continue
-        is_placing, is_away, place = phrase in _PLACED, verb in _AWAY, end
+        is_placing, is_away, place = phrase in PLACED, verb in _AWAY, end
         if is_placing:
             start = at + 1 if at < end else i + 1
             places = (j for j in range(start, end - 1) if _is_place(texts, j, _FROM if is_away else _TO))
@@ -389,10 +392,10 @@ def _swap_verbs(words: list[_Word], new: dict[int, str]) -> bool:
             continue
         if verb == "push" and place < end and texts[place] not in ("in", "into", "inside"):
             place = end
-        things = set(texts[i + 1 : place]) - _DETERMINERS - _PARTICLES
+        things = set(texts[i + 1 : place]) - DETERMINERS - _PARTICLES
         for earlier, was_away, before in done:
-            is_undone = phrase in (_PLACED.get(earlier), _CHANGED.get(earlier)) or (is_placing and was_away != is_away)
-            if is_undone and (not things or not before or things & (before | _PRONOUNS)):
+            is_undone = phrase in (PLACED.get(earlier), CHANGED.get(earlier)) or (is_placing and was_away != is_away)
+            if is_undone and (not things or not before or things & (before | PRONOUNS)):
                 return False
         done.append((phrase, is_away, things))
         other, _, particle = result.partition(" ")
@@ -446,12 +449,12 @@ def _swap_directions(words: list[_Word], new: dict[int, str]) -> None:
             new[i] = way[text]
         elif text in ("left", "right") and after not in ("hand", "hands", "of"):
             # "to the left", "over the left side"
-            j = i - 2 if before in _DETERMINERS else i - 1
+            j = i - 2 if before in DETERMINERS else i - 1
             leads = texts[j] in ("to", "towards", "toward") or (texts[j], after) == ("over", "side")
             if leads and j >= 0 and j not in new and texts[i + 1 : i + 3] != ["side", "of"]:
                 new[i] = way[text]
     for i, word in enumerate(words):
-        verb, form = _FORM_OF.get(word.text, ("", BASE))
+        verb, form = FORM_OF.get(word.text, ("", BASE))
         if i not in new and verb in _CARRYING | _TURNING and _is_verb(words, i, verb, form):
             end = _clause_end(words, i)
             # One change is enough: "slides it to the left into the box".
@@ -473,7 +476,7 @@ def _direction(verb: str, texts: list[str], i: int, j: int, words: list[_Word], 
     if text in way and (is_last or j == i + 1):
         # "pours in the milk" has a direction, "walks in the park" a place.
         is_place = after and (text in ("in", "out") and (verb != "pour" or rest & {"of", "from", "in", "into"}))
-        is_place = is_place or (text in ("left", "right") and after in _DETERMINERS)
+        is_place = is_place or (text in ("left", "right") and after in DETERMINERS)
         verbs = {"up": _UP, "down": _UP, "away": _AWAY_AND_CLOSER, "closer": _AWAY_AND_CLOSER, "in": _IN, "out": _IN}
         return {} if is_place or verb not in verbs.get(text, (verb,)) else {j: way[text]}
     if verb not in _CARRYING or not after:
@@ -489,7 +492,7 @@ def _direction(verb: str, texts: list[str], i: int, j: int, words: list[_Word], 
         return out | {j: _in_or_on(words[j + 1 : _place_end(words, j + 1, len(texts))]) + "to"}
     if (
         _is_place(texts, j, frozenset(("to",)))
-        and after in _DETERMINERS
+        and after in DETERMINERS
         and texts[j + 2 : j + 3] not in (["boil"], ["left"], ["right"])
     ):
         return {j: "away from"} if "into" not in rest else {}

@@ -24,6 +24,7 @@ from egohod.data.config import SourceConfig
 from egohod.data.decoders import Opener
 from egohod.data.detections import EDGES, ROLES, BoxTable
 from egohod.data.opposites import opposite
+from egohod.data.replacements import Verbs, verb_and_nouns
 from egohod.data.storage import LocalCache
 from egohod.data.videos import MIN_SECONDS, Frames, VideoStore
 from egohod.errors import UserError, nearest
@@ -488,6 +489,22 @@ class ClipReader:
         reverse = ". ".join(given) if self.config.list_text == "concat" else given[texts.index(text)]
         # A copy of the caption, by which a list can have none for one of its narrations, would train nothing.
         return None if reverse == text else reverse
+
+    def replacements(self, index: int, text: str, count: int, verbs: Verbs, rng: np.random.Generator) -> list[str]:
+        """``text`` of clip ``index`` with other verbs: up to ``count`` that ``rng`` draws, of the column or by rule."""
+        column = self.config.replacement_column
+        if not column or len(self.table.row(index).texts) > 1:
+            return verbs.replace(text, count, rng)
+        written = [each for each in narrations_in(self.table.value(column, index)) if each]
+        return [written[i] for i in rng.permutation(len(written))[:count].tolist()]
+
+    def tags(self, index: int, text: str) -> list[list[str]]:
+        """The verbs and the nouns of clip ``index``, by ``config.tag_columns`` or of the words of ``text``."""
+        if not self.config.tag_columns:
+            return [*verb_and_nouns(text)]
+        cells = (str(self.table.value(column, index)) for column in self.config.tag_columns)
+        parts = ([part.strip(" '\"") for part in cell.strip("[] ").split(",")] for cell in cells)
+        return [[part for part in each if part] for each in parts]
 
     def restricted(self, mask: np.ndarray) -> ClipReader:
         """The same for the clips where ``mask`` bool [N] is true."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from egohod.knobs import knob
+from egohod.knobs import knob, part
 
 # Known here, too, so that the configuration can be checked without importing torch: runner.py has what they mean.
 PROTOCOL_NAMES = (
@@ -60,6 +60,18 @@ class BenchmarkConfig:
 
 
 @dataclass
+class RerankConfig:
+    """Retrieval in two stages."""
+
+    path: str | None = knob(
+        None,
+        "a reranker of tools/train_reranker.py, which main_eval.py uses for retrieval; null, as published: the dual "
+        "encoder alone",
+    )
+    top_k: int = knob(50, "candidates of the dual encoder that it orders anew, for each clip and each text", low=1)
+
+
+@dataclass
 class EvaluateConfig:
     """Held-out evaluation during and after training."""
 
@@ -95,7 +107,8 @@ class EvaluateConfig:
         "temporal controls of the final evaluation, each the same clips with their time destroyed: shuffle puts the "
         "frames of a clip in a fixed random order, reverse plays them backwards, freeze repeats the middle one",
         choices=("shuffle", "reverse", "freeze"),
-    )  # Everything below makes other numbers than a single pass of one model, which results name.
+    )
+    # Everything below makes other numbers than a single pass of one model, which results name.
     ensemble: list[str] = knob(
         [], "main_eval.py: further checkpoints, as --checkpoint, whose similarities are averaged with its own"
     )
@@ -123,6 +136,8 @@ class EvaluateConfig:
         "supervision levels that a challenge wants declared, [pretraining, training labels, training data], 0 to 5 "
         "each (docs/evaluation.md)",
     )
+
+    rerank: RerankConfig = part(RerankConfig)
 
     @staticmethod
     def convert_old_keys(section: dict[str, Any], below: dict[str, Any]) -> list[tuple[str, str]]:

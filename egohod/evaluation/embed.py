@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -30,7 +31,9 @@ from egohod.errors import UserError
 from egohod.evaluation.adapters import StoredFeatures, TransformersModel, mean_of_frames
 from egohod.evaluation.features import FeatureCache, feature_key, is_written, write_video
 from egohod.model.config import IMAGE_STATS, ImageStats, ModelConfig, WeightsConfig
+from egohod.model.cost import count_flops
 from egohod.model.dual_encoder import DualEncoder
+from egohod.model.reranker import Reranker, grid_tokens
 from egohod.runtime import Interrupted, Progress
 
 log = logging.getLogger(__name__)
@@ -162,6 +165,25 @@ class FrameAverage(nn.Module):
         full = tokens.new_zeros(len(tokens), self.inner.context_length)
         full[:, : tokens.shape[1]] = tokens
         return self.inner.encode_text(full, normalize=normalize)
+
+
+class WithTokens(nn.Module):
+    """A dual encoder whose feature of a clip is followed by the tokens that a reranker reads, [B, E + S D]."""
+
+    def __init__(self, model: DualEncoder, head: Reranker) -> None:
+        super().__init__()
+        self.model, self.grid, self.image_stats = model, head.shape.grid, model.image_stats
+
+    def encode_video(self, video: Tensor, normalize: bool = True) -> Tensor:
+        """Frames normalised with ``image_stats`` [B, 3, T, H, W] -> float32 [B, E + S D], E of unit length."""
+        # Two passes: of most towers the last block of the first one computes nothing but the feature, so that its
+        # numbers are those of an evaluation without a reranker, to the bit.
+        feature = self.model.encode_video(video, normalize)
+        return torch.cat((feature, grid_tokens(self.model, video, self.grid).flatten(1)), dim=1)
+
+    def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:
+        """As the dual encoder's."""
+        return self.model.encode_text(tokens, normalize)
 
 
 # What a name begins with that is no checkpoint of ours, and what is made of the rest.
@@ -347,6 +369,61 @@ def embed_texts(
     keys = [[feature_key("text", text)] for text in ordered] if cache else []
     features = _encode_shared(model, encode, len(ordered), run.batch_size, "text", run, cache, keys, EmbedReport())
     return features[torch.from_numpy(np.argsort(by_length)[place]), 0]
+
+
+def rerank(
+    model: DualEncoder,
+    head: Reranker,
+    clips: Tensor,
+    texts: Sequence[str],
+    tokenizer: TokenizerLike,
+    sim: Tensor,
+    top_k: int,
+    run: Execution,
+) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
+    """The first ``top_k`` candidates of each clip and of each text in the order of a reranker's scores.
+
+    Args:
+        clips: tokens of the clips, float32 [N, S D], as of :class:`WithTokens`.
+        sim: cosines of the dual encoder [N, M].
+
+    Returns:
+        Scores of texts by clip [N, M] and of clips by text [M, N], the same on every process, in which the candidates
+        are in front of all others, which have their cosines; and the operations of a query's pairs. Collective.
+    """
+    device, dist = run.dist.device, run.dist
+    head = head.to(device)
+    orders: list[dict[int, NDArray[np.int64]]] = [{}, {}]
+    flops, queries = 0, 0
+    with _inference(model, device, run.precision):
+        for direction, scores in enumerate((sim, sim.T)):
+            # Queries are shared out one by one, and each is a batch of its own: the number of processes changes no bit.
+            for row in range(dist.rank, len(scores), dist.world_size):
+                dist.stop.check()
+                # Stable, as ties of cosines are broken by the lower index in the metrics too.
+                candidates = scores[row].argsort(descending=True, stable=True)[:top_k]
+                clip_rows, text_rows = (torch.tensor([row]), candidates) if direction == 0 else (candidates, [row])
+                tokens = trim(tokenizer([texts[i] for i in text_rows])).to(device)
+                tokens = model.textual.padded(tokens)
+                inputs = (
+                    clips[clip_rows].unflatten(1, (-1, head.shape.video_width)).to(device),
+                    model.textual.states(tokens).float(),
+                    tokens != 0,
+                    scores[row, candidates].view(len(clip_rows), -1).to(device),
+                )
+                if not queries:
+                    flops = count_flops(partial(head, *inputs))
+                queries += 1
+                order = head(*inputs).flatten().argsort(descending=True, stable=True).cpu()
+                orders[direction][row] = candidates[order].numpy()
+    results = []
+    for direction, scores in enumerate((sim, sim.T)):
+        ranked = scores.numpy().copy()
+        for row, best in (item for share in dist.gather_objects(orders[direction]) for item in share.items()):
+            # Cosines are at most 1, and the reranker's scores may be anything: its order alone counts.
+            ranked[row, best] = 3 - np.arange(len(best), dtype=np.float32) / len(best)
+        results.append(ranked)
+    return results[0], results[1], float(flops)
 
 
 def _encode_clips(

@@ -143,10 +143,30 @@ def describe(benchmark: Measured, result: BenchmarkResult, published: Mapping[st
         # Loud, as such a number is easily taken for the benchmark's.
         share = 100 * evaluated / report.clips
         notes.append(f"PARTIAL: {evaluated} of {report.clips} clips ({share:.1f} %) could be read")
-    return {
+    reranked, scoring = {}, list(about["scoring"])
+    if (stage := result.reranking) is not None:
+        scoring.append(f"top {stage.top_k} reranked")
+        notes.append(
+            f"RERANKED: the first {stage.top_k} candidates of every query, {stage.gflop_per_query:.3g} GFLOP a query, "
+            f"{stage.seconds:.1f} s; not comparable with numbers of a dual encoder alone"
+        )
+        gains = {name: result.scores[PLAIN][name].interval(minus=each) for name, each in stage.first_stage.items()}
+        reranked["rerank"] = {
+            "top_k": stage.top_k,
+            "gflop_per_query": stage.gflop_per_query,
+            "seconds": stage.seconds,
+            "trained": stage.trained,
+            # Of the same queries, which vary together: the interval is of the gain itself.
+            "first_stage": {
+                name: {"value": each.value, "gain": result.scores[PLAIN][name].value - each.value}
+                | {"gain_interval": list(gains[name])}
+                for name, each in stage.first_stage.items()
+            },
+        }
+    return reranked | {
         "protocol": about["protocol"],
         "heads": about["heads"],
-        "scoring": list(about["scoring"]),
+        "scoring": scoring,
         "clips": report.clips,
         "evaluated": evaluated,
         "partial": partial,

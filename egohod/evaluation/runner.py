@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,10 +50,13 @@ from egohod.evaluation.embed import (
     Execution,
     TokenizerLike,
     VideoTextModel,
+    WithTokens,
     embed_clips,
     embed_texts,
+    fingerprint,
     gather_or_raise,
     image_stats_of,
+    rerank,
 )
 from egohod.evaluation.features import FeatureCache
 from egohod.evaluation.grounding import GroundingTask
@@ -66,9 +70,11 @@ from egohod.evaluation.tasks import (
     MultipleChoiceTask,
     RetrievalTask,
     head_tasks,
+    similarity,
 )
 from egohod.model.config import IMAGE_STATS
 from egohod.model.dual_encoder import DualEncoder
+from egohod.model.reranker import Reranker
 
 log = logging.getLogger(__name__)
 
@@ -174,6 +180,8 @@ def named_evaluators(
 
     They are those of ``evaluate.during`` and ``evaluate.final``; with ``classes`` they measure a model's heads.
     """
+    if cfg.evaluate.rerank.path:
+        log.warning("evaluate.rerank does nothing here: a reranker is of one checkpoint, see main_eval.py")
     names, execution = {"val": cfg.evaluate.during, "test": cfg.evaluate.final}[part], execution_of(cfg, dist)
     options: dict[str, Any] = {"controls": controls, "classes": classes}
     return [benchmark(cfg, name, cfg.evaluate.benchmarks[name], execution, **options) for name in names]
@@ -229,12 +237,13 @@ def benchmark(
     controls: Sequence[str] = (),
     classes: ClassSpace | None = None,
     need_videos: bool = True,
+    reranker: Reranker | None = None,
 ) -> Benchmark:
     """Build the benchmark that ``config`` describes, at the resolution (pixels) and with the tokenizer of a model.
 
-    With ``classes`` it measures a model's heads instead of its texts, and without ``need_videos`` features that are
-    stored already. All annotations are read here, so that mistakes surface before anything is computed. Raises
-    :class:`UserError`.
+    With ``classes`` it measures a model's heads instead of its texts, with ``reranker`` retrieval in two stages
+    (``evaluate.rerank``), and without ``need_videos`` features that are stored already. All annotations are read here,
+    so that mistakes surface before anything is computed. Raises :class:`UserError`.
     """
     kind = config.kind
     if kind == "auto":
@@ -303,6 +312,8 @@ def benchmark(
         classes=classes,
         flip=cfg.evaluate.flip,
         combine="raw" if classes else cfg.evaluate.combine,
+        reranker=reranker if any(isinstance(task, RetrievalTask) for task in tasks) else None,
+        top_k=cfg.evaluate.rerank.top_k,
     )
 
 
@@ -372,6 +383,18 @@ def missing_clips(dataset: ClipDataset, dist: Distributed) -> dict[int, str]:
 
 
 @dataclass(frozen=True)
+class Reranking:
+    """What the second stage of retrieval cost, and the scores without it."""
+
+    top_k: int
+    gflop_per_query: float
+    seconds: float
+    trained: str
+    """How its head was trained."""
+    first_stage: Mapping[str, Score]
+
+
+@dataclass(frozen=True)
 class BenchmarkResult:
     """Scores by order of frames and metric, details by task, and how the features were computed."""
 
@@ -382,6 +405,8 @@ class BenchmarkResult:
     report: EmbedReport
     features: Sequence[tuple[Features, Features]] = ()
     """Of clips in their own order of frames and of texts, for each task."""
+    reranking: Reranking | None = None
+    """The second stage, if there was one; ``scores`` are then behind it."""
 
     def flat(self) -> dict[str, float]:
         """Values by name, each followed by its chance level if it has one.
@@ -412,6 +437,8 @@ class Embedded:
     texts: Mapping[str, Tensor]
     """Under the same names: of the texts, and of the texts with left and right exchanged."""
     report: EmbedReport
+    tokens: Mapping[str, Tensor]
+    """By order of frames: those of a clip that a reranker reads, in a row."""
 
 
 class Measured(Protocol):
@@ -458,6 +485,9 @@ class Benchmark:
     members: Sequence[tuple[Benchmark, nn.Module]] = ()
     """Further models of an ensemble, each with this benchmark as that model needs it; ``combine`` is as of
     :class:`~egohod.evaluation.tasks.Members`."""
+    reranker: Reranker | None = None
+    """Orders the first ``top_k`` candidates of retrieval anew."""
+    top_k: int = 0
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Numbers as of :meth:`BenchmarkResult.flat`, percent or ranks from 1: what a training loop calls."""
@@ -532,6 +562,7 @@ class Benchmark:
 
         scores: dict[str, dict[str, Score]] = {}
         details, features = list[Mapping[str, Any]](), list[tuple[Features, Features]]()
+        reranking: Reranking | None = None
         for order in (PLAIN, *self.controls):
             names = (order, order + MIRRORED) if self.flip else (order,)
             models = [[features_of(each, name) for name in names] for each in every]
@@ -542,17 +573,43 @@ class Benchmark:
                     _joined([_joined([pair[side] for pair in passes], "raw") for passes in pairs], self.combine)
                     for side in (0, 1)
                 )
+                if order == PLAIN:
+                    features.append((video, text))
+                if self.reranker is not None and isinstance(task, RetrievalTask):
+                    stage = self._rerank(model, task, every[0].tokens[order], video, text)
+                    scores[order] |= stage[0]
+                    if order == PLAIN:
+                        details.append(stage[1])
+                        reranking = stage[2]
+                    continue
                 scores[order] |= task.measure(video, text)
                 if order == PLAIN:
                     details.append(task.details(video, text))
-                    features.append((video, text))
-        return BenchmarkResult(scores, details, np.flatnonzero(mask).tolist(), report, features)
+        return BenchmarkResult(scores, details, np.flatnonzero(mask).tolist(), report, features, reranking)
+
+    def _rerank(
+        self, model: nn.Module, task: RetrievalTask, tokens: Tensor, video: Features, text: Features
+    ) -> tuple[dict[str, Score], Mapping[str, Any], Reranking]:
+        """Scores, details and cost of retrieval in two stages."""
+        assert self.reranker is not None
+        assert isinstance(model, DualEncoder)  # others have no tokens
+        assert isinstance(video, Tensor), "the configuration refuses several models or passes"
+        assert isinstance(text, Tensor), "the configuration refuses several models or passes"
+        start, sim = time.perf_counter(), similarity(video, text)
+        by_clip, by_text, flops = rerank(
+            model, self.reranker, tokens, task.texts, self.tokenizer, sim, self.top_k, self.execution
+        )
+        seconds, trained = time.perf_counter() - start, self.reranker.shape.trained
+        stage = Reranking(self.top_k, flops / 1e9, seconds, trained, task.measure(video, text))
+        return task.measure_ranking(by_clip, by_text), task.details_of_ranking(sim.numpy(), by_clip), stage
 
     def embed(self, model: nn.Module) -> Embedded:
         """The features of one model. Collective. Raises as :meth:`measure`."""
         if self.classes is not None:
             assert isinstance(model, DualEncoder), f"{type(model).__name__} has no heads"
             model = ClassProbabilities(model, self.classes)
+        if self.reranker is not None:
+            model = self._with_tokens(model, self.reranker)
         assert isinstance(model, VideoTextModel), f"{type(model).__name__} has no encode_video and encode_text"
         self._check_image_stats(model)
         try:
@@ -560,6 +617,21 @@ class Benchmark:
         finally:
             if self.execution.loader is not None:
                 self.execution.loader.finish(self.dataset)
+
+    def _with_tokens(self, model: nn.Module, head: Reranker) -> WithTokens:
+        """Raises :class:`UserError` if the reranker cannot be used with this model or protocol."""
+        protocol, shape = self.dataset.protocol, head.shape
+        if not isinstance(model, DualEncoder) or fingerprint(model) != shape.encoder:
+            raise UserError(
+                f"evaluate.rerank.path: was trained on the tokens of other weights ({shape.encoder[:12]}); train one "
+                "for this checkpoint with tools/train_reranker.py"
+            )
+        if protocol.views > 1 or protocol.frames != shape.frames:
+            raise UserError(
+                f"benchmark {self.name}: protocol {protocol.name} shows {protocol.views} views of {protocol.frames} "
+                f"frames, but the reranker reads one of {shape.frames}; set evaluate.num_frames or another protocol"
+            )
+        return WithTokens(model, head)
 
     def _missing(self, model: VideoTextModel) -> dict[int, str]:
         """Clips whose file is not there, as of :func:`missing_clips`."""
@@ -605,8 +677,12 @@ class Benchmark:
             embedded = embed_texts(model, texts + swapped, self.tokenizer, execution, cache=cache)
         else:
             embedded = torch.zeros(0, video[PLAIN].shape[-1])
-        by_name = {PLAIN: embedded[: len(texts)], MIRRORED: embedded[len(texts) :]}
-        return Embedded(rows, video, by_name, report)
+        by_name, tokens = {PLAIN: embedded[: len(texts)], MIRRORED: embedded[len(texts) :]}, dict[str, Tensor]()
+        if self.reranker is not None:
+            width = embedded.shape[1]
+            tokens = {order: clips[:, width:] for order, clips in video.items()}
+            video = {order: clips[:, :width].contiguous() for order, clips in video.items()}
+        return Embedded(rows, video, by_name, report, tokens)
 
     def _check_image_stats(self, model: VideoTextModel) -> None:
         """Warn where a protocol reproduces numbers of weights that expect other image statistics than ``model``."""
@@ -634,6 +710,8 @@ class Benchmark:
             "image_stats": image_stats_of(model),
             "size": self.dataset.size,
             "precision": str(precision) + exact,
+            # Clips' features are then followed by tokens.
+            **({"tokens": self.reranker.shape.grid} if self.reranker is not None else {}),
         }
 
 

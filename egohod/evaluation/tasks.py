@@ -166,7 +166,13 @@ class RetrievalTask(RetrievalData, EvaluationTask):
     def measure(self, video: Features, text: Features) -> dict[str, Score]:
         """mAP and nDCG by relevancy; recall@k (percent) and median rank (from 1) of a clip's own text and back."""
         sim = self.scores(video, text).numpy()
-        graded = zip(graded_per_query(sim, self.relevancy), graded_per_query(sim.T, self.relevancy.T), strict=True)
+        return self.measure_ranking(sim, sim.T)
+
+    def measure_ranking(self, by_clip: FloatArray, by_text: FloatArray) -> dict[str, Score]:
+        """As :meth:`measure`, of scores of texts by clip [N, M] and of clips by text [M, N]."""
+        graded = zip(
+            graded_per_query(by_clip, self.relevancy), graded_per_query(by_text, self.relevancy.T), strict=True
+        )
         scores = {}
         for name, values, expected in zip(("map", "ndcg"), graded, self._expected, strict=True):
             # Where clips are left out, a text may have no relevant clip left, and then no average precision.
@@ -181,7 +187,7 @@ class RetrievalTask(RetrievalData, EvaluationTask):
             return scores
         # Several clips may have the same narration: each of them is then a hit of its text.
         own = self.text_of_clip[:, None] == np.arange(len(self.texts))
-        for direction, each, relevant in (("v2t", sim, own), ("t2v", sim.T, own.T)):
+        for direction, each, relevant in (("v2t", by_clip, own), ("t2v", by_text, own.T)):
             ranks, by_k = first_relevant_rank(each, relevant), expected_recall(relevant.sum(axis=1), each.shape[1])
             for k in RECALL_AT:
                 # A gallery of fewer than k items has no further rank.
@@ -201,8 +207,12 @@ class RetrievalTask(RetrievalData, EvaluationTask):
     def details(self, video: Features, text: Features) -> Mapping[str, Any]:
         """The best texts of each clip with their similarity and relevancy, and its average precision."""
         sim = self.scores(video, text).numpy()
-        precision, _ = graded_per_query(sim, self.relevancy)
-        best, rows = _best(sim), np.arange(len(sim))[:, None]
+        return self.details_of_ranking(sim, sim)
+
+    def details_of_ranking(self, sim: FloatArray, by_clip: FloatArray) -> Mapping[str, Any]:
+        """As :meth:`details`, of texts by the scores ``by_clip`` [N, M]."""
+        precision, _ = graded_per_query(by_clip, self.relevancy)
+        best, rows = _best(by_clip), np.arange(len(sim))[:, None]
         return {
             "kind": "retrieval",
             "texts": list(self.texts),

@@ -31,6 +31,10 @@ class LossKind(NamedTuple):
     """Default of ``loss.margin``, in cosine similarity; 0 for losses without a margin."""
     has_negatives: bool = False
     """Whether every other item of the batch is a negative, whatever its caption is; see ``loss.mask_duplicates``."""
+    has_tags: bool = False
+    """Whether it needs the verbs and nouns of captions."""
+    has_replacements: bool = False
+    """Whether it needs captions with another verb, ``loss.replacements`` for each clip."""
 
 
 # A new loss is a class and a line here. It is built as Class(config, rank=..., world_size=...) and called with what the
@@ -42,6 +46,10 @@ LOSSES = {
     "adaptive_max_margin": LossKind("retrieval.RetrievalLoss", target="relevancy", margin=0.4, has_negatives=True),
     "sms": LossKind("retrieval.RetrievalLoss", target="relevancy", margin=0.6),
     "soft_infonce": LossKind("retrieval.RetrievalLoss", target="relevancy", has_temperature=True),
+    "egonce": LossKind("egonce.EgoNCE", has_temperature=True, has_negatives=True, has_tags=True),
+    "egonce_pp": LossKind(
+        "egonce.EgoNCE", has_temperature=True, has_negatives=True, has_tags=True, has_replacements=True
+    ),
     "classes": LossKind("classification.ClassificationLoss", target="class"),
 }
 
@@ -53,7 +61,9 @@ class LossConfig:
     name: str = knob(
         "infonce",
         "infonce: symmetric cross-entropy over the batch, the published recipe; sigmoid: a binary loss for every pair "
-        "(SigLIP), less sensitive to the batch size. For data.labels.target=relevancy: max_margin (AVION), "
+        "(SigLIP), less sensitive to the batch size; egonce: infonce with captions of the same verb and noun as "
+        "positives (EgoVLP); egonce_pp: captions with another verb as negatives, clips of the same noun as positives "
+        "(EgoNCE++); docs/pretraining.md. For data.labels.target=relevancy: max_margin (AVION), "
         "adaptive_max_margin (EgoVLP), sms (best known on EK100-MIR), soft_infonce; docs/finetuning.md. "
         "For data.labels.target=class: classes, cross-entropy of the heads",
         choices=tuple(LOSSES),
@@ -76,7 +86,8 @@ class LossConfig:
     mask_duplicates: bool = knob(
         False,
         "clips with the same caption, in the batch of all processes, are no negatives of each other; of infonce, "
-        "sigmoid, max_margin and adaptive_max_margin (sms, soft_infonce grade them by relevancy); false as published",
+        "sigmoid, egonce, egonce_pp, max_margin and adaptive_max_margin (sms, soft_infonce grade them by relevancy); "
+        "false as published",
     )
     local_loss: bool = knob(
         True, "infonce: each process computes its own rows only: exact and cheapest together with gather_with_grad"
@@ -93,6 +104,11 @@ class LossConfig:
         "weight of an auxiliary loss: boxes of hands and active object in every frame, predicted from the patch tokens "
         "(the fast path's, if there is one); needs data.train.NAME.detections; 0 leaves it out, as published",
         low=0,
+    )
+    replacements: int = knob(
+        10,
+        "egonce_pp: captions of each clip with its verb replaced, as published; each costs a text in the text tower",
+        low=1,
     )
     # Frame order: nothing in a batch of other clips asks for it (docs/motion.md).
     opposites: float = knob(
@@ -122,6 +138,11 @@ class LossConfig:
     def has_opposites(self) -> bool:
         """Whether a term reads the opposites of captions."""
         return self.opposites > 0 or self.separation > 0
+
+    @property
+    def negatives(self) -> int:
+        """Further captions of each clip that are false of it: its opposite first, then those with another verb."""
+        return self.has_opposites + (self.replacements if LOSSES[self.name].has_replacements else 0)
 
 
 def build_loss(config: LossConfig, *, rank: int = 0, world_size: int = 1) -> Loss:

@@ -46,14 +46,18 @@ class WithOpposites:
         self._loss, self._config, self._world_size = loss, config, world_size
 
     def __call__(
-        self, opposite_features: Tensor, has_opposite: Tensor, weight_share: float = 1.0, **features: Tensor
+        self, negative_features: Tensor, has_negative: Tensor, weight_share: float = 1.0, **features: Tensor
     ) -> dict[str, Tensor]:
-        """``opposite_features`` [B, E], normalised, anything where ``has_opposite`` bool [B] is false.
+        """``negative_features`` [B, K, E], normalised, anything where ``has_negative`` bool [B, K] is false.
 
-        ``weight_share``: of :func:`weight_share`. The rest is for the other loss, and its scalars are joined by
+        The first of K is the opposite. ``weight_share``: of :func:`weight_share`. The rest, also the further negatives,
+        is for the other loss, and its scalars are joined by
         ``opposite_accuracy``, the share (0 to 1) of clips that fit their caption better than its opposite, and
         ``opposite_cosine``, the mean cosine of captions and opposites.
         """
+        opposite_features, has_opposite = negative_features[:, 0], has_negative[:, 0]
+        if negative_features.shape[1] > 1:
+            features |= {"negative_features": negative_features[:, 1:], "has_negative": has_negative[:, 1:]}
         result, config = self._loss(**features), self._config
         video, text = features["video_features"], features["text_features"]
         # Processes may have different numbers of opposites. Their losses are averaged later, so each divides its sum by

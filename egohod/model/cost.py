@@ -217,8 +217,8 @@ def predict(
 
         def step(clips: int) -> Any:
             video = torch.empty(clips, 3, config.num_frames, size, size)
-            # The opposites of captions are embedded with them.
-            texts = 2 * clips if loss is not None and loss.has_opposites else clips
+            # Opposites and replaced captions are embedded with the clips' own.
+            texts = clips * (1 + (loss.negatives if loss is not None else 0))
             return model(video, torch.zeros(texts, geometry.context_length, dtype=torch.long))
 
         def recomputed(clips: int) -> Tensor:

@@ -77,19 +77,27 @@ class TextTower(TextTransformer):
                 nn.init.zeros_(linear.bias)
         self.set_grad_checkpointing(checkpointed_blocks(config.checkpoint_blocks, shape.vision_layers) > 0)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """``tokens`` int64 [B, L], L up to the context length -> features [B, E], not normalised."""
-        if self.needs_padding:
-            # Columns of zeros are cut on the host (egohod.data.dataset.trim); here they are padding again.
-            tokens = F.pad(tokens, (0, self.context_length - tokens.shape[1]))
-        B, L = tokens.shape
+    def states(self, tokens: Tensor) -> Tensor:
+        """Of every token behind the last block, [B, L, D]: ``tokens`` int64 [B, L], padded if :attr:`needs_padding`."""
+        L = tokens.shape[1]
         x = self.token_embedding(tokens) + self.positional_embedding[:L]
         # PyTorch's fused kernel for CPUs takes twice as long over a text tower's few tokens in bf16. Not where blocks
         # are recomputed: the backward pass is outside of this context and would recompute with the other kernel.
         is_plain = x.device.type == "cpu" and not self.transformer.grad_checkpointing
         plain = sdpa_kernel(SDPBackend.MATH) if is_plain else nullcontext()
         with plain:
-            x = self.transformer(x, attn_mask=None if self.attn_mask is None else self.attn_mask[:L, :L])
+            states: Tensor = self.transformer(x, attn_mask=None if self.attn_mask is None else self.attn_mask[:L, :L])
+        return states
+
+    def padded(self, tokens: Tensor) -> Tensor:
+        """Tokens as the tower reads them: columns of zeros that were cut on the host (egohod.data.dataset.trim)."""
+        return F.pad(tokens, (0, self.context_length - tokens.shape[1])) if self.needs_padding else tokens
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """``tokens`` int64 [B, L], L up to the context length -> features [B, E], not normalised."""
+        tokens = self.padded(tokens)
+        B, L = tokens.shape
+        x = self.states(tokens)
         if self.pool_type == "argmax":
             place = tokens.argmax(dim=1)
         elif self.pool_type == "eos":

@@ -386,6 +386,11 @@ class VisionTower(nn.Module):
         boxes: Tensor = self.box_head(x[:, self.prefix_tokens :], chosen, video.shape[2])
         return self.pooled(x), boxes
 
+    def tokens(self, video: Tensor) -> Tensor:
+        """Patch tokens behind the last block, [B, T P, D]: ``video`` as for calling it. Not for training."""
+        x, chosen = self.embed(video, self.motion(video))
+        return self.transformer(x, None, self.rotations(video.shape[2], chosen))[:, self.prefix_tokens :]
+
     def motion(self, video: Tensor) -> Tensor | None:
         """The motion stem's features of all patches, [B, N, D]; None without a stem."""
         if self.motion_stem is None:
@@ -651,6 +656,10 @@ class SlowFastTower(VisionTower):
         x, chosen = self._tokens(video, motion, whole=True)
         boxes: Tensor = self.box_head(x[:, self.prefix_tokens :], chosen, video.shape[2])
         return self.pooled(x, frozen=True, pool=self.pool), boxes
+
+    def tokens(self, video: Tensor) -> Tensor:
+        """Those of the fast path, which has all frames."""
+        return self._tokens(video, None, whole=True)[0][:, self.prefix_tokens :]
 
     def backbone(self) -> list[nn.Parameter]:
         """What only the slow path trains: blocks without adapters, norms, class and spatial embedding."""

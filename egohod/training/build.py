@@ -38,9 +38,10 @@ from egohod.data.labels import (
 )
 from egohod.data.loader import BatchPlan, MixedPlan, shares
 from egohod.data.storage import open_cache
-from egohod.data.table import ClipTable
+from egohod.data.table import ClipReader, ClipTable
 from egohod.distributed import Distributed, inference_precision, is_out_of_memory, pick_precision, setup
 from egohod.errors import UserError
+from egohod.loss.config import LOSSES
 from egohod.model.checkpoints import HeadClasses, WeightFile, base_of, load_weights
 from egohod.model.cost import SHARE, Memory, predict
 from egohod.model.dual_encoder import DualEncoder, EgoVideo, create_model
@@ -220,10 +221,11 @@ def read_tables(cfg: Config) -> list[ClipTable]:
         extra += [*columns, *(name.removesuffix("_class") for name in columns if name.endswith("_class"))]
     elif cfg.data.labels.target == "relevancy":
         extra += RELEVANCY_COLUMNS
-    return [
-        read_clips(source, strict=cfg.data.strict, extra=[*extra, *filter(None, [source.opposite_column])])
-        for source in active_sources(cfg).values()
-    ]
+    tables = []
+    for source in active_sources(cfg).values():
+        of_source = [*filter(None, [source.opposite_column, source.replacement_column]), *source.tag_columns]
+        tables.append(read_clips(source, strict=cfg.data.strict, extra=[*extra, *of_source]))
+    return tables
 
 
 def build_classes(cfg: Config, tables: Sequence[ClipTable] | None = None) -> ClassSpace | None:
@@ -257,12 +259,15 @@ def build_labels(cfg: Config, tables: Sequence[ClipTable]) -> list[Labels] | Non
 
 def build_dataset(cfg: Config, size: int, tables: Sequence[ClipTable] | None = None) -> ClipDataset:
     """The training clips at ``size`` pixels, of ``tables`` if they were read already."""
-    sources = active_sources(cfg)
+    sources, kind = active_sources(cfg), LOSSES[cfg.loss.name]
     for name, source in sources.items():
         if source.detections and not cfg.loss.boxes:
             log.warning("data.train.%s.detections does nothing while loss.boxes is 0", name)
         if source.opposite_column and not cfg.loss.has_opposites:
             log.warning("data.train.%s.opposite_column does nothing while loss.opposites is 0", name)
+        for key, has_effect in (("replacement_column", kind.has_replacements), ("tag_columns", kind.has_tags)):
+            if getattr(source, key) and not has_effect:
+                log.warning("data.train.%s.%s does nothing with loss.name=%s", name, key, cfg.loss.name)
     tables = tables or read_tables(cfg)
     dataset = ClipDataset(
         list(zip(tables, sources.values(), strict=True)),
@@ -271,30 +276,48 @@ def build_dataset(cfg: Config, size: int, tables: Sequence[ClipTable] | None = N
         decoder=cfg.data.decoder, cache=open_cache(cfg.data.cache, cfg.data.cache_gb), frame_cache=cfg.data.frame_cache,
         boxes=cfg.loss.boxes > 0, seed=cfg.train.seed, train=True, crop_scale_min=cfg.data.crop_scale_min,
         flip=cfg.data.flip,
-        opposites=cfg.loss.has_opposites, read_ahead=cfg.data.read_ahead,
+        opposites=cfg.loss.has_opposites, replacements=cfg.loss.replacements if kind.has_replacements else 0,
+        tags=kind.has_tags, read_ahead=cfg.data.read_ahead,
     )  # fmt: skip
-    if cfg.loss.has_opposites:
-        _check_opposites(dataset)
+    _check_texts(cfg, dataset)
     return dataset
 
 
-def _check_opposites(dataset: ClipDataset) -> None:
-    """Log how many captions have an opposite. Raises :class:`UserError` if a column is missing or none has one."""
-    counts = []
-    for source in dataset.sources:
-        table, column = source.table, source.config.opposite_column
-        if column and column not in table.column_names:
-            have = ", ".join(table.column_names)
-            raise UserError(f"{table.path}: no column '{column}' for opposite_column; there are {have}")
-        # Of millions of captions some are enough to see whether rules fit them.
-        rows = np.unique(np.linspace(0, len(table) - 1, CAPTIONS_TO_TRY).astype(int)).tolist()
-        counts.append(sum(source.opposite(row, table.row(row).texts[0]) is not None for row in rows))
-        log.info("%s: %.0f %% of the captions have an opposite", table.path, 100 * counts[-1] / len(rows))
-    if not any(counts):
-        raise UserError(
-            f"{dataset.clips.path}: no caption has an opposite, so loss.opposites and loss.separation do nothing; set "
-            "them to 0, or name a column with opposites in data.train.NAME.opposite_column"
+def _check_texts(cfg: Config, dataset: ClipDataset) -> None:
+    """Log how many captions have what the loss needs.
+
+    Raises :class:`UserError` where none has it, or a column is missing.
+    """
+    kind, generator, verbs = LOSSES[cfg.loss.name], np.random.default_rng(0), dataset.verbs
+    # What a caption needs, its columns, whether it has it, and what to do if none has.
+    checks: list[tuple[str, str, Callable[[ClipReader, int, str], Any], str]] = []
+    if cfg.loss.has_opposites:
+        cure = (
+            "so loss.opposites and loss.separation do nothing; set them to 0, or name a column with opposites in "
+            "data.train.NAME.opposite_column"
         )
+        checks.append(("an opposite", "opposite_column", ClipReader.opposite, cure))
+    if kind.has_tags:
+        cure = f"by which loss.name={cfg.loss.name} finds positives; name columns in data.train.NAME.tag_columns"
+        checks.append(("a verb and a noun", "tag_columns", lambda *clip: all(ClipReader.tags(*clip)), cure))
+    if verbs is not None:
+        cure = f"which loss.name={cfg.loss.name} needs; name a column in data.train.NAME.replacement_column"
+        draw = partial(ClipReader.replacements, count=1, verbs=verbs, rng=generator)
+        checks.append(("a replacement of the verb", "replacement_column", draw, cure))
+    for what, key, has, cure in checks:
+        counts = []
+        for source in dataset.sources:
+            table, columns = source.table, getattr(source.config, key) or []
+            for column in [columns] if isinstance(columns, str) else columns:
+                if column not in table.column_names:
+                    have = ", ".join(table.column_names)
+                    raise UserError(f"{table.path}: no column '{column}' for {key}; there are {have}")
+            # Of millions of captions some are enough to see whether rules fit them.
+            rows = np.unique(np.linspace(0, len(table) - 1, CAPTIONS_TO_TRY).astype(int)).tolist()
+            counts.append(sum(bool(has(source, row, table.row(row).texts[0])) for row in rows))
+            log.info("%s: %.0f %% of the captions have %s", table.path, 100 * counts[-1] / len(rows), what)
+        if not any(counts):
+            raise UserError(f"{dataset.sources[0].table.path}: no caption has {what}, {cure}")
 
 
 def build_plan(cfg: Config, dataset: ClipDataset) -> BatchPlan | MixedPlan:
@@ -602,8 +625,8 @@ def step_peak(model: DualEncoder, cfg: Config, dist: Distributed, clips: int, pa
                 video = torch.randint(
                     256, (clips, 3, frames, geometry.image_size, geometry.image_size), dtype=torch.uint8, device=device
                 )
-                # Texts of full length, which captions rarely have; twice as many with opposites.
-                texts = clips * (1 + cfg.loss.has_opposites)
+                # Texts of full length, which captions rarely have; more with opposites and replacements.
+                texts = clips * (1 + cfg.loss.negatives)
                 tokens = torch.ones(texts, geometry.context_length, dtype=torch.long, device=device)
                 with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                     output = model(normalise(video, model.image_stats), tokens)
@@ -712,7 +735,7 @@ def _try_model(cfg: Config, dist: Distributed, classes: ClassSpace | None, probl
     _report("tokens", f"{prefix + frames * geometry.patches_per_frame} a clip: {frames} frames of {patches}, {first}")
     # With heads the text tower computes nothing.
     texts = geometry.context_length if model.heads is None else 0
-    flops, texts = step_flops(cfg, model), texts * (1 + cfg.loss.has_opposites)
+    flops, texts = step_flops(cfg, model), texts * (1 + cfg.loss.negatives)
     _report("compute", f"{flops / 1e9:.1f} GFLOP a clip for forward and backward, with {texts} text tokens")
     memory = predict_memory(cfg, dist, model)
     state = f"{memory.state / 1e9:.1f} GB for weights, gradients and averages"

@@ -328,6 +328,12 @@ def identity(
         names += ["loss.opposites_schedule"]
         if cfg.loss.opposites_schedule != "constant":
             names += ["loss.opposites_hold", "loss.opposites_end"]
+    kind = LOSSES[cfg.loss.name]
+    if kind.has_replacements:
+        result["loss.replacements"] = cfg.loss.replacements
+    for key, has_effect in (("replacement_column", kind.has_replacements), ("tag_columns", kind.has_tags)):
+        values = {name: getattr(source, key) for name, source in cfg.data.train.items() if has_effect}
+        result |= {f"data.train.{name}.{key}": value for name, value in values.items() if value}
     for name in names:
         if attrgetter(name)(cfg) != attrgetter(name)(Config()):
             result[name] = attrgetter(name)(cfg)

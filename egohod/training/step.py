@@ -128,13 +128,13 @@ class TrainStep:
         Args:
             step: counts from 1.
             micro_batches: each with ``video`` uint8 [B, C, T, H, W], ``tokens`` int64 [B, L] and, for the box loss,
-                ``boxes`` [B, T, 3, 4], ``labels`` by name for losses that need classes and, for opposite captions,
-                ``opposites`` int64 [B, L] and ``has_opposite`` bool [B].
+                ``boxes`` [B, T, 3, 4], ``labels`` by name for losses that need classes and, for captions that
+                are false of their clips, ``negatives`` int64 [B, K, L] and ``has_negative`` bool [B, K].
             deadline: may end a step of several micro-batches early, with
                 :class:`~egohod.runtime.Interrupted`; weights and all else are then as after the step before.
 
         Returns:
-            Scalars on the device: the loss's (loss, accuracy, box_error, opposite_accuracy, opposite_cosine),
+            Scalars on the device: the loss's (loss, accuracy, box_error, opposite_accuracy, ...),
             grad_norm, logit_scale, and skipped (1 where loss or gradient was not finite).
         """
         # Dropout and the like depend on (seed, rank, step) alone, so that a resumed run draws the same numbers.
@@ -203,8 +203,9 @@ class TrainStep:
         video = self._to_device(batch["video"])
         tokens = batch["tokens"].to(self._device, non_blocking=True)
         captions = hash_captions(tokens) if self._loss_config.mask_duplicates else None
-        if "opposites" in batch:
-            tokens = torch.cat((tokens, batch["opposites"].to(self._device, non_blocking=True)))
+        count = len(tokens)
+        if "negatives" in batch:
+            tokens = torch.cat((tokens, batch["negatives"].to(self._device, non_blocking=True).flatten(0, 1)))
         video, mixing = normalise(video, self._inner.image_stats), None
         if self._mixer is not None:
             video, mixing = self._mixer(video)
@@ -212,9 +213,13 @@ class TrainStep:
         with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
             output: dict[str, Tensor] = self._model(video, tokens)
         output |= {name: value.to(self._device, non_blocking=True) for name, value in batch.get("labels", {}).items()}
-        if "opposites" in batch:
-            output["text_features"], output["opposite_features"] = output["text_features"].chunk(2)
-            output["has_opposite"] = batch["has_opposite"].to(self._device, non_blocking=True)
+        if "negatives" in batch:
+            texts = output["text_features"]
+            output["text_features"], output["negative_features"] = (
+                texts[:count],
+                texts[count:].unflatten(0, (count, -1)),
+            )
+            output["has_negative"] = batch["has_negative"].to(self._device, non_blocking=True)
         if captions is not None:
             output["caption_ids"] = captions
         if mixing is not None:

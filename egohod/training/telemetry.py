@@ -445,7 +445,7 @@ def step_flops(cfg: Config, model: DualEncoder, text_length: float | None = None
         return count_step(cfg.model, max(length, 1), loss=cfg.loss, heads=model.classes, learning=learning, lora=lora)
     return clip_flops(
         geometry, cfg.model.num_frames, length, cfg.model.patch_dropout, cfg.model.fast,
-        boxes=cfg.loss.boxes > 0, texts=1 + cfg.loss.has_opposites, motion_stem=cfg.model.motion_stem,
+        boxes=cfg.loss.boxes > 0, texts=1 + cfg.loss.negatives, motion_stem=cfg.model.motion_stem,
     ).step  # fmt: skip
 
 
@@ -476,7 +476,7 @@ def throughput(
     tokens = geometry.prefix_tokens + cfg.model.num_frames * places
     if geometry.slowfast:
         tokens += (geometry.prefix_tokens + fast.slow_frames * places) / fast.slow_every
-    texts = 0.0 if model.heads is not None else text_length * (1 + cfg.loss.has_opposites)
+    texts = 0.0 if model.heads is not None else text_length * (1 + cfg.loss.negatives)
     result = {"tokens_per_second": clips_per_second * (tokens + texts)}
     if cfg.train.trainable == "all":
         done = clips_per_second * step_flops(cfg, model, text_length) / dist.world_size

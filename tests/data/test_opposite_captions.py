@@ -153,10 +153,10 @@ def dataset(folder: Path, column: str | None = None, list_text: str = "random", 
 def test_a_sample_has_the_tokens_of_its_opposite(tmp_path: Path) -> None:
     for index, (text, expected) in enumerate(CAPTIONS.items()):
         sample = dataset(tmp_path)[0, index]
-        assert sample["has_opposite"] == (expected is not None)
-        assert torch.equal(sample["opposites"], TOKENIZER([expected or text])[0])
+        assert sample["has_negative"].tolist() == [expected is not None]
+        assert torch.equal(sample["negatives"], TOKENIZER([expected or text]))
         plain = dataset(tmp_path, opposites=False)[0, index]
-        assert set(sample) - set(plain) == {"opposites", "has_opposite"}
+        assert set(sample) - set(plain) == {"negatives", "has_negative"}
         assert torch.equal(sample["video"], plain["video"])
         assert torch.equal(sample["tokens"], plain["tokens"])
 
@@ -164,24 +164,24 @@ def test_a_sample_has_the_tokens_of_its_opposite(tmp_path: Path) -> None:
 def test_a_mirrored_clip_has_the_opposite_of_its_mirrored_caption(tmp_path: Path) -> None:
     view = dataset(tmp_path, flip=1.0).view((0, 1))
     assert view.text == "slides the cup to the right with the right hand"
-    assert view.opposite == "slides the cup to the left with the right hand"
+    assert view.negatives == ("slides the cup to the left with the right hand",)
     given = dataset(tmp_path, "reversed", flip=1.0).view((0, 1))
-    assert given.opposite == "not slides the cup to the right with the right hand"
+    assert given.negatives == ("not slides the cup to the right with the right hand",)
 
 
 def test_a_column_has_an_opposite_for_each_narration(tmp_path: Path) -> None:
     drawn = {
-        (view.text, view.opposite) for view in (dataset(tmp_path, "reversed", seed=s).view((0, 3)) for s in range(9))
+        (view.text, *view.negatives) for view in (dataset(tmp_path, "reversed", seed=s).view((0, 3)) for s in range(9))
     }
     assert drawn == {("opens the jar", "shuts the jar"), ("wipes the pot", "dirties the pot")}
     joined = dataset(tmp_path, "reversed", list_text="concat").view((0, 3))
-    assert joined.opposite == "shuts the jar. dirties the pot"
+    assert joined.negatives == ("shuts the jar. dirties the pot",)
     # A gap in the list does not say whose it is; an empty cell is none.
-    assert [dataset(tmp_path, "partial").view((0, i)).opposite for i in (0, 3)] == [None, None]
+    assert [dataset(tmp_path, "partial").view((0, i)).negatives for i in (0, 3)] == [(None,), (None,)]
     # A copy is none, also of one narration in a list.
-    assert dataset(tmp_path, "copied").view((0, 0)).opposite is None
+    assert dataset(tmp_path, "copied").view((0, 0)).negatives == (None,)
     views = [dataset(tmp_path, "copied", seed=seed).view((0, 3)) for seed in range(9)]
-    assert {(view.text, view.opposite) for view in views} == {
+    assert {(view.text, *view.negatives) for view in views} == {
         ("opens the jar", None),
         ("wipes the pot", "dirties the pot"),
     }
@@ -192,15 +192,16 @@ def test_a_difference_beyond_the_last_token_counts_nothing(tmp_path: Path) -> No
     assert opposite(long) == long.replace("opens", "closes")
     encode(tmp_path / "videos" / "v.mp4", 40)
     (tmp_path / "clips.csv").write_text(f'video_id,start_second,end_second,text\nv,0,2,"{long}"\n')
-    assert not dataset(tmp_path)[0, 0]["has_opposite"]
+    assert not dataset(tmp_path)[0, 0]["has_negative"]
 
 
 def test_captions_and_opposites_of_a_batch_have_one_length(tmp_path: Path) -> None:
     clips = dataset(tmp_path)
     batch = collate([clips[0, i] for i in range(3)])
-    assert batch["tokens"].shape == batch["opposites"].shape == (3, 16)
-    assert batch["has_opposite"].tolist() == [True, True, False]
-    assert "opposites" not in collate([dataset(tmp_path, opposites=False)[0, i] for i in range(3)])
+    assert batch["tokens"].shape == (3, 16)
+    assert batch["negatives"].shape == (3, 1, 16)
+    assert batch["has_negative"].tolist() == [[True], [True], [False]]
+    assert "negatives" not in collate([dataset(tmp_path, opposites=False)[0, i] for i in range(3)])
 
 
 def test_mirroring_and_reversing_commute(shared: Path) -> None:

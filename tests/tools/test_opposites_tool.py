@@ -5,10 +5,14 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import numpy as np
+
 from egohod.data.config import SourceConfig
 from egohod.data.decoders import PyavDecoder
 from egohod.data.formats import read_clips
+from egohod.data.replacements import Verbs
 from egohod.data.table import ClipReader, narrations_in
+from tests.hod.chat_server import ChatServer, clips_of
 from tests.support import Command
 
 
@@ -52,3 +56,45 @@ def test_a_table_gets_a_column_of_opposites(tmp_path: Path, program: Command) ->
     wrong = program("tools/opposites.py", table, "--column", "txt")
     assert wrong.returncode == 2
     assert "no column 'txt' (did you mean 'text'?)" in wrong.stderr
+
+
+def test_a_table_gets_a_column_of_replacements(tmp_path: Path, program: Command) -> None:
+    table, out = tmp_path / "clips.csv", tmp_path / "out.csv"
+    texts = ["opens the jar", "washes the cup", "taps the box twice", "['opens the jar', 'washes the pot']"] * 2
+    rows = [f'v,{i},{i + 1},"{text}"' for i, text in enumerate(texts)]
+    table.write_text("\n".join(["video_id,start_second,end_second,text", *rows]) + "\n")
+    done = program("tools/opposites.py", table, "--replacements", "2", "--output", out)
+    assert done.returncode == 0, done.stderr
+    assert "6 of 8 captions (75.0 %) have replacements" in done.stderr
+    with out.open(newline="") as file:
+        cells = [row["replacements"] for row in csv.DictReader(file)]
+    assert set(narrations_in(cells[0])) == {"washes the jar", "taps the jar twice"}
+    assert cells[3] == ""
+    source = SourceConfig(metadata=str(out), root=str(tmp_path), replacement_column="replacements")
+    reader = ClipReader(read_clips(source, extra=["replacements"]), source, opener=PyavDecoder)
+    drawn = reader.replacements(0, "opens the jar", 5, Verbs([]), np.random.default_rng(0))
+    assert set(drawn) == set(narrations_in(cells[0]))
+
+
+def test_a_language_model_writes_verbs_and_nothing_else(tmp_path: Path, program: Command) -> None:
+    table, out, config = (tmp_path / name for name in ("clips.csv", "out.csv", "hod.yml"))
+    table.write_text("text\nopens the jar\nwashes the cup\nopens the jar\n")
+    config.write_text("narrator: {kind: llm}\n")
+    command = ["tools/opposites.py", table, "--replacements", "3", "--narrator", config, "--output", out]
+    with ChatServer(lambda clip: "opens; breaks; picks up; a whole other sentence; shakes; cuts") as server:
+        done = program(*command, f"narrator.endpoint={server.address}")
+        # Equal captions are sent once.
+        assert sum(len(clips_of(body)) for body in server.bodies) == 2
+    assert done.returncode == 0, done.stderr
+    with out.open(newline="") as file:
+        cells = [narrations_in(row["replacements"]) for row in csv.DictReader(file)]
+    assert cells[0] == cells[2] == ("breaks the jar", "picks up the jar", "shakes the jar")
+    assert cells[1] == ("opens the cup", "breaks the cup", "picks up the cup")
+    for wrong, message in (
+        ([*command, "narrator.kind=template"], "narrator.kind is 'template', but --narrator needs llm"),
+        (["tools/opposites.py", table, "--narrator", config], "--narrator needs --replacements"),
+        (["tools/opposites.py", table, "narrator.kind=llm"], "settings are those of --narrator"),
+    ):
+        done = program(*wrong)
+        assert done.returncode == 2
+        assert message in done.stderr

@@ -66,3 +66,36 @@ def test_a_column_without_a_weight_is_reported(tiny_config: Path, caplog: pytest
     command = ["--config_file", str(tiny_config), "data.train.demo.opposite_column=action", "train.duration=1 steps"]
     assert main_pretrain.main(command) == 0
     assert "data.train.demo.opposite_column does nothing while loss.opposites is 0" in caplog.text
+
+
+def test_a_run_with_replacements_resumes_exactly(
+    tiny_config: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = ["--config_file", str(tiny_config), "loss.name=egonce_pp", "loss.replacements=3", "data.flip=0.5"]
+    command += ["data.train.demo.tag_columns=[verb,noun]", "train.max_batch_per_process=4", "train.save_every=8 steps"]
+    caplog.set_level(logging.INFO)
+    assert main_pretrain.main([*command, f"train.output={tmp_path}/straight"]) == 0
+    for what in ("a verb and a noun", "a replacement of the verb"):
+        assert f"train/hod.csv: 100 % of the captions have {what}" in caplog.text
+    middle = tmp_path / "straight" / "checkpoints" / "step-00000008"
+    assert main_pretrain.main([*command, "--resume", str(middle)]) == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")[8:]
+    lines = [json.loads(line) for line in (tmp_path / "straight" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 <= line["train/replaced_accuracy"] <= 1 for line in lines if "train/replaced_accuracy" in line)
+    assert "train/replaced_accuracy" in lines[-1]
+    for other, was in (
+        ("loss.replacements=2", "loss.replacements=3"),
+        ("data.train.demo.tag_columns=[]", "data.train.demo.tag_columns=['verb', 'noun']"),
+    ):
+        with pytest.raises(UserError, match=re.escape(was)):
+            main_pretrain.main([*command, other, "--resume", str(middle)])
+
+
+def test_tags_that_are_missing_are_refused_and_unused_ones_reported(
+    tiny_config: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = ["--config_file", str(tiny_config), "train.duration=1 steps", "data.train.demo.tag_columns=[verb,tool]"]
+    with pytest.raises(UserError, match=r"hod\.csv: no column 'tool' for tag_columns; there are video_id"):
+        main_pretrain.main([*command, "loss.name=egonce"])
+    assert main_pretrain.main([*command, "data.train.demo.tag_columns=[verb,noun]"]) == 0
+    assert "data.train.demo.tag_columns does nothing with loss.name=infonce" in caplog.text

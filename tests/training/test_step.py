@@ -277,9 +277,38 @@ def test_the_box_loss_in_chunks_is_that_of_the_whole_batch(name: str) -> None:
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
-def with_opposites(size: int = 8) -> dict[str, Any]:
-    has_opposite = torch.arange(size) % 3 > 0
-    return batch(size) | {"opposites": batch(size, seed=1)["tokens"], "has_opposite": has_opposite}
+def with_negatives(size: int = 8, count: int = 1) -> dict[str, Any]:
+    """A batch with ``count`` negatives of each clip, of which some are none."""
+    negatives = torch.stack([batch(size, seed=1 + i)["tokens"] for i in range(count)], dim=1)
+    return batch(size) | {"negatives": negatives, "has_negative": torch.arange(size * count).view(size, -1) % 3 > 0}
+
+
+def chunked(whole: dict[str, Any], chunks: int) -> list[dict[str, Any]]:
+    """Micro-batches of a batch, whose labels are a dictionary."""
+    parts = [{name: value.chunk(chunks)[i] for name, value in whole.items() if name != "labels"} for i in range(chunks)]
+    for i, part in enumerate(parts):
+        if "labels" in whole:
+            part["labels"] = {name: value.chunk(chunks)[i] for name, value in whole["labels"].items()}
+    return parts
+
+
+@pytest.mark.parametrize(("name", "opposites"), [("egonce", 0.0), ("egonce_pp", 0.0), ("egonce_pp", 1.0)])
+def test_tags_and_replaced_captions_in_chunks_are_those_of_the_whole_batch(name: str, opposites: float) -> None:
+    results = []
+    tags = {"verb_tags": torch.arange(8)[:, None] // 3 + 1, "noun_tags": torch.arange(8)[:, None] % 2 + 1}
+    for chunks in (1, 4):
+        cfg = config()
+        cfg.loss.name, cfg.loss.opposites, cfg.loss.replacements = name, opposites, 3
+        model, step = build(cfg)
+        whole = with_negatives(count=cfg.loss.negatives) if cfg.loss.negatives else batch(8)
+        with Waits() as waits:
+            metrics = step(1, chunked(whole | {"labels": tags}, chunks))
+        assert not waits.seen
+        results.append([*metrics.values(), *(p.grad for p in model.parameters() if p.grad is not None)])
+        assert ("replaced_accuracy" in metrics) == (name == "egonce_pp")
+        assert ("opposite_accuracy" in metrics) == (opposites > 0)
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
@@ -289,7 +318,7 @@ def test_opposites_in_chunks_are_those_of_the_whole_batch(loss: str) -> None:
         cfg = config()
         cfg.loss.name, cfg.loss.opposites, cfg.loss.separation = loss, 1.0, 2.0
         model, step = build(cfg)
-        parts = [{key: value.chunk(chunks)[i] for key, value in with_opposites().items()} for i in range(chunks)]
+        parts = [{key: value.chunk(chunks)[i] for key, value in with_negatives().items()} for i in range(chunks)]
         with Waits() as waits:
             metrics = step(1, parts)
         # On a CPU one_hot of the sigmoid loss looks at its labels.
@@ -304,9 +333,9 @@ def test_the_weight_of_opposites_follows_from_the_step_alone() -> None:
     cfg = config()
     cfg.loss.opposites, cfg.loss.opposites_schedule, cfg.loss.opposites_hold = 1.0, "linear", 0.0
     # The first and the last of ten steps, without a step between: nothing is counted.
-    losses = [build(cfg)[1](number, [with_opposites()])["loss"] for number in (1, 10)]
+    losses = [build(cfg)[1](number, [with_negatives()])["loss"] for number in (1, 10)]
     cfg.loss.opposites_schedule = "constant"
-    constant = [build(cfg)[1](number, [with_opposites()])["loss"] for number in (1, 10)]
+    constant = [build(cfg)[1](number, [with_negatives()])["loss"] for number in (1, 10)]
     assert torch.equal(losses[0], constant[0])
     assert losses[1] < constant[1]
     cfg.loss.opposites = 0.0

@@ -19,6 +19,11 @@ from tests.support import Command, losses, newest
         pytest.param([], ["train.max_batch_per_process=2"], id="accumulated"),
         pytest.param(["loss.opposites=1", "loss.separation=1"], ["train.max_batch_per_process=2"], id="opposites"),
         pytest.param(
+            ["loss.name=egonce_pp", "loss.replacements=3", "loss.opposites=1"],
+            ["train.max_batch_per_process=2"],
+            id="replacements",
+        ),
+        pytest.param(
             ["model.name=DEMO_Slowfast", "model.fast.slow_every=2"],
             ["train.max_batch_per_process=2"],
             id="slow-every-2",

@@ -1,0 +1,148 @@
+"""The second stage of retrieval: a small head that reads a clip and a text together, on the tokens of frozen towers.
+
+A dual encoder compresses a clip before it knows the text; here every word of the text attends to places and times of
+the clip. It is far too slow for all pairs, so it orders the first candidates of the dual encoder anew
+(``evaluate.rerank``; tools/train_reranker.py trains one).
+
+Legend: C clips of T frames, G x G regions of each frame, S = T G G tokens of a clip, M texts of L tokens, D width.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from egohod.errors import UserError
+from egohod.model.dual_encoder import DualEncoder
+from egohod.runtime import atomic_write
+
+_LARGEST, _DEEPEST = 1 << 14, 64  # sizes and layers that a file may claim
+
+
+@dataclass(frozen=True)
+class RerankerShape:
+    """Sizes of a head, the dual encoder that it belongs to, and what it was trained on; saved with its weights."""
+
+    video_width: int
+    text_width: int
+    frames: int
+    grid: int
+    width: int = 128
+    layers: int = 2
+    heads: int = 4
+    dropout: float = 0.1
+    encoder: str = ""
+    """The checksum of the dual encoder's weights: tokens of others mean something else."""
+    trained: str = ""
+    """How it was trained, for people."""
+
+
+def grid_tokens(model: DualEncoder, video: Tensor, grid: int) -> Tensor:
+    """Patch tokens behind the last block, averaged over ``grid`` x ``grid`` regions: [B, 3, T, H, W] -> [B, S, D].
+
+    Of a tower with two paths they are the fast path's. All patches of a large tower would be gigabytes for a benchmark.
+    """
+    tokens, frames = model.visual.tokens(video), video.shape[2]
+    side = math.isqrt(tokens.shape[1] // frames)
+    # [B, T P, D] -> [B T, D, h, w]
+    places = tokens.unflatten(1, (frames, side, side)).flatten(0, 1).permute(0, 3, 1, 2)
+    pooled = F.adaptive_avg_pool2d(places.float(), min(grid, side))
+    return pooled.flatten(2).transpose(1, 2).unflatten(0, (len(video), frames)).flatten(1, 2)
+
+
+class _Layer(nn.Module):
+    """Words attend to the clip, then an MLP. Among words nothing is exchanged: the text tower has done that."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query, self.key_value, self.out = (nn.Linear(width, n * width) for n in (1, 2, 1))
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, words: Tensor, clips: Tensor) -> Tensor:
+        """``words`` [C, M L, D], ``clips`` [C, S, D] -> [C, M L, D]."""
+        query = self.query(self.norm_attention(words)).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        # Once for all texts of a clip.
+        key, value = self.key_value(clips).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        dropout = self.dropout if self.training else 0.0
+        read = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        words = words + self.out(read.transpose(1, 2).flatten(2))
+        return words + F.dropout(self.mlp(self.norm_mlp(words)), dropout)
+
+
+class Reranker(nn.Module):
+    """Scores of pairs: the dual encoder's cosine, scaled, plus what the head reads in the tokens; at first nothing."""
+
+    def __init__(self, shape: RerankerShape) -> None:
+        super().__init__()
+        self.shape, width = shape, shape.width
+        self.video_in = nn.Sequential(nn.LayerNorm(shape.video_width), nn.Linear(shape.video_width, width))
+        self.text_in = nn.Sequential(nn.LayerNorm(shape.text_width), nn.Linear(shape.text_width, width))
+        self.times = nn.Parameter(torch.randn(shape.frames, 1, width) * 0.02)
+        self.places = nn.Parameter(torch.randn(1, shape.grid**2, width) * 0.02)
+        self.layers = nn.ModuleList(_Layer(width, shape.heads, shape.dropout) for _ in range(shape.layers))
+        self.norm, self.score = nn.LayerNorm(width), nn.Linear(width, 1)
+        # Starts as the dual encoder's own ranking, from which it can only be moved by what it learns.
+        nn.init.zeros_(self.score.weight)
+        nn.init.zeros_(self.score.bias)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
+
+    def forward(self, clips: Tensor, words: Tensor, mask: Tensor, cosines: Tensor) -> Tensor:
+        """All pairs of C clips and M texts.
+
+        Args:
+            clips: [C, S, video width], of :func:`grid_tokens`.
+            words: [M, L, text width], of :meth:`egohod.model.dual_encoder.TextTower.states`.
+            mask: bool [M, L], true for words, false for padding.
+            cosines: [C, M] of the dual encoder.
+
+        Returns:
+            Scores [C, M]; of one clip or one text they are comparable.
+        """
+        C, (M, L) = len(clips), mask.shape
+        x = self.video_in(clips) + (self.times + self.places).flatten(0, 1)
+        texts = self.text_in(words).flatten(0, 1).expand(C, -1, -1)
+        for layer in self.layers:
+            texts = layer(texts, x)
+        weight = mask / mask.sum(dim=1, keepdim=True).clamp(min=1)
+        pooled = (texts.unflatten(1, (M, L)) * weight[:, :, None]).sum(dim=2)
+        return self.log_scale.exp() * cosines + self.score(self.norm(pooled)).squeeze(-1)
+
+    def save(self, path: Path) -> None:
+        """Weights and :class:`RerankerShape` in one safetensors file. Raises :class:`OSError`."""
+        weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as temporary:
+            save_file(weights, temporary, {"reranker": json.dumps(asdict(self.shape))})
+
+
+def load_reranker(path: str | Path) -> Reranker:
+    """What :meth:`Reranker.save` wrote, in evaluation mode. Raises :class:`UserError` for any other file."""
+    try:
+        with safe_open(path, "pt") as file:
+            shape = RerankerShape(**json.loads((file.metadata() or {})["reranker"]))
+            sizes = (shape.video_width, shape.text_width, shape.frames, shape.grid, shape.width, shape.heads)
+            if not all(type(size) is int and 0 < size <= _LARGEST for size in (*sizes, shape.layers)):
+                raise ValueError("its sizes are no sizes")
+            if shape.layers > _DEEPEST or shape.width % shape.heads or not isinstance(shape.encoder, str):
+                raise ValueError("its settings contradict each other")
+            # Without memory of their own until the file's tensors fit: sizes are only claims.
+            with torch.device("meta"):
+                head = Reranker(shape)
+            tensors = {name: file.get_tensor(name).float() for name in head.state_dict()}
+            head.load_state_dict(tensors, assign=True)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: not a reranker of tools/train_reranker.py ({reason})") from error
+    if not all(value.isfinite().all() for value in tensors.values()):
+        raise UserError(f"{path}: has weights that are NaN or infinite, by which nothing can be ordered")
+    return head.eval()
