@@ -615,8 +615,9 @@ class Benchmark:
         try:
             return self._embed(model, self._missing(model))
         finally:
-            if self.execution.loader is not None:
-                self.execution.loader.finish(self.dataset)
+            loader = self.execution.loader
+            if loader is not None and self.dataset in loader.datasets:  # stored features have none
+                loader.finish(self.dataset)
 
     def _with_tokens(self, model: nn.Module, head: Reranker) -> WithTokens:
         """Raises :class:`UserError` if the reranker cannot be used with this model or protocol."""

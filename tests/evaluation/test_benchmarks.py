@@ -15,6 +15,7 @@ import torch
 from evaluation_cases import ALONE, FRAMES, config, random_features, settings, small_model
 
 import egohod
+from egohod.__main__ import main
 from egohod.api import LoadedBenchmark
 from egohod.data.dataset import tokenizer_for
 from egohod.errors import UserError
@@ -145,6 +146,23 @@ def test_a_folder_of_features_is_a_model(formats: Path, tmp_path: Path) -> None:
     (tmp_path / "all" / "texts.npz").unlink()
     with pytest.raises(UserError, match="compares clips with texts"):
         bench.evaluate(f"features:{tmp_path}/all")
+
+
+def test_folders_of_features_make_an_ensemble(formats: Path, tmp_path: Path) -> None:
+    bench = egohod.load_benchmark("egomcq", settings(formats, "egomcq").metadata)
+    write_features(tmp_path / "all", bench)
+    spec = f"features:{tmp_path}/all"
+    (tmp_path / "eval.yml").write_text("{}")
+    command = [
+        *("eval", "--config_file", str(tmp_path / "eval.yml"), "--checkpoint", spec, "--benchmark", "egomcq"),
+        *("--metadata", str(bench.config.metadata), "--output", str(tmp_path), f"evaluate.ensemble=[{spec}]"),
+    ]
+    assert main(command) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["benchmarks"]["egomcq"]["scoring"] == ["ensemble of 2"]
+    assert results["metrics"] == pytest.approx(bench.evaluate(spec).metrics)
+    with pytest.raises(UserError, match="no mirrored clips"):
+        main([*command, "evaluate.flip=true"])
 
 
 def test_an_open_clip_model_and_a_transformers_folder_are_named(

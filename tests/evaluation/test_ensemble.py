@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 import main_eval
+from egohod.__main__ import main
 from egohod.data.formats.base import Question
 from egohod.data.labels import ClassSpace
 from egohod.data.table import swap_sides
@@ -215,7 +216,7 @@ def command(checkpoints: list[Path], formats: Path, output: Path, *more: str) ->
 def test_results_name_what_they_are_of(formats: Path, tmp_path: Path, checkpoints: list[Path]) -> None:
     more = [f"evaluate.ensemble=[{checkpoints[1]}]", "evaluate.flip=true", "evaluate.dual_softmax=0.05"]
     more += [f"evaluate.submission={tmp_path}/submission", "evaluate.supervision=[2,0,0]", "--controls", "shuffle"]
-    assert main_eval.main(command(checkpoints, formats, tmp_path, *more)) == 0
+    assert main(["eval", *command(checkpoints, formats, tmp_path, *more)]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     members = results["checkpoint"]["members"]
     assert [each["path"] for each in members] == [str(path) for path in checkpoints]
