@@ -168,12 +168,18 @@ _RESERVED = {
 
 
 def _argument(value: Any) -> Any:
-    """An argument of timm, hashable; numbers of a YAML file arrive as text, as no setting declares their type."""
+    """An argument of timm, hashable; all values of a YAML file arrive as text, as no setting declares their type."""
     if isinstance(value, (list, tuple)):
         return tuple(_argument(each) for each in value)
-    words = {"true": True, "false": False, "null": None}
-    if not isinstance(value, str) or value in words:
-        return words[value] if isinstance(value, str) else value
+    if isinstance(value, Mapping):
+        raise UserError(f"model.backbone: {dict(value)} is a mapping; values must be numbers, words or lists of them")
+    if not isinstance(value, str):
+        return value
+    # YAML's spellings, and Python's: a checkpoint's arguments are handed on as Python prints them. Any other text would
+    # count as true. But "none" is a word of timm's.
+    words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "null": None, "~": None}
+    if value == "None" or value.lower() in words:
+        return words.get(value.lower())
     for kind in (int, float):
         try:
             return kind(value)
@@ -209,14 +215,17 @@ def _timm_geometry(name: str, image_size: int | None, options: tuple[tuple[str, 
         # A prediction of memory asks on fake tensors, from which timm could read no numbers.
         with unset_fake_temporarily(), torch.device("meta"):
             model = timm.create_model(name, num_classes=0, **dict(options))
-    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if timm.models.model_entrypoint(architecture).__module__.rpartition(".")[2] not in _MODULES:
             # Of an argument that transformers have, and this model has not.
             raise UserError(f"{label} is no plain vision transformer; {_nearest(architecture)}") from error
-        # What timm says of a wrong argument names it.
-        raise UserError(f"{label} with model.backbone={dict(options)}: {str(error).splitlines()[0]}") from error
+        # timm's own message names a wrong argument; of an unknown activation or norm it is the name alone.
+        reason = f"timm has no {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
+        raise UserError(f"{label} with model.backbone={dict(options)}: {reason}") from error
     if type(model) not in (VisionTransformer, Eva) or type(model.patch_embed) is not PatchEmbed:
         raise UserError(f"{label} is a {type(model).__name__}, no plain vision transformer; {_nearest(architecture)}")
+    if not len(model.blocks):
+        raise UserError(f"{label}: it has no blocks; set model.backbone.depth to 1 or more")
     block, (side, other), (patch, across) = model.blocks[0], model.patch_embed.img_size, model.patch_embed.patch_size
     if (side, patch) != (other, across):
         raise UserError(
@@ -226,7 +235,7 @@ def _timm_geometry(name: str, image_size: int | None, options: tuple[tuple[str, 
     if not model.global_pool:
         raise UserError(f"{label}: without pooling a clip has no feature; set model.backbone.global_pool")
     if side % patch:
-        near = f"{side // patch * patch} or {(side // patch + 1) * patch}"
+        near = " or ".join(str(count * patch) for count in (side // patch, side // patch + 1) if count)
         raise UserError(f"{label}: patches of {patch} px do not divide {side} px; set model.image_size to {near}")
     if (attention := type(block.attn).__name__ if hasattr(block, "attn") else "") not in _ATTENTIONS:
         raise UserError(f"{label}: blocks of kind {type(block).__name__} {attention} are not supported".rstrip())
@@ -505,7 +514,8 @@ def image_stats(name: str) -> ImageStats:
         mean, std = (tuple(float(number) for number in half.split(",")) for half in name.split("/"))
     except ValueError:
         mean, std = (), ()
-    if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
+    is_valid = all(map(math.isfinite, (*mean, *std))) and all(value > 0 for value in std)
+    if len(mean) != 3 or len(std) != 3 or not is_valid:
         allowed = f"auto, {', '.join(IMAGE_STATS)}"
         raise UserError(f"model.image_stats is '{name}', but must be {allowed}, or mean/deviation as r,g,b/r,g,b")
     return ImageStats(mean, std)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn.attention import SDPBackend
 
+from egohod.errors import UserError
 from egohod.model.config import Geometry, ModelConfig
 from egohod.model.vision import (
     BoxHead,
@@ -149,7 +150,9 @@ class TimmTransformer(VisionTower):
             if self.image_projection is not None:
                 nn.init.normal_(self.image_projection, std=width**-0.5)
             self.init_temporal(config)
-            if config.spatial_init == "sinusoidal" and self.pos_embed is not None:
+            if config.spatial_init == "sinusoidal":
+                if self.pos_embed is None:
+                    raise UserError(f"model.spatial_init=sinusoidal: {shape.name} has no learned positions to fill")
                 self.pos_embed[0, -(side**2) :] = self.spatial_waves(config, width)
         # Last, so that the tower's other weights are those of the same seed without a stem.
         if config.motion_stem:
