@@ -37,7 +37,7 @@ def avion_run(demo_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Sho
 
 @pytest.mark.parametrize("text", ["nan,0,0/1,1,1", "0,0,0/1,inf,1", "0,0,0/1,0,1", "0,0/1,1"])
 def test_statistics_that_would_make_pixels_useless_are_refused(text: str) -> None:
-    with pytest.raises(UserError, match="model.image_stats is"):
+    with pytest.raises(UserError, match=r"model\.image_stats is"):
         image_stats(text)
 
 

@@ -31,7 +31,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from egohod.errors import UserError
-from egohod.model.config import GEOMETRIES, OPEN_CLIP, ImageStats, stats_name
+from egohod.model.config import GEOMETRIES, OPEN_CLIP, ImageStats, image_stats, stats_name
 from egohod.model.dual_encoder import Base, DualEncoder
 from egohod.model.lora import merge_low_rank
 from egohod.model.vision import SlowFastTower
@@ -440,6 +440,8 @@ def _published_settings(source: str, path: Path) -> dict[str, str]:
     if pixels:
         mean, std = (tuple(float(value) for value in pixels[part]) for part in ("mean", "std"))
         settings["model.image_stats"] = stats_name(ImageStats(mean, std))  # type: ignore[arg-type]
+        # Raises for a deviation of zero and for numbers that are not finite.
+        image_stats(settings["model.image_stats"])
     return settings
 
 
@@ -590,8 +592,9 @@ def upstream_state(weights: WeightFile) -> dict[str, Tensor]:
 # Loading into a model
 # --------------------------------------------------------------------------------------------------
 
-# How the names begin of what the published recipe starts anew from CLIP: both output projections and the temperature.
-PROJECTIONS = ("visual.image_projection", "textual.text_projection", "logit_scale")
+# How the names begin of what the published recipe starts anew from CLIP: both output projections and the temperature,
+# and the sigmoid loss's offset, which was learned with that temperature.
+PROJECTIONS = ("visual.image_projection", "textual.text_projection", "logit_scale", "logit_bias")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

@@ -559,8 +559,9 @@ class WeightsConfig:
     )
     projections: str = knob(
         "auto",
-        "both output projections and the temperature: fresh, as the published recipe starts from CLIP, or keep; auto "
-        "is fresh for clip and keep for checkpoint, and keep for open_clip/... models, whose towers belong together",
+        "both output projections, the temperature and the sigmoid loss's offset: fresh, as the published recipe starts "
+        "from CLIP, or keep; auto is fresh for clip and keep for checkpoint, and keep for open_clip/... models, whose "
+        "towers belong together",
         choices=("auto", "fresh", "keep"),
     )
     download: bool = knob(
