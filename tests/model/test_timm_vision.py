@@ -256,8 +256,10 @@ def test_blocks_are_recomputed_exactly(family: str, slowfast: bool) -> None:
     results = []
     for blocks in ("none", "1"):
         results.append(gradients(build(family, slowfast, checkpoint_blocks=blocks, motion_stem=8), clips()))
-    for name in results[0]:
-        torch.testing.assert_close(*(each[name] for each in results), atol=1e-6, rtol=1e-4, msg=name)
+    for name, value in results[0].items():
+        # Rounding is that of the largest terms of the sums.
+        atol = 1e-6 * max(1.0, value.abs().max().item())
+        torch.testing.assert_close(results[1][name], value, atol=atol, rtol=1e-4, msg=name)
 
 
 @families
