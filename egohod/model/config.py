@@ -135,6 +135,9 @@ def geometry(name: str, image_size: int | None = None, backbone: Mapping[str, An
     if name not in GEOMETRIES:
         # Also of timm and open_clip, without whose prefix names are known.
         near = difflib.get_close_matches(name, GEOMETRIES, n=1) or difflib.get_close_matches(name, model_names(), n=1)
+        if TIMM + name.partition(".")[0] in near:
+            # With the tag, which chooses the pixel statistics.
+            near = [TIMM + name]
         raise UserError(
             f"model.name is '{name}', but must be one of {', '.join(GEOMETRIES)}, timm/NAME for a transformer of timm, "
             f"or open_clip/NAME for a model of open_clip{f'; did you mean {near[0]}?' if near else ''}"
@@ -316,8 +319,9 @@ def model_names(pretrained: bool = False) -> list[str]:
 def _nearest(architecture: str) -> str:
     """The vision transformers of timm whose names are the most like ``architecture``."""
     names = [name.removeprefix(TIMM) for name in model_names() if name.startswith(TIMM)]
-    near = difflib.get_close_matches(architecture, names, n=5)
-    # Whoever asks for a convolutional net sees one name of each family.
+    # Below that ratio convnext_base is close to flexivit_base. Whoever asks for a convolutional net sees one name of
+    # each family.
+    near = difflib.get_close_matches(architecture, names, n=5, cutoff=0.75)
     families = ["vit_base_patch16_siglip_224", "eva02_base_patch16_clip_224", "vit_pe_core_base_patch16_224"]
     return f"the nearest vision transformers are {', '.join(near or ['vit_base_patch16_clip_224', *families])}"
 

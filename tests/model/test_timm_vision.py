@@ -418,7 +418,8 @@ def test_a_truth_value_in_text_is_read_however_it_is_spelled(text: str) -> None:
     [
         ("timm/vit_base_patch16_cilp_224", {}, ["no model of timm", "vit_base_patch16_clip_224"]),
         ("timm/resnet50", {}, ["ResNet", "no plain vision transformer", "vit_base_patch16_siglip_224"]),
-        ("timm/convnext_base", {"image_size": 224}, ["no plain vision transformer", "nearest vision transformers"]),
+        ("timm/convnext_base", {"image_size": 224}, ["transformers are vit_base_patch16_clip_224"]),
+        ("vit_base_patch16_siglip_224.v2_webli", {}, ["did you mean timm/vit_base_patch16_siglip_224.v2_webli?"]),
         ("timm/deit_base_distilled_patch16_224", {}, ["no plain vision transformer"]),
         ("timm/vit_base_patch16_siglip_224.v9", {}, ["no weights 'v9'", "v2_webli"]),
         ("timm/vit_so400m_patch14_siglip_384", {}, ["patches of 14 px do not divide 384 px", "378 or 392"]),
