@@ -153,7 +153,7 @@ class Shards:
 
     def _blocks(self) -> list[Any]:
         """The blocks of all towers; no collective."""
-        lists = (part for name, part in self.module.named_modules() if name.endswith(("resblocks", ".blocks")))
+        lists = (part for name, part in self.module.named_modules() if name.endswith("resblocks"))
         return [block for part in lists for block in part.children()]
 
     def compile(self, backend: Any = "inductor") -> None:
