@@ -691,13 +691,18 @@ def load_weights(
     # Under another activation or arrangement the same weights would be another model, and no shape would tell.
     warnings = []
     for key, here in _settings_of(model).items():
-        there = weights.settings.get(key, here)
+        # Our files record it where it is on.
+        default = False if key == "model.rope_time" and weights.family is Family.OURS else here
+        there = weights.settings.get(key, default)
         if there != here and key in PUBLISHED_SETTINGS and weights.family is not Family.OURS:
             # Training on with others is legitimate: the published recipe does so, with OpenAI's weights and erf GELU.
             warnings.append(f"{weights.family} trains with {key}={there}, here it is {here}")
         elif there != here:
             problems.append(f"they were trained with {key}={there}, not {here}")
     if problems:
+        if geometry and (name := weights.settings.get("model.name", geometry.name)) != geometry.name:
+            # Before all tensors that do not fit, as it is mostly the reason.
+            problems.insert(0, f"they are of model.name={name}")
         kind = f"{geometry.name}, {getattr(model, 'num_frames', '?')} frames" if geometry else type(model).__name__
         raise UserError(
             f"{weights.source} ({weights.family}): these weights do not fit the model ({kind}): {'; '.join(problems)}"
@@ -730,11 +735,15 @@ def starts_projections_anew(weights: WeightFile, projections: str, name: str) ->
     return projections == "fresh" or (projections == "auto" and is_start)
 
 
-def _settings_of(model: nn.Module) -> dict[str, str]:
+def _settings_of(model: nn.Module) -> dict[str, Any]:
     """Knobs of a model that its weights depend on without any shape to tell."""
     if not isinstance(model, DualEncoder):
         return {}
-    settings = {"model.activation": model.activation, "model.image_stats": stats_name(model.image_stats)}
+    settings: dict[str, Any] = {
+        "model.activation": model.activation,
+        "model.image_stats": stats_name(model.image_stats),
+        "model.rope_time": getattr(model.visual, "rope_time", False),
+    }
     if isinstance(model.visual, SlowFastTower):
         settings |= {"model.fast.position": model.visual.position, "model.fast.pool": model.visual.pool}
         if model.visual.motion_stem is not None:
