@@ -31,7 +31,8 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from egohod.errors import UserError
-from egohod.model.config import GEOMETRIES, OPEN_CLIP, ImageStats, image_stats, stats_name
+from egohod.model.config import GEOMETRIES, OPEN_CLIP, TIMM, ImageStats, image_stats, stats_name
+from egohod.model.config import geometry as geometry_of
 from egohod.model.dual_encoder import Base, DualEncoder
 from egohod.model.lora import merge_low_rank
 from egohod.model.vision import SlowFastTower
@@ -699,6 +700,17 @@ def load_weights(
             warnings.append(f"{weights.family} trains with {key}={there}, here it is {here}")
         elif there != here:
             problems.append(f"they were trained with {key}={there}, not {here}")
+    recorded = weights.settings.get("model.name", "") if weights.family is Family.OURS else ""
+    plain = recorded.removesuffix("_Slowfast")
+    if geometry and plain.startswith(TIMM) and plain == geometry.name.removesuffix("_Slowfast"):
+        # Heads, pooling and rotations of a backbone have no shapes either; how its weights started does not matter.
+        shape = geometry_of(recorded, weights.settings.get("model.image_size"), weights.settings.get("model.backbone"))
+        here, there = (
+            {key: value for key, value in each.backbone_options if key not in ("img_size", "weight_init")}
+            for each in (geometry, shape)
+        )
+        if here != there:
+            problems.append(f"they were trained with model.backbone={there}, not {here}")
     if problems:
         if geometry and (name := weights.settings.get("model.name", geometry.name)) != geometry.name:
             # Before all tensors that do not fit, as it is mostly the reason.

@@ -117,15 +117,19 @@ def test_our_files_name_their_backbone_and_its_rotation_by_time(tmp_path: Path) 
     name, arguments, side = FAMILIES["eva02"]
     knobs = {"image_size": side, "backbone": arguments}
     model = egohod.create_model(f"timm/{name}", rope_time=True, **knobs)
-    settings = json.dumps({"model.name": f"timm/{name}", "model.rope_time": True})
+    record = {"model.name": f"timm/{name}", "model.rope_time": True, "model.image_size": side}
+    settings = json.dumps(record | {"model.backbone": arguments})
     save_file(model.state_dict(), path := tmp_path / "own.safetensors", {"family": Family.OURS, "settings": settings})
     egohod.load_weights(model, path)
     # No shape differs.
     with pytest.raises(UserError, match=r"model\.rope_time=True, not False"):
         egohod.load_weights(egohod.create_model(f"timm/{name}", **knobs), path)
+    knobs["backbone"] = arguments | {"global_pool": "avg"}
+    with pytest.raises(UserError, match=r"with model\.backbone=\{.*\}, not \{.*'global_pool': 'avg'"):
+        egohod.load_weights(egohod.create_model(f"timm/{name}", rope_time=True, **knobs), path)
     with pytest.raises(UserError, match=rf"do not fit the model \(DEMO.*\): they are of model\.name=timm/{name};"):
         egohod.load_weights(egohod.create_model("DEMO"), path)
-    assert inspect(read_weights(path))["model"] == f"model.name=timm/{name}, model.rope_time=True"
+    assert inspect(read_weights(path))["model"].startswith(f"model.name=timm/{name}, model.rope_time=True, ")
 
 
 @pytest.mark.parametrize("config", ["siglip2_base", "eva02_base", "pe_base", "dinov3_base", "clip_base_lora"])
