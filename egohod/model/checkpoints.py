@@ -691,6 +691,8 @@ def load_weights(
             problems.append(f"{problem} {_listed(names)}{cure}")
     # Under another activation or arrangement the same weights would be another model, and no shape would tell.
     warnings = []
+    if weights.family is Family.TIMM and geometry:
+        warnings.append("a vision backbone alone: text tower and projections are random until they are trained")
     for key, here in _settings_of(model).items():
         # Our files record it where it is on.
         default = False if key == "model.rope_time" and weights.family is Family.OURS else here

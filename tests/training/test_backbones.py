@@ -100,6 +100,7 @@ def test_timms_own_files_start_a_run(family: str, kind: str, tmp_path: Path) -> 
     fresh = {name for name in report.missing if name.startswith("visual.")}
     assert fresh == {"visual.temporal_embedding", "visual.image_projection"}
     assert all(name in report.missing for name in ("textual.token_embedding.weight", "logit_scale"))
+    assert "text tower and projections are random" in report.notes[-1]
 
 
 def test_files_of_another_backbone_are_refused(tmp_path: Path) -> None:
