@@ -547,5 +547,9 @@ def check(config: Config) -> list[tuple[str, str]]:
         name = f"data.train.{next(iter(data.train))}.detections"
         wrong(name, f"loss.boxes={loss.boxes} needs boxes to learn from; set {name}")
     if model.weights.source != "scratch" and not model.weights.path:
-        wrong("model.weights.path", f"model.weights.source={model.weights.source} needs model.weights.path")
+        wrong(
+            "model.weights.path",
+            f"model.weights.source={model.weights.source} needs model.weights.path; for random weights set "
+            "model.weights.source=scratch",
+        )
     return problems

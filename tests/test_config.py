@@ -203,7 +203,7 @@ def test_every_missing_variable_is_named_at_once(tmp_path: Path, monkeypatch: py
         ("train: {save_every: 0 steps}", None, ["train.save_every", "longer"]),
         ("loss: {gather_with_grad: false}", None, ["loss.gather_with_grad", "biased"]),
         ("train: {schedule: cosine, lr: 1e-6, lr_end: 1e-5}", None, ["train.lr_end", "at most"]),
-        ("model: {weights: {source: clip}}", None, ["model.weights.path"]),
+        ("model: {weights: {source: clip}}", None, ["model.weights.path", "model.weights.source=scratch"]),
         ("model: {fast: {spatial: true}, patch_dropout: 0.5}", None, ["model.fast.spatial", "model.patch_dropout=0"]),
         ("loss: {boxes: 1}\ndata: {train: {mine: {root: x}}}", None, ["data.train.mine.detections", "loss.boxes"]),
         (

@@ -19,7 +19,7 @@ from egohod import cli
 from egohod.data.dataset import center_crop, normalise
 from egohod.errors import UserError
 from egohod.evaluation.embed import fingerprint
-from egohod.model.config import IMAGE_STATS, ImageStats
+from egohod.model.config import IMAGE_STATS, ImageStats, image_stats
 from egohod.model.dual_encoder import DualEncoder
 from tests.model.field_files import OPEN_CLIP_FAMILIES, OWN_VIT, TEXT, write_open_clip
 from tests.support import ShortRun, newest, write_tiny_config
@@ -33,6 +33,12 @@ def avion_run(demo_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Sho
     command += ["model.image_stats=avion"]
     assert main_pretrain.main(command) == 0
     return ShortRun(folder / "run", command)
+
+
+@pytest.mark.parametrize("text", ["nan,0,0/1,1,1", "0,0,0/1,inf,1", "0,0,0/1,0,1", "0,0/1,1"])
+def test_statistics_that_would_make_pixels_useless_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"model\.image_stats is"):
+        image_stats(text)
 
 
 def test_a_training_step_normalises_as_the_model_expects() -> None:

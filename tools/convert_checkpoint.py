@@ -96,7 +96,9 @@ def inspect(weights: WeightFile) -> dict[str, str]:
         kind = "not a whole dual encoder, so no config loads it"
         if weights.spelling == "timm":
             kind = "on a timm backbone: model.name=timm/NAME, or open_clip/NAME for both towers of an open_clip model"
-        lines["model"] = kind
+        # Our own files record what they are of.
+        knobs = [f"{key}={value}" for key, value in weights.settings.items() if key.startswith("model.")]
+        lines["model"] = ", ".join(knobs) if "model.name" in weights.settings else kind
         return lines
     # A run on a model of open_clip records its name.
     lines["model"] = f"{shape.name or weights.settings.get('model.name', 'no geometry of this project')}: {shape}"

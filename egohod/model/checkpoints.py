@@ -31,7 +31,8 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from egohod.errors import UserError
-from egohod.model.config import GEOMETRIES, OPEN_CLIP, ImageStats, stats_name
+from egohod.model.config import GEOMETRIES, OPEN_CLIP, TIMM, ImageStats, image_stats, stats_name
+from egohod.model.config import geometry as geometry_of
 from egohod.model.dual_encoder import Base, DualEncoder
 from egohod.model.lora import merge_low_rank
 from egohod.model.vision import SlowFastTower
@@ -440,6 +441,8 @@ def _published_settings(source: str, path: Path) -> dict[str, str]:
     if pixels:
         mean, std = (tuple(float(value) for value in pixels[part]) for part in ("mean", "std"))
         settings["model.image_stats"] = stats_name(ImageStats(mean, std))  # type: ignore[arg-type]
+        # Raises for a deviation of zero and for numbers that are not finite.
+        image_stats(settings["model.image_stats"])
     return settings
 
 
@@ -590,8 +593,9 @@ def upstream_state(weights: WeightFile) -> dict[str, Tensor]:
 # Loading into a model
 # --------------------------------------------------------------------------------------------------
 
-# How the names begin of what the published recipe starts anew from CLIP: both output projections and the temperature.
-PROJECTIONS = ("visual.image_projection", "textual.text_projection", "logit_scale")
+# How the names begin of what the published recipe starts anew from CLIP: both output projections and the temperature,
+# and the sigmoid loss's offset, which was learned with that temperature.
+PROJECTIONS = ("visual.image_projection", "textual.text_projection", "logit_scale", "logit_bias")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -687,14 +691,32 @@ def load_weights(
             problems.append(f"{problem} {_listed(names)}{cure}")
     # Under another activation or arrangement the same weights would be another model, and no shape would tell.
     warnings = []
+    if weights.family is Family.TIMM and geometry:
+        warnings.append("a vision backbone alone: text tower and projections are random until they are trained")
     for key, here in _settings_of(model).items():
-        there = weights.settings.get(key, here)
+        # Our files record it where it is on.
+        default = False if key == "model.rope_time" and weights.family is Family.OURS else here
+        there = weights.settings.get(key, default)
         if there != here and key in PUBLISHED_SETTINGS and weights.family is not Family.OURS:
             # Training on with others is legitimate: the published recipe does so, with OpenAI's weights and erf GELU.
             warnings.append(f"{weights.family} trains with {key}={there}, here it is {here}")
         elif there != here:
             problems.append(f"they were trained with {key}={there}, not {here}")
+    recorded = weights.settings.get("model.name", "") if weights.family is Family.OURS else ""
+    plain = recorded.removesuffix("_Slowfast")
+    if geometry and plain.startswith(TIMM) and plain == geometry.name.removesuffix("_Slowfast"):
+        # Heads, pooling and rotations of a backbone have no shapes either; how its weights started does not matter.
+        shape = geometry_of(recorded, weights.settings.get("model.image_size"), weights.settings.get("model.backbone"))
+        here, there = (
+            {key: value for key, value in each.backbone_options if key not in ("img_size", "weight_init")}
+            for each in (geometry, shape)
+        )
+        if here != there:
+            problems.append(f"they were trained with model.backbone={there}, not {here}")
     if problems:
+        if geometry and (name := weights.settings.get("model.name", geometry.name)) != geometry.name:
+            # Before all tensors that do not fit, as it is mostly the reason.
+            problems.insert(0, f"they are of model.name={name}")
         kind = f"{geometry.name}, {getattr(model, 'num_frames', '?')} frames" if geometry else type(model).__name__
         raise UserError(
             f"{weights.source} ({weights.family}): these weights do not fit the model ({kind}): {'; '.join(problems)}"
@@ -727,11 +749,15 @@ def starts_projections_anew(weights: WeightFile, projections: str, name: str) ->
     return projections == "fresh" or (projections == "auto" and is_start)
 
 
-def _settings_of(model: nn.Module) -> dict[str, str]:
+def _settings_of(model: nn.Module) -> dict[str, Any]:
     """Knobs of a model that its weights depend on without any shape to tell."""
     if not isinstance(model, DualEncoder):
         return {}
-    settings = {"model.activation": model.activation, "model.image_stats": stats_name(model.image_stats)}
+    settings: dict[str, Any] = {
+        "model.activation": model.activation,
+        "model.image_stats": stats_name(model.image_stats),
+        "model.rope_time": getattr(model.visual, "rope_time", False),
+    }
     if isinstance(model.visual, SlowFastTower):
         settings |= {"model.fast.position": model.visual.position, "model.fast.pool": model.visual.pool}
         if model.visual.motion_stem is not None:

@@ -135,6 +135,9 @@ def geometry(name: str, image_size: int | None = None, backbone: Mapping[str, An
     if name not in GEOMETRIES:
         # Also of timm and open_clip, without whose prefix names are known.
         near = difflib.get_close_matches(name, GEOMETRIES, n=1) or difflib.get_close_matches(name, model_names(), n=1)
+        if TIMM + name.partition(".")[0] in near:
+            # With the tag, which chooses the pixel statistics.
+            near = [TIMM + name]
         raise UserError(
             f"model.name is '{name}', but must be one of {', '.join(GEOMETRIES)}, timm/NAME for a transformer of timm, "
             f"or open_clip/NAME for a model of open_clip{f'; did you mean {near[0]}?' if near else ''}"
@@ -168,12 +171,18 @@ _RESERVED = {
 
 
 def _argument(value: Any) -> Any:
-    """An argument of timm, hashable; numbers of a YAML file arrive as text, as no setting declares their type."""
+    """An argument of timm, hashable; all values of a YAML file arrive as text, as no setting declares their type."""
     if isinstance(value, (list, tuple)):
         return tuple(_argument(each) for each in value)
-    words = {"true": True, "false": False, "null": None}
-    if not isinstance(value, str) or value in words:
-        return words[value] if isinstance(value, str) else value
+    if isinstance(value, Mapping):
+        raise UserError(f"model.backbone: {dict(value)} is a mapping; values must be numbers, words or lists of them")
+    if not isinstance(value, str):
+        return value
+    # YAML's spellings, and Python's: a checkpoint's arguments are handed on as Python prints them. Any other text would
+    # count as true. But "none" is a word of timm's.
+    words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "null": None, "~": None}
+    if value == "None" or value.lower() in words:
+        return words.get(value.lower())
     for kind in (int, float):
         try:
             return kind(value)
@@ -209,14 +218,17 @@ def _timm_geometry(name: str, image_size: int | None, options: tuple[tuple[str, 
         # A prediction of memory asks on fake tensors, from which timm could read no numbers.
         with unset_fake_temporarily(), torch.device("meta"):
             model = timm.create_model(name, num_classes=0, **dict(options))
-    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if timm.models.model_entrypoint(architecture).__module__.rpartition(".")[2] not in _MODULES:
             # Of an argument that transformers have, and this model has not.
             raise UserError(f"{label} is no plain vision transformer; {_nearest(architecture)}") from error
-        # What timm says of a wrong argument names it.
-        raise UserError(f"{label} with model.backbone={dict(options)}: {str(error).splitlines()[0]}") from error
+        # timm's own message names a wrong argument; of an unknown activation or norm it is the name alone.
+        reason = f"timm has no {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
+        raise UserError(f"{label} with model.backbone={dict(options)}: {reason}") from error
     if type(model) not in (VisionTransformer, Eva) or type(model.patch_embed) is not PatchEmbed:
         raise UserError(f"{label} is a {type(model).__name__}, no plain vision transformer; {_nearest(architecture)}")
+    if not len(model.blocks):
+        raise UserError(f"{label}: it has no blocks; set model.backbone.depth to 1 or more")
     block, (side, other), (patch, across) = model.blocks[0], model.patch_embed.img_size, model.patch_embed.patch_size
     if (side, patch) != (other, across):
         raise UserError(
@@ -226,7 +238,7 @@ def _timm_geometry(name: str, image_size: int | None, options: tuple[tuple[str, 
     if not model.global_pool:
         raise UserError(f"{label}: without pooling a clip has no feature; set model.backbone.global_pool")
     if side % patch:
-        near = f"{side // patch * patch} or {(side // patch + 1) * patch}"
+        near = " or ".join(str(count * patch) for count in (side // patch, side // patch + 1) if count)
         raise UserError(f"{label}: patches of {patch} px do not divide {side} px; set model.image_size to {near}")
     if (attention := type(block.attn).__name__ if hasattr(block, "attn") else "") not in _ATTENTIONS:
         raise UserError(f"{label}: blocks of kind {type(block).__name__} {attention} are not supported".rstrip())
@@ -307,8 +319,9 @@ def model_names(pretrained: bool = False) -> list[str]:
 def _nearest(architecture: str) -> str:
     """The vision transformers of timm whose names are the most like ``architecture``."""
     names = [name.removeprefix(TIMM) for name in model_names() if name.startswith(TIMM)]
-    near = difflib.get_close_matches(architecture, names, n=5)
-    # Whoever asks for a convolutional net sees one name of each family.
+    # Below that ratio convnext_base is close to flexivit_base. Whoever asks for a convolutional net sees one name of
+    # each family.
+    near = difflib.get_close_matches(architecture, names, n=5, cutoff=0.75)
     families = ["vit_base_patch16_siglip_224", "eva02_base_patch16_clip_224", "vit_pe_core_base_patch16_224"]
     return f"the nearest vision transformers are {', '.join(near or ['vit_base_patch16_clip_224', *families])}"
 
@@ -505,7 +518,8 @@ def image_stats(name: str) -> ImageStats:
         mean, std = (tuple(float(number) for number in half.split(",")) for half in name.split("/"))
     except ValueError:
         mean, std = (), ()
-    if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
+    is_valid = all(map(math.isfinite, (*mean, *std))) and all(value > 0 for value in std)
+    if len(mean) != 3 or len(std) != 3 or not is_valid:
         allowed = f"auto, {', '.join(IMAGE_STATS)}"
         raise UserError(f"model.image_stats is '{name}', but must be {allowed}, or mean/deviation as r,g,b/r,g,b")
     return ImageStats(mean, std)
@@ -549,8 +563,9 @@ class WeightsConfig:
     )
     projections: str = knob(
         "auto",
-        "both output projections and the temperature: fresh, as the published recipe starts from CLIP, or keep; auto "
-        "is fresh for clip and keep for checkpoint, and keep for open_clip/... models, whose towers belong together",
+        "both output projections, the temperature and the sigmoid loss's offset: fresh, as the published recipe starts "
+        "from CLIP, or keep; auto is fresh for clip and keep for checkpoint, and keep for open_clip/... models, whose "
+        "towers belong together",
         choices=("auto", "fresh", "keep"),
     )
     download: bool = knob(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn.attention import SDPBackend
 
+from egohod.errors import UserError
 from egohod.model.config import Geometry, ModelConfig
 from egohod.model.vision import (
     BoxHead,
@@ -149,7 +150,9 @@ class TimmTransformer(VisionTower):
             if self.image_projection is not None:
                 nn.init.normal_(self.image_projection, std=width**-0.5)
             self.init_temporal(config)
-            if config.spatial_init == "sinusoidal" and self.pos_embed is not None:
+            if config.spatial_init == "sinusoidal":
+                if self.pos_embed is None:
+                    raise UserError(f"model.spatial_init=sinusoidal: {shape.name} has no learned positions to fill")
                 self.pos_embed[0, -(side**2) :] = self.spatial_waves(config, width)
         # Last, so that the tower's other weights are those of the same seed without a stem.
         if config.motion_stem:
@@ -210,7 +213,7 @@ class TimmTransformer(VisionTower):
         return torch.cat((sine * along + cosine * by_time, cosine * along - sine * by_time), dim=-1)
 
     def pooled(self, x: Tensor, frozen: bool = False, pool: str = "cls") -> Tensor:
-        """See the base class; ``cls`` is the backbone's own pooling, be it that of CLS or another."""
+        """See the base class; ``cls`` is the backbone's own pooling, of CLS or otherwise."""
 
         def run(module: nn.Module, *inputs: Tensor) -> Tensor:
             output: Tensor = call_frozen(module, *inputs) if frozen else module(*inputs)
@@ -269,7 +272,7 @@ def _rotated(x: Tensor, rotation: Tensor, half: bool) -> Tensor:
 
 def _low_precision_norms(module: nn.Module) -> nn.Module:
     """``module`` with its layer norms replaced by those that keep the type of half-precision tokens."""
-    # Of exactly these kinds: norms in float32 by purpose are subclasses.
+    # Exactly these classes: subclasses compute in float32 on purpose.
     if isinstance(module, nn.LayerNorm) and type(module) in (nn.LayerNorm, LayerNorm) and module.weight is not None:
         norm = LowPrecisionLayerNorm(module.normalized_shape, eps=module.eps)
         norm.weight, norm.bias = module.weight, module.bias

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -153,7 +154,7 @@ class Shards:
 
     def _blocks(self) -> list[Any]:
         """The blocks of all towers; no collective."""
-        lists = (part for name, part in self.module.named_modules() if name.endswith(("resblocks", ".blocks")))
+        lists = (part for name, part in self.module.named_modules() if name.endswith("resblocks"))
         return [block for part in lists for block in part.children()]
 
     def compile(self, backend: Any = "inductor") -> None:
@@ -273,7 +274,10 @@ def read_parts(folder: Path, shards: Shards | None) -> dict[str, Tensor]:
         name = key.partition("/")[2]
         state[key] = shards.distributed(name) if shards else torch.empty(stored.size, dtype=stored.properties.dtype)
     group = shards._control if shards else None
-    dcp.load(state, storage_reader=reader, process_group=group, no_dist=shards is None)
+    with warnings.catch_warnings():
+        # Of one process, which no_dist says.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(state, storage_reader=reader, process_group=group, no_dist=shards is None)
     return {key: value.to_local() if shards else value for key, value in state.items()}
 
 

@@ -111,7 +111,8 @@ class TrainStep:
         self._model: nn.Module = self._runs
         if dist.world_size > 1 and self.shards is None:
             ids = [dist.device.index] if dist.device.type == "cuda" else None
-            # The only buffer is the constant causal mask. Views of buckets save a copy of all gradients.
+            # Buffers are constants: causal masks, rotations, scales of low-rank parts. Views of buckets save a copy of
+            # all gradients.
             parallel = DistributedDataParallel(
                 model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
             )

@@ -86,7 +86,8 @@ def test_the_published_start_leaves_projections_and_temperature(
     report = load_weights(demo_model, read_weights(path))
     after = demo_model.state_dict()
     unchanged = {name for name in after if torch.equal(after[name], before[name])}
-    assert unchanged == set(report.missing) == {*PROJECTIONS, TEMPORAL}
+    # The offset is the sigmoid loss's alone.
+    assert unchanged == set(report.missing) == {*PROJECTIONS, TEMPORAL} - {"logit_bias"}
     accounted(report, demo_model, len(state))
     torch.testing.assert_close(after["visual.conv1.weight"], state["visual.conv1.weight"].flatten(1).float())
     torch.testing.assert_close(after["textual.ln_final.bias"], state["ln_final.bias"].float())
@@ -255,9 +256,8 @@ def test_avions_space_of_256_dimensions(tmp_path: Path, monkeypatch: pytest.Monk
     assert (report.family, report.missing) == (Family.AVION, {})
     assert "image_stats" not in str(report)
     # Training on in a space of one's own.
-    assert set(load_weights(create_model(ModelConfig(name=name)), weights, projections="fresh").missing) == {
-        *PROJECTIONS
-    }
+    report = load_weights(create_model(ModelConfig(name=name)), weights, projections="fresh")
+    assert set(report.missing) == {*PROJECTIONS} - {"logit_bias"}
 
 
 def test_a_run_may_start_from_avion_with_other_statistics_after_a_warning(
@@ -336,6 +336,12 @@ def test_the_offset_of_the_sigmoid_loss_may_come_and_go(demo_model: DualEncoder)
     assert sigmoid.logit_bias.item() == -3.0
     assert list(loaded(demo_model, copy(sigmoid)).dropped) == ["logit_bias"]
     assert "logit_bias" not in upstream_state(from_tensors("x", copy(sigmoid)))
+    # It was learned with the file's temperature, so it is kept, or not, with that.
+    assert sigmoid.logit_bias is not None
+    state = copy(sigmoid) | {"logit_bias": torch.tensor(-16.0)}
+    for projections, offset in (("fresh", -3.0), ("keep", -16.0)):
+        load_weights(sigmoid, from_tensors("x", state), projections=projections)
+        assert sigmoid.logit_bias.item() == offset
 
 
 # --------------------------------------------------------------------------------------------------

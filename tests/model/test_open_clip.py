@@ -208,6 +208,12 @@ def test_names_of_transformers_are_the_same_weights(tmp_path: Path, family: str)
     assert weights.dropped == {"text_model.embeddings.position_ids": "constants"}
     assert weights.tensors.keys() == ours.keys()
     assert all(torch.equal(value, ours[name]) for name, value in weights.tensors.items())
+    # Pixels divided by these would be infinite, or no numbers.
+    for mean, std in ((0.5, 0.0), (float("nan"), 0.5)):
+        (hub / "preprocessor_config.json").write_text(json.dumps({"image_mean": [mean] * 3, "image_std": [std] * 3}))
+        with pytest.raises(UserError, match=r"model\.image_stats is"):
+            read_weights(hub)
+    (hub / "preprocessor_config.json").unlink()
     if family == "SigLIP 2":
         patches = "vision_model.embeddings.patch_embedding.weight"
         write_safetensors(hub / "model.safetensors", theirs | {patches: theirs[patches].flatten(1)})

@@ -400,18 +400,38 @@ def test_a_name_is_resolved_without_weights(tmp_path: Path) -> None:
     assert dict(cfg.model.geometry().backbone_options) == options
 
 
+@pytest.mark.parametrize("text", ["false", "False", "off", "no"])
+def test_a_truth_value_in_text_is_read_however_it_is_spelled(text: str) -> None:
+    """A configuration file brings text, of which any that is not empty would count as true."""
+    no_bias, default = (
+        create_model(model_config("timm/vit_tiny_patch16_224", backbone={"depth": "1", "init_values": "None"} | bias))
+        for bias in ({"qkv_bias": text}, {})
+    )
+    names = ["visual.transformer.resblocks.0.attn.qkv.bias" in dict(m.named_parameters()) for m in (no_bias, default)]
+    assert names == [False, True]
+    # "None" is what Python prints, and how a checkpoint's arguments get to an evaluation.
+    assert not any("ls1" in name for name, _ in default.named_parameters())
+
+
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
         ("timm/vit_base_patch16_cilp_224", {}, ["no model of timm", "vit_base_patch16_clip_224"]),
         ("timm/resnet50", {}, ["ResNet", "no plain vision transformer", "vit_base_patch16_siglip_224"]),
-        ("timm/convnext_base", {"image_size": 224}, ["no plain vision transformer", "nearest vision transformers"]),
+        ("timm/convnext_base", {"image_size": 224}, ["transformers are vit_base_patch16_clip_224"]),
+        ("vit_base_patch16_siglip_224.v2_webli", {}, ["did you mean timm/vit_base_patch16_siglip_224.v2_webli?"]),
         ("timm/deit_base_distilled_patch16_224", {}, ["no plain vision transformer"]),
         ("timm/vit_base_patch16_siglip_224.v9", {}, ["no weights 'v9'", "v2_webli"]),
         ("timm/vit_so400m_patch14_siglip_384", {}, ["patches of 14 px do not divide 384 px", "378 or 392"]),
         ("timm/vit_base_patch16_clip_224", {"image_size": 230}, ["do not divide 230 px", "224 or 240"]),
         ("timm/vit_base_patch16_clip_224", {"backbone": {"dpeth": 2}}, ["model.backbone", "dpeth"]),
         ("timm/vit_base_patch16_clip_224", {"backbone": {"img_size": 224}}, ["set model.image_size instead"]),
+        ("timm/vit_base_patch16_clip_224", {"backbone": {"depth": 0}}, ["no blocks", "model.backbone.depth"]),
+        ("timm/vit_base_patch16_clip_224", {"backbone": {"act_layer": "gleu"}}, ["act_layer", "timm has no 'gleu'"]),
+        ("timm/vit_base_patch16_clip_224", {"backbone": {"num_heads": 0}}, ["'num_heads': 0"]),
+        ("timm/vit_base_patch16_clip_224", {"backbone": {"pretrained_cfg": {"a": 1}}}, ["model.backbone", "mapping"]),
+        ("timm/vit_base_patch16_clip_224", {"image_size": 1}, ["set model.image_size to 16"]),
+        ("timm/vit_small_patch16_dinov3", {"spatial_init": "sinusoidal"}, ["model.spatial_init", "learned positions"]),
         # Attention of this project would ignore it.
         ("timm/eva02_tiny_patch14_224", {"backbone": {"attn_drop_rate": 0.1}}, ["attn_drop_rate", "model.drop_path"]),
         ("timm/vit_base_patch16_clip_224", {"backbone": {"global_pool": ""}}, ["set model.backbone.global_pool"]),
@@ -423,6 +443,6 @@ def test_a_name_is_resolved_without_weights(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_built_is_refused_with_the_cure(name: str, options: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(UserError) as caught:
-        model_config(name, **options)
+        create_model(model_config(name, **options))
     for word in words:
         assert word in str(caught.value)

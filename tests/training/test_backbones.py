@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -23,6 +24,7 @@ from tests.model.field_files import open_clip_state, write_safetensors
 from tests.model.test_timm_vision import FAMILIES
 from tests.support import ROOT, Command, losses, newest
 from tests.training.test_resume import assert_same
+from tools.convert_checkpoint import inspect
 
 TINY = ["model.image_size=40", "model.backbone.patch_size=8", "model.backbone.embed_dim=64", "model.backbone.depth=2"]
 TINY += ["model.backbone.num_heads=2"]
@@ -98,6 +100,7 @@ def test_timms_own_files_start_a_run(family: str, kind: str, tmp_path: Path) -> 
     fresh = {name for name in report.missing if name.startswith("visual.")}
     assert fresh == {"visual.temporal_embedding", "visual.image_projection"}
     assert all(name in report.missing for name in ("textual.token_embedding.weight", "logit_scale"))
+    assert "text tower and projections are random" in report.notes[-1]
 
 
 def test_files_of_another_backbone_are_refused(tmp_path: Path) -> None:
@@ -109,6 +112,25 @@ def test_files_of_another_backbone_are_refused(tmp_path: Path) -> None:
         egohod.load_weights(model, path)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert read_weights(path).shape is None
+
+
+def test_our_files_name_their_backbone_and_its_rotation_by_time(tmp_path: Path) -> None:
+    name, arguments, side = FAMILIES["eva02"]
+    knobs = {"image_size": side, "backbone": arguments}
+    model = egohod.create_model(f"timm/{name}", rope_time=True, **knobs)
+    record = {"model.name": f"timm/{name}", "model.rope_time": True, "model.image_size": side}
+    settings = json.dumps(record | {"model.backbone": arguments})
+    save_file(model.state_dict(), path := tmp_path / "own.safetensors", {"family": Family.OURS, "settings": settings})
+    egohod.load_weights(model, path)
+    # No shape differs.
+    with pytest.raises(UserError, match=r"model\.rope_time=True, not False"):
+        egohod.load_weights(egohod.create_model(f"timm/{name}", **knobs), path)
+    knobs["backbone"] = arguments | {"global_pool": "avg"}
+    with pytest.raises(UserError, match=r"with model\.backbone=\{.*\}, not \{.*'global_pool': 'avg'"):
+        egohod.load_weights(egohod.create_model(f"timm/{name}", rope_time=True, **knobs), path)
+    with pytest.raises(UserError, match=rf"do not fit the model \(DEMO.*\): they are of model\.name=timm/{name};"):
+        egohod.load_weights(egohod.create_model("DEMO"), path)
+    assert inspect(read_weights(path))["model"].startswith(f"model.name=timm/{name}, model.rope_time=True, ")
 
 
 @pytest.mark.parametrize("config", ["siglip2_base", "eva02_base", "pe_base", "dinov3_base", "clip_base_lora"])

@@ -133,6 +133,8 @@ def missing_decoder(name: str) -> str | None:
 def recipe_config(path: str | Path, check: Check, *overrides: str) -> Config:
     """The configuration of a recipe without its data; environment variables that it needs may be missing."""
     cfg = load_leniently(ROOT / path, [*WITHOUT_DATA, "model.compile=false", *overrides])[0]
+    # One process splits nothing; its step is that of whole weights.
+    cfg.train.sharding = "none"
     if check.tiny:
         cfg.model.name = "DEMO_Slowfast" if cfg.model.geometry().slowfast else "DEMO"
         # What the recipe's own backbone or towers need.
@@ -478,7 +480,7 @@ def egovideo(check: Check) -> Iterator[Row]:
     """A co-training step of both paths, against the same step with all weights trained (operations: 0.85)."""
     name, frames, batch = ("DEMO_Slowfast", 16, 2) if check.tiny else ("CLIP_VITB16_Slowfast", 16, 16)
     options = argparse.Namespace(model=name, frames=frames, batch_size=batch, text_length=77, rounds=MOST_RUNS)
-    options.device, options.precision, options.no_time = check.device.type, "auto", False
+    options.device, options.precision, options.no_time, options.overrides = check.device.type, "auto", False, []
     result = attempt({}, lambda: slowfast(options))
     if "failed" in result:
         yield result
