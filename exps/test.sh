@@ -12,5 +12,6 @@ install test tests/requirements.txt
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
 "$_environment/bin/lint-imports" --no-cache
-# Two processes with a thread each are faster than one with two; files stay whole, so that their fixtures are made once.
-exec "$PYTHON" -m pytest -n "${TEST_PROCESSES:-2}" --dist loadfile "$@"
+# Two processes with a thread each are faster than one with two; files stay whole, so that their fixtures are
+# made once, and come in the order of tests/conftest.py.
+exec "$PYTHON" -m pytest -n "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder "$@"

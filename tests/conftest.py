@@ -6,6 +6,7 @@ import importlib
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 # Before torch is imported. A thread that waits must not spin: tests share the cores with the processes they start, and
@@ -23,6 +24,17 @@ from tests.support import ROOT, SHARED, Command, ShortRun, environment, write_ti
 
 # Beside other test processes one thread is faster than two.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+# One test of some minutes each. Begun last, it would leave the other test processes without work.
+LONGEST = ("test_gpu_check.py", "test_elsewhere.py", "test_fuzz.py")
+
+
+@pytest.hookimpl(trylast=True)  # after the choice by markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files in the order in which test processes take them: those with the longest tests, then those with the most."""
+    counts = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.name not in LONGEST, -counts[item.path]))
 
 
 @pytest.fixture(scope="session")
