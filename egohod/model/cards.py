@@ -147,7 +147,7 @@ def published_weights(name: str) -> tuple[PublishedWeights, ...]:
 # which are downloaded from elsewhere, so each has the place where it was stated.
 _OPENAI = ("github.com/openai/CLIP", "MIT", "LICENSE of the repository, which does not mention weights")
 _AVION = ("github.com/zhaoyue-zephyrus/AVION", "MIT", "README of the repository, which does not mention weights")
-_UPSTREAM = ("github.com/OpenRobotLab/EgoHOD", UNKNOWN, "none in the README of the repository")
+_UPSTREAM = ("github.com/InternRobotics/EgoHOD", UNKNOWN, "none in the README of the repository")
 _PUBLISHED = {
     "CLIP_VITB16": (
         PublishedWeights("OpenAI ViT-B-16.pt", *_OPENAI),
