@@ -301,6 +301,8 @@ class LoadedBenchmark:
             model = SentenceModel(model)
         cfg = Config()
         cfg.evaluate.batch_size, cfg.evaluate.num_frames, cfg.evaluate.cache = batch_size, num_frames, None
+        if isinstance(model, StoredFeatures):
+            cfg.evaluate.num_frames = model.frames
         cfg.evaluate.benchmarks = {self.name: self.config}
         if workers is not None:
             cfg.data.workers = workers

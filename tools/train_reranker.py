@@ -118,7 +118,7 @@ def train(head: Reranker, pool: Pool, device: torch.device, args: Any) -> float:
                 lead, weight = (m[:, :, None] - m[:, None, :] for m in (each, target))
                 weight = weight.clamp(min=0)
                 losses.append((weight * F.softplus(-lead)).sum() / weight.sum().clamp(min=1e-3))
-                if step >= 0.9 * args.steps:
+                if step >= args.steps - max(1, args.steps // 10):
                     right.append(float((weight * (lead.detach() > 0)).sum() / weight.sum().clamp(min=1e-3)))
         loss = torch.stack(losses).mean()
         optimizer.zero_grad()

@@ -322,8 +322,6 @@ def embed_clips(
     orders, report = (PLAIN, *controls), EmbedReport(clips=len(dataset))
     orders += tuple(name + MIRRORED for name in orders) if flip else ()
     if isinstance(model, StoredFeatures):
-        if len(orders) > 1:
-            model.encode_video(torch.empty(0))  # raises
         stored, report.faults = model.of_clips(dataset.clips)
         report.from_cache = len(dataset) - len(report.faults)
         if not run.allow_missing:

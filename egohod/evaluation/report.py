@@ -29,7 +29,7 @@ from egohod.data.videos import VideoStore
 from egohod.errors import UserError
 from egohod.evaluation.features import Hit, read_json, span
 from egohod.evaluation.grounding import OVERLAPS
-from egohod.evaluation.results import FORMAT, RESULTS_FILE
+from egohod.evaluation.results import FORMAT, RESULTS_FILE, headlines
 from egohod.runtime import write_text
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def write_report(folder: str | Path, *, decoder: str = "auto") -> Path:
         for name, result in results["benchmarks"].items():
             controls = list(dict.fromkeys(name for each in result["metrics"].values() for name in each["controls"]))
             section = {"name": name, "result": result, "controls": controls, "classes": [], "galleries": []}
+            section["headlines"] = headlines(result["metrics"])
             path = folder / result["details"]
             # Details are large, and may be left behind where results are kept: the page shows the numbers without them.
             if path.is_file():
@@ -68,7 +69,10 @@ def write_report(folder: str | Path, *, decoder: str = "auto") -> Path:
                     section["pictures"] = Thumbnails(clips, decoder)
             sections.append(section)
             path = folder / RESULTS_FILE
-        html = render("report.html.jinja", results=results, sections=sections, shown_classes=SHOWN_CLASSES)
+        controls = list(dict.fromkeys(name for section in sections for name in section["controls"]))
+        html = render(
+            "report.html.jinja", results=results, sections=sections, controls=controls, shown_classes=SHOWN_CLASSES
+        )
     except UserError:  # a ValueError, too, whose message is clear already
         raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, jinja2.UndefinedError) as error:

@@ -134,16 +134,20 @@ def resolve_benchmarks(
 ) -> dict[str, BenchmarkConfig]:
     """The benchmarks of ``--benchmark name``, with ``--root`` and ``--metadata`` filled in.
 
-    ``all`` are those of the configuration whose annotations exist; the others are logged. Raises :class:`UserError`,
-    also where one of ``evaluate.during`` or ``evaluate.final`` is among the others.
+    Several names are separated by commas. ``all`` are those of the configuration whose annotations exist; the others
+    are logged. Raises :class:`UserError`, also where one of ``evaluate.during`` or ``evaluate.final`` is among the
+    others.
     """
     configured = dict(cfg.evaluate.benchmarks)
     if name == "own" and name not in configured:
         log.warning("--benchmark own is now called custom; the old name is read for one more release")
         name = "custom"
+    if (root or metadata) and (name == "all" or "," in name):
+        raise UserError("--root and --metadata belong to one benchmark; for several use evaluate.benchmarks")
+    if "," in name:
+        several = [resolve_benchmarks(cfg, part.strip()) for part in name.split(",")]
+        return {key: each for benchmarks in several for key, each in benchmarks.items()}
     if name == "all":
-        if root or metadata:
-            raise UserError("--root and --metadata belong to one benchmark; for all of them use evaluate.benchmarks")
         # Nobody has all data sets, and the configuration names all. Those of its two lists are required.
         existing = {key: each for key, each in configured.items() if each.metadata and Path(each.metadata).exists()}
         listed, problems = {*cfg.evaluate.during, *cfg.evaluate.final}, []
@@ -672,6 +676,13 @@ class Benchmark:
             require_all(missing, total)
         dataset = self.dataset if len(rows) == total else self.dataset.restricted(np.isin(np.arange(total), rows))
         cache = FeatureCache(execution.cache, self._dependencies(model)) if execution.cache else None
+        if isinstance(model, StoredFeatures) and (self.controls or self.flip):
+            model.encode_video(torch.empty(0))  # raises
+        # Texts first: a model without a text tower should not cost the clips. All tasks at once: texts that they share
+        # are encoded once.
+        texts = [text for task in self.tasks for text in task.texts]
+        swapped = [swap_sides(text) for text in texts] if self.flip else []
+        embedded = embed_texts(model, texts + swapped, self.tokenizer, execution, cache=cache) if texts else None
         # Missing files are known already; what comes up while decoding is numbered among the remaining clips.
         video, report = embed_clips(model, dataset, execution, controls=self.controls, flip=self.flip, cache=cache)
         if report.faults:
@@ -685,16 +696,15 @@ class Benchmark:
         if isinstance(model, ClassProbabilities):  # heads need no texts
             place = model.mirrored.cpu()
             video = {name: each[:, place] if name.endswith(MIRRORED) else each for name, each in video.items()}
-        # All tasks at once: texts that they share are encoded once.
-        texts = [text for task in self.tasks for text in task.texts]
-        swapped = [swap_sides(text) for text in texts] if self.flip else []
-        if texts:
-            embedded = embed_texts(model, texts + swapped, self.tokenizer, execution, cache=cache)
-        else:
+        if embedded is None:
             embedded = torch.zeros(0, video[PLAIN].shape[-1])
+        width = embedded.shape[1]
+        if self.reranker is None and width != video[PLAIN].shape[-1]:
+            raise UserError(
+                f"benchmark {self.name}: features of clips have {video[PLAIN].shape[-1]} numbers, of texts {width}"
+            )
         by_name, tokens = {PLAIN: embedded[: len(texts)], MIRRORED: embedded[len(texts) :]}, dict[str, Tensor]()
         if self.reranker is not None:
-            width = embedded.shape[1]
             tokens = {order: clips[:, width:] for order, clips in video.items()}
             video = {order: clips[:, :width].contiguous() for order, clips in video.items()}
         return Embedded(rows, video, by_name, report, tokens)

@@ -57,6 +57,15 @@ def test_cards_name_what_each_benchmark_is() -> None:
     assert [card.name for card in egohod.list_benchmarks("ek100*")] == ["ek100_mir", "ek100_cls", "ek100_cls_test"]
 
 
+def test_the_command_shows_the_cards_of_a_pattern(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["benchmarks", "ek100_c*"]) == 0
+    shown = capsys.readouterr().out
+    assert "published: EgoVideo-L action_top1 24 (ICLR 2025" in shown
+    assert "egomcq" not in shown
+    with pytest.raises(UserError, match=r"benchmarks egomqc: no benchmark matches \(did you mean 'egomcq'"):
+        main(["benchmarks", "egomqc"])
+
+
 def test_a_benchmark_is_five_lines_and_equals_the_program(formats: Path, tmp_path: Path) -> None:
     bench = loaded(formats, "ek100_mir")
     assert list(bench.clips.columns) == ["id", "video", "start", "end"]
@@ -89,14 +98,23 @@ def test_models_that_lack_something_are_refused(formats: Path) -> None:
     bench = loaded(formats, "egomcq")
 
     class NoText:
-        image_size, encode_video = 40, Pixels.encode_video
+        image_size = 40
+
+        def encode_video(self, frames: torch.Tensor) -> torch.Tensor:
+            raise AssertionError("texts come first, which are cheap")
 
     class Flat(Pixels):
         def encode_video(self, frames: torch.Tensor) -> torch.Tensor:
             return frames.mean(dim=(1, 2, 3, 4))
 
+    class Narrow(Pixels):
+        def encode_text(self, sentences: list[str]) -> np.ndarray:
+            return super().encode_text(sentences)[:, :-1]
+
     with pytest.raises(UserError, match="NoText has no method encode_text"):
         bench.evaluate(NoText(), **OPTIONS)
+    with pytest.raises(UserError, match=r"benchmark egomcq: features of clips have \d+ numbers, of texts \d+"):
+        bench.evaluate(Narrow(), **OPTIONS)
     with pytest.raises(UserError, match=r"Flat.encode_video returned \[7\] for 7 items"):
         bench.evaluate(Flat(), **OPTIONS)
     with pytest.raises(UserError, match="object has no method encode_video"):
@@ -119,7 +137,8 @@ def write_features(folder: Path, bench: LoadedBenchmark, without: int | None = N
     """Random features of all clips but one, and of all texts."""
     clips = bench.clips if without is None else bench.clips.drop(index=without)
     features = random_features(len(bench.clips), 0).numpy()
-    index: dict[str, Any] = {"format": INDEX_FORMAT, "model": "x", "weights": "0f" * 32, "protocol": {}, "root": ""}
+    index: dict[str, Any] = {"format": INDEX_FORMAT, "model": "x", "weights": "0f" * 32, "root": ""}
+    index["protocol"] = {"frames": 3, "size": 40}
     videos = {video: file_of(video) for video in clips["video"]}
     open_index(folder, {**index, "layout": "whole", "chunk_seconds": 15.0, "videos": videos})
     for video, rows in clips.groupby("video"):
@@ -135,6 +154,8 @@ def test_a_folder_of_features_is_a_model(formats: Path, tmp_path: Path) -> None:
     results = bench.evaluate(f"features:{tmp_path}/all")
     assert results.contents["checkpoint"]["sha256"] == "0f" * 32
     assert results.metrics["egomcq/intra"] < 60
+    made = results.contents["benchmarks"]["egomcq"]["protocol"]
+    assert (made["frames"], made["size"]) == (3, 40), "as the features were made"
     with pytest.raises(UserError, match="no temporal controls"):
         bench.evaluate(f"features:{tmp_path}/all", ["reverse"])
     write_features(tmp_path / "some", bench, without=3)

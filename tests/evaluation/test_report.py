@@ -13,6 +13,7 @@ import pytest
 
 from egohod.evaluation import report as galleries
 from egohod.evaluation.report import confusion_plot, most_confused, write_report
+from egohod.evaluation.results import headlines
 from tests.browser import browser, needs_chromium
 from tests.support import Command
 
@@ -66,6 +67,15 @@ def test_every_number_stands_on_the_page(evaluated: Path) -> None:
             assert low is None or f"{low:.1f} to {high:.1f}" in page
             for control in number["controls"].values():
                 assert f"{control['value']:.1f}" in page
+    overview = page[page.index("All benchmarks") : page.index("<h3>")]
+    for number, (name, each) in enumerate(results["benchmarks"].items(), 1):
+        assert f'<a href="#benchmark-{number}">{name}</a>' in overview
+        for metric in headlines(each["metrics"]):
+            assert f"{each['metrics'][metric]['value'] + 0.0:.1f} %" in overview
+            assert all(
+                f"{control['value'] + 0.0:.1f} %" in overview
+                for control in each["metrics"][metric]["controls"].values()
+            )
     assert "41.8 %" in page, "the published number"
     assert "0f" * 32 in page
     assert "a &lt;run&gt;" in page

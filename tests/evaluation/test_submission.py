@@ -24,6 +24,7 @@ from egohod.evaluation.config import BenchmarkConfig
 from egohod.evaluation.runner import Benchmark, benchmark, execution_of
 from egohod.evaluation.submission import challenge_task, check_submission, write_submission
 from egohod.evaluation.tasks import ClassificationTask, RetrievalTask, head_tasks
+from tests.support import Command
 from tools import check_submission as tool
 
 CLIPS, TEXTS = ["P01_11_0", "P01_11_1", "P01_11_2"], ["P01_11_0", "P01_11_2"]
@@ -145,6 +146,14 @@ def test_files_that_are_no_submission(tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "s.txt").write_text("x")
     with pytest.raises(UserError, match=r"neither a zip nor a \.json or \.pkl"):
         check_submission(tmp_path / "s.txt", CLIPS)
+
+
+def test_the_tool_names_what_is_missing(tmp_path: Path, inside: Command) -> None:
+    assert "none.zip: no such file" in inside("check_submission", tmp_path / "none.zip", "--metadata", tmp_path).stderr
+    file = zipped(tmp_path / "s.zip", "test.json", b"{}")
+    done = inside("check_submission", file, "--metadata", tmp_path)
+    assert done.returncode == 2
+    assert "no EPIC_100_test_timestamps.csv there; a file of the validation split needs --split" in done.stderr
 
 
 def content_of(path: Path, name: str) -> Any:

@@ -145,7 +145,7 @@ def test_what_cannot_be_simulated_is_explained(
 def test_a_simulator_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mujoco.py").write_text("raise ModuleNotFoundError(\"No module named 'mujoco'\", name='mujoco')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    message = r"the simulator of metaworld is not installed \(No module named 'mujoco'\): pip install 'egohod\[robot\]'"
+    message = r"the simulator of metaworld is not installed \(No module named 'mujoco'\): pip install '\.\[robot\]'"
     with pytest.raises(UserError, match=message), Simulators(SCENE, 1, 1):
         pass
 
