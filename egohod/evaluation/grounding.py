@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from egohod.data.formats.base import GroundingData, MomentQuery
-from egohod.evaluation.metrics import RESAMPLES, FloatArray, IntArray, Score, percent
+from egohod.distributed import one_core
+from egohod.evaluation.metrics import RESAMPLES, IntArray, Score, percent
 from egohod.evaluation.tasks import EvaluationTask, Features
 
 log = logging.getLogger(__name__)
@@ -149,6 +150,7 @@ class GroundingTask(GroundingData, EvaluationTask):
                 values.setdefault(name, []).append(score.value)
         return {name: float(np.mean(each)) for name, each in values.items()}
 
+    @one_core()
     def _segments(self, video: Features, text: Features) -> list[Segments]:
         """The best segments of every tested query, by a head that is trained now."""
         assert isinstance(video, Tensor), "a head is trained on the features of one model"
@@ -236,8 +238,9 @@ class GroundingTask(GroundingData, EvaluationTask):
             """The mean of what every query has for each of its moments."""
             total, count = (np.array([sum(f(hits[i]) for i in group) for group in groups]) for f in (sum, len))
 
-            def value(chosen: IntArray) -> FloatArray:
-                return 100 * total[chosen].sum(axis=-1) / count[chosen].sum(axis=-1)
+            def value(chosen: IntArray) -> NDArray[np.float64]:
+                share: NDArray[np.float64] = total[chosen].sum(axis=-1) / count[chosen].sum(axis=-1)
+                return 100 * share
 
             return Score(
                 float(value(np.arange(len(groups)))),

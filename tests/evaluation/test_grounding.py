@@ -85,13 +85,28 @@ def test_an_oracle_finds_the_moments_and_random_features_only_their_lengths(tmp_
         assert low - 8 <= scores[name].chance <= high + 8, name  # type: ignore[operator]
 
 
-def test_a_measure_repeats_and_leaves_random_numbers_alone(tmp_path: Path) -> None:
+def test_a_measure_repeats_and_leaves_random_numbers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loss, threads = GroundingTask._loss, set[int]()
+
+    def counting(*arguments: Any) -> Tensor:
+        threads.add(torch.get_num_threads())
+        return loss(*arguments)
+
+    monkeypatch.setattr(GroundingTask, "_loss", counting)
     _, task = read(annotated(tmp_path, "nlq"), "nlq")
     video, text = oracle(task)
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    first = {name: score.value for name, score in task.measure(video, text).items()}
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first = {name: score.value for name, score in task.measure(video, text).items()}
+        # One core: bits do not depend on how many there are.
+        assert threads == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
     assert torch.equal(torch.rand(1), expected)
     again = read(tmp_path, "nlq")[1].measure(video.clone(), text.clone())
     assert first == {name: score.value for name, score in again.items()}
