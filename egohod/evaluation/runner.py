@@ -676,6 +676,12 @@ class Benchmark:
         swapped = [swap_sides(text) for text in texts] if self.flip else []
         if texts:
             embedded = embed_texts(model, texts + swapped, self.tokenizer, execution, cache=cache)
+            widths = video[PLAIN].shape[-1], embedded.shape[-1]
+            if widths[0] != widths[1] and self.reranker is None:  # whose tokens follow the clips' features
+                raise UserError(
+                    f"benchmark {self.name}: features of clips have {widths[0]} dimensions and those of texts "
+                    f"{widths[1]}, which cannot be compared"
+                )
         else:
             embedded = torch.zeros(0, video[PLAIN].shape[-1])
         by_name, tokens = {PLAIN: embedded[: len(texts)], MIRRORED: embedded[len(texts) :]}, dict[str, Tensor]()
