@@ -168,7 +168,7 @@ def resolve_benchmarks(
     if name not in configured and name not in BENCHMARKS and name not in built:
         # Without the two general formats: they are the kind of a benchmark that has a name of its own.
         names = dict.fromkeys([*configured, *(key for key in BENCHMARKS if key not in ("custom", "labels")), *built])
-        raise UserError(f"--benchmark {name}: there are all, {', '.join(names)}")
+        raise UserError(f"--benchmark {name}: no such benchmark; choose all, {', '.join(names)}")
     config = configured.get(name, BenchmarkConfig())
     return {name: dataclasses.replace(config, root=root or config.root, metadata=metadata or config.metadata)}
 
@@ -181,7 +181,7 @@ def named_evaluators(
     They are those of ``evaluate.during`` and ``evaluate.final``; with ``classes`` they measure a model's heads.
     """
     if cfg.evaluate.rerank.path:
-        log.warning("evaluate.rerank does nothing here: a reranker is of one checkpoint, see main_eval.py")
+        log.warning("evaluate.rerank does nothing here: a reranker belongs to one checkpoint, see main_eval.py")
     names, execution = {"val": cfg.evaluate.during, "test": cfg.evaluate.final}[part], execution_of(cfg, dist)
     options: dict[str, Any] = {"controls": controls, "classes": classes}
     return [benchmark(cfg, name, cfg.evaluate.benchmarks[name], execution, **options) for name in names]

@@ -174,7 +174,7 @@ class Questions:
     def _place(self, item: Clip | str, where: str) -> int:
         if isinstance(item, str):
             if not item.strip() or not is_utf8(item):
-                raise UserError(f"{where}: a text is {'no UTF-8' if item.strip() else 'empty'}")
+                raise UserError(f"{where}: a text is {'not UTF-8' if item.strip() else 'empty'}")
             return self._texts.setdefault(item.strip(), len(self._texts))
         video, start, end = item
         parts = PurePosixPath(video)
@@ -369,7 +369,7 @@ def _read_chirality(source: SourceConfig, options: BenchmarkOptions) -> Benchmar
     if column is None:
         raise UserError(f"{path}: no column with a text; one of {', '.join(_CHIRAL_TEXTS)} is needed")
     if strange := sorted(set(table["chiral_label"]) - {"0", "1", "0.0", "1.0"}):
-        raise UserError(f"{path}: chiral_label is '{strange[0]}', but tells two directions: 0 and 1")
+        raise UserError(f"{path}: chiral_label is '{strange[0]}', but must be 0 or 1, the two directions")
     table["chiral_label"] = table["chiral_label"].str[0]
     table = table.drop_duplicates(["id", "chiral_triplet_id", "chiral_label"])
     questions, alone = Questions(path), 0
