@@ -175,7 +175,8 @@ def demonstrations(
             if tried >= _TRIES * count + 8:
                 raise UserError(
                     f"the expert of {scene.task} succeeded in {len(episodes)} of {tried} demonstrations within "
-                    f"{scene.horizon} steps; raise scene.horizons.{scene.task}, or lower demonstrations or scene.noise={scene.noise:g}"
+                    f"{scene.horizon} steps; raise scene.horizons.{scene.task}, or lower demonstrations or "
+                    f"scene.noise={scene.noise:g}"
                 )
             numbers = range(tried, tried + processes)
             batch = {each: _read(folder / f"{each:05d}.npz") for each in numbers}
@@ -357,9 +358,7 @@ class RobotBenchmark:
 
     def __init__(self, cfg: Config, name: str, config: BenchmarkConfig, execution: Execution, **options: Any) -> None:
         if execution.dist.world_size > 1:
-            raise UserError(
-                f"{name}: runs in one process, which starts the simulators; start it without torchrun or srun"
-            )
+            raise UserError(f"{name}: runs in one process, which starts the simulators; run it without torchrun")
         if not options.get("need_videos", True):
             raise UserError(f"{name}: draws its own frames, so stored features cannot be evaluated; give a model")
         self.name, self._cfg, self._dist = name, cfg, execution.dist
