@@ -89,8 +89,8 @@ class GroundingTask(GroundingData, EvaluationTask):
     def details(self, video: Features, text: Features) -> Mapping[str, Any]:
         """The best segment of each query that has a moment, and the windows in their middles."""
         queries = []
-        found = self._segments(video, text) if self._can_be_measured else ()
-        for query, segments in zip(self._tested, found, strict=self._can_be_measured):
+        best_of_each = self._segments(video, text) if self._can_be_measured else ()
+        for query, segments in zip(self._tested, best_of_each, strict=self._can_be_measured):
             if not query.moments:
                 continue
             rows = self.recordings[query.recording]
