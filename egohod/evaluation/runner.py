@@ -178,11 +178,20 @@ def named_evaluators(
 ) -> list[Benchmark]:
     """The benchmarks of a part: ``val``, measured while training, or ``test``, measured once at its end.
 
-    They are those of ``evaluate.during`` and ``evaluate.final``; with ``classes`` they measure a model's heads.
+    They are those of ``evaluate.during`` and ``evaluate.final``; with ``classes`` they measure a model's heads. Raises
+    :class:`UserError` as :func:`benchmark`, and for a benchmark that is not about clips.
     """
     if cfg.evaluate.rerank.path:
         log.warning("evaluate.rerank does nothing here: a reranker belongs to one checkpoint, see main_eval.py")
-    names, execution = {"val": cfg.evaluate.during, "test": cfg.evaluate.final}[part], execution_of(cfg, dist)
+    key = {"val": "during", "test": "final"}[part]
+    names, execution = getattr(cfg.evaluate, key), execution_of(cfg, dist)
+    for name in names:
+        # It trains policies for minutes to hours, which belongs behind a run and not into it.
+        if _builder(name, cfg.evaluate.benchmarks[name]):
+            raise UserError(
+                f"evaluate.{key}: {name} is simulated, which a training run does not do; measure the checkpoint by "
+                f"egohod eval --checkpoint {cfg.train.output} --benchmark {name}, or by tools/robot.py (docs/robot.md)"
+            )
     options: dict[str, Any] = {"controls": controls, "classes": classes}
     return [benchmark(cfg, name, cfg.evaluate.benchmarks[name], execution, **options) for name in names]
 
@@ -207,13 +216,18 @@ def measured(cfg: Config, name: str, config: BenchmarkConfig, execution: Executi
     Parameters and errors as of :func:`benchmark`.
     """
     build: Any = benchmark
-    card = CARDS.get(name if config.kind == "auto" else config.kind)
-    if card is not None and card.builder:
+    if builder := _builder(name, config):
         _refuse_averages(cfg, name)
         # Imported now, as what it needs may be an optional extra.
-        module, _, function = card.builder.partition(":")
+        module, _, function = builder.partition(":")
         build = getattr(importlib.import_module(module), function)
     return build(cfg, name, config, execution, **options)
+
+
+def _builder(name: str, config: BenchmarkConfig) -> str:
+    """The function that makes a benchmark that is not about clips; empty for one of clips."""
+    card = CARDS.get(name if config.kind == "auto" else config.kind)
+    return card.builder if card is not None else ""
 
 
 def _refuse_averages(cfg: Config, name: str) -> None:
