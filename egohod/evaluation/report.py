@@ -207,8 +207,10 @@ def _multiple_choice(table: Mapping[str, Any], clips: Mapping[str, Any]) -> list
     texts, cards = table["texts"], []
     for question in table["questions"]:
         taken, answer = question["taken"], question["answer"]
-        # The choice, and the correct one beside it if that is another.
-        shown = [taken] if taken == answer else [taken, answer]
+        # Some have several correct choices, of which one is enough.
+        right = taken in (answer, *question.get("also", ()))
+        # The choice, and a correct one beside it if it is wrong.
+        shown = [taken] if right else [taken, answer]
         chosen = [question["choices"][i] for i in shown]
         kind, query = question["kind"].replace("_", " "), question["query"]
         if question["query_is_clip"]:
@@ -223,8 +225,10 @@ def _multiple_choice(table: Mapping[str, Any], clips: Mapping[str, Any]) -> list
             captions = ["chosen" if i == taken else "correct" for i in shown]
             pictures += zip(captions, chosen, strict=True)
         truth = truth or names[-1]
-        answers = [Answer(name, question["similarity"][i], i == answer) for name, i in zip(names, shown, strict=True)]
-        cards.append(Card(taken == answer, title, pictures, truth, answers))
+        answers = [
+            Answer(name, question["similarity"][i], right or i != taken) for name, i in zip(names, shown, strict=True)
+        ]
+        cards.append(Card(right, title, pictures, truth, answers))
     return cards
 
 

@@ -172,7 +172,7 @@ def resolve_benchmarks(
     if name not in configured and name not in BENCHMARKS and name not in built:
         # Without the two general formats: they are the kind of a benchmark that has a name of its own.
         names = dict.fromkeys([*configured, *(key for key in BENCHMARKS if key not in ("custom", "labels")), *built])
-        raise UserError(f"--benchmark {name}: there are all, {', '.join(names)}")
+        raise UserError(f"--benchmark {name}: no such benchmark; choose all, {', '.join(names)}")
     config = configured.get(name, BenchmarkConfig())
     return {name: dataclasses.replace(config, root=root or config.root, metadata=metadata or config.metadata)}
 
@@ -186,7 +186,7 @@ def named_evaluators(
     :class:`UserError` as :func:`benchmark`, and for a benchmark that is not about clips.
     """
     if cfg.evaluate.rerank.path:
-        log.warning("evaluate.rerank does nothing here: a reranker is of one checkpoint, see main_eval.py")
+        log.warning("evaluate.rerank does nothing here: a reranker belongs to one checkpoint, see main_eval.py")
     key = {"val": "during", "test": "final"}[part]
     names, execution = getattr(cfg.evaluate, key), execution_of(cfg, dist)
     for name in names:
@@ -699,9 +699,10 @@ class Benchmark:
         if embedded is None:
             embedded = torch.zeros(0, video[PLAIN].shape[-1])
         width = embedded.shape[1]
-        if self.reranker is None and width != video[PLAIN].shape[-1]:
+        if self.reranker is None and width != video[PLAIN].shape[-1]:  # a reranker's tokens follow the features
             raise UserError(
-                f"benchmark {self.name}: features of clips have {video[PLAIN].shape[-1]} numbers, of texts {width}"
+                f"benchmark {self.name}: features of clips have {video[PLAIN].shape[-1]} dimensions and those of texts "
+                f"{width}, which cannot be compared"
             )
         by_name, tokens = {PLAIN: embedded[: len(texts)], MIRRORED: embedded[len(texts) :]}, dict[str, Tensor]()
         if self.reranker is not None:

@@ -22,6 +22,8 @@ from egohod.errors import UserError
 from egohod.evaluation.cards import CARDS
 from egohod.evaluation.features import INDEX_FORMAT, file_of, open_index, write_feature_file, write_video
 from egohod.evaluation.runner import benchmark, execution_of
+from egohod.model.config import ModelConfig
+from egohod.model.dual_encoder import create_model
 from tests.support import ROOT, environment
 
 OPTIONS: dict[str, Any] = {"num_frames": FRAMES, "batch_size": 7, "workers": 0}
@@ -86,12 +88,29 @@ def test_a_benchmark_is_five_lines_and_equals_the_program(formats: Path, tmp_pat
     assert "ek100_mir" in page
     assert "egomcq" in page
     assert "shuffle" in page
+    with pytest.raises(UserError, match="both results have the benchmark ek100_mir"):
+        results + results
+    with pytest.raises(UserError, match=r"Pixels \(.*cannot be joined: a page is of one model"):
+        results + loaded(formats, "egomcq").evaluate(Pixels(), **OPTIONS)
 
 
 def test_an_object_with_two_methods_is_a_model(formats: Path) -> None:
     results = loaded(formats, "egomcq").evaluate(Pixels(), ["reverse"], **OPTIONS)
     assert results.contents["checkpoint"]["path"] == "Pixels"
     assert {"egomcq/intra", "egomcq/reverse/intra"} <= set(results.metrics)
+
+
+def test_the_cache_tells_models_of_equal_weights_apart(formats: Path, tmp_path: Path) -> None:
+    bench, options = loaded(formats, "egomcq"), {**OPTIONS, "tokenizer": tokenizer_for(config().model)}
+    first = small_model()
+    other = create_model(ModelConfig(name="DEMO", num_frames=FRAMES, activation="quick_gelu"))
+    other.load_state_dict(first.state_dict())
+    assert first.activation != other.activation
+    stored = [
+        bench.evaluate(model, cache=tmp_path, **options).contents["benchmarks"]["egomcq"]["timing"]["from_cache"]
+        for model in (first, other, other)
+    ]
+    assert stored == [0, 0, len(bench.clips)]
 
 
 def test_models_that_lack_something_are_refused(formats: Path) -> None:
@@ -107,20 +126,26 @@ def test_models_that_lack_something_are_refused(formats: Path) -> None:
         def encode_video(self, frames: torch.Tensor) -> torch.Tensor:
             return frames.mean(dim=(1, 2, 3, 4))
 
-    class Narrow(Pixels):
-        def encode_text(self, sentences: list[str]) -> np.ndarray:
-            return super().encode_text(sentences)[:, :-1]
-
     with pytest.raises(UserError, match="NoText has no method encode_text"):
         bench.evaluate(NoText(), **OPTIONS)
-    with pytest.raises(UserError, match=r"benchmark egomcq: features of clips have \d+ numbers, of texts \d+"):
-        bench.evaluate(Narrow(), **OPTIONS)
     with pytest.raises(UserError, match=r"Flat.encode_video returned \[7\] for 7 items"):
         bench.evaluate(Flat(), **OPTIONS)
     with pytest.raises(UserError, match="object has no method encode_video"):
         bench.evaluate(object(), **OPTIONS)
     with pytest.raises(UserError, match=r"no temporal control 'shufle' \(did you mean 'shuffle'"):
         bench.evaluate(Pixels(), ["shufle"], **OPTIONS)
+
+    class Short(Pixels):
+        def encode_text(self, sentences: list[str]) -> np.ndarray:
+            return super().encode_text(sentences)[:, :5]
+
+    with pytest.raises(UserError, match="features of clips have 12 dimensions and those of texts 5"):
+        bench.evaluate(Short(), **OPTIONS)
+    with pytest.raises(UserError, match="DualEncoder reads tokens: give tokenizer="):
+        bench.evaluate(small_model(), **OPTIONS)
+    for model in (Pixels(), torch.nn.Linear(1, 1)):
+        with pytest.raises(UserError, match=r"must be a torch\.nn\.Module with encode_video and encode_text"):
+            bench.evaluate(model, tokenizer=list, **OPTIONS)
     with pytest.raises(UserError, match="runs/demo: not open_clip"):
         bench.evaluate("runs/demo", **OPTIONS)
     for arguments, message in (
@@ -164,6 +189,11 @@ def test_a_folder_of_features_is_a_model(formats: Path, tmp_path: Path) -> None:
     partial = bench.evaluate(f"features:{tmp_path}/some", allow_missing=True)
     assert partial.contents["benchmarks"]["egomcq"]["partial"]
     assert "**partial**" in partial.to_markdown()
+    # Texts are those of the protocol, whose class prompts may be more.
+    chosen = settings(formats, "ek100_cls")
+    classes = egohod.load_benchmark("ek100_cls", chosen.metadata, protocol="upstream")
+    write_features(tmp_path / "classes", classes)
+    assert classes.evaluate(f"features:{tmp_path}/classes").metrics["ek100_cls/action_top1"] < 20
     (tmp_path / "all" / "texts.npz").unlink()
     with pytest.raises(UserError, match="compares clips with texts"):
         bench.evaluate(f"features:{tmp_path}/all")

@@ -170,7 +170,8 @@ def test_galleries_are_bounded_and_even() -> None:
 def test_a_question_that_asks_for_a_clip_shows_what_was_taken_and_what_was_right() -> None:
     clips = {"id": ["a", "b"], "start": [0.0, 1.0], "end": [1.0, 2.0]}
     question = {"kind": "inter", "query_is_clip": False, "query": 0, "choices": [1, 0], "answer": 1, "taken": 0}
-    table = {"kind": "multiple_choice", "texts": ["opens"], "questions": [question | {"similarity": [0.5, 0.25]}]}
+    questions: list[dict[str, Any]] = [question | {"similarity": [0.5, 0.25]}]
+    table = {"kind": "multiple_choice", "texts": ["opens"], "questions": questions}
     (card,) = galleries.gallery(table, clips).wrong
     assert card.pictures == [("chosen", 1), ("correct", 0)]
     assert card.truth == "opens"
@@ -178,6 +179,11 @@ def test_a_question_that_asks_for_a_clip_shows_what_was_taken_and_what_was_right
         ("b, 1.00–2.00 s", False),
         ("a, 0.00–1.00 s", True),
     ]
+    # One of several correct choices is enough.
+    questions[0]["also"] = [0]
+    (card,) = galleries.gallery(table, clips).right
+    assert card.pictures == [("chosen", 1)]
+    assert [answer.right for answer in card.answers] == [True]
 
 
 def test_the_most_confused_classes_are_plotted_whatever_they_are_called() -> None:

@@ -112,8 +112,18 @@ def test_a_killed_run_gives_the_same_results(cfg: RobotConfig, tmp_path: Path, m
     assert run(cfg, tmp_path / "more", model) == whole
     assert model.calls == 0
     assert (tmp_path / "more" / "results.json").read_bytes() == (tmp_path / "out" / "results.json").read_bytes()
+    # A row whose file is damaged is measured again; one whose films were deleted is not.
+    row = next((tmp_path / "cache" / "rows").glob("*checkpoint*"))
+    row.write_text(row.read_text()[:100])
+    assert run(cfg, tmp_path / "out", model) == whole
+    assert model.calls > 0
+    model.calls = 0
+    for film in (tmp_path / "cache" / "films").iterdir():
+        film.unlink()
+    assert run(cfg, tmp_path / "last", model) == whole
+    assert model.calls == 0
     # Rows of another protocol are measured again.
-    run(replace(cfg, rollouts=3), tmp_path / "out", model)
+    run(replace(cfg, rollouts=3, processes=9), tmp_path / "out", model)  # more processes than simulators
     assert model.calls > 0
 
 
