@@ -233,6 +233,8 @@ class GroundingTask(GroundingData, EvaluationTask):
         for place, query in enumerate(self._tested):
             of_recording.setdefault(query.recording, []).append(place)
         groups = list(of_recording.values())
+        # Of a single recording nothing can be resampled: no interval, instead of one without width.
+        few = np.full(RESAMPLES, np.nan) if len(groups) < 2 else None
 
         def recall(name: str, hits: Sequence[Sequence[float]]) -> Score:
             """The mean of what every query has for each of its moments."""
@@ -245,7 +247,7 @@ class GroundingTask(GroundingData, EvaluationTask):
             return Score(
                 float(value(np.arange(len(groups)))),
                 chance.get(name),
-                lambda rng: value(rng.integers(0, len(groups), (RESAMPLES, len(groups)))),
+                lambda rng: few if few is not None else value(rng.integers(0, len(groups), (RESAMPLES, len(groups)))),
             )
 
         if not self.detection:
@@ -286,7 +288,11 @@ class GroundingTask(GroundingData, EvaluationTask):
             return Score(
                 value(np.arange(len(groups))),
                 chance.get(name),
-                lambda rng: np.array([value(rng.integers(0, len(groups), len(groups))) for _ in range(RESAMPLES)]),
+                lambda rng: (
+                    few
+                    if few is not None
+                    else np.array([value(rng.integers(0, len(groups), len(groups))) for _ in range(RESAMPLES)])
+                ),
             )
 
         result = {"map": score("map", DETECTION_OVERLAPS)}

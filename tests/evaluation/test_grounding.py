@@ -226,6 +226,10 @@ def test_numbers_are_those_of_a_small_case_and_whole_recordings_are_resampled() 
     assert {name: scores[name].value for name in values} == values
     # One of two recordings has all hits: every share is possible, as if there were two queries and not eight.
     assert scores["recall_1_iou_30"].interval() == (0, 100)
+    # A single recording has no interval, rather than one of no width.
+    for detection in (True, False):
+        alone = GroundingTask(["a"], rows, np.arange(4.0), 1.0, queries[:4], detection)
+        assert all(np.isnan(score.interval()).all() for score in alone._scores([segments[0]] * 4, {}).values())
 
 
 def test_the_length_of_windows_is_a_setting(tmp_path: Path) -> None:
