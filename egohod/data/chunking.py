@@ -63,7 +63,7 @@ from egohod.data.decoders import (
     video_stream,
 )
 from egohod.data.formats.base import read_lines
-from egohod.data.storage import SHARD_INDEX, ShardIndex, VideoError, one_clip
+from egohod.data.storage import SHARD_INDEX, ShardIndex, TarMember, VideoError, one_clip, open_folder
 from egohod.errors import UserError
 from egohod.runtime import Lost, Progress, Workers, locked, write_text
 
@@ -182,8 +182,9 @@ class VideoReader:
     Raises :class:`VideoError`, naming the file and the reason, for one that is no video.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | TarMember) -> None:
         self._path = path
+        self._file = path if isinstance(path, Path) else path.open()
         self.first: Any = None
         self._open()
         self._coding_order = False
@@ -201,12 +202,12 @@ class VideoReader:
         self._container.close()
 
     def _open(self) -> None:
-        format = container_format(self._path, str(self._path))
+        format = container_format(self._file, str(self._path))
         # Bare streams have no magic; a list of formats keeps FFmpeg from taking the file for a playlist.
         options = {} if format else {"format_whitelist": _OTHER_FORMATS}
         try:
             # Cameras write titles and makers in all kinds of encodings.
-            self._container = av.open(plain(self._path), format=format, metadata_errors="replace", options=options)
+            self._container = av.open(plain(self._file), format=format, metadata_errors="replace", options=options)
         except (av.InvalidDataError, av.ArgumentError) as error:  # the latter for a format that is not taken
             raise VideoError(f"{self._path}: not a video, or a truncated one ({error_text(error)})") from error
         except (av.FFmpegError, OSError) as error:
@@ -228,7 +229,7 @@ class VideoReader:
         stream = self._stream
         return Probe(
             seconds=stated_seconds(stream, self._format) or (self._container.duration or 0) / av.time_base,
-            bytes=self._path.stat().st_size,
+            bytes=_bytes_of(self._path),
             codec=stream.codec_context.name,
             width=stream.width,
             height=stream.height,
@@ -348,7 +349,11 @@ class VideoReader:
         return None
 
 
-def probe(path: Path) -> Probe:
+def _bytes_of(path: Path | TarMember) -> int:
+    return path.stat().st_size if isinstance(path, Path) else path.size
+
+
+def probe(path: Path | TarMember) -> Probe:
     """Read a file's header. Raises :class:`VideoError` for a file that is no video."""
     with one_clip(str(path)), VideoReader(path) as reader:
         return reader.probe()
@@ -503,7 +508,7 @@ class Written(NamedTuple):
 
 
 def write_chunks(
-    path: Path,
+    path: Path | TarMember,
     folder: Path,
     settings: ChunkSettings,
     first: int = 0,
@@ -577,7 +582,7 @@ class Video(NamedTuple):
     """A camera file and the id of its chunks."""
 
     video_id: str
-    path: Path
+    path: Path | TarMember
 
 
 def find_videos(
@@ -585,12 +590,29 @@ def find_videos(
 ) -> list[Video]:
     """List the videos below ``root``, in order of their ids; hidden files are left out.
 
+    Of tar shards on a disk ``root`` is their index (:class:`~egohod.data.storage.ShardIndex`).
     ``pattern`` (shell style, for the path below ``root``) replaces the usual video endings; ``names``, a text file with
     a path below ``root`` on each line, replaces the search. Links that lead out of ``root`` are left out with a
     warning unless ``follow_links``.
 
     Raises :class:`UserError` for a folder or list that cannot be read, and for ids that would collide.
     """
+    if root.name == SHARD_INDEX:
+        if names is not None:
+            raise UserError(f"{names}: a list of files is for folders; choose videos of shards by a pattern")
+        videos = []
+        for name, shard, offset, size in ShardIndex.read(open_folder(root.parent)).members():
+            path = PurePosixPath(name)
+            # Chunks are written below the id, and the index may be of other people's making.
+            if path.is_absolute() or ".." in path.parts or "\0" in name:
+                raise UserError(f"{root}: '{name}' leads out of the folder")
+            if pattern is None or fnmatch.fnmatchcase(name, pattern):
+                member = TarMember(root.parent / shard, name, offset, size)
+                videos.append(Video(path.with_suffix("").as_posix(), member))
+        if not videos:
+            raise UserError(f"{root}: no videos" + (f" that match '{pattern}'" if pattern else ""))
+        _check_ids(videos)
+        return sorted(videos)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
     paths = _listed(root, names) if names is not None else list(_walk(root, follow_links))
@@ -644,12 +666,12 @@ def _listed(root: Path, names: Path) -> list[Path]:
 
 
 def _check_ids(videos: Sequence[Video]) -> None:
-    by_id: dict[str, Path] = {}
+    by_id: dict[str, Path | TarMember] = {}
     for video_id, path in videos:
         try:
             video_id.encode()
         except UnicodeEncodeError as error:
-            raise UserError(f"{os.fsencode(path)!r}: its name is not UTF-8, rename it") from error
+            raise UserError(f"{os.fsencode(str(path))!r}: its name is not UTF-8, rename it") from error
         if video_id in by_id:
             raise UserError(f"{by_id[video_id]} and {path} would both become '{video_id}'; rename one")
         if PurePosixPath(video_id).parts[0] == _OWN_FOLDER:
@@ -756,7 +778,7 @@ class Output:
             return False
         # By size alone: to hash terabytes would take hours.
         source_bytes = self._source_bytes.get(video.video_id)
-        if source_bytes is not None and source_bytes != video.path.stat().st_size:
+        if source_bytes is not None and source_bytes != _bytes_of(video.path):
             raise UserError(
                 f"{self.final(video)}: made of another file than {video.path} ({source_bytes:,} bytes); "
                 "remove the chunks or rename the file"
@@ -984,7 +1006,7 @@ def estimate(probes: dict[Video, Probe], settings: ChunkSettings, workers: int) 
     return Estimate(spent / workers / 3600, size, faults)
 
 
-def _sample(path: Path, settings: ChunkSettings, seconds: float) -> tuple[float, float]:
+def _sample(path: Path | TarMember, settings: ChunkSettings, seconds: float) -> tuple[float, float]:
     """Chunk a few seconds from the middle of a file: (time spent, bytes written), each per second of video."""
     settings = replace(settings, seconds=_SAMPLE_SECONDS)
     first = int(seconds / 2 // _SAMPLE_SECONDS)
