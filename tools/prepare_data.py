@@ -8,7 +8,7 @@
 
 clips        the clips of any annotations that training reads, as a csv with video_id,start_second,end_second,text for
              tools/extract_features.py --clips and tools/generate_hod.py --metadata; with --window windows over the
-             clips, also over those without a narration
+             clips, also over those without a narration, for the former
 index        shards.parquet beside plain tars of mp4 and json or txt (WebDataset), the metadata and root of a source
 list-needed  the ids of Ego4D's videos that annotations need, for its own command: ego4d --video_uid_file uids.txt
 

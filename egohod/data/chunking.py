@@ -26,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import heapq
+import importlib
 import io
 import json
 import logging
@@ -79,6 +80,8 @@ _LARGEST_STEP_BACK = TICKS
 # What else FFmpeg may take a file for that is no container of ``decoders``: bare streams and old containers, none of
 # which leads to other files as playlists do.
 _OTHER_FORMATS = "h264,hevc,m4v,mpegvideo,vc1,obu,ivf,ogg,mxf,dv,rm,nut,gxf"
+# Recordings of Aria glasses, which only this module reads.
+VRS_ENDING = ".vrs"
 LAYOUTS = ("chunks", "avion")
 CODECS = ("libx264", "libx265")
 _RGB, _UNSPECIFIED = 0, 2  # matrix coefficients, ITU-T H.273
@@ -353,9 +356,76 @@ def _bytes_of(path: Path | TarMember) -> int:
     return path.stat().st_size if isinstance(path, Path) else path.size
 
 
+class VrsReader:
+    """The colour camera of a recording of Aria glasses, in the way of :class:`VideoReader`.
+
+    Second 0 is its first picture. Raises :class:`VideoError` for another file, and :class:`UserError` without
+    projectaria_tools.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            library = importlib.import_module("projectaria_tools.core.data_provider")
+            device = importlib.import_module("projectaria_tools.core.calibration").DeviceVersion
+            domain = importlib.import_module("projectaria_tools.core.sensor_data").TimeDomain.DEVICE_TIME
+        except ImportError as error:
+            cure = "pip install projectaria_tools"
+            raise UserError(f"{path}: recordings of Aria glasses need projectaria_tools: {cure}") from error
+        self._path, self._provider = path, library.create_vrs_data_provider(str(path))
+        if self._provider is None:  # of which it logs the reason
+            raise VideoError(f"{path}: not a recording of Aria glasses, or a damaged one")
+        self._stream = self._provider.get_stream_id_from_label("camera-rgb")
+        # Of newer glasses the library names streams that are not in the file, too.
+        if self._stream is None or self._stream not in self._provider.get_all_streams():
+            raise VideoError(f"{path}: has no pictures of camera-rgb")
+        stamps = self._provider.get_timestamps_ns(self._stream, domain)
+        times, self._numbers = np.unique(np.asarray(stamps, dtype=np.int64), return_index=True)
+        if not len(times):
+            raise VideoError(f"{path}: has no pictures of camera-rgb")
+        rate = float(self._provider.get_nominal_rate_hz(self._stream))
+        rate = rate if 0.1 <= rate <= 1000 else 1e9 / float(np.median(np.diff(times))) if len(times) > 1 else 10.0
+        self.rate, self.aspect = Fraction(rate).limit_denominator(1000), Fraction(1)
+        self._begins = np.append(np.round((times - times[0]) * (TICKS / 1e9)).astype(np.int64), 0)
+        self._begins[-1] = self._begins[-2] + max(1, round(TICKS / self.rate))  # the end of the last picture
+        if (jump := int(np.diff(self._begins).max())) > _LONGEST_FRAME:
+            raise VideoError(f"{path}: damaged, its time stamps jump by {jump / TICKS:.2f} s")
+        # The sensor of the first glasses is mounted on its side; a recording without a calibration does not state its
+        # version, and the library takes it for theirs.
+        self._turns = 0 if self._provider.get_device_version() == device.Gen2 else -1
+        self.first = self._picture(0)
+
+    def __enter__(self) -> VrsReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass  # the library closes the file with its last reference
+
+    def _picture(self, place: int) -> Any:
+        data, _ = self._provider.get_image_data_by_index(self._stream, int(self._numbers[place]))
+        pixels = np.ascontiguousarray(np.rot90(data.to_numpy_array(), self._turns))
+        return av.VideoFrame.from_ndarray(pixels, format="rgb24" if pixels.ndim == 3 else "gray")
+
+    def probe(self) -> Probe:
+        """See :class:`VideoReader`."""
+        seconds, size = self._begins[-1] / TICKS, self._path.stat().st_size
+        return Probe(float(seconds), size, "vrs", self.first.width, self.first.height, float(self.rate))
+
+    def frames(self, start: int = 0) -> Iterator[DisplayedFrame]:
+        """See :class:`VideoReader`."""
+        for place in range(max(0, int(np.searchsorted(self._begins, start, side="right")) - 1), len(self._numbers)):
+            yield DisplayedFrame(self._picture(place), int(self._begins[place]), int(self._begins[place + 1]))
+
+
+def open_reader(path: Path | TarMember) -> VideoReader | VrsReader:
+    """Open a camera file. Raises :class:`VideoError`."""
+    if isinstance(path, Path) and path.suffix.lower() == VRS_ENDING:
+        return VrsReader(path)
+    return VideoReader(path)
+
+
 def probe(path: Path | TarMember) -> Probe:
     """Read a file's header. Raises :class:`VideoError` for a file that is no video."""
-    with one_clip(str(path)), VideoReader(path) as reader:
+    with one_clip(str(path)), open_reader(path) as reader:
         return reader.probe()
 
 
@@ -528,7 +598,7 @@ def write_chunks(
     begin, stop = first * length, math.inf if last is None else last * length
     done, chunks, size, number = 0, 0, 0, first
     scaler, encoder = None, None
-    with one_clip(str(path)), VideoReader(path) as reader:
+    with one_clip(str(path)), open_reader(path) as reader:
         rate = _fraction(settings.fps) if settings.fps else reader.rate
         if settings.fps is None:
             frames = reader.frames(begin)
@@ -619,7 +689,7 @@ def find_videos(
     if pattern is not None:
         paths = [path for path in paths if fnmatch.fnmatchcase(path.as_posix(), pattern)]
     elif names is None:
-        paths = [path for path in paths if path.suffix.lower() in VIDEO_ENDINGS]
+        paths = [path for path in paths if path.suffix.lower() in (*VIDEO_ENDINGS, VRS_ENDING)]
     if not follow_links:
         real = root.resolve()
         outside = [path for path in paths if not (root / path).resolve().is_relative_to(real)]

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import io
 import json
+import struct
+import sys
 import tarfile
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -136,10 +140,55 @@ def write_shards(folder: Path, texts: bool = True) -> Path:
     return folder
 
 
+def write_vrs(path: Path, pictures: Sequence[np.ndarray], times: Sequence[int], stream: int = 214) -> Path:
+    """The colour camera of first Aria glasses: uint8 [H, W, 3] pictures at ``times`` in ns, not compressed.
+
+    The format is that of facebookresearch/vrs, FileFormat.h and DescriptionRecord.cpp; the fields are Aria's.
+    """
+    height, width = pictures[0].shape[:2]
+    types = {"I": "uint32_t", "Q": "uint64_t", "q": "int64_t", "d": "double"}
+
+    def fields(values: dict[str, tuple[str, float]]) -> tuple[str, bytes]:
+        """Their description, and their bytes."""
+        described, content = list[dict[str, Any]](), b""
+        for name, (code, value) in values.items():
+            described.append({"name": name, "type": f"DataPieceValue<{types[code]}>", "offset": len(content)})
+            content += struct.pack(f"<{code}", value)
+        return json.dumps({"data_layout": described}), content
+
+    def frame(number: int, time: int) -> tuple[str, bytes]:
+        stamps = dict.fromkeys(("capture_timestamp_ns", "arrival_timestamp_ns"), ("q", time))
+        floats = dict.fromkeys(("exposure_duration_s", "gain", "temperature_deg_c"), ("d", 1.0))
+        return fields(dict.fromkeys(("group_id", "group_mask", "frame_number"), ("Q", number)) | floats | stamps)
+
+    sizes = {"image_width": width, "image_height": height, "image_stride": 3 * width, "image_pixel_format": 4}
+    camera = {name: ("I", value) for name, value in ({"camera_id": 0} | sizes).items()} | {"nominal_rate": ("d", FPS)}
+    ranges = (f"{name}.{end}" for name in ("exposure_duration", "gain") for end in ("min", "max"))
+    configuration, about = fields(camera | dict.fromkeys((*ranges, "gamma_factor"), ("d", 1.0)))
+    tags = {"DL:Configuration:2:0": configuration, "DL:Data:2:0": frame(0, 0)[0]}
+    tags |= {"RF:Configuration:2": "data_layout", "RF:Data:2": "data_layout+image/raw"}
+    tags |= {"VRS_Original_Recordable_Name": "RGB Camera Class", "VRS_Serial_Number": "1"}
+
+    def text(value: str) -> bytes:
+        return struct.pack("<I", len(value)) + value.encode()
+
+    described = struct.pack("<IiHII", 1, stream, 1, 0, len(tags)) + b"".join(map(text, chain(*tags.items()))) + bytes(4)
+    records = [(2, sys.float_info.max, 0, 3, described), (stream, times[0] / 1e9, 1, 2, about)]
+    pairs = enumerate(zip(pictures, times, strict=True))
+    records += [(stream, time / 1e9, 1, 3, frame(i, time)[1] + picture.tobytes()) for i, (picture, time) in pairs]
+    content, before = struct.pack("<8sQIIqq", b"VisionRe", 1, 80, 32, 0, 80) + bytes(32) + b"cordVRS1", 0
+    for kind, time, instance, record, body in records:
+        size = 32 + len(body)
+        content += struct.pack("<IIiIdHBBI", size, before, kind, 2, time, instance, record, 0, 0) + body
+        before = size
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
 def write_egodex(folder: Path) -> Path:
     """Two tasks, one of which can be undone, in the second direction."""
     import h5py
-    import numpy as np
 
     for place, (task, about) in enumerate(
         {

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
 import struct
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -34,8 +37,9 @@ from tests.data.set_files import (
     write_lerobot,
     write_shards,
     write_tar,
+    write_vrs,
 )
-from tests.data.video_files import FPS, numbers
+from tests.data.video_files import FPS, numbers, picture
 from tests.support import Command
 
 
@@ -375,7 +379,7 @@ def test_the_attributes_of_egodex_are_narrations(tmp_path: Path, caplog: pytest.
 def test_egodex_without_h5py_names_its_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a/0.hdf5").write_bytes(b"\x89HDF")
-    monkeypatch.setitem(__import__("sys").modules, "h5py", None)
+    monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(UserError, match="need h5py: pip install h5py"):
         read_clips(tmp_path)
 
@@ -448,6 +452,37 @@ def test_a_member_of_a_tar_is_probed_as_a_file_is(tmp_path: Path, inside: Comman
     assert len(videos) == 2
     header = probe(videos[0].path)
     assert (header.seconds, header.width, header.fps) == (1.0, 96, 10.0)
+
+
+# --------------------------------------------------------------------------------------------------
+# Aria
+# --------------------------------------------------------------------------------------------------
+
+
+def test_a_recording_of_aria_glasses_is_chunked_upright_and_at_its_times(tmp_path: Path, inside: Command) -> None:
+    pytest.importorskip("projectaria_tools", reason="needs projectaria_tools")
+    # As the sensor sees them: a quarter turn to the left of upright. One picture is missing, so that the one before it
+    # is on display for longer.
+    shown = [number for number in range(25) if number != 4]
+    pictures = [np.ascontiguousarray(np.rot90(picture(number))) for number in shown]
+    write_vrs(tmp_path / "aria/day/a.vrs", pictures, [5_000_000_000 + number * 100_000_000 for number in shown])
+    (tmp_path / "aria/b.vrs").write_bytes(b"VisionRe" + bytes(100))
+    command = ["chunk_videos.py", tmp_path / "aria", tmp_path / "chunks", "--seconds", 1, "--short_side", 64]
+    done = inside(*command, "--workers", 1)
+    assert done.returncode == 1
+    assert "b.vrs: not a recording of Aria glasses, or a damaged one" in done.stderr
+    seen = list[int]()
+    for number in range(3):
+        path = tmp_path / f"chunks/day/a/{number:04d}.mp4"
+        with contextlib.closing(choose_decoder("pyav")[1](path)) as decoder:
+            seen += numbers(decoder.read_at(np.arange(10 if number < 2 else 5) / 10 + 0.05))
+    assert seen == [number if number != 4 else 3 for number in range(25)]
+
+
+def test_aria_without_its_library_names_the_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "projectaria_tools.core.data_provider", None)
+    with pytest.raises(UserError, match=r"a\.vrs: .* need projectaria_tools: pip install projectaria_tools"):
+        probe(tmp_path / "a.vrs")
 
 
 # --------------------------------------------------------------------------------------------------
