@@ -625,8 +625,7 @@ def tar_members(folder: LocalFolder | RemoteFolder, shard: str) -> Iterator[tupl
             if path.as_posix() in seen:
                 raise UserError(f"{where}: member '{member.name}' is there twice; refused")
             seen.add(path.as_posix())
-            begin, end = member.offset_data, member.offset_data + member.size
-            yield path.as_posix(), begin, member.size, partial(folder.fetch, shard, begin, end, exact=True)
+            yield path.as_posix(), member.offset_data, member.size, partial(_read_at, file, member)
         # The library takes a damaged header for the end, which is a block of zeros.
         file.seek(archive.offset)
         if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
@@ -635,6 +634,11 @@ def tar_members(folder: LocalFolder | RemoteFolder, shard: str) -> Iterator[tupl
         raise
     except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError) as error:
         raise UserError(f"{where}: not a tar, or a damaged one ({' '.join(str(error).split())[:200]})") from error
+
+
+def _read_at(file: RangedFile, member: tarfile.TarInfo) -> bytes:
+    file.seek(member.offset_data)  # what was read ahead of the header costs no request
+    return file.read(member.size)
 
 
 class RangedFile(io.BufferedIOBase):

@@ -31,7 +31,9 @@ STEPS = ("reach for the cup", "lift the cup", "wipe", "pull the handle")
 _STEPS = {0: [(0, 0), (8, 1)], 1: [(0, -1), (5, 2)], 2: [(0, 3)]}
 
 
-def write_lerobot(folder: Path, version: str = "v3.0", cameras: Sequence[str] = (EGO,), **info: Any) -> Path:
+def write_lerobot(
+    folder: Path, version: str = "v3.0", cameras: Sequence[str] = (EGO,), codec: str = "libx264", **info: Any
+) -> Path:
     """Three episodes in two mp4 files a camera, version 2 in three; the steps are in both ways."""
     depth = {"info": {"is_depth_map": True}}
     features: dict[str, Any] = {key: {"dtype": "video", "shape": [64, 96, 3], "names": None} for key in cameras}
@@ -58,7 +60,7 @@ def write_lerobot(folder: Path, version: str = "v3.0", cameras: Sequence[str] = 
         for number, (first, count) in enumerate(parts):
             name = f"videos/{key}/chunk-000/file-{number:03d}" if is_new else ""
             name = name or f"videos/chunk-000/{key}/episode_{number:06d}"
-            encode(folder / f"{name}.mp4", count, first=first + 7 * place)
+            encode(folder / f"{name}.mp4", count, first=first + 7 * place, codec=codec)
     rows = list[dict[str, Any]]()
     for episode, length in enumerate(LENGTHS):
         steps = _STEPS[episode]

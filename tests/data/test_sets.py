@@ -12,6 +12,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pandas as pd
 import pytest
@@ -39,14 +40,15 @@ from tests.data.set_files import (
     write_tar,
     write_vrs,
 )
-from tests.data.video_files import FPS, numbers, picture
+from tests.data.video_files import FPS, numbers, opener, picture
 from tests.support import Command
 
 
 def frames(clips: ClipTable, root: Path | str, row: int, **store: Any) -> list[int]:
     """The numbers that all frames of a clip show."""
     clip = clips.row(row)
-    videos = VideoStore(root, "auto", store.pop("chunk_seconds", 15.0), choose_decoder("pyav")[1], **store)
+    decoder = opener(store.pop("decoder", "pyav"))
+    videos = VideoStore(root, "auto", store.pop("chunk_seconds", 15.0), decoder, **store)
     # Several to a frame: one a frame would repeat some and leave out the last.
     count = 4 * round((clip.end - clip.start) * FPS)
     return list(dict.fromkeys(numbers(videos.read(clip.video_id, clip.start, clip.end, count).pictures)))
@@ -62,8 +64,13 @@ def rows(clips: ClipTable) -> list[tuple[str, float, float, str]]:
 # --------------------------------------------------------------------------------------------------
 
 
-def test_episodes_of_a_shared_file_are_clips_with_their_tasks(tmp_path: Path) -> None:
-    root = write_lerobot(tmp_path / "set")
+@pytest.mark.parametrize(
+    ("codec", "decoder"), [("libx264", "pyav"), ("libsvtav1", "pyav"), ("libsvtav1", "torchcodec")]
+)
+def test_episodes_of_a_shared_file_are_clips_with_their_tasks(tmp_path: Path, codec: str, decoder: str) -> None:
+    if codec not in av.codecs_available:
+        pytest.skip(f"this PyAV has no {codec}")
+    root = write_lerobot(tmp_path / "set", codec=codec)
     clips = read_clips(SourceConfig(metadata=str(root), root=str(root)))
     video = f"videos/{EGO}/chunk-000/file-00"
     assert rows(clips) == [
@@ -72,7 +79,7 @@ def test_episodes_of_a_shared_file_are_clips_with_their_tasks(tmp_path: Path) ->
         (f"{video}1", 0.0, 2.0, TASKS[2]),
     ]
     # To the frame: nothing of the neighbours.
-    shown = [frames(clips, root, row) for row in range(3)]
+    shown = [frames(clips, root, row, decoder=decoder) for row in range(3)]
     assert shown == [list(range(20)), list(range(20, 35)), list(range(35, 55))]
     assert clips.column("camera").tolist() == [EGO] * 3
     assert clips.where(1).endswith("set: episode 1")
