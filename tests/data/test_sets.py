@@ -22,10 +22,13 @@ from egohod.data.chunking import find_videos, probe
 from egohod.data.config import SourceConfig
 from egohod.data.decoders import choose_decoder
 from egohod.data.formats import read_clips
+from egohod.data.formats.pairs import index_shards
 from egohod.data.storage import open_root, tar_members
 from egohod.data.table import ClipTable
 from egohod.data.videos import VideoStore
 from egohod.errors import UserError
+from egohod.hod.config import HodConfig
+from egohod.hod.pipeline import _table_hash
 from tests.data.servers import FaultyS3, point_to
 from tests.data.set_files import (
     DEPTH,
@@ -115,6 +118,15 @@ def test_an_episode_of_several_tasks_is_cut_where_they_change(tmp_path: Path) ->
     table.to_parquet(data)
     clips = read_clips(root)
     assert [row[1:] for row in rows(clips)][:3] == [(0, 0.6, TASKS[0]), (0.6, 2, TASKS[1]), (2, 3.5, TASKS[1])]
+
+
+def test_the_hod_pipeline_knows_a_set_that_is_a_folder_by_its_clips(tmp_path: Path) -> None:
+    root = write_lerobot(tmp_path / "set")
+    hashes = list[str]()
+    for subtasks in (False, True, False):
+        source = SourceConfig(metadata=str(root), root=str(root), subtasks=subtasks)
+        hashes.append(_table_hash(HodConfig(source=source), read_clips(source)))
+    assert hashes[0] == hashes[2] != hashes[1]
 
 
 def test_cameras_are_chosen_by_name(tmp_path: Path) -> None:
@@ -323,8 +335,6 @@ def test_compressed_and_damaged_tars_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="damaged one"):
         members()
     (folder / "more.tar.gz").write_bytes(b"")
-    from egohod.data.formats.pairs import index_shards
-
     with pytest.raises(UserError, match=r"more\.tar\.gz: a compressed tar"):
         index_shards(str(folder), folder)
 
@@ -377,7 +387,6 @@ def test_the_attributes_of_egodex_are_narrations(tmp_path: Path, caplog: pytest.
     clips = read_clips(root)
     assert clips.videos == ["fold/0"]
     assert clips.report.left_out == {"malformed": 4}
-    (root / "fold/2.hdf5").symlink_to(tmp_path / "x") if not (root / "fold/2.hdf5").exists() else None
     (root / "fold/4.mp4").symlink_to("/etc/hostname")
     with pytest.raises(UserError, match=r"fold/4\.mp4: a link to /etc/hostname, outside of the data set"):
         read_clips(root)

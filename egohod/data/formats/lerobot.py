@@ -35,6 +35,7 @@ from egohod.data.formats.base import (
     reading,
     refuse_links,
 )
+from egohod.data.table import text_column
 from egohod.errors import UserError, nearest
 
 # A field of a path's template, with a width that zeros fill.
@@ -86,7 +87,7 @@ def _parse(path: Path, source: SourceConfig, extra: Sequence[str] | None) -> Raw
     else:
         episodes, broken = _episodes_2(path, template, keys, fps, chunk_size)
     if path.resolve() == Path(source.root or "/").resolve():  # the files of another root are not the set's
-        refuse_links(path, {f"{place[0]}.mp4" for each in episodes for place in each.places})
+        refuse_links(path, sorted({f"{place[0]}.mp4" for each in episodes for place in each.places}))
     if source.subtasks:
         parts = _subtasks(path, features, fps)
     elif any(len(each.tasks) != 1 for each in episodes):  # which frames have which is in the data alone
@@ -108,11 +109,10 @@ def _parse(path: Path, source: SourceConfig, extra: Sequence[str] | None) -> Raw
                 rows.append((video, part.text, str(episode.number), key))
                 times.append((first, last))
                 numbers.append(episode.number)
-    columns = zip(*rows, strict=True) if rows else ((), (), (), ())
     names = ("video_id", "text", "episode", "camera")
     begins, ends = (np.array([pair[i] for pair in times], dtype=np.float64) for i in range(2))
     return RawClips(
-        pa.table({n: pa.array(list(each), pa.large_string()) for n, each in zip(names, columns, strict=True)}),
+        pa.table({name: text_column([row[place] for row in rows]) for place, name in enumerate(names)}),
         times=(begins, ends),
         numbers=np.array(numbers, dtype=np.int64),
         unit="episode",

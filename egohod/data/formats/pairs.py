@@ -50,7 +50,7 @@ _NAMES = {
     "end_second": ("end_second",),
 }
 _LENGTHS = ("duration_sec", "duration")
-_COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz)$")
+_COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2?|txz)$")
 # More than any description of a video; what is larger is no annotation.
 _MOST_BYTES = 1 << 20
 # The frame rate of EgoDex, to which its poses are aligned.
@@ -82,9 +82,11 @@ def index_shards(root: str, output: Path, on_shard: Callable[[int, int], None] |
                 raise UserError(f"{where}: member {name!r} is not UTF-8")
             stem, dot, ending = name.rpartition("/")[2].partition(".")
             sample = name[: len(name) - len(dot + ending)]
+            if not stem:  # what macOS adds
+                continue
             if name.lower().endswith(VIDEO_ENDINGS):
                 videos.append((name, sample, offset, size))
-            elif stem and ending.lower() in ("json", "txt"):
+            elif ending.lower() in ("json", "txt"):
                 if size > _MOST_BYTES:
                     raise UserError(f"{where}: member '{name}' has {size:,} bytes, too many for an annotation")
                 fields[sample] |= _fields(content(), ending.lower(), f"{where}: member '{name}'")
@@ -135,7 +137,12 @@ def _fields(content: bytes, ending: str, where: str) -> dict[str, Any]:
     value = {"txt": text.strip()} if ending == "txt" else parse_json(text, f"{where}: not readable as JSON")
     if not isinstance(value, dict):
         raise UserError(f"{where}: no JSON object but {str(value)[:40]!r}")
-    return value
+
+    def is_text(value: Any) -> bool:
+        return isinstance(value, (str, int, float))
+
+    # Matrices and the like are no annotations of a clip.
+    return {key: v for key, v in value.items() if is_text(v) or (isinstance(v, list) and all(map(is_text, v)))}
 
 
 def _number(value: Any) -> float | None:
@@ -202,16 +209,16 @@ def _parse_egodex(path: Path, source: SourceConfig, extra: Sequence[str] | None)
         h5py = importlib.import_module("h5py")
     except ImportError as error:
         raise UserError(f"{path}: EgoDex' annotations are HDF5 files, which need h5py: pip install h5py") from error
-    names = sorted(
+    files = sorted(
         os.path.relpath(os.path.join(folder, name), path)
-        for folder, _, files in os.walk(path)
-        for name in files
+        for folder, _, below in os.walk(path)
+        for name in below
         if name.endswith((".hdf5", ".mp4")) and is_utf8(os.path.join(folder, name))
     )
-    refuse_links(path, names)
+    refuse_links(path, files)
     rows, ends, numbers = list[tuple[str, str, str]](), list[float](), list[int]()
-    annotated = {name.removesuffix(".hdf5") for name in names if name.endswith(".hdf5")}
-    videos = [name.removesuffix(".mp4") for name in names if name.endswith(".mp4")]
+    annotated = {name.removesuffix(".hdf5") for name in files if name.endswith(".hdf5")}
+    videos = [name.removesuffix(".mp4") for name in files if name.endswith(".mp4")]
     broken = [f"{video}.mp4: no {video}.hdf5 beside it" for video in videos if video not in annotated]
     for number, video in enumerate(sorted(annotated), 1):
         try:
@@ -220,21 +227,22 @@ def _parse_egodex(path: Path, source: SourceConfig, extra: Sequence[str] | None)
                 # Of a task that can be undone both directions are described, and one of them was recorded.
                 undone = about["llm_type"] == "reversible" and about["which_llm_description"] == "2"
                 text = about["llm_description2" if undone else "llm_description"] or about["description"]
-                # A link may lead to another file.
-                links = (content.get("transforms", getlink=True), content["transforms"].get("camera", getlink=True))
-                if not all(type(link) is h5py.HardLink for link in links):
-                    raise ValueError("transforms/camera is a link")
-                seconds = content["transforms"]["camera"].shape[0] / _EGODEX_FPS
+                poses: Any = content
+                for name in ("transforms", "camera"):
+                    # A link may lead to another file.
+                    if type(poses.get(name, getlink=True)) is not h5py.HardLink:
+                        raise ValueError(f"{name} is a link")
+                    poses = poses[name]
+                seconds = poses.shape[0] / _EGODEX_FPS
         except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
             broken.append(f"{video}.hdf5: not readable as EgoDex' annotations ({' '.join(str(error).split())[:160]})")
             continue
         rows.append((video, text, about["task"] or video.rpartition("/")[0].rpartition("/")[2]))
         ends.append(seconds)
         numbers.append(number)
-    columns = zip(*rows, strict=True) if rows else ((), (), ())
-    table = zip(("video_id", "text", "task"), columns, strict=True)
+    names = ("video_id", "text", "task")
     return RawClips(
-        pa.table({name: pa.array(list(values), pa.large_string()) for name, values in table}),
+        pa.table({name: text_column([row[place] for row in rows]) for place, name in enumerate(names)}),
         times=(np.zeros(len(ends)), np.array(ends, dtype=np.float64)),
         numbers=np.array(numbers, dtype=np.int64),
         unit="pair",
