@@ -40,6 +40,7 @@ from egohod.data.detections import BoxTable
 from egohod.data.formats import read_clips
 from egohod.data.formats.custom import rows_of_csv
 from egohod.data.formats.ek100 import cached_matrix, csv_relevancy, read_relevancy, save_matrix
+from egohod.data.formats.pairs import index_shards
 from egohod.data.labels import ClassLabels, RelevantTexts, class_space
 from egohod.data.storage import LocalCache, ShardIndex, one_clip, open_root
 from egohod.data.table import ClipReader, choose_text
@@ -67,6 +68,7 @@ from egohod.model.dual_encoder import DualEncoder, create_model
 from egohod.model.reranker import Reranker, RerankerShape, load_reranker
 from egohod.training.checkpoint import CheckpointStore, classes_of, open_checkpoint, open_weights
 from egohod.training.telemetry import _truncate
+from tests.data.set_files import write_lerobot, write_shards
 from tests.data.video_files import encode, picture
 from tests.model.field_files import write_archive, write_avion, write_safetensors, write_upstream
 from tools import ablate, convert_checkpoint
@@ -186,6 +188,17 @@ def _seed_packed(folder: Path) -> None:
 def _read_packed(folder: Path) -> None:
     for name in ("hod.csv.gz", "narration.json.gz", "wide.csv", "hod.parquet"):
         _clips(name)(folder)
+
+
+def _index_shards(folder: Path) -> None:
+    """As tools/prepare_data.py does, and then training."""
+    index_shards(str(folder), folder)
+    _clips("shards.parquet")(folder)
+    open_root(folder / "shards.parquet")
+
+
+def _seed_index_of_shards(folder: Path) -> None:
+    index_shards(str(write_shards(folder)), folder)
 
 
 def _train_labels(folder: Path) -> None:
@@ -817,6 +830,13 @@ TARGETS: dict[str, Target] = {
         Target("clips_egoclip", _files(egoclip__csv=EGOCLIP), _clips("egoclip.csv")),
         Target("clips_ego4d", _seed_narrations, _clips("narration.json")),
         Target("clips_pickle", _seed_pickle, _clips("train.pkl")),
+        Target("clips_lerobot", lambda folder: write_lerobot(folder / "set"), _clips("set"), only="set/meta/**/*"),
+        Target("clips_lerobot_2", lambda folder: write_lerobot(folder / "set", "v2.1"), _clips("set"), "set/meta/**/*"),
+        Target(
+            "clips_steps", lambda folder: write_lerobot(folder / "set"), _clips("set", subtasks=True), "**/*.parquet"
+        ),
+        Target("clips_shards", _seed_index_of_shards, _clips("shards.parquet"), only="shards.parquet"),
+        Target("index_of_tars", lambda folder: write_shards(folder), _index_shards, only="**/*.tar"),
         Target("clips_ek100", _files(EPIC_100_train__csv=EK100), _clips("EPIC_100_train.csv")),
         Target(
             "clips_egtea", _files(train_split1__txt=EGTEA, action_idx__txt=EGTEA_CLASSES), _clips("train_split1.txt")

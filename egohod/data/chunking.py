@@ -26,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import heapq
+import importlib
 import io
 import json
 import logging
@@ -63,7 +64,7 @@ from egohod.data.decoders import (
     video_stream,
 )
 from egohod.data.formats.base import read_lines
-from egohod.data.storage import SHARD_INDEX, ShardIndex, VideoError, one_clip
+from egohod.data.storage import SHARD_INDEX, ShardIndex, TarMember, VideoError, one_clip, open_folder
 from egohod.errors import UserError
 from egohod.runtime import Lost, Progress, Workers, locked, write_text
 
@@ -79,6 +80,8 @@ _LARGEST_STEP_BACK = TICKS
 # What else FFmpeg may take a file for that is no container of ``decoders``: bare streams and old containers, none of
 # which leads to other files as playlists do.
 _OTHER_FORMATS = "h264,hevc,m4v,mpegvideo,vc1,obu,ivf,ogg,mxf,dv,rm,nut,gxf"
+# Recordings of Aria glasses, which only this module reads.
+VRS_ENDING = ".vrs"
 LAYOUTS = ("chunks", "avion")
 CODECS = ("libx264", "libx265")
 _RGB, _UNSPECIFIED = 0, 2  # matrix coefficients, ITU-T H.273
@@ -182,8 +185,9 @@ class VideoReader:
     Raises :class:`VideoError`, naming the file and the reason, for one that is no video.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | TarMember) -> None:
         self._path = path
+        self._file = path if isinstance(path, Path) else path.open()
         self.first: Any = None
         self._open()
         self._coding_order = False
@@ -201,12 +205,12 @@ class VideoReader:
         self._container.close()
 
     def _open(self) -> None:
-        format = container_format(self._path, str(self._path))
+        format = container_format(self._file, str(self._path))
         # Bare streams have no magic; a list of formats keeps FFmpeg from taking the file for a playlist.
         options = {} if format else {"format_whitelist": _OTHER_FORMATS}
         try:
             # Cameras write titles and makers in all kinds of encodings.
-            self._container = av.open(plain(self._path), format=format, metadata_errors="replace", options=options)
+            self._container = av.open(plain(self._file), format=format, metadata_errors="replace", options=options)
         except (av.InvalidDataError, av.ArgumentError) as error:  # the latter for a format that is not taken
             raise VideoError(f"{self._path}: not a video, or a truncated one ({error_text(error)})") from error
         except (av.FFmpegError, OSError) as error:
@@ -228,7 +232,7 @@ class VideoReader:
         stream = self._stream
         return Probe(
             seconds=stated_seconds(stream, self._format) or (self._container.duration or 0) / av.time_base,
-            bytes=self._path.stat().st_size,
+            bytes=_bytes_of(self._path),
             codec=stream.codec_context.name,
             width=stream.width,
             height=stream.height,
@@ -348,9 +352,80 @@ class VideoReader:
         return None
 
 
-def probe(path: Path) -> Probe:
+def _bytes_of(path: Path | TarMember) -> int:
+    return path.stat().st_size if isinstance(path, Path) else path.size
+
+
+class VrsReader:
+    """The colour camera of a recording of Aria glasses, in the way of :class:`VideoReader`.
+
+    Second 0 is its first picture. Raises :class:`VideoError` for another file, and :class:`UserError` without
+    projectaria_tools.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            library = importlib.import_module("projectaria_tools.core.data_provider")
+            device = importlib.import_module("projectaria_tools.core.calibration").DeviceVersion
+            domain = importlib.import_module("projectaria_tools.core.sensor_data").TimeDomain.DEVICE_TIME
+        except ImportError as error:
+            cure = "pip install projectaria_tools"
+            raise UserError(f"{path}: recordings of Aria glasses need projectaria_tools: {cure}") from error
+        self._path, self._provider = path, library.create_vrs_data_provider(str(path))
+        if self._provider is None:  # of which it logs the reason
+            raise VideoError(f"{path}: not a recording of Aria glasses, or a damaged one")
+        self._stream = self._provider.get_stream_id_from_label("camera-rgb")
+        # Of newer glasses the library names streams that are not in the file, too.
+        if self._stream is None or self._stream not in self._provider.get_all_streams():
+            raise VideoError(f"{path}: has no pictures of camera-rgb")
+        stamps = self._provider.get_timestamps_ns(self._stream, domain)
+        times, self._numbers = np.unique(np.asarray(stamps, dtype=np.int64), return_index=True)
+        if not len(times):
+            raise VideoError(f"{path}: has no pictures of camera-rgb")
+        rate = float(self._provider.get_nominal_rate_hz(self._stream))
+        rate = rate if 0.1 <= rate <= 1000 else 1e9 / float(np.median(np.diff(times))) if len(times) > 1 else 10.0
+        self.rate, self.aspect = Fraction(rate).limit_denominator(1000), Fraction(1)
+        self._begins = np.append(np.round((times - times[0]) * (TICKS / 1e9)).astype(np.int64), 0)
+        self._begins[-1] = self._begins[-2] + max(1, round(TICKS / self.rate))  # the end of the last picture
+        if (jump := int(np.diff(self._begins).max())) > _LONGEST_FRAME:
+            raise VideoError(f"{path}: damaged, its time stamps jump by {jump / TICKS:.2f} s")
+        # The sensor of the first glasses is mounted on its side; a recording without a calibration does not state its
+        # version, and the library takes it for theirs.
+        self._turns = 0 if self._provider.get_device_version() == device.Gen2 else -1
+        self.first = self._picture(0)
+
+    def __enter__(self) -> VrsReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass  # the library closes the file with its last reference
+
+    def _picture(self, place: int) -> Any:
+        data, _ = self._provider.get_image_data_by_index(self._stream, int(self._numbers[place]))
+        pixels = np.ascontiguousarray(np.rot90(data.to_numpy_array(), self._turns))
+        return av.VideoFrame.from_ndarray(pixels, format="rgb24" if pixels.ndim == 3 else "gray")
+
+    def probe(self) -> Probe:
+        """See :class:`VideoReader`."""
+        seconds, size = self._begins[-1] / TICKS, self._path.stat().st_size
+        return Probe(float(seconds), size, "vrs", self.first.width, self.first.height, float(self.rate))
+
+    def frames(self, start: int = 0) -> Iterator[DisplayedFrame]:
+        """See :class:`VideoReader`."""
+        for place in range(max(0, int(np.searchsorted(self._begins, start, side="right")) - 1), len(self._numbers)):
+            yield DisplayedFrame(self._picture(place), int(self._begins[place]), int(self._begins[place + 1]))
+
+
+def open_reader(path: Path | TarMember) -> VideoReader | VrsReader:
+    """Open a camera file. Raises :class:`VideoError`."""
+    if isinstance(path, Path) and path.suffix.lower() == VRS_ENDING:
+        return VrsReader(path)
+    return VideoReader(path)
+
+
+def probe(path: Path | TarMember) -> Probe:
     """Read a file's header. Raises :class:`VideoError` for a file that is no video."""
-    with one_clip(str(path)), VideoReader(path) as reader:
+    with one_clip(str(path)), open_reader(path) as reader:
         return reader.probe()
 
 
@@ -503,7 +578,7 @@ class Written(NamedTuple):
 
 
 def write_chunks(
-    path: Path,
+    path: Path | TarMember,
     folder: Path,
     settings: ChunkSettings,
     first: int = 0,
@@ -523,7 +598,7 @@ def write_chunks(
     begin, stop = first * length, math.inf if last is None else last * length
     done, chunks, size, number = 0, 0, 0, first
     scaler, encoder = None, None
-    with one_clip(str(path)), VideoReader(path) as reader:
+    with one_clip(str(path)), open_reader(path) as reader:
         rate = _fraction(settings.fps) if settings.fps else reader.rate
         if settings.fps is None:
             frames = reader.frames(begin)
@@ -577,7 +652,7 @@ class Video(NamedTuple):
     """A camera file and the id of its chunks."""
 
     video_id: str
-    path: Path
+    path: Path | TarMember
 
 
 def find_videos(
@@ -585,19 +660,36 @@ def find_videos(
 ) -> list[Video]:
     """List the videos below ``root``, in order of their ids; hidden files are left out.
 
+    Of tar shards on a disk ``root`` is their index (:class:`~egohod.data.storage.ShardIndex`).
     ``pattern`` (shell style, for the path below ``root``) replaces the usual video endings; ``names``, a text file with
     a path below ``root`` on each line, replaces the search. Links that lead out of ``root`` are left out with a
     warning unless ``follow_links``.
 
     Raises :class:`UserError` for a folder or list that cannot be read, and for ids that would collide.
     """
+    if root.name == SHARD_INDEX:
+        if names is not None:
+            raise UserError(f"{names}: a list of files is for folders; choose videos of shards by a pattern")
+        videos = []
+        for name, shard, offset, size in ShardIndex.read(open_folder(root.parent)).members():
+            path = PurePosixPath(name)
+            # Chunks are written below the id, and the index may be of other people's making.
+            if path.is_absolute() or ".." in path.parts or "\0" in name:
+                raise UserError(f"{root}: '{name}' leads out of the folder")
+            if pattern is None or fnmatch.fnmatchcase(name, pattern):
+                member = TarMember(root.parent / shard, name, offset, size)
+                videos.append(Video(path.with_suffix("").as_posix(), member))
+        if not videos:
+            raise UserError(f"{root}: no videos" + (f" that match '{pattern}'" if pattern else ""))
+        _check_ids(videos)
+        return sorted(videos)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
     paths = _listed(root, names) if names is not None else list(_walk(root, follow_links))
     if pattern is not None:
         paths = [path for path in paths if fnmatch.fnmatchcase(path.as_posix(), pattern)]
     elif names is None:
-        paths = [path for path in paths if path.suffix.lower() in VIDEO_ENDINGS]
+        paths = [path for path in paths if path.suffix.lower() in (*VIDEO_ENDINGS, VRS_ENDING)]
     if not follow_links:
         real = root.resolve()
         outside = [path for path in paths if not (root / path).resolve().is_relative_to(real)]
@@ -644,12 +736,12 @@ def _listed(root: Path, names: Path) -> list[Path]:
 
 
 def _check_ids(videos: Sequence[Video]) -> None:
-    by_id: dict[str, Path] = {}
+    by_id: dict[str, Path | TarMember] = {}
     for video_id, path in videos:
         try:
             video_id.encode()
         except UnicodeEncodeError as error:
-            raise UserError(f"{os.fsencode(path)!r}: its name is not UTF-8, rename it") from error
+            raise UserError(f"{os.fsencode(str(path))!r}: its name is not UTF-8, rename it") from error
         if video_id in by_id:
             raise UserError(f"{by_id[video_id]} and {path} would both become '{video_id}'; rename one")
         if PurePosixPath(video_id).parts[0] == _OWN_FOLDER:
@@ -756,7 +848,7 @@ class Output:
             return False
         # By size alone: to hash terabytes would take hours.
         source_bytes = self._source_bytes.get(video.video_id)
-        if source_bytes is not None and source_bytes != video.path.stat().st_size:
+        if source_bytes is not None and source_bytes != _bytes_of(video.path):
             raise UserError(
                 f"{self.final(video)}: made of another file than {video.path} ({source_bytes:,} bytes); "
                 "remove the chunks or rename the file"
@@ -984,7 +1076,7 @@ def estimate(probes: dict[Video, Probe], settings: ChunkSettings, workers: int) 
     return Estimate(spent / workers / 3600, size, faults)
 
 
-def _sample(path: Path, settings: ChunkSettings, seconds: float) -> tuple[float, float]:
+def _sample(path: Path | TarMember, settings: ChunkSettings, seconds: float) -> tuple[float, float]:
     """Chunk a few seconds from the middle of a file: (time spent, bytes written), each per second of video."""
     settings = replace(settings, seconds=_SAMPLE_SECONDS)
     first = int(seconds / 2 // _SAMPLE_SECONDS)

@@ -33,7 +33,9 @@ class SourceConfig:
         "auto",
         "hod: csv with video_id,start_second,end_second,text (or caption); egoclip: EgoClip's table; ego4d: "
         "narration.json; pickle: list of (video, start, end, text) as LaViLa and AVION release; ek100, egtea, "
-        "charades: these benchmarks' files; labels: csv with video,start,end,label; or one that you added to "
+        "charades: these benchmarks' files; labels: csv with video,start,end,label; lerobot: folder of a LeRobot data "
+        "set; webdataset: shards.parquet, the index of tars of mp4 and json or txt (tools/prepare_data.py index); "
+        "egodex: folder of mp4 and hdf5; or one that you added to "
         "egohod/data/formats; auto recognises the file",
     )
     columns: dict[str, str] = knob(
@@ -45,6 +47,10 @@ class SourceConfig:
         "videos, as published; neighbours: spacing to the neighbours over the video's mean",
         choices=("egoclip", "neighbours"),
     )
+    video_keys: list[str] = knob(
+        [], "lerobot: the cameras, by the names of their features, such as observation.images.ego; []: the only one"
+    )
+    subtasks: bool = knob(False, "lerobot: clips are the annotated steps of the episodes, not the episodes")
     exclude: str | None = knob(None, "csv of clips to leave out, such as tools/verify_dataset.py writes")
     weight: float | None = knob(
         None,

@@ -19,13 +19,16 @@ import logging
 import os
 import random
 import re
+import tarfile
 import threading
 import time
 import unicodedata
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from pathlib import Path
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import fsspec
@@ -100,8 +103,8 @@ def open_root(root: str | Path, cache: LocalCache | None = None) -> Folder:
     folder, _, name = str(root).rpartition("/")
     if name == SHARD_INDEX:
         # The cache keeps members, not shards.
-        return TarFolder(_open_folder(folder or "."), cache)
-    opened = _open_folder(root, cache)
+        return TarFolder(open_folder(folder or "."), cache)
+    opened = open_folder(root, cache)
     if isinstance(opened, LocalFolder):
         with contextlib.suppress(FileNotFoundError):
             opened.open(SHARD_INDEX)
@@ -109,7 +112,8 @@ def open_root(root: str | Path, cache: LocalCache | None = None) -> Folder:
     return opened
 
 
-def _open_folder(root: str | Path, cache: LocalCache | None = None) -> LocalFolder | RemoteFolder:
+def open_folder(root: str | Path, cache: LocalCache | None = None) -> LocalFolder | RemoteFolder:
+    """As :func:`open_root`, of anything but an index of tar shards."""
     text = str(root)
     if "://" in text and not isinstance(root, Path):
         protocol, _, rest = text.partition("://")
@@ -505,7 +509,7 @@ class ShardIndex:
             raise ValueError("has negative offsets or sizes")
         # A shard elsewhere would be read with this process's rights.
         for shard in self._shards.unique().to_pylist():
-            if not re.fullmatch(r"[\w-][\w.-]*\.tar", shard):
+            if not re.fullmatch(r"([\w-][\w.-]*/)*[\w-][\w.-]*\.tar", shard):
                 raise ValueError(f"names the shard {shard!r}")
         if pc.all(pc.less(self._names[:-1], self._names[1:])).as_py() is False:  # None of a single name
             raise ValueError("is not sorted by name")
@@ -517,16 +521,22 @@ class ShardIndex:
         try:
             return cls(pq.read_table(folder.open(SHARD_INDEX), columns=["name", "shard", "offset", "size"]))
         except FileNotFoundError:
-            raise UserError(f"{name}: no such index of tar shards; tools/chunk_videos.py --tar writes it") from None
+            cure = "tools/chunk_videos.py --tar writes it, for shards of other programs tools/prepare_data.py index"
+            raise UserError(f"{name}: no such index of tar shards; {cure}") from None
         except UserError:
             raise
         except Exception as error:  # Arrow raises many kinds at damaged files
             raise UserError(f"{name}: not an index of tar shards ({' '.join(str(error).split())[:200]})") from error
 
     @staticmethod
-    def write(folder: Path, members: Sequence[tuple[str, str, int, int]]) -> None:
-        """Write the index of ``members`` (name, shard, offset, size) into ``folder``, as a whole or not at all."""
+    def write(folder: Path, members: Sequence[tuple[Any, ...]], with_fields: bool = False) -> None:
+        """Write the index of ``members`` into ``folder``, as a whole or not at all.
+
+        A member is (name, shard, offset, size), and ``with_fields`` also (seconds of the video, JSON of what the shard
+        has about it), which :mod:`egohod.data.formats.pairs` reads.
+        """
         types = {"name": pa.string(), "shard": pa.string(), "offset": pa.int64(), "size": pa.int64()}
+        types |= {"seconds": pa.float64(), "fields": pa.string()} if with_fields else {}
         rows = sorted(members)  # by code points, which is the order of UTF-8 bytes and of Python's text
         columns = {name: pa.array([row[i] for row in rows], kind) for i, (name, kind) in enumerate(types.items())}
         # A dictionary: a shard has thousands of files.
@@ -540,6 +550,12 @@ class ShardIndex:
         if row == len(self._names) or self._names[row].as_py() != name:
             return None
         return self._shards[row].as_py(), int(self._offsets[row]), int(self._sizes[row])
+
+    def members(self) -> Iterator[tuple[str, str, int, int]]:
+        """Name, shard, offset and size of every file, in the order of the names."""
+        places = zip(self._shards, self._offsets.tolist(), self._sizes.tolist(), strict=True)
+        for name, (shard, offset, size) in zip(self._names, places, strict=True):
+            yield name.as_py(), shard.as_py(), offset, size
 
     def names(self, folder: str) -> list[str]:
         """Names of the entries of ``folder``, "" for the root."""
@@ -555,15 +571,85 @@ class ShardIndex:
         return bisect.bisect_left(range(len(self._names)), name, key=lambda row: self._names[row].as_py())
 
 
+@dataclass(frozen=True)
+class TarMember:
+    """A file in a shard on a disk, for code that takes paths and passes them to other processes."""
+
+    shard: Path
+    name: str
+    offset: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.shard}/{self.name}"
+
+    def open(self) -> RangedFile:
+        """The file, as one that can seek."""
+        folder = LocalFolder(self.shard.parent)
+        begin, shard = self.offset, self.shard.name
+        return RangedFile(lambda start, end: folder.fetch(shard, begin + start, begin + end, exact=True), self.size)
+
+
+def tar_members(folder: LocalFolder | RemoteFolder, shard: str) -> Iterator[tuple[str, int, int, Callable[[], bytes]]]:
+    """Name, offset, size and a function that reads the content of every file in a plain tar, in its order.
+
+    Only headers are read. Raises :class:`UserError` naming the shard, and the member where one is at fault: tars of
+    other people may hold links, devices and paths that lead elsewhere, and may be compressed, cut off or damaged.
+    """
+    where, seen = folder.name_of(shard), set[str]()
+    if isinstance(folder, LocalFolder):
+        size, ahead = folder._open(shard).stat().st_size, 0
+    else:
+        # Two members are further apart than this: what is read ahead of a header is a small file's content.
+        size, ahead = folder._size(shard) or 0, 1 << 16
+    file = RangedFile(lambda start, end: folder.fetch(shard, start, end, exact=True), size, ahead)
+    try:
+        head = file.read(tarfile.BLOCKSIZE)
+        if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
+            raise UserError(f"{where}: a compressed tar, of which no part can be read alone; unpack it to a plain .tar")
+        file.seek(0)
+        archive, last = tarfile.TarFile(fileobj=file, mode="r"), -1
+        while (member := archive.next()) is not None:
+            path = PurePosixPath(member.name)
+            if member.issym() or member.islnk():
+                raise UserError(f"{where}: member '{member.name}' is a link (to '{member.linkname}'); refused")
+            if path.is_absolute() or ".." in path.parts or re.search(r"^\\|^\w:|\0", member.name):
+                raise UserError(f"{where}: member '{member.name}' leads out of the folder; refused")
+            if member.offset_data <= last:
+                raise tarfile.ReadError("a member of negative size")
+            last = member.offset_data
+            if member.isdir():
+                continue
+            if not member.isreg() or member.issparse():
+                raise UserError(f"{where}: member '{member.name}' is no plain file; refused")
+            if path.as_posix() in seen:
+                raise UserError(f"{where}: member '{member.name}' is there twice; refused")
+            seen.add(path.as_posix())
+            yield path.as_posix(), member.offset_data, member.size, partial(_read_at, file, member)
+        # The library takes a damaged header for the end, which is a block of zeros.
+        file.seek(archive.offset)
+        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            raise tarfile.ReadError(f"no header at byte {archive.offset:,}")
+    except UserError:
+        raise
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError) as error:
+        raise UserError(f"{where}: not a tar, or a damaged one ({' '.join(str(error).split())[:200]})") from error
+
+
+def _read_at(file: RangedFile, member: tarfile.TarInfo) -> bytes:
+    file.seek(member.offset_data)  # what was read ahead of the header costs no request
+    return file.read(member.size)
+
+
 class RangedFile(io.BufferedIOBase):
     """A large remote object as a seekable file that reads ahead.
 
-    ``fetch`` returns the bytes [start, end). Libraries that read from it may swallow its errors: ``failure`` is the
-    last one.
+    ``fetch`` returns the bytes [start, end), ``ahead`` more than a library reads. Libraries that read from it may
+    swallow its errors: ``failure`` is the last one.
     """
 
-    def __init__(self, fetch: Callable[[int, int], bytes], size: int) -> None:
-        self._cache = ReadAheadCache(_AHEAD_BYTES, fetch, size)
+    def __init__(self, fetch: Callable[[int, int], bytes], size: int, ahead: int | None = None) -> None:
+        self._cache = ReadAheadCache(_AHEAD_BYTES if ahead is None else ahead, fetch, size)
         self._size = size
         self._position = 0
         self.failure: Exception | None = None

@@ -559,7 +559,8 @@ def _table_hash(cfg: HodConfig, table: ClipTable) -> str:
     digest = hashlib.sha256(repr((source.format, columns, source.clip_rule, source.list_text)).encode())
     if source.metadata:
         for path in filter(None, (source.metadata, source.exclude)):
-            digest.update(bytes.fromhex(file_hash(path)))
+            # Of a data set that is a folder its clips count, which are a small part of it.
+            digest.update(bytes.fromhex(file_hash(path) if Path(path).is_file() else table.content_hash()))
     else:
         digest.update("\n".join(table.column("video_id").tolist()).encode("utf-8", "surrogatepass"))
         digest.update(table.column("start_second").tobytes() + table.column("end_second").tobytes())

@@ -62,12 +62,13 @@ def encode(
     settings = {
         "libx264": {"preset": "veryfast", "threads": "1", "x264-params": x264},
         "libx265": {"preset": "ultrafast", "x265-params": f"{x264}:log-level=none:pools=none:frame-threads=1"},
+        "libsvtav1": {"preset": "12", "crf": "30", "g": "2"},  # as LeRobot encodes
     }.get(codec, {"bf": "2"})
     base = Fraction(1, FPS) if milliseconds is None else Fraction(1, 1000)
     with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"} if faststart else {}) as container:
         stream = container.add_stream(codec, rate=FPS, options=settings)
         stream.width, stream.height = size
-        stream.pix_fmt, stream.bit_rate = pixels, 2_000_000
+        stream.pix_fmt, stream.bit_rate = pixels, 0 if codec == "libsvtav1" else 2_000_000
         if milliseconds is not None:
             stream.codec_context.time_base = base
         audio = container.add_stream("aac", rate=RATE, layout="mono") if sound else None

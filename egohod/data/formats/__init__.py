@@ -50,7 +50,9 @@ from egohod.data.formats.custom import HOD, LABELS
 from egohod.data.formats.ego4d import EGO4D, EGOCLIP, PICKLE
 from egohod.data.formats.egtea import EGTEA
 from egohod.data.formats.ek100 import EK100
+from egohod.data.formats.lerobot import LEROBOT
 from egohod.data.formats.moments import MOMENTS
+from egohod.data.formats.pairs import EGODEX, WEBDATASET
 from egohod.data.formats.questions import QUESTIONS
 from egohod.data.table import ClipTable
 from egohod.errors import UserError, nearest
@@ -58,7 +60,10 @@ from egohod.errors import UserError, nearest
 log = logging.getLogger(__name__)
 
 # In the order in which ``format: auto`` tries them; a table that is of none of them is read as ``hod``.
-FORMATS = {each.name: each for each in (EGOCLIP, EK100, EGO4D, PICKLE, EGTEA, CHARADES, LABELS, HOD)}
+FORMATS = {
+    each.name: each
+    for each in (EGOCLIP, EK100, EGO4D, PICKLE, EGTEA, CHARADES, LABELS, WEBDATASET, LEROBOT, EGODEX, HOD)
+}
 BENCHMARKS: dict[str, Benchmark] = {
     each.name: each
     for each in (*(each for format in FORMATS.values() for each in format.benchmarks), *QUESTIONS, *MOMENTS)
@@ -106,7 +111,13 @@ def read_raw(source: SourceConfig, extra: Sequence[str] | None = None) -> RawCli
 
 
 def recognise(path: Path) -> str:
-    """The name of the format that a file looks like."""
+    """The name of the format that a file, or a folder, looks like."""
+    if path.is_dir():
+        for format in FORMATS.values():
+            if format.folder and next(path.glob(format.folder), None) is not None:
+                return format.name
+        kinds = ", ".join(f"{each.name} ({each.folder})" for each in FORMATS.values() if each.folder)
+        raise UserError(f"{path}: a folder of none of these data sets: {kinds}")
     # Of narration.json.gz the ending in front of the compression's counts.
     suffix = (path.with_suffix("") if path.suffix.lower() in (".gz", ".bz2", ".zst") else path).suffix.lower()
     for format in FORMATS.values():

@@ -15,7 +15,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import TextIOWrapper
@@ -82,7 +82,7 @@ class Format:
     ``parse`` returns the entries of a file with the further columns that are requested (None: all); it raises
     :class:`UserError` for a file that is not of this format and leaves single bad entries to :func:`check_clips`,
     which judges those of all formats alike. ``suffixes`` (and the ``first_line``, if given) or else ``columns`` are
-    how ``format: auto`` recognises a file.
+    how ``format: auto`` recognises a file, and ``folder``, a glob of what is in it, a folder.
     """
 
     name: str
@@ -90,6 +90,7 @@ class Format:
     suffixes: tuple[str, ...] = ()
     first_line: Pattern[str] | None = None
     columns: tuple[str, ...] = ()
+    folder: str = ""
     benchmarks: tuple[Benchmark, ...] = ()
 
 
@@ -327,6 +328,20 @@ def require_file(source: SourceConfig, name: str) -> Path:
     if path is None:  # mostly the wrong folder: the message names it and the file
         raise UserError(f"{source.metadata}: no {name} there, which this benchmark needs")
     return path
+
+
+def refuse_links(folder: Path, names: Iterable[str]) -> None:
+    """Raise :class:`UserError` for the first file below ``folder`` that a link leads to another place.
+
+    A data set is made by others: its links lead wherever they like. Those of a snapshot in the Hugging Face Hub's
+    cache, whose files are links into the folder ``blobs`` beside it, are as they must be.
+    """
+    real = folder.resolve()
+    allowed = [real, *(parent.parent / "blobs" for parent in real.parents if parent.name == "snapshots")]
+    for name in names:
+        target = (folder / name).resolve()
+        if not any(target.is_relative_to(each) for each in allowed):
+            raise UserError(f"{folder / name}: a link to {target}, outside of the data set; put the file itself there")
 
 
 def require_complete(path: Path, raw: RawClips) -> RawClips:
