@@ -175,6 +175,8 @@ def hub_server(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[HubServ
         "HF_HUB_CACHE": str(cache),
         "HF_TOKEN_PATH": str(cache / "token"),
         "HF_HUB_OFFLINE": False,
+        # Of a busy machine, on which a thread may wait for seconds.
+        "HF_HUB_ETAG_TIMEOUT": 300,
         # Without it files would go to another service, which is not part of this server.
         "HF_HUB_DISABLE_XET": True,
     }
@@ -191,4 +193,5 @@ def hub_server(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[HubServ
 
 def variables(server: HubServer, cache: Path, **more: str) -> dict[str, str]:
     """The same as environment of a child process."""
-    return {"HF_ENDPOINT": server.address, "HF_HUB_CACHE": str(cache), "HF_HUB_DISABLE_XET": "1"} | more
+    fixed = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_ETAG_TIMEOUT": "300"}
+    return {"HF_ENDPOINT": server.address, "HF_HUB_CACHE": str(cache), **fixed, **more}
