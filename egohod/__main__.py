@@ -1,7 +1,7 @@
 """The command ``egohod``: a door to the main programs, which ``python main_eval.py`` and so on run directly.
 
 egohod eval --checkpoint runs/demo --benchmark all ...     main_eval.py
-egohod benchmarks                                          what there is to evaluate on
+egohod benchmarks [PATTERN]                                what there is to evaluate on; published numbers
 """
 
 from __future__ import annotations
@@ -26,9 +26,14 @@ def main(arguments: Sequence[str]) -> int:
     if command == "benchmarks":
         from egohod.evaluation.cards import list_benchmarks
 
-        for card in list_benchmarks():
+        if not (cards := list_benchmarks(*rest[:1])):
+            names = [card.name for card in list_benchmarks()]
+            raise UserError(f"egohod benchmarks {rest[0]}: no benchmark matches{nearest(rest[0], names)}")
+        for card in cards:
             print(f"{card.name}: {card.task}\n    {card.size}; chance in percent: {card.chance}")
             print(f"    {card.licence}; {card.source}")
+            for each in card.published:
+                print(f"    published: {each.model} {each.metric} {each.value:g} ({each.source})")
         return DONE
     if command not in _PROGRAMS:
         raise UserError(f"egohod {command}: no such command{nearest(command, [*_PROGRAMS, 'benchmarks'])}")
