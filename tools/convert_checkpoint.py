@@ -72,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
     add("--force", action="store_true", help="replace OUTPUT if it exists")
     args = parser.parse_args(arguments)
     if sum((args.inspect, args.output is not None, args.push is not None)) != 1:
-        raise UserError("give one of --inspect, --push and OUTPUT; see --help")
+        raise UserError("give either --inspect or an OUTPUT, or --push; see --help")
     about = {"results": args.results, "licence": args.licence}
     if args.push:
         print(push_to_hub(args.input, args.push, private=args.private, **about))
