@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
         "--checkpoint",
         required=True,
         metavar="PATH",
-        help="a checkpoint or run folder, a file of upstream EgoHOD or AVION; open_clip:NAME:FILE, "
+        help="a checkpoint or run folder, a file of upstream EgoHOD or AVION, hf-hub:ORG/NAME; open_clip:NAME:FILE, "
         "transformers:FOLDER or features:FOLDER",
     )
     add(

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from egohod.api import (
         create_model,
         create_model_and_transforms,
+        embed,
         list_benchmarks,
         list_models,
         load_benchmark,
@@ -15,16 +16,19 @@ if TYPE_CHECKING:
         load_weights,
         model_info,
     )
+    from egohod.publish import push_to_hub
 
 __all__ = [
     "create_model",
     "create_model_and_transforms",
+    "embed",
     "list_benchmarks",
     "list_models",
     "load_benchmark",
     "load_clip",
     "load_weights",
     "model_info",
+    "push_to_hub",
 ]
 
 
@@ -32,6 +36,6 @@ def __getattr__(name: str) -> Any:
     """The public functions, imported when first asked for: programs that need no model start fast."""
     if name not in __all__:
         raise AttributeError(f"module 'egohod' has no attribute '{name}'")
-    from egohod import api
+    from egohod import api, publish
 
-    return getattr(api, name)
+    return getattr(publish if name == "push_to_hub" else api, name)

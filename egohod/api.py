@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,13 +19,16 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from egohod import hub
 from egohod.config import Config, model_config
-from egohod.data.dataset import Tokenizer, center_crop, normalise, tokenizer_for
-from egohod.data.decoders import choose_decoder
+from egohod.data.config import SourceConfig
+from egohod.data.dataset import ClipDataset, EvalProtocol, Tokenizer, center_crop, normalise, tokenizer_for
+from egohod.data.decoders import VIDEO_ENDINGS, choose_decoder
 from egohod.data.formats import BENCHMARKS
 from egohod.data.formats.base import BenchmarkData
-from egohod.data.videos import read_clip
-from egohod.distributed import Distributed
+from egohod.data.table import ClipTable
+from egohod.data.videos import ENDINGS, read_clip
+from egohod.distributed import Distributed, pick_device
 from egohod.errors import UserError, nearest
 from egohod.evaluation.adapters import SentenceModel, StoredFeatures
 from egohod.evaluation.cards import CARDS, BenchmarkCard
@@ -32,8 +37,11 @@ from egohod.evaluation.config import BenchmarkConfig
 from egohod.evaluation.embed import (
     CONTROLS,
     OUTSIDE,
+    PLAIN,
     TokenizerLike,
     VideoTextModel,
+    embed_clips,
+    embed_texts,
     fingerprint,
     identity_of,
     outside_model,
@@ -55,6 +63,7 @@ from egohod.model import dual_encoder
 from egohod.model.cards import list_models as list_models
 from egohod.model.cards import model_info as model_info
 from egohod.model.checkpoints import WeightReport
+from egohod.model.config import GEOMETRIES
 from egohod.model.dual_encoder import DualEncoder
 from egohod.runtime import write_text
 from egohod.training.checkpoint import open_weights
@@ -83,12 +92,12 @@ def load_weights(
     Args:
         model: what :func:`create_model` returns.
         path: a file of OpenAI CLIP, open_clip, timm, transformers, upstream EgoHOD, AVION or this project, a folder of
-            the Hugging Face Hub, a run or checkpoint folder of this project, or an open_clip tag such as
-            ``ViT-B-16:laion2b_s34b_b88k``.
+            the Hugging Face Hub or a repository of it (``hf-hub:org/name@revision``, docs/hub.md), a run or checkpoint
+            folder of this project, or an open_clip tag such as ``ViT-B-16:laion2b_s34b_b88k``.
         adapt: resize position embeddings, and start parts anew that the file does not have; else these are errors.
         projections: ``fresh`` keeps the model's output projections and temperature, ``keep`` takes the file's; ``auto``
             is fresh for CLIP models, as published, and keep for trained video models.
-        download: let open_clip fetch what a tag names; otherwise nothing is downloaded.
+        download: let open_clip fetch what a tag names; otherwise nothing but ``hf-hub:...`` is downloaded.
 
     Returns:
         Every key: taken, resized, dropped, missing.
@@ -112,7 +121,8 @@ def create_model_and_transforms(
     """A dual encoder ready to embed, in evaluation mode on the CPU.
 
     Args:
-        name: as of :func:`create_model`.
+        name: as of :func:`create_model`; or weights alone, such as ``hf-hub:org/name`` or a run folder, that say what
+            model they are of. Their projections are kept then.
         weights: whatever :func:`load_weights` reads, or None for random weights. Frame count and shared space are the
             file's unless given; a folder of this project also holds activation and image statistics.
         adapt, projections, download: see :func:`load_weights`.
@@ -128,11 +138,21 @@ def create_model_and_transforms(
     Raises:
         UserError: unknown name, or weights that are missing, unreadable or of another geometry.
     """
+    content = None
+    # A folder may be called like a model.
+    if name.startswith(hub.PREFIX) or (weights is None and name not in GEOMETRIES and Path(name).exists()):
+        if weights is not None:
+            raise UserError(f"{name}: names weights, and {weights} does too; give one of them")
+        content, weights = open_weights(name, download=download), name
+        name = content.model_name or ""
+        if not name:
+            raise UserError(f"{weights}: does not say which model it holds; give a name and these weights")
+        projections = "keep" if projections == "auto" else projections
     if weights is None:
         config = model_config(name, **overrides)
         model = dual_encoder.create_model(config)
     else:
-        content = open_weights(weights, download=download)
+        content = content or open_weights(weights, download=download)
         # Only folders of this project name their geometry; of others the shapes tell when the weights are loaded.
         if (geometry_of_file := content.settings.get("model.name", name)) != name:
             raise UserError(f"{content.source}: holds a {geometry_of_file}, not a {name}")
@@ -174,6 +194,88 @@ def load_clip(path: str | Path, start: float, end: float, frames: int, decoder: 
     if not 0 <= start < end or frames < 1:
         raise UserError(f"{path}: a clip needs 0 <= start < end and a frame, not {start}, {end} and {frames}")
     return read_clip(choose_decoder(decoder)[1], Path(path), str(path), start, end, frames).pictures
+
+
+def embed(
+    paths: Sequence[str | Path | tuple[str | Path, float, float]],
+    sentences: Sequence[str] | None = None,
+    *,
+    model: str | Path | tuple[DualEncoder, Preprocess, Tokenizer],
+    frames: int | None = None,
+    batch_size: int = 32,
+    workers: int | None = None,
+    device: str | None = None,
+    allow_missing: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Features of clips and sentences, decoded and encoded in batches: ``clips @ sentences.T`` are their cosines.
+
+    Args:
+        paths: video files, or (file, start, end) in seconds for a part of one. Files may be of fsspec (``s3://...``).
+        sentences: texts to embed too.
+        model: what :func:`create_model_and_transforms` returns, or weights that say what model they are of, such as
+            ``hf-hub:org/name`` or a run folder.
+        frames: of each clip, None for the model's number.
+        batch_size: clips encoded at a time.
+        workers: decoding processes; None chooses by the cores, 0 decodes in this one.
+        device: ``cpu`` or ``cuda``; None is where ``model`` is, or a GPU if it is a name and there is one.
+        allow_missing: give rows of NaN for clips that cannot be read.
+
+    Returns:
+        Two arrays float32 of unit vectors, [len(paths), D] and [len(sentences), D], in the order of the arguments.
+
+    Raises:
+        UserError: clips that cannot be read, all of which are named; weights as of :func:`create_model_and_transforms`.
+    """
+    loaded = model if isinstance(model, tuple) else create_model_and_transforms(str(model))
+    encoder, tokenizer = loaded[0], loaded[2]
+    place = encoder.logit_scale.device if loaded is model and device is None else pick_device(device or "auto")
+    encoder.to(place)
+    cfg = Config()
+    cfg.evaluate.batch_size, cfg.data.workers = batch_size, workers
+    # All that cannot be read is reported together below, in words for callers of a function.
+    run = dataclasses.replace(execution_of(cfg, Distributed(0, 1, place, None)), allow_missing=True)
+    faults: dict[int, str] = {}
+    # A folder of videos is one source of a dataset, whose clips come source by source.
+    rows_of: dict[str, list[tuple[int, str, float, float]]] = {}
+    for row, each in enumerate(paths):
+        path, start, end = (each, 0.0, math.inf) if isinstance(each, (str, Path)) else each
+        folder, slash, file = str(path).rpartition("/")
+        stem, ending = os.path.splitext(file)
+        # A dataset knows videos without their endings, and takes the first that there is.
+        local = [] if "://" in folder else [other for other in ENDINGS if Path(folder or slash, stem + other).is_file()]
+        if not 0 <= start < end:  # false for NaN, too
+            faults[row] = f"{path}: a clip needs 0 <= start < end, not {start} and {end}"
+        elif ending not in ENDINGS:
+            faults[row] = f"{path}: not a video by its ending, which must be one of {', '.join(VIDEO_ENDINGS)}"
+        elif "://" not in folder and ending not in local:
+            faults[row] = f"{path}: no such file"
+        elif "://" not in folder and ending != local[0]:
+            faults[row] = f"{path}: {stem}{local[0]} is there as well; rename one"
+        else:
+            rows_of.setdefault(folder or slash or ".", []).append((row, stem, start, end))
+    clips = np.full((len(paths), encoder.geometry.embed_dim), np.nan, np.float32)
+    if rows_of and (allow_missing or not faults):
+        sources = []
+        for folder, members in rows_of.items():
+            _, stems, starts, ends = zip(*members, strict=True)
+            table = ClipTable.of(Path(folder), stems, starts, ends, uid=stems)
+            # Short clips are not widened: who asks for half a second gets half a second.
+            sources.append((table, SourceConfig(root=folder, layout="whole", min_clip_seconds=0.0)))
+        protocol = EvalProtocol("features", "this project: one centre crop", frames=frames or encoder.num_frames)
+        dataset = ClipDataset(sources, protocol=protocol, size=encoder.geometry.image_size)
+        order = [row for members in rows_of.values() for row, *_ in members]
+        features, report = embed_clips(encoder, dataset, run)
+        clips[order] = features[PLAIN].numpy()
+        faults |= {order[index]: text for index, text in report.faults.items()}
+    if faults and not allow_missing:
+        lines = dict.fromkeys(faults[row] for row in sorted(faults))
+        raise UserError(
+            *lines, f"{len(faults)} of {len(paths)} clips cannot be read; allow_missing=True leaves them NaN"
+        )
+    texts = np.zeros((0, clips.shape[1]), np.float32)
+    if sentences:
+        texts = embed_texts(encoder, list(sentences), tokenizer, run).numpy()
+    return clips, texts
 
 
 # --------------------------------------------------------------------------------------------------

@@ -37,6 +37,50 @@ def test_a_clip_and_sentences_become_unit_vectors(demo_world: Path) -> None:
     assert not model.training
 
 
+def test_many_clips_and_sentences_are_embedded_in_batches(demo_world: Path, tmp_path: Path) -> None:
+    loaded = egohod.create_model_and_transforms("DEMO", num_frames=4)
+    model, preprocess, tokenizer = loaded
+    first = video_of(demo_world)
+    (tmp_path / "copy.mkv").write_bytes(first.read_bytes())
+    # Of two folders in turn, so that the order is not theirs.
+    paths = [(first, 1.0, 3.0), tmp_path / "copy.mkv", first, (str(first), 0.5, 0.75)]
+    sentences = ["#C C opens the jar", "#C C cuts", "#C C opens the jar"]
+    clips, texts = egohod.embed(paths, sentences, model=loaded, batch_size=2, workers=1)
+    assert (clips.shape, clips.dtype, texts.shape) == ((4, 128), np.float32, (3, 128))
+    with torch.no_grad():
+        for row, (start, end) in {0: (1.0, 3.0), 3: (0.5, 0.75)}.items():
+            single = model.encode_video(preprocess(egohod.load_clip(first, start, end, 4))[None])[0].numpy()
+            np.testing.assert_allclose(clips[row], single, atol=1e-5)
+        np.testing.assert_allclose(texts, model.encode_text(tokenizer(sentences)).numpy(), atol=1e-5)
+    np.testing.assert_allclose(clips[1], clips[2], atol=1e-5)
+    assert np.abs(clips[0] - clips[2]).max() > 1e-4
+    np.testing.assert_allclose(np.linalg.norm(clips, axis=1), 1, atol=1e-5)
+    none, empty = egohod.embed([], model=loaded)
+    assert (none.shape, empty.shape) == ((0, 128), (0, 128))
+    # Fewer or more frames than the model was trained with.
+    assert egohod.embed([first], model=loaded, frames=2, workers=0)[0].shape == (1, 128)
+
+
+def test_all_clips_that_cannot_be_embedded_are_named(demo_world: Path, tmp_path: Path) -> None:
+    loaded = egohod.create_model_and_transforms("DEMO", num_frames=4)
+    first = video_of(demo_world)
+    for name, content in (("broken.mp4", b"no video"), ("two.mp4", b""), ("two.mkv", b""), ("text.txt", b"")):
+        (tmp_path / name).write_bytes(content)
+    paths = [tmp_path / "gone.mp4", first, tmp_path / "text.txt", tmp_path / "two.mkv", (first, 3.0, 1.0)]
+    with pytest.raises(UserError) as error:
+        egohod.embed(paths, model=loaded, workers=0)
+    lines = str(error.value).splitlines()
+    assert [line.partition(": ")[2] for line in lines[:2]] == ["no such file", lines[1].partition(": ")[2]]
+    assert "not a video by its ending" in lines[1]
+    assert "two.mp4 is there as well; rename one" in lines[2]
+    assert "a clip needs 0 <= start < end, not 3.0 and 1.0" in lines[3]
+    assert lines[4] == "4 of 5 clips cannot be read; allow_missing=True leaves them NaN"
+    clips, _ = egohod.embed([*paths, tmp_path / "broken.mp4"], model=loaded, workers=0, allow_missing=True)
+    assert np.isfinite(clips).all(axis=1).tolist() == [False, True, False, False, False, False]
+    with pytest.raises(UserError, match=r"broken.mp4"):
+        egohod.embed([tmp_path / "broken.mp4", first], model=loaded, workers=0)
+
+
 def test_a_slow_fast_model_takes_the_fast_frames_and_derives_the_slow_ones() -> None:
     model = egohod.create_model("DEMO_Slowfast", num_frames=8, fast={"slow_frames": 2, "pool": "both"}).eval()
     assert (model.num_frames, model.geometry.name) == (8, "DEMO_Slowfast")

@@ -1,35 +1,40 @@
-"""Describe a checkpoint, or write its weights as safetensors under this project's or upstream's names.
+"""Describe a checkpoint, write its weights as safetensors, export its towers, or publish it on the Hugging Face Hub.
 
     python tools/convert_checkpoint.py --inspect large_best.pt
     python tools/convert_checkpoint.py large_best.pt large_best.safetensors
     python tools/convert_checkpoint.py runs/clip_large upstream.safetensors --to upstream
+    python tools/convert_checkpoint.py runs/clip_large folder --export onnx
+    python tools/convert_checkpoint.py runs/clip_large --push org/name --licence apache-2.0
 
 INPUT is a file of OpenAI CLIP, open_clip, upstream EgoHOD, AVION or this project, a run or checkpoint folder of this
-project, or an open_clip tag such as ViT-B-16:laion2b_s34b_b88k that is in open_clip's local cache. Nothing in a file is
-executed, and nothing is downloaded without --download. Tensors keep their dtype.
+project, a repository hf-hub:org/name, or an open_clip tag such as ViT-B-16:laion2b_s34b_b88k that is in open_clip's
+local cache. Nothing in a file is executed, and but for hf-hub:... nothing is downloaded without --download. Tensors
+keep their dtype.
 
 --to egohod   this project's names (plain blocks: attn.in_proj_weight, mlp.c_fc, mlp.c_proj); upstream reads these too
               where it runs without flash attention
 --to upstream the names that upstream's released configs save (vision blocks: attn.Wqkv.weight, mlp.fc1, mlp.fc2)
+
+--export torch, onnx   both towers as video.pt2 and text.pt2, or video.onnx and text.onnx, in the folder OUTPUT, to run
+                       without egohod (docs/export.md)
+--export hub           what --push uploads, in the folder OUTPUT (docs/hub.md)
 
 Exit code 2: an error in the input or the output, which the message explains. See docs/checkpoints.md.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from _common import run_tool, tool_parser
-from safetensors.torch import save_file
 
 from egohod import cli
 from egohod.errors import UserError
-from egohod.model.checkpoints import Family, WeightFile, upstream_state
+from egohod.model.checkpoints import Family, WeightFile
 from egohod.model.config import geometry
-from egohod.runtime import atomic_write
+from egohod.publish import export, push_to_hub, save_weights, write_folder
 from egohod.training.checkpoint import open_weights
 
 log = logging.getLogger("convert_checkpoint")
@@ -49,15 +54,37 @@ CONFIGS = {
 
 def main(arguments: Sequence[str]) -> int:
     parser = tool_parser(__doc__)
-    parser.add_argument("input", metavar="INPUT", help="file, folder or open_clip tag")
-    parser.add_argument("output", metavar="OUTPUT", nargs="?", type=Path, help="safetensors file to write")
-    parser.add_argument("--to", choices=("egohod", "upstream"), default="egohod", help="names (default: egohod)")
-    parser.add_argument("--inspect", action="store_true", help="describe INPUT; write nothing")
-    parser.add_argument("--download", action="store_true", help="let open_clip download a tag that is not cached")
-    parser.add_argument("--force", action="store_true", help="replace OUTPUT if it exists")
+    add = parser.add_argument
+    add("input", metavar="INPUT", help="file, folder, hf-hub:org/name or open_clip tag")
+    add(
+        "output", metavar="OUTPUT", nargs="?", type=Path, help="safetensors file, or with --export the folder, to write"
+    )
+    add("--to", choices=("egohod", "upstream"), default="egohod", help="names (default: egohod)")
+    add("--inspect", action="store_true", help="describe INPUT; write nothing")
+    add("--export", choices=("torch", "onnx", "hub"), help="write a folder of this kind")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of --export torch and onnx")
+    add("--model", metavar="NAME", help="with --export: the model, where INPUT does not say")
+    add("--push", metavar="ORG/NAME", help="publish INPUT on the Hugging Face Hub")
+    add("--private", action="store_true", help="with --push: a new repository is private")
+    add("--results", metavar="PATH", help="with --push and --export hub: results.json of INPUT (default: the run's)")
+    add("--licence", default="other", help="with --push and --export hub: such as apache-2.0 (default: other)")
+    add("--download", action="store_true", help="let open_clip download a tag that is not cached")
+    add("--force", action="store_true", help="replace OUTPUT if it exists")
     args = parser.parse_args(arguments)
-    if args.inspect == (args.output is not None):
-        raise UserError("give either --inspect or an OUTPUT file; see --help")
+    if sum((args.inspect, args.output is not None, args.push is not None)) != 1:
+        raise UserError("give either --inspect or an OUTPUT, or --push; see --help")
+    about = {"results": args.results, "licence": args.licence}
+    if args.push:
+        print(push_to_hub(args.input, args.push, private=args.private, **about))
+        return cli.DONE
+    if args.export == "hub":
+        print(write_folder(args.input, args.output, **about))
+        return cli.DONE
+    if args.export:
+        differences = export(args.input, args.output, args.export, dtype=args.dtype, name=args.model)
+        for tower, value in differences.items():
+            print(f"{args.output}/{tower}: differs from the model in float32 by {value:.2g} at most")
+        return cli.DONE
     # Before INPUT is opened, which may take minutes.
     if output := args.output:
         if output.suffix != ".safetensors":
@@ -70,8 +97,13 @@ def main(arguments: Sequence[str]) -> int:
     if args.inspect:
         for name, text in inspect(weights).items():
             print(f"{name:<12} {text}")
-    else:
-        convert(weights, args.output, args.to)
+        return cli.DONE
+    unnamed = save_weights(weights, args.output, args.to)
+    log.info(
+        "%s: %d tensors of %s, %s's names", args.output, len(weights.tensors) - len(unnamed), weights.family, args.to
+    )
+    if weights.dropped or unnamed:
+        log.info("left out: %s", ", ".join([*weights.dropped, *([f"{len(unnamed)} of the loss"] if unnamed else [])]))
     return cli.DONE
 
 
@@ -128,20 +160,6 @@ def inspect(weights: WeightFile) -> dict[str, str]:
         knobs.append(f"model.embed_dim={shape.embed_dim}")
     lines["evaluate"] = f"main_eval.py --config_file {stem}_eval.yml --checkpoint {weights.source} {' '.join(knobs)}"
     return lines
-
-
-def convert(weights: WeightFile, output: Path, to: str) -> None:
-    """Write ``weights`` to ``output``: an interrupted conversion leaves no half-written file under this name."""
-    tensors = upstream_state(weights) if to == "upstream" else weights.tensors
-    # Family and settings travel along: names alone would make an OpenAI model a trained video model of this project.
-    metadata = {"format": "pt", "family": str(weights.family), "settings": json.dumps(weights.settings)}
-    with atomic_write(output) as temporary:
-        # safetensors refuses views, such as one row that a file repeats.
-        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, metadata=metadata)
-    log.info("%s: %d tensors of %s, %s's names", output, len(tensors), weights.family, to)
-    left_out = len(weights.tensors) - len(tensors)
-    if weights.dropped or left_out:
-        log.info("left out: %s", ", ".join([*weights.dropped, *([f"{left_out} of the loss"] if left_out else [])]))
 
 
 if __name__ == "__main__":

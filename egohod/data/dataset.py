@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from egohod import hub
 from egohod.data.config import SourceConfig
 from egohod.data.decoders import CachingOpener, ReusingOpener, choose_decoder
 from egohod.data.replacements import Verbs
@@ -685,10 +686,6 @@ LENGTH_MULTIPLE = 8
 _CACHED_TEXTS = 32768
 
 
-# Files of a Hugging Face tokenizer, of which not every repository has all.
-_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
-
-
 class Tokenizer:
     """Texts as the text tower of ``shape`` reads them, through open_clip's tokenizers: always from local files.
 
@@ -698,10 +695,10 @@ class Tokenizer:
     """
 
     def __init__(self, shape: Geometry = GEOMETRIES["CLIP_VITB16"], folder: Path | None = None) -> None:
-        self.context_length, self._vocab_size, self._folder = shape.context_length, shape.vocab_size, folder
-        self._inner: Any
+        self.context_length, self._vocab_size, self.folder = shape.context_length, shape.vocab_size, folder
+        self.inner: Any
         if not shape.text.tokenizer:
-            self._inner = SimpleTokenizer(context_length=shape.context_length, clean=shape.text.clean)
+            self.inner = SimpleTokenizer(context_length=shape.context_length, clean=shape.text.clean)
         else:
             assert folder is not None, "tokenizer_for looks for the files"
             options: dict[str, Any] = {"clean": shape.text.clean, "strip_sep_token": shape.text.strip_sep_token}
@@ -710,7 +707,7 @@ class Tokenizer:
             options |= {"trust_remote_code": False, "padding_side": "right"}
             try:
                 # As open_clip does, but from a folder: whether anything is downloaded is decided by tokenizer_for.
-                self._inner = HFTokenizer(str(folder), shape.context_length, local_files_only=True, **options)
+                self.inner = HFTokenizer(str(folder), shape.context_length, local_files_only=True, **options)
             except ImportError as error:
                 raise UserError(
                     f"the text tower of {shape.name} has a Hugging Face tokenizer, which needs the package "
@@ -722,11 +719,11 @@ class Tokenizer:
         self._one = lru_cache(_CACHED_TEXTS)(lambda text: self._tokens(text).astype(np.int32))
 
     def _tokens(self, text: str) -> np.ndarray:
-        tokens: np.ndarray = self._inner([text])[0].numpy()
+        tokens: np.ndarray = self.inner([text])[0].numpy()
         # An embedding of fewer tokens would end a GPU's process with no more than an assertion of the device.
         if (largest := int(tokens.max())) >= self._vocab_size:
             raise UserError(
-                f"{self._folder}: its tokenizer has a token {largest}, but the text tower has only "
+                f"{self.folder}: its tokenizer has a token {largest}, but the text tower has only "
                 f"{self._vocab_size:,}; it is that of another model"
             )
         return tokens
@@ -756,15 +753,18 @@ def tokenizer_for(config: ModelConfig) -> Tokenizer:
     if config.tokenizer and not Path(config.tokenizer).is_dir():
         raise UserError(f"model.tokenizer={config.tokenizer}: no such folder")
     # A tag of open_clip is no path.
-    weights = Path(config.weights.path) if config.weights.path and Path(config.weights.path).exists() else None
+    path = config.weights.path or ""
+    weights = Path(path) if path and Path(path).exists() else None
     beside = weights and (weights if weights.is_dir() else weights.parent)
+    if path.startswith(hub.PREFIX):
+        beside = hub.folder_of(path, hub.tokenizer_files)
     for folder in (config.tokenizer, repository, beside):
         # Whatever its kind is, a tokenizer has this file.
         if folder and (Path(folder) / "tokenizer_config.json").is_file():
             return Tokenizer(shape, Path(folder))
     if config.tokenizer:
         raise UserError(f"model.tokenizer={config.tokenizer}: it has no tokenizer_config.json, so no tokenizer")
-    from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
+    from huggingface_hub import constants, try_to_load_from_cache
 
     cached = try_to_load_from_cache(repository, "tokenizer_config.json")
     if isinstance(cached, str):
@@ -776,12 +776,10 @@ def tokenizer_for(config: ModelConfig) -> Tokenizer:
             "(tokenizer_config.json, tokenizer.json), or model.weights.download=true; reading them needs the package "
             "transformers"
         )
-    try:
-        return Tokenizer(shape, Path(snapshot_download(repository, allow_patterns=[*_TOKENIZER_FILES])))
-    except Exception as error:  # the network has many ways to fail
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{repository}: the tokenizer was not downloaded: {' '.join(str(error).split())}") from error
+    folder = hub.folder_of(hub.PREFIX + repository, hub.tokenizer_files)
+    if folder is None:
+        raise UserError(f"{repository}: has no tokenizer")
+    return Tokenizer(shape, folder)
 
 
 def trim(tokens: Tensor) -> Tensor:

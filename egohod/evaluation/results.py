@@ -242,8 +242,9 @@ def markdown(results: Mapping[str, Any]) -> str:
         numbers = []
         for key, title in headlines(metrics).items():
             value, (low, high) = metrics[key]["value"], metrics[key]["interval"]
-            # NaN, the value of a metric without a single query, is unequal to itself.
-            numbers.append(f"{title} {value:.1f} [{low:.1f}, {high:.1f}]" if value == value else f"{title} -")
+            # NaN, the value of a metric without a single query, is unequal to itself; in a file it is null.
+            is_number = value is not None and value == value
+            numbers.append(f"{title} {value:.1f} [{low:.1f}, {high:.1f}]" if is_number else f"{title} -")
         views = protocol["windows"] * protocol["crops"]
         shown = f"{protocol['name']}: {protocol['frames']} frames, {protocol['size']} px"
         shown += f", {views} views" if views > 1 else ""

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from egohod import hub
 from egohod.errors import UserError
 from egohod.model.config import GEOMETRIES, OPEN_CLIP, TIMM, ImageStats, image_stats, stats_name
 from egohod.model.config import geometry as geometry_of
@@ -152,6 +153,17 @@ class WeightFile:
             "motion_stem": self.rows(_STEM),
         }
         return knobs | {name: value for name, value in read.items() if value}
+
+    @property
+    def model_name(self) -> str | None:
+        """The ``model.name`` of the weights, if they are of a model whose name they or their shapes tell."""
+        if name := self.settings.get("model.name"):
+            return str(name)
+        beside = Path(self.source) / "open_clip_config.json"
+        if self.family is Family.OPEN_CLIP and (self.source.startswith(hub.PREFIX) or beside.is_file()):
+            # Says more than shapes do.
+            return f"{OPEN_CLIP}{self.source}"
+        return self.shape.name if self.shape else None
 
     def without_heads(self) -> WeightFile:
         """The same without classification heads and the classes that they are for."""
@@ -396,8 +408,8 @@ def read_weights(source: str | Path, *, download: bool = False) -> WeightFile:
     """Open a weight file of any family.
 
     Args:
-        source: a local file, the index of a sharded one or the folder with it, or an open_clip tag such as
-            ``ViT-B-16:laion2b_s34b_b88k``.
+        source: a local file, the index of a sharded one or the folder with it, a repository ``hf-hub:org/name``, or an
+            open_clip tag such as ``ViT-B-16:laion2b_s34b_b88k``.
         download: whether open_clip may fetch what a tag names; without it only its local cache is looked at.
 
     Raises:
@@ -415,14 +427,15 @@ def _published_settings(source: str, path: Path) -> dict[str, str]:
     """
     pixels: Mapping[str, Any] = {}
     activation: Any = None
-    if path != Path(source):
+    is_repository = source.startswith(hub.PREFIX)
+    if path != Path(source) and not is_repository:
         from open_clip import pretrained
 
         # What was located in the cache for a tag.
         pixels = pretrained.get_pretrained_cfg(*source.split(":"))
         activation = "quick_gelu" if pixels.get("quick_gelu") else None
     # Of a file under another name nothing tells that they belong together.
-    elif path.is_dir() or path.name in WEIGHT_NAMES or path.name.endswith(INDEX):
+    elif is_repository or path.is_dir() or path.name in WEIGHT_NAMES or path.name.endswith(INDEX):
         folder = path if path.is_dir() else path.parent
         for name in ("open_clip_config.json", "preprocessor_config.json", "config.json"):
             if not (folder / name).is_file():

@@ -14,6 +14,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from egohod import hub
 from egohod.errors import UserError
 from egohod.knobs import knob, part
 
@@ -330,6 +331,7 @@ def _nearest(architecture: str) -> str:
 # Models of open_clip
 # --------------------------------------------------------------------------------------------------
 
+_OPEN_CLIP_FILE = "open_clip_config.json"
 # What open_clip's own vision towers may have beyond their sizes that ours has not, with the value at which it is off.
 _BEYOND_OURS = {
     "ls_init_value": None, "attentional_pool": False, "no_ln_pre": False, "pos_embed_type": "learnable",
@@ -348,23 +350,29 @@ _BEYOND_TEXT = {
 def _open_clip_config(name: str, label: str) -> tuple[dict[str, Any], ImageStats | None]:
     """open_clip's configuration of a model, and the pixels that its weights expect.
 
-    ``name`` is one of open_clip's, or a folder with ``open_clip_config.json``, as on the Hugging Face Hub. Raises
-    :class:`UserError`, whose text begins with ``label``, the setting.
+    ``name`` is one of open_clip's, or a folder with ``open_clip_config.json``, as on the Hugging Face Hub, or such a
+    repository itself, ``hf-hub:org/name``. Raises :class:`UserError`, whose text begins with ``label``, the setting.
     """
     import open_clip
     from open_clip import pretrained
 
-    if (config := open_clip.get_model_config(name)) is not None:
+    if name.startswith(hub.PREFIX):
+        # Before open_clip, which would fetch it too. With the tokenizer, which is looked for beside this file.
+        folder = hub.folder_of(name, lambda names: [*({_OPEN_CLIP_FILE} & {*names}), *hub.tokenizer_files(names)])
+        if folder is None or not (folder / _OPEN_CLIP_FILE).is_file():
+            raise UserError(f"{label}: {name} has no {_OPEN_CLIP_FILE}, so it is no model of open_clip")
+        name = str(folder)
+    elif (config := open_clip.get_model_config(name)) is not None:
         tags = [pretrained.get_pretrained_cfg(name, tag) for tag in pretrained.list_pretrained_tags_by_model(name)]
         # Most weights of a name agree; others bring their own by tag or folder, which load_weights compares.
         stats = Counter((tuple(tag["mean"]), tuple(tag["std"])) for tag in tags).most_common(1)
         return config, ImageStats(*stats[0][0]) if stats else None
-    path = Path(name) / "open_clip_config.json"
+    path = Path(name) / _OPEN_CLIP_FILE
     if not path.is_file():
         near = difflib.get_close_matches(name, open_clip.list_models(), n=5, cutoff=0.0)
         raise UserError(
             f"{label}: open_clip has no model '{name}' (the nearest are {', '.join(near)}), and it is no folder with "
-            "open_clip_config.json"
+            f"{_OPEN_CLIP_FILE}"
         )
     try:
         content = json.loads(path.read_bytes())
@@ -548,8 +556,8 @@ class WeightsConfig:
     )
     path: str | None = knob(
         None,
-        "a file, a folder of the Hugging Face Hub, a run or checkpoint folder, or an open_clip tag such as "
-        "ViT-B-16:laion2b_s34b_b88k",
+        "a file, a folder of the Hugging Face Hub or a repository (hf-hub:org/name, which is downloaded), a run or "
+        "checkpoint folder, or an open_clip tag such as ViT-B-16:laion2b_s34b_b88k",
     )
     base: str | None = knob(
         None,
@@ -571,7 +579,7 @@ class WeightsConfig:
     download: bool = knob(
         False,
         "let open_clip download what a tag names, and Hugging Face the tokenizer of a text tower; false looks at local "
-        "caches only, nothing is downloaded",
+        "caches only, nothing but hf-hub:... is downloaded",
     )
 
 

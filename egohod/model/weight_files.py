@@ -32,7 +32,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from egohod import pickles
+from egohod import hub, pickles
 from egohod.errors import UserError
 
 # How the index of a sharded file ends: model.safetensors.index.json, pytorch_model.bin.index.json.
@@ -89,8 +89,12 @@ def errors_of(source: str) -> Iterator[None]:
 def locate(source: str | Path, download: bool = False) -> Path:
     """The path of ``source``: itself, or the file in open_clip's cache if it is a tag such as ``ViT-B-16:openai``.
 
-    Raises :class:`UserError` for an unknown tag and, unless ``download``, for one that is not in the local cache.
+    Of a repository ``hf-hub:org/name`` it is the file with its weights, or the index of its shards, in the local cache,
+    to which it is downloaded: its name says so. Raises :class:`UserError` for an unknown tag and, unless ``download``,
+    for one that is not in the local cache; for a repository as :func:`egohod.hub.download`, and without safetensors.
     """
+    if str(source).startswith(hub.PREFIX):
+        return hub.download(str(source), _files_of_repository)[0]
     path = Path(source)
     if path.exists() or not _TAG.fullmatch(str(source)):
         return path
@@ -130,6 +134,26 @@ def locate(source: str | Path, download: bool = False) -> Path:
         return Path(pretrained.download_pretrained(entry))
     except Exception as error:  # the network has many ways to fail
         raise UserError(f"open_clip could not download it: {' '.join(str(error).split())}") from error
+
+
+def _files_of_repository(names: Sequence[str]) -> list[str]:
+    """What to download of a repository: its weights first, and the small files that say what they are."""
+    tensors = sorted(name for name in names if name.endswith(".safetensors"))
+    # In the order of open_weight_file, of which a repository often has several, each gigabytes large.
+    usual = [name for name in WEIGHT_NAMES if name in tensors]
+    indices = sorted(name for name in names if name.endswith(f".safetensors{INDEX}"))
+    ranked = [*(name for name in usual if name.startswith("open_clip")), *indices, *usual]
+    weights = next(iter(ranked or (tensors if len(tensors) == 1 else ())), None)
+    if weights is None and tensors:
+        raise UserError(f"holds {len(tensors)} files of weights, none of a usual name; download one of {tensors} first")
+    if weights is None:
+        pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))]
+        hint = f" but the pickle {pickled[0]}, which could run code and is not fetched" if pickled else ""
+        raise UserError(f"holds no safetensors{hint}; ask its owner to add model.safetensors")
+    stem = weights.removesuffix(f".safetensors{INDEX}")
+    shards = [name for name in tensors if stem != weights and name.startswith(f"{stem}-")]
+    about = [name for name in names if name.endswith(".json") and name != weights and not name.endswith(INDEX)]
+    return [weights, *shards, *dict.fromkeys([*about, *hub.tokenizer_files(names)])]
 
 
 def open_weight_file(path: Path) -> StateDict:
