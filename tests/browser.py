@@ -19,6 +19,10 @@ import pytest
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs a real browser (Debian: apt-get install chromium)")
 _PATIENCE = 60.0
+_KEY_CODES = {
+    **{"Tab": 9, "Enter": 13, "Escape": 27, "End": 35},
+    **{"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40},
+}
 
 
 class Page:
@@ -72,9 +76,9 @@ class Page:
     def press(self, *keys: str) -> None:
         """Press keys one after the other: a character, or a name such as Enter, Tab or ArrowDown."""
         for key in keys:
-            text = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")
-            code = {"Enter": 13, "Escape": 27, "Tab": 9, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
-            event = {"key": key, "text": text, "windowsVirtualKeyCode": code.get(key, ord(key[0].upper()) if key.isalnum() else 0)}
+            text = "\r" if key == "Enter" else key if len(key) == 1 else ""
+            code = _KEY_CODES.get(key, ord(key[0].upper()) if key.isalnum() else 0)
+            event = {"key": key, "text": text, "windowsVirtualKeyCode": code}
             self.send("Input.dispatchKeyEvent", type="keyDown", **event)
             self.send("Input.dispatchKeyEvent", type="keyUp", **event)
 

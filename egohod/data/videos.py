@@ -346,6 +346,8 @@ class VideoStore:
             if place.layout != "whole":
                 return None
             with contextlib.closing(self._opener(file, self._name(place, 0))) as decoder:
+                if (start := max(start for start, _ in spans)) >= decoder.duration:
+                    raise VideoError(f"{self._name(place, 0)}: a clip begins at {start:.2f} s, beyond the end")
                 numbers = [
                     clip_indices(start, self._widened(place, start, end, rule), decoder.duration, decoder.fps,
                                  num_frames, rule=rule)

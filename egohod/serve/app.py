@@ -56,7 +56,8 @@ _LOGIN = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Token ne
 
 _NO_PICTURE = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 160 120"><rect width="160" height="120" fill="#8895a1"/>'
-    '<text x="80" y="64" text-anchor="middle" font-family="sans-serif" font-size="13" fill="#fff">no picture</text></svg>'
+    '<text x="80" y="64" text-anchor="middle" font-family="sans-serif" font-size="13" fill="#fff">no picture</text>'
+    "</svg>"
 )
 
 
@@ -100,6 +101,7 @@ class Guard:
         self._app, self._access = app, access
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer a request or pass it on."""
         if scope["type"] != "http":  # start and end of the server; there are no web sockets
             await self._app(scope, receive, send)
             return
@@ -154,9 +156,7 @@ class NewMark(BaseModel):
     mark: Literal["right", "wrong"] | None
 
 
-def create_app(
-    libraries: Sequence[Library], marks: Marks, access: Access, tracks: Tracks | None = None
-) -> FastAPI:
+def create_app(libraries: Sequence[Library], marks: Marks, access: Access, tracks: Tracks | None = None) -> FastAPI:
     """The server over one index, or two beside each other."""
     made = Made(at_a_time=max(1, usable_cores() - 1))
 

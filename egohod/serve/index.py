@@ -51,8 +51,8 @@ log = logging.getLogger(__name__)
 # Codecs of browsers by the container that FFmpeg names, and the only layouts of pixels that all of them show.
 _SHOWN_CODECS = {"mov": ("h264", "av1", "vp9"), "matroska": ("vp8", "vp9", "av1")}
 _SHOWN_PIXELS = ("yuv420p", "yuvj420p")
-# Of a stretch that is converted for the browser: the most seconds, before and after a moment, pixels in height, pictures
-# a second. A few seconds convert in about as long as they play.
+# Of a stretch that is converted for the browser: the most seconds, those before and after a moment, pixels in height,
+# pictures a second. A few seconds convert in about as long as they play.
 _STRETCH, _AROUND, _STRETCH_HEIGHT, _STRETCH_FPS = 20.0, 2.0, 480, 15
 # Frames of a thumbnail side by side, which the page plays while the pointer is on it, and their height.
 THUMB_FRAMES, _THUMB_HEIGHT = 4, 176
@@ -173,7 +173,7 @@ class Library:
     def spread(self, count: int) -> list[int]:
         """Rows of moments spread evenly over the index, to begin with."""
         total = len(self.features.videos)
-        return np.unique(np.linspace(0, total - 1, min(count, total)).astype(int)).tolist()  # type: ignore[no-any-return]
+        return np.unique(np.linspace(0, total - 1, min(count, total)).astype(int)).tolist()
 
     def row_at(self, video: str, second: float) -> int | None:
         """The moment of a video whose middle is nearest to a second, None if the video is not in this index."""
@@ -322,7 +322,7 @@ def _mapped_features(folder: Path, videos: list[str]) -> Features:
 
 
 class Made:
-    """Files that are made when they are first wanted, the last ``most`` of them, in a folder that ends with the server."""
+    """Files that are made when they are first wanted; the last ``most`` of them stay until :meth:`close`."""
 
     def __init__(self, most: int = 2000, at_a_time: int = 2) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="egohod-serve-")

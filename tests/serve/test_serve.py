@@ -155,7 +155,7 @@ def test_a_file_is_sent_in_ranges_and_never_by_its_path(client: TestClient, vide
     assert client.get("/video/0/2", headers={"Range": f"bytes={len(content)}-"}).status_code == 416
     for path in ("/video/0/25", "/video/0/-1", "/video/2/0", "/video/-1/0", "/thumbnail/0/99999999999999999999"):
         assert client.get(path).status_code in (404, 422), path
-    for path in ("/video/0/..%2f..%2fetc%2fpasswd", "/..%2f..%2fetc/passwd", "/app.py", "/index.json", "/video/0/a.mp4"):
+    for path in ("/video/0/..%2f..%2fetc%2fpasswd", "/..%2f..%2fetc/passwd", "/app.py", "/page.html", "/video/0/a.mp4"):
         assert client.get(path).status_code in (404, 422), path
 
 
@@ -307,7 +307,8 @@ def test_other_machines_need_the_token(index: Path) -> None:
     assert client.get("/page.css").status_code == 200
     for path in ("/page.js", "/api/library", "/video/0/0", "/export/labels"):
         assert client.get(path).status_code == 401, path
-    assert client.get("/api/library", headers={"Authorization": "Bearer the-tokem"}).json()["error"].startswith("The tok")
+    wrong = client.get("/api/library", headers={"Authorization": "Bearer the-tokem"})
+    assert wrong.json()["error"].startswith("The token is wrong")
     assert client.get("/api/library", headers={"Authorization": "Bearer ünïcode".encode()}).status_code == 401
     assert client.get("/api/library", headers={"Authorization": "Bearer the-token"}).status_code == 200
     # The printed address sets a cookie and leaves the address bar.
@@ -356,7 +357,7 @@ def test_a_port_that_is_taken_is_named_before_anything_is_loaded(index: Path, in
     assert (done.returncode, done.stdout) == (2, "")
     assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
     assert "--port 0" in done.stderr
-    with pytest.raises(UserError, match="cannot listen on 192.0.2.1:0"):
+    with pytest.raises(UserError, match=r"cannot listen on 192\.0\.2\.1:0"):
         open_socket("192.0.2.1", 0)
 
 
