@@ -394,11 +394,15 @@ class Marks:
         content, marks = read_json(self.path, _MARKS_FORMAT, ""), defaultdict[Moment, dict[str, str]](dict)
         try:
             for each in content["marks"]:
-                end = None if each["end"] is None else float(each["end"])
+                start, end = float(each["start"]), None if each["end"] is None else float(each["end"])
+                if not 0 <= start < (np.inf if end is None else end) or end == np.inf:  # false for NaN, too
+                    raise ValueError(f"{start} to {end} is no stretch of time")
                 if each["mark"] not in (RIGHT, WRONG):
                     raise ValueError(f"mark is {each['mark']!r}")
-                marks[Moment(str(each["video"]), float(each["start"]), end)][str(each["label"])] = each["mark"]
-        except (KeyError, TypeError, ValueError) as error:
+                video, label = str(each["video"]), str(each["label"])
+                (video + label).encode()  # no csv can hold half a character
+                marks[Moment(video, start, end)][label] = each["mark"]
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{self.path}: damaged ({type(error).__name__}: {error}); move it away") from error
         return dict(marks)
 

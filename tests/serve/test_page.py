@@ -190,3 +190,7 @@ def test_a_server_ends_by_itself(new_index: Callable[..., Path], tmp_path: Path,
     assert done.returncode == 0, done.stderr
     assert "no sentences" in done.stderr
     assert "no request for 1 s: stopped" in done.stderr
+    # For other machines there is always a token, of 24 random bytes.
+    done = program("tools/serve.py", index, "--host", "0.0.0.0", "--port", "0", "--idle", "1")
+    assert re.search(r"^open http://\S+:\d+/\?token=[\w-]{32}$", done.stdout)
+    assert "token" not in done.stderr

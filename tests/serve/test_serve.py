@@ -19,9 +19,9 @@ from fastapi.testclient import TestClient
 from egohod.data.config import SourceConfig
 from egohod.data.formats import read_clips
 from egohod.errors import UserError
-from egohod.evaluation.features import Features, best_rows, search
+from egohod.evaluation.features import Features, best_rows, search, write_video
 from egohod.serve.app import Access, create_app, is_loopback, open_socket
-from egohod.serve.index import Library, Marks, Moment
+from egohod.serve.index import Library, Marks, Moment, Tracks
 from tests.data.video_files import brightness, encode, numbers
 from tests.serve.conftest import AXES, HOSTILE, VIDEOS, AxisTower, axis, write_index
 from tests.support import Command
@@ -228,6 +228,39 @@ def test_what_is_no_video_is_not_sent_whatever_an_index_says(tmp_path: Path) -> 
     assert reply.status_code == 404
     assert "not a video" in reply.json()["error"]
     assert "password" not in reply.text
+
+
+def test_moments_of_chunks_have_the_hands_of_the_hod_pipeline(
+    demo_world: Path, tmp_path: Path, inside: Command
+) -> None:
+    world, output = demo_world / "test", tmp_path / "hod.csv"
+    command = ["--config_file", "configs/hod/demo.yml", "--metadata", world / "narrations.csv", "--root"]
+    command += [world / "videos", "--output", output, f"detector.options.path={world}/detections.parquet"]
+    done = inside("generate_hod", *command, "demo.folder=null", "workers=0", "keep=[]")
+    assert done.returncode == 0, done.stderr
+    tracks = Tracks(output)
+    table = read_clips(SourceConfig(metadata=str(output), root="videos"))
+    row = next(row for row in map(table.row, range(len(table))) if row.start >= 15)
+    # An index of chunks: the file of a moment begins at a multiple of 15 s.
+    index = write_index(tmp_path / "index", world / "videos", [row.video_id])
+    settings = json.loads((index / "index.json").read_text()) | {"layout": "auto"}
+    (index / "index.json").write_text(json.dumps(settings))
+    start = np.array([row.start])
+    write_video(index, row.video_id, axis(0)[None], start, np.array([row.end]), [""], "id")
+    app = create_app([library(index)], Marks(tmp_path / "marks.json"), Access("127.0.0.1"), tracks)
+    client = TestClient(app, base_url=HOME)
+    assert client.get("/api/library").json()["tracks"]
+    moment = client.get("/api/moment/0/0").json()
+    assert moment["file_start"] == 15 * (row.start // 15)
+    assert moment["stretch_start"] >= moment["file_start"]
+    (clip,) = (each for each in moment["tracks"] if each["start"] == pytest.approx(row.start))
+    assert clip["text"] == row.texts[0]
+    assert clip["paths"].keys() <= {"left", "right", "object"}
+    assert all(len(path) == len(clip["times"]) for path in clip["paths"].values())
+    assert {box["role"] for box in clip["boxes"]} <= {"left", "right", "object"}
+    assert all(row.start <= second <= row.end for second in clip["times"])
+    with pytest.raises(UserError, match="--hod is the --output"):
+        Tracks(tmp_path / "other.csv")
 
 
 # --- Marks ---
