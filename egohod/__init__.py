@@ -16,6 +16,9 @@ if TYPE_CHECKING:
         model_info,
     )
 
+__version__ = "0.2.0.dev0"
+"""The only place of the version; pyproject.toml reads it."""
+
 __all__ = [
     "create_model",
     "create_model_and_transforms",

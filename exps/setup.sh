@@ -70,29 +70,4 @@ install() {
     touch "$stamp"
 }
 
-# train_demo FOLDER [KNOB=VALUE...]: both stages of the demo, the first one into FOLDER_start; resumes, and skips a
-# stage that is finished. The script exits when a stage fails, or was stopped before its end.
-train_demo() {
-    local folder=$1 argument
-    shift
-    # A folder among the knobs is that of the second stage: both in one would be one run.
-    for argument in "$@"; do [[ $argument != train.output=* ]] || folder=${argument#*=}; done
-    # Decoding is half of a step of so small a model. The decoded frames take 4.9 GB, so they are removed at the end.
-    set -- "data.frame_cache=${folder}_frames" "$@"
-    # A stage that a signal stops has saved and ends with 0, but the next one must not begin with its weights.
-    local -x EGOHOD_UNFINISHED=${TMPDIR:-/tmp}/egohod-unfinished-$$
-    rm -f "$EGOHOD_UNFINISHED"
-    # The test world is evaluated by the second stage, once.
-    "$PYTHON" main_pretrain.py --config_file configs/demo.yml "train.duration=450 steps" "evaluate.every=450 steps" \
-        "evaluate.final=[]" "$@" train.output="${folder}_start"
-    [ -e "$EGOHOD_UNFINISHED" ] ||
-        DEMO_START=${folder}_start "$PYTHON" main_pretrain.py --config_file configs/demo_order.yml "$@" \
-            train.output="$folder"
-    if [ -e "$EGOHOD_UNFINISHED" ]; then
-        rm -f "$EGOHOD_UNFINISHED"
-        echo "not finished; rerun to resume from the last checkpoint"
-        exit 0
-    fi
-    rm -rf "${folder}_frames"
-}
 install run requirements.txt

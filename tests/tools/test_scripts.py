@@ -15,7 +15,7 @@ STAND_IN = """#!/usr/bin/env bash
 case "$*" in
     *"${STOPPED:-none}"*) echo "$*"; touch "$EGOHOD_UNFINISHED" ;;
     *"${FAILED:-none}"*) exit 3 ;;
-    *main_*.py*|*tools/*) echo "$*" ;;
+    *main_*.py*|*tools/*|*" egohod demo"*) echo "$*" ;;
     *torch.cuda.device_count*) echo 1 ;;
 esac
 """
@@ -44,7 +44,7 @@ def commands(project: Path, script: str, *arguments: str, code: int = 0, **varia
     command = ["bash", str(project / script), *arguments]
     done = subprocess.run(command, env=environment, cwd=project.parent, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
-    return [line for line in done.stdout.splitlines() if ".py" in line]
+    return [line for line in done.stdout.splitlines() if ".py" in line or "egohod" in line]
 
 
 @pytest.mark.parametrize(
@@ -61,43 +61,20 @@ def commands(project: Path, script: str, *arguments: str, code: int = 0, **varia
 def test_each_evaluation_script_runs_its_benchmark(project: Path, script: str, benchmark: str) -> None:
     (line,) = commands(project, f"exps/{script}.sh", "--checkpoint", "a file.pt")
     assert line == f"main_eval.py --benchmark {benchmark} --checkpoint a file.pt"
-    world, start, checkpoint, last = commands(project, f"exps/{script}.sh")
+    world, checkpoint, last = commands(project, f"exps/{script}.sh")
     assert world == "tools/make_demo_data.py --output demo_data --scale 1.0 --benchmarks"
-    assert start.startswith("main_pretrain.py --config_file configs/demo.yml ")
-    assert start.endswith(" train.output=runs/demo_start")
-    assert checkpoint.startswith("main_pretrain.py --config_file configs/demo_order.yml ")
-    assert checkpoint.endswith(" train.output=runs/demo")
+    assert checkpoint == "-m egohod demo --scale 1.0 train.output=runs/demo"
     assert last.startswith(f"main_eval.py --benchmark {benchmark} --config_file configs/demo_eval.yml")
 
 
-def test_both_stages_of_the_demo_get_the_knobs_and_a_folder_each(project: Path) -> None:
-    (project / "runs" / "mine_frames").mkdir(parents=True)
-    _, start, order = commands(project, "exps/demo.sh", "train.output=runs/mine", "train.seed=1")
-    assert start.endswith(
-        " data.frame_cache=runs/mine_frames train.output=runs/mine train.seed=1 train.output=runs/mine_start"
-    )
-    assert order.endswith(
-        " data.frame_cache=runs/mine_frames train.output=runs/mine train.seed=1 train.output=runs/mine"
-    )
-    assert not (project / "runs" / "mine_frames").exists()
-    _, start, order = commands(project, "exps/demo.sh", "--short")
-    assert start.endswith(" train.output=runs/demo_short_start")
-    assert order.endswith(" train.output=runs/demo_short")
-
-
-def test_a_stage_of_the_demo_that_is_stopped_or_fails_is_the_last(project: Path) -> None:
-    """A stage that a signal stops exits with 0; the next one would begin with the weights of half a run."""
-    (project / "runs" / "demo_frames").mkdir(parents=True)
-    for script in ("demo", "eval_mir", "finetune_mir"):
-        _, start = commands(project, f"exps/{script}.sh", STOPPED="configs/demo.yml")
-        assert start.endswith(" train.output=runs/demo_start")
-        *_, order = commands(project, f"exps/{script}.sh", STOPPED="configs/demo_order.yml")
-        assert order.endswith(" train.output=runs/demo")
-        commands(project, f"exps/{script}.sh", code=3, FAILED="configs/demo_order.yml")
-        (_,) = commands(project, f"exps/{script}.sh", code=3, FAILED="configs/demo.yml")
-    # Rerunning resumes, and would decode all videos again.
-    assert (project / "runs" / "demo_frames").exists()
-    assert len(commands(project, "exps/eval_mir.sh")) == 4
+def test_a_demo_that_is_stopped_or_fails_is_the_last_command(project: Path) -> None:
+    """A run that a signal stops exits with 0; what comes next would begin with the weights of half a run."""
+    assert commands(project, "exps/demo.sh", "--short", "train.seed=1") == ["-m egohod demo --short train.seed=1"]
+    for script in ("eval_mir", "finetune_mir"):
+        _, demo = commands(project, f"exps/{script}.sh", STOPPED="egohod demo")
+        assert demo == "-m egohod demo --scale 1.0 train.output=runs/demo"
+        (_,) = commands(project, f"exps/{script}.sh", code=3, FAILED="egohod demo")
+    assert len(commands(project, "exps/eval_mir.sh")) == 3
 
 
 @pytest.mark.parametrize(("script", "task"), [("finetune_mir", "ek100_mir"), ("finetune_ekcls", "ek100_cls")])
