@@ -54,6 +54,8 @@ _PACKAGE = Path(__file__).resolve().parent
 # belong to another project.
 PROJECT = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
 """The folder that holds configs/ and tools/: the checkout, or the package itself where a wheel is installed."""
+IS_CHECKOUT = PROJECT != _PACKAGE
+"""Whether PROJECT is a checkout, where requirements.txt and .mediapipe are; nothing is written into a package."""
 
 
 @dataclass

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from pathlib import Path
 
@@ -102,3 +104,80 @@ def test_both_stages_of_the_demo_get_the_settings_and_a_folder_each(
     with pytest.raises(Interrupted):
         demo.main(["--short"])
     assert (tmp_path / "runs" / "demo_short_frames").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# The wheel, in an environment that has this one's packages but no checkout
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of programs of a fresh environment with the built wheel."""
+    folder = tmp_path_factory.mktemp("wheel")
+    # A copy: setuptools leaves a folder build/ in what it packs, and would pack that the next time.
+    for name in ("egohod", "tools", "configs"):
+        shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / "source")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), "./source"]
+    subprocess.run(build, cwd=folder, check=True)
+    (wheel,) = folder.glob("egohod-*.whl")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "environment")], check=True)
+    (site,) = folder.glob("environment/lib/python3*/site-packages")
+    # A line of a .pth file adds a folder without reading the .pth files in it, such as that of an editable egohod.
+    (site / "packages.pth").write_text("".join(f"{sysconfig.get_path(lib)}\n" for lib in ("purelib", "platlib")))
+    python = folder / "environment" / "bin" / "python"
+    install = ["--python", str(python), "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run([*pip, *install], check=True)
+    return python.parent
+
+
+@pytest.mark.ci
+def test_a_wheel_alone_renders_trains_evaluates_and_searches(
+    installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    variables = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
+    variables["DEMO_DATA"] = "demo_data"
+
+    def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [str(installed / program), *arguments]
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=900, check=False)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    code = (
+        "import importlib.metadata, egohod; from egohod.config import IS_CHECKOUT, PROJECT\n"
+        "from egohod.hod.config import NarratorConfig; from egohod.hod.narrators import OPPOSITES_PROMPT, prompt_path\n"
+        "assert importlib.metadata.version('egohod') == egohod.__version__ and not IS_CHECKOUT\n"
+        "for path in (OPPOSITES_PROMPT, *(prompt_path(NarratorConfig(kind=kind)) for kind in ('llm', 'vlm'))):\n"
+        "    assert path.is_relative_to(PROJECT) and '{' in path.read_text()\n"
+        "print(PROJECT)"
+    )
+    package = Path(run("python", "-c", code).stdout.strip())
+    assert package == next(installed.parent.glob("lib/python3*/site-packages/egohod"))
+    before = {path for path in package.rglob("*") if path.suffix != ".pyc" and path.name != "__pycache__"}
+    for path in (ROOT / "configs").rglob("*.*"):
+        assert package / path.relative_to(ROOT) in before, "not in the wheel"
+    assert run("egohod", "--help").stdout.startswith("usage: egohod COMMAND")
+    tiny = ["train.duration=2 steps", "train.warmup=1 steps", "train.global_batch_size=8", "data.workers=0"]
+    done = run("egohod", "demo", "--short", "--scale", "0.02", "model.num_frames=4", *tiny)
+    assert "| test | mAP " in done.stderr, "no table"
+    assert (tmp_path / "runs" / "demo_short" / "report.html").is_file()
+    run("egohod", "demo-world", "--scale", "0.02", "--benchmarks")
+    # A configuration of the wheel, by its name in the documentation.
+    checkpoint = ["--checkpoint", "runs/demo_short"]
+    done = run("egohod", "eval", "--config_file", "configs/demo_eval.yml", *checkpoint, "--benchmark", "egomcq")
+    assert f"configs/demo_eval.yml is not in the working directory; reading the project's, {package}" in done.stderr
+    assert (tmp_path / "results" / "results.json").is_file()
+    run("egohod", "extract", "--videos", "demo_data/test/videos/demo_test_0000", *checkpoint, "--output", "features")
+    assert "0000" in run("egohod", "search", "opens the jar", "--index", "features").stdout
+    run("egohod", "show", "--clips", "2", "train.global_batch_size=4")
+    assert (tmp_path / "batch.png").is_file()
+    # On Slurm: what a job runs exists where there is no checkout.
+    done = run("egohod", "submit", "configs/demo.yml", "--dry_run")
+    assert "-m egohod pretrain --config_file " in done.stdout
+    after = {path for path in package.rglob("*") if path.suffix != ".pyc" and path.name != "__pycache__"}
+    assert after == before, "a program wrote into the package"

@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
         log.warning("%d of %d videos have no features yet", missing, len(index["videos"]))
     cfg = config.load(args.index / CONFIG_FILE, [f"model.weights.path={args.checkpoint}"] if args.checkpoint else [])
     # Alone: variables of a launcher, as in an interactive Slurm job, must not make it wait for others.
-    dist = setup(cfg.train.device, alone=True)
+    dist = setup(cfg.train.device, alone=True, inference=True)
     model = build_model(cfg, dist)
     # Another checkpoint has another embedding space: similarities to these features would be noise.
     if fingerprint(model) != index["weights"]:

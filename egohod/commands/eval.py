@@ -80,7 +80,7 @@ def main(arguments: Sequence[str]) -> int:
     for path, (other, others) in zip(cfg.evaluate.ensemble, members[1:], strict=True):
         if others != classes or other.model.heads != cfg.model.heads:
             raise UserError(f"evaluate.ensemble: {path} has heads of another kind or classes than {args.checkpoint}")
-    with cli.joined(cfg) as dist:
+    with cli.joined(cfg, inference=True) as dist:
         # First: an output that cannot be written should not cost an evaluation of hours.
         Path(args.output).mkdir(parents=True, exist_ok=True)
         models, described, benchmarks = list[Any](), list[dict[str, str]](), list[list[Measured]]()

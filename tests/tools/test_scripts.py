@@ -21,6 +21,10 @@ esac
 """
 
 
+# Without uv, wherever its installer put it.
+PATH = "/usr/bin:/bin"
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A copy of exps/ and an environment without packages, so that nothing is installed and nothing runs."""
@@ -37,10 +41,10 @@ def project(tmp_path: Path) -> Path:
 
 def commands(project: Path, script: str, *arguments: str, code: int = 0, **variables: str) -> list[str]:
     """The command lines that a script starts."""
-    names = ("CONFIG", "START_WEIGHTS", "EGO4D_ROOT", "DEMO_DATA", "DEMO_CHECKPOINT", "PROCESSES")
+    names = ("PATH", "CONFIG", "START_WEIGHTS", "EGO4D_ROOT", "DEMO_DATA", "DEMO_CHECKPOINT", "PROCESSES")
     environment = {name: value for name, value in os.environ.items() if name not in names}
     environment = {name: value for name, value in environment.items() if not name.startswith("SLURM")}
-    environment |= {"VIRTUAL_ENV": str(project.parent / "environment")} | variables
+    environment |= {"VIRTUAL_ENV": str(project.parent / "environment"), "PATH": PATH} | variables
     command = ["bash", str(project / script), *arguments]
     done = subprocess.run(command, env=environment, cwd=project.parent, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
@@ -122,6 +126,7 @@ def test_a_copy_elsewhere_as_sbatch_makes_it_finds_the_project(project: Path, tm
 INSTALLING = """#!/usr/bin/env bash
 case "$*" in
     *"pip install"*requirements.txt*) echo "$*" >>"$PIP_CALLS"; exit "${PIP_CODE:-0}" ;;
+    *"import pip"*) exit "${NO_PIP:-0}" ;;
     *torch_problem*) echo "$PROBLEM" ;;
 esac
 """
@@ -134,7 +139,12 @@ def set_up(project: Path, code: int = 0, **variables: str) -> tuple[str, list[st
     calls = project.parent / "pip_calls"
     calls.write_text("")
     environment = {name: value for name, value in os.environ.items() if name != "TORCH_INDEX"}
-    environment |= {"VIRTUAL_ENV": str(python.parents[1]), "PIP_CALLS": str(calls), "PROBLEM": ""} | variables
+    environment |= {
+        "PATH": PATH,
+        "VIRTUAL_ENV": str(python.parents[1]),
+        "PIP_CALLS": str(calls),
+        "PROBLEM": "",
+    } | variables
     command = ["bash", "-eu", str(project / "exps" / "setup.sh")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
@@ -166,6 +176,29 @@ def test_the_first_failure_names_the_build_to_choose(project: Path) -> None:
     assert len(calls) == 1
     assert "+cu130, give the address of PyTorch's own index" in errors
     assert set_up(project, code=1, PIP_CODE="1")[0] == "", "pip's message is all there is"
+
+
+def test_uv_installs_where_there_is_one_and_pip_what_it_cannot(project: Path) -> None:
+    """uv reads none of pip's configuration, where a site's mirror may be named; an environment of uv has no pip."""
+    uv = project.parent / "bin" / "uv"
+    uv.parent.mkdir()
+    uv.write_text(
+        '#!/bin/sh\ncase "$*" in *requirements.txt*) echo "uv $*" >>"$PIP_CALLS" ;; esac\nexit ${UV_CODE:-0}\n'
+    )
+    uv.chmod(0o755)
+    path = f"{uv.parent}:{PATH}"
+    errors, (call,) = set_up(project, PATH=path, NO_PIP="1", TORCH_INDEX="https://mirror.example/torch/cu126")
+    assert call.startswith(f"uv pip install --quiet --python {project.parent}/environment/bin/python --index-strategy ")
+    assert "--extra-index-url https://mirror.example/torch/cu126 --constraint" in call
+    assert errors == ""
+    (stamp,) = (project.parent / "environment").glob(".egohod-run-*")
+    stamp.unlink()
+    errors, calls = set_up(project, PATH=path, UV_CODE="2")
+    assert [call.split()[0] for call in calls] == ["uv", "-m"]
+    assert errors == 2 * "uv cannot install this; trying pip\n"
+    stamp.unlink(missing_ok=True)
+    errors, _ = set_up(project, code=2, NO_PIP="1")
+    assert "has no Python 3.11 with pip or uv" in errors
 
 
 def test_all_scripts_are_valid_bash() -> None:
