@@ -29,7 +29,15 @@ from egohod.evaluation.adapters import SentenceModel, StoredFeatures
 from egohod.evaluation.cards import CARDS, BenchmarkCard
 from egohod.evaluation.cards import list_benchmarks as list_benchmarks
 from egohod.evaluation.config import BenchmarkConfig
-from egohod.evaluation.embed import CONTROLS, OUTSIDE, TokenizerLike, fingerprint, outside_model
+from egohod.evaluation.embed import (
+    CONTROLS,
+    OUTSIDE,
+    TokenizerLike,
+    VideoTextModel,
+    fingerprint,
+    identity_of,
+    outside_model,
+)
 from egohod.evaluation.report import write_report
 from egohod.evaluation.results import RESULTS_FILE, contents, markdown, write_results
 from egohod.evaluation.runner import (
@@ -38,6 +46,7 @@ from egohod.evaluation.runner import (
     Measured,
     execution_of,
     measured,
+    protocol_for,
     read_benchmark,
 )
 from egohod.loss.config import LossConfig
@@ -174,7 +183,10 @@ def load_clip(path: str | Path, start: float, end: float, frames: int, decoder: 
 
 @dataclass(frozen=True)
 class Results:
-    """What an evaluation measured. ``first + second`` has the benchmarks of both, for one page of one model."""
+    """What an evaluation measured. ``first + second`` has the benchmarks of both, for one page of one model.
+
+    Raises :class:`UserError` for results of two models, or of the same benchmark.
+    """
 
     cfg: Config
     dist: Distributed
@@ -182,6 +194,14 @@ class Results:
     checkpoint: dict[str, Any]
 
     def __add__(self, other: Results) -> Results:
+        # The page has one checkpoint, and a benchmark once.
+        if self.checkpoint != other.checkpoint:
+            models = [f"{each['path']} ({each['sha256'][:12]})" for each in (self.checkpoint, other.checkpoint)]
+            raise UserError(f"results of {' and '.join(models)} cannot be joined: a page is of one model")
+        if twice := {bench.name for bench, _ in self.evaluated} & {bench.name for bench, _ in other.evaluated}:
+            raise UserError(
+                f"both results have the benchmark {min(twice)}; load one of them by another name, with kind="
+            )
         return dataclasses.replace(self, evaluated=[*self.evaluated, *other.evaluated])
 
     @cached_property
@@ -278,7 +298,8 @@ class LoadedBenchmark:
             batch_size: clips encoded at a time.
             num_frames: frames of each clip; None is the protocol's number.
             allow_missing: leave out clips that cannot be read; marks numbers as partial.
-            cache: folder of features by weights, clip and protocol; None keeps none. Of modules only.
+            cache: folder of features by weights, clip and protocol; None keeps none. Of modules only, which are
+                known by their weights and ``repr``: with other settings beside these, take another folder.
             workers: decoding processes; None chooses by the cores, 0 decodes in this one.
             dist: this process's place among several, for programs that have joined them.
 
@@ -297,10 +318,22 @@ class LoadedBenchmark:
                     "egohod.create_model_and_transforms, and give its model and tokenizer"
                 )
             model = outside_model(str(spec))
+        elif isinstance(model, DualEncoder) and tokenizer is None:
+            raise UserError(
+                f"{type(model).__name__} reads tokens: give tokenizer=, the last that "
+                "egohod.create_model_and_transforms returns"
+            )
         elif tokenizer is None and not isinstance(model, (SentenceModel, StoredFeatures)):
             model = SentenceModel(model)
+        elif not isinstance(model, nn.Module) or not isinstance(model, VideoTextModel):
+            raise UserError(
+                f"{type(model).__name__}: a model that is given with its tokenizer must be a torch.nn.Module with "
+                "encode_video and encode_text"
+            )
         cfg = Config()
         cfg.evaluate.batch_size, cfg.evaluate.num_frames, cfg.evaluate.cache = batch_size, num_frames, None
+        if isinstance(model, StoredFeatures):
+            cfg.evaluate.num_frames = model.frames
         cfg.evaluate.benchmarks = {self.name: self.config}
         if workers is not None:
             cfg.data.workers = workers
@@ -310,11 +343,11 @@ class LoadedBenchmark:
             dist = Distributed(0, 1, device, None)
         weights = fingerprint(model)
         # What has no weights has nothing by which another model's features could be told apart.
-        cached = cache is not None and any(True for _ in model.state_dict())
+        cached = cache is not None and bool(model.state_dict())
         execution = dataclasses.replace(
             execution_of(cfg, dist),
             cache=Path(cache) if cache is not None and cached else None,
-            identity={"weights": weights, "model": cfg.model.name},
+            identity={"weights": identity_of(model), "model": cfg.model.name},
             allow_missing=allow_missing,
         )
         bench = measured(
@@ -365,5 +398,6 @@ def load_benchmark(
     kind = config.kind if config.kind != "auto" else name if name in BENCHMARKS else "custom"
     if kind not in BENCHMARKS:
         raise UserError(f"load_benchmark: no benchmark format '{kind}'{nearest(kind, list(BENCHMARKS))}")
-    _, data = read_benchmark(kind, config)
+    # The prompts of classes are the protocol's.
+    _, data = read_benchmark(kind, config, protocol_for(protocol, kind).prompts)
     return LoadedBenchmark(name, config, data)

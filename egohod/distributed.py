@@ -415,6 +415,20 @@ def use_deterministic_algorithms() -> None:
 
 
 @contextlib.contextmanager
+def one_core() -> Iterator[None]:
+    """PyTorch on one core within: for networks so small that waiting for other cores, which may be busy, costs more.
+
+    Their results then do not depend on the number of cores or processes.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
 def inference_precision(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Autocast to ``dtype`` within; ``torch.float32`` is float32 throughout, without TF32.
 

@@ -30,6 +30,8 @@ def main(arguments: Sequence[str]) -> int:
     add("--metadata", required=True, metavar="FOLDER", help="EPIC-KITCHENS-100's annotations")
     add("--split", choices=list(SPLITS), default="test", help="of action recognition (default: test)")
     args = parser.parse_args(arguments)
+    if not args.file.is_file():
+        raise UserError(f"{args.file}: no such file")
     names = [SPLITS[args.split]]
     if is_retrieval(args.file):
         names = ["EPIC_100_retrieval_test.csv", "EPIC_100_retrieval_test_sentence.csv"]
@@ -37,7 +39,8 @@ def main(arguments: Sequence[str]) -> int:
     for name in names:
         path = look_for(SourceConfig(metadata=args.metadata), name)
         if path is None:
-            raise UserError(f"--metadata {args.metadata}: no {name} there")
+            hint = "; a file of the validation split needs --split validation" if name == SPLITS["test"] else ""
+            raise UserError(f"--metadata {args.metadata}: no {name} there{hint}")
         ids.append(read_csv(path, ("narration_id",))["narration_id"].tolist())
     print(check_submission(args.file, *ids))
     return cli.DONE

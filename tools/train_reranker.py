@@ -14,6 +14,7 @@ Features of frozen towers are computed once; for 10,000 clips of 16 frames a ViT
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from egohod.config import Config
 from egohod.data.dataset import ClipDataset, normalise
 from egohod.data.loader import ClipLoader, worker_count
 from egohod.distributed import Distributed, inference_precision, pick_precision
+from egohod.errors import UserError
 from egohod.evaluation.embed import fingerprint
 from egohod.loss.retrieval import relevancy
 from egohod.model.dual_encoder import DualEncoder
@@ -118,7 +120,7 @@ def train(head: Reranker, pool: Pool, device: torch.device, args: Any) -> float:
                 lead, weight = (m[:, :, None] - m[:, None, :] for m in (each, target))
                 weight = weight.clamp(min=0)
                 losses.append((weight * F.softplus(-lead)).sum() / weight.sum().clamp(min=1e-3))
-                if step >= 0.9 * args.steps:
+                if step >= args.steps - max(1, args.steps // 10):
                     right.append(float((weight * (lead.detach() > 0)).sum() / weight.sum().clamp(min=1e-3)))
         loss = torch.stack(losses).mean()
         optimizer.zero_grad()
@@ -148,6 +150,8 @@ def main(arguments: Sequence[str]) -> int:
     add("--lr", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
     add("--seed", type=int, default=0)
     args = parser.parse_intermixed_args(arguments)
+    if args.width % RerankerShape.heads:
+        raise UserError(f"--width {args.width} must be a multiple of {RerankerShape.heads}, the attention heads")
     cfg = load_for_checkpoint(args)
     with cli.joined(cfg) as dist:
         model = build_model(cfg, dist).eval().requires_grad_(False)
@@ -157,10 +161,13 @@ def main(arguments: Sequence[str]) -> int:
         log.info("%d samples of %d clips in %.0f s", len(pool.video), len(dataset), time.monotonic() - start)
         torch.manual_seed(args.seed)
         settings = ", ".join(f"{name}={getattr(args, name)}" for name in ("steps", "groups", "group", "depth", "views"))
+        # A tower may have fewer patches along a side than regions were requested.
+        frames = cfg.model.num_frames
+        grid = math.isqrt(pool.clips.shape[1] // frames)
         head = Reranker(
             RerankerShape(
-                video_width=pool.clips.shape[2], text_width=pool.words.shape[2], frames=cfg.model.num_frames,
-                grid=args.grid, width=args.width, layers=args.layers, encoder=fingerprint(model),
+                video_width=pool.clips.shape[2], text_width=pool.words.shape[2], frames=frames,
+                grid=grid, width=args.width, layers=args.layers, encoder=fingerprint(model),
                 trained=f"{len(dataset)} clips, {settings}, seed={args.seed}",
             )
         )  # fmt: skip

@@ -62,7 +62,8 @@ def main(arguments: Sequence[str]) -> int:
     add(
         "--benchmark",
         metavar="NAME",
-        help="one of evaluate.benchmarks, or all (default: those of evaluate.during and evaluate.final)",
+        help="names of evaluate.benchmarks, comma-separated, or all (default: those of evaluate.during and "
+        "evaluate.final)",
     )
     add("--metadata", metavar="PATH", help="the benchmark's annotations (evaluate.benchmarks.NAME.metadata)")
     add("--root", metavar="FOLDER", help="the benchmark's videos (evaluate.benchmarks.NAME.root)")
@@ -162,7 +163,8 @@ def _benchmarks(
     if cfg.model.text or cfg.model.name.startswith(OPEN_CLIP):
         # What the configuration of a folder says can change while its name and its weights stay.
         identity["geometry"] = str(cfg.model.geometry())
-    stored = isinstance(model, StoredFeatures)
+    if stored := isinstance(model, StoredFeatures):
+        cfg.evaluate.num_frames = model.frames
     execution = dataclasses.replace(
         execution_of(cfg, dist, loader),
         cache=Path(cfg.evaluate.cache) if cfg.evaluate.cache and not stored else None,

@@ -3,7 +3,8 @@
 "opens the jar with the left hand" becomes "shakes the jar with the left hand", "slides the jar to the left with the
 left hand": the hard negatives of EgoNCE++ (2405.17719), whose authors draw verbs from the training captions or from a
 language model. A verb here is a pattern, "slides ... to the left": its particle and direction are exchanged with it, as
-they would betray a replaced verb. Verbs that may be true of the same clip ("takes", "lifts") never replace one another.
+they would betray a replaced verb. Verbs that may be true of the same clip ("takes", "lifts") never replace one another,
+and those that captions have with the same object come first: "eats the tap" is false without a look at the clip.
 Unlike :mod:`egohod.data.opposites` the rules need no list of all verbs, which makes them wider and less certain.
 """
 
@@ -59,14 +60,23 @@ _NO_VERBS = (
 )
 # Verbs of one group may be true of one clip, beside those that the rules for opposites know.
 _ALIKE = """
-cut slice chop dice mince carve trim peel; wash rinse clean scrub wipe dry; stir mix whisk beat blend; look check
-inspect examine read watch; walk go step; press push squeeze; knead roll flatten; tap pat knock hit touch; throw
-toss drop; turn rotate twist spin; adjust arrange fix set; pour add empty; cook fry heat boil; break tear crack split
+cut slice chop dice mince carve trim peel; wash rinse clean scrub wipe dry soap lather; stir mix whisk beat blend;
+look check inspect examine read watch; walk go step; press push squeeze; knead roll flatten; tap pat knock hit touch;
+throw toss drop; turn rotate twist spin; adjust arrange fix set; put pour empty sprinkle drizzle transfer; cook fry
+heat boil; break tear crack split
 """
-# True of too many clips to be false of one, unless something is said of how ("holds the cup still").
-_VAGUE = "use hold touch move handle work have keep do get grip continue start make"
+# True of too many clips to be false of one, unless how is mentioned.
+_VAGUE = "use hold held prepare touch move handle work have keep do get grip continue start make change"
+# Things are put "into the pot", and taken "from the pot" or "in the right hand": another verb would not fit.
+_GOAL = re.compile(r"\s*(?:in|on)?to\b")
+_SOURCE = re.compile(r"\s*(?:from|off|out of|in (?:\w+ ){0,2}hands?)\b")
+# Opening and closing these looks like what stands beside them.
+_OPENED = opposites.word_set("drawer door fridge freezer oven cupboard cabinet tap faucet lid cap cover bottle")
+_BY = {"pull", "push", "slide", "turn", "take", "put"}
 # Captions that have a verb, and their share: a rare one may be a misspelling, or no verb.
 _LEAST, _LEAST_SHARE = 2, 1 / 2000
+# Share of an object's captions that have a verb which fits it.
+_LEAST_FIT = 1 / 100
 
 
 class Pattern(NamedTuple):
@@ -79,12 +89,22 @@ class Pattern(NamedTuple):
     has_object: bool
 
     @property
+    def words(self) -> tuple[str, str, str]:
+        """Equal for all forms of the verb."""
+        return stem_of(self.verb), self.particle, self.tail
+
+    @property
+    def is_vague(self) -> bool:
+        """Whether it is true of most clips: "holds the cup", but not "holds the cup still"."""
+        return not self.tail and stem_of(self.verb) in _vague()
+
+    @property
     def meaning(self) -> tuple[str, ...]:
         """Equal for verbs that may be true of one clip."""
         stem = stem_of(self.verb)
         sense = opposites.senses_of_words().get(self.verb, ("", ""))[0]
-        # "picks up", "takes" and "lifts" are one; of all others the direction counts.
-        if sense in ("take", "put") and stem not in ("push", "pull"):
+        # "picks up", "pulls out" and "lifts" are one; of all others the direction counts.
+        if sense in ("take", "put") and (stem not in ("push", "pull") or self.particle == "out"):
             return (sense,)
         sense = sense if sense not in ("take", "put", "") else _group_of().get(stem, stem)
         return (sense, *filter(None, (self.particle, self.tail)))
@@ -111,6 +131,11 @@ def stem_of(verb: str) -> str:
 @cache
 def _group_of() -> dict[str, str]:
     return {stem_of(verb): group.split()[0] for group in _ALIKE.split(";") for verb in group.split()}
+
+
+@cache
+def _vague() -> set[str]:
+    return {stem_of(verb) for verb in _VAGUE.split()}
 
 
 # Narrations repeat; a worker meets each of them every epoch.
@@ -171,28 +196,55 @@ class Verbs:
     """The verbs of ``captions``, to replace one another."""
 
     def __init__(self, captions: Iterable[str]) -> None:
-        counts = Counter(parsed.pattern for text in captions if (parsed := parse(text)) is not None)
+        counts, of_object = Counter[Pattern](), dict[str, Counter[tuple[str, ...]]]()
+        for parsed in filter(None, map(parse, captions)):
+            counts[parsed.pattern] += 1
+            for noun in parsed.nouns[:1]:
+                of_object.setdefault(noun, Counter())[parsed.pattern.words] += 1
+        self._of_object = {
+            noun: {words for words, count in verbs.items() if count >= max(_LEAST, _LEAST_FIT * verbs.total())}
+            for noun, verbs in of_object.items()
+        }
         least = max(_LEAST, _LEAST_SHARE * counts.total())
         # By form and whether there is an object, with their meanings, which every draw compares.
         self._of_kind: dict[tuple[int, bool], list[tuple[Pattern, tuple[str, ...]]]] = {}
         # In an order that the order of the captions does not change: a draw is a number.
-        vague = {stem_of(verb) for verb in _VAGUE.split()}
         for pattern in sorted(pattern for pattern, count in counts.items() if count >= least):
-            if stem_of(pattern.verb) not in vague or pattern.tail:
+            if not pattern.is_vague:
                 self._of_kind.setdefault(pattern[3:], []).append((pattern, pattern.meaning))
 
     def __len__(self) -> int:
         return sum(map(len, self._of_kind.values()))
 
     def replace(self, caption: str, count: int, rng: np.random.Generator) -> list[str]:
-        """Up to ``count`` distinct captions with another verb in the same form, drawn by ``rng``."""
+        """Up to ``count`` distinct captions with another verb in the same form, drawn by ``rng``.
+
+        Verbs that some caption has with the same object come first, as far as there are any.
+        """
         parsed = parse(caption)
         if parsed is None:
             return []
-        own = parsed.pattern.meaning
-        others = [pattern for pattern, meaning in self._of_kind.get(parsed.pattern[3:], ()) if meaning != own]
-        drawn = rng.permutation(len(others))[:count]
-        return [with_verb(caption, parsed, others[i]) for i in drawn.tolist()]
+        own, noun = parsed.pattern.meaning, next(iter(parsed.nouns), "")
+        unfit = set[str]()
+        if parsed.pattern.is_vague:
+            # What is held or used has been taken, will be put down, and is often pressed onto a board.
+            unfit |= {"take", "put", "press"}
+        if _GOAL.match(caption, parsed.tail[1]):
+            unfit.add("take")
+        elif _SOURCE.match(caption, parsed.tail[1]):
+            unfit.add("put")
+        if noun in _OPENED and own[0] in _BY | {"open", "close"}:
+            unfit |= {"open", "close"} if own[0] in _BY else _BY
+        others = [
+            pattern
+            for pattern, meaning in self._of_kind.get(parsed.pattern[3:], ())
+            if meaning != own and meaning[0] not in unfit
+        ]
+        of_object = self._of_object.get(noun, ())
+        drawn = [others[i] for i in rng.permutation(len(others)).tolist()]
+        # The order of the draw stays within both parts.
+        drawn.sort(key=lambda pattern: pattern.words not in of_object)
+        return [with_verb(caption, parsed, pattern) for pattern in drawn[:count]]
 
 
 def with_verb(caption: str, parsed: Parsed, new: Pattern) -> str:

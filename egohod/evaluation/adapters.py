@@ -101,7 +101,9 @@ class TransformersModel(nn.Module):
 
             self.inner = AutoModel.from_pretrained(folder, local_files_only=True)
             processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-        except (ImportError, OSError, ValueError) as error:
+        except ImportError as error:
+            raise UserError(f"transformers:{folder}: {error}; pip install transformers") from error
+        except (OSError, ValueError) as error:
             raise UserError(f"transformers:{folder}: {' '.join(str(error).split())}") from error
         if not hasattr(self.inner, "get_image_features") or not hasattr(self.inner, "get_text_features"):
             raise UserError(f"transformers:{folder}: {type(self.inner).__name__} has no features of images and texts")
@@ -137,13 +139,16 @@ class StoredFeatures(nn.Module):
     ``egohod.load_benchmark(...).texts`` lists. Raises :class:`UserError` for a folder that cannot be read.
     """
 
-    size = IMAGE_SIZE
     tokenizer = list
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
         self.folder = Path(folder)
-        self.weights = str(read_index(self.folder)["weights"])
+        index = read_index(self.folder)
+        self.weights = str(index["weights"])
+        # What results state is how the features were made, not what a benchmark's protocol would have asked for.
+        made: dict[str, Any] = index.get("protocol") or {}
+        self.size, self.frames = int(made.get("size", IMAGE_SIZE)), made.get("frames")
         self._clips, _ = read_features(self.folder)
         self._rows: dict[str, list[int]] = {}
         for row, video in enumerate(self._clips.videos):

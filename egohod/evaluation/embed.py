@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import logging
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,7 +35,7 @@ from egohod.model.config import IMAGE_STATS, ImageStats, ModelConfig, WeightsCon
 from egohod.model.cost import count_flops
 from egohod.model.dual_encoder import DualEncoder
 from egohod.model.reranker import Reranker, grid_tokens
-from egohod.runtime import Interrupted, Progress
+from egohod.runtime import Interrupted, Progress, content_hash
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +85,18 @@ def fingerprint(model: nn.Module) -> str:
         # Viewed as bytes, as NumPy has no bfloat16.
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def identity_of(model: object) -> str:
+    """Names a model's features in a cache: its weights, and what the same weights can be used with.
+
+    Of a model without weights nothing tells it from another one of its class, and no two names are alike.
+    """
+    if not isinstance(model, nn.Module) or not model.state_dict():
+        return uuid.uuid4().hex
+    # The same weights give other features on another path or with another activation.
+    settings = [getattr(model, name, "") for name in ("geometry", "activation", "num_frames", "size")]
+    return content_hash(fingerprint(model), f"{model!r} {settings}", length=32)
 
 
 class ClassProbabilities(nn.Module):
@@ -322,8 +335,6 @@ def embed_clips(
     orders, report = (PLAIN, *controls), EmbedReport(clips=len(dataset))
     orders += tuple(name + MIRRORED for name in orders) if flip else ()
     if isinstance(model, StoredFeatures):
-        if len(orders) > 1:
-            model.encode_video(torch.empty(0))  # raises
         stored, report.faults = model.of_clips(dataset.clips)
         report.from_cache = len(dataset) - len(report.faults)
         if not run.allow_missing:

@@ -9,6 +9,7 @@ R recordings of L windows, D dimensions, Q queries.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,8 +22,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from egohod.data.formats.base import GroundingData, MomentQuery
+from egohod.distributed import one_core
 from egohod.evaluation.metrics import RESAMPLES, IntArray, Score, percent
 from egohod.evaluation.tasks import EvaluationTask, Features
+
+log = logging.getLogger(__name__)
 
 # Of the official evaluations: recall at k with an overlap of at least so much, and detection from 0.1 to 0.5.
 RECALL_AT, OVERLAPS = (1, 5), (0.3, 0.5)
@@ -66,7 +70,13 @@ class GroundingTask(GroundingData, EvaluationTask):
     """Recall of the moment of a query (NLQ), or mean average precision of the moments of every class (MQ)."""
 
     def measure(self, video: Features, text: Features) -> dict[str, Score]:
-        """Metrics in percent; the head is trained on features of the same order of frames that it is tested on."""
+        """Metrics in percent; the head is trained on features of the same order of frames that it is tested on.
+
+        NaN, with a warning, where no moment of the training or of the validation part is left.
+        """
+        if not self._can_be_measured:
+            log.warning("no recording with a moment can be read whole, of the training or of the validation part")
+            return {name: percent([], None) for name in self.metric_names}
         return self._scores(self._segments(video, text), self._chance)
 
     @property
@@ -79,11 +89,11 @@ class GroundingTask(GroundingData, EvaluationTask):
     def details(self, video: Features, text: Features) -> Mapping[str, Any]:
         """The best segment of each query that has a moment, and the windows in their middles."""
         queries = []
-        for query, segments in zip(self._tested, self._segments(video, text), strict=True):
+        best_of_each = self._segments(video, text) if self._can_be_measured else ()
+        for query, segments in zip(self._tested, best_of_each, strict=self._can_be_measured):
             if not query.moments:
                 continue
             rows = self.recordings[query.recording]
-
             best = [round(float(value), 3) for value in segments[0]]
             overlap = max(_overlap(best, span) for span in query.moments)
             # The windows in the middles.
@@ -115,6 +125,11 @@ class GroundingTask(GroundingData, EvaluationTask):
             ],
         )
 
+    @property
+    def _can_be_measured(self) -> bool:
+        """Whether both parts still have a recording with a moment."""
+        return {query.train for query in self.queries if query.moments} == {True, False}
+
     @cached_property
     def _tested(self) -> list[MomentQuery]:
         return [query for query in self.queries if not query.train]
@@ -135,6 +150,7 @@ class GroundingTask(GroundingData, EvaluationTask):
                 values.setdefault(name, []).append(score.value)
         return {name: float(np.mean(each)) for name, each in values.items()}
 
+    @one_core()
     def _segments(self, video: Features, text: Features) -> list[Segments]:
         """The best segments of every tested query, by a head that is trained now."""
         assert isinstance(video, Tensor), "a head is trained on the features of one model"
@@ -212,6 +228,28 @@ class GroundingTask(GroundingData, EvaluationTask):
         return balanced + ((1 - common / union) * inside).sum() / positive
 
     def _scores(self, segments: Sequence[Segments], chance: Mapping[str, float]) -> dict[str, Score]:
+        # Whole recordings are resampled: the moments of one are no independent draws.
+        of_recording: dict[int, list[int]] = {}
+        for place, query in enumerate(self._tested):
+            of_recording.setdefault(query.recording, []).append(place)
+        groups = list(of_recording.values())
+        # Of a single recording nothing can be resampled: no interval, instead of one without width.
+        few = np.full(RESAMPLES, np.nan) if len(groups) < 2 else None
+
+        def recall(name: str, hits: Sequence[Sequence[float]]) -> Score:
+            """The mean of what every query has for each of its moments."""
+            total, count = (np.array([sum(f(hits[i]) for i in group) for group in groups]) for f in (sum, len))
+
+            def value(chosen: IntArray) -> NDArray[np.float64]:
+                share: NDArray[np.float64] = total[chosen].sum(axis=-1) / count[chosen].sum(axis=-1)
+                return 100 * share
+
+            return Score(
+                float(value(np.arange(len(groups)))),
+                chance.get(name),
+                lambda rng: few if few is not None else value(rng.integers(0, len(groups), (RESAMPLES, len(groups)))),
+            )
+
         if not self.detection:
             best = np.array(
                 [
@@ -226,11 +264,7 @@ class GroundingTask(GroundingData, EvaluationTask):
             }
             # The official ranking is by the mean of both overlaps.
             hits["recall_1_mean"] = np.mean([hits[f"recall_1_iou_{100 * each:.0f}"] for each in OVERLAPS], axis=0)
-            return {name: percent([values], chance.get(name)) for name, values in hits.items()}
-        of_recording: dict[int, list[int]] = {}
-        for place, query in enumerate(self._tested):
-            of_recording.setdefault(query.recording, []).append(place)
-        groups = list(of_recording.values())
+            return {name: recall(name, values[:, None].tolist()) for name, values in hits.items()}
         matches = {overlap: self._matches(segments, overlap) for overlap in DETECTION_OVERLAPS}
 
         def precision(overlap: float, chosen: IntArray) -> float:
@@ -251,11 +285,14 @@ class GroundingTask(GroundingData, EvaluationTask):
             def value(chosen: IntArray) -> float:
                 return float(np.mean([precision(each, chosen) for each in overlaps]))
 
-            # Whole recordings are resampled: the moments of one are no independent draws.
             return Score(
                 value(np.arange(len(groups))),
                 chance.get(name),
-                lambda rng: np.array([value(rng.integers(0, len(groups), len(groups))) for _ in range(RESAMPLES)]),
+                lambda rng: (
+                    few
+                    if few is not None
+                    else np.array([value(rng.integers(0, len(groups), len(groups))) for _ in range(RESAMPLES)])
+                ),
             )
 
         result = {"map": score("map", DETECTION_OVERLAPS)}
@@ -263,11 +300,10 @@ class GroundingTask(GroundingData, EvaluationTask):
             result[f"map_iou_{100 * overlap:.0f}"] = score(f"map_iou_{100 * overlap:.0f}", [overlap])
         # As many segments as there are moments of the class in the recording.
         recalled = [
-            any(_overlap(segment, span) >= 0.5 for segment in each[: len(query.moments)])
+            [any(_overlap(s, span) >= 0.5 for s in each[: len(query.moments)]) for span in query.moments]
             for query, each in zip(self._tested, segments, strict=True)
-            for span in query.moments
         ]
-        result["recall_1x_iou_50"] = percent([recalled], chance.get("recall_1x_iou_50"))
+        result["recall_1x_iou_50"] = recall("recall_1x_iou_50", recalled)
         return result
 
     def _matches(self, segments: Sequence[Segments], overlap: float) -> list[NDArray[np.bool_]]:

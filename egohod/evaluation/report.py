@@ -29,7 +29,7 @@ from egohod.data.videos import VideoStore
 from egohod.errors import UserError
 from egohod.evaluation.features import Hit, read_json, span
 from egohod.evaluation.grounding import OVERLAPS
-from egohod.evaluation.results import FORMAT, RESULTS_FILE
+from egohod.evaluation.results import FORMAT, RESULTS_FILE, headlines
 from egohod.runtime import write_text
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def write_report(folder: str | Path, *, decoder: str = "auto") -> Path:
         for name, result in results["benchmarks"].items():
             controls = list(dict.fromkeys(name for each in result["metrics"].values() for name in each["controls"]))
             section = {"name": name, "result": result, "controls": controls, "classes": [], "galleries": []}
+            section["headlines"] = headlines(result["metrics"])
             path = folder / result["details"]
             # Details are large, and may be left behind where results are kept: the page shows the numbers without them.
             if path.is_file():
@@ -68,7 +69,10 @@ def write_report(folder: str | Path, *, decoder: str = "auto") -> Path:
                     section["pictures"] = Thumbnails(clips, decoder)
             sections.append(section)
             path = folder / RESULTS_FILE
-        html = render("report.html.jinja", results=results, sections=sections, shown_classes=SHOWN_CLASSES)
+        controls = list(dict.fromkeys(name for section in sections for name in section["controls"]))
+        html = render(
+            "report.html.jinja", results=results, sections=sections, controls=controls, shown_classes=SHOWN_CLASSES
+        )
     except UserError:  # a ValueError, too, whose message is clear already
         raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, jinja2.UndefinedError) as error:
@@ -203,8 +207,10 @@ def _multiple_choice(table: Mapping[str, Any], clips: Mapping[str, Any]) -> list
     texts, cards = table["texts"], []
     for question in table["questions"]:
         taken, answer = question["taken"], question["answer"]
-        # The choice, and the correct one beside it if that is another.
-        shown = [taken] if taken == answer else [taken, answer]
+        # Some have several correct choices, of which one is enough.
+        right = taken in (answer, *question.get("also", ()))
+        # The choice, and a correct one beside it if it is wrong.
+        shown = [taken] if right else [taken, answer]
         chosen = [question["choices"][i] for i in shown]
         kind, query = question["kind"].replace("_", " "), question["query"]
         if question["query_is_clip"]:
@@ -219,8 +225,10 @@ def _multiple_choice(table: Mapping[str, Any], clips: Mapping[str, Any]) -> list
             captions = ["chosen" if i == taken else "correct" for i in shown]
             pictures += zip(captions, chosen, strict=True)
         truth = truth or names[-1]
-        answers = [Answer(name, question["similarity"][i], i == answer) for name, i in zip(names, shown, strict=True)]
-        cards.append(Card(taken == answer, title, pictures, truth, answers))
+        answers = [
+            Answer(name, question["similarity"][i], right or i != taken) for name, i in zip(names, shown, strict=True)
+        ]
+        cards.append(Card(right, title, pictures, truth, answers))
     return cards
 
 

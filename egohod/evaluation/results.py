@@ -12,7 +12,7 @@ import hashlib
 import importlib.metadata
 import logging
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ FORMAT = 1
 # What a number depends on beside the code: decoding, image resizing and kernels change with versions.
 _PACKAGES = ("egohod", "torch", "numpy", "torchvision", "open_clip_torch")
 
-# Main metrics of a benchmark and their names in papers; a benchmark without any of them is summarised by its first one.
+# Main metrics of a benchmark and their names in papers; of a benchmark without any of them all are shown.
 _HEADLINES = {
     "map": "mAP",
     "ndcg": "nDCG",
@@ -46,6 +46,10 @@ _HEADLINES = {
     "action": "action",
     "verb": "verb",
     "noun": "noun",
+    "process": "process",
+    "location": "location",
+    "state": "state",
+    "parts": "parts",
     "objects": "objects AP",
     "recall_1_mean": "recall@1",
 }
@@ -235,9 +239,8 @@ def markdown(results: Mapping[str, Any]) -> str:
     lines = ["| benchmark | result, % [95 % interval] | protocol | clips | weights |", "|---|---|---|---|---|"]
     for name, each in results["benchmarks"].items():
         metrics, protocol, clips = each["metrics"], each["protocol"], f"{each['clips']:,}"
-        titles = {key: title for key, title in _HEADLINES.items() if key in metrics}
         numbers = []
-        for key, title in (titles or {key: key for key in list(metrics)[:1]}).items():
+        for key, title in headlines(metrics).items():
             value, (low, high) = metrics[key]["value"], metrics[key]["interval"]
             # NaN, the value of a metric without a single query, is unequal to itself.
             numbers.append(f"{title} {value:.1f} [{low:.1f}, {high:.1f}]" if value == value else f"{title} -")
@@ -251,6 +254,12 @@ def markdown(results: Mapping[str, Any]) -> str:
         cells = [cell.replace("|", "\\|") for cell in (name, ", ".join(numbers), shown, clips, model)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def headlines(metrics: Iterable[str]) -> dict[str, str]:
+    """The main ones of a benchmark's ``metrics``, and their titles; all of them where none is known."""
+    names = list(metrics)
+    return {key: title for key, title in _HEADLINES.items() if key in names} or {name: name for name in names}
 
 
 def mean_table(folders: Sequence[Path]) -> str:

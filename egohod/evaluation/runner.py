@@ -134,16 +134,20 @@ def resolve_benchmarks(
 ) -> dict[str, BenchmarkConfig]:
     """The benchmarks of ``--benchmark name``, with ``--root`` and ``--metadata`` filled in.
 
-    ``all`` are those of the configuration whose annotations exist; the others are logged. Raises :class:`UserError`,
-    also where one of ``evaluate.during`` or ``evaluate.final`` is among the others.
+    Several names are separated by commas. ``all`` are those of the configuration whose annotations exist; the others
+    are logged. Raises :class:`UserError`, also where one of ``evaluate.during`` or ``evaluate.final`` is among the
+    others.
     """
     configured = dict(cfg.evaluate.benchmarks)
     if name == "own" and name not in configured:
         log.warning("--benchmark own is now called custom; the old name is read for one more release")
         name = "custom"
+    if (root or metadata) and (name == "all" or "," in name):
+        raise UserError("--root and --metadata belong to one benchmark; for several use evaluate.benchmarks")
+    if "," in name:
+        several = [resolve_benchmarks(cfg, part.strip()) for part in name.split(",")]
+        return {key: each for benchmarks in several for key, each in benchmarks.items()}
     if name == "all":
-        if root or metadata:
-            raise UserError("--root and --metadata belong to one benchmark; for all of them use evaluate.benchmarks")
         # Nobody has all data sets, and the configuration names all. Those of its two lists are required.
         existing = {key: each for key, each in configured.items() if each.metadata and Path(each.metadata).exists()}
         listed, problems = {*cfg.evaluate.during, *cfg.evaluate.final}, []
@@ -168,7 +172,7 @@ def resolve_benchmarks(
     if name not in configured and name not in BENCHMARKS and name not in built:
         # Without the two general formats: they are the kind of a benchmark that has a name of its own.
         names = dict.fromkeys([*configured, *(key for key in BENCHMARKS if key not in ("custom", "labels")), *built])
-        raise UserError(f"--benchmark {name}: there are all, {', '.join(names)}")
+        raise UserError(f"--benchmark {name}: no such benchmark; choose all, {', '.join(names)}")
     config = configured.get(name, BenchmarkConfig())
     return {name: dataclasses.replace(config, root=root or config.root, metadata=metadata or config.metadata)}
 
@@ -178,11 +182,20 @@ def named_evaluators(
 ) -> list[Benchmark]:
     """The benchmarks of a part: ``val``, measured while training, or ``test``, measured once at its end.
 
-    They are those of ``evaluate.during`` and ``evaluate.final``; with ``classes`` they measure a model's heads.
+    They are those of ``evaluate.during`` and ``evaluate.final``; with ``classes`` they measure a model's heads. Raises
+    :class:`UserError` as :func:`benchmark`, and for a benchmark that is not about clips.
     """
     if cfg.evaluate.rerank.path:
-        log.warning("evaluate.rerank does nothing here: a reranker is of one checkpoint, see main_eval.py")
-    names, execution = {"val": cfg.evaluate.during, "test": cfg.evaluate.final}[part], execution_of(cfg, dist)
+        log.warning("evaluate.rerank does nothing here: a reranker belongs to one checkpoint, see main_eval.py")
+    key = {"val": "during", "test": "final"}[part]
+    names, execution = getattr(cfg.evaluate, key), execution_of(cfg, dist)
+    for name in names:
+        # It trains policies for minutes to hours, which belongs behind a run and not into it.
+        if _builder(name, cfg.evaluate.benchmarks[name]):
+            raise UserError(
+                f"evaluate.{key}: {name} is simulated, which a training run does not do; measure the checkpoint by "
+                f"egohod eval --checkpoint {cfg.train.output} --benchmark {name}, or by tools/robot.py (docs/robot.md)"
+            )
     options: dict[str, Any] = {"controls": controls, "classes": classes}
     return [benchmark(cfg, name, cfg.evaluate.benchmarks[name], execution, **options) for name in names]
 
@@ -207,13 +220,18 @@ def measured(cfg: Config, name: str, config: BenchmarkConfig, execution: Executi
     Parameters and errors as of :func:`benchmark`.
     """
     build: Any = benchmark
-    card = CARDS.get(name if config.kind == "auto" else config.kind)
-    if card is not None and card.builder:
+    if builder := _builder(name, config):
         _refuse_averages(cfg, name)
         # Imported now, as what it needs may be an optional extra.
-        module, _, function = card.builder.partition(":")
+        module, _, function = builder.partition(":")
         build = getattr(importlib.import_module(module), function)
     return build(cfg, name, config, execution, **options)
+
+
+def _builder(name: str, config: BenchmarkConfig) -> str:
+    """The function that makes a benchmark that is not about clips; empty for one of clips."""
+    card = CARDS.get(name if config.kind == "auto" else config.kind)
+    return card.builder if card is not None else ""
 
 
 def _refuse_averages(cfg: Config, name: str) -> None:
@@ -658,6 +676,13 @@ class Benchmark:
             require_all(missing, total)
         dataset = self.dataset if len(rows) == total else self.dataset.restricted(np.isin(np.arange(total), rows))
         cache = FeatureCache(execution.cache, self._dependencies(model)) if execution.cache else None
+        if isinstance(model, StoredFeatures) and (self.controls or self.flip):
+            model.encode_video(torch.empty(0))  # raises
+        # Texts first: a model without a text tower should not cost the clips. All tasks at once: texts that they share
+        # are encoded once.
+        texts = [text for task in self.tasks for text in task.texts]
+        swapped = [swap_sides(text) for text in texts] if self.flip else []
+        embedded = embed_texts(model, texts + swapped, self.tokenizer, execution, cache=cache) if texts else None
         # Missing files are known already; what comes up while decoding is numbered among the remaining clips.
         video, report = embed_clips(model, dataset, execution, controls=self.controls, flip=self.flip, cache=cache)
         if report.faults:
@@ -671,16 +696,16 @@ class Benchmark:
         if isinstance(model, ClassProbabilities):  # heads need no texts
             place = model.mirrored.cpu()
             video = {name: each[:, place] if name.endswith(MIRRORED) else each for name, each in video.items()}
-        # All tasks at once: texts that they share are encoded once.
-        texts = [text for task in self.tasks for text in task.texts]
-        swapped = [swap_sides(text) for text in texts] if self.flip else []
-        if texts:
-            embedded = embed_texts(model, texts + swapped, self.tokenizer, execution, cache=cache)
-        else:
+        if embedded is None:
             embedded = torch.zeros(0, video[PLAIN].shape[-1])
+        width = embedded.shape[1]
+        if self.reranker is None and width != video[PLAIN].shape[-1]:  # a reranker's tokens follow the features
+            raise UserError(
+                f"benchmark {self.name}: features of clips have {video[PLAIN].shape[-1]} dimensions and those of texts "
+                f"{width}, which cannot be compared"
+            )
         by_name, tokens = {PLAIN: embedded[: len(texts)], MIRRORED: embedded[len(texts) :]}, dict[str, Tensor]()
         if self.reranker is not None:
-            width = embedded.shape[1]
             tokens = {order: clips[:, width:] for order, clips in video.items()}
             video = {order: clips[:, :width].contiguous() for order, clips in video.items()}
         return Embedded(rows, video, by_name, report, tokens)

@@ -205,7 +205,7 @@ def _id_problems(what: str, ids: Sequence[Any], expected: Sequence[str]) -> list
 def _result_problems(results: Any, clips: Sequence[str]) -> list[str]:
     """What is wrong with the scores of action recognition."""
     if not isinstance(results, dict):
-        return ["'results' is no dictionary by narration id"]
+        return ["'results' is not a dictionary by narration id"]
     problems, with_actions = _id_problems("narration ids", list(results), clips), set()
     for clip, scores in results.items():
         if not isinstance(scores, dict):
@@ -226,7 +226,7 @@ def _result_problems(results: Any, clips: Sequence[str]) -> list[str]:
             words = [text.strip() for text in key.split(",")]
             numbers = [int(text) if text.isdecimal() and len(text) < 5 else -1 for text in words]
             if len(numbers) != 2 or not all(0 <= n < c for n, c in zip(numbers, CLASSES.values(), strict=True)):
-                problems.append(f"{clip}: action '{key:.40}' is no 'verb,noun' of the challenge")
+                problems.append(f"{clip}: action '{key:.40}' is not a 'verb,noun' of the challenge")
         for part in scores.values():
             for key, score in part.items() if isinstance(part, dict) else ():
                 # The organisers' program takes NaN and infinity too, but their rank is arbitrary.
@@ -246,7 +246,7 @@ def _matrix_problems(content: Mapping[str, Any], clips: Sequence[str], texts: Se
         ids = content.get(key)
         # A list, or an array or a pandas Index of texts.
         if not isinstance(ids, (list, tuple, np.ndarray)) or not all(isinstance(each, str) for each in ids):
-            problems.append(f"'{key}' is no list of narration ids")
+            problems.append(f"'{key}' is not a list of narration ids")
             continue
         ids = list(ids)
         lengths.append(len(ids))
@@ -257,7 +257,7 @@ def _matrix_problems(content: Mapping[str, Any], clips: Sequence[str], texts: Se
         problems += wrong
     matrix = content.get("sim_mat")
     if not isinstance(matrix, np.ndarray) or matrix.ndim != 2 or matrix.dtype.kind != "f":
-        problems.append("'sim_mat' is no matrix of numbers")
+        problems.append("'sim_mat' is not a matrix of numbers")
     elif len(lengths) == 2 and list(matrix.shape) != lengths:
         problems.append(f"'sim_mat' is {list(matrix.shape)}, but vis_ids and txt_ids are {lengths}")
     elif not np.isfinite(matrix).all():

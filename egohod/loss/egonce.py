@@ -17,8 +17,11 @@ from egohod.loss.contrastive import duplicates
 
 def share_tags(own: Tensor, others: Tensor) -> Tensor:
     """Whether items have a tag in common: int64 [B, W] and [N, W], 0 where there is none -> bool [B, N]."""
-    equal = (own[:, None, :, None] == others[None, :, None, :]) & (own != 0)[:, None, :, None]
-    return equal.any(dim=3).any(dim=2)
+    shared = torch.zeros(len(own), len(others), dtype=torch.bool, device=own.device)
+    # Tag by tag: all pairs of tags at once would take a gigabyte for 4,096 clips.
+    for tag in own.unbind(dim=1):
+        shared |= ((tag[:, None, None] == others) & (tag != 0)[:, None, None]).any(dim=2)
+    return shared
 
 
 class EgoNCE:

@@ -132,7 +132,7 @@ def load_reranker(path: str | Path) -> Reranker:
             shape = RerankerShape(**json.loads((file.metadata() or {})["reranker"]))
             sizes = (shape.video_width, shape.text_width, shape.frames, shape.grid, shape.width, shape.heads)
             if not all(type(size) is int and 0 < size <= _LARGEST for size in (*sizes, shape.layers)):
-                raise ValueError("its sizes are no sizes")
+                raise ValueError("its sizes are not valid")
             if shape.layers > _DEEPEST or shape.width % shape.heads or not isinstance(shape.encoder, str):
                 raise ValueError("its settings contradict each other")
             # Without memory of their own until the file's tensors fit: sizes are only claims.

@@ -19,6 +19,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def run(cfg: RobotConfig, model: Any, random: Any, checkpoint: Mapping[str, str]
     sources, policies = inputs(cfg, model, random), cfg.seeds * cfg.policy.checkpoints
     counts, outcomes = sorted(cfg.demonstrations), dict[tuple[str, int, str], dict[str, Any]]()
     drawn = sum(source.draws for source in sources) * len(counts) * len(cfg.scene.tasks)
-    done, what, versions = 0, "", _versions(cfg)
+    done, what, versions, processes = 0, "", _versions(cfg), _processes(cfg)
     # Rows without pictures take seconds: counted, they would promise that the others do, too.
     with Progress("rollouts", total=drawn * policies * cfg.rollouts, unit="rollouts", seconds=10.0) as progress:
         # Of the row that is being measured.
@@ -81,10 +82,10 @@ def run(cfg: RobotConfig, model: Any, random: Any, checkpoint: Mapping[str, str]
 
         for task in cfg.scene.tasks:
             scene = scene_of(cfg, task)
-            with Simulators(scene, cfg.processes or usable_cores(), cfg.slots) as simulators:
+            with Simulators(scene, processes, cfg.slots) as simulators:
                 folder = Path(cfg.cache) / "demonstrations" / _scene_name(scene, versions)
                 # Also of fewer the first ones, so that a larger number only adds to them.
-                episodes = demonstrations(simulators, scene, folder, counts[-1], cfg.processes or usable_cores())
+                episodes = demonstrations(simulators, scene, folder, counts[-1], processes)
                 for count in counts:
                     for source in sources:
                         what = f"{task}, {count} demonstrations, {source.name}"
@@ -93,7 +94,7 @@ def run(cfg: RobotConfig, model: Any, random: Any, checkpoint: Mapping[str, str]
                         )
                         name = f"{task}-{count}-{source.name.replace(' ', '_')}-{content_hash(key, length=12)}"
                         path = Path(cfg.cache) / "rows" / f"{name}.json"
-                        if not path.exists():
+                        if not _is_finished(path):
                             start = time.monotonic()
                             row = _measure(cfg, simulators, source, episodes[:count], name, report)
                             write_json(path, {"format": FORMAT, **row})
@@ -103,7 +104,10 @@ def run(cfg: RobotConfig, model: Any, random: Any, checkpoint: Mapping[str, str]
                         outcomes[task, count, source.name] = row = read_json(path, FORMAT, "run again")
                         for film in row["films"]:
                             (output / "films").mkdir(parents=True, exist_ok=True)
-                            shutil.copyfile(Path(cfg.cache) / "films" / film["file"], output / "films" / film["file"])
+                            with suppress(FileNotFoundError):  # a row without its films is still a row
+                                shutil.copyfile(
+                                    Path(cfg.cache) / "films" / film["file"], output / "films" / film["file"]
+                                )
     results = summarise(cfg, [source.name for source in sources], outcomes)
     results |= {"checkpoint": dict(checkpoint), "versions": versions, "settings": asdict(cfg)}
     write_json(output / RESULTS_FILE, results)
@@ -128,6 +132,19 @@ def scene_of(cfg: RobotConfig, task: str) -> Scene:
     recordings = str(Path(each.recordings).resolve()) if each.recordings else None
     horizon = each.horizons.get(task, each.horizon)
     return Scene(each.suite, task, each.image_size, each.repeat, horizon, each.noise, recordings)
+
+
+def _is_finished(path: Path) -> bool:
+    """Whether there is a row that can be read; another one is measured again."""
+    try:
+        return bool(read_json(path, FORMAT, ""))
+    except UserError:
+        return False
+
+
+def _processes(cfg: RobotConfig) -> int:
+    # More would have no simulator.
+    return min(cfg.processes or usable_cores(), cfg.slots)
 
 
 def _versions(cfg: RobotConfig) -> dict[str, str]:
@@ -158,7 +175,8 @@ def demonstrations(
             if tried >= _TRIES * count + 8:
                 raise UserError(
                     f"the expert of {scene.task} succeeded in {len(episodes)} of {tried} demonstrations within "
-                    f"{scene.horizon} steps; raise scene.horizons.{scene.task} or lower scene.noise={scene.noise:g}"
+                    f"{scene.horizon} steps; raise scene.horizons.{scene.task}, or lower demonstrations or "
+                    f"scene.noise={scene.noise:g}"
                 )
             numbers = range(tried, tried + processes)
             batch = {each: _read(folder / f"{each:05d}.npz") for each in numbers}
@@ -340,7 +358,7 @@ class RobotBenchmark:
 
     def __init__(self, cfg: Config, name: str, config: BenchmarkConfig, execution: Execution, **options: Any) -> None:
         if execution.dist.world_size > 1:
-            raise UserError(f"{name}: runs in one process, which starts the simulators; use no torchrun or srun")
+            raise UserError(f"{name}: runs in one process, which starts the simulators; run it without torchrun")
         if not options.get("need_videos", True):
             raise UserError(f"{name}: draws its own frames, so stored features cannot be evaluated; give a model")
         self.name, self._cfg, self._dist = name, cfg, execution.dist
@@ -413,7 +431,7 @@ def estimate(cfg: RobotConfig, model: Any, random: Any) -> dict[str, float]:
     Most take less: an episode ends with its success. The first demonstrations are made where a run looks for them.
     """
     sources, counts = inputs(cfg, model, random), sorted(cfg.demonstrations)
-    scene, processes = scene_of(cfg, cfg.scene.tasks[0]), cfg.processes or usable_cores()
+    scene, processes = scene_of(cfg, cfg.scene.tasks[0]), _processes(cfg)
     folder = Path(cfg.cache) / "demonstrations" / _scene_name(scene, _versions(cfg))
     clock, seconds = time.monotonic, dict[str, float]()
     with Simulators(scene, processes, cfg.slots) as simulators:

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from egohod.data.dataset import center_crop, normalise
-from egohod.distributed import inference_precision
+from egohod.distributed import inference_precision, one_core
 from egohod.errors import UserError
-from egohod.evaluation.embed import fingerprint, image_stats_of
+from egohod.evaluation.embed import identity_of, image_stats_of
 from egohod.evaluation.features import read_feature_file, write_feature_file
 from egohod.model.dual_encoder import EgoVideo
 from egohod.robot.config import FeaturesConfig, PolicyConfig
@@ -66,7 +66,8 @@ class VideoInput:
 
     ``model`` is anything with ``encode_video(video [B, 3, T, S, S], normalize=False)``; its frames have the side
     ``model.size`` or ``model.geometry.image_size``, else 224. With ``freeze`` the window repeats its newest frame: the
-    control that shows what motion is worth. Features of demonstrations are kept below ``cache``.
+    control that shows what motion is worth. Features of demonstrations are kept below ``cache``; those of a model
+    without weights serve this object alone.
 
     Raises :class:`UserError` for a readout that the model does not have.
     """
@@ -82,10 +83,7 @@ class VideoInput:
         visual = getattr(model, "visual", None)
         if config.readout == "grid" and (isinstance(model, EgoVideo) or not hasattr(visual, "rotations")):
             raise UserError("features.readout=grid needs a vision tower of this project on one path; use embedding")
-        weights = fingerprint(model) if isinstance(model, torch.nn.Module) else repr(model)
-        # The same weights give other features on another path or with another activation.
-        architecture = f"{geometry} {getattr(model, 'activation', '')} {getattr(model, 'num_frames', '')}"
-        self.identity = content_hash(weights, architecture, str(asdict(config)), str(freeze), length=32)
+        self.identity = content_hash(identity_of(model), str(asdict(config)), str(freeze), length=32)
         self._cache = cache / "features"
         # Ages of the window's frames in actions, oldest first.
         self._ages = np.array([0 if freeze else config.stride * i for i in range(config.frames)][::-1])
@@ -195,23 +193,14 @@ class Policies:
         return Policies([each.detach().clone() for each in self.weights], self.mean.clone(), self.variance.clone())
 
 
+@one_core()
 def clone(inputs: NDArray[np.float32], actions: NDArray[np.float32], config: PolicyConfig, seeds: int) -> Policies:
     """Train a policy for each seed on demonstrated ``inputs`` [N, D] and ``actions`` [N, A].
 
     Returns the last ``config.checkpoints`` checkpoints of all seeds as one set of policies, checkpoint by checkpoint.
-    Seeds are trained at once, as batched products: three cost little more than one. On one core always: the network is
-    too small for a GPU, and so the result does not depend on the number of cores. Raises :class:`UserError` when a loss
-    is not finite.
+    Seeds are trained at once, as batched products: three cost little more than one. On one core, as the network is too
+    small for a GPU. Raises :class:`UserError` when a loss is not finite.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return _clone(inputs, actions, config, seeds)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _clone(inputs: NDArray[np.float32], actions: NDArray[np.float32], config: PolicyConfig, seeds: int) -> Policies:
     x, y = torch.from_numpy(inputs).float(), torch.from_numpy(actions).float()
     policies = Policies.fresh(seeds, x.shape[1], y.shape[1], config.width, x.device)
     # One call changes all weights: a step is so small that the number of calls decides.

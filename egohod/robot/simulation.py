@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from egohod.errors import UserError
 
-INSTALL = "pip install 'egohod[robot]' (docs/robot.md)"
+INSTALL = "pip install '.[robot]' (docs/robot.md)"
 RENDERER = "apt-get install libosmesa6, or MUJOCO_GL=egl on a machine with a GPU (docs/robot.md)"
 # Actions that a demonstration continues after its success: the policy learns to stay there.
 _AFTER_SUCCESS = 5

@@ -22,6 +22,8 @@ from egohod.errors import UserError
 from egohod.evaluation.cards import CARDS
 from egohod.evaluation.features import INDEX_FORMAT, file_of, open_index, write_feature_file, write_video
 from egohod.evaluation.runner import benchmark, execution_of
+from egohod.model.config import ModelConfig
+from egohod.model.dual_encoder import create_model
 from tests.support import ROOT, environment
 
 OPTIONS: dict[str, Any] = {"num_frames": FRAMES, "batch_size": 7, "workers": 0}
@@ -57,6 +59,15 @@ def test_cards_name_what_each_benchmark_is() -> None:
     assert [card.name for card in egohod.list_benchmarks("ek100*")] == ["ek100_mir", "ek100_cls", "ek100_cls_test"]
 
 
+def test_the_command_shows_the_cards_of_a_pattern(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["benchmarks", "ek100_c*"]) == 0
+    shown = capsys.readouterr().out
+    assert "published: EgoVideo-L action_top1 24 (ICLR 2025" in shown
+    assert "egomcq" not in shown
+    with pytest.raises(UserError, match=r"benchmarks egomqc: no benchmark matches \(did you mean 'egomcq'"):
+        main(["benchmarks", "egomqc"])
+
+
 def test_a_benchmark_is_five_lines_and_equals_the_program(formats: Path, tmp_path: Path) -> None:
     bench = loaded(formats, "ek100_mir")
     assert list(bench.clips.columns) == ["id", "video", "start", "end"]
@@ -77,6 +88,10 @@ def test_a_benchmark_is_five_lines_and_equals_the_program(formats: Path, tmp_pat
     assert "ek100_mir" in page
     assert "egomcq" in page
     assert "shuffle" in page
+    with pytest.raises(UserError, match="both results have the benchmark ek100_mir"):
+        results + results
+    with pytest.raises(UserError, match=r"Pixels \(.*cannot be joined: a page is of one model"):
+        results + loaded(formats, "egomcq").evaluate(Pixels(), **OPTIONS)
 
 
 def test_an_object_with_two_methods_is_a_model(formats: Path) -> None:
@@ -85,11 +100,27 @@ def test_an_object_with_two_methods_is_a_model(formats: Path) -> None:
     assert {"egomcq/intra", "egomcq/reverse/intra"} <= set(results.metrics)
 
 
+def test_the_cache_tells_models_of_equal_weights_apart(formats: Path, tmp_path: Path) -> None:
+    bench, options = loaded(formats, "egomcq"), {**OPTIONS, "tokenizer": tokenizer_for(config().model)}
+    first = small_model()
+    other = create_model(ModelConfig(name="DEMO", num_frames=FRAMES, activation="quick_gelu"))
+    other.load_state_dict(first.state_dict())
+    assert first.activation != other.activation
+    stored = [
+        bench.evaluate(model, cache=tmp_path, **options).contents["benchmarks"]["egomcq"]["timing"]["from_cache"]
+        for model in (first, other, other)
+    ]
+    assert stored == [0, 0, len(bench.clips)]
+
+
 def test_models_that_lack_something_are_refused(formats: Path) -> None:
     bench = loaded(formats, "egomcq")
 
     class NoText:
-        image_size, encode_video = 40, Pixels.encode_video
+        image_size = 40
+
+        def encode_video(self, frames: torch.Tensor) -> torch.Tensor:
+            raise AssertionError("texts come first, which are cheap")
 
     class Flat(Pixels):
         def encode_video(self, frames: torch.Tensor) -> torch.Tensor:
@@ -103,6 +134,18 @@ def test_models_that_lack_something_are_refused(formats: Path) -> None:
         bench.evaluate(object(), **OPTIONS)
     with pytest.raises(UserError, match=r"no temporal control 'shufle' \(did you mean 'shuffle'"):
         bench.evaluate(Pixels(), ["shufle"], **OPTIONS)
+
+    class Short(Pixels):
+        def encode_text(self, sentences: list[str]) -> np.ndarray:
+            return super().encode_text(sentences)[:, :5]
+
+    with pytest.raises(UserError, match="features of clips have 12 dimensions and those of texts 5"):
+        bench.evaluate(Short(), **OPTIONS)
+    with pytest.raises(UserError, match="DualEncoder reads tokens: give tokenizer="):
+        bench.evaluate(small_model(), **OPTIONS)
+    for model in (Pixels(), torch.nn.Linear(1, 1)):
+        with pytest.raises(UserError, match=r"must be a torch\.nn\.Module with encode_video and encode_text"):
+            bench.evaluate(model, tokenizer=list, **OPTIONS)
     with pytest.raises(UserError, match="runs/demo: not open_clip"):
         bench.evaluate("runs/demo", **OPTIONS)
     for arguments, message in (
@@ -119,7 +162,8 @@ def write_features(folder: Path, bench: LoadedBenchmark, without: int | None = N
     """Random features of all clips but one, and of all texts."""
     clips = bench.clips if without is None else bench.clips.drop(index=without)
     features = random_features(len(bench.clips), 0).numpy()
-    index: dict[str, Any] = {"format": INDEX_FORMAT, "model": "x", "weights": "0f" * 32, "protocol": {}, "root": ""}
+    index: dict[str, Any] = {"format": INDEX_FORMAT, "model": "x", "weights": "0f" * 32, "root": ""}
+    index["protocol"] = {"frames": 3, "size": 40}
     videos = {video: file_of(video) for video in clips["video"]}
     open_index(folder, {**index, "layout": "whole", "chunk_seconds": 15.0, "videos": videos})
     for video, rows in clips.groupby("video"):
@@ -135,6 +179,8 @@ def test_a_folder_of_features_is_a_model(formats: Path, tmp_path: Path) -> None:
     results = bench.evaluate(f"features:{tmp_path}/all")
     assert results.contents["checkpoint"]["sha256"] == "0f" * 32
     assert results.metrics["egomcq/intra"] < 60
+    made = results.contents["benchmarks"]["egomcq"]["protocol"]
+    assert (made["frames"], made["size"]) == (3, 40), "as the features were made"
     with pytest.raises(UserError, match="no temporal controls"):
         bench.evaluate(f"features:{tmp_path}/all", ["reverse"])
     write_features(tmp_path / "some", bench, without=3)
@@ -143,6 +189,11 @@ def test_a_folder_of_features_is_a_model(formats: Path, tmp_path: Path) -> None:
     partial = bench.evaluate(f"features:{tmp_path}/some", allow_missing=True)
     assert partial.contents["benchmarks"]["egomcq"]["partial"]
     assert "**partial**" in partial.to_markdown()
+    # Texts are those of the protocol, whose class prompts may be more.
+    chosen = settings(formats, "ek100_cls")
+    classes = egohod.load_benchmark("ek100_cls", chosen.metadata, protocol="upstream")
+    write_features(tmp_path / "classes", classes)
+    assert classes.evaluate(f"features:{tmp_path}/classes").metrics["ek100_cls/action_top1"] < 20
     (tmp_path / "all" / "texts.npz").unlink()
     with pytest.raises(UserError, match="compares clips with texts"):
         bench.evaluate(f"features:{tmp_path}/all")

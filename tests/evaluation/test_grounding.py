@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from egohod.data.config import SourceConfig
 from egohod.data.formats import BENCHMARKS
-from egohod.data.formats.base import BenchmarkData, BenchmarkOptions, GroundingData
+from egohod.data.formats.base import BenchmarkData, BenchmarkOptions, GroundingData, MomentQuery
 from egohod.errors import UserError
 from egohod.evaluation.config import BenchmarkConfig
 from egohod.evaluation.grounding import GroundingTask, _interpolated_precision, _overlap
@@ -85,13 +85,28 @@ def test_an_oracle_finds_the_moments_and_random_features_only_their_lengths(tmp_
         assert low - 8 <= scores[name].chance <= high + 8, name  # type: ignore[operator]
 
 
-def test_a_measure_repeats_and_leaves_random_numbers_alone(tmp_path: Path) -> None:
+def test_a_measure_repeats_and_leaves_random_numbers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loss, threads = GroundingTask._loss, set[int]()
+
+    def counting(*arguments: Any) -> Tensor:
+        threads.add(torch.get_num_threads())
+        return loss(*arguments)
+
+    monkeypatch.setattr(GroundingTask, "_loss", counting)
     _, task = read(annotated(tmp_path, "nlq"), "nlq")
     video, text = oracle(task)
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    first = {name: score.value for name, score in task.measure(video, text).items()}
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first = {name: score.value for name, score in task.measure(video, text).items()}
+        # One core: bits do not depend on how many there are.
+        assert threads == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
     assert torch.equal(torch.rand(1), expected)
     again = read(tmp_path, "nlq")[1].measure(video.clone(), text.clone())
     assert first == {name: score.value for name, score in again.items()}
@@ -109,6 +124,17 @@ def test_recordings_go_with_a_window_that_cannot_be_read(tmp_path: Path) -> None
     assert len(rest.queries) == len(task.queries) - 4
     video, text = oracle(task)
     assert rest.measure(video[torch.from_numpy(mask)], text)["recall_1_iou_30"].value > 90
+    # Without a recording to learn from, or to be tested on, there are no numbers, and no failure either.
+    for train in (True, False):
+        mask = np.ones(len(data.clips), dtype=bool)
+        for query in task.queries:
+            if query.train == train:
+                mask[task.recordings[query.recording][0]] = False
+        rest, some = task.restricted(mask), video[torch.from_numpy(mask)]
+        scores = rest.measure(some, text)
+        assert sorted(scores) == sorted(task.metric_names)
+        assert np.isnan([score.value for score in scores.values()]).all()
+        assert rest.details(some, text)["queries"] == []
 
 
 def test_windows_cover_a_recording_and_end_with_it(tmp_path: Path) -> None:
@@ -147,7 +173,7 @@ def test_annotators_agree_and_queries_without_text_are_counted(tmp_path: Path) -
     ("change", "message"),
     [
         (lambda clip: clip.pop("video_end_sec"), "clip 'c24': KeyError 'video_end_sec'"),
-        (lambda clip: clip.update(video_end_sec=50), "clip 'c24': 100 to 50 s is no stretch of time"),
+        (lambda clip: clip.update(video_end_sec=50), "clip 'c24': 100 to 50 s is not a range of time"),
         (lambda clip: clip["annotations"][0]["language_queries"][0].pop("video_start_sec"), "KeyError"),
         (lambda clip: clip.update(annotations=[3]), "clip 'c24': TypeError"),
     ],
@@ -170,6 +196,40 @@ def test_detections_are_ranked_as_activitynet_does() -> None:
     # Hits at ranks 2 and 3 of three: the precision at recall 1/3 is that of the higher recall, 2/3.
     right = np.array([False, True, True])
     assert _interpolated_precision(right, 3) == pytest.approx((2 / 3 + 2 / 3) / 3)
+
+
+def test_numbers_are_those_of_a_small_case_and_whole_recordings_are_resampled() -> None:
+    moments = [(((0, 10),),), (((0, 10),), ((20, 30), (40, 50)))]  # by recording and class
+    queries = [
+        MomentQuery(recording, number, spans, train=False)
+        for recording, texts in enumerate(moments)
+        for number, spans in enumerate(texts)
+    ]
+    rows = [np.arange(2), np.arange(2, 4)]
+    task = GroundingTask(["a", "b"], rows, np.arange(4.0), 1.0, queries, detection=True)
+    segments = [
+        np.array([[0, 5, 0.9], [0, 8, 0.8]]),  # overlaps of 0.5 and, too late, 0.8
+        np.array([[20, 30, 0.7], [0, 4, 0.6]]),  # none, 0.4
+        np.array([[41, 51, 0.9], [0, 9, 0.5], [20, 26, 0.1]]),  # 9/11, none, 0.6: behind two segments
+    ]
+    scores = task._scores(segments, {})
+    # Class a at 0.5: a hit, two that are none, and one that is none: 1/1 of one of two moments. Class b: 1/1 and 2/3.
+    assert scores["map_iou_50"].value == pytest.approx(100 * (1 / 2 + (1 + 2 / 3) / 2) / 2)
+    # At 0.4 the last of a is a hit too, at rank 4.
+    assert scores["map_iou_40"].value == pytest.approx(100 * ((1 + 2 / 4) / 2 + (1 + 2 / 3) / 2) / 2)
+    assert scores["recall_1x_iou_50"].value == pytest.approx(100 * 2 / 4)
+
+    queries = [MomentQuery(i // 4, 0, ((0, 10),), train=False) for i in range(8)]
+    task = GroundingTask(["a"], rows, np.arange(4.0), 1.0, queries)
+    scores = task._scores([np.array([[0, 4.0, 0.9], [0, 6, 0.8]])] * 4 + [np.array([[50, 60, 1.0]])] * 4, {})
+    values = {"recall_1_iou_30": 50, "recall_1_iou_50": 0, "recall_5_iou_50": 50, "recall_1_mean": 25}
+    assert {name: scores[name].value for name in values} == values
+    # One of two recordings has all hits: every share is possible, as if there were two queries and not eight.
+    assert scores["recall_1_iou_30"].interval() == (0, 100)
+    # A single recording has no interval, rather than one of no width.
+    for detection in (True, False):
+        alone = GroundingTask(["a"], rows, np.arange(4.0), 1.0, queries[:4], detection)
+        assert all(np.isnan(score.interval()).all() for score in alone._scores([segments[0]] * 4, {}).values())
 
 
 def test_the_length_of_windows_is_a_setting(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_the_model_is_that_of_the_checkpoint(formats: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        (["--benchmark", "mri"], "--benchmark mri: there are all, ek100_mir"),
+        (["--benchmark", "mri"], "--benchmark mri: no such benchmark; choose all, ek100_mir"),
         (["--benchmark", "egtea"], "evaluate.benchmarks.egtea.metadata is not set; give --metadata"),
         (["--benchmark", "egtea", "--metadata", "/nowhere", "--root", "."], "/nowhere: no action_idx.txt there"),
         (["--root", "x"], "--root and --metadata need --benchmark"),

@@ -125,9 +125,23 @@ def test_egohoibench_replaces_the_verb_or_the_noun(tmp_path: Path) -> None:
     data, task = read("egohoibench", write(tmp_path / "EgoHOIBench.csv", HOI))
     assert data.clips.start.tolist() == [1.5, 3]
     assert [question.kind for question in task.questions] == ["verb", "noun", "action", "verb"]
-    assert choices_of(task, 0) == ["#C C opens the jar", "#C C closes the jar", "#C C shakes the jar"]
+    assert sorted(choices_of(task, 0)) == ["#C C closes the jar", "#C C opens the jar", "#C C shakes the jar"]
     assert len(task.questions[2].choices) == 4
-    assert {question.answer for question in task.questions} == {0}
+    for place, question in enumerate(task.questions):
+        own = "#C C looks" if place == 3 else "#C C opens the jar"
+        assert choices_of(task, place)[question.answer] == own
+
+
+def test_a_model_that_sees_nothing_is_at_chance_on_replaced_captions(tmp_path: Path) -> None:
+    rows = [f"v\t{i}\t{i + 1}\t#C C opens {i} \t[]\t[]\t#C C opens {i},a {i},b {i},c {i}\td {i}" for i in range(400)]
+    data, task = read("egohoibench", write(tmp_path / "EgoHOIBench.csv", "\n".join([HOI.splitlines()[0], *rows])))
+    # The own caption with a space behind it is no replaced one.
+    assert {len(set(question.choices)) for question in task.questions} == {2, 4, 5}
+    blind = torch.ones(len(data.clips), 1), torch.ones(len(task.texts), 1)
+    for name, score in MultipleChoiceTask(**vars(task)).measure(*blind).items():
+        low, high = score.interval()
+        assert score.chance is not None
+        assert low - 2 < score.chance < high + 2, name
 
 
 def test_opposite_actions_are_pairs_in_both_directions(tmp_path: Path) -> None:

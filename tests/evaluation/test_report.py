@@ -13,6 +13,7 @@ import pytest
 
 from egohod.evaluation import report as galleries
 from egohod.evaluation.report import confusion_plot, most_confused, write_report
+from egohod.evaluation.results import headlines
 from tests.browser import browser, needs_chromium
 from tests.support import Command
 
@@ -66,6 +67,15 @@ def test_every_number_stands_on_the_page(evaluated: Path) -> None:
             assert low is None or f"{low:.1f} to {high:.1f}" in page
             for control in number["controls"].values():
                 assert f"{control['value']:.1f}" in page
+    overview = page[page.index("All benchmarks") : page.index("<h3>")]
+    for number, (name, each) in enumerate(results["benchmarks"].items(), 1):
+        assert f'<a href="#benchmark-{number}">{name}</a>' in overview
+        for metric in headlines(each["metrics"]):
+            assert f"{each['metrics'][metric]['value'] + 0.0:.1f} %" in overview
+            assert all(
+                f"{control['value'] + 0.0:.1f} %" in overview
+                for control in each["metrics"][metric]["controls"].values()
+            )
     assert "41.8 %" in page, "the published number"
     assert "0f" * 32 in page
     assert "a &lt;run&gt;" in page
@@ -160,7 +170,8 @@ def test_galleries_are_bounded_and_even() -> None:
 def test_a_question_that_asks_for_a_clip_shows_what_was_taken_and_what_was_right() -> None:
     clips = {"id": ["a", "b"], "start": [0.0, 1.0], "end": [1.0, 2.0]}
     question = {"kind": "inter", "query_is_clip": False, "query": 0, "choices": [1, 0], "answer": 1, "taken": 0}
-    table = {"kind": "multiple_choice", "texts": ["opens"], "questions": [question | {"similarity": [0.5, 0.25]}]}
+    questions: list[dict[str, Any]] = [question | {"similarity": [0.5, 0.25]}]
+    table = {"kind": "multiple_choice", "texts": ["opens"], "questions": questions}
     (card,) = galleries.gallery(table, clips).wrong
     assert card.pictures == [("chosen", 1), ("correct", 0)]
     assert card.truth == "opens"
@@ -168,6 +179,11 @@ def test_a_question_that_asks_for_a_clip_shows_what_was_taken_and_what_was_right
         ("b, 1.00–2.00 s", False),
         ("a, 0.00–1.00 s", True),
     ]
+    # One of several correct choices is enough.
+    questions[0]["also"] = [0]
+    (card,) = galleries.gallery(table, clips).right
+    assert card.pictures == [("chosen", 1)]
+    assert [answer.right for answer in card.answers] == [True]
 
 
 def test_the_most_confused_classes_are_plotted_whatever_they_are_called() -> None:

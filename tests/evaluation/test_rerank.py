@@ -151,9 +151,14 @@ def test_the_tool_trains_a_head_that_an_evaluation_uses(
     train = [f"data.train.demo.metadata={formats}/benchmarks/ek100/EPIC_100_train.csv", "data.train.demo.format=ek100"]
     train += [f"data.train.demo.root={demo_world}/train/videos", "data.labels.target=relevancy", "loss.name=sms"]
     sizes = ["--steps", "4", "--group", "5", "--groups", "1", "--views", "1", "--width", "16", "--depth", "10"]
+    sizes += ["--grid", "9"]  # more than the tower's patches
     output = tmp_path / "rerank.safetensors"
+    done = inside("train_reranker", *common, *train, *sizes, "--output", output, "--width", "18")
+    assert done.returncode == 2
+    assert "--width 18 must be a multiple of 4" in done.stderr
     done = inside("train_reranker", *common, *train, *sizes, "--output", output)
     assert done.returncode == 0, done.stderr
+    assert " 0.0 % of the pairs" not in done.stderr, "a run of few steps has a last tenth, too"
     assert output.exists()
     where = settings(formats, "ek100_mir")
     more = [

@@ -311,8 +311,11 @@ def test_names_of_benchmarks(formats: Path) -> None:
     assert resolve_benchmarks(cfg, "egtea", root="r", metadata="m") == {
         "egtea": BenchmarkConfig(root="r", metadata="m")
     }
-    with pytest.raises(UserError, match="--benchmark mri: there are all, ek100_mir, ek100_cls"):
+    with pytest.raises(UserError, match="--benchmark mri: no such benchmark; choose all, ek100_mir, ek100_cls"):
         resolve_benchmarks(cfg, "mri")
+    assert list(resolve_benchmarks(cfg, "egtea, egomcq")) == ["egtea", "egomcq"]
+    with pytest.raises(UserError, match="--root and --metadata belong to one benchmark"):
+        resolve_benchmarks(cfg, "egtea,egomcq", root="r")
     with pytest.raises(UserError, match="no benchmark's data is found"):
         resolve_benchmarks(cfg, "all")
     cfg.evaluate.benchmarks = {"mine": settings(formats, "custom"), "gone": BenchmarkConfig(metadata="/nowhere")}

@@ -24,6 +24,7 @@ from egohod.evaluation.config import BenchmarkConfig
 from egohod.evaluation.runner import Benchmark, benchmark, execution_of
 from egohod.evaluation.submission import challenge_task, check_submission, write_submission
 from egohod.evaluation.tasks import ClassificationTask, RetrievalTask, head_tasks
+from tests.support import Command
 from tools import check_submission as tool
 
 CLIPS, TEXTS = ["P01_11_0", "P01_11_1", "P01_11_2"], ["P01_11_0", "P01_11_2"]
@@ -81,7 +82,7 @@ def changed(change: Callable[[dict[str, Any]], Any]) -> bytes:
         (lambda c: c.update(version="0.1"), "'version' is '0.1', not '0.2'"),
         (lambda c: c.update(challenge="action_anticipation"), "not 'action_recognition'"),
         (lambda c: c.update(sls_td=6), "'sls_td' is 6, not a whole number from 0 to 5"),
-        (lambda c: c.update(results=[]), "'results' is no dictionary"),
+        (lambda c: c.update(results=[]), "'results' is not a dictionary"),
         (lambda c: c["results"].pop(CLIPS[0]), "1 narration ids are missing: P01_11_0"),
         (lambda c: c["results"].update(P02_1=c["results"][CLIPS[0]]), "ids are not in the challenge: P02_1"),
         (lambda c: c["results"][CLIPS[1]]["verb"].pop("96"), "P01_11_1: 'verb' needs a score of each class"),
@@ -89,7 +90,7 @@ def changed(change: Callable[[dict[str, Any]], Any]) -> bytes:
         (lambda c: c["results"][CLIPS[0]]["action"].popitem(), "'action' needs exactly 100 scores"),
         (
             lambda c: c["results"][CLIPS[0]].update(action={f"97,{n}": 1 for n in range(100)}),
-            "action '97,0' is no 'verb,noun' of the challenge",
+            "action '97,0' is not a 'verb,noun' of the challenge",
         ),
         (lambda c: c["results"][CLIPS[0]].pop("action"), "some clips have 'action' scores and others none"),
         (lambda c: c["results"][CLIPS[0]]["verb"].update({"3": "high"}), "the score of '3' is 'high', not a finite"),
@@ -112,10 +113,10 @@ def test_every_broken_rule_of_recognition_is_named(
         ({"sls_pt": None}, "'sls_pt' is None"),
         ({"sim_mat": np.zeros((2, 3))}, "'sim_mat' is [2, 3], but vis_ids and txt_ids are [3, 2]"),
         ({"sim_mat": np.full((3, 2), np.nan)}, "'sim_mat' holds NaN"),
-        ({"sim_mat": [[1.0]]}, "'sim_mat' is no matrix"),
+        ({"sim_mat": [[1.0]]}, "'sim_mat' is not a matrix"),
         ({"vis_ids": CLIPS[::-1]}, "'vis_ids' has the right ids, but not once each in the order"),
         ({"txt_ids": ["P01_11_0", "P9"]}, "1 ids of 'txt_ids' are missing: P01_11_2"),
-        ({"txt_ids": 3}, "'txt_ids' is no list of narration ids"),
+        ({"txt_ids": 3}, "'txt_ids' is not a list of narration ids"),
     ],
 )
 def test_every_broken_rule_of_retrieval_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -145,6 +146,14 @@ def test_files_that_are_no_submission(tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "s.txt").write_text("x")
     with pytest.raises(UserError, match=r"neither a zip nor a \.json or \.pkl"):
         check_submission(tmp_path / "s.txt", CLIPS)
+
+
+def test_the_tool_names_what_is_missing(tmp_path: Path, inside: Command) -> None:
+    assert "none.zip: no such file" in inside("check_submission", tmp_path / "none.zip", "--metadata", tmp_path).stderr
+    file = zipped(tmp_path / "s.zip", "test.json", b"{}")
+    done = inside("check_submission", file, "--metadata", tmp_path)
+    assert done.returncode == 2
+    assert "no EPIC_100_test_timestamps.csv there; a file of the validation split needs --split" in done.stderr
 
 
 def content_of(path: Path, name: str) -> Any:

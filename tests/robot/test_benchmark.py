@@ -24,7 +24,7 @@ from egohod.errors import UserError
 from egohod.evaluation.config import BenchmarkConfig
 from egohod.evaluation.embed import Execution
 from egohod.evaluation.features import read_json
-from egohod.evaluation.runner import resolve_benchmarks
+from egohod.evaluation.runner import named_evaluators, resolve_benchmarks
 from egohod.model.config import ModelConfig
 from egohod.model.dual_encoder import create_model
 from egohod.robot import benchmark
@@ -112,8 +112,18 @@ def test_a_killed_run_gives_the_same_results(cfg: RobotConfig, tmp_path: Path, m
     assert run(cfg, tmp_path / "more", model) == whole
     assert model.calls == 0
     assert (tmp_path / "more" / "results.json").read_bytes() == (tmp_path / "out" / "results.json").read_bytes()
+    # A row whose file is damaged is measured again; one whose films were deleted is not.
+    row = next((tmp_path / "cache" / "rows").glob("*checkpoint*"))
+    row.write_text(row.read_text()[:100])
+    assert run(cfg, tmp_path / "out", model) == whole
+    assert model.calls > 0
+    model.calls = 0
+    for film in (tmp_path / "cache" / "films").iterdir():
+        film.unlink()
+    assert run(cfg, tmp_path / "last", model) == whole
+    assert model.calls == 0
     # Rows of another protocol are measured again.
-    run(replace(cfg, rollouts=3), tmp_path / "out", model)
+    run(replace(cfg, rollouts=3, processes=9), tmp_path / "out", model)  # more processes than simulators
     assert model.calls > 0
 
 
@@ -272,3 +282,14 @@ def test_all_benchmarks_include_it_only_with_its_settings(tmp_path: Path) -> Non
     assert list(resolve_benchmarks(config, "metaworld")) == ["metaworld"]
     config.evaluate.benchmarks["metaworld"].metadata = str(ROOT / "configs/robot/metaworld.yml")
     assert list(resolve_benchmarks(config, "all")) == ["metaworld"]
+
+
+def test_a_training_run_refuses_it_and_names_the_command() -> None:
+    config = Config()
+    # Also by another name, and whether or not its settings are given.
+    config.evaluate.benchmarks = {"metaworld": BenchmarkConfig(), "robot": BenchmarkConfig(kind="metaworld")}
+    config.evaluate.during, config.evaluate.final, config.train.output = ["metaworld"], ["robot"], "runs/mine"
+    for part, key, name in (("val", "during", "metaworld"), ("test", "final", "robot")):
+        message = rf"evaluate\.{key}: {name} is simulated, .* egohod eval --checkpoint runs/mine --benchmark {name}"
+        with pytest.raises(UserError, match=message):
+            named_evaluators(config, Distributed(0, 1, torch.device("cpu"), None), part)

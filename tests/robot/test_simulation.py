@@ -27,6 +27,8 @@ WITH_KITCHEN = importlib.util.find_spec("gymnasium_robotics") is not None
 WITH_H5PY = importlib.util.find_spec("h5py") is not None
 SCENE = Scene("metaworld", "drawer-open", 64, 2, 150, 0.0, None)
 STILL = np.zeros(4, np.float32)
+# The simulators may be in a folder of their own (.ci/run), which further processes then need too.
+PATHS = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
 
 metaworld = pytest.mark.skipif(not WITH_METAWORLD, reason="needs metaworld: pip install '.[robot]'")
 kitchen = pytest.mark.skipif(not (WITH_KITCHEN and WITH_H5PY), reason="needs gymnasium-robotics and h5py")
@@ -114,7 +116,7 @@ def test_simulators_end_with_a_parent_that_is_killed() -> None:
     lines += ["simulators = Simulators(SCENE, 2, 2).__enter__()"]
     lines += ["print(*(child.pid for child, _ in simulators._children), flush=True)", "os.kill(os.getpid(), 9)"]
     command = [sys.executable, "-c", "\n".join(lines)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment(**PATHS), capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert len(done.stdout.split()) == 2
     deadline = time.monotonic() + 30
@@ -143,7 +145,7 @@ def test_what_cannot_be_simulated_is_explained(
 def test_a_simulator_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mujoco.py").write_text("raise ModuleNotFoundError(\"No module named 'mujoco'\", name='mujoco')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    message = r"the simulator of metaworld is not installed \(No module named 'mujoco'\): pip install 'egohod\[robot\]'"
+    message = r"the simulator of metaworld is not installed \(No module named 'mujoco'\): pip install '\.\[robot\]'"
     with pytest.raises(UserError, match=message), Simulators(SCENE, 1, 1):
         pass
 
@@ -157,16 +159,16 @@ def test_a_smoke_run_of_the_program(tmp_path: Path, program: Command) -> None:
     command += ["--model", "DEMO", "scene.tasks=[drawer-open]", "demonstrations=[3]", "scene.image_size=64"]
     command += ["policy.steps=200", "policy.checkpoint_every=100", "policy.checkpoints=1", "seeds=2", "rollouts=2"]
     command += ["features.frames=2", "scene.horizon=100", "slots=4", f"cache={tmp_path}/cache", "device=cpu"]
-    done = program(*command)
+    done = program(*command, **PATHS)
     assert done.returncode == 0, done.stderr
     assert "| 3 | full state |" in done.stdout
     results = (tmp_path / "out" / "results.json").read_bytes()
     assert "<video" in (tmp_path / "out" / "report.html").read_text()
     # From the start, with what is on disk, and with nothing: the same numbers.
-    assert program(*command).stdout == done.stdout
+    assert program(*command, **PATHS).stdout == done.stdout
     command[-2] = f"cache={tmp_path}/cache2"
     command[4] = tmp_path / "again"
-    assert program(*command).stdout == done.stdout
+    assert program(*command, **PATHS).stdout == done.stdout
     assert (tmp_path / "again" / "results.json").read_bytes().replace(b"cache2", b"cache") == results
 
 

@@ -18,7 +18,7 @@ class ToySimulators:
     """What :class:`egohod.robot.simulation.Simulators` does, in this process."""
 
     def __init__(self, scene: Scene = SCENE, count: int = 1, slots: int = 64) -> None:
-        self.scene = scene
+        self.scene, self.slots = scene, slots
         self.places: dict[int, tuple[float, float]] = {}
         self.seeds: list[int] = []
         self.demonstrated: list[int] = []
@@ -32,6 +32,7 @@ class ToySimulators:
         pass
 
     def call(self, work: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
+        assert all(slot < self.slots for slot in work)
         return {slot: getattr(self, name)(slot, *arguments) for slot, (name, *arguments) in work.items()}
 
     def reset(self, slot: int, seed: int, draw: bool) -> Observation:

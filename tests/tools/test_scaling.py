@@ -10,6 +10,7 @@ from scaling import LINK, RECIPES, cost, plan, table
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.ci
 def test_the_page_holds_what_the_tool_prints(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     page = (ROOT / "docs" / "scaling.md").read_text()

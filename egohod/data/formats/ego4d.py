@@ -135,19 +135,23 @@ class _Shallow:
     ijson holds the path to every open value: the memory grows with the square of the depth.
     """
 
-    _TEXT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+    _ESCAPE = re.compile(rb"\\.", re.DOTALL)
     _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
     def __init__(self, file: Any, deepest: int = 100) -> None:
         self._file, self._deepest = file, deepest
-        self._depth, self._open = 0, b""
+        self._depth, self._in_text, self._backslash = 0, False, b""
 
     def read(self, size: int = -1) -> bytes:
         """The next bytes."""
         block: bytes = self._file.read(size)
-        brackets, begun, text = self._TEXT.sub(b"", self._open + block).partition(b'"')
-        # A text continues in the next block, perhaps with the character after a backslash.
-        self._open = begun + b"\\" * ((len(text) - len(text.rstrip(b"\\"))) % 2)
+        # Without escapes every quote begins or ends a text, which may continue in the next block. A pattern for a whole
+        # text takes time that grows with the square of its length where the block cuts it.
+        content = self._ESCAPE.sub(b"", self._backslash + block)
+        self._backslash = b"\\" if content.endswith(b"\\") else b""
+        parts = content.split(b'"')
+        brackets = b"".join(parts[self._in_text :: 2])
+        self._in_text ^= len(parts) % 2 == 0
         codes = np.frombuffer(brackets.translate(None, self._NO_BRACKETS), np.uint8)
         depths = self._depth + np.cumsum(np.where((codes == ord("[")) | (codes == ord("{")), 1, -1))
         if len(depths):

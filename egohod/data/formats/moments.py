@@ -100,7 +100,7 @@ def _clips(path: Path) -> Iterator[tuple[str, float, float, Any, str]]:
                 where = f"{path}: clip '{clip['clip_uid']}'"
                 start, end = max(float(clip["video_start_sec"]), 0.0), float(clip["video_end_sec"])
                 if not start < end < start + _LONGEST:
-                    raise UserError(f"{where}: {start:g} to {end:g} s is no stretch of time, or longer than a day")
+                    raise UserError(f"{where}: {start:g} to {end:g} s is not a range of time, or longer than a day")
                 name = str(video["video_uid"])
                 if not name or name.startswith(("/", "\\")) or ".." in name or "\0" in name or not is_utf8(name):
                     raise UserError(f"{where}: video_uid '{name}' leads out of the folder")
@@ -130,7 +130,7 @@ def _moments(clip: Any, stem: str, where: str) -> Iterator[tuple[str, float, flo
 def _checked(text: Any, start: Any, end: Any) -> tuple[str, float, float]:
     text, first, last = str(text or "").strip(), float(start), float(end)
     if not is_utf8(text):
-        raise ValueError("a text is no UTF-8")
+        raise ValueError("a text is not UTF-8")
     if not math.isfinite(first) or not math.isfinite(last):
         raise ValueError("a time is not finite")
     return text, first, last

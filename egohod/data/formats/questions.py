@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -173,7 +174,7 @@ class Questions:
     def _place(self, item: Clip | str, where: str) -> int:
         if isinstance(item, str):
             if not item.strip() or not is_utf8(item):
-                raise UserError(f"{where}: a text is {'no UTF-8' if item.strip() else 'empty'}")
+                raise UserError(f"{where}: a text is {'not UTF-8' if item.strip() else 'empty'}")
             return self._texts.setdefault(item.strip(), len(self._texts))
         video, start, end = item
         parts = PurePosixPath(video)
@@ -323,7 +324,7 @@ def _number(answer: Any, choices: Sequence[str]) -> int:
 def _egohoi(row: Mapping[str, Any], file: str) -> Iterator[Entry]:
     """A clip against its caption with the verb or the noun replaced; ``action`` is both at once."""
     clip = _clip(row, "video_uid", "clip_start", "clip_end")
-    own, replaced = str(_value(row, "clip_text")), {}
+    own, replaced = str(_value(row, "clip_text")).strip(), {}
     for kind in ("verb", "noun"):
         texts = [text.strip() for text in str(_value(row, f"{kind}_neg")).split(",")]
         replaced[kind] = list(dict.fromkeys(text for text in texts[:_NEGATIVES] if text and text != own))
@@ -332,7 +333,9 @@ def _egohoi(row: Mapping[str, Any], file: str) -> Iterator[Entry]:
         replaced["action"] = replaced["verb"] + replaced["noun"]
     for kind, texts in replaced.items():
         if texts:
-            yield Entry(kind, clip, [own, *texts], (0,))
+            # Not always first: of equal similarities the first counts, and a model that sees nothing would be right.
+            place = zlib.crc32(own.encode()) % (len(texts) + 1)
+            yield Entry(kind, clip, [*texts[:place], own, *texts[place:]], (place,))
 
 
 def _hd_epic(entry: Mapping[str, Any], file: str) -> Iterator[Entry]:
@@ -366,7 +369,7 @@ def _read_chirality(source: SourceConfig, options: BenchmarkOptions) -> Benchmar
     if column is None:
         raise UserError(f"{path}: no column with a text; one of {', '.join(_CHIRAL_TEXTS)} is needed")
     if strange := sorted(set(table["chiral_label"]) - {"0", "1", "0.0", "1.0"}):
-        raise UserError(f"{path}: chiral_label is '{strange[0]}', but tells two directions: 0 and 1")
+        raise UserError(f"{path}: chiral_label is '{strange[0]}', but must be 0 or 1, the two directions")
     table["chiral_label"] = table["chiral_label"].str[0]
     table = table.drop_duplicates(["id", "chiral_triplet_id", "chiral_label"])
     questions, alone = Questions(path), 0
