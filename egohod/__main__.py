@@ -85,7 +85,8 @@ def main(arguments: Sequence[str]) -> int:
         # Under their own names, as `python tools/NAME.py` runs them: they import each other's common parts from there.
         from egohod.config import PROJECT
 
-        sys.path.insert(0, str(PROJECT / "tools"))
+        if (folder := str(PROJECT / "tools")) not in sys.path:
+            sys.path.insert(0, folder)
     else:
         name = f"egohod.{package}.{name}"
     sys.argv[0] = f"egohod {command}"  # argparse names the program after it
