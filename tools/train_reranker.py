@@ -6,9 +6,10 @@
         evaluate.rerank.path=runs/rerank.safetensors
 
 It learns on the training clips of the configuration (crops, flips and texts as in training) from the dual encoder's own
-mistakes: a batch is a clip or a text with those that the dual encoder ranks highest for it, and of all pairs in it the
-more relevant one must score higher. Relevancy is that of data.labels.target=relevancy, else 1 for the own caption.
-Features of frozen towers are computed once; for 10,000 clips of 16 frames a ViT-B's take up to 2 GB of memory.
+mistakes: a step has some clips with a text of each, and what the dual encoder ranks highest for both. The scores of all
+these texts for each clip, and of all these clips for each text, shall be distributed as the relevancies are, which are
+those of data.labels.target=relevancy, else 1 for the own caption. Features of frozen towers are computed once; for
+10,000 clips of 16 frames a ViT-B's take up to 2 GB of memory.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from _common import load_for_checkpoint, run_tool
@@ -43,32 +45,36 @@ log = logging.getLogger("train_reranker")
 
 @dataclass(frozen=True)
 class Pool:
-    """What frozen towers make of P samples (each training clip, once for every view of it)."""
+    """What frozen towers make of P samples (each training clip in each of its views) and their Q distinct texts."""
 
     video: Tensor  # [P, E]
     clips: Tensor  # [P, S, D], half precision
-    text: Tensor  # [P, E]
-    words: Tensor  # [P, L, D], half precision
-    mask: Tensor  # bool [P, L]
-    labels: dict[str, Tensor]  # [P, ...] by name
+    own: Tensor  # int64 [P], the text of each sample
+    text: Tensor  # [Q, E]
+    words: Tensor  # [Q, L, D], half precision
+    mask: Tensor  # bool [Q, L]
+    clip_labels: dict[str, Tensor]  # [P, ...] by name
+    text_labels: dict[str, Tensor]  # [Q, ...] by name
 
-    def relevancy(self, rows: Tensor) -> Tensor:
-        """Of the texts of some samples to their clips, [B, B]."""
-        if "clip_verbs" not in self.labels:
-            # Equal captions are as good as the own one.
-            return (self.text[rows] @ self.text[rows].T > 1 - 1e-5).float()
-        verbs, text_verbs = (self.labels[f"{each}_verbs"][rows] for each in ("clip", "text"))
-        nouns, text_nouns = (self.labels[f"{each}_nouns"][rows] for each in ("clip", "text"))
-        return relevancy((verbs, text_verbs), (nouns, text_nouns))
+    def relevancy(self, samples: Tensor, texts: Tensor) -> Tensor:
+        """Of some texts to the clips of some samples, [C, M]."""
+        if "clip_verbs" not in self.clip_labels:
+            return (self.own[samples][:, None] == texts).float()
+        verbs, nouns = (
+            (self.clip_labels[f"clip_{kind}"][samples], self.text_labels[f"text_{kind}"][texts])
+            for kind in ("verbs", "nouns")
+        )
+        return relevancy(verbs, nouns)
 
 
 @torch.no_grad()
 def embed(model: DualEncoder, dataset: ClipDataset, cfg: Config, dist: Distributed, views: int, grid: int) -> Pool:
     """Features of all training clips, each in ``views`` crops with the texts drawn for them."""
-    batches, device = list[tuple[Any, ...]](), dist.device
-    precision, labels = pick_precision(cfg.evaluate.precision, device), list[dict[str, Tensor]]()
+    videos, tokens, labels = list[tuple[Tensor, Tensor]](), list[Tensor](), list[dict[str, Tensor]]()
+    device, size = dist.device, cfg.evaluate.batch_size
+    precision = pick_precision(cfg.evaluate.precision, device)
     # As the clips of so many epochs of training: frames, crop, flip and text follow from (seed, view, clip).
-    keys, size = [(view, i) for view in range(views) for i in range(len(dataset))], cfg.evaluate.batch_size
+    keys = [(view, i) for view in range(views) for i in range(len(dataset))]
     loader = ClipLoader(
         dataset, [keys[first : first + size] for first in range(0, len(keys), size)],
         workers=worker_count(cfg.data.workers, dist), prefetch=2, pin_memory=False, stop=dist.stop, clips=size,
@@ -76,62 +82,67 @@ def embed(model: DualEncoder, dataset: ClipDataset, cfg: Config, dist: Distribut
     for batch in loader:
         with inference_precision(device, precision):
             video = normalise(batch["video"].to(device), model.image_stats)
-            tokens = model.textual.padded(batch["tokens"].to(device))
-            values = (
-                model.encode_video(video), grid_tokens(model, video, grid), model.encode_text(tokens),
-                model.textual.states(tokens), tokens != 0,
-            )  # fmt: skip
-        batches.append((*(each.half().cpu() if each.ndim == 3 else each.cpu() for each in values),))
+            videos.append((model.encode_video(video).cpu(), grid_tokens(model, video, grid).half().cpu()))
+        tokens.append(batch["tokens"])
         labels.append(batch.get("labels", {}))
-    columns = [*zip(*batches, strict=True)]
-    longest = max(mask.shape[1] for mask in columns[4])
-    # Texts of a batch have the length of its longest.
-    padded = [F.pad(words, (0, 0, 0, longest - words.shape[1])) for words in columns[3]]
-    masks = [F.pad(mask, (0, longest - mask.shape[1])) for mask in columns[4]]
-    video, clips, text = (torch.cat(columns[i]) for i in range(3))
+    # Tokens of a batch have the length of its longest text.
+    longest = max(each.shape[1] for each in tokens)
+    every = torch.cat([F.pad(each, (0, longest - each.shape[1])) for each in tokens])
+    # Of the samples with the same text the first one's classes are the text's.
+    _, first, own = (torch.from_numpy(x) for x in np.unique(every, axis=0, return_index=True, return_inverse=True))
+    distinct, texts = every[first], list[tuple[Tensor, Tensor]]()
+    for some in distinct.split(size):
+        with inference_precision(device, precision):
+            read = model.textual.padded(some.to(device))
+            texts.append((model.encode_text(read).cpu(), model.textual.states(read)[:, :longest].half().cpu()))
     joined = {name: torch.cat([each[name] for each in labels]) for name in labels[0]}
-    return Pool(video, clips, text, torch.cat(padded), torch.cat(masks), joined)
+    (video, clips), (text, words) = (map(torch.cat, zip(*each, strict=True)) for each in (videos, texts))
+    return Pool(video, clips, own, text, words, distinct != 0, joined, {name: x[first] for name, x in joined.items()})
 
 
 def train(head: Reranker, pool: Pool, device: torch.device, args: Any) -> float:
-    """Update ``head`` for ``args.steps`` batches; returns the share of pairs in the right order in the last tenth."""
+    """Update ``head`` for ``args.steps`` steps; returns the mean loss of the last tenth."""
     generator = torch.Generator().manual_seed(args.seed)
     optimizer = torch.optim.AdamW(head.parameters(), lr=args.lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.1)
     head.to(device).train()
-    right, begin = list[float](), time.monotonic()
+    history, begin = list[float](), time.monotonic()
     for step in range(args.steps):
-        losses = []
-        for _ in range(args.groups):
-            # A query, clip or text by turns, and a draw of what the dual encoder ranks highest for it.
-            query = int(torch.randint(len(pool.video), (), generator=generator))
-            sides = (pool.video, pool.text) if torch.rand((), generator=generator) < 0.5 else (pool.text, pool.video)
-            first = (sides[1] @ sides[0][query]).topk(min(args.depth, len(pool.video))).indices
-            drawn = first[torch.randperm(len(first), generator=generator)[: args.group - 1]]
-            rows = torch.cat((torch.tensor([query]), drawn[drawn != query]))
-            graded = pool.relevancy(rows).to(device)
-            cosines = (pool.video[rows] @ pool.text[rows].T).to(device)
-            longest = int(pool.mask[rows].any(dim=0).sum())
-            words, mask = (each[rows, :longest].to(device) for each in (pool.words, pool.mask))
-            scores = head(pool.clips[rows].to(device).float(), words.float(), mask, cosines)
-            for each, target in ((scores, graded), (scores.T, graded.T)):
-                # Of two candidates of a query the more relevant one must lead, the more the larger the difference
-                # (RankNet): precision at every rank is about such pairs.
-                lead, weight = (m[:, :, None] - m[:, None, :] for m in (each, target))
-                weight = weight.clamp(min=0)
-                losses.append((weight * F.softplus(-lead)).sum() / weight.sum().clamp(min=1e-3))
-                if step >= args.steps - max(1, args.steps // 10):
-                    right.append(float((weight * (lead.detach() > 0)).sum() / weight.sum().clamp(min=1e-3)))
-        loss = torch.stack(losses).mean()
+        samples, texts = list[Tensor](), list[Tensor]()
+        for query in torch.randint(len(pool.video), (args.groups,), generator=generator):
+            # A clip, its text, and a draw of what the dual encoder ranks highest for the one and for the other.
+            text = pool.own[query]
+            for chosen, first, cosines in (
+                (samples, query, pool.video @ pool.text[text]), (texts, text, pool.text @ pool.video[query])
+            ):  # fmt: skip
+                hard = cosines.topk(min(args.depth, len(cosines))).indices
+                drawn = hard[torch.randperm(len(hard), generator=generator)[: args.group - 1]]
+                chosen.append(torch.cat((first[None], drawn)))
+        # All pairs of the groups; what several of them have drawn counts once.
+        rows, columns = torch.cat(samples).unique(), torch.cat(texts).unique()
+        graded = pool.relevancy(rows, columns).to(device)
+        longest = int(pool.mask[columns].any(dim=0).sum())
+        words, mask = (each[columns, :longest].to(device) for each in (pool.words, pool.mask))
+        cosines = (pool.video[rows] @ pool.text[columns].T).to(device)
+        scores = head(pool.clips[rows].to(device).float(), words.float(), mask, cosines)
+        # The scores' distribution over the candidates of a query is to be that of the relevancies (ListNet): of pairs
+        # alone (RankNet) most say nothing about the first ranks, which precision is about.
+        by_clip, by_text = (
+            F.cross_entropy(each, (target / args.temperature).softmax(dim=1))
+            for each, target in ((scores, graded), (scores.T, graded.T))
+        )
+        loss = (by_clip + by_text) / 2
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        history.append(loss.item())
         if (step + 1) % max(1, args.steps // 10) == 0:
             log.info("step %d of %d: loss %.4f, %.0f s", step + 1, args.steps, loss.item(), time.monotonic() - begin)
     head.eval()
-    return 100 * sum(right) / max(1, len(right))
+    last = history[-max(1, args.steps // 10) :]
+    return sum(last) / len(last)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -140,14 +151,15 @@ def main(arguments: Sequence[str]) -> int:
     add("--checkpoint", required=True, metavar="PATH", help="as of main_eval.py")
     add("--output", type=Path, required=True, metavar="FILE", help="the reranker, for evaluate.rerank.path")
     add("--steps", type=int, default=1000)
-    add("--groups", type=int, default=4, help="queries of a step (default: %(default)s)")
-    add("--group", type=int, default=12, help="clips and texts of a query's group (default: %(default)s)")
-    add("--depth", type=int, default=50, help="ranks that a group is drawn from (default: %(default)s)")
-    add("--views", type=int, default=2, help="crops of each training clip (default: %(default)s)")
+    add("--groups", type=int, default=6, help="clips of a step that mistakes are drawn for (default: %(default)s)")
+    add("--group", type=int, default=8, help="clips and texts that are drawn for each (default: %(default)s)")
+    add("--depth", type=int, default=30, help="ranks that they are drawn from (default: %(default)s)")
+    add("--temperature", type=float, default=0.1, help="of the relevancies' distribution (default: %(default)s)")
+    add("--views", type=int, default=3, help="crops of each training clip (default: %(default)s)")
     add("--grid", type=int, default=2, help="regions of a frame's side, an average of patches each (default: 2)")
     add("--width", type=int, default=128, help="of the head (default: %(default)s)")
-    add("--layers", type=int, default=2, help="of the head (default: %(default)s)")
-    add("--lr", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
+    add("--parts", type=int, default=2, help="averages of a text's words that attend (default: %(default)s)")
+    add("--lr", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
     add("--seed", type=int, default=0)
     args = parser.parse_intermixed_args(arguments)
     if args.width % RerankerShape.heads:
@@ -167,14 +179,14 @@ def main(arguments: Sequence[str]) -> int:
         head = Reranker(
             RerankerShape(
                 video_width=pool.clips.shape[2], text_width=pool.words.shape[2], frames=frames,
-                grid=grid, width=args.width, layers=args.layers, encoder=fingerprint(model),
+                grid=grid, width=args.width, parts=args.parts, encoder=fingerprint(model),
                 trained=f"{len(dataset)} clips, {settings}, seed={args.seed}",
             )
         )  # fmt: skip
-        share = train(head, pool, dist.device, args)
+        loss = train(head, pool, dist.device, args)
         head.save(args.output)
         weights = sum(parameter.numel() for parameter in head.parameters())
-        log.info("%s: %.2f M weights, %.1f %% of the pairs in order", args.output, weights / 1e6, share)
+        log.info("%s: %.2f M weights, loss %.4f in the last tenth", args.output, weights / 1e6, loss)
     return cli.DONE
 
 

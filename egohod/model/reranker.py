@@ -1,10 +1,11 @@
 """The second stage of retrieval: a small head that reads a clip and a text together, on the tokens of frozen towers.
 
-A dual encoder compresses a clip before it knows the text; here every word of the text attends to places and times of
-the clip. It is far too slow for all pairs, so it orders the first candidates of the dual encoder anew
-(``evaluate.rerank``; tools/train_reranker.py trains one).
+A dual encoder compresses a clip before it knows the text; here parts of the text attend to places and times of the
+clip. It is too slow for all pairs, so it orders the first candidates of the dual encoder anew (``evaluate.rerank``;
+tools/train_reranker.py trains one).
 
-Legend: C clips of T frames, G x G regions of each frame, S = T G G tokens of a clip, M texts of L tokens, D width.
+Legend: C clips of T frames, G x G regions of each frame, S = T G G tokens of a clip, M texts of L tokens, K parts of a
+text, D width.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from egohod.errors import UserError
 from egohod.model.dual_encoder import DualEncoder
 from egohod.runtime import atomic_write
 
-_LARGEST, _DEEPEST = 1 << 14, 64  # sizes and layers that a file may claim
+_LARGEST = 1 << 14  # sizes that a file may claim
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class RerankerShape:
     frames: int
     grid: int
     width: int = 128
-    layers: int = 2
+    parts: int = 2
+    """Averages of a text's words that attend to a clip, each by weights of its own: what is done, and to what."""
     heads: int = 4
     dropout: float = 0.1
     encoder: str = ""
@@ -58,27 +60,6 @@ def grid_tokens(model: DualEncoder, video: Tensor, grid: int) -> Tensor:
     return pooled.flatten(2).transpose(1, 2).unflatten(0, (len(video), frames)).flatten(1, 2)
 
 
-class _Layer(nn.Module):
-    """Words attend to the clip, then an MLP. Among words nothing is exchanged: the text tower has done that."""
-
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.query, self.key_value, self.out = (nn.Linear(width, n * width) for n in (1, 2, 1))
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
-
-    def forward(self, words: Tensor, clips: Tensor) -> Tensor:
-        """``words`` [C, M L, D], ``clips`` [C, S, D] -> [C, M L, D]."""
-        query = self.query(self.norm_attention(words)).unflatten(2, (self.heads, -1)).transpose(1, 2)
-        # Once for all texts of a clip.
-        key, value = self.key_value(clips).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        dropout = self.dropout if self.training else 0.0
-        read = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
-        words = words + self.out(read.transpose(1, 2).flatten(2))
-        return words + F.dropout(self.mlp(self.norm_mlp(words)), dropout)
-
-
 class Reranker(nn.Module):
     """Scores of pairs: the dual encoder's cosine, scaled, plus what the head reads in the tokens; at first nothing."""
 
@@ -89,11 +70,15 @@ class Reranker(nn.Module):
         self.text_in = nn.Sequential(nn.LayerNorm(shape.text_width), nn.Linear(shape.text_width, width))
         self.times = nn.Parameter(torch.randn(shape.frames, 1, width) * 0.02)
         self.places = nn.Parameter(torch.randn(1, shape.grid**2, width) * 0.02)
-        self.layers = nn.ModuleList(_Layer(width, shape.heads, shape.dropout) for _ in range(shape.layers))
-        self.norm, self.score = nn.LayerNorm(width), nn.Linear(width, 1)
+        self.part_of_word, self.parts = (
+            nn.Linear(width, shape.parts),
+            nn.Parameter(torch.randn(shape.parts, width) * 0.02),
+        )
+        self.query, self.key_value, self.target = (nn.Linear(width, n * width) for n in (1, 2, 1))
+        self.norm = nn.LayerNorm(width)
         # Starts as the dual encoder's own ranking, from which it can only be moved by what it learns.
-        nn.init.zeros_(self.score.weight)
-        nn.init.zeros_(self.score.bias)
+        nn.init.zeros_(self.target.weight)
+        nn.init.zeros_(self.target.bias)
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
 
     def forward(self, clips: Tensor, words: Tensor, mask: Tensor, cosines: Tensor) -> Tensor:
@@ -108,14 +93,20 @@ class Reranker(nn.Module):
         Returns:
             Scores [C, M]; of one clip or one text they are comparable.
         """
-        C, (M, L) = len(clips), mask.shape
         x = self.video_in(clips) + (self.times + self.places).flatten(0, 1)
-        texts = self.text_in(words).flatten(0, 1).expand(C, -1, -1)
-        for layer in self.layers:
-            texts = layer(texts, x)
-        weight = mask / mask.sum(dim=1, keepdim=True).clamp(min=1)
-        pooled = (texts.unflatten(1, (M, L)) * weight[:, :, None]).sum(dim=2)
-        return self.log_scale.exp() * cosines + self.score(self.norm(pooled)).squeeze(-1)
+        texts = self.text_in(words)
+        # [M, L, K], padding without weight
+        weights = self.part_of_word(texts).masked_fill(~mask[:, :, None], -torch.inf).softmax(dim=1)
+        parts = weights.transpose(1, 2) @ texts + self.parts
+        # [heads, M K, D / heads], the same for all clips; keys and values are the same for all texts.
+        query = self.query(parts).flatten(0, 1).unflatten(1, (self.shape.heads, -1)).transpose(0, 1)
+        key, value = self.key_value(x).unflatten(2, (2, self.shape.heads, -1)).permute(2, 0, 3, 1, 4)
+        read = F.scaled_dot_product_attention(query.expand(len(clips), -1, -1, -1), key, value)
+        # [C, M K, D]
+        read = F.dropout(self.norm(read.transpose(1, 2).flatten(2)), self.shape.dropout, self.training)
+        # A product, not an MLP of both: how well what was read fits the text also holds for texts that are new.
+        evidence = torch.einsum("cmkd,mkd->cm", read.unflatten(1, parts.shape[:2]), self.target(parts))
+        return self.log_scale.exp() * cosines + evidence
 
     def save(self, path: Path) -> None:
         """Weights and :class:`RerankerShape` in one safetensors file. Raises :class:`OSError`."""
@@ -130,10 +121,10 @@ def load_reranker(path: str | Path) -> Reranker:
     try:
         with safe_open(path, "pt") as file:
             shape = RerankerShape(**json.loads((file.metadata() or {})["reranker"]))
-            sizes = (shape.video_width, shape.text_width, shape.frames, shape.grid, shape.width, shape.heads)
-            if not all(type(size) is int and 0 < size <= _LARGEST for size in (*sizes, shape.layers)):
+            sizes = (shape.video_width, shape.text_width, shape.frames, shape.grid, shape.width, shape.parts)
+            if not all(type(size) is int and 0 < size <= _LARGEST for size in (*sizes, shape.heads)):
                 raise ValueError("its sizes are not valid")
-            if shape.layers > _DEEPEST or shape.width % shape.heads or not isinstance(shape.encoder, str):
+            if shape.width % shape.heads or not isinstance(shape.encoder, str):
                 raise ValueError("its settings contradict each other")
             # Without memory of their own until the file's tensors fit: sizes are only claims.
             with torch.device("meta"):

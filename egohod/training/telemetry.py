@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
-from egohod import __version__
 from egohod.config import IS_CHECKOUT, PROJECT, Config, to_yaml
 from egohod.distributed import Distributed, first_lines, pick_precision
 from egohod.errors import UserError
@@ -586,7 +585,8 @@ def memory_gb(device: torch.device) -> float:
 
 def environment(cfg: Config, dist: Distributed) -> dict[str, Any]:
     """Versions, machine and command: what is needed to reproduce a result."""
-    versions: dict[str, str | None] = {"egohod": __version__}
+    # Not by an import: the root of the package, with its public interface, stands above this module.
+    versions: dict[str, str | None] = {"egohod": sys.modules["egohod"].__version__}
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)

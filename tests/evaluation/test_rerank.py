@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from egohod.evaluation.results import describe, markdown
 from egohod.evaluation.runner import Benchmark, benchmark, execution_of
 from egohod.model.reranker import Reranker, RerankerShape
 from tests.support import Command
+from tools.train_reranker import Pool, train
 
 TEXTS = ["opens the jar", "closes the jar", "shakes the box", "wipes the counter", "slides the cup to the left"]
 
@@ -28,7 +30,7 @@ def head_for(model: torch.nn.Module, top: bool = True) -> Reranker:
     width = 128
     head = Reranker(RerankerShape(width, width, FRAMES, 2, width=16, encoder=fingerprint(model), trained="not at all"))
     if top:
-        torch.nn.init.normal_(head.score.weight, std=3.0)
+        torch.nn.init.normal_(head.target.weight, std=3.0)
     return head.eval()
 
 
@@ -186,3 +188,25 @@ def test_it_reads_the_tokens_of_one_model(knob: str, value: object) -> None:
     assert not check(cfg)
     cfg.evaluate.rerank.path = "head.safetensors"
     assert [key for key, _ in check(cfg)] == [f"evaluate.{knob}"]
+
+
+def test_training_orders_by_relevancy_what_cosines_cannot() -> None:
+    generator = torch.Generator().manual_seed(0)
+    # Six classes, seen at one of four places of a clip: features, all alike, know nothing of them.
+    kinds, seen = torch.arange(48) % 6, torch.eye(6, 8)
+    clips = 0.3 * torch.randn(48, 4, 8, generator=generator)
+    clips[torch.arange(48), torch.arange(48) % 4] += 3 * seen[kinds]
+    same = torch.ones(48, 4) / 2
+    # Verbs and nouns are the class twice over.
+    labels = {f"clip_{name}": value for name, value in (("verbs", kinds), ("nouns", seen[kinds]))}
+    texts = {f"text_{name}": value for name, value in (("verbs", torch.arange(6)), ("nouns", seen[:6]))}
+    pool = Pool(
+        same, clips.half(), kinds, same[:6], seen[:, None].half(), torch.ones(6, 1, dtype=torch.bool), labels, texts
+    )
+    torch.manual_seed(0)
+    head = Reranker(RerankerShape(8, 8, 4, 1, width=16, heads=2))
+    options = {"steps": 80, "groups": 2, "group": 6, "depth": 48, "temperature": 0.1, "lr": 1e-2, "seed": 0}
+    train(head, pool, torch.device("cpu"), argparse.Namespace(**options))
+    with torch.no_grad():
+        scores = head(clips, seen[:, None], pool.mask, same @ pool.text.T)
+    assert float((scores.argmax(dim=1) == kinds).float().mean()) > 0.9

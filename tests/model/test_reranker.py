@@ -16,7 +16,7 @@ from egohod.model.config import ModelConfig
 from egohod.model.dual_encoder import create_model
 from egohod.model.reranker import Reranker, RerankerShape, grid_tokens, load_reranker
 
-SHAPE = RerankerShape(video_width=12, text_width=8, frames=3, grid=2, width=16, layers=2, heads=2, encoder="abc")
+SHAPE = RerankerShape(video_width=12, text_width=8, frames=3, grid=2, width=16, parts=3, heads=2, encoder="abc")
 
 
 def pairs(seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -30,7 +30,7 @@ def trained() -> Reranker:
     """As after training: a new head adds nothing."""
     torch.manual_seed(0)
     head = Reranker(SHAPE).eval()
-    torch.nn.init.normal_(head.score.weight)
+    torch.nn.init.normal_(head.target.weight)
     return head
 
 
@@ -99,7 +99,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
             load_reranker(path)
     trained().save(path)
     weights = load_reranker(path).state_dict()
-    for wrong in ({"layers": 10**9}, {"width": 10**9}, {"width": 15}, {"heads": 0}, {"grid": "two"}, {"encoder": 5}):
+    for wrong in ({"parts": 10**9}, {"width": 10**9}, {"width": 15}, {"heads": 0}, {"grid": "two"}, {"encoder": 5}):
         save_file(weights, path, {"reranker": json.dumps(dataclasses.asdict(SHAPE) | wrong)})
         with pytest.raises(UserError, match="not a reranker"):
             load_reranker(path)
