@@ -178,6 +178,10 @@ def worker_count(workers: int | None, dist: Distributed) -> int:
     """
     if workers is not None:
         return workers
+    if sys.platform != "linux":
+        # Libraries of macOS, Metal above all, may crash in a forked process; and a spawned one would copy the table.
+        log.info("data.workers=0: on %s clips are decoded in the process itself unless it is set", sys.platform)
+        return 0
     here, mine = host_name(), core_numbers()
     of_node = [cores for host, cores in dist.gather_objects((here, mine)) if host == here]
     share = sum(1 / sum(core in cores for cores in of_node) for core in mine)

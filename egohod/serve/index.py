@@ -74,7 +74,7 @@ class TextTower:
     def __init__(self, folder: Path, checkpoint: str | None = None) -> None:
         cfg = config.load(folder / CONFIG_FILE, [f"model.weights.path={checkpoint}"] if checkpoint else [])
         # Alone: variables of a launcher, as in an interactive Slurm job, must not make it wait for others.
-        dist = setup(cfg.train.device, alone=True)
+        dist = setup(cfg.train.device, alone=True, inference=True)
         self._model = build_model(cfg, dist)
         # Another checkpoint has another embedding space: similarities to these features would be noise.
         if fingerprint(self._model) != read_index(folder)["weights"]:
