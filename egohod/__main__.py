@@ -50,6 +50,7 @@ COMMANDS = {
         "show": ("tools.show_batch", "draw a batch as the model sees it"),
         "hod": ("tools.generate_hod", "generate hand-object narrations from videos"),
         "show-hod": ("tools.visualize_hod", "show what the narration pipeline detected and wrote"),
+        "exchange": ("tools.exchange", "clips and boxes to FiftyOne, Rerun, CVAT and Label Studio, and boxes back"),
         "opposites": ("tools.opposites", "add opposite captions, or captions with another verb, to a table"),
         "demo-world": ("tools.make_demo_data", "render the demo world"),
     },

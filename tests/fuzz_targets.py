@@ -72,7 +72,7 @@ from egohod.training.telemetry import _truncate
 from tests.data.set_files import write_lerobot, write_shards
 from tests.data.video_files import encode, picture
 from tests.model.field_files import write_archive, write_avion, write_safetensors, write_upstream
-from tools import ablate, convert_checkpoint
+from tools import ablate, convert_checkpoint, exchange
 from tools.verify_dataset import Verifier
 from tools.visualize_hod import collect
 
@@ -645,6 +645,21 @@ def _detect(path: Path) -> None:
         detections.detect(video, np.array([0, 1]), seconds)
 
 
+def _seed_annotated(folder: Path) -> None:
+    _video(folder / f"{VIDEO}.mp4")
+    detections.write(_boxes().slice(0, 6), folder / "boxes.parquet")
+    for program in ("cvat", "labelstudio"):
+        exchange.main([program, str(folder / "boxes.parquet"), "--videos", str(folder), "--output", str(folder)])
+
+
+def _read_annotated(program: str, name: str) -> Callable[[Path], None]:
+    def read(folder: Path) -> None:
+        arguments = [str(folder / name), "--videos", str(folder), "--output", str(folder / "corrected.parquet")]
+        exchange.main([program, *arguments])
+
+    return read
+
+
 def _hod() -> HodConfig:
     """With relative paths: results are stored under a hash of their inputs, which has the path of the detections."""
     cfg = HodConfig(output="out/hod.csv", frames=4, block=2, workers=0, decoder="pyav")
@@ -956,6 +971,8 @@ TARGETS: dict[str, Target] = {
         Target("verify_notes", _seed_verify, _read_verify, only="mine_progress.jsonl"),
         Target("boxes_parquet", _seed_parquet, _read_parquet),
         Target("boxes_epic", _seed_epic, _read_epic),
+        Target("boxes_cvat", _seed_annotated, _read_annotated("cvat", f"{VIDEO}.xml"), only="*.xml"),
+        Target("boxes_label_studio", _seed_annotated, _read_annotated("labelstudio", "tasks.json"), only="tasks.json"),
         Target("hod_work", _seed_hod, _read_hod, only="out/**/*"),
         Target("hod_boxes", _seed_hod, _read_hod_boxes, only="in/boxes.parquet"),
         Target("hod_answer", _seed_answer, _read_answer),

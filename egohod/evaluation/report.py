@@ -167,14 +167,18 @@ class Gallery:
 
 def gallery(table: Mapping[str, Any], clips: Mapping[str, Any]) -> Gallery:
     """The cards of one of the ``tables`` of ``details/*.json`` over its ``clips``."""
-    title, cards_of = _KINDS[table["kind"]]
-    cards, shown = cards_of(table, clips), []
-    groups = [card for card in cards if card.right], [card for card in cards if not card.right]
+    every, shown = cards_of(table, clips), []
+    groups = [card for card in every if card.right], [card for card in every if not card.right]
     for group in groups:
         # Evenly over all clips rather than the first ones, which are often of one video.
         places = np.linspace(0, len(group) - 1, min(len(group), CARDS)).round().astype(int)
         shown.append([group[i] for i in places])
-    return Gallery(title, shown[0], shown[1], len(groups[0]), len(groups[1]))
+    return Gallery(_KINDS[table["kind"]][0], shown[0], shown[1], len(groups[0]), len(groups[1]))
+
+
+def cards_of(table: Mapping[str, Any], clips: Mapping[str, Any]) -> list[Card]:
+    """All cards of a table, in the order of its clips or questions."""
+    return _KINDS[table["kind"]][1](table, clips)
 
 
 def _retrieval(table: Mapping[str, Any], clips: Mapping[str, Any]) -> list[Card]:
