@@ -1,25 +1,15 @@
-"""Fine-tune a pretrained video and text encoder for graded retrieval or action classes, on your own labels.
+"""Fine-tune a pretrained video and text encoder: ``egohod finetune``, also where egohod is not installed.
 
-Retrieval:           python main_finetune.py --config_file configs/finetune/ek100_mir.yml model.weights.path=PATH
-The demo world:      python main_finetune.py --config_file configs/finetune/demo_mir.yml model.weights.path=runs/demo
-Several on a node:   torchrun --nproc_per_node=4 main_finetune.py --config_file configs/finetune/ek100_mir.yml ...
-Dry run:             the same with --dry_run
+    python main_finetune.py --config_file configs/finetune/demo_mir.yml model.weights.path=runs/demo
+    python main_finetune.py --help
 
-The training loop is that of main_pretrain.py, with the same configuration, checkpoints, --resume auto, telemetry and
-exit codes. The run ends with results.json and report.html of the benchmarks in evaluate.final.
+The program is egohod/commands/finetune.py.
 """
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Sequence
 
 from egohod import cli
-
-
-def main(arguments: Sequence[str]) -> int:
-    return cli.train_and_report(__doc__, "configs/finetune/demo_mir.yml", arguments)
-
+from egohod.commands.finetune import main
 
 if __name__ == "__main__":
     sys.exit(cli.run(main))

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     )
     from egohod.publish import push_to_hub
 
+__version__ = "0.2.0.dev0"
+"""The only place of the version; pyproject.toml reads it."""
+
 __all__ = [
     "create_model",
     "create_model_and_transforms",

@@ -1,51 +1,124 @@
-"""The command ``egohod``: a door to the main programs, which ``python main_eval.py`` and so on run directly.
+"""The command ``egohod``: one name for all programs, wherever the package is installed.
 
-egohod eval --checkpoint runs/demo --benchmark all ...     main_eval.py
-egohod benchmarks [PATTERN]                                what there is to evaluate on; published numbers
+``COMMANDS`` is the only list of them. A module of egohod.commands or tools takes the arguments in its ``main``; what it
+needs is imported when it is chosen, so that the overview is printed at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
+import re
 import sys
 from collections.abc import Sequence
 
-from egohod import cli
-from egohod.config import PROJECT
 from egohod.errors import DONE, UserError, nearest
 
-_PROGRAMS = {"eval": "main_eval", "pretrain": "main_pretrain", "finetune": "main_finetune"}
+# Command: its module, and what it does in a line.
+COMMANDS = {
+    "Train": {
+        "demo": ("commands.demo", "render the demo world, train on it and evaluate: ten minutes on two cores"),
+        "pretrain": ("commands.pretrain", "train a video and a text encoder on narrated clips"),
+        "finetune": ("commands.finetune", "fine-tune for graded retrieval or action classes"),
+        "rerank": ("tools.train_reranker", "train a second stage of retrieval over frozen towers"),
+        "submit": ("tools.submit", "submit training to a Slurm cluster"),
+    },
+    "Evaluate": {
+        "eval": ("commands.eval", "evaluate a checkpoint on one benchmark or on all"),
+        "benchmarks": ("commands.benchmarks", "list what there is to evaluate on"),
+        "report": ("tools.report", "write report.html of an evaluation again"),
+        "mean": ("tools.mean_results", "average several evaluations, such as EGTEA's three splits"),
+        "probe": ("tools.probe", "linear and k-NN probes of frozen features"),
+        "probe-order": ("tools.probe_order", "measure whether a model reads the order of frames"),
+        "robot": ("tools.robot", "success of a simulated robot that sees through a model's features"),
+        "check-submission": ("tools.check_submission", "check a file for an EPIC-KITCHENS-100 challenge"),
+        "relevancy": ("tools.build_relevancy", "build or compare EK100's relevancy matrix"),
+    },
+    "Use a model on your videos": {
+        "extract": ("tools.extract_features", "embed videos: features for search or for another model"),
+        "search": ("tools.search", "find the clips that match a sentence"),
+        "serve": ("tools.serve", "search, watch and mark moments of your videos in a browser"),
+        "predict": ("tools.predict", "score sentences or classes over a video"),
+        "convert": ("tools.convert_checkpoint", "describe a checkpoint, or write its weights under other names"),
+        "models": ("tools.model_cards", "describe models and their published weights"),
+    },
+    "Data": {
+        "data": ("tools.prepare_data", "clips of any annotations, index of tar shards, videos to download"),
+        "chunk": ("tools.chunk_videos", "cut long videos into chunks that load fast"),
+        "verify": ("tools.verify_dataset", "open every clip and list what cannot be read"),
+        "show": ("tools.show_batch", "draw a batch as the model sees it"),
+        "hod": ("tools.generate_hod", "generate hand-object narrations from videos"),
+        "show-hod": ("tools.visualize_hod", "show what the narration pipeline detected and wrote"),
+        "opposites": ("tools.opposites", "add opposite captions, or captions with another verb, to a table"),
+        "demo-world": ("tools.make_demo_data", "render the demo world"),
+    },
+    "Measure": {
+        "bench": ("tools.bench", "measure decoding, loading, training steps and memory on this machine"),
+        "gpu-check": ("tools.gpu_check", "check and measure a GPU"),
+        "ablate": ("tools.ablate", "train the rows of a study with several seeds"),
+    },
+}
+MODULES = {command: module for group in COMMANDS.values() for command, (module, _) in group.items()}
+
+
+def overview() -> str:
+    """All commands by group."""
+    width = max(map(len, MODULES)) + 2
+    lines = ["usage: egohod COMMAND [arguments]; egohod COMMAND --help explains one"]
+    for title, group in COMMANDS.items():
+        lines += ["", f"{title}:", *(f"  {command:{width}}{line}" for command, (_, line) in group.items())]
+    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the program that the first argument names. Raises :class:`UserError` if there is none."""
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if command in ("-h", "--help"):
-        print(__doc__)
+        print(overview())
         return DONE
-    if command == "benchmarks":
-        from egohod.evaluation.cards import list_benchmarks
+    if command == "--version":
+        print(importlib.import_module("egohod").__version__)
+        return DONE
+    if command not in MODULES:
+        raise UserError(f"egohod {command}: no such command{nearest(command, [*MODULES])}")
+    package, name = MODULES[command].split(".")
+    if package == "tools":
+        # Under their own names, as `python tools/NAME.py` runs them: they import each other's common parts from there.
+        from egohod.config import PROJECT
 
-        if not (cards := list_benchmarks(*rest[:1])):
-            names = [card.name for card in list_benchmarks()]
-            raise UserError(f"egohod benchmarks {rest[0]}: no benchmark matches{nearest(rest[0], names)}")
-        for card in cards:
-            print(f"{card.name}: {card.task}\n    {card.size}; chance in percent: {card.chance}")
-            print(f"    {card.licence}; {card.source}")
-            for each in card.published:
-                print(f"    published: {each.model} {each.metric} {each.value:g} ({each.source})")
-        return DONE
-    if command not in _PROGRAMS:
-        raise UserError(f"egohod {command}: no such command{nearest(command, [*_PROGRAMS, 'benchmarks'])}")
-    # The programs are files of the checkout, where their configurations are, too.
-    if not (PROJECT / f"{_PROGRAMS[command]}.py").exists():
-        raise UserError(f"{PROJECT} has no {_PROGRAMS[command]}.py; install egohod from a checkout: pip install -e .")
-    sys.path.insert(0, str(PROJECT))
-    return int(importlib.import_module(_PROGRAMS[command]).main(rest))
+        if (folder := str(PROJECT / "tools")) not in sys.path:
+            sys.path.insert(0, folder)
+    else:
+        name = f"egohod.{package}.{name}"
+    sys.argv[0] = f"egohod {command}"  # argparse names the program after it
+    program = importlib.import_module(name).main
+    if {"-h", "--help"}.isdisjoint(rest):
+        return int(program(rest))
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            return int(program(rest))
+    finally:
+        print(in_commands(printed.getvalue()), end="")
+
+
+def in_commands(text: str) -> str:
+    """A program's help with the commands instead of the files that a checkout runs."""
+    for command, module in MODULES.items():
+        package, name = module.split(".")
+        file = re.escape(f"tools/{name}.py" if package == "tools" else f"main_{name}.py")
+        text = re.sub(rf"(torchrun\b.*?) {file}", rf"\1 -m egohod {command}", text)
+        text = re.sub(rf"(python )?\b{file}", f"egohod {command}", text)
+    return text
 
 
 def run() -> None:
     """The entry point of the command; see :func:`egohod.cli.run` for exit codes."""
+    if sys.argv[1:] in ([], ["-h"], ["--help"], ["--version"]):
+        sys.exit(main(sys.argv[1:]))  # without the half second that importing the rest takes
+    from egohod import cli
+
     sys.exit(cli.run(main))
 
 

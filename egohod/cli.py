@@ -21,7 +21,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from egohod import config
-from egohod.config import PROJECT, Config
+from egohod.config import IS_CHECKOUT, PROJECT, Config
 from egohod.errors import BROKEN, DONE, INTERRUPTED, UNREAD, USER_ERROR, UserError
 from egohod.knobs import help_text, knobs
 from egohod.runtime import STOP_SIGNALS, Interrupted, RankInfo, StopRequest, locked, process_tqdm, rank_info
@@ -153,7 +153,8 @@ def _run(program: Callable[[Sequence[str]], int], arguments: Sequence[str] | Non
     except ImportError as error:
         if (error.name or "").startswith("egohod"):  # our own fault, which pip cannot cure
             raise
-        print_error(f"a package that this command needs cannot be imported: {error}; pip install -r requirements.txt")
+        cure = "-r requirements.txt" if IS_CHECKOUT else "'egohod[all]'"
+        print_error(f"a package that this command needs cannot be imported: {error}; pip install {cure}")
         return USER_ERROR
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _output_is_closed():
@@ -240,17 +241,18 @@ def set_up_logging(info: RankInfo) -> None:
 
 
 @contextmanager
-def joined(cfg: Config, *, stops_cleanly: bool = False) -> Iterator[Distributed]:
+def joined(cfg: Config, *, stops_cleanly: bool = False, inference: bool = False) -> Iterator[Distributed]:
     """This process's place in the run, left at the end.
 
     With ``stops_cleanly`` the signals that ask a run to stop raise :class:`Interrupted`, or are left to the training
-    loop. Raises :class:`UserError` on every process if the processes do not run the same code and configuration, and
-    :class:`ConnectionError` when another process died or does not come to a collective operation in time.
+    loop; with ``inference`` nothing is trained. Raises :class:`UserError` on every process if the processes do not run
+    the same code and configuration, and :class:`ConnectionError` when another process died or does not come to a
+    collective operation in time.
     """
     from egohod.distributed import first_lines, is_connection_error, require_agreement, setup
 
     train = cfg.train
-    dist = setup(train.device, timeout=train.collective_timeout, deterministic=train.deterministic)
+    dist = setup(train.device, inference=inference, timeout=train.collective_timeout, deterministic=train.deterministic)
     try:
         with stop_signals(dist.stop) if stops_cleanly else nullcontext():
             try:

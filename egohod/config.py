@@ -25,6 +25,7 @@ import logging
 import math
 import os
 import re
+import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -48,8 +49,13 @@ log = logging.getLogger(__name__)
 
 Schema = typing.TypeVar("Schema")
 
-PROJECT = Path(__file__).resolve().parents[1]
-"""The checkout, whose configs/ hold the programs' defaults."""
+_PACKAGE = Path(__file__).resolve().parent
+# A wheel carries both folders inside the package. That place comes first: in site-packages a folder of such a name may
+# belong to another project.
+PROJECT = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
+"""The folder that holds configs/ and tools/: the checkout, or the package itself where a wheel is installed."""
+IS_CHECKOUT = PROJECT != _PACKAGE
+"""Whether PROJECT is a checkout, where requirements.txt and .mediapipe are; nothing is written into a package."""
 
 
 @dataclass
@@ -93,7 +99,7 @@ def load_as(
     With a list ``missing``, environment variables that are not set are problems to append to it instead of errors.
     """
     tree, origins = OmegaConf.structured(schema), dict[str, str]()
-    for origin, layer in [*_layers(Path(path), ()), *(_override(text, schema) for text in overrides)]:
+    for origin, layer in [*_layers(config_path(path), ()), *(_override(text, schema) for text in overrides)]:
         layer = _convert_old_keys(layer, schema, origin, OmegaConf.to_container(tree))
         # Layer by layer, so that a wrong type is reported with the file or override that has it.
         tree = _merge(tree, layer, origin, schema)
@@ -148,14 +154,28 @@ def to_yaml(config: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
+def config_path(path: str | Path) -> Path:
+    """A configuration of the working directory, else the project's of that name (configs/demo.yml), which is logged."""
+    path = Path(path)
+    if path.exists() or path.is_absolute() or not (PROJECT / path).is_file():
+        return path
+    log.info("%s is not in the working directory; reading the project's, %s", path, PROJECT / path)
+    return PROJECT / path
+
+
+def program(name: str) -> list[str]:
+    """The start of a command line that runs pretrain, finetune or eval in a process of its own."""
+    script = PROJECT / f"main_{name}.py"
+    # A checkout need not be installed, and a wheel has no scripts.
+    return [sys.executable, *([str(script)] if script.is_file() else ["-m", "egohod", name])]
+
+
 def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, dict[str, Any]]]:
     """The file and its bases, the deepest base first."""
     if path.resolve() in seen:
         raise UserError(f"{path}: _base_ leads back to the file itself")
     if not path.is_file():
         near = difflib.get_close_matches(str(path), [str(p) for p in path.parent.glob("*.y*ml")], n=1, cutoff=0.5)
-        if (PROJECT / path).is_file():
-            near = [str(PROJECT / path)]
         raise UserError(f"{path}: no such config file" + (f"; did you mean {near[0]}?" if near else ""))
     try:
         # Bytes, not text: PyYAML then recognises byte order marks and UTF-16.

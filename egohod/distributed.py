@@ -139,13 +139,19 @@ class Distributed:
 
 
 def setup(
-    device: str = "auto", *, alone: bool = False, timeout: float = 1800.0, deterministic: bool = False
+    device: str = "auto",
+    *,
+    alone: bool = False,
+    inference: bool = False,
+    timeout: float = 1800.0,
+    deterministic: bool = False,
 ) -> Distributed:
     """Join the run that torchrun or Slurm describes in the environment, or be its only process.
 
     Args:
-        device: ``auto``, ``cpu`` or ``cuda``. NCCL joins GPUs, gloo CPUs.
+        device: ``auto``, ``cpu``, ``cuda`` or ``mps``. NCCL joins GPUs, gloo CPUs.
         alone: this program is one process, whatever the environment says.
+        inference: nothing is trained, so that a Mac's GPU may be used.
         timeout: seconds that a process waits for the others in a collective operation before that raises.
         deterministic: see :func:`use_deterministic_algorithms`.
 
@@ -157,7 +163,7 @@ def setup(
     if deterministic:
         # Before CUDA is initialised, which reads the environment once.
         use_deterministic_algorithms()
-    chosen = pick_device(device, info)
+    chosen = pick_device(device, info, inference=inference)
     if chosen.type == "cuda":
         # Before anything else touches CUDA, or every process would open a context on the first GPU.
         torch.cuda.set_device(chosen)
@@ -326,14 +332,22 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------
 
 
-def pick_device(device: str, info: RankInfo | None = None) -> torch.device:
+def pick_device(device: str, info: RankInfo | None = None, *, inference: bool = False) -> torch.device:
     """The device of the process ``info`` (default: the only one).
 
-    A machine whose GPU torch cannot reach is an error, not a reason to train on the CPU for a week
-    unnoticed; ``device="cpu"`` or an empty ``CUDA_VISIBLE_DEVICES`` says that it is meant.
+    A Mac's GPU (``mps``) is for ``inference`` alone, by a single process. A machine whose GPU torch cannot reach is an
+    error, not a reason to train on the CPU for a week unnoticed; ``device="cpu"`` or an empty ``CUDA_VISIBLE_DEVICES``
+    says that it is meant.
     """
     if device == "cpu":
         return torch.device("cpu")
+    is_single = info is None or info.world_size == 1
+    if device == "mps" and not (inference and is_single and torch.backends.mps.is_available()):
+        why = "is for evaluation, search and predictions" if not inference else "is for one process"
+        why = why if torch.backends.mps.is_available() else f"is not available on {host_name()}"
+        raise UserError(f"train.device=mps: a Mac's GPU {why}; use train.device=auto")
+    if device == "mps" or (device == "auto" and inference and is_single and torch.backends.mps.is_available()):
+        return torch.device("mps")
     if torch.cuda.is_available():
         info, visible = info or RankInfo(), torch.cuda.device_count()
         if info.owns_gpus:  # --gpus-per-task: this process sees its own GPU only, as number 0
@@ -452,5 +466,7 @@ def pick_precision(precision: str, device: torch.device) -> torch.dtype:
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "mps":
+        return torch.float32  # whether its bf16 is fast and good enough has not been measured
     capable = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if capable else torch.float32

@@ -169,15 +169,8 @@ def _reason(error: BaseException, revision: str | None) -> str:
         return f"the Hub refuses the model card: {' '.join(str(error).split())[:300]}"
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     # Some errors quote headers or addresses with what they were made of.
+    text = f"no answer from the Hub ({constants.ENDPOINT}): {text}"
     text = re.sub(r"//[^/@\s]*@", "//***@", text)
     if token := get_token():
         text = text.replace(token.strip(), "***")
-    text = re.sub(r"hf_\w{4,}", "***", text)[:200]
-    return f"the Hub answered {status}" if status else f"no answer from the Hub ({_endpoint()}): {text}"
-
-
-def _endpoint() -> str:
-    """The address of the Hub, without a password in it."""
-    from huggingface_hub import constants
-
-    return re.sub(r"//[^/@\s]*@", "//***@", constants.ENDPOINT)
+    return f"the Hub answered {status}" if status else re.sub(r"hf_\w{4,}", "***", text)[:300]

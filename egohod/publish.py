@@ -142,7 +142,8 @@ def write_folder(
     # Of the file itself, so that nothing is published that cannot be loaded.
     more = {"tokenizer": files} if files else {}
     model, _, tokenizer = create_model_and_transforms(geometry, source, projections="keep", **more)
-    measured = _results(content, source, run, results, model, bool(heads))
+    # Results of a run with heads are of the heads, mostly, which are not published.
+    measured = _results(content, source, None if heads else run, results, model)
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(content, folder / WEIGHTS)
     # Without paths of this machine.
@@ -178,20 +179,14 @@ def preprocessing(model: DualEncoder) -> dict[str, Any]:
 
 
 def _results(
-    weights: WeightFile,
-    source: str | Path,
-    run: Path | None,
-    results: str | Path | None,
-    model: DualEncoder,
-    has_heads: bool,
+    weights: WeightFile, source: str | Path, run: Path | None, results: str | Path | None, model: DualEncoder
 ) -> tuple[list[str], list[str]]:
     """The lines of the card about results.json, and the metrics that are no better with the frames in order.
 
     Raises :class:`UserError` for results of other weights.
     """
     path = None if results is None else Path(results)
-    # Those of a run with heads are of the heads, mostly, which are not published.
-    if path is None and run is not None and not has_heads and (run / RESULTS_FILE).is_file():
+    if path is None and run is not None and (run / RESULTS_FILE).is_file():
         path = run
     if path is None:
         return [], []

@@ -656,12 +656,12 @@ def torch_advice(driver: str, capability: tuple[int, int] | None = None, *, inst
     if installed in usable:
         return ""
     if usable:
-        return f"TORCH_INDEX={usable[0]} bash exps/setup.sh installs the build for it (docs/faq.md#installation)"
+        return f"TORCH_INDEX={usable[0]} bash exps/setup.sh installs the build for it (docs/installation.md)"
     # The newest drivers know all GPUs that a build has code for.
     drivers = [build.driver for build in TORCH_BUILDS if has_code(build)]
     if not drivers:
-        return "no build of this release has code for this GPU (docs/faq.md#installation)"
-    return f"it needs driver {min(drivers)} or later (docs/faq.md#installation)"
+        return "no build of this release has code for this GPU (docs/installation.md)"
+    return f"it needs driver {min(drivers)} or later (docs/installation.md)"
 
 
 def nvidia_driver(proc: Path = Path("/proc/driver/nvidia/version")) -> str | None:

@@ -9,16 +9,4 @@
 # Rerun to resume after an interruption; a finished run prints its table again.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-
-data=demo_data scale=1.0 folder=runs/demo overrides=()
-if [ "${1:-}" = --short ]; then
-    shift
-    data=demo_data_short scale=0.1 folder=runs/demo_short
-    overrides=("train.duration=20 steps" "train.warmup=5 steps" "train.save_every=10 steps" "evaluate.every=10 steps")
-fi
-export DEMO_DATA=${DEMO_DATA:-$data}
-"$PYTHON" tools/make_demo_data.py --output "$DEMO_DATA" --scale "$scale"
-# Two loader processes share the cores with the model: waiting threads must not spin (a third faster on two cores).
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
-# First what is done with which object, then, from those weights, in which order it happens.
-train_demo "$folder" ${overrides[@]+"${overrides[@]}"} "$@"
+exec "$PYTHON" -m egohod demo "$@"

@@ -17,7 +17,7 @@ detector=$("$PYTHON" tools/generate_hod.py "${arguments[@]}" --which_detector 2>
 folder=${EGOHOD_MEDIAPIPE:-.mediapipe}
 if [ "$detector" = mediapipe ] && [ ! -d "$folder/mediapipe" ]; then
     echo "installing MediaPipe into $folder (once)"
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --target "$folder" -r exps/mediapipe_requirements.txt
+    pip_install --no-deps --target "$folder" -r egohod/hod/detectors/mediapipe_requirements.txt
 fi
 if [ "${SHARDS:-1}" -gt 1 ] && command -v sbatch >/dev/null; then arguments+=(--submit "$SHARDS"); fi
 exec "$PYTHON" tools/generate_hod.py "${arguments[@]}"

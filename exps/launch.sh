@@ -130,10 +130,17 @@ demo_world() {
     "$PYTHON" tools/make_demo_data.py --output "$DEMO_DATA" --scale "${DEMO_SCALE:-1.0}" "$@"
 }
 
-# demo_checkpoint: train the one that all scripts share if it is absent.
+# demo_checkpoint: train the one that all scripts share if it is absent. The script exits when that fails or is stopped.
 demo_checkpoint() {
     export DEMO_CHECKPOINT=${DEMO_CHECKPOINT:-runs/demo}
     ls "$DEMO_CHECKPOINT"/checkpoints/step-* >/dev/null 2>&1 && return
     echo "no checkpoint in $DEMO_CHECKPOINT yet: training one (DEMO_CHECKPOINT=... names another)"
-    train_demo "$DEMO_CHECKPOINT"
+    # A run that a signal stops ends with 0 too.
+    local -x EGOHOD_UNFINISHED=${TMPDIR:-/tmp}/egohod-unfinished-$$
+    rm -f "$EGOHOD_UNFINISHED"
+    "$PYTHON" -m egohod demo --scale "${DEMO_SCALE:-1.0}" train.output="$DEMO_CHECKPOINT"
+    if [ -e "$EGOHOD_UNFINISHED" ]; then
+        rm -f "$EGOHOD_UNFINISHED"
+        exit 0
+    fi
 }

@@ -1,11 +1,22 @@
 # Sourced by the other scripts: go to the project, install the requirements if needed, set $PYTHON.
 #
-# Uses the active virtual or conda environment, else makes .venv here. Packages installed before are skipped.
+# Uses the active virtual or conda environment, else makes .venv here. Packages installed before are skipped. They are
+# installed by uv where there is one, else or if it fails (it does not read pip's configuration) by pip.
 # EGOHOD_PYTHON=/usr/bin/python3.11 chooses the interpreter that makes .venv.
 # TORCH_INDEX=cu126 (or cu130, cpu) chooses the build of PyTorch. Builds other than the default are in an index of
 # PyTorch's own: TORCH_INDEX=ADDRESS/cu126 names it, unless pip's configuration (pip config set global.extra-index-url
-# ADDRESS/cu126, PIP_EXTRA_INDEX_URL) does. Which build for which driver: docs/faq.md
+# ADDRESS/cu126, PIP_EXTRA_INDEX_URL) does. Which build for which driver: docs/installation.md
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+
+# pip_install ARGUMENTS...: into the environment of $PYTHON.
+pip_install() {
+    if command -v uv >/dev/null; then
+        # As pip does: the best version of all indexes, not that of the first one with the name.
+        uv pip install --quiet --python "$PYTHON" --index-strategy unsafe-best-match "$@" && return
+        echo "uv cannot install this; trying pip" >&2
+    fi
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check "$@"
+}
 
 _environment=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
 # conda activates its base environment by itself; it should stay free of this project's packages.
@@ -17,7 +28,8 @@ if [ -z "$_environment" ]; then
         exit 2
     fi
     # Debian without python3-venv leaves an environment without pip behind: make it again.
-    if ! "$_environment/bin/python" -m pip --version >/dev/null 2>&1; then
+    if ! "$_environment/bin/python" -m pip --version >/dev/null 2>&1 &&
+        ! { [ -x "$_environment/bin/python" ] && command -v uv >/dev/null; }; then
         _base=${EGOHOD_PYTHON:-$(command -v python3.11 || command -v python3 || true)}
         if ! "${_base:-false}" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
             echo "error: Python 3.11 or newer is needed (found: ${_base:-none}); set EGOHOD_PYTHON=/path/to/python3.11" >&2
@@ -29,17 +41,18 @@ if [ -z "$_environment" ]; then
     fi
 fi
 PYTHON=$_environment/bin/python
-if ! "$PYTHON" -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-    echo "error: the active environment $_environment has no Python 3.11 with pip; deactivate it, or install pip there" >&2
+if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+    ! { command -v uv >/dev/null || "$PYTHON" -c 'import pip' 2>/dev/null; }; then
+    echo "error: the active environment $_environment has no Python 3.11 with pip or uv; deactivate it, or install pip there" >&2
     exit 2
 fi
 
-# install NAME FILE...: pip install the files' pins once per content.
+# install NAME FILE...: install the files' pins once per content.
 install() {
     local stamp
     stamp=$_environment/.egohod-$1-$(cat "${@:2}" pyproject.toml <(pwd; printf %s "${TORCH_INDEX:-}") | cksum | cut -d' ' -f1)
     [ -e "$stamp" ] && return
-    local options=(--quiet --disable-pip-version-check) build=${TORCH_INDEX:-} builds=$_environment/.torch-build.txt problem
+    local options=() build=${TORCH_INDEX:-} builds=$_environment/.torch-build.txt problem
     [[ $build != *://* ]] || options+=(--extra-index-url "$build")
     build=${build%/} build=${build##*/}
     if [ -n "$build" ]; then
@@ -57,42 +70,17 @@ install() {
     echo "installing $1 packages (once; PyTorch alone is several GB)"
     local files=()
     for file in "${@:2}"; do files+=(-r "$file"); done
-    if ! "$PYTHON" -m pip install "${options[@]}" "${files[@]}"; then
+    if ! pip_install ${options[@]+"${options[@]}"} "${files[@]}"; then
         [ -z "$build" ] || echo "error: if pip cannot find $(head -n 1 "$builds"), give the address of PyTorch's own index" \
-            "for that build, which PyTorch's install page shows: TORCH_INDEX=ADDRESS/$build (docs/faq.md)" >&2
+            "for that build, which PyTorch's install page shows: TORCH_INDEX=ADDRESS/$build (docs/installation.md)" >&2
         exit 1
     fi
-    # pip cannot install a read-only checkout; the scripts run in its folder and do not need it installed.
+    # Neither can install a read-only checkout; the scripts run in its folder and do not need it installed.
     if [ -w . ]; then
-        "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --editable . || exit 1
+        pip_install --no-deps --editable . || exit 1
     fi
     rm -f "$_environment/.egohod-$1-"*
     touch "$stamp"
 }
 
-# train_demo FOLDER [KNOB=VALUE...]: both stages of the demo, the first one into FOLDER_start; resumes, and skips a
-# stage that is finished. The script exits when a stage fails, or was stopped before its end.
-train_demo() {
-    local folder=$1 argument
-    shift
-    # A folder among the knobs is that of the second stage: both in one would be one run.
-    for argument in "$@"; do [[ $argument != train.output=* ]] || folder=${argument#*=}; done
-    # Decoding is half of a step of so small a model. The decoded frames take 4.9 GB, so they are removed at the end.
-    set -- "data.frame_cache=${folder}_frames" "$@"
-    # A stage that a signal stops has saved and ends with 0, but the next one must not begin with its weights.
-    local -x EGOHOD_UNFINISHED=${TMPDIR:-/tmp}/egohod-unfinished-$$
-    rm -f "$EGOHOD_UNFINISHED"
-    # The test world is evaluated by the second stage, once.
-    "$PYTHON" main_pretrain.py --config_file configs/demo.yml "train.duration=450 steps" "evaluate.every=450 steps" \
-        "evaluate.final=[]" "$@" train.output="${folder}_start"
-    [ -e "$EGOHOD_UNFINISHED" ] ||
-        DEMO_START=${folder}_start "$PYTHON" main_pretrain.py --config_file configs/demo_order.yml "$@" \
-            train.output="$folder"
-    if [ -e "$EGOHOD_UNFINISHED" ]; then
-        rm -f "$EGOHOD_UNFINISHED"
-        echo "not finished; rerun to resume from the last checkpoint"
-        exit 0
-    fi
-    rm -rf "${folder}_frames"
-}
 install run requirements.txt

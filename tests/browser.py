@@ -19,6 +19,10 @@ import pytest
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs a real browser (Debian: apt-get install chromium)")
 _PATIENCE = 60.0
+_KEY_CODES = {
+    **{"Tab": 9, "Enter": 13, "Escape": 27, "End": 35},
+    **{"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40},
+}
 
 
 class Page:
@@ -48,10 +52,10 @@ class Page:
                 assert "error" not in reply, reply
                 return reply["result"]
 
-    def open(self, path: Path) -> None:
-        """Load a file and wait until it is all there."""
+    def open(self, address: Path | str) -> None:
+        """Load a file or an address and wait until it is all there."""
         self._events.clear()
-        self.send("Page.navigate", url=path.resolve().as_uri())
+        self.send("Page.navigate", url=address if isinstance(address, str) else address.resolve().as_uri())
         while "Page.loadEventFired" not in self._events:
             self._read()
 
@@ -60,6 +64,23 @@ class Page:
         reply = self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in reply, reply
         return reply["result"].get("value")
+
+    def until(self, script: str) -> Any:
+        """What an expression gives once that is true."""
+        until = time.monotonic() + _PATIENCE
+        while not (value := self.run(script)):
+            assert time.monotonic() < until, f"not within {_PATIENCE:g} s: {script}; {self.complaints}"
+            time.sleep(0.05)
+        return value
+
+    def press(self, *keys: str) -> None:
+        """Press keys one after the other: a character, or a name such as Enter, Tab or ArrowDown."""
+        for key in keys:
+            text = "\r" if key == "Enter" else key if len(key) == 1 else ""
+            code = _KEY_CODES.get(key, ord(key[0].upper()) if key.isalnum() else 0)
+            event = {"key": key, "text": text, "windowsVirtualKeyCode": code}
+            self.send("Input.dispatchKeyEvent", type="keyDown", **event)
+            self.send("Input.dispatchKeyEvent", type="keyUp", **event)
 
     def pictures(self) -> list[int]:
         """The widths of the page's images in pixels; one that is broken is an error.

@@ -66,6 +66,7 @@ from egohod.model.checkpoints import load_weights
 from egohod.model.config import GEOMETRIES, Geometry, ModelConfig, geometry
 from egohod.model.dual_encoder import DualEncoder, create_model
 from egohod.model.reranker import Reranker, RerankerShape, load_reranker
+from egohod.serve.index import Marks, Moment
 from egohod.training.checkpoint import CheckpointStore, classes_of, open_checkpoint, open_weights
 from egohod.training.telemetry import _truncate
 from tests.data.set_files import write_lerobot, write_shards
@@ -752,6 +753,17 @@ def _read_index(folder: Path) -> None:
     feature_index.open_index(folder, INDEX | {"videos": {"c": "c.npz"}})
 
 
+def _seed_marks(folder: Path) -> None:
+    for number, label in enumerate(("cuts", "peels, twice")):
+        Marks(folder / "marks.json").set(Moment("v/w", number, number + 2 if number else None), label, "right")
+
+
+def _read_marks(folder: Path) -> None:
+    marks = Marks(folder / "marks.json")
+    for kind in ("narrations", "labels"):
+        marks.to_csv(kind, lambda video: 9.0).encode()
+
+
 def _seed_features(folder: Path) -> None:
     cache = FeatureCache(folder, {"weights": "w"})
     for key in ("a", "b"):
@@ -950,6 +962,7 @@ TARGETS: dict[str, Target] = {
         Target("hod_prompt", _seed_prompt, _read_prompt),
         Target("feature_index", _seed_index, _read_index),
         Target("feature_cache", _seed_features, _read_features),
+        Target("marks", _seed_marks, _read_marks),
         Target("results", _seed_results, _read_results),
         Target("metrics", _seed_metrics, _read_metrics, only="metrics.jsonl"),
         Target("demo_world", _seed_world, lambda folder: demo.plan(folder, scale=0.01)),

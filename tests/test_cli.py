@@ -80,7 +80,9 @@ def test_names_that_are_not_utf8() -> None:
             assert done.stderr == "error: b'caf\\xe9.mp4': a name that is not UTF-8; rename the file or folder\n"
 
 
-def test_a_package_that_a_command_needs_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_package_that_a_command_needs_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def needs(name: str) -> int:
         raise ModuleNotFoundError(f"No module named '{name}'", name=name)
 
@@ -90,6 +92,9 @@ def test_a_package_that_a_command_needs_is_named(capsys: pytest.CaptureFixture[s
         "error: a package that this command needs cannot be imported: No module named 'submitit'; pip install -r "
         "requirements.txt\n"
     )
+    monkeypatch.setattr(cli, "IS_CHECKOUT", False)  # as where a wheel is installed
+    assert cli.run(lambda _: needs("submitit"), []) == cli.USER_ERROR
+    assert capsys.readouterr().err.endswith("; pip install 'egohod[all]'\n")
     # A fault of our own stays one.
     with pytest.raises(ModuleNotFoundError):
         cli.run(lambda _: needs("egohod.nothing"), [])

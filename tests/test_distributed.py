@@ -12,7 +12,7 @@ import egohod
 from egohod import config, distributed
 from egohod.distributed import Distributed, require_agreement, source_hash
 from egohod.errors import UserError
-from egohod.runtime import TORCH_BUILDS, torch_advice, torch_problem
+from egohod.runtime import TORCH_BUILDS, RankInfo, torch_advice, torch_problem
 from tests.ranks import Pair, pair
 
 
@@ -27,6 +27,23 @@ def test_a_gpu_that_torch_cannot_use_stops_the_run(monkeypatch: pytest.MonkeyPat
     assert distributed.pick_device("cpu").type == "cpu"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert distributed.pick_device("auto").type == "cpu"
+
+
+def test_a_macs_gpu_is_for_inference_by_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as that goes without one: training on it, and what its operations return, has never been run."""
+    monkeypatch.setattr(distributed, "nvidia_driver", lambda: None)
+    with pytest.raises(UserError, match="a Mac's GPU is not available on"):
+        distributed.pick_device("mps", inference=True)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    two = RankInfo(rank=0, world_size=2)
+    assert distributed.pick_device("auto").type == distributed.pick_device("auto", two, inference=True).type == "cpu"
+    for choice in ("auto", "mps"):
+        assert distributed.setup(choice, alone=True, inference=True).device.type == "mps"
+    for info, inference, reason in ((None, False, "is for evaluation, search"), (two, True, "is for one process")):
+        with pytest.raises(UserError, match=reason):
+            distributed.pick_device("mps", info, inference=inference)
+    assert distributed.pick_precision("auto", torch.device("mps")) == torch.float32
 
 
 def test_the_driver_version_needs_no_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +108,7 @@ def test_a_build_that_the_machine_cannot_run_is_noticed_before_it_is_installed(
     monkeypatch.setattr("importlib.metadata.version", lambda _: "2.14.1")
     assert torch_problem() == (
         "the cu130 build of PyTorch does not run with this machine's NVIDIA driver 535.104.05 and GPU of compute "
-        "capability 8.0: TORCH_INDEX=cu126 bash exps/setup.sh installs the build for it (docs/faq.md#installation)"
+        "capability 8.0: TORCH_INDEX=cu126 bash exps/setup.sh installs the build for it (docs/installation.md)"
     )
     for version in ("2.14.1+cu126", "2.14.1+cpu", "2.11.0+cu128"):
         monkeypatch.setattr("importlib.metadata.version", lambda _, version=version: version)

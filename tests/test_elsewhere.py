@@ -59,9 +59,18 @@ def test_default_configurations_are_those_of_the_project(
     assert [name for name in WRITTEN if (elsewhere / name).is_file()] == list(WRITTEN)
 
 
-def test_a_config_that_the_project_has_is_named_in_full(elsewhere: Path) -> None:
-    with pytest.raises(UserError, match=rf"no such config file; did you mean {ROOT}/configs/demo\.yml\?"):
-        load("configs/demo.yml")
+def test_a_config_of_the_project_is_read_where_the_working_directory_has_none(
+    elsewhere: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    # With its bases, which are beside it.
+    assert load("configs/demo.yml", ["train.seed=3"]).train.output == "runs/demo"
+    assert f"configs/demo.yml is not in the working directory; reading the project's, {ROOT}/configs" in caplog.text
+    (elsewhere / "configs").mkdir()
+    (elsewhere / "configs" / "demo.yml").write_text("train: {seed: 7}\n")
+    assert load("configs/demo.yml").train.seed == 7
+    with pytest.raises(UserError, match=r"configs/dmo\.yml: no such config file; did you mean configs/demo\.yml\?"):
+        load("configs/dmo.yml")
 
 
 @pytest.mark.ci

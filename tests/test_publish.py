@@ -104,11 +104,10 @@ def test_what_cannot_be_exported_is_one_line(tmp_path: Path, monkeypatch: pytest
     [
         (["--push", "org/a", "--export", "onnx"], "--export"),
         (["--inspect", "--export", "torch"], "--export"),
-        (["b.safetensors", "--dtype", "float16"], "--dtype"),
-        (["b.safetensors", "--licence", "mit"], "--licence"),
+        (["b.safetensors", "--dtype", "float16"], "--dtype or --model"),
+        (["b.safetensors", "--licence", "mit"], "--results or --licence"),
         (["folder", "--export", "torch", "--private"], "--private"),
-        (["folder", "--export", "hub", "--to", "upstream"], "--to"),
-        (["folder", "--export", "torch", "--force"], "--force"),
+        (["folder", "--export", "hub", "--to", "upstream"], "--download, --force or --to"),
     ],
 )
 def test_an_option_without_effect_is_refused(

@@ -2,7 +2,8 @@
 
 Import it before egohod. Python puts this folder on sys.path when it starts a tool, from whatever folder, so that
 ``from _common import ...`` always works; egohod itself is installed by exps/setup.sh, but not in a read-only checkout
-nor in a mere clone of the repository. This module is the one place that makes up for it.
+nor in a mere clone of the repository. This module is the one place that makes up for it. In a wheel this folder is
+egohod/tools.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[1]
-# In front: a copy of egohod elsewhere on the path must not be mixed with these tools.
-if str(ROOT) not in sys.path:
+# In front: a copy of egohod elsewhere on the path must not be mixed with these tools. In a wheel this is the package
+# itself, whose modules must not become importable as config, data and so on.
+if (ROOT / "egohod").is_dir() and str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from egohod import cli, config

@@ -16,7 +16,6 @@ import logging
 import os
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +28,7 @@ import numpy as np
 from _common import markdown_table, run_tool, save_picture, tool_parser
 
 from egohod import cli, config
-from egohod.config import PROJECT, Config
+from egohod.config import Config
 from egohod.data.formats.base import read_lines
 from egohod.demo import make_world
 from egohod.demo.world import Variant
@@ -154,8 +153,8 @@ def plan(study: Study, path: Path, tune: bool) -> list[Run]:
             cfg = config.load(base, overrides)
             if not cfg.train.duration.endswith("steps"):
                 raise UserError(f"{base}: train.duration is '{cfg.train.duration}'; rows are compared by their steps")
-            program = "main_eval.py" if row.start else study.program
-            command = [sys.executable, str(PROJECT / program), "--config_file", str(base), *overrides]
+            program = "eval" if row.start else study.program.removeprefix("main_").removesuffix(".py")
+            command = [*config.program(program), "--config_file", str(base), *overrides]
             if row.start:
                 if not cfg.model.weights.path:
                     raise UserError(f"{path}: row '{name}' is a start, but model.weights.path is not set")
@@ -419,7 +418,7 @@ def main(argv: Sequence[str]) -> int:
     add("--jobs", type=int, default=1, metavar="N", help="runs at a time, each with its share of the cores")
     add("--dry_run", action="store_true", help="list the runs to do with their cost and expected time, and exit")
     args = parser.parse_args(argv)
-    path = Path(args.config_file)
+    path = config.config_path(args.config_file)
     study = read_study(path)
     world, runs = study.world, plan(study, path, args.tune)
     chosen = select(runs, *([name for name in text.split(",") if name] for text in (args.only, args.seeds)))

@@ -13,6 +13,7 @@ python tools/bench.py table              # four million rows: start to first bat
 python tools/bench.py hod                # the HOD pipeline by stage, memory of a worker
 python tools/bench.py eval               # mAP and nDCG of a full benchmark, against full-matrix sorting
 python tools/bench.py probe              # linear and k-NN probes on cached features
+python tools/bench.py serve              # an answer of egohod serve over 100,000 moments; overlapping windows
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ BENCHMARKS = {
     "eval": Benchmark(inference.eval_options, inference.evaluation, inference.eval_text),
     "hod": Benchmark(inference.hod_options, inference.hod, inference.hod_text),
     "probe": Benchmark(inference.probe_options, inference.probe, inference.probe_text),
+    "serve": Benchmark(inference.serve_options, inference.serve),
 }
 
 

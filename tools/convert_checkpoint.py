@@ -76,13 +76,11 @@ def main(arguments: Sequence[str]) -> int:
     is_published, is_exported = args.push or args.export == "hub", args.export in ("torch", "onnx")
     misplaced = {
         "--export": args.export and args.output is None,
-        "--dtype": args.dtype != "float32" and not is_exported,
-        "--model": args.model and not is_exported,
+        "--dtype or --model": (args.dtype != "float32" or args.model) and not is_exported,
         "--private": args.private and not args.push,
-        "--results": args.results and not is_published,
-        "--licence": args.licence != "other" and not is_published,
-        **{f"--{name}": is_published or is_exported for name in ("download", "force") if getattr(args, name)},
-        "--to": args.to != "egohod" and (is_published or is_exported),
+        "--results or --licence": (args.results or args.licence != "other") and not is_published,
+        "--download, --force or --to": (args.download or args.force or args.to != "egohod")
+        and (is_published or is_exported),
     }
     if ignored := [option for option, is_misplaced in misplaced.items() if is_misplaced]:
         raise UserError(f"{ignored[0]} has no effect with the other options; see --help")

@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
     # The model is that of the checkpoint; --config_file only adds what a checkpoint does not store.
     cfg = load_for_checkpoint(args)
     dataset = _dataset(args, cfg)
-    dist = setup(cfg.train.device)
+    dist = setup(cfg.train.device, inference=True)
     try:
         _embed(args, cfg, dist, dataset)
     finally:

@@ -33,8 +33,12 @@ from egohod.errors import UserError
 # Parts of identifiers that no field uses; words of the domain that contain one are allowed by name.
 BANNED_PARTS = frozenset(["told", "said", "asked", "found", "kept", "owed", "known", "say"])
 ALLOWED_NAMES = frozenset[str]()
-# Modules behind a protocol may have a single importer: the registry or factory that chooses among them.
-VARIANTS = ("egohod.data.formats.", "egohod.hod.detectors.", "egohod.hod.narrators.", "egohod.loss.", "egohod.robot.")
+# Modules behind a protocol may have a single importer: the registry or factory that chooses among them. Commands are
+# behind the table of egohod/__main__.py.
+VARIANTS = (
+    "egohod.commands.", "egohod.data.formats.", "egohod.hod.detectors.", "egohod.hod.narrators.", "egohod.loss.",
+    "egohod.robot.",
+)  # fmt: skip
 
 # 24,100 is what was planned for the features of the time, and what more formats of input added.
 LINES = (

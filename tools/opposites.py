@@ -16,15 +16,12 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from _common import run_tool
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from egohod import cli
 from egohod.data.formats.base import read_csv
 from egohod.data.opposites import opposite
 from egohod.data.replacements import Verbs, false_verbs
@@ -118,4 +115,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    run_tool(main)

@@ -97,7 +97,7 @@ def _scores(
     cfg: Config, args: argparse.Namespace, windows: Sequence[tuple[float, float]]
 ) -> tuple[Sequence[str], np.ndarray]:
     """Names of classes or sentences, and scores [windows, names]: probabilities, or cosine similarities."""
-    dist = setup(cfg.train.device, alone=True)
+    dist = setup(cfg.train.device, alone=True, inference=True)
     if args.sentences:
         encoder: DualEncoder | ClassProbabilities = build_model(cfg, dist).eval()
         # Both encoders return unit vectors, whose product is the cosine similarity.

@@ -102,7 +102,7 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"--limit must be at least 0, not {args.limit}")
     cfg = load_for_checkpoint(args)
     pairs = read_pairs(args)
-    with cli.joined(cfg, stops_cleanly=True) as dist:
+    with cli.joined(cfg, stops_cleanly=True, inference=True) as dist:
         results = probe(args, cfg, dist, pairs)
         if dist.is_main:
             write_json(args.output / RESULTS_FILE, results)

@@ -17,14 +17,11 @@ from pathlib import Path
 
 from _common import run_tool, save_picture, tool_parser
 
-from egohod import cli, config
-from egohod.data.dataset import tokenizer_for
-from egohod.distributed import setup
+from egohod import cli
 from egohod.errors import UserError
-from egohod.evaluation.embed import Execution, embed_texts, fingerprint
-from egohod.evaluation.features import CONFIG_FILE, read_features, read_index, search, span
+from egohod.evaluation.features import read_features, read_index, search, span
 from egohod.evaluation.report import contact_sheet
-from egohod.training.build import build_model
+from egohod.serve.index import TextTower
 
 log = logging.getLogger("search")
 
@@ -50,17 +47,8 @@ def main(arguments: Sequence[str]) -> int:
     features, missing = read_features(args.index)
     if missing:
         log.warning("%d of %d videos have no features yet", missing, len(index["videos"]))
-    cfg = config.load(args.index / CONFIG_FILE, [f"model.weights.path={args.checkpoint}"] if args.checkpoint else [])
-    # Alone: variables of a launcher, as in an interactive Slurm job, must not make it wait for others.
-    dist = setup(cfg.train.device, alone=True)
-    model = build_model(cfg, dist)
-    # Another checkpoint has another embedding space: similarities to these features would be noise.
-    if fingerprint(model) != index["weights"]:
-        raise UserError(f"{cfg.model.weights.path}: not the weights that made {args.index}; give --checkpoint")
-    tokenizer = tokenizer_for(cfg.model)
-    # One text, no workers.
-    query = embed_texts(model, [args.sentence], tokenizer, Execution(1, 0, dist))[0].numpy()
-    hits = search(query, features, args.top, args.overlapping)
+    tower = TextTower(args.index, args.checkpoint)
+    hits = search(tower.encode(args.sentence), features, args.top, args.overlapping)
     if args.json:
         # The end of a whole video is infinite in the index, which JSON cannot hold.
         print(json.dumps([dataclasses.asdict(hit) | {"end": hit.end if hit.end < 1e18 else None} for hit in hits]))
@@ -71,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
             print(f"{rank:3d}  {hit.similarity:6.3f}  {hit.video:<{width}}  {span(hit):<25}  {hit.text}".rstrip())
     # Last: the answer is printed even if the videos were moved and no picture can be drawn.
     if args.sheet:
-        sheet = contact_sheet(hits, index, cfg.data.decoder, args.videos)
+        sheet = contact_sheet(hits, index, tower.decoder, args.videos)
         save_picture(sheet, args.sheet)
         log.info("drew %s", args.sheet)
     return cli.DONE

@@ -30,12 +30,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from _common import ROOT, run_tool, tool_parser
+from _common import run_tool, tool_parser
 
 from egohod import cli, config
 from egohod.errors import UserError
 
-PROGRAMS = {"pretrain": "main_pretrain.py", "finetune": "main_finetune.py"}
 FOLDER = "submitted"
 # A copy: a task unpickles Training before this project can be imported, so that it must not refer to egohod.
 UNFINISHED = cli.UNFINISHED
@@ -126,13 +125,14 @@ def main(arguments: Sequence[str]) -> int:
     if not args.config:
         raise UserError("which configuration? python tools/submit.py --help shows examples")
     # Loaded here only to find mistakes before a job waits in the queue for hours; and for its output folder.
-    cfg = config.load(args.config, args.overrides)
+    path = config.config_path(args.config)
+    cfg = config.load(path, args.overrides)
     run = Path(cfg.train.output).resolve()
     # The decoding processes of the loader and the training process itself. Automatic ones take what the job gets.
     workers = cfg.data.workers if cfg.data.workers is not None else GPU_WORKERS if args.gpus else 0
     args.cpus = args.cpus or max(FEWEST_CORES, workers + 1)
     # Absolute: a job may start in another folder.
-    command = [sys.executable, str(ROOT / PROGRAMS[args.program]), "--config_file", str(Path(args.config).resolve())]
+    command = [*config.program(args.program), "--config_file", str(path.resolve())]
     command += [*args.overrides, f"train.output={run}"]
     parameters = _parameters(args)
     if args.dry_run:
@@ -262,7 +262,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("config", nargs="?", metavar="CONFIG", help="the configuration, a YAML file")
     add("overrides", nargs="*", metavar="section.key=value", help="change single knobs, e.g. train.lr=1e-4")
-    add("--program", choices=list(PROGRAMS), default="pretrain", help="what to run (default: pretrain)")
+    add("--program", choices=("pretrain", "finetune"), default="pretrain", help="what to run (default: pretrain)")
     add("--cluster", choices=("slurm", "local"), default="slurm", help="where (default: slurm)")
     add("--nodes", type=int, default=1, metavar="N", help="machines (default: 1)")
     add("--gpus", type=int, default=0, metavar="N", help="GPUs of each machine (default: none)")

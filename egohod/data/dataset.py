@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 
 # So many unreadable clips in a row are no accident but a wrong folder.
 _MAX_REPLACEMENTS = 10
+# Decoded pictures of overlapping clips that wait for their turn: ten seconds of 1080p at four frames a second.
+_WAITING_BYTES = 1 << 28
 # Part of what cached features depend on; counts up when the same settings show other frames.
 _SAMPLING = "2"
 
@@ -201,6 +203,10 @@ class ClipDataset(Dataset[dict[str, Any]]):
         """Clips of a batch to :meth:`request` before one is read; 0 where nothing is remote."""
         self.origin, self.rows = self, np.arange(len(self))
         """The dataset that this one is a part of, itself if none, and the places of the clips there, ascending."""
+        self.upcoming: Sequence[Key] = ()
+        """The clips of a batch that will be read next, in order: of those that overlap each frame is decoded once."""
+        self._waiting: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # by clip: pictures of several, and its own rows
+        self._picture = ("", 0)  # the last video that was read, and the bytes of its pictures
         self.labels = labels
         self._tokenizer = tokenizer
         self._seed = seed
@@ -335,8 +341,44 @@ class ClipDataset(Dataset[dict[str, Any]]):
         if protocol.whole_files:
             frames = source.store(row).read_file(row.video_id, lambda total: frame_numbers(protocol, total))
         else:
-            frames = source.read(row, protocol.frames, None, protocol.sampling).pictures[None]
+            together = self._waiting.pop(index, None) or self._read_overlapping(index)
+            if together is None:
+                pictures = source.read(row, protocol.frames, None, protocol.sampling).pictures
+                self._picture = row.video_id, pictures[0].nbytes
+            else:
+                pictures = together[0][together[1]]
+            frames = pictures[None]
         return torch.cat([spatial_crops(window, self.size, protocol.crops, protocol.resize) for window in frames])
+
+    def _read_overlapping(self, index: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Read a clip and those of ``upcoming`` that overlap one after the other; None if it is to be read alone."""
+        row, waiting = self.row(index), list[int]()
+        # The first clip of a video is read alone, which shows how large its pictures are.
+        room = _WAITING_BYTES // self._picture[1] if self._picture[0] == row.video_id else 0
+        end = row.end
+        for key in self.upcoming:
+            later = self.row(key) if isinstance(key, int) and key > index else None
+            # Decoded apart, sliding windows would decode most pictures twice, and those between a key frame and the
+            # window many times.
+            if later is None or later.video_id != row.video_id or not row.start <= later.start < end:
+                continue
+            if self.protocol.frames * (len(waiting) + 2) > room:
+                break
+            waiting.append(int(key))  # type: ignore[arg-type]
+            end = max(end, later.end)
+        if not waiting:
+            return None
+        rows = [row, *map(self.row, waiting)]
+        spans, store = [(each.start, each.end) for each in rows], self.sources[self._place(index)[0]].store(row)
+        try:
+            read = store.read_together(row.video_id, spans, self.protocol.frames, self.protocol.sampling)
+        except VideoError:  # each alone then, which shows which of them it is
+            return None
+        if read is None:
+            return None
+        pictures, places = read
+        self._waiting = {key: (pictures, place) for key, place in zip(waiting, places[1:], strict=True)}
+        return pictures, places[0]
 
     def restricted(self, mask: NDArray[np.bool_]) -> ClipDataset:
         """The clips where ``mask`` [N] is true."""
@@ -344,6 +386,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         dataset = copy.copy(self)
         for cached in ("identities", "numbers"):
             dataset.__dict__.pop(cached, None)
+        dataset.upcoming, dataset._waiting = (), {}
         masks = np.split(mask, self.starts[1:-1])
         dataset.sources = [source.restricted(each) for source, each in zip(self.sources, masks, strict=True)]
         dataset.starts = np.cumsum([0, *(len(source.table) for source in dataset.sources)])

@@ -178,6 +178,10 @@ def worker_count(workers: int | None, dist: Distributed) -> int:
     """
     if workers is not None:
         return workers
+    if sys.platform != "linux":
+        # Libraries of macOS, Metal above all, may crash in a forked process; and a spawned one would copy the table.
+        log.info("data.workers=0: on %s clips are decoded in the process itself unless it is set", sys.platform)
+        return 0
     here, mine = host_name(), core_numbers()
     of_node = [cores for host, cores in dist.gather_objects((here, mine)) if host == here]
     share = sum(1 / sum(core in cores for cores in of_node) for core in mine)
@@ -572,6 +576,9 @@ class _Guarded(Dataset[Any]):
         """The samples of a batch; torch calls this instead of getting them one by one."""
         # Sources of clips that are not files, as those of tests, have nothing to fetch.
         ahead = getattr(self._dataset, "read_ahead", 0)
+        # Not with cuda, whose threads share the data set.
+        if isinstance(self._dataset, ClipDataset) and self._dataset.decoder != "cuda":
+            self._dataset.upcoming = keys
         samples = list[dict[str, Any] | UserError]()
         for place, key in enumerate(keys):
             # The first clip is requested with those after it, then one more for each that is decoded.

@@ -333,6 +333,35 @@ class VideoStore:
                 file = self._open(place, place.chunk(start))
                 return self._read_chunks(place, file, start, end, num_frames, rng, rule)
 
+    def read_together(
+        self, video_id: str, spans: Sequence[tuple[float, float]], num_frames: int, rule: str = "middle"
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Frames of several clips of one whole file, each decoded once: distinct pictures uint8 [P, H, W, 3], and of
+        each clip the rows of its frames among them, int64 [clips, num_frames]; None for a video in chunks.
+
+        Otherwise as :meth:`read`, whose frames are the same: one clip that cannot be read raises for all.
+        """
+        with self._checked(video_id) as video:
+            place, file = self._find(video, spans[0][0], self._open)
+            if place.layout != "whole":
+                return None
+            with contextlib.closing(self._opener(file, self._name(place, 0))) as decoder:
+                if (start := max(start for start, _ in spans)) >= decoder.duration:
+                    raise VideoError(f"{self._name(place, 0)}: a clip begins at {start:.2f} s, beyond the end")
+                numbers = [
+                    clip_indices(start, self._widened(place, start, end, rule), decoder.duration, decoder.fps,
+                                 num_frames, rule=rule)
+                    for start, end in spans
+                ]  # fmt: skip
+                distinct, rows = np.unique(np.stack(numbers), return_inverse=True)
+                return decoder.read_at(frame_times(distinct, decoder.fps)), rows.reshape(len(spans), num_frames)
+
+    def locate(self, video_id: str, second: float) -> tuple[VideoFile, float]:
+        """The file that holds a second of a video, and the second at which it begins. Raises as :meth:`read` does."""
+        with self._checked(video_id) as video:
+            place, file = self._find(video, second, self._open)
+            return file, place.start(place.chunk(second)) if place.layout != "whole" else 0.0
+
     def end_of(self, video_id: str, start: float, end: float, rule: str = "middle") -> float:
         """The end of a clip as :meth:`read` takes it: later than ``end`` if a short clip is widened.
 

@@ -21,8 +21,9 @@ import math
 import os
 import reprlib
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,13 @@ class Features:
     end: NDArray[np.float64]
     texts: Sequence[str]
 
+    @cached_property
+    def rows_of(self) -> dict[str, range]:
+        """The rows of each video, which follow one another."""
+        starts = [row for row, video in enumerate(self.videos) if row == 0 or video != self.videos[row - 1]]
+        ends = [*starts[1:], len(self.videos)]
+        return {self.videos[first]: range(first, end) for first, end in zip(starts, ends, strict=True)}
+
 
 def file_of(video: str) -> str:
     """The name of a video's features below the folder."""
@@ -240,27 +248,38 @@ def read_features(folder: Path) -> tuple[Features, int]:
 
     Raises :class:`UserError` if there are none at all, or naming a file that cannot be read.
     """
+    parts, videos, index = list[tuple[NDArray[Any], ...]](), list[str](), read_index(folder)["videos"]
+    for video, part in feature_files(folder, index):
+        parts.append(part)
+        videos += [video] * len(part[0])
+    features, start, end = (np.concatenate([part[i] for part in parts]) for i in range(3))
+    texts = [str(text) for part in parts for text in part[3]]
+    return Features(features, videos, start, end, texts), len(index) - len(parts)
+
+
+def feature_files(folder: Path, videos: Iterable[str]) -> Iterator[tuple[str, tuple[NDArray[Any], ...]]]:
+    """Each video of an index that has features, with these, float32 [n, D], start, end and text [n], one at a time.
+
+    Raises as :func:`read_features` does.
+    """
     # A video without a file is no error: an index can be searched while it grows.
-    parts, videos, missing = list[tuple[NDArray[Any], ...]](), list[str](), 0
-    for video in read_index(folder)["videos"]:
+    width = 0
+    for video in videos:
         path = folder / file_of(video)
         try:
             features, (start, end, texts) = read_feature_file(path, "start", "end", "text")
             part = features, start.astype(np.float64), end.astype(np.float64), texts.astype(np.str_)
         except FileNotFoundError:
-            missing += 1
             continue
         except Exception as error:  # a damaged file can raise anything
             raise UserError(f"{path}: not readable ({error}); delete it and extract again") from error
-        if parts and features.shape[1] != parts[0][0].shape[1]:
-            width = f"{features.shape[1]} dimensions, those of other videos {parts[0][0].shape[1]}"
-            raise UserError(f"{path}: its features have {width}; delete it and extract again")
-        parts.append(part)
-        videos += [video] * len(features)
-    if not parts:
+        if width and features.shape[1] != width:
+            widths = f"{features.shape[1]} dimensions, those of other videos {width}"
+            raise UserError(f"{path}: its features have {widths}; delete it and extract again")
+        width = features.shape[1]
+        yield video, part
+    if not width:
         raise UserError(f"{folder}: no video of the index has features yet; run tools/extract_features.py again")
-    features, start, end = (np.concatenate([part[i] for part in parts]) for i in range(3))
-    return Features(features, videos, start, end, [str(text) for part in parts for text in part[3]]), missing
 
 
 # --------------------------------------------------------------------------------------------------
@@ -289,15 +308,34 @@ def search(query: NDArray[np.float32], index: Features, top: int, overlapping: b
     if index.features.shape[1:] != query.shape:
         raise UserError(f"the index has features of {index.features.shape[1]} dimensions, the query {len(query)}")
     similarity = index.features @ query  # of unit vectors, so it is their cosine
-    hits: list[Hit] = []
+    return [
+        Hit(index.videos[row], float(index.start[row]), float(index.end[row]), float(similarity[row]), index.texts[row])
+        for row in best_rows(similarity, index, top, overlapping)
+    ]
+
+
+def best_rows(
+    similarity: NDArray[np.float32],
+    index: Features,
+    top: int,
+    overlapping: bool = False,
+    allowed: NDArray[np.bool_] | None = None,
+) -> list[int]:
+    """The rows of :func:`search` for the similarity of each row [N], of those that are ``allowed`` [N]."""
+    free = np.ones(len(similarity), bool) if allowed is None else allowed.copy()
+    rows = list[int]()
     for row in rank_items(similarity[None])[0].tolist():
-        video, start, end = index.videos[row], float(index.start[row]), float(index.end[row])
-        # Clips come best first, so whatever overlaps a hit is worse than it.
-        if overlapping or not any(video == hit.video and start < hit.end and hit.start < end for hit in hits):
-            hits.append(Hit(video, start, end, float(similarity[row]), index.texts[row]))
-        if len(hits) == top:
+        if not free[row]:
+            continue
+        rows.append(row)
+        if len(rows) == top:
             break
-    return hits
+        if not overlapping:
+            # Clips come best first, so whatever overlaps a hit is worse than it.
+            same = index.rows_of[index.videos[row]]
+            start, end = index.start[same.start : same.stop], index.end[same.start : same.stop]
+            free[same.start : same.stop] &= (start >= index.end[row]) | (end <= index.start[row])
+    return rows
 
 
 def span(hit: Hit) -> str:

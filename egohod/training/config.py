@@ -90,7 +90,9 @@ class TrainConfig:
     clip_norm: float | None = knob(None, "maximum gradient norm; upstream does not clip", above=0)
     # The machine. None of it changes what is computed but for rounding.
     device: str = knob(
-        "auto", "auto is the GPU if there is one; cpu never looks for one", choices=("auto", "cpu", "cuda")
+        "auto",
+        "auto is the GPU if there is one, a Mac's (mps) for evaluation and search alone; cpu never looks for one",
+        choices=("auto", "cpu", "cuda", "mps"),
     )
     precision: str = knob(
         "auto",

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
-from egohod.config import Config, to_yaml
+from egohod.config import IS_CHECKOUT, PROJECT, Config, to_yaml
 from egohod.distributed import Distributed, first_lines, pick_precision
 from egohod.errors import UserError
 from egohod.model.cost import clip_flops, count_step
@@ -368,10 +368,9 @@ def start_trackers(run: Path, cfg: Config, start_step: int) -> dict[str, Tracker
             if name == "tensorboard":
                 if isinstance(error, OSError):  # its files are in the run folder, which is lost then
                     raise
-                log.warning(
-                    "no TensorBoard, metrics.jsonl only: %s; pip install --force-reinstall tensorboard protobuf",
-                    first_lines(error, 1),
-                )
+                is_absent = isinstance(error, ModuleNotFoundError) and error.name == "tensorboard"
+                cure = "tensorboard, or train.trackers=[]" if is_absent else "--force-reinstall tensorboard protobuf"
+                log.warning("no TensorBoard, metrics.jsonl only: %s; pip install %s", first_lines(error, 1), cure)
                 continue
             raise UserError(f"train.trackers: {name} does not start: {first_lines(error, 1)}") from error
     if ids:
@@ -586,7 +585,8 @@ def memory_gb(device: torch.device) -> float:
 
 def environment(cfg: Config, dist: Distributed) -> dict[str, Any]:
     """Versions, machine and command: what is needed to reproduce a result."""
-    versions: dict[str, str | None] = {}
+    # Not by an import: the root of the package, with its public interface, stands above this module.
+    versions: dict[str, str | None] = {"egohod": sys.modules["egohod"].__version__}
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)
@@ -611,10 +611,11 @@ def environment(cfg: Config, dist: Distributed) -> dict[str, Any]:
 
 def git_commit() -> str | None:
     """Commit of the code that runs, with ``+changes`` if the working tree differs; None outside a checkout."""
-    here = Path(__file__).resolve().parent
+    if not IS_CHECKOUT:
+        return None  # an installed package, whose environment may be inside a checkout of another project
     try:
         head, status = (
-            subprocess.run(["git", *command.split()], cwd=here, capture_output=True, text=True, check=True).stdout
+            subprocess.run(["git", *command.split()], cwd=PROJECT, capture_output=True, text=True, check=True).stdout
             for command in ("rev-parse HEAD", "status --porcelain")
         )
     except (OSError, subprocess.CalledProcessError):

@@ -418,6 +418,8 @@ def test_workers_follow_the_cores_and_the_processes_of_the_node(monkeypatch: pyt
         node = Node(0, len(cores), torch.device("cpu"), None)
         assert worker_count(None, node) == expected, cores
         assert worker_count(3, node) == 3
+    monkeypatch.setattr(sys, "platform", "darwin")  # whose libraries may not survive a fork
+    assert (worker_count(None, node), worker_count(3, node)) == (0, 3)
 
 
 def test_a_containers_limit_of_cores(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,16 +14,19 @@ import torch
 from evaluation_cases import ALONE, small_model
 from PIL import Image
 
+from egohod.data import dataset as dataset_module
 from egohod.data.config import SourceConfig
-from egohod.data.dataset import ClipDataset, EvalProtocol, normalise
+from egohod.data.dataset import ClipDataset, EvalProtocol, collate_views, normalise
+from egohod.data.decoders import PyavDecoder
 from egohod.data.formats.custom import rows_of_csv, whole_files, windows
+from egohod.data.loader import eval_loader
 from egohod.data.table import ClipTable
 from egohod.data.videos import window_spans
 from egohod.errors import UserError
 from egohod.evaluation import embed as extraction
 from egohod.evaluation.embed import Execution, extract, remaining, shares
 from egohod.evaluation.features import open_index, read_features, read_index, write_video
-from tests.data.video_files import encode_sizes, remux
+from tests.data.video_files import encode, encode_sizes, remux
 from tests.support import Command, ShortRun
 
 
@@ -110,6 +114,42 @@ def test_features_are_those_of_the_clip_alone_and_in_order(videos: Path, tmp_pat
             np.testing.assert_allclose(content["features"], alone[list(rows)], atol=1e-5)
             np.testing.assert_allclose(np.linalg.norm(content["features"], axis=1), 1, atol=1e-5)
             assert content["start"].tolist() == dataset.clips.start[list(rows)].tolist()
+
+
+def test_windows_that_overlap_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "videos").mkdir()
+    encode(tmp_path / "videos" / "v.mp4", 100, x264="keyint=100")
+    clips, _ = windows(str(tmp_path / "videos"), 2.0, 1.0)
+    decoded = list[int]()
+    real = PyavDecoder._decode
+
+    def count(self: PyavDecoder, packets: list[Any], wanted: set[int]) -> Any:
+        decoded.append(len(wanted))
+        return real(self, packets, wanted)
+
+    monkeypatch.setattr(PyavDecoder, "_decode", count)
+    samples = []
+    for batch_size in (9, 1):
+        decoded.clear()
+        loader = eval_loader(dataset_of(clips, tmp_path / "videos"), range(9), batch_size, 0, collate=collate_views)
+        samples.append(torch.cat([batch["video"] for batch in loader]))
+        # The first clip of a video is read alone, to see how large its pictures are. Then all others together, whose
+        # 8 x 4 frames are fewer as windows share some.
+        assert len(decoded) == (2 if batch_size == 9 else 9)
+    assert torch.equal(*samples)
+
+    # No more at a time than fits the memory, and where one is broken each is read alone.
+    monkeypatch.setattr(dataset_module, "_WAITING_BYTES", 3 * 4 * 96 * 64 * 3)
+    decoded.clear()
+    list(eval_loader(dataset_of(clips, tmp_path / "videos"), range(9), 9, 0, collate=collate_views))
+    assert len(decoded) == 1 + 3
+    monkeypatch.undo()
+    csv = tmp_path / "clips.csv"
+    csv.write_text("video_id,start_second,end_second\nv,1,3\nv,2,4\nv,3,90\nv,3,5\nv,88,91\n")
+    data = dataset_of(rows_of_csv(csv), tmp_path / "videos")
+    (batch,) = eval_loader(data, range(5), 5, 0, collate=collate_views)
+    assert batch["index"].tolist() == [0, 1, 2, 3]
+    assert "begins at 88.00 s" in batch["faults"][4]
 
 
 def test_an_interrupted_run_goes_on_and_what_changed_is_embedded_again(

@@ -285,7 +285,7 @@ def test_a_missing_or_broken_mediapipe_is_an_error_with_a_cure(tmp_path: Path) -
 def mediapipe_hands() -> Iterator[MediapipeHands]:
     folder = Path(os.environ.get("EGOHOD_MEDIAPIPE") or ROOT / FOLDER)
     if not (folder / "mediapipe").is_dir():
-        pytest.skip("needs MediaPipe, see exps/mediapipe_requirements.txt")
+        pytest.skip("needs MediaPipe, see egohod/hod/detectors/mediapipe_requirements.txt")
     hands = MediapipeHands(str(folder))
     yield hands
     hands.close()
@@ -364,8 +364,13 @@ def test_half_an_answer_of_a_mediapipe_that_dies_costs_one_clip(
 def test_mediapipe_is_looked_for_in_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EGOHOD_MEDIAPIPE", raising=False)
     monkeypatch.setattr("egohod.hod.detectors.mediapipe_hands.PROJECT", tmp_path / "checkout")
-    message = r"is not in .*/checkout/\.mediapipe; cure: .* -r .*/checkout/exps/mediapipe_requirements\.txt"
+    message = r"is not in .*/checkout/\.mediapipe; cure: .* -r .*/hod/detectors/mediapipe_requirements\.txt"
     with pytest.raises(UserError, match=message):
+        MediapipeHands()
+    # An installed package is left as it is.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("egohod.hod.detectors.mediapipe_hands.IS_CHECKOUT", False)
+    with pytest.raises(UserError, match=rf"is not in {tmp_path}/\.mediapipe; cure: .* --target \.mediapipe -r /"):
         MediapipeHands()
 
 

@@ -15,10 +15,14 @@ STAND_IN = """#!/usr/bin/env bash
 case "$*" in
     *"${STOPPED:-none}"*) echo "$*"; touch "$EGOHOD_UNFINISHED" ;;
     *"${FAILED:-none}"*) exit 3 ;;
-    *main_*.py*|*tools/*) echo "$*" ;;
+    *main_*.py*|*tools/*|*" egohod demo"*) echo "$*" ;;
     *torch.cuda.device_count*) echo 1 ;;
 esac
 """
+
+
+# Without uv, wherever its installer put it.
+PATH = "/usr/bin:/bin"
 
 
 @pytest.fixture
@@ -37,14 +41,14 @@ def project(tmp_path: Path) -> Path:
 
 def commands(project: Path, script: str, *arguments: str, code: int = 0, **variables: str) -> list[str]:
     """The command lines that a script starts."""
-    names = ("CONFIG", "START_WEIGHTS", "EGO4D_ROOT", "DEMO_DATA", "DEMO_CHECKPOINT", "PROCESSES")
+    names = ("PATH", "CONFIG", "START_WEIGHTS", "EGO4D_ROOT", "DEMO_DATA", "DEMO_CHECKPOINT", "PROCESSES")
     environment = {name: value for name, value in os.environ.items() if name not in names}
     environment = {name: value for name, value in environment.items() if not name.startswith("SLURM")}
-    environment |= {"VIRTUAL_ENV": str(project.parent / "environment")} | variables
+    environment |= {"VIRTUAL_ENV": str(project.parent / "environment"), "PATH": PATH} | variables
     command = ["bash", str(project / script), *arguments]
     done = subprocess.run(command, env=environment, cwd=project.parent, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
-    return [line for line in done.stdout.splitlines() if ".py" in line]
+    return [line for line in done.stdout.splitlines() if ".py" in line or "egohod" in line]
 
 
 @pytest.mark.parametrize(
@@ -61,43 +65,20 @@ def commands(project: Path, script: str, *arguments: str, code: int = 0, **varia
 def test_each_evaluation_script_runs_its_benchmark(project: Path, script: str, benchmark: str) -> None:
     (line,) = commands(project, f"exps/{script}.sh", "--checkpoint", "a file.pt")
     assert line == f"main_eval.py --benchmark {benchmark} --checkpoint a file.pt"
-    world, start, checkpoint, last = commands(project, f"exps/{script}.sh")
+    world, checkpoint, last = commands(project, f"exps/{script}.sh")
     assert world == "tools/make_demo_data.py --output demo_data --scale 1.0 --benchmarks"
-    assert start.startswith("main_pretrain.py --config_file configs/demo.yml ")
-    assert start.endswith(" train.output=runs/demo_start")
-    assert checkpoint.startswith("main_pretrain.py --config_file configs/demo_order.yml ")
-    assert checkpoint.endswith(" train.output=runs/demo")
+    assert checkpoint == "-m egohod demo --scale 1.0 train.output=runs/demo"
     assert last.startswith(f"main_eval.py --benchmark {benchmark} --config_file configs/demo_eval.yml")
 
 
-def test_both_stages_of_the_demo_get_the_knobs_and_a_folder_each(project: Path) -> None:
-    (project / "runs" / "mine_frames").mkdir(parents=True)
-    _, start, order = commands(project, "exps/demo.sh", "train.output=runs/mine", "train.seed=1")
-    assert start.endswith(
-        " data.frame_cache=runs/mine_frames train.output=runs/mine train.seed=1 train.output=runs/mine_start"
-    )
-    assert order.endswith(
-        " data.frame_cache=runs/mine_frames train.output=runs/mine train.seed=1 train.output=runs/mine"
-    )
-    assert not (project / "runs" / "mine_frames").exists()
-    _, start, order = commands(project, "exps/demo.sh", "--short")
-    assert start.endswith(" train.output=runs/demo_short_start")
-    assert order.endswith(" train.output=runs/demo_short")
-
-
-def test_a_stage_of_the_demo_that_is_stopped_or_fails_is_the_last(project: Path) -> None:
-    """A stage that a signal stops exits with 0; the next one would begin with the weights of half a run."""
-    (project / "runs" / "demo_frames").mkdir(parents=True)
-    for script in ("demo", "eval_mir", "finetune_mir"):
-        _, start = commands(project, f"exps/{script}.sh", STOPPED="configs/demo.yml")
-        assert start.endswith(" train.output=runs/demo_start")
-        *_, order = commands(project, f"exps/{script}.sh", STOPPED="configs/demo_order.yml")
-        assert order.endswith(" train.output=runs/demo")
-        commands(project, f"exps/{script}.sh", code=3, FAILED="configs/demo_order.yml")
-        (_,) = commands(project, f"exps/{script}.sh", code=3, FAILED="configs/demo.yml")
-    # Rerunning resumes, and would decode all videos again.
-    assert (project / "runs" / "demo_frames").exists()
-    assert len(commands(project, "exps/eval_mir.sh")) == 4
+def test_a_demo_that_is_stopped_or_fails_is_the_last_command(project: Path) -> None:
+    """A run that a signal stops exits with 0; what comes next would begin with the weights of half a run."""
+    assert commands(project, "exps/demo.sh", "--short", "train.seed=1") == ["-m egohod demo --short train.seed=1"]
+    for script in ("eval_mir", "finetune_mir"):
+        _, demo = commands(project, f"exps/{script}.sh", STOPPED="egohod demo")
+        assert demo == "-m egohod demo --scale 1.0 train.output=runs/demo"
+        (_,) = commands(project, f"exps/{script}.sh", code=3, FAILED="egohod demo")
+    assert len(commands(project, "exps/eval_mir.sh")) == 3
 
 
 @pytest.mark.parametrize(("script", "task"), [("finetune_mir", "ek100_mir"), ("finetune_ekcls", "ek100_cls")])
@@ -145,6 +126,7 @@ def test_a_copy_elsewhere_as_sbatch_makes_it_finds_the_project(project: Path, tm
 INSTALLING = """#!/usr/bin/env bash
 case "$*" in
     *"pip install"*requirements.txt*) echo "$*" >>"$PIP_CALLS"; exit "${PIP_CODE:-0}" ;;
+    *"import pip"*) exit "${NO_PIP:-0}" ;;
     *torch_problem*) echo "$PROBLEM" ;;
 esac
 """
@@ -157,7 +139,12 @@ def set_up(project: Path, code: int = 0, **variables: str) -> tuple[str, list[st
     calls = project.parent / "pip_calls"
     calls.write_text("")
     environment = {name: value for name, value in os.environ.items() if name != "TORCH_INDEX"}
-    environment |= {"VIRTUAL_ENV": str(python.parents[1]), "PIP_CALLS": str(calls), "PROBLEM": ""} | variables
+    environment |= {
+        "PATH": PATH,
+        "VIRTUAL_ENV": str(python.parents[1]),
+        "PIP_CALLS": str(calls),
+        "PROBLEM": "",
+    } | variables
     command = ["bash", "-eu", str(project / "exps" / "setup.sh")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
@@ -189,6 +176,29 @@ def test_the_first_failure_names_the_build_to_choose(project: Path) -> None:
     assert len(calls) == 1
     assert "+cu130, give the address of PyTorch's own index" in errors
     assert set_up(project, code=1, PIP_CODE="1")[0] == "", "pip's message is all there is"
+
+
+def test_uv_installs_where_there_is_one_and_pip_what_it_cannot(project: Path) -> None:
+    """uv reads none of pip's configuration, where a site's mirror may be named; an environment of uv has no pip."""
+    uv = project.parent / "bin" / "uv"
+    uv.parent.mkdir()
+    uv.write_text(
+        '#!/bin/sh\ncase "$*" in *requirements.txt*) echo "uv $*" >>"$PIP_CALLS" ;; esac\nexit ${UV_CODE:-0}\n'
+    )
+    uv.chmod(0o755)
+    path = f"{uv.parent}:{PATH}"
+    errors, (call,) = set_up(project, PATH=path, NO_PIP="1", TORCH_INDEX="https://mirror.example/torch/cu126")
+    assert call.startswith(f"uv pip install --quiet --python {project.parent}/environment/bin/python --index-strategy ")
+    assert "--extra-index-url https://mirror.example/torch/cu126 --constraint" in call
+    assert errors == ""
+    (stamp,) = (project.parent / "environment").glob(".egohod-run-*")
+    stamp.unlink()
+    errors, calls = set_up(project, PATH=path, UV_CODE="2")
+    assert [call.split()[0] for call in calls] == ["uv", "-m"]
+    assert errors == 2 * "uv cannot install this; trying pip\n"
+    stamp.unlink(missing_ok=True)
+    errors, _ = set_up(project, code=2, NO_PIP="1")
+    assert "has no Python 3.11 with pip or uv" in errors
 
 
 def test_all_scripts_are_valid_bash() -> None:

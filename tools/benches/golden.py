@@ -16,6 +16,7 @@ import torch
 from _common import ROOT
 from torch import Tensor
 
+from egohod.errors import UserError
 from egohod.loss.config import LossConfig
 from egohod.model.checkpoints import from_tensors, load_weights
 from egohod.model.config import ModelConfig
@@ -53,6 +54,8 @@ def golden_video(batch: int = 1, frames: int = 4) -> Tensor:
 
 def golden_tensors(name: str) -> dict[str, Tensor]:
     """The tensors of a golden file by name."""
+    if not GOLDEN.is_dir():
+        raise UserError("a wheel has no recorded values to compare with (tests/golden): run gpu_check in a checkout")
     with np.load(GOLDEN / f"{name}.npz") as file:
         return {key: torch.from_numpy(file[key]) for key in file}
 

@@ -1,4 +1,4 @@
-"""Benchmarks of what runs on a trained model: ``eval``, ``probe`` and ``hod`` of ``tools/bench.py``.
+"""Benchmarks of what runs on a trained model: ``eval``, ``probe``, ``hod`` and ``serve`` of ``tools/bench.py``.
 
 ``eval``: mAP and nDCG of a full benchmark. The baseline follows the definitions literally: for each metric and
 direction one argsort of the whole float64 matrix, and one more of the relevancies for the best possible gain.
@@ -9,6 +9,9 @@ neighbours are often of another class, as features of real clips are.
 
 ``hod``: what each stage of the HOD pipeline costs a clip, and the memory of a worker. The baseline is a loop that
 reads, detects, tracks, narrates and checks one clip after the other and stores nothing.
+
+``serve``: the answer of the page's server to a query that is encoded, on random features; and the processor time that
+the pictures of windows that overlap by half take when they are decoded together and one by one.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import threading
 import time
 import tracemalloc
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -27,15 +31,21 @@ import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
+from benches.data import ORIGINAL_KEYFRAME_EVERY, write_chunk
 from benches.training import alternate, cpu_seconds, peak_bytes, timed
 
 from egohod import cli
 from egohod import config as training_config
+from egohod.data.config import SourceConfig
+from egohod.data.dataset import ClipDataset, EvalProtocol, collate_views
 from egohod.data.decoders import choose_decoder
+from egohod.data.formats.custom import windows
+from egohod.data.loader import eval_loader
 from egohod.data.videos import segment_indices
 from egohod.distributed import setup
 from egohod.evaluation.config import BenchmarkConfig
 from egohod.evaluation.embed import embed_clips
+from egohod.evaluation.features import open_index, write_video
 from egohod.evaluation.metrics import graded_per_query
 from egohod.evaluation.runner import PROTOCOLS, benchmark, execution_of, read_benchmark, tasks_of
 from egohod.evaluation.tasks import knn_probe, linear_probe
@@ -360,3 +370,64 @@ class _MemoryPeak:
                     self.worker = max(self.worker, sum(one.memory_full_info().uss for one in processes) / 1e6)
                 except psutil.NoSuchProcess:  # it ended between the listing and the look
                     continue
+
+
+# --------------------------------------------------------------------------------------------------
+# serve
+# --------------------------------------------------------------------------------------------------
+
+
+def serve_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--moments", type=int, default=100_000, help="moments of the index (default: 100000)")
+    add("--videos", type=int, default=100, help="videos that they are of (default: 100)")
+    add("--dim", type=int, default=512, help="length of a feature (default: 512)")
+    add("--queries", type=int, default=50, help="queries (default: 50)")
+
+
+def serve(options: argparse.Namespace) -> dict[str, float]:
+    """Milliseconds of an answer of egohod serve, without encoding the query; CPU seconds of overlapping windows."""
+    # Here: the server is an extra, which the other benchmarks do without.
+    from egohod.serve.app import Access, create_app
+    from egohod.serve.index import Library, Marks
+
+    rng, each = np.random.default_rng(0), options.moments // options.videos
+    with tempfile.TemporaryDirectory() as name:
+        folder, root = Path(name, "index"), Path(name, "videos")
+        root.mkdir()
+        settings = {"weights": "", "protocol": {}, "root": str(root), "layout": "whole", "chunk_seconds": 15.0}
+        videos = [f"day {number}" for number in range(options.videos)]
+        open_index(folder, {"format": 1, **settings, "videos": dict.fromkeys(videos, "")})
+        start = np.arange(each, dtype=float)
+        for video in videos:
+            features = F.normalize(torch.from_numpy(rng.standard_normal((each, options.dim), np.float32))).numpy()
+            write_video(folder, video, features, start, start + 2, [""] * each, "")
+        begin = time.perf_counter()
+        library = Library(folder)
+        opened = time.perf_counter() - begin
+        app = create_app([library], Marks(folder / "marks.json"), Access("127.0.0.1"))
+        answer = next(route.endpoint for route in app.routes if getattr(route, "path", "") == "/api/search")
+        spent, used = list[float](), cpu_seconds()
+        for row in rng.integers(options.moments // 2, size=options.queries).tolist():
+            begin = time.perf_counter()
+            answer(q="", side=0, row=row, top=24, video="", start=0.0, end=np.inf, overlapping=False)
+            spent.append(1000 * (time.perf_counter() - begin))
+        used = cpu_seconds() - used
+        write_chunk(root / "original.mp4", 0, ORIGINAL_KEYFRAME_EVERY)
+        clips, _ = windows(str(root), 2.0, 1.0)
+        source = SourceConfig(root=str(root), layout="whole", min_clip_seconds=0.0)
+        seconds = dict[str, float]()
+        for way, batch_size in (("together", 16), ("one by one", 1)):
+            data = ClipDataset([(clips, source)], protocol=EvalProtocol(frames=4), size=224)
+            begin = cpu_seconds()
+            for _ in eval_loader(data, range(len(data)), batch_size, 0, collate=collate_views):
+                pass
+            seconds[way] = cpu_seconds() - begin
+    return {
+        "moments": options.moments,
+        "seconds to open": opened,
+        "median ms of an answer": median(spent),
+        "slowest ms": max(spent),
+        "CPU ms of an answer": 1000 * used / options.queries,
+        **{f"CPU s of {len(clips)} windows {way}": value for way, value in seconds.items()},
+    }

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from egohod.config import PROJECT
+from egohod.config import IS_CHECKOUT, PROJECT
 from egohod.data.detections import LEFT, RIGHT, SCHEMA
 from egohod.data.videos import VideoError
 from egohod.errors import UserError
 from egohod.hod.detectors import Detector, assign_sides, mediapipe_worker, row
 
-FOLDER = ".mediapipe"  # in the project; exps/generate_hod.sh installs it there
+FOLDER = ".mediapipe"  # exps/generate_hod.sh installs it there
+REQUIREMENTS = Path(__file__).with_name("mediapipe_requirements.txt")
 # MediaPipe assumes a mirrored selfie, so that its left hand is the wearer's right one.
 _WEARERS = {"Left": RIGHT, "Right": LEFT}
 
@@ -29,10 +30,10 @@ class MediapipeHands(Detector):
     """Runs MediaPipe in one child process (:mod:`~egohod.hod.detectors.mediapipe_worker`), which :meth:`close` ends.
 
     ``folder`` holds MediaPipe and what it needs (None: the environment variable EGOHOD_MEDIAPIPE, else ``.mediapipe``
-    of the project); ``confidence`` is the least that its palm detector asks for and ``following`` the least that there
-    still is a hand where one was in the picture before: the first proposes, the second checks. ``margin`` is added
-    around the landmarks, which are inside the hand, as a share of their box. Raises :class:`UserError` where MediaPipe
-    is not installed or does not start.
+    of the checkout or, with an installed package, of the working directory); ``confidence`` is the least that its palm
+    detector asks for and ``following`` the least that there still is a hand where one was in the picture before: the
+    first proposes, the second checks. ``margin`` is added around the landmarks, which are inside the hand, as a share
+    of their box. Raises :class:`UserError` where MediaPipe is not installed or does not start.
     """
 
     def __init__(
@@ -40,11 +41,9 @@ class MediapipeHands(Detector):
     ) -> None:
         if not margin >= 0:
             raise UserError(f"margin must be at least 0, not {margin:g}")
-        # The command that cures a missing installation, with paths as short as the current folder allows.
-        here = Path() if Path.cwd() == PROJECT else PROJECT
-        requirements = here / "exps" / "mediapipe_requirements.txt"
-        self._cure = f"cure: python -m pip install --no-deps --target {here / FOLDER} -r {requirements}"
-        place = Path(folder or os.environ.get("EGOHOD_MEDIAPIPE") or PROJECT / FOLDER).resolve()
+        home = Path() if Path.cwd() == PROJECT or not IS_CHECKOUT else PROJECT
+        self._cure = f"cure: python -m pip install --no-deps --target {home / FOLDER} -r {REQUIREMENTS}"
+        place = Path(folder or os.environ.get("EGOHOD_MEDIAPIPE") or home / FOLDER).resolve()
         if not (place / "mediapipe").is_dir():
             raise UserError(f"MediaPipe is not in {place}; {self._cure} (or set EGOHOD_MEDIAPIPE to its folder)")
         self._margin = margin
