@@ -8,8 +8,8 @@
 
 INPUT is a file of OpenAI CLIP, open_clip, upstream EgoHOD, AVION or this project, a run or checkpoint folder of this
 project, a repository hf-hub:org/name, or an open_clip tag such as ViT-B-16:laion2b_s34b_b88k that is in open_clip's
-local cache. Nothing in a file is executed, and nothing but hf-hub:... is downloaded without --download. Tensors
-keep their dtype.
+local cache. Nothing in a file is executed, and nothing is downloaded without --download, except hf-hub:... names.
+Tensors keep their dtype.
 
 --to egohod   this project's names (plain blocks: attn.in_proj_weight, mlp.c_fc, mlp.c_proj); upstream reads these too
               where it runs without flash attention
