@@ -22,7 +22,15 @@ from torch import Tensor, nn
 from egohod import hub
 from egohod.config import Config, model_config
 from egohod.data.config import SourceConfig
-from egohod.data.dataset import ClipDataset, EvalProtocol, Tokenizer, center_crop, normalise, tokenizer_for
+from egohod.data.dataset import (
+    ClipDataset,
+    EvalProtocol,
+    Tokenizer,
+    UnreadableError,
+    center_crop,
+    normalise,
+    tokenizer_for,
+)
 from egohod.data.decoders import VIDEO_ENDINGS, choose_decoder
 from egohod.data.formats import BENCHMARKS
 from egohod.data.formats.base import BenchmarkData
@@ -213,7 +221,7 @@ def embed(
         paths: video files, or (file, start, end) in seconds for a part of one. Files may be of fsspec (``s3://...``).
         sentences: texts to embed too.
         model: what :func:`create_model_and_transforms` returns, or weights that say what model they are of, such as
-            ``hf-hub:org/name`` or a run folder.
+            ``hf-hub:org/name`` or a run folder; never the name of a model, whose weights would be random.
         frames: of each clip, None for the model's number.
         batch_size: clips encoded at a time.
         workers: decoding processes; None chooses by the cores, 0 decodes in this one.
@@ -224,9 +232,22 @@ def embed(
         Two arrays float32 of unit vectors, [len(paths), D] and [len(sentences), D], in the order of the arguments.
 
     Raises:
-        UserError: clips that cannot be read, all of which are named; weights as of :func:`create_model_and_transforms`.
+        UserError: clips that cannot be read, all of which are named; weights as of :func:`create_model_and_transforms`;
+            a single path or sentence instead of a list.
     """
-    loaded = model if isinstance(model, tuple) else create_model_and_transforms(str(model))
+    if isinstance(paths, (str, Path)) or isinstance(sentences, str):
+        raise UserError("embed: paths and sentences are lists, even of one")
+    if device not in (None, "cpu", "cuda") or (frames is not None and frames < 1):
+        raise UserError(f"embed: device={device}, frames={frames}: device is cpu or cuda, and frames at least 1")
+    if isinstance(model, tuple):
+        loaded = model
+    elif str(model).startswith(hub.PREFIX):
+        loaded = create_model_and_transforms(str(model))
+    elif Path(model).exists():
+        # As a path, since a folder may be called like a model.
+        loaded = create_model_and_transforms(os.path.abspath(model))
+    else:
+        raise UserError(f"embed: model={model}: no such weights; give a run folder, a file or {hub.PREFIX}org/name")
     encoder, tokenizer = loaded[0], loaded[2]
     place = encoder.logit_scale.device if loaded is model and device is None else pick_device(device or "auto")
     encoder.to(place)
@@ -239,14 +260,16 @@ def embed(
     rows_of: dict[str, list[tuple[int, str, float, float]]] = {}
     for row, each in enumerate(paths):
         path, start, end = (each, 0.0, math.inf) if isinstance(each, (str, Path)) else each
+        # An address may be signed, or hold a password.
+        shown = f"paths[{row}]" if "://" in str(path) else path
         folder, slash, file = str(path).rpartition("/")
         stem, ending = os.path.splitext(file)
         # A dataset knows videos without their endings, and takes the first that there is.
         local = [] if "://" in folder else [other for other in ENDINGS if Path(folder or slash, stem + other).is_file()]
         if not 0 <= start < end:  # false for NaN, too
-            faults[row] = f"{path}: a clip needs 0 <= start < end, not {start} and {end}"
+            faults[row] = f"{shown}: a clip needs 0 <= start < end, not {start} and {end}"
         elif ending not in ENDINGS:
-            faults[row] = f"{path}: not a video by its ending, which must be one of {', '.join(VIDEO_ENDINGS)}"
+            faults[row] = f"{shown}: not a video by its ending, which must be one of {', '.join(VIDEO_ENDINGS)}"
         elif "://" not in folder and ending not in local:
             faults[row] = f"{path}: no such file"
         elif "://" not in folder and ending != local[0]:
@@ -264,9 +287,12 @@ def embed(
         protocol = EvalProtocol("features", "this project: one centre crop", frames=frames or encoder.num_frames)
         dataset = ClipDataset(sources, protocol=protocol, size=encoder.geometry.image_size)
         order = [row for members in rows_of.values() for row, *_ in members]
-        features, report = embed_clips(encoder, dataset, run)
-        clips[order] = features[PLAIN].numpy()
-        faults |= {order[index]: text for index, text in report.faults.items()}
+        try:
+            features, report = embed_clips(encoder, dataset, run)
+            clips[order], unread = features[PLAIN].numpy(), report.faults
+        except UnreadableError as error:  # not a single one can be read
+            unread = dict(error.faults)
+        faults |= {order[index]: text for index, text in unread.items()}
     if faults and not allow_missing:
         lines = dict.fromkeys(faults[row] for row in sorted(faults))
         raise UserError(

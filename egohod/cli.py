@@ -230,9 +230,9 @@ def set_up_logging(info: RankInfo) -> None:
     )
     # All processes read the same configuration: one of them warns of its old names.
     logging.getLogger("egohod.config").setLevel(logging.NOTSET if info.rank == 0 else logging.ERROR)
-    # Of the client of the Hub: a line for each request, with its whole address.
-    for name in ("httpx", "httpx2"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    # Of the client of the Hub: a line for each request, or each that failed, with its address, which may be signed.
+    for name, level in {"httpx": "WARNING", "httpx2": "WARNING", "huggingface_hub.file_download": "ERROR"}.items():
+        logging.getLogger(name).setLevel(level)
 
 
 # --------------------------------------------------------------------------------------------------

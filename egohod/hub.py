@@ -38,11 +38,10 @@ def download(source: str, choose: Callable[[Sequence[str]], Sequence[str]]) -> l
         Their paths, in the order of ``choose``, all in one folder.
 
     Raises:
-        UserError: one line without ``source``: a name that is none, no such repository or revision, no permission, no
+        UserError: one line without ``source``: a malformed name, no such repository or revision, no permission, no
             network and nothing in the cache, a full disk.
     """
     repository, revision = _parse(source)
-    # As late as this: most programs need no Hub, and importing it costs half a second.
     from huggingface_hub import HfApi, constants, snapshot_download
 
     offline = ""
@@ -55,7 +54,7 @@ def download(source: str, choose: Callable[[Sequence[str]], Sequence[str]]) -> l
         # A refusal is an answer; without an answer the cache is as good as it gets.
         if status < 500 and status != 429:
             raise UserError(reason) from None
-        offline = f"{reason}; and it is not, or not as a whole, in the local cache ({constants.HF_HUB_CACHE})"
+        offline = f"{reason}; and there is no complete copy in the local cache ({constants.HF_HUB_CACHE})"
         with _one_line(revision, offline):
             folder = snapshot_download(repository, revision=revision, local_files_only=True, allow_patterns=[])
         names = [each.name for each in Path(folder).iterdir()]
@@ -98,7 +97,8 @@ def folder_of(source: str, choose: Callable[[Sequence[str]], Sequence[str]]) -> 
 def upload(folder: Path, repository: str, *, private: bool = False, message: str = "Upload") -> str:
     """Make ``folder`` the newest state of a repository, which is created if it does not exist; returns its address.
 
-    Files that are only there stay. Raises :class:`UserError` in one line.
+    Files that are only there stay. Raises :class:`UserError` in one line, also for ``private`` where the repository
+    exists and is public.
     """
     repository, revision = _parse(repository)
     from huggingface_hub import HfApi
@@ -110,14 +110,27 @@ def upload(folder: Path, repository: str, *, private: bool = False, message: str
     with _one_line(revision, where=f"{PREFIX}{repository}: "):
         api = HfApi()
         address = str(api.create_repo(repository, private=private, exist_ok=True))
+        # One that exists stays as it is.
+        is_public = private and not api.model_info(repository).private
+    if is_public:
+        raise UserError(f"{PREFIX}{repository}: exists and is public, not private; nothing was uploaded")
+    with _one_line(revision, where=f"{PREFIX}{repository}: "):
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message, revision=revision)
     return address
 
 
 def _parse(source: str) -> tuple[str, str | None]:
+    # As late as this: most programs need no Hub, and importing it costs half a second.
+    from huggingface_hub import errors, utils
+
     match = _NAME.fullmatch(source.removeprefix(PREFIX))
-    if match is None or ".." in source:
-        raise UserError(f"no name of a repository, which is {PREFIX}org/name or {PREFIX}org/name@revision")
+    try:
+        if match is None or ".." in source:
+            raise errors.HFValidationError
+        utils.validate_repo_id(match[1])
+    except errors.HFValidationError:
+        text = f"not the name of a repository, which is {PREFIX}org/name or {PREFIX}org/name@revision"
+        raise UserError(text) from None
     return match[1], match[2]
 
 
@@ -149,20 +162,15 @@ def _reason(error: BaseException, revision: str | None) -> str:
     if status in (401, 403):
         return f"the Hub refuses access ({status}): the token is missing, wrong or has no permission ({_LOGIN})"
     if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE=1 forbids to ask the Hub"
+        return "HF_HUB_OFFLINE=1, so the Hub is not contacted"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk of the local cache ({constants.HF_HUB_CACHE}) is full"
+    if "Invalid metadata in README.md" in str(error):  # such as a licence that the Hub does not know
+        return f"the Hub refuses the model card: {' '.join(str(error).split())[:300]}"
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     # Some errors quote headers or addresses with what they were made of.
+    text = f"no answer from the Hub ({constants.ENDPOINT}): {text}"
     text = re.sub(r"//[^/@\s]*@", "//***@", text)
     if token := get_token():
         text = text.replace(token.strip(), "***")
-    text = re.sub(r"hf_\w{4,}", "***", text)[:200]
-    return f"the Hub answered {status}" if status else f"no answer from the Hub ({_endpoint()}): {text}"
-
-
-def _endpoint() -> str:
-    """The address of the Hub, without a password in it."""
-    from huggingface_hub import constants
-
-    return re.sub(r"//[^/@\s]*@", "//***@", constants.ENDPOINT)
+    return f"the Hub answered {status}" if status else re.sub(r"hf_\w{4,}", "***", text)[:300]

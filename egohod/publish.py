@@ -9,6 +9,7 @@ import importlib.util
 import json
 import logging
 import math
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -30,7 +31,7 @@ from egohod.evaluation.embed import fingerprint
 from egohod.evaluation.features import read_json
 from egohod.evaluation.results import FORMAT, RESULTS_FILE, markdown, table
 from egohod.model.cards import model_info
-from egohod.model.checkpoints import WeightFile, upstream_state
+from egohod.model.checkpoints import PARTS, WeightFile, upstream_state
 from egohod.model.config import OPEN_CLIP
 from egohod.model.dual_encoder import DualEncoder
 from egohod.runtime import atomic_write, write_text
@@ -126,7 +127,7 @@ def write_folder(
     content = open_weights(source)
     geometry = content.model_name
     if geometry is None:
-        raise UserError(f"{source}: does not say which model it holds, so nobody could load what is published")
+        raise UserError(f"{source}: does not state its model, without which published weights cannot be loaded")
     plain = geometry.removesuffix("_Slowfast").removeprefix(OPEN_CLIP)
     if geometry.startswith(OPEN_CLIP) and not plain.startswith(hub.PREFIX) and Path(plain).exists():
         raise UserError(f"{source}: its model.name={geometry} is a folder of this machine; publish that one first")
@@ -141,10 +142,11 @@ def write_folder(
     # Of the file itself, so that nothing is published that cannot be loaded.
     more = {"tokenizer": files} if files else {}
     model, _, tokenizer = create_model_and_transforms(geometry, source, projections="keep", **more)
-    measured = _results(source, run, results, model, bool(heads))
+    # Results of a run with heads are of the heads, mostly, which are not published.
+    measured = _results(content, source, None if heads else run, results, model)
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(content, folder / WEIGHTS)
-    # Paths of this machine are nobody's business.
+    # Without paths of this machine.
     config = {"library_name": "egohod", "model": {"name": geometry} | content.model_knobs}
     write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
     write_text(folder / PREPROCESSING, json.dumps(preprocessing(model), indent=1) + "\n")
@@ -177,15 +179,14 @@ def preprocessing(model: DualEncoder) -> dict[str, Any]:
 
 
 def _results(
-    source: str | Path, run: Path | None, results: str | Path | None, model: DualEncoder, has_heads: bool
+    weights: WeightFile, source: str | Path, run: Path | None, results: str | Path | None, model: DualEncoder
 ) -> tuple[list[str], list[str]]:
     """The lines of the card about results.json, and the metrics that are no better with the frames in order.
 
     Raises :class:`UserError` for results of other weights.
     """
     path = None if results is None else Path(results)
-    # Those of a run with heads are of the heads, mostly, which are not published.
-    if path is None and run is not None and not has_heads and (run / RESULTS_FILE).is_file():
+    if path is None and run is not None and (run / RESULTS_FILE).is_file():
         path = run
     if path is None:
         return [], []
@@ -194,11 +195,16 @@ def _results(
     still: list[str] = []
     try:
         about, benchmarks = content["checkpoint"], content["benchmarks"]
-        # By the folder too: a model that was trained with a head for boxes is published without it.
-        is_own = run is not None and path.parent == run
-        is_own = is_own or Path(str(about["path"])).resolve() == Path(source).resolve()
+        # By its place only where the checksum cannot tell: what shapes the loss alone may be in one of the two models.
+        # A run that was continued has other weights than when it was evaluated.
+        is_own = any(re.fullmatch(part.pattern, name) for part in PARTS if part.only_trains for name in weights.tensors)
+        is_own &= path.parent == run or Path(str(about["path"])).resolve() == Path(source).resolve()
         if not is_own and about["sha256"] != fingerprint(model):
-            raise UserError(f"{path}: results of other weights ({about['path']}), not of {source}")
+            text = f"{path}: results of other weights ({about['path']}) than {source} holds"
+            if results is not None:
+                raise UserError(text)
+            log.warning("%s; the card has none", text)
+            return [], []
         for bench, each in benchmarks.items():
             for metric, number in each["metrics"].items():
                 for control, other in number.get("controls", {}).items():
@@ -279,15 +285,15 @@ def _card(
     tables, still = results
     lines += tables or [f"Not measured. `egohod eval --checkpoint {place} --benchmark NAME` measures it."]
     lines += ["", "## Limits", ""]
-    lines += [f"- It sees {info.frames} frames of the middle square of a clip, however long that is."]
-    lines += ["- Sentences should be phrased as its training narrations are; others rank lower than they should."]
-    lines += ["- Nothing is known of data other than that above; people and places in it were filmed by few wearers."]
+    lines += [f"- It reads {info.frames} frames of the central square of a clip, however long the clip is."]
+    lines += ["- Sentences should be phrased like its training narrations; others may rank lower than they should."]
+    lines += ["- It was not measured on data other than that listed above."]
     if still:
         shown = ", ".join(still[:8]) + (f" and {len(still) - 8} more" if len(still) > 8 else "")
         lines += [f"- Not measurably better than with destroyed time: {shown}. These say nothing about motion."]
     lines += ["", "## Licence", ""]
     lines += [f"Of these weights: {licence}." if licence != "other" else "The publisher of these weights states none."]
-    lines += ["That of the weights they start from and of the training data applies too. The code is Apache-2.0.", ""]
+    lines += ["The licences of the starting weights and of the training data apply too. The code is Apache-2.0.", ""]
     return "\n".join([*head, *lines])
 
 
@@ -345,7 +351,7 @@ def export(
         raise UserError(f"{folder}: exists and is not an empty folder")
     if to == "onnx" and precision != torch.float32:
         # A crash of the process, which no check here could turn into a message.
-        raise UserError("ONNX is exported in float32 alone, as ONNX Runtime 1.32 crashes on these towers in float16")
+        raise UserError("ONNX is exported in float32 only, as ONNX Runtime 1.32 crashes on these towers in float16")
     missing = [each for each in ("onnx", "onnxscript") if importlib.util.find_spec(each) is None]
     if to == "onnx" and missing:
         raise UserError(f"ONNX needs packages that are not installed: pip install {' '.join(missing)} onnxruntime")

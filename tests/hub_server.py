@@ -26,13 +26,16 @@ class HubServer:
     """Repositories by name, each with its states by revision: ``repositories[name][revision][file] = bytes``.
 
     ``answers`` are errors by repository, (status, value of X-Error-Code); of ``gated`` repositories only the list of
-    files is public, of ``private`` ones nothing is without the token. ``requests`` counts requests by method and path.
+    files is public. ``private`` are those that were created so. ``refusal`` is what is wrong with every model card.
+    ``requests`` counts requests by method and path.
     """
 
     def __init__(self) -> None:
         self.repositories: dict[str, dict[str, dict[str, bytes]]] = {}
         self.answers: dict[str, tuple[int, str]] = {}
         self.gated: set[str] = set()
+        self.private: set[str] = set()
+        self.refusal = ""
         self.requests: Counter[str] = Counter()
         self.large: dict[str, bytes] = {}
         self.tokens: set[str] = set()
@@ -93,7 +96,8 @@ class HubServer:
 
         is_user = request.headers.get("Authorization") == f"Bearer {TOKEN}"
         if path == "/api/validate-yaml":
-            return as_json({"errors": [], "warnings": []})
+            _, headers, content = as_json({"errors": [{"message": self.refusal}] * bool(self.refusal), "warnings": []})
+            return 400 if self.refusal else 200, headers, content
         if path == "/api/repos/create":
             name = "/".join(json.loads(body)[key] for key in ("organization", "name"))
             if not is_user:
@@ -102,6 +106,9 @@ class HubServer:
             if name in self.repositories:
                 return 409, headers, content
             self.repositories[name] = {"main": {}}
+            sent = json.loads(body)
+            # Older versions of the library send the former.
+            self.private |= {name} if sent.get("private") or sent.get("visibility") == "private" else set()
             return 200, headers, content
         if upload := re.fullmatch(r"/large/(\w+)", path):
             self.large[upload[1]] = body
@@ -161,7 +168,7 @@ class HubServer:
                 ]
             )
         siblings = [{"rfilename": file} for file in state[1]]
-        return as_json({"id": name, "sha": state[0], "siblings": siblings, "private": False, "tags": []})
+        return as_json({"id": name, "sha": state[0], "siblings": siblings, "private": name in self.private, "tags": []})
 
 
 @contextlib.contextmanager
@@ -177,6 +184,7 @@ def hub_server(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[HubServ
         "HF_HUB_OFFLINE": False,
         # Of a busy machine, on which a thread may wait for seconds.
         "HF_HUB_ETAG_TIMEOUT": 300,
+        "HF_HUB_DOWNLOAD_TIMEOUT": 300,
         # Without it files would go to another service, which is not part of this server.
         "HF_HUB_DISABLE_XET": True,
     }
@@ -193,5 +201,5 @@ def hub_server(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[HubServ
 
 def variables(server: HubServer, cache: Path, **more: str) -> dict[str, str]:
     """The same as environment of a child process."""
-    fixed = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_ETAG_TIMEOUT": "300"}
+    fixed = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_ETAG_TIMEOUT": "300", "HF_HUB_DOWNLOAD_TIMEOUT": "300"}
     return {"HF_ENDPOINT": server.address, "HF_HUB_CACHE": str(cache), **fixed, **more}

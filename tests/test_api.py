@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,7 +71,7 @@ def test_all_clips_that_cannot_be_embedded_are_named(demo_world: Path, tmp_path:
     with pytest.raises(UserError) as error:
         egohod.embed(paths, model=loaded, workers=0)
     lines = str(error.value).splitlines()
-    assert [line.partition(": ")[2] for line in lines[:2]] == ["no such file", lines[1].partition(": ")[2]]
+    assert lines[0] == f"{tmp_path / 'gone.mp4'}: no such file"
     assert "not a video by its ending" in lines[1]
     assert "two.mp4 is there as well; rename one" in lines[2]
     assert "a clip needs 0 <= start < end, not 3.0 and 1.0" in lines[3]
@@ -79,6 +80,38 @@ def test_all_clips_that_cannot_be_embedded_are_named(demo_world: Path, tmp_path:
     assert np.isfinite(clips).all(axis=1).tolist() == [False, True, False, False, False, False]
     with pytest.raises(UserError, match=r"broken.mp4"):
         egohod.embed([tmp_path / "broken.mp4", first], model=loaded, workers=0)
+    # Not a single one, in words for callers of a function.
+    with pytest.raises(UserError, match="1 of 1 clips cannot be read; allow_missing=True leaves them NaN") as error:
+        egohod.embed([tmp_path / "broken.mp4"], model=loaded, workers=0)
+    assert "main_eval" not in str(error.value)
+    clips, texts = egohod.embed([tmp_path / "broken.mp4"], ["#C C cuts"], model=loaded, workers=0, allow_missing=True)
+    assert np.isnan(clips).all()
+    assert np.isfinite(texts).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"paths": "a.mp4"}, "paths and sentences are lists, even of one"),
+        ({"sentences": "#C C cuts"}, "paths and sentences are lists, even of one"),
+        ({"frames": 0}, "frames at least 1"),
+        ({"device": "cuda:1"}, "device is cpu or cuda"),
+        # Random weights, whose features mean nothing.
+        ({"model": "DEMO"}, "model=DEMO: no such weights"),
+        ({"model": "runs/gone"}, "model=runs/gone: no such weights"),
+        ({"paths": ["https://user:secret@host/a.txt"]}, r"^paths\[0\]: not a video by its ending"),
+        ({"paths": ["https://host/a.mp4?key=secret"]}, r"^paths\[0\]: not a video by its ending"),
+        ({"paths": [("https://user:secret@host/a.mp4", 3, 1)]}, r"^paths\[0\]: a clip needs"),
+        ({"paths": ["https://user:secret@host/a.mp4"]}, "holds a password or a query"),
+    ],
+)
+def test_arguments_that_would_give_other_features_than_meant_are_refused(
+    arguments: dict[str, Any], message: str
+) -> None:
+    given: dict[str, Any] = {"paths": [], "model": egohod.create_model_and_transforms("DEMO", num_frames=2)} | arguments
+    with pytest.raises(UserError, match=message) as error:
+        egohod.embed(**given, workers=0)
+    assert "secret" not in str(error.value)
 
 
 def test_a_slow_fast_model_takes_the_fast_frames_and_derives_the_slow_ones() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import egohod
 import main_eval
 from egohod import cli, hub
 from egohod.errors import UserError
+from egohod.evaluation.embed import fingerprint
 from egohod.evaluation.features import write_json
 from egohod.publish import save_weights, write_folder
 from egohod.training.checkpoint import open_weights
@@ -68,7 +70,7 @@ def test_a_run_becomes_a_folder_that_loads_as_the_run(short_run: ShortRun, publi
 
 
 def test_the_card_has_data_recipe_results_and_no_path_of_this_machine(
-    short_run: ShortRun, tmp_path: Path, published: Path
+    short_run: ShortRun, tmp_path: Path, published: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = short_run.folder
     card = (published / "README.md").read_text()
@@ -84,7 +86,7 @@ def test_the_card_has_data_recipe_results_and_no_path_of_this_machine(
     order = {"value": 60.5, "unit": "percent", "interval": [54.0, 66.0], "drop": 0.5, "drop_interval": [-2.0, 3.0]}
     results = {
         "format": 1,
-        "checkpoint": {"path": str(run), "sha256": "0" * 64},
+        "checkpoint": {"path": "moved", "sha256": fingerprint(egohod.create_model_and_transforms(str(run))[0])},
         "config": {"model": "DEMO"},
         "metrics": {"bench/map": 61.0, "bench/map_chance": 25.0, "bench/freeze/map": 60.5},
         "benchmarks": {
@@ -101,9 +103,15 @@ def test_the_card_has_data_recipe_results_and_no_path_of_this_machine(
     assert "Not measurably better than with destroyed time: bench/map (freeze)" in card
     assert "license: mit" in card
     assert "60.5%" in card
-    write_json(tmp_path / "results.json", results | {"checkpoint": {"path": "runs/other", "sha256": "0" * 64}})
-    with pytest.raises(UserError, match="results of other weights"):
-        write_folder(run, tmp_path / "b", results=tmp_path)
+    # Also where a run was continued after its evaluation.
+    for path in ("runs/other", str(run)):
+        write_json(tmp_path / "results.json", results | {"checkpoint": {"path": path, "sha256": "0" * 64}})
+        with pytest.raises(UserError, match="results of other weights"):
+            write_folder(run, tmp_path / "b", results=tmp_path)
+    shutil.copytree(run, tmp_path / "run")
+    shutil.copy(tmp_path / "results.json", tmp_path / "run")
+    assert "Not measured" in (write_folder(tmp_path / "run", tmp_path / "c") / "README.md").read_text()
+    assert "the card has none" in caplog.text
     with pytest.raises(UserError, match="is not an empty folder"):
         write_folder(run, tmp_path / "a")
 
@@ -143,14 +151,16 @@ def test_a_revision_is_chosen_behind_the_name(server: HubServer, short_run: Shor
         ("org/absent", "there is no such repository, or it is private: check the name, or log in"),
         ("org/gated", "the repository is gated: accept its conditions on its page, then log in"),
         ("org/forbidden", r"the Hub refuses access \(403\): the token is missing, wrong or has no permission"),
-        ("org/broken", r"the Hub answered 500; and it is not, or not as a whole, in the local cache"),
+        ("org/broken", r"the Hub answered 500; and there is no complete copy in the local cache"),
         (f"{NAME}@v9", "the repository has no revision 'v9'"),
         ("org/pickles", r"holds no safetensors but the pickle pytorch_model.bin, which could run code and is not"),
         ("org/nothing", "holds no safetensors; ask its owner"),
         ("org/several", r"holds 2 files of weights, none of a usual name; download one of \['a.safetensors"),
-        ("org//model", "no name of a repository, which is hf-hub:org/name or hf-hub:org/name@revision"),
-        ("../model", "no name of a repository"),
-        ("", "no name of a repository"),
+        ("org//model", "not the name of a repository, which is hf-hub:org/name or hf-hub:org/name@revision"),
+        ("../model", "not the name of a repository"),
+        ("", "not the name of a repository"),
+        ("org/model.git", "not the name of a repository"),
+        ("org/my model", "not the name of a repository"),
     ],
 )
 def test_what_is_wrong_is_one_line(
@@ -174,7 +184,7 @@ def test_without_a_network_and_without_a_copy_it_is_one_line(
     server: HubServer, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=rf"HF_HUB_OFFLINE=1 forbids to ask the Hub; .* local cache \({cache}\)$"):
+    with pytest.raises(UserError, match=rf"HF_HUB_OFFLINE=1, so the Hub is not contacted; .* local cache \({cache}\)$"):
         open_weights(f"hf-hub:{NAME}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     server.close()
@@ -191,7 +201,7 @@ def test_an_interrupted_download_is_not_taken_for_the_repository(
     open_weights(f"hf-hub:{NAME}")
     next(cache.rglob("snapshots/*/model.safetensors")).unlink()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="it is not, or not as a whole, in the local cache"):
+    with pytest.raises(UserError, match="there is no complete copy in the local cache"):
         open_weights(f"hf-hub:{NAME}")
 
 
@@ -199,7 +209,7 @@ def test_models_of_open_clip_load_by_their_repository(server: HubServer, tmp_pat
     folder = tmp_path / "clip"
     own = write_open_clip(folder, "CLIP, quick GELU")
     # As the Hub's repositories have them: what is not needed is not fetched.
-    for name in ("open_clip_pytorch_model.bin", "model.safetensors", "code.py"):
+    for name in ("open_clip_pytorch_model.bin", "model.safetensors", "code.py", "everything.json"):
         (folder / name).write_bytes(b"not to be opened")
     server.add("org/clip", folder)
     model, _, tokenizer = egohod.create_model_and_transforms("hf-hub:org/clip", num_frames=1)
@@ -212,7 +222,7 @@ def test_models_of_open_clip_load_by_their_repository(server: HubServer, tmp_pat
         torch.testing.assert_close(
             model.encode_text(tokens), own.encode_text(tokens, normalize=True), rtol=0, atol=1e-5
         )
-    assert not any(server.downloads(each) for each in ("bin", "/model.safetensors", ".py"))
+    assert not any(server.downloads(each) for each in ("bin", "/model.safetensors", ".py", "everything.json"))
     server.repositories["org/clip"]["main"].pop("open_clip_config.json")
     with pytest.raises(
         UserError, match=r"hf-hub:org/clip has no open_clip_config.json, so it is no model of open_clip"
@@ -237,6 +247,14 @@ def test_a_run_is_published_and_loads_from_where_it_is(
     assert server.tokens - {f"Bearer {TOKEN}", ""} == set()
     with pytest.raises(UserError, match="is named org/name"):
         egohod.push_to_hub(run, "model")
+    # What is private must not become public, and a card that is refused is not a network that is down.
+    egohod.push_to_hub(run, "org/secret", private=True)
+    egohod.push_to_hub(run, "org/secret", private=True)
+    with pytest.raises(UserError, match=r"^hf-hub:org/new: exists and is public, not private; nothing was uploaded$"):
+        egohod.push_to_hub(run, "org/new", private=True)
+    server.refusal = "license must be one of"
+    with pytest.raises(UserError, match=r"^hf-hub:org/new: the Hub refuses the model card: .*license must be one of"):
+        egohod.push_to_hub(run, "org/new", licence="mine")
     assert TOKEN not in "".join(capfd.readouterr())
 
 
@@ -273,10 +291,17 @@ def test_programs_take_the_name_for_a_checkpoint(
         assert cli.run(main_eval.main, command) == 0
         scores.append(json.loads((tmp_path / "results" / "results.json").read_text())["metrics"])
     assert scores[0] == scores[1]
+    # The checksum in them is that of the weights that are published.
+    assert (
+        "Not measured"
+        not in (
+            write_folder(short_run.folder, tmp_path / "own", results=tmp_path / "results") / "README.md"
+        ).read_text()
+    )
 
 
 @pytest.mark.ci
-def test_of_processes_that_start_together_one_downloads(server: HubServer, cache: Path) -> None:
+def test_of_processes_that_start_together_one_downloads(server: HubServer, cache: Path, published: Path) -> None:
     code = f"from egohod.training.checkpoint import open_weights; print(len(open_weights('hf-hub:{NAME}').tensors))"
     inherited = environment(**variables(server, cache))
     processes = [
@@ -284,5 +309,5 @@ def test_of_processes_that_start_together_one_downloads(server: HubServer, cache
         for _ in range(2)
     ]
     counts = {process.communicate(timeout=300)[0] for process in processes}
-    assert len(counts) == 1
+    assert counts == {f"{len(open_weights(published).tensors)}\n"}
     assert server.downloads("model.safetensors") == 1

@@ -17,7 +17,8 @@ import egohod
 from egohod import cli
 from egohod.data.dataset import Tokenizer
 from egohod.errors import UserError
-from egohod.publish import _clip_tokenizer, export
+from egohod.publish import _clip_tokenizer, export, preprocessing
+from tests.data.video_files import encode
 from tests.model.field_files import write_safetensors
 from tests.support import ROOT, environment
 from tools import convert_checkpoint
@@ -93,9 +94,27 @@ def test_what_cannot_be_exported_is_one_line(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="not installed: pip install onnx onnxscript onnxruntime"):
         export(path, tmp_path / "a", "onnx")
-    with pytest.raises(UserError, match="ONNX is exported in float32 alone"):
+    with pytest.raises(UserError, match="ONNX is exported in float32 only"):
         export(path, tmp_path / "a", "onnx", dtype="float16")
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "ignored"),
+    [
+        (["--push", "org/a", "--export", "onnx"], "--export"),
+        (["--inspect", "--export", "torch"], "--export"),
+        (["b.safetensors", "--dtype", "float16"], "--dtype or --model"),
+        (["b.safetensors", "--licence", "mit"], "--results or --licence"),
+        (["folder", "--export", "torch", "--private"], "--private"),
+        (["folder", "--export", "hub", "--to", "upstream"], "--download, --force or --to"),
+    ],
+)
+def test_an_option_without_effect_is_refused(
+    capsys: pytest.CaptureFixture[str], options: list[str], ignored: str
+) -> None:
+    assert cli.run(convert_checkpoint.main, ["a.pt", *options]) == 2
+    assert f"{ignored} has no effect with the other options" in capsys.readouterr().err
 
 
 def test_the_tokenizer_of_the_folder_is_clips(tmp_path: Path) -> None:
@@ -108,13 +127,35 @@ def test_the_tokenizer_of_the_folder_is_clips(tmp_path: Path) -> None:
     assert [each.ids for each in theirs.encode_batch(texts)] == ours(texts).tolist()
 
 
+def example() -> str:
+    """The code of docs/export.md."""
+    return re.findall(r"```python\n(import av.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)[0]
+
+
+# Sides whose ratio is no exact float, and an odd number of pixels to cut off.
+@pytest.mark.parametrize("size", [(110, 142), (142, 98), (96, 64)])
+def test_the_example_of_the_docs_reads_the_frames_and_pixels_that_egohod_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]
+) -> None:
+    model, preprocess, _ = egohod.create_model_and_transforms("DEMO", num_frames=4)
+    encode(tmp_path / "kitchen.mp4", 30, size=size)
+    (tmp_path / "towers").mkdir()
+    (tmp_path / "towers/preprocessor_config.json").write_text(json.dumps(preprocessing(model)))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(example().partition("tokenizer = ")[0].replace(", onnxruntime, tokenizers", ""), names)
+    ours = preprocess(egohod.load_clip("kitchen.mp4", 0, 3, 4))
+    # Pillow's and torchvision's resizing round differently, by a level of 255.
+    np.testing.assert_allclose(names["video"][0], ours, atol=0.02)
+
+
 @SLOW
 def test_the_example_of_the_docs_runs_without_egohod(tmp_path: Path, demo_world: Path) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime", "tokenizers"):
         pytest.importorskip(package)
     path = saved(tmp_path, "DEMO_SMALL_Slowfast")
     assert cli.run(convert_checkpoint.main, [str(path), str(tmp_path / "towers"), "--export", "onnx"]) == 0
-    code = re.findall(r"```python\n(import av.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)[0]
+    code = example()
     assert len(code.splitlines()) <= 30
     assert "egohod" not in code
     assert "torch" not in code

@@ -8,8 +8,8 @@
 
 INPUT is a file of OpenAI CLIP, open_clip, upstream EgoHOD, AVION or this project, a run or checkpoint folder of this
 project, a repository hf-hub:org/name, or an open_clip tag such as ViT-B-16:laion2b_s34b_b88k that is in open_clip's
-local cache. Nothing in a file is executed, and but for hf-hub:... nothing is downloaded without --download. Tensors
-keep their dtype.
+local cache. Nothing in a file is executed, and nothing is downloaded without --download, except hf-hub:... names.
+Tensors keep their dtype.
 
 --to egohod   this project's names (plain blocks: attn.in_proj_weight, mlp.c_fc, mlp.c_proj); upstream reads these too
               where it runs without flash attention
@@ -73,6 +73,17 @@ def main(arguments: Sequence[str]) -> int:
     args = parser.parse_args(arguments)
     if sum((args.inspect, args.output is not None, args.push is not None)) != 1:
         raise UserError("give either --inspect or an OUTPUT, or --push; see --help")
+    is_published, is_exported = args.push or args.export == "hub", args.export in ("torch", "onnx")
+    misplaced = {
+        "--export": args.export and args.output is None,
+        "--dtype or --model": (args.dtype != "float32" or args.model) and not is_exported,
+        "--private": args.private and not args.push,
+        "--results or --licence": (args.results or args.licence != "other") and not is_published,
+        "--download, --force or --to": (args.download or args.force or args.to != "egohod")
+        and (is_published or is_exported),
+    }
+    if ignored := [option for option, is_misplaced in misplaced.items() if is_misplaced]:
+        raise UserError(f"{ignored[0]} has no effect with the other options; see --help")
     about = {"results": args.results, "licence": args.licence}
     if args.push:
         print(push_to_hub(args.input, args.push, private=args.private, **about))

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import logging
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -97,7 +98,10 @@ def list_clips(args: argparse.Namespace) -> None:
 def index(args: argparse.Namespace) -> None:
     """The index of the tars."""
     if args.output is None and "://" in args.root:
-        raise UserError(f"{args.root}: no index can be written there; give --output, and copy {SHARD_INDEX} there")
+        # The address is not printed: it may hold a password.
+        raise UserError(
+            f"index: nothing can be written to a URI; give --output, and copy {SHARD_INDEX} beside the tars"
+        )
     output = Path(args.output or args.root)
     output.mkdir(parents=True, exist_ok=True)
     with Progress("read tars", 1, unit="tars") as progress:
@@ -132,7 +136,8 @@ def list_needed(args: argparse.Namespace) -> None:
     log.info("%s: %s videos, %s of them to download", args.output, f"{len(uids):,}", f"{len(wanted):,}")
     if wanted:
         folder = args.have or "ego4d_data"
-        log.info("ego4d --output_directory %s --datasets full_scale --video_uid_file %s -y", folder, args.output)
+        paths = ["--output_directory", folder, "--datasets", "full_scale", "--video_uid_file", str(args.output)]
+        log.info("%s", shlex.join(["ego4d", *paths, "-y"]))
 
 
 def _is_there(store: VideoStore, uid: str) -> bool:

@@ -543,8 +543,14 @@ def collate_views(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+class UnreadableError(UserError):
+    """Clips that cannot be read; ``faults`` are the reasons by clip."""
+
+    faults: Mapping[int, str]
+
+
 def require_all(faults: Mapping[int, str], total: int) -> None:
-    """Raise one :class:`UserError` that names everything that cannot be read, a line each."""
+    """Raise one :class:`UnreadableError` that names everything that cannot be read, a line each."""
     if faults:
         # One line for a file that several clips need.
         lines = list(dict.fromkeys(faults[index] for index in sorted(faults)))
@@ -552,7 +558,9 @@ def require_all(faults: Mapping[int, str], total: int) -> None:
             f"{len(faults)} of {total} clips cannot be read; main_eval.py --allow_missing (tools/probe_order.py has it "
             "too) evaluates the others and marks the numbers as partial"
         )
-        raise UserError(*lines)
+        error = UnreadableError(*lines)
+        error.faults = faults
+        raise error
 
 
 class FaultLedger:

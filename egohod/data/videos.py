@@ -688,8 +688,8 @@ def sliding_windows(
 
 def window_spans(duration: float, window: float, stride: float) -> list[tuple[float, float]]:
     """(start, end) of the windows over ``duration`` seconds; the last one may be shorter."""
-    if not (window > 0 and stride > 0):
-        raise UserError(f"--window and --stride must be above 0, not {window:g} and {stride:g}")
+    if not (0 < window < np.inf and 0 < stride < np.inf):
+        raise UserError(f"--window and --stride must be seconds above 0, not {window:g} and {stride:g}")
     # A frame's rounding must not add a window of next to nothing.
     count = 1 + max(0, int(np.ceil((duration - window) / stride - 1e-3)))
     return [(k * stride, min(k * stride + window, duration)) for k in range(count)]

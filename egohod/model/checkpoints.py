@@ -38,6 +38,7 @@ from egohod.model.dual_encoder import Base, DualEncoder
 from egohod.model.lora import merge_low_rank
 from egohod.model.vision import SlowFastTower
 from egohod.model.weight_files import (
+    ABOUT,
     AVERAGE,
     INDEX,
     WEIGHT_NAMES,
@@ -437,7 +438,7 @@ def _published_settings(source: str, path: Path) -> dict[str, str]:
     # Of a file under another name nothing tells that they belong together.
     elif is_repository or path.is_dir() or path.name in WEIGHT_NAMES or path.name.endswith(INDEX):
         folder = path if path.is_dir() else path.parent
-        for name in ("open_clip_config.json", "preprocessor_config.json", "config.json"):
+        for name in ABOUT:
             if not (folder / name).is_file():
                 continue
             with errors_of(name):

@@ -35,6 +35,8 @@ from torch import Tensor
 from egohod import hub, pickles
 from egohod.errors import UserError
 
+# What says how to use weights, beside them: files of open_clip, and of transformers and timm.
+ABOUT = ("open_clip_config.json", "preprocessor_config.json", "config.json")
 # How the index of a sharded file ends: model.safetensors.index.json, pytorch_model.bin.index.json.
 INDEX = ".index.json"
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
@@ -152,7 +154,8 @@ def _files_of_repository(names: Sequence[str]) -> list[str]:
         raise UserError(f"holds no safetensors{hint}; ask its owner to add model.safetensors")
     stem = weights.removesuffix(f".safetensors{INDEX}")
     shards = [name for name in tensors if stem != weights and name.startswith(f"{stem}-")]
-    about = [name for name in names if name.endswith(".json") and name != weights and not name.endswith(INDEX)]
+    # What checkpoints.py reads beside weights; another JSON file of a repository may have gigabytes.
+    about = [name for name in ABOUT if name in names]
     return [weights, *shards, *dict.fromkeys([*about, *hub.tokenizer_files(names)])]
 
 

@@ -43,7 +43,7 @@ from tests.data.set_files import (
     write_tar,
     write_vrs,
 )
-from tests.data.video_files import FPS, numbers, opener, picture
+from tests.data.video_files import FPS, encode, numbers, opener, picture
 from tests.support import Command
 
 
@@ -153,6 +153,12 @@ def test_version_2_has_a_file_for_every_episode(tmp_path: Path) -> None:
     assert frames(clips, root, 1) == list(range(20, 35))
     steps = read_clips(SourceConfig(metadata=str(root), subtasks=True))
     assert len(steps) == 4
+    # A tar in it makes it no WebDataset, and a number that no int64 holds costs its episode.
+    (root / "backup.tar").write_bytes(b"")
+    episodes = root / "meta/episodes.jsonl"
+    episodes.write_text(episodes.read_text().replace('"episode_index": 1', f'"episode_index": {10**30}'))
+    clips = read_clips(root)
+    assert (len(clips), clips.report.left_out) == (2, {"malformed": 1})
 
 
 @pytest.mark.parametrize(
@@ -212,6 +218,9 @@ def test_damaged_and_missing_files_of_a_set(tmp_path: Path, caplog: pytest.LogCa
         clips = read_clips(root)
     assert "episode 2: 'observation.images.ego': 2 to 1 s is no stretch of time" in caplog.text
     assert clips.report.left_out == {"malformed": 1}
+    write_episodes(root, [EGO], [(0, 0), (0, 1)], episode_index=[0, 0, 2])
+    assert (len(read_clips(root)), read_clips(root).report.left_out) == (2, {"malformed": 1})
+    write_episodes(root, [EGO], [(0, 0), (0, 1)], **changed)
     with pytest.raises(UserError, match=r"episode 2: .* is no stretch of time"):
         read_clips(root, strict=True)
     # Where a file ends only the file shows.
@@ -307,6 +316,36 @@ def test_tars_that_lead_elsewhere_are_refused_and_name_the_member(
     assert not (tmp_path / "shards/shards.parquet").exists()
 
 
+def test_a_field_of_another_name_counts_more_than_the_usual_ones(tmp_path: Path) -> None:
+    about = {"text": "a title", "mine": "cuts", "start_second": 0.1, "from": 0.2, "to": 0}
+    write_tar(
+        tmp_path / "a.tar", {"0.mp4": encode(tmp_path / "a.mp4", 10).read_bytes(), "0.json": json.dumps(about).encode()}
+    )
+    index_shards(str(tmp_path), tmp_path)
+    columns = {"text": "mine", "start_second": "from"}
+    clips = read_clips(SourceConfig(metadata=str(tmp_path / "shards.parquet"), columns=columns))
+    assert rows(clips) == [("a/0", 0.2, 1.0, "cuts")]
+    # An end of 0 is no missing one: the clip ends before it begins, as in a csv.
+    columns["end_second"] = "to"
+    clips = read_clips(SourceConfig(metadata=str(tmp_path / "shards.parquet"), columns=columns))
+    assert rows(clips) == [("a/0", 0.2, 1.2, "cuts")]
+
+
+@pytest.mark.parametrize(
+    ("tars", "message"),
+    [
+        ({"a.tar": ["0.mp4", "0.mkv"]}, r"a\.tar/0\.mkv and .*a\.tar/0\.mp4 would both be 'a/0'; rename one"),
+        ({"a.tar": ["x/0.mp4"], "a/x.tar": ["0.mp4"]}, "would both be 'a/x/0'"),
+    ],
+)
+def test_two_videos_of_one_id_are_refused(tmp_path: Path, tars: dict[str, list[str]], message: str) -> None:
+    video = encode(tmp_path / "video.mp4", 10).read_bytes()
+    for name, members in tars.items():
+        write_tar(tmp_path / "shards" / name, dict.fromkeys(members, video))
+    with pytest.raises(UserError, match=message):
+        index_shards(str(tmp_path / "shards"), tmp_path)
+
+
 def test_compressed_and_damaged_tars_are_refused(tmp_path: Path) -> None:
     folder = write_shards(tmp_path)
     path = next(folder.rglob("*.tar"))
@@ -353,6 +392,9 @@ def test_shards_without_narrations_are_cut_into_windows(tmp_path: Path, inside: 
     done = inside("prepare_data.py", *command)
     assert "8 clips of 4 videos" in done.stdout, done.stderr
     assert pd.read_csv(table)["start_second"].tolist() == [0.0, 0.5] * 4
+    for values in ([0.5, "--stride", "inf"], ["inf"], ["nan"]):
+        done = inside("prepare_data.py", *command[:3], *values, "--output", table)
+        assert (done.returncode, "must be seconds above 0" in done.stderr) == (2, True)
 
 
 def test_an_index_whose_names_lead_elsewhere_is_not_chunked(tmp_path: Path) -> None:
@@ -401,7 +443,7 @@ def test_egodex_without_h5py_names_its_cure(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_folder_of_no_known_data_set(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"a folder of none of these data sets: webdataset .*, lerobot .*, egodex "):
+    with pytest.raises(UserError, match=r"a folder of none of these data sets: lerobot .*, webdataset .*, egodex "):
         read_clips(tmp_path)
 
 
@@ -531,3 +573,8 @@ def test_the_videos_that_a_csv_needs_are_listed_for_ego4ds_command(tmp_path: Pat
     table.write_text("video_id,start_second,end_second,text\nP01_101,0,1,cuts\n")
     done = inside("prepare_data.py", "list-needed", table, "--output", output)
     assert (done.returncode, "no id of an Ego4D video (it has 'P01_101')" in done.stderr) == (2, True)
+
+
+def test_no_message_of_prepare_data_holds_a_password(inside: Command) -> None:
+    done = inside("prepare_data.py", "index", "https://user:secret@localhost/shards")
+    assert (done.returncode, "secret" in done.stderr + done.stdout) == (2, False)

@@ -62,7 +62,7 @@ log = logging.getLogger(__name__)
 # In the order in which ``format: auto`` tries them; a table that is of none of them is read as ``hod``.
 FORMATS = {
     each.name: each
-    for each in (EGOCLIP, EK100, EGO4D, PICKLE, EGTEA, CHARADES, LABELS, WEBDATASET, LEROBOT, EGODEX, HOD)
+    for each in (EGOCLIP, EK100, EGO4D, PICKLE, EGTEA, CHARADES, LABELS, LEROBOT, WEBDATASET, EGODEX, HOD)
 }
 BENCHMARKS: dict[str, Benchmark] = {
     each.name: each

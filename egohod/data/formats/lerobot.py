@@ -150,6 +150,8 @@ def _episodes_3(path: Path, template: str, keys: Sequence[str]) -> tuple[list[_E
                         values = {"video_key": key, "chunk_index": int(chunk), "file_index": int(file)}
                         names[file_key] = _fill(path, template, values)
                     cameras.append((names[file_key], float(start), float(end)))
+                if int(index) in episodes:
+                    raise ValueError("is there twice")
                 episodes[int(index)] = _Episode(int(index), _tasks(row["tasks"]), cameras)
             except (TypeError, ValueError, OverflowError) as error:
                 if isinstance(error, UserError):  # of the whole set
@@ -167,7 +169,7 @@ def _episodes_2(
     for number, line in numbered_lines(file):
         entry = parse_json(line, f"{file}: line {number}: not readable as JSON")
         try:
-            index, seconds = int(entry["episode_index"]), int(entry["length"]) / fps
+            index, seconds = int(np.int64(entry["episode_index"])), int(entry["length"]) / fps
             values = {"episode_index": index, "episode_chunk": index // chunk_size}
             names = [_fill(path, template, values | {"video_key": key}) for key in keys]
             episodes.append(_Episode(index, _tasks(entry["tasks"]), [(name, 0.0, seconds) for name in names]))

@@ -67,14 +67,16 @@ def index_shards(root: str, output: Path, on_shard: Callable[[int, int], None] |
 
     No video is unpacked: headers and small files are read, and of a video without a length its header. A video's name
     begins with that of its shard without ``.tar``, since names repeat from shard to shard. ``on_shard`` is called with
-    the numbers of shards that are done and of all. Raises :class:`UserError` naming shard and member.
+    the numbers of shards that are done and of all. Raises :class:`UserError` naming shard and member, also for two
+    videos of one id.
     """
     folder = open_folder(root)
     rows, shards, opener = list[tuple[Any, ...]](), list(_shards(folder, root, "")), choose_decoder("auto")[1]
+    places = dict[str, str]()
     for done, shard in enumerate(shards, 1):
         where = folder.name_of(shard)
         if not re.fullmatch(r"[\w./-]+", shard):
-            raise UserError(f"{where}: letters, digits, '.', '-' and '_' alone can be in a shard's name; rename it")
+            raise UserError(f"{where}: a shard's name can only have letters, digits, '.', '-' and '_'; rename it")
         # By sample, whose files have the name up to the first dot in common.
         videos, fields = list[tuple[str, str, int, int]](), defaultdict[str, dict[str, Any]](dict)
         for name, offset, size, content in tar_members(folder, shard):
@@ -92,6 +94,10 @@ def index_shards(root: str, output: Path, on_shard: Callable[[int, int], None] |
                 fields[sample] |= _fields(content(), ending.lower(), f"{where}: member '{name}'")
         for name, sample, offset, size in videos:
             about = fields.get(sample, {})
+            video = f"{shard.removesuffix('.tar')}/{name.rpartition('.')[0]}"
+            if other := places.get(video):
+                raise UserError(f"{where}/{name} and {other} would both be '{video}'; rename one")
+            places[video] = f"{where}/{name}"
             seconds = next((_number(about[key]) for key in _LENGTHS if key in about), None)
             if seconds is None or not 0 < seconds < np.inf:
 
@@ -174,13 +180,14 @@ def _parse_webdataset(path: Path, source: SourceConfig, extra: Sequence[str] | N
         for name, cell in (("video_id", row["name"].rpartition(".")[0]), ("text", _text(text))):
             cells[name].append(cell)
         # The clip is the whole video where nothing else is stated.
-        cells["start"].append(str(start or 0.0))
-        cells["end"].append(str(end or row["seconds"]))
+        cells["start"].append(str(0.0 if start is None else start))
+        cells["end"].append(str(row["seconds"] if end is None else end))
         abouts.append(about)
         numbers.append(number)
     # What all videos state can be a column, such as factory_id, by which clips are grouped.
     others = [key for key in abouts[0] if all(key in about for about in abouts)] if abouts else []
-    others = [key for key in others if key not in ("video_id", *chain(*names.values())) and is_utf8(key)]
+    used = {"video_id", *names, *chain(*names.values())}
+    others = [key for key in others if key not in used and is_utf8(key)]
     others = others if extra is None else [key for key in others if key in (*extra, "dataset")]
     columns = {name: cells[name] for name in ("video_id", "text")}
     columns |= {key: [_text(about[key]) for about in abouts] for key in others}
