@@ -94,18 +94,23 @@ def main(arguments: Sequence[str]) -> int:
         name = f"egohod.{package}.{name}"
     sys.argv[0] = f"egohod {command}"  # argparse names the program after it
     program = importlib.import_module(name).main
-    if {"-h", "--help"}.isdisjoint(rest):
-        return int(program(rest))
-    printed = io.StringIO()
     try:
-        with contextlib.redirect_stdout(printed):
+        if {"-h", "--help"}.isdisjoint(rest):
             return int(program(rest))
-    finally:
-        print(in_commands(printed.getvalue()), end="")
+        printed = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(printed):
+                return int(program(rest))
+        finally:
+            print(in_commands(printed.getvalue()), end="")
+    except UserError as error:
+        # The cure that it names must be one that this user has.
+        error.args = tuple(in_commands(str(line)) for line in error.args)
+        raise
 
 
 def in_commands(text: str) -> str:
-    """A program's help with the commands instead of the files that a checkout runs."""
+    """A program's help or error with the commands instead of the files that a checkout runs."""
     for command, module in MODULES.items():
         package, name = module.split(".")
         file = re.escape(f"tools/{name}.py" if package == "tools" else f"main_{name}.py")

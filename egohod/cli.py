@@ -357,11 +357,16 @@ def train_and_report(description: str, default_config: str, arguments: Sequence[
 
     options = parser(description, default_config)
     add = options.add_argument
+    weights = "start from these weights, a run or a file, with the model that they are of"
+    add("--checkpoint", metavar="PATH", help=weights)
     add("--resume", metavar="auto|none|PATH", help="same as train.resume=...")
     add("--strict", action="store_true", help="same as data.strict=true")
     add("--dry_run", action="store_true", help="build everything, try three clips and one step, explain, exit")
     args = options.parse_intermixed_args(arguments)
     changes = [*overrides(args), *([f"train.resume={args.resume}"] if args.resume else [])]
+    if args.checkpoint:
+        start = ["model.weights.source=checkpoint", *model_of(args.checkpoint, changes)]
+        changes = [*start, *changes, f"model.weights.path={args.checkpoint}"]
     if args.dry_run:
         dry_run(args.config_file, changes, named_evaluators)
         return DONE

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import yaml
 from open_clip.tokenizer import SimpleTokenizer
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from egohod import hub
@@ -34,6 +33,7 @@ from egohod.model.cards import model_info
 from egohod.model.checkpoints import PARTS, WeightFile, upstream_state
 from egohod.model.config import OPEN_CLIP
 from egohod.model.dual_encoder import DualEncoder
+from egohod.model.weight_files import write_safetensors
 from egohod.runtime import atomic_write, write_text
 from egohod.training.checkpoint import open_weights
 
@@ -60,8 +60,7 @@ def save_weights(weights: WeightFile, path: Path, to: str = "egohod") -> list[st
     # Family and settings travel along: names alone would make an OpenAI model a trained video model of this project.
     metadata = {"format": "pt", "family": str(weights.family), "settings": json.dumps(weights.settings)}
     with atomic_write(path) as temporary:
-        # safetensors refuses views, such as one row that a file repeats.
-        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, metadata=metadata)
+        write_safetensors(tensors, temporary, metadata)
     return [name for name in weights.tensors if to == "upstream" and name not in tensors]
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from egohod.__main__ import COMMANDS, MODULES, in_commands, main
 from egohod.commands import demo
+from egohod.errors import UserError
 from egohod.runtime import Interrupted
 from tests.support import ROOT, environment
 
@@ -65,6 +66,11 @@ def test_the_overview_needs_no_library_and_the_package_no_torch() -> None:
 def test_help_in_commands() -> None:
     text = "python tools/extract_features.py -o x; torchrun --nproc_per_node=2 main_eval.py; as main_eval.py does"
     assert in_commands(text) == "egohod extract -o x; torchrun --nproc_per_node=2 -m egohod eval; as egohod eval does"
+
+
+def test_errors_name_commands(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="egohod extract makes such folders"):
+        main(["search", "open the jar", "--index", str(tmp_path)])
 
 
 def test_setuptools_packs_every_folder_of_the_tree() -> None:

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("egohod"):
             raise
-        raise UserError(f"no {error.name}: pip install 'egohod[serve]' (or: pip install fastapi uvicorn)") from error
+        raise UserError(f"no {error.name}: pip install fastapi uvicorn (the extra [serve] of egohod)") from error
     from egohod.serve.index import MARKS_FILE, Library, Marks, Tracks
 
     # First: a port that is taken should not cost the seconds of loading a model.

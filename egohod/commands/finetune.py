@@ -2,6 +2,8 @@
 
 Retrieval:           python main_finetune.py --config_file configs/finetune/ek100_mir.yml model.weights.path=PATH
 The demo world:      python main_finetune.py --config_file configs/finetune/demo_mir.yml model.weights.path=runs/demo
+Your own clips:      CLIPS=my/clips.csv VIDEOS=my/videos python main_finetune.py --config_file configs/own.yml \\
+                     --checkpoint runs/demo train.lr=1e-4 train.global_batch_size=8
 Several on a node:   torchrun --nproc_per_node=4 main_finetune.py --config_file configs/finetune/ek100_mir.yml ...
 Dry run:             the same with --dry_run
 

@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from egohod.errors import UserError
 from egohod.model.dual_encoder import DualEncoder
+from egohod.model.weight_files import write_safetensors
 from egohod.runtime import atomic_write
 
 _LARGEST = 1 << 14  # sizes that a file may claim
@@ -110,10 +110,9 @@ class Reranker(nn.Module):
 
     def save(self, path: Path) -> None:
         """Weights and :class:`RerankerShape` in one safetensors file. Raises :class:`OSError`."""
-        weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as temporary:
-            save_file(weights, temporary, {"reranker": json.dumps(asdict(self.shape))})
+            write_safetensors(self.state_dict(), temporary, {"reranker": json.dumps(asdict(self.shape))})
 
 
 def load_reranker(path: str | Path) -> Reranker:

@@ -30,6 +30,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from egohod import hub, pickles
@@ -58,6 +59,16 @@ _STATE_KEYS = (
 # Names of a running average of weights, such as model_ema, which is taken only if nothing else is there.
 AVERAGE = re.compile(r"(^|_)(ema|swa|avg|averaged?|teacher|momentum|target)(_|$)", re.IGNORECASE)
 _TAG = re.compile(r"[\w.-]+:[\w.-]+")
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file that others may read as any file of this process. Raises :class:`OSError`."""
+    # safetensors 0.8 makes files that only their owner may read, whatever the umask is.
+    path.touch()
+    mode = path.stat().st_mode
+    # It refuses views that are not contiguous.
+    save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, path, metadata)
+    path.chmod(mode)
 
 
 class StateDict(NamedTuple):

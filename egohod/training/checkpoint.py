@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from egohod.config import Config
@@ -41,7 +41,7 @@ from egohod.loss.config import LOSSES
 from egohod.model.checkpoints import HeadClasses, WeightFile, checksum, from_tensors, read_weights
 from egohod.model.config import stats_name
 from egohod.model.dual_encoder import Base, DualEncoder
-from egohod.model.weight_files import load_pickle
+from egohod.model.weight_files import load_pickle, write_safetensors
 from egohod.runtime import UNFINISHED_PREFIX, atomic_write, file_hash, write_text
 
 log = logging.getLogger(__name__)
@@ -141,8 +141,7 @@ class CheckpointStore:
                     raise OSError(f"{missing[0]} of another process is not here: is {self.folder} a shared folder?")
             with atomic_write(final, sync=True) as temporary:
                 temporary.mkdir()
-                # safetensors refuses views that are not contiguous.
-                save_file({name: value.cpu().contiguous() for name, value in weights.items()}, temporary / WEIGHTS)
+                write_safetensors(weights, temporary / WEIGHTS)
                 # Nested, with numbers and lists, which safetensors has no place for.
                 torch.save(training, temporary / TRAINING)
                 if parts:

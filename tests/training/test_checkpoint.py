@@ -51,6 +51,8 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     assert checkpoint.training["optimizer"]["state"][0]["step"] == 7
     assert (tmp_path / "checkpoints" / "LAST").read_text().strip() == path.name
     assert not list((tmp_path / "checkpoints").glob(".tmp*"))
+    # Whoever may read the one file may read all.
+    assert len({each.stat().st_mode for each in path.iterdir()}) == 1
 
 
 def test_newest_and_best_stay(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import main_eval
-from egohod.config import Config
+from egohod.config import Config, load
 from egohod.data.config import SourceConfig
 from egohod.data.formats import read_clips
 from egohod.data.labels import ClassLabels, ClassSpace, RelevantTexts, class_space
@@ -146,6 +146,19 @@ def test_retrieval_from_the_csv_to_the_report(mir: list[str], tmp_path: Path, in
     assert chunks.returncode == 0, chunks.stderr
     # The loss over all clips of the batch does not depend on how many are held at a time.
     assert losses(tmp_path / "chunks")[0][1] == pytest.approx(losses(tmp_path / "run")[0][1], abs=1e-5)
+
+
+def test_a_run_to_start_from_brings_its_model(short_run: ShortRun, tmp_path: Path, inside: Command) -> None:
+    """The configuration has other frames and another activation, and starts from scratch."""
+    command = [*short_run.command[:2], "train.global_batch_size=4", f"train.output={tmp_path}/run"]
+    done = inside("main_finetune.py", *command, "--checkpoint", str(short_run.folder), "train.duration=1 steps")
+    assert done.returncode == 0, done.stderr
+    model = load(tmp_path / "run" / "config.yml").model
+    assert (model.num_frames, model.activation, model.patch_dropout) == (5, "quick_gelu", 0.25)
+    assert (model.weights.source, model.weights.path) == ("checkpoint", str(short_run.folder))
+    done = inside("main_finetune.py", *command, "--checkpoint", f"{tmp_path}/none")
+    assert done.returncode == 2
+    assert "error: " in done.stderr
 
 
 def test_a_relevancy_loss_needs_relevancies(mir: list[str], inside: Command) -> None:
