@@ -95,7 +95,10 @@ def main(arguments: Sequence[str]) -> int:
     sys.argv[0] = f"egohod {command}"  # argparse names the program after it
     program = importlib.import_module(name).main
     if {"-h", "--help"}.isdisjoint(rest):
-        return int(program(rest))
+        try:
+            return int(program(rest))
+        except UserError as error:
+            raise UserError(*in_commands(str(error)).splitlines()) from error
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):
@@ -105,12 +108,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def in_commands(text: str) -> str:
-    """A program's help with the commands instead of the files that a checkout runs."""
+    """A program's help or error with the commands instead of the files that a checkout runs."""
     for command, module in MODULES.items():
         package, name = module.split(".")
         file = re.escape(f"tools/{name}.py" if package == "tools" else f"main_{name}.py")
         text = re.sub(rf"(torchrun\b.*?) {file}", rf"\1 -m egohod {command}", text)
-        text = re.sub(rf"(python )?\b{file}", f"egohod {command}", text)
+        text = re.sub(rf"(python )?(?<![\w/.-]){file}", f"egohod {command}", text)  # not within another path
     return text
 
 

@@ -41,9 +41,6 @@ from egohod.evaluation.features import (
     write_json,
 )
 from egohod.evaluation.report import jpeg, strip
-from egohod.hod import config as hod_config
-from egohod.hod.pipeline import CHECK, DETECT, TRACK, build
-from egohod.hod.store import Store
 from egohod.runtime import locked
 from egohod.training.build import build_model
 
@@ -478,6 +475,11 @@ class Tracks:
     """
 
     def __init__(self, output: Path) -> None:
+        # Here, because it needs the extra [hod], which search and a server without tracks do not.
+        from egohod.hod import config as hod_config
+        from egohod.hod.pipeline import build
+        from egohod.hod.store import Store
+
         settings = Store(output).folder / "config.yml"
         if not settings.exists():
             raise UserError(f"{settings}: no such file; --hod is the --output of tools/generate_hod.py")
@@ -495,6 +497,8 @@ class Tracks:
 
         Times are seconds of the video; positions are shares of the picture, null where unknown.
         """
+        from egohod.hod.pipeline import CHECK, DETECT, TRACK
+
         shown = list[dict[str, Any]]()
         # Opened for each request: SQLite's connections stay in the thread that made them.
         with self._pipeline.store.results() as results:
