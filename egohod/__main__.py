@@ -115,7 +115,7 @@ def in_commands(text: str) -> str:
         package, name = module.split(".")
         file = re.escape(f"tools/{name}.py" if package == "tools" else f"main_{name}.py")
         text = re.sub(rf"(torchrun\b.*?) {file}", rf"\1 -m egohod {command}", text)
-        text = re.sub(rf"(python )?\b{file}", f"egohod {command}", text)
+        text = re.sub(rf"(python )?(?<![\w/.-]){file}", f"egohod {command}", text)  # not within another path
     return text
 
 

@@ -157,7 +157,8 @@ def to_yaml(config: Any) -> str:
 def config_path(path: str | Path) -> Path:
     """A configuration of the working directory, else the project's of that name (configs/demo.yml), which is logged."""
     path = Path(path)
-    if path.exists() or path.is_absolute() or not (PROJECT / path).is_file():
+    # Only there: in a wheel the project's folder is the package, whose other files are no configurations.
+    if path.exists() or path.parts[:1] != ("configs",) or not (PROJECT / path).is_file():
         return path
     log.info("%s is not in the working directory; reading the project's, %s", path, PROJECT / path)
     return PROJECT / path

@@ -63,9 +63,32 @@ def test_the_overview_needs_no_library_and_the_package_no_torch() -> None:
     assert subprocess.run(command, capture_output=True, env=environment(), check=True).stdout.endswith(b"\nFalse\n")
 
 
+def test_commands_need_no_extra_but_their_own() -> None:
+    extras = {"decord", "torchcodec", "requests", "jsonschema", "simplemma", "s3fs", "h5py", "tensorboard"}
+    extras |= {"fastapi", "uvicorn", "pydantic", "metaworld"}
+    code = (
+        "import contextlib, io, sys\n"
+        f"sys.modules.update(dict.fromkeys({extras}))\n"
+        "from egohod.__main__ import MODULES, main\n"
+        "for command in MODULES:\n"
+        "    try:\n"
+        "        with contextlib.redirect_stdout(io.StringIO()): main([command, '--help'])\n"
+        "    except ModuleNotFoundError as error: print(command, error.name)\n"
+        "    except SystemExit: pass\n"
+        "import egohod.serve.index\n"  # of a server without tracks
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True)
+    # The narrations; and bench, which measures them, too.
+    assert done.stdout.split() == ["hod", "simplemma", "show-hod", "simplemma", "bench", "simplemma"]
+
+
 def test_help_in_commands() -> None:
     text = "python tools/extract_features.py -o x; torchrun --nproc_per_node=2 main_eval.py; as main_eval.py does"
     assert in_commands(text) == "egohod extract -o x; torchrun --nproc_per_node=2 -m egohod eval; as egohod eval does"
+    assert in_commands("/my/tools/serve.py: no such file") == "/my/tools/serve.py: no such file"
+    with pytest.raises(UserError, match=r"^nowhere/index\.json: .* egohod extract makes such folders"):
+        main(["search", "a sentence", "--index", "nowhere"])
 
 
 def test_errors_name_commands(tmp_path: Path) -> None:

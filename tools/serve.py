@@ -19,6 +19,7 @@ import secrets
 import socket
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from _common import run_tool, tool_parser
 
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
     host = f"[{host}]" if ":" in host else host
     moments = sum(len(each.features.videos) for each in libraries)
     log.info("%s moments of %d videos", f"{moments:,}", sum(len(each.names) for each in libraries))
-    print(f"open http://{host}:{port}/" + (f"?token={access.token}" if access.token else ""), flush=True)
+    print(f"open http://{host}:{port}/" + (f"?token={quote(access.token)}" if access.token else ""), flush=True)
     with contextlib.suppress(KeyboardInterrupt):  # the usual end
         run(create_app(libraries, marks, access, tracks), listening, access, args.idle)
     return cli.DONE

@@ -143,7 +143,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _submit(run: Path, command: list[str], parameters: dict[str, Any], args: argparse.Namespace) -> int:
+    import cloudpickle  # comes with submitit
     import submitit
+
+    # For the command egohod this file is a module, which no job finds.
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
     folder, environment = run / FOLDER, {}
     # Under Slurm the program itself finds the first node's address among the job's variables.

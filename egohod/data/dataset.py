@@ -357,24 +357,28 @@ class ClipDataset(Dataset[dict[str, Any]]):
         room = _WAITING_BYTES // self._picture[1] if self._picture[0] == row.video_id else 0
         end = row.end
         for key in self.upcoming:
-            later = self.row(key) if isinstance(key, int) and key > index else None
-            # Decoded apart, sliding windows would decode most pictures twice, and those between a key frame and the
-            # window many times.
-            if later is None or later.video_id != row.video_id or not row.start <= later.start < end:
+            if not isinstance(key, int) or key <= index:
                 continue
+            later = self.row(key)
+            # Decoded apart, sliding windows would decode most pictures twice, and those between a key frame and the
+            # window many times. Up to the first that does not overlap: looking at all for each would cost more than
+            # a small picture where none does.
+            if later.video_id != row.video_id or not row.start <= later.start < end:
+                break
             if self.protocol.frames * (len(waiting) + 2) > room:
                 break
-            waiting.append(int(key))  # type: ignore[arg-type]
+            waiting.append(key)
             end = max(end, later.end)
         if not waiting:
             return None
         rows = [row, *map(self.row, waiting)]
         spans, store = [(each.start, each.end) for each in rows], self.sources[self._place(index)[0]].store(row)
-        try:
+        read = None
+        with contextlib.suppress(VideoError):  # reading each alone shows which of them it is
             read = store.read_together(row.video_id, spans, self.protocol.frames, self.protocol.sampling)
-        except VideoError:  # each alone then, which shows which of them it is
-            return None
         if read is None:
+            # All of the batch, or as many pictures would be decoded for nothing for each of them.
+            self.upcoming = ()
             return None
         pictures, places = read
         self._waiting = {key: (pictures, place) for key, place in zip(waiting, places[1:], strict=True)}

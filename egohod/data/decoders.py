@@ -208,6 +208,8 @@ class Decoder(Protocol):
     """Average frames per second."""
     duration: float
     """Seconds from the first frame to the end of the last."""
+    is_scaled: bool = False
+    """Whether pictures were brought to the size of the first ones that were read with them."""
 
     def read_at(self, seconds: np.ndarray) -> np.ndarray:
         """Frames on display at ``seconds`` float64 [n], clamped to the file's ends -> uint8 RGB [n, H, W, 3], upright.
@@ -239,7 +241,7 @@ class _Packet(NamedTuple):
     data: Any
 
 
-class PyavDecoder:
+class PyavDecoder(Decoder):
     """PyAV: FFmpeg from a wheel. Decodes only what the wanted frames need, which makes it the fastest here.
 
     Packets are read first and decoded second, so that the wanted time stamps are fixed before any frame is decoded.
@@ -316,7 +318,7 @@ class PyavDecoder:
                 raise VideoError(f"{self._name}: {change} at {(pts - self._start) * self._tick:.2f} s")
             frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
             scaled = self._reformatter.reformat(frame, width=width, height=height, interpolation="BICUBIC", threads=1)
-            pictures[row] = scaled.to_ndarray()
+            pictures[row], self.is_scaled = scaled.to_ndarray(), True
         return np.stack(pictures)
 
     @property
@@ -528,7 +530,7 @@ def _needed_groups(packets: Sequence[_Packet], wanted: set[int]) -> list[tuple[S
 # --------------------------------------------------------------------------------------------------
 
 
-class TorchcodecDecoder:
+class TorchcodecDecoder(Decoder):
     """torchcodec: needs FFmpeg's shared libraries on the machine."""
 
     _device = "cpu"
@@ -616,7 +618,7 @@ def _why_no_nvdec() -> str | None:
     return str(fallback) if fallback else None
 
 
-class DecordDecoder:
+class DecordDecoder(Decoder):
     """decord: what this field used first; supported for machines that have it."""
 
     def __init__(self, file: VideoFile, name: str = "") -> None:
@@ -759,7 +761,7 @@ def _cannot_import(module: str) -> str | None:
     return "FFmpeg is not there" if getattr(loaded, "ffmpeg_major_version", 0) is None else None
 
 
-class _FallbackDecoder:
+class _FallbackDecoder(Decoder):
     """A video opened by the first of ``candidates`` that can read it; all that goes wrong is a :class:`VideoError`.
 
     Only a :class:`DecoderError` leads to the next candidate: what one library calls damaged another would show with
@@ -772,7 +774,9 @@ class _FallbackDecoder:
         self.fps, self.duration = self._try(lambda decoder: (decoder.fps, decoder.duration))
 
     def read_at(self, seconds: np.ndarray) -> np.ndarray:
-        return self._try(lambda decoder: decoder.read_at(seconds))
+        frames: np.ndarray = self._try(lambda decoder: decoder.read_at(seconds))
+        self.is_scaled = self._decoder is not None and self._decoder.is_scaled
+        return frames
 
     def close(self) -> None:
         if self._decoder is not None:
@@ -834,7 +838,7 @@ class ReusingOpener:
         return _ReusedDecoder(self, state, self._opener(file, name))
 
 
-class _ReusedDecoder:
+class _ReusedDecoder(Decoder):
     """A decoder that :meth:`close` gives back to its opener, unless it failed."""
 
     def __init__(self, owner: ReusingOpener, state: tuple[Any, ...], decoder: Decoder) -> None:
@@ -846,7 +850,7 @@ class _ReusedDecoder:
         # A decoder in an unknown state is never used again, whatever it raised.
         self._failed = True
         frames = self.decoder.read_at(seconds)
-        self._failed = False
+        self._failed, self.is_scaled = False, self.decoder.is_scaled
         return frames
 
     def close(self) -> None:
@@ -921,7 +925,7 @@ class CachingOpener:
 _UNUSABLE = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile)
 
 
-class _CachedDecoder:
+class _CachedDecoder(Decoder):
     """The frames that a :class:`CachingOpener` left in ``folder``; only those that are read come from the disk."""
 
     def __init__(self, folder: Path) -> None:

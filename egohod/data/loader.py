@@ -576,8 +576,9 @@ class _Guarded(Dataset[Any]):
         """The samples of a batch; torch calls this instead of getting them one by one."""
         # Sources of clips that are not files, as those of tests, have nothing to fetch.
         ahead = getattr(self._dataset, "read_ahead", 0)
-        # Not with cuda, whose threads share the data set.
-        if isinstance(self._dataset, ClipDataset) and self._dataset.decoder != "cuda":
+        # Not with cuda, whose threads share the data set, nor with decord, whose pictures of open groups depend on
+        # where decoding began.
+        if isinstance(self._dataset, ClipDataset) and self._dataset.decoder not in ("cuda", "decord"):
             self._dataset.upcoming = keys
         samples = list[dict[str, Any] | UserError]()
         for place, key in enumerate(keys):

@@ -337,7 +337,8 @@ class VideoStore:
         self, video_id: str, spans: Sequence[tuple[float, float]], num_frames: int, rule: str = "middle"
     ) -> tuple[np.ndarray, np.ndarray] | None:
         """Frames of several clips of one whole file, each decoded once: distinct pictures uint8 [P, H, W, 3], and of
-        each clip the rows of its frames among them, int64 [clips, num_frames]; None for a video in chunks.
+        each clip the rows of its frames among them, int64 [clips, num_frames]; None for a video in chunks, or where the
+        size of the pictures changes, which are brought to that of a clip's first.
 
         Otherwise as :meth:`read`, whose frames are the same: one clip that cannot be read raises for all.
         """
@@ -354,7 +355,8 @@ class VideoStore:
                     for start, end in spans
                 ]  # fmt: skip
                 distinct, rows = np.unique(np.stack(numbers), return_inverse=True)
-                return decoder.read_at(frame_times(distinct, decoder.fps)), rows.reshape(len(spans), num_frames)
+                pictures = decoder.read_at(frame_times(distinct, decoder.fps))
+                return None if decoder.is_scaled else (pictures, rows.reshape(len(spans), num_frames))
 
     def locate(self, video_id: str, second: float) -> tuple[VideoFile, float]:
         """The file that holds a second of a video, and the second at which it begins. Raises as :meth:`read` does."""

@@ -10,18 +10,20 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from http.cookies import CookieError, SimpleCookie
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import numpy as np
 import uvicorn
+from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from pydantic import BaseModel, Field
+from starlette.requests import cookie_parser
 
 from egohod.data.storage import VideoError
 from egohod.errors import UserError
@@ -80,12 +82,14 @@ class Access:
 
     def refusal(self, headers: dict[str, str], method: str, token: str) -> tuple[int, str] | None:
         """Status and reason if a request is refused, None if it may pass."""
-        target = urlsplit(f"//{headers.get('host', '')}")
+        try:
+            target, origin = urlsplit(f"//{headers.get('host', '')}"), urlsplit(headers.get("origin", ""))
+        except ValueError:
+            return 400, "Host or Origin is no address"
         # A page elsewhere can lead its own name to 127.0.0.1, and would then read the answers.
         if is_loopback(self.host) and not is_loopback(target.hostname or ""):
             return 403, "this server answers on this machine only; --host opens it to others"
-        origin = headers.get("origin")
-        if method not in ("GET", "HEAD") and origin and urlsplit(origin).netloc != target.netloc:
+        if method not in ("GET", "HEAD") and "origin" in headers and origin.netloc != target.netloc:
             return 403, "the request comes from another page"
         # In constant time: the time of an ordinary comparison betrays how many characters are right.
         if self.token and not hmac.compare_digest(token.encode(), self.token.encode()):
@@ -110,7 +114,9 @@ class Guard:
         given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
         # Cookies belong to a host, whatever the port: two servers must not exchange theirs.
         cookie = f"egohod_{(scope.get('server') or ('', 0))[1]}"
-        token = given or headers.get("authorization", "").removeprefix("Bearer ") or _cookie(headers, cookie)
+        token = given or headers.get("authorization", "").removeprefix("Bearer ")
+        # Not by http.cookies, which stops at the first cookie of another program that breaks its rules.
+        token = token or unquote(cookie_parser(headers.get("cookie", "")).get(cookie, ""))
         refusal = self._access.refusal(headers, scope["method"], token)
         page = scope["path"] == "/"
 
@@ -131,20 +137,13 @@ class Guard:
         elif self._access.token and given and page:
             # Out of the address, which is in the history and on the screen.
             response = Response(status_code=303, headers={"location": "/"})
-            response.set_cookie(cookie, token, httponly=True, samesite="strict")
+            response.set_cookie(cookie, quote(token), httponly=True, samesite="strict")
         elif scope["method"] not in ("GET", "HEAD") and not headers.get("content-length", "").isdecimal():
             response = JSONResponse({"error": "a request with a body must have a Content-Length"}, 411)
         elif int(headers.get("content-length", "0") or 0) > _LONGEST_BODY:
             # Before a byte of it is read.
             response = JSONResponse({"error": f"at most {_LONGEST_BODY} bytes can be sent"}, 413)
         await (response or self._app)(scope, receive, guarded)
-
-
-def _cookie(headers: dict[str, str], name: str) -> str:
-    try:
-        return (SimpleCookie(headers.get("cookie", "")).get(name) or SimpleCookie({name: ""})[name]).value
-    except CookieError:
-        return ""
 
 
 class NewMark(BaseModel):
@@ -158,7 +157,10 @@ class NewMark(BaseModel):
 
 def create_app(libraries: Sequence[Library], marks: Marks, access: Access, tracks: Tracks | None = None) -> FastAPI:
     """The server over one index, or two beside each other."""
-    made = Made(at_a_time=max(1, usable_cores() - 1))
+    made, started = Made(), format(time.time_ns(), "x")
+    # A page asks for dozens of thumbnails at once, and a decoder takes a core and a picture's memory. Those that wait
+    # hold no thread, or a few searches in a row would take all that the next one needs.
+    slots = CapacityLimiter(max(1, usable_cores() - 1))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -238,6 +240,8 @@ def create_app(libraries: Sequence[Library], marks: Marks, access: Access, track
             "names": list(dict.fromkeys(name for each in libraries for name in each.names)),
             "tracks": tracks is not None,
             "marks": marks.counts(),
+            # Part of the addresses of pictures, which a browser stores: those of another index have the same numbers.
+            "started": started,
         }
 
     @app.get("/api/search")
@@ -298,7 +302,7 @@ def create_app(libraries: Sequence[Library], marks: Marks, access: Access, track
         return hit | {
             "file": None if why else f"/video/{side}/{row}",
             "file_start": begin,
-            "stretch": f"/stretch/{side}/{row}",
+            "stretch": f"/stretch/{side}/{row}?{started}",
             "stretch_start": max(start, begin),
             "why": why,
             "end": library.end(row),
@@ -316,16 +320,18 @@ def create_app(libraries: Sequence[Library], marks: Marks, access: Access, track
         return FileResponse(str(file), media_type=kind, headers={"cache-control": "private, max-age=0"})
 
     @app.get("/stretch/{side}/{row}")
-    def stretch(side: int, row: int) -> Response:
+    async def stretch(side: int, row: int) -> Response:
         library, row = moment_of(side, row)
-        path = made.get(f"{side}-{row}.mp4", lambda path: library.write_stretch(row, path))
+        write = partial(library.write_stretch, row)
+        path = await to_thread.run_sync(made.get, f"{side}-{row}.mp4", write, limiter=slots)
         return FileResponse(path, media_type="video/mp4", headers={"cache-control": "private, max-age=3600"})
 
     @app.get("/thumbnail/{side}/{row}")
-    def thumbnail(side: int, row: int) -> Response:
+    async def thumbnail(side: int, row: int) -> Response:
         library, row = moment_of(side, row)
+        write = partial(library.write_thumbnail, row)
         try:
-            path = made.get(f"{side}-{row}.jpg", lambda path: library.write_thumbnail(row, path))
+            path = await to_thread.run_sync(made.get, f"{side}-{row}.jpg", write, limiter=slots)
         except VideoError as error:
             log.debug("no thumbnail: %s", error)
             return Response(_NO_PICTURE, media_type="image/svg+xml")
@@ -337,6 +343,8 @@ def create_app(libraries: Sequence[Library], marks: Marks, access: Access, track
         features, label = library.features, new.label.strip()
         if not label:
             raise UserError("a mark needs a label: what is right or wrong for this moment")
+        if min(label) < " ":
+            raise UserError("a label is one line of text")
         place = Moment.of(features.videos[row], float(features.start[row]), float(features.end[row]))
         marks.set(place, label, new.mark)
         return {"marks": marks.of(place), "counts": marks.counts()}

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import re
 import tempfile
 import threading
 from collections import defaultdict
@@ -40,9 +41,6 @@ from egohod.evaluation.features import (
     write_json,
 )
 from egohod.evaluation.report import jpeg, strip
-from egohod.hod import config as hod_config
-from egohod.hod.pipeline import CHECK, DETECT, TRACK, build
-from egohod.hod.store import Store
 from egohod.runtime import locked
 from egohod.training.build import build_model
 
@@ -301,8 +299,12 @@ def _mapped_features(folder: Path, videos: list[str]) -> Features:
     names, starts, ends, texts = list[str](), list[NDArray[Any]](), list[NDArray[Any]](), list[str]()
     with tempfile.TemporaryFile(dir=where) as file:
         for video, (features, start, end, text) in feature_files(folder, videos):
-            if not np.isfinite(features).all():
-                raise UserError(f"{folder}: the features of {video} are not finite; delete its .npz and extract again")
+            if not (np.isfinite(features).all() and np.isfinite(start).all() and not np.isnan(end).any()):
+                raise UserError(
+                    f"{folder}: the features or times of {video} are not finite; delete its .npz and extract again"
+                )
+            if re.search("[\udc80-\udcff]", video):  # no answer can hold half a character
+                raise UserError(f"{os.fsencode(video)!r}: a name that is not UTF-8; rename the file and extract again")
             file.write(np.ascontiguousarray(features).tobytes())
             names += [video] * len(features)
             starts.append(start)
@@ -322,31 +324,30 @@ def _mapped_features(folder: Path, videos: list[str]) -> Features:
 
 
 class Made:
-    """Files that are made when they are first wanted; the last ``most`` of them stay until :meth:`close`."""
+    """Files that are made when first wanted; those last wanted, of ``most`` bytes, stay until :meth:`close`."""
 
-    def __init__(self, most: int = 2000, at_a_time: int = 2) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="egohod-serve-")
+    def __init__(self, most: int = 1 << 29) -> None:
+        # Whatever is being written when the server ends may come after the rest was deleted.
+        self._folder = tempfile.TemporaryDirectory(prefix="egohod-serve-", ignore_cleanup_errors=True)
         self._most, self._lock = most, threading.Lock()
-        self._paths: dict[str, Path] = {}
+        self._sizes: dict[Path, int] = {}
         self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
-        # A page asks for dozens of thumbnails at once, and a decoder takes a core and a picture's memory.
-        self._slots = threading.Semaphore(at_a_time)
 
     def get(self, name: str, write: Callable[[Path], None]) -> Path:
         """The file ``name``; several requests at once make it once. What ``write`` raises is raised, and made again."""
+        path = Path(self._folder.name) / name
         with self._lock:
             wait = self._locks[name]
-        with wait, self._slots:
-            path = self._paths.get(name)
-            if path is None:
-                path = Path(self._folder.name) / name
+        with wait:
+            if path not in self._sizes:
                 write(path)
-                with self._lock:
-                    self._paths[name] = path
-                    while len(self._paths) > self._most:
-                        self._paths.pop(next(iter(self._paths))).unlink(missing_ok=True)
-        with self._lock:
-            self._locks.pop(name, None)
+            with self._lock:
+                self._sizes[path] = self._sizes.pop(path, 0) or path.stat().st_size  # the last one now
+                while sum(self._sizes.values()) > self._most and len(self._sizes) > 1:
+                    oldest = next(iter(self._sizes))
+                    del self._sizes[oldest]
+                    oldest.unlink(missing_ok=True)
+                self._locks.pop(name, None)
         return path
 
     def close(self) -> None:
@@ -457,7 +458,8 @@ class Marks:
         if kind == "narrations":
             head = ["video_id", "start_second", "end_second", "text", "wrong"]
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([head, *rows])
+        # The usual end of its lines, or a lone \r within a name would not be quoted.
+        csv.writer(text, lineterminator="\r\n").writerows([head, *rows])
         return text.getvalue()
 
 
@@ -473,6 +475,11 @@ class Tracks:
     """
 
     def __init__(self, output: Path) -> None:
+        # Here, because it needs the extra [hod], which search and a server without tracks do not.
+        from egohod.hod import config as hod_config
+        from egohod.hod.pipeline import build
+        from egohod.hod.store import Store
+
         settings = Store(output).folder / "config.yml"
         if not settings.exists():
             raise UserError(f"{settings}: no such file; --hod is the --output of tools/generate_hod.py")
@@ -490,6 +497,8 @@ class Tracks:
 
         Times are seconds of the video; positions are shares of the picture, null where unknown.
         """
+        from egohod.hod.pipeline import CHECK, DETECT, TRACK
+
         shown = list[dict[str, Any]]()
         # Opened for each request: SQLite's connections stay in the thread that made them.
         with self._pipeline.store.results() as results:

@@ -11,6 +11,7 @@ function clock(second, digits = 1) {
   const front = hours ? `${hours}:${pad(minutes)}` : minutes;
   return `${front}:${pad(Math.floor(tenths / 10) % 60)}${digits ? `.${tenths % 10}` : ""}`;
 }
+const thumbnail = (hit) => `/thumbnail/${hit.side}/${hit.row}?${state.library.started}`;
 const span = (hit) => hit.end === null ? "whole video" : `${clock(hit.start)} – ${clock(hit.end)}`;
 
 function seconds(text) {
@@ -21,9 +22,15 @@ function seconds(text) {
 
 async function get(path, parameters = {}, options = {}) {
   const query = new URLSearchParams(Object.entries(parameters).filter(([, value]) => value !== null && value !== ""));
-  const reply = await fetch(`${path}?${query}`, options);
-  const content = await reply.json();
-  if (!reply.ok) throw new Error(content.error || reply.statusText);
+  return answerOf(fetch(`${path}?${query}`, options));
+}
+
+async function answerOf(sent) {
+  const reply = await sent.catch((error) => {
+    throw error.name === "AbortError" ? error : new Error("egohod serve does not answer; has it ended?");
+  });
+  const content = await reply.json().catch(() => ({})); // of a proxy between, or of a fault
+  if (!reply.ok) throw new Error(content.error || `${reply.status} ${reply.statusText}`);
   return content;
 }
 
@@ -32,7 +39,12 @@ async function get(path, parameters = {}, options = {}) {
 const queryOf = () => state.moment ? { side: state.moment.side, row: state.moment.row } : { q: el("q").value.trim() };
 
 function filters() {
-  const from = seconds(el("from").value), to = seconds(el("to").value);
+  const [from, to] = ["from", "to"].map((name) => {
+    const second = seconds(el(name).value), wrong = second === null && el(name).value.trim() !== "";
+    el(name).setAttribute("aria-invalid", String(wrong));
+    if (wrong) el("filters").open = true;
+    return second;
+  });
   const values = { video: el("video").value.trim(), from, to, overlapping: el("overlapping").checked || null };
   el("filters").classList.toggle("active", Object.values(values).some((value) => value));
   return values;
@@ -74,6 +86,7 @@ function render(answer, ranked) {
     text += `, ${find} ms to rank ${state.library.sides.map((side) => side.moments.toLocaleString("en")).join(" + ")}` +
       (encode > 1 ? `, ${encode} ms to read the sentence` : "");
   }
+  if (document.querySelector("#filters [aria-invalid=true]")) text = `Not a time, so not a filter (times are 1:02:03, 2:03.5 or 123). ${text}`;
   el("status").textContent = text;
   const first = document.querySelector(".card");
   if (first) first.tabIndex = 0;
@@ -104,7 +117,7 @@ function column(side, number, ranked) {
     card.tabIndex = -1;
     const image = part("img");
     image.addEventListener("load", () => image.classList.toggle("strip", image.naturalWidth > 2 * image.naturalHeight));
-    image.src = `/thumbnail/${hit.side}/${hit.row}`;
+    image.src = thumbnail(hit);
     part(".rank").textContent = ranked ? place + 1 : "";
     part(".rank").hidden = !ranked;
     // Relative to the shown ones: the range of similarities differs between sentences and checkpoints.
@@ -114,7 +127,7 @@ function column(side, number, ranked) {
     part(".when").textContent = span(hit) + (ranked ? ` · ${hit.similarity.toFixed(3)}` : "");
     part(".text").textContent = hit.text;
     part(".other").textContent = ranked ? elsewhere(hit) : "";
-    card.setAttribute("aria-label", `${ranked ? `${place + 1}. ` : ""}${hit.video}, ${span(hit)}`);
+    card.dataset.name = [`${ranked ? `${place + 1}. ` : ""}${hit.video}`, span(hit), hit.text].filter(Boolean).join(", ");
     card.setAttribute("aria-selected", "false");
     card.addEventListener("click", () => { select(card); play(hit); });
     card.addEventListener("focus", () => select(card));
@@ -276,7 +289,7 @@ async function chart(hit) {
   let content;
   try {
     content = await get("/api/chart", { video_side: hit.side, video_row: hit.row, ...query });
-  } catch { return; }
+  } catch { content = { lines: [], end: 0 }; } // not the chart of another video
   if (state.current !== hit) return;
   const points = content.lines.flat(), values = points.map((point) => point[1]);
   const low = Math.min(...values), high = Math.max(...values), end = Math.max(content.end, 0.1);
@@ -312,8 +325,12 @@ function showCursor(visible = true) {
 async function jump(second) {
   if (!state.chart) return;
   const { side, row } = state.chart.hit;
-  // The moment there is what is marked, looped and looked up next.
-  play(await get("/api/at", { video_side: side, video_row: row, second }));
+  try {
+    // The moment there is what is marked, looped and looked up next.
+    play(await get("/api/at", { video_side: side, video_row: row, second }));
+  } catch (error) {
+    el("status").textContent = `No answer: ${error.message}`;
+  }
 }
 
 const secondOf = (event) => {
@@ -374,7 +391,7 @@ function showMark(card) {
   card.classList.toggle("wrong", mark === "wrong");
   badge.hidden = !mark;
   badge.textContent = mark === "right" ? "✓" : "✗";
-  badge.setAttribute("aria-label", mark === "right" ? "marked as right" : "marked as wrong");
+  card.setAttribute("aria-label", card.dataset.name + (mark ? `, marked as ${mark}` : ""));
 }
 
 function showMarks() {
@@ -404,9 +421,7 @@ function mark(kind) {
 async function save(hit, label, kind) {
   const content = { side: hit.side, row: hit.row, label, mark: hit.marks[label] === kind ? null : kind };
   try {
-    const reply = await fetch("/api/marks", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(content) });
-    const answer = await reply.json();
-    if (!reply.ok) throw new Error(answer.error);
+    const answer = await answerOf(fetch("/api/marks", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(content) }));
     for (const each of [hit, state.playing, ...cards().map((card) => card.hit)]) if (same(each, hit)) each.marks = answer.marks;
     counts(answer.counts);
     showMarks();
@@ -432,7 +447,7 @@ function similarTo(hit) {
   el("q").hidden = Boolean(hit);
   el("chip").hidden = !hit;
   if (hit) {
-    el("chip").querySelector("img").src = `/thumbnail/${hit.side}/${hit.row}`;
+    el("chip").querySelector("img").src = thumbnail(hit);
     el("chip").querySelector("span").textContent = `like ${hit.video}, ${span(hit)}`;
   }
 }
@@ -453,9 +468,9 @@ el("search").addEventListener("submit", async (event) => {
 for (const id of ["video", "from", "to", "overlapping"]) el(id).addEventListener("change", () => search());
 el("chip").querySelector("button").addEventListener("click", () => { similarTo(null); el("q").focus(); search(); });
 el("more").addEventListener("click", async () => {
-  const row = state.current?.row;
+  const { side, row } = state.current ?? {};
   await search(true);
-  const card = cards().find((each) => each.hit.row === row);
+  const card = cards().find((each) => each.hit.side === side && each.hit.row === row);
   if (card) select(card, true);
 });
 el("label").addEventListener("input", showMarks);
@@ -466,6 +481,10 @@ el("looping").addEventListener("click", () => setLoop(!state.loop));
 el("tracks").addEventListener("click", () => { state.hands = !state.hands; el("tracks").setAttribute("aria-pressed", String(state.hands)); });
 el("help-button").addEventListener("click", () => el("help").showModal());
 addEventListener("hashchange", () => location.reload()); // an address that was pasted
+document.querySelector(".skip").addEventListener("click", (event) => { // its own target would be such an address
+  event.preventDefault();
+  (document.querySelector(".card[tabindex='0']") ?? el("results")).focus();
+});
 document.addEventListener("visibilitychange", () => { if (!document.hidden && state.library) refresh().catch(() => {}); });
 
 const keys = {
@@ -487,7 +506,8 @@ document.addEventListener("keydown", (event) => {
   if (button && !target.matches(".card") && ["Enter", " "].includes(event.key)) return;
   if (target.matches("video") && event.key.startsWith("Arrow")) return;
   event.preventDefault();
-  keys[event.key]();
+  // A key that is held down moves on; it does not mark and take back by turns.
+  if (!event.repeat || event.key.startsWith("Arrow") || "jk".includes(event.key)) keys[event.key]();
 });
 
 async function begin() {
@@ -513,4 +533,4 @@ async function begin() {
   await search();
   requestAnimationFrame(frame);
 }
-begin().catch((error) => { el("status").textContent = `The server does not answer: ${error.message}`; });
+begin().catch((error) => { el("status").textContent = `No answer: ${error.message}`; });

@@ -143,13 +143,42 @@ def test_windows_that_overlap_are_decoded_once(tmp_path: Path, monkeypatch: pyte
     decoded.clear()
     list(eval_loader(dataset_of(clips, tmp_path / "videos"), range(9), 9, 0, collate=collate_views))
     assert len(decoded) == 1 + 3
-    monkeypatch.undo()
+    monkeypatch.setattr(dataset_module, "_WAITING_BYTES", 1 << 28)
+    decoded.clear()
     csv = tmp_path / "clips.csv"
     csv.write_text("video_id,start_second,end_second\nv,1,3\nv,2,4\nv,3,90\nv,3,5\nv,88,91\n")
     data = dataset_of(rows_of_csv(csv), tmp_path / "videos")
     (batch,) = eval_loader(data, range(5), 5, 0, collate=collate_views)
     assert batch["index"].tolist() == [0, 1, 2, 3]
     assert "begins at 88.00 s" in batch["faults"][4]
+    assert len(decoded) == 4
+
+
+@pytest.mark.parametrize("decoder", ["pyav", "torchcodec", "decord"])
+@pytest.mark.parametrize("kind", ["sizes", "open groups", "damaged"])
+def test_pictures_are_those_of_each_window_alone(tmp_path: Path, decoder: str, kind: str) -> None:
+    pytest.importorskip(decoder.replace("pyav", "av"))
+    path = tmp_path / "videos" / "v.mp4"
+    path.parent.mkdir()
+    if kind == "sizes":
+        encode_sizes(path, [(160, 120), (80, 60), (160, 120)])
+    else:
+        encode(path, 60, size=(160, 120), x264="keyint=12:open-gop=1:bframes=4:scenecut=0")
+    if kind == "damaged":
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2 : len(content) // 2 + 60] = b"\xff" * 60
+        path.write_bytes(content)
+    clips, _ = windows(str(path.parent), 2.0, 0.5)
+    source = SourceConfig(root=str(path.parent), layout="whole", min_clip_seconds=0.0)
+    samples = []
+    for batch_size in (len(clips), 1):
+        data = ClipDataset([(clips, source)], protocol=EvalProtocol(frames=4), size=40, decoder=decoder)
+        read = list(eval_loader(data, range(len(clips)), batch_size, 0, collate=collate_views))
+        pictures = [each for batch in read if batch["video"] is not None for each in batch["video"]]
+        samples.append(dict(zip((i for batch in read for i in batch["index"].tolist()), pictures, strict=True)))
+    together, alone = samples
+    assert together.keys() == alone.keys()
+    assert all(torch.equal(together[index], video) for index, video in alone.items())
 
 
 def test_an_interrupted_run_goes_on_and_what_changed_is_embedded_again(

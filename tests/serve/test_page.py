@@ -69,6 +69,10 @@ def test_search_play_and_mark_by_the_keyboard_alone(
         page.size(1280, 800)
         page.open(address)
         page.until("document.querySelector('.card')")
+        page.press("Tab")
+        assert page.run("document.activeElement.textContent") == "Skip to the results"
+        page.press("Enter")
+        page.until("document.activeElement.matches('.card')")
         assert "1 of the videos is gone" in page.run("document.querySelector('#notice').textContent")
         search(page, "#C C opens the jar")
         shown = page.run("performance.getEntriesByName('first result')[0].duration")
@@ -89,6 +93,10 @@ def test_search_play_and_mark_by_the_keyboard_alone(
         assert label == "#C C opens the jar"
         page.press("r")
         page.until("document.querySelector('.card.right[aria-selected=true]')")
+        # A key that is held down.
+        page.send("Input.dispatchKeyEvent", type="keyDown", key="r", text="r", autoRepeat=True)
+        page.run("state.saving")
+        assert ", marked as right" in page.run("document.querySelector('.card.right').getAttribute('aria-label')")
         page.press("j", "w")
         page.until("document.querySelector('.card.wrong[aria-selected=true]')")
         assert page.run("document.querySelector('#counts').textContent") == "1 right, 1 wrong"
@@ -101,6 +109,11 @@ def test_search_play_and_mark_by_the_keyboard_alone(
         page.press("End", "ArrowLeft", "Enter")
         page.until("state.playing.start >= 4")
         assert page.run("document.querySelector('#chart').getAttribute('aria-valuetext')").startswith("0:0")
+        # What is no time filters nothing, and the page names it.
+        page.run("document.querySelector('#to').value = '1:2:3:4'; search()")
+        assert page.run("document.querySelector('#status').textContent").startswith("Not a time, so not a filter")
+        assert page.run("document.querySelector('#filters').open && document.querySelectorAll('.card').length")
+        page.run("document.querySelector('#to').value = ''; document.querySelector('#filters').open = false; search()")
         # Another moment as the query, and the keys.
         page.press("s")
         page.until("!document.querySelector('#chip').hidden && document.activeElement.matches('.card')")
@@ -150,6 +163,16 @@ def test_what_browsers_cannot_play_is_played_converted_and_what_is_gone_is_named
         page.until("!document.querySelector('#unplayable').hidden")
         assert "no such file" in page.run("document.querySelector('#unplayable').textContent")
         assert page.complaints == []
+
+
+def test_a_server_that_has_ended_is_named(searchable: Path, tmp_path: Path) -> None:
+    with browser(tmp_path / "chromium") as page:
+        with server(searchable) as address:
+            page.open(address)
+            page.until("document.querySelector('.card')")
+        page.press("/", "x", "Enter")
+        page.until("document.querySelector('#status').textContent.includes('egohod serve does not answer')")
+        page.run("jump(0)")
 
 
 def test_on_a_phone_with_two_checkpoints(searchable: Path, tmp_path: Path) -> None:

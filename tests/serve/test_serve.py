@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import json
 import socket
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from egohod.data.formats import read_clips
 from egohod.errors import UserError
 from egohod.evaluation.features import Features, best_rows, search, write_video
 from egohod.serve.app import Access, create_app, is_loopback, open_socket
-from egohod.serve.index import Library, Marks, Moment, Tracks
+from egohod.serve.index import Library, Made, Marks, Moment, Tracks
 from tests.data.video_files import brightness, encode, numbers
 from tests.serve.conftest import AXES, HOSTILE, VIDEOS, AxisTower, axis, write_index
 from tests.support import Command
@@ -276,7 +279,8 @@ def test_marks_are_saved_at_once_and_exported_for_the_projects_readers(client: T
     mark(0, "closes the jar", "wrong")
     mark(2, "a slip", "right")
     assert mark(2, "a slip", None).json()["marks"] == {}
-    assert mark(0, " ", "right").status_code == 400
+    for label in (" ", "two\nlines", "nothing\0"):
+        assert mark(0, label, "right").status_code == 400
     assert mark(0, "x", "perhaps").status_code == 422
     assert mark(99, "x", "right").status_code == 404
     first = client.get("/api/search", params={"row": 0, "top": 1}).json()["sides"][0]["hits"][0]
@@ -295,6 +299,14 @@ def test_marks_are_saved_at_once_and_exported_for_the_projects_readers(client: T
     table = read_clips(SourceConfig(format="labels", metadata=str(labels), root="videos"))
     assert table.column("label").tolist() == ['a "quoted", label', "opens the jar"]
     assert client.get("/export/secrets").status_code == 422
+
+
+def test_a_name_with_a_lone_return_is_one_field(tmp_path: Path) -> None:
+    marks = Marks(tmp_path / "marks.json")
+    marks.set(Moment.of("a\rb", 0, 1), "=1+1", "right")
+    (tmp_path / "labels.csv").write_bytes(marks.to_csv("labels", lambda video: 0).encode())
+    table = read_clips(SourceConfig(format="labels", metadata=str(tmp_path / "labels.csv"), root="videos"))
+    assert (table.row(0).video_id, table.column("label").tolist()) == ("a\rb", ["=1+1"])
 
 
 def test_servers_that_share_a_file_lose_no_mark(tmp_path: Path) -> None:
@@ -325,6 +337,9 @@ def test_only_this_machine_is_answered_and_only_this_page(client: TestClient) ->
     content = {"side": 0, "row": 0, "label": "x", "mark": "right"}
     assert client.post("/api/marks", json=content, headers={"Origin": "http://evil.example"}).status_code == 403
     assert client.post("/api/marks", json=content, headers={"Origin": HOME}).status_code == 200
+    # What is no address at all is an answer, no traceback.
+    assert client.get("/api/library", headers={"Host": "[::1"}).status_code == 400
+    assert client.post("/api/marks", json=content, headers={"Origin": "http://[::1"}).status_code == 400
     assert is_loopback("localhost")
     assert is_loopback("::1")
     assert not is_loopback("0.0.0.0")
@@ -350,6 +365,50 @@ def test_other_machines_need_the_token(index: Path) -> None:
     assert "HttpOnly" in opened.headers["set-cookie"]
     assert "samesite=strict" in opened.headers["set-cookie"].lower()
     assert client.get("/api/library").status_code == 200
+
+
+@pytest.mark.parametrize("token", ["plain", 'a+b&c="d"; e', "пароль"])
+def test_the_cookie_holds_any_token_and_stands_cookies_of_others(index: Path, token: str) -> None:
+    client = client_of(library(index), access=Access("0.0.0.0", token))
+    (cookie,) = client.get("/", params={"token": token}).headers["set-cookie"].split("; ")[:1]
+    client.cookies.clear()
+    # Cookies of all ports of a host come together, whatever their programs put in them.
+    for other in ('j={"x": 1, "y": [2]}', "a b=1", 'q="open', "=", "k@v=3"):
+        assert client.get("/api/library", headers={"Cookie": f"{other}; {cookie}"}).status_code == 200, other
+    assert client.get("/api/library", headers={"Cookie": f"{cookie}x"}).status_code == 401
+
+
+def test_pictures_that_take_long_leave_threads_for_searches(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each search leaves six requests behind that the browser gave up, and there are forty threads."""
+    release, opened = threading.Event(), library(index)
+    monkeypatch.setattr(opened, "write_thumbnail", lambda row, path: (release.wait(60), path.write_bytes(b"x")))
+    app = create_app([opened], Marks(index / "marks.json"), Access("127.0.0.1"))
+    with TestClient(app, base_url=HOME) as client, ThreadPoolExecutor(64) as threads:
+        try:
+            pictures = [threads.submit(client.get, f"/thumbnail/0/{row % 25}?{row}") for row in range(60)]
+            time.sleep(0.5)
+            assert threads.submit(client.get, "/api/search?row=3").result(30).status_code == 200
+            assert not any(picture.done() for picture in pictures)
+        finally:
+            release.set()
+        assert {picture.result(60).content for picture in pictures} == {b"x"}
+
+
+def test_pictures_take_no_more_than_their_room_and_belong_to_one_start(tmp_path: Path, index: Path) -> None:
+    made, written = Made(most=25), list[Path]()
+
+    def write(path: Path) -> None:
+        written.append(path)
+        path.write_bytes(b"x" * 10)
+
+    for name in ("a", "b", "a", "c"):  # a was wanted again, so b is the oldest
+        made.get(name, write)
+    assert [(path.name, path.exists()) for path in written] == [("a", True), ("b", False), ("c", True)]
+    made.close()
+    assert not written[0].parent.exists()
+    # A browser keeps pictures for an hour: a server of another index, on the same port, must not get those.
+    one, other = (client_of(library(index)).get("/api/library").json()["started"] for _ in range(2))
+    assert one != other
 
 
 def test_bodies_are_small_and_every_answer_has_security_headers(client: TestClient) -> None:
@@ -410,19 +469,23 @@ def test_mistakes_are_one_line(inside: Command, arguments: list[str], message: s
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("how", ["cut", "nan", "index", "root"])
-def test_a_damaged_index_is_named(index: Path, how: str) -> None:
+@pytest.mark.parametrize("how", ["cut", "nan", "times", "name", "index", "root"])
+def test_a_damaged_index_is_named(index: Path, tmp_path: Path, how: str) -> None:
     path = index / "old.npz"
     if how == "cut":
         path.write_bytes(path.read_bytes()[:200])
-    elif how == "nan":
-        np.savez(path, features=np.full((1, AXES), np.nan), start=np.zeros(1), end=np.ones(1), text=np.array([""]))
+    elif how in ("nan", "times"):
+        features = np.full((1, AXES), np.nan if how == "nan" else 1, np.float32)
+        np.savez(path, features=features, start=np.full(1, np.nan), end=np.ones(1), text=np.array([""]))
+    elif how == "name":
+        index = write_index(tmp_path / "other", tmp_path, ["caf\udce9"])
     elif how == "index":
         path = index / "index.json"
         path.write_bytes(path.read_bytes()[:50])
     else:
         path = index / "index.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"root": "/nowhere/at all"}))
-    message = {"cut": r"old\.npz", "nan": "features of old are not finite", "index": r"index\.json", "root": "--videos"}
+    message = {"cut": r"old\.npz", "index": r"index\.json", "root": "--videos", "name": r"b'caf\\xe9': .* not UTF-8"}
+    message |= dict.fromkeys(("nan", "times"), "the features or times of old are not finite")
     with pytest.raises(UserError, match=message[how]):
         Library(index)

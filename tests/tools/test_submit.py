@@ -74,7 +74,8 @@ def test_a_preempted_job_resumes_to_the_same_end(tiny_config: Path, tmp_path: Pa
     assert done.returncode == 0, done.stdout + done.stderr
     assert "FINISHED  step 30/30" in done.stdout
 
-    command = [sys.executable, *map(str, settings), f"train.output={broken}"]
+    # By the command egohod, in which the tool is no main program.
+    command = [sys.executable, "-m", "egohod", "submit", *map(str, settings[1:]), f"train.output={broken}"]
     submitter = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
     assert submitter.stdout is not None
     job = submitter.stdout.readline().split()[1].rstrip(";")
