@@ -11,7 +11,7 @@ def on_config(config: Any) -> Any:
     menu: list[dict[str, Any]] = [{"Home": "README.md"}]
     for table in index.split("\n\n"):
         if pages := re.findall(r"\(([\w./]+\.md)\)", table):
-            menu.append({re.match(r"\| (\w+)", table)[1].capitalize() + "s": pages})  # type: ignore[index]
+            menu.append({"Tasks" if table.startswith("| task") else "Reference": pages})
     config.nav = menu
     return config
 
