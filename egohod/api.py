@@ -133,7 +133,9 @@ def create_model_and_transforms(
             model they are of. Their projections are kept then.
         weights: whatever :func:`load_weights` reads, or None for random weights. Frame count and shared space are the
             file's unless given; a folder of this project also holds activation and image statistics.
-        adapt, projections, download: see :func:`load_weights`.
+        adapt: see :func:`load_weights`.
+        projections: see there.
+        download: see there.
         overrides: see :func:`create_model`. Any number of frames can be embedded whatever ``num_frames`` is: the
             temporal embedding is interpolated.
 

@@ -84,7 +84,8 @@ def push_to_hub(
     Args:
         run: a run or checkpoint folder, or a file of weights that says what model it is of.
         repository: ``org/name``, which is created if it does not exist.
-        results, licence: see :func:`write_folder`.
+        results: see :func:`write_folder`.
+        licence: see there.
         private: whether a new repository is private.
 
     Raises:

@@ -1,8 +1,7 @@
-"""The ten lines of the README: a clip and a sentence become vectors."""
+"""The Python interface: a clip and a sentence become vectors."""
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from open_clip.transformer import QuickGELU
 import egohod
 from egohod.data.videos import VideoError
 from egohod.errors import UserError
-from tests.support import ROOT, ShortRun, environment
+from tests.support import ShortRun, environment
 
 
 def video_of(world: Path) -> Path:
@@ -174,15 +173,3 @@ def test_importing_the_package_alone_is_cheap() -> None:
     code = "import sys, egohod; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
-
-
-def test_the_example_of_the_readme_runs(demo_world: Path, tmp_path: Path) -> None:
-    text = (ROOT / "README.md").read_text()
-    example = next(code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "load_clip" in code)
-    assert len([line for line in example.splitlines() if line.strip()]) <= 10
-    # The same lines with the small world and without the demo's run.
-    example = example.replace(', "runs/demo"', "").replace("demo_data/test", str(demo_world / "test"))
-    done = subprocess.run(
-        [sys.executable, "-c", example], env=environment(), cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    assert re.search(r"-?0\.\d+", done.stdout)
