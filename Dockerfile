@@ -23,6 +23,7 @@ COPY pyproject.toml README.md LICENSE /opt/source/
 COPY egohod /opt/source/egohod
 COPY tools /opt/source/tools
 COPY configs /opt/source/configs
+COPY docs /opt/source/docs
 RUN pip install --no-cache-dir --no-deps /opt/source && useradd --uid 10001 egohod && install -d -o egohod /work
 WORKDIR /work
 USER 10001:10001

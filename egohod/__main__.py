@@ -12,6 +12,7 @@ import io
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from egohod.errors import DONE, UserError, nearest
 
@@ -69,6 +70,10 @@ def overview() -> str:
     lines = ["usage: egohod COMMAND [arguments]; egohod COMMAND --help explains one"]
     for title, group in COMMANDS.items():
         lines += ["", f"{title}:", *(f"  {command:{width}}{line}" for command, (_, line) in group.items())]
+    # Not egohod.config.PROJECT, which takes longer to import than all of this.
+    package = Path(__file__).resolve().parent
+    folders = [folder / "docs" for folder in (package, package.parent) if (folder / "docs").is_dir()]
+    lines += ["", *(f"The pages that messages name as docs/PAGE.md are in {folder}" for folder in folders)]
     return "\n".join(lines)
 
 

@@ -138,8 +138,8 @@ def test_programs_for_one_process_wait_for_nobody(monkeypatch: pytest.MonkeyPatc
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)
     assert distributed.setup("cpu", alone=True).world_size == 1
-    for tool in ("predict.py", "search.py"):
-        assert "setup(cfg.train.device, alone=True)" in (ROOT / "tools" / tool).read_text()
+    for program in ("tools/predict.py", "egohod/serve/index.py"):  # the latter opens the model of search, too
+        assert "setup(cfg.train.device, alone=True, inference=True)" in (ROOT / program).read_text()
 
 
 def test_ports_of_steps_that_run_side_by_side_differ() -> None:

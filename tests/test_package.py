@@ -91,16 +91,11 @@ def test_help_in_commands() -> None:
         main(["search", "a sentence", "--index", "nowhere"])
 
 
-def test_errors_name_commands(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="egohod extract makes such folders"):
-        main(["search", "open the jar", "--index", str(tmp_path)])
-
-
 def test_setuptools_packs_every_folder_of_the_tree() -> None:
     folders = {path.parent for top in ("egohod", "tools") for path in (ROOT / top).rglob("*.py")}
     names = {".".join(path.relative_to(ROOT).parts) for path in folders}
     names = {name if name.startswith("egohod") else f"egohod.{name}" for name in names}
-    assert set(SETTINGS["tool"]["setuptools"]["packages"]) == names | {"egohod.configs"}
+    assert set(SETTINGS["tool"]["setuptools"]["packages"]) == names | {"egohod.configs", "egohod.docs"}
 
 
 def test_both_stages_of_the_demo_get_the_settings_and_a_folder_each(
@@ -145,7 +140,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of programs of a fresh environment with the built wheel."""
     folder = tmp_path_factory.mktemp("wheel")
     # A copy: setuptools leaves a folder build/ in what it packs, and would pack that the next time.
-    for name in ("egohod", "tools", "configs"):
+    for name in ("egohod", "tools", "configs", "docs"):
         shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / "source")
@@ -190,7 +185,9 @@ def test_a_wheel_alone_renders_trains_evaluates_and_searches(
     before = {path for path in package.rglob("*") if path.suffix != ".pyc" and path.name != "__pycache__"}
     for path in (ROOT / "configs").rglob("*.*"):
         assert package / path.relative_to(ROOT) in before, "not in the wheel"
-    assert run("egohod", "--help").stdout.startswith("usage: egohod COMMAND")
+    overview = run("egohod", "--help").stdout
+    assert overview.startswith("usage: egohod COMMAND") and overview.endswith(f" {package / 'docs'}\n")
+    assert {path.name for path in (package / "docs").iterdir()} >= {path.name for path in (ROOT / "docs").glob("*.md")}
     tiny = ["train.duration=2 steps", "train.warmup=1 steps", "train.global_batch_size=8", "data.workers=0"]
     done = run("egohod", "demo", "--short", "--scale", "0.02", "model.num_frames=4", *tiny)
     assert "| test | mAP " in done.stderr, "no table"

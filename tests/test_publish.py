@@ -117,6 +117,7 @@ def test_an_option_without_effect_is_refused(
     assert f"{ignored} has no effect with the other options" in capsys.readouterr().err
 
 
+@SLOW
 def test_the_tokenizer_of_the_folder_is_clips(tmp_path: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers")
     ours = Tokenizer()

@@ -517,6 +517,7 @@ def test_a_member_of_a_tar_is_probed_as_a_file_is(tmp_path: Path, inside: Comman
 # --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.ci  # which has the package
 def test_a_recording_of_aria_glasses_is_chunked_upright_and_at_its_times(tmp_path: Path, inside: Command) -> None:
     pytest.importorskip("projectaria_tools", reason="needs projectaria_tools")
     # As the sensor sees them: a quarter turn to the left of upright. One picture is missing, so that the one before it

@@ -203,7 +203,7 @@ def test_dots_in_ids_are_not_climbing(tmp_path: Path) -> None:
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such annotation file"):
         read_clips(tmp_path / "none.csv")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="a folder of none of these data sets"):
         read_clips(tmp_path)
     with pytest.raises(UserError, match=r"^s3://\.\.\.: annotations are read from a local disk only"):
         read_clips("s3://bucket/clips.csv?X-Amz-Signature=secret")

@@ -429,6 +429,7 @@ def test_fiftyone_reads_the_boxes_for_cvat(boxes: Path, chunks: Path, tmp_path: 
         assert exchange.CONTACT[at["state"].iloc[0]] == each.contact
 
 
+@pytest.mark.ci  # which has the package
 def test_rerun_reads_the_tracks(demo_world: Path, boxes: Path, chunks: Path, tmp_path: Path) -> None:
     chunk = pytest.importorskip("rerun.chunk", reason="needs rerun-sdk")
     run("rerun", boxes, "--videos", chunks, "--output", tmp_path, "--narrations", demo_world / "test" / "hod.csv")
