@@ -347,14 +347,6 @@ def claimed_run(folder: str, dist: Distributed) -> Iterator[None]:
 
 def train_and_report(description: str, default_config: str, arguments: Sequence[str]) -> int:
     """The whole of a program that trains, from its command line to results.json and report.html; the exit code."""
-    from egohod.evaluation.embed import fingerprint
-    from egohod.evaluation.report import write_report
-    from egohod.evaluation.results import write_results
-    from egohod.evaluation.runner import named_evaluators
-    from egohod.training.build import build_classes, build_data, build_model, dry_run, read_tables
-    from egohod.training.telemetry import require_trackers
-    from egohod.training.train import train
-
     options = parser(description, default_config)
     add = options.add_argument
     weights = "start from these weights, a run or a file, with the model that they are of"
@@ -363,6 +355,15 @@ def train_and_report(description: str, default_config: str, arguments: Sequence[
     add("--strict", action="store_true", help="same as data.strict=true")
     add("--dry_run", action="store_true", help="build everything, try three clips and one step, explain, exit")
     args = options.parse_intermixed_args(arguments)
+    # Here, because they take seconds, which neither --help nor a misspelt argument should.
+    from egohod.evaluation.embed import fingerprint
+    from egohod.evaluation.report import write_report
+    from egohod.evaluation.results import write_results
+    from egohod.evaluation.runner import named_evaluators
+    from egohod.training.build import build_classes, build_data, build_model, dry_run, read_tables
+    from egohod.training.telemetry import require_trackers
+    from egohod.training.train import train
+
     changes = [*overrides(args), *([f"train.resume={args.resume}"] if args.resume else [])]
     if args.checkpoint:
         start = ["model.weights.source=checkpoint", *model_of(args.checkpoint, changes)]

@@ -22,7 +22,7 @@ from tests.support import ROOT, environment
 
 # Forked from a server that has imported everything: importing costs more than such small runs compute.
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["main_pretrain", "main_eval"])
+_SERVER.set_forkserver_preload(["egohod.commands.eval", "egohod.training.train"])
 _SECONDS = 1800
 
 
@@ -83,6 +83,14 @@ class Ranks:
         self.send(signal.SIGKILL, *hanging)
         assert not hanging, f"ranks {hanging} hang:\n" + "\n".join(self.log(rank) for rank in hanging)
         return [process.exitcode for process in self.processes]
+
+
+def finish(world_size: int, program: str, arguments: Sequence[object], folder: Path) -> str:
+    """Run :class:`Ranks` to their end; what the first has written."""
+    ranks = Ranks(world_size, program, arguments, folder)
+    codes = ranks.wait()
+    assert codes == [0] * world_size, "\n".join(map(ranks.log, range(world_size)))
+    return ranks.log()
 
 
 def _be_rank(

@@ -150,4 +150,4 @@ def test_every_reader_bears_a_few_cases(tmp_path: Path) -> None:
 
 @pytest.mark.ci
 def test_every_reader_bears_more_cases(tmp_path: Path) -> None:
-    fuzz(tmp_path, 200)
+    fuzz(tmp_path, 100)

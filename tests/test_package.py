@@ -186,7 +186,8 @@ def test_a_wheel_alone_renders_trains_evaluates_and_searches(
     for path in (ROOT / "configs").rglob("*.*"):
         assert package / path.relative_to(ROOT) in before, "not in the wheel"
     overview = run("egohod", "--help").stdout
-    assert overview.startswith("usage: egohod COMMAND") and overview.endswith(f" {package / 'docs'}\n")
+    assert overview.startswith("usage: egohod COMMAND")
+    assert overview.endswith(f" {package / 'docs'}\n")
     assert {path.name for path in (package / "docs").iterdir()} >= {path.name for path in (ROOT / "docs").glob("*.md")}
     tiny = ["train.duration=2 steps", "train.warmup=1 steps", "train.global_batch_size=8", "data.workers=0"]
     done = run("egohod", "demo", "--short", "--scale", "0.02", "model.num_frames=4", *tiny)

@@ -36,6 +36,7 @@ from egohod.training.build import build_labels
 from egohod.training.checkpoint import open_weights
 from egohod.training.config import TrainConfig
 from egohod.training.step import ClipMixer, TrainStep
+from tests.ranks import finish
 from tests.support import Command, ShortRun, losses, newest
 
 
@@ -746,19 +747,14 @@ def test_a_killed_fine_tuning_goes_on_exactly(mir: list[str], tmp_path: Path, pr
 
 @pytest.mark.ci
 @pytest.mark.parametrize("kind", ["sms", "classes"])
-def test_two_processes_fine_tune_as_one_does(
-    mir: list[str], ek100: Path, tmp_path: Path, program: Command, kind: str
-) -> None:
+def test_two_processes_fine_tune_as_one_does(mir: list[str], ek100: Path, tmp_path: Path, kind: str) -> None:
     further = f"data.labels.classes=[{ek100}/EPIC_100_validation.csv]"
     # A margin has no temperature, so nothing waits for its gradient.
     learned = "loss.learn_temperature=true"
     command = [*mir, learned] if kind == "sms" else [*classes(mir, "verb_class", "noun_class", heads="parts"), further]
-    command = ["main_finetune.py", *command]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    for name, start in (("one", []), ("two", launcher)):
-        done = program(*start, *command, f"train.output={tmp_path}/{name}")
-        assert done.returncode == 0, done.stderr
-    assert "2 processes over gloo" in done.stderr
+    for processes, name in enumerate(("one", "two"), start=1):
+        log = finish(processes, "main_finetune.py", [*command, f"train.output={tmp_path}/{name}"], tmp_path / "logs")
+    assert "2 processes over gloo" in log
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert [step for step, *_ in two] == [1, 2, 3, 4]
     for (step, *values), (_, *others) in zip(one, two, strict=True):

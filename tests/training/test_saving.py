@@ -122,7 +122,7 @@ def stop_in(name: str) -> None:
 @pytest.mark.parametrize(
     ("function", "last"),
     [
-        pytest.param("save_file", 3, id="weights"),
+        pytest.param("write_safetensors", 3, id="weights"),
         pytest.param("file_hash", 3, id="checksums"),
         pytest.param("write_text", 6, id="name"),
     ],
