@@ -91,6 +91,9 @@ class Access:
             return 403, "this server answers on this machine only; --host opens it to others"
         if method not in ("GET", "HEAD") and "origin" in headers and origin.netloc != target.netloc:
             return 403, "the request comes from another page"
+        # Such a page cannot read the answers either, but its pictures and players could keep the decoders busy.
+        if headers.get("sec-fetch-site") in ("cross-site", "same-site") and headers.get("sec-fetch-mode") != "navigate":
+            return 403, "the request comes from another page"
         # In constant time: the time of an ordinary comparison betrays how many characters are right.
         if self.token and not hmac.compare_digest(token.encode(), self.token.encode()):
             wrong = "The token is wrong. " if token else ""
@@ -343,8 +346,10 @@ def create_app(libraries: Sequence[Library], marks: Marks, access: Access, track
         features, label = library.features, new.label.strip()
         if not label:
             raise UserError("a mark needs a label: what is right or wrong for this moment")
-        if min(label) < " ":
+        if min(label) < " " or label.splitlines() != [label]:
             raise UserError("a label is one line of text")
+        if label[0] in "=+-@":  # the exported csv may be opened in one
+            raise UserError(f"a label cannot begin with '{label[0]}': spreadsheets take it for a formula")
         place = Moment.of(features.videos[row], float(features.start[row]), float(features.end[row]))
         marks.set(place, label, new.mark)
         return {"marks": marks.of(place), "counts": marks.counts()}

@@ -54,6 +54,8 @@ _SHOWN_PIXELS = ("yuv420p", "yuvj420p")
 _STRETCH, _AROUND, _STRETCH_HEIGHT, _STRETCH_FPS = 20.0, 2.0, 480, 15
 # Frames of a thumbnail side by side, which the page plays while the pointer is on it, and their height.
 THUMB_FRAMES, _THUMB_HEIGHT = 4, 176
+# No answer can hold half a character, and no player or decoder counts beyond these ten years.
+_HALF, _LAST_SECOND = re.compile("[\ud800-\udfff]"), 3e8
 # Points of a chart: more would not be distinguishable on a screen.
 _CHART_POINTS = 600
 
@@ -303,8 +305,12 @@ def _mapped_features(folder: Path, videos: list[str]) -> Features:
                 raise UserError(
                     f"{folder}: the features or times of {video} are not finite; delete its .npz and extract again"
                 )
-            if re.search("[\udc80-\udcff]", video):  # no answer can hold half a character
-                raise UserError(f"{os.fsencode(video)!r}: a name that is not UTF-8; rename the file and extract again")
+            if not ((start >= 0) & (start < _LAST_SECOND) & (end >= start)).all():
+                raise UserError(f"{folder}: impossible times in {video}; delete its .npz and extract again")
+            if any(map(_HALF.search, text)):
+                raise UserError(f"{folder}: a text of {video} is not Unicode; delete its .npz and extract again")
+            if _HALF.search(video):
+                raise UserError(f"{video!a}: a name that is not UTF-8; rename the file and extract again")
             file.write(np.ascontiguousarray(features).tobytes())
             names += [video] * len(features)
             starts.append(start)

@@ -279,7 +279,7 @@ def test_marks_are_saved_at_once_and_exported_for_the_projects_readers(client: T
     mark(0, "closes the jar", "wrong")
     mark(2, "a slip", "right")
     assert mark(2, "a slip", None).json()["marks"] == {}
-    for label in (" ", "two\nlines", "nothing\0"):
+    for label in (" ", "two\nlines", "two\u2028lines", "nothing\0", "=1+1", "@cmd"):
         assert mark(0, label, "right").status_code == 400
     assert mark(0, "x", "perhaps").status_code == 422
     assert mark(99, "x", "right").status_code == 404
@@ -337,6 +337,14 @@ def test_only_this_machine_is_answered_and_only_this_page(client: TestClient) ->
     content = {"side": 0, "row": 0, "label": "x", "mark": "right"}
     assert client.post("/api/marks", json=content, headers={"Origin": "http://evil.example"}).status_code == 403
     assert client.post("/api/marks", json=content, headers={"Origin": HOME}).status_code == 200
+    # Pictures in a page elsewhere have no Origin, but browsers say where they are.
+    for site, mode, status in (
+        ("cross-site", "no-cors", 403),
+        ("same-site", "cors", 403),
+        ("cross-site", "navigate", 200),
+    ):
+        headers = {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": mode}
+        assert client.get("/thumbnail/0/0", headers=headers).status_code == status
     # What is no address at all is an answer, no traceback.
     assert client.get("/api/library", headers={"Host": "[::1"}).status_code == 400
     assert client.post("/api/marks", json=content, headers={"Origin": "http://[::1"}).status_code == 400
@@ -469,7 +477,7 @@ def test_mistakes_are_one_line(inside: Command, arguments: list[str], message: s
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("how", ["cut", "nan", "times", "name", "index", "root"])
+@pytest.mark.parametrize("how", ["cut", "nan", "times", "far", "before", "text", "name", "index", "root"])
 def test_a_damaged_index_is_named(index: Path, tmp_path: Path, how: str) -> None:
     path = index / "old.npz"
     if how == "cut":
@@ -477,6 +485,9 @@ def test_a_damaged_index_is_named(index: Path, tmp_path: Path, how: str) -> None
     elif how in ("nan", "times"):
         features = np.full((1, AXES), np.nan if how == "nan" else 1, np.float32)
         np.savez(path, features=features, start=np.full(1, np.nan), end=np.ones(1), text=np.array([""]))
+    elif how in ("far", "before", "text"):
+        start, text = {"far": 1e300, "before": -1.0}.get(how, 0.0), "\ud800" if how == "text" else ""
+        write_video(index, "old", axis(0)[None], np.array([start]), np.array([np.inf]), [text], "id")
     elif how == "name":
         index = write_index(tmp_path / "other", tmp_path, ["caf\udce9"])
     elif how == "index":
@@ -485,7 +496,8 @@ def test_a_damaged_index_is_named(index: Path, tmp_path: Path, how: str) -> None
     else:
         path = index / "index.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"root": "/nowhere/at all"}))
-    message = {"cut": r"old\.npz", "index": r"index\.json", "root": "--videos", "name": r"b'caf\\xe9': .* not UTF-8"}
+    message = {"cut": r"old\.npz", "index": r"index\.json", "root": "--videos", "name": r"'caf\\udce9': .* not UTF-8"}
     message |= dict.fromkeys(("nan", "times"), "the features or times of old are not finite")
+    message |= {"text": "a text of old is not Unicode"} | dict.fromkeys(("far", "before"), "impossible times in old")
     with pytest.raises(UserError, match=message[how]):
         Library(index)
