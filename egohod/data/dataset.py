@@ -821,7 +821,12 @@ def tokenizer_for(config: ModelConfig) -> Tokenizer:
         raise UserError(f"model.tokenizer={config.tokenizer}: it has no tokenizer_config.json, so no tokenizer")
     from huggingface_hub import constants, try_to_load_from_cache
 
-    cached = try_to_load_from_cache(repository, "tokenizer_config.json")
+    try:
+        cached = try_to_load_from_cache(repository, "tokenizer_config.json")
+    except ValueError as error:  # a path, of which configurations in folders may have any
+        raise UserError(
+            f"the tokenizer of {shape.name} is {repository!r}, no repository; set model.tokenizer"
+        ) from error
     if isinstance(cached, str):
         return Tokenizer(shape, Path(cached).parent)
     if not config.weights.download:

@@ -406,6 +406,8 @@ def _text_of(name: str, config: Mapping[str, Any], label: str) -> dict[str, Any]
     repository = text.hf_tokenizer_name or ""
     # Each tokenizer of open_clip has a default of its own.
     clean = options.pop("clean", "whitespace" if repository else "lower")
+    if not isinstance(repository, str) or "\0" in repository or clean not in ("whitespace", "lower", "canonicalize"):
+        raise ValueError(f"its tokenizer is {repository!r}, cleaned by {clean!r}")
     strip = bool(options.pop("strip_sep_token", False))
     if options:
         raise UserError(f"{label}: the tokenizer of open_clip's {name} has {min(options)}, which is not supported")

@@ -126,6 +126,25 @@ def test_a_text_tower_goes_with_another_vision_tower(tmp_path: Path) -> None:
         egohod.create_model(f"open_clip/{tmp_path}", embed_dim=32)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hf_tokenizer_name": "../../x:y"}, r"'\.\./\.\./x:y', no repository; set model\.tokenizer"),
+        ({"hf_tokenizer_name": 5}, "its tokenizer is 5, cleaned by"),
+        ({"hf_tokenizer_name": "a\0b"}, "its tokenizer is "),
+        ({"tokenizer_kwargs": {"clean": "away"}}, "cleaned by 'away'"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_is_named(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    write_open_clip(tmp_path, "SigLIP")
+    path = tmp_path / "open_clip_config.json"
+    content = json.loads(path.read_text())
+    content["model_cfg"]["text_cfg"] |= change
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        egohod.create_model_and_transforms(str(tmp_path))
+
+
 def test_the_resolution_is_that_of_the_configuration(tmp_path: Path) -> None:
     """Also where the name of a backbone says another one."""
     write_open_clip(tmp_path, "SigLIP")
