@@ -124,6 +124,8 @@ def write_folder(
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists and is not an empty folder")
+    if not re.fullmatch(r"[\w.+-]+", licence):  # part of the card's header, which is YAML
+        raise UserError(f"licence={licence!r}: give an identifier of the Hub, such as apache-2.0 or other")
     content = open_weights(source)
     geometry = content.model_name
     if geometry is None:
@@ -229,6 +231,7 @@ def _card(
     licence: str,
 ) -> str:
     """README.md: what the model is, how it was made and what was measured."""
+    title = " ".join(title.split())
     place = f"{hub.PREFIX}{title}" if "/" in title else title
     geometry = content.settings["model.name"]
     knobs = {key: value for key, value in content.model_knobs.items() if "." not in key and key != "name"}
@@ -238,7 +241,7 @@ def _card(
     what = "two paths with motion adapters" if model.geometry.slowfast else "one path"
     lines = [f"# {title}", "", f"A dual encoder of egocentric clips and sentences ({geometry}, {what}).", ""]
     lines += ["```python", "import egohod", ""]
-    lines += [f'clips, texts = egohod.embed(["kitchen.mp4"], ["#C C washes a plate"], model="{place}")']
+    lines += [f'clips, texts = egohod.embed(["kitchen.mp4"], ["#C C washes a plate"], model={json.dumps(place)})']
     lines += ["print(clips @ texts.T)", "```", ""]
     lines += ["## Model", "", "| | |", "|---|---|"]
     both = f"vision {info.vision_parameters / 1e6:.1f}, text {info.text_parameters / 1e6:.1f}"

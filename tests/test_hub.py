@@ -114,6 +114,13 @@ def test_the_card_has_data_recipe_results_and_no_path_of_this_machine(
     assert "the card has none" in caplog.text
     with pytest.raises(UserError, match="is not an empty folder"):
         write_folder(run, tmp_path / "a")
+    with pytest.raises(UserError, match=r"licence='mit\\ntags: x': give an identifier"):
+        write_folder(run, tmp_path / "d", licence="mit\ntags: x")
+    assert not (tmp_path / "d").exists()
+    # The name of a folder is data, too.
+    card = (write_folder(run, tmp_path / 'a"b\n# c') / "README.md").read_text()
+    assert '\n# a"b # c\n' in card
+    assert r'model="a\"b # c")' in card
 
 
 def test_a_repository_is_downloaded_once_and_then_read_from_the_cache(
