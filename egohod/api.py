@@ -227,7 +227,7 @@ def embed(
         frames: of each clip, None for the model's number.
         batch_size: clips encoded at a time.
         workers: decoding processes; None chooses by the cores, 0 decodes in this one.
-        device: ``cpu`` or ``cuda``; None is where ``model`` is, or a GPU if it is a name and there is one.
+        device: ``cpu``, ``cuda`` or ``mps``; None is where ``model`` is, or a GPU if it is a name and there is one.
         allow_missing: give rows of NaN for clips that cannot be read.
 
     Returns:
@@ -239,8 +239,8 @@ def embed(
     """
     if isinstance(paths, (str, Path)) or isinstance(sentences, str):
         raise UserError("embed: paths and sentences are lists, even of one")
-    if device not in (None, "cpu", "cuda") or (frames is not None and frames < 1):
-        raise UserError(f"embed: device={device}, frames={frames}: device is cpu or cuda, and frames at least 1")
+    if device not in (None, "cpu", "cuda", "mps") or (frames is not None and frames < 1):
+        raise UserError(f"embed: device={device}, frames={frames}: device is cpu, cuda or mps, frames at least 1")
     if isinstance(model, tuple):
         loaded = model
     elif str(model).startswith(hub.PREFIX):
@@ -251,7 +251,7 @@ def embed(
     else:
         raise UserError(f"embed: model={model}: no such weights; give a run folder, a file or {hub.PREFIX}org/name")
     encoder, tokenizer = loaded[0], loaded[2]
-    place = encoder.logit_scale.device if loaded is model and device is None else pick_device(device or "auto")
+    place = encoder.logit_scale.device if loaded is model and device is None else pick_device(device or "auto", inference=True)
     encoder.to(place)
     cfg = Config()
     cfg.evaluate.batch_size, cfg.data.workers = batch_size, workers

@@ -94,7 +94,7 @@ def test_all_clips_that_cannot_be_embedded_are_named(demo_world: Path, tmp_path:
         ({"paths": "a.mp4"}, "paths and sentences are lists, even of one"),
         ({"sentences": "#C C cuts"}, "paths and sentences are lists, even of one"),
         ({"frames": 0}, "frames at least 1"),
-        ({"device": "cuda:1"}, "device is cpu or cuda"),
+        ({"device": "cuda:1"}, "device is cpu, cuda or mps"),
         # Random weights, whose features mean nothing.
         ({"model": "DEMO"}, "model=DEMO: no such weights"),
         ({"model": "runs/gone"}, "model=runs/gone: no such weights"),
