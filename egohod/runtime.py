@@ -16,6 +16,8 @@ import logging
 import math
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.context
+import multiprocessing.resource_tracker
 import os
 import pickle
 import re
@@ -225,8 +227,6 @@ def is_above_share(bad: int, total: int, max_fraction: float) -> bool:
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-# Forked, so that tables of millions of clips are shared and not copied.
-_CONTEXT = multiprocessing.get_context("fork")
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 _POLL_SECONDS = 1.0
 # The smallest buffer of a pipe that is in use (macOS: 8 KB), less what the system adds to each message.
@@ -260,6 +260,47 @@ def core_quota(file: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:
     return math.inf
 
 
+class _SpawnedProcess(multiprocessing.context.SpawnProcess):
+    def start(self) -> None:
+        # A new interpreter imports for seconds, and a signal that reaches all processes would end it with a traceback.
+        # What is blocked here is blocked there too, until become_worker ignores it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            multiprocessing.resource_tracker.ensure_running()
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # it unblocks some when it starts
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _SpawnContext(multiprocessing.context.SpawnContext):
+    Process = _SpawnedProcess
+
+
+def worker_context() -> multiprocessing.context.ForkContext | multiprocessing.context.SpawnContext:
+    """How worker processes start, here and in loaders: forked on Linux, elsewhere spawned.
+
+    The environment variable EGOHOD_START_METHOD (``fork`` or ``spawn``) decides otherwise. Raises :class:`UserError` if
+    it has another value.
+    """
+    # Forked processes share tables of millions of clips, and start at once; spawned ones import everything and get a
+    # copy. But libraries of macOS, Metal above all, may crash in a forked process.
+    method = os.environ.get("EGOHOD_START_METHOD") or ("fork" if sys.platform == "linux" else "spawn")
+    if method not in ("fork", "spawn"):
+        raise UserError(f"EGOHOD_START_METHOD is '{method}', but must be fork or spawn")
+    return _SpawnContext() if method == "spawn" else multiprocessing.get_context("fork")
+
+
+def become_worker() -> None:
+    """Ignore the signals that stop a run, and on Linux end with the parent, even if that is killed."""
+    # A scheduler and Ctrl-C signal all processes at once; the main process decides what becomes of the work.
+    for each in STOP_SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 class Lost(NamedTuple):
     """Why there is no result."""
 
@@ -267,7 +308,10 @@ class Lost(NamedTuple):
 
 
 class Workers(Generic[Task, Result]):
-    """``count`` processes that call one function on tasks, and share this process's memory as it is when they start.
+    """``count`` processes that call one function on tasks, and have this process's memory as it is when they start.
+
+    The ``function`` has to pickle for those that are spawned (:func:`worker_context`), which have a copy of what it
+    refers to; forked ones share all memory. Raises :class:`UserError` where a process cannot start.
 
     An exception in a task is raised here as it is. A process that dies, or is at one task for longer than ``patience``
     seconds and is killed for it, is replaced, and its task's result is :class:`Lost`; the other tasks continue.
@@ -290,6 +334,12 @@ class Workers(Generic[Task, Result]):
 
     def __enter__(self) -> Workers[Task, Result]:
         self._workers = [_Worker(self._function) for _ in range(self._count)]
+        try:
+            for worker in self._workers:  # when all are on their way
+                worker.wait_until_ready()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -320,6 +370,7 @@ class Workers(Generic[Task, Result]):
                 task, (result,) = worker.tasks.popleft(), answer
                 if isinstance(result, Lost):
                     self._workers[self._workers.index(worker)] = replacement = _Worker(self._function)
+                    replacement.wait_until_ready()
                     replacement.give(worker.tasks)
                     worker = replacement
                 worker.give(itertools.islice(todo, 1))
@@ -328,13 +379,22 @@ class Workers(Generic[Task, Result]):
 
 class _Worker(Generic[Task, Result]):
     def __init__(self, function: Callable[[Task], Result]) -> None:
-        self.pipe, theirs = _CONTEXT.Pipe()
+        context = worker_context()
+        self.pipe, theirs = context.Pipe()
         self.tasks = collections.deque[Task]()
-        self._process = _CONTEXT.Process(target=_work, args=(theirs, function), daemon=True)
+        self._process = context.Process(target=_work, args=(theirs, function), daemon=True)
         self._process.start()
         # Closed here, or the pipe would never end when the worker dies.
         theirs.close()
         self._task_began = time.monotonic()
+
+    def wait_until_ready(self) -> None:
+        # One that cannot import its function would be the fault of one task after the other.
+        try:
+            self.pipe.recv_bytes()
+        except (EOFError, OSError):
+            self._process.join()
+            raise UserError(f"a worker process could not start (exit code {self._process.exitcode})") from None
 
     def give(self, tasks: Iterable[Task]) -> None:
         for task in tasks:
@@ -385,9 +445,9 @@ class _Worker(Generic[Task, Result]):
 
 def _work(pipe: Any, function: Callable[[Any], Any]) -> None:
     """The main loop of a worker: a task comes in by the pipe, its result or error goes out."""
-    # A scheduler and Ctrl-C signal all processes at once; the main process decides what becomes of the work.
-    for each in STOP_SIGNALS:
-        signal.signal(each, signal.SIG_IGN)
+    # On Linux the kernel ends it with its parent. The thread below is not enough: native code that hangs may hold the
+    # interpreter's lock for ever, and such a worker of a killed run would keep its locks, and refuse to resume it.
+    become_worker()
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -397,10 +457,7 @@ def _work(pipe: Any, function: Callable[[Any], Any]) -> None:
         os._exit(1)
 
     threading.Thread(target=follow_parent, daemon=True).start()
-    if sys.platform == "linux":
-        # Besides: that thread needs the interpreter's lock, which native code that hangs may hold for ever. Such a
-        # worker of a killed run would keep its locks, and refuse to resume it.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    pipe.send_bytes(b"ready")
     while True:
         task = pipe.recv()
         answer: tuple[Any, Exception | None]

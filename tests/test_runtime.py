@@ -17,6 +17,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,6 +38,7 @@ from egohod.runtime import (
     locked,
     process_tqdm,
     usable_cores,
+    worker_context,
     write_text,
 )
 from tests.support import Command, environment, newest
@@ -239,7 +241,9 @@ def cut_short(task: int) -> int:
     return task
 
 
-def test_a_worker_that_dies_while_it_sends_is_lost() -> None:
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_a_worker_that_dies_while_it_sends_is_lost(start_method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EGOHOD_START_METHOD", start_method)
     with Workers(1, cut_short, 10.0, tasks_in_flight=1) as workers:
         results = dict(workers.unordered([0, 1, 2]))
     assert (results[0], results[2]) == (0, 2)
@@ -271,6 +275,41 @@ def signalled(task: int) -> int:
 def test_signals_to_all_processes_do_not_end_workers() -> None:
     with Workers(2, signalled, 10.0) as workers:
         assert sorted(workers.unordered(range(4))) == [(task, task) for task in range(4)]
+
+
+def test_a_signal_does_not_end_a_worker_that_is_still_importing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EGOHOD_START_METHOD", "spawn")
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    worker = runtime._Worker(abs)
+    assert worker._process.pid is not None
+    for each in STOP_SIGNALS:
+        os.kill(worker._process.pid, each)
+    worker.wait_until_ready()
+    worker.end()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
+class Unreadable:
+    """Ends the process that unpickles it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os._exit, (7,)
+
+
+def test_workers_that_cannot_start_are_no_fault_of_the_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EGOHOD_START_METHOD", "spawn")
+    with pytest.raises(UserError, match=r"could not start \(exit code 7\)"), Workers(1, Unreadable(), 10.0):  # type: ignore[arg-type]
+        pass
+
+
+def test_workers_are_forked_on_linux_and_spawned_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("EGOHOD_START_METHOD", raising=False)
+    for system, method in (("linux", "fork"), ("darwin", "spawn")):
+        monkeypatch.setattr(sys, "platform", system)
+        assert worker_context().get_start_method() == method
+    monkeypatch.setenv("EGOHOD_START_METHOD", "forkserver")
+    with pytest.raises(UserError, match="EGOHOD_START_METHOD is 'forkserver', but must be fork or spawn"):
+        worker_context()
 
 
 def test_hashes_do_not_change() -> None:

@@ -31,7 +31,6 @@ import io
 import json
 import logging
 import math
-import multiprocessing
 import os
 import shutil
 import tarfile
@@ -41,6 +40,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -66,7 +66,7 @@ from egohod.data.decoders import (
 from egohod.data.formats.base import read_lines
 from egohod.data.storage import SHARD_INDEX, ShardIndex, TarMember, VideoError, one_clip, open_folder
 from egohod.errors import UserError
-from egohod.runtime import Lost, Progress, Workers, locked, write_text
+from egohod.runtime import Lost, Progress, Workers, locked, worker_context, write_text
 
 log = logging.getLogger(__name__)
 
@@ -916,19 +916,26 @@ def _run(
     function: Callable[[Any], Any], tasks: Iterable[Any], workers: int, on_wait: Callable[[], None] | None = None
 ) -> Iterator[tuple[Any, Any]]:
     """(task, result) in any order; the result of a file that cannot be read is the reason, a str."""
-
-    def guarded(task: Any) -> Any:
-        try:
-            return function(task)
-        except VideoError as error:
-            return str(error)
-
     # Leaving the context kills the processes; what they leave half-made is removed by Output.claim.
-    with Workers(workers, guarded, math.inf, tasks_in_flight=1) as pool:
+    with Workers(workers, partial(_guarded, function), math.inf, tasks_in_flight=1) as pool:
         for task, result in pool.unordered(tasks, on_wait):
             if isinstance(result, Lost):
                 raise UserError(f"{result.reason}; rerun to resume")
             yield task, result
+
+
+# Functions of the module and not within others, which a spawned worker could not import.
+
+
+def _guarded(function: Callable[[Any], Any], task: Any) -> Any:
+    try:
+        return function(task)
+    except VideoError as error:
+        return str(error)
+
+
+def _probe(video: Video) -> Probe:
+    return probe(video.path)
 
 
 def probe_videos(
@@ -936,7 +943,7 @@ def probe_videos(
 ) -> tuple[dict[Video, Probe], dict[Video, str]]:
     """Read the header of every file: headers, and the reasons why some cannot be read; ``progress`` counts files."""
     probes, faults = dict[Video, Probe](), dict[Video, str]()
-    for video, result in _run(lambda video: probe(video.path), videos, workers):
+    for video, result in _run(_probe, videos, workers):
         if isinstance(result, str):
             faults[video] = result
         else:
@@ -972,29 +979,21 @@ def write_videos(
     """
     summary = Summary()
     total = sum(header.seconds for header in probes.values())
-    seconds_done = multiprocessing.get_context("fork").Value("d", 0.0)
+    seconds_done = worker_context().Value("d", 0.0)
     ranges = {video: split(header.seconds, output.settings) for video, header in probes.items()}
     open_ranges = {video: len(parts) for video, parts in ranges.items()}
     written: dict[Video, list[Written]] = defaultdict(list)
 
-    def tasks() -> Iterator[tuple[Video, int, int | None]]:
+    def tasks() -> Iterator[tuple[Video, Path, int, int | None]]:
         for video, parts in ranges.items():
             output.part(video).mkdir(parents=True)
             for first, last in parts:
                 if video in summary.faults:  # its other ranges are not worth their time
                     open_ranges[video] -= 1
                 else:
-                    yield video, first, last
+                    yield video, output.part(video), first, last
             if not open_ranges[video]:
                 shutil.rmtree(output.part(video), ignore_errors=True)
-
-    def write(task: tuple[Video, int, int | None]) -> Written:
-        def count(seconds: float) -> None:
-            with seconds_done.get_lock():
-                seconds_done.value += seconds
-
-        video, first, last = task
-        return write_chunks(video.path, output.part(video), output.settings, first, last, count)
 
     def report() -> None:
         if progress:
@@ -1003,7 +1002,8 @@ def write_videos(
             done = total if ready == len(probes) else min(float(seconds_done.value), total - 1e-3)
             progress.update(done, total=total, note=f"{ready} of {len(probes)} videos")
 
-    for (video, _, _), result in _run(write, tasks(), workers, report):
+    write = partial(_write, output.settings, seconds_done)
+    for (video, *_), result in _run(write, tasks(), workers, report):
         open_ranges[video] -= 1
         if not isinstance(result, str):
             written[video].append(result)
@@ -1026,6 +1026,15 @@ def write_videos(
         summary.bytes_out += whole.bytes
         report()
     return summary
+
+
+def _write(settings: ChunkSettings, seconds_done: Any, task: tuple[Video, Path, int, int | None]) -> Written:
+    def count(seconds: float) -> None:
+        with seconds_done.get_lock():
+            seconds_done.value += seconds
+
+    video, folder, first, last = task
+    return write_chunks(video.path, folder, settings, first, last, count)
 
 
 def split(seconds: float, settings: ChunkSettings) -> list[tuple[int, int | None]]:
@@ -1056,11 +1065,9 @@ def estimate(probes: dict[Video, Probe], settings: ChunkSettings, workers: int) 
     pixels = {kind: kind[1] * kind[2] * kind[3] for kind in kinds}  # per second
     common = sorted(kinds, key=lambda kind: -lengths[kind])[:_SAMPLES]
 
-    def sample(kind: tuple[str, int, int, float]) -> tuple[float, float]:
-        video = kinds[kind][len(kinds[kind]) // 2]
-        return _sample(video.path, settings, probes[video].seconds)
-
-    results = dict(_run(sample, common, workers))
+    middle = {kinds[kind][len(kinds[kind]) // 2]: kind for kind in common}
+    samples = [(video, probes[video].seconds) for video in middle]
+    results = {middle[video]: result for (video, _), result in _run(partial(_sample, settings), samples, workers)}
     measured = {kind: result for kind, result in results.items() if not isinstance(result, str)}
     faults = [result for result in results.values() if isinstance(result, str)]
     if not measured:
@@ -1076,15 +1083,15 @@ def estimate(probes: dict[Video, Probe], settings: ChunkSettings, workers: int) 
     return Estimate(spent / workers / 3600, size, faults)
 
 
-def _sample(path: Path | TarMember, settings: ChunkSettings, seconds: float) -> tuple[float, float]:
+def _sample(settings: ChunkSettings, task: tuple[Video, float]) -> tuple[float, float]:
     """Chunk a few seconds from the middle of a file: (time spent, bytes written), each per second of video."""
-    settings = replace(settings, seconds=_SAMPLE_SECONDS)
+    (video, seconds), settings = task, replace(settings, seconds=_SAMPLE_SECONDS)
     first = int(seconds / 2 // _SAMPLE_SECONDS)
     last = None if 0 < seconds < 2 * _SAMPLE_SECONDS else first + 1
     frames = list[tuple[float, float]]()  # (time of the clock, seconds of video)
     with tempfile.TemporaryDirectory() as folder:
         written = write_chunks(
-            path, Path(folder), settings, first, last, lambda length: frames.append((time.perf_counter(), length))
+            video.path, Path(folder), settings, first, last, lambda length: frames.append((time.perf_counter(), length))
         )
     # From the first frame on: seeking to the sample is no part of the work.
     spent = (frames[-1][0] - frames[0][0]) / max(sum(length for _, length in frames[1:]), 1e-3)

@@ -156,8 +156,7 @@ class DataConfig:
     workers: int | None = knob(
         None,
         "decoding processes per training process; 0 decodes in the training process; null or auto: the cores of the "
-        "node divided by its training processes, less one for the training process itself, at most 16, on macOS "
-        "none (upstream: 8)",
+        "node divided by its training processes, less one for the training process itself, at most 16 (upstream: 8)",
         low=0,
     )
     # Four hide a round trip of 100 ms behind the 30 ms that a clip takes to decode.

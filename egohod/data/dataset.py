@@ -751,6 +751,7 @@ class Tokenizer:
 
     def __init__(self, shape: Geometry = GEOMETRIES["CLIP_VITB16"], folder: Path | None = None) -> None:
         self.context_length, self._vocab_size, self.folder = shape.context_length, shape.vocab_size, folder
+        self._shape = shape
         self.inner: Any
         if not shape.text.tokenizer:
             self.inner = SimpleTokenizer(context_length=shape.context_length, clean=shape.text.clean)
@@ -772,6 +773,9 @@ class Tokenizer:
                 raise UserError(f"{folder}: no readable tokenizer ({' '.join(str(error).split())[:300]})") from error
         # int32 halves the cache; ids are far below its limit.
         self._one = lru_cache(_CACHED_TEXTS)(lambda text: self._tokens(text).astype(np.int32))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tokenizer, (self._shape, self.folder)  # without the cache of texts, for a spawned worker
 
     def _tokens(self, text: str) -> np.ndarray:
         tokens: np.ndarray = self.inner([text])[0].numpy()

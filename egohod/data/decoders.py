@@ -819,6 +819,9 @@ class ReusingOpener:
         self._opener = opener
         self.idle: _ReusedDecoder | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ReusingOpener, (self._opener,)  # an open file stays in its process
+
     def __call__(self, file: VideoFile, name: str = "") -> Decoder:
         """See :data:`Opener`."""
         if not isinstance(file, Path):

@@ -10,7 +10,6 @@ import math
 import multiprocessing.queues
 import os
 import re
-import signal
 import sys
 import time
 import weakref
@@ -30,12 +29,19 @@ from egohod.data.config import DataConfig
 from egohod.data.dataset import ClipDataset, Key, collate, collate_views
 from egohod.distributed import Distributed, host_name
 from egohod.errors import UserError
-from egohod.runtime import STOP_SIGNALS, Interrupted, StopRequest, core_numbers, core_quota, int_variable
+from egohod.runtime import (
+    Interrupted,
+    StopRequest,
+    become_worker,
+    core_numbers,
+    core_quota,
+    int_variable,
+    worker_context,
+)
 
 log = logging.getLogger(__name__)
 
-# Constants of <sys/prctl.h> and <malloc.h>.
-_PR_SET_PDEATHSIG = 1
+# Constants of <malloc.h>.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 # Batches leave this much of the shared memory free: semaphores of later processes and NCCL need some of it. A container
@@ -178,10 +184,6 @@ def worker_count(workers: int | None, dist: Distributed) -> int:
     """
     if workers is not None:
         return workers
-    if sys.platform != "linux":
-        # Libraries of macOS, Metal above all, may crash in a forked process; and a spawned one would copy the table.
-        log.info("data.workers=0: on %s clips are decoded in the process itself unless it is set", sys.platform)
-        return 0
     here, mine = host_name(), core_numbers()
     of_node = [cores for host, cores in dist.gather_objects((here, mine)) if host == here]
     share = sum(1 / sum(core in cores for cores in of_node) for core in mine)
@@ -259,7 +261,7 @@ def eval_loader(
 class EvalLoader:
     """Loader processes that the data sets of several benchmarks share: they start once, and end with the last of them.
 
-    Starting them costs seconds for each benchmark where the parent is large. They are forked with all data sets that
+    Starting them costs seconds for each benchmark where the parent is large. They start with all data sets that
     were added, and with what those remember of their folders: look for files before the first clip is read.
     """
 
@@ -380,7 +382,7 @@ class ClipLoader(DataLoader[dict[str, Any]]):
         self._accumulation = accumulation
         # ``timeout`` is torch's attribute, which here is the interval of polling.
         self._patience, self._stop, self._leaves_alone, self._ready = timeout, stop, leaves_alone, prefetch
-        # What the GPU decodes is read by threads: a forked process cannot use the GPU of its parent.
+        # What the GPU decodes is read by threads: a loader process cannot use the GPU of its parent.
         self._threads = workers if getattr(dataset, "decoder", "") == "cuda" else 0
         workers = 0 if self._threads else workers
         super().__init__(
@@ -390,8 +392,7 @@ class ClipLoader(DataLoader[dict[str, Any]]):
             collate_fn=partial(_collate_or_failure, collate=collate),
             pin_memory=pin_memory,
             worker_init_fn=start_worker,
-            # Forked workers share the table's memory with this process.
-            multiprocessing_context="fork" if workers else None,
+            multiprocessing_context=worker_context() if workers else None,
             prefetch_factor=prefetch if workers else None,
             persistent_workers=stays and workers > 0,
             # Not the user's limit: between polls a request to stop is looked for.
@@ -709,15 +710,11 @@ def _report_lost(queue: Any, error: Exception, lost: Any) -> None:
 
 def start_worker(_: int) -> None:
     """Initialise a loader process: it ignores signals, ends with its parent, and keeps its memory."""
-    # The main process alone decides when to stop; the signals of a scheduler or of Ctrl-C reach all processes.
-    for each in STOP_SIGNALS:
-        signal.signal(each, signal.SIG_IGN)
+    become_worker()  # torch's own watchdog looks for the parent only between batches
     # Python's own hook prints a traceback and drops the batch, for which the main process would wait for ever.
     multiprocessing.queues.Queue._on_queue_feeder_error = _report_lost  # type: ignore[attr-defined]
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
-        # The kernel kills a worker whose parent was killed; torch's own watchdog looks up only between batches.
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if hasattr(libc, "mallopt"):
             # Clips are megabytes: glibc would give them back to the system and fetch them anew, page by page, every
             # time, which costs a sixth of the decoding.

@@ -284,6 +284,11 @@ class RemoteFolder(Folder):
         except ValueError:
             raise StorageError(f"{self._uri}: no fsspec file system is called '{self._protocol}'") from None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A spawned worker makes its own connection, and lists no folder again.
+        listed = {name: vars(self)[name] for name in ("_sizes", "listings", "_can_list")}
+        return RemoteFolder, (self._uri, self._cache), listed
+
     def _open(self, key: str, size_first: bool) -> io.BufferedIOBase:
         for spelling in _spellings(key):
             with contextlib.suppress(FileNotFoundError):

@@ -116,7 +116,9 @@ def test_long_videos_are_shared_out() -> None:
     assert split(7000, ChunkSettings(seconds=3600))[-1] == (0, None)
 
 
-def test_a_folder_becomes_chunks_whatever_the_number_of_processes(recordings: Path, tmp_path: Path) -> None:
+def test_a_folder_becomes_chunks_whatever_the_number_of_processes(
+    recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     done = tool(recordings, out, "--seconds", 1, "--short_side", 48, "--workers", 2)
     assert done.returncode == 0, done.stderr
@@ -140,6 +142,7 @@ def test_a_folder_becomes_chunks_whatever_the_number_of_processes(recordings: Pa
 
     # What is missing is made again, by one process this time, and is the same.
     shutil.rmtree(out / "day 1")
+    monkeypatch.setenv("EGOHOD_START_METHOD", "spawn")
     one = tool(recordings, out, "--seconds", 1, "--short_side", 48, "--workers", 1)
     assert (one.returncode, tree(out)) == (0, files)
     assert "3 of 5 videos are complete already" in one.stdout
@@ -289,7 +292,10 @@ def test_an_output_that_may_not_be_written(recordings: Path, tmp_path: Path) -> 
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
 
-def test_a_dry_run_estimates_and_writes_nothing(recordings: Path, tmp_path: Path) -> None:
+def test_a_dry_run_estimates_and_writes_nothing(
+    recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EGOHOD_START_METHOD", "spawn")  # what it sends to its processes has to pickle
     root, out = tmp_path / "root", tmp_path / "new" / "out"
     shutil.copytree(recordings, root)
     (root / "none.mp4").write_text("no video")

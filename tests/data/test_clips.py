@@ -1,7 +1,9 @@
 """A sample is a function of (seed, epoch, index); unreadable clips are replaced, counted, and stop the run."""
 
 import logging
+import pickle
 import re
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from egohod.data import dataset as clips_module
 from egohod.data.config import SourceConfig
 from egohod.data.dataset import ClipDataset, FaultLedger, Tokenizer, collate
 from egohod.data.formats import read_clips
+from egohod.data.loader import BatchPlan, train_loader
+from egohod.data.storage import LocalCache, RemoteFolder
 from egohod.data.videos import VideoError
 from egohod.distributed import Distributed
 from egohod.errors import UserError
@@ -62,6 +66,38 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(world: Path) -> None:
     assert all(equal(other[key], first[key]) for key in reversed(keys))
     assert not any(equal(first[0, i], first[1, i]) for i in range(CLIPS))
     assert not any(equal(dataset(world, seed=1)[0, i], first[0, i]) for i in range(CLIPS))
+
+
+def test_spawned_workers_load_what_forked_ones_do(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits in the same order, also resumed; whatever a data set holds is sent to them."""
+    options = {"replacements": 1, "opposites": True, "tags": True, "cache": LocalCache(tmp_path, 1.0)}
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(inner) for name, inner in value.items()}
+        return value.tolist() if isinstance(value, torch.Tensor) else value
+
+    def batches(start_method: str, start: int) -> list[Any]:
+        monkeypatch.setenv("EGOHOD_START_METHOD", start_method)
+        data = dataset(world, **options)
+        data[0, 0]  # texts and files that this process has read
+        loader = train_loader(data, BatchPlan(CLIPS, 4, 0), start_step=start, total_steps=5, workers=2)
+        return [plain(batch) for batch in loader]
+
+    forked = batches("fork", 0)
+    assert len(forked) == 5
+    assert "has_negative" in forked[0]
+    assert batches("spawn", 2) == forked[2:]
+    # An open file and a connection stay in their process, what was listed goes along.
+    reader = dataset(world, train=False, **options)
+    reader[0]
+    pickle.loads(ForkingPickler.dumps(reader))
+    remote = RemoteFolder("memory://spawned")
+    remote.listings.put("", {"a.mp4": 3})
+    remote._connect()
+    copied = pickle.loads(pickle.dumps(remote))
+    assert copied.listings.entries() == {"": {"a.mp4": 3}}
+    assert not copied._systems
 
 
 def test_a_frame_cache_changes_no_sample(world: Path, tmp_path: Path) -> None:

@@ -259,7 +259,9 @@ def test_a_bug_in_a_worker_is_one_error_with_the_clip() -> None:
         list(eval_loader(Failing("bug"), range(8), 2, 0))
 
 
-def test_a_killed_worker_is_one_clear_error() -> None:
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_a_killed_worker_is_one_clear_error(start_method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EGOHOD_START_METHOD", start_method)
     with pytest.raises(UserError, match=r"a loader process died .*lower data\.workers"):
         list(eval_loader(Failing("kill"), range(8), 2, 2))
 
@@ -418,8 +420,8 @@ def test_workers_follow_the_cores_and_the_processes_of_the_node(monkeypatch: pyt
         node = Node(0, len(cores), torch.device("cpu"), None)
         assert worker_count(None, node) == expected, cores
         assert worker_count(3, node) == 3
-    monkeypatch.setattr(sys, "platform", "darwin")  # whose libraries may not survive a fork
-    assert (worker_count(None, node), worker_count(3, node)) == (0, 3)
+    monkeypatch.setattr(sys, "platform", "darwin")  # whose loader processes are spawned
+    assert (worker_count(None, node), worker_count(3, node)) == (4, 3)
 
 
 def test_a_containers_limit_of_cores(tmp_path: Path) -> None:
@@ -590,7 +592,11 @@ class Signalled(Numbers):
         return super().sample(epoch, index) | {"index": torch.get_num_threads()}
 
 
-def test_workers_leave_signals_to_the_main_process_and_use_one_thread() -> None:
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_workers_leave_signals_to_the_main_process_and_use_one_thread(
+    start_method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EGOHOD_START_METHOD", start_method)
     batches = list(eval_loader(Signalled(), range(4), 2, 2))
     assert [batch["index"].tolist() for batch in batches] == [[1, 1], [1, 1]]
 

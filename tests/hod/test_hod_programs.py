@@ -60,6 +60,16 @@ def test_a_run_its_stages_its_shards_and_a_second_run(few: list[str], tmp_path: 
     assert (tmp_path / "parted.csv").read_bytes() == whole
 
 
+def test_spawned_workers_make_the_same_narrations(
+    few: list[str], tmp_path: Path, inside: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert inside("generate_hod.py", *few).returncode == 0
+    monkeypatch.setenv("EGOHOD_START_METHOD", "spawn")
+    assert inside("generate_hod.py", *few, "workers=1", f"output={tmp_path}/spawned.csv").returncode == 0
+    assert (tmp_path / "spawned.csv").read_bytes() == (tmp_path / "hod.csv").read_bytes()
+    assert _facts(tmp_path / "spawned.csv") == _facts(tmp_path / "hod.csv")
+
+
 def test_exported_boxes_make_the_same_facts(few: list[str], tmp_path: Path, inside: Command) -> None:
     """Noisy boxes, which are in no file before."""
     noisy = [*few, "detector.options.jitter=0.05", "detector.options.drop=0.2"]

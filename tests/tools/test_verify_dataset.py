@@ -61,7 +61,9 @@ class Interrupting(Progress):
 def test_what_is_missing_or_broken_is_listed_and_then_left_out(
     folder: Path, program: Command, caplog: pytest.LogCaptureFixture
 ) -> None:
-    done = program("tools/verify_dataset.py", "--config_file", folder / "config.yml", "--output", folder / "out")
+    # Spawned, whose processes have to import the program itself, too.
+    command = ["tools/verify_dataset.py", "--config_file", folder / "config.yml", "--output", folder / "out"]
+    done = program(*command, EGOHOD_START_METHOD="spawn")
     assert done.returncode == 1, done.stderr
     assert "own: 100 %  6 of 6 clips, ETA 0:00:00, 3 unreadable" in done.stderr
     with (folder / "out" / "own_exclude.csv").open(newline="") as file:
