@@ -251,7 +251,11 @@ def embed(
     else:
         raise UserError(f"embed: model={model}: no such weights; give a run folder, a file or {hub.PREFIX}org/name")
     encoder, tokenizer = loaded[0], loaded[2]
-    place = encoder.logit_scale.device if loaded is model and device is None else pick_device(device or "auto", inference=True)
+    place = (
+        encoder.logit_scale.device
+        if loaded is model and device is None
+        else pick_device(device or "auto", inference=True)
+    )
     encoder.to(place)
     cfg = Config()
     cfg.evaluate.batch_size, cfg.data.workers = batch_size, workers

@@ -46,7 +46,7 @@ LINES = (
     "of duplicates took away; 3,600 are for GPUs and clusters: 1,300 of gpu_check, 900 of training (memory, "
     "deadlines, saving, speed, trackers), 700 of loading (tar shards, read-ahead, workers), the rest of set-up, "
     "models; 2,500 are for backbones, low-rank parts and sharding, 3,700 for benchmarks, submissions and losses of "
-    "others, 1,500 for the robot"
+    "others, 1,500 for the robot, 4,000 for the Hub, export, the page of serve and formats of others"
 )
 
 
