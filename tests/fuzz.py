@@ -41,6 +41,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # tools import each other witho
 # Before the libraries that read them: one thread a process, and no cache of a library in anyone's home.
 os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MPLCONFIGDIR": f"{tempfile.gettempdir()}/fuzz-mpl"}
 
+import matplotlib.font_manager  # the first import on a machine runs fc-list, which is no reader's fault  # noqa: F401
 import psutil
 import torch
 

@@ -337,6 +337,7 @@ def no_gpu_needed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_gpus_decoder_is_refused_where_it_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    opener("torchcodec")  # without it that is the reason; skips
     with pytest.raises(
         UserError, match=r"data\.decoder=cuda: cuda does not load \(torch has no NVIDIA GPU here\); cure"
     ):
@@ -352,6 +353,7 @@ def test_the_gpus_decoder_is_refused_where_it_does_not_work(monkeypatch: pytest.
 def test_the_gpus_decoder_shows_the_same_frames_in_training_and_evaluation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    opener("torchcodec")  # skips where it does not load
     encode(tmp_path / "v.mp4", 40)
     (tmp_path / "clips.csv").write_text(
         "video_id,start_second,end_second,text\n" + "".join(f"v,{i / 4},{i / 4 + 1.5},text\n" for i in range(8))
