@@ -8,6 +8,8 @@ Shards:          ... --shard 3/64       one part of the clips; 0/64 is the first
                  ... --submit 64        all parts as a Slurm array, and a job that merges them
                  ... --merge            merge the finished parts
 Failed clips:    ... --retry            try them again
+Batches:         ... --batch_requests requests.jsonl       write a language model's requests, for vllm run-batch
+                 ... --batch_answers answers.jsonl         read its answers
 The boxes:       ... --export_detections boxes.parquet     for training (data.train.NAME.detections) or another run
 
 --metadata is any file of narrations that main_pretrain.py reads, or EPIC-KITCHENS-100's csv; without one, windows over
@@ -36,7 +38,7 @@ from egohod.demo import make_world
 from egohod.errors import UserError
 from egohod.hod import config
 from egohod.hod import pipeline as hod_pipeline
-from egohod.hod.config import HodConfig
+from egohod.hod.config import FURTHER_CAPTIONS, HodConfig
 from egohod.hod.detectors import typed_options
 from egohod.hod.pipeline import Pipeline, build
 from egohod.hod.store import Shard, text_file
@@ -69,6 +71,8 @@ def main(arguments: Sequence[str]) -> int:
         if not args.dry_run and make_world(folder, scale=cfg.demo.scale):
             log.info("%s: rendered the demo world", folder)
     pipeline = build(cfg, retry=args.retry)
+    if args.batch_requests or args.batch_answers:
+        return _batch(pipeline, shard, args)
     if args.dry_run:
         return _dry_run(pipeline, shard)
     if args.submit is not None:
@@ -86,9 +90,7 @@ def main(arguments: Sequence[str]) -> int:
             if finished.failures:
                 log.warning("%s clips failed; --retry tries them again", f"{finished.failures:,}")
         else:
-            # For people: what is computed again depends on the hashes in the results alone.
-            with text_file(pipeline.store.folder / "config.yml") as file:
-                file.write(to_yaml(cfg))
+            _write_settings(pipeline)
             if args.stage == "all":
                 pipeline.run_all(shard)
             else:
@@ -96,10 +98,7 @@ def main(arguments: Sequence[str]) -> int:
             if args.stage not in ("all", pipeline.stages[-1].name):
                 return cli.DONE  # a shard is finished when its last stage is
             log.info("shard %s: %s narrations", shard, f"{pipeline.finish(shard).narrations:,}")
-        if shard.count > 1:
-            log.info("when all %d shards are finished, --merge puts them together", shard.count)
-            return cli.DONE
-        return _merge(pipeline, 1)
+        return _merge_if_whole(pipeline, shard)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -112,11 +111,58 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--shard", metavar="I/N", help="only part I of N, counted from 0")
     add("--merge", action="store_true", help="merge the finished shards into OUTPUT")
     add("--export_detections", type=Path, metavar="PARQUET", help="write the boxes detected so far to a file, and exit")
+    add("--batch_requests", type=Path, metavar="JSONL", help="write the requests to the language model to a file")
+    add("--batch_answers", type=Path, nargs="+", metavar="JSONL", help="read its answers from files, and go on")
     add("--retry", action="store_true", help="try failed clips again, and those without an answer from the model")
     add("--submit", type=int, metavar="N", help="submit N shards and a merge to Slurm, and exit")
     add("--which_detector", action="store_true", help="print the configured detector, and exit")
     add("--dry_run", action="store_true", help="print what is left to do, try a few clips, write nothing")
     return parser.parse_intermixed_args(arguments)
+
+
+def _write_settings(pipeline: Pipeline) -> None:
+    # For people: what is computed again depends on the hashes in the results alone.
+    with text_file(pipeline.store.folder / "config.yml") as file:
+        file.write(to_yaml(pipeline.cfg))
+
+
+def _batch(pipeline: Pipeline, shard: Shard, args: argparse.Namespace) -> int:
+    """The narrate stage by files: its requests, or its answers and what follows."""
+    others = ["dry_run", "submit", "export_detections", "merge"]
+    clash = [f"--{name}" for name in others if getattr(args, name) not in (None, False)]
+    clash += ["--stage"] if args.stage != "all" else []
+    clash += ["--batch_answers"] if args.batch_requests and args.batch_answers else []
+    if clash:
+        used = "--batch_requests" if args.batch_requests else "--batch_answers"
+        raise UserError(f"{used} does all that it needs; without {clash[0]}")
+    with pipeline.store.claim(shard):
+        _write_settings(pipeline)
+        if args.batch_answers:
+            pipeline.read_answers(shard, args.batch_answers)
+            finished = pipeline.finish(shard)
+            if finished.fallbacks:
+                log.warning(
+                    "%s captions are the template's: their request failed, or the model's caption was refused; --retry "
+                    "--batch_requests FILE requests them again, refused ones with the reasons",
+                    f"{finished.fallbacks:,}",
+                )
+            return _merge_if_whole(pipeline, shard)
+        names = [stage.name for stage in pipeline.stages]
+        for name in names[: names.index(hod_pipeline.NARRATE)]:
+            pipeline.run([name], shard)
+        count = pipeline.write_requests(shard, args.batch_requests)
+        if count:
+            log.info("%s: %s requests; --batch_answers FILE reads the answers", args.batch_requests, f"{count:,}")
+        else:
+            log.info("no request is due, and none is written")
+    return cli.DONE
+
+
+def _merge_if_whole(pipeline: Pipeline, shard: Shard) -> int:
+    if shard.count == 1:
+        return _merge(pipeline, 1)
+    log.info("when all %d shards are finished, --merge puts them together", shard.count)
+    return cli.DONE
 
 
 def _merge(pipeline: Pipeline, shards: int | None) -> int:
@@ -156,8 +202,9 @@ def _dry_run(pipeline: Pipeline, shard: Shard) -> int:
                 log.warning("  %s: %s", stage, outcome.fault)
         if not outcome.fault:
             log.info("  -> %s", outcome.value["text"])
-            if outcome.value["opposite"]:
-                log.info("  opposite: %s", outcome.value["opposite"])
+            for name in FURTHER_CAPTIONS:
+                if outcome.value[name]:
+                    log.info("  %s: %s", name, outcome.value[name])
     # The first clip waits for models to load, which no other does.
     each = {stage: statistics.mean(spent[1:] or spent or [0.0]) for stage, spent in seconds.items()}
     total = sum(each[stage] * to_do[stage] for stage in names)

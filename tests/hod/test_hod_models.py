@@ -107,9 +107,10 @@ def test_opposites_are_a_column_that_training_reads(
     output = tmp_path / "hod.csv"
     assert inside("generate_hod.py", *few).returncode == 0
     plain, template = output.read_bytes(), rows(output)
-    done = inside("generate_hod.py", *few, "narrator.opposites=true")
+    done = inside("generate_hod.py", *few, "narrator.opposites=true")  # the name of before
+    assert "narrator.opposites is now narrator.captions=[fine, opposite]" in done.stderr
     assert done.returncode == 0, done.stderr
-    assert re.search(r"opposites: .*written \d+", done.stderr)
+    assert re.search(r"opposite captions: .*written \d+", done.stderr)
     assert [{k: v for k, v in row.items() if k != "opposite"} for row in rows(output)] == template
     assert [row["opposite"] for row in rows(output)] == [opposite(row["text"]) or "" for row in template]
     # Off again: the results of before, and the same bytes.
@@ -117,11 +118,11 @@ def test_opposites_are_a_column_that_training_reads(
     assert "is finished: 10 narrations; nothing to do" in done.stderr
     assert output.read_bytes() == plain
     with ChatServer(caption_and_opposite) as server:
-        arguments = [*few, *llm(server, opposites="true"), "block=3"]
+        arguments = [*few, *llm(server, captions="[fine, opposite]"), "block=3"]
         assert inside("generate_hod.py", *arguments, "--shard", "1/2").returncode == 0
         done = inside("generate_hod.py", *arguments, "--shard", "0/2")
         assert done.returncode == 0, done.stderr
-        assert re.search(r"opposites: .*refused for direction \d", done.stderr)
+        assert re.search(r"opposite captions: .*refused for direction \d", done.stderr)
         requests = len(server.bodies)
         assert inside("generate_hod.py", *arguments, "--merge").returncode == 0
         merged = output.read_bytes()
@@ -139,7 +140,7 @@ def test_opposites_are_a_column_that_training_reads(
     assert read == [row["opposite"] or None for row in written]
     lines = head(demo_world, 10)
     arguments = command(demo_world, tmp_path, [lines[0], lines[6], lines[9]])
-    done = inside("generate_hod.py", *arguments, "narrator.opposites=true", "--dry_run")
+    done = inside("generate_hod.py", *arguments, "narrator.captions=[fine, opposite]", "--dry_run")
     assert done.stderr.count("  opposite: #C C uses the ") == 2, done.stderr
 
 

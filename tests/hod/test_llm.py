@@ -22,9 +22,9 @@ from PIL import Image
 
 from egohod.errors import UserError
 from egohod.hod.config import CheckConfig, NarratorConfig
-from egohod.hod.narrators import OPPOSITES_PROMPT, Request, caption_settings, ignored_settings, make_narrator
+from egohod.hod.narrators import FURTHER_PROMPTS, Request, caption_settings, ignored_settings, make_narrator
 from egohod.hod.narrators import llm as endpoint_module
-from egohod.hod.narrators.llm import SCHEMA, SCHEMA_WITH_OPPOSITES, Endpoint, LanguageModelNarrator
+from egohod.hod.narrators.llm import Endpoint, LanguageModelNarrator, answer_schema
 from tests.hod.chat_server import ChatServer, clips_of
 from tests.hod.hod_facts import WIPE
 from tests.hod.runs import narrate_checked
@@ -322,9 +322,9 @@ def test_requests_follow_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         texts(narrator(server, answer_format="none"), requests(1))
         texts(narrator(server, answer_format="json_object_schema"), requests(1))
     body, loose, free, other = server.bodies
-    assert other["response_format"] == {"type": "json_object", "schema": SCHEMA}
+    assert other["response_format"] == {"type": "json_object", "schema": answer_schema()}
     assert (body["model"], body["temperature"], body["max_tokens"], body["seed"]) == ("m", 0.1, 150, 7)
-    assert body["response_format"]["json_schema"]["schema"] == SCHEMA
+    assert body["response_format"]["json_schema"]["schema"] == answer_schema()
     assert loose["response_format"] == {"type": "json_object"}
     assert "model" not in loose
     assert "response_format" not in free
@@ -356,6 +356,7 @@ def test_the_looking_narrator_sends_frames() -> None:
 # Opposites
 # --------------------------------------------------------------------------------------------------
 
+BOTH = ["fine", "opposite"]
 REVERSE = "#C C moves the {} with the right hand, first to the right, then to the left, while the left hand rests"
 
 
@@ -374,13 +375,13 @@ def answer_with(opposite: Any) -> Any:
 
 def test_a_request_for_captions_requests_their_opposites_too() -> None:
     with ChatServer(answer_with("\x07 " + REVERSE.replace(" moves", "\n moves"))) as server:
-        made = narrator(server, opposites=True, max_tokens=50, answer_format="json_object_schema")
+        made = narrator(server, captions=BOTH, max_tokens=50, answer_format="json_object_schema")
         answers = dict(made.narrate(requests(2)))
         body = server.bodies[0]
     assert [answers[i].text for i in range(2)] == [GOOD.format(each) for each in THINGS[:2]]
     assert [answers[i].opposite for i in range(2)] == [REVERSE.format(each) for each in THINGS[:2]]
     assert len(server.bodies) == 1
-    assert body["response_format"] == {"type": "json_object", "schema": SCHEMA_WITH_OPPOSITES}
+    assert body["response_format"] == {"type": "json_object", "schema": answer_schema(BOTH)}
     assert body["max_tokens"] == 2 * 2 * 50
     system = body["messages"][0]["content"]
     assert "opposite is null" in system
@@ -389,13 +390,13 @@ def test_a_request_for_captions_requests_their_opposites_too() -> None:
         plain = narrator(server)
         assert None not in texts(plain, requests(2))
     assert "opposite" not in json.dumps(server.bodies)
-    assert system.startswith(plain._system)
+    assert system.startswith(plain._format.system)
 
 
 @pytest.mark.parametrize("item", [{"opposite": None}, {"opposite": " "}, {"opposite": False}, {}])
 def test_a_caption_without_an_opposite_is_as_good(item: dict[str, Any]) -> None:
     with ChatServer(lambda request: {"caption": caption(request), **item}) as server:
-        answers = dict(narrator(server, opposites=True).narrate(requests(2)))
+        answers = dict(narrator(server, captions=BOTH).narrate(requests(2)))
     assert [(answers[i].text, answers[i].opposite) for i in range(2)] == [(GOOD.format(x), None) for x in THINGS[:2]]
 
 
@@ -414,8 +415,8 @@ def test_an_opposite_that_is_refused_is_replaced_by_the_rules(
     written: str | None, expected: str | None, refusals: tuple[str, ...]
 ) -> None:
     with ChatServer(answer_with(written)) as server:
-        made = narrator(server, opposites=True)
-        result = narrate_checked(made, requests(1), opposites=True)[0]
+        made = narrator(server, captions=BOTH)
+        result = narrate_checked(made, requests(1), captions=BOTH)[0]
         off = narrate_checked(made, requests(1))[0]
     # It costs no second request, and not the caption.
     assert (result.text, result.narrator, result.attempts) == (GOOD.format("sponge"), "llm", 1)
@@ -427,16 +428,16 @@ def test_an_opposite_that_is_refused_is_replaced_by_the_rules(
 def test_a_caption_that_has_no_opposite_gets_none() -> None:
     washes = "#C C washes the sponge with the right hand, while the left hand rests"
     with ChatServer(lambda _: {"caption": washes, "opposite": washes.replace("washes", "dries")}) as server:
-        made = narrator(server, opposites=True)
-        result = narrate_checked(made, [Request("#C C washes the sponge", WIPE)], opposites=True)[0]
+        made = narrator(server, captions=BOTH)
+        result = narrate_checked(made, [Request("#C C washes the sponge", WIPE)], captions=BOTH)[0]
     assert (result.text, result.opposite) == (washes, None)
     assert result.opposite_refusals == ("word: dries for washes",)
 
 
 def test_captions_of_the_template_have_the_opposite_of_the_rules() -> None:
     with ChatServer(lambda _: {"caption": "#C C peels the banana", "opposite": "#C C eats the banana"}) as server:
-        replaced = narrate_checked(narrator(server, opposites=True), requests(1), opposites=True)[0]
-    made = narrate_checked(make_narrator(NarratorConfig(opposites=True, varied=False)), requests(1), opposites=True)[0]
+        replaced = narrate_checked(narrator(server, captions=BOTH), requests(1), captions=BOTH)[0]
+    made = narrate_checked(make_narrator(NarratorConfig(captions=BOTH, varied=False)), requests(1), captions=BOTH)[0]
     for result in (replaced, made):
         assert result.narrator == "template"
         assert "first to the left, then to the right" in str(result.text)
@@ -445,12 +446,21 @@ def test_captions_of_the_template_have_the_opposite_of_the_rules() -> None:
 
 
 @pytest.mark.parametrize("kind", ["template", "llm", "vlm"])
-def test_results_without_opposites_are_stored_under_the_settings_of_before(kind: str) -> None:
-    off, on = (caption_settings(NarratorConfig(kind=kind, opposites=each)) for each in (False, True))
-    prompt = True if kind == "template" else OPPOSITES_PROMPT.read_text()
-    assert on == off | {"opposites": prompt}
-    assert "opposites" not in off
-    assert ignored_settings(NarratorConfig(kind=kind, opposites=True)) == []
+def test_results_of_fine_captions_are_stored_under_the_settings_of_before(kind: str) -> None:
+    """Under opposites too, by which earlier releases stored what is captions=[fine, opposite] now."""
+
+    def stored(*captions: str) -> dict[str, Any]:
+        settings = NarratorConfig(kind=kind, captions=list(captions))
+        assert ignored_settings(settings) == []
+        return caption_settings(settings)
+
+    opposites, coarse = (
+        True if kind == "template" else FURTHER_PROMPTS[name].read_text() for name in ("opposite", "coarse")
+    )
+    fine = stored("fine")
+    assert not {"captions", "opposites", "coarse"} & set(fine)
+    assert stored("fine", "opposite") == fine | {"opposites": opposites}
+    assert stored("coarse", "opposite", "fine") == fine | {"opposites": opposites, "coarse": coarse}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -230,8 +230,7 @@ def check_narrations(
                 opposite_faults += reasons
         if "coarse" in captions and text is not None:
             request = requests[number]
-            written = next((each.coarse for each in reversed(own) if each.coarse), None)
-            candidates = [(written, request.source)]
+            candidates = [(each.coarse, request.source) for each in reversed(own) if each.coarse][:1]
             # As for the fine caption below: the facts alone are checked as what they are.
             candidates += [(template.coarse(source, request), source) for source in (request.source, "")]
             for candidate, source in dict.fromkeys(candidates):
@@ -268,6 +267,14 @@ def check_narrations(
         yield result(number, text, "template", verdict)
     # Not the template's caption: with an answer missing, which numbers the others have is in doubt too.
     assert not undecided, f"narrator {narrator.name} has not answered the requests {sorted(undecided)}"
+
+
+def second_request(request: Request, narration: Narration, settings: CheckConfig, prompt: str) -> Request | None:
+    """The request after a refused caption, with the reasons; None for one that passes the check, or is missing."""
+    if narration.text is None:
+        return None
+    verdict = check(narration.text, request.source, request.facts, settings, prompt)
+    return None if verdict.passed else replace(request, complaints=verdict.reasons, refused=narration.text)
 
 
 # --- Phrases ---

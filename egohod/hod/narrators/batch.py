@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from egohod.hod.narrators.llm import MAX_BYTES, Answer, ChatFormat, read_chat, s
 log = logging.getLogger(__name__)
 
 FIRST, SECOND = 1, 2
+_NAMED = 3  # examples of each kind of line that cannot be used
 _ID = re.compile(r"([0-9a-f]{12})-([12])-(\d{1,9}(?:x\d{1,9})?(?:_\d{1,9}(?:x\d{1,9})?)*)")
 
 
@@ -52,11 +54,18 @@ class _Row(NamedTuple):
     answer: Answer
 
 
+class _Unusable(NamedTuple):
+    """A line that is no answer to this run."""
+
+    kind: str
+    name: str = ""  # which of its kind
+
+
 class BatchNarrator:
     """The narrator that has its answers from files. Reads them once for an index; answers stay on disk.
 
     Lines that cannot be used are counted and logged by their kind. Raises :class:`UserError` for files that cannot be
-    read, are of another run, or have no answer at all.
+    read, are of another run, or in which no request has succeeded.
     """
 
     def __init__(self, settings: NarratorConfig, paths: Sequence[Path], run: str, clips: range, total: int) -> None:
@@ -65,127 +74,127 @@ class BatchNarrator:
         self._format = ChatFormat(settings)
         self.instructions = self._format.instructions
         self._settings, self._paths, self._run, self._clips, self._total = settings, list(paths), run, clips, total
-        # For each clip of the shard and attempt the file, and the place in it, of its answer: 20 bytes a clip, however
-        # long the answers are. -1: none.
-        self._files = np.full((2, len(clips)), -1, np.int16)
-        self._offsets = np.full((2, len(clips)), -1, np.int64)
-        self._row: tuple[tuple[int, int], dict[int, Narration]] = ((-1, -1), {})
+        # For each attempt and clip of the shard the file that has its answer (-1: none), the place in it, and whether
+        # that is a failure: 22 bytes a clip, however long the answers are.
+        self._file = np.full((2, len(clips)), -1, np.int16)
+        self._offset = np.zeros((2, len(clips)), np.int64)
+        self._failed = np.zeros((2, len(clips)), bool)
+        self._last: tuple[tuple[int, int], dict[int, Narration]] = ((-1, -1), {})
         for number in range(len(self._paths)):
             self._index(number)
 
     @property
     def answered(self) -> list[int]:
         """The clips of the shard with an answer, be it a failure, to one of their requests."""
-        return [self._clips[place] for place in np.flatnonzero((self._files >= 0).any(axis=0)).tolist()]
+        return [self._clips[place] for place in np.flatnonzero((self._file >= 0).any(axis=0)).tolist()]
 
     def narrate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Narration]]:
         """See :class:`~egohod.hod.narrators.Narrator`; the requests' seeds are the indices of their clips."""
         for number, request in enumerate(requests):
             attempt = SECOND if request.complaints else FIRST
-            place = request.seed - self._clips.start
-            key = int(self._files[attempt - 1, place]), int(self._offsets[attempt - 1, place])
+            at = attempt - 1, request.seed - self._clips.start
+            key = int(self._file[at]), int(self._offset[at])
             if key[0] < 0:
-                again = " to the request after the refusal" if attempt == SECOND else ""
-                yield number, Narration(None, self.name, problem=f"no answer{again} in the batch")
+                again = " to a second request" if attempt == SECOND else ""
+                yield number, Narration(None, self.name, problem=f"the batch has no answer{again}")
                 continue
             # The clips of a request follow one another: its answer is read once.
-            if self._row[0] != key:
+            if self._last[0] != key:
                 with self._paths[key[0]].open("rb") as file:
                     file.seek(key[1])
                     row = self._parse(file.readline(MAX_BYTES))
-                if isinstance(row, str):
-                    raise UserError(f"{self._paths[key[0]]}: changed while it was read")
+                if isinstance(row, _Unusable):
+                    raise UserError(f"{self._paths[key[0]]}: has changed while it was read")
                 narrations = self._format.narrations(row.answer, len(row.clips))
-                self._row = key, dict(zip(row.clips, narrations, strict=True))
-            yield number, self._row[1][request.seed]
+                self._last = key, dict(zip(row.clips, narrations, strict=True))
+            yield number, self._last[1][request.seed]
 
     def _index(self, number: int) -> None:
         """Find the answers in a file, and log what else is in it."""
         path = self._paths[number]
-        notes: dict[str, list[str]] = {}  # kind of line: where the first few are
-        rows = usable = failed = 0
-        reason = ""
+        notes, examples = Counter[str](), dict[str, list[str]]()
+
+        def note(kind: str, name: str) -> None:
+            notes[kind] += 1
+            if notes[kind] <= _NAMED:
+                examples.setdefault(kind, []).append(name)
+
+        lines = answers = failed = 0
+        reason: str | None = None
         try:
             with path.open("rb") as file:
-                while True:
-                    offset, line = file.tell(), file.readline(MAX_BYTES)
-                    if not line:
-                        break
-                    if not line.strip():
-                        continue
-                    rows += 1
-                    row: _Row | str
+                while line := file.readline(MAX_BYTES):
+                    offset, lines = file.tell() - len(line), lines + 1
+                    row: _Row | _Unusable
                     if len(line) == MAX_BYTES and not line.endswith(b"\n"):
-                        while len(rest := file.readline(MAX_BYTES)) == MAX_BYTES and not rest.endswith(b"\n"):
+                        while (rest := file.readline(MAX_BYTES)) and not rest.endswith(b"\n"):
                             pass
-                        row = f"longer than {MAX_BYTES / 1e6:g} MB"
+                        row = _Unusable(f"longer than {MAX_BYTES / 1e6:g} MB")
+                    elif not line.strip():
+                        continue
                     else:
                         row = self._parse(line)
-                        if row == _NO_JSON and not line.endswith(b"\n"):
-                            row = "broken off at the end of the file"
-                    if isinstance(row, str):
-                        notes.setdefault(row, []).append(f"line {rows}")
+                    if isinstance(row, _Unusable):
+                        cut = row.kind == _NO_JSON and not line.endswith(b"\n")
+                        note("broken off at the end of the file" if cut else row.kind, f"line {lines}{row.name}")
                         continue
-                    usable += 1
+                    answers += 1
                     if row.answer.problem is not None:
                         failed += 1
                         reason = reason or row.answer.problem
-                    self._take(number, offset, row, notes)
+                    if not any(clip in self._clips for clip in row.clips):
+                        note("answers to another shard", f"line {lines}")
+                    elif self._take(number, offset, row):
+                        note("further answers to a request", f"line {lines} (clip {row.clips[0]})")
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-        for kind, where in notes.items():
-            log.warning("%s: %s lines are %s: %s", path, f"{len(where):,}", kind, ", ".join(where[:3]))
-        if not usable:
-            raise UserError(f"{path}: holds no answer to a request of this run, in {rows:,} lines")
-        if failed == usable:
-            raise UserError(f"{path}: not one of its {usable:,} requests has succeeded; the first: {reason}")
+        for kind, count in notes.items():
+            names = ", ".join(examples[kind]) + (", ..." if count > _NAMED else "")
+            log.warning("%s: %s of %s lines: %s: %s", path, f"{count:,}", f"{lines:,}", kind, names)
+        if not answers:
+            raise UserError(f"{path}: has no answer to a request of this run, in {lines:,} lines")
+        if failed == answers:
+            raise UserError(f"{path}: not one of {answers:,} requests has succeeded; the first: {reason}")
         if failed:
-            log.warning("%s: %s of %s requests have failed; the first: %s", path, f"{failed:,}", f"{usable:,}", reason)
+            log.warning("%s: %s of %s requests have failed; the first: %s", path, f"{failed:,}", f"{answers:,}", reason)
 
-    def _take(self, number: int, offset: int, row: _Row, notes: dict[str, list[str]]) -> None:
-        """Note where the answer of each clip is."""
-        places = [clip - self._clips.start for clip in row.clips if clip in self._clips]
-        if not places:
-            notes.setdefault("of another shard", []).append(f"clip {row.clips[0]}")
-            return
-        attempt = row.attempt - 1
-        taken = self._files[attempt, places] >= 0
-        if taken.any():
-            notes.setdefault("a second answer to their request", []).append(f"clip {row.clips[0]}")
-        # The first answer of a clip counts, unless that failed: a file may have another try after it.
-        for place, is_taken in zip(places, taken.tolist(), strict=True):
-            if not is_taken or (row.answer.problem is None and self._has_failed(attempt, place)):
-                self._files[attempt, place], self._offsets[attempt, place] = number, offset
+    def _take(self, number: int, offset: int, row: _Row) -> bool:
+        """Note where the answer of each clip is; whether one had an answer already."""
+        places = np.array([clip - self._clips.start for clip in row.clips if clip in self._clips])
+        attempt, has_failed = row.attempt - 1, row.answer.problem is not None
+        is_taken = self._file[attempt, places] >= 0
+        # The first answer counts, unless it is a failure: files of two tries may have been put together.
+        places = places[~is_taken | (self._failed[attempt, places] & (not has_failed))]
+        self._file[attempt, places], self._offset[attempt, places] = number, offset
+        self._failed[attempt, places] = has_failed
+        return bool(is_taken.any())
 
-    def _has_failed(self, attempt: int, place: int) -> bool:
-        with self._paths[self._files[attempt, place]].open("rb") as file:
-            file.seek(int(self._offsets[attempt, place]))
-            row = self._parse(file.readline(MAX_BYTES))
-        return not isinstance(row, str) and row.answer.problem is not None
-
-    def _parse(self, line: bytes) -> _Row | str:
-        """A line of the file, or what it is instead of an answer. Raises :class:`UserError` for one of another run."""
+    def _parse(self, line: bytes) -> _Row | _Unusable:
+        """A line of a file. Raises :class:`UserError` for an answer of another run."""
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
-            return _NO_JSON
+            return _Unusable(_NO_JSON)
         if not isinstance(row, dict) or not isinstance(row.get("custom_id"), str):
-            return "without a custom_id"
+            return _Unusable("without a custom_id")
+        name = f" (custom_id '{shown(row['custom_id'])[:80]}')"
         match = _ID.fullmatch(row["custom_id"])
         if match is None:
-            return f"of something else (custom_id '{shown(row['custom_id'])[:40]}')"
+            return _Unusable("not of this program", name)
+        if "response" not in row and "error" not in row:
+            return _Unusable("requests, not answers")
         if match[1] != self._run:
             raise UserError(
-                f"answers of another run: custom_id '{shown(row['custom_id'])}' is not of {self._run}, the fingerprint of these "
-                "clips and settings; run --batch_answers with the settings of --batch_requests"
+                f"answers of another run{name}: the fingerprint of these clips and settings is {self._run}; "
+                "give --batch_answers the settings that --batch_requests had"
             )
-        if "response" not in row and "error" not in row:
-            return "requests, not answers"
         runs = [(int(first), int(count or 1)) for first, _, count in (x.partition("x") for x in match[3].split("_"))]
         # Before they are written out: a number in a file must not decide on the memory.
         if sum(count for _, count in runs) > self._settings.batch or any(sum(each) > self._total for each in runs):
-            return "of clips that no request has"
+            return _Unusable("of clips that no request has", name)
         clips = [clip for first, count in runs for clip in range(first, first + count)]
+        if len(set(clips)) < len(clips):
+            return _Unusable("of clips that no request has", name)
         return _Row(int(match[2]), clips, _answer(row))
 
 

@@ -2,8 +2,8 @@
 
 :class:`Endpoint` is the client of any OpenAI-compatible chat server: bounded concurrency, retries with backoff, one
 line for each failure. The key is read from the environment, sent in the one header that needs it and masked in whatever
-is shown. :class:`ChatFormat` makes the requests and validates the answers. :class:`LanguageModelNarrator` sends them to an
-endpoint; :mod:`egohod.hod.narrators.batch` has them in files.
+is shown. :class:`ChatFormat` makes the requests and validates the answers; :class:`LanguageModelNarrator` sends them to
+an endpoint, :mod:`egohod.hod.narrators.batch` has them in files.
 """
 
 from __future__ import annotations
