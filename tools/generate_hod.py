@@ -112,7 +112,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--merge", action="store_true", help="merge the finished shards into OUTPUT")
     add("--export_detections", type=Path, metavar="PARQUET", help="write the boxes detected so far to a file, and exit")
     add("--batch_requests", type=Path, metavar="JSONL", help="write the requests to the language model to a file")
-    add("--batch_answers", type=Path, nargs="+", metavar="JSONL", help="read its answers from files, and go on")
+    add("--batch_answers", type=Path, action="append", metavar="JSONL", help="read its answers; once for each file")
     add("--retry", action="store_true", help="try failed clips again, and those without an answer from the model")
     add("--submit", type=int, metavar="N", help="submit N shards and a merge to Slurm, and exit")
     add("--which_detector", action="store_true", help="print the configured detector, and exit")

@@ -29,6 +29,7 @@ from egohod.hod.narrators.llm import MAX_BYTES, Answer, ChatFormat, read_chat, s
 log = logging.getLogger(__name__)
 
 FIRST, SECOND = 1, 2
+_NO_JSON, _OTHER_RUN = "not JSON", "of another run"  # kinds of lines
 _NAMED = 3  # examples of each kind of line that cannot be used
 _ID = re.compile(r"([0-9a-f]{12})-([12])-(\d{1,9}(?:x\d{1,9})?(?:_\d{1,9}(?:x\d{1,9})?)*)")
 
@@ -95,8 +96,8 @@ class BatchNarrator:
             at = attempt - 1, request.seed - self._clips.start
             key = int(self._file[at]), int(self._offset[at])
             if key[0] < 0:
-                again = " to a second request" if attempt == SECOND else ""
-                yield number, Narration(None, self.name, problem=f"the batch has no answer{again}")
+                problem = "no answer: none in the batch" + (" to a second request" if attempt == SECOND else "")
+                yield number, Narration(None, self.name, problem=problem)
                 continue
             # The clips of a request follow one another: its answer is read once.
             if self._last[0] != key:
@@ -135,6 +136,11 @@ class BatchNarrator:
                     else:
                         row = self._parse(line)
                     if isinstance(row, _Unusable):
+                        if row.kind == _OTHER_RUN:
+                            raise UserError(
+                                f"{path}: line {lines} is of another run{row.name}, this one has the fingerprint "
+                                f"{self._run}; give --batch_answers the clips and settings that --batch_requests had"
+                            )
                         cut = row.kind == _NO_JSON and not line.endswith(b"\n")
                         note("broken off at the end of the file" if cut else row.kind, f"line {lines}{row.name}")
                         continue
@@ -170,7 +176,7 @@ class BatchNarrator:
         return bool(is_taken.any())
 
     def _parse(self, line: bytes) -> _Row | _Unusable:
-        """A line of a file. Raises :class:`UserError` for an answer of another run."""
+        """A line of a file."""
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
@@ -184,10 +190,7 @@ class BatchNarrator:
         if "response" not in row and "error" not in row:
             return _Unusable("requests, not answers")
         if match[1] != self._run:
-            raise UserError(
-                f"answers of another run{name}: the fingerprint of these clips and settings is {self._run}; "
-                "give --batch_answers the settings that --batch_requests had"
-            )
+            return _Unusable(_OTHER_RUN, name)
         runs = [(int(first), int(count or 1)) for first, _, count in (x.partition("x") for x in match[3].split("_"))]
         # Before they are written out: a number in a file must not decide on the memory.
         if sum(count for _, count in runs) > self._settings.batch or any(sum(each) > self._total for each in runs):
@@ -196,9 +199,6 @@ class BatchNarrator:
         if len(set(clips)) < len(clips):
             return _Unusable("of clips that no request has", name)
         return _Row(int(match[2]), clips, _answer(row))
-
-
-_NO_JSON = "not JSON"
 
 
 def _answer(row: dict[str, Any]) -> Answer:
