@@ -23,11 +23,12 @@ Exit code: 0 done; 2 an error in the input or the settings, which the last line 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import signal
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from _common import run_tool
@@ -40,7 +41,8 @@ from egohod.hod import config
 from egohod.hod import pipeline as hod_pipeline
 from egohod.hod.config import FURTHER_CAPTIONS, HodConfig
 from egohod.hod.detectors import typed_options
-from egohod.hod.pipeline import Pipeline, build
+from egohod.hod.narrators import Cost
+from egohod.hod.pipeline import CHECK, NARRATE, Pipeline, Task, build
 from egohod.hod.store import Shard, text_file
 from egohod.runtime import STOP_SIGNALS, time_left
 
@@ -148,7 +150,7 @@ def _batch(pipeline: Pipeline, shard: Shard, args: argparse.Namespace) -> int:
                 )
             return _merge_if_whole(pipeline, shard)
         names = [stage.name for stage in pipeline.stages]
-        for name in names[: names.index(hod_pipeline.NARRATE)]:
+        for name in names[: names.index(NARRATE)]:
             pipeline.run([name], shard)
         count = pipeline.write_requests(shard, args.batch_requests)
         if count:
@@ -194,9 +196,10 @@ def _dry_run(pipeline: Pipeline, shard: Shard) -> int:
         log.info("  %-8s %s to do", stage, f"{count:,}")
     seconds: dict[str, list[float]] = {stage: [] for stage in names}
     # Spread over the shard: neighbouring clips are of one video, which may be the odd one.
-    for index in clips[:: max(1, len(clips) // TRIED)][:TRIED]:
-        log.info("%s: %s", table.where(index), " / ".join(table.row(index).texts))
-        for stage, outcome, spent in pipeline.try_clip(index):
+    tasks = [Task(index) for index in clips[:: max(1, len(clips) // TRIED)][:TRIED]]
+    for task in tasks:
+        log.info("%s: %s", table.where(task.index), " / ".join(table.row(task.index).texts))
+        for stage, outcome, spent in pipeline.try_clip(task):
             seconds[stage].append(spent)
             if outcome.fault:
                 log.warning("  %s: %s", stage, outcome.fault)
@@ -207,9 +210,47 @@ def _dry_run(pipeline: Pipeline, shard: Shard) -> int:
                     log.info("  %s: %s", name, outcome.value[name])
     # The first clip waits for models to load, which no other does.
     each = {stage: statistics.mean(spent[1:] or spent or [0.0]) for stage, spent in seconds.items()}
-    total = sum(each[stage] * to_do[stage] for stage in names)
+    total = _estimate(pipeline, pipeline.measured_cost(tasks), each, to_do)
     log.info("about %s with one process; would write %s", time_left(total, 1.0), pipeline.store.output)
     return cli.DONE
+
+
+def _estimate(pipeline: Pipeline, cost: Cost | None, each: Mapping[str, float], to_do: Mapping[str, int]) -> float:
+    """Log time and cost of 1,000 clips and of what is to do, as a table and as a line of JSON; seconds of the latter.
+
+    ``each`` are the seconds of a clip at each stage, ``cost`` those of its requests where a model narrates.
+    """
+    settings = pipeline.cfg.narrator
+    # The time of a model is that of its requests, of which several are in flight.
+    local = [stage for stage in each if cost is None or stage not in (NARRATE, CHECK)]
+    columns = []
+    for counts in (dict.fromkeys(each, 1000), to_do):
+        clips = counts[NARRATE]
+        values: dict[str, float | None] = {"clips": clips, "local_seconds": sum(each[x] * counts[x] for x in local)}
+        if cost is not None:
+            values |= {
+                name: None if value is None else value * clips
+                for name, value in vars(cost).items()
+                if name != "price" or value is not None
+            }
+        columns.append({name: value and round(value, 3) for name, value in values.items()})
+    titles = {
+        "clips": "estimate: clips",
+        "local_seconds": f"{', '.join(local)}, one process",
+        "requests": f"requests of {settings.batch} clips",
+        "seconds": f"their time, {settings.concurrency} at once",
+        "prompt_tokens": "tokens of prompts",
+        "completion_tokens": "tokens of answers",
+        "price": "price",
+    }
+    for name in columns[0]:
+        cells = []
+        for value in (column[name] for column in columns):
+            number = "not counted" if value is None else f"{value:,.{2 if name == 'price' else 0}f}"
+            cells.append(time_left(value or 0.0, 1.0) if name.endswith("seconds") else number)
+        log.info("%-40s %14s %14s", titles[name], *cells)
+    log.info("estimate %s", json.dumps({"per_1000_clips": columns[0], "to_do": columns[1]}))
+    return (columns[1]["local_seconds"] or 0.0) + (columns[1].get("seconds") or 0.0)
 
 
 def _submit(pipeline: Pipeline, args: argparse.Namespace) -> int:

@@ -50,6 +50,7 @@ from egohod.hod.config import COLUMNS, FURTHER_CAPTIONS, HodConfig
 from egohod.hod.detectors import Detector, check_boxes, detector_class, make_detector, typed_options
 from egohod.hod.facts import ClipFacts, camera_shifts, facts_of, without_rare
 from egohod.hod.narrators import (
+    Cost,
     Narration,
     Narrator,
     Request,
@@ -386,15 +387,31 @@ class Pipeline:
         number = [stage.name for stage in self.stages].index(NARRATE)
         return _hash(_table_hash(self.cfg, self.table), self._versions[number], self.cfg.seed)[:12]
 
-    def try_clip(self, index: int) -> Iterator[tuple[str, Outcome, float]]:
+    def try_clip(self, task: Task) -> Iterator[tuple[str, Outcome, float]]:
         """Take one clip through the stages up to a failure and store nothing: (stage, outcome, seconds)."""
-        task = Task(index)
         for stage in self.stages:
             began = time.perf_counter()
             ((_, task.outcomes[stage.name]),) = stage.run([task])
             yield stage.name, task.outcomes[stage.name], time.perf_counter() - began
             if task.outcomes[stage.name].fault:
                 return
+
+    def measured_cost(self, tried: Sequence[Task]) -> Cost | None:
+        """What captions cost by the requests of clips that :meth:`try_clip` took one by one, and one more of several.
+
+        None for a narrator without requests, and if none was answered.
+        """
+        narrators = [stage.narrator for stage in self.stages if isinstance(stage, NarrateStage)]
+        usage = getattr(narrators[0], "usage", None) if narrators else None
+        requests = [task.request for task in tried if task.request is not None]
+        if not usage or not requests:
+            return None
+        alone = list(usage)
+        usage.clear()
+        several = requests[: self.cfg.narrator.batch]
+        if len(several) > 1:
+            list(narrators[0].narrate(several))
+        return Cost.measured(alone, usage[0] if usage else None, len(requests), self.cfg.narrator)
 
     def finish(self, shard: Shard) -> Finished:
         """Mark a shard as finished, and log what its narrations are like.

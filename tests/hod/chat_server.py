@@ -32,9 +32,12 @@ def text_of(body: dict[str, Any], caption: Captioner) -> str:
     return json.dumps({"captions": captions})
 
 
-def completion(choice: dict[str, Any]) -> dict[str, Any]:
+USAGE = {"prompt_tokens": 101, "completion_tokens": 11}
+
+
+def completion(choice: dict[str, Any], usage: dict[str, int] = USAGE) -> dict[str, Any]:
     """The body of an answer."""
-    return {"choices": [choice], "usage": {"prompt_tokens": 101, "completion_tokens": 11}}
+    return {"choices": [choice], "usage": usage}
 
 
 def run_batch(requests: Path, answers: Path, caption: Captioner) -> list[dict[str, Any]]:
@@ -64,7 +67,7 @@ class ChatServer:
     ``choices`` entry to send.
 
     It is a proxy as well: requests for any address are answered, and ``paths`` keeps what they asked for. ``host`` is
-    the address to listen on.
+    the address to listen on, ``usage`` what it counts of a request.
     """
 
     def __init__(
@@ -73,7 +76,9 @@ class ChatServer:
         script: list[Any] | None = None,
         hold: threading.Barrier | None = None,
         host: str = "127.0.0.1",
+        usage: Callable[[dict[str, Any]], dict[str, int]] = lambda _: USAGE,
     ) -> None:
+        self.usage = usage
         self.caption, self.script = caption, list(script or [])
         self.bodies: list[dict[str, Any]] = []
         self.paths: list[str] = []
@@ -155,7 +160,7 @@ class ChatServer:
             system = re.sub(r"\s+", " ", body["messages"][0]["content"])
             text = json.dumps({"captions": [{"clip": each["clip"], "caption": system[:150]} for each in clips]})
         choice = step(text) if callable(step) else {"message": {"role": "assistant", "content": text}}
-        answer = {"hello": 1} if step == "no chat" else completion(choice)
+        answer = {"hello": 1} if step == "no chat" else completion(choice, self.usage(body))
         self._send(request, 200, json.dumps(answer).encode(), {})
 
     def _never_end(self, request: BaseHTTPRequestHandler, step: str) -> None:

@@ -193,6 +193,13 @@ def test_a_dry_run_writes_nothing(few: list[str], tmp_path: Path, inside: Comman
     assert done.returncode == 0, done.stderr
     for part in ("10 of 10 clips", "detect   10 to do", "->", "about 0:00"):
         assert part in done.stderr, part
+    estimate = json.loads(re.search(r"estimate (\{.*\})", done.stderr)[1])  # type: ignore[index]
+    assert {name: set(values) for name, values in estimate.items()} == {
+        "per_1000_clips": {"clips", "local_seconds"},
+        "to_do": {"clips", "local_seconds"},
+    }
+    assert estimate["to_do"]["clips"] == 10
+    assert estimate["per_1000_clips"]["local_seconds"] > estimate["to_do"]["local_seconds"] > 0
     assert {path.name for path in tmp_path.iterdir()} <= {"clips.csv", "demo"}
 
 

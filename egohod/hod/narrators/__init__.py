@@ -83,6 +83,41 @@ class Usage:
     completion_tokens: int
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What a clip takes of a model on average, second requests after a refusal included."""
+
+    requests: float
+    seconds: float  # with as many requests at a time as the settings have
+    prompt_tokens: float | None  # None where the server does not count them
+    completion_tokens: float | None
+    price: float | None  # None without prices
+
+    @classmethod
+    def measured(cls, alone: Sequence[Usage], together: Usage | None, clips: int, settings: NarratorConfig) -> Cost:
+        """Extrapolate from a few requests to those of a run, which have ``settings.batch`` clips.
+
+        ``alone`` are requests of one clip each for ``clips`` clips, ``together`` is one of several. Instructions are in
+        each request once: what a request takes is a constant and a part for each clip, which these two determine.
+        Without ``together`` each clip counts as one alone, which is too much. Nothing is assumed of discounts, for a
+        prefix that requests share or for batches, nor of a server that slows down with more requests at a time.
+        """
+        size, share = settings.batch, len(alone) / clips / settings.batch
+
+        def of_clip(name: str) -> float:
+            one = sum(getattr(each, name) for each in alone) / len(alone)
+            each = one if together is None else (getattr(together, name) - one) / (together.clips - 1)
+            return (one + min(max(each, 0.0), one) * (size - 1)) * share
+
+        tokens = of_clip("prompt_tokens"), of_clip("completion_tokens")
+        prices = settings.price_per_million_input, settings.price_per_million_output
+        is_priced = any(tokens) and any(each is not None for each in prices)
+        price = sum(number * (each or 0.0) for number, each in zip(tokens, prices, strict=True)) / 1e6
+        prompt, completion = tokens if any(tokens) else (None, None)
+        seconds = of_clip("seconds") / settings.concurrency
+        return cls(share, seconds, prompt, completion, price if is_priced else None)
+
+
 class Narrator(Protocol):
     """Captions clips."""
 
