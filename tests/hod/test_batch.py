@@ -5,12 +5,16 @@ from __future__ import annotations
 import csv
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from egohod.data.config import SourceConfig
+from egohod.data.formats import read_clips
 from egohod.errors import UserError
 from egohod.hod.config import NarratorConfig
 from egohod.hod.narrators import Request
@@ -19,7 +23,7 @@ from egohod.hod.narrators.llm import answer_schema
 from tests.hod.chat_server import ChatServer, clips_of, run_batch, write_rows
 from tests.hod.hod_facts import WIPE
 from tests.hod.runs import command, head, rows
-from tests.support import Command
+from tests.support import ROOT, Command
 
 Run = Callable[..., Any]
 CAPTIONS = "narrator.captions=[fine, coarse, opposite]"
@@ -148,6 +152,32 @@ def test_answers_that_are_missing_or_failed_are_named_and_requested_again(run: R
     by_model = sum(bool(re.search(r"with the (left|right) hand$", row["text"])) for row in rows(tmp_path / "hod.csv"))
     assert by_model >= 8
     assert len(more) == 3
+
+
+def test_frames_are_in_the_requests_and_not_needed_for_the_answers(run: Run, tmp_path: Path, demo_world: Path) -> None:
+    requests, answers = tmp_path / "r.jsonl", tmp_path / "a.jsonl"
+    run("narrator.kind=vlm", "narrator.frames=2", "--batch_requests", requests)
+    content = requests_in(requests)[0]["body"]["messages"][1]["content"]
+    assert sum(part["type"] == "image_url" for part in content) == 4 * 2
+    run_batch(requests, answers, caption)
+    (tmp_path / "none").mkdir()
+    away = ["narrator.kind=vlm", "narrator.frames=2", f"source.root={tmp_path}/none"]
+    run(*away, "--batch_answers", answers)
+    assert len(rows(tmp_path / "hod.csv")) == 10
+
+
+def test_training_reads_fine_and_coarse_captions(run: Run, tmp_path: Path) -> None:
+    run("narrator.kind=template")
+    output = tmp_path / "hod.csv"
+    written = rows(output)
+    assert all(row["coarse"] and len(row["coarse"]) < len(row["text"]) for row in written)
+    coarse = read_clips(SourceConfig(metadata=str(output), columns={"text": "coarse"}), strict=True)
+    assert [coarse.row(i).texts for i in range(10)] == [(row["coarse"],) for row in written]
+    # The command of docs/hod.md.
+    (line,) = re.findall(r'    python -c "(import pandas.*to_csv.*)"', (ROOT / "docs" / "hod.md").read_text())
+    subprocess.run([sys.executable, "-c", line], cwd=tmp_path, check=True)
+    both = read_clips(tmp_path / "both.csv", strict=True)
+    assert [both.row(i).texts for i in range(10)] == [(row["text"], row["coarse"]) for row in written]
 
 
 def test_answers_of_another_run_are_refused(run: Run, tmp_path: Path) -> None:
