@@ -149,9 +149,6 @@ def _batch(pipeline: Pipeline, shard: Shard, args: argparse.Namespace) -> int:
                     f"{finished.fallbacks:,}",
                 )
             return _merge_if_whole(pipeline, shard)
-        names = [stage.name for stage in pipeline.stages]
-        for name in names[: names.index(NARRATE)]:
-            pipeline.run([name], shard)
         count = pipeline.write_requests(shard, args.batch_requests)
         if count:
             log.info("%s: %s requests; --batch_answers FILE reads the answers", args.batch_requests, f"{count:,}")

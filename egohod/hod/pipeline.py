@@ -309,10 +309,10 @@ class Pipeline:
         assert not pending, f"stage {stage.name} has no outcome for {self.table.where(min(pending))}"
 
     def write_requests(self, shard: Shard, path: Path) -> int:
-        """Write a request to the language model for each caption that is due; their number. With 0 there is no file.
+        """Write the requests to the language model for captions that are due; their number. With 0 there is no file.
 
-        With ``retry`` also for clips whose answer failed, or whose caption was refused: these with the reasons. Clips
-        must have been through the stages before narrate. Raises :class:`UserError`.
+        Clips go through the stages before narrate first. With ``retry`` there are also requests for clips whose answer
+        failed, and for those whose caption was refused: these with the reasons. Raises :class:`UserError`.
         """
         from egohod.hod.narrators.batch import FIRST, SECOND, request_line
         from egohod.hod.narrators.llm import ChatFormat
@@ -320,10 +320,16 @@ class Pipeline:
         narrate, run, last = self._batch_stage(), self._batch_run(), self.stages[-1]
         if path.exists():
             raise UserError(f"{path}: exists; choose another file")
-        chat, written, file = ChatFormat(self.cfg.narrator), 0, None
-        with self.store.results(shard) as results, ExitStack() as stack:
-            counts = {stage.name: StageCounts(len(self.clips(shard))) for stage in (narrate, last)}
-            tasks = self._due_tasks([narrate, last], self.clips(shard), results, counts)
+        chat, clips, written, file = ChatFormat(self.cfg.narrator), self.clips(shard), 0, None
+        for stage in self.stages[: self.stages.index(narrate)]:
+            self.run([stage.name], shard)
+        counts = {stage.name: StageCounts(len(clips)) for stage in (narrate, last)}
+        with (
+            self.store.results(shard) as results,
+            Progress("requests", len(clips), seconds=5.0) as progress,
+            ExitStack() as stack,
+        ):
+            tasks = self._due_tasks([narrate, last], clips, results, counts)
             while group := list(itertools.islice(tasks, narrate.group)):
                 ready, failed = narrate.requests([task for task in group if self._state(task, narrate) in _HAS_FACTS])
                 for task, outcome in failed:
@@ -345,6 +351,7 @@ class Pipeline:
                         file = file or stack.enter_context(text_file(path))
                         file.write(request_line(run, attempt, [each.seed for each in own], chat.body(own)))
                         written += 1
+                progress.update(group[-1].index + 1 - clips.start)
         return written
 
     def read_answers(self, shard: Shard, paths: Sequence[Path]) -> None:
@@ -401,16 +408,16 @@ class Pipeline:
 
         None for a narrator without requests, and if none was answered.
         """
-        narrators = [stage.narrator for stage in self.stages if isinstance(stage, NarrateStage)]
-        usage = getattr(narrators[0], "usage", None) if narrators else None
         requests = [task.request for task in tried if task.request is not None]
-        if not usage or not requests:
+        (narrate,) = (stage for stage in self.stages if isinstance(stage, NarrateStage))
+        usage = getattr(narrate.narrator, "usage", None) if requests else None
+        if not usage:
             return None
         alone = list(usage)
         usage.clear()
         several = requests[: self.cfg.narrator.batch]
         if len(several) > 1:
-            list(narrators[0].narrate(several))
+            list(narrate.narrator.narrate(several))
         return Cost.measured(alone, usage[0] if usage else None, len(requests), self.cfg.narrator)
 
     def finish(self, shard: Shard) -> Finished:

@@ -106,8 +106,8 @@ class Cost:
 
         def of_clip(name: str) -> float:
             one = sum(getattr(each, name) for each in alone) / len(alone)
-            each = one if together is None else (getattr(together, name) - one) / (together.clips - 1)
-            return (one + min(max(each, 0.0), one) * (size - 1)) * share
+            further = one if together is None else (getattr(together, name) - one) / (together.clips - 1)
+            return (one + min(max(further, 0.0), one) * (size - 1)) * share
 
         tokens = of_clip("prompt_tokens"), of_clip("completion_tokens")
         prices = settings.price_per_million_input, settings.price_per_million_output
