@@ -113,7 +113,7 @@ def test_an_answer_of_a_hundred_thousand_captions_is_not_validated(monkeypatch: 
         return says('{"captions": [' + items + "]}")
 
     validated = []
-    monkeypatch.setattr(endpoint_module.jsonschema, "validate", lambda *_: validated.append(1))
+    monkeypatch.setattr(endpoint_module.jsonschema.Draft202012Validator, "validate", lambda *_: validated.append(1))
     with ChatServer(caption, [loop]) as server:
         answers = dict(narrator(server).narrate(requests(2)))
     assert answers[0].problem == "schema: 80,000 captions for 2 clips"

@@ -39,7 +39,7 @@ from urllib3.exceptions import InvalidHeader, NewConnectionError, ProxyError
 from urllib3.util import Retry
 
 from egohod.errors import UserError
-from egohod.hod.config import NarratorConfig
+from egohod.hod.config import FURTHER_CAPTIONS, NarratorConfig
 from egohod.hod.narrators import FURTHER_PROMPTS, Narration, Request, Usage, describe, prompt_path
 
 log = logging.getLogger(__name__)
@@ -403,6 +403,9 @@ class ChatFormat:
         self.name = settings.kind
         self._settings = settings
         self._schema = answer_schema(settings.captions)
+        # Once: to prepare one takes longer than to validate an answer.
+        self._validator = jsonschema.Draft202012Validator(self._schema)
+        self._names = ["caption", *(name for name in FURTHER_CAPTIONS if name in settings.captions)]
         self._prompt = _read_prompt(prompt or prompt_path(settings), _BLOCKS)
         prompts = [path for name, path in FURTHER_PROMPTS.items() if name in settings.captions]
         every = [self._prompt, *(_read_prompt(path, _BLOCKS[:2]) for path in prompts)]
@@ -470,7 +473,7 @@ class ChatFormat:
         """One narration for each clip of the batch."""
         if answer.text is None:
             return [Narration(None, self.name, problem=f"no answer: {answer.problem}")] * count
-        items, problem = _captions(answer.text, self._schema, count)
+        items, problem = _captions(answer.text, self._validator, self._names, count)
         if problem and answer.is_cut:
             problem += "; cut off at its limit of tokens, raise narrator.max_tokens"
         wrong = f"schema: {problem}" if problem else "schema: the answer leaves this clip out, or has it twice"
@@ -533,9 +536,10 @@ def _render(prompt: jinja2.Template, block: str, values: dict[str, Any]) -> str:
         raise UserError(f"{prompt.filename}: {type(error).__name__}: {error}") from error
 
 
-def _captions(text: str, schema: dict[str, Any], count: int) -> tuple[dict[int, dict[str, str | None]], str | None]:
-    """The captions of each of ``count`` clips by the names of the schema, and the problem of the answer as a whole."""
-    known = schema["properties"]["captions"]["items"]["properties"]
+def _captions(
+    text: str, validator: jsonschema.Draft202012Validator, names: Sequence[str], count: int
+) -> tuple[dict[int, dict[str, str | None]], str | None]:
+    """The captions ``names`` of each of ``count`` clips, and the problem of the answer as a whole."""
     # The answer follows the reasoning. Some chat templates open that in the prompt, so that only its end is here;
     # reasoning without an end is no answer, whatever drafts are in it.
     marks = list(_REASONING.finditer(text))
@@ -563,9 +567,9 @@ def _captions(text: str, schema: dict[str, Any], count: int) -> tuple[dict[int, 
                 # Left out, or of another type, they are none: the captions are as good.
                 if isinstance(item, dict):
                     for name, none in (("coarse", ""), ("opposite", None)):
-                        if name in known:
+                        if name in names:
                             item[name] = item[name] if isinstance(item.get(name), str) else none
-            jsonschema.validate(answer, schema)
+            validator.validate(answer)
             valid = answer
             break
         except (ValueError, RecursionError) as error:
@@ -577,7 +581,7 @@ def _captions(text: str, schema: dict[str, Any], count: int) -> tuple[dict[int, 
     numbers = Counter(item["clip"] for item in valid["captions"])
     # A clip with two captions is ambiguous.
     once = [item for item in valid["captions"] if numbers[item["clip"]] == 1]
-    return {item["clip"]: {name: _one_line(item[name]) for name in known if name != "clip"} for item in once}, None
+    return {item["clip"]: {name: _one_line(item[name]) for name in names} for item in once}, None
 
 
 def _one_line(text: str | None) -> str | None:
