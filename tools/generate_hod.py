@@ -8,6 +8,8 @@ Shards:          ... --shard 3/64       one part of the clips; 0/64 is the first
                  ... --submit 64        all parts as a Slurm array, and a job that merges them
                  ... --merge            merge the finished parts
 Failed clips:    ... --retry            try them again
+Batches:         ... --batch_requests requests.jsonl       write a language model's requests, for vllm run-batch
+                 ... --batch_answers answers.jsonl         read its answers
 The boxes:       ... --export_detections boxes.parquet     for training (data.train.NAME.detections) or another run
 
 --metadata is any file of narrations that main_pretrain.py reads, or EPIC-KITCHENS-100's csv; without one, windows over
@@ -21,11 +23,12 @@ Exit code: 0 done; 2 an error in the input or the settings, which the last line 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import signal
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from _common import run_tool
@@ -36,9 +39,10 @@ from egohod.demo import make_world
 from egohod.errors import UserError
 from egohod.hod import config
 from egohod.hod import pipeline as hod_pipeline
-from egohod.hod.config import HodConfig
+from egohod.hod.config import FURTHER_CAPTIONS, HodConfig
 from egohod.hod.detectors import typed_options
-from egohod.hod.pipeline import Pipeline, build
+from egohod.hod.narrators import Cost
+from egohod.hod.pipeline import CHECK, NARRATE, Pipeline, Task, build
 from egohod.hod.store import Shard, text_file
 from egohod.runtime import STOP_SIGNALS, time_left
 
@@ -69,6 +73,8 @@ def main(arguments: Sequence[str]) -> int:
         if not args.dry_run and make_world(folder, scale=cfg.demo.scale):
             log.info("%s: rendered the demo world", folder)
     pipeline = build(cfg, retry=args.retry)
+    if args.batch_requests or args.batch_answers:
+        return _batch(pipeline, shard, args)
     if args.dry_run:
         return _dry_run(pipeline, shard)
     if args.submit is not None:
@@ -86,9 +92,7 @@ def main(arguments: Sequence[str]) -> int:
             if finished.failures:
                 log.warning("%s clips failed; --retry tries them again", f"{finished.failures:,}")
         else:
-            # For people: what is computed again depends on the hashes in the results alone.
-            with text_file(pipeline.store.folder / "config.yml") as file:
-                file.write(to_yaml(cfg))
+            _write_settings(pipeline)
             if args.stage == "all":
                 pipeline.run_all(shard)
             else:
@@ -96,10 +100,7 @@ def main(arguments: Sequence[str]) -> int:
             if args.stage not in ("all", pipeline.stages[-1].name):
                 return cli.DONE  # a shard is finished when its last stage is
             log.info("shard %s: %s narrations", shard, f"{pipeline.finish(shard).narrations:,}")
-        if shard.count > 1:
-            log.info("when all %d shards are finished, --merge puts them together", shard.count)
-            return cli.DONE
-        return _merge(pipeline, 1)
+        return _merge_if_whole(pipeline, shard)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -112,11 +113,55 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--shard", metavar="I/N", help="only part I of N, counted from 0")
     add("--merge", action="store_true", help="merge the finished shards into OUTPUT")
     add("--export_detections", type=Path, metavar="PARQUET", help="write the boxes detected so far to a file, and exit")
+    add("--batch_requests", type=Path, metavar="JSONL", help="write the requests to the language model to a file")
+    add("--batch_answers", type=Path, action="append", metavar="JSONL", help="read its answers; once for each file")
     add("--retry", action="store_true", help="try failed clips again, and those without an answer from the model")
     add("--submit", type=int, metavar="N", help="submit N shards and a merge to Slurm, and exit")
     add("--which_detector", action="store_true", help="print the configured detector, and exit")
     add("--dry_run", action="store_true", help="print what is left to do, try a few clips, write nothing")
     return parser.parse_intermixed_args(arguments)
+
+
+def _write_settings(pipeline: Pipeline) -> None:
+    # For people: what is computed again depends on the hashes in the results alone.
+    with text_file(pipeline.store.folder / "config.yml") as file:
+        file.write(to_yaml(pipeline.cfg))
+
+
+def _batch(pipeline: Pipeline, shard: Shard, args: argparse.Namespace) -> int:
+    """The narrate stage by files: its requests, or its answers and what follows."""
+    others = ["dry_run", "submit", "export_detections", "merge"]
+    clash = [f"--{name}" for name in others if getattr(args, name) not in (None, False)]
+    clash += ["--stage"] if args.stage != "all" else []
+    clash += ["--batch_answers"] if args.batch_requests and args.batch_answers else []
+    if clash:
+        used = "--batch_requests" if args.batch_requests else "--batch_answers"
+        raise UserError(f"{used} does all that it needs; without {clash[0]}")
+    with pipeline.store.claim(shard):
+        _write_settings(pipeline)
+        if args.batch_answers:
+            pipeline.read_answers(shard, args.batch_answers)
+            finished = pipeline.finish(shard)
+            if finished.fallbacks:
+                log.warning(
+                    "%s captions are the template's: their request failed, or the model's caption was refused; --retry "
+                    "--batch_requests FILE requests them again, refused ones with the reasons",
+                    f"{finished.fallbacks:,}",
+                )
+            return _merge_if_whole(pipeline, shard)
+        count = pipeline.write_requests(shard, args.batch_requests)
+        if count:
+            log.info("%s: %s requests; --batch_answers FILE reads the answers", args.batch_requests, f"{count:,}")
+        else:
+            log.info("no request is due, and none is written")
+    return cli.DONE
+
+
+def _merge_if_whole(pipeline: Pipeline, shard: Shard) -> int:
+    if shard.count == 1:
+        return _merge(pipeline, 1)
+    log.info("when all %d shards are finished, --merge puts them together", shard.count)
+    return cli.DONE
 
 
 def _merge(pipeline: Pipeline, shards: int | None) -> int:
@@ -148,21 +193,61 @@ def _dry_run(pipeline: Pipeline, shard: Shard) -> int:
         log.info("  %-8s %s to do", stage, f"{count:,}")
     seconds: dict[str, list[float]] = {stage: [] for stage in names}
     # Spread over the shard: neighbouring clips are of one video, which may be the odd one.
-    for index in clips[:: max(1, len(clips) // TRIED)][:TRIED]:
-        log.info("%s: %s", table.where(index), " / ".join(table.row(index).texts))
-        for stage, outcome, spent in pipeline.try_clip(index):
+    tasks = [Task(index) for index in clips[:: max(1, len(clips) // TRIED)][:TRIED]]
+    for task in tasks:
+        log.info("%s: %s", table.where(task.index), " / ".join(table.row(task.index).texts))
+        for stage, outcome, spent in pipeline.try_clip(task):
             seconds[stage].append(spent)
             if outcome.fault:
                 log.warning("  %s: %s", stage, outcome.fault)
         if not outcome.fault:
             log.info("  -> %s", outcome.value["text"])
-            if outcome.value["opposite"]:
-                log.info("  opposite: %s", outcome.value["opposite"])
+            for name in FURTHER_CAPTIONS:
+                if outcome.value[name]:
+                    log.info("  %s: %s", name, outcome.value[name])
     # The first clip waits for models to load, which no other does.
     each = {stage: statistics.mean(spent[1:] or spent or [0.0]) for stage, spent in seconds.items()}
-    total = sum(each[stage] * to_do[stage] for stage in names)
+    total = _estimate(pipeline, pipeline.measured_cost(tasks), each, to_do)
     log.info("about %s with one process; would write %s", time_left(total, 1.0), pipeline.store.output)
     return cli.DONE
+
+
+def _estimate(pipeline: Pipeline, cost: Cost | None, each: Mapping[str, float], to_do: Mapping[str, int]) -> float:
+    """Log time and cost of 1,000 clips and of what is to do, as a table and as a line of JSON; seconds of the latter.
+
+    ``each`` are the seconds of a clip at each stage, ``cost`` those of its requests where a model narrates.
+    """
+    settings = pipeline.cfg.narrator
+    # The time of a model is that of its requests, of which several are in flight.
+    local = [stage for stage in each if cost is None or stage not in (NARRATE, CHECK)]
+    columns = []
+    for counts in (dict.fromkeys(each, 1000), to_do):
+        clips = counts[NARRATE]
+        values: dict[str, float | None] = {"clips": clips, "local_seconds": sum(each[x] * counts[x] for x in local)}
+        if cost is not None:
+            values |= {
+                name: None if value is None else value * clips
+                for name, value in vars(cost).items()
+                if name != "price" or value is not None
+            }
+        columns.append({name: value and round(value, 3) for name, value in values.items()})
+    titles = {
+        "clips": "estimate: clips",
+        "local_seconds": f"{', '.join(local)}, one process",
+        "requests": f"requests of {settings.batch} clips",
+        "seconds": f"their time, {settings.concurrency} at once",
+        "prompt_tokens": "tokens of prompts",
+        "completion_tokens": "tokens of answers",
+        "price": "price",
+    }
+    for name in columns[0]:
+        cells = []
+        for value in (column[name] for column in columns):
+            number = "not counted" if value is None else f"{value:,.{2 if name == 'price' else 0}f}"
+            cells.append(time_left(value or 0.0, 1.0) if name.endswith("seconds") else number)
+        log.info("%-40s %14s %14s", titles[name], *cells)
+    log.info("estimate %s", json.dumps({"per_1000_clips": columns[0], "to_do": columns[1]}))
+    return (columns[1]["local_seconds"] or 0.0) + (columns[1].get("seconds") or 0.0)
 
 
 def _submit(pipeline: Pipeline, args: argparse.Namespace) -> int:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,8 @@ def replacements_by_model(captions: Sequence[str], count: int, settings: Narrato
     from egohod.hod.narrators import PROMPTS, Request
     from egohod.hod.narrators.llm import LanguageModelNarrator
 
-    narrator = LanguageModelNarrator(settings, PROMPTS / "verbs.jinja")
+    # The prompt asks for verbs alone, whatever captions the pipeline has.
+    narrator = LanguageModelNarrator(replace(settings, captions=["fine"]), PROMPTS / "verbs.jinja")
     # The prompt has no place for facts.
     nothing = ClipFacts("", 0.0, 0.0, np.zeros(0), {}, None, None, None)
     results, problems = dict[str, list[str]](), list[str]()

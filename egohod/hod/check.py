@@ -15,7 +15,7 @@ import functools
 import itertools
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +95,26 @@ def check_opposite(caption: str, opposite: str, settings: CheckConfig, prompt: s
         reasons = [f"side: {', '.join(after) or 'no hand'} for {', '.join(before) or 'no hand'}"]
     # Nouns are among the words that must stay.
     return tuple(reasons) or tuple(filter(None, [opposite_fault(caption, opposite)]))
+
+
+def check_coarse(coarse: str, caption: str, source: str, settings: CheckConfig, prompt: str = "") -> tuple[str, ...]:
+    """Why a text is not a coarse caption of the clip that ``caption`` describes; empty if nothing is against it.
+
+    It has the verbs and objects of the narration before, ``source`` (without one, they are not compared), may be
+    shorter than a caption, and names no hand, direction or contact that the narration does not. Tracks have no say:
+    there is nothing in it that they measure. The reasons begin like those of a :class:`Verdict`.
+    """
+    reasons = _faults_of_form(coarse, source, replace(settings, min_words=1), prompt)
+    if reasons:
+        return tuple(reasons)
+    if settings.words and source.strip() and is_english(source, settings.language):
+        reasons, _ = compare_words(coarse, source, None, "")
+    if set(sides(coarse)) - set(sides(source)):
+        reasons.append("hand: a coarse caption names none that the narration does not")
+    # "Picks up" is a claim too; where there is no narration it may be the caption's, which the tracks support.
+    known = {claim.what for claim in claims(source if source.strip() else caption)}
+    reasons += [f"direction: {claim.words!r} is not coarse" for claim in claims(coarse) if claim.what not in known]
+    return tuple(dict.fromkeys(reasons))
 
 
 # --- Form: length, text of a prompt, language ---

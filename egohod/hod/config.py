@@ -9,6 +9,7 @@ from typing import Any
 
 from egohod.config import load_as
 from egohod.data.config import SourceConfig
+from egohod.errors import UserError
 from egohod.knobs import knob, out_of_range, part
 
 # The registries: a detector or narrator is a class in a module of its package and a line here. As text: each module
@@ -26,6 +27,9 @@ NARRATORS = {
 }
 # Of the output, before those of keep. Here, since keep must not repeat one: the pipeline imports this module.
 COLUMNS = ("video_id", "start_second", "end_second", "text", "dataset", "uid")
+# What narrator.captions may name beside fine, which is the column text; each is a column of its own, after those of
+# keep.
+FURTHER_CAPTIONS = ("coarse", "opposite")
 
 
 @dataclass
@@ -88,11 +92,13 @@ class NarratorConfig:
         "template: several wordings for the same facts; false uses one, and only for what moves where, which a text "
         "tower that is trained from scratch learns sooner",
     )
-    opposites: bool = knob(
-        False,
-        "write a column opposite for data.train.NAME.opposite_column: the caption with its motion run backwards, by "
-        "rule for the template, else by the model in the same request, whose answer is then twice as long; off as "
-        "published",
+    captions: list[str] = knob(
+        ["fine"],
+        "captions of each clip, all by one request. fine: hands, directions and contact, the column text; coarse: what "
+        "is done, without them, the column coarse; opposite: the fine one with its motion run backwards, the column "
+        "opposite for data.train.NAME.opposite_column. A model's answer is as many times as long; the template writes "
+        "opposites by rule",
+        choices=("fine", *FURTHER_CAPTIONS),
     )
     # --- language models ---
     endpoint: str = knob(
@@ -120,15 +126,34 @@ class NarratorConfig:
     max_tokens: int = knob(128, "maximum tokens of the answer for each clip", low=16)
     answer_format: str = knob(
         "json_schema",
-        "response_format of a request: json_schema (vLLM, llama.cpp, Ollama, OpenAI), "
-        "json_object_schema (llama-cpp-python), json_object for those without schemas, none to use the prompt "
-        "alone; the answer is always validated",
-        choices=("json_schema", "json_object_schema", "json_object", "none"),
+        "how a request names the schema of its answer, by which the server guides the decoding: json_schema "
+        "(response_format of vLLM, llama.cpp, Ollama, OpenAI), json_object_schema (llama-cpp-python), "
+        "structured_outputs (vLLM's own field since 0.10.2), guided_json (vLLM's before; 0.12 and later ignore it), "
+        "json_object for servers without schemas, none to use the prompt alone; the answer is always validated",
+        choices=("json_schema", "json_object_schema", "structured_outputs", "guided_json", "json_object", "none"),
     )
+    price_per_million_input: float | None = knob(
+        None, "price of a million tokens of prompts, for --dry_run; null reports tokens alone", low=0
+    )
+    price_per_million_output: float | None = knob(None, "price of a million tokens of answers, for --dry_run", low=0)
     # --- vision-language models ---
     frames: int = knob(4, "vlm: frames of a clip that are sent, evenly spaced", low=1)
     frame_size: int = knob(448, "vlm: longer side of a sent frame in pixels; tokens grow with its square", low=32)
     jpeg_quality: int = knob(85, "vlm: JPEG quality of the sent frames", low=10, high=100)
+
+    @staticmethod
+    def convert_old_keys(section: dict[str, Any], below: dict[str, Any]) -> list[tuple[str, str]]:
+        """Replace ``opposites``, in place: it is one of ``captions`` now."""
+        if "opposites" not in section:
+            return []
+        value = str(section.pop("opposites")).lower()
+        if value not in ("true", "false"):
+            raise UserError(f"narrator.opposites is '{value}', but must be true or false; it is now narrator.captions")
+        captions = section.get("captions", below["captions"])
+        if isinstance(captions, list):  # anything else is an error that its own check reports
+            others = [name for name in captions if name != "opposite"]
+            section["captions"] = [*others, "opposite"] if value == "true" else others
+        return [("narrator.opposites", "narrator.captions=[fine, opposite]")]
 
 
 @dataclass
@@ -218,7 +243,11 @@ def check(config: HodConfig) -> list[tuple[str, str]]:
         if getattr(config.source, name) != getattr(default, name):
             key = f"source.{name}"
             problems.append((key, f"{key} is for training only, the pipeline does not use it"))
-    columns = (*COLUMNS, "opposite") if config.narrator.opposites else COLUMNS
+    captions = config.narrator.captions
+    if "fine" not in captions or len(set(captions)) < len(captions):
+        why = "names one twice" if "fine" in captions else "must hold fine, the column text of the output"
+        problems.append(("narrator.captions", f"narrator.captions is [{', '.join(captions)}], but {why}"))
+    columns = (*COLUMNS, *(name for name in FURTHER_CAPTIONS if name in captions))
     for name in dict.fromkeys(config.keep):
         if name in columns or config.keep.count(name) > 1:
             why = "which the output has anyway" if name in columns else "twice"

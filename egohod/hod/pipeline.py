@@ -46,10 +46,19 @@ from egohod.data.table import ClipReader, ClipTable, choose_text
 from egohod.data.videos import Frames, VideoError, sliding_windows
 from egohod.errors import UserError
 from egohod.hod.check import sides
-from egohod.hod.config import COLUMNS, HodConfig
+from egohod.hod.config import COLUMNS, FURTHER_CAPTIONS, HodConfig
 from egohod.hod.detectors import Detector, check_boxes, detector_class, make_detector, typed_options
 from egohod.hod.facts import ClipFacts, camera_shifts, facts_of, without_rare
-from egohod.hod.narrators import Narration, Narrator, Request, caption_settings, check_narrations, make_narrator
+from egohod.hod.narrators import (
+    Cost,
+    Narration,
+    Narrator,
+    Request,
+    caption_settings,
+    check_narrations,
+    make_narrator,
+    second_request,
+)
 from egohod.hod.narrators.template import TemplateNarrator
 from egohod.hod.store import Finished, Outcome, Results, Shard, Store, from_plain, text_file, to_plain
 from egohod.runtime import Lost, Progress, Workers, atomic_write, content_hash, file_hash, is_above_share
@@ -114,6 +123,10 @@ class State(Enum):
     UNREADY = auto()  # it has not been through the stages before
 
 
+# Of the narrate stage, for clips that have been through those before.
+_HAS_FACTS = (State.DUE, State.STORED)
+
+
 @dataclass
 class StageCounts:
     """How far a stage is with the clips of a shard."""
@@ -141,6 +154,7 @@ class Pipeline:
     def __init__(self, cfg: HodConfig, table: ClipTable, stages: Sequence[Stage], *, retry: bool = False) -> None:
         self.cfg, self.table, self.stages, self.retry = cfg, table, list(stages), retry
         self.store = Store(Path(cfg.output))
+        self._further = [name for name in FURTHER_CAPTIONS if name in cfg.narrator.captions]
         settings = [(stage.name, {"version": stage.version, **stage.settings}) for stage in stages]
         self.fingerprint = _hash(_table_hash(cfg, table), settings, cfg.keep, cfg.dataset, cfg.seed, cfg.block)
         # Of a stage's settings and those of all stages before: once for all clips.
@@ -170,20 +184,23 @@ class Pipeline:
         outcomes = {name: results.get(*key) for name, key in self.keys(index).items()}
         return {name: outcome for name, outcome in outcomes.items() if outcome is not None}
 
-    def run(self, names: Sequence[str], shard: Shard) -> dict[str, StageCounts]:
+    def run(self, names: Sequence[str], shard: Shard, clips: Sequence[int] | None = None) -> dict[str, StageCounts]:
         """Take a shard's clips through the stages ``names``, which follow one another; the shard must be claimed.
+
+        ``clips`` are some of the shard's, None: all.
 
         Clips pass through these stages in groups, so that the facts of a clip are decoded once for all of them.
         Raises :class:`UserError` if too many clips fail, or if none has been through the stages before.
         """
         stages = [stage for stage in self.stages if stage.name in names]
-        counts = {stage.name: StageCounts(len(self.clips(shard))) for stage in stages}
+        clips = self.clips(shard) if clips is None else clips
+        counts = {stage.name: StageCounts(len(clips)) for stage in stages}
         groups = [stage.group for stage in stages]
         with (
             self.store.results(shard) as results,
-            Progress(", ".join(counts), len(self.clips(shard)), seconds=5.0) as progress,
+            Progress(", ".join(counts), len(clips), seconds=5.0) as progress,
         ):
-            tasks = self._due_tasks(stages, shard, results, counts)
+            tasks = self._due_tasks(stages, clips, results, counts)
             if None in groups:
                 # A stage that takes tasks one by one may take millions: they must not become a list.
                 assert len(stages) == 1, "a stage that takes all tasks at a time runs alone"
@@ -214,10 +231,10 @@ class Pipeline:
         self.run([stage.name for stage in self.stages[1:]], shard)
 
     def _due_tasks(
-        self, stages: Sequence[Stage], shard: Shard, results: Results, counts: Mapping[str, StageCounts]
+        self, stages: Sequence[Stage], clips: Sequence[int], results: Results, counts: Mapping[str, StageCounts]
     ) -> Iterator[Task]:
         """The clips for which at least one of the stages has something to do; others are counted."""
-        for index in self.clips(shard):
+        for index in clips:
             task = Task(index, self.stored(index, results))
             # Groups are made of these alone: where few clips are due, as with --retry, requests to a model are full
             # all the same.
@@ -291,15 +308,117 @@ class Pipeline:
         pending.update(task.index for task in tasks)
         assert not pending, f"stage {stage.name} has no outcome for {self.table.where(min(pending))}"
 
-    def try_clip(self, index: int) -> Iterator[tuple[str, Outcome, float]]:
+    def write_requests(self, shard: Shard, path: Path) -> int:
+        """Write the requests to the language model for captions that are due; their number. With 0 there is no file.
+
+        Clips go through the stages before narrate first. With ``retry`` there are also requests for clips whose answer
+        failed, and for those whose caption was refused: these with the reasons. Raises :class:`UserError`.
+        """
+        from egohod.hod.narrators.batch import FIRST, SECOND, request_line
+        from egohod.hod.narrators.llm import ChatFormat
+
+        narrate, run, last = self._batch_stage(), self._batch_run(), self.stages[-1]
+        if path.exists():
+            raise UserError(f"{path}: exists; choose another file")
+        chat, clips, written, file = ChatFormat(self.cfg.narrator), self.clips(shard), 0, None
+        for stage in self.stages[: self.stages.index(narrate)]:
+            self.run([stage.name], shard)
+        counts = {stage.name: StageCounts(len(clips)) for stage in (narrate, last)}
+        with (
+            self.store.results(shard) as results,
+            Progress("requests", len(clips), seconds=5.0) as progress,
+            ExitStack() as stack,
+        ):
+            tasks = self._due_tasks([narrate, last], clips, results, counts)
+            while group := list(itertools.islice(tasks, narrate.group)):
+                ready, failed = narrate.requests([task for task in group if self._state(task, narrate) in _HAS_FACTS])
+                for task, outcome in failed:
+                    # As a run would store it: without a request such a clip would wait for its answer for ever.
+                    results.unmark(None if self.retry else self.fingerprint)
+                    results.put(*self.keys(task.index)[NARRATE], outcome)
+                    log.warning("%s failed: %s: %s", NARRATE, self.table.where(task.index), outcome.fault)
+                due: dict[int, list[Request]] = {FIRST: [], SECOND: []}
+                for task, request in ready:
+                    if self._state(task, narrate) is State.DUE:
+                        due[FIRST].append(request)
+                    elif self.cfg.check.ask_again and last.name in task.outcomes:
+                        narration = from_plain(Narration, task.outcomes[NARRATE].parsed())
+                        again = second_request(request, narration, self.cfg.check, chat.instructions)
+                        due[SECOND] += [again] if again else []
+                for attempt, requests in due.items():
+                    for batch in chat.batches(len(requests)):
+                        own = [requests[number] for number in batch]
+                        file = file or stack.enter_context(text_file(path))
+                        file.write(request_line(run, attempt, [each.seed for each in own], chat.body(own)))
+                        written += 1
+                progress.update(group[-1].index + 1 - clips.start)
+        return written
+
+    def read_answers(self, shard: Shard, paths: Sequence[Path]) -> None:
+        """Caption the clips of a shard that have answers in files, as a run with an endpoint would.
+
+        Raises :class:`UserError` for files that cannot be used, and where clips have none, after those that have one.
+        """
+        from egohod.hod.narrators.batch import BatchNarrator
+
+        narrate = self._batch_stage()
+        answers = BatchNarrator(self.cfg.narrator, paths, self._batch_run(), self.clips(shard), len(self.table))
+        narrate.use_answers(answers)
+        # An answer that is there replaces a failure of before.
+        self.retry = True
+        self.run([stage.name for stage in self.stages[self.stages.index(narrate) :]], shard, answers.answered)
+        waiting = []
+        with self.store.results(shard) as results:
+            for index in self.clips(shard):
+                outcomes = self.stored(index, results)
+                if NARRATE not in outcomes and not any(outcome.fault for outcome in outcomes.values()):
+                    waiting.append(index)
+        if waiting:
+            raise UserError(
+                f"{paths[0]}: {len(waiting):,} of {len(self.clips(shard)):,} clips have no answer, such as "
+                f"{self.table.where(waiting[0])}; those of the others are stored, and --batch_requests writes the "
+                "requests for these"
+            )
+
+    def _batch_stage(self) -> NarrateStage:
+        """The narrate stage. Raises :class:`UserError` if it cannot work by files."""
+        if self.cfg.narrator.kind == "template":
+            raise UserError("narrator.kind is template, which sends no requests; batches need llm or vlm")
+        if not self.cfg.narrator.model:
+            raise UserError("narrator.model is empty, but each request of a batch names its model")
+        (narrate,) = (stage for stage in self.stages if isinstance(stage, NarrateStage))
+        return narrate
+
+    def _batch_run(self) -> str:
+        """The fingerprint of a batch: of the clips, and of all that its requests depend on."""
+        number = [stage.name for stage in self.stages].index(NARRATE)
+        return _hash(_table_hash(self.cfg, self.table), self._versions[number], self.cfg.seed)[:12]
+
+    def try_clip(self, task: Task) -> Iterator[tuple[str, Outcome, float]]:
         """Take one clip through the stages up to a failure and store nothing: (stage, outcome, seconds)."""
-        task = Task(index)
         for stage in self.stages:
             began = time.perf_counter()
             ((_, task.outcomes[stage.name]),) = stage.run([task])
             yield stage.name, task.outcomes[stage.name], time.perf_counter() - began
             if task.outcomes[stage.name].fault:
                 return
+
+    def measured_cost(self, tried: Sequence[Task]) -> Cost | None:
+        """What captions cost by the requests of clips that :meth:`try_clip` took one by one, and one more of several.
+
+        None for a narrator without requests, and if none was answered.
+        """
+        requests = [task.request for task in tried if task.request is not None]
+        (narrate,) = (stage for stage in self.stages if isinstance(stage, NarrateStage))
+        usage = getattr(narrate.narrator, "usage", None) if requests else None
+        if not usage:
+            return None
+        alone = list(usage)
+        usage.clear()
+        several = requests[: self.cfg.narrator.batch]
+        if len(several) > 1:
+            list(narrate.narrator.narrate(several))
+        return Cost.measured(alone, usage[0] if usage else None, len(requests), self.cfg.narrator)
 
     def finish(self, shard: Shard) -> Finished:
         """Mark a shard as finished, and log what its narrations are like.
@@ -308,7 +427,8 @@ class Pipeline:
         """
         # Read back from the store: most clips may have been done by earlier runs.
         narrator, narrations, failures, fallbacks, without_hand = self.cfg.narrator.kind, 0, 0, 0, 0
-        narrators, refusals, tokens, opposites = (Counter[str]() for _ in range(4))
+        narrators, refusals, tokens = (Counter[str]() for _ in range(3))
+        further = {name: Counter[str]() for name in self._further}
         for _, _, outcome in self._final(shard):
             fallbacks += outcome.is_fallback
             if outcome.fault is not None:
@@ -322,15 +442,16 @@ class Pipeline:
             refusals.update({reason.partition(":")[0] for reason in checked["refusals"]})
             tokens.update(prompt=checked["prompt_tokens"], completion=checked["completion_tokens"])
             without_hand += not sides(checked["text"])
-            if self.cfg.narrator.opposites:
-                opposites.update(["written" if checked["opposite"] else "none"])
-                opposites.update(f"refused for {reason.partition(':')[0]}" for reason in checked["opposite_refusals"])
+            for name, counter in further.items():
+                counter.update(["written" if checked[name] else "none"])
+                counter.update(f"refused for {reason.partition(':')[0]}" for reason in checked[f"{name}_refusals"])
         counts = Finished(narrations, failures, fallbacks)
         with self.store.results(shard) as results:
             results.mark(self.fingerprint, counts)
         # A run in which every caption was refused ends normally: only these lines show it.
         notes = []
-        counters = {"by": narrators, "captions refused for": refusals, "tokens:": +tokens, "opposites:": opposites}
+        counters = {"by": narrators, "captions refused for": refusals, "tokens:": +tokens}
+        counters |= {f"{name} captions:": counter for name, counter in further.items()}
         for what, counter in counters.items():
             if counter:
                 notes.append(f"{what} " + ", ".join(f"{name} {count:,}" for name, count in counter.most_common()))
@@ -371,7 +492,7 @@ class Pipeline:
             # The output takes its place last: where it is new, so is its ledger.
             good = csv.writer(stack.enter_context(text_file(self.store.output)), lineterminator="\n")
             bad = csv.writer(stack.enter_context(text_file(self.store.failures)), lineterminator="\n")
-            good.writerow([*COLUMNS, *self.cfg.keep, *(["opposite"] if self.cfg.narrator.opposites else [])])
+            good.writerow([*COLUMNS, *self.cfg.keep, *self._further])
             bad.writerow(FAILURE_COLUMNS)
             for index, stage, outcome in itertools.chain.from_iterable(map(self._final, Shard.all(shards))):
                 row = self.table.row(index)
@@ -384,7 +505,7 @@ class Pipeline:
                     columns = [self.table.value(name, index) for name in self.cfg.keep]
                     checked = outcome.parsed()
                     cells = [*place, checked["text"], row.dataset or self.cfg.dataset, uid, *columns]
-                    cells += [checked["opposite"] or ""] if self.cfg.narrator.opposites else []
+                    cells += [checked[name] or "" for name in self._further]
                     narrations += 1
                     fallbacks += outcome.is_fallback
                 else:
@@ -714,10 +835,16 @@ class NarrateStage(Stage):
             **caption_settings(cfg.narrator),
         }
 
+        self._reads_frames = cfg.narrator.kind == "vlm"
+
     @functools.cached_property
     def narrator(self) -> Narrator:
         """The narrator, made when it is first needed: the stages before need no endpoint."""
         return make_narrator(self.cfg.narrator)
+
+    def use_answers(self, narrator: Narrator) -> None:
+        """Use a narrator that has its answers already, and needs no frames."""
+        self.narrator, self._reads_frames = narrator, False
 
     def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Outcome]]:
         """See :class:`Stage`."""
@@ -735,7 +862,7 @@ class NarrateStage(Stage):
                 if task.request is None:  # else the narrate stage of this run has built it
                     facts = from_plain(ClipFacts, task.outcomes[TRACK].parsed())
                     frames = None
-                    if self.cfg.narrator.kind == "vlm":
+                    if self._reads_frames:
                         row = self._source.table.row(task.index)
                         frames = self._source.read(row, self.cfg.narrator.frames, None).pictures
                     text = source_text(self.cfg, self._source.table, task.index)
@@ -765,7 +892,7 @@ class CheckStage(Stage):
         template = TemplateNarrator(self._narrate.cfg.narrator)
         settings, requests = self._narrate.cfg.check, [request for _, request in ready]
         checks = check_narrations(
-            requests, narrations, self._narrate.narrator, settings, template, self._narrate.cfg.narrator.opposites
+            requests, narrations, self._narrate.narrator, settings, template, self._narrate.cfg.narrator.captions
         )
         for number, checked in checks:
             if checked.text is None:

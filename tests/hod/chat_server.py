@@ -1,4 +1,4 @@
-"""A chat endpoint on loopback that answers, or misbehaves, on request."""
+"""A chat endpoint on loopback that answers, or misbehaves, on request; and the same answers in the files of a batch."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import json
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 # A caption, or all that an item of the answer has besides its clip.
@@ -21,15 +23,51 @@ def clips_of(body: dict[str, Any]) -> list[dict[str, Any]]:
     return json.loads(text[text.index("[") : text.rindex("]") + 1])
 
 
+def text_of(body: dict[str, Any], caption: Captioner) -> str:
+    """What the model says to a request."""
+    captions = []
+    for each in clips_of(body):
+        item = caption(each)
+        captions.append({"clip": each["clip"], **(item if isinstance(item, dict) else {"caption": item})})
+    return json.dumps({"captions": captions})
+
+
+USAGE = {"prompt_tokens": 101, "completion_tokens": 11}
+
+
+def completion(choice: dict[str, Any], usage: dict[str, int] = USAGE) -> dict[str, Any]:
+    """The body of an answer."""
+    return {"choices": [choice], "usage": usage}
+
+
+def run_batch(requests: Path, answers: Path, caption: Captioner) -> list[dict[str, Any]]:
+    """Write the answers to a file of requests as vLLM's run-batch does; they are returned as well."""
+    rows = []
+    for line in requests.read_text().splitlines():
+        request = json.loads(line)
+        assert (request["method"], request["url"]) == ("POST", "/v1/chat/completions")
+        choice = {"message": {"role": "assistant", "content": text_of(request["body"], caption)}}
+        response = {"status_code": 200, "request_id": f"r{len(rows)}", "body": completion(choice)}
+        rows.append({"id": f"v{len(rows)}", "custom_id": request["custom_id"], "response": response, "error": None})
+    write_rows(answers, rows)
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write JSON lines."""
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
 class ChatServer:
     """Answers with ``caption`` of each clip, except that the first answers are those of ``script``.
 
     An entry of the script is a (status, headers) pair, ``"hang"``, ``"drop"``, ``"half"`` (JSON that breaks off),
-    ``"schema"``, ``"echo"`` (the prompt), ``"short"`` (one clip too few), ``"no chat"``, ``"ok"``, or a function of the
-    right text that returns the ``choices`` entry to send.
+    ``"schema"``, ``"echo"`` (the prompt), ``"short"`` (one clip too few), ``"no chat"``, ``"trickle"`` and ``"trickle
+    headers"`` (a byte now and then), ``"endless"``, ``"ok"``, or a function of the right text that returns the
+    ``choices`` entry to send.
 
     It is a proxy as well: requests for any address are answered, and ``paths`` keeps what they asked for. ``host`` is
-    the address to listen on.
+    the address to listen on, ``usage`` what it counts of a request.
     """
 
     def __init__(
@@ -38,7 +76,9 @@ class ChatServer:
         script: list[Any] | None = None,
         hold: threading.Barrier | None = None,
         host: str = "127.0.0.1",
+        usage: Callable[[dict[str, Any]], dict[str, int]] = lambda _: USAGE,
     ) -> None:
+        self.usage = usage
         self.caption, self.script = caption, list(script or [])
         self.bodies: list[dict[str, Any]] = []
         self.paths: list[str] = []
@@ -104,15 +144,15 @@ class ChatServer:
             request.close_connection = True
             request.connection.close()
             return
+        if step in ("trickle", "trickle headers", "endless"):
+            self._never_end(request, step)
+            return
         clips = clips_of(body)
-        captions = []
-        for each in clips:
-            item = self.caption(each)
-            captions.append({"clip": each["clip"], **(item if isinstance(item, dict) else {"caption": item})})
+        text = text_of(body, self.caption)
+        captions = json.loads(text)["captions"]
         if step == "short":
-            captions = captions[:-1]
-        text = json.dumps({"captions": captions})
-        if step == "half":
+            text = json.dumps({"captions": captions[:-1]})
+        elif step == "half":
             text = text[: len(text) // 2]
         elif step == "schema":
             text = json.dumps([each["caption"] for each in captions])
@@ -120,11 +160,25 @@ class ChatServer:
             system = re.sub(r"\s+", " ", body["messages"][0]["content"])
             text = json.dumps({"captions": [{"clip": each["clip"], "caption": system[:150]} for each in clips]})
         choice = step(text) if callable(step) else {"message": {"role": "assistant", "content": text}}
-        answer: dict[str, Any] = {
-            "choices": [choice],
-            "usage": {"prompt_tokens": 101, "completion_tokens": 11},
-        }
-        self._send(request, 200, json.dumps({"hello": 1} if step == "no chat" else answer).encode(), {})
+        answer = {"hello": 1} if step == "no chat" else completion(choice, self.usage(body))
+        self._send(request, 200, json.dumps(answer).encode(), {})
+
+    def _never_end(self, request: BaseHTTPRequestHandler, step: str) -> None:
+        """Send for ten seconds, by which a test has failed, or until the client goes or the server ends."""
+        request.close_connection = True
+        start = b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n"
+        piece, pause = (b" " * 65536, 0.0) if step == "endless" else (b" ", 0.05)
+        if step == "trickle headers":
+            start, piece = start + b"X-Long: ", b"x"
+        else:
+            start += b"\r\n"
+        until = time.monotonic() + 10
+        try:
+            request.wfile.write(start)
+            while time.monotonic() < until and not self._over.wait(pause):
+                request.wfile.write(piece)
+        except OSError:
+            pass
 
     @staticmethod
     def _send(request: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str]) -> None:

@@ -44,12 +44,15 @@ def encode(path: Path, frames: int, level: int) -> None:
 
 
 def narrate_checked(
-    narrator: Narrator, requests: Sequence[Request], settings: CheckConfig | None = None, opposites: bool = False
+    narrator: Narrator,
+    requests: Sequence[Request],
+    settings: CheckConfig | None = None,
+    captions: Sequence[str] = ("fine",),
 ) -> dict[int, Checked]:
     """Both stages that make captions, as the pipeline runs them; by the number of the request."""
     answers = dict(narrator.narrate(requests))
     first = [answers[number] for number in range(len(requests))]
-    return dict(check_narrations(requests, first, narrator, settings or CheckConfig(), TemplateNarrator(), opposites))
+    return dict(check_narrations(requests, first, narrator, settings or CheckConfig(), TemplateNarrator(), captions))
 
 
 @contextmanager

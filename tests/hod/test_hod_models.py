@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from egohod.data.decoders import choose_decoder
 from egohod.data.formats import read_clips
 from egohod.data.opposites import opposite
 from egohod.data.table import ClipReader
-from tests.hod.chat_server import ChatServer
+from tests.hod.chat_server import ChatServer, clips_of
 from tests.hod.runs import command, encode, head, rows
 from tests.support import Command
 
@@ -107,9 +108,10 @@ def test_opposites_are_a_column_that_training_reads(
     output = tmp_path / "hod.csv"
     assert inside("generate_hod.py", *few).returncode == 0
     plain, template = output.read_bytes(), rows(output)
-    done = inside("generate_hod.py", *few, "narrator.opposites=true")
+    done = inside("generate_hod.py", *few, "narrator.opposites=true")  # the name of before
+    assert "narrator.opposites is now narrator.captions=[fine, opposite]" in done.stderr
     assert done.returncode == 0, done.stderr
-    assert re.search(r"opposites: .*written \d+", done.stderr)
+    assert re.search(r"opposite captions: .*written \d+", done.stderr)
     assert [{k: v for k, v in row.items() if k != "opposite"} for row in rows(output)] == template
     assert [row["opposite"] for row in rows(output)] == [opposite(row["text"]) or "" for row in template]
     # Off again: the results of before, and the same bytes.
@@ -117,11 +119,11 @@ def test_opposites_are_a_column_that_training_reads(
     assert "is finished: 10 narrations; nothing to do" in done.stderr
     assert output.read_bytes() == plain
     with ChatServer(caption_and_opposite) as server:
-        arguments = [*few, *llm(server, opposites="true"), "block=3"]
+        arguments = [*few, *llm(server, captions="[fine, opposite]"), "block=3"]
         assert inside("generate_hod.py", *arguments, "--shard", "1/2").returncode == 0
         done = inside("generate_hod.py", *arguments, "--shard", "0/2")
         assert done.returncode == 0, done.stderr
-        assert re.search(r"opposites: .*refused for direction \d", done.stderr)
+        assert re.search(r"opposite captions: .*refused for direction \d", done.stderr)
         requests = len(server.bodies)
         assert inside("generate_hod.py", *arguments, "--merge").returncode == 0
         merged = output.read_bytes()
@@ -139,8 +141,50 @@ def test_opposites_are_a_column_that_training_reads(
     assert read == [row["opposite"] or None for row in written]
     lines = head(demo_world, 10)
     arguments = command(demo_world, tmp_path, [lines[0], lines[6], lines[9]])
-    done = inside("generate_hod.py", *arguments, "narrator.opposites=true", "--dry_run")
+    done = inside("generate_hod.py", *arguments, "narrator.captions=[fine, opposite]", "--dry_run")
     assert done.stderr.count("  opposite: #C C uses the ") == 2, done.stderr
+
+
+def estimate(log: str) -> dict[str, Any]:
+    return json.loads(re.search(r"estimate (\{.*\})", log)[1])  # type: ignore[index]
+
+
+def test_a_dry_run_estimates_tokens_and_price_of_a_thousand_clips(few: list[str], inside: Command) -> None:
+    def usage(request: dict[str, Any]) -> dict[str, int]:
+        """Instructions of 600 tokens, 50 and 20 for each clip."""
+        clips = len(clips_of(request))
+        return {"prompt_tokens": 600 + 50 * clips, "completion_tokens": 20 * clips}
+
+    prices = {"price_per_million_input": 2, "price_per_million_output": 10}
+    with ChatServer(caption, usage=usage) as server:
+        done = inside("generate_hod.py", *few, *llm(server, batch=8, concurrency=2, **prices), "--dry_run")
+        assert done.returncode == 0, done.stderr
+        assert sorted(len(clips_of(body)) for body in server.bodies) == [1, 1, 1, 3]
+        priceless = inside("generate_hod.py", *few, *llm(server, batch=1), "--dry_run")
+    found = estimate(done.stderr)
+    thousand, due = found["per_1000_clips"], found["to_do"]
+    assert (thousand["clips"], thousand["requests"], due["clips"]) == (1000, 125, 10)
+    assert (thousand["prompt_tokens"], thousand["completion_tokens"]) == (125 * 600 + 50_000, 20_000)
+    assert thousand["price"] == (125_000 * 2 + 20_000 * 10) / 1e6
+    assert due["prompt_tokens"] == 1250
+    assert re.search(r"tokens of prompts +125,000 +1,250\n", done.stderr)
+    assert re.search(r"price +0\.45 +0\.00\n", done.stderr)
+    assert thousand["seconds"] > 0
+    alone = estimate(priceless.stderr)["per_1000_clips"]
+    assert alone["prompt_tokens"] == 650_000
+    assert "price" not in alone
+
+
+def test_a_second_request_after_a_refusal_is_part_of_the_estimate(few: list[str], inside: Command) -> None:
+    def usage(_: dict[str, Any]) -> dict[str, int]:
+        return {}
+
+    with ChatServer(lambda _: "#C C peels the banana", usage=usage) as server:
+        done = inside("generate_hod.py", *few, *llm(server, batch=2), "--dry_run")
+    thousand = estimate(done.stderr)["per_1000_clips"]
+    assert thousand["requests"] == 1000
+    assert thousand["prompt_tokens"] is None
+    assert "not counted" in done.stderr
 
 
 @pytest.mark.parametrize("window", [1.0, 2.0])

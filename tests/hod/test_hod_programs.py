@@ -193,6 +193,13 @@ def test_a_dry_run_writes_nothing(few: list[str], tmp_path: Path, inside: Comman
     assert done.returncode == 0, done.stderr
     for part in ("10 of 10 clips", "detect   10 to do", "->", "about 0:00"):
         assert part in done.stderr, part
+    estimate = json.loads(re.search(r"estimate (\{.*\})", done.stderr)[1])  # type: ignore[index]
+    assert {name: set(values) for name, values in estimate.items()} == {
+        "per_1000_clips": {"clips", "local_seconds"},
+        "to_do": {"clips", "local_seconds"},
+    }
+    assert estimate["to_do"]["clips"] == 10
+    assert estimate["per_1000_clips"]["local_seconds"] > estimate["to_do"]["local_seconds"] > 0
     assert {path.name for path in tmp_path.iterdir()} <= {"clips.csv", "demo"}
 
 
@@ -213,7 +220,19 @@ def test_a_dry_run_writes_nothing(few: list[str], tmp_path: Path, inside: Comman
         (["keep=[noun, nouns]"], "no column 'nouns' to keep"),
         (["keep=[noun, noun]"], "keep names the column 'noun', twice"),
         (["keep=[uid]"], "keep names the column 'uid', which the output has anyway"),
-        (["keep=[opposite]", "narrator.opposites=true"], "keep names the column 'opposite', which the output has"),
+        (
+            ["keep=[opposite]", "narrator.captions=[fine,opposite]"],
+            "keep names the column 'opposite', which the output",
+        ),
+        (["keep=[coarse]", "narrator.captions=[fine,coarse]"], "keep names the column 'coarse', which the output has"),
+        (["narrator.captions=[coarse]"], "narrator.captions is [coarse], but must hold fine"),
+        (["narrator.captions=[fine,fine]"], "narrator.captions is [fine, fine], but names one twice"),
+        (["narrator.captions=[fine,opposites]"], "did you mean opposite?"),
+        (["narrator.opposites=maybe"], "narrator.opposites is 'maybe', but must be true or false"),
+        (["--batch_requests", "r.jsonl"], "narrator.kind is template, which sends no requests"),
+        (["--batch_requests", "r.jsonl", "narrator.kind=llm"], "narrator.model is empty"),
+        (["--batch_requests", "r.jsonl", "--dry_run"], "--batch_requests does all that it needs; without --dry_run"),
+        (["--batch_answers", "a.jsonl", "--stage", "check"], "--batch_answers does all that it needs; without --stage"),
         (["detector.options.jitter=abc"], "detector.options.jitter is 'abc', but must be float"),
     ],
 )

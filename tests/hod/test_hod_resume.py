@@ -373,14 +373,14 @@ def test_boxes_against_the_schema_name_detector_and_clip(
         table = table.drop_columns(change) if isinstance(change, str) else table
     monkeypatch.setattr(Custom, "answer", table)
     with pytest.raises(UserError, match=rf"detector\.kind=custom, boxes of demo_train_0000 .*{pattern}"):
-        next(build(custom_detector).try_clip(0))
+        next(build(custom_detector).try_clip(Task(0)))
 
 
 def test_boxes_that_follow_the_schema_are_stored(custom_detector: HodConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float64, and without the optional column."""
     table = pa.Table.from_pylist([BOX, BOX | {"kind": "object", "side": -1}]).drop_columns("name")
     monkeypatch.setattr(Custom, "answer", table)
-    stage, outcome, _ = next(build(custom_detector).try_clip(0))
+    stage, outcome, _ = next(build(custom_detector).try_clip(Task(0)))
     assert stage == DETECT
     assert outcome.value["boxes"]["score"] == [0.9, 0.9]
 
@@ -401,13 +401,13 @@ def test_a_detector_that_reads_files_may_call_its_option_as_it_likes(
     cfg = HodConfig(output=str(tmp_path / "hod.csv"), frames=4, workers=0)
     cfg.source.metadata, cfg.source.root = str(train / "narrations.csv"), str(train / "videos")
     cfg.detector.kind, cfg.detector.options = "folder", {"where": str(train / "detections.parquet")}
-    assert next(build(cfg).try_clip(0))[1].fault is None
+    assert next(build(cfg).try_clip(Task(0)))[1].fault is None
     boxes = pa.parquet.read_table(train / "detections.parquet")
     other = boxes.set_column(0, "video_id", pa.array(["other"] * len(boxes)))
     pa.parquet.write_table(other, tmp_path / "other.parquet")
     cfg.detector.options = {"where": str(tmp_path / "other.parquet")}
     with pytest.raises(UserError, match=r"detector\.options\.where=.*other\.parquet: has detections of none"):
-        next(build(cfg).try_clip(0))
+        next(build(cfg).try_clip(Task(0)))
 
 
 def test_frames_have_their_numbers_in_the_video(demo_world: Path, tmp_path: Path) -> None:

@@ -79,12 +79,15 @@ def test_a_table_gets_a_column_of_replacements(tmp_path: Path, program: Command)
 def test_a_language_model_writes_verbs_and_nothing_else(tmp_path: Path, program: Command) -> None:
     table, out, config = (tmp_path / name for name in ("clips.csv", "out.csv", "hod.yml"))
     table.write_text("text\nopens the jar\nwashes the cup\nopens the jar\n")
-    config.write_text("narrator: {kind: llm}\n")
+    config.write_text("narrator: {kind: llm, captions: [fine, coarse, opposite]}\n")
     command = ["tools/opposites.py", table, "--replacements", "3", "--narrator", config, "--output", out]
     with ChatServer(lambda clip: "opens; breaks; picks up; a whole other sentence; shakes; cuts") as server:
         done = program(*command, f"narrator.endpoint={server.address}")
         # Equal captions are sent once.
         assert sum(len(clips_of(body)) for body in server.bodies) == 2
+        # The captions of the pipeline are no part of it.
+        assert "coarse" not in str(server.bodies)
+        assert "opposite" not in str(server.bodies)
     assert done.returncode == 0, done.stderr
     with out.open(newline="") as file:
         cells = [narrations_in(row["replacements"]) for row in csv.DictReader(file)]

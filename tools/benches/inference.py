@@ -50,7 +50,7 @@ from egohod.evaluation.metrics import graded_per_query
 from egohod.evaluation.runner import PROTOCOLS, benchmark, execution_of, read_benchmark, tasks_of
 from egohod.evaluation.tasks import knn_probe, linear_probe
 from egohod.hod import config
-from egohod.hod.pipeline import STAGES, Pipeline, build
+from egohod.hod.pipeline import STAGES, Pipeline, Task, build
 from egohod.hod.store import Shard
 from egohod.model.config import IMAGE_STATS
 from egohod.model.dual_encoder import create_model
@@ -311,7 +311,7 @@ def hod(options: argparse.Namespace) -> dict[str, Any]:
             alone = pipeline_in(folder, "workers=0")
             # A generator of stages: it has to be read to its end.
             for index in clips:
-                for _ in alone.try_clip(index):
+                for _ in alone.try_clip(Task(index)):
                     pass
             spent["loop"].append(time.perf_counter() - start)
     ours = [sum(spent[stage][i] for stage in _HOD_STAGES) for i in range(options.rounds)]

@@ -19,8 +19,8 @@ import numpy as np
 
 from egohod.config import PROJECT
 from egohod.data.opposites import opposite as opposite_by_rule
-from egohod.hod.check import Verdict, check, check_opposite
-from egohod.hod.config import NARRATORS, CheckConfig, NarratorConfig
+from egohod.hod.check import Verdict, check, check_coarse, check_opposite
+from egohod.hod.config import FURTHER_CAPTIONS, NARRATORS, CheckConfig, NarratorConfig
 from egohod.hod.facts import (
     AWAY,
     CLOCKWISE,
@@ -43,8 +43,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PROMPTS = PROJECT / "configs" / "hod" / "prompts"
-# Beside the prompts, which may be a user's own and are part of what results are stored under.
-OPPOSITES_PROMPT = PROMPTS / "opposites.jinja"
+# Added to the prompts, which may be a user's own, for the captions beside fine; in this order. Under these names they
+# are part of what results are stored under.
+FURTHER_PROMPTS = {"opposite": PROMPTS / "opposites.jinja", "coarse": PROMPTS / "coarse.jinja"}
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,52 @@ class Narration:
     completion_tokens: int = 0
     problem: str | None = None  # why there is no text
     opposite: str | None = None  # the text with its motion run backwards, if the narrator writes one
+    coarse: str | None = None  # what is done, without hands and directions, if the narrator writes it
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one request to a model took."""
+
+    clips: int
+    seconds: float
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a clip takes of a model on average, second requests after a refusal included."""
+
+    requests: float
+    seconds: float  # with as many requests at a time as the settings have
+    prompt_tokens: float | None  # None where the server does not count them
+    completion_tokens: float | None
+    price: float | None  # None without prices
+
+    @classmethod
+    def measured(cls, alone: Sequence[Usage], together: Usage | None, clips: int, settings: NarratorConfig) -> Cost:
+        """Extrapolate from a few requests to those of a run, which have ``settings.batch`` clips.
+
+        ``alone`` are requests of one clip each for ``clips`` clips, ``together`` is one of several. Instructions are in
+        each request once: what a request takes is a constant and a part for each clip, which these two determine.
+        Without ``together`` each clip counts as one alone, which is too much. Nothing is assumed of discounts, for a
+        prefix that requests share or for batches, nor of a server that slows down with more requests at a time.
+        """
+        size, share = settings.batch, len(alone) / clips / settings.batch
+
+        def of_clip(name: str) -> float:
+            one = sum(getattr(each, name) for each in alone) / len(alone)
+            further = one if together is None else (getattr(together, name) - one) / (together.clips - 1)
+            return (one + min(max(further, 0.0), one) * (size - 1)) * share
+
+        tokens = of_clip("prompt_tokens"), of_clip("completion_tokens")
+        prices = settings.price_per_million_input, settings.price_per_million_output
+        is_priced = any(tokens) and any(each is not None for each in prices)
+        price = sum(number * (each or 0.0) for number, each in zip(tokens, prices, strict=True)) / 1e6
+        prompt, completion = tokens if any(tokens) else (None, None)
+        seconds = of_clip("seconds") / settings.concurrency
+        return cls(share, seconds, prompt, completion, price if is_priced else None)
 
 
 class Narrator(Protocol):
@@ -88,12 +135,15 @@ class Narrator(Protocol):
 
 
 # Which settings each reads, where not all; those of the template always: it replaces captions that are refused.
-_TEMPLATE = ("kind", "seed", "varied", "opposites")
+_TEMPLATE = ("kind", "seed", "varied", "captions")
 _MODEL = (*_TEMPLATE, "model", "prompt", "batch", "temperature", "max_tokens", "answer_format")
 _READ = {"template": _TEMPLATE, "llm": _MODEL, "vlm": (*_MODEL, "frames", "frame_size", "jpeg_quality")}
-# Settings of the endpoint and its timing, which do not change the content of a request: no part of what results are
-# stored under, so that a run can be resumed with another server.
-_ROUTE = ("endpoint", "api_key_env", "concurrency", "timeout_seconds", "retries", "give_up_seconds")
+# Settings of the endpoint, its timing and prices, which do not change the content of a request: no part of what results
+# are stored under, so that a run can be resumed with another server.
+_ROUTE = (
+    *("endpoint", "api_key_env", "concurrency", "timeout_seconds", "retries", "give_up_seconds"),
+    *("price_per_million_input", "price_per_million_output"),
+)
 
 
 def make_narrator(settings: NarratorConfig) -> Narrator:
@@ -127,12 +177,16 @@ def prompt_path(settings: NarratorConfig) -> Path:
 def caption_settings(settings: NarratorConfig) -> dict[str, Any]:
     """The settings that captions depend on, with the text of the prompt instead of its place."""
     values = {name: getattr(settings, name) for name in _READ.get(settings.kind, vars(settings)) if name not in _ROUTE}
+    captions = values.pop("captions")
     prompts = {"prompt": prompt_path(settings)} if "prompt" in values else {}
-    # Results of releases without this setting stay valid: where it is off, it is no part of their hash.
-    if values.pop("opposites") and prompts:
-        prompts["opposites"] = OPPOSITES_PROMPT
-    elif settings.opposites:
-        values["opposites"] = True
+    # Results of releases without these captions stay valid: what is not requested is no part of their hash, and
+    # opposites have the name that they had.
+    for name in FURTHER_CAPTIONS:
+        key = "opposites" if name == "opposite" else name
+        if name in captions and prompts:
+            prompts[key] = FURTHER_PROMPTS[name]
+        elif name in captions:
+            values[key] = True
     for name, path in prompts.items():
         # A prompt that is missing, or no text, is reported by the narrator.
         values[name] = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else str(path)
@@ -156,6 +210,8 @@ class Checked:
     unanswered: bool  # the narrator had no usable answer at least once: another day it may have one
     opposite: str | None = None  # the text with its motion run backwards; None where it has none
     opposite_refusals: tuple[str, ...] = ()  # why the narrator's opposite was refused; then it is the rules', if any
+    coarse: str | None = None  # what is done, without hands and directions; None where none passes
+    coarse_refusals: tuple[str, ...] = ()  # why the narrator's was refused; then it is the template's, if any
 
 
 def check_narrations(
@@ -164,14 +220,15 @@ def check_narrations(
     narrator: Narrator,
     settings: CheckConfig,
     template: TemplateNarrator,
-    opposites: bool = False,
+    captions: Sequence[str] = ("fine",),
 ) -> Iterator[tuple[int, Checked]]:
     """Check the first narration of each request, and replace those that are refused.
 
     A refused caption is requested once more, with the reasons (``settings.ask_again``; never from the template, which
     would repeat it). If that is refused too, ``template`` narrates the source, and if that fails, the facts alone.
-    With ``opposites`` a caption's opposite is the narrator's, which may be none; for captions of the template, and
-    where the narrator's is refused, it is the rules'.
+    ``captions`` are those of the settings. A caption's opposite is the narrator's, which may be none; for captions of
+    the template, and where the narrator's is refused, it is the rules'. The coarse caption is the narrator's, whoever
+    wrote the fine one, else the template's. Neither costs a second request, nor the fine caption.
     Yields (index of the request, result) once for each, as soon as it is decided. Raises what the narrator raises, and
     AssertionError if it leaves a request without an answer.
     """
@@ -194,8 +251,9 @@ def check_narrations(
         undecided.remove(number)
         tokens = sum(answer.prompt_tokens for answer in own), sum(answer.completion_tokens for answer in own)
         unanswered = any(answer.problem is not None for answer in own)
-        opposite, faults = None, tuple[str, ...]()
-        if opposites and text is not None:
+        opposite = coarse = None
+        opposite_faults, coarse_faults = tuple[str, ...](), tuple[str, ...]()
+        if "opposite" in captions and text is not None:
             by_rule = opposite_by_rule(text)
             written = by_rule if who == "template" else own[-1].opposite
             # A refused one is not requested again: the rules need no request. A model that names none has its reasons.
@@ -204,8 +262,22 @@ def check_narrations(
                 if not reasons:
                     opposite = candidate
                     break
-                faults += reasons
-        return number, Checked(text, who, verdict, len(own), refusals[number], *tokens, unanswered, opposite, faults)
+                opposite_faults += reasons
+        if "coarse" in captions and text is not None:
+            request = requests[number]
+            candidates = [(each.coarse, request.source) for each in reversed(own) if each.coarse][:1]
+            # As for the fine caption below: the facts alone are checked as what they are.
+            candidates += [(template.coarse(source, request), source) for source in (request.source, "")]
+            for candidate, source in dict.fromkeys(candidates):
+                if candidate:
+                    prompt = instructions if source == request.source else ""
+                    reasons = check_coarse(candidate, text, source, settings, prompt)
+                    if not reasons:
+                        coarse = candidate
+                        break
+                    coarse_faults += reasons
+        further = opposite, opposite_faults, coarse, coarse_faults
+        return number, Checked(text, who, verdict, len(own), refusals[number], *tokens, unanswered, *further)
 
     # The second answers are requested after all of the first are checked: their requests are then full.
     for number, answer in itertools.chain(enumerate(narrations), second_answers()):
@@ -230,6 +302,14 @@ def check_narrations(
         yield result(number, text, "template", verdict)
     # Not the template's caption: with an answer missing, which numbers the others have is in doubt too.
     assert not undecided, f"narrator {narrator.name} has not answered the requests {sorted(undecided)}"
+
+
+def second_request(request: Request, narration: Narration, settings: CheckConfig, prompt: str) -> Request | None:
+    """The request after a refused caption, with the reasons; None for one that passes the check, or is missing."""
+    if narration.text is None:
+        return None
+    verdict = check(narration.text, request.source, request.facts, settings, prompt)
+    return None if verdict.passed else replace(request, complaints=verdict.reasons, refused=narration.text)
 
 
 # --- Phrases ---

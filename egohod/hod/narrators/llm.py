@@ -2,7 +2,8 @@
 
 :class:`Endpoint` is the client of any OpenAI-compatible chat server: bounded concurrency, retries with backoff, one
 line for each failure. The key is read from the environment, sent in the one header that needs it and masked in whatever
-is shown. :class:`LanguageModelNarrator` makes the requests and validates the answers.
+is shown. :class:`ChatFormat` makes the requests and validates the answers; :class:`LanguageModelNarrator` sends them to
+an endpoint, :mod:`egohod.hod.narrators.batch` has them in files.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ import re
 import threading
 import time
 import unicodedata
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import jinja2
@@ -37,10 +39,12 @@ from urllib3.exceptions import InvalidHeader, NewConnectionError, ProxyError
 from urllib3.util import Retry
 
 from egohod.errors import UserError
-from egohod.hod.config import NarratorConfig
-from egohod.hod.narrators import OPPOSITES_PROMPT, Narration, Request, describe, prompt_path
+from egohod.hod.config import FURTHER_CAPTIONS, NarratorConfig
+from egohod.hod.narrators import FURTHER_PROMPTS, Narration, Request, Usage, describe, prompt_path
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 # --- The client ---
 
@@ -49,7 +53,7 @@ _RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 _UNAVAILABLE = (429, 503, 529)  # overload of the server: no fault of the request, retried without limit
 _REFUSED = (401, 403, 404, 405, 407)  # wrong key, model or address: every other request would fail too
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0
-_MAX_BYTES = 4_000_000  # a misdirected endpoint may stream without end
+MAX_BYTES = 4_000_000  # of an answer; a misdirected endpoint may stream without end
 # After so many failures and not one success the settings are wrong, not the requests.
 _MAX_FIRST_FAILURES = 5
 
@@ -62,6 +66,7 @@ class Answer:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     is_cut: bool = False  # the server stopped at max_tokens
+    seconds: float = 0.0  # from the request to its answer, without the waits between tries
     problem: str | None = None  # why there is no text; other requests may have one
 
 
@@ -111,22 +116,14 @@ class Endpoint:
         todo, running = iter(enumerate(bodies)), dict[Future[Answer], int]()
         fault: UserError | None = None
 
-        def answer_in_future(future: Future[Answer], body: dict[str, Any]) -> None:
-            try:
-                future.set_result(self._ask(body))
-            except BaseException as error:  # raised again where the future is read
-                future.set_exception(error)
-
         try:
             while True:
                 while fault is None and len(running) < self._settings.concurrency:
                     following = next(todo, None)
                     if following is None:
                         break
-                    future = Future[Answer]()
-                    # A daemon thread, not an executor, which the interpreter joins at exit: an answer may take minutes.
-                    running[future], body = following
-                    threading.Thread(target=answer_in_future, args=(future, body), daemon=True).start()
+                    number, body = following
+                    running[_in_thread(self._ask, body)] = number
                 if not running:
                     break
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -155,7 +152,7 @@ class Endpoint:
         """One request with its retries. Raises :class:`UserError` for what every other request would meet too."""
         tries = 0
         while True:
-            pause, is_unavailable = 0.0, False
+            pause, is_unavailable, began = 0.0, False, time.monotonic()
             try:
                 status, headers, content = self._post(body)
             except requests.RequestException as error:
@@ -167,7 +164,7 @@ class Endpoint:
                         answer = self._read(content)
                         if answer.problem is None:
                             self._last_success = time.monotonic()
-                        return answer
+                        return replace(answer, seconds=time.monotonic() - began)
                     except ValueError as error:  # retried: the next answer may be whole
                         reason = str(error)
                         self._last_success = time.monotonic()
@@ -198,8 +195,16 @@ class Endpoint:
             self._sleep(pause)
 
     def _post(self, body: dict[str, Any]) -> tuple[int, Any, bytes]:
-        """Status, headers and body, all within the time-out."""
+        """Status, headers and body. Raises :class:`requests.ReadTimeout` if they are not complete in time."""
         limit = self._settings.timeout_seconds
+        # The library's time-out is for each read: a server that sends a byte now and then would never meet it, be it of
+        # the headers or the body. The thread that waits for such a server is left to itself.
+        try:
+            return _in_thread(self._exchange, body, limit).result(limit)
+        except TimeoutError as error:
+            raise requests.ReadTimeout(f"no whole answer within {limit:g} s") from error
+
+    def _exchange(self, body: dict[str, Any], limit: float) -> tuple[int, Any, bytes]:
         until = time.monotonic() + limit
 
         def sign(request: requests.PreparedRequest) -> requests.PreparedRequest:
@@ -216,62 +221,95 @@ class Endpoint:
             allow_redirects=False,  # a redirect could send the key elsewhere
             stream=True,
         ) as response:
-            content = b""
-            for piece in response.iter_content(65536):
+            content = bytearray()
+            # Small pieces: each is awaited as a whole, and the time is looked at in between.
+            for piece in response.iter_content(1024):
                 content += piece
-                # The library's time-out is for each read; a server that trickles would never meet it.
                 if time.monotonic() > until:
                     raise requests.ReadTimeout(f"no whole answer within {limit:g} s")
-                if len(content) > _MAX_BYTES:
-                    raise requests.RequestException("an answer without end")
-            return response.status_code, response.headers, content
+                if len(content) > MAX_BYTES:
+                    raise requests.RequestException(f"an answer of more than {MAX_BYTES / 1e6:g} MB")
+            return response.status_code, response.headers, bytes(content)
 
     def _read(self, content: bytes) -> Answer:
-        """The answer in a body with status 200; with a problem where another try would end alike.
-
-        Raises :class:`ValueError` for bodies that are no answer, where another try may succeed.
-        """
+        """The answer in a body with status 200, see :func:`read_chat`."""
         try:
             body = json.loads(content)
-            choice = body["choices"][0]
-            message = choice["message"]
-            text = message.get("content")
-            finish = choice.get("finish_reason")
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"not an answer of a chat endpoint: {self._clean(content)}{self._proxy_note}") from error
-        if isinstance(text, list):  # in parts, of which some hold reasoning or pictures
-            parts = [part for part in text if isinstance(part, dict) and part.get("type") == "text"]
-            text = "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
-        if not isinstance(text, str) or not text.strip():
-            # No retry: a model refuses again and reasons as long again.
-            if message.get("refusal"):
-                return Answer(None, problem=f"the model refused: {self._clean(str(message['refusal']))}")
-            if finish == "length":
-                reasoned = message.get("reasoning_content") or message.get("reasoning")
-                why = (
-                    "the model used up narrator.max_tokens on its reasoning" if reasoned else "cut off before any text"
-                )
-                problem = f"an answer without text: {why} (finish_reason is length); raise narrator.max_tokens"
-                return Answer(None, problem=problem)
-            if finish == "content_filter":
-                return Answer(None, problem="an answer without text: the server's content filter removed it")
-            raise ValueError(f"an answer without text (finish_reason is {self._clean(str(finish))})")
-        usage, tokens = body.get("usage"), []
-        for name in ("prompt_tokens", "completion_tokens"):
-            # They only go into statistics: whatever is no count is 0.
-            try:
-                tokens.append(max(0, int(usage[name])))
-            except (KeyError, TypeError, ValueError, OverflowError):
-                tokens.append(0)
-        return Answer(text, tokens[0], tokens[1], is_cut=finish == "length")
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{_NO_CHAT}: {self._clean(content)}{self._proxy_note}") from error
+        try:
+            return read_chat(body, self._clean)
+        except ValueError as error:
+            raise ValueError(f"{error}{self._proxy_note}") from error
 
     def _clean(self, text: bytes | str) -> str:
         """A short line to show, without the key."""
         text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
-        if self._key:
-            text = text.replace(self._key, "***")
-        text = " ".join(text.split())
-        return text if len(text) <= 200 else text[:200] + "..."
+        return shown(text.replace(self._key, "***") if self._key else text)
+
+
+_NO_CHAT = "not an answer of a chat endpoint"
+
+
+def read_chat(body: Any, clean: Callable[[str], str]) -> Answer:
+    """The answer in the parsed body of a chat completion; with a problem where another try would end alike.
+
+    ``clean`` makes what is repeated in messages fit to show. Raises :class:`ValueError` for bodies that are no answer,
+    where another try may succeed.
+    """
+    try:
+        choice = body["choices"][0]
+        message = choice["message"]
+        text = message.get("content")
+        finish = choice.get("finish_reason")
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"{_NO_CHAT}: {clean(json.dumps(body))}") from error
+    if isinstance(text, list):  # in parts, of which some hold reasoning or pictures
+        parts = [part for part in text if isinstance(part, dict) and part.get("type") == "text"]
+        text = "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
+    if not isinstance(text, str) or not text.strip():
+        # No retry: a model refuses again and reasons as long again.
+        if message.get("refusal"):
+            return Answer(None, problem=f"the model refused: {clean(str(message['refusal']))}")
+        if finish == "length":
+            reasoned = message.get("reasoning_content") or message.get("reasoning")
+            why = "the model used up narrator.max_tokens on its reasoning" if reasoned else "cut off before any text"
+            problem = f"an answer without text: {why} (finish_reason is length); raise narrator.max_tokens"
+            return Answer(None, problem=problem)
+        if finish == "content_filter":
+            return Answer(None, problem="an answer without text: the server's content filter removed it")
+        raise ValueError(f"an answer without text (finish_reason is {clean(str(finish))})")
+    usage, tokens = body.get("usage"), []
+    for name in ("prompt_tokens", "completion_tokens"):
+        # They only go into statistics: whatever is no count is 0.
+        try:
+            tokens.append(max(0, int(usage[name])))
+        except (KeyError, TypeError, ValueError, OverflowError):
+            tokens.append(0)
+    return Answer(text, tokens[0], tokens[1], is_cut=finish == "length")
+
+
+def shown(text: str) -> str:
+    """The beginning of a text that a server sent, on one line."""
+    text = " ".join(text.split())
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def _in_thread(function: Callable[..., Result], *arguments: Any) -> Future[Result]:
+    """What a function returns or raises, called in a thread of its own.
+
+    A daemon thread, not an executor, which the interpreter joins at exit: an answer may take minutes.
+    """
+    future = Future[Result]()
+
+    def run() -> None:
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:  # raised again where the future is read
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def _is_loopback(host: str) -> bool:
@@ -327,10 +365,15 @@ def _reason(error: BaseException) -> str:
 # --- The narrator ---
 
 
-# Sent to the server and checked on its answer: few servers enforce it completely.
-def _schema(**more: Any) -> dict[str, Any]:
-    """The schema of an answer whose items have the properties ``more`` beside clip and caption."""
-    properties = {"clip": {"type": "integer"}, "caption": {"type": "string", "minLength": 1}, **more}
+def answer_schema(captions: Sequence[str] = ("fine",)) -> dict[str, Any]:
+    """The JSON schema of an answer with these captions of each clip, by the names of ``narrator.captions``.
+
+    Sent to the server and checked on its answer: few servers enforce it completely.
+    """
+    properties: dict[str, Any] = {"clip": {"type": "integer"}, "caption": {"type": "string", "minLength": 1}}
+    # An opposite may be none: not every motion has a reverse.
+    further = {"coarse": {"type": "string"}, "opposite": {"type": ["string", "null"]}}
+    properties |= {name: kind for name, kind in further.items() if name in captions}
     # All are required: services whose schemas are strict know no optional property.
     item = {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
     return {
@@ -341,47 +384,42 @@ def _schema(**more: Any) -> dict[str, Any]:
     }
 
 
-SCHEMA = _schema()
-SCHEMA_WITH_OPPOSITES = _schema(opposite={"type": ["string", "null"]})
 _BLOCKS = ("instructions", "examples", "request")
 # How reasoning models mark their reasoning, unless the server strips it.
 _REASONING = re.compile(r"<(/?)(?:think|thinking|thought|reasoning|analysis)>", re.IGNORECASE)
 _ANSWER = re.compile(r'\{\s*"captions"\s*:')
 _MAX_CANDIDATES = 8  # each costs a parse of the rest of the text: thousands of braces would take minutes
+_MAX_ITEMS = 10  # for each clip; a model in a loop writes a hundred thousand, which take minutes to validate
 
 
-class LanguageModelNarrator:
-    """Captions several clips with each request to an endpoint."""
+class ChatFormat:
+    """The bodies of chat requests for captions, and the captions in their answers."""
 
-    def __init__(self, settings: NarratorConfig, prompt: Path | None = None, endpoint: Endpoint | None = None) -> None:
+    def __init__(self, settings: NarratorConfig, prompt: Path | None = None) -> None:
         """``prompt`` is a Jinja file with the blocks ``instructions``, ``examples`` and ``request``.
 
         Raises :class:`UserError` naming the file or the key at fault.
         """
         self.name = settings.kind
         self._settings = settings
-        self._endpoint = endpoint or Endpoint(settings)
-        self._schema = SCHEMA_WITH_OPPOSITES if settings.opposites else SCHEMA
+        self._schema = answer_schema(settings.captions)
+        # Once: to prepare one takes longer than to validate an answer.
+        self._validator = jsonschema.Draft202012Validator(self._schema)
+        self._names = ["caption", *(name for name in FURTHER_CAPTIONS if name in settings.captions)]
         self._prompt = _read_prompt(prompt or prompt_path(settings), _BLOCKS)
-        parts = [(self._prompt, "instructions"), (self._prompt, "examples")]
-        if settings.opposites:
-            added = _read_prompt(OPPOSITES_PROMPT, _BLOCKS[:2])
-            parts += [(added, "instructions"), (added, "examples")]
+        prompts = [path for name, path in FURTHER_PROMPTS.items() if name in settings.captions]
+        every = [self._prompt, *(_read_prompt(path, _BLOCKS[:2]) for path in prompts)]
         # Rendered once, and first in every request: servers cache the prefix that requests have in common.
-        texts = [_render(prompt, block, []) for prompt, block in parts]
-        self.instructions, self._system = "\n\n".join(texts[::2]), "\n\n".join(texts)
+        more = {"captions": settings.captions}
+        texts = [_render(each, block, more) for each in every for block in _BLOCKS[:2]]
+        self.instructions, self.system = "\n\n".join(texts[::2]), "\n\n".join(texts)
 
-    def narrate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Narration]]:
-        """See :class:`~egohod.hod.narrators.Narrator`. A batch without usable answer has no texts."""
+    def batches(self, count: int) -> list[range]:
+        """The places of ``count`` clips, by request."""
         size = self._settings.batch
-        batches = [range(first, min(first + size, len(requests))) for first in range(0, len(requests), size)]
-        # A generator: the frames of a batch are encoded when it is sent, not all at once.
-        bodies = (self._body([requests[number] for number in batch]) for batch in batches)
-        for place, answer in self._endpoint.ask_all(bodies):
-            batch = batches[place]
-            yield from zip(batch, self._narrations(answer, len(batch)), strict=True)
+        return [range(first, min(first + size, count)) for first in range(0, count, size)]
 
-    def _body(self, requests: Sequence[Request]) -> dict[str, Any]:
+    def body(self, requests: Sequence[Request]) -> dict[str, Any]:
         """The JSON body of a chat request for a batch of clips, which are numbered from 1."""
         settings = self._settings
         # Prompts write narrations as JSON strings: such text is data and cannot end its own quotation.
@@ -395,7 +433,7 @@ class LanguageModelNarrator:
             }
             for number, request in enumerate(requests, 1)
         ]
-        text = _render(self._prompt, "request", clips)
+        text = _render(self._prompt, "request", {"clips": clips})
         content: str | list[dict[str, Any]] = text
         if settings.kind == "vlm":
             content = [{"type": "text", "text": text}]
@@ -412,29 +450,30 @@ class LanguageModelNarrator:
                     url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
                     content.append({"type": "image_url", "image_url": {"url": url}})
         body: dict[str, Any] = {
-            "messages": [{"role": "system", "content": self._system}, {"role": "user", "content": content}],
+            "messages": [{"role": "system", "content": self.system}, {"role": "user", "content": content}],
             "temperature": settings.temperature,
-            "max_tokens": settings.max_tokens * len(requests) * (2 if settings.opposites else 1),
+            "max_tokens": settings.max_tokens * len(requests) * len(settings.captions),
             "seed": settings.seed + requests[0].seed,
         }
         if settings.model:
             body["model"] = settings.model
         # Servers disagree on where the schema is.
         schema = {"name": "captions", "strict": True, "schema": self._schema}
-        formats = {
-            "json_schema": {"type": "json_schema", "json_schema": schema},
-            "json_object_schema": {"type": "json_object", "schema": self._schema},
-            "json_object": {"type": "json_object"},
+        formats: dict[str, dict[str, Any]] = {
+            "json_schema": {"response_format": {"type": "json_schema", "json_schema": schema}},
+            "json_object_schema": {"response_format": {"type": "json_object", "schema": self._schema}},
+            "structured_outputs": {"structured_outputs": {"json": self._schema}},
+            "guided_json": {"guided_json": self._schema},
+            "json_object": {"response_format": {"type": "json_object"}},
+            "none": {},
         }
-        if settings.answer_format in formats:
-            body["response_format"] = formats[settings.answer_format]
-        return body
+        return body | formats[settings.answer_format]
 
-    def _narrations(self, answer: Answer, count: int) -> list[Narration]:
+    def narrations(self, answer: Answer, count: int) -> list[Narration]:
         """One narration for each clip of the batch."""
         if answer.text is None:
             return [Narration(None, self.name, problem=f"no answer: {answer.problem}")] * count
-        items, problem = _captions(answer.text, self._schema)
+        items, problem = _captions(answer.text, self._validator, self._names, count)
         if problem and answer.is_cut:
             problem += "; cut off at its limit of tokens, raise narrator.max_tokens"
         wrong = f"schema: {problem}" if problem else "schema: the answer leaves this clip out, or has it twice"
@@ -444,10 +483,35 @@ class LanguageModelNarrator:
             tokens = [
                 total // count + (place < total % count) for total in (answer.prompt_tokens, answer.completion_tokens)
             ]
-            text, opposite = items.get(place + 1, (None, None))
-            problem = wrong if text is None else None
-            narrations.append(Narration(text, self.name, tokens[0], tokens[1], problem, opposite))
+            item = items.get(place + 1, {})
+            problem = None if item.get("caption") else wrong
+            own = item.get("caption"), self.name, tokens[0], tokens[1], problem
+            narrations.append(Narration(*own, opposite=item.get("opposite"), coarse=item.get("coarse")))
         return narrations
+
+
+class LanguageModelNarrator:
+    """Captions several clips with each request to an endpoint."""
+
+    def __init__(self, settings: NarratorConfig, prompt: Path | None = None, endpoint: Endpoint | None = None) -> None:
+        """See :class:`ChatFormat`."""
+        self.name = settings.kind
+        self._format = ChatFormat(settings, prompt)
+        self.instructions = self._format.instructions
+        self._endpoint = endpoint or Endpoint(settings)
+        # Of the last requests, for the estimate of a dry run.
+        self.usage = deque[Usage](maxlen=1000)
+
+    def narrate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Narration]]:
+        """See :class:`~egohod.hod.narrators.Narrator`. A batch without usable answer has no texts."""
+        batches = self._format.batches(len(requests))
+        # A generator: the frames of a batch are encoded when it is sent, not all at once.
+        bodies = (self._format.body([requests[number] for number in batch]) for batch in batches)
+        for place, answer in self._endpoint.ask_all(bodies):
+            batch = batches[place]
+            if answer.text is not None:
+                self.usage.append(Usage(len(batch), answer.seconds, answer.prompt_tokens, answer.completion_tokens))
+            yield from zip(batch, self._format.narrations(answer, len(batch)), strict=True)
 
 
 def _read_prompt(path: Path, blocks: Sequence[str]) -> jinja2.Template:
@@ -464,16 +528,18 @@ def _read_prompt(path: Path, blocks: Sequence[str]) -> jinja2.Template:
     return prompt
 
 
-def _render(prompt: jinja2.Template, block: str, clips: list[dict[str, Any]]) -> str:
-    context = prompt.new_context({"clips": clips})
+def _render(prompt: jinja2.Template, block: str, values: dict[str, Any]) -> str:
+    context = prompt.new_context({"clips": [], **values})
     try:
         return "".join(prompt.blocks[block](context)).strip()
     except Exception as error:  # whatever the expressions of a user's prompt raise
         raise UserError(f"{prompt.filename}: {type(error).__name__}: {error}") from error
 
 
-def _captions(text: str, schema: dict[str, Any]) -> tuple[dict[int, tuple[str, str | None]], str | None]:
-    """(caption, its opposite if any) by clip, and the problem of the answer as a whole."""
+def _captions(
+    text: str, validator: jsonschema.Draft202012Validator, names: Sequence[str], count: int
+) -> tuple[dict[int, dict[str, str | None]], str | None]:
+    """The captions ``names`` of each of ``count`` clips, and the problem of the answer as a whole."""
     # The answer follows the reasoning. Some chat templates open that in the prompt, so that only its end is here;
     # reasoning without an end is no answer, whatever drafts are in it.
     marks = list(_REASONING.finditer(text))
@@ -489,15 +555,21 @@ def _captions(text: str, schema: dict[str, Any]) -> tuple[dict[int, tuple[str, s
         try:
             answer, _ = json.JSONDecoder().raw_decode(text, begin.start())
             captions = answer.get("captions")
+            # Before all else, which takes longer for each.
+            if isinstance(captions, list) and len(captions) > _MAX_ITEMS * count:
+                problem = problem or f"{len(captions):,} captions for {count} clips"
+                continue
             # Small models write the clip's number as text.
             for item in captions if isinstance(captions, list) else ():
                 number = item.get("clip") if isinstance(item, dict) else None
                 if isinstance(number, str) and re.fullmatch(r"\s*[0-9]{1,9}\s*", number):
                     item["clip"] = int(number)
-                # Left out, or of another type, it is none: the captions are as good.
-                if isinstance(item, dict) and schema is SCHEMA_WITH_OPPOSITES:
-                    item["opposite"] = item["opposite"] if isinstance(item.get("opposite"), str) else None
-            jsonschema.validate(answer, schema)
+                # Left out, or of another type, they are none: the captions are as good.
+                if isinstance(item, dict):
+                    for name, none in (("coarse", ""), ("opposite", None)):
+                        if name in names:
+                            item[name] = item[name] if isinstance(item.get(name), str) else none
+            validator.validate(answer)
             valid = answer
             break
         except (ValueError, RecursionError) as error:
@@ -506,14 +578,13 @@ def _captions(text: str, schema: dict[str, Any]) -> tuple[dict[int, tuple[str, s
             problem = problem or f"{error.json_path}: {error.validator} is not met"
     if valid is None:
         return {}, problem or "not JSON of the form {captions: [...]}"
-    numbers = [item["clip"] for item in valid["captions"]]
-    captions = {}
-    for item in valid["captions"]:
-        if numbers.count(item["clip"]) == 1:  # a clip with two captions is ambiguous
-            # On one line, without control characters and surrogates, which no UTF-8 file can hold.
-            caption, opposite = (
-                " ".join("".join(c for c in each if c.isspace() or unicodedata.category(c) not in ("Cc", "Cs")).split())
-                for each in (item["caption"], item.get("opposite") or "")
-            )
-            captions[item["clip"]] = caption, opposite or None
-    return captions, None
+    numbers = Counter(item["clip"] for item in valid["captions"])
+    # A clip with two captions is ambiguous.
+    once = [item for item in valid["captions"] if numbers[item["clip"]] == 1]
+    return {item["clip"]: {name: _one_line(item[name]) for name in names} for item in once}, None
+
+
+def _one_line(text: str | None) -> str | None:
+    """A text on one line, without control characters and surrogates, which no UTF-8 file can hold; None if empty."""
+    kept = "".join(c for c in text or "" if c.isspace() or unicodedata.category(c) not in ("Cc", "Cs"))
+    return " ".join(kept.split()) or None

@@ -56,6 +56,24 @@ class TemplateNarrator:
         seeds = (self._settings.seed, request.seed) if self._settings.varied else None
         return template(source, request.facts, seeds)
 
+    def coarse(self, source: str, request: Request) -> str:
+        """The coarse caption of a request, with ``source`` instead of its own narration."""
+        return coarse_template(source, request.facts)
+
+
+def coarse_template(source: str, facts: ClipFacts) -> str:
+    """What is done, without hands and directions: the source, else ``A hand moves the cup`` from the facts."""
+    source = " ".join(source.split()).rstrip(" .,;")
+    hand = facts.hands.get(facts.acting or "") or next((each for _, each in sorted(facts.hands.items())), None)
+    if source or hand is None:
+        return source
+    held = touched_phrase(hand, thing_name(facts))
+    if held is None:
+        return "A hand " + ("moves" if hand.motion.is_moving else "rests")
+    if hand.touches not in ("object", "other object"):
+        return f"A hand touches {held}"
+    return f"A hand {'moves' if hand.motion.is_moving else 'holds'} {held}"
+
 
 def template(source: str, facts: ClipFacts, seed: int | Sequence[int] | None = 0) -> str:
     """Caption a clip: ``#C C moves the sponge`` becomes ``#C C moves the sponge with the right hand, first to the left,
