@@ -69,6 +69,15 @@ class TracksConfig:
     )
     smooth: float = knob(0.04, "seconds over which jitter is smoothed; a quick tap lasts a quarter of a second", low=0)
     max_jump: float = knob(0.35, "farthest that a box moves between two frames, as a share of the picture", above=0)
+    hand_metres: float = knob(
+        0.12,
+        "real size of a hand's box, the square root of its area in metres, by which distances are estimated: a flat "
+        "adult hand has 0.13, a fist 0.09",
+        above=0,
+    )
+    hands3d: str | None = knob(
+        None, "parquet file of 3-D hands, docs/hod.md: true distances, and depth for away and closer; null has none"
+    )
 
 
 @dataclass
