@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -384,7 +385,8 @@ class HandFacts:
     # Of the acting hand while it touches something: "onto" or "off" the active object, as with a lid
     relation: str | None = None
     regrasps: tuple[float, ...] = ()  # when it takes hold of the active object again, after it let go of it
-    size: float | None = None  # usual size of its box in picture widths, the ruler; None where it is always cut off
+    # Usual size of its box in picture widths, the ruler; the other hand's if it is always cut off, None if that is too
+    size: float | None = None
     grasp: str | None = None  # with 3-D hands: open, closed, opening or closing
 
 
@@ -433,8 +435,10 @@ def without_rare(facts: ClipFacts, min_seen: float) -> ClipFacts:
 
 # --- Facts. The thresholds were tuned on the demo world's val split; lengths are in picture widths ---
 
-_STILL = 0.3  # what moves less than this share of its own size is still
-_LEAST = 0.05  # what moves less than this is still whatever its size
+# What moves less than this share of its own size, or of the hand's, is still. By the hand and not by the picture, so
+# that the same motion has the same words from near and far.
+_STILL = 0.3
+_LEAST = 0.05  # where the hand's size is not known: what moves less than this is still
 _DEPTH = 0.25  # decrease of the logarithm of the size per picture width of way up, from which up means away
 _ROUND_AREA = 0.4  # a turn's area, relative to the ellipse of its width and height: a line 0, an ellipse 1
 _ROUND_ASPECT = 0.35  # shorter over longer side of a turn
@@ -452,6 +456,13 @@ _HAND_OVER = 0.5  # seconds within which the other hand takes what is handed to 
 # Mean distance of four fingertips from the wrist in lengths of the palm: a flat hand has 1.9, a fist 1.
 _OPEN, _CLOSED, _OPENING = 1.6, 1.3, 0.25
 _PALM, _TIPS = 9, (8, 12, 16, 20)  # the middle finger's knuckle, and fingertips without the thumb's
+
+
+class _Ruler(NamedTuple):
+    """The size of a hand's box."""
+
+    size: float  # picture widths
+    metres: float
 
 
 def facts_of(
@@ -483,10 +494,10 @@ def facts_of(
     tracks, objects = _build_tracks(rows, seconds, shifts, params)
     times = seconds - start
 
-    # --- Lengths: metres per picture width where each hand is; one that is always cut off has the other's ---
+    # --- Rulers: the usual size of each hand; one that is always cut off has the other's ---
     sizes = {side: _median(hand.size) / np.sqrt(aspect) for side, hand in tracks.items()}
     known = [size for size in sizes.values() if size > 0]  # NaN is not
-    scales = {side: params.hand_metres / (size if size > 0 else known[0]) for side, size in sizes.items() if known}
+    rulers = {side: _Ruler(size if size > 0 else known[0], params.hand_metres) for side, size in sizes.items() if known}
     bodies = {side: joints[first, SIDES.index(side)] for side in tracks} if joints is not None else {}
     wrists = {
         side: _wrist_path(body, tracks[side], shifts, seconds, aspect, focal, params) for side, body in bodies.items()
@@ -540,8 +551,8 @@ def facts_of(
             states = np.bincount(hand.state[touched[side] & (hand.state > 0)], minlength=1)
             words = {SELF_CONTACT: "other hand", OTHER_PERSON: "other person", STATIONARY_OBJECT: "surface"}
             touches = words.get(int(np.argmax(states)), "other object")
-        motion = _motion(hand, partner, window, times, aspect, scales.get(side), wrists.get(side))
-        when = _contact_times(hand.centre, touched[side], times, aspect)
+        motion = _motion(hand, partner, window, times, aspect, rulers.get(side), wrists.get(side))
+        when = _contact_times(hand.centre, touched[side], times, aspect, rulers.get(side))
         hands[side] = HandFacts(
             side,
             float(hand.seen.mean()),
@@ -550,14 +561,14 @@ def facts_of(
             touches=touches,
             relation=relation,
             regrasps=tuple(float(times[each.start]) for each in grasps[side][1:]),
-            size=sizes[side] if sizes[side] > 0 else None,
+            size=rulers[side].size if rulers else None,
             grasp=_grasp_of(bodies[side]) if wrists.get(side) is not None else None,
         )
 
     # --- The object, over the whole clip: it does nothing before it is touched ---
     thing = None
     if active is not None:
-        motion = _motion(active, tracks.get(acting or ""), slice(None), times, aspect, scales.get(acting or ""))
+        motion = _motion(active, tracks.get(acting or ""), slice(None), times, aspect, rulers.get(acting or ""))
         thing = ObjectFacts(active.name, guessed, motion)
 
     # --- Relation of the two hands ---
@@ -669,7 +680,7 @@ def _way(path: np.ndarray) -> float:
 
 
 def _contact_times(
-    centre: np.ndarray, touched: np.ndarray, times: np.ndarray, aspect: float
+    centre: np.ndarray, touched: np.ndarray, times: np.ndarray, aspect: float, ruler: _Ruler | None
 ) -> tuple[float | None, float | None, float | None]:
     """When the hand touches, lets go, and starts towards what it touches."""
     places = np.flatnonzero(touched)
@@ -683,7 +694,7 @@ def _contact_times(
     approach = None
     if not from_start and visible[first]:
         away = np.hypot(*((centre[: first + 1] - centre[first]) / (1, aspect)).T)
-        if np.nanmax(away) > _LEAST:
+        if np.nanmax(away) > (_LEAST if ruler is None else _STILL * ruler.size):
             # The last time that it is nearly as far away as it gets.
             approach = float(times[np.flatnonzero(away >= 0.9 * np.nanmax(away))[-1]])
     return 0.0 if from_start else float(times[first]), release, approach
@@ -708,54 +719,51 @@ def _motion(
     window: slice,
     times: np.ndarray,
     aspect: float,
-    scale: float | None,
+    ruler: _Ruler | None,
     wrist: np.ndarray | None = None,
 ) -> Motion:
     """Motion of a track; its directions are those within ``window``, judged together with a ``partner`` in depth.
 
-    ``scale`` is metres per picture width. With a ``wrist`` [T, 3] in metres directions and lengths are its.
+    With a ``wrist`` [T, 3] in metres directions and lengths are its.
     """
     pair = [track] if partner is None else [track, partner]
     slope = _depth_slope([each.centre[window] for each in pair], [each.size[window] for each in pair], aspect)
-    usual = float(np.sqrt(np.nanmedian(track.extent.prod(axis=1))))
-    visible = np.isfinite(track.centre).all(axis=1)
-    places = np.flatnonzero(visible)
+    places = np.flatnonzero(np.isfinite(track.centre).all(axis=1))
     assert len(places), "a track has at least one box"
-    size = _median(track.size)
-    if wrist is not None and scale is not None and np.isfinite(wrist[window, 0]).sum() > 1:
-        # In picture widths at the hand's usual distance, where the thresholds are those of paths in the picture.
-        path, usual, unit = wrist / scale, usual / np.sqrt(aspect), 1.0
-    else:
-        path, unit, wrist = track.centre, aspect, None
-    directions, repeats = directions_of(path[window], usual, slope, unit)
-    distance: float | None = None
-    speed = pace = 0.0
+    # In picture widths: the path, and how far it goes at least unless the thing is still.
+    own = float(np.sqrt(np.nanmedian(track.extent.prod(axis=1)) / aspect))
+    least = max(_LEAST, _STILL * own) if ruler is None else _STILL * max(own, ruler.size)
+    path = track.centre / (1, aspect)
+    is_metric = wrist is not None and ruler is not None and np.isfinite(wrist[window, 0]).sum() > 1
+    if is_metric:
+        assert wrist is not None
+        assert ruler is not None
+        path = wrist * (ruler.size / ruler.metres)
+    directions, repeats = directions_of(path[window], least, slope)
+    length = speed = pace = 0.0
     if directions != (STILL,):
-        speed = _mean_speed(track.centre / (1, aspect), times, size)
-        pace = speed if wrist is None else _mean_speed(path, times, size)
-    if scale is not None:
-        distance = scale * _length(path[window], usual, unit) if directions != (STILL,) else 0.0
-    first, last = _region(track.centre[places[0]]), _region(track.centre[places[-1]])
+        length = _length(path[window], least)
+        speed, pace = _mean_speed(track.centre / (1, aspect), times, least), _mean_speed(path, times, least)
+    metres = None if ruler is None else ruler.metres / ruler.size
     return Motion(
-        track.centre,
-        track.size,
-        directions,
-        repeats,
-        speed,
-        first,
-        last,
-        distance=distance,
-        pace=None if scale is None else scale * pace,
-        is_metric=wrist is not None,
+        path=track.centre,
+        size=track.size,
+        directions=directions,
+        repeats=repeats,
+        speed=speed,
+        start_region=_region(track.centre[places[0]]),
+        end_region=_region(track.centre[places[-1]]),
+        distance=None if metres is None else metres * length,
+        pace=None if metres is None else metres * pace,
+        is_metric=is_metric,
     )
 
 
-def _mean_speed(points: np.ndarray, times: np.ndarray, size: float) -> float:
+def _mean_speed(points: np.ndarray, times: np.ndarray, least: float) -> float:
     """Of a path [T, N] while it moves, per second."""
     known = np.isfinite(points[:, 0])
     steps, passed = np.linalg.norm(np.diff(points[known], axis=0), axis=1), np.diff(times[known])
     # A step that would not leave the still zone within a second is jitter.
-    least = max(_LEAST, _STILL * size) if np.isfinite(size) else _LEAST
     moving = (passed > 0) & (steps > least * passed)
     return float(steps[moving].sum() / passed[moving].sum()) if moving.any() else 0.0
 
@@ -783,26 +791,20 @@ def _depth_slope(centres: list[np.ndarray], sizes: list[np.ndarray], aspect: flo
     return covariance / variance if variance > 1e-9 else 0.0
 
 
-def _known_points(path: np.ndarray, size: float, aspect: float) -> tuple[np.ndarray, float]:
-    """What is known of a path, in picture widths, and how far it must go there not to be still; as below."""
-    points = path[np.isfinite(path).all(axis=1)] / (1, aspect, 1)[: path.shape[1]]
-    return points, max(_LEAST, _STILL * size / np.sqrt(aspect)) if np.isfinite(size) else _LEAST
-
-
-def _length(path: np.ndarray, size: float, aspect: float) -> float:
-    """Length of a path's legs in picture widths; jitter, which adds up along the path itself, adds nothing to them."""
-    points, least = _known_points(path, size, aspect)
+def _length(path: np.ndarray, least: float) -> float:
+    """Length of a path's legs; jitter, which adds up along the path itself, adds nothing to them."""
+    points = path[np.isfinite(path).all(axis=1)]
     return float(np.linalg.norm(np.diff(points[_corners(points, least / 2)], axis=0), axis=1).sum())
 
 
-def directions_of(path: np.ndarray, size: float, slope: float, aspect: float) -> tuple[tuple[str, ...], int]:
-    """Directions and repeats (see :class:`Motion`) of a ``path`` [T, 2], NaN where unknown.
+def directions_of(path: np.ndarray, least: float, slope: float) -> tuple[tuple[str, ...], int]:
+    """Directions and repeats (see :class:`Motion`) of a ``path`` [T, 2] in picture widths, NaN where unknown.
 
-    ``size`` of the thing and ``path`` are in shares of the picture, ``slope`` is the growth of the logarithm of the
-    size per picture width of way down. Inside, lengths are in picture widths. A path [T, 3] has the distance from the
-    camera too, in picture widths; then that, instead of ``slope``, tells away and closer from up and down.
+    What goes less than ``least`` is still. ``slope`` is the growth of the logarithm of the size per picture width of
+    way down. A path [T, 3] has the distance from the camera too, in the same unit; then that, instead of ``slope``,
+    tells away and closer from up and down.
     """
-    points, least = _known_points(path, size, aspect)
+    points = path[np.isfinite(path).all(axis=1)]
     extent = np.ptp(points, axis=0) if len(points) else np.zeros(2)
     if len(points) < 2 or extent.max() < least:
         return (STILL,), 1
