@@ -103,6 +103,10 @@ class NarratorConfig:
         "rule for the template, else by the model in the same request, whose answer is then twice as long; off as "
         "published",
     )
+    distances: bool = knob(
+        False,
+        "state how far hands move, in centimetres, which is an estimate unless there are 3-D hands (tracks.hands3d)",
+    )
     # --- language models ---
     endpoint: str = knob(
         "http://127.0.0.1:8000/v1", "base address of any OpenAI-compatible server (vLLM, Ollama, llama.cpp, a service)"

@@ -149,9 +149,9 @@ def _read(path: Path) -> pa.Table:
         "behind the camera (z must grow away from it)": joints[:, _WRIST, 2] <= 0,
     }
     good = ~np.logical_or.reduce(list(reasons.values()))
-    for reason, rows in reasons.items():
-        if rows.any():
-            count = f"{int(rows.sum()):,} of {len(table):,} rows are {reason}, row {np.argmax(rows) + 1} is the first"
+    for reason, bad in reasons.items():
+        if bad.any():
+            count = f"{int(bad.sum()):,} of {len(table):,} rows are {reason}, row {np.argmax(bad) + 1} is the first"
             if not good.any():
                 raise UserError(f"{path}: no row holds a hand: {count}")
             log.warning("%s: %s; they are left out", path, count)

@@ -389,7 +389,7 @@ class LanguageModelNarrator:
             {
                 "clip": number,
                 "narration": request.source,
-                "facts": describe(request.facts),
+                "facts": describe(request.facts, settings.distances),
                 "refused": request.refused,
                 "complaints": list(request.complaints),
             }
