@@ -120,18 +120,18 @@ def _read(path: Path) -> pa.Table:
     for name, default in {"focal": np.nan, "score": 0.0}.items():
         column = table[name] if name in names else pa.array(np.full(len(table), default))
         columns[name] = _cast(column, pa.float64(), f"{path}: column {name}").fill_null(np.nan)
-    for name, count in {"joints": 3 * JOINTS, "rotation": 9}.items():
+    for name, length in {"joints": 3 * JOINTS, "rotation": 9}.items():
         if name not in names:
             continue
         kind = table[name].type
         if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
-            raise UserError(f"{path}: column {name} holds {kind}, not lists of {count} numbers")
+            raise UserError(f"{path}: column {name} holds {kind}, not lists of {length} numbers")
         lists = table[name].cast(pa.list_(kind.value_type))
-        lengths = pc.list_value_length(lists).fill_null(count).to_numpy()
-        if (lengths != count).any():
-            row = int(np.argmax(lengths != count))
+        lengths = pc.list_value_length(lists).fill_null(length).to_numpy()
+        if (lengths != length).any():
+            row = int(np.argmax(lengths != length))
             what = f"{JOINTS} joints of x, y and z" if name == "joints" else "a matrix"
-            raise UserError(f"{path}, row {row + 1}: {name} has {lengths[row]} numbers, not {count} ({what})")
+            raise UserError(f"{path}, row {row + 1}: {name} has {lengths[row]} numbers, not {length} ({what})")
         columns[name] = _cast(lists, pa.list_(pa.float32()), f"{path}: column {name}")
     columns.pop("rotation", None)
     wrong = pc.fill_null(pc.invert(pc.is_in(columns["side"], pa.array([LEFT, RIGHT]))), True).to_numpy()
