@@ -505,10 +505,17 @@ def facts_of(
     touched = {side: _touching(hand, objects) for side, hand in tracks.items()}
 
     # --- Which object, which hand ---
-    # The object that hands touch longest, else the one that is detected longest with the highest confidence.
+    # The object that hands touch longest, else the one that is detected longest with the highest confidence. A hand
+    # that rests counts half: the bowl that it steadies is not the spoon that the other one stirs with.
+    moves = {
+        side: _way(hand.centre) > (_STILL * rulers[side].size if rulers else _LEAST) for side, hand in tracks.items()
+    }
     contacts = [{side: _touches_thing(hand, each, touched[side]) for side, hand in tracks.items()} for each in objects]
     weights = [
-        (sum(int(where.sum()) for where in contact.values()), each.score * float(each.seen.mean()))
+        (
+            sum(float(where.sum()) * (1 if moves[side] else 0.5) for side, where in contact.items()),
+            each.score * float(each.seen.mean()),
+        )
         for contact, each in zip(contacts, objects, strict=True)
     ]
     active, holds = None, {side: np.zeros(len(times), dtype=bool) for side in tracks}
