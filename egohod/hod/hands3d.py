@@ -109,17 +109,22 @@ def _read(path: Path) -> pa.Table:
         raise UserError(f"{path}: no such file of 3-D hands") from None
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as parquet: {' '.join(str(error).split())}") from error
-    missing = [name for name in ("video_id", "second", "side", "joints") if names.count(name) != 1]
-    if missing:
-        raise UserError(f"{path}: needs one column each of video_id, second, side and joints; check {missing[0]}")
+    absent = [name for name in ("video_id", "second", "side", "joints") if names.count(name) != 1]
+    if absent:
+        raise UserError(f"{path}: needs one column each of video_id, second, side and joints; check {absent[0]}")
     if not len(table):
         raise UserError(f"{path}: holds no row")
     columns = {}
     for name, kind in {"video_id": pa.string(), "second": pa.float64(), "side": pa.int64()}.items():
         columns[name] = _cast(table[name], kind, f"{path}: column {name}")
-    for name, default in {"focal": np.nan, "score": 0.0}.items():
-        column = table[name] if name in names else pa.array(np.full(len(table), default))
-        columns[name] = _cast(column, pa.float64(), f"{path}: column {name}").fill_null(np.nan)
+    for name, missing in {"focal": np.nan, "score": -np.inf}.items():
+        column = table[name] if name in names else pa.nulls(len(table))
+        values = _cast(column, pa.float64(), f"{path}: column {name}").fill_null(np.nan).to_numpy()
+        columns[name] = pa.array(np.nan_to_num(values, nan=missing, posinf=missing))
+    focal = columns["focal"].to_numpy()
+    if (focal <= 0).any():
+        row = int(np.argmax(focal <= 0))
+        raise UserError(f"{path}, row {row + 1}: focal is {focal[row]:g}, but must be above 0")
     for name, length in {"joints": 3 * JOINTS, "rotation": 9}.items():
         if name not in names:
             continue
