@@ -228,7 +228,7 @@ def _overlaps_and_follows(hand: Track, thing: Track) -> np.ndarray:
     return overlaps & (np.append(follows, False) | np.insert(follows, 0, False))
 
 
-_FLICKER = 0.25  # a contact, or an end of it, that is shorter in seconds, or is seen in a single sample, is flicker
+_FLICKER = 0.2  # a contact, or an end of it, that is shorter in seconds, or is seen in a single sample, is flicker
 
 
 def _grasps(hand: Track, thing: Track, touched: np.ndarray, holds: np.ndarray, times: np.ndarray) -> list[slice]:
@@ -459,10 +459,14 @@ _PALM, _TIPS = 9, (8, 12, 16, 20)  # the middle finger's knuckle, and fingertips
 
 
 class _Ruler(NamedTuple):
-    """The size of a hand's box."""
+    """What lengths are measured with: the usual size of a hand's box."""
 
-    size: float  # picture widths
+    size: float  # picture widths; NaN where no hand's is known
     metres: float
+
+    def still(self, own: float = 0.0) -> float:
+        """How far a thing of the size ``own`` moves at least if it is not still, in picture widths."""
+        return _STILL * max(own, self.size) if self.size > 0 else max(_LEAST, _STILL * own)
 
 
 def facts_of(
@@ -497,7 +501,9 @@ def facts_of(
     # --- Rulers: the usual size of each hand; one that is always cut off has the other's ---
     sizes = {side: _median(hand.size) / np.sqrt(aspect) for side, hand in tracks.items()}
     known = [size for size in sizes.values() if size > 0]  # NaN is not
-    rulers = {side: _Ruler(size if size > 0 else known[0], params.hand_metres) for side, size in sizes.items() if known}
+    rulers = {
+        side: _Ruler(size if size > 0 else (known or [np.nan])[0], params.hand_metres) for side, size in sizes.items()
+    }
     bodies = {side: joints[first, SIDES.index(side)] for side in tracks} if joints is not None else {}
     wrists = {
         side: _wrist_path(body, tracks[side], shifts, seconds, aspect, focal, params) for side, body in bodies.items()
@@ -507,9 +513,7 @@ def facts_of(
     # --- Which object, which hand ---
     # The object that hands touch longest, else the one that is detected longest with the highest confidence. A hand
     # that rests counts half: the bowl that it steadies is not the spoon that the other one stirs with.
-    moves = {
-        side: _way(hand.centre) > (_STILL * rulers[side].size if rulers else _LEAST) for side, hand in tracks.items()
-    }
+    moves = {side: _way(hand.centre) > rulers[side].still() for side, hand in tracks.items()}
     contacts = [{side: _touches_thing(hand, each, touched[side]) for side, hand in tracks.items()} for each in objects]
     weights = [
         (
@@ -558,8 +562,8 @@ def facts_of(
             states = np.bincount(hand.state[touched[side] & (hand.state > 0)], minlength=1)
             words = {SELF_CONTACT: "other hand", OTHER_PERSON: "other person", STATIONARY_OBJECT: "surface"}
             touches = words.get(int(np.argmax(states)), "other object")
-        motion = _motion(hand, partner, window, times, aspect, rulers.get(side), wrists.get(side))
-        when = _contact_times(hand.centre, touched[side], times, aspect, rulers.get(side))
+        motion = _motion(hand, partner, window, times, aspect, rulers[side], wrists.get(side))
+        when = _contact_times(hand.centre, touched[side], times, aspect, rulers[side])
         hands[side] = HandFacts(
             side,
             float(hand.seen.mean()),
@@ -568,14 +572,15 @@ def facts_of(
             touches=touches,
             relation=relation,
             regrasps=tuple(float(times[each.start]) for each in grasps[side][1:]),
-            size=rulers[side].size if rulers else None,
+            size=rulers[side].size if known else None,
             grasp=_grasp_of(bodies[side]) if wrists.get(side) is not None else None,
         )
 
     # --- The object, over the whole clip: it does nothing before it is touched ---
     thing = None
     if active is not None:
-        motion = _motion(active, tracks.get(acting or ""), slice(None), times, aspect, rulers.get(acting or ""))
+        ruler = rulers.get(acting or "", _Ruler(np.nan, params.hand_metres))
+        motion = _motion(active, tracks.get(acting or ""), slice(None), times, aspect, ruler)
         thing = ObjectFacts(active.name, guessed, motion)
 
     # --- Relation of the two hands ---
@@ -586,21 +591,7 @@ def facts_of(
         together = "closing" if ends[1] < ends[0] else "parting"
     elif ends is not None:
         together = "together" if max(ends) < _NEAR else "apart"
-    pair = None
-    if both:
-        steadies = None
-        for one, other in (SIDES, SIDES[::-1]):
-            holder, worker = hands[one], hands[other]
-            holds_still = not holder.motion.is_moving and holder.touches in ("object", "other object")
-            works = other == acting and worker.motion.is_moving and touched[other].mean() >= _HELD
-            if holds_still and works and touched[one].mean() >= _STEADY:
-                steadies = one
-        in_grasp = np.zeros((2, len(times)), dtype=bool)
-        for row, side in zip(in_grasp, SIDES, strict=True):
-            for each in grasps[side]:
-                row[each] = True
-        shares = bool(in_grasp.all(axis=0).mean() >= _HELD)
-        pair = PairFacts(_shared_motion(hands, aspect), steadies, shares, _handed_to(grasps, times))
+    pair = _pair_facts(hands, touched, grasps, acting, times, aspect) if both else None
     return ClipFacts(video_id, start, end, times, hands, thing, acting, together, pair)
 
 
@@ -608,6 +599,29 @@ def _median(values: np.ndarray) -> float:
     """The median of what is known, NaN where nothing is."""
     known = values[np.isfinite(values)]
     return float(np.median(known)) if len(known) else np.nan
+
+
+def _pair_facts(
+    hands: dict[str, HandFacts],
+    touched: dict[str, np.ndarray],
+    grasps: dict[str, list[slice]],
+    acting: str | None,
+    times: np.ndarray,
+    aspect: float,
+) -> PairFacts:
+    """What two hands do together, by where they touch anything, and hold the active object."""
+    steadies = None
+    for one, other in (SIDES, SIDES[::-1]):
+        holds_still = not hands[one].motion.is_moving and hands[one].touches in ("object", "other object")
+        works = other == acting and hands[other].motion.is_moving and touched[other].mean() >= _HELD
+        if holds_still and works and touched[one].mean() >= _STEADY:
+            steadies = one
+    held = np.zeros((len(SIDES), len(times)), dtype=bool)
+    for row, side in zip(held, SIDES, strict=True):
+        for each in grasps[side]:
+            row[each] = True
+    shares = bool(held.all(axis=0).mean() >= _HELD)
+    return PairFacts(_shared_motion(hands, aspect), steadies, shares, _handed_to(grasps, times))
 
 
 def _shared_motion(hands: dict[str, HandFacts], aspect: float) -> str | None:
@@ -687,7 +701,7 @@ def _way(path: np.ndarray) -> float:
 
 
 def _contact_times(
-    centre: np.ndarray, touched: np.ndarray, times: np.ndarray, aspect: float, ruler: _Ruler | None
+    centre: np.ndarray, touched: np.ndarray, times: np.ndarray, aspect: float, ruler: _Ruler
 ) -> tuple[float | None, float | None, float | None]:
     """When the hand touches, lets go, and starts towards what it touches."""
     places = np.flatnonzero(touched)
@@ -701,7 +715,7 @@ def _contact_times(
     approach = None
     if not from_start and visible[first]:
         away = np.hypot(*((centre[: first + 1] - centre[first]) / (1, aspect)).T)
-        if np.nanmax(away) > (_LEAST if ruler is None else _STILL * ruler.size):
+        if np.nanmax(away) > ruler.still():
             # The last time that it is nearly as far away as it gets.
             approach = float(times[np.flatnonzero(away >= 0.9 * np.nanmax(away))[-1]])
     return 0.0 if from_start else float(times[first]), release, approach
@@ -726,7 +740,7 @@ def _motion(
     window: slice,
     times: np.ndarray,
     aspect: float,
-    ruler: _Ruler | None,
+    ruler: _Ruler,
     wrist: np.ndarray | None = None,
 ) -> Motion:
     """Motion of a track; its directions are those within ``window``, judged together with a ``partner`` in depth.
@@ -737,21 +751,18 @@ def _motion(
     slope = _depth_slope([each.centre[window] for each in pair], [each.size[window] for each in pair], aspect)
     places = np.flatnonzero(np.isfinite(track.centre).all(axis=1))
     assert len(places), "a track has at least one box"
-    # In picture widths: the path, and how far it goes at least unless the thing is still.
     own = float(np.sqrt(np.nanmedian(track.extent.prod(axis=1)) / aspect))
-    least = max(_LEAST, _STILL * own) if ruler is None else _STILL * max(own, ruler.size)
-    path = track.centre / (1, aspect)
-    is_metric = wrist is not None and ruler is not None and np.isfinite(wrist[window, 0]).sum() > 1
-    if is_metric:
-        assert wrist is not None
-        assert ruler is not None
-        path = wrist * (ruler.size / ruler.metres)
+    is_metric = wrist is not None and np.isfinite(wrist[window, 0]).sum() > 1
+    if wrist is not None and is_metric:
+        path, least, metres = wrist, _STILL * ruler.metres, 1.0
+    else:
+        path, least, metres = track.centre / (1, aspect), ruler.still(own), ruler.metres / ruler.size
     directions, repeats = directions_of(path[window], least, slope)
     length = speed = pace = 0.0
     if directions != (STILL,):
-        length = _length(path[window], least)
-        speed, pace = _mean_speed(track.centre / (1, aspect), times, least), _mean_speed(path, times, least)
-    metres = None if ruler is None else ruler.metres / ruler.size
+        length, pace = _length(path[window], least), _mean_speed(path, times, least)
+        speed = _mean_speed(track.centre / (1, aspect), times, ruler.still(own))
+    is_known = np.isfinite(metres)
     return Motion(
         path=track.centre,
         size=track.size,
@@ -760,8 +771,8 @@ def _motion(
         speed=speed,
         start_region=_region(track.centre[places[0]]),
         end_region=_region(track.centre[places[-1]]),
-        distance=None if metres is None else metres * length,
-        pace=None if metres is None else metres * pace,
+        distance=float(metres * length) if is_known else None,
+        pace=float(metres * pace) if is_known else None,
         is_metric=is_metric,
     )
 
@@ -808,7 +819,7 @@ def directions_of(path: np.ndarray, least: float, slope: float) -> tuple[tuple[s
     """Directions and repeats (see :class:`Motion`) of a ``path`` [T, 2] in picture widths, NaN where unknown.
 
     What goes less than ``least`` is still. ``slope`` is the growth of the logarithm of the size per picture width of
-    way down. A path [T, 3] has the distance from the camera too, in the same unit; then that, instead of ``slope``,
+    way down. A path [T, 3] has the distance from the camera too, whatever the unit; then that, instead of ``slope``,
     tells away and closer from up and down.
     """
     points = path[np.isfinite(path).all(axis=1)]

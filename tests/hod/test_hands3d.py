@@ -85,6 +85,13 @@ def test_depth_tells_away_and_closer_and_lengths_are_true() -> None:
     assert facts(rows, shaky).hands["right"].motion.directions == ("away",)
 
 
+def test_a_hand_that_the_picture_cuts_off_has_true_lengths() -> None:
+    cut = [each | {"bottom": 1.0} for each in boxes(0.2 + 0.5 * STEP, REST)]
+    assert facts(cut, None).hands["right"].motion.distance is None
+    motion = facts(cut, moving((0.3 * STEP, 0, 0.5))).hands["right"].motion
+    assert (motion.directions, motion.distance) == (("right",), pytest.approx(0.3, rel=0.05))
+
+
 def test_few_3d_hands_are_none() -> None:
     rows, joints = boxes(0.2 + 0.5 * STEP, REST), moving((0, 0, 0.4 + 0.3 * STEP))
     gaps = joints.copy()
