@@ -81,7 +81,7 @@ def test_depth_tells_away_and_closer_and_lengths_are_true() -> None:
     circle = facts(boxes(REST, REST), moving((0.1 * np.cos(angle), 0.1 * np.sin(angle), 0.5))).hands["right"].motion
     assert circle.directions == ("clockwise",)
     # A straight way whose other axes only tremble does not go round.
-    shaky = moving((0.02 * np.cos(angle), 0.02 * np.sin(angle), 0.4 + 0.3 * STEP))
+    shaky = moving((0.02 * np.cos(2 * angle), 0.02 * np.sin(2 * angle), 0.4 + 0.3 * STEP))
     assert facts(rows, shaky).hands["right"].motion.directions == ("away",)
 
 

@@ -150,6 +150,7 @@ def test_a_thing_is_handed_over() -> None:
     assert passing(between(0, T), between(0, T)).handed_to is None
     assert passing(between(0, T), between(10, 14)).handed_to is None
     assert passing(between(0, 13), between(0, T)).handed_to is None
+    assert passing(between(3, 13), between(0, 5) | between(11, T)).handed_to is None, "there and back"
     assert passing(between(0, 13), between(24, T)).handed_to is None
     assert passing(between(0, 22), between(21, T)).handed_to is None, "too short to be sure"
 
