@@ -170,18 +170,19 @@ def load(path: Path | bytes, what: str, *, arrays: bool = False, encoding: str =
                 raise pickle.UnpicklingError(str(error)) from error
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise pickle.UnpicklingError(f"not a readable pickle ({reason})") from error
-    return _with_arrays(value) if arrays else value
+    return _with_arrays(value, 4, set()) if arrays else value
 
 
-def _with_arrays(value: Any, depth: int = 4) -> Any:
-    """The value with NumPy's arrays instead of their stand-ins."""
+def _with_arrays(value: Any, depth: int, seen: set[int]) -> Any:
+    """The value with NumPy's arrays instead of their stand-ins, replaced in place."""
     if isinstance(value, _Array):
         return value.value
-    # No deeper: a list may hold itself.
-    if isinstance(value, dict) and depth:
-        return {key: _with_arrays(each, depth - 1) for key, each in value.items()}
-    if isinstance(value, list) and depth:
-        return [_with_arrays(each, depth - 1) for each in value]
+    # Each container once: a list may hold itself a thousand times.
+    if isinstance(value, (dict, list)) and depth and id(value) not in seen:
+        seen.add(id(value))
+        places: Any = value if isinstance(value, dict) else range(len(value))
+        for place in places:
+            value[place] = _with_arrays(value[place], depth - 1, seen)
     return value
 
 

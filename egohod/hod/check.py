@@ -513,7 +513,6 @@ def _action_of_other_hand(caption: str, verbs: tuple[str, ...], acting: str) -> 
 TWICE, ONCE, ABSENT, CONTACT, RELEASE = "twice", "once", "out of sight", "contact", "release"
 CLOSING, PARTING = "closing", "parting"
 REGRASP, DISTANCE, TO_LEFT_HAND, TO_RIGHT_HAND = "regrasp", "distance", "to the left hand", "to the right hand"
-_HANDED = {LEFT: TO_LEFT_HAND, RIGHT: TO_RIGHT_HAND, None: None}
 
 # Seen from the head, what goes away over a table goes up in the picture: narrators write either.
 _AXES = ({LEFT: -1, RIGHT: 1}, {UP: -1, AWAY: -1, DOWN: 1, CLOSER: 1})
@@ -633,6 +632,7 @@ def _unsupported_of_hand(
     statements: list[Claim], hand: HandFacts, facts: ClipFacts, accepted: set[str]
 ) -> Iterator[str]:
     who, pair = f"the {hand.side} hand", facts.pair
+    handed = f"to the {pair.handed_to} hand" if pair is not None else None  # TO_LEFT_HAND, TO_RIGHT_HAND
     motions = [hand.motion]
     # The motion of what the hand moves may be meant as well, unless its box was only guessed from the hand's.
     if hand.side == facts.acting and facts.object is not None and not facts.object.guessed:
@@ -661,9 +661,7 @@ def _unsupported_of_hand(
             yield f'contact: "{claim.words}", but {who} does not let go'
         elif claim.what == REGRASP and not hand.regrasps:
             yield f'contact: "{claim.words}", but {who} takes nothing again'
-        elif claim.what in (TO_LEFT_HAND, TO_RIGHT_HAND) and claim.what != _HANDED.get(
-            pair.handed_to if pair else None
-        ):
+        elif claim.what in (TO_LEFT_HAND, TO_RIGHT_HAND) and claim.what != handed:
             yield f'contact: "{claim.words}", but nothing is handed over so'
         elif claim.what in (PARALLEL, MIRRORED) and (pair is None or pair.moves != claim.what):
             yield f'direction: "{claim.words}", but the hands do not move so'
