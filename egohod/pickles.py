@@ -144,8 +144,8 @@ def load(path: Path | bytes, what: str, *, arrays: bool = False, encoding: str =
     Args:
         path: the file, or its content.
         what: what it should be, for the message, such as "plain annotations".
-        arrays: whether it may be an array of numbers, or a dict of such arrays, which are copied. Arrays of texts and
-            pandas' indices of texts become lists.
+        arrays: whether it may be an array of numbers, or hold such arrays in dicts and lists up to four deep, which
+            are copied. Arrays of texts and pandas' indices of texts become lists.
         encoding: of texts that Python 2 wrote.
 
     Raises:
@@ -170,9 +170,20 @@ def load(path: Path | bytes, what: str, *, arrays: bool = False, encoding: str =
                 raise pickle.UnpicklingError(str(error)) from error
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise pickle.UnpicklingError(f"not a readable pickle ({reason})") from error
-    if isinstance(value, dict):
-        return {key: each.value if isinstance(each, _Array) else each for key, each in value.items()}
-    return value.value if isinstance(value, _Array) else value
+    return _with_arrays(value, 4, set()) if arrays else value
+
+
+def _with_arrays(value: Any, depth: int, seen: set[int]) -> Any:
+    """The value with NumPy's arrays instead of their stand-ins, replaced in place."""
+    if isinstance(value, _Array):
+        return value.value
+    # Each container once: a list may hold itself a thousand times.
+    if isinstance(value, (dict, list)) and depth and id(value) not in seen:
+        seen.add(id(value))
+        places: Any = value if isinstance(value, dict) else range(len(value))
+        for place in places:
+            value[place] = _with_arrays(value[place], depth - 1, seen)
+    return value
 
 
 def _stand_ins(size: int, arrays: bool) -> dict[tuple[str, str], Any]:

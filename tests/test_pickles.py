@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,3 +92,15 @@ def test_memo_indices_of_large_files_are_fine(tmp_path: Path) -> None:
         path = tmp_path / f"{protocol}.pkl"
         path.write_bytes(pickle.dumps(rows, protocol))
         assert pickles.load(path, "rows") == rows
+
+
+def test_arrays_in_lists_and_dicts_are_replaced_once() -> None:
+    array = np.arange(6, dtype=np.float16).reshape(2, 3)
+    content = [{"hand": {"joints": array}, "score": np.float32(0.5)}]
+    loaded = pickles.load(pickle.dumps(content), "hands", arrays=True)
+    assert loaded[0]["score"] == 0.5
+    np.testing.assert_array_equal(loaded[0]["hand"]["joints"], array)
+    itself: list[Any] = [array]
+    itself += [itself] * 1000  # written out four deep it would have a billion values
+    loaded = pickles.load(pickle.dumps(itself), "hands", arrays=True)
+    np.testing.assert_array_equal(loaded[1][1][0], array)

@@ -6,6 +6,8 @@
     python tools/exchange.py cvat annotations.xml --videos videos --output right.parquet   and back
     python tools/exchange.py labelstudio boxes.parquet --videos videos --output task       boxes -> Label Studio
     python tools/exchange.py labelstudio export.json --videos videos --output right.parquet
+    python tools/exchange.py hamer results --fps 30 --focal 0.8 --output hands.parquet     3-D hands, for tracks.hands3d
+    python tools/exchange.py wilor results --fps 30 --focal 0.8 --output hands.parquet     of WiLoR-mini
 
 boxes.parquet is a table of detections (tools/generate_hod.py --export_detections). Corrected boxes are one again, for
 data.train.NAME.detections or detector.options.path. --videos has whole videos or chunks, each of which is a file of its
@@ -33,6 +35,7 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet
 from _common import run_tool, tool_parser
 
 from egohod import cli
@@ -53,7 +56,8 @@ from egohod.data.formats.custom import rows_of_csv
 from egohod.data.videos import list_videos
 from egohod.errors import UserError, nearest
 from egohod.hod.config import TracksConfig
-from egohod.runtime import write_text
+from egohod.hod.hands3d import from_hamer, from_wilor
+from egohod.runtime import atomic_write, write_text
 
 log = logging.getLogger("exchange")
 
@@ -191,9 +195,18 @@ def main(arguments: Sequence[str]) -> int:
         "rerun": (_rerun, "boxes, contact and narrations over the video, as .rrd files for Rerun's viewer"),
         "cvat": (_cvat, "boxes to CVAT for video 1.1, and back from CVAT for video or images 1.1"),
         "labelstudio": (_label_studio, "boxes to Label Studio's tasks, and back from its JSON"),
+        "hamer": (_hands3d, "arrays of HaMeR's or WiLoR's demo.py to a table of 3-D hands for tracks.hands3d"),
+        "wilor": (_hands3d, "results of WiLoR-mini to a table of 3-D hands for tracks.hands3d"),
     }
     for name, (_, text) in helps.items():
         add = programs.add_parser(name, help=text, description=text).add_argument
+        if name in ("hamer", "wilor"):
+            add("folder", type=Path, metavar="FOLDER", help="a folder of results for each video, named as its video_id")
+            add("--fps", type=float, required=True, help="frame rate of the videos")
+            focal = "focal length of the camera, in longer sides of its picture: 0.5 / tan(half of its angle of view)"
+            add("--focal", type=float, required=True, help=focal)
+            add("--output", required=True, type=Path, help="a .parquet file")
+            continue
         nargs: dict[str, Any] = {} if name in ("fiftyone", "rerun") else {"nargs": "+"}
         kinds = "search hits (.json), details/*.json of results, a csv" if name == "fiftyone" else "boxes"
         add("files", type=Path, metavar="FILE", help=f"{kinds}; or what was corrected" if nargs else kinds, **nargs)
@@ -215,6 +228,22 @@ def main(arguments: Sequence[str]) -> int:
     except OSError as error:
         raise UserError(f"{error.filename or args.output}: {error.strerror or error}") from error
     return cli.DONE
+
+
+# --- 3-D hands ---
+
+
+def _hands3d(args: argparse.Namespace) -> None:
+    """Write a table of 3-D hands of all videos of a folder."""
+    convert = {"hamer": from_hamer, "wilor": from_wilor}[args.program]
+    if args.output.suffix != ".parquet":
+        raise UserError(f"--output is '{args.output}', but must end in .parquet")
+    if not (folders := sorted(each for each in args.folder.iterdir() if each.is_dir())):
+        raise UserError(f"{args.folder}: holds no folder; each video's results are in one, named as its video_id")
+    hands = pa.concat_tables([convert(each, each.name, args.fps, args.focal) for each in folders])
+    with atomic_write(args.output) as temporary:
+        pa.parquet.write_table(hands, temporary)
+    log.info("wrote %d hands of %d videos to %s", len(hands), len(folders), args.output)
 
 
 # --- FiftyOne ---

@@ -310,6 +310,7 @@ def _row(view: ClipView) -> Image.Image:
     left = large.width + 2 * _GAP
     width = left + max(420, sum(picture.width + _GAP for picture in small))
     texts = [(view.title, _GREY), (f"was: {view.source or '(nothing)'}", _GREY), (view.text, _INK)]
+    texts += [(measured(view.facts), _GREY)] if view.facts is not None and view.facts.hands else []
     lines = [
         (line, colour)
         for text, colour in [*texts, (f"{view.narrator}, {view.verdict}", _GREY)]
@@ -324,6 +325,27 @@ def _row(view: ClipView) -> Image.Image:
     for number, (line, colour) in enumerate(lines):
         pen.text((large.width + 2 * _GAP, SMALL + 2 * _GAP + number * _LINE), line, colour, font)
     return image
+
+
+def measured(facts: ClipFacts) -> str:
+    """How far each hand moves and what the two do together, in a line: ``right 21 cm at 14 cm/s; hands apart``."""
+    parts = []
+    for side, hand in sorted(facts.hands.items()):
+        way = "still"
+        if hand.motion.is_moving and hand.motion.distance is not None and hand.motion.pace is not None:
+            about = "" if hand.motion.is_metric else "about "
+            way = f"{about}{100 * hand.motion.distance:.0f} cm at {100 * hand.motion.pace:.0f} cm/s"
+        elif hand.motion.is_moving:
+            way = "moves"
+        takes = f", takes it {len(hand.regrasps) + 1} times" if hand.regrasps else ""
+        parts.append(f"{side} {way}{f', {hand.grasp}' if hand.grasp else ''}{takes}")
+    pair = facts.pair
+    if pair is not None:
+        together = [facts.hands_together, pair.moves, "both hold it" if pair.shares else None]
+        together += [f"{pair.steadies} steadies" if pair.steadies else None]
+        together += [f"handed to the {pair.handed_to}" if pair.handed_to else None]
+        parts.append("hands " + ", ".join(filter(None, together)))
+    return "; ".join(parts)
 
 
 def film(view: ClipView, height: int = 480) -> Iterator[np.ndarray]:

@@ -31,6 +31,8 @@ from egohod.hod.facts import (
     COUNTERCLOCKWISE,
     DOWN,
     LEFT,
+    MIRRORED,
+    PARALLEL,
     RIGHT,
     SHAKING,
     STILL,
@@ -47,7 +49,7 @@ class Verdict:
 
     score: float  # 0 to 1: share of the source's words that remain times share of statements that the tracks support
     # Why it is refused: the words at fault, after one of the names length, prompt, language, side, verb, object, hand,
-    # direction, times, contact and a colon.
+    # direction, times, contact, distance and a colon.
     reasons: tuple[str, ...]
 
     @property
@@ -530,10 +532,13 @@ def _action_of_other_hand(caption: str, verbs: tuple[str, ...], acting: str) -> 
 
 TWICE, ONCE, ABSENT, CONTACT, RELEASE = "twice", "once", "out of sight", "contact", "release"
 CLOSING, PARTING = "closing", "parting"
+REGRASP, DISTANCE, TO_LEFT_HAND, TO_RIGHT_HAND = "regrasp", "distance", "to the left hand", "to the right hand"
 
 # Seen from the head, what goes away over a table goes up in the picture: narrators write either.
 _AXES = ({LEFT: -1, RIGHT: 1}, {UP: -1, AWAY: -1, DOWN: 1, CLOSER: 1})
 _TURNS = (CLOCKWISE, COUNTERCLOCKWISE)
+# A distance in a caption may differ from the measured one by this factor, as the estimate from the hand's size does
+_ROUGHLY = 2
 # Least net way, in shares of the picture, for "from the left side to the right side" of a motion with several legs
 _NET = 0.05
 
@@ -542,7 +547,19 @@ _GO = (
     r"(?:e|es|s|ed|ing)?|slid|went|swept|swung)"
 )
 _SELF = r"(?:the |their |his |her |your |my )?(?:body|self|camera|wearer|chest|viewer|c|him|her|me|you|himself|herself)"
+_IT = r"(?:it|them|the \w+)"
+_GIVE = rf"(?:pass|hand|switch|transfer)(?:e?s|ed|ing)? {_IT} (?:over )?(?:in)?to (?:the |his |her |their |your )?"
+_FROM, _TO = (rf"{word} (?:the |his |her |their |your )?" for word in ("from", "(?:in)?to"))
 _PATTERNS: list[tuple[str, tuple[str, ...]]] = [
+    (rf"{_FROM}left(?: hand)? {_TO}right hand|{_GIVE}right hand", (TO_RIGHT_HAND,)),
+    (rf"{_FROM}right(?: hand)? {_TO}left hand|{_GIVE}left hand", (TO_LEFT_HAND,)),
+    (rf"re-?grasp(?:s|ed|ing)?|(?:grasp|grip|tak|pick)(?:e?s|ing)? {_IT} (?:up )?again"
+     rf"|(?:releas(?:es|ing)|let(?:s|ting)? go of) {_IT} in between", (REGRASP,)),
+    (r"in parallel|(?:in )?the same way|in step with", (PARALLEL,)),
+    (r"symmetrically|in mirror image|mirroring (?:it|each other|the (?:left|right|other) hand)", (MIRRORED,)),
+    (r"steadies|steadying|stabili[sz](?:es?|ing)", (CONTACT, STILL)),
+    (r"(?:about |around |roughly |some )?[0-9]+(?:\.[0-9]+)? ?(?:cm|centimet(?:er|re)s?|m|met(?:er|re)s?)\b",
+     (DISTANCE,)),
     (r"(?:from )?side to side|back and forth|to and fro", (SHAKING,)),
     (r"from (?:the )?(?:far )?left(?: side)?,? (?:in)?to (?:the )?(?:far )?right\b(?! hand)(?: side)?", (RIGHT,)),
     (r"from (?:the )?(?:far )?right(?: side)?,? (?:in)?to (?:the )?(?:far )?left\b(?! hand)(?: side)?", (LEFT,)),
@@ -634,7 +651,8 @@ def unsupported_claims(caption: str, source: str, facts: ClipFacts, min_seen: fl
 def _unsupported_of_hand(
     statements: list[Claim], hand: HandFacts, facts: ClipFacts, accepted: set[str]
 ) -> Iterator[str]:
-    who = f"the {hand.side} hand"
+    who, pair = f"the {hand.side} hand", facts.pair
+    handed = f"to the {pair.handed_to} hand" if pair is not None else None  # TO_LEFT_HAND, TO_RIGHT_HAND
     motions = [hand.motion]
     # The motion of what the hand moves may be meant as well, unless its box was only guessed from the hand's.
     if hand.side == facts.acting and facts.object is not None and not facts.object.guessed:
@@ -659,10 +677,30 @@ def _unsupported_of_hand(
                 yield f'times: "{claim.words}", but it was {motions[0].repeats}'
         elif claim.what == CONTACT and hand.touches is None and hand.contact is None:
             yield f'contact: "{claim.words}", but {who} touches nothing'
-        elif claim.what == RELEASE and hand.release is None:
+        elif claim.what == RELEASE and hand.release is None and not hand.regrasps:
             yield f'contact: "{claim.words}", but {who} does not let go'
+        elif claim.what == REGRASP and not hand.regrasps:
+            yield f'contact: "{claim.words}", but {who} takes nothing again'
+        elif claim.what in (TO_LEFT_HAND, TO_RIGHT_HAND) and claim.what != handed:
+            yield f'contact: "{claim.words}", but nothing is handed over so'
+        elif claim.what in (PARALLEL, MIRRORED) and (pair is None or pair.moves != claim.what):
+            yield f'direction: "{claim.words}", but the hands do not move so'
+        elif claim.what == DISTANCE and not any(_is_about(claim.words, motion.distance) for motion in motions):
+            yield f'distance: "{claim.words}", but {who} goes {_centimetres(hand.motion.distance)}'
         elif claim.what in (CLOSING, PARTING) and facts.hands_together not in (None, claim.what):
             yield f'direction: "{claim.words}", but the hands are {facts.hands_together}'
+
+
+def _is_about(words: str, distance: float | None) -> bool:
+    """Whether a distance in words is a measured one, in metres."""
+    number = re.search(r"[0-9.]+", words)
+    assert number, "the pattern has one"
+    stated = float(number[0]) / (100 if "c" in words else 1)
+    return distance is not None and distance / _ROUGHLY <= stated <= distance * _ROUGHLY
+
+
+def _centimetres(distance: float | None) -> str:
+    return "an unknown distance" if distance is None else f"{100 * distance:.0f} cm"
 
 
 def _goes(directions: list[str], motion: Motion) -> bool:

@@ -73,6 +73,15 @@ class TracksConfig:
     )
     smooth: float = knob(0.04, "seconds over which jitter is smoothed; a quick tap lasts a quarter of a second", low=0)
     max_jump: float = knob(0.35, "farthest that a box moves between two frames, as a share of the picture", above=0)
+    hand_metres: float = knob(
+        0.12,
+        "real size of a hand's box, the square root of its area in metres, by which distances are estimated: a flat "
+        "adult hand has 0.13, a fist 0.09",
+        above=0,
+    )
+    hands3d: str | None = knob(
+        None, "parquet file of 3-D hands, docs/hod.md: true distances, and depth for away and closer; null has none"
+    )
 
 
 @dataclass
@@ -99,6 +108,10 @@ class NarratorConfig:
         "opposite for data.train.NAME.opposite_column. A model's answer is as many times as long; the template writes "
         "opposites by rule",
         choices=("fine", *FURTHER_CAPTIONS),
+    )
+    distances: bool = knob(
+        False,
+        "state how far hands move, in centimetres, which is an estimate unless there are 3-D hands (tracks.hands3d)",
     )
     # --- language models ---
     endpoint: str = knob(

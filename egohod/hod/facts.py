@@ -2,13 +2,15 @@
 
 Narrators caption them, the check compares captions with them. Positions are shares of the picture (x from the left, y
 from the top), with the camera's own motion removed; times are seconds from the clip's start; speeds are picture widths
-a second. Sides are the wearer's: ``left`` is their left hand.
+a second. Distances in metres are estimates, with the usual size of the hand's box as their ruler, or true ones where
+there are 3-D hands (:mod:`egohod.hod.hands3d`). Sides are the wearer's: ``left`` is their left hand.
 """
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -131,14 +133,9 @@ def _track(chain: _Chain, seconds: np.ndarray, shifts: np.ndarray, params: Track
         is_cut |= at_low | at_high
     extent = whole[:, 2:] - whole[:, :2]
     size = np.where(is_cut, np.nan, np.sqrt(extent.prod(axis=1)))
-    centre = _fill_gaps((whole[:, :2] + whole[:, 2:]) / 2 - shifts, seconds, params.max_gap)
-    # Gaussian smoothing over time with weights renormalised where samples are missing.
-    finite = np.isfinite(centre[:, 0])
-    weight = np.exp(-0.5 * ((seconds[:, None] - seconds[None]) / max(params.smooth, 1e-9)) ** 2) * finite
-    smooth = weight @ np.nan_to_num(centre) / np.maximum(weight.sum(axis=1, keepdims=True), 1e-12)
     return Track(
         boxes=boxes,
-        centre=np.where(finite[:, None], smooth, np.nan),
+        centre=_smooth_path((whole[:, :2] + whole[:, 2:]) / 2 - shifts, seconds, params),
         extent=_fill_gaps(extent, seconds, params.max_gap),
         size=size,
         state=state,
@@ -148,8 +145,18 @@ def _track(chain: _Chain, seconds: np.ndarray, shifts: np.ndarray, params: Track
     )
 
 
+def _smooth_path(path: np.ndarray, seconds: np.ndarray, params: TracksConfig) -> np.ndarray:
+    """A path [T, N] with short gaps filled, smoothed over time; NaN in longer gaps."""
+    filled = _fill_gaps(path, seconds, params.max_gap)
+    # Gaussian, with weights renormalised where samples are missing.
+    finite = np.isfinite(filled[:, 0])
+    weight = np.exp(-0.5 * ((seconds[:, None] - seconds[None]) / max(params.smooth, 1e-9)) ** 2) * finite
+    smooth = weight @ np.nan_to_num(filled) / np.maximum(weight.sum(axis=1, keepdims=True), 1e-12)
+    return np.where(finite[:, None], smooth, np.nan)
+
+
 def _fill_gaps(values: np.ndarray, seconds: np.ndarray, max_gap: float) -> np.ndarray:
-    """``values`` [T, 2] with gaps of at most ``max_gap`` seconds interpolated linearly."""
+    """``values`` [T, N] with gaps of at most ``max_gap`` seconds interpolated linearly."""
     filled = values.copy()
     for before, after in itertools.pairwise(np.flatnonzero(np.isfinite(values[:, 0]))):
         if after - before > 1 and seconds[after] - seconds[before] <= max_gap:
@@ -219,6 +226,27 @@ def _overlaps_and_follows(hand: Track, thing: Track) -> np.ndarray:
     if not len(follows):  # a single sample has no motion
         return overlaps
     return overlaps & (np.append(follows, False) | np.insert(follows, 0, False))
+
+
+_FLICKER = 0.2  # a contact, or an end of it, that is shorter in seconds, or is seen in a single sample, is flicker
+
+
+def _grasps(hand: Track, thing: Track, touched: np.ndarray, holds: np.ndarray, times: np.ndarray) -> list[slice]:
+    """The samples of each time that a hand holds a thing, in order, without the detector's flicker.
+
+    ``touched`` [T] where it touches anything, ``holds`` [T] where it touches this thing. It lets go only where that is
+    seen: a frame without the hand, or without the thing that a closed hand holds, is no release.
+    """
+    lets_go = ~holds & hand.seen & (thing.seen | ~touched)
+    grasps: list[slice] = []
+    for sample in np.flatnonzero(holds).tolist():
+        if grasps:
+            last = grasps[-1].stop - 1
+            if lets_go[last + 1 : sample].sum() < 2 or times[sample] - times[last] <= _FLICKER:
+                grasps[-1] = slice(grasps[-1].start, sample + 1)
+                continue
+        grasps.append(slice(sample, sample + 1))
+    return [each for each in grasps if times[each.stop - 1] - times[each.start] >= _FLICKER]
 
 
 # --- Camera motion ---
@@ -313,6 +341,7 @@ def _vertex(values: np.ndarray, peak: int) -> float:
 LEFT, RIGHT = SIDES
 UP, DOWN, AWAY, CLOSER = "up", "down", "away", "closer"  # away and closer are along the line of sight
 CLOCKWISE, COUNTERCLOCKWISE, STILL, SHAKING = "clockwise", "counterclockwise", "still", "back and forth"
+PARALLEL, MIRRORED = "parallel", "mirrored"
 
 
 # The results of runs hold these fields by name: a renamed one would make every cached result unreadable.
@@ -328,6 +357,11 @@ class Motion:
     speed: float  # mean while it moves
     start_region: str  # where it is first detected: one of nine words such as "upper left", "centre"
     end_region: str
+    # Length of its legs in metres, and metres a second while it moves; None where no hand's size is known. Estimated
+    # from the size of the hand's box unless is_metric: then from 3-D hands.
+    distance: float | None = None
+    pace: float | None = None
+    is_metric: bool = False
 
     @property
     def is_moving(self) -> bool:
@@ -350,6 +384,10 @@ class HandFacts:
     touches: str | None
     # Of the acting hand while it touches something: "onto" or "off" the active object, as with a lid
     relation: str | None = None
+    regrasps: tuple[float, ...] = ()  # when it takes hold of the active object again, after it let go of it
+    # Usual size of its box in picture widths, the ruler; the other hand's if it is always cut off, None if that is too
+    size: float | None = None
+    grasp: str | None = None  # with 3-D hands: open, closed, opening or closing
 
 
 @dataclass(frozen=True)
@@ -359,6 +397,16 @@ class ObjectFacts:
     name: str | None  # its class, where the detector gives one
     guessed: bool  # whether its box is the heuristic at the hand, for want of an object detector
     motion: Motion
+
+
+@dataclass(frozen=True)
+class PairFacts:
+    """What two detected hands do together."""
+
+    moves: str | None  # PARALLEL, both the same way, or MIRRORED, one the way of the other in a mirror; else None
+    steadies: str | None  # side of the hand that holds a thing still while the other one works with something
+    shares: bool  # whether both hold the active object at the same time
+    handed_to: str | None  # side that takes over the active object from the other hand
 
 
 @dataclass(frozen=True)
@@ -373,6 +421,7 @@ class ClipFacts:
     object: ObjectFacts | None
     acting: str | None  # side of the hand that touches the active object, else of the one that moves most
     hands_together: str | None  # of two detected hands: apart, together, closing or parting
+    pair: PairFacts | None = None  # of two detected hands
 
 
 def without_rare(facts: ClipFacts, min_seen: float) -> ClipFacts:
@@ -380,13 +429,16 @@ def without_rare(facts: ClipFacts, min_seen: float) -> ClipFacts:
     hands = {side: hand for side, hand in facts.hands.items() if hand.seen >= min_seen}
     if len(hands) == len(facts.hands):
         return facts
-    return replace(facts, hands=hands, acting=facts.acting if facts.acting in hands else None, hands_together=None)
+    acting = facts.acting if facts.acting in hands else None
+    return replace(facts, hands=hands, acting=acting, hands_together=None, pair=None)
 
 
 # --- Facts. The thresholds were tuned on the demo world's val split; lengths are in picture widths ---
 
-_STILL = 0.3  # what moves less than this share of its own size is still
-_LEAST = 0.05  # what moves less than this is still whatever its size
+# What moves less than this share of its own size, or of the hand's, is still. By the hand and not by the picture, so
+# that the same motion has the same words from near and far.
+_STILL = 0.3
+_LEAST = 0.05  # where the hand's size is not known: what moves less than this is still
 _DEPTH = 0.25  # decrease of the logarithm of the size per picture width of way up, from which up means away
 _ROUND_AREA = 0.4  # a turn's area, relative to the ellipse of its width and height: a line 0, an ellipse 1
 _ROUND_ASPECT = 0.35  # shorter over longer side of a turn
@@ -397,6 +449,24 @@ _SHAKES = 5  # so many legs to and fro are a shake; two quick taps have four
 _HELD = 0.3
 _OFF = 0.5  # least way, in their mean size, by which a hand that touches a thing moves onto or off it
 _NEAR = 1.2  # hands closer than this many of their sizes are together
+_SAME = 0.85  # correlation of two paths around their middles from which hands move the same way, or mirrored
+_UNEQUAL = 2  # most that one of these moves farther than the other
+_STEADY = 0.5  # least share of the clip in which a hand touches a thing that it steadies
+_HAND_OVER = 0.5  # seconds within which the other hand takes what is handed to it; later it was put down first
+# Mean distance of four fingertips from the wrist in lengths of the palm: a flat hand has 1.9, a fist 1.
+_OPEN, _CLOSED, _OPENING = 1.6, 1.3, 0.25
+_PALM, _TIPS = 9, (8, 12, 16, 20)  # the middle finger's knuckle, and fingertips without the thumb's
+
+
+class _Ruler(NamedTuple):
+    """What lengths are measured with: the usual size of a hand's box."""
+
+    size: float  # picture widths; NaN where no hand's is known
+    metres: float
+
+    def still(self, own: float = 0.0) -> float:
+        """How far a thing of the size ``own`` moves at least if it is not still, in picture widths."""
+        return _STILL * max(own, self.size) if self.size > 0 else max(_LEAST, _STILL * own)
 
 
 def facts_of(
@@ -408,6 +478,8 @@ def facts_of(
     end: float,
     aspect: float = 4 / 3,
     shifts: np.ndarray | None = None,
+    joints: np.ndarray | None = None,
+    focal: float = np.nan,
     params: TracksConfig | None = None,
 ) -> ClipFacts:
     """Facts from the detections of one clip.
@@ -415,18 +487,39 @@ def facts_of(
     ``rows`` are the clip's boxes in the schema of detections, ``seconds`` [T] the sampled times of the video, ascending
     (repeats are ignored), ``aspect`` the picture's width over its height, and ``shifts`` [T, 2] the camera's motion
     (:func:`~egohod.hod.facts.camera_shifts`), None to leave it in. Without any box there are no hands and no object.
+
+    ``joints`` [T, 2, 21, 3] are 3-D hands by side, see :meth:`egohod.hod.hands3d.Hands3d.at`; NaN or None where there
+    are none. ``focal`` is the camera's focal length in longer sides of the picture, without which its motion is left
+    in their paths.
     """
+    params = params or TracksConfig()
     seconds, first = np.unique(seconds, return_index=True)
     shifts = np.zeros((len(seconds), 2)) if shifts is None else shifts[first]
-    tracks, objects = _build_tracks(rows, seconds, shifts, params or TracksConfig())
+    tracks, objects = _build_tracks(rows, seconds, shifts, params)
     times = seconds - start
+
+    # --- Rulers: the usual size of each hand; one that is always cut off has the other's ---
+    sizes = {side: _median(hand.size) / np.sqrt(aspect) for side, hand in tracks.items()}
+    known = [size for size in sizes.values() if size > 0]  # NaN is not
+    rulers = {
+        side: _Ruler(size if size > 0 else (known or [np.nan])[0], params.hand_metres) for side, size in sizes.items()
+    }
+    bodies = {side: joints[first, SIDES.index(side)] for side in tracks} if joints is not None else {}
+    wrists = {
+        side: _wrist_path(body, tracks[side], shifts, seconds, aspect, focal, params) for side, body in bodies.items()
+    }
     touched = {side: _touching(hand, objects) for side, hand in tracks.items()}
 
     # --- Which object, which hand ---
-    # The object that hands touch longest, else the one that is detected longest with the highest confidence.
+    # The object that hands touch longest, else the one that is detected longest with the highest confidence. A hand
+    # that rests counts half: the bowl that it steadies is not the spoon that the other one stirs with.
+    moves = {side: _way(hand.centre) > rulers[side].still() for side, hand in tracks.items()}
     contacts = [{side: _touches_thing(hand, each, touched[side]) for side, hand in tracks.items()} for each in objects]
     weights = [
-        (sum(int(where.sum()) for where in contact.values()), each.score * float(each.seen.mean()))
+        (
+            sum(float(where.sum()) * (1 if moves[side] else 0.5) for side, where in contact.items()),
+            each.score * float(each.seen.mean()),
+        )
         for contact, each in zip(contacts, objects, strict=True)
     ]
     active, holds = None, {side: np.zeros(len(times), dtype=bool) for side in tracks}
@@ -446,6 +539,10 @@ def facts_of(
         active = replace(hand, boxes=boxes, centre=(moved[:, :2] + moved[:, 2:]) / 2, name=None)
 
     # --- Hands ---
+    grasps = {
+        side: _grasps(hand, active, touched[side], holds[side], times) if active is not None and not guessed else []
+        for side, hand in tracks.items()
+    }
     hands = {}
     for side, hand in tracks.items():
         partner = active if side == acting and not guessed else None
@@ -465,14 +562,25 @@ def facts_of(
             states = np.bincount(hand.state[touched[side] & (hand.state > 0)], minlength=1)
             words = {SELF_CONTACT: "other hand", OTHER_PERSON: "other person", STATIONARY_OBJECT: "surface"}
             touches = words.get(int(np.argmax(states)), "other object")
-        motion = _motion(hand, partner, window, times, aspect)
-        when = _contact_times(hand.centre, touched[side], times, aspect)
-        hands[side] = HandFacts(side, float(hand.seen.mean()), motion, *when, touches=touches, relation=relation)
+        motion = _motion(hand, partner, window, times, aspect, rulers[side], wrists.get(side))
+        when = _contact_times(hand.centre, touched[side], times, aspect, rulers[side])
+        hands[side] = HandFacts(
+            side,
+            float(hand.seen.mean()),
+            motion,
+            *when,
+            touches=touches,
+            relation=relation,
+            regrasps=tuple(float(times[each.start]) for each in grasps[side][1:]),
+            size=rulers[side].size if known else None,
+            grasp=_grasp_of(bodies[side]) if wrists.get(side) is not None else None,
+        )
 
     # --- The object, over the whole clip: it does nothing before it is touched ---
     thing = None
     if active is not None:
-        motion = _motion(active, tracks.get(acting or ""), slice(None), times, aspect)
+        ruler = rulers.get(acting or "", _Ruler(np.nan, params.hand_metres))
+        motion = _motion(active, tracks.get(acting or ""), slice(None), times, aspect, ruler)
         thing = ObjectFacts(active.name, guessed, motion)
 
     # --- Relation of the two hands ---
@@ -483,7 +591,107 @@ def facts_of(
         together = "closing" if ends[1] < ends[0] else "parting"
     elif ends is not None:
         together = "together" if max(ends) < _NEAR else "apart"
-    return ClipFacts(video_id, start, end, times, hands, thing, acting, together)
+    pair = _pair_facts(hands, touched, grasps, acting, times, aspect) if both else None
+    return ClipFacts(video_id, start, end, times, hands, thing, acting, together, pair)
+
+
+def _median(values: np.ndarray) -> float:
+    """The median of what is known, NaN where nothing is."""
+    known = values[np.isfinite(values)]
+    return float(np.median(known)) if len(known) else np.nan
+
+
+def _pair_facts(
+    hands: dict[str, HandFacts],
+    touched: dict[str, np.ndarray],
+    grasps: dict[str, list[slice]],
+    acting: str | None,
+    times: np.ndarray,
+    aspect: float,
+) -> PairFacts:
+    """What two hands do together, by where they touch anything, and hold the active object."""
+    steadies = None
+    for one, other in (SIDES, SIDES[::-1]):
+        holds_still = not hands[one].motion.is_moving and hands[one].touches in ("object", "other object")
+        works = other == acting and hands[other].motion.is_moving and touched[other].mean() >= _HELD
+        if holds_still and works and touched[one].mean() >= _STEADY:
+            steadies = one
+    held = np.zeros((len(SIDES), len(times)), dtype=bool)
+    for row, side in zip(held, SIDES, strict=True):
+        for each in grasps[side]:
+            row[each] = True
+    shares = bool(held.all(axis=0).mean() >= _HELD)
+    return PairFacts(_shared_motion(hands, aspect), steadies, shares, _handed_to(grasps, times))
+
+
+def _shared_motion(hands: dict[str, HandFacts], aspect: float) -> str | None:
+    """Whether two hands that move do so in PARALLEL or MIRRORED, by how their paths correlate over time."""
+    if not all(hand.motion.is_moving for hand in hands.values()):
+        return None
+    paths = np.stack([hands[side].motion.path / (1, aspect) for side in SIDES])
+    paths = paths[:, np.isfinite(paths).all(axis=(0, 2))]
+    if paths.shape[1] < 3:
+        return None
+    one, two = paths - paths.mean(axis=1, keepdims=True)
+    lengths = np.linalg.norm(one), np.linalg.norm(two)
+    if max(lengths) > _UNEQUAL * min(lengths):
+        return None
+    product = float(np.prod(lengths))
+    # Up and down are the same in a mirror: hands that move so together are parallel.
+    if (one * two).sum() >= _SAME * product:
+        return PARALLEL
+    return MIRRORED if (one * two * (-1, 1)).sum() >= _SAME * product else None
+
+
+def _handed_to(grasps: dict[str, list[slice]], times: np.ndarray) -> str | None:
+    """The side that takes over what the other one held first and lets go of, if any."""
+    for giver, taker in (SIDES, SIDES[::-1]):
+        if grasps[giver] and grasps[taker]:
+            given, taken = grasps[giver][-1], grasps[taker][-1]
+            alone_before = times[taken.start] - times[grasps[giver][0].start]
+            alone_after = times[taken.stop - 1] - times[given.stop - 1]
+            gap = times[taken.start] - times[given.stop - 1]  # negative while both hold it
+            first = grasps[taker][0].start >= given.start
+            if first and min(alone_before, alone_after) >= _FLICKER and gap <= _HAND_OVER:
+                return taker
+    return None
+
+
+def _wrist_path(
+    joints: np.ndarray,
+    hand: Track,
+    shifts: np.ndarray,
+    seconds: np.ndarray,
+    aspect: float,
+    focal: float,
+    params: TracksConfig,
+) -> np.ndarray | None:
+    """Joints of a hand [T, 21, 3] -> path of its wrist [T, 3] in metres: right, down and away from the camera.
+
+    None where they are known in less than half of the samples in which the hand was detected.
+    """
+    wrist = joints[:, 0].copy()
+    if np.isfinite(wrist[hand.seen, 0]).sum() < max(2, hand.seen.sum() / 2):
+        return None
+    if np.isfinite(focal):
+        picture = (min(1.0, aspect), min(1.0, 1 / aspect))  # width and height in longer sides
+        wrist[:, :2] -= shifts * picture * wrist[:, 2:] / focal
+    return _smooth_path(wrist, seconds, params)
+
+
+def _grasp_of(joints: np.ndarray) -> str | None:
+    """Joints of a hand [T, 21, 3] -> open, closed, opening or closing, by how far its fingertips are from the wrist."""
+    reach = np.linalg.norm(joints[:, _TIPS] - joints[:, :1], axis=2).mean(axis=1)
+    spread = reach / np.maximum(np.linalg.norm(joints[:, _PALM] - joints[:, 0], axis=1), 1e-6)
+    spread = spread[np.isfinite(spread)]
+    if not len(spread):
+        return None
+    third = max(1, len(spread) // 3)
+    change = float(np.median(spread[-third:]) - np.median(spread[:third]))
+    if abs(change) >= _OPENING:
+        return "opening" if change > 0 else "closing"
+    usual = float(np.median(spread))
+    return "open" if usual >= _OPEN else "closed" if usual <= _CLOSED else None
 
 
 def _way(path: np.ndarray) -> float:
@@ -493,7 +701,7 @@ def _way(path: np.ndarray) -> float:
 
 
 def _contact_times(
-    centre: np.ndarray, touched: np.ndarray, times: np.ndarray, aspect: float
+    centre: np.ndarray, touched: np.ndarray, times: np.ndarray, aspect: float, ruler: _Ruler
 ) -> tuple[float | None, float | None, float | None]:
     """When the hand touches, lets go, and starts towards what it touches."""
     places = np.flatnonzero(touched)
@@ -507,7 +715,7 @@ def _contact_times(
     approach = None
     if not from_start and visible[first]:
         away = np.hypot(*((centre[: first + 1] - centre[first]) / (1, aspect)).T)
-        if np.nanmax(away) > _LEAST:
+        if np.nanmax(away) > ruler.still():
             # The last time that it is nearly as far away as it gets.
             approach = float(times[np.flatnonzero(away >= 0.9 * np.nanmax(away))[-1]])
     return 0.0 if from_start else float(times[first]), release, approach
@@ -526,27 +734,56 @@ def _distances(one: Track, other: Track, where: np.ndarray | bool, aspect: float
     return float(np.median(distance[:third])), float(np.median(distance[-third:]))
 
 
-def _motion(track: Track, partner: Track | None, window: slice, times: np.ndarray, aspect: float) -> Motion:
-    """Motion of a track; its directions are those within ``window``, judged together with a ``partner`` in depth."""
+def _motion(
+    track: Track,
+    partner: Track | None,
+    window: slice,
+    times: np.ndarray,
+    aspect: float,
+    ruler: _Ruler,
+    wrist: np.ndarray | None = None,
+) -> Motion:
+    """Motion of a track; its directions are those within ``window``, judged together with a ``partner`` in depth.
+
+    With a ``wrist`` [T, 3] in metres directions and lengths are its.
+    """
     pair = [track] if partner is None else [track, partner]
     slope = _depth_slope([each.centre[window] for each in pair], [each.size[window] for each in pair], aspect)
-    usual = float(np.sqrt(np.nanmedian(track.extent.prod(axis=1))))
-    directions, repeats = directions_of(track.centre[window], usual, slope, aspect)
-
-    visible = np.isfinite(track.centre).all(axis=1)
-    places = np.flatnonzero(visible)
+    places = np.flatnonzero(np.isfinite(track.centre).all(axis=1))
     assert len(places), "a track has at least one box"
-    size = float(np.nanmedian(track.size)) if np.isfinite(track.size).any() else np.nan
-    speed = 0.0
-    if directions != (STILL,) and len(places) > 1:
-        steps = np.hypot(*np.diff(track.centre[visible] / (1, aspect), axis=0).T)
-        passed = np.diff(times[visible])
-        # A step that would not leave the still zone within a second is jitter.
-        least = max(_LEAST, _STILL * size) if np.isfinite(size) else _LEAST
-        moving = (passed > 0) & (steps > least * passed)
-        speed = float(steps[moving].sum() / passed[moving].sum()) if moving.any() else 0.0
-    first, last = _region(track.centre[places[0]]), _region(track.centre[places[-1]])
-    return Motion(track.centre, track.size, directions, repeats, speed, first, last)
+    own = float(np.sqrt(np.nanmedian(track.extent.prod(axis=1)) / aspect))
+    is_metric = wrist is not None and np.isfinite(wrist[window, 0]).sum() > 1
+    if wrist is not None and is_metric:
+        path, least, metres = wrist, _STILL * ruler.metres, 1.0
+    else:
+        path, least, metres = track.centre / (1, aspect), ruler.still(own), ruler.metres / ruler.size
+    directions, repeats = directions_of(path[window], least, slope)
+    length = speed = pace = 0.0
+    if directions != (STILL,):
+        length, pace = _length(path[window], least), _mean_speed(path, times, least)
+        speed = _mean_speed(track.centre / (1, aspect), times, ruler.still(own))
+    is_known = np.isfinite(metres)
+    return Motion(
+        path=track.centre,
+        size=track.size,
+        directions=directions,
+        repeats=repeats,
+        speed=speed,
+        start_region=_region(track.centre[places[0]]),
+        end_region=_region(track.centre[places[-1]]),
+        distance=float(metres * length) if is_known else None,
+        pace=float(metres * pace) if is_known else None,
+        is_metric=is_metric,
+    )
+
+
+def _mean_speed(points: np.ndarray, times: np.ndarray, least: float) -> float:
+    """Of a path [T, N] while it moves, per second."""
+    known = np.isfinite(points[:, 0])
+    steps, passed = np.linalg.norm(np.diff(points[known], axis=0), axis=1), np.diff(times[known])
+    # A step that would not leave the still zone within a second is jitter.
+    moving = (passed > 0) & (steps > least * passed)
+    return float(steps[moving].sum() / passed[moving].sum()) if moving.any() else 0.0
 
 
 def _region(point: np.ndarray) -> str:
@@ -572,36 +809,48 @@ def _depth_slope(centres: list[np.ndarray], sizes: list[np.ndarray], aspect: flo
     return covariance / variance if variance > 1e-9 else 0.0
 
 
-def directions_of(path: np.ndarray, size: float, slope: float, aspect: float) -> tuple[tuple[str, ...], int]:
-    """Directions and repeats (see :class:`Motion`) of a ``path`` [T, 2], NaN where unknown.
+def _length(path: np.ndarray, least: float) -> float:
+    """Length of a path's legs; jitter, which adds up along the path itself, adds nothing to them."""
+    points = path[np.isfinite(path).all(axis=1)]
+    return float(np.linalg.norm(np.diff(points[_corners(points, least / 2)], axis=0), axis=1).sum())
 
-    ``size`` of the thing and ``path`` are in shares of the picture, ``slope`` is the growth of the logarithm of the
-    size per picture width of way down. Inside, lengths are in picture widths.
+
+def directions_of(path: np.ndarray, least: float, slope: float) -> tuple[tuple[str, ...], int]:
+    """Directions and repeats (see :class:`Motion`) of a ``path`` [T, 2] in picture widths, NaN where unknown.
+
+    What goes less than ``least`` is still. ``slope`` is the growth of the logarithm of the size per picture width of
+    way down. A path [T, 3] has the distance from the camera too, whatever the unit; then that, instead of ``slope``,
+    tells away and closer from up and down.
     """
-    points = path[np.isfinite(path).all(axis=1)] / (1, aspect)
-    least = max(_LEAST, _STILL * size / np.sqrt(aspect)) if np.isfinite(size) else _LEAST
-    if len(points) < 2 or np.ptp(points, axis=0).max() < least:
+    points = path[np.isfinite(path).all(axis=1)]
+    extent = np.ptp(points, axis=0) if len(points) else np.zeros(2)
+    if len(points) < 2 or extent.max() < least:
         return (STILL,), 1
 
     # --- Does it go round? The area that the closed path sweeps, in ellipses of its width and height, positive
     # clockwise as seen; a path there and back sweeps none. ---
-    width, height = np.ptp(points, axis=0)
-    if min(width, height) >= _ROUND_ASPECT * max(width, height):
-        x, y = points.T
+    width, height = extent[:2]
+    if min(width, height) >= _ROUND_ASPECT * extent.max():
+        x, y = points[:, :2].T
         area = 0.5 * float((x * np.roll(y, -1) - np.roll(x, -1) * y).sum())
         turns = area / (np.pi / 4 * width * height)
         # An arc that ends elsewhere sweeps an area with its chord, but is no turn.
-        closed = np.hypot(*(points[-1] - points[0])) < 0.4 * max(width, height)
+        closed = np.linalg.norm(points[-1] - points[0]) < 0.4 * extent.max()
         if abs(turns) >= _ROUND_AREA and (closed or abs(turns) > 1.2):
             return (CLOCKWISE if turns > 0 else COUNTERCLOCKWISE,), max(1, round(abs(turns)))
 
     # --- Straight legs between corners, successive ones of the same direction merged ---
     ways = np.diff(points[_corners(points, least / 2)], axis=0)
-    lengths = np.hypot(*ways.T)
+    lengths = np.linalg.norm(ways, axis=1)
     legs: list[str] = []
     for way in ways[lengths >= max(0.8 * least, _MINOR * lengths.max())]:
-        if abs(way[0]) >= abs(way[1]):
+        axis = int(np.argmax(np.abs(way)))
+        if axis == 0:
             word = RIGHT if way[0] > 0 else LEFT
+        elif axis == 2:
+            word = AWAY if way[2] > 0 else CLOSER
+        elif len(way) == 3:
+            word = DOWN if way[1] > 0 else UP
         elif slope > _DEPTH:  # it shrinks on the way up: along a table, not into the air
             word = CLOSER if way[1] > 0 else AWAY
         else:
@@ -625,10 +874,10 @@ def _corners(points: np.ndarray, tolerance: float) -> list[int]:
     along the chord, which that distance does not see.
     """
     chord = points[-1] - points[0]
-    length = float(np.hypot(*chord))
+    length = float(np.linalg.norm(chord))
     off = points - points[0]
     share = off @ chord / length**2 if length > 1e-9 else np.zeros(len(points))
-    distance = np.hypot(*(off - np.clip(share, 0, 1)[:, None] * chord).T)
+    distance = np.linalg.norm(off - np.clip(share, 0, 1)[:, None] * chord, axis=1)
     split = int(np.argmax(distance))
     if distance[split] <= tolerance:
         back = np.maximum.accumulate(share) - share

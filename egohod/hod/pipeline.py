@@ -49,6 +49,7 @@ from egohod.hod.check import sides
 from egohod.hod.config import COLUMNS, FURTHER_CAPTIONS, HodConfig
 from egohod.hod.detectors import Detector, check_boxes, detector_class, make_detector, typed_options
 from egohod.hod.facts import ClipFacts, camera_shifts, facts_of, without_rare
+from egohod.hod.hands3d import Hands3d
 from egohod.hod.narrators import (
     Cost,
     Narration,
@@ -604,7 +605,7 @@ def build(cfg: HodConfig, *, retry: bool = False) -> Pipeline:
         raise UserError(f"output is '{cfg.output}', which is a folder; it must be a file, such as {cfg.output}/hod.csv")
     inputs = {"source.metadata": cfg.source.metadata, "source.exclude": cfg.source.exclude}
     inputs |= {f"detector.options.{name}": value for name, value in cfg.detector.options.items()}
-    inputs["narrator.prompt"] = cfg.narrator.prompt
+    inputs |= {"narrator.prompt": cfg.narrator.prompt, "tracks.hands3d": cfg.tracks.hands3d}
     outputs = [store.output.resolve(), store.failures.resolve()]  # a link may lead to an input too
     for name, path in inputs.items():
         if isinstance(path, str) and path and Path(path).resolve() in outputs:
@@ -795,26 +796,52 @@ def box_table(video_id: str, detected: Mapping[str, Any]) -> pa.Table:
 class TrackStage(Stage):
     """Facts from boxes."""
 
-    name, version = TRACK, 2
+    name, version = TRACK, 3
 
     def __init__(self, cfg: HodConfig, source: ClipReader, before: Mapping[str, Stage]) -> None:
         self._params, self._table = cfg.tracks, source.table
         # The motion of the camera is measured with the boxes, from the pictures.
         self.settings = {name: value for name, value in vars(cfg.tracks).items() if name != "camera"}
+        if cfg.tracks.hands3d is not None:
+            try:
+                self.settings["hands3d"] = file_hash(cfg.tracks.hands3d)  # another file may have the same name
+            except OSError as error:
+                raise UserError(f"tracks.hands3d={cfg.tracks.hands3d}: {error.strerror or error}") from error
+
+    @functools.cached_property
+    def _hands3d(self) -> Hands3d | None:
+        """3-D hands, read once. Raises :class:`UserError` if they are of other videos."""
+        path, videos = self._params.hands3d, pd.unique(self._table.column("video_id"))
+        if path is None:
+            return None
+        hands = Hands3d(path)
+        missing, unknown = set(videos) - hands.videos(), hands.videos() - set(videos)
+        if len(missing) == len(videos):
+            raise UserError(
+                f"tracks.hands3d={path}: has hands of none of the {len(videos):,} videos of {self._table.path}, such "
+                f"as '{min(missing)}'; the video_id must be the same in both"
+            )
+        for what, ids in (("videos have no 3-D hands", missing), ("videos of 3-D hands have no clips", unknown)):
+            if ids:
+                log.warning("tracks.hands3d=%s: %s %s, such as '%s'", path, f"{len(ids):,}", what, min(ids))
+        return hands
 
     def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Outcome]]:
         """See :class:`Stage`."""
         for task in tasks:
             row, detected = self._table.row(task.index), task.outcomes[DETECT].parsed()
-            shifts = detected["shifts"]
+            shifts, seconds = detected["shifts"], np.array(detected["seconds"])
+            joints, focal = self._hands3d.at(row.video_id, seconds) if self._hands3d is not None else (None, np.nan)
             facts = facts_of(
                 box_table(row.video_id, detected),
-                np.array(detected["seconds"]),
+                seconds,
                 video_id=row.video_id,
                 start=row.start,
                 end=row.end,
                 aspect=detected["aspect"],
                 shifts=None if shifts is None else np.array(shifts),
+                joints=joints,
+                focal=focal,
                 params=self._params,
             )
             yield task, Outcome(to_plain(facts))

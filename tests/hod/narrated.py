@@ -99,7 +99,7 @@ def _disagreement(text: str, verb: str, hand: str, states: dict[str, list[int]])
     idle = " ".join(part.text for part in parts if part.sides == (OTHER_HAND[hand],))
     if idle and not other:
         return "speaks of a hand that is not there"
-    if idle and ("holds" in idle) != (max(set(other), key=other.count) == PORTABLE_OBJECT):
+    if idle and bool(re.search("holds|steadies", idle)) != (max(set(other), key=other.count) == PORTABLE_OBJECT):
         return f"other hand: {idle}"
     return ""
 

@@ -89,7 +89,7 @@ def test_words_of_paths() -> None:
     t = np.linspace(0, 1, 24)
 
     def legs(x: np.ndarray, y: np.ndarray, slope: float = 0.0) -> tuple[tuple[str, ...], int]:
-        return directions_of(np.stack([x, y], axis=1), 0.2, slope, 1.0)
+        return directions_of(np.stack([x, y], axis=1), 0.06, slope)
 
     flat, there = np.full(24, 0.5), np.sin(np.pi * t)
     assert legs(0.2 + 0.5 * t, flat) == (("right",), 1)

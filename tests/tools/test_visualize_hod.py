@@ -10,7 +10,7 @@ import pytest
 import visualize_hod
 
 from egohod.data.detections import ROLE_COLOURS
-from egohod.hod.facts import ClipFacts, HandFacts, Motion, ObjectFacts
+from egohod.hod.facts import ClipFacts, HandFacts, Motion, ObjectFacts, PairFacts
 
 FRAMES, HEIGHT, WIDTH = 6, 60, 80
 
@@ -100,3 +100,22 @@ def test_a_film_has_every_frame_and_even_sides() -> None:
     frames = list(visualize_hod.film(view(), 121))
     assert len(frames) == FRAMES
     assert {each.shape for each in frames} == {(120, 160, 3)}
+
+
+def test_a_line_says_how_far_hands_move_and_what_they_do_together() -> None:
+    facts = view().facts
+    assert facts is not None
+    assert visualize_hod.measured(facts) == "right moves", "no hand's size is known"
+    hand = facts.hands["right"]
+    known = dataclasses.replace(hand, motion=dataclasses.replace(hand.motion, distance=0.214, pace=0.1))
+    still = dataclasses.replace(hand.motion, directions=("still",))
+    other = dataclasses.replace(hand, side="left", motion=still, grasp="closed")
+    pair = PairFacts("parallel", "left", True, "right")
+    both = {"right": dataclasses.replace(known, regrasps=(0.5,)), "left": other}
+    together = dataclasses.replace(facts, hands=both, hands_together="apart", pair=pair)
+    assert visualize_hod.measured(together) == (
+        "left still, closed; right about 21 cm at 10 cm/s, takes it 2 times; "
+        "hands apart, parallel, both hold it, left steadies, handed to the right"
+    )
+    true = dataclasses.replace(known, motion=dataclasses.replace(known.motion, is_metric=True))
+    assert visualize_hod.measured(dataclasses.replace(facts, hands={"right": true})) == "right 21 cm at 10 cm/s"

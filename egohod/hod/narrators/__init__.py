@@ -28,6 +28,7 @@ from egohod.hod.facts import (
     COUNTERCLOCKWISE,
     DOWN,
     LEFT,
+    PARALLEL,
     RIGHT,
     SHAKING,
     STILL,
@@ -135,7 +136,7 @@ class Narrator(Protocol):
 
 
 # Which settings each reads, where not all; those of the template always: it replaces captions that are refused.
-_TEMPLATE = ("kind", "seed", "varied", "captions")
+_TEMPLATE = ("kind", "seed", "varied", "captions", "distances")
 _MODEL = (*_TEMPLATE, "model", "prompt", "batch", "temperature", "max_tokens", "answer_format")
 _READ = {"template": _TEMPLATE, "llm": _MODEL, "vlm": (*_MODEL, "frames", "frame_size", "jpeg_quality")}
 # Settings of the endpoint, its timing and prices, which do not change the content of a request: no part of what results
@@ -187,6 +188,8 @@ def caption_settings(settings: NarratorConfig) -> dict[str, Any]:
             prompts[key] = FURTHER_PROMPTS[name]
         elif name in captions:
             values[key] = True
+    if not values["distances"]:
+        del values["distances"]
     for name, path in prompts.items():
         # A prompt that is missing, or no text, is reported by the narrator.
         values[name] = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else str(path)
@@ -320,6 +323,8 @@ _DIRECTIONS = {
     AWAY: ("away",), CLOSER: ("closer", "back towards the body"), CLOCKWISE: ("clockwise",),
     COUNTERCLOCKWISE: ("counterclockwise",), SHAKING: ("back and forth",),
 }  # fmt: skip
+OTHER = {LEFT: RIGHT, RIGHT: LEFT}
+"""The other hand, by side."""
 _TIMES = {2: "twice", 3: "three times", 4: "four times"}
 _TOUCHED = {
     "object": "the {o}", "other object": "another object", "surface": "the surface", "other hand": "the other hand",
@@ -343,6 +348,15 @@ def times_phrase(motion: Motion) -> str:
     return "once" if motion.directions in ((DOWN, UP), (UP, DOWN)) else ""
 
 
+def distance_phrase(motion: Motion) -> str:
+    """``by about 20 cm``, for what goes one way; nothing where that is less than 5 cm or unknown."""
+    if motion.distance is None or motion.distance < 0.05 or len(motion.directions) != 1 or motion.repeats > 1:
+        return ""
+    # In steps of 5 cm, of 10 from half a metre: more digits would claim what the estimate does not have.
+    step = 5 if motion.distance < 0.5 else 10
+    return f"by about {step * round(100 * motion.distance / step)} cm"
+
+
 def regions_phrase(motion: Motion) -> str:
     """``from the left side to the centre``, where it ends in another region than it begins in; else nothing."""
     if motion.start_region == motion.end_region or not motion.is_moving:
@@ -364,8 +378,8 @@ def thing_name(facts: ClipFacts) -> str:
     return facts.object.name if facts.object is not None and facts.object.name else "object"
 
 
-def describe(facts: ClipFacts) -> list[str]:
-    """One line for each hand and thing, the input of language models."""
+def describe(facts: ClipFacts, distances: bool = False) -> list[str]:
+    """One line for each hand and thing, the input of language models; with ``distances`` also how far hands move."""
     thing = thing_name(facts)
     lines = []
     for side in (LEFT, RIGHT):
@@ -376,6 +390,8 @@ def describe(facts: ClipFacts) -> list[str]:
             continue
         parts = ["does the action" if side == facts.acting else "does not do the action"]
         parts.append(f"moves {direction_phrase(hand.motion)}" if hand.motion.is_moving else "rests")
+        if distances and hand.motion.is_moving and distance_phrase(hand.motion):
+            parts[-1] += f" {distance_phrase(hand.motion)}"
         if hand.relation:
             parts.append(f"{hand.relation} the {thing}")
         if regions_phrase(hand.motion):
@@ -385,6 +401,8 @@ def describe(facts: ClipFacts) -> list[str]:
             parts.append("touches nothing")
         else:
             parts.append(f"touches {touched}" + (" from the start" if hand.contact == 0 else " after reaching for it"))
+            if hand.regrasps:
+                parts.append("lets go of it in between and takes it again")
             if hand.release is not None:
                 parts.append("then lets go")
         lines.append(f"{side} hand: {'; '.join(parts)}")
@@ -393,4 +411,14 @@ def describe(facts: ClipFacts) -> list[str]:
         lines.append(f"{thing}: {f'moves {direction_phrase(motion)}' if motion.is_moving else 'does not move'}")
     if facts.hands_together in ("closing", "parting"):
         lines.append("the two hands " + ("come together" if facts.hands_together == "closing" else "move apart"))
+    pair = facts.pair
+    if pair is not None:
+        if pair.moves is not None:
+            lines.append("the two hands move " + ("the same way" if pair.moves == PARALLEL else "symmetrically"))
+        if pair.handed_to is not None:
+            lines.append(f"the {thing} goes from the {OTHER[pair.handed_to]} hand to the {pair.handed_to} hand")
+        elif pair.shares:
+            lines.append(f"both hands hold the {thing}")
+        if pair.steadies is not None:
+            lines.append(f"the {pair.steadies} hand steadies what it holds")
     return lines

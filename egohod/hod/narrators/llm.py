@@ -427,7 +427,7 @@ class ChatFormat:
             {
                 "clip": number,
                 "narration": request.source,
-                "facts": describe(request.facts),
+                "facts": describe(request.facts, settings.distances),
                 "refused": request.refused,
                 "complaints": list(request.complaints),
             }
