@@ -37,6 +37,8 @@ class Detector(ABC):
     reads_files = False
     """Whether boxes are read from files. Such a detector is made once, before the workers start, and shared by them,
     and :meth:`videos` is checked against the clips; a model is loaded by each worker."""
+    is_batched = False
+    """Whether a picture's boxes depend on nothing but the picture, so that unrelated ones may be given together."""
 
     @abstractmethod
     def detect(

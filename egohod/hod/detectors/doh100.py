@@ -1,24 +1,38 @@
-"""The network of the 100DOH hand-object detector: Faster R-CNN on ResNet-101-C4 with heads for contact, offset and side.
+"""The 100DOH detector of hands and the objects that they touch: Faster R-CNN on ResNet-101-C4 with three further heads.
 
-Source: Shan et al., "Understanding Human Hands in Contact at Internet Scale", CVPR 2020, and the behaviour of its code
-(ddshan/hand_object_detector, commit e6eec71, MIT licence), written anew from measurements of it. Names in the state
+Each hand has a side, a contact state and an offset that points to what it touches. Source: Shan et al., "Understanding
+Human Hands in Contact at Internet Scale", CVPR 2020, and how its code behaves (ddshan/hand_object_detector, commit
+e6eec71, MIT licence); written anew in PyTorch from measurements of it, nothing needs to be compiled. Names in the state
 dict are those of its checkpoints. Where its code differs from a textbook Faster R-CNN the weights were trained with the
-difference, so it is kept and marked "as trained" below.
+difference, so it is kept and marked "as trained".
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import logging
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.ops import nms, roi_align
 
+from egohod.data.detections import NO_CONTACT, SCHEMA, STATIONARY_OBJECT
+from egohod.data.videos import VideoError
+from egohod.errors import UserError
+from egohod.hod.detectors import Detector, row
+from egohod.model.checkpoints import without_wrappers
+from egohod.model.weight_files import errors_of, open_weight_file
+
+log = logging.getLogger(__name__)
+
+RANDOM = "random"
+"""The value of ``weights`` for a network that has learned nothing: to try what is around it."""
 CLASSES = 3
 OBJECT, HAND = 1, 2  # 0 is the background
-STATES = 5
 STRIDE = 16
 _MEANS_BGR = (102.9801, 115.9465, 122.7717)  # Caffe's: of BGR from 0 to 255, without a division
 _SHORT_SIDE, _LONG_SIDE = 600, 1000
@@ -27,9 +41,16 @@ _DETECTION_NMS = 0.3
 _DELTA_SCALES = (0.1, 0.1, 0.2, 0.2)
 _PADDING = 0.3
 _ANCHORS = 12
+# How far an offset of magnitude 1 points, in pixels of the original picture: times a direction that is a tenth of a unit
+# vector.
+_OFFSET_PIXELS = 10_000
+_LEAST_SIDE = 16  # of the resized picture; a narrower one has no features
 # Width and height of the anchors of one place, by ratio (h/w 0.5, 1, 2), then by scale (8, 16, 32, 64). As trained:
 # the sides of 16-pixel squares were rounded before they were scaled (23 x 12, 16 x 16, 11 x 22).
 _ANCHOR_SIZES = tuple((w * scale, h * scale) for w, h in ((23, 12), (16, 16), (11, 22)) for scale in (8, 16, 32, 64))
+
+
+# --- Network ---
 
 
 class Detections(NamedTuple):
@@ -90,7 +111,7 @@ class _Extensions(nn.Module):
         super().__init__()
         # The dropout does nothing here, but the last layer's number in the checkpoints counts it.
         self.hand_contact_state_layer = nn.Sequential(
-            nn.Linear(2048, 32), nn.ReLU(), nn.Dropout(), nn.Linear(32, STATES)
+            nn.Linear(2048, 32), nn.ReLU(), nn.Dropout(), nn.Linear(32, STATIONARY_OBJECT + 1)
         )
         self.hand_dydx_layer = nn.Linear(2048, 3)
         self.hand_lr_layer = nn.Linear(2048, 1)
@@ -127,15 +148,18 @@ class HandObjectNetwork(nn.Module):
         self.extension_layer = _Extensions()
 
     def forward(
-        self, pictures: Tensor, min_object_score: float = 0.5, min_hand_score: float = 0.5, precision: torch.dtype = torch.float32
+        self,
+        pictures: Tensor,
+        min_object_score: float = 0.5,
+        min_hand_score: float = 0.5,
+        precision: torch.dtype = torch.float32,
     ) -> list[Detections]:
         """Pictures uint8 RGB [B, H, W, 3] of one size -> what is in each, scores **above** the thresholds.
 
         ``precision`` is that of the convolutions; boxes, scores and the linear layers are always float32.
         """
-        height, width = pictures.shape[1:3]
         blob, scale = preprocess(pictures)
-        # 1e-4 of a pixel is beyond bfloat16, so only the convolutions are in it.
+        # Not the boxes: bfloat16 has three digits, too few for pixels.
         with torch.autocast(pictures.device.type, precision, enabled=precision != torch.float32):
             features = self.RCNN_base(blob)
             scores, deltas = self.RCNN_rpn(features)
@@ -271,3 +295,168 @@ def select(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
     candidates = (scores > threshold).nonzero()[:, 0]
     order = candidates[scores[candidates].argsort(descending=True, stable=True)]
     return order[suppress(boxes[order], scores[order], _DETECTION_NMS)]
+
+
+# --- Detector ---
+
+
+class Doh100(Detector):
+    """Hands and objects by a checkpoint ``weights`` of the original, or of a network trained with its code.
+
+    ``weights=random`` runs without one, with boxes that mean nothing. All hands above ``min_hand_score`` are given,
+    other people's too, and objects above ``min_object_score`` (0.5 and 0.5 in the original's demo, 0.1 in its
+    evaluation). ``batch_size`` frames are computed at once; ``precision`` is that of the convolutions, float32 as
+    published; ``proposals`` of a picture are classified, 300 as published.
+
+    Raises :class:`UserError` for a file that is no such checkpoint, and for a device that there is not.
+    """
+
+    is_batched = True
+
+    def __init__(
+        self,
+        weights: str,
+        min_hand_score: float = 0.5,
+        min_object_score: float = 0.5,
+        device: str = "cpu",
+        batch_size: int = 4,
+        precision: Literal["float32", "bfloat16"] = "float32",
+        proposals: int = 300,
+    ) -> None:
+        for name, value in (("batch_size", batch_size), ("proposals", proposals)):
+            if value < 1:
+                raise UserError(f"{name} must be at least 1, not {value}")
+        for name, score in (("min_hand_score", min_hand_score), ("min_object_score", min_object_score)):
+            if not 0 <= score <= 1:
+                raise UserError(f"{name} must be from 0 to 1, not {score:g}")
+        if weights == RANDOM:
+            log.warning("detector doh100: random weights, boxes mean nothing")
+            network = random_network(proposals)
+        else:
+            network = HandObjectNetwork(proposals)
+            load_weights(network, Path(weights))
+        try:
+            self._network = network.eval().to(device)
+        # A torch without CUDA raises an AssertionError, one without a device a RuntimeError.
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"device is '{device}': {' '.join(str(error).split())[:200]}") from error
+        self._thresholds = min_object_score, min_hand_score
+        self._device, self._batch_size, self._precision = device, batch_size, getattr(torch, precision)
+
+    @torch.inference_mode()
+    def detect(
+        self, video_id: str, frame_numbers: np.ndarray, seconds: np.ndarray, pictures: np.ndarray | None
+    ) -> pa.Table:
+        """See :meth:`Detector.detect`."""
+        assert pictures is not None, "a network needs pictures"
+        height, width = pictures.shape[1:3]
+        if _LONG_SIDE * min(height, width) < _LEAST_SIDE * max(height, width):
+            raise VideoError(f"{video_id}: {width} x {height} pixels are too narrow for the detector doh100")
+        rows: list[dict[str, Any]] = []
+        for first in range(0, len(pictures), self._batch_size):
+            part = slice(first, first + self._batch_size)
+            batch = torch.tensor(pictures[part], device=self._device)
+            try:
+                found = self._network(batch, *self._thresholds, self._precision)
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"doh100: the memory of {self._device} is too small for {len(batch)} pictures at once; lower "
+                    "detector.options.batch_size"
+                ) from error
+            for number, second, each in zip(frame_numbers[part], seconds[part], found, strict=True):
+                rows += rows_of(each, width, height, video_id, number, second)
+        return pa.Table.from_pylist(rows, SCHEMA)
+
+
+def rows_of(
+    found: Detections, width: int, height: int, video_id: str, frame_number: int, second: float
+) -> list[dict[str, Any]]:
+    """Rows of ``SCHEMA`` from what is detected in a picture of ``width`` x ``height`` pixels.
+
+    A hand's offset is where its head points, as in EPIC-KITCHENS' files, not the way to the nearest object, which
+    :func:`egohod.data.detections.link_objects` finds.
+    """
+    size = np.array([width, height])
+    arrays = {name: value.cpu().double().numpy() for name, value in found._asdict().items()}
+    rows = []
+    for i in range(len(found.hands)):
+        score, side = arrays["hand_scores"][i], int(arrays["sides"][i])
+        one = row(video_id, frame_number, second, arrays["hands"][i] / np.tile(size, 2), score, side=side)
+        one["state"] = int(arrays["states"][i])
+        if one["state"] != NO_CONTACT:
+            magnitude, dx, dy = arrays["offsets"][i]
+            one["offset_x"], one["offset_y"] = (_OFFSET_PIXELS * magnitude * np.array([dx, dy]) / size).tolist()
+        rows.append(one)
+    for box, score in zip(arrays["objects"], arrays["object_scores"], strict=True):
+        rows.append(row(video_id, frame_number, second, box / np.tile(size, 2), score))
+    return rows
+
+
+def load_weights(network: HandObjectNetwork, path: Path) -> None:
+    """Load a checkpoint of the original's training code, or a plain state dict.
+
+    Every name must be there and no other, but for the batch counts that older releases of PyTorch did not save.
+    Nothing in the file is run. Raises :class:`UserError`.
+    """
+    with errors_of(str(path)):
+        opened = open_weight_file(path)
+        for remark in opened.remarks:
+            log.info("%s: %s", path, remark)
+        tensors = {without_wrappers(name): value for name, value in opened.tensors.items()}
+        # The checkpoint's own mode is the one that it was trained with: the original lets it override the
+        # configuration. "crop" and "pool" would be other numbers from the same weights, and no published file has them.
+        pooling = opened.beside.get("pooling_mode", "align")
+        if pooling != "align":
+            raise UserError(
+                f"was trained with pooling_mode '{pooling}'; only 'align', that of the published files, is supported"
+            )
+        expected = network.state_dict()
+        stem, classes = tensors.get("RCNN_base.0.weight"), tensors.get("RCNN_cls_score.weight")
+        deltas = tensors.get("RCNN_bbox_pred.weight")
+        if stem is None or classes is None or deltas is None:
+            raise UserError(
+                "no checkpoint of the 100DOH detector: it lacks RCNN_base.0.weight, RCNN_cls_score.weight "
+                f"or RCNN_bbox_pred.weight; it has {', '.join([*tensors][:3])}, ..."
+            )
+        if stem.shape[-1] == 3:
+            raise UserError("a Faster R-CNN on VGG-16; only ResNet-101 is supported")
+        if len(classes) != CLASSES:
+            raise UserError(f"has {len(classes)} classes instead of {CLASSES} (background, object, hand)")
+        if opened.beside.get("class_agnostic") or len(deltas) == 4:
+            raise UserError("has one box for all classes (class_agnostic); only one for each is supported")
+        missing = [name for name in expected if name not in tensors and not name.endswith(".num_batches_tracked")]
+        further = [name for name in tensors if name not in expected]
+        if missing or further:
+            parts = [
+                f"{what} {len(names)} of its weights, such as {', '.join(names[:3])}"
+                for what, names in (("lacks", missing), ("holds more than", further))
+                if names
+            ]
+            raise UserError(f"is no ResNet-101 of the 100DOH detector: {'; '.join(parts)}")
+        for name, value in tensors.items():
+            if value.shape != expected[name].shape:
+                raise UserError(f"{name} is {list(value.shape)} instead of {list(expected[name].shape)}")
+            if value.is_floating_point() and not value.isfinite().all():
+                raise UserError(f"{name} has numbers that are not finite; damaged, or of a training run that diverged")
+        network.load_state_dict(tensors, strict=False)
+
+
+def random_network(proposals: int = 300) -> HandObjectNetwork:
+    """A network with random weights, always the same, that detects something in most pictures."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = HandObjectNetwork(proposals)
+        for name, weight in network.named_parameters():
+            # He's initialization keeps the size of activations; the last convolution of a block is smaller, since its
+            # result is added to what it began with, and the first one takes pictures from -128 to 128. What predicts
+            # must differ between regions, not between pictures: its rows have no mean.
+            if weight.ndim == 4 and "RPN_" not in name:
+                nn.init.kaiming_normal_(weight)
+                weight.data *= 0.2 if "conv3" in name else 1 / 64 if name == "RCNN_base.0.weight" else 1
+            elif weight.ndim > 1:
+                weight.data -= weight.data.mean(dim=1, keepdim=True)
+                weight.data *= 0.1 if "bbox_pred" in name else 0.2 if "dydx" in name else 4
+        # Measured on pictures, so that some regions of each are hands, objects and in contact.
+        network.RCNN_cls_score.bias.data += torch.tensor([7.0, -0.9, -6.7])
+        network.extension_layer.hand_contact_state_layer[3].bias.data += torch.tensor([13.5, 7.8, 2.0, 7.9, -9.8])
+    return network
