@@ -42,6 +42,15 @@ from egohod.runtime import atomic_write
 LEFT, RIGHT = 0, 1
 UNKNOWN_STATE = -1
 NO_CONTACT, SELF_CONTACT, OTHER_PERSON, PORTABLE_OBJECT, STATIONARY_OBJECT = range(5)
+CONTACT = {
+    UNKNOWN_STATE: "unknown",
+    NO_CONTACT: "no contact",
+    SELF_CONTACT: "self contact",
+    OTHER_PERSON: "other person",
+    PORTABLE_OBJECT: "portable object",
+    STATIONARY_OBJECT: "stationary object",
+}
+"""Contact states in words."""
 EDGES = ("left", "top", "right", "bottom")
 ROLES = ("left hand", "right hand", "active object")
 """The boxes that :meth:`BoxTable.at` returns of each moment, in this order."""
@@ -121,7 +130,8 @@ class BoxTable:
 
 def write(detections: pa.Table, path: Path) -> None:
     """Write a table of ``SCHEMA``."""
-    pa.parquet.write_table(detections.cast(SCHEMA), path)
+    with atomic_write(path) as temporary:
+        pa.parquet.write_table(detections.cast(SCHEMA), temporary)
 
 
 def read(path: str | Path) -> pa.Table:

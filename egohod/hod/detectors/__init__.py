@@ -55,6 +55,9 @@ class Detector(ABC):
         """Ids of the videos of which the files hold boxes; only of detectors that read files."""
         raise NotImplementedError
 
+    def close(self) -> None:  # noqa: B027  # most have nothing to end
+        """End what the constructor started."""
+
 
 # --- By name ---
 

@@ -41,8 +41,7 @@ _DETECTION_NMS = 0.3
 _DELTA_SCALES = (0.1, 0.1, 0.2, 0.2)
 _PADDING = 0.3
 _ANCHORS = 12
-# How far an offset of magnitude 1 points, in pixels of the original picture: times a direction that is a tenth of a unit
-# vector.
+# Pixels of the original picture that an offset of magnitude 1 spans, for a direction that is a tenth of a unit long.
 _OFFSET_PIXELS = 10_000
 _LEAST_SIDE = 16  # of the resized picture; a narrower one has no features
 # Width and height of the anchors of one place, by ratio (h/w 0.5, 1, 2), then by scale (8, 16, 32, 64). As trained:
