@@ -29,26 +29,31 @@ def draw_boxes(picture: np.ndarray, boxes: pd.DataFrame) -> Image.Image:
     boxes = boxes.reset_index(drop=True)
     links = link_objects(boxes, image.width / image.height)
     corners = np.round(boxes[list(EDGES)].to_numpy(np.float64).reshape(-1, 2, 2) * (size - 1))
-    labels = []
-    # The surest last, above the others.
-    for i in boxes.index[np.argsort(boxes["score"].to_numpy(), kind="stable")]:
-        box, (low, high) = boxes.loc[i], corners[i]
-        is_hand = box["kind"] == "hand"
-        colour = ROLE_COLOURS[(0 if box["side"] == LEFT else 1) if is_hand else 2]
+    # The surest last, above the others; all lines above all boxes, and words above both.
+    order = boxes.index[np.argsort(boxes["score"].to_numpy(), kind="stable")]
+    colours = []
+    for kind, side in zip(boxes["kind"], boxes["side"], strict=True):
+        colours.append(ROLE_COLOURS[2 if kind == "object" else 0 if side == LEFT else 1])
+    for i in order:
+        low, high = corners[i]
         pen.rectangle([*low, *high], outline=_WHITE, width=line + 2)
-        pen.rectangle([*(low + 1), *np.maximum(high - 1, low + 1)], outline=colour, width=line)
-        words = (("left hand" if box["side"] == LEFT else "right hand") if is_hand else box["name"]) or "object"
-        if is_hand and box["state"] != UNKNOWN_STATE:
-            words += f", {CONTACT.get(box['state'], box['state'])}"
-        labels.append((low, colour, f"{words} {box['score']:.2f}"))
-        if is_hand and box["state"] > NO_CONTACT and pd.notna(box["offset_x"]):
-            start = (low + high) / 2
-            offset = box[["offset_x", "offset_y"]].to_numpy(np.float64)
+        pen.rectangle([*(low + 1), *np.maximum(high - 1, low + 1)], outline=colours[i], width=line)
+    for i in order:
+        box = boxes.loc[i]
+        if box["kind"] == "hand" and box["state"] > NO_CONTACT and pd.notna(box["offset_x"]):
+            start, offset = corners[i].mean(axis=0), box[["offset_x", "offset_y"]].to_numpy(np.float64)
             end = corners[links[i]].mean(axis=0) if links[i] >= 0 else start + offset * size
-            for ink, width in ((_WHITE, line + 2), (colour, line)):
-                pen.line([*start, *end], fill=ink, width=width)
-                pen.ellipse([*(end - 2 * width), *(end + 2 * width)], fill=ink)
-    for low, colour, words in labels:  # above all lines
+            for ink, more in ((_WHITE, 2), (colours[i], 0)):
+                pen.line([*start, *end], fill=ink, width=line + 1 + more)
+                pen.ellipse([*(end - 2 * line - more), *(end + 2 * line + more)], fill=ink)
+    for i in order:
+        box, low, colour = boxes.loc[i], corners[i, 0], colours[i]
+        if box["kind"] == "hand":
+            words = "left hand" if box["side"] == LEFT else "right hand"
+            words += f", {CONTACT.get(box['state'], box['state'])}" if box["state"] != UNKNOWN_STATE else ""
+        else:
+            words = box["name"] if pd.notna(box["name"]) else "object"
+        words += f" {box['score']:.2f}"
         _, _, right, bottom = pen.textbbox((0, 0), words, font)
         # Above its box and within the picture.
         x = min(max(0.0, low[0]), max(0.0, image.width - right - 4))
