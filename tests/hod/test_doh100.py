@@ -67,7 +67,6 @@ def test_suppression_counts_the_last_pixels(unit: dict[str, Tensor]) -> None:
     for percent in (30, 70):
         kept = doh100.suppress(unit["nms_boxes"], unit["nms_scores"], percent / 100)
         assert kept.tolist() == unit[f"nms_keep_{percent}"].tolist()
-    assert kept.tolist() == unit["nms_keep_plain_wrong_70"].tolist(), "large overlaps are the same either way"
     assert unit["nms_keep_30"].tolist() != unit["nms_keep_plain_wrong_30"].tolist()
 
 
