@@ -11,8 +11,8 @@ directory) then holds
                       without its ending, of a picture with it
     drawn/            with --draw: pictures and films with boxes, contact in words, and lines from hands to objects
     failures.csv      files that could not be read, each with the reason
-    results.sqlite    what is found already: rerun the command to resume. Files are recognised by their content; other
-                      options, and files that changed, are computed anew, and drawings that are no longer true removed
+    results.sqlite    what is done already: rerun the command to resume. Files are recognised by their content: those
+                      that changed, and other options, are computed anew, and drawings that are no longer true removed
 
 --epic writes EPIC-KITCHENS' protobuf files as well, one a video. The last line tells how many pictures a second were
 processed. Exit code: 0 done, also where some files cannot be read; 2 an error in the input, or no file can be read.
@@ -340,8 +340,8 @@ class _Run:
                 boxes, seconds = self._stored(source, number), source.seconds[part]
                 pictures = decoder.read_at(seconds) if boxes is None or self._draw else None
                 if boxes is None:
-                    found = self._detect(source.video_id, source.numbers[part], seconds, pictures)
-                    boxes = self._store(source, number, found)
+                    detected = self._detect(source.video_id, source.numbers[part], seconds, pictures)
+                    boxes = self._store(source, number, detected)
                 if self._draw and pictures is not None:
                     for second, picture in zip(seconds, pictures, strict=True):
                         # Files made elsewhere have moments between the frames.

@@ -415,7 +415,8 @@ def test_bfloat16_moves_boxes_and_scores_a_little(network: HandObjectNetwork) ->
 
 @pytest.mark.ci
 def test_frames_of_a_clip_are_detected_as_one_by_one() -> None:
-    detector = make_detector("doh100", {"weights": "random", "batch_size": 2, "proposals": 30})
+    options = {"weights": "random", "batch_size": 2, "proposals": 20, "min_hand_score": 0, "min_object_score": 0}
+    detector = make_detector("doh100", options)
     pictures = np.stack([picture("a"), picture("a")[:, ::-1], picture("a")[::-1]])
     numbers, seconds = np.arange(3), np.arange(3) / 10
     together = detector.detect("v", numbers, seconds, pictures)

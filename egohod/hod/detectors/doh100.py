@@ -163,7 +163,7 @@ class HandObjectNetwork(nn.Module):
             features = self.RCNN_base(blob)
             scores, deltas = self.RCNN_rpn(features)
         features = features.float()
-        found = []
+        outputs = []
         for i in range(len(pictures)):
             one, info = features[i : i + 1], (blob.shape[2], blob.shape[3])
             rois = propose(scores[i].float(), deltas[i].float(), info, self.proposals)
@@ -178,7 +178,7 @@ class HandObjectNetwork(nn.Module):
             # original computes both for all 300.
             padded = self.pool_and_embed(one, enlarge(rois[hands], info), precision)
             extension = self.extension_layer
-            found.append(
+            outputs.append(
                 Detections(
                     *(boxes[objects, 4 * OBJECT : 4 * OBJECT + 4], probability[objects, OBJECT], objects),
                     *(boxes[hands, 4 * HAND : 4 * HAND + 4], probability[hands, HAND], hands),
@@ -188,7 +188,7 @@ class HandObjectNetwork(nn.Module):
                     sides=(extension.hand_lr_layer(pooled[hands])[:, 0] > 0).long(),
                 )
             )
-        return found
+        return outputs
 
     def pool_and_embed(self, features: Tensor, rois: Tensor, precision: torch.dtype = torch.float32) -> Tensor:
         """Features [1, 1024, h, w] and RoIs [N, 4] in pixels of the resized picture -> [N, 2048]."""
@@ -364,19 +364,19 @@ class Doh100(Detector):
             part = slice(first, first + self._batch_size)
             batch = torch.tensor(pictures[part], device=self._device)
             try:
-                found = self._network(batch, *self._thresholds, self._precision)
+                outputs = self._network(batch, *self._thresholds, self._precision)
             except torch.OutOfMemoryError as error:
                 raise UserError(
                     f"doh100: the memory of {self._device} is too small for {len(batch)} pictures at once; lower "
                     "detector.options.batch_size"
                 ) from error
-            for number, second, each in zip(frame_numbers[part], seconds[part], found, strict=True):
+            for number, second, each in zip(frame_numbers[part], seconds[part], outputs, strict=True):
                 rows += rows_of(each, width, height, video_id, number, second)
         return pa.Table.from_pylist(rows, SCHEMA)
 
 
 def rows_of(
-    found: Detections, width: int, height: int, video_id: str, frame_number: int, second: float
+    detected: Detections, width: int, height: int, video_id: str, frame_number: int, second: float
 ) -> list[dict[str, Any]]:
     """Rows of ``SCHEMA`` from what is detected in a picture of ``width`` x ``height`` pixels.
 
@@ -384,9 +384,9 @@ def rows_of(
     :func:`egohod.data.detections.link_objects` finds.
     """
     size = np.array([width, height])
-    arrays = {name: value.cpu().double().numpy() for name, value in found._asdict().items()}
+    arrays = {name: value.cpu().double().numpy() for name, value in detected._asdict().items()}
     rows = []
-    for i in range(len(found.hands)):
+    for i in range(len(detected.hands)):
         score, side = arrays["hand_scores"][i], int(arrays["sides"][i])
         one = row(video_id, frame_number, second, arrays["hands"][i] / np.tile(size, 2), score, side=side)
         one["state"] = int(arrays["states"][i])
