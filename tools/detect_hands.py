@@ -14,8 +14,9 @@ directory) then holds
     results.sqlite    what is done already: rerun the command to resume. Files are recognised by their content: those
                       that changed, and other options, are computed anew, and drawings that are no longer true removed
 
---epic writes EPIC-KITCHENS' protobuf files as well, one a video. The last line tells how many pictures a second were
-processed. Exit code: 0 done, also where some files cannot be read; 2 an error in the input, or no file can be read.
+--epic writes EPIC-KITCHENS' protobuf files as well, one a video or picture. The last line tells how many pictures a
+second were processed. Exit code: 0 done, also where some files cannot be read; 2 an error in the input, or no file can
+be read.
 """
 
 from __future__ import annotations
@@ -174,7 +175,7 @@ def _detector_key(name: str, options: dict[str, Any]) -> str:
         with contextlib.suppress(OSError):
             if path is not None and path.is_file():
                 value = file_hash(path)
-            elif path is not None and path.is_dir():
+            elif path is not None and path.is_dir() and detector_class(name).reads_files:
                 files = sorted(each for each in path.rglob("*") if each.is_file())
                 value = [(str(each.relative_to(path)), each.stat().st_size, each.stat().st_mtime_ns) for each in files]
         parts.append(json.dumps([option, value], default=str))
@@ -229,18 +230,17 @@ def _find(
 
 
 def _report_dry_run(sources: Sequence[Source], results: Results, failures: dict[str, str]) -> None:
-    frames = {False: 0, True: 0}
+    todo = done = 0
     for source in sources:
         for number, part in enumerate(source.chunks()):
-            frames[results.get(source.key, f"boxes {number}") is None] += len(source.numbers[part])
+            count = len(source.numbers[part])
+            if results.get(source.key, f"boxes {number}") is None:
+                todo += count
+            else:
+                done += count
     videos = sum(source.rate > 0 for source in sources)
-    log.info(
-        "%d pictures and %d videos: %d pictures are to do, %d are done",
-        len(sources) - videos,
-        videos,
-        frames[True],
-        frames[False],
-    )
+    counts = len(sources) - videos, videos, todo, done
+    log.info("%d pictures and %d videos: %d pictures are to do, %d are done", *counts)
     for name, reason in failures.items():
         log.warning("cannot be read: %s: %s", name, reason)
 

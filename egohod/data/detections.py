@@ -37,7 +37,7 @@ import pyarrow.parquet
 
 from egohod import pickles
 from egohod.errors import UserError
-from egohod.runtime import atomic_write
+from egohod.runtime import UNFINISHED_PREFIX, atomic_write
 
 LEFT, RIGHT = 0, 1
 UNKNOWN_STATE = -1
@@ -138,7 +138,9 @@ def read(path: str | Path) -> pa.Table:
     """Read a parquet file, or all of a folder, into a table of ``SCHEMA``. Raises :class:`UserError`."""
     path = Path(path)
     # Sorted: where two files hold the same box, the table must not depend on the order of the file system.
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        files = sorted(each for each in path.glob("*.parquet") if not each.name.startswith(UNFINISHED_PREFIX))
     if not files:
         raise UserError(f"{path}: the folder holds no parquet file")
     tables = []

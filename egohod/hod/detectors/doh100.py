@@ -1,10 +1,10 @@
 """The 100DOH detector of hands and the objects that they touch: Faster R-CNN on ResNet-101-C4 with three further heads.
 
 Each hand has a side, a contact state and an offset that points to what it touches. Source: Shan et al., "Understanding
-Human Hands in Contact at Internet Scale", CVPR 2020, and how its code behaves (ddshan/hand_object_detector, commit
-e6eec71, MIT licence); written anew in PyTorch from measurements of it, nothing needs to be compiled. Names in the state
-dict are those of its checkpoints. Where its code differs from a textbook Faster R-CNN the weights were trained with the
-difference, so it is kept and marked "as trained".
+Human Hands in Contact at Internet Scale", CVPR 2020, and facts about its code (ddshan/hand_object_detector, commit
+e6eec71, MIT licence); written anew in PyTorch, nothing needs to be compiled. Names in the state dict are those of its
+checkpoints. Where its code differs from a textbook Faster R-CNN the weights were trained with the difference, so it is
+kept and marked "as trained".
 """
 
 from __future__ import annotations
@@ -289,7 +289,8 @@ def enlarge(rois: Tensor, size: tuple[int, int]) -> Tensor:
     margin = _PADDING * (rois[:, 2:] - rois[:, :2])
     low = (rois[:, :2] - margin).clamp(min=0)
     # As trained: x2 is limited by the **height** and y2 by the **width** of the picture. In a wide one some RoIs end
-    # left of where they begin; with the limits in order every third hand would have another contact state.
+    # left of where they begin. In order, the limits change the contact state of a third of the regions and more (with
+    # random weights).
     high = torch.minimum(rois[:, 2:] + margin, rois.new_tensor([size[0], size[1]]))
     return torch.cat([low, high], dim=1)
 
@@ -411,11 +412,11 @@ def load_weights(network: HandObjectNetwork, path: Path) -> None:
             log.info("%s: %s", path, remark)
         tensors = {without_wrappers(name): value for name, value in opened.tensors.items()}
         # The checkpoint's own mode is the one that it was trained with: the original lets it override the
-        # configuration. "crop" and "pool" would be other numbers from the same weights, and no published file has them.
+        # configuration. "crop" and "pool" are other numbers from the same weights, which no test here could confirm.
         pooling = opened.beside.get("pooling_mode", "align")
         if pooling != "align":
             raise UserError(
-                f"was trained with pooling_mode '{pooling}'; only 'align', that of the published files, is supported"
+                f"was trained with pooling_mode '{pooling}'; only 'align', of the original's res101.yml, is supported"
             )
         expected = network.state_dict()
         stem, classes = tensors.get("RCNN_base.0.weight"), tensors.get("RCNN_cls_score.weight")
