@@ -63,6 +63,7 @@ VERSION = "1"
 # Frames of a video, or pictures of one size, that are in memory and given to the detector at once; pictures up to this
 # many pixels in all, or one.
 FRAMES, PIXELS = 16, 16_000_000
+ROWS = 100_000  # of a row group of boxes.parquet
 
 
 @dataclass
@@ -419,17 +420,23 @@ class _Run:
 
     def write_tables(self, sources: Sequence[Source], epic: Path | None) -> int:
         """Write all boxes to boxes.parquet, and with ``epic`` as EPIC-KITCHENS' files there; returns their number."""
-        count, path = 0, self._output / "boxes.parquet"
+        count, path, waiting = 0, self._output / "boxes.parquet", list[pa.Table]()
         with atomic_write(path) as temporary, pa.parquet.ParquetWriter(temporary, SCHEMA) as writer:
             for source in sources:
                 if source.name in self._failures:
                     continue
                 tables = [_stored_table(self._results, source, number) for number in range(len(source.chunks()))]
                 table = pa.concat_tables([each for each in tables if each is not None])
-                writer.write_table(table)
                 count += len(table)
                 if epic is not None:
                     detections.write_epic(table, epic)
+                # In parts of many rows, not one for each picture: readers take time for each.
+                waiting.append(table)
+                if sum(map(len, waiting)) >= ROWS:
+                    writer.write_table(pa.concat_tables(waiting))
+                    waiting.clear()
+            if waiting:
+                writer.write_table(pa.concat_tables(waiting))
         return count
 
     def _advance(self, count: int) -> None:
