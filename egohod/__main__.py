@@ -50,6 +50,7 @@ COMMANDS = {
         "verify": ("tools.verify_dataset", "open every clip and list what cannot be read"),
         "show": ("tools.show_batch", "draw a batch as the model sees it"),
         "hod": ("tools.generate_hod", "generate hand-object narrations from videos"),
+        "hod detect": ("tools.detect_hands", "find and draw hands, and what they touch, in pictures and videos"),
         "show-hod": ("tools.visualize_hod", "show what the narration pipeline detected and wrote"),
         "exchange": ("tools.exchange", "clips and boxes to FiftyOne, Rerun, CVAT and Label Studio, and boxes back"),
         "opposites": ("tools.opposites", "add opposite captions, or captions with another verb, to a table"),
@@ -80,6 +81,8 @@ def overview() -> str:
 def main(arguments: Sequence[str]) -> int:
     """Run the program that the first argument names. Raises :class:`UserError` if there is none."""
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if rest and f"{command} {rest[0]}" in MODULES:  # a command of two words
+        command, rest = f"{command} {rest[0]}", rest[1:]
     if command in ("-h", "--help"):
         print(overview())
         return DONE

@@ -42,6 +42,7 @@ from egohod import cli
 from egohod.data import detections
 from egohod.data.decoders import VIDEO_ENDINGS, choose_decoder
 from egohod.data.detections import (
+    CONTACT,
     EDGES,
     LEFT,
     NEAREST_SECONDS,
@@ -63,10 +64,6 @@ log = logging.getLogger("exchange")
 
 # What the other programs call a box: kind and side of the detections' schema.
 THINGS = {"left hand": ("hand", LEFT), "right hand": ("hand", RIGHT), "object": ("object", -1)}
-CONTACT = {
-    UNKNOWN_STATE: "unknown", NO_CONTACT: "no contact", 1: "self contact", 2: "other person", 3: "portable object",
-    4: "stationary object",
-}  # fmt: skip
 # Label Studio's keyframes carry no attributes, so its labels hold the state of contact, too.
 _LABELS = {
     **{name: (*thing, UNKNOWN_STATE) for name, thing in THINGS.items()},

@@ -17,11 +17,9 @@ import logging
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 from _common import run_tool
 from PIL import Image, ImageDraw, ImageFont
@@ -33,6 +31,7 @@ from egohod.errors import UserError
 from egohod.evaluation.report import data_uri, jpeg, render
 from egohod.hod import config
 from egohod.hod.config import HodConfig
+from egohod.hod.draw import write_film
 from egohod.hod.facts import ClipFacts
 from egohod.hod.pipeline import CHECK, DETECT, TRACK, Pipeline, build, open_videos, source_text
 from egohod.hod.store import from_plain
@@ -349,26 +348,15 @@ def measured(facts: ClipFacts) -> str:
 
 
 def film(view: ClipView, height: int = 480) -> Iterator[np.ndarray]:
-    """The sampled frames with boxes and growing tracks, uint8 [height, W, 3] with even sides."""
+    """The sampled frames with boxes and growing tracks, uint8 [height, W, 3]."""
     for number in range(len(view.pictures)):
-        image = frame(view, number, height, until=number)
-        # H.264 halves the resolution of colours: its pictures have even sides.
-        yield np.asarray(image.crop((0, 0, image.width // 2 * 2, image.height // 2 * 2)))
+        yield np.asarray(frame(view, number, height, until=number))
 
 
 def _write_film(view: ClipView, path: Path) -> None:
     """The frames at the speed of the clip."""
     gap = float(np.median(np.diff(view.seconds))) if len(view.seconds) > 1 else 1.0
-    rate = Fraction(1 / max(gap, 1 / 60)).limit_denominator(1000)
-    with av.open(str(path), "w") as container:
-        # One thread: the same file on every machine.
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "20", "threads": "1"})
-        stream.pix_fmt = "yuv420p"
-        for number, picture in enumerate(film(view)):
-            if number == 0:
-                stream.height, stream.width = picture.shape[:2]
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
-        container.mux(stream.encode(None))
+    write_film(film(view), 1 / max(gap, 1 / 60), path)
 
 
 def _spaced(count: int, number: int) -> list[int]:

@@ -37,10 +37,20 @@ import pyarrow.parquet
 
 from egohod import pickles
 from egohod.errors import UserError
+from egohod.runtime import UNFINISHED_PREFIX, atomic_write
 
 LEFT, RIGHT = 0, 1
 UNKNOWN_STATE = -1
 NO_CONTACT, SELF_CONTACT, OTHER_PERSON, PORTABLE_OBJECT, STATIONARY_OBJECT = range(5)
+CONTACT = {
+    UNKNOWN_STATE: "unknown",
+    NO_CONTACT: "no contact",
+    SELF_CONTACT: "self contact",
+    OTHER_PERSON: "other person",
+    PORTABLE_OBJECT: "portable object",
+    STATIONARY_OBJECT: "stationary object",
+}
+"""Contact states in words."""
 EDGES = ("left", "top", "right", "bottom")
 ROLES = ("left hand", "right hand", "active object")
 """The boxes that :meth:`BoxTable.at` returns of each moment, in this order."""
@@ -120,14 +130,17 @@ class BoxTable:
 
 def write(detections: pa.Table, path: Path) -> None:
     """Write a table of ``SCHEMA``."""
-    pa.parquet.write_table(detections.cast(SCHEMA), path)
+    with atomic_write(path) as temporary:
+        pa.parquet.write_table(detections.cast(SCHEMA), temporary)
 
 
 def read(path: str | Path) -> pa.Table:
     """Read a parquet file, or all of a folder, into a table of ``SCHEMA``. Raises :class:`UserError`."""
     path = Path(path)
     # Sorted: where two files hold the same box, the table must not depend on the order of the file system.
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        files = sorted(each for each in path.glob("*.parquet") if not each.name.startswith(UNFINISHED_PREFIX))
     if not files:
         raise UserError(f"{path}: the folder holds no parquet file")
     tables = []
@@ -179,20 +192,38 @@ def check(detections: pa.Table, name: str) -> None:
         )
 
 
-def _active(best: pd.DataFrame, hands: pd.DataFrame) -> pd.DataFrame:
-    # One object a moment: where a touching hand points to, else that of the highest score. ``best`` is sorted by score.
-    moments = ["video_id", "second"]
-    objects = best[best["kind"] == "object"]
-    pointing = hands[hands["offset_x"].notna() & (hands["state"] > NO_CONTACT)].drop_duplicates(moments)
-    target = pointing[moments].assign(
-        x=(pointing["left"] + pointing["right"]) / 2 + pointing["offset_x"],
-        y=(pointing["top"] + pointing["bottom"]) / 2 + pointing["offset_y"],
+def link_objects(detections: pd.DataFrame, aspect: float = 1.0) -> np.ndarray:
+    """Which object each hand touches: for each row the position of that object's row, -1 where there is none, int [N].
+
+    It is the object of the same moment whose centre is nearest to where the hand's offset points, at any distance and
+    for every kind of contact; several hands may touch one. Of equally near ones the first row's. ``aspect`` is the
+    picture's width / height, by which distances in pixels differ from those in shares. Source: the original's
+    association, and EPIC-KITCHENS' ``hoa``.
+    """
+    links, moments = np.full(len(detections), -1), ["video_id", "second"]
+    rows = detections.assign(
+        row=np.arange(len(detections)),
+        x=(detections["left"] + detections["right"]) / 2,
+        y=(detections["top"] + detections["bottom"]) / 2,
     )
-    both = objects.merge(target, on=moments, how="left")
-    x, y = (both["left"] + both["right"]) / 2, (both["top"] + both["bottom"]) / 2
-    # Where no hand points all distances are equal, and a stable sort leaves the highest score in front.
-    both["distance"] = np.nan_to_num(np.hypot(x - both["x"], y - both["y"]))
-    return both.sort_values("distance", kind="stable").drop_duplicates(moments)
+    hands = rows[(rows["kind"] == "hand") & (rows["state"] > NO_CONTACT) & rows["offset_x"].notna()]
+    both = hands.merge(rows.loc[rows["kind"] == "object", [*moments, "row", "x", "y"]], on=moments)
+    across = (both["x_x"] + both["offset_x"] - both["x_y"]) * aspect
+    both["distance"] = np.hypot(across, both["y_x"] + both["offset_y"] - both["y_y"])
+    both = both.sort_values(["distance", "row_y"], kind="stable").drop_duplicates("row_x")
+    links[both["row_x"]] = both["row_y"]
+    return links
+
+
+def _active(best: pd.DataFrame, hands: pd.DataFrame) -> pd.DataFrame:
+    # One object a moment: what the first touching hand touches, else that of the highest score. ``best`` is sorted by
+    # score, and ``hands`` are those of its rows that count.
+    moments = ["video_id", "second"]
+    touching = hands[hands["offset_x"].notna() & (hands["state"] > NO_CONTACT)].drop_duplicates(moments)
+    objects = best[best["kind"] == "object"]
+    rows = pd.concat([touching, objects])
+    touched = link_objects(rows)[: len(touching)]
+    return pd.concat([rows.iloc[touched[touched >= 0]], objects]).drop_duplicates(moments)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -288,15 +319,16 @@ def read_epic(path: str | Path, fps: float) -> pa.Table:
 def write_epic(detections: pa.Table, folder: str | Path) -> list[Path]:
     """Write ``folder/<video_id>.pkl`` for each video of a table of ``SCHEMA``, as EPIC-KITCHENS publishes them.
 
-    The messages have neither an unknown contact state, which becomes no contact, nor names of objects. Raises
-    :class:`UserError` for a video id that is no file name.
+    The messages have neither an unknown contact state, which becomes no contact, nor names of objects. A video id with
+    slashes is a file in folders. Raises :class:`UserError` for a video id that is no file within ``folder``.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     # A frame has several rows, in any order: one message is collected for each.
     frames: dict[str, dict[int, Any]] = {}
     for row in detections.cast(SCHEMA).to_pylist():
         video, number = row["video_id"], row["frame_number"] + FIRST_FRAME
+        if not video or any(part in ("", ".", "..") for part in video.split("/")):  # it would lead out of the folder
+            raise UserError(f"{folder}: video id '{video}' cannot name a file")
         messages = frames.setdefault(video, {})
         if number not in messages:
             messages[number] = epic_message_class()(video_id=video, frame_number=number)
@@ -310,11 +342,13 @@ def write_epic(detections: pa.Table, folder: str | Path) -> list[Path]:
                 offset = row[f"offset_{axis}"]
                 setattr(box.object_offset, axis, 0.0 if offset is None or np.isnan(offset) else offset)
     written = []
+    folder.mkdir(parents=True, exist_ok=True)
     for video, messages in frames.items():
-        if not video or Path(video).name != video:  # it would lead out of the folder
-            raise UserError(f"{folder}: video id '{video}' cannot name a file")
         path = folder / f"{video}.pkl"
-        path.write_bytes(pickle.dumps([messages[number].SerializeToString() for number in sorted(messages)]))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as temporary:
+            content = [messages[number].SerializeToString() for number in sorted(messages)]
+            temporary.write_bytes(pickle.dumps(content))
         written.append(path)
     return written
 

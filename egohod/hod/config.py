@@ -17,6 +17,7 @@ from egohod.knobs import knob, out_of_range, part
 DETECTORS = {
     "mediapipe": "mediapipe_hands.MediapipeHands",
     "detections": "files.DetectionFiles",
+    "doh100": "doh100.Doh100",
     "torchvision": "torchvision_boxes.TorchvisionBoxes",
     "oracle": "files.Oracle",
 }
@@ -54,8 +55,9 @@ class DetectorConfig:
 
     kind: str = knob(
         "mediapipe",
-        "mediapipe: hands, on any CPU; detections: boxes from files; torchvision: your own checkpoint; oracle: "
-        "files with synthetic noise, to measure how much the other stages tolerate",
+        "mediapipe: hands, on any CPU; doh100: hands, contact and objects, with a checkpoint that you have; "
+        "detections: boxes from files; torchvision: your own checkpoint; oracle: files with synthetic noise, to "
+        "measure how much the other stages tolerate",
         choices=tuple(DETECTORS),  # a new detector needs no change here
     )
     # Not dataclasses of their own: the constructor of a detector declares its options, and they are checked against it.

@@ -57,6 +57,9 @@ def test_a_folder_of_files_is_one_table(tmp_path: Path) -> None:
     boxes = BoxTable.read(tmp_path)
     assert len(boxes) == 2
     assert np.isfinite(boxes.at("b", np.zeros(1))[0, 0]).all()
+    # What a killed process left, before its file got its name.
+    (tmp_path / ".tmp-1-0-half.parquet").write_bytes(b"PAR1")
+    assert len(detections.read(tmp_path)) == 2
 
 
 def test_mistakes_name_the_file_and_the_row(tmp_path: Path) -> None:

@@ -37,6 +37,8 @@ class Detector(ABC):
     reads_files = False
     """Whether boxes are read from files. Such a detector is made once, before the workers start, and shared by them,
     and :meth:`videos` is checked against the clips; a model is loaded by each worker."""
+    is_batched = False
+    """Whether a picture's boxes depend on nothing but the picture, so that unrelated ones may be given together."""
 
     @abstractmethod
     def detect(
@@ -52,6 +54,9 @@ class Detector(ABC):
     def videos(self) -> set[str]:
         """Ids of the videos of which the files hold boxes; only of detectors that read files."""
         raise NotImplementedError
+
+    def close(self) -> None:  # noqa: B027  # most have nothing to end
+        """End what the constructor started."""
 
 
 # --- By name ---

@@ -14,6 +14,7 @@ from egohod.data.detections import EDGES, NEAREST_SECONDS, SCHEMA
 from egohod.data.videos import VideoError
 from egohod.errors import UserError
 from egohod.hod.detectors import Detector
+from egohod.runtime import UNFINISHED_PREFIX
 
 _EPIC_ENDINGS = (".pkl", ".pickle")
 
@@ -37,7 +38,11 @@ class DetectionFiles(Detector):
         self._videos: dict[str, pd.DataFrame] = {}
         self._epic: dict[str, Path] = {}
         if Path(path).is_dir() and not any(Path(path).glob("*.parquet")):
-            self._epic = {each.stem: each for each in sorted(Path(path).rglob("*")) if each.suffix in _EPIC_ENDINGS}
+            every = sorted(each for each in Path(path).rglob("*") if not each.name.startswith(UNFINISHED_PREFIX))
+            files = [each for each in every if each.suffix in _EPIC_ENDINGS]
+            # EPIC's folders are of participants, and no part of a video's id; those of write_epic are.
+            self._epic = {each.relative_to(path).with_suffix("").as_posix(): each for each in files}
+            self._epic = {each.stem: each for each in files} | self._epic
             if not self._epic:
                 raise UserError(f"{path}: holds neither parquet files nor EPIC-KITCHENS' .pkl files")
             try:

@@ -38,6 +38,8 @@ class TorchvisionBoxes(Detector):
     have or that name no hand.
     """
 
+    is_batched = True
+
     def __init__(
         self,
         weights: str,
