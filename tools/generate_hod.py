@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
             raise UserError(f"{folder}: there is no demo world yet; without --dry_run it is rendered first")
         if not args.dry_run and make_world(folder, scale=cfg.demo.scale):
             log.info("%s: rendered the demo world", folder)
-    pipeline = build(cfg, retry=args.retry)
+    pipeline = build(cfg, retry=args.retry, save=not args.dry_run)
     if args.dry_run:
         return _dry_run(pipeline, shard)
     if args.submit is not None:

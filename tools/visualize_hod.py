@@ -134,7 +134,7 @@ def _choose_clips(pipeline: Pipeline, args: argparse.Namespace) -> list[int]:
     if args.number < 1 or args.seed < 0:
         raise UserError(f"--number must be at least 1 and --seed at least 0, not {args.number} and {args.seed}")
     order = np.random.default_rng(args.seed).permutation(len(table)).tolist()
-    with pipeline.store.results() as results:
+    with pipeline.store.results(clips=pipeline.clips) as results:
         begun = (index for index in order if pipeline.stored(index, results))
         chosen = [index for index, _ in zip(begun, range(args.number), strict=False)]
     if not chosen:
@@ -145,7 +145,7 @@ def _choose_clips(pipeline: Pipeline, args: argparse.Namespace) -> list[int]:
 def collect(pipeline: Pipeline, indices: Sequence[int]) -> list[ClipView]:
     """Everything that is stored of some clips; without pictures where a video cannot be read."""
     clips, source = [], open_videos(pipeline.cfg, pipeline.table)
-    with pipeline.store.results() as results:
+    with pipeline.store.results(clips=pipeline.clips) as results:
         for index in indices:
             row, outcomes = pipeline.table.row(index), pipeline.stored(index, results)
             values = {name: outcome.parsed() for name, outcome in outcomes.items() if outcome.fault is None}
