@@ -57,7 +57,7 @@ BENCHMARKS = {
     "table": Benchmark(data.table_options, data.table, data.table_text),
     "eval": Benchmark(inference.eval_options, inference.evaluation, inference.eval_text),
     "hod": Benchmark(inference.hod_options, inference.hod, inference.hod_text),
-    "hod_scale": Benchmark(hod_scale.hod_scale_options, hod_scale.hod_scale),
+    "hod_scale": Benchmark(hod_scale.hod_scale_options, hod_scale.hod_scale, hod_scale.hod_scale_text),
     "probe": Benchmark(inference.probe_options, inference.probe, inference.probe_text),
     "serve": Benchmark(inference.serve_options, inference.serve),
 }

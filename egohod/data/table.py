@@ -100,13 +100,8 @@ class ClipTable:
         self._columns: dict[str, pa.Array] = {}
         self._file: Path | None = None  # that the columns are mapped from
         for name in columns.column_names:
-            # Contiguous arrays: looking up a row of a chunked column costs a search. One that is contiguous already is
-            # not copied: a mapped file would become memory of this process.
-            column = columns[name]
-            whole = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-            if pa.types.is_dictionary(whole.type):
-                self._columns[name] = whole
-                continue
+            # Contiguous arrays: looking up a row of a chunked column costs a search.
+            whole = columns[name].combine_chunks()
             # As a dictionary where values repeat (a video has many clips). Judged by the first ones: that spares
             # encoding millions of different narrations without saving anything.
             sample = whole.slice(0, _SAMPLE)
@@ -136,7 +131,7 @@ class ClipTable:
         numbers = {"start": self.start, "end": self.end, "rows": self._rows}
         arrays = columns | {name: pa.array(values) for name, values in numbers.items()}
         table = pa.table(arrays).replace_schema_metadata({b"report": report, b"unit": self._unit.encode()})
-        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        with file.open("wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             # One batch: a column in several would have to be copied into one when it is read.
             writer.write_table(table, max_chunksize=max(1, len(table)))
 
@@ -149,10 +144,11 @@ class ClipTable:
         table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
         metadata = table.schema.metadata
         start, end, rows = (table[name].chunk(0).to_numpy() for name in ("start", "end", "rows"))
-        names = [name for name in table.column_names if name.startswith("column ")]
-        columns = table.select(names).rename_columns([name.removeprefix("column ") for name in names])
         report = TableReport(**json.loads(metadata[b"report"]))
-        mapped = cls(path, columns, start, end, rows, metadata[b"unit"].decode(), report)
+        mapped = cls(path, pa.table({}), start, end, rows, metadata[b"unit"].decode(), report)
+        # As they are: nothing is copied, and no value is looked at.
+        names = [name for name in table.column_names if name.startswith("column ")]
+        mapped._columns = {name.removeprefix("column "): table[name].chunk(0) for name in names}
         mapped._file = file
         return mapped
 
@@ -175,6 +171,10 @@ class ClipTable:
             dataset="" if dataset is None else dataset[index].as_py(),
             row=int(self._rows[index]),
         )
+
+    def number(self, index: int) -> int:
+        """The number of a clip's row in the file, from 1."""
+        return int(self._rows[index])
 
     def where(self, index: int) -> str:
         """File and place of a clip, for messages."""

@@ -361,7 +361,9 @@ class Pipeline:
         Raises :class:`UserError` if a shard is not finished with these settings, or if there is no narration at all;
         the output is then as it was.
         """
-        unfinished = [f"{shard}{why}" for shard in Shard.all(shards) if (why := self._why_unfinished(shard)) is not None]
+        unfinished = [
+            f"{shard}{why}" for shard in Shard.all(shards) if (why := self._why_unfinished(shard)) is not None
+        ]
         if unfinished:
             names = ", ".join(unfinished[:10]) + (", ..." if len(unfinished) > 10 else "")
             raise UserError(
@@ -536,7 +538,8 @@ def build(cfg: HodConfig, *, retry: bool = False, save: bool = False) -> Pipelin
 def narrated_clips(cfg: HodConfig, *, save: bool = False) -> ClipTable:
     """The clips of ``source.metadata`` with the columns of ``keep``; rows that cannot be used are counted and logged.
 
-    With ``save`` they are written to the work folder; what is there is used in any case. Raises :class:`UserError` if they are more than ``max_bad_fraction`` of all, or if a column is missing.
+    With ``save`` they are written to the work folder; what is there is used in any case. Raises :class:`UserError` if
+    rows that cannot be used are more than ``max_bad_fraction`` of all, or if a column is missing.
     """
     path, source = Path(cfg.source.metadata), cfg.source
 

@@ -186,7 +186,9 @@ class Store:
             with contextlib.suppress(FileNotFoundError):
                 try:
                     if checksum.read_text() == file_hash(file):
-                        return ClipTable.mapped(file, path)
+                        table = ClipTable.mapped(file, path)
+                        log.info("%s, read before: %s", path, table.report)
+                        return table
                     reason = "its checksum is another one"
                 except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
                     if isinstance(error, FileNotFoundError):
@@ -238,7 +240,9 @@ class Store:
         # Results of other divisions are used too, as after a run of 64 shards that is now rerun as one. Other shards of
         # the same division have other clips, and reading their files would slow down the processes that write there.
         files = self._files()
-        others = {path: clips(each) if clips else range(0) for path, each in files if not shard or each.count != shard.count}
+        others = {
+            path: clips(each) if clips else range(0) for path, each in files if not shard or each.count != shard.count
+        }
         return contextlib.closing(Results(self.file(shard) if shard else None, others))
 
     def divisions(self, fingerprint: str) -> list[int]:
@@ -277,9 +281,10 @@ class Results:
         """What a stage made of a clip, None if there is nothing; with the ``index`` of the clip it is sooner there."""
         query = "SELECT fault, is_fallback, checksum, value FROM results WHERE clip = ? AND stage = ?"
         files = self._files
-        if index is not None and len(files) > 1:
+        if index is not None and self._clips and self._path is None:
             # The others too, but later: with other metadata the clip may have been in the next shard.
-            files = sorted(files, key=lambda file: index not in self._clips.get(file[0], range(index, index + 1)))
+            files = [each for each in files if index in self._clips[each[0]]]
+            files += [each for each in self._files if index not in self._clips[each[0]]]
         for path, connection in files:
             with _errors_of(path, "read"):
                 row = connection.execute(query, (clip, stage)).fetchone()

@@ -17,12 +17,11 @@ import csv
 import hashlib
 import importlib
 import json
-import logging
 import os
 import platform
 import re
-import signal
 import sqlite3
+import statistics
 import subprocess
 import sys
 import time
@@ -40,15 +39,25 @@ from egohod.data.table import ClipRow, ClipTable
 from egohod.data.videos import Frames, VideoError
 from egohod.errors import UserError
 from egohod.hod import pipeline
+from egohod.hod.config import HodConfig
+from egohod.hod.pipeline import STAGES
 from egohod.hod.store import Outcome, Shard
 from egohod.runtime import usable_cores, write_text
-
-log = logging.getLogger(__name__)
 
 CLIPS_OF_A_VIDEO, CLIP_SECONDS, FRAMES = 100, 4.0, 4
 # One clip in so many cannot be read, and fails.
 FAILS_EVERY = 997
 VERBS, NOUNS = ("moves", "opens", "washes", "lifts", "turns"), ("the cup", "a jar", "the pan", "a drawer", "the sponge")
+# The check is a matter of the single clip, and would be most of the time.
+KNOBS = (
+    "detector.kind=detections", "detector.options.path=none", f"frames={FRAMES}", "tracks.camera=false", "workers=0",
+    "check.words=false", "check.tracks=false", "check.language=0",
+)  # fmt: skip
+PAGES: dict[str, tuple[str, ...]] = {
+    "page": (),
+    "page, filtered": ("--where", "word=wash", "--where", "hand=left", "--where", "direction=up"),
+    "page, failures": ("--where", "reason=no such file"),
+}
 # How much of the shard that is killed is done by then.
 KILLED_AT = 0.5
 
@@ -72,7 +81,9 @@ class GeneratedDetect(pipeline.DetectStage):
             hand = {"kind": "hand", "side": side, "state": 3, "score": 0.9}
             for what in (hand, {"kind": "object", "side": -1, "state": 0, "score": 0.5}):
                 row = what | {"frame_number": int(frames.numbers[number]), "second": round(second, 5)}
-                row |= {edge: round(at, 5) for edge, at in zip(EDGES, (x - 0.1, y - 0.1, x + 0.1, y + 0.1), strict=True)}
+                row |= {
+                    edge: round(at, 5) for edge, at in zip(EDGES, (x - 0.1, y - 0.1, x + 0.1, y + 0.1), strict=True)
+                }
                 for name, values in columns.items():
                     values.append(row.get(name))
         return {"seconds": frames.seconds.round(5).tolist(), "aspect": 4 / 3, "boxes": columns, "shifts": None}
@@ -137,55 +148,104 @@ def hod_scale_options(parser: argparse.ArgumentParser) -> None:
 
 def hod_scale(options: argparse.Namespace) -> dict[str, Any]:
     """Memory and clips/s of a shard, of the merge and of a page, on many clips without videos."""
-    folder, shards = options.folder, Shard.all(options.shards)
+    folder, shards = options.folder.resolve(), Shard.all(options.shards)
     folder.mkdir(parents=True, exist_ok=True)
-    metadata, output, page = folder / "clips.csv", folder / "hod.csv", folder / "page.html"
+    metadata, output, killed = folder / "clips.csv", folder / "hod.csv", shards[options.shards // 2]
     steps = _Steps(folder / "steps.json", {"clips": options.clips, "shards": options.shards})
-    knobs = ["--metadata", str(metadata), "--root", "none", "detector.kind=detections", "workers=0"]
-    knobs += ["detector.options.path=none", f"frames={FRAMES}", "tracks.camera=false"]
     if "metadata" not in steps.done:
         _write_metadata(metadata, options.clips)
         steps.record("metadata", {"mb": metadata.stat().st_size / 1e6})
+    _write_sbatch(folder / "bin")
 
-    def start(tool: str, *arguments: str, task: int | None = None) -> _Process:
-        return _Process(folder, tool, [*arguments, *knobs], task)
+    def start(tool: str, output: Path, *arguments: str, task: int | None = None) -> _Process:
+        places = ["--metadata", str(metadata), "--root", "none", "--output", str(output)]
+        return _Process(folder, tool, [*places, *arguments, *KNOBS], task)
 
+    def results(output: Path, shard: Shard) -> Path:
+        return output.with_name(output.name + ".work") / "results" / f"{shard.stem}.sqlite"
+
+    if "submit" not in steps.done:  # which reads the metadata for all tasks
+        steps.record("submit", start("generate_hod", output, "--submit", str(options.shards)).wait())
     # As an array with a limit of tasks at a time: the next task starts when one ends.
-    killed = options.shards // 2
     waiting, running = [shard for shard in shards if f"shard {shard}" not in steps.done], dict[Shard, _Process]()
-    while waiting or running:
-        while waiting and len(running) < options.at_once:
-            shard = waiting.pop(0)
-            arguments = ["--output", str(output), "--shard", str(shard)]
-            running[shard] = start("generate_hod", *arguments, task=shard.index)
-        for shard, process in list(running.items()):
-            results = output.with_name("hod.csv.work") / "results" / f"{shard.stem}.sqlite"
-            if shard.index == killed and "kill" not in steps.done and _results(results) > KILLED_AT * 4 * len(
-                shard.clips(options.clips, 256)
-            ):
-                os.kill(process.id, signal.SIGKILL)
-                process.wait()
-                steps.record("kill", {"results": _results(results)})
-                waiting.insert(0, shard)
-                del running[shard]
-            elif process.has_ended():
-                steps.record(f"shard {shard}", process.wait())
-                log.info("shard %s: %s", shard, steps.done[f"shard {shard}"])
-                del running[shard]
-        time.sleep(0.2)
+    try:
+        while waiting or running:
+            while waiting and len(running) < options.at_once:
+                shard = waiting.pop(0)
+                running[shard] = start("generate_hod", output, "--shard", str(shard), task=shard.index)
+            for shard, process in list(running.items()):
+                if shard == killed and "kill" not in steps.done:
+                    done = _count_results(results(output, shard))
+                    # After its half, when the boxes of all its clips are stored and the first captions are.
+                    if done > KILLED_AT * len(STAGES) * len(shard.clips(options.clips, HodConfig().block)):
+                        process.kill()
+                        steps.record("kill", {"results": done})
+                        waiting.insert(0, shard)
+                        del running[shard]
+                elif process.has_ended():
+                    steps.record(
+                        f"shard {shard}", process.wait() | {"clips": len(shard.clips(options.clips, HodConfig().block))}
+                    )
+                    del running[shard]
+            time.sleep(0.1)
+    finally:
+        for process in running.values():  # after an error or Ctrl-C; finished clips are kept
+            process.kill()
     if "alone" not in steps.done:  # the shard that was killed, in a run of its own that was not
         alone = folder / "alone.csv"
-        start("generate_hod", "--output", str(alone), "--shard", str(shards[killed])).wait()
-        files = [path.with_name(path.name + ".work") / "results" / f"{shards[killed].stem}.sqlite" for path in (output, alone)]
-        first, second = map(_content, files)
-        if first != second:
-            raise UserError(f"{files[0]} is not {files[1]}: a kill changed results")
-        steps.record("alone", {"results": _results(files[0]), "sha256": first})
+        start("generate_hod", alone, "--shard", str(killed)).wait()
+        checksums = [_content(results(path, killed)) for path in (output, alone)]
+        if checksums[0] != checksums[1]:
+            raise UserError(f"{results(output, killed)} is not {results(alone, killed)}: a kill changed results")
+        steps.record("alone", {"sha256": checksums[0]})
     if "merge" not in steps.done:
-        steps.record("merge", start("generate_hod", "--output", str(output), "--merge").wait() | _verify(output, options.clips))
-    if "page" not in steps.done:
-        steps.record("page", start("visualize_hod", "--output", str(output), "--page", str(page)).wait())
-    return steps.done
+        merged = start("generate_hod", output, "--merge").wait()
+        steps.record("merge", merged | _verify(output, options.clips))
+    for name, filters in PAGES.items():
+        if name not in steps.done:
+            page = folder / f"{name}.html"
+            drawn = start("visualize_hod", output, "--page", str(page), *filters).wait()
+            steps.record(name, drawn | {"page_mb": page.stat().st_size / 1e6})
+    return _summary(steps.done, options)
+
+
+def hod_scale_text(result: dict[str, Any]) -> str:
+    """The result for people."""
+    head = f"{result['clips']:,} clips on {result['shards']} shards, {result['at_once']} at a time"
+    lines = [f"{head}: {result['minutes']:.0f} min"]
+    for name, each in result["processes"].items():
+        cpu = f"{each['cpu_s']:7.1f} s of CPU"
+        lines.append(f"{name:<16} {each['seconds']:7.1f} s  {cpu}  peak {each['peak_mb']:.0f} MB")
+    lines.append(f"a shard: {result['clips_per_second_of_a_shard']:.0f} clips/s; a resumed one has the same results")
+    return "\n".join(lines)
+
+
+def _summary(done: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    # Here: it loads PyTorch, which would be most of the memory of the measured processes.
+    from egohod.training.telemetry import git_commit
+
+    shards = [values for name, values in done.items() if name.startswith("shard ")]
+    keys = ("seconds", "cpu_s", "peak_mb", "own_mb")
+    # Of shards the highest, whose memory a job has to ask for, and the median.
+    worst = {key: max(each[key] for each in shards) for key in keys}
+    usual = {key: statistics.median(each[key] for each in shards) for key in keys}
+    others = {name: {key: done[name][key] for key in keys} for name in ("submit", "merge", *PAGES)}
+    return {
+        "command": f"python tools/bench.py hod_scale --clips {options.clips} --shards {options.shards}",
+        "commit": git_commit(),
+        "machine": f"{platform.machine()}, {usable_cores()} cores, Python {platform.python_version()}",
+        "load": os.getloadavg()[2],
+        "clips": options.clips,
+        "shards": options.shards,
+        "at_once": options.at_once,
+        "metadata_mb": done["metadata"]["mb"],
+        "minutes": (sum(each["seconds"] for each in shards) / options.at_once + others["merge"]["seconds"]) / 60,
+        "clips_per_second_of_a_shard": statistics.median(each["clips"] / each["seconds"] for each in shards),
+        "processes": {"shard (median)": usual, "shard (highest)": worst, **others},
+        "killed_with_results": done["kill"]["results"],
+        "narrations": done["merge"]["narrations"],
+        "failures": done["merge"]["failures"],
+    }
 
 
 class _Steps:
@@ -211,6 +271,7 @@ class _Process:
         self._report, self._log, self._began = folder / f"{name}.json", folder / f"{name}.log", time.perf_counter()
         self._report.unlink(missing_ok=True)
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tools"), str(ROOT)])}
+        environment["PATH"] = os.pathsep.join([str(folder / "bin"), environment["PATH"]])
         if task is not None:
             environment |= {"SLURM_JOB_ID": str(1001 + task), "SLURM_ARRAY_JOB_ID": "1000"}
             environment |= {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}
@@ -222,11 +283,13 @@ class _Process:
     def has_ended(self) -> bool:
         return self._process.poll() is not None
 
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
     def wait(self) -> dict[str, Any]:
         """Seconds and peak memory. Raises :class:`UserError` if it failed."""
         code = self._process.wait()
-        if code == -signal.SIGKILL:
-            return {}
         if code:
             raise UserError(f"{self._log}: exit code {code}: {self._log.read_text().splitlines()[-1:]}")
         return {"seconds": time.perf_counter() - self._began} | json.loads(self._report.read_text())
@@ -242,10 +305,20 @@ def _write_metadata(path: Path, clips: int) -> None:
             video, number = divmod(index, CLIPS_OF_A_VIDEO)
             start = number * CLIP_SECONDS
             text = f"#C C {VERBS[verbs[index]]} {NOUNS[nouns[index]]} and puts it back on the table number {index % 50}"
-            writer.writerow([f"{video:08d}-0000-4000-8000-{video:012d}", start, start + CLIP_SECONDS, text, f"clip_{index:08d}"])
+            writer.writerow(
+                [f"{video:08d}-0000-4000-8000-{video:012d}", start, start + CLIP_SECONDS, text, f"clip_{index:08d}"]
+            )
 
 
-def _results(path: Path) -> int:
+def _write_sbatch(folder: Path) -> None:
+    """Programs in place of Slurm's, which take jobs and run none."""
+    folder.mkdir(exist_ok=True)
+    for name in ("sbatch", "srun"):
+        (folder / name).write_text("#!/bin/sh\necho Submitted batch job 1000\n")
+        (folder / name).chmod(0o755)
+
+
+def _count_results(path: Path) -> int:
     """How many results another process has stored so far."""
     with contextlib.suppress(sqlite3.Error), closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
         return int(database.execute("SELECT count(*) FROM results").fetchone()[0])
