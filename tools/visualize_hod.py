@@ -72,8 +72,8 @@ _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 # Heights of pictures and of a line of text, the space between them, and moments beside the tracks in a sheet.
 LARGE, SMALL, _LINE, _GAP, _MOMENTS = 240, 118, 15, 4, 4
 _PAPER, _INK, _GREY, _WHITE = (250, 250, 247), (20, 20, 20), (110, 120, 130), (255, 255, 255)
-# Different values of a trait that are counted for a message; reasons may name a file each.
-_COUNTED = 1000
+# Different values of a trait that are counted for a message, where reasons may name a file each, and that it shows.
+_COUNTED, _SHOWN = 1000, 12
 # Time as colour from the start of a clip to its end: dark violet, teal, yellow, as in viridis, which stays in order in
 # grey and for the colour-blind.
 _TIMES = np.array([(68, 1, 84), (38, 130, 142), (109, 205, 89), (253, 231, 37)], dtype=np.float64)
@@ -199,10 +199,10 @@ def _choose_clips(pipeline: Pipeline, args: argparse.Namespace) -> list[int]:
     if not begun:
         raise UserError(f"{pipeline.store.folder}: no clip has been through a stage with these settings")
     if not chosen:
-        there = (
-            f"{name}: " + (", ".join(f"{value} ({count:,})" for value, count in values.most_common(12)) or "nothing")
-            for name, values in counts.items()
-        )
+        there = []
+        for name, values in counts.items():
+            most = sorted(values, key=lambda value: (-values[value], value))[:_SHOWN]
+            there.append(f"{name}: " + (", ".join(f"{value} ({values[value]:,})" for value in most) or "nothing"))
         wanted = " and ".join(args.where)
         raise UserError(f"--where: none of {begun:,} clips fits {wanted}; there are {'; '.join(there)}")
     return sorted(chosen)
@@ -224,7 +224,9 @@ class Condition:
             raise UserError(f"--where is '{text}', but must be NAME=VALUE, such as hand=left, or score<0.5")
         name, sign, values = match[1], match[2], tuple(each.strip() for each in match[3].split(","))
         if name not in TRAITS:
-            raise UserError(f"--where: there is no '{name}'{nearest(name, TRAITS)}; there are {', '.join(TRAITS)}")
+            raise UserError(
+                f"--where: there is no '{name}'{nearest(name, list(TRAITS))}; there are {', '.join(TRAITS)}"
+            )
         if (name == "score") == (sign == "="):
             raise UserError(f"--where is '{text}', but {name} takes {'< or >' if name == 'score' else '='}")
         for value in values:

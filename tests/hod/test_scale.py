@@ -9,21 +9,25 @@ import re
 import shutil
 import signal
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import visualize_hod
 
 from egohod.data.formats import read_clips
-from egohod.data.table import ClipTable
+from egohod.data.table import ClipRow, ClipTable
+from egohod.data.videos import VideoError
 from egohod.errors import UserError
 from egohod.hod import pipeline as hod_pipeline
 from egohod.hod.config import HodConfig
-from egohod.hod.pipeline import Pipeline, narrated_clips
-from egohod.hod.store import Shard
+from egohod.hod.pipeline import CHECK, DETECT, TRACK, Pipeline, Task, narrated_clips
+from egohod.hod.store import Outcome, Shard
 from tests.hod.runs import full_disk
 from tests.hod.test_hod_resume import fork
-from tests.hod.test_pipeline import Straw, write_table
+from tests.hod.test_pipeline import SUMMARY, Straw, write_table
 
 
 def same(one: ClipTable, other: ClipTable) -> bool:
@@ -224,3 +228,160 @@ def test_metadata_that_is_mostly_bad_is_refused_by_every_shard(tmp_path: Path) -
     for _ in range(2):
         with pytest.raises(UserError, match="60 of 61 rows cannot be used"):
             narrated_clips(settings(tmp_path), save=True)
+
+
+def hand(side: str, touches: str | None, directions: list[str]) -> dict[str, Any]:
+    motion = {"path": [], "size": [], "directions": directions, "repeats": 1, "speed": 0.1, "start_region": "centre"}
+    facts = {"side": side, "seen": 1.0, "motion": motion | {"end_region": "centre"}, "contact": None, "release": None}
+    return facts | {"approach": None, "touches": touches, "relation": "onto" if touches == "object" else None}
+
+
+class Facts(Straw):
+    """Stages whose results a page can show: boxes, facts and captions that follow from the clip's index."""
+
+    def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Outcome]]:
+        for task in tasks:
+            index, side = task.index, "left" if task.index % 2 else "right"
+            score = {"second": [0.5], "score": [0.5 + index % 5 / 10]}
+            facts = {"video_id": "v", "start": 0.0, "end": 1.0, "times": [], "object": None, "hands_together": None}
+            facts |= {"hands": {side: hand(side, "object" if index % 3 else None, [("up", "down")[index % 4 // 2]])}}
+            checked = SUMMARY | {
+                "text": f"#C C cuts thing {index}",
+                "refusals": ["too short"] if index % 7 == 0 else [],
+            }
+            values = {DETECT: {"boxes": score}, TRACK: facts | {"acting": side}, CHECK: checked}
+            fault = f"video_{index}: no such file" if self.name == DETECT and index % 10 == 9 else None
+            yield task, Outcome(None if fault else values[self.name], fault)
+
+
+class NoVideos:
+    def __init__(self, cfg: HodConfig, table: ClipTable) -> None: ...
+
+    def read(self, row: ClipRow, *arguments: object) -> None:
+        raise VideoError(f"{row.video_id}: there are no videos")
+
+
+def facts_pipeline(cfg: HodConfig) -> Pipeline:
+    return Pipeline(cfg, narrated_clips(cfg), [Facts(DETECT), Facts(TRACK), Facts(CHECK)])
+
+
+@pytest.fixture(scope="module")
+def shards_of_facts(tmp_path_factory: pytest.TempPathFactory) -> HodConfig:
+    """A run of 200 clips on 7 shards."""
+    folder = tmp_path_factory.mktemp("facts")
+    write_table(folder, 200)
+    made = facts_pipeline(settings(folder))
+    for shard in Shard.all(7):
+        with made.store.claim(shard):
+            made.run_all(shard)
+            made.finish(shard)
+    return made.cfg
+
+
+@pytest.fixture
+def draw(shards_of_facts: HodConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
+    """Draws a page of that run; the clips on it, by the numbers in their narrations before."""
+    monkeypatch.setattr(visualize_hod, "build", facts_pipeline)
+    monkeypatch.setattr(visualize_hod, "open_videos", NoVideos)
+    cfg = shards_of_facts
+
+    def draw(*arguments: str) -> list[int]:
+        places = ["--metadata", cfg.source.metadata, "--root", "none", "--output", cfg.output, "block=3"]
+        assert visualize_hod.main([*places, "--page", str(tmp_path / "page.html"), *arguments]) == 0
+        return [int(each) for each in re.findall(r"was:</span> the hand moves thing (\d+)", page(tmp_path))]
+
+    return draw
+
+
+def page(folder: Path) -> str:
+    return (folder / "page.html").read_text()
+
+
+def test_random_clips_are_drawn_by_the_seed_from_all_shards(draw: Callable[..., list[int]], tmp_path: Path) -> None:
+    first = draw("--number", "20", "--seed", "3")
+    assert first == sorted(set(first))
+    assert len(first) == 20
+    assert max(first) - min(first) > 100
+    assert draw("--number", "20", "--seed", "3") == first
+    assert draw("--number", "20", "--seed", "4") != first
+    assert len(draw("--number", "1000")) == 200
+
+
+@pytest.mark.parametrize(
+    ("filters", "fits"),
+    [
+        (["hand=left"], lambda i: i % 2 == 1),
+        (["hand=left,right"], lambda i: True),
+        (["hand=left", "direction=up"], lambda i: i % 2 == 1 and i % 4 // 2 == 0),
+        (["touches=nothing"], lambda i: i % 3 == 0),
+        (["relation=onto"], lambda i: i % 3 != 0),
+        (["verdict=replaced"], lambda i: i % 7 == 0),
+        (["word=cut", "word=17"], lambda i: str(i).startswith("17")),
+        (["score<0.6"], lambda i: i % 5 == 0),
+        (["score>0.85"], lambda i: i % 5 == 4),
+    ],
+)
+def test_clips_that_fit_all_filters(
+    draw: Callable[..., list[int]], tmp_path: Path, filters: list[str], fits: Callable[[int], bool]
+) -> None:
+    arguments = [part for each in filters for part in ("--where", each)]
+    expected = [index for index in range(200) if index % 10 != 9 and fits(index)]
+    assert draw(*arguments, "--number", "500") == expected
+    some = draw(*arguments, "--number", "3")
+    assert len(some) == min(3, len(expected))
+    assert set(some) <= set(expected)
+    shown = " and ".join(filters).replace("<", "&lt;").replace(">", "&gt;")
+    assert f"with <code>{shown}</code>" in page(tmp_path)
+
+
+def test_failures_by_their_stage_and_reason(draw: Callable[..., list[int]], tmp_path: Path) -> None:
+    failed = [index for index in range(200) if index % 10 == 9]
+    assert draw("--where", "stage=detect", "--number", "500") == failed
+    assert draw("--where", "verdict=failed", "--number", "500") == failed
+    assert draw("--where", "reason=video_19: no such", "--number", "500") == [19]
+    assert 'data-stage="detect"' in page(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("filters", "message"),
+    [
+        (["hand"], "must be NAME=VALUE"),
+        (["hnd=left"], "there is no 'hnd'.*'hand'.*; there are hand, touches"),
+        (["hand=lefft"], "hand is one of left, right, none"),
+        (["hand<0.5"], "hand takes ="),
+        (["score=0.5"], "score takes < or >"),
+        (["score<much"], "'much' is no number"),
+        (
+            ["stage=detect", "hand=left"],
+            r"none of 200 clips fits stage=detect and hand=left; there are stage: detect \(20\); "
+            r"hand: right \(100\), left \(80\)$",
+        ),
+        (["touches=plate"], r"touches: object \(120\), nothing \(60\)$"),
+        (["word=fly"], r"word: c \(180\), cuts \(180\), thing \(180\), 0 \(1\), 1 \(1\), 10 \(1\)"),
+    ],
+)
+def test_filters_that_are_none_or_that_nothing_fits(
+    draw: Callable[..., list[int]], tmp_path: Path, filters: list[str], message: str
+) -> None:
+    (tmp_path / "page.html").write_text("as before")
+    with pytest.raises(UserError, match=message):
+        draw(*[part for each in filters for part in ("--where", each)])
+    assert page(tmp_path) == "as before"
+
+
+def test_the_page_has_filters_of_its_own_and_needs_no_network(draw: Callable[..., list[int]], tmp_path: Path) -> None:
+    draw("--number", "200")
+    html = page(tmp_path)
+    for name in ("hand", "touches", "relation", "direction", "verdict", "narrator", "stage"):
+        assert f'<select name="{name}"' in html
+    assert '<option value="left">left (80)</option>' in html
+    assert html.count("data-hand=") == 200
+    assert not re.findall(r"(?:src|href)=\"(?!data:)", html)
+
+
+def test_rows_and_filters_contradict_each_other(draw: Callable[..., list[int]]) -> None:
+    assert draw("--clips", "5,100") == [4, 99]
+    with pytest.raises(UserError, match="--where has no effect"):
+        draw("--clips", "5,100", "--where", "hand=left")
+    with pytest.raises(UserError, match="500 is no row"):
+        draw("--clips", "5,500")

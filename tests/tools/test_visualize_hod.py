@@ -72,7 +72,7 @@ def test_time_runs_from_dark_to_light() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"facts": None, "boxes": [], "sides": ()},
+        {"facts": None, "boxes": [], "traits": {}},
         {"text": "word " * 300, "source": ""},
         {"pictures": np.zeros((1, 45, 90, 3), np.uint8), "seconds": np.zeros(1)},
     ],
