@@ -63,7 +63,7 @@ from egohod.hod.facts import (
 )
 from egohod.hod.pipeline import CHECK, DETECT, STAGES, TRACK, Pipeline, build, open_videos, source_text
 from egohod.hod.store import Outcome, from_plain
-from egohod.runtime import Progress, write_text
+from egohod.runtime import Progress, atomic_write, write_text
 
 log = logging.getLogger("visualize_hod")
 
@@ -112,9 +112,11 @@ def main(arguments: Sequence[str]) -> int:
         if not clips:
             raise UserError("not one of the clips can be read")
     if args.sheet:
-        sheet(clips).save(args.sheet)
+        with atomic_write(args.sheet) as temporary:
+            sheet(clips).save(temporary)
     if args.film:
-        _write_film(clips[0], args.film)
+        with atomic_write(args.film) as temporary:
+            _write_film(clips[0], temporary)
     for path in filter(None, (args.page, args.sheet, args.film)):
         log.info("wrote %s", path)
     return cli.DONE

@@ -143,6 +143,7 @@ def hod_scale_options(parser: argparse.ArgumentParser) -> None:
     add("--clips", type=int, default=1_000_000, help="rows of the metadata (default: 1,000,000)")
     add("--shards", type=int, default=64, help="tasks of the array (default: 64)")
     add("--at_once", type=int, default=2, help="tasks that run at the same time (default: 2)")
+    add("--results", type=Path, metavar="JSON", help="write the result to this file too")
     add("--folder", type=Path, default=Path("hod_scale"), help="of the run, to resume it (default: hod_scale)")
 
 
@@ -206,7 +207,10 @@ def hod_scale(options: argparse.Namespace) -> dict[str, Any]:
             page = folder / f"{name}.html"
             drawn = start("visualize_hod", output, "--page", str(page), *filters).wait()
             steps.record(name, drawn | {"page_mb": page.stat().st_size / 1e6})
-    return _summary(steps.done, options)
+    result = _summary(steps.done, options)
+    if options.results:
+        write_text(options.results, json.dumps(result, indent=1) + "\n")
+    return result
 
 
 def hod_scale_text(result: dict[str, Any]) -> str:
@@ -242,7 +246,8 @@ def _summary(done: dict[str, Any], options: argparse.Namespace) -> dict[str, Any
         "minutes": (sum(each["seconds"] for each in shards) / options.at_once + others["merge"]["seconds"]) / 60,
         "clips_per_second_of_a_shard": statistics.median(each["clips"] / each["seconds"] for each in shards),
         "processes": {"shard (median)": usual, "shard (highest)": worst, **others},
-        "killed_with_results": done["kill"]["results"],
+        # None where the shard was too quick to be killed.
+        "killed_with_results": done.get("kill", {}).get("results"),
         "narrations": done["merge"]["narrations"],
         "failures": done["merge"]["failures"],
     }
