@@ -475,6 +475,6 @@ def from_plain(kind: Any, value: Any) -> Any:
     if kind is np.ndarray:
         return np.array(value, dtype=np.float64)
     if dataclasses.is_dataclass(kind):
-        hints = _type_hints(kind)
+        hints = _type_hints(typing.cast("type", kind))
         return kind(**{name: from_plain(hints[name], each) for name, each in value.items()})  # type: ignore[operator]
     return value
