@@ -293,7 +293,7 @@ def traits_of(outcomes: Mapping[str, Outcome], names: Collection[str]) -> dict[s
         traits["direction"] = sorted({each for hand in moving for each in hand.motion.directions})
     if "score" in names and DETECT in outcomes and not outcomes[DETECT].fault:
         scores = outcomes[DETECT].parsed()["boxes"].get("score")
-        traits["score"] = [f"{np.mean(scores):.2f}"] if scores else []
+        traits["score"] = [f"{np.mean(scores):.4f}"] if scores else []
     return {name: traits[name] for name in names}
 
 

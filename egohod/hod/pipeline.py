@@ -39,7 +39,7 @@ import pyarrow.parquet
 
 from egohod.data.decoders import choose_decoder
 from egohod.data.detections import SCHEMA
-from egohod.data.formats import read_clips
+from egohod.data.formats import FORMATS, read_clips
 from egohod.data.storage import open_cache
 from egohod.data.table import ClipReader, ClipTable, choose_text
 from egohod.data.videos import Frames, VideoError, sliding_windows
@@ -549,7 +549,12 @@ def narrated_clips(cfg: HodConfig, *, save: bool = False) -> ClipTable:
 
     def key() -> str:
         read_by = (source.format, dict(sorted(source.columns.items())), source.clip_rule, path.suffixes, cfg.keep)
-        files = [file_hash(each) for each in (path, source.exclude) if each]
+        siblings = [path.with_name(name) for each in FORMATS.values() for name in each.siblings]
+        try:
+            files = [file_hash(each) for each in (path, source.exclude) if each]
+            files += [file_hash(each) for each in siblings if each.is_file()]
+        except OSError as error:
+            raise UserError(f"{error.filename}: cannot be read: {error.strerror or error}") from error
         return _hash(_READ_VERSION, read_by, files)
 
     def read_unchanged() -> ClipTable:

@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 _PATIENCE = 3.0
 # Seconds to wait for another process that reads the metadata: tens of millions of rows take minutes.
 _READING = 3600.0
-# A process reads at most a million results; those of 64 files at once must not take 2 MB of cache each.
+# Of SQLite's cache for a file that is only read: a page looks into 64 of them, which would take 2 MB each.
 _CACHE_KB = 256
 # SQLite's write-ahead log needs memory that all processes on a file share, which network file systems do not offer.
 # Unknown ones count as such: there every result costs two fsyncs instead of none.
@@ -183,18 +183,17 @@ class Store:
         checksum = file.with_suffix(".sha256")
 
         def saved() -> ClipTable | None:
-            with contextlib.suppress(FileNotFoundError):
-                try:
-                    if checksum.read_text() == file_hash(file):
-                        table = ClipTable.mapped(file, path)
-                        log.info("%s, read before: %s", path, table.report)
-                        return table
-                    reason = "its checksum is another one"
-                except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
-                    if isinstance(error, FileNotFoundError):
-                        raise
-                    reason = str(error)
-                log.warning("%s is damaged (%s): %s is read again", file, reason, path)
+            if not file.exists() or not checksum.exists():
+                return None
+            try:
+                if checksum.read_text() == file_hash(file):
+                    table = ClipTable.mapped(file, path)
+                    log.info("%s, read before: %s", path, table.report)
+                    return table
+                reason = "its checksum is another one"
+            except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+                reason = str(error)
+            log.warning("%s is damaged (%s): %s is read again", file, reason, path)
             return None
 
         table = saved()
@@ -387,7 +386,8 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
     connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=30.0)
     # Damaged text must not raise: the checksum and the key decide.
     connection.text_factory = lambda text: text.decode("utf-8", "replace")
-    connection.execute(f"PRAGMA cache_size = -{_CACHE_KB if mode == 'ro' else 8 * _CACHE_KB}")
+    if mode == "ro":
+        connection.execute(f"PRAGMA cache_size = -{_CACHE_KB}")
     return connection
 
 

@@ -180,6 +180,13 @@ def test_other_ways_to_read_the_metadata_have_clips_of_their_own(tmp_path: Path)
     assert narrated_clips(renamed, save=True).row(0).texts == ("loaf",)
     assert narrated_clips(cfg).row(0).texts == ("cuts",)
     assert len(clip_files(tmp_path)) == 6
+    # A file beside the metadata is read with it.
+    (tmp_path / "action_idx.txt").write_text("Take bowl 7\nCut loaf 8\n")
+    (tmp_path / "train.txt").write_text("P01-R01-Cooking-1-49-F1-50 7 1 2\n")
+    listed = dataclasses.replace(cfg, source=dataclasses.replace(cfg.source, metadata=str(tmp_path / "train.txt")))
+    assert narrated_clips(listed, save=True).row(0).texts == ("take bowl",)
+    (tmp_path / "action_idx.txt").write_text("Wash bowl 7\nCut loaf 8\n")
+    assert narrated_clips(listed, save=True).row(0).texts == ("wash bowl",)
 
 
 def test_a_merge_names_shards_of_other_metadata_and_those_that_are_gone(tmp_path: Path) -> None:
