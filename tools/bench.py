@@ -11,6 +11,7 @@ python tools/bench.py memory             # batch, frames, checkpointing, accumul
 python tools/bench.py sharding           # models beyond one GPU's memory: state and batch by how weights are split
 python tools/bench.py table              # four million rows: start to first batch, memory of all processes
 python tools/bench.py hod                # the HOD pipeline by stage, memory of a worker
+python tools/bench.py hod_scale          # a million clips on 64 shards, merge, page: memory, time, resuming
 python tools/bench.py eval               # mAP and nDCG of a full benchmark, against full-matrix sorting
 python tools/bench.py probe              # linear and k-NN probes on cached features
 python tools/bench.py serve              # an answer of egohod serve over 100,000 moments; overlapping windows
@@ -24,7 +25,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from _common import run_tool, tool_parser
-from benches import data, inference, training
+from benches import data, hod_scale, inference, training
 
 from egohod import cli
 
@@ -56,6 +57,7 @@ BENCHMARKS = {
     "table": Benchmark(data.table_options, data.table, data.table_text),
     "eval": Benchmark(inference.eval_options, inference.evaluation, inference.eval_text),
     "hod": Benchmark(inference.hod_options, inference.hod, inference.hod_text),
+    "hod_scale": Benchmark(hod_scale.hod_scale_options, hod_scale.hod_scale, hod_scale.hod_scale_text),
     "probe": Benchmark(inference.probe_options, inference.probe, inference.probe_text),
     "serve": Benchmark(inference.serve_options, inference.serve),
 }

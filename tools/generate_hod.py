@@ -72,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
             raise UserError(f"{folder}: there is no demo world yet; without --dry_run it is rendered first")
         if not args.dry_run and make_world(folder, scale=cfg.demo.scale):
             log.info("%s: rendered the demo world", folder)
-    pipeline = build(cfg, retry=args.retry)
+    pipeline = build(cfg, retry=args.retry, save=not args.dry_run)
     if args.batch_requests or args.batch_answers:
         return _batch(pipeline, shard, args)
     if args.dry_run:
@@ -186,9 +186,11 @@ def _merge(pipeline: Pipeline, shards: int | None) -> int:
 def _dry_run(pipeline: Pipeline, shard: Shard) -> int:
     clips, table, names = pipeline.clips(shard), pipeline.table, [stage.name for stage in pipeline.stages]
     log.info("shard %s: %s of %s clips", shard, f"{len(clips):,}", f"{len(table):,}")
+    to_do = dict.fromkeys(names, len(clips))
     with pipeline.store.results(shard) as results:
-        stored = [pipeline.stored(index, results) for index in clips]
-    to_do = {stage: sum(stage not in each for each in stored) for stage in names}
+        for index in clips:  # one after the other: the results of a million clips are gigabytes
+            for stage in pipeline.stored(index, results):
+                to_do[stage] -= 1
     for stage, count in to_do.items():
         log.info("  %-8s %s to do", stage, f"{count:,}")
     seconds: dict[str, list[float]] = {stage: [] for stage in names}

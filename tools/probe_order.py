@@ -40,7 +40,8 @@ from egohod.errors import UserError
 from egohod.evaluation.embed import PLAIN, FrameAverage, embed_clips, embed_texts, fingerprint
 from egohod.evaluation.features import write_json, write_text
 from egohod.evaluation.metrics import percent
-from egohod.evaluation.report import data_uri, histogram_plot, number, render
+from egohod.evaluation.page import data_uri, number, render
+from egohod.evaluation.report import histogram_plot
 from egohod.evaluation.runner import execution_of
 from egohod.training.build import build_model
 

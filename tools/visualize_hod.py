@@ -5,17 +5,31 @@
     python tools/visualize_hod.py --config_file my_hod.yml --output hod.csv --film clip.mp4 --clips 17
 
 Give the configuration and the --metadata, --root and --output of the run, which may still be in progress. --page is one
-HTML file with filters for hand, verdict, narrator and words; --sheet is a picture; --film shows the sampled frames of
-the first clip with boxes and growing tracks, at the speed of the clip. --clips counts the rows of the metadata from 1;
-without it --number clips are chosen at random with --seed.
+HTML file with filters for all that --where takes, also where there is no network; --sheet is a picture; --film shows
+the sampled frames of the first clip with boxes and growing tracks, at the speed of the clip. --clips counts the rows of
+the metadata from 1; without it --number clips are chosen at random with --seed, of those that fit every --where:
+
+    --where hand=left,right      the acting hand: left, right or none
+    --where touches=surface      what a hand touches: object, other object, surface, ..., or nothing
+    --where relation=onto        of the acting hand to the object: onto, off, ..., or none
+    --where direction=up         how the acting hand moves, or any where none acts
+    --where verdict=replaced     passed, retried, replaced, unchecked or failed
+    --where narrator=template    who wrote the narration
+    --where stage=detect         the stage at which a clip failed;  --where reason='no such file': words of the reason
+    --where word=cut             a word of the narration, or its beginning: cut, cuts, cutting
+    --where 'score<0.5'          mean score of the boxes; also score>0.5
+
+Clips are looked at in random order until there are enough: a filter that few of a million clips fit takes minutes.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,17 +39,30 @@ from _common import run_tool
 from PIL import Image, ImageDraw, ImageFont
 
 from egohod import cli
-from egohod.data.detections import EDGES, LEFT, NO_CONTACT, ROLE_COLOURS
+from egohod.data.detections import EDGES, NO_CONTACT, ROLE_COLOURS
 from egohod.data.videos import VideoError
-from egohod.errors import UserError
-from egohod.evaluation.report import data_uri, jpeg, render
+from egohod.errors import UserError, nearest
+from egohod.evaluation.page import data_uri, jpeg, render
 from egohod.hod import config
-from egohod.hod.config import HodConfig
+from egohod.hod.config import NARRATORS, HodConfig
 from egohod.hod.draw import write_film
-from egohod.hod.facts import ClipFacts
-from egohod.hod.pipeline import CHECK, DETECT, TRACK, Pipeline, build, open_videos, source_text
-from egohod.hod.store import from_plain
-from egohod.runtime import write_text
+from egohod.hod.facts import (
+    AWAY,
+    CLOCKWISE,
+    CLOSER,
+    COUNTERCLOCKWISE,
+    DOWN,
+    LEFT,
+    RIGHT,
+    SHAKING,
+    SIDES,
+    STILL,
+    UP,
+    ClipFacts,
+)
+from egohod.hod.pipeline import CHECK, DETECT, STAGES, TRACK, Pipeline, build, open_videos, source_text
+from egohod.hod.store import Outcome, from_plain
+from egohod.runtime import Progress, atomic_write, write_text
 
 log = logging.getLogger("visualize_hod")
 
@@ -44,6 +71,8 @@ _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 # Heights of pictures and of a line of text, the space between them, and moments beside the tracks in a sheet.
 LARGE, SMALL, _LINE, _GAP, _MOMENTS = 240, 118, 15, 4, 4
 _PAPER, _INK, _GREY, _WHITE = (250, 250, 247), (20, 20, 20), (110, 120, 130), (255, 255, 255)
+# Different values of a trait that are counted for a message, where reasons may name a file each, and that it shows.
+_COUNTED, _SHOWN = 1000, 12
 # Time as colour from the start of a clip to its end: dark violet, teal, yellow, as in viridis, which stays in order in
 # grey and for the colour-blind.
 _TIMES = np.array([(68, 1, 84), (38, 130, 142), (109, 205, 89), (253, 231, 37)], dtype=np.float64)
@@ -62,7 +91,7 @@ class ClipView:
     text: str  # the hand-object narration, or why there is none
     narrator: str
     verdict: str
-    sides: tuple[str, ...]  # detected hands, left first
+    traits: Mapping[str, Sequence[str]]  # by filter, see traits_of
     note: str = ""  # the check's reasons
 
 
@@ -76,15 +105,17 @@ def main(arguments: Sequence[str]) -> int:
         clips = [replace(view, pictures=np.full_like(view.pictures, 255)) for view in clips]
     if args.page:
         args.page.parent.mkdir(parents=True, exist_ok=True)
-        write_text(args.page, _page(pipeline, clips, None if args.clips else args.seed))
+        write_text(args.page, _page(pipeline, clips, None if args.clips else args.seed, args.where))
     if args.sheet or args.film:
         clips = [view for view in clips if len(view.pictures)]
         if not clips:
             raise UserError("not one of the clips can be read")
     if args.sheet:
-        sheet(clips).save(args.sheet)
+        with atomic_write(args.sheet) as temporary:
+            sheet(clips).save(temporary)
     if args.film:
-        _write_film(clips[0], args.film)
+        with atomic_write(args.film) as temporary:
+            _write_film(clips[0], temporary)
     for path in filter(None, (args.page, args.sheet, args.film)):
         log.info("wrote %s", path)
     return cli.DONE
@@ -101,10 +132,19 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--sheet", type=Path, metavar="PNG", help="write a picture")
     add("--film", type=Path, metavar="MP4", help="write a film of the first clip")
     add("--clips", metavar="ROWS", help="these rows of the metadata, e.g. 3,17,204")
+    add(
+        "--where",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="random clips that fit, see above; repeatable",
+    )
     add("--number", type=int, default=24, metavar="N", help="number of random clips (default: 24)")
     add("--no_frames", action="store_true", help="draw on white instead of frames, for videos that may not be shown")
     add("--seed", type=int, default=0, help="of the random choice (default: 0)")
     args = parser.parse_intermixed_args(arguments)
+    if args.clips and args.where:
+        raise UserError("--clips names the clips: --where has no effect with it")
     if not (args.sheet or args.film or args.page):
         raise UserError("nothing to draw: give --page, --sheet or --film")
     for name, path, endings in (("sheet", args.sheet, _PICTURES), ("film", args.film, _FILMS), ("page", args.page, ())):
@@ -123,28 +163,143 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _choose_clips(pipeline: Pipeline, args: argparse.Namespace) -> list[int]:
     """Indices of the clips to draw, of those that went through a stage."""
-    table = pipeline.table
+    table, conditions = pipeline.table, [Condition.parse(text) for text in args.where]
     if args.clips:
-        rows = {table.row(index).row: index for index in range(len(table))}
         try:
-            return [rows[int(each)] for each in args.clips.split(",")]
+            rows = {int(each): -1 for each in args.clips.split(",")}
+            # One by one: a dictionary of a million rows would take hundreds of megabytes.
+            rows |= {row: index for index in range(len(table)) if (row := table.number(index)) in rows}
+            if missing := [row for row, index in rows.items() if index < 0]:
+                raise KeyError(missing[0])
+            return list(rows.values())
         except (KeyError, ValueError) as error:
             raise UserError(f"--clips is '{args.clips}', but {error} is no row of {table.path} that is used") from error
     if args.number < 1 or args.seed < 0:
         raise UserError(f"--number must be at least 1 and --seed at least 0, not {args.number} and {args.seed}")
-    order = np.random.default_rng(args.seed).permutation(len(table)).tolist()
-    with pipeline.store.results() as results:
-        begun = (index for index in order if pipeline.stored(index, results))
-        chosen = [index for index, _ in zip(begun, range(args.number), strict=False)]
-    if not chosen:
+    chosen, begun, counts = list[int](), 0, {each.name: Counter[str]() for each in conditions}
+    # Eight bytes a clip, and the results of one: memory does not grow with what is looked at.
+    order = np.random.default_rng(args.seed).permutation(len(table))
+    with (
+        pipeline.store.results(clips=pipeline.clips) as results,
+        Progress("looking for clips", len(table), seconds=5.0) as progress,
+    ):
+        for looked_at, index in enumerate(map(int, order), start=1):
+            progress.update(looked_at, note=f"{len(chosen)} fit")
+            outcomes = pipeline.stored(index, results)
+            if not outcomes:
+                continue
+            begun += 1
+            traits = traits_of(outcomes, set(counts))
+            for name, values in counts.items():
+                if len(values) < _COUNTED:
+                    values.update(set(traits[name]))
+            if all(each.fits(traits[each.name]) for each in conditions):
+                chosen.append(index)
+                if len(chosen) == args.number:
+                    break
+    if not begun:
         raise UserError(f"{pipeline.store.folder}: no clip has been through a stage with these settings")
+    if not chosen:
+        there = []
+        for name, values in counts.items():
+            most = sorted(values, key=lambda value: (-values[value], value))[:_SHOWN]
+            there.append(f"{name}: " + (", ".join(f"{value} ({values[value]:,})" for value in most) or "nothing"))
+        wanted = " and ".join(args.where)
+        raise UserError(f"--where: none of {begun:,} clips fits {wanted}; there are {'; '.join(there)}")
     return sorted(chosen)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One ``--where``: a trait and its values, or a limit of the score."""
+
+    name: str
+    sign: str
+    values: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Condition:
+        """``hand=left,right``. Raises :class:`UserError`."""
+        match = re.fullmatch(r"\s*(\w+)\s*([=<>])\s*(.+?)\s*", text)
+        if match is None:
+            raise UserError(f"--where is '{text}', but must be NAME=VALUE, such as hand=left, or score<0.5")
+        name, sign, values = match[1], match[2], tuple(each.strip() for each in match[3].split(","))
+        if name not in TRAITS:
+            raise UserError(
+                f"--where: there is no '{name}'{nearest(name, list(TRAITS))}; there are {', '.join(TRAITS)}"
+            )
+        if (name == "score") == (sign == "="):
+            raise UserError(f"--where is '{text}', but {name} takes {'< or >' if name == 'score' else '='}")
+        for value in values:
+            if name == "score" and not re.fullmatch(r"\d*\.?\d+", value):
+                raise UserError(f"--where is '{text}', but '{value}' is no number")
+            if TRAITS[name] and value not in TRAITS[name]:
+                raise UserError(f"--where is '{text}', but {name} is one of {', '.join(TRAITS[name])}")
+        return cls(name, sign, values)
+
+    def fits(self, traits: Sequence[str]) -> bool:
+        """Whether a clip with these values of the trait is one of those."""
+        if self.sign != "=":
+            return any((float(each) < float(self.values[0])) == (self.sign == "<") for each in traits)
+        if self.name == "word":
+            return any(each.startswith(value.lower()) for value in self.values for each in traits)
+        if self.name == "reason":
+            return any(value.lower() in each.lower() for value in self.values for each in traits)
+        return not set(self.values).isdisjoint(traits)
+
+
+# What --where takes, and the values where they are few and fixed.
+TRAITS: dict[str, tuple[str, ...]] = {
+    "hand": (*SIDES, "none"),
+    "touches": (),
+    "relation": (),
+    "direction": (LEFT, RIGHT, UP, DOWN, AWAY, CLOSER, CLOCKWISE, COUNTERCLOCKWISE, SHAKING, STILL),
+    "verdict": ("passed", "retried", "replaced", "unchecked", "failed"),
+    "narrator": tuple(NARRATORS),
+    "stage": tuple(stage.name for stage in STAGES),
+    "reason": (),
+    "word": (),
+    "score": (),
+}
+
+
+def traits_of(outcomes: Mapping[str, Outcome], names: Collection[str]) -> dict[str, Sequence[str]]:
+    """The values of the traits ``names`` of a clip, by what the stages made of it; ``score`` is a number as text."""
+    # Only what is asked for is parsed: a million clips may be looked at for a few.
+    traits: dict[str, Sequence[str]] = dict.fromkeys(names, ())
+    fault = next(((name, each.fault) for name, each in outcomes.items() if each.fault), None)
+    if fault:
+        traits |= {"stage": [fault[0]], "reason": [fault[1]]}
+    if not {"verdict", "narrator", "word"}.isdisjoint(names):
+        checked = outcomes[CHECK].parsed() if CHECK in outcomes and not fault else None
+        if checked is None:
+            traits["verdict"] = ["failed" if fault else "unchecked"]
+        else:
+            replaced = "replaced" if checked["narrator"] == "template" else "retried"
+            traits |= {"verdict": [replaced if checked["refusals"] else "passed"], "narrator": [checked["narrator"]]}
+            traits["word"] = re.findall(r"\w+", checked["text"].lower())
+    if (
+        TRACK in outcomes
+        and not outcomes[TRACK].fault
+        and not {"hand", "touches", "relation", "direction"}.isdisjoint(names)
+    ):
+        facts = from_plain(ClipFacts, outcomes[TRACK].parsed())
+        hands = list(facts.hands.values())
+        moving = [facts.hands[facts.acting]] if facts.acting else hands
+        traits["hand"] = [facts.acting or "none"]
+        traits["touches"] = sorted({hand.touches for hand in hands if hand.touches}) or ["nothing"]
+        traits["relation"] = sorted({hand.relation for hand in hands if hand.relation}) or ["none"]
+        traits["direction"] = sorted({each for hand in moving for each in hand.motion.directions})
+    if "score" in names and DETECT in outcomes and not outcomes[DETECT].fault:
+        scores = outcomes[DETECT].parsed()["boxes"].get("score")
+        traits["score"] = [f"{np.mean(scores):.4f}"] if scores else []
+    return {name: traits[name] for name in names}
 
 
 def collect(pipeline: Pipeline, indices: Sequence[int]) -> list[ClipView]:
     """Everything that is stored of some clips; without pictures where a video cannot be read."""
     clips, source = [], open_videos(pipeline.cfg, pipeline.table)
-    with pipeline.store.results() as results:
+    with pipeline.store.results(clips=pipeline.clips) as results:
         for index in indices:
             row, outcomes = pipeline.table.row(index), pipeline.stored(index, results)
             values = {name: outcome.parsed() for name, outcome in outcomes.items() if outcome.fault is None}
@@ -158,34 +313,25 @@ def collect(pipeline: Pipeline, indices: Sequence[int]) -> list[ClipView]:
             except VideoError as error:
                 log.warning("no picture: %s", error)
             boxes = values[DETECT]["boxes"] if DETECT in values else {"second": []}
-            facts = from_plain(ClipFacts, values[TRACK]) if TRACK in values else None
-            checked = values.get(CHECK)
-            if fault is not None:
-                verdict = "failed"
-            elif checked is None:
-                verdict = "unchecked"
-            elif not checked["refusals"]:
-                verdict = "passed"
-            else:
-                verdict = "replaced" if checked["narrator"] == "template" else "retried"
+            checked, traits = values.get(CHECK), traits_of(outcomes, TRAITS)
             view = ClipView(
                 title=f"{row.video_id} {row.start:.2f}-{row.end:.2f} s",
                 pictures=pictures,
                 seconds=seconds,
                 boxes=[dict(zip(boxes, each, strict=True)) for each in zip(*boxes.values(), strict=True)],
-                facts=facts,
+                facts=from_plain(ClipFacts, values[TRACK]) if TRACK in values else None,
                 source=source_text(pipeline.cfg, pipeline.table, index),
                 text=checked["text"] if checked else fault or "not narrated yet",
                 narrator=checked["narrator"] if checked else pipeline.cfg.narrator.kind,
-                verdict=verdict,
-                sides=tuple(sorted(facts.hands)) if facts else (),
+                verdict=traits["verdict"][0],
+                traits=traits,
                 note="; ".join(checked["refusals"]) if checked else "",
             )
             clips.append(view)
     return clips
 
 
-def _page(pipeline: Pipeline, clips: Sequence[ClipView], seed: int | None) -> str:
+def _page(pipeline: Pipeline, clips: Sequence[ClipView], seed: int | None, where: Sequence[str]) -> str:
     """The page with a card for each clip, as HTML."""
     cfg = pipeline.cfg
     facts = {
@@ -198,7 +344,7 @@ def _page(pipeline: Pipeline, clips: Sequence[ClipView], seed: int | None) -> st
     cards: list[dict[str, Any]] = []
     for view in clips:
         picture = data_uri(jpeg(card(view)), "image/jpeg") if len(view.pictures) else None
-        shown = ("title", "source", "text", "narrator", "verdict", "sides", "note")
+        shown = ("title", "source", "text", "narrator", "verdict", "traits", "note")
         cards.append({name: getattr(view, name) for name in shown} | {"picture": picture})
     colours = {
         name: "#" + "".join(f"{part:02x}" for part in colour)
@@ -211,9 +357,14 @@ def _page(pipeline: Pipeline, clips: Sequence[ClipView], seed: int | None) -> st
         seed=seed,
         output=cfg.output,
         facts={name: value for name, value in facts.items() if value},
-        sides=sorted({side for view in clips for side in view.sides}),
-        verdicts=sorted({view.verdict for view in clips}),
-        narrators=sorted({view.narrator for view in clips}),
+        # Words have a field of their own, and reasons and scores are too many to choose from.
+        choices={
+            name: values
+            for name in TRAITS
+            if name not in ("word", "score", "reason")
+            and len(values := Counter(value for view in clips for value in view.traits[name]))
+        },
+        where=" and ".join(where),
         colours=colours,
     )
 
@@ -240,7 +391,7 @@ def frame(view: ClipView, number: int, height: int, until: int | None = None) ->
         # The nearest frame: moments of detections made elsewhere are between the frames.
         if np.abs(view.seconds - box["second"]).argmin() != number:
             continue
-        is_hand, is_left = box["kind"] == "hand", box["side"] == LEFT
+        is_hand, is_left = box["kind"] == "hand", box["side"] == SIDES.index(LEFT)
         colour = ROLE_COLOURS[(0 if is_left else 1) if is_hand else 2]
         touches = is_hand and (box["state"] or 0) > NO_CONTACT
         corners = (np.array([float(box[edge]) for edge in EDGES]).reshape(2, 2) * scale).round()

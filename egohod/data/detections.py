@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet
 
 from egohod import pickles
@@ -136,6 +137,14 @@ def write(detections: pa.Table, path: Path) -> None:
 
 def read(path: str | Path) -> pa.Table:
     """Read a parquet file, or all of a folder, into a table of ``SCHEMA``. Raises :class:`UserError`."""
+    return pa.concat_tables([table for _, _, table in parts(path)])
+
+
+def parts(path: str | Path) -> Iterator[tuple[Path, int, pa.Table]]:
+    """The row groups of a parquet file, or of all of a folder: (file, its number in there, table of ``SCHEMA``).
+
+    One after the other, since the boxes of a million clips do not fit in memory. Raises :class:`UserError`.
+    """
     path = Path(path)
     # Sorted: where two files hold the same box, the table must not depend on the order of the file system.
     files = [path]
@@ -143,22 +152,37 @@ def read(path: str | Path) -> pa.Table:
         files = sorted(each for each in path.glob("*.parquet") if not each.name.startswith(UNFINISHED_PREFIX))
     if not files:
         raise UserError(f"{path}: the folder holds no parquet file")
-    tables = []
     for file in files:
-        try:
-            table = pa.parquet.read_table(file)
-            names = table.column_names
-        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # the last for names of columns
-            raise UserError(f"{file}: not readable as parquet: {' '.join(str(error).split())}") from error
-        tables.append(conform(table, names, str(file)))
-    return pa.concat_tables(tables)
+        first, group, groups = 0, 0, 1
+        while group < groups:
+            table, groups = _row_group(file, group)
+            table = conform(table, table.column_names, str(file), first)
+            yield file, group, table
+            first, group = first + len(table), group + 1
 
 
-def conform(table: pa.Table, names: Sequence[str], name: str) -> pa.Table:
+def read_part(file: Path, group: int, video_id: str) -> pa.Table:
+    """The boxes of one video in a row group that :func:`parts` has checked. Raises :class:`UserError`."""
+    table, _ = _row_group(file, group)
+    videos = table["video_id"].cast(SCHEMA.field("video_id").type)
+    return conform(table.filter(pc.equal(videos, video_id)), table.column_names, str(file))
+
+
+def _row_group(file: Path, group: int) -> tuple[pa.Table, int]:
+    """A row group, and how many there are; of a file without any an empty table."""
+    try:
+        with pa.parquet.ParquetFile(file) as parquet:
+            groups = parquet.num_row_groups
+            return parquet.read_row_group(group) if groups else parquet.schema_arrow.empty_table(), groups
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # the last for names of columns
+        raise UserError(f"{file}: not readable as parquet: {' '.join(str(error).split())}") from error
+
+
+def conform(table: pa.Table, names: Sequence[str], name: str, first: int = 0) -> pa.Table:
     """A table with the columns ``names`` in the types and order of ``SCHEMA``, checked.
 
-    Raises :class:`UserError`, with ``name`` as its origin, for columns that are missing or of another type and for what
-    :func:`check` refuses.
+    Rows are counted behind ``first`` others. Raises :class:`UserError`, with ``name`` as its origin, for columns that
+    are missing or of another type and for what :func:`check` refuses.
     """
     if OPTIONAL not in names:
         table = table.append_column(OPTIONAL, pa.nulls(len(table), pa.string()))
@@ -171,11 +195,11 @@ def conform(table: pa.Table, names: Sequence[str], name: str) -> pa.Table:
         table.validate(full=True)  # such as texts that are no UTF-8
     except (pa.ArrowException, ValueError) as error:
         raise UserError(f"{name}: a column is of another type: {' '.join(str(error).split())}") from error
-    check(table, name)
+    check(table, name, first)
     return table
 
 
-def check(detections: pa.Table, name: str) -> None:
+def check(detections: pa.Table, name: str, first: int = 0) -> None:
     """Raise :class:`UserError` with the first row of ``name`` that is no box by the rules of ``SCHEMA``."""
     column = {key: detections.column(key).to_numpy(zero_copy_only=False) for key in (*EDGES, "second", "side")}
     edges = np.stack([column[edge] for edge in EDGES], axis=1)
@@ -187,7 +211,7 @@ def check(detections: pa.Table, name: str) -> None:
     if wrong.any():
         row = int(np.argmax(wrong))
         raise UserError(
-            f"{name}: row {row + 1} is no box of a hand or an object with edges from 0 to 1: "
+            f"{name}: row {first + row + 1} is no box of a hand or an object with edges from 0 to 1: "
             f"{detections.slice(row, 1).to_pylist()[0]}"
         )
 

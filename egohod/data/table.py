@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import dataclasses
 import hashlib
 import json
 import re
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.ipc
 
 from egohod.data.config import SourceConfig
 from egohod.data.decoders import Opener
@@ -96,6 +98,7 @@ class ClipTable:
         self._unit = unit
         self._rows = np.arange(1, len(start) + 1) if numbers is None else numbers
         self._columns: dict[str, pa.Array] = {}
+        self._file: Path | None = None  # that the columns are mapped from
         for name in columns.column_names:
             # Contiguous arrays: looking up a row of a chunked column costs a search.
             whole = columns[name].combine_chunks()
@@ -121,6 +124,38 @@ class ClipTable:
         first, last = (np.asarray(each, dtype=np.float64) for each in (start, end))
         return cls(path, pa.table(arrays), first, last, unit=unit)
 
+    def save(self, file: Path) -> None:
+        """Write everything but the path to an Arrow file, for :meth:`mapped`. Raises :class:`OSError`."""
+        report = json.dumps(dataclasses.asdict(self.report)).encode()
+        columns = {f"column {name}": column for name, column in self._columns.items()}
+        numbers = {"start": self.start, "end": self.end, "rows": self._rows}
+        arrays = columns | {name: pa.array(values) for name, values in numbers.items()}
+        table = pa.table(arrays).replace_schema_metadata({b"report": report, b"unit": self._unit.encode()})
+        with file.open("wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            # One batch: a column in several would have to be copied into one when it is read.
+            writer.write_table(table, max_chunksize=max(1, len(table)))
+
+    @classmethod
+    def mapped(cls, file: Path, path: Path) -> ClipTable:
+        """The table of ``path`` from what :meth:`save` wrote; rows that nobody looks at take no memory.
+
+        Raises :class:`OSError` or :class:`pyarrow.ArrowException` for a file that is none.
+        """
+        table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+        metadata = table.schema.metadata
+        start, end, rows = (table[name].chunk(0).to_numpy() for name in ("start", "end", "rows"))
+        report = TableReport(**json.loads(metadata[b"report"]))
+        mapped = cls(path, pa.table({}), start, end, rows, metadata[b"unit"].decode(), report)
+        # As they are: nothing is copied, and no value is looked at.
+        names = [name for name in table.column_names if name.startswith("column ")]
+        mapped._columns = {name.removeprefix("column "): table[name].chunk(0) for name in names}
+        mapped._file = file
+        return mapped
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        # A worker process that is spawned maps the file itself: a pickle would be a copy of it in each.
+        return super().__reduce__() if self._file is None else (ClipTable.mapped, (self._file, self.path))
+
     def __len__(self) -> int:
         return len(self.start)
 
@@ -136,6 +171,10 @@ class ClipTable:
             dataset="" if dataset is None else dataset[index].as_py(),
             row=int(self._rows[index]),
         )
+
+    def number(self, index: int) -> int:
+        """The number of a clip's row in the file, from 1."""
+        return int(self._rows[index])
 
     def where(self, index: int) -> str:
         """File and place of a clip, for messages."""
@@ -190,10 +229,14 @@ class ClipTable:
             return (self.start if name == "start_second" else self.end).copy()
         return self._columns[name].to_numpy(zero_copy_only=False)
 
+    def distinct(self, name: str) -> list[str]:
+        """The distinct values of a column of text, in the order of their first clips."""
+        # By Arrow: a million strings of Python would be made for a few thousand videos.
+        return [str(value) for value in self._columns[name].unique().to_pylist()]
+
     def datasets(self) -> list[str]:
         """The distinct values of the dataset column; one empty string without it."""
-        column = self._columns.get("dataset")
-        return [""] if column is None else sorted(str(name) for name in column.unique().to_pylist())
+        return sorted(self.distinct("dataset")) if "dataset" in self._columns else [""]
 
     def content_hash(self) -> str:
         """SHA-256 of the clips in their order: videos, times, narrations and datasets.

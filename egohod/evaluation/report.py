@@ -5,9 +5,7 @@ A page is one file: pictures, style and script are inside, nothing is fetched, a
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import hashlib
 import io
 import logging
 import os
@@ -29,6 +27,7 @@ from egohod.data.videos import VideoStore
 from egohod.errors import UserError
 from egohod.evaluation.features import Hit, read_json, span
 from egohod.evaluation.grounding import OVERLAPS
+from egohod.evaluation.page import data_uri, jpeg, render
 from egohod.evaluation.results import FORMAT, RESULTS_FILE, headlines
 from egohod.runtime import write_text
 
@@ -97,32 +96,6 @@ def _class_table(table: Mapping[str, Any]) -> dict[str, Any]:
         "confusion": None if png is None else data_uri(png, "image/png"),
         "confusion_of": len({code for pair in confusion for code in pair[:2]}),
     }
-
-
-def render(template: str, **content: Any) -> str:
-    """The HTML of a template of this package; it extends ``page.html.jinja``, which has style and script."""
-    loader = jinja2.PackageLoader("egohod.evaluation", "templates")
-    # All of ``content`` is escaped. Should anything slip through, the page's Content-Security-Policy still forbids
-    # every script but its own, known by its checksum, and every request.
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["number"] = number
-    # The policy names the script's checksum instead of allowing inline scripts, so both come from the same bytes.
-    script = loader.get_source(environment, "page.js")[0]
-    checksum = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template(template).render(script=script, script_checksum=checksum, **content)
-
-
-def data_uri(content: bytes, media_type: str) -> str:
-    """A picture as an address that contains it."""
-    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
-
-
-def number(value: float | None, digits: int = 1, sign: bool = False) -> str:
-    """A number for people; a dash for None."""
-    # Adding zero turns -0.0 into 0.0.
-    return "–" if value is None else f"{round(value, digits) + 0.0:{'+' if sign else ''}.{digits}f}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -395,7 +368,6 @@ def _png(figure: Figure) -> bytes:
 
 # Frames of a clip on the page, and their height in pixels.
 MOMENTS, HEIGHT = 3, 96
-_JPEG_QUALITY = 72
 # A wider picture is cropped to this aspect ratio, or three of them would not fit a phone's width.
 _MAX_ASPECT = 4 / 3
 # Of a contact sheet.
@@ -448,13 +420,6 @@ def strip(frames: np.ndarray, height: int = HEIGHT) -> Image.Image:
         sheet.paste(picture, (left, 0))
         left += picture.width + 2
     return sheet
-
-
-def jpeg(image: Image.Image) -> bytes:
-    """The picture as a small JPEG file."""
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=_JPEG_QUALITY)
-    return buffer.getvalue()
 
 
 def contact_sheet(

@@ -27,20 +27,19 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet
 
 from egohod.data.decoders import choose_decoder
 from egohod.data.detections import SCHEMA
-from egohod.data.formats import read_clips
+from egohod.data.formats import FORMATS, read_clips
 from egohod.data.storage import open_cache
 from egohod.data.table import ClipReader, ClipTable, choose_text
 from egohod.data.videos import Frames, VideoError, sliding_windows
@@ -74,6 +73,8 @@ _LOGGED_FAILURES = 20
 _GROUP = 256
 # Clips in a row group of exported boxes: one clip each would make the file several times larger and slower to read.
 _EXPORTED_AT_A_TIME = 4096
+# Part of the name of a file of clips. Raised when rows are checked by other rules, or written in another way.
+_READ_VERSION = 1
 # A larger share of captions from the template instead of the narrator, or without a hand, is worth a warning.
 _MOST = 0.5
 
@@ -157,7 +158,9 @@ class Pipeline:
         self.store = Store(Path(cfg.output))
         self._further = [name for name in FURTHER_CAPTIONS if name in cfg.narrator.captions]
         settings = [(stage.name, {"version": stage.version, **stage.settings}) for stage in stages]
-        self.fingerprint = _hash(_table_hash(cfg, table), settings, cfg.keep, cfg.dataset, cfg.seed, cfg.block)
+        # In two parts, so that a merge can tell other metadata from other settings.
+        others = _hash(settings, cfg.keep, cfg.dataset, cfg.seed, cfg.block)
+        self.fingerprint = f"{_table_hash(cfg, table)[:24]}-{others}"
         # Of a stage's settings and those of all stages before: once for all clips.
         self._versions = [f"{stage.name}-{_hash(settings[: number + 1])}" for number, stage in enumerate(stages)]
         # Of a clip once for all stages; without a bound a million clips would take 500 MB.
@@ -182,7 +185,7 @@ class Pipeline:
 
     def stored(self, index: int, results: Results) -> dict[str, Outcome]:
         """What each stage made of a clip so far, with these settings."""
-        outcomes = {name: results.get(*key) for name, key in self.keys(index).items()}
+        outcomes = {name: results.get(*key, index) for name, key in self.keys(index).items()}
         return {name: outcome for name, outcome in outcomes.items() if outcome is not None}
 
     def run(self, names: Sequence[str], shard: Shard, clips: Sequence[int] | None = None) -> dict[str, StageCounts]:
@@ -480,7 +483,9 @@ class Pipeline:
         Raises :class:`UserError` if a shard is not finished with these settings, or if there is no narration at all;
         the output is then as it was.
         """
-        unfinished = [str(shard) for shard in Shard.all(shards) if self.finished(shard) is None]
+        unfinished = [
+            f"{shard}{why}" for shard in Shard.all(shards) if (why := self._why_unfinished(shard)) is not None
+        ]
         if unfinished:
             names = ", ".join(unfinished[:10]) + (", ..." if len(unfinished) > 10 else "")
             raise UserError(
@@ -493,6 +498,7 @@ class Pipeline:
             # The output takes its place last: where it is new, so is its ledger.
             good = csv.writer(stack.enter_context(text_file(self.store.output)), lineterminator="\n")
             bad = csv.writer(stack.enter_context(text_file(self.store.failures)), lineterminator="\n")
+            progress = stack.enter_context(Progress("merge", len(self.table), seconds=5.0))
             good.writerow([*COLUMNS, *self.cfg.keep, *self._further])
             bad.writerow(FAILURE_COLUMNS)
             for index, stage, outcome in itertools.chain.from_iterable(map(self._final, Shard.all(shards))):
@@ -516,12 +522,28 @@ class Pipeline:
                     first_failure = first_failure or f"{stage}: {reason}"
                 # Without line breaks: many readers take each line of a csv for a row.
                 (good if outcome.fault is None else bad).writerow([re.sub(r"[\r\n]+", " ", cell) for cell in cells])
+                progress.update(index + 1)
             if not narrations:
                 raise UserError(
                     f"{self.store.output}: not one of {failures:,} clips has a narration; the first failure is "
                     f"'{first_failure}'; --retry tries them again"
                 )
         return Finished(narrations, failures, fallbacks)
+
+    def _why_unfinished(self, shard: Shard) -> str | None:
+        """Why a shard is not finished with these settings, as a note in brackets if there is more; None if it is."""
+        path = self.store.file(shard)
+        if not path.exists():
+            return " (no results)"
+        with closing(Results(path)) as results:
+            if results.finished(self.fingerprint):
+                return None
+            others = results.fingerprints()
+        if not others:
+            return ""
+        metadata = self.fingerprint.partition("-")[0]
+        same = any(each.partition("-")[0] == metadata for each in others)
+        return " (finished with other settings)" if same else " (finished with other metadata)"
 
     def export_detections(self, path: Path) -> int:
         """Write the boxes of all clips that are detected to the parquet file ``path``; returns their number.
@@ -537,7 +559,7 @@ class Pipeline:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with (
-                self.store.results() as results,
+                self.store.results(clips=self.clips) as results,
                 atomic_write(path) as temporary,
                 pa.parquet.ParquetWriter(temporary, SCHEMA) as writer,
             ):
@@ -545,7 +567,7 @@ class Pipeline:
                 for index in np.argsort(videos, kind="stable").tolist():
                     if videos[index] != video:
                         written, video = set(), videos[index]
-                    outcome = results.get(*self.keys(index)[DETECT])
+                    outcome = results.get(*self.keys(index)[DETECT], index)
                     if outcome is None or outcome.fault is not None:
                         missing += 1
                         continue
@@ -569,8 +591,16 @@ class Pipeline:
     def _final(self, shard: Shard) -> Iterator[tuple[int, str, Outcome]]:
         """(index, stage, outcome) of each clip of a shard: of its last stage, or of the one at which it failed."""
         with self.store.results(shard) as results:
+            last = self.stages[-1].name
             for index in self.clips(shard):
-                for name, key in self.keys(index).items():
+                keys = self.keys(index)
+                # Where there is a narration, none of the stages before has failed: results that follow from one that is
+                # replaced go with it.
+                outcome = results.get(*keys[last])
+                if outcome is not None:
+                    yield index, last, outcome
+                    continue
+                for name, key in keys.items():
                     outcome = results.get(*key)
                     if outcome is None:
                         # A finished shard may lack one too: it is damaged, or was in a file that is gone. With its mark
@@ -579,7 +609,7 @@ class Pipeline:
                             results.unmark(self.fingerprint)
                         place = self.table.where(index)
                         raise UserError(f"{place}: has not been through the stage {name}; run it first")
-                    if outcome.fault is not None or name == self.stages[-1].name:
+                    if outcome.fault is not None:
                         yield index, name, outcome
                         break
 
@@ -592,8 +622,10 @@ def _hash(*parts: Any) -> str:
 # --- From a configuration to a pipeline ---
 
 
-def build(cfg: HodConfig, *, retry: bool = False) -> Pipeline:
-    """Read the clips and set up the stages. Nothing is written, and no video is opened but to cut it into windows.
+def build(cfg: HodConfig, *, retry: bool = False, save: bool = False) -> Pipeline:
+    """Read the clips and set up the stages; no video is opened but to cut it into windows.
+
+    Nothing is written but, with ``save``, the clips of a metadata file, for the other shards (:meth:`Store.clips`).
 
     Raises :class:`UserError` for whatever is missing.
     """
@@ -611,7 +643,7 @@ def build(cfg: HodConfig, *, retry: bool = False) -> Pipeline:
         if isinstance(path, str) and path and Path(path).resolve() in outputs:
             raise UserError(f"output is '{cfg.output}', but {name} is read from {path}: it would be overwritten")
     if cfg.source.metadata:
-        table = narrated_clips(cfg)
+        table = narrated_clips(cfg, save=save)
     elif cfg.narrator.kind == "vlm":
         table = cut_windows(cfg)
     else:
@@ -625,13 +657,40 @@ def build(cfg: HodConfig, *, retry: bool = False) -> Pipeline:
     return Pipeline(cfg, table, list(stages.values()), retry=retry)
 
 
-def narrated_clips(cfg: HodConfig) -> ClipTable:
+def narrated_clips(cfg: HodConfig, *, save: bool = False) -> ClipTable:
     """The clips of ``source.metadata`` with the columns of ``keep``; rows that cannot be used are counted and logged.
 
-    Raises :class:`UserError` if they are more than ``max_bad_fraction`` of all, or if a column is missing.
+    With ``save`` they are written to the work folder; what is there is used in any case. Raises :class:`UserError` if
+    rows that cannot be used are more than ``max_bad_fraction`` of all, or if a column is missing.
     """
-    # What the output copies, where the metadata has it.
-    table = read_clips(cfg.source, extra=["uid", "dataset", *cfg.keep])
+    path, source = Path(cfg.source.metadata), cfg.source
+
+    def read() -> ClipTable:
+        # With what the output copies, where the metadata has it.
+        return read_clips(source, extra=["uid", "dataset", *cfg.keep])
+
+    def key() -> str:
+        read_by = (source.format, dict(sorted(source.columns.items())), source.clip_rule, path.suffixes, cfg.keep)
+        siblings = [path.with_name(name) for each in FORMATS.values() for name in each.siblings]
+        try:
+            files = [file_hash(each) for each in (path, source.exclude) if each]
+            files += [file_hash(each) for each in siblings if each.is_file()]
+        except OSError as error:
+            raise UserError(f"{error.filename}: cannot be read: {error.strerror or error}") from error
+        return _hash(_READ_VERSION, read_by, files)
+
+    def read_unchanged() -> ClipTable:
+        table = read()
+        if key() != before:
+            raise UserError(f"{path}: changed while it was read; rerun")
+        return table
+
+    # Data sets that are folders have no cheap checksum.
+    if path.is_file() and (not source.exclude or Path(source.exclude).is_file()):
+        before = key()
+        table = Store(Path(cfg.output)).clips(before, path, read_unchanged, save=save)
+    else:
+        table = read()
     for name in cfg.keep:
         if name not in table.column_names:
             raise UserError(f"{table.path}: no column '{name}' to keep; there are {', '.join(table.column_names)}")
@@ -744,7 +803,7 @@ class DetectStage(Stage):
         self._detector = make_detector(kind, self._options)
         # Its files are among its options that are text, whatever it calls them.
         texts = [f"detector.options.{name}={value}" for name, value in self._options.items() if isinstance(value, str)]
-        place, videos = ", ".join(texts) or f"detector.kind={kind}", pd.unique(table.column("video_id"))
+        place, videos = ", ".join(texts) or f"detector.kind={kind}", table.distinct("video_id")
         with_boxes = self._detector.videos()
         missing = [video for video in videos if video not in with_boxes]
         if len(missing) == len(videos):
@@ -811,10 +870,10 @@ class TrackStage(Stage):
     @functools.cached_property
     def _hands3d(self) -> Hands3d | None:
         """3-D hands, read once. Raises :class:`UserError` if they are of other videos."""
-        path, videos = self._params.hands3d, pd.unique(self._table.column("video_id"))
+        path = self._params.hands3d
         if path is None:
             return None
-        hands = Hands3d(path)
+        hands, videos = Hands3d(path), self._table.distinct("video_id")
         missing, unknown = set(videos) - hands.videos(), hands.videos() - set(videos)
         if len(missing) == len(videos):
             raise UserError(

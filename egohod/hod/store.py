@@ -3,6 +3,7 @@
     hod.csv                               the narrations, written once every shard is finished
     hod.csv.failures.csv                  clips without a narration, with the stage and the reason
     hod.csv.work/config.yml               the settings of the last run
+    hod.csv.work/clips/KEY.arrow          the metadata, read and checked once for all shards
     hod.csv.work/results/3-of-64.sqlite   what each stage made of each clip of a shard
     hod.csv.work/locks/3-of-64            locked while a process works on the shard
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import logging
 import math
@@ -27,21 +29,27 @@ import sqlite3
 import types
 import typing
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 from urllib.parse import quote
 
 import numpy as np
+import pyarrow as pa
 
+from egohod.data.table import ClipTable
 from egohod.errors import UserError
-from egohod.runtime import atomic_write, locked
+from egohod.runtime import UNFINISHED_PREFIX, atomic_write, file_hash, locked, write_text
 
 log = logging.getLogger(__name__)
 
 # Seconds to wait for a lock: processes of a run that was killed a moment ago may not be gone yet.
 _PATIENCE = 3.0
+# Seconds to wait for another process that reads the metadata: tens of millions of rows take minutes.
+_READING = 3600.0
+# Of SQLite's cache for a file that is only read: a page looks into 64 of them, which would take 2 MB each.
+_CACHE_KB = 256
 # SQLite's write-ahead log needs memory that all processes on a file share, which network file systems do not offer.
 # Unknown ones count as such: there every result costs two fsyncs instead of none.
 _LOCAL_FILE_SYSTEMS = frozenset(["apfs", "bcachefs", "btrfs", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"])
@@ -165,13 +173,76 @@ class Store:
                 raise UserError(f"{locks}: cannot be written: {error.strerror or error}") from error
             yield
 
-    def results(self, shard: Shard | None = None) -> contextlib.closing[Results]:
-        """Results of a shard, to read and write; without a shard those of all shards, to read."""
+    def clips(self, key: str, path: Path, read: Callable[[], ClipTable], *, save: bool) -> ClipTable:
+        """The clips of the metadata ``path`` from a mapped file, of which only rows that are used take memory.
+
+        ``key`` names everything that they depend on. Where there is no such file, ``read`` reads the metadata; with
+        ``save`` the first process makes the file of it, while others wait. Raises :class:`UserError` where it cannot.
+        """
+        file = self.folder / "clips" / f"{key}.arrow"
+        checksum = file.with_suffix(".sha256")
+
+        def saved() -> ClipTable | None:
+            if not file.exists() or not checksum.exists():
+                return None
+            try:
+                if checksum.read_text() == file_hash(file):
+                    table = ClipTable.mapped(file, path)
+                    log.info("%s, read before: %s", path, table.report)
+                    return table
+                reason = "its checksum is another one"
+            except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+                reason = str(error)
+            log.warning("%s is damaged (%s): %s is read again", file, reason, path)
+            return None
+
+        table = saved()
+        if table is not None or not save:
+            return table or read()
+        try:
+            with contextlib.ExitStack() as stack:
+                for folder in (file.parent, self.folder / "locks"):
+                    folder.mkdir(parents=True, exist_ok=True)
+                lock = self.folder / "locks" / "clips"
+                try:
+                    stack.enter_context(locked(lock))
+                except BlockingIOError:
+                    log.info("another process reads %s; waiting for it", path)
+                    stack.enter_context(locked(lock, _READING))
+                table = saved()
+                if table is not None:
+                    return table
+                table = read()
+                for leftover in file.parent.glob(f"{UNFINISHED_PREFIX}*"):  # of processes that were killed here
+                    leftover.unlink(missing_ok=True)
+                with atomic_write(file, sync=True) as temporary:
+                    table.save(temporary)
+                # Last: a file without it counts as damaged.
+                write_text(checksum, file_hash(file), sync=True)
+                return ClipTable.mapped(file, path)
+        except BlockingIOError as error:
+            raise UserError(f"{path}: another process has been reading it for an hour; is it stopped?") from error
+        except OSError as error:
+            raise UserError(f"{file}: cannot be written: {error.strerror or error}; rerun to resume") from error
+
+    def file(self, shard: Shard) -> Path:
+        """The results of a shard."""
+        return self.folder / "results" / f"{shard.stem}.sqlite"
+
+    def results(
+        self, shard: Shard | None = None, clips: Callable[[Shard], range] | None = None
+    ) -> contextlib.closing[Results]:
+        """Results of a shard, to read and write; without a shard those of all shards, to read.
+
+        ``clips`` are those of a shard, so that those of all shards are looked up in the right file first.
+        """
         # Results of other divisions are used too, as after a run of 64 shards that is now rerun as one. Other shards of
         # the same division have other clips, and reading their files would slow down the processes that write there.
-        others = [path for path, each in self._files() if shard is None or each.count != shard.count]
-        own = self.folder / "results" / f"{shard.stem}.sqlite" if shard else None
-        return contextlib.closing(Results(own, others))
+        files = self._files()
+        others = {
+            path: clips(each) if clips else range(0) for path, each in files if not shard or each.count != shard.count
+        }
+        return contextlib.closing(Results(self.file(shard) if shard else None, others))
 
     def divisions(self, fingerprint: str) -> list[int]:
         """The shard counts of which at least one shard is finished with the settings of ``fingerprint``."""
@@ -193,10 +264,10 @@ class Results:
     Methods raise :class:`UserError` for files that cannot be read or written.
     """
 
-    def __init__(self, path: Path | None, others: Sequence[Path] = ()) -> None:
-        self._path, self._is_writable = path, False
+    def __init__(self, path: Path | None, others: Mapping[Path, range] | None = None) -> None:
+        self._path, self._is_writable, self._clips = path, False, dict(others or {})
         self._files: list[tuple[Path, sqlite3.Connection]] = []
-        for each in filter(None, (path, *others)):
+        for each in filter(None, (path, *self._clips)):
             with _errors_of(each, "read"):
                 if each.exists():
                     connection = _connect(each, "rw" if each == path else "ro")
@@ -205,10 +276,15 @@ class Results:
                     if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'finished'").fetchone():
                         self._files.pop()[1].close()
 
-    def get(self, clip: str, stage: str) -> Outcome | None:
-        """What a stage made of a clip, None if there is nothing."""
+    def get(self, clip: str, stage: str, index: int | None = None) -> Outcome | None:
+        """What a stage made of a clip, None if there is nothing; with the ``index`` of the clip it is sooner there."""
         query = "SELECT fault, is_fallback, checksum, value FROM results WHERE clip = ? AND stage = ?"
-        for path, connection in self._files:
+        files = self._files
+        if index is not None and self._clips and self._path is None:
+            # The others too, but later: with other metadata the clip may have been in the next shard.
+            files = [each for each in files if index in self._clips[each[0]]]
+            files += [each for each in self._files if index not in self._clips[each[0]]]
+        for path, connection in files:
             with _errors_of(path, "read"):
                 row = connection.execute(query, (clip, stage)).fetchone()
             if row is None:
@@ -242,6 +318,13 @@ class Results:
             query = "SELECT narrations, failures, fallbacks FROM finished WHERE fingerprint = ?"
             row = self._files[0][1].execute(query, (fingerprint,)).fetchone()
         return Finished(*row) if row and all(isinstance(each, int) for each in row) else None
+
+    def fingerprints(self) -> list[str]:
+        """The settings with which the shard is finished."""
+        if self._path is None or not self._files or self._files[0][0] != self._path:
+            return []
+        with _errors_of(self._path, "read"):
+            return [str(row[0]) for row in self._files[0][1].execute("SELECT fingerprint FROM finished")]
 
     def mark(self, fingerprint: str, finished: Finished) -> None:
         """Mark the shard as finished with these settings."""
@@ -303,6 +386,8 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
     connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=30.0)
     # Damaged text must not raise: the checksum and the key decide.
     connection.text_factory = lambda text: text.decode("utf-8", "replace")
+    if mode == "ro":
+        connection.execute(f"PRAGMA cache_size = -{_CACHE_KB}")
     return connection
 
 
@@ -358,12 +443,20 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [to_plain(each) for each in value]
     if isinstance(value, np.ndarray):
-        return to_plain(value.tolist())
+        if value.dtype.kind != "f":
+            return to_plain(value.tolist())
+        # All numbers at once: arrays of tracks are most of what is stored.
+        plain = [round(each, _DIGITS) if math.isfinite(each) else None for each in value.ravel().tolist()]
+        return np.array(plain, dtype=object).reshape(value.shape).tolist()
     if isinstance(value, (np.floating, np.integer, np.bool_)):
         return to_plain(value.item())
     if isinstance(value, float):
         return round(value, _DIGITS) if math.isfinite(value) else None  # JSON has no NaN
     return value
+
+
+# Evaluating annotations takes longer than everything else here.
+_type_hints = functools.cache(typing.get_type_hints)
 
 
 def from_plain(kind: Any, value: Any) -> Any:
@@ -382,6 +475,6 @@ def from_plain(kind: Any, value: Any) -> Any:
     if kind is np.ndarray:
         return np.array(value, dtype=np.float64)
     if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
+        hints = _type_hints(typing.cast("type", kind))
         return kind(**{name: from_plain(hints[name], each) for name, each in value.items()})  # type: ignore[operator]
     return value

@@ -36,7 +36,8 @@ from egohod.evaluation.config import BenchmarkConfig
 from egohod.evaluation.embed import PLAIN, EmbedReport, Execution, fingerprint
 from egohod.evaluation.features import read_json, write_json
 from egohod.evaluation.metrics import RESAMPLES, Score
-from egohod.evaluation.report import PAGE_FILE, number, render
+from egohod.evaluation.page import number, render
+from egohod.evaluation.report import PAGE_FILE
 from egohod.evaluation.results import RESULTS_FILE
 from egohod.evaluation.runner import BenchmarkResult
 from egohod.model.dual_encoder import DualEncoder, create_model

@@ -40,7 +40,8 @@ from egohod.evaluation.features import (
     read_json,
     write_json,
 )
-from egohod.evaluation.report import jpeg, strip
+from egohod.evaluation.page import jpeg
+from egohod.evaluation.report import strip
 from egohod.runtime import locked
 from egohod.training.build import build_model
 

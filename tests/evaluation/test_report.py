@@ -234,7 +234,8 @@ def test_the_pages_policy_stops_what_would_slip_through(evaluated: Path, tmp_pat
 
 
 def test_a_strip_is_small() -> None:
-    from egohod.evaluation.report import HEIGHT, jpeg, strip
+    from egohod.evaluation.page import jpeg
+    from egohod.evaluation.report import HEIGHT, strip
 
     frames = np.random.default_rng(0).integers(0, 255, (3, 270, 480, 3), dtype=np.uint8)
     picture = strip(frames)

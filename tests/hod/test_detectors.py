@@ -66,6 +66,28 @@ def test_files_give_each_moment_once_to_the_nearest_picture(truth: Path, tmp_pat
     assert actual["frame_number"].tolist() == [0, 0, 3, 3, 6, 6, 9, 9]
 
 
+def test_boxes_of_many_videos_are_read_video_by_video(truth: Path, tmp_path: Path) -> None:
+    """Of two files whose row groups hold a few rows each, of several videos; in memory are a few of the videos."""
+    one = detections.read(truth).to_pandas()
+    videos = [one.assign(video_id=f"v{number}", score=0.5 + number / 100) for number in range(20)]
+    table = pa.Table.from_pandas(pd.concat(videos).sort_values("second", kind="stable"), SCHEMA, preserve_index=False)
+    for name, rows in (("a", table.slice(0, 700)), ("b", table.slice(700))):
+        pa.parquet.write_table(rows, tmp_path / f"{name}.parquet", row_group_size=31)
+    files = DetectionFiles(str(tmp_path))
+    assert files.videos() == {f"v{number}" for number in range(20)}
+    expected = DetectionFiles(str(truth)).detect("v", *frames([0, 4, 39])).to_pandas()
+    for number in (*range(20), 0, 19, 7):
+        actual = files.detect(f"v{number}", *frames([0, 4, 39])).to_pandas()
+        assert actual["score"].unique() == pytest.approx([0.5 + number / 100])
+        pd.testing.assert_frame_equal(actual[[*EDGES, "second", "kind"]], expected[[*EDGES, "second", "kind"]])
+        assert len(files._videos) <= 8
+    wrong = table.to_pandas()
+    wrong.loc[100, "left"] = 7.0
+    pa.parquet.write_table(pa.Table.from_pandas(wrong), tmp_path / "b.parquet", row_group_size=31)
+    with pytest.raises(UserError, match=r"b\.parquet: row 101 is no box"):
+        DetectionFiles(str(tmp_path))
+
+
 def test_epic_files_are_read_by_video_at_the_rate_of_the_frames(truth: Path, tmp_path: Path) -> None:
     folder = tmp_path / "P01"
     detections.write_epic(detections.read(truth), folder)

@@ -408,6 +408,10 @@ def test_the_page_in_a_browser(few: list[str], tmp_path: Path, inside: Command) 
             f"each.dispatchEvent(new Event('input', {{bubbles: true}})); return {shown}; }})()"
         )
 
+    def press(key: str) -> str:
+        return f"document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {{key: {key!r}, bubbles: true}}));"
+
+    focus = "[...document.querySelectorAll('#clips > *')].indexOf(document.activeElement)"
     with browser(tmp_path / "profile") as tab:
         for width in (1200, 390):
             tab.size(width, 900, mobile=width < 500)
@@ -419,6 +423,12 @@ def test_the_page_in_a_browser(few: list[str], tmp_path: Path, inside: Command) 
             assert sum(word in text for text in texts) <= tab.run(choose("[data-cards] input", word)) < 10
             assert tab.run(choose("[data-cards] input", "no such words")) == 0
             assert tab.run("document.querySelector('output').textContent") == "0 of 10"
+            assert tab.run(press("Escape") + shown) == 10
+            assert tab.run(press("j") + press("j") + focus) == 1
+            assert tab.run(press("k") + focus) == 0
+            assert tab.run(press("/") + "document.activeElement.type") == "search"
+            assert tab.run(press("j") + "document.activeElement.type") == "search", "a letter of a word is no command"
+            assert tab.run(press("Escape") + "document.activeElement.tagName") == "BODY"
             assert tab.run("document.documentElement.scrollWidth <= window.innerWidth")
         assert not tab.complaints
         assert all(each.startswith(("file:", "data:")) for each in tab.requests)

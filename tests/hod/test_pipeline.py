@@ -88,7 +88,7 @@ def pipeline(table: ClipTable, folder: Path, *stages: Stage, retry: bool = False
 
 
 def outcomes(made: Pipeline, index: int) -> dict[str, Outcome]:
-    with made.store.results() as results:
+    with made.store.results(clips=made.clips) as results:
         return made.stored(index, results)
 
 
@@ -361,7 +361,7 @@ def test_a_reader_does_not_disturb_a_run(table: ClipTable, tmp_path: Path, file_
     with made.store.results(WHOLE) as results:
         for index in range(3):
             results.put(*made.keys(index)["detect"], Outcome({"of": index}))
-            with made.store.results() as others:
+            with made.store.results(clips=made.clips) as others:
                 assert others.get(*made.keys(index)["detect"]) == Outcome(b'{"of":%d}' % index)
     assert made.run(["detect"], WHOLE)["detect"].stored == 3
 

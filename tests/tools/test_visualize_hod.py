@@ -33,7 +33,7 @@ def view(**changes: Any) -> visualize_hod.ClipView:
     box |= {"left": 0.25, "top": 0.25, "right": 0.5, "bottom": 0.5}
     whole = visualize_hod.ClipView(
         "v 0-1 s", np.full((FRAMES, HEIGHT, WIDTH, 3), 90, np.uint8), times, [box], facts, "#C C moves a cup",
-        "#C C slides the cup to the right with the right hand", "template", "passed", ("right",),
+        "#C C slides the cup to the right with the right hand", "template", "passed", {},
     )  # fmt: skip
     return dataclasses.replace(whole, **changes)
 
@@ -75,7 +75,7 @@ def test_time_runs_from_dark_to_light() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"facts": None, "boxes": [], "sides": ()},
+        {"facts": None, "boxes": [], "traits": {}},
         {"text": "word " * 300, "source": ""},
         {"pictures": np.zeros((1, 45, 90, 3), np.uint8), "seconds": np.zeros(1)},
     ],

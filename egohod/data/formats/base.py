@@ -82,7 +82,8 @@ class Format:
     ``parse`` returns the entries of a file with the further columns that are requested (None: all); it raises
     :class:`UserError` for a file that is not of this format and leaves single bad entries to :func:`check_clips`,
     which judges those of all formats alike. ``suffixes`` (and the ``first_line``, if given) or else ``columns`` are
-    how ``format: auto`` recognises a file, and ``folder``, a glob of what is in it, a folder.
+    how ``format: auto`` recognises a file, and ``folder``, a glob of what is in it, a folder. ``siblings`` are names of
+    files beside it that ``parse`` reads too.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Format:
     first_line: Pattern[str] | None = None
     columns: tuple[str, ...] = ()
     folder: str = ""
+    siblings: tuple[str, ...] = ()
     benchmarks: tuple[Benchmark, ...] = ()
 
 

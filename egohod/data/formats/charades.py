@@ -106,5 +106,6 @@ CHARADES = Format(
     "charades",
     _parse,
     columns=("id", "actions"),
+    siblings=(_CLASSES,),
     benchmarks=(Benchmark("charades_ego", _read_benchmark, whole_files=True),),
 )

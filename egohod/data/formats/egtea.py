@@ -117,5 +117,6 @@ EGTEA = Format(
     _parse,
     suffixes=(".txt",),
     first_line=_LINE,
+    siblings=("action_idx.txt",),
     benchmarks=(Benchmark("egtea", _read_benchmark, whole_files=True),),
 )

@@ -16,6 +16,8 @@ from egohod.errors import UserError
 from egohod.hod.detectors import Detector
 from egohod.runtime import UNFINISHED_PREFIX
 
+# Videos whose boxes are in memory: workers take clips of neighbouring ones in turns.
+_VIDEOS = 8
 _EPIC_ENDINGS = (".pkl", ".pickle")
 
 
@@ -23,8 +25,9 @@ class DetectionFiles(Detector):
     """Boxes from ``path``: a parquet file or a folder of them, or a folder of EPIC-KITCHENS' files, one a video.
 
     EPIC's files count frames and hold no seconds: ``fps`` is the frame rate of their videos, None to take it from the
-    frames that are requested. They are read when their video comes up. A picture takes the boxes of the nearest
-    moment, each moment is used once, and none that is farther than half the way to the next picture.
+    frames that are requested. Boxes are read when their video comes up: memory holds those of a few videos. A picture
+    takes the boxes of the nearest moment, each moment is used once, and none that is farther than half the way to the
+    next picture.
     """
 
     reads_files = True
@@ -35,7 +38,8 @@ class DetectionFiles(Detector):
         if not Path(path).exists():
             raise UserError(f"{path}: no such file or folder of detections")
         self._fps = fps
-        self._videos: dict[str, pd.DataFrame] = {}
+        self._videos: dict[str, pd.DataFrame] = {}  # in memory, the last one used at the end
+        self._groups: dict[str, list[tuple[Path, int]]] = {}  # parquet: files and row groups in which a video has boxes
         self._epic: dict[str, Path] = {}
         if Path(path).is_dir() and not any(Path(path).glob("*.parquet")):
             every = sorted(each for each in Path(path).rglob("*") if not each.name.startswith(UNFINISHED_PREFIX))
@@ -50,34 +54,21 @@ class DetectionFiles(Detector):
             except UserError as error:
                 raise UserError(f"{path}: {error}") from error
         else:
-            videos = detections.read(path).to_pandas().groupby("video_id", sort=False)
-            # stable: boxes of one moment keep the order of the file
-            self._videos = {str(video): rows.sort_values("second", kind="stable") for video, rows in videos}
+            for file, group, table in detections.parts(path):
+                for video in table["video_id"].drop_null().unique().to_pylist():
+                    self._groups.setdefault(video, []).append((file, group))
 
     def videos(self) -> set[str]:
         """See :meth:`Detector.videos`."""
-        return {*self._epic, *self._videos}
+        return {*self._epic, *self._groups}
 
     def detect(
         self, video_id: str, frame_numbers: np.ndarray, seconds: np.ndarray, pictures: np.ndarray | None = None
     ) -> pa.Table:
         """See :meth:`Detector.detect`. Raises :class:`VideoError` where a file is damaged."""
-        if video_id in self._epic and video_id not in self._videos:
-            if self._fps is None and not (len(seconds) and seconds[-1] > 0):
-                # An infinite rate would put the boxes of all frames at second 0, for later clips of the video too.
-                raise VideoError(
-                    f"{video_id}: a frame at second 0 does not show the frame rate; set detector.options.fps"
-                )
-            fps = self._fps if self._fps is not None else float((frame_numbers[-1] + 0.5) / seconds[-1])
-            try:
-                rows = detections.read_epic(self._epic[video_id], fps).to_pandas()
-            except UserError as error:
-                raise VideoError(str(error)) from error
-            # Clips come video by video: the last one is enough.
-            self._videos = {video_id: rows.sort_values("second", kind="stable")}
-        if video_id not in self._videos or not len(seconds):
+        if not len(seconds) or (rows := self._boxes(video_id, frame_numbers, seconds)) is None:
             return SCHEMA.empty_table()
-        rows, seconds = self._videos[video_id], np.unique(seconds)
+        seconds = np.unique(seconds)
         # The median: the last interval of a clip may be shorter.
         step = float(np.median(np.diff(seconds))) / 2 if len(seconds) > 1 else NEAREST_SECONDS
         reach = min(NEAREST_SECONDS, step) + 1e-6  # times of frames are rounded differently by decoders and files
@@ -92,6 +83,34 @@ class DetectionFiles(Detector):
             nearest = {int(i) for j, i in enumerate(distance.argmin(axis=0)) if distance[i, j] <= reach}
             rows = rows[np.isin(times, moments[sorted(nearest)])]
         return pa.Table.from_pandas(rows, SCHEMA, preserve_index=False)
+
+    def _boxes(self, video_id: str, frame_numbers: np.ndarray, seconds: np.ndarray) -> pd.DataFrame | None:
+        """All boxes of a video by time, None if it has no detections."""
+        if video_id in self._videos:
+            self._videos[video_id] = self._videos.pop(video_id)  # to the end
+            return self._videos[video_id]
+        if video_id in self._groups:
+            tables = [detections.read_part(file, group, video_id) for file, group in self._groups[video_id]]
+            rows = pa.concat_tables(tables).to_pandas()
+        elif video_id in self._epic:
+            if self._fps is None and not seconds[-1] > 0:
+                # An infinite rate would put the boxes of all frames at second 0, for later clips of the video too.
+                raise VideoError(
+                    f"{video_id}: a frame at second 0 does not show the frame rate; set detector.options.fps"
+                )
+            fps = self._fps if self._fps is not None else float((frame_numbers[-1] + 0.5) / seconds[-1])
+            try:
+                rows = detections.read_epic(self._epic[video_id], fps).to_pandas()
+            except UserError as error:
+                raise VideoError(str(error)) from error
+        else:
+            return None
+        # stable: boxes of one moment keep the order of the file
+        self._videos[video_id] = rows.sort_values("second", kind="stable")
+        # Clips mostly come video by video.
+        if len(self._videos) > _VIDEOS:
+            del self._videos[next(iter(self._videos))]
+        return self._videos[video_id]
 
 
 class Oracle(DetectionFiles):
