@@ -49,9 +49,11 @@ from egohod.hod.check import sides
 from egohod.hod.config import COLUMNS, HodConfig
 from egohod.hod.detectors import Detector, check_boxes, detector_class, make_detector, typed_options
 from egohod.hod.facts import ClipFacts, camera_shifts, facts_of, without_rare
+from egohod.hod.judge import Judging, judge_settings, make_judging
 from egohod.hod.narrators import Narration, Narrator, Request, caption_settings, check_narrations, make_narrator
 from egohod.hod.narrators.template import TemplateNarrator
 from egohod.hod.store import Finished, Outcome, Results, Shard, Store, from_plain, text_file, to_plain
+from egohod.hod.vocabulary import load_vocabulary
 from egohod.runtime import Lost, Progress, Workers, atomic_write, content_hash, file_hash, is_above_share
 
 log = logging.getLogger(__name__)
@@ -308,7 +310,7 @@ class Pipeline:
         """
         # Read back from the store: most clips may have been done by earlier runs.
         narrator, narrations, failures, fallbacks, without_hand = self.cfg.narrator.kind, 0, 0, 0, 0
-        narrators, refusals, tokens, opposites = (Counter[str]() for _ in range(4))
+        narrators, refusals, tokens, opposites, judged = (Counter[str]() for _ in range(5))
         for _, _, outcome in self._final(shard):
             fallbacks += outcome.is_fallback
             if outcome.fault is not None:
@@ -322,6 +324,9 @@ class Pipeline:
             refusals.update({reason.partition(":")[0] for reason in checked["refusals"]})
             tokens.update(prompt=checked["prompt_tokens"], completion=checked["completion_tokens"])
             without_hand += not sides(checked["text"])
+            for opinion in checked["opinions"] if self.cfg.check.judge != "none" else ():
+                said = {None: "no answer", False: "not entailed", True: "entailed"}[opinion["entailed"]]
+                judged.update(["passed what the rules refuse" if opinion["overruled"] else said])
             if self.cfg.narrator.opposites:
                 opposites.update(["written" if checked["opposite"] else "none"])
                 opposites.update(f"refused for {reason.partition(':')[0]}" for reason in checked["opposite_refusals"])
@@ -330,7 +335,13 @@ class Pipeline:
             results.mark(self.fingerprint, counts)
         # A run in which every caption was refused ends normally: only these lines show it.
         notes = []
-        counters = {"by": narrators, "captions refused for": refusals, "tokens:": +tokens, "opposites:": opposites}
+        counters = {
+            "by": narrators,
+            "captions refused for": refusals,
+            "tokens:": +tokens,
+            "opposites:": opposites,
+            "judge:": judged,
+        }
         for what, counter in counters.items():
             if counter:
                 notes.append(f"{what} " + ", ".join(f"{name} {count:,}" for name, count in counter.most_common()))
@@ -484,6 +495,7 @@ def build(cfg: HodConfig, *, retry: bool = False) -> Pipeline:
     inputs = {"source.metadata": cfg.source.metadata, "source.exclude": cfg.source.exclude}
     inputs |= {f"detector.options.{name}": value for name, value in cfg.detector.options.items()}
     inputs["narrator.prompt"] = cfg.narrator.prompt
+    inputs |= {f"check.{name}": getattr(cfg.check, name) for name in ("vocabulary", "judge_prompt")}
     outputs = [store.output.resolve(), store.failures.resolve()]  # a link may lead to an input too
     for name, path in inputs.items():
         if isinstance(path, str) and path and Path(path).resolve() in outputs:
@@ -749,14 +761,24 @@ class NarrateStage(Stage):
 class CheckStage(Stage):
     """Judges the narrations; what is refused is narrated once more, or by the template."""
 
-    name, version, reads_text = CHECK, 5, True
+    name, version, reads_text = CHECK, 6, True
 
     def __init__(self, cfg: HodConfig, source: ClipReader, before: Mapping[str, Stage]) -> None:
         # The narrator is shared: it answers what the check refuses, and a server that is down is noticed once.
         narrate = before[NARRATE]
         assert isinstance(narrate, NarrateStage), "the check comes after the narrator"
         self._narrate, self.group = narrate, narrate.group
-        self.settings = vars(cfg.check)
+        self._cfg = cfg
+        # The content of files instead of their places, and of the judge what its verdicts depend on.
+        files = ("vocabulary", *(name for name in vars(cfg.check) if name.startswith("judge")))
+        rules = {name: value for name, value in vars(cfg.check).items() if name not in files}
+        vocabulary = load_vocabulary(cfg.check.vocabulary, fresh=True).identity
+        self.settings = {**rules, "vocabulary": vocabulary, **judge_settings(cfg)}
+
+    @functools.cached_property
+    def _judging(self) -> Judging | None:
+        """The judge, made when it is first needed, as the narrator is."""
+        return make_judging(self._cfg)
 
     def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Outcome]]:
         """See :class:`Stage`."""
@@ -765,7 +787,8 @@ class CheckStage(Stage):
         template = TemplateNarrator(self._narrate.cfg.narrator)
         settings, requests = self._narrate.cfg.check, [request for _, request in ready]
         checks = check_narrations(
-            requests, narrations, self._narrate.narrator, settings, template, self._narrate.cfg.narrator.opposites
+            *(requests, narrations, self._narrate.narrator, settings, template),
+            *(self._narrate.cfg.narrator.opposites, self._judging),
         )
         for number, checked in checks:
             if checked.text is None:

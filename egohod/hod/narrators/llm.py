@@ -362,13 +362,13 @@ class LanguageModelNarrator:
         self._settings = settings
         self._endpoint = endpoint or Endpoint(settings)
         self._schema = SCHEMA_WITH_OPPOSITES if settings.opposites else SCHEMA
-        self._prompt = _read_prompt(prompt or prompt_path(settings), _BLOCKS)
+        self._prompt = read_prompt(prompt or prompt_path(settings), _BLOCKS)
         parts = [(self._prompt, "instructions"), (self._prompt, "examples")]
         if settings.opposites:
-            added = _read_prompt(OPPOSITES_PROMPT, _BLOCKS[:2])
+            added = read_prompt(OPPOSITES_PROMPT, _BLOCKS[:2])
             parts += [(added, "instructions"), (added, "examples")]
         # Rendered once, and first in every request: servers cache the prefix that requests have in common.
-        texts = [_render(prompt, block, []) for prompt, block in parts]
+        texts = [render_prompt(prompt, block, {}) for prompt, block in parts]
         self.instructions, self._system = "\n\n".join(texts[::2]), "\n\n".join(texts)
 
     def narrate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Narration]]:
@@ -395,7 +395,7 @@ class LanguageModelNarrator:
             }
             for number, request in enumerate(requests, 1)
         ]
-        text = _render(self._prompt, "request", clips)
+        text = render_prompt(self._prompt, "request", {"clips": clips})
         content: str | list[dict[str, Any]] = text
         if settings.kind == "vlm":
             content = [{"type": "text", "text": text}]
@@ -419,16 +419,7 @@ class LanguageModelNarrator:
         }
         if settings.model:
             body["model"] = settings.model
-        # Servers disagree on where the schema is.
-        schema = {"name": "captions", "strict": True, "schema": self._schema}
-        formats = {
-            "json_schema": {"type": "json_schema", "json_schema": schema},
-            "json_object_schema": {"type": "json_object", "schema": self._schema},
-            "json_object": {"type": "json_object"},
-        }
-        if settings.answer_format in formats:
-            body["response_format"] = formats[settings.answer_format]
-        return body
+        return body | response_format(settings.answer_format, "captions", self._schema)
 
     def _narrations(self, answer: Answer, count: int) -> list[Narration]:
         """One narration for each clip of the batch."""
@@ -450,7 +441,19 @@ class LanguageModelNarrator:
         return narrations
 
 
-def _read_prompt(path: Path, blocks: Sequence[str]) -> jinja2.Template:
+def response_format(answer_format: str, name: str, schema: dict[str, Any]) -> dict[str, Any]:
+    """What a request says about the schema of its answer: servers disagree on where that is."""
+    named = {"name": name, "strict": True, "schema": schema}
+    formats: dict[str, dict[str, Any]] = {
+        "json_schema": {"response_format": {"type": "json_schema", "json_schema": named}},
+        "json_object_schema": {"response_format": {"type": "json_object", "schema": schema}},
+        "json_object": {"response_format": {"type": "json_object"}},
+        "none": {},
+    }
+    return formats[answer_format]
+
+
+def read_prompt(path: Path, blocks: Sequence[str]) -> jinja2.Template:
     """The prompt in a file, which must have these blocks. Raises :class:`UserError`."""
     try:
         source = path.read_text(encoding="utf-8-sig")
@@ -464,23 +467,29 @@ def _read_prompt(path: Path, blocks: Sequence[str]) -> jinja2.Template:
     return prompt
 
 
-def _render(prompt: jinja2.Template, block: str, clips: list[dict[str, Any]]) -> str:
-    context = prompt.new_context({"clips": clips})
+def render_prompt(prompt: jinja2.Template, block: str, values: dict[str, Any]) -> str:
+    """A block of a prompt with these values. Raises :class:`UserError` where that fails."""
+    context = prompt.new_context({"clips": [], **values})
     try:
         return "".join(prompt.blocks[block](context)).strip()
     except Exception as error:  # whatever the expressions of a user's prompt raise
         raise UserError(f"{prompt.filename}: {type(error).__name__}: {error}") from error
 
 
-def _captions(text: str, schema: dict[str, Any]) -> tuple[dict[int, tuple[str, str | None]], str | None]:
-    """(caption, its opposite if any) by clip, and the problem of the answer as a whole."""
-    # The answer follows the reasoning. Some chat templates open that in the prompt, so that only its end is here;
-    # reasoning without an end is no answer, whatever drafts are in it.
+def without_reasoning(text: str) -> str:
+    """The part of a model's text that follows its reasoning, which may be nothing."""
+    # Some chat templates open the reasoning in the prompt, so that only its end is here; reasoning without an end is no
+    # answer, whatever drafts are in it.
     marks = list(_REASONING.finditer(text))
     closing = [mark.end() for mark in marks if mark.group(1)]
     start = closing[-1] if closing else 0
     unclosed = [mark.start() for mark in marks if mark.start() >= start]
-    text = text[start : unclosed[0] if unclosed else None]
+    return text[start : unclosed[0] if unclosed else None]
+
+
+def _captions(text: str, schema: dict[str, Any]) -> tuple[dict[int, tuple[str, str | None]], str | None]:
+    """(caption, its opposite if any) by clip, and the problem of the answer as a whole."""
+    text = without_reasoning(text)
     if not text.strip():
         return {}, "nothing follows the model's reasoning"
     valid, problem = None, None
