@@ -180,7 +180,7 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, dict[str, Any
         raise UserError(f"{path}: no such config file" + (f"; did you mean {near[0]}?" if near else ""))
     try:
         # Bytes, not text: PyYAML then recognises byte order marks and UTF-16.
-        content = _parse_yaml(path.read_bytes())
+        content = parse_yaml(path.read_bytes())
     except Exception as error:  # PyYAML raises many kinds; each is the file's fault
         raise UserError(f"{path}: not readable as YAML: {_one_line(error)}") from error
     content = {} if content is None else content
@@ -213,9 +213,9 @@ def _override(text: str, schema: type) -> tuple[str, dict[str, Any]]:
             # All that is written, also "a: b" and "[x", unless it is null or in quotes.
             written = written.strip()
             is_quoted = len(written) > 1 and written[0] == written[-1] and written[0] in "'\""
-            value = None if written in ("null", "~") else _parse_yaml(written) if is_quoted else written
+            value = None if written in ("null", "~") else parse_yaml(written) if is_quoted else written
         else:
-            value = _parse_yaml(written)
+            value = parse_yaml(written)
     except Exception as error:
         raise UserError(f"override '{text}': {_one_line(error)}") from error
     tree: dict[str, Any] = {keys[-1]: value}
@@ -292,7 +292,7 @@ for _tag in ("bool", "int", "float", "timestamp", "merge"):  # written out, as i
     _TextLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _construct_text)
 
 
-def _parse_yaml(content: str | bytes) -> Any:
+def parse_yaml(content: str | bytes) -> Any:
     """Nested dicts and lists of text and None. Raises yaml.YAMLError, or ValueError for what is without end."""
     tree = yaml.load(content, _TextLoader)
     values, levels = _size(tree, {})

@@ -4,9 +4,10 @@
 words at fault. One half compares verbs, objects and which hand does what with the narration before; the other half
 compares hands, directions and contact with the tracks.
 
-Words are compared by their lemma and by the groups of synonyms of ``vocabulary.yml``, which holds all word lists with
-the reason for each; a word in no group is compared by its lemma alone. No embedding does that: "left" and "right" are
-close to each other in every one.
+Words are compared by their lemma and by the groups of synonyms of a :class:`~egohod.hod.vocabulary.Vocabulary`, which
+has all word lists and patterns; a word in no group is compared by its lemma alone. No embedding does that: "left" and
+"right" are close to each other in every one. Functions that take no settings take the vocabulary as their last
+argument, the packaged one by default.
 """
 
 from __future__ import annotations
@@ -14,13 +15,11 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import simplemma
-import yaml
 
 from egohod.data.opposites import opposite_fault
 from egohod.hod.config import CheckConfig
@@ -40,6 +39,23 @@ from egohod.hod.facts import (
     ClipFacts,
     HandFacts,
     Motion,
+)
+from egohod.hod.vocabulary import (
+    ABSENT,
+    CLOSING,
+    CONTACT,
+    DISTANCE,
+    ONCE,
+    PARTING,
+    REGRASP,
+    RELEASE,
+    SIDE,
+    TO_LEFT_HAND,
+    TO_RIGHT_HAND,
+    TWICE,
+    Groups,
+    Vocabulary,
+    load_vocabulary,
 )
 
 
@@ -68,6 +84,7 @@ def check(caption: str, source: str, facts: ClipFacts | None, settings: CheckCon
         settings: what a caption must satisfy.
         prompt: the narrator's instructions, which no caption may repeat.
     """
+    vocabulary = load_vocabulary(settings.vocabulary)
     # First: a caption that is no sentence of English has no claims that could be compared.
     reasons = _faults_of_form(caption, source, settings, prompt)
     if reasons:
@@ -77,9 +94,9 @@ def check(caption: str, source: str, facts: ClipFacts | None, settings: CheckCon
         # What the tracks have no name for is an object, as in "the left hand holds another object".
         name = facts.object.name if facts is not None and facts.object is not None else None
         more = f"{name or ''} object" if facts is not None else ""
-        reasons, coverage = compare_words(caption, source, facts, more)
+        reasons, coverage = compare_words(caption, source, facts, more, vocabulary)
     if settings.tracks and facts is not None:
-        unsupported, statements = unsupported_claims(caption, source, facts, settings.min_seen)
+        unsupported, statements = unsupported_claims(caption, source, facts, settings.min_seen, vocabulary)
         reasons += unsupported
         support = 1 - min(len(unsupported) / max(statements, 1), 1.0)
     return Verdict(coverage * support, tuple(reasons))
@@ -92,7 +109,8 @@ def check_opposite(caption: str, opposite: str, settings: CheckConfig, prompt: s
     have no say: they are of the clip, which the opposite must not describe.
     """
     reasons = _faults_of_form(opposite, caption, settings, prompt)
-    before, after = sides(caption), sides(opposite)
+    vocabulary = load_vocabulary(settings.vocabulary)
+    before, after = sides(caption, vocabulary), sides(opposite, vocabulary)
     if not reasons and before != after:
         reasons = [f"side: {', '.join(after) or 'no hand'} for {', '.join(before) or 'no hand'}"]
     # Nouns are among the words that must stay.
@@ -106,34 +124,23 @@ def check_coarse(coarse: str, caption: str, source: str, settings: CheckConfig, 
     shorter than a caption, and names no hand, direction or contact that the narration does not. Tracks have no say:
     there is nothing in it that they measure. The reasons begin like those of a :class:`Verdict`.
     """
+    vocabulary = load_vocabulary(settings.vocabulary)
     reasons = _faults_of_form(coarse, source, replace(settings, min_words=1), prompt)
     if reasons:
         return tuple(reasons)
     if settings.words and source.strip() and is_english(source, settings.language):
-        reasons, _ = compare_words(coarse, source, None, "")
-    if set(sides(coarse)) - set(sides(source)):
+        reasons, _ = compare_words(coarse, source, None, "", vocabulary)
+    if set(sides(coarse, vocabulary)) - set(sides(source, vocabulary)):
         reasons.append("hand: a coarse caption names none that the narration does not")
     # "Picks up" is a claim too; where there is no narration it may be the caption's, which the tracks support.
-    known = {claim.what for claim in claims(source if source.strip() else caption)}
-    reasons += [f"direction: {claim.words!r} is not coarse" for claim in claims(coarse) if claim.what not in known]
+    allowed = {claim.what for claim in claims(source if source.strip() else caption, vocabulary)}
+    added = [claim for claim in claims(coarse, vocabulary) if claim.what not in allowed]
+    reasons += [f"direction: {claim.words!r} is not coarse" for claim in added]
     return tuple(dict.fromkeys(reasons))
 
 
 # --- Form: length, text of a prompt, language ---
 
-# Orders to a model, whoever gives them.
-_ORDER = re.compile(
-    r"\b(?:ignore|disregard|forget)\b.{0,30}\b(?:above|previous|instructions?|prompt|rules)\b"
-    r"|\b(?:system|user) prompt\b",
-    re.IGNORECASE,
-)
-# Words of models about their task; about a clip only if the narration has them, as in "reads the instructions".
-_TALK = re.compile(
-    r"\bas an ai\b|\bi(?:'m| am) sorry\b|\bi can(?:'t|not)\b|\bhere (?:is|are)\b|\bsure[,!]|\bcertainly\b"
-    r"|\b(?:caption|narration|output|answer|rewritten|facts?|clip \d+) ?:|\binstructions?\b|\bjson\b"
-    r"|https?://|```|[{}<>\[\]]",
-    re.IGNORECASE,
-)
 # A run of so many words of the prompt is an echo of it; shorter ones are ordinary English.
 _ECHO_WORDS = 6
 # A source of so few words does not show its language: "open tupperware" is English.
@@ -144,8 +151,10 @@ def _faults_of_form(caption: str, source: str, settings: CheckConfig, prompt: st
     length = len(re.findall(r"[\w'-]+", caption))
     if not settings.min_words <= length <= settings.max_words:
         return [f"length: {length} words, not {settings.min_words} to {settings.max_words}"]
-    talk = [match.group() for match in _ORDER.finditer(caption)]
-    talk += [match.group() for match in _TALK.finditer(caption) if match.group().lower() not in source.lower()]
+    vocabulary = load_vocabulary(settings.vocabulary)
+    talk = [match.group() for match in vocabulary.orders.finditer(caption)]
+    said = (match.group() for match in vocabulary.talk.finditer(caption))
+    talk += [words for words in said if words.lower() not in source.lower()]
     if talk:
         return [f"prompt: {talk[0]!r}"]
     echo = (_word_runs(caption) & _word_runs(prompt)) - _word_runs(source)
@@ -181,52 +190,10 @@ def _word_runs(text: str) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + _ECHO_WORDS]) for i in range(len(words) - _ECHO_WORDS + 1)}
 
 
-# --- Vocabulary ---
-
-# The loader in C where PyYAML has it: 0.4 ms instead of 20.
-_LISTS = yaml.load(
-    Path(__file__).with_name("vocabulary.yml").read_text(encoding="utf-8"),
-    Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader),
-)
-_Groups = dict[str, frozenset[int]]
-
-
-def _groups(name: str) -> _Groups:
-    """The groups of each word; a line of the list is one."""
-    groups: dict[str, set[int]] = {}
-    for number, line in enumerate(_LISTS[name].strip().splitlines()):
-        for word in line.split():
-            groups.setdefault(word, set()).add(number)
-    return {word: frozenset(numbers) for word, numbers in groups.items()}
-
-
-_VERBS, _THINGS = _groups("verbs"), _groups("things")
-_DIFFERENT = frozenset(
-    frozenset((first, second))
-    for first, *others in (line.split() for line in _LISTS["different_verbs"].strip().splitlines())
-    for second in others
-)
-_WORDS = {name: frozenset(text.split()) for name, text in _LISTS.items() if isinstance(text, str)}
-_FUNCTION_WORDS, _SHAPES, _KINDS, _GENERIC = (_WORDS[x] for x in ("function_words", "shapes", "kinds", "generic"))
-_MOTION, _LIGHT, _PLAIN, _PLACING = (_WORDS[x] for x in ("motion", "light", "plain", "placing"))
-_BEFORE_THINGS, _AFTER_THINGS, _BEFORE_VERBS = (_WORDS[x] for x in ("before_things", "after_things", "before_verbs"))
-_ACTORS, _DETERMINERS, _BEING, _TOOLS = (_WORDS[x] for x in ("actors", "determiners", "being", "tools"))
-_TOOLS_OF_ACTIONS = {tool: frozenset(verbs.split()) for tool, verbs in _LISTS["tools_of_actions"].items()}
-# One pattern of all phrases; the number of the group that matches tells which.
-_PHRASES = list(_LISTS["phrases"].values())
-_PHRASE = re.compile("|".join(f"(?P<p{i}>(?<![a-z])(?:{text})(?![a-z]))" for i, text in enumerate(_LISTS["phrases"])))
-
 # --- Clauses ---
 
-_BREAK = re.compile(r"[.;,:!?()]+(?=\s|$)|\b(?:while|whilst|whereas|meanwhile|and|but|then)\b")
-_HANDS = re.compile(
-    r"\b(?P<pair>(?:left|right)(?: hand)? (?:and|or) (?:the |your |my |his |her |their )?(?:left|right)(?=[- ]hand)"
-    r"|both(?= (?:of )?(?:the |your |my |his |her |their |c's )?(?:\w+ )?hands?\b)|both(?= of them\b)|two(?= hands)"
-    r"|the hands\b)"
-    r"|\b(?P<side>left|right)(?=[- ]hand|'s hand|(?: index| middle| ring| little)? "
-    r"(?:palm|fist|wrist|arm|finger|thumb))"
-    r"|\b(?P<other>other)(?= hand\b)"
-)  # fmt: skip
+# What the vocabulary's patterns of both hands stand for.
+_PAIRS = {"left_and_right": (LEFT, RIGHT), "right_and_left": (RIGHT, LEFT)}
 
 
 @dataclass(frozen=True)
@@ -238,12 +205,13 @@ class Clause:
     named: bool  # whether it names its hands itself
 
 
-def clauses(text: str) -> list[Clause]:
+def clauses(text: str, vocabulary: Vocabulary | None = None) -> list[Clause]:
     """Cut a narration into clauses. "The other hand" is the one that the clauses before did not mention last."""
+    vocabulary = vocabulary or load_vocabulary()
     text = " ".join(text.lower().replace("’", "'").split())
     spans, start = [], 0
-    pairs = [match.span() for match in _HANDS.finditer(text) if match["pair"]]
-    for match in _BREAK.finditer(text):
+    pairs = [match.span() for match in vocabulary.hands.finditer(text) if match.lastgroup in _PAIRS]
+    for match in vocabulary.breaks.finditer(text):
         if not any(first <= match.start() < last for first, last in pairs):  # not within "left and right hand"
             spans.append(text[start : match.start()])
             start = match.end()
@@ -254,12 +222,11 @@ def clauses(text: str) -> list[Clause]:
         if not span.strip(" '\""):
             continue
         hands: list[str] = []
-        for match in _HANDS.finditer(span):
-            if match["pair"]:
-                left_first = match["pair"].startswith(("left", "both", "two", "the"))
-                hands += [LEFT, RIGHT] if left_first else [RIGHT, LEFT]
-            elif match["side"]:
-                hands.append(match["side"])
+        for match in vocabulary.hands.finditer(span):
+            if match.lastgroup in _PAIRS:
+                hands += _PAIRS[match.lastgroup]
+            elif match.lastgroup == SIDE:
+                hands.append(match["s0"])
             elif len(last) == 1:
                 hands.append(RIGHT if last[0] == LEFT else LEFT)
         own = tuple(dict.fromkeys(hands))
@@ -274,9 +241,9 @@ def clauses(text: str) -> list[Clause]:
     return result
 
 
-def sides(text: str) -> tuple[str, ...]:
+def sides(text: str, vocabulary: Vocabulary | None = None) -> tuple[str, ...]:
     """The hands that a narration names, in order of mention, with repetitions."""
-    return tuple(side for clause in clauses(text) if clause.named for side in clause.sides)
+    return tuple(side for clause in clauses(text, vocabulary) if clause.named for side in clause.sides)
 
 
 # --- Verbs and things ---
@@ -288,69 +255,102 @@ class Words:
 
     verbs: tuple[str, ...]
     things: tuple[str, ...]
-    heads: tuple[str, ...]  # what is in a thing's place though it is a degree, a shape or a kind: "holds the light"
+    heads: tuple[str, ...]  # what is in a thing's place though it is a degree, a shape or a kind: "the diced light in"
+    held: tuple[str, ...]  # of those what follows a determiner: "holds the light", but not "a bit of" or "into cubes"
     all: tuple[str, ...]  # every word, for whether something is named at all
+    is_place: Mapping[str, set[bool]]  # of each word, whether it is where something is done: "in the bowl"
 
 
 @functools.lru_cache(maxsize=65536)
-def lemma(word: str) -> str:
+def lemma(word: str, vocabulary: Vocabulary) -> str:
     """The dictionary form of a lower-case English word."""
-    base = word if word == "dice" else simplemma.lemmatize(word, lang="en").lower()
-    base = _LISTS["lemmas"].get(base, base)
-    if base.endswith("ing"):  # the lemmatiser takes them for nouns: "the heating of the oil", "cutting it in half"
+    corrections = vocabulary.lemmas
+    base = corrections.get(word) or simplemma.lemmatize(word, lang="en").lower()
+    base = corrections.get(base, base)
+    # The lemmatiser takes them for nouns: "the heating of the oil", "cutting it in half".
+    if base.endswith("ing") and base not in vocabulary.things:
         stem = base[:-3]
         single = stem[:-1] if stem[-1:] == stem[-2:-1] else stem
-        return next((verb for verb in (stem, stem + "e", single) if verb in _VERBS), base)
+        return next((verb for verb in (stem, stem + "e", single) if verb in vocabulary.verbs), base)
     return str(base)
 
 
-def extract_words(text: str) -> Words:
+def extract_words(text: str, vocabulary: Vocabulary | None = None) -> Words:
     """The verbs and things of an English narration, without function words, sides, kinds and degrees."""
+    vocabulary = vocabulary or load_vocabulary()
+    lists = vocabulary.words
     text = text.lower().replace("’", "'")
-    text = _PHRASE.sub(lambda match: f" {_PHRASES[int(match.lastgroup[1:])]} ", text)  # type: ignore[index]
-    verbs, things, heads, every = (list[str]() for _ in range(4))
-    before = "."
+    phrases = vocabulary.phrase_words
+    text = vocabulary.phrases.sub(lambda match: f" {phrases[int(match.lastgroup[1:])]} ", text)  # type: ignore[index]
+    verbs, things, heads, held, every = (list[str]() for _ in range(5))
+    places: dict[str, set[bool]] = {}
+    earlier, before, in_place = ".", ".", False
     tokens = re.findall(r"[^\W\d_]+(?:[-'][^\W\d_]+)*|[.,;:()]", text)
     for token, after in itertools.zip_longest(tokens, tokens[1:], fillvalue="."):
         form = token.removesuffix("'s")
-        for word in [form] if form in _THINGS or form in _VERBS else re.split(r"[-']", form):
+        for word in [form] if form in vocabulary.things or form in vocabulary.verbs else re.split(r"[-']", form):
             if word[0].isalpha():
-                base = word if word in _THINGS else lemma(word)
+                base = word if word in vocabulary.things else lemma(word, vocabulary)
                 every += [base, word]
-                role = _role(word, base, before, after)
+                role = _role(word, base, before, after, vocabulary)
+                if word in lists["of_places"]:
+                    in_place = True
+                elif role == "verb" or word in lists["actors"] or word in lists["of_means"]:
+                    in_place = False
+                else:  # also "of", "and" and adjectives, which go on with what was before
+                    places.setdefault(base, set()).add(in_place)
                 if role:
                     (verbs if role == "verb" else things).append(base)
-                elif before in _BEFORE_THINGS and (after in _AFTER_THINGS or not after[0].isalpha()):
+                elif _is_head(word, before, after, lists):
                     heads.append(base)
-            before = word
-    return Words(*(tuple(dict.fromkeys(each)) for each in (verbs, things, heads, every)))
+                is_named = before in lists["determiners"] or earlier in lists["determiners"]
+                if role != "verb" and is_named and after != "of" and _is_head(word, "the", after, lists):
+                    held.append(base)
+            # Not the hand of "the hand's spoon": what follows a hand is a verb.
+            earlier, before = before, word if form == token else token
+    unique = [tuple(dict.fromkeys(each)) for each in (verbs, things, heads, held, every)]
+    return Words(unique[0], unique[1], unique[2], unique[3], unique[4], places)
 
 
-def _role(word: str, base: str, before: str, after: str) -> str | None:
+def _is_head(word: str, before: str, after: str, lists: Mapping[str, frozenset[str]]) -> bool:
+    """Whether a word that is no thing by itself is in the place of one: "cuts the light", "the diced mixture in"."""
+    begins = before in lists["before_things"] or before in lists["kinds"] or before.endswith("ed")
+    ends = after in lists["after_things"] or not after[0].isalpha()
+    return begins and ends and len(word) > 2 and not word.endswith(("ed", "ing")) and word not in lists["before_things"]
+
+
+def _role(word: str, base: str, before: str, after: str, vocabulary: Vocabulary) -> str | None:
     """verb, thing or None, by the word and its neighbours.
 
     A tagger of parts of speech would be one more model to download.
     """
-    if len(word) < 3 or base in _MOTION or word.endswith("ly"):
+    lists = vocabulary.words
+    if len(word) < 3 or base in lists["motion"] or word.endswith("ly"):
         return None
-    is_thing, is_verb = base in _THINGS, base in _VERBS
+    is_thing, is_verb = base in vocabulary.things, base in vocabulary.verbs
     # An unknown word that something does to something: "the right hand glues", "and vacuums the"
-    acts = before in _ACTORS or (not is_thing and before in _BEFORE_VERBS and after in _DETERMINERS)
-    if word in _FUNCTION_WORDS or base in _FUNCTION_WORDS:
-        return "verb" if acts and is_verb and base not in _PLAIN else None
+    begins = before in lists["before_verbs"]
+    acts = before in lists["actors"] or (not is_thing and begins and after in lists["determiners"])
+    if word in lists["function_words"] or base in lists["function_words"]:
+        return "verb" if acts and is_verb and base not in lists["plain"] else None
     # "the sliced meat" is how the meat is, not what is done
-    participle = word.endswith("ed") and base != word and not acts and before not in _BEING
-    noun_like = before in _BEFORE_THINGS or (is_thing and lemma(before) in _THINGS)
+    participle = word.endswith("ed") and base != word and not acts and before not in lists["being"]
+    if before in lists["perfect"]:
+        return None
+    if not is_thing and not is_verb and word.endswith(tuple(lists["adjective_endings"])):
+        return None
+    is_adverb = before.endswith("ly") and before not in lists["shapes"]
+    noun_like = before in lists["before_things"] or (is_thing and lemma(before, vocabulary) in vocabulary.things)
     # "pork slices", "the spring onion leaves": what may be a thing is a verb only where something does it
-    free = base in _SHAPES or base in _KINDS
-    noun_like = noun_like or ((is_thing or free) and before not in _BEFORE_VERBS and not before.endswith("ly"))
-    # "which have been seasoned"
-    noun_like = noun_like and not (before in _BEING and base != word and word.endswith("ed"))
+    free = base in lists["shapes"] or base in lists["kinds"]
+    noun_like = noun_like or ((is_thing or free) and not begins and not is_adverb)
+    # "which is seasoned"
+    noun_like = noun_like and not (before in lists["being"] and base != word and word.endswith("ed"))
     if acts or (is_verb and not noun_like and not participle):
         return "verb"
-    is_last = after in _FUNCTION_WORDS or not after[0].isalpha()  # no noun follows that it could modify
-    modifies = base in _KINDS or (is_verb and not is_thing)
-    if base in _SHAPES or participle or (modifies and not (noun_like and is_last)):
+    is_last = after in lists["function_words"] or not after[0].isalpha()  # no noun follows that it could modify
+    modifies = base in lists["kinds"] or (is_verb and not is_thing)
+    if base in lists["shapes"] or participle or (modifies and not (noun_like and is_last)):
         return None
     return "thing"
 
@@ -358,22 +358,18 @@ def _role(word: str, base: str, before: str, after: str) -> str | None:
 # --- Comparison ---
 
 
-def are_synonyms(first: str, second: str, groups: _Groups | None = None) -> bool:
+def are_synonyms(first: str, second: str, vocabulary: Vocabulary, groups: Groups | None = None) -> bool:
     """Whether narrators use two lemmas for one another; by the groups of verbs, things or (None) either."""
     if first == second:
         return True
-    if frozenset((first, second)) in _DIFFERENT:
+    if frozenset((first, second)) in vocabulary.different:
         return False
-    for some in (_VERBS, _THINGS) if groups is None else (groups,):
+    for some in (vocabulary.verbs, vocabulary.things) if groups is None else (groups,):
         if some.get(first, frozenset()) & some.get(second, frozenset()):
             return True
     # Compounds and endings that the lemmatiser leaves as they are: "washcloth" and "cloth".
     short, long = sorted((first, second), key=len)
     return len(short) >= 5 and (long.endswith(short) or (len(long) - len(short) < 5 and long.startswith(short[:-1])))
-
-
-def _matches(word: str, others: Iterable[str], groups: _Groups) -> bool:
-    return any(are_synonyms(word, other, groups) for other in others)
 
 
 @dataclass(frozen=True)
@@ -382,64 +378,98 @@ class Comparison:
 
     new_verbs: tuple[str, ...]  # verbs of the caption without a synonym in the source; without light and plain ones
     lost_verbs: tuple[str, ...]
+    kept_verbs: bool  # whether the caption names an action of the source, and none besides
     new_things: tuple[str, ...]
     lost_things: tuple[str, ...]
     invented: tuple[str, ...]  # new things that are never understood, and tools that the action does not need
     coverage: float  # share of the source's verbs and things that the caption still names; 1.0 where there are none
 
 
-def compare(source: str, caption: str, thing: str = "") -> Comparison:
+def compare(source: str, caption: str, thing: str = "", vocabulary: Vocabulary | None = None) -> Comparison:
     """Compare a caption's verbs and things with its source's; ``thing`` may be named besides.
 
     A word replaces another only where that other is not named itself: next to "cuts", "peels" is no word for it.
     """
-    old, new = extract_words(source), extract_words(caption)
-    allowed = (*old.all, *extract_words(thing).all)
-    weak = _LIGHT | _PLAIN
+    vocabulary = vocabulary or load_vocabulary()
+    lists, verbs, things = vocabulary.words, vocabulary.verbs, vocabulary.things
+    old, new = extract_words(source, vocabulary), extract_words(caption, vocabulary)
+    allowed = (*old.all, *extract_words(thing, vocabulary).all)
+    weak = lists["light"] | lists["plain"]
+
+    def matches(word: str, others: Iterable[str], groups: Groups) -> bool:
+        return any(are_synonyms(word, other, vocabulary, groups) for other in others)
 
     # --- Verbs ---
-    added = tuple(word for word in new.verbs if word not in weak and word not in old.all)
+    added = added_verbs = tuple(word for word in new.verbs if word not in weak and word not in old.all)
     removed = tuple(word for word in old.verbs if word not in new.all)
-    new_verbs = tuple(word for word in added if not _matches(word, old.all, _VERBS))
+    new_verbs = tuple(word for word in added if not matches(word, old.all, verbs))
     # One with a synonym in the source, but none among the removed ones, is one too many: the source names that itself.
-    surplus = tuple(word for word in added if word not in new_verbs and not _matches(word, removed, _VERBS))
-    lost_verbs = tuple(word for word in removed if word not in weak and not _matches(word, new.all, _VERBS))
-    unreplaced = tuple(word for word in removed if word not in weak - _PLACING and not _matches(word, added, _VERBS))
+    surplus = tuple(word for word in added if word not in new_verbs and not matches(word, removed, verbs))
+    lost_verbs = tuple(word for word in removed if word not in weak and not matches(word, new.all, verbs))
+    free = weak - lists["placing"]
+    # Against all verbs that the source does not have as verbs: "slices it" stands for "cuts it into slices".
+    instead = tuple(word for word in new.verbs if word not in old.verbs)
+    unreplaced = tuple(word for word in removed if word not in free and not matches(word, instead, verbs))
     if surplus and unreplaced:
         new_verbs, lost_verbs = (*new_verbs, *surplus), tuple(dict.fromkeys((*lost_verbs, *unreplaced)))
+    elif not unreplaced:
+        # All of the source's actions are there: a step that one of its words implies, as a spoonful does the scooping,
+        # is no other action.
+        steps = vocabulary.implied_verbs
+        new_verbs = tuple(word for word in new_verbs if not steps.get(word, frozenset()).intersection(old.all))
 
     # --- Things ---
     added = tuple(word for word in new.things if word not in allowed)
     removed = tuple(word for word in old.things if word not in new.all)
-    new_things = tuple(word for word in added if not _matches(word, allowed, _THINGS))
-    surplus = tuple(
-        word
-        for word in (*added, *new.heads)
-        if word not in (*allowed, *new_things, *_GENERIC) and not _matches(word, removed, _THINGS)
+    new_things = tuple(word for word in added if not matches(word, allowed, things))
+    lost_things = tuple(word for word in removed if not matches(word, new.all, things))
+    # Where a thing is lost that is no mere tool, even a word for many things may have taken its place.
+    is_lost = any(is_specific(word, vocabulary) for word in lost_things)
+    candidates = (
+        (*added, *new.heads) if is_lost else (*(word for word in added if word not in lists["generic"]), *new.held)
     )
-    lost_things = tuple(word for word in removed if not _matches(word, new.all, _THINGS))
-    unreplaced = tuple(word for word in removed if not _matches(word, added, _THINGS))
+    surplus = tuple(
+        word for word in candidates if word not in (*allowed, *new_things) and not matches(word, removed, things)
+    )
+    unreplaced = tuple(word for word in removed if not matches(word, added, things))
+
+    # What is where something is done takes the place of no object or tool, nor the other way round: source and caption
+    # may each name what the other does not.
+    def replaces(word: str, others: Iterable[str]) -> bool:
+        own = new.is_place.get(word, {True, False})
+        return any(own & old.is_place.get(other, own) for other in others)
+
+    surplus = tuple(word for word in dict.fromkeys(surplus) if replaces(word, unreplaced))
+    new_things = tuple(
+        word for word in new_things if is_specific(word, vocabulary) or not lost_things or replaces(word, lost_things)
+    )
     if surplus and unreplaced:
         new_things, lost_things = (*new_things, *surplus), tuple(dict.fromkeys((*lost_things, *unreplaced)))
-    if not any(word in _THINGS for word in (*new_things, *lost_things)) and lost_things:
+    if not any(word in things for word in (*new_things, *lost_things)) and lost_things:
         # Turns of phrase ("halfway" for "50 % hot"): only the coverage counts.
         new_things = ()
     invented = []
     for word in new_things:
-        is_tool = word in _TOOLS_OF_ACTIONS
-        if is_specific(word) or (is_tool and not _TOOLS_OF_ACTIONS[word].intersection(old.all)):
+        actions = vocabulary.tools_of_actions.get(word)
+        if is_specific(word, vocabulary) or (actions is not None and not actions.intersection(old.all)):
             invented.append(word)
     total = sum(word not in weak for word in (*old.verbs, *old.things))
     coverage = 1 - (len(lost_verbs) + len(lost_things)) / total if total else 1.0
-    return Comparison(new_verbs, lost_verbs, new_things, lost_things, tuple(invented), coverage)
+    kept = not added_verbs and any(word not in weak and word not in lost_verbs for word in old.verbs)
+    return Comparison(new_verbs, lost_verbs, kept, new_things, lost_things, tuple(invented), coverage)
 
 
-def is_specific(thing: str) -> bool:
+def is_specific(thing: str, vocabulary: Vocabulary) -> bool:
     """Whether the vocabulary has it as a thing, no common tool, and no word for many things."""
-    return thing in _THINGS and thing not in _TOOLS and thing not in _GENERIC
+    lists = vocabulary.words
+    return thing in vocabulary.things and thing not in lists["tools"] and thing not in lists["generic"]
 
 
-def swaps_hands(source: str, caption: str) -> bool:
+# Both hands take and hold: such words tell less of which one does what.
+_LIGHT_WEIGHT = 0.4
+
+
+def swaps_hands(source: str, caption: str, vocabulary: Vocabulary) -> bool:
     """Whether a caption assigns to one hand what its source assigns to the other.
 
     Only where both name both hands; each hand's words are those of its clauses. Where the words do not decide, the
@@ -448,17 +478,23 @@ def swaps_hands(source: str, caption: str) -> bool:
     by_side: list[dict[str, set[str]]] = []
     for text in (source, caption):
         words: dict[str, set[str]] = {LEFT: set(), RIGHT: set()}
-        for clause in clauses(text):
+        for clause in clauses(text, vocabulary):
             if len(clause.sides) == 1:
-                extracted = extract_words(clause.text)
+                extracted = extract_words(clause.text, vocabulary)
                 words[clause.sides[0]] |= {*extracted.verbs, *extracted.things}
         by_side.append(words)
     old, new = by_side
     if not (old[LEFT] and old[RIGHT] and new[LEFT] and new[RIGHT]):
         return False
 
-    def shared(first: set[str], second: set[str]) -> int:
-        return sum(any(are_synonyms(word, other) for other in second) for word in first)
+    light = vocabulary.words["light"]
+
+    def shared(first: set[str], second: set[str]) -> float:
+        return sum(
+            _LIGHT_WEIGHT if word in light else 1.0
+            for word in first
+            if any(are_synonyms(word, other, vocabulary) for other in second)
+        )
 
     # Words that the source has for both hands tell nothing.
     own_left, own_right = old[LEFT] - old[RIGHT], old[RIGHT] - old[LEFT]
@@ -466,134 +502,83 @@ def swaps_hands(source: str, caption: str) -> bool:
     across = shared(own_left, new[RIGHT]) + shared(own_right, new[LEFT])
     if straight != across:
         return across > straight
-    order, new_order = sides(source), sides(caption)
+    order, new_order = sides(source, vocabulary), sides(caption, vocabulary)
     return bool(order) and order[0] != new_order[0]
 
 
 # --- Against the narration before ---
 
-_WITH = re.compile(r"\b(?:with|using|uses?|by) (?:the |his |her |their |your |my )?(left|right) hand\b")
-# The hand that does not act may do this as well; whether it does is in the tracks.
-_SHARED = frozenset({"hold", "keep"})
 # Least share of the source's verbs and things that a caption names
 _LEAST_COVERAGE = 0.6
 # Of more verbs or things than this one may be missing
 _FEW = 2
 
 
-def compare_words(caption: str, source: str, facts: ClipFacts | None, thing: str) -> tuple[list[str], float]:
+def compare_words(
+    caption: str, source: str, facts: ClipFacts | None, thing: str, vocabulary: Vocabulary | None = None
+) -> tuple[list[str], float]:
     """The half of the check that needs no tracks: reasons, and the share of the source's words that remains.
 
     ``facts`` may allow hands that the source does not name; ``thing`` is a further object that may be named.
     """
+    vocabulary = vocabulary or load_vocabulary()
     reasons = []
-    words = compare(source, caption, thing)
-    before = extract_words(source)
-    if words.new_verbs or (words.lost_verbs and len(before.verbs) <= _FEW):
+    words = compare(source, caption, thing, vocabulary)
+    before = extract_words(source, vocabulary)
+    if words.new_verbs or (words.lost_verbs and len(before.verbs) <= _FEW and not words.kept_verbs):
         new, lost = ", ".join(words.new_verbs), ", ".join(words.lost_verbs)
         reasons.append(f"verb: {new or 'nothing'} for {lost or 'none of the source'}")
     if (words.new_things and words.lost_things) or words.invented:
         lost = ", ".join(words.lost_things)
         reasons.append(f"object: {', '.join(words.new_things)} for {lost or 'none of the source'}")
     elif words.coverage < _LEAST_COVERAGE or (
-        len(before.things) <= _FEW and any(is_specific(each) for each in words.lost_things)
+        len(before.things) <= _FEW and any(is_specific(each, vocabulary) for each in words.lost_things)
     ):
         reasons.append(f"object: {', '.join((*words.lost_verbs, *words.lost_things))} left out")
-    old_sides, new_sides = set(sides(source)), set(sides(caption))
+    old_sides, new_sides = set(sides(source, vocabulary)), set(sides(caption, vocabulary))
     if old_sides:
         if old_sides - new_sides or new_sides - old_sides - set(facts.hands if facts is not None else ()):
             new, old = (" and ".join(sorted(each)) or "no hand" for each in (new_sides, old_sides))
             reasons.append(f"side: {new} for {old}")
-        elif swaps_hands(source, caption):
+        elif swaps_hands(source, caption, vocabulary):
             reasons.append("side: the hands have changed places")
     elif new_sides and facts is not None and facts.acting is not None:
-        action = _action_of_other_hand(caption, before.verbs, facts.acting)
+        action = _action_of_other_hand(caption, before.verbs, facts.acting, vocabulary)
         if action:
             reasons.append(f"side: {action} is done by the {facts.acting} hand")
     return reasons, words.coverage
 
 
-def _action_of_other_hand(caption: str, verbs: tuple[str, ...], acting: str) -> str | None:
+def _action_of_other_hand(caption: str, verbs: tuple[str, ...], acting: str, vocabulary: Vocabulary) -> str | None:
     """One of the source's actions that a caption attributes to the hand that does not act."""
     own, others = set[str](), list[str]()
-    for clause in clauses(caption):
-        means = _WITH.search(clause.text)
-        if means and means[1] != acting:
+    for clause in clauses(caption, vocabulary):
+        means = vocabulary.means.search(clause.text)
+        if means and acting not in means.groups():
             return means.group()
-        actions = [each for each in extract_words(clause.text).verbs if any(are_synonyms(each, verb) for verb in verbs)]
+        actions = [
+            each
+            for each in extract_words(clause.text, vocabulary).verbs
+            if any(are_synonyms(each, verb, vocabulary) for verb in verbs)
+        ]
         if clause.sides and acting not in clause.sides:
             others += actions
         else:
             own.update(actions)
-    return next((action for action in others if action not in _SHARED & own), None)
+    return next((action for action in others if action not in vocabulary.words["shared"] & own), None)
 
 
 # --- Against the tracks ---
-
-TWICE, ONCE, ABSENT, CONTACT, RELEASE = "twice", "once", "out of sight", "contact", "release"
-CLOSING, PARTING = "closing", "parting"
-REGRASP, DISTANCE, TO_LEFT_HAND, TO_RIGHT_HAND = "regrasp", "distance", "to the left hand", "to the right hand"
 
 # Seen from the head, what goes away over a table goes up in the picture: narrators write either.
 _AXES = ({LEFT: -1, RIGHT: 1}, {UP: -1, AWAY: -1, DOWN: 1, CLOSER: 1})
 _TURNS = (CLOCKWISE, COUNTERCLOCKWISE)
 # A distance in a caption may differ from the measured one by this factor, as the estimate from the hand's size does
 _ROUGHLY = 2
+# In metres, by how their names begin; the last is for all others
+_UNITS = (("mm", 0.001), ("milli", 0.001), ("c", 0.01), ("in", 0.0254), ("f", 0.3048), ("", 1.0))
 # Least net way, in shares of the picture, for "from the left side to the right side" of a motion with several legs
 _NET = 0.05
-
-_GO = (
-    r"(?:(?:mov|slid|push|pull|shift|wip|swip|sweep|turn|drag|drift|travel|head|swing|stir|brush|circl|tilt|go|goe)"
-    r"(?:e|es|s|ed|ing)?|slid|went|swept|swung)"
-)
-_SELF = r"(?:the |their |his |her |your |my )?(?:body|self|camera|wearer|chest|viewer|c|him|her|me|you|himself|herself)"
-_IT = r"(?:it|them|the \w+)"
-_GIVE = rf"(?:pass|hand|switch|transfer)(?:e?s|ed|ing)? {_IT} (?:over )?(?:in)?to (?:the |his |her |their |your )?"
-_FROM, _TO = (rf"{word} (?:the |his |her |their |your )?" for word in ("from", "(?:in)?to"))
-_PATTERNS: list[tuple[str, tuple[str, ...]]] = [
-    (rf"{_FROM}left(?: hand)? {_TO}right hand|{_GIVE}right hand", (TO_RIGHT_HAND,)),
-    (rf"{_FROM}right(?: hand)? {_TO}left hand|{_GIVE}left hand", (TO_LEFT_HAND,)),
-    (rf"re-?grasp(?:s|ed|ing)?|(?:grasp|grip|tak|pick)(?:e?s|ing)? {_IT} (?:up )?again"
-     rf"|(?:releas(?:es|ing)|let(?:s|ting)? go of) {_IT} in between", (REGRASP,)),
-    (r"in parallel|(?:in )?the same way|in step with", (PARALLEL,)),
-    (r"symmetrically|in mirror image|mirroring (?:it|each other|the (?:left|right|other) hand)", (MIRRORED,)),
-    (r"steadies|steadying|stabili[sz](?:es?|ing)", (CONTACT, STILL)),
-    (r"(?:about |around |roughly |some )?[0-9]+(?:\.[0-9]+)? ?(?:cm|centimet(?:er|re)s?|m|met(?:er|re)s?)\b",
-     (DISTANCE,)),
-    (r"(?:from )?side to side|back and forth|to and fro", (SHAKING,)),
-    (r"from (?:the )?(?:far )?left(?: side)?,? (?:in)?to (?:the )?(?:far )?right\b(?! hand)(?: side)?", (RIGHT,)),
-    (r"from (?:the )?(?:far )?right(?: side)?,? (?:in)?to (?:the )?(?:far )?left\b(?! hand)(?: side)?", (LEFT,)),
-    (r"from near to far|first far\b|then far\b", (AWAY,)),
-    (r"from far to near|first near\b|then near\b", (CLOSER,)),
-    (r"from the counter into the air", (UP,)),
-    (r"from the air onto the counter", (DOWN,)),
-    (rf"(?:to|towards?) (?:the |their |his |her )?(?P<to>left|right)(?![- ]?hand|most)(?! of\b| (?:arm|palm|wrist))"
-     rf"|(?:first |back |^)(?P<then>left|right)(?![- ]?hand| (?:arm|palm|wrist|away))"
-     rf"|{_GO} (?:(?:it|them|the \w+|\w+ly) )?(?P<go>left|right)(?= *$| and| then| before| in\b| on\b| across| over)"
-     rf"|(?P<ward>left|right)wards?", ()),
-    (r"counter-?clockwise|anti-?clockwise", (COUNTERCLOCKWISE,)),
-    (r"(?<!counter)(?<!counter-)(?<!anti)(?<!anti-)clockwise", (CLOCKWISE,)),
-    (r"upwards?|(?<!pick )(?<!picks )(?<!picking )up(?= and down| high|$| in\b| into the air| off\b| from\b| then)"
-     r"|(?:lift|rais)(?:e|es|s|ing)?\b", (UP,)),
-    (r"downwards?|(?:lower)(?:s|ing)?\b(?! (?:left|right|centre|center|side|part|half))"
-     r"|(?<!put )(?<!puts )down(?=$| onto| to the (?:table|counter)| then)", (DOWN,)),
-    (r"(?<!throw )(?<!throws )(?<!put )(?<!puts )(?<!right )(?<!straight )(?<!take )(?<!takes )away\b"
-     r"|farther|further off", (AWAY,)),
-    (rf"closer|nearer|(?:toward|towards) {_SELF}\b", (CLOSER,)),
-    (r"still(?! \w+ing)|motionless|immobile|stationary|idle|idly|unmoving|does(?: not|n't) move|stays? put|at rest"
-     r"|rest(?:s|ing)?\b(?! (?:of|the|his|her)\b)", (STILL,)),
-    (r"twice|two (?:quick )?(?:times|taps|touches)|two quick", (TWICE,)),
-    (r"(?<!at )once(?! (?:the|again|more|it|they|he|she|all|every))|one (?:slow|single) (?:time|tap|touch)", (ONCE,)),
-    (r"out of (?:sight|view|frame)|not visible|invisible|unseen|hidden|off[- ]?screen|not in (?:view|sight)",
-     (ABSENT,)),
-    (r"(?<!without )(?<!not )(?:touch(?:es|ing)?(?! nothing)|in contact|grasp(?:s|ing)?|grip(?:s|ping)?|grab(?:s|bing)?"
-     r"|hold(?:s|ing)?(?! still)|clutch(?:es|ing)?)\b", (CONTACT,)),
-    (r"releas(?:e|es|ing)|let(?:s|ting)? go", (RELEASE,)),
-    (r"(?:come|move|brought|closing) together|towards each other", (CLOSING,)),
-    (r"(?:mov|draw|pull)(?:e|es|s|ing)? apart|away from each other", (PARTING,)),
-]  # fmt: skip
-# One expression with a group for each pattern, which tells what matched: of two that match at a place the first wins.
-_CLAIM = re.compile("|".join(rf"(?P<c{i}>\b(?:{pattern}))" for i, (pattern, _) in enumerate(_PATTERNS)))
 
 
 @dataclass(frozen=True)
@@ -601,33 +586,34 @@ class Claim:
     """One statement about a hand, or about the action where no hand is named."""
 
     sides: tuple[str, ...]  # empty: the hand that acts
-    what: str  # a direction of egohod.hod.facts, or one of the words above
+    what: str  # of STATEMENTS in vocabulary.py
     words: str  # as the caption has it
 
 
-def claims(text: str) -> list[Claim]:
+def claims(text: str, vocabulary: Vocabulary | None = None) -> list[Claim]:
     """All statements of a caption about motion and contact, in order."""
+    vocabulary = vocabulary or load_vocabulary()
     statements = []
-    for clause in clauses(text):
-        for match in _CLAIM.finditer(clause.text):
-            side = match["to"] or match["then"] or match["go"] or match["ward"]
-            number = next(i for i in range(len(_PATTERNS)) if match[f"c{i}"] is not None)
-            for what in (side,) if side else _PATTERNS[number][1]:
-                statements.append(Claim(clause.sides, what, match.group()))
+    for clause in clauses(text, vocabulary):
+        for match in vocabulary.claims.finditer(clause.text):
+            assert match.lastgroup is not None
+            number = int(match.lastgroup[1:])
+            for what in vocabulary.claim_kinds[number]:
+                statements.append(Claim(clause.sides, match[f"s{number}"] if what == SIDE else what, match.group()))
     return statements
 
 
-def unsupported_claims(caption: str, source: str, facts: ClipFacts, min_seen: float) -> tuple[list[str], int]:
+def unsupported_claims(
+    caption: str, source: str, facts: ClipFacts, min_seen: float, vocabulary: Vocabulary | None = None
+) -> tuple[list[str], int]:
     """What the tracks do not support, as reasons; and the number of statements.
 
     A caption that names no hand although one acts is no hand-object narration. A hand's motion or contact in the source
     is accepted without the tracks; where it names no hand it speaks of the one that acts.
     """
-    before, statements = claims(source), claims(caption)
+    before, statements = claims(source, vocabulary), claims(caption, vocabulary)
     reasons: list[str] = []
-    named, in_source = (
-        {side for clause in clauses(text) if clause.named for side in clause.sides} for text in (caption, source)
-    )
+    named, in_source = (set(sides(text, vocabulary)) for text in (caption, source))
     absent = {side for claim in statements if claim.what == ABSENT for side in claim.sides}
     hands = {side: hand for side, hand in facts.hands.items() if hand.seen >= min_seen}
     if facts.acting in hands and not named:
@@ -693,10 +679,11 @@ def _unsupported_of_hand(
 
 def _is_about(words: str, distance: float | None) -> bool:
     """Whether a distance in words is a measured one, in metres."""
-    number = re.search(r"[0-9.]+", words)
-    assert number, "the pattern has one"
-    stated = float(number[0]) / (100 if "c" in words else 1)
-    return distance is not None and distance / _ROUGHLY <= stated <= distance * _ROUGHLY
+    stated = re.search(r"([0-9]+(?:\.[0-9]+)?) ?([a-z]+)", words)
+    if stated is None:  # a user's pattern: such a statement has nothing that could be compared
+        return True
+    metres = float(stated[1]) * next(size for unit, size in _UNITS if stated[2].startswith(unit))
+    return distance is not None and distance / _ROUGHLY <= metres <= distance * _ROUGHLY
 
 
 def _centimetres(distance: float | None) -> str:

@@ -183,10 +183,36 @@ class CheckConfig:
         0.1, "a hand that was detected in a smaller share of the frames may not be mentioned", low=0, high=1
     )
     # Each half can be switched off: narrations may be in another language, videos without usable boxes.
+    vocabulary: str | None = knob(
+        None, "YAML file that adds to the words and patterns of the check, or replaces some; null for none"
+    )
     words: bool = knob(True, "compare verbs, objects and sides with the narration before")
     tracks: bool = knob(True, "compare hands, directions and contact with the tracks")
     language: float = knob(0.6, "least share of English words in a caption; 0 allows any language", low=0, high=1)
     ask_again: bool = knob(True, "request a refused caption once more, with the reasons, before the template is used")
+    # --- a second opinion ---
+    judge: str = knob(
+        "none",
+        "a model's second opinion on the captions of language models: none; endpoint, a chat server; cross_encoder, a "
+        "model for natural-language inference in judge_folder",
+        choices=("none", "endpoint", "cross_encoder"),
+    )
+    judge_mode: str = knob(
+        "both",
+        "rescue: the judge may pass captions that only the word rules refuse; veto: it may refuse captions that the "
+        "rules pass; both",
+        choices=("rescue", "veto", "both"),
+    )
+    judge_endpoint: str | None = knob(None, "base address of the judge's server; null is the narrator's, with its key")
+    judge_api_key_env: str | None = knob(None, "environment variable with the key of judge_endpoint; null sends none")
+    judge_model: str = knob("", "the server's name for the judge's model; empty is the narrator's on its own server")
+    judge_prompt: str | None = knob(None, "Jinja file of the judge's prompt; null is configs/hod/prompts/judge.jinja")
+    judge_folder: str | None = knob(
+        None, "cross_encoder: folder of the model and its tokenizer, safetensors only; nothing is downloaded"
+    )
+    judge_threshold: float = knob(
+        0.5, "cross_encoder: least probability of entailment for a caption to be entailed", low=0, high=1
+    )
 
 
 @dataclass
@@ -262,6 +288,8 @@ def check(config: HodConfig) -> list[tuple[str, str]]:
     if "fine" not in captions or len(set(captions)) < len(captions):
         why = "names one twice" if "fine" in captions else "must hold fine, the column text of the output"
         problems.append(("narrator.captions", f"narrator.captions is [{', '.join(captions)}], but {why}"))
+    if config.check.judge != "none" and config.narrator.kind == "template":
+        problems.append(("check.judge", "check.judge judges language models only, and narrator.kind is template"))
     columns = (*COLUMNS, *(name for name in FURTHER_CAPTIONS if name in captions))
     for name in dict.fromkeys(config.keep):
         if name in columns or config.keep.count(name) > 1:

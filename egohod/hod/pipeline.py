@@ -49,6 +49,7 @@ from egohod.hod.config import COLUMNS, FURTHER_CAPTIONS, HodConfig
 from egohod.hod.detectors import Detector, check_boxes, detector_class, make_detector, typed_options
 from egohod.hod.facts import ClipFacts, camera_shifts, facts_of, without_rare
 from egohod.hod.hands3d import Hands3d
+from egohod.hod.judge import Judging, judge_settings, make_judging
 from egohod.hod.narrators import (
     Cost,
     Narration,
@@ -61,6 +62,7 @@ from egohod.hod.narrators import (
 )
 from egohod.hod.narrators.template import TemplateNarrator
 from egohod.hod.store import Finished, Outcome, Results, Shard, Store, from_plain, text_file, to_plain
+from egohod.hod.vocabulary import load_vocabulary
 from egohod.runtime import Lost, Progress, Workers, atomic_write, content_hash, file_hash, is_above_share
 
 log = logging.getLogger(__name__)
@@ -431,7 +433,7 @@ class Pipeline:
         """
         # Read back from the store: most clips may have been done by earlier runs.
         narrator, narrations, failures, fallbacks, without_hand = self.cfg.narrator.kind, 0, 0, 0, 0
-        narrators, refusals, tokens = (Counter[str]() for _ in range(3))
+        narrators, refusals, tokens, judged = (Counter[str]() for _ in range(4))
         further = {name: Counter[str]() for name in self._further}
         for _, _, outcome in self._final(shard):
             fallbacks += outcome.is_fallback
@@ -446,6 +448,9 @@ class Pipeline:
             refusals.update({reason.partition(":")[0] for reason in checked["refusals"]})
             tokens.update(prompt=checked["prompt_tokens"], completion=checked["completion_tokens"])
             without_hand += not sides(checked["text"])
+            for opinion in checked["opinions"] if self.cfg.check.judge != "none" else ():
+                said = {None: "no answer", False: "not entailed", True: "entailed"}[opinion["entailed"]]
+                judged.update(["passed what the rules refuse" if opinion["overruled"] else said])
             for name, counter in further.items():
                 counter.update(["written" if checked[name] else "none"])
                 counter.update(f"refused for {reason.partition(':')[0]}" for reason in checked[f"{name}_refusals"])
@@ -456,6 +461,7 @@ class Pipeline:
         notes = []
         counters = {"by": narrators, "captions refused for": refusals, "tokens:": +tokens}
         counters |= {f"{name} captions:": counter for name, counter in further.items()}
+        counters["judge:"] = judged
         for what, counter in counters.items():
             if counter:
                 notes.append(f"{what} " + ", ".join(f"{name} {count:,}" for name, count in counter.most_common()))
@@ -638,6 +644,7 @@ def build(cfg: HodConfig, *, retry: bool = False, save: bool = False) -> Pipelin
     inputs = {"source.metadata": cfg.source.metadata, "source.exclude": cfg.source.exclude}
     inputs |= {f"detector.options.{name}": value for name, value in cfg.detector.options.items()}
     inputs |= {"narrator.prompt": cfg.narrator.prompt, "tracks.hands3d": cfg.tracks.hands3d}
+    inputs |= {f"check.{name}": getattr(cfg.check, name) for name in ("vocabulary", "judge_prompt")}
     outputs = [store.output.resolve(), store.failures.resolve()]  # a link may lead to an input too
     for name, path in inputs.items():
         if isinstance(path, str) and path and Path(path).resolve() in outputs:
@@ -962,14 +969,24 @@ class NarrateStage(Stage):
 class CheckStage(Stage):
     """Judges the narrations; what is refused is narrated once more, or by the template."""
 
-    name, version, reads_text = CHECK, 5, True
+    name, version, reads_text = CHECK, 6, True
 
     def __init__(self, cfg: HodConfig, source: ClipReader, before: Mapping[str, Stage]) -> None:
         # The narrator is shared: it answers what the check refuses, and a server that is down is noticed once.
         narrate = before[NARRATE]
         assert isinstance(narrate, NarrateStage), "the check comes after the narrator"
         self._narrate, self.group = narrate, narrate.group
-        self.settings = vars(cfg.check)
+        self._cfg = cfg
+        # The content of files instead of their places, and of the judge what its verdicts depend on.
+        files = ("vocabulary", *(name for name in vars(cfg.check) if name.startswith("judge")))
+        rules = {name: value for name, value in vars(cfg.check).items() if name not in files}
+        vocabulary = load_vocabulary(cfg.check.vocabulary, fresh=True).identity
+        self.settings = {**rules, "vocabulary": vocabulary, **judge_settings(cfg)}
+
+    @functools.cached_property
+    def _judging(self) -> Judging | None:
+        """The judge, made when it is first needed, as the narrator is."""
+        return make_judging(self._cfg)
 
     def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Outcome]]:
         """See :class:`Stage`."""
@@ -978,7 +995,8 @@ class CheckStage(Stage):
         template = TemplateNarrator(self._narrate.cfg.narrator)
         settings, requests = self._narrate.cfg.check, [request for _, request in ready]
         checks = check_narrations(
-            requests, narrations, self._narrate.narrator, settings, template, self._narrate.cfg.narrator.captions
+            *(requests, narrations, self._narrate.narrator, settings, template),
+            *(self._narrate.cfg.narrator.captions, self._judging),
         )
         for number, checked in checks:
             if checked.text is None:

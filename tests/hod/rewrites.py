@@ -6,20 +6,33 @@ corpus of a class that neither text has, which the rewrites never put for it the
 
 from __future__ import annotations
 
+import argparse
 import ast
 import collections
 import csv
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import simplemma
 
+from egohod.config import PROJECT
 from egohod.data.table import swap_sides
+from egohod.hod.check import Verdict, compare_words
+from egohod.hod.config import load
+from egohod.hod.judge import make_judging
+from egohod.hod.vocabulary import load_vocabulary
 
 ROWS, SEED = 300, 0
+_KINDS = {
+    "sides": "sides swapped",
+    "verb": "verb replaced",
+    "object": "object replaced",
+    "added": "an action added",
+}
 
 
 def _words(text: str) -> frozenset[str]:
@@ -102,6 +115,14 @@ class Corpus:
         )
         return re.sub(rf"\b{word}\b", _inflected(other, word, kind), text, flags=re.IGNORECASE)
 
+    def with_added_verb(self, row: dict[str, str], rng: random.Random) -> str:
+        """The rewrite, after which a further action is done with the same thing."""
+        text = row["narration_en_hand_prompt"]
+        own = [self.verb_classes.get(lemma(each), set()) for each in _tokens(row["narration_en"] + " " + text)]
+        seen = set[int]().union(*own)
+        verb = rng.choice([each for each in self.verbs if not self.verb_classes[each] & seen])
+        return f"{text.rstrip(' .')}, and then {_inflected(verb, 'takes', 'verb')} it."
+
     @staticmethod
     def _words(text: str, kind: str) -> list[str]:
         words = [match.group().lower() for match in _WORD.finditer(text)]
@@ -117,18 +138,72 @@ class Corpus:
         ]
 
 
-def measure(corpus: Corpus, passes: Callable[[str, str], bool], seed: int = SEED) -> dict[str, tuple[float, int]]:
-    """(share that passes, number) of the held rows' rewrites and of each kind of falsified copies."""
+@dataclass(frozen=True)
+class Pair:
+    """A narration and a text that is judged against it."""
+
+    kind: str  # rewrites, or how the rewrite was falsified
+    source: str
+    text: str
+
+
+def pairs(corpus: Corpus, seed: int = SEED) -> list[Pair]:
+    """The held rows' rewrites, and their falsified copies of each kind."""
     rng = random.Random(seed)
-    passed = collections.defaultdict[str, list[bool]](list)
+    # Of its own, so that the copies of the other kinds do not depend on this one.
+    more = random.Random(f"added {seed}")
+    made = []
     for row in corpus.held:
-        source = row["narration_en"]
-        passed["rewrites"].append(passes(source, row["narration_en_hand_prompt"]))
-        for kind in ("sides", "verb", "object"):
-            copy = corpus.falsified(row, kind, rng)
-            if copy is not None:
-                passed[kind].append(passes(source, copy))
+        source, rewrite = row["narration_en"], row["narration_en_hand_prompt"]
+        texts = {"rewrites": rewrite}
+        texts |= {kind: corpus.falsified(row, kind, rng) for kind in ("sides", "verb", "object")}
+        texts["added"] = corpus.with_added_verb(row, more)
+        made += [Pair(kind, source, text) for kind, text in texts.items() if text is not None]
+    return made
+
+
+def shares(judged: Iterable[tuple[Pair, bool]]) -> dict[str, tuple[float, int]]:
+    """(share that passes, number) of each kind."""
+    passed = collections.defaultdict[str, list[bool]](list)
+    for pair, passes in judged:
+        passed[pair.kind].append(passes)
     return {kind: (sum(each) / len(each), len(each)) for kind, each in passed.items()}
+
+
+def main() -> None:
+    """Print what rules, judge and both make of the 300 held rows; ``check.judge=...`` and other keys choose the judge.
+
+    A clip's facts are unknown here: the rules are those over words, and a judge gets the narration alone.
+    """
+    parser = argparse.ArgumentParser(description=main.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--annotations", type=Path, default=PROJECT.parent / "shared" / "annotations" / "egoexolearn")
+    parser.add_argument(
+        "knobs", nargs="*", help="such as check.judge=endpoint narrator.endpoint=http://127.0.0.1:8000/v1"
+    )
+    args = parser.parse_args()
+    cfg = load("configs/hod/default.yml", ["narrator.kind=llm", *args.knobs])
+    vocabulary = load_vocabulary(cfg.check.vocabulary)
+    every = pairs(Corpus(args.annotations))
+    rules = []
+    for pair in every:
+        reasons, score = compare_words(pair.text, pair.source, None, "", vocabulary)
+        rules.append(Verdict(score, tuple(reasons)))
+    columns = {"rules": shares((pair, each.passed) for pair, each in zip(every, rules, strict=True))}
+    judging = make_judging(cfg)
+    if judging is not None:
+        items = [(pair.source, None, pair.text, each) for pair, each in zip(every, rules, strict=True)]
+        # Of all pairs, asked once each: also of those that the mode leaves to the rules.
+        decided = list(judging.decide(items))
+        missing = sum(opinion.entailed is None for _, _, opinion in decided)
+        if missing:
+            print(f"{missing} of {len(every)} pairs have no answer of the judge; the rules decide on them")
+        columns["judge"] = shares((every[n], bool(opinion.entailed)) for n, _, opinion in decided)
+        columns[cfg.check.judge_mode] = shares((every[n], verdict.passed) for n, verdict, _ in decided)
+    print(f"{'':28}{'rows':>6}" + "".join(f"{name:>10}" for name in columns))
+    for kind, (_, count) in columns["rules"].items():
+        found = (column[kind][0] if kind == "rewrites" else 1 - column[kind][0] for column in columns.values())
+        label = "rewrites accepted" if kind == "rewrites" else f"rejected: {_KINDS[kind]}"
+        print(f"{label:28}{count:>6}" + "".join(f"{100 * share:.1f} %".rjust(10) for share in found))
 
 
 def lemma(word: str) -> str:
@@ -163,3 +238,7 @@ def _inflected(word: str, like: str, kind: str) -> str:
     if word.endswith(("s", "sh", "ch", "x", "z")):
         return word + "es"
     return word[:-1] + "ies" if word.endswith("y") and word[-2] not in "aeiou" else word + "s"
+
+
+if __name__ == "__main__":
+    main()

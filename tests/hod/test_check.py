@@ -231,16 +231,15 @@ def test_real_rewrites(shared: Path) -> None:
     """Rewrites of human narrations by a language model, and falsified copies; 300 rows that no rule was made on.
 
     The rows were drawn with seed 0 from all 5,375 whose two texts name the same sides; the word groups were made on the
-    others. The bound of the rewrites is what is reached, less than the 95 % aimed for: see docs/hod.md.
+    others. The bound of the rewrites is what is reached, less than the 95 % aimed for: see docs/hod.md. There is no
+    target for added actions, which pass where they have a synonym in the narration.
     """
-    shares = rewrites.measure(
-        rewrites.Corpus(shared / "annotations" / "egoexolearn"), lambda s, c: not compare_words(c, s, None, "")[0]
-    )
+    pairs = rewrites.pairs(rewrites.Corpus(shared / "annotations" / "egoexolearn"))
+    shares = rewrites.shares((pair, not compare_words(pair.text, pair.source, None, "")[0]) for pair in pairs)
     print({kind: (round(share, 4), count) for kind, (share, count) in shares.items()})
-    assert shares["rewrites"][0] >= 0.89
-    assert shares["sides"][0] <= 0.04
-    assert shares["object"][0] <= 0.05
-    assert shares["verb"][0] <= 0.05
+    assert shares["rewrites"][0] >= 0.92
+    assert all(shares[kind][0] <= 0.05 for kind in ("sides", "verb", "object"))
+    assert shares["added"][0] <= 0.15
     assert min(count for _, count in shares.values()) >= 280
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -39,6 +39,7 @@ from egohod.hod.facts import (
 )
 
 if TYPE_CHECKING:
+    from egohod.hod.judge import Judging, Opinion
     from egohod.hod.narrators.template import TemplateNarrator
 
 log = logging.getLogger(__name__)
@@ -215,6 +216,7 @@ class Checked:
     opposite_refusals: tuple[str, ...] = ()  # why the narrator's opposite was refused; then it is the rules', if any
     coarse: str | None = None  # what is done, without hands and directions; None where none passes
     coarse_refusals: tuple[str, ...] = ()  # why the narrator's was refused; then it is the template's, if any
+    opinions: tuple[Opinion, ...] = ()  # the judge's, on each caption of the narrator that it was asked about
 
 
 def check_narrations(
@@ -224,6 +226,7 @@ def check_narrations(
     settings: CheckConfig,
     template: TemplateNarrator,
     captions: Sequence[str] = ("fine",),
+    judging: Judging | None = None,
 ) -> Iterator[tuple[int, Checked]]:
     """Check the first narration of each request, and replace those that are refused.
 
@@ -231,7 +234,8 @@ def check_narrations(
     would repeat it). If that is refused too, ``template`` narrates the source, and if that fails, the facts alone.
     ``captions`` are those of the settings. A caption's opposite is the narrator's, which may be none; for captions of
     the template, and where the narrator's is refused, it is the rules'. The coarse caption is the narrator's, whoever
-    wrote the fine one, else the template's. Neither costs a second request, nor the fine caption.
+    wrote the fine one, else the template's. Neither costs a second request, nor the fine caption. ``judging`` adds
+    a judge's opinion to the verdicts on the narrator's captions.
     Yields (index of the request, result) once for each, as soon as it is decided. Raises what the narrator raises, and
     AssertionError if it leaves a request without an answer.
     """
@@ -239,6 +243,7 @@ def check_narrations(
     answers: list[list[Narration]] = [[] for _ in requests]
     refusals: list[tuple[str, ...]] = [() for _ in requests]
     refused: list[int] = []
+    opinions: list[tuple[Opinion, ...]] = [() for _ in requests]
     undecided = set(range(len(requests)))
 
     def second_answers() -> Iterator[tuple[int, Narration]]:
@@ -253,7 +258,9 @@ def check_narrations(
         own = answers[number]
         undecided.remove(number)
         tokens = sum(answer.prompt_tokens for answer in own), sum(answer.completion_tokens for answer in own)
+        # By a judge either: where it had no answer the rules alone have decided.
         unanswered = any(answer.problem is not None for answer in own)
+        unanswered = unanswered or any(opinion.entailed is None for opinion in opinions[number])
         opposite = coarse = None
         opposite_faults, coarse_faults = tuple[str, ...](), tuple[str, ...]()
         if "opposite" in captions and text is not None:
@@ -279,14 +286,32 @@ def check_narrations(
                         coarse = candidate
                         break
                     coarse_faults += reasons
-        further = opposite, opposite_faults, coarse, coarse_faults
-        return number, Checked(text, who, verdict, len(own), refusals[number], *tokens, unanswered, *further)
+        kinds = opposite, opposite_faults, coarse, coarse_faults
+        return number, Checked(
+            *(text, who, verdict, len(own), refusals[number], *tokens, unanswered, *kinds, opinions[number])
+        )
+
+    def verdicts(numbered: Iterable[tuple[int, Narration]]) -> Iterator[tuple[int, Narration, Verdict]]:
+        """Each answer with its verdict; those that the judge is asked about come last, together."""
+        asked: list[tuple[int, Narration, Verdict]] = []
+        for number, answer in numbered:
+            request, verdict = requests[number], Verdict(0.0, (answer.problem or "no answer",))
+            if answer.text is not None:
+                verdict = check(answer.text, request.source, request.facts, settings, instructions)
+                if judging is not None and judging.asks(verdict):
+                    asked.append((number, answer, verdict))
+                    continue
+            yield number, answer, verdict
+        if judging is not None:
+            items = [(requests[n].source, requests[n].facts, answer.text or "", each) for n, answer, each in asked]
+            for place, verdict, opinion in judging.decide(items):
+                number, answer, _ = asked[place]
+                opinions[number] += (opinion,)
+                yield number, answer, verdict
 
     # The second answers are requested after all of the first are checked: their requests are then full.
-    for number, answer in itertools.chain(enumerate(narrations), second_answers()):
-        request, verdict = requests[number], Verdict(0.0, (answer.problem or "no answer",))
-        if answer.text is not None:
-            verdict = check(answer.text, request.source, request.facts, settings, instructions)
+    every = itertools.chain(verdicts(enumerate(narrations)), verdicts(second_answers()))
+    for number, answer, verdict in every:
         answers[number].append(answer)
         refusals[number] += verdict.reasons
         if verdict.passed:

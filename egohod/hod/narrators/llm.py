@@ -406,12 +406,12 @@ class ChatFormat:
         # Once: to prepare one takes longer than to validate an answer.
         self._validator = jsonschema.Draft202012Validator(self._schema)
         self._names = ["caption", *(name for name in FURTHER_CAPTIONS if name in settings.captions)]
-        self._prompt = _read_prompt(prompt or prompt_path(settings), _BLOCKS)
+        self._prompt = read_prompt(prompt or prompt_path(settings), _BLOCKS)
         prompts = [path for name, path in FURTHER_PROMPTS.items() if name in settings.captions]
-        every = [self._prompt, *(_read_prompt(path, _BLOCKS[:2]) for path in prompts)]
+        every = [self._prompt, *(read_prompt(path, _BLOCKS[:2]) for path in prompts)]
         # Rendered once, and first in every request: servers cache the prefix that requests have in common.
         more = {"captions": settings.captions}
-        texts = [_render(each, block, more) for each in every for block in _BLOCKS[:2]]
+        texts = [render_prompt(each, block, more) for each in every for block in _BLOCKS[:2]]
         self.instructions, self.system = "\n\n".join(texts[::2]), "\n\n".join(texts)
 
     def batches(self, count: int) -> list[range]:
@@ -433,7 +433,7 @@ class ChatFormat:
             }
             for number, request in enumerate(requests, 1)
         ]
-        text = _render(self._prompt, "request", {"clips": clips})
+        text = render_prompt(self._prompt, "request", {"clips": clips})
         content: str | list[dict[str, Any]] = text
         if settings.kind == "vlm":
             content = [{"type": "text", "text": text}]
@@ -457,17 +457,7 @@ class ChatFormat:
         }
         if settings.model:
             body["model"] = settings.model
-        # Servers disagree on where the schema is.
-        schema = {"name": "captions", "strict": True, "schema": self._schema}
-        formats: dict[str, dict[str, Any]] = {
-            "json_schema": {"response_format": {"type": "json_schema", "json_schema": schema}},
-            "json_object_schema": {"response_format": {"type": "json_object", "schema": self._schema}},
-            "structured_outputs": {"structured_outputs": {"json": self._schema}},
-            "guided_json": {"guided_json": self._schema},
-            "json_object": {"response_format": {"type": "json_object"}},
-            "none": {},
-        }
-        return body | formats[settings.answer_format]
+        return body | response_format(settings.answer_format, "captions", self._schema)
 
     def narrations(self, answer: Answer, count: int) -> list[Narration]:
         """One narration for each clip of the batch."""
@@ -514,7 +504,21 @@ class LanguageModelNarrator:
             yield from zip(batch, self._format.narrations(answer, len(batch)), strict=True)
 
 
-def _read_prompt(path: Path, blocks: Sequence[str]) -> jinja2.Template:
+def response_format(answer_format: str, name: str, schema: dict[str, Any]) -> dict[str, Any]:
+    """What a request says about the schema of its answer: servers disagree on where that is."""
+    named = {"name": name, "strict": True, "schema": schema}
+    formats: dict[str, dict[str, Any]] = {
+        "json_schema": {"response_format": {"type": "json_schema", "json_schema": named}},
+        "json_object_schema": {"response_format": {"type": "json_object", "schema": schema}},
+        "structured_outputs": {"structured_outputs": {"json": schema}},
+        "guided_json": {"guided_json": schema},
+        "json_object": {"response_format": {"type": "json_object"}},
+        "none": {},
+    }
+    return formats[answer_format]
+
+
+def read_prompt(path: Path, blocks: Sequence[str]) -> jinja2.Template:
     """The prompt in a file, which must have these blocks. Raises :class:`UserError`."""
     try:
         source = path.read_text(encoding="utf-8-sig")
@@ -528,7 +532,8 @@ def _read_prompt(path: Path, blocks: Sequence[str]) -> jinja2.Template:
     return prompt
 
 
-def _render(prompt: jinja2.Template, block: str, values: dict[str, Any]) -> str:
+def render_prompt(prompt: jinja2.Template, block: str, values: dict[str, Any]) -> str:
+    """A block of a prompt with these values. Raises :class:`UserError` where that fails."""
     context = prompt.new_context({"clips": [], **values})
     try:
         return "".join(prompt.blocks[block](context)).strip()
@@ -536,17 +541,22 @@ def _render(prompt: jinja2.Template, block: str, values: dict[str, Any]) -> str:
         raise UserError(f"{prompt.filename}: {type(error).__name__}: {error}") from error
 
 
-def _captions(
-    text: str, validator: jsonschema.Draft202012Validator, names: Sequence[str], count: int
-) -> tuple[dict[int, dict[str, str | None]], str | None]:
-    """The captions ``names`` of each of ``count`` clips, and the problem of the answer as a whole."""
-    # The answer follows the reasoning. Some chat templates open that in the prompt, so that only its end is here;
-    # reasoning without an end is no answer, whatever drafts are in it.
+def without_reasoning(text: str) -> str:
+    """The part of a model's text that follows its reasoning, which may be nothing."""
+    # Some chat templates open the reasoning in the prompt, so that only its end is here; reasoning without an end is no
+    # answer, whatever drafts are in it.
     marks = list(_REASONING.finditer(text))
     closing = [mark.end() for mark in marks if mark.group(1)]
     start = closing[-1] if closing else 0
     unclosed = [mark.start() for mark in marks if mark.start() >= start]
-    text = text[start : unclosed[0] if unclosed else None]
+    return text[start : unclosed[0] if unclosed else None]
+
+
+def _captions(
+    text: str, validator: jsonschema.Draft202012Validator, names: Sequence[str], count: int
+) -> tuple[dict[int, dict[str, str | None]], str | None]:
+    """The captions ``names`` of each of ``count`` clips, and the problem of the answer as a whole."""
+    text = without_reasoning(text)
     if not text.strip():
         return {}, "nothing follows the model's reasoning"
     valid, problem = None, None
