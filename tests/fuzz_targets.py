@@ -664,7 +664,7 @@ def _hod() -> HodConfig:
     """With relative paths: results are stored under a hash of their inputs, which has the path of the detections."""
     cfg = HodConfig(output="out/hod.csv", frames=4, block=2, workers=0, decoder="pyav")
     cfg.source.metadata, cfg.source.root = "in/hod.csv", "in"
-    cfg.detector.kind, cfg.detector.options, cfg.tracks.camera = "detections", {"path": "in/boxes.parquet"}, False
+    cfg.detector.kind, cfg.detector.options, cfg.tracks.camera = "detections", {"path": "in/boxes.parquet"}, "none"
     return cfg
 
 

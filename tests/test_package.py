@@ -65,7 +65,7 @@ def test_the_overview_needs_no_library_and_the_package_no_torch() -> None:
 
 def test_commands_need_no_extra_but_their_own() -> None:
     extras = {"decord", "torchcodec", "requests", "jsonschema", "simplemma", "s3fs", "h5py", "tensorboard"}
-    extras |= {"fastapi", "uvicorn", "pydantic", "metaworld"}
+    extras |= {"cv2", "fastapi", "uvicorn", "pydantic", "metaworld"}
     code = (
         "import contextlib, io, sys\n"
         f"sys.modules.update(dict.fromkeys({extras}))\n"

@@ -41,6 +41,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--idle_rests", action="store_true", help=rests)
     version = "5: tidy counter and level camera; 6: clutter, rotation, zoom, blur, varying speed (default: %(default)s)"
     add("--world_version", type=int, default=DEFAULT.version, choices=list(VERSIONS), help=version)
+    add("--roll", type=float, metavar="DEGREES", help="how far the head slowly turns either way (default: up to 3)")
+    add("--zoom", type=float, metavar="PER_CENT", help="how far the camera slowly zooms in and out (default: up to 4)")
     add("--workers", type=int, default=None, help="rendering processes (default: one per core)")
     add("--splits", default=",".join(SPLITS), help="which of train, val and test, comma-separated (default: all)")
     add("--preview", type=Path, metavar="FILE", help="draw a few clips instead of a world: .png or .webp")
@@ -52,7 +54,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     log_to_stdout()
-    variant = Variant(args.objects, args.reach, args.event_spread, args.idle_rests, args.world_version)
+    variant = Variant(
+        args.objects, args.reach, args.event_spread, args.idle_rests, args.world_version, args.roll, args.zoom
+    )
     splits = [split.strip() for split in args.splits.split(",") if split.strip()]
     if args.preview:
         if not args.dry_run:

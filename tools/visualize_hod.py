@@ -6,8 +6,10 @@
 
 Give the configuration and the --metadata, --root and --output of the run, which may still be in progress. --page is one
 HTML file with filters for all that --where takes, also where there is no network; --sheet is a picture; --film shows
-the sampled frames of the first clip with boxes and growing tracks, at the speed of the clip. --clips counts the rows of
-the metadata from 1; without it --number clips are chosen at random with --seed, of those that fit every --where:
+the sampled frames of the first clip with boxes and growing tracks, at the speed of the clip. --stabilised draws the
+tracks of a sheet twice, as seen in the moving picture and with the camera's motion removed, and says how far the
+background moves in either. --clips counts the rows of the metadata from 1; without it --number clips are chosen at
+random with --seed, of those that fit every --where:
 
     --where hand=left,right      the acting hand: left, right or none
     --where touches=surface      what a hand touches: object, other object, surface, ..., or nothing
@@ -44,6 +46,7 @@ from egohod.data.videos import VideoError
 from egohod.errors import UserError, nearest
 from egohod.evaluation.page import data_uri, jpeg, render
 from egohod.hod import config
+from egohod.hod.camera import background_motion
 from egohod.hod.config import NARRATORS, HodConfig
 from egohod.hod.draw import write_film
 from egohod.hod.facts import (
@@ -59,8 +62,20 @@ from egohod.hod.facts import (
     STILL,
     UP,
     ClipFacts,
+    facts_of,
 )
-from egohod.hod.pipeline import CHECK, DETECT, STAGES, TRACK, Pipeline, build, open_videos, source_text
+from egohod.hod.pipeline import (
+    CHECK,
+    DETECT,
+    STAGES,
+    TRACK,
+    Pipeline,
+    box_table,
+    build,
+    camera_of,
+    open_videos,
+    source_text,
+)
 from egohod.hod.store import Outcome, from_plain
 from egohod.runtime import Progress, atomic_write, write_text
 
@@ -93,6 +108,8 @@ class ClipView:
     verdict: str
     traits: Mapping[str, Sequence[str]]  # by filter, see traits_of
     note: str = ""  # the check's reasons
+    raw: ClipFacts | None = None  # with --stabilised: the facts with the camera's motion left in
+    background: tuple[float, float] = (np.nan, np.nan)  # how far it moves a frame, as seen and stabilised; widths
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -100,7 +117,7 @@ def main(arguments: Sequence[str]) -> int:
     overrides = {"source.metadata": args.metadata, "source.root": args.root, "output": args.output}
     knobs = [f"{name}={value}" for name, value in overrides.items() if value is not None]
     pipeline = build(config.load(args.config_file, [*knobs, *args.overrides]))
-    clips = collect(pipeline, _choose_clips(pipeline, args))
+    clips = collect(pipeline, _choose_clips(pipeline, args), args.stabilised)
     if args.no_frames:
         clips = [replace(view, pictures=np.full_like(view.pictures, 255)) for view in clips]
     if args.page:
@@ -141,12 +158,15 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     add("--number", type=int, default=24, metavar="N", help="number of random clips (default: 24)")
     add("--no_frames", action="store_true", help="draw on white instead of frames, for videos that may not be shown")
+    add("--stabilised", action="store_true", help="draw the tracks of a sheet with and without the camera's motion")
     add("--seed", type=int, default=0, help="of the random choice (default: 0)")
     args = parser.parse_intermixed_args(arguments)
     if args.clips and args.where:
         raise UserError("--clips names the clips: --where has no effect with it")
     if not (args.sheet or args.film or args.page):
         raise UserError("nothing to draw: give --page, --sheet or --film")
+    if args.stabilised and not args.sheet:
+        raise UserError("--stabilised is for a --sheet")
     for name, path, endings in (("sheet", args.sheet, _PICTURES), ("film", args.film, _FILMS), ("page", args.page, ())):
         if path is None:
             continue
@@ -296,8 +316,13 @@ def traits_of(outcomes: Mapping[str, Outcome], names: Collection[str]) -> dict[s
     return {name: traits[name] for name in names}
 
 
-def collect(pipeline: Pipeline, indices: Sequence[int]) -> list[ClipView]:
-    """Everything that is stored of some clips; without pictures where a video cannot be read."""
+def collect(pipeline: Pipeline, indices: Sequence[int], stabilised: bool = False) -> list[ClipView]:
+    """Everything that is stored of some clips; without pictures where a video cannot be read.
+
+    With ``stabilised`` also what their tracks and their background are without the removal of the camera's motion.
+    """
+    if stabilised and pipeline.cfg.tracks.camera == "none":
+        raise UserError("--stabilised needs the camera's motion, which tracks.camera=none does not measure")
     clips, source = [], open_videos(pipeline.cfg, pipeline.table)
     with pipeline.store.results(clips=pipeline.clips) as results:
         for index in indices:
@@ -327,6 +352,13 @@ def collect(pipeline: Pipeline, indices: Sequence[int]) -> list[ClipView]:
                 traits=traits,
                 note="; ".join(checked["refusals"]) if checked else "",
             )
+            if stabilised and view.facts is not None:
+                detected, times = values[DETECT], np.array(values[DETECT]["seconds"])
+                rows, camera = box_table(row.video_id, detected), camera_of(detected)
+                about = {"video_id": row.video_id, "start": row.start, "end": row.end, "aspect": detected["aspect"]}
+                view = replace(view, raw=facts_of(rows, times, params=pipeline.cfg.tracks, **about))
+                if len(pictures):
+                    view = replace(view, background=background_motion(pictures, times, rows, camera))
             clips.append(view)
     return clips
 
@@ -408,7 +440,19 @@ def frame(view: ClipView, number: int, height: int, until: int | None = None) ->
 
 
 def tracks(view: ClipView, height: int) -> Image.Image:
-    """The first frame under the tracks of hands (circles left, squares right) and object (a thin line)."""
+    """The first frame under the tracks of hands (circles left, squares right) and object (a thin line).
+
+    Where the view has the tracks with the camera's motion too, these come first, beside it.
+    """
+    if view.raw is not None:
+        pair = [tracks(replace(view, facts=facts, raw=None), height) for facts in (view.raw, view.facts)]
+        image = Image.new("RGB", (2 * pair[0].width + _GAP, height), _PAPER)
+        for number, (name, way) in enumerate(zip(("as seen", "stabilised"), view.background, strict=True)):
+            place = number * (pair[0].width + _GAP)
+            image.paste(pair[number], (place, 0))
+            text = name if np.isnan(way) else f"{name}: background moves {way:.2%} a frame"
+            ImageDraw.Draw(image).text((place + 5, 4), text, _INK, ImageFont.load_default(12))
+        return image
     # The first, since positions are relative to it: the camera's motion since then is removed from them.
     image = _resized(view.pictures[0], height)
     # Paler, so that lines of any colour stand out.

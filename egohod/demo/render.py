@@ -20,6 +20,7 @@ from egohod.demo.world import (
     DEFAULT,
     FPS,
     LID_HEIGHT,
+    MOST_SWAY,
     OTHER_HAND,
     REST,
     RGB,
@@ -29,6 +30,7 @@ from egohod.demo.world import (
     Clip,
     Kitchen,
     Pose,
+    Realism,
     Variant,
     Video,
     grip_point,
@@ -44,7 +46,7 @@ UNIT = 4  # sprites are drawn this many times larger than shown, then reduced
 SPRITE = 84  # an object's square, in canvas pixels
 HAND = (150, 330)  # a hand with its sleeve, in canvas pixels
 MARGIN = 32  # how far the counter reaches over the canvas on every side
-LENS_MARGIN = 48  # the same where the camera turns 10 degrees and zooms out to 0.9
+LENS_MARGIN = 48  # the same at least where the camera turns and zooms: enough for 10 degrees and 0.9
 
 # Strokes on a square of 100 x 100 units: shape, numbers (of a rect the corner radius first), fill and, if any, edge. A
 # colour that is a number is the object's own colour made darker or lighter by that factor.
@@ -317,6 +319,15 @@ def _paste(canvas: Image.Image, placed: Sequence[Placed], origin: tuple[int, int
     return canvas
 
 
+def _seen_beyond(realism: Realism) -> int:
+    """How many canvas pixels beyond the canvas a camera within its bounds sees, with the usual sway."""
+    angle, ways = math.radians(realism.roll), []
+    for side, other in (CANVAS, CANVAS[::-1]):
+        half = (side * math.cos(angle) + other * math.sin(angle)) / 2 + MOST_SWAY * CANVAS[0]
+        ways.append(half / realism.zoom[0] - side / 2)
+    return math.ceil(max(ways))
+
+
 class Stage:
     """A video's kitchen with its sprites; :meth:`frames` draws, :meth:`truth` only computes."""
 
@@ -327,7 +338,7 @@ class Stage:
         self.objects = {noun: draw_object(OBJECTS[noun], colour) for noun, colour in colours.items()}
         self.lids = {noun: draw_object(LIDS[noun], colour) for noun, colour in colours.items() if noun in LIDS}
         self.hands = {(grip, hand): draw_hand(grip, hand, kitchen) for grip in TIPS for hand in SIDE}
-        self.margin = LENS_MARGIN if video.clips[0].lens else MARGIN
+        self.margin = max(LENS_MARGIN, _seen_beyond(video.realism)) if video.clips[0].lens else MARGIN
         self.counter = draw_counter(kitchen, CANVAS, self.margin)
         # Under a lens, draw what does not move once a clip, and hand and object only when they move.
         self._scenery: tuple[Clip, Moment, Image.Image] | None = None

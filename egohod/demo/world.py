@@ -118,6 +118,7 @@ class Realism:
     """Seconds of motion blur."""
 
 
+MEAN_SHARE = 0.7  # of the bounds on roll and zoom: how far the mean of a clip may be from their middle
 VERSION = 6  # the default
 # Older versions stay renderable, byte for byte, so that their results can be reproduced. A change of pictures or texts
 # needs a new version.
@@ -142,6 +143,22 @@ class Variant:
     """Whether the other hand always rests in sight, so that no word about it distinguishes takes."""
     version: int = VERSION
     """Which of ``VERSIONS``. Takes, captions and questions are the same in all of them."""
+    roll: float | None = None
+    """How far the head slowly turns to either side of a clip's mean (degrees); None is the version's, at most 3."""
+    zoom: float | None = None
+    """How far the camera slowly zooms around a clip's mean (per cent); None is the version's, at most 4."""
+
+    @property
+    def realism(self) -> Realism:
+        """What its version adds, with the bounds that ``roll`` and ``zoom`` give the camera."""
+        realism = VERSIONS[self.version]
+        if self.roll is not None:
+            realism = replace(realism, roll=MEAN_SHARE * realism.roll + self.roll)
+        if self.zoom is not None:
+            middle, half = (realism.zoom[0] + realism.zoom[1]) / 2, (realism.zoom[1] - realism.zoom[0]) / 2
+            reach = MEAN_SHARE * half + self.zoom / 100
+            realism = replace(realism, zoom=(middle - reach, middle + reach))
+        return realism
 
     @property
     def nouns(self) -> list[str]:
@@ -350,14 +367,15 @@ def _clip(rng: np.random.Generator, kitchen: Kitchen, uid: str, start: int, take
     narration, hod = _narrations(rng, take, kitchen.nouns[noun], other)
     centre = 0.5 + (0.03 if hand == "right" else -0.03) + rng.uniform(-0.05, 0.05)
     tilt, size = rng.uniform(-10, 10), variant.reach * rng.uniform(0.9, 1.1)
-    sway = rng.uniform((0.004, 0.004, 0.15, 0.15, 0, 0), (0.012, 0.012, 0.45, 0.45, 6.28, 6.28)).tolist()
+    sway = rng.uniform((0.004, 0.004, 0.15, 0.15, 0, 0), (MOST_SWAY, MOST_SWAY, 0.45, 0.45, 6.28, 6.28)).tolist()
     return Clip(
         uid, start, frames, *take, other, distractors, centre, tilt, begin, end, size, tuple(sway), narration, hod
     )
 
 
-def _add_realism(rng: np.random.Generator, clip: Clip, kitchen: Kitchen, realism: Realism, spread: float) -> Clip:
+def _add_realism(rng: np.random.Generator, clip: Clip, kitchen: Kitchen, variant: Variant) -> Clip:
     """The clip with another speed and moment of its motion, clutter and a camera that turns and zooms."""
+    realism, spread = VERSIONS[variant.version], variant.event_spread
     verb, (slowest, fastest) = VERBS[clip.verb], realism.speed
     if verb.path == "tap":
         fastest = 1.0  # sixteen frames of a clip are too few to count faster touches
@@ -376,13 +394,18 @@ def _add_realism(rng: np.random.Generator, clip: Clip, kitchen: Kitchen, realism
     # Between the places of the distractors.
     places = rng.permutation((0.32, 0.5, 0.68)) + rng.uniform(-0.03, 0.03, 3)
     clutter = tuple((str(noun), float(x), rng.uniform(0.13, 0.17)) for noun, x in zip(spare, places, strict=False))
-    # The mean takes up to 70 % of the range, the slow oscillation around it the rest.
+    # The mean takes up to MEAN_SHARE of the range, the slow oscillation around it the rest.
     (low, high), roll = realism.zoom, realism.roll
     middle, half = (low + high) / 2, (high - low) / 2
     lens = rng.uniform(
-        (-0.7 * roll, middle - 0.7 * half, 0, 0, 0.15, 0.15, 0, 0),
-        (0.7 * roll, middle + 0.7 * half, 0.3 * roll, 0.3 * half, 0.45, 0.45, 6.28, 6.28),
+        (-MEAN_SHARE * roll, middle - MEAN_SHARE * half, 0, 0, 0.15, 0.15, 0, 0),
+        (MEAN_SHARE * roll, middle + MEAN_SHARE * half, 0.3 * roll, 0.3 * half, 0.45, 0.45, 6.28, 6.28),
     )
+    # After the draws, whose number is then the same in every variant.
+    if variant.roll is not None:
+        lens[2] = variant.roll
+    if variant.zoom is not None:
+        lens[3] = variant.zoom / 100
     return replace(
         clip, speed=speed, begin=begin, end=end, distractors=clutter + clip.distractors, lens=tuple(lens.tolist())
     )
@@ -395,15 +418,13 @@ def make_video(seed: int, split: str, number: int, clips: int = CLIPS_PER_VIDEO,
     rng = np.random.default_rng(key)
     name = f"{split}_{number:04d}"
     # A second stream for what versions add: kitchens, takes and captions stay the same.
-    realism, extra = VERSIONS[variant.version], np.random.default_rng((*key, 3))
+    realism, extra = variant.realism, np.random.default_rng((*key, 3))
     kitchen = _kitchen(rng, extra, key, f"kitchen_{name}", variant.nouns, realism.patches)
     takes = list[Clip]()
     for i, take in enumerate(_schedule(rng, number, variant)[:clips]):
         start = takes[-1].start + takes[-1].frames if takes else 0
         clip = _clip(rng, kitchen, f"demo_{name}_{i:02d}", start, take, variant)
-        takes.append(
-            clip if realism == Realism() else _add_realism(extra, clip, kitchen, realism, variant.event_spread)
-        )
+        takes.append(clip if realism == Realism() else _add_realism(extra, clip, kitchen, variant))
     return Video(f"demo_{name}", kitchen, tuple(takes), realism)
 
 
@@ -417,6 +438,7 @@ def make_split(seed: int, split: str, scale: float, variant: Variant = DEFAULT) 
 SIDE = {"left": -1, "right": 1}
 REST: dict[str, XY] = {"left": (0.2, 0.68), "right": (0.8, 0.68)}  # where an idle hand rests
 LID_HEIGHT = 0.075  # from a body's centre to its closed lid
+MOST_SWAY = 0.012  # how far the head moves the picture to a side
 REACH = 0.2  # share of a clip in which the hand reaches an object or leaves it
 
 

@@ -56,6 +56,7 @@ from egohod.demo.world import (
     SPLITS,
     VERBS,
     VERSIONS,
+    Realism,
     Variant,
     Video,
     make_split,
@@ -76,6 +77,7 @@ log = logging.getLogger(__name__)
 
 MAX_SCALE = 100
 MAX_REACH = 1.6  # beyond, motions leave the picture
+MAX_ROLL, MAX_ZOOM = 20.0, 30.0  # degrees and per cent; beyond, heads do not go in a second or two
 CHUNK_SECONDS = 15
 CHOICES = 5  # of a multiple choice question, as in EgoMCQ
 # One thread: there is a process for every core, and x264's bytes depend on their number. A key frame a second and no
@@ -191,11 +193,13 @@ def _read_world(out: Path, seed: int, scale: float, variant: Variant, replace: b
     Raises :class:`UserError` if the folder holds anything but a world of these settings.
     """
     settings: dict[str, Any] = {"seed": seed, "scale": scale, **asdict(variant)}
+    # What the version alone decides is not written: the files of a world that can do less stay as they are.
+    new = {key: value for key, value in settings.items() if value is not None}
     file = out / "world.json"
     if not file.exists():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out} is not an empty folder and holds no demo world; choose another folder")
-        return settings | {"done": dict.fromkeys(SPLITS, False)}
+        return new | {"done": dict.fromkeys(SPLITS, False)}
     try:
         world = json.loads(file.read_bytes())
         done = {split: bool(world["done"].get(split)) for split in SPLITS}
@@ -206,11 +210,11 @@ def _read_world(out: Path, seed: int, scale: float, variant: Variant, replace: b
     world = asdict(DEFAULT) | {"version": None} | world
     other = {key: value for key, value in settings.items() if world.get(key) != value}
     if replace and list(other) == ["version"]:
-        return settings | {"done": dict.fromkeys(SPLITS, False)}
+        return new | {"done": dict.fromkeys(SPLITS, False)}
     if other:
         held = ", ".join(f"{key} {world.get(key)} (requested: {value})" for key, value in other.items())
         raise UserError(f"{out} holds a demo world with {held}; choose another folder or remove it")
-    return settings | {"done": done}
+    return new | {"done": done}
 
 
 def _remove_other_version(out: Path, world: dict[str, Any]) -> None:
@@ -266,6 +270,11 @@ def plan(
         raise UserError(f"the spread of brief events must be from 0 to 1; got {variant.event_spread}")
     if variant.version not in VERSIONS:
         raise UserError(f"versions of the world are {', '.join(map(str, VERSIONS))}; got {variant.version}")
+    if VERSIONS[variant.version] == Realism() and (variant.roll, variant.zoom) != (None, None):
+        raise UserError(f"the camera of version {variant.version} of the world neither turns nor zooms")
+    if not (0 <= (variant.roll or 0) <= MAX_ROLL and 0 <= (variant.zoom or 0) <= MAX_ZOOM):
+        allowed = f"the camera may turn by 0 to {MAX_ROLL} degrees and zoom by 0 to {MAX_ZOOM} per cent"
+        raise UserError(f"{allowed}; got roll {variant.roll}, zoom {variant.zoom}")
     try:
         done = _read_world(out, seed, scale, variant, replace)["done"]
     except OSError as error:

@@ -68,7 +68,12 @@ class DetectorConfig:
 class TracksConfig:
     """Tracks from boxes."""
 
-    camera: bool = knob(True, "subtract the motion of the camera, estimated from the picture outside the boxes")
+    camera: str = knob(
+        "homography",
+        "remove the motion of the camera, estimated from the picture outside the boxes, as a shift, an affine map or a "
+        "homography; none leaves it in",
+        choices=("none", "shift", "affine", "homography"),
+    )
     min_score: float = knob(0.3, "boxes with a lower confidence are ignored", low=0, high=1)
     max_gap: float = knob(
         0.6, "longest interpolated gap without a box, in seconds; after a longer one a hand may be anywhere", low=0
@@ -84,6 +89,16 @@ class TracksConfig:
     hands3d: str | None = knob(
         None, "parquet file of 3-D hands, docs/hod.md: true distances, and depth for away and closer; null has none"
     )
+
+    @staticmethod
+    def convert_old_keys(section: dict[str, Any], below: dict[str, Any]) -> list[tuple[str, str]]:
+        """Replace a truth value of ``camera``, which was a switch, in place."""
+        old = str(section.get("camera")).lower()
+        new = "homography" if old in ("true", "yes", "on") else "none" if old in ("false", "no", "off") else None
+        if new is None:
+            return []
+        section["camera"] = new
+        return [(f"tracks.camera={old}", f"tracks.camera={new}")]
 
 
 @dataclass

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
 from egohod.data.detections import EDGES, NO_CONTACT, OTHER_PERSON, SELF_CONTACT, STATIONARY_OBJECT, UNKNOWN_STATE
+from egohod.hod.camera import move_boxes
 from egohod.hod.config import TracksConfig
 
 SIDES = ("left", "right")  # in the order of the sides' numbers in the table of detections
@@ -60,12 +60,12 @@ _Chain = dict[int, _Box]  # by sample
 
 
 def _build_tracks(
-    rows: pa.Table, seconds: np.ndarray, shifts: np.ndarray, params: TracksConfig
+    rows: pa.Table, seconds: np.ndarray, camera: np.ndarray, params: TracksConfig
 ) -> tuple[dict[str, Track], list[Track]]:
     """Link the boxes of one clip over time: hands by side, without those that are never detected, and objects.
 
     A row belongs to the nearest of ``seconds`` [T], which ascend without repeats, and is ignored if that is farther
-    than the samples are apart. ``shifts`` [T, 2] is the motion of the scene since the first (:func:`camera_shifts`).
+    than the samples are apart. ``camera`` [T, 3, 3] is as for :func:`facts_of`.
     """
     hands: list[list[list[_Box]]] = [[[] for _ in seconds] for _ in SIDES]  # by side and sample
     objects: list[list[_Box]] = [[] for _ in seconds]
@@ -85,8 +85,8 @@ def _build_tracks(
         for chain in _link(samples, params.max_jump):
             whole = chain | whole
         if whole:
-            tracks[side] = _track(whole, seconds, shifts, params)
-    return tracks, [_track(chain, seconds, shifts, params) for chain in _link(objects, params.max_jump)]
+            tracks[side] = _track(whole, seconds, camera, params)
+    return tracks, [_track(chain, seconds, camera, params) for chain in _link(objects, params.max_jump)]
 
 
 def _link(samples: list[list[_Box]], max_jump: float) -> list[_Chain]:
@@ -114,7 +114,7 @@ def _link(samples: list[list[_Box]], max_jump: float) -> list[_Chain]:
     return sorted(chains, key=lambda chain: -sum(box.score for box in chain.values()))
 
 
-def _track(chain: _Chain, seconds: np.ndarray, shifts: np.ndarray, params: TracksConfig) -> Track:
+def _track(chain: _Chain, seconds: np.ndarray, camera: np.ndarray, params: TracksConfig) -> Track:
     """Complete, fill and smooth the boxes of one thing."""
     boxes, offset = np.full((len(seconds), 4), np.nan), np.full((len(seconds), 2), np.nan)
     state = np.full(len(seconds), UNKNOWN_STATE)
@@ -131,15 +131,15 @@ def _track(chain: _Chain, seconds: np.ndarray, shifts: np.ndarray, params: Track
         whole[at_low, low] = (boxes[:, high] - grown)[at_low]
         whole[at_high & ~at_low, high] = (boxes[:, low] + grown)[at_high & ~at_low]
         is_cut |= at_low | at_high
-    extent = whole[:, 2:] - whole[:, :2]
+    centre, extent = move_boxes(camera, (whole[:, :2] + whole[:, 2:]) / 2, whole[:, 2:] - whole[:, :2])
     size = np.where(is_cut, np.nan, np.sqrt(extent.prod(axis=1)))
     return Track(
         boxes=boxes,
-        centre=_smooth_path((whole[:, :2] + whole[:, 2:]) / 2 - shifts, seconds, params),
+        centre=_smooth_path(centre, seconds, params),
         extent=_fill_gaps(extent, seconds, params.max_gap),
         size=size,
         state=state,
-        target=(boxes[:, :2] + boxes[:, 2:]) / 2 + offset - shifts,
+        target=move_boxes(camera, (boxes[:, :2] + boxes[:, 2:]) / 2 + offset, np.zeros_like(offset))[0],
         score=float(np.mean([box.score for box in chain.values()])),
         name=next((box.name for box in chain.values() if box.name), None),
     )
@@ -249,93 +249,7 @@ def _grasps(hand: Track, thing: Track, touched: np.ndarray, holds: np.ndarray, t
     return [each for each in grasps if times[each.stop - 1] - times[each.start] >= _FLICKER]
 
 
-# --- Camera motion ---
-
-_WIDTH = 96  # pictures are compared at this many columns; the parabola through the peak gives fractions of one
-_REACH = 0.25  # largest motion between two samples that is searched, in shares of the picture
-_MIN_SHARED = 0.2  # share of the picture that must be free of boxes in both, and overlap
-_SIMILAR = 0.7  # correlation above which the reference frame stays
-_FAR_PENALTY = 0.1  # correlation that a motion of _REACH must gain over none
-_MIN_CORRELATION = 0.3  # below, the correlation is chance: the pictures show different things, or nothing
-
-
-def camera_shifts(pictures: np.ndarray, seconds: np.ndarray, rows: pa.Table) -> np.ndarray:
-    """Pictures uint8 [T, H, W, 3] seen at ``seconds`` [T] -> place of the scene since the first one [T, 2].
-
-    Shares of width and height; subtract them from positions to remove the camera's motion. ``rows``, in the schema of
-    detections, mask what moves by itself: objects, hands, and the arms below them. The translation between two pictures
-    maximises their masked normalised cross-correlation (Padfield, "Masked object registration in the Fourier domain",
-    2012) over shifts up to a quarter of the picture; pictures that nowhere correlate count as not moved.
-    """
-    height = max(8, round(_WIDTH * pictures.shape[1] / pictures.shape[2]))
-    small = [
-        np.asarray(Image.fromarray(each).convert("L").resize((_WIDTH, height), Image.Resampling.BOX), dtype=np.float64)
-        for each in pictures
-    ]
-    masks = [np.ones((height, _WIDTH)) for _ in small]
-    for row in rows.to_pylist():
-        mask = masks[int(np.argmin(np.abs(seconds - row["second"])))]
-        left, right = row["left"] * _WIDTH, row["right"] * _WIDTH
-        # Arms come from below, and are about as wide as hands.
-        bottom = height if row["kind"] == "hand" else row["bottom"] * height
-        mask[int(row["top"] * height) : int(np.ceil(bottom)), int(left) : int(np.ceil(right))] = 0
-    places, reference = np.zeros((len(small), 2)), 0
-    for i in range(1, len(small)):
-        moved, correlation = _translation(small[reference], masks[reference], small[i], masks[i])
-        # One reference as long as it is similar: chained from frame to frame the errors would add up.
-        if reference < i - 1 and (correlation < _SIMILAR or np.abs(moved).max() > _REACH / 2):
-            reference = i - 1
-            moved, correlation = _translation(small[reference], masks[reference], small[i], masks[i])
-        places[i] = places[reference] + (moved if correlation >= _MIN_CORRELATION else 0)
-    return places
-
-
-# Our own: skimage's masked registration wants scikit-image for this alone and finds whole pixels only, and OpenCV's
-# phase correlation takes no masks, without which a hand that fills half of the picture is taken for the scene.
-def _translation(
-    one: np.ndarray, one_mask: np.ndarray, two: np.ndarray, two_mask: np.ndarray
-) -> tuple[np.ndarray, float]:
-    """How far ``two`` [h, w] is from ``one``, in shares of width and height [2], and their correlation there."""
-    size = np.array(one.shape)
-    reach = np.floor(_REACH * size).astype(int)
-    padded = [int(each) for each in size + reach]
-    # Around its mean the sums of squares stay small, and with them the rounding of the transforms.
-    one, two = (one - one.mean()) * one_mask, (two - two.mean()) * two_mask
-    first, second = (
-        [np.fft.rfft2(each, padded) for each in (picture, picture**2, mask)]
-        for picture, mask in ((one, one_mask), (two, two_mask))
-    )
-
-    def sums(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Sums of a * b over the common part at every shift of b."""
-        whole = np.fft.irfft2(np.conj(a) * b, padded)
-        rows, columns = (np.arange(-n, n + 1) for n in reach)
-        return whole[np.ix_(rows, columns)]
-
-    count = sums(first[2], second[2])
-    shared = np.maximum(np.round(count), 1)
-    mean_one, mean_two = sums(first[0], second[2]), sums(first[2], second[0])
-    cross = sums(first[0], second[0]) - mean_one * mean_two / shared
-    spread = (sums(first[1], second[2]) - mean_one**2 / shared) * (sums(first[2], second[1]) - mean_two**2 / shared)
-    # Where both are flat, rounding would be divided by rounding.
-    enough = (count >= _MIN_SHARED * one.size) & (spread > 1e-6 * max(float(spread.max()), 1.0))
-    correlation = np.where(enough, cross / np.sqrt(np.maximum(spread, 1e-12)), -1.0)
-    # Of two places with a similar correlation the nearer one: tiles and grain repeat.
-    far = np.hypot(*np.meshgrid(*(np.linspace(-1, 1, n) for n in correlation.shape), indexing="ij"))
-    best = np.unravel_index(int(np.argmax(correlation - _FAR_PENALTY * far)), correlation.shape)
-    row, column = (int(each) for each in best)
-    peak = np.array([column + _vertex(correlation[row], column), row + _vertex(correlation[:, column], row)])
-    return (peak - reach[::-1]) / size[::-1], float(correlation[row, column])
-
-
-def _vertex(values: np.ndarray, peak: int) -> float:
-    """Where the parabola through a peak and its neighbours has its top, from the peak, -0.5 to 0.5."""
-    if not 0 < peak < len(values) - 1:
-        return 0.0
-    before, at, after = values[peak - 1 : peak + 2]
-    bend = before - 2 * at + after
-    # A neighbour of -1 has no correlation: no parabola goes through it.
-    return float(np.clip(0.5 * (before - after) / bend, -0.5, 0.5)) if bend < -1e-12 and before > -1 < after else 0.0
+# --- Words ---
 
 
 LEFT, RIGHT = SIDES
@@ -477,7 +391,7 @@ def facts_of(
     start: float,
     end: float,
     aspect: float = 4 / 3,
-    shifts: np.ndarray | None = None,
+    camera: np.ndarray | None = None,
     joints: np.ndarray | None = None,
     focal: float = np.nan,
     params: TracksConfig | None = None,
@@ -485,8 +399,9 @@ def facts_of(
     """Facts from the detections of one clip.
 
     ``rows`` are the clip's boxes in the schema of detections, ``seconds`` [T] the sampled times of the video, ascending
-    (repeats are ignored), ``aspect`` the picture's width over its height, and ``shifts`` [T, 2] the camera's motion
-    (:func:`~egohod.hod.facts.camera_shifts`), None to leave it in. Without any box there are no hands and no object.
+    (repeats are ignored), ``aspect`` the picture's width over its height, and ``camera`` [T, 3, 3] the maps from places
+    in each picture to those in the first (:func:`~egohod.hod.camera.camera_transforms`), None to leave the camera's
+    motion in. Without any box there are no hands and no object.
 
     ``joints`` [T, 2, 21, 3] are 3-D hands by side, see :meth:`egohod.hod.hands3d.Hands3d.at`; NaN or None where there
     are none. ``focal`` is the camera's focal length in longer sides of the picture, without which its motion is left
@@ -494,8 +409,8 @@ def facts_of(
     """
     params = params or TracksConfig()
     seconds, first = np.unique(seconds, return_index=True)
-    shifts = np.zeros((len(seconds), 2)) if shifts is None else shifts[first]
-    tracks, objects = _build_tracks(rows, seconds, shifts, params)
+    camera = np.tile(np.eye(3), (len(seconds), 1, 1)) if camera is None else camera[first]
+    tracks, objects = _build_tracks(rows, seconds, camera, params)
     times = seconds - start
 
     # --- Rulers: the usual size of each hand; one that is always cut off has the other's ---
@@ -506,7 +421,7 @@ def facts_of(
     }
     bodies = {side: joints[first, SIDES.index(side)] for side in tracks} if joints is not None else {}
     wrists = {
-        side: _wrist_path(body, tracks[side], shifts, seconds, aspect, focal, params) for side, body in bodies.items()
+        side: _wrist_path(body, tracks[side], camera, seconds, aspect, focal, params) for side, body in bodies.items()
     }
     touched = {side: _touching(hand, objects) for side, hand in tracks.items()}
 
@@ -660,7 +575,7 @@ def _handed_to(grasps: dict[str, list[slice]], times: np.ndarray) -> str | None:
 def _wrist_path(
     joints: np.ndarray,
     hand: Track,
-    shifts: np.ndarray,
+    camera: np.ndarray,
     seconds: np.ndarray,
     aspect: float,
     focal: float,
@@ -675,7 +590,9 @@ def _wrist_path(
         return None
     if np.isfinite(focal):
         picture = (min(1.0, aspect), min(1.0, 1 / aspect))  # width and height in longer sides
-        wrist[:, :2] -= shifts * picture * wrist[:, 2:] / focal
+        place = 0.5 + focal * wrist[:, :2] / wrist[:, 2:] / picture
+        moved, _ = move_boxes(camera, place, np.zeros_like(place))
+        wrist[:, :2] = (moved - 0.5) * picture * wrist[:, 2:] / focal
     return _smooth_path(wrist, seconds, params)
 
 
@@ -802,8 +719,9 @@ def _depth_slope(centres: list[np.ndarray], sizes: list[np.ndarray], aspect: flo
     covariance, variance = 0.0, 0.0
     for centre, size in zip(centres, sizes, strict=True):
         valid = np.isfinite(centre[:, 1]) & np.isfinite(size) & (size > 0)
-        if valid.sum() > 1:
-            y, z = centre[valid, 1] / aspect, np.log(size[valid])
+        y, z = centre[valid, 1] / aspect, np.log(size[valid])
+        # Of what hardly moves, the ratio of two errors would be all there is.
+        if len(y) and np.ptp(y) >= _LEAST:
             covariance += float(((y - y.mean()) * (z - z.mean())).sum())
             variance += float(((y - y.mean()) ** 2).sum())
     return covariance / variance if variance > 1e-9 else 0.0

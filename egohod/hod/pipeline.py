@@ -44,10 +44,11 @@ from egohod.data.storage import open_cache
 from egohod.data.table import ClipReader, ClipTable, choose_text
 from egohod.data.videos import Frames, VideoError, sliding_windows
 from egohod.errors import UserError
+from egohod.hod.camera import camera_transforms, import_opencv
 from egohod.hod.check import sides
 from egohod.hod.config import COLUMNS, FURTHER_CAPTIONS, HodConfig
 from egohod.hod.detectors import Detector, check_boxes, detector_class, make_detector, typed_options
-from egohod.hod.facts import ClipFacts, camera_shifts, facts_of, without_rare
+from egohod.hod.facts import ClipFacts, facts_of, without_rare
 from egohod.hod.hands3d import Hands3d
 from egohod.hod.judge import Judging, judge_settings, make_judging
 from egohod.hod.narrators import (
@@ -765,7 +766,7 @@ class DetectStage(Stage):
     that cannot be used at all ends the run.
     """
 
-    name = DETECT
+    name, version = DETECT, 2
     group = None  # a worker takes the next clip as soon as it is free; at the end of a group it would wait for others
 
     def __init__(self, cfg: HodConfig, source: ClipReader, before: Mapping[str, Stage]) -> None:
@@ -802,8 +803,11 @@ class DetectStage(Stage):
     def prepare(self) -> None:
         """Read detections from files once, before there are workers, which then share them.
 
-        Raises :class:`UserError` if they are of other videos: all clips would keep their narrations without a warning.
+        Raises :class:`UserError` if they are of other videos: all clips would keep their narrations without a warning;
+        and if the camera's motion is to be measured without OpenCV.
         """
+        if self._cfg.tracks.camera != "none":
+            import_opencv()
         kind, table = self._cfg.detector.kind, self._source.table
         if self._detector is not None or not detector_class(kind).reads_files:
             return
@@ -847,16 +851,22 @@ class DetectStage(Stage):
             span = f"{seconds[0]:.3f} to {seconds[-1]:.3f} s"
             boxes = check_boxes(boxes, f"detector.kind={self._cfg.detector.kind}, boxes of {video_id} at {span}")
         height, width = pictures.shape[1:3]
-        shifts = camera_shifts(pictures, seconds, boxes) if self._cfg.tracks.camera else None
+        model = self._cfg.tracks.camera
+        camera = None if model == "none" else camera_transforms(pictures, seconds, boxes, model)
         # Without the video, which is the same in all rows; see box_table.
         columns = {name: boxes[name].to_pylist() for name in SCHEMA.names if name != "video_id"}
-        return to_plain({"seconds": seconds, "aspect": width / height, "boxes": columns, "shifts": shifts})
+        return to_plain({"seconds": seconds, "aspect": width / height, "boxes": columns, "camera": camera})
 
 
 def box_table(video_id: str, detected: Mapping[str, Any]) -> pa.Table:
     """The boxes of a result of the detect stage, as a table of ``SCHEMA``."""
     columns = detected["boxes"]
     return pa.table({"video_id": [video_id] * len(columns["second"]), **columns}).select(SCHEMA.names).cast(SCHEMA)
+
+
+def camera_of(detected: Mapping[str, Any]) -> np.ndarray | None:
+    """The camera's motion in a result of the detect stage [T, 3, 3], None where it was not measured."""
+    return None if detected["camera"] is None else np.array(detected["camera"])
 
 
 class TrackStage(Stage):
@@ -896,7 +906,7 @@ class TrackStage(Stage):
         """See :class:`Stage`."""
         for task in tasks:
             row, detected = self._table.row(task.index), task.outcomes[DETECT].parsed()
-            shifts, seconds = detected["shifts"], np.array(detected["seconds"])
+            seconds = np.array(detected["seconds"])
             joints, focal = self._hands3d.at(row.video_id, seconds) if self._hands3d is not None else (None, np.nan)
             facts = facts_of(
                 box_table(row.video_id, detected),
@@ -905,7 +915,7 @@ class TrackStage(Stage):
                 start=row.start,
                 end=row.end,
                 aspect=detected["aspect"],
-                shifts=None if shifts is None else np.array(shifts),
+                camera=camera_of(detected),
                 joints=joints,
                 focal=focal,
                 params=self._params,

@@ -302,11 +302,12 @@ def test_the_camera_never_leaves_the_counter() -> None:
         for clip in make_video(0, "train", number).clips:
             assert max(clip.sway[:2]) * CANVAS[0] < MARGIN
     # The worst case of version 6, in which a pixel beyond the counter would be black.
-    video = make_video(0, "train", 0, 1)
     shift, counter = (0.012, 0.012, 0.0, 0.0), (255, 255, 255)
-    kitchen = dataclasses.replace(video.kitchen, counter=counter, wall=counter, patches=())
-    for roll, side, down in itertools.product((-10, 10), (-1, 1), (-1, 1)):
-        lens = (roll, 0.9, *[0.0] * 6)
+    ways = itertools.product((Variant(), Variant(roll=20, zoom=30)), (-1, 1), (-1, 1), (-1, 1))
+    for variant, turn, side, down in ways:
+        video = make_video(0, "train", 0, 1, variant)
+        kitchen = dataclasses.replace(video.kitchen, counter=counter, wall=counter, patches=())
+        lens = (turn * video.realism.roll, video.realism.zoom[0], *[0.0] * 6)
         sway = (*shift, side * math.pi / 2, down * math.pi / 2)
         clip = dataclasses.replace(video.clips[0], lens=lens, sway=sway, other="absent", distractors=())
         stage = Stage(dataclasses.replace(video, kitchen=kitchen, clips=(clip,)))
@@ -329,18 +330,21 @@ def _differences(version: int) -> Iterator[tuple[Clip, Clip]]:
         yield from zip(old.clips, new.clips, strict=True)
 
 
-def test_frames_of_version_5_are_unchanged() -> None:
-    digests = {}
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [
+        (5, ["d11f470f623ca5a5", "9ee5f0d147bd6577", "5b64602a14124875"]),
+        (6, ["3cf8bd0a5ace004c", "85d3a11dd76ccc01", "a09c2388310bf436"]),
+    ],
+)
+def test_frames_are_unchanged(version: int, expected: list[str]) -> None:
+    digests = []
     for seed, split, number in ((0, "train", 0), (1, "val", 3), (4, "test", 0)):
         digest = hashlib.sha256()
-        for frame in Stage(make_video(seed, split, number, 4, Variant(version=5))).frames():
+        for frame in Stage(make_video(seed, split, number, 4, Variant(version=version))).frames():
             digest.update(frame.tobytes())
-        digests[seed, split, number] = digest.hexdigest()[:16]
-    assert digests == {
-        (0, "train", 0): "d11f470f623ca5a5",
-        (1, "val", 3): "9ee5f0d147bd6577",
-        (4, "test", 0): "5b64602a14124875",
-    }
+        digests.append(digest.hexdigest()[:16])
+    assert digests == expected
 
 
 def test_versions_have_the_same_takes_and_captions() -> None:
@@ -391,10 +395,27 @@ def test_version_6_has_clutter_and_a_camera_within_its_bounds() -> None:
     assert 3 <= min(patches) < max(patches) <= 6
 
 
-def test_boxes_turn_and_zoom_with_the_camera() -> None:
+def test_a_head_that_turns_and_zooms_farther_in_the_same_world() -> None:
+    for number in range(3):
+        usual, far = (make_video(0, "val", number, variant=each) for each in (DEFAULT, Variant(roll=12, zoom=20)))
+        still = make_video(0, "val", number, variant=Variant(roll=0, zoom=0))
+        assert usual.kitchen == far.kitchen == still.kitchen
+        for old, new, fixed in zip(usual.clips, far.clips, still.clips, strict=True):
+            assert new == dataclasses.replace(old, lens=(*old.lens[:2], 12, 0.2, *old.lens[4:]))
+            rolls, zooms = zip(*(world.lens(new, t) for t in np.linspace(0, new.seconds, 30)), strict=True)
+            # At the slowest a bit more than a third of a period.
+            assert np.ptp(np.degrees(rolls)) > 2
+            assert np.abs(np.diff(np.degrees(rolls))).max() < 12 * 2 * math.pi * 0.45 * new.seconds / 29
+            assert far.realism.zoom[0] <= min(zooms) < max(zooms) <= far.realism.zoom[1]
+            assert max(map(abs, np.degrees(rolls))) <= far.realism.roll == 19
+            assert world.lens(fixed, 0.0) == world.lens(fixed, 2.0)
+
+
+@pytest.mark.parametrize("variant", [DEFAULT, Variant(roll=15, zoom=20)])
+def test_boxes_turn_and_zoom_with_the_camera(variant: Variant) -> None:
     """Checked against every marked pixel, transformed separately."""
     for number in range(3):
-        video = make_video(2, "val", number, 6)
+        video = make_video(2, "val", number, 6, variant)
         stage = Stage(video)
         for clip in video.clips:
             for t in (0.4, 1.3):

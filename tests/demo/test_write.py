@@ -153,6 +153,14 @@ def test_other_settings_and_other_folders_are_refused(world: Path, tmp_path: Pat
         make_world(tmp_path)
     with pytest.raises(UserError, match="allowed are train, val, test"):
         make_world(tmp_path / "new", splits=("train", "dev"))
+    with pytest.raises(UserError, match=r"roll None \(requested: 9\)"):
+        plan(world, SEED, SCALE, variant=Variant(roll=9))
+    assert not {"roll", "zoom"} & set(json.loads((world / "world.json").read_text()))
+    with pytest.raises(UserError, match="version 5 of the world neither turns nor zooms"):
+        plan(tmp_path / "new", variant=Variant(version=5, zoom=10))
+    for wrong in ({"roll": 21}, {"zoom": -1}, {"roll": float("nan")}):
+        with pytest.raises(UserError, match=r"may turn by 0 to 20\.0 degrees and zoom by 0 to 30\.0 per cent"):
+            plan(tmp_path / "new", variant=Variant(**wrong))
     with pytest.raises(UserError, match="scale must be"):
         make_world(tmp_path / "new", scale=0)
     (tmp_path / "torn").mkdir()

@@ -2,14 +2,16 @@
 
 python -m tests.hod.agreement --world demo_data --split test                            # true boxes
 python -m tests.hod.agreement --world demo_data --split test --jitter 0.05 --drop 0.2   # spoiled ones
-python -m tests.hod.agreement --split test --videos 5 --sway 4 [--leave_camera]         # rendered anew, swaying
+python -m tests.hod.agreement --split test --videos 25 --sway 4                         # rendered anew, swaying
+python -m tests.hod.agreement --split test --videos 25 --roll 10 --zoom 15 --camera none shift affine homography
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,8 +23,9 @@ from egohod.data import detections
 from egohod.data.detections import SCHEMA
 from egohod.data.videos import frame_times, segment_indices
 from egohod.demo.render import Stage
-from egohod.demo.world import FPS, VERBS, Video, make_video
-from egohod.hod import facts
+from egohod.demo.world import FPS, VERBS, Variant, Video, make_video
+from egohod.hod.camera import MODELS, camera_transforms
+from egohod.hod.config import TracksConfig
 from egohod.hod.detectors import Detector
 from egohod.hod.detectors.files import Oracle
 from egohod.hod.facts import ClipFacts, facts_of
@@ -75,8 +78,10 @@ def measure(clips: pd.DataFrame, detector: Detector, frames: int = EVERY_FRAME) 
         )
 
 
-def measure_swaying(video: Video, sway: float, compensate: bool = True) -> Iterator[tuple[str, str]]:
-    """The same for a video that is rendered anew, its camera swaying ``sway`` times as far."""
+def measure_moving(
+    video: Video, sway: float = 1.0, cameras: Sequence[str] = (TracksConfig().camera,)
+) -> Iterator[tuple[str, str, str]]:
+    """(camera model, verb, disagreement) for a video that is rendered anew, swaying ``sway`` times as far."""
     clips = tuple(replace(clip, sway=(*(sway * a for a in clip.sway[:2]), *clip.sway[2:])) for clip in video.clips)
     video = replace(video, clips=clips)
     stage = Stage(video)
@@ -85,14 +90,14 @@ def measure_swaying(video: Video, sway: float, compensate: bool = True) -> Itera
         path = Path(folder) / "truth.parquet"
         detections.write(pa.Table.from_pylist(list(stage.truth()), SCHEMA), path)
         oracle = Oracle(str(path))
-    for clip in clips:
-        numbers = np.arange(clip.start, clip.start + clip.frames)
-        seconds = frame_times(numbers, FPS)
-        rows = oracle.detect(video.video_id, numbers, seconds, None)
-        moved = facts.camera_shifts(pictures[numbers], seconds, rows) if compensate else None
-        start, end = clip.start / FPS, (clip.start + clip.frames) / FPS
-        actual = facts_of(rows, seconds, video_id=video.video_id, start=start, end=end, shifts=moved)
-        yield clip.verb, disagreement(actual, clip.verb, clip.hand)
+        for clip, camera in itertools.product(clips, cameras):
+            numbers = np.arange(clip.start, clip.start + clip.frames)
+            seconds = frame_times(numbers, FPS)
+            rows = oracle.detect(video.video_id, numbers, seconds, None)
+            moved = None if camera == "none" else camera_transforms(pictures[numbers], seconds, rows, camera)
+            start, end = clip.start / FPS, (clip.start + clip.frames) / FPS
+            actual = facts_of(rows, seconds, video_id=video.video_id, start=start, end=end, camera=moved)
+            yield camera, clip.verb, disagreement(actual, clip.verb, clip.hand)
 
 
 def main() -> None:
@@ -104,18 +109,27 @@ def main() -> None:
     parser.add_argument("--drop", type=float, default=0.0)
     parser.add_argument("--videos", type=int, default=5)
     parser.add_argument("--sway", type=float, help="render anew with so much of the usual sway")
-    parser.add_argument("--leave_camera", action="store_true")
+    parser.add_argument("--roll", type=float, help="render anew with a head that turns so many degrees to either side")
+    parser.add_argument("--zoom", type=float, help="render anew with a camera that zooms so many per cent in and out")
+    parser.add_argument("--camera", nargs="+", default=[TracksConfig().camera], choices=("none", *MODELS))
     args = parser.parse_args()
-    if args.sway is None:
+    results: dict[str, list[tuple[str, str]]] = {}
+    if args.sway is args.roll is args.zoom is None:
         folder = args.world / args.split
         oracle = Oracle(str(folder / "detections.parquet"), jitter=args.jitter, drop=args.drop)
-        results = list(measure(pd.read_csv(folder / "hod.csv"), oracle, args.frames))
+        results["none"] = list(measure(pd.read_csv(folder / "hod.csv"), oracle, args.frames))
     else:
-        videos = [make_video(0, args.split, number) for number in range(args.videos)]
-        results = [each for v in videos for each in measure_swaying(v, args.sway, not args.leave_camera)]
-    wrong = pd.Series([f"{verb}: {difference}" for verb, difference in results if difference], dtype=str)
-    print(f"{len(results) - len(wrong)} of {len(results)} clips agree: {1 - len(wrong) / len(results):.1%}")
-    print(wrong.value_counts().head(10).to_string())
+        variant, sway = Variant(roll=args.roll, zoom=args.zoom), 1.0 if args.sway is None else args.sway
+        for number in range(args.videos):
+            video = make_video(0, args.split, number, variant=variant)
+            for camera, *result in measure_moving(video, sway, args.camera):
+                results.setdefault(camera, []).append(tuple(result))
+    for camera, clips in results.items():
+        wrong = pd.Series([f"{verb}: {difference}" for verb, difference in clips if difference], dtype=str)
+        print(
+            f"camera {camera}: {len(clips) - len(wrong)} of {len(clips)} clips agree: {1 - len(wrong) / len(clips):.1%}"
+        )
+        print(wrong.value_counts().head(10).to_string())
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from egohod.data.detections import EDGES, LEFT, RIGHT, SCHEMA
 from egohod.data.videos import VideoError, read_clip
 from egohod.errors import UserError
 from egohod.hod import config as hod
-from egohod.hod import facts as tracking
+from egohod.hod.camera import background_motion, camera_transforms
 from egohod.hod.config import DETECTORS
 from egohod.hod.detectors import Detector, assign_sides, make_detector, typed_options
 from egohod.hod.detectors.files import DetectionFiles, Oracle
@@ -320,9 +320,11 @@ def test_mediapipe_sees_the_right_hand_stir_and_the_left_hold(mediapipe_hands: M
     pictures, seconds, _ = read_clip(choose_decoder()[1], path, path.name, 0, 2, 16)
     actual = mediapipe_hands.detect("v", np.round(seconds * 30 - 0.5), seconds, pictures)
     detections.check(actual, "found")
-    facts = facts_of(
-        actual, seconds, video_id="v", start=0, end=2, shifts=tracking.camera_shifts(pictures, seconds, actual)
-    )
+    camera = camera_transforms(pictures, seconds, actual, "homography")
+    before, after = background_motion(pictures, seconds, actual, camera)
+    assert before > 0.004
+    assert after < 0.2 * before
+    facts = facts_of(actual, seconds, video_id="v", start=0, end=2, camera=camera)
     left, right = facts.hands["left"], facts.hands["right"]
     assert left.seen >= 0.9
     assert right.seen >= 0.5

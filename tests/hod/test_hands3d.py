@@ -109,9 +109,10 @@ def test_the_cameras_motion_is_removed_from_3d_paths() -> None:
     sway, depth, focal = 0.2 * np.sin(3 * STEP), 0.5, 0.8
     rows = boxes(0.5 + sway, REST)
     joints = moving((sway * depth / focal, 0, depth))
-    shifts = np.stack([sway, 0 * sway], axis=1)
-    assert facts(rows, joints, shifts=shifts, focal=focal).hands["right"].motion.directions == ("still",)
-    assert facts(rows, joints, shifts=shifts).hands["right"].motion.directions != ("still",)
+    camera = np.tile(np.eye(3), (len(sway), 1, 1))
+    camera[:, 0, 2] = -sway
+    assert facts(rows, joints, camera=camera, focal=focal).hands["right"].motion.directions == ("still",)
+    assert facts(rows, joints, camera=camera).hands["right"].motion.directions != ("still",)
 
 
 def test_how_open_a_hand_is() -> None:

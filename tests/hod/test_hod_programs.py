@@ -63,11 +63,28 @@ def test_a_run_its_stages_its_shards_and_a_second_run(few: list[str], tmp_path: 
 def test_spawned_workers_make_the_same_narrations(
     few: list[str], tmp_path: Path, inside: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    few = [*few, "tracks.camera=homography"]
     assert inside("generate_hod.py", *few).returncode == 0
     monkeypatch.setenv("EGOHOD_START_METHOD", "spawn")
     assert inside("generate_hod.py", *few, "workers=1", f"output={tmp_path}/spawned.csv").returncode == 0
     assert (tmp_path / "spawned.csv").read_bytes() == (tmp_path / "hod.csv").read_bytes()
     assert _facts(tmp_path / "spawned.csv") == _facts(tmp_path / "hod.csv")
+
+
+def test_a_resumed_run_measures_the_same_motion_of_the_camera(
+    demo_world: Path, few: list[str], tmp_path: Path, inside: Command
+) -> None:
+    (tmp_path / "some").mkdir()
+    some = [*command(demo_world, tmp_path / "some", head(demo_world, 4)), f"output={tmp_path}/hod.csv"]
+    assert inside("generate_hod.py", *some, "tracks.camera=homography", "--stage", "detect").returncode == 0
+    done = inside("generate_hod.py", *few, "tracks.camera=homography")
+    assert "detect  done: 6 clips, 4 stored by an earlier run" in done.stderr
+    output = f"output={tmp_path}/fresh.csv"
+    assert inside("generate_hod.py", *few, "tracks.camera=homography", output).returncode == 0
+    assert _facts(tmp_path / "fresh.csv") == _facts(tmp_path / "hod.csv")
+    assert (tmp_path / "fresh.csv").read_bytes() == (tmp_path / "hod.csv").read_bytes()
+    assert inside("generate_hod.py", *few, f"output={tmp_path}/left.csv").returncode == 0
+    assert _facts(tmp_path / "left.csv") != _facts(tmp_path / "hod.csv"), "without it removed"
 
 
 def test_exported_boxes_make_the_same_facts(few: list[str], tmp_path: Path, inside: Command) -> None:
@@ -389,6 +406,17 @@ def test_pictures_and_films(few: list[str], tmp_path: Path, inside: Command) -> 
     done = inside("visualize_hod.py", *few, "--sheet", sheet, "--clips", "2,500")
     assert done.returncode == 2
     assert "500 is no row" in done.stderr
+    # Both tracks beside each other.
+    done = inside("visualize_hod.py", *few, "--sheet", sheet, "--clips", "2", "--stabilised")
+    assert (done.returncode, "tracks.camera=none does not measure" in done.stderr) == (2, True)
+    done = inside("visualize_hod.py", *few, "--page", tmp_path / "page.html", "--stabilised")
+    assert (done.returncode, "--stabilised is for a --sheet" in done.stderr) == (2, True)
+    moving = [*few, "tracks.camera=homography"]
+    assert inside("generate_hod.py", *moving, "--stage", "detect").returncode == 0
+    assert inside("generate_hod.py", *moving, "--stage", "track").returncode == 0
+    assert inside("visualize_hod.py", *moving, "--sheet", bare, "--clips", "2").returncode == 0
+    assert inside("visualize_hod.py", *moving, "--sheet", sheet, "--clips", "2", "--stabilised").returncode == 0
+    assert Image.open(sheet).width == Image.open(bare).width + 320 + 4
 
 
 @pytest.mark.ci

@@ -74,7 +74,7 @@ class Writer:
 def checked(text: str, cfg: HodConfig, judging: Judging | None, count: int = 1) -> tuple[list[Checked], Writer]:
     writer, wanted = Writer(text), [Request(SOURCE, WIPE)] * count
     first = [answer for _, answer in writer.narrate(wanted)]
-    done = dict(check_narrations(wanted, first, writer, cfg.check, TemplateNarrator(), False, judging))
+    done = dict(check_narrations(wanted, first, writer, cfg.check, TemplateNarrator(), ("fine",), judging))
     return [done[number] for number in range(count)], writer
 
 

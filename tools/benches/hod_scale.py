@@ -86,7 +86,7 @@ class GeneratedDetect(pipeline.DetectStage):
                 }
                 for name, values in columns.items():
                     values.append(row.get(name))
-        return {"seconds": frames.seconds.round(5).tolist(), "aspect": 4 / 3, "boxes": columns, "shifts": None}
+        return {"seconds": frames.seconds.round(5).tolist(), "aspect": 4 / 3, "boxes": columns, "camera": None}
 
 
 class GeneratedTracks(pipeline.TrackStage):
