@@ -4,8 +4,8 @@
     python tools/detect_hands.py videos --detector doh100 --option weights=faster_rcnn_1_8_132028.pth --draw
     python tools/detect_hands.py videos --detector doh100 --option weights=random --dry_run
 
-The folder is searched with all folders in it. OUTPUT (by default the folder's name with .detections, in the working
-directory) then holds
+The folder is searched with all folders in it, except links, hidden ones and outputs of this program. OUTPUT (by default
+the folder's name with .detections, in the working directory) then holds
 
     boxes.parquet     a row for each box, in the table that docs/data.md describes; video_id is the path of a video
                       without its ending, of a picture with it
@@ -30,6 +30,7 @@ import logging
 import os
 import signal
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ from egohod.hod.config import DETECTORS
 from egohod.hod.detectors import Detector, check_boxes, detector_class, make_detector, typed_options
 from egohod.hod.draw import draw_boxes, write_film
 from egohod.hod.store import Outcome, Results, to_plain
-from egohod.runtime import STOP_SIGNALS, Progress, atomic_write, content_hash, file_hash, locked
+from egohod.runtime import STOP_SIGNALS, UNFINISHED_PREFIX, Progress, atomic_write, content_hash, file_hash, locked
 
 log = logging.getLogger("detect_hands")
 
@@ -64,6 +65,7 @@ VERSION = "1"
 # many pixels in all, or one.
 FRAMES, PIXELS = 16, 16_000_000
 ROWS = 100_000  # of a row group of boxes.parquet
+RESULTS = "results.sqlite"
 
 
 @dataclass
@@ -87,6 +89,8 @@ class Source:
 def main(arguments: Sequence[str]) -> int:
     for each in STOP_SIGNALS:
         signal.signal(each, signal.default_int_handler)
+    # Pillow refuses pictures of more than 179 million pixels, and warns from half of that on.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     args = _parse(arguments)
     options = typed_options(args.detector, _options(args.option))
     folder = args.folder.resolve()
@@ -98,7 +102,7 @@ def main(arguments: Sequence[str]) -> int:
     failures: dict[str, str] = {}
     sources = _find(folder, output, args, _detector_key(args.detector, options), failures)
     if args.dry_run:
-        with contextlib.closing(Results(output / "results.sqlite")) as results:
+        with contextlib.closing(Results(output / RESULTS)) as results:
             _report_dry_run(sources, results, failures)
         return cli.DONE
     with contextlib.ExitStack() as stack:
@@ -109,7 +113,7 @@ def main(arguments: Sequence[str]) -> int:
             raise UserError(f"{output}: another run is writing here; wait for it") from error
         except OSError as error:
             raise UserError(f"{output}: cannot be written: {error.strerror or error}") from error
-        results = stack.enter_context(contextlib.closing(Results(output / "results.sqlite")))
+        results = stack.enter_context(contextlib.closing(Results(output / RESULTS)))
         run = _Run(args, options, output, results, failures)
         stack.callback(run.close)
         run.process(sources)
@@ -188,20 +192,28 @@ def _find(
 ) -> list[Source]:
     """The pictures and videos of a folder; those that cannot be opened go to ``failures``."""
     endings = (*PICTURE_ENDINGS, *VIDEO_ENDINGS)
-    paths = [
-        path
-        for path in sorted(folder.rglob("*"))
-        # Hidden files are of the system (._name of macOS), and drawings of a run before no pictures of the user.
-        if path.suffix.lower() in endings
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and output not in path.parents
-        and path.is_file()
-    ]
+
+    def unreadable(error: OSError) -> None:
+        name = os.fsencode(os.path.relpath(error.filename, folder)).decode(errors="replace")
+        failures[name] = error.strerror or str(error)
+
+    paths = []
+    for place, folders, files in os.walk(folder, onerror=unreadable):
+        # Drawings of a run are no pictures of the user, and hidden files are of the system (._name of macOS).
+        if Path(place) == output or RESULTS in files:
+            folders.clear()
+            continue
+        folders[:] = [each for each in folders if not each.startswith(".")]
+        mine = (Path(place) / each for each in files if not each.startswith("."))
+        paths += [path for path in mine if path.suffix.lower() in endings and path.is_file()]
     if not paths:
         raise UserError(f"{args.folder}: no picture or video is in it or below ({', '.join(endings)})")
     _, opener = choose_decoder(args.decoder)
-    sources, ids = list[Source](), set[str]()
-    for path in paths:
+    sources, ids, drawings = list[Source](), set[str](), set[str]()
+    progress = Progress("open", len(paths), unit="files")  # reads them: of many videos that takes a while
+    for number, path in enumerate(sorted(paths)):
+        if number:
+            progress.update(number)
         name = path.relative_to(folder).as_posix()
         is_video = path.suffix.lower() in VIDEO_ENDINGS
         video_id = name[: -len(path.suffix)] if is_video else name
@@ -226,6 +238,9 @@ def _find(
             continue
         usual, ending = ((".mp4",), ".mp4") if is_video else ((".jpg", ".jpeg"), ".jpg")
         drawing = name if path.suffix.lower() in usual else name + ending
+        while drawing in drawings:  # a.png beside a.png.jpg
+            drawing += ending
+        drawings.add(drawing)
         sources.append(Source(path, name, video_id, key, drawing, numbers, seconds, rate))
     return sources
 
@@ -406,9 +421,14 @@ class _Run:
         self._results.put(source.drawing, "drawn", Outcome(source.key))
 
     def _remove_stale_drawings(self, sources: Sequence[Source]) -> None:
-        """Remove drawings of other options, of files that changed, and of files that are gone; none of anybody else."""
+        """Remove drawings of other options, of files that changed, and of files that are gone; none of anybody else.
+
+        And what a run that was killed left unfinished.
+        """
         folder, current = self._output / "drawn", {source.drawing: source.key for source in sources}
         removed = 0
+        for path in (*self._output.glob(f"{UNFINISHED_PREFIX}*"), *folder.rglob(f"{UNFINISHED_PREFIX}*")):
+            path.unlink()
         for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
             name = path.relative_to(folder).as_posix()
             outcome = self._results.get(name, "drawn")
@@ -429,7 +449,7 @@ class _Run:
                 table = pa.concat_tables([each for each in tables if each is not None])
                 count += len(table)
                 if epic is not None:
-                    detections.write_epic(table, epic)
+                    detections.write_epic(table, epic, {source.video_id: source.numbers})
                 # In parts of many rows, not one for each picture: readers take time for each.
                 waiting.append(table)
                 if sum(map(len, waiting)) >= ROWS:
@@ -477,7 +497,7 @@ def _write_failures(path: Path, failures: dict[str, str]) -> None:
 
 def _reason(error: Exception, path: Path) -> str:
     """An error in one line without the file's name, which is beside it."""
-    text = " ".join(str(error).split()).replace(str(path), "").lstrip(": ")
+    text = " ".join(str(error).replace(repr(str(path)), "").replace(str(path), "").split()).strip(": ")
     return text or type(error).__name__
 
 

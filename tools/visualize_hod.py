@@ -37,18 +37,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from _common import run_tool
 from PIL import Image, ImageDraw, ImageFont
 
 from egohod import cli
-from egohod.data.detections import EDGES, NO_CONTACT, ROLE_COLOURS
+from egohod.data.detections import ROLE_COLOURS, SCHEMA
 from egohod.data.videos import VideoError
 from egohod.errors import UserError, nearest
 from egohod.evaluation.page import data_uri, jpeg, render
 from egohod.hod import config
 from egohod.hod.camera import background_motion
 from egohod.hod.config import NARRATORS, HodConfig
-from egohod.hod.draw import write_film
+from egohod.hod.draw import draw_boxes, write_film
 from egohod.hod.facts import (
     AWAY,
     CLOCKWISE,
@@ -413,27 +414,11 @@ def time_colour(share: float) -> tuple[int, int, int]:
 
 
 def frame(view: ClipView, number: int, height: int, until: int | None = None) -> Image.Image:
-    """A frame with its boxes, ``height`` pixels high; with ``until`` also the tracks up to that frame.
-
-    Hands in the colour of their side; one that touches has a thick edge and a line to what it touches.
-    """
-    image = _resized(view.pictures[number], height)
-    pen, scale = ImageDraw.Draw(image), np.array([image.width - 1, image.height - 1])
-    for box in view.boxes:
-        # The nearest frame: moments of detections made elsewhere are between the frames.
-        if np.abs(view.seconds - box["second"]).argmin() != number:
-            continue
-        is_hand, is_left = box["kind"] == "hand", box["side"] == SIDES.index(LEFT)
-        colour = ROLE_COLOURS[(0 if is_left else 1) if is_hand else 2]
-        touches = is_hand and (box["state"] or 0) > NO_CONTACT
-        corners = (np.array([float(box[edge]) for edge in EDGES]).reshape(2, 2) * scale).round()
-        pen.rectangle(corners.reshape(-1).tolist(), outline=colour, width=3 if touches else 1)
-        if is_hand:
-            pen.text((corners[0] + 3).tolist(), "L" if is_left else "R", colour, ImageFont.load_default(11))
-        if touches and box["offset_x"] is not None and np.isfinite(box["offset_x"]):
-            centre = corners.mean(axis=0)
-            target = centre + np.array([box["offset_x"], box["offset_y"]]) * scale
-            pen.line([*centre.tolist(), *target.tolist()], fill=colour, width=2)
+    """A frame with its boxes, ``height`` pixels high; with ``until`` also the tracks up to that frame."""
+    # The nearest frame: moments of detections made elsewhere are between the frames.
+    rows = [box for box in view.boxes if np.abs(view.seconds - box["second"]).argmin() == number]
+    boxes = pa.Table.from_pylist(rows, SCHEMA).to_pandas()
+    image = draw_boxes(_resized(view.pictures[number], height), boxes, is_small=True)
     if until is not None:
         _draw_tracks(image, view.facts, until)
     return image

@@ -26,7 +26,7 @@ from __future__ import annotations
 import functools
 import pickle
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -221,8 +221,8 @@ def link_objects(detections: pd.DataFrame, aspect: float = 1.0) -> np.ndarray:
 
     It is the object of the same moment whose centre is nearest to where the hand's offset points, at any distance and
     for every kind of contact; several hands may touch one. Of equally near ones the first row's. ``aspect`` is the
-    picture's width / height, by which distances in pixels differ from those in shares. Source: the original's
-    association, and EPIC-KITCHENS' ``hoa``.
+    picture's width / height, by which distances in pixels differ from those in shares. Source: the association of
+    ddshan/hand_object_detector, and ``get_hand_object_interactions`` of EPIC-KITCHENS' ``hoa/types.py``.
     """
     links, moments = np.full(len(detections), -1), ["video_id", "second"]
     rows = detections.assign(
@@ -340,23 +340,34 @@ def read_epic(path: str | Path, fps: float) -> pa.Table:
     return table
 
 
-def write_epic(detections: pa.Table, folder: str | Path) -> list[Path]:
+def write_epic(
+    detections: pa.Table, folder: str | Path, looked_at: Mapping[str, Iterable[int]] | None = None
+) -> list[Path]:
     """Write ``folder/<video_id>.pkl`` for each video of a table of ``SCHEMA``, as EPIC-KITCHENS publishes them.
 
-    The messages have neither an unknown contact state, which becomes no contact, nor names of objects. A video id with
-    slashes is a file in folders. Raises :class:`UserError` for a video id that is no file within ``folder``.
+    ``looked_at`` are frame numbers by video: those without boxes become messages too, as in the published files, and
+    videos without boxes files. The messages have neither an unknown contact state, which becomes no contact, nor names
+    of objects; offsets are cut at a whole picture. A video id with slashes is a file in folders. Raises
+    :class:`UserError` for a video id that is no file within ``folder``.
     """
     folder = Path(folder)
     # A frame has several rows, in any order: one message is collected for each.
     frames: dict[str, dict[int, Any]] = {}
-    for row in detections.cast(SCHEMA).to_pylist():
-        video, number = row["video_id"], row["frame_number"] + FIRST_FRAME
+
+    def message_of(video: str, frame_number: int) -> Any:
+        number = frame_number + FIRST_FRAME
         if not video or any(part in ("", ".", "..") for part in video.split("/")):  # it would lead out of the folder
             raise UserError(f"{folder}: video id '{video}' cannot name a file")
         messages = frames.setdefault(video, {})
         if number not in messages:
             messages[number] = epic_message_class()(video_id=video, frame_number=number)
-        message = messages[number]
+        return messages[number]
+
+    for video, numbers in (looked_at or {}).items():
+        for each in numbers:
+            message_of(video, int(each))
+    for row in detections.cast(SCHEMA).to_pylist():
+        message = message_of(row["video_id"], row["frame_number"])
         box = (message.hands if row["kind"] == "hand" else message.objects).add(score=row["score"])
         for edge in EDGES:
             setattr(box.bbox, edge, row[edge])
@@ -364,7 +375,7 @@ def write_epic(detections: pa.Table, folder: str | Path) -> list[Path]:
             box.side, box.state = row["side"], max(row["state"], NO_CONTACT)
             for axis in ("x", "y"):
                 offset = row[f"offset_{axis}"]
-                setattr(box.object_offset, axis, 0.0 if offset is None or np.isnan(offset) else offset)
+                setattr(box.object_offset, axis, 0.0 if offset is None or np.isnan(offset) else min(max(offset, -1), 1))
     written = []
     folder.mkdir(parents=True, exist_ok=True)
     for video, messages in frames.items():

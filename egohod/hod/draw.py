@@ -16,31 +16,34 @@ from egohod.data.detections import CONTACT, EDGES, LEFT, NO_CONTACT, ROLE_COLOUR
 _WHITE, _BLACK = (255, 255, 255), (0, 0, 0)
 
 
-def draw_boxes(picture: np.ndarray, boxes: pd.DataFrame) -> Image.Image:
+def draw_boxes(picture: np.ndarray | Image.Image, boxes: pd.DataFrame, is_small: bool = False) -> Image.Image:
     """A picture uint8 [H, W, 3] with the rows of ``SCHEMA`` that were seen in it.
 
-    Hands have the colour of their side, and are labelled with it, their contact in words and their score; a line leads
-    from one that touches something to that object, or to where its offset points if no object was detected.
+    Hands have the colour of their side, and are labelled with it, their contact in words and their score, or with L or
+    R alone where the picture ``is_small``. The edge of one that touches something is thicker, and a line leads to that
+    object, or to where its offset points if no object was detected.
     """
-    image = Image.fromarray(picture)
+    image = (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).copy()
     # Legible on a screen, whatever the picture's size is.
     line, letters = max(2, min(image.size) // 200), max(11, min(image.size) // 30)
     pen, font, size = ImageDraw.Draw(image), ImageFont.load_default(letters), np.array(image.size)
     boxes = boxes.reset_index(drop=True)
-    links = link_objects(boxes, image.width / image.height)
+    # One moment, though detections made elsewhere may be of several between two frames.
+    links = link_objects(boxes.assign(video_id="", second=0.0), image.width / image.height)
     corners = np.round(boxes[list(EDGES)].to_numpy(np.float64).reshape(-1, 2, 2) * (size - 1))
     # The surest last, above the others; all lines above all boxes, and words above both.
     order = boxes.index[np.argsort(boxes["score"].to_numpy(), kind="stable")]
     colours = []
     for kind, side in zip(boxes["kind"], boxes["side"], strict=True):
         colours.append(ROLE_COLOURS[2 if kind == "object" else 0 if side == LEFT else 1])
+    touches = (boxes["kind"] == "hand") & (boxes["state"] > NO_CONTACT)
     for i in order:
-        low, high = corners[i]
-        pen.rectangle([*low, *high], outline=_WHITE, width=line + 2)
-        pen.rectangle([*(low + 1), *np.maximum(high - 1, low + 1)], outline=colours[i], width=line)
+        (low, high), width = corners[i], line + line // 2 * touches[i]
+        pen.rectangle([*low, *high], outline=_WHITE, width=width + 2)
+        pen.rectangle([*(low + 1), *np.maximum(high - 1, low + 1)], outline=colours[i], width=width)
     for i in order:
         box = boxes.loc[i]
-        if box["kind"] == "hand" and box["state"] > NO_CONTACT and pd.notna(box["offset_x"]):
+        if touches[i] and pd.notna(box["offset_x"]):
             start, offset = corners[i].mean(axis=0), box[["offset_x", "offset_y"]].to_numpy(np.float64)
             end = corners[links[i]].mean(axis=0) if links[i] >= 0 else start + offset * size
             for ink, more in ((_WHITE, 2), (colours[i], 0)):
@@ -48,6 +51,10 @@ def draw_boxes(picture: np.ndarray, boxes: pd.DataFrame) -> Image.Image:
                 pen.ellipse([*(end - 2 * line - more), *(end + 2 * line + more)], fill=ink)
     for i in order:
         box, low, colour = boxes.loc[i], corners[i, 0], colours[i]
+        if is_small:
+            if box["kind"] == "hand":
+                pen.text((low + line + 2).tolist(), "L" if box["side"] == LEFT else "R", colour, font)
+            continue
         if box["kind"] == "hand":
             words = "left hand" if box["side"] == LEFT else "right hand"
             words += f", {CONTACT.get(box['state'], box['state'])}" if box["state"] != UNKNOWN_STATE else ""

@@ -356,6 +356,7 @@ _LEAST = 0.05  # where the hand's size is not known: what moves less than this i
 _DEPTH = 0.25  # decrease of the logarithm of the size per picture width of way up, from which up means away
 _ROUND_AREA = 0.4  # a turn's area, relative to the ellipse of its width and height: a line 0, an ellipse 1
 _ROUND_ASPECT = 0.35  # shorter over longer side of a turn
+_LEG = 0.8  # least length of a leg, in what a thing moves at least if it is not still
 _MINOR = 0.35  # legs shorter than this share of the longest one are ignored
 _SHAKES = 5  # so many legs to and fro are a shake; two quick taps have four
 # Of a hand that touches something for this share of the clip the motion meanwhile counts: it handles the thing. A
@@ -730,7 +731,7 @@ def _depth_slope(centres: list[np.ndarray], sizes: list[np.ndarray], aspect: flo
 def _length(path: np.ndarray, least: float) -> float:
     """Length of a path's legs; jitter, which adds up along the path itself, adds nothing to them."""
     points = path[np.isfinite(path).all(axis=1)]
-    return float(np.linalg.norm(np.diff(points[_corners(points, least / 2)], axis=0), axis=1).sum())
+    return float(np.linalg.norm(np.diff(points[_corners(points, least)], axis=0), axis=1).sum())
 
 
 def directions_of(path: np.ndarray, least: float, slope: float) -> tuple[tuple[str, ...], int]:
@@ -758,10 +759,10 @@ def directions_of(path: np.ndarray, least: float, slope: float) -> tuple[tuple[s
             return (CLOCKWISE if turns > 0 else COUNTERCLOCKWISE,), max(1, round(abs(turns)))
 
     # --- Straight legs between corners, successive ones of the same direction merged ---
-    ways = np.diff(points[_corners(points, least / 2)], axis=0)
+    ways = np.diff(points[_corners(points, least)], axis=0)
     lengths = np.linalg.norm(ways, axis=1)
     legs: list[str] = []
-    for way in ways[lengths >= max(0.8 * least, _MINOR * lengths.max())]:
+    for way in ways[lengths >= max(_LEG * least, _MINOR * lengths.max())]:
         axis = int(np.argmax(np.abs(way)))
         if axis == 0:
             word = RIGHT if way[0] > 0 else LEFT
@@ -785,11 +786,11 @@ def directions_of(path: np.ndarray, least: float, slope: float) -> tuple[tuple[s
     return tuple(legs), 1
 
 
-def _corners(points: np.ndarray, tolerance: float) -> list[int]:
-    """Indices of the corners of a path, ends included.
+def _corners(points: np.ndarray, least: float) -> list[int]:
+    """Indices of the corners of a path, ends included; ``least`` is how far a thing moves that is not still.
 
     Splits where the path is farthest off its chord (Ramer 1972; Douglas and Peucker 1973), and also where it runs back
-    along the chord, which that distance does not see.
+    along the chord by a leg, which that distance does not see.
     """
     chord = points[-1] - points[0]
     length = float(np.linalg.norm(chord))
@@ -797,10 +798,10 @@ def _corners(points: np.ndarray, tolerance: float) -> list[int]:
     share = off @ chord / length**2 if length > 1e-9 else np.zeros(len(points))
     distance = np.linalg.norm(off - np.clip(share, 0, 1)[:, None] * chord, axis=1)
     split = int(np.argmax(distance))
-    if distance[split] <= tolerance:
+    if distance[split] <= least / 2:
         back = np.maximum.accumulate(share) - share
         lowest = int(np.argmax(back))
-        if back[lowest] * length <= 2 * tolerance:
+        if back[lowest] * length <= _LEG * least:
             return [0, len(points) - 1]
         split = int(np.argmax(share[:lowest])) or lowest
-    return _corners(points[: split + 1], tolerance)[:-1] + [split + i for i in _corners(points[split:], tolerance)]
+    return _corners(points[: split + 1], least)[:-1] + [split + i for i in _corners(points[split:], least)]

@@ -872,7 +872,7 @@ def camera_of(detected: Mapping[str, Any]) -> np.ndarray | None:
 class TrackStage(Stage):
     """Facts from boxes."""
 
-    name, version = TRACK, 3
+    name, version = TRACK, 4
 
     def __init__(self, cfg: HodConfig, source: ClipReader, before: Mapping[str, Stage]) -> None:
         self._params, self._table = cfg.tracks, source.table

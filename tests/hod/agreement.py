@@ -129,7 +129,8 @@ def main() -> None:
         print(
             f"camera {camera}: {len(clips) - len(wrong)} of {len(clips)} clips agree: {1 - len(wrong) / len(clips):.1%}"
         )
-        print(wrong.value_counts().head(10).to_string())
+        if len(wrong):
+            print(wrong.value_counts().head(10).to_string())
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import ClassVar
@@ -168,6 +169,9 @@ def test_an_interrupted_video_resumes_within(detect: Command, tmp_path: Path, mo
     monkeypatch.setattr(Spots, "stop_at", 4)  # two sizes of pictures, and two parts of the video
     assert detect("--draw", "--fps", "0").returncode == 130
     assert drawn(tmp_path / "out") == ["a.jpg", "b.png.jpg", "more/c.JPG"]
+    # What one leaves that is killed.
+    for folder in (tmp_path / "out", tmp_path / "out" / "drawn" / "more"):
+        (folder / ".tmp-1-film.mp4").write_bytes(b"half")
     monkeypatch.setattr(Spots, "stop_at", None)
     Spots.calls.clear()
     assert detect("--draw", "--fps", "0").returncode == 0
@@ -264,11 +268,35 @@ def test_mistakes_end_in_one_line(inside: Command, detect: Command, media: Path,
 
 
 def test_the_output_within_the_folder_is_no_input(media: Path, inside: Command, tmp_path: Path) -> None:
-    """As after `cd media; egohod hod detect . --draw`, twice."""
-    out = media / "media.detections"
-    for _ in range(2):
+    """As after `cd media; egohod hod detect . --draw`, twice, and with another output; nor are links to folders."""
+    (media / "more" / "again").symlink_to(media)
+    for out in (media / "media.detections", media / "media.detections", media / "other"):
         assert inside("detect_hands.py", media, "--detector", "spots", "--draw", "--output", out).returncode == 0
-    assert boxes(out)["video_id"].nunique() == 4
+        assert boxes(out)["video_id"].nunique() == 4
+
+
+def test_every_file_has_a_drawing_of_its_own(detect: Command, media: Path, tmp_path: Path) -> None:
+    shutil.copy(media / "a.jpg", media / "b.png.jpg")
+    assert detect("--draw").returncode == 0
+    assert drawn(tmp_path / "out") == ["a.jpg", "b.png.jpg", "b.png.jpg.jpg", "more/c.JPG", "more/film.mp4"]
+    assert "5 of 5 files are done already" in detect("--draw").stderr
+
+
+def test_frames_without_boxes_are_messages_of_epic_kitchens(
+    detect: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the published files, where the place in the list is the frame."""
+
+    def nothing(self: Spots, video_id: str, numbers: np.ndarray, seconds: np.ndarray, pictures: np.ndarray) -> pa.Table:
+        return SCHEMA.empty_table()
+
+    monkeypatch.setattr(Spots, "detect", nothing)
+    assert detect("--fps", "0", "--epic", tmp_path / "epic").returncode == 0
+    with (tmp_path / "epic" / "more" / "film.pkl").open("rb") as file:
+        messages = [detections.epic_message_class().FromString(each) for each in pickle.load(file)]
+    assert [each.frame_number for each in messages] == list(range(1, 41))
+    assert {each.video_id for each in messages} == {"more/film"}
+    assert (tmp_path / "epic" / "a.jpg.pkl").is_file()
 
 
 def test_a_file_with_other_weights_under_its_name_counts_as_another(tmp_path: Path) -> None:

@@ -115,6 +115,9 @@ def test_words_of_paths() -> None:
     assert legs(0.2 + 0.4 * there, flat) == (("right", "left"), 1)
     assert legs(0.2 + 0.4 * np.abs(np.sin(2 * np.pi * t)), flat) == (("right", "left"), 2)
     assert legs(0.5 + 0.1 * np.sin(10 * np.pi * t), flat)[0] == ("back and forth",)
+    # Legs of 0.9 of what is no longer still, which is more than legs need.
+    fine = np.linspace(0, 1, 96)
+    assert legs(0.5 + 0.027 * np.sin(10 * np.pi * fine) + 0.03 * fine, np.full(96, 0.5))[0] == ("back and forth",)
     for turns in (1, 2):
         x, y = 0.5 + 0.2 * np.cos(2 * np.pi * turns * t), 0.5 + 0.2 * np.sin(2 * np.pi * turns * t)
         assert legs(x, y) == (("clockwise",), turns)

@@ -212,14 +212,16 @@ def preprocess(pictures: Tensor) -> tuple[Tensor, float]:
     scale = _SHORT_SIDE / min(height, width)
     if np.round(scale * max(height, width)) > _LONG_SIDE:
         scale = _LONG_SIDE / max(height, width)
-    x = pictures.flip(3).permute(0, 3, 1, 2).float() - torch.tensor(_MEANS_BGR, device=pictures.device).view(3, 1, 1)
-    for dim, length in ((3, width), (2, height)):
+    x, means = pictures.flip(3).permute(0, 3, 1, 2), torch.tensor(_MEANS_BGR, device=pictures.device).view(3, 1, 1)
+    for dim, length, offset in ((3, width, means), (2, height, 0)):
         # Half to even, as OpenCV rounds. A picture that is a thousand times as long as high keeps one line.
         place = (torch.arange(max(1, round(length * scale)), dtype=torch.float64) + 0.5) / scale - 0.5
         place = place.clamp(0, length - 1).to(pictures.device)
         low = place.long()
         share = (place - low).float().view(-1, *[1] * (3 - dim))
-        x = x.index_select(dim, low) * (1 - share) + x.index_select(dim, (low + 1).clamp(max=length - 1)) * share
+        # Floats only of what is needed: photos have many megapixels.
+        one, two = (x.index_select(dim, each).float() - offset for each in (low, (low + 1).clamp(max=length - 1)))
+        x = one * (1 - share) + two * share
     return x, scale
 
 
@@ -343,7 +345,7 @@ class Doh100(Detector):
             network.to_empty(device="cpu")
             load_weights(network, Path(weights))
         try:
-            # Convolutions on CPUs are a fifth faster with the channels last.
+            # Convolutions on CPUs are about a tenth faster with the channels last.
             self._network = network.eval().to(device).to(memory_format=torch.channels_last)
         # A torch without CUDA raises an AssertionError, one without a device a RuntimeError.
         except (RuntimeError, AssertionError) as error:
