@@ -321,7 +321,7 @@ class Pipeline:
         Clips go through the stages before narrate first. With ``retry`` there are also requests for clips whose answer
         failed, and for those whose caption was refused: these with the reasons. Raises :class:`UserError`.
         """
-        from egohod.hod.narrators.batch import FIRST, SECOND, request_line
+        from egohod.hod.narrators.batch import FIRST, SECOND, request_line, split
         from egohod.hod.narrators.llm import ChatFormat
 
         narrate, run, last = self._batch_stage(), self._batch_run(), self.stages[-1]
@@ -353,8 +353,9 @@ class Pipeline:
                         again = second_request(request, narration, self.cfg.check, chat.instructions)
                         due[SECOND] += [again] if again else []
                 for attempt, requests in due.items():
-                    for batch in chat.batches(len(requests)):
-                        own = [requests[number] for number in batch]
+                    numbers = [each.seed for each in requests]
+                    for batch in split(run, attempt, numbers, self.cfg.narrator.batch):
+                        own = [requests[place] for place in batch]
                         file = file or stack.enter_context(text_file(path))
                         file.write(request_line(run, attempt, [each.seed for each in own], chat.body(own)))
                         written += 1

@@ -18,7 +18,7 @@ from egohod.data.formats import read_clips
 from egohod.errors import UserError
 from egohod.hod.config import NarratorConfig
 from egohod.hod.narrators import Request
-from egohod.hod.narrators.batch import BatchNarrator, request_line
+from egohod.hod.narrators.batch import BatchNarrator, request_line, split
 from egohod.hod.narrators.llm import answer_schema
 from tests.hod.chat_server import ChatServer, clips_of, run_batch, write_rows
 from tests.hod.hod_facts import WIPE
@@ -258,6 +258,17 @@ def test_the_clips_of_a_request_are_in_its_name(tmp_path: Path) -> None:
     assert [each.text for each in answers] == ["caption of 99", None, "caption of 2"]
     assert answers[1].problem == "no answer: none in the batch"
     assert narrator(path, range(4, 20)).answered == [4, 9]
+
+
+def test_scattered_clips_are_split_where_their_name_would_be_too_long() -> None:
+    scattered = list(range(100_000_000, 100_000_100, 3))
+    places = list(split(RUN, 2, scattered, 8))
+    assert [place for each in places for place in each] == list(range(len(scattered)))
+    names = [json.loads(request_line(RUN, 2, [scattered[i] for i in each], {}))["custom_id"] for each in places]
+    assert 55 <= max(map(len, names)) <= 64
+    # One after the other, or of a small table: as many as the settings have.
+    assert list(map(len, split(RUN, 2, range(100_000_000, 100_000_100), 8))) == [8] * 12 + [4]
+    assert list(map(len, split(RUN, 2, range(0, 40, 2), 8))) == [8, 8, 4]
 
 
 def test_the_answer_that_succeeded_counts(tmp_path: Path) -> None:
