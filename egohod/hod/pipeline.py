@@ -50,7 +50,7 @@ from egohod.hod.config import COLUMNS, FURTHER_CAPTIONS, HodConfig
 from egohod.hod.detectors import Detector, check_boxes, detector_class, make_detector, typed_options
 from egohod.hod.facts import ClipFacts, facts_of, without_rare
 from egohod.hod.hands3d import Hands3d
-from egohod.hod.judge import Judging, judge_settings, make_judging
+from egohod.hod.judge import Judging, Opinion, judge_settings, make_judging
 from egohod.hod.narrators import (
     Cost,
     Narration,
@@ -349,8 +349,14 @@ class Pipeline:
                     if self._state(task, narrate) is State.DUE:
                         due[FIRST].append(request)
                     elif self.cfg.check.ask_again and last.name in task.outcomes:
-                        narration = from_plain(Narration, task.outcomes[NARRATE].parsed())
-                        again = second_request(request, narration, self.cfg.check, chat.instructions)
+                        narration, checked = (task.outcomes[name].parsed() for name in (NARRATE, last.name))
+                        again = second_request(
+                            request,
+                            from_plain(Narration, narration),
+                            [from_plain(Opinion, each) for each in (checked or {}).get("opinions", ())],
+                            self.cfg.check,
+                            chat.instructions,
+                        )
                         due[SECOND] += [again] if again else []
                 for attempt, requests in due.items():
                     numbers = [each.seed for each in requests]

@@ -23,6 +23,7 @@ from egohod.hod.narrators.llm import answer_schema
 from tests.hod.chat_server import ChatServer, clips_of, run_batch, write_rows
 from tests.hod.hod_facts import WIPE
 from tests.hod.runs import command, head, rows
+from tests.hod.test_judge import JudgingServer
 from tests.support import ROOT, Command
 
 Run = Callable[..., Any]
@@ -102,6 +103,31 @@ def test_two_rounds_of_files_write_what_an_endpoint_does(run: Run, tmp_path: Pat
     run("--batch_answers", files[1], "--batch_answers", files[3])
     assert output.read_bytes() == online
     assert list(rows(output)[0])[-2:] == ["coarse", "opposite"]
+
+
+def test_what_a_judge_refuses_is_in_the_second_round(run: Run, tmp_path: Path) -> None:
+    def gentle(request: dict[str, Any]) -> dict[str, Any]:
+        item = caption({"because": 1, **request})
+        return item | {"caption": item["caption"] + (", gently" if "because" in request else "")}
+
+    def verdict(asked: dict[str, str]) -> dict[str, Any]:
+        return {"entailed": "kettle" not in asked["caption"] or "gently" in asked["caption"], "reason": "rough"}
+
+    with JudgingServer(verdict, caption=gentle) as server:
+        judge = ["check.judge=endpoint", f"check.judge_endpoint={server.address}"]
+        run(*judge, f"narrator.endpoint={server.address}", f"output={tmp_path}/online.csv")
+        run(*judge, "--batch_requests", tmp_path / "r1.jsonl")
+        run_batch(tmp_path / "r1.jsonl", tmp_path / "a1.jsonl", gentle)
+        log = run(*judge, "--batch_answers", tmp_path / "a1.jsonl")
+        assert "3 captions are the template's" in log
+        run(*judge, "--retry", "--batch_requests", tmp_path / "r2.jsonl")
+        (second,) = requests_in(tmp_path / "r2.jsonl")
+        assert [each["because"] for each in clips_of(second["body"])] == [["judge: endpoint says not entailed: rough"]] * 3
+        run_batch(tmp_path / "r2.jsonl", tmp_path / "a2.jsonl", gentle)
+        run(*judge, "--batch_answers", tmp_path / "a2.jsonl")
+    written = (tmp_path / "hod.csv").read_bytes()
+    assert written.count(b"gently") == 3
+    assert written == (tmp_path / "online.csv").read_bytes()
 
 
 def test_shards_read_one_file_of_all_answers(run: Run, tmp_path: Path) -> None:

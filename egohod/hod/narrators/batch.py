@@ -24,7 +24,7 @@ import numpy as np
 from egohod.errors import UserError
 from egohod.hod.config import NarratorConfig
 from egohod.hod.narrators import Narration, Request
-from egohod.hod.narrators.llm import MAX_BYTES, Answer, ChatFormat, read_chat, shown
+from egohod.hod.narrators.llm import MAX_BYTES, Answer, ChatFormat, read_chat, shown, spelled
 
 log = logging.getLogger(__name__)
 
@@ -232,6 +232,5 @@ def _answer(row: dict[str, Any]) -> Answer:
     while isinstance(error, dict) and ("error" in error or "message" in error):
         error = error.get("message") or error.get("error")
     body = response.get("body") if isinstance(response, dict) else None
-    what = error if error is not None else body
-    text = what if isinstance(what, str) else json.dumps(what)
-    return Answer(None, problem=f"HTTP {status}: {shown(text)}" if status is not None else shown(text))
+    text = shown(spelled(error if error is not None else body))
+    return Answer(None, problem=f"HTTP {status}: {text}" if status is not None else text)
