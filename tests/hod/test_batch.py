@@ -122,7 +122,9 @@ def test_what_a_judge_refuses_is_in_the_second_round(run: Run, tmp_path: Path) -
         assert "3 captions are the template's" in log
         run(*judge, "--retry", "--batch_requests", tmp_path / "r2.jsonl")
         (second,) = requests_in(tmp_path / "r2.jsonl")
-        assert [each["because"] for each in clips_of(second["body"])] == [["judge: endpoint says not entailed: rough"]] * 3
+        assert [each["because"] for each in clips_of(second["body"])] == [
+            ["judge: endpoint says not entailed: rough"]
+        ] * 3
         run_batch(tmp_path / "r2.jsonl", tmp_path / "a2.jsonl", gentle)
         run(*judge, "--batch_answers", tmp_path / "a2.jsonl")
     written = (tmp_path / "hod.csv").read_bytes()
