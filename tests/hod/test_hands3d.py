@@ -331,6 +331,27 @@ def test_arrays_of_another_form_are_named(tmp_path: Path, name: str, arrays: Any
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("suffix", [".npz", ".pkl"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "text", "array"])
+def test_a_damaged_file_is_named(tmp_path: Path, suffix: str, damage: str) -> None:
+    path = tmp_path / f"3{suffix}"
+    if suffix == ".npz":
+        joints, place = np.zeros((1, JOINTS, 3)), np.ones((1, 3))
+        np.savez(path, pred_keypoints_3d=joints, pred_cam_t_full=place, is_right=np.ones(1))
+    else:
+        path.write_bytes(pickle.dumps([wilor_hand(1, (0.1, 0.2, 0.5))]))
+    whole = path.read_bytes()
+    flipped = bytes(byte ^ 255 if 150 < i < 300 else byte for i, byte in enumerate(whole))
+    contents = {"empty": b"", "cut": whole[:-200], "flipped": flipped, "text": b"PK\x03\x04 and no archive"}
+    path.write_bytes(contents.get(damage, b""))
+    if damage == "array":
+        with path.open("wb") as file:
+            np.save(file, np.zeros(3))
+    with pytest.raises(UserError) as error:
+        from_wilor(tmp_path, "v", 10.0, FOCAL)
+    assert str(error.value).startswith(str(path))
+
+
 def test_a_folder_of_videos_is_converted(tmp_path: Path) -> None:
     for video in ("a", "b"):
         (tmp_path / "in" / video).mkdir(parents=True)

@@ -104,7 +104,8 @@ def test_a_wrong_distance_is_refused_and_requested_again(few: list[str], tmp_pat
         if not acts:
             return caption(request)
         reasons.extend(request.get("because", ()))
-        return f"{request['narration']} with the {acts[1]} hand, {acts[2]} by {int(acts[3]) * (1 if 'because' in request else 5)} cm"
+        way = int(acts[3]) * (1 if "because" in request else 5)
+        return f"{request['narration']} with the {acts[1]} hand, {acts[2]} by {way} cm"
 
     with ChatServer(far) as server:
         done = inside("generate_hod.py", *few, *llm(server), "narrator.distances=true")
