@@ -898,6 +898,9 @@ class TrackStage(Stage):
         if path is None:
             return None
         hands, videos = Hands3d(path), self._table.distinct("video_id")
+        # It is read after the first clips are detected, which may take hours.
+        if file_hash(path) != self.settings["hands3d"]:
+            raise UserError(f"tracks.hands3d={path}: has changed since the run started; rerun")
         missing, unknown = set(videos) - hands.videos(), hands.videos() - set(videos)
         if len(missing) == len(videos):
             raise UserError(
