@@ -22,7 +22,7 @@ from egohod.hod.narrators.batch import BatchNarrator, request_line, split
 from egohod.hod.narrators.llm import answer_schema
 from tests.hod.chat_server import ChatServer, clips_of, run_batch, write_rows
 from tests.hod.hod_facts import WIPE
-from tests.hod.runs import command, head, rows
+from tests.hod.runs import command, full_disk, head, rows
 from tests.hod.test_judge import JudgingServer
 from tests.support import ROOT, Command
 
@@ -188,6 +188,13 @@ def test_frames_are_in_the_requests_and_not_needed_for_the_answers(run: Run, tmp
     content = requests_in(requests)[0]["body"]["messages"][1]["content"]
     assert sum(part["type"] == "image_url" for part in content) == 4 * 2
     run_batch(requests, answers, caption)
+    many, full = ["narrator.kind=vlm", "narrator.frames=16", "narrator.batch=1"], tmp_path / "full.jsonl"
+    with full_disk(200_000):
+        log = run(*many, "--batch_requests", full, code=2)
+    assert f"error: cannot write {full}: File too large" in log
+    assert [each.name for each in tmp_path.glob("*full*")] == []
+    run(*many, "--batch_requests", full)
+    assert len(requests_in(full)) == 10
     (tmp_path / "none").mkdir()
     away = ["narrator.kind=vlm", "narrator.frames=2", f"source.root={tmp_path}/none"]
     run(*away, "--batch_answers", answers)
