@@ -612,6 +612,10 @@ def unsupported_claims(
     is accepted without the tracks; where it names no hand it speaks of the one that acts.
     """
     before, statements = claims(source, vocabulary), claims(caption, vocabulary)
+    # Another distance than the source's, as of "2 cm pieces", needs the tracks.
+    stated = {_metres(claim.words) for claim in before if claim.what == DISTANCE}
+    before = [claim for claim in before if claim.what != DISTANCE]
+    statements = [claim for claim in statements if claim.what != DISTANCE or _metres(claim.words) not in stated]
     reasons: list[str] = []
     named, in_source = (set(sides(text, vocabulary)) for text in (caption, source))
     absent = {side for claim in statements if claim.what == ABSENT for side in claim.sides}
@@ -679,11 +683,22 @@ def _unsupported_of_hand(
 
 def _is_about(words: str, distance: float | None) -> bool:
     """Whether a distance in words is a measured one, in metres."""
-    stated = re.search(r"([0-9]+(?:\.[0-9]+)?) ?([a-z]+)", words)
-    if stated is None:  # a user's pattern: such a statement has nothing that could be compared
+    metres = _metres(words)
+    if metres is None:  # a user's pattern: such a statement has nothing that could be compared
         return True
-    metres = float(stated[1]) * next(size for unit, size in _UNITS if stated[2].startswith(unit))
     return distance is not None and distance / _ROUGHLY <= metres <= distance * _ROUGHLY
+
+
+def _metres(words: str) -> float | None:
+    """The distance in words, None if there is no number with a unit."""
+    stated = re.search(r"([0-9][0-9,.]*)[ -]?([a-z]+)", words)
+    if stated is None:
+        return None
+    number = re.sub(r",(?=[0-9]{3}\b)", "", stated[1]).replace(",", ".")  # 1,000 mm, and 0,2 m
+    try:
+        return float(number) * next(size for unit, size in _UNITS if stated[2].startswith(unit))
+    except ValueError:
+        return None
 
 
 def _centimetres(distance: float | None) -> str:

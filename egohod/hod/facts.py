@@ -586,14 +586,16 @@ def _wrist_path(
 
     None where they are known in less than half of the samples in which the hand was detected.
     """
-    wrist = joints[:, 0].copy()
+    wrist = joints[:, 0]
     if np.isfinite(wrist[hand.seen, 0]).sum() < max(2, hand.seen.sum() / 2):
         return None
     if np.isfinite(focal):
         picture = (min(1.0, aspect), min(1.0, 1 / aspect))  # width and height in longer sides
         place = 0.5 + focal * wrist[:, :2] / wrist[:, 2:] / picture
         moved, _ = move_boxes(camera, place, np.zeros_like(place))
-        wrist[:, :2] = (moved - 0.5) * picture * wrist[:, 2:] / focal
+        ray = np.append((moved - 0.5) * picture / focal, np.ones((len(moved), 1)), axis=1)
+        # A turn of the head changes where a hand is seen and its depth, but not how far away it is.
+        wrist = ray * (np.linalg.norm(wrist, axis=1) / np.linalg.norm(ray, axis=1))[:, None]
     return _smooth_path(wrist, seconds, params)
 
 

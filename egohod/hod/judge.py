@@ -64,7 +64,7 @@ class Judge(Protocol):
 def premise_of(source: str, facts: ClipFacts | None) -> str:
     """What is known of a clip, as sentences."""
     sentences = [_as_sentence(source)] if source.strip() else []
-    for line in describe(facts) if facts is not None else ():
+    for line in describe(facts, distances=True) if facts is not None else ():
         who, colon, what = line.partition(": ")
         if colon:
             what = what.replace("not visible, do not mention it", "is not visible").replace(";", ",")

@@ -50,7 +50,7 @@ from egohod.hod.config import COLUMNS, FURTHER_CAPTIONS, HodConfig
 from egohod.hod.detectors import Detector, check_boxes, detector_class, make_detector, typed_options
 from egohod.hod.facts import ClipFacts, facts_of, without_rare
 from egohod.hod.hands3d import Hands3d
-from egohod.hod.judge import Judging, judge_settings, make_judging
+from egohod.hod.judge import Judging, Opinion, judge_settings, make_judging
 from egohod.hod.narrators import (
     Cost,
     Narration,
@@ -321,7 +321,7 @@ class Pipeline:
         Clips go through the stages before narrate first. With ``retry`` there are also requests for clips whose answer
         failed, and for those whose caption was refused: these with the reasons. Raises :class:`UserError`.
         """
-        from egohod.hod.narrators.batch import FIRST, SECOND, request_line
+        from egohod.hod.narrators.batch import FIRST, SECOND, request_line, split
         from egohod.hod.narrators.llm import ChatFormat
 
         narrate, run, last = self._batch_stage(), self._batch_run(), self.stages[-1]
@@ -349,12 +349,19 @@ class Pipeline:
                     if self._state(task, narrate) is State.DUE:
                         due[FIRST].append(request)
                     elif self.cfg.check.ask_again and last.name in task.outcomes:
-                        narration = from_plain(Narration, task.outcomes[NARRATE].parsed())
-                        again = second_request(request, narration, self.cfg.check, chat.instructions)
+                        narration, checked = (task.outcomes[name].parsed() for name in (NARRATE, last.name))
+                        again = second_request(
+                            request,
+                            from_plain(Narration, narration),
+                            [from_plain(Opinion, each) for each in (checked or {}).get("opinions", ())],
+                            self.cfg.check,
+                            chat.instructions,
+                        )
                         due[SECOND] += [again] if again else []
                 for attempt, requests in due.items():
-                    for batch in chat.batches(len(requests)):
-                        own = [requests[number] for number in batch]
+                    numbers = [each.seed for each in requests]
+                    for batch in split(run, attempt, numbers, self.cfg.narrator.batch):
+                        own = [requests[place] for place in batch]
                         file = file or stack.enter_context(text_file(path))
                         file.write(request_line(run, attempt, [each.seed for each in own], chat.body(own)))
                         written += 1
@@ -891,6 +898,9 @@ class TrackStage(Stage):
         if path is None:
             return None
         hands, videos = Hands3d(path), self._table.distinct("video_id")
+        # It is read after the first clips are detected, which may take hours.
+        if file_hash(path) != self.settings["hands3d"]:
+            raise UserError(f"tracks.hands3d={path}: has changed since the run started; rerun")
         missing, unknown = set(videos) - hands.videos(), hands.videos() - set(videos)
         if len(missing) == len(videos):
             raise UserError(

@@ -18,11 +18,12 @@ from egohod.data.formats import read_clips
 from egohod.errors import UserError
 from egohod.hod.config import NarratorConfig
 from egohod.hod.narrators import Request
-from egohod.hod.narrators.batch import BatchNarrator, request_line
+from egohod.hod.narrators.batch import BatchNarrator, request_line, split
 from egohod.hod.narrators.llm import answer_schema
 from tests.hod.chat_server import ChatServer, clips_of, run_batch, write_rows
 from tests.hod.hod_facts import WIPE
-from tests.hod.runs import command, head, rows
+from tests.hod.runs import command, full_disk, head, rows
+from tests.hod.test_judge import JudgingServer
 from tests.support import ROOT, Command
 
 Run = Callable[..., Any]
@@ -104,6 +105,33 @@ def test_two_rounds_of_files_write_what_an_endpoint_does(run: Run, tmp_path: Pat
     assert list(rows(output)[0])[-2:] == ["coarse", "opposite"]
 
 
+def test_what_a_judge_refuses_is_in_the_second_round(run: Run, tmp_path: Path) -> None:
+    def gentle(request: dict[str, Any]) -> dict[str, Any]:
+        item = caption({"because": 1, **request})
+        return item | {"caption": item["caption"] + (", gently" if "because" in request else "")}
+
+    def verdict(asked: dict[str, str]) -> dict[str, Any]:
+        return {"entailed": "kettle" not in asked["caption"] or "gently" in asked["caption"], "reason": "rough"}
+
+    with JudgingServer(verdict, caption=gentle) as server:
+        judge = ["check.judge=endpoint", f"check.judge_endpoint={server.address}"]
+        run(*judge, f"narrator.endpoint={server.address}", f"output={tmp_path}/online.csv")
+        run(*judge, "--batch_requests", tmp_path / "r1.jsonl")
+        run_batch(tmp_path / "r1.jsonl", tmp_path / "a1.jsonl", gentle)
+        log = run(*judge, "--batch_answers", tmp_path / "a1.jsonl")
+        assert "3 captions are the template's" in log
+        run(*judge, "--retry", "--batch_requests", tmp_path / "r2.jsonl")
+        (second,) = requests_in(tmp_path / "r2.jsonl")
+        assert [each["because"] for each in clips_of(second["body"])] == [
+            ["judge: endpoint says not entailed: rough"]
+        ] * 3
+        run_batch(tmp_path / "r2.jsonl", tmp_path / "a2.jsonl", gentle)
+        run(*judge, "--batch_answers", tmp_path / "a2.jsonl")
+    written = (tmp_path / "hod.csv").read_bytes()
+    assert written.count(b"gently") == 3
+    assert written == (tmp_path / "online.csv").read_bytes()
+
+
 def test_shards_read_one_file_of_all_answers(run: Run, tmp_path: Path) -> None:
     with ChatServer(caption) as server:
         run(f"narrator.endpoint={server.address}", f"output={tmp_path}/online.csv", "check.ask_again=false")
@@ -160,6 +188,13 @@ def test_frames_are_in_the_requests_and_not_needed_for_the_answers(run: Run, tmp
     content = requests_in(requests)[0]["body"]["messages"][1]["content"]
     assert sum(part["type"] == "image_url" for part in content) == 4 * 2
     run_batch(requests, answers, caption)
+    many, full = ["narrator.kind=vlm", "narrator.frames=16", "narrator.batch=1"], tmp_path / "full.jsonl"
+    with full_disk(200_000):
+        log = run(*many, "--batch_requests", full, code=2)
+    assert f"error: cannot write {full}: File too large" in log
+    assert [each.name for each in tmp_path.glob("*full*")] == []
+    run(*many, "--batch_requests", full)
+    assert len(requests_in(full)) == 10
     (tmp_path / "none").mkdir()
     away = ["narrator.kind=vlm", "narrator.frames=2", f"source.root={tmp_path}/none"]
     run(*away, "--batch_answers", answers)
@@ -258,6 +293,17 @@ def test_the_clips_of_a_request_are_in_its_name(tmp_path: Path) -> None:
     assert [each.text for each in answers] == ["caption of 99", None, "caption of 2"]
     assert answers[1].problem == "no answer: none in the batch"
     assert narrator(path, range(4, 20)).answered == [4, 9]
+
+
+def test_scattered_clips_are_split_where_their_name_would_be_too_long() -> None:
+    scattered = list(range(100_000_000, 100_000_100, 3))
+    places = list(split(RUN, 2, scattered, 8))
+    assert [place for each in places for place in each] == list(range(len(scattered)))
+    names = [json.loads(request_line(RUN, 2, [scattered[i] for i in each], {}))["custom_id"] for each in places]
+    assert 55 <= max(map(len, names)) <= 64
+    # One after the other, or of a small table: as many as the settings have.
+    assert list(map(len, split(RUN, 2, range(100_000_000, 100_000_100), 8))) == [8] * 12 + [4]
+    assert list(map(len, split(RUN, 2, range(0, 40, 2), 8))) == [8, 8, 4]
 
 
 def test_the_answer_that_succeeded_counts(tmp_path: Path) -> None:

@@ -54,9 +54,9 @@ def moving(wrist: Any, reach: float | np.ndarray = 1.9) -> np.ndarray:
     return joints
 
 
-def facts(rows: Rows, joints: np.ndarray | None, **more: Any) -> ClipFacts:
+def facts(rows: Rows, joints: np.ndarray | None, aspect: float = 1.0, **more: Any) -> ClipFacts:
     table = pa.Table.from_pylist(rows, BOXES)
-    return facts_of(table, TIMES, video_id="v", start=0.0, end=2.0, aspect=1.0, joints=joints, **more)
+    return facts_of(table, TIMES, video_id="v", start=0.0, end=2.0, aspect=aspect, joints=joints, **more)
 
 
 # --- Facts ---
@@ -104,15 +104,32 @@ def test_few_3d_hands_are_none() -> None:
     assert facts([], moving((0, 0, 0.5))).hands == {}
 
 
-def test_the_cameras_motion_is_removed_from_3d_paths() -> None:
-    """The camera turns, so that a hand at rest wanders over the picture."""
-    sway, depth, focal = 0.2 * np.sin(3 * STEP), 0.5, 0.8
-    rows = boxes(0.5 + sway, REST)
-    joints = moving((sway * depth / focal, 0, depth))
-    camera = np.tile(np.eye(3), (len(sway), 1, 1))
-    camera[:, 0, 2] = -sway
-    assert facts(rows, joints, camera=camera, focal=focal).hands["right"].motion.directions == ("still",)
-    assert facts(rows, joints, camera=camera).hands["right"].motion.directions != ("still",)
+@pytest.mark.parametrize("turn", [(25, 0, 0), (0, 20, 0), (-20, 10, 15)])
+@pytest.mark.parametrize("place", [(0.0, 0.0, 0.5), (0.1, 0.1, 0.4), (-0.15, 0.05, 0.5)])
+@pytest.mark.parametrize("aspect", [1.0, 4 / 3])
+def test_a_turning_head_moves_no_3d_hand(turn: tuple[float, ...], place: tuple[float, ...], aspect: float) -> None:
+    """The camera pans, tilts and rolls by so many degrees, so that a hand at rest wanders over the picture."""
+    focal, size = 0.6, np.array([1, 1 / aspect])
+    turns = np.stack([_turn(0, 2, a) @ _turn(2, 1, b) @ _turn(1, 0, c) for a, b, c in np.radians(turn) * STEP[:, None]])
+    lens = np.array([[focal, 0, 0.5], [0, focal * aspect, 0.5], [0, 0, 1]])
+    camera = lens @ turns @ np.linalg.inv(lens)
+    ways = {"still": (0, 0, 0), "right": (0.2, 0, 0), "up": (0, -0.2, 0), "away": (0, 0, 0.2)}
+    for expected, way in ways.items():
+        # Turns are from the axes of each picture to those of the first.
+        seen = np.einsum("tji,tj->ti", turns, np.outer(STEP, way) + place)
+        rows = boxes(*(0.5 + focal * seen[:, :2] / seen[:, 2:] / size).T)
+        motion = facts(rows, moving(seen.T), aspect, camera=camera, focal=focal).hands["right"].motion
+        assert (motion.directions, motion.distance) == ((expected,), pytest.approx(sum(np.abs(way)), rel=0.02))
+        as_seen = facts(rows, moving(seen.T), aspect, camera=camera).hands["right"].motion
+        assert expected != "still" or as_seen.directions != ("still",)
+
+
+def _turn(one: int, other: int, angle: float) -> np.ndarray:
+    """Rotation of one axis towards another."""
+    matrix = np.eye(3)
+    matrix[[one, other], [one, other]] = np.cos(angle)
+    matrix[one, other], matrix[other, one] = np.sin(angle), -np.sin(angle)
+    return matrix
 
 
 def test_how_open_a_hand_is() -> None:
@@ -314,6 +331,27 @@ def test_arrays_of_another_form_are_named(tmp_path: Path, name: str, arrays: Any
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("suffix", [".npz", ".pkl"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "text", "array"])
+def test_a_damaged_file_is_named(tmp_path: Path, suffix: str, damage: str) -> None:
+    path = tmp_path / f"3{suffix}"
+    if suffix == ".npz":
+        joints, place = np.zeros((1, JOINTS, 3)), np.ones((1, 3))
+        np.savez(path, pred_keypoints_3d=joints, pred_cam_t_full=place, is_right=np.ones(1))
+    else:
+        path.write_bytes(pickle.dumps([wilor_hand(1, (0.1, 0.2, 0.5))]))
+    whole = path.read_bytes()
+    flipped = bytes(byte ^ 255 if 150 < i < 300 else byte for i, byte in enumerate(whole))
+    contents = {"empty": b"", "cut": whole[:-200], "flipped": flipped, "text": b"PK\x03\x04 and no archive"}
+    path.write_bytes(contents.get(damage, b""))
+    if damage == "array":
+        with path.open("wb") as file:
+            np.save(file, np.zeros(3))
+    with pytest.raises(UserError) as error:
+        from_wilor(tmp_path, "v", 10.0, FOCAL)
+    assert str(error.value).startswith(str(path))
+
+
 def test_a_folder_of_videos_is_converted(tmp_path: Path) -> None:
     for video in ("a", "b"):
         (tmp_path / "in" / video).mkdir(parents=True)
@@ -378,6 +416,11 @@ def test_the_pipeline_measures_with_3d_hands_and_notices_another_file(
         stored = from_plain(ClipFacts, second.stored(0, results)[TRACK].parsed())
     assert {hand.grasp for hand in stored.hands.values()} == {"closed"}
 
+    write([video], 1.5)
+    third = pipeline()
+    write([video], 1.1)
+    with pytest.raises(UserError, match="has changed since the run started"):
+        third.run_all(Shard())
     write(["elsewhere"], 1.9)
     with pytest.raises(UserError, match="has hands of none of the 1 videos"):
         pipeline().run_all(Shard())

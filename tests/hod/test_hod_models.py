@@ -93,6 +93,29 @@ def test_clips_without_an_answer_are_requested_again_with_retry(
         assert "by llm 10;" in done.stderr
 
 
+def test_a_wrong_distance_is_refused_and_requested_again(few: list[str], tmp_path: Path, inside: Command) -> None:
+    reasons = []
+
+    def far(request: dict[str, Any]) -> str:
+        """The facts' distance; five times as far at the first request."""
+        acts = re.search(
+            r"(left|right) hand: does the action; moves ([^;]+) by about (\d+) cm", "|".join(request["facts"])
+        )
+        if not acts:
+            return caption(request)
+        reasons.extend(request.get("because", ()))
+        way = int(acts[3]) * (1 if "because" in request else 5)
+        return f"{request['narration']} with the {acts[1]} hand, {acts[2]} by {way} cm"
+
+    with ChatServer(far) as server:
+        done = inside("generate_hod.py", *few, *llm(server), "narrator.distances=true")
+    assert done.returncode == 0, done.stderr
+    assert len(reasons) >= 3
+    assert all(re.match(r'distance: "\d+ cm", but the (left|right) hand goes \d+ cm$', reason) for reason in reasons)
+    assert f"llm on the second try {len(reasons)}" in done.stderr
+    assert sum(bool(re.search(r"by \d+ cm$", row["text"])) for row in rows(tmp_path / "hod.csv")) == len(reasons)
+
+
 def caption_and_opposite(request: dict[str, Any]) -> dict[str, Any]:
     """The caption with its directions and its opposite with a full stop; of a request's second clip a wrong one."""
     lines = " ".join(str(value) for value in request.values())

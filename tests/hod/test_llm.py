@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import email.utils
 import io
 import json
@@ -10,6 +11,7 @@ import logging
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -670,6 +672,17 @@ def test_an_answer_without_text_has_a_reason(kind: str) -> None:
     assert answers[0].text is None
     assert re.search(problem, str(answers[0].problem)), answers[0].problem
     assert len(server.bodies) == (2 if kind == "nothing" else 1)
+
+
+@pytest.mark.parametrize("body", ["%s", '{"choices": [{"finish_reason": %s, "message": {"refusal": %s}}]}'])
+def test_no_depth_of_an_answer_ends_the_run(body: str) -> None:
+    """Also what can be read and then not be repeated in a message, which is a depth that depends on the call."""
+    endpoint, limit = Endpoint(NarratorConfig(kind="llm")), sys.getrecursionlimit()
+    for depth in range(limit - 200, limit + 20):
+        nested = "[" * depth + "]" * depth
+        answer = body.replace("%s", nested).encode()
+        with contextlib.suppress(ValueError):
+            endpoint._read(answer)
 
 
 def test_token_counts_that_are_no_numbers_cost_no_answer() -> None:

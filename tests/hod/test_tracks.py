@@ -253,7 +253,13 @@ def test_the_template_says_what_two_hands_do_and_the_check_knows_when_it_is_untr
     handed = replace(both, pair=replace(_TOGETHER, handed_to="left"))
     assert wordings("#C C moves the pot", handed) == {"#C C moves the pot from the right hand to the left hand"}
     assert template("", handed) == "The pot goes from the right hand to the left hand"
-    for text in ("She passes it over to the right hand", "C moves it from his left hand to his right hand"):
+    assert not refused("The right hand passes the pot to the left hand side", both), "a place, and nothing handed over"
+    for text in (
+        "She passes it over to the right hand",
+        "C moves it from his left hand to his right hand",
+        "C gives the red pot to the right hand",
+        "C passes the pot on to the right hand",
+    ):
         assert refused(text, handed)
         assert not refused(text, replace(both, pair=replace(_TOGETHER, handed_to="right")))
 
@@ -273,8 +279,9 @@ def test_regrasps_in_captions() -> None:
     texts = wordings("#C C moves the cup", again)
     assert all(text.endswith(("regrasping it", "letting go of it in between")) for text in texts)
     assert all(refused(text, once) for text in texts)
-    assert not refused("The right hand lets go of the cup and takes it again", again)
-    assert refused("The right hand lets go of the cup and takes it again", once)
+    for text in ("lets go of the cup and takes it again", "grabs the red cup again", "takes hold of the cup again"):
+        assert refused(f"The right hand {text}", once)
+        assert not refused(f"The right hand {text}", again)
 
 
 def test_distances_in_captions_are_rough_and_only_on_request() -> None:
@@ -284,10 +291,15 @@ def test_distances_in_captions_are_rough_and_only_on_request() -> None:
     assert all("to the left by about 20 cm" in text for text in wordings("#C C moves it", moved, distances=True))
     assert any("moves to the left by about 20 cm" in line for line in describe(moved, distances=True))
     assert not any("cm" in line for line in describe(moved))
-    assert not refused("The right hand moves the cup 0.3 m to the left", moved)
-    assert refused("The right hand moves the cup by 80 centimetres to the left", moved)
-    assert refused("The right hand moves the cup by 5 cm to the left", moved)
+    for true in ("220 mm", "200 millimetres", "25-cm", "0.3 m", "8.5 inches", "8 inch", "0.7 ft", "1 foot", "0,2 m"):
+        assert not refused(f"The right hand moves the cup about {true} to the left", moved), true
+    for wrong in ("22 mm", "5 cm", "80 centimetres", "2 m", "0.2 cm", "1,000 mm", "22 inches", "2 feet", "2-3 metres"):
+        assert refused(f"The right hand moves the cup {wrong} to the left", moved), wrong
     assert refused("The right hand moves the cup by 20 cm to the left", clip(right, thing="cup")), "nothing is known"
+    source, told = "#C C cuts the carrot into 2 cm pieces", "with the right hand, to the left"
+    assert check(f"{source} {told}", source, moved, CheckConfig()).passed, "a size in the narration"
+    assert check(f"{source} {told} by about 20 cm", source, moved, CheckConfig()).passed
+    assert not check(f"{source} {told} by about 90 cm", source, moved, CheckConfig()).passed
     quick = clip(hand("right", "left", "right", touches="object", contact=0.0), thing="cup")
     assert not any("cm" in text for text in wordings("#C C moves the cup", quick, distances=True))
 

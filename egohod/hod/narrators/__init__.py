@@ -332,11 +332,20 @@ def check_narrations(
     assert not undecided, f"narrator {narrator.name} has not answered the requests {sorted(undecided)}"
 
 
-def second_request(request: Request, narration: Narration, settings: CheckConfig, prompt: str) -> Request | None:
-    """The request after a refused caption, with the reasons; None for one that passes the check, or is missing."""
+def second_request(
+    request: Request, narration: Narration, opinions: Sequence[Opinion], settings: CheckConfig, prompt: str
+) -> Request | None:
+    """The request after a refused caption, with the reasons; None for one that passes the check, or is missing.
+
+    ``opinions`` are the judge's on the captions of this clip so far, the first one's first.
+    """
+    from egohod.hod.judge import combine  # which needs this module
+
     if narration.text is None:
         return None
     verdict = check(narration.text, request.source, request.facts, settings, prompt)
+    if opinions:  # of another caption only where the rules refuse this one, and no judge was asked
+        verdict, _ = combine(verdict, opinions[0], settings.judge_mode)
     return None if verdict.passed else replace(request, complaints=verdict.reasons, refused=narration.text)
 
 

@@ -24,18 +24,19 @@ import numpy as np
 from egohod.errors import UserError
 from egohod.hod.config import NarratorConfig
 from egohod.hod.narrators import Narration, Request
-from egohod.hod.narrators.llm import MAX_BYTES, Answer, ChatFormat, read_chat, shown
+from egohod.hod.narrators.llm import MAX_BYTES, Answer, ChatFormat, read_chat, shown, spelled
 
 log = logging.getLogger(__name__)
 
 FIRST, SECOND = 1, 2
 _NO_JSON, _OTHER_RUN = "not JSON", "of another run"  # kinds of lines
 _NAMED = 3  # examples of each kind of line that cannot be used
+_LONGEST_ID = 64  # characters: some services refuse files with longer ones
 _ID = re.compile(r"([0-9a-f]{12})-([12])-(\d{1,9}(?:x\d{1,9})?(?:_\d{1,9}(?:x\d{1,9})?)*)")
 
 
-def request_line(run: str, attempt: int, clips: Sequence[int], body: dict[str, Any]) -> str:
-    """A line of a file of requests, for ``clips`` in ascending order."""
+def custom_id(run: str, attempt: int, clips: Sequence[int]) -> str:
+    """The name of a request for ``clips`` in ascending order."""
     runs: list[list[int]] = []
     for clip in clips:
         if runs and clip == sum(runs[-1]):
@@ -43,7 +44,24 @@ def request_line(run: str, attempt: int, clips: Sequence[int], body: dict[str, A
         else:
             runs.append([clip, 1])
     places = "_".join(f"{first}x{count}" if count > 1 else str(first) for first, count in runs)
-    line = {"custom_id": f"{run}-{attempt}-{places}", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    return f"{run}-{attempt}-{places}"
+
+
+def split(run: str, attempt: int, clips: Sequence[int], size: int) -> Iterator[range]:
+    """The places of ``clips`` by request: at most ``size`` of them, and no more than its name has room for."""
+    start = 0
+    while start < len(clips):
+        end = min(start + size, len(clips))
+        while len(custom_id(run, attempt, clips[start:end])) > _LONGEST_ID:
+            end -= 1
+        yield range(start, end)
+        start = end
+
+
+def request_line(run: str, attempt: int, clips: Sequence[int], body: dict[str, Any]) -> str:
+    """A line of a file of requests, for ``clips`` in ascending order."""
+    name = custom_id(run, attempt, clips)
+    line = {"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": body}
     return json.dumps(line, ensure_ascii=True) + "\n"
 
 
@@ -214,6 +232,5 @@ def _answer(row: dict[str, Any]) -> Answer:
     while isinstance(error, dict) and ("error" in error or "message" in error):
         error = error.get("message") or error.get("error")
     body = response.get("body") if isinstance(response, dict) else None
-    what = error if error is not None else body
-    text = what if isinstance(what, str) else json.dumps(what)
-    return Answer(None, problem=f"HTTP {status}: {shown(text)}" if status is not None else shown(text))
+    text = shown(spelled(error if error is not None else body))
+    return Answer(None, problem=f"HTTP {status}: {text}" if status is not None else text)

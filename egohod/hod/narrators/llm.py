@@ -263,14 +263,14 @@ def read_chat(body: Any, clean: Callable[[str], str]) -> Answer:
         text = message.get("content")
         finish = choice.get("finish_reason")
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(f"{_NO_CHAT}: {clean(json.dumps(body))}") from error
+        raise ValueError(f"{_NO_CHAT}: {clean(spelled(body))}") from error
     if isinstance(text, list):  # in parts, of which some hold reasoning or pictures
         parts = [part for part in text if isinstance(part, dict) and part.get("type") == "text"]
         text = "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
     if not isinstance(text, str) or not text.strip():
         # No retry: a model refuses again and reasons as long again.
         if message.get("refusal"):
-            return Answer(None, problem=f"the model refused: {clean(str(message['refusal']))}")
+            return Answer(None, problem=f"the model refused: {clean(spelled(message['refusal']))}")
         if finish == "length":
             reasoned = message.get("reasoning_content") or message.get("reasoning")
             why = "the model used up narrator.max_tokens on its reasoning" if reasoned else "cut off before any text"
@@ -278,7 +278,7 @@ def read_chat(body: Any, clean: Callable[[str], str]) -> Answer:
             return Answer(None, problem=problem)
         if finish == "content_filter":
             return Answer(None, problem="an answer without text: the server's content filter removed it")
-        raise ValueError(f"an answer without text (finish_reason is {clean(str(finish))})")
+        raise ValueError(f"an answer without text (finish_reason is {clean(spelled(finish))})")
     usage, tokens = body.get("usage"), []
     for name in ("prompt_tokens", "completion_tokens"):
         # They only go into statistics: whatever is no count is 0.
@@ -287,6 +287,14 @@ def read_chat(body: Any, clean: Callable[[str], str]) -> Answer:
         except (KeyError, TypeError, ValueError, OverflowError):
             tokens.append(0)
     return Answer(text, tokens[0], tokens[1], is_cut=finish == "length")
+
+
+def spelled(value: Any) -> str:
+    """A value of parsed JSON as text."""
+    try:
+        return value if isinstance(value, str) else json.dumps(value)
+    except RecursionError:  # what is nested nearly too deep to be read is too deep to be written
+        return "(deeply nested)"
 
 
 def shown(text: str) -> str:
