@@ -287,6 +287,10 @@ def test_distances_in_captions_are_rough_and_only_on_request() -> None:
     assert not refused("The right hand moves the cup 0.3 m to the left", moved)
     assert refused("The right hand moves the cup by 80 centimetres to the left", moved)
     assert refused("The right hand moves the cup by 5 cm to the left", moved)
+    assert not refused("The right hand moves the cup 9 inches to the left", moved)
+    assert not refused("With the right hand 0.2 metres to the left, the cup is moved", moved)
+    assert refused("The right hand moves the cup by 5 feet to the left", moved)
+    assert refused("The right hand moves the cup by 1,022 cm to the left", moved)
     assert refused("The right hand moves the cup by 20 cm to the left", clip(right, thing="cup")), "nothing is known"
     quick = clip(hand("right", "left", "right", touches="object", contact=0.0), thing="cup")
     assert not any("cm" in text for text in wordings("#C C moves the cup", quick, distances=True))
