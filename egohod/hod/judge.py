@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -319,17 +320,24 @@ class CrossEncoder:
         for first in range(0, len(order), _BATCH):
             numbers = order[first : first + _BATCH]
             premises, hypotheses = ([pairs[number][i] for number in numbers] for i in (0, 1))
-            tokens = self._tokenizer(
-                premises,
-                hypotheses,
-                padding=True,
-                truncation="only_first",
-                max_length=self._tokens,
-                return_tensors="pt",
-            ).to(self._device)
-            with torch.inference_mode():
-                # In float32, whatever the model computes in.
-                logits = self._model(**tokens).logits.float()
-            shares = logits.softmax(-1)[:, self._entailment].tolist()
+            try:
+                # Of premise and caption the longer one is cut off: that is the premise, but for captions that are none.
+                tokens = self._tokenizer(
+                    premises,
+                    hypotheses,
+                    padding=True,
+                    truncation="longest_first",
+                    max_length=self._tokens,
+                    return_tensors="pt",
+                ).to(self._device)
+                with torch.inference_mode():
+                    # In float32, whatever the model computes in.
+                    logits = self._model(**tokens).logits.float()
+                shares = logits.softmax(-1)[:, self._entailment].tolist()
+            except (RuntimeError, IndexError, ValueError) as error:  # memory, or a tokenizer of another model
+                raise UserError(f"check.judge_folder={self._folder}: {' '.join(str(error).split())[:300]}") from error
             for number, share in zip(numbers, shares, strict=True):
-                yield number, Opinion(self._name, share >= self._threshold, share)
+                if math.isfinite(share):
+                    yield number, Opinion(self._name, share >= self._threshold, share)
+                else:
+                    yield number, Opinion(self._name, None, reason="the probability is not a number")

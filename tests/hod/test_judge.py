@@ -466,6 +466,32 @@ def test_a_cross_encoder_gives_probabilities_of_the_label_by_name(encoder: Path)
     assert "judge: cross_encoder nli says not entailed (p = 0." in result.refusals[0]
 
 
+def test_whatever_a_model_is_given_or_computes_no_clip_is_lost(
+    encoder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import torch
+    import transformers
+
+    judging = make_judging(config(folder=encoder, judge_threshold=0.0))
+    assert judging is not None
+    long = " ".join(["glitters"] * 100)  # more tokens than the model has places
+    items = [(source, WIPE, caption, PASSES) for source in (SOURCE, long) for caption in (TRUE, long, "")]
+    assert {opinion.entailed for _, _, opinion in judging.decide(items)} == {True}
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(encoder)
+    with torch.no_grad():
+        model.classifier.bias.fill_(torch.nan)
+    model.save_pretrained(encoder)
+    cfg = config(folder=encoder)
+    (result,), _ = checked(TRUE, cfg, make_judging(cfg))
+    assert (result.narrator, result.unanswered) == ("llm", True), "no number is no refusal"
+    # A tokenizer with more words than the model: it refuses the numbers of most.
+    model.resize_token_embeddings(6)
+    model.save_pretrained(encoder)
+    (result,), _ = checked(TRUE, cfg, make_judging(cfg))
+    assert (result.narrator, result.unanswered) == ("llm", True)
+    assert "check.judge_folder=" in caplog.text
+
+
 def test_damaged_weights_leave_the_rules_alone(encoder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (encoder / "model.safetensors").write_bytes(b"no weights")
     cfg = config(folder=encoder)
