@@ -351,6 +351,13 @@ class Pipeline:
                     elif self.cfg.check.ask_again and last.name in task.outcomes:
                         narration = from_plain(Narration, task.outcomes[NARRATE].parsed())
                         again = second_request(request, narration, self.cfg.check, chat.instructions)
+                        outcome = task.outcomes[last.name]
+                        if self.cfg.check.judge != "none" and outcome.fault is None:
+                            # The judge has a say, and its reasons; both are stored.
+                            checked, text = outcome.parsed(), narration.text
+                            was_refused = text is not None and checked["narrator"] == "template"
+                            reasons = tuple(checked["refusals"])
+                            again = replace(request, complaints=reasons, refused=text) if was_refused else None
                         due[SECOND] += [again] if again else []
                 for attempt, requests in due.items():
                     for batch in chat.batches(len(requests)):
@@ -615,7 +622,8 @@ class Pipeline:
                         if results.finished(self.fingerprint):
                             results.unmark(self.fingerprint)
                         place = self.table.where(index)
-                        raise UserError(f"{place}: has not been through the stage {name}; run it first")
+                        part = f" (shard {shard})" if shard.count > 1 else ""
+                        raise UserError(f"{place}{part}: has not been through the stage {name}; run it first")
                     if outcome.fault is not None:
                         yield index, name, outcome
                         break

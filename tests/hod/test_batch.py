@@ -23,6 +23,7 @@ from egohod.hod.narrators.llm import answer_schema
 from tests.hod.chat_server import ChatServer, clips_of, run_batch, write_rows
 from tests.hod.hod_facts import WIPE
 from tests.hod.runs import command, head, rows
+from tests.hod.test_judge import JudgingServer
 from tests.support import ROOT, Command
 
 Run = Callable[..., Any]
@@ -102,6 +103,31 @@ def test_two_rounds_of_files_write_what_an_endpoint_does(run: Run, tmp_path: Pat
     run("--batch_answers", files[1], "--batch_answers", files[3])
     assert output.read_bytes() == online
     assert list(rows(output)[0])[-2:] == ["coarse", "opposite"]
+
+
+def test_captions_that_the_judge_refuses_are_requested_again(run: Run, tmp_path: Path) -> None:
+    def cautious(request: dict[str, Any]) -> dict[str, Any]:
+        answer = caption(request)
+        return answer | {"caption": answer["caption"] + " slowly" * ("because" in request)}
+
+    def doubt(asked: dict[str, str]) -> dict[str, Any]:
+        return {"entailed": "slowly" in asked["caption"], "reason": "too quick"}
+
+    files = [tmp_path / f"{name}.jsonl" for name in ("r1", "a1", "r2", "a2")]
+    with JudgingServer(doubt) as judge, ChatServer(cautious) as server:
+        knobs = ("check.judge=endpoint", f"check.judge_endpoint={judge.address}", "narrator.give_up_seconds=9")
+        run(f"narrator.endpoint={server.address}", f"output={tmp_path}/online.csv", *knobs)
+        run("--batch_requests", files[0], *knobs)
+        run_batch(*files[:2], cautious)
+        assert "10 captions are the template's" in run("--batch_answers", files[1], *knobs)
+        run("--retry", "--batch_requests", files[2], *knobs)
+        reasons = [clip["because"] for each in requests_in(files[2]) for clip in clips_of(each["body"])]
+        assert [any("too quick" in reason for reason in each) for each in reasons].count(True) == 7
+        assert len(reasons) == 10
+        run_batch(*files[2:], cautious)
+        run("--batch_answers", files[3], *knobs)
+        assert "no request is due" in run("--retry", "--batch_requests", tmp_path / "r3.jsonl", *knobs)
+    assert (tmp_path / "hod.csv").read_bytes() == (tmp_path / "online.csv").read_bytes()
 
 
 def test_shards_read_one_file_of_all_answers(run: Run, tmp_path: Path) -> None:
