@@ -63,6 +63,8 @@ def passes(source: str, caption: str) -> bool:
         ("Cut the tofu", "Does not cut the tofu", False),
         ("Cut the tofu", "Doesn't cut the tofu", False),
         ("Do not cut the tofu", "Cuts the tofu", False),
+        ("Cut the tofu", "Avoids cutting the tofu", False),
+        ("Stir the tofu without letting it burn", "Stirs the tofu so that it does not burn", True),
         ("Stir until no water is left", "Stirs until water cannot be seen", True),
         ("Cut the tofu", "Cuts the tofu while the left hand does not move", True),
         # function_words
