@@ -553,7 +553,7 @@ def compare_words(
 
 
 def _negation(text: str, vocabulary: Vocabulary) -> str | None:
-    """A word by which a text says that something is not done; statements about motion and sight have their own rules."""
+    """A word by which a text says that something is not done; claims about motion and sight have rules of their own."""
     match = vocabulary.negations.search(vocabulary.claims.sub(" ", text.lower().replace("’", "'")))
     return match.group() if match else None
 

@@ -7,6 +7,7 @@ sequence-classification model for natural-language inference in a local folder (
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import logging
@@ -205,13 +206,9 @@ class ChatJudge:
         from egohod.hod.narrators.llm import Endpoint, read_prompt, render_prompt, response_format, without_reasoning
 
         self._name, self._settings = name, _chat_settings(cfg)
-        try:
+        self._has_own_endpoint = bool(cfg.check.judge_endpoint)
+        with self._own_settings_in_errors():
             self._endpoint = Endpoint(self._settings)
-        except UserError as error:
-            if not cfg.check.judge_endpoint:
-                raise
-            # The client names the narrator's keys.
-            raise UserError(str(error).replace("narrator.", "check.judge_")) from error
         prompt = read_prompt(prompt_path(cfg.check), ("instructions", "request"))
         self._instructions = render_prompt(prompt, "instructions", {})
         self._request = lambda clip: render_prompt(prompt, "request", {"clips": [clip]})
@@ -220,8 +217,20 @@ class ChatJudge:
 
     def judge(self, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[int, Opinion]]:
         """See :class:`Judge`."""
-        for number, answer in self._endpoint.ask_all(map(self._body, pairs)):
-            yield number, self._opinion(answer.text, answer.problem)
+        with self._own_settings_in_errors():
+            for number, answer in self._endpoint.ask_all(map(self._body, pairs)):
+                yield number, self._opinion(answer.text, answer.problem)
+
+    @contextlib.contextmanager
+    def _own_settings_in_errors(self) -> Iterator[None]:
+        """The client names the narrator's settings."""
+        try:
+            yield
+        except UserError as error:
+            if not self._has_own_endpoint:
+                raise
+            own = str(error).replace("model and api_key_env", "check.judge_model and check.judge_api_key_env")
+            raise UserError(own.replace("narrator.", "check.judge_")) from error
 
     def _body(self, pair: tuple[str, str]) -> dict[str, Any]:
         clip = {"premise": pair[0], "caption": pair[1]}

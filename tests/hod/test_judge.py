@@ -224,6 +224,13 @@ def test_what_was_answered_before_a_failure_counts() -> None:
     assert [each.unanswered for each in results].count(True) == 2
 
 
+def test_a_refusal_names_the_settings_of_the_judge(caplog: pytest.LogCaptureFixture) -> None:
+    with JudgingServer(lambda _: {}, script=[(401, {})] * 9) as server:
+        cfg = config(judge_endpoint=server.address)
+        checked(TRUE, cfg, make_judging(cfg))
+    assert "see check.judge_endpoint, check.judge_model and check.judge_api_key_env" in caplog.text
+
+
 def test_the_narrators_key_goes_to_no_other_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WRITER_KEY", "sk-writer")
     monkeypatch.setenv("JUDGE_KEY", "sk-judge")
@@ -466,9 +473,7 @@ def test_a_cross_encoder_gives_probabilities_of_the_label_by_name(encoder: Path)
     assert "judge: cross_encoder nli says not entailed (p = 0." in result.refusals[0]
 
 
-def test_whatever_a_model_is_given_or_computes_no_clip_is_lost(
-    encoder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_whatever_a_model_is_given_or_computes_no_clip_is_lost(encoder: Path, caplog: pytest.LogCaptureFixture) -> None:
     import torch
     import transformers
 
