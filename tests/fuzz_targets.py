@@ -686,7 +686,7 @@ def _run_hod() -> None:
             pipeline.finish(Shard())
         pipeline.store.divisions(pipeline.fingerprint)
         pipeline.merge(1)
-    collect(pipeline, range(len(pipeline.table)))
+    list(collect(pipeline, range(len(pipeline.table))))
 
 
 def _read_hod(folder: Path) -> None:

@@ -31,7 +31,7 @@ import logging
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -118,12 +118,14 @@ def main(arguments: Sequence[str]) -> int:
     overrides = {"source.metadata": args.metadata, "source.root": args.root, "output": args.output}
     knobs = [f"{name}={value}" for name, value in overrides.items() if value is not None]
     pipeline = build(config.load(args.config_file, [*knobs, *args.overrides]))
-    clips = collect(pipeline, _choose_clips(pipeline, args), args.stabilised)
+    views = collect(pipeline, _choose_clips(pipeline, args), args.stabilised)
     if args.no_frames:
-        clips = [replace(view, pictures=np.full_like(view.pictures, 255)) for view in clips]
+        views = (replace(view, pictures=np.full_like(view.pictures, 255)) for view in views)
+    # A page alone draws clip by clip: the frames of a thousand clips take gigabytes.
+    clips = list(views) if args.sheet or args.film else []
     if args.page:
         args.page.parent.mkdir(parents=True, exist_ok=True)
-        write_text(args.page, _page(pipeline, clips, None if args.clips else args.seed, args.where))
+        write_text(args.page, _page(pipeline, clips or views, None if args.clips else args.seed, args.where))
     if args.sheet or args.film:
         clips = [view for view in clips if len(view.pictures)]
         if not clips:
@@ -251,7 +253,11 @@ class Condition:
             )
         if (name == "score") == (sign == "="):
             raise UserError(f"--where is '{text}', but {name} takes {'< or >' if name == 'score' else '='}")
+        if name == "score" and len(values) > 1:
+            raise UserError(f"--where is '{text}', but score takes one number")
         for value in values:
+            if name == "word" and not re.fullmatch(r"\w+", value):
+                raise UserError(f"--where is '{text}', but '{value}' is not a word; several take a --where each")
             if name == "score" and not re.fullmatch(r"\d*\.?\d+", value):
                 raise UserError(f"--where is '{text}', but '{value}' is no number")
             if TRAITS[name] and value not in TRAITS[name]:
@@ -317,14 +323,14 @@ def traits_of(outcomes: Mapping[str, Outcome], names: Collection[str]) -> dict[s
     return {name: traits[name] for name in names}
 
 
-def collect(pipeline: Pipeline, indices: Sequence[int], stabilised: bool = False) -> list[ClipView]:
+def collect(pipeline: Pipeline, indices: Sequence[int], stabilised: bool = False) -> Iterator[ClipView]:
     """Everything that is stored of some clips; without pictures where a video cannot be read.
 
     With ``stabilised`` also what their tracks and their background are without the removal of the camera's motion.
     """
     if stabilised and pipeline.cfg.tracks.camera == "none":
         raise UserError("--stabilised needs the camera's motion, which tracks.camera=none does not measure")
-    clips, source = [], open_videos(pipeline.cfg, pipeline.table)
+    source = open_videos(pipeline.cfg, pipeline.table)
     with pipeline.store.results(clips=pipeline.clips) as results:
         for index in indices:
             row, outcomes = pipeline.table.row(index), pipeline.stored(index, results)
@@ -360,11 +366,10 @@ def collect(pipeline: Pipeline, indices: Sequence[int], stabilised: bool = False
                 view = replace(view, raw=facts_of(rows, times, params=pipeline.cfg.tracks, **about))
                 if len(pictures):
                     view = replace(view, background=background_motion(pictures, times, rows, camera))
-            clips.append(view)
-    return clips
+            yield view
 
 
-def _page(pipeline: Pipeline, clips: Sequence[ClipView], seed: int | None, where: Sequence[str]) -> str:
+def _page(pipeline: Pipeline, clips: Iterable[ClipView], seed: int | None, where: Sequence[str]) -> str:
     """The page with a card for each clip, as HTML."""
     cfg = pipeline.cfg
     facts = {
@@ -395,7 +400,7 @@ def _page(pipeline: Pipeline, clips: Sequence[ClipView], seed: int | None, where
             name: values
             for name in TRAITS
             if name not in ("word", "score", "reason")
-            and len(values := Counter(value for view in clips for value in view.traits[name]))
+            and len(values := Counter(value for each in cards for value in each["traits"][name]))
         },
         where=" and ".join(where),
         colours=colours,

@@ -64,8 +64,8 @@ class Verdict:
     """The result of checking a caption."""
 
     score: float  # 0 to 1: share of the source's words that remain times share of statements that the tracks support
-    # Why it is refused: the words at fault, after one of the names length, prompt, language, side, verb, object, hand,
-    # direction, times, contact, distance and a colon.
+    # Why it is refused: the words at fault, after one of the names length, prompt, language, side, verb, object,
+    # negation, hand, direction, times, contact, distance and a colon.
     reasons: tuple[str, ...]
 
     @property
@@ -523,6 +523,9 @@ def compare_words(
     """
     vocabulary = vocabulary or load_vocabulary()
     reasons = []
+    negations = [_negation(text, vocabulary) for text in (source, caption)]
+    if bool(negations[0]) != bool(negations[1]):
+        reasons.append(f"negation: {negations[1] or 'nothing'} for {negations[0] or 'none of the source'}")
     words = compare(source, caption, thing, vocabulary)
     before = extract_words(source, vocabulary)
     if words.new_verbs or (words.lost_verbs and len(before.verbs) <= _FEW and not words.kept_verbs):
@@ -547,6 +550,12 @@ def compare_words(
         if action:
             reasons.append(f"side: {action} is done by the {facts.acting} hand")
     return reasons, words.coverage
+
+
+def _negation(text: str, vocabulary: Vocabulary) -> str | None:
+    """A word by which a text says that something is not done; claims about motion and sight have rules of their own."""
+    match = vocabulary.negations.search(vocabulary.claims.sub(" ", text.lower().replace("’", "'")))
+    return match.group() if match else None
 
 
 def _action_of_other_hand(caption: str, verbs: tuple[str, ...], acting: str, vocabulary: Vocabulary) -> str | None:

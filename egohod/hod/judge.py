@@ -7,9 +7,11 @@ sequence-classification model for natural-language inference in a local folder (
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import logging
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -204,13 +206,9 @@ class ChatJudge:
         from egohod.hod.narrators.llm import Endpoint, read_prompt, render_prompt, response_format, without_reasoning
 
         self._name, self._settings = name, _chat_settings(cfg)
-        try:
+        self._has_own_endpoint = bool(cfg.check.judge_endpoint)
+        with self._own_settings_in_errors():
             self._endpoint = Endpoint(self._settings)
-        except UserError as error:
-            if not cfg.check.judge_endpoint:
-                raise
-            # The client names the narrator's keys.
-            raise UserError(str(error).replace("narrator.", "check.judge_")) from error
         prompt = read_prompt(prompt_path(cfg.check), ("instructions", "request"))
         self._instructions = render_prompt(prompt, "instructions", {})
         self._request = lambda clip: render_prompt(prompt, "request", {"clips": [clip]})
@@ -219,8 +217,20 @@ class ChatJudge:
 
     def judge(self, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[int, Opinion]]:
         """See :class:`Judge`."""
-        for number, answer in self._endpoint.ask_all(map(self._body, pairs)):
-            yield number, self._opinion(answer.text, answer.problem)
+        with self._own_settings_in_errors():
+            for number, answer in self._endpoint.ask_all(map(self._body, pairs)):
+                yield number, self._opinion(answer.text, answer.problem)
+
+    @contextlib.contextmanager
+    def _own_settings_in_errors(self) -> Iterator[None]:
+        """The client names the narrator's settings."""
+        try:
+            yield
+        except UserError as error:
+            if not self._has_own_endpoint:
+                raise
+            own = str(error).replace("model and api_key_env", "check.judge_model and check.judge_api_key_env")
+            raise UserError(own.replace("narrator.", "check.judge_")) from error
 
     def _body(self, pair: tuple[str, str]) -> dict[str, Any]:
         clip = {"premise": pair[0], "caption": pair[1]}
@@ -319,17 +329,24 @@ class CrossEncoder:
         for first in range(0, len(order), _BATCH):
             numbers = order[first : first + _BATCH]
             premises, hypotheses = ([pairs[number][i] for number in numbers] for i in (0, 1))
-            tokens = self._tokenizer(
-                premises,
-                hypotheses,
-                padding=True,
-                truncation="only_first",
-                max_length=self._tokens,
-                return_tensors="pt",
-            ).to(self._device)
-            with torch.inference_mode():
-                # In float32, whatever the model computes in.
-                logits = self._model(**tokens).logits.float()
-            shares = logits.softmax(-1)[:, self._entailment].tolist()
+            try:
+                # Of premise and caption the longer one is cut off: that is the premise, but for captions that are none.
+                tokens = self._tokenizer(
+                    premises,
+                    hypotheses,
+                    padding=True,
+                    truncation="longest_first",
+                    max_length=self._tokens,
+                    return_tensors="pt",
+                ).to(self._device)
+                with torch.inference_mode():
+                    # In float32, whatever the model computes in.
+                    logits = self._model(**tokens).logits.float()
+                shares = logits.softmax(-1)[:, self._entailment].tolist()
+            except (RuntimeError, IndexError, ValueError) as error:  # memory, or a tokenizer of another model
+                raise UserError(f"check.judge_folder={self._folder}: {' '.join(str(error).split())[:300]}") from error
             for number, share in zip(numbers, shares, strict=True):
-                yield number, Opinion(self._name, share >= self._threshold, share)
+                if math.isfinite(share):
+                    yield number, Opinion(self._name, share >= self._threshold, share)
+                else:
+                    yield number, Opinion(self._name, None, reason="the probability is not a number")

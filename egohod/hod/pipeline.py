@@ -622,7 +622,8 @@ class Pipeline:
                         if results.finished(self.fingerprint):
                             results.unmark(self.fingerprint)
                         place = self.table.where(index)
-                        raise UserError(f"{place}: has not been through the stage {name}; run it first")
+                        part = f" (shard {shard})" if shard.count > 1 else ""
+                        raise UserError(f"{place}{part}: has not been through the stage {name}; run it first")
                     if outcome.fault is not None:
                         yield index, name, outcome
                         break

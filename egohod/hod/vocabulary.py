@@ -1,7 +1,7 @@
 """The words and patterns of the check: ``vocabulary.yml``, and files of users that add to it or replace parts of it.
 
-:func:`load_vocabulary` reads and validates both. A user's file may be a stranger's: no pattern of it may take
-exponential time on any text.
+:func:`load_vocabulary` reads and validates both. A user's file may be a stranger's: its patterns are
+refused where the number of ways to match, and with it the time, could explode.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _WORDS = (
         "adjective_endings",
     ),
 )
-_PATTERNS = ("orders", "talk", "breaks", "means")  # lists of them
+_PATTERNS = ("orders", "talk", "breaks", "means", "negations")  # lists of them
 _HANDS = ("left_and_right", "right_and_left", "side", "other")
 _MAPS = ("tools_of_actions", "implied_verbs", "lemmas", "phrases", "pieces", "hands")
 _SECTIONS = (*_GROUPS, *_WORDS, *_MAPS, *_PATTERNS, "claims")
@@ -72,7 +72,8 @@ _SECTIONS = (*_GROUPS, *_WORDS, *_MAPS, *_PATTERNS, "claims")
 _WORD = re.compile(r"[^\W\d_A-Z]+(?:[-'][^\W\d_A-Z]+)*|[.,;:()]")
 _PIECE = re.compile(r"\{([a-z_]+)\}")
 _LONGEST_PATTERN, _LONGEST_WHOLE = 400, 2000  # in characters, before and after pieces are inserted
-_MOST_REPEATS = 3  # without an upper bound in a pattern: the time grows with the text's length to this power
+_TEXT, _MOST_WAYS = 100, 10**6  # in how many ways a pattern may match from one place of a text of so many characters
+_REFERENCE = re.compile(r"\\[1-9]|\(\?(?:P=|\()")  # to a group, whose number changes when patterns are joined
 _REPEATS = ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT")
 
 Groups = dict[str, frozenset[int]]
@@ -97,6 +98,7 @@ class Vocabulary:
     talk: re.Pattern[str]
     breaks: re.Pattern[str]
     means: re.Pattern[str]  # a group of its own for each {side}
+    negations: re.Pattern[str]
     hands: re.Pattern[str]  # groups named as in the file; s0 is the {side} of ``side``
     claims: re.Pattern[str]  # groups c0, c1, ... and s0, s1, ... for the {side} of each
     claim_kinds: tuple[tuple[str, ...], ...]
@@ -207,6 +209,11 @@ def _check_form(where: str, content: Mapping[str, Any]) -> None:
             for kind in section:
                 if kind not in _HANDS:
                     raise UserError(f"{where}: hands: no kind '{kind}'{nearest(kind, _HANDS)}")
+            if SIDE in section and "{side}" not in str(section[SIDE]):
+                raise UserError(f"{where}: hands: side: needs {{side}}")
+        elif name == "means":
+            if not all("{side}" in str(pattern) for pattern in section):
+                raise UserError(f"{where}: means: each pattern needs {{side}}")
         elif name == "claims":
             for claim in section:
                 if not isinstance(claim, dict) or set(claim) != {"what", "pattern"}:
@@ -257,7 +264,7 @@ def _checked_pattern(
         if name not in pieces:
             near = nearest(name, list(pieces)) if pieces else ""
             raise fault(f"has the piece '{name}', which does not exist{near}")
-        return pieces[name]
+        return f"(?:{pieces[name]})"  # as one: what follows it, or alternatives of it, concern the whole piece
 
     if pattern.count("{side}") > 1:
         raise fault("has {side} more than once")
@@ -266,40 +273,77 @@ def _checked_pattern(
         raise fault(f"has {len(whole)} characters with its pieces, more than {_LONGEST_WHOLE}")
     try:
         compiled = re.compile(whole)
+        re.compile(f"(?:{whole})")  # as it is joined with others: a flag for all of them may not be in it
         tree = re._parser.parse(whole)  # type: ignore[attr-defined] # the standard library shows its tree nowhere else
     except (re.error, OverflowError, RecursionError) as error:
         raise fault(f"does not compile: {error}") from error
-    if compiled.groups > (side is not None and "{side}" in pattern):
-        raise fault("has a group that captures; write (?:...)")
+    has_side = side is not None and "{side}" in pattern
+    if compiled.groups > has_side or _REFERENCE.search(pattern):
+        raise fault("has a group that captures, or refers to one; write (?:...)")
+    if has_side and not _always_has_group(tree):
+        raise fault("has {side} in a part that may be absent")
     if not is_piece and compiled.match("") is not None:
         raise fault("matches empty text")
-    unbounded = 0
-    for repeat, inside in _repeats(tree):
-        unbounded += repeat[1] > _LONGEST_PATTERN
-        if inside:
-            raise fault("repeats what repeats or has alternatives itself, which may take for ever")
-    if unbounded > _MOST_REPEATS:
-        raise fault(f"has more than {_MOST_REPEATS} repeats without end")
+    if _ways(tree) > _MOST_WAYS:
+        raise fault(f"may take for ever: it can match in more than {_MOST_WAYS:,} ways")
     return whole
 
 
-def _repeats(tree: Any, inside: bool = False) -> Iterator[tuple[tuple[int, int], bool]]:
-    """The bounds of each repeat in a parsed pattern, and whether it, or an alternative in it, is itself repeated."""
+def _parts(value: Any) -> Iterator[Any]:
+    """The sub-patterns in the tuples and lists of an operation of a parsed pattern."""
+    if isinstance(value, re._parser.SubPattern):  # type: ignore[attr-defined]
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for each in value:
+            yield from _parts(each)
+
+
+def _always_has_group(tree: Any) -> bool:
+    """Whether every match has the group that captures: it is in no alternative, optional part or lookaround."""
     for operation, value in tree:
-        name = str(operation)
-        repeated = name in _REPEATS and int(value[1]) > 1
-        if name in _REPEATS:
-            low, high = int(value[0]), int(value[1])
-            yield (low, high), inside and high != low
-        elif name == "BRANCH" and inside:
-            yield (0, 0), True
-        parts = [value]
-        while parts:  # sub-patterns are somewhere in the tuples and lists of a value
-            part = parts.pop()
-            if isinstance(part, re._parser.SubPattern):  # type: ignore[attr-defined]
-                yield from _repeats(part, inside or repeated)
-            elif isinstance(part, (tuple, list)):
-                parts += part
+        if str(operation) == "SUBPATTERN" and (value[0] is not None or _always_has_group(value[-1])):
+            return True
+        if str(operation) in _REPEATS and int(value[0]) > 0 and _always_has_group(value[-1]):
+            return True
+    return False
+
+
+def _ways(tree: Any) -> float:
+    """An upper bound of the ways in which a parsed pattern matches from one place of a text of ``_TEXT`` characters.
+
+    Backtracking tries all of them in the worst case: parts after one another multiply, alternatives add up. Only those
+    that begin with different characters exclude each other.
+    """
+    ways = 1.0
+    for operation, value in tree:
+        if str(operation) in _REPEATS:
+            low, high, inside = int(value[0]), min(int(value[1]), _TEXT), _ways(value[2])
+            if high == 1:
+                ways *= inside + (low == 0)
+            else:  # limits that are far above what is refused, and below what a float holds
+                ways *= max(1, high - low + 1) * min(inside, 2.0 * _MOST_WAYS) ** min(high, 40)
+        elif str(operation) == "BRANCH":
+            by_first: dict[int | None, float] = {}
+            for part in value[1]:
+                first = _first_character(part)
+                by_first[first] = by_first.get(first, 0) + _ways(part)
+            ways *= by_first.pop(None, 0) + max(by_first.values(), default=0)
+        else:
+            for part in _parts(value):
+                ways *= _ways(part)
+    return ways
+
+
+def _first_character(tree: Any) -> int | None:
+    """The code of the character, in lower case, that every match begins with; None where there is more than one."""
+    for operation, value in tree:
+        if str(operation) == "LITERAL":
+            return ord(chr(value).lower()[0])
+        if str(operation) == "SUBPATTERN":
+            return _first_character(value[-1])
+        if str(operation) != "AT":  # \b, which matches no character
+            break
+    return None
 
 
 # --- Compilation ---
@@ -358,6 +402,7 @@ def _compile(where: str, version: str, content: dict[str, Any]) -> Vocabulary:
         talk=re.compile(joined("talk"), re.IGNORECASE),
         breaks=re.compile(joined("breaks")),
         means=re.compile(joined("means")),
+        negations=re.compile(joined("negations")),
         tools_of_actions=lists["tools_of_actions"],
         implied_verbs=lists["implied_verbs"],
     )

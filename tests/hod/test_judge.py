@@ -224,6 +224,13 @@ def test_what_was_answered_before_a_failure_counts() -> None:
     assert [each.unanswered for each in results].count(True) == 2
 
 
+def test_a_refusal_names_the_settings_of_the_judge(caplog: pytest.LogCaptureFixture) -> None:
+    with JudgingServer(lambda _: {}, script=[(401, {})] * 9) as server:
+        cfg = config(judge_endpoint=server.address)
+        checked(TRUE, cfg, make_judging(cfg))
+    assert "see check.judge_endpoint, check.judge_model and check.judge_api_key_env" in caplog.text
+
+
 def test_the_narrators_key_goes_to_no_other_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WRITER_KEY", "sk-writer")
     monkeypatch.setenv("JUDGE_KEY", "sk-judge")
@@ -464,6 +471,30 @@ def test_a_cross_encoder_gives_probabilities_of_the_label_by_name(encoder: Path)
     (result,), _ = checked(TRUE, cfg, veto)
     assert result.narrator == "template"
     assert "judge: cross_encoder nli says not entailed (p = 0." in result.refusals[0]
+
+
+def test_whatever_a_model_is_given_or_computes_no_clip_is_lost(encoder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    import torch
+    import transformers
+
+    judging = make_judging(config(folder=encoder, judge_threshold=0.0))
+    assert judging is not None
+    long = " ".join(["glitters"] * 100)  # more tokens than the model has places
+    items = [(source, WIPE, caption, PASSES) for source in (SOURCE, long) for caption in (TRUE, long, "")]
+    assert {opinion.entailed for _, _, opinion in judging.decide(items)} == {True}
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(encoder)
+    with torch.no_grad():
+        model.classifier.bias.fill_(torch.nan)
+    model.save_pretrained(encoder)
+    cfg = config(folder=encoder)
+    (result,), _ = checked(TRUE, cfg, make_judging(cfg))
+    assert (result.narrator, result.unanswered) == ("llm", True), "no number is no refusal"
+    # A tokenizer with more words than the model: it refuses the numbers of most.
+    model.resize_token_embeddings(6)
+    model.save_pretrained(encoder)
+    (result,), _ = checked(TRUE, cfg, make_judging(cfg))
+    assert (result.narrator, result.unanswered) == ("llm", True)
+    assert "check.judge_folder=" in caplog.text
 
 
 def test_damaged_weights_leave_the_rules_alone(encoder: Path, caplog: pytest.LogCaptureFixture) -> None:

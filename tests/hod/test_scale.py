@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import visualize_hod
 
 from egohod.data.formats import read_clips
 from egohod.data.table import ClipRow, ClipTable
-from egohod.data.videos import VideoError
+from egohod.data.videos import Frames, VideoError
 from egohod.errors import UserError
 from egohod.hod import pipeline as hod_pipeline
 from egohod.hod.config import HodConfig
@@ -358,6 +359,9 @@ def test_failures_by_their_stage_and_reason(draw: Callable[..., list[int]], tmp_
         (["hand<0.5"], "hand takes ="),
         (["score=0.5"], "score takes < or >"),
         (["score<much"], "'much' is no number"),
+        (["score<0.5,0.7"], "score takes one number"),
+        (["word=cut up"], "'cut up' is not a word"),
+        (["word=#C"], "'#C' is not a word"),
         (
             ["stage=detect", "hand=left"],
             r"none of 200 clips fits stage=detect and hand=left; there are stage: detect \(20\); "
@@ -384,6 +388,30 @@ def test_the_page_has_filters_of_its_own_and_needs_no_network(draw: Callable[...
     assert '<option value="left">left (80)</option>' in html
     assert html.count("data-hand=") == 200
     assert not re.findall(r"(?:src|href)=\"(?!data:)", html)
+
+
+def test_a_page_of_many_clips_has_the_frames_of_one_in_memory(
+    draw: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds, shown = np.linspace(0, 1, 4), list[weakref.ref[np.ndarray]]()
+
+    class Pictures(NoVideos):
+        def read(self, row: ClipRow, *arguments: object) -> Frames:  # type: ignore[override]
+            shown.append(weakref.ref(pictures := np.zeros((4, 20, 30, 3), np.uint8)))
+            return Frames(pictures, seconds, np.arange(4))
+
+    alive = []
+    card = visualize_hod.card
+
+    def counted(view: visualize_hod.ClipView) -> Any:
+        alive.append(sum(each() is not None for each in shown))
+        return card(dataclasses.replace(view, facts=None, boxes=[]))
+
+    monkeypatch.setattr(visualize_hod, "open_videos", Pictures)
+    monkeypatch.setattr(visualize_hod, "card", counted)
+    assert len(draw("--where", "hand=left,right", "--number", "50")) == 50
+    assert len(alive) == 50
+    assert max(alive) <= 2
 
 
 def test_rows_and_filters_contradict_each_other(draw: Callable[..., list[int]]) -> None:

@@ -295,6 +295,8 @@ def test_distances_in_captions_are_rough_and_only_on_request() -> None:
         assert not refused(f"The right hand moves the cup about {true} to the left", moved), true
     for wrong in ("22 mm", "5 cm", "80 centimetres", "2 m", "0.2 cm", "1,000 mm", "22 inches", "2 feet", "2-3 metres"):
         assert refused(f"The right hand moves the cup {wrong} to the left", moved), wrong
+    assert not refused("With the right hand 0.2 metres to the left, the cup is moved", moved)
+    assert refused("The right hand moves the cup by 1,022 cm to the left", moved)
     assert refused("The right hand moves the cup by 20 cm to the left", clip(right, thing="cup")), "nothing is known"
     source, told = "#C C cuts the carrot into 2 cm pieces", "with the right hand, to the left"
     assert check(f"{source} {told}", source, moved, CheckConfig()).passed, "a size in the narration"
