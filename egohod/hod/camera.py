@@ -32,7 +32,7 @@ _AGREE = 0.4  # share of the corners found again that must agree: a few always d
 _SHIFT_ERROR = 0.04  # the same of a shift, in picture widths: what turns and zooms moves by different ways
 _NEARLY = 0.95  # a simpler model with which nearly as many corners agree is better: it goes less astray between them
 _SPREAD = 0.06  # least area around the corners that agree, as a share of the picture, but for a shift
-_KEPT = 0.5  # share of the reference frame's corners that must agree, or the frame before becomes the reference
+_STAYS = 0.5  # share of the reference frame's corners that must agree, or the frame before becomes the reference
 
 
 class _Limits(NamedTuple):
@@ -145,7 +145,7 @@ def _chain(cv2: Any, small: list[np.ndarray], masks: list[np.ndarray], model: st
             fitted, agree = _fit(cv2, _moved(source, guess), target, small[0].shape[::-1], model)
             step = step if fitted is None else fitted
             # One reference as long as it is seen: chained from frame to frame the errors would add up.
-            if agree >= _KEPT * len(corners):
+            if agree >= _STAYS * len(corners):
                 break
         maps.append(maps[i - 1] if step is None else maps[i - 1] @ np.linalg.inv(step))
     return np.stack([each / each[2, 2] for each in maps])
@@ -155,13 +155,13 @@ def _corners(cv2: Any, picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Places that can be found again, from all over the picture, float32 [N, 2]."""
     # Not at the border of a box, whose inside is in the window too.
     inner = cv2.erode(mask, np.ones((5, 5), np.uint8))
-    found = cv2.goodFeaturesToTrack(picture, 0, _CONTRAST, _APART, mask=inner)
-    if found is None:
+    corners = cv2.goodFeaturesToTrack(picture, 0, _CONTRAST, _APART, mask=inner)
+    if corners is None:
         return np.zeros((0, 2), np.float32)
     # The strongest of each tile; they come in the order of their strength.
-    tile = (found[:, 0] * _TILES // picture.shape[::-1]).astype(int) @ (1, _TILES[0])
+    tile = (corners[:, 0] * _TILES // picture.shape[::-1]).astype(int) @ (1, _TILES[0])
     chosen = np.concatenate([np.flatnonzero(tile == each)[:_CORNERS] for each in np.unique(tile)])
-    return found[chosen, 0]
+    return corners[chosen, 0]
 
 
 def _follow(
@@ -183,8 +183,8 @@ def _follow(
     pixel = np.nan_to_num(after).round().astype(int)
     x, y = pixel.clip(0, size - 1).T
     is_free = (pixel == np.stack([x, y], axis=1)).all(axis=1) & (two_mask[y, x] > 0)
-    found = (there[:, 0] == 1) & (back[:, 0] == 1) & (missed <= _ERROR) & is_free
-    return corners[found], after[found]
+    is_match = (there[:, 0] == 1) & (back[:, 0] == 1) & (missed <= _ERROR) & is_free
+    return corners[is_match], after[is_match]
 
 
 def _moved(points: np.ndarray, step: np.ndarray) -> np.ndarray:

@@ -153,8 +153,8 @@ def _faults_of_form(caption: str, source: str, settings: CheckConfig, prompt: st
         return [f"length: {length} words, not {settings.min_words} to {settings.max_words}"]
     vocabulary = load_vocabulary(settings.vocabulary)
     talk = [match.group() for match in vocabulary.orders.finditer(caption)]
-    said = (match.group() for match in vocabulary.talk.finditer(caption))
-    talk += [words for words in said if words.lower() not in source.lower()]
+    phrases = (match.group() for match in vocabulary.talk.finditer(caption))
+    talk += [words for words in phrases if words.lower() not in source.lower()]
     if talk:
         return [f"prompt: {talk[0]!r}"]
     echo = (_word_runs(caption) & _word_runs(prompt)) - _word_runs(source)
@@ -378,7 +378,7 @@ class Comparison:
 
     new_verbs: tuple[str, ...]  # verbs of the caption without a synonym in the source; without light and plain ones
     lost_verbs: tuple[str, ...]
-    kept_verbs: bool  # whether the caption names an action of the source, and none besides
+    keeps_verbs: bool  # whether the caption names an action of the source, and none besides
     new_things: tuple[str, ...]
     lost_things: tuple[str, ...]
     invented: tuple[str, ...]  # new things that are never understood, and tools that the action does not need
@@ -455,8 +455,8 @@ def compare(source: str, caption: str, thing: str = "", vocabulary: Vocabulary |
             invented.append(word)
     total = sum(word not in weak for word in (*old.verbs, *old.things))
     coverage = 1 - (len(lost_verbs) + len(lost_things)) / total if total else 1.0
-    kept = not added_verbs and any(word not in weak and word not in lost_verbs for word in old.verbs)
-    return Comparison(new_verbs, lost_verbs, kept, new_things, lost_things, tuple(invented), coverage)
+    keeps = not added_verbs and any(word not in weak and word not in lost_verbs for word in old.verbs)
+    return Comparison(new_verbs, lost_verbs, keeps, new_things, lost_things, tuple(invented), coverage)
 
 
 def is_specific(thing: str, vocabulary: Vocabulary) -> bool:
@@ -528,7 +528,7 @@ def compare_words(
         reasons.append(f"negation: {negations[1] or 'nothing'} for {negations[0] or 'none of the source'}")
     words = compare(source, caption, thing, vocabulary)
     before = extract_words(source, vocabulary)
-    if words.new_verbs or (words.lost_verbs and len(before.verbs) <= _FEW and not words.kept_verbs):
+    if words.new_verbs or (words.lost_verbs and len(before.verbs) <= _FEW and not words.keeps_verbs):
         new, lost = ", ".join(words.new_verbs), ", ".join(words.lost_verbs)
         reasons.append(f"verb: {new or 'nothing'} for {lost or 'none of the source'}")
     if (words.new_things and words.lost_things) or words.invented:

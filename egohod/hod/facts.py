@@ -416,9 +416,10 @@ def facts_of(
 
     # --- Rulers: the usual size of each hand; one that is always cut off has the other's ---
     sizes = {side: _median(hand.size) / np.sqrt(aspect) for side, hand in tracks.items()}
-    known = [size for size in sizes.values() if size > 0]  # NaN is not
+    measured = [size for size in sizes.values() if size > 0]  # NaN is not
     rulers = {
-        side: _Ruler(size if size > 0 else (known or [np.nan])[0], params.hand_metres) for side, size in sizes.items()
+        side: _Ruler(size if size > 0 else (measured or [np.nan])[0], params.hand_metres)
+        for side, size in sizes.items()
     }
     bodies = {side: joints[first, SIDES.index(side)] for side in tracks} if joints is not None else {}
     wrists = {
@@ -488,7 +489,7 @@ def facts_of(
             touches=touches,
             relation=relation,
             regrasps=tuple(float(times[each.start]) for each in grasps[side][1:]),
-            size=rulers[side].size if known else None,
+            size=rulers[side].size if measured else None,
             grasp=_grasp_of(bodies[side]) if wrists.get(side) is not None else None,
         )
 
@@ -513,8 +514,8 @@ def facts_of(
 
 def _median(values: np.ndarray) -> float:
     """The median of what is known, NaN where nothing is."""
-    known = values[np.isfinite(values)]
-    return float(np.median(known)) if len(known) else np.nan
+    finite = values[np.isfinite(values)]
+    return float(np.median(finite)) if len(finite) else np.nan
 
 
 def _pair_facts(
@@ -682,7 +683,7 @@ def _motion(
     if directions != (STILL,):
         length, pace = _length(path[window], least), _mean_speed(path, times, least)
         speed = _mean_speed(track.centre / (1, aspect), times, ruler.still(own))
-    is_known = np.isfinite(metres)
+    has_length = np.isfinite(metres)
     return Motion(
         path=track.centre,
         size=track.size,
@@ -691,16 +692,16 @@ def _motion(
         speed=speed,
         start_region=_region(track.centre[places[0]]),
         end_region=_region(track.centre[places[-1]]),
-        distance=float(metres * length) if is_known else None,
-        pace=float(metres * pace) if is_known else None,
+        distance=float(metres * length) if has_length else None,
+        pace=float(metres * pace) if has_length else None,
         is_metric=is_metric,
     )
 
 
 def _mean_speed(points: np.ndarray, times: np.ndarray, least: float) -> float:
     """Of a path [T, N] while it moves, per second."""
-    known = np.isfinite(points[:, 0])
-    steps, passed = np.linalg.norm(np.diff(points[known], axis=0), axis=1), np.diff(times[known])
+    finite = np.isfinite(points[:, 0])
+    steps, passed = np.linalg.norm(np.diff(points[finite], axis=0), axis=1), np.diff(times[finite])
     # A step that would not leave the still zone within a second is jitter.
     moving = (passed > 0) & (steps > least * passed)
     return float(steps[moving].sum() / passed[moving].sum()) if moving.any() else 0.0

@@ -75,9 +75,9 @@ class Hands3d:
         for first, end in itertools.pairwise([*np.flatnonzero(is_new), len(videos)]):
             video, chosen = str(videos[first]), np.flatnonzero(is_last[first:end]) + first
             self._hands[video, int(sides[first])] = seconds[chosen], joints[chosen]
-            known = focal[first:end][np.isfinite(focal[first:end])]
-            if len(known) or video not in self._focal:
-                self._focal[video] = float(np.median(known)) if len(known) else np.nan
+            lengths = focal[first:end][np.isfinite(focal[first:end])]
+            if len(lengths) or video not in self._focal:
+                self._focal[video] = float(np.median(lengths)) if len(lengths) else np.nan
 
     def videos(self) -> set[str]:
         """The ids of its videos."""
@@ -145,12 +145,12 @@ def _read(path: Path) -> pa.Table:
         raise UserError(f"{path}, row {row + 1}: side is {columns['side'][row]}, but must be 0 (left) or 1 (right)")
 
     # --- Rows without a hand: models leave some out, or fill them with NaN ---
-    known = columns["joints"].is_valid().to_numpy() & columns["video_id"].is_valid().to_numpy()
+    has_values = columns["joints"].is_valid().to_numpy() & columns["video_id"].is_valid().to_numpy()
     joints = np.full((len(table), JOINTS, 3), np.nan, dtype=np.float32)
     joints[columns["joints"].is_valid().to_numpy()] = _numbers(columns["joints"].drop_null()).reshape(-1, JOINTS, 3)
     second = columns["second"].fill_null(np.nan).to_numpy()
     reasons = {
-        "without numbers": ~(known & np.isfinite(second) & np.isfinite(joints).all(axis=(1, 2))),
+        "without numbers": ~(has_values & np.isfinite(second) & np.isfinite(joints).all(axis=(1, 2))),
         "behind the camera (z must grow away from it)": joints[:, _WRIST, 2] <= 0,
     }
     good = ~np.logical_or.reduce(list(reasons.values()))

@@ -47,9 +47,9 @@ class Opinion:
     overruled: tuple[str, ...] = ()  # reasons of the rules that the caption passed in spite of
 
     def __str__(self) -> str:
-        said = "entailed" if self.entailed else "not entailed"
+        verdict = "entailed" if self.entailed else "not entailed"
         certainty = "" if self.probability is None else f" (p = {self.probability:.2f})"
-        return f"judge: {self.judge} says {said}{certainty}" + (f": {self.reason}" if self.reason else "")
+        return f"judge: {self.judge} says {verdict}{certainty}" + (f": {self.reason}" if self.reason else "")
 
 
 class Judge(Protocol):

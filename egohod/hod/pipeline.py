@@ -457,8 +457,8 @@ class Pipeline:
             tokens.update(prompt=checked["prompt_tokens"], completion=checked["completion_tokens"])
             without_hand += not sides(checked["text"])
             for opinion in checked["opinions"] if self.cfg.check.judge != "none" else ():
-                said = {None: "no answer", False: "not entailed", True: "entailed"}[opinion["entailed"]]
-                judged.update(["passed what the rules refuse" if opinion["overruled"] else said])
+                verdict = {None: "no answer", False: "not entailed", True: "entailed"}[opinion["entailed"]]
+                judged.update(["passed what the rules refuse" if opinion["overruled"] else verdict])
             for name, counter in further.items():
                 counter.update(["written" if checked[name] else "none"])
                 counter.update(f"refused for {reason.partition(':')[0]}" for reason in checked[f"{name}_refusals"])

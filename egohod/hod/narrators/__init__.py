@@ -293,19 +293,19 @@ def check_narrations(
 
     def verdicts(numbered: Iterable[tuple[int, Narration]]) -> Iterator[tuple[int, Narration, Verdict]]:
         """Each answer with its verdict; those that the judge is asked about come last, together."""
-        asked: list[tuple[int, Narration, Verdict]] = []
+        pending: list[tuple[int, Narration, Verdict]] = []
         for number, answer in numbered:
             request, verdict = requests[number], Verdict(0.0, (answer.problem or "no answer",))
             if answer.text is not None:
                 verdict = check(answer.text, request.source, request.facts, settings, instructions)
                 if judging is not None and judging.asks(verdict):
-                    asked.append((number, answer, verdict))
+                    pending.append((number, answer, verdict))
                     continue
             yield number, answer, verdict
         if judging is not None:
-            items = [(requests[n].source, requests[n].facts, answer.text or "", each) for n, answer, each in asked]
+            items = [(requests[n].source, requests[n].facts, answer.text or "", each) for n, answer, each in pending]
             for place, verdict, opinion in judging.decide(items):
-                number, answer, _ = asked[place]
+                number, answer, _ = pending[place]
                 opinions[number] += (opinion,)
                 yield number, answer, verdict
 

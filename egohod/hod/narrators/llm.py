@@ -604,5 +604,5 @@ def _captions(
 
 def _one_line(text: str | None) -> str | None:
     """A text on one line, without control characters and surrogates, which no UTF-8 file can hold; None if empty."""
-    kept = "".join(c for c in text or "" if c.isspace() or unicodedata.category(c) not in ("Cc", "Cs"))
-    return " ".join(kept.split()) or None
+    printable = "".join(c for c in text or "" if c.isspace() or unicodedata.category(c) not in ("Cc", "Cs"))
+    return " ".join(printable.split()) or None
