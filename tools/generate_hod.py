@@ -72,6 +72,8 @@ def main(arguments: Sequence[str]) -> int:
             raise UserError(f"{folder}: there is no demo world yet; without --dry_run it is rendered first")
         if not args.dry_run and make_world(folder, scale=cfg.demo.scale):
             log.info("%s: rendered the demo world", folder)
+    if args.dry_run:
+        cfg.workers = 0  # its clips come one by one, and each would start workers that load the detector anew
     pipeline = build(cfg, retry=args.retry, save=not args.dry_run)
     if args.batch_requests or args.batch_answers:
         return _batch(pipeline, shard, args)

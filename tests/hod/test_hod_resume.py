@@ -385,6 +385,23 @@ def test_boxes_that_follow_the_schema_are_stored(custom_detector: HodConfig, mon
     assert outcome.value["boxes"]["score"] == [0.9, 0.9]
 
 
+def test_a_dry_run_loads_the_detector_once(few: list[str], inside: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading is no part of the time of a clip."""
+    made = []
+
+    class Counted(Custom):
+        def __init__(self) -> None:
+            made.append(os.getpid())
+
+    monkeypatch.setattr("egohod.hod.detectors.files.Counted", Counted, raising=False)
+    monkeypatch.setitem(DETECTORS, "torchvision", "files.Counted")
+    monkeypatch.setattr(Custom, "answer", pa.Table.from_pylist([BOX], SCHEMA))
+    done = inside("generate_hod.py", *few, "detector.kind=torchvision", "workers=2", "--dry_run")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("->") == 3
+    assert made == [os.getpid()]
+
+
 class Folder(DetectionFiles):
     """Reads files, from an option with a name of its own."""
 
