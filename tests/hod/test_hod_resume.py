@@ -33,6 +33,7 @@ from egohod.hod.pipeline import DETECT, TRACK, DetectStage, Pipeline, Stage, Tas
 from egohod.hod.store import Outcome, Shard, text_file
 from egohod.runtime import Workers
 from tests.hod.test_pipeline import SUMMARY
+from tests.support import Command
 
 WHOLE = Shard()
 
