@@ -14,9 +14,17 @@ the folder's name with .detections, in the working directory) then holds
     results.sqlite    what is done already: rerun the command to resume. Files are recognised by their content: those
                       that changed, and other options, are computed anew, and drawings that are no longer true removed
 
---epic writes EPIC-KITCHENS' protobuf files as well, one a video or picture. The last line tells how many pictures a
-second were processed. Exit code: 0 done, also where some files cannot be read; 2 an error in the input, or no file can
-be read.
+--epic writes EPIC-KITCHENS' protobuf files as well, one a video or picture. The last line is the speed. Exit code: 0
+done, also where some files cannot be read; 2 an error in the input, or no file can be read.
+
+Detectors, with their main options; docs/hod.md has the others, licences and speeds:
+
+    mediapipe      both hands with their sides, on any CPU; nothing else
+    doh100         hands, contact and objects: weights=FILE of 100DOH, or weights=random to try it without; seconds a
+                   picture on a CPU, device=cuda for a GPU
+    torchvision    what your own Faster R-CNN finds: weights=FILE and "labels={1: hand, 2: object}"
+    detections     boxes from files, path=FILE, to draw them or to write them for EPIC-KITCHENS' readers
+    oracle         the same with noise, for tests
 """
 
 from __future__ import annotations

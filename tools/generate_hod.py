@@ -2,6 +2,8 @@
 
 Your narrations: python tools/generate_hod.py --metadata narrations.csv --root videos --output hod.csv
 The demo world:  python tools/generate_hod.py --config_file configs/hod/demo.yml
+The detector:    ... detector.kind=doh100 detector.options.weights=FILE     default mediapipe; docs/hod.md lists all
+A model:         ... narrator.kind=llm narrator.endpoint=http://127.0.0.1:8000/v1     default template, which needs none
 Dry run:         ... --dry_run          print what is left to do, try a few clips, estimate the time
 One stage:       ... --stage detect     then track, narrate and check, each on a machine of your choice
 Shards:          ... --shard 3/64       one part of the clips; 0/64 is the first
@@ -11,6 +13,9 @@ Failed clips:    ... --retry            try them again
 Batches:         ... --batch_requests requests.jsonl       write a language model's requests, for vllm run-batch
                  ... --batch_answers answers.jsonl         read its answers
 The boxes:       ... --export_detections boxes.parquet     for training (data.train.NAME.detections) or another run
+Look at it:      python tools/visualize_hod.py --metadata narrations.csv --root videos --output hod.csv --page hod.html
+
+Step by step, from a folder of videos to a trained model: docs/narrate.md.
 
 --metadata is any file of narrations that main_pretrain.py reads, or EPIC-KITCHENS-100's csv; without one, windows over
 the videos of --root are narrated (narrator.kind=vlm). The results of each stage are stored in OUTPUT.work: rerun the
@@ -72,6 +77,8 @@ def main(arguments: Sequence[str]) -> int:
             raise UserError(f"{folder}: there is no demo world yet; without --dry_run it is rendered first")
         if not args.dry_run and make_world(folder, scale=cfg.demo.scale):
             log.info("%s: rendered the demo world", folder)
+    if args.dry_run:
+        cfg.workers = 0  # its clips come one by one, and each would start workers that load the detector anew
     pipeline = build(cfg, retry=args.retry, save=not args.dry_run)
     if args.batch_requests or args.batch_answers:
         return _batch(pipeline, shard, args)

@@ -937,7 +937,7 @@ class TrackStage(Stage):
 class NarrateStage(Stage):
     """Narrations from facts, by the narrator of the configuration."""
 
-    name, version, reads_text = NARRATE, 8, True
+    name, version, reads_text = NARRATE, 9, True
 
     def __init__(self, cfg: HodConfig, source: ClipReader, before: Mapping[str, Stage]) -> None:
         self.cfg, self._source = cfg, source

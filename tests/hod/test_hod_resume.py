@@ -33,6 +33,7 @@ from egohod.hod.pipeline import DETECT, TRACK, DetectStage, Pipeline, Stage, Tas
 from egohod.hod.store import Outcome, Shard, text_file
 from egohod.runtime import Workers
 from tests.hod.test_pipeline import SUMMARY
+from tests.support import Command
 
 WHOLE = Shard()
 
@@ -383,6 +384,23 @@ def test_boxes_that_follow_the_schema_are_stored(custom_detector: HodConfig, mon
     stage, outcome, _ = next(build(custom_detector).try_clip(Task(0)))
     assert stage == DETECT
     assert outcome.value["boxes"]["score"] == [0.9, 0.9]
+
+
+def test_a_dry_run_loads_the_detector_once(few: list[str], inside: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading is no part of the time of a clip."""
+    made = []
+
+    class Counted(Custom):
+        def __init__(self) -> None:
+            made.append(os.getpid())
+
+    monkeypatch.setattr("egohod.hod.detectors.files.Counted", Counted, raising=False)
+    monkeypatch.setitem(DETECTORS, "torchvision", "files.Counted")
+    monkeypatch.setattr(Custom, "answer", pa.Table.from_pylist([BOX], SCHEMA))
+    done = inside("generate_hod.py", *few, "detector.kind=torchvision", "workers=2", "--dry_run")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("->") == 3
+    assert made == [os.getpid()]
 
 
 class Folder(DetectionFiles):

@@ -90,6 +90,18 @@ def test_a_hand_without_a_side_gets_its_side(hand_words: str) -> None:
         assert check(caption, source, WIPE, CheckConfig()).passed, caption
 
 
+@pytest.mark.parametrize("acting", ["left", "right"])
+def test_somebody_elses_action_stays_beside_the_wearers_hands(acting: str) -> None:
+    other = {"left": "right", "right": "left"}[acting]
+    facts = clip(hand(acting, "away"), hand(other), acting=acting)
+    source = "#O the man X kneads the dough"
+    for caption in wordings(source, facts):
+        assert caption.startswith(source)
+        assert f"the {acting} hand moves away and the {other} hand rests" in caption
+        verdict = check(caption, source, facts, CheckConfig())
+        assert verdict.passed, (caption, verdict.reasons)
+
+
 def test_hands_without_a_side_stay_and_both_are_described() -> None:
     source = "#C C moves the sponge with her hands"
     for caption in wordings(source, WIPE):

@@ -93,7 +93,9 @@ def template(source: str, facts: ClipFacts, seed: int | Sequence[int] | None = 0
     of_others = bool(_OTHER_PERSON.match(source)) or bool(not named and _HANDS.search(source))
     acting = facts.hands.get(facts.acting or "")
     thing, pair = thing_name(facts), facts.pair
-    idle = [hand for side, hand in sorted(facts.hands.items()) if hand is not acting or of_others]
+    # The acting hand first: the check takes the action before them for that of the first hand.
+    order = sorted(facts.hands.values(), key=lambda hand: (hand is not acting, hand.side))
+    idle = [hand for hand in order if hand is not acting or of_others]
     # Hands that the first words describe as well: both carry the thing, or it goes from one to the other.
     both = pair is not None and pair.shares and (pair.moves == PARALLEL or not _any_moves(facts))
     if (both or (pair is not None and pair.handed_to)) and not of_others and not named:
