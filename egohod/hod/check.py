@@ -74,6 +74,50 @@ class Verdict:
         return not self.reasons
 
 
+# --- Two verdicts: the rules and a judge ---
+
+# The reasons of the rules that a judge may overrule: they come from lists of words. Sides, directions and contact are
+# measured, and form is no matter of opinion.
+OF_WORDS = ("verb", "object")
+
+
+@dataclass(frozen=True)
+class Opinion:
+    """What a judge makes of one caption."""
+
+    judge: str  # kind and model
+    entailed: bool | None  # None: no answer
+    probability: float | None = None  # of entailment, where the judge has one
+    reason: str = ""  # the judge's own words, or why there is no answer
+    overruled: tuple[str, ...] = ()  # reasons of the rules that the caption passed in spite of
+
+    def __str__(self) -> str:
+        verdict = "entailed" if self.entailed else "not entailed"
+        certainty = "" if self.probability is None else f" (p = {self.probability:.2f})"
+        return f"judge: {self.judge} says {verdict}{certainty}" + (f": {self.reason}" if self.reason else "")
+
+
+def may_ask(verdict: Verdict, mode: str) -> bool:
+    """Whether an opinion could change the rules' verdict."""
+    if verdict.passed:
+        return mode in ("veto", "both")
+    return mode in ("rescue", "both") and all(reason.partition(":")[0] in OF_WORDS for reason in verdict.reasons)
+
+
+def combine(verdict: Verdict, opinion: Opinion, mode: str) -> tuple[Verdict, Opinion]:
+    """The verdict of rules and judge, and the opinion with what it overruled; without an answer the rules decide."""
+    if opinion.entailed is None or not may_ask(verdict, mode):
+        return verdict, opinion
+    if verdict.passed and not opinion.entailed:
+        return Verdict(0.0, (str(opinion),)), opinion
+    if opinion.entailed and not verdict.passed:
+        return Verdict(verdict.score, ()), replace(opinion, overruled=verdict.reasons)
+    return verdict, opinion
+
+
+# --- The rules ---
+
+
 def check(caption: str, source: str, facts: ClipFacts | None, settings: CheckConfig, prompt: str = "") -> Verdict:
     """Judge a caption.
 

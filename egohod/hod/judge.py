@@ -14,12 +14,12 @@ import logging
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from egohod.errors import UserError
-from egohod.hod.check import Verdict
+from egohod.hod.check import Opinion, Verdict, combine, may_ask
 from egohod.hod.config import CheckConfig, HodConfig, NarratorConfig
 from egohod.hod.facts import ClipFacts
 from egohod.hod.narrators import PROMPTS, describe
@@ -27,29 +27,10 @@ from egohod.runtime import content_hash, file_hash
 
 log = logging.getLogger(__name__)
 
-# The reasons of the rules that a judge may overrule: they come from lists of words. Sides, directions and contact are
-# measured, and form is no matter of opinion.
-OF_WORDS = ("verb", "object")
 _LABELS = ("contradiction", "entailment", "neutral")
 # Captions for the cross-encoder at a time, and tokens of each pair where the model names no limit of its own.
 _BATCH, _TOKENS = 32, 512
 _WEARER = re.compile(r"^#?\s*c(?: c)?\b\s*", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Opinion:
-    """What a judge makes of one caption."""
-
-    judge: str  # kind and model
-    entailed: bool | None  # None: no answer
-    probability: float | None = None  # of entailment, where the judge has one
-    reason: str = ""  # the judge's own words, or why there is no answer
-    overruled: tuple[str, ...] = ()  # reasons of the rules that the caption passed in spite of
-
-    def __str__(self) -> str:
-        verdict = "entailed" if self.entailed else "not entailed"
-        certainty = "" if self.probability is None else f" (p = {self.probability:.2f})"
-        return f"judge: {self.judge} says {verdict}{certainty}" + (f": {self.reason}" if self.reason else "")
 
 
 class Judge(Protocol):
@@ -79,24 +60,6 @@ def _as_sentence(text: str) -> str:
     """A narration without its mark of the wearer, for models that know none."""
     text = _WEARER.sub("The camera wearer ", " ".join(text.split())).rstrip(" .")
     return f"{text[:1].upper()}{text[1:]}."
-
-
-def may_ask(verdict: Verdict, mode: str) -> bool:
-    """Whether an opinion could change the rules' verdict."""
-    if verdict.passed:
-        return mode in ("veto", "both")
-    return mode in ("rescue", "both") and all(reason.partition(":")[0] in OF_WORDS for reason in verdict.reasons)
-
-
-def combine(verdict: Verdict, opinion: Opinion, mode: str) -> tuple[Verdict, Opinion]:
-    """The verdict of rules and judge, and the opinion with what it overruled; without an answer the rules decide."""
-    if opinion.entailed is None or not may_ask(verdict, mode):
-        return verdict, opinion
-    if verdict.passed and not opinion.entailed:
-        return Verdict(0.0, (str(opinion),)), opinion
-    if opinion.entailed and not verdict.passed:
-        return Verdict(verdict.score, ()), replace(opinion, overruled=verdict.reasons)
-    return verdict, opinion
 
 
 class Judging:

@@ -45,12 +45,12 @@ from egohod.data.table import ClipReader, ClipTable, choose_text
 from egohod.data.videos import Frames, VideoError, sliding_windows
 from egohod.errors import UserError
 from egohod.hod.camera import camera_transforms, import_opencv
-from egohod.hod.check import sides
+from egohod.hod.check import Opinion, sides
 from egohod.hod.config import COLUMNS, FURTHER_CAPTIONS, HodConfig
 from egohod.hod.detectors import Detector, check_boxes, detector_class, make_detector, typed_options
 from egohod.hod.facts import ClipFacts, facts_of, without_rare
 from egohod.hod.hands3d import Hands3d
-from egohod.hod.judge import Judging, Opinion, judge_settings, make_judging
+from egohod.hod.judge import Judging, judge_settings, make_judging
 from egohod.hod.narrators import (
     Cost,
     Narration,

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from egohod.errors import UserError
-from egohod.hod.check import Verdict
+from egohod.hod.check import Opinion, Verdict, combine, may_ask
 from egohod.hod.config import CheckConfig, HodConfig, NarratorConfig, check
-from egohod.hod.judge import Judging, Opinion, combine, judge_settings, make_judging, may_ask, premise_of
+from egohod.hod.judge import Judging, judge_settings, make_judging, premise_of
 from egohod.hod.narrators import Checked, Narration, Request, check_narrations
 from egohod.hod.narrators.template import TemplateNarrator
 from tests.hod import rewrites

@@ -19,7 +19,7 @@ import numpy as np
 
 from egohod.config import PROJECT
 from egohod.data.opposites import opposite as opposite_by_rule
-from egohod.hod.check import Verdict, check, check_coarse, check_opposite
+from egohod.hod.check import Opinion, Verdict, check, check_coarse, check_opposite, combine
 from egohod.hod.config import FURTHER_CAPTIONS, NARRATORS, CheckConfig, NarratorConfig
 from egohod.hod.facts import (
     AWAY,
@@ -39,7 +39,7 @@ from egohod.hod.facts import (
 )
 
 if TYPE_CHECKING:
-    from egohod.hod.judge import Judging, Opinion
+    from egohod.hod.judge import Judging
     from egohod.hod.narrators.template import TemplateNarrator
 
 log = logging.getLogger(__name__)
@@ -339,8 +339,6 @@ def second_request(
 
     ``opinions`` are the judge's on the captions of this clip so far, the first one's first.
     """
-    from egohod.hod.judge import combine  # which needs this module
-
     if narration.text is None:
         return None
     verdict = check(narration.text, request.source, request.facts, settings, prompt)
