@@ -55,12 +55,18 @@ from egohod.evaluation.results import mean_table, write_results
 from egohod.evaluation.runner import PROTOCOLS, benchmark, execution_of, read_benchmark
 from egohod.evaluation.submission import CLASSES, LEVELS, check_submission
 from egohod.hod import config as hod_config
+from egohod.hod.check import claims
 from egohod.hod.config import HodConfig, NarratorConfig
 from egohod.hod.detectors.files import DetectionFiles
 from egohod.hod.detectors.torchvision_boxes import TorchvisionBoxes
+from egohod.hod.hands3d import SCHEMA as HANDS_SCHEMA
+from egohod.hod.hands3d import Hands3d
+from egohod.hod.narrators import Request
+from egohod.hod.narrators.batch import BatchNarrator
 from egohod.hod.narrators.llm import Endpoint, LanguageModelNarrator
 from egohod.hod.pipeline import build
 from egohod.hod.store import Shard
+from egohod.hod.vocabulary import load_vocabulary
 from egohod.loss.config import LossConfig
 from egohod.model.checkpoints import load_weights
 from egohod.model.config import GEOMETRIES, Geometry, ModelConfig, geometry
@@ -724,7 +730,7 @@ def _read_answer(folder: Path) -> None:
         if not str(error).startswith(("not an answer of a chat endpoint", "an answer without text")):
             raise
         raise UserError(str(error)) from error  # which is retried
-    for each in narrator._narrations(answer, 2):
+    for each in narrator._format.narrations(answer, 2):
         (each.text or "").encode()
 
 
@@ -732,6 +738,42 @@ def _read_answer(folder: Path) -> None:
 def _narrator() -> LanguageModelNarrator:
     settings = NarratorConfig(kind="llm")
     return LanguageModelNarrator(settings, ROOT / "configs/hod/prompts/llm.jinja", Endpoint(settings))
+
+
+def _seed_batch(folder: Path) -> None:
+    lines = [{"custom_id": f"{'0' * 12}-1-{at}x2", "response": {"status_code": 200, "body": ANSWER}} for at in (0, 2)]
+    (folder / "answers.jsonl").write_text("".join(json.dumps(each | {"error": None}) + "\n" for each in lines))
+
+
+def _read_batch(folder: Path) -> None:
+    settings = NarratorConfig(kind="llm")
+    batch = BatchNarrator(settings, [folder / "answers.jsonl"], "0" * 12, range(4), 4)
+    for _, each in batch.narrate([Request("#C C cuts", None, index) for index in range(4)]):
+        (each.text or "").encode()
+
+
+def _seed_vocabulary(folder: Path) -> None:
+    (folder / "my.yml").write_text(
+        "version: 1\nreplace: [talk]\nverbs: |\n  chop dice\nlemmas: {diced: dice}\ntalk: ['as an ai']\n"
+        "pieces: {fast: '(?:very )?quick(?:ly)?'}\nclaims:\n  - {what: back and forth, pattern: '{fast} to and fro'}\n"
+    )
+
+
+def _read_vocabulary(folder: Path) -> None:
+    vocabulary = load_vocabulary(str(folder / "my.yml"), fresh=True)
+    claims("the right hand moves it very quickly to and fro" * 20, vocabulary)
+
+
+def _seed_hands3d(folder: Path) -> None:
+    palm = np.linspace(0, 0.18, 63).reshape(21, 3) + np.array([0, 0, 0.5])
+    rows = [
+        {"video_id": VIDEO, "second": t / 10, "side": t % 2, "joints": palm.ravel(), "focal": 0.8} for t in range(6)
+    ]
+    pa.parquet.write_table(pa.Table.from_pylist(rows, HANDS_SCHEMA), folder / "hands.parquet")
+
+
+def _read_hands3d(folder: Path) -> None:
+    Hands3d(folder / "hands.parquet").at(VIDEO, np.array([0.0, 0.1, 9.0]))
 
 
 def _seed_prompt(folder: Path) -> None:
@@ -976,6 +1018,9 @@ TARGETS: dict[str, Target] = {
         Target("hod_work", _seed_hod, _read_hod, only="out/**/*"),
         Target("hod_boxes", _seed_hod, _read_hod_boxes, only="in/boxes.parquet"),
         Target("hod_answer", _seed_answer, _read_answer),
+        Target("hod_batch", _seed_batch, _read_batch),
+        Target("hod_vocabulary", _seed_vocabulary, _read_vocabulary),
+        Target("hod_hands3d", _seed_hands3d, _read_hands3d),
         Target("hod_prompt", _seed_prompt, _read_prompt),
         Target("feature_index", _seed_index, _read_index),
         Target("feature_cache", _seed_features, _read_features),

@@ -387,7 +387,6 @@ def _compile(where: str, version: str, content: dict[str, Any]) -> Vocabulary:
     ]
     return Vocabulary(
         version=version,
-        content_hash=content_hash(repr(_normal(content)), length=12),
         verbs=_groups(content["verbs"]),
         things=_groups(content["things"]),
         different=frozenset(frozenset((first, other)) for first, *others in different for other in others),
@@ -405,6 +404,8 @@ def _compile(where: str, version: str, content: dict[str, Any]) -> Vocabulary:
         negations=re.compile(joined("negations")),
         tools_of_actions=lists["tools_of_actions"],
         implied_verbs=lists["implied_verbs"],
+        # Last: every section has been checked by now.
+        content_hash=content_hash(repr(_normal(content)), length=12),
     )
 
 

@@ -228,6 +228,7 @@ def test_the_identity_changes_with_the_words_and_not_with_comments(tmp_path: Pat
         ("version: 1\ntalk: ['(?i)abc']\n", ("talk", "does not compile: global flags")),
         ("version: 1\nmeans: ['by hand']\n", ("means", "needs {side}")),
         ("version: 1\nmeans: [null]\n", ("means", "needs {side}")),
+        ("version: 1\ntalk: [{a: null}]\n", ("talk", "must be text")),
         ("version: 1\nmeans: ['(?:by the {side} hand|manually)']\n", ("means", "may be absent")),
         ("version: 1\nmeans: ['{side} or \\1']\n", ("means", "refers to one")),
         ("version: 1\nhands: {side: mine}\n", ("hands: side", "needs {side}")),
