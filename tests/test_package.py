@@ -174,9 +174,9 @@ def test_a_wheel_alone_renders_trains_evaluates_and_searches(
 
     code = (
         "import importlib.metadata, egohod; from egohod.config import IS_CHECKOUT, PROJECT\n"
-        "from egohod.hod.config import NarratorConfig; from egohod.hod.narrators import OPPOSITES_PROMPT, prompt_path\n"
+        "from egohod.hod.config import NarratorConfig; from egohod.hod.narrators import FURTHER_PROMPTS, prompt_path\n"
         "assert importlib.metadata.version('egohod') == egohod.__version__ and not IS_CHECKOUT\n"
-        "for path in (OPPOSITES_PROMPT, *(prompt_path(NarratorConfig(kind=kind)) for kind in ('llm', 'vlm'))):\n"
+        "for path in (*FURTHER_PROMPTS.values(), *(prompt_path(NarratorConfig(kind=k)) for k in ('llm', 'vlm'))):\n"
         "    assert path.is_relative_to(PROJECT) and '{' in path.read_text()\n"
         "print(PROJECT)"
     )
